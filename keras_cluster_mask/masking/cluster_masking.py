@@ -1,0 +1,376 @@
+import math
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.masking.ordering import order_by_score
+from keras_cluster_mask.masking.patch_masking import (
+    PatchMasking,
+    check_ratio,
+    kept_count,
+)
+from keras_cluster_mask.masking.similarity import (
+    extract_patches,
+    pixel_similarity,
+    round_similarity,
+    token_similarity,
+)
+from keras_cluster_mask.masking.threshold_search import (
+    collect_similarities,
+    find_threshold,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class ClusterMasking(PatchMasking):
+    """Leaves out clusters of look-alike patches of every training image.
+
+    A few random patches become anchors; the patches most like an anchor form
+    its cluster and are left out with it. What is left out is then a thing or a
+    surface rather than scattered squares, so an image-text model has to infer
+    the missing words from context.
+
+    There are two modes:
+
+    - **Exact budget** (the default): clusters grow until exactly the share
+      `mask_ratio` of the patches is gone. Every image costs the same, shapes
+      are static, no attention mask is needed, and any encoder works.
+    - **Threshold** (`min_mask_ratio=beta`, the paper's): a patch is left out if
+      its similarity to an anchor exceeds `threshold`, so the share differs
+      between images; at least the share `beta` goes, which bounds the cost.
+      Set the threshold yourself or let `adapt` find it. Where an image loses
+      more than `beta`, left-out patches fill up the batch as hidden padding,
+      which no query attends to, by way of a Keras mask on the output.
+
+    Example:
+
+    ```python
+    images = np.random.rand(2, 32, 32, 3)
+    tokens = np.random.rand(2, 1 + 16, 64)  # a class token and 4 x 4 patches
+    masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5, seed=0)
+    kept = masking(tokens, images=images, training=True)  # (2, 1 + 8, 64)
+
+    masking = kcm.ClusterMasking(patch_size=8, min_mask_ratio=0.3, seed=0)
+    masking.adapt(images)
+    kept = masking(tokens, images=images, training=True)  # (2, 1 + 11, 64)
+    ```
+
+    Args:
+        patch_size: Integer or tuple `(height, width)`, in pixels.
+        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out:
+            exactly in budget mode, on average in threshold mode.
+        min_mask_ratio: Float in `[0, 1)` or `None`. The least share of the
+            patches left out of any image in threshold mode; `None` selects
+            budget mode.
+        threshold: Float. The similarity above which a patch joins a cluster,
+            in threshold mode. `None` leaves it to `adapt`.
+        anchor_ratio: Float in `[0, 1]`. The share of the patches that become
+            anchors, at least one.
+        softness: Float >= 0. In budget mode, adds this much Gumbel noise to
+            the similarities: 0 leaves out pure clusters, large values random
+            patches.
+        hide_padding: Boolean. In threshold mode, whether left-out patches that
+            fill up the batch are hidden. If false they are drawn at random and
+            take part, without an attention mask: what the authors' released
+            code computes in effect.
+        embedding_weight: Float in `[0, 1]`, or a
+            `keras.optimizers.schedules.LearningRateSchedule` over training
+            steps. The weight of the tokens' cosine similarity against the
+            pixels'. In threshold mode with a weight other than 0, every
+            training step moves the threshold by 0.05 times the difference of
+            its mask ratio to `mask_ratio`, as the mix changes what a threshold
+            means.
+        num_prefix_tokens: Integer. How many tokens before the patch tokens
+            always stay. `None` takes all beyond the number of patches.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to
+            `keras.config.image_data_format()`.
+        seed: Integer or `keras.random.SeedGenerator`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        tokens: `(batch, prefix + N, dim)` tensor, `N = (H / p) (W / p)`.
+        images: `(batch, H, W, C)` tensor (or channels first) of any dtype and
+            value range. H and W are multiples of the patch size.
+        training: Python boolean. Tokens are left out only if it is true.
+        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
+
+    Returns:
+        `(batch, prefix + K, dim)` tensor of the same dtype as `tokens`.
+
+    Raises:
+        ValueError: If the images are missing or do not fit the patch size or
+            the tokens, or if it trains in threshold mode without a threshold.
+
+    Reference:
+        - [Efficient Vision-Language Pre-training by Cluster Masking](
+          https://arxiv.org/abs/2405.08815)
+    """
+
+    def __init__(
+        self,
+        patch_size,
+        mask_ratio=0.5,
+        min_mask_ratio=None,
+        threshold=None,
+        anchor_ratio=0.03,
+        softness=0.0,
+        hide_padding=True,
+        embedding_weight=0.0,
+        num_prefix_tokens=None,
+        data_format=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
+        if min_mask_ratio is not None:
+            check_ratio("min_mask_ratio", min_mask_ratio)
+        _check_range("anchor_ratio", anchor_ratio, 0, 1)
+        _check_range("softness", softness, 0, 1e6)
+        if threshold is not None:
+            _check_range("threshold", threshold, -1, 1)
+            if min_mask_ratio is None:
+                raise ValueError(
+                    "`threshold` needs `min_mask_ratio`, which selects threshold "
+                    f"mode. Received: threshold={threshold}, min_mask_ratio=None"
+                )
+        if softness and min_mask_ratio is not None:
+            raise ValueError(
+                "`softness` is for budget mode (min_mask_ratio=None). Received: "
+                f"softness={softness}, min_mask_ratio={min_mask_ratio}"
+            )
+        self.patch_size = _standardize_patch_size(patch_size)
+        self.min_mask_ratio = min_mask_ratio
+        self.anchor_ratio = float(anchor_ratio)
+        self.softness = float(softness)
+        self.hide_padding = hide_padding
+        self.data_format = keras.config.image_data_format()
+        if data_format is not None:
+            if data_format not in ("channels_last", "channels_first"):
+                raise ValueError(
+                    "`data_format` must be 'channels_last' or 'channels_first'. "
+                    f"Received: data_format={data_format}"
+                )
+            self.data_format = data_format
+        self.embedding_weight = _standardize_embedding_weight(embedding_weight)
+
+        self.threshold = None
+        if min_mask_ratio is not None:
+            value = math.nan if threshold is None else float(threshold)
+            self.threshold = self._add_state("threshold", value, "float32")
+        self.step = None
+        if not isinstance(self.embedding_weight, float):
+            self.step = self._add_state("step", 0, "int32")
+
+    def _add_state(self, name, value, dtype):
+        return self.add_weight(
+            shape=(),
+            initializer=keras.initializers.Constant(value),
+            trainable=False,
+            dtype=dtype,
+            autocast=False,
+            aggregation="only_first_replica" if dtype == "int32" else "mean",
+            name=name,
+        )
+
+    # === The strategy ===
+
+    def score(self, noise, images=None, tokens=None):
+        similarity = self.similarity(images, self.draw_anchors(noise), tokens)
+        if self.min_mask_ratio is None:
+            if not self.softness:
+                return -similarity
+            gumbel = -ops.log(-ops.log(ops.maximum(noise, 1e-12)))
+            return -similarity + self.softness * gumbel
+
+        least_alike = order_by_score(-similarity, noise)[:, :1]
+        is_least_alike = ops.arange(noise.shape[1], dtype="int32") == least_alike
+        visible = (similarity <= self.threshold) | is_least_alike
+        # All visible patches tie, and so do all others: noise picks among them.
+        lowest = -math.inf if self.hide_padding else -1.0
+        return ops.where(visible, 0.0, lowest)
+
+    def draw_anchors(self, noise):
+        """The anchors: `(batch, A)` indices of the patches of smallest noise."""
+        num_patches = noise.shape[1]
+        count = num_patches - int(num_patches * (1.0 - self.anchor_ratio) + 1e-6)
+        return ops.argsort(noise, axis=-1)[:, : max(1, count)]
+
+    def similarity(self, images, anchors, tokens=None):
+        """The highest similarity of each patch to any of the anchors.
+
+        Args:
+            images: `(batch, H, W, C)` tensor, or channels first.
+            anchors: `(batch, A)` int tensor of patch indices.
+            tokens: `(batch, prefix + N, dim)` tensor. Needed if
+                `embedding_weight` is not 0.
+
+        Returns:
+            `(batch, N)` float32 tensor in `[-1, 1]`, of multiples of 2^-12.
+        """
+        num_patches = self.count_patches(images, tokens)
+        anchors = ops.convert_to_tensor(anchors, dtype="int32")
+        patches = extract_patches(images, self.patch_size, self.data_format)
+        similarity = pixel_similarity(patches, anchors)
+        if self.embedding_weight != 0.0:
+            if tokens is None:
+                raise ValueError(
+                    "`tokens` must be given if `embedding_weight` is not 0. "
+                    "Received: tokens=None"
+                )
+            weight = self.embedding_weight
+            if self.step is not None:
+                weight = ops.clip(ops.cast(weight(self.step), "float32"), 0.0, 1.0)
+            tokens = tokens[:, tokens.shape[1] - num_patches :]
+            alike = token_similarity(tokens, anchors)
+            similarity = (1.0 - weight) * similarity + weight * alike
+        return round_similarity(ops.max(similarity, axis=1))
+
+    def adapt(self, data, max_images=10_000):
+        """Sets `threshold` so that `mask_ratio` is reached on average over data.
+
+        The pixels' similarity to freshly drawn anchors is computed once per
+        image; a bisection over the thresholds then finds the one whose mask
+        ratio is nearest.
+
+        Args:
+            data: Images as an array, or an iterable of batches (a
+                `tf.data.Dataset`, a `PyDataset`, a generator): arrays of
+                images, dictionaries with the key `"images"`, or tuples whose
+                first entry is one of these.
+            max_images: Integer. Stop reading after this many images.
+
+        Raises:
+            ValueError: In budget mode, for data without images, and if no
+                threshold comes within 0.01 of `mask_ratio`, as for a target
+                below `min_mask_ratio` or for pictures that are all alike.
+        """
+        if self.threshold is None:
+            raise ValueError(
+                "`adapt` sets the threshold of threshold mode; in budget mode every "
+                "image loses exactly `mask_ratio` of its patches. Pass "
+                "`min_mask_ratio` to select threshold mode. "
+                "Received: min_mask_ratio=None"
+            )
+        if self.mask_ratio < self.min_mask_ratio:
+            raise ValueError(
+                "`mask_ratio` must be at least `min_mask_ratio`, the least share left "
+                f"out of any image. Received: mask_ratio={self.mask_ratio}, "
+                f"min_mask_ratio={self.min_mask_ratio}"
+            )
+
+        def similarity_to_random_anchors(images):
+            noise = self.draw(images.shape[0], self.count_patches(images))
+            return self.similarity_of_pixels(images, self.draw_anchors(noise))
+
+        similarities = collect_similarities(
+            data, similarity_to_random_anchors, max_images
+        )
+        max_visible = self.num_kept(similarities.shape[1])
+        self.threshold.assign(
+            find_threshold(similarities, self.mask_ratio, max_visible)
+        )
+
+    def similarity_of_pixels(self, images, anchors):
+        """As `similarity`, of the pixels alone whatever `embedding_weight` is."""
+        patches = extract_patches(images, self.patch_size, self.data_format)
+        return round_similarity(ops.max(pixel_similarity(patches, anchors), axis=1))
+
+    # === What differs from the base class ===
+
+    def call(self, tokens, images=None, training=None, noise=None):
+        kept = super().call(tokens, images, training, noise)
+        if training and self.threshold is not None:
+            # A compiled step of a model that does not call `check_ready` cannot
+            # raise on a value: an unset threshold turns its loss to NaN at once.
+            kept = kept + ops.cast(0.0 * self.threshold, kept.dtype)
+        return kept
+
+    def num_kept(self, num_patches):
+        ratio = self.mask_ratio if self.min_mask_ratio is None else self.min_mask_ratio
+        return kept_count(num_patches, ratio)
+
+    @property
+    def hides_tokens(self):
+        return self.min_mask_ratio is not None and self.hide_padding
+
+    def count_patches(self, images=None, tokens=None):
+        if images is None:
+            raise ValueError(
+                f"`{self.name}` needs the images that the tokens were made from: "
+                "call it as `masking(tokens, images=images)`. Received: images=None"
+            )
+        shape = tuple(images.shape)
+        if len(shape) != 4:
+            raise ValueError(
+                "`images` must have rank 4, (batch, height, width, channels) or "
+                f"channels first. Received: images.shape={shape}"
+            )
+        sides = shape[1:3] if self.data_format == "channels_last" else shape[2:4]
+        for name, side, patch in zip(("height", "width"), sides, self.patch_size):
+            if side is None or side % patch:
+                raise ValueError(
+                    f"The {name} of `images` must be known and divisible by the patch "
+                    f"{name} {patch}. Received: {name}={side}, images.shape={shape}, "
+                    f"data_format='{self.data_format}'"
+                )
+        return (sides[0] // self.patch_size[0]) * (sides[1] // self.patch_size[1])
+
+    def after_training_step(self):
+        if self.threshold is not None and self.embedding_weight != 0.0:
+            surplus = self.last_mask_ratio - self.mask_ratio
+            self.threshold.assign_add(0.05 * surplus)
+        if self.step is not None:
+            self.step.assign_add(1)
+
+    def check_ready(self):
+        if self.threshold is None:
+            return
+        if math.isnan(float(ops.convert_to_numpy(self.threshold))):
+            raise ValueError(
+                f"The threshold of `{self.name}` is not set. Pass `threshold`, or "
+                "call `adapt(images)` before training. Received: threshold=nan"
+            )
+
+    def get_config(self):
+        config = super().get_config()
+        weight = self.embedding_weight
+        if not isinstance(weight, float):
+            weight = keras.saving.serialize_keras_object(weight)
+        config.update(
+            {
+                "patch_size": self.patch_size,
+                "min_mask_ratio": self.min_mask_ratio,
+                "anchor_ratio": self.anchor_ratio,
+                "softness": self.softness,
+                "hide_padding": self.hide_padding,
+                "embedding_weight": weight,
+                "data_format": self.data_format,
+            }
+        )
+        return config
+
+
+def _check_range(name, value, low, high):
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(
+            f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value}"
+        )
+
+
+def _standardize_patch_size(patch_size):
+    sides = (patch_size,) * 2 if isinstance(patch_size, int) else tuple(patch_size)
+    if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise ValueError(
+            "`patch_size` must be a positive integer or a tuple of two. "
+            f"Received: patch_size={patch_size}"
+        )
+    return sides
+
+
+def _standardize_embedding_weight(weight):
+    if isinstance(weight, dict):
+        weight = keras.saving.deserialize_keras_object(weight)
+    if isinstance(weight, keras.optimizers.schedules.LearningRateSchedule):
+        return weight
+    _check_range("embedding_weight", weight, 0, 1)
+    return float(weight)

@@ -1,0 +1,283 @@
+import math
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.masking.ordering import order_by_score
+
+
+class PatchMasking(keras.layers.Layer):
+    """Base class of layers that leave out image patches while training.
+
+    The layer sits in a vision transformer after the patch and position
+    embedding and before the first block. In training it keeps a part of the
+    patch tokens of every image; at inference it returns its input untouched.
+
+    A strategy is a subclass with one method, `score`. It says which patches
+    matter: the highest-scoring ones stay, ties go to the patch with the larger
+    noise, and a patch that scores `-inf` is masked for good: if it has to fill
+    up the fixed number of tokens, it stays hidden behind a Keras mask.
+    All randomness is one array of noise per step, so that a mask can be
+    repeated by handing in the noise.
+
+    Example:
+
+    ```python
+    @keras.saving.register_keras_serializable()
+    class CenterMasking(kcm.PatchMasking):
+        "Keeps the patches in the middle of the sequence."
+
+        def score(self, noise, images=None, tokens=None):
+            position = keras.ops.arange(noise.shape[1], dtype="float32")
+            return noise * 0.0 - keras.ops.abs(position - noise.shape[1] / 2)
+
+    tokens = np.random.rand(2, 1 + 16, 8)
+    masking = CenterMasking(mask_ratio=0.75, num_prefix_tokens=1)
+    kept = masking(tokens, training=True)  # (2, 1 + 4, 8)
+    ```
+
+    Args:
+        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        num_prefix_tokens: Integer. How many tokens before the patch tokens
+            (class token, registers) always stay. `None` takes all tokens
+            beyond the number of patches, for strategies that can tell that
+            number from the images.
+        seed: Integer or `keras.random.SeedGenerator`. Makes the noise
+            repeatable.
+        **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        tokens: `(batch, prefix + N, dim)` tensor of embedded tokens, the patch
+            tokens in row-major order of the image grid.
+        images: Images the tokens were made from, for strategies that look at
+            pixels.
+        training: Python boolean. Tokens are left out only if it is true.
+        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
+
+    Returns:
+        `(batch, prefix + K, dim)` tensor of kept tokens in their old order, of
+        the same dtype. With hidden tokens among them it carries a Keras mask.
+
+    Reference:
+        - [Scaling Language-Image Pre-training via Masking](
+          https://arxiv.org/abs/2212.00794) for masking in contrastive
+          image-text training.
+    """
+
+    def __init__(self, mask_ratio=0.5, num_prefix_tokens=None, seed=None, **kwargs):
+        # Similarity is a float32 matter whatever the dtype policy, and tokens
+        # leave as they came, so nothing may be cast on the way in.
+        kwargs.setdefault("autocast", False)
+        super().__init__(**kwargs)
+        check_ratio("mask_ratio", mask_ratio)
+        if num_prefix_tokens is not None and num_prefix_tokens < 0:
+            raise ValueError(
+                "`num_prefix_tokens` must be None or an integer >= 0. "
+                f"Received: num_prefix_tokens={num_prefix_tokens}"
+            )
+        self.mask_ratio = float(mask_ratio)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        # A weight, since compiled steps can hand values out only through weights.
+        self.last_mask_ratio = self.add_weight(
+            shape=(),
+            initializer="zeros",
+            trainable=False,
+            dtype="float32",
+            autocast=False,
+            aggregation="mean",
+            name="last_mask_ratio",
+        )
+        self.supports_masking = True
+        self.built = True
+        self._visible_tokens = None
+        self._is_ready = False
+
+    # === What a strategy says ===
+
+    def score(self, noise, images=None, tokens=None):
+        """Scores every patch; the highest-scoring patches stay.
+
+        Args:
+            noise: `(batch, N)` float32 tensor in `[0, 1)`.
+            images: Images, or `None` if the layer was called without.
+            tokens: `(batch, prefix + N, dim)` tensor, or `None`.
+
+        Returns:
+            `(batch, N)` float32 tensor. `-inf` masks a patch for good.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `score(noise, images, tokens)`."
+        )
+
+    def num_kept(self, num_patches):
+        """How many patches stay of `num_patches`, an integer of at least 1."""
+        return kept_count(num_patches, self.mask_ratio)
+
+    @property
+    def hides_tokens(self):
+        """Whether some kept tokens may be hidden behind a Keras mask."""
+        return False
+
+    def count_patches(self, images=None, tokens=None):
+        """How many patches an image has, told from shapes alone."""
+        if tokens is None:
+            raise ValueError(
+                f"`{self.name}` tells the number of patches from `tokens`. "
+                "Received: tokens=None"
+            )
+        if self.num_prefix_tokens is None:
+            raise ValueError(
+                f"`{self.name}` sees no image grid and cannot tell prefix tokens from "
+                "patch tokens. Pass `num_prefix_tokens`, 1 for a class token. "
+                "Received: num_prefix_tokens=None"
+            )
+        if tokens.shape[1] is None or tokens.shape[1] <= self.num_prefix_tokens:
+            raise ValueError(
+                "`tokens` must have a known length greater than "
+                f"num_prefix_tokens={self.num_prefix_tokens}. "
+                f"Received: tokens.shape={tuple(tokens.shape)}"
+            )
+        return tokens.shape[1] - self.num_prefix_tokens
+
+    # === What every strategy shares ===
+
+    def draw(self, batch_size, num_patches):
+        """Draws the noise of one step, the only randomness there is.
+
+        Args:
+            batch_size: Integer, the number of images in the global batch.
+            num_patches: Integer, the number of patches per image.
+
+        Returns:
+            `(batch_size, num_patches)` float32 tensor, uniform in `[0, 1)`.
+        """
+        return keras.random.uniform(
+            (batch_size, num_patches), dtype="float32", seed=self.seed_generator
+        )
+
+    def select(self, images=None, tokens=None, noise=None):
+        """Selects the patches that stay.
+
+        Args:
+            images: Images, for strategies that look at pixels.
+            tokens: `(batch, prefix + N, dim)` tensor, for strategies that look
+                at tokens or count them.
+            noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
+
+        Returns:
+            A tuple `(indices, visible)`: `(batch, K)` int32 patch indices in
+            ascending order, and `(batch, K)` booleans that are false for a
+            patch that only fills up and must have no influence.
+        """
+        images = None if images is None else ops.convert_to_tensor(images)
+        tokens = None if tokens is None else ops.convert_to_tensor(tokens)
+        num_patches = self.count_patches(images, tokens)
+        if noise is None:
+            batch_size = ops.shape(tokens if images is None else images)[0]
+            noise = self.draw(batch_size, num_patches)
+        noise = ops.convert_to_tensor(noise, dtype="float32")
+        if len(noise.shape) != 2 or noise.shape[1] != num_patches:
+            raise ValueError(
+                f"`noise` must have shape (batch, {num_patches}), one value a patch. "
+                f"Received: noise.shape={tuple(noise.shape)}"
+            )
+        score = self.score(noise, images, tokens)
+        best = order_by_score(score, noise)[:, : self.num_kept(num_patches)]
+        indices = ops.sort(best, axis=-1)
+        visible = ops.take_along_axis(score, indices, axis=1) > -math.inf
+        return indices, visible
+
+    def call(self, tokens, images=None, training=None, noise=None):
+        tokens = ops.convert_to_tensor(tokens)
+        if len(tokens.shape) != 3:
+            raise ValueError(
+                "`tokens` must have shape (batch, tokens, dim). "
+                f"Received: tokens.shape={tuple(tokens.shape)}"
+            )
+        self._visible_tokens = None
+        if not training:
+            return tokens
+
+        self._check_ready_once()
+        images = None if images is None else ops.convert_to_tensor(images)
+        num_patches = self.count_patches(images, tokens)
+        num_prefix = self._check_prefix(tokens.shape[1], num_patches)
+        indices, visible = self.select(images, tokens, noise)
+        prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
+        kept = ops.take_along_axis(patches, ops.expand_dims(indices, -1), axis=1)
+
+        share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
+        self.last_mask_ratio.assign(1.0 - share)
+        self.after_training_step()
+        if self.hides_tokens:
+            always = ops.ones_like(prefix[:, :, 0], dtype="bool")
+            self._visible_tokens = ops.concatenate([always, visible], axis=1)
+        return ops.concatenate([prefix, kept], axis=1)
+
+    def check_ready(self):
+        """Raises if the layer cannot train yet. Reads values, so call it eagerly."""
+
+    def after_training_step(self):
+        """Called once per training step, for strategies that keep state."""
+
+    def _check_ready_once(self):
+        # Once, since reading a value makes an accelerator wait. In a compiled step
+        # nothing can be read; `ContrastiveModel` checks before it compiles one.
+        if not self._is_ready:
+            try:
+                self.check_ready()
+            except ValueError:
+                raise
+            except Exception:
+                return
+            self._is_ready = True
+
+    def _check_prefix(self, num_tokens, num_patches):
+        expected = self.num_prefix_tokens
+        prefix = None if num_tokens is None else num_tokens - num_patches
+        if prefix is None or prefix < 0 or expected not in (None, prefix):
+            wanted = num_patches + (expected or 0)
+            raise ValueError(
+                "`tokens` does not fit the image grid: expected "
+                f"{'at least ' if expected is None else ''}{wanted} tokens "
+                f"({num_patches} patches, num_prefix_tokens={expected}), found "
+                f"{num_tokens}. Received: tokens.shape[1]={num_tokens}"
+            )
+        return prefix
+
+    # === Keras ===
+
+    def compute_mask(self, inputs, previous_mask=None):
+        # Handed over from `call`, since Keras asks for the mask of the output
+        # with nothing but the input at hand.
+        visible, self._visible_tokens = self._visible_tokens, None
+        return previous_mask if visible is None else visible
+
+    def compute_output_shape(self, tokens_shape, images_shape=None, noise_shape=None):
+        # None in both modes: how many tokens leave depends on `training`.
+        return (tokens_shape[0], None, tokens_shape[2])
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "mask_ratio": self.mask_ratio,
+                "num_prefix_tokens": self.num_prefix_tokens,
+                "seed": self.seed,
+            }
+        )
+        return config
+
+
+def check_ratio(name, value):
+    """Raises unless `value` is a number in `[0, 1)`."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value}")
+
+
+def kept_count(num_patches, ratio):
+    """How many of `num_patches` stay if `ratio` of them goes, at least 1."""
+    # 1e-6 mends products such as 10 * (1 - 0.9) = 0.99999...
+    return max(1, int(num_patches * (1.0 - ratio) + 1e-6))

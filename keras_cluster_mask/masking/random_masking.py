@@ -1,0 +1,35 @@
+import keras
+
+from keras_cluster_mask.masking.patch_masking import PatchMasking
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class RandomMasking(PatchMasking):
+    """Leaves out random patches of every training image.
+
+    The masking of FLIP, and the baseline for every other strategy: each image
+    keeps a uniformly random subset of its patches, of fixed size.
+
+    Example:
+
+    ```python
+    tokens = np.random.rand(2, 1 + 16, 8)  # a class token and 4 x 4 patches
+    masking = kcm.RandomMasking(mask_ratio=0.5, num_prefix_tokens=1)
+    kept = masking(tokens, training=True)  # (2, 1 + 8, 8)
+    ```
+
+    Args:
+        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        num_prefix_tokens: Integer. How many tokens before the patch tokens
+            always stay, 1 for a class token. `kcm.with_masking` fills it in
+            if it is `None`; a layer of your own model needs it.
+        seed: Integer or `keras.random.SeedGenerator`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Reference:
+        - [Scaling Language-Image Pre-training via Masking](
+          https://arxiv.org/abs/2212.00794)
+    """
+
+    def score(self, noise, images=None, tokens=None):
+        return noise

@@ -1,0 +1,98 @@
+"""How alike image patches are, as pure functions.
+
+Similarities are float32 whatever the dtype policy, and rounded to multiples of
+1 / STEPS, so that rounding noise of one backend or another decides nothing.
+"""
+
+from keras import ops
+
+STEPS = 2**12
+
+
+def extract_patches(images, patch_size, data_format):
+    """Cuts images into patches.
+
+    Args:
+        images: `(batch, H, W, C)` tensor, or `(batch, C, H, W)` for
+            `"channels_first"`, of any dtype.
+        patch_size: Tuple `(height, width)` in pixels, which divides H and W.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        `(batch, N, n)` float32 tensor: N patches in row-major order with n
+        pixel values each.
+    """
+    if data_format == "channels_first":
+        images = ops.transpose(images, (0, 2, 3, 1))
+    _, height, width, channels = images.shape
+    p, q = patch_size
+    rows, columns = height // p, width // q
+    # The batch may be unknown to a tracing backend, so it is the axis left open.
+    x = ops.reshape(ops.cast(images, "float32"), (-1, rows, p, columns, q, channels))
+    x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
+    return ops.reshape(x, (-1, rows * columns, p * q * channels))
+
+
+def pixel_similarity(patches, anchors):
+    """Similarity of every patch to the anchor patches of its image.
+
+    Patches are compared without their means, in units of the image's own
+    contrast. A floor under the contrast makes flat patches (paper, sky) alike
+    to one another and unlike textured ones, and never NaN.
+
+    Args:
+        patches: `(batch, N, n)` float32 tensor.
+        anchors: `(batch, A)` int tensor of patch indices.
+
+    Returns:
+        `(batch, A, N)` float32 tensor in `[-1, 1]`, not yet rounded.
+
+    Reference:
+        - [Efficient Vision-Language Pre-training by Cluster Masking](
+          https://arxiv.org/abs/2405.08815)
+    """
+    size = patches.shape[-1]
+    means = ops.mean(patches, axis=-1, keepdims=True)
+    centered = patches - means
+    energy = ops.sum(ops.square(centered), axis=-1)
+
+    # The image's variance: within its patches and between their means.
+    between = ops.var(means[:, :, 0], axis=-1, keepdims=True)
+    variance = ops.mean(energy, axis=-1, keepdims=True) / size + between
+    largest = ops.max(ops.abs(patches), axis=(1, 2))[:, None]
+    contrast = ops.maximum(ops.maximum(ops.sqrt(variance), 0.01 * largest), 1e-12)
+    # The floor e = 1e-3 sqrt(n) of a patch in units of the contrast, squared and
+    # scaled back to pixel units: this spares a division of every pixel.
+    floor = 1e-6 * size * ops.square(contrast)
+
+    inverse_norm = ops.rsqrt(energy + floor)
+    anchor_patches = ops.take_along_axis(centered, anchors[:, :, None], axis=1)
+    products = ops.matmul(anchor_patches, ops.transpose(centered, (0, 2, 1)))
+    # Two factors in turn: their product can underflow where the image is black.
+    similarity = (products + floor[:, :, None]) * inverse_norm[:, None, :]
+    return similarity * ops.take_along_axis(inverse_norm, anchors, axis=1)[:, :, None]
+
+
+def token_similarity(tokens, anchors):
+    """Cosine similarity of every patch token to the anchors' tokens.
+
+    Args:
+        tokens: `(batch, N, dim)` tensor of patch tokens, without prefix. No
+            gradient flows into them.
+        anchors: `(batch, A)` int tensor of patch indices.
+
+    Returns:
+        `(batch, A, N)` float32 tensor in `[-1, 1]`, 0 for a zero token.
+    """
+    tokens = ops.stop_gradient(ops.cast(tokens, "float32"))
+    length = ops.sum(ops.square(tokens), axis=-1, keepdims=True)
+    tokens = tokens * ops.rsqrt(ops.maximum(length, 1e-12))
+    anchor_tokens = ops.take_along_axis(tokens, anchors[:, :, None], axis=1)
+    return ops.matmul(anchor_tokens, ops.transpose(tokens, (0, 2, 1)))
+
+
+def round_similarity(similarity):
+    """Rounds to multiples of 1 / STEPS, at most 1."""
+    # Through integers, since a sort may tell -0.0 from 0.0.
+    steps = ops.cast(ops.round(similarity * STEPS), "int32")
+    return ops.cast(ops.minimum(steps, STEPS), "float32") / STEPS

@@ -1,0 +1,105 @@
+import keras
+
+from keras_cluster_mask.models.embedding_layer import number_positions
+
+# Widths, depths and heads of the two towers. The larger three are those of
+# open_clip's model configurations ViT-S-16, ViT-B-16 and ViT-L-16
+# (https://github.com/mlfoundations/open_clip); ViT-B/16 is the paper's.
+SIZES = {
+    "tiny": dict(patch=4, image=(128, 4, 4), text=(128, 2, 4), projection=128),
+    "vit_s_16": dict(patch=16, image=(384, 12, 6), text=(384, 12, 6), projection=384),
+    "vit_b_16": dict(patch=16, image=(768, 12, 12), text=(512, 12, 8), projection=512),
+    "vit_l_16": dict(
+        patch=16, image=(1024, 24, 16), text=(768, 12, 12), projection=768
+    ),
+}
+
+
+def clip_backbone(
+    size,
+    image_size=224,
+    vocabulary_size=49408,
+    context_length=77,
+    patch_size=None,
+    activation="gelu",
+    dtype=None,
+):
+    """Makes a CLIP model with fresh weights, by size.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=4096)
+    model = kcm.ContrastiveModel.from_clip(backbone)
+    ```
+
+    Args:
+        size: `"tiny"` (for pictures of 32 to 64 pixels and small data),
+            `"vit_s_16"`, `"vit_b_16"` or `"vit_l_16"`.
+        image_size: Integer. The side of the square images in pixels.
+        vocabulary_size: Integer. The tokenizer's number of ids; 49,408 for
+            CLIP's vocabulary.
+        context_length: Integer. The largest number of tokens of a text.
+        patch_size: Integer. Defaults to the size's own: 4 for `"tiny"`, else 16.
+        activation: `"gelu"`, or `"quick_gelu"` as in OpenAI's weights.
+        dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
+
+    Returns:
+        A `keras_hub.models.CLIPBackbone`.
+
+    Raises:
+        ValueError: For an unknown size, or if the patch size does not divide
+            the image size.
+    """
+    # Imported here, as keras_hub takes seconds and the masking layers do not need it.
+    import keras_hub
+
+    if size not in SIZES:
+        raise ValueError(
+            f"`size` must be one of {list(SIZES)}. Received: size={size!r}"
+        )
+    shape = SIZES[size]
+    patch_size = patch_size or shape["patch"]
+    if image_size % patch_size:
+        raise ValueError(
+            "`image_size` must be divisible by the patch size. Received: "
+            f"image_size={image_size}, patch_size={patch_size}"
+        )
+    vision_encoder = keras_hub.models.CLIPVisionEncoder(
+        patch_size=patch_size,
+        image_shape=_image_shape(image_size),
+        name="vision_encoder",
+        **_tower(shape["image"], activation, dtype),
+    )
+    text_encoder = keras_hub.models.CLIPTextEncoder(
+        vocabulary_size=vocabulary_size,
+        embedding_dim=shape["text"][0],
+        max_sequence_length=context_length,
+        name="text_encoder",
+        **_tower(shape["text"], activation, dtype),
+    )
+    number_positions(vision_encoder.embedding)
+    return keras_hub.models.CLIPBackbone(
+        vision_encoder=vision_encoder,
+        text_encoder=text_encoder,
+        projection_dim=shape["projection"],
+        dtype=dtype,
+    )
+
+
+def _tower(shape, activation, dtype):
+    width, layers, heads = shape
+    return dict(
+        hidden_dim=width,
+        num_layers=layers,
+        num_heads=heads,
+        intermediate_dim=4 * width,
+        intermediate_activation=activation,
+        dtype=dtype,
+    )
+
+
+def _image_shape(side):
+    if keras.config.image_data_format() == "channels_first":
+        return (3, side, side)
+    return (side, side, 3)

@@ -1,0 +1,392 @@
+import math
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.losses import (
+    contrastive_accuracy,
+    sigmoid_contrastive_loss,
+    softmax_contrastive_loss,
+)
+from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.models.batches import check_batches, check_input
+from keras_cluster_mask.models.pixels import normalize_pixels
+
+INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
+INITIAL_LOGIT_BIAS = -10.0
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class ContrastiveModel(keras.Model):
+    """Trains an image encoder and a text encoder to agree on pairs.
+
+    Each batch of image-text pairs is compared every image with every text; the
+    encoders learn to place an image near its own text and far from the others.
+    Compile it with an optimizer alone, the loss is built in. Batches are
+    dictionaries `{"images": (B, H, W, C), "token_ids": (B, T)}` without labels.
+    uint8 images are scaled and normalised on the device; others must come
+    normalised.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_clip(
+        backbone, masking=kcm.ClusterMasking(patch_size=4, mask_ratio=0.5)
+    )
+    model.compile(optimizer=keras.optimizers.AdamW(1e-3))
+    batch = {
+        "images": np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8"),
+        "token_ids": np.random.randint(1, 100, (8, 12)).astype("int32"),
+    }
+    model.fit(batch, batch_size=8)
+    embeddings = model.predict(batch)["image_embeddings"]  # (8, 128)
+    ```
+
+    Args:
+        image_encoder: A Keras model from images to `(batch, d)` features; with
+            a masking in it, if it is to train on parts of the images
+            (`kcm.with_masking`).
+        text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
+            features.
+        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
+        projection_dim: Integer. The width of the common space, which both
+            features are mapped into by a matrix. `None` takes the features as
+            they are; they must have the same width.
+        initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for
+            sigmoid.
+        max_logit_scale: Float. The scale of the logits, 1 / temperature, never
+            exceeds it.
+        duplicates: `"positive"` or `"negative"`. What pairs of an image with
+            the text of another one are, if both texts are the same.
+        **kwargs: Arguments of `keras.Model`, such as `name`.
+
+    Metrics reported while it trains: `loss`, `image_to_text_accuracy` and
+    `text_to_image_accuracy` within the batch, `temperature`, and, with a
+    masking, `mask_ratio`: the share of patches that had no influence (0 in
+    evaluation, which masks nothing).
+
+    Reference:
+        - [Learning Transferable Visual Models From Natural Language Supervision](
+          https://arxiv.org/abs/2103.00020)
+        - [Sigmoid Loss for Language Image Pre-Training](
+          https://arxiv.org/abs/2303.15343)
+    """
+
+    def __init__(
+        self,
+        image_encoder,
+        text_encoder,
+        loss="softmax",
+        projection_dim=None,
+        initial_temperature=None,
+        max_logit_scale=100.0,
+        duplicates="positive",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        # Each encoder casts for itself; a masking must see pixels in full precision.
+        self.autocast = False
+        _check_options(loss, initial_temperature, max_logit_scale, duplicates)
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.contrastive_loss = loss
+        self.projection_dim = projection_dim
+        self.initial_temperature = initial_temperature
+        self.max_logit_scale = float(max_logit_scale)
+        self.duplicates = duplicates
+        self.build_heads()
+        self.logit_bias = None
+        if loss == "sigmoid":
+            self.logit_bias = self.add_scalar("logit_bias", INITIAL_LOGIT_BIAS)
+        # Keeps the weight itself in range, so that it never has a long way back.
+        self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
+
+        self.accuracy_metrics = (
+            keras.metrics.Mean(name="image_to_text_accuracy"),
+            keras.metrics.Mean(name="text_to_image_accuracy"),
+        )
+        self.temperature_metric = keras.metrics.Mean(name="temperature")
+        self.maskings = [
+            x for x in self._flatten_layers() if isinstance(x, PatchMasking)
+        ]
+        if self.maskings:
+            self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
+        # Nothing is left to build, unless an encoder learns its width when called.
+        self.built = all(layer.built for layer in self._flatten_layers(False))
+
+    @classmethod
+    def from_clip(cls, backbone, masking=None, **kwargs):
+        """Makes a model from a keras_hub CLIP backbone.
+
+        The model trains the backbone itself, its projections and temperature
+        included: after `fit`, `backbone.save_to_preset` saves what was learned.
+
+        Args:
+            backbone: A `keras_hub.models.CLIPBackbone`, fresh or pre-trained.
+            masking: A `PatchMasking` layer, or `None` to train on whole images.
+            **kwargs: Arguments of `ContrastiveModel`, without the encoders and
+                `projection_dim`. `initial_temperature=None` keeps the
+                temperature of the backbone.
+
+        Returns:
+            A `CLIPContrastiveModel`.
+        """
+        from keras_cluster_mask.models.clip import CLIPContrastiveModel
+
+        return CLIPContrastiveModel(backbone, masking=masking, **kwargs)
+
+    # === From inputs to embeddings ===
+
+    def build_heads(self):
+        """Creates what lies between the encoders' features and the loss."""
+        widths = [
+            _feature_width(name, encoder)
+            for name, encoder in (
+                ("image_encoder", self.image_encoder),
+                ("text_encoder", self.text_encoder),
+            )
+        ]
+        if self.projection_dim is None:
+            if None not in widths and widths[0] != widths[1]:
+                raise ValueError(
+                    "`image_encoder` and `text_encoder` must return features of the "
+                    "same width; or pass `projection_dim` to map both to a common "
+                    f"one. Received: widths {widths[0]} and {widths[1]}"
+                )
+            self.image_projection = self.text_projection = None
+        else:
+            self.image_projection, self.text_projection = (
+                keras.layers.Dense(self.projection_dim, use_bias=False, name=name)
+                for name in ("image_projection", "text_projection")
+            )
+            if None not in widths:
+                self.image_projection.build((None, widths[0]))
+                self.text_projection.build((None, widths[1]))
+        temperature = self.initial_temperature
+        if temperature is None:
+            temperature = INITIAL_TEMPERATURE[self.contrastive_loss]
+        self.logit_scale = self.add_scalar("logit_scale", math.log(1.0 / temperature))
+
+    def add_scalar(self, name, value):
+        return self.add_weight(
+            shape=(),
+            initializer=keras.initializers.Constant(value),
+            dtype="float32",
+            autocast=False,
+            name=name,
+        )
+
+    def image_features(self, images, training=None):
+        """`(batch, d)` image features before normalisation."""
+        features = call_encoder(self.image_encoder, images, training)
+        if self.image_projection is None:
+            return features
+        return self.image_projection(features)
+
+    def text_features(self, token_ids, training=None):
+        """`(batch, d)` text features before normalisation."""
+        features = call_encoder(self.text_encoder, token_ids, training)
+        return (
+            features if self.text_projection is None else self.text_projection(features)
+        )
+
+    def encode_image(self, images, training=None):
+        """Embeds images.
+
+        Args:
+            images: `(batch, H, W, C)` tensor, uint8 or normalised floats.
+            training: Python boolean. Parts of the images are left out if true.
+
+        Returns:
+            `(batch, d)` float32 tensor, L2-normalised.
+        """
+        return l2_normalize(self.image_features(normalize_pixels(images), training))
+
+    def encode_text(self, token_ids, training=None):
+        """Embeds texts.
+
+        Args:
+            token_ids: `(batch, T)` int tensor.
+            training: Python boolean.
+
+        Returns:
+            `(batch, d)` float32 tensor, L2-normalised.
+        """
+        token_ids = ops.convert_to_tensor(token_ids)
+        return l2_normalize(self.text_features(token_ids, training))
+
+    def call(self, inputs, training=None):
+        check_input(inputs)
+        return {
+            "image_embeddings": self.encode_image(inputs["images"], training),
+            "text_embeddings": self.encode_text(inputs["token_ids"], training),
+        }
+
+    # === Training ===
+
+    @property
+    def scale(self):
+        """The scale of the logits, 1 / temperature, at most `max_logit_scale`."""
+        # The clip passes gradients, so that a scale above the limit (averaged or
+        # loaded weights) still learns its way back.
+        log_scale = ops.cast(ops.convert_to_tensor(self.logit_scale), "float32")
+        clipped = ops.minimum(log_scale, math.log(self.max_logit_scale))
+        return ops.exp(log_scale + ops.stop_gradient(clipped - log_scale))
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
+        if training and images.shape[0] == 1:
+            raise ValueError(
+                "A contrastive loss needs at least two pairs in a batch: the others "
+                "are what a pair is told from. Received: a batch of 1"
+            )
+        labels = x["token_ids"] if self.duplicates == "positive" else None
+        scale = self.scale
+        if self.contrastive_loss == "softmax":
+            loss = softmax_contrastive_loss(images, texts, scale, labels)
+        else:
+            loss = sigmoid_contrastive_loss(
+                images, texts, scale, self.logit_bias, labels
+            )
+        for extra in self.losses:
+            loss = loss + ops.cast(ops.sum(extra), loss.dtype)
+
+        accuracies = contrastive_accuracy(images, texts, labels)
+        for metric, accuracy in zip(self.accuracy_metrics, accuracies):
+            metric.update_state(accuracy)
+        self.temperature_metric.update_state(1.0 / scale)
+        if training:
+            for masking in self.maskings:
+                self.mask_ratio_metric.update_state(masking.last_mask_ratio)
+        return loss
+
+    def train_step(self, *args):
+        """One step of training, the same text on every backend.
+
+        Keras passes `(data)` on TensorFlow and torch and `(state, data)` on
+        JAX; gradients and updates are Keras's own. Override `compute_loss` to
+        train something else.
+        """
+        return super().train_step(*args)
+
+    def make_train_function(self, force=False):
+        # The last moment before a step is compiled, where values can be read.
+        for masking in self.maskings:
+            masking.check_ready()
+        return super().make_train_function(force)
+
+    # === What the user passes ===
+
+    def fit(self, x=None, *args, validation_data=None, **kwargs):
+        vocabulary_size = self.vocabulary_size
+        x = check_batches(x, vocabulary_size)
+        if validation_data is not None:
+            validation_data = check_batches(validation_data, vocabulary_size)
+        return super().fit(x, *args, validation_data=validation_data, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        return super().evaluate(check_batches(x, self.vocabulary_size), *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        return super().predict(check_batches(x, self.vocabulary_size), *args, **kwargs)
+
+    @property
+    def vocabulary_size(self):
+        """The number of token ids the text encoder knows, or `None`."""
+        return getattr(self.text_encoder, "vocabulary_size", None)
+
+    # === Keras ===
+
+    def get_config(self):
+        config = self.options()
+        for key in ("image_encoder", "text_encoder"):
+            config[key] = keras.saving.serialize_keras_object(getattr(self, key))
+        config["projection_dim"] = self.projection_dim
+        return config
+
+    def options(self):
+        """The constructor's arguments other than models."""
+        return {
+            "name": self.name,
+            "loss": self.contrastive_loss,
+            "initial_temperature": self.initial_temperature,
+            "max_logit_scale": self.max_logit_scale,
+            "duplicates": self.duplicates,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        for key, value in config.items():
+            if isinstance(value, dict):
+                config[key] = keras.saving.deserialize_keras_object(
+                    value, custom_objects=custom_objects
+                )
+        return cls(**config)
+
+
+def call_encoder(encoder, value, training):
+    """Calls an encoder on one tensor, whether it takes a tensor or a dictionary."""
+    inputs = getattr(encoder, "input", None)
+    if isinstance(inputs, dict) and len(inputs) == 1:
+        value = dict.fromkeys(inputs, value)
+    features = encoder(value, training=training)
+    if not hasattr(features, "shape") or len(features.shape) != 2:
+        raise ValueError(
+            "An encoder must return features of shape (batch, d); add a pooling to one "
+            f"that returns tokens. Received: {encoder.name} returned "
+            f"{getattr(features, 'shape', type(features).__name__)}"
+        )
+    return features
+
+
+def l2_normalize(features):
+    """Float32 rows of length 1, with a finite gradient at 0."""
+    # `keras.ops.normalize` has a NaN gradient at a zero vector on JAX and torch.
+    x = ops.cast(features, "float32")
+    length = ops.sum(ops.square(x), axis=-1, keepdims=True)
+    return x * ops.rsqrt(ops.maximum(length, 1e-12))
+
+
+def _feature_width(name, encoder):
+    if not isinstance(encoder, keras.layers.Layer):
+        raise ValueError(
+            f"`{name}` must be a Keras model. "
+            f"Received: {name}={encoder} of type {type(encoder).__name__}"
+        )
+    shape = getattr(getattr(encoder, "output", None), "shape", None)
+    return shape[-1] if shape is not None else None
+
+
+def _check_options(loss, initial_temperature, max_logit_scale, duplicates):
+    if loss not in INITIAL_TEMPERATURE:
+        raise ValueError(
+            f"`loss` must be one of {sorted(INITIAL_TEMPERATURE)}. "
+            f"Received: loss={loss!r}"
+        )
+    if duplicates not in ("positive", "negative"):
+        raise ValueError(
+            "`duplicates` must be 'positive' or 'negative'. "
+            f"Received: duplicates={duplicates!r}"
+        )
+    if initial_temperature is not None and initial_temperature <= 0:
+        raise ValueError(
+            "`initial_temperature` must be greater than 0. "
+            f"Received: initial_temperature={initial_temperature}"
+        )
+    if max_logit_scale <= 0:
+        raise ValueError(
+            "`max_logit_scale` must be greater than 0. "
+            f"Received: max_logit_scale={max_logit_scale}"
+        )
+
+
+class _AtMost(keras.constraints.Constraint):
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __call__(self, weight):
+        return ops.minimum(weight, ops.cast(self.limit, weight.dtype))

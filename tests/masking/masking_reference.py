@@ -1,0 +1,259 @@
+"""Cluster masking in plain NumPy, the reference the layers are tested against.
+
+The algorithm is that of Wei, Pan and Owens, "Efficient Vision-Language Pre-training
+by Cluster Masking", CVPR 2024, arXiv 2405.08815, with the exact-budget variant, in
+which the clusters grow until a given number of patches is masked.
+
+Written from the description of the algorithm alone, and to be read rather than to be
+fast. Nothing of the library is imported. Every decision is made in float64, on images,
+tokens and noise that are first cast to float32, which is what a layer receives.
+
+Names: N patches per image, n values per patch, A anchors, K kept patches, S the
+similarity of two patches, s_j the highest similarity of patch j to any anchor.
+Selections are a pair: `indices` (batch, K) int32, ascending, and `visible` (batch, K)
+bool, false for the kept patches that are only padding.
+"""
+
+import numpy as np
+
+SIMILARITY_STEP = 2.0**-12
+SMALLEST_NOISE = 1e-12
+
+
+def _float64(values):
+    """The float32 values of an array, as float64."""
+    return np.asarray(values).astype(np.float32).astype(np.float64)
+
+
+# === Patches ===
+
+
+def patches(images, patch_size, data_format="channels_last"):
+    """Cut images into patches: (batch, N, n), row-major (arXiv 2405.08815).
+
+    The values of a patch are ordered (row, column, channel) in both data formats.
+    """
+    images = _float64(images)
+    if data_format == "channels_first":
+        images = np.moveaxis(images, 1, -1)
+    elif data_format != "channels_last":
+        raise ValueError(f"Unknown `data_format`. Received: {data_format!r}")
+    if isinstance(patch_size, int):
+        patch_size = (patch_size, patch_size)
+    patch_height, patch_width = patch_size
+
+    batch, height, width, _ = images.shape
+    if height % patch_height or width % patch_width:
+        raise ValueError(
+            f"`patch_size` must divide the image size. "
+            f"Received: {patch_size} and {(height, width)}"
+        )
+    cut = [
+        images[:, top : top + patch_height, left : left + patch_width].reshape(
+            batch, -1
+        )
+        for top in range(0, height, patch_height)
+        for left in range(0, width, patch_width)
+    ]
+    return np.stack(cut, axis=1)
+
+
+# === Similarity ===
+
+
+def pairwise_similarity(images, patch_size, data_format="channels_last"):
+    """Unrounded S of the pixels: (batch, N, N) (arXiv 2405.08815).
+
+    The cosine of mean-free patches, measured in units of the contrast r of the image
+    and regularised by e, so that flat patches are alike and nothing is divided by 0.
+    """
+    x = patches(images, patch_size, data_format)
+    e_squared = 1e-3**2 * x.shape[-1]
+
+    similarity = []
+    for image in x:
+        r = max(np.std(image), 0.01 * np.max(np.abs(image)), 1e-12)
+        centred = (image - image.mean(axis=1, keepdims=True)) / r
+        squared_norm = np.sum(centred**2, axis=1)
+        dot = centred @ centred.T
+        norm_product = np.sqrt(
+            (squared_norm[:, None] + e_squared) * (squared_norm[None, :] + e_squared)
+        )
+        similarity.append((dot + e_squared) / norm_product)
+    return np.stack(similarity)
+
+
+def token_similarity(tokens):
+    """Cosine of patch tokens without prefix: (batch, N, N) (arXiv 2405.08815).
+
+    A zero vector has similarity 0 to everything, itself included.
+    """
+    tokens = _float64(tokens)
+    norm = np.sqrt(np.sum(tokens**2, axis=-1, keepdims=True))
+    unit = tokens / np.where(norm == 0.0, 1.0, norm)
+    return unit @ np.swapaxes(unit, 1, 2)
+
+
+def round_similarity(s):
+    """The nearest multiple of 2^-12, ties to even: rounding noise never decides.
+
+    A detail of this library, not of arXiv 2405.08815.
+    """
+    return np.round(np.asarray(s, np.float64) / SIMILARITY_STEP) * SIMILARITY_STEP
+
+
+def mixed_similarity(
+    images, patch_size, data_format="channels_last", tokens=None, weight=0.0
+):
+    """(1 - weight) S_pixels + weight S_tokens, rounded once: (batch, N, N).
+
+    The embedding variant of arXiv 2405.08815. At weight 0 tokens are not looked at.
+    """
+    similarity = pairwise_similarity(images, patch_size, data_format)
+    if weight != 0.0:
+        if tokens is None:
+            raise ValueError(f"`weight` needs `tokens`. Received: weight={weight}")
+        similarity = (1.0 - weight) * similarity + weight * token_similarity(tokens)
+    return round_similarity(similarity)
+
+
+# === Counts and anchors ===
+
+
+def anchor_count(N, anchor_ratio):
+    """The number of anchors A, at least 1 (arXiv 2405.08815)."""
+    return max(1, N - int(N * (1.0 - anchor_ratio) + 1e-6))
+
+
+def kept_count(N, ratio):
+    """The number of kept patches K, at least 1 (arXiv 2405.08815).
+
+    `ratio` is the masked share: `mask_ratio`, or `min_mask_ratio` with a threshold.
+    """
+    return max(1, int(N * (1.0 - ratio) + 1e-6))
+
+
+def anchors(noise, anchor_ratio):
+    """Random anchors: the A patches with the smallest noise (arXiv 2405.08815).
+
+    Returns (batch, A) indices, smallest noise first, ties by lower index.
+    """
+    noise = _float64(noise)
+    A = anchor_count(noise.shape[1], anchor_ratio)
+    return np.argsort(noise, axis=1, kind="stable")[:, :A].astype(np.int32)
+
+
+def highest_similarity(pairwise, anchors):
+    """s_j, the highest S(anchor, j) over the anchors: (batch, N) (arXiv 2405.08815)."""
+    return np.stack(
+        [image[rows].max(axis=0) for image, rows in zip(pairwise, np.asarray(anchors))]
+    )
+
+
+# === Selection ===
+
+
+def _order(cost, noise):
+    """Patches of one image, lowest cost first, then larger noise, then lower index."""
+    return np.lexsort((np.arange(len(cost)), -noise, cost))
+
+
+def _largest_noise_first(candidates, noise):
+    """Candidate patches of one image, largest noise first, then lower index."""
+    return sorted(candidates, key=lambda j: (-noise[j], j))
+
+
+def _cost(s, noise, softness):
+    """What budget mode minimises: s_j - softness * g_j, g_j a Gumbel variable."""
+    if softness == 0.0:
+        return s
+    g = -np.log(-np.log(np.maximum(noise, SMALLEST_NOISE)))
+    if np.isinf(softness):
+        return -g
+    return s - softness * g
+
+
+def select_budget(s, noise, mask_ratio, softness=0.0):
+    """Exact budget: keep the K patches least similar to any anchor.
+
+    The clusters of arXiv 2405.08815, grown until N - K patches are masked. `softness`
+    adds Gumbel noise to the order: 0 is pure clusters, infinity is random masking.
+    """
+    s, noise = np.asarray(s, np.float64), _float64(noise)
+    K = kept_count(s.shape[1], mask_ratio)
+    indices = [
+        sorted(_order(_cost(s_image, noise_image, softness), noise_image)[:K])
+        for s_image, noise_image in zip(s, noise)
+    ]
+    return np.array(indices, np.int32), np.ones((len(s), K), bool)
+
+
+def select_threshold(s, noise, min_mask_ratio, threshold, hide_padding=True):
+    """Threshold: patch j is masked when s_j > threshold (arXiv 2405.08815).
+
+    K patches are kept. Of too many unmasked ones those with the smallest noise go; too
+    few are filled up with the masked ones of the largest noise, which stay invisible
+    unless `hide_padding` is false. If all are masked, the one of the lowest s is not.
+    """
+    s, noise = np.asarray(s, np.float64), _float64(noise)
+    threshold = float(np.float32(threshold))
+    if np.isnan(threshold):
+        raise ValueError("`threshold` must be a number. Received: nan")
+    batch, N = s.shape
+    K = kept_count(N, min_mask_ratio)
+
+    indices = np.zeros((batch, K), np.int32)
+    visible = np.ones((batch, K), bool)
+    for b in range(batch):
+        unmasked = {j for j in range(N) if not s[b, j] > threshold}
+        if not unmasked:
+            unmasked = {int(_order(s[b], noise[b])[0])}
+        masked = set(range(N)) - unmasked
+
+        preferred = _largest_noise_first(unmasked, noise[b])
+        preferred += _largest_noise_first(masked, noise[b])
+        indices[b] = sorted(preferred[:K])
+        if hide_padding:
+            visible[b] = [j in unmasked for j in indices[b]]
+    return indices, visible
+
+
+def select_random(noise, mask_ratio):
+    """Random masking: keep the K patches with the largest noise.
+
+    The baseline that arXiv 2405.08815 compares with.
+    """
+    noise = _float64(noise)
+    K = kept_count(noise.shape[1], mask_ratio)
+    indices = [sorted(_largest_noise_first(range(len(row)), row)[:K]) for row in noise]
+    return np.array(indices, np.int32), np.ones((len(noise), K), bool)
+
+
+# === How safe a decision is ===
+
+
+def gap_at_cut(s_unrounded, noise, K, softness=0.0):
+    """Distance between the last kept and the first dropped patch in budget mode.
+
+    (batch,), from the unrounded s; infinity where K = N. Float32 backends must agree
+    on a selection of arXiv 2405.08815's clusters only where this is clearly above the
+    rounding step. With K = 1 it also covers the one patch that a threshold below every
+    s leaves visible.
+    """
+    s, noise = np.asarray(s_unrounded, np.float64), _float64(noise)
+    gaps = []
+    for s_image, noise_image in zip(s, noise):
+        cost = _cost(s_image, noise_image, softness)
+        in_order = cost[_order(cost, noise_image)]
+        everything_kept = len(cost) == K
+        gaps.append(np.inf if everything_kept else in_order[K] - in_order[K - 1])
+    return np.array(gaps)
+
+
+def margin_at_threshold(s_unrounded, threshold):
+    """Smallest |s_j - threshold| of each image: (batch,).
+
+    The counterpart of `gap_at_cut` for the threshold of arXiv 2405.08815.
+    """
+    s = np.asarray(s_unrounded, np.float64)
+    return np.abs(s - float(np.float32(threshold))).min(axis=1)
