@@ -1,0 +1,174 @@
+"""Recall of image-to-text and text-to-image retrieval."""
+
+import math
+
+import numpy as np
+
+# Rows of the similarity matrix held in memory at a time.
+BLOCK = 1024
+
+
+def retrieval_recall(
+    image_embeddings,
+    text_embeddings,
+    image_labels=None,
+    text_labels=None,
+    ks=(1, 5, 10),
+):
+    """How often a right partner is among the k most similar ones, both ways.
+
+    A wrong partner that is exactly as similar as the best right one counts as
+    ahead of it, so a model that embeds everything alike gets nothing for it.
+
+    Example:
+
+    ```python
+    images = np.eye(12, 16, dtype="float32")
+    texts = np.roll(images, 1, axis=0)
+    labels = np.arange(12)
+    kcm.evaluation.retrieval_recall(images, texts, labels, np.roll(labels, 1))
+    # {"image_to_text_recall@1": 1.0, ...}
+    ```
+
+    Args:
+        image_embeddings: `(images, d)` array, L2-normalised.
+        text_embeddings: `(texts, d)` array, L2-normalised.
+        image_labels: `(images,)` array. An image and a text of the same label
+            belong together: pass picture ids where pictures have several
+            captions, or the captions where pictures share one. By default row
+            i of one belongs to row i of the other.
+        text_labels: `(texts,)` array. Defaults to `image_labels`.
+        ks: Integers, the numbers of retrieved items to look among.
+
+    Returns:
+        A dictionary of floats in `[0, 1]` with the keys
+        `image_to_text_recall@k` and `text_to_image_recall@k` for each k.
+
+    Raises:
+        ValueError: For embeddings that do not fit each other or their labels,
+            and for NaN embeddings.
+    """
+    images = _check_embeddings("image_embeddings", image_embeddings)
+    texts = _check_embeddings("text_embeddings", text_embeddings)
+    if images.shape[1] != texts.shape[1]:
+        raise ValueError(
+            "Image and text embeddings must have the same width. Received: "
+            f"image_embeddings.shape={images.shape}, "
+            f"text_embeddings.shape={texts.shape}"
+        )
+    image_labels, text_labels = _check_labels(
+        len(images), len(texts), image_labels, text_labels
+    )
+    recalls = {}
+    for name, queries, items, query_labels, item_labels in (
+        ("image_to_text", images, texts, image_labels, text_labels),
+        ("text_to_image", texts, images, text_labels, image_labels),
+    ):
+        ranks = _ranks(queries, items, query_labels, item_labels)
+        for k in ks:
+            recalls[f"{name}_recall@{k}"] = float(np.mean(ranks < k))
+    return recalls
+
+
+def chance_recall(
+    num_images, num_texts=None, image_labels=None, text_labels=None, ks=(1, 5, 10)
+):
+    """The recall that a random ranking reaches on average.
+
+    Args:
+        num_images: Integer.
+        num_texts: Integer. Defaults to `num_images`.
+        image_labels: As in `retrieval_recall`.
+        text_labels: As in `retrieval_recall`.
+        ks: As in `retrieval_recall`.
+
+    Returns:
+        A dictionary with the keys of `retrieval_recall`.
+    """
+    num_texts = num_images if num_texts is None else num_texts
+    image_labels, text_labels = _check_labels(
+        num_images, num_texts, image_labels, text_labels
+    )
+    chances = {}
+    for name, query_labels, item_labels in (
+        ("image_to_text", image_labels, text_labels),
+        ("text_to_image", text_labels, image_labels),
+    ):
+        labels, counts = np.unique(item_labels, return_counts=True)
+        right = dict(zip(labels.tolist(), counts.tolist()))
+        n = len(item_labels)
+        for k in ks:
+            missed = [
+                math.comb(n - right.get(label, 0), k) / math.comb(n, k)
+                if k <= n
+                else 0.0
+                for label in query_labels.tolist()
+            ]
+            chances[f"{name}_recall@{k}"] = 1.0 - float(np.mean(missed))
+    return chances
+
+
+def wilson_interval(share, count, z=1.96):
+    """The 95 % confidence interval of a share observed on `count` queries.
+
+    Args:
+        share: Float in `[0, 1]`, such as a recall.
+        count: Integer, the number of queries.
+        z: Float, the normal quantile; 1.96 for 95 %.
+
+    Returns:
+        A tuple `(low, high)`.
+
+    Reference:
+        - Wilson, "Probable inference, the law of succession, and statistical
+          inference", Journal of the American Statistical Association, 1927.
+    """
+    center = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    half *= z / (1 + z * z / count)
+    return center - half, center + half
+
+
+def _ranks(queries, items, query_labels, item_labels):
+    """For each query the number of wrong items ahead of its best right one."""
+    ranks = []
+    for start in range(0, len(queries), BLOCK):
+        similarity = queries[start : start + BLOCK] @ items.T
+        right = query_labels[start : start + BLOCK, None] == item_labels[None]
+        best = np.max(np.where(right, similarity, -np.inf), axis=1, keepdims=True)
+        ranks.append(np.sum((similarity >= best) & ~right, axis=1))
+    return np.concatenate(ranks)
+
+
+def _check_embeddings(name, embeddings):
+    embeddings = np.asarray(embeddings, dtype="float32")
+    if embeddings.ndim != 2 or not embeddings.size:
+        raise ValueError(
+            f"`{name}` must have shape (items, d). "
+            f"Received: {name}.shape={embeddings.shape}"
+        )
+    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"`{name}` must be finite. Received: NaN or infinity in {len(bad)} rows, "
+            f"the first of them {bad[:5].tolist()}"
+        )
+    return embeddings
+
+
+def _check_labels(num_images, num_texts, image_labels, text_labels):
+    if image_labels is None:
+        image_labels = np.arange(num_images)
+    if text_labels is None:
+        text_labels = image_labels
+    image_labels, text_labels = np.asarray(image_labels), np.asarray(text_labels)
+    for name, labels, count in (
+        ("image_labels", image_labels, num_images),
+        ("text_labels", text_labels, num_texts),
+    ):
+        if labels.shape != (count,):
+            raise ValueError(
+                f"`{name}` must have shape ({count},), one label per item. "
+                f"Received: {name}.shape={labels.shape}"
+            )
+    return image_labels, text_labels

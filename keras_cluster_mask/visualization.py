@@ -1,0 +1,216 @@
+"""Pictures of masks, training runs and retrievals, as matplotlib figures."""
+
+import keras
+import matplotlib
+import numpy as np
+from keras import ops
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from keras_cluster_mask.masking import RandomMasking
+from keras_cluster_mask.masking.similarity import extract_patches, pixel_similarity
+
+LEFT_OUT = 0.88  # The grey of patches that are left out, on a scale of 0 to 1.
+
+
+def plot_masks(images, masking, noise=None, seed=0):
+    """Shows what a cluster masking leaves out, beside a random masking.
+
+    Five pictures a row: the image; random masking at the same budget; cluster
+    masking; the clusters, coloured by anchor; and how similar each patch is to
+    the nearest anchor. Anchors are outlined.
+
+    Example:
+
+    ```python
+    masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5)
+    images = np.random.randint(0, 256, (2, 64, 64, 3)).astype("uint8")
+    figure = kcm.visualization.plot_masks(images, masking)
+    ```
+
+    Args:
+        images: `(batch, H, W, C)` array, uint8, or floats in `[0, 1]`. A row
+            of the figure each.
+        masking: A `ClusterMasking` without an embedding mix.
+        noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
+        seed: Integer, for the noise.
+
+    Returns:
+        A `matplotlib.figure.Figure`; save it with `figure.savefig(path)`.
+    """
+    images = np.asarray(images)
+    num_patches = masking.count_patches(images)
+    if noise is None:
+        noise = np.random.default_rng(seed).random((len(images), num_patches))
+    noise = ops.convert_to_tensor(noise, dtype="float32")
+
+    tokens = ops.zeros((len(images), num_patches, 1))
+    at_random = RandomMasking(1 - masking.num_kept(num_patches) / num_patches, 0)
+    random_kept = _kept(*at_random.select(tokens=tokens, noise=noise), num_patches)
+    cluster_kept = _kept(*masking.select(images, noise=noise), num_patches)
+
+    anchors = masking.draw_anchors(noise)
+    patches = extract_patches(
+        ops.convert_to_tensor(images), masking.patch_size, masking.data_format
+    )
+    to_anchors = ops.convert_to_numpy(pixel_similarity(patches, anchors))
+    anchors = ops.convert_to_numpy(anchors)
+
+    shown = _for_display(images, masking.data_format)
+    grid = _Grid(shown.shape[1:3], masking.patch_size)
+    titles = ("image", "random masking", "cluster masking", "clusters", "similarity")
+    figure, axes = _axes(len(images), len(titles))
+    for row, image in zip(axes, range(len(images))):
+        nearest = to_anchors[image].argmax(axis=0)
+        colors = _anchor_colors(len(anchors[image]))[nearest]
+        colors[cluster_kept[image]] = np.nan
+        row[0].imshow(shown[image])
+        row[1].imshow(grid.leave_out(shown[image], random_kept[image]))
+        row[2].imshow(grid.leave_out(shown[image], cluster_kept[image]))
+        row[3].imshow(grid.tint(shown[image], colors))
+        row[4].imshow(shown[image].mean(axis=-1), cmap="gray", vmin=0, vmax=1)
+        heat = row[4].imshow(
+            grid.spread(to_anchors[image].max(axis=0)),
+            cmap="inferno", vmin=-0.2, vmax=1, alpha=0.75,
+        )  # fmt: skip
+        for axis in row[2:]:
+            for anchor in anchors[image]:
+                axis.add_patch(grid.outline(anchor))
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=11)
+    figure.colorbar(heat, ax=axes[:, -1].tolist(), shrink=0.85, pad=0.03)
+    return figure
+
+
+def plot_history(history):
+    """Shows the curves of a training run: loss, and accuracy within the batch.
+
+    Args:
+        history: The `keras.callbacks.History` that `fit` returned, or its
+            dictionary.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    history = getattr(history, "history", history)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    loss_axis, accuracy_axis = figure.subplots(1, 2)
+    epochs = np.arange(1, len(history["loss"]) + 1)
+    curves = (
+        (loss_axis, "loss", "loss"),
+        (accuracy_axis, "image_to_text_accuracy", "image to text"),
+        (accuracy_axis, "text_to_image_accuracy", "text to image"),
+    )
+    for axis, key, label in curves:
+        (line,) = axis.plot(epochs, history[key], label=f"{label}, training")
+        if f"val_{key}" in history:
+            color = line.get_color()
+            axis.plot(
+                epochs, history[f"val_{key}"], "--", color=color,
+                label=f"{label}, validation",
+            )  # fmt: skip
+    loss_axis.set_title("contrastive loss", fontsize=11)
+    accuracy_axis.set_title("accuracy within the batch", fontsize=11)
+    accuracy_axis.set_ylim(0, 1)
+    for axis in (loss_axis, accuracy_axis):
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def plot_retrieval(queries, images, similarity, k=5):
+    """Shows the pictures that answer typed queries best.
+
+    Args:
+        queries: List of strings, a row of the figure each.
+        images: `(images, H, W, C)` array, uint8, or floats in `[0, 1]`.
+        similarity: `(queries, images)` array.
+        k: Integer. How many pictures to show per query.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    similarity = np.asarray(similarity)
+    if similarity.shape != (len(queries), len(images)):
+        raise ValueError(
+            "`similarity` must have shape (queries, images), "
+            f"({len(queries)}, {len(images)}). "
+            f"Received: similarity.shape={similarity.shape}"
+        )
+    shown = _for_display(np.asarray(images), keras.config.image_data_format())
+    figure, axes = _axes(len(queries), k, size=1.15, left=2.6)
+    for row, query, scores in zip(axes, queries, similarity):
+        row[0].text(
+            -0.12, 0.5, query, transform=row[0].transAxes, ha="right", va="center",
+            fontsize=10,
+        )  # fmt: skip
+        for axis, index in zip(row, np.argsort(-scores, kind="stable")[:k]):
+            axis.imshow(shown[index])
+            axis.set_title(f"{scores[index]:.2f}", fontsize=7, pad=2)
+    return figure
+
+
+class _Grid:
+    """The patch grid of an image, and drawing on it."""
+
+    def __init__(self, size, patch_size):
+        self.patch_size = patch_size
+        self.rows, self.columns = size[0] // patch_size[0], size[1] // patch_size[1]
+
+    def spread(self, values):
+        """Turns `(N, ...)` values per patch into values per pixel."""
+        values = values.reshape(self.rows, self.columns, *values.shape[1:])
+        return values.repeat(self.patch_size[0], 0).repeat(self.patch_size[1], 1)
+
+    def leave_out(self, image, kept):
+        return np.where(self.spread(kept)[..., None], image, LEFT_OUT)
+
+    def tint(self, image, colors):
+        """Colours the patches whose colour is not NaN, and pales the others."""
+        colors = self.spread(colors)
+        gray = image.mean(axis=-1, keepdims=True)
+        tinted = 0.35 * gray + 0.65 * colors
+        return np.where(np.isnan(colors), 0.5 + 0.5 * image, tinted)
+
+    def outline(self, patch):
+        height, width = self.patch_size
+        corner = (patch % self.columns * width, patch // self.columns * height)
+        return Rectangle(
+            np.array(corner) - 0.5, width, height,
+            fill=False, edgecolor="red", linewidth=1.6,
+        )  # fmt: skip
+
+
+def _kept(indices, visible, num_patches):
+    """`(batch, N)` booleans, true for the patches that stay and are seen."""
+    indices, visible = ops.convert_to_numpy(indices), ops.convert_to_numpy(visible)
+    kept = np.zeros((len(indices), num_patches), dtype=bool)
+    np.put_along_axis(kept, indices, visible, axis=1)
+    return kept
+
+
+def _anchor_colors(count):
+    return matplotlib.colormaps["tab10"](np.arange(count) % 10)[:, :3]
+
+
+def _for_display(images, data_format):
+    """Floats in `[0, 1]`, channels last, three of them."""
+    if data_format == "channels_first":
+        images = np.moveaxis(images, 1, -1)
+    if images.dtype == np.uint8:
+        images = images / 255.0
+    if images.shape[-1] == 1:
+        images = images.repeat(3, axis=-1)
+    return np.clip(images[..., :3].astype("float32"), 0, 1)
+
+
+def _axes(rows, columns, size=2.1, left=0.0):
+    figure = Figure(
+        figsize=(left + columns * size + 0.2, rows * size + 0.3), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    return figure, axes
