@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from sklearn.metrics import top_k_accuracy_score
+
+from keras_cluster_mask.evaluation import (
+    chance_recall,
+    retrieval_recall,
+    wilson_interval,
+)
+
+
+def random_embeddings(count, width=8, seed=0):
+    x = np.random.default_rng(seed).normal(size=(count, width))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype("float32")
+
+
+def test_recall_equals_scikit_learn_where_each_query_has_one_answer():
+    images, texts = random_embeddings(1500), random_embeddings(1500, seed=1)
+    recall = retrieval_recall(images, texts, ks=(1, 5, 50))
+    labels = np.arange(1500)
+    for k in (1, 5, 50):
+        for name, scores in (
+            ("image_to_text", images @ texts.T),
+            ("text_to_image", texts @ images.T),
+        ):
+            expected = top_k_accuracy_score(labels, scores, k=k, labels=labels)
+            assert recall[f"{name}_recall@{k}"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_any_partner_of_the_same_label_counts():
+    images = np.eye(3, dtype="float32")
+    texts = np.eye(3, dtype="float32")[[1, 0, 2]]
+    apart = retrieval_recall(images, texts, ks=(1,))
+    alike = retrieval_recall(images, texts, ["a", "a", "b"], ks=(1,))
+    assert apart["image_to_text_recall@1"] == pytest.approx(1 / 3)
+    assert alike["image_to_text_recall@1"] == 1.0
+
+
+def test_several_captions_per_picture():
+    images = np.eye(2, dtype="float32")
+    texts = np.eye(2, dtype="float32")[[0, 1, 0]]
+    recall = retrieval_recall(images, texts, [0, 1], [0, 1, 1], ks=(1, 2))
+    # The third text belongs to picture 1 but lies on picture 0.
+    assert recall["text_to_image_recall@1"] == pytest.approx(2 / 3)
+    assert recall["text_to_image_recall@2"] == 1.0
+
+
+def test_a_model_that_embeds_everything_alike_gets_nothing():
+    same = np.ones((20, 4), dtype="float32") / 2
+    assert set(retrieval_recall(same, same).values()) == {0.0}
+
+
+def test_chance_is_what_random_embeddings_reach():
+    labels = np.random.default_rng(0).integers(0, 120, 200)
+    chance = chance_recall(200, image_labels=labels)
+    found = [
+        retrieval_recall(
+            random_embeddings(200, 64, seed),
+            random_embeddings(200, 64, seed + 1),
+            labels,
+        )
+        for seed in range(0, 80, 2)
+    ]
+    for name, expected in chance.items():
+        mean = np.mean([recall[name] for recall in found])
+        # 40 runs of 200 queries: five standard errors.
+        error = np.sqrt(expected * (1 - expected) / (40 * 200))
+        assert abs(mean - expected) < 5 * error
+
+
+def test_chance_of_distinct_pairs_is_k_over_n():
+    chance = chance_recall(346)
+    assert chance["image_to_text_recall@10"] == pytest.approx(10 / 346)
+    assert chance_recall(5)["text_to_image_recall@10"] == 1.0
+
+
+def test_wilson_interval_covers_the_truth_95_times_in_100():
+    rng = np.random.default_rng(0)
+    covered = [
+        low <= 0.2 <= high
+        for low, high in (
+            wilson_interval(rng.binomial(346, 0.2) / 346, 346) for _ in range(4000)
+        )
+    ]
+    assert 0.93 < np.mean(covered) < 0.97
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "labels", "message"),
+    [
+        (np.ones((3, 4)), np.ones((3, 5)), None, "same width"),
+        (np.ones((3, 4, 1)), np.ones((3, 4)), None, "image_embeddings"),
+        (np.ones((3, 4)), np.full((3, 4), np.nan), None, r"\[0, 1, 2\]"),
+        (np.ones((3, 4)), np.ones((3, 4)), [0, 1], "image_labels"),
+        (np.ones((3, 4)), np.ones((4, 4)), None, "text_labels"),
+    ],
+)
+def test_bad_input_is_named(images, texts, labels, message):
+    with pytest.raises(ValueError, match=message) as error:
+        retrieval_recall(images, texts, labels)
+    assert "Received: " in str(error.value)
