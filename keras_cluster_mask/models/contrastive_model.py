@@ -40,7 +40,7 @@ class ContrastiveModel(keras.Model):
         "token_ids": np.random.randint(1, 100, (8, 12)).astype("int32"),
     }
     model.fit(batch, batch_size=8)
-    embeddings = model.predict(batch)["image_embeddings"]  # (8, 128)
+    embeddings = model.predict(batch)["image_embeddings"]  # (8, 96)
     ```
 
     Args:

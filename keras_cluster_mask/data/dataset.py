@@ -1,0 +1,239 @@
+"""Image-text pairs out of tar shards, ready to train on."""
+
+import random
+
+import keras
+import numpy as np
+
+from keras_cluster_mask.data import images
+from keras_cluster_mask.data.backgrounds import check_background, composite
+from keras_cluster_mask.data.encoded import check_for_pairs, encoded_samples
+from keras_cluster_mask.data.shards import list_shards
+from keras_cluster_mask.data.skipped import SkippedSamples
+from keras_cluster_mask.data.tokenizing import tokenize
+
+try:
+    import tensorflow as tf
+except ImportError:
+    tf = None
+
+# Errors are caught for so many images at once: for each by itself costs more than
+# decoding a small one.
+GROUP = 16
+
+
+def image_text_dataset(
+    source,
+    tokenizer,
+    image_size,
+    batch_size,
+    training,
+    *,
+    seed=None,
+    shuffle_buffer=4096,
+    crop_scale=(0.4, 1.0),
+    horizontal_flip=False,
+    background="white",
+    image_keys=("jpg", "jpeg", "png", "webp"),
+    caption_key="txt",
+    on_error="skip",
+    drop_remainder=None,
+    data_format=None,
+    include_captions=False,
+    include_keys=False,
+):
+    """Batches of images and token ids from WebDataset shards, for `fit` and evaluation.
+
+    A shard is a tar file in which `KEY.jpg` is followed by `KEY.txt`, as img2dataset
+    writes them. In training the shards and the samples within a buffer are shuffled and
+    a random part of each image is cropped; otherwise all samples come once, in the
+    order of the files, each cut to its middle. Images are decoded in parallel and stay
+    uint8: models scale them on the device. Photographs are turned upright as their
+    EXIF tag says.
+
+    Broken samples (no image, no caption, an empty one, bytes that do not decode) and
+    the rest of damaged shards are skipped. The attribute `dataset.skipped` of the
+    returned dataset, a `SkippedSamples`, counts them for the current or last pass.
+    Methods such as `dataset.take` return new datasets without it: keep the first.
+
+    Two datasets of one seed give the same batches, epoch for epoch, and each epoch is
+    another one. As for all of `tf.data`, TensorFlow's global seed counts too.
+
+    Example:
+
+    ```python
+    import io, tarfile
+    import numpy as np
+    from PIL import Image
+
+    captions = ["a red square", "a blue square"]
+    with tarfile.open("squares.tar", "w") as tar:
+        for index, colour in enumerate([(255, 0, 0), (0, 0, 255)]):
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 48), colour).save(picture, "PNG")
+            caption = captions[index].encode()
+            for name, content in (("png", picture.getvalue()), ("txt", caption)):
+                member = tarfile.TarInfo(f"{index:04}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+    tokenizer = kcm.data.CLIPTokenizer.train(captions, vocabulary_size=600)
+    dataset = kcm.data.image_text_dataset(
+        "squares.tar", tokenizer, image_size=32, batch_size=2, training=True, seed=1
+    )
+    for batch in dataset:
+        print(batch["images"].shape, batch["token_ids"].shape)  # (2, 32, 32, 3) (2, 32)
+    print(dataset.skipped)  # <SkippedSamples count=0>
+    ```
+
+    Args:
+        source: str or path, or a list of them. Tar files or patterns of them, such as
+            `"data/train-{00000..00127}.tar"` or `"data/*.tar"`; see `list_shards`.
+        tokenizer: A `CLIPTokenizer`; or any callable from a list of bytes to ints
+            `(batch, length)`; or a Keras layer, such as a KerasHub `CLIPPreprocessor`,
+            which runs inside the graph, does not clean, and may spell numbers
+            differently from CLIP.
+        image_size: int or `(height, width)`.
+        batch_size: int. The number of samples in a batch, over all devices together.
+        training: bool. Whether to shuffle and to crop at random.
+        seed: int. Defaults to `None`: another order each time, unless
+            `keras.utils.set_random_seed` was called.
+        shuffle_buffer: int. How many samples, still encoded, the shuffle holds in
+            memory. Defaults to `4096`.
+        crop_scale: pair of floats. The range of the part of an image's area that is
+            kept in training. Defaults to `(0.4, 1.0)`.
+        horizontal_flip: bool. Whether to mirror every second image in training; not
+            for captions that say left and right. Defaults to `False`.
+        background: `"white"`, three ints from 0 to 255, or `"random"`. What is seen
+            through transparent images.
+        image_keys: sequence of str. File extensions of images; the first that a sample
+            has is used.
+        caption_key: str. The file extension of captions. Defaults to `"txt"`.
+        on_error: `"skip"`, or `"raise"` to stop at the first broken sample with an
+            error that names its shard and key.
+        drop_remainder: bool. Whether to drop a last batch that is not full. Defaults to
+            `None`: in training only.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to `None`:
+            `keras.config.image_data_format()`.
+        include_captions: bool. Whether batches hold the `"captions"`, strings.
+        include_keys: bool. Whether batches hold the samples' `"keys"`, strings.
+
+    Returns:
+        A `tf.data.Dataset` of dicts: `"images"`, uint8 `(batch, height, width, 3)` or
+        channels first, and `"token_ids"`, int32 `(batch, length)`.
+
+    Raises:
+        FileNotFoundError: if a shard is missing.
+        ValueError: if an argument does not make sense, or the shards hold no sample
+            with an image and a caption.
+    """
+    if tf is None:
+        raise ImportError(
+            "`image_text_dataset` needs TensorFlow, whatever backend trains the model: "
+            "`pip install tensorflow-cpu`."
+        )
+    shards = list_shards(source)
+    image_size = images.height_and_width(image_size)
+    background = check_background(background)
+    data_format = data_format or keras.config.image_data_format()
+    if data_format not in ("channels_last", "channels_first"):
+        raise ValueError(
+            '`data_format` must be "channels_last" or "channels_first". Received: '
+            f"{data_format!r}"
+        )
+    image_keys = [image_keys] if isinstance(image_keys, str) else list(image_keys)
+    if on_error not in ("skip", "raise"):
+        raise ValueError(
+            f'`on_error` must be "skip" or "raise". Received: {on_error!r}'
+        )
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(
+            "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. Received: "
+            f"{crop_scale}"
+        )
+    check_for_pairs(shards, image_keys, caption_key, on_error)
+    if seed is None:
+        seed = random.randint(0, 2**31 - 1) if training else 0
+    if drop_remainder is None:
+        drop_remainder = training
+    skipped = SkippedSamples(raise_errors=on_error == "raise")
+
+    def prepare(image, orientation, seed):
+        image = images.upright(images.decode(image), orientation)
+        image = composite(image, background, tf.stack([seed, 1]))
+        if training:
+            image = images.random_resized_crop(
+                image, image_size, tf.stack([seed, 0]), crop_scale, flip=horizontal_flip
+            )
+        else:
+            image = images.center_crop(image, image_size)
+        return tf.ensure_shape(image, (*image_size, 3))
+
+    def report(decoded, numbers, shards, keys):
+        for lost in sorted({*range(len(keys))} - {*decoded.tolist()}):
+            skipped.report(
+                numbers[lost], shards[lost], keys[lost], "the image does not decode"
+            )
+        return np.int32(len(keys) - len(decoded))
+
+    def to_group(samples, seeds):
+        decoded, pictures = _map_what_works(
+            prepare,
+            (samples["image"], samples["orientation"], seeds),
+            tf.TensorSpec((*image_size, 3), "uint8"),
+        )
+        place = [decoded, samples["pass"], samples["shard"], samples["key"]]
+        lost = tf.cond(
+            tf.size(decoded) < tf.size(seeds),
+            lambda: tf.ensure_shape(tf.numpy_function(report, place, "int32"), ()),
+            lambda: 0,
+        )
+        with tf.control_dependencies([lost]):
+            captions = tf.gather(samples["caption"], decoded)
+        return pictures, captions, tf.gather(samples["key"], decoded)
+
+    def to_batch(image, caption, key):
+        if data_format == "channels_first":
+            image = tf.transpose(image, [0, 3, 1, 2])
+        batch = {"images": image, "token_ids": tokenize(tokenizer, caption)}
+        if include_captions:
+            batch["captions"] = caption
+        if include_keys:
+            batch["keys"] = key
+        return batch
+
+    dataset = encoded_samples(shards, image_keys, caption_key, skipped, training, seed)
+    if training and shuffle_buffer > 1:
+        dataset = dataset.shuffle(shuffle_buffer, seed=seed + 1)
+    seeds = tf.data.Dataset.random(seed + 2, rerandomize_each_iteration=training)
+    dataset = (
+        tf.data.Dataset.zip(dataset, seeds)
+        .batch(GROUP)
+        .map(to_group, num_parallel_calls=tf.data.AUTOTUNE)
+        .unbatch()
+        .batch(batch_size, drop_remainder=drop_remainder)
+        .map(to_batch, num_parallel_calls=tf.data.AUTOTUNE)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    # The samples come out of Python: no files for `tf.distribute` to deal.
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    dataset = dataset.with_options(options)
+    dataset.skipped = skipped
+    return dataset
+
+
+def _map_what_works(function, columns, output):
+    """The places where `function` of a row raises nothing, and its results there.
+
+    A graph has no `try`, but a dataset can drop what raises.
+    """
+    rows = tf.data.Dataset.from_tensor_slices(columns).enumerate()
+    results = rows.map(lambda place, row: (place, function(*row))).ignore_errors()
+    nothing = tf.data.Dataset.from_tensors(
+        (tf.zeros((0,), "int64"), tf.zeros((0, *output.shape), output.dtype))
+    )
+    return results.batch(GROUP).concatenate(nothing).take(1).get_single_element()

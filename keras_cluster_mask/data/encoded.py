@@ -1,0 +1,173 @@
+"""Out of Python into `tf.data`: samples as they lie in the shards, still encoded."""
+
+import itertools
+
+import numpy as np
+
+from keras_cluster_mask.data.images import exif_orientation
+from keras_cluster_mask.data.shards import ShardError, read_samples
+
+try:
+    import tensorflow as tf
+except ImportError:
+    tf = None
+
+# Python hands samples over to C++ in chunks of so many samples, or so many bytes: it
+# is never asked for a single one, and large photographs do not fill the memory.
+CHUNK_SAMPLES = 64
+CHUNK_BYTES = 2**23
+# Enough open shards that neighbours in one seldom meet in a batch.
+OPEN_SHARDS = 8
+SAMPLES_TO_CHECK = 1000
+
+
+def encoded_samples(shards, image_keys, caption_key, skipped, shuffle, seed):
+    """A `tf.data.Dataset` of dicts of scalars, one for each pair in the shards.
+
+    What it holds: `"image"` and `"caption"` (bytes), `"orientation"` (the EXIF number),
+    and for reports on a sample `"key"`, `"shard"` (bytes) and `"pass"`, the number of
+    the pass over the data that it was read in.
+
+    Args:
+        shards: list of str.
+        image_keys: list of str. File extensions; the first that a sample has is used.
+        caption_key: str. The file extension of captions.
+        skipped: `SkippedSamples`, told of all that is left out.
+        shuffle: bool. Whether to read several shards at once, in a random order.
+        seed: int.
+    """
+    extensions = {*image_keys, caption_key}
+
+    def passes():
+        # Runs anew, and so counts anew, whenever an iterator over the dataset starts.
+        number = skipped.start_pass()
+        while True:
+            yield number
+
+    def samples(shard, number):
+        try:
+            yield from read_samples(shard, extensions)
+        except ShardError as error:
+            # The last sample may be whole. If not, the shard's damage is the reason.
+            if error.sample and not _pair(error.sample, image_keys, caption_key)[2]:
+                yield error.sample
+            skipped.report(
+                number, shard, error.last_key, "damaged shard", details=str(error)
+            )
+
+    def pairs(shard, number):
+        for sample in samples(shard, number):
+            image, caption, fault = _pair(sample, image_keys, caption_key)
+            if fault:
+                skipped.report(number, shard, sample["__key__"], fault)
+                continue
+            yield {
+                "image": image,
+                "caption": caption,
+                "orientation": exif_orientation(image),
+                "key": sample["__key__"].encode("utf-8", "surrogateescape"),
+                "shard": shard.encode("utf-8", "surrogateescape"),
+                "pass": number,
+            }
+
+    def chunks(shard, number):
+        chunk = []
+        for pair in pairs(shard.decode("utf-8", "surrogateescape"), int(number)):
+            chunk.append(pair)
+            size = sum(len(each["image"]) for each in chunk)
+            if len(chunk) == CHUNK_SAMPLES or size >= CHUNK_BYTES:
+                yield _columns(chunk)
+                chunk = []
+        if chunk:
+            yield _columns(chunk)
+
+    signature = {
+        name: tf.TensorSpec((None,), dtype) for name, dtype in _COLUMN_TYPES.items()
+    }
+
+    def read(shard, number):
+        return tf.data.Dataset.from_generator(
+            chunks, args=(shard, number), output_signature=signature
+        )
+
+    dataset = tf.data.Dataset.from_tensor_slices(shards)
+    if shuffle:
+        dataset = dataset.shuffle(len(shards), seed=seed)
+    numbers = tf.data.Dataset.from_generator(
+        passes, output_signature=tf.TensorSpec((), "int64")
+    )
+    return (
+        tf.data.Dataset.zip(dataset, numbers)
+        .interleave(
+            read,
+            cycle_length=min(OPEN_SHARDS, len(shards)) if shuffle else 1,
+            block_length=1,
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+        .unbatch()
+    )
+
+
+_COLUMN_TYPES = {
+    "image": "string",
+    "caption": "string",
+    "orientation": "int32",
+    "key": "string",
+    "shard": "string",
+    "pass": "int64",
+}
+
+
+def _columns(chunk):
+    # Bytes as objects: NumPy's own strings lose zeros at their end.
+    return {
+        name: np.array(
+            [each[name] for each in chunk], object if dtype == "string" else dtype
+        )
+        for name, dtype in _COLUMN_TYPES.items()
+    }
+
+
+def _pair(sample, image_keys, caption_key):
+    """The image, the caption, and what is wrong with them if anything is."""
+    image = next((sample[key] for key in image_keys if key in sample), None)
+    caption = sample.get(caption_key)
+    fault = None
+    if image is None:
+        fault = "no image"
+    elif caption is None:
+        fault = "no caption"
+    elif not caption.strip():
+        fault = "empty caption"
+    return image, caption, fault
+
+
+def check_for_pairs(shards, image_keys, caption_key, on_error):
+    """Raises an error unless one of the first samples has an image and a caption."""
+    seen = {}
+    damage = None
+    looked_at = 0
+    for shard in shards:
+        try:
+            samples = itertools.islice(read_samples(shard), SAMPLES_TO_CHECK)
+            for sample in samples:
+                if _pair(sample, image_keys, caption_key)[2] is None:
+                    return
+                seen.update(sample)
+                looked_at += 1
+        except ShardError as error:
+            if on_error == "raise":
+                raise
+            damage = damage or error
+        if looked_at >= SAMPLES_TO_CHECK:
+            break
+    if damage:
+        raise ValueError(f"`source` holds no readable pair. {damage}") from damage
+    extensions = sorted(seen.keys() - {"__key__"})
+    raise ValueError(
+        "`source` must hold samples with an image (`image_keys`, here "
+        f"{list(image_keys)}) and a caption (`caption_key`, here {caption_key!r}) that "
+        f"is not empty. Received: {looked_at} samples with the extensions {extensions} "
+        f"from {shards[0]}" + (f" and {len(shards) - 1} more" if shards[1:] else "")
+    )

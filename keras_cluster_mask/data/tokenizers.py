@@ -1,0 +1,308 @@
+"""Captions to token ids, outside of any graph."""
+
+import gzip
+import importlib.util
+import json
+import os
+import pathlib
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models
+
+from keras_cluster_mask.data import byte_pairs
+from keras_cluster_mask.data.byte_pairs import END, START, WORD_END
+
+FILE_FORMAT = "keras_cluster_mask.CLIPTokenizer"
+
+
+class CLIPTokenizer:
+    """Lower-cased byte-pair tokenizer that gives CLIP's token ids, id for id.
+
+    Captions are cleaned as OpenAI's and open_clip's tokenizers clean them (broken
+    encodings repaired, HTML entities resolved, white space collapsed, lower case), so
+    pre-trained text towers see exactly what they were trained on. Ids are framed by
+    a start and an end token and padded with zeros. The end token has the highest id of
+    the vocabulary: CLIP's text towers pool at `argmax(token_ids)`.
+
+    Most users want one of the constructors `from_open_clip`, `from_file`,
+    `from_preset` or `train`. The tokenizer needs no TensorFlow.
+
+    Example:
+
+    ```python
+    captions = ["a photo of a cat", "a photo of a dog", "two dogs in the snow"]
+    tokenizer = kcm.data.CLIPTokenizer.train(captions, 600, context_length=16)
+    token_ids = tokenizer(["a dog in the snow", "a cat"])  # (2, 16) int32
+    tokenizer.decode(token_ids[1])  # "a cat"
+    ```
+
+    Args:
+        vocabulary: list of str. The tokens; a token's place is its id.
+        merges: list of pairs of str. The merge rules, the first to apply first.
+        context_length: int. The length of every row of ids. A longer caption is cut
+            and still ends with the end token. Defaults to `77`.
+        start_token: str. The token before each caption.
+        end_token: str. The token after each caption; the last of the vocabulary.
+    """
+
+    def __init__(
+        self, vocabulary, merges, context_length=77, start_token=START, end_token=END
+    ):
+        if not isinstance(context_length, int) or context_length < 3:
+            raise ValueError(
+                "`context_length` must be an int of at least 3, room for a token "
+                f"between start and end. Received: {context_length}"
+            )
+        self._vocabulary = list(vocabulary)
+        self._merges = [tuple(merge) for merge in merges]
+        self._context_length = context_length
+        self._start_token = start_token
+        self._end_token = end_token
+        self._ids = {token: index for index, token in enumerate(self._vocabulary)}
+        if len(self._ids) != len(self._vocabulary):
+            raise ValueError(
+                "`vocabulary` must not name a token twice. Received: "
+                f"{len(self._vocabulary)} tokens, {len(self._ids)} different ones"
+            )
+        if start_token not in self._ids or self._vocabulary[-1] != end_token:
+            raise ValueError(
+                f"`vocabulary` must hold {start_token!r} and end with {end_token!r}, "
+                "so that the end of a text has the highest id. Received: "
+                f"...{self._vocabulary[-2:]}"
+            )
+        self._tokenizer = Tokenizer(
+            models.BPE(self._ids, self._merges, end_of_word_suffix=WORD_END)
+        )
+        self._tokenizer.pre_tokenizer = byte_pairs.word_splitter(start_token, end_token)
+        self._decoder = decoders.ByteLevel()
+
+    @classmethod
+    def from_file(cls, path, context_length=None):
+        """Reads a tokenizer that `save` wrote, or OpenAI's list of merges.
+
+        Args:
+            path: str or path. A JSON file written by `save`, or
+                `bpe_simple_vocab_16e6.txt.gz` as OpenAI and open_clip publish it.
+            context_length: int. Defaults to `None`: what `save` stored, and 77 for a
+                list of merges.
+
+        Returns:
+            A `CLIPTokenizer`.
+
+        Raises:
+            ValueError: if the file is neither.
+        """
+        content = pathlib.Path(path).expanduser().read_bytes()
+        try:
+            if content.startswith(b"\x1f\x8b"):
+                content = gzip.decompress(content)
+            text = content.decode("utf-8")
+            if not text.lstrip().startswith("{"):
+                merges = byte_pairs.read_merges(text)
+                vocabulary = byte_pairs.clip_vocabulary(merges)
+                return cls(vocabulary, merges, context_length or 77)
+            config = json.loads(text)
+            if config.pop("format", None) != FILE_FORMAT:
+                raise ValueError("not written by `CLIPTokenizer.save`")
+        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(
+                "`path` must be a file written by `CLIPTokenizer.save`, or OpenAI's "
+                f"list of merges, but this one is broken or something else ({error}). "
+                f"Received: {path}"
+            ) from error
+        if context_length is not None:
+            config["context_length"] = context_length
+        return cls(**config)
+
+    @classmethod
+    def from_open_clip(cls, context_length=77):
+        """OpenAI's vocabulary of 49,408 tokens, from an installed open_clip.
+
+        The file is read out of the installed package; open_clip itself, and with it
+        PyTorch, is not imported.
+
+        Args:
+            context_length: int. Defaults to `77`, as in all of OpenAI's models.
+
+        Returns:
+            A `CLIPTokenizer`.
+
+        Raises:
+            ImportError: if open_clip is not installed.
+        """
+        name = "bpe_simple_vocab_16e6.txt.gz"
+        package = importlib.util.find_spec("open_clip")
+        for folder in package.submodule_search_locations if package else []:
+            path = pathlib.Path(folder) / name
+            if path.exists():
+                return cls.from_file(path, context_length)
+        raise ImportError(
+            f"`CLIPTokenizer.from_open_clip` reads {name} from the package open_clip, "
+            "which is not installed: `pip install open_clip_torch`, or give the file "
+            "to `CLIPTokenizer.from_file`, or use `CLIPTokenizer.from_preset`."
+        )
+
+    @classmethod
+    def from_preset(cls, preset, context_length=77):
+        """The vocabulary of a KerasHub CLIP preset, with CLIP's exact cleaning.
+
+        Args:
+            preset: str. A preset of `keras_hub.models.CLIPTokenizer`, such as
+                `"clip_vit_base_patch32"`, or a folder that holds one.
+            context_length: int. Defaults to `77`.
+
+        Returns:
+            A `CLIPTokenizer`.
+        """
+        import keras_hub
+
+        source = keras_hub.models.CLIPTokenizer.from_preset(preset)
+        merges = [merge.split() for merge in source.merges if "#version:" not in merge]
+        return cls(
+            sorted(source.vocabulary, key=source.vocabulary.get),
+            merges,
+            context_length,
+            str(source.start_token),
+            str(source.end_token),
+        )
+
+    @classmethod
+    def train(cls, captions, vocabulary_size=4096, context_length=32, min_frequency=2):
+        """Learns a vocabulary from captions; the same captions give the same one.
+
+        A small collection is served better by a small vocabulary of its own: most of
+        CLIP's 49,408 embeddings would never be trained.
+
+        Args:
+            captions: iterable of str or bytes.
+            vocabulary_size: int. The most tokens to use, at least 514: the 256 bytes,
+                each within and at the end of a word, and two specials. Fewer are used
+                where no more pairs are frequent. Defaults to `4096`.
+            context_length: int. Defaults to `32`.
+            min_frequency: int. How often a pair must occur to be merged. Defaults to
+                `2`.
+
+        Returns:
+            A `CLIPTokenizer`.
+        """
+        if vocabulary_size < 514:
+            raise ValueError(
+                "`vocabulary_size` must be at least 514: two for each of the 256 bytes "
+                f"and two specials. Received: {vocabulary_size}"
+            )
+        if isinstance(captions, str | bytes):
+            raise ValueError(
+                "`captions` must be an iterable of captions, not a single one. "
+                f"Received: {captions!r}"
+            )
+        merges = byte_pairs.learn_merges(captions, vocabulary_size, min_frequency)
+        return cls(byte_pairs.clip_vocabulary(merges), merges, context_length)
+
+    def save(self, path):
+        """Writes the tokenizer as JSON, for `from_file`.
+
+        Args:
+            path: str or path, for example `"tokenizer.json"`. The file is complete or
+                not there: it is written beside its place and then moved.
+        """
+        path = pathlib.Path(path).expanduser()
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            config = {"format": FILE_FORMAT, **self._config()}
+            part.write_text(json.dumps(config), encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def __call__(self, texts):
+        """Turns captions into rows of token ids.
+
+        Args:
+            texts: str, or a sequence or array of str or UTF-8 bytes.
+
+        Returns:
+            NumPy int32 array of shape `(len(texts), context_length)`, one row for a
+            single caption: the start token, the caption, the end token, zeros.
+        """
+        texts = [texts] if isinstance(texts, str | bytes) else texts
+        texts = [byte_pairs.clean(text) for text in texts]
+        token_ids = np.zeros((len(texts), self._context_length), dtype="int32")
+        token_ids[:, 0] = self.start_token_id
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for row, text, encoding in zip(token_ids, texts, encodings):
+            ids = encoding.ids
+            if self._start_token in text or self._end_token in text:
+                ids = self._ids_with_specials(text)
+            ids = ids[: self._context_length - 2]
+            row[1 : len(ids) + 1] = ids
+            row[len(ids) + 1] = self.end_token_id
+        return token_ids
+
+    def _ids_with_specials(self, text):
+        # A special token that a caption spells out, as a word of its own, is that token
+        # in the reference too. The byte-pair model alone would spell it.
+        ids = []
+        for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
+            if word in (self._start_token, self._end_token):
+                ids.append(self._ids[word])
+            else:
+                ids.extend(token.id for token in self._tokenizer.model.tokenize(word))
+        return ids
+
+    def decode(self, ids):
+        """Turns token ids back into text, with a space between any two words.
+
+        Args:
+            ids: ints of shape `(length,)` or `(batch, length)`. Start tokens and what
+                follows the first end token are left out.
+
+        Returns:
+            A str, or a list of them for a batch.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim == 2:
+            return [self.decode(row) for row in ids]
+        ids = ids.tolist()
+        if self.end_token_id in ids:
+            ids = ids[: ids.index(self.end_token_id)]
+        tokens = [self._vocabulary[i] for i in ids if i != self.start_token_id]
+        words = "".join(tokens).split(WORD_END)
+        return " ".join(self._decoder.decode([word]) for word in words if word)
+
+    @property
+    def vocabulary_size(self):
+        """int. The number of token ids: what a text tower must be able to embed."""
+        return len(self._vocabulary)
+
+    @property
+    def context_length(self):
+        """int. The length of every row of ids."""
+        return self._context_length
+
+    @property
+    def start_token_id(self):
+        """int. The id before each caption."""
+        return self._ids[self._start_token]
+
+    @property
+    def end_token_id(self):
+        """int. The id after each caption, the highest of all."""
+        return self._ids[self._end_token]
+
+    def _config(self):
+        return {
+            "vocabulary": self._vocabulary,
+            "merges": self._merges,
+            "context_length": self._context_length,
+            "start_token": self._start_token,
+            "end_token": self._end_token,
+        }
+
+    def __reduce__(self):
+        return type(self), tuple(self._config().values())
+
+    def __repr__(self):
+        return (
+            f"<CLIPTokenizer vocabulary_size={self.vocabulary_size}, "
+            f"context_length={self.context_length}>"
+        )

@@ -1,0 +1,993 @@
+import os
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from keras import ops
+from scipy import stats
+
+import keras_cluster_mask as kcm
+from tests.masking import masking_reference as reference
+from tests.masking.pictures import (
+    as_images,
+    assert_selects,
+    draw_noise,
+    dtype_of,
+    mosaic,
+    numpy,
+    output_mask,
+    paper,
+    photographs,
+    textured,
+)
+
+# Two backends must agree on a selection where the decision is clearer than this.
+CLEAR = 2.0**-11
+FALSE_ALARM = 1e-6
+ROWS = 48
+
+# Height, width, channels, patch size, dtype, data format.
+# All of 24 patches, so that what JAX compiled for one serves the others.
+GEOMETRIES = {
+    "uint8": (24, 16, 3, 4, "uint8", "channels_last"),
+    "float32_wide": (32, 48, 3, 8, "float32", "channels_last"),
+    "float16_grey": (24, 32, 1, (4, 8), "float16", "channels_last"),
+    "float32_first": (48, 64, 4, (16, 8), "float32", "channels_first"),
+    "bfloat16": (48, 32, 3, 8, "bfloat16", "channels_last"),
+    "uint8_first": (64, 96, 3, 16, "uint8", "channels_first"),
+}
+
+MODES = {
+    "budget": {"mask_ratio": 0.5},
+    "budget_many_anchors": {"mask_ratio": 0.7, "anchor_ratio": 0.2},
+    "soft": {"mask_ratio": 0.5, "softness": 0.2},
+    "threshold": {"min_mask_ratio": 0.3, "threshold": 0.14},
+    "threshold_shown": {
+        "min_mask_ratio": 0.5,
+        "threshold": 0.14,
+        "hide_padding": False,
+    },
+    "threshold_below_most": {"min_mask_ratio": 0.2, "threshold": -0.2},
+}
+
+
+def reference_select(s, noise, options):
+    """The selection of the reference from rounded similarities."""
+    if options.get("min_mask_ratio") is None:
+        return reference.select_budget(
+            s, noise, options["mask_ratio"], options.get("softness", 0.0)
+        )
+    return reference.select_threshold(
+        s,
+        noise,
+        options["min_mask_ratio"],
+        options["threshold"],
+        options.get("hide_padding", True),
+    )
+
+
+def clear_rows(s, noise, options):
+    """Which rows of unrounded similarities no rounding error can decide."""
+    num_patches = s.shape[1]
+    if options.get("min_mask_ratio") is None:
+        kept = reference.kept_count(num_patches, options["mask_ratio"])
+        gaps = reference.gap_at_cut(s, noise, kept, options.get("softness", 0.0))
+        return gaps > CLEAR
+    threshold = options["threshold"]
+    some_visible = (s <= threshold).any(axis=1)
+    return (reference.margin_at_threshold(s, threshold) > CLEAR) & (
+        some_visible | (reference.gap_at_cut(s, noise, 1) > CLEAR)
+    )
+
+
+def reference_similarity(images, patch_size, noise, options=None, **mix):
+    """Unrounded and rounded highest similarity to the anchors of some noise."""
+    options = options or {}
+    data_format = options.get("data_format", "channels_last")
+    anchors = reference.anchors(noise, options.get("anchor_ratio", 0.03))
+    rounded = reference.mixed_similarity(images, patch_size, data_format, **mix)
+    exact = reference.pairwise_similarity(images, patch_size, data_format)
+    if mix:
+        alike = reference.token_similarity(mix["tokens"])
+        exact = (1.0 - mix["weight"]) * exact + mix["weight"] * alike
+    return (
+        reference.highest_similarity(exact, anchors),
+        reference.highest_similarity(rounded, anchors),
+    )
+
+
+def chi_square(counts, draws, kept):
+    """p-value of equal chances, of counts of `draws` times `kept` of all patches."""
+    num_patches = len(counts)
+    share = kept / num_patches
+    variance = draws * share * (1.0 - share) * num_patches / (num_patches - 1)
+    statistic = np.sum((counts - draws * share) ** 2) / variance
+    return stats.chi2.sf(statistic, num_patches - 1)
+
+
+def tokens_of(batch, num_tokens, dim=6, dtype="float32", seed=0):
+    values = np.random.default_rng(seed).normal(size=(batch, num_tokens, dim))
+    return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+class TestSelectionEqualsReference:
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    def test_of_textured_pictures_wherever_the_cut_is_clear(self, geometry):
+        height, width, channels, patch_size, dtype, data_format = GEOMETRIES[geometry]
+        rng = np.random.default_rng(1)
+        compared = total = 0
+        for options in MODES.values():
+            options = {**options, "data_format": data_format}
+            images = textured(rng, ROWS, height, width, channels, dtype, data_format)
+            masking = kcm.ClusterMasking(patch_size, **options)
+            noise = draw_noise(rng, ROWS, masking.count_patches(images))
+            exact, rounded = reference_similarity(images, patch_size, noise, options)
+            rows = clear_rows(exact, noise, options)
+            expected = reference_select(rounded, noise, options)
+            assert_selects(masking, expected, rows, images=images, noise=noise)
+            assert rows.mean() > 0.6
+            compared, total = compared + rows.sum(), total + ROWS
+        # 288 rows a geometry, 1,728 in all, of which more than 1,209 are compared.
+        assert compared > 0.7 * total
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_of_mosaics_always(self, mode):
+        rng = np.random.default_rng(2)
+        images = mosaic(rng, ROWS, 4, 6, (8, 4))
+        self.assert_equal_everywhere(images, (8, 4), MODES[mode])
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("value", [0.0, 0.1, 255.0, -3.0])
+    def test_of_constant_pictures_always(self, mode, value):
+        images = np.full((ROWS, 32, 24, 3), value, "float32")
+        self.assert_equal_everywhere(images, (8, 4), MODES[mode])
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_of_black_pictures_with_one_bright_pixel_always(self, mode):
+        images = np.zeros((ROWS, 32, 24, 3), "uint8")
+        images[:, 3, 2, 1] = 255
+        self.assert_equal_everywhere(images, (8, 4), MODES[mode])
+
+    @pytest.mark.parametrize("levels", [(0.0, 1.0), (0.97, 1.0)])
+    @pytest.mark.parametrize("patch_size", [(8, 8), (16, 16), (32, 32)])
+    def test_of_flat_patches_of_many_levels_always(self, patch_size, levels):
+        # Rounding the mean of a patch must not make flat patches unlike: with
+        # little contrast it is the only thing left of them.
+        images = paper(np.random.default_rng(3), ROWS, 4, 6, patch_size, levels=levels)
+        self.assert_equal_everywhere(images, patch_size, {"mask_ratio": 0.5})
+
+    def test_of_photographs_wherever_the_cut_is_clear(self):
+        rng = np.random.default_rng(4)
+        images = photographs(64, 96, ROWS)
+        noise = draw_noise(rng, ROWS, 24)
+        options = {"mask_ratio": 0.5}
+        exact, rounded = reference_similarity(images, 16, noise)
+        rows = clear_rows(exact, noise, options)
+        expected = reference_select(rounded, noise, options)
+        masking = kcm.ClusterMasking(16)
+        assert_selects(masking, expected, rows, images=images, noise=noise)
+        assert rows.mean() > 0.7
+
+    def assert_equal_everywhere(self, images, patch_size, options):
+        rng = np.random.default_rng(5)
+        masking = kcm.ClusterMasking(patch_size, **options)
+        noise = draw_noise(rng, len(images), masking.count_patches(images))
+        exact, rounded = reference_similarity(images, patch_size, noise, options)
+        rows = None
+        if options.get("softness"):
+            # Noise decides here, and it is drawn afresh: cuts may be close.
+            rows = clear_rows(exact, noise, options)
+            assert rows.mean() > 0.7
+        expected = reference_select(rounded, noise, options)
+        assert_selects(masking, expected, rows, images=images, noise=noise)
+
+
+class TestSimilarity:
+    anchors = np.array([[0], [5], [11]], "int32")
+
+    def test_of_pictures_no_float_can_square_is_not_nan(self):
+        rng = np.random.default_rng(6)
+        grain = rng.random((3, 24, 32, 3)).astype("float32")
+        masking = kcm.ClusterMasking(8)
+        for scale in (0.0, 1e-20, 1e-12, 1e-4, 1e4, 1e12):
+            for offset in (0.0, 1.0, -1.0):
+                s = numpy(masking.similarity(scale * (grain + offset), self.anchors))
+                assert np.all(np.abs(s) <= 1.0)
+                anchored = np.take_along_axis(s, self.anchors, axis=1)
+                np.testing.assert_array_equal(anchored, 1.0)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda x: x / np.float32(255.0),
+            lambda x: x * np.float32(255.0),
+            lambda x: (x - np.float32(127.5)) / np.float32(127.5),
+            lambda x: 3.0 - x / np.float32(60.0),
+        ],
+    )
+    def test_does_not_depend_on_the_scale_and_origin_of_pixels(self, change):
+        rng = np.random.default_rng(7)
+        images = textured(rng, 3, 24, 32, 3, "uint8")
+        masking = kcm.ClusterMasking(8)
+        integers = numpy(masking.similarity(images, self.anchors))
+        changed = change(images.astype("float32"))
+        floats = numpy(masking.similarity(changed, self.anchors))
+        assert len(np.unique(integers)) > 20
+        np.testing.assert_allclose(floats, integers, atol=2.0**-12 + 1e-6, rtol=0)
+
+    def test_is_float32_multiples_of_the_step_of_shape_batch_patches(self):
+        images = textured(np.random.default_rng(8), 3, 24, 32, 3, "float16")
+        similarity = kcm.ClusterMasking(8, dtype="mixed_bfloat16").similarity(
+            images, self.anchors
+        )
+        assert dtype_of(similarity) == "float32"
+        steps = numpy(similarity) * 2**12
+        assert steps.shape == (3, 12)
+        np.testing.assert_array_equal(steps, np.round(steps))
+
+    @pytest.mark.parametrize("weight", [0.3, 1.0])
+    @pytest.mark.parametrize("prefix", [0, 2])
+    def test_with_tokens_mixes_by_weight_before_the_maximum(self, weight, prefix):
+        rng = np.random.default_rng(9)
+        images = textured(rng, 3, 24, 32, 3)
+        tokens = tokens_of(3, prefix + 12)
+        anchors = np.array([[0, 3], [5, 1], [11, 4]], "int32")
+        masking = kcm.ClusterMasking(8, embedding_weight=weight)
+        mixed = reference.mixed_similarity(
+            images, 8, tokens=tokens[:, prefix:], weight=weight
+        )
+        np.testing.assert_allclose(
+            numpy(masking.similarity(images, anchors, tokens)),
+            reference.highest_similarity(mixed, anchors),
+            atol=2.0**-12 + 1e-6,
+            rtol=0,
+        )
+
+    def test_at_weight_0_is_the_same_with_and_without_tokens(self):
+        images = textured(np.random.default_rng(10), 3, 24, 32, 3)
+        masking = kcm.ClusterMasking(8)
+        without = numpy(masking.similarity(images, self.anchors))
+        given = numpy(masking.similarity(images, self.anchors, tokens_of(3, 13)))
+        np.testing.assert_array_equal(given, without)
+
+    def test_of_zero_tokens_is_not_nan(self):
+        images = textured(np.random.default_rng(11), 3, 24, 32, 3)
+        masking = kcm.ClusterMasking(8, embedding_weight=1.0)
+        zeros = np.zeros((3, 12, 4), "float32")
+        s = numpy(masking.similarity(images, self.anchors, zeros))
+        np.testing.assert_array_equal(s, 0.0)
+
+    def test_mix_selects_as_the_reference(self):
+        rng = np.random.default_rng(12)
+        images = textured(rng, ROWS, 32, 48, 3)
+        tokens = tokens_of(ROWS, 1 + 24, dim=32)
+        noise = draw_noise(rng, ROWS, 24)
+        options = {"mask_ratio": 0.5}
+        exact, rounded = reference_similarity(
+            images, 8, noise, tokens=tokens[:, 1:], weight=0.4
+        )
+        rows = clear_rows(exact, noise, options)
+        assert rows.mean() > 0.7
+        expected = reference_select(rounded, noise, options)
+        pixels_only = reference_select(
+            reference_similarity(images, 8, noise)[1], noise, options
+        )
+        assert np.any(pixels_only[0] != expected[0])
+        masking = kcm.ClusterMasking(8, embedding_weight=0.4)
+        inputs = {"images": images, "tokens": tokens, "noise": noise}
+        assert_selects(masking, expected, rows, **inputs)
+
+
+class TestFlatPictures:
+    """Where nothing tells patches apart, every position is as likely as another.
+
+    Each test raises a false alarm with probability 1e-6, once and for all, since
+    seeds are fixed.
+    """
+
+    draws = 6000
+
+    @pytest.mark.parametrize(
+        ("options", "kept"),
+        [
+            ({"mask_ratio": 0.75}, 4),
+            ({"mask_ratio": 0.5, "softness": 0.3}, 8),
+            ({"min_mask_ratio": 0.75, "threshold": 0.5}, 1),
+            ({"min_mask_ratio": 0.75, "threshold": 1.0}, 4),
+            ({"min_mask_ratio": 0.75, "threshold": 0.5, "hide_padding": False}, 4),
+        ],
+    )
+    @pytest.mark.parametrize("value", [0, 200])
+    def test_keep_every_position_equally_often(self, options, kept, value):
+        masking = kcm.ClusterMasking(4, seed=3, **options)
+        images = np.full((self.draws, 16, 16, 1), value, "uint8")
+        indices, visible = numpy(*masking.select(images=images))
+        np.testing.assert_array_equal(visible.sum(axis=1), kept)
+        counts = np.bincount(indices[visible], minlength=16)
+        assert chi_square(counts, self.draws, kept) > FALSE_ALARM
+
+    def test_the_test_notices_a_preferred_position(self):
+        rng = np.random.default_rng(13)
+        noise = rng.random((self.draws, 16))
+        noise[:, 0] += 0.1
+        counts = np.bincount(np.argsort(noise)[:, 12:].ravel(), minlength=16)
+        assert chi_square(counts, self.draws, 4) < FALSE_ALARM
+
+
+class TestAnchors:
+    def test_are_the_patches_of_smallest_noise_and_masked_before_their_likes(self):
+        # Repeated tiles: whatever the cut, no look-alike goes before its anchor.
+        rng = np.random.default_rng(14)
+        images = mosaic(rng, ROWS, 6, 4, (4, 4))
+        noise = draw_noise(rng, ROWS, 24)
+        for mask_ratio in (0.17, 0.5, 0.9):
+            masking = kcm.ClusterMasking(4, mask_ratio, anchor_ratio=0.16)
+            anchors = numpy(masking.draw_anchors(ops.convert_to_tensor(noise)))
+            np.testing.assert_array_equal(anchors, np.argsort(noise, axis=1)[:, :4])
+            indices, _ = numpy(*masking.select(images=images, noise=noise))
+            assert not np.any(indices[:, :, None] == anchors[:, None, :])
+
+    @pytest.mark.parametrize(
+        ("anchor_ratio", "num_patches", "count"),
+        [(0.0, 16, 1), (0.03, 196, 6), (0.1, 10, 1), (1.0, 16, 16)],
+    )
+    def test_number_at_least_one_and_a_share_of_the_patches(
+        self, anchor_ratio, num_patches, count
+    ):
+        masking = kcm.ClusterMasking(4, anchor_ratio=anchor_ratio)
+        noise = draw_noise(np.random.default_rng(15), 2, num_patches)
+        assert masking.draw_anchors(ops.convert_to_tensor(noise)).shape == (2, count)
+        assert reference.anchor_count(num_patches, anchor_ratio) == count
+
+    def test_all_being_anchors_keeps_by_noise_alone(self):
+        rng = np.random.default_rng(16)
+        images = textured(rng, ROWS, 32, 48, 3)
+        noise = draw_noise(rng, ROWS, 24)
+        masking = kcm.ClusterMasking(8, anchor_ratio=1.0)
+        expected = reference.select_random(noise, 0.5)
+        assert_selects(masking, expected, images=images, noise=noise)
+
+
+class TestThresholdMode:
+    images = photographs(32, 48, ROWS)
+    tokens = tokens_of(ROWS, 2 + 24)
+
+    def masking(self, **options):
+        options = {"min_mask_ratio": 0.25, "threshold": 0.1, "seed": 0, **options}
+        return kcm.ClusterMasking(8, **options)
+
+    def test_output_carries_the_mask_of_prefix_and_visible_tokens(self):
+        masking = self.masking()
+        noise = draw_noise(np.random.default_rng(17), ROWS, 24)
+        kept = masking(self.tokens, images=self.images, training=True, noise=noise)
+        indices, visible = numpy(*masking.select(self.images, self.tokens, noise))
+        mask = output_mask(kept)
+        assert mask.dtype == bool
+        assert np.all(mask[:, :2])
+        np.testing.assert_array_equal(mask[:, 2:], visible)
+        assert not visible.all()
+        patches = np.take_along_axis(self.tokens[:, 2:], indices[:, :, None], axis=1)
+        np.testing.assert_array_equal(numpy(kept)[:, :2], self.tokens[:, :2])
+        np.testing.assert_array_equal(numpy(kept)[:, 2:], patches)
+
+    def test_a_pooling_after_it_sees_visible_tokens_only(self):
+        masking = self.masking()
+
+        class Pooled(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.masking = masking
+                self.pooling = keras.layers.GlobalAveragePooling1D()
+
+            def call(self, inputs):
+                tokens, images, noise = inputs
+                return self.pooling(masking(tokens, images, training=True, noise=noise))
+
+        drawn = draw_noise(np.random.default_rng(18), ROWS, 24)
+        indices, visible = numpy(*masking.select(self.images, self.tokens, drawn))
+        expected = [
+            np.concatenate([t[:2], t[2:][i[v]]]).mean(axis=0)
+            for t, i, v in zip(self.tokens, indices, visible)
+        ]
+        # `predict` is the compiled path.
+        pooled = Pooled().predict([self.tokens, self.images, drawn], verbose=0)
+        np.testing.assert_allclose(pooled, np.stack(expected), atol=1e-5)
+
+    def test_shows_at_least_one_patch_however_low_the_threshold(self):
+        masking = self.masking(threshold=-1.0)
+        _, visible = numpy(*masking.select(images=self.images))
+        np.testing.assert_array_equal(visible.sum(axis=1), 1)
+        masking(self.tokens, images=self.images, training=True)
+        np.testing.assert_allclose(numpy(masking.last_mask_ratio), 23 / 24, atol=1e-6)
+
+    def test_without_hidden_padding_there_is_no_mask_and_all_count_as_visible(self):
+        masking = self.masking(hide_padding=False)
+        kept = masking(self.tokens, images=self.images, training=True)
+        assert output_mask(kept) is None
+        assert kept.shape == (ROWS, 2 + 18, 6)
+        np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.25, atol=1e-6)
+
+    def test_inference_leaves_no_mask_behind(self):
+        masking = self.masking()
+        masking(self.tokens, images=self.images, training=True)
+        assert output_mask(masking(self.tokens, images=self.images)) is None
+
+    def test_last_mask_ratio_is_the_share_of_patches_without_influence(self):
+        masking = self.masking()
+        noise = draw_noise(np.random.default_rng(19), ROWS, 24)
+        masking(self.tokens, images=self.images, training=True, noise=noise)
+        _, visible = numpy(*masking.select(self.images, noise=noise))
+        share = 1.0 - visible.sum(axis=1).mean() / 24
+        np.testing.assert_allclose(numpy(masking.last_mask_ratio), share, atol=1e-6)
+
+    def test_nan_threshold_is_an_error_before_training_but_not_at_inference(self):
+        masking = self.masking(threshold=None)
+        masking(self.tokens, images=self.images)
+        with pytest.raises(ValueError, match=r"adapt[\s\S]*Received: threshold=nan"):
+            masking(self.tokens, images=self.images, training=True)
+        masking.threshold.assign(0.1)
+        masking(self.tokens, images=self.images, training=True)
+
+
+class TestCall:
+    images = photographs(32, 48, ROWS)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("mode", ["budget", "threshold"])
+    def test_keeps_prefix_values_and_dtype_of_tokens(self, dtype, mode):
+        masking = kcm.ClusterMasking(8, **MODES[mode])
+        tokens = tokens_of(ROWS, 3 + 24, dtype=dtype)
+        noise = draw_noise(np.random.default_rng(20), ROWS, 24)
+        kept = masking(tokens, images=self.images, training=True, noise=noise)
+        assert dtype_of(kept) == dtype
+        indices, _ = numpy(*masking.select(self.images, noise=noise))
+        patches = np.take_along_axis(tokens[:, 3:], indices[:, :, None], axis=1)
+        expected = np.concatenate([tokens[:, :3], patches], axis=1)
+        got = numpy(ops.cast(kept, "float32"))
+        np.testing.assert_array_equal(got, expected.astype("float32"))
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+    @pytest.mark.parametrize("training", [None, False])
+    def test_inference_returns_the_very_tokens(self, dtype, policy, training):
+        masking = kcm.ClusterMasking(8, dtype=policy)
+        tokens = ops.convert_to_tensor(tokens_of(ROWS, 25, dtype=dtype))
+        for out in (masking(tokens, training=training), masking(tokens, self.images)):
+            assert dtype_of(out) == dtype
+            np.testing.assert_array_equal(
+                numpy(ops.cast(out, "float32")), numpy(ops.cast(tokens, "float32"))
+            )
+
+    def test_masks_do_not_depend_on_the_dtype_policy(self):
+        noise = draw_noise(np.random.default_rng(21), ROWS, 24)
+        pixels = self.images.astype("float32") / 255
+        tokens = tokens_of(ROWS, 25)
+        plain, mixed = (
+            kcm.ClusterMasking(8, embedding_weight=0.5, dtype=policy)
+            for policy in ("float32", "mixed_bfloat16")
+        )
+        for masking in (plain, mixed):
+            kept = masking(tokens, images=pixels, training=True, noise=noise)
+            assert dtype_of(kept) == "float32"
+            np.testing.assert_array_equal(numpy(kept)[:, 0], tokens[:, 0])
+            expected = numpy(*plain.select(pixels, tokens, noise))
+            patches = np.take_along_axis(tokens[:, 1:], expected[0][:, :, None], axis=1)
+            np.testing.assert_array_equal(numpy(kept)[:, 1:], patches)
+
+    def test_budget_mode_masks_nothing_behind_a_keras_mask(self):
+        masking = kcm.ClusterMasking(8)
+        kept = masking(tokens_of(ROWS, 25), images=self.images, training=True)
+        assert output_mask(kept) is None
+        np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.5, atol=1e-6)
+
+    def test_symbolic_and_actual_output_agree_in_dtype(self):
+        for policy in ("float32", "mixed_bfloat16"):
+            for dtype in ("float32", "bfloat16"):
+                masking = kcm.ClusterMasking(8, dtype=policy)
+                symbolic = masking(
+                    keras.KerasTensor((ROWS, 25, 6), dtype=dtype),
+                    images=keras.KerasTensor((ROWS, 32, 48, 3), dtype="uint8"),
+                    training=True,
+                )
+                actual = masking(
+                    tokens_of(ROWS, 25, dtype=dtype), images=self.images, training=True
+                )
+                assert dtype_of(symbolic) == dtype_of(actual)
+                assert symbolic.shape == (ROWS, None, 6)
+
+    def test_output_shape_leaves_the_token_axis_open(self):
+        for options in (MODES["budget"], MODES["threshold"]):
+            masking = kcm.ClusterMasking(8, **options)
+            shape = masking.compute_output_shape((None, 25, 6), (None, 32, 48, 3))
+            assert tuple(shape) == (None, None, 6)
+
+    def test_gradients_reach_kept_tokens_alone(self):
+        tokens = tokens_of(ROWS, 25)
+        noise = draw_noise(np.random.default_rng(22), ROWS, 24)
+        masking = kcm.ClusterMasking(8, embedding_weight=0.5)
+        indices, _ = numpy(*masking.select(self.images, tokens, noise))
+        source = keras.Variable(tokens)
+
+        class Sum(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.masking, self.source = masking, source
+
+            def call(self, inputs, training=None):
+                images, noise = inputs
+                tokens = ops.convert_to_tensor(self.source)
+                return self.masking(tokens, images, training=training, noise=noise)
+
+        model = Sum()
+        model.compile(
+            keras.optimizers.SGD(1.0), loss=lambda _, kept: ops.mean(ops.sum(kept, 1))
+        )
+        model.train_on_batch([self.images, noise], np.zeros((ROWS, 13, 6), "float32"))
+        moved = numpy(source.value) != tokens
+        expected = np.zeros((ROWS, 25), bool)
+        expected[:, 0] = True
+        np.put_along_axis(expected, 1 + indices, True, axis=1)
+        np.testing.assert_array_equal(moved.all(axis=-1), expected)
+        np.testing.assert_array_equal(moved.any(axis=-1), expected)
+
+
+class TestAdapt:
+    def check_reached(self, masking, batches):
+        """The ratio with fresh noise is the target within 0.01 and sampling error."""
+        rounds = 8
+        ratios = []
+        for _ in range(rounds):
+            visible = [numpy(*masking.select(images=images))[1] for images in batches]
+            ratios.append(1.0 - np.concatenate(visible).sum(axis=1) / 24)
+        ratios = np.stack(ratios)
+        # Only the anchors differ from the search's: 4 standard errors of the one
+        # draw it made and of the ones made here.
+        variance = ratios.var(axis=0, ddof=1).mean() * (1.0 + 1.0 / rounds)
+        error = 4.0 * np.sqrt(variance / ratios.shape[1])
+        assert error < 0.05
+        assert abs(ratios.mean() - masking.mask_ratio) < 0.01 + error
+
+    @pytest.mark.parametrize("mask_ratio", [0.3, 0.5, 0.7])
+    @pytest.mark.parametrize("dtype", ["uint8", "float32"])
+    def test_reaches_the_target_on_photographs(self, mask_ratio, dtype):
+        images = photographs(32, 48, 20 * ROWS)
+        if dtype == "float32":
+            images = images.astype("float32") / 127.5 - 1.0
+        batches = np.split(images, 20)
+        masking = kcm.ClusterMasking(8, mask_ratio, min_mask_ratio=0.2, seed=1)
+        masking.adapt(batches)
+        assert -1.0 <= float(numpy(masking.threshold.value)) <= 1.0
+        self.check_reached(masking, batches)
+
+    def test_reaches_the_target_where_the_budget_binds(self):
+        batches = np.split(photographs(32, 48, 20 * ROWS), 20)
+        masking = kcm.ClusterMasking(8, mask_ratio=0.5, min_mask_ratio=0.45, seed=1)
+        masking.adapt(batches)
+        _, visible = numpy(*masking.select(images=batches[0]))
+        assert np.mean(visible.all(axis=1)) > 0.1
+        self.check_reached(masking, batches)
+
+    def test_takes_any_iterable_of_batches(self):
+        images = photographs(32, 48, ROWS)
+        batches = [images, images[::-1].copy()]
+
+        class Dataset(keras.utils.PyDataset):
+            def __len__(self):
+                return len(batches)
+
+            def __getitem__(self, index):
+                return {"images": batches[index]}
+
+        sources = {
+            "array": images,
+            "dictionary": {"images": images, "token_ids": np.zeros((ROWS, 4))},
+            "list": batches,
+            "generator": (batch for batch in batches),
+            "tuples": [(batch, np.zeros(ROWS)) for batch in batches],
+            "tuples of dictionaries": [({"images": b}, None) for b in batches],
+            "dictionaries": [{"images": batch, "token_ids": None} for batch in batches],
+            "tensors": [ops.convert_to_tensor(batch) for batch in batches],
+            "py_dataset": Dataset(),
+        }
+        for name, source in sources.items():
+            masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, seed=1)
+            masking.adapt(source)
+            threshold = float(numpy(masking.threshold.value))
+            assert np.isfinite(threshold), name
+            # What is seen is told by how the threshold answers the pictures.
+            noise = draw_noise(np.random.default_rng(23), ROWS, 24)
+            _, visible = numpy(*masking.select(images=images, noise=noise))
+            share = 1.0 - visible.sum(axis=1).mean() / 24
+            assert abs(share - 0.5) < 0.15, name
+
+    def test_takes_a_tensorflow_dataset_on_any_backend(self):
+        tf = pytest.importorskip("tensorflow")
+        images = photographs(32, 48, ROWS)
+        dataset = tf.data.Dataset.from_tensor_slices({"images": images}).batch(ROWS)
+        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, seed=1)
+        masking.adapt(dataset)
+        assert np.isfinite(numpy(masking.threshold.value))
+
+    def test_stops_an_endless_generator_at_max_images(self):
+        batch, read = photographs(32, 48, ROWS), []
+
+        def endless():
+            while True:
+                read.append(len(batch))
+                yield batch
+
+        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, seed=1)
+        masking.adapt(endless(), max_images=100)
+        assert sum(read) == 3 * ROWS
+
+    def test_looks_at_pixels_alone_whatever_the_embedding_weight(self):
+        images = photographs(32, 48, ROWS)
+        thresholds = []
+        for weight in (0.0, 1.0):
+            masking = kcm.ClusterMasking(
+                8, min_mask_ratio=0.2, embedding_weight=weight, seed=1
+            )
+            masking.adapt(images)
+            thresholds.append(float(numpy(masking.threshold.value)))
+        assert thresholds[0] == thresholds[1]
+
+    def test_replaces_the_threshold_that_a_built_model_uses(self):
+        images = photographs(32, 48, ROWS)
+        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, threshold=-1.0, seed=1)
+        inputs = keras.Input((25, 6)), keras.Input((32, 48, 3))
+        tokens = masking(inputs[0], images=inputs[1], training=True)
+        pooled = keras.layers.GlobalAveragePooling1D()(tokens)
+        model = keras.Model(inputs, pooled)
+        model.compile("sgd", "mse")
+        data = [tokens_of(ROWS, 25), images.astype("float32")]
+        model.train_on_batch(data, np.zeros((ROWS, 6), "float32"))
+        assert numpy(masking.last_mask_ratio) > 0.9
+        masking.adapt(images)
+        model.train_on_batch(data, np.zeros((ROWS, 6), "float32"))
+        assert abs(numpy(masking.last_mask_ratio) - 0.5) < 0.15
+
+    @pytest.mark.parametrize(
+        ("options", "data", "message"),
+        [
+            ({"min_mask_ratio": None}, photographs(32, 48, ROWS), "budget mode"),
+            (
+                {"min_mask_ratio": 0.6},
+                photographs(32, 48, ROWS),
+                "at least `min_mask_ratio`",
+            ),
+            ({}, np.full((ROWS, 32, 48, 3), 7, "uint8"), "No threshold leaves out"),
+            ({}, [], "at least one batch"),
+            ({}, np.zeros((0, 32, 48, 3), "uint8"), "at least one batch"),
+            ({}, 3, "must be an array of images or an iterable"),
+            ({}, [{"pictures": 3}], "key 'images'"),
+            ({}, {"pictures": 3}, "key 'images'"),
+            ({}, np.zeros((8, 32, 30, 3)), "width of `images`"),
+        ],
+    )
+    def test_refuses_what_cannot_be_reached(self, options, data, message):
+        masking = kcm.ClusterMasking(8, **{"min_mask_ratio": 0.2, **options})
+        with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
+            masking.adapt(data)
+
+    def test_failure_leaves_the_threshold_as_it_was(self):
+        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, threshold=0.25)
+        with pytest.raises(ValueError, match="No threshold"):
+            masking.adapt(np.zeros((ROWS, 32, 48, 3), "uint8"))
+        assert float(numpy(masking.threshold.value)) == 0.25
+
+
+class TestEmbeddingSchedule:
+    def ramp(self, steps=4):
+        return keras.optimizers.schedules.PolynomialDecay(0.0, steps, 1.0)
+
+    def test_weight_follows_the_schedule_one_step_a_training_call(self):
+        rng = np.random.default_rng(24)
+        images = textured(rng, ROWS, 32, 48, 3)
+        tokens = tokens_of(ROWS, 1 + 24, dim=32)
+        options = {"mask_ratio": 0.5}
+        masking = kcm.ClusterMasking(8, embedding_weight=self.ramp(), **options)
+        chosen = []
+        for step in range(6):
+            assert int(numpy(masking.step.value)) == step
+            noise = draw_noise(np.random.default_rng(25), ROWS, 24)
+            kept = masking(tokens, images=images, training=True, noise=noise)
+            weight = min(step / 4, 1.0)
+            exact, rounded = reference_similarity(
+                images, 8, noise, tokens=tokens[:, 1:], weight=weight
+            )
+            rows = clear_rows(exact, noise, options)
+            assert rows.mean() > 0.6
+            indices, _ = reference_select(rounded, noise, options)
+            expected = np.take_along_axis(tokens[:, 1:], indices[:, :, None], axis=1)
+            np.testing.assert_array_equal(numpy(kept)[rows, 1:], expected[rows])
+            chosen.append(indices)
+            # Neither inference nor looking advances the step.
+            masking(tokens, images=images)
+            masking.select(images, tokens, noise)
+        assert np.any(chosen[0] != chosen[4])
+        np.testing.assert_array_equal(chosen[4], chosen[5])
+
+    def test_step_advances_in_a_compiled_training_step(self):
+        masking = kcm.ClusterMasking(8, embedding_weight=self.ramp())
+        inputs = keras.Input((25, 6)), keras.Input((32, 48, 3))
+        tokens = keras.layers.Dense(6)(inputs[0])
+        kept = masking(tokens, images=inputs[1], training=True)
+        model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(kept))
+        model.compile("sgd", "mse")
+        data = [tokens_of(ROWS, 25), photographs(32, 48, ROWS).astype("float32")]
+        for _ in range(3):
+            model.train_on_batch(data, np.zeros((ROWS, 6), "float32"))
+        assert int(numpy(masking.step.value)) == 3
+
+    def test_weights_out_of_range_are_clipped(self):
+        images = textured(np.random.default_rng(26), 3, 24, 32, 3)
+        tokens = tokens_of(3, 12)
+        anchors = np.array([[0], [5], [11]], "int32")
+        schedule = keras.optimizers.schedules.PolynomialDecay(7.0, 4, 7.0)
+        got, expected = (
+            numpy(
+                kcm.ClusterMasking(8, embedding_weight=w).similarity(
+                    images, anchors, tokens
+                )
+            )
+            for w in (schedule, 1.0)
+        )
+        np.testing.assert_array_equal(got, expected)
+
+    @pytest.mark.parametrize("start", [-0.3, 0.6])
+    def test_threshold_follows_until_the_ratio_is_back_at_the_target(self, start):
+        rng = np.random.default_rng(27)
+        images = textured(rng, ROWS, 32, 48, 3)
+        masking = kcm.ClusterMasking(
+            8,
+            mask_ratio=0.5,
+            min_mask_ratio=0.1,
+            threshold=start,
+            embedding_weight=0.8,
+            seed=2,
+        )
+        tokens = tokens_of(ROWS, 1 + 24, dim=16)
+        ratios, thresholds = [], [start]
+        for _ in range(80):
+            masking(tokens, images=images, training=True)
+            ratios.append(float(numpy(masking.last_mask_ratio)))
+            thresholds.append(float(numpy(masking.threshold.value)))
+        assert abs(ratios[0] - 0.5) > 0.2
+        moved = np.diff(thresholds)
+        np.testing.assert_allclose(moved, 0.05 * (np.array(ratios) - 0.5), atol=1e-6)
+        assert abs(np.mean(ratios[-20:]) - 0.5) < 0.05
+        masking(tokens, images=images)
+        assert float(numpy(masking.threshold.value)) == np.float32(thresholds[-1])
+
+    def test_threshold_stays_put_without_a_mix(self):
+        masking = kcm.ClusterMasking(8, min_mask_ratio=0.1, threshold=-0.5)
+        masking(tokens_of(ROWS, 25), images=photographs(32, 48, ROWS), training=True)
+        assert float(numpy(masking.threshold.value)) == -0.5
+
+
+class TestSaving:
+    options = {
+        "patch_size": (8, 4),
+        "mask_ratio": 0.6,
+        "anchor_ratio": 0.1,
+        "num_prefix_tokens": 2,
+        "data_format": "channels_first",
+        "seed": 7,
+        "name": "mask",
+        "dtype": "mixed_bfloat16",
+    }
+
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {"softness": 0.4},
+            {"min_mask_ratio": 0.3, "hide_padding": False},
+            {"embedding_weight": 0.25},
+            {"embedding_weight": keras.optimizers.schedules.CosineDecay(0.0, 9)},
+        ],
+    )
+    def test_config_round_trip_keeps_every_argument(self, extra):
+        masking = kcm.ClusterMasking(**self.options, **extra)
+        config = masking.get_config()
+        for key, value in {**self.options, **extra}.items():
+            if key not in ("dtype", "embedding_weight"):
+                assert config[key] == value
+        for revived in (
+            kcm.ClusterMasking.from_config(config),
+            keras.saving.deserialize_keras_object(
+                keras.saving.serialize_keras_object(masking)
+            ),
+        ):
+            assert type(revived) is kcm.ClusterMasking
+            assert revived.get_config() == config
+            assert revived.dtype_policy.name == "mixed_bfloat16"
+            assert type(revived.embedding_weight) is type(masking.embedding_weight)
+
+    def test_config_round_trip_keeps_a_given_threshold(self):
+        masking = kcm.ClusterMasking(8, min_mask_ratio=0.3, threshold=0.25)
+        revived = kcm.ClusterMasking.from_config(masking.get_config())
+        assert float(numpy(revived.threshold.value)) == 0.25
+
+    def test_seed_generators_are_saved_too(self):
+        masking = kcm.ClusterMasking(8, seed=keras.random.SeedGenerator(5))
+        revived = keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(masking)
+        )
+        first, second = numpy(masking.draw(2, 16), revived.draw(2, 16))
+        np.testing.assert_array_equal(first, second)
+
+    @pytest.mark.parametrize("adapted", [True, False])
+    def test_a_saved_model_masks_as_before(self, tmp_path, adapted):
+        images = photographs(32, 48, ROWS)
+        masking = kcm.ClusterMasking(
+            8,
+            min_mask_ratio=0.2,
+            threshold=None if adapted else 0.3,
+            embedding_weight=keras.optimizers.schedules.PolynomialDecay(0.0, 9, 1.0),
+            seed=1,
+        )
+        if adapted:
+            masking.adapt(images)
+        inputs = keras.Input((25, 6)), keras.Input((32, 48, 3)), keras.Input((24,))
+        kept = masking(inputs[0], images=inputs[1], training=True, noise=inputs[2])
+        model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(kept))
+        noise = draw_noise(np.random.default_rng(28), ROWS, 24)
+        data = [tokens_of(ROWS, 25), images.astype("float32"), noise]
+        masking.step.assign(3)
+        path = os.path.join(tmp_path, "model.keras")
+        model.save(path)
+        # Calling moves step and threshold, so what was saved is noted first.
+        threshold = float(numpy(masking.threshold.value))
+        expected = numpy(model([ops.convert_to_tensor(x) for x in data]))
+        assert not np.allclose(expected, data[0].mean(axis=1), atol=0.1)
+        loaded = keras.models.load_model(path)
+        (again,) = (x for x in loaded.layers if isinstance(x, kcm.ClusterMasking))
+        assert float(numpy(again.threshold.value)) == threshold
+        assert int(numpy(again.step.value)) == 3
+        got = numpy(loaded([ops.convert_to_tensor(x) for x in data]))
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+class TestErrors:
+    tokens = tokens_of(2, 1 + 16)
+    images = np.zeros((2, 32, 32, 3), "uint8")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"mask_ratio": 1.0}, "`mask_ratio` must be in"),
+            ({"mask_ratio": -0.1}, "`mask_ratio` must be in"),
+            ({"mask_ratio": "half"}, "`mask_ratio` must be in"),
+            ({"mask_ratio": float("nan")}, "`mask_ratio` must be in"),
+            ({"mask_ratio": None}, "`mask_ratio` must be in"),
+            ({"min_mask_ratio": 1.0}, "`min_mask_ratio` must be in"),
+            ({"min_mask_ratio": -0.1}, "`min_mask_ratio` must be in"),
+            ({"threshold": 0.5}, "`threshold` needs `min_mask_ratio`"),
+            ({"threshold": 1.5, "min_mask_ratio": 0.3}, "`threshold` must be in"),
+            ({"softness": 0.1, "min_mask_ratio": 0.3}, "`softness` is for budget"),
+            ({"softness": -0.1}, "`softness` must be in"),
+            ({"anchor_ratio": 1.1}, "`anchor_ratio` must be in"),
+            ({"anchor_ratio": -0.1}, "`anchor_ratio` must be in"),
+            ({"embedding_weight": 1.1}, "`embedding_weight` must be in"),
+            ({"embedding_weight": "linear"}, "`embedding_weight` must be in"),
+            ({"data_format": "NHWC"}, "`data_format` must be"),
+            ({"patch_size": 0}, "`patch_size` must be"),
+            ({"patch_size": (8, 8, 8)}, "`patch_size` must be"),
+            ({"patch_size": (8, -8)}, "`patch_size` must be"),
+            ({"patch_size": 8.0}, "`patch_size` must be"),
+            ({"patch_size": "8"}, "`patch_size` must be"),
+            ({"patch_size": None}, "`patch_size` must be"),
+            ({"num_prefix_tokens": -1}, "`num_prefix_tokens` must be"),
+            ({"num_prefix_tokens": 1.5}, "`num_prefix_tokens` must be"),
+        ],
+    )
+    def test_of_arguments_name_them_and_what_was_received(self, options, message):
+        with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
+            kcm.ClusterMasking(**{"patch_size": 8, **options})
+
+    @pytest.mark.parametrize(
+        ("shape", "data_format", "message"),
+        [
+            ((2, 30, 32, 3), "channels_last", "The height .*height=30"),
+            ((2, 32, 30, 3), "channels_last", "The width .*width=30"),
+            ((2, 3, 30, 32), "channels_first", "The height .*height=30"),
+            ((2, 3, 32, 30), "channels_first", "The width .*width=30"),
+            ((2, 32, 32), "channels_last", "rank 4"),
+            ((2, 1, 32, 32, 3), "channels_last", "rank 4"),
+        ],
+    )
+    def test_of_images_say_which_side_does_not_fit(self, shape, data_format, message):
+        masking = kcm.ClusterMasking(8, data_format=data_format)
+        with pytest.raises(ValueError, match=rf"(?s){message}") as error:
+            masking(self.tokens, images=np.zeros(shape, "uint8"), training=True)
+        assert "Received: " in str(error.value)
+
+    def test_of_missing_images_name_the_layer(self):
+        masking = kcm.ClusterMasking(8, name="my_masking")
+        message = r"`my_masking` needs the images[\s\S]*Received: images=None"
+        with pytest.raises(ValueError, match=message):
+            masking(self.tokens, training=True)
+        with pytest.raises(ValueError, match=message):
+            masking.select()
+
+    @pytest.mark.parametrize(
+        ("num_tokens", "prefix", "expected"),
+        [(15, None, "at least 16"), (17, 0, "expected 16"), (17, 2, "expected 18")],
+    )
+    def test_of_token_counts_say_expected_found_and_prefix(
+        self, num_tokens, prefix, expected
+    ):
+        masking = kcm.ClusterMasking(8, num_prefix_tokens=prefix)
+        with pytest.raises(ValueError, match=expected) as error:
+            masking(tokens_of(2, num_tokens), images=self.images, training=True)
+        text = str(error.value)
+        assert f"found {num_tokens}" in text
+        assert f"num_prefix_tokens={prefix}" in text
+        assert "Received: " in text
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_of_token_ranks_show_the_shape(self, training):
+        masking = kcm.ClusterMasking(8)
+        with pytest.raises(ValueError, match=r"Received: tokens\.shape=\(2, 16\)"):
+            masking(np.zeros((2, 16), "float32"), self.images, training=training)
+
+    @pytest.mark.parametrize("shape", [(2, 15), (2, 17), (16,), (2, 16, 1), (3, 16)])
+    def test_of_noise_shapes_show_the_shape(self, shape):
+        masking = kcm.ClusterMasking(8)
+        noise = np.zeros(shape, "float32")
+        with pytest.raises(ValueError, match=r"`noise`[\s\S]*Received: "):
+            masking(self.tokens, images=self.images, training=True, noise=noise)
+
+    def test_of_a_mix_without_tokens_say_so(self):
+        masking = kcm.ClusterMasking(8, embedding_weight=0.5)
+        with pytest.raises(ValueError, match=r"`tokens` must be[\s\S]*Received: "):
+            masking.select(images=photographs(32, 48, ROWS))
+
+
+def test_images_may_be_of_any_dtype_alike():
+    values = np.random.default_rng(29).integers(0, 256, (ROWS, 32, 48, 3)) / 255.0
+    integers = as_images(values, "uint8")
+    noise = draw_noise(np.random.default_rng(30), ROWS, 24)
+    masking = kcm.ClusterMasking(8)
+    expected = numpy(*masking.select(images=integers, noise=noise))
+    for dtype in ("int32", "float32", "float16", "bfloat16"):
+        # Integers up to 255 are exact in all of these.
+        images = ops.cast(integers, dtype)
+        assert_selects(masking, expected, images=images, noise=noise)
+
+
+def test_data_format_changes_the_layout_only():
+    rng = np.random.default_rng(31)
+    images = textured(rng, ROWS, 32, 48, 3, "uint8")
+    noise = draw_noise(rng, ROWS, 24)
+    last = kcm.ClusterMasking(8, data_format="channels_last")
+    first = kcm.ClusterMasking(8, data_format="channels_first")
+    expected = numpy(*last.select(images=images, noise=noise))
+    moved = np.moveaxis(images, -1, 1)
+    assert_selects(first, expected, images=moved, noise=noise)
+
+
+def test_data_format_defaults_to_the_configured_one():
+    before = keras.config.image_data_format()
+    try:
+        keras.config.set_image_data_format("channels_first")
+        assert kcm.ClusterMasking(8).data_format == "channels_first"
+    finally:
+        keras.config.set_image_data_format(before)
+    assert kcm.ClusterMasking(8).data_format == before
+
+
+def test_rows_of_a_batch_do_not_influence_one_another():
+    rng = np.random.default_rng(32)
+    images = photographs(32, 48, ROWS)
+    noise = draw_noise(rng, ROWS, 24)
+    half = ROWS // 2
+    others = np.concatenate([photographs(32, 48, ROWS + half)[ROWS:], images[:half]])
+    other_noise = np.concatenate([draw_noise(rng, half, 24), noise[:half]])
+    for options in (MODES["budget"], MODES["threshold"]):
+        masking = kcm.ClusterMasking(8, **options)
+        alone = numpy(*masking.select(images=images, noise=noise))
+        moved = numpy(*masking.select(images=others, noise=other_noise))
+        for before, after in zip(alone, moved):
+            np.testing.assert_array_equal(after[half:], before[:half])

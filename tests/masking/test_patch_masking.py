@@ -1,0 +1,191 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.masking.ordering import order_by_score
+from tests.masking.pictures import draw_noise, dtype_of, numpy, output_mask
+from tests.masking.test_cluster_masking import tokens_of
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class FirstPatches(kcm.PatchMasking):
+    """Keeps the first patches, hides the even ones."""
+
+    def score(self, noise, images=None, tokens=None):
+        position = ops.arange(noise.shape[1], dtype="float32")
+        score = ops.where(position % 2 == 0, -np.inf, -position)
+        return score + ops.zeros_like(noise)
+
+    @property
+    def hides_tokens(self):
+        return True
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class ByLength(kcm.PatchMasking):
+    """Keeps the longest tokens."""
+
+    def score(self, noise, images=None, tokens=None):
+        patches = tokens[:, self.num_prefix_tokens :]
+        return ops.sum(ops.square(patches), axis=-1)
+
+
+class TestStrategy:
+    def test_is_a_class_with_one_method(self):
+        masking = ByLength(0.75, num_prefix_tokens=1)
+        tokens = tokens_of(4, 1 + 16)
+        kept = numpy(masking(tokens, training=True))
+        length = np.sum(tokens[:, 1:] ** 2, axis=-1)
+        best = np.sort(np.argsort(-length, axis=1)[:, :4], axis=1)
+        expected = np.take_along_axis(tokens[:, 1:], best[:, :, None], axis=1)
+        np.testing.assert_array_equal(kept[:, 1:], expected)
+        np.testing.assert_array_equal(kept[:, 0], tokens[:, 0])
+
+    def test_minus_infinity_masks_for_good(self):
+        # 8 of 10 stay; only the 5 odd ones are to be seen.
+        masking = FirstPatches(0.2, num_prefix_tokens=1)
+        tokens = tokens_of(2, 1 + 10)
+        noise = draw_noise(np.random.default_rng(2), 2, 10)
+        kept = masking(tokens, training=True, noise=noise)
+        indices, visible = numpy(*masking.select(tokens=tokens, noise=noise))
+        np.testing.assert_array_equal(visible.sum(axis=1), 5)
+        np.testing.assert_array_equal(indices[visible] % 2, 1)
+        mask = output_mask(kept)
+        assert mask.shape == (2, 1 + 8)
+        np.testing.assert_array_equal(mask[:, 1:], visible)
+        assert mask[:, 0].all()
+        np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.5, atol=1e-6)
+
+    def test_minus_infinity_hides_without_any_further_method(self):
+        class OddPatches(kcm.PatchMasking):
+            def score(self, noise, images=None, tokens=None):
+                odd = ops.arange(noise.shape[1]) % 2 == 1
+                return ops.where(odd, noise, -np.inf)
+
+        masking = OddPatches(0.2, num_prefix_tokens=1)
+        mask = output_mask(masking(tokens_of(2, 1 + 10), training=True))
+        assert mask is not None
+        np.testing.assert_array_equal(mask.sum(axis=1), 1 + 5)
+
+    def test_does_not_hide_where_the_score_says_nothing(self):
+        masking = ByLength(0.5, num_prefix_tokens=1)
+        assert not masking.hides_tokens
+        assert output_mask(masking(tokens_of(2, 9), training=True)) is None
+
+    def test_without_score_is_told_what_to_write(self):
+        masking = kcm.PatchMasking(num_prefix_tokens=1)
+        with pytest.raises(NotImplementedError, match="must implement `score"):
+            masking.select(tokens=tokens_of(2, 9))
+
+    def test_survives_its_config(self):
+        masking = ByLength(0.75, num_prefix_tokens=1, seed=3, name="longest")
+        revived = keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(masking)
+        )
+        assert type(revived) is ByLength
+        assert revived.get_config() == masking.get_config()
+        assert revived.mask_ratio == 0.75
+
+
+class TestOrder:
+    def test_is_by_score_then_larger_noise_then_lower_index(self):
+        rng = np.random.default_rng(0)
+        score = rng.integers(-2, 3, (50, 12)).astype("float32")
+        score[score == -2] = -np.inf
+        noise = (rng.integers(0, 6, (50, 12)) / 8).astype("float32")
+        got = numpy(order_by_score(*map(ops.convert_to_tensor, (score, noise))))
+        index = np.broadcast_to(np.arange(12), score.shape)
+        expected = np.lexsort((index, -noise, -score), axis=1)
+        np.testing.assert_array_equal(got, expected)
+        assert got.dtype == np.int32
+
+    def test_tells_no_minus_zero_from_zero(self):
+        score = np.array([[0.0, -0.0, 0.0, -0.0]], "float32")
+        noise = np.array([[0.1, 0.4, 0.2, 0.3]], "float32")
+        got = numpy(order_by_score(*map(ops.convert_to_tensor, (score, noise))))
+        np.testing.assert_array_equal(got, [[1, 3, 2, 0]])
+
+
+class TestNoise:
+    def test_is_float32_of_shape_batch_patches_in_the_unit_interval(self):
+        masking = kcm.ClusterMasking(8, seed=0, dtype="mixed_bfloat16")
+        noise = masking.draw(100, 196)
+        assert dtype_of(noise) == "float32"
+        noise = numpy(noise)
+        assert noise.shape == (100, 196)
+        assert noise.min() >= 0.0
+        assert noise.max() < 1.0
+        assert abs(noise.mean() - 0.5) < 6 * np.sqrt(1 / 12 / noise.size)
+        # Full resolution: rounded to bfloat16 there would be a few hundred values.
+        assert len(np.unique(noise)) > 0.99 * noise.size
+
+    def test_differs_from_step_to_step_and_between_images(self):
+        masking = kcm.ClusterMasking(8, seed=0)
+        first, second = numpy(masking.draw(2, 16), masking.draw(2, 16))
+        assert np.any(first != second)
+        assert np.any(first[0] != first[1])
+
+    def test_of_the_same_seed_gives_the_same_masks(self):
+        tokens = tokens_of(4, 1 + 16)
+
+        def run(seed):
+            masking = kcm.RandomMasking(num_prefix_tokens=1, seed=seed)
+            return np.stack([numpy(masking(tokens, training=True)) for _ in range(3)])
+
+        np.testing.assert_array_equal(run(7), run(7))
+        assert np.any(run(7) != run(8))
+
+    def test_is_all_the_randomness_there_is(self):
+        tokens, images = tokens_of(4, 17), np.zeros((4, 32, 32, 3), "uint8")
+        noise = draw_noise(np.random.default_rng(1), 4, 16)
+        outputs = []
+        for seed in (1, 2):
+            masking = kcm.ClusterMasking(8, softness=0.5, seed=seed)
+            before = numpy(masking.seed_generator.state.value)
+            kept = masking(tokens, images=images, training=True, noise=noise)
+            outputs.append(numpy(kept))
+            after = numpy(masking.seed_generator.state.value)
+            np.testing.assert_array_equal(after, before)
+        np.testing.assert_array_equal(*outputs)
+
+    def test_inference_draws_none(self):
+        masking = kcm.RandomMasking(num_prefix_tokens=1, seed=1)
+        before = numpy(masking.seed_generator.state.value)
+        masking(tokens_of(2, 17))
+        np.testing.assert_array_equal(numpy(masking.seed_generator.state.value), before)
+
+
+class TestMaskRatio:
+    @pytest.mark.parametrize("mask_ratio", [0.0, 0.25, 0.9])
+    def test_last_mask_ratio_is_what_was_left_out(self, mask_ratio):
+        masking = kcm.RandomMasking(mask_ratio, num_prefix_tokens=1)
+        masking(tokens_of(2, 1 + 20), training=True)
+        np.testing.assert_allclose(
+            numpy(masking.last_mask_ratio), mask_ratio, atol=1e-6
+        )
+
+    def test_zero_keeps_all_tokens_as_they_are(self):
+        masking = kcm.ClusterMasking(8, mask_ratio=0.0)
+        tokens = tokens_of(2, 17)
+        images = np.zeros((2, 32, 32, 3), "uint8")
+        kept = masking(tokens, images=images, training=True)
+        np.testing.assert_array_equal(numpy(kept), tokens)
+
+    def test_moves_in_a_compiled_step(self):
+        masking = kcm.RandomMasking(0.25, num_prefix_tokens=1)
+        inputs = keras.Input((17, 6))
+        tokens = masking(keras.layers.Dense(6)(inputs), training=True)
+        model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(tokens))
+        model.compile("sgd", "mse")
+        model.train_on_batch(tokens_of(2, 17), np.zeros((2, 6), "float32"))
+        np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.25, atol=1e-6)
+
+
+def test_an_incoming_keras_mask_passes_inference():
+    tokens = keras.layers.Masking()(ops.convert_to_tensor(tokens_of(2, 17)))
+    before = output_mask(tokens)
+    assert before is not None
+    kept = kcm.RandomMasking(num_prefix_tokens=1)(tokens)
+    np.testing.assert_array_equal(output_mask(kept), before)

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_cluster_mask.masking import similarity as library
+from tests.masking import masking_reference as reference
+from tests.masking.pictures import dtype_of, mosaic, numpy, textured
+
+TOLERANCE = 2.0**-12 + 1e-6
+
+
+def tensor(array):
+    return ops.convert_to_tensor(array)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("patch_size", [(4, 4), (4, 8), (12, 2)])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_patches_are_cut_row_by_row(data_format, patch_size, dtype):
+    images = textured(np.random.default_rng(0), 8, 24, 16, 3, dtype, data_format)
+    patches = library.extract_patches(tensor(images), patch_size, data_format)
+    assert dtype_of(patches) == "float32"
+    np.testing.assert_array_equal(
+        numpy(patches), reference.patches(images, patch_size, data_format)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pixel_similarity_is_the_reference_for_every_anchor(dtype, channels):
+    rng = np.random.default_rng(1)
+    images = textured(rng, 8, 24, 16, channels, dtype)
+    anchors = np.stack([rng.permutation(24)[:5] for _ in range(8)]).astype("int32")
+    patches = library.extract_patches(tensor(images), (4, 4), "channels_last")
+    got = library.pixel_similarity(patches, tensor(anchors))
+    assert got.shape == (8, 5, 24)
+    pairwise = reference.pairwise_similarity(images, 4)
+    expected = np.take_along_axis(pairwise, anchors[:, :, None], axis=1)
+    np.testing.assert_allclose(numpy(got), expected, atol=2e-5, rtol=0)
+    rounded = numpy(library.round_similarity(got))
+    np.testing.assert_allclose(
+        rounded, reference.round_similarity(expected), atol=TOLERANCE, rtol=0
+    )
+
+
+def test_flat_patches_are_alike_and_unlike_textured_ones():
+    images = mosaic(np.random.default_rng(2), 8, 6, 4, (4, 4))
+    patches = reference.patches(images, 4)
+    flat = np.ptp(patches, axis=-1) == 0.0
+    assert 0.2 < flat.mean() < 0.5
+    anchors = np.broadcast_to(np.arange(24, dtype="int32"), (8, 24)).copy()
+    cut = library.extract_patches(tensor(images), (4, 4), "channels_last")
+    got = numpy(library.pixel_similarity(cut, tensor(anchors)))
+    both = flat[:, :, None] & flat[:, None, :]
+    one = flat[:, :, None] ^ flat[:, None, :]
+    np.testing.assert_allclose(got[both], 1.0, atol=1e-6)
+    assert np.abs(got[one]).max() < 0.01
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e6])
+def test_pixel_similarity_is_finite_and_1_to_itself(scale):
+    images = scale * textured(np.random.default_rng(3), 8, 24, 16, 3)
+    images[::2] = images[::2].mean()
+    anchors = np.broadcast_to(np.arange(24, dtype="int32"), (8, 24)).copy()
+    cut = library.extract_patches(tensor(images), (4, 4), "channels_last")
+    got = numpy(library.pixel_similarity(cut, tensor(anchors)))
+    assert np.isfinite(got).all()
+    own = np.diagonal(got, axis1=1, axis2=2)
+    np.testing.assert_allclose(own, 1.0, atol=1e-5)
+
+
+def test_token_similarity_is_the_cosine_and_0_for_zero_tokens():
+    rng = np.random.default_rng(4)
+    tokens = rng.normal(size=(8, 24, 6)).astype("float32")
+    tokens[:, 3] = 0.0
+    anchors = np.tile(np.array([3, 0, 7, 9, 23], "int32"), (8, 1))
+    got = numpy(library.token_similarity(tensor(tokens), tensor(anchors)))
+    pairwise = reference.token_similarity(tokens)
+    expected = np.take_along_axis(pairwise, anchors[:, :, None], axis=1)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_array_equal(got[:, 0], 0.0)
+
+
+def test_rounding_is_to_multiples_of_the_step_at_most_1_without_minus_zero():
+    values = np.linspace(-1.0, 1.0, 100_001, dtype="float32")
+    values = np.concatenate([values, [1.0000002, -1e-6, 1e-6, -0.0]]).astype("float32")
+    got = numpy(library.round_similarity(tensor(values)))
+    expected = np.minimum(reference.round_similarity(values), 1.0)
+    np.testing.assert_array_equal(got, expected)
+    assert not np.signbit(got[got == 0.0]).any()

@@ -1,0 +1,589 @@
+"""ContrastiveModel: its loss, its training, what it saves and what it refuses."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+
+from .helpers import (
+    FAST,
+    HideByNoise,
+    class_pairs,
+    functional_vit,
+    image_mlp,
+    patch_mlp,
+    random_images,
+    random_pairs,
+    text_bag,
+    tiny_clip,
+    to_numpy,
+    value_and_gradients,
+    values,
+)
+
+METRICS = {
+    "loss",
+    "image_to_text_accuracy",
+    "text_to_image_accuracy",
+    "temperature",
+}
+
+
+def small_model(**kwargs):
+    return kcm.ContrastiveModel(image_mlp(), text_bag(), **kwargs)
+
+
+def masked_model(masking, **kwargs):
+    encoder = kcm.with_masking(patch_mlp(), masking, "positions")
+    return kcm.ContrastiveModel(encoder, text_bag(), **kwargs)
+
+
+def threshold_masking(**kwargs):
+    options = dict(mask_ratio=0.5, min_mask_ratio=0.25, threshold=0.05, seed=3)
+    return kcm.ClusterMasking(4, **{**options, **kwargs})
+
+
+def one_step(model, pairs, **kwargs):
+    return model.fit(
+        pairs, batch_size=len(pairs["images"]), shuffle=False, verbose=0, **kwargs
+    ).history
+
+
+def numpy_loss(embeddings, scale, kind="softmax", bias=-10.0, positive=None):
+    """The loss, its two accuracies aside, written out."""
+    logits = scale * embeddings["image_embeddings"] @ embeddings["text_embeddings"].T
+    positive = np.eye(len(logits)) if positive is None else positive
+    if kind == "sigmoid":
+        logits = logits + bias
+        terms = np.where(
+            positive > 0, np.logaddexp(0, -logits), np.logaddexp(0, logits)
+        )
+        return terms.sum() / len(logits)
+    share = positive / positive.sum(axis=1, keepdims=True)
+
+    def cross_entropy(logits):
+        log_total = np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return -(share * (logits - log_total)).sum(axis=1).mean()
+
+    return (cross_entropy(logits) + cross_entropy(logits.T)) / 2
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A model that was fitted, compiled, with a masking; its pairs and history."""
+    keras.utils.set_random_seed(0)
+    model = masked_model(kcm.ClusterMasking(4, mask_ratio=0.25, seed=1))
+    model.compile(optimizer=keras.optimizers.Adam(0.02))
+    pairs = class_pairs(16)
+    history = model.fit(
+        pairs, batch_size=8, epochs=30, verbose=0, validation_data=pairs
+    ).history
+    return model, pairs, history
+
+
+# === Embeddings ===
+
+
+@pytest.mark.parametrize("projection_dim", [None, 5])
+def test_embeddings_are_float32_unit_vectors_of_the_common_width(projection_dim):
+    model = small_model(projection_dim=projection_dim)
+    pairs = random_pairs(3)
+    embeddings = model(pairs)
+    assert set(embeddings) == {"image_embeddings", "text_embeddings"}
+    for value in embeddings.values():
+        assert tuple(value.shape) == (3, projection_dim or 16)
+        assert keras.backend.standardize_dtype(value.dtype) == "float32"
+        np.testing.assert_allclose(np.linalg.norm(to_numpy(value), axis=1), 1, 0, 1e-5)
+    np.testing.assert_array_equal(
+        to_numpy(embeddings["image_embeddings"]),
+        to_numpy(model.encode_image(pairs["images"])),
+    )
+    np.testing.assert_array_equal(
+        to_numpy(embeddings["text_embeddings"]),
+        to_numpy(model.encode_text(pairs["token_ids"])),
+    )
+
+
+def test_projections_are_matrices_without_a_bias():
+    model = kcm.ContrastiveModel(image_mlp(12), text_bag(16), projection_dim=5)
+    encoders = len(model.image_encoder.weights) + len(model.text_encoder.weights)
+    assert tuple(model.image_projection.kernel.shape) == (12, 5)
+    assert tuple(model.text_projection.kernel.shape) == (16, 5)
+    assert len(model.weights) == encoders + 2 + 1
+    features = to_numpy(model.image_encoder(np.ones((1, 16, 16, 3), "float32")))
+    expected = features @ ops.convert_to_numpy(model.image_projection.kernel)
+    expected /= np.linalg.norm(expected)
+    found = to_numpy(model.encode_image(np.ones((1, 16, 16, 3), "float32")))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_bytes_and_normalised_floats_give_the_same_embeddings():
+    open_clip = pytest.importorskip("open_clip")
+    model = small_model()
+    images = random_pairs(4)["images"]
+    mean = np.array(open_clip.constants.OPENAI_DATASET_MEAN, "float32")
+    std = np.array(open_clip.constants.OPENAI_DATASET_STD, "float32")
+    floats = (images.astype("float32") / 255.0 - mean) / std
+    np.testing.assert_allclose(
+        to_numpy(model.encode_image(images)),
+        to_numpy(model.encode_image(floats)),
+        atol=1e-5,
+    )
+
+
+def test_a_zero_feature_has_a_finite_embedding_and_gradient():
+    model = small_model()
+    kernel = model.image_encoder.layers[-1].kernel
+    kernel.assign(np.zeros(kernel.shape))
+    pairs = random_pairs(3)
+    embeddings, found = value_and_gradients(
+        lambda: (ops.sum(x := model.encode_image(pairs["images"])), x),
+        model.image_encoder.trainable_variables,
+    )
+    assert (embeddings == 0).all()
+    assert all(np.isfinite(g).all() for g in found)
+
+
+def test_predict_takes_a_ragged_last_batch_and_a_batch_of_one(fitted):
+    model, _, _ = fitted
+    pairs = random_pairs(5)
+    whole = {key: to_numpy(value) for key, value in model(pairs).items()}
+    for batch_size in (2, 5):
+        found = model.predict(pairs, batch_size=batch_size, verbose=0)
+        for key, value in whole.items():
+            assert found[key].shape == (5, 16)
+            assert found[key].dtype == "float32"
+            np.testing.assert_allclose(found[key], value, atol=1e-5)
+
+
+# === The loss ===
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_the_loss_of_a_step_is_the_one_written_out(kind):
+    model = small_model(loss=kind)
+    model.compile(optimizer=keras.optimizers.SGD(0.1), **FAST)
+    pairs = random_pairs(6)
+    embeddings = {key: to_numpy(value) for key, value in model(pairs).items()}
+    temperature = 0.07 if kind == "softmax" else 0.1
+    expected = numpy_loss(embeddings, 1 / temperature, kind)
+    evaluated = model.evaluate(pairs, batch_size=6, verbose=0, return_dict=True)
+    history = one_step(model, pairs)
+    assert evaluated["loss"] == pytest.approx(expected, rel=1e-4)
+    assert history["loss"][0] == pytest.approx(expected, rel=1e-4)
+    assert history["temperature"][0] == pytest.approx(temperature, rel=1e-5)
+    best = (embeddings["image_embeddings"] @ embeddings["text_embeddings"].T).argmax(1)
+    assert history["image_to_text_accuracy"][0] == pytest.approx(
+        np.mean(best == np.arange(6))
+    )
+    if kind == "sigmoid":
+        assert float(ops.convert_to_numpy(model.logit_bias)) != -10.0
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_equal_texts_are_positives_of_one_another_unless_told_otherwise(kind):
+    pairs = {**random_pairs(6), "token_ids": class_pairs(6, 2)["token_ids"]}
+    same = (np.arange(6)[:, None] - np.arange(6)) % 2 == 0
+    losses, accuracies = [], []
+    for duplicates, positive in (("positive", same), ("negative", np.eye(6))):
+        keras.utils.set_random_seed(0)
+        model = small_model(loss=kind, duplicates=duplicates)
+        model.compile(**FAST)
+        embeddings = {key: to_numpy(value) for key, value in model(pairs).items()}
+        found = model.evaluate(pairs, batch_size=6, verbose=0, return_dict=True)
+        scale = 1 / (0.07 if kind == "softmax" else 0.1)
+        expected = numpy_loss(embeddings, scale, kind, positive=positive.astype(float))
+        assert found["loss"] == pytest.approx(expected, rel=1e-4)
+        best = embeddings["image_embeddings"] @ embeddings["text_embeddings"].T
+        hits = positive[np.arange(6), best.T.argmax(axis=1)]
+        assert found["text_to_image_accuracy"] == pytest.approx(hits.mean())
+        losses.append(found["loss"])
+        accuracies.append(found["text_to_image_accuracy"])
+    # One text three times picks one image, which is one of its three at most.
+    assert accuracies[1] <= accuracies[0]
+    assert accuracies[1] <= 2 / 6 + 1e-6
+    if kind == "sigmoid":
+        assert abs(losses[0] - losses[1]) > 0.01
+
+
+def test_losses_added_by_an_encoder_count():
+    images = keras.Input((16, 16, 3))
+    last = keras.layers.Dense(16, kernel_regularizer=keras.regularizers.L2(10.0))
+    features = last(keras.layers.GlobalAveragePooling2D()(images))
+    model = kcm.ContrastiveModel(keras.Model(images, features), text_bag())
+    model.compile(optimizer=keras.optimizers.SGD(0.0), **FAST)
+    pairs = random_pairs(4)
+    embeddings = {key: to_numpy(value) for key, value in model(pairs).items()}
+    penalty = 10.0 * np.sum(ops.convert_to_numpy(last.kernel) ** 2)
+    assert penalty > 1
+    assert one_step(model, pairs)["loss"][0] == pytest.approx(
+        numpy_loss(embeddings, 1 / 0.07) + penalty, rel=1e-4
+    )
+
+
+# === The temperature ===
+
+
+def test_the_scale_is_clipped_and_passes_gradients():
+    model = small_model(max_logit_scale=20.0)
+    model.logit_scale.assign(math.log(50.0))
+    scale, (gradient,) = value_and_gradients(
+        lambda: (model.scale, model.scale), [model.logit_scale]
+    )
+    assert float(scale) == pytest.approx(20.0, rel=1e-5)
+    assert float(gradient) == pytest.approx(20.0, rel=1e-5)
+    model.logit_scale.assign(math.log(10.0))
+    assert float(ops.convert_to_numpy(model.scale)) == pytest.approx(10.0, rel=1e-5)
+
+
+def test_an_update_never_leaves_the_weight_above_its_limit():
+    model = small_model(max_logit_scale=20.0, initial_temperature=1 / 19.9)
+    model.compile(optimizer=keras.optimizers.SGD(0.01), **FAST)
+    # Learned pairs ask for an ever higher scale.
+    model.logit_scale.assign(5.0)
+    one_step(model, random_pairs(4))
+    assert float(ops.convert_to_numpy(model.logit_scale)) <= math.log(20.0) + 1e-6
+
+
+def test_averaged_weights_never_use_a_scale_above_its_limit():
+    model = small_model(max_logit_scale=20.0)
+    model.logit_scale.assign(5.0)
+    optimizer = keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.9)
+    model.compile(optimizer=optimizer, **FAST)
+    history = one_step(model, random_pairs(4), epochs=2)
+    assert float(ops.convert_to_numpy(model.scale)) <= 20.0 * (1 + 1e-5)
+    assert min(history["temperature"]) >= 1 / 20.0 * (1 - 1e-5)
+
+
+def test_the_initial_temperature_is_the_one_asked_for():
+    for kind, default in (("softmax", 0.07), ("sigmoid", 0.1)):
+        for given in (None, 0.5):
+            model = small_model(loss=kind, initial_temperature=given)
+            scale = float(ops.convert_to_numpy(model.scale))
+            assert scale == pytest.approx(1 / (given or default), rel=1e-5)
+
+
+# === Training ===
+
+
+def test_training_learns_which_text_belongs_to_which_image(fitted):
+    model, pairs, history = fitted
+    assert history["loss"][-1] < 0.7 * history["loss"][0]
+    evaluated = model.evaluate(pairs, batch_size=8, verbose=0, return_dict=True)
+    assert evaluated["image_to_text_accuracy"] >= 0.9
+    assert evaluated["text_to_image_accuracy"] >= 0.9
+
+
+def test_fit_reports_exactly_the_promised_metrics(fitted):
+    model, pairs, history = fitted
+    names = METRICS | {"mask_ratio"}
+    assert set(history) == names | {f"val_{name}" for name in names}
+    assert {len(value) for value in history.values()} == {30}
+    evaluated = model.evaluate(pairs, batch_size=8, verbose=0, return_dict=True)
+    assert set(evaluated) == names
+    assert history["val_loss"][-1] == pytest.approx(evaluated["loss"], rel=1e-4)
+
+
+def test_without_a_masking_there_is_no_mask_ratio():
+    model = small_model()
+    model.compile(optimizer="sgd", **FAST)
+    assert set(one_step(model, random_pairs(4))) == METRICS
+
+
+def test_the_mask_ratio_of_a_budget_is_what_it_leaves_out(fitted):
+    _, _, history = fitted
+    assert history["mask_ratio"] == pytest.approx([1 - 12 / 16] * 30)
+    assert history["val_mask_ratio"] == [0.0] * 30
+
+
+def test_the_mask_ratio_of_a_threshold_is_the_share_without_influence():
+    masking = threshold_masking()
+    model = masked_model(masking)
+    model.compile(optimizer=keras.optimizers.SGD(0.01), **FAST)
+    images = random_images(8)
+    pairs = {**random_pairs(8), "images": images}
+    state = masking.seed_generator.state
+    saved = ops.convert_to_numpy(state).copy()
+    _, visible = masking.select(images)
+    state.assign(saved)
+    history = one_step(model, pairs)
+    share = 1 - to_numpy(visible).sum(axis=1).mean() / 16
+    assert 0.25 < share < 1
+    assert history["mask_ratio"][0] == pytest.approx(share, abs=1e-6)
+    assert np.isfinite(history["loss"]).all()
+
+
+def test_a_masking_of_the_users_own_trains():
+    model = masked_model(HideByNoise(0.5, num_prefix_tokens=0, seed=2))
+    model.compile(optimizer="sgd", **FAST)
+    history = one_step(model, random_pairs(8))
+    assert 0.2 < history["mask_ratio"][0] < 0.8
+
+
+def test_compiled_and_eager_steps_fit_to_the_same_weights():
+    # Compiling takes torch minutes.
+    jit_compile = "auto" if keras.backend.backend() == "torch" else True
+    results = []
+    for options in (
+        dict(run_eagerly=True),
+        dict(jit_compile=jit_compile),
+        dict(jit_compile="auto"),
+    ):
+        keras.utils.set_random_seed(0)
+        model = small_model()
+        model.compile(optimizer=keras.optimizers.SGD(0.05), **options)
+        one_step(model, random_pairs(4), epochs=2)
+        results.append(values(model.trainable_variables))
+    for one, *others in zip(*results):
+        for other in others:
+            np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_masking_trains_under_full_compilation():
+    # Compiling takes torch minutes.
+    jit_compile = "auto" if keras.backend.backend() == "torch" else True
+    model = masked_model(threshold_masking())
+    model.compile(optimizer="sgd", jit_compile=jit_compile)
+    history = one_step(model, random_pairs(8), epochs=2)
+    assert np.isfinite(history["loss"]).all()
+    assert min(history["mask_ratio"]) >= 0.25
+
+
+def test_an_encoder_that_learns_its_width_when_called_trains():
+    image_encoder = keras.Sequential(
+        [keras.layers.Flatten(), keras.layers.Dense(7)], name="images"
+    )
+    model = kcm.ContrastiveModel(image_encoder, text_bag(), projection_dim=4)
+    model.compile(optimizer="sgd")
+    pairs = random_pairs(4)
+    history = one_step(model, pairs)
+    assert np.isfinite(history["loss"]).all()
+    assert model.predict(pairs, verbose=0)["image_embeddings"].shape == (4, 4)
+    assert len(image_encoder.weights) == 2
+
+
+def test_a_dataset_trains_and_evaluates_as_arrays_do():
+    tf = pytest.importorskip("tensorflow")
+    pairs = random_pairs(8)
+    dataset = tf.data.Dataset.from_tensor_slices(pairs).batch(8)
+    losses = []
+    for data in (pairs, dataset):
+        keras.utils.set_random_seed(0)
+        model = small_model()
+        model.compile(optimizer=keras.optimizers.SGD(0.05), **FAST)
+        options = dict(batch_size=8) if data is pairs else {}
+        history = model.fit(
+            data,
+            shuffle=False,
+            epochs=2,
+            verbose=0,
+            validation_data=data,
+            validation_batch_size=options.get("batch_size"),
+            **options,
+        ).history
+        losses.append(history["loss"] + history["val_loss"])
+        predicted = model.predict(data, verbose=0)
+        assert predicted["text_embeddings"].shape == (8, 16)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+# === An unset threshold ===
+
+
+def unset_model():
+    return masked_model(threshold_masking(threshold=None))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_fit_without_a_threshold_is_an_error_and_after_adapt_it_trains(eager):
+    model = unset_model()
+    model.compile(optimizer="sgd", run_eagerly=eager)
+    pairs = {**random_pairs(8), "images": random_images(8)}
+    before = values(model.weights)
+    with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
+        one_step(model, pairs)
+    with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
+        model.train_on_batch(pairs)
+    for old, new in zip(before, values(model.weights)):
+        np.testing.assert_array_equal(old, new)
+    if eager == FAST["run_eagerly"]:
+        model.maskings[0].adapt(pairs["images"])
+        assert np.isfinite(one_step(model, pairs)["loss"]).all()
+
+
+def test_a_call_in_training_without_a_threshold_is_an_error():
+    with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
+        unset_model()(random_pairs(4), training=True)
+
+
+# === Save and reload ===
+
+
+def test_a_reloaded_model_predicts_the_same_and_goes_on_training_the_same(tmp_path):
+    model = small_model(loss="sigmoid", projection_dim=5)
+    model.compile(optimizer=keras.optimizers.Adam(0.01), **FAST)
+    pairs = random_pairs(4)
+    one_step(model, pairs)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    found = loaded.predict(pairs, verbose=0)
+    for key, value in model.predict(pairs, verbose=0).items():
+        np.testing.assert_array_equal(found[key], value)
+
+    for one in (model, loaded):
+        assert int(ops.convert_to_numpy(one.optimizer.iterations)) == 1
+        one_step(one, pairs)
+    for one, other in zip(values(model.weights), values(loaded.weights)):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_a_generic_model_keeps_all_its_options(tmp_path):
+    model = masked_model(
+        kcm.RandomMasking(0.25, num_prefix_tokens=0),
+        loss="sigmoid",
+        projection_dim=5,
+        initial_temperature=0.2,
+        max_logit_scale=40.0,
+        duplicates="negative",
+        name="pairs",
+    )
+    model.logit_bias.assign(-3.0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.options() == model.options()
+    assert loaded.name == "pairs"
+    assert loaded.projection_dim == 5
+    assert float(ops.convert_to_numpy(loaded.logit_bias)) == -3.0
+    assert isinstance(loaded.maskings[0], kcm.RandomMasking)
+    pairs = random_pairs(3)
+    for one, other in zip(loaded(pairs).values(), model(pairs).values()):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+
+
+def test_threshold_and_step_survive_a_reload(tmp_path):
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
+    masking = threshold_masking(threshold=0.07, embedding_weight=schedule)
+    model = masked_model(masking)
+    pairs = random_pairs(4)
+    for _ in range(2):
+        model(pairs, training=True)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras").maskings[0]
+    assert int(ops.convert_to_numpy(loaded.step)) == 2
+    threshold = float(ops.convert_to_numpy(masking.threshold))
+    assert threshold != pytest.approx(0.07, abs=1e-6)
+    assert float(ops.convert_to_numpy(loaded.threshold)) == threshold
+    assert loaded.embedding_weight.get_config() == schedule.get_config()
+
+
+def test_the_seed_goes_on_where_it_was_after_a_reload(tmp_path):
+    model = masked_model(kcm.ClusterMasking(4, seed=3))
+    pairs = random_pairs(4)
+    model(pairs, training=True)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    one, other = (x(pairs, training=True)["image_embeddings"] for x in (model, loaded))
+    np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+
+
+def test_a_masking_of_the_users_own_reloads(tmp_path):
+    model = masked_model(HideByNoise(0.4, num_prefix_tokens=0))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras").maskings[0]
+    assert type(loaded) is HideByNoise
+    assert loaded.mask_ratio == 0.4
+
+
+# === Refusals ===
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(loss="hinge"), r"`loss` must.*Received: loss='hinge'"),
+        (dict(duplicates="drop"), "`duplicates` must.*Received: duplicates='drop'"),
+        (dict(initial_temperature=0.0), "`initial_temperature`.*Received:.*0"),
+        (dict(initial_temperature=-1), "`initial_temperature`.*Received:.*-1"),
+        (dict(max_logit_scale=0), "`max_logit_scale`.*Received:.*0"),
+    ],
+)
+def test_a_bad_option_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(**options)
+
+
+def test_encoders_of_different_widths_need_a_projection():
+    with pytest.raises(ValueError, match=r"projection_dim.*Received: widths 12 and 16"):
+        kcm.ContrastiveModel(image_mlp(12), text_bag(16))
+
+
+def test_something_that_is_no_model_is_refused():
+    with pytest.raises(ValueError, match=r"`image_encoder` must.*Received:"):
+        kcm.ContrastiveModel(lambda x: x, text_bag())
+    with pytest.raises(ValueError, match=r"`text_encoder` must.*Received:"):
+        kcm.ContrastiveModel(image_mlp(), "text")
+
+
+def test_an_encoder_that_returns_tokens_is_refused():
+    model = kcm.ContrastiveModel(functional_vit(pool=False), text_bag())
+    with pytest.raises(ValueError, match=r"add a pooling.*Received: own_vit"):
+        model(random_pairs(2))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_batch_of_one_cannot_train(eager, batch_size):
+    # Nor as what is left over at the end, of three pairs two by two.
+    model = small_model()
+    model.compile(optimizer="sgd", run_eagerly=eager)
+    with pytest.raises(Exception, match=r"at least two pairs.*Received:"):
+        model.fit(random_pairs(3), batch_size=batch_size, verbose=0)
+
+
+def test_a_batch_of_one_can_be_evaluated():
+    model = small_model()
+    model.compile(optimizer="sgd", **FAST)
+    assert np.isfinite(model.evaluate(random_pairs(1), verbose=0)).all()
+
+
+def test_foreign_tokens_are_an_error_in_fit_evaluate_and_predict():
+    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    model.compile(optimizer="sgd", **FAST)
+    good, bad = random_pairs(4), random_pairs(4)
+    bad["token_ids"] = bad["token_ids"] + 5
+    for call in (
+        lambda: model.fit(bad, verbose=0),
+        lambda: model.fit(good, validation_data=bad, verbose=0),
+        lambda: model.evaluate(bad, verbose=0),
+        lambda: model.predict(bad, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=r"vocabulary.*Received: ids"):
+            call()
+
+
+def test_foreign_tokens_are_an_error_in_a_dataset():
+    tf = pytest.importorskip("tensorflow")
+    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    model.compile(optimizer="sgd", **FAST)
+    bad = random_pairs(4)
+    bad["token_ids"] = bad["token_ids"] + 5
+    dataset = tf.data.Dataset.from_tensor_slices(bad).batch(4)
+    with pytest.raises(Exception, match=r"vocabulary"):
+        model.fit(dataset, verbose=0)
+
+
+def test_a_batch_without_one_of_its_keys_is_an_error():
+    model = small_model()
+    model.compile(optimizer="sgd", **FAST)
+    pairs = random_pairs(4)
+    for key in ("images", "token_ids"):
+        part = {key: pairs[key]}
+        for call in (model, lambda x: model.fit(x, verbose=0)):
+            with pytest.raises(ValueError, match=r"missing.*Received:"):
+                call(part)
+    with pytest.raises(ValueError, match=r"dictionary.*Received:"):
+        model(pairs["images"])

@@ -1,0 +1,458 @@
+"""with_masking: the same encoder, on fewer tokens, and nothing hidden gets through."""
+
+import functools
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.models import MaskedEncoder
+
+from .helpers import (
+    FAST,
+    HideByNoise,
+    clip_vision_encoder,
+    dino_encoder,
+    functional_vit,
+    random_images,
+    random_noise,
+    siglip_encoder,
+    to_numpy,
+    value_and_gradients,
+    values,
+    vit_encoder,
+)
+
+# Maker, name of the embedding layer, (height, width), prefix tokens.
+ENCODERS = {
+    "clip": (clip_vision_encoder, None, (16, 16), 1),
+    "vit": (vit_encoder, None, (16, 16), 1),
+    "vit_wide": (lambda: vit_encoder(8, 16), None, (8, 16), 1),
+    "siglip": (siglip_encoder, None, (16, 16), 0),
+    "dino": (dino_encoder, None, (16, 16), 3),
+    "own": (functional_vit, "positions", (16, 16), 0),
+}
+each_encoder = pytest.mark.parametrize("kind", list(ENCODERS))
+
+
+@functools.cache
+def encoder_of(kind):
+    return ENCODERS[kind][0]()
+
+
+def make(kind, **kwargs):
+    """A masked encoder, images and noise for it, and its number of prefix tokens."""
+    _, layer, (height, width), prefix = ENCODERS[kind]
+    masked = kcm.with_masking(encoder_of(kind), kcm.ClusterMasking(4, **kwargs), layer)
+    images = random_images(3, height, width)
+    return masked, images, random_noise(3, height * width // 16), prefix
+
+
+def inputs_of(masked, images):
+    expected = masked.input
+    return dict.fromkeys(expected, images) if isinstance(expected, dict) else images
+
+
+def kept_tokens(masked, images, noise, prefix):
+    """The stem's tokens, the numbers of those that stay, and which are visible."""
+    stem, blocks = masked._parts()
+    tokens = stem(inputs_of(masked, images), training=True)
+    indices, visible = masked.masking.select(images, tokens, noise)
+    indices, visible = (ops.convert_to_numpy(x) for x in (indices, visible))
+    batch = len(images)
+    first = np.tile(np.arange(prefix), (batch, 1))
+    return (
+        blocks,
+        tokens,
+        np.concatenate([first, prefix + indices], axis=1),
+        np.concatenate([np.ones((batch, prefix), bool), visible], axis=1),
+    )
+
+
+# === The same encoder ===
+
+
+@each_encoder
+def test_inference_returns_exactly_what_the_encoder_returns(kind):
+    masked, images, _, _ = make(kind)
+    inputs = inputs_of(masked, images)
+    np.testing.assert_array_equal(
+        to_numpy(masked(inputs)), to_numpy(masked.encoder(inputs))
+    )
+    np.testing.assert_array_equal(
+        to_numpy(masked(inputs, training=False)), to_numpy(masked.encoder(inputs))
+    )
+    stem, blocks = masked._parts()
+    np.testing.assert_allclose(
+        to_numpy(blocks(stem(inputs))), to_numpy(masked.encoder(inputs)), atol=1e-6
+    )
+
+
+@each_encoder
+def test_training_takes_the_prefix_and_half_of_the_patches(kind):
+    masked, images, noise, prefix = make(kind, mask_ratio=0.5)
+    blocks, tokens, kept, visible = kept_tokens(masked, images, noise, prefix)
+    num_patches = noise.shape[1]
+    assert tokens.shape[1] == prefix + num_patches
+    assert kept.shape[1] == prefix + num_patches // 2
+    assert visible.all()
+    trained = to_numpy(masked(inputs_of(masked, images), training=True, noise=noise))
+    if trained.ndim == 3:
+        assert trained.shape[1] == prefix + num_patches // 2
+    chosen = ops.take_along_axis(tokens, kept[:, :, None], axis=1)
+    np.testing.assert_allclose(trained, to_numpy(blocks(chosen)), atol=1e-6)
+
+
+@each_encoder
+def test_weights_are_the_encoders_own_and_not_held_twice(kind):
+    masked, images, _, _ = make(kind)
+    encoder = masked.encoder
+    own = {id(v) for v in encoder.weights}
+    state = {id(v) for v in masked.masking.weights}
+    assert len(masked.weights) == len({id(v) for v in masked.weights})
+    assert {id(v) for v in masked.weights} == own | state
+    assert masked.count_params() == encoder.count_params() + len(state)
+    assert [v.path for v in masked.trainable_variables] == [
+        v.path for v in encoder.trainable_variables
+    ]
+
+    inputs = inputs_of(masked, images)
+    before = to_numpy(masked(inputs)), to_numpy(masked(inputs, training=True))
+    for weight in encoder.trainable_variables:
+        weight.assign(weight + 0.1)
+    after = to_numpy(masked(inputs)), to_numpy(masked(inputs, training=True))
+    for one, other in zip(before, after):
+        assert np.abs(one - other).max() > 1e-3
+    np.testing.assert_array_equal(after[0], to_numpy(encoder(inputs)))
+
+
+def test_training_the_masked_encoder_trains_the_encoder():
+    encoder = functional_vit()
+    masked = kcm.with_masking(encoder, kcm.ClusterMasking(4), "positions")
+    images = random_images(4)
+    before, untouched = values(encoder.weights), to_numpy(encoder(images))
+    masked.compile(optimizer=keras.optimizers.SGD(0.5), loss="mse", **FAST)
+    masked.fit(images, np.ones((4, 16)), batch_size=4, verbose=0)
+    moved = [np.any(a != b) for a, b in zip(before, values(encoder.weights))]
+    # The key's bias has no influence on a softmax over keys.
+    assert sum(moved) >= len(moved) - 1
+    assert np.abs(to_numpy(encoder(images)) - untouched).max() > 1e-3
+
+
+def test_one_encoder_can_carry_two_maskings():
+    encoder = clip_vision_encoder()
+    half = kcm.with_masking(encoder, kcm.RandomMasking(0.5))
+    most = kcm.with_masking(encoder, kcm.RandomMasking(0.75))
+    inputs = {"images": random_images(2)}
+    assert half(inputs, training=True).shape == (2, 1 + 8, 16)
+    assert most(inputs, training=True).shape == (2, 1 + 4, 16)
+
+
+def test_a_masking_without_an_image_grid_learns_the_prefix_from_the_encoder():
+    masked = kcm.with_masking(dino_encoder(), kcm.RandomMasking(0.5))
+    assert masked.masking.num_prefix_tokens == 3
+    inputs = {"images": random_images(2)}
+    assert masked(inputs, training=True).shape == (2, 3 + 8, 16)
+    masked = kcm.with_masking(vit_encoder(8, 16), kcm.RandomMasking(0.5))
+    assert masked.masking.num_prefix_tokens == 1
+
+
+def test_the_drawn_noise_changes_from_step_to_step_and_follows_the_seed():
+    encoder = functional_vit()
+    images = random_images(2)
+    first, second = (
+        kcm.with_masking(encoder, kcm.ClusterMasking(4, seed=5), "positions")
+        for _ in range(2)
+    )
+    one, two = (to_numpy(first(images, training=True)) for _ in range(2))
+    assert np.abs(one - two).max() > 1e-4
+    np.testing.assert_array_equal(one, to_numpy(second(images, training=True)))
+
+
+def test_saved_and_reloaded_it_masks_the_same_way(tmp_path):
+    masked, images, _, _ = make("own", seed=3)
+    masked(images, training=True)  # moves the seed
+    masked.save(tmp_path / "masked.keras")
+    loaded = keras.saving.load_model(tmp_path / "masked.keras")
+    assert isinstance(loaded, MaskedEncoder)
+    assert loaded.embedding_layer.name == "positions"
+    np.testing.assert_array_equal(to_numpy(loaded(images)), to_numpy(masked(images)))
+    np.testing.assert_array_equal(
+        to_numpy(loaded(images, training=True)), to_numpy(masked(images, training=True))
+    )
+    weight = loaded.encoder.get_layer("positions").positions
+    weight.assign(weight + 1.0)
+    assert np.abs(to_numpy(loaded(images)) - to_numpy(masked(images))).max() > 1e-3
+
+
+# === Nothing left out has an influence ===
+
+
+@each_encoder
+def test_tokens_left_out_by_a_budget_change_nothing(kind):
+    masked, images, noise, prefix = make(kind)
+    blocks, tokens, kept, _ = kept_tokens(masked, images, noise, prefix)
+
+    def run(tokens):
+        chosen = masked.masking(tokens, images=images, training=True, noise=noise)
+        return to_numpy(blocks(chosen, training=True))
+
+    changed = 100.0 * np.ones(tokens.shape, "float32")
+    for row, indices in enumerate(kept):
+        changed[row, indices] = to_numpy(tokens)[row, indices]
+    assert np.abs(changed - to_numpy(tokens)).max() > 10
+    np.testing.assert_array_equal(run(changed), run(tokens))
+
+
+@each_encoder
+def test_pixels_left_out_by_a_budget_change_nothing(kind):
+    _, layer, (height, width), prefix = ENCODERS[kind]
+    # A selection that does not look at the pixels, so that they can be changed.
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=prefix)
+    masked = kcm.with_masking(encoder_of(kind), masking, layer)
+    images = random_images(2, height, width)
+    noise = random_noise(2, height * width // 16)
+    _, _, kept, _ = kept_tokens(masked, images, noise, prefix)
+    changed = repaint(images, kept[:, prefix:] - prefix)
+    assert np.mean(changed != images) == pytest.approx(0.5)
+
+    one, other, repainted_kept = (
+        to_numpy(masked(inputs_of(masked, x), training=True, noise=noise))
+        for x in (images, changed, images + 1.0)
+    )
+    np.testing.assert_array_equal(one, other)
+    assert np.abs(one - repainted_kept).max() > 1e-4
+
+
+def repaint(images, kept):
+    """Images with other pixels in all patches but the kept ones."""
+    changed = 9.0 - 5.0 * images
+    columns = images.shape[2] // 4
+    for row, indices in enumerate(kept):
+        for index in indices:
+            y, x = 4 * (index // columns), 4 * (index % columns)
+            changed[row, y : y + 4, x : x + 4] = images[row, y : y + 4, x : x + 4]
+    return changed
+
+
+@pytest.mark.parametrize("kind", ["clip", "dino", "own"])
+def test_pixels_hidden_behind_a_mask_change_nothing_visible(kind):
+    _, layer, (height, width), prefix = ENCODERS[kind]
+    masking = HideByNoise(0.5, num_prefix_tokens=prefix)
+    masked = kcm.with_masking(encoder_of(kind), masking, layer)
+    images = random_images(3, height, width)
+    noise = random_noise(3, height * width // 16)
+    assert len(set((noise >= 0.5).sum(axis=1))) > 1
+    changed = repaint(images, [np.flatnonzero(row >= 0.5) for row in noise])
+    visible = np.concatenate([np.ones((3, prefix), bool), noise >= 0.5], axis=1)
+
+    one, other = (
+        to_numpy(masked(inputs_of(masked, x), training=True, noise=noise))
+        for x in (images, changed)
+    )
+    if one.ndim == 3:
+        assert np.abs(one - other)[~visible].max() > 1e-3
+        one, other = one[visible], other[visible]
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit_wide", "siglip", "dino", "own"])
+def test_tokens_hidden_by_a_threshold_change_nothing_visible(kind):
+    masked, images, noise, prefix = make(kind, min_mask_ratio=0.25, threshold=0.0)
+    blocks, tokens, kept, visible = kept_tokens(masked, images, noise, prefix)
+    assert not visible.all()
+
+    def run(tokens):
+        chosen = masked.masking(tokens, images=images, training=True, noise=noise)
+        return to_numpy(blocks(chosen, training=True))
+
+    changed = 100.0 * np.ones(tokens.shape, "float32")
+    for row, (indices, seen) in enumerate(zip(kept, visible)):
+        changed[row, indices[seen]] = to_numpy(tokens)[row, indices[seen]]
+    one, other = run(tokens), run(changed)
+    if one.ndim == 3:
+        assert np.abs(one - other)[~visible].max() > 1e-3
+        one, other = one[visible], other[visible]
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit", "siglip", "dino", "own"])
+def test_a_threshold_equals_the_encoder_on_the_visible_tokens_alone(kind):
+    masked, images, noise, prefix = make(kind, min_mask_ratio=0.25, threshold=0.0)
+    images, noise = images[1:], noise[1:]
+    blocks, _, kept, visible = kept_tokens(masked, images, noise, prefix)
+    assert len(set(visible.sum(axis=1))) > 1
+    inputs = inputs_of(masked, images)
+    stem = masked._parts()[0]
+
+    def pool(output):
+        if len(output.shape) == 2:
+            return output
+        # The class token, and the average over all that is visible.
+        average = keras.layers.GlobalAveragePooling1D()(output)
+        return ops.concatenate([output[:, 0], average], axis=1)
+
+    def hidden():
+        return pool(masked(inputs, training=True, noise=noise))
+
+    def alone():
+        tokens = stem(inputs, training=True)
+        rows = []
+        for row, (indices, seen) in enumerate(zip(kept, visible)):
+            taken = ops.take(tokens[row : row + 1], indices[seen], axis=1)
+            rows.append(pool(blocks(taken, training=True)))
+        return ops.concatenate(rows, axis=0)
+
+    weights = masked.trainable_variables
+    direction = np.random.default_rng(1).normal(size=(2, 32)).astype("float32")
+
+    def of(fn):
+        output = fn()
+        weighted = output * ops.convert_to_tensor(direction[:, : output.shape[1]])
+        return ops.sum(weighted), output
+
+    (hidden_output, one), (alone_output, other) = (
+        value_and_gradients(lambda fn=fn: of(fn), weights) for fn in (hidden, alone)
+    )
+    np.testing.assert_allclose(hidden_output, alone_output, atol=1e-5)
+    assert sum(np.any(g != 0) for g in other) >= len(weights) - 4
+    for weight, a, b in zip(weights, one, other):
+        np.testing.assert_allclose(
+            a, b, atol=1e-5 * max(1, np.abs(b).max()), err_msg=weight.path
+        )
+
+
+def test_padding_that_takes_part_is_no_different_from_a_visible_token():
+    masked, images, noise, prefix = make(
+        "clip", min_mask_ratio=0.25, threshold=0.0, hide_padding=False
+    )
+    blocks, tokens, kept, visible = kept_tokens(masked, images, noise, prefix)
+    assert visible.all()
+    chosen = ops.take_along_axis(tokens, kept[:, :, None], axis=1)
+    trained = masked({"images": images}, training=True, noise=noise)
+    np.testing.assert_allclose(to_numpy(trained), to_numpy(blocks(chosen)), atol=1e-6)
+
+
+# === Refusals ===
+
+
+def test_an_unknown_layer_is_answered_with_the_candidates():
+    for layer in ("blocks", None):
+        with pytest.raises(ValueError, match=r"Candidates.*'positions'.*Received:"):
+            kcm.with_masking(functional_vit(), kcm.ClusterMasking(4), layer)
+    with pytest.raises(
+        ValueError, match=r"Candidates.*'vision_encoder_embedding'.*Received:"
+    ):
+        kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(4), "nothing")
+
+
+def test_a_layer_that_returns_no_tokens_is_no_candidate():
+    with pytest.raises(ValueError, match=r"Candidates") as caught:
+        kcm.with_masking(functional_vit(), kcm.ClusterMasking(4), "patches")
+    assert "'patches'" not in str(caught.value).split("Received:")[0]
+
+
+def test_something_that_is_no_masking_is_refused():
+    for thing in (keras.layers.Dropout(0.5), 0.5, kcm.ClusterMasking):
+        with pytest.raises(ValueError, match=r"`masking` must be.*Received:"):
+            kcm.with_masking(functional_vit(), thing, "positions")
+
+
+def test_an_encoder_that_is_no_functional_model_is_refused():
+    for thing in (keras.layers.Dense(3), keras.Sequential([keras.layers.Dense(3)])):
+        with pytest.raises(ValueError, match=r"`encoder` must be.*Received:"):
+            kcm.with_masking(thing, kcm.ClusterMasking(4))
+
+
+def test_a_path_around_the_layer_is_refused():
+    images = keras.Input((16, 16, 3))
+    tokens = keras.layers.Reshape((16, 16))(
+        keras.layers.Conv2D(16, 4, strides=4)(images)
+    )
+    embedded = keras.layers.Dense(16, name="embedded")(tokens)
+    for around in (
+        keras.layers.GlobalAveragePooling1D()(tokens),
+        keras.layers.Dense(16)(keras.layers.Flatten()(images)),
+    ):
+        pooled = keras.layers.GlobalAveragePooling1D()(embedded)
+        encoder = keras.Model(images, keras.layers.Add()([pooled, around]))
+        with pytest.raises(ValueError, match=r"all paths.*Received:.*embedded"):
+            kcm.with_masking(encoder, kcm.ClusterMasking(4), "embedded")
+
+
+def test_a_patch_size_that_is_not_the_encoders_is_an_error_in_training():
+    masked = kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(8))
+    with pytest.raises(ValueError, match=r"does not fit|num_prefix_tokens"):
+        masked({"images": random_images(2)}, training=True)
+
+
+def test_a_masking_that_cannot_count_patches_says_what_it_needs():
+    masked = kcm.with_masking(functional_vit(), kcm.RandomMasking(), "positions")
+    with pytest.raises(ValueError, match=r"Pass `num_prefix_tokens`.*Received:"):
+        masked(random_images(2), training=True)
+
+
+# === Positions ===
+
+
+def test_a_fresh_clip_vision_encoder_gets_its_patches_numbered():
+    encoder = clip_vision_encoder()
+    ids = encoder.embedding.position_ids
+    if np.any(ops.convert_to_numpy(ids)):
+        pytest.fail("keras_hub numbers positions itself now; the mending can go.")
+    kcm.with_masking(encoder, kcm.RandomMasking())
+    np.testing.assert_array_equal(ops.convert_to_numpy(ids), [np.arange(17)])
+
+
+def test_positions_that_are_set_stay_as_they_are():
+    encoder = clip_vision_encoder()
+    ids = encoder.embedding.position_ids
+    given = np.arange(17)[None, ::-1].copy()
+    ids.assign(given)
+    kcm.with_masking(encoder, kcm.RandomMasking())
+    np.testing.assert_array_equal(ops.convert_to_numpy(ids), given)
+
+
+# === In a model of the user's own ===
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_unset_threshold_never_trains_a_foreign_model_in_silence(eager):
+    masking = kcm.ClusterMasking(4, mask_ratio=0.5, min_mask_ratio=0.25)
+    masked = kcm.with_masking(functional_vit(), masking, "positions")
+    model = keras.Sequential([masked, keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse", run_eagerly=eager)
+    images = random_images(4)
+    message, loss = "", 0.0
+    try:
+        history = model.fit(images, np.ones((4, 1)), batch_size=4, verbose=0).history
+        loss = history["loss"][-1]
+    except ValueError as error:
+        message = str(error)
+    assert "threshold" in message or np.isnan(loss), (message, loss)
+
+
+def test_a_foreign_functional_model_trains_through_the_masking():
+    masking = kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1, seed=1)
+    masked = kcm.with_masking(functional_vit(), masking, "positions")
+    inputs = keras.Input((16, 16, 3))
+    model = keras.Model(inputs, keras.layers.Dense(1)(masked(inputs)))
+    model.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse")
+    images = random_images(8)
+    targets = images.mean(axis=(1, 2, 3), keepdims=False)[:, None]
+    history = model.fit(images, targets, batch_size=8, epochs=5, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert history["loss"][-1] < history["loss"][0]
+    assert 0.25 <= float(ops.convert_to_numpy(masking.last_mask_ratio)) < 1
+
+
+def test_keras_hub_alone_reads_what_a_masked_encoder_trained(tmp_path):
+    encoder = vit_encoder()
+    masked = kcm.with_masking(encoder, kcm.ClusterMasking(4))
+    images = random_images(2)
+    encoder.save_to_preset(str(tmp_path))
+    loaded = keras_hub.models.ViTBackbone.from_preset(str(tmp_path))
+    np.testing.assert_array_equal(to_numpy(loaded(images)), to_numpy(masked(images)))

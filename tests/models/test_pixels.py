@@ -1,0 +1,59 @@
+"""uint8 images are scaled and normalised, others come as they are."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, normalize_pixels
+
+
+def bytes_of_images(channels=3):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, size=(2, 4, 4, channels)).astype("uint8")
+
+
+def test_the_statistics_are_those_clip_was_trained_with():
+    constants = pytest.importorskip("open_clip.constants")
+    assert constants.OPENAI_DATASET_MEAN == CLIP_MEAN
+    assert constants.OPENAI_DATASET_STD == CLIP_STD
+
+
+def test_bytes_are_scaled_and_normalised_by_channel():
+    images = bytes_of_images()
+    normalised = normalize_pixels(images)
+    assert keras.backend.standardize_dtype(normalised.dtype) == "float32"
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(normalised),
+        (images / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channel_counts_take_the_average_statistics(channels):
+    images = bytes_of_images(channels)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(normalize_pixels(images)),
+        (images / 255.0 - np.mean(CLIP_MEAN)) / np.mean(CLIP_STD),
+        atol=1e-5,
+    )
+
+
+def test_channels_first_is_normalised_along_the_first_axis():
+    images = bytes_of_images()
+    last = ops.convert_to_numpy(normalize_pixels(images))
+    keras.config.set_image_data_format("channels_first")
+    try:
+        first = normalize_pixels(np.moveaxis(images, -1, 1))
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    np.testing.assert_array_equal(np.moveaxis(ops.convert_to_numpy(first), 1, -1), last)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32"])
+def test_other_types_are_left_alone(dtype):
+    images = (100.0 * np.random.default_rng(0).normal(size=(2, 4, 4, 3))).astype(dtype)
+    same = normalize_pixels(images)
+    assert keras.backend.standardize_dtype(same.dtype) == dtype
+    np.testing.assert_array_equal(ops.convert_to_numpy(same), images)

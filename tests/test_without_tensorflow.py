@@ -1,0 +1,129 @@
+"""On a machine with JAX or torch alone the library imports and trains."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import keras
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+BLOCK = """
+import sys
+
+
+class Without:
+    "Finds what a finder finds, but for tensorflow: as if it were not installed."
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow", "tensorflow_text"):
+            return None
+        return self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+try:
+    import tensorflow
+except ImportError:
+    pass
+else:
+    raise SystemExit("tensorflow was to be blocked")
+"""
+
+TRAIN = """
+import keras
+import numpy as np
+
+import keras_cluster_mask as kcm
+
+rng = np.random.default_rng(0)
+pairs = {
+    "images": rng.integers(0, 256, size=(4, 8, 8, 3)).astype("uint8"),
+    "token_ids": rng.integers(1, 30, size=(4, 6)).astype("int32"),
+}
+
+
+def check(model):
+    model.compile(optimizer="adam", run_eagerly=True)
+    history = model.fit(pairs, batch_size=4, verbose=0).history
+    assert np.isfinite(history["loss"]).all(), history
+    found = model.predict(pairs, verbose=0)
+    assert found["image_embeddings"].shape[0] == 4
+    return history
+
+
+images = keras.Input((8, 8, 3))
+x = keras.layers.Reshape((4, 8))(keras.layers.Conv2D(8, 4, strides=4)(images))
+x = keras.layers.Dense(8, name="embedded")(x)
+x = keras.layers.Dense(8)(keras.layers.GlobalAveragePooling1D()(x))
+encoder = kcm.with_masking(
+    keras.Model(images, x), kcm.ClusterMasking(4), layer="embedded"
+)
+ids = keras.Input((6,), dtype="int32")
+y = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(30, 8)(ids))
+history = check(kcm.ContrastiveModel(encoder, keras.Model(ids, y)))
+assert history["mask_ratio"] == [0.5]
+
+backbone = kcm.models.clip_backbone(
+    "tiny", image_size=8, vocabulary_size=30, context_length=6
+)
+history = check(kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(4)))
+assert history["mask_ratio"] == [0.5]
+assert "tensorflow" not in sys.modules
+print("trained")
+"""
+
+DATA = """
+import keras_cluster_mask as kcm
+
+try:
+    kcm.data.image_text_dataset(
+        "pairs.tar", lambda texts: texts, 8, 2, training=False
+    )
+except ImportError as error:
+    print("refused:", error)
+"""
+
+
+def run(code):
+    """Runs code where tensorflow cannot be imported, and returns what it prints."""
+    # TensorFlow as the backend is out of question here, so JAX stands in.
+    backend = keras.backend.backend()
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "jax" if backend == "tensorflow" else backend,
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BLOCK + code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode:
+        pytest.fail(done.stderr[-3000:])
+    return done.stdout
+
+
+def test_models_train_from_arrays():
+    assert "trained" in run(TRAIN)
+
+
+def test_data_pipelines_say_what_they_need():
+    printed = run(DATA)
+    assert "refused:" in printed
+    assert "tensorflow" in printed.lower()
+    # More than Python's own words.
+    assert "No module named" not in printed
