@@ -143,9 +143,10 @@ def positive_pairs(similarity, labels=None):
     labels = ops.convert_to_tensor(labels)
     if len(labels.shape) == 1:
         labels = labels[:, None]
-    if len(labels.shape) != 2:
+    sizes = labels.shape[0], similarity.shape[0]
+    if len(labels.shape) != 2 or (None not in sizes and sizes[0] != sizes[1]):
         raise ValueError(
-            "`labels` must have shape (batch,) or (batch, k). "
+            "`labels` must have shape (batch,) or (batch, k), one row a pair. "
             f"Received: labels.shape={tuple(labels.shape)}"
         )
     return ops.cast(ops.all(labels[:, None] == labels[None], axis=-1), "float32")

@@ -41,6 +41,7 @@ else:
 
 TRAIN = """
 import keras
+import keras_hub
 import numpy as np
 
 import keras_cluster_mask as kcm
@@ -53,7 +54,7 @@ pairs = {
 
 
 def check(model):
-    model.compile(optimizer="adam", run_eagerly=True)
+    model.compile(optimizer="adam")
     history = model.fit(pairs, batch_size=4, verbose=0).history
     assert np.isfinite(history["loss"]).all(), history
     found = model.predict(pairs, verbose=0)
@@ -73,8 +74,11 @@ y = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(30, 8)(ids))
 history = check(kcm.ContrastiveModel(encoder, keras.Model(ids, y)))
 assert history["mask_ratio"] == [0.5]
 
-backbone = kcm.models.clip_backbone(
-    "tiny", image_size=8, vocabulary_size=30, context_length=6
+size = dict(hidden_dim=8, num_layers=1, num_heads=2, intermediate_dim=16)
+backbone = keras_hub.models.CLIPBackbone(
+    keras_hub.models.CLIPVisionEncoder(patch_size=4, image_shape=(8, 8, 3), **size),
+    keras_hub.models.CLIPTextEncoder(30, 8, max_sequence_length=6, **size),
+    projection_dim=8,
 )
 history = check(kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(4)))
 assert history["mask_ratio"] == [0.5]

@@ -31,7 +31,7 @@ def list_shards(source):
 
     ```python
     kcm.data.list_shards("data/train-{00000..00003}.tar")  # these four, or an error
-    kcm.data.list_shards(["data/train-*.tar", "more/{a,b}.tar"])  # whatever * finds, a and b
+    kcm.data.list_shards(["data/train-*.tar", "more/{a,b}.tar"])  # what is there
     ```
 
     Args:

@@ -67,7 +67,7 @@ class ClusterMasking(PatchMasking):
         anchor_ratio: Float in `[0, 1]`. The share of the patches that become
             anchors, at least one.
         softness: Float >= 0. In budget mode, adds this much Gumbel noise to
-            the similarities: 0 leaves out pure clusters, large values random
+            the similarities: 0 leaves out pure clusters, infinity random
             patches.
         hide_padding: Boolean. In threshold mode, whether left-out patches that
             fill up the batch are hidden. If false they are drawn at random and
@@ -84,7 +84,7 @@ class ClusterMasking(PatchMasking):
             always stay. `None` takes all beyond the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `keras.config.image_data_format()`.
-        seed: Integer or `keras.random.SeedGenerator`.
+        seed: Integer. Makes the noise repeatable.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -125,7 +125,7 @@ class ClusterMasking(PatchMasking):
         if min_mask_ratio is not None:
             check_ratio("min_mask_ratio", min_mask_ratio)
         _check_range("anchor_ratio", anchor_ratio, 0, 1)
-        _check_range("softness", softness, 0, 1e6)
+        _check_range("softness", softness, 0, math.inf)
         if threshold is not None:
             _check_range("threshold", threshold, -1, 1)
             if min_mask_ratio is None:
@@ -154,6 +154,7 @@ class ClusterMasking(PatchMasking):
         self.embedding_weight = _standardize_embedding_weight(embedding_weight)
 
         self.threshold = None
+        self._given_threshold = threshold
         if min_mask_ratio is not None:
             value = math.nan if threshold is None else float(threshold)
             self.threshold = self._add_state("threshold", value, "float32")
@@ -180,6 +181,8 @@ class ClusterMasking(PatchMasking):
             if not self.softness:
                 return -similarity
             gumbel = -ops.log(-ops.log(ops.maximum(noise, 1e-12)))
+            if math.isinf(self.softness):
+                return gumbel
             return -similarity + self.softness * gumbel
 
         least_alike = order_by_score(-similarity, noise)[:, :1]
@@ -340,6 +343,7 @@ class ClusterMasking(PatchMasking):
             {
                 "patch_size": self.patch_size,
                 "min_mask_ratio": self.min_mask_ratio,
+                "threshold": self._given_threshold,
                 "anchor_ratio": self.anchor_ratio,
                 "softness": self.softness,
                 "hide_padding": self.hide_padding,
@@ -358,13 +362,17 @@ def _check_range(name, value, low, high):
 
 
 def _standardize_patch_size(patch_size):
-    sides = (patch_size,) * 2 if isinstance(patch_size, int) else tuple(patch_size)
-    if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+    sides = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
+    if (
+        not isinstance(sides, (tuple, list))
+        or len(sides) != 2
+        or not all(isinstance(side, int) and side > 0 for side in sides)
+    ):
         raise ValueError(
             "`patch_size` must be a positive integer or a tuple of two. "
             f"Received: patch_size={patch_size}"
         )
-    return sides
+    return tuple(sides)
 
 
 def _standardize_embedding_weight(weight):

@@ -15,8 +15,9 @@ class PatchMasking(keras.layers.Layer):
 
     A strategy is a subclass with one method, `score`. It says which patches
     matter: the highest-scoring ones stay, ties go to the patch with the larger
-    noise, and a patch that scores `-inf` is masked for good: if it has to fill
-    up the fixed number of tokens, it stays hidden behind a Keras mask.
+    noise. A strategy with the attribute `hides_tokens = True` can also mask a
+    patch for good, by the score `-inf`: if such a patch has to fill up the fixed
+    number of tokens, it is hidden behind a Keras mask.
     All randomness is one array of noise per step, so that a mask can be
     repeated by handing in the noise.
 
@@ -42,8 +43,7 @@ class PatchMasking(keras.layers.Layer):
             (class token, registers) always stay. `None` takes all tokens
             beyond the number of patches, for strategies that can tell that
             number from the images.
-        seed: Integer or `keras.random.SeedGenerator`. Makes the noise
-            repeatable.
+        seed: Integer. Makes the noise repeatable.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -64,13 +64,19 @@ class PatchMasking(keras.layers.Layer):
           image-text training.
     """
 
+    # Whether a score of -inf hides a token that has to stay to fill up. Hiding takes
+    # an attention mask, which a strategy without such scores is spared.
+    hides_tokens = False
+
     def __init__(self, mask_ratio=0.5, num_prefix_tokens=None, seed=None, **kwargs):
         # Similarity is a float32 matter whatever the dtype policy, and tokens
         # leave as they came, so nothing may be cast on the way in.
         kwargs.setdefault("autocast", False)
         super().__init__(**kwargs)
         check_ratio("mask_ratio", mask_ratio)
-        if num_prefix_tokens is not None and num_prefix_tokens < 0:
+        if num_prefix_tokens is not None and not (
+            isinstance(num_prefix_tokens, int) and num_prefix_tokens >= 0
+        ):
             raise ValueError(
                 "`num_prefix_tokens` must be None or an integer >= 0. "
                 f"Received: num_prefix_tokens={num_prefix_tokens}"
@@ -105,7 +111,8 @@ class PatchMasking(keras.layers.Layer):
             tokens: `(batch, prefix + N, dim)` tensor, or `None`.
 
         Returns:
-            `(batch, N)` float32 tensor. `-inf` masks a patch for good.
+            `(batch, N)` float32 tensor. `-inf` masks a patch for good, if the
+            strategy has `hides_tokens`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement `score(noise, images, tokens)`."
@@ -114,11 +121,6 @@ class PatchMasking(keras.layers.Layer):
     def num_kept(self, num_patches):
         """How many patches stay of `num_patches`, an integer of at least 1."""
         return kept_count(num_patches, self.mask_ratio)
-
-    @property
-    def hides_tokens(self):
-        """Whether some kept tokens may be hidden behind a Keras mask."""
-        return False
 
     def count_patches(self, images=None, tokens=None):
         """How many patches an image has, told from shapes alone."""
@@ -174,20 +176,17 @@ class PatchMasking(keras.layers.Layer):
         images = None if images is None else ops.convert_to_tensor(images)
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
         num_patches = self.count_patches(images, tokens)
+        inputs = tokens if images is None else images
         if noise is None:
-            batch_size = ops.shape(tokens if images is None else images)[0]
-            noise = self.draw(batch_size, num_patches)
+            noise = self.draw(ops.shape(inputs)[0], num_patches)
         noise = ops.convert_to_tensor(noise, dtype="float32")
-        if len(noise.shape) != 2 or noise.shape[1] != num_patches:
-            raise ValueError(
-                f"`noise` must have shape (batch, {num_patches}), one value a patch. "
-                f"Received: noise.shape={tuple(noise.shape)}"
-            )
+        _check_noise(noise, inputs.shape[0], num_patches)
         score = self.score(noise, images, tokens)
         best = order_by_score(score, noise)[:, : self.num_kept(num_patches)]
         indices = ops.sort(best, axis=-1)
-        visible = ops.take_along_axis(score, indices, axis=1) > -math.inf
-        return indices, visible
+        if not self.hides_tokens:
+            return indices, ops.ones_like(indices, dtype="bool")
+        return indices, ops.take_along_axis(score, indices, axis=1) > -math.inf
 
     def call(self, tokens, images=None, training=None, noise=None):
         tokens = ops.convert_to_tensor(tokens)
@@ -259,6 +258,21 @@ class PatchMasking(keras.layers.Layer):
         # None in both modes: how many tokens leave depends on `training`.
         return (tokens_shape[0], None, tokens_shape[2])
 
+    def compute_output_spec(self, tokens, images=None, training=None, noise=None):
+        # The tokens' dtype, whatever the policy's: nothing is computed with them.
+        shape = self.compute_output_shape(tokens.shape)
+        return keras.KerasTensor(shape, dtype=tokens.dtype)
+
+    def save_own_variables(self, store):
+        # Keras's own way leaves out the state of the seed generator, and the masks
+        # of a reloaded model would start over.
+        for index, variable in enumerate(self.variables):
+            store[str(index)] = variable
+
+    def load_own_variables(self, store):
+        for index, variable in enumerate(self.variables):
+            variable.assign(store[str(index)])
+
     def get_config(self):
         config = super().get_config()
         config.update(
@@ -281,3 +295,13 @@ def kept_count(num_patches, ratio):
     """How many of `num_patches` stay if `ratio` of them goes, at least 1."""
     # 1e-6 mends products such as 10 * (1 - 0.9) = 0.99999...
     return max(1, int(num_patches * (1.0 - ratio) + 1e-6))
+
+
+def _check_noise(noise, batch_size, num_patches):
+    shape = tuple(noise.shape)
+    fits = len(shape) == 2 and shape[1] == num_patches
+    if not fits or (None not in (shape[0], batch_size) and shape[0] != batch_size):
+        raise ValueError(
+            f"`noise` must have shape ({batch_size or 'batch'}, {num_patches}), one "
+            f"value a patch. Received: noise.shape={shape}"
+        )

@@ -23,7 +23,7 @@ class RandomMasking(PatchMasking):
         num_prefix_tokens: Integer. How many tokens before the patch tokens
             always stay, 1 for a class token. `kcm.with_masking` fills it in
             if it is `None`; a layer of your own model needs it.
-        seed: Integer or `keras.random.SeedGenerator`.
+        seed: Integer. Makes the noise repeatable.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Reference:

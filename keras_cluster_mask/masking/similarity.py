@@ -52,8 +52,13 @@ def pixel_similarity(patches, anchors):
           https://arxiv.org/abs/2405.08815)
     """
     size = patches.shape[-1]
-    means = ops.mean(patches, axis=-1, keepdims=True)
-    centered = patches - means
+    # Seen from its first pixel a flat patch is exactly 0, where the rounding error of
+    # a mean of hundreds of pixels would exceed the floor below.
+    first = patches[:, :, :1]
+    shifted = patches - first
+    shifted_means = ops.mean(shifted, axis=-1, keepdims=True)
+    centered = shifted - shifted_means
+    means = first + shifted_means
     energy = ops.sum(ops.square(centered), axis=-1)
 
     # The image's variance: within its patches and between their means.

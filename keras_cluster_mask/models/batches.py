@@ -4,17 +4,27 @@ import numpy as np
 from keras import ops
 
 KEYS = ("images", "token_ids")
+FOREIGN = (
+    "`token_ids` must be in the text encoder's vocabulary, [0, {}). "
+    "Were they made by another tokenizer?"
+)
+LONELY = (
+    "A contrastive loss needs at least two pairs in a batch: the others are what a "
+    "pair is told from."
+)
 
 
-def check_batches(data, vocabulary_size=None):
+def check_batches(data, vocabulary_size=None, batch_size=None):
     """Checks data for `ContrastiveModel` as far as can be done for free.
 
     Arrays are checked whole. A `tf.data.Dataset` gets a check of every batch, on
     the host, as part of its pipeline. Other iterables are left as they are.
 
     Args:
-        data: What the user passed as `x`.
+        data: What the user passed as `x`, or as `validation_data`.
         vocabulary_size: Integer or `None`, the text encoder's.
+        batch_size: Integer, the batch size that arrays are trained in; `None` if
+            the data is not for training.
 
     Returns:
         The data, with a check added where it has to run per batch.
@@ -22,22 +32,18 @@ def check_batches(data, vocabulary_size=None):
     if isinstance(data, dict):
         _check_keys(data)
         if vocabulary_size is not None:
-            ids = data["token_ids"]
-            ids = ids if isinstance(ids, np.ndarray) else ops.convert_to_numpy(ids)
-            if ids.size and (ids.min() < 0 or ids.max() >= vocabulary_size):
-                raise ValueError(
-                    f"{_vocabulary_message(vocabulary_size)} "
-                    f"Received: ids from {ids.min()} to {ids.max()}"
-                )
-        return data
-    if isinstance(data, (tuple, list)) and data and isinstance(data[0], dict):
-        return (check_batches(data[0], vocabulary_size), *data[1:])
-    if hasattr(data, "element_spec") and hasattr(data, "map"):
-        if isinstance(data.element_spec, dict):
-            _check_keys(data.element_spec)
-            if vocabulary_size is not None:
-                return data.map(lambda batch: _checked(batch, vocabulary_size))
-        return data
+            _check_ids(data["token_ids"], vocabulary_size)
+        if batch_size is not None and len(data["images"]) % batch_size == 1:
+            raise ValueError(
+                f"{LONELY} The last batch of these arrays would be one. Received: "
+                f"{len(data['images'])} pairs, batch_size={batch_size}"
+            )
+    elif isinstance(data, (tuple, list)) and data and isinstance(data[0], dict):
+        data = (check_batches(data[0], vocabulary_size, batch_size), *data[1:])
+    elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
+        _check_keys(data.element_spec)
+        training = batch_size is not None
+        data = data.map(lambda batch: _checked(batch, vocabulary_size, training))
     return data
 
 
@@ -60,25 +66,32 @@ def _check_keys(batch):
         )
 
 
-def _checked(batch, vocabulary_size):
+def _check_ids(ids, vocabulary_size):
+    ids = ids if isinstance(ids, np.ndarray) else ops.convert_to_numpy(ids)
+    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary_size):
+        raise ValueError(
+            f"{FOREIGN.format(vocabulary_size)} "
+            f"Received: ids from {ids.min()} to {ids.max()}"
+        )
+
+
+def _checked(batch, vocabulary_size, training):
     # Only reached with a tf.data.Dataset in hand, so tensorflow is there.
     import tensorflow as tf
 
     ids = batch["token_ids"]
-    message = _vocabulary_message(vocabulary_size)
-    with tf.control_dependencies(
-        [
+    checks = []
+    if vocabulary_size is not None:
+        message = FOREIGN.format(vocabulary_size)
+        wide = tf.cast(ids, "int64")
+        checks.append(tf.debugging.assert_non_negative(wide, message=message))
+        checks.append(
             tf.debugging.assert_less(
-                ids, tf.cast(vocabulary_size, ids.dtype), message=message
-            ),
-            tf.debugging.assert_non_negative(ids, message=message),
-        ]
-    ):
+                wide, tf.constant(vocabulary_size, "int64"), message=message
+            )
+        )
+    if training:
+        size = tf.shape(ids)[0]
+        checks.append(tf.debugging.assert_greater(size, 1, message=LONELY))
+    with tf.control_dependencies(checks):
         return {**batch, "token_ids": tf.identity(ids)}
-
-
-def _vocabulary_message(vocabulary_size):
-    return (
-        "`token_ids` must be in the text encoder's vocabulary, "
-        f"[0, {vocabulary_size}). Were they made by another tokenizer?"
-    )

@@ -9,7 +9,7 @@ from keras_cluster_mask.losses import (
     softmax_contrastive_loss,
 )
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.batches import check_batches, check_input
+from keras_cluster_mask.models.batches import LONELY, check_batches, check_input
 from keras_cluster_mask.models.pixels import normalize_pixels
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
@@ -58,7 +58,10 @@ class ContrastiveModel(keras.Model):
         max_logit_scale: Float. The scale of the logits, 1 / temperature, never
             exceeds it.
         duplicates: `"positive"` or `"negative"`. What pairs of an image with
-            the text of another one are, if both texts are the same.
+            the text of another one are, if both texts are the same. It decides
+            the sigmoid loss and the accuracies; the softmax loss comes out the
+            same for texts that are embedded the same, whichever of them an
+            image is asked to pick.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Metrics reported while it trains: `loss`, `image_to_text_accuracy` and
@@ -239,10 +242,7 @@ class ContrastiveModel(keras.Model):
     ):
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
-            raise ValueError(
-                "A contrastive loss needs at least two pairs in a batch: the others "
-                "are what a pair is told from. Received: a batch of 1"
-            )
+            raise ValueError(f"{LONELY} Received: a batch of 1")
         labels = x["token_ids"] if self.duplicates == "positive" else None
         scale = self.scale
         if self.contrastive_loss == "softmax":
@@ -280,12 +280,32 @@ class ContrastiveModel(keras.Model):
 
     # === What the user passes ===
 
-    def fit(self, x=None, *args, validation_data=None, **kwargs):
-        vocabulary_size = self.vocabulary_size
-        x = check_batches(x, vocabulary_size)
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        validation_split=0.0,
+        validation_data=None,
+        **kwargs,
+    ):
+        x = check_batches(x, self.vocabulary_size, batch_size or 32)
         if validation_data is not None:
-            validation_data = check_batches(validation_data, vocabulary_size)
-        return super().fit(x, *args, validation_data=validation_data, **kwargs)
+            validation_data = check_batches(validation_data, self.vocabulary_size)
+        return super().fit(
+            x,
+            y,
+            batch_size,
+            epochs,
+            verbose,
+            callbacks,
+            validation_split,
+            validation_data,
+            **kwargs,
+        )
 
     def evaluate(self, x=None, *args, **kwargs):
         return super().evaluate(check_batches(x, self.vocabulary_size), *args, **kwargs)

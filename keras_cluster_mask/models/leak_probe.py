@@ -17,9 +17,7 @@ def check_no_leak(name, blocks):
     Raises:
         ValueError: If anything visible changes.
     """
-    for layer in blocks._flatten_layers():
-        layer.supports_masking = True
-
+    _hand_masks_on(blocks)
     visible = np.arange(8) % 2 == 0
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(1, 8, blocks.input.shape[-1])).astype("float32")
@@ -27,12 +25,11 @@ def check_no_leak(name, blocks):
 
     # With weights drawn anew, since a zero weight (LayerScale, a fresh residual
     # branch) would hide a leak that opens up later in training.
-    weights = [
-        ops.convert_to_tensor(0.1 * rng.normal(size=w.shape), dtype=w.dtype)
-        for w in blocks.trainable_variables
-    ]
+    weights = [_redraw(v, rng) for v in blocks.trainable_variables]
+    state = [_redraw(v, rng, positive=True) for v in blocks.non_trainable_variables]
     before, after = (
-        _run(blocks, weights, x.astype("float32"), visible) for x in (tokens, changed)
+        _run(blocks, weights, state, x.astype("float32"), visible)
+        for x in (tokens, changed)
     )
     for one, other in zip(tree.flatten(before), tree.flatten(after)):
         one, other = (
@@ -51,9 +48,32 @@ def check_no_leak(name, blocks):
             )
 
 
-def _run(blocks, weights, tokens, visible):
+def _hand_masks_on(blocks):
+    for layer in blocks._flatten_layers():
+        layer.supports_masking = True
+    # A mask of tokens says nothing about pooled features: losses would take it for
+    # sample weights.
+    for layer in (blocks, *blocks.layers):
+        if any(len(x.shape) != 3 for x in tree.flatten(layer.output)):
+            layer.compute_mask = _no_mask
+
+
+def _no_mask(inputs, previous_mask=None):
+    return None
+
+
+def _redraw(variable, rng, positive=False):
+    """Random values for a weight; for frozen ones, maybe variances, positive."""
+    if not keras.backend.is_float_dtype(variable.dtype):
+        return variable.value
+    values = 0.1 * rng.normal(size=variable.shape)
+    return ops.convert_to_tensor(
+        np.abs(values) + 0.01 if positive else values, dtype=variable.dtype
+    )
+
+
+def _run(blocks, weights, state, tokens, visible):
     masked = _Hide(visible)(ops.convert_to_tensor(tokens))
-    state = [v.value for v in blocks.non_trainable_variables]
     return blocks.stateless_call(weights, state, masked, training=False)[0]
 
 

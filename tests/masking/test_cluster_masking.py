@@ -535,7 +535,7 @@ class TestCall:
 class TestAdapt:
     def check_reached(self, masking, batches):
         """The ratio with fresh noise is the target within 0.01 and sampling error."""
-        rounds = 8
+        rounds = 2
         ratios = []
         for _ in range(rounds):
             visible = [numpy(*masking.select(images=images))[1] for images in batches]
@@ -548,8 +548,10 @@ class TestAdapt:
         assert error < 0.05
         assert abs(ratios.mean() - masking.mask_ratio) < 0.01 + error
 
-    @pytest.mark.parametrize("mask_ratio", [0.3, 0.5, 0.7])
-    @pytest.mark.parametrize("dtype", ["uint8", "float32"])
+    @pytest.mark.parametrize(
+        ("mask_ratio", "dtype"),
+        [(0.3, "uint8"), (0.5, "uint8"), (0.7, "uint8"), (0.5, "float32")],
+    )
     def test_reaches_the_target_on_photographs(self, mask_ratio, dtype):
         images = photographs(32, 48, 20 * ROWS)
         if dtype == "float32":
@@ -808,14 +810,6 @@ class TestSaving:
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.3, threshold=0.25)
         revived = kcm.ClusterMasking.from_config(masking.get_config())
         assert float(numpy(revived.threshold.value)) == 0.25
-
-    def test_seed_generators_are_saved_too(self):
-        masking = kcm.ClusterMasking(8, seed=keras.random.SeedGenerator(5))
-        revived = keras.saving.deserialize_keras_object(
-            keras.saving.serialize_keras_object(masking)
-        )
-        first, second = numpy(masking.draw(2, 16), revived.draw(2, 16))
-        np.testing.assert_array_equal(first, second)
 
     @pytest.mark.parametrize("adapted", [True, False])
     def test_a_saved_model_masks_as_before(self, tmp_path, adapted):

@@ -435,6 +435,15 @@ def test_an_unset_threshold_never_trains_a_foreign_model_in_silence(eager):
     assert "threshold" in message or np.isnan(loss), (message, loss)
 
 
+def test_a_pooled_output_carries_no_mask_of_tokens():
+    # A loss of Keras's own would take it for weights of the samples.
+    masking = kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1)
+    masked = kcm.with_masking(functional_vit(), masking, "positions")
+    features = masked(random_images(3), training=True)
+    assert tuple(features.shape) == (3, 16)
+    assert getattr(features, "_keras_mask", None) is None
+
+
 def test_a_foreign_functional_model_trains_through_the_masking():
     masking = kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1, seed=1)
     masked = kcm.with_masking(functional_vit(), masking, "positions")
