@@ -40,8 +40,8 @@ It runs on JAX, TensorFlow and PyTorch alike; choose one with the environment va
 Point `TRAIN`, `VALIDATION` and `TEST` at shards of your own to train on them: tar files
 in which `KEY.jpg` (or png, webp) is followed by `KEY.txt`, as
 [img2dataset](https://github.com/rom1504/img2dataset) writes them. Photographs want a
-larger `IMAGE_SIZE` (with a larger patch, say 64 and 8), and large data a larger model:
-see `SIZES` in `keras_cluster_mask/models/clip_sizes.py`.
+larger `IMAGE_SIZE` (224 pixels with patches of 16, say), and large data a larger model: see
+`SIZES` in `keras_cluster_mask/models/clip_sizes.py`.
 """
 
 import os
@@ -64,23 +64,24 @@ TEST = DATASETS / "pictures" / "test-*.tar"
 PHOTOGRAPHS = DATASETS / "photographs"
 RESULTS = Path(os.environ.get("RESULTS", "results"))
 
-IMAGE_SIZE = 32
-PATCH_SIZE = 4
+IMAGE_SIZE = 48
+PATCH_SIZE = 8
+BACKGROUND = "white"  # "random" puts each transparent picture on another ground.
 VOCABULARY_SIZE = 3000
-CONTEXT_LENGTH = 20
-BATCH_SIZE = 128
-EPOCHS = int(os.environ.get("EPOCHS", 30))
-LEARNING_RATE = 1e-3
+CONTEXT_LENGTH = 12
+BATCH_SIZE = 64
+EPOCHS = int(os.environ.get("EPOCHS", 9))
+LEARNING_RATE = 1.5e-3
 QUERIES = [
-    "a red apple",
     "smiling face",
-    "fish",
+    "red heart",
+    "green flag",
+    "clock",
+    "woman",
     "flower",
-    "car",
     "musical instrument",
-    "green tree",
-    "house",
-    "bird",
+    "computer",
+    "road sign",
     "yellow star",
 ]
 
@@ -115,9 +116,7 @@ The tokenizer is trained on the captions at hand, so nothing has to be downloade
 natural web captions use CLIP's own vocabulary, for example with
 `kcm.data.CLIPTokenizer.from_open_clip()`.
 
-The pictures come on transparent ground. On plain white, half of most pictures would be
-one cluster that a model could do without; so in training each picture is put on a random
-background. Images stay uint8 until they are on the device.
+BACKGROUND_TEXT
 """
 
 captions = kcm.data.read_captions(TRAIN)
@@ -130,7 +129,8 @@ train = kcm.data.image_text_dataset(
     image_size=IMAGE_SIZE,
     batch_size=BATCH_SIZE,
     training=True,
-    background="random",
+    background=BACKGROUND,
+    crop_scale=(0.6, 1.0),
     seed=1,
 )
 
@@ -215,12 +215,16 @@ for name, value in recall.items():
 """
 ## Search by words
 
-Embed a few queries, and rank the test pictures by their similarity to each.
+Embed a few queries, and rank all pictures that were held out by their similarity to
+each.
 """
 
+held_out = np.concatenate([validation["images"], test["images"]])
+validation_images = model.predict(validation, verbose=0)["image_embeddings"]
+everything = np.concatenate([validation_images, images])
 query_embeddings = model.encode_text(tokenizer(QUERIES))
-similarity = keras.ops.convert_to_numpy(query_embeddings) @ images.T
-figure = kcm.visualization.plot_retrieval(QUERIES, test["images"], similarity, k=5)
+similarity = keras.ops.convert_to_numpy(query_embeddings) @ everything.T
+figure = kcm.visualization.plot_retrieval(QUERIES, held_out, similarity, k=5)
 figure.savefig(RESULTS / "search.png", dpi=100)
 print(f"Pictures: {', '.join(str(p) for p in sorted(RESULTS.glob('*.png')))}")
 

@@ -6,7 +6,7 @@ from keras_cluster_mask.models.embedding_layer import number_positions
 # open_clip's model configurations ViT-S-16, ViT-B-16 and ViT-L-16
 # (https://github.com/mlfoundations/open_clip); ViT-B/16 is the paper's.
 SIZES = {
-    "tiny": dict(patch=4, image=(96, 3, 3), text=(96, 1, 3), projection=96),
+    "tiny": dict(patch=8, image=(96, 3, 3), text=(96, 1, 3), projection=96),
     "vit_s_16": dict(patch=16, image=(384, 12, 6), text=(384, 12, 6), projection=384),
     "vit_b_16": dict(patch=16, image=(768, 12, 12), text=(512, 12, 8), projection=512),
     "vit_l_16": dict(
@@ -40,7 +40,7 @@ def clip_backbone(
         vocabulary_size: Integer. The tokenizer's number of ids; 49,408 for
             CLIP's vocabulary.
         context_length: Integer. The largest number of tokens of a text.
-        patch_size: Integer. Defaults to the size's own: 4 for `"tiny"`, else 16.
+        patch_size: Integer. Defaults to the size's own: 8 for `"tiny"`, else 16.
         activation: `"gelu"`, or `"quick_gelu"` as in OpenAI's weights.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
 

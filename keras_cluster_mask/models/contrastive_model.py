@@ -32,7 +32,7 @@ class ContrastiveModel(keras.Model):
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
     model = kcm.ContrastiveModel.from_clip(
-        backbone, masking=kcm.ClusterMasking(patch_size=4, mask_ratio=0.5)
+        backbone, masking=kcm.ClusterMasking(patch_size=8, mask_ratio=0.5)
     )
     model.compile(optimizer=keras.optimizers.AdamW(1e-3))
     batch = {
