@@ -43,7 +43,8 @@ def check_batches(data, vocabulary_size=None, batch_size=None):
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
         _check_keys(data.element_spec)
         training = batch_size is not None
-        data = data.map(lambda batch: _checked(batch, vocabulary_size, training))
+        if training or vocabulary_size is not None:
+            data = data.map(lambda batch: _checked(batch, vocabulary_size, training))
     return data
 
 

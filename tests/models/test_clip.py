@@ -36,7 +36,7 @@ def test_a_fresh_backbone_gets_its_patches_numbered():
     assert not position_ids(fresh).any()
     kcm.ContrastiveModel.from_clip(fresh)
     np.testing.assert_array_equal(position_ids(fresh), [np.arange(17)])
-    made = clip_backbone("tiny", image_size=8, vocabulary_size=30, context_length=6)
+    made = clip_backbone("tiny", image_size=16, vocabulary_size=30, context_length=6)
     np.testing.assert_array_equal(position_ids(made), [np.arange(5)])
 
 
