@@ -1,0 +1,132 @@
+"""What a model learns for the patches it reads: maskings at the same number of tokens.
+
+    python benchmarks/quality.py                          # default pictures, main methods
+    python benchmarks/quality.py --data DIR               # labelled photographs
+    python benchmarks/quality.py --study anchors --seeds 1
+    python benchmarks/quality.py --test                   # read the test split, at the end
+
+Every run is saved after each eighth of it and goes on where it was cut off; finished runs
+are read from `--results`. Settings are chosen by the validation split alone.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+from quality_data import PICTURES, Data, Recipe
+from quality_methods import METHODS, STUDIES
+from quality_pictures import plot_cost_quality, plot_learning_curves
+from quality_training import measure_costs, test, train
+from reporting import describe, machine, table, write_json
+
+import keras_cluster_mask as kcm  # noqa: F401  (before the backend is asked for)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--study", choices=STUDIES, default="methods", help="which methods to compare")
+    add("--methods", nargs="+", metavar="METHOD", help=f"instead: {list(METHODS)}")
+    add("--data", default=str(PICTURES), help="folder of WebDataset shards by split")
+    add("--results", default="results/quality", help="folder of runs and tables")
+    add("--seeds", type=int, default=3, help="runs of each method")
+    add("--image-size", type=int, default=48, help="side in pixels")
+    add("--patch-size", type=int, default=6, help="side of a patch in pixels")
+    add("--batch-size", type=int, default=64)
+    add("--steps", type=int, default=450)
+    add("--learning-rate", type=float, default=1.5e-3)
+    add("--horizontal-flip", action="store_true", help="mirror every second image")
+    add("--test", action="store_true", help="score finished runs on the test split")
+    options = parser.parse_args()
+    unknown = sorted(set(options.methods or ()) - set(METHODS))
+    if unknown:
+        parser.error(f"`--methods` must be of {list(METHODS)}. Received: {unknown}")
+    return options
+
+
+def main():
+    options = arguments()
+    recipe = Recipe(
+        data=str(Path(options.data).resolve()),
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+        batch_size=options.batch_size,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        horizontal_flip=options.horizontal_flip,
+    )
+    folder = Path(options.results) / Path(recipe.data).name
+    names = options.methods or STUDIES[options.study]
+
+    @functools.cache
+    def data_at(image_size):
+        return Data(recipe, image_size)
+
+    def data_of(method):
+        # Whole patches, whatever the scale.
+        patches = round(recipe.image_size * method.image_scale / recipe.patch_size)
+        return data_at(patches * recipe.patch_size)
+
+    costs = cached_costs(folder / "costs.json", names, recipe, data_of)
+    runs = []
+    for seed in range(1, options.seeds + 1):
+        for name in names:
+            method = METHODS[name]
+            place = folder / name.replace(" ", "_").replace(",", "") / f"seed-{seed}"
+            run = train(name, method, recipe, data_of(method), seed, costs, place)
+            if options.test:
+                run = test(run, data_of(method), place)
+            runs.append(run)
+        # After every seed, so that a long comparison can be watched.
+        report(runs, names, costs, recipe, folder / f"{options.study}.json")
+    plot_learning_curves(runs, costs, folder / f"{options.study}-learning-curves.png")
+    plot_cost_quality(runs, costs, folder / f"{options.study}-cost-quality.png")
+
+
+def cached_costs(path, names, recipe, data_of):
+    """Milliseconds per step, measured once for all methods that are not yet there."""
+    costs = json.loads(path.read_text())["milliseconds"] if path.exists() else {}
+    wanted = {"random", "none", *names} - set(costs)
+    if wanted:
+        # `random` goes along, so that what was measured apart can be compared.
+        methods = {name: METHODS[name] for name in sorted(wanted | {"random"})}
+        found = measure_costs(methods, recipe, data_of)
+        unit = costs.get("random", found["random"]) / found["random"]
+        costs.update({name: round(found[name] * unit, 1) for name in wanted})
+        write_json(path, machine=machine(), milliseconds=costs)
+    return costs
+
+
+def report(runs, names, costs, recipe, path):
+    """Prints and writes mean and spread over seeds of every score."""
+    rows = []
+    for name in names:
+        mine = [run for run in runs if run["setting"]["method"] == name]
+        row = {"method": name, "seeds": len(mine), "steps": mine[0]["steps"]}
+        row["training time / random"] = round(
+            mine[0]["steps"] * costs[name] / (recipe.steps * costs["random"]), 2
+        )
+        for split in ("validation", "test"):
+            for score in mine[0].get(split, {}):
+                values = [run[split][score] for run in mine if split in run]
+                spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
+                row[f"{split} {score}"] = f"{np.mean(values):.1f} ± {spread:.1f}"
+        rows.append(row)
+    found = machine()
+    print(f"\n{table(rows)}\n\n{describe(found)}\n", flush=True)
+    write_json(
+        path, machine=found, recipe=dataclasses.asdict(recipe), rows=rows, runs=runs
+    )
+
+
+if __name__ == "__main__":
+    main()

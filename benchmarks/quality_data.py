@@ -1,0 +1,137 @@
+"""The data that `quality.py` trains on, and how good an embedding of it is."""
+
+import dataclasses
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import keras_cluster_mask as kcm
+
+PICTURES = Path(__file__).resolve().parent.parent / "datasets" / "pictures"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Where the data lies and how it is trained on; the same for every method."""
+
+    data: str
+    image_size: int
+    patch_size: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    context_length: int = 12
+    vocabulary_size: int = 3000
+    crop_scale: tuple = (0.6, 1.0)
+    horizontal_flip: bool = False
+
+    def splits(self):
+        """Shards to train on, to choose by, and to test on once."""
+        folder = Path(self.data)
+        train = sorted(map(str, folder.glob("train-*.tar")))
+        test = sorted(map(str, folder.glob("test-*.tar")))
+        validation = sorted(map(str, folder.glob("validation-*.tar")))
+        if not train or not test or (not validation and len(train) < 2):
+            raise ValueError(
+                "`--data` must be a folder of train-*.tar and test-*.tar, and of "
+                "validation-*.tar or a second train-*.tar to take in its place. "
+                f"Received: {self.data} with {len(train)} train-*.tar, "
+                f"{len(validation)} validation-*.tar and {len(test)} test-*.tar"
+            )
+        if not validation:
+            train, validation = train[:-1], train[-1:]
+        return {"train": train, "validation": validation, "test": test}
+
+
+class Data:
+    """One data set, read with one tokenizer at one size.
+
+    Captions that stand for classes (few distinct ones) are judged by zero-shot
+    classification and a linear probe, others by retrieval.
+    """
+
+    def __init__(self, recipe, image_size):
+        self.recipe, self.image_size = recipe, image_size
+        self.shards = recipe.splits()
+        captions = kcm.data.read_captions(self.shards["train"])
+        self.tokenizer = kcm.data.CLIPTokenizer.train(
+            captions,
+            vocabulary_size=recipe.vocabulary_size,
+            context_length=recipe.context_length,
+        )
+        distinct = sorted(set(captions))
+        self.classes = distinct if 10 * len(distinct) < len(captions) else None
+        self._read = {}
+
+    def training_batches(self, seed, steps, background):
+        """`steps` batches; other seeds give other crops and another order."""
+        recipe = self.recipe
+        dataset = kcm.data.image_text_dataset(
+            self.shards["train"],
+            self.tokenizer,
+            image_size=self.image_size,
+            batch_size=recipe.batch_size,
+            training=True,
+            crop_scale=recipe.crop_scale,
+            horizontal_flip=recipe.horizontal_flip,
+            background=background,
+            seed=seed,
+        )
+        return dataset.repeat().take(steps)
+
+    def read(self, split, limit=None, background="white"):
+        """Images and captions of a split as arrays, the first `limit` of them."""
+        if (split, limit, background) not in self._read:
+            dataset = kcm.data.image_text_dataset(
+                self.shards[split],
+                self.tokenizer,
+                image_size=self.image_size,
+                batch_size=100,
+                training=False,
+                background=background,
+                include_captions=True,
+            )
+            batches = list(
+                dataset.take(-1 if limit is None else limit // 100).as_numpy_iterator()
+            )
+            images = np.concatenate([batch["images"] for batch in batches])
+            captions = np.concatenate([batch["captions"] for batch in batches])
+            self._read[split, limit, background] = images, captions.astype(str)
+        return self._read[split, limit, background]
+
+    def scores(self, model, split, limit=None, background="white"):
+        """Percentages: recall@10 both ways, or zero-shot accuracy."""
+        images, captions = self.read(split, limit, background)
+        embeddings = self.embeddings(model, images, captions)
+        if self.classes is None:
+            recall = kcm.evaluation.retrieval_recall(
+                embeddings["image_embeddings"],
+                embeddings["text_embeddings"],
+                captions,
+                ks=(10,),
+            )
+            recall = {name: 100 * value for name, value in recall.items()}
+            return {"score": sum(recall.values()) / len(recall), **recall}
+        classes = keras.ops.convert_to_numpy(
+            model.encode_text(self.tokenizer(self.classes))
+        )
+        best = np.argmax(embeddings["image_embeddings"] @ classes.T, axis=1)
+        right = np.asarray(self.classes)[best] == captions
+        return {"score": 100 * float(np.mean(right))}
+
+    def linear_probe(self, model, split, limit=5000):
+        """Accuracy in percent of a logistic regression on the image embeddings."""
+        from sklearn.linear_model import LogisticRegression
+
+        def embedded(split, limit=None):
+            images, captions = self.read(split, limit)
+            return self.embeddings(model, images, captions)["image_embeddings"]
+
+        probe = LogisticRegression(max_iter=1000, C=10.0)
+        probe.fit(embedded("train", limit), self.read("train", limit)[1])
+        return 100 * float(probe.score(embedded(split), self.read(split)[1]))
+
+    def embeddings(self, model, images, captions):
+        batch = {"images": images, "token_ids": self.tokenizer(list(captions))}
+        return model.predict(batch, batch_size=100, verbose=0)

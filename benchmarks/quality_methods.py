@@ -1,0 +1,193 @@
+"""What `quality.py` compares: ways to spend half the patches, and their variants."""
+
+import dataclasses
+from collections.abc import Callable
+
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.masking.similarity import (
+    extract_patches,
+    pixel_similarity,
+    round_similarity,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One line of the comparison.
+
+    Args:
+        masking: Function from a patch size to a masking, or `None` for whole images.
+        image_scale: The side of the images that the model reads, over the full side.
+        background: What transparent training images are laid over.
+        mask_ratios: The mask ratio in each equal part of the training, instead of the
+            masking's own throughout.
+        equal_time: Whether to train for as long as `random` takes rather than for
+            as many steps.
+    """
+
+    masking: Callable | None = None
+    image_scale: float = 1.0
+    background: str = "white"
+    mask_ratios: tuple | None = None
+    equal_time: bool = False
+
+
+def random(patch_size):
+    return kcm.RandomMasking(0.5)
+
+
+def cluster(patch_size, **options):
+    return kcm.ClusterMasking(patch_size, 0.5, **options)
+
+
+def soft(softness):
+    return lambda patch_size: cluster(patch_size, softness=softness)
+
+
+class PartlyRandom(kcm.ClusterMasking):
+    """Clusters in every second image, random patches in the others."""
+
+    def score(self, noise, images=None, tokens=None):
+        by_cluster = super().score(noise, images, tokens)
+        # Any digit of the noise that has no part in the order makes a fair coin.
+        coin = ops.floor(noise[:, :1] * 4096.0) % 2.0
+        return ops.where(coin < 1.0, by_cluster, ops.zeros_like(by_cluster))
+
+
+class Colour(kcm.ClusterMasking):
+    """Adds to the similarity of patterns that of the patches' mean colours."""
+
+    def similarity(self, images, anchors, tokens=None):
+        patches = extract_patches(images, self.patch_size, self.data_format)
+        pattern = pixel_similarity(patches, anchors)
+        batch, count, values = patches.shape
+        colours = ops.reshape(patches, (-1, count, values // 3, 3))
+        colours = ops.mean(ops.cast(colours, "float32") / 255.0, axis=2)
+        chosen = ops.take_along_axis(colours, anchors[:, :, None], axis=1)
+        gap = ops.sum(
+            ops.square(chosen[:, :, None, :] - colours[:, None, :, :]), axis=-1
+        )
+        alike = ops.exp(-gap / 0.02)
+        return round_similarity(ops.max(0.5 * pattern + 0.5 * alike, axis=1))
+
+
+class Near(kcm.ClusterMasking):
+    """Prefers look-alikes that are also near the anchor in the image."""
+
+    def similarity(self, images, anchors, tokens=None):
+        patches = extract_patches(images, self.patch_size, self.data_format)
+        similarity = pixel_similarity(patches, anchors)
+        side = round(patches.shape[1] ** 0.5)
+        places = ops.arange(patches.shape[1])
+        rows, columns = places // side, places % side
+        gap = ops.square(anchors[:, :, None] // side - rows)
+        gap = gap + ops.square(anchors[:, :, None] % side - columns)
+        near = ops.exp(-ops.cast(gap, "float32") / (2.0 * (side / 4.0) ** 2))
+        return round_similarity(ops.max(0.5 * similarity + 0.5 * near, axis=1))
+
+
+class Detail(kcm.PatchMasking):
+    """Keeps patches of more contrast with higher odds."""
+
+    def __init__(self, patch_size):
+        super().__init__(0.5)
+        self.patch_size = (patch_size, patch_size)
+
+    def count_patches(self, images=None, tokens=None):
+        return (images.shape[1] // self.patch_size[0]) ** 2
+
+    def score(self, noise, images=None, tokens=None):
+        patches = extract_patches(images, self.patch_size, "channels_last")
+        deviation = ops.std(ops.cast(patches, "float32"), axis=-1)
+        gumbel = -ops.log(-ops.log(ops.maximum(noise, 1e-12)))
+        return ops.log(deviation + 1.0) + 0.5 * gumbel
+
+
+def threshold(beta, mask_ratio, **options):
+    # A masking needs its threshold before the first step: `quality_training` calls
+    # `adapt` on training images.
+    return lambda patch_size: kcm.ClusterMasking(
+        patch_size, mask_ratio, min_mask_ratio=beta, **options
+    )
+
+
+METHODS = {
+    "none": Method(),
+    "none, equal time": Method(equal_time=True),
+    "resized": Method(image_scale=0.75),
+    "random": Method(random),
+    "cluster": Method(cluster),
+    "threshold": Method(threshold(0.5, 0.6)),
+    "threshold, fill-in": Method(threshold(0.5, 0.6, hide_padding=False)),
+    # Softness.
+    "cluster, softness 0.1": Method(soft(0.1)),
+    "cluster, softness 0.3": Method(soft(0.3)),
+    "cluster, every second image": Method(lambda p: PartlyRandom(p, 0.5)),
+    # Anchors.
+    "cluster, 1 anchor": Method(lambda p: cluster(p, anchor_ratio=0.0)),
+    "cluster, 6 anchors": Method(lambda p: cluster(p, anchor_ratio=0.094)),
+    "cluster, 12 anchors": Method(lambda p: cluster(p, anchor_ratio=0.188)),
+    # What is alike.
+    "cluster, colour": Method(lambda p: Colour(p, 0.5)),
+    "cluster, near": Method(lambda p: Near(p, 0.5)),
+    "cluster, token mix 0.5": Method(lambda p: cluster(p, embedding_weight=0.5)),
+    "detail": Method(Detail),
+    # The ratio over training; each keeps half of the patches on average.
+    "random, ratio ramp": Method(
+        random, mask_ratios=(0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)
+    ),
+    "cluster, ratio ramp": Method(
+        cluster, mask_ratios=(0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)
+    ),
+    "random, whole end": Method(random, mask_ratios=(*[0.5714] * 7, 0.0)),
+    "cluster, whole end": Method(cluster, mask_ratios=(*[0.5714] * 7, 0.0)),
+    # Grounds of transparent pictures.
+    "random, random ground": Method(random, background="random"),
+    "cluster, random ground": Method(cluster, background="random"),
+}
+
+STUDIES = {
+    "methods": (
+        "none",
+        "none, equal time",
+        "resized",
+        "random",
+        "cluster",
+        "threshold",
+        "threshold, fill-in",
+    ),
+    "softness": (
+        "random",
+        "cluster",
+        "cluster, softness 0.1",
+        "cluster, softness 0.3",
+        "cluster, every second image",
+    ),
+    "anchors": (
+        "cluster, 1 anchor",
+        "cluster",
+        "cluster, 6 anchors",
+        "cluster, 12 anchors",
+    ),
+    "similarity": (
+        "cluster",
+        "cluster, colour",
+        "cluster, near",
+        "cluster, token mix 0.5",
+        "detail",
+    ),
+    "ratio": (
+        "random, ratio ramp",
+        "cluster, ratio ramp",
+        "random, whole end",
+        "cluster, whole end",
+    ),
+    "background": (
+        "random",
+        "cluster",
+        "random, random ground",
+        "cluster, random ground",
+    ),
+}

@@ -1,0 +1,85 @@
+"""What every benchmark does with its figures: a table, a JSON file, the machine."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+PACKAGES = ("keras", "keras-hub", "jax", "tensorflow", "torch", "open_clip_torch")
+
+
+def machine():
+    """The machine and the packages that the figures come from, as a dictionary."""
+    found = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "accelerator": _accelerator(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(found):
+    """One line from what `machine` found."""
+    packages = ", ".join(f"{name} {found[name]}" for name in PACKAGES if name in found)
+    hardware = found["accelerator"] or "no accelerator"
+    return (
+        f"{found['processor']}, {found['cores']} cores, {hardware}; "
+        f"Python {found['python']}, {packages}"
+    )
+
+
+def table(rows):
+    """Rows, dictionaries of the same keys, as a Markdown table."""
+    if not rows:
+        return "(nothing measured)"
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header)]
+    lines += [[str(row.get(name, "")) for name in header] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_json(path, **content):
+    """Writes JSON in one move, so that a cut-off run leaves no half file behind."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(path.suffix + ".draft")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(path)
+
+
+def _processor():
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _accelerator():
+    """The name of the accelerator that the running backend sees, or `None`."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    if keras.backend.backend() == "jax":
+        import jax
+
+        device = jax.devices()[0]
+        return None if device.platform == "cpu" else device.device_kind
+    import tensorflow as tf
+
+    devices = tf.config.list_physical_devices("GPU")
+    if not devices:
+        return None
+    return tf.config.experimental.get_device_details(devices[0]).get("device_name")
