@@ -51,28 +51,34 @@ def pixel_similarity(patches, anchors):
         - [Efficient Vision-Language Pre-training by Cluster Masking](
           https://arxiv.org/abs/2405.08815)
     """
+    # Every pass over the pixels that writes them anew costs more than all products
+    # with the anchors, so they are written once: without their patch's mean.
     size = patches.shape[-1]
-    # Seen from its first pixel a flat patch is exactly 0, where the rounding error of
-    # a mean of hundreds of pixels would exceed the floor below.
-    first = patches[:, :, :1]
-    shifted = patches - first
-    shifted_means = ops.mean(shifted, axis=-1, keepdims=True)
-    centered = shifted - shifted_means
-    means = first + shifted_means
-    energy = ops.sum(ops.square(centered), axis=-1)
+    means = ops.mean(patches, axis=-1, keepdims=True)
+    centered = patches - means
+    # The mean of hundreds of pixels has a rounding error that on a flat patch would
+    # exceed the floor below. What it left behind is small, so its own mean is exact
+    # enough; anchors are rid of it and with them the products, energies by algebra.
+    rest = ops.mean(centered, axis=-1, keepdims=True)
+    energy = ops.einsum("bnk,bnk->bn", centered, centered)
+    energy = ops.maximum(energy - size * ops.square(rest[:, :, 0]), 0.0)
+    anchor_patches = ops.take_along_axis(centered, anchors[:, :, None], axis=1)
+    anchor_patches = anchor_patches - ops.mean(anchor_patches, axis=-1, keepdims=True)
+    products = ops.matmul(centered, ops.transpose(anchor_patches, (0, 2, 1)))
+    products = ops.transpose(products, (0, 2, 1))
 
     # The image's variance: within its patches and between their means.
     between = ops.var(means[:, :, 0], axis=-1, keepdims=True)
     variance = ops.mean(energy, axis=-1, keepdims=True) / size + between
-    largest = ops.max(ops.abs(patches), axis=(1, 2))[:, None]
+    largest = ops.maximum(
+        ops.max(patches, axis=(1, 2)), -ops.min(patches, axis=(1, 2))
+    )[:, None]
     contrast = ops.maximum(ops.maximum(ops.sqrt(variance), 0.01 * largest), 1e-12)
     # The floor e = 1e-3 sqrt(n) of a patch in units of the contrast, squared and
     # scaled back to pixel units: this spares a division of every pixel.
     floor = 1e-6 * size * ops.square(contrast)
 
     inverse_norm = ops.rsqrt(energy + floor)
-    anchor_patches = ops.take_along_axis(centered, anchors[:, :, None], axis=1)
-    products = ops.matmul(anchor_patches, ops.transpose(centered, (0, 2, 1)))
     # Two factors in turn: their product can underflow where the image is black.
     similarity = (products + floor[:, :, None]) * inverse_norm[:, None, :]
     return similarity * ops.take_along_axis(inverse_norm, anchors, axis=1)[:, :, None]

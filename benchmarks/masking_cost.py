@@ -1,0 +1,118 @@
+"""What choosing the patches costs: 64 images of 224 pixels, 196 patches each.
+
+    KERAS_BACKEND=jax python benchmarks/masking_cost.py
+
+Beside the library's `select` stand a full similarity of all patches to all others with
+a sort (the way of the paper's released code), reading all pixels once (no way that looks at
+pixels can be faster), and a training step of CLIP ViT-B/16 with half the patches masked.
+"""
+
+import argparse
+import os
+import statistics
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+from clip_vit_b_16 import IMAGE_SIZE, PATCH_SIZE, photographs, training_steps
+from keras import ops
+from reporting import describe, machine, table, write_json
+from timing import compiled, interleaved, ratio
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.masking.similarity import extract_patches
+
+PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+
+
+def full_similarity(images, noise):
+    """Cosine similarity of all patches to all, the anchors' rows of it, and a sort."""
+    patches = extract_patches(images, (PATCH_SIZE, PATCH_SIZE), "channels_last")
+    patches = ops.cast(patches, "float32")
+    length = ops.sum(ops.square(patches), axis=-1, keepdims=True)
+    patches = patches * ops.rsqrt(ops.maximum(length, 1e-12))
+    similarity = ops.matmul(patches, ops.transpose(patches, (0, 2, 1)))
+    anchors = ops.argsort(noise, axis=-1)[:, :6]
+    nearest = ops.max(ops.take_along_axis(similarity, anchors[:, :, None], 1), axis=1)
+    return ops.argsort(nearest, axis=-1)[:, : PATCHES // 2]
+
+
+def ways(images, noise):
+    """Functions without arguments that wait for their result."""
+    cluster = kcm.ClusterMasking(PATCH_SIZE, 0.5)
+    random = kcm.RandomMasking(0.5, num_prefix_tokens=0)
+    tokens = ops.zeros((images.shape[0], PATCHES, 8))
+
+    def call(function):
+        function = compiled(function)
+
+        def run():
+            result = function(images, noise)
+            return [ops.convert_to_numpy(part) for part in _parts(result)]
+
+        return run
+
+    return {
+        "cluster": call(lambda images, noise: cluster.select(images, noise=noise)),
+        "random": call(
+            lambda images, noise: random.select(tokens=tokens, noise=noise)
+        ),
+        "full similarity": call(full_similarity),
+        "read the pixels": call(
+            lambda images, noise: ops.sum(images, axis=(1, 2, 3)) + noise[:, 0]
+        ),
+    }
+
+
+def _parts(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", default="float32", help="of the training step")
+    parser.add_argument("--no-step", action="store_true", help="skip the training step")
+    parser.add_argument("--results", default="results", help="folder for the JSON file")
+    options = parser.parse_args()
+
+    pixels = photographs(options.batch_size, IMAGE_SIZE).astype("float32")
+    images = ops.convert_to_tensor(pixels / 127.5 - 1.0)
+    noise = keras.random.uniform((options.batch_size, PATCHES), seed=0)
+    functions = ways(images, noise)
+    seconds = interleaved(functions, options.rounds, repeats=3)
+    if not options.no_step:
+        steps = training_steps(["cluster"], options.batch_size, options.dtype)
+        step = statistics.median(interleaved(steps, 3)["cluster"])
+
+    rows = []
+    for name in functions:
+        milliseconds = 1000 * statistics.median(seconds[name])
+        row = {"what": name, "time (ms)": f"{milliseconds:.2f}"}
+        row["/ full similarity"] = f"{ratio(seconds, name, 'full similarity'):.3f}"
+        row["/ read the pixels"] = f"{ratio(seconds, name, 'read the pixels'):.2f}"
+        if not options.no_step:
+            row["share of a step"] = f"{0.1 * milliseconds / step:.2f} %"
+        rows.append(row)
+    found = machine()
+    backend = keras.backend.backend()
+    print(f"\n{backend}, {options.batch_size} images of {IMAGE_SIZE} px")
+    if not options.no_step:
+        print(f"One ViT-B/16 step, {options.dtype}: {1000 * step:.0f} ms")
+    print(f"\n{table(rows)}\n\n{describe(found)}")
+    write_json(
+        f"{options.results}/masking_cost-{backend}.json",
+        machine=found,
+        backend=backend,
+        options=vars(options),
+        rows=rows,
+        seconds=seconds,
+    )
+
+
+if __name__ == "__main__":
+    main()
