@@ -13,7 +13,9 @@ RESIZED = 160
 def threshold(beta):
     # A threshold that leaves out 60 % of noise images would be a number without
     # meaning: shapes, and so the cost, depend on `min_mask_ratio` alone.
-    return lambda: kcm.ClusterMasking(PATCH_SIZE, 0.6, min_mask_ratio=beta, threshold=0.5)
+    return lambda: kcm.ClusterMasking(
+        PATCH_SIZE, 0.6, min_mask_ratio=beta, threshold=0.5
+    )
 
 
 MASKINGS = {
@@ -78,7 +80,9 @@ def training_steps(names, batch_size, dtype, jit_compile="auto"):
             continue
         side = RESIZED if name.startswith("resized") else IMAGE_SIZE
         if side not in shared:
-            backbone = kcm.models.clip_backbone("vit_b_16", image_size=side, dtype=dtype)
+            backbone = kcm.models.clip_backbone(
+                "vit_b_16", image_size=side, dtype=dtype
+            )
             optimizer = keras.optimizers.AdamW(1e-5, weight_decay=0.2)
             shared[side] = backbone, optimizer, batch(batch_size, side)
         backbone, optimizer, data = shared[side]

@@ -3,8 +3,9 @@
     KERAS_BACKEND=jax python benchmarks/masking_cost.py
 
 Beside the library's `select` stand a full similarity of all patches to all others with
-a sort (the way of the paper's released code), reading all pixels once (no way that looks at
-pixels can be faster), and a training step of CLIP ViT-B/16 with half the patches masked.
+a sort (the way of the paper's released code), reading all pixels once (nothing that looks
+at pixels can be faster), and a training step of CLIP ViT-B/16 with half of the patches
+masked.
 """
 
 import argparse
@@ -55,9 +56,7 @@ def ways(images, noise):
 
     return {
         "cluster": call(lambda images, noise: cluster.select(images, noise=noise)),
-        "random": call(
-            lambda images, noise: random.select(tokens=tokens, noise=noise)
-        ),
+        "random": call(lambda images, noise: random.select(tokens=tokens, noise=noise)),
         "full similarity": call(full_similarity),
         "read the pixels": call(
             lambda images, noise: ops.sum(images, axis=(1, 2, 3)) + noise[:, 0]

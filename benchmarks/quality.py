@@ -1,12 +1,13 @@
 """What a model learns for the patches it reads: maskings at the same number of tokens.
 
-    python benchmarks/quality.py                          # default pictures, main methods
-    python benchmarks/quality.py --data DIR               # labelled photographs
+    python benchmarks/quality.py                            # default pictures
+    python benchmarks/quality.py --data DIR                 # labelled photographs
     python benchmarks/quality.py --study anchors --seeds 1
-    python benchmarks/quality.py --test                   # read the test split, at the end
+    python benchmarks/quality.py --test                     # the test split, at the end
 
-Every run is saved after each eighth of it and goes on where it was cut off; finished runs
-are read from `--results`. Settings are chosen by the validation split alone.
+Every run is saved after each eighth of it and goes on where it was cut off; finished
+runs are read from `--results`. Settings are chosen by the validation split alone. With
+`JAX_COMPILATION_CACHE_DIR` set, JAX compiles each method once rather than once a run.
 """
 
 import argparse

@@ -20,7 +20,8 @@ class Method:
     Args:
         masking: Function from a patch size to a masking, or `None` for whole images.
         image_scale: The side of the images that the model reads, over the full side.
-        background: What transparent training images are laid over.
+        background: What transparent training images are laid over, as for
+            `image_text_dataset`.
         mask_ratios: The mask ratio in each equal part of the training, instead of the
             masking's own throughout.
         equal_time: Whether to train for as long as `random` takes rather than for
@@ -29,7 +30,7 @@ class Method:
 
     masking: Callable | None = None
     image_scale: float = 1.0
-    background: str = "white"
+    background: str | list = "white"
     mask_ratios: tuple | None = None
     equal_time: bool = False
 
@@ -62,7 +63,7 @@ class Colour(kcm.ClusterMasking):
     def similarity(self, images, anchors, tokens=None):
         patches = extract_patches(images, self.patch_size, self.data_format)
         pattern = pixel_similarity(patches, anchors)
-        batch, count, values = patches.shape
+        count, values = patches.shape[1:]
         colours = ops.reshape(patches, (-1, count, values // 3, 3))
         colours = ops.mean(ops.cast(colours, "float32") / 255.0, axis=2)
         chosen = ops.take_along_axis(colours, anchors[:, :, None], axis=1)
@@ -146,6 +147,8 @@ METHODS = {
     # Grounds of transparent pictures.
     "random, random ground": Method(random, background="random"),
     "cluster, random ground": Method(cluster, background="random"),
+    "random, mixed ground": Method(random, background=["white", "random"]),
+    "cluster, mixed ground": Method(cluster, background=["white", "random"]),
 }
 
 STUDIES = {
@@ -189,5 +192,7 @@ STUDIES = {
         "cluster",
         "random, random ground",
         "cluster, random ground",
+        "random, mixed ground",
+        "cluster, mixed ground",
     ),
 }

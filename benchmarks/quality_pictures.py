@@ -15,7 +15,12 @@ def plot_learning_curves(runs, costs, path):
         scores = _curves(mine)
         (line,) = axes.plot(steps, scores.mean(axis=0), marker="o", ms=3, label=name)
         axes.fill_between(
-            steps, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.12, lw=0
+            steps,
+            scores.min(0),
+            scores.max(0),
+            color=line.get_color(),
+            alpha=0.12,
+            lw=0,
         )
     axes.set(xlabel="training step", ylabel=_label(runs))
     _finish(figure, axes, path)

@@ -1,15 +1,16 @@
 """One training run of `quality.py`, in parts that survive being cut off."""
 
 import dataclasses
+import functools
 import json
-import math
 import shutil
 import time
 
 import keras
+from reporting import write_json
+from timing import interleaved
 
 import keras_cluster_mask as kcm
-from reporting import write_json
 
 # A run is cut into so many parts; after each the model is scored and saved.
 PARTS = 8
@@ -89,8 +90,8 @@ def train(name, method, recipe, data, seed, costs, folder):
         state["part"] += 1
         last = state["curve"][-1]
         print(
-            f"{name}, seed {seed}: step {last['step']}/{steps}, loss {last['loss']:.3f}, "
-            f"validation {last['score']:.1f} %, {last['seconds']:.0f} s",
+            f"{name}, seed {seed}: step {last['step']}/{steps}, loss {last['loss']:.2f},"
+            f" validation {last['score']:.1f} %, {last['seconds']:.0f} s",
             flush=True,
         )
         _save(folder, model, state)
@@ -122,21 +123,14 @@ def measure_costs(methods, recipe, data_of, rounds=8):
     The machine may be busy with other things: methods alternate, and the fastest round
     of each counts.
     """
-    models, batches, best = {}, {}, {}
+    steps = {}
     for name, method in methods.items():
         data = data_of(method)
-        models[name] = new_model(method, recipe, data, 0, 100)
+        model = new_model(method, recipe, data, 0, 100)
         (batch,) = data.training_batches(0, 1, "white").as_numpy_iterator()
-        batches[name] = batch
-        models[name].train_on_batch(batch)
-        best[name] = math.inf
-    for _ in range(rounds):
-        for name, model in models.items():
-            start = time.perf_counter()
-            for _ in range(4):
-                model.train_on_batch(batches[name])
-            best[name] = min(best[name], (time.perf_counter() - start) / 4)
-    return {name: round(1000 * seconds, 1) for name, seconds in best.items()}
+        steps[name] = functools.partial(model.train_on_batch, batch)
+    seconds = interleaved(steps, rounds, repeats=4)
+    return {name: round(1000 * min(found), 1) for name, found in seconds.items()}
 
 
 def _plain(recipe):

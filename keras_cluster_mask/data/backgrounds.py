@@ -9,18 +9,22 @@ WHITE = (255, 255, 255)
 
 
 def check_background(background):
-    """`background` as `"random"` or a triple of ints, checked."""
-    if background == "white":
-        return WHITE
-    if isinstance(background, str) and background == "random":
-        return background
-    colour = tuple(background) if isinstance(background, tuple | list) else ()
-    if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
+    """`background` as a list of `"random"` and triples of ints, checked."""
+    choices = background if isinstance(background, list) else [background]
+    checked = [WHITE if choice == "white" else choice for choice in choices]
+    for choice in checked:
+        if isinstance(choice, str) and choice == "random":
+            continue
+        colour = choice if isinstance(choice, tuple) else ()
+        if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
+            checked = []
+    if not checked:
         raise ValueError(
-            '`background` must be "white", "random" or three ints from 0 to 255 (red, '
-            f"green, blue). Received: {background!r}"
+            '`background` must be "white", "random", a tuple of three ints from 0 to '
+            "255 (red, green, blue), or a list of these. "
+            f"Received: {background!r}"
         )
-    return colour
+    return checked
 
 
 def composite(image, background="white", seed=None):
@@ -32,16 +36,21 @@ def composite(image, background="white", seed=None):
     Args:
         image: uint8 tensor `(height, width, channels)` with 1 to 4 channels; the last
             of 2 or 4 is alpha.
-        background: `"white"`, a triple of ints from 0 to 255, or `"random"`: a plain
-            colour, a soft gradient or a texture, each as likely.
-        seed: int tensor `(2,)`, for `"random"`. Equal seeds give equal backgrounds.
+        background: `"white"`, a tuple of three ints from 0 to 255, or `"random"`: a
+            plain colour, a soft gradient or a texture, each as likely. Of a list of
+            these one is drawn, each as likely as the others.
+        seed: int tensor `(2,)`, for `"random"` and for lists. Equal seeds give equal
+            backgrounds.
 
     Returns:
         uint8 tensor `(height, width, 3)`.
     """
-    background = check_background(background)
-    if background == "random" and seed is None:
-        raise ValueError('`seed` is needed for a background="random". Received: None')
+    choices = check_background(background)
+    if seed is None and (len(choices) > 1 or choices[0] == "random"):
+        raise ValueError(
+            '`seed` is needed for a background="random" and for a list of backgrounds. '
+            "Received: None"
+        )
     image = tf.convert_to_tensor(image)
     size, channels = tf.shape(image)[:2], tf.shape(image)[2]
 
@@ -53,13 +62,21 @@ def composite(image, background="white", seed=None):
     def opaque():
         return colours(channels)
 
+    def ground(choice):
+        if choice == "random":
+            return random_background(size, seed)
+        return tf.broadcast_to(tf.constant(choice, "float32"), [*tf.unstack(size), 3])
+
     def blended():
         front = tf.cast(colours(channels - 1), "float32")
         alpha = tf.cast(image[..., -1:], "float32") / 255.0
-        if background == "random":
-            back = random_background(size, seed)
+        if len(choices) == 1:
+            back = ground(choices[0])
         else:
-            back = tf.constant(background, "float32")
+            draw = tf.random.stateless_uniform(
+                (), seed + [0, 3], 0, len(choices), "int32"
+            )
+            back = tf.switch_case(draw, [lambda c=c: ground(c) for c in choices])
         return tf.cast(tf.round(alpha * front + (1.0 - alpha) * back), "uint8")
 
     return tf.ensure_shape(tf.cond(channels % 2 == 0, blended, opaque), (None, None, 3))

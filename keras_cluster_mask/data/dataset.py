@@ -104,8 +104,9 @@ def image_text_dataset(
             kept in training. Defaults to `(0.4, 1.0)`.
         horizontal_flip: bool. Whether to mirror every second image in training; not
             for captions that say left and right. Defaults to `False`.
-        background: `"white"`, three ints from 0 to 255, or `"random"`. What is seen
-            through transparent images.
+        background: What is seen through transparent images: `"white"`, a tuple of
+            three ints from 0 to 255, `"random"` (plain colours, gradients and
+            textures), or a list of these to draw from for each image.
         image_keys: sequence of str. File extensions of images; the first that a sample
             has is used.
         caption_key: str. The file extension of captions. Defaults to `"txt"`.
@@ -134,7 +135,7 @@ def image_text_dataset(
         )
     shards = list_shards(source)
     image_size = images.height_and_width(image_size)
-    background = check_background(background)
+    check_background(background)
     data_format = data_format or keras.config.image_data_format()
     if data_format not in ("channels_last", "channels_first"):
         raise ValueError(

@@ -84,11 +84,26 @@ def test_random_backgrounds_vary_and_follow_their_seed():
     assert pictures[:, 30:].std() > 50
 
 
+def test_of_a_list_of_backgrounds_each_is_drawn_as_often():
+    image = np.zeros((4, 4, 4), "uint8")
+    choices = ["white", (9, 8, 7), "random"]
+    draw = tf.function(lambda s: backgrounds.composite(image, choices, s))
+    pictures = np.stack([draw(seed(number)).numpy() for number in range(90)])
+    white = np.sum((pictures == 255).all(axis=(1, 2, 3)))
+    given = np.sum((pictures == (9, 8, 7)).all(axis=(1, 2, 3)))
+    # Five deviations of a binomial of 90 and a third.
+    assert 8 <= white <= 52
+    assert 8 <= given <= 52
+    assert 8 <= 90 - white - given <= 52
+
+
 def test_a_seed_is_demanded_for_random_backgrounds_and_colours_are_checked():
     image = np.zeros((4, 4, 4), "uint8")
     with pytest.raises(ValueError, match="`seed`"):
         backgrounds.composite(image, "random")
-    for wrong in ("black", (1, 2), (0, 0, 256), None):
+    with pytest.raises(ValueError, match="`seed`"):
+        backgrounds.composite(image, ["white", (0, 0, 0)])
+    for wrong in ("black", (1, 2), (0, 0, 256), None, [], ["white", "black"]):
         with pytest.raises(ValueError, match=r"`background`.*Received"):
             backgrounds.composite(image, wrong)
 
