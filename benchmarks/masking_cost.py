@@ -3,9 +3,9 @@
     KERAS_BACKEND=jax python benchmarks/masking_cost.py
 
 Beside the library's `select` stand a full similarity of all patches to all others with
-a sort (the way of the paper's released code), reading all pixels once (nothing that looks
-at pixels can be faster), and a training step of CLIP ViT-B/16 with half of the patches
-masked.
+a sort (the way of the paper's released code), reading all pixels once (nothing that
+looks at pixels can be faster), and a training step of CLIP ViT-B/16 with half of the
+patches masked.
 """
 
 import argparse
