@@ -91,7 +91,8 @@ def train(name, method, recipe, data, seed, costs, folder):
         last = state["curve"][-1]
         print(
             f"{name}, seed {seed}: step {last['step']}/{steps}, "
-            f"loss {last['loss']:.2f}, validation {last['score']:.1f} %, {last['seconds']:.0f} s",
+            f"loss {last['loss']:.2f}, validation {last['score']:.1f} %, "
+            f"{last['seconds']:.0f} s",
             flush=True,
         )
         _save(folder, model, state)

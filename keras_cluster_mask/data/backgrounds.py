@@ -65,7 +65,9 @@ def composite(image, background="white", seed=None):
     def ground(choice):
         if choice == "random":
             return random_background(size, seed)
-        return tf.broadcast_to(tf.constant(choice, "float32"), [*tf.unstack(size), 3])
+        return tf.broadcast_to(
+            tf.constant(choice, "float32"), tf.concat([size, [3]], 0)
+        )
 
     def blended():
         front = tf.cast(colours(channels - 1), "float32")

@@ -1,0 +1,95 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorflow")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import quality_training
+from quality_data import PICTURES, Data, Recipe
+from quality_methods import METHODS, STUDIES, Method, cluster
+
+RECIPE = Recipe(
+    data=str(PICTURES),
+    image_size=16,
+    patch_size=8,
+    batch_size=16,
+    steps=4,
+    learning_rate=1e-3,
+    context_length=6,
+    vocabulary_size=600,
+)
+METHOD = Method(lambda patch_size: cluster(patch_size, seed=1), mask_ratios=(0.5, 0.0))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Data(RECIPE, RECIPE.image_size)
+
+
+@pytest.fixture(autouse=True)
+def two_parts(monkeypatch):
+    monkeypatch.setattr(quality_training, "PARTS", 2)
+    monkeypatch.setattr(quality_training, "CURVE_IMAGES", 100)
+
+
+def train(data, folder, recipe=RECIPE):
+    return quality_training.train("cluster", METHOD, recipe, data, 1, {}, folder)
+
+
+def without_times(run):
+    return [
+        {k: v for k, v in point.items() if k != "seconds"} for point in run["curve"]
+    ]
+
+
+def test_a_run_that_is_cut_off_ends_as_one_that_was_not(data, tmp_path, monkeypatch):
+    whole = train(data, tmp_path / "whole")
+
+    save = quality_training._save
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality_training, "_save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, tmp_path / "cut")
+    resumed = train(data, tmp_path / "cut")
+    assert [point["step"] for point in resumed["curve"]] == [2, 4]
+    first, second = without_times(resumed)
+    assert first == without_times(whole)[0]
+    assert second == pytest.approx(without_times(whole)[1], rel=1e-4)
+    assert resumed["validation"] == pytest.approx(whole["validation"])
+
+    # A finished run is read, and one of other settings is never taken for it.
+    assert train(data, tmp_path / "cut") == json.loads(json.dumps(resumed))
+    other = Recipe(**{**vars(RECIPE), "learning_rate": 2e-3})
+    with pytest.raises(ValueError, match=r"other settings.*Received: learning_rate"):
+        train(data, tmp_path / "cut", other)
+
+
+def test_a_run_can_be_scored_on_the_test_split_once(data, tmp_path, monkeypatch):
+    run = train(data, tmp_path)
+    tested = quality_training.test(run, data, tmp_path)
+    assert 0 <= tested["test"]["score"] <= 100
+    monkeypatch.setattr(data, "scores", None)
+    assert quality_training.test(tested, data, tmp_path) is tested
+
+
+def test_all_methods_keep_half_of_the_patches_on_average():
+    for name, method in METHODS.items():
+        if method.mask_ratios:
+            mean = sum(method.mask_ratios) / len(method.mask_ratios)
+            assert mean == pytest.approx(0.5, abs=1e-3), name
+        elif method.masking:
+            assert method.masking(6).num_kept(64) == 32, name
+    assert {name for study in STUDIES.values() for name in study} <= set(METHODS)
+
+
+def test_a_folder_without_the_shards_it_takes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`--data`.*Received"):
+        Recipe(**{**vars(RECIPE), "data": str(tmp_path)}).splits()
