@@ -8,7 +8,6 @@ looks at pixels can be faster), and a training step of CLIP ViT-B/16 with half o
 patches masked.
 """
 
-import argparse
 import os
 import statistics
 
@@ -18,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 from clip_vit_b_16 import IMAGE_SIZE, PATCH_SIZE, photographs, training_steps
 from keras import ops
-from reporting import describe, machine, table, write_json
+from reporting import parser, publish
 from timing import compiled, interleaved, ratio
 
 import keras_cluster_mask as kcm
@@ -69,15 +68,14 @@ def _parts(result):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", default="float32", help="of the training step")
-    parser.add_argument("--no-step", action="store_true", help="skip the training step")
-    parser.add_argument("--results", default="results", help="folder for the JSON file")
-    options = parser.parse_args()
+    parsed = parser(__doc__)
+    add = parsed.add_argument
+    add("--batch-size", type=int, default=64)
+    add("--rounds", type=int, default=15)
+    add("--dtype", default="float32", help="of the training step")
+    add("--no-step", action="store_true", help="skip the training step")
+    add("--results", default="results", help="folder for the JSON file")
+    options = parsed.parse_args()
 
     pixels = photographs(options.batch_size, IMAGE_SIZE).astype("float32")
     images = ops.convert_to_tensor(pixels / 127.5 - 1.0)
@@ -97,18 +95,15 @@ def main():
         if not options.no_step:
             row["share of a step"] = f"{0.1 * milliseconds / step:.2f} %"
         rows.append(row)
-    found = machine()
     backend = keras.backend.backend()
-    print(f"\n{backend}, {options.batch_size} images of {IMAGE_SIZE} px")
+    title = f"{backend}, {options.batch_size} images of {IMAGE_SIZE} px"
     if not options.no_step:
-        print(f"One ViT-B/16 step, {options.dtype}: {1000 * step:.0f} ms")
-    print(f"\n{table(rows)}\n\n{describe(found)}")
-    write_json(
+        title += f"; one ViT-B/16 step, {options.dtype}: {1000 * step:.0f} ms"
+    publish(
         f"{options.results}/masking_cost-{backend}.json",
-        machine=found,
-        backend=backend,
+        title,
+        rows,
         options=vars(options),
-        rows=rows,
         seconds=seconds,
     )
 

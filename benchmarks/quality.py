@@ -10,7 +10,6 @@ runs are read from `--results`. Settings are chosen by the validation split alon
 `JAX_COMPILATION_CACHE_DIR` set, JAX compiles each method once rather than once a run.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -25,16 +24,14 @@ from quality_data import PICTURES, Data, Recipe
 from quality_methods import METHODS, STUDIES
 from quality_pictures import plot_cost_quality, plot_learning_curves
 from quality_training import measure_costs, test, train
-from reporting import describe, machine, table, write_json
+from reporting import machine, parser, publish, write_json
 
 import keras_cluster_mask as kcm  # noqa: F401  (before the backend is asked for)
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    parsed = parser(__doc__)
+    add = parsed.add_argument
     add("--study", choices=STUDIES, default="methods", help="which methods to compare")
     add("--methods", nargs="+", metavar="METHOD", help=f"instead: {list(METHODS)}")
     add("--data", default=str(PICTURES), help="folder of WebDataset shards by split")
@@ -47,10 +44,10 @@ def arguments():
     add("--learning-rate", type=float, default=1.5e-3)
     add("--horizontal-flip", action="store_true", help="mirror every second image")
     add("--test", action="store_true", help="score finished runs on the test split")
-    options = parser.parse_args()
+    options = parsed.parse_args()
     unknown = sorted(set(options.methods or ()) - set(METHODS))
     if unknown:
-        parser.error(f"`--methods` must be of {list(METHODS)}. Received: {unknown}")
+        parsed.error(f"`--methods` must be of {list(METHODS)}. Received: {unknown}")
     return options
 
 
@@ -122,11 +119,8 @@ def report(runs, names, costs, recipe, path):
                 spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
                 row[f"{split} {score}"] = f"{np.mean(values):.1f} ± {spread:.1f}"
         rows.append(row)
-    found = machine()
-    print(f"\n{table(rows)}\n\n{describe(found)}\n", flush=True)
-    write_json(
-        path, machine=found, recipe=dataclasses.asdict(recipe), rows=rows, runs=runs
-    )
+    title = f"{Path(recipe.data).name}, {recipe.steps} steps of {recipe.batch_size}"
+    publish(path, title, rows, recipe=dataclasses.asdict(recipe), runs=runs)
 
 
 if __name__ == "__main__":

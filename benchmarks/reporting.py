@@ -1,5 +1,6 @@
 """What every benchmark does with its figures: a table, a JSON file, the machine."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -7,6 +8,20 @@ import platform
 from pathlib import Path
 
 PACKAGES = ("keras", "keras-hub", "jax", "tensorflow", "torch", "open_clip_torch")
+
+
+def parser(description):
+    """An argument parser that shows the description as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def publish(path, title, rows, **content):
+    """Prints rows under a title and the machine, and writes them with all content."""
+    found = machine()
+    print(f"\n{title}\n\n{table(rows)}\n\n{describe(found)}\n", flush=True)
+    write_json(path, machine=found, title=title, rows=rows, **content)
 
 
 def machine():

@@ -19,15 +19,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 from clip_vit_b_16 import MASKINGS, OPEN_CLIP, image_tokens, training_steps
-from reporting import describe, machine, table, write_json
+from reporting import parser, publish
 from timing import interleaved, ratio
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    parsed = parser(__doc__)
+    add = parsed.add_argument
     names = [*MASKINGS, *OPEN_CLIP]
     add("--methods", nargs="+", metavar="METHOD", choices=names, help=f"of {names}")
     add("--batch-size", type=int, default=8)
@@ -38,7 +36,7 @@ def arguments():
     add("--memory", action="store_true", help="measure peak memory too")
     add("--results", default="results", help="folder for the JSON file")
     add("--peak-memory-of", metavar="METHOD", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parsed.parse_args()
     if options.methods is None:
         on_torch = keras.backend.backend() == "torch"
         options.methods = [*MASKINGS, *(OPEN_CLIP if on_torch else ())]
@@ -70,16 +68,12 @@ def main():
             row["peak memory (GiB)"] = memory_of(name, options)
         rows.append(row)
 
-    found = machine()
     backend = keras.backend.backend()
-    print(f"\n{backend}, batch {options.batch_size}, {options.dtype}\n")
-    print(f"{table(rows)}\n\n{describe(found)}")
-    write_json(
+    publish(
         f"{options.results}/step_time-{backend}.json",
-        machine=found,
-        backend=backend,
+        f"{backend}, batch {options.batch_size}, {options.dtype}",
+        rows,
         options=vars(options),
-        rows=rows,
         seconds=seconds,
     )
 
