@@ -54,7 +54,7 @@ def _curves(runs):
 def _label(runs):
     retrieval = any("recall" in key for key in runs[0]["curve"][0])
     score = "recall@10, mean of both ways" if retrieval else "zero-shot accuracy"
-    return f"validation: {score} (%)"
+    return f"validation {score} (%)"
 
 
 def _finish(figure, axes, path):
