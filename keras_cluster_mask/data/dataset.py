@@ -126,7 +126,8 @@ def image_text_dataset(
     Raises:
         FileNotFoundError: if a shard is missing.
         ValueError: if an argument does not make sense, or the shards hold no sample
-            with an image and a caption.
+            with an image and a caption, or fewer than a batch where a batch that is
+            not full is dropped.
     """
     if tf is None:
         raise ImportError(
@@ -152,11 +153,12 @@ def image_text_dataset(
             "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. Received: "
             f"{crop_scale}"
         )
-    check_for_pairs(shards, image_keys, caption_key, on_error)
-    if seed is None:
-        seed = random.randint(0, 2**31 - 1) if training else 0
     if drop_remainder is None:
         drop_remainder = training
+    full_batch = batch_size if drop_remainder else 1
+    check_for_pairs(shards, image_keys, caption_key, on_error, at_least=full_batch)
+    if seed is None:
+        seed = random.randint(0, 2**31 - 1) if training else 0
     skipped = SkippedSamples(raise_errors=on_error == "raise")
 
     def prepare(image, orientation, seed):

@@ -1,7 +1,5 @@
 """Out of Python into `tf.data`: samples as they lie in the shards, still encoded."""
 
-import itertools
-
 import numpy as np
 
 from keras_cluster_mask.data.images import exif_orientation
@@ -143,25 +141,40 @@ def _pair(sample, image_keys, caption_key):
     return image, caption, fault
 
 
-def check_for_pairs(shards, image_keys, caption_key, on_error):
-    """Raises an error unless one of the first samples has an image and a caption."""
+def check_for_pairs(shards, image_keys, caption_key, on_error, at_least=1):
+    """Raises an error unless the shards hold pairs, and enough of them for a batch.
+
+    Args:
+        shards: list of str.
+        image_keys: list of str.
+        caption_key: str.
+        on_error: `"skip"`, or `"raise"` for the first damaged shard.
+        at_least: int. How many pairs there must be; no more are looked at.
+    """
     seen = {}
     damage = None
-    looked_at = 0
+    looked_at = pairs = 0
     for shard in shards:
         try:
-            samples = itertools.islice(read_samples(shard), SAMPLES_TO_CHECK)
-            for sample in samples:
-                if _pair(sample, image_keys, caption_key)[2] is None:
+            for sample in read_samples(shard):
+                looked_at += 1
+                pairs += _pair(sample, image_keys, caption_key)[2] is None
+                if pairs >= at_least:
                     return
                 seen.update(sample)
-                looked_at += 1
+                if not pairs and looked_at >= SAMPLES_TO_CHECK:
+                    break
         except ShardError as error:
             if on_error == "raise":
                 raise
             damage = damage or error
-        if looked_at >= SAMPLES_TO_CHECK:
+        if not pairs and looked_at >= SAMPLES_TO_CHECK:
             break
+    if pairs:
+        raise ValueError(
+            "`batch_size` must not exceed the number of pairs, or no batch is ever "
+            f"full. Received: batch_size={at_least} and {pairs} pairs in `source`"
+        )
     if damage:
         raise ValueError(f"`source` holds no readable pair. {damage}") from damage
     extensions = sorted(seen.keys() - {"__key__"})

@@ -317,6 +317,14 @@ def test_a_keras_hub_preprocessor_tokenizes_in_the_graph(shards):
         make(shards, tokenizer=tokenizer)
 
 
+def test_fewer_pairs_than_a_full_batch_are_an_error(write_pairs):
+    shard = write_pairs("few.tar", 0, 5)
+    with pytest.raises(ValueError, match=r"`batch_size`.*Received: batch_size=6 and 5"):
+        make(shard, True, batch_size=6)
+    assert len(batches(make(shard, True, batch_size=5))) == 1
+    assert len(batches(make(shard, batch_size=6))) == 1
+
+
 def test_wrong_arguments_are_named(shards):
     for name, value in {
         "on_error": "ignore",
