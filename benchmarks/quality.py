@@ -64,6 +64,7 @@ def main():
     )
     folder = Path(options.results) / Path(recipe.data).name
     names = options.methods or STUDIES[options.study]
+    title = "chosen" if options.methods else options.study
 
     @functools.cache
     def data_at(image_size):
@@ -85,9 +86,9 @@ def main():
                 run = test(run, data_of(method), place)
             runs.append(run)
         # After every seed, so that a long comparison can be watched.
-        report(runs, names, costs, recipe, folder / f"{options.study}.json")
-    plot_learning_curves(runs, costs, folder / f"{options.study}-learning-curves.png")
-    plot_cost_quality(runs, costs, folder / f"{options.study}-cost-quality.png")
+        report(runs, names, costs, recipe, folder / f"{title}.json")
+    plot_learning_curves(runs, costs, folder / f"{title}-learning-curves.png")
+    plot_cost_quality(runs, costs, folder / f"{title}-cost-quality.png")
 
 
 def cached_costs(path, names, recipe, data_of):
