@@ -10,7 +10,6 @@ runs are read from `--results`. Settings are chosen by the validation split alon
 `JAX_COMPILATION_CACHE_DIR` set, JAX compiles each method once rather than once a run.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -121,7 +120,7 @@ def report(runs, names, costs, recipe, path):
                 row[f"{split} {score}"] = f"{np.mean(values):.1f} ± {spread:.1f}"
         rows.append(row)
     title = f"{Path(recipe.data).name}, {recipe.steps} steps of {recipe.batch_size}"
-    publish(path, title, rows, recipe=dataclasses.asdict(recipe), runs=runs)
+    publish(path, title, rows, runs=runs)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import time
+from pathlib import Path
 
 import keras
 from reporting import write_json
@@ -135,7 +136,9 @@ def measure_costs(methods, recipe, data_of, rounds=8):
 
 
 def _plain(recipe):
-    return dataclasses.asdict(recipe) | {"backend": keras.backend.backend()}
+    # The data by its name alone: a folder of results may move with its runs.
+    setting = dataclasses.asdict(recipe) | {"backend": keras.backend.backend()}
+    return setting | {"data": Path(recipe.data).name}
 
 
 def _save(folder, model, state):
