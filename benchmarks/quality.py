@@ -21,11 +21,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 from quality_data import PICTURES, Data, Recipe
 from quality_methods import METHODS, STUDIES
-from quality_pictures import plot_cost_quality, plot_learning_curves
+from quality_pictures import (
+    plot_cost_quality,
+    plot_learning_curves,
+    plot_what_is_masked,
+)
 from quality_training import measure_costs, test, train
 from reporting import machine, parser, publish, write_json
-
-import keras_cluster_mask as kcm  # noqa: F401  (before the backend is asked for)
 
 
 def arguments():
@@ -88,6 +90,8 @@ def main():
         report(runs, names, costs, recipe, folder / f"{title}.json")
     plot_learning_curves(runs, costs, folder / f"{title}-learning-curves.png")
     plot_cost_quality(runs, costs, folder / f"{title}-cost-quality.png")
+    images = data_at(recipe.image_size).read("validation", 100)[0]
+    plot_what_is_masked(images[::20], recipe.patch_size, folder / "masks.png")
 
 
 def cached_costs(path, names, recipe, data_of):

@@ -6,6 +6,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import keras_cluster_mask as kcm
+
 
 def plot_learning_curves(runs, costs, path):
     """Validation score against steps, the mean of all seeds and their range."""
@@ -38,6 +40,12 @@ def plot_cost_quality(runs, costs, path):
         axes.plot(seconds, _curves(mine).mean(axis=0), marker="o", ms=3, label=name)
     axes.set(xlabel="training time (seconds)", ylabel=_label(runs))
     _finish(figure, axes, path)
+
+
+def plot_what_is_masked(images, patch_size, path):
+    """What random and cluster masking leave of a few images of the data."""
+    masking = kcm.ClusterMasking(patch_size, 0.5)
+    kcm.visualization.plot_masks(images, masking).savefig(path, dpi=80)
 
 
 def _by_method(runs):
