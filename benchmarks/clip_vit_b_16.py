@@ -11,8 +11,7 @@ RESIZED = 160
 
 
 def threshold(beta):
-    # A threshold that leaves out 60 % of noise images would be a number without
-    # meaning: shapes, and so the cost, depend on `min_mask_ratio` alone.
+    # Any threshold does: shapes, and so the cost, depend on `min_mask_ratio` alone.
     return lambda: kcm.ClusterMasking(
         PATCH_SIZE, 0.6, min_mask_ratio=beta, threshold=0.5
     )

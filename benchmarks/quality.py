@@ -88,7 +88,7 @@ def main():
             runs.append(run)
         # After every seed, so that a long comparison can be watched.
         report(runs, names, costs, recipe, folder / f"{title}.json")
-    plot_learning_curves(runs, costs, folder / f"{title}-learning-curves.png")
+    plot_learning_curves(runs, folder / f"{title}-learning-curves.png")
     plot_cost_quality(runs, costs, folder / f"{title}-cost-quality.png")
     images = data_at(recipe.image_size).read("validation", 100)[0]
     plot_what_is_masked(images[::20], recipe.patch_size, folder / "masks.png")

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import keras_cluster_mask as kcm
 
 
-def plot_learning_curves(runs, costs, path):
+def plot_learning_curves(runs, path):
     """Validation score against steps, the mean of all seeds and their range."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name, mine in _by_method(runs).items():
