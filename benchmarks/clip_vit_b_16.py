@@ -39,6 +39,19 @@ def image_tokens(name):
     return patches if masking is None else masking.num_kept(patches)
 
 
+def arithmetic(name):
+    """Floating-point operations of both towers for one pair, forward."""
+
+    def transformer(tokens, width, layers=12):
+        # Projections and the feed-forward part, then the attention itself.
+        return layers * tokens * (24 * width**2 + 4 * tokens * width)
+
+    patches = (RESIZED if name.startswith("resized") else IMAGE_SIZE) ** 2
+    embedding = 2 * 3 * patches * 768
+    image_tower = embedding + transformer(1 + image_tokens(name), 768)
+    return image_tower + transformer(CONTEXT_LENGTH, 512)
+
+
 def photographs(batch_size, side):
     """Blurred noise as uint8: smooth surfaces, as photographs have them."""
     rng = np.random.default_rng(0)
@@ -55,7 +68,7 @@ def batch(batch_size, side=IMAGE_SIZE):
     return {"images": photographs(batch_size, side), "token_ids": token_ids}
 
 
-def training_steps(names, batch_size, dtype, jit_compile="auto"):
+def training_steps(names, batch_size, dtype, jit_compile="auto", optimizer="adamw"):
     """Functions that run one training step each.
 
     Models of one image size share their weights and their optimizer's state, which
@@ -66,6 +79,8 @@ def training_steps(names, batch_size, dtype, jit_compile="auto"):
         batch_size: Integer.
         dtype: A Keras dtype policy.
         jit_compile: As for `keras.Model.compile`; torch's compiler for open_clip.
+        optimizer: `"adamw"`, or `"sgd"` without momentum, which costs next to nothing
+            and so leaves the models alone to be compared.
 
     Returns:
         Dictionary from name to function.
@@ -74,7 +89,11 @@ def training_steps(names, batch_size, dtype, jit_compile="auto"):
     for name in names:
         if name in OPEN_CLIP:
             steps[name] = open_clip_step(
-                OPEN_CLIP[name], batch(batch_size), dtype, jit_compile is True
+                OPEN_CLIP[name],
+                batch(batch_size),
+                dtype,
+                jit_compile is True,
+                optimizer,
             )
             continue
         side = RESIZED if name.startswith("resized") else IMAGE_SIZE
@@ -82,17 +101,22 @@ def training_steps(names, batch_size, dtype, jit_compile="auto"):
             backbone = kcm.models.clip_backbone(
                 "vit_b_16", image_size=side, dtype=dtype
             )
-            optimizer = keras.optimizers.AdamW(1e-5, weight_decay=0.2)
-            shared[side] = backbone, optimizer, batch(batch_size, side)
-        backbone, optimizer, data = shared[side]
+            shared[side] = backbone, keras_optimizer(optimizer), batch(batch_size, side)
+        backbone, shared_optimizer, data = shared[side]
         model = kcm.ContrastiveModel.from_clip(backbone, masking=MASKINGS[name]())
-        model.compile(optimizer, jit_compile=jit_compile)
+        model.compile(shared_optimizer, jit_compile=jit_compile)
         steps[name] = lambda model=model, data=data: model.train_on_batch(data)
     return steps
 
 
-def open_clip_step(patch_dropout, data, dtype, compile_model=False):
-    """One training step of open_clip's own ViT-B-16, loss and AdamW."""
+def keras_optimizer(name):
+    if name == "sgd":
+        return keras.optimizers.SGD(1e-5)
+    return keras.optimizers.AdamW(1e-5, weight_decay=0.2)
+
+
+def open_clip_step(patch_dropout, data, dtype, compile_model, optimizer):
+    """One training step of open_clip's own ViT-B-16 and loss, on torch's optimizer."""
     import open_clip
     import torch
     from open_clip.loss import ClipLoss
@@ -102,7 +126,10 @@ def open_clip_step(patch_dropout, data, dtype, compile_model=False):
         "ViT-B-16", force_patch_dropout=patch_dropout, device=device
     ).train()
     run = torch.compile(model) if compile_model else model
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.2)
+    if optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), 1e-5)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.2)
     loss_of = ClipLoss()
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=device)[:, None, None]
     std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device)[:, None, None]

@@ -25,6 +25,7 @@ class Recipe:
     vocabulary_size: int = 3000
     crop_scale: tuple = (0.6, 1.0)
     horizontal_flip: bool = False
+    train_shards: int | None = None
 
     def splits(self):
         """Shards to train on, to choose by, and to test on once."""
@@ -41,7 +42,11 @@ class Recipe:
             )
         if not validation:
             train, validation = train[:-1], train[-1:]
-        return {"train": train, "validation": validation, "test": test}
+        return {
+            "train": train[: self.train_shards],
+            "validation": validation,
+            "test": test,
+        }
 
 
 class Data:
@@ -100,38 +105,40 @@ class Data:
             self._read[split, limit, background] = images, captions.astype(str)
         return self._read[split, limit, background]
 
-    def scores(self, model, split, limit=None, background="white"):
-        """Percentages: recall@10 both ways, or zero-shot accuracy."""
+    def scores(self, model, split, limit=None, background="white", probe=False):
+        """Percentages: recall@10 both ways, or zero-shot accuracy and linear probe."""
         images, captions = self.read(split, limit, background)
         embeddings = self.embeddings(model, images, captions)
+        image_embeddings = embeddings["image_embeddings"]
         if self.classes is None:
             recall = kcm.evaluation.retrieval_recall(
-                embeddings["image_embeddings"],
-                embeddings["text_embeddings"],
-                captions,
-                ks=(10,),
+                image_embeddings, embeddings["text_embeddings"], captions, ks=(10,)
             )
             recall = {name: 100 * value for name, value in recall.items()}
             return {"score": sum(recall.values()) / len(recall), **recall}
         classes = keras.ops.convert_to_numpy(
             model.encode_text(self.tokenizer(self.classes))
         )
-        best = np.argmax(embeddings["image_embeddings"] @ classes.T, axis=1)
-        right = np.asarray(self.classes)[best] == captions
-        return {"score": 100 * float(np.mean(right))}
+        best = np.argmax(image_embeddings @ classes.T, axis=1)
+        found = {"score": percent_equal(np.asarray(self.classes)[best], captions)}
+        if probe:
+            classify = self.linear_probe(model)
+            found["linear probe"] = percent_equal(classify(image_embeddings), captions)
+        return found
 
-    def linear_probe(self, model, split, limit=5000):
-        """Accuracy in percent of a logistic regression on the image embeddings."""
+    def linear_probe(self, model, limit=5000):
+        """A logistic regression, from image embeddings to captions, as a function."""
         from sklearn.linear_model import LogisticRegression
 
-        def embedded(split, limit=None):
-            images, captions = self.read(split, limit)
-            return self.embeddings(model, images, captions)["image_embeddings"]
-
+        images, captions = self.read("train", limit)
+        embeddings = self.embeddings(model, images, captions)["image_embeddings"]
         probe = LogisticRegression(max_iter=1000, C=10.0)
-        probe.fit(embedded("train", limit), self.read("train", limit)[1])
-        return 100 * float(probe.score(embedded(split), self.read(split)[1]))
+        return probe.fit(embeddings, captions).predict
 
     def embeddings(self, model, images, captions):
         batch = {"images": images, "token_ids": self.tokenizer(list(captions))}
         return model.predict(batch, batch_size=100, verbose=0)
+
+
+def percent_equal(found, wanted):
+    return 100 * float(np.mean(found == wanted))

@@ -10,6 +10,7 @@ from keras_cluster_mask.masking.similarity import (
     extract_patches,
     pixel_similarity,
     round_similarity,
+    token_similarity,
 )
 
 
@@ -74,6 +75,16 @@ class Colour(kcm.ClusterMasking):
         return round_similarity(ops.max(0.5 * pattern + 0.5 * alike, axis=1))
 
 
+class RawPixels(kcm.ClusterMasking):
+    """Compares patches without taking their means off: colour counts most."""
+
+    def similarity(self, images, anchors, tokens=None):
+        patches = extract_patches(images, self.patch_size, self.data_format)
+        # The cosine that tokens are compared by.
+        alike = token_similarity(patches, anchors)
+        return round_similarity(ops.max(alike, axis=1))
+
+
 class Near(kcm.ClusterMasking):
     """Prefers look-alikes that are also near the anchor in the image."""
 
@@ -87,6 +98,18 @@ class Near(kcm.ClusterMasking):
         gap = gap + ops.square(anchors[:, :, None] % side - columns)
         near = ops.exp(-ops.cast(gap, "float32") / (2.0 * (side / 4.0) ** 2))
         return round_similarity(ops.max(0.5 * similarity + 0.5 * near, axis=1))
+
+
+class KeepAnchors(kcm.ClusterMasking):
+    """Leaves out look-alikes but not the anchors: each cluster keeps one patch."""
+
+    def score(self, noise, images=None, tokens=None):
+        anchors = self.draw_anchors(noise)
+        chosen = ops.any(
+            anchors[:, :, None] == ops.arange(noise.shape[1], dtype=anchors.dtype),
+            axis=1,
+        )
+        return ops.where(chosen, 2.0, super().score(noise, images, tokens))
 
 
 class Detail(kcm.PatchMasking):
@@ -130,8 +153,13 @@ METHODS = {
     "cluster, 1 anchor": Method(lambda p: cluster(p, anchor_ratio=0.0)),
     "cluster, 6 anchors": Method(lambda p: cluster(p, anchor_ratio=0.094)),
     "cluster, 12 anchors": Method(lambda p: cluster(p, anchor_ratio=0.188)),
+    "cluster, anchors stay": Method(lambda p: KeepAnchors(p, 0.5)),
+    "cluster, 12 anchors stay": Method(
+        lambda p: KeepAnchors(p, 0.5, anchor_ratio=0.188)
+    ),
     # What is alike.
     "cluster, colour": Method(lambda p: Colour(p, 0.5)),
+    "cluster, raw pixels": Method(lambda p: RawPixels(p, 0.5)),
     "cluster, near": Method(lambda p: Near(p, 0.5)),
     "cluster, token mix 0.5": Method(lambda p: cluster(p, embedding_weight=0.5)),
     "detail": Method(Detail),
@@ -173,10 +201,13 @@ STUDIES = {
         "cluster",
         "cluster, 6 anchors",
         "cluster, 12 anchors",
+        "cluster, anchors stay",
+        "cluster, 12 anchors stay",
     ),
     "similarity": (
         "cluster",
         "cluster, colour",
+        "cluster, raw pixels",
         "cluster, near",
         "cluster, token mix 0.5",
         "detail",

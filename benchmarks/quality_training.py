@@ -98,12 +98,10 @@ def train(name, method, recipe, data, seed, costs, folder):
         )
         _save(folder, model, state)
 
-    state["validation"] = data.scores(model, "validation")
+    state["validation"] = data.scores(model, "validation", probe=True)
     if data.classes is None:
         ground = data.scores(model, "validation", background="random")
         state["validation"]["random ground"] = ground["score"]
-    else:
-        state["validation"]["linear probe"] = data.linear_probe(model, "validation")
     write_json(finished, **state)
     return state
 
@@ -112,9 +110,7 @@ def test(result, data, folder):
     """Scores a finished run on the test split, once."""
     if "test" not in result:
         model = keras.saving.load_model(folder / "checkpoint" / "model.keras")
-        result["test"] = data.scores(model, "test")
-        if data.classes is not None:
-            result["test"]["linear probe"] = data.linear_probe(model, "test")
+        result["test"] = data.scores(model, "test", probe=True)
         write_json(folder / "result.json", **result)
     return result
 
