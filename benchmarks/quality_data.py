@@ -108,23 +108,29 @@ class Data:
     def scores(self, model, split, limit=None, background="white", probe=False):
         """Percentages: recall@10 both ways, or zero-shot accuracy and linear probe."""
         images, captions = self.read(split, limit, background)
-        embeddings = self.embeddings(model, images, captions)
-        image_embeddings = embeddings["image_embeddings"]
-        if self.classes is None:
-            recall = kcm.evaluation.retrieval_recall(
-                image_embeddings, embeddings["text_embeddings"], captions, ks=(10,)
-            )
-            recall = {name: 100 * value for name, value in recall.items()}
-            return {"score": sum(recall.values()) / len(recall), **recall}
-        classes = keras.ops.convert_to_numpy(
-            model.encode_text(self.tokenizer(self.classes))
-        )
-        best = np.argmax(image_embeddings @ classes.T, axis=1)
-        found = {"score": percent_equal(np.asarray(self.classes)[best], captions)}
-        if probe:
+        embeddings = self.embeddings(model, images, captions)["image_embeddings"]
+        found = self.judge(model, embeddings, captions)
+        if probe and self.classes is not None:
             classify = self.linear_probe(model)
-            found["linear probe"] = percent_equal(classify(image_embeddings), captions)
+            found["linear probe"] = percent_equal(classify(embeddings), captions)
         return found
+
+    def judge(self, model, image_embeddings, captions):
+        """How well image embeddings fit a model's embeddings of texts, in percent."""
+
+        def embed(texts):
+            return keras.ops.convert_to_numpy(
+                model.encode_text(self.tokenizer(list(texts)))
+            )
+
+        if self.classes is not None:
+            best = np.argmax(image_embeddings @ embed(self.classes).T, axis=1)
+            return {"score": percent_equal(np.asarray(self.classes)[best], captions)}
+        recall = kcm.evaluation.retrieval_recall(
+            image_embeddings, embed(captions), captions, ks=(10,)
+        )
+        recall = {name: 100 * value for name, value in recall.items()}
+        return {"score": sum(recall.values()) / len(recall), **recall}
 
     def linear_probe(self, model, limit=5000):
         """A logistic regression, from image embeddings to captions, as a function."""

@@ -35,9 +35,7 @@ def new_model(method, recipe, data, seed, steps):
         vocabulary_size=data.tokenizer.vocabulary_size,
         context_length=recipe.context_length,
     )
-    masking = method.masking and method.masking(recipe.patch_size)
-    if getattr(masking, "threshold", None) is not None:
-        masking.adapt(data.read("train", CURVE_IMAGES)[0])
+    masking = new_masking(method, recipe, data)
     model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
@@ -47,6 +45,14 @@ def new_model(method, recipe, data, seed, steps):
     )
     model.compile(keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98))
     return model
+
+
+def new_masking(method, recipe, data):
+    """A method's masking, with its threshold where it has one, or `None`."""
+    masking = method.masking and method.masking(recipe.patch_size)
+    if getattr(masking, "threshold", None) is not None:
+        masking.adapt(data.read("train", CURVE_IMAGES)[0])
+    return masking
 
 
 def train(name, method, recipe, data, seed, costs, folder):
@@ -109,10 +115,15 @@ def train(name, method, recipe, data, seed, costs, folder):
 def test(result, data, folder):
     """Scores a finished run on the test split, once."""
     if "test" not in result:
-        model = keras.saving.load_model(folder / "checkpoint" / "model.keras")
+        model = load_finished(folder)
         result["test"] = data.scores(model, "test", probe=True)
         write_json(folder / "result.json", **result)
     return result
+
+
+def load_finished(folder):
+    """The model of a finished run."""
+    return keras.saving.load_model(folder / "checkpoint" / "model.keras")
 
 
 def measure_costs(methods, recipe, data_of, rounds=8):

@@ -2,14 +2,18 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tensorflow")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import quality_training
+import what_is_left
 from quality_data import PICTURES, Data, Recipe
 from quality_methods import METHODS, STUDIES, Method, cluster
+
+import keras_cluster_mask as kcm
 
 RECIPE = Recipe(
     data=str(PICTURES),
@@ -78,6 +82,23 @@ def test_a_run_can_be_scored_on_the_test_split_once(data, tmp_path, monkeypatch)
     assert 0 <= tested["test"]["score"] <= 100
     monkeypatch.setattr(data, "scores", None)
     assert quality_training.test(tested, data, tmp_path) is tested
+
+
+def test_a_finished_model_reads_masked_images(data, tmp_path):
+    train(data, tmp_path)
+    backbone = quality_training.load_finished(tmp_path).backbone
+    images, captions = data.read("validation", 100)
+
+    def embeddings(name):
+        masking = quality_training.new_masking(METHODS[name], RECIPE, data)
+        model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+        return what_is_left.masked_embeddings(model, images), model
+
+    whole, model = embeddings("none")
+    expected = data.embeddings(model, images, captions)["image_embeddings"]
+    np.testing.assert_allclose(whole, expected, atol=1e-5)
+    masked, _ = embeddings("random")
+    assert np.abs(masked - whole).max(axis=1).min() > 1e-3
 
 
 def test_all_methods_keep_half_of_the_patches_on_average():

@@ -1,0 +1,88 @@
+"""What half of the patches still tell: finished models read masked images.
+
+    python benchmarks/what_is_left.py results/quality/pictures
+    python benchmarks/what_is_left.py results/quality/cifar10 --data DIR
+
+Models that `quality.py` trained (`--models`) read the validation images through each
+masking (`--methods`), as in training. A masking that leaves less to go by gives a
+lower score: it asks more of the model, or leaves captions without anything that
+supports them.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from quality_data import PICTURES, Data, Recipe
+from quality_methods import METHODS
+from quality_training import load_finished, new_masking
+from reporting import parser, publish
+
+import keras_cluster_mask as kcm
+
+MASKINGS = (
+    "none",
+    "random",
+    "cluster",
+    "cluster, softness 0.3",
+    "cluster, 1 anchor",
+    "cluster, 12 anchors",
+    "cluster, 12 anchors stay",
+    "threshold",
+    "detail",
+)
+
+
+def arguments():
+    parsed = parser(__doc__)
+    add = parsed.add_argument
+    add("runs", type=Path, help="folder of finished runs, one data set's")
+    add("--data", default=str(PICTURES), help="folder of the shards they learned from")
+    add("--models", nargs="+", default=["none", "random", "cluster"], metavar="METHOD")
+    add("--methods", nargs="+", default=MASKINGS, metavar="METHOD", choices=METHODS)
+    add("--images", type=int, default=5000, help="how many, at most")
+    return parsed.parse_args()
+
+
+def main():
+    options = arguments()
+    rows = {name: {"masking": name} for name in options.methods}
+    for trained in options.models:
+        folder = options.runs / trained.replace(" ", "_").replace(",", "") / "seed-1"
+        setting = json.loads((folder / "result.json").read_text())["setting"]
+        fields = {field.name for field in dataclasses.fields(Recipe)}
+        recipe = Recipe(
+            **{key: value for key, value in setting.items() if key in fields}
+            | {"data": options.data}
+        )
+        data = Data(recipe, recipe.image_size)
+        images, captions = data.read("validation", options.images)
+        backbone = load_finished(folder).backbone
+        for name in options.methods:
+            keras.utils.set_random_seed(0)
+            masking = new_masking(METHODS[name], recipe, data)
+            model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+            embeddings = masked_embeddings(model, images)
+            score = data.judge(model, embeddings, captions)["score"]
+            rows[name][f"read by {trained!r}"] = f"{score:.1f}"
+    title = f"{options.runs.name}, validation score (%) of masked images"
+    publish(options.runs / "what-is-left.json", title, list(rows.values()))
+
+
+def masked_embeddings(model, images):
+    """Embeddings of what a model's masking leaves of images."""
+    embeddings = [
+        keras.ops.convert_to_numpy(model.encode_image(part, training=True))
+        for part in np.array_split(images, max(1, len(images) // 100))
+    ]
+    return np.concatenate(embeddings)
+
+
+if __name__ == "__main__":
+    main()
