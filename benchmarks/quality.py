@@ -131,21 +131,39 @@ def cached_costs(path, names, recipe):
 
 def report(runs, names, costs, recipe, path):
     """Prints and writes mean and spread over seeds of every score."""
+    by_method = {name: {} for name in names}
+    for run in runs:
+        by_method[run["setting"]["method"]][run["setting"]["seed"]] = run
     rows = []
-    for name in names:
-        mine = [run for run in runs if run["setting"]["method"] == name]
-        row = {"method": name, "seeds": len(mine), "steps": mine[0]["steps"]}
+    for name, mine in by_method.items():
+        first = next(iter(mine.values()))
+        row = {"method": name, "seeds": len(mine), "steps": first["steps"]}
         if name in costs:
-            share = mine[0]["steps"] * costs[name] / (recipe.steps * costs["random"])
+            share = first["steps"] * costs[name] / (recipe.steps * costs["random"])
             row["training time / random"] = round(share, 2)
         for split in ("validation", "test"):
-            for score in mine[0].get(split, {}):
-                values = [run[split][score] for run in mine if split in run]
-                spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
-                row[f"{split} {score}"] = f"{np.mean(values):.1f} ± {spread:.1f}"
+            if split not in first:
+                continue
+            for score in first[split]:
+                row[f"{split} {score}"] = mean_and_spread(
+                    run[split][score] for run in mine.values()
+                )
+            if "random" in by_method:
+                # Of runs of one seed, which start from the same weights and read the
+                # same crops in the same order.
+                row[f"{split} score - random's"] = mean_and_spread(
+                    run[split]["score"] - by_method["random"][seed][split]["score"]
+                    for seed, run in mine.items()
+                )
         rows.append(row)
     title = f"{Path(recipe.data).name}, {recipe.steps} steps of {recipe.batch_size}"
     publish(path, title, rows, runs=runs)
+
+
+def mean_and_spread(values):
+    values = list(values)
+    spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
+    return f"{np.mean(values):.1f} ± {spread:.1f}"
 
 
 if __name__ == "__main__":

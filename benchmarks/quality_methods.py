@@ -113,20 +113,54 @@ class KeepAnchors(kcm.ClusterMasking):
 
 
 class Detail(kcm.PatchMasking):
-    """Keeps patches of more contrast with higher odds."""
+    """Keeps patches of contrast with higher odds, the more so the lower `floor`."""
 
-    def __init__(self, patch_size):
-        super().__init__(0.5)
-        self.patch_size = (patch_size, patch_size)
+    def __init__(self, patch_size, floor=1.0, mask_ratio=0.5, **options):
+        super().__init__(mask_ratio, **options)
+        self.patch_size = patch_size
+        self.floor = floor
+
+    def get_config(self):
+        own = {"patch_size": self.patch_size, "floor": self.floor}
+        return super().get_config() | own
 
     def count_patches(self, images=None, tokens=None):
-        return (images.shape[1] // self.patch_size[0]) ** 2
+        return (images.shape[1] // self.patch_size) ** 2
 
     def score(self, noise, images=None, tokens=None):
-        patches = extract_patches(images, self.patch_size, "channels_last")
-        deviation = ops.std(ops.cast(patches, "float32"), axis=-1)
-        gumbel = -ops.log(-ops.log(ops.maximum(noise, 1e-12)))
-        return ops.log(deviation + 1.0) + 0.5 * gumbel
+        sides = (self.patch_size, self.patch_size)
+        return log_contrast(images, sides, self.floor) + 0.5 * gumbel(noise)
+
+
+class FlatAnchors(kcm.ClusterMasking):
+    """Draws anchors of little contrast with higher odds: surfaces go, things stay."""
+
+    def score(self, noise, images=None, tokens=None):
+        contrast = log_contrast(images, self.patch_size, 0.1)
+        # Small noise makes an anchor, here as everywhere.
+        anchors = self.draw_anchors(contrast - 0.5 * gumbel(1.0 - noise))
+        return -self.similarity(images, anchors, tokens)
+
+
+class DetailStays(kcm.ClusterMasking):
+    """Soft clusters in which patches of more contrast stay with higher odds."""
+
+    def score(self, noise, images=None, tokens=None):
+        contrast = log_contrast(images, self.patch_size, 0.1)
+        return super().score(noise, images, tokens) + 0.3 * contrast
+
+
+def log_contrast(images, patch_size, floor):
+    """`(batch, N)` logarithm of the patches' standard deviation plus `floor`.
+
+    Of images as the model reads them, normalised: deviations are from 0 to about 1.
+    """
+    patches = extract_patches(images, patch_size, "channels_last")
+    return ops.log(ops.std(patches, axis=-1) + floor)
+
+
+def gumbel(noise):
+    return -ops.log(-ops.log(ops.clip(noise, 1e-12, 1.0 - 1e-7)))
 
 
 def threshold(beta, mask_ratio, **options):
@@ -162,7 +196,10 @@ METHODS = {
     "cluster, raw pixels": Method(lambda p: RawPixels(p, 0.5)),
     "cluster, near": Method(lambda p: Near(p, 0.5)),
     "cluster, token mix 0.5": Method(lambda p: cluster(p, embedding_weight=0.5)),
+    "cluster, flat anchors": Method(lambda p: FlatAnchors(p, 0.5)),
+    "cluster, detail stays": Method(lambda p: DetailStays(p, 0.5, softness=0.3)),
     "detail": Method(Detail),
+    "detail, strong": Method(lambda p: Detail(p, floor=0.1)),
     # The ratio over training; each keeps half of the patches on average.
     "random, ratio ramp": Method(
         random, mask_ratios=(0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)
@@ -210,7 +247,15 @@ STUDIES = {
         "cluster, raw pixels",
         "cluster, near",
         "cluster, token mix 0.5",
+    ),
+    "detail": (
+        "random",
+        "cluster",
+        "cluster, softness 0.3",
+        "cluster, flat anchors",
+        "cluster, detail stays",
         "detail",
+        "detail, strong",
     ),
     "ratio": (
         "random, ratio ramp",

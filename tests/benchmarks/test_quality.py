@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -109,6 +110,26 @@ def test_all_methods_keep_half_of_the_patches_on_average():
         elif method.masking:
             assert method.masking(6).num_kept(64) == 32, name
     assert {name for study in STUDIES.values() for name in study} <= set(METHODS)
+
+
+def test_every_masking_comes_back_from_a_checkpoint_as_it_was():
+    images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype("float32")
+    tokens = np.zeros((3, 1 + 64, 8), "float32")
+    for name, method in METHODS.items():
+        if method.masking is None:
+            continue
+        masking = method.masking(4)
+        if getattr(masking, "threshold", None) is not None:
+            masking.threshold.assign(0.5)
+        again = type(masking).from_config(masking.get_config())
+        again.set_weights(masking.get_weights())
+        masking.num_prefix_tokens = again.num_prefix_tokens = 1
+        noise = masking.draw(3, 64)
+        found, expected = (
+            keras.ops.convert_to_numpy(one.select(images, tokens, noise)[0])
+            for one in (again, masking)
+        )
+        np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
 def test_a_folder_without_the_shards_it_takes_is_refused(tmp_path):
