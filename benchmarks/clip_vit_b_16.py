@@ -28,6 +28,23 @@ MASKINGS = {
 OPEN_CLIP = {"open_clip, none": 0.0, "open_clip, patch dropout 0.5": 0.5}
 
 
+def add_step_arguments(parsed):
+    """The command-line arguments that say which steps to take, and how."""
+    names = [*MASKINGS, *OPEN_CLIP]
+    add = parsed.add_argument
+    add("--methods", nargs="+", metavar="METHOD", choices=names, help=f"of {names}")
+    add("--batch-size", type=int, default=8)
+    add("--dtype", default="float32", help="Keras dtype policy")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    add("--jit", action="store_true", help="compile on torch too")
+
+
+def step_methods(options):
+    """The methods asked for, or else all that the running backend has."""
+    on_torch = keras.backend.backend() == "torch"
+    return options.methods or [*MASKINGS, *(OPEN_CLIP if on_torch else ())]
+
+
 def image_tokens(name):
     """How many patch tokens the image tower reads in training."""
     patches = (IMAGE_SIZE // PATCH_SIZE) ** 2

@@ -142,19 +142,20 @@ def report(runs, names, costs, recipe, path):
             share = first["steps"] * costs[name] / (recipe.steps * costs["random"])
             row["training time / random"] = round(share, 2)
         for split in ("validation", "test"):
-            if split not in first:
-                continue
-            for score in first[split]:
+            scored = {seed: run[split] for seed, run in mine.items() if split in run}
+            for score in next(iter(scored.values()), {}):
                 row[f"{split} {score}"] = mean_and_spread(
-                    run[split][score] for run in mine.values()
+                    found[score] for found in scored.values()
                 )
-            if "random" in by_method:
-                # Of runs of one seed, which start from the same weights and read the
-                # same crops in the same order.
-                row[f"{split} score - random's"] = mean_and_spread(
-                    run[split]["score"] - by_method["random"][seed][split]["score"]
-                    for seed, run in mine.items()
-                )
+            # Of runs of one seed, which start from the same weights and read the same
+            # crops in the same order.
+            gains = [
+                found["score"] - by_method["random"][seed][split]["score"]
+                for seed, found in scored.items()
+                if split in by_method.get("random", {}).get(seed, {})
+            ]
+            if gains:
+                row[f"{split} score - random's"] = mean_and_spread(gains)
         rows.append(row)
     title = f"{Path(recipe.data).name}, {recipe.steps} steps of {recipe.batch_size}"
     publish(path, title, rows, runs=runs)

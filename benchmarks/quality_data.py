@@ -5,6 +5,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import keras_cluster_mask as kcm
 
@@ -88,6 +89,9 @@ class Data:
     def read(self, split, limit=None, background="white"):
         """Images and captions of a split as arrays, the first `limit` of them."""
         if (split, limit, background) not in self._read:
+            # A pipeline's seed counts together with TensorFlow's own: without this,
+            # random grounds would depend on what ran before.
+            tf.random.set_seed(0)
             dataset = kcm.data.image_text_dataset(
                 self.shards[split],
                 self.tokenizer,
@@ -108,27 +112,22 @@ class Data:
     def scores(self, model, split, limit=None, background="white", probe=False):
         """Percentages: recall@10 both ways, or zero-shot accuracy and linear probe."""
         images, captions = self.read(split, limit, background)
-        embeddings = self.embeddings(model, images, captions)["image_embeddings"]
+        embeddings = self.embeddings(model, images, captions)
         found = self.judge(model, embeddings, captions)
         if probe and self.classes is not None:
             classify = self.linear_probe(model)
-            found["linear probe"] = percent_equal(classify(embeddings), captions)
+            guesses = classify(embeddings["image_embeddings"])
+            found["linear probe"] = percent_equal(guesses, captions)
         return found
 
-    def judge(self, model, image_embeddings, captions):
-        """How well image embeddings fit a model's embeddings of texts, in percent."""
-
-        def embed(texts):
-            return keras.ops.convert_to_numpy(
-                model.encode_text(self.tokenizer(list(texts)))
-            )
-
+    def judge(self, model, embeddings, captions):
+        """Scores, in percent, of embeddings of images and of their captions."""
+        images, texts = embeddings["image_embeddings"], embeddings["text_embeddings"]
         if self.classes is not None:
-            best = np.argmax(image_embeddings @ embed(self.classes).T, axis=1)
+            classes = model.encode_text(self.tokenizer(self.classes))
+            best = np.argmax(images @ keras.ops.convert_to_numpy(classes).T, axis=1)
             return {"score": percent_equal(np.asarray(self.classes)[best], captions)}
-        recall = kcm.evaluation.retrieval_recall(
-            image_embeddings, embed(captions), captions, ks=(10,)
-        )
+        recall = kcm.evaluation.retrieval_recall(images, texts, captions, ks=(10,))
         recall = {name: 100 * value for name, value in recall.items()}
         return {"score": sum(recall.values()) / len(recall), **recall}
 

@@ -171,6 +171,21 @@ def threshold(beta, mask_ratio, **options):
     )
 
 
+# By name, for models that come back from a checkpoint.
+OWN_MASKINGS = {
+    masking.__name__: masking
+    for masking in (
+        PartlyRandom,
+        Colour,
+        RawPixels,
+        Near,
+        KeepAnchors,
+        Detail,
+        FlatAnchors,
+        DetailStays,
+    )
+}
+
 METHODS = {
     "none": Method(),
     "none, equal time": Method(equal_time=True),
@@ -185,11 +200,11 @@ METHODS = {
     "cluster, every second image": Method(lambda p: PartlyRandom(p, 0.5)),
     # Anchors.
     "cluster, 1 anchor": Method(lambda p: cluster(p, anchor_ratio=0.0)),
-    "cluster, 6 anchors": Method(lambda p: cluster(p, anchor_ratio=0.094)),
-    "cluster, 12 anchors": Method(lambda p: cluster(p, anchor_ratio=0.188)),
+    "cluster, 7 anchors": Method(lambda p: cluster(p, anchor_ratio=7 / 64)),
+    "cluster, 13 anchors": Method(lambda p: cluster(p, anchor_ratio=13 / 64)),
     "cluster, anchors stay": Method(lambda p: KeepAnchors(p, 0.5)),
-    "cluster, 12 anchors stay": Method(
-        lambda p: KeepAnchors(p, 0.5, anchor_ratio=0.188)
+    "cluster, 13 anchors stay": Method(
+        lambda p: KeepAnchors(p, 0.5, anchor_ratio=13 / 64)
     ),
     # What is alike.
     "cluster, colour": Method(lambda p: Colour(p, 0.5)),
@@ -236,10 +251,10 @@ STUDIES = {
     "anchors": (
         "cluster, 1 anchor",
         "cluster",
-        "cluster, 6 anchors",
-        "cluster, 12 anchors",
+        "cluster, 7 anchors",
+        "cluster, 13 anchors",
         "cluster, anchors stay",
-        "cluster, 12 anchors stay",
+        "cluster, 13 anchors stay",
     ),
     "similarity": (
         "cluster",

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import keras
+from quality_methods import OWN_MASKINGS
 from reporting import write_json
 from timing import interleaved
 
@@ -81,6 +82,8 @@ def train(name, method, recipe, data, seed, costs, folder):
         if method.mask_ratios:
             model.masking.mask_ratio = method.mask_ratios[part]
             model.make_train_function(force=True)
+        # A run that is resumed must read the same crops in the same order.
+        keras.utils.set_random_seed(seed)
         batches = data.training_batches(
             1000 * seed + part, share, background=method.background
         )
@@ -123,7 +126,7 @@ def test(result, data, folder):
 
 def load_finished(folder):
     """The model of a finished run."""
-    return keras.saving.load_model(folder / "checkpoint" / "model.keras")
+    return _load_model(folder / "checkpoint")
 
 
 def measure_costs(methods, recipe, data_of, rounds=8):
@@ -168,8 +171,13 @@ def _load(folder, setting):
         if (folder / name / "state.json").exists():
             state = json.loads((folder / name / "state.json").read_text())
             _check_same(state["setting"], setting, folder)
-            return keras.saving.load_model(folder / name / "model.keras"), state
+            return _load_model(folder / name), state
     return None, None
+
+
+def _load_model(checkpoint):
+    path = checkpoint / "model.keras"
+    return keras.saving.load_model(path, custom_objects=OWN_MASKINGS)
 
 
 def _check_same(found, wanted, folder):

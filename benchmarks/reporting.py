@@ -51,10 +51,10 @@ def describe(found):
 
 
 def table(rows):
-    """Rows, dictionaries of the same keys, as a Markdown table."""
+    """Rows, dictionaries, as a Markdown table; what one lacks stays empty."""
     if not rows:
         return "(nothing measured)"
-    header = list(rows[0])
+    header = list(dict.fromkeys(name for row in rows for name in row))
     lines = [header, ["---"] * len(header)]
     lines += [[str(row.get(name, "")) for name in header] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -32,8 +32,8 @@ MASKINGS = (
     "cluster",
     "cluster, softness 0.3",
     "cluster, 1 anchor",
-    "cluster, 12 anchors",
-    "cluster, 12 anchors stay",
+    "cluster, 13 anchors",
+    "cluster, 13 anchors stay",
     "threshold",
     "detail",
 )
@@ -61,18 +61,29 @@ def main():
             **{key: value for key, value in setting.items() if key in fields}
             | {"data": options.data}
         )
+        if Path(options.data).resolve().name != setting["data"]:
+            raise ValueError(
+                f"`--data` must be what the runs learned from, {setting['data']}. "
+                f"Received: {options.data}"
+            )
         data = Data(recipe, recipe.image_size)
         images, captions = data.read("validation", options.images)
         backbone = load_finished(folder).backbone
+        whole = kcm.ContrastiveModel.from_clip(backbone)
+        embeddings = data.embeddings(whole, images, captions)
         for name in options.methods:
             keras.utils.set_random_seed(0)
             masking = new_masking(METHODS[name], recipe, data)
             model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
-            embeddings = masked_embeddings(model, images)
+            embeddings["image_embeddings"] = masked_embeddings(model, images)
             score = data.judge(model, embeddings, captions)["score"]
             rows[name][f"read by {trained!r}"] = f"{score:.1f}"
-    title = f"{options.runs.name}, validation score (%) of masked images"
-    publish(options.runs / "what-is-left.json", title, list(rows.values()))
+    publish(
+        options.runs / "what-is-left.json",
+        f"{options.runs.name}, validation score (%) of masked images, models of seed 1",
+        list(rows.values()),
+        options={**vars(options), "runs": options.runs.name, "data": setting["data"]},
+    )
 
 
 def masked_embeddings(model, images):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 
@@ -34,4 +35,10 @@ def side_by_side(function, tasks, workers):
 
 
 def _pin(shares):
-    os.sched_setaffinity(0, shares.get())
+    cores = shares.get()
+    # A spawned process has imported its main module by now, and with it threads that
+    # a limit of this one thread alone would miss.
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(len(cores))

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import quality_training
 import what_is_left
 from quality_data import PICTURES, Data, Recipe
-from quality_methods import METHODS, STUDIES, Method, cluster
+from quality_methods import METHODS, OWN_MASKINGS, STUDIES, Method, cluster
 
 import keras_cluster_mask as kcm
 
@@ -63,6 +63,7 @@ def test_a_run_that_is_cut_off_ends_as_one_that_was_not(data, tmp_path, monkeypa
         patch.setattr(quality_training, "_save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train(data, tmp_path / "cut")
+    keras.utils.set_random_seed(999)  # As in a process that did other things before.
     resumed = train(data, tmp_path / "cut")
     assert [point["step"] for point in resumed["curve"]] == [2, 4]
     first, second = without_times(resumed)
@@ -113,15 +114,18 @@ def test_all_methods_keep_half_of_the_patches_on_average():
 
 
 def test_every_masking_comes_back_from_a_checkpoint_as_it_was():
-    images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype("float32")
-    tokens = np.zeros((3, 1 + 64, 8), "float32")
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, 32, 32, 3)).astype("float32")
+    tokens = rng.normal(size=(3, 1 + 64, 8)).astype("float32")
     for name, method in METHODS.items():
         if method.masking is None:
             continue
         masking = method.masking(4)
         if getattr(masking, "threshold", None) is not None:
             masking.threshold.assign(0.5)
-        again = type(masking).from_config(masking.get_config())
+        again = keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(masking), custom_objects=OWN_MASKINGS
+        )
         again.set_weights(masking.get_weights())
         masking.num_prefix_tokens = again.num_prefix_tokens = 1
         noise = masking.draw(3, 64)

@@ -1,5 +1,6 @@
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,19 @@ def test_results_come_in_the_order_of_the_tasks(workers):
     assert list(side_by_side(abs, [-3, 2, -1], workers)) == [3, 2, 1]
 
 
-def test_workers_share_the_cores_and_take_none_from_one_another():
+def where_it_runs(_):
+    time.sleep(1.0)  # So that no worker takes all tasks before the other has started.
+    return os.getpid(), os.sched_getaffinity(0)
+
+
+def test_workers_run_on_cores_of_their_own():
     if len(CORES) < 2:
         pytest.skip("one core")
-    found = list(side_by_side(os.sched_getaffinity, [0] * 6, 2))
-    assert all(cores < CORES for cores in found)
-    shares = {frozenset(cores) for cores in found}
-    assert sum(map(len, shares)) <= len(CORES)
+    cores_of = dict(side_by_side(where_it_runs, range(6), 2))
+    assert len(cores_of) == 2
+    one, other = cores_of.values()
+    assert one | other == CORES
+    assert not one & other
     # This process keeps all of them.
     assert os.sched_getaffinity(0) == CORES
 

@@ -1,0 +1,88 @@
+"""Peak memory of a training step of CLIP ViT-B/16 with each way to mask.
+
+    KERAS_BACKEND=jax python benchmarks/step_memory.py --batch-size 32
+
+Each method takes one step in a process of its own. On an accelerator it is the device's
+memory, else that of the process, libraries and compilation included.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+from clip_vit_b_16 import (
+    add_step_arguments,
+    image_tokens,
+    step_methods,
+    training_steps,
+)
+from reporting import parser, publish
+
+
+def main():
+    parsed = parser(__doc__)
+    add_step_arguments(parsed)
+    add = parsed.add_argument
+    add("--results", default="results", help="folder for the JSON file")
+    add("--of", metavar="METHOD", help=argparse.SUPPRESS)
+    options = parsed.parse_args()
+    if options.of:
+        jit = True if options.jit else "auto"
+        setting = options.batch_size, options.dtype, jit, options.optimizer
+        training_steps([options.of], *setting)[options.of]()
+        print(peak_memory())
+        return
+
+    rows = []
+    for name in step_methods(options):
+        command = [sys.executable, *sys.argv, "--of", name]
+        found = subprocess.run(command, check=True, capture_output=True, text=True)
+        gibibytes = found.stdout.split()[-1]
+        print(f"{name}: {gibibytes} GiB", flush=True)
+        rows.append(
+            {
+                "method": name,
+                "image tokens": image_tokens(name),
+                "peak memory (GiB)": gibibytes,
+            }
+        )
+    backend = keras.backend.backend()
+    publish(
+        f"{options.results}/step_memory-{backend}.json",
+        f"{backend}, batch {options.batch_size}, {options.dtype}, {options.optimizer}",
+        rows,
+        options=vars(options),
+    )
+
+
+def peak_memory():
+    """Peak memory so far in GiB: the accelerator's, or else this process's."""
+    # Not `getrusage`, whose peak a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1))
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", peak)
+    else:
+        import tensorflow as tf
+
+        if tf.config.list_physical_devices("GPU"):
+            peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    return f"{peak / 2**30:.2f}"
+
+
+if __name__ == "__main__":
+    main()
