@@ -240,6 +240,7 @@ STUDIES = {
         "cluster",
         "threshold",
         "threshold, fill-in",
+        "detail",
     ),
     "softness": (
         "random",
