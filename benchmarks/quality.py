@@ -21,7 +21,6 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np
 from quality_data import PICTURES, Data, Recipe
 from quality_methods import METHODS, STUDIES
 from quality_pictures import (
@@ -30,7 +29,7 @@ from quality_pictures import (
     plot_what_is_masked,
 )
 from quality_training import measure_costs, test, train
-from reporting import machine, parser, publish, write_json
+from reporting import machine, mean_and_spread, parser, publish, write_json
 from workers import side_by_side
 
 
@@ -159,12 +158,6 @@ def report(runs, names, costs, recipe, path):
         rows.append(row)
     title = f"{Path(recipe.data).name}, {recipe.steps} steps of {recipe.batch_size}"
     publish(path, title, rows, runs=runs)
-
-
-def mean_and_spread(values):
-    values = list(values)
-    spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.1f} ± {spread:.1f}"
 
 
 if __name__ == "__main__":

@@ -90,14 +90,26 @@ class Near(kcm.ClusterMasking):
 
     def similarity(self, images, anchors, tokens=None):
         patches = extract_patches(images, self.patch_size, self.data_format)
-        similarity = pixel_similarity(patches, anchors)
-        side = round(patches.shape[1] ** 0.5)
-        places = ops.arange(patches.shape[1])
-        rows, columns = places // side, places % side
-        gap = ops.square(anchors[:, :, None] // side - rows)
-        gap = gap + ops.square(anchors[:, :, None] % side - columns)
-        near = ops.exp(-ops.cast(gap, "float32") / (2.0 * (side / 4.0) ** 2))
-        return round_similarity(ops.max(0.5 * similarity + 0.5 * near, axis=1))
+        alike = pixel_similarity(patches, anchors)
+        near = nearness(anchors, patches.shape[1])
+        return round_similarity(ops.max(0.5 * alike + 0.5 * near, axis=1))
+
+
+class Disc(kcm.ClusterMasking):
+    """Hides a round part of the image, whatever it shows."""
+
+    def similarity(self, images, anchors, tokens=None):
+        near = nearness(anchors, self.count_patches(images))
+        return round_similarity(ops.max(near, axis=1))
+
+
+def nearness(anchors, count):
+    """`(batch, A, N)` from 1 at an anchor to 0 far away, on a square grid."""
+    side = round(count**0.5)
+    places = ops.arange(count, dtype=anchors.dtype)
+    gap = ops.square(anchors[:, :, None] // side - places // side)
+    gap = gap + ops.square(anchors[:, :, None] % side - places % side)
+    return ops.exp(-ops.cast(gap, "float32") / (2.0 * (side / 4.0) ** 2))
 
 
 class KeepAnchors(kcm.ClusterMasking):
@@ -179,6 +191,7 @@ OWN_MASKINGS = {
         Colour,
         RawPixels,
         Near,
+        Disc,
         KeepAnchors,
         Detail,
         FlatAnchors,
@@ -211,6 +224,7 @@ METHODS = {
     "cluster, raw pixels": Method(lambda p: RawPixels(p, 0.5)),
     "cluster, near": Method(lambda p: Near(p, 0.5)),
     "cluster, token mix 0.5": Method(lambda p: cluster(p, embedding_weight=0.5)),
+    "disc": Method(lambda p: Disc(p, 0.5, anchor_ratio=0.0)),
     "cluster, flat anchors": Method(lambda p: FlatAnchors(p, 0.5)),
     "cluster, detail stays": Method(lambda p: DetailStays(p, 0.5, softness=0.3)),
     "detail": Method(Detail),

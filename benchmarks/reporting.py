@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 from pathlib import Path
 
 PACKAGES = ("keras", "keras-hub", "jax", "tensorflow", "torch", "open_clip_torch")
@@ -58,6 +59,13 @@ def table(rows):
     lines = [header, ["---"] * len(header)]
     lines += [[str(row.get(name, "")) for name in header] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def mean_and_spread(values):
+    """The mean of some numbers, and their standard deviation if there are several."""
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def write_json(path, **content):

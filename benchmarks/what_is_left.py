@@ -22,7 +22,7 @@ import numpy as np
 from quality_data import PICTURES, Data, Recipe
 from quality_methods import METHODS
 from quality_training import load_finished, new_masking
-from reporting import parser, publish
+from reporting import mean_and_spread, parser, publish
 
 import keras_cluster_mask as kcm
 
@@ -36,6 +36,7 @@ MASKINGS = (
     "cluster, 13 anchors stay",
     "threshold",
     "detail",
+    "disc",
 )
 
 
@@ -47,43 +48,60 @@ def arguments():
     add("--models", nargs="+", default=["none", "random", "cluster"], metavar="METHOD")
     add("--methods", nargs="+", default=MASKINGS, metavar="METHOD", choices=METHODS)
     add("--images", type=int, default=5000, help="how many, at most")
+    add("--seeds", type=int, nargs="+", default=[1], help="runs of each model")
+    add("--name", default="what-is-left", help="of the JSON file beside the runs")
     return parsed.parse_args()
 
 
 def main():
     options = arguments()
-    rows = {name: {"masking": name} for name in options.methods}
+    rows = [{"masking": name} for name in options.methods]
     for trained in options.models:
-        folder = options.runs / trained.replace(" ", "_").replace(",", "") / "seed-1"
-        setting = json.loads((folder / "result.json").read_text())["setting"]
-        fields = {field.name for field in dataclasses.fields(Recipe)}
-        recipe = Recipe(
-            **{key: value for key, value in setting.items() if key in fields}
-            | {"data": options.data}
-        )
-        if Path(options.data).resolve().name != setting["data"]:
-            raise ValueError(
-                f"`--data` must be what the runs learned from, {setting['data']}. "
-                f"Received: {options.data}"
-            )
-        data = Data(recipe, recipe.image_size)
-        images, captions = data.read("validation", options.images)
-        backbone = load_finished(folder).backbone
-        whole = kcm.ContrastiveModel.from_clip(backbone)
-        embeddings = data.embeddings(whole, images, captions)
-        for name in options.methods:
-            keras.utils.set_random_seed(0)
-            masking = new_masking(METHODS[name], recipe, data)
-            model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
-            embeddings["image_embeddings"] = masked_embeddings(model, images)
-            score = data.judge(model, embeddings, captions)["score"]
-            rows[name][f"read by {trained!r}"] = f"{score:.1f}"
+        found = [scores_of(trained, seed, options) for seed in options.seeds]
+        for row in rows:
+            scores = [of_seed[row["masking"]] for of_seed in found]
+            row[f"read by {trained!r}"] = mean_and_spread(scores)
+    seeds = ", ".join(map(str, options.seeds))
     publish(
-        options.runs / "what-is-left.json",
-        f"{options.runs.name}, validation score (%) of masked images, models of seed 1",
-        list(rows.values()),
-        options={**vars(options), "runs": options.runs.name, "data": setting["data"]},
+        options.runs / f"{options.name}.json",
+        f"{options.runs.name}, validation score (%) of masked images, seeds {seeds}",
+        rows,
+        options={
+            **vars(options),
+            "runs": options.runs.name,
+            "data": Path(options.data).name,
+        },
     )
+
+
+def scores_of(trained, seed, options):
+    """Score by masking, of one finished run."""
+    place = trained.replace(" ", "_").replace(",", "")
+    folder = options.runs / place / f"seed-{seed}"
+    setting = json.loads((folder / "result.json").read_text())["setting"]
+    if Path(options.data).resolve().name != setting["data"]:
+        raise ValueError(
+            f"`--data` must be what the runs learned from, {setting['data']}. "
+            f"Received: {options.data}"
+        )
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    recipe = Recipe(
+        **{key: value for key, value in setting.items() if key in fields}
+        | {"data": options.data}
+    )
+    data = Data(recipe, recipe.image_size)
+    images, captions = data.read("validation", options.images)
+    backbone = load_finished(folder).backbone
+    whole = kcm.ContrastiveModel.from_clip(backbone)
+    embeddings = data.embeddings(whole, images, captions)
+    scores = {}
+    for name in options.methods:
+        keras.utils.set_random_seed(0)
+        masking = new_masking(METHODS[name], recipe, data)
+        model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+        embeddings["image_embeddings"] = masked_embeddings(model, images)
+        scores[name] = data.judge(model, embeddings, captions)["score"]
+    return scores
 
 
 def masked_embeddings(model, images):
