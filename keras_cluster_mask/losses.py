@@ -1,7 +1,10 @@
 """Contrastive losses: pure functions on embeddings.
 
-Both take a batch of image embeddings and a batch of text embeddings, row i of
-one belonging to row i of the other, and compare every image with every text.
+A loss takes a batch of image embeddings and a batch of text embeddings, row i of
+one belonging to row i of the other, and compares every image with every text. It is
+the mean of what each pair contributes, so it can also be computed some rows at a
+time: `compare` some pairs with all, then take `softmax_row_losses` or
+`sigmoid_row_losses` of the result.
 """
 
 from keras import ops
@@ -40,16 +43,8 @@ def softmax_contrastive_loss(
         - [Unified Contrastive Learning in Image-Text-Label Space](
           https://arxiv.org/abs/2204.03610) for positives by label.
     """
-    similarity = pairwise_similarity(image_embeddings, text_embeddings)
-    logits = ops.cast(logit_scale, "float32") * similarity
-    positives = positive_pairs(similarity, labels)
-    targets = positives / ops.sum(positives, axis=1, keepdims=True)
-    # Targets are symmetric before normalisation, so both directions share them.
-    image_to_text = -ops.sum(targets * ops.log_softmax(logits, axis=1), axis=1)
-    text_to_image = -ops.sum(
-        targets * ops.log_softmax(ops.transpose(logits), axis=1), axis=1
-    )
-    return (ops.mean(image_to_text) + ops.mean(text_to_image)) / 2.0
+    similarities, positives = _compare_all(image_embeddings, text_embeddings, labels)
+    return ops.mean(softmax_row_losses(*similarities, positives, logit_scale))
 
 
 def sigmoid_contrastive_loss(
@@ -83,11 +78,9 @@ def sigmoid_contrastive_loss(
         - [Sigmoid Loss for Language Image Pre-Training](
           https://arxiv.org/abs/2303.15343)
     """
-    similarity = pairwise_similarity(image_embeddings, text_embeddings)
-    logits = ops.cast(logit_scale, "float32") * similarity
-    logits = logits + ops.cast(logit_bias, "float32")
-    signs = 2.0 * positive_pairs(similarity, labels) - 1.0
-    return -ops.mean(ops.sum(ops.log_sigmoid(signs * logits), axis=1))
+    similarities, positives = _compare_all(image_embeddings, text_embeddings, labels)
+    rows = sigmoid_row_losses(similarities[0], positives, logit_scale, logit_bias)
+    return ops.mean(rows)
 
 
 def contrastive_accuracy(image_embeddings, text_embeddings, labels=None):
@@ -101,18 +94,94 @@ def contrastive_accuracy(image_embeddings, text_embeddings, labels=None):
     Returns:
         A tuple of two scalars in `[0, 1]`: image to text, and text to image.
     """
-    similarity = pairwise_similarity(image_embeddings, text_embeddings)
-    positives = positive_pairs(similarity, labels)
-
-    def accuracy(similarity):
-        best = ops.expand_dims(ops.argmax(similarity, axis=1), -1)
-        return ops.mean(ops.take_along_axis(positives, best, axis=1))
-
-    return accuracy(similarity), accuracy(ops.transpose(similarity))
+    similarities, positives = _compare_all(image_embeddings, text_embeddings, labels)
+    return tuple(ops.mean(row_hits(x, positives)) for x in similarities)
 
 
-def pairwise_similarity(image_embeddings, text_embeddings):
-    """`(batch, batch)` float32 products of all images with all texts."""
+# === Some rows at a time ===
+
+
+def compare(rows, everything):
+    """Compares some pairs with all pairs of the batch.
+
+    Args:
+        rows: Tuple of `(rows, d)` image embeddings, `(rows, d)` text embeddings and
+            `(rows,)` or `(rows, k)` int labels.
+        everything: The same of the whole batch.
+
+    Returns:
+        A tuple `((image_to_text, text_to_image), positives)` of `(rows, batch)`
+        float32 tensors: similarities, and 1 where labels are equal, else 0.
+    """
+    images, texts, labels = rows
+    all_images, all_texts, all_labels = everything
+    # Float32 whatever the towers compute in: scaled by up to 100, a similarity in
+    # bfloat16 would be off by a third of a logit.
+    images, texts, all_images, all_texts = (
+        ops.cast(x, "float32") for x in (images, texts, all_images, all_texts)
+    )
+    similarities = (
+        ops.matmul(images, ops.transpose(all_texts)),
+        ops.matmul(texts, ops.transpose(all_images)),
+    )
+    return similarities, positive_pairs(labels, all_labels)
+
+
+def positive_pairs(labels, all_labels):
+    """`(rows, batch)` float32 matrix of 1 where labels are equal, else 0."""
+    labels, all_labels = (
+        ops.convert_to_tensor(labels),
+        ops.convert_to_tensor(all_labels),
+    )
+    if len(labels.shape) == 1:
+        labels, all_labels = labels[:, None], all_labels[:, None]
+    return ops.cast(ops.all(labels[:, None] == all_labels[None], axis=-1), "float32")
+
+
+def softmax_row_losses(image_to_text, text_to_image, positives, logit_scale):
+    """What each pair contributes to the softmax loss.
+
+    Args:
+        image_to_text: `(rows, batch)` similarities of the rows' images to all texts.
+        text_to_image: `(rows, batch)` similarities of the rows' texts to all images.
+        positives: `(rows, batch)` float tensor of zeros and ones.
+        logit_scale: Scalar.
+
+    Returns:
+        `(rows,)` float32 tensor, whose mean over the batch is the loss.
+    """
+    scale = ops.cast(logit_scale, "float32")
+    # Positives are symmetric, so both directions share their targets.
+    targets = positives / ops.sum(positives, axis=1, keepdims=True)
+    log_likelihood = ops.log_softmax(scale * image_to_text, axis=1)
+    log_likelihood = log_likelihood + ops.log_softmax(scale * text_to_image, axis=1)
+    return -ops.sum(targets * log_likelihood, axis=1) / 2.0
+
+
+def sigmoid_row_losses(image_to_text, positives, logit_scale, logit_bias):
+    """What the image of each pair contributes to the sigmoid loss.
+
+    Args:
+        image_to_text: `(rows, batch)` similarities of the rows' images to all texts.
+        positives: `(rows, batch)` float tensor of zeros and ones.
+        logit_scale: Scalar.
+        logit_bias: Scalar.
+
+    Returns:
+        `(rows,)` float32 tensor, whose mean over the batch is the loss.
+    """
+    logits = ops.cast(logit_scale, "float32") * image_to_text
+    logits = logits + ops.cast(logit_bias, "float32")
+    return -ops.sum(ops.log_sigmoid((2.0 * positives - 1.0) * logits), axis=1)
+
+
+def row_hits(similarity, positives):
+    """1 for each row whose most similar partner is a positive, else 0."""
+    best = ops.expand_dims(ops.argmax(similarity, axis=1), -1)
+    return ops.take_along_axis(positives, best, axis=1)[:, 0]
+
+
+def _compare_all(image_embeddings, text_embeddings, labels):
     images = ops.convert_to_tensor(image_embeddings)
     texts = ops.convert_to_tensor(text_embeddings)
     if len(images.shape) != 2 or len(texts.shape) != 2:
@@ -129,24 +198,14 @@ def pairwise_similarity(image_embeddings, text_embeddings):
                 f"image_embeddings.shape={tuple(images.shape)}, "
                 f"text_embeddings.shape={tuple(texts.shape)}"
             )
-    # Float32 whatever the towers compute in: scaled by up to 100, a similarity in
-    # bfloat16 would be off by a third of a logit.
-    images, texts = ops.cast(images, "float32"), ops.cast(texts, "float32")
-    return ops.matmul(images, ops.transpose(texts))
-
-
-def positive_pairs(similarity, labels=None):
-    """`(batch, batch)` float32 matrix of 1 where a pair is positive, else 0."""
     if labels is None:
-        own = ops.arange(ops.shape(similarity)[0])[:, None]
-        return ops.cast(own == ops.transpose(own), "float32")
+        labels = ops.arange(ops.shape(images)[0])
     labels = ops.convert_to_tensor(labels)
-    if len(labels.shape) == 1:
-        labels = labels[:, None]
-    sizes = labels.shape[0], similarity.shape[0]
-    if len(labels.shape) != 2 or (None not in sizes and sizes[0] != sizes[1]):
+    sizes = labels.shape[0], images.shape[0]
+    if len(labels.shape) > 2 or (None not in sizes and sizes[0] != sizes[1]):
         raise ValueError(
             "`labels` must have shape (batch,) or (batch, k), one row a pair. "
             f"Received: labels.shape={tuple(labels.shape)}"
         )
-    return ops.cast(ops.all(labels[:, None] == labels[None], axis=-1), "float32")
+    pairs = images, texts, labels
+    return compare(pairs, pairs)

@@ -3,6 +3,7 @@ import math
 import keras
 from keras import ops
 
+from keras_cluster_mask.masking.batch_part import current_part
 from keras_cluster_mask.masking.ordering import order_by_score
 
 
@@ -178,7 +179,8 @@ class PatchMasking(keras.layers.Layer):
         num_patches = self.count_patches(images, tokens)
         inputs = tokens if images is None else images
         if noise is None:
-            noise = self.draw(ops.shape(inputs)[0], num_patches)
+            size, take = current_part() or (ops.shape(inputs)[0], lambda x: x)
+            noise = take(self.draw(size, num_patches))
         noise = ops.convert_to_tensor(noise, dtype="float32")
         _check_noise(noise, inputs.shape[0], num_patches)
         score = self.score(noise, images, tokens)

@@ -3,13 +3,12 @@ import math
 import keras
 from keras import ops
 
-from keras_cluster_mask.losses import (
-    contrastive_accuracy,
-    sigmoid_contrastive_loss,
-    softmax_contrastive_loss,
-)
+from keras_cluster_mask.losses import sigmoid_row_losses, softmax_row_losses
 from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.models.batch_loss import batch_loss
 from keras_cluster_mask.models.batches import LONELY, check_batches, check_input
+from keras_cluster_mask.models.caption_labels import caption_labels
+from keras_cluster_mask.models.micro_batches import embed_in_micro_batches
 from keras_cluster_mask.models.pixels import normalize_pixels
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
@@ -53,6 +52,11 @@ class ContrastiveModel(keras.Model):
         projection_dim: Integer. The width of the common space, which both
             features are mapped into by a matrix. `None` takes the features as
             they are; they must have the same width.
+        micro_batch_size: Integer that divides the batch size. Trains on so many pairs
+            at a time, at the memory of a batch of that size, and yet compares each
+            pair with the whole batch: the gradients are those of the whole batch.
+            Costs a second pass through the encoders without gradients. `None` takes
+            the batch at once.
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for
             sigmoid.
         max_logit_scale: Float. The scale of the logits, 1 / temperature, never
@@ -62,6 +66,9 @@ class ContrastiveModel(keras.Model):
             the sigmoid loss and the accuracies; the softmax loss comes out the
             same for texts that are embedded the same, whichever of them an
             image is asked to pick.
+        loss_block_size: Integer. How many rows of the matrix that compares all images
+            with all texts are in memory at a time. Decides on memory alone; by
+            default as many as make 16 million pairs.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Metrics reported while it trains: `loss`, `image_to_text_accuracy` and
@@ -82,15 +89,19 @@ class ContrastiveModel(keras.Model):
         text_encoder,
         loss="softmax",
         projection_dim=None,
+        micro_batch_size=None,
         initial_temperature=None,
         max_logit_scale=100.0,
         duplicates="positive",
+        loss_block_size=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         # Each encoder casts for itself; a masking must see pixels in full precision.
         self.autocast = False
         _check_options(loss, initial_temperature, max_logit_scale, duplicates)
+        check_size("micro_batch_size", micro_batch_size)
+        check_size("loss_block_size", loss_block_size)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.contrastive_loss = loss
@@ -98,6 +109,8 @@ class ContrastiveModel(keras.Model):
         self.initial_temperature = initial_temperature
         self.max_logit_scale = float(max_logit_scale)
         self.duplicates = duplicates
+        self.micro_batch_size = micro_batch_size
+        self.loss_block_size = loss_block_size
         self.build_heads()
         self.logit_bias = None
         if loss == "sigmoid":
@@ -221,6 +234,16 @@ class ContrastiveModel(keras.Model):
 
     def call(self, inputs, training=None):
         check_input(inputs)
+        if not (training and self.micro_batch_size):
+            return self.embed(inputs, training)
+        embeddings, extra_losses = embed_in_micro_batches(
+            self, inputs, self.micro_batch_size
+        )
+        self.add_loss(extra_losses)
+        return embeddings
+
+    def embed(self, inputs, training=None):
+        """Embeds a batch, or a micro-batch, of both at once."""
         return {
             "image_embeddings": self.encode_image(inputs["images"], training),
             "text_embeddings": self.encode_text(inputs["token_ids"], training),
@@ -243,25 +266,32 @@ class ContrastiveModel(keras.Model):
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
             raise ValueError(f"{LONELY} Received: a batch of 1")
-        labels = x["token_ids"] if self.duplicates == "positive" else None
-        scale = self.scale
-        if self.contrastive_loss == "softmax":
-            loss = softmax_contrastive_loss(images, texts, scale, labels)
+        if self.duplicates == "positive":
+            labels = caption_labels(x["token_ids"])
         else:
-            loss = sigmoid_contrastive_loss(
-                images, texts, scale, self.logit_bias, labels
-            )
+            labels = ops.arange(ops.shape(images)[0])
+        scale = self.scale
+        weights = [scale] if self.logit_bias is None else [scale, self.logit_bias]
+        losses, *hits = batch_loss(
+            self.row_losses, weights, images, texts, labels, self.loss_block_size
+        )
+        loss = ops.mean(losses)
         for extra in self.losses:
             loss = loss + ops.cast(ops.sum(extra), loss.dtype)
 
-        accuracies = contrastive_accuracy(images, texts, labels)
-        for metric, accuracy in zip(self.accuracy_metrics, accuracies):
-            metric.update_state(accuracy)
+        for metric, values in zip(self.accuracy_metrics, hits):
+            metric.update_state(values)
         self.temperature_metric.update_state(1.0 / scale)
         if training:
             for masking in self.maskings:
                 self.mask_ratio_metric.update_state(masking.last_mask_ratio)
         return loss
+
+    def row_losses(self, similarities, positives, weights):
+        """What each of some pairs contributes to the loss, `(rows,)`."""
+        if self.contrastive_loss == "softmax":
+            return softmax_row_losses(*similarities, positives, *weights)
+        return sigmoid_row_losses(similarities[0], positives, *weights)
 
     def train_step(self, *args):
         """One step of training, the same text on every backend.
@@ -335,6 +365,8 @@ class ContrastiveModel(keras.Model):
             "initial_temperature": self.initial_temperature,
             "max_logit_scale": self.max_logit_scale,
             "duplicates": self.duplicates,
+            "micro_batch_size": self.micro_batch_size,
+            "loss_block_size": self.loss_block_size,
         }
 
     @classmethod
@@ -401,6 +433,13 @@ def _check_options(loss, initial_temperature, max_logit_scale, duplicates):
         raise ValueError(
             "`max_logit_scale` must be greater than 0. "
             f"Received: max_logit_scale={max_logit_scale}"
+        )
+
+
+def check_size(name, value):
+    if value is not None and not (isinstance(value, int) and value > 0):
+        raise ValueError(
+            f"`{name}` must be a positive integer or None. Received: {name}={value!r}"
         )
 
 

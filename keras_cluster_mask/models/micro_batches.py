@@ -1,0 +1,102 @@
+"""Embeds a batch some rows at a time, as if it had been embedded at once."""
+
+import keras
+from keras import ops
+
+from keras_cluster_mask import distribution
+from keras_cluster_mask.masking.batch_part import part_of_batch
+from keras_cluster_mask.models.batches import KEYS
+
+
+def embed_in_micro_batches(model, inputs, micro_batch_size):
+    """The embeddings of a training batch, holding the activations of one chunk.
+
+    What layers remember is treated as if there were one large batch:
+
+    - Maskings draw the noise of the whole batch, of which each chunk takes its rows.
+    - Other seeds go on from chunk to chunk, so that no two see the same dropout.
+    - Averages, such as a batch normalisation's or a masking's ratio, start from the
+      step's own state in every chunk and are averaged over chunks.
+    - Counters, such as a masking's step, move on once.
+
+    Args:
+        model: `ContrastiveModel`.
+        inputs: Dictionary of a batch.
+        micro_batch_size: Integer.
+
+    Returns:
+        A tuple: a dictionary of embeddings `(batch, d)`, and a list with the loss that
+        layers added, if any did.
+    """
+    batch_size = inputs["token_ids"].shape[0]
+    num_chunks = _count_chunks(batch_size, micro_batch_size)
+    seeds = _seeds(model)
+    in_seeds = {id(seed) for seed in seeds}
+    weights = model.trainable_variables
+    others = [v for v in model.non_trainable_variables if id(v) not in in_seeds]
+    frozen = {id(v) for x in model._flatten_layers() for v in x._trainable_variables}
+    remembered = []
+
+    def embed(values, seed_values, index, chunk):
+        given = list(zip([*weights, *others, *seeds], [*values, *seed_values]))
+
+        def take_chunk(noise):
+            return distribution.take_chunk(noise, index, num_chunks)
+
+        with (
+            keras.StatelessScope(given, collect_losses=True) as scope,
+            part_of_batch(batch_size, take_chunk),
+        ):
+            before = [scope.get_current_value(v) for v in others]
+            outputs = model.embed(chunk, training=True)
+            extra_losses = [sum(map(ops.sum, scope.losses))] if scope.losses else []
+        after = [scope.get_current_value(v) for v in others]
+        # Nothing but what was written to, or frozen weights would be stacked too.
+        remembered[:] = [v for v, x, y in zip(others, before, after) if x is not y]
+        written = [y for x, y in zip(before, after) if x is not y]
+        outputs = outputs, extra_losses, written
+        return outputs, [scope.get_current_value(v) for v in seeds]
+
+    # Copied is what is written to at the end of the step, as a chunk that is computed
+    # again must find what it was. Frozen weights are not, and may be large.
+    (embeddings, extra_losses, written), seed_values = distribution.in_chunks(
+        embed,
+        num_chunks,
+        weights=[
+            *weights,
+            *(v if id(v) in frozen else ops.copy(v) for v in others),
+        ],
+        state=list(map(ops.copy, seeds)),
+        rows={key: inputs[key] for key in KEYS},
+    )
+    for seed, value in zip(seeds, seed_values):
+        seed.assign(value)
+    for variable, values in zip(remembered, written):
+        averaged = keras.backend.is_float_dtype(variable.dtype)
+        variable.assign(ops.mean(values, axis=0) if averaged else values[0])
+    return {
+        name: distribution.merge_chunks(value) for name, value in embeddings.items()
+    }, [ops.mean(values) for values in extra_losses]
+
+
+def _seeds(model):
+    """The states of all seed generators but the maskings'."""
+    kept = {id(v) for v in model.weights}
+    kept.update(id(masking.seed_generator.state) for masking in model.maskings)
+    return [v for v in model.non_trainable_variables if id(v) not in kept]
+
+
+def _count_chunks(batch_size, micro_batch_size):
+    if batch_size is None:
+        raise ValueError(
+            "Micro-batches need a batch size that is known: use a dataset whose last "
+            "batch is full, for example `dataset.batch(batch_size, "
+            "drop_remainder=True)`. Received: a batch of unknown size, "
+            f"micro_batch_size={micro_batch_size}"
+        )
+    if batch_size % micro_batch_size:
+        raise ValueError(
+            "`micro_batch_size` must divide the batch size. Received: "
+            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}"
+        )
+    return batch_size // micro_batch_size
