@@ -2,7 +2,7 @@
 
 import importlib
 
-from keras_cluster_mask import losses, masking, models
+from keras_cluster_mask import callbacks, losses, masking, models
 from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
 from keras_cluster_mask.models import ContrastiveModel, with_masking
 
@@ -13,6 +13,7 @@ __all__ = [
     "ContrastiveModel",
     "PatchMasking",
     "RandomMasking",
+    "callbacks",
     "data",
     "evaluation",
     "losses",

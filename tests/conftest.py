@@ -1,6 +1,57 @@
 """Imported by pytest before any test."""
 
 import contextlib
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
 
 with contextlib.suppress(ImportError):
     import torch  # noqa: F401  torch crashes under pytest if tensorflow came first
+
+
+@pytest.fixture(scope="session")
+def encode():
+    def encode(array_or_image, format="PNG", **options):
+        if isinstance(array_or_image, np.ndarray):
+            array_or_image = Image.fromarray(array_or_image)
+        file = io.BytesIO()
+        array_or_image.save(file, format, **options)
+        return file.getvalue()
+
+    return encode
+
+
+@pytest.fixture
+def write_tar(tmp_path):
+    """Writes files, pairs of name and content, into a tar; returns its path."""
+
+    def write_tar(name, files, mode="w"):
+        path = tmp_path / name
+        with tarfile.open(path, mode) as archive:
+            for member_name, content in files:
+                member = tarfile.TarInfo(member_name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return path
+
+    return write_tar
+
+
+@pytest.fixture
+def write_pairs(write_tar, encode):
+    """Writes a shard of plain pictures `count` long; the grey level is the index."""
+
+    def write_pairs(name, start, count, broken=()):
+        files = []
+        for index in range(start, start + count):
+            picture = encode(np.full((20, 24, 3), index, "uint8"))
+            files += [
+                (f"{index:04}.png", picture),
+                (f"{index:04}.txt", b"no %d" % index),
+            ]
+        return write_tar(name, [*files, *broken])
+
+    return write_pairs

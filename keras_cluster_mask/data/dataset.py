@@ -8,6 +8,7 @@ import numpy as np
 from keras_cluster_mask.data import images
 from keras_cluster_mask.data.backgrounds import check_background, composite
 from keras_cluster_mask.data.encoded import check_for_pairs, encoded_samples
+from keras_cluster_mask.data.position import Position
 from keras_cluster_mask.data.shards import list_shards
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.tokenizing import tokenize
@@ -20,6 +21,7 @@ except ImportError:
 # Errors are caught for so many images at once: for each by itself costs more than
 # decoding a small one.
 GROUP = 16
+EPOCH_STRIDE = 1_000_003
 
 
 def image_text_dataset(
@@ -57,7 +59,9 @@ def image_text_dataset(
     Methods such as `dataset.take` return new datasets without it: keep the first.
 
     Two datasets of one seed give the same batches, epoch for epoch, and each epoch is
-    another one. As for all of `tf.data`, TensorFlow's global seed counts too.
+    another one. The attribute `dataset.position`, a `Position`, says which epoch is
+    read next; `kcm.callbacks.Checkpoint` saves it and sets it. As for all of `tf.data`,
+    TensorFlow's global seed counts too.
 
     Example:
 
@@ -159,7 +163,6 @@ def image_text_dataset(
     check_for_pairs(shards, image_keys, caption_key, on_error, at_least=full_batch)
     if seed is None:
         seed = random.randint(0, 2**31 - 1) if training else 0
-    skipped = SkippedSamples(raise_errors=on_error == "raise")
 
     def prepare(image, orientation, seed):
         image = images.upright(images.decode(image), orientation)
@@ -179,7 +182,7 @@ def image_text_dataset(
             )
         return np.int32(len(keys) - len(decoded))
 
-    def to_group(samples, seeds):
+    def to_group(number_in_epoch, samples, seeds):
         decoded, pictures = _map_what_works(
             prepare,
             (samples["image"], samples["orientation"], seeds),
@@ -192,10 +195,19 @@ def image_text_dataset(
             lambda: 0,
         )
         with tf.control_dependencies([lost]):
-            captions = tf.gather(samples["caption"], decoded)
-        return pictures, captions, tf.gather(samples["key"], decoded)
+            decoded = tf.identity(decoded)
+        kept = (samples["caption"], samples["key"], samples["pass"], number_in_epoch)
+        return pictures, *(tf.gather(column, decoded) for column in kept)
 
-    def to_batch(image, caption, key):
+    def remember(number, batch, last, keys):
+        position.report(int(number), int(batch), int(last) + 1, keys.tolist())
+        return np.int32(0)
+
+    def to_batch(index, columns):
+        image, caption, key, passes, numbers_in_epoch = columns
+        place = [passes[-1], index, numbers_in_epoch[-1], key]
+        with tf.control_dependencies([tf.numpy_function(remember, place, "int32")]):
+            image = tf.identity(image)
         if data_format == "channels_first":
             image = tf.transpose(image, [0, 3, 1, 2])
         batch = {"images": image, "token_ids": tokenize(tokenizer, caption)}
@@ -205,16 +217,42 @@ def image_text_dataset(
             batch["keys"] = key
         return batch
 
-    dataset = encoded_samples(shards, image_keys, caption_key, skipped, training, seed)
-    if training and shuffle_buffer > 1:
-        dataset = dataset.shuffle(shuffle_buffer, seed=seed + 1)
-    seeds = tf.data.Dataset.random(seed + 2, rerandomize_each_iteration=training)
+    def start():
+        # Runs, and so counts and moves on, whenever an iterator starts to read.
+        number = skipped.start_pass()
+        yield number, *position.start_pass(number)
+
+    @tf.autograph.experimental.do_not_convert
+    def epoch(number, epoch, done):
+        # A seed of its own: what comes in an epoch depends on nothing before it.
+        own_seed = seed + epoch * (EPOCH_STRIDE if training else 0)
+        samples = encoded_samples(
+            shards,
+            image_keys,
+            caption_key,
+            skipped,
+            number,
+            seed=own_seed if training else None,
+        )
+        if training and shuffle_buffer > 1:
+            samples = samples.shuffle(
+                shuffle_buffer, own_seed + 1, reshuffle_each_iteration=False
+            )
+        seeds = tf.data.Dataset.random(own_seed + 2)
+        return tf.data.Dataset.zip(tf.data.Dataset.counter(), samples, seeds).skip(done)
+
+    skipped = SkippedSamples(raise_errors=on_error == "raise")
+    position = Position(seed)
     dataset = (
-        tf.data.Dataset.zip(dataset, seeds)
+        tf.data.Dataset.from_generator(
+            start, output_signature=(tf.TensorSpec((), "int64"),) * 3
+        )
+        .flat_map(epoch)
         .batch(GROUP)
         .map(to_group, num_parallel_calls=tf.data.AUTOTUNE)
         .unbatch()
         .batch(batch_size, drop_remainder=drop_remainder)
+        .enumerate()
         .map(to_batch, num_parallel_calls=tf.data.AUTOTUNE)
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -226,6 +264,7 @@ def image_text_dataset(
     )
     dataset = dataset.with_options(options)
     dataset.skipped = skipped
+    dataset.position = position
     return dataset
 
 

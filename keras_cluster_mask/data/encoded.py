@@ -19,7 +19,7 @@ OPEN_SHARDS = 8
 SAMPLES_TO_CHECK = 1000
 
 
-def encoded_samples(shards, image_keys, caption_key, skipped, shuffle, seed):
+def encoded_samples(shards, image_keys, caption_key, skipped, number, seed=None):
     """A `tf.data.Dataset` of dicts of scalars, one for each pair in the shards.
 
     What it holds: `"image"` and `"caption"` (bytes), `"orientation"` (the EXIF number),
@@ -31,16 +31,11 @@ def encoded_samples(shards, image_keys, caption_key, skipped, shuffle, seed):
         image_keys: list of str. File extensions; the first that a sample has is used.
         caption_key: str. The file extension of captions.
         skipped: `SkippedSamples`, told of all that is left out.
-        shuffle: bool. Whether to read several shards at once, in a random order.
-        seed: int.
+        number: scalar int64 tensor. The number of the pass over the data.
+        seed: scalar int64 tensor. If given, several shards are read at once, in a
+            random order.
     """
     extensions = {*image_keys, caption_key}
-
-    def passes():
-        # Runs anew, and so counts anew, whenever an iterator over the dataset starts.
-        number = skipped.start_pass()
-        while True:
-            yield number
 
     def samples(shard, number):
         try:
@@ -83,28 +78,21 @@ def encoded_samples(shards, image_keys, caption_key, skipped, shuffle, seed):
         name: tf.TensorSpec((None,), dtype) for name, dtype in _COLUMN_TYPES.items()
     }
 
-    def read(shard, number):
+    def read(shard):
         return tf.data.Dataset.from_generator(
             chunks, args=(shard, number), output_signature=signature
         )
 
     dataset = tf.data.Dataset.from_tensor_slices(shards)
-    if shuffle:
-        dataset = dataset.shuffle(len(shards), seed=seed)
-    numbers = tf.data.Dataset.from_generator(
-        passes, output_signature=tf.TensorSpec((), "int64")
-    )
-    return (
-        tf.data.Dataset.zip(dataset, numbers)
-        .interleave(
-            read,
-            cycle_length=min(OPEN_SHARDS, len(shards)) if shuffle else 1,
-            block_length=1,
-            num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
-        )
-        .unbatch()
-    )
+    if seed is not None:
+        dataset = dataset.shuffle(len(shards), seed, reshuffle_each_iteration=False)
+    return dataset.interleave(
+        read,
+        cycle_length=min(OPEN_SHARDS, len(shards)) if seed is not None else 1,
+        block_length=1,
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    ).unbatch()
 
 
 _COLUMN_TYPES = {

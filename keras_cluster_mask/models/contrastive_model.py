@@ -322,20 +322,35 @@ class ContrastiveModel(keras.Model):
         validation_data=None,
         **kwargs,
     ):
-        x = check_batches(x, self.vocabulary_size, batch_size or 32)
         if validation_data is not None:
             validation_data = check_batches(validation_data, self.vocabulary_size)
-        return super().fit(
-            x,
-            y,
-            batch_size,
-            epochs,
-            verbose,
-            callbacks,
-            validation_split,
-            validation_data,
-            **kwargs,
-        )
+
+        def run(x, initial_epoch, epochs):
+            return keras.Model.fit(
+                self,
+                check_batches(x, self.vocabulary_size, batch_size or 32),
+                y,
+                batch_size,
+                epochs,
+                verbose,
+                callbacks,
+                validation_split,
+                validation_data,
+                initial_epoch=initial_epoch,
+                **kwargs,
+            )
+
+        initial_epoch = kwargs.pop("initial_epoch", 0)
+        for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
+            if hasattr(callback, "fit_from_last"):
+                options = dict(
+                    batch_size=batch_size or 32,
+                    shuffle=kwargs.get("shuffle", True),
+                    initial_epoch=initial_epoch,
+                    epochs=epochs,
+                )
+                return callback.fit_from_last(self, x, options, run)
+        return run(x, initial_epoch, epochs)
 
     def evaluate(self, x=None, *args, **kwargs):
         return super().evaluate(check_batches(x, self.vocabulary_size), *args, **kwargs)

@@ -1,0 +1,318 @@
+"""Runs that are cut off go on as if they had not been."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.callbacks.checkpoint_files import read
+
+from .training_run import make_dataset, make_model, weights_of
+
+pytest.importorskip("tensorflow")
+
+STEPS = 18  # Three epochs of 51 samples in batches of 8.
+PROGRAM = pathlib.Path(__file__).with_name("training_run.py")
+
+
+class StopAfter(keras.callbacks.Callback):
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps -= 1
+        if self.steps == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def shards(write_pairs):
+    return [write_pairs("a.tar", 0, 30), write_pairs("b.tar", 30, 21)]
+
+
+def run(data, folder, stop=None, model=None, fit=None, **options):
+    model = model or make_model()
+    options = {"save_every": 2, "monitor": None, **options}
+    callbacks = [kcm.callbacks.Checkpoint(folder, **options)]
+    if stop:
+        callbacks.append(StopAfter(stop))
+    fit = {"epochs": 3, "verbose": 0, **(fit or {})}
+    try:
+        history = model.fit(data, callbacks=callbacks, **fit)
+    except KeyboardInterrupt:
+        history = None
+    return weights_of(model), history
+
+
+def assert_same_weights(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def pairs(count=20, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, 300, size=(count, 9)).astype("int32")
+    images = rng.integers(0, 256, size=(count, 16, 16, 3)).astype("uint8")
+    return {"images": images, "token_ids": ids}
+
+
+# === Going on ===
+
+
+def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(shards, tmp_path):
+    # Before the first save, at one, within an epoch, at the last step of one, and of
+    # all; with dropout, a moving threshold, a learning rate schedule and averages.
+    expected, history = run(make_dataset(shards), tmp_path / "whole")
+    assert history.epoch == [0, 1, 2]
+    assert all(np.isfinite(history.history["loss"]))
+    for stop in (1, 4, 11, 12, 18):
+        folder = tmp_path / f"stopped-{stop}"
+        run(make_dataset(shards), folder, stop)
+        found, resumed = run(make_dataset(shards), folder)
+        assert_same_weights(found, expected)
+        assert resumed.epoch == [0, 1, 2]
+        assert resumed.history == history.history
+
+
+def test_a_run_stopped_again_and_again_ends_the_same(shards, tmp_path):
+    expected, _ = run(make_dataset(shards), tmp_path / "whole")
+    for _ in range(6):
+        run(make_dataset(shards), tmp_path / "stopped", stop=3)
+    found, _ = run(make_dataset(shards), tmp_path / "stopped")
+    assert_same_weights(found, expected)
+
+
+def test_a_finished_run_gives_its_weights_and_history_again(shards, tmp_path):
+    expected, history = run(make_dataset(shards), tmp_path)
+    found, again = run(make_dataset(shards), tmp_path)
+    assert again.history == history.history
+    assert_same_weights(found, expected)
+    _, longer = run(make_dataset(shards), tmp_path, fit={"epochs": 4})
+    assert longer.epoch == [0, 1, 2, 3]
+
+
+def test_samples_that_do_not_decode_do_not_shift_what_is_left(write_pairs, tmp_path):
+    broken = [("bad.png", b"no picture"), ("bad.txt", b"bad")]
+    shard = write_pairs("a.tar", 0, 40, broken=broken)
+    with pytest.warns(UserWarning, match="does not decode"):
+        expected, _ = run(make_dataset(shard), tmp_path / "whole")
+    with pytest.warns(UserWarning, match="does not decode"):
+        run(make_dataset(shard), tmp_path / "stopped", stop=7)
+    with pytest.warns(UserWarning, match="does not decode"):
+        found, _ = run(make_dataset(shard), tmp_path / "stopped")
+    assert_same_weights(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+def test_arrays_in_order_and_other_datasets_go_on_too(kind, tmp_path):
+    import tensorflow as tf
+
+    data, fit = pairs(), {"shuffle": False, "batch_size": 4}
+    if kind == "dataset":
+        data, fit = tf.data.Dataset.from_tensor_slices(data).batch(4), {}
+    expected, _ = run(data, tmp_path / "whole", fit=fit)
+    for stop in (7, 10):
+        run(data, tmp_path / f"stopped-{stop}", stop, fit=fit)
+        found, _ = run(data, tmp_path / f"stopped-{stop}", fit=fit)
+        assert_same_weights(found, expected)
+
+
+# === Killed ===
+
+
+def start(shards, folder, weights, **environment):
+    backend = keras.backend.backend()
+    return subprocess.Popen(
+        [sys.executable, PROGRAM, *map(str, (shards[0].parent / "*.tar", folder))]
+        + [str(weights)],
+        env={**os.environ, "KERAS_BACKEND": backend, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def test_killed_at_random_points_and_while_saving(shards, tmp_path):
+    finish(start(shards, tmp_path / "whole", tmp_path / "whole.npz"))
+    rng = random.Random(os.getpid())
+    folder = tmp_path / "killed"
+    kills = 0
+    for syncs in (None, 3, None, 4, None):
+        # A save calls fsync for the file, and for the folder once it is renamed.
+        environment = {"KILL_AT_SYNC": str(syncs)} if syncs else {}
+        process = start(shards, folder, tmp_path / "killed.npz", **environment)
+        if syncs is None:
+            for _ in range(rng.randint(1, 4)):
+                process.stdout.readline()
+            process.kill()
+        process.communicate(timeout=300)
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 5
+    finish(start(shards, folder, tmp_path / "killed.npz"))
+    with (
+        np.load(tmp_path / "whole.npz") as whole,
+        np.load(tmp_path / "killed.npz") as killed,
+    ):
+        assert_same_weights(dict(killed), dict(whole))
+    assert not list(folder.glob(".*"))
+
+
+# === Files ===
+
+
+def test_the_last_few_and_the_best_are_kept(tmp_path):
+    model = make_model()
+    validation = pairs(8, seed=1)
+    _, history = run(
+        pairs(),
+        tmp_path,
+        model=model,
+        save_every="epoch",
+        keep=2,
+        monitor="val_loss",
+        fit={"epochs": 5, "batch_size": 4, "validation_data": validation},
+    )
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["best.npz", "step-000000020.npz", "step-000000025.npz"]
+    _, facts = read(tmp_path / "best.npz")
+    best = int(np.argmin(history.history["val_loss"]))
+    assert facts["epoch"] == best + 1
+    assert facts["best"] == history.history["val_loss"][best]
+
+
+def test_a_damaged_file_is_passed_over_with_a_warning(shards, tmp_path):
+    expected, _ = run(make_dataset(shards), tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    run(make_dataset(shards), folder, stop=9)
+    last = sorted(folder.glob("step-*"))[-1]
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=r"cannot be read.*the one before"):
+        found, _ = run(make_dataset(shards), folder)
+    assert_same_weights(found, expected)
+
+
+def test_bfloat16_survives_a_file(tmp_path):
+    import ml_dtypes
+
+    files = kcm.callbacks.checkpoint.CheckpointFiles(tmp_path, keep=1)
+    arrays = {
+        "half": np.arange(5).astype(ml_dtypes.bfloat16),
+        "count": np.array(3, "int32"),
+    }
+    files.write(7, arrays, {"step": 7})
+    _, found, facts = files.read_last()
+    assert facts == {"step": 7}
+    assert found.keys() == arrays.keys()
+    for key, value in arrays.items():
+        assert found[key].dtype == value.dtype
+        np.testing.assert_array_equal(found[key], value)
+
+
+# === Losses that are not finite ===
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_samples_and_checkpoint(
+    shards, tmp_path
+):
+    run(make_dataset(shards), tmp_path, fit={"epochs": 1})
+    model = make_model()
+    last = sorted(tmp_path.glob("step-*"))[-1]
+
+    class Break(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 2:
+                weight = self.model.trainable_variables[-1]
+                weight.assign(np.full(weight.shape, np.nan))
+
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, save_every=5, monitor=None)
+    with pytest.raises(
+        kcm.callbacks.NonFiniteLossError,
+        match=rf"samples \d{{4}}, .*{last.name}.*Received: loss=nan at step 9",
+    ):
+        model.fit(
+            make_dataset(shards), epochs=3, verbose=0, callbacks=[Break(), checkpoint]
+        )
+    # What was saved last is still what a new run starts from.
+    assert sorted(tmp_path.glob("step-*"))[-1] == last
+
+
+# === Refusals ===
+
+
+def test_a_checkpoint_of_another_masking_is_refused_by_field(tmp_path):
+    run(pairs(), tmp_path, save_every="epoch", fit={"epochs": 1})
+    masking = kcm.ClusterMasking(
+        4, min_mask_ratio=0.25, threshold=0.1, anchor_ratio=0.2, hide_padding=False
+    )
+    with pytest.raises(ValueError, match=r"anchor_ratio: 0.03 in the checkpoint, 0.2"):
+        run(pairs(), tmp_path, model=make_model(masking), save_every="epoch")
+
+
+def test_a_checkpoint_of_another_optimizer_or_data_is_refused(shards, tmp_path):
+    run(make_dataset(shards), tmp_path, fit={"epochs": 1})
+    with pytest.raises(ValueError, match=r"optimizer: 'AdamW' in.*'SGD' in"):
+        run(make_dataset(shards), tmp_path, model=make_model(optimizer="sgd"))
+    with pytest.raises(ValueError, match=r"data.seed: 7 in the checkpoint, 8 in"):
+        run(make_dataset(shards, seed=8), tmp_path)
+
+
+def test_a_checkpoint_of_a_model_of_another_size_is_refused(tmp_path):
+    run(pairs(), tmp_path, save_every="epoch", fit={"epochs": 1})
+    images, ids = keras.Input((16, 16, 3)), keras.Input((9,), dtype="int32")
+    model = kcm.ContrastiveModel(
+        keras.Model(images, keras.layers.GlobalAveragePooling2D()(images)),
+        keras.Model(
+            ids,
+            keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(300, 3)(ids)),
+        ),
+    )
+    model.compile("adamw")
+    with pytest.raises(ValueError, match="number of variables"):
+        run(pairs(), tmp_path, model=model, save_every="epoch")
+
+
+def test_steps_cannot_be_saved_of_data_that_is_not_found_again(tmp_path):
+    with pytest.raises(ValueError, match=r"shuffle=False.*Received: arrays"):
+        run(pairs(), tmp_path, save_every=2)
+    with pytest.raises(ValueError, match=r"Received: data of type generator"):
+        run((x for x in [pairs()]), tmp_path, save_every=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(save_every=0), "`save_every`.*Received: save_every=0"),
+        (dict(save_every="step"), "`save_every`.*Received: save_every='step'"),
+        (dict(keep=0), "`keep`.*Received: keep=0"),
+        (dict(mode="best"), "`mode`.*Received: mode='best'"),
+    ],
+)
+def test_bad_options_are_named(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        kcm.callbacks.Checkpoint(tmp_path, **options)
+
+
+def test_another_model_than_a_contrastive_one_is_refused(tmp_path):
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"ContrastiveModel.*Received: a Sequential"):
+        model.fit(
+            np.ones((4, 2)),
+            np.ones((4, 1)),
+            verbose=0,
+            callbacks=[kcm.callbacks.Checkpoint(tmp_path)],
+        )

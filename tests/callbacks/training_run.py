@@ -1,0 +1,116 @@
+"""A small training run with a checkpoint, also as a program that can be killed.
+
+    python training_run.py SHARDS FOLDER WEIGHTS [EPOCHS]
+
+goes on from what is in FOLDER and writes the weights it ends with to WEIGHTS. With
+KILL_AT_SYNC=n it kills itself at the n-th `fsync`, that is while it saves.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_cluster_mask as kcm
+
+VOCABULARY, CONTEXT = 300, 9
+
+
+def make_model(masking=None, dropout_seed=5, optimizer=None):
+    """With all that has a state: dropout, a threshold that moves, EMA, a schedule."""
+    keras.utils.set_random_seed(1)
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(8, 4, strides=4)(images)
+    x = keras.layers.Reshape((16, 8), name="tokens")(x)
+    y = keras.layers.LayerNormalization()(x)
+    y = keras.layers.MultiHeadAttention(2, 4)(y, y)
+    x = keras.layers.Add()([x, keras.layers.Dropout(0.2, seed=dropout_seed)(y)])
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    encoder = keras.Model(images, keras.layers.Dense(8)(x))
+    ids = keras.Input((CONTEXT,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, 8)(ids)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    texts = keras.Model(ids, keras.layers.Dense(8)(keras.layers.Dropout(0.1)(x)))
+    if masking is None:
+        schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 30, 0.9)
+        masking = kcm.ClusterMasking(
+            4,
+            min_mask_ratio=0.25,
+            threshold=0.1,
+            embedding_weight=schedule,
+            hide_padding=False,
+            seed=3,
+        )
+    model = kcm.ContrastiveModel(kcm.with_masking(encoder, masking, "tokens"), texts)
+    if optimizer is None:
+        schedule = keras.optimizers.schedules.CosineDecay(0.01, 40, warmup_steps=5)
+        optimizer = keras.optimizers.AdamW(schedule, use_ema=True, ema_momentum=0.9)
+    model.compile(optimizer, run_eagerly=keras.backend.backend() == "tensorflow")
+    return model
+
+
+def make_dataset(shards, seed=7):
+    # TensorFlow's global seed counts for datasets, with a seed of their own too.
+    keras.utils.set_random_seed(1)
+
+    def tokenizer(captions):
+        ids = np.zeros((len(captions), CONTEXT), "int32")
+        for row, caption in enumerate(captions):
+            ids[row, : min(CONTEXT, len(caption))] = list(caption)[:CONTEXT]
+        return ids
+
+    return kcm.data.image_text_dataset(
+        shards,
+        tokenizer,
+        image_size=16,
+        batch_size=8,
+        training=True,
+        seed=seed,
+        shuffle_buffer=32,
+    )
+
+
+def weights_of(model):
+    return {
+        f"{index}": np.array(ops.convert_to_numpy(variable))
+        for index, variable in enumerate([*model.variables, *model.optimizer.variables])
+    }
+
+
+class PrintSteps(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        print("step", flush=True)
+
+
+def kill_at_sync(count):
+    sync, left = os.fsync, iter(range(count, 0, -1))
+
+    def count_down(descriptor):
+        if next(left) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    os.fsync = count_down
+
+
+if __name__ == "__main__":
+    if "KILL_AT_SYNC" in os.environ:
+        kill_at_sync(int(os.environ["KILL_AT_SYNC"]))
+    shards, folder, weights, *epochs = sys.argv[1:]
+    model = make_model()
+    model.fit(
+        make_dataset(shards),
+        epochs=int(*epochs or [3]),
+        verbose=0,
+        callbacks=[
+            PrintSteps(),
+            kcm.callbacks.Checkpoint(folder, save_every=2, keep=2, monitor=None),
+        ],
+    )
+    np.savez(weights, **weights_of(model))
