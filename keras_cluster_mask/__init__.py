@@ -2,7 +2,7 @@
 
 import importlib
 
-from keras_cluster_mask import callbacks, losses, masking, models
+from keras_cluster_mask import callbacks, distribution, losses, masking, models
 from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
 from keras_cluster_mask.models import ContrastiveModel, with_masking
 
@@ -15,6 +15,7 @@ __all__ = [
     "RandomMasking",
     "callbacks",
     "data",
+    "distribution",
     "evaluation",
     "losses",
     "masking",

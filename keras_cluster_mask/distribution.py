@@ -1,12 +1,23 @@
 """What differs between backends: chunks of a batch, and batches over many devices.
 
 The rest of the library is written once, in `keras.ops`. JAX sees the global batch
-whatever the number of devices; TensorFlow and torch run the same step on every
-replica, each with its own rows of the batch.
+whatever the number of devices, so there is one replica there; TensorFlow and torch run
+the same step on every replica, each with its own rows of the batch. No backend is
+imported but the one that runs.
 """
+
+import datetime
+import functools
+import os
 
 import keras
 from keras import ops, tree
+
+# Seconds that a process waits for the others before it gives up.
+TIMEOUT = 50
+
+
+# === Chunks of a batch ===
 
 
 def in_chunks(function, num_chunks, weights, state, rows):
@@ -84,3 +95,297 @@ def _as_tensor(x):
         # Of a variable in an argument `recompute_grad` counts the gradient twice.
         x = tf.convert_to_tensor(x)
     return x
+
+
+# === Replicas ===
+
+
+def initialize():
+    """Joins the processes of one training run. Call it first thing in the program.
+
+    On torch the program is started by `torchrun` on every GPU; each process takes the
+    GPU of its local rank, or the CPU where there is none. On JAX it is
+    `keras.distribution.initialize`, which reads the environment variables
+    `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID`; afterwards
+    choose a `keras.distribution.DataParallel(auto_shard_dataset=False)`. If a process
+    dies, the others end with an error within a minute.
+
+    Raises:
+        RuntimeError: On TensorFlow, or on torch outside of `torchrun`.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        # Keras hands on no limits of time; JAX's own let the others wait longer.
+        join = jax.distributed.initialize
+        jax.distributed.initialize = functools.partial(
+            join, heartbeat_timeout_seconds=TIMEOUT // 2
+        )
+        try:
+            keras.distribution.initialize()
+        finally:
+            jax.distributed.initialize = join
+        return
+    if backend != "torch":
+        raise RuntimeError(
+            "`initialize` is for processes of JAX or torch; TensorFlow trains on the "
+            "devices of one: `tf.distribute.MirroredStrategy`. "
+            f"Received: backend={backend!r}"
+        )
+    if "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(
+            "`initialize` needs what `torchrun` says about the processes: start the "
+            "program by `torchrun --nproc-per-node=NUMBER program.py`. "
+            "Received: no environment variable WORLD_SIZE"
+        )
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(
+        "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT)
+    )
+
+
+def num_replicas():
+    """How many replicas train together, each with its rows of the batch."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        context = _tensorflow_replica()
+        return 1 if context is None else context.num_replicas_in_sync
+    if backend == "torch" and _torch_distributed() is not None:
+        return _torch_distributed().get_world_size()
+    return 1
+
+
+def replica_index():
+    """The number of this replica, from 0."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        context = _tensorflow_replica()
+        return 0 if context is None else context.replica_id_in_sync_group
+    if backend == "torch" and _torch_distributed() is not None:
+        return _torch_distributed().get_rank()
+    return 0
+
+
+def is_main_process():
+    """Whether this process is the one that prints and writes files."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_index() == 0
+    return keras.backend.backend() != "torch" or replica_index() == 0
+
+
+def gather(x):
+    """The rows of all replicas, in their order, from those of this one.
+
+    Gradients flow back to the replica that a row came from.
+
+    Args:
+        x: `(rows, ...)` tensor, of the same shape on every replica.
+
+    Returns:
+        `(replicas * rows, ...)` tensor.
+    """
+    if num_replicas() == 1:
+        return x
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        rows = None if x.shape[0] is None else num_replicas() * x.shape[0]
+        gathered = _tensorflow_replica().all_gather(x, axis=0)
+        return tf.ensure_shape(gathered, (rows, *x.shape[1:]))
+    return _torch_gather()(x)
+
+
+def check_batch_size(model, batch_size):
+    """Raises if the replicas of TensorFlow cannot share batches of a size."""
+    if keras.backend.backend() != "tensorflow":
+        return
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1 and (batch_size is None or batch_size % replicas):
+        raise ValueError(
+            "The number of replicas must divide the batch size, which must be known: "
+            "use a dataset with full batches, `dataset.batch(batch_size, "
+            f"drop_remainder=True)`. Received: batch_size={batch_size}, {replicas} "
+            "replicas"
+        )
+
+
+def own_rows(x):
+    """The rows of this replica, from those of the global batch."""
+    replicas = num_replicas()
+    if replicas == 1:
+        return x
+    rows = x.shape[0] // replicas
+    start = [replica_index() * rows] + [0] * (len(x.shape) - 1)
+    return ops.slice(x, start, (rows, *x.shape[1:]))
+
+
+def share_of_loss(loss):
+    """A replica's loss so that its gradients and its report are the global ones.
+
+    Keras expects replicas' losses to add up on TensorFlow, where it averages what it
+    reports; on torch gradients are averaged here, and what is reported is left alone.
+    """
+    replicas = num_replicas()
+    if replicas == 1:
+        return loss
+    if keras.backend.backend() == "tensorflow":
+        return loss / replicas
+    return loss + (of_all_replicas(loss) - loss).detach()
+
+
+def of_all_replicas(x):
+    """The mean over all replicas, where Keras's metrics see one replica alone."""
+    if keras.backend.backend() != "torch" or num_replicas() == 1:
+        return x
+    return ops.mean(gather(ops.stop_gradient(x)[None]), axis=0)
+
+
+def prepare(model):
+    """Makes a compiled model ready to train on all replicas. Called by `fit`.
+
+    Raises:
+        ValueError: For a way of distribution under which Keras's `fit` does not work.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        strategy = model.distribute_strategy
+        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            raise ValueError(
+                "On TensorFlow, training on several machines does not work with Keras "
+                "3. Use `tf.distribute.MirroredStrategy` on one machine, or the JAX "
+                "backend: `keras.distribution.initialize()`, then `keras.distribution."
+                "set_distribution(keras.distribution.DataParallel())`. "
+                f"Received: strategy={type(strategy).__name__}"
+            )
+        if strategy.num_replicas_in_sync > 1:
+            _give_global_gradients(model.optimizer, _tensorflow_sums)
+            # They are added up already.
+            model.optimizer._all_reduce_sum_gradients = list
+        elif model.optimizer.clipnorm or model.optimizer.global_clipnorm:
+            # Keras takes the norm of an embedding's gradient before it has added up
+            # what a token gets from its several places, and clips by a wrong norm.
+            _give_global_gradients(model.optimizer, _tensorflow_dense)
+    elif backend == "torch" and num_replicas() > 1:
+        for variable in [*model.variables, *model.optimizer.variables]:
+            _torch_distributed().broadcast(variable.value.data, src=0)
+        _give_global_gradients(model.optimizer, _torch_means)
+
+
+def _give_global_gradients(optimizer, reduce):
+    # Before gradients are clipped, which must come out alike on all replicas. Keras
+    # lets TensorFlow add up what was clipped on each, and torch nothing at all.
+    if getattr(optimizer.apply, "is_global", False):
+        return
+    apply = optimizer.apply
+
+    def reduce_and_apply(gradients, *args):
+        gradients = list(gradients)
+        reduced = iter(reduce([x for x in gradients if x is not None]))
+        return apply([x if x is None else next(reduced) for x in gradients], *args)
+
+    reduce_and_apply.is_global = True
+    optimizer.apply = reduce_and_apply
+
+
+def average(variables):
+    """Gives all replicas the mean of what float variables have become on each.
+
+    Only torch needs it: TensorFlow's variables do so when they are written to.
+    """
+    if keras.backend.backend() == "torch" and num_replicas() > 1:
+        for variable in variables:
+            _torch_distributed().all_reduce(variable.value.data)
+            variable.value.data /= num_replicas()
+
+
+def _tensorflow_replica():
+    """The context of a replica of several, or `None`."""
+    import tensorflow as tf
+
+    if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
+        return None
+    context = tf.distribute.get_replica_context()
+    return context if context.num_replicas_in_sync > 1 else None
+
+
+@functools.cache
+def _torch_gather():
+    """An `all_gather` with gradients: torch deprecates its own, without an heir."""
+    import torch
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            parts = [torch.empty_like(x) for _ in range(num_replicas())]
+            torch.distributed.all_gather(parts, x.contiguous())
+            return torch.cat(parts)
+
+        @staticmethod
+        def backward(context, gradient):
+            gradient = gradient.contiguous()
+            torch.distributed.all_reduce(gradient)
+            return own_rows(gradient)
+
+    return Gather.apply
+
+
+def _tensorflow_sums(gradients):
+    import tensorflow as tf
+
+    replica, total = _tensorflow_replica(), tf.distribute.ReduceOp.SUM
+    return replica.all_reduce(total, _tensorflow_dense(gradients))
+
+
+def _tensorflow_dense(gradients):
+    import tensorflow as tf
+
+    return [tf.convert_to_tensor(x) for x in gradients]
+
+
+def _torch_means(gradients):
+    reduce = _torch_distributed().all_reduce
+    for work in [reduce(x, async_op=True) for x in gradients]:
+        work.wait()
+    return [x / num_replicas() for x in gradients]
+
+
+def _torch_distributed():
+    """`torch.distributed` if processes train together, or `None`."""
+    import torch
+
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed if ready else None
+
+
+# === Generators of random numbers outside of Keras ===
+
+
+def read_generators():
+    """The state of the generators that layers without a seed draw from, as arrays."""
+    if keras.backend.backend() != "torch":
+        return {}
+    import torch
+
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {f"generators/{name}": value.numpy() for name, value in state.items()}
+
+
+def write_generators(state):
+    """Puts arrays of `read_generators` back."""
+    for name, value in state.items():
+        import torch
+
+        write = {"torch": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+        write[name.removeprefix("generators/")](torch.from_numpy(value.copy()))

@@ -8,10 +8,13 @@ from keras_cluster_mask.callbacks.remaining_data import Remaining
 from keras_cluster_mask.callbacks.training_state import (
     describe,
     differences,
-    read_generators,
     read_state,
-    write_generators,
     write_state,
+)
+from keras_cluster_mask.distribution import (
+    is_main_process,
+    read_generators,
+    write_generators,
 )
 
 
@@ -217,7 +220,7 @@ class Checkpoint(keras.callbacks.Callback):
         if is_best:
             self._best = value
         path = self._save(self._epoch, 0, 0)
-        if is_best:
+        if is_best and path is not None:
             self.files.mark_best(path)
 
     def _add_row(self, epoch, logs):
@@ -237,6 +240,8 @@ class Checkpoint(keras.callbacks.Callback):
             "description": {**describe(model), "data.seed": self._remaining.seed},
         }
         arrays = {**read_state(model), **(self._generators or {})}
+        if not is_main_process():
+            return None
         return self.files.write(self._total, arrays, facts)
 
     def _check_loss(self, batch, logs):

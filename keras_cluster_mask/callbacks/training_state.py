@@ -1,6 +1,5 @@
 """All that a training run is made of, as arrays and back."""
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -24,27 +23,6 @@ def write_state(model, state, groups=("model", "optimizer")):
     for group in groups:
         for index, variable in enumerate(_groups(model)[group]):
             variable.assign(state[f"{group}/{index}"])
-
-
-def read_generators():
-    """The state of the generators that layers without a seed draw from, as arrays."""
-    if keras.backend.backend() != "torch":
-        return {}
-    import torch
-
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return {f"generators/{name}": value.numpy() for name, value in state.items()}
-
-
-def write_generators(state):
-    """Puts arrays of `read_generators` back."""
-    for name, value in state.items():
-        import torch
-
-        write = {"torch": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
-        write[name.removeprefix("generators/")](torch.from_numpy(value.copy()))
 
 
 def describe(model):

@@ -32,7 +32,7 @@ def batch_loss(row_losses, weights, images, texts, labels, block_size=None):
         similar text and the most similar image were right.
     """
     rows = images, texts, labels
-    everything = rows
+    everything = tuple(map(distribution.gather, rows))
 
     def compare_block(weights, state, index, rows):
         weights, everything = weights

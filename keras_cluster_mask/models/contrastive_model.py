@@ -3,12 +3,16 @@ import math
 import keras
 from keras import ops
 
+from keras_cluster_mask import distribution
 from keras_cluster_mask.losses import sigmoid_row_losses, softmax_row_losses
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.batch_loss import batch_loss
 from keras_cluster_mask.models.batches import LONELY, check_batches, check_input
 from keras_cluster_mask.models.caption_labels import caption_labels
-from keras_cluster_mask.models.micro_batches import embed_in_micro_batches
+from keras_cluster_mask.models.micro_batches import (
+    embed_in_micro_batches,
+    rows_of_replica,
+)
 from keras_cluster_mask.models.pixels import normalize_pixels
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
@@ -234,8 +238,11 @@ class ContrastiveModel(keras.Model):
 
     def call(self, inputs, training=None):
         check_input(inputs)
-        if not (training and self.micro_batch_size):
+        if not training:
             return self.embed(inputs, training)
+        if not self.micro_batch_size:
+            with rows_of_replica(inputs):
+                return self.embed(inputs, training)
         embeddings, extra_losses = embed_in_micro_batches(
             self, inputs, self.micro_batch_size
         )
@@ -275,16 +282,18 @@ class ContrastiveModel(keras.Model):
         losses, *hits = batch_loss(
             self.row_losses, weights, images, texts, labels, self.loss_block_size
         )
-        loss = ops.mean(losses)
+        loss = distribution.share_of_loss(ops.mean(losses))
         for extra in self.losses:
-            loss = loss + ops.cast(ops.sum(extra), loss.dtype)
+            extra = distribution.share_of_loss(ops.cast(ops.sum(extra), loss.dtype))
+            loss = loss + extra
 
         for metric, values in zip(self.accuracy_metrics, hits):
-            metric.update_state(values)
+            metric.update_state(distribution.of_all_replicas(values))
         self.temperature_metric.update_state(1.0 / scale)
         if training:
             for masking in self.maskings:
-                self.mask_ratio_metric.update_state(masking.last_mask_ratio)
+                ratio = distribution.of_all_replicas(masking.last_mask_ratio)
+                self.mask_ratio_metric.update_state(ratio)
         return loss
 
     def row_losses(self, similarities, positives, weights):
@@ -300,10 +309,19 @@ class ContrastiveModel(keras.Model):
         JAX; gradients and updates are Keras's own. Override `compute_loss` to
         train something else.
         """
-        return super().train_step(*args)
+        results = super().train_step(*args)
+        distribution.average(self.averages)
+        return results
+
+    @property
+    def averages(self):
+        """What layers average over batches, as a list of float variables."""
+        own = [v for x in self._flatten_layers() for v in x._non_trainable_variables]
+        return [v for v in own if keras.backend.is_float_dtype(v.dtype)]
 
     def make_train_function(self, force=False):
         # The last moment before a step is compiled, where values can be read.
+        distribution.prepare(self)
         for masking in self.maskings:
             masking.check_ready()
         return super().make_train_function(force)
@@ -324,6 +342,12 @@ class ContrastiveModel(keras.Model):
     ):
         if validation_data is not None:
             validation_data = check_batches(validation_data, self.vocabulary_size)
+
+        if not distribution.is_main_process():
+            verbose = 0
+        spec = getattr(x, "element_spec", None)
+        rows = spec["token_ids"].shape[0] if isinstance(spec, dict) else None
+        distribution.check_batch_size(self, rows)
 
         def run(x, initial_epoch, epochs):
             return keras.Model.fit(

@@ -1,5 +1,7 @@
 """Embeds a batch some rows at a time, as if it had been embedded at once."""
 
+import contextlib
+
 import keras
 from keras import ops
 
@@ -28,8 +30,9 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
         A tuple: a dictionary of embeddings `(batch, d)`, and a list with the loss that
         layers added, if any did.
     """
-    batch_size = inputs["token_ids"].shape[0]
-    num_chunks = _count_chunks(batch_size, micro_batch_size)
+    rows = inputs["token_ids"].shape[0]
+    num_chunks = _count_chunks(rows, distribution.num_replicas(), micro_batch_size)
+    batch_size = rows * distribution.num_replicas()
     seeds = _seeds(model)
     in_seeds = {id(seed) for seed in seeds}
     weights = model.trainable_variables
@@ -41,7 +44,8 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
         given = list(zip([*weights, *others, *seeds], [*values, *seed_values]))
 
         def take_chunk(noise):
-            return distribution.take_chunk(noise, index, num_chunks)
+            own = distribution.own_rows(noise)
+            return distribution.take_chunk(own, index, num_chunks)
 
         with (
             keras.StatelessScope(given, collect_losses=True) as scope,
@@ -79,6 +83,18 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
     }, [ops.mean(values) for values in extra_losses]
 
 
+@contextlib.contextmanager
+def rows_of_replica(inputs):
+    """Within, maskings mask the rows of this replica as one large batch would be."""
+    replicas = distribution.num_replicas()
+    if replicas == 1:
+        yield
+        return
+    rows = inputs["token_ids"].shape[0]
+    with part_of_batch(rows * replicas, distribution.own_rows):
+        yield
+
+
 def _seeds(model):
     """The states of all seed generators but the maskings'."""
     kept = {id(v) for v in model.weights}
@@ -86,17 +102,24 @@ def _seeds(model):
     return [v for v in model.non_trainable_variables if id(v) not in kept]
 
 
-def _count_chunks(batch_size, micro_batch_size):
-    if batch_size is None:
+def _count_chunks(rows, replicas, micro_batch_size):
+    if rows is None:
         raise ValueError(
             "Micro-batches need a batch size that is known: use a dataset whose last "
             "batch is full, for example `dataset.batch(batch_size, "
             "drop_remainder=True)`. Received: a batch of unknown size, "
             f"micro_batch_size={micro_batch_size}"
         )
+    batch_size = rows * replicas
     if batch_size % micro_batch_size:
         raise ValueError(
             "`micro_batch_size` must divide the batch size. Received: "
             f"micro_batch_size={micro_batch_size}, a batch of {batch_size}"
+        )
+    if micro_batch_size % replicas:
+        raise ValueError(
+            "`micro_batch_size` counts pairs on all replicas together, whose number "
+            f"must divide it. Received: micro_batch_size={micro_batch_size}, "
+            f"{replicas} replicas"
         )
     return batch_size // micro_batch_size

@@ -1,0 +1,177 @@
+"""Two devices train as one does: the same loss, the same masks, the same weights."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask import distribution
+
+BACKEND = keras.backend.backend()
+PROGRAM = pathlib.Path(__file__).with_name("program.py")
+KINDS = {
+    "jax": ["devices", "process"],
+    "tensorflow": ["devices"],
+    "torch": ["process"],
+}[BACKEND]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(out, how, *arguments, rank=0, port=None, **environment):
+    if how == "process":
+        environment |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
+            "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+            "KERAS_DISTRIBUTION_PROCESS_ID": str(rank),
+        }
+    return subprocess.Popen(
+        [sys.executable, PROGRAM, out, how, *arguments],
+        env={**os.environ, "KERAS_BACKEND": BACKEND, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(out, how, *arguments):
+    """Trains to the end, in as many processes as it takes; returns what it wrote."""
+    ranks = (0, 1) if how == "process" else (0,)
+    port = free_port()
+    processes = [start(out, how, *arguments, rank=r, port=port) for r in ranks]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    with np.load(out) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("single") / "out.npz", "single")
+
+
+@pytest.mark.parametrize("micro_batches", [[], ["4"]], ids=["whole", "micro"])
+@pytest.mark.parametrize("how", KINDS)
+def test_two_train_as_one(single, how, micro_batches, tmp_path):
+    # With a threshold that moves, gradients that are clipped, equal captions on both.
+    found = train(tmp_path / "out.npz", how, *micro_batches)
+    assert found.keys() == single.keys()
+    assert np.isfinite(single["history/loss"]).all()
+    for name, expected in single.items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="One process has all the devices.")
+def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path):
+    port = free_port()
+    out = tmp_path / "out.npz"
+    survivor = start(out, "process", rank=0, port=port)
+    dying = start(out, "process", rank=1, port=port, DIE_AT="2")
+    try:
+        dying.communicate(timeout=300)
+        assert dying.returncode == 7
+        begin = time.monotonic()
+        _, errors = survivor.communicate(timeout=120)
+        assert time.monotonic() - begin < 60
+    finally:
+        survivor.kill()
+    assert survivor.returncode != 0
+    assert not out.exists()
+    assert any(word in errors.lower() for word in ("peer", "connection", "gloo"))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
+def test_several_machines_of_tensorflow_are_refused_with_another_way():
+    code = """
+import tensorflow as tf
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+import keras_cluster_mask as kcm
+from tests.models.helpers import image_mlp, random_pairs, text_bag
+with strategy.scope():
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile("sgd")
+    model.fit(random_pairs(4), verbose=0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROGRAM.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    message = done.stderr.strip().splitlines()[-1]
+    assert "keras.distribution.initialize()" in message
+    assert "Received: strategy=" in message
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
+def test_batches_that_replicas_cannot_share_are_refused():
+    code = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+virtual = tf.config.LogicalDeviceConfiguration()
+tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+import keras_cluster_mask as kcm
+from tests.models.helpers import image_mlp, random_pairs, text_bag
+with strategy.scope():
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile("sgd")
+data = tf.data.Dataset.from_tensor_slices(random_pairs(6)).batch(3, drop_remainder=True)
+model.fit(data, verbose=0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROGRAM.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    message = done.stderr.strip().splitlines()[-1]
+    assert "must divide the batch size" in message
+    assert "Received: batch_size=3, 2 replicas" in message
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras reads JAX's variables.")
+def test_joining_processes_says_what_it_needs(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    wanted = "torchrun" if BACKEND == "torch" else "MirroredStrategy"
+    with pytest.raises(RuntimeError, match=rf"{wanted}.*Received: "):
+        kcm.distribution.initialize()
+
+
+def test_alone_there_is_one_replica_that_has_everything():
+    assert distribution.num_replicas() == 1
+    assert distribution.replica_index() == 0
+    assert distribution.is_main_process()
+    rows = np.ones((3, 2), "float32")
+    for function in (
+        distribution.gather,
+        distribution.own_rows,
+        distribution.share_of_loss,
+        distribution.of_all_replicas,
+    ):
+        assert function(rows) is rows
