@@ -180,6 +180,17 @@ def is_main_process():
     return keras.backend.backend() != "torch" or replica_index() == 0
 
 
+def process():
+    """The number of this process and how many read data, as a tuple of ints."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_index(), jax.process_count()
+    if keras.backend.backend() == "torch":
+        return replica_index(), num_replicas()
+    return 0, 1
+
+
 def gather(x):
     """The rows of all replicas, in their order, from those of this one.
 

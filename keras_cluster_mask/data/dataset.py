@@ -5,6 +5,7 @@ import random
 import keras
 import numpy as np
 
+from keras_cluster_mask import distribution
 from keras_cluster_mask.data import images
 from keras_cluster_mask.data.backgrounds import check_background, composite
 from keras_cluster_mask.data.encoded import check_for_pairs, encoded_samples
@@ -43,6 +44,7 @@ def image_text_dataset(
     data_format=None,
     include_captions=False,
     include_keys=False,
+    process=None,
 ):
     """Batches of images and token ids from WebDataset shards, for `fit` and evaluation.
 
@@ -122,6 +124,12 @@ def image_text_dataset(
             `keras.config.image_data_format()`.
         include_captions: bool. Whether batches hold the `"captions"`, strings.
         include_keys: bool. Whether batches hold the samples' `"keys"`, strings.
+        process: pair of ints. The number of this process, from 0, and how many there
+            are; each gets its own samples of every batch, `batch_size` over the number
+            of processes. Defaults to what JAX or `torch.distributed` say. Every process
+            reads all shards and decodes its own samples. In training all take equally
+            many; pictures that do not decode are missing in one process alone, so
+            clean the shards first.
 
     Returns:
         A `tf.data.Dataset` of dicts: `"images"`, uint8 `(batch, height, width, 3)` or
@@ -147,6 +155,7 @@ def image_text_dataset(
             '`data_format` must be "channels_last" or "channels_first". Received: '
             f"{data_format!r}"
         )
+    process_index, process_count = check_process(process, batch_size, seed, training)
     image_keys = [image_keys] if isinstance(image_keys, str) else list(image_keys)
     if on_error not in ("skip", "raise"):
         raise ValueError(
@@ -200,7 +209,9 @@ def image_text_dataset(
         return pictures, *(tf.gather(column, decoded) for column in kept)
 
     def remember(number, batch, last, keys):
-        position.report(int(number), int(batch), int(last) + 1, keys.tolist())
+        # All processes have read as far as the one whose sample comes last.
+        read = (int(last) // process_count + 1) * process_count
+        position.report(int(number), int(batch), read, keys.tolist())
         return np.int32(0)
 
     def to_batch(index, columns):
@@ -239,7 +250,13 @@ def image_text_dataset(
                 shuffle_buffer, own_seed + 1, reshuffle_each_iteration=False
             )
         seeds = tf.data.Dataset.random(own_seed + 2)
-        return tf.data.Dataset.zip(tf.data.Dataset.counter(), samples, seeds).skip(done)
+        samples = tf.data.Dataset.zip(tf.data.Dataset.counter(), samples, seeds)
+        samples = samples.skip(done)
+        if training and process_count > 1:
+            # What is left over, fewer than there are processes, would give some a
+            # sample more and maybe a step.
+            samples = samples.batch(process_count, drop_remainder=True).unbatch()
+        return samples.shard(process_count, process_index)
 
     skipped = SkippedSamples(raise_errors=on_error == "raise")
     position = Position(seed)
@@ -251,7 +268,7 @@ def image_text_dataset(
         .batch(GROUP)
         .map(to_group, num_parallel_calls=tf.data.AUTOTUNE)
         .unbatch()
-        .batch(batch_size, drop_remainder=drop_remainder)
+        .batch(batch_size // process_count, drop_remainder=drop_remainder)
         .enumerate()
         .map(to_batch, num_parallel_calls=tf.data.AUTOTUNE)
         .prefetch(tf.data.AUTOTUNE)
@@ -266,6 +283,27 @@ def image_text_dataset(
     dataset.skipped = skipped
     dataset.position = position
     return dataset
+
+
+def check_process(process, batch_size, seed, training):
+    """Checks which process reads a dataset; returns its number and the count."""
+    index, count = distribution.process() if process is None else process
+    if not 0 <= index < count:
+        raise ValueError(
+            "`process` must be a pair (number, count) with 0 <= number < count. "
+            f"Received: process={process}"
+        )
+    if batch_size % count:
+        raise ValueError(
+            "`batch_size` counts the samples of all processes together, whose number "
+            f"must divide it. Received: batch_size={batch_size}, {count} processes"
+        )
+    if count > 1 and training and seed is None:
+        raise ValueError(
+            "`seed` must be given if several processes share the samples, so that all "
+            f"shuffle them alike. Received: seed=None, {count} processes"
+        )
+    return index, count
 
 
 def _map_what_works(function, columns, output):

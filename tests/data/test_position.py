@@ -62,3 +62,73 @@ def test_evaluation_has_epochs_too_which_are_all_the_same(write_pairs):
     assert_same(batches(data), first)
     data.position.seek(5, data.position.reached(0))
     np.testing.assert_array_equal(batches(data)[0]["keys"], first[1]["keys"])
+
+
+# === Several processes ===
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_shards", [1, 5])
+def test_processes_share_an_epoch_out_and_take_equal_steps(
+    write_pairs, count, num_shards
+):
+    size = 85 // num_shards
+    shards = [write_pairs(f"{i}.tar", i * size, size) for i in range(num_shards)]
+    for done in (0, 3 * 2 * count):
+        taken = []
+        for index in range(count):
+            data = dataset(shards, batch_size=2 * count, process=(index, count))
+            data.position.seek(1, done)
+            taken.append(batches(data))
+        steps = {len(x) for x in taken}
+        assert steps == {(85 - done) // (2 * count)}
+        keys = [k for x in taken for batch in x for k in batch["keys"].tolist()]
+        assert len(keys) == len(set(keys)) == steps.pop() * 2 * count
+        assert all(len(b["keys"]) == 2 for x in taken for b in x)
+
+
+def test_a_batch_is_the_same_however_many_processes_share_it(write_pairs):
+    shard = write_pairs("a.tar", 0, 40)
+    whole = batches(dataset(shard, batch_size=6))
+    parts = [
+        batches(dataset(shard, batch_size=6, process=(index, 3))) for index in range(3)
+    ]
+    for step, batch in enumerate(whole):
+        for index in range(3):
+            part = parts[index][step]
+            for name, value in part.items():
+                np.testing.assert_array_equal(value, batch[name][index::3])
+
+
+def test_all_processes_say_the_same_place(write_pairs):
+    shard = write_pairs("a.tar", 0, 40)
+    places = set()
+    for index in range(3):
+        data = dataset(shard, batch_size=6, process=(index, 3))
+        batches(data)
+        places.add(data.position.reached(2))
+    assert places == {18}
+
+
+def test_evaluation_shares_every_sample_out(write_pairs):
+    shard = write_pairs("a.tar", 0, 40)
+    keys = [
+        key
+        for index in range(3)
+        for batch in make(shard, batch_size=6, process=(index, 3))
+        for key in batch["keys"].numpy().tolist()
+    ]
+    assert sorted(keys) == [b"%04d" % index for index in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(process=(2, 2)), r"`process`.*Received: process=\(2, 2\)"),
+        (dict(process=(0, 3)), "`batch_size`.*Received: batch_size=8, 3 processes"),
+        (dict(process=(0, 2), seed=None), "`seed`.*Received: seed=None"),
+    ],
+)
+def test_processes_that_cannot_share_are_refused(write_pairs, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(write_pairs("a.tar", 0, 20), True, **{"seed": 1, **options})
