@@ -180,15 +180,25 @@ def is_main_process():
     return keras.backend.backend() != "torch" or replica_index() == 0
 
 
-def process():
-    """The number of this process and how many read data, as a tuple of ints."""
+def process(training):
+    """The number of this process and how many share the data, as a tuple of ints.
+
+    In evaluation each process of torch reads everything: shares of different sizes
+    would leave some waiting for the others.
+    """
     if keras.backend.backend() == "jax":
         import jax
 
         return jax.process_index(), jax.process_count()
-    if keras.backend.backend() == "torch":
+    if keras.backend.backend() == "torch" and training:
         return replica_index(), num_replicas()
     return 0, 1
+
+
+def replicas_share(training):
+    """Whether replicas have different rows of one batch, and more than one has any."""
+    alone = keras.backend.backend() == "torch" and not training
+    return num_replicas() > 1 and not alone
 
 
 def gather(x):

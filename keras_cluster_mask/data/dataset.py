@@ -126,7 +126,8 @@ def image_text_dataset(
         include_keys: bool. Whether batches hold the samples' `"keys"`, strings.
         process: pair of ints. The number of this process, from 0, and how many there
             are; each gets its own samples of every batch, `batch_size` over the number
-            of processes. Defaults to what JAX or `torch.distributed` say. Every process
+            of processes. Defaults to what JAX or `torch.distributed` say; for
+            evaluation on torch to `(0, 1)`, all samples in every process. Every process
             reads all shards and decodes its own samples. In training all take equally
             many; pictures that do not decode are missing in one process alone, so
             clean the shards first.
@@ -287,7 +288,7 @@ def image_text_dataset(
 
 def check_process(process, batch_size, seed, training):
     """Checks which process reads a dataset; returns its number and the count."""
-    index, count = distribution.process() if process is None else process
+    index, count = distribution.process(training) if process is None else process
     if not 0 <= index < count:
         raise ValueError(
             "`process` must be a pair (number, count) with 0 <= number < count. "

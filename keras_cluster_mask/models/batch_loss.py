@@ -10,7 +10,9 @@ from keras_cluster_mask.losses import compare, row_hits
 MAX_PAIRS = 2**24
 
 
-def batch_loss(row_losses, weights, images, texts, labels, block_size=None):
+def batch_loss(
+    row_losses, weights, images, texts, labels, block_size=None, shared=True
+):
     """Compares each pair of a batch with all, block by block of rows.
 
     Only `block_size` rows of the similarities exist at a time; those of other blocks
@@ -24,6 +26,7 @@ def batch_loss(row_losses, weights, images, texts, labels, block_size=None):
         images: `(batch, d)` embeddings of this replica.
         texts: `(batch, d)` embeddings of this replica.
         labels: `(batch,)` or `(batch, k)` int tensor; equal ones are positives.
+        shared: Boolean. Whether replicas have different rows of one batch.
         block_size: Integer, the most rows at a time. By default as many as make
             `MAX_PAIRS` pairs.
 
@@ -32,7 +35,7 @@ def batch_loss(row_losses, weights, images, texts, labels, block_size=None):
         similar text and the most similar image were right.
     """
     rows = images, texts, labels
-    everything = tuple(map(distribution.gather, rows))
+    everything = tuple(map(distribution.gather, rows)) if shared else rows
 
     def compare_block(weights, state, index, rows):
         weights, everything = weights

@@ -279,16 +279,24 @@ class ContrastiveModel(keras.Model):
             labels = ops.arange(ops.shape(images)[0])
         scale = self.scale
         weights = [scale] if self.logit_bias is None else [scale, self.logit_bias]
+        shared = distribution.replicas_share(training)
         losses, *hits = batch_loss(
-            self.row_losses, weights, images, texts, labels, self.loss_block_size
+            self.row_losses,
+            weights,
+            images,
+            texts,
+            labels,
+            self.loss_block_size,
+            shared,
         )
-        loss = distribution.share_of_loss(ops.mean(losses))
+        loss = ops.mean(losses)
         for extra in self.losses:
-            extra = distribution.share_of_loss(ops.cast(ops.sum(extra), loss.dtype))
-            loss = loss + extra
-
+            loss = loss + ops.cast(ops.sum(extra), loss.dtype)
+        if shared:
+            loss = distribution.share_of_loss(loss)
+            hits = map(distribution.of_all_replicas, hits)
         for metric, values in zip(self.accuracy_metrics, hits):
-            metric.update_state(distribution.of_all_replicas(values))
+            metric.update_state(values)
         self.temperature_metric.update_state(1.0 / scale)
         if training:
             for masking in self.maskings:

@@ -96,6 +96,9 @@ if __name__ == "__main__":
         # hands out arrays on JAX as if every process had all of them.
         data = tf.data.Dataset.from_tensor_slices(data)
         data, fit = data.batch(fit["batch_size"], drop_remainder=True), {}
+    # In evaluation every process of torch has all pairs.
+    fit["validation_data"] = pairs() if backend == "torch" else data
+    fit["validation_batch_size"] = BATCH if isinstance(data, dict) else None
     with scope:
         model = make_model()
         callbacks = [Die()] if "DIE_AT" in os.environ else []
