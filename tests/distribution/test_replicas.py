@@ -66,6 +66,19 @@ def train(out, how, *arguments):
         return dict(arrays)
 
 
+def error_of(code):
+    """The last line that a program which must fail prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROGRAM.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    return done.stderr.strip().splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     return train(tmp_path_factory.mktemp("single") / "out.npz", "single")
@@ -113,15 +126,7 @@ with strategy.scope():
     model.compile("sgd")
     model.fit(random_pairs(4), verbose=0)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PROGRAM.parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode != 0
-    message = done.stderr.strip().splitlines()[-1]
+    message = error_of(code)
     assert "keras.distribution.initialize()" in message
     assert "Received: strategy=" in message
 
@@ -142,15 +147,7 @@ with strategy.scope():
 data = tf.data.Dataset.from_tensor_slices(random_pairs(6)).batch(3, drop_remainder=True)
 model.fit(data, verbose=0)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PROGRAM.parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode != 0
-    message = done.stderr.strip().splitlines()[-1]
+    message = error_of(code)
     assert "must divide the batch size" in message
     assert "Received: batch_size=3, 2 replicas" in message
 
