@@ -62,8 +62,7 @@ def image_text_dataset(
 
     Two datasets of one seed give the same batches, epoch for epoch, and each epoch is
     another one. The attribute `dataset.position`, a `Position`, says which epoch is
-    read next; `kcm.callbacks.Checkpoint` saves it and sets it. As for all of `tf.data`,
-    TensorFlow's global seed counts too.
+    read next; `kcm.callbacks.Checkpoint` saves it and sets it.
 
     Example:
 
@@ -236,7 +235,9 @@ def image_text_dataset(
 
     @tf.autograph.experimental.do_not_convert
     def epoch(number, epoch, done):
-        # A seed of its own: what comes in an epoch depends on nothing before it.
+        # What comes in an epoch depends on its number and the dataset's seed alone: not
+        # on what was read before, nor on TensorFlow's global seed.
+        tf.random.set_seed(1)  # Of the graph of this function alone.
         own_seed = seed + epoch * (EPOCH_STRIDE if training else 0)
         samples = encoded_samples(
             shards,

@@ -25,6 +25,7 @@ VOCABULARY, CONTEXT = 300, 9
 def make_model(masking=None, dropout_seed=5, optimizer=None):
     """With all that has a state: dropout, a threshold that moves, EMA, a schedule."""
     keras.utils.set_random_seed(1)
+    keras.utils.set_random_seed(1)
     images = keras.Input((16, 16, 3))
     x = keras.layers.Conv2D(8, 4, strides=4)(images)
     x = keras.layers.Reshape((16, 8), name="tokens")(x)
@@ -56,9 +57,6 @@ def make_model(masking=None, dropout_seed=5, optimizer=None):
 
 
 def make_dataset(shards, seed=7):
-    # TensorFlow's global seed counts for datasets, with a seed of their own too.
-    keras.utils.set_random_seed(1)
-
     def tokenizer(captions):
         ids = np.zeros((len(captions), CONTEXT), "int32")
         for row, caption in enumerate(captions):

@@ -30,6 +30,16 @@ def test_any_epoch_is_read_without_those_before(source):
     assert_same(batches(other), epochs[2])
 
 
+@pytest.mark.parametrize("global_seed", [0, 1])
+def test_the_order_does_not_depend_on_the_global_seed(write_pairs, global_seed):
+    import keras
+
+    shard = write_pairs("a.tar", 0, 40)
+    expected = batches(dataset(shard))
+    keras.utils.set_random_seed(global_seed)
+    assert_same(batches(dataset(shard)), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.*does not decode")
 @pytest.mark.parametrize("done", [1, 5, 11])
 def test_the_rest_of_an_epoch_is_what_was_not_read_of_it(source, done):
