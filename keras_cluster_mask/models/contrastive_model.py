@@ -353,14 +353,15 @@ class ContrastiveModel(keras.Model):
 
         if not distribution.is_main_process():
             verbose = 0
-        spec = getattr(x, "element_spec", None)
-        rows = spec["token_ids"].shape[0] if isinstance(spec, dict) else None
-        distribution.check_batch_size(self, rows)
 
         def run(x, initial_epoch, epochs):
+            x = check_batches(x, self.vocabulary_size, batch_size or 32)
+            spec = getattr(x, "element_spec", None)
+            rows = spec["token_ids"].shape[0] if isinstance(spec, dict) else None
+            distribution.check_batch_size(self, rows)
             return keras.Model.fit(
                 self,
-                check_batches(x, self.vocabulary_size, batch_size or 32),
+                x,
                 y,
                 batch_size,
                 epochs,

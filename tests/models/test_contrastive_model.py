@@ -576,6 +576,17 @@ def test_foreign_tokens_are_an_error_in_a_dataset():
         model.fit(dataset, verbose=0)
 
 
+@pytest.mark.parametrize("key", ["images", "token_ids"])
+def test_a_dataset_without_one_of_its_keys_is_an_error(key):
+    tf = pytest.importorskip("tensorflow")
+    model = small_model()
+    model.compile(optimizer="sgd", **FAST)
+    part = {key: random_pairs(4)[key]}
+    dataset = tf.data.Dataset.from_tensor_slices(part).batch(4)
+    with pytest.raises(ValueError, match=r"missing.*Received:"):
+        model.fit(dataset, verbose=0)
+
+
 def test_a_batch_without_one_of_its_keys_is_an_error():
     model = small_model()
     model.compile(optimizer="sgd", **FAST)
