@@ -203,12 +203,15 @@ class Checkpoint(keras.callbacks.Callback):
         self._is_first_step = False
 
     def on_train_batch_end(self, batch, logs=None):
-        self._total += batch + 1 - self._seen
+        before, self._total = self._total, self._total + batch + 1 - self._seen
         self._seen = batch + 1
         self._step = self._before + self._seen
         self._generators = read_generators()
         self._check_loss(batch, logs)
-        if self.save_every != "epoch" and self._total % self.save_every == 0:
+        if self.save_every == "epoch":
+            return
+        # With `steps_per_execution` several steps end at once.
+        if self._total // self.save_every > before // self.save_every:
             samples = self._remaining.samples_after(batch)
             self._save(self._epoch, self._step, samples)
 
