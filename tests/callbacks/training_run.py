@@ -104,7 +104,7 @@ if __name__ == "__main__":
     model = make_model()
     model.fit(
         make_dataset(shards),
-        epochs=int(*epochs or [3]),
+        epochs=int(*epochs or [6]),
         verbose=0,
         callbacks=[
             PrintSteps(),
