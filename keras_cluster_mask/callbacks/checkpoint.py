@@ -110,8 +110,9 @@ class Checkpoint(keras.callbacks.Callback):
         Args:
             model: The model, compiled.
             data: What was passed to `fit` as `x`.
-            options: Dictionary with `batch_size`, `shuffle`, `initial_epoch`, `epochs`.
-            run: `run(data, initial_epoch, epochs)`, Keras's own `fit`.
+            options: Dictionary with `batch_size`, `shuffle`, `steps_per_epoch`,
+                `initial_epoch`, `epochs`.
+            run: `run(data, initial_epoch, epochs, steps_done)`, Keras's own `fit`.
 
         Returns:
             A `keras.callbacks.History` of all epochs, those before the cut as well.
@@ -122,7 +123,7 @@ class Checkpoint(keras.callbacks.Callback):
                 "optimizer, and call it on a batch. "
                 f"Received: built={model.built}, optimizer={model.optimizer}"
             )
-        self._remaining = Remaining(data, options["batch_size"], options["shuffle"])
+        self._remaining = Remaining(data, options)
         if self.save_every != "epoch":
             self._remaining.check()
         history, epochs = None, options["epochs"]
@@ -133,7 +134,8 @@ class Checkpoint(keras.callbacks.Callback):
             if self._epoch >= epochs:
                 break
             last = self._epoch + 1 if self._step else epochs
-            history = run(self._remaining.after(self._step), self._epoch, last)
+            rest = self._remaining.after(self._epoch, self._step)
+            history = run(rest, self._epoch, last, self._step)
             if last == epochs or model.stop_training:
                 break
         if history is None:
@@ -154,7 +156,7 @@ class Checkpoint(keras.callbacks.Callback):
         if found is None:
             return
         path, arrays, facts = found
-        wanted = {**describe(model), "data.seed": self._remaining.seed}
+        wanted = {**describe(model), **self._remaining.describe()}
         differing = differences(facts["description"], _as_read(wanted))
         if differing:
             raise ValueError(
@@ -168,8 +170,9 @@ class Checkpoint(keras.callbacks.Callback):
         self._epoch, self._step = facts["epoch"], facts["epoch_step"]
         self._total, self._history = facts["step"], facts["history"]
         self._best = math.inf if facts["best"] is None else facts["best"]
+        self._remaining.pairs = facts["pairs"]
         if self._step:
-            if self._remaining.seek(self._epoch, self._step, facts["samples"]):
+            if not self._remaining.is_over(self._epoch, self._step):
                 self._metrics = arrays
             else:
                 # The epoch had come to its end, but for the report of it.
@@ -207,13 +210,12 @@ class Checkpoint(keras.callbacks.Callback):
         self._seen = batch + 1
         self._step = self._before + self._seen
         self._generators = read_generators()
-        self._check_loss(batch, logs)
+        self._check_loss(logs)
         if self.save_every == "epoch":
             return
         # With `steps_per_execution` several steps end at once.
         if self._total // self.save_every > before // self.save_every:
-            samples = self._remaining.samples_after(batch)
-            self._save(self._epoch, self._step, samples)
+            self._save(self._epoch, self._step)
 
     def on_epoch_end(self, epoch, logs=None):
         logs = self._add_row(epoch, logs or {})
@@ -222,7 +224,7 @@ class Checkpoint(keras.callbacks.Callback):
         is_best = value < self._best
         if is_best:
             self._best = value
-        path = self._save(self._epoch, 0, 0)
+        path = self._save(self._epoch, 0)
         if is_best and path is not None:
             self.files.mark_best(path)
 
@@ -231,28 +233,28 @@ class Checkpoint(keras.callbacks.Callback):
         self._history.append({"epoch": epoch, "logs": logs})
         return logs
 
-    def _save(self, epoch, step, samples):
+    def _save(self, epoch, step):
         model = self.model
         facts = {
             "step": self._total,
             "epoch": epoch,
             "epoch_step": step,
-            "samples": samples,
+            "pairs": self._remaining.pairs,
             "history": self._history,
             "best": None if math.isinf(self._best) else self._best,
-            "description": {**describe(model), "data.seed": self._remaining.seed},
+            "description": {**describe(model), **self._remaining.describe()},
         }
         arrays = {**read_state(model), **(self._generators or {})}
         if not is_main_process():
             return None
         return self.files.write(self._total, arrays, facts)
 
-    def _check_loss(self, batch, logs):
+    def _check_loss(self, logs):
         loss = float((logs or {}).get("loss", 0.0))
         if math.isfinite(loss):
             return
         last = self.files.paths()
-        keys = self._remaining.keys_of(batch)
+        keys = self._remaining.keys_of(self._epoch, self._step - 1)
         samples = ""
         if keys:
             more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""

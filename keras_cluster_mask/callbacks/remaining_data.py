@@ -4,22 +4,43 @@ from keras import tree
 
 
 class Remaining:
-    """Training data, and what is left of it in the middle of an epoch.
+    """Training data, and what is left of it at some place.
 
     Args:
         data: What is passed to `fit`. If it has an attribute `position` (a
             `data.position.Position`), that finds the place; else steps are skipped.
-        batch_size: Integer, of arrays.
-        shuffle: Boolean, whether Keras shuffles arrays.
+        options: Dictionary of arguments of `fit`: `batch_size`, of arrays; `shuffle`,
+            whether Keras shuffles arrays; `steps_per_epoch`, of data that goes on when
+            an epoch ends, or `None`.
     """
 
-    def __init__(self, data, batch_size, shuffle):
+    def __init__(self, data, options):
         self.data = data
-        self.batch_size = batch_size
-        self.shuffle = shuffle
+        self.batch_size = options["batch_size"]
+        self.shuffle = options["shuffle"]
+        self.steps_per_epoch = options["steps_per_epoch"]
         self.position = getattr(data, "position", None)
-        self.seed = getattr(self.position, "seed", None)
-        self._samples = 0
+        self._goes_on = False
+
+    def describe(self):
+        """What must be the same for a place to be found again, as a dictionary."""
+        seed = getattr(self.position, "seed", None)
+        batch_size = getattr(self.position, "batch_size", None)
+        return {
+            "data.seed": seed,
+            "data.batch_size": batch_size,
+            "data.steps_per_epoch": self.steps_per_epoch,
+        }
+
+    @property
+    def pairs(self):
+        """The number of pairs in an epoch, if it is known."""
+        return getattr(self.position, "pairs", None)
+
+    @pairs.setter
+    def pairs(self, value):
+        if self.position is not None and value is not None:
+            self.position.pairs = value
 
     def check(self):
         """Raises if the place within an epoch would not be found again."""
@@ -38,25 +59,25 @@ class Remaining:
                 "Received: arrays, shuffle=True"
             )
 
-    def seek(self, epoch, step, samples):
-        """Goes to a place; returns whether there is anything left of the epoch."""
-        self._samples = samples
+    def is_over(self, epoch, step):
+        """Whether nothing is left of an epoch after some steps of it."""
+        if self.steps_per_epoch is not None:
+            return step >= self.steps_per_epoch
         self.start(epoch, step)
-        rest = self.after(step)
+        rest = self.after(epoch, step)
         if isinstance(rest, (dict, tuple, list)):
-            return len(tree.flatten(rest)[0]) > 0
-        more = any(True for _ in itertools.islice(iter(rest), 1))
-        self._samples = samples
-        return more
+            return not len(tree.flatten(rest)[0])
+        return not any(True for _ in itertools.islice(iter(rest), 1))
 
-    def start(self, epoch, step):
-        """Called when an epoch starts, after `step` steps of it."""
-        if self.position is not None:
-            self.position.seek(epoch, self._samples if step else 0)
-
-    def after(self, step):
+    def after(self, epoch, step):
         """The data of an epoch after `step` steps."""
-        if not step or self.position is not None:
+        self._goes_on = False
+        if self.position is not None:
+            return self.data
+        if self.steps_per_epoch is not None:
+            step += epoch * self.steps_per_epoch
+            return self.data.repeat().skip(step) if step else self.data
+        if not step:
             return self.data
         if hasattr(self.data, "skip"):
             return self.data.skip(step)
@@ -64,10 +85,20 @@ class Remaining:
         first = step * self.batch_size
         return tree.map_structure(lambda array: array[first:], self.data)
 
-    def samples_after(self, batch):
-        """How many samples of the epoch were read when a batch was full."""
-        return 0 if self.position is None else self.position.reached(batch)
+    def start(self, epoch, step):
+        """Called when an epoch starts, after `step` steps of it."""
+        if self.position is None or self._goes_on:
+            return
+        if self.steps_per_epoch is not None:
+            # Keras reads on where the last epoch ended.
+            self._goes_on = True
+            epoch, step = self.position.after(epoch * self.steps_per_epoch + step)
+        self.position.seek(epoch, step)
 
-    def keys_of(self, batch):
+    def keys_of(self, epoch, step):
         """The keys of the samples of a batch, if they are known."""
-        return [] if self.position is None else self.position.keys(batch)
+        if self.position is None:
+            return []
+        if self.steps_per_epoch is not None:
+            epoch, step = self.position.after(epoch * self.steps_per_epoch + step)
+        return self.position.keys(epoch, step)

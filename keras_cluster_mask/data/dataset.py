@@ -8,8 +8,14 @@ import numpy as np
 from keras_cluster_mask import distribution
 from keras_cluster_mask.data import images
 from keras_cluster_mask.data.backgrounds import check_background, composite
-from keras_cluster_mask.data.encoded import check_for_pairs, encoded_samples
+from keras_cluster_mask.data.decoding import decoded_samples, fill_gaps
+from keras_cluster_mask.data.encoded import (
+    check_for_pairs,
+    count_pairs,
+    encoded_samples,
+)
 from keras_cluster_mask.data.position import Position
+from keras_cluster_mask.data.sample_order import evaluation_samples, training_samples
 from keras_cluster_mask.data.shards import list_shards
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.tokenizing import tokenize
@@ -18,11 +24,6 @@ try:
     import tensorflow as tf
 except ImportError:
     tf = None
-
-# Errors are caught for so many images at once: for each by itself costs more than
-# decoding a small one.
-GROUP = 16
-EPOCH_STRIDE = 1_000_003
 
 
 def image_text_dataset(
@@ -60,9 +61,12 @@ def image_text_dataset(
     returned dataset, a `SkippedSamples`, counts them for the current or last pass.
     Methods such as `dataset.take` return new datasets without it: keep the first.
 
-    Two datasets of one seed give the same batches, epoch for epoch, and each epoch is
-    another one. The attribute `dataset.position`, a `Position`, says which epoch is
-    read next; `kcm.callbacks.Checkpoint` saves it and sets it.
+    In training each epoch is in another order, and what does not fill a batch at its
+    end opens the next. Two datasets of one seed give the same batches, epoch for epoch.
+    The attribute `dataset.position`, a `Position`, says what is read next;
+    `kcm.callbacks.Checkpoint` saves it and sets it. For that reason a sample keeps its
+    place even if its picture does not decode: its neighbour in the batch is then taken
+    twice.
 
     Example:
 
@@ -117,19 +121,18 @@ def image_text_dataset(
         caption_key: str. The file extension of captions. Defaults to `"txt"`.
         on_error: `"skip"`, or `"raise"` to stop at the first broken sample with an
             error that names its shard and key.
-        drop_remainder: bool. Whether to drop a last batch that is not full. Defaults to
-            `None`: in training only.
+        drop_remainder: bool. Whether batches are full: in training what is left of an
+            epoch opens the next, in evaluation it is dropped. Defaults to `None`: in
+            training only.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to `None`:
             `keras.config.image_data_format()`.
         include_captions: bool. Whether batches hold the `"captions"`, strings.
         include_keys: bool. Whether batches hold the samples' `"keys"`, strings.
         process: pair of ints. The number of this process, from 0, and how many there
-            are; each gets its own samples of every batch, `batch_size` over the number
-            of processes. Defaults to what JAX or `torch.distributed` say; for
-            evaluation on torch to `(0, 1)`, all samples in every process. Every process
-            reads all shards and decodes its own samples. In training all take equally
-            many; pictures that do not decode are missing in one process alone, so
-            clean the shards first.
+            are; each gets its part of every batch, `batch_size` over the number of
+            processes, and in training all take the same steps. Defaults to what JAX or
+            `torch.distributed` say; for evaluation on torch to `(0, 1)`, all samples in
+            every process. Every process reads all shards and decodes its own samples.
 
     Returns:
         A `tf.data.Dataset` of dicts: `"images"`, uint8 `(batch, height, width, 3)` or
@@ -155,7 +158,9 @@ def image_text_dataset(
             '`data_format` must be "channels_last" or "channels_first". Received: '
             f"{data_format!r}"
         )
-    process_index, process_count = check_process(process, batch_size, seed, training)
+    if drop_remainder is None:
+        drop_remainder = training
+    process = check_process(process, batch_size, seed, training, drop_remainder)
     image_keys = [image_keys] if isinstance(image_keys, str) else list(image_keys)
     if on_error not in ("skip", "raise"):
         raise ValueError(
@@ -166,8 +171,6 @@ def image_text_dataset(
             "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. Received: "
             f"{crop_scale}"
         )
-    if drop_remainder is None:
-        drop_remainder = training
     full_batch = batch_size if drop_remainder else 1
     check_for_pairs(shards, image_keys, caption_key, on_error, at_least=full_batch)
     if seed is None:
@@ -184,41 +187,12 @@ def image_text_dataset(
             image = images.center_crop(image, image_size)
         return tf.ensure_shape(image, (*image_size, 3))
 
-    def report(decoded, numbers, shards, keys):
-        for lost in sorted({*range(len(keys))} - {*decoded.tolist()}):
-            skipped.report(
-                numbers[lost], shards[lost], keys[lost], "the image does not decode"
-            )
-        return np.int32(len(keys) - len(decoded))
-
-    def to_group(number_in_epoch, samples, seeds):
-        decoded, pictures = _map_what_works(
-            prepare,
-            (samples["image"], samples["orientation"], seeds),
-            tf.TensorSpec((*image_size, 3), "uint8"),
-        )
-        place = [decoded, samples["pass"], samples["shard"], samples["key"]]
-        lost = tf.cond(
-            tf.size(decoded) < tf.size(seeds),
-            lambda: tf.ensure_shape(tf.numpy_function(report, place, "int32"), ()),
-            lambda: 0,
-        )
-        with tf.control_dependencies([lost]):
-            decoded = tf.identity(decoded)
-        kept = (samples["caption"], samples["key"], samples["pass"], number_in_epoch)
-        return pictures, *(tf.gather(column, decoded) for column in kept)
-
-    def remember(number, batch, last, keys):
-        # All processes have read as far as the one whose sample comes last.
-        read = (int(last) // process_count + 1) * process_count
-        position.report(int(number), int(batch), read, keys.tolist())
-        return np.int32(0)
-
     def to_batch(index, columns):
-        image, caption, key, passes, numbers_in_epoch = columns
-        place = [passes[-1], index, numbers_in_epoch[-1], key]
-        with tf.control_dependencies([tf.numpy_function(remember, place, "int32")]):
-            image = tf.identity(image)
+        image, caption, key = (columns[name] for name in ("image", "caption", "key"))
+        if training:
+            place = [columns["pass"][-1], index, key]
+            with tf.control_dependencies([tf.numpy_function(remember, place, "int32")]):
+                image = tf.identity(image)
         if data_format == "channels_first":
             image = tf.transpose(image, [0, 3, 1, 2])
         batch = {"images": image, "token_ids": tokenize(tokenizer, caption)}
@@ -228,50 +202,42 @@ def image_text_dataset(
             batch["keys"] = key
         return batch
 
-    def start():
-        # Runs, and so counts and moves on, whenever an iterator starts to read.
-        number = skipped.start_pass()
-        yield number, *position.start_pass(number)
+    def remember(number, batch, keys):
+        position.report_batch(int(number), int(batch), keys.tolist())
+        return np.int32(0)
 
-    @tf.autograph.experimental.do_not_convert
-    def epoch(number, epoch, done):
-        # What comes in an epoch depends on its number and the dataset's seed alone: not
-        # on what was read before, nor on TensorFlow's global seed.
-        tf.random.set_seed(1)  # Of the graph of this function alone.
-        own_seed = seed + epoch * (EPOCH_STRIDE if training else 0)
-        samples = encoded_samples(
+    def read(number, seed):
+        return encoded_samples(
             shards,
             image_keys,
             caption_key,
             skipped,
             number,
-            seed=own_seed if training else None,
+            seed,
+            position.report_read if training else None,
         )
-        if training and shuffle_buffer > 1:
-            samples = samples.shuffle(
-                shuffle_buffer, own_seed + 1, reshuffle_each_iteration=False
-            )
-        seeds = tf.data.Dataset.random(own_seed + 2)
-        samples = tf.data.Dataset.zip(tf.data.Dataset.counter(), samples, seeds)
-        samples = samples.skip(done)
-        if training and process_count > 1:
-            # What is left over, fewer than there are processes, would give some a
-            # sample more and maybe a step.
-            samples = samples.batch(process_count, drop_remainder=True).unbatch()
-        return samples.shard(process_count, process_index)
 
     skipped = SkippedSamples(raise_errors=on_error == "raise")
-    position = Position(seed)
-    dataset = (
-        tf.data.Dataset.from_generator(
-            start, output_signature=(tf.TensorSpec((), "int64"),) * 3
+    if training:
+        position = Position(
+            seed,
+            batch_size,
+            lambda: count_pairs(shards, image_keys, caption_key),
+            opens_next=drop_remainder,
         )
-        .flat_map(epoch)
-        .batch(GROUP)
-        .map(to_group, num_parallel_calls=tf.data.AUTOTUNE)
-        .unbatch()
-        .batch(batch_size // process_count, drop_remainder=drop_remainder)
-        .enumerate()
+        samples = training_samples(
+            read, skipped, position, process, shuffle_buffer, drop_remainder
+        )
+    else:
+        samples = evaluation_samples(read, skipped, seed, process)
+    samples = decoded_samples(
+        samples, prepare, (*image_size, 3), skipped, keep_places=training
+    )
+    dataset = samples.batch(batch_size // process[1], drop_remainder=drop_remainder)
+    if training:
+        dataset = dataset.map(fill_gaps)
+    dataset = (
+        dataset.enumerate()
         .map(to_batch, num_parallel_calls=tf.data.AUTOTUNE)
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -283,11 +249,12 @@ def image_text_dataset(
     )
     dataset = dataset.with_options(options)
     dataset.skipped = skipped
-    dataset.position = position
+    if training:
+        dataset.position = position
     return dataset
 
 
-def check_process(process, batch_size, seed, training):
+def check_process(process, batch_size, seed, training, drop_remainder):
     """Checks which process reads a dataset; returns its number and the count."""
     index, count = distribution.process(training) if process is None else process
     if not 0 <= index < count:
@@ -305,17 +272,10 @@ def check_process(process, batch_size, seed, training):
             "`seed` must be given if several processes share the samples, so that all "
             f"shuffle them alike. Received: seed=None, {count} processes"
         )
+    if count > 1 and training and not drop_remainder:
+        raise ValueError(
+            "`drop_remainder` must be true in training if several processes share the "
+            "samples: all take the same steps. Received: drop_remainder="
+            f"{drop_remainder}, {count} processes"
+        )
     return index, count
-
-
-def _map_what_works(function, columns, output):
-    """The places where `function` of a row raises nothing, and its results there.
-
-    A graph has no `try`, but a dataset can drop what raises.
-    """
-    rows = tf.data.Dataset.from_tensor_slices(columns).enumerate()
-    results = rows.map(lambda place, row: (place, function(*row))).ignore_errors()
-    nothing = tf.data.Dataset.from_tensors(
-        (tf.zeros((0,), "int64"), tf.zeros((0, *output.shape), output.dtype))
-    )
-    return results.batch(GROUP).concatenate(nothing).take(1).get_single_element()

@@ -19,7 +19,9 @@ OPEN_SHARDS = 8
 SAMPLES_TO_CHECK = 1000
 
 
-def encoded_samples(shards, image_keys, caption_key, skipped, number, seed=None):
+def encoded_samples(
+    shards, image_keys, caption_key, skipped, number, seed=None, report_read=None
+):
     """A `tf.data.Dataset` of dicts of scalars, one for each pair in the shards.
 
     What it holds: `"image"` and `"caption"` (bytes), `"orientation"` (the EXIF number),
@@ -34,6 +36,8 @@ def encoded_samples(shards, image_keys, caption_key, skipped, number, seed=None)
         number: scalar int64 tensor. The number of the pass over the data.
         seed: scalar int64 tensor. If given, several shards are read at once, in a
             random order.
+        report_read: function of the pass's number and a number of pairs. Called before
+            so many pairs come.
     """
     extensions = {*image_keys, caption_key}
 
@@ -63,16 +67,21 @@ def encoded_samples(shards, image_keys, caption_key, skipped, number, seed=None)
                 "pass": number,
             }
 
+    def columns(chunk, number):
+        if report_read is not None:
+            report_read(int(number), len(chunk))
+        return _columns(chunk)
+
     def chunks(shard, number):
         chunk = []
         for pair in pairs(shard.decode("utf-8", "surrogateescape"), int(number)):
             chunk.append(pair)
             size = sum(len(each["image"]) for each in chunk)
             if len(chunk) == CHUNK_SAMPLES or size >= CHUNK_BYTES:
-                yield _columns(chunk)
+                yield columns(chunk, number)
                 chunk = []
         if chunk:
-            yield _columns(chunk)
+            yield columns(chunk, number)
 
     signature = {
         name: tf.TensorSpec((None,), dtype) for name, dtype in _COLUMN_TYPES.items()
@@ -127,6 +136,20 @@ def _pair(sample, image_keys, caption_key):
     elif not caption.strip():
         fault = "empty caption"
     return image, caption, fault
+
+
+def count_pairs(shards, image_keys, caption_key):
+    """The number of pairs in shards, whether or not their pictures decode."""
+    extensions = {*image_keys, caption_key}
+    count = 0
+    for shard in shards:
+        try:
+            for sample in read_samples(shard, extensions):
+                count += _pair(sample, image_keys, caption_key)[2] is None
+        except ShardError as error:
+            sample = error.sample
+            count += bool(sample) and _pair(sample, image_keys, caption_key)[2] is None
+    return count
 
 
 def check_for_pairs(shards, image_keys, caption_key, on_error, at_least=1):

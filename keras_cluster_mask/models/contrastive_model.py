@@ -9,6 +9,7 @@ from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.batch_loss import batch_loss
 from keras_cluster_mask.models.batches import LONELY, check_batches, check_input
 from keras_cluster_mask.models.caption_labels import caption_labels
+from keras_cluster_mask.models.fitting import fit
 from keras_cluster_mask.models.micro_batches import (
     embed_in_micro_batches,
     rows_of_replica,
@@ -346,44 +347,37 @@ class ContrastiveModel(keras.Model):
         callbacks=None,
         validation_split=0.0,
         validation_data=None,
+        initial_epoch=0,
+        steps_per_epoch=None,
+        samples_per_epoch=None,
         **kwargs,
     ):
-        if validation_data is not None:
-            validation_data = check_batches(validation_data, self.vocabulary_size)
+        """Trains the model: `keras.Model.fit` with one argument more.
 
-        if not distribution.is_main_process():
-            verbose = 0
+        Args:
+            samples_per_epoch: Integer. An epoch is over after so many samples, whatever
+                the size of the data, which is repeated; for logs, validation and
+                checkpoints at even distances. Needs a `tf.data.Dataset` of full
+                batches.
+            others: Those of `keras.Model.fit`. `steps_per_epoch` goes on through an
+                `image_text_dataset` for as long as it takes.
 
-        def run(x, initial_epoch, epochs):
-            x = check_batches(x, self.vocabulary_size, batch_size or 32)
-            spec = getattr(x, "element_spec", None)
-            rows = spec["token_ids"].shape[0] if isinstance(spec, dict) else None
-            distribution.check_batch_size(self, rows)
-            return keras.Model.fit(
-                self,
-                x,
-                y,
-                batch_size,
-                epochs,
-                verbose,
-                callbacks,
-                validation_split,
-                validation_data,
-                initial_epoch=initial_epoch,
-                **kwargs,
-            )
-
-        initial_epoch = kwargs.pop("initial_epoch", 0)
-        for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
-            if hasattr(callback, "fit_from_last"):
-                options = dict(
-                    batch_size=batch_size or 32,
-                    shuffle=kwargs.get("shuffle", True),
-                    initial_epoch=initial_epoch,
-                    epochs=epochs,
-                )
-                return callback.fit_from_last(self, x, options, run)
-        return run(x, initial_epoch, epochs)
+        Returns:
+            A `keras.callbacks.History`.
+        """
+        options = dict(
+            y=y,
+            batch_size=batch_size,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=callbacks,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            **kwargs,
+        )
+        return fit(self, super().fit, x, options, samples_per_epoch)
 
     def evaluate(self, x=None, *args, **kwargs):
         return super().evaluate(check_batches(x, self.vocabulary_size), *args, **kwargs)

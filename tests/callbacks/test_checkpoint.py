@@ -18,7 +18,7 @@ from .training_run import make_dataset, make_model, weights_of
 
 pytest.importorskip("tensorflow")
 
-STEPS = 18  # Three epochs of 51 samples in batches of 8.
+STEPS = 19  # Three epochs of 51 samples in batches of 8: 6, 6 and 7.
 PROGRAM = pathlib.Path(__file__).with_name("training_run.py")
 
 
@@ -74,7 +74,7 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(shards, tmp_pat
     expected, history = run(make_dataset(shards), tmp_path / "whole")
     assert history.epoch == [0, 1, 2]
     assert all(np.isfinite(history.history["loss"]))
-    for stop in (1, 4, 11, 12, 18):
+    for stop in (1, 4, 11, 12, STEPS):
         folder = tmp_path / f"stopped-{stop}"
         run(make_dataset(shards), folder, stop)
         found, resumed = run(make_dataset(shards), folder)
@@ -98,6 +98,23 @@ def test_a_finished_run_gives_its_weights_and_history_again(shards, tmp_path):
     assert_same_weights(found, expected)
     _, longer = run(make_dataset(shards), tmp_path, fit={"epochs": 4})
     assert longer.epoch == [0, 1, 2, 3]
+
+
+def test_epochs_of_so_many_samples_go_on_through_the_data(shards, tmp_path):
+    fit = {"samples_per_epoch": 70, "epochs": 3}  # 24 steps: nearly 4 times the data.
+    model = make_model()
+    steps = kcm.callbacks.Checkpoint(tmp_path / "whole", save_every=2, monitor=None)
+    history = model.fit(make_dataset(shards), verbose=0, callbacks=[steps], **fit)
+    assert int(model.optimizer.iterations.numpy()) == 24
+    expected = weights_of(model)
+    for stop in (8, 13):
+        folder = tmp_path / f"stopped-{stop}"
+        run(make_dataset(shards), folder, stop, fit=fit)
+        found, resumed = run(make_dataset(shards), folder, fit=fit)
+        assert_same_weights(found, expected)
+        assert resumed.history == history.history
+    with pytest.raises(ValueError, match="data.steps_per_epoch: 8 in the checkpoint"):
+        run(make_dataset(shards), tmp_path / "whole", fit={"samples_per_epoch": 80})
 
 
 def test_samples_that_do_not_decode_do_not_shift_what_is_left(write_pairs, tmp_path):
