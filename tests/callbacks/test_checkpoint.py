@@ -113,7 +113,7 @@ def test_epochs_of_so_many_samples_go_on_through_the_data(shards, tmp_path):
         found, resumed = run(make_dataset(shards), folder, fit=fit)
         assert_same_weights(found, expected)
         assert resumed.history == history.history
-    with pytest.raises(ValueError, match="data.steps_per_epoch: 8 in the checkpoint"):
+    with pytest.raises(ValueError, match=r"data\.steps_per_epoch: 8 in the checkpoint"):
         run(make_dataset(shards), tmp_path / "whole", fit={"samples_per_epoch": 80})
 
 
