@@ -195,6 +195,15 @@ def process(training):
     return 0, 1
 
 
+def global_shapes(*tensors):
+    """The shapes of the global batch's tensors, from those of this replica."""
+    replicas = num_replicas()
+    return tuple(
+        (None if x.shape[0] is None else x.shape[0] * replicas, *x.shape[1:])
+        for x in tensors
+    )
+
+
 def replicas_share(training):
     """Whether replicas have different rows of one batch, and more than one has any."""
     alone = keras.backend.backend() == "torch" and not training

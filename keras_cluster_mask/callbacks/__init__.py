@@ -1,5 +1,6 @@
 """Callbacks for long training runs."""
 
 from keras_cluster_mask.callbacks.checkpoint import Checkpoint, NonFiniteLossError
+from keras_cluster_mask.callbacks.throughput import Throughput
 
-__all__ = ["Checkpoint", "NonFiniteLossError"]
+__all__ = ["Checkpoint", "NonFiniteLossError", "Throughput"]

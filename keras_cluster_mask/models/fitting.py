@@ -26,15 +26,17 @@ def fit(model, keras_fit, x, options, samples_per_epoch=None):
         )
     if not distribution.is_main_process():
         options["verbose"] = 0
+    batch_size = options["batch_size"] or 32
     steps = options.pop("steps_per_epoch")
     if samples_per_epoch is not None:
         steps = _steps_of(samples_per_epoch, x, steps)
+    model.array_batch_size = None if hasattr(x, "element_spec") else batch_size
     goes_on = samples_per_epoch is not None or hasattr(x, "position")
 
     def run(x, initial_epoch, epochs, steps_done=0):
         if steps is not None and goes_on:
             x = x.repeat()
-        x = check_batches(x, model.vocabulary_size, options["batch_size"] or 32)
+        x = check_batches(x, model.vocabulary_size, batch_size)
         distribution.check_batch_size(model, _rows(x))
         given = dict(options, initial_epoch=initial_epoch, epochs=epochs)
         if steps is not None:
@@ -46,7 +48,7 @@ def fit(model, keras_fit, x, options, samples_per_epoch=None):
     for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
         if hasattr(callback, "fit_from_last"):
             place = dict(
-                batch_size=options["batch_size"] or 32,
+                batch_size=batch_size,
                 shuffle=options.get("shuffle", True),
                 steps_per_epoch=steps,
                 initial_epoch=initial_epoch,

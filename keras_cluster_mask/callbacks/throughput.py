@@ -1,0 +1,88 @@
+import collections
+import time
+
+import keras
+
+from keras_cluster_mask.models.token_counts import tokens_per_image
+
+
+class Throughput(keras.callbacks.Callback):
+    """Reports how many samples and tokens a second are trained on.
+
+    Adds `samples_per_second` and `tokens_per_second` to the logs: in the progress bar
+    over the last steps, at the end of an epoch over all of it but its first step, which
+    may have been compiled. Samples are pairs, those of all devices together; tokens are
+    what the encoders' blocks see of them, so masking makes fewer tokens of a sample:
+    the patches that stay and the class token, and the text with its padding. Validation
+    is not counted. On TensorFlow the batches of a dataset must have a known size
+    (`drop_remainder=True`), or there is nothing to report.
+
+    Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_clip(backbone)
+    model.compile(optimizer="adam")
+    batch = {
+        "images": np.random.randint(0, 256, (12, 32, 32, 3)).astype("uint8"),
+        "token_ids": np.random.randint(1, 100, (12, 16)).astype("int32"),
+    }
+    history = model.fit(batch, batch_size=4, callbacks=[kcm.callbacks.Throughput()])
+    print(history.history["samples_per_second"])
+    ```
+
+    Args:
+        window: Integer. The number of steps the progress bar's figures are over.
+    """
+
+    def __init__(self, window=20):
+        super().__init__()
+        if not (isinstance(window, int) and window > 0):
+            raise ValueError(
+                f"`window` must be a positive integer. Received: window={window!r}"
+            )
+        self.window = window
+
+    def on_train_begin(self, logs=None):
+        if not hasattr(self.model, "trained_shapes"):
+            raise ValueError(
+                "`Throughput` works with the `fit` of a `ContrastiveModel`. "
+                f"Received: a {type(self.model).__name__}"
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # Times at which so many steps were done.
+        self._first = (time.perf_counter(), 0)
+        self._last = collections.deque(maxlen=self.window + 1)
+
+    def on_train_batch_end(self, batch, logs=None):
+        now = (time.perf_counter(), batch + 1)
+        if not self._last:
+            self._before, self._first = self._first, now
+        self._last.append(now)
+        if logs is not None:
+            logs.update(self._figures(self._last[0], now))
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self._last or logs is None:
+            return
+        logs.update(self._figures(self._first, self._last[-1]))
+
+    def _figures(self, start, end):
+        if start == end:
+            # One step alone: better its whole time than nothing.
+            start = self._before
+        steps_per_second = (end[1] - start[1]) / max(end[0] - start[0], 1e-9)
+        images, token_ids = self.model.trained_shapes
+        # TensorFlow does not know the size of batches that are cut from arrays.
+        batch_size = images[0] or self.model.array_batch_size
+        if batch_size is None:
+            return {}
+        figures = {"samples_per_second": steps_per_second * batch_size}
+        tokens = tokens_per_image(self.model.image_encoder, images[1:])
+        if tokens is not None:
+            tokens += token_ids[1]
+            figures["tokens_per_second"] = figures["samples_per_second"] * tokens
+        return figures

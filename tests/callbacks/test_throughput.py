@@ -1,0 +1,83 @@
+"""Figures in the logs of `fit`."""
+
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+
+from .training_run import make_model
+
+
+def pairs(count):
+    rng = np.random.default_rng(0)
+    return {
+        "images": rng.integers(0, 256, size=(count, 16, 16, 3)).astype("uint8"),
+        "token_ids": rng.integers(1, 300, size=(count, 9)).astype("int32"),
+    }
+
+
+class Clock(keras.callbacks.Callback):
+    """A second a step, a minute for the first, an hour for validation."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        self.rows = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.now += 60.0 if batch == 0 else 1.0
+
+    def on_test_begin(self, logs=None):
+        self.now += 3600.0
+
+
+class Rows(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        self.rows = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.rows.append(dict(logs))
+
+
+def fit(monkeypatch, count, **options):
+    model, rows = make_model(), Rows()
+    model.compile("sgd")
+    callbacks = [Clock(monkeypatch), kcm.callbacks.Throughput(), rows]
+    history = model.fit(
+        pairs(count), batch_size=4, verbose=0, callbacks=callbacks, **options
+    )
+    return history.history, rows.rows
+
+
+def test_an_epoch_counts_all_its_steps_but_the_first(monkeypatch):
+    history, rows = fit(monkeypatch, 24, epochs=2, validation_data=pairs(8))
+    assert history["samples_per_second"] == [4.0, 4.0]
+    # 12 of 16 patches stay (`min_mask_ratio` of 1/4), and 9 tokens of text.
+    assert history["tokens_per_second"] == [4.0 * 21] * 2
+    assert [row["samples_per_second"] for row in rows[:3]] == [4 / 60, 4.0, 4.0]
+
+
+def test_one_step_counts_with_all_its_time(monkeypatch):
+    history, _ = fit(monkeypatch, 4)
+    np.testing.assert_allclose(history["samples_per_second"], [4 / 60])
+
+
+def test_a_wrong_window_is_named():
+    with pytest.raises(ValueError, match="`window`.*Received: window=0"):
+        kcm.callbacks.Throughput(window=0)
+
+
+def test_another_model_than_a_contrastive_one_is_refused():
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"ContrastiveModel.*Received: a Sequential"):
+        model.fit(
+            np.ones((4, 2)),
+            np.ones((4, 1)),
+            verbose=0,
+            callbacks=[kcm.callbacks.Throughput()],
+        )
