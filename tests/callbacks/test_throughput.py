@@ -67,7 +67,7 @@ def test_one_step_counts_with_all_its_time(monkeypatch):
 
 
 def test_a_wrong_window_is_named():
-    with pytest.raises(ValueError, match="`window`.*Received: window=0"):
+    with pytest.raises(ValueError, match=r"`window`.*Received: window=0"):
         kcm.callbacks.Throughput(window=0)
 
 
