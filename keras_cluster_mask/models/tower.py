@@ -15,7 +15,10 @@ class Tower(keras.Model):
     - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
       `tower.export("folder")`, then `tf.saved_model.load("folder").serve(images)`;
     - on torch: `tower.export("tower.pt2", format="torch")`, then
-      `torch.export.load("tower.pt2").module()(images)`.
+      `torch.export.load("tower.pt2").module()(images)`. The image tower of SigLIP
+      needs a batch size there, `dynamic_shapes=None, input_signature=[
+      keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`, as its pooling head
+      cannot be exported without.
 
     Example:
 
@@ -52,7 +55,15 @@ class Tower(keras.Model):
 
     @classmethod
     def of(cls, encoder, features, **kwargs):
-        (given,) = keras.tree.flatten(encoder.input)
+        # Not every encoder has such a thing, and Keras says so with an AttributeError,
+        # which torch would take for an attribute `image_tower` that is missing.
+        given = getattr(encoder, "input", None)
+        if given is None:
+            raise ValueError(
+                "A tower can be made of a functional encoder alone, whose inputs are "
+                f"known. Received: {encoder.name} of type {type(encoder).__name__}"
+            )
+        (given,) = keras.tree.flatten(given)
         shape = given.shape[1:]
         if shape == (None,):
             shape = (getattr(encoder, "max_sequence_length", None),)
