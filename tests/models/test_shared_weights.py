@@ -79,7 +79,8 @@ def test_training_whole_images_trains_the_masked_model(make):
     after = model.predict(pairs, verbose=0)
     for key, value in before.items():
         assert np.abs(after[key] - value).max() > 1e-5
-        np.testing.assert_array_equal(whole.predict(pairs, verbose=0)[key], after[key])
+        found = whole.predict(pairs, verbose=0)[key]
+        np.testing.assert_allclose(found, after[key], atol=1e-6)
     for one, other in zip(scalars, values([model.logit_scale, model.logit_bias])):
         assert one != other
 
@@ -96,12 +97,11 @@ def test_in_training_it_embeds_what_it_embeds_at_inference(make):
     assert np.abs(to_numpy(model.encode_image(images, training=True)) - full).max() > 0
 
 
-@each_model
-def test_the_masked_model_goes_on_training(make):
-    model = make(kcm.RandomMasking(0.5, seed=0))
+def test_each_of_the_two_trains_in_its_own_way():
+    model = generic(kcm.RandomMasking(0.5, seed=0))
     whole = model.without_masking()
     pairs = random_pairs(4)
-    for one in (model, whole, model):
+    for one in (whole, model):
         one.compile(optimizer=keras.optimizers.SGD(0.1), **FAST)
         history = one.fit(pairs, batch_size=4, verbose=0).history
         assert ("mask_ratio" in history) == (one is model)
