@@ -3,12 +3,18 @@
 from keras_cluster_mask.models.clip import CLIPContrastiveModel
 from keras_cluster_mask.models.clip_sizes import clip_backbone
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
+from keras_cluster_mask.models.image_size import with_image_size
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder, with_masking
+from keras_cluster_mask.models.siglip import SigLIPContrastiveModel
+from keras_cluster_mask.models.tower import Tower
 
 __all__ = [
     "CLIPContrastiveModel",
     "ContrastiveModel",
     "MaskedEncoder",
+    "SigLIPContrastiveModel",
+    "Tower",
     "clip_backbone",
+    "with_image_size",
     "with_masking",
 ]

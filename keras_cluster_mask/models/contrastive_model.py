@@ -9,19 +9,21 @@ from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.batch_loss import batch_loss
 from keras_cluster_mask.models.batches import LONELY, check_batches, check_input
 from keras_cluster_mask.models.caption_labels import caption_labels
+from keras_cluster_mask.models.encoders import call_encoder, l2_normalize
 from keras_cluster_mask.models.fitting import fit
 from keras_cluster_mask.models.micro_batches import (
     embed_in_micro_batches,
     rows_of_replica,
 )
-from keras_cluster_mask.models.pixels import normalize_pixels
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, normalize_pixels
+from keras_cluster_mask.models.shared_weights import SharedWeights
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
 INITIAL_LOGIT_BIAS = -10.0
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class ContrastiveModel(keras.Model):
+class ContrastiveModel(SharedWeights, keras.Model):
     """Trains an image encoder and a text encoder to agree on pairs.
 
     Each batch of image-text pairs is compared every image with every text; the
@@ -74,6 +76,8 @@ class ContrastiveModel(keras.Model):
         loss_block_size: Integer. How many rows of the matrix that compares all images
             with all texts are in memory at a time. Decides on memory alone; by
             default as many as make 16 million pairs.
+        heads_of: Another `ContrastiveModel`, whose projections, temperature and bias
+            are to be this model's too. Not saved: what is loaded has its own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Metrics reported while it trains: `loss`, `image_to_text_accuracy` and
@@ -88,6 +92,11 @@ class ContrastiveModel(keras.Model):
           https://arxiv.org/abs/2303.15343)
     """
 
+    # What `build_heads` makes, and what two models share to train the same.
+    heads = ("image_projection", "text_projection", "logit_scale", "logit_bias")
+    # Mean and deviation of each channel that uint8 images are normalised with.
+    pixel_statistics = CLIP_MEAN, CLIP_STD
+
     def __init__(
         self,
         image_encoder,
@@ -99,6 +108,7 @@ class ContrastiveModel(keras.Model):
         max_logit_scale=100.0,
         duplicates="positive",
         loss_block_size=None,
+        heads_of=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -116,10 +126,11 @@ class ContrastiveModel(keras.Model):
         self.duplicates = duplicates
         self.micro_batch_size = micro_batch_size
         self.loss_block_size = loss_block_size
-        self.build_heads()
-        self.logit_bias = None
-        if loss == "sigmoid":
-            self.logit_bias = self.add_scalar("logit_bias", INITIAL_LOGIT_BIAS)
+        if heads_of is None:
+            self.build_heads()
+        else:
+            for name in self.heads:
+                setattr(self, name, getattr(heads_of, name))
         # Keeps the weight itself in range, so that it never has a long way back.
         self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
 
@@ -159,6 +170,33 @@ class ContrastiveModel(keras.Model):
 
         return CLIPContrastiveModel(backbone, masking=masking, **kwargs)
 
+    @classmethod
+    def from_siglip(cls, backbone, masking=None, loss="sigmoid", **kwargs):
+        """Makes a model from a keras_hub SigLIP backbone.
+
+        The model trains the backbone itself, its temperature and bias included:
+        after `fit`, `backbone.save_to_preset` saves what was learned. uint8 images
+        are scaled to `[-1, 1]`, as SigLIP was trained.
+
+        Args:
+            backbone: A `keras_hub.models.SigLIPBackbone`, fresh or pre-trained.
+                Its text tower takes texts of `max_sequence_length` tokens alone,
+                and reads off the last one: pad to the full length with the
+                end-of-text token, as SigLIP's tokenizer does.
+            masking: A `PatchMasking` layer, or `None` to train on whole images.
+            loss: `"sigmoid"` or `"softmax"`.
+            **kwargs: Arguments of `ContrastiveModel`, without the encoders and
+                `projection_dim`. `initial_temperature=None` keeps the
+                temperature of the backbone; a fresh one starts at 0.1, with a
+                bias of -10.
+
+        Returns:
+            A `SigLIPContrastiveModel`.
+        """
+        from keras_cluster_mask.models.siglip import SigLIPContrastiveModel
+
+        return SigLIPContrastiveModel(backbone, masking=masking, loss=loss, **kwargs)
+
     # === From inputs to embeddings ===
 
     def build_heads(self):
@@ -190,6 +228,12 @@ class ContrastiveModel(keras.Model):
         if temperature is None:
             temperature = INITIAL_TEMPERATURE[self.contrastive_loss]
         self.logit_scale = self.add_scalar("logit_scale", math.log(1.0 / temperature))
+        self.build_bias()
+
+    def build_bias(self):
+        self.logit_bias = None
+        if self.contrastive_loss == "sigmoid":
+            self.logit_bias = self.add_scalar("logit_bias", INITIAL_LOGIT_BIAS)
 
     def add_scalar(self, name, value):
         return self.add_weight(
@@ -224,7 +268,8 @@ class ContrastiveModel(keras.Model):
         Returns:
             `(batch, d)` float32 tensor, L2-normalised.
         """
-        return l2_normalize(self.image_features(normalize_pixels(images), training))
+        pixels = normalize_pixels(images, *self.pixel_statistics)
+        return l2_normalize(self.image_features(pixels, training))
 
     def encode_text(self, token_ids, training=None):
         """Embeds texts.
@@ -399,11 +444,21 @@ class ContrastiveModel(keras.Model):
     # === Keras ===
 
     def get_config(self):
-        config = self.options()
-        for key in ("image_encoder", "text_encoder"):
-            config[key] = keras.saving.serialize_keras_object(getattr(self, key))
-        config["projection_dim"] = self.projection_dim
-        return config
+        return {
+            key: keras.saving.serialize_keras_object(value)
+            if isinstance(value, keras.layers.Layer)
+            else value
+            for key, value in self.arguments().items()
+        }
+
+    def arguments(self):
+        """The arguments this model was made with, all but `heads_of`."""
+        return {
+            **self.options(),
+            "image_encoder": self.image_encoder,
+            "text_encoder": self.text_encoder,
+            "projection_dim": self.projection_dim,
+        }
 
     def options(self):
         """The constructor's arguments other than models."""
@@ -426,29 +481,6 @@ class ContrastiveModel(keras.Model):
                     value, custom_objects=custom_objects
                 )
         return cls(**config)
-
-
-def call_encoder(encoder, value, training):
-    """Calls an encoder on one tensor, whether it takes a tensor or a dictionary."""
-    inputs = getattr(encoder, "input", None)
-    if isinstance(inputs, dict) and len(inputs) == 1:
-        value = dict.fromkeys(inputs, value)
-    features = encoder(value, training=training)
-    if not hasattr(features, "shape") or len(features.shape) != 2:
-        raise ValueError(
-            "An encoder must return features of shape (batch, d); add a pooling to one "
-            f"that returns tokens. Received: {encoder.name} returned "
-            f"{getattr(features, 'shape', type(features).__name__)}"
-        )
-    return features
-
-
-def l2_normalize(features):
-    """Float32 rows of length 1, with a finite gradient at 0."""
-    # `keras.ops.normalize` has a NaN gradient at a zero vector on JAX and torch.
-    x = ops.cast(features, "float32")
-    length = ops.sum(ops.square(x), axis=-1, keepdims=True)
-    return x * ops.rsqrt(ops.maximum(length, 1e-12))
 
 
 def _feature_width(name, encoder):

@@ -6,9 +6,12 @@ from keras import ops
 # (https://github.com/openai/CLIP, clip/clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# SigLIP's images are in [-1, 1] (https://github.com/google-research/big_vision,
+# `value_range(-1, 1)` in its configurations).
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
-def normalize_pixels(images):
+def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD):
     """Scales and normalises uint8 images; leaves others as they are.
 
     On the device, in the compiled step: uint8 takes a quarter of the memory and
@@ -17,19 +20,22 @@ def normalize_pixels(images):
     Args:
         images: `(batch, H, W, C)` tensor, or channels first as
             `keras.config.image_data_format()` says.
+        mean: Three floats, by channel. Their average is taken where there are not
+            three channels.
+        std: Three floats, by channel, likewise.
 
     Returns:
-        A float32 tensor for uint8 images, with CLIP's mean and deviation per
-        channel (their averages where there are not three channels); any other
-        tensor untouched.
+        A float32 tensor for uint8 images; any other tensor untouched.
     """
     images = ops.convert_to_tensor(images)
     if keras.backend.standardize_dtype(images.dtype) != "uint8":
         return images
     first = keras.config.image_data_format() == "channels_first"
-    mean, std = np.array(CLIP_MEAN, "float32"), np.array(CLIP_STD, "float32")
+    mean, std = np.array(mean, "float32"), np.array(std, "float32")
     if images.shape[1 if first else -1] != 3:
         mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
     if first:
         mean, std = mean[:, None, None], std[:, None, None]
+    # Tensors, since torch cannot export a model that computes with NumPy's arrays.
+    mean, std = ops.convert_to_tensor(mean), ops.convert_to_tensor(std)
     return (ops.cast(images, "float32") / 255.0 - mean) / std

@@ -152,7 +152,7 @@ def vit_encoder(height=16, width=16):
     )
 
 
-def siglip_encoder():
+def siglip_encoder(dtype=None, name=None):
     return keras_hub.models.SigLIPVisionEncoder(
         patch_size=4,
         hidden_dim=16,
@@ -160,6 +160,26 @@ def siglip_encoder():
         num_heads=2,
         intermediate_dim=32,
         image_shape=(16, 16, 3),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def tiny_siglip(dtype=None):
+    return keras_hub.models.SigLIPBackbone(
+        vision_encoder=siglip_encoder(dtype=dtype, name="vision_encoder"),
+        text_encoder=keras_hub.models.SigLIPTextEncoder(
+            vocabulary_size=VOCABULARY,
+            embedding_dim=16,
+            hidden_dim=16,
+            num_layers=1,
+            num_heads=2,
+            intermediate_dim=32,
+            max_sequence_length=CONTEXT,
+            dtype=dtype,
+            name="text_encoder",
+        ),
+        dtype=dtype,
     )
 
 

@@ -1,0 +1,141 @@
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.models.embedding_layer import (
+    find_embedding_layer,
+    number_positions,
+)
+
+
+def with_image_size(model, image_size):
+    """Makes a copy of a vision transformer that takes images of another size.
+
+    All weights are copied but the positions of the patches, which are interpolated
+    (bicubic, antialiased, as open_clip does); those of class tokens stay. The given
+    model is left as it is.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    larger = kcm.models.with_image_size(backbone, 48)
+    model = kcm.ContrastiveModel.from_clip(larger)
+    ```
+
+    Args:
+        model: A keras_hub `CLIPBackbone`, `CLIPVisionEncoder`, `SigLIPBackbone`,
+            `SigLIPVisionEncoder`, `ViTBackbone` or `DINOV2Backbone`. Of the last,
+            the positions that it computes with are interpolated, trained as they
+            are, rather than those of its checkpoint.
+        image_size: Integer or `(height, width)`, divisible by the patch size. All but
+            `ViTBackbone` take square images alone.
+
+    Returns:
+        A model of the same class with weights of its own.
+
+    Raises:
+        ValueError: For another model, or a size that patches do not tile.
+
+    Reference:
+        - [open_clip](https://github.com/mlfoundations/open_clip), `resize_pos_embed`.
+    """
+    import keras_hub
+
+    hub = keras_hub.models
+    if isinstance(model, (hub.CLIPBackbone, hub.SigLIPBackbone)):
+        encoder = model.vision_encoder
+    elif isinstance(
+        model,
+        (
+            hub.CLIPVisionEncoder,
+            hub.SigLIPVisionEncoder,
+            hub.ViTBackbone,
+            hub.DINOV2Backbone,
+        ),
+    ):
+        encoder = model
+    else:
+        raise ValueError(
+            "`model` must be a keras_hub CLIPBackbone, CLIPVisionEncoder, "
+            "SigLIPBackbone, SigLIPVisionEncoder, ViTBackbone or DINOV2Backbone. "
+            f"Received: model={model} of type {type(model).__name__}"
+        )
+    embedding = find_embedding_layer(encoder)
+    first = embedding.data_format == "channels_first"
+    shape = tuple(encoder.image_shape)
+    old_size, channels = (shape[1:], shape[0]) if first else (shape[:2], shape[2])
+    size = _pair(image_size)
+    patch = _pair(encoder.patch_size)
+    if len(size) != 2 or any(s < p or s % p for s, p in zip(size, patch)):
+        raise ValueError(
+            "`image_size` must be an integer or (height, width), divisible by the "
+            f"patch size. Received: image_size={image_size}, patch_size={patch}"
+        )
+
+    config = model.get_config()
+    changed = config if encoder is model else config["vision_encoder"]["config"]
+    changed["data_format"] = embedding.data_format  # which keras_hub leaves out
+    changed["image_shape"] = (channels, *size) if first else (*size, channels)
+    if size != old_size and "position_embedding_shape" in changed:
+        # DINOv2 would interpolate its positions whenever it is saved or loaded.
+        changed["position_embedding_shape"] = changed["image_shape"]
+    copy = type(model).from_config(config)
+    copied = find_embedding_layer(getattr(copy, "vision_encoder", copy))
+
+    new_values = {}
+    if size != old_size:
+        grids = [tuple(s // p for s, p in zip(x, patch)) for x in (old_size, size)]
+        positions = resize_positions(_positions(embedding), *grids)
+        new_values = {id(table): positions for table in _tables(copied)}
+        ids = np.arange(positions.shape[-2])[None]
+        new_values[id(getattr(copied, "position_ids", None))] = ids
+    for old, new in zip(model.weights, copy.weights):
+        new.assign(new_values.get(id(new), old))
+    number_positions(copied)
+    return copy
+
+
+def resize_positions(table, old_grid, new_grid):
+    """Interpolates position embeddings from one grid of patches to another.
+
+    Args:
+        table: `(..., prefix + rows * columns, dim)` NumPy array, row-major; the prefix
+            is kept as it is.
+        old_grid: `(rows, columns)`.
+        new_grid: `(rows, columns)`.
+
+    Returns:
+        `(..., prefix + new rows * new columns, dim)` float32 array.
+    """
+    dim = table.shape[-1]
+    prefix = table.shape[-2] - old_grid[0] * old_grid[1]
+    first, patches = np.split(table, [prefix], axis=-2)
+    # With antialiasing, which two backends of three do bicubic alike only with.
+    resized = ops.image.resize(
+        patches.reshape(-1, *old_grid, dim).astype("float32"),
+        new_grid,
+        interpolation="bicubic",
+        antialias=True,
+        data_format="channels_last",
+    )
+    resized = ops.convert_to_numpy(resized).reshape(*first.shape[:-2], -1, dim)
+    return np.concatenate([first, resized], axis=-2)
+
+
+def _positions(embedding):
+    """What an embedding layer adds to its tokens, as a NumPy array."""
+    table = ops.convert_to_numpy(ops.cast(_tables(embedding)[-1], "float32"))
+    ids = ops.convert_to_numpy(getattr(embedding, "position_ids", [0]))
+    # All at 0 in a CLIP that nobody has numbered yet.
+    return table[ids[0]] if np.any(ids) else table
+
+
+def _tables(embedding):
+    """The weights that hold position embeddings; the last one is computed with."""
+    if hasattr(embedding, "interpolated_position_embeddings"):
+        return embedding.position_embeddings, embedding.interpolated_position_embeddings
+    return (embedding.position_embedding.embeddings,)
+
+
+def _pair(size):
+    return (size,) * 2 if isinstance(size, int) else tuple(size)

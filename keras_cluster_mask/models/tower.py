@@ -1,0 +1,119 @@
+import keras
+
+from keras_cluster_mask.models.encoders import call_encoder, l2_normalize
+from keras_cluster_mask.models.pixels import normalize_pixels
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class Tower(keras.Model):
+    """Embeds images or texts, for inference alone.
+
+    `model.image_tower` and `model.text_tower` of a `ContrastiveModel` are made of its
+    weights and compute what `encode_image` and `encode_text` do. Each is saved without
+    the other, and exported for use without Keras:
+
+    - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
+      `tower.export("folder")`, then `tf.saved_model.load("folder").serve(images)`;
+    - on torch: `tower.export("tower.pt2", format="torch")`, then
+      `torch.export.load("tower.pt2").module()(images)`. The image tower of SigLIP
+      needs a batch size there, `dynamic_shapes=None, input_signature=[
+      keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`, as its pooling head
+      cannot be exported without.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_clip(backbone)
+    images = np.random.randint(0, 256, (4, 32, 32, 3)).astype("uint8")
+    model.image_tower.predict(images).shape  # (4, 96)
+    model.image_tower.save("image_tower.keras")
+    ```
+
+    Args:
+        encoder: A functional Keras model from images or token ids to `(batch, d)`
+            features.
+        pixel_statistics: Mean and deviation per channel that uint8 images are
+            normalised with; `None` for texts.
+        **kwargs: Arguments of `keras.Model`.
+
+    Call arguments:
+        inputs: `(batch, H, W, C)` images, uint8 or normalised floats, or `(batch, T)`
+            token ids.
+
+    Returns:
+        `(batch, d)` float32 embeddings, L2-normalised.
+    """
+
+    def __init__(self, encoder, pixel_statistics=None, **kwargs):
+        super().__init__(**kwargs)
+        # The layers of the encoder cast for themselves.
+        self.autocast = encoder.autocast = False
+        self.encoder = encoder
+        self.pixel_statistics = pixel_statistics
+        self.built = True
+
+    @classmethod
+    def of(cls, encoder, features, **kwargs):
+        # Not every encoder has such a thing, and Keras says so with an AttributeError,
+        # which torch would take for an attribute `image_tower` that is missing.
+        given = getattr(encoder, "input", None)
+        if given is None:
+            raise ValueError(
+                "A tower can be made of a functional encoder alone, whose inputs are "
+                f"known. Received: {encoder.name} of type {type(encoder).__name__}"
+            )
+        (given,) = keras.tree.flatten(given)
+        shape = given.shape[1:]
+        if shape == (None,):
+            shape = (getattr(encoder, "max_sequence_length", None),)
+        inputs = keras.Input(shape, dtype=given.dtype, name=given.name)
+        return cls(keras.Model(inputs, features(inputs, training=False)), **kwargs)
+
+    def call(self, inputs, training=None):
+        if self.pixel_statistics is not None:
+            inputs = normalize_pixels(inputs, *self.pixel_statistics)
+        return l2_normalize(call_encoder(self.encoder, inputs, training=False))
+
+    def export(
+        self,
+        filepath,
+        format="tf_saved_model",
+        verbose=None,
+        input_signature=None,
+        **kwargs,
+    ):
+        """Exports the tower, for batches of any size.
+
+        Args:
+            filepath: Path of the folder or file to write.
+            format: As in `keras.Model.export`.
+            verbose: As in `keras.Model.export`.
+            input_signature: List of one `keras.InputSpec`. By default of uint8 images,
+                or of int32 token ids.
+            **kwargs: As in `keras.Model.export`.
+        """
+        given = self.encoder.input
+        if input_signature is None:
+            dtype = given.dtype if self.pixel_statistics is None else "uint8"
+            input_signature = [keras.InputSpec(shape=given.shape, dtype=dtype)]
+        if format == "torch" and "dynamic_shapes" not in kwargs:
+            import torch
+
+            # Keras would export for single images otherwise.
+            kwargs["dynamic_shapes"] = {0: torch.export.Dim("batch")}
+        super().export(filepath, format, verbose, input_signature, **kwargs)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "encoder": keras.saving.serialize_keras_object(self.encoder),
+            "pixel_statistics": self.pixel_statistics,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        encoder = keras.saving.deserialize_keras_object(
+            config["encoder"], custom_objects=custom_objects
+        )
+        return cls(**{**config, "encoder": encoder})

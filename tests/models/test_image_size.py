@@ -1,0 +1,191 @@
+"""with_image_size: the same vision transformer for images of another size."""
+
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.models import with_image_size
+from keras_cluster_mask.models.embedding_layer import find_embedding_layer
+
+from .helpers import (
+    clip_vision_encoder,
+    dino_encoder,
+    functional_vit,
+    random_images,
+    random_pairs,
+    siglip_encoder,
+    tiny_clip,
+    tiny_siglip,
+    to_numpy,
+    values,
+    vit_encoder,
+)
+
+# Maker, and how many tokens of its position embeddings are no patches.
+MODELS = {
+    "clip": (clip_vision_encoder, 1),
+    "clip_backbone": (tiny_clip, 1),
+    "siglip": (siglip_encoder, 0),
+    "siglip_backbone": (tiny_siglip, 0),
+    "vit": (vit_encoder, 1),
+    "dino": (dino_encoder, 1),
+}
+each_model = pytest.mark.parametrize("kind", list(MODELS))
+
+
+def made(kind):
+    """A model with weights that no initialiser gives, as of a training."""
+    model = MODELS[kind][0]()
+    rng = np.random.default_rng(0)
+    for weight in model.trainable_variables:
+        weight.assign(rng.normal(size=weight.shape).astype("float32"))
+    return model
+
+
+def table_of(model):
+    """The position embeddings that a model computes with."""
+    embedding = find_embedding_layer(getattr(model, "vision_encoder", model))
+    own = getattr(embedding, "interpolated_position_embeddings", None)
+    table = embedding.position_embedding.embeddings if own is None else own[0]
+    return to_numpy(table)
+
+
+def inputs_for(model, height, width):
+    images = random_images(2, height, width)
+    if not isinstance(model.input, dict):
+        return images
+    inputs = {"images": images, "token_ids": random_pairs(2)["token_ids"]}
+    return {key: inputs[key] for key in model.input}
+
+
+def outputs_of(model, height=16, width=16):
+    found = model(inputs_for(model, height, width))
+    return [to_numpy(x) for x in keras.tree.flatten(found)]
+
+
+def open_clips(table, prefix, grid):
+    """The same numbers through open_clip's own function."""
+    open_clip = pytest.importorskip("open_clip.model")
+    import torch
+
+    # It knows tables with a class token alone.
+    table = np.concatenate([np.zeros((1 - prefix, table.shape[1])), table])
+    state = {"visual.positional_embedding": torch.tensor(table.astype("float32"))}
+    model = SimpleNamespace(visual=SimpleNamespace(grid_size=grid))
+    open_clip.resize_pos_embed(state, model)
+    return state["visual.positional_embedding"].numpy()[1 - prefix :]
+
+
+@each_model
+@pytest.mark.parametrize("side", [8, 28])
+def test_positions_are_those_of_open_clip_and_all_else_is_copied(kind, side):
+    model = made(kind)
+    before = values(model.weights)
+    other = with_image_size(model, side)
+    assert type(other) is type(model)
+    expected = open_clips(table_of(model), MODELS[kind][1], (side // 4, side // 4))
+    np.testing.assert_allclose(table_of(other), expected, atol=1e-5)
+
+    assert not {id(v) for v in model.weights} & {id(v) for v in other.weights}
+    for old, new, kept in zip(model.weights, other.weights, before):
+        np.testing.assert_array_equal(ops.convert_to_numpy(old), kept)
+        if "position" not in new.path:
+            np.testing.assert_array_equal(ops.convert_to_numpy(new), kept)
+    for output in outputs_of(other, side, side):
+        assert np.isfinite(output).all()
+
+
+@each_model
+def test_the_same_size_gives_the_same_model(kind):
+    model = made(kind)
+    embedding = find_embedding_layer(getattr(model, "vision_encoder", model))
+    if "clip" in kind and "siglip" not in kind:
+        embedding.position_ids.assign(np.arange(17)[None])
+    same = with_image_size(model, 16)
+    for one, other in zip(values(model.weights), values(same.weights)):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(outputs_of(model), outputs_of(same)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_grid_may_be_wide_where_the_encoder_allows_it():
+    model = made("vit")
+    wide = with_image_size(model, (8, 24))
+    expected = open_clips(table_of(model), 1, (2, 6))
+    np.testing.assert_allclose(table_of(wide), expected, atol=1e-5)
+    assert outputs_of(wide, 8, 24)[0].shape == (2, 1 + 12, 16)
+    # As many patches as before, in another shape.
+    tall = with_image_size(wide, (24, 8))
+    assert np.abs(table_of(tall) - table_of(wide))[1:].max() > 0.1
+    np.testing.assert_array_equal(table_of(tall)[0], table_of(wide)[0])
+    with pytest.raises(ValueError, match="height and width to be the same"):
+        with_image_size(made("clip"), (8, 24))
+
+
+@pytest.mark.parametrize("side", [8, 16, 28])
+def test_a_clip_that_was_never_numbered_is_numbered_in_the_copy(side):
+    model = clip_vision_encoder()
+    other = with_image_size(model, side)
+    ids = ops.convert_to_numpy(other.embedding.position_ids)
+    np.testing.assert_array_equal(ids, [np.arange(1 + (side // 4) ** 2)])
+    assert not ops.convert_to_numpy(model.embedding.position_ids).any()
+
+
+def test_positions_in_another_order_are_put_in_order_first():
+    model = made("clip")
+    order = np.random.default_rng(0).permutation(17)
+    model.embedding.position_ids.assign(order[None])
+    expected = open_clips(table_of(model)[order], 1, (7, 7))
+    other = with_image_size(model, 28)
+    np.testing.assert_allclose(table_of(other), expected, atol=1e-5)
+    ids = ops.convert_to_numpy(other.embedding.position_ids)
+    np.testing.assert_array_equal(ids, [np.arange(50)])
+
+
+@each_model
+def test_the_new_model_saves_and_reloads(kind, tmp_path):
+    other = with_image_size(made(kind), 28)
+    other.save(tmp_path / "other.keras")
+    loaded = keras.saving.load_model(tmp_path / "other.keras")
+    for one, two in zip(outputs_of(other, 28, 28), outputs_of(loaded, 28, 28)):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_channels_first_is_kept():
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = kcm.models.clip_backbone(
+            "tiny", image_size=16, vocabulary_size=30, context_length=6
+        ).vision_encoder
+        model.embedding.position_embedding.embeddings.assign(
+            np.random.default_rng(0).normal(size=(5, 96)).astype("float32")
+        )
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    other = with_image_size(model, 32)
+    assert other.embedding.data_format == "channels_first"
+    assert tuple(other.image_shape) == (3, 32, 32)
+    expected = open_clips(table_of(model), 1, (4, 4))
+    np.testing.assert_allclose(table_of(other), expected, atol=1e-5)
+
+
+def test_a_contrastive_model_trains_at_the_new_size():
+    backbone = with_image_size(tiny_siglip(), 8)
+    model = kcm.ContrastiveModel.from_siglip(backbone, kcm.ClusterMasking(4))
+    images = random_images(2, 8, 8)
+    assert tuple(model.encode_image(images, training=True).shape) == (2, 16)
+
+
+def test_other_models_and_sizes_are_refused():
+    encoder = clip_vision_encoder()
+    masked = kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(4))
+    for thing in (functional_vit(), masked, None):
+        with pytest.raises(ValueError, match=r"`model` must be.*Received: model="):
+            with_image_size(thing, 32)
+    for size in (18, 0, (16, 18), (16,), (16, 16, 3)):
+        with pytest.raises(ValueError, match=r"`image_size` must be.*Received:"):
+            with_image_size(encoder, size)
