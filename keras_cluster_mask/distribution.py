@@ -232,8 +232,22 @@ def gather(x):
     return _torch_gather()(x)
 
 
-def check_batch_size(model, batch_size):
-    """Raises if the replicas of TensorFlow cannot share batches of a size."""
+def check_batch_size(model, batch_size, pairs=None):
+    """Raises if the replicas cannot share batches of a size.
+
+    Args:
+        model: A compiled model.
+        batch_size: Integer or `None`, the rows of this process.
+        pairs: Integer or `None`, the number of pairs in this process's arrays.
+    """
+    if keras.backend.backend() == "torch":
+        sizes = values_of_all((batch_size, pairs))
+        if len({*sizes}) > 1:
+            raise ValueError(
+                "All processes must train on batches of the same size and, if on "
+                "arrays, on equally many pairs. Received: (batch_size, pairs) "
+                f"{sizes} by process"
+            )
     if keras.backend.backend() != "tensorflow":
         return
     replicas = model.distribute_strategy.num_replicas_in_sync
@@ -244,6 +258,31 @@ def check_batch_size(model, batch_size):
             f"drop_remainder=True)`. Received: batch_size={batch_size}, {replicas} "
             "replicas"
         )
+
+
+def values_of_all(value):
+    """What each process says, as a list; waits until all have said it."""
+    if keras.backend.backend() == "torch" and num_replicas() > 1:
+        values = [None] * num_replicas()
+        _torch_distributed().all_gather_object(values, value)
+        return values
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.process_allgather(value).tolist()
+    return [value]
+
+
+def to_numpy(variable):
+    """A variable's value, whole even if devices share it."""
+    if keras.backend.backend() == "jax" and not variable.value.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(variable.value, tiled=True)
+    return ops.convert_to_numpy(variable)
 
 
 def own_rows(x):

@@ -14,6 +14,7 @@ from keras_cluster_mask.callbacks.training_state import (
 from keras_cluster_mask.distribution import (
     is_main_process,
     read_generators,
+    values_of_all,
     write_generators,
 )
 
@@ -152,7 +153,15 @@ class Checkpoint(keras.callbacks.Callback):
         self._epoch, self._step, self._total = initial_epoch, 0, 0
         self._history, self._best = [], math.inf
         self._metrics = self._generators = None
+        # The first process may still be writing what all are to read.
+        values_of_all(0)
         found = self.files.read_last()
+        steps = values_of_all(-1 if found is None else found[2]["step"])
+        if len({*steps}) > 1:
+            raise ValueError(
+                "`directory` must be a folder that all processes see. Received: "
+                f"directory={self.files.folder}, last steps {steps} by process"
+            )
         if found is None:
             return
         path, arrays, facts = found

@@ -1,7 +1,8 @@
 """All that a training run is made of, as arrays and back."""
 
 import numpy as np
-from keras import ops
+
+from keras_cluster_mask.distribution import to_numpy
 
 # What a layer's configuration says without deciding what is computed.
 INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
@@ -12,7 +13,7 @@ FREE_OPTIONS = ("name", "micro_batch_size", "loss_block_size")
 def read_state(model):
     """A dictionary of NumPy arrays: weights, seeds, optimizer and metrics."""
     return {
-        f"{group}/{index}": np.array(ops.convert_to_numpy(variable))
+        f"{group}/{index}": np.array(to_numpy(variable))
         for group, variables in _groups(model).items()
         for index, variable in enumerate(variables)
     }

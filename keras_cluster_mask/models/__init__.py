@@ -1,6 +1,7 @@
 """Towers with a masking inserted, and the model that trains them."""
 
 from keras_cluster_mask.models.clip import CLIPContrastiveModel
+from keras_cluster_mask.models.clip_layout import clip_layout_map
 from keras_cluster_mask.models.clip_sizes import clip_backbone
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.image_size import with_image_size
@@ -15,6 +16,7 @@ __all__ = [
     "SigLIPContrastiveModel",
     "Tower",
     "clip_backbone",
+    "clip_layout_map",
     "with_image_size",
     "with_masking",
 ]

@@ -37,7 +37,8 @@ def fit(model, keras_fit, x, options, samples_per_epoch=None):
         if steps is not None and goes_on:
             x = x.repeat()
         x = check_batches(x, model.vocabulary_size, batch_size)
-        distribution.check_batch_size(model, _rows(x))
+        pairs = len(x["images"]) if isinstance(x, dict) else None
+        distribution.check_batch_size(model, _rows(x) or batch_size, pairs)
         given = dict(options, initial_epoch=initial_epoch, epochs=epochs)
         if steps is not None:
             given["steps_per_epoch"] = steps - steps_done

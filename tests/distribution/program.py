@@ -1,10 +1,12 @@
 """Five steps of training on one device or on two, as a program.
 
-    python program.py OUT single|devices|process [MICRO_BATCH_SIZE]
+    python program.py OUT single|devices|process|model [MICRO_BATCH_SIZE]
 
 writes weights, losses and metrics to OUT. `devices` uses two virtual devices of one
-process; `process` is one of two processes that the test starts. With DIE_AT=n it ends
-itself before its n-th step.
+process; `process` is one of two processes that the test starts; `model` uses four, of
+which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARDS=pattern
+it trains two epochs on these and saves to CHECKPOINT. With DIE_AT=n it ends itself
+before the n-th step of an epoch.
 """
 
 import os
@@ -14,8 +16,9 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 out, how, *micro_batch_size = sys.argv[1:]
 backend = os.environ["KERAS_BACKEND"]
-if how == "devices" and backend == "jax":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+if how in ("devices", "model") and backend == "jax":
+    count = 4 if how == "model" else 2
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
 
 import contextlib
 
@@ -24,7 +27,7 @@ import numpy as np
 from keras import ops
 
 import keras_cluster_mask as kcm
-from tests.models.helpers import functional_vit, text_bag
+from tests.models.helpers import functional_vit, text_bag, tiny_clip
 
 BATCH, STEPS = 8, 5
 
@@ -44,11 +47,17 @@ def make_model():
     masking = kcm.ClusterMasking(
         4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=0.3, seed=1
     )
-    model = kcm.ContrastiveModel(
-        kcm.with_masking(functional_vit(), masking, "positions"),
-        text_bag(),
+    options = dict(
         micro_batch_size=int(*micro_batch_size or [0]) or None,
         loss_block_size=2 if micro_batch_size else None,
+    )
+    if "CLIP" in os.environ:
+        model = kcm.ContrastiveModel.from_clip(tiny_clip(), masking, **options)
+        # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
+        model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
+        return model
+    model = kcm.ContrastiveModel(
+        kcm.with_masking(functional_vit(), masking, "positions"), text_bag(), **options
     )
     model.compile(keras.optimizers.SGD(0.05, global_clipnorm=1.0))
     return model
@@ -64,7 +73,17 @@ def distribute(data):
     """Sets up two devices; returns a context for the model, and the data to fit."""
     if how == "process":
         kcm.distribution.initialize()
-    if backend == "jax" and how != "single":
+    if how == "model":
+        devices = keras.distribution.list_devices()
+        mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], devices)
+        keras.distribution.set_distribution(
+            keras.distribution.ModelParallel(
+                layout_map=kcm.models.clip_layout_map(mesh),
+                batch_dim_name="batch",
+                auto_shard_dataset=False,
+            )
+        )
+    elif backend == "jax" and how != "single":
         keras.distribution.set_distribution(
             keras.distribution.DataParallel(auto_shard_dataset=False)
         )
@@ -86,6 +105,40 @@ def distribute(data):
     return contextlib.nullcontext(), data
 
 
+def check_shares(model):
+    """Every device has half of the weights of attention and MLPs, and their moments."""
+    variables = [*model.variables, *model.optimizer.variables]
+    shared = [v for v in variables if "kernel" in v.path and "block" in v.path]
+    assert len(shared) == 3 * 6 * 2, len(shared)
+    for variable in shared:
+        share = variable.value.addressable_shards[0].data
+        assert 2 * share.size == variable.value.size, variable.path
+
+
+def tokenizer(captions):
+    ids = np.ones((len(captions), 6), "int32")
+    for row, caption in enumerate(captions):
+        end = caption[-6:]
+        ids[row, : len(end)] = [letter % 30 for letter in end]
+    return ids
+
+
+def train_on_shards(model, callbacks):
+    data = kcm.data.image_text_dataset(
+        os.environ["SHARDS"],
+        tokenizer,
+        image_size=16,
+        batch_size=BATCH,
+        training=True,
+        seed=3,
+        shuffle_buffer=16,
+    )
+    checkpoint = kcm.callbacks.Checkpoint(
+        os.environ["CHECKPOINT"], save_every=2, monitor=None
+    )
+    return model.fit(data, verbose=0, epochs=2, callbacks=[checkpoint, *callbacks])
+
+
 if __name__ == "__main__":
     scope, data = distribute(pairs())
     fit = {"batch_size": BATCH // (2 if how == "process" else 1), "shuffle": False}
@@ -102,11 +155,16 @@ if __name__ == "__main__":
     with scope:
         model = make_model()
         callbacks = [Die()] if "DIE_AT" in os.environ else []
-        history = model.fit(data, verbose=0, callbacks=callbacks, **fit).history
+        if "SHARDS" in os.environ:
+            history = train_on_shards(model, callbacks).history
+        else:
+            history = model.fit(data, verbose=0, callbacks=callbacks, **fit).history
     arrays = {
         f"weights/{index}": np.array(ops.convert_to_numpy(variable))
         for index, variable in enumerate(model.variables)
     }
+    if how == "model":
+        check_shares(model)
     arrays |= {f"history/{name}": np.array(value) for name, value in history.items()}
     if kcm.distribution.is_main_process():
         np.savez(out, **arrays)

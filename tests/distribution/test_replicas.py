@@ -50,18 +50,26 @@ def start(out, how, *arguments, rank=0, port=None, **environment):
     )
 
 
-def train(out, how, *arguments):
-    """Trains to the end, in as many processes as it takes; returns what it wrote."""
+def run(out, how, *arguments, **environment):
+    """Runs to the end, in as many processes as it takes; returns how each ended."""
     ranks = (0, 1) if how == "process" else (0,)
     port = free_port()
-    processes = [start(out, how, *arguments, rank=r, port=port) for r in ranks]
+    processes = [
+        start(out, how, *arguments, rank=rank, port=port, **environment)
+        for rank in ranks
+    ]
     try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
+    return [(p.returncode, text[-3000:]) for p, text in zip(processes, errors)]
+
+
+def train(out, how, *arguments):
+    """Trains to the end; returns what the program wrote."""
+    for code, errors in run(out, how, *arguments):
+        assert code == 0, errors
     with np.load(out) as arrays:
         return dict(arrays)
 
@@ -93,6 +101,46 @@ def test_two_train_as_one(single, how, micro_batches, tmp_path):
     assert np.isfinite(single["history/loss"]).all()
     for name, expected in single.items():
         np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("how", [x for x in KINDS if x == "process"] or KINDS)
+def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
+    how, write_pairs, tmp_path, monkeypatch
+):
+    pytest.importorskip("tensorflow")
+    write_pairs("a.tar", 0, 27)
+    write_pairs("b.tar", 27, 13)
+    monkeypatch.setenv("SHARDS", str(tmp_path / "*.tar"))
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "single"))
+    single = train(tmp_path / "single.npz", "single")
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "cut"))
+    for stop in ("3", "4"):
+        run(tmp_path / "none.npz", how, DIE_AT=stop)
+    found = train(tmp_path / "out.npz", how)
+    assert found.keys() == single.keys()
+    for name, expected in single.items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Keras shares models on JAX alone.")
+@pytest.mark.parametrize("micro_batches", [[], ["4"]], ids=["whole", "micro"])
+def test_devices_that_share_a_model_train_as_one_device(
+    micro_batches, tmp_path, monkeypatch
+):
+    # Two halves of the batch, each on two devices with half of the model; Adam's
+    # moments lie as the weights do.
+    monkeypatch.setenv("CLIP", "1")
+    single = train(tmp_path / "single.npz", "single")
+    found = train(tmp_path / "out.npz", "model", *micro_batches)
+    for name, expected in single.items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
+
+
+def test_a_mesh_without_the_axis_of_the_model_is_an_error():
+    devices = [f"cpu:{index}" for index in range(2)]
+    mesh = keras.distribution.DeviceMesh((2,), ["batch"], devices)
+    with pytest.raises(ValueError, match=r"`axis`.*Received: axis='model'.*'batch'"):
+        kcm.models.clip_layout_map(mesh)
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="One process has all the devices.")
