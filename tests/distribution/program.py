@@ -4,7 +4,7 @@
 
 writes weights, losses and metrics to OUT. `devices` uses two virtual devices of one
 process; `process` is one of two processes that the test starts; `model` uses four, of
-which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARDS=pattern
+which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARDS=files
 it trains two epochs on these and saves to CHECKPOINT. With DIE_AT=n it ends itself
 before the n-th step of an epoch.
 """
