@@ -10,8 +10,10 @@ ones that share the processor (JAX and TensorFlow; torch takes a process a devic
 """
 
 import argparse
+import ctypes
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -93,7 +95,6 @@ def measure(options, batch, micro=None, block=None, devices=1):
     scope = use_devices(devices)
     import keras
     import numpy as np
-    from step_memory import peak_memory
 
     import keras_cluster_mask as kcm
 
@@ -105,6 +106,8 @@ def measure(options, batch, micro=None, block=None, devices=1):
         def on_train_batch_end(self, batch, logs=None):
             # Turning it into a number waits for the step.
             float(logs["loss"])
+            if not self.ends:
+                self.before = forget_peak()
             self.ends.append(time.perf_counter())
 
     with scope:
@@ -124,13 +127,30 @@ def measure(options, batch, micro=None, block=None, devices=1):
         "token_ids": rng.integers(1, 8192, (batch, 77)).astype("int32"),
     }
     clock = Clock()
-    before = float(peak_memory())
     epochs = options.steps + 1
     model.fit(**one_batch(pairs), epochs=epochs, verbose=0, callbacks=[clock])
     seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:])]
     return dict(
-        seconds=statistics.median(seconds), before=before, peak=float(peak_memory())
+        seconds=statistics.median(seconds), before=clock.before, peak=status("VmHWM")
     )
+
+
+def forget_peak():
+    """Starts to measure peak memory anew; returns what is in use, in GiB.
+
+    So that what compiling took does not count, which is most of it for small models.
+    """
+    # Gives back what is free first: it would be used again without being seen.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def status(field):
+    """A field of this process's status in GiB."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{field}:")]
+    return int(line.split()[1]) / 2**20
 
 
 def use_devices(count):

@@ -53,7 +53,7 @@ def in_chunks(function, num_chunks, weights, state, rows):
     weights, state, rows = tree.map_structure(_as_tensor, (weights, state, rows))
     state = tree.map_structure(ops.stop_gradient, state)
     example = (weights, state, 0, rows)
-    once_more = keras.remat(flat_function)
+    once_more = _remat_in_turn(flat_function)
 
     def one(state, index):
         chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
@@ -85,6 +85,42 @@ def merge_chunks(x):
 def take_chunk(x, index, num_chunks):
     split = ops.reshape(x, (x.shape[0] // num_chunks, num_chunks, *x.shape[1:]))
     return split[:, index]
+
+
+def _remat_in_turn(function):
+    """`keras.remat`, of whose calls only one at a time computes again what it forgot."""
+    if keras.backend.backend() != "tensorflow":
+        return keras.remat(function)
+    import tensorflow as tf
+
+    # A graph would compute all of them at once: a call waits for the gradient of the
+    # `turn` that it hands on, which comes when the next one has all its gradients.
+    turn = tf.zeros(())
+
+    @tf.custom_gradient
+    def take(turn, *values):
+        def give_back(gradient, *gradients):
+            with tf.control_dependencies([x for x in gradients if x is not None]):
+                # Not its own, a constant, of which the graph would know that nothing
+                # has to be waited for.
+                any_element = tf.reshape(gradients[0], [-1])[0]
+                return tf.cast(any_element, "float32"), *gradients
+
+        with tf.control_dependencies([turn]):
+            return (tf.identity(turn), *map(tf.identity, values)), give_back
+
+    @keras.remat
+    def once_more(turn, *values):
+        results = function(*values)
+        with tf.control_dependencies(tree.flatten(results)):
+            return tf.identity(turn), results
+
+    def call(*values):
+        nonlocal turn
+        turn, results = once_more(*take(turn, *values))
+        return results
+
+    return call
 
 
 def _as_tensor(x):

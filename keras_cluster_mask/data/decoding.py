@@ -55,11 +55,13 @@ def decoded_samples(samples, prepare, image_shape, skipped, keep_places):
             columns = {name: tf.gather(x, decoded) for name, x in columns.items()}
             return {**columns, "image": pictures}
         rows = tf.size(seeds, out_type="int64")[None]
-        works = tf.ones_like(decoded, "bool")
+        shape = tf.concat([rows, image_shape], 0)
+        pictures = tf.scatter_nd(decoded[:, None], pictures, shape)
+        works = tf.scatter_nd(decoded[:, None], tf.ones_like(decoded, "bool"), rows)
         return {
             **columns,
-            "image": _put(decoded, pictures, tf.concat([rows, image_shape], 0)),
-            "decodes": _put(decoded, works, rows),
+            "image": tf.ensure_shape(pictures, (None, *image_shape)),
+            "decodes": works,
         }
 
     decoded = samples.batch(GROUP).map(decode, num_parallel_calls=tf.data.AUTOTUNE)
@@ -84,10 +86,6 @@ def fill_gaps(columns):
     with tf.control_dependencies([any_works]):
         decodes = tf.identity(decodes)
     return tf.cond(tf.reduce_all(decodes), lambda: columns, filled)
-
-
-def _put(places, values, shape):
-    return tf.scatter_nd(places[:, None], values, shape)
 
 
 def _map_what_works(function, columns, output):

@@ -73,8 +73,9 @@ def test_training_drops_a_ragged_batch_unless_told_otherwise(shards):
     assert [len(b["keys"]) for b in kept] == [50, 50, 20]
     dropped = make(shards, batch_size=50, drop_remainder=True)
     assert [len(b["keys"]) for b in dropped] == [50, 50]
-    assert dropped.element_spec["images"].shape == (50, 16, 16, 3)
-    assert dropped.element_spec["token_ids"].shape == (50, 9)
+    for dataset in (training, dropped):
+        assert dataset.element_spec["images"].shape == (50, 16, 16, 3)
+        assert dataset.element_spec["token_ids"].shape == (50, 9)
 
 
 @pytest.fixture
