@@ -6,6 +6,7 @@ the same step on every replica, each with its own rows of the batch. No backend 
 imported but the one that runs.
 """
 
+import contextlib
 import datetime
 import functools
 import os
@@ -193,6 +194,19 @@ def process(training):
     if keras.backend.backend() == "torch" and training:
         return replica_index(), num_replicas()
     return 0, 1
+
+
+def once_there(data):
+    """A context in which nothing runs before the data is there.
+
+    In a step of TensorFlow's that finds a dataset at its end, what does not depend on
+    the batch would still run: counters of steps and metrics would go on by one.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies([x for x in tree.flatten(data) if x is not None])
 
 
 def replicas_share(training):
