@@ -12,7 +12,7 @@ Accelerator: GPU
 
 [Efficient Vision-Language Pre-training by Cluster Masking](https://arxiv.org/abs/2405.08815)
 trains a ViT-B/16 CLIP from scratch on CC12M, for 32 epochs of 10,968,539 pairs. This guide
-is that recipe: all values of the paper and its published command are the defaults below,
+is that recipe: the values of the command that its authors published are the defaults below,
 each of its maskings is one line, and a table says what each of them costs before anything
 is spent.
 
@@ -20,10 +20,11 @@ Nothing in it is tied to CC12M. Every setting is an environment variable, so the
 trains a small model on the pictures of this repository, in a minute or two on two CPU cores:
 
 ```bash
-KERAS_BACKEND=jax DTYPE=float32 PRESET=budget MODEL=tiny IMAGE_SIZE=48 PATCH_SIZE=8 \\
-TRAIN="datasets/pictures/train-*.tar" HELD_OUT="datasets/pictures/test-*.tar" PAIRS=3223 \\
-BATCH_SIZE=64 EPOCHS=2 WARMUP_STEPS=10 LEARNING_RATE=0.0015 CONTEXT_LENGTH=16 \\
-RESULTS=results/tiny python guides/pretrain_on_cc12m.py
+export KERAS_BACKEND=jax DTYPE=float32 PRESET=budget RESULTS=results/tiny
+export TRAIN="datasets/pictures/train-*.tar" HELD_OUT="datasets/pictures/test-*.tar"
+export MODEL=tiny IMAGE_SIZE=48 PATCH_SIZE=8 CONTEXT_LENGTH=16
+export PAIRS=3223 BATCH_SIZE=64 EPOCHS=2 WARMUP_STEPS=10 LEARNING_RATE=0.0015
+python guides/pretrain_on_cc12m.py
 ```
 
 The [other guide](pretrain_clip_with_cluster_masking.py) is the one to learn from; this one
@@ -34,15 +35,13 @@ is to run.
 ## Shards
 
 CC12M comes as a list of addresses and captions,
-[cc12m.tsv](https://github.com/google-research-datasets/conceptual-12m) (2.6 GB);
-[img2dataset](https://github.com/rom1504/img2dataset) fetches the images into shards, which
-take about 330 GB:
+[cc12m.tsv](https://github.com/google-research-datasets/conceptual-12m) (2.6 GB). Put a first
+line with the names of its columns on top, `url` and `caption` with a tab between them, and
+let [img2dataset](https://github.com/rom1504/img2dataset) fetch the images into shards,
+about 330 GB:
 
 ```bash
-sed -i '1s/^/url\\tcaption\\n/' cc12m.tsv
-img2dataset --url_list cc12m.tsv --input_format tsv --url_col url --caption_col caption \\
-  --output_format webdataset --output_folder cc12m --image_size 256 \\
-  --resize_mode keep_ratio --processes_count 16 --thread_count 64
+img2dataset --url_list cc12m.tsv --input_format tsv --url_col url --caption_col caption --output_format webdataset --output_folder cc12m --image_size 256 --resize_mode keep_ratio --processes_count 16 --thread_count 64
 ```
 
 Some addresses of the list no longer answer, so your shards hold fewer pairs than the
@@ -92,6 +91,11 @@ SAVE_EVERY = setting("SAVE_EVERY", 500)
 SEED = setting("SEED", 1)
 
 STEPS = EPOCHS * (PAIRS // BATCH_SIZE)
+if STEPS <= WARMUP_STEPS:
+    raise ValueError(
+        f"`WARMUP_STEPS` must be less than the {STEPS} steps that `PAIRS`, `EPOCHS` and "
+        f"`BATCH_SIZE` make. Received: WARMUP_STEPS={WARMUP_STEPS}"
+    )
 
 """
 ## Devices
