@@ -57,16 +57,13 @@ def image_tokens(name):
 
 
 def arithmetic(name):
-    """Floating-point operations of both towers for one pair, forward."""
-
-    def transformer(tokens, width, layers=12):
-        # Projections and the feed-forward part, then the attention itself.
-        return layers * tokens * (24 * width**2 + 4 * tokens * width)
-
-    patches = (RESIZED if name.startswith("resized") else IMAGE_SIZE) ** 2
-    embedding = 2 * 3 * patches * 768
-    image_tower = embedding + transformer(1 + image_tokens(name), 768)
-    return image_tower + transformer(CONTEXT_LENGTH, 512)
+    """Floating-point operations to train on one pair."""
+    side = RESIZED if name.startswith("resized") else IMAGE_SIZE
+    if name in OPEN_CLIP:
+        masking = kcm.RandomMasking(OPEN_CLIP[name])
+    else:
+        masking = MASKINGS[name]()
+    return kcm.models.training_flops("vit_b_16", side, CONTEXT_LENGTH, masking=masking)
 
 
 def photographs(batch_size, side):

@@ -6,6 +6,7 @@ the same step on every replica, each with its own rows of the batch. No backend 
 imported but the one that runs.
 """
 
+import contextlib
 import datetime
 import functools
 import os
@@ -88,7 +89,7 @@ def take_chunk(x, index, num_chunks):
 
 
 def _remat_in_turn(function):
-    """`keras.remat`, of whose calls only one at a time computes again what it forgot."""
+    """`keras.remat`; of its calls only one at a time computes again what it forgot."""
     if keras.backend.backend() != "tensorflow":
         return keras.remat(function)
     import tensorflow as tf
@@ -238,6 +239,19 @@ def global_shapes(*tensors):
         (None if x.shape[0] is None else x.shape[0] * replicas, *x.shape[1:])
         for x in tensors
     )
+
+
+def once_there(data):
+    """A context in which nothing runs before the data is there.
+
+    In a step of TensorFlow's that finds a dataset at its end, what does not depend on
+    the batch would still run: counters of steps and metrics would go on by one.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies([x for x in tree.flatten(data) if x is not None])
 
 
 def replicas_share(training):

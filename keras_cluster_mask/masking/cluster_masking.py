@@ -194,9 +194,12 @@ class ClusterMasking(PatchMasking):
 
     def draw_anchors(self, noise):
         """The anchors: `(batch, A)` indices of the patches of smallest noise."""
-        num_patches = noise.shape[1]
+        return ops.argsort(noise, axis=-1)[:, : self.num_anchors(noise.shape[1])]
+
+    def num_anchors(self, num_patches):
+        """How many of `num_patches` become anchors, at least 1."""
         count = num_patches - int(num_patches * (1.0 - self.anchor_ratio) + 1e-6)
-        return ops.argsort(noise, axis=-1)[:, : max(1, count)]
+        return max(1, count)
 
     def similarity(self, images, anchors, tokens=None):
         """The highest similarity of each patch to any of the anchors.

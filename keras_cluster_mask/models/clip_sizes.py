@@ -54,17 +54,7 @@ def clip_backbone(
     # Imported here, as keras_hub takes seconds and the masking layers do not need it.
     import keras_hub
 
-    if size not in SIZES:
-        raise ValueError(
-            f"`size` must be one of {list(SIZES)}. Received: size={size!r}"
-        )
-    shape = SIZES[size]
-    patch_size = patch_size or shape["patch"]
-    if image_size % patch_size:
-        raise ValueError(
-            "`image_size` must be divisible by the patch size. Received: "
-            f"image_size={image_size}, patch_size={patch_size}"
-        )
+    shape, patch_size = size_and_patch(size, image_size, patch_size)
     vision_encoder = keras_hub.models.CLIPVisionEncoder(
         patch_size=patch_size,
         image_shape=_image_shape(image_size),
@@ -85,6 +75,21 @@ def clip_backbone(
         projection_dim=shape["projection"],
         dtype=dtype,
     )
+
+
+def size_and_patch(size, image_size, patch_size):
+    """The entry of `SIZES`, and the side of a patch; raises if they do not fit."""
+    if size not in SIZES:
+        raise ValueError(
+            f"`size` must be one of {list(SIZES)}. Received: size={size!r}"
+        )
+    patch_size = patch_size or SIZES[size]["patch"]
+    if image_size % patch_size:
+        raise ValueError(
+            "`image_size` must be divisible by the patch size. Received: "
+            f"image_size={image_size}, patch_size={patch_size}"
+        )
+    return SIZES[size], patch_size
 
 
 def _tower(shape, activation, dtype):

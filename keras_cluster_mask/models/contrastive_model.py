@@ -369,7 +369,8 @@ class ContrastiveModel(SharedWeights, keras.Model):
         JAX; gradients and updates are Keras's own. Override `compute_loss` to
         train something else.
         """
-        results = super().train_step(*args)
+        with distribution.once_there(args):
+            results = super().train_step(*args)
         distribution.average(self.averages)
         return results
 

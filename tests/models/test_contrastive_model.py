@@ -366,6 +366,24 @@ def test_an_encoder_that_learns_its_width_when_called_trains():
     assert len(image_encoder.weights) == 2
 
 
+def test_a_dataset_of_unknown_length_counts_the_steps_that_it_has():
+    tf = pytest.importorskip("tensorflow")
+    pairs = random_pairs(8)
+    known = tf.data.Dataset.from_tensor_slices(pairs).batch(4, drop_remainder=True)
+    found = []
+    for dataset in (known, known.filter(lambda batch: True)):
+        keras.utils.set_random_seed(0)
+        weight = keras.optimizers.schedules.PolynomialDecay(0.0, 9, 1.0)
+        masking = kcm.ClusterMasking(4, embedding_weight=weight, seed=1)
+        model = masked_model(masking)
+        # Not FAST: compiled, TensorFlow finds the end within a step.
+        model.compile(keras.optimizers.SGD(0.1))
+        history = model.fit(dataset, epochs=2, verbose=0).history
+        assert int(model.optimizer.iterations) == int(masking.step) == 4
+        found.append(history["loss"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
 def test_a_dataset_trains_and_evaluates_as_arrays_do():
     tf = pytest.importorskip("tensorflow")
     pairs = random_pairs(8)

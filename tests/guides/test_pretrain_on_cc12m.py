@@ -1,0 +1,128 @@
+"""The guide for CC12M: what its presets are, what it says they cost, that it runs."""
+
+import itertools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.data.shards import read_samples
+
+ROOT = pathlib.Path(__file__).parents[2]
+GUIDE = ROOT / "guides" / "pretrain_on_cc12m.py"
+PICTURES = ROOT / "datasets" / "pictures" / "test-00000.tar"
+TEXT = GUIDE.read_text(encoding="utf-8")
+TINY = dict(
+    MODEL="tiny",
+    IMAGE_SIZE="32",
+    PATCH_SIZE="8",
+    CONTEXT_LENGTH="16",
+    PAIRS="64",
+    BATCH_SIZE="32",
+    EPOCHS="2",
+    WARMUP_STEPS="2",
+)
+
+
+@pytest.fixture
+def guide(monkeypatch, capsys):
+    """What the guide defines and prints before it reads data, with its defaults."""
+    for name in re.findall(r'setting\("(\w+)"', TEXT):
+        monkeypatch.delenv(name, raising=False)
+    names = {}
+    exec(TEXT[: TEXT.index('"""\n## Data')], names)
+    return {**names, "printed": capsys.readouterr().out}
+
+
+def test_defaults_are_the_papers(guide):
+    assert guide["PAIRS"] == 10_968_539
+    assert guide["BATCH_SIZE"] == 2048
+    assert guide["EPOCHS"] == 32
+    assert guide["STEPS"] == 32 * 5355
+    assert guide["LEARNING_RATE"] == 5e-4
+    assert guide["WARMUP_STEPS"] == 2000
+    assert guide["WEIGHT_DECAY"] == 0.2
+    assert guide["MODEL"] == "vit_b_16"
+    assert (guide["IMAGE_SIZE"], guide["PATCH_SIZE"]) == (224, 16)
+
+
+def test_presets_are_the_papers(guide):
+    made = {name: make() for name, make in guide["PRESETS"].items()}
+    kept = {name: x.num_kept(196) for name, x in made.items() if x is not None}
+    assert kept == {
+        "rgb_0.5": 98,
+        "rgb_0.3": 137,
+        "embedding": 137,
+        "budget": 98,
+        "flip": 98,
+    }
+    assert made["none"] is None
+    assert isinstance(made["flip"], kcm.RandomMasking)
+    clusters = [x for x in made.values() if isinstance(x, kcm.ClusterMasking)]
+    assert len(clusters) == 4
+    for masking in clusters:
+        # 3 % of 196 patches are 5.88.
+        assert (masking.mask_ratio, masking.num_anchors(196)) == (0.5, 6)
+    assert made["budget"].min_mask_ratio is None
+    for name in ("rgb_0.5", "rgb_0.3", "budget"):
+        assert made[name].embedding_weight == 0.0
+    weight = made["embedding"].embedding_weight
+    steps = guide["STEPS"]
+    found = [float(weight(step)) for step in (0, steps // 2, steps)]
+    assert found == pytest.approx([0.0, 0.5, 1.0])
+
+
+def test_the_table_in_the_guide_is_the_one_it_prints(guide):
+    written = [x for x in TEXT.splitlines() if x.startswith("| ")]
+    written.remove("| --- | --- | --- | --- | --- | --- | --- |")
+    assert guide["printed"].splitlines() == written
+    assert len(written) == 1 + len(guide["PRESETS"])
+
+
+@pytest.fixture
+def shard(write_tar):
+    """The first 64 of the pictures that are held out."""
+    samples = itertools.islice(read_samples(PICTURES), 64)
+    return write_tar(
+        "pictures.tar",
+        [
+            (f"{sample['__key__']}.{name}", content)
+            for sample in samples
+            for name, content in sample.items()
+            if name != "__key__"
+        ],
+    )
+
+
+@pytest.mark.parametrize("preset", ["budget", "rgb_0.3"])
+def test_it_runs_in_a_tiny_setting(preset, shard, tmp_path):
+    captions = kcm.data.read_captions(shard)
+    kcm.data.CLIPTokenizer.train(captions, 600).save(tmp_path / "tokenizer.json")
+    done = subprocess.run(
+        [sys.executable, GUIDE],
+        env={
+            **os.environ,
+            **TINY,
+            "KERAS_BACKEND": keras.backend.backend(),
+            "PRESET": preset,
+            "TRAIN": str(shard),
+            "HELD_OUT": str(shard),
+            "TOKENIZER": str(tmp_path / "tokenizer.json"),
+            "RESULTS": str(tmp_path / "results"),
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ratio = float(re.findall(r"mask_ratio: ([\d.]+)", done.stdout)[-1])
+    assert ratio == pytest.approx(0.5, abs=0.0 if preset == "budget" else 0.05)
+    assert len(re.findall(r"recall@\d+ +[\d.]+%", done.stdout)) == 6
+    found = {path.name for path in (tmp_path / "results").iterdir()}
+    assert found == {"checkpoints", "model.keras", "tokenizer.json", "training.png"}
