@@ -236,7 +236,9 @@ class ClusterMasking(PatchMasking):
 
         The pixels' similarity to freshly drawn anchors is computed once per
         image; a bisection over the thresholds then finds the one whose mask
-        ratio is nearest.
+        ratio is nearest. Within a `ContrastiveModel` uint8 images are normalised as
+        the model does; before, they are taken as they are, which comes out a little
+        different.
 
         Args:
             data: Images as an array, or an iterable of batches (a
@@ -248,7 +250,7 @@ class ClusterMasking(PatchMasking):
         Raises:
             ValueError: In budget mode, for data without images, and if no
                 threshold comes within 0.01 of `mask_ratio`, as for a target
-                below `min_mask_ratio` or for pictures that are all alike.
+                of `min_mask_ratio` or less, or for pictures that are all alike.
         """
         if self.threshold is None:
             raise ValueError(
@@ -257,14 +259,16 @@ class ClusterMasking(PatchMasking):
                 "`min_mask_ratio` to select threshold mode. "
                 "Received: min_mask_ratio=None"
             )
-        if self.mask_ratio < self.min_mask_ratio:
+        if self.mask_ratio <= self.min_mask_ratio:
             raise ValueError(
-                "`mask_ratio` must be at least `min_mask_ratio`, the least share left "
-                f"out of any image. Received: mask_ratio={self.mask_ratio}, "
+                "`mask_ratio` must be greater than `min_mask_ratio`: so much is left "
+                "out of every image whatever the threshold, at random where clusters "
+                f"are smaller. Received: mask_ratio={self.mask_ratio}, "
                 f"min_mask_ratio={self.min_mask_ratio}"
             )
 
         def similarity_to_random_anchors(images):
+            images = self.prepare_pixels(images)
             noise = self.draw(images.shape[0], self.count_patches(images))
             return self.similarity_of_pixels(images, self.draw_anchors(noise))
 

@@ -217,6 +217,10 @@ class PatchMasking(keras.layers.Layer):
             self._visible_tokens = ops.concatenate([always, visible], axis=1)
         return ops.concatenate([prefix, kept], axis=1)
 
+    def prepare_pixels(self, images):
+        """What becomes of images before they get here; set by the model around."""
+        return images
+
     def check_ready(self):
         """Raises if the layer cannot train yet. Reads values, so call it eagerly."""
 

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import keras
 from keras import ops
@@ -144,6 +145,9 @@ class ContrastiveModel(SharedWeights, keras.Model):
         self.maskings = [
             x for x in self._flatten_layers() if isinstance(x, PatchMasking)
         ]
+        mean, std = self.pixel_statistics
+        for masking in self.maskings:
+            masking.prepare_pixels = partial(normalize_pixels, mean=mean, std=std)
         if self.maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
         # Nothing is left to build, unless an encoder learns its width when called.

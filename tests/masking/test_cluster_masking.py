@@ -654,9 +654,9 @@ class TestAdapt:
         [
             ({"min_mask_ratio": None}, photographs(32, 48, ROWS), "budget mode"),
             (
-                {"min_mask_ratio": 0.6},
+                {"min_mask_ratio": 0.5},
                 photographs(32, 48, ROWS),
-                "at least `min_mask_ratio`",
+                "greater than `min_mask_ratio`",
             ),
             ({}, np.full((ROWS, 32, 48, 3), 7, "uint8"), "No threshold leaves out"),
             ({}, [], "at least one batch"),

@@ -433,6 +433,20 @@ def test_fit_without_a_threshold_is_an_error_and_after_adapt_it_trains(eager):
         assert np.isfinite(one_step(model, pairs)["loss"]).all()
 
 
+def test_adapt_sees_pixels_as_the_model_shows_them_to_the_masking():
+    # Channels of different deviations, which CLIP's statistics weigh anew.
+    images = random_pairs(64)["images"] // np.array([1, 3, 9], "uint8")
+    normalized = kcm.models.pixels.normalize_pixels(images)
+    thresholds = []
+    for given, inside in ((images, True), (normalized, True), (images, False)):
+        masking = threshold_masking(threshold=None, mask_ratio=0.5)
+        if inside:
+            masked_model(masking)
+        masking.adapt(given)
+        thresholds.append(float(to_numpy(masking.threshold)))
+    assert thresholds[0] == thresholds[1] != thresholds[2]
+
+
 def test_a_call_in_training_without_a_threshold_is_an_error():
     with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
         unset_model()(random_pairs(4), training=True)
