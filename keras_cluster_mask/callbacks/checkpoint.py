@@ -42,8 +42,9 @@ class Checkpoint(keras.callbacks.Callback):
     time; arrays need `shuffle=False`. The state of other callbacks is not saved.
 
     A loss that is NaN or infinite stops the run with an error that names the step, the
-    samples of its batch if the dataset knows them, and the last checkpoint; nothing is
-    saved of it.
+    last checkpoint, and the samples of the batch if they are known: of an
+    `image_text_dataset` for training, and of data with an entry `"sample_id"` (strings
+    or numbers; of arrays with `shuffle=False`). Nothing is saved of such a step.
 
     Example:
 

@@ -2,6 +2,8 @@ import itertools
 
 from keras import tree
 
+from keras_cluster_mask.callbacks.sample_ids import SampleIds
+
 
 class Remaining:
     """Training data, and what is left of it at some place.
@@ -20,6 +22,7 @@ class Remaining:
         self.shuffle = options["shuffle"]
         self.steps_per_epoch = options["steps_per_epoch"]
         self.position = getattr(data, "position", None)
+        self.sample_ids = SampleIds(data, options)
         self._goes_on = False
 
     def describe(self):
@@ -64,14 +67,18 @@ class Remaining:
         if self.steps_per_epoch is not None:
             return step >= self.steps_per_epoch
         self.start(epoch, step)
-        rest = self.after(epoch, step)
+        rest = self._after(epoch, step)
         if isinstance(rest, (dict, tuple, list)):
             return not len(tree.flatten(rest)[0])
         return not any(True for _ in itertools.islice(iter(rest), 1))
 
     def after(self, epoch, step):
-        """The data of an epoch after `step` steps."""
+        """The data of an epoch after `step` steps, and of those that follow."""
         self._goes_on = False
+        self.sample_ids.start(epoch, step)
+        return self.sample_ids.remembered(self._after(epoch, step))
+
+    def _after(self, epoch, step):
         if self.position is not None:
             return self.data
         if self.steps_per_epoch is not None:
@@ -98,7 +105,7 @@ class Remaining:
     def keys_of(self, epoch, step):
         """The keys of the samples of a batch, if they are known."""
         if self.position is None:
-            return []
+            return self.sample_ids.of(epoch, step)
         if self.steps_per_epoch is not None:
             epoch, step = self.position.after(epoch * self.steps_per_epoch + step)
         return self.position.keys(epoch, step)

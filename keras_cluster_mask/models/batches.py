@@ -18,7 +18,8 @@ def check_batches(data, vocabulary_size=None, batch_size=None):
     """Checks data for `ContrastiveModel` as far as can be done for free.
 
     Arrays are checked whole. A `tf.data.Dataset` gets a check of every batch, on
-    the host, as part of its pipeline. Other iterables are left as they are.
+    the host, as part of its pipeline. Strings, such as keys and captions, are left out
+    of both, as no model takes them. Other iterables are left as they are.
 
     Args:
         data: What the user passed as `x`, or as `validation_data`.
@@ -38,10 +39,14 @@ def check_batches(data, vocabulary_size=None, batch_size=None):
                 f"{LONELY} The last batch of these arrays would be one. Received: "
                 f"{len(data['images'])} pairs, batch_size={batch_size}"
             )
+        if any(map(_holds_strings, data.values())):
+            data = {k: v for k, v in data.items() if not _holds_strings(v)}
     elif isinstance(data, (tuple, list)) and data and isinstance(data[0], dict):
         data = (check_batches(data[0], vocabulary_size, batch_size), *data[1:])
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
         _check_keys(data.element_spec)
+        if any(spec.dtype == "string" for spec in data.element_spec.values()):
+            data = data.map(_without_strings)
         training = batch_size is not None
         if training or vocabulary_size is not None:
             data = data.map(lambda batch: _checked(batch, vocabulary_size, training))
@@ -74,6 +79,16 @@ def _check_ids(ids, vocabulary_size):
             f"{FOREIGN.format(vocabulary_size)} "
             f"Received: ids from {ids.min()} to {ids.max()}"
         )
+
+
+def _holds_strings(array):
+    if isinstance(array, list):
+        array = np.asarray(array)
+    return isinstance(array, np.ndarray) and array.dtype.kind in "SUO"
+
+
+def _without_strings(batch):
+    return {key: value for key, value in batch.items() if value.dtype != "string"}
 
 
 def _checked(batch, vocabulary_size, training):

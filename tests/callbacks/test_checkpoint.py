@@ -267,6 +267,27 @@ def test_a_loss_that_is_not_finite_stops_with_step_samples_and_checkpoint(
     assert sorted(tmp_path.glob("step-*"))[-1] == last
 
 
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+def test_samples_of_a_bad_batch_are_named_by_their_sample_id(kind, tmp_path):
+    import tensorflow as tf
+
+    data, fit = pairs(), {"shuffle": False, "batch_size": 4}
+    data["images"] = data["images"].astype("float32")
+    data["images"][13] = np.nan
+    data["sample_id"] = np.array([f"picture {index}" for index in range(20)])
+    if kind == "dataset":
+        data, fit = tf.data.Dataset.from_tensor_slices(data).batch(4), {}
+    # From the start, and by a run that goes on in the middle of the epoch.
+    for stop in (2, None):
+        with pytest.raises(
+            kcm.callbacks.NonFiniteLossError,
+            match="samples picture 12, picture 13, picture 14, picture 15[.]",
+        ):
+            run(data, tmp_path, stop, fit=fit)
+            assert stop
+            run(data, tmp_path, fit=fit)
+
+
 # === Refusals ===
 
 

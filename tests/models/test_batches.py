@@ -20,6 +20,17 @@ def with_id(value, dtype="int32"):
     return {**pairs, "token_ids": ids}
 
 
+def test_strings_are_left_out_since_no_model_takes_them():
+    tf = pytest.importorskip("tensorflow")
+    pairs = random_pairs(4)
+    named = {**pairs, "sample_id": np.array(list("abcd")), "label": np.arange(4)}
+    expected = {"images", "token_ids", "label"}
+    assert {*check_batches(named)} == expected
+    assert {*check_batches({**named, "sample_id": list("abcd")})} == expected
+    dataset = tf.data.Dataset.from_tensor_slices(named).batch(2)
+    assert {*check_batches(dataset, VOCABULARY).element_spec} == expected
+
+
 def test_good_arrays_come_back_as_they_are():
     pairs = random_pairs(8)
     assert check_batches(pairs, VOCABULARY) is pairs
