@@ -21,6 +21,8 @@ import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Its allocator keeps what it once had, and peaks could not be told.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from reporting import parser, publish
 
@@ -75,8 +77,8 @@ def main():
             "devices": row.get("devices", 1),
             "seconds a step": f"{row['seconds']:.2f}",
             "to the whole batch": f"{row['seconds'] / whole['seconds']:.2f}",
-            "peak memory (GiB)": f"{row['peak']:.2f}",
-            "of it the step's": f"{row['peak'] - row['before']:.2f}",
+            "peak memory (GiB)": f"{row['peak']:.3f}",
+            "of it the step's": f"{row['peak'] - row['before']:.3f}",
         }
         for row in rows
     ]
@@ -91,10 +93,11 @@ def main():
 
 
 def measure(options, batch, micro=None, block=None, devices=1):
-    """Seconds of a step, and the peak memory before and after the steps in GiB."""
+    """Seconds of a step, and the memory in use before the timed steps and at most."""
     scope = use_devices(devices)
     import keras
     import numpy as np
+    from step_memory import peak_memory
 
     import keras_cluster_mask as kcm
 
@@ -131,7 +134,9 @@ def measure(options, batch, micro=None, block=None, devices=1):
     model.fit(**one_batch(pairs), epochs=epochs, verbose=0, callbacks=[clock])
     seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:])]
     return dict(
-        seconds=statistics.median(seconds), before=clock.before, peak=status("VmHWM")
+        seconds=statistics.median(seconds),
+        before=clock.before,
+        peak=float(peak_memory()),
     )
 
 
@@ -140,17 +145,18 @@ def forget_peak():
 
     So that what compiling took does not count, which is most of it for small models.
     """
+    import keras
+    from step_memory import peak_memory
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
     # Gives back what is free first: it would be used again without being seen.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def status(field):
-    """A field of this process's status in GiB."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{field}:")]
-    return int(line.split()[1]) / 2**20
+    return float(peak_memory())
 
 
 def use_devices(count):

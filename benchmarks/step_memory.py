@@ -81,7 +81,7 @@ def peak_memory():
 
         if tf.config.list_physical_devices("GPU"):
             peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    return f"{peak / 2**30:.2f}"
+    return f"{peak / 2**30:.3f}"
 
 
 if __name__ == "__main__":
