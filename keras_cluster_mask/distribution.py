@@ -275,6 +275,7 @@ def prepare(model):
         ValueError: For a way of distribution under which Keras's `fit` does not work.
     """
     backend = keras.backend.backend()
+    reduce, see = None, model.gradient_norm and model.gradient_norm.see
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -287,34 +288,49 @@ def prepare(model):
                 "set_distribution(keras.distribution.DataParallel())`. "
                 f"Received: strategy={type(strategy).__name__}"
             )
+        # Keras squares what a token gets from its several places before it has added it
+        # up: norms, and the second moments of Adam, would come out wrong.
+        reduce = _tensorflow_dense
         if strategy.num_replicas_in_sync > 1:
-            _give_global_gradients(model.optimizer, _tensorflow_sums)
+            reduce = _tensorflow_sums
             # They are added up already.
-            model.optimizer._all_reduce_sum_gradients = list
-        elif model.optimizer.clipnorm or model.optimizer.global_clipnorm:
-            # Keras takes the norm of an embedding's gradient before it has added up
-            # what a token gets from its several places, and clips by a wrong norm.
-            _give_global_gradients(model.optimizer, _tensorflow_dense)
+            inner_optimizer(model.optimizer)._all_reduce_sum_gradients = list
     elif backend == "torch" and num_replicas() > 1:
         for variable in [*model.variables, *model.optimizer.variables]:
             _torch_distributed().broadcast(variable.value.data, src=0)
-        _give_global_gradients(model.optimizer, _torch_means)
+        reduce = _torch_means
+    _give_global_gradients(model.optimizer, reduce, see)
 
 
-def _give_global_gradients(optimizer, reduce):
+def inner_optimizer(optimizer):
+    """The one that updates weights, where another scales the loss around it."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _give_global_gradients(optimizer, reduce, see):
     # Before gradients are clipped, which must come out alike on all replicas. Keras
     # lets TensorFlow add up what was clipped on each, and torch nothing at all.
-    if getattr(optimizer.apply, "is_global", False):
-        return
-    apply = optimizer.apply
+    name = "stateless_apply" if keras.backend.backend() == "jax" else "apply"
+    vars(optimizer).pop(name, None)
+    apply = getattr(optimizer, name)
 
     def reduce_and_apply(gradients, *args):
         gradients = list(gradients)
-        reduced = iter(reduce([x for x in gradients if x is not None]))
-        return apply([x if x is None else next(reduced) for x in gradients], *args)
+        if reduce:
+            reduced = iter(reduce([x for x in gradients if x is not None]))
+            gradients = [x if x is None else next(reduced) for x in gradients]
+        if see:
+            see(gradients)
+        return apply(gradients, *args)
 
-    reduce_and_apply.is_global = True
-    optimizer.apply = reduce_and_apply
+    def see_and_apply(variables, gradients, *args):
+        with keras.StatelessScope(list(zip(optimizer.variables, variables))):
+            see(gradients)
+        return apply(variables, gradients, *args)
+
+    if reduce or see:
+        stateless = name == "stateless_apply"
+        setattr(optimizer, name, see_and_apply if stateless else reduce_and_apply)
 
 
 def average(variables):

@@ -52,6 +52,13 @@ class CLIPContrastiveModel(ContrastiveModel):
         if self.initial_temperature is not None:
             self.logit_scale.assign(math.log(1.0 / self.initial_temperature))
 
+    @property
+    def towers(self):
+        return {
+            "image": [self.image_encoder, self.backbone.vision_projection],
+            "text": [self.text_encoder, self.backbone.text_projection],
+        }
+
     def image_features(self, images, training=None):
         tokens = self.image_encoder({"images": images}, training=training)
         return self.backbone.vision_projection(self.backbone.vision_pooler(tokens))

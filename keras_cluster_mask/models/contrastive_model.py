@@ -13,6 +13,7 @@ from keras_cluster_mask.models.micro_batches import (
     embed_in_micro_batches,
     rows_of_replica,
 )
+from keras_cluster_mask.models.optimizer_options import OptimizerOptions
 from keras_cluster_mask.models.pixels import normalize_pixels
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
@@ -20,7 +21,7 @@ INITIAL_LOGIT_BIAS = -10.0
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class ContrastiveModel(keras.Model):
+class ContrastiveModel(OptimizerOptions, keras.Model):
     """Trains an image encoder and a text encoder to agree on pairs.
 
     Each batch of image-text pairs is compared every image with every text; the
@@ -78,7 +79,7 @@ class ContrastiveModel(keras.Model):
     Metrics reported while it trains: `loss`, `image_to_text_accuracy` and
     `text_to_image_accuracy` within the batch, `temperature`, and, with a
     masking, `mask_ratio`: the share of patches that had no influence (0 in
-    evaluation, which masks nothing).
+    evaluation, which masks nothing). `compile` adds `gradient_norm` if asked.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -257,6 +258,17 @@ class ContrastiveModel(keras.Model):
         }
 
     # === Training ===
+
+    @property
+    def towers(self):
+        """The layers that make image and text embeddings, as lists by tower."""
+        towers = {
+            "image": [self.image_encoder, self.image_projection],
+            "text": [self.text_encoder, self.text_projection],
+        }
+        return {
+            name: [x for x in tower if x is not None] for name, tower in towers.items()
+        }
 
     @property
     def scale(self):

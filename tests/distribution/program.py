@@ -50,7 +50,11 @@ def make_model():
         micro_batch_size=int(*micro_batch_size or [0]) or None,
         loss_block_size=2 if micro_batch_size else None,
     )
-    model.compile(keras.optimizers.SGD(0.05, global_clipnorm=1.0))
+    model.compile(
+        keras.optimizers.SGD(0.05, weight_decay=0.1, global_clipnorm=1.0),
+        learning_rate_multipliers={"image": 0.5},
+        log_gradient_norm=True,
+    )
     return model
 
 
