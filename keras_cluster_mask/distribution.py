@@ -42,38 +42,55 @@ def in_chunks(function, num_chunks, weights, state, rows):
         state. `merge_chunks` brings rows back into their order.
     """
 
-    # Flat lists of tensors, since `tf.recompute_grad` takes nothing else.
-    def flat_function(*flat):
-        weights, state, index, rows = tree.pack_sequence_as(example, list(flat))
-        outputs, state = function(weights, state, index, rows)
-        structures[:] = outputs, state
-        return tuple(tree.flatten(outputs)), tuple(tree.flatten(state))
-
-    structures = []
     weights, state, rows = tree.map_structure(_as_tensor, (weights, state, rows))
     state = tree.map_structure(ops.stop_gradient, state)
-    example = (weights, state, 0, rows)
-    once_more = keras.remat(flat_function)
 
     def one(state, index):
         chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
-        arguments = tree.flatten((weights, tree.pack_sequence_as(example[1], state)))
-        outputs, state = once_more(*arguments, index, *tree.flatten(chunk))
-        return tuple(map(ops.stop_gradient, state)), outputs
+        outputs, state = run_again(function, weights, state, index, chunk)
+        return tree.map_structure(ops.stop_gradient, state), outputs
 
-    state = tuple(tree.flatten(state))
     if keras.backend.backend() == "jax":
         # Compiled, a loop that is written out holds the activations of all chunks.
         state, outputs = ops.scan(one, state, ops.arange(num_chunks))
-    else:
-        # A loop of the graph holds what `recompute_grad` is there to forget.
-        columns = []
-        for index in range(num_chunks):
-            state, outputs = one(state, ops.convert_to_tensor(index, "int32"))
-            columns.append(outputs)
-        outputs = [ops.stack(column) for column in zip(*columns)]
-    outputs = tree.pack_sequence_as(structures[0], list(outputs))
-    return outputs, tree.pack_sequence_as(structures[1], list(state))
+        return outputs, state
+    # A loop of the graph holds what `recompute_grad` is there to forget.
+    columns = []
+    for index in range(num_chunks):
+        state, outputs = one(state, ops.convert_to_tensor(index, "int32"))
+        columns.append(outputs)
+    return tree.map_structure(lambda *column: ops.stack(column), *columns), state
+
+
+def run_again(function, *arguments):
+    """Runs a function, and again for its gradients, holding nothing in between.
+
+    Args:
+        function: `function(*arguments)`. It must take all that it differentiates from
+            its arguments, and its first output must be a float.
+        *arguments: Structures of tensors or variables; it is passed tensors.
+
+    Returns:
+        What the function returns, a structure of tensors.
+    """
+    arguments = tree.map_structure(_as_tensor, arguments)
+    bools = [
+        keras.backend.standardize_dtype(x.dtype) == "bool"
+        for x in tree.flatten(arguments)
+    ]
+    structure = []
+
+    # Flat lists of tensors, since `tf.recompute_grad` takes nothing else; nor bools.
+    def flat_function(*flat):
+        flat = [ops.cast(x, "bool") if y else x for x, y in zip(flat, bools)]
+        outputs = function(*tree.pack_sequence_as(arguments, flat))
+        structure[:] = [tree.map_structure(lambda x: None, outputs)]
+        return tuple(tree.flatten(outputs))
+
+    flat = tree.flatten(arguments)
+    flat = [ops.cast(x, "int32") if y else x for x, y in zip(flat, bools)]
+    flat = keras.remat(flat_function)(*flat)
+    return tree.pack_sequence_as(structure[0], list(flat))
 
 
 def merge_chunks(x):

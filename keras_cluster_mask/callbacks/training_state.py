@@ -6,7 +6,7 @@ from keras import ops
 # What a layer's configuration says without deciding what is computed.
 INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
 # What may differ between a run and its continuation.
-FREE_OPTIONS = ("name", "micro_batch_size", "loss_block_size")
+FREE_OPTIONS = ("name", "micro_batch_size", "loss_block_size", "remat")
 FREE_METRICS = ("gradient_norm",)
 
 

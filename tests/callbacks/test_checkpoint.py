@@ -115,6 +115,16 @@ def test_the_norm_of_gradients_goes_on_and_may_come_and_go(shards, tmp_path):
             assert norms[-1] == expected.history["gradient_norm"][-1]
 
 
+def test_blocks_may_be_computed_again_from_a_checkpoint_on(shards, tmp_path):
+    whole, _ = run(make_dataset(shards), tmp_path / "a")
+    run(make_dataset(shards), tmp_path / "b", stop=9)
+    model = make_model()
+    model.remat = ["tokens"]
+    found, _ = run(make_dataset(shards), tmp_path / "b", model=model)
+    for key, value in whole.items():
+        np.testing.assert_allclose(found[key], value, atol=1e-5, err_msg=key)
+
+
 def test_a_finished_run_gives_its_weights_and_history_again(shards, tmp_path):
     expected, history = run(make_dataset(shards), tmp_path)
     found, again = run(make_dataset(shards), tmp_path)

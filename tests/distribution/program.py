@@ -49,6 +49,7 @@ def make_model():
         text_bag(),
         micro_batch_size=int(*micro_batch_size or [0]) or None,
         loss_block_size=2 if micro_batch_size else None,
+        remat=["multi_head_attention"] if micro_batch_size else False,
     )
     model.compile(
         keras.optimizers.SGD(0.05, weight_decay=0.1, global_clipnorm=1.0),

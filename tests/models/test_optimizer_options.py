@@ -9,6 +9,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.models.optimizer_options import is_vector
 
 from .helpers import (
+    as_dataset,
     functional_vit,
     image_mlp,
     random_pairs,
@@ -306,7 +307,9 @@ def test_a_frozen_tower_stays_as_it_is_while_the_other_learns(micro_batch_size):
         learning_rate_multipliers=multipliers,
         log_gradient_norm=True,
     )
-    history = fit_known_batches(model)
+    history = model.fit(
+        **as_dataset(random_pairs(BATCH * STEPS), BATCH), verbose=0
+    ).history
     for one, other in zip(values(model.image_encoder.weights), frozen):
         np.testing.assert_array_equal(one, other)
     spared = [is_vector(v) for v in reference.trainable_variables]
@@ -320,16 +323,6 @@ def test_a_frozen_tower_stays_as_it_is_while_the_other_learns(micro_batch_size):
         by_torch.step(pairs)
     assert_same_weights(model, reference)
     assert history["gradient_norm"] == pytest.approx([np.mean(by_torch.norms)], 1e-5)
-
-
-def fit_known_batches(model):
-    """With batches whose size TensorFlow knows, as micro-batches need them."""
-    if keras.backend.backend() != "tensorflow":
-        return fit(model)
-    import tensorflow as tf
-
-    dataset = tf.data.Dataset.from_tensor_slices(random_pairs(BATCH * STEPS))
-    return model.fit(dataset.batch(BATCH, drop_remainder=True), verbose=0).history
 
 
 # === The norm of gradients ===
