@@ -43,38 +43,57 @@ def in_chunks(function, num_chunks, weights, state, rows):
         state. `merge_chunks` brings rows back into their order.
     """
 
-    # Flat lists of tensors, since `tf.recompute_grad` takes nothing else.
-    def flat_function(*flat):
-        weights, state, index, rows = tree.pack_sequence_as(example, list(flat))
-        outputs, state = function(weights, state, index, rows)
-        structures[:] = outputs, state
-        return tuple(tree.flatten(outputs)), tuple(tree.flatten(state))
-
-    structures = []
     weights, state, rows = tree.map_structure(_as_tensor, (weights, state, rows))
     state = tree.map_structure(ops.stop_gradient, state)
-    example = (weights, state, 0, rows)
-    once_more = _remat_in_turn(flat_function)
+    remat = _remat_in_turn()
 
     def one(state, index):
         chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
-        arguments = tree.flatten((weights, tree.pack_sequence_as(example[1], state)))
-        outputs, state = once_more(*arguments, index, *tree.flatten(chunk))
-        return tuple(map(ops.stop_gradient, state)), outputs
+        outputs, state = run_again(function, weights, state, index, chunk, remat=remat)
+        return tree.map_structure(ops.stop_gradient, state), outputs
 
-    state = tuple(tree.flatten(state))
     if keras.backend.backend() == "jax":
         # Compiled, a loop that is written out holds the activations of all chunks.
         state, outputs = ops.scan(one, state, ops.arange(num_chunks))
-    else:
-        # A loop of the graph holds what `recompute_grad` is there to forget.
-        columns = []
-        for index in range(num_chunks):
-            state, outputs = one(state, ops.convert_to_tensor(index, "int32"))
-            columns.append(outputs)
-        outputs = [ops.stack(column) for column in zip(*columns)]
-    outputs = tree.pack_sequence_as(structures[0], list(outputs))
-    return outputs, tree.pack_sequence_as(structures[1], list(state))
+        return outputs, state
+    # A loop of the graph holds what `recompute_grad` is there to forget.
+    columns = []
+    for index in range(num_chunks):
+        state, outputs = one(state, ops.convert_to_tensor(index, "int32"))
+        columns.append(outputs)
+    return tree.map_structure(lambda *column: ops.stack(column), *columns), state
+
+
+def run_again(function, *arguments, remat=keras.remat):
+    """Runs a function, and again for its gradients, holding nothing in between.
+
+    Args:
+        function: `function(*arguments)`. It must take all that it differentiates from
+            its arguments, and its first output must be a float.
+        *arguments: Structures of tensors or variables; it is passed tensors.
+        remat: `keras.remat`, or a function like it.
+
+    Returns:
+        What the function returns, a structure of tensors.
+    """
+    arguments = tree.map_structure(_as_tensor, arguments)
+    bools = [
+        keras.backend.standardize_dtype(x.dtype) == "bool"
+        for x in tree.flatten(arguments)
+    ]
+    structure = []
+
+    # Flat lists of tensors, since `tf.recompute_grad` takes nothing else; nor bools.
+    def flat_function(*flat):
+        flat = [ops.cast(x, "bool") if y else x for x, y in zip(flat, bools)]
+        outputs = function(*tree.pack_sequence_as(arguments, flat))
+        structure[:] = [tree.map_structure(lambda x: None, outputs)]
+        return tuple(tree.flatten(outputs))
+
+    flat = tree.flatten(arguments)
+    flat = [ops.cast(x, "int32") if y else x for x, y in zip(flat, bools)]
+    flat = remat(flat_function)(*flat)
+    return tree.pack_sequence_as(structure[0], list(flat))
 
 
 def merge_chunks(x):
@@ -88,13 +107,13 @@ def take_chunk(x, index, num_chunks):
     return split[:, index]
 
 
-def _remat_in_turn(function):
-    """`keras.remat`; of its calls only one at a time computes again what it forgot."""
+def _remat_in_turn():
+    """A `keras.remat`; of its functions only one at a time computes again."""
     if keras.backend.backend() != "tensorflow":
-        return keras.remat(function)
+        return keras.remat
     import tensorflow as tf
 
-    # A graph would compute all of them at once: a call waits for the gradient of the
+    # A graph would compute all of them at once: each waits for the gradient of the
     # `turn` that it hands on, which comes when the next one has all its gradients.
     turn = tf.zeros(())
 
@@ -110,18 +129,21 @@ def _remat_in_turn(function):
         with tf.control_dependencies([turn]):
             return (tf.identity(turn), *map(tf.identity, values)), give_back
 
-    @keras.remat
-    def once_more(turn, *values):
-        results = function(*values)
-        with tf.control_dependencies(tree.flatten(results)):
-            return tf.identity(turn), results
+    def remat(function):
+        @keras.remat
+        def once_more(turn, *values):
+            results = function(*values)
+            with tf.control_dependencies(tree.flatten(results)):
+                return tf.identity(turn), results
 
-    def call(*values):
-        nonlocal turn
-        turn, results = once_more(*take(turn, *values))
-        return results
+        def call(*values):
+            nonlocal turn
+            turn, results = once_more(*take(turn, *values))
+            return results
 
-    return call
+        return call
+
+    return remat
 
 
 def _as_tensor(x):
@@ -373,6 +395,7 @@ def prepare(model):
         ValueError: For a way of distribution under which Keras's `fit` does not work.
     """
     backend = keras.backend.backend()
+    reduce, see = None, model.gradient_norm and model.gradient_norm.see
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -385,34 +408,49 @@ def prepare(model):
                 "set_distribution(keras.distribution.DataParallel())`. "
                 f"Received: strategy={type(strategy).__name__}"
             )
+        # Keras squares what a token gets from its several places before it has added it
+        # up: norms, and the second moments of Adam, would come out wrong.
+        reduce = _tensorflow_dense
         if strategy.num_replicas_in_sync > 1:
-            _give_global_gradients(model.optimizer, _tensorflow_sums)
+            reduce = _tensorflow_sums
             # They are added up already.
-            model.optimizer._all_reduce_sum_gradients = list
-        elif model.optimizer.clipnorm or model.optimizer.global_clipnorm:
-            # Keras takes the norm of an embedding's gradient before it has added up
-            # what a token gets from its several places, and clips by a wrong norm.
-            _give_global_gradients(model.optimizer, _tensorflow_dense)
+            inner_optimizer(model.optimizer)._all_reduce_sum_gradients = list
     elif backend == "torch" and num_replicas() > 1:
         for variable in [*model.variables, *model.optimizer.variables]:
             _torch_distributed().broadcast(variable.value.data, src=0)
-        _give_global_gradients(model.optimizer, _torch_means)
+        reduce = _torch_means
+    _give_global_gradients(model.optimizer, reduce, see)
 
 
-def _give_global_gradients(optimizer, reduce):
+def inner_optimizer(optimizer):
+    """The one that updates weights, where another scales the loss around it."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _give_global_gradients(optimizer, reduce, see):
     # Before gradients are clipped, which must come out alike on all replicas. Keras
     # lets TensorFlow add up what was clipped on each, and torch nothing at all.
-    if getattr(optimizer.apply, "is_global", False):
-        return
-    apply = optimizer.apply
+    name = "stateless_apply" if keras.backend.backend() == "jax" else "apply"
+    vars(optimizer).pop(name, None)
+    apply = getattr(optimizer, name)
 
     def reduce_and_apply(gradients, *args):
         gradients = list(gradients)
-        reduced = iter(reduce([x for x in gradients if x is not None]))
-        return apply([x if x is None else next(reduced) for x in gradients], *args)
+        if reduce:
+            reduced = iter(reduce([x for x in gradients if x is not None]))
+            gradients = [x if x is None else next(reduced) for x in gradients]
+        if see:
+            see(gradients)
+        return apply(gradients, *args)
 
-    reduce_and_apply.is_global = True
-    optimizer.apply = reduce_and_apply
+    def see_and_apply(variables, gradients, *args):
+        with keras.StatelessScope(list(zip(optimizer.variables, variables))):
+            see(gradients)
+        return apply(variables, gradients, *args)
+
+    if reduce or see:
+        stateless = name == "stateless_apply"
+        setattr(optimizer, name, see_and_apply if stateless else reduce_and_apply)
 
 
 def average(variables):

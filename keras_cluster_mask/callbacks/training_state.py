@@ -7,7 +7,8 @@ from keras_cluster_mask.distribution import to_numpy
 # What a layer's configuration says without deciding what is computed.
 INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
 # What may differ between a run and its continuation.
-FREE_OPTIONS = ("name", "micro_batch_size", "loss_block_size")
+FREE_OPTIONS = ("name", "micro_batch_size", "loss_block_size", "remat")
+FREE_METRICS = ("gradient_norm",)
 
 
 def read_state(model):
@@ -23,13 +24,18 @@ def write_state(model, state, groups=("model", "optimizer")):
     """Puts arrays of `read_state` back, those of some groups."""
     for group in groups:
         for index, variable in enumerate(_groups(model)[group]):
-            variable.assign(state[f"{group}/{index}"])
+            key = f"{group}/{index}"
+            # A metric that is new in the continuation starts with it.
+            if key in state or group != "metrics":
+                variable.assign(state[key])
 
 
 def describe(model):
     """What a checkpoint must fit: a flat dictionary of JSON values by field."""
-    fields = {}
-    for group, variables in _groups(model).items():
+    fields, groups = {}, _groups(model)
+    metrics = [x for x in model.metrics if x.name not in FREE_METRICS]
+    groups["metrics"] = [v for metric in metrics for v in metric.variables]
+    for group, variables in groups.items():
         fields[f"{group}.number of variables"] = len(variables)
         for index, variable in enumerate(variables):
             shape = [*variable.shape]

@@ -30,6 +30,13 @@ class CLIPContrastiveModel(BackboneModel):
         # It takes the class token, which is never hidden.
         self.backbone.vision_pooler.supports_masking = True
 
+    @property
+    def towers(self):
+        return {
+            "image": [self.image_encoder, self.backbone.vision_projection],
+            "text": [self.text_encoder, self.backbone.text_projection],
+        }
+
     def image_features(self, images, training=None):
         tokens = self.image_encoder({"images": images}, training=training)
         return self.backbone.vision_projection(self.backbone.vision_pooler(tokens))

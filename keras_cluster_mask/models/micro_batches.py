@@ -8,6 +8,7 @@ from keras import ops
 from keras_cluster_mask import distribution
 from keras_cluster_mask.masking.batch_part import part_of_batch
 from keras_cluster_mask.models.batches import KEYS
+from keras_cluster_mask.models.stateless import call_statelessly, snapshot
 
 
 def embed_in_micro_batches(model, inputs, micro_batch_size):
@@ -37,40 +38,32 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
     in_seeds = {id(seed) for seed in seeds}
     weights = model.trainable_variables
     others = [v for v in model.non_trainable_variables if id(v) not in in_seeds]
-    frozen = {id(v) for x in model._flatten_layers() for v in x._trainable_variables}
+    variables = [*weights, *others, *seeds]
     remembered = []
 
     def embed(values, seed_values, index, chunk):
-        given = list(zip([*weights, *others, *seeds], [*values, *seed_values]))
-
         def take_chunk(noise):
             own = distribution.own_rows(noise)
             return distribution.take_chunk(own, index, num_chunks)
 
-        with (
-            keras.StatelessScope(given, collect_losses=True) as scope,
-            part_of_batch(batch_size, take_chunk),
-        ):
-            before = [scope.get_current_value(v) for v in others]
-            outputs = model.embed(chunk, training=True)
-            extra_losses = [sum(map(ops.sum, scope.losses))] if scope.losses else []
-        after = [scope.get_current_value(v) for v in others]
+        with part_of_batch(batch_size, take_chunk):
+            outputs, extra_losses, after = call_statelessly(
+                lambda: model.embed(chunk, training=True),
+                variables,
+                [*values, *seed_values],
+            )
+        after, seeds_after = after[: len(values)], after[len(values) :]
         # Nothing but what was written to, or frozen weights would be stacked too.
-        remembered[:] = [v for v, x, y in zip(others, before, after) if x is not y]
-        written = [y for x, y in zip(before, after) if x is not y]
-        outputs = outputs, extra_losses, written
-        return outputs, [scope.get_current_value(v) for v in seeds]
+        remembered[:] = [v for v, x in zip(variables, after) if x is not None]
+        written = [x for x in after if x is not None]
+        seed_values = [y if x is None else x for x, y in zip(seeds_after, seed_values)]
+        return (outputs, extra_losses, written), seed_values
 
-    # Copied is what is written to at the end of the step, as a chunk that is computed
-    # again must find what it was. Frozen weights are not, and may be large.
     (embeddings, extra_losses, written), seed_values = distribution.in_chunks(
         embed,
         num_chunks,
-        weights=[
-            *weights,
-            *(v if id(v) in frozen else ops.copy(v) for v in others),
-        ],
-        state=list(map(ops.copy, seeds)),
+        weights=snapshot(model, [*weights, *others]),
+        state=snapshot(model, seeds),
         rows={key: inputs[key] for key in KEYS},
     )
     for seed, value in zip(seeds, seed_values):

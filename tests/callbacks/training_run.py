@@ -22,7 +22,7 @@ import keras_cluster_mask as kcm
 VOCABULARY, CONTEXT = 300, 9
 
 
-def make_model(masking=None, dropout_seed=5, optimizer=None):
+def make_model(masking=None, dropout_seed=5, optimizer=None, **options):
     """With all that has a state: dropout, a threshold that moves, EMA, a schedule."""
     keras.utils.set_random_seed(1)
     keras.utils.set_random_seed(1)
@@ -52,7 +52,8 @@ def make_model(masking=None, dropout_seed=5, optimizer=None):
     if optimizer is None:
         schedule = keras.optimizers.schedules.CosineDecay(0.01, 40, warmup_steps=5)
         optimizer = keras.optimizers.AdamW(schedule, use_ema=True, ema_momentum=0.9)
-    model.compile(optimizer, run_eagerly=keras.backend.backend() == "tensorflow")
+    eager = keras.backend.backend() == "tensorflow"
+    model.compile(optimizer, run_eagerly=eager, **options)
     return model
 
 

@@ -52,14 +52,23 @@ def make_model():
         loss_block_size=2 if micro_batch_size else None,
     )
     if "CLIP" in os.environ:
-        model = kcm.ContrastiveModel.from_clip(tiny_clip(), masking, **options)
+        model = kcm.ContrastiveModel.from_clip(
+            tiny_clip(), masking, remat=bool(micro_batch_size), **options
+        )
         # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
         return model
     model = kcm.ContrastiveModel(
-        kcm.with_masking(functional_vit(), masking, "positions"), text_bag(), **options
+        kcm.with_masking(functional_vit(), masking, "positions"),
+        text_bag(),
+        remat=["multi_head_attention"] if micro_batch_size else False,
+        **options,
     )
-    model.compile(keras.optimizers.SGD(0.05, global_clipnorm=1.0))
+    model.compile(
+        keras.optimizers.SGD(0.05, weight_decay=0.1, global_clipnorm=1.0),
+        learning_rate_multipliers={"image": 0.5},
+        log_gradient_norm=True,
+    )
     return model
 
 

@@ -1,5 +1,7 @@
 """Minuscule models and data, and the one thing each backend does its own way."""
 
+import gc
+
 import keras
 import keras_hub
 import numpy as np
@@ -45,6 +47,16 @@ def class_pairs(count, num_classes=4, seed=0):
     ids[:, 1] = 2 + classes
     ids[:, -1] = VOCABULARY - 1
     return {"images": images.astype("uint8"), "token_ids": ids}
+
+
+def as_dataset(pairs, batch_size):
+    """What `fit` knows the batch size of on every backend."""
+    if keras.backend.backend() != "tensorflow":
+        return dict(x=pairs, batch_size=batch_size, shuffle=False)
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(pairs)
+    return dict(x=dataset.batch(batch_size, drop_remainder=True))
 
 
 # === Encoders ===
@@ -256,3 +268,100 @@ def value_and_gradients(fn, variables):
         step = jax.jit(jax.grad(stateless, has_aux=True))
         found, output = step([v.value for v in variables])
     return to_numpy(output), [to_numpy(g) for g in found]
+
+
+# === Steps of a contrastive model ===
+
+
+def loss_of(model, pairs, embeddings):
+    return model.compute_loss(x=pairs, y_pred=embeddings, training=True)
+
+
+def loss_and_gradients(model, pairs, embed):
+    def fn():
+        loss = loss_of(model, pairs, embed(pairs))
+        return loss, loss
+
+    return value_and_gradients(fn, model.trainable_variables)
+
+
+def largest_error(found, expected):
+    """Relative to the largest entry of all."""
+    scale = max(np.abs(x).max() for x in expected)
+    return max(np.abs(x - y).max() for x, y in zip(found, expected)) / scale
+
+
+def memory_of_gradients(model, pairs):
+    """Bytes that the gradients of a batch take at a time, on JAX and torch."""
+    torch = keras.backend.backend() == "torch"
+    return (_live_bytes_torch if torch else _temporary_bytes_jax)(model, pairs)
+
+
+def _live_bytes_torch(model, pairs):
+    """The most that tensors made in a step hold at a time."""
+    import weakref
+
+    import torch
+    from torch.utils import _pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    live = {}
+    most = calls = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most, calls
+            calls += 1
+            if calls % 20 == 0:
+                gc.collect()
+            outputs = func(*args, **(kwargs or {}))
+            for x in _pytree.tree_leaves(outputs):
+                if isinstance(x, torch.Tensor):
+                    storage = x.untyped_storage()
+                    if storage._cdata not in live:
+                        live[storage._cdata] = storage.nbytes()
+                        weakref.finalize(storage, live.pop, storage._cdata)
+            most = max(most, sum(live.values()))
+            return outputs
+
+    pairs = {key: ops.convert_to_tensor(value) for key, value in pairs.items()}
+    # Walking through arguments leaves cycles behind that hold tensors. With all else
+    # frozen, looking for them is quick.
+    gc.freeze()
+    try:
+        with Watch():
+            loss_of(model, pairs, model(pairs, training=True)).backward()
+    finally:
+        gc.unfreeze()
+    return most
+
+
+def _temporary_bytes_jax(model, pairs):
+    import jax
+
+    loss, weights, state = _loss_jax(model)
+    compiled = jax.jit(jax.grad(loss)).lower(weights, state, pairs).compile()
+    # The chunks of a batch are cut from a copy of it.
+    batch = sum(x.nbytes for x in pairs.values())
+    return compiled.memory_analysis().temp_size_in_bytes - batch
+
+
+def kept_bytes_jax(model, pairs):
+    """Bytes that the forward pass hands on to the backward pass, weights included."""
+    import jax
+
+    loss, weights, state = _loss_jax(model)
+    backward = jax.eval_shape(lambda w: jax.vjp(loss, w, state, pairs)[1], weights)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(backward))
+
+
+def _loss_jax(model):
+    """The loss as a function of weights, state and pairs; weights; and state."""
+
+    def loss(weights, state, pairs):
+        embeddings, _ = model.stateless_call(weights, state, pairs, training=True)
+        with keras.StatelessScope(list(zip(model.trainable_variables, weights))):
+            return loss_of(model, pairs, embeddings)
+
+    weights = [v.value for v in model.trainable_variables]
+    return loss, weights, [v.value for v in model.non_trainable_variables]

@@ -11,13 +11,16 @@ from keras_cluster_mask.masking.batch_part import part_of_batch
 
 from .helpers import (
     FAST,
+    as_dataset,
     functional_vit,
     image_mlp,
+    largest_error,
+    loss_and_gradients,
+    memory_of_gradients,
     random_pairs,
     text_bag,
     tiny_clip,
     to_numpy,
-    value_and_gradients,
     values,
 )
 
@@ -34,34 +37,6 @@ def make_model(masking="budget", dropout=False, **kwargs):
     masking = kcm.ClusterMasking(4, seed=1, **MASKINGS[masking])
     encoder = kcm.with_masking(functional_vit(mix=mix), masking, "positions")
     return kcm.ContrastiveModel(encoder, text_bag(), **kwargs)
-
-
-def loss_of(model, pairs, embeddings):
-    return model.compute_loss(x=pairs, y_pred=embeddings, training=True)
-
-
-def loss_and_gradients(model, pairs, embed):
-    def fn():
-        loss = loss_of(model, pairs, embed(pairs))
-        return loss, loss
-
-    return value_and_gradients(fn, model.trainable_variables)
-
-
-def largest_error(found, expected):
-    """Relative to the largest entry of all."""
-    scale = max(np.abs(x).max() for x in expected)
-    return max(np.abs(x - y).max() for x, y in zip(found, expected)) / scale
-
-
-def as_dataset(pairs, batch_size=BATCH):
-    """What `fit` knows the batch size of on every backend."""
-    if keras.backend.backend() != "tensorflow":
-        return dict(x=pairs, batch_size=batch_size, shuffle=False)
-    import tensorflow as tf
-
-    dataset = tf.data.Dataset.from_tensor_slices(pairs)
-    return dict(x=dataset.batch(batch_size, drop_remainder=True))
 
 
 def in_chunks_by_hand(model, num_chunks):
@@ -130,7 +105,7 @@ def test_fit_ends_at_the_weights_of_whole_batches():
             tiny_clip(), masking=masking, micro_batch_size=micro_batch_size
         )
         model.compile(keras.optimizers.SGD(0.05))
-        history = model.fit(**as_dataset(pairs), epochs=2, verbose=0).history
+        history = model.fit(**as_dataset(pairs, BATCH), epochs=2, verbose=0).history
         assert int(ops.convert_to_numpy(masking.step)) == 4
         results.append((values(model.variables), history))
     (expected, expected_history), (found, history) = results
@@ -172,7 +147,7 @@ def test_losses_that_layers_add_are_averaged():
             keras.Model(images, last(x)), text_bag(), micro_batch_size=micro_batch_size
         )
         model.compile(keras.optimizers.SGD(0.0), **FAST)
-        history = model.fit(**as_dataset(pairs), epochs=2, verbose=0).history
+        history = model.fit(**as_dataset(pairs, BATCH), epochs=2, verbose=0).history
         losses.append(history["loss"])
     assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -183,7 +158,7 @@ def test_frozen_weights_stay_and_the_rest_trains():
     model.text_encoder.trainable = False
     model.compile(keras.optimizers.SGD(0.1), **FAST)
     texts, images = values(model.text_encoder.weights), values(model.trainable_weights)
-    model.fit(**as_dataset(random_pairs(BATCH)), verbose=0)
+    model.fit(**as_dataset(random_pairs(BATCH), BATCH), verbose=0)
     for before, after in zip(texts, values(model.text_encoder.weights)):
         np.testing.assert_array_equal(before, after)
     assert any((a != b).any() for a, b in zip(images, values(model.trainable_weights)))
@@ -199,7 +174,9 @@ def test_bfloat16_trains_like_whole_batches():
             micro_batch_size=micro_batch_size,
         )
         model.compile(keras.optimizers.SGD(0.05))
-        history = model.fit(**as_dataset(random_pairs(BATCH)), epochs=3, verbose=0)
+        history = model.fit(
+            **as_dataset(random_pairs(BATCH), BATCH), epochs=3, verbose=0
+        )
         losses.append(history.history["loss"])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-3)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
@@ -221,68 +198,20 @@ def test_no_two_chunks_see_the_same_dropout():
 
 def test_memory_is_that_of_a_micro_batch():
     """Growing the batch eightfold at the same micro-batch costs hardly any memory."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
+    if keras.backend.backend() == "tensorflow":
         pytest.skip("TensorFlow does not tell what a step keeps; see benchmarks.")
-    measure = live_bytes_torch if backend == "torch" else temporary_bytes_jax
     sizes = {}
     for batch, micro in ((8, 8), (64, 8), (64, None)):
         keras.utils.set_random_seed(0)
         encoder = functional_vit(width=64, num_layers=2)
         model = kcm.ContrastiveModel(encoder, text_bag(64), micro_batch_size=micro)
         embeddings = 4 * batch * 64 * 4
-        sizes[batch, micro] = measure(model, random_pairs(batch)) - embeddings
+        sizes[batch, micro] = (
+            memory_of_gradients(model, random_pairs(batch)) - embeddings
+        )
     assert sizes[64, 8] < 1.3 * sizes[8, 8]
     # The measure sees what there is to see.
     assert sizes[64, None] > 4 * sizes[8, 8]
-
-
-def live_bytes_torch(model, pairs):
-    """The most that tensors made in a step hold at a time."""
-    import weakref
-
-    import torch
-    from torch.utils import _pytree
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    live = {}
-    most = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal most
-            outputs = func(*args, **(kwargs or {}))
-            for x in _pytree.tree_leaves(outputs):
-                if isinstance(x, torch.Tensor):
-                    storage = x.untyped_storage()
-                    if storage._cdata not in live:
-                        live[storage._cdata] = storage.nbytes()
-                        weakref.finalize(storage, live.pop, storage._cdata)
-            most = max(most, sum(live.values()))
-            return outputs
-
-    pairs = {key: ops.convert_to_tensor(value) for key, value in pairs.items()}
-    with Watch():
-        loss_of(model, pairs, model(pairs, training=True)).backward()
-    return most
-
-
-def temporary_bytes_jax(model, pairs):
-    import jax
-
-    def loss(weights, state, pairs):
-        embeddings, state = model.stateless_call(weights, state, pairs, training=True)
-        mapping = list(zip(model.trainable_variables, weights))
-        with keras.StatelessScope(mapping):
-            return loss_of(model, pairs, embeddings)
-
-    step = jax.jit(jax.grad(loss))
-    weights = [v.value for v in model.trainable_variables]
-    state = [v.value for v in model.non_trainable_variables]
-    compiled = step.lower(weights, state, pairs).compile()
-    # The chunks of a batch are cut from a copy of it.
-    batch = sum(x.nbytes for x in pairs.values())
-    return compiled.memory_analysis().temp_size_in_bytes - batch
 
 
 # === Chunks ===
