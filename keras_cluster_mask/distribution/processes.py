@@ -1,0 +1,115 @@
+"""The processes of one training run."""
+
+import datetime
+import functools
+import os
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.distribution.replicas import (
+    num_replicas,
+    replica_index,
+    torch_distributed,
+)
+
+# Seconds that a process waits for the others before it gives up.
+TIMEOUT = 50
+
+
+def initialize():
+    """Joins the processes of one training run. Call it first thing in the program.
+
+    On torch the program is started by `torchrun` on every GPU; each process takes the
+    GPU of its local rank, or the CPU where there is none. On JAX it is
+    `keras.distribution.initialize`, which reads the environment variables
+    `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID`; afterwards
+    choose a `keras.distribution.DataParallel(auto_shard_dataset=False)`. If a process
+    dies, the others end with an error within a minute.
+
+    Raises:
+        RuntimeError: On TensorFlow, or on torch outside of `torchrun`.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        # Keras hands on no limits of time; JAX's own let the others wait longer.
+        join = jax.distributed.initialize
+        jax.distributed.initialize = functools.partial(
+            join, heartbeat_timeout_seconds=TIMEOUT // 2
+        )
+        try:
+            keras.distribution.initialize()
+        finally:
+            jax.distributed.initialize = join
+        return
+    if backend != "torch":
+        raise RuntimeError(
+            "`initialize` is for processes of JAX or torch; TensorFlow trains on the "
+            "devices of one: `tf.distribute.MirroredStrategy`. "
+            f"Received: backend={backend!r}"
+        )
+    if "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(
+            "`initialize` needs what `torchrun` says about the processes: start the "
+            "program by `torchrun --nproc-per-node=NUMBER program.py`. "
+            "Received: no environment variable WORLD_SIZE"
+        )
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(
+        "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT)
+    )
+
+
+def is_main_process():
+    """Whether this process is the one that prints and writes files."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_index() == 0
+    return keras.backend.backend() != "torch" or replica_index() == 0
+
+
+def process(training):
+    """The number of this process and how many share the data, as a tuple of ints.
+
+    In evaluation each process of torch reads everything: shares of different sizes
+    would leave some waiting for the others.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_index(), jax.process_count()
+    if keras.backend.backend() == "torch" and training:
+        return replica_index(), num_replicas()
+    return 0, 1
+
+
+def values_of_all(value):
+    """What each process says, as a list; waits until all have said it."""
+    if keras.backend.backend() == "torch" and num_replicas() > 1:
+        values = [None] * num_replicas()
+        torch_distributed().all_gather_object(values, value)
+        return values
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.process_allgather(value).tolist()
+    return [value]
+
+
+def to_numpy(variable):
+    """A variable's value, whole even if devices share it."""
+    if keras.backend.backend() == "jax" and not variable.value.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(variable.value, tiled=True)
+    return ops.convert_to_numpy(variable)

@@ -1,0 +1,151 @@
+"""Replicas of one model that train together, each with its rows of the batch.
+
+JAX sees the global batch whatever the number of devices, so there is one replica there;
+TensorFlow and torch run the same step on every replica.
+"""
+
+import functools
+
+import keras
+from keras import ops
+
+
+def num_replicas():
+    """How many replicas train together, each with its rows of the batch."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        context = tensorflow_replica()
+        return 1 if context is None else context.num_replicas_in_sync
+    if backend == "torch" and torch_distributed() is not None:
+        return torch_distributed().get_world_size()
+    return 1
+
+
+def replica_index():
+    """The number of this replica, from 0."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        context = tensorflow_replica()
+        return 0 if context is None else context.replica_id_in_sync_group
+    if backend == "torch" and torch_distributed() is not None:
+        return torch_distributed().get_rank()
+    return 0
+
+
+def replicas_share(training):
+    """Whether replicas have different rows of one batch, and more than one has any."""
+    alone = keras.backend.backend() == "torch" and not training
+    return num_replicas() > 1 and not alone
+
+
+def global_shapes(*tensors):
+    """The shapes of the global batch's tensors, from those of this replica."""
+    replicas = num_replicas()
+    return tuple(
+        (None if x.shape[0] is None else x.shape[0] * replicas, *x.shape[1:])
+        for x in tensors
+    )
+
+
+def gather(x):
+    """The rows of all replicas, in their order, from those of this one.
+
+    Gradients flow back to the replica that a row came from.
+
+    Args:
+        x: `(rows, ...)` tensor, of the same shape on every replica.
+
+    Returns:
+        `(replicas * rows, ...)` tensor.
+    """
+    if num_replicas() == 1:
+        return x
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        rows = None if x.shape[0] is None else num_replicas() * x.shape[0]
+        gathered = tensorflow_replica().all_gather(x, axis=0)
+        return tf.ensure_shape(gathered, (rows, *x.shape[1:]))
+    return _torch_gather()(x)
+
+
+def own_rows(x):
+    """The rows of this replica, from those of the global batch."""
+    replicas = num_replicas()
+    if replicas == 1:
+        return x
+    rows = x.shape[0] // replicas
+    start = [replica_index() * rows] + [0] * (len(x.shape) - 1)
+    return ops.slice(x, start, (rows, *x.shape[1:]))
+
+
+def share_of_loss(loss):
+    """A replica's loss so that its gradients and its report are the global ones.
+
+    Keras expects replicas' losses to add up on TensorFlow, where it averages what it
+    reports; on torch gradients are averaged here, and what is reported is left alone.
+    """
+    replicas = num_replicas()
+    if replicas == 1:
+        return loss
+    if keras.backend.backend() == "tensorflow":
+        return loss / replicas
+    return loss + (of_all_replicas(loss) - loss).detach()
+
+
+def of_all_replicas(x):
+    """The mean over all replicas, where Keras's metrics see one replica alone."""
+    if keras.backend.backend() != "torch" or num_replicas() == 1:
+        return x
+    return ops.mean(gather(ops.stop_gradient(x)[None]), axis=0)
+
+
+def average(variables):
+    """Gives all replicas the mean of what float variables have become on each.
+
+    Only torch needs it: TensorFlow's variables do so when they are written to.
+    """
+    if keras.backend.backend() == "torch" and num_replicas() > 1:
+        for variable in variables:
+            torch_distributed().all_reduce(variable.value.data)
+            variable.value.data /= num_replicas()
+
+
+def tensorflow_replica():
+    """The context of a replica of several, or `None`."""
+    import tensorflow as tf
+
+    if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
+        return None
+    context = tf.distribute.get_replica_context()
+    return context if context.num_replicas_in_sync > 1 else None
+
+
+@functools.cache
+def _torch_gather():
+    """An `all_gather` with gradients: torch deprecates its own, without an heir."""
+    import torch
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            parts = [torch.empty_like(x) for _ in range(num_replicas())]
+            torch.distributed.all_gather(parts, x.contiguous())
+            return torch.cat(parts)
+
+        @staticmethod
+        def backward(context, gradient):
+            gradient = gradient.contiguous()
+            torch.distributed.all_reduce(gradient)
+            return own_rows(gradient)
+
+    return Gather.apply
+
+
+def torch_distributed():
+    """`torch.distributed` if processes train together, or `None`."""
+    import torch
+
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed if ready else None
