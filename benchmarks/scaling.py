@@ -1,11 +1,12 @@
-"""Step time and peak memory by batch, micro-batch, blocks of the loss, and devices.
+"""Step time and peak memory by batch, micro-batch, loss blocks, remat and devices.
 
     KERAS_BACKEND=jax python benchmarks/scaling.py
     KERAS_BACKEND=torch python benchmarks/scaling.py \
         --size vit_b_16 --image-size 224 --batch-size 256 --dtype mixed_bfloat16
 
 Each row trains in a process of its own on batches of `--batch-size` pairs, or of eight
-times as many, whole or in micro-batches of `--batch-size`. Two devices are virtual
+times as many, whole or in micro-batches of `--batch-size`, or with blocks that are
+computed again for their gradients (`remat=True`). Two devices are virtual
 ones that share the processor (JAX and TensorFlow; torch takes a process a device).
 """
 
@@ -49,6 +50,7 @@ def configurations(small):
         dict(batch=large),
         dict(batch=large, micro=small),
         dict(batch=large, micro=small, block=small // 4),
+        dict(batch=large, remat=True),
     ]
     if os.environ["KERAS_BACKEND"] != "torch":
         rows += [dict(batch=large, devices=2)]
@@ -74,6 +76,7 @@ def main():
             "batch": row["batch"],
             "micro-batch": row.get("micro", "whole"),
             "rows of the loss": row.get("block", "all"),
+            "blocks again": row.get("remat", False),
             "devices": row.get("devices", 1),
             "seconds a step": f"{row['seconds']:.2f}",
             "to the whole batch": f"{row['seconds'] / whole['seconds']:.2f}",
@@ -92,7 +95,7 @@ def main():
     )
 
 
-def measure(options, batch, micro=None, block=None, devices=1):
+def measure(options, batch, micro=None, block=None, remat=False, devices=1):
     """Seconds of a step, and the memory in use before the timed steps and at most."""
     scope = use_devices(devices)
     import keras
@@ -119,7 +122,11 @@ def measure(options, batch, micro=None, block=None, devices=1):
         )
         masking = kcm.ClusterMasking(backbone.vision_encoder.patch_size)
         model = kcm.ContrastiveModel.from_clip(
-            backbone, masking, micro_batch_size=micro, loss_block_size=block
+            backbone,
+            masking,
+            micro_batch_size=micro,
+            loss_block_size=block,
+            remat=remat,
         )
         model.compile(keras.optimizers.AdamW(1e-4))
         model.optimizer.build(model.trainable_variables)
