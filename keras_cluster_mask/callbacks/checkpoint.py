@@ -39,7 +39,9 @@ class Checkpoint(keras.callbacks.Callback):
 
     The position is exact for an `image_text_dataset` with a `seed`. Other `tf.data`
     datasets skip the steps that were done, so they must give the same batches each
-    time; arrays need `shuffle=False`. The state of other callbacks is not saved.
+    time; arrays need `shuffle=False`. The state of other callbacks is not saved, and
+    the rest of an epoch that was cut off is to them a training of its own:
+    `CSVLogger` needs `append=True`.
 
     A loss that is NaN or infinite stops the run with an error that names the step, the
     last checkpoint, and the samples of the batch if they are known: of an
@@ -106,7 +108,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     # === Going on ===
 
-    def fit_from_last(self, model, data, options, run):
+    def fit_from_last(self, model, data, options, run, evaluate):
         """Trains from the last checkpoint to the end. Called by `ContrastiveModel.fit`.
 
         Args:
@@ -115,6 +117,7 @@ class Checkpoint(keras.callbacks.Callback):
             options: Dictionary with `batch_size`, `shuffle`, `steps_per_epoch`,
                 `initial_epoch`, `epochs`.
             run: `run(data, initial_epoch, epochs, steps_done)`, Keras's own `fit`.
+            evaluate: Function that returns the logs of a validation.
 
         Returns:
             A `keras.callbacks.History` of all epochs, those before the cut as well.
@@ -126,13 +129,12 @@ class Checkpoint(keras.callbacks.Callback):
                 f"Received: built={model.built}, optimizer={model.optimizer}"
             )
         self._remaining = Remaining(data, options)
-        if self.save_every != "epoch":
-            self._remaining.check()
+        self._remaining.check(within_epochs=self.save_every != "epoch")
         history, epochs = None, options["epochs"]
         # An epoch that was cut off is a run of its own, since Keras takes the steps of
         # the first epoch for those of all. The next run starts from its last save.
         while True:
-            self._restore(model, options["initial_epoch"])
+            self._restore(model, options["initial_epoch"], evaluate)
             if self._epoch >= epochs:
                 break
             last = self._epoch + 1 if self._step else epochs
@@ -150,7 +152,7 @@ class Checkpoint(keras.callbacks.Callback):
                 history.history.setdefault(name, []).append(value)
         return history
 
-    def _restore(self, model, initial_epoch):
+    def _restore(self, model, initial_epoch, evaluate):
         self._epoch, self._step, self._total = initial_epoch, 0, 0
         self._history, self._best = [], math.inf
         self._metrics = self._generators = None
@@ -187,8 +189,9 @@ class Checkpoint(keras.callbacks.Callback):
             else:
                 # The epoch had come to its end, but for the report of it.
                 write_state(model, arrays, groups=("metrics",))
-                self._add_row(self._epoch, model.get_metrics_result())
-                self._epoch, self._step = self._epoch + 1, 0
+                logs = model.get_metrics_result()
+                self.set_model(model)
+                self.on_epoch_end(self._epoch, {**logs, **evaluate()})
 
     # === Callbacks ===
 

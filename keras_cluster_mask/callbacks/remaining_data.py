@@ -45,9 +45,18 @@ class Remaining:
         if self.position is not None and value is not None:
             self.position.pairs = value
 
-    def check(self):
-        """Raises if the place within an epoch would not be found again."""
+    def check(self, within_epochs):
+        """Raises if the place within an epoch, or at all, would not be found again."""
         if self.position is not None or hasattr(self.data, "skip"):
+            return
+        if self.steps_per_epoch is not None:
+            raise ValueError(
+                "`steps_per_epoch` needs data that is found again where an epoch ends: "
+                "an `image_text_dataset` or another `tf.data.Dataset`. "
+                f"Received: steps_per_epoch={self.steps_per_epoch}, data of type "
+                f"{type(self.data).__name__}"
+            )
+        if not within_epochs:
             return
         if not isinstance(self.data, (dict, tuple, list)):
             raise ValueError(
@@ -66,10 +75,14 @@ class Remaining:
         """Whether nothing is left of an epoch after some steps of it."""
         if self.steps_per_epoch is not None:
             return step >= self.steps_per_epoch
+        if isinstance(self.data, (dict, tuple, list)):
+            pairs = self.data if isinstance(self.data, dict) else self.data[0]
+            return step * self.batch_size >= len(pairs["token_ids"])
+        steps = None if self.position is None else self.position.steps(epoch)
+        if steps is not None:
+            return step >= steps
         self.start(epoch, step)
         rest = self._after(epoch, step)
-        if isinstance(rest, (dict, tuple, list)):
-            return not len(tree.flatten(rest)[0])
         return not any(True for _ in itertools.islice(iter(rest), 1))
 
     def after(self, epoch, step):
@@ -88,7 +101,7 @@ class Remaining:
             return self.data
         if hasattr(self.data, "skip"):
             return self.data.skip(step)
-        self.check()
+        self.check(within_epochs=True)
         first = step * self.batch_size
         return tree.map_structure(lambda array: array[first:], self.data)
 

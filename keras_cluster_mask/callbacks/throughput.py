@@ -14,8 +14,8 @@ class Throughput(keras.callbacks.Callback):
     may have been compiled. Samples are pairs, those of all devices together; tokens are
     what the encoders' blocks see of them, so masking makes fewer tokens of a sample:
     the patches that stay and the class token, and the text with its padding. Validation
-    is not counted. On TensorFlow the batches of a dataset must have a known size
-    (`drop_remainder=True`), or there is nothing to report.
+    is not counted. Works for arrays and for datasets whose batches have a known size
+    (`drop_remainder=True`); of other data nothing is reported.
 
     Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`.
 
@@ -46,11 +46,20 @@ class Throughput(keras.callbacks.Callback):
         self.window = window
 
     def on_train_begin(self, logs=None):
-        if not hasattr(self.model, "trained_shapes"):
+        # Asked once: each access makes JAX give the model its weights back.
+        model = self.model
+        if not hasattr(model, "step_size"):
             raise ValueError(
                 "`Throughput` works with the `fit` of a `ContrastiveModel`. "
-                f"Received: a {type(self.model).__name__}"
+                f"Received: a {type(model).__name__}"
             )
+        self._size = model.step_size
+        self._tokens = None
+        if self._size is not None and None not in (
+            *self._size.image_shape,
+            self._size.text_length,
+        ):
+            self._tokens = tokens_per_image(model.image_encoder, self._size.image_shape)
 
     def on_epoch_begin(self, epoch, logs=None):
         # Times at which so many steps were done.
@@ -71,18 +80,15 @@ class Throughput(keras.callbacks.Callback):
         logs.update(self._figures(self._first, self._last[-1]))
 
     def _figures(self, start, end):
+        if self._size is None:
+            return {}
         if start == end:
             # One step alone: better its whole time than nothing.
             start = self._before
-        steps_per_second = (end[1] - start[1]) / max(end[0] - start[0], 1e-9)
-        images, token_ids = self.model.trained_shapes
-        # TensorFlow does not know the size of batches that are cut from arrays.
-        batch_size = images[0] or self.model.array_batch_size
-        if batch_size is None:
-            return {}
-        figures = {"samples_per_second": steps_per_second * batch_size}
-        tokens = tokens_per_image(self.model.image_encoder, images[1:])
-        if tokens is not None:
-            tokens += token_ids[1]
-            figures["tokens_per_second"] = figures["samples_per_second"] * tokens
+        samples = self._size.samples(end[1]) - self._size.samples(start[1])
+        rate = samples / max(end[0] - start[0], 1e-9)
+        figures = {"samples_per_second": rate}
+        if self._tokens is not None:
+            tokens = self._tokens + self._size.text_length
+            figures["tokens_per_second"] = rate * tokens
         return figures

@@ -1,5 +1,7 @@
 """Out of Python into `tf.data`: samples as they lie in the shards, still encoded."""
 
+import warnings
+
 import numpy as np
 
 from keras_cluster_mask.data.images import exif_orientation
@@ -140,6 +142,11 @@ def _pair(sample, image_keys, caption_key):
 
 def count_pairs(shards, image_keys, caption_key):
     """The number of pairs in shards, whether or not their pictures decode."""
+    warnings.warn(
+        f"Counting the pairs in {len(shards)} shards: an epoch starts with what was "
+        "left of the one before, which has not been read to its end.",
+        stacklevel=2,
+    )
     extensions = {*image_keys, caption_key}
     count = 0
     for shard in shards:

@@ -33,6 +33,8 @@ class Position:
         epoch: int. The epoch that the next pass over the dataset is; each is in an
             order of its own.
         step: int. How many steps of it the next pass leaves out at its start.
+        trained: `(epoch, step)`. The place that training has come to, whatever else has
+            read the dataset; kept by `ContrastiveModel.fit`.
     """
 
     def __init__(self, seed, batch_size, count_pairs, opens_next=True):
@@ -40,6 +42,7 @@ class Position:
         self.batch_size = batch_size
         self.pairs = None
         self.epoch = self.step = 0
+        self.trained = 0, 0
         self._count_pairs = count_pairs
         self._opens_next = opens_next
         self._lock = threading.Lock()
@@ -60,6 +63,22 @@ class Position:
         with self._lock:
             self.epoch, self.step = epoch, step
 
+    def steps(self, epoch):
+        """The number of steps of an epoch, or `None` as long as it is unknown."""
+        if self.pairs is None:
+            return None
+        if not self._opens_next:
+            return -(-self.pairs // self.batch_size)
+        return self._first(epoch + 1) - self._first(epoch)
+
+    def before(self, epoch, step):
+        """How many steps there are in all before a place; see `after`."""
+        if not epoch:
+            return step
+        return step + (
+            self._first(epoch) if self._opens_next else epoch * self.steps(0)
+        )
+
     def after(self, steps):
         """The place, `(epoch, step)`, after so many steps in all.
 
@@ -68,8 +87,10 @@ class Position:
         """
         if self.pairs is None:
             return 0, steps
+        if not self._opens_next:
+            return divmod(steps, self.steps(0))
         epoch = -(-(steps + 1) * self.batch_size // self.pairs) - 1
-        return epoch, steps - epoch * self.pairs // self.batch_size
+        return epoch, steps - self._first(epoch)
 
     def keys(self, epoch, step):
         """The keys of the samples of a batch, if it was read lately, as a list of str.
@@ -81,6 +102,10 @@ class Position:
         with self._lock:
             keys = self._keys.get((epoch, step), ())
         return [key.decode("utf-8", "surrogateescape") for key in keys]
+
+    def _first(self, epoch):
+        """The number of the first batch of an epoch in the endless sequence."""
+        return epoch * self.pairs // self.batch_size
 
     # === For the pipeline ===
 

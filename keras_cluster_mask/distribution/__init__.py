@@ -24,7 +24,6 @@ from keras_cluster_mask.distribution.processes import (
 from keras_cluster_mask.distribution.replicas import (
     average,
     gather,
-    global_shapes,
     num_replicas,
     of_all_replicas,
     own_rows,
@@ -43,7 +42,6 @@ __all__ = [
     "average",
     "check_batch_size",
     "gather",
-    "global_shapes",
     "in_chunks",
     "initialize",
     "inner_optimizer",

@@ -13,8 +13,10 @@ from keras_cluster_mask.distribution.replicas import (
     torch_distributed,
 )
 
-# Seconds that a process waits for the others before it gives up.
-TIMEOUT = 50
+# Seconds without a sign of life after which a process of JAX is given up, and seconds
+# that one of torch waits for the others, which may be writing or filling a buffer: the
+# connection to one that has died breaks at once.
+HEARTBEAT, PATIENCE = 25, 600
 
 
 def initialize():
@@ -37,7 +39,7 @@ def initialize():
         # Keras hands on no limits of time; JAX's own let the others wait longer.
         join = jax.distributed.initialize
         jax.distributed.initialize = functools.partial(
-            join, heartbeat_timeout_seconds=TIMEOUT // 2
+            join, heartbeat_timeout_seconds=HEARTBEAT
         )
         try:
             keras.distribution.initialize()
@@ -62,7 +64,7 @@ def initialize():
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group(
-        "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT)
+        "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=PATIENCE)
     )
 
 

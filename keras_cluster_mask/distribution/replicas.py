@@ -38,15 +38,6 @@ def replicas_share(training):
     return num_replicas() > 1 and not alone
 
 
-def global_shapes(*tensors):
-    """The shapes of the global batch's tensors, from those of this replica."""
-    replicas = num_replicas()
-    return tuple(
-        (None if x.shape[0] is None else x.shape[0] * replicas, *x.shape[1:])
-        for x in tensors
-    )
-
-
 def gather(x):
     """The rows of all replicas, in their order, from those of this one.
 

@@ -46,6 +46,8 @@ class BackboneModel(ContrastiveModel):
 
     def build_heads(self):
         self.backbone = self._given_backbone
+        # What projections there are belong to the backbone.
+        self.image_projection = self.text_projection = None
         self.logit_scale = getattr(self.backbone, self.head_name).logit_scale
         self.build_bias()
         if self.initial_temperature is not None:

@@ -45,6 +45,7 @@ class CLIPContrastiveModel(BackboneModel):
         tokens = self.text_encoder({"token_ids": token_ids}, training=training)
         # What the backbone's `text_pooler` takes out by index, which torch exports
         # for a single batch size alone: the token of the highest id, end-of-text.
-        end = ops.one_hot(ops.argmax(token_ids, axis=-1), tokens.shape[1])
+        end = ops.argmax(token_ids, axis=-1)[:, None]
+        end = ops.equal(ops.arange(ops.shape(tokens)[1], dtype=end.dtype), end)
         pooled = ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
         return self.backbone.text_projection(pooled)

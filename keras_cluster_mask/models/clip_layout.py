@@ -63,5 +63,5 @@ def clip_layout_map(device_mesh, axis="model"):
         named = tuple(axis if each == "model" else each for each in layout)
         # An optimizer's variables are named after the weights, `_` for `/`.
         pattern = path.replace("/", "[/_]")
-        layouts[rf"(vision|text)_encoder_encoder_block_\d+[/_]{pattern}"] = named
+        layouts[rf"encoder_block_\d+[/_]{pattern}"] = named
     return layouts

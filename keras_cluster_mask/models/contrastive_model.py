@@ -149,8 +149,8 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
             keras.metrics.Mean(name="text_to_image_accuracy"),
         )
         self.temperature_metric = keras.metrics.Mean(name="temperature")
-        # What `fit` has seen, for reports on it.
-        self.trained_shapes = self.array_batch_size = None
+        # What `fit` trains on in a step, for reports on it.
+        self.step_size = None
         self.maskings = [
             x for x in self._flatten_layers() if isinstance(x, PatchMasking)
         ]
@@ -349,10 +349,6 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
             raise ValueError(f"{LONELY} Received: a batch of 1")
-        if training:
-            self.trained_shapes = distribution.global_shapes(
-                x["images"], x["token_ids"]
-            )
         if self.duplicates == "positive":
             labels = caption_labels(x["token_ids"])
         else:

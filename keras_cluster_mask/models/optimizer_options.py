@@ -48,8 +48,8 @@ class OptimizerOptions:
         ```
 
         Args:
-            optimizer: A Keras optimizer, or its name. Not a `Nadam` if there are
-                `learning_rate_multipliers`.
+            optimizer: A Keras optimizer, or its name. Not a `Nadam` or
+                `MultiOptimizer` if there are `learning_rate_multipliers`.
             *args: Arguments of `keras.Model.compile`; the loss is built in.
             learning_rate_multipliers: Dictionary of floats. Factors on the learning
                 rate, that of decoupled weight decay as well, by tower: `"image"` and
@@ -83,7 +83,9 @@ class OptimizerOptions:
             for name in REPLACED:
                 vars(own).pop(name, None)
             if not decay_vectors:
-                spare_vectors(own, self.trainable_variables)
+                # A `MultiOptimizer` hands weights on to others.
+                for each in getattr(own, "optimizers", [own]):
+                    spare_vectors(each, self.trainable_variables)
             if multipliers:
                 multiply_learning_rate(own, partial(self._factors, multipliers))
 
@@ -210,6 +212,12 @@ def multiply_learning_rate(optimizer, find_factors):
         find_factors: Function without arguments that returns a dictionary of factors
             by the variables' ids. Called when there are weights.
     """
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "`learning_rate_multipliers` do not work with `MultiOptimizer`: give its "
+            "optimizers the learning rates. "
+            f"Received: optimizer={optimizer.name}"
+        )
     if isinstance(optimizer, keras.optimizers.Nadam):
         raise ValueError(
             "`learning_rate_multipliers` do not work with `Nadam`, whose momentum "

@@ -177,6 +177,40 @@ def test_arrays_in_order_and_other_datasets_go_on_too(kind, tmp_path):
         assert_same_weights(found, expected)
 
 
+def test_the_held_out_part_of_arrays_stays_the_same(tmp_path):
+    fit = {"shuffle": False, "batch_size": 4, "validation_split": 0.2}
+    expected, history = run(pairs(), tmp_path / "whole", fit=fit)
+    for stop in (3, 4):
+        run(pairs(), tmp_path / f"stopped-{stop}", stop, save_every=1, fit=fit)
+        found, resumed = run(
+            pairs(), tmp_path / f"stopped-{stop}", save_every=1, fit=fit
+        )
+        assert_same_weights(found, expected)
+        assert resumed.history.keys() == history.history.keys()
+        for name, values in history.history.items():
+            np.testing.assert_allclose(resumed.history[name], values, rtol=1e-6)
+
+
+def test_a_run_killed_while_it_validates_validates_when_it_goes_on(tmp_path):
+    class StopValidation(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            raise KeyboardInterrupt
+
+    fit = {"shuffle": False, "batch_size": 4, "validation_data": pairs(8, seed=1)}
+    expected, history = run(pairs(), tmp_path / "whole", save_every=5, fit=fit)
+    checkpoint = kcm.callbacks.Checkpoint(
+        tmp_path / "stopped", save_every=5, monitor=None
+    )
+    callbacks = [checkpoint, StopValidation()]
+    with pytest.raises(KeyboardInterrupt):
+        make_model().fit(pairs(), epochs=3, verbose=0, callbacks=callbacks, **fit)
+    found, resumed = run(pairs(), tmp_path / "stopped", save_every=5, fit=fit)
+    assert_same_weights(found, expected)
+    assert resumed.history.keys() == history.history.keys()
+    for name, values in history.history.items():
+        np.testing.assert_allclose(resumed.history[name], values, rtol=1e-6)
+
+
 # === Killed ===
 
 
@@ -361,6 +395,9 @@ def test_steps_cannot_be_saved_of_data_that_is_not_found_again(tmp_path):
         run(pairs(), tmp_path, save_every=2)
     with pytest.raises(ValueError, match=r"Received: data of type generator"):
         run((x for x in [pairs()]), tmp_path, save_every=2)
+    for data in ((x for x in [pairs()]), pairs()):
+        with pytest.raises(ValueError, match=r"Received: steps_per_epoch=2, data of"):
+            run(data, tmp_path, save_every="epoch", fit={"steps_per_epoch": 2})
 
 
 @pytest.mark.parametrize(

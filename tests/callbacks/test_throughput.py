@@ -66,6 +66,26 @@ def test_one_step_counts_with_all_its_time(monkeypatch):
     np.testing.assert_allclose(history["samples_per_second"], [4 / 60])
 
 
+def test_a_last_batch_that_is_not_full_counts_with_what_it_holds(monkeypatch):
+    history, _ = fit(monkeypatch, 10, epochs=2)
+    assert history["samples_per_second"] == [3.0, 3.0]
+
+
+def test_of_data_of_unknown_batches_nothing_is_reported():
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return (pairs(4),)
+
+    model = make_model()
+    model.compile("sgd")
+    callbacks = [kcm.callbacks.Throughput()]
+    history = model.fit(Batches(), verbose=0, callbacks=callbacks).history
+    assert "samples_per_second" not in history
+
+
 def test_a_wrong_window_is_named():
     with pytest.raises(ValueError, match=r"`window`.*Received: window=0"):
         kcm.callbacks.Throughput(window=0)

@@ -8,6 +8,9 @@ from .test_dataset import assert_same, batches, make
 tf = pytest.importorskip("tensorflow")
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Counting the pairs")
+
+
 @pytest.fixture
 def source(write_pairs):
     broken = [("bad.png", b"no picture"), ("bad.txt", b"bad")]
@@ -84,6 +87,17 @@ def test_the_place_after_some_steps_in_all(write_pairs):
     epochs = [len(batches(data)) for _ in range(5)]
     places = [(epoch, i) for epoch, steps in enumerate(epochs) for i in range(steps)]
     assert [data.position.after(step) for step in range(len(places))] == places
+    assert [data.position.before(*place) for place in places] == [*range(len(places))]
+    assert [data.position.steps(epoch) for epoch in range(5)] == epochs
+
+
+def test_places_of_epochs_that_end_with_a_part_of_a_batch(write_pairs):
+    data = dataset(write_pairs("a.tar", 0, 30), batch_size=8, drop_remainder=False)
+    epochs = [len(batches(data)) for _ in range(2)]
+    assert epochs == [4, 4]
+    places = [(epoch, i) for epoch in range(2) for i in range(4)]
+    assert [data.position.after(step) for step in range(8)] == places
+    assert [data.position.before(*place) for place in places] == [*range(8)]
 
 
 @pytest.mark.filterwarnings("ignore:.*does not decode")

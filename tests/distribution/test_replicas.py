@@ -136,6 +136,16 @@ def test_devices_that_share_a_model_train_as_one_device(
         np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
 
 
+def test_the_layout_does_not_depend_on_the_names_of_encoders():
+    devices = [f"cpu:{index}" for index in range(2)]
+    mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], devices)
+    layouts = kcm.models.clip_layout_map(mesh)
+    for prefix in ("", "vision_encoder_", "adam/vision_encoder_"):
+        found = layouts[f"{prefix}encoder_block_11/attention/query/kernel"]
+        assert found.axes == (None, "model", None)
+    assert layouts["vision_encoder_layer_norm/gamma"] is None
+
+
 def test_a_mesh_without_the_axis_of_the_model_is_an_error():
     devices = [f"cpu:{index}" for index in range(2)]
     mesh = keras.distribution.DeviceMesh((2,), ["batch"], devices)
@@ -180,8 +190,9 @@ with strategy.scope():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
-def test_batches_that_replicas_cannot_share_are_refused():
-    code = """
+@pytest.mark.parametrize(("full", "size"), [("True", "3"), ("False", "None")])
+def test_batches_that_replicas_cannot_share_are_refused(full, size):
+    code = f"""
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 virtual = tf.config.LogicalDeviceConfiguration()
@@ -192,12 +203,13 @@ from tests.models.helpers import image_mlp, random_pairs, text_bag
 with strategy.scope():
     model = kcm.ContrastiveModel(image_mlp(), text_bag())
     model.compile("sgd")
-data = tf.data.Dataset.from_tensor_slices(random_pairs(6)).batch(3, drop_remainder=True)
+data = tf.data.Dataset.from_tensor_slices(random_pairs(6))
+data = data.batch(3, drop_remainder={full})
 model.fit(data, verbose=0)
 """
     message = error_of(code)
     assert "must divide the batch size" in message
-    assert "Received: batch_size=3, 2 replicas" in message
+    assert f"Received: batch_size={size}, 2 replicas" in message
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras reads JAX's variables.")

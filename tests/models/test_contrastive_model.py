@@ -384,6 +384,47 @@ def test_a_dataset_of_unknown_length_counts_the_steps_that_it_has():
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 
+def test_clip_trains_on_texts_of_a_length_that_is_not_known():
+    tf = pytest.importorskip("tensorflow")
+    pairs = random_pairs(4)
+    dataset = tf.data.Dataset.from_tensor_slices(pairs)
+    shapes = {"images": (16, 16, 3), "token_ids": (None,)}
+    dataset = dataset.padded_batch(4, shapes, drop_remainder=True)
+    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    model.compile("sgd", **FAST)
+    expected = model.evaluate(pairs, batch_size=4, verbose=0, return_dict=True)
+    found = model.fit(dataset, verbose=0).history
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+
+
+def test_looking_at_a_dataset_does_not_change_what_is_trained_on(write_pairs):
+    pytest.importorskip("tensorflow")
+
+    def dataset():
+        return kcm.data.image_text_dataset(
+            shard,
+            lambda captions: np.full((len(captions), 6), [[len(captions[0])]], "int32"),
+            image_size=16,
+            batch_size=4,
+            training=True,
+            seed=1,
+        )
+
+    shard = write_pairs("a.tar", 0, 14)
+    losses = []
+    for looked in (False, True):
+        keras.utils.set_random_seed(0)
+        model, data = small_model(), dataset()
+        model.compile("sgd", **FAST)
+        if looked:
+            next(iter(data))
+        history = model.fit(data, epochs=2, verbose=0).history["loss"]
+        history += model.fit(data, steps_per_epoch=5, verbose=0).history["loss"]
+        losses.append(history)
+        assert data.position.trained == data.position.after(7 + 5)
+    assert losses[0] == losses[1]
+
+
 def test_a_dataset_trains_and_evaluates_as_arrays_do():
     tf = pytest.importorskip("tensorflow")
     pairs = random_pairs(8)

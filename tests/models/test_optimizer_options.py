@@ -15,6 +15,7 @@ from .helpers import (
     random_pairs,
     text_bag,
     tiny_clip,
+    tiny_siglip,
     to_numpy,
     value_and_gradients,
     values,
@@ -208,6 +209,38 @@ def test_an_optimizer_compiled_again_has_the_new_options_alone():
 def test_multipliers_that_make_no_sense_are_refused(multipliers, message):
     with pytest.raises(ValueError, match=message):
         make_model().compile("adamw", learning_rate_multipliers=multipliers)
+
+
+def test_the_towers_of_siglip_have_learning_rates_too():
+    model = kcm.ContrastiveModel.from_siglip(tiny_siglip())
+    model.compile(keras.optimizers.SGD(0.1), learning_rate_multipliers={"image": 0.0})
+    before = values(model.weights)
+    fit(model)
+    moved = {
+        name: any(
+            (old != new).any()
+            for old, new, weight in zip(before, values(model.weights), model.weights)
+            if any(weight is each for layer in layers for each in layer.weights)
+        )
+        for name, layers in model.towers.items()
+    }
+    assert moved == {"image": False, "text": True}
+
+
+def test_a_multi_optimizer_spares_vectors_and_has_rates_of_its_own():
+    inner = keras.optimizers.SGD(0.1, weight_decay=0.5)
+    rates = keras.optimizers.OptimizerMap(inner)
+    model = make_model()
+    with pytest.raises(ValueError, match="do not work with `MultiOptimizer`"):
+        model.compile(
+            keras.optimizers.MultiOptimizer(rates),
+            learning_rate_multipliers={"image": 0.5},
+        )
+    model.compile(keras.optimizers.MultiOptimizer(rates))
+    model.optimizer.build(model.trainable_variables)
+    decaying = [v for v in model.trainable_variables if inner._use_weight_decay(v)]
+    assert decaying
+    assert not any(map(is_vector, decaying))
 
 
 def test_nadam_is_refused_with_multipliers_only():
