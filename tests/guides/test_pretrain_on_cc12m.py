@@ -1,21 +1,13 @@
 """The guide for CC12M: what its presets are, what it says they cost, that it runs."""
 
-import itertools
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
-import keras
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data.shards import read_samples
 
-ROOT = pathlib.Path(__file__).parents[2]
-GUIDE = ROOT / "guides" / "pretrain_on_cc12m.py"
-PICTURES = ROOT / "datasets" / "pictures" / "test-00000.tar"
+GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "pretrain_on_cc12m.py"
 TEXT = GUIDE.read_text(encoding="utf-8")
 TINY = dict(
     MODEL="tiny",
@@ -84,45 +76,20 @@ def test_the_table_in_the_guide_is_the_one_it_prints(guide):
     assert len(written) == 1 + len(guide["PRESETS"])
 
 
-@pytest.fixture
-def shard(write_tar):
-    """The first 64 of the pictures that are held out."""
-    samples = itertools.islice(read_samples(PICTURES), 64)
-    return write_tar(
-        "pictures.tar",
-        [
-            (f"{sample['__key__']}.{name}", content)
-            for sample in samples
-            for name, content in sample.items()
-            if name != "__key__"
-        ],
-    )
-
-
 @pytest.mark.parametrize("preset", ["budget", "rgb_0.3"])
-def test_it_runs_in_a_tiny_setting(preset, shard, tmp_path):
+def test_it_runs_in_a_tiny_setting(preset, shard, run_guide, tmp_path):
     captions = kcm.data.read_captions(shard)
     kcm.data.CLIPTokenizer.train(captions, 600).save(tmp_path / "tokenizer.json")
-    done = subprocess.run(
-        [sys.executable, GUIDE],
-        env={
-            **os.environ,
-            **TINY,
-            "KERAS_BACKEND": keras.backend.backend(),
-            "PRESET": preset,
-            "TRAIN": str(shard),
-            "HELD_OUT": str(shard),
-            "TOKENIZER": str(tmp_path / "tokenizer.json"),
-            "RESULTS": str(tmp_path / "results"),
-            "PYTHONPATH": str(ROOT),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
+    printed = run_guide(
+        GUIDE.name,
+        **TINY,
+        PRESET=preset,
+        TRAIN=str(shard),
+        HELD_OUT=str(shard),
+        TOKENIZER=str(tmp_path / "tokenizer.json"),
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ratio = float(re.findall(r"mask_ratio: ([\d.]+)", done.stdout)[-1])
+    ratio = float(re.findall(r"mask_ratio: ([\d.]+)", printed)[-1])
     assert ratio == pytest.approx(0.5, abs=0.0 if preset == "budget" else 0.05)
-    assert len(re.findall(r"recall@\d+ +[\d.]+%", done.stdout)) == 6
+    assert len(re.findall(r"recall@\d+ +[\d.]+%", printed)) == 6
     found = {path.name for path in (tmp_path / "results").iterdir()}
     assert found == {"checkpoints", "model.keras", "tokenizer.json", "training.png"}

@@ -1,0 +1,52 @@
+"""The guide to scaling up: that it runs, and finds what its text says it finds."""
+
+import re
+
+import keras
+import pytest
+
+TINY = dict(
+    IMAGE_SIZE="24", VOCABULARY_SIZE="600", BATCH_SIZE="24", SAMPLES_PER_EPOCH="96"
+)
+# Most of the time would go into compiling; or, on a busy machine, into threads of torch
+# that wait for one another.
+QUICK = dict(
+    XLA_FLAGS="--xla_force_host_platform_device_count=2 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS="0",
+    OMP_NUM_THREADS="1",
+)
+
+
+def test_it_runs_in_a_tiny_setting(shard, run_guide, tmp_path):
+    printed = run_guide(
+        "scaling_up.py",
+        **TINY,
+        **QUICK,
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"),
+        TRAIN=str(shard),
+        HELD_OUT=str(shard),
+    )
+
+    def number(after):
+        return float(re.search(rf"{after}.* (\S+)", printed)[1])
+
+    assert number("largest gradient") > 0.1
+    assert number("difference in micro-batches") < 1e-5
+    assert number("difference on") < 1e-5
+    if keras.backend.backend() == "jax":
+        own, whole = re.search(r"holds (\d+) of (\d+) MiB", printed).groups()
+        assert 0.5 <= int(own) / int(whole) < 0.6
+    assert "together the batch of one process: True" in printed
+    # 64 samples in batches of 24, the rest of which opens the next epoch.
+    assert "steps of three epochs: [2, 3, 3]" in printed
+    assert "interrupted after 7 steps, last save step-000000006.npz" in printed
+    assert "the same weights, bit for bit: True" in printed
+    # 9 patches, of which 4 stay, the class token, and the text.
+    tokens = re.findall(r"(\d+) tokens a sample, +[1-9]", printed)
+    assert tokens == ["22", "17", "17"]
+    assert number("vision_encoder") == 0.0
+    assert number("text_encoder") > 0.0
+    assert number("cosine") == pytest.approx(1.0, abs=0.2)
+    assert number("image_tower") < 1e-5
+    assert (tmp_path / "results" / "speed.png").stat().st_size
