@@ -19,8 +19,8 @@ goes through all of it in a minute or two. It shows
 - how processes share samples, and epochs counted in samples,
 - a run that is cut off and ends at the same weights all the same,
 - samples and tokens a second, with and without masking, and
-- what comes after pre-training: a locked image tower, tuning on whole images, a higher
-  resolution, and export.
+- what else trainers ask for: a locked image tower, learning rates by tower, tuning on whole
+  images, a higher resolution, and export.
 
 Each part stands alone: take the cells you need. The
 [first guide](pretrain_clip_with_cluster_masking.py) explains the training itself, and the
@@ -375,6 +375,27 @@ for name, before in (("vision_encoder", image_tower), ("text_encoder", text_towe
     change = np.abs(weights_of(getattr(backbone, name)) - before).max()
     say(f"{name}: largest change of a weight {change:.1e}")
 backbone.vision_encoder.trainable = True
+
+"""
+## What the optimizer does to which weights
+
+A tower that has learned elsewhere need not be locked, it may learn slowly:
+`learning_rate_multipliers` are factors by tower. Weight decay is on matrices alone, not on
+biases, norms and the temperature, unless `decay_vectors=True`. `log_gradient_norm` reports
+the norm of the whole batch's gradients before they are clipped, which tells what to clip at.
+
+With `remat=True` each transformer block keeps its input alone and computes the rest again for
+the gradients: for towers so deep that even a micro-batch of them is too large.
+"""
+
+model = kcm.ContrastiveModel.from_clip(backbone, clusters(), remat=True)
+model.compile(
+    keras.optimizers.AdamW(1e-3, weight_decay=0.2, global_clipnorm=1.0),
+    learning_rate_multipliers={"image": 0.1},
+    log_gradient_norm=True,
+)
+logs = model.fit(training_data(), samples_per_epoch=SAMPLES_PER_EPOCH, verbose=0)
+say(f"mean norm of the gradients: {logs.history['gradient_norm'][-1]:.2f}")
 
 """
 ## Whole images in the end, and larger ones
