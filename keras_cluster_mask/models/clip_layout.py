@@ -61,7 +61,6 @@ def clip_layout_map(device_mesh, axis="model"):
     layouts = keras.distribution.LayoutMap(device_mesh)
     for path, layout in LAYOUTS.items():
         named = tuple(axis if each == "model" else each for each in layout)
-        # An optimizer's variables are named after the weights, `_` for `/`.
-        pattern = path.replace("/", "[/_]")
-        layouts[rf"encoder_block_\d+[/_]{pattern}"] = named
+        # Whatever the encoder's name, which comes first.
+        layouts[rf".*encoder_block_\d+/{path}"] = named
     return layouts

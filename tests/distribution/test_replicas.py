@@ -140,7 +140,7 @@ def test_the_layout_does_not_depend_on_the_names_of_encoders():
     devices = [f"cpu:{index}" for index in range(2)]
     mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], devices)
     layouts = kcm.models.clip_layout_map(mesh)
-    for prefix in ("", "vision_encoder_", "adam/vision_encoder_"):
+    for prefix in ("", "vision_encoder_"):
         found = layouts[f"{prefix}encoder_block_11/attention/query/kernel"]
         assert found.axes == (None, "model", None)
     assert layouts["vision_encoder_layer_norm/gamma"] is None
