@@ -19,7 +19,7 @@ goes through all of it in a minute or two. It shows
 - how processes share samples, and epochs counted in samples,
 - a run that is cut off and ends at the same weights all the same,
 - samples and tokens a second, with and without masking, and
-- what comes after pre-training: a locked image tower, tuning on whole images, a higher
+- what comes after pre-training: tuning on whole images, a locked image tower, a higher
   resolution, and export.
 
 Each part stands alone: take the cells you need. The
@@ -42,7 +42,6 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
-import contextlib
 import shutil
 from pathlib import Path
 
@@ -163,27 +162,29 @@ still compared with the texts of all devices. `batch_size` counts the pairs on a
 together, so learning rate, negatives and masks stay what they are when devices are added.
 
 The model is made and trained within a scope on JAX and TensorFlow, and nothing else changes;
-without a list of devices both take all accelerators there are. The
+without a list of devices both take all accelerators there are. With torch the whole program
+runs in as many processes as were started, so there is nothing to choose: started by `python`
+and by `torchrun`, it has printed the same largest gradient above. The
 [README](../README.md#larger-batches-more-devices-runs-that-survive) has a table of how
 programs are launched, on several machines too.
 """
 
 
-def on_two_devices():
-    """A context for a model that is to be on two devices."""
+def two_devices():
+    """The scope of a model that is to be on two devices."""
     if BACKEND == "jax":
         return keras.distribution.DataParallel(
             devices=keras.distribution.list_devices()[:2], auto_shard_dataset=False
         ).scope()
-    if BACKEND == "tensorflow":
-        return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
-    return contextlib.nullcontext()
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
 
 
-with on_two_devices():
-    shared = gradients()
-devices = kcm.distribution.num_replicas() if BACKEND == "torch" else 2
-say(f"difference on {devices} device(s): {np.abs(shared - whole).max():.1e}")
+if BACKEND == "torch":
+    say(f"processes: {kcm.distribution.num_replicas()}")
+else:
+    with two_devices():
+        shared = gradients()
+    say(f"difference on two devices: {np.abs(shared - whole).max():.1e}")
 
 """
 Two virtual devices of one CPU gain nothing in time; they show that a program is right before
@@ -357,19 +358,24 @@ if kcm.distribution.is_main_process():
     figure.savefig(RESULTS / "speed.png", dpi=100)
 
 """
-## A locked image tower
+## Whole images in the end, and a locked tower
+
+What has trained on half images has never seen a whole one. `without_masking` gives a model of
+the same weights that trains on whole images, for a short last run, usually at a low learning
+rate. A step of it costs what the masking had saved.
 
 [LiT](https://arxiv.org/abs/2111.07991) takes an image tower that has learned elsewhere, locks
-it, and teaches a text tower to read it. Set `trainable` before `compile`. A locked tower has
-no gradients and no optimizer state. Masking is still worth it, as the tower is still computed.
+it, and teaches a text tower to read it. Set `trainable` before `compile`. A locked tower is
+computed as before, but has no gradients and no optimizer state. Here the last run is such a
+one, so that only the text tower and the projections move.
 """
 
-model, backbone = uninterrupted, uninterrupted.backbone
+backbone = uninterrupted.backbone
 backbone.vision_encoder.trainable = False
+model = uninterrupted.without_masking()
 model.compile(keras.optimizers.AdamW(1e-3))
-image_tower, text_tower = map(
-    weights_of, (backbone.vision_encoder, backbone.text_encoder)
-)
+image_tower = weights_of(backbone.vision_encoder)
+text_tower = weights_of(backbone.text_encoder)
 model.fit(training_data(), samples_per_epoch=SAMPLES_PER_EPOCH, verbose=0)
 for name, before in (("vision_encoder", image_tower), ("text_encoder", text_tower)):
     change = np.abs(weights_of(getattr(backbone, name)) - before).max()
@@ -377,24 +383,13 @@ for name, before in (("vision_encoder", image_tower), ("text_encoder", text_towe
 backbone.vision_encoder.trainable = True
 
 """
-## Whole images in the end, and larger ones
+## A higher resolution
 
-What has trained on half images has never seen a whole one. `without_masking` gives a model of
-the same weights that trains on whole images, for a short last run at a low learning rate. A
-step of it costs what the masking had saved.
-
-A higher resolution belongs there too: more patches are dear, so they come last.
-`with_image_size` copies the weights and interpolates the positions of the patches. The copy
-takes the larger images as they are, and its embeddings are close to those before, from where
-it can be trained on. Between them and the end lies a `fit` as above.
+More patches are dear, so they too come last. `with_image_size` copies the weights and
+interpolates the positions of the patches. The copy takes larger images as it is; how near its
+embeddings are to those before is printed. It is trained on from there, by a `fit` like the
+others, for which `image_text_dataset` is given the new `image_size`.
 """
-
-whole_images = model.without_masking()
-whole_images.compile(keras.optimizers.AdamW(1e-5))
-losses = whole_images.fit(
-    training_data(), samples_per_epoch=SAMPLES_PER_EPOCH, verbose=0
-).history["loss"]
-say(f"loss on whole images: {losses[-1]:.4f}")
 
 LARGER = IMAGE_SIZE * 4 // 3
 
@@ -408,7 +403,7 @@ def read(image_size):
 
 
 larger = kcm.ContrastiveModel.from_clip(kcm.models.with_image_size(backbone, LARGER))
-before = ops.convert_to_numpy(whole_images.encode_image(read(IMAGE_SIZE)))
+before = ops.convert_to_numpy(model.encode_image(read(IMAGE_SIZE)))
 after = ops.convert_to_numpy(larger.encode_image(read(LARGER)))
 cosine = (before * after).sum(axis=-1).mean()
 say(f"cosine of embeddings at {IMAGE_SIZE} and {LARGER} pixels: {cosine:.3f}")
