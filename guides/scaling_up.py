@@ -12,14 +12,14 @@ Accelerator: None
 
 A CLIP that is worth having has seen millions of pairs, in batches of thousands, on several
 devices, for days. This guide walks through what that takes, on a model so small that a CPU
-goes through all of it in a minute or two. It shows
+goes through all of it in a few minutes. It shows
 
 - batches larger than memory, which train as if they fitted,
 - several devices, here two virtual ones of a CPU,
 - how processes share samples, and epochs counted in samples,
 - a run that is cut off and ends at the same weights all the same,
 - samples and tokens a second, with and without masking, and
-- what comes after pre-training: tuning on whole images, a locked image tower, a higher
+- what comes after pre-training: a locked image tower, tuning on whole images, a higher
   resolution, and export.
 
 Each part stands alone: take the cells you need. The
@@ -352,30 +352,25 @@ for axis, title, values in zip(
     bars = axis.barh(list(values), list(values.values()), color=["C7", "C0", "C1"])
     axis.bar_label(bars, fmt="%.0f", padding=3)
     axis.margins(x=0.12)
-    axis.invert_yaxis()
     axis.set_title(title, fontsize=11)
+axis.invert_yaxis()  # Of both, which share it.
 if kcm.distribution.is_main_process():
     figure.savefig(RESULTS / "speed.png", dpi=100)
 
 """
-## Whole images in the end, and a locked tower
-
-What has trained on half images has never seen a whole one. `without_masking` gives a model of
-the same weights that trains on whole images, for a short last run, usually at a low learning
-rate. A step of it costs what the masking had saved.
+## A locked image tower
 
 [LiT](https://arxiv.org/abs/2111.07991) takes an image tower that has learned elsewhere, locks
-it, and teaches a text tower to read it. Set `trainable` before `compile`. A locked tower is
-computed as before, but has no gradients and no optimizer state. Here the last run is such a
-one, so that only the text tower and the projections move.
+it, and teaches a text tower to read it. Set `trainable` before `compile`. A locked tower has
+no gradients and no optimizer state. Masking is still worth it, as the tower is still computed.
 """
 
-backbone = uninterrupted.backbone
+model, backbone = uninterrupted, uninterrupted.backbone
 backbone.vision_encoder.trainable = False
-model = uninterrupted.without_masking()
 model.compile(keras.optimizers.AdamW(1e-3))
-image_tower = weights_of(backbone.vision_encoder)
-text_tower = weights_of(backbone.text_encoder)
+image_tower, text_tower = map(
+    weights_of, (backbone.vision_encoder, backbone.text_encoder)
+)
 model.fit(training_data(), samples_per_epoch=SAMPLES_PER_EPOCH, verbose=0)
 for name, before in (("vision_encoder", image_tower), ("text_encoder", text_tower)):
     change = np.abs(weights_of(getattr(backbone, name)) - before).max()
@@ -383,13 +378,24 @@ for name, before in (("vision_encoder", image_tower), ("text_encoder", text_towe
 backbone.vision_encoder.trainable = True
 
 """
-## A higher resolution
+## Whole images in the end, and larger ones
 
-More patches are dear, so they too come last. `with_image_size` copies the weights and
-interpolates the positions of the patches. The copy takes larger images as it is; how near its
-embeddings are to those before is printed. It is trained on from there, by a `fit` like the
-others, for which `image_text_dataset` is given the new `image_size`.
+What has trained on half images has never seen a whole one. `without_masking` gives a model of
+the same weights that trains on whole images, for a short last run at a low learning rate. A
+step of it costs what the masking had saved.
+
+A higher resolution belongs there too: more patches are dear, so they come last.
+`with_image_size` copies the weights and interpolates the positions of the patches. The copy
+takes the larger images as they are, and its embeddings are close to those before, from where
+it can be trained on. Between them and the end lies a `fit` as above.
 """
+
+whole_images = model.without_masking()
+whole_images.compile(keras.optimizers.AdamW(1e-5))
+losses = whole_images.fit(
+    training_data(), samples_per_epoch=SAMPLES_PER_EPOCH, verbose=0
+).history["loss"]
+say(f"loss on whole images: {losses[-1]:.4f}")
 
 LARGER = IMAGE_SIZE * 4 // 3
 
@@ -403,7 +409,7 @@ def read(image_size):
 
 
 larger = kcm.ContrastiveModel.from_clip(kcm.models.with_image_size(backbone, LARGER))
-before = ops.convert_to_numpy(model.encode_image(read(IMAGE_SIZE)))
+before = ops.convert_to_numpy(whole_images.encode_image(read(IMAGE_SIZE)))
 after = ops.convert_to_numpy(larger.encode_image(read(LARGER)))
 cosine = (before * after).sum(axis=-1).mean()
 say(f"cosine of embeddings at {IMAGE_SIZE} and {LARGER} pixels: {cosine:.3f}")
