@@ -12,7 +12,7 @@ Accelerator: None
 
 A CLIP that is worth having has seen millions of pairs, in batches of thousands, on several
 devices, for days. This guide walks through what that takes, on a model so small that a CPU
-goes through all of it in a minute or two. It shows
+goes through all of it in a few minutes. It shows
 
 - batches larger than memory, which train as if they fitted,
 - several devices, here two virtual ones of a CPU,
@@ -42,7 +42,6 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
-import contextlib
 import shutil
 from pathlib import Path
 
@@ -163,27 +162,29 @@ still compared with the texts of all devices. `batch_size` counts the pairs on a
 together, so learning rate, negatives and masks stay what they are when devices are added.
 
 The model is made and trained within a scope on JAX and TensorFlow, and nothing else changes;
-without a list of devices both take all accelerators there are. The
+without a list of devices both take all accelerators there are. With torch the whole program
+runs in as many processes as were started, so there is nothing to choose: started by `python`
+and by `torchrun`, it has printed the same largest gradient above. The
 [README](../README.md#larger-batches-more-devices-runs-that-survive) has a table of how
 programs are launched, on several machines too.
 """
 
 
-def on_two_devices():
-    """A context for a model that is to be on two devices."""
+def two_devices():
+    """The scope of a model that is to be on two devices."""
     if BACKEND == "jax":
         return keras.distribution.DataParallel(
             devices=keras.distribution.list_devices()[:2], auto_shard_dataset=False
         ).scope()
-    if BACKEND == "tensorflow":
-        return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
-    return contextlib.nullcontext()
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
 
 
-with on_two_devices():
-    shared = gradients()
-devices = kcm.distribution.num_replicas() if BACKEND == "torch" else 2
-say(f"difference on {devices} device(s): {np.abs(shared - whole).max():.1e}")
+if BACKEND == "torch":
+    say(f"processes: {kcm.distribution.num_replicas()}")
+else:
+    with two_devices():
+        shared = gradients()
+    say(f"difference on two devices: {np.abs(shared - whole).max():.1e}")
 
 """
 Two virtual devices of one CPU gain nothing in time; they show that a program is right before
@@ -351,8 +352,8 @@ for axis, title, values in zip(
     bars = axis.barh(list(values), list(values.values()), color=["C7", "C0", "C1"])
     axis.bar_label(bars, fmt="%.0f", padding=3)
     axis.margins(x=0.12)
-    axis.invert_yaxis()
     axis.set_title(title, fontsize=11)
+axis.invert_yaxis()  # Of both, which share it.
 if kcm.distribution.is_main_process():
     figure.savefig(RESULTS / "speed.png", dpi=100)
 

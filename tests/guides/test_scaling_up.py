@@ -33,7 +33,8 @@ def test_it_runs_in_a_tiny_setting(shard, run_guide, tmp_path):
 
     assert number("largest gradient") > 0.1
     assert number("difference in micro-batches") < 1e-5
-    assert number("difference on") < 1e-5
+    if keras.backend.backend() != "torch":
+        assert number("difference on two devices") < 1e-5
     if keras.backend.backend() == "jax":
         own, whole = re.search(r"holds (\d+) of (\d+) MiB", printed).groups()
         assert 0.5 <= int(own) / int(whole) < 0.6
