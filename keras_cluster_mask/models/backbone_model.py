@@ -1,5 +1,8 @@
 import math
 
+import numpy as np
+from keras import ops
+
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.embedding_layer import (
     find_embedding_layer,
@@ -52,6 +55,11 @@ class BackboneModel(ContrastiveModel):
         self.build_bias()
         if self.initial_temperature is not None:
             self.logit_scale.assign(math.log(1.0 / self.initial_temperature))
+        for scalar in (self.logit_scale, self.logit_bias):
+            if scalar is not None:
+                # keras_hub's start from a Python number, a type of its own to JAX,
+                # which would compile the second step once more.
+                scalar.assign(np.array(ops.convert_to_numpy(scalar)))
 
     def arguments(self):
         return {**self.options(), "backbone": self.backbone, "masking": self.masking}

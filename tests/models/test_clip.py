@@ -220,3 +220,11 @@ def test_something_that_is_no_clip_backbone_is_refused():
     for thing in (tiny_clip().vision_encoder, "clip_vit_base_patch16", None):
         with pytest.raises(ValueError, match=r"CLIPBackbone. Received:"):
             kcm.ContrastiveModel.from_clip(thing)
+
+
+def test_jax_compiles_a_step_once():
+    # A weight that starts from a Python number would change its type with the first.
+    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    if keras.backend.backend() == "jax":
+        assert not model.logit_scale.value.weak_type
+    assert keras.backend.standardize_dtype(model.logit_scale.dtype) == "float32"
