@@ -28,11 +28,10 @@ def in_chunks(function, num_chunks, weights, state, rows):
 
     weights, state, rows = tree.map_structure(_as_tensor, (weights, state, rows))
     state = tree.map_structure(ops.stop_gradient, state)
-    remat = _remat_in_turn()
 
     def one(state, index):
         chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
-        outputs, state = run_again(function, weights, state, index, chunk, remat=remat)
+        outputs, state = run_again(function, weights, state, index, chunk)
         return tree.map_structure(ops.stop_gradient, state), outputs
 
     if keras.backend.backend() == "jax":
@@ -47,14 +46,13 @@ def in_chunks(function, num_chunks, weights, state, rows):
     return tree.map_structure(lambda *column: ops.stack(column), *columns), state
 
 
-def run_again(function, *arguments, remat=keras.remat):
+def run_again(function, *arguments):
     """Runs a function, and again for its gradients, holding nothing in between.
 
     Args:
         function: `function(*arguments)`. It must take all that it differentiates from
             its arguments, and its first output must be a float.
         *arguments: Structures of tensors or variables; it is passed tensors.
-        remat: `keras.remat`, or a function like it.
 
     Returns:
         What the function returns, a structure of tensors.
@@ -75,7 +73,7 @@ def run_again(function, *arguments, remat=keras.remat):
 
     flat = tree.flatten(arguments)
     flat = [ops.cast(x, "int32") if y else x for x, y in zip(flat, bools)]
-    flat = remat(flat_function)(*flat)
+    flat = keras.remat(flat_function)(*flat)
     return tree.pack_sequence_as(structure[0], list(flat))
 
 
@@ -88,45 +86,6 @@ def merge_chunks(x):
 def take_chunk(x, index, num_chunks):
     split = ops.reshape(x, (x.shape[0] // num_chunks, num_chunks, *x.shape[1:]))
     return split[:, index]
-
-
-def _remat_in_turn():
-    """A `keras.remat`; of its functions only one at a time computes again."""
-    if keras.backend.backend() != "tensorflow":
-        return keras.remat
-    import tensorflow as tf
-
-    # A graph would compute all of them at once: each waits for the gradient of the
-    # `turn` that it hands on, which comes when the next one has all its gradients.
-    turn = tf.zeros(())
-
-    @tf.custom_gradient
-    def take(turn, *values):
-        def give_back(gradient, *gradients):
-            with tf.control_dependencies([x for x in gradients if x is not None]):
-                # Not its own, a constant, of which the graph would know that nothing
-                # has to be waited for.
-                any_element = tf.reshape(gradients[0], [-1])[0]
-                return tf.cast(any_element, "float32"), *gradients
-
-        with tf.control_dependencies([turn]):
-            return (tf.identity(turn), *map(tf.identity, values)), give_back
-
-    def remat(function):
-        @keras.remat
-        def once_more(turn, *values):
-            results = function(*values)
-            with tf.control_dependencies(tree.flatten(results)):
-                return tf.identity(turn), results
-
-        def call(*values):
-            nonlocal turn
-            turn, results = once_more(*take(turn, *values))
-            return results
-
-        return call
-
-    return remat
 
 
 def _as_tensor(x):

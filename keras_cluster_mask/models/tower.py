@@ -8,42 +8,42 @@ from keras_cluster_mask.models.pixels import normalize_pixels
 class Tower(keras.Model):
     """Embeds images or texts, for inference alone.
 
-      `model.image_tower` and `model.text_tower` of a `ContrastiveModel` are made of its
-      weights and compute what `encode_image` and `encode_text` do. Each is saved without
-      the other, and exported for use without Keras:
+    `model.image_tower` and `model.text_tower` of a `ContrastiveModel` are made of its
+    weights and compute what `encode_image` and `encode_text` do. Each is saved without
+    the other, and exported for use without Keras:
 
-      - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
-        `tower.export("folder")`, then `loaded = tf.saved_model.load("folder")` and
-    `loaded.serve(images)`;
-      - on torch: `tower.export("tower.pt2", format="torch")`, then
-        `torch.export.load("tower.pt2").module()(images)`. The image tower of SigLIP
-        needs a batch size there, `dynamic_shapes=None, input_signature=[
-        keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`, as its pooling head
-        cannot be exported without.
+    - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
+      `tower.export("folder")`, then `loaded = tf.saved_model.load("folder")` and
+      `loaded.serve(images)`;
+    - on torch: `tower.export("tower.pt2", format="torch")`, then
+      `torch.export.load("tower.pt2").module()(images)`. The image tower of SigLIP
+      needs a batch size there, `dynamic_shapes=None, input_signature=[
+      keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`, as its pooling head
+      cannot be exported without.
 
-      Example:
+    Example:
 
-      ```python
-      backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-      model = kcm.ContrastiveModel.from_clip(backbone)
-      images = np.random.randint(0, 256, (4, 32, 32, 3)).astype("uint8")
-      model.image_tower.predict(images).shape  # (4, 96)
-      model.image_tower.save("image_tower.keras")
-      ```
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_clip(backbone)
+    images = np.random.randint(0, 256, (4, 32, 32, 3)).astype("uint8")
+    model.image_tower.predict(images).shape  # (4, 96)
+    model.image_tower.save("image_tower.keras")
+    ```
 
-      Args:
-          encoder: A functional Keras model from images or token ids to `(batch, d)`
-              features.
-          pixel_statistics: Mean and deviation per channel that uint8 images are
-              normalised with; `None` for texts.
-          **kwargs: Arguments of `keras.Model`.
+    Args:
+        encoder: A functional Keras model from images or token ids to `(batch, d)`
+            features.
+        pixel_statistics: Mean and deviation per channel that uint8 images are
+            normalised with; `None` for texts.
+        **kwargs: Arguments of `keras.Model`.
 
-      Call arguments:
-          inputs: `(batch, H, W, C)` images, uint8 or normalised floats, or `(batch, T)`
-              token ids.
+    Call arguments:
+        inputs: `(batch, H, W, C)` images, uint8 or normalised floats, or `(batch, T)`
+            token ids.
 
-      Returns:
-          `(batch, d)` float32 embeddings, L2-normalised.
+    Returns:
+        `(batch, d)` float32 embeddings, L2-normalised.
     """
 
     def __init__(self, encoder, pixel_statistics=None, **kwargs):
