@@ -103,6 +103,9 @@ class Remaining:
             return self.data.skip(step)
         self.check(within_epochs=True)
         first = step * self.batch_size
+        if isinstance(self.data, dict):
+            # Of which some may be lists, as those of names are.
+            return {key: array[first:] for key, array in self.data.items()}
         return tree.map_structure(lambda array: array[first:], self.data)
 
     def start(self, epoch, step):

@@ -335,7 +335,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_samples_and_checkpoint(
     assert sorted(tmp_path.glob("step-*"))[-1] == last
 
 
-@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+@pytest.mark.parametrize("kind", ["arrays", "list", "dataset"])
 def test_samples_of_a_bad_batch_are_named_by_their_sample_id(kind, tmp_path):
     import tensorflow as tf
 
@@ -343,6 +343,8 @@ def test_samples_of_a_bad_batch_are_named_by_their_sample_id(kind, tmp_path):
     data["images"] = data["images"].astype("float32")
     data["images"][13] = np.nan
     data["sample_id"] = np.array([f"picture {index}" for index in range(20)])
+    if kind == "list":
+        data["sample_id"] = data["sample_id"].tolist()
     if kind == "dataset":
         data, fit = tf.data.Dataset.from_tensor_slices(data).batch(4), {}
     # From the start, and by a run that goes on in the middle of the epoch.
