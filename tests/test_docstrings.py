@@ -15,7 +15,7 @@ import keras_cluster_mask as kcm
 # Their examples read files that a reader has and this test has not.
 NEED_FILES = {
     "keras_cluster_mask.data.captions.read_captions",
-    "keras_cluster_mask.data.shards.list_shards",
+    "keras_cluster_mask.data.sources.list_shards",
 }
 
 

@@ -1,10 +1,13 @@
-"""The captions of shards, without their images."""
+"""Captions: which of several a picture comes with, and all of them by themselves."""
 
-from keras_cluster_mask.data.shards import list_shards, read_samples
+import contextlib
+
+from keras_cluster_mask.data.pairs import PairReader
+from keras_cluster_mask.data.sources import ShardError, find_shards
 
 
-def read_captions(source, caption_key="txt"):
-    """All captions of WebDataset shards, for a tokenizer to be trained on.
+def read_captions(source, caption_key=None):
+    """All captions of shards, for a tokenizer to be trained on.
 
     Example:
 
@@ -15,15 +18,59 @@ def read_captions(source, caption_key="txt"):
 
     Args:
         source: str or path, or a list of them; see `list_shards`.
-        caption_key: str. The file extension of captions. Defaults to `"txt"`.
+        caption_key: str or sequence of str. The field that holds captions; see
+            `image_text_dataset`. Defaults to `None`: the usual names.
 
     Returns:
-        List of str, in the order of the files. Samples without a caption are left out.
+        List of str, in the order of the files. Samples without a caption are left out,
+        and so is the rest of a damaged shard.
     """
-    captions = (
-        sample[caption_key].decode("utf-8", errors="replace").strip()
-        for shard in list_shards(source)
-        for sample in read_samples(shard, (caption_key,))
-        if caption_key in sample
-    )
-    return [caption for caption in captions if caption]
+    reader = PairReader(find_shards(source), caption_key=caption_key)
+    captions = []
+    for shard in reader.shards:
+        with contextlib.suppress(ShardError):
+            for sample in shard.read(reader.caption_fields):
+                captions.extend(reader.captions(sample)[0])
+    return captions
+
+
+class CaptionChoice:
+    """One caption a sample: one of its own, put into one of some templates.
+
+    Args:
+        template: str or sequence of str that hold `{}`, or None.
+        training: bool. Whether to draw, or to take the first.
+    """
+
+    def __init__(self, template, training):
+        templates = (
+            [template] if isinstance(template, str) else list(template or ["{}"])
+        )
+        for each in templates:
+            if not isinstance(each, str) or each.count("{}") != 1:
+                raise ValueError(
+                    "`caption_template` must be str that hold {} once, where the "
+                    f"caption goes. Received: {template!r}"
+                )
+        self._templates = [each.partition("{}")[::2] for each in templates]
+        self._training = training
+
+    def __call__(self, pairs, draws):
+        """The captions of pairs.
+
+        Args:
+            pairs: list of `Pair`.
+            draws: array `(pairs, 2)` of floats from 0 to 1.
+
+        Returns:
+            list of bytes.
+        """
+        return [self._one(pair, *draw) for pair, draw in zip(pairs, draws)]
+
+    def _one(self, pair, caption, template):
+        caption = self._drawn(pair.captions, caption)
+        before, after = self._drawn(self._templates, template)
+        return f"{before}{caption}{after}".encode("utf-8", "surrogatepass")
+
+    def _drawn(self, choices, draw):
+        return choices[int(draw * len(choices)) if self._training else 0]

@@ -1,24 +1,7 @@
-"""Image-text pairs out of tar shards, ready to train on."""
+"""Image-text pairs as a `tf.data.Dataset`, ready to train on."""
 
-import random
-
-import keras
-import numpy as np
-
-from keras_cluster_mask import distribution
-from keras_cluster_mask.data import images
-from keras_cluster_mask.data.backgrounds import check_background, composite
-from keras_cluster_mask.data.decoding import decoded_samples, fill_gaps
-from keras_cluster_mask.data.encoded import (
-    check_for_pairs,
-    count_pairs,
-    encoded_samples,
-)
-from keras_cluster_mask.data.position import Position
-from keras_cluster_mask.data.sample_order import evaluation_samples, training_samples
-from keras_cluster_mask.data.shards import list_shards
-from keras_cluster_mask.data.skipped import SkippedSamples
-from keras_cluster_mask.data.tokenizing import tokenize
+from keras_cluster_mask.data.batches import ImageTextBatches
+from keras_cluster_mask.data.tokenizing import apply_layer, check_tokenizer, is_layer
 
 try:
     import tensorflow as tf
@@ -33,33 +16,24 @@ def image_text_dataset(
     batch_size,
     training,
     *,
-    seed=None,
-    shuffle_buffer=4096,
-    crop_scale=(0.4, 1.0),
-    horizontal_flip=False,
-    background="white",
-    image_keys=("jpg", "jpeg", "png", "webp"),
-    caption_key="txt",
-    on_error="skip",
-    drop_remainder=None,
-    data_format=None,
     include_captions=False,
-    include_keys=False,
-    process=None,
+    **options,
 ):
-    """Batches of images and token ids from WebDataset shards, for `fit` and evaluation.
+    """Batches of images and token ids from shards, for `fit` and evaluation.
 
-    A shard is a tar file in which `KEY.jpg` is followed by `KEY.txt`, as img2dataset
-    writes them. In training the shards and the samples within a buffer are shuffled and
+    Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
+    by `KEY.txt`), TFRecord files, or tables (CSV, TSV, JSON lines) of pictures that lie
+    beside them. In training the shards and the samples within a buffer are shuffled and
     a random part of each image is cropped; otherwise all samples come once, in the
     order of the files, each cut to its middle. Images are decoded in parallel and stay
-    uint8: models scale them on the device. Photographs are turned upright as their
-    EXIF tag says.
+    uint8: models scale them on the device. They are as people see them: turned upright
+    as their EXIF tag says, and what is transparent over white.
 
-    Broken samples (no image, no caption, an empty one, bytes that do not decode) and
-    the rest of damaged shards are skipped. The attribute `dataset.skipped` of the
-    returned dataset, a `SkippedSamples`, counts them for the current or last pass.
-    Methods such as `dataset.take` return new datasets without it: keep the first.
+    Broken samples (no image, no caption, an empty one, bytes that do not decode or are
+    far too many, a key that came before) and the rest of damaged shards are skipped.
+    The attribute `dataset.skipped` of the returned dataset, a `SkippedSamples`, counts
+    them for the current or last pass; a warning sums them up when a pass ends. Methods
+    such as `dataset.take` return new datasets without it: keep the first.
 
     In training each epoch is in another order, and what does not fill a batch at its
     end opens the next. Two datasets of one seed give the same batches, epoch for epoch.
@@ -67,6 +41,8 @@ def image_text_dataset(
     `kcm.callbacks.Checkpoint` saves it and sets it. For that reason a sample keeps its
     place even if its picture does not decode: its neighbour in the batch is then taken
     twice.
+
+    `ImageTextBatches` gives the same batches where there is no TensorFlow.
 
     Example:
 
@@ -96,8 +72,9 @@ def image_text_dataset(
     ```
 
     Args:
-        source: str or path, or a list of them. Tar files or patterns of them, such as
-            `"data/train-{00000..00127}.tar"` or `"data/*.tar"`; see `list_shards`.
+        source: str or path, or a list of them. Files or patterns of them, such as
+            `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`, or a folder with
+            a manifest; see `list_shards`.
         tokenizer: A `CLIPTokenizer`; or any callable from a list of bytes to ints
             `(batch, length)`; or a Keras layer, such as a KerasHub `CLIPPreprocessor`,
             which runs inside the graph, does not clean, and may spell numbers
@@ -105,34 +82,11 @@ def image_text_dataset(
         image_size: int or `(height, width)`.
         batch_size: int. The number of samples in a batch, over all devices together.
         training: bool. Whether to shuffle and to crop at random.
-        seed: int. Defaults to `None`: another order each time, unless
-            `keras.utils.set_random_seed` was called.
-        shuffle_buffer: int. How many samples, still encoded, the shuffle holds in
-            memory. Defaults to `4096`.
-        crop_scale: pair of floats. The range of the part of an image's area that is
-            kept in training. Defaults to `(0.4, 1.0)`.
-        horizontal_flip: bool. Whether to mirror every second image in training; not
-            for captions that say left and right. Defaults to `False`.
-        background: What is seen through transparent images: `"white"`, a tuple of
-            three ints from 0 to 255, `"random"` (plain colours, gradients and
-            textures), or a list of these to draw from for each image.
-        image_keys: sequence of str. File extensions of images; the first that a sample
-            has is used.
-        caption_key: str. The file extension of captions. Defaults to `"txt"`.
-        on_error: `"skip"`, or `"raise"` to stop at the first broken sample with an
-            error that names its shard and key.
-        drop_remainder: bool. Whether batches are full: in training what is left of an
-            epoch opens the next, in evaluation it is dropped. Defaults to `None`: in
-            training only.
-        data_format: `"channels_last"` or `"channels_first"`. Defaults to `None`:
-            `keras.config.image_data_format()`.
         include_captions: bool. Whether batches hold the `"captions"`, strings.
-        include_keys: bool. Whether batches hold the samples' `"keys"`, strings.
-        process: pair of ints. The number of this process, from 0, and how many there
-            are; each gets its part of every batch, `batch_size` over the number of
-            processes, and in training all take the same steps. Defaults to what JAX or
-            `torch.distributed` say; for evaluation on torch to `(0, 1)`, all samples in
-            every process. Every process reads all shards and decodes its own samples.
+        **options: The other arguments of `ImageTextBatches`: `seed`, `shuffle_buffer`,
+            `crop_scale`, `horizontal_flip`, `background`, `image_keys`, `caption_key`,
+            `caption_template`, `on_error`, `max_skipped`, `max_image_pixels`,
+            `drop_remainder`, `data_format`, `include_keys`, `process`, `num_threads`.
 
     Returns:
         A `tf.data.Dataset` of dicts: `"images"`, uint8 `(batch, height, width, 3)` or
@@ -147,100 +101,35 @@ def image_text_dataset(
     if tf is None:
         raise ImportError(
             "`image_text_dataset` needs TensorFlow, whatever backend trains the model: "
-            "`pip install tensorflow-cpu`."
+            "`pip install tensorflow-cpu`, or use `ImageTextBatches`."
         )
-    shards = list_shards(source)
-    image_size = images.height_and_width(image_size)
-    check_background(background)
-    data_format = data_format or keras.config.image_data_format()
-    if data_format not in ("channels_last", "channels_first"):
-        raise ValueError(
-            '`data_format` must be "channels_last" or "channels_first". Received: '
-            f"{data_format!r}"
-        )
-    if drop_remainder is None:
-        drop_remainder = training
-    process = check_process(process, batch_size, seed, training, drop_remainder)
-    image_keys = [image_keys] if isinstance(image_keys, str) else list(image_keys)
-    if on_error not in ("skip", "raise"):
-        raise ValueError(
-            f'`on_error` must be "skip" or "raise". Received: {on_error!r}'
-        )
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ValueError(
-            "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. Received: "
-            f"{crop_scale}"
-        )
-    full_batch = batch_size if drop_remainder else 1
-    check_for_pairs(shards, image_keys, caption_key, on_error, at_least=full_batch)
-    if seed is None:
-        seed = random.randint(0, 2**31 - 1) if training else 0
-
-    def prepare(image, orientation, seed):
-        image = images.upright(images.decode(image), orientation)
-        image = composite(image, background, tf.stack([seed, 1]))
-        if training:
-            image = images.random_resized_crop(
-                image, image_size, tf.stack([seed, 0]), crop_scale, flip=horizontal_flip
-            )
-        else:
-            image = images.center_crop(image, image_size)
-        return tf.ensure_shape(image, (*image_size, 3))
-
-    def to_batch(index, columns):
-        image, caption, key = (columns[name] for name in ("image", "caption", "key"))
-        if training:
-            place = [columns["pass"][-1], index, key]
-            with tf.control_dependencies([tf.numpy_function(remember, place, "int32")]):
-                image = tf.identity(image)
-        if data_format == "channels_first":
-            image = tf.transpose(image, [0, 3, 1, 2])
-        batch = {"images": image, "token_ids": tokenize(tokenizer, caption)}
-        if include_captions:
-            batch["captions"] = caption
-        if include_keys:
-            batch["keys"] = key
-        return batch
-
-    def remember(number, batch, keys):
-        position.report_batch(int(number), int(batch), keys.tolist())
-        return np.int32(0)
-
-    def read(number, seed):
-        return encoded_samples(
-            shards,
-            image_keys,
-            caption_key,
-            skipped,
-            number,
-            seed,
-            position.report_read if training else None,
-        )
-
-    skipped = SkippedSamples(raise_errors=on_error == "raise")
-    if training:
-        position = Position(
-            seed,
-            batch_size,
-            lambda: count_pairs(shards, image_keys, caption_key),
-            opens_next=drop_remainder,
-        )
-        samples = training_samples(
-            read, skipped, position, process, shuffle_buffer, drop_remainder
-        )
-    else:
-        samples = evaluation_samples(read, skipped, seed, process)
-    samples = decoded_samples(
-        samples, prepare, (*image_size, 3), skipped, keep_places=training
+    check_tokenizer(tokenizer)
+    in_graph = is_layer(tokenizer)
+    batches = ImageTextBatches(
+        source,
+        _no_tokens if in_graph else tokenizer,
+        image_size,
+        batch_size,
+        training,
+        include_captions=include_captions or in_graph,
+        **options,
     )
-    dataset = samples.batch(batch_size // process[1], drop_remainder=drop_remainder)
-    if training:
-        dataset = dataset.map(fill_gaps)
-    dataset = (
-        dataset.enumerate()
-        .map(to_batch, num_parallel_calls=tf.data.AUTOTUNE)
-        .prefetch(tf.data.AUTOTUNE)
+    signature = {
+        name: tf.TensorSpec(*spec) for name, spec in batches.element_spec.items()
+    }
+    dataset = tf.data.Dataset.from_generator(
+        lambda: batches, output_signature=signature
     )
+    if in_graph:
+
+        def tokenized(batch):
+            batch["token_ids"] = apply_layer(tokenizer, batch["captions"])
+            if not include_captions:
+                del batch["captions"]
+            return batch
+
+        dataset = dataset.map(tokenized, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = dataset.prefetch(tf.data.AUTOTUNE)
     options = tf.data.Options()
     options.deterministic = True
     # The samples come out of Python: no files for `tf.distribute` to deal.
@@ -248,34 +137,11 @@ def image_text_dataset(
         tf.data.experimental.AutoShardPolicy.DATA
     )
     dataset = dataset.with_options(options)
-    dataset.skipped = skipped
+    dataset.skipped = batches.skipped
     if training:
-        dataset.position = position
+        dataset.position = batches.position
     return dataset
 
 
-def check_process(process, batch_size, seed, training, drop_remainder):
-    """Checks which process reads a dataset; returns its number and the count."""
-    index, count = distribution.process(training) if process is None else process
-    if not 0 <= index < count:
-        raise ValueError(
-            "`process` must be a pair (number, count) with 0 <= number < count. "
-            f"Received: process={process}"
-        )
-    if batch_size % count:
-        raise ValueError(
-            "`batch_size` counts the samples of all processes together, whose number "
-            f"must divide it. Received: batch_size={batch_size}, {count} processes"
-        )
-    if count > 1 and training and seed is None:
-        raise ValueError(
-            "`seed` must be given if several processes share the samples, so that all "
-            f"shuffle them alike. Received: seed=None, {count} processes"
-        )
-    if count > 1 and training and not drop_remainder:
-        raise ValueError(
-            "`drop_remainder` must be true in training if several processes share the "
-            "samples: all take the same steps. Received: drop_remainder="
-            f"{drop_remainder}, {count} processes"
-        )
-    return index, count
+def _no_tokens(captions):
+    return [[]] * len(captions)

@@ -1,101 +1,125 @@
-"""From encoded samples to pictures, and what becomes of those that do not decode."""
+"""From pairs to batches of arrays, decoded in threads while a model trains."""
+
+import collections
+import os
+from concurrent import futures
 
 import numpy as np
 
-try:
-    import tensorflow as tf
-except ImportError:
-    tf = None
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.pictures import NUM_DRAWS, UnreadablePicture
 
-# Errors are caught for so many images at once: for each by itself costs more than
-# decoding a small one.
-GROUP = 16
+# So many pictures are a task for a thread.
+GROUP = 8
 
 
-def decoded_samples(samples, prepare, image_shape, skipped, keep_places):
-    """A dataset of samples whose pictures are decoded, in parallel.
+class Decoder:
+    """Decodes batches, several ahead of the one that is asked for.
 
     Args:
-        samples: A dataset of tuples of an encoded sample and its seed.
-        prepare: Function of an image's bytes, its orientation and a seed that returns
-            the picture, or raises.
-        image_shape: tuple. The shape of the pictures, which are uint8.
-        skipped: `SkippedSamples`, told of pictures that do not decode.
-        keep_places: bool. Whether these leave a gap, which `fill_gaps` fills, or are
-            left out.
+        cutter: `Cutter`.
+        channels_first: bool.
+        fill_gaps: bool. Whether a picture that does not decode is replaced by its
+            neighbour, or left out.
+        report: function that is told of the shard, the key and the reason of what does
+            not decode.
+        num_threads: int.
+    """
+
+    def __init__(self, cutter, channels_first, fill_gaps, report, num_threads=None):
+        self._cutter = cutter
+        self._channels_first = channels_first
+        self._fill_gaps = fill_gaps
+        self._report = report
+        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+
+    def decoded(self, batches):
+        """Decodes batches in their order.
+
+        Args:
+            batches: iterable of lists of `Pair` and arrays `(pairs, NUM_DRAWS)`.
+
+        Yields:
+            tuple: the pairs whose pictures are there, their draws, and the pictures.
+        """
+        ahead = collections.deque()
+        with futures.ThreadPoolExecutor(self._num_threads, "decode") as threads:
+            try:
+                for pairs, draws in batches:
+                    ahead.append(self._start(threads, pairs, draws))
+                    # Twice as many tasks as threads, so that none waits for work.
+                    tasks = sum(len(each[-1]) for each in ahead)
+                    if len(ahead) > 1 and tasks > 2 * self._num_threads:
+                        yield self._finish(*ahead.popleft())
+                while ahead:
+                    yield self._finish(*ahead.popleft())
+            finally:
+                threads.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, threads, pairs, draws):
+        height, width = self._cutter.image_size
+        shape = (3, height, width) if self._channels_first else (height, width, 3)
+        pictures = np.empty((len(pairs), *shape), "uint8")
+        tasks = [
+            threads.submit(self._fill, pictures, pairs, draws, first)
+            for first in range(0, len(pairs), GROUP)
+        ]
+        return pairs, draws, pictures, tasks
+
+    def _fill(self, pictures, pairs, draws, first):
+        """Decodes a group; returns the places of those that cannot be."""
+        lost = []
+        for place in range(first, min(first + GROUP, len(pairs))):
+            try:
+                picture = self._cutter(_content(pairs[place].image), draws[place])
+            except UnreadablePicture as error:
+                self._report(pairs[place].shard, pairs[place].key, str(error))
+                lost.append(place)
+                continue
+            if self._channels_first:
+                picture = picture.transpose(2, 0, 1)
+            pictures[place] = picture
+        return lost
+
+    def _finish(self, pairs, draws, pictures, tasks):
+        lost = [place for task in tasks for place in task.result()]
+        if not lost:
+            return pairs, draws, pictures
+        kept = np.setdiff1d(np.arange(len(pairs)), lost)
+        if self._fill_gaps:
+            if not len(kept):
+                raise ValueError(
+                    "None of the pictures of a batch decodes. Received: the samples "
+                    f"{[pair.key for pair in pairs[:10]]} of {pairs[0].shard}"
+                )
+            before = np.searchsorted(kept, np.arange(len(pairs)), side="right") - 1
+            kept = kept[np.maximum(before, 0)]
+        return [pairs[place] for place in kept], draws[kept], pictures[kept]
+
+
+def _content(image):
+    if isinstance(image, bytes):
+        return image
+    try:
+        with files.open_file(image) as file:
+            return file.read()
+    except OSError as error:
+        raise UnreadablePicture("the image file cannot be read") from error
+
+
+def draws_of(seed, epoch, step, batch_size):
+    """The numbers that the crops and backgrounds of a batch depend on.
+
+    Args:
+        seed: int.
+        epoch: int.
+        step: int.
+        batch_size: int, of all processes together.
 
     Returns:
-        A dataset of dicts of `"image"`, `"caption"`, `"key"` and `"pass"`, and with
-        `keep_places` a bool, `"decodes"`.
+        float64 array `(batch_size, NUM_DRAWS + 2)` from 0 to 1; the last two are for
+        captions.
     """
-
-    def report(decoded, numbers, shards, keys):
-        for lost in sorted({*range(len(keys))} - {*decoded.tolist()}):
-            skipped.report(
-                numbers[lost], shards[lost], keys[lost], "the image does not decode"
-            )
-        return np.int32(len(keys) - len(decoded))
-
-    def decode(samples, seeds):
-        decoded, pictures = _map_what_works(
-            prepare,
-            (samples["image"], samples["orientation"], seeds),
-            tf.TensorSpec(image_shape, "uint8"),
-        )
-        place = [decoded, samples["pass"], samples["shard"], samples["key"]]
-        lost = tf.cond(
-            tf.size(decoded) < tf.size(seeds),
-            lambda: tf.ensure_shape(tf.numpy_function(report, place, "int32"), ()),
-            lambda: 0,
-        )
-        with tf.control_dependencies([lost]):
-            decoded = tf.identity(decoded)
-        columns = {name: samples[name] for name in ("caption", "key", "pass")}
-        if not keep_places:
-            columns = {name: tf.gather(x, decoded) for name, x in columns.items()}
-            return {**columns, "image": pictures}
-        rows = tf.size(seeds, out_type="int64")[None]
-        shape = tf.concat([rows, image_shape], 0)
-        pictures = tf.scatter_nd(decoded[:, None], pictures, shape)
-        works = tf.scatter_nd(decoded[:, None], tf.ones_like(decoded, "bool"), rows)
-        return {
-            **columns,
-            "image": tf.ensure_shape(pictures, (None, *image_shape)),
-            "decodes": works,
-        }
-
-    decoded = samples.batch(GROUP).map(decode, num_parallel_calls=tf.data.AUTOTUNE)
-    return decoded.unbatch()
-
-
-def fill_gaps(columns):
-    """Takes, in place of each sample of a batch that does not decode, its neighbour."""
-    columns = dict(columns)
-    decodes = columns.pop("decodes")
-    places = tf.where(decodes)[:, 0]
-
-    def filled():
-        wanted = tf.range(tf.size(decodes, out_type="int64"))
-        neighbour = tf.searchsorted(places, wanted, side="right", out_type="int64") - 1
-        chosen = tf.gather(places, tf.maximum(neighbour, 0))
-        return {name: tf.gather(x, chosen) for name, x in columns.items()}
-
-    any_works = tf.debugging.assert_positive(
-        tf.size(places), "None of the pictures of a batch decodes."
-    )
-    with tf.control_dependencies([any_works]):
-        decodes = tf.identity(decodes)
-    return tf.cond(tf.reduce_all(decodes), lambda: columns, filled)
-
-
-def _map_what_works(function, columns, output):
-    """The places where `function` of a row raises nothing, and its results there.
-
-    A graph has no `try`, but a dataset can drop what raises.
-    """
-    rows = tf.data.Dataset.from_tensor_slices(columns).enumerate()
-    results = rows.map(lambda place, row: (place, function(*row))).ignore_errors()
-    nothing = tf.data.Dataset.from_tensors(
-        (tf.zeros((0,), "int64"), tf.zeros((0, *output.shape), output.dtype))
-    )
-    return results.batch(GROUP).concatenate(nothing).take(1).get_single_element()
+    key = np.array([seed, epoch << 32 | step], dtype="uint64")
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return generator.random((batch_size, NUM_DRAWS + 2))

@@ -6,8 +6,6 @@ import threading
 # More batches than any pipeline reads ahead.
 REMEMBERED = 256
 
-READ, READ_AGAIN, KEPT = range(3)
-
 
 class Position:
     """The place in an endless sequence of epochs that a pipeline reads next.
@@ -46,10 +44,7 @@ class Position:
         self._count_pairs = count_pairs
         self._opens_next = opens_next
         self._lock = threading.Lock()
-        # By the number of a pass: those that were given up may still be read ahead of.
-        self._starts, self._read = {}, {}
         self._keys = collections.OrderedDict()
-        self._left_over = (None, None)
 
     # === For those who train ===
 
@@ -109,59 +104,29 @@ class Position:
 
     # === For the pipeline ===
 
-    def start_pass(self, number):
-        """What a pass reads, one part of an epoch after another.
-
-        Args:
-            number: int, the number of the pass.
-
-        Yields:
-            tuple: the epoch, how many of its samples to leave out, and the way to get
-            the others: `READ` or `READ_AGAIN` from the shards, or `KEPT` in
-            `left_over`.
-        """
+    def start_pass(self):
+        """Moves on to the next epoch; returns the epoch and step of this pass."""
         with self._lock:
-            epoch, step = self.epoch, self.step
-            self.epoch, self.step = epoch + 1, 0
-            self._starts[number] = epoch, step
-            self._read[number] = 0
-        open_samples = 0
-        if epoch and self._opens_next:
-            if self.pairs is None:
-                self.pairs = self._count_pairs()
-            open_samples = epoch * self.pairs % self.batch_size
-        skip = step * self.batch_size - open_samples
-        if skip < 0:
-            kept = self._left_over[0] == epoch - 1
-            yield epoch - 1, self.pairs + skip, KEPT if kept else READ_AGAIN
-        yield epoch, max(skip, 0), READ
+            place = self.epoch, self.step
+            self.epoch, self.step = self.epoch + 1, 0
+        return place
 
-    def report_read(self, number, count):
-        """Counts pairs that a pass has read, those it leaves out as well."""
-        with self._lock:
-            if number in self._read:
-                self._read[number] += count
+    def opening(self, epoch):
+        """How many pairs, left of the epoch before, an epoch starts with."""
+        if not epoch or not self._opens_next:
+            return 0
+        if self.pairs is None:
+            self.pairs = self._count_pairs()
+        return epoch * self.pairs % self.batch_size
 
-    def report_end(self, number):
-        """Takes note that a pass has read all that there is."""
-        with self._lock:
-            if self.pairs is None and number in self._read:
-                self.pairs = self._read[number]
+    def report_pairs(self, count):
+        """Takes note of how many pairs an epoch that was read to its end held."""
+        if self.pairs is None:
+            self.pairs = count
 
-    def keep(self, number, columns):
-        """Keeps what is left of the epoch of a pass for the start of the next."""
+    def report_batch(self, epoch, step, keys):
+        """Remembers the keys of a batch."""
         with self._lock:
-            self._left_over = self._starts[number][0], columns
-
-    def left_over(self):
-        """The columns that were kept."""
-        with self._lock:
-            return self._left_over[1]
-
-    def report_batch(self, number, batch, keys):
-        """Remembers the keys of a batch of a pass."""
-        with self._lock:
-            epoch, step = self._starts[number]
-            self._keys[epoch, step + batch] = keys
+            self._keys[epoch, step] = keys
             while len(self._keys) > REMEMBERED:
                 self._keys.popitem(last=False)

@@ -4,6 +4,8 @@ import threading
 import warnings
 
 MAX_EXAMPLES = 100
+# A share of fewer samples says little.
+ENOUGH = 1000
 
 
 class SkippedSamples:
@@ -13,7 +15,13 @@ class SkippedSamples:
     `fit` does, and sets all counts back to zero; after the pass they say what the whole
     of it left out. A pipeline reads ahead, so during a pass the counts are ahead of the
     batches. What a pass that was given up is still reading does not count. With
-    `dataset.repeat()` each repetition is a pass.
+    `dataset.repeat()` each repetition is a pass. The first sample of a pass that is
+    skipped is named in a warning, and a pass ends with a summary.
+
+    Args:
+        raise_errors: bool. Whether to raise an error at the first.
+        max_share: float. The share of samples that may be skipped: of more, once 1,000
+            have been looked at, an error is raised.
 
     Attributes:
         count: int. How many were left out. A damaged shard counts as one, since nobody
@@ -22,10 +30,16 @@ class SkippedSamples:
         samples: list of the first 100 as tuples of shard, key and reason.
     """
 
-    def __init__(self, raise_errors=False):
+    def __init__(self, raise_errors=False, max_share=1.0):
+        if not 0 <= max_share <= 1:
+            raise ValueError(
+                f"`max_skipped` must be from 0 to 1. Received: {max_share}"
+            )
         self._raise_errors = raise_errors
+        self._max_share = max_share
         self._lock = threading.Lock()
-        self._pass = 0
+        self._current = None
+        self._passes = self._read = 0
         self.by_reason = {}
         self.samples = []
 
@@ -35,34 +49,31 @@ class SkippedSamples:
         return sum(self.by_reason.values())
 
     def start_pass(self):
-        """Sets the counts to zero; returns the number to report this pass's with."""
+        """Sets the counts to zero; returns the `Account` of the pass that starts."""
+        account = Account(self)
         with self._lock:
-            self._pass += 1
+            self._current = account
+            self._passes += 1
+            self._read = 0
             self.by_reason = {}
             self.samples = []
-            return self._pass
+        return account
 
-    def report(self, number, shard, key, reason, details=None):
-        """Counts a sample of pass `number`, or raises if that was asked for.
+    def ignore(self, shard, key, reason, details=None):
+        """Counts nothing, of what is read once more."""
 
-        Args:
-            number: int, from `start_pass`.
-            shard: str or bytes.
-            key: str or bytes; None if it is not known.
-            reason: str, one of few: what `by_reason` counts by.
-            details: str. What to tell the user, if more than this is known.
-        """
-        shard, key = (x.decode() if isinstance(x, bytes) else x for x in (shard, key))
+    def _report(self, account, shard, key, reason, details):
         details = details or f"The sample {key!r} of the shard {shard}: {reason}"
         if self._raise_errors:
             raise ValueError(details)
         with self._lock:
-            if number != self._pass:
+            if account is not self._current:
                 return
             first = not self.by_reason
             self.by_reason[reason] = self.by_reason.get(reason, 0) + 1
             if len(self.samples) < MAX_EXAMPLES:
                 self.samples.append((shard, key, reason))
+            self._check_share()
         if first:
             warnings.warn(
                 f"{details}. It was skipped; others may follow without a warning, "
@@ -70,9 +81,64 @@ class SkippedSamples:
                 stacklevel=2,
             )
 
+    def _check_share(self):
+        looked_at = self.count + self._read
+        if looked_at >= ENOUGH and self.count > self._max_share * looked_at:
+            raise ValueError(
+                f"More than {self._max_share:.0%} of the samples are broken "
+                f"(`max_skipped`). Received: {self.count} of the first {looked_at}, "
+                f"{self._reasons()}"
+            )
+
+    def _end(self, account):
+        with self._lock:
+            if account is not self._current or self.count < 2:
+                return
+            message = (
+                f"Pass {self._passes} over the data skipped {self.count} of "
+                f"{self.count + self._read} samples: {self._reasons()}."
+            )
+        warnings.warn(message, stacklevel=2)
+
+    def _reasons(self):
+        by_reason = sorted(dict(self.by_reason).items())
+        return ", ".join(f"{reason}: {count}" for reason, count in by_reason)
+
     def __repr__(self):
-        reasons = "".join(
-            f", {reason}: {count}"
-            for reason, count in sorted(dict(self.by_reason).items())
-        )
+        reasons = f", {self._reasons()}" if self.by_reason else ""
         return f"<SkippedSamples count={self.count}{reasons}>"
+
+
+class Account:
+    """What a pass reports to `SkippedSamples`, which may have gone on to the next."""
+
+    def __init__(self, skipped):
+        self._skipped = skipped
+
+    def report(self, shard, key, reason, details=None):
+        """Counts a sample, or raises if that was asked for.
+
+        Args:
+            shard: str.
+            key: str; None if it is not known.
+            reason: str, one of few: what `by_reason` counts by.
+            details: str. What to tell the user, if more than this is known.
+        """
+        self._skipped._report(self, shard, key, reason, details)
+
+    def report_unreadable(self, shard, key, reason):
+        """Counts a sample that was counted as read."""
+        if self._skipped._current is self:
+            self._skipped._read -= 1
+        self.report(shard, key, reason)
+
+    def read(self, pairs):
+        """Counts pairs while they are read."""
+        for pair in pairs:
+            if self._skipped._current is self:
+                self._skipped._read += 1
+            yield pair
+
+    def end(self):
+        """Sums up what a pass skipped, in a warning."""
+        self._skipped._end(self)

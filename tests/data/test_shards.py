@@ -3,7 +3,7 @@ import gzip
 import pytest
 
 from keras_cluster_mask.data import list_shards
-from keras_cluster_mask.data.shards import ShardError, read_samples
+from keras_cluster_mask.data.sources import ShardError, read_samples
 
 FILES = [
     ("a/1.jpg", b"one"),

@@ -9,7 +9,7 @@ import sys
 import keras
 import pytest
 
-from keras_cluster_mask.data.shards import read_samples
+from keras_cluster_mask.data.sources import read_samples
 
 ROOT = pathlib.Path(__file__).parents[2]
 PICTURES = ROOT / "datasets" / "pictures" / "test-00000.tar"

@@ -1,0 +1,92 @@
+"""Checks before the first batch: enough pairs, and processes that can share them."""
+
+import warnings
+
+from keras_cluster_mask import distribution
+from keras_cluster_mask.data.sources import ShardError
+
+SAMPLES_TO_CHECK = 1000
+
+
+def check_for_pairs(reader, on_error, at_least=1):
+    """Raises an error unless the shards hold pairs, and enough of them for a batch.
+
+    Args:
+        reader: `PairReader`.
+        on_error: `"skip"`, or `"raise"` for the first damaged shard.
+        at_least: int. How many pairs there must be; no more are looked at.
+    """
+    seen = {}
+    damage = None
+    looked_at = pairs = 0
+    for shard in reader.shards:
+        try:
+            for sample in shard.read():
+                looked_at += 1
+                pairs += reader.pair(shard, sample)[0] is not None
+                if pairs >= at_least:
+                    return
+                seen.update(sample)
+                if not pairs and looked_at >= SAMPLES_TO_CHECK:
+                    break
+        except ShardError as error:
+            if on_error == "raise":
+                raise
+            damage = damage or error
+        if not pairs and looked_at >= SAMPLES_TO_CHECK:
+            break
+    if pairs:
+        raise ValueError(
+            "`batch_size` must not exceed the number of pairs, or no batch is ever "
+            f"full. Received: batch_size={at_least} and {pairs} pairs in `source`"
+        )
+    if damage:
+        raise ValueError(f"`source` holds no readable pair. {damage}") from damage
+    fields = sorted(seen.keys() - {"__key__"})
+    shards = reader.shards
+    raise ValueError(
+        "`source` must hold samples with an image (`image_keys`, here "
+        f"{list(reader.image_keys)}) and a caption (`caption_key`, here "
+        f"{list(reader.caption_keys)}) that is not empty. Received: {looked_at} "
+        f"samples with the fields {fields} from {shards[0]}"
+        + (f" and {len(shards) - 1} more" if shards[1:] else "")
+    )
+
+
+def count_pairs(reader):
+    """The number of pairs in shards, whether or not their pictures decode."""
+    warnings.warn(
+        f"Counting the pairs in {len(reader.shards)} shards: an epoch starts with what "
+        "was left of the one before, which has not been read to its end.",
+        stacklevel=2,
+    )
+    return sum(
+        1 for shard in reader.shards for _ in reader.read(shard, lambda *fault: None)
+    )
+
+
+def check_process(process, batch_size, seed, training, drop_remainder):
+    """Checks which process reads a dataset; returns its number and the count."""
+    index, count = distribution.process(training) if process is None else process
+    if not 0 <= index < count:
+        raise ValueError(
+            "`process` must be a pair (number, count) with 0 <= number < count. "
+            f"Received: process={process}"
+        )
+    if batch_size % count:
+        raise ValueError(
+            "`batch_size` counts the samples of all processes together, whose number "
+            f"must divide it. Received: batch_size={batch_size}, {count} processes"
+        )
+    if count > 1 and training and seed is None:
+        raise ValueError(
+            "`seed` must be given if several processes share the samples, so that all "
+            f"shuffle them alike. Received: seed=None, {count} processes"
+        )
+    if count > 1 and training and not drop_remainder:
+        raise ValueError(
+            "`drop_remainder` must be true in training if several processes share the "
+            "samples: all take the same steps. Received: drop_remainder="
+            f"{drop_remainder}, {count} processes"
+        )
+    return index, count

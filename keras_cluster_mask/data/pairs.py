@@ -1,0 +1,144 @@
+"""What a sample holds for training: a picture, captions, or a fault."""
+
+import dataclasses
+import json
+
+from keras_cluster_mask.data.sources import ShardError
+
+IMAGE_KEYS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
+    *("image", "image/encoded", "file_name", "filepath", "image_path", "path"),
+)
+CAPTION_KEYS = ("txt", "caption", "caption/raw", "captions", "text", "title")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pair:
+    """A picture, still encoded, and its captions.
+
+    Attributes:
+        image: bytes; or str, the file that holds them.
+        captions: tuple of str, at least one.
+        key: str.
+        shard: str.
+    """
+
+    image: bytes | str
+    captions: tuple
+    key: str
+    shard: str
+
+
+class PairReader:
+    """Finds the pairs in shards.
+
+    Args:
+        shards: list of `Shard`.
+        image_keys: str or sequence of str: the field that holds the picture, or names
+            its file; of several the first that a sample has. `None`: what is common.
+        caption_key: str or sequence of str: the field that holds the caption, or a list
+            of captions; of several the first that is not empty. `"json.caption"` is the
+            entry `caption` of the field `json`. `None`: what is common.
+    """
+
+    def __init__(self, shards, image_keys=None, caption_key=None):
+        self.shards = shards
+        self.image_keys = _several(image_keys, IMAGE_KEYS)
+        self.caption_keys = _several(caption_key, CAPTION_KEYS)
+        self.caption_fields = {
+            *(key.partition(".")[0] for key in self.caption_keys),
+            *self.caption_keys,
+        }
+
+    def read(self, shard, report):
+        """The pairs of a shard, one after another.
+
+        Args:
+            shard: `Shard`.
+            report: function that is told of what is left out: of the shard, the key,
+                the reason and what else is known (str) or None.
+
+        Yields:
+            `Pair`.
+        """
+        keys = set()
+        for sample in self._samples(shard, report):
+            key = sample["__key__"]
+            pair, fault = self.pair(shard, sample)
+            if shard.unique_keys and key in keys:
+                fault = "duplicate key"
+            keys.add(key)
+            if fault:
+                report(str(shard), key, fault, None)
+            else:
+                yield pair
+
+    def _samples(self, shard, report):
+        try:
+            yield from shard.read({*self.image_keys, *self.caption_fields})
+        except ShardError as error:
+            # The last sample may be whole. If not, the shard's damage is the reason.
+            if self.pair(shard, error.sample)[0] is not None:
+                yield error.sample
+            report(str(shard), error.last_key, "damaged shard", str(error))
+        except OSError as error:
+            report(str(shard), None, "unreadable shard", f"The shard {shard}: {error}")
+
+    def pair(self, shard, sample):
+        """The pair that a sample holds, or None, and what is wrong with it if not."""
+        image = next((sample[k] for k in self.image_keys if k in sample), "")
+        if image is None:
+            return None, "file too large"
+        if isinstance(image, list):
+            image = image[0] if image else ""
+        if isinstance(image, str):
+            image = image and shard.path_of(image)
+            if not image:
+                return None, "no image"
+        captions, fault = self.captions(sample)
+        if fault:
+            return None, fault
+        return Pair(image, captions, sample["__key__"], str(shard)), None
+
+    def captions(self, sample):
+        """The captions of a sample, and what is wrong with them if there are none."""
+        fault = "no caption"
+        for key in self.caption_keys:
+            value = _field(sample, key)
+            if value is None:
+                continue
+            values = value if isinstance(value, list) else [value]
+            captions = tuple(filter(None, map(_text, values)))
+            if captions:
+                return captions, None
+            fault = "empty caption"
+        return (), fault
+
+
+def _field(sample, key):
+    """What a field holds, or an entry of one that holds JSON; None if there is none."""
+    if key in sample:
+        return sample[key]
+    field, _, entries = key.partition(".")
+    if not entries or sample.get(field) is None:
+        return None
+    value = sample[field]
+    try:
+        value = json.loads(value) if isinstance(value, str | bytes) else value
+        for entry in entries.split("."):
+            value = value[entry]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return value
+
+
+def _text(value):
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _several(names, common):
+    if names is None:
+        return common
+    return (names,) if isinstance(names, str) else tuple(names)

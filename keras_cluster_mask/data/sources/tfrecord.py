@@ -1,0 +1,92 @@
+"""TFRecord files: a `tf.train.Example` is a sample."""
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.sources.shard import Shard, ShardError
+
+try:
+    import tensorflow as tf
+except ImportError:
+    tf = None
+
+KEYS = ("__key__", "key", "image/filename", "image/id")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordShard(Shard):
+    """A TFRecord file, which may be compressed; its features are the fields.
+
+    A feature of one value is that value, of several a list. The key is the feature
+    `__key__`, `key`, `image/filename` or `image/id`; without one the record's number.
+    Needs TensorFlow.
+    """
+
+    def read(self, fields=None):
+        _check_tensorflow(self.path)
+        sample = {}
+        compression = "GZIP" if self.path.lower().endswith(".gz") else ""
+        with _local_copy(self.path) as path:
+            records = iter(tf.data.TFRecordDataset(path, compression))
+            number = 0
+            try:
+                for record in records:
+                    example = tf.train.Example.FromString(record.numpy())
+                    sample = _sample(example, number, fields)
+                    yield sample
+                    number += 1
+            except tf.errors.NotFoundError as error:
+                raise FileNotFoundError(self.path) from error
+            except GeneratorExit:
+                raise
+            except Exception as error:
+                last = {"__key__": sample["__key__"]} if sample else {}
+                raise ShardError(self, last, str(error)) from error
+
+
+def _sample(example, number, fields):
+    features = example.features.feature
+    values = {
+        name: _value(feature)
+        for name, feature in features.items()
+        if fields is None or name in fields or name in KEYS
+    }
+    key = next((values[name] for name in KEYS if values.get(name)), f"{number:08}")
+    if isinstance(key, bytes):
+        key = key.decode("utf-8", "surrogateescape")
+    wanted = {k: v for k, v in values.items() if fields is None or k in fields}
+    return {**wanted, "__key__": str(key)}
+
+
+def _value(feature):
+    kind = feature.WhichOneof("kind")
+    values = list(getattr(feature, kind).value) if kind else []
+    if kind != "bytes_list":
+        values = [str(value) for value in values]
+    return values[0] if len(values) == 1 else values
+
+
+@contextlib.contextmanager
+def _local_copy(path):
+    """A path that TensorFlow opens: the file itself, or a copy of it."""
+    scheme = path.partition("://")[0] if files.is_address(path) else ""
+    if scheme in ("", *tf.io.gfile.get_registered_schemes()):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile() as copy:
+        with files.open_file(path) as file:
+            shutil.copyfileobj(file, copy)
+        copy.flush()
+        yield copy.name
+
+
+def _check_tensorflow(path):
+    if tf is None:
+        raise ImportError(
+            "TFRecord files need TensorFlow: `pip install tensorflow`, or convert them "
+            "to tar files by `python -m keras_cluster_mask.data convert` where it is "
+            f"installed. Received: {path}"
+        )

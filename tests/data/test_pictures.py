@@ -1,0 +1,264 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from keras_cluster_mask.data import pictures
+from keras_cluster_mask.data.pictures import Cutter, Picture, UnreadablePicture
+
+DRAWS = np.random.default_rng(0).random((200, pictures.NUM_DRAWS))
+
+
+def smooth_picture(height, width, channels=3, seed=0):
+    """A photograph's slow changes: low-frequency noise."""
+    grid = np.random.default_rng(seed).integers(0, 256, (6, 6, channels), "uint8")
+    return np.array(Image.fromarray(grid).resize((width, height), Image.BICUBIC))
+
+
+def whole(content, **options):
+    """All of a picture, in its own size, over white."""
+    height, width = Picture(content).size
+    return Cutter((height, width), training=False, **options)(content, DRAWS[0])
+
+
+def over_white(picture):
+    white = Image.new("RGBA", picture.size, "white")
+    picture = picture.convert("RGBA")
+    return np.array(Image.alpha_composite(white, picture).convert("RGB")).astype(int)
+
+
+# === As people see them ===
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1"])
+def test_png_of_every_kind_of_channels_is_laid_over_white(mode, encode):
+    picture = Image.fromarray(smooth_picture(20, 30, 4)).convert(mode)
+    actual = whole(encode(picture))
+    assert actual.dtype == "uint8"
+    assert np.abs(actual.astype(int) - over_white(picture)).max() <= 1
+
+
+def test_a_transparent_palette_is_laid_over_white(encode):
+    picture = Image.new("P", (4, 4))
+    picture.putpalette([10, 20, 30, 200, 100, 0])
+    picture.putpixel((1, 2), 1)
+    for format in ("PNG", "GIF"):
+        image = whole(encode(picture, format, transparency=0))
+        assert image[2, 1].tolist() == [200, 100, 0]
+        assert image[0, 0].tolist() == [255, 255, 255]
+
+
+def test_a_transparent_colour_of_an_opaque_png_is_laid_over_white(encode):
+    array = np.zeros((4, 4, 3), "uint8")
+    array[0] = 7
+    image = whole(encode(array, transparency=(7, 7, 7)))
+    assert (image[0] == 255).all()
+    assert (image[1:] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_of_every_kind_of_channels_is_decoded(mode, encode):
+    content = encode(Image.fromarray(smooth_picture(50, 70)).convert(mode), "JPEG")
+    expected = Image.open(io.BytesIO(content)).convert("RGB")
+    np.testing.assert_array_equal(whole(content), np.array(expected))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_bmp_of_every_kind_of_channels_is_decoded(mode, encode):
+    picture = Image.fromarray(smooth_picture(21, 30)).convert(mode)
+    np.testing.assert_array_equal(
+        whole(encode(picture, "BMP")), np.array(picture.convert("RGB"))
+    )
+
+
+def test_sixteen_bits_of_grey_become_eight(encode):
+    levels = np.arange(0, 65536, 256, dtype="uint16").reshape(16, 16)
+    actual = whole(encode(levels))
+    assert np.abs(actual[..., 0].astype(int) - levels / 257.0).max() <= 0.5
+    assert (actual[..., 0] == actual[..., 2]).all()
+
+
+def test_webp_and_the_first_picture_of_an_animation_are_decoded(encode):
+    array = smooth_picture(20, 30, 3)
+    np.testing.assert_array_equal(whole(encode(array, "WEBP", lossless=True)), array)
+    clear = smooth_picture(20, 30, 4)
+    actual = whole(encode(clear, "WEBP", lossless=True, exact=True)).astype(int)
+    assert np.abs(actual - over_white(Image.fromarray(clear))).max() <= 1
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    for format in ("GIF", "WEBP"):
+        animation = encode(frames[0], format, save_all=True, append_images=frames[1:])
+        red, green, blue = whole(animation)[0, 0].tolist()
+        assert red > 250
+        assert max(green, blue) < 5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_photographs_are_turned_upright(orientation, format, order, encode):
+    exif = Image.Exif()
+    exif.endian = order
+    exif[0x010F] = "a camera"
+    exif[0x0112] = orientation
+    options = {"quality": 95} if format == "JPEG" else {}
+    content = encode(smooth_picture(24, 16), format, exif=exif, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert Picture(content).size == upright.size[::-1]
+    np.testing.assert_array_equal(whole(content), np.array(upright))
+
+
+def test_a_large_photograph_is_turned_before_a_part_is_cut_out(encode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(smooth_picture(600, 400), "JPEG", exif=exif, quality=95)
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    expected = image.resize((32, 32), Image.BICUBIC, box=(100, 40, 500, 240))
+    actual = Picture(content).part((40, 100, 200, 400), (32, 32), scaled=True)
+    assert np.abs(actual.astype(int) - np.array(expected)).mean() < 1
+
+
+def test_broken_exif_data_means_upright(encode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tagged = bytearray(encode(smooth_picture(8, 16), "JPEG", exif=exif))
+    assert Picture(bytes(tagged)).size == (16, 8)
+    start = tagged.index(b"Exif\0\0")
+    tagged[start + 6 : start + 14] = b"\xff" * 8
+    assert Picture(bytes(tagged)).size == (8, 16)
+
+
+# === What is no picture ===
+
+
+def test_what_does_not_decode_says_so(encode):
+    jpeg = encode(smooth_picture(64, 64), "JPEG")
+    png = encode(smooth_picture(64, 64))
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 1
+    for content in (b"", b"GIF89a", jpeg[:400], png[: len(png) // 2], bytes(flipped)):
+        with pytest.raises(UnreadablePicture, match="does not decode"):
+            Cutter((8, 8), training=True)(content, DRAWS[0])
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_huge_pictures_are_refused_before_they_are_decoded(encode):
+    cutter = Cutter((8, 8), training=True, max_pixels=1000)
+    cutter(encode(np.zeros((25, 40), "uint8")), DRAWS[0])
+    with pytest.raises(UnreadablePicture, match="too many pixels"):
+        cutter(encode(np.zeros((26, 40), "uint8")), DRAWS[0])
+    # A few kilobytes that would be half a gigabyte.
+    bomb = encode(Image.new("1", (15000, 15000)))
+    with pytest.raises(UnreadablePicture, match="too many pixels"):
+        Picture(bomb)
+
+
+def test_a_jpeg_that_is_shrunk_while_it_is_decoded_may_be_larger(encode):
+    content = encode(smooth_picture(200, 200), "JPEG")
+    assert Cutter((8, 8), training=True, max_pixels=10_000)(content, DRAWS[0]).any()
+    with pytest.raises(UnreadablePicture, match="too many pixels"):
+        Cutter((8, 8), training=False, max_pixels=10_000)(content, DRAWS[0])
+
+
+# === The middle ===
+
+
+@pytest.mark.parametrize(
+    "shape", [(160, 213), (213, 160), (97, 300), (50, 40), (64, 64)]
+)
+@pytest.mark.parametrize("size", [64, 33])
+def test_the_center_crop_is_torchvisions(shape, size, encode):
+    transforms = pytest.importorskip("torchvision.transforms")
+    array = smooth_picture(*shape)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+        ]
+    )
+    expected = np.array(reference(Image.fromarray(array))).astype(int)
+    actual = Cutter((size, size), training=False)(encode(array), DRAWS[0]).astype(int)
+    assert actual.shape == (size, size, 3)
+    assert np.abs(actual - expected).max() <= 1
+
+
+def test_the_center_crop_covers_a_size_that_is_not_square(encode):
+    # A grey level for each column: the middle half of them must be left.
+    array = np.tile(np.arange(200, dtype="uint8")[None, :, None], (50, 1, 3))
+    actual = Cutter((50, 100), training=False)(encode(array), DRAWS[0])
+    np.testing.assert_array_equal(actual, array[:, 50:150])
+    standing = np.ascontiguousarray(array.transpose(1, 0, 2))
+    tall = Cutter((100, 50), training=False)(encode(standing), DRAWS[0])
+    np.testing.assert_array_equal(tall, standing[50:150])
+
+
+# === Random parts ===
+
+
+def boxes(size, image_size=(64, 64), **options):
+    found = [pictures.random_box(size, image_size, draw, **options) for draw in DRAWS]
+    return np.array(found, float)
+
+
+def test_random_parts_keep_to_the_ranges_of_area_and_ratio():
+    top, left, height, width = boxes((1000, 1200), scale=(0.2, 0.5)).T
+    areas, ratios = height * width / (1000 * 1200), width / height
+    assert 0.199 < areas.min() < 0.22
+    assert 0.48 < areas.max() < 0.501
+    assert 0.745 < ratios.min() < 0.77
+    assert 1.30 < ratios.max() < 1.34
+    # Places reach from edge to edge.
+    assert min(top.min(), left.min()) >= 0
+    assert max(top.min(), left.min()) <= 20
+    assert 980 < (top + height).max() <= 1000
+    assert 1180 < (left + width).max() <= 1200
+
+
+def test_a_part_that_does_not_fit_gets_smaller_rather_than_distorted():
+    _, _, height, width = boxes((20, 200), scale=(0.9, 1.0)).T
+    assert (width / height).min() > 0.7
+    assert (width / height).max() < 1.4
+
+
+def test_the_ratio_is_that_of_the_size_asked_for():
+    options = {"scale": (0.3, 0.3), "ratio": (1, 1)}
+    _, _, height, width = boxes((1200, 1200), (32, 64), **options).T
+    np.testing.assert_allclose(width / height, 2, atol=0.01)
+
+
+def test_of_a_picture_of_one_pixel_everything_is_taken():
+    np.testing.assert_array_equal(boxes((1, 1)), [[0, 0, 1, 1]] * len(DRAWS))
+
+
+def test_random_parts_follow_their_draws_and_flip_only_if_asked(encode):
+    content = encode(smooth_picture(40, 40))
+    plain, flipping = Cutter((16, 16), True), Cutter((16, 16), True, (0.4, 1), True)
+    for draws in DRAWS[:40]:
+        part = plain(content, draws)
+        np.testing.assert_array_equal(part, plain(content, draws))
+        mirrored = part[:, ::-1] if draws[5] < 0.5 else part
+        np.testing.assert_array_equal(flipping(content, draws), mirrored)
+    assert 8 < sum(DRAWS[:40, 5] < 0.5) < 32
+
+
+def test_a_whole_picture_of_the_right_size_is_not_touched(encode):
+    array = smooth_picture(40, 40)
+    actual = Picture(encode(array)).part((0, 0, 40, 40), (40, 40), scaled=True)
+    np.testing.assert_array_equal(actual, array)
+
+
+@pytest.mark.parametrize("size", [(700, 500), (1400, 1000)])
+def test_shrinking_a_jpeg_while_decoding_hardly_changes_a_pixel(size, encode):
+    content = encode(smooth_picture(*size), "JPEG", quality=90)
+    box = (37, 21, 400, 450)
+    exact = Picture(content).part(box, (64, 64)).astype(int)
+    quick = Picture(content).part(box, (64, 64), scaled=True).astype(int)
+    assert np.abs(quick - exact).mean() < 1
+
+
+def test_image_sizes_are_checked():
+    assert pictures.height_and_width(8) == (8, 8)
+    assert pictures.height_and_width([8, 16]) == (8, 16)
+    for wrong in (0, (8,), (8, -1), "8", 8.0, None):
+        with pytest.raises(ValueError, match=r"`image_size`.*Received"):
+            pictures.height_and_width(wrong)
