@@ -97,6 +97,30 @@ except ImportError as error:
     print("refused:", error)
 """
 
+BATCHES = """
+import sys
+import keras
+import keras_cluster_mask as kcm
+
+tokenizer = kcm.data.CLIPTokenizer.train(["no 1", "no 2"], 600, context_length=6)
+batches = [
+    kcm.data.ImageTextBatches("PAIRS", tokenizer, 8, 8, training=training, seed=0)
+    for training in (True, False)
+]
+images = keras.Input((8, 8, 3))
+x = keras.layers.Dense(8)(keras.layers.Flatten()(images))
+ids = keras.Input((6,), dtype="int32")
+y = keras.layers.Embedding(tokenizer.vocabulary_size, 8)(ids)
+y = keras.layers.GlobalAveragePooling1D()(y)
+model = kcm.ContrastiveModel(keras.Model(images, x), keras.Model(ids, y))
+model.compile("adam")
+history = model.fit(batches[0], validation_data=batches[1], epochs=2, verbose=0)
+assert len(history.history["val_loss"]) == 2
+assert model.predict(batches[1], verbose=0)["text_embeddings"].shape == (20, 8)
+assert "tensorflow" not in sys.modules
+print("trained")
+"""
+
 
 def run(code):
     """Runs code where tensorflow cannot be imported, and returns what it prints."""
@@ -119,6 +143,10 @@ def run(code):
     if done.returncode:
         pytest.fail(done.stderr[-3000:])
     return done.stdout
+
+
+def test_models_train_from_shards(write_pairs):
+    assert "trained" in run(BATCHES.replace("PAIRS", str(write_pairs("a.tar", 0, 20))))
 
 
 def test_models_train_from_arrays():

@@ -230,6 +230,10 @@ class ImageTextBatches:
         }
         return {name: each for name, each in spec.items() if name in self._names}
 
+    def as_dataset(self):
+        """The batches as a `tf.data.Dataset`."""
+        return as_dataset(self)
+
     def repeat(self):
         """The batches of one epoch after another, without an end."""
         return Endless(self)
@@ -326,3 +330,30 @@ class Endless:
     def __iter__(self):
         while True:
             yield from self._batches
+
+    def as_dataset(self):
+        """The batches as a `tf.data.Dataset`."""
+        return as_dataset(self)
+
+
+def as_dataset(batches):
+    """A `tf.data.Dataset` of batches that are made in Python.
+
+    Args:
+        batches: `ImageTextBatches`, or `Endless` ones.
+    """
+    import tensorflow as tf
+
+    signature = {
+        name: tf.TensorSpec(*spec) for name, spec in batches.element_spec.items()
+    }
+    dataset = tf.data.Dataset.from_generator(
+        lambda: batches, output_signature=signature
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    # The samples come out of Python: no files for `tf.distribute` to deal.
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)

@@ -114,12 +114,7 @@ def image_text_dataset(
         include_captions=include_captions or in_graph,
         **options,
     )
-    signature = {
-        name: tf.TensorSpec(*spec) for name, spec in batches.element_spec.items()
-    }
-    dataset = tf.data.Dataset.from_generator(
-        lambda: batches, output_signature=signature
-    )
+    dataset = batches.as_dataset()
     if in_graph:
 
         def tokenized(batch):
@@ -129,14 +124,7 @@ def image_text_dataset(
             return batch
 
         dataset = dataset.map(tokenized, num_parallel_calls=tf.data.AUTOTUNE)
-    dataset = dataset.prefetch(tf.data.AUTOTUNE)
-    options = tf.data.Options()
-    options.deterministic = True
-    # The samples come out of Python: no files for `tf.distribute` to deal.
-    options.experimental_distribute.auto_shard_policy = (
-        tf.data.experimental.AutoShardPolicy.DATA
-    )
-    dataset = dataset.with_options(options)
+        dataset = dataset.prefetch(tf.data.AUTOTUNE)
     dataset.skipped = batches.skipped
     if training:
         dataset.position = batches.position

@@ -1,7 +1,10 @@
 """Checks of what `fit`, `evaluate` and `predict` are given, before they start."""
 
+import keras
 import numpy as np
 from keras import ops
+
+from keras_cluster_mask.models.batch_stream import BatchStream
 
 KEYS = ("images", "token_ids")
 FOREIGN = (
@@ -17,9 +20,10 @@ LONELY = (
 def check_batches(data, vocabulary_size=None, batch_size=None):
     """Checks data for `ContrastiveModel` as far as can be done for free.
 
-    Arrays are checked whole. A `tf.data.Dataset` gets a check of every batch, on
-    the host, as part of its pipeline. Strings, such as keys and captions, are left out
-    of both, as no model takes them. Other iterables are left as they are.
+    Arrays are checked whole. A `tf.data.Dataset` and `ImageTextBatches` get a check of
+    every batch, on the host, as part of their pipeline. Strings, such as keys and
+    captions, are left out, as no model takes them. Other iterables are left as they
+    are.
 
     Args:
         data: What the user passed as `x`, or as `validation_data`.
@@ -43,6 +47,12 @@ def check_batches(data, vocabulary_size=None, batch_size=None):
             data = {k: v for k, v in data.items() if not _holds_strings(v)}
     elif isinstance(data, (tuple, list)) and data and isinstance(data[0], dict):
         data = (check_batches(data[0], vocabulary_size, batch_size), *data[1:])
+    elif hasattr(data, "as_dataset") and keras.backend.backend() == "tensorflow":
+        data = check_batches(data.as_dataset(), vocabulary_size, batch_size)
+    elif hasattr(data, "as_dataset"):
+        _check_keys(data.element_spec)
+        training = batch_size is not None
+        data = BatchStream(data, lambda b: _check_batch(b, vocabulary_size, training))
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
         _check_keys(data.element_spec)
         if any(spec.dtype == "string" for spec in data.element_spec.values()):
@@ -79,6 +89,13 @@ def _check_ids(ids, vocabulary_size):
             f"{FOREIGN.format(vocabulary_size)} "
             f"Received: ids from {ids.min()} to {ids.max()}"
         )
+
+
+def _check_batch(batch, vocabulary_size, training):
+    if vocabulary_size is not None:
+        _check_ids(batch["token_ids"], vocabulary_size)
+    if training and len(batch["images"]) < 2:
+        raise ValueError(f"{LONELY} Received: a batch of {len(batch['images'])}")
 
 
 def _holds_strings(array):

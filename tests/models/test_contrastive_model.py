@@ -425,6 +425,46 @@ def test_looking_at_a_dataset_does_not_change_what_is_trained_on(write_pairs):
     assert losses[0] == losses[1]
 
 
+def length_as_token(captions):
+    return np.array([[len(caption)] * 6 for caption in captions], "int32")
+
+
+def streams(shard, **options):
+    """The same batches by TensorFlow's pipeline, and without it."""
+    arguments = dict(tokenizer=length_as_token, image_size=16, batch_size=4, seed=1)
+    arguments.update({"training": True, "include_keys": True, **options})
+    for kind in (kcm.data.image_text_dataset, kcm.data.ImageTextBatches):
+        yield kind(shard, **arguments)
+
+
+def test_batches_made_in_python_train_and_evaluate_as_a_dataset_does(write_pairs):
+    pytest.importorskip("tensorflow")
+    shard = write_pairs("a.tar", 0, 14)
+    found = []
+    for training, held_out in zip(streams(shard), streams(shard, training=False)):
+        keras.utils.set_random_seed(0)
+        model = small_model()
+        model.compile("sgd", **FAST)
+        options = dict(validation_data=held_out, verbose=0)
+        history = model.fit(training, epochs=3, **options).history
+        again = model.fit(training, samples_per_epoch=8, epochs=2, **options).history
+        embeddings = model.predict(held_out, verbose=0)["image_embeddings"]
+        found.append([history, again, embeddings])
+        assert embeddings.shape[0] == 14
+        assert training.position.trained == training.position.after(10 + 4)
+    for one, other in zip(*found[:2]):
+        keras.tree.map_structure(np.testing.assert_array_equal, one, other)
+
+
+def test_batches_made_in_python_are_checked(write_pairs):
+    _, batches = streams(write_pairs("a.tar", 0, 10))
+    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    model.compile("sgd", **FAST)
+    batches._tokenizer = lambda captions: 1000 * length_as_token(captions)
+    with pytest.raises(Exception, match="another tokenizer"):
+        model.fit(batches, verbose=0)
+
+
 def test_a_dataset_trains_and_evaluates_as_arrays_do():
     tf = pytest.importorskip("tensorflow")
     pairs = random_pairs(8)
