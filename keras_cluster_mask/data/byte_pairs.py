@@ -45,6 +45,8 @@ WORD_PATTERN = (
     rf"'{ANY_S}|'t|'re|'ve|'m|'ll|'d|[{LETTERS}]+|[{DIGITS}]"
     rf"|[^\s{LETTERS}{DIGITS}\x{{345}}]+"
 )
+# ASCII without "&" and without controls, but for the white space of files.
+PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 
 
 def clean(text):
@@ -53,8 +55,8 @@ def clean(text):
         text = text.decode("utf-8", errors="replace")
     if not isinstance(text, str):
         raise TypeError(f"`texts` must be str or bytes. Received: {text!r}")
-    # Nothing in printable ASCII without an entity needs repair, and repair is slow.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
+    # Nothing in plain ASCII without an entity needs repair, and repair is slow.
+    if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
