@@ -2,15 +2,23 @@ import copy
 import gzip
 import json
 import pickle
-import unicodedata
+import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
-from keras_cluster_mask.data import CLIPTokenizer
+from keras_cluster_mask.data import CLIPTokenizer, byte_pairs, read_captions
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import caption_kinds
 
 open_clip_tokenizer = pytest.importorskip("open_clip.tokenizer")
 
+PICTURES = Path(__file__).resolve().parents[2] / "datasets" / "pictures"
 CAPTIONS = [
     "",
     " \t\n ",
@@ -32,21 +40,10 @@ CAPTIONS = [
     "<start_of_text> is <END_OF_TEXT> a token",
     "not one: !<start_of_text>, and one within: a<end_of_text>b",
     "&lt;end_of_text&gt;",
+    "<\u017ftart_of_text> <\ufb05art_of_text> <end_of_text><\u017ftart_of_text>",
+    "a line\nand\tanother\r\n",
+    "newer letters: a\ua7d4\U0003d000!\U000323b0 and digits: 1\U00011de0\U0001246f",
 ]
-
-
-def random_captions(count, seed=0):
-    rng = np.random.default_rng(seed)
-    blocks = [(0x20, 0x7F), (0x20, 0x7F), (0, 0x250), (0x370, 0x530), (0x2000, 0x2100)]
-    blocks += [(0x3000, 0x3100), (0x4E00, 0x5000), (0x1F300, 0x1F6FF)]
-    for _ in range(count):
-        caption = ""
-        for _ in range(rng.integers(1, 8)):
-            first, last = blocks[rng.integers(len(blocks))]
-            caption += "".join(map(chr, rng.integers(first, last, rng.integers(1, 6))))
-            caption += ["", " ", "'s ", "&amp;"][rng.integers(4)]
-        # Code points that a Unicode version does not know are letters in another.
-        yield "".join(c for c in caption if unicodedata.category(c) != "Cn")
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +56,42 @@ def trained():
     return CLIPTokenizer.train(["a red fox", "two red foxes"] * 5, 540, 12)
 
 
-def test_ids_equal_open_clips_on_tricky_captions(clip):
-    reference = open_clip_tokenizer.SimpleTokenizer()
-    captions = CAPTIONS + list(random_captions(600))
-    expected = reference(captions).numpy()
-    actual = clip(captions)
+def assert_ids_equal_open_clips(tokenizer, captions):
+    expected = open_clip_tokenizer.SimpleTokenizer()(captions).numpy()
+    actual = tokenizer(captions)
     for caption, row, expected_row in zip(captions, actual, expected):
         np.testing.assert_array_equal(row, expected_row, err_msg=ascii(caption))
+
+
+def test_ids_equal_open_clips_on_tricky_captions(clip):
+    assert_ids_equal_open_clips(clip, CAPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["real", "unicode", "fuzz"])
+def test_ids_equal_open_clips_on_captions_of(kind, clip):
+    rng = random.Random(kind)
+    sources = read_captions(PICTURES / "test-*.tar")
+    captions = {
+        "real": lambda: caption_kinds.recombined(sources, 2000, rng),
+        "unicode": lambda: caption_kinds.unicode_captions(2000, rng),
+        "fuzz": lambda: caption_kinds.fuzz_captions(sources, 1000, rng),
+    }[kind]()
+    assert_ids_equal_open_clips(clip, captions)
+
+
+@pytest.mark.parametrize("frame", ["a{}a", "1{}!{}!", "'{}e {}{}"])
+def test_words_are_open_clips_for_every_code_point(frame):
+    # What fails here with a newer `regex` is in a newer Unicode: see `NEWER_LETTERS`.
+    pattern = open_clip_tokenizer.SimpleTokenizer().pat
+    words = Regex(byte_pairs.WORD_PATTERN)
+    split = pre_tokenizers.Split(words, "removed", invert=True)
+    codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE0200)]
+    # A caption is lower-case when it is cut into words.
+    texts = [frame.replace("{}", chr(code).lower()) for code in codes]
+    for start in range(0, len(texts), 1000):
+        text = " ".join(texts[start : start + 1000])
+        actual = [word for word, _ in split.pre_tokenize_str(text)]
+        assert actual == pattern.findall(text), f"from U+{codes[start]:X} on"
 
 
 @pytest.mark.parametrize("context_length", [8, 32])
@@ -134,8 +160,16 @@ def test_training_merges_frequent_words_into_single_tokens(trained):
     assert trained.decode(trained("Zebra é")) == ["zebra é"]
 
 
+def test_a_special_token_means_itself_not_a_pattern(trained):
+    config = copy.deepcopy(trained._config())
+    config["vocabulary"][-2] = config["start_token"] = "[fx.]"
+    tokenizer = CLIPTokenizer(**config)
+    np.testing.assert_array_equal(tokenizer("fox f."), trained("fox f."))
+    assert tokenizer("[fx.]")[0, 1] == tokenizer.start_token_id
+
+
 def test_training_keeps_to_the_vocabulary_size():
-    captions = list(random_captions(200))
+    captions = caption_kinds.unicode_captions(200, random.Random(0))
     assert CLIPTokenizer.train(captions, 700).vocabulary_size == 700
 
 
