@@ -1,6 +1,7 @@
 """From pairs to batches of arrays, decoded in threads while a model trains."""
 
 import collections
+import math
 import os
 from concurrent import futures
 
@@ -11,6 +12,7 @@ from keras_cluster_mask.data.pictures import NUM_DRAWS, UnreadablePicture
 
 # So many pictures are a task for a thread.
 GROUP = 8
+ALIGNMENT = 64
 
 
 class Decoder:
@@ -59,7 +61,7 @@ class Decoder:
     def _start(self, threads, pairs, draws):
         height, width = self._cutter.image_size
         shape = (3, height, width) if self._channels_first else (height, width, 3)
-        pictures = np.empty((len(pairs), *shape), "uint8")
+        pictures = _aligned((len(pairs), *shape))
         tasks = [
             threads.submit(self._fill, pictures, pairs, draws, first)
             for first in range(0, len(pairs), GROUP)
@@ -95,6 +97,14 @@ class Decoder:
             before = np.searchsorted(kept, np.arange(len(pairs)), side="right") - 1
             kept = kept[np.maximum(before, 0)]
         return [pairs[place] for place in kept], draws[kept], pictures[kept]
+
+
+def _aligned(shape):
+    """An array that TensorFlow takes as it is: others it copies."""
+    size = math.prod(shape)
+    memory = np.empty(size + ALIGNMENT, "uint8")
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].reshape(shape)
 
 
 def _content(image):

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from keras_cluster_mask.data.backgrounds import composite
+from keras_cluster_mask.data.resizing import resize
 
 # Four bytes each while a picture is decoded: 200 MB.
 MAX_PIXELS = 50_000_000
@@ -90,10 +91,7 @@ class Picture:
         # Rounding must not lead beyond the edge.
         bottom = min((box[0] + box[2]) * scale[0], image.size[1])
         right = min((box[1] + box[3]) * scale[1], image.size[0])
-        image = image.resize(
-            size[::-1], Image.Resampling.BICUBIC, (left, top, right, bottom)
-        )
-        return np.asarray(image)
+        return resize(image, size, (left, top, right, bottom))
 
     def _shrink(self, wanted):
         if self._orientation >= 5:
