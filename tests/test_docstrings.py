@@ -55,6 +55,8 @@ def test_there_are_examples_to_run():
         "ContrastiveModel",
         "PatchMasking",
         "RandomMasking",
+        "masking_statistics",
+        "plot_masking_statistics",
         "sigmoid_contrastive_loss",
         "softmax_contrastive_loss",
         "with_masking",

@@ -6,6 +6,10 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask import visualization
 
 
+def statistics_of(masking, images, **options):
+    return kcm.masking.masking_statistics(masking, images, verbose=0, **options)
+
+
 @pytest.fixture
 def images():
     return np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3)).astype("uint8")
@@ -72,3 +76,74 @@ def test_retrieval_shows_the_most_similar_pictures_first(images):
 def test_similarity_of_wrong_shape_is_named(images):
     with pytest.raises(ValueError, match=r"`similarity` .* Received: "):
         visualization.plot_retrieval(["query"], images, np.zeros((2, 1)))
+
+
+class TestMaskingStatistics:
+    def axes_of(self, statistics):
+        figure = visualization.plot_masking_statistics(statistics)
+        return {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"mask_ratio": 0.5, "anchor_ratio": 0.5},
+            {"min_mask_ratio": 0.2, "threshold": 0.0},
+            {"min_mask_ratio": 0.2, "threshold": 1.0},
+        ],
+    )
+    def test_are_drawn_as_they_are(self, images, options, tmp_path):
+        masking = kcm.ClusterMasking(
+            patch_size=8, data_format="channels_last", **options
+        )
+        statistics = statistics_of(masking, images)
+        axes = self.axes_of(statistics)
+        assert len(axes) == 5
+        np.testing.assert_array_equal(
+            drawn(axes["where images are masked"]), statistics.masked_by_position
+        )
+        ranks = axes["anchors of an image, the greediest first"]
+        np.testing.assert_allclose(
+            [bar.get_height() for bar in ranks.patches],
+            statistics.patches_taken_by_rank,
+        )
+        ratios = axes["mask ratio of each image"]
+        assert sum(bar.get_height() for bar in ratios.patches) == pytest.approx(1)
+        mean = statistics.mask_ratio.mean()
+        assert ratios.get_legend().texts[0].get_text() == f"mean {mean:.3f}"
+        for axis in axes.values():
+            assert axis.get_xlabel()
+            assert axis.get_ylabel()
+        ratios.figure.savefig(tmp_path / "figure.png")
+
+    def test_every_ratio_and_similarity_is_within_the_histograms(self):
+        statistics = kcm.masking.MaskingStatistics(
+            num_images=4,
+            num_kept=1,
+            mask_ratio=np.array([0.0, 0.5, 0.995, 1.0], "float32"),
+            masked_by_position=np.full((2, 2), 0.5),
+            fill_in=0.0,
+            surplus=0.0,
+            similarity_at_cut=np.array([-1.0, -0.99, 1.0, np.nan], "float32"),
+            cluster_sizes=np.array([0, 1, 0, 0, 1]),
+            patches_taken=np.array([0, 1, 0, 0, 1]),
+            patches_taken_by_rank=np.array([2.5]),
+        )
+        axes = self.axes_of(statistics)
+        for title in ("mask ratio of each image", "similarity at the cut"):
+            bars = [bar.get_height() for bar in axes[title].patches]
+            assert sum(bars) == pytest.approx(1), title
+        sizes = axes["clusters, and what their anchors take"]
+        taken = [bar.get_height() for bar in sizes.patches[:-1]]
+        assert sum(taken) == pytest.approx(1)
+
+    def test_of_a_masking_without_clusters_are_two_panels(self, images):
+        masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
+        statistics = statistics_of(masking, images, patch_size=8)
+        assert set(self.axes_of(statistics)) == {
+            "mask ratio of each image",
+            "where images are masked",
+        }
+
+    def test_of_something_else_are_refused(self):
+        with pytest.raises(ValueError, match=r"`statistics` must be .*Received: "):
+            visualization.plot_masking_statistics({"mask_ratio": 0.5})

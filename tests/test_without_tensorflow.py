@@ -82,6 +82,8 @@ backbone = keras_hub.models.CLIPBackbone(
 )
 history = check(kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(4)))
 assert history["mask_ratio"] == [0.5]
+found = kcm.masking.masking_statistics(kcm.ClusterMasking(4), pairs, verbose=0)
+assert found.mask_ratio.tolist() == [0.5] * 4
 assert "tensorflow" not in sys.modules
 print("trained")
 """

@@ -3,5 +3,12 @@
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.random_masking import RandomMasking
+from keras_cluster_mask.masking.statistics import MaskingStatistics, masking_statistics
 
-__all__ = ["ClusterMasking", "PatchMasking", "RandomMasking"]
+__all__ = [
+    "ClusterMasking",
+    "MaskingStatistics",
+    "PatchMasking",
+    "RandomMasking",
+    "masking_statistics",
+]

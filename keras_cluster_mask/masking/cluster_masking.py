@@ -138,7 +138,7 @@ class ClusterMasking(PatchMasking):
                 "`softness` is for budget mode (min_mask_ratio=None). Received: "
                 f"softness={softness}, min_mask_ratio={min_mask_ratio}"
             )
-        self.patch_size = _standardize_patch_size(patch_size)
+        self.patch_size = standardize_patch_size(patch_size)
         self.min_mask_ratio = min_mask_ratio
         self.anchor_ratio = float(anchor_ratio)
         self.softness = float(softness)
@@ -213,6 +213,22 @@ class ClusterMasking(PatchMasking):
         Returns:
             `(batch, N)` float32 tensor in `[-1, 1]`, of multiples of 2^-12.
         """
+        return round_similarity(
+            ops.max(self.similarity_to_anchors(images, anchors, tokens), axis=1)
+        )
+
+    def similarity_to_anchors(self, images, anchors, tokens=None):
+        """The similarity of each patch to each anchor.
+
+        Args:
+            images: `(batch, H, W, C)` tensor, or channels first.
+            anchors: `(batch, A)` int tensor of patch indices.
+            tokens: `(batch, prefix + N, dim)` tensor. Needed if
+                `embedding_weight` is not 0.
+
+        Returns:
+            `(batch, A, N)` float32 tensor in `[-1, 1]`, not yet rounded.
+        """
         num_patches = self.count_patches(images, tokens)
         anchors = ops.convert_to_tensor(anchors, dtype="int32")
         patches = extract_patches(images, self.patch_size, self.data_format)
@@ -229,7 +245,7 @@ class ClusterMasking(PatchMasking):
             tokens = tokens[:, tokens.shape[1] - num_patches :]
             alike = token_similarity(tokens, anchors)
             similarity = (1.0 - weight) * similarity + weight * alike
-        return round_similarity(ops.max(similarity, axis=1))
+        return similarity
 
     def adapt(self, data, max_images=10_000):
         """Sets `threshold` so that `mask_ratio` is reached on average over data.
@@ -368,7 +384,8 @@ def _check_range(name, value, low, high):
         )
 
 
-def _standardize_patch_size(patch_size):
+def standardize_patch_size(patch_size):
+    """The sides of a patch, `(height, width)`, from one integer or two."""
     sides = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
     if (
         not isinstance(sides, (tuple, list))

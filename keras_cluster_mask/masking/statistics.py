@@ -1,0 +1,414 @@
+"""What a masking does to the images of a data set, in numbers."""
+
+import dataclasses
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.masking.cluster_masking import (
+    ClusterMasking,
+    standardize_patch_size,
+)
+from keras_cluster_mask.masking.image_batches import count_images, image_batches
+from keras_cluster_mask.masking.similarity import round_similarity
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MaskingStatistics:
+    """What `masking_statistics` found; `print` it for a table.
+
+    An image has N patches, of which K are kept as tokens. A patch is *masked* if
+    it is not kept, or kept as hidden padding: if it has no influence. A patch is
+    in the *cluster* of the anchor that it is most similar to; of equally similar
+    ones that of the smallest noise. Every anchor is in its own cluster, so the
+    clusters part the N patches. An anchor *takes* the masked patches of its
+    cluster, itself among them; in threshold mode only those more similar than the
+    threshold, as the others went at random.
+
+    Attributes:
+        num_images: Integer.
+        num_kept: Integer, K, the tokens that an image costs.
+        mask_ratio: `(images,)` float32 array. The share of the patches of each
+            image that is masked.
+        masked_by_position: `(rows, columns)` float64 array. The share of the
+            images in which the patch at this place of the grid is masked.
+        fill_in: Float. The patches that the threshold masks and that are kept to
+            fill up the K, as a share of the N, mean over images: hidden padding,
+            or with `hide_padding=False` patches that take part again. 0 in budget
+            mode.
+        surplus: Float. The patches that the threshold leaves and that go at
+            random as there are more than K, as a share of the N, mean over
+            images. 0 in budget mode.
+        similarity_at_cut: `(images,)` float32 array. The lowest similarity to the
+            nearest anchor of all patches that are taken: in budget mode the
+            threshold that the budget comes to. NaN if none is taken.
+        cluster_sizes: `(N + 1,)` int64 array. How many clusters have 0, 1, ... N
+            patches.
+        patches_taken: `(N + 1,)` int64 array. How many anchors take 0, 1, ... N
+            patches.
+        patches_taken_by_rank: `(anchors,)` float64 array. How many patches the
+            anchor that takes the most of its image takes, the second and so on,
+            mean over images.
+
+    The last four, and `surplus`, are `None` for a masking without clusters.
+    """
+
+    num_images: int
+    num_kept: int
+    mask_ratio: np.ndarray
+    masked_by_position: np.ndarray
+    fill_in: float
+    surplus: float | None = None
+    similarity_at_cut: np.ndarray | None = None
+    cluster_sizes: np.ndarray | None = None
+    patches_taken: np.ndarray | None = None
+    patches_taken_by_rank: np.ndarray | None = None
+
+    @property
+    def num_patches(self):
+        """N, the number of patches of an image."""
+        return self.masked_by_position.size
+
+    @property
+    def lone_anchors(self):
+        """The share of the anchors that take at most themselves, or `None`."""
+        if self.patches_taken is None:
+            return None
+        return float(self.patches_taken[:2].sum() / self.patches_taken.sum())
+
+    def summary(self):
+        """The statistics as a text table.
+
+        Returns:
+            A string of several lines.
+        """
+        rows, columns = self.masked_by_position.shape
+        title = (
+            f"{self.num_images:,} images of {rows} x {columns} patches, "
+            f"{self.num_kept} of {self.num_patches} kept as tokens"
+        )
+        head = "".join(f"{name:>9}" for name in _COLUMNS)
+        spreads = [
+            _spread_line("mask ratio of an image", self.mask_ratio),
+            _spread_line("how often a position is masked", self.masked_by_position),
+        ]
+        shares = [("kept to fill up, of all patches", self.fill_in)]
+        if self.cluster_sizes is not None:
+            sizes = np.arange(self.num_patches + 1)
+            spreads += [
+                _spread_line("similarity at the cut", self.similarity_at_cut),
+                _spread_line("patches in a cluster", sizes, self.cluster_sizes),
+                _spread_line("patches an anchor takes", sizes, self.patches_taken),
+            ]
+            shares += [
+                ("surplus gone at random, of all patches", self.surplus),
+                ("anchors that take at most themselves", self.lone_anchors),
+            ]
+        shares = [f"{name:<38}{value:9.3f}" for name, value in shares]
+        return "\n".join([title, "", " " * 30 + head, *spreads, "", *shares])
+
+    def __str__(self):
+        return self.summary()
+
+    def __repr__(self):
+        return (
+            f"MaskingStatistics(num_images={self.num_images}, "
+            f"num_patches={self.num_patches}, num_kept={self.num_kept}, "
+            f"mean mask_ratio={self.mask_ratio.mean():.4f})"
+        )
+
+
+def masking_statistics(
+    masking,
+    data,
+    patch_size=None,
+    embed=None,
+    max_images=None,
+    seed=0,
+    verbose="auto",
+):
+    """Measures what a masking does to the images of a data set.
+
+    One pass over the data, in which nothing is held but the sums and two numbers
+    per image. The masking itself is left as it is, its random state included: the
+    noise is `np.random.default_rng(seed)`'s, `(images, N)` in the order of the
+    images. So one seed gives the same masks in batches of any size and, but for
+    rounding, on every backend. Within a `ContrastiveModel` uint8 images are
+    normalised as the model does. `kcm.visualization.plot_masking_statistics` draws
+    what is found.
+
+    Example:
+
+    ```python
+    images = np.random.randint(0, 256, (32, 64, 64, 3)).astype("uint8")
+    masking = kcm.ClusterMasking(patch_size=8, min_mask_ratio=0.3)
+    masking.adapt(images)
+    statistics = kcm.masking.masking_statistics(masking, images)
+    print(statistics)
+    statistics.mask_ratio  # (32,), around 0.5
+    ```
+
+    Args:
+        masking: A `PatchMasking`. Clusters and anchors are measured of a
+            `ClusterMasking`; of any other, which patches are masked.
+        data: Images as an array, or an iterable of batches (a `tf.data.Dataset`, a
+            `PyDataset`, a generator): arrays of images, dictionaries with the key
+            `"images"`, or tuples whose first entry is one of these. All images
+            have one size.
+        patch_size: Integer or tuple `(height, width)`, in pixels. `None` takes
+            that of the masking; a masking without one, as `RandomMasking`, needs
+            it, and its `num_prefix_tokens`.
+        embed: Function from a batch of images, a tensor, to its embedded tokens
+            `(batch, prefix + N, dim)`. Needed by a masking that looks at tokens.
+        max_images: Integer. Stop reading after this many images; `None` reads all.
+        seed: Integer, for the noise, or `None` for noise that differs every time.
+        verbose: `"auto"`, 0, 1 or 2. 0 is silent, 1 a progress bar, 2 one line at
+            the end; `"auto"` is 1.
+
+    Returns:
+        A `MaskingStatistics`.
+
+    Raises:
+        ValueError: If the patch size, the tokens or the threshold that the masking
+            needs are missing, or if there are no images or not all of one size.
+    """
+    if verbose not in ("auto", 0, 1, 2):
+        raise ValueError(
+            f"`verbose` must be 'auto', 0, 1 or 2. Received: verbose={verbose}"
+        )
+    if max_images is not None and (not isinstance(max_images, int) or max_images < 1):
+        raise ValueError(
+            "`max_images` must be None or an integer >= 1. "
+            f"Received: max_images={max_images}"
+        )
+    patch_size = _patch_size_of(masking, patch_size)
+    masking.check_ready()
+    rng = np.random.default_rng(seed)
+    progress = keras.utils.Progbar(
+        _count_ahead(data, max_images),
+        verbose=1 if verbose == "auto" else verbose,
+        stateful_metrics=["mask_ratio"],
+        unit_name="image",
+    )
+    sums = None
+    for images in image_batches(data, max_images):
+        images = masking.prepare_pixels(ops.convert_to_tensor(images))
+        grid = _grid_of(images, masking, patch_size)
+        tokens = _tokens_of(images, masking, grid, embed)
+        if sums is None:
+            sums = _Sums(masking, grid)
+            if tokens is not None and embed is None:
+                _check_tokens_do_not_matter(masking, images, tokens)
+        elif grid != sums.grid:
+            raise ValueError(
+                "The images of `data` must all have one size. Received: batches of "
+                f"{sums.grid} and of {grid} patches (rows, columns)"
+            )
+        sums.add(images, tokens, rng)
+        progress.update(
+            sums.num_images, [("mask_ratio", sums.mean_mask_ratio)], finalize=False
+        )
+    progress.update(
+        sums.num_images, [("mask_ratio", sums.mean_mask_ratio)], finalize=True
+    )
+    return sums.result()
+
+
+class _Sums:
+    """What is added up over the batches."""
+
+    def __init__(self, masking, grid):
+        self.masking, self.grid = masking, grid
+        self.num_patches = grid[0] * grid[1]
+        self.num_kept = masking.num_kept(self.num_patches)
+        self.num_images = 0
+        self.masked = np.zeros(self.num_patches, "int64")
+        self.fill_in = self.surplus = 0
+        self.mask_ratios, self.cuts = [], []
+        self.has_clusters = isinstance(masking, ClusterMasking)
+        if self.has_clusters:
+            self.sizes = np.zeros(self.num_patches + 1, "int64")
+            self.taken = np.zeros(self.num_patches + 1, "int64")
+            num_anchors = masking.num_anchors(self.num_patches)
+            self.taken_by_rank = np.zeros(num_anchors, "int64")
+
+    @property
+    def mean_mask_ratio(self):
+        return self.masked.sum() / (self.num_images * self.num_patches)
+
+    def add(self, images, tokens, rng):
+        noise = rng.random((images.shape[0], self.num_patches), dtype="float32")
+        noise = ops.convert_to_tensor(noise)
+        indices, visible = map(
+            ops.convert_to_numpy, self.masking.select(images, tokens, noise)
+        )
+        masked = np.ones(noise.shape, bool)
+        np.put_along_axis(masked, indices, ~visible, axis=1)
+        self.num_images += len(masked)
+        self.masked += masked.sum(axis=0)
+        self.mask_ratios.append(masked.mean(axis=1, dtype="float32"))
+        self.fill_in += np.sum(~visible)
+        if self.has_clusters:
+            self._add_clusters(masked, images, tokens, noise)
+
+    def _add_clusters(self, masked, images, tokens, noise):
+        nearest, similarity = _clusters(self.masking, images, tokens, noise)
+        taken = masked
+        if self.masking.threshold is not None:
+            alike = similarity > ops.convert_to_numpy(self.masking.threshold)
+            # The patch least alike is always visible.
+            left = np.maximum((~alike).sum(axis=1), 1)
+            self.surplus += np.maximum(left - self.num_kept, 0).sum()
+            if not self.masking.hides_tokens:
+                self.fill_in += np.maximum(self.num_kept - left, 0).sum()
+            taken = masked & alike
+        lowest = np.where(taken, similarity, np.inf).min(axis=1)
+        self.cuts.append(np.where(taken.any(axis=1), lowest, np.nan).astype("float32"))
+
+        num_anchors = len(self.taken_by_rank)
+        by_anchor = _count_by_anchor(nearest, taken, num_anchors)
+        sizes = _count_by_anchor(nearest, np.ones_like(taken), num_anchors)
+        self.sizes += np.bincount(sizes.ravel(), minlength=len(self.sizes))
+        self.taken += np.bincount(by_anchor.ravel(), minlength=len(self.taken))
+        self.taken_by_rank += np.sort(by_anchor, axis=1)[:, ::-1].sum(axis=0)
+
+    def result(self):
+        clusters = {}
+        total = self.num_images * self.num_patches
+        if self.has_clusters:
+            clusters = {
+                "surplus": float(self.surplus / total),
+                "similarity_at_cut": np.concatenate(self.cuts),
+                "cluster_sizes": self.sizes,
+                "patches_taken": self.taken,
+                "patches_taken_by_rank": self.taken_by_rank / self.num_images,
+            }
+        return MaskingStatistics(
+            num_images=self.num_images,
+            num_kept=self.num_kept,
+            mask_ratio=np.concatenate(self.mask_ratios),
+            masked_by_position=(self.masked / self.num_images).reshape(self.grid),
+            fill_in=float(self.fill_in / total),
+            **clusters,
+        )
+
+
+def _clusters(masking, images, tokens, noise):
+    """The nearest anchor of each patch, from 0 to A - 1, and its similarity."""
+    anchors = masking.draw_anchors(noise)
+    similarity = masking.similarity_to_anchors(images, anchors, tokens)
+    similarity = ops.convert_to_numpy(round_similarity(similarity))
+    anchors = ops.convert_to_numpy(anchors)
+    nearest = similarity.argmax(axis=1)
+    # An anchor that another one resembles entirely would else be in its cluster.
+    np.put_along_axis(nearest, anchors, np.arange(anchors.shape[1])[None], axis=1)
+    return nearest, similarity.max(axis=1)
+
+
+def _count_by_anchor(nearest, which, num_anchors):
+    """`(batch, A)` counts of the patches in `which`, by their nearest anchor."""
+    batch = len(nearest)
+    of_all_images = nearest + num_anchors * np.arange(batch)[:, None]
+    counts = np.bincount(of_all_images[which], minlength=batch * num_anchors)
+    return counts.reshape(batch, num_anchors)
+
+
+# === Arguments ===
+
+
+def _patch_size_of(masking, patch_size):
+    own = getattr(masking, "patch_size", None)
+    if own is None and patch_size is None:
+        raise ValueError(
+            f"`patch_size` must be given for a {type(masking).__name__}, which has "
+            "none of its own. Received: patch_size=None"
+        )
+    if patch_size is None:
+        return standardize_patch_size(own)
+    patch_size = standardize_patch_size(patch_size)
+    if own is not None and patch_size != standardize_patch_size(own):
+        raise ValueError(
+            "`patch_size` must be that of the masking, or None. Received: "
+            f"patch_size={patch_size}, masking.patch_size={own}"
+        )
+    return patch_size
+
+
+def _count_ahead(data, max_images):
+    """How many images there will be, or `None` if only reading them can tell."""
+    count = count_images(data)
+    return count if None in (count, max_images) else min(count, max_images)
+
+
+def _grid_of(images, masking, patch_size):
+    """The rows and columns of patches of each image."""
+    shape = tuple(images.shape)
+    data_format = getattr(masking, "data_format", keras.config.image_data_format())
+    sides = shape[1:3] if data_format == "channels_last" else shape[2:4]
+    if len(shape) != 4 or sides[0] % patch_size[0] or sides[1] % patch_size[1]:
+        raise ValueError(
+            "The images of `data` must have rank 4 and sides that `patch_size` "
+            f"divides. Received: images.shape={shape}, patch_size={patch_size}, "
+            f"data_format='{data_format}'"
+        )
+    return sides[0] // patch_size[0], sides[1] // patch_size[1]
+
+
+def _tokens_of(images, masking, grid, embed):
+    """The tokens that the masking is called with, or `None`."""
+    num_patches = grid[0] * grid[1]
+    if embed is None:
+        if not isinstance(masking, ClusterMasking):
+            # To count only: many a masking cannot tell the number from the images.
+            num_tokens = (masking.num_prefix_tokens or 0) + num_patches
+            return ops.zeros((images.shape[0], num_tokens, 1))
+        if masking.embedding_weight != 0.0:
+            raise ValueError(
+                "`embed` must be given if the masking looks at tokens. Received: "
+                f"embed=None, masking.embedding_weight={masking.embedding_weight}"
+            )
+        return None
+    tokens = embed(images)
+    if len(tokens.shape) != 3 or tokens.shape[1] < num_patches:
+        raise ValueError(
+            "`embed` must return tokens (batch, prefix + N, dim) with "
+            f"N={num_patches} patches. Received: tokens.shape={tuple(tokens.shape)}"
+        )
+    return tokens
+
+
+def _check_tokens_do_not_matter(masking, images, tokens):
+    num_patches = masking.count_patches(images, tokens)
+    rng = np.random.default_rng(0)
+    noise = rng.random((images.shape[0], num_patches), dtype="float32")
+    other = ops.convert_to_tensor(rng.normal(size=tokens.shape).astype("float32"))
+    indices, _ = masking.select(images, tokens, noise)
+    other_indices, _ = masking.select(images, other, noise)
+    if np.any(ops.convert_to_numpy(indices) != ops.convert_to_numpy(other_indices)):
+        raise ValueError(
+            f"`embed` must be given, as the {type(masking).__name__} looks at tokens. "
+            "Received: embed=None"
+        )
+
+
+# === The table ===
+
+_COLUMNS = ("mean", "std", "min", "median", "max")
+
+
+def _spread_line(name, values, counts=None):
+    """A line of the table: how values spread that occur so many times each."""
+    values = np.ravel(values)
+    counts = np.ones(len(values), "int64") if counts is None else counts
+    occur = (counts > 0) & ~np.isnan(values)
+    values, counts = values[occur].astype("float64"), counts[occur]
+    if not len(values):
+        return f"{name:<30}" + f"{'-':>9}" * len(_COLUMNS)
+    mean = np.average(values, weights=counts)
+    deviation = np.sqrt(np.average((values - mean) ** 2, weights=counts))
+    order = np.argsort(values)
+    rank = np.cumsum(counts[order])
+    median = values[order][np.searchsorted(rank, rank[-1] / 2)]
+    spread = (mean, deviation, values.min(), median, values.max())
+    return f"{name:<30}" + "".join(f"{value:9.3f}" for value in spread)
