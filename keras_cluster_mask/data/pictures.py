@@ -63,35 +63,62 @@ class Picture:
         width, height = self._image.size
         return (width, height) if self._orientation >= 5 else (height, width)
 
-    def part(self, box, size, scaled=False):
-        """A part of the picture, resized by bicubic interpolation with antialiasing.
+    def part(self, box, size):
+        """A part of the picture in another size, quickly.
+
+        A JPEG that is much larger is decoded at 1/2, 1/4 or 1/8 of its size, no smaller
+        than `size` asks for.
 
         Args:
             box: four floats: top, left, height and width of the part, in pixels.
             size: pair of ints. The height and width to return.
-            scaled: bool. Whether a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size,
-                which is quicker, where `size` is smaller still. Defaults to `False`.
 
         Returns:
             uint8 array `(height, width, 3)`, or 4 with alpha.
         """
         full = self.size
-        if scaled:
-            self._shrink([size[i] * full[i] / box[2 + i] for i in range(2)])
-        if self._image.size[0] * self._image.size[1] > self._max_pixels:
-            raise UnreadablePicture("the image has too many pixels")
-        try:
-            image = _in_eight_bits(self._image)
-            if self._orientation > 1:
-                image = ImageOps.exif_transpose(image)
-        except Exception as error:
-            raise UnreadablePicture("the image does not decode") from error
+        self._shrink([size[i] * full[i] / box[2 + i] for i in range(2)])
+        image = self._decoded()
         scale = [now / before for now, before in zip(image.size[::-1], full)]
         top, left = box[0] * scale[0], box[1] * scale[1]
         # Rounding must not lead beyond the edge.
         bottom = min((box[0] + box[2]) * scale[0], image.size[1])
         right = min((box[1] + box[3]) * scale[1], image.size[0])
         return resize(image, size, (left, top, right, bottom))
+
+    def middle(self, size):
+        """The middle of the picture, as CLIP's evaluation cuts it, pixel for pixel.
+
+        The picture is scaled until it just covers `size`, and as much is cut off on
+        either side.
+
+        Args:
+            size: pair of ints. The height and width to return.
+
+        Returns:
+            uint8 array `(height, width, 3)`, or 4 with alpha.
+        """
+        image = self._decoded()
+        (width, height), (rows, columns) = image.size, size
+        if height * columns >= width * rows:
+            covered = columns * height // width, columns
+        else:
+            covered = rows, rows * width // height
+        if covered[::-1] != image.size:
+            image = image.resize(covered[::-1], Image.Resampling.BICUBIC)
+        # Rounds halves to even numbers, as torchvision does.
+        top, left = round((covered[0] - rows) / 2), round((covered[1] - columns) / 2)
+        return np.asarray(image)[top : top + rows, left : left + columns]
+
+    def _decoded(self):
+        """The picture, upright, as RGB or RGBA."""
+        if self._image.size[0] * self._image.size[1] > self._max_pixels:
+            raise UnreadablePicture("the image has too many pixels")
+        try:
+            image = _in_eight_bits(self._image)
+            return ImageOps.exif_transpose(image) if self._orientation > 1 else image
+        except Exception as error:
+            raise UnreadablePicture("the image does not decode") from error
 
     def _shrink(self, wanted):
         if self._orientation >= 5:
@@ -161,35 +188,6 @@ def random_box(size, image_size, draws, scale=(0.4, 1.0), ratio=RATIO):
     return top, left, *crop
 
 
-def center_box(size, image_size):
-    """Where the middle of a picture lies that CLIP's evaluation cuts out.
-
-    The picture is scaled until it just covers `image_size`, and as much is cut off on
-    either side.
-
-    Args:
-        size: pair of ints. Height and width of the picture.
-        image_size: pair of ints. Height and width that the part will have.
-
-    Returns:
-        tuple of top, left, height and width, in pixels.
-    """
-    (height, width), (rows, columns) = size, image_size
-    if height * columns >= width * rows:
-        covered = columns * height // width, columns
-    else:
-        covered = rows, rows * width // height
-    # Rounds halves to even numbers, as torchvision does.
-    place = round((covered[0] - rows) / 2), round((covered[1] - columns) / 2)
-    vertical, horizontal = height / covered[0], width / covered[1]
-    return (
-        place[0] * vertical,
-        place[1] * horizontal,
-        rows * vertical,
-        columns * horizontal,
-    )
-
-
 class Cutter:
     """Encoded pictures to arrays of one size.
 
@@ -234,9 +232,9 @@ class Cutter:
         picture = Picture(content, self.max_pixels)
         if self.training:
             box = random_box(picture.size, self.image_size, draws, self.crop_scale)
+            part = picture.part(box, self.image_size)
         else:
-            box = center_box(picture.size, self.image_size)
-        part = picture.part(box, self.image_size, scaled=self.training)
+            part = picture.middle(self.image_size)
         if part.shape[2] == 4:
             part = composite(part, self.background, seed=int(draws[4] * 2**53))
         if self.training and self.horizontal_flip and draws[5] < 0.5:

@@ -16,8 +16,9 @@ _thread = threading.local()
 def resize(image, size, box):
     """A part of a picture in another size.
 
-    The processor's vector instructions take a quarter of the time that Pillow needs for
-    the same sums; pixels differ by one level at most, and few do.
+    By vector instructions, which take a third of the time that Pillow needs. They add
+    up rows and columns in another order: of a photograph one pixel in seven comes out
+    another, by one level mostly. Without cykooz-resizer it is Pillow.
 
     Args:
         image: `PIL.Image.Image`, RGB or RGBA.

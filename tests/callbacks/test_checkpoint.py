@@ -83,6 +83,16 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(shards, tmp_pat
         assert resumed.history == history.history
 
 
+def test_batches_made_in_python_go_on_too(shards, tmp_path):
+    def data():
+        return make_dataset(shards, kind=kcm.data.ImageTextBatches)
+
+    expected, _ = run(make_dataset(shards), tmp_path / "whole")
+    run(data(), tmp_path / "stopped", stop=9)
+    found, _ = run(data(), tmp_path / "stopped")
+    assert_same_weights(found, expected)
+
+
 def test_a_run_stopped_again_and_again_ends_the_same(shards, tmp_path):
     expected, _ = run(make_dataset(shards), tmp_path / "whole")
     for _ in range(6):

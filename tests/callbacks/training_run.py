@@ -57,14 +57,14 @@ def make_model(masking=None, dropout_seed=5, optimizer=None, **options):
     return model
 
 
-def make_dataset(shards, seed=7):
+def make_dataset(shards, seed=7, kind=kcm.data.image_text_dataset):
     def tokenizer(captions):
         ids = np.zeros((len(captions), CONTEXT), "int32")
         for row, caption in enumerate(captions):
             ids[row, : min(CONTEXT, len(caption))] = list(caption)[:CONTEXT]
         return ids
 
-    return kcm.data.image_text_dataset(
+    return kind(
         shards,
         tokenizer,
         image_size=16,

@@ -1,0 +1,112 @@
+"""How far pixels, and an embedding of them, are from open_clip's evaluation transform.
+
+    python benchmarks/pixel_parity.py --data "shards/test-*.tar"
+
+Pictures without EXIF tag or transparency, which the two treat differently on purpose.
+The embedding is that of open_clip's ViT-B/32 with random weights from a seed.
+"""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import io
+import pathlib
+
+import keras
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from reporting import parser, publish
+
+import keras_cluster_mask as kcm
+
+DEFAULT = pathlib.Path(__file__).parent.parent / "datasets" / "pictures"
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+
+
+def main():
+    parsed = parser(__doc__)
+    add = parsed.add_argument
+    add("--data", default=f"{DEFAULT}/test-*.tar", help="shards")
+    add("--image-size", type=int, default=224)
+    add("--most", type=int, default=1000, help="pictures that are compared at most")
+    add("--results", default="results", help="folder for the JSON file")
+    options = parsed.parse_args()
+
+    reference = open_clip.image_transform(options.image_size, is_train=False)
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32", force_image_size=options.image_size)
+    model.eval()
+
+    def embedding(pixels):
+        with torch.no_grad():
+            return model.encode_image(pixels[None], normalize=True)[0].numpy()
+
+    batches = kcm.data.ImageTextBatches(
+        options.data,
+        lambda captions: [[0]] * len(captions),
+        options.image_size,
+        1,
+        training=False,
+        include_keys=True,
+        image_keys=IMAGE_KEYS,
+        # Found again among the shards' samples, which keep their order.
+        num_threads=1,
+    )
+    contents = plain_pictures(options.data)
+    largest, means, levels, cosines = 0, [], [], []
+    progress = keras.utils.Progbar(options.most, unit_name="picture")
+    for batch in batches:
+        content = contents.get(batch["keys"][0].decode())
+        if content is None:
+            continue
+        theirs = reference(Image.open(io.BytesIO(content)))
+        mean, spread = (
+            torch.tensor(numbers)[:, None, None]
+            for numbers in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        )
+        ours = torch.from_numpy(batch["images"][0].transpose(2, 0, 1)) / 255.0
+        difference = 255.0 * (ours - (theirs * spread + mean)).abs().numpy()
+        largest = max(largest, difference.max())
+        means.append(difference.mean())
+        levels.append(np.mean(difference > 0.5))
+        cosines.append(embedding((ours - mean) / spread) @ embedding(theirs))
+        progress.add(1)
+        if len(means) == options.most:
+            break
+    print()
+    publish(
+        f"{options.results}/pixel_parity.json",
+        f"{options.data}, {options.image_size} px, against open_clip's transform",
+        [
+            {
+                "pictures": len(means),
+                "largest difference (of 255)": round(float(largest), 2),
+                "mean difference": f"{np.mean(means):.4f}",
+                "pixels that differ": f"{np.mean(levels):.2%}",
+                "smallest cosine of embeddings": f"{min(cosines):.7f}",
+            }
+        ],
+    )
+
+
+def plain_pictures(data):
+    """The bytes of pictures that both treat alike, by key."""
+    found = {}
+    for shard in kcm.data.list_shards(data):
+        for sample in kcm.data.read_samples(shard, IMAGE_KEYS):
+            content = next((sample[k] for k in IMAGE_KEYS if k in sample), None)
+            if content is None:
+                continue
+            image = Image.open(io.BytesIO(content))
+            differs = {"exif", "transparency"} & image.info.keys()
+            if image.mode in ("RGB", "L") and not differs:
+                found[sample["__key__"]] = content
+    return found
+
+
+if __name__ == "__main__":
+    main()
