@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 from keras_cluster_mask.data.sources import ShardError
+from keras_cluster_mask.data.sources.shard import FAULT
 
 IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
@@ -86,6 +87,8 @@ class PairReader:
 
     def pair(self, shard, sample):
         """The pair that a sample holds, or None, and what is wrong with it if not."""
+        if FAULT in sample:
+            return None, sample[FAULT]
         image = next((sample[k] for k in self.image_keys if k in sample), "")
         if image is None:
             return None, "file too large"
@@ -93,8 +96,9 @@ class PairReader:
             image = image[0] if image else ""
         if isinstance(image, str):
             image = image and shard.path_of(image)
-            if not image:
-                return None, "no image"
+        # A cell of JSON lines may hold anything.
+        if not isinstance(image, str | bytes) or image == "":
+            return None, "no image"
         captions, fault = self.captions(sample)
         if fault:
             return None, fault
