@@ -284,7 +284,7 @@ class ImageTextBatches:
         if leave_out < 0:
             yield from self._last_pairs(epoch - 1, -leave_out)
         count = 0
-        for pair in account.read(self._mixed(account.report, epoch)):
+        for pair in self._mixed(account.report, epoch):
             count += 1
             if count > leave_out:
                 yield pair
@@ -302,7 +302,7 @@ class ImageTextBatches:
 
     def _evaluation_steps(self, account):
         index, count = self._process
-        pairs = account.read(order.in_order(self._reader, account.report))
+        pairs = order.in_order(self._reader, account.report)
         for step in itertools.count():
             batch = list(itertools.islice(pairs, self._batch_size))
             if not batch or (self._whole and len(batch) < self._batch_size):

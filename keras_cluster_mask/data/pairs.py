@@ -56,8 +56,9 @@ class PairReader:
 
         Args:
             shard: `Shard`.
-            report: function that is told of what is left out: of the shard, the key,
-                the reason and what else is known (str) or None.
+            report: function that is told of each sample: the shard, the key, why it is
+                left out (str) or None if it is given, and what else is known (str) or
+                None.
 
         Yields:
             `Pair`.
@@ -69,9 +70,8 @@ class PairReader:
             if shard.unique_keys and key in keys:
                 fault = "duplicate key"
             keys.add(key)
-            if fault:
-                report(str(shard), key, fault, None)
-            else:
+            report(str(shard), key, fault, None)
+            if not fault:
                 yield pair
 
     def _samples(self, shard, report):

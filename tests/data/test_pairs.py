@@ -10,15 +10,17 @@ from keras_cluster_mask.data.sources import find_shards
 
 
 def read(source, **options):
-    """The keys of the pairs, and what is left out by key."""
+    """The pairs, and the keys and reasons of what is left out."""
     reader = PairReader(find_shards(source), **options)
-    faults = []
+    told = []
     pairs = [
         pair
         for shard in reader.shards
-        for pair in reader.read(shard, lambda *fault: faults.append(fault[1:3]))
+        for pair in reader.read(shard, lambda *sample: told.append(sample[1:3]))
     ]
-    return pairs, faults
+    given = [key for key, reason in told if reason is None]
+    assert given == [pair.key for pair in pairs]
+    return pairs, [(key, reason) for key, reason in told if reason]
 
 
 def test_of_several_image_fields_the_first_that_is_there_counts(write_tar):
