@@ -324,5 +324,14 @@ class Endless:
         self.element_spec = batches.element_spec
 
     def __iter__(self):
-        while True:
-            yield from self._batches
+        empty = 0
+        # One may be, if it was to start at its end.
+        while empty < 2:
+            empty += 1
+            for batch in self._batches:
+                empty = 0
+                yield batch
+        raise ValueError(
+            "`source` gives no batches any more: two epochs had none. Received: "
+            f"{self.skipped}"
+        )

@@ -1,5 +1,6 @@
 """What goes wrong with files: nothing is lost without being counted."""
 
+import itertools
 import json
 import os
 import re
@@ -65,6 +66,18 @@ def test_a_shard_that_vanishes_is_counted_and_the_others_are_read(shards, traini
     shards[2].unlink()
     with pytest.raises(ValueError, match=rf"shard {shards[2]}: .*No such file"):
         list(strict)
+
+
+@TRAINING
+def test_repeating_ends_with_an_error_if_all_shards_vanish(shards, training):
+    batches = make(shards, training)
+    endless = iter(batches.repeat())
+    assert len(keys(next(endless) for _ in range(20))) > 70
+    for shard in shards:
+        shard.unlink()
+    # What was read ahead still comes.
+    with pytest.raises(ValueError, match=r"two epochs had none.*unreadable shard: 3"):
+        list(itertools.islice(endless, 20))
 
 
 def test_a_shard_that_may_not_be_read_is_counted_from_the_start(shards, monkeypatch):

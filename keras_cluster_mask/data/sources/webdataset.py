@@ -8,7 +8,7 @@ import lzma
 import tarfile
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.sources.shard import Shard, ShardError
+from keras_cluster_mask.data.sources.shard import FAULT, Shard, ShardError
 
 # No picture is so large; a damaged header may say so, and memory would be full.
 MAX_BYTES = 2**28
@@ -128,6 +128,7 @@ def _split_name(name):
     folder, _, base = name.removeprefix("./").rpartition("/")
     base, _, field = base.partition(".")
     # Hidden files, such as the shadows macOS writes, have no name before the dot.
-    if not base or field == "__key__":
+    field = field.lower()
+    if not base or field in ("__key__", FAULT):
         return "", ""
-    return (f"{folder}/{base}" if folder else base), field.lower()
+    return (f"{folder}/{base}" if folder else base), field

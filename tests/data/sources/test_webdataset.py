@@ -203,8 +203,9 @@ def test_names_with_several_dots_end_at_the_first(write_tar):
     assert sample == {"__key__": "v1.0/a", "b.jpg": b"1", "txt": b"2"}
 
 
-def test_a_file_whose_ending_is_the_keys_name_is_left_out(write_tar):
-    files = [("1.jpg", b"j"), ("1.__key__", b"other"), ("1.txt", b"t")]
+def test_endings_that_mean_something_else_here_are_left_out(write_tar):
+    files = [("1.jpg", b"j"), ("1.__KEY__", b"other"), ("1.txt", b"t")]
+    files.append(("1.__fault__", b"none"))
     (sample,) = read_samples(write_tar("x.tar", files))
     assert sample == {"__key__": "1", "jpg": b"j", "txt": b"t"}
 
