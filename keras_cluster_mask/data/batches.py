@@ -288,7 +288,7 @@ class ImageTextBatches:
         if leave_out < 0:
             yield from self._last_pairs(epoch - 1, -leave_out)
         count = 0
-        for pair in account.read(self._mixed(account.report, epoch)):
+        for pair in self._mixed(account.report, epoch):
             count += 1
             if count > leave_out:
                 yield pair
@@ -306,7 +306,7 @@ class ImageTextBatches:
 
     def _evaluation_steps(self, account):
         index, count = self._process
-        pairs = account.read(order.in_order(self._reader, account.report))
+        pairs = order.in_order(self._reader, account.report)
         for step in itertools.count():
             batch = list(itertools.islice(pairs, self._batch_size))
             if not batch or (self._whole and len(batch) < self._batch_size):
@@ -328,8 +328,17 @@ class Endless:
         self.element_spec = batches.element_spec
 
     def __iter__(self):
-        while True:
-            yield from self._batches
+        empty = 0
+        # One may be, if it was to start at its end.
+        while empty < 2:
+            empty += 1
+            for batch in self._batches:
+                empty = 0
+                yield batch
+        raise ValueError(
+            "`source` gives no batches any more: two epochs had none. Received: "
+            f"{self.skipped}"
+        )
 
     def as_dataset(self):
         """The batches as a `tf.data.Dataset`."""

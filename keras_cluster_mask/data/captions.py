@@ -28,7 +28,7 @@ def read_captions(source, caption_key=None):
     reader = PairReader(find_shards(source), caption_key=caption_key)
     captions = []
     for shard in reader.shards:
-        with contextlib.suppress(ShardError):
+        with contextlib.suppress(ShardError, OSError):
             for sample in shard.read(reader.caption_fields):
                 captions.extend(reader.captions(sample)[0])
     return captions

@@ -4,6 +4,7 @@ import warnings
 
 from keras_cluster_mask import distribution
 from keras_cluster_mask.data.sources import ShardError
+from keras_cluster_mask.data.sources.shard import FAULT
 
 SAMPLES_TO_CHECK = 1000
 
@@ -20,19 +21,25 @@ def check_for_pairs(reader, on_error, at_least=1):
     damage = None
     looked_at = pairs = 0
     for shard in reader.shards:
+        keys = set()
         try:
             for sample in shard.read():
                 looked_at += 1
-                pairs += reader.pair(shard, sample)[0] is not None
+                pairs += _is_pair(reader, shard, sample, keys)
                 if pairs >= at_least:
                     return
                 seen.update(sample)
                 if not pairs and looked_at >= SAMPLES_TO_CHECK:
                     break
-        except ShardError as error:
+        except (ShardError, OSError) as error:
             if on_error == "raise":
                 raise
             damage = damage or error
+            # The last sample may be whole.
+            if isinstance(error, ShardError):
+                pairs += _is_pair(reader, shard, error.sample, keys)
+                if pairs >= at_least:
+                    return
         if not pairs and looked_at >= SAMPLES_TO_CHECK:
             break
     if pairs:
@@ -42,7 +49,7 @@ def check_for_pairs(reader, on_error, at_least=1):
         )
     if damage:
         raise ValueError(f"`source` holds no readable pair. {damage}") from damage
-    fields = sorted(seen.keys() - {"__key__"})
+    fields = sorted(seen.keys() - {"__key__", FAULT})
     shards = reader.shards
     raise ValueError(
         "`source` must hold samples with an image (`image_keys`, here "
@@ -51,6 +58,15 @@ def check_for_pairs(reader, on_error, at_least=1):
         f"samples with the fields {fields} from {shards[0]}"
         + (f" and {len(shards) - 1} more" if shards[1:] else "")
     )
+
+
+def _is_pair(reader, shard, sample, keys):
+    """Whether a sample is a pair whose key is not among those that came before."""
+    pair, _ = reader.pair(shard, sample)
+    key = sample.get("__key__")
+    known = shard.unique_keys and key in keys
+    keys.add(key)
+    return pair is not None and not known
 
 
 def count_pairs(reader):

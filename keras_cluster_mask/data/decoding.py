@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.pictures import NUM_DRAWS, UnreadablePicture
+from keras_cluster_mask.data.sources.webdataset import MAX_BYTES
 
 # So many pictures are a task for a thread.
 GROUP = 8
@@ -112,9 +113,13 @@ def _content(image):
         return image
     try:
         with files.open_file(image) as file:
-            return file.read()
-    except OSError as error:
+            content = file.read(MAX_BYTES + 1)
+    # A ValueError says that no file can have such a name.
+    except (OSError, ValueError) as error:
         raise UnreadablePicture("the image file cannot be read") from error
+    if len(content) > MAX_BYTES:
+        raise UnreadablePicture("file too large")
+    return content
 
 
 def draws_of(seed, epoch, step, batch_size):

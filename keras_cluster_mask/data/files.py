@@ -7,6 +7,17 @@ import re
 
 # Python asks the disk, or the network, for so many bytes at a time.
 READ_AHEAD = 2**20
+# What fsspec needs for a protocol.
+PACKAGES = {
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "s3": "s3fs",
+    "hf": "huggingface_hub",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "http": "aiohttp requests",
+    "https": "aiohttp requests",
+}
 
 
 def is_address(path):
@@ -127,8 +138,7 @@ def _elsewhere(address):
             return _TensorFlow(tf.io.gfile), address
     except ImportError:
         pass
-    packages = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}
-    package = f"`pip install fsspec {packages.get(protocol, '')}".rstrip() + "`"
+    package = f"`pip install fsspec {PACKAGES.get(protocol, '')}".rstrip() + "`"
     raise MissingPackage(
         f"Nothing that is installed opens files at {protocol}:// ({reason}): "
         f"{package}. Received: {address}"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 from keras_cluster_mask.data.sources import ShardError
+from keras_cluster_mask.data.sources.shard import FAULT
 
 IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
@@ -55,8 +56,9 @@ class PairReader:
 
         Args:
             shard: `Shard`.
-            report: function that is told of what is left out: of the shard, the key,
-                the reason and what else is known (str) or None.
+            report: function that is told of each sample: the shard, the key, why it is
+                left out (str) or None if it is given, and what else is known (str) or
+                None.
 
         Yields:
             `Pair`.
@@ -68,9 +70,8 @@ class PairReader:
             if shard.unique_keys and key in keys:
                 fault = "duplicate key"
             keys.add(key)
-            if fault:
-                report(str(shard), key, fault, None)
-            else:
+            report(str(shard), key, fault, None)
+            if not fault:
                 yield pair
 
     def _samples(self, shard, report):
@@ -86,6 +87,8 @@ class PairReader:
 
     def pair(self, shard, sample):
         """The pair that a sample holds, or None, and what is wrong with it if not."""
+        if FAULT in sample:
+            return None, sample[FAULT]
         image = next((sample[k] for k in self.image_keys if k in sample), "")
         if image is None:
             return None, "file too large"
@@ -93,8 +96,9 @@ class PairReader:
             image = image[0] if image else ""
         if isinstance(image, str):
             image = image and shard.path_of(image)
-            if not image:
-                return None, "no image"
+        # A cell of JSON lines may hold anything.
+        if not isinstance(image, str | bytes) or image == "":
+            return None, "no image"
         captions, fault = self.captions(sample)
         if fault:
             return None, fault

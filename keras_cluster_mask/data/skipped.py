@@ -116,28 +116,30 @@ class Account:
         self._skipped = skipped
 
     def report(self, shard, key, reason, details=None):
-        """Counts a sample, or raises if that was asked for.
+        """Counts a sample; if it is left out, raises if that was asked for.
 
         Args:
             shard: str.
             key: str; None if it is not known.
-            reason: str, one of few: what `by_reason` counts by.
+            reason: str, one of few: what `by_reason` counts by; None for a sample that
+                is given.
             details: str. What to tell the user, if more than this is known.
         """
-        self._skipped._report(self, shard, key, reason, details)
+        if reason is None:
+            self._count_read(1)
+        else:
+            self._skipped._report(self, shard, key, reason, details)
 
     def report_unreadable(self, shard, key, reason):
         """Counts a sample that was counted as read."""
-        if self._skipped._current is self:
-            self._skipped._read -= 1
+        self._count_read(-1)
         self.report(shard, key, reason)
 
-    def read(self, pairs):
-        """Counts pairs while they are read."""
-        for pair in pairs:
+    def _count_read(self, count):
+        # Threads that decode take off what those that read add.
+        with self._skipped._lock:
             if self._skipped._current is self:
-                self._skipped._read += 1
-            yield pair
+                self._skipped._read += count
 
     def end(self):
         """Sums up what a pass skipped, in a warning."""

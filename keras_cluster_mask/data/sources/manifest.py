@@ -1,5 +1,6 @@
 """Manifests: tables (CSV, TSV, JSON lines) with a row a sample, beside the pictures."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -7,7 +8,7 @@ import json
 import os
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.sources.shard import Shard, ShardError
+from keras_cluster_mask.data.sources.shard import FAULT, Shard, ShardError
 
 NAMES = ("metadata", "manifest")
 ENDINGS = ("csv", "tsv", "jsonl")
@@ -25,32 +26,29 @@ class ManifestPart(Shard):
     Attributes:
         first: int. The number of the first row, from 0.
         start: int. Where it starts in the file, in bytes.
+        rows: int. How many rows; None for all up to the end.
     """
 
     first: int
     start: int
+    rows: int | None = ROWS
 
     # A row for each of several captions of a picture is usual.
     unique_keys = False
 
     def read(self, fields=None):
-        key = None
+        last = {}
         with files.open_file(self.path) as file:
-            columns = _columns(self.path, file)
-            file.seek(self.start)
-            rows = itertools.islice(_rows(self.path, file, columns), ROWS)
-            while True:
-                try:
-                    _, row = next(rows, (None, None))
-                except (ValueError, csv.Error) as error:
-                    # A cell may hold a newline: nobody can tell where the next starts.
-                    last = {} if key is None else {"__key__": key}
-                    raise ShardError(self, last, str(error)) from error
-                if row is None:
-                    return
-                key = str(next(iter(row.values()), ""))
-                wanted = {k: v for k, v in row.items() if fields is None or k in fields}
-                yield {**wanted, "__key__": key}
+            try:
+                columns = _columns(self.path, file)
+                file.seek(self.start)
+                rows = itertools.islice(_rows(self.path, file, columns), self.rows)
+                for number, (_, row) in enumerate(rows, self.first):
+                    last = {"__key__": _key(row, number)}
+                    yield {**_wanted(row, fields), **last}
+            # A cell may hold a newline: nobody can tell where the next row starts.
+            except (ValueError, csv.Error) as error:
+                raise ShardError(self, last, str(error)) from error
 
     def path_of(self, name):
         return files.beside(self.path, name)
@@ -76,16 +74,15 @@ def find_manifest(folder):
 def manifest_parts(path):
     """The parts of a manifest, found in one pass over it."""
     parts = []
-    try:
-        with files.open_file(path) as file:
-            columns = _columns(path, file)
-            for number, (start, _) in enumerate(_rows(path, file, columns)):
-                if number % ROWS == 0:
-                    parts.append(ManifestPart(path, number, start))
-    except (ValueError, csv.Error):
-        # What can be read up to there is; reading it says what is wrong.
-        pass
-    return parts or [ManifestPart(path, 0, 0)]
+    with contextlib.suppress(ValueError, csv.Error), files.open_file(path) as file:
+        columns = _columns(path, file)
+        parts.append(ManifestPart(path, 0, file.tell()))
+        for number, (start, _) in enumerate(_rows(path, file, columns)):
+            if number and number % ROWS == 0:
+                parts.append(ManifestPart(path, number, start))
+    # The last reads on to the end, or to what cannot be read, and says so.
+    last = parts.pop() if parts else ManifestPart(path, 0, 0)
+    return [*parts, dataclasses.replace(last, rows=None)]
 
 
 def _columns(path, file):
@@ -93,13 +90,19 @@ def _columns(path, file):
     if _is_json(path):
         return None
     line = file.readline().decode("utf-8-sig")
-    columns = next(csv.reader([line], delimiter=_delimiter(path)), [])
+    columns = next(csv.reader([line], delimiter=_delimiter(path), strict=True), [])
     return [name.strip() for name in columns]
 
 
 def _rows(path, file, columns):
     """Pairs of where a row starts and the row, a dict, from where the file is."""
     place = file.tell()
+    if columns is None:
+        for line in file:
+            start, place = place, place + len(line)
+            if line.strip():
+                yield start, _json_row(line)
+        return
     consumed = 0
 
     def lines():
@@ -108,20 +111,39 @@ def _rows(path, file, columns):
             consumed += len(line)
             yield line.decode("utf-8")
 
-    if columns is None:
-        for line in lines():
-            start, place, consumed = place, place + consumed, 0
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"a line is no JSON object: {line[:80]!r}")
-                yield start, row
-        return
-    reader = csv.reader(lines(), delimiter=_delimiter(path), strict=True)
-    for cells in reader:
+    for cells in csv.reader(lines(), delimiter=_delimiter(path), strict=True):
         start, place, consumed = place, place + consumed, 0
         if cells:
-            yield start, dict(zip(columns, cells))
+            yield start, _table_row(columns, cells)
+
+
+def _json_row(line):
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        row = None
+    return row if isinstance(row, dict) else {FAULT: "a line that is no JSON object"}
+
+
+def _table_row(columns, cells):
+    # A comma in a caption without quotes: the caption would be cut off there.
+    if any(cells[len(columns) :]):
+        return {**dict(zip(columns[:1], cells)), FAULT: "more cells than columns"}
+    return dict(zip(columns, cells))
+
+
+def _key(row, number):
+    """What the first column says, as what can be written in UTF-8."""
+    key = next((str(value) for name, value in row.items() if name != FAULT), None)
+    return f"row {number}" if key is None else key.encode("utf-8", "replace").decode()
+
+
+def _wanted(row, fields):
+    return {
+        name: value
+        for name, value in row.items()
+        if value is not None and (fields is None or name in fields or name == FAULT)
+    }
 
 
 def _is_json(path):

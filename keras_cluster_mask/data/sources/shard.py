@@ -1,5 +1,8 @@
 import dataclasses
 
+# The entry of a sample that says what is wrong with it.
+FAULT = "__fault__"
+
 
 class ShardError(ValueError):
     """A shard that cannot be read to its end.
@@ -40,7 +43,8 @@ class Shard:
 
         Yields:
             dict: `"__key__"` (str) and what each field holds: bytes, or text as str, or
-            a list of these. None stands for what is too large to be read.
+            a list of these. None stands for what is too large to be read. A sample
+            that cannot be read holds `"__fault__"`, what is wrong with it (str).
 
         Raises:
             ShardError: if the file breaks off, after all whole samples but the one that

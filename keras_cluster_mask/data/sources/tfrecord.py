@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import shutil
 import tempfile
 
@@ -14,6 +15,8 @@ except ImportError:
     tf = None
 
 KEYS = ("__key__", "key", "image/filename", "image/id")
+# A record's length and the checksums of it and of the content.
+FRAME = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +31,23 @@ class RecordShard(Shard):
     def read(self, fields=None):
         _check_tensorflow(self.path)
         sample = {}
-        compression = "GZIP" if self.path.lower().endswith(".gz") else ""
+        compressed = self.path.lower().endswith(".gz")
         with _local_copy(self.path) as path:
+            compression = "GZIP" if compressed else ""
             records = iter(tf.data.TFRecordDataset(path, compression))
-            number = 0
+            number = size = 0
             try:
                 for record in records:
                     example = tf.train.Example.FromString(record.numpy())
                     sample = _sample(example, number, fields)
                     yield sample
                     number += 1
+                    size += len(record.numpy()) + FRAME
+                # TensorFlow takes the first bytes of a record for the end of a file.
+                if size != _size(path, compressed):
+                    raise ValueError("it breaks off within a record")
             except tf.errors.NotFoundError as error:
                 raise FileNotFoundError(self.path) from error
-            except GeneratorExit:
-                raise
             except Exception as error:
                 last = {"__key__": sample["__key__"]} if sample else {}
                 raise ShardError(self, last, str(error)) from error
@@ -67,6 +73,17 @@ def _value(feature):
     if kind != "bytes_list":
         values = [str(value) for value in values]
     return values[0] if len(values) == 1 else values
+
+
+def _size(path, compressed):
+    """How many bytes all records are with their frames."""
+    if not compressed:
+        return tf.io.gfile.stat(path).length
+    size = 0
+    with tf.io.gfile.GFile(path, "rb") as file, gzip.open(file) as content:
+        while chunk := content.read(2**20):
+            size += len(chunk)
+    return size
 
 
 @contextlib.contextmanager

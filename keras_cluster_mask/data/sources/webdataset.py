@@ -1,13 +1,25 @@
 """WebDataset shards: tar files in which neighbouring files of a name are a sample."""
 
+import bz2
+import contextlib
 import dataclasses
+import gzip
+import lzma
 import tarfile
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.sources.shard import Shard, ShardError
+from keras_cluster_mask.data.sources.shard import FAULT, Shard, ShardError
 
 # No picture is so large; a damaged header may say so, and memory would be full.
 MAX_BYTES = 2**28
+# Blocks of zeros fill the last record of a tar; none is so long.
+MAX_PADDING = 2**20
+COMPRESSIONS = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"\x5d\x00\x00\x80": lzma.open,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +27,8 @@ class TarShard(Shard):
     """A tar, which may be compressed: `cat/07.jpg` with `cat/07.txt` is a sample.
 
     What follows the first dot of a name, in lower case, is the field. The tar is read
-    as a stream: only one sample is in memory.
+    as a stream: only one sample is in memory. One that is compressed is read twice, the
+    first time to check it: of a damaged one nothing is given.
     """
 
     def read(self, fields=None):
@@ -23,20 +36,23 @@ class TarShard(Shard):
         try:
             with (
                 files.open_file(self.path) as file,
-                tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as archive,
+                _decompressed(file) as content,
+                tarfile.open(fileobj=content, mode="r|", tarinfo=_Header) as archive,
             ):
-                while (member := archive.next()) is not None:
+                while (member := _next(archive)) is not None:
                     # The archive would remember every member it has seen.
                     archive.members.clear()
                     key, field = _split_name(member.name)
-                    if not member.isfile() or not field:
+                    link = member.islnk() or member.issym()
+                    if not field or not (member.isfile() or link):
                         continue
                     if key != sample.get("__key__") or field in sample:
                         if sample:
                             yield sample
                         sample = {"__key__": key}
-                    if fields is None or field in fields:
+                    if not link and (fields is None or field in fields):
                         sample[field] = _content(archive, member)
+                _check_end(archive.fileobj)
         except (FileNotFoundError, PermissionError):
             raise
         # Damaged compression may show as an OSError, EOFError or zlib.error.
@@ -61,6 +77,44 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
+@contextlib.contextmanager
+def _decompressed(file):
+    """A file's content, if it is compressed after a check of all of it."""
+    start = file.read(8)
+    file.seek(0)
+    decompress = next((v for k, v in COMPRESSIONS.items() if start.startswith(k)), None)
+    if decompress is None:
+        yield file
+        return
+    # A damaged byte may become another caption, and the checksum comes at the end.
+    with decompress(file) as content:
+        while content.read(2**20):
+            pass
+    file.seek(0)
+    with decompress(file) as content:
+        yield content
+
+
+def _next(archive):
+    """The next member; None at the end."""
+    # The first was read when the archive was opened, but not its content.
+    end = 0 if archive.firstmember else archive.offset
+    # tarfile would read on beyond the end of the file, up to where a damaged header
+    # says that its content ends.
+    while (left := end - archive.fileobj.tell()) > 0:
+        if not archive.fileobj.read(min(left, 2**20)):
+            raise tarfile.ReadError("it breaks off within a file")
+    return archive.next()
+
+
+def _check_end(stream):
+    """Raises an error unless padding alone follows the block that ended a tar."""
+    rest = stream.read(MAX_PADDING + 1)
+    # A header that was overwritten with zeros looks like the end.
+    if rest.strip(b"\0") or len(rest) > MAX_PADDING:
+        raise tarfile.ReadError("a block of zeros stands before its end")
+
+
 def _content(archive, member):
     if member.size > MAX_BYTES:
         return None
@@ -74,6 +128,7 @@ def _split_name(name):
     folder, _, base = name.removeprefix("./").rpartition("/")
     base, _, field = base.partition(".")
     # Hidden files, such as the shadows macOS writes, have no name before the dot.
-    if not base:
+    field = field.lower()
+    if not base or field in ("__key__", FAULT):
         return "", ""
-    return (f"{folder}/{base}" if folder else base), field.lower()
+    return (f"{folder}/{base}" if folder else base), field

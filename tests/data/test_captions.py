@@ -1,0 +1,166 @@
+"""Which captions a picture has, and which of them it comes with."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from keras_cluster_mask.data import ImageTextBatches, read_captions
+from keras_cluster_mask.data.captions import CaptionChoice
+from keras_cluster_mask.data.pairs import Pair, PairReader
+
+
+def tokenizer(captions):
+    return [[len(caption)] for caption in captions]
+
+
+def captions_of(sample, caption_key=None):
+    return PairReader([], caption_key=caption_key).captions(sample)
+
+
+def test_of_several_fields_the_first_that_is_not_empty_counts():
+    keys = ("caption", "txt", "json.alt")
+    sample = {"txt": b"text", "caption": b"caption", "json": b'{"alt": "json"}'}
+    assert captions_of(sample, keys) == (("caption",), None)
+    sample["caption"] = b" \n"
+    assert captions_of(sample, keys) == (("text",), None)
+    del sample["caption"]
+    assert captions_of(sample, keys) == (("text",), None)
+    del sample["txt"]
+    assert captions_of(sample, keys) == (("json",), None)
+    assert captions_of({**sample, "json": b'{"alt": ""}'}, keys) == (
+        (),
+        "empty caption",
+    )
+    assert captions_of({}, keys) == ((), "no caption")
+
+
+def test_entries_of_json_are_found_at_any_depth():
+    content = {"a": {"b": {"c": "deep"}}, "list": ["one", "", "two"], "n": 3}
+    sample = {"json": json.dumps(content).encode(), "x.json": b'{"a": "dots"}'}
+    assert captions_of(sample, "json.a.b.c") == (("deep",), None)
+    assert captions_of(sample, "json.list") == (("one", "two"), None)
+    # A field may have dots in its own name.
+    assert captions_of({"x.json": b"itself"}, "x.json") == (("itself",), None)
+    for missing in ("json.a.b.x", "json.a.b.c.d", "json.list.0", "json.x", "other.a"):
+        assert captions_of(sample, missing) == ((), "no caption")
+    # What is no text is no caption.
+    for other in ("json.a", "json.n"):
+        assert captions_of(sample, other) == ((), "empty caption")
+    # A manifest of JSON lines has what others have as text.
+    assert captions_of({"meta": content}, "meta.a.b.c") == (("deep",), None)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"\xff", b"[" * 100_000, b'"text"', b"null", b"[1]"]
+)
+def test_json_that_cannot_be_read_holds_no_caption(content):
+    assert captions_of({"json": content}, "json.caption") == ((), "no caption")
+
+
+@pytest.mark.parametrize("value", [3, 0.5, True, {"a": "b"}, [1, None, [b"x"]], [], ""])
+def test_what_is_no_text_is_an_empty_caption(value):
+    assert captions_of({"txt": value}) == ((), "empty caption")
+
+
+def test_what_is_too_large_to_be_read_is_no_caption():
+    assert captions_of({"txt": None, "caption": b"c"}) == (("c",), None)
+    assert captions_of({"txt": None}) == ((), "no caption")
+
+
+def test_bytes_that_are_no_utf_8_are_replaced():
+    assert captions_of({"txt": b"caf\xe9 \xf0\x9f\x90\x88"}) == (
+        ("caf\N{REPLACEMENT CHARACTER} \N{CAT}",),
+        None,
+    )
+
+
+def test_captions_with_half_a_letter_reach_the_tokenizer(tmp_path, encode):
+    (tmp_path / "a.png").write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
+    line = '{"file_name": "a.png", "text": "half \\ud83d a letter"}'
+    (tmp_path / "metadata.jsonl").write_text(line)
+    (batch,) = ImageTextBatches(
+        tmp_path, tokenizer, 8, 1, training=False, include_captions=True
+    )
+    (caption,) = batch["captions"]
+    assert caption.startswith(b"half ")
+    assert caption.endswith(b" a letter")
+
+
+# === Drawing ===
+
+
+PAIRS = [Pair(b"", ("a", "b", "c"), "1", "x"), Pair(b"", ("d",), "2", "x")]
+
+
+def test_in_training_each_caption_and_template_is_drawn_as_often():
+    choose = CaptionChoice(["{}", "a photo of {}."], training=True)
+    draws = np.random.default_rng(0).random((3000, 2, 2))
+    counts = collections.Counter(
+        caption for draw in draws for caption in choose(PAIRS, draw)
+    )
+    # Five deviations of a binomial.
+    for caption in (b"a", b"b", b"c"):
+        assert 400 < counts[caption] < 600
+        assert 400 < counts[b"a photo of " + caption + b"."] < 600
+    assert 1360 < counts[b"d"] < 1640
+    assert counts.total() == 6000
+    assert len(counts) == 8
+
+
+def test_in_evaluation_the_first_caption_and_template_are_taken():
+    choose = CaptionChoice(("this is {}", "{}"), training=False)
+    draws = np.full((2, 2), 0.99)
+    assert choose(PAIRS, draws) == [b"this is a", b"this is d"]
+    assert CaptionChoice(None, training=False)(PAIRS, draws) == [b"a", b"d"]
+
+
+def test_captions_that_look_like_templates_stay_as_they_are():
+    pair = Pair(b"", ("{} {0} %s {x}",), "1", "x")
+    choose = CaptionChoice("{x} {}!", training=True)
+    assert choose([pair], np.zeros((1, 2))) == [b"{x} {} {0} %s {x}!"]
+
+
+@pytest.mark.parametrize("template", ["none", "{} {}", ["{}", 3], "{0}"])
+def test_templates_without_one_place_are_refused(template):
+    with pytest.raises(ValueError, match=r"`caption_template`.*Received"):
+        CaptionChoice(template, training=True)
+
+
+def test_over_epochs_a_picture_comes_with_all_of_its_captions(tmp_path, encode):
+    lines = []
+    for index in range(4):
+        (tmp_path / f"{index}.png").write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
+        captions = [f"{index} {n}" for n in range(3)]
+        lines.append(json.dumps({"image": f"{index}.png", "captions": captions}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    counts = collections.Counter()
+    options = {"include_captions": True, "include_keys": True, "seed": 1}
+    batches = ImageTextBatches(tmp_path, tokenizer, 4, 4, True, **options)
+    for _ in range(150):
+        for batch in batches:
+            for key, caption in zip(batch["keys"], batch["captions"]):
+                assert key[:1] == caption[:1]
+                counts[caption] += 1
+    assert len(counts) == 12
+    # Five deviations of a binomial of 150 and a third.
+    assert all(21 < count < 79 for count in counts.values())
+    evaluation = ImageTextBatches(tmp_path, tokenizer, 4, 4, False, **options)
+    for _ in range(2):
+        (batch,) = evaluation
+        assert batch["captions"].tolist() == [b"%d 0" % index for index in range(4)]
+
+
+# === All of them ===
+
+
+def test_all_captions_are_read_up_to_the_damage(write_pairs, write_tar, tmp_path):
+    whole = write_pairs("a.tar", 0, 3)
+    cut = write_pairs("b.tar", 3, 3)
+    cut.write_bytes(cut.read_bytes()[: 512 * 9])
+    files = [("1.jpg", b"j"), ("1.json", b'{"all": ["one", "two"]}'), ("1.txt", b"t")]
+    other = write_tar("c.tar", files)
+    assert read_captions([whole, cut]) == ["no 0", "no 1", "no 2", "no 3", "no 4"]
+    assert read_captions(other) == ["t"]
+    assert read_captions(other, ["x", "json.all"]) == ["one", "two"]
