@@ -62,6 +62,21 @@ class Picture:
         width, height = self._image.size
         return (width, height) if self._orientation >= 5 else (height, width)
 
+    @property
+    def format(self):
+        """str. What kind of file it is by its content, such as `"JPEG"`."""
+        # A camera's JPEG with further pictures behind the first.
+        return "JPEG" if self._image.format == "MPO" else self._image.format
+
+    @property
+    def mode(self):
+        """str. Pillow's name for the kind of colours, such as `"RGB"`."""
+        return self._image.mode
+
+    def whole(self, size, scaled=False):
+        """All of the picture, resized; see `part`."""
+        return self.part((0, 0, *self.size), size, scaled)
+
     def part(self, box, size, scaled=False):
         """A part of the picture, resized by bicubic interpolation with antialiasing.
 
