@@ -4,9 +4,16 @@ import argparse
 import sys
 import warnings
 
-from keras_cluster_mask.data.preparation import checking, converting, counting
+from keras_cluster_mask.data.preparation import (
+    checking,
+    contact_sheets,
+    converting,
+    counting,
+    deduplication,
+    reporting,
+)
 
-COMMANDS = (checking, counting, converting)
+COMMANDS = (checking, counting, converting, deduplication, reporting, contact_sheets)
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,8 +30,8 @@ def main(arguments=None):
         arguments: list of str. Defaults to `None`: those of the program.
 
     Returns:
-        int. The exit status: 0, 1 if `check` has found something broken, 2 for an
-        error, 130 if the user has stopped it.
+        int. The exit status: 0; 1 if `check` has found something broken, or there was
+        no whole sample to write; 2 for an error; 130 if the user has stopped it.
     """
     parser = Parser(
         prog="python -m keras_cluster_mask.data",

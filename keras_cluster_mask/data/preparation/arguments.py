@@ -1,8 +1,13 @@
 """Arguments that the commands share."""
 
 
-def add_source(parser):
-    """Adds what is read, and how."""
+def add_source(parser, threads=True):
+    """Adds what is read, and how.
+
+    Args:
+        parser: `argparse.ArgumentParser`.
+        threads: bool. Whether the command has threads.
+    """
     parser.add_argument(
         "source",
         nargs="+",
@@ -23,9 +28,10 @@ def add_source(parser):
         metavar="NAMES",
         help="the field that holds the caption, such as json.caption; several likewise",
     )
-    parser.add_argument(
-        "--threads", type=positive, metavar="N", help="pictures decoded at a time"
-    )
+    if threads:
+        parser.add_argument(
+            "--threads", type=positive, metavar="N", help="how many work at a time"
+        )
     parser.add_argument(
         "--quiet", action="store_true", help="no progress on standard error"
     )

@@ -118,7 +118,7 @@ def run(options):
     if options.json:
         write_json(options.json, written)
     print_written(written)
-    return 0
+    return 0 if written["samples"] else 1
 
 
 def print_written(written):

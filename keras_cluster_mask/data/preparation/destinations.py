@@ -76,10 +76,10 @@ class Destination:
     def __init__(self, to):
         self.to = to
         match = re.search(r"\{(0+)\}", to)
-        if "{" in to.replace(match[0] if match else "", ""):
+        if "{" in (to.replace(match[0], "", 1) if match else to):
             raise ValueError(
                 "`to` must hold nothing but zeros between its braces, as in "
-                f"'train-{{00000}}.tar', and once. Received: {to}"
+                f"'train-{{00000}}.tar', and braces once. Received: {to}"
             )
         self.several = match is not None
         self._width = len(match[1]) if match else 0

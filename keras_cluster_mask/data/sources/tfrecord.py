@@ -59,7 +59,7 @@ class RecordWriter:
         _check_tensorflow(getattr(file, "name", file))
         self._file = file
         # TensorFlow opens files by name only.
-        self._copy = tempfile.NamedTemporaryFile()
+        self._copy = tempfile.NamedTemporaryFile()  # noqa: SIM115
         options = "GZIP" if compressed else None
         self._writer = tf.io.TFRecordWriter(self._copy.name, options)
 

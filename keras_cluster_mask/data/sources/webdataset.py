@@ -89,7 +89,9 @@ class TarWriter:
     """
 
     def __init__(self, file):
-        self._archive = tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT)
+        self._archive = tarfile.TarFile(
+            fileobj=file, mode="w", format=tarfile.PAX_FORMAT
+        )
 
     def write(self, key, fields):
         """Writes a sample.
