@@ -29,7 +29,9 @@ def contact_sheet(
 ):
     """Shows samples with their captions in one picture.
 
-    A picture that does not decode is shown as a grey field that says so.
+    A picture that does not decode is shown as a grey field that says so. Captions are
+    written in DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic and others,
+    but boxes for Chinese, Japanese and Korean.
 
     Example:
 

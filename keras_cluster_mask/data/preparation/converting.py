@@ -31,7 +31,9 @@ def convert(
     left out. Pictures are named by what they are, whatever they were called.
 
     Each shard is there only once it is whole. A run that was cut off goes on when it is
-    started again with the same arguments; how far it was is in `TO.state.json`.
+    started again with the same arguments; how far it was is in `TO.state.json`. Sources
+    that have changed since, by their size and date, are refused; the pictures that a
+    manifest names are not looked at for this.
 
     Example:
 

@@ -30,6 +30,7 @@ def draw_report(found, numbers):
     name = "tokens" if tokens else "characters"
     _histogram(axes[1, 1], numbers[name], f"{name} per caption", name)
     if tokens:
+        axes[1, 1].set_xlim(right=max(axes[1, 1].get_xlim()[1], 80))
         axes[1, 1].axvline(77.5, color="black", linestyle="--", linewidth=1)
         axes[1, 1].set_title("tokens per caption (dashed: CLIP's 77)")
     _bars(axes[1, 2], found)
@@ -63,6 +64,8 @@ def _histogram(axis, values, title, unit, log=False):
     else:
         width = max(int(np.ceil((high - low + 1) / BINS)), 1)
         bins = np.arange(low, high + 2 * width, width) - 0.5
+        # A few around where all are the same, or ticks would be fractions.
+        axis.set_xlim(max(min(bins[0], low - 3), 0), max(bins[-1], low + 3))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.hist(values, bins)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -70,11 +73,13 @@ def _histogram(axis, values, title, unit, log=False):
 
 def _plain_ticks(axis, low, high):
     """A few round numbers, where powers of ten would be too few."""
-    steps = [1, 2, 5] if high / low > 5 else [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8]
+    steps = [1] if high / low > 1e3 else [1, 2, 5]
+    if high / low < 5:
+        steps = [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8]
     tens = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     ticks = [step * ten for ten in tens for step in steps]
     ticks = [tick for tick in ticks if low * 0.95 <= tick <= high * 1.05]
-    ticks = ticks[:: max(len(ticks) // 7, 1)]
+    ticks = ticks[:: -(-len(ticks) // 7) or 1]
     axis.set_xticks(ticks, [f"{tick:,.4g}" for tick in ticks])
     axis.set_xticks([], minor=True)
 
