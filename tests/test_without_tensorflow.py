@@ -123,6 +123,27 @@ assert "tensorflow" not in sys.modules
 print("trained")
 """
 
+PREPARE = """
+import pathlib
+import tempfile
+
+from PIL import Image
+
+import keras_cluster_mask as kcm
+
+with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (folder / "metadata.csv").write_text("file_name,caption\\na.png,black\\n")
+    kcm.data.preparation.convert(folder, folder / "{0}.tar")
+    print("whole:", kcm.data.preparation.check(folder / "0.tar")["samples"])
+    try:
+        kcm.data.preparation.convert(folder, folder / "{0}.tfrecord")
+    except ImportError as error:
+        print("refused:", error)
+    print("left:", sorted(path.name for path in folder.glob("*.tfrecord")))
+"""
+
 
 def run(code):
     """Runs code where tensorflow cannot be imported, and returns what it prints."""
@@ -161,3 +182,10 @@ def test_data_pipelines_say_what_they_need():
     assert "tensorflow" in printed.lower()
     # More than Python's own words.
     assert "No module named" not in printed
+
+
+def test_data_is_prepared_but_for_tfrecords():
+    printed = run(PREPARE)
+    assert "whole: 1" in printed
+    assert "refused: TFRecord files need TensorFlow" in printed
+    assert "left: []" in printed

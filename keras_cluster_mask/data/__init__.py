@@ -1,5 +1,7 @@
 """Image-text pairs for training and evaluation: shards, images and tokens."""
 
+import importlib
+
 from keras_cluster_mask.data.batches import ImageTextBatches
 from keras_cluster_mask.data.captions import read_captions
 from keras_cluster_mask.data.dataset import image_text_dataset
@@ -13,6 +15,14 @@ __all__ = [
     "SkippedSamples",
     "image_text_dataset",
     "list_shards",
+    "preparation",
     "read_captions",
     "read_samples",
 ]
+
+
+def __getattr__(name):
+    # Imported when first used: it brings matplotlib.
+    if name == "preparation":
+        return importlib.import_module("keras_cluster_mask.data.preparation")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -74,7 +74,7 @@ class Decoder:
         lost = []
         for place in range(first, min(first + GROUP, len(pairs))):
             try:
-                picture = self._cutter(_content(pairs[place].image), draws[place])
+                picture = self._cutter(read_image(pairs[place].image), draws[place])
             except UnreadablePicture as error:
                 self._report(pairs[place].shard, pairs[place].key, str(error))
                 lost.append(place)
@@ -108,7 +108,12 @@ def _aligned(shape):
     return memory[start : start + size].reshape(shape)
 
 
-def _content(image):
+def read_image(image):
+    """The bytes of a `Pair`'s image, which may be the name of a file.
+
+    Raises:
+        UnreadablePicture: if the file cannot be read.
+    """
     if isinstance(image, bytes):
         return image
     try:

@@ -1,5 +1,6 @@
 """Files by their names, on this machine and elsewhere."""
 
+import contextlib
 import glob
 import os
 import pathlib
@@ -39,6 +40,71 @@ def open_file(path, mode="rb"):
         return pathlib.Path(path).open(mode, buffering=READ_AHEAD)
     system, path = _elsewhere(os.fspath(path))
     return system.open(path, mode)
+
+
+@contextlib.contextmanager
+def replacing(path, durable=True):
+    """Opens a file that takes its name, and its folder, only once it is whole.
+
+    Whoever looks sees the old file or the new one, also after a crash. Until then the
+    content is in a hidden file beside it, which the next attempt uses again.
+
+    Args:
+        path: str or path.
+        durable: bool. Whether to wait until the disk has it, as for what a power cut
+            must not take. Defaults to `True`.
+
+    Yields:
+        A binary file, open for writing.
+    """
+    path = os.fspath(path)
+    folder, slash, name = path.rpartition("/")
+    part = f"{folder}{slash}.{name}.part"
+    make_folder(folder or slash)
+    try:
+        with open_file(part, "wb") as file:
+            yield file
+            if durable and not is_address(path):
+                file.flush()
+                os.fsync(file.fileno())
+        _move(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(part)
+        raise
+
+
+def make_folder(path):
+    """Makes a folder and those it is in, where they are not there."""
+    if not is_address(path):
+        os.makedirs(path or ".", exist_ok=True)
+        return
+    system, path = _elsewhere(path)
+    system.make_folder(path)
+
+
+def remove(path):
+    """Removes a file."""
+    if not is_address(path):
+        return os.remove(path)
+    system, path = _elsewhere(path)
+    return system.remove(path)
+
+
+def _move(old, new):
+    if not is_address(old):
+        return os.replace(old, new)
+    system, old = _elsewhere(old)
+    return system.move(old, _elsewhere(new)[1])
+
+
+def fingerprint(path):
+    """What tells a file from what it may be replaced by: its size and its date."""
+    if not is_address(path):
+        status = os.stat(path)
+        return [status.st_size, str(status.st_mtime_ns)]
+    system, path = _elsewhere(path)
+    return system.fingerprint(path)
 
 
 def exists(path):
@@ -99,6 +165,20 @@ class _Fsspec:
     def matching(self, path):
         return [self.system.unstrip_protocol(found) for found in self.system.glob(path)]
 
+    def make_folder(self, path):
+        self.system.makedirs(path, exist_ok=True)
+
+    def remove(self, path):
+        self.system.rm_file(path)
+
+    def move(self, old, new):
+        self.system.mv(old, new)
+
+    def fingerprint(self, path):
+        info = self.system.info(path)
+        names = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+        return [info["size"], str(next((info[n] for n in names if info.get(n)), ""))]
+
 
 class _TensorFlow:
     """An address's files by `tf.io.gfile`."""
@@ -117,6 +197,19 @@ class _TensorFlow:
 
     def matching(self, path):
         return self.gfile.glob(path)
+
+    def make_folder(self, path):
+        self.gfile.makedirs(path)
+
+    def remove(self, path):
+        self.gfile.remove(path)
+
+    def move(self, old, new):
+        self.gfile.rename(old, new, overwrite=True)
+
+    def fingerprint(self, path):
+        status = self.gfile.stat(path)
+        return [status.length, str(status.mtime_nsec)]
 
 
 def _elsewhere(address):

@@ -10,7 +10,11 @@ IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
     *("image", "image/encoded", "file_name", "filepath", "image_path", "path"),
 )
-CAPTION_KEYS = ("txt", "caption", "caption/raw", "captions", "text", "title")
+# Where there are several captions, `txt` is but the first of them.
+CAPTION_KEYS = (
+    *("json.captions", "txt"),
+    *("caption", "caption/raw", "captions", "text", "title"),
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -63,6 +63,21 @@ class Picture:
         width, height = self._image.size
         return (width, height) if self._orientation >= 5 else (height, width)
 
+    @property
+    def format(self):
+        """str. What kind of file it is by its content, such as `"JPEG"`."""
+        # A camera's JPEG with further pictures behind the first.
+        return "JPEG" if self._image.format == "MPO" else self._image.format
+
+    @property
+    def mode(self):
+        """str. Pillow's name for the kind of colours, such as `"RGB"`."""
+        return self._image.mode
+
+    def whole(self, size):
+        """All of the picture in another size, quickly; see `part`."""
+        return self.part((0, 0, *self.size), size)
+
     def part(self, box, size):
         """A part of the picture in another size, quickly.
 

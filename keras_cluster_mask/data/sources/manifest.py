@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -55,6 +56,50 @@ class ManifestPart(Shard):
 
     def __str__(self):
         return f"{self.path} from row {self.first}"
+
+
+class ManifestWriter:
+    """Writes the rows of a manifest: a row a caption, in JSON lines a row a picture.
+
+    Args:
+        file: A binary file, open for writing.
+        path: str. A name that ends in `.csv`, `.tsv` or `.jsonl`.
+        header: bool. Whether to start with the names of the columns.
+    """
+
+    def __init__(self, file, path, header=True):
+        self._file = file
+        self._path = path
+        if header and not _is_json(path):
+            self._row("key", "file_name", "caption")
+
+    def write(self, key, fields):
+        """Writes a sample.
+
+        Args:
+            key: str.
+            fields: dict of `"file_name"`, str, and `"captions"`, a list of str.
+        """
+        if _is_json(self._path):
+            row = json.dumps({"key": key, **fields}, ensure_ascii=False)
+            self._line(row + "\n")
+            return
+        for caption in fields["captions"]:
+            self._row(key, fields["file_name"], caption)
+
+    def close(self):
+        """Does nothing: all is in the file, which stays open."""
+
+    def _row(self, *cells):
+        line = io.StringIO()
+        # The end of a line that makes the writer quote either of its two characters.
+        csv.writer(
+            line, delimiter=_delimiter(self._path), lineterminator="\r\n"
+        ).writerow(cells)
+        self._line(line.getvalue().removesuffix("\r\n") + "\n")
+
+    def _line(self, text):
+        self._file.write(text.encode("utf-8", "replace"))
 
 
 def find_manifest(folder):

@@ -53,6 +53,44 @@ class RecordShard(Shard):
                 raise ShardError(self, last, str(error)) from error
 
 
+class RecordWriter:
+    """Writes samples as records. Needs TensorFlow.
+
+    Args:
+        file: A binary file, open for writing.
+        compressed: bool. Whether by gzip. Defaults to `False`.
+    """
+
+    def __init__(self, file, compressed=False):
+        _check_tensorflow(getattr(file, "name", file))
+        self._file = file
+        # TensorFlow opens files by name only.
+        self._copy = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        options = "GZIP" if compressed else None
+        self._writer = tf.io.TFRecordWriter(self._copy.name, options)
+
+    def write(self, key, fields):
+        """Writes a sample.
+
+        Args:
+            key: str.
+            fields: dict from a field to its content, a list of bytes.
+        """
+        fields = {"__key__": [key.encode("utf-8", "surrogateescape")], **fields}
+        feature = {
+            name: tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+            for name, values in fields.items()
+        }
+        example = tf.train.Example(features=tf.train.Features(feature=feature))
+        self._writer.write(example.SerializeToString(deterministic=True))
+
+    def close(self):
+        """Brings all into the file, which stays open."""
+        self._writer.close()
+        with self._copy, open(self._copy.name, "rb") as copy:
+            shutil.copyfileobj(copy, self._file, 2**20)
+
+
 def _sample(example, number, fields):
     features = example.features.feature
     values = {

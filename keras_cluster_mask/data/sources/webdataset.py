@@ -4,7 +4,9 @@ import bz2
 import contextlib
 import dataclasses
 import gzip
+import io
 import lzma
+import re
 import tarfile
 
 from keras_cluster_mask.data import files
@@ -132,3 +134,40 @@ def _split_name(name):
     if not base or field in ("__key__", FAULT):
         return "", ""
     return (f"{folder}/{base}" if folder else base), field
+
+
+class TarWriter:
+    """Writes samples into a tar.
+
+    Args:
+        file: A binary file, open for writing.
+    """
+
+    def __init__(self, file):
+        self._archive = tarfile.TarFile(
+            fileobj=file, mode="w", format=tarfile.PAX_FORMAT
+        )
+
+    def write(self, key, fields):
+        """Writes a sample.
+
+        Args:
+            key: str, as `tar_key` makes them.
+            fields: dict from a field to its content, bytes.
+        """
+        for field, content in fields.items():
+            member = tarfile.TarInfo(f"{key}.{field}")
+            member.size = len(content)
+            self._archive.addfile(member, io.BytesIO(content))
+            # The archive would remember every member.
+            self._archive.members.clear()
+
+    def close(self):
+        """Writes the end mark; the file stays open."""
+        self._archive.close()
+
+
+def tar_key(key):
+    """A key as a tar can hold it: the first dot of a name would end it."""
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + re.sub(r"\.", "_", name)
