@@ -1,6 +1,7 @@
 """Image-text pairs as a `tf.data.Dataset`, ready to train on."""
 
 from keras_cluster_mask.data.batches import ImageTextBatches
+from keras_cluster_mask.data.decoding import num_processors
 from keras_cluster_mask.data.tokenizing import apply_layer, check_tokenizer, is_layer
 
 try:
@@ -123,8 +124,8 @@ def image_text_dataset(
                 del batch["captions"]
             return batch
 
-        dataset = dataset.map(tokenized, num_parallel_calls=tf.data.AUTOTUNE)
-        dataset = dataset.prefetch(tf.data.AUTOTUNE)
+        dataset = dataset.map(tokenized, num_parallel_calls=num_processors())
+        dataset = dataset.prefetch(2)
     dataset.skipped = batches.skipped
     if training:
         dataset.position = batches.position

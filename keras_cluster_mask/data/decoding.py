@@ -34,7 +34,7 @@ class Decoder:
         self._channels_first = channels_first
         self._fill_gaps = fill_gaps
         self._report = report
-        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._num_threads = num_threads or num_processors()
 
     def decoded(self, batches):
         """Decodes batches in their order.
@@ -106,6 +106,14 @@ def _aligned(shape):
     memory = np.empty(size + ALIGNMENT, "uint8")
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size].reshape(shape)
+
+
+def num_processors():
+    """How many processors this process may use."""
+    # Linux alone can say which are set aside for it.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def read_image(image):

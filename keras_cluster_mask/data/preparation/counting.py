@@ -1,9 +1,9 @@
 """`count`: pairs per shard and in all, without decoding."""
 
 import collections
-import os
 from concurrent import futures
 
+from keras_cluster_mask.data.decoding import num_processors
 from keras_cluster_mask.data.preparation import arguments
 from keras_cluster_mask.data.preparation.faults import printable
 from keras_cluster_mask.data.preparation.progress import Progress
@@ -46,7 +46,7 @@ def count(
     samples = Samples(source, image_keys, caption_key)
     shards = samples.reader.shards
     by_file = {path: collections.Counter() for path in samples.paths}
-    num_threads = num_threads or len(os.sched_getaffinity(0))
+    num_threads = num_threads or num_processors()
     with (
         futures.ThreadPoolExecutor(num_threads) as threads,
         Progress(NAME, len(shards), verbose) as progress,

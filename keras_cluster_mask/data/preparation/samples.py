@@ -2,10 +2,10 @@
 
 import collections
 import dataclasses
-import os
 from concurrent import futures
 
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.decoding import num_processors
 from keras_cluster_mask.data.pairs import Pair, PairReader
 from keras_cluster_mask.data.pictures import Picture, UnreadablePicture
 from keras_cluster_mask.data.sources import find_shards, list_shards
@@ -113,7 +113,7 @@ def look_at(items, look, num_threads=None):
         tuple, in the order of the items: the `Pair` or `Fault`; what `look` returned;
         and the position.
     """
-    num_threads = num_threads or len(os.sched_getaffinity(0))
+    num_threads = num_threads or num_processors()
     waiting = collections.deque()
     with futures.ThreadPoolExecutor(num_threads, "look") as threads:
 
