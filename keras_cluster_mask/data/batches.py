@@ -17,7 +17,7 @@ from keras_cluster_mask.data.checks import (
     count_pairs,
 )
 from keras_cluster_mask.data.decoding import Decoder, draws_of
-from keras_cluster_mask.data.pairs import PairReader
+from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.pictures import (
     MAX_PIXELS,
     NUM_DRAWS,
@@ -73,7 +73,8 @@ class ImageTextBatches:
         tokenizer: A `CLIPTokenizer`; or any callable from a list of bytes to ints
             `(batch, length)`; or a Keras layer, such as a KerasHub `CLIPPreprocessor`,
             which does not clean, may spell numbers differently from CLIP, and needs
-            TensorFlow.
+            TensorFlow. `None`: batches without `"token_ids"`, and samples need no
+            caption.
         image_size: int or `(height, width)`.
         batch_size: int. The number of samples in a batch, over all devices together.
         training: bool. Whether to shuffle and to crop at random.
@@ -111,8 +112,14 @@ class ImageTextBatches:
             training only.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to `None`:
             `keras.config.image_data_format()`.
-        include_captions: bool. Whether batches hold the `"captions"`, UTF-8 bytes.
+        include_captions: bool. Whether batches hold the `"captions"`, UTF-8 bytes; with
+            `"all"`, tuples of all captions of each picture.
         include_keys: bool. Whether batches hold the samples' `"keys"`, bytes.
+        label_key: str or sequence of str. The field that holds the class, such as
+            `"cls"`, `"json.label"` or, of pictures in a folder, `"folder"`, the name of
+            the folder. Batches then hold `"labels"`, int32. Defaults to `None`: none.
+        class_names: sequence of str, for labels that are names: a label is the place of
+            its name. Defaults to `None`: labels are numbers.
         process: pair of ints. The number of this process, from 0, and how many there
             are; each gets its part of every batch, `batch_size` over the number of
             processes, and in training all take the same steps. Defaults to what JAX or
@@ -156,6 +163,8 @@ class ImageTextBatches:
         data_format=None,
         include_captions=False,
         include_keys=False,
+        label_key=None,
+        class_names=None,
         process=None,
         num_threads=None,
     ):
@@ -176,10 +185,26 @@ class ImageTextBatches:
                 "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
                 f"Received: {crop_scale}"
             )
+        if include_captions not in (False, True, "all"):
+            raise ValueError(
+                '`include_captions` must be a boolean or "all". Received: '
+                f"{include_captions!r}"
+            )
+        if class_names is not None and label_key is None:
+            raise ValueError(
+                "`class_names` are for labels: give the `label_key` of the field that "
+                f"holds them. Received: class_names={class_names}, label_key=None"
+            )
         check_tokenizer(tokenizer)
         drop_remainder = training if drop_remainder is None else drop_remainder
         process = check_process(process, batch_size, seed, training, drop_remainder)
-        self._reader = PairReader(find_shards(source), image_keys, caption_key)
+        self._reader = PairReader(
+            find_shards(source),
+            image_keys,
+            caption_key,
+            wants_caption=bool(tokenizer is not None or include_captions),
+            labels=None if label_key is None else Labels(label_key, class_names),
+        )
         full_batch = batch_size if drop_remainder else 1
         check_for_pairs(self._reader, on_error, at_least=full_batch)
         if seed is None:
@@ -193,12 +218,15 @@ class ImageTextBatches:
         self._whole = drop_remainder
         self._tokenizer = tokenizer
         self._choose = CaptionChoice(caption_template, training)
-        self._names = {
-            "images",
-            "token_ids",
-            *(["captions"] if include_captions else ()),
-            *(["keys"] if include_keys else ()),
+        wanted = {
+            "images": True,
+            "token_ids": tokenizer is not None,
+            "captions": include_captions,
+            "keys": include_keys,
+            "labels": label_key is not None,
         }
+        self._names = [name for name, is_wanted in wanted.items() if is_wanted]
+        self.all_captions = include_captions == "all"
         self._num_threads = num_threads
         self._channels_first = data_format == "channels_first"
         self._cutter = Cutter(
@@ -227,8 +255,9 @@ class ImageTextBatches:
             "token_ids": Spec((rows, length), "int32"),
             "captions": Spec((rows,), "string"),
             "keys": Spec((rows,), "string"),
+            "labels": Spec((rows,), "int32"),
         }
-        return {name: each for name, each in spec.items() if name in self._names}
+        return {name: spec[name] for name in self._names}
 
     def as_dataset(self):
         """The batches as a `tf.data.Dataset`."""
@@ -259,15 +288,21 @@ class ImageTextBatches:
             keys = [pair.key.encode("utf-8", "surrogateescape") for pair in pairs]
             if self._training:
                 self.position.report_batch(epoch, first + step, keys)
-            captions = self._choose(pairs, draws[:, NUM_DRAWS:])
-            batch = {
-                "images": pictures,
-                "token_ids": tokenize(self._tokenizer, captions),
-                "captions": np.array(captions, object),
-                "keys": np.array(keys, object),
-            }
-            yield {name: batch[name] for name in self.element_spec}
+            yield self._batch(pairs, draws, pictures, keys)
         account.end()
+
+    def _batch(self, pairs, draws, pictures, keys):
+        batch = {"images": pictures, "keys": _strings(keys)}
+        if {"token_ids", "captions"} & {*self._names}:
+            captions = self._choose(pairs, draws[:, NUM_DRAWS:])
+            batch["captions"] = _strings(captions)
+        if "token_ids" in self._names:
+            batch["token_ids"] = tokenize(self._tokenizer, captions)
+        if self.all_captions:
+            batch["captions"] = _strings([self._choose.all_of(p) for p in pairs])
+        if "labels" in self._names:
+            batch["labels"] = np.array([pair.label for pair in pairs], "int32")
+        return {name: batch[name] for name in self._names}
 
     def _training_steps(self, account, epoch, step):
         """The pairs of each step of an epoch, and the numbers they depend on."""
@@ -315,6 +350,15 @@ class ImageTextBatches:
             yield batch[index::count], draws[: len(batch)][index::count]
 
 
+def _strings(values):
+    """An array of bytes, or of tuples of them, one a sample."""
+    array = np.empty(len(values), object)
+    # One by one: NumPy would take tuples of one length for rows.
+    for index, value in enumerate(values):
+        array[index] = value
+    return array
+
+
 class Endless:
     """The batches of one epoch after another.
 
@@ -353,6 +397,11 @@ def as_dataset(batches):
     """
     import tensorflow as tf
 
+    if getattr(batches, "all_captions", False):
+        raise ValueError(
+            'A `tf.data.Dataset` holds no tuples of strings: `include_captions="all"` '
+            "is for `ImageTextBatches`. Received: include_captions='all'"
+        )
     signature = {
         name: tf.TensorSpec(*spec) for name, spec in batches.element_spec.items()
     }

@@ -67,10 +67,19 @@ class CaptionChoice:
         """
         return [self._one(pair, *draw) for pair, draw in zip(pairs, draws)]
 
+    def all_of(self, pair):
+        """All captions of a pair, each in the first template, as a tuple of bytes."""
+        before, after = self._templates[0]
+        return tuple(_encoded(f"{before}{text}{after}") for text in pair.captions)
+
     def _one(self, pair, caption, template):
         caption = self._drawn(pair.captions, caption)
         before, after = self._drawn(self._templates, template)
-        return f"{before}{caption}{after}".encode("utf-8", "surrogatepass")
+        return _encoded(f"{before}{caption}{after}")
 
     def _drawn(self, choices, draw):
         return choices[int(draw * len(choices)) if self._training else 0]
+
+
+def _encoded(caption):
+    return caption.encode("utf-8", "surrogatepass")

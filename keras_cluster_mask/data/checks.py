@@ -52,9 +52,7 @@ def check_for_pairs(reader, on_error, at_least=1):
     fields = sorted(seen.keys() - {"__key__", FAULT})
     shards = reader.shards
     raise ValueError(
-        "`source` must hold samples with an image (`image_keys`, here "
-        f"{list(reader.image_keys)}) and a caption (`caption_key`, here "
-        f"{list(reader.caption_keys)}) that is not empty. Received: {looked_at} "
+        f"`source` must hold samples with {reader.wanted}. Received: {looked_at} "
         f"samples with the fields {fields} from {shards[0]}"
         + (f" and {len(shards) - 1} more" if shards[1:] else "")
     )

@@ -131,6 +131,21 @@ def matching(pattern):
     return sorted(system.matching(path))
 
 
+def all_in(folder):
+    """All files of a folder and of the folders in it, as paths within it, sorted."""
+    if is_address(folder):
+        system, folder = _elsewhere(folder)
+        found = system.all_in(folder)
+    else:
+        found = (
+            os.path.join(place, name)
+            for place, _, names in os.walk(folder)
+            for name in names
+        )
+    within = len(folder.rstrip("/")) + 1
+    return sorted(path[within:] for path in found)
+
+
 def beside(path, name):
     """The file of this name in the folder of another, unless it names its place."""
     if is_address(name) or os.path.isabs(name):
@@ -165,6 +180,9 @@ class _Fsspec:
     def matching(self, path):
         return [self.system.unstrip_protocol(found) for found in self.system.glob(path)]
 
+    def all_in(self, path):
+        return self.system.find(path)
+
     def make_folder(self, path):
         self.system.makedirs(path, exist_ok=True)
 
@@ -197,6 +215,13 @@ class _TensorFlow:
 
     def matching(self, path):
         return self.gfile.glob(path)
+
+    def all_in(self, path):
+        return [
+            f"{place.rstrip('/')}/{name}"
+            for place, _, names in self.gfile.walk(path)
+            for name in names
+        ]
 
     def make_folder(self, path):
         self.gfile.makedirs(path)

@@ -4,6 +4,7 @@ import os
 import re
 
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.sources.folder import ENDINGS, folder_parts, pictures_in
 from keras_cluster_mask.data.sources.manifest import find_manifest, manifest_parts
 from keras_cluster_mask.data.sources.shard import Shard, ShardError
 from keras_cluster_mask.data.sources.tfrecord import RecordShard
@@ -15,6 +16,7 @@ __all__ = ["Shard", "ShardError", "find_shards", "list_shards", "read_samples"]
 KINDS = {
     r"\.tfrec(ords?)?(\.gz)?": lambda path: [RecordShard(path)],
     r"\.(csv|tsv|jsonl|ndjson)": manifest_parts,
+    "|".join(map(re.escape, ENDINGS)): folder_parts,
     "": lambda path: [TarShard(path)],
 }
 
@@ -31,7 +33,8 @@ def list_shards(source):
 
     Args:
         source: str or path, or a list of them. A file; a folder that holds a manifest,
-            `metadata.csv`, `.tsv` or `.jsonl`; a pattern with `*`, `?` or `[...]` that
+            `metadata.csv`, `.tsv` or `.jsonl`, or nothing but pictures, also in
+            folders of its own; a pattern with `*`, `?` or `[...]` that
             stands for the files that are there; a pattern with `{a,b}` or `{000..123}`
             that stands for exactly these. Each may be an address, such as
             `"s3://bucket/train-*.tar"`.
@@ -67,7 +70,8 @@ def read_samples(path, fields=None):
     """The samples of a file, in order and one at a time.
 
     Args:
-        path: str or path. A tar, a TFRecord file or a manifest.
+        path: str or path. A tar, a TFRecord file, a manifest, a picture or a folder of
+            pictures.
         fields: collection of str. Read only these; samples without any still come, with
             their key alone. Defaults to `None`: all.
 
@@ -83,8 +87,10 @@ def read_samples(path, fields=None):
 
 
 def _shards_in(path):
+    if files.is_folder(path):
+        return folder_parts(path)
     for ending, shards in KINDS.items():
-        if re.search(ending + "$", path, re.IGNORECASE):
+        if re.search(f"({ending})$", path, re.IGNORECASE):
             return shards(path)
 
 
@@ -92,7 +98,7 @@ def _find(pattern):
     pattern = os.path.expanduser(pattern)
     for name in [pattern] if files.exists(pattern) else _expand_braces(pattern):
         if files.is_folder(name):
-            yield find_manifest(name)
+            yield find_manifest(name) or _with_pictures(name)
             continue
         found = [name] if files.exists(name) else files.matching(name)
         if not found:
@@ -102,6 +108,17 @@ def _find(pattern):
                 f"`source` must name shards that exist. Received ({kind}): {name}"
             )
         yield from found
+
+
+def _with_pictures(folder):
+    if pictures_in(folder):
+        return folder
+    raise FileNotFoundError(
+        "`source` must name shards, for example "
+        f"{os.path.join(folder, '*.tar')!r}, or a folder that holds metadata.csv, .tsv "
+        "or .jsonl with a row a picture, or pictures. Received a folder without: "
+        f"{folder}"
+    )
 
 
 def _expand_braces(pattern):

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.sources.shard import FAULT, Shard, ShardError
@@ -103,17 +102,13 @@ class ManifestWriter:
 
 
 def find_manifest(folder):
-    """The manifest of a folder."""
+    """The manifest of a folder, or None."""
     for name in NAMES:
         for ending in ENDINGS:
             path = f"{folder.rstrip('/')}/{name}.{ending}"
             if files.exists(path):
                 return path
-    raise FileNotFoundError(
-        "`source` must name shards, for example "
-        f"{os.path.join(folder, '*.tar')!r}, or a folder that holds metadata.csv, .tsv "
-        f"or .jsonl with a row a picture. Received a folder without: {folder}"
-    )
+    return None
 
 
 def manifest_parts(path):

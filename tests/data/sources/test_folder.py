@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+from keras_cluster_mask.data.sources import find_shards, folder, read_samples
+
+
+@pytest.fixture
+def pictures(tmp_path, encode):
+    names = ("cats/2.png", "cats/1.PNG", "dogs/1.png", "3.png", ".hidden/4.png")
+    for index, name in enumerate(names):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.full((8, 8, 3), index, "uint8")))
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    return tmp_path / "pictures"
+
+
+def test_a_folder_without_a_manifest_stands_for_the_pictures_in_it(pictures):
+    samples = [s for shard in find_shards(pictures) for s in shard.read()]
+    keys = [sample["__key__"] for sample in samples]
+    assert keys == ["3.png", "cats/1.PNG", "cats/2.png", "dogs/1.png"]
+    assert [s["folder"] for s in samples] == ["pictures", "cats", "cats", "dogs"]
+    assert [s["path"] for s in samples] == [f"{pictures}/{key}" for key in keys]
+    assert list(read_samples(pictures, {"folder"}))[1] == {
+        "__key__": "cats/1.PNG",
+        "folder": "cats",
+    }
+
+
+def test_pictures_are_sources_too(pictures):
+    (shard,) = find_shards([pictures / "dogs/1.png"])
+    assert [s["__key__"] for s in shard.read()] == ["1.png"]
+    names = [shard.path for shard in find_shards(f"{pictures}/cats/*")]
+    assert names == [f"{pictures}/cats/1.PNG", f"{pictures}/cats/2.png"]
+
+
+def test_a_manifest_goes_before_the_pictures(pictures):
+    (pictures / "metadata.csv").write_text("file_name,caption\n3.png,three\n")
+    assert [s["__key__"] for s in find_shards(pictures)[0].read()] == ["3.png"]
+
+
+def test_a_large_folder_is_several_shards(pictures, monkeypatch):
+    monkeypatch.setattr(folder, "PICTURES", 3)
+    shards = find_shards(pictures)
+    assert [len(list(shard.read())) for shard in shards] == [3, 1]
+    assert [str(s) for s in shards] == [
+        f"{pictures}/",
+        f"{pictures}/ from picture 3",
+    ]
+
+
+def test_a_folder_in_memory(encode):
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    content = encode(np.zeros((8, 8, 3), "uint8"))
+    for name in ("b/1.png", "a/1.png"):
+        system.pipe_file(f"/pictures/{name}", content)
+    (shard,) = find_shards("memory://pictures")
+    assert [s["__key__"] for s in shard.read()] == ["a/1.png", "b/1.png"]
+    assert [s["folder"] for s in shard.read()] == ["a", "b"]
+
+
+def test_a_folder_without_pictures_is_an_error_that_says_what_may_be_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metadata\.csv.*Received a folder"):
+        find_shards(tmp_path)
