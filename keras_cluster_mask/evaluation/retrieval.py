@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from keras_cluster_mask.evaluation.embedding import embed
+
 # Rows of the similarity matrix held in memory at a time.
 BLOCK = 1024
 
@@ -68,6 +70,82 @@ def retrieval_recall(
         for k in ks:
             recalls[f"{name}_recall@{k}"] = float(np.mean(ranks < k))
     return recalls
+
+
+def evaluate_retrieval(
+    model,
+    data,
+    tokenizer=None,
+    ks=(1, 5, 10),
+    duplicates="negative",
+    verbose="auto",
+):
+    """How well images and texts of a data set find one another.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    batch = {
+        "images": np.random.randint(0, 256, (12, 32, 32, 3)).astype("uint8"),
+        "token_ids": np.random.randint(1, 100, (12, 16)),
+    }
+    kcm.evaluation.evaluate_retrieval(backbone, batch)
+    # {"image_to_text_recall@1": 0.08, ...}
+    ```
+
+    Pictures with several captions each, from shards:
+
+    ```
+    batches = kcm.data.ImageTextBatches(
+        "flickr30k-test.tar", None, 224, 64, training=False,
+        caption_key="json.captions", include_captions="all",
+    )
+    kcm.evaluation.evaluate_retrieval(model, batches, tokenizer)
+    ```
+
+    Args:
+        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        data: See `embed`. Batches hold `"images"`, and `"token_ids"` or, for a
+            `tokenizer`, `"captions"`. A text belongs to the one image it came with.
+        tokenizer: See `embed`.
+        ks: See `retrieval_recall`.
+        duplicates: `"negative"`, as usual in the field, or `"positive"`: equal texts
+            of different images count as belonging to all of these. For data of one
+            text an image.
+        verbose: `"auto"`, 0 or 1. Whether to show progress.
+
+    Returns:
+        A dictionary, as `retrieval_recall` returns it.
+
+    Raises:
+        ValueError: For data without texts, or `duplicates` that do not fit it.
+    """
+    if duplicates not in ("negative", "positive"):
+        raise ValueError(
+            '`duplicates` must be "negative" or "positive". '
+            f"Received: duplicates={duplicates!r}"
+        )
+    found = embed(model, data, tokenizer, verbose)
+    images, texts = found["image_embeddings"], found.get("text_embeddings")
+    if texts is None:
+        raise ValueError(
+            "`data` must hold texts: 'token_ids', or 'captions' and a `tokenizer`. "
+            f"Received: batches with {sorted(found.keys() - {'image_embeddings'})}"
+        )
+    image_labels, text_labels = np.arange(len(images)), found["image_of_text"]
+    if duplicates == "positive":
+        if not np.array_equal(image_labels, text_labels):
+            raise ValueError(
+                '`duplicates="positive"` is for data of one text an image. Received: '
+                f"{len(texts)} texts for {len(images)} images"
+            )
+        same = (
+            found["token_ids"] if tokenizer is None else found["captions"].astype(str)
+        )
+        image_labels = np.unique(same, axis=0, return_inverse=True)[1].reshape(-1)
+        text_labels = image_labels
+    return retrieval_recall(images, texts, image_labels, text_labels, ks)
 
 
 def chance_recall(

@@ -4,9 +4,13 @@ from sklearn.metrics import top_k_accuracy_score
 
 from keras_cluster_mask.evaluation import (
     chance_recall,
+    embed,
+    embed_texts,
+    evaluate_retrieval,
     retrieval_recall,
     wilson_interval,
 )
+from tests.models.helpers import random_pairs
 
 
 def random_embeddings(count, width=8, seed=0):
@@ -99,3 +103,57 @@ def test_bad_input_is_named(images, texts, labels, message):
     with pytest.raises(ValueError, match=message) as error:
         retrieval_recall(images, texts, labels)
     assert "Received: " in str(error.value)
+
+
+def test_a_data_set_is_embedded_and_compared(model):
+    pairs = random_pairs(20)
+    found = evaluate_retrieval(model, pairs, ks=(1, 3), verbose=0)
+    embeddings = model.predict(pairs, verbose=0)
+    expected = retrieval_recall(
+        embeddings["image_embeddings"], embeddings["text_embeddings"], ks=(1, 3)
+    )
+    assert found == expected
+
+
+def test_captions_belong_to_their_own_picture_only(model, tokenizer):
+    images = random_pairs(4)["images"]
+    captions = [["a", "b"], ["c"], ["d", "e", "f"], ["g"]]
+    data = {"images": images, "captions": captions}
+    found = evaluate_retrieval(model, data, tokenizer, ks=(1, 2), verbose=0)
+    image_embeddings = embed(model, images, verbose=0)["image_embeddings"]
+    texts = embed_texts(model, list("abcdefg"), tokenizer, verbose=0)
+    owners = np.array([0, 0, 1, 2, 2, 2, 3])
+    similarity = image_embeddings @ texts.T
+    for k in (1, 2):
+        nearest = np.argsort(-similarity, axis=1)[:, :k]
+        hits = [image in owners[row] for image, row in enumerate(nearest)]
+        assert found[f"image_to_text_recall@{k}"] == np.mean(hits)
+        nearest = np.argsort(-similarity.T, axis=1)[:, :k]
+        hits = [owners[text] in row for text, row in enumerate(nearest)]
+        assert found[f"text_to_image_recall@{k}"] == pytest.approx(np.mean(hits))
+
+
+def test_equal_texts_count_as_one_if_asked_to(model, tokenizer):
+    pairs = random_pairs(6)
+    pairs["token_ids"][:] = pairs["token_ids"][0]
+    strict = evaluate_retrieval(model, pairs, ks=(1,), verbose=0)
+    lenient = evaluate_retrieval(
+        model, pairs, ks=(1,), duplicates="positive", verbose=0
+    )
+    assert set(strict.values()) == {0.0}
+    assert set(lenient.values()) == {1.0}
+    data = {"images": pairs["images"], "captions": ["a"] * 6}
+    found = evaluate_retrieval(
+        model, data, tokenizer, ks=(1,), duplicates="positive", verbose=0
+    )
+    assert set(found.values()) == {1.0}
+
+
+def test_what_cannot_be_compared_is_an_error(model, tokenizer):
+    images = random_pairs(2)["images"]
+    with pytest.raises(ValueError, match=r"must hold texts.*Received: "):
+        evaluate_retrieval(model, images, verbose=0)
+    data = {"images": images, "captions": [["a", "b"], ["c"]]}
+    for duplicates, message in (("positive", "3 texts for 2 images"), ("x", "'x'")):
+        with pytest.raises(ValueError, match=message):
+            evaluate_retrieval(model, data, tokenizer, duplicates=duplicates, verbose=0)

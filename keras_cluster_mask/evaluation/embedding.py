@@ -1,0 +1,293 @@
+"""From a model and data to embeddings, whatever the data comes as."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.data.tokenizing import tokenize
+from keras_cluster_mask.models import ContrastiveModel
+
+# Rows embedded at a time, of arrays and of texts.
+BATCH_SIZE = 64
+
+
+def embed(model, data, tokenizer=None, verbose="auto"):
+    """Embeds a data set batch by batch, and keeps what else the batches hold.
+
+    The data may be larger than memory: what is kept are embeddings, labels, keys and
+    captions. Nothing is masked.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_clip(backbone)
+    batch = {
+        "images": np.random.randint(0, 256, (10, 32, 32, 3)).astype("uint8"),
+        "token_ids": np.random.randint(1, 100, (10, 12)),
+        "labels": np.arange(10) % 2,
+    }
+    found = kcm.evaluation.embed(model, batch)
+    found["image_embeddings"].shape  # (10, 96)
+    found["labels"].shape  # (10,)
+    ```
+
+    Args:
+        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        data: Batches, or arrays. An iterable of batches (`ImageTextBatches`, a
+            `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or
+            a pair `(images, labels)`, or images alone; or one such dictionary, pair or
+            array that holds everything. Images are `(batch, H, W, C)`, uint8 or
+            normalised floats.
+        tokenizer: A callable from a list of bytes to ints `(batch, length)`, such as
+            a `CLIPTokenizer`. Where it is given, texts are the `"captions"` of the
+            batches, one or a tuple of several a picture; else their `"token_ids"`,
+            if there are any.
+        verbose: `"auto"`, 0 or 1. Whether to show progress.
+
+    Returns:
+        A dictionary of arrays: `"image_embeddings"`, `(images, d)` float32,
+        L2-normalised; with texts also `"text_embeddings"`, `(texts, d)`, and
+        `"image_of_text"`, `(texts,)` int64, the row of the image that each text
+        belongs to; and all entries of the batches but the images, such as `"labels"`.
+
+    Raises:
+        ValueError: For data without images, or a model that is none of the above.
+    """
+    embedder = Embedder.of(model)
+    rows = {"image_embeddings": []}
+    count = 0
+    progress = Progress(verbose, size_of(data), "image")
+    for batch in batches_of(data):
+        size = len(batch["images"])
+        found = {
+            **{k: v for k, v in batch.items() if k != "images"},
+            "image_embeddings": embedder.images(batch["images"]),
+        }
+        if tokenizer is not None:
+            texts, owners = _texts_of(batch)
+            found["text_embeddings"] = embedder.texts(tokenize(tokenizer, texts))
+        elif "token_ids" in batch:
+            found["text_embeddings"] = embedder.texts(batch["token_ids"])
+            owners = np.arange(size)
+        if "text_embeddings" in found:
+            found["image_of_text"] = count + owners
+        for name, values in found.items():
+            rows.setdefault(name, []).append(values)
+        count += size
+        progress.add(size)
+    if not count:
+        raise ValueError(f"`data` must hold at least one image. Received: data={data}")
+    progress.end()
+    return {name: np.concatenate(values) for name, values in rows.items()}
+
+
+def embed_texts(model, texts, tokenizer, verbose="auto"):
+    """Embeds texts.
+
+    Example:
+
+    ```python
+    tokenizer = kcm.data.CLIPTokenizer.train(["a red square"], 600)
+    backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
+    found = kcm.evaluation.embed_texts(backbone, ["red", "a square"], tokenizer)
+    found.shape  # (2, 96)
+    ```
+
+    Args:
+        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        texts: List of str or bytes.
+        tokenizer: As for `embed`.
+        verbose: `"auto"`, 0 or 1. Whether to show progress.
+
+    Returns:
+        `(texts, d)` float32 array, L2-normalised.
+    """
+    if isinstance(texts, str | bytes) or not len(texts):
+        raise ValueError(
+            f"`texts` must be a list of at least one str. Received: texts={texts!r}"
+        )
+    embedder = Embedder.of(model)
+    progress = Progress(verbose, len(texts), "text")
+    found = []
+    for start in range(0, len(texts), BATCH_SIZE):
+        chunk = [_encoded(text) for text in texts[start : start + BATCH_SIZE]]
+        found.append(embedder.texts(tokenize(tokenizer, chunk)))
+        progress.add(len(chunk))
+    progress.end()
+    return np.concatenate(found)
+
+
+class Embedder:
+    """The towers of a model, compiled once for batches of one size.
+
+    It reads the model's weights anew in each call: one serves a whole training.
+
+    Args:
+        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+    """
+
+    def __init__(self, model):
+        if not isinstance(model, ContrastiveModel):
+            # Which says what it takes if it is none.
+            model = ContrastiveModel.from_clip(model)
+        self.model = model
+        self._images = _Encoder(model.encode_image)
+        self._texts = _Encoder(model.encode_text)
+        self._sizes = {}
+
+    @classmethod
+    def of(cls, model):
+        """An embedder of a model, or the embedder itself."""
+        return model if isinstance(model, cls) else cls(model)
+
+    def images(self, images):
+        """`(batch, d)` float32 array of the embeddings of images."""
+        return self._embedded(self._images, images)
+
+    def texts(self, token_ids):
+        """`(batch, d)` float32 array of the embeddings of `(batch, T)` token ids."""
+        return self._embedded(self._texts, token_ids)
+
+    def _embedded(self, encoder, inputs):
+        inputs = np.asarray(inputs)
+        # Compiled for the size of the first batch: the last is filled up to it.
+        size = self._sizes.setdefault(encoder.name, min(len(inputs), BATCH_SIZE))
+        found = []
+        for start in range(0, len(inputs), size):
+            chunk = inputs[start : start + size]
+            filled = np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), 0)])
+            found.append(encoder.predict_on_batch(filled)[: len(chunk)])
+        return np.concatenate(found)
+
+
+class _Encoder(keras.Model):
+    """A function of a model as a model, for Keras to compile."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.autocast = False
+        self.source = function.__self__
+        self.function = function
+        self.built = True
+
+    def call(self, inputs):
+        return self.function(inputs, training=False)
+
+
+class Progress:
+    """A progress bar, or none.
+
+    Args:
+        verbose: `"auto"`, 0 or 1.
+        total: Integer, or `None` if it is not known.
+        unit: What is counted.
+    """
+
+    def __init__(self, verbose, total, unit):
+        self._bar = keras.utils.Progbar(total, unit_name=unit) if verbose else None
+        self._ends_itself = total is not None
+        self._count = 0
+
+    def add(self, count):
+        self._count += count
+        if self._bar is not None:
+            self._bar.update(self._count)
+
+    def end(self):
+        if self._bar is not None and not self._ends_itself:
+            self._bar.update(self._count, finalize=True)
+
+
+def batches_of(data):
+    """Yields batches as dictionaries of NumPy arrays, at least `"images"`."""
+    if _is_whole(data):
+        whole = _dictionary(data)
+        for start in range(0, len(whole["images"]), BATCH_SIZE):
+            yield {k: v[start : start + BATCH_SIZE] for k, v in whole.items()}
+        return
+    if isinstance(data, keras.utils.PyDataset):
+        sequence = data
+        data = (sequence[index] for index in range(len(sequence)))
+    try:
+        batches = iter(data)
+    except TypeError:
+        raise ValueError(
+            "`data` must be arrays or an iterable of batches. "
+            f"Received: data={data} of type {type(data).__name__}"
+        ) from None
+    for batch in batches:
+        yield _dictionary(batch)
+
+
+def size_of(data):
+    """The number of images in `data` if that is known, else `None`."""
+    return len(_dictionary(data)["images"]) if _is_whole(data) else None
+
+
+def _is_whole(data):
+    if isinstance(data, tuple):
+        return bool(data) and hasattr(data[0], "shape")
+    return isinstance(data, dict) or hasattr(data, "shape")
+
+
+def _dictionary(batch):
+    if isinstance(batch, (tuple, list)) and batch:
+        images, *labels = batch
+        batch = images if isinstance(images, dict) else {"images": images}
+        if labels and labels[0] is not None:
+            batch = {**batch, "labels": labels[0]}
+    elif not isinstance(batch, dict):
+        batch = {"images": batch}
+    if "images" not in batch:
+        raise ValueError(
+            f"A batch must have the key 'images'. Received: keys={sorted(batch)}"
+        )
+    batch = {
+        name: _rows(values) if name == "captions" else _array(values)
+        for name, values in batch.items()
+    }
+    sizes = {name: len(values) for name, values in batch.items()}
+    if len({*sizes.values()}) > 1:
+        raise ValueError(
+            "The entries of a batch must be of one length. Received: "
+            + ", ".join(f"{name} of {size}" for name, size in sizes.items())
+        )
+    return batch
+
+
+def _array(values):
+    if ops.is_tensor(values):
+        return ops.convert_to_numpy(values)
+    # Those of TensorFlow are no tensors to the other backends.
+    return values.numpy() if hasattr(values, "numpy") else np.asarray(values)
+
+
+def _rows(captions):
+    """An array of str, bytes or tuples of them, where NumPy would see a matrix."""
+    if hasattr(captions, "shape"):
+        return _array(captions)
+    rows = np.empty(len(captions), object)
+    for index, caption in enumerate(captions):
+        rows[index] = caption
+    return rows
+
+
+def _texts_of(batch):
+    """The captions of a batch in one list, and of which of its images each is."""
+    if "captions" not in batch:
+        raise ValueError(
+            "With a `tokenizer`, `data` must hold 'captions', as that of "
+            "`ImageTextBatches(..., include_captions=True)` does. Received: a batch "
+            f"with the keys {sorted(batch)}"
+        )
+    texts, owners = [], []
+    for row, captions in enumerate(batch["captions"]):
+        several = captions if isinstance(captions, (tuple, list)) else [captions]
+        texts.extend(map(_encoded, several))
+        owners.extend([row] * len(several))
+    return texts, np.array(owners)
+
+
+def _encoded(text):
+    return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text

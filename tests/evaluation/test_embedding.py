@@ -1,0 +1,167 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_cluster_mask.evaluation import embed, embed_texts
+from keras_cluster_mask.evaluation.embedding import Embedder
+from tests.models.helpers import random_pairs
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return random_pairs(70)
+
+
+@pytest.fixture(scope="module")
+def expected(model, pairs):
+    return {
+        "image_embeddings": ops.convert_to_numpy(model.encode_image(pairs["images"])),
+        "text_embeddings": ops.convert_to_numpy(model.encode_text(pairs["token_ids"])),
+    }
+
+
+def assert_expected(found, expected):
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, atol=2e-6)
+
+
+def in_batches(pairs, size):
+    return [
+        {name: values[start : start + size] for name, values in pairs.items()}
+        for start in range(0, len(pairs["images"]), size)
+    ]
+
+
+class Sequence(keras.utils.PyDataset):
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def test_arrays_and_batches_of_any_kind_give_the_embeddings_of_the_model(
+    model, pairs, expected
+):
+    tensors = [
+        {k: ops.convert_to_tensor(v) for k, v in batch.items()}
+        for batch in in_batches(pairs, 30)
+    ]
+    for data in (
+        pairs,
+        in_batches(pairs, 30),
+        iter(in_batches(pairs, 20)),
+        Sequence(in_batches(pairs, 33)),
+        tensors,
+    ):
+        found = embed(model, data, verbose=0)
+        assert_expected(found, expected)
+        assert found["image_embeddings"].dtype == "float32"
+        assert found["image_of_text"].tolist() == list(range(70))
+        np.testing.assert_array_equal(found["token_ids"], pairs["token_ids"])
+        assert "images" not in found
+
+
+def test_a_backbone_is_embedded_as_its_model(model, pairs, expected):
+    assert_expected(embed(model.backbone, pairs, verbose=0), expected)
+
+
+def test_a_tf_dataset_is_taken_on_every_backend(model, pairs, expected):
+    tf = pytest.importorskip("tensorflow")
+    keyed = {**pairs, "keys": np.array([str(i) for i in range(70)])}
+    data = tf.data.Dataset.from_tensor_slices(keyed).batch(32)
+    found = embed(model, data, verbose=0)
+    assert_expected(found, expected)
+    assert found["keys"].tolist() == [b"%d" % index for index in range(70)]
+
+
+def test_images_alone_and_with_labels_need_no_texts(model, pairs, expected):
+    images, labels = pairs["images"], np.arange(70) % 3
+    for data in (
+        (images, labels),
+        [(images[:40], labels[:40]), (images[40:], labels[40:])],
+        {"images": images, "labels": labels},
+    ):
+        found = embed(model, data, verbose=0)
+        assert sorted(found) == ["image_embeddings", "labels"]
+        assert_expected(found, {"image_embeddings": expected["image_embeddings"]})
+        assert found["labels"].tolist() == labels.tolist()
+    assert sorted(embed(model, images, verbose=0)) == ["image_embeddings"]
+
+
+def test_several_captions_of_a_picture_are_embedded_each(model, tokenizer):
+    captions = [["ab", "c"], ["d"], ["ab", "e", "f"]]
+    data = {"images": random_pairs(3)["images"], "captions": captions}
+    found = embed(model, data, tokenizer, verbose=0)
+    assert found["image_of_text"].tolist() == [0, 0, 1, 2, 2, 2]
+    flat = [text for each in captions for text in each]
+    texts = embed_texts(model, flat, tokenizer, verbose=0)
+    np.testing.assert_allclose(found["text_embeddings"], texts, atol=1e-6)
+    # As batches, the numbers go on.
+    batches = [{k: v[:1] for k, v in data.items()}, {k: v[1:] for k, v in data.items()}]
+    again = embed(model, batches, tokenizer, verbose=0)
+    assert again["image_of_text"].tolist() == [0, 0, 1, 2, 2, 2]
+    np.testing.assert_allclose(again["text_embeddings"], texts, atol=1e-6)
+
+
+def test_texts_are_str_or_bytes_in_any_number(model, tokenizer):
+    texts = [f"{index} é" for index in range(130)]
+    found = embed_texts(model, texts, tokenizer, verbose=0)
+    ids = np.array(tokenizer([text.encode() for text in texts]))
+    expected = ops.convert_to_numpy(model.encode_text(ids))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    encoded = [text.encode() for text in texts]
+    again = embed_texts(model, encoded, tokenizer, verbose=0)
+    np.testing.assert_array_equal(found, again)
+
+
+def test_an_embedder_follows_the_weights(model, pairs):
+    embedder = Embedder(model)
+    before = embedder.images(pairs["images"])
+    kernel = model.backbone.vision_projection.kernel
+    kept = ops.convert_to_numpy(kernel)
+    kernel.assign(kept[::-1])
+    after = embedder.images(pairs["images"])
+    expected = ops.convert_to_numpy(model.encode_image(pairs["images"]))
+    kernel.assign(kept)
+    np.testing.assert_allclose(after, expected, atol=2e-6)
+    assert np.abs(after - before).max() > 0.01
+
+
+def test_progress_is_shown_unless_it_is_turned_off(model, pairs, capsys):
+    embed(model, pairs, verbose=0)
+    assert capsys.readouterr().out == ""
+    embed(model, iter(in_batches(pairs, 35)))
+    assert "70/Unknown" in capsys.readouterr().out
+    embed(model, pairs)
+    assert "70/70" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, r"`data` must be arrays or an iterable.*NoneType"),
+        ([], r"`data` must hold at least one image.*Received: data=\[\]"),
+        ({"token_ids": [1]}, r"'images'.*Received: keys=\['token_ids'\]"),
+        ({"images": np.zeros((2, 1)), "labels": [1]}, "images of 2, labels of 1"),
+    ],
+)
+def test_data_without_images_is_an_error(model, data, message):
+    with pytest.raises(ValueError, match=message):
+        embed(model, data, verbose=0)
+
+
+def test_bad_texts_and_models_are_errors(model, tokenizer):
+    images = random_pairs(2)["images"]
+    with pytest.raises(ValueError, match=r"'captions'.*Received: .*\['images'\]"):
+        embed(model, images, tokenizer, verbose=0)
+    for texts in ("a text", []):
+        with pytest.raises(ValueError, match=r"`texts`.*Received: "):
+            embed_texts(model, texts, tokenizer)
+    with pytest.raises(ValueError, match=r"CLIPBackbone.*Received: "):
+        embed(keras.Sequential(), images)
