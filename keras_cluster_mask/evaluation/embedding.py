@@ -165,7 +165,8 @@ class _Encoder(keras.Model):
     """A function of a model as a model, for Keras to compile."""
 
     def __init__(self, function):
-        super().__init__()
+        # Keras's own choice would start with an underscore, which TensorFlow refuses.
+        super().__init__(name=function.__name__)
         self.autocast = False
         self.source = function.__self__
         self.function = function
