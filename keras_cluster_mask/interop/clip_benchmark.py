@@ -24,6 +24,9 @@ All commands and options are clip_benchmark's own, but for these:
   they would have to be sent clip_benchmark's pipelines, which cannot be pickled. On
   torch, more workers are safe.
 
+On a GPU set `TF_FORCE_GPU_ALLOW_GROWTH=true` for TensorFlow, which takes all of its
+memory otherwise: clip_benchmark's own tensors are of torch, and there too.
+
 A data set of one's own is a folder of WebDataset shards, called `wds/` and any name:
 
 - `test/0.tar`, `test/1.tar` and so on, with their number in `test/nshards.txt`;

@@ -274,6 +274,18 @@ def test_a_model_is_loaded_once_for_several_datasets(
         for name in ("classes", "again")
     )
     assert first == second
+    results = [str(tmp_path / f"{name}.json") for name in ("classes", "again")]
+    assert main(["build", *results, "--output", str(tmp_path / "all.csv")]) == 0
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 3
+
+
+def test_help_tells_of_our_options_and_clip_benchmarks(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--tokenizer" in printed
+    assert "--wds_cache_dir" in printed
 
 
 # === Precision ===
@@ -325,7 +337,7 @@ MODELS = {
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_the_adapter_embeds_as_the_model_does(kind):
     model = MODELS[kind]()
-    adapter, _, tokenize = adapt(model, ids_of)
+    adapter, _, _ = adapt(model, ids_of)
     if kind != "own":
         model = getattr(kcm.ContrastiveModel, f"from_{kind}")(model)
     assert adapter.eval() is adapter
@@ -336,16 +348,18 @@ def test_the_adapter_embeds_as_the_model_does(kind):
     normalised = (channels_first / 255 - torch.tensor(mean)[:, None, None]) / (
         torch.tensor(std)[:, None, None]
     )
-    expected = to_numpy(model.encode_image(pairs["images"]))
+    # What `encode_image` and `encode_text` return, which JAX takes long for uncompiled.
+    expected = model.predict(pairs, verbose=0)
     for images in (channels_first, normalised):
         found = adapter.encode_image(images)
         assert found.dtype == torch.float32
-        np.testing.assert_allclose(found, expected, atol=2e-6)
-    ids = tokenize(["a cat", "two dogs"])
-    assert ids.dtype == torch.int64
-    np.testing.assert_allclose(
-        adapter.encode_text(ids), to_numpy(model.encode_text(ids.numpy())), atol=2e-6
-    )
+        np.testing.assert_allclose(found, expected["image_embeddings"], atol=2e-6)
+    found = adapter.encode_text(torch.tensor(pairs["token_ids"]).long())
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, expected["text_embeddings"], atol=2e-6)
+    if kind == "own":
+        embedded = to_numpy(model.encode_image(pairs["images"]))
+        np.testing.assert_allclose(embedded, expected["image_embeddings"], atol=2e-6)
 
 
 def test_smaller_batches_are_filled_up_and_larger_ones_are_not_cut(monkeypatch):
@@ -385,6 +399,7 @@ def test_the_transform_is_open_clips(mode, size):
 def test_texts_are_one_or_many(tokenizer, model):
     _, _, tokenize = adapt(model, tokenizer)
     assert torch.equal(tokenize("a cat"), tokenize(["a cat"]))
+    assert tokenize("a cat").dtype == torch.int64
     np.testing.assert_array_equal(tokenize(CLASSES), tokenizer(CLASSES))
 
 
