@@ -113,17 +113,7 @@ class Picture:
         Returns:
             uint8 array `(height, width, 3)`, or 4 with alpha.
         """
-        image = self._decoded()
-        (width, height), (rows, columns) = image.size, size
-        if height * columns >= width * rows:
-            covered = columns * height // width, columns
-        else:
-            covered = rows, rows * width // height
-        if covered[::-1] != image.size:
-            image = image.resize(covered[::-1], Image.Resampling.BICUBIC)
-        # Rounds halves to even numbers, as torchvision does.
-        top, left = round((covered[0] - rows) / 2), round((covered[1] - columns) / 2)
-        return np.asarray(image)[top : top + rows, left : left + columns]
+        return np.asarray(cut_middle(self._decoded(), size))
 
     def _decoded(self):
         """The picture, upright, as RGB or RGBA."""
@@ -165,6 +155,28 @@ def _in_eight_bits(image):
         return grey.convert("RGB")
     clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
     return image.convert("RGBA" if clear or "transparency" in image.info else "RGB")
+
+
+def cut_middle(image, size):
+    """The middle of an image that is decoded; see `Picture.middle`.
+
+    Args:
+        image: `PIL.Image.Image` of any kind of colours.
+        size: pair of ints. The height and width to return.
+
+    Returns:
+        `PIL.Image.Image` of the same kind.
+    """
+    (width, height), (rows, columns) = image.size, size
+    if height * columns >= width * rows:
+        covered = columns * height // width, columns
+    else:
+        covered = rows, rows * width // height
+    if covered[::-1] != image.size:
+        image = image.resize(covered[::-1], Image.Resampling.BICUBIC)
+    # Rounds halves to even numbers, as torchvision does.
+    top, left = round((covered[0] - rows) / 2), round((covered[1] - columns) / 2)
+    return image.crop((left, top, left + columns, top + rows))
 
 
 def random_box(size, image_size, draws, scale=(0.4, 1.0), ratio=RATIO):
