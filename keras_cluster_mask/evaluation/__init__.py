@@ -1,5 +1,10 @@
-"""Judging a model: retrieval."""
+"""Judging a model: retrieval, zero-shot classification."""
 
+from keras_cluster_mask.evaluation.classification import (
+    classification_accuracy,
+    evaluate_zero_shot,
+    zero_shot_classifier,
+)
 from keras_cluster_mask.evaluation.embedding import embed, embed_texts
 from keras_cluster_mask.evaluation.retrieval import (
     chance_recall,
@@ -10,9 +15,12 @@ from keras_cluster_mask.evaluation.retrieval import (
 
 __all__ = [
     "chance_recall",
+    "classification_accuracy",
     "embed",
     "embed_texts",
     "evaluate_retrieval",
+    "evaluate_zero_shot",
     "retrieval_recall",
     "wilson_interval",
+    "zero_shot_classifier",
 ]

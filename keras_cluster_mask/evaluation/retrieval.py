@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from keras_cluster_mask.evaluation.checks import check_embeddings
 from keras_cluster_mask.evaluation.embedding import embed
 
 # So much of the similarity of all images to all texts is held in memory at a time; rows
@@ -55,8 +56,8 @@ def retrieval_recall(
         ValueError: For embeddings that do not fit each other or their labels,
             and for NaN embeddings.
     """
-    images = _check_embeddings("image_embeddings", image_embeddings)
-    texts = _check_embeddings("text_embeddings", text_embeddings)
+    images = check_embeddings("image_embeddings", image_embeddings)
+    texts = check_embeddings("text_embeddings", text_embeddings)
     if images.shape[1] != texts.shape[1]:
         raise ValueError(
             "Image and text embeddings must have the same width. Received: "
@@ -268,22 +269,6 @@ def _best(queries, items, first, last):
             rows = slice(i, min(i + TILE[0], stop))
             best[rows] = np.max(queries[rows] @ right, axis=1)
     return best
-
-
-def _check_embeddings(name, embeddings):
-    embeddings = np.asarray(embeddings, dtype="float32")
-    if embeddings.ndim != 2 or not embeddings.size:
-        raise ValueError(
-            f"`{name}` must have shape (items, d). "
-            f"Received: {name}.shape={embeddings.shape}"
-        )
-    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"`{name}` must be finite. Received: NaN or infinity in {len(bad)} rows, "
-            f"the first of them {bad[:5].tolist()}"
-        )
-    return embeddings
 
 
 def _check_labels(num_images, num_texts, image_labels, text_labels):

@@ -185,3 +185,42 @@ def test_what_cannot_be_compared_is_an_error(model, tokenizer):
     for duplicates, message in (("positive", "3 texts for 2 images"), ("x", "'x'")):
         with pytest.raises(ValueError, match=message):
             evaluate_retrieval(model, data, tokenizer, duplicates=duplicates, verbose=0)
+
+
+def test_recall_is_that_of_clip_benchmark_with_several_captions_and_equal_ones():
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    rng = np.random.default_rng(0)
+    owners = np.sort(rng.integers(0, 150, 600))
+    images = random_embeddings(150, 32)
+    texts = images[owners] + 1.5 * random_embeddings(600, 32, seed=1)
+    # Captions that a picture has twice tie with one another.
+    again = np.flatnonzero(np.diff(owners) == 0)[::3]
+    texts[again + 1] = texts[again]
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    found = retrieval_recall(images, texts, np.arange(150), owners)
+
+    class Embedded(torch.nn.Module):
+        encode_image = staticmethod(lambda rows: torch.from_numpy(images)[rows])
+        encode_text = staticmethod(lambda rows: torch.from_numpy(texts)[rows])
+
+    captions = [np.flatnonzero(owners == image).tolist() for image in range(150)]
+    # It cannot take a picture without any.
+    pictures = [image for image in range(150) if captions[image]]
+    loader = [
+        (torch.tensor(rows), [captions[image] for image in rows])
+        for rows in (pictures[:64], pictures[64:])
+    ]
+    expected = theirs.evaluate(
+        Embedded(), loader, torch.tensor, "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
+    share = len(pictures) / 150
+    kept = retrieval_recall(images[pictures], texts, np.array(pictures), owners)
+    for k in (1, 5, 10):
+        ours = kept[f"image_to_text_recall@{k}"]
+        assert ours == pytest.approx(expected[f"text_retrieval_recall@{k}"], abs=1e-6)
+        # A picture without a caption finds none.
+        assert found[f"image_to_text_recall@{k}"] == pytest.approx(ours * share)
+        ours = kept[f"text_to_image_recall@{k}"]
+        assert ours == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
+        assert 0.02 < ours < 0.98

@@ -1,0 +1,218 @@
+"""Zero-shot classification: pictures against the names of classes."""
+
+import numpy as np
+
+from keras_cluster_mask.evaluation.checks import check_embeddings, check_labels
+from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
+from keras_cluster_mask.evaluation.retrieval import TIE
+
+TEMPLATES = ("a photo of a {}.",)
+# Pictures whose scores for all classes are held in memory at a time.
+BLOCK = 1024
+
+
+def classification_accuracy(scores, labels, ks=(1, 5)):
+    """How often the right class is among the k of the highest scores.
+
+    A wrong class whose score is as high as that of the right one, to the rounding of
+    32 bits, counts as ahead of it, so equal scores for all classes get nothing.
+
+    Example:
+
+    ```python
+    scores = np.array([[0.9, 0.1, 0.3], [0.2, 0.1, 0.4], [0.1, 0.8, 0.3]])
+    kcm.evaluation.classification_accuracy(scores, [0, 0, 1], ks=(1, 2))
+    # {"top_1": 0.67, "top_2": 1.0, "mean_per_class": 0.75}
+    ```
+
+    Args:
+        scores: `(items, classes)` array: similarities, logits or probabilities.
+        labels: `(items,)` ints, the right class of each item.
+        ks: Integers. Those that are not below the number of classes are left out, as
+            they say nothing.
+
+    Returns:
+        A dictionary of floats in `[0, 1]`: `"top_k"` for each k, and
+        `"mean_per_class"`, the share of each class whose highest score is right,
+        averaged over the classes that occur.
+
+    Raises:
+        ValueError: For scores that are not finite, and for labels that are no class.
+    """
+    scores = check_embeddings("scores", scores)
+    labels = check_labels("labels", labels, len(scores), scores.shape[1])
+    return _accuracy(_ranks(scores, labels), labels, scores.shape[1], ks)
+
+
+def zero_shot_classifier(
+    model, class_names, tokenizer, templates=TEMPLATES, verbose="auto"
+):
+    """What to multiply image embeddings with to get a score for each class.
+
+    The name of each class is put into all templates; the embeddings of these texts
+    are averaged and normalised (Radford et al., section 3.1.4).
+
+    Example:
+
+    ```python
+    tokenizer = kcm.data.CLIPTokenizer.train(["a photo of a cat."], 600)
+    backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
+    classifier = kcm.evaluation.zero_shot_classifier(
+        backbone, ["cat", "dog"], tokenizer, ["a photo of a {}.", "a drawing of a {}."]
+    )
+    classifier.shape  # (96, 2)
+    ```
+
+    Args:
+        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        class_names: List of str.
+        tokenizer: See `embed`.
+        templates: str, or a list of them, that hold `{}` or `{c}` once, where the name
+            goes; or a dictionary from each name to a list of texts about it.
+        verbose: `"auto"`, 0 or 1. Whether to show progress.
+
+    Returns:
+        `(d, classes)` float32 array; its columns are L2-normalised.
+
+    Raises:
+        ValueError: For a class without a name or without texts, and for a template
+            without a place for it.
+
+    Reference:
+        - [Learning Transferable Visual Models From Natural Language Supervision](
+          https://arxiv.org/abs/2103.00020)
+    """
+    prompts = _prompts(class_names, templates)
+    texts = [text for each in prompts for text in each]
+    embeddings = embed_texts(model, texts, tokenizer, verbose)
+    starts = np.cumsum([0, *map(len, prompts[:-1])])
+    sums = np.add.reduceat(embeddings, starts, axis=0)
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    return (sums / np.maximum(norms, 1e-12)).T
+
+
+def evaluate_zero_shot(
+    model,
+    data,
+    class_names,
+    tokenizer,
+    templates=TEMPLATES,
+    ks=(1, 5),
+    verbose="auto",
+):
+    """How well a model sorts pictures into classes by nothing but their names.
+
+    Example:
+
+    ```python
+    names = ["cat", "dog", "fox"]
+    tokenizer = kcm.data.CLIPTokenizer.train(names, 600)
+    backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
+    images = np.random.randint(0, 256, (12, 32, 32, 3)).astype("uint8")
+    labels = np.arange(12) % 3
+    kcm.evaluation.evaluate_zero_shot(backbone, (images, labels), names, tokenizer)
+    # {"top_1": 0.33, "mean_per_class": 0.33}
+    ```
+
+    Pictures in a folder for each class:
+
+    ```
+    names = ["cat", "dog", "fox"]
+    data = kcm.data.ImageTextBatches(
+        "animals", None, 224, 64, training=False, label_key="folder", class_names=names
+    )
+    kcm.evaluation.evaluate_zero_shot(model, data, names, tokenizer)
+    ```
+
+    Args:
+        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        data: See `embed`. Batches hold `"images"` and `"labels"`, the places of their
+            classes in `class_names`.
+        class_names: List of str.
+        tokenizer: See `embed`.
+        templates: See `zero_shot_classifier`.
+        ks: See `classification_accuracy`.
+        verbose: `"auto"`, 0 or 1. Whether to show progress.
+
+    Returns:
+        A dictionary, as `classification_accuracy` returns it.
+
+    Raises:
+        ValueError: For what `zero_shot_classifier` does not take, for data without
+            labels, and for labels that are no place in `class_names`.
+    """
+    embedder = Embedder.of(model)
+    classifier = zero_shot_classifier(
+        embedder, class_names, tokenizer, templates, verbose
+    )
+    found = embed(embedder, data, verbose=verbose)
+    if "labels" not in found:
+        raise ValueError(
+            "`data` must hold 'labels', as that of `ImageTextBatches(..., label_key="
+            f"...)` does. Received: batches with {sorted(found)}"
+        )
+    images = check_embeddings("image_embeddings", found["image_embeddings"])
+    labels = check_labels("labels", found["labels"], len(images), len(class_names))
+    ranks = [
+        _ranks(
+            images[start : start + BLOCK] @ classifier, labels[start : start + BLOCK]
+        )
+        for start in range(0, len(images), BLOCK)
+    ]
+    return _accuracy(np.concatenate(ranks), labels, len(class_names), ks)
+
+
+def _ranks(scores, labels):
+    """The number of wrong classes ahead of the right one, of each item."""
+    right = np.take_along_axis(scores, labels[:, None], axis=1)
+    ahead = scores >= right - TIE * np.abs(scores).max(axis=1, keepdims=True)
+    # One of those is the right one itself.
+    return np.count_nonzero(ahead, axis=1) - 1
+
+
+def _accuracy(ranks, labels, num_classes, ks):
+    hits = np.bincount(labels, ranks == 0, minlength=num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    return {
+        **{f"top_{k}": float(np.mean(ranks < k)) for k in ks if k < num_classes},
+        "mean_per_class": float(np.mean(hits[counts > 0] / counts[counts > 0])),
+    }
+
+
+def _prompts(class_names, templates):
+    """For each class the texts about it."""
+    names = list(class_names)
+    nameless = [
+        index
+        for index, name in enumerate(names)
+        if not (isinstance(name, str) and name.strip())
+    ]
+    if nameless or not names or isinstance(class_names, str):
+        raise ValueError(
+            "`class_names` must be a list of str, a name for each class. Received: "
+            + (f"no name for class {nameless[:5]}" if nameless else repr(class_names))
+        )
+    if isinstance(templates, dict):
+        without = [name for name in names if not templates.get(name)]
+        if without:
+            raise ValueError(
+                "`templates` must hold a list of texts for each class. Received: none "
+                f"for {without[:5]}"
+            )
+        return [[*templates[name]] for name in names]
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    parts = [_parts(template) for template in templates]
+    if not parts or None in parts:
+        raise ValueError(
+            "`templates` must be str that hold {} once, where the name of a class "
+            f"goes. Received: templates={templates!r}"
+        )
+    return [[f"{before}{name}{after}" for before, after in parts] for name in names]
+
+
+def _parts(template):
+    """What is before and after the name; None if there is no place for it."""
+    for place in ("{}", "{c}"):
+        if isinstance(template, str) and template.count(place) == 1:
+            return template.split(place)
+    return None

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score
+
+from keras_cluster_mask.evaluation import (
+    classification_accuracy,
+    embed,
+    embed_texts,
+    evaluate_zero_shot,
+    zero_shot_classifier,
+)
+from tests.models.helpers import random_pairs
+
+NAMES = ["cat", "dog", "fox", "owl", "cow", "bee", "ant"]
+
+
+def unbalanced_labels(count, num_classes, seed=0):
+    shares = np.arange(1, num_classes + 1) ** 2
+    shares[-1] = 0
+    return np.random.default_rng(seed).choice(
+        num_classes, count, p=shares / shares.sum()
+    )
+
+
+@pytest.mark.parametrize("num_classes", [6, 30])
+def test_accuracies_are_those_of_clip_benchmark_and_scikit_learn(num_classes):
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    scores = np.random.default_rng(0).normal(size=(500, num_classes)).astype("float32")
+    labels = unbalanced_labels(500, num_classes)
+    # Columns that are equal, and so tie, for classes that no item is of.
+    scores[:, -1] = scores[:, 0] - 9
+    found = classification_accuracy(scores, labels)
+    top = torch.from_numpy(scores).topk(5)[1].numpy()
+    assert found["top_5"] == pytest.approx((top == labels[:, None]).any(1).mean())
+    assert found["top_1"] == pytest.approx((top[:, 0] == labels).mean(), abs=1e-9)
+    expected = balanced_accuracy_score(labels, scores.argmax(1))
+    assert found["mean_per_class"] == pytest.approx(expected, abs=1e-9)
+    # Its own code makes floats of arrays of one, which newer NumPy does not.
+    theirs.float = lambda array: float(np.asarray(array).item())
+    try:
+        both = theirs.accuracy(
+            torch.from_numpy(scores), torch.from_numpy(labels), topk=(1, 5)
+        )
+    finally:
+        del theirs.float
+    assert [found["top_1"], found["top_5"]] == pytest.approx(both, abs=1e-6)
+
+
+def test_a_wrong_class_of_the_same_score_is_ahead():
+    scores = np.array([[1, 1, 0, 0], [0, 2, 1, 1], [5, 5, 5, 5]], "float32")
+    found = classification_accuracy(scores, [0, 1, 3], ks=(1, 2, 3, 4))
+    assert found == {
+        "top_1": pytest.approx(1 / 3),
+        "top_2": pytest.approx(2 / 3),
+        "top_3": pytest.approx(2 / 3),
+        "mean_per_class": pytest.approx(1 / 3),
+    }
+
+
+def test_the_mean_per_class_is_over_classes_that_occur():
+    scores = np.eye(4, dtype="float32")[[0, 0, 0, 1]]
+    found = classification_accuracy(scores, [0, 0, 1, 1], ks=(1,))
+    assert found == {"top_1": 0.75, "mean_per_class": 0.75}
+
+
+def test_embeddings_of_templates_are_averaged(model, tokenizer):
+    templates = ["{}", "the {c}!", "x{}"]
+    classifier = zero_shot_classifier(model, NAMES, tokenizer, templates, verbose=0)
+    assert classifier.shape == (96, len(NAMES))
+    for index, name in enumerate(NAMES):
+        texts = [name, f"the {name}!", f"x{name}"]
+        mean = embed_texts(model, texts, tokenizer, verbose=0).mean(axis=0)
+        expected = mean / np.linalg.norm(mean)
+        np.testing.assert_allclose(classifier[:, index], expected, atol=1e-6)
+
+
+def test_each_class_may_have_texts_of_its_own(model, tokenizer):
+    templates = {"cat": ["it purrs", "a cat"], "dog": ["it barks"]}
+    found = zero_shot_classifier(model, ["dog", "cat"], tokenizer, templates, verbose=0)
+    barks = embed_texts(model, ["it barks"], tokenizer, verbose=0)[0]
+    np.testing.assert_allclose(found[:, 0], barks, atol=1e-6)
+
+
+def test_a_data_set_is_classified_batch_by_batch(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("keras_cluster_mask.evaluation.classification.BLOCK", 7)
+    images = random_pairs(30)["images"]
+    labels = unbalanced_labels(30, len(NAMES))
+    batches = [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 30, 8)]
+    found = evaluate_zero_shot(model, batches, NAMES, tokenizer, "{}", verbose=0)
+    texts = embed_texts(model, NAMES, tokenizer, verbose=0)
+    scores = embed(model, images, verbose=0)["image_embeddings"] @ texts.T
+    assert found == pytest.approx(classification_accuracy(scores, labels))
+    assert sorted(found) == ["mean_per_class", "top_1", "top_5"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        (np.zeros((2, 3)), [0, 3], r"0 to 2.*1 rows.*\[1\]: \[3\]"),
+        (np.zeros((2, 3)), [0, -1], r"\[1\]: \[-1\]"),
+        (np.zeros((2, 3)), [0.0, 1.0], "type float64"),
+        (np.zeros((2, 3)), [0], r"shape \(1,\)"),
+        (np.array([[0, np.nan], [0, 0]]), [0, 0], r"1 rows.*\[0\]"),
+    ],
+)
+def test_bad_scores_and_labels_are_errors(scores, labels, message):
+    with pytest.raises(ValueError, match=message) as error:
+        classification_accuracy(scores, labels)
+    assert "Received: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        (["cat", " ", None], "{}", r"`class_names`.*no name for class \[1, 2\]"),
+        ([], "{}", r"`class_names`.*Received: \[\]"),
+        ("cat", "{}", r"`class_names`.*Received: 'cat'"),
+        (["cat"], [], r"`templates`.*Received: templates=\[\]"),
+        (["cat"], "a photo", "`templates`.*Received: templates=.'a photo'"),
+        (["cat"], "{} {}", "`templates`"),
+        (["cat", "dog"], {"cat": ["x"]}, r"`templates`.*none for \['dog'\]"),
+    ],
+)
+def test_bad_names_and_templates_are_errors(
+    model, tokenizer, names, templates, message
+):
+    with pytest.raises(ValueError, match=message):
+        zero_shot_classifier(model, names, tokenizer, templates)
+
+
+def test_data_without_labels_or_with_foreign_ones_is_an_error(model, tokenizer):
+    images = random_pairs(3)["images"]
+    with pytest.raises(ValueError, match=r"'labels'.*Received: "):
+        evaluate_zero_shot(model, images, NAMES, tokenizer, verbose=0)
+    with pytest.raises(ValueError, match=r"0 to 6.*\[2\]: \[7\]"):
+        evaluate_zero_shot(model, (images, [0, 1, 7]), NAMES, tokenizer, verbose=0)
