@@ -1,6 +1,13 @@
 """Callbacks for long training runs."""
 
 from keras_cluster_mask.callbacks.checkpoint import Checkpoint, NonFiniteLossError
+from keras_cluster_mask.callbacks.evaluation import Retrieval, ZeroShot
 from keras_cluster_mask.callbacks.throughput import Throughput
 
-__all__ = ["Checkpoint", "NonFiniteLossError", "Throughput"]
+__all__ = [
+    "Checkpoint",
+    "NonFiniteLossError",
+    "Retrieval",
+    "Throughput",
+    "ZeroShot",
+]

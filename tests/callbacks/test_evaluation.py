@@ -1,0 +1,442 @@
+"""Figures of an evaluation in the logs of `fit`."""
+
+import csv
+import math
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.callbacks import Retrieval, ZeroShot
+from keras_cluster_mask.callbacks import evaluation as evaluation_module
+from keras_cluster_mask.callbacks.checkpoint_files import read
+from keras_cluster_mask.evaluation import evaluate_retrieval, evaluate_zero_shot
+
+from .training_run import CONTEXT, make_model, weights_of
+
+RECALL = "val_image_to_text_recall@1"
+NAMES = ["red", "green", "blue"]
+
+
+def pairs(count=12, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, 300, size=(count, CONTEXT)).astype("int32")
+    images = rng.integers(0, 256, size=(count, 16, 16, 3)).astype("uint8")
+    return {"images": images, "token_ids": ids}
+
+
+def tokenizer(texts):
+    return [[1 + letter for letter in text[:CONTEXT].ljust(CONTEXT)] for text in texts]
+
+
+def without_averages(**options):
+    return make_model(optimizer=keras.optimizers.Adam(0.02), **options)
+
+
+def fit(callbacks, model=None, verbose=0, **options):
+    model = model or without_averages()
+    options = {"x": pairs(), "batch_size": 6, "shuffle": False, **options}
+    history = model.fit(callbacks=callbacks, verbose=verbose, **options)
+    return model, history.history
+
+
+class Scripted(Retrieval):
+    """Finds what it is told, one value an evaluation."""
+
+    def __init__(self, values, **options):
+        super().__init__(pairs(), **options)
+        # The first is of the batch that is looked at before training.
+        self.values = iter([0.0, *values])
+
+    def evaluate(self, embedder, data):
+        return {"image_to_text_recall@1": next(self.values)}
+
+
+@pytest.fixture(params=["float32", "mixed_bfloat16"])
+def dtype(request):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy(before)
+
+
+# === What is evaluated ===
+
+
+def test_figures_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
+    labelled = {"images": pairs(9, 2)["images"], "labels": np.arange(9) % 3}
+    model = without_averages()
+    before = evaluate_retrieval(model, pairs(8, 1), ks=(1, 3), verbose=0)
+    callbacks = [
+        Retrieval(pairs(8, 1), ks=(1, 3)),
+        ZeroShot(labelled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2)),
+    ]
+    _, history = fit(callbacks, model, validation_data=pairs(6, 3))
+    after = evaluate_retrieval(model, pairs(8, 1), ks=(1, 3), verbose=0)
+    zero_shot = evaluate_zero_shot(
+        model, labelled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2), verbose=0
+    )
+    expected = {
+        **{f"val_{figure}": [value] for figure, value in after.items()},
+        **{f"val_zero_shot_{figure}": [value] for figure, value in zero_shot.items()},
+    }
+    assert {key: history[key] for key in expected} == expected
+    assert before != after
+    assert "val_loss" in history
+
+
+def test_every_epoch_is_evaluated_with_its_own_weights():
+    class Embeddings(Retrieval):
+        """Keeps what was embedded."""
+
+        def evaluate(self, embedder, data):
+            found.append(embedder.images(pairs(4)["images"]))
+            return super().evaluate(embedder, data)
+
+    found, expected = [], []
+    _, history = fit([Embeddings(pairs(8, 1))], epochs=3)
+    for epochs in (1, 2, 3):
+        model, _ = fit([], epochs=epochs)
+        embed = kcm.evaluation.embed(model, pairs(4)["images"], verbose=0)
+        expected.append(embed["image_embeddings"])
+    assert len(history[RECALL]) == 3
+    np.testing.assert_allclose(found[1:], expected, atol=1e-5)
+
+
+def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name():
+    captioned = {"images": pairs(4)["images"], "captions": [["a", "b"], "c", "d", "e"]}
+    callbacks = [
+        Retrieval(captioned, tokenizer, ks=(1,), name="coco"),
+        Retrieval(pairs(), ks=(2,), prefix="train_", duplicates="positive"),
+        ZeroShot(
+            (pairs(3)["images"], np.arange(3)),
+            NAMES,
+            tokenizer,
+            name="colours",
+            ks=(1,),
+        ),
+    ]
+    _, history = fit(callbacks)
+    assert history.keys() >= {
+        "val_coco_image_to_text_recall@1",
+        "val_coco_text_to_image_recall@1",
+        "train_image_to_text_recall@2",
+        "val_colours_top_1",
+        "val_colours_mean_per_class",
+    }
+
+
+def test_data_is_read_anew_for_each_evaluation():
+    class Batches:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            yield from [pairs(5, 1), pairs(3, 2)]
+
+    batches = Batches()
+    _, history = fit([Retrieval(batches, ks=(7,))], epochs=2)
+    assert batches.passes == 3
+    whole = {
+        key: np.concatenate([pairs(5, 1)[key], pairs(3, 2)[key]]) for key in pairs()
+    }
+    model, _ = fit([], epochs=2)
+    expected = evaluate_retrieval(model, whole, ks=(7,), verbose=0)
+    assert history["val_image_to_text_recall@7"][1] == pytest.approx(
+        expected["image_to_text_recall@7"]
+    )
+
+
+def test_averages_are_evaluated_once_they_are_swapped_in():
+    def embeddings(callbacks):
+        class Embeddings(Retrieval):
+            def evaluate(self, embedder, data):
+                found.append(embedder.images(pairs(4)["images"]))
+                return {}
+
+        found = []
+        model, _ = fit([*callbacks, Embeddings(pairs())], make_model(), epochs=2)
+        end = kcm.evaluation.embed(model, pairs(4)["images"], verbose=0)
+        return found, end["image_embeddings"]
+
+    found, end = embeddings([])
+    # `fit` ends with the averages in the model.
+    assert np.abs(found[-1] - end).max() > 1e-3
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    averaged, end_swapped = embeddings([swap])
+    np.testing.assert_allclose(averaged[-1], end, atol=1e-5)
+    np.testing.assert_allclose(end_swapped, end, atol=1e-5)
+
+
+# === What training makes of it ===
+
+
+@pytest.mark.parametrize("jit_compile", [False, "auto"])
+def test_training_is_bit_for_bit_the_same(jit_compile):
+    def trained(callbacks):
+        model = make_model(jit_compile=jit_compile)
+        if jit_compile == "auto":
+            model.run_eagerly = False
+        history = fit(callbacks, model, epochs=3, validation_data=pairs(6, 3))[1]
+        return weights_of(model), history["loss"]
+
+    labelled = pairs(9, 2)["images"], np.arange(9) % 3
+    weights, loss = trained([])
+    callbacks = [Retrieval(pairs(8, 1)), ZeroShot(labelled, NAMES, tokenizer)]
+    found, found_loss = trained(callbacks)
+    assert found_loss == loss
+    for key, value in weights.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def test_a_run_that_is_cut_off_goes_on_the_same(tmp_path):
+    def run(folder, stop=None):
+        class Stop(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                if self.model.optimizer.iterations == stop:
+                    raise KeyboardInterrupt
+
+        checkpoint = kcm.callbacks.Checkpoint(folder, save_every=1, monitor=RECALL)
+        callbacks = [Retrieval(pairs(8, 1), every=2), checkpoint, Stop()]
+        try:
+            model, history = fit(callbacks, make_model(), epochs=4)
+        except KeyboardInterrupt:
+            return None
+        best = read(tmp_path / folder / "best.npz")[1]["epoch"]
+        return weights_of(model), history, best
+
+    expected, expected_history, best = run(tmp_path / "whole")
+    run(tmp_path / "cut", stop=5)
+    found, history, found_best = run(tmp_path / "cut")
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+    # The first epoch of the second run is evaluated as well: the third of all.
+    assert history[RECALL][:2] == expected_history[RECALL][:2]
+    assert history[RECALL][3] == expected_history[RECALL][3]
+    assert len(history[RECALL]) == 4
+    assert best == 1 + int(np.argmax(expected_history[RECALL]))
+    assert found_best == 1 + int(np.argmax(history[RECALL]))
+
+
+# === Epochs that are not evaluated ===
+
+
+def test_the_first_the_last_and_each_so_many_epochs_are_evaluated():
+    values = [0.1, 0.3, 0.2, 0.6]
+    # Epochs 1, 3, 6 and, as the last one, 7.
+    _, history = fit([Scripted(values, every=3)], epochs=7)
+    assert history[RECALL] == [0.1, 0.1, 0.3, 0.3, 0.3, 0.2, 0.6]
+
+
+def test_an_epoch_at_whose_end_training_stops_is_evaluated():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 1
+
+    _, history = fit([Stop(), Scripted([0.1, 0.4], every=9)], epochs=9)
+    assert history[RECALL] == [0.1, 0.4]
+
+
+def test_a_csv_file_has_the_figures_in_all_rows(tmp_path):
+    path = tmp_path / "log.csv"
+    callbacks = [
+        Scripted([0.1, 0.3], every=2),
+        keras.callbacks.CSVLogger(str(path)),
+    ]
+    fit(callbacks, epochs=3, initial_epoch=1)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row[RECALL]) for row in rows] == [0.1, 0.3]
+
+
+def test_early_stopping_counts_epochs_and_never_stops_on_a_gap():
+    def stopped_after(values, patience, **options):
+        stop = keras.callbacks.EarlyStopping(
+            RECALL, patience=patience, mode="max", **options
+        )
+        _, history = fit([Scripted(values, every=2), stop], epochs=12)
+        return len(history["loss"])
+
+    # Epochs 1, 2, 4, 6 ... are evaluated; 2 and then 4 is the best.
+    falling = [0.1, 0.5, 0.6, 0.4, 0.3, 0.2, 0.1]
+    assert stopped_after(falling, patience=2) == 6
+    assert stopped_after(falling, patience=4) == 8
+    assert stopped_after([0.1, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], patience=2) == 12
+    # The first epoch it looks at is one that is not evaluated.
+    assert stopped_after(falling, patience=2, start_from_epoch=2) == 6
+
+
+def test_the_best_model_is_saved_where_it_was_measured(tmp_path):
+    class Epochs(keras.callbacks.ModelCheckpoint):
+        def _save_model(self, epoch, batch, logs):
+            before = self.best
+            super()._save_model(epoch, batch, logs)
+            if self.best != before:
+                saved.append(epoch + 1)
+
+    saved = []
+    path = str(tmp_path / "best.weights.h5")
+    options = dict(save_best_only=True, save_weights_only=True, mode="max")
+    fit(
+        [
+            Scripted([0.2, 0.1, 0.4, 0.3], every=2),
+            Epochs(path, RECALL, **options),
+        ],
+        epochs=6,
+    )
+    assert saved == [1, 4]
+
+
+def test_file_names_may_hold_figures(tmp_path):
+    path = str(tmp_path / ("{epoch}-{" + RECALL + ":.2f}.weights.h5"))
+    save = keras.callbacks.ModelCheckpoint(path, save_weights_only=True, mode="max")
+    fit([Scripted([0.2, 0.5], every=3), save], epochs=3)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert [name[:6] for name in names] == ["1-0.20", "2-0.20", "3-0.50"]
+
+
+def test_learning_rate_is_lowered_where_figures_do_not_rise():
+    class Rates(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            rates.append(round(float(self.model.optimizer.learning_rate), 5))
+
+    rates = []
+    lower = keras.callbacks.ReduceLROnPlateau(
+        RECALL, mode="max", patience=2, factor=0.1
+    )
+    fit([Scripted([0.2, 0.5, 0.4, 0.3], every=2), lower, Rates()], epochs=6)
+    assert rates == [0.02, 0.02, 0.02, 0.002, 0.002, 0.0002]
+
+
+def test_tensorboard_draws_the_figures_as_validation(tmp_path):
+    pytest.importorskip("tensorflow")
+    accumulators = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    board = keras.callbacks.TensorBoard(tmp_path)
+    fit([Scripted([0.1, 0.3, 0.2], every=2), board], epochs=3)
+    events = accumulators.EventAccumulator(
+        str(tmp_path / "validation"), size_guidance={"tensors": 0}
+    )
+    events.Reload()
+    tag = "epoch_image_to_text_recall@1"
+    drawn = [
+        (event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(tag)
+    ]
+    assert drawn == [
+        (0, pytest.approx(0.1)),
+        (1, pytest.approx(0.3)),
+        (2, pytest.approx(0.2)),
+    ]
+
+
+def test_the_progress_bar_shows_the_figures_and_nothing_else_is_printed(capsys):
+    fit([Retrieval(pairs(), ks=(12,), every=2)], epochs=3, verbose=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(lines) == 6
+    for line in lines[1::2]:
+        assert "val_image_to_text_recall@12: 1.0000" in line
+
+
+def test_a_model_whose_loss_is_not_finite_is_not_evaluated():
+    class Break(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                scale = self.model.logit_scale
+                scale.assign(scale * math.nan)
+
+    callbacks = [Break(), keras.callbacks.TerminateOnNaN(), Retrieval(pairs())]
+    _, history = fit(callbacks, epochs=4)
+    assert np.isfinite(history[RECALL][0])
+    assert len(history[RECALL]) == 2
+    assert math.isnan(history[RECALL][1])
+
+
+# === Processes ===
+
+
+def test_all_processes_have_the_figures_of_the_main_one(monkeypatch):
+    monkeypatch.setattr(
+        evaluation_module,
+        "values_of_all",
+        lambda value: [[0.25, 0.5], value] if np.ndim(value) else [value, value],
+    )
+    _, history = fit([Retrieval(pairs(), ks=(1,))])
+    assert history[RECALL] == [0.25]
+    assert history["val_text_to_image_recall@1"] == [0.5]
+
+
+def test_a_share_of_the_data_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        evaluation_module, "values_of_all", lambda value: [value, value + 1]
+    )
+    with pytest.raises(ValueError, match=r"`data` must be the same.*Received: images"):
+        fit([Retrieval(pairs())])
+
+
+# === Wrong input ===
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, None])
+def test_a_wrong_every_is_named(every):
+    with pytest.raises(ValueError, match=r"`every`.*Received: every="):
+        Retrieval(pairs(), every=every)
+    with pytest.raises(ValueError, match=r"`every`.*Received: every="):
+        ZeroShot(pairs(), NAMES, tokenizer, every=every)
+
+
+def test_data_that_can_be_read_only_once_is_refused():
+    with pytest.raises(ValueError, match=r"`data` must be .* Received: an iterator"):
+        Retrieval(iter([pairs()]))
+
+
+class Steps(keras.callbacks.Callback):
+    count = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.count += 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Retrieval(pairs()["images"]), "`data` must hold texts"),
+        (lambda: Retrieval(pairs(), tokenizer), "`data` must hold 'captions'"),
+        (lambda: Retrieval([]), "`data` must hold at least one image"),
+        (lambda: Retrieval(pairs(), duplicates="no"), "`duplicates`"),
+        (lambda: ZeroShot(pairs(), NAMES, tokenizer), "`data` must hold 'labels'"),
+        (lambda: ZeroShot(pairs(), [], tokenizer), "`class_names`"),
+        (
+            lambda: ZeroShot((pairs(4)["images"], np.arange(4)), NAMES, tokenizer),
+            "`labels` must be classes",
+        ),
+        (lambda: [Retrieval(pairs()), Retrieval(pairs(8))], "`name` must tell"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_an_error_before_training(make, message):
+    steps = Steps()
+    with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
+        fit([make(), steps])
+    assert steps.count == 0
+
+
+def test_another_model_than_a_contrastive_one_is_refused():
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"`Retrieval` works.*Received: a Sequential"):
+        model.fit(
+            np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[Retrieval(pairs())]
+        )
+
+
+def test_one_callback_serves_one_fit_after_another():
+    retrieval = Retrieval(pairs(8, 1))
+    model, _ = fit([retrieval])
+    embedder = retrieval._embedder
+    _, history = fit([retrieval], model)
+    assert retrieval._embedder is embedder
+    expected = evaluate_retrieval(model, pairs(8, 1), verbose=0)
+    assert history[RECALL][-1] == expected["image_to_text_recall@1"]
+    other, _ = fit([retrieval], without_averages())
+    assert retrieval._embedder.model is other
