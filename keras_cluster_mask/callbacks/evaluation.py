@@ -3,6 +3,7 @@ import math
 import zlib
 
 import numpy as np
+from keras import ops
 
 from keras_cluster_mask.callbacks.periodic import Periodic
 from keras_cluster_mask.distribution import values_of_all
@@ -79,6 +80,7 @@ class Evaluation(Periodic):
         # Another callback may be about to stop a training that has failed.
         if not math.isfinite(loss):
             return dict.fromkeys(self._figures, math.nan)
+        _keep_to_itself(self.model.trainable_variables)
         figures = self._named(self.evaluate(self._embedder, self.data))
         # Devices round differently, and all processes must stop at the same epoch.
         of_main_process = values_of_all(np.array([*figures.values()]))[0]
@@ -250,6 +252,16 @@ class ZeroShot(Evaluation):
             self.ks,
             verbose=0,
         )
+
+
+def _keep_to_itself(variables):
+    """Gives variables values that nothing else holds.
+
+    On JAX the weights that something is predicted with are overwritten in place, and
+    with them the averages that `SwapEMAWeights` has made the same arrays.
+    """
+    for variable in variables:
+        variable.assign(ops.copy(variable))
 
 
 def _check_same_everywhere(images):
