@@ -7,18 +7,31 @@ from keras import ops
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from keras_cluster_mask.masking import MaskingStatistics, RandomMasking
-from keras_cluster_mask.masking.similarity import extract_patches, pixel_similarity
+from keras_cluster_mask.masking import (
+    ClusterMasking,
+    MaskingStatistics,
+    RandomMasking,
+)
+from keras_cluster_mask.masking.patch_grid import (
+    check_tokens_do_not_matter,
+    grid_of,
+    patch_size_of,
+    tokens_of,
+)
 
 LEFT_OUT = 0.88  # The grey of patches that are left out, on a scale of 0 to 1.
 
 
-def plot_masks(images, masking, noise=None, seed=0):
-    """Shows what a cluster masking leaves out, beside a random masking.
+def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None):
+    """Shows what a masking leaves out.
 
-    Five pictures a row: the image; random masking at the same budget; cluster
-    masking; the clusters, coloured by anchor; and how similar each patch is to
-    the nearest anchor. Anchors are outlined.
+    Of a cluster masking, five pictures a row: the image; random masking at the same
+    budget; cluster masking; the clusters, coloured by anchor; and how similar each
+    patch is to the nearest anchor. Anchors are outlined. Of any other masking, the
+    image and what is left of it.
+
+    Within a `ContrastiveModel` uint8 images are normalised as the model does, so the
+    masks are those of its training. The masking's random state is left as it is.
 
     Example:
 
@@ -31,42 +44,70 @@ def plot_masks(images, masking, noise=None, seed=0):
     Args:
         images: `(batch, H, W, C)` array, uint8, or floats in `[0, 1]`. A row
             of the figure each.
-        masking: A `ClusterMasking` without an embedding mix.
+        masking: A `PatchMasking`.
         noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
         seed: Integer, for the noise.
+        patch_size: As in `kcm.masking.masking_statistics`: needed by a masking
+            without one, as `RandomMasking`.
+        embed: As in `kcm.masking.masking_statistics`: needed by a masking that looks
+            at tokens, such as the `embed_patches` of what `kcm.with_masking` returns.
 
     Returns:
         A `matplotlib.figure.Figure`; save it with `figure.savefig(path)`.
+
+    Raises:
+        ValueError: If the patch size, the tokens or the threshold that the masking
+            needs are missing, or if the images do not fit the patch size.
     """
     images = np.asarray(images)
-    num_patches = masking.count_patches(images)
+    patch_size = patch_size_of(masking, patch_size)
+    masking.check_ready()
+    pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
+    grid = grid_of(pixels, masking, patch_size)
+    tokens = tokens_of(pixels, masking, grid, embed)
+    if tokens is not None and embed is None:
+        check_tokens_do_not_matter(masking, pixels, tokens)
+    num_patches = grid[0] * grid[1]
     if noise is None:
         noise = np.random.default_rng(seed).random((len(images), num_patches))
     noise = ops.convert_to_tensor(noise, dtype="float32")
+    kept = _kept(*masking.select(pixels, tokens, noise), num_patches)
 
-    tokens = ops.zeros((len(images), num_patches, 1))
+    data_format = getattr(masking, "data_format", keras.config.image_data_format())
+    shown = _for_display(images, data_format)
+    grid = _Grid(grid, patch_size)
+    if isinstance(masking, ClusterMasking):
+        return _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise)
+    figure, axes = _axes(len(images), 2)
+    for row, image, stays in zip(axes, shown, kept):
+        row[0].imshow(image)
+        row[1].imshow(grid.leave_out(image, stays))
+    for axis, title in zip(axes[0], ("image", type(masking).__name__)):
+        axis.set_title(title, fontsize=11)
+    return figure
+
+
+def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
+    num_patches = kept.shape[1]
     at_random = RandomMasking(1 - masking.num_kept(num_patches) / num_patches, 0)
-    random_kept = _kept(*at_random.select(tokens=tokens, noise=noise), num_patches)
-    cluster_kept = _kept(*masking.select(images, noise=noise), num_patches)
-
-    anchors = masking.draw_anchors(noise)
-    patches = extract_patches(
-        ops.convert_to_tensor(images), masking.patch_size, masking.data_format
+    random_kept = _kept(
+        *at_random.select(tokens=ops.zeros((*kept.shape, 1)), noise=noise), num_patches
     )
-    to_anchors = ops.convert_to_numpy(pixel_similarity(patches, anchors))
+    anchors = masking.draw_anchors(noise)
+    to_anchors = ops.convert_to_numpy(
+        masking.similarity_to_anchors(pixels, anchors, tokens)
+    )
     anchors = ops.convert_to_numpy(anchors)
 
-    shown = _for_display(images, masking.data_format)
-    grid = _Grid(shown.shape[1:3], masking.patch_size)
     titles = ("image", "random masking", "cluster masking", "clusters", "similarity")
-    figure, axes = _axes(len(images), len(titles))
-    for row, image in zip(axes, range(len(images))):
+    figure, axes = _axes(len(shown), len(titles))
+    for row, image in zip(axes, range(len(shown))):
         nearest = to_anchors[image].argmax(axis=0)
         colors = _anchor_colors(len(anchors[image]))[nearest]
-        colors[cluster_kept[image]] = np.nan
+        colors[kept[image]] = np.nan
         row[0].imshow(shown[image])
         row[1].imshow(grid.leave_out(shown[image], random_kept[image]))
-        row[2].imshow(grid.leave_out(shown[image], cluster_kept[image]))
+        row[2].imshow(grid.leave_out(shown[image], kept[image]))
         row[3].imshow(grid.tint(shown[image], colors))
         row[4].imshow(shown[image].mean(axis=-1), cmap="gray", vmin=0, vmax=1)
         heat = row[4].imshow(
@@ -216,9 +257,9 @@ def plot_retrieval(queries, images, similarity, k=5):
 class _Grid:
     """The patch grid of an image, and drawing on it."""
 
-    def __init__(self, size, patch_size):
+    def __init__(self, grid, patch_size):
         self.patch_size = patch_size
-        self.rows, self.columns = size[0] // patch_size[0], size[1] // patch_size[1]
+        self.rows, self.columns = grid
 
     def spread(self, values):
         """Turns `(N, ...)` values per patch into values per pixel."""

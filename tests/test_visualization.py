@@ -48,6 +48,48 @@ def test_random_masking_beside_it_has_the_same_budget(images):
     assert left_out == [0.5, 0.5]
 
 
+def test_of_another_masking_the_image_and_what_is_left_of_it_are_shown(images):
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
+    figure = visualization.plot_masks(images, masking, patch_size=8, seed=3)
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["image", "RandomMasking"]
+    noise = np.random.default_rng(3).random((2, 6))
+    for row, scores in zip(np.reshape(figure.axes, (2, 2)), noise):
+        original, masked = drawn(row[0]), drawn(row[1])
+        for patch in range(6):
+            rows = slice(patch // 3 * 8, patch // 3 * 8 + 8)
+            columns = slice(patch % 3 * 8, patch % 3 * 8 + 8)
+            same = np.array_equal(original[rows, columns], masked[rows, columns])
+            assert same == (patch in np.argsort(scores)[3:])
+
+
+def test_tokens_are_mixed_in(images):
+    masking = kcm.ClusterMasking(
+        8, embedding_weight=1.0, anchor_ratio=0.1, data_format="channels_last"
+    )
+    noise = np.array([[0.0, 0.5, 0.5, 0.5, 0.5, 0.5]] * 2)
+    # The first patch is the anchor, the last two are most like it.
+    tokens = np.array([[[1.0, 0], [0, 1], [0, 1], [0.1, 1], [1, 0.1], [1, 0.2]]] * 2)
+    figure = visualization.plot_masks(
+        images, masking, noise, embed=lambda _: ops.convert_to_tensor(tokens)
+    )
+    left_out = np.all(np.isclose(drawn(figure.axes[2]), visualization.LEFT_OUT), -1)
+    np.testing.assert_array_equal(left_out[::8, ::8], [[1, 0, 0], [0, 1, 1]])
+
+
+def test_what_a_masking_needs_to_be_drawn_is_named(images):
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
+    with pytest.raises(ValueError, match=r"`patch_size` must be given"):
+        visualization.plot_masks(images, masking)
+    with pytest.raises(ValueError, match=r"Images .* `patch_size`"):
+        visualization.plot_masks(images, masking, patch_size=7)
+    masking = kcm.ClusterMasking(8, min_mask_ratio=0.3, data_format="channels_last")
+    with pytest.raises(ValueError, match=r"threshold .* not set"):
+        visualization.plot_masks(images, masking)
+    masking = kcm.ClusterMasking(8, embedding_weight=0.5, data_format="channels_last")
+    with pytest.raises(ValueError, match=r"`embed` must be given"):
+        visualization.plot_masks(images, masking)
+
+
 def test_figures_are_written(images, tmp_path):
     masking = kcm.ClusterMasking(
         patch_size=8, min_mask_ratio=0.3, threshold=0.0, data_format="channels_last"

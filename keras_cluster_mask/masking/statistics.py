@@ -6,11 +6,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.masking.cluster_masking import (
-    ClusterMasking,
-    standardize_patch_size,
-)
+from keras_cluster_mask.masking.cluster_masking import ClusterMasking
 from keras_cluster_mask.masking.image_batches import count_images, image_batches
+from keras_cluster_mask.masking.patch_grid import (
+    check_tokens_do_not_matter,
+    grid_of,
+    patch_size_of,
+    tokens_of,
+)
 from keras_cluster_mask.masking.similarity import round_similarity
 
 
@@ -182,7 +185,7 @@ def masking_statistics(
             "`max_images` must be None or an integer >= 1. "
             f"Received: max_images={max_images}"
         )
-    patch_size = _patch_size_of(masking, patch_size)
+    patch_size = patch_size_of(masking, patch_size)
     masking.check_ready()
     rng = np.random.default_rng(seed)
     progress = keras.utils.Progbar(
@@ -194,12 +197,12 @@ def masking_statistics(
     sums = None
     for images in image_batches(data, max_images):
         images = masking.prepare_pixels(ops.convert_to_tensor(images))
-        grid = _grid_of(images, masking, patch_size)
-        tokens = _tokens_of(images, masking, grid, embed)
+        grid = grid_of(images, masking, patch_size)
+        tokens = tokens_of(images, masking, grid, embed)
         if sums is None:
             sums = _Sums(masking, grid)
             if tokens is not None and embed is None:
-                _check_tokens_do_not_matter(masking, images, tokens)
+                check_tokens_do_not_matter(masking, images, tokens)
         elif grid != sums.grid:
             raise ValueError(
                 "The images of `data` must all have one size. Received: batches of "
@@ -317,79 +320,10 @@ def _count_by_anchor(nearest, which, num_anchors):
 # === Arguments ===
 
 
-def _patch_size_of(masking, patch_size):
-    own = getattr(masking, "patch_size", None)
-    if own is None and patch_size is None:
-        raise ValueError(
-            f"`patch_size` must be given for a {type(masking).__name__}, which has "
-            "none of its own. Received: patch_size=None"
-        )
-    if patch_size is None:
-        return standardize_patch_size(own)
-    patch_size = standardize_patch_size(patch_size)
-    if own is not None and patch_size != standardize_patch_size(own):
-        raise ValueError(
-            "`patch_size` must be that of the masking, or None. Received: "
-            f"patch_size={patch_size}, masking.patch_size={own}"
-        )
-    return patch_size
-
-
 def _count_ahead(data, max_images):
     """How many images there will be, or `None` if only reading them can tell."""
     count = count_images(data)
     return count if None in (count, max_images) else min(count, max_images)
-
-
-def _grid_of(images, masking, patch_size):
-    """The rows and columns of patches of each image."""
-    shape = tuple(images.shape)
-    data_format = getattr(masking, "data_format", keras.config.image_data_format())
-    sides = shape[1:3] if data_format == "channels_last" else shape[2:4]
-    if len(shape) != 4 or sides[0] % patch_size[0] or sides[1] % patch_size[1]:
-        raise ValueError(
-            "The images of `data` must have rank 4 and sides that `patch_size` "
-            f"divides. Received: images.shape={shape}, patch_size={patch_size}, "
-            f"data_format='{data_format}'"
-        )
-    return sides[0] // patch_size[0], sides[1] // patch_size[1]
-
-
-def _tokens_of(images, masking, grid, embed):
-    """The tokens that the masking is called with, or `None`."""
-    num_patches = grid[0] * grid[1]
-    if embed is None:
-        if not isinstance(masking, ClusterMasking):
-            # To count only: many a masking cannot tell the number from the images.
-            num_tokens = (masking.num_prefix_tokens or 0) + num_patches
-            return ops.zeros((images.shape[0], num_tokens, 1))
-        if masking.embedding_weight != 0.0:
-            raise ValueError(
-                "`embed` must be given if the masking looks at tokens. Received: "
-                f"embed=None, masking.embedding_weight={masking.embedding_weight}"
-            )
-        return None
-    tokens = embed(images)
-    if len(tokens.shape) != 3 or tokens.shape[1] < num_patches:
-        raise ValueError(
-            "`embed` must return tokens (batch, prefix + N, dim) with "
-            f"N={num_patches} patches. Received: tokens.shape={tuple(tokens.shape)}"
-        )
-    return tokens
-
-
-def _check_tokens_do_not_matter(masking, images, tokens):
-    num_patches = masking.count_patches(images, tokens)
-    rng = np.random.default_rng(0)
-    noise = rng.random((images.shape[0], num_patches), dtype="float32")
-    other = ops.convert_to_tensor(rng.normal(size=tokens.shape).astype("float32"))
-    indices, _ = masking.select(images, tokens, noise)
-    other_indices, _ = masking.select(images, other, noise)
-    if np.any(ops.convert_to_numpy(indices) != ops.convert_to_numpy(other_indices)):
-        raise ValueError(
-            f"`embed` must be given, as the {type(masking).__name__} looks at tokens. "
-            "Received: embed=None"
-        )
 
 
 # === The table ===

@@ -103,6 +103,19 @@ class MaskedEncoder(keras.Model):
         tokens = self.masking(tokens, images=images, training=True, noise=noise)
         return blocks(tokens, training=True)
 
+    def embed_patches(self, images):
+        """The tokens that the masking chooses among, as they are in inference.
+
+        Args:
+            images: `(batch, H, W, C)` tensor, normalised.
+
+        Returns:
+            `(batch, prefix + N, dim)` tensor.
+        """
+        stem, _ = self._parts()
+        inputs = tree.map_structure(lambda _: images, self.encoder.input)
+        return stem(inputs, training=False)
+
     @property
     def input(self):
         return self.encoder.input
