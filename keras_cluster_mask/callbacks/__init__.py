@@ -2,10 +2,12 @@
 
 from keras_cluster_mask.callbacks.checkpoint import Checkpoint, NonFiniteLossError
 from keras_cluster_mask.callbacks.evaluation import Retrieval, ZeroShot
+from keras_cluster_mask.callbacks.mask_images import MaskImages
 from keras_cluster_mask.callbacks.throughput import Throughput
 
 __all__ = [
     "Checkpoint",
+    "MaskImages",
     "NonFiniteLossError",
     "Retrieval",
     "Throughput",

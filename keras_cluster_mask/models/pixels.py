@@ -30,12 +30,33 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD):
     images = ops.convert_to_tensor(images)
     if keras.backend.standardize_dtype(images.dtype) != "uint8":
         return images
+    mean, std = _by_channel(images, mean, std)
+    # Tensors, since torch cannot export a model that computes with NumPy's arrays.
+    mean, std = ops.convert_to_tensor(mean), ops.convert_to_tensor(std)
+    return (ops.cast(images, "float32") / 255.0 - mean) / std
+
+
+def restore_pixels(images, mean=CLIP_MEAN, std=CLIP_STD):
+    """The uint8 array of images that were normalised; uint8 images as they are.
+
+    Args:
+        images: `(batch, H, W, C)` array, or channels first as
+            `keras.config.image_data_format()` says.
+        mean: See `normalize_pixels`.
+        std: See `normalize_pixels`.
+    """
+    if images.dtype == np.uint8:
+        return images
+    mean, std = _by_channel(images, mean, std)
+    pixels = 255.0 * (images.astype("float32") * std + mean)
+    return np.clip(np.round(pixels), 0, 255).astype("uint8")
+
+
+def _by_channel(images, mean, std):
     first = keras.config.image_data_format() == "channels_first"
     mean, std = np.array(mean, "float32"), np.array(std, "float32")
     if images.shape[1 if first else -1] != 3:
         mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
     if first:
         mean, std = mean[:, None, None], std[:, None, None]
-    # Tensors, since torch cannot export a model that computes with NumPy's arrays.
-    mean, std = ops.convert_to_tensor(mean), ops.convert_to_tensor(std)
-    return (ops.cast(images, "float32") / 255.0 - mean) / std
+    return mean, std

@@ -1,0 +1,172 @@
+import io
+import math
+import os
+import time
+
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.callbacks.periodic import Periodic
+from keras_cluster_mask.distribution import is_main_process
+from keras_cluster_mask.masking import ClusterMasking
+from keras_cluster_mask.masking.image_batches import image_batches
+from keras_cluster_mask.models.masked_encoder import MaskedEncoder
+from keras_cluster_mask.models.pixels import restore_pixels
+
+
+class MaskImages(Periodic):
+    """Shows in TensorBoard what a masking leaves out while a model trains.
+
+    Writes what `kcm.visualization.plot_masks` draws of some images at the ends of
+    epochs, with the threshold, the weight of the tokens and the tokens that the model
+    has at that time. The noise is the same each time, so pictures of different epochs
+    can be compared, and the model's random state is left as it is. The pictures are
+    the run `masks` of the folder; TensorFlow is not needed, on any backend.
+
+    With `every=n` these are the epochs n, 2n and so on, and the first and the last of a
+    `fit`. With several processes the main one writes; give all the same callbacks.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    masking = kcm.ClusterMasking(patch_size=8)
+    model = kcm.ContrastiveModel.from_clip(backbone, masking)
+    model.compile(optimizer="adam")
+    batch = {
+        "images": np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8"),
+        "token_ids": np.random.randint(1, 100, (8, 12)).astype("int32"),
+    }
+    masks = kcm.callbacks.MaskImages(batch["images"], "logs", every=5)
+    model.fit(batch, batch_size=4, callbacks=[masks])
+    # tensorboard --logdir logs
+    ```
+
+    Args:
+        images: `(images, H, W, C)` array, uint8 or normalised floats; or an iterable of
+            batches that holds them, see `kcm.masking.masking_statistics`.
+        log_dir: str or path. The folder TensorBoard is started on.
+        every: Integer. How many epochs there are from one picture to the next.
+        max_images: Integer. So many images are shown, the first ones.
+        seed: Integer, for the noise.
+
+    Raises:
+        ImportError: If the package tensorboard is missing.
+        ValueError: From `fit`, before it trains: for a model without a masking, or one
+            whose masking's patches or tokens are not found, as it is no part of what
+            `kcm.with_masking` returns; for images that do not fit it; and for another
+            model than a `ContrastiveModel`.
+    """
+
+    def __init__(self, images, log_dir, every=1, max_images=4, seed=0):
+        super().__init__(every)
+        if not (isinstance(max_images, int) and max_images > 0):
+            raise ValueError(
+                "`max_images` must be a positive integer. "
+                f"Received: max_images={max_images!r}"
+            )
+        _import_tensorboard()
+        self.images = images
+        self.log_dir = log_dir
+        self.max_images = max_images
+        self.seed = seed
+        self._writer = None
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        model = self.model
+        if not model.maskings:
+            raise ValueError(
+                "`MaskImages` needs a model with a masking: pass `masking` to "
+                "`from_clip` or `from_siglip`, or put one into the image encoder by "
+                f"`kcm.with_masking`. Received: model={model.name}"
+            )
+        images = [*image_batches(self.images, self.max_images)]
+        images = np.concatenate([*map(ops.convert_to_numpy, images)])
+        self._shown = restore_pixels(images, *model.pixel_statistics)
+        # What is wrong with the images is found now rather than after an epoch.
+        for masking in model.maskings:
+            self._draw(masking)
+        if is_main_process():
+            writer, _ = _import_tensorboard()
+            self._writer = writer(os.path.join(self.log_dir, "masks"))
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self.is_due(epoch):
+            return
+        for index, masking in enumerate(self.model.maskings):
+            # By all processes, which may share the weights that tokens are made with.
+            figure = self._draw(masking)
+            if self._writer is not None:
+                self._write(f"masks_{index}" if index else "masks", figure, epoch)
+
+    def on_train_end(self, logs=None):
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _draw(self, masking):
+        # Here, as it brings matplotlib.
+        from keras_cluster_mask.visualization import plot_masks
+
+        embed = patch_size = None
+        if not isinstance(masking, ClusterMasking) or masking.embedding_weight != 0.0:
+            embed = _embedding_of(self.model, masking)
+            if not hasattr(masking, "patch_size"):
+                patch_size = _side_of_patches(masking, self._shown, embed)
+        return plot_masks(
+            self._shown, masking, seed=self.seed, patch_size=patch_size, embed=embed
+        )
+
+    def _write(self, tag, figure, step):
+        _, (event_pb2, summary_pb2) = _import_tensorboard()
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=100)
+        width, height = figure.canvas.get_width_height()
+        image = summary_pb2.Summary.Image(
+            height=height,
+            width=width,
+            colorspace=4,
+            encoded_image_string=file.getvalue(),
+        )
+        value = summary_pb2.Summary.Value(tag=tag, image=image)
+        self._writer.add_event(
+            event_pb2.Event(
+                wall_time=time.time(),
+                step=step,
+                summary=summary_pb2.Summary(value=[value]),
+            )
+        )
+        self._writer.flush()
+
+
+def _import_tensorboard():
+    # Here, as the package is not needed but for this.
+    try:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError as error:
+        raise ImportError(
+            "`MaskImages` needs the package tensorboard: `pip install tensorboard`."
+        ) from error
+    return EventFileWriter, (event_pb2, summary_pb2)
+
+
+def _embedding_of(model, masking):
+    """The function from images to the tokens that a masking chooses among."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, MaskedEncoder) and layer.masking is masking:
+            return layer.embed_patches
+    raise ValueError(
+        "`MaskImages` finds the patches and tokens of a masking that "
+        "`kcm.with_masking` has put into an encoder. Received: "
+        f"masking={masking.name} of type {type(masking).__name__}, which is none"
+    )
+
+
+def _side_of_patches(masking, images, embed):
+    """The side of square patches, told from their number."""
+    pixels = masking.prepare_pixels(ops.convert_to_tensor(images[:1]))
+    num_patches = masking.count_patches(pixels, embed(pixels))
+    sides = sorted(images.shape[1:])[1:]  # Without the channels.
+    return math.isqrt(sides[0] * sides[1] // num_patches)
