@@ -53,9 +53,9 @@ pairs = {
 }
 
 
-def check(model):
+def check(model, callbacks=()):
     model.compile(optimizer="adam")
-    history = model.fit(pairs, batch_size=4, verbose=0).history
+    history = model.fit(pairs, batch_size=4, verbose=0, callbacks=[*callbacks]).history
     assert np.isfinite(history["loss"]).all(), history
     found = model.predict(pairs, verbose=0)
     assert found["image_embeddings"].shape[0] == 4
@@ -82,6 +82,10 @@ backbone = keras_hub.models.CLIPBackbone(
 )
 history = check(kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(4)))
 assert history["mask_ratio"] == [0.5]
+callbacks = [kcm.callbacks.Retrieval(pairs), kcm.callbacks.MaskImages(pairs, "FOLDER")]
+model = kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(4))
+history = check(model, callbacks)
+assert len(history["val_image_to_text_recall@1"]) == 1
 found = kcm.masking.masking_statistics(kcm.ClusterMasking(4), pairs, verbose=0)
 assert found.mask_ratio.tolist() == [0.5] * 4
 assert "tensorflow" not in sys.modules
@@ -172,8 +176,9 @@ def test_models_train_from_shards(write_pairs):
     assert "trained" in run(BATCHES.replace("PAIRS", str(write_pairs("a.tar", 0, 20))))
 
 
-def test_models_train_from_arrays():
-    assert "trained" in run(TRAIN)
+def test_models_train_from_arrays(tmp_path):
+    assert "trained" in run(TRAIN.replace("FOLDER", str(tmp_path)))
+    assert len([*(tmp_path / "masks").iterdir()]) == 1
 
 
 def test_data_pipelines_say_what_they_need():

@@ -6,7 +6,8 @@ writes weights, losses and metrics to OUT. `devices` uses two virtual devices of
 process; `process` is one of two processes that the test starts; `model` uses four, of
 which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARDS=files
 it trains two epochs on these and saves to CHECKPOINT. With DIE_AT=n it ends itself
-before the n-th step of an epoch.
+before the n-th step of an epoch. With EVALUATE=whole it evaluates retrieval, with
+EVALUATE=share each process that of its own data, and draws masks to MASKS.
 """
 
 import os
@@ -150,6 +151,7 @@ def train_on_shards(model, callbacks):
 
 if __name__ == "__main__":
     scope, data = distribute(pairs())
+    share = data
     fit = {"batch_size": BATCH // (2 if how == "process" else 1), "shuffle": False}
     if backend == "tensorflow" or (backend == "jax" and how == "process"):
         import tensorflow as tf
@@ -164,6 +166,12 @@ if __name__ == "__main__":
     with scope:
         model = make_model()
         callbacks = [Die()] if "DIE_AT" in os.environ else []
+        if "EVALUATE" in os.environ:
+            evaluated = pairs() if os.environ["EVALUATE"] == "whole" else share
+            callbacks += [
+                kcm.callbacks.Retrieval(evaluated),
+                kcm.callbacks.MaskImages(pairs(), os.environ["MASKS"]),
+            ]
         if "SHARDS" in os.environ:
             history = train_on_shards(model, callbacks).history
         else:
