@@ -193,7 +193,7 @@ def test_recall_is_that_of_clip_benchmark_with_several_captions_and_equal_ones()
     rng = np.random.default_rng(0)
     owners = np.sort(rng.integers(0, 150, 600))
     images = random_embeddings(150, 32)
-    texts = images[owners] + 1.5 * random_embeddings(600, 32, seed=1)
+    texts = images[owners] + 2.5 * random_embeddings(600, 32, seed=1)
     # Captions that a picture has twice tie with one another.
     again = np.flatnonzero(np.diff(owners) == 0)[::3]
     texts[again + 1] = texts[again]
