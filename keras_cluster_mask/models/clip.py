@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.models.backbone_model import BackboneModel
+from keras_cluster_mask.models.clip_sizes import match_epsilon
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -27,6 +28,7 @@ class CLIPContrastiveModel(BackboneModel):
 
     def __init__(self, backbone, masking=None, **kwargs):
         super().__init__(backbone, masking, **kwargs)
+        match_epsilon(self.backbone.text_encoder)
         # It takes the class token, which is never hidden.
         self.backbone.vision_pooler.supports_masking = True
 

@@ -1,0 +1,9 @@
+"""Weights from and to other libraries."""
+
+from keras_cluster_mask.interop.open_clip_weights import (
+    load_open_clip,
+    open_clip_state_dict,
+    save_open_clip,
+)
+
+__all__ = ["load_open_clip", "open_clip_state_dict", "save_open_clip"]
