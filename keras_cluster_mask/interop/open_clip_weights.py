@@ -176,11 +176,15 @@ def _heads(num_heads, *widths):
     if num_heads is None:
         image, text = (width // HEAD_WIDTH for width in widths)
         num_heads = min(image, MAX_IMAGE_HEADS), text
-    pair = (num_heads,) * 2 if isinstance(num_heads, int) else tuple(num_heads)
-    if len(pair) != 2 or any(n < 1 or w % n for n, w in zip(pair, widths)):
+    pair = num_heads if isinstance(num_heads, (tuple, list)) else (num_heads,) * 2
+    if len(pair) != 2 or not all(map(_divides, pair, widths)):
         raise ValueError(
             "`num_heads` must be an integer, or a pair for the image and the text "
             "tower, that divides the towers' widths. "
             f"Received: num_heads={num_heads}, widths {widths}"
         )
     return pair
+
+
+def _divides(heads, width):
+    return isinstance(heads, int) and heads > 0 and width % heads == 0

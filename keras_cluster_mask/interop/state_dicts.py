@@ -23,7 +23,7 @@ def read_state_dict(source):
         A tuple of a dictionary from name to array or tensor, and of how an error says
         where it is from.
     """
-    label = f"a state dict of type {type(source).__name__}"
+    label = f"source of type {type(source).__name__}"
     if isinstance(source, (str, os.PathLike)):
         label = f"source={os.fspath(source)!r}"
         source = read_weights(source)
@@ -33,8 +33,7 @@ def read_state_dict(source):
     if not isinstance(source, Mapping) or not all(isinstance(x, str) for x in source):
         raise ValueError(
             "`source` must be, or hold, a state dict: a dictionary from names to "
-            f"tensors. Received: {label}, with an object of type "
-            f"{type(source).__name__}"
+            f"tensors. Received: {label}"
         )
     state = dict(source)
     # What torch's DistributedDataParallel puts before every name.
@@ -54,8 +53,9 @@ def match(state, label):
         label: String, where it is from.
 
     Returns:
-        A tuple: the entries as a list of pairs of `Entry` and float32 array, and a
-        dictionary of the sizes of their axes, by the names that `Entry.shape` has.
+        A tuple: an iterable of pairs of `Entry` and float32 array, and a dictionary
+        of the sizes of their axes, by the names that `Entry.shape` has, and of the
+        numbers of blocks.
     """
     blocks = count_blocks(state)
     if not all(blocks):
@@ -70,34 +70,32 @@ def match(state, label):
     if getattr(state.get("logit_scale"), "shape", None) == (1,):
         state = {**state, "logit_scale": state["logit_scale"][0]}
     sizes = _sizes(expected, state)
-    found, faults = [], []
-    for entry in expected:
-        shape = tuple(_size(axis, sizes) for axis in entry.shape)
-        if entry.name not in state:
-            faults.append(f"missing: {entry.name} {_text(shape)}")
-            continue
-        value = state[entry.name]
-        if not _fits(_shape(value), shape):
-            received = _text(_shape(value))
-            faults.append(
-                f"wrong shape: {entry.name} {received}, expected {_text(shape)}"
-            )
-            continue
-        array = _float32(value)
-        if not np.isfinite(array).all():
-            faults.append(f"NaN or infinite: {entry.name}")
-        found.append((entry, array))
-    names = {entry.name for entry in expected}
-    faults += [
-        f"unexpected: {n} {_text(_shape(state[n]))}" for n in state.keys() - names
-    ]
+    unexpected = state.keys() - {entry.name for entry in expected}
+    faults = [_fault(entry, state, sizes) for entry in expected]
+    faults += [f"unexpected: {n} {_text(_shape(state[n]))}" for n in unexpected]
+    faults = sorted(filter(None, faults))
     if faults:
         raise ValueError(
             f"`source` is no CLIP of open_clip with {blocks[0]} image blocks and "
             f"{blocks[1]} text blocks. Received: {label}, with\n  "
-            + "\n  ".join(sorted(faults))
+            + "\n  ".join(faults)
         )
+    # One at a time, as those of half precision become larger.
+    found = ((entry, _float32(state[entry.name])) for entry in expected)
     return found, {**sizes, "image_layers": blocks[0], "text_layers": blocks[1]}
+
+
+def _fault(entry, state, sizes):
+    """What is wrong with an entry of a state dict, or `None`."""
+    expected = tuple(_size(axis, sizes) for axis in entry.shape)
+    if entry.name not in state:
+        return f"missing: {entry.name} {_text(expected)}"
+    shape = _shape(state[entry.name])
+    if not _fits(shape, expected):
+        return f"wrong shape: {entry.name} {_text(shape)}, expected {_text(expected)}"
+    if not np.isfinite(_float32(state[entry.name])).all():
+        return f"NaN or infinite: {entry.name}"
+    return None
 
 
 def _sizes(expected, state):

@@ -99,8 +99,8 @@ def match_epsilon(text_encoder):
     """Gives the last normalisation of a text tower the epsilon of all others, 1e-5.
 
     In keras_hub it is 1e-6, unlike in open_clip and in OpenAI's CLIP, and not in the
-    config: a backbone that is saved by itself has keras_hub's again, which moves
-    embeddings by a millionth or so; a `ContrastiveModel` that is saved keeps it.
+    config: a saved `ContrastiveModel` keeps it, a backbone or a text tower that is
+    saved by itself has keras_hub's again. That moves embeddings by a millionth or so.
     """
     text_encoder.layer_norm.epsilon = 1e-5
 

@@ -164,7 +164,7 @@ def test_heads_that_are_not_64_wide_are_said():
     for ours, theirs in zip(our_embeddings(backbone, images, ids), expected):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
     assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
-    for wrong in (0, 3, (4, 1, 1)):
+    for wrong in (0, 3, 2.0, (4, 1, 1), "two"):
         with pytest.raises(ValueError, match=r"`num_heads`.*Received: num_heads="):
             load_open_clip(reference.state_dict(), num_heads=wrong)
 

@@ -85,7 +85,7 @@ def test_every_entry_that_does_not_fit_is_listed(reference):
     with pytest.raises(ValueError, match="2 image blocks and 3 text blocks") as error:
         load_open_clip(state)
     lines = str(error.value).splitlines()
-    assert lines[0].endswith("Received: a state dict of type dict, with")
+    assert lines[0].endswith("Received: source of type dict, with")
     assert [line.strip() for line in lines[1:]] == [
         "NaN or infinite: positional_embedding",
         "missing: transformer.resblocks.1.mlp.c_fc.bias (256)",
@@ -119,7 +119,7 @@ def test_a_missing_block_is_listed_whole(reference):
 )
 def test_what_is_no_clip_is_said_to_be_none(state):
     with pytest.raises(
-        ValueError, match=r"CLIP of two transformers.*Received: a state"
+        ValueError, match=r"CLIP of two transformers.*Received: source of"
     ):
         load_open_clip(state)
 
