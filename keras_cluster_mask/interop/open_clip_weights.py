@@ -12,6 +12,9 @@ from keras_cluster_mask.models.clip_sizes import make_clip
 # (ViT-H, ViT-g, ViT-bigG, ViT-e), which have 16 heads all the same.
 HEAD_WIDTH, MAX_IMAGE_HEADS = 64, 16
 
+# Of all normalisations. keras_hub has 1e-6 in the last one of the text tower.
+EPSILON = 1e-5
+
 
 def load_open_clip(source, activation="gelu", num_heads=None, dtype=None):
     """Makes a CLIP model of the weights of an open_clip checkpoint.
@@ -20,6 +23,10 @@ def load_open_clip(source, activation="gelu", num_heads=None, dtype=None):
     the tensors. What tensors cannot tell is that of open_clip's plain `ViT-*` models:
     class token and end-of-text token (the highest id) as pooling, a causal text tower,
     epsilons of 1e-5. Weights of half precision are loaded as float32.
+
+    keras_hub cannot save the epsilon of the text tower's last normalisation. A saved
+    `ContrastiveModel` keeps it; a backbone or a tower that is saved by itself comes
+    back with keras_hub's 1e-6, which moves embeddings by a millionth or so.
 
     Example:
 
@@ -85,6 +92,7 @@ def load_open_clip(source, activation="gelu", num_heads=None, dtype=None):
         activation=activation,
         dtype=dtype,
     )
+    backbone.text_encoder.layer_norm.epsilon = EPSILON
     for entry, array in found:
         entry.write(backbone, array)
     return backbone
@@ -96,7 +104,8 @@ def open_clip_state_dict(model):
     `torch_model.load_state_dict(...)` of open_clip takes it, once its arrays are made
     tensors. Heads and activation are not part of a state dict, so the model there must
     be made with the same: heads 64 wide, unless its config says otherwise, and
-    `quick_gelu=True` for a backbone with `"quick_gelu"`.
+    `quick_gelu=True` for a backbone with `"quick_gelu"`. All epsilons there are 1e-5;
+    in a backbone that is not from `load_open_clip` the text tower's last one is 1e-6.
 
     Example:
 

@@ -86,23 +86,12 @@ def make_clip(shape, image_size, vocabulary_size, context_length, activation, dt
         **_tower(shape["text"], activation, dtype),
     )
     number_positions(vision_encoder.embedding)
-    match_epsilon(text_encoder)
     return keras_hub.models.CLIPBackbone(
         vision_encoder=vision_encoder,
         text_encoder=text_encoder,
         projection_dim=shape["projection"],
         dtype=dtype,
     )
-
-
-def match_epsilon(text_encoder):
-    """Gives the last normalisation of a text tower the epsilon of all others, 1e-5.
-
-    In keras_hub it is 1e-6, unlike in open_clip and in OpenAI's CLIP, and not in the
-    config: a saved `ContrastiveModel` keeps it, a backbone or a text tower that is
-    saved by itself has keras_hub's again. That moves embeddings by a millionth or so.
-    """
-    text_encoder.layer_norm.epsilon = 1e-5
 
 
 def size_and_patch(size, image_size, patch_size):
