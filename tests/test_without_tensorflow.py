@@ -82,6 +82,10 @@ backbone = keras_hub.models.CLIPBackbone(
 )
 history = check(kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(4)))
 assert history["mask_ratio"] == [0.5]
+weights = kcm.interop.open_clip_state_dict(backbone)
+again = kcm.interop.load_open_clip(weights, num_heads=2)
+for old, new in zip(backbone.weights, again.weights):
+    np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (old, new)))
 found = kcm.masking.masking_statistics(kcm.ClusterMasking(4), pairs, verbose=0)
 assert found.mask_ratio.tolist() == [0.5] * 4
 assert "tensorflow" not in sys.modules
