@@ -90,8 +90,8 @@ def main():
     shards = pathlib.Path(options.data)
     publish(
         f"{options.results}/data_pipeline-{shards.parent.name}.json",
-        f"{shards.parent.name}/{shards.name}, crops of {options.image_size} px, batches of "
-        f"{options.batch_size}; first batch of 1,000 shards after {seconds:.2f} s",
+        f"{shards.parent.name}/{shards.name}, crops of {options.image_size} px, "
+        f"batches of {options.batch_size}; first batch of 1,000 shards after {seconds:.2f} s",
         rows,
         runs=runs,
         first_batch=first,

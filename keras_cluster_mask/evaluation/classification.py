@@ -4,7 +4,7 @@ import numpy as np
 
 from keras_cluster_mask.evaluation.checks import check_embeddings, check_labels
 from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
-from keras_cluster_mask.evaluation.retrieval import TIE
+from keras_cluster_mask.evaluation.ranks import TIE
 
 TEMPLATES = ("a photo of a {}.",)
 # Pictures whose scores for all classes are held in memory at a time.
