@@ -91,7 +91,8 @@ def main():
     publish(
         f"{options.results}/data_pipeline-{shards.parent.name}.json",
         f"{shards.parent.name}/{shards.name}, crops of {options.image_size} px, "
-        f"batches of {options.batch_size}; first batch of 1,000 shards after {seconds:.2f} s",
+        f"batches of {options.batch_size}; "
+        f"first batch of 1,000 shards after {seconds:.2f} s",
         rows,
         runs=runs,
         first_batch=first,
