@@ -307,10 +307,9 @@ class ImageTextBatches:
         if self.all_captions:
             batch["captions"] = _strings([self._choose.all_of(p) for p in pairs])
         if "paths" in self._names:
-            files = [
-                pair.image if isinstance(pair.image, str) else "" for pair in pairs
-            ]
-            batch["paths"] = _strings([os.fsencode(file) for file in files])
+            images = [pair.image for pair in pairs]
+            paths = [image if isinstance(image, str) else "" for image in images]
+            batch["paths"] = _strings([os.fsencode(path) for path in paths])
         if "labels" in self._names:
             batch["labels"] = np.array([pair.label for pair in pairs], "int32")
         return {name: batch[name] for name in self._names}

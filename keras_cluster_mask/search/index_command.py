@@ -13,7 +13,7 @@ def add_arguments(parser):
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a .keras file, or a folder of a keras_hub preset",
+        help="a .keras file, or the folder of a preset",
     )
     parser.add_argument(
         "source",

@@ -30,9 +30,6 @@ def add_arguments(parser):
         help="how many pictures to find for each; default: 10",
     )  # fmt: skip
     parser.add_argument(
-        "--approximate", action="store_true", help="search millions by faiss"
-    )
-    parser.add_argument(
         "--sheet", metavar="FILE.png", help="show what was found in one picture"
     )
 
@@ -47,12 +44,11 @@ def run(options):
         raise ValueError(f"--sheet must end in .png. Received: {options.sheet}")
     tokenizer = options.tokenizer and CLIPTokenizer.from_file(options.tokenizer)
     searcher = Searcher(options.model, options.index, tokenizer)
-    how = {"k": options.k, "approximate": options.approximate}
     results = []
     if options.texts:
-        results += searcher.by_text(options.texts, **how)
+        results += searcher.by_text(options.texts, options.k)
     if options.images:
-        results += searcher.by_image(options.images, **how)
+        results += searcher.by_image(options.images, options.k)
     for result in results:
         print(printable(result.query))
         for match in result.matches:

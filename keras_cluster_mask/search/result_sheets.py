@@ -9,7 +9,7 @@ from keras_cluster_mask.search.query_pictures import encode_picture
 from keras_cluster_mask.search.searcher import SearchResult
 
 # So much of a long key is shown, its end.
-KEY_LENGTH = 60
+KEY_LENGTH = 48
 
 
 def result_sheet(results, columns=10):
@@ -53,15 +53,15 @@ def result_sheet(results, columns=10):
         for start in range(0, len(cells), columns):
             rows.append([first, *cells[start : start + columns]])
             first = None
-    return draw_sheet(rows, max_lines=2)
+    return draw_sheet(rows, max_lines=3)
 
 
 def _asked(result):
     query = result.query
     if not result.is_image:
-        return Cell(query, "")
+        return Cell(query, "", "searched for")
     name = os.path.basename(query) if isinstance(query, str | os.PathLike) else ""
-    return Cell(_shown(encode_picture, query), name)
+    return Cell(_shown(encode_picture, query), name, "searched for")
 
 
 def _found(place, match):
