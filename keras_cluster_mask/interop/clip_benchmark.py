@@ -91,12 +91,13 @@ def adapt(model, tokenizer=None):
     """
     _repair()
     model = as_contrastive_model(model)
+    image_shape = model.image_tower.encoder.input.shape[1:]
     context_length = model.text_tower.encoder.input.shape[1]
     image_size = image_size_of(model)
     if None in image_size:
         raise ValueError(
             "`model` must have an image encoder that takes images of one size. "
-            f"Received: an encoder of images of size {image_size}"
+            f"Received: an encoder of images of shape {image_shape}"
         )
     if tokenizer is None:
         tokenizer = CLIPTokenizer.from_open_clip(context_length or 77)

@@ -1,9 +1,7 @@
 """Embeddings of pictures, with their names, in one file."""
 
-import json
 import os
 import typing
-import zipfile
 
 import numpy as np
 
@@ -13,10 +11,8 @@ from keras_cluster_mask.evaluation.embedding import Embedder, embed
 from keras_cluster_mask.models.loading import as_contrastive_model, image_size_of
 from keras_cluster_mask.search.checks import check_embeddings, check_queries
 from keras_cluster_mask.search.fingerprint import Fingerprint
+from keras_cluster_mask.search.index_file import read_index, write_index
 from keras_cluster_mask.search.nearest import Cells, nearest
-
-FILE_FORMAT = "keras_cluster_mask.ImageIndex"
-VERSION = 1
 
 
 class Match(typing.NamedTuple):
@@ -61,8 +57,8 @@ class ImageIndex:
 
     Args:
         embeddings: `(pictures, d)` array, L2-normalised.
-        keys: Sequence of str, the name of each picture.
-        paths: Sequence of str or `None`, the file of each picture, for showing it.
+        keys: Sequence of str or bytes, the name of each picture.
+        paths: Sequence of str, path or `None`, the file of each, for showing it.
         fingerprint: `Fingerprint` of the model that embedded the pictures, by which
             `Searcher` refuses another. `None` if it is not known.
 
@@ -78,8 +74,9 @@ class ImageIndex:
     """
 
     def __init__(self, embeddings, keys, paths=None, fingerprint=None):
-        self.keys = [str(key) for key in keys]
-        self.paths = [None] * len(self.keys) if paths is None else list(paths)
+        self.keys = [_text(key) for key in keys]
+        paths = [None] * len(self.keys) if paths is None else paths
+        self.paths = [path and os.fsdecode(path) for path in paths]
         self.embeddings = check_embeddings(embeddings, self.keys)
         if len(self.paths) != len(self.keys):
             raise ValueError(
@@ -141,7 +138,7 @@ class ImageIndex:
         found = embed(embedder, _some(batches, source), verbose=verbose)
         index = cls(
             found["image_embeddings"],
-            [_text(key) for key in found["keys"]],
+            found["keys"],
             [_place(os.fsdecode(path)) if path else None for path in found["paths"]],
             Fingerprint.of(embedder, height_and_width(image_size)),
         )
@@ -198,21 +195,8 @@ class ImageIndex:
             raise ValueError(
                 f'`dtype` must be "float32" or "float16". Received: dtype={dtype!r}'
             )
-        description = {
-            "format": FILE_FORMAT,
-            "version": VERSION,
-            "keys": self.keys,
-            "paths": self.paths,
-            "fingerprint": self.fingerprint and self.fingerprint.as_dict(),
-        }
-        # JSON escapes what UTF-8 has no bytes for, such as odd names of files.
-        text = json.dumps(description).encode()
-        with files.replacing(path) as file:
-            np.savez(
-                file,
-                description=np.frombuffer(text, "uint8"),
-                embeddings=self.embeddings.astype(dtype),
-            )
+        rows = self.embeddings.astype(dtype, copy=False)
+        write_index(path, rows, self.keys, self.paths, self.fingerprint)
 
     @classmethod
     def load(cls, path):
@@ -226,34 +210,9 @@ class ImageIndex:
 
         Raises:
             FileNotFoundError: If the file is missing.
-            ValueError: If it is no index, damaged, or of a later version.
+            ValueError: If it is no index, damaged, or of another version.
         """
-        with files.open_file(path) as file:
-            try:
-                with np.load(file, allow_pickle=False) as content:
-                    description = json.loads(content["description"].tobytes())
-                    if description["format"] != FILE_FORMAT:
-                        raise ValueError(f"the format {description['format']!r}")
-                    version = description["version"]
-                    if version == VERSION:
-                        embeddings = content["embeddings"]
-                        keys, paths = description["keys"], description["paths"]
-                        mark = description["fingerprint"]
-            # An array file, not an archive of them, has no such methods.
-            except (
-                *(ValueError, KeyError, TypeError, AttributeError, EOFError),
-                *(OSError, zipfile.BadZipFile),
-            ) as error:
-                raise ValueError(
-                    "`path` must be a file that `ImageIndex.save` wrote; this one is "
-                    f"damaged or something else ({error}). Received: path={path}"
-                ) from error
-        if version != VERSION:
-            raise ValueError(
-                f"`path` must be an index of version {VERSION}, the one that this "
-                f"release reads: build it anew. Received: version {version!r} in {path}"
-            )
-        return cls(embeddings, keys, paths, mark and Fingerprint(**mark))
+        return cls(*read_index(path))
 
     def __len__(self):
         return len(self.keys)
@@ -275,7 +234,9 @@ def _some(batches, source):
 
 
 def _text(key):
-    return key.decode("utf-8", "surrogateescape")
+    """A key as str; batches hold bytes."""
+    is_bytes = isinstance(key, bytes)
+    return key.decode("utf-8", "surrogateescape") if is_bytes else str(key)
 
 
 def _place(path):

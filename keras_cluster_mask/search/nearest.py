@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 
-# So many rows and queries are compared at a time: 16 MB of similarities.
-ROWS, QUERIES = 16_384, 256
+# So many queries are compared at a time, and with so many rows as make so many
+# similarities: 16 MB.
+QUERIES, SIMILARITIES = 256, 2**22
 # faiss learns its cells from so many rows each; more do not make them better.
 ROWS_PER_CELL = 64
 # The share of the cells that faiss looks into for a query.
@@ -31,8 +32,9 @@ def nearest(rows, queries, k):
         found = [(np.empty(0, "int64"), np.empty(0, "float32")) for _ in chunk]
         # What a row must exceed to be among the k best so far.
         bounds = np.full(len(chunk), -np.inf, "float32")
-        for first in range(0, len(rows), ROWS):
-            similarity = chunk @ rows[first : first + ROWS].T
+        step = max(SIMILARITIES // len(chunk), 1)
+        for first in range(0, len(rows), step):
+            similarity = chunk @ rows[first : first + step].T
             for i in np.flatnonzero(similarity.max(axis=1) > bounds):
                 new = _candidates(similarity[i], bounds[i], k)
                 numbers = np.concatenate([found[i][0], first + new])

@@ -21,9 +21,9 @@ def rows_of(matches):
 
 
 @pytest.mark.parametrize("k", [1, 10, 300])
-@pytest.mark.parametrize("block", [7, 64, 16_384])
+@pytest.mark.parametrize("block", [50, 700, 2**22])
 def test_search_is_the_order_of_similarity(k, block, monkeypatch):
-    monkeypatch.setattr(nearest, "ROWS", block)
+    monkeypatch.setattr(nearest, "SIMILARITIES", block)
     monkeypatch.setattr(nearest, "QUERIES", 11)
     rows, queries = unit_rows(300), unit_rows(40, seed=1)
     found = ImageIndex(rows, keys_of(300)).search(queries, k)
@@ -38,9 +38,9 @@ def test_search_is_the_order_of_similarity(k, block, monkeypatch):
     assert found[0][0].key == f"{expected[0, 0]}.jpg"
 
 
-@pytest.mark.parametrize("block", [7, 16_384])
+@pytest.mark.parametrize("block", [7, 2**22])
 def test_equal_pictures_are_in_the_order_of_rows(block, monkeypatch):
-    monkeypatch.setattr(nearest, "ROWS", block)
+    monkeypatch.setattr(nearest, "SIMILARITIES", block)
     kinds = unit_rows(3, width=96)
     which = np.random.default_rng(0).integers(0, 3, 50)
     index = ImageIndex(kinds[which], keys_of(50))
@@ -96,6 +96,16 @@ def test_without_faiss_an_approximate_search_says_what_to_install(monkeypatch):
 
 
 # === Building ===
+
+
+def test_embeddings_at_hand_are_an_index_too(model, folder, index):
+    batches = kcm.data.ImageTextBatches(
+        folder, None, 16, 4, training=False, include_keys=True, include_paths=True
+    )
+    found = kcm.evaluation.embed(model, batches, verbose=0)
+    own = ImageIndex(found["image_embeddings"], found["keys"], found["paths"])
+    assert (own.keys, own.paths) == (index.keys, index.paths)
+    np.testing.assert_allclose(own.embeddings, index.embeddings, atol=1e-5)
 
 
 def test_pictures_of_a_folder_are_embedded_in_the_order_of_names(model, folder, index):
