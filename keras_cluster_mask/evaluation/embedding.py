@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_cluster_mask.data.tokenizing import tokenize
 from keras_cluster_mask.models import ContrastiveModel
+from keras_cluster_mask.models.batches import check_ids
 
 # Rows embedded at a time, of arrays and of texts.
 BATCH_SIZE = 64
@@ -147,6 +148,8 @@ class Embedder:
 
     def texts(self, token_ids):
         """`(batch, d)` float32 array of the embeddings of `(batch, T)` token ids."""
+        if self.model.vocabulary_size is not None:
+            check_ids(token_ids, self.model.vocabulary_size)
         return self._embedded(self._texts, token_ids)
 
     def _embedded(self, encoder, inputs):
