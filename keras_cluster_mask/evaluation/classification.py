@@ -64,7 +64,8 @@ def zero_shot_classifier(
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         class_names: List of str.
         tokenizer: See `embed`.
         templates: str, or a list of them, that hold `{}` or `{c}` once, where the name
@@ -125,7 +126,8 @@ def evaluate_zero_shot(
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         data: See `embed`. Batches hold `"images"` and `"labels"`, the places of their
             classes in `class_names`.
         class_names: List of str.

@@ -206,7 +206,8 @@ def evaluate_linear_probe(
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         train: See `embed`. Batches hold `"images"` and `"labels"`, ints; what else they
             hold is not looked at.
         test: Data likewise.

@@ -102,7 +102,8 @@ def evaluate_retrieval(
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         data: See `embed`. Batches hold `"images"`, and `"token_ids"` or, for a
             `tokenizer`, `"captions"`. A text belongs to the one image it came with.
         tokenizer: See `embed`.

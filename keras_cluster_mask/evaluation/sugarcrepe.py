@@ -109,7 +109,8 @@ def evaluate_sugarcrepe(
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         annotations: str or path. The folder `data` of the authors' repository, with
             `add_att.json` and so on.
         pictures: str or path. The folder with the pictures, those of COCO val2017.

@@ -100,7 +100,7 @@ def test_accuracies_and_means_equal_numpys(model, tokenizer, folders):
     # So that rounding decides nothing.
     assert min(np.abs(each).min() for each in margins.values()) > 1e-5
     expected = {split: np.mean(each > 0) for split, each in margins.items()}
-    assert 0 < min(expected.values()) < max(expected.values())
+    assert any(0 < value < 1 for value in expected.values())
     expected |= {
         "add": (expected["add_att"] + expected["add_obj"]) / 2,
         "replace": sum(expected[f"replace_{x}"] for x in ("att", "obj", "rel")) / 3,
