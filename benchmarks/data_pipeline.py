@@ -87,10 +87,12 @@ def main():
             }
         )
     seconds = statistics.median(run["seconds"] for run in first)
+    shards = pathlib.Path(options.data)
     publish(
-        f"{options.results}/data_pipeline-{pathlib.Path(options.data).parent.name}.json",
-        f"{options.data}, crops of {options.image_size} px, batches of "
-        f"{options.batch_size}; first batch of 1,000 shards after {seconds:.2f} s",
+        f"{options.results}/data_pipeline-{shards.parent.name}.json",
+        f"{shards.parent.name}/{shards.name}, crops of {options.image_size} px, "
+        f"batches of {options.batch_size}; "
+        f"first batch of 1,000 shards after {seconds:.2f} s",
         rows,
         runs=runs,
         first_batch=first,

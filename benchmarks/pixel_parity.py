@@ -80,7 +80,8 @@ def main():
     print()
     publish(
         f"{options.results}/pixel_parity.json",
-        f"{options.data}, {options.image_size} px, against open_clip's transform",
+        f"{pathlib.Path(options.data).name}, {options.image_size} px, against "
+        "open_clip's transform",
         [
             {
                 "pictures": len(means),

@@ -21,6 +21,7 @@ __all__ = [
     "losses",
     "masking",
     "models",
+    "search",
     "visualization",
     "with_masking",
 ]
@@ -28,6 +29,6 @@ __all__ = [
 
 def __getattr__(name):
     # Imported when first used: `data` brings tensorflow, `visualization` matplotlib.
-    if name in ("data", "evaluation", "interop", "visualization"):
+    if name in ("data", "evaluation", "interop", "search", "visualization"):
         return importlib.import_module(f"keras_cluster_mask.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,11 +2,16 @@
 
 import contextlib
 import io
+import os
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker a core: threads of one would only keep those of another waiting.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 with contextlib.suppress(ImportError):
     import torch  # noqa: F401  torch crashes under pytest if tensorflow came first

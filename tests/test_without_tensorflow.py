@@ -86,6 +86,10 @@ callbacks = [kcm.callbacks.Retrieval(pairs), kcm.callbacks.MaskImages(pairs, "FO
 model = kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(4))
 history = check(model, callbacks)
 assert len(history["val_image_to_text_recall@1"]) == 1
+weights = kcm.interop.open_clip_state_dict(backbone)
+again = kcm.interop.load_open_clip(weights, num_heads=2)
+for old, new in zip(backbone.weights, again.weights):
+    np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (old, new)))
 found = kcm.masking.masking_statistics(kcm.ClusterMasking(4), pairs, verbose=0)
 assert found.mask_ratio.tolist() == [0.5] * 4
 assert "tensorflow" not in sys.modules
@@ -148,6 +152,16 @@ with tempfile.TemporaryDirectory() as folder:
     print("left:", sorted(path.name for path in folder.glob("*.tfrecord")))
 """
 
+SEARCH = """
+import keras_cluster_mask as kcm
+
+tokenizer = kcm.data.CLIPTokenizer.train(["no 1", "no 2"], 600, context_length=6)
+backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 6, 4)
+index = kcm.search.ImageIndex.build(backbone, "PAIRS", verbose=0)
+result = kcm.search.Searcher(backbone, index, tokenizer).by_text("no 1", k=30)
+print("found:", len(result.matches), "tensorflow" in sys.modules)
+"""
+
 
 def run(code):
     """Runs code where tensorflow cannot be imported, and returns what it prints."""
@@ -194,3 +208,8 @@ def test_data_is_prepared_but_for_tfrecords():
     assert "whole: 1" in printed
     assert "refused: TFRecord files need TensorFlow" in printed
     assert "left: []" in printed
+
+
+def test_pictures_are_searched(write_pairs):
+    printed = run(SEARCH.replace("PAIRS", str(write_pairs("a.tar", 0, 20))))
+    assert "found: 20 False" in printed

@@ -51,7 +51,8 @@ class Evaluation(Periodic):
         model = self.model
         if self._embedder is None or self._embedder.model is not model:
             self._embedder = Embedder(model)
-        batch = next(iter(batches_of(self.data)), None)
+        batches = batches_of(self.data)
+        batch = next((each for each in batches if len(each["images"])), None)
         if batch is None:
             raise ValueError(
                 f"`data` must hold at least one image. Received: data={self.data}"

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import random
 import typing
 
@@ -115,6 +116,8 @@ class ImageTextBatches:
         include_captions: bool. Whether batches hold the `"captions"`, UTF-8 bytes; with
             `"all"`, tuples of all captions of each picture.
         include_keys: bool. Whether batches hold the samples' `"keys"`, bytes.
+        include_paths: bool. Whether batches hold the `"paths"` of the pictures' files,
+            bytes; empty for pictures inside of shards.
         label_key: str or sequence of str. The field that holds the class, such as
             `"cls"`, `"json.label"` or, of pictures in a folder, `"folder"`, the name of
             the folder. Batches then hold `"labels"`, int32. Defaults to `None`: none.
@@ -163,6 +166,7 @@ class ImageTextBatches:
         data_format=None,
         include_captions=False,
         include_keys=False,
+        include_paths=False,
         label_key=None,
         class_names=None,
         process=None,
@@ -223,6 +227,7 @@ class ImageTextBatches:
             "token_ids": tokenizer is not None,
             "captions": include_captions,
             "keys": include_keys,
+            "paths": include_paths,
             "labels": label_key is not None,
         }
         self._names = [name for name, is_wanted in wanted.items() if is_wanted]
@@ -255,6 +260,7 @@ class ImageTextBatches:
             "token_ids": Spec((rows, length), "int32"),
             "captions": Spec((rows,), "string"),
             "keys": Spec((rows,), "string"),
+            "paths": Spec((rows,), "string"),
             "labels": Spec((rows,), "int32"),
         }
         return {name: spec[name] for name in self._names}
@@ -300,6 +306,10 @@ class ImageTextBatches:
             batch["token_ids"] = tokenize(self._tokenizer, captions)
         if self.all_captions:
             batch["captions"] = _strings([self._choose.all_of(p) for p in pairs])
+        if "paths" in self._names:
+            images = [pair.image for pair in pairs]
+            paths = [image if isinstance(image, str) else "" for image in images]
+            batch["paths"] = _strings([os.fsencode(path) for path in paths])
         if "labels" in self._names:
             batch["labels"] = np.array([pair.label for pair in pairs], "int32")
         return {name: batch[name] for name in self._names}

@@ -87,7 +87,8 @@ def image_text_dataset(
         **options: The other arguments of `ImageTextBatches`: `seed`, `shuffle_buffer`,
             `crop_scale`, `horizontal_flip`, `background`, `image_keys`, `caption_key`,
             `caption_template`, `on_error`, `max_skipped`, `max_image_pixels`,
-            `drop_remainder`, `data_format`, `include_keys`, `process`, `num_threads`.
+            `drop_remainder`, `data_format`, `include_keys`, `include_paths`, `process`,
+            `num_threads`.
 
     Returns:
         A `tf.data.Dataset` of dicts: `"images"`, uint8 `(batch, height, width, 3)` or

@@ -1,4 +1,4 @@
-"""Judging a model: retrieval, zero-shot classification."""
+"""Judging a model: retrieval, zero-shot classification, linear probe, SugarCrepe."""
 
 from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,
@@ -6,20 +6,32 @@ from keras_cluster_mask.evaluation.classification import (
     zero_shot_classifier,
 )
 from keras_cluster_mask.evaluation.embedding import embed, embed_texts
+from keras_cluster_mask.evaluation.linear_probe import (
+    evaluate_linear_probe,
+    linear_probe,
+)
 from keras_cluster_mask.evaluation.retrieval import (
     chance_recall,
     evaluate_retrieval,
     retrieval_recall,
     wilson_interval,
 )
+from keras_cluster_mask.evaluation.sugarcrepe import (
+    caption_selection_accuracy,
+    evaluate_sugarcrepe,
+)
 
 __all__ = [
+    "caption_selection_accuracy",
     "chance_recall",
     "classification_accuracy",
     "embed",
     "embed_texts",
+    "evaluate_linear_probe",
     "evaluate_retrieval",
+    "evaluate_sugarcrepe",
     "evaluate_zero_shot",
+    "linear_probe",
     "retrieval_recall",
     "wilson_interval",
     "zero_shot_classifier",

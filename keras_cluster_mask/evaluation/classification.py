@@ -4,7 +4,7 @@ import numpy as np
 
 from keras_cluster_mask.evaluation.checks import check_embeddings, check_labels
 from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
-from keras_cluster_mask.evaluation.retrieval import TIE
+from keras_cluster_mask.evaluation.ranks import TIE
 
 TEMPLATES = ("a photo of a {}.",)
 # Pictures whose scores for all classes are held in memory at a time.
@@ -64,7 +64,8 @@ def zero_shot_classifier(
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         class_names: List of str.
         tokenizer: See `embed`.
         templates: str, or a list of them, that hold `{}` or `{c}` once, where the name
@@ -125,7 +126,8 @@ def evaluate_zero_shot(
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         data: See `embed`. Batches hold `"images"` and `"labels"`, the places of their
             classes in `class_names`.
         class_names: List of str.

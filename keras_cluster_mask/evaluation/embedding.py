@@ -5,7 +5,8 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.data.tokenizing import tokenize
-from keras_cluster_mask.models import ContrastiveModel
+from keras_cluster_mask.models.batches import check_ids
+from keras_cluster_mask.models.loading import as_contrastive_model
 
 # Rows embedded at a time, of arrays and of texts.
 BATCH_SIZE = 64
@@ -33,7 +34,8 @@ def embed(model, data, tokenizer=None, verbose="auto"):
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         data: Batches, or arrays. An iterable of batches (`ImageTextBatches`, a
             `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or
             a pair `(images, labels)`, or images alone; or one such dictionary, pair or
@@ -60,6 +62,8 @@ def embed(model, data, tokenizer=None, verbose="auto"):
     progress = Progress(verbose, size_of(data), "image")
     for batch in batches_of(data):
         size = len(batch["images"])
+        if not size:
+            continue
         found = {
             **{k: v for k, v in batch.items() if k != "images"},
             "image_embeddings": embedder.images(batch["images"]),
@@ -95,7 +99,8 @@ def embed_texts(model, texts, tokenizer, verbose="auto"):
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         texts: List of str or bytes.
         tokenizer: As for `embed`.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
@@ -119,22 +124,19 @@ def embed_texts(model, texts, tokenizer, verbose="auto"):
 
 
 class Embedder:
-    """The towers of a model, compiled once for batches of one size.
+    """The towers of a model, compiled for batches of few sizes.
 
     It reads the model's weights anew in each call: one serves a whole training.
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
     """
 
     def __init__(self, model):
-        if not isinstance(model, ContrastiveModel):
-            # Which says what it takes if it is none.
-            model = ContrastiveModel.from_clip(model)
-        self.model = model
+        self.model = model = as_contrastive_model(model)
         self._images = _Encoder(model.encode_image)
         self._texts = _Encoder(model.encode_text)
-        self._sizes = {}
 
     @classmethod
     def of(cls, model):
@@ -147,18 +149,18 @@ class Embedder:
 
     def texts(self, token_ids):
         """`(batch, d)` float32 array of the embeddings of `(batch, T)` token ids."""
+        if self.model.vocabulary_size is not None:
+            check_ids(token_ids, self.model.vocabulary_size)
         return self._embedded(self._texts, token_ids)
 
     def _embedded(self, encoder, inputs):
         inputs = np.asarray(inputs)
-        # Compiled for the size of the first batch: the last is filled up to it.
-        size = self._sizes.setdefault(encoder.name, min(len(inputs), BATCH_SIZE))
-        found = []
-        for start in range(0, len(inputs), size):
-            chunk = inputs[start : start + size]
-            filled = np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), 0)])
-            found.append(encoder.predict_on_batch(filled)[: len(chunk)])
-        return np.concatenate(found)
+        count = len(inputs)
+        # A size is compiled for, so there are few: smaller batches are filled up.
+        encoder.size = max(encoder.size, 1 << max(count - 1, 0).bit_length())
+        filled = np.zeros((encoder.size, *inputs.shape[1:]), inputs.dtype)
+        filled[:count] = inputs
+        return encoder.predict_on_batch(filled)[:count]
 
 
 class _Encoder(keras.Model):
@@ -170,6 +172,7 @@ class _Encoder(keras.Model):
         self.autocast = False
         self.source = function.__self__
         self.function = function
+        self.size = 1
         self.built = True
 
     def call(self, inputs):

@@ -6,13 +6,7 @@ import numpy as np
 
 from keras_cluster_mask.evaluation.checks import check_embeddings
 from keras_cluster_mask.evaluation.embedding import embed
-
-# So much of the similarity of all images to all texts is held in memory at a time; rows
-# are counted in eight bits.
-TILE = 255, 8192
-# Two similarities of unit vectors that are not farther apart are equal: in 32 bits the
-# order of a sum decides on the last ones.
-TIE = 2.0**-22
+from keras_cluster_mask.evaluation.ranks import ranks_of_partners
 
 
 def retrieval_recall(
@@ -67,7 +61,7 @@ def retrieval_recall(
     image_labels, text_labels = _check_labels(
         len(images), len(texts), image_labels, text_labels
     )
-    ranks = _ranks(images, texts, image_labels, text_labels)
+    ranks = ranks_of_partners(images, texts, image_labels, text_labels, max(ks))
     return {
         f"{name}_recall@{k}": float(np.mean(each < k))
         for name, each in zip(("image_to_text", "text_to_image"), ranks)
@@ -108,7 +102,8 @@ def evaluate_retrieval(
     ```
 
     Args:
-        model: A `ContrastiveModel`, or a keras_hub `CLIPBackbone`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
         data: See `embed`. Batches hold `"images"`, and `"token_ids"` or, for a
             `tokenizer`, `"captions"`. A text belongs to the one image it came with.
         tokenizer: See `embed`.
@@ -208,67 +203,6 @@ def wilson_interval(share, count, z=1.96):
     half = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     half *= z / (1 + z * z / count)
     return center - half, center + half
-
-
-def _ranks(images, texts, image_labels, text_labels):
-    """For each image, and each text, the wrong partners ahead of the best right one.
-
-    The similarity of all images to all texts is computed once for both, tile by tile.
-    """
-    # Right partners are next to one another in the order of labels.
-    labels = np.concatenate([image_labels, text_labels])
-    codes = np.unique(labels, return_inverse=True)[1].reshape(-1)
-    codes = codes[: len(images)], codes[len(images) :]
-    orders = [np.argsort(each, kind="stable") for each in codes]
-    images, texts = images[orders[0]], texts[orders[1]]
-    codes = [each[order] for each, order in zip(codes, orders)]
-    right_texts = _ranges(*codes)
-    right_images = _ranges(*codes[::-1])
-
-    largest = [np.linalg.norm(each, axis=1).max() for each in (images, texts)]
-    tie = TIE * largest[0] * largest[1]
-    image_bounds = _best(images, texts, *right_texts) - tie
-    text_bounds = _best(texts, images, *right_images) - tie
-    ranks = [np.zeros(len(each), "int64") for each in (images, texts)]
-    for i in range(0, len(images), TILE[0]):
-        rows = slice(i, i + TILE[0])
-        first, last = (each[rows] for each in right_texts)
-        for j in range(0, len(texts), TILE[1]):
-            columns = slice(j, j + TILE[1])
-            similarity = images[rows] @ texts[columns].T
-            for row in np.flatnonzero((last > j) & (first < columns.stop)):
-                right = slice(max(first[row] - j, 0), last[row] - j)
-                similarity[row, right] = -np.inf
-            ahead = similarity >= image_bounds[rows, None]
-            ranks[0][rows] += np.count_nonzero(ahead, axis=1)
-            np.greater_equal(similarity, text_bounds[columns], out=ahead)
-            # No more rows than eight bits hold.
-            ranks[1][columns] += np.add.reduce(ahead.view("uint8"), 0, dtype="uint8")
-    for each, (first, last), order in zip(ranks, (right_texts, right_images), orders):
-        # Never found.
-        each[first == last] = np.iinfo("int64").max
-        each[order] = each.copy()
-    return ranks
-
-
-def _ranges(codes, others):
-    """Where the items of each code begin and end among others; both are sorted."""
-    return [np.searchsorted(others, codes, side) for side in ("left", "right")]
-
-
-def _best(queries, items, first, last):
-    """The highest similarity of each query to one of its own range of items."""
-    best = np.full(len(queries), -np.inf, "float32")
-    changes = np.diff(first, prepend=-1) | np.diff(last, prepend=-1)
-    starts = np.flatnonzero(changes)
-    for start, stop in zip(starts, [*starts[1:], len(queries)]):
-        right = items[first[start] : last[start]].T
-        if not right.size:
-            continue
-        for i in range(start, stop, TILE[0]):
-            rows = slice(i, min(i + TILE[0], stop))
-            best[rows] = np.max(queries[rows] @ right, axis=1)
-    return best
 
 
 def _check_labels(num_images, num_texts, image_labels, text_labels):

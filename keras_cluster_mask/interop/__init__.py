@@ -2,7 +2,18 @@
 
 import importlib
 
-__all__ = ["clip_benchmark"]
+from keras_cluster_mask.interop.open_clip_weights import (
+    load_open_clip,
+    open_clip_state_dict,
+    save_open_clip,
+)
+
+__all__ = [
+    "clip_benchmark",
+    "load_open_clip",
+    "open_clip_state_dict",
+    "save_open_clip",
+]
 
 
 def __getattr__(name):

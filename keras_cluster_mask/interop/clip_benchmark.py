@@ -44,15 +44,11 @@ import argparse
 import functools
 import importlib
 import os
-import pathlib
 import sys
-import zipfile
-
-import keras
 
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.interop.torch_adapter import Adapter, Tokenizer, Transform
-from keras_cluster_mask.models import ContrastiveModel
+from keras_cluster_mask.models.loading import as_contrastive_model, image_size_of
 
 MODEL_TYPE = "keras"
 # Put before the user's options, of which the last one of a kind counts.
@@ -94,24 +90,10 @@ def adapt(model, tokenizer=None):
         ValueError: For another model or file, or if the tokenizer is not the model's.
     """
     _repair()
-    if isinstance(model, str | os.PathLike):
-        model = _load(model)
-    if not isinstance(model, ContrastiveModel):
-        # As the classes themselves would be known by, were keras_hub imported here.
-        if hasattr(model, "clip_head"):
-            model = ContrastiveModel.from_clip(model)
-        elif hasattr(model, "siglip_head"):
-            model = ContrastiveModel.from_siglip(model)
-        else:
-            raise ValueError(
-                "`model` must be a ContrastiveModel, a keras_hub CLIPBackbone or "
-                "SigLIPBackbone, or the path of one. "
-                f"Received: model={model} of type {type(model).__name__}"
-            )
+    model = as_contrastive_model(model)
     image_shape = model.image_tower.encoder.input.shape[1:]
     context_length = model.text_tower.encoder.input.shape[1]
-    first = keras.config.image_data_format() == "channels_first"
-    image_size = image_shape[1:] if first else image_shape[:2]
+    image_size = image_size_of(model)
     if None in image_size:
         raise ValueError(
             "`model` must have an image encoder that takes images of one size. "
@@ -182,26 +164,6 @@ def _repair():
     """
     metrics = _import("clip_benchmark.metrics.zeroshot_classification")
     metrics.float = lambda x: float(x.item() if hasattr(x, "item") else x)
-
-
-def _load(path):
-    path = pathlib.Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(
-            "`model` must be the path of a file or folder that is there. "
-            f"Received: model={path}"
-        )
-    # What is saved may need its classes.
-    import keras_hub
-
-    if path.is_dir():
-        return keras_hub.models.Backbone.from_preset(str(path))
-    if path.suffix != ".keras" or not zipfile.is_zipfile(path):
-        raise ValueError(
-            "`model` must be the path of a .keras file that `save` wrote. "
-            f"Received: model={path}"
-        )
-    return keras.saving.load_model(path, compile=False)
 
 
 def _import(name):

@@ -7,23 +7,21 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.data.pictures import cut_middle
+from keras_cluster_mask.evaluation.embedding import Embedder
 
 
 class Adapter:
     """A `ContrastiveModel` that takes and returns torch tensors, as open_clip's do.
 
     It embeds by Keras's compiled inference, without gradients, and in the precision of
-    the model's dtype policy: `torch.autocast` has no influence. A batch that is smaller
-    than one before is filled up to that one's size, so that what is compiled on JAX and
-    TensorFlow is not compiled again for the last batch.
+    the model's dtype policy: `torch.autocast` has no influence.
 
     Args:
-        model: A `ContrastiveModel` of functional encoders.
+        model: A `ContrastiveModel`.
     """
 
     def __init__(self, model):
-        self.model = model
-        self._sizes = {"image_tower": 1, "text_tower": 1}
+        self._embedder = Embedder(model)
 
     def encode_image(self, images):
         """Embeds images.
@@ -41,7 +39,7 @@ class Adapter:
             images = images.float()
         if keras.config.image_data_format() == "channels_last":
             images = images.permute(0, 2, 3, 1)
-        return self._embed("image_tower", images)
+        return _embedded(self._embedder.images, images)
 
     def encode_text(self, token_ids):
         """Embeds texts.
@@ -52,7 +50,7 @@ class Adapter:
         Returns:
             `(batch, d)` float32 tensor on the same device, L2-normalised.
         """
-        return self._embed("text_tower", token_ids.int())
+        return _embedded(self._embedder.texts, token_ids.int())
 
     def eval(self):
         """Returns itself: it is made for inference."""
@@ -66,18 +64,14 @@ class Adapter:
         """
         return self
 
-    def _embed(self, name, inputs):
-        import torch
 
-        count = len(inputs)
-        self._sizes[name] = max(self._sizes[name], count)
-        found = inputs.detach().cpu().numpy()
-        filled = np.zeros((self._sizes[name], *found.shape[1:]), found.dtype)
-        filled[:count] = found
-        # On torch, Keras's own layers would be rounded.
-        with torch.autocast(inputs.device.type, enabled=False):
-            embeddings = getattr(self.model, name).predict_on_batch(filled)
-        return torch.tensor(embeddings[:count], device=inputs.device)
+def _embedded(embed, inputs):
+    import torch
+
+    # On torch, Keras's own layers would be rounded.
+    with torch.autocast(inputs.device.type, enabled=False):
+        embeddings = embed(inputs.detach().cpu().numpy())
+    return torch.tensor(embeddings, device=inputs.device)
 
 
 class Transform:

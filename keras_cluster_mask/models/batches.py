@@ -37,7 +37,7 @@ def check_batches(data, vocabulary_size=None, batch_size=None):
     if isinstance(data, dict):
         _check_keys(data)
         if vocabulary_size is not None:
-            _check_ids(data["token_ids"], vocabulary_size)
+            check_ids(data["token_ids"], vocabulary_size)
         if batch_size is not None and len(data["images"]) % batch_size == 1:
             raise ValueError(
                 f"{LONELY} The last batch of these arrays would be one. Received: "
@@ -82,7 +82,8 @@ def _check_keys(batch):
         )
 
 
-def _check_ids(ids, vocabulary_size):
+def check_ids(ids, vocabulary_size):
+    """Raises an error for token ids that a vocabulary does not have."""
     ids = ids if isinstance(ids, np.ndarray) else ops.convert_to_numpy(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= vocabulary_size):
         raise ValueError(
@@ -93,7 +94,7 @@ def _check_ids(ids, vocabulary_size):
 
 def _check_batch(batch, vocabulary_size, training):
     if vocabulary_size is not None:
-        _check_ids(batch["token_ids"], vocabulary_size)
+        check_ids(batch["token_ids"], vocabulary_size)
     if training and len(batch["images"]) < 2:
         raise ValueError(f"{LONELY} Received: a batch of {len(batch['images'])}")
 

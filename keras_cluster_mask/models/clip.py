@@ -49,3 +49,18 @@ class CLIPContrastiveModel(BackboneModel):
         end = ops.equal(ops.arange(ops.shape(tokens)[1], dtype=end.dtype), end)
         pooled = ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
         return self.backbone.text_projection(pooled)
+
+    def get_config(self):
+        # Which keras_hub's own config leaves out, and a backbone of open_clip's weights
+        # has another one than keras_hub's.
+        epsilon = self.backbone.text_encoder.layer_norm.epsilon
+        return {**super().get_config(), "text_epsilon": epsilon}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        epsilon = config.pop("text_epsilon", None)
+        model = super().from_config(config, custom_objects)
+        if epsilon is not None:
+            model.backbone.text_encoder.layer_norm.epsilon = epsilon
+        return model

@@ -2,15 +2,19 @@ import keras
 
 from keras_cluster_mask.models.embedding_layer import number_positions
 
-# Widths, depths and heads of the two towers. The larger three are those of
-# open_clip's model configurations ViT-S-16, ViT-B-16 and ViT-L-16
+# Widths, depths and heads of the two towers. All but the first are those of
+# open_clip's model configurations of the same names
 # (https://github.com/mlfoundations/open_clip); ViT-B/16 is the paper's.
 SIZES = {
     "tiny": dict(patch=8, image=(96, 3, 3), text=(96, 1, 3), projection=96),
     "vit_s_16": dict(patch=16, image=(384, 12, 6), text=(384, 12, 6), projection=384),
+    "vit_b_32": dict(patch=32, image=(768, 12, 12), text=(512, 12, 8), projection=512),
     "vit_b_16": dict(patch=16, image=(768, 12, 12), text=(512, 12, 8), projection=512),
     "vit_l_16": dict(
         patch=16, image=(1024, 24, 16), text=(768, 12, 12), projection=768
+    ),
+    "vit_l_14": dict(
+        patch=14, image=(1024, 24, 16), text=(768, 12, 12), projection=768
     ),
 }
 
@@ -35,12 +39,13 @@ def clip_backbone(
 
     Args:
         size: `"tiny"` (for pictures of 32 to 64 pixels and small data),
-            `"vit_s_16"`, `"vit_b_16"` or `"vit_l_16"`.
+            `"vit_s_16"`, `"vit_b_32"`, `"vit_b_16"`, `"vit_l_16"` or `"vit_l_14"`.
         image_size: Integer. The side of the square images in pixels.
         vocabulary_size: Integer. The tokenizer's number of ids; 49,408 for
             CLIP's vocabulary.
         context_length: Integer. The largest number of tokens of a text.
-        patch_size: Integer. Defaults to the size's own: 8 for `"tiny"`, else 16.
+        patch_size: Integer. Defaults to the size's own: 8 for `"tiny"`, else the
+            number in its name.
         activation: `"gelu"`, or `"quick_gelu"` as in OpenAI's weights.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
 
@@ -51,12 +56,24 @@ def clip_backbone(
         ValueError: For an unknown size, or if the patch size does not divide
             the image size.
     """
+    shape, patch_size = size_and_patch(size, image_size, patch_size)
+    return make_clip(
+        {**shape, "patch": patch_size},
+        image_size,
+        vocabulary_size,
+        context_length,
+        activation,
+        dtype,
+    )
+
+
+def make_clip(shape, image_size, vocabulary_size, context_length, activation, dtype):
+    """A CLIP model with fresh weights, of a shape as those in `SIZES`."""
     # Imported here, as keras_hub takes seconds and the masking layers do not need it.
     import keras_hub
 
-    shape, patch_size = size_and_patch(size, image_size, patch_size)
     vision_encoder = keras_hub.models.CLIPVisionEncoder(
-        patch_size=patch_size,
+        patch_size=shape["patch"],
         image_shape=_image_shape(image_size),
         name="vision_encoder",
         **_tower(shape["image"], activation, dtype),
@@ -93,12 +110,12 @@ def size_and_patch(size, image_size, patch_size):
 
 
 def _tower(shape, activation, dtype):
-    width, layers, heads = shape
+    width, layers, heads, *hidden = shape
     return dict(
         hidden_dim=width,
         num_layers=layers,
         num_heads=heads,
-        intermediate_dim=4 * width,
+        intermediate_dim=hidden[0] if hidden else 4 * width,
         intermediate_activation=activation,
         dtype=dtype,
     )

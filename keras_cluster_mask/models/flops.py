@@ -25,8 +25,7 @@ def training_flops(
     ```
 
     Args:
-        size: As for `clip_backbone`: `"tiny"`, `"vit_s_16"`, `"vit_b_16"` or
-            `"vit_l_16"`.
+        size: As for `clip_backbone`, such as `"vit_b_16"`.
         image_size: Integer. The side of the square images in pixels.
         context_length: Integer. The number of tokens of a text, padding included.
         patch_size: Integer. Defaults to the size's own.

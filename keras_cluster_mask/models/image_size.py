@@ -80,6 +80,10 @@ def with_image_size(model, image_size):
         # DINOv2 would interpolate its positions whenever it is saved or loaded.
         changed["position_embedding_shape"] = changed["image_shape"]
     copy = type(model).from_config(config)
+    if isinstance(model, hub.CLIPBackbone):
+        # Not in the config, and another one in a backbone of open_clip's weights.
+        norm = copy.text_encoder.layer_norm
+        norm.epsilon = model.text_encoder.layer_norm.epsilon
     copied = find_embedding_layer(getattr(copy, "vision_encoder", copy))
 
     new_values = {}

@@ -149,7 +149,7 @@ def test_data_is_read_anew_for_each_evaluation():
 
         def __iter__(self):
             self.passes += 1
-            yield from [pairs(5, 1), pairs(3, 2)]
+            yield from [pairs(0), pairs(5, 1), pairs(3, 2)]
 
     batches = Batches()
     _, history = fit([Retrieval(batches, ks=(7,))], epochs=2)

@@ -1,3 +1,4 @@
+import keras
 import pytest
 
 import keras_cluster_mask as kcm
@@ -7,6 +8,7 @@ from tests.models.helpers import CONTEXT, VOCABULARY
 @pytest.fixture(scope="package")
 def model():
     """A CLIP of 16 pixels and 6 tokens that has learned nothing."""
+    keras.utils.set_random_seed(0)
     backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
     return kcm.ContrastiveModel.from_clip(backbone, masking=kcm.RandomMasking(0.5))
 

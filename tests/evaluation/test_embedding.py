@@ -133,6 +133,27 @@ def test_an_embedder_follows_the_weights(model, pairs):
     assert np.abs(after - before).max() > 0.01
 
 
+def test_smaller_batches_are_filled_up_so_that_few_sizes_are_compiled(
+    model, pairs, expected, monkeypatch
+):
+    embedder = Embedder(model)
+    sizes = []
+    predict = embedder._images.predict_on_batch
+    monkeypatch.setattr(
+        embedder._images,
+        "predict_on_batch",
+        lambda batch: sizes.append(len(batch)) or predict(batch),
+    )
+    for count in (5, 6, 70, 0, 1, 64):
+        found = embedder.images(pairs["images"][:count])
+        assert found.shape == (count, 96)
+        assert_expected(
+            {"image_embeddings": found},
+            {"image_embeddings": expected["image_embeddings"][:count]},
+        )
+    assert sizes == [8, 8, 128, 128, 128, 128]
+
+
 def test_progress_is_shown_unless_it_is_turned_off(model, pairs, capsys):
     embed(model, pairs, verbose=0)
     assert capsys.readouterr().out == ""

@@ -40,16 +40,17 @@ def test_images_that_patches_do_not_tile_are_an_error():
         tiny(patch_size=5)
 
 
-@pytest.mark.parametrize("size", ["vit_s_16", "vit_b_16", "vit_l_16"])
+@pytest.mark.parametrize("size", list(SIZES)[1:])
 def test_widths_and_depths_are_those_of_open_clip(size):
     open_clip = pytest.importorskip("open_clip")
-    config = open_clip.get_model_config("ViT-" + size[4].upper() + "-16")
+    letter, patch = size.removeprefix("vit_").split("_")
+    config = open_clip.get_model_config(f"ViT-{letter.upper()}-{patch}")
     vision, text, shape = config["vision_cfg"], config["text_cfg"], SIZES[size]
     # open_clip's heads of the image tower are 64 wide.
     assert shape["image"] == (vision["width"], vision["layers"], vision["width"] // 64)
     assert shape["text"] == (text["width"], text["layers"], text["heads"])
     assert shape["projection"] == config["embed_dim"]
-    assert shape["patch"] == vision["patch_size"] == 16
+    assert shape["patch"] == vision["patch_size"] == int(patch)
 
 
 def test_vit_b_16_has_as_many_weights_as_open_clips(monkeypatch):

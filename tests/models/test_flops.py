@@ -4,6 +4,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models import training_flops
+from keras_cluster_mask.models.clip_sizes import SIZES
 
 
 def counted(name, patch_dropout=0.0):
@@ -24,9 +25,10 @@ def counted(name, patch_dropout=0.0):
     return forward, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("size", ["vit_s_16", "vit_b_16", "vit_l_16"])
+@pytest.mark.parametrize("size", list(SIZES)[1:])
 def test_towers_are_counted_as_torch_counts_open_clips(size):
-    forward, training = counted("ViT-" + size[4].upper() + "-16")
+    letter, patch = size.removeprefix("vit_").split("_")
+    forward, training = counted(f"ViT-{letter.upper()}-{patch}")
     assert training_flops(size) == 3 * forward
     # Nothing is differentiated with respect to pixels, a per cent less.
     assert training_flops(size) == pytest.approx(training, rel=0.01)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from keras_cluster_mask.data import ImageTextBatches
 from keras_cluster_mask.data.sources import find_shards, folder, read_samples
 
 
@@ -63,3 +64,14 @@ def test_a_folder_in_memory(encode):
 def test_a_folder_without_pictures_is_an_error_that_says_what_may_be_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metadata\.csv.*Received a folder"):
         find_shards(tmp_path)
+
+
+def test_batches_name_the_files_of_their_pictures(pictures, write_pairs):
+    options = {"training": False, "include_paths": True}
+    sources = [pictures, pictures / "cats" / "2.png", write_pairs("a.tar", 0, 2)]
+    batches = ImageTextBatches(sources, None, 8, 9, **options)
+    assert batches.element_spec["paths"].dtype == "string"
+    (batch,) = batches
+    names = ("3.png", "cats/1.PNG", "cats/2.png", "dogs/1.png", "cats/2.png")
+    expected = [f"{pictures}/{name}".encode() for name in names] + [b"", b""]
+    assert sorted(batch["paths"]) == sorted(expected)

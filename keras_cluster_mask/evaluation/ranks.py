@@ -1,0 +1,121 @@
+"""The ranks of right partners, among all images or all texts."""
+
+import numpy as np
+
+# So much of the similarity of all images to all texts is held in memory at a time.
+TILE = 2040, 4096
+# Rows whose count is held in eight bits.
+ROWS = 255
+# How many items find out whether a query is a hopeless one.
+SAMPLE = 2048
+# Two similarities of unit vectors that are not farther apart are equal: in 32 bits the
+# order of a sum decides on the last ones.
+TIE = 2.0**-22
+NEVER = np.iinfo("int64").max
+
+
+def ranks_of_partners(images, texts, image_labels, text_labels, limit):
+    """For each image, and each text, the wrong partners ahead of the best right one.
+
+    The similarity of all images to all texts is computed once for both, tile by tile;
+    or, where most queries have more than `limit` wrong partners ahead among a few,
+    only that of the other queries.
+
+    Args:
+        images: `(images, d)` float32 array.
+        texts: `(texts, d)` float32 array.
+        image_labels: `(images,)` array. Partners have the same label.
+        text_labels: `(texts,)` array.
+        limit: Integer. Ranks from here on are not told apart.
+
+    Returns:
+        Two int64 arrays, `(images,)` and `(texts,)`.
+    """
+    # Right partners are next to one another in the order of labels.
+    labels = np.concatenate([image_labels, text_labels])
+    codes = np.unique(labels, return_inverse=True)[1].reshape(-1)
+    codes = codes[: len(images)], codes[len(images) :]
+    orders = [np.argsort(each, kind="stable") for each in codes]
+    sides = [each[order] for each, order in zip((images, texts), orders)]
+    codes = [each[order] for each, order in zip(codes, orders)]
+    right = [_ranges(*codes), _ranges(*codes[::-1])]
+
+    largest = [np.linalg.norm(each, axis=1).max() for each in sides]
+    tie = TIE * largest[0] * largest[1]
+    bounds = [
+        _best(queries, items, *ranges) - tie
+        for queries, items, ranges in zip(sides, sides[::-1], right)
+    ]
+    ranks = [np.full(len(each), limit) for each in sides]
+    open_ = [
+        np.flatnonzero(_may_be_below(limit, *each))
+        for each in zip(sides, sides[::-1], right, bounds)
+    ]
+    if sum(len(each) / len(side) for each, side in zip(open_, sides)) < 1:
+        for side, rows in enumerate(open_):
+            queries, items = sides[side], sides[1 - side]
+            ranges = [each[rows] for each in right[side]]
+            found = _count(queries[rows], items, *ranges, bounds[side][rows])
+            ranks[side][rows] = found[0]
+    else:
+        ranks = _count(*sides, *right[0], *bounds)
+    for each, (first, last), order in zip(ranks, right, orders):
+        each[first == last] = NEVER
+        each[order] = each.copy()
+    return ranks
+
+
+def _count(rows, columns, first, last, row_bounds, column_bounds=None):
+    """How many columns reach the bound of each row, and how many rows of each column.
+
+    Pairs of a row and one of the columns from its `first` to before its `last` do not
+    count. Without `column_bounds` columns are not asked.
+    """
+    counts = [np.zeros(len(each), "int64") for each in (rows, columns)]
+    for i in range(0, len(rows), TILE[0]):
+        part = slice(i, i + TILE[0])
+        for j in range(0, len(columns), TILE[1]):
+            other = slice(j, j + TILE[1])
+            similarity = rows[part] @ columns[other].T
+            for row in np.flatnonzero((last[part] > j) & (first[part] < other.stop)):
+                right = slice(max(first[i + row] - j, 0), max(last[i + row] - j, 0))
+                similarity[row, right] = -np.inf
+            reached = similarity >= row_bounds[part, None]
+            counts[0][part] += np.count_nonzero(reached, axis=1)
+            if column_bounds is None:
+                continue
+            np.greater_equal(similarity, column_bounds[other], out=reached)
+            for k in range(0, len(reached), ROWS):
+                some = reached[k : k + ROWS].view("uint8")
+                counts[1][other] += np.add.reduce(some, 0, dtype="uint8")
+    return counts
+
+
+def _may_be_below(limit, queries, items, right, bounds):
+    """Whether a rank may be below the limit, by what is ahead in a sample."""
+    step = -(-len(items) // SAMPLE)
+    none = np.zeros(len(queries), "int64")
+    ahead, _ = _count(queries, items[::step], none, none, bounds)
+    # Those of the sample that are right, whether or not they are ahead.
+    first, last = (-(-each // step) for each in right)
+    return ahead - (last - first) < limit
+
+
+def _ranges(codes, others):
+    """Where the items of each code begin and end among others; both are sorted."""
+    return [np.searchsorted(others, codes, side) for side in ("left", "right")]
+
+
+def _best(queries, items, first, last):
+    """The highest similarity of each query to one of its own range of items."""
+    best = np.full(len(queries), -np.inf, "float32")
+    changes = np.diff(first, prepend=-1) | np.diff(last, prepend=-1)
+    starts = np.flatnonzero(changes)
+    for start, stop in zip(starts, [*starts[1:], len(queries)]):
+        right = items[first[start] : last[start]].T
+        if not right.size:
+            continue
+        for i in range(start, stop, TILE[0]):
+            rows = slice(i, min(i + TILE[0], stop))
+            best[rows] = np.max(queries[rows] @ right, axis=1)
+    return best

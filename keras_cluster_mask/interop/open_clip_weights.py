@@ -1,0 +1,199 @@
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.interop.open_clip_names import entries
+from keras_cluster_mask.interop.state_dicts import match, read_state_dict
+from keras_cluster_mask.interop.weight_files import write_weights
+from keras_cluster_mask.models.clip_sizes import make_clip
+
+# Heads of open_clip's transformers are 64 wide, but for image towers wider than 1024
+# (ViT-H, ViT-g, ViT-bigG, ViT-e), which have 16 heads all the same.
+HEAD_WIDTH, MAX_IMAGE_HEADS = 64, 16
+
+# Of all normalisations. keras_hub has 1e-6 in the last one of the text tower.
+EPSILON = 1e-5
+
+
+def load_open_clip(source, activation="gelu", num_heads=None, dtype=None):
+    """Makes a CLIP model of the weights of an open_clip checkpoint.
+
+    Widths, depths, patch size, image size, context length and vocabulary are read off
+    the tensors. What tensors cannot tell is that of open_clip's plain `ViT-*` models:
+    class token and end-of-text token (the highest id) as pooling, a causal text tower,
+    epsilons of 1e-5. Weights of half precision are loaded as float32.
+
+    keras_hub cannot save the epsilon of the text tower's last normalisation. A saved
+    `ContrastiveModel` keeps it; a backbone or a tower that is saved by itself comes
+    back with keras_hub's 1e-6, which moves embeddings by a millionth or so.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    kcm.interop.save_open_clip(backbone, "clip.safetensors")
+    backbone = kcm.interop.load_open_clip("clip.safetensors", num_heads=3)
+    model = kcm.ContrastiveModel.from_clip(backbone)
+    ```
+
+    Args:
+        source: Path of a checkpoint, `.safetensors` (read without torch), `.pt`, `.pth`
+            or `.bin`; or a state dict, a dictionary from name to array or tensor. Both
+            may hold the state dict under `"state_dict"`, as open_clip's training
+            writes it, with the names of `DistributedDataParallel` (`module.`) or of
+            `CustomTextCLIP` (`text.`).
+        activation: `"gelu"`; `"quick_gelu"` for OpenAI's weights and all others that
+            open_clip gives to models named `-quickgelu`. Nothing in a checkpoint says
+            which, and the wrong one gives somewhat worse embeddings.
+        num_heads: Integer, or a pair for the image and the text tower. Defaults to
+            those of open_clip's models of the same widths: one for every 64 features;
+            16 in image towers wider than 1024.
+        dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
+
+    Returns:
+        A `keras_hub.models.CLIPBackbone`.
+
+    Raises:
+        ValueError: If the file cannot be read or holds Python code; or if it is no such
+            CLIP, with a list of all entries that are missing, unexpected (such as the
+            `logit_bias` of a sigmoid loss, for which a `CLIPBackbone` has no place), of
+            a wrong shape, or not finite.
+        FileNotFoundError: If the file is not there.
+        ImportError: If a file other than `.safetensors` is read without torch.
+
+    Reference:
+        - [open_clip](https://github.com/mlfoundations/open_clip), `CLIP` in `model.py`.
+    """
+    if activation not in ("gelu", "quick_gelu"):
+        raise ValueError(
+            "`activation` must be 'gelu' or 'quick_gelu'. "
+            f"Received: activation={activation!r}"
+        )
+    found, sizes = match(*read_state_dict(source))
+    side = math.isqrt(sizes["positions"] - 1)
+    if side**2 + 1 != sizes["positions"]:
+        raise ValueError(
+            "`source` must be for square images: `visual.positional_embedding` holds "
+            "one position for the class token and a square number for patches. "
+            f"Received: {sizes['positions']} positions"
+        )
+    heads = _heads(num_heads, sizes["image_width"], sizes["text_width"])
+    towers = {
+        tower: [sizes[f"{tower}_{x}"] for x in ("width", "layers")]
+        + [number, sizes[f"{tower}_hidden"]]
+        for tower, number in zip(("image", "text"), heads)
+    }
+    backbone = make_clip(
+        {**towers, "patch": sizes["patch"], "projection": sizes["projection"]},
+        image_size=side * sizes["patch"],
+        vocabulary_size=sizes["vocabulary"],
+        context_length=sizes["context"],
+        activation=activation,
+        dtype=dtype,
+    )
+    backbone.text_encoder.layer_norm.epsilon = EPSILON
+    for entry, array in found:
+        entry.write(backbone, array)
+    return backbone
+
+
+def open_clip_state_dict(model):
+    """The weights of a CLIP model under the names that open_clip has for them.
+
+    `torch_model.load_state_dict(...)` of open_clip takes it, once its arrays are made
+    tensors. Heads and activation are not part of a state dict, so the model there must
+    be made with the same: heads 64 wide, unless its config says otherwise, and
+    `quick_gelu=True` for a backbone with `"quick_gelu"`. All epsilons there are 1e-5;
+    in a backbone that is not from `load_open_clip` the text tower's last one is 1e-6.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    weights = kcm.interop.open_clip_state_dict(backbone)
+    weights["visual.conv1.weight"].shape  # (96, 3, 8, 8)
+    ```
+
+    Args:
+        model: A `keras_hub.models.CLIPBackbone`, or a `ContrastiveModel` made of one by
+            `from_clip`. The bias of its sigmoid loss, if it has one, becomes
+            `logit_bias`, which open_clip knows too (`init_logit_bias`).
+
+    Returns:
+        A dictionary from name to float32 NumPy array. They are copies.
+
+    Raises:
+        ValueError: For another model; or for a backbone made by keras_hub itself whose
+            patches all have position 0, for which open_clip has no word.
+    """
+    # Imported here, as keras_hub takes seconds.
+    import keras_hub
+
+    backbone = getattr(model, "backbone", model)
+    if not isinstance(backbone, keras_hub.models.CLIPBackbone):
+        raise ValueError(
+            "`model` must be a keras_hub CLIPBackbone, or a ContrastiveModel made by "
+            f"`from_clip`. Received: model={model} of type {type(model).__name__}"
+        )
+    ids = ops.convert_to_numpy(backbone.vision_encoder.embedding.position_ids)[0]
+    if not np.array_equal(ids, np.arange(len(ids))):
+        raise ValueError(
+            "`model` must have a position of its own for each patch; a CLIPBackbone "
+            "made by keras_hub has them at 0 until a checkpoint is loaded or "
+            "`ContrastiveModel.from_clip` numbers them. "
+            f"Received: position ids {ids[:4].tolist()} and so on"
+        )
+    towers = backbone.vision_encoder, backbone.text_encoder
+    table = entries(*(tower.num_layers for tower in towers))
+    weights = {entry.name: entry.read(backbone) for entry in table}
+    if getattr(model, "logit_bias", None) is not None:
+        bias = ops.convert_to_numpy(model.logit_bias)
+        weights["logit_bias"] = np.array(bias, "float32")
+    return weights
+
+
+def save_open_clip(model, path):
+    """Writes the weights of a CLIP model to a file that open_clip reads.
+
+    The file is complete or not there: it is written beside its place and then moved.
+    See `open_clip_state_dict` for what a file does not hold.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    kcm.interop.save_open_clip(backbone, "clip.safetensors")
+    ```
+
+    A size that open_clip has a config of is then read by, for example,
+    `open_clip.create_model("ViT-B-16", pretrained="clip.safetensors")`.
+
+    Args:
+        model: What `open_clip_state_dict` takes.
+        path: str or path that ends in `.safetensors` (written without torch), or in
+            `.pt`, `.pth` or `.bin`.
+
+    Raises:
+        ValueError: For another model or another ending.
+        ImportError: If a file other than `.safetensors` is written without torch.
+    """
+    write_weights(path, open_clip_state_dict(model))
+
+
+def _heads(num_heads, *widths):
+    if num_heads is None:
+        image, text = (width // HEAD_WIDTH for width in widths)
+        num_heads = min(image, MAX_IMAGE_HEADS), text
+    pair = num_heads if isinstance(num_heads, (tuple, list)) else (num_heads,) * 2
+    if len(pair) != 2 or not all(map(_divides, pair, widths)):
+        raise ValueError(
+            "`num_heads` must be an integer, or a pair for the image and the text "
+            "tower, that divides the towers' widths. "
+            f"Received: num_heads={num_heads}, widths {widths}"
+        )
+    return pair
+
+
+def _divides(heads, width):
+    return isinstance(heads, int) and heads > 0 and width % heads == 0

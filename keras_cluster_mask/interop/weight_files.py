@@ -1,0 +1,114 @@
+"""Files of named arrays: safetensors, and torch's."""
+
+import os
+import pathlib
+import pickle
+
+SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin")
+
+
+def read_weights(path):
+    """Reads what is in a file of weights, without running code that is in it.
+
+    Args:
+        path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`.
+
+    Returns:
+        A dictionary of NumPy arrays; of a file of torch's, whatever object it holds.
+    """
+    path = pathlib.Path(path).expanduser()
+    _check_suffix("source", path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`source` must be a file that exists. Received: source={str(path)!r}"
+        )
+    return _read_safetensors(path) if path.suffix in SAFETENSORS else _read_torch(path)
+
+
+def write_weights(path, arrays):
+    """Writes arrays to a file, which is complete or not there.
+
+    Args:
+        path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`.
+        arrays: Dictionary of NumPy arrays.
+    """
+    path = pathlib.Path(path).expanduser()
+    _check_suffix("path", path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if path.suffix in SAFETENSORS:
+            import safetensors.numpy
+
+            safetensors.numpy.save_file(arrays, part)
+        else:
+            torch = _torch(path)
+            torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_safetensors(path):
+    import safetensors.numpy
+
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_torch(path):
+    torch = _torch(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own words end in the advice to read such files all the same.
+        if "GLOBAL" not in str(error):
+            raise _unreadable(path, error) from error
+        raise ValueError(
+            "`source` holds Python objects other than tensors, and reading those can "
+            "run any code that the file's author put there, so it was not read. If you "
+            "trust its author, keep its tensors alone: `checkpoint = torch.load(path, "
+            'weights_only=False); torch.save(checkpoint["state_dict"], "weights.pt")`. '
+            f"Received: source={str(path)!r}"
+        ) from error
+    except RuntimeError as error:
+        if "TorchScript" not in str(error):
+            raise _unreadable(path, error) from error
+        raise ValueError(
+            "`source` is a TorchScript program, as OpenAI's own files are, and not a "
+            "state dict. If you trust its author, keep its tensors alone: `torch.save("
+            'torch.jit.load(path, "cpu").state_dict(), "weights.pt")`. '
+            f"Received: source={str(path)!r}"
+        ) from error
+    except Exception as error:
+        # Bytes that are no pickle make torch's reader stumble in any way.
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path, error):
+    return ValueError(
+        "`source` cannot be read: the file is cut off, damaged or of another kind "
+        f"({type(error).__name__}: {str(error).splitlines()[:1]}). "
+        f"Received: source={str(path)!r}"
+    )
+
+
+def _torch(path):
+    # Only files of torch's need it.
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path.suffix} files need torch (`pip install torch`); .safetensors files "
+            f"do not. Received: {str(path)!r}"
+        ) from error
+    return torch
+
+
+def _check_suffix(argument, path):
+    if path.suffix not in SAFETENSORS + TORCH:
+        raise ValueError(
+            f"`{argument}` must end in .safetensors, .pt, .pth or .bin. "
+            f"Received: {argument}={str(path)!r}"
+        )

@@ -1,0 +1,78 @@
+"""A `ContrastiveModel` from what users have at hand: a file, a folder, a backbone."""
+
+import os
+import pathlib
+import zipfile
+
+import keras
+
+from keras_cluster_mask.models.contrastive_model import ContrastiveModel
+
+
+def as_contrastive_model(model):
+    """The model itself, or one made of a backbone or read from a file.
+
+    Args:
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of a file that `save` wrote of one of them or of the folder of a
+            keras_hub preset.
+
+    Returns:
+        A `ContrastiveModel`.
+
+    Raises:
+        FileNotFoundError: If there is no model at the path.
+        ValueError: For another model or file.
+    """
+    if isinstance(model, str | os.PathLike):
+        model = _load(model)
+    if isinstance(model, ContrastiveModel):
+        return model
+    # As the classes themselves would be known by, were keras_hub imported here.
+    if hasattr(model, "clip_head"):
+        return ContrastiveModel.from_clip(model)
+    if hasattr(model, "siglip_head"):
+        return ContrastiveModel.from_siglip(model)
+    raise ValueError(
+        "`model` must be a ContrastiveModel, a keras_hub CLIPBackbone or "
+        "SigLIPBackbone, or the path of one. "
+        f"Received: model={model} of type {type(model).__name__}"
+    )
+
+
+def image_size_of(model):
+    """The size of the images that a `ContrastiveModel` takes.
+
+    Args:
+        model: A `ContrastiveModel`.
+
+    Returns:
+        `(height, width)`, each `None` where the image encoder takes any or does not
+        say.
+    """
+    given = getattr(model.image_encoder, "input", None)
+    if given is None:
+        return None, None
+    shape = tuple(keras.tree.flatten(given)[0].shape[1:])
+    first = keras.config.image_data_format() == "channels_first"
+    return shape[1:] if first else shape[:2]
+
+
+def _load(path):
+    path = pathlib.Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(
+            "`model` must be the path of a file or folder that is there. "
+            f"Received: model={path}"
+        )
+    # What is saved may need its classes.
+    import keras_hub
+
+    if path.is_dir():
+        return keras_hub.models.Backbone.from_preset(str(path))
+    if path.suffix != ".keras" or not zipfile.is_zipfile(path):
+        raise ValueError(
+            "`model` must be the path of a .keras file that `save` wrote. "
+            f"Received: model={path}"
+        )
+    return keras.saving.load_model(path, compile=False)

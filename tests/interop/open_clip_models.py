@@ -1,0 +1,62 @@
+"""Models of open_clip whose every weight counts, and what they make of a batch."""
+
+import numpy as np
+import pytest
+
+CONTEXT, VOCABULARY = 7, 40
+
+
+def tiny(quick_gelu=False, custom_text=False, head_width=64, **changes):
+    """A CLIP of open_clip with towers of different widths and depths."""
+    model = pytest.importorskip("open_clip.model")
+    vision = dict(
+        layers=2, width=128, head_width=head_width, patch_size=8, image_size=16
+    )
+    text = dict(
+        context_length=CONTEXT, vocab_size=VOCABULARY, width=64, heads=1, layers=3
+    )
+    kind = model.CustomTextCLIP if custom_text else model.CLIP
+    return randomize(
+        kind(24, {**vision, **changes}, text_cfg=text, quick_gelu=quick_gelu)
+    )
+
+
+def randomize(model):
+    """Moves biases, gains and the temperature off where they start.
+
+    They start at 0 and at 1, so that two of them could be exchanged unseen.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim < 2:
+                weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    return model.eval()
+
+
+def batch(image_size=16, context=CONTEXT, vocabulary=VOCABULARY, rows=3):
+    """Normalised images, channels last, and token ids that end in the highest."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(rows, image_size, image_size, 3)).astype("float32")
+    ids = rng.integers(1, vocabulary - 1, (rows, context)).astype("int32")
+    for row, end in zip(ids, np.linspace(2, context - 1, rows).astype(int)):
+        row[end], row[end + 1 :] = vocabulary - 1, 0
+    return images, ids
+
+
+def embeddings(model, images, ids):
+    """What a model of open_clip makes of a batch: two L2-normalised arrays."""
+    import torch
+
+    with torch.no_grad():
+        pictures = torch.tensor(images).permute(0, 3, 1, 2)
+        return (
+            model.encode_image(pictures, normalize=True).numpy(),
+            model.encode_text(torch.tensor(ids).long(), normalize=True).numpy(),
+        )
+
+
+def arrays(model):
+    return {name: x.numpy().copy() for name, x in model.state_dict().items()}

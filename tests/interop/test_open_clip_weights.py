@@ -1,0 +1,288 @@
+"""Weights from and to open_clip, against its own models."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.interop import (
+    load_open_clip,
+    open_clip_state_dict,
+    save_open_clip,
+)
+from keras_cluster_mask.interop.open_clip_names import entries
+from keras_cluster_mask.models.clip_sizes import SIZES
+from tests.interop.open_clip_models import arrays, batch, embeddings, randomize, tiny
+
+
+def our_embeddings(backbone, images, ids):
+    model = kcm.ContrastiveModel.from_clip(backbone)
+    found = model.predict({"images": images, "token_ids": ids}, verbose=0)
+    return found["image_embeddings"], found["text_embeddings"]
+
+
+def assert_same_weights(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == "float32"
+        assert actual[name].shape == value.shape, name
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+# === Embeddings ===
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_embeddings_are_those_of_open_clip(activation):
+    reference = tiny(quick_gelu=activation == "quick_gelu")
+    backbone = load_open_clip(reference.state_dict(), activation)
+    images, ids = batch()
+    expected = embeddings(reference, images, ids)
+    for ours, theirs in zip(our_embeddings(backbone, images, ids), expected):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[activation]
+    wrong = load_open_clip(reference.state_dict(), other)
+    for ours, theirs in zip(our_embeddings(wrong, images, ids), expected):
+        assert np.abs(ours - theirs).max() > 1e-4
+
+
+def test_epsilons_are_those_of_open_clip():
+    reference = tiny()
+    import torch
+
+    with torch.no_grad():
+        # What is normalised is so small that epsilons of 1e-5 and 1e-6 are told apart.
+        for weight in (
+            reference.token_embedding.weight,
+            reference.positional_embedding,
+        ):
+            weight *= 1e-2
+        for block in reference.transformer.resblocks:
+            for part in (block.attn.out_proj, block.mlp.c_proj):
+                part.weight *= 1e-2
+                part.bias *= 1e-2
+    images, ids = batch()
+    backbone = load_open_clip(reference.state_dict())
+    _, expected = embeddings(reference, images, ids)
+    _, actual = our_embeddings(backbone, images, ids)
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
+    backbone.text_encoder.layer_norm.epsilon = 1e-6
+    actual = ops.convert_to_numpy(backbone.get_text_embeddings(ids))
+    actual = actual / np.linalg.norm(actual, axis=1, keepdims=True)
+    assert np.abs(actual - expected).max() > 1e-3
+
+
+def test_a_saved_model_computes_what_it_did(tmp_path):
+    model = kcm.ContrastiveModel.from_clip(load_open_clip(tiny().state_dict()))
+    images, ids = batch()
+    pair = {"images": images, "token_ids": ids}
+    before = model.predict(pair, verbose=0)
+    model.save(tmp_path / "model.keras")
+    after = keras.saving.load_model(tmp_path / "model.keras").predict(pair, verbose=0)
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+    larger = kcm.models.with_image_size(model.backbone, 32)
+    assert larger.text_encoder.layer_norm.epsilon == 1e-5
+
+
+def test_vit_b_32_is_read_by_its_shapes_and_agrees(draw_nothing):
+    open_clip = pytest.importorskip("open_clip")
+    reference = randomize(open_clip.create_model("ViT-B-32", pretrained=None))
+    backbone = load_open_clip(reference.state_dict())
+    size = SIZES["vit_b_32"]
+    for tower, key in (
+        (backbone.vision_encoder, "image"),
+        (backbone.text_encoder, "text"),
+    ):
+        assert (tower.hidden_dim, tower.num_layers, tower.num_heads) == size[key]
+    assert backbone.projection_dim == size["projection"]
+    assert backbone.vision_encoder.patch_size == size["patch"]
+    images, ids = batch(224, 77, 49408, rows=2)
+    expected = embeddings(reference, images, ids)
+    for ours, theirs in zip(our_embeddings(backbone, images, ids), expected):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
+
+
+def test_open_clip_reads_a_file_as_a_pretrained_model(draw_nothing, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    reference = randomize(open_clip.create_model("ViT-S-32-alt", pretrained=None))
+    path = tmp_path / "clip.safetensors"
+    save_open_clip(load_open_clip(reference.state_dict()), path)
+    found = open_clip.create_model("ViT-S-32-alt", pretrained=str(path))
+    assert_same_weights(arrays(found), arrays(reference))
+
+
+@pytest.fixture
+def draw_nothing(monkeypatch):
+    """Drawing 150 million numbers, only to replace them, takes long."""
+    for name in ("GlorotUniform", "RandomNormal", "RandomUniform"):
+        monkeypatch.setattr(getattr(keras.initializers, name), "__call__", _zeros)
+
+
+def _zeros(initializer, shape, dtype=None, **kwargs):
+    return ops.zeros(shape, dtype=dtype)
+
+
+# === Sizes ===
+
+
+def test_sizes_are_read_off_the_tensors():
+    backbone = load_open_clip(tiny(mlp_ratio=3.0).state_dict())
+    vision, text = backbone.vision_encoder, backbone.text_encoder
+    assert tuple(vision.image_shape) == (16, 16, 3)
+    assert (vision.patch_size, vision.hidden_dim, vision.num_layers) == (8, 128, 2)
+    assert (vision.num_heads, vision.intermediate_dim) == (2, 384)
+    assert (text.vocabulary_size, text.max_sequence_length) == (40, 7)
+    assert (text.hidden_dim, text.num_layers, text.num_heads) == (64, 3, 1)
+    assert (text.intermediate_dim, backbone.projection_dim) == (256, 24)
+
+
+def test_images_may_come_channels_first(monkeypatch):
+    reference = tiny()
+    images, ids = batch()
+    expected, _ = embeddings(reference, images, ids)
+    keras.config.set_image_data_format("channels_first")
+    try:
+        backbone = load_open_clip(reference.state_dict())
+        assert tuple(backbone.vision_encoder.image_shape) == (3, 16, 16)
+        if keras.backend.backend() != "tensorflow":  # which has no such convolution
+            actual, _ = our_embeddings(backbone, images.transpose(0, 3, 1, 2), ids)
+            np.testing.assert_allclose(actual, expected, atol=2e-6)
+        assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
+def test_heads_that_are_not_64_wide_are_said():
+    reference = tiny(head_width=32)
+    backbone = load_open_clip(reference.state_dict(), num_heads=(4, 1))
+    images, ids = batch()
+    expected = embeddings(reference, images, ids)
+    for ours, theirs in zip(our_embeddings(backbone, images, ids), expected):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
+    for wrong in (0, 3, 2.0, (4, 1, 1), "two"):
+        with pytest.raises(ValueError, match=r"`num_heads`.*Received: num_heads="):
+            load_open_clip(reference.state_dict(), num_heads=wrong)
+
+
+def test_heads_are_those_of_every_vit_of_open_clip():
+    open_clip = pytest.importorskip("open_clip")
+    from keras_cluster_mask.interop.open_clip_weights import _heads
+
+    compared = 0
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        if {"timm_model_name", "hf_model_name"} & {*vision, *text}:
+            continue
+        if "multimodal_cfg" in config or isinstance(vision.get("layers"), list):
+            continue
+        heads = vision["width"] // vision.get("head_width", 64), text["heads"]
+        assert _heads(None, vision["width"], text["width"]) == heads, name
+        compared += 1
+    assert compared > 40
+
+
+def test_the_dtype_policy_is_the_backbones():
+    backbone = load_open_clip(tiny().state_dict(), dtype="mixed_bfloat16")
+    assert backbone.vision_encoder.encoder_layers[0].compute_dtype == "bfloat16"
+    assert {v.dtype for v in backbone.trainable_variables} == {"float32"}
+
+
+# === Round trips ===
+
+
+def test_open_clip_gets_back_every_bit():
+    reference = arrays(tiny())
+    assert_same_weights(open_clip_state_dict(load_open_clip(reference)), reference)
+
+
+def test_keras_gets_back_every_bit_and_open_clip_computes_the_same():
+    import torch
+
+    backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY := 40, 7)
+    rng = np.random.default_rng(1)
+    for weight in backbone.trainable_variables:
+        noise = rng.normal(size=weight.shape).astype("float32")
+        weight.assign(ops.convert_to_numpy(weight) + 0.1 * noise)
+    state = open_clip_state_dict(backbone)
+    back = load_open_clip(state, num_heads=3)
+    assert back.get_config() == {**backbone.get_config(), "name": back.name}
+    for ours, theirs in zip(backbone.weights, back.weights):
+        assert ours.path == theirs.path
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours, theirs)))
+
+    model = pytest.importorskip("open_clip.model")
+    reference = model.CLIP(
+        96,
+        dict(layers=3, width=96, head_width=32, patch_size=8, image_size=16),
+        dict(context_length=7, vocab_size=VOCABULARY, width=96, heads=3, layers=1),
+    ).eval()
+    tensors = {name: torch.tensor(array) for name, array in state.items()}
+    reference.load_state_dict(tensors, strict=True)
+    images, ids = batch()
+    expected = embeddings(reference, images, ids)
+    for ours, theirs in zip(our_embeddings(backbone, images, ids), expected):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_no_weight_of_a_backbone_is_left_out():
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
+    table = entries(3, 1)
+    covered = [id(v) for entry in table for v in entry._variables(backbone)]
+    assert sorted(covered) == sorted(id(v) for v in backbone.trainable_variables)
+    assert len({entry.name for entry in table}) == len(table)
+
+
+def test_a_state_dict_does_not_change_with_the_model():
+    backbone = load_open_clip(tiny().state_dict())
+    state = open_clip_state_dict(backbone)
+    before = state["visual.proj"].copy()
+    backbone.vision_projection.kernel.assign(np.zeros_like(before))
+    np.testing.assert_array_equal(state["visual.proj"], before)
+
+
+def test_a_contrastive_model_gives_its_backbone_and_its_bias():
+    backbone = load_open_clip(tiny().state_dict())
+    model = kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(8))
+    assert_same_weights(open_clip_state_dict(model), open_clip_state_dict(backbone))
+    model = kcm.ContrastiveModel.from_clip(backbone, loss="sigmoid")
+    state = open_clip_state_dict(model)
+    assert state["logit_bias"] == -10.0
+    assert state["logit_bias"].shape == ()
+
+
+def test_the_temperature_is_kept():
+    reference = tiny()
+    model = kcm.ContrastiveModel.from_clip(load_open_clip(reference.state_dict()))
+    expected = reference.logit_scale.exp().item()
+    np.testing.assert_allclose(ops.convert_to_numpy(model.scale), expected, rtol=1e-6)
+
+
+# === Errors ===
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match=r"CLIPBackbone.*Received: model=.*Sequential"):
+        open_clip_state_dict(keras.Sequential())
+
+
+def test_patches_without_positions_are_refused():
+    encoder = keras_hub.models.CLIPVisionEncoder(
+        8, 64, 1, 1, 64, image_shape=(16, 16, 3)
+    )
+    text = keras_hub.models.CLIPTextEncoder(40, 64, 64, 1, 1, 64, max_sequence_length=7)
+    backbone = keras_hub.models.CLIPBackbone(encoder, text, 24)
+    with pytest.raises(ValueError, match=r"position.*Received: position ids \[0, 0"):
+        open_clip_state_dict(backbone)
+    kcm.ContrastiveModel.from_clip(backbone)
+    assert open_clip_state_dict(backbone)["visual.proj"].shape == (64, 24)
+
+
+def test_unknown_activations_are_refused():
+    with pytest.raises(ValueError, match=r"`activation`.*activation='relu'"):
+        load_open_clip({}, activation="relu")

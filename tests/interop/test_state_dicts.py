@@ -1,0 +1,141 @@
+"""How a checkpoint may be wrapped, and what is said of one that does not fit."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_cluster_mask.interop import load_open_clip, open_clip_state_dict
+from tests.interop.open_clip_models import arrays, tiny
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return arrays(tiny())
+
+
+def returned(source):
+    return open_clip_state_dict(load_open_clip(source))
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+
+
+# === What fits ===
+
+
+def test_checkpoints_of_training_are_unwrapped(reference):
+    parallel = {f"module.{name}": x for name, x in reference.items()}
+    checkpoint = {"epoch": 3, "name": "run", "state_dict": parallel, "optimizer": {}}
+    assert_equal(returned(checkpoint), reference)
+
+
+def test_a_text_tower_of_its_own_is_the_same_one(reference):
+    custom = arrays(tiny(custom_text=True))
+    assert "text.ln_final.weight" in custom
+    expected = {name.removeprefix("text."): x for name, x in custom.items()}
+    assert_equal(returned(custom), expected)
+
+
+def test_buffers_beside_the_weights_are_left_out(reference):
+    buffers = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), 7)
+    buffers["attn_mask"] = np.full((7, 7), -np.inf)
+    assert_equal(returned({**reference, **buffers}), reference)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_weights_of_other_precision_become_float32(reference, dtype):
+    import torch
+
+    converted = {
+        name: torch.tensor(x).to(getattr(torch, dtype)) for name, x in reference.items()
+    }
+    expected = {name: x.float().numpy() for name, x in converted.items()}
+    assert_equal(returned(converted), expected)
+    backbone = load_open_clip(converted)
+    assert {v.dtype for v in backbone.trainable_variables} == {"float32"}
+
+
+def test_tensors_of_the_running_backend_are_taken(reference):
+    tensors = {name: ops.convert_to_tensor(x) for name, x in reference.items()}
+    assert_equal(returned(tensors), reference)
+
+
+def test_a_scale_may_be_an_array_of_one(reference):
+    scale = reference["logit_scale"].reshape(1)
+    assert_equal(returned({**reference, "logit_scale": scale}), reference)
+
+
+# === What does not ===
+
+
+def test_every_entry_that_does_not_fit_is_listed(reference):
+    state = dict(reference)
+    del state["visual.ln_pre.weight"], state["transformer.resblocks.1.mlp.c_fc.bias"]
+    state["text_projection"] = state["text_projection"].T
+    state["ln_final.bias"] = state["ln_final.bias"][:5]
+    state["transformer.resblocks.0.attn.in_proj_weight"] = np.zeros((3, 64, 64), "f4")
+    state["visual.resblocks.9.ls_1.gamma"] = np.zeros(128, "f4")
+    state["logit_bias"] = np.zeros((), "f4")
+    state["positional_embedding"] = np.array(state["positional_embedding"])
+    state["positional_embedding"][3, 4] = np.nan
+    state["token_embedding.weight"] = "none"
+    with pytest.raises(ValueError, match="2 image blocks and 3 text blocks") as error:
+        load_open_clip(state)
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("Received: source of type dict, with")
+    assert [line.strip() for line in lines[1:]] == [
+        "NaN or infinite: positional_embedding",
+        "missing: transformer.resblocks.1.mlp.c_fc.bias (256)",
+        "missing: visual.ln_pre.weight (128)",
+        "unexpected: logit_bias ()",
+        "unexpected: visual.resblocks.9.ls_1.gamma (128)",
+        "wrong shape: ln_final.bias (5), expected (64)",
+        "wrong shape: text_projection (24, 64), expected (64, 24)",
+        "wrong shape: token_embedding.weight (no tensor), expected (?, 64)",
+        "wrong shape: transformer.resblocks.0.attn.in_proj_weight (3, 64, 64), "
+        "expected (192, 64)",
+    ]
+
+
+def test_a_missing_block_is_listed_whole(reference):
+    start = "transformer.resblocks.1."
+    state = {name: x for name, x in reference.items() if not name.startswith(start)}
+    with pytest.raises(ValueError, match="2 text blocks") as error:
+        load_open_clip(state)
+    assert str(error.value).count("missing: transformer.resblocks.1.") == 12
+    assert str(error.value).count("unexpected: transformer.resblocks.2.") == 12
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"layer1.weight": np.zeros((3, 3))},
+        {"vision_model.encoder.layers.0.layer_norm1.weight": np.zeros(3)},
+    ],
+)
+def test_what_is_no_clip_is_said_to_be_none(state):
+    with pytest.raises(
+        ValueError, match=r"CLIP of two transformers.*Received: source of"
+    ):
+        load_open_clip(state)
+
+
+@pytest.mark.parametrize("source", [None, 3, [1, 2], {1: np.zeros(2)}])
+def test_what_is_no_state_dict_is_refused(source):
+    with pytest.raises(
+        ValueError, match=r"a dictionary from names to tensors. Received"
+    ):
+        load_open_clip(source)
+
+
+def test_images_must_be_square(reference):
+    positions = np.zeros((7, 128), "float32")
+    with pytest.raises(ValueError, match=r"square images.*Received: 7 positions"):
+        load_open_clip({**reference, "visual.positional_embedding": positions})
+    patches = np.zeros((128, 3, 8, 4), "float32")
+    with pytest.raises(ValueError, match=r"wrong shape: visual.conv1.weight"):
+        load_open_clip({**reference, "visual.conv1.weight": patches})

@@ -1,0 +1,163 @@
+"""Files of weights: what is read, what is refused, and what is left when one fails."""
+
+import builtins
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from keras_cluster_mask.interop import load_open_clip, save_open_clip
+from keras_cluster_mask.interop.weight_files import read_weights, write_weights
+from tests.interop.open_clip_models import arrays, tiny
+
+ARRAYS = {
+    "matrix": np.arange(6, dtype="float32").reshape(2, 3),
+    "number": np.array(0.5, "float32"),
+}
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path("sprung"),)
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    """As if torch were not installed."""
+    genuine = builtins.__import__
+
+    def blocked(name, *args, **kwargs):
+        if name.split(".")[0] == "torch":
+            raise ImportError("torch was blocked")
+        return genuine(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", blocked)
+    for name in [x for x in sys.modules if x.split(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin"])
+def test_what_was_written_is_read(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    write_weights(path, ARRAYS)
+    write_weights(path, ARRAYS)  # over the old one
+    found = read_weights(str(path))
+    assert found.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert np.asarray(found[name]).shape == array.shape
+        np.testing.assert_array_equal(found[name], array)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_model_goes_through_a_file_bit_for_bit(tmp_path, suffix):
+    reference = arrays(tiny())
+    save_open_clip(load_open_clip(reference), tmp_path / f"clip{suffix}")
+    found = read_weights(tmp_path / f"clip{suffix}")
+    assert found.keys() == reference.keys()
+    for name, array in reference.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_checkpoints_of_torch_are_read_with_their_wrapping(tmp_path):
+    import torch
+
+    model = tiny()
+    parallel = {f"module.{name}": x for name, x in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    checkpoint = {"epoch": 1, "name": "a", "state_dict": parallel}
+    torch.save({**checkpoint, "optimizer": optimizer}, tmp_path / "epoch_1.pt")
+    backbone = load_open_clip(tmp_path / "epoch_1.pt")
+    expected = model.visual.proj.detach().numpy()
+    np.testing.assert_array_equal(backbone.vision_projection.kernel, expected)
+
+
+def test_safetensors_need_no_torch(tmp_path, without_torch):
+    write_weights(tmp_path / "a.safetensors", ARRAYS)
+    found = read_weights(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(found["matrix"], ARRAYS["matrix"])
+    with pytest.raises(ImportError, match=r"need torch .*\.safetensors files do not"):
+        write_weights(tmp_path / "a.pt", ARRAYS)
+    (tmp_path / "b.pt").touch()
+    with pytest.raises(ImportError, match=r"need torch .*\.safetensors files do not"):
+        read_weights(tmp_path / "b.pt")
+
+
+def test_half_precision_is_read_from_safetensors(tmp_path):
+    import ml_dtypes
+
+    halves = {"a": np.ones(3, ml_dtypes.bfloat16), "b": np.ones(3, "float16")}
+    safetensors.numpy.save_file(halves, tmp_path / "a.safetensors")
+    found = read_weights(tmp_path / "a.safetensors")
+    for name in halves:
+        np.testing.assert_array_equal(found[name].astype("float32"), np.ones(3))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a": torch.zeros(3)}, "args": Trap()}, "trap.pt")
+    with pytest.raises(ValueError, match=r"can run any code.*If you trust.*'trap.pt'"):
+        load_open_clip("trap.pt")
+    assert not os.path.exists("sprung")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch is about to give TorchScript up
+def test_a_torchscript_program_is_refused(tmp_path):
+    import torch
+
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "openai.pt")
+    with pytest.raises(ValueError, match=r"TorchScript.*torch\.jit\.load.*openai.pt"):
+        load_open_clip(tmp_path / "openai.pt")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_file_that_is_cut_off_is_said_to_be(tmp_path, suffix, share):
+    path = tmp_path / f"weights{suffix}"
+    write_weights(path, {"a": np.zeros(1000, "float32")})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(
+        ValueError, match=r"`source` cannot be read: .*cut off.*weights"
+    ):
+        load_open_clip(path)
+
+
+@pytest.mark.parametrize("content", [b"hello world" * 9, b"\x80\x02}", b"PK\x03\x04"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_of_another_kind_cannot_be_read(tmp_path, suffix, content):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"`source` cannot be read: .*another kind"):
+        load_open_clip(path)
+
+
+def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path):
+    for name in ("none.pt", "none.safetensors"):
+        with pytest.raises(FileNotFoundError, match=rf"Received: source='.*{name}'"):
+            load_open_clip(tmp_path / name)
+
+
+def test_other_endings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`source` must end in .*source='a.h5'"):
+        load_open_clip("a.h5")
+    with pytest.raises(ValueError, match=r"`path` must end in .*path='a'"):
+        write_weights("a", ARRAYS)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    write_weights(path, ARRAYS)
+    before = path.read_bytes()
+    with pytest.raises((TypeError, AttributeError)):
+        write_weights(path, {**ARRAYS, "other": object()})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
