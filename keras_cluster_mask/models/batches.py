@@ -1,5 +1,8 @@
 """Checks of what `fit`, `evaluate` and `predict` are given, before they start."""
 
+import contextlib
+import warnings
+
 import keras
 import numpy as np
 from keras import ops
@@ -61,6 +64,14 @@ def check_batches(data, vocabulary_size=None, batch_size=None):
         if training or vocabulary_size is not None:
             data = data.map(lambda batch: _checked(batch, vocabulary_size, training))
     return data
+
+
+@contextlib.contextmanager
+def until_the_end():
+    """Lets Keras take the end of data of unknown length for what it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Your input ran out of data", UserWarning)
+        yield
 
 
 def check_input(inputs):

@@ -8,7 +8,12 @@ from keras_cluster_mask import distribution
 from keras_cluster_mask.losses import sigmoid_row_losses, softmax_row_losses
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.batch_loss import batch_loss
-from keras_cluster_mask.models.batches import LONELY, check_batches, check_input
+from keras_cluster_mask.models.batches import (
+    LONELY,
+    check_batches,
+    check_input,
+    until_the_end,
+)
 from keras_cluster_mask.models.caption_labels import caption_labels
 from keras_cluster_mask.models.encoders import call_encoder, l2_normalize
 from keras_cluster_mask.models.fitting import fit
@@ -456,10 +461,14 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
         return fit(self, super().fit, x, options, samples_per_epoch)
 
     def evaluate(self, x=None, *args, **kwargs):
-        return super().evaluate(check_batches(x, self.vocabulary_size), *args, **kwargs)
+        with until_the_end():
+            x = check_batches(x, self.vocabulary_size)
+            return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
-        return super().predict(check_batches(x, self.vocabulary_size), *args, **kwargs)
+        with until_the_end():
+            x = check_batches(x, self.vocabulary_size)
+            return super().predict(x, *args, **kwargs)
 
     @property
     def vocabulary_size(self):

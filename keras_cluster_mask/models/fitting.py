@@ -3,7 +3,7 @@
 import keras
 
 from keras_cluster_mask import distribution
-from keras_cluster_mask.models.batches import check_batches
+from keras_cluster_mask.models.batches import check_batches, until_the_end
 from keras_cluster_mask.models.step_size import StepSize, rows_of
 
 
@@ -52,7 +52,9 @@ def fit(model, keras_fit, x, options, samples_per_epoch=None):
         given = dict(options, initial_epoch=initial_epoch, epochs=epochs)
         if steps is not None:
             given["steps_per_epoch"] = steps - steps_done
-        return keras_fit(x, **given)
+            return keras_fit(x, **given)
+        with until_the_end():
+            return keras_fit(x, **given)
 
     def evaluate():
         validation = {"x": options["validation_data"], "verbose": 0}

@@ -1,6 +1,7 @@
 """ContrastiveModel: its loss, its training, what it saves and what it refuses."""
 
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -454,6 +455,20 @@ def test_batches_made_in_python_train_and_evaluate_as_a_dataset_does(write_pairs
         assert training.position.trained == training.position.after(10 + 4)
     for one, other in zip(*found[:2]):
         keras.tree.map_structure(np.testing.assert_array_equal, one, other)
+
+
+def test_the_end_of_an_epoch_is_no_reason_to_warn_unless_steps_are_missing(write_pairs):
+    _, batches = streams(write_pairs("a.tar", 0, 10))
+    model = small_model()
+    model.compile("sgd", **FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.fit(batches, epochs=2, verbose=0)
+        model.evaluate(batches, verbose=0)
+        model.predict(batches, verbose=0)
+    pairs = [random_pairs(4)] * 2
+    with pytest.warns(UserWarning, match="ran out of data"):
+        model.fit(iter(pairs), steps_per_epoch=3, verbose=0)
 
 
 def test_batches_made_in_python_are_checked(write_pairs):
