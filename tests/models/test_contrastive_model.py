@@ -462,13 +462,13 @@ def test_the_end_of_an_epoch_is_no_reason_to_warn_unless_steps_are_missing(write
     model = small_model()
     model.compile("sgd", **FAST)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", "Your input ran out of data")
         model.fit(batches, epochs=2, verbose=0)
         model.evaluate(batches, verbose=0)
         model.predict(batches, verbose=0)
-    pairs = [random_pairs(4)] * 2
+    pairs = ((random_pairs(4),) for _ in range(2))
     with pytest.warns(UserWarning, match="ran out of data"):
-        model.fit(iter(pairs), steps_per_epoch=3, verbose=0)
+        model.fit(pairs, steps_per_epoch=3, verbose=0)
 
 
 def test_batches_made_in_python_are_checked(write_pairs):
