@@ -27,7 +27,7 @@ by pictures. The figures are those that the field's own tools give: recall and a
 equal [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark)'s.
 
 It runs on JAX, TensorFlow and PyTorch alike; choose one with the environment variable
-`KERAS_BACKEND`. Give `MODEL` and `TOKENIZER`, files saved by `model.save` and
+`KERAS_BACKEND`. Give both `MODEL` and `TOKENIZER`, files saved by `model.save` and
 `tokenizer.save`, to judge a model of your own instead of training one.
 """
 
@@ -52,10 +52,8 @@ TRAIN = PICTURES / "train-*.tar"
 VALIDATION = PICTURES / "validation-*.tar"
 TEST = PICTURES / "test-*.tar"
 RESULTS = Path(os.environ.get("RESULTS", "results"))
-MODEL, TOKENIZER = os.environ.get("MODEL"), os.environ.get("TOKENIZER")
+MODEL = os.environ.get("MODEL")
 EPOCHS = int(os.environ.get("EPOCHS", 9))
-
-IMAGE_SIZE = 48
 BATCH_SIZE = 64
 
 keras.utils.set_random_seed(1)
@@ -70,12 +68,15 @@ gives every picture once, in order, cut to its middle exactly as open_clip does.
 """
 
 captions = kcm.data.read_captions(TRAIN)
-if TOKENIZER:
-    tokenizer = kcm.data.CLIPTokenizer.from_file(TOKENIZER)
+if MODEL:
+    model = keras.saving.load_model(MODEL)
+    tokenizer = kcm.data.CLIPTokenizer.from_file(os.environ["TOKENIZER"])
+    image_size = kcm.models.image_size_of(model)
 else:
     tokenizer = kcm.data.CLIPTokenizer.train(
         captions, vocabulary_size=3000, context_length=12
     )
+    image_size = 48
 
 
 def pictures(source, **options):
@@ -83,7 +84,7 @@ def pictures(source, **options):
     return kcm.data.ImageTextBatches(
         source,
         tokenizer,
-        image_size=IMAGE_SIZE,
+        image_size=image_size,
         batch_size=BATCH_SIZE,
         training=False,
         include_captions=True,
@@ -99,12 +100,10 @@ it into the logs, where `History`, `CSVLogger`, `TensorBoard`, `ModelCheckpoint`
 `EarlyStopping` find it: here the weights of the epoch with the best recall are kept.
 """
 
-if MODEL:
-    model = keras.saving.load_model(MODEL)
-else:
+if not MODEL:
     backbone = kcm.models.clip_backbone(
         "tiny",
-        image_size=IMAGE_SIZE,
+        image_size=image_size,
         vocabulary_size=tokenizer.vocabulary_size,
         context_length=tokenizer.context_length,
     )
@@ -113,7 +112,7 @@ else:
     train = kcm.data.ImageTextBatches(
         TRAIN,
         tokenizer,
-        image_size=IMAGE_SIZE,
+        image_size=image_size,
         batch_size=BATCH_SIZE,
         training=True,
         background=["white", "random"],
@@ -161,7 +160,7 @@ recall = kcm.evaluation.evaluate_retrieval(
     model, pictures(TEST), duplicates="positive", verbose=0
 )
 found = kcm.evaluation.embed(model, pictures(TEST), verbose=0)
-test_captions = found["captions"].astype(str)
+test_captions = [caption.decode() for caption in found["captions"]]
 chance = kcm.evaluation.chance_recall(len(test_captions), image_labels=test_captions)
 print(f"{'':26}recall   95 % interval   chance")
 for name, value in recall.items():
@@ -244,7 +243,7 @@ pictures will do; here the held-out pictures are first taken out of their shards
 """
 
 folder = RESULTS / "held_out"
-if not folder.exists():
+if not (folder / "metadata.jsonl").exists():
     kcm.data.preparation.convert([VALIDATION, TEST], folder / "metadata.jsonl")
 index = kcm.search.ImageIndex.build(model, folder, verbose=0)
 index.save(RESULTS / "index.npz")

@@ -189,8 +189,8 @@ class Labels:
             return None, "no label"
         if isinstance(label, list):
             label = label[0] if len(label) == 1 else None
-        if isinstance(label, int):
-            number = label
+        if isinstance(label, int | float) and not isinstance(label, bool):
+            number = int(label) if label == label // 1 else -1
         elif self._numbers is not None:
             number = self._numbers.get(_text(label), -1)
         else:

@@ -1,9 +1,16 @@
 """Zero-shot classification: pictures against the names of classes."""
 
+import warnings
+
 import numpy as np
 
 from keras_cluster_mask.evaluation.checks import check_embeddings, check_labels
-from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
+from keras_cluster_mask.evaluation.embedding import (
+    Embedder,
+    batches_of,
+    embed,
+    embed_texts,
+)
 from keras_cluster_mask.evaluation.ranks import TIE
 
 TEMPLATES = ("a photo of a {}.",)
@@ -41,7 +48,10 @@ def classification_accuracy(scores, labels, ks=(1, 5)):
     """
     scores = check_embeddings("scores", scores)
     labels = check_labels("labels", labels, len(scores), scores.shape[1])
-    return _accuracy(_ranks(scores, labels), labels, scores.shape[1], ks)
+    # Of whatever size scores are, those of one item are rounded by their own.
+    right = np.take_along_axis(scores, labels[:, None], axis=1)
+    ties = TIE * np.maximum(np.abs(scores), np.abs(right))
+    return _accuracy(_ranks(scores, labels, ties), labels, scores.shape[1], ks)
 
 
 def zero_shot_classifier(
@@ -66,7 +76,7 @@ def zero_shot_classifier(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
             the path of one that was saved.
-        class_names: List of str.
+        class_names: List of str, different ones: a warning names those that are not.
         tokenizer: See `embed`.
         templates: str, or a list of them, that hold `{}` or `{c}` once, where the name
             goes; or a dictionary from each name to a list of texts about it.
@@ -144,30 +154,37 @@ def evaluate_zero_shot(
             labels, and for labels that are no place in `class_names`.
     """
     embedder = Embedder.of(model)
+    class_names = list(class_names)
     classifier = zero_shot_classifier(
         embedder, class_names, tokenizer, templates, verbose
     )
-    found = embed(embedder, data, verbose=verbose)
-    if "labels" not in found:
-        raise ValueError(
-            "`data` must hold 'labels', as that of `ImageTextBatches(..., label_key="
-            f"...)` does. Received: batches with {sorted(found)}"
-        )
+    found = embed(embedder, labelled(data, len(class_names)), verbose=verbose)
     images = check_embeddings("image_embeddings", found["image_embeddings"])
     labels = check_labels("labels", found["labels"], len(images), len(class_names))
-    ranks = [
-        _ranks(
-            images[start : start + BLOCK] @ classifier, labels[start : start + BLOCK]
-        )
-        for start in range(0, len(images), BLOCK)
-    ]
+    blocks = [slice(i, i + BLOCK) for i in range(0, len(images), BLOCK)]
+    ranks = [_ranks(images[block] @ classifier, labels[block], TIE) for block in blocks]
     return _accuracy(np.concatenate(ranks), labels, len(class_names), ks)
 
 
-def _ranks(scores, labels):
+def labelled(data, num_classes=None, name="data"):
+    """Yields the images and labels of batches, and nothing else of them.
+
+    Raises an error for a batch without labels, or with others than classes.
+    """
+    for batch in batches_of(data):
+        if "labels" not in batch:
+            raise ValueError(
+                f"`{name}` must hold 'labels', as that of `ImageTextBatches(..., "
+                f"label_key=...)` does. Received: a batch with {sorted(batch)}"
+            )
+        if num_classes is not None:
+            check_labels("labels", batch["labels"], len(batch["images"]), num_classes)
+        yield {key: batch[key] for key in ("images", "labels")}
+
+
+def _ranks(scores, labels, ties):
     """The number of wrong classes ahead of the right one, of each item."""
-    right = np.take_along_axis(scores, labels[:, None], axis=1)
-    ahead = scores >= right - TIE * np.abs(scores).max(axis=1, keepdims=True)
+    ahead = scores >= np.take_along_axis(scores, labels[:, None], axis=1) - ties
     # One of those is the right one itself.
     return np.count_nonzero(ahead, axis=1) - 1
 
@@ -194,6 +211,13 @@ def _prompts(class_names, templates):
             "`class_names` must be a list of str, a name for each class. Received: "
             + (f"no name for class {nameless[:5]}" if nameless else repr(class_names))
         )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        warnings.warn(
+            f"`class_names` holds {twice[:5]} more than once: such classes cannot be "
+            "told from one another, and count as wrong.",
+            stacklevel=4,
+        )
     if isinstance(templates, dict):
         without = [name for name in names if not templates.get(name)]
         if without:
@@ -201,7 +225,8 @@ def _prompts(class_names, templates):
                 "`templates` must hold a list of texts for each class. Received: none "
                 f"for {without[:5]}"
             )
-        return [[*templates[name]] for name in names]
+        texts = [templates[name] for name in names]
+        return [[each] if isinstance(each, str) else [*each] for each in texts]
     templates = [templates] if isinstance(templates, str) else list(templates)
     parts = [_parts(template) for template in templates]
     if not parts or None in parts:

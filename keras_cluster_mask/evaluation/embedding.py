@@ -10,6 +10,10 @@ from keras_cluster_mask.models.loading import as_contrastive_model
 
 # Rows embedded at a time, of arrays and of texts.
 BATCH_SIZE = 64
+# Rows given to a model at a time at most.
+MAX_SIZE = 1024
+# Normalised pixels are far below, those from 0 to 255 far above.
+MAX_PIXEL = 30
 
 
 def embed(model, data, tokenizer=None, verbose="auto"):
@@ -51,7 +55,7 @@ def embed(model, data, tokenizer=None, verbose="auto"):
         A dictionary of arrays: `"image_embeddings"`, `(images, d)` float32,
         L2-normalised; with texts also `"text_embeddings"`, `(texts, d)`, and
         `"image_of_text"`, `(texts,)` int64, the row of the image that each text
-        belongs to; and all entries of the batches but the images, such as `"labels"`.
+        belongs to; and all other entries of the batches, such as `"labels"`.
 
     Raises:
         ValueError: For data without images, or a model that is none of the above.
@@ -65,7 +69,7 @@ def embed(model, data, tokenizer=None, verbose="auto"):
         if not size:
             continue
         found = {
-            **{k: v for k, v in batch.items() if k != "images"},
+            **{k: v for k, v in batch.items() if k not in ("images", "token_ids")},
             "image_embeddings": embedder.images(batch["images"]),
         }
         if tokenizer is not None:
@@ -145,6 +149,12 @@ class Embedder:
 
     def images(self, images):
         """`(batch, d)` float32 array of the embeddings of images."""
+        images = np.asarray(images)
+        if images.dtype != "uint8" and images.size and images.max() > MAX_PIXEL:
+            raise ValueError(
+                "Images must be uint8, or floats that are normalised. Received: images "
+                f"of type {images.dtype} with values up to {images.max()}"
+            )
         return self._embedded(self._images, images)
 
     def texts(self, token_ids):
@@ -155,12 +165,14 @@ class Embedder:
 
     def _embedded(self, encoder, inputs):
         inputs = np.asarray(inputs)
-        count = len(inputs)
-        # A size is compiled for, so there are few: smaller batches are filled up.
-        encoder.size = max(encoder.size, 1 << max(count - 1, 0).bit_length())
-        filled = np.zeros((encoder.size, *inputs.shape[1:]), inputs.dtype)
-        filled[:count] = inputs
-        return encoder.predict_on_batch(filled)[:count]
+        found = []
+        for start in range(0, max(len(inputs), 1), MAX_SIZE):
+            chunk = inputs[start : start + MAX_SIZE]
+            shape = encoder.size_for(len(chunk)), *inputs.shape[1:]
+            filled = np.zeros(shape, inputs.dtype)
+            filled[: len(chunk)] = chunk
+            found.append(encoder.predict_on_batch(filled)[: len(chunk)])
+        return np.concatenate(found)
 
 
 class _Encoder(keras.Model):
@@ -172,11 +184,20 @@ class _Encoder(keras.Model):
         self.autocast = False
         self.source = function.__self__
         self.function = function
-        self.size = 1
+        self.sizes = []
         self.built = True
 
     def call(self, inputs):
         return self.function(inputs, training=False)
+
+    def size_for(self, count):
+        """The size of the batch that so many rows are filled up to."""
+        # Each is compiled for, so one that is there serves fewer rows, but not few.
+        fitting = [size for size in self.sizes if count <= size <= 4 * max(count, 1)]
+        if not fitting:
+            fitting = [count if count > 8 else 1 << max(count - 1, 0).bit_length()]
+            self.sizes = [*self.sizes, *fitting]
+        return min(fitting)
 
 
 class Progress:
@@ -226,7 +247,11 @@ def batches_of(data):
 
 def size_of(data):
     """The number of images in `data` if that is known, else `None`."""
-    return len(_dictionary(data)["images"]) if _is_whole(data) else None
+    if not _is_whole(data):
+        return None
+    data = data[0] if isinstance(data, tuple) else data
+    images = data.get("images", ()) if isinstance(data, dict) else data
+    return len(images)
 
 
 def _is_whole(data):
@@ -287,7 +312,8 @@ def _texts_of(batch):
         )
     texts, owners = [], []
     for row, captions in enumerate(batch["captions"]):
-        several = captions if isinstance(captions, (tuple, list)) else [captions]
+        is_one = isinstance(captions, str | bytes)
+        several = [captions] if is_one else captions
         texts.extend(map(_encoded, several))
         owners.extend([row] * len(several))
     return texts, np.array(owners)

@@ -6,11 +6,13 @@ import warnings
 import numpy as np
 
 from keras_cluster_mask.evaluation.checks import check_embeddings
-from keras_cluster_mask.evaluation.classification import classification_accuracy
+from keras_cluster_mask.evaluation.classification import (
+    classification_accuracy,
+    labelled,
+)
 from keras_cluster_mask.evaluation.embedding import (
     Embedder,
     Progress,
-    batches_of,
     embed,
 )
 from keras_cluster_mask.evaluation.regularization import (
@@ -250,16 +252,7 @@ def evaluate_linear_probe(
 
 
 def _embed_items(embedder, name, data, verbose):
-    def batches():
-        for batch in batches_of(data):
-            if "labels" not in batch:
-                raise ValueError(
-                    f"`{name}` must hold 'labels', as that of `ImageTextBatches(..., "
-                    f"label_key=...)` does. Received: a batch with {sorted(batch)}"
-                )
-            yield {"images": batch["images"], "labels": batch["labels"]}
-
-    found = embed(embedder, batches(), verbose=verbose)
+    found = embed(embedder, labelled(data, name=name), verbose=verbose)
     return found["image_embeddings"], found["labels"]
 
 

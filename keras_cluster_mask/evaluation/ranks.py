@@ -117,5 +117,7 @@ def _best(queries, items, first, last):
             continue
         for i in range(start, stop, TILE[0]):
             rows = slice(i, min(i + TILE[0], stop))
-            best[rows] = np.max(queries[rows] @ right, axis=1)
+            for j in range(0, right.shape[1], TILE[1]):
+                highest = np.max(queries[rows] @ right[:, j : j + TILE[1]], axis=1)
+                np.maximum(best[rows], highest, out=best[rows])
     return best

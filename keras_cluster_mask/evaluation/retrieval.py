@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from keras_cluster_mask.evaluation.checks import check_embeddings
-from keras_cluster_mask.evaluation.embedding import embed
+from keras_cluster_mask.evaluation.embedding import batches_of, embed
 from keras_cluster_mask.evaluation.ranks import ranks_of_partners
 
 
@@ -124,13 +124,10 @@ def evaluate_retrieval(
             '`duplicates` must be "negative" or "positive". '
             f"Received: duplicates={duplicates!r}"
         )
-    found = embed(model, data, tokenizer, verbose)
-    images, texts = found["image_embeddings"], found.get("text_embeddings")
-    if texts is None:
-        raise ValueError(
-            "`data` must hold texts: 'token_ids', or 'captions' and a `tokenizer`. "
-            f"Received: batches with {sorted(found.keys() - {'image_embeddings'})}"
-        )
+    text_key = "token_ids" if tokenizer is None else "captions"
+    batches = _with_texts(data, text_key, duplicates == "positive")
+    found = embed(model, batches, tokenizer, verbose)
+    images, texts = found["image_embeddings"], found["text_embeddings"]
     image_labels, text_labels = np.arange(len(images)), found["image_of_text"]
     if duplicates == "positive":
         if not np.array_equal(image_labels, text_labels):
@@ -138,12 +135,30 @@ def evaluate_retrieval(
                 '`duplicates="positive"` is for data of one text an image. Received: '
                 f"{len(texts)} texts for {len(images)} images"
             )
-        same = (
-            found["token_ids"] if tokenizer is None else found["captions"].astype(str)
-        )
-        image_labels = np.unique(same, axis=0, return_inverse=True)[1].reshape(-1)
-        text_labels = image_labels
+        image_labels = text_labels = found["text_numbers"]
     return retrieval_recall(images, texts, image_labels, text_labels, ks)
+
+
+def _with_texts(data, key, number):
+    """Yields the images and texts of batches; numbers the different texts if asked."""
+    numbers = {}
+    for batch in batches_of(data):
+        if key not in batch:
+            raise ValueError(
+                "`data` must hold texts: 'token_ids', or 'captions' and a `tokenizer`. "
+                f"Received: a batch with {sorted(batch)}, and "
+                + ("no tokenizer" if key == "token_ids" else "a tokenizer")
+            )
+        wanted = {name: batch[name] for name in ("images", key)}
+        if number:
+            texts = map(_hashable, batch[key])
+            found = [numbers.setdefault(text, len(numbers)) for text in texts]
+            wanted["text_numbers"] = np.array(found)
+        yield wanted
+
+
+def _hashable(text):
+    return text if isinstance(text, str | bytes) else tuple(text)
 
 
 def chance_recall(
@@ -175,9 +190,7 @@ def chance_recall(
         n = len(item_labels)
         for k in ks:
             missed = [
-                math.comb(n - right.get(label, 0), k) / math.comb(n, k)
-                if k <= n
-                else 0.0
+                math.comb(n - right.get(label, 0), min(k, n)) / math.comb(n, min(k, n))
                 for label in query_labels.tolist()
             ]
             chances[f"{name}_recall@{k}"] = 1.0 - float(np.mean(missed))
@@ -211,6 +224,12 @@ def _check_labels(num_images, num_texts, image_labels, text_labels):
     if text_labels is None:
         text_labels = image_labels
     image_labels, text_labels = np.asarray(image_labels), np.asarray(text_labels)
+    kinds = {labels.dtype.kind for labels in (image_labels, text_labels)}
+    if len(kinds) > 1 and not kinds <= {"S", "U"} and "O" not in kinds:
+        raise ValueError(
+            "`image_labels` and `text_labels` must be of the same kind. Received: "
+            f"{image_labels.dtype} and {text_labels.dtype}"
+        )
     for name, labels, count in (
         ("image_labels", image_labels, num_images),
         ("text_labels", text_labels, num_texts),

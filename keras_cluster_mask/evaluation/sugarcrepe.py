@@ -3,7 +3,6 @@
 import json
 import os
 
-import keras
 import numpy as np
 
 from keras_cluster_mask.data import ImageTextBatches, files
@@ -15,6 +14,7 @@ from keras_cluster_mask.evaluation.embedding import (
     embed_texts,
 )
 from keras_cluster_mask.evaluation.ranks import TIE
+from keras_cluster_mask.models.loading import image_size_of
 
 KINDS = {
     "add": ("add_att", "add_obj"),
@@ -173,13 +173,11 @@ def evaluate_sugarcrepe(
 
 def _image_size(model):
     """The height and width that a model takes."""
-    shape = model.image_tower.encoder.input.shape[1:]
-    first = keras.config.image_data_format() == "channels_first"
-    size = shape[1:] if first else shape[:2]
+    size = image_size_of(model)
     if None in size:
         raise ValueError(
-            "`image_size` must be given for a model that takes images of any size. "
-            f"Received: image_size=None, and an encoder of images of shape {shape}"
+            "`image_size` must be given for a model that takes images of any size, or "
+            f"does not say which. Received: image_size=None, model={model.name}"
         )
     return size
 

@@ -1,8 +1,9 @@
 """Files of named arrays: safetensors, and torch's."""
 
-import os
 import pathlib
 import pickle
+
+from keras_cluster_mask.data import files
 
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin")
 
@@ -34,18 +35,15 @@ def write_weights(path, arrays):
     """
     path = pathlib.Path(path).expanduser()
     _check_suffix("path", path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.suffix in SAFETENSORS:
-            import safetensors.numpy
+    if path.suffix in SAFETENSORS:
+        import safetensors.numpy
 
-            safetensors.numpy.save_file(arrays, part)
-        else:
-            torch = _torch(path)
-            torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        with files.replacing(path) as file:
+            file.write(safetensors.numpy.save(arrays))
+        return
+    torch = _torch(path)
+    with files.replacing(path) as file:
+        torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, file)
 
 
 def _read_safetensors(path):

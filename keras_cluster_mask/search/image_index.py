@@ -11,7 +11,7 @@ from keras_cluster_mask.evaluation.embedding import Embedder, embed
 from keras_cluster_mask.models.loading import as_contrastive_model, image_size_of
 from keras_cluster_mask.search.checks import check_embeddings, check_queries
 from keras_cluster_mask.search.fingerprint import Fingerprint
-from keras_cluster_mask.search.index_file import read_index, write_index
+from keras_cluster_mask.search.index_file import check_place, read_index, write_index
 from keras_cluster_mask.search.nearest import Cells, nearest
 
 
@@ -186,8 +186,8 @@ class ImageIndex:
         """Writes the index, for `load`.
 
         Args:
-            path: str or path, for example `"pictures.npz"`. The file is complete or
-                not there.
+            path: str or path that ends in `.npz`. The file is complete or not there.
+                An older index there is replaced; any other file is an error.
             dtype: `"float32"`, or `"float16"` for half the size and similarities that
                 are right to about three digits.
         """
@@ -195,6 +195,7 @@ class ImageIndex:
             raise ValueError(
                 f'`dtype` must be "float32" or "float16". Received: dtype={dtype!r}'
             )
+        check_place(path)
         rows = self.embeddings.astype(dtype, copy=False)
         write_index(path, rows, self.keys, self.paths, self.fingerprint)
 

@@ -3,6 +3,7 @@
 from keras_cluster_mask.data.preparation import arguments
 from keras_cluster_mask.data.preparation.faults import printable
 from keras_cluster_mask.search.image_index import ImageIndex
+from keras_cluster_mask.search.index_file import check_place
 
 NAME = "index"
 HELP = "embed pictures, to be searched"
@@ -36,6 +37,8 @@ def add_arguments(parser):
 
 def run(options):
     """Runs the command, and returns its exit status."""
+    # Before hours of embedding.
+    check_place(options.to)
     index = ImageIndex.build(
         options.model,
         options.source,

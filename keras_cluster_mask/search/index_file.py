@@ -1,6 +1,7 @@
 """The file of an index: an npz archive of rows, and of JSON that describes them."""
 
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -33,6 +34,20 @@ def write_index(path, embeddings, keys, paths, fingerprint):
     text = np.frombuffer(json.dumps(description).encode(), "uint8")
     with files.replacing(path) as file:
         np.savez(file, description=text, embeddings=embeddings)
+
+
+def check_place(path):
+    """Raises an error for a path at which no index should be written.
+
+    Args:
+        path: str or path.
+    """
+    name = os.fspath(path)
+    if not name.lower().endswith(".npz"):
+        raise ValueError(f"`path` must end in .npz. Received: path={name}")
+    if files.exists(name):
+        # Only an index is replaced by another.
+        read_index(name)
 
 
 def read_index(path):

@@ -421,7 +421,7 @@ class Steps(keras.callbacks.Callback):
     ("make", "message"),
     [
         (lambda: Retrieval(pairs()["images"]), "`data` must hold texts"),
-        (lambda: Retrieval(pairs(), tokenizer), "`data` must hold 'captions'"),
+        (lambda: Retrieval(pairs(), tokenizer), "`data` must hold texts"),
         (lambda: Retrieval([]), "`data` must hold at least one image"),
         (lambda: Retrieval(pairs(), duplicates="no"), "`duplicates`"),
         (lambda: ZeroShot(pairs(), NAMES, tokenizer), "`data` must hold 'labels'"),

@@ -49,6 +49,19 @@ def test_labels_are_numbers_of_classes(labelled, options):
     assert [image[0, 0, 0] for b in batches for image in b["images"]] == [*range(6)]
 
 
+def test_labels_that_json_holds_as_other_than_whole_numbers(write_tar, encode):
+    picture = encode(np.zeros((8, 8, 3), "uint8"))
+    files = []
+    for index, label in enumerate((1.0, True, 1.5, "2", None)):
+        content = json.dumps({"label": label}).encode()
+        files += [(f"{index}.png", picture), (f"{index}.json", content)]
+    shard = write_tar("odd.tar", files)
+    batches = make(shard, label_key="json.label", max_skipped=1.0)
+    with pytest.warns(UserWarning, match="unknown label"):
+        assert values(batches, "labels") == [1, 2]
+    assert batches.skipped.by_reason == {"unknown label": 2, "no label": 1}
+
+
 def test_labels_can_be_names_of_folders(tmp_path, encode):
     for folder in ("dog", "cat"):
         (tmp_path / folder).mkdir()

@@ -63,6 +63,18 @@ def test_a_wrong_class_of_the_same_score_is_ahead():
     }
 
 
+def test_scores_of_any_scale_give_the_same_accuracies():
+    rng = np.random.default_rng(0)
+    cosines = rng.uniform(0, 0.5, (300, 40))
+    labels = cosines.argsort(axis=1)[:, -3]
+    logits = 100 * cosines
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    for scores in (cosines, logits, shares):
+        found = classification_accuracy(scores, labels)
+        assert found == {"top_1": 0.0, "top_5": 1.0, "mean_per_class": 0.0}
+
+
 def test_the_mean_per_class_is_over_classes_that_occur():
     scores = np.eye(4, dtype="float32")[[0, 0, 0, 1]]
     found = classification_accuracy(scores, [0, 0, 1, 1], ks=(1,))
@@ -81,7 +93,7 @@ def test_embeddings_of_templates_are_averaged(model, tokenizer):
 
 
 def test_each_class_may_have_texts_of_its_own(model, tokenizer):
-    templates = {"cat": ["it purrs", "a cat"], "dog": ["it barks"]}
+    templates = {"cat": ["it purrs", "a cat"], "dog": "it barks"}
     found = zero_shot_classifier(model, ["dog", "cat"], tokenizer, templates, verbose=0)
     barks = embed_texts(model, ["it barks"], tokenizer, verbose=0)[0]
     np.testing.assert_allclose(found[:, 0], barks, atol=1e-6)
@@ -132,6 +144,35 @@ def test_bad_names_and_templates_are_errors(
 ):
     with pytest.raises(ValueError, match=message):
         zero_shot_classifier(model, names, tokenizer, templates)
+
+
+def test_classes_of_the_same_name_are_told_of(model, tokenizer):
+    with pytest.warns(UserWarning, match=r"`class_names` holds \['cat'\]"):
+        zero_shot_classifier(model, ["cat", "dog", "cat"], tokenizer, verbose=0)
+
+
+def test_what_else_is_in_the_data_plays_no_part(model, tokenizer):
+    pairs = {**random_pairs(4), "labels": [0, 1, 2, 3]}
+    alone = {name: pairs[name] for name in ("images", "labels")}
+    pairs["token_ids"] = pairs["token_ids"] + 10**6
+    found = [
+        evaluate_zero_shot(model, data, NAMES, tokenizer, verbose=0)
+        for data in (pairs, alone)
+    ]
+    assert found[0] == found[1]
+
+
+def test_data_is_checked_as_it_is_read(model, tokenizer):
+    read = []
+
+    def batches():
+        for index in range(5):
+            read.append(index)
+            yield random_pairs(2)["images"]
+
+    with pytest.raises(ValueError, match="'labels'"):
+        evaluate_zero_shot(model, batches(), iter(NAMES), tokenizer, verbose=0)
+    assert read == [0]
 
 
 def test_data_without_labels_or_with_foreign_ones_is_an_error(model, tokenizer):

@@ -175,11 +175,37 @@ def test_equal_texts_count_as_one_if_asked_to(model, tokenizer):
     # All texts find the same image, which is that of one of them.
     assert [*strict.values()] == pytest.approx([0.0, 1 / 6])
     assert set(lenient.values()) == {1.0}
-    data = {"images": pairs["images"], "captions": ["a"] * 6}
+    data = {"images": pairs["images"], "captions": ["café".encode()] * 6}
     found = evaluate_retrieval(
         model, data, tokenizer, ks=(1,), duplicates="positive", verbose=0
     )
     assert set(found.values()) == {1.0}
+
+
+def test_texts_may_be_of_other_lengths_in_each_batch(model):
+    pairs = random_pairs(6)
+    batches = [
+        {name: values[rows] for name, values in pairs.items()}
+        for rows in (slice(0, 4), slice(4, 6))
+    ]
+    batches[1]["token_ids"] = np.pad(batches[1]["token_ids"], ((0, 0), (0, 0)))
+    found = [
+        evaluate_retrieval(model, data, ks=(1,), duplicates=duplicates, verbose=0)
+        for data in (pairs, batches)
+        for duplicates in ("negative", "positive")
+    ]
+    assert all(each == found[0] for each in found)
+
+
+def test_labels_of_different_kinds_are_an_error():
+    images = random_embeddings(3)
+    with pytest.raises(ValueError, match=r"same kind.*Received: int64 and uint64"):
+        retrieval_recall(images, images, np.arange(3), np.arange(3, dtype="uint64"))
+
+
+def test_chance_of_a_query_without_a_partner_is_nothing():
+    chance = chance_recall(3, 3, [0, 1, 2], [0, 1, 1], ks=(1, 10))
+    assert chance["image_to_text_recall@10"] == pytest.approx(2 / 3)
 
 
 def test_what_cannot_be_compared_is_an_error(model, tokenizer):

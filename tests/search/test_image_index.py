@@ -212,6 +212,26 @@ def test_odd_names_come_back_as_they_were(tmp_path):
     assert loaded.keys == loaded.paths == keys
 
 
+def test_only_an_index_is_replaced_by_another(index, tmp_path):
+    with pytest.raises(ValueError, match=r"`path` must end in \.npz.*Received: "):
+        index.save(tmp_path / "model.keras")
+    path = tmp_path / "other.npz"
+    np.savez(path, weights=np.ones(3))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"`path`.*something else.*Received: "):
+        index.save(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("count", [1003, 1537])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_equal_rows_come_in_their_order_whatever_is_asked_together(count, queries):
+    row = unit_rows(1)
+    found = ImageIndex(np.repeat(row, count, 0), range(count))
+    for matches in found.search(np.repeat(row, queries, 0), k=5):
+        assert [match.row for match in matches] == [0, 1, 2, 3, 4]
+
+
 def test_an_interrupted_save_leaves_the_index_before(index, tmp_path, monkeypatch):
     path = tmp_path / "index.npz"
     index.save(path)

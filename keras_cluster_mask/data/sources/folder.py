@@ -33,7 +33,7 @@ class FolderPart(Shard):
             folder = os.path.basename(os.path.dirname(path))
             sample = {"path": path, "folder": folder}
             yield {
-                "__key__": name.encode("utf-8", "replace").decode(),
+                "__key__": name,
                 **{k: v for k, v in sample.items() if fields is None or k in fields},
             }
 

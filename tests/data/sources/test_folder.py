@@ -50,6 +50,18 @@ def test_a_large_folder_is_several_shards(pictures, monkeypatch):
     ]
 
 
+def test_names_that_are_no_text_are_different_keys(pictures):
+    import os
+
+    content = (pictures / "3.png").read_bytes()
+    for name in (b"\xff.png", b"\xfe.png"):
+        path = os.path.join(os.fsencode(pictures), name)
+        with open(path, "wb") as file:
+            file.write(content)
+    keys = {s["__key__"] for shard in find_shards(pictures) for s in shard.read()}
+    assert len(keys) == 6
+
+
 def test_a_folder_in_memory(encode):
     fsspec = pytest.importorskip("fsspec")
     system = fsspec.filesystem("memory")
