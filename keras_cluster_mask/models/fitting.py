@@ -50,6 +50,9 @@ def fit(model, keras_fit, x, options, samples_per_epoch=None):
         distribution.check_batch_size(model, rows, pairs)
         model.step_size = StepSize.of(x, batch_size)
         given = dict(options, initial_epoch=initial_epoch, epochs=epochs)
+        if hasattr(x, "element_spec"):
+            # It is in the order it is meant to be in, and Keras would say so.
+            given.setdefault("shuffle", False)
         if steps is not None:
             given["steps_per_epoch"] = steps - steps_done
             return keras_fit(x, **given)

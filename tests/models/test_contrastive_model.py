@@ -463,6 +463,7 @@ def test_the_end_of_an_epoch_is_no_reason_to_warn_unless_steps_are_missing(write
     model.compile("sgd", **FAST)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Your input ran out of data")
+        warnings.filterwarnings("error", "`shuffle=True` was passed")
         model.fit(batches, epochs=2, verbose=0)
         model.evaluate(batches, verbose=0)
         model.predict(batches, verbose=0)
