@@ -47,8 +47,9 @@ def retrieval_recall(
         `image_to_text_recall@k` and `text_to_image_recall@k` for each k.
 
     Raises:
-        ValueError: For embeddings that do not fit each other or their labels,
-            and for NaN embeddings.
+        ValueError: For embeddings that do not fit each other or their labels, for NaN
+            embeddings, and for texts that belong to no image. An image without a text
+            is one that never finds any.
     """
     images = check_embeddings("image_embeddings", image_embeddings)
     texts = check_embeddings("text_embeddings", text_embeddings)
@@ -239,4 +240,11 @@ def _check_labels(num_images, num_texts, image_labels, text_labels):
                 f"`{name}` must have shape ({count},), one label per item. "
                 f"Received: {name}.shape={labels.shape}"
             )
+    lost = np.flatnonzero(~np.isin(text_labels, image_labels))
+    if len(lost):
+        raise ValueError(
+            "`text_labels` must be labels that images have. Received: "
+            f"{len(lost)} texts of no image, the first of them {lost[:5].tolist()}: "
+            f"{text_labels[lost[:5]].tolist()}"
+        )
     return image_labels, text_labels

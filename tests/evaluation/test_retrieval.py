@@ -50,9 +50,9 @@ def test_tiles_and_labels_of_any_sizes_give_the_order_of_similarity(
     monkeypatch.setattr(ranks, "ROWS", 11)
     monkeypatch.setattr(ranks, "SAMPLE", sample)
     rng = np.random.default_rng(num_labels)
-    # Of some labels there are many images and no text, or the reverse.
-    image_labels, text_labels = rng.integers(0, num_labels, (2, 300))
-    text_labels = text_labels[:210]
+    # Of some labels there are many images and no text.
+    image_labels = rng.integers(0, num_labels, 300)
+    text_labels = rng.choice(image_labels, 210)
     images, texts = random_embeddings(300), random_embeddings(210, seed=1)
     found = retrieval_recall(images, texts, image_labels, text_labels, ks=ks)
     for name, expected in (
@@ -124,16 +124,17 @@ def test_wilson_interval_covers_the_truth_95_times_in_100():
 @pytest.mark.parametrize(
     ("images", "texts", "labels", "message"),
     [
-        (np.ones((3, 4)), np.ones((3, 5)), None, "same width"),
-        (np.ones((3, 4, 1)), np.ones((3, 4)), None, "image_embeddings"),
-        (np.ones((3, 4)), np.full((3, 4), np.nan), None, r"\[0, 1, 2\]"),
-        (np.ones((3, 4)), np.ones((3, 4)), [0, 1], "image_labels"),
-        (np.ones((3, 4)), np.ones((4, 4)), None, "text_labels"),
+        (np.ones((3, 4)), np.ones((3, 5)), (), "same width"),
+        (np.ones((3, 4, 1)), np.ones((3, 4)), (), "image_embeddings"),
+        (np.ones((3, 4)), np.full((3, 4), np.nan), (), r"\[0, 1, 2\]"),
+        (np.ones((3, 4)), np.ones((3, 4)), ([0, 1],), "image_labels"),
+        (np.ones((3, 4)), np.ones((4, 4)), (), "text_labels"),
+        (np.ones((2, 4)), np.ones((2, 4)), ([5, 6], [6, 7]), r"\[1\]: \[7\]"),
     ],
 )
 def test_bad_input_is_named(images, texts, labels, message):
     with pytest.raises(ValueError, match=message) as error:
-        retrieval_recall(images, texts, labels)
+        retrieval_recall(images, texts, *labels)
     assert "Received: " in str(error.value)
 
 
