@@ -19,6 +19,14 @@ def check_embeddings(name, embeddings):
     return embeddings
 
 
+def check_ks(ks):
+    """A tuple of ks, if they are positive integers."""
+    given = tuple(ks) if isinstance(ks, tuple | list) else (ks,)
+    if not given or not all(isinstance(k, int) and k > 0 for k in given):
+        raise ValueError(f"`ks` must be positive integers. Received: ks={ks!r}")
+    return given
+
+
 def check_labels(name, labels, num_items, num_classes):
     """Labels as int64, if they are classes, one an item."""
     labels = np.asarray(labels)

@@ -4,7 +4,11 @@ import warnings
 
 import numpy as np
 
-from keras_cluster_mask.evaluation.checks import check_embeddings, check_labels
+from keras_cluster_mask.evaluation.checks import (
+    check_embeddings,
+    check_ks,
+    check_labels,
+)
 from keras_cluster_mask.evaluation.embedding import (
     Embedder,
     batches_of,
@@ -46,6 +50,7 @@ def classification_accuracy(scores, labels, ks=(1, 5)):
     Raises:
         ValueError: For scores that are not finite, and for labels that are no class.
     """
+    ks = check_ks(ks)
     scores = check_embeddings("scores", scores)
     labels = check_labels("labels", labels, len(scores), scores.shape[1])
     # Of whatever size scores are, those of one item are rounded by their own.
@@ -153,6 +158,7 @@ def evaluate_zero_shot(
         ValueError: For what `zero_shot_classifier` does not take, for data without
             labels, and for labels that are no place in `class_names`.
     """
+    ks = check_ks(ks)
     embedder = Embedder.of(model)
     class_names = list(class_names)
     classifier = zero_shot_classifier(

@@ -295,7 +295,10 @@ def _array(values):
 def _rows(captions):
     """An array of str, bytes or tuples of them, where NumPy would see a matrix."""
     if hasattr(captions, "shape"):
-        return _array(captions)
+        captions = _array(captions)
+        if captions.ndim == 1:
+            return captions
+        captions = [*map(tuple, captions)]
     rows = np.empty(len(captions), object)
     for index, caption in enumerate(captions):
         rows[index] = caption

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from keras_cluster_mask.evaluation.checks import check_embeddings
+from keras_cluster_mask.evaluation.checks import check_embeddings, check_ks
 from keras_cluster_mask.evaluation.embedding import batches_of, embed
 from keras_cluster_mask.evaluation.ranks import ranks_of_partners
 
@@ -51,6 +51,7 @@ def retrieval_recall(
             embeddings, and for texts that belong to no image. An image without a text
             is one that never finds any.
     """
+    ks = check_ks(ks)
     images = check_embeddings("image_embeddings", image_embeddings)
     texts = check_embeddings("text_embeddings", text_embeddings)
     if images.shape[1] != texts.shape[1]:
@@ -125,6 +126,7 @@ def evaluate_retrieval(
             '`duplicates` must be "negative" or "positive". '
             f"Received: duplicates={duplicates!r}"
         )
+    ks = check_ks(ks)
     text_key = "token_ids" if tokenizer is None else "captions"
     batches = _with_texts(data, text_key, duplicates == "positive")
     found = embed(model, batches, tokenizer, verbose)
@@ -177,6 +179,7 @@ def chance_recall(
     Returns:
         A dictionary with the keys of `retrieval_recall`.
     """
+    ks = check_ks(ks)
     num_texts = num_images if num_texts is None else num_texts
     image_labels, text_labels = _check_labels(
         num_images, num_texts, image_labels, text_labels
@@ -213,6 +216,8 @@ def wilson_interval(share, count, z=1.96):
         - Wilson, "Probable inference, the law of succession, and statistical
           inference", Journal of the American Statistical Association, 1927.
     """
+    if not count > 0:
+        raise ValueError(f"`count` must be positive. Received: count={count}")
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     half *= z / (1 + z * z / count)

@@ -41,16 +41,24 @@ def as_contrastive_model(model):
 
 
 def image_size_of(model):
-    """The size of the images that a `ContrastiveModel` takes.
+    """The size of the images that a model takes.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32)
+    kcm.models.image_size_of(backbone)  # (32, 32)
+    ```
 
     Args:
-        model: A `ContrastiveModel`.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
+            the path of one that was saved.
 
     Returns:
         `(height, width)`, each `None` where the image encoder takes any or does not
         say.
     """
-    given = getattr(model.image_encoder, "input", None)
+    given = getattr(as_contrastive_model(model).image_encoder, "input", None)
     if given is None:
         return None, None
     shape = tuple(keras.tree.flatten(given)[0].shape[1:])

@@ -8,7 +8,7 @@ import numpy as np
 from keras_cluster_mask.data import ImageTextBatches, files
 from keras_cluster_mask.data.pictures import height_and_width
 from keras_cluster_mask.evaluation.embedding import Embedder, embed
-from keras_cluster_mask.models.loading import as_contrastive_model, image_size_of
+from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.search.checks import check_embeddings, check_queries
 from keras_cluster_mask.search.fingerprint import Fingerprint
 from keras_cluster_mask.search.index_file import check_place, read_index, write_index
@@ -116,7 +116,7 @@ class ImageIndex:
             ValueError: If no picture can be read, or the model says of no size that it
                 takes and none is given.
         """
-        embedder = Embedder.of(as_contrastive_model(model))
+        embedder = Embedder.of(model)
         if image_size is None:
             image_size = image_size_of(embedder.model)
         if image_size == (None, None):

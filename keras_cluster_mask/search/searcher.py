@@ -6,7 +6,7 @@ import typing
 import numpy as np
 
 from keras_cluster_mask.evaluation.embedding import Embedder, embed_texts
-from keras_cluster_mask.models.loading import as_contrastive_model, image_size_of
+from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.search.image_index import ImageIndex
 from keras_cluster_mask.search.query_pictures import as_model_input, cut_picture
 
@@ -69,7 +69,7 @@ class Searcher:
             index = ImageIndex.load(index)
         self.index = index
         self.tokenizer = tokenizer
-        self._embedder = Embedder.of(as_contrastive_model(model))
+        self._embedder = Embedder.of(model)
         if index.fingerprint is not None:
             index.fingerprint.check(self._embedder)
 

@@ -86,6 +86,27 @@ def test_a_model_that_embeds_everything_alike_gets_nothing():
     assert set(retrieval_recall(same, same).values()) == {0.0}
 
 
+def test_equal_embeddings_tie_whatever_the_order_of_their_sums():
+    # Products of matrices round equal rows differently by where they stand.
+    rng = np.random.default_rng(0)
+    row = rng.normal(size=(1, 700)).astype("float32")
+    same = np.repeat(row / np.linalg.norm(row), 1001, axis=0)
+    assert set(retrieval_recall(same, same).values()) == {0.0}
+    # What differs by more does not.
+    images = random_embeddings(50, 64)
+    texts = images + 2e-3 * random_embeddings(50, 64, seed=1)
+    assert retrieval_recall(images, texts, ks=1)["image_to_text_recall@1"] == 1.0
+
+
+def test_numbers_that_make_no_sense_are_errors():
+    images = random_embeddings(3)
+    for ks in (0, (1, 2.5), ()):
+        with pytest.raises(ValueError, match=r"`ks`.*Received: "):
+            retrieval_recall(images, images, ks=ks)
+    with pytest.raises(ValueError, match=r"`count`.*Received: count=0"):
+        wilson_interval(0.5, 0)
+
+
 def test_chance_is_what_random_embeddings_reach():
     labels = np.random.default_rng(0).integers(0, 120, 200)
     chance = chance_recall(200, image_labels=labels)
