@@ -98,6 +98,12 @@ def test_equal_embeddings_tie_whatever_the_order_of_their_sums():
     assert retrieval_recall(images, texts, ks=1)["image_to_text_recall@1"] == 1.0
 
 
+def test_an_image_without_a_text_finds_none_among_however_few():
+    images = random_embeddings(3)
+    found = retrieval_recall(images, images[:2], [0, 1, 2], [0, 1], ks=(10,))
+    assert found["image_to_text_recall@10"] == pytest.approx(2 / 3)
+
+
 def test_numbers_that_make_no_sense_are_errors():
     images = random_embeddings(3)
     for ks in (0, (1, 2.5), ()):
