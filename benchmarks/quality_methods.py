@@ -1,6 +1,7 @@
 """What `quality.py` compares: ways to spend half the patches, and their variants."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from keras import ops
@@ -23,8 +24,8 @@ class Method:
         image_scale: The side of the images that the model reads, over the full side.
         background: What transparent training images are laid over, as for
             `image_text_dataset`.
-        mask_ratios: The mask ratio in each equal part of the training, instead of the
-            masking's own throughout.
+        over_training: Dictionary from attributes of the masking to the values they have
+            in each equal part of the training, instead of the same throughout.
         equal_time: Whether to train for as long as `random` takes rather than for
             as many steps.
     """
@@ -32,7 +33,7 @@ class Method:
     masking: Callable | None = None
     image_scale: float = 1.0
     background: str | list = "white"
-    mask_ratios: tuple | None = None
+    over_training: dict = dataclasses.field(default_factory=dict)
     equal_time: bool = False
 
 
@@ -113,7 +114,18 @@ def nearness(anchors, count):
 
 
 class KeepAnchors(kcm.ClusterMasking):
-    """Leaves out look-alikes but not the anchors: each cluster keeps one patch."""
+    """Leaves out look-alikes but not the anchors: each cluster keeps one patch.
+
+    Of the others, those of contrast stay with higher odds, the more so the larger
+    `detail`.
+    """
+
+    def __init__(self, *args, detail=0.0, **options):
+        super().__init__(*args, **options)
+        self.detail = detail
+
+    def get_config(self):
+        return super().get_config() | {"detail": self.detail}
 
     def score(self, noise, images=None, tokens=None):
         anchors = self.draw_anchors(noise)
@@ -121,7 +133,11 @@ class KeepAnchors(kcm.ClusterMasking):
             anchors[:, :, None] == ops.arange(noise.shape[1], dtype=anchors.dtype),
             axis=1,
         )
-        return ops.where(chosen, 2.0, super().score(noise, images, tokens))
+        score = super().score(noise, images, tokens)
+        if self.detail:
+            contrast = log_contrast(images, self.patch_size, 0.1)
+            score = score + self.detail * contrast
+        return ops.where(chosen, math.inf, score)
 
 
 class Detail(kcm.PatchMasking):
@@ -199,6 +215,11 @@ OWN_MASKINGS = {
     )
 }
 
+RAMP = {"mask_ratio": (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)}
+WHOLE_END = {"mask_ratio": (*[0.5714] * 7, 0.0)}
+# Gumbel noise of infinite weight is random masking.
+SOFTER = (0.0, 0.0, 0.1, 0.2, 0.4, 0.8, math.inf, math.inf)
+
 METHODS = {
     "none": Method(),
     "none, equal time": Method(equal_time=True),
@@ -219,6 +240,9 @@ METHODS = {
     "cluster, 13 anchors stay": Method(
         lambda p: KeepAnchors(p, 0.5, anchor_ratio=13 / 64)
     ),
+    "cluster, 13 anchors and detail stay": Method(
+        lambda p: KeepAnchors(p, 0.5, anchor_ratio=13 / 64, detail=0.3)
+    ),
     # What is alike.
     "cluster, colour": Method(lambda p: Colour(p, 0.5)),
     "cluster, raw pixels": Method(lambda p: RawPixels(p, 0.5)),
@@ -230,14 +254,13 @@ METHODS = {
     "detail": Method(Detail),
     "detail, strong": Method(lambda p: Detail(p, floor=0.1)),
     # The ratio over training; each keeps half of the patches on average.
-    "random, ratio ramp": Method(
-        random, mask_ratios=(0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)
-    ),
-    "cluster, ratio ramp": Method(
-        cluster, mask_ratios=(0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)
-    ),
-    "random, whole end": Method(random, mask_ratios=(*[0.5714] * 7, 0.0)),
-    "cluster, whole end": Method(cluster, mask_ratios=(*[0.5714] * 7, 0.0)),
+    "random, ratio ramp": Method(random, over_training=RAMP),
+    "cluster, ratio ramp": Method(cluster, over_training=RAMP),
+    "random, whole end": Method(random, over_training=WHOLE_END),
+    "cluster, whole end": Method(cluster, over_training=WHOLE_END),
+    # From clusters to random patches, and the other way round.
+    "cluster, then random": Method(cluster, over_training={"softness": SOFTER}),
+    "random, then cluster": Method(cluster, over_training={"softness": SOFTER[::-1]}),
     # Grounds of transparent pictures.
     "random, random ground": Method(random, background="random"),
     "cluster, random ground": Method(cluster, background="random"),
@@ -270,6 +293,7 @@ STUDIES = {
         "cluster, 13 anchors",
         "cluster, anchors stay",
         "cluster, 13 anchors stay",
+        "cluster, 13 anchors and detail stay",
     ),
     "similarity": (
         "cluster",
@@ -292,6 +316,8 @@ STUDIES = {
         "cluster, ratio ramp",
         "random, whole end",
         "cluster, whole end",
+        "cluster, then random",
+        "random, then cluster",
     ),
     "background": (
         "random",

@@ -79,8 +79,9 @@ def train(name, method, recipe, data, seed, costs, folder):
         part = state["part"]
         # Cut by rounding, so that the parts add up to the steps.
         share = round(steps * (part + 1) / PARTS) - round(steps * part / PARTS)
-        if method.mask_ratios:
-            model.masking.mask_ratio = method.mask_ratios[part]
+        for attribute, values in method.over_training.items():
+            setattr(model.masking, attribute, values[part])
+        if method.over_training:
             model.make_train_function(force=True)
         # A run that is resumed must read the same crops in the same order.
         keras.utils.set_random_seed(seed)

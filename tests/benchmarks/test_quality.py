@@ -26,7 +26,10 @@ RECIPE = Recipe(
     context_length=6,
     vocabulary_size=600,
 )
-METHOD = Method(lambda patch_size: cluster(patch_size, seed=1), mask_ratios=(0.5, 0.0))
+METHOD = Method(
+    lambda patch_size: cluster(patch_size, seed=1),
+    over_training={"mask_ratio": (0.5, 0.0)},
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +108,8 @@ def test_a_finished_model_reads_masked_images(data, tmp_path):
 
 def test_all_methods_keep_half_of_the_patches_on_average():
     for name, method in METHODS.items():
-        if method.mask_ratios:
-            mean = sum(method.mask_ratios) / len(method.mask_ratios)
+        if ratios := method.over_training.get("mask_ratio"):
+            mean = sum(ratios) / len(ratios)
             assert mean == pytest.approx(0.5, abs=1e-3), name
         elif method.masking:
             assert method.masking(6).num_kept(64) == 32, name
