@@ -1,7 +1,7 @@
 """What choosing the patches costs: 64 images of 224 pixels, 196 patches each.
 
     KERAS_BACKEND=jax python benchmarks/masking_cost.py
-    KERAS_BACKEND=jax python benchmarks/masking_cost.py --image-size 448   # no step
+    KERAS_BACKEND=jax python benchmarks/masking_cost.py --image-size 448 --no-step
 
 Beside the library's `select` stand a full similarity of all patches to all others with
 a sort (the way of the paper's released code), reading all pixels once (nothing that
@@ -15,13 +15,15 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
-from clip_vit_b_16 import IMAGE_SIZE, PATCH_SIZE, photographs, training_steps
+from clip_steps import Setting, photographs, training_steps
 from keras import ops
 from reporting import parser, publish
 from timing import compiled, interleaved, ratio
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.similarity import extract_patches
+
+PATCH_SIZE = 16
 
 
 def full_similarity(images, anchors):
@@ -70,7 +72,7 @@ def main():
     parsed = parser(__doc__)
     add = parsed.add_argument
     add("--batch-size", type=int, default=64)
-    add("--image-size", type=int, default=IMAGE_SIZE, help="side in pixels")
+    add("--image-size", type=int, default=224, help="side in pixels")
     add("--rounds", type=int, default=15)
     add("--dtype", default="float32", help="of the training step")
     add("--no-step", action="store_true", help="skip the training step")
@@ -83,10 +85,13 @@ def main():
     noise = keras.random.uniform((options.batch_size, patches), seed=0)
     functions = ways(images, noise)
     seconds = interleaved(functions, options.rounds, repeats=3)
-    # The model is one for images of `IMAGE_SIZE`.
-    with_step = options.image_size == IMAGE_SIZE and not options.no_step
-    if with_step:
-        steps = training_steps(["random"], options.batch_size, options.dtype)
+    if not options.no_step:
+        setting = Setting(
+            image_size=options.image_size,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+        )
+        steps = training_steps(["random"], setting)
         step = min(interleaved(steps, 2)["random"])
 
     rows = []
@@ -96,12 +101,12 @@ def main():
         row = {"what": name, "time (ms)": f"{milliseconds:.2f}"}
         row["/ full similarity"] = f"{ratio(seconds, name, 'full similarity'):.3f}"
         row["/ read the pixels"] = f"{ratio(seconds, name, 'read the pixels'):.2f}"
-        if with_step:
+        if not options.no_step:
             row["share of a step"] = f"{0.1 * milliseconds / step:.2f} %"
         rows.append(row)
     backend = keras.backend.backend()
     title = f"{backend}, {options.batch_size} images of {options.image_size} px"
-    if with_step:
+    if not options.no_step:
         title += f"; one ViT-B/16 step, {options.dtype}: {1000 * step:.0f} ms"
     publish(
         f"{options.results}/masking_cost-{backend}-{options.image_size}.json",

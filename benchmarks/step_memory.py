@@ -1,4 +1,4 @@
-"""Peak memory of a training step of CLIP ViT-B/16 with each way to mask.
+"""Peak memory of a training step of a CLIP, by default ViT-B/16, by way to mask.
 
     KERAS_BACKEND=jax python benchmarks/step_memory.py --batch-size 32
 
@@ -17,12 +17,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
-from clip_vit_b_16 import (
-    add_step_arguments,
-    image_tokens,
-    step_methods,
-    training_steps,
-)
+from clip_steps import Setting, add_step_arguments, step_methods, training_steps
 from reporting import parser, publish
 
 
@@ -33,10 +28,9 @@ def main():
     add("--results", default="results", help="folder for the JSON file")
     add("--of", metavar="METHOD", help=argparse.SUPPRESS)
     options = parsed.parse_args()
+    setting = Setting.of(options)
     if options.of:
-        jit = True if options.jit else "auto"
-        setting = options.batch_size, options.dtype, jit, options.optimizer
-        training_steps([options.of], *setting)[options.of]()
+        training_steps([options.of], setting)[options.of]()
         print(peak_memory())
         return
 
@@ -49,14 +43,13 @@ def main():
         rows.append(
             {
                 "method": name,
-                "image tokens": image_tokens(name),
+                "image tokens": setting.image_tokens(name),
                 "peak memory (GiB)": gibibytes,
             }
         )
-    backend = keras.backend.backend()
     publish(
-        f"{options.results}/step_memory-{backend}.json",
-        f"{backend}, batch {options.batch_size}, {options.dtype}, {options.optimizer}",
+        f"{options.results}/step_memory-{keras.backend.backend()}.json",
+        str(setting),
         rows,
         options=vars(options),
     )

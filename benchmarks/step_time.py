@@ -1,4 +1,4 @@
-"""What a training step of CLIP ViT-B/16 costs with each way to mask.
+"""What a training step of a CLIP, by default ViT-B/16, costs with each way to mask.
 
     KERAS_BACKEND=jax python benchmarks/step_time.py
     KERAS_BACKEND=torch python benchmarks/step_time.py --batch-size 256 \\
@@ -14,13 +14,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
-from clip_vit_b_16 import (
-    add_step_arguments,
-    arithmetic,
-    image_tokens,
-    step_methods,
-    training_steps,
-)
+from clip_steps import Setting, add_step_arguments, step_methods, training_steps
 from reporting import parser, publish
 from timing import interleaved, ratio
 
@@ -35,22 +29,16 @@ def main():
     add("--name", help="of the file, step_time-NAME.json, instead of the backend's")
     options = parsed.parse_args()
 
-    backend = keras.backend.backend()
-    methods = step_methods(options)
-    steps = training_steps(
-        methods,
-        options.batch_size,
-        options.dtype,
-        True if options.jit else "auto",
-        options.optimizer,
-    )
+    setting, methods = Setting.of(options), step_methods(options)
+    steps = training_steps(methods, setting)
     seconds = interleaved(steps, options.rounds, options.repeats)
+    whole = setting.arithmetic("none")
     rows = []
     for name in methods:
         row = {
             "method": name,
-            "image tokens": image_tokens(name),
-            "arithmetic / none": f"{arithmetic(name) / arithmetic('none'):.3f}",
+            "image tokens": setting.image_tokens(name),
+            "arithmetic / none": f"{setting.arithmetic(name) / whole:.3f}",
             "step (ms)": round(1000 * statistics.median(seconds[name])),
         }
         for other in ("none", "random", "open_clip, patch dropout 0.5"):
@@ -58,8 +46,8 @@ def main():
                 row[f"/ {other}"] = f"{ratio(seconds, name, other):.3f}"
         rows.append(row)
     publish(
-        f"{options.results}/step_time-{options.name or backend}.json",
-        f"{backend}, batch {options.batch_size}, {options.dtype}, {options.optimizer}",
+        f"{options.results}/step_time-{options.name or keras.backend.backend()}.json",
+        str(setting),
         rows,
         options=vars(options),
         seconds=seconds,

@@ -1,0 +1,206 @@
+"""CLIP models that differ in what their image tower reads, and their training steps."""
+
+import dataclasses
+
+import keras
+import numpy as np
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.models.clip_sizes import SIZES
+
+VOCABULARY_SIZE, CONTEXT_LENGTH = 49408, 77
+
+
+def threshold(beta):
+    # Any threshold does: shapes, and so the cost, depend on `min_mask_ratio` alone.
+    return lambda patch_size: kcm.ClusterMasking(
+        patch_size, 0.6, min_mask_ratio=beta, threshold=0.5
+    )
+
+
+# From a patch size to a masking.
+MASKINGS = {
+    "none": lambda patch_size: None,
+    "random": lambda patch_size: kcm.RandomMasking(0.5),
+    "cluster": lambda patch_size: kcm.ClusterMasking(patch_size, 0.5),
+    "threshold, beta 0.5": threshold(0.5),
+    "threshold, beta 0.3": threshold(0.3),
+    "resized": lambda patch_size: None,
+}
+OPEN_CLIP = {"open_clip, none": 0.0, "open_clip, patch dropout 0.5": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is trained, and how; the same for every method.
+
+    Args:
+        size: Of the model, as for `kcm.models.clip_backbone`.
+        image_size: Integer. The side of whole images in pixels.
+        batch_size: Integer.
+        dtype: A Keras dtype policy.
+        optimizer: `"adamw"`, or `"sgd"` without momentum, which costs next to nothing
+            and so leaves the models alone to be compared.
+        jit: Whether to compile on torch too, open_clip's model as well.
+    """
+
+    size: str = "vit_b_16"
+    image_size: int = 224
+    batch_size: int = 8
+    dtype: str = "float32"
+    optimizer: str = "adamw"
+    jit: bool = False
+
+    @classmethod
+    def of(cls, options):
+        """The setting that command-line arguments ask for."""
+        fields = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: getattr(options, name) for name in fields})
+
+    def __str__(self):
+        model = f"{self.size} at {self.image_size} px, batch {self.batch_size}"
+        return f"{keras.backend.backend()}, {model}, {self.dtype}, {self.optimizer}"
+
+    @property
+    def patch_size(self):
+        return SIZES[self.size]["patch"]
+
+    def side(self, name):
+        """The side of the images that a method reads, in pixels."""
+        if name != "resized":
+            return self.image_size
+        # The square nearest to half as many patches.
+        half = (self.image_size // self.patch_size) ** 2 / 2
+        return round(half**0.5) * self.patch_size
+
+    def masking(self, name):
+        """A method's masking, or `None`."""
+        if name in OPEN_CLIP:
+            return kcm.RandomMasking(OPEN_CLIP[name])
+        return MASKINGS[name](self.patch_size)
+
+    def image_tokens(self, name):
+        """How many patch tokens the image tower reads in training."""
+        patches = (self.side(name) // self.patch_size) ** 2
+        masking = self.masking(name)
+        return patches if masking is None else masking.num_kept(patches)
+
+    def arithmetic(self, name):
+        """Floating-point operations to train on one pair."""
+        return kcm.models.training_flops(
+            self.size, self.side(name), CONTEXT_LENGTH, masking=self.masking(name)
+        )
+
+
+def add_step_arguments(parsed):
+    """The command-line arguments that say which steps to take, and how."""
+    names = [*MASKINGS, *OPEN_CLIP]
+    add = parsed.add_argument
+    add("--size", default="vit_b_16", choices=SIZES, help="of the model")
+    add("--image-size", type=int, default=224, help="side in pixels")
+    add("--methods", nargs="+", metavar="METHOD", choices=names, help=f"of {names}")
+    add("--batch-size", type=int, default=8)
+    add("--dtype", default="float32", help="Keras dtype policy")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    add("--jit", action="store_true", help="compile on torch too")
+
+
+def step_methods(options):
+    """The methods asked for, or else all that there are of the backend and size."""
+    both = keras.backend.backend() == "torch" and options.size != "tiny"
+    return options.methods or [*MASKINGS, *(OPEN_CLIP if both else ())]
+
+
+def photographs(batch_size, side):
+    """Blurred noise as uint8: smooth surfaces, as photographs have them."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (batch_size, 8, 8, 3))
+    images = np.repeat(np.repeat(coarse, side // 8, 1), side // 8, 2)
+    noisy = images + rng.integers(-20, 20, images.shape)
+    return np.clip(noisy, 0, 255).astype("uint8")
+
+
+def batch(batch_size, side):
+    rng = np.random.default_rng(1)
+    token_ids = rng.integers(1, VOCABULARY_SIZE - 1, (batch_size, CONTEXT_LENGTH))
+    token_ids[:, -1] = VOCABULARY_SIZE - 1
+    return {"images": photographs(batch_size, side), "token_ids": token_ids}
+
+
+def training_steps(names, setting):
+    """Functions that run one training step each.
+
+    Models of one image size share their weights and their optimizer's state, which
+    has no influence on time and lets all of them fit into memory side by side.
+
+    Args:
+        names: Keys of `MASKINGS` and `OPEN_CLIP`.
+        setting: A `Setting`.
+
+    Returns:
+        Dictionary from name to function.
+    """
+    shared, steps = {}, {}
+    for name in names:
+        if name in OPEN_CLIP:
+            steps[name] = open_clip_step(OPEN_CLIP[name], setting)
+            continue
+        side = setting.side(name)
+        if side not in shared:
+            backbone = kcm.models.clip_backbone(
+                setting.size, image_size=side, dtype=setting.dtype
+            )
+            optimizer = keras_optimizer(setting.optimizer)
+            shared[side] = backbone, optimizer, batch(setting.batch_size, side)
+        backbone, optimizer, data = shared[side]
+        model = kcm.ContrastiveModel.from_clip(backbone, masking=setting.masking(name))
+        model.compile(optimizer, jit_compile=True if setting.jit else "auto")
+        steps[name] = lambda model=model, data=data: model.train_on_batch(data)
+    return steps
+
+
+def keras_optimizer(name):
+    if name == "sgd":
+        return keras.optimizers.SGD(1e-5)
+    return keras.optimizers.AdamW(1e-5, weight_decay=0.2)
+
+
+def open_clip_step(patch_dropout, setting):
+    """One training step of open_clip's own model and loss, on torch's optimizer."""
+    import open_clip
+    import torch
+    from open_clip.loss import ClipLoss
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, letter, patch = setting.size.split("_")
+    model = open_clip.create_model(
+        f"ViT-{letter.upper()}-{patch}",
+        force_patch_dropout=patch_dropout,
+        force_image_size=setting.image_size,
+        device=device,
+    ).train()
+    run = torch.compile(model) if setting.jit else model
+    if setting.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), 1e-5)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.2)
+    loss_of = ClipLoss()
+    half = "bfloat16" in setting.dtype
+    data = batch(setting.batch_size, setting.image_size)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=device)[:, None, None]
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device)[:, None, None]
+
+    def step():
+        images = torch.tensor(data["images"], device=device).permute(0, 3, 1, 2)
+        texts = torch.tensor(data["token_ids"], device=device)
+        images = (images / 255.0 - mean) / std
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = loss_of(*run(images, texts))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, np.log(100))
+        return loss.item()
+
+    return step
