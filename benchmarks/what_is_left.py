@@ -19,15 +19,36 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from keras import ops
 from quality_data import PICTURES, Data, Recipe
-from quality_methods import METHODS
+from quality_methods import METHODS, Method
 from quality_training import load_finished, new_masking
 from reporting import mean_and_spread, parser, publish
 
 import keras_cluster_mask as kcm
 
+
+class ClassTokenTwice(kcm.RandomMasking):
+    """Leaves all patches, and gives the class token its weight among half of them.
+
+    A model that learned from half of the patches meets twice as many in whole images,
+    so that each token attends half as much to the class token. A copy beside it, which
+    stays equal to it through all blocks, counts it twice.
+    """
+
+    def __init__(self, patch_size):
+        super().__init__(mask_ratio=0.0)
+
+    def call(self, tokens, images=None, training=None, noise=None):
+        prefix = tokens[:, : self.num_prefix_tokens]
+        rest = super().call(tokens, images=images, training=training, noise=noise)
+        return ops.concatenate([prefix, rest], axis=1)
+
+
+READINGS = {**METHODS, "none, class token twice": Method(ClassTokenTwice)}
 MASKINGS = (
     "none",
+    "none, class token twice",
     "random",
     "cluster",
     "cluster, softness 0.3",
@@ -46,7 +67,7 @@ def arguments():
     add("runs", type=Path, help="folder of finished runs, one data set's")
     add("--data", default=str(PICTURES), help="folder of the shards they learned from")
     add("--models", nargs="+", default=["none", "random", "cluster"], metavar="METHOD")
-    add("--methods", nargs="+", default=MASKINGS, metavar="METHOD", choices=METHODS)
+    add("--methods", nargs="+", default=MASKINGS, metavar="METHOD", choices=READINGS)
     add("--images", type=int, default=5000, help="how many, at most")
     add("--seeds", type=int, nargs="+", default=[1], help="runs of each model")
     add("--name", default="what-is-left", help="of the JSON file beside the runs")
@@ -97,7 +118,7 @@ def scores_of(trained, seed, options):
     scores = {}
     for name in options.methods:
         keras.utils.set_random_seed(0)
-        masking = new_masking(METHODS[name], recipe, data)
+        masking = new_masking(READINGS[name], recipe, data)
         model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
         embeddings["image_embeddings"] = masked_embeddings(model, images)
         scores[name] = data.judge(model, embeddings, captions)["score"]

@@ -106,6 +106,24 @@ def test_a_finished_model_reads_masked_images(data, tmp_path):
     assert np.abs(masked - whole).max(axis=1).min() > 1e-3
 
 
+def test_a_class_token_that_counts_twice_has_twice_the_weight(data, tmp_path):
+    train(data, tmp_path)
+    backbone = quality_training.load_finished(tmp_path).backbone
+    images, _ = data.read("validation", 100)
+
+    def tokens(masking):
+        model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+        pixels = keras.ops.convert_to_tensor(images[:4] / 255.0)
+        found = model.image_encoder({"images": pixels}, training=True)
+        return keras.ops.convert_to_numpy(found)
+
+    whole = tokens(kcm.RandomMasking(0.0))
+    twice = tokens(what_is_left.ClassTokenTwice(8))
+    assert twice.shape[1] == whole.shape[1] + 1
+    np.testing.assert_allclose(twice[:, 0], twice[:, 1], atol=1e-5)
+    assert np.abs(twice[:, 1:] - whole).max() > 1e-3
+
+
 def test_all_methods_keep_half_of_the_patches_on_average():
     for name, method in METHODS.items():
         if ratios := method.over_training.get("mask_ratio"):
