@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 
 
@@ -34,7 +35,14 @@ def side_by_side(function, tasks, workers):
         yield from pool.map(function, tasks)
 
 
+def _end_with_parent():
+    # A pool whose process is killed would otherwise go on with what it was given.
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _pin(shares):
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cores = shares.get()
     # A spawned process has imported its main module by now, and with it threads that
     # a limit of this one thread alone would miss.

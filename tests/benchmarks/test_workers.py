@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from workers import side_by_side
 
+BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 CORES = os.sched_getaffinity(0)
 
 
@@ -32,6 +34,43 @@ def test_workers_run_on_cores_of_their_own():
     assert not one & other
     # This process keeps all of them.
     assert os.sched_getaffinity(0) == CORES
+
+
+def test_workers_end_when_the_program_is_killed(tmp_path):
+    if len(CORES) < 2:
+        pytest.skip("one core")
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "from workers import side_by_side\n"
+        "def work(path):\n"
+        "    open(path, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    list(side_by_side(work, sys.argv[1:], 2))\n"
+    )
+    paths = [tmp_path / "first", tmp_path / "second"]
+    running = subprocess.Popen([sys.executable, program, *paths])
+    wait_until(lambda: all(path.exists() and path.read_text() for path in paths))
+    running.kill()
+    running.wait()
+    workers = [Path("/proc") / path.read_text() for path in paths]
+    wait_until(lambda: not any(is_running(worker) for worker in workers))
+
+
+def is_running(process):
+    # One that has ended may stay listed until somebody asks how.
+    try:
+        return "State:\tZ" not in (process / "status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_more_workers_than_cores_are_refused():
