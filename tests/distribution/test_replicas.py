@@ -74,6 +74,16 @@ def train(out, how, *arguments):
         return dict(arrays)
 
 
+def assert_equal_runs(found, single):
+    # Devices add in another order: a sum of float32 differs by a few units in its last
+    # place, which of a large one (the norm of all gradients, 62) is more than 1e-5.
+    assert found.keys() == single.keys()
+    for name, expected in single.items():
+        np.testing.assert_allclose(
+            found[name], expected, rtol=2e-6, atol=1e-5, err_msg=name
+        )
+
+
 def error_of(code):
     """The last line that a program which must fail prints."""
     done = subprocess.run(
@@ -99,8 +109,7 @@ def test_two_train_as_one(single, how, micro_batches, tmp_path):
     found = train(tmp_path / "out.npz", how, *micro_batches)
     assert found.keys() == single.keys()
     assert np.isfinite(single["history/loss"]).all()
-    for name, expected in single.items():
-        np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
+    assert_equal_runs(found, single)
 
 
 @pytest.mark.parametrize("how", KINDS)
@@ -143,9 +152,7 @@ def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
     for stop in ("3", "4"):
         run(tmp_path / "none.npz", how, DIE_AT=stop)
     found = train(tmp_path / "out.npz", how)
-    assert found.keys() == single.keys()
-    for name, expected in single.items():
-        np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
+    assert_equal_runs(found, single)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras shares models on JAX alone.")
@@ -158,8 +165,7 @@ def test_devices_that_share_a_model_train_as_one_device(
     monkeypatch.setenv("CLIP", "1")
     single = train(tmp_path / "single.npz", "single")
     found = train(tmp_path / "out.npz", "model", *micro_batches)
-    for name, expected in single.items():
-        np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
+    assert_equal_runs(found, single)
 
 
 def test_the_layout_does_not_depend_on_the_names_of_encoders():
