@@ -14,15 +14,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker a core: threads of one would only keep those of another waiting.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# JAX compiles most of what the tests run many times over, in one process or in several;
-# what one compiled serves all, and the next run.
+# On JAX most of the time goes into compiling. Models of a few thousand weights need no
+# optimised code, and what one process has compiled serves the others, and the next run.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 for name, value in {
-    "COMPILATION_CACHE_DIR": CACHE,
-    "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
-    "PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
+    "JAX_COMPILATION_CACHE_DIR": CACHE,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
 }.items():
-    os.environ.setdefault(f"JAX_{name}", str(value))
+    os.environ.setdefault(name, str(value))
 
 with contextlib.suppress(ImportError):
     import torch  # noqa: F401  torch crashes under pytest if tensorflow came first

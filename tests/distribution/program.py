@@ -19,7 +19,8 @@ out, how, *micro_batch_size = sys.argv[1:]
 backend = os.environ["KERAS_BACKEND"]
 if how in ("devices", "model") and backend == "jax":
     count = 4 if how == "model" else 2
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+    flag = f" --xla_force_host_platform_device_count={count}"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
 
 import contextlib
 

@@ -46,7 +46,7 @@ def run_guide(tmp_path):
             },
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

@@ -234,6 +234,22 @@ def values(variables):
     return [np.array(ops.convert_to_numpy(v)) for v in variables]
 
 
+def call(model, *args, **kwargs):
+    """`model(...)`, its state included; on JAX compiled whole, not op by op."""
+    if keras.backend.backend() != "jax":
+        return model(*args, **kwargs)
+    import jax
+
+    def stateless(weights, state):
+        return model.stateless_call(weights, state, *args, **kwargs)
+
+    groups = (model.trainable_variables, model.non_trainable_variables)
+    outputs, state = jax.jit(stateless)(*([v.value for v in g] for g in groups))
+    for variable, value in zip(groups[1], state):
+        variable.assign(value)
+    return outputs
+
+
 def value_and_gradients(fn, variables):
     """`fn() -> (scalar, output)`: the output and the scalar's gradients, in NumPy."""
     backend = keras.backend.backend()

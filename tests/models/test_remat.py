@@ -16,6 +16,7 @@ from .helpers import (
     VOCABULARY,
     AddPositions,
     as_dataset,
+    call,
     dino_encoder,
     kept_bytes_jax,
     largest_error,
@@ -149,7 +150,7 @@ def assert_same_steps(make, steps=2, tolerance=1e-5):
             )
             # Seeds and averages move on, which JAX has done in vain.
             if keras.backend.backend() == "jax":
-                model(pairs, training=True)
+                call(model, pairs, training=True)
             state = [to_numpy(v) for v in model.non_trainable_variables]
             results.append((float(loss), gradients, state))
         found.append(results)
