@@ -102,27 +102,34 @@ def test_a_run_stopped_again_and_again_ends_the_same(shards, tmp_path):
 
 
 def test_the_norm_of_gradients_goes_on_and_may_come_and_go(shards, tmp_path):
-    options = dict(
-        log_gradient_norm=True, learning_rate_multipliers={"image": 0.5, "text": 2.0}
-    )
-    whole, expected = run(
-        make_dataset(shards), tmp_path / "a", model=make_model(**options)
-    )
+    def make(log):
+        # Not Adam, which makes steps of rounding where there is no gradient.
+        return make_model(
+            optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
+            log_gradient_norm=log,
+            learning_rate_multipliers={"image": 0.5, "text": 2.0},
+        )
+
+    whole, expected = run(make_dataset(shards), tmp_path / "a", model=make(True))
     for before, after in ((True, True), (False, True), (True, False)):
         folder = tmp_path / f"{before}-{after}"
         histories = []
         for log, stop in ((before, 9), (after, None)):
-            model = make_model(**{**options, "log_gradient_norm": log})
-            found, history = run(make_dataset(shards), folder, stop, model)
+            found, history = run(make_dataset(shards), folder, stop, make(log))
             histories.append(history)
-        assert_same_weights(found, whole)
         # The second epoch was cut off after half of its steps.
         norms = histories[1].history.get("gradient_norm", [])
         assert len(norms) == {(1, 1): 3, (0, 1): 2, (1, 0): 1}[before, after]
         if before and after:
+            assert_same_weights(found, whole)
             assert norms == expected.history["gradient_norm"]
-        elif after:
-            assert norms[-1] == expected.history["gradient_norm"][-1]
+            continue
+        # Steps with and without the norm are two programs, which may round differently.
+        for key, value in whole.items():
+            np.testing.assert_allclose(found[key], value, atol=1e-6, err_msg=key)
+        if after:
+            last = expected.history["gradient_norm"][-1]
+            assert norms[-1] == pytest.approx(last, rel=1e-5)
 
 
 def test_blocks_may_be_computed_again_from_a_checkpoint_on(shards, tmp_path):
