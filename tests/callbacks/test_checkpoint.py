@@ -121,15 +121,17 @@ def test_the_norm_of_gradients_goes_on_and_may_come_and_go(shards, tmp_path):
         norms = histories[1].history.get("gradient_norm", [])
         assert len(norms) == {(1, 1): 3, (0, 1): 2, (1, 0): 1}[before, after]
         if before and after:
-            assert_same_weights(found, whole)
             assert norms == expected.history["gradient_norm"]
-            continue
-        # Steps with and without the norm are two programs, which may round differently.
+        # XLA makes two programs of steps with and without the norm, and may round
+        # differently in them.
+        exact = before == after or keras.backend.backend() != "jax"
+        if exact:
+            assert_same_weights(found, whole)
         for key, value in whole.items():
             np.testing.assert_allclose(found[key], value, atol=1e-6, err_msg=key)
         if after:
             last = expected.history["gradient_norm"][-1]
-            assert norms[-1] == pytest.approx(last, rel=1e-5)
+            assert norms[-1] == (last if exact else pytest.approx(last, rel=1e-5))
 
 
 def test_blocks_may_be_computed_again_from_a_checkpoint_on(shards, tmp_path):
