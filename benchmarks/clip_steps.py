@@ -4,9 +4,9 @@ import dataclasses
 
 import keras
 import numpy as np
+from keras_cluster_mask.models.clip_sizes import SIZES
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.clip_sizes import SIZES
 
 VOCABULARY_SIZE, CONTEXT_LENGTH = 49408, 77
 

@@ -1,10 +1,15 @@
-"""Contrastive image-text pre-training in Keras 3, with cluster masking."""
+"""Contrastive image-text pre-training in Keras 3, with masked image patches."""
 
 import importlib
+import multiprocessing
+import sys
 
-from keras_cluster_mask import callbacks, distribution, losses, masking, models
-from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
-from keras_cluster_mask.models import ContrastiveModel, with_masking
+# A `.keras` file names classes, which are found only if they have been imported. A
+# spawned worker that reads data imports this package too, and does without Keras.
+if "keras" in sys.modules or multiprocessing.parent_process() is None:
+    from keras_cluster_mask import callbacks, distribution, losses, masking, models
+    from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
+    from keras_cluster_mask.models import ContrastiveModel, with_masking
 
 __version__ = "0.1.0"
 
@@ -21,14 +26,22 @@ __all__ = [
     "losses",
     "masking",
     "models",
-    "search",
     "visualization",
     "with_masking",
 ]
 
 
 def __getattr__(name):
-    # Imported when first used: `data` brings tensorflow, `visualization` matplotlib.
-    if name in ("data", "evaluation", "interop", "search", "visualization"):
-        return importlib.import_module(f"keras_cluster_mask.{name}")
+    # Imported when first used: they need packages that `import keras` does not. In a
+    # worker this finds all names.
+    if name in __all__:
+        for module in ("masking", "models"):
+            module = importlib.import_module(f"{__name__}.{module}")
+            if name in module.__all__:
+                return getattr(module, name)
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

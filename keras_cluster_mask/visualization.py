@@ -1,6 +1,5 @@
 """Pictures of masks, training runs and retrievals, as matplotlib figures."""
 
-import keras
 import matplotlib
 import numpy as np
 from keras import ops
@@ -12,9 +11,9 @@ from keras_cluster_mask.masking import (
     MaskingStatistics,
     RandomMasking,
 )
-from keras_cluster_mask.masking.patch_grid import (
+from keras_cluster_mask.masking.patch_grid import grid_shape
+from keras_cluster_mask.masking.statistics import (
     check_tokens_do_not_matter,
-    grid_of,
     patch_size_of,
     tokens_of,
 )
@@ -63,7 +62,7 @@ def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None)
     patch_size = patch_size_of(masking, patch_size)
     masking.check_ready()
     pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
-    grid = grid_of(pixels, masking, patch_size)
+    grid = grid_shape(pixels.shape, patch_size, masking.data_format)
     tokens = tokens_of(pixels, masking, grid, embed)
     if tokens is not None and embed is None:
         check_tokens_do_not_matter(masking, pixels, tokens)
@@ -73,8 +72,7 @@ def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None)
     noise = ops.convert_to_tensor(noise, dtype="float32")
     kept = _kept(*masking.select(pixels, tokens, noise), num_patches)
 
-    data_format = getattr(masking, "data_format", keras.config.image_data_format())
-    shown = _for_display(images, data_format)
+    shown = _for_display(images, masking.data_format)
     grid = _Grid(grid, patch_size)
     if isinstance(masking, ClusterMasking):
         return _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise)
@@ -241,7 +239,7 @@ def plot_retrieval(queries, images, similarity, k=5):
             f"({len(queries)}, {len(images)}). "
             f"Received: similarity.shape={similarity.shape}"
         )
-    shown = _for_display(np.asarray(images), keras.config.image_data_format())
+    shown = _for_display(np.asarray(images))
     figure, axes = _axes(len(queries), k, size=1.15, left=2.6)
     for row, query, scores in zip(axes, queries, similarity):
         row[0].text(

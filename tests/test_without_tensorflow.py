@@ -80,10 +80,10 @@ backbone = keras_hub.models.CLIPBackbone(
     keras_hub.models.CLIPTextEncoder(30, 8, max_sequence_length=6, **size),
     projection_dim=8,
 )
-history = check(kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(4)))
+history = check(kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(4)))
 assert history["mask_ratio"] == [0.5]
 callbacks = [kcm.callbacks.Retrieval(pairs), kcm.callbacks.MaskImages(pairs, "FOLDER")]
-model = kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(4))
+model = kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(4))
 history = check(model, callbacks)
 assert len(history["val_image_to_text_recall@1"]) == 1
 weights = kcm.interop.open_clip_state_dict(backbone)

@@ -1,47 +1,32 @@
-import json
 import math
 
 import keras
 
-from keras_cluster_mask.callbacks.checkpoint_files import CheckpointFiles
-from keras_cluster_mask.callbacks.remaining_data import Remaining
-from keras_cluster_mask.callbacks.training_state import (
+from keras_cluster_mask.distribution.processes import is_main_process
+from keras_cluster_mask.training.checkpoints import (
+    CheckpointFiles,
     describe,
-    differences,
     read_state,
-    write_state,
-)
-from keras_cluster_mask.distribution import (
-    is_main_process,
-    read_generators,
-    values_of_all,
-    write_generators,
 )
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss has become NaN or infinite, and training on would be in vain."""
+    """The loss is NaN or infinite, so that training on would be in vain."""
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Saves a training run, and goes on where it was cut off.
+    """Saves all the state of a training run, for `fit(..., resume_from=directory)`.
 
-    Put it among the callbacks of `ContrastiveModel.fit`. If the folder holds a
-    checkpoint, `fit` goes on from there, in the middle of an epoch too; if not, it
-    starts from the beginning. So a run that was killed is continued by starting the
-    same program again. On one machine and in float32 it ends, bit for bit, at the
-    weights of a run that was never cut off.
-
-    A checkpoint is one file, written beside its place and then renamed: a run killed
-    while it saves leaves the checkpoint before. It holds weights, optimizer, averages,
-    the learning rate's and a masking's step, the masking's threshold, all seeds, the
-    metrics of the running epoch, the history, and the position in the data.
+    A checkpoint is one file, written beside its place and then renamed, so that a run
+    killed while it saves leaves the checkpoint before. It holds weights, optimizer,
+    averages, the learning rate's and a masking's step, the masking's threshold, all
+    seeds, the metrics of the running epoch, the history, and the position in the data.
+    `ContrastiveModel.fit` says what a resumed run does.
 
     The position is exact for an `image_text_dataset` with a `seed`. Other `tf.data`
     datasets skip the steps that were done, so they must give the same batches each
-    time; arrays need `shuffle=False`. The state of other callbacks is not saved, and
-    the rest of an epoch that was cut off is to them a training of its own:
-    `CSVLogger` needs `append=True`.
+    time; arrays need `shuffle=False` to be saved within an epoch. The state of other
+    callbacks is not saved.
 
     A loss that is NaN or infinite stops the run with an error that names the step, the
     last checkpoint, and the samples of the batch if they are known: of an
@@ -52,30 +37,34 @@ class Checkpoint(keras.callbacks.Callback):
 
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     model.compile(optimizer="adam")
     batch = {
         "images": np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8"),
         "token_ids": np.random.randint(1, 100, (8, 12)).astype("int32"),
     }
-    checkpoint = kcm.callbacks.Checkpoint("checkpoints", save_every=1, monitor=None)
-    model.fit(batch, batch_size=4, shuffle=False, callbacks=[checkpoint])
-    # Goes on with the second epoch.
-    model.fit(batch, batch_size=4, shuffle=False, epochs=2, callbacks=[checkpoint])
+    fit = dict(
+        batch_size=4,
+        shuffle=False,
+        resume_from="checkpoints",
+        callbacks=[kcm.callbacks.Checkpoint("checkpoints", monitor=None)],
+    )
+    model.fit(batch, **fit)
+    model.fit(batch, epochs=2, **fit)  # Resumes: trains the second epoch.
     ```
 
     Args:
         directory: str or path. The folder of this run's checkpoints.
         save_every: Integer, steps between checkpoints, or `"epoch"`. The end of an
             epoch is saved in any case.
-        keep: Integer. How many of the last checkpoints stay.
+        keep: Integer. How many of the last checkpoints are kept.
         monitor: String. The value of the epoch's logs by which `best.npz` is chosen;
             `None` keeps no best one.
         mode: `"min"` or `"max"`. Defaults to `"min"` for losses, else `"max"`.
 
     Raises:
-        ValueError: From `fit`, if the checkpoint is of another model, masking,
-            optimizer or data seed; it lists what differs.
+        ValueError: From `fit`, if the folder holds later checkpoints than the run
+            resumes from, or if the data could not be resumed.
         NonFiniteLossError: From `fit`, if the loss is NaN or infinite.
     """
 
@@ -104,170 +93,81 @@ class Checkpoint(keras.callbacks.Callback):
         self.sign = 1.0
         if mode == "max" or (mode is None and "loss" not in (monitor or "")):
             self.sign = -1.0
-        self._remaining = None
-
-    # === Going on ===
-
-    def fit_from_last(self, model, data, options, run, evaluate):
-        """Trains from the last checkpoint to the end. Called by `ContrastiveModel.fit`.
-
-        Args:
-            model: The model, compiled.
-            data: What was passed to `fit` as `x`.
-            options: Dictionary with `batch_size`, `shuffle`, `steps_per_epoch`,
-                `initial_epoch`, `epochs`.
-            run: `run(data, initial_epoch, epochs, steps_done)`, Keras's own `fit`.
-            evaluate: Function that returns the logs of a validation.
-
-        Returns:
-            A `keras.callbacks.History` of all epochs, those before the cut as well.
-        """
-        if not model.built or model.optimizer is None:
-            raise ValueError(
-                "`Checkpoint` needs a compiled and built model: compile it with an "
-                "optimizer, and call it on a batch. "
-                f"Received: built={model.built}, optimizer={model.optimizer}"
-            )
-        self._remaining = Remaining(data, options)
-        self._remaining.check(within_epochs=self.save_every != "epoch")
-        history, epochs = None, options["epochs"]
-        # An epoch that was cut off is a run of its own, since Keras takes the steps of
-        # the first epoch for those of all. The next run starts from its last save.
-        while True:
-            self._restore(model, options["initial_epoch"], evaluate)
-            if self._epoch >= epochs:
-                break
-            last = self._epoch + 1 if self._step else epochs
-            rest = self._remaining.after(self._epoch, self._step)
-            history = run(rest, self._epoch, last, self._step)
-            if last == epochs or model.stop_training:
-                break
-        if history is None:
-            history = keras.callbacks.History()
-            model.optimizer.finalize_variable_values(model.trainable_weights)
-        history.epoch = [row["epoch"] for row in self._history]
-        history.history = {}
-        for row in self._history:
-            for name, value in row["logs"].items():
-                history.history.setdefault(name, []).append(value)
-        return history
-
-    def _restore(self, model, initial_epoch, evaluate):
-        self._epoch, self._step, self._total = initial_epoch, 0, 0
-        self._history, self._best = [], math.inf
-        self._metrics = self._generators = None
-        # The first process may still be writing what all are to read.
-        values_of_all(0)
-        found = self.files.read_last()
-        steps = values_of_all(-1 if found is None else found[2]["step"])
-        if len({*steps}) > 1:
-            raise ValueError(
-                "`directory` must be a folder that all processes see. Received: "
-                f"directory={self.files.folder}, last steps {steps} by process"
-            )
-        if found is None:
-            return
-        path, arrays, facts = found
-        wanted = {**describe(model), **self._remaining.describe()}
-        differing = differences(facts["description"], _as_read(wanted))
-        if differing:
-            raise ValueError(
-                f"The checkpoint {path} is of another run. Use another `directory`, or "
-                "make model and data as they were. Received: " + "; ".join(differing)
-            )
-        write_state(model, arrays)
-        self._generators = {
-            key: value for key, value in arrays.items() if key.startswith("generators/")
-        }
-        self._epoch, self._step = facts["epoch"], facts["epoch_step"]
-        self._total, self._history = facts["step"], facts["history"]
-        self._best = math.inf if facts["best"] is None else facts["best"]
-        self._remaining.pairs = facts["pairs"]
-        if self._step:
-            if not self._remaining.is_over(self._epoch, self._step):
-                self._metrics = arrays
-            else:
-                # The epoch had come to its end, but for the report of it.
-                write_state(model, arrays, groups=("metrics",))
-                logs = model.get_metrics_result()
-                self.set_model(model)
-                self.on_epoch_end(self._epoch, {**logs, **evaluate()})
-
-    # === Callbacks ===
 
     def on_train_begin(self, logs=None):
-        if self._remaining is None:
+        # Asked for once: each access makes JAX copy the weights back to the model.
+        run = getattr(self.model, "training_run", None)
+        if run is None:
             raise ValueError(
                 "`Checkpoint` works with the `fit` of a `ContrastiveModel`. "
                 f"Received: a {type(self.model).__name__}"
             )
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._remaining.start(epoch, self._step)
-        if self._metrics is not None:
-            write_state(self.model, self._metrics, groups=("metrics",))
-            self._metrics = None
-        self._before, self._seen = self._step, 0
-        self._epoch = epoch
-        self._is_first_step = True
-
-    def on_train_batch_begin(self, batch, logs=None):
-        # Data loaders draw from the same generators between the last step of an epoch
-        # and the first of the next, how often depends on where the run began.
-        if self._is_first_step and self._generators is not None:
-            write_generators(self._generators)
-        self._is_first_step = False
+        run.data.check_resumable(within_epochs=self.save_every != "epoch")
+        last = self.files.last_step()
+        if last > run.total_steps:
+            raise ValueError(
+                "`directory` must not hold later checkpoints than this run starts "
+                "from: pass `resume_from=directory` to `fit`, or use another one. "
+                f"Received: directory={self.files.folder}, with a checkpoint of step "
+                f"{last}; the run starts from step {run.total_steps}"
+            )
+        self._run = run
+        self._saved_steps = run.total_steps
+        self._best = math.inf
+        for row in run.history:
+            self._best = min(self._best, self._value(row["logs"]))
 
     def on_train_batch_end(self, batch, logs=None):
-        before, self._total = self._total, self._total + batch + 1 - self._seen
-        self._seen = batch + 1
-        self._step = self._before + self._seen
-        self._generators = read_generators()
+        run = self._run
         self._check_loss(logs)
         if self.save_every == "epoch":
             return
         # With `steps_per_execution` several steps end at once.
-        if self._total // self.save_every > before // self.save_every:
-            self._save(self._epoch, self._step)
+        if run.total_steps // self.save_every > self._saved_steps // self.save_every:
+            self._save()
+        self._saved_steps = run.total_steps
 
     def on_epoch_end(self, epoch, logs=None):
-        logs = self._add_row(epoch, logs or {})
-        self._epoch, self._step = epoch + 1, 0
-        value = self.sign * logs.get(self.monitor, math.nan)
-        is_best = value < self._best
-        if is_best:
+        value = self._value(logs or {})
+        path = self._save()
+        if value < self._best:
             self._best = value
-        path = self._save(self._epoch, 0)
-        if is_best and path is not None:
-            self.files.mark_best(path)
+            if path is not None:
+                self.files.mark_best(path)
 
-    def _add_row(self, epoch, logs):
-        logs = {name: float(value) for name, value in logs.items()}
-        self._history.append({"epoch": epoch, "logs": logs})
-        return logs
+    def _value(self, logs):
+        value = self.sign * logs.get(self.monitor, math.inf * self.sign)
+        return math.inf if math.isnan(value) else value
 
-    def _save(self, epoch, step):
-        model = self.model
+    def _save(self):
+        run, model = self._run, self.model
+        history = [
+            {
+                "epoch": row["epoch"],
+                "logs": {k: float(v) for k, v in row["logs"].items()},
+            }
+            for row in run.history
+        ]
         facts = {
-            "step": self._total,
-            "epoch": epoch,
-            "epoch_step": step,
-            "pairs": self._remaining.pairs,
-            "history": self._history,
-            "best": None if math.isinf(self._best) else self._best,
-            "description": {**describe(model), **self._remaining.describe()},
+            "step": run.total_steps,
+            "epoch": run.epoch,
+            "epoch_step": run.step,
+            "pairs": run.data.pairs,
+            "history": history,
+            "description": {**describe(model), **run.data.describe()},
         }
-        arrays = {**read_state(model), **(self._generators or {})}
+        # By all processes, which may share the weights.
+        arrays = {**read_state(model), **run.rng_state}
         if not is_main_process():
             return None
-        return self.files.write(self._total, arrays, facts)
+        return self.files.write(run.total_steps, arrays, facts)
 
     def _check_loss(self, logs):
         loss = float((logs or {}).get("loss", 0.0))
         if math.isfinite(loss):
             return
-        last = self.files.paths()
-        keys = self._remaining.keys_of(self._epoch, self._step - 1)
+        run, last = self._run, self.files.paths()
+        keys = run.data.samples(run.epoch, run.step - 1)
         samples = ""
         if keys:
             more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
@@ -276,10 +176,5 @@ class Checkpoint(keras.callbacks.Callback):
             "The loss must stay finite; a lower learning rate, a longer warm-up or "
             f"gradient clipping may help.{samples} The last good checkpoint is "
             f"{last[-1] if last else 'none'}. Received: loss={loss} at step "
-            f"{self._total} (epoch {self._epoch + 1}, its step {self._step})"
+            f"{run.total_steps} (epoch {run.epoch + 1}, its step {run.step})"
         )
-
-
-def _as_read(description):
-    # As it is after a round trip through a file.
-    return json.loads(json.dumps(description))

@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.callbacks.periodic import Periodic
-from keras_cluster_mask.distribution import values_of_all
+from keras_cluster_mask.distribution.processes import all_gather_object
 
 
 class Evaluation(Periodic):
@@ -84,7 +84,7 @@ class Evaluation(Periodic):
         _keep_to_itself(self.model.trainable_variables)
         figures = self._named(self.evaluate(self._embedder, self.data))
         # Devices round differently, and all processes must stop at the same epoch.
-        of_main_process = values_of_all(np.array([*figures.values()]))[0]
+        of_main_process = all_gather_object(np.array([*figures.values()]))[0]
         return dict(zip(figures, map(float, of_main_process)))
 
     def _named(self, figures):
@@ -123,7 +123,7 @@ class Retrieval(Evaluation):
 
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     model.compile(optimizer="adam")
     batch = {
         "images": np.random.randint(0, 256, (12, 32, 32, 3)).astype("uint8"),
@@ -194,7 +194,7 @@ class ZeroShot(Evaluation):
     names = ["cat", "dog", "fox"]
     tokenizer = kcm.data.CLIPTokenizer.train(names, 600)
     backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     model.compile(optimizer="adam")
     images = np.random.randint(0, 256, (12, 32, 32, 3)).astype("uint8")
     labels = np.arange(12) % 3
@@ -268,7 +268,7 @@ def _keep_to_itself(variables):
 def _check_same_everywhere(images):
     """Raises if processes have different data, whose figures would be of a part."""
     # Of 31 bits, as JAX's integers have no more.
-    checksums = values_of_all(zlib.crc32(np.ascontiguousarray(images)) >> 1)
+    checksums = all_gather_object(zlib.crc32(np.ascontiguousarray(images)) >> 1)
     if len({*checksums}) > 1:
         raise ValueError(
             "`data` must be the same, and whole, in each process: for an "

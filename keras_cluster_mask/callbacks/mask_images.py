@@ -7,11 +7,13 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.callbacks.periodic import Periodic
-from keras_cluster_mask.distribution import is_main_process
+from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.masking import ClusterMasking
 from keras_cluster_mask.masking.image_batches import image_batches
+from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import restore_pixels
+from keras_cluster_mask.training.layers import all_layers
 
 
 class MaskImages(Periodic):
@@ -31,7 +33,7 @@ class MaskImages(Periodic):
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
     masking = kcm.ClusterMasking(patch_size=8)
-    model = kcm.ContrastiveModel.from_clip(backbone, masking)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
     model.compile(optimizer="adam")
     batch = {
         "images": np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8"),
@@ -78,12 +80,17 @@ class MaskImages(Periodic):
         if not model.maskings:
             raise ValueError(
                 "`MaskImages` needs a model with a masking: pass `masking` to "
-                "`from_clip` or `from_siglip`, or put one into the image encoder by "
+                "`from_backbone`, or put one into the image encoder by "
                 f"`kcm.with_masking`. Received: model={model.name}"
             )
         images = [*image_batches(self.images, self.max_images)]
         images = np.concatenate([*map(ops.convert_to_numpy, images)])
-        self._shown = restore_pixels(images, *model.pixel_statistics)
+        self._shown = restore_pixels(
+            images,
+            model.pixel_mean,
+            model.pixel_std,
+            data_format_of(model.image_encoder),
+        )
         # What is wrong with the images is found now rather than after an epoch.
         for masking in model.maskings:
             self._draw(masking)
@@ -112,7 +119,7 @@ class MaskImages(Periodic):
         embed = patch_size = None
         if not isinstance(masking, ClusterMasking) or masking.embedding_weight != 0.0:
             embed = _embedding_of(self.model, masking)
-            if not hasattr(masking, "patch_size"):
+            if masking.patch_size is None:
                 patch_size = _side_of_patches(masking, self._shown, embed)
         return plot_masks(
             self._shown, masking, seed=self.seed, patch_size=patch_size, embed=embed
@@ -154,7 +161,7 @@ def _import_tensorboard():
 
 def _embedding_of(model, masking):
     """The function from images to the tokens that a masking chooses among."""
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         if isinstance(layer, MaskedEncoder) and layer.masking is masking:
             return layer.embed_patches
     raise ValueError(

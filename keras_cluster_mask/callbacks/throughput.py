@@ -3,19 +3,19 @@ import time
 
 import keras
 
-from keras_cluster_mask.models.token_counts import tokens_per_image
+from keras_cluster_mask.models.encoders import tokens_per_image
 
 
 class Throughput(keras.callbacks.Callback):
-    """Reports how many samples and tokens a second are trained on.
+    """Reports the samples and tokens trained on per second.
 
     Adds `samples_per_second` and `tokens_per_second` to the logs: in the progress bar
-    over the last steps, at the end of an epoch over all of it but its first step, which
-    may have been compiled. Samples are pairs, those of all devices together; tokens are
-    what the encoders' blocks see of them, so masking makes fewer tokens of a sample:
-    the patches that stay and the class token, and the text with its padding. Validation
-    is not counted. Works for arrays and for datasets whose batches have a known size
-    (`drop_remainder=True`); of other data nothing is reported.
+    over the last steps, at the end of an epoch over all steps except the first, which
+    may include compilation. Samples are pairs, those of all devices together; tokens
+    are those that the encoders' blocks read: the patches that are kept and the class
+    token, and the text with its padding. Validation is not counted. Works for arrays
+    and for datasets whose batches have a known size (`drop_remainder=True`); for other
+    data nothing is reported.
 
     Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`.
 
@@ -23,7 +23,7 @@ class Throughput(keras.callbacks.Callback):
 
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     model.compile(optimizer="adam")
     batch = {
         "images": np.random.randint(0, 256, (12, 32, 32, 3)).astype("uint8"),
@@ -34,7 +34,7 @@ class Throughput(keras.callbacks.Callback):
     ```
 
     Args:
-        window: Integer. The number of steps the progress bar's figures are over.
+        window: Integer. The number of steps that the progress bar averages over.
     """
 
     def __init__(self, window=20):
@@ -46,14 +46,15 @@ class Throughput(keras.callbacks.Callback):
         self.window = window
 
     def on_train_begin(self, logs=None):
-        # Asked once: each access makes JAX give the model its weights back.
+        # Asked for once: each access makes JAX copy the weights back to the model.
         model = self.model
-        if not hasattr(model, "step_size"):
+        run = getattr(model, "training_run", None)
+        if run is None:
             raise ValueError(
                 "`Throughput` works with the `fit` of a `ContrastiveModel`. "
                 f"Received: a {type(model).__name__}"
             )
-        self._size = model.step_size
+        self._size = run.step_size
         self._tokens = None
         if self._size is not None and None not in (
             *self._size.image_shape,
@@ -72,23 +73,23 @@ class Throughput(keras.callbacks.Callback):
             self._before, self._first = self._first, now
         self._last.append(now)
         if logs is not None:
-            logs.update(self._figures(self._last[0], now))
+            logs.update(self._rates(self._last[0], now))
 
     def on_epoch_end(self, epoch, logs=None):
         if not self._last or logs is None:
             return
-        logs.update(self._figures(self._first, self._last[-1]))
+        logs.update(self._rates(self._first, self._last[-1]))
 
-    def _figures(self, start, end):
+    def _rates(self, start, end):
         if self._size is None:
             return {}
         if start == end:
-            # One step alone: better its whole time than nothing.
+            # An epoch of one step: its whole time.
             start = self._before
         samples = self._size.samples(end[1]) - self._size.samples(start[1])
         rate = samples / max(end[0] - start[0], 1e-9)
-        figures = {"samples_per_second": rate}
+        rates = {"samples_per_second": rate}
         if self._tokens is not None:
             tokens = self._tokens + self._size.text_length
-            figures["tokens_per_second"] = rate * tokens
-        return figures
+            rates["tokens_per_second"] = rate * tokens
+        return rates

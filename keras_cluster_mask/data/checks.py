@@ -2,9 +2,9 @@
 
 import warnings
 
-from keras_cluster_mask import distribution
 from keras_cluster_mask.data.sources import ShardError
 from keras_cluster_mask.data.sources.shard import FAULT
+from keras_cluster_mask.distribution.processes import process_index_and_count
 
 SAMPLES_TO_CHECK = 1000
 
@@ -81,7 +81,7 @@ def count_pairs(reader):
 
 def check_process(process, batch_size, seed, training, drop_remainder):
     """Checks which process reads a dataset; returns its number and the count."""
-    index, count = distribution.process(training) if process is None else process
+    index, count = process_index_and_count(training) if process is None else process
     if not 0 <= index < count:
         raise ValueError(
             "`process` must be a pair (number, count) with 0 <= number < count. "

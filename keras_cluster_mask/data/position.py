@@ -58,6 +58,14 @@ class Position:
         with self._lock:
             self.epoch, self.step = epoch, step
 
+    def steps_per_epoch(self):
+        """The full batches of an epoch, or all batches if each epoch is its own."""
+        if self.pairs is None:
+            self.pairs = self._count_pairs()
+        if not self._opens_next:
+            return self.steps(0)
+        return self.pairs // self.batch_size
+
     def steps(self, epoch):
         """The number of steps of an epoch, or `None` as long as it is unknown."""
         if self.pairs is None:

@@ -1,16 +1,16 @@
-"""Work on a batch in chunks, and work that is done again for its gradients."""
+"""Work on a batch in chunks, and functions recomputed for their gradients."""
 
 import keras
 from keras import ops, tree
 
 
-def in_chunks(function, num_chunks, weights, state, rows):
-    """Runs a function on one chunk of rows after another, forgetting what it can.
+def map_chunks(function, num_chunks, weights, state, rows):
+    """Runs a function on one chunk of rows after another.
 
-    The activations of a chunk are thrown away and computed again when its gradients
-    are, so that only one chunk's are held at a time. Chunk `i` of `n` consists of the
-    rows `i, i + n, i + 2 n, ...`: if consecutive rows lie on different devices, every
-    chunk occupies all of them.
+    The activations of a chunk are recomputed for its gradients, so that only those of
+    one chunk are in memory at a time. Chunk `i` of `n` consists of the rows
+    `i, i + n, i + 2 n, ...`: if consecutive rows lie on different devices, every chunk
+    occupies all of them.
 
     Args:
         function: `function(weights, state, index, rows) -> (outputs, state)`. It must
@@ -18,12 +18,12 @@ def in_chunks(function, num_chunks, weights, state, rows):
             must be a float.
         num_chunks: Integer that divides the number of rows.
         weights: Structure of tensors, the same for all chunks.
-        state: Structure of tensors handed on from chunk to chunk. No gradients pass.
+        state: Structure of tensors passed from chunk to chunk, without gradients.
         rows: Structure of tensors `(batch, ...)`, of which each chunk gets its part.
 
     Returns:
         A tuple: the outputs, stacked over chunks along a new first axis, and the last
-        state. `merge_chunks` brings rows back into their order.
+        state. `merge_chunks` restores the order of the rows.
     """
 
     weights, state, rows = tree.map_structure(_as_tensor, (weights, state, rows))
@@ -31,14 +31,14 @@ def in_chunks(function, num_chunks, weights, state, rows):
 
     def one(state, index):
         chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
-        outputs, state = run_again(function, weights, state, index, chunk)
+        outputs, state = recompute(function, weights, state, index, chunk)
         return tree.map_structure(ops.stop_gradient, state), outputs
 
     if keras.backend.backend() == "jax":
-        # Compiled, a loop that is written out holds the activations of all chunks.
+        # XLA would hold the activations of all chunks of an unrolled loop.
         state, outputs = ops.scan(one, state, ops.arange(num_chunks))
         return outputs, state
-    # A loop of the graph holds what `recompute_grad` is there to forget.
+    # A graph loop would hold the activations that `recompute_grad` should free.
     columns = []
     for index in range(num_chunks):
         state, outputs = one(state, ops.convert_to_tensor(index, "int32"))
@@ -46,8 +46,8 @@ def in_chunks(function, num_chunks, weights, state, rows):
     return tree.map_structure(lambda *column: ops.stack(column), *columns), state
 
 
-def run_again(function, *arguments):
-    """Runs a function, and again for its gradients, holding nothing in between.
+def recompute(function, *arguments):
+    """Runs a function, and recomputes it for its gradients: gradient checkpointing.
 
     Args:
         function: `function(*arguments)`. It must take all that it differentiates from
@@ -84,6 +84,7 @@ def merge_chunks(x):
 
 
 def take_chunk(x, index, num_chunks):
+    """The rows of one chunk, see `map_chunks`."""
     split = ops.reshape(x, (x.shape[0] // num_chunks, num_chunks, *x.shape[1:]))
     return split[:, index]
 
@@ -93,6 +94,6 @@ def _as_tensor(x):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        # Of a variable in an argument `recompute_grad` counts the gradient twice.
+        # `recompute_grad` counts the gradient of a variable argument twice.
         x = tf.convert_to_tensor(x)
     return x

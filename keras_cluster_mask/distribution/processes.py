@@ -13,13 +13,13 @@ from keras_cluster_mask.distribution.replicas import (
     torch_distributed,
 )
 
-# Seconds without a sign of life after which a process of JAX is given up, and seconds
-# that one of torch waits for the others, which may be writing or filling a buffer: the
-# connection to one that has died breaks at once.
-HEARTBEAT, PATIENCE = 25, 600
+# JAX gives up a process after so many seconds without a heartbeat. torch waits so many
+# seconds for the others, which may be writing or filling a buffer: the connection to a
+# process that has died breaks at once.
+HEARTBEAT, TIMEOUT = 25, 600
 
 
-def initialize():
+def initialize() -> None:
     """Joins the processes of one training run. Call it first thing in the program.
 
     On torch the program is started by `torchrun` on every GPU; each process takes the
@@ -64,11 +64,11 @@ def initialize():
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group(
-        "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=PATIENCE)
+        "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT)
     )
 
 
-def is_main_process():
+def is_main_process() -> bool:
     """Whether this process is the one that prints and writes files."""
     if keras.backend.backend() == "jax":
         import jax
@@ -77,8 +77,8 @@ def is_main_process():
     return keras.backend.backend() != "torch" or replica_index() == 0
 
 
-def process(training):
-    """The number of this process and how many share the data, as a tuple of ints.
+def process_index_and_count(training):
+    """The index of this process and the number that share the data, a tuple of ints.
 
     In evaluation each process of torch reads everything: shares of different sizes
     would leave some waiting for the others.
@@ -92,8 +92,8 @@ def process(training):
     return 0, 1
 
 
-def values_of_all(value):
-    """What each process says, as a list; waits until all have said it."""
+def all_gather_object(value):
+    """The values of all processes, as a list; waits for all."""
     if keras.backend.backend() == "torch" and num_replicas() > 1:
         values = [None] * num_replicas()
         torch_distributed().all_gather_object(values, value)

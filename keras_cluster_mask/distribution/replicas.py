@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 
-def num_replicas():
+def num_replicas() -> int:
     """How many replicas train together, each with its rows of the batch."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -22,7 +22,7 @@ def num_replicas():
 
 
 def replica_index():
-    """The number of this replica, from 0."""
+    """The index of this replica."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         context = tensorflow_replica()
@@ -32,13 +32,13 @@ def replica_index():
     return 0
 
 
-def replicas_share(training):
-    """Whether replicas have different rows of one batch, and more than one has any."""
+def batch_is_split(training):
+    """Whether several replicas have different rows of one batch."""
     alone = keras.backend.backend() == "torch" and not training
     return num_replicas() > 1 and not alone
 
 
-def gather(x):
+def all_gather(x):
     """The rows of all replicas, in their order, from those of this one.
 
     Gradients flow back to the replica that a row came from.
@@ -60,7 +60,7 @@ def gather(x):
     return _torch_gather()(x)
 
 
-def own_rows(x):
+def local_rows(x):
     """The rows of this replica, from those of the global batch."""
     replicas = num_replicas()
     if replicas == 1:
@@ -70,8 +70,8 @@ def own_rows(x):
     return ops.slice(x, start, (rows, *x.shape[1:]))
 
 
-def share_of_loss(loss):
-    """A replica's loss so that its gradients and its report are the global ones.
+def local_loss(loss):
+    """A replica's loss, whose gradients and reported value are those of the batch.
 
     Keras expects replicas' losses to add up on TensorFlow, where it averages what it
     reports; on torch gradients are averaged here, and what is reported is left alone.
@@ -81,20 +81,20 @@ def share_of_loss(loss):
         return loss
     if keras.backend.backend() == "tensorflow":
         return loss / replicas
-    return loss + (of_all_replicas(loss) - loss).detach()
+    return loss + (replica_mean(loss) - loss).detach()
 
 
-def of_all_replicas(x):
+def replica_mean(x):
     """The mean over all replicas, where Keras's metrics see one replica alone."""
     if keras.backend.backend() != "torch" or num_replicas() == 1:
         return x
-    return ops.mean(gather(ops.stop_gradient(x)[None]), axis=0)
+    return ops.mean(all_gather(ops.stop_gradient(x)[None]), axis=0)
 
 
-def average(variables):
-    """Gives all replicas the mean of what float variables have become on each.
+def all_reduce_mean(variables):
+    """Sets float variables to their mean over all replicas.
 
-    Only torch needs it: TensorFlow's variables do so when they are written to.
+    Only torch needs it: TensorFlow aggregates variables when they are assigned.
     """
     if keras.backend.backend() == "torch" and num_replicas() > 1:
         for variable in variables:
@@ -114,7 +114,7 @@ def tensorflow_replica():
 
 @functools.cache
 def _torch_gather():
-    """An `all_gather` with gradients: torch deprecates its own, without an heir."""
+    """An `all_gather` with gradients: torch deprecates its own, without a successor."""
     import torch
 
     class Gather(torch.autograd.Function):
@@ -128,7 +128,7 @@ def _torch_gather():
         def backward(context, gradient):
             gradient = gradient.contiguous()
             torch.distributed.all_reduce(gradient)
-            return own_rows(gradient)
+            return local_rows(gradient)
 
     return Gather.apply
 

@@ -3,11 +3,12 @@ import math
 import keras
 from keras import ops
 
-from keras_cluster_mask.masking.ordering import order_by_score
+from keras_cluster_mask.masking.patch_grid import standardize_patch_size
 from keras_cluster_mask.masking.patch_masking import (
     PatchMasking,
     check_ratio,
     kept_count,
+    order_by_score,
 )
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
@@ -319,28 +320,6 @@ class ClusterMasking(PatchMasking):
     def hides_tokens(self):
         return self.min_mask_ratio is not None and self.hide_padding
 
-    def count_patches(self, images=None, tokens=None):
-        if images is None:
-            raise ValueError(
-                f"`{self.name}` needs the images that the tokens were made from: "
-                "call it as `masking(tokens, images=images)`. Received: images=None"
-            )
-        shape = tuple(images.shape)
-        if len(shape) != 4:
-            raise ValueError(
-                "`images` must have rank 4, (batch, height, width, channels) or "
-                f"channels first. Received: images.shape={shape}"
-            )
-        sides = shape[1:3] if self.data_format == "channels_last" else shape[2:4]
-        for name, side, patch in zip(("height", "width"), sides, self.patch_size):
-            if side is None or side % patch:
-                raise ValueError(
-                    f"The {name} of `images` must be known and divisible by the patch "
-                    f"{name} {patch}. Received: {name}={side}, images.shape={shape}, "
-                    f"data_format='{self.data_format}'"
-                )
-        return (sides[0] // self.patch_size[0]) * (sides[1] // self.patch_size[1])
-
     def after_training_step(self):
         if self.threshold is not None and self.embedding_weight != 0.0:
             surplus = self.last_mask_ratio - self.mask_ratio
@@ -382,21 +361,6 @@ def _check_range(name, value, low, high):
         raise ValueError(
             f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value}"
         )
-
-
-def standardize_patch_size(patch_size):
-    """The sides of a patch, `(height, width)`, from one integer or two."""
-    sides = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
-    if (
-        not isinstance(sides, (tuple, list))
-        or len(sides) != 2
-        or not all(isinstance(side, int) and side > 0 for side in sides)
-    ):
-        raise ValueError(
-            "`patch_size` must be a positive integer or a tuple of two. "
-            f"Received: patch_size={patch_size}"
-        )
-    return tuple(sides)
 
 
 def _standardize_embedding_weight(weight):

@@ -1,81 +1,59 @@
-"""What a masking is called with outside of a model: a patch grid, and tokens."""
+"""Where the axes of images are, and how many patches they have."""
 
 import keras
-import numpy as np
-from keras import ops
-
-from keras_cluster_mask.masking.cluster_masking import (
-    ClusterMasking,
-    standardize_patch_size,
-)
 
 
-def patch_size_of(masking, patch_size):
-    """The sides of a patch, of a masking or, if it has none of its own, as given."""
-    own = getattr(masking, "patch_size", None)
-    if own is None and patch_size is None:
+def is_channels_first(data_format: str | None = None) -> bool:
+    """Whether images are `(..., C, H, W)`; by default as Keras is configured."""
+    return (data_format or keras.config.image_data_format()) == "channels_first"
+
+
+def height_and_width(shape: tuple, data_format: str | None = None) -> tuple:
+    """The sides of images, from a shape with or without the batch."""
+    return shape[-2:] if is_channels_first(data_format) else shape[-3:-1]
+
+
+def grid_shape(
+    shape: tuple, patch_size: tuple[int, int], data_format: str | None = None
+) -> tuple[int, int]:
+    """The rows and columns of patches of each image.
+
+    Args:
+        shape: The shape of a batch of images.
+        patch_size: `(height, width)` in pixels.
+        data_format: `"channels_last"`, `"channels_first"` or `None`.
+
+    Raises:
+        ValueError: If the shape has no four axes, or a side is not known or not
+            divisible by that of a patch.
+    """
+    shape = tuple(shape)
+    if len(shape) != 4:
         raise ValueError(
-            f"`patch_size` must be given for a {type(masking).__name__}, which has "
-            "none of its own. Received: patch_size=None"
+            "`images` must have rank 4, (batch, height, width, channels) or "
+            f"channels first. Received: images.shape={shape}"
         )
-    if patch_size is None:
-        return standardize_patch_size(own)
-    patch_size = standardize_patch_size(patch_size)
-    if own is not None and patch_size != standardize_patch_size(own):
-        raise ValueError(
-            "`patch_size` must be that of the masking, or None. Received: "
-            f"patch_size={patch_size}, masking.patch_size={own}"
-        )
-    return patch_size
-
-
-def grid_of(images, masking, patch_size):
-    """The rows and columns of patches of each image."""
-    shape = tuple(images.shape)
-    data_format = getattr(masking, "data_format", keras.config.image_data_format())
-    sides = shape[1:3] if data_format == "channels_last" else shape[2:4]
-    if len(shape) != 4 or sides[0] % patch_size[0] or sides[1] % patch_size[1]:
-        raise ValueError(
-            "Images must have rank 4 and sides that `patch_size` "
-            f"divides. Received: images.shape={shape}, patch_size={patch_size}, "
-            f"data_format='{data_format}'"
-        )
+    sides = height_and_width(shape, data_format)
+    for name, side, patch in zip(("height", "width"), sides, patch_size):
+        if side is None or side % patch:
+            raise ValueError(
+                f"The {name} of `images` must be known and divisible by the patch "
+                f"{name} {patch}. Received: {name}={side}, images.shape={shape}, "
+                f"data_format={data_format or keras.config.image_data_format()!r}"
+            )
     return sides[0] // patch_size[0], sides[1] // patch_size[1]
 
 
-def tokens_of(images, masking, grid, embed):
-    """The tokens that the masking is called with, or `None`."""
-    num_patches = grid[0] * grid[1]
-    if embed is None:
-        if not isinstance(masking, ClusterMasking):
-            # To count only: many a masking cannot tell the number from the images.
-            num_tokens = (masking.num_prefix_tokens or 0) + num_patches
-            return ops.zeros((images.shape[0], num_tokens, 1))
-        if masking.embedding_weight != 0.0:
-            raise ValueError(
-                "`embed` must be given if the masking looks at tokens. Received: "
-                f"embed=None, masking.embedding_weight={masking.embedding_weight}"
-            )
-        return None
-    tokens = embed(images)
-    if len(tokens.shape) != 3 or tokens.shape[1] < num_patches:
+def standardize_patch_size(patch_size) -> tuple[int, int]:
+    """The sides of a patch, `(height, width)`, from one integer or two."""
+    sides = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
+    if (
+        not isinstance(sides, (tuple, list))
+        or len(sides) != 2
+        or not all(isinstance(side, int) and side > 0 for side in sides)
+    ):
         raise ValueError(
-            "`embed` must return tokens (batch, prefix + N, dim) with "
-            f"N={num_patches} patches. Received: tokens.shape={tuple(tokens.shape)}"
+            "`patch_size` must be a positive integer or a tuple of two. "
+            f"Received: patch_size={patch_size}"
         )
-    return tokens
-
-
-def check_tokens_do_not_matter(masking, images, tokens):
-    """Raises if the masking chooses other patches for other tokens."""
-    num_patches = masking.count_patches(images, tokens)
-    rng = np.random.default_rng(0)
-    noise = rng.random((images.shape[0], num_patches), dtype="float32")
-    other = ops.convert_to_tensor(rng.normal(size=tokens.shape).astype("float32"))
-    indices, _ = masking.select(images, tokens, noise)
-    other_indices, _ = masking.select(images, other, noise)
-    if np.any(ops.convert_to_numpy(indices) != ops.convert_to_numpy(other_indices)):
-        raise ValueError(
-            f"`embed` must be given, as the {type(masking).__name__} looks at tokens. "
-            "Received: embed=None"
-        )
+    return tuple(sides)

@@ -1,10 +1,11 @@
+import contextlib
 import math
+import threading
 
 import keras
 from keras import ops
 
-from keras_cluster_mask.masking.batch_part import current_part
-from keras_cluster_mask.masking.ordering import order_by_score
+from keras_cluster_mask.masking.patch_grid import grid_shape
 
 
 class PatchMasking(keras.layers.Layer):
@@ -69,6 +70,10 @@ class PatchMasking(keras.layers.Layer):
     # an attention mask, which a strategy without such scores is spared.
     hides_tokens = False
 
+    # The side lengths of a patch and the order of axes, of strategies that see images.
+    patch_size = None
+    data_format = None
+
     def __init__(self, mask_ratio=0.5, num_prefix_tokens=None, seed=None, **kwargs):
         # Similarity is a float32 matter whatever the dtype policy, and tokens
         # leave as they came, so nothing may be cast on the way in.
@@ -124,7 +129,16 @@ class PatchMasking(keras.layers.Layer):
         return kept_count(num_patches, self.mask_ratio)
 
     def count_patches(self, images=None, tokens=None):
-        """How many patches an image has, told from shapes alone."""
+        """How many patches an image has: by its size, or by the number of tokens."""
+        if self.patch_size is not None:
+            if images is None:
+                raise ValueError(
+                    f"`{self.name}` needs the images that the tokens were made from: "
+                    "call it as `masking(tokens, images=images)`. Received: images=None"
+                )
+            return math.prod(
+                grid_shape(images.shape, self.patch_size, self.data_format)
+            )
         if tokens is None:
             raise ValueError(
                 f"`{self.name}` tells the number of patches from `tokens`. "
@@ -179,7 +193,8 @@ class PatchMasking(keras.layers.Layer):
         num_patches = self.count_patches(images, tokens)
         inputs = tokens if images is None else images
         if noise is None:
-            size, take = current_part() or (ops.shape(inputs)[0], lambda x: x)
+            part = getattr(_batch, "part", None)
+            size, take = part or (ops.shape(inputs)[0], lambda x: x)
             noise = take(self.draw(size, num_patches))
         noise = ops.convert_to_tensor(noise, dtype="float32")
         _check_noise(noise, inputs.shape[0], num_patches)
@@ -289,6 +304,52 @@ class PatchMasking(keras.layers.Layer):
             }
         )
         return config
+
+
+# === Rows of a batch ===
+
+# Per thread, as TensorFlow traces the step of each replica in a thread of its own.
+_batch = threading.local()
+
+
+@contextlib.contextmanager
+def part_of_batch(size, take):
+    """Within, maskings see only some rows of a larger batch.
+
+    They draw the noise of the whole batch and take their own rows of it, so that a mask
+    depends neither on the number of devices nor on that of micro-batches.
+
+    Args:
+        size: Integer, the number of images in the whole batch.
+        take: Function from a `(size, ...)` tensor to the rows that are seen.
+    """
+    before = getattr(_batch, "part", None)
+    _batch.part = size, take
+    try:
+        yield
+    finally:
+        _batch.part = before
+
+
+# === Functions of scores and numbers ===
+
+
+def order_by_score(score, noise):
+    """Patch indices from the highest score to the lowest.
+
+    Args:
+        score: `(batch, N)` float32 tensor.
+        noise: `(batch, N)` float32 tensor. Of equal scores the one with the
+            larger noise comes first.
+
+    Returns:
+        `(batch, N)` int32 tensor of indices.
+    """
+    # `argsort` is stable on all backends (`top_k` is not on torch), so two
+    # sorts, the lesser criterion first, order by both.
+    by_noise = ops.argsort(-noise, axis=-1)
+    by_score = ops.argsort(-ops.take_along_axis(score, by_noise, axis=1), axis=-1)
+    return ops.cast(ops.take_along_axis(by_noise, by_score, axis=1), "int32")
 
 
 def check_ratio(name, value):

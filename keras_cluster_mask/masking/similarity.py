@@ -6,6 +6,8 @@ Similarities are float32 whatever the dtype policy, and rounded to multiples of
 
 from keras import ops
 
+from keras_cluster_mask.masking.patch_grid import is_channels_first
+
 STEPS = 2**12
 
 
@@ -22,7 +24,7 @@ def extract_patches(images, patch_size, data_format):
         `(batch, N, n)` float32 tensor: N patches in row-major order with n
         pixel values each.
     """
-    if data_format == "channels_first":
+    if is_channels_first(data_format):
         images = ops.transpose(images, (0, 2, 3, 1))
     _, height, width, channels = images.shape
     p, q = patch_size

@@ -8,12 +8,7 @@ from keras import ops
 
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
 from keras_cluster_mask.masking.image_batches import count_images, image_batches
-from keras_cluster_mask.masking.patch_grid import (
-    check_tokens_do_not_matter,
-    grid_of,
-    patch_size_of,
-    tokens_of,
-)
+from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
 from keras_cluster_mask.masking.similarity import round_similarity
 
 
@@ -197,7 +192,7 @@ def masking_statistics(
     sums = None
     for images in image_batches(data, max_images):
         images = masking.prepare_pixels(ops.convert_to_tensor(images))
-        grid = grid_of(images, masking, patch_size)
+        grid = grid_shape(images.shape, patch_size, masking.data_format)
         tokens = tokens_of(images, masking, grid, embed)
         if sums is None:
             sums = _Sums(masking, grid)
@@ -318,6 +313,63 @@ def _count_by_anchor(nearest, which, num_anchors):
 
 
 # === Arguments ===
+
+
+def patch_size_of(masking, patch_size):
+    """The sides of a patch: the masking's own or, if it has none, the given ones."""
+    own = masking.patch_size
+    if own is None and patch_size is None:
+        raise ValueError(
+            f"`patch_size` must be given for a {type(masking).__name__}, which has "
+            "none of its own. Received: patch_size=None"
+        )
+    if patch_size is None:
+        return standardize_patch_size(own)
+    patch_size = standardize_patch_size(patch_size)
+    if own is not None and patch_size != standardize_patch_size(own):
+        raise ValueError(
+            "`patch_size` must be that of the masking, or None. Received: "
+            f"patch_size={patch_size}, masking.patch_size={own}"
+        )
+    return patch_size
+
+
+def tokens_of(images, masking, grid, embed):
+    """The tokens that the masking is called with, or `None`."""
+    num_patches = grid[0] * grid[1]
+    if embed is None:
+        if not isinstance(masking, ClusterMasking):
+            # For their number, which some maskings cannot tell from the images.
+            num_tokens = (masking.num_prefix_tokens or 0) + num_patches
+            return ops.zeros((images.shape[0], num_tokens, 1))
+        if masking.embedding_weight != 0.0:
+            raise ValueError(
+                "`embed` must be given if the masking looks at tokens. Received: "
+                f"embed=None, masking.embedding_weight={masking.embedding_weight}"
+            )
+        return None
+    tokens = embed(images)
+    if len(tokens.shape) != 3 or tokens.shape[1] < num_patches:
+        raise ValueError(
+            "`embed` must return tokens (batch, prefix + N, dim) with "
+            f"N={num_patches} patches. Received: tokens.shape={tuple(tokens.shape)}"
+        )
+    return tokens
+
+
+def check_tokens_do_not_matter(masking, images, tokens):
+    """Raises if the masking chooses other patches for other tokens."""
+    num_patches = masking.count_patches(images, tokens)
+    rng = np.random.default_rng(0)
+    noise = rng.random((images.shape[0], num_patches), dtype="float32")
+    other = ops.convert_to_tensor(rng.normal(size=tokens.shape).astype("float32"))
+    indices, _ = masking.select(images, tokens, noise)
+    other_indices, _ = masking.select(images, other, noise)
+    if np.any(ops.convert_to_numpy(indices) != ops.convert_to_numpy(other_indices)):
+        raise ValueError(
+            f"`embed` must be given, as the {type(masking).__name__} looks at tokens. "
+            "Received: embed=None"
+        )
 
 
 def _count_ahead(data, max_images):

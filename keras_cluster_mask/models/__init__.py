@@ -1,18 +1,21 @@
-"""Towers with a masking inserted, and the model that trains them."""
+"""Encoders with a masking, and the models that train them."""
 
-from keras_cluster_mask.models.clip import CLIPContrastiveModel
-from keras_cluster_mask.models.clip_layout import clip_layout_map
-from keras_cluster_mask.models.clip_sizes import clip_backbone
+from keras_cluster_mask.models.backbones import (
+    CLIPContrastiveModel,
+    SigLIPContrastiveModel,
+)
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
-from keras_cluster_mask.models.flops import training_flops
+from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.image_size import with_image_size
+from keras_cluster_mask.models.layout_map import clip_layout_map
 from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder, with_masking
-from keras_cluster_mask.models.siglip import SigLIPContrastiveModel
+from keras_cluster_mask.models.sizes import clip_backbone
 from keras_cluster_mask.models.tower import Tower
 
 __all__ = [
     "CLIPContrastiveModel",
+    "ContrastiveHead",
     "ContrastiveModel",
     "MaskedEncoder",
     "SigLIPContrastiveModel",
@@ -20,7 +23,6 @@ __all__ = [
     "clip_backbone",
     "clip_layout_map",
     "image_size_of",
-    "training_flops",
     "with_image_size",
     "with_masking",
 ]

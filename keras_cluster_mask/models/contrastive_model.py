@@ -1,51 +1,58 @@
-import math
+import functools
 from functools import partial
 
 import keras
 from keras import ops
 
-from keras_cluster_mask import distribution
-from keras_cluster_mask.losses import sigmoid_row_losses, softmax_row_losses
+from keras_cluster_mask.distribution.gradients import prepare_replicas, wait_for
+from keras_cluster_mask.distribution.replicas import (
+    all_reduce_mean,
+    batch_is_split,
+    local_loss,
+    num_replicas,
+    replica_mean,
+)
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.batch_loss import batch_loss
-from keras_cluster_mask.models.batches import (
+from keras_cluster_mask.models.encoders import BLOCKS, call_encoder, data_format_of
+from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
+from keras_cluster_mask.models.masked_encoder import MaskedEncoder
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, normalize_pixels
+from keras_cluster_mask.models.tower import Tower
+from keras_cluster_mask.training import optimizers
+from keras_cluster_mask.training.batch_loss import batch_loss, caption_labels
+from keras_cluster_mask.training.fitting import fit
+from keras_cluster_mask.training.gradient_checkpointing import (
+    checkpointed,
+    find_blocks,
+)
+from keras_cluster_mask.training.inputs import (
     LONELY,
-    check_batches,
+    check_data,
     check_input,
     until_the_end,
 )
-from keras_cluster_mask.models.caption_labels import caption_labels
-from keras_cluster_mask.models.encoders import call_encoder, l2_normalize
-from keras_cluster_mask.models.fitting import fit
-from keras_cluster_mask.models.micro_batches import (
+from keras_cluster_mask.training.layers import all_layers, state_variables
+from keras_cluster_mask.training.micro_batches import (
     embed_in_micro_batches,
     rows_of_replica,
 )
-from keras_cluster_mask.models.optimizer_options import OptimizerOptions
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, normalize_pixels
-from keras_cluster_mask.models.remat import find_blocks, rematerialized
-from keras_cluster_mask.models.shared_weights import SharedWeights
-
-INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
-INITIAL_LOGIT_BIAS = -10.0
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
-    """Trains an image encoder and a text encoder to agree on pairs.
+class ContrastiveModel(keras.Model):
+    """Trains an image encoder and a text encoder on image-text pairs.
 
-    Each batch of image-text pairs is compared every image with every text; the
-    encoders learn to place an image near its own text and far from the others.
-    Compile it with an optimizer alone, the loss is built in. Batches are
-    dictionaries `{"images": (B, H, W, C), "token_ids": (B, T)}` without labels.
-    uint8 images are scaled and normalised on the device; others must come
-    normalised.
+    Each image of a batch is compared with every text; the encoders learn to place an
+    image near its own text and far from the others. Compile it with an optimizer alone,
+    the loss is built in. Batches are dictionaries
+    `{"images": (B, H, W, C), "token_ids": (B, T)}` without labels. uint8 images are
+    scaled and normalised on the device; others must be normalised.
 
     Example:
 
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    model = kcm.ContrastiveModel.from_clip(
+    model = kcm.ContrastiveModel.from_backbone(
         backbone, masking=kcm.ClusterMasking(patch_size=8, mask_ratio=0.5)
     )
     model.compile(optimizer=keras.optimizers.AdamW(1e-3))
@@ -64,9 +71,9 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
             features.
         loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
-        projection_dim: Integer. The width of the common space, which both
-            features are mapped into by a matrix. `None` takes the features as
-            they are; they must have the same width.
+        projection_dim: Integer. The width of the common space, which a matrix maps
+            each kind of features into. `None` takes the features as they are; they
+            must have the same width.
         micro_batch_size: Integer that divides the batch size. Trains on so many pairs
             at a time, at the memory of a batch of that size, and yet compares each
             pair with the whole batch: the gradients are those of the whole batch.
@@ -74,29 +81,29 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
             the batch at once.
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for
             sigmoid.
+        initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale of the logits, 1 / temperature, never
             exceeds it.
-        duplicates: `"positive"` or `"negative"`. What pairs of an image with
-            the text of another one are, if both texts are the same. It decides
-            the sigmoid loss and the accuracies; the softmax loss comes out the
-            same for texts that are embedded the same, whichever of them an
-            image is asked to pick.
-        loss_block_size: Integer. How many rows of the matrix that compares all images
-            with all texts are in memory at a time. Decides on memory alone; by
-            default as many as make 16 million pairs.
-        remat: Boolean. Whether the transformer blocks of both encoders keep their
-            input alone in training, and compute their activations again for the
+        duplicates: `"positive"` or `"negative"`. What an image and the text of another
+            image are if both have the same text. It affects the sigmoid loss and the
+            accuracies; the softmax loss is the same for texts with equal embeddings.
+        gradient_checkpointing: Boolean. Whether the transformer blocks of both encoders
+            keep only their input in training, and recompute their activations for the
             gradients. Costs about a third more time for much less memory; the results
-            are the same. Blocks of keras_hub are known; of other encoders, pass a list
-            of the names of the layers that are blocks.
-        heads_of: Another `ContrastiveModel`, whose projections, temperature and bias
-            are to be this model's too. Not saved: what is loaded has its own.
+            are the same. The blocks of keras_hub are known; for other encoders, pass a
+            list of the names of the layers that are blocks.
+        pixel_mean: Three floats, by channel. uint8 images are scaled to [0, 1] and
+            normalised with this mean. Defaults to CLIP's. `None` passes images to the
+            encoder unchanged.
+        pixel_std: Three floats, by channel. Defaults to CLIP's.
+        head: A `ContrastiveHead` to use, such as another model's, instead of one made
+            from the arguments above. Not saved: a loaded model has its own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
-    Metrics reported while it trains: `loss`, `image_to_text_accuracy` and
-    `text_to_image_accuracy` within the batch, `temperature`, and, with a
-    masking, `mask_ratio`: the share of patches that had no influence (0 in
-    evaluation, which masks nothing). `compile` adds `gradient_norm` if asked.
+    Metrics in training: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy`
+    within the batch, `temperature`, and, with a masking, `mask_ratio`: the share of
+    patches that had no influence (0 in evaluation, which masks nothing). `compile` adds
+    `gradient_norm` if asked.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -105,10 +112,8 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
           https://arxiv.org/abs/2303.15343)
     """
 
-    # What `build_heads` makes, and what two models share to train the same.
-    heads = ("image_projection", "text_projection", "logit_scale", "logit_bias")
-    # Mean and deviation of each channel that uint8 images are normalised with.
-    pixel_statistics = CLIP_MEAN, CLIP_STD
+    # Classes for backbones, by the name of the backbone's class. Filled by them.
+    for_backbone = {}
 
     def __init__(
         self,
@@ -118,165 +123,111 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
         projection_dim=None,
         micro_batch_size=None,
         initial_temperature=None,
+        initial_logit_bias=None,
         max_logit_scale=100.0,
         duplicates="positive",
-        loss_block_size=None,
-        remat=False,
-        heads_of=None,
+        gradient_checkpointing=False,
+        pixel_mean=CLIP_MEAN,
+        pixel_std=CLIP_STD,
+        head=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         # Each encoder casts for itself; a masking must see pixels in full precision.
         self.autocast = False
-        _check_options(loss, initial_temperature, max_logit_scale, duplicates)
-        check_size("micro_batch_size", micro_batch_size)
-        check_size("loss_block_size", loss_block_size)
+        _check_encoder("image_encoder", image_encoder)
+        _check_encoder("text_encoder", text_encoder)
+        _check_options(duplicates, micro_batch_size)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
-        self.contrastive_loss = loss
-        self.projection_dim = projection_dim
-        self.initial_temperature = initial_temperature
-        self.max_logit_scale = float(max_logit_scale)
-        self.duplicates = duplicates
         self.micro_batch_size = micro_batch_size
-        self.loss_block_size = loss_block_size
-        self.remat = remat if isinstance(remat, bool) else list(remat)
-        if heads_of is None:
-            self.build_heads()
-        else:
-            for name in self.heads:
-                setattr(self, name, getattr(heads_of, name))
-        # Keeps the weight itself in range, so that it never has a long way back.
-        self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
+        self.duplicates = duplicates
+        self.gradient_checkpointing = gradient_checkpointing
+        self.pixel_mean = None if pixel_mean is None else [*pixel_mean]
+        self.pixel_std = None if pixel_std is None else [*pixel_std]
+        self.head = head or ContrastiveHead(
+            loss,
+            projection_dim,
+            initial_temperature,
+            initial_logit_bias,
+            max_logit_scale,
+            name="head",
+        )
+        self.head.build_projections(_width(image_encoder), _width(text_encoder))
 
-        self.accuracy_metrics = (
+        self.normalize_pixels = partial(
+            normalize_pixels,
+            mean=pixel_mean,
+            std=pixel_std,
+            data_format=data_format_of(image_encoder),
+        )
+        self.maskings = [x for x in all_layers(self) if isinstance(x, PatchMasking)]
+        for masking in self.maskings:
+            masking.prepare_pixels = self.normalize_pixels
+        self.accuracy_metrics = [
             keras.metrics.Mean(name="image_to_text_accuracy"),
             keras.metrics.Mean(name="text_to_image_accuracy"),
-        )
-        self.temperature_metric = keras.metrics.Mean(name="temperature")
-        # What `fit` trains on in a step, for reports on it.
-        self.step_size = None
-        self.maskings = [
-            x for x in self._flatten_layers() if isinstance(x, PatchMasking)
         ]
-        mean, std = self.pixel_statistics
-        for masking in self.maskings:
-            masking.prepare_pixels = partial(normalize_pixels, mean=mean, std=std)
+        self.temperature_metric = keras.metrics.Mean(name="temperature")
         if self.maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
+        # Set by `compile` and while `fit` runs.
+        self.gradient_norm = None
+        self.training_run = None
         # Nothing is left to build, unless an encoder learns its width when called.
-        self.built = all(layer.built for layer in self._flatten_layers(False))
+        self.built = all(x.built for x in all_layers(self) if x is not self)
         if self.built:
-            find_blocks(self, self.remat)
+            self._blocks()
 
     @classmethod
-    def from_clip(cls, backbone, masking=None, **kwargs):
-        """Makes a model from a keras_hub CLIP backbone.
+    def from_backbone(cls, backbone, masking=None, **kwargs):
+        """Makes a model from a keras_hub backbone of two towers.
 
-        The model trains the backbone itself, its projections and temperature
+        The model trains the backbone itself, its projections, temperature and bias
         included: after `fit`, `backbone.save_to_preset` saves what was learned.
 
         Args:
-            backbone: A `keras_hub.models.CLIPBackbone`, fresh or pre-trained.
+            backbone: A keras_hub `CLIPBackbone` or `SigLIPBackbone`, fresh or
+                pre-trained. SigLIP's text tower takes only texts of
+                `max_sequence_length` tokens and pools the last one: pad to the full
+                length with the end-of-text token, as SigLIP's tokenizer does.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
-                `projection_dim`. `initial_temperature=None` keeps the
-                temperature of the backbone.
+                `projection_dim`. `loss` defaults to the backbone's own, and so do
+                `pixel_mean` and `pixel_std`. `initial_temperature=None` keeps the
+                temperature of the backbone; a fresh SigLIP starts at 0.1, with a bias
+                of -10.
 
         Returns:
-            A `CLIPContrastiveModel`.
+            A `ContrastiveModel` with the attributes `backbone` and `masking`.
+
+        Raises:
+            ValueError: For another backbone.
         """
-        from keras_cluster_mask.models.clip import CLIPContrastiveModel
+        known = ContrastiveModel.for_backbone
+        names = [x.__name__ for x in type(backbone).__mro__ if x.__name__ in known]
+        if not names:
+            raise ValueError(
+                "`backbone` must be a keras_hub backbone of "
+                f"{sorted(known)}. Received: "
+                f"backbone={backbone} of type {type(backbone).__name__}"
+            )
+        return known[names[0]](backbone, masking=masking, **kwargs)
 
-        return CLIPContrastiveModel(backbone, masking=masking, **kwargs)
-
-    @classmethod
-    def from_siglip(cls, backbone, masking=None, loss="sigmoid", **kwargs):
-        """Makes a model from a keras_hub SigLIP backbone.
-
-        The model trains the backbone itself, its temperature and bias included:
-        after `fit`, `backbone.save_to_preset` saves what was learned. uint8 images
-        are scaled to `[-1, 1]`, as SigLIP was trained.
-
-        Args:
-            backbone: A `keras_hub.models.SigLIPBackbone`, fresh or pre-trained.
-                Its text tower takes texts of `max_sequence_length` tokens alone,
-                and reads off the last one: pad to the full length with the
-                end-of-text token, as SigLIP's tokenizer does.
-            masking: A `PatchMasking` layer, or `None` to train on whole images.
-            loss: `"sigmoid"` or `"softmax"`.
-            **kwargs: Arguments of `ContrastiveModel`, without the encoders and
-                `projection_dim`. `initial_temperature=None` keeps the
-                temperature of the backbone; a fresh one starts at 0.1, with a
-                bias of -10.
-
-        Returns:
-            A `SigLIPContrastiveModel`.
-        """
-        from keras_cluster_mask.models.siglip import SigLIPContrastiveModel
-
-        return SigLIPContrastiveModel(backbone, masking=masking, loss=loss, **kwargs)
+    from_clip = from_backbone
+    from_siglip = from_backbone
 
     # === From inputs to embeddings ===
 
-    def build_heads(self):
-        """Creates what lies between the encoders' features and the loss."""
-        widths = [
-            _feature_width(name, encoder)
-            for name, encoder in (
-                ("image_encoder", self.image_encoder),
-                ("text_encoder", self.text_encoder),
-            )
-        ]
-        if self.projection_dim is None:
-            if None not in widths and widths[0] != widths[1]:
-                raise ValueError(
-                    "`image_encoder` and `text_encoder` must return features of the "
-                    "same width; or pass `projection_dim` to map both to a common "
-                    f"one. Received: widths {widths[0]} and {widths[1]}"
-                )
-            self.image_projection = self.text_projection = None
-        else:
-            self.image_projection, self.text_projection = (
-                keras.layers.Dense(self.projection_dim, use_bias=False, name=name)
-                for name in ("image_projection", "text_projection")
-            )
-            if None not in widths:
-                self.image_projection.build((None, widths[0]))
-                self.text_projection.build((None, widths[1]))
-        temperature = self.initial_temperature
-        if temperature is None:
-            temperature = INITIAL_TEMPERATURE[self.contrastive_loss]
-        self.logit_scale = self.add_scalar("logit_scale", math.log(1.0 / temperature))
-        self.build_bias()
-
-    def build_bias(self):
-        self.logit_bias = None
-        if self.contrastive_loss == "sigmoid":
-            self.logit_bias = self.add_scalar("logit_bias", INITIAL_LOGIT_BIAS)
-
-    def add_scalar(self, name, value):
-        return self.add_weight(
-            shape=(),
-            initializer=keras.initializers.Constant(value),
-            dtype="float32",
-            autocast=False,
-            name=name,
-        )
-
     def image_features(self, images, training=None):
-        """`(batch, d)` image features before normalisation."""
+        """`(batch, d)` image features in the common space, before normalisation."""
         features = call_encoder(self.image_encoder, images, training)
-        if self.image_projection is None:
-            return features
-        return self.image_projection(features)
+        return self.head.project_image(_check_features(self.image_encoder, features))
 
     def text_features(self, token_ids, training=None):
-        """`(batch, d)` text features before normalisation."""
+        """`(batch, d)` text features in the common space, before normalisation."""
         features = call_encoder(self.text_encoder, token_ids, training)
-        return (
-            features if self.text_projection is None else self.text_projection(features)
-        )
+        return self.head.project_text(_check_features(self.text_encoder, features))
 
     def encode_image(self, images, training=None):
         """Embeds images.
@@ -288,7 +239,7 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
         Returns:
             `(batch, d)` float32 tensor, L2-normalised.
         """
-        pixels = normalize_pixels(images, *self.pixel_statistics)
+        pixels = self.normalize_pixels(images)
         return l2_normalize(self.image_features(pixels, training))
 
     def encode_text(self, token_ids, training=None):
@@ -304,6 +255,14 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
         token_ids = ops.convert_to_tensor(token_ids)
         return l2_normalize(self.text_features(token_ids, training))
 
+    def embed(self, inputs, training=None):
+        """Embeds a batch, or a micro-batch, of images and texts."""
+        with checkpointed(self._blocks() if training else []):
+            return {
+                "image_embeddings": self.encode_image(inputs["images"], training),
+                "text_embeddings": self.encode_text(inputs["token_ids"], training),
+            }
+
     def call(self, inputs, training=None):
         check_input(inputs)
         if not training:
@@ -317,36 +276,22 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
         self.add_loss(extra_losses)
         return embeddings
 
-    def embed(self, inputs, training=None):
-        """Embeds a batch, or a micro-batch, of both at once."""
-        blocks = find_blocks(self, self.remat) if training else []
-        with rematerialized(blocks):
-            return {
-                "image_embeddings": self.encode_image(inputs["images"], training),
-                "text_embeddings": self.encode_text(inputs["token_ids"], training),
-            }
+    # === One step of training ===
 
-    # === Training ===
+    def train_step(self, *args):
+        """One step of training, on every backend.
 
-    @property
-    def towers(self):
-        """The layers that make image and text embeddings, as lists by tower."""
-        towers = {
-            "image": [self.image_encoder, self.image_projection],
-            "text": [self.text_encoder, self.text_projection],
-        }
-        return {
-            name: [x for x in tower if x is not None] for name, tower in towers.items()
-        }
-
-    @property
-    def scale(self):
-        """The scale of the logits, 1 / temperature, at most `max_logit_scale`."""
-        # The clip passes gradients, so that a scale above the limit (averaged or
-        # loaded weights) still learns its way back.
-        log_scale = ops.cast(ops.convert_to_tensor(self.logit_scale), "float32")
-        clipped = ops.minimum(log_scale, math.log(self.max_logit_scale))
-        return ops.exp(log_scale + ops.stop_gradient(clipped - log_scale))
+        Keras passes `(data)` on TensorFlow and torch and `(state, data)` on
+        JAX; gradients and updates are Keras's own. Override `compute_loss` to
+        train on another loss.
+        """
+        with wait_for(args):
+            results = super().train_step(*args)
+        if num_replicas() > 1:
+            states = state_variables(self)
+            floats = [v for v in states if keras.backend.is_float_dtype(v.dtype)]
+            all_reduce_mean(floats)
+        return results
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
@@ -358,65 +303,114 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
             labels = caption_labels(x["token_ids"])
         else:
             labels = ops.arange(ops.shape(images)[0])
-        scale = self.scale
-        weights = [scale] if self.logit_bias is None else [scale, self.logit_bias]
-        shared = distribution.replicas_share(training)
+        weights, is_split = self.head.loss_weights, batch_is_split(training)
         losses, *hits = batch_loss(
-            self.row_losses,
-            weights,
-            images,
-            texts,
-            labels,
-            self.loss_block_size,
-            shared,
+            self.head.row_losses, weights, images, texts, labels, is_split
         )
         loss = ops.mean(losses)
         for extra in self.losses:
             loss = loss + ops.cast(ops.sum(extra), loss.dtype)
-        if shared:
-            loss = distribution.share_of_loss(loss)
-            hits = map(distribution.of_all_replicas, hits)
+        if is_split:
+            loss = local_loss(loss)
+            hits = map(replica_mean, hits)
         for metric, values in zip(self.accuracy_metrics, hits):
             metric.update_state(values)
-        self.temperature_metric.update_state(1.0 / scale)
+        self.temperature_metric.update_state(1.0 / weights[0])
         if training:
             for masking in self.maskings:
-                ratio = distribution.of_all_replicas(masking.last_mask_ratio)
+                ratio = replica_mean(masking.last_mask_ratio)
                 self.mask_ratio_metric.update_state(ratio)
         return loss
 
-    def row_losses(self, similarities, positives, weights):
-        """What each of some pairs contributes to the loss, `(rows,)`."""
-        if self.contrastive_loss == "softmax":
-            return softmax_row_losses(*similarities, positives, *weights)
-        return sigmoid_row_losses(similarities[0], positives, *weights)
-
-    def train_step(self, *args):
-        """One step of training, the same text on every backend.
-
-        Keras passes `(data)` on TensorFlow and torch and `(state, data)` on
-        JAX; gradients and updates are Keras's own. Override `compute_loss` to
-        train something else.
-        """
-        with distribution.once_there(args):
-            results = super().train_step(*args)
-        distribution.average(self.averages)
-        return results
-
-    @property
-    def averages(self):
-        """What layers average over batches, as a list of float variables."""
-        own = [v for x in self._flatten_layers() for v in x._non_trainable_variables]
-        return [v for v in own if keras.backend.is_float_dtype(v.dtype)]
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        norm = self.gradient_norm
+        has_norm = norm is not None and norm.update_metric()
+        logs = super().compute_metrics(x, y, y_pred, sample_weight)
+        if not has_norm:
+            # Evaluation has no gradients.
+            logs.pop("gradient_norm", None)
+        return logs
 
     def make_train_function(self, force=False):
-        # The last moment before a step is compiled, where values can be read.
-        distribution.prepare(self)
+        # The last moment before a step is compiled, at which values can be read.
+        prepare_replicas(self)
+        optimizers.use_global_gradients(self)
         for masking in self.maskings:
             masking.check_ready()
         return super().make_train_function(force)
 
-    # === What the user passes ===
+    @property
+    def metrics(self):
+        own = [] if self.gradient_norm is None else [self.gradient_norm.metric]
+        return super().metrics + own
+
+    # === Compile, fit, evaluate, predict ===
+
+    def compile(
+        self,
+        optimizer="rmsprop",
+        *args,
+        learning_rate_multipliers=None,
+        decay_vectors=False,
+        log_gradient_norm=False,
+        **kwargs,
+    ):
+        """Chooses the optimizer and which weights it treats how.
+
+        Example:
+
+        ```python
+        backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+        model = kcm.ContrastiveModel.from_backbone(backbone)
+        # A pre-trained image tower is trained at a tenth of the rate.
+        model.compile(
+            keras.optimizers.AdamW(1e-3, weight_decay=0.2, global_clipnorm=1.0),
+            learning_rate_multipliers={"image": 0.1},
+            log_gradient_norm=True,
+        )
+        ```
+
+        Args:
+            optimizer: A Keras optimizer, or its name. Not a `Nadam` or
+                `MultiOptimizer` if there are `learning_rate_multipliers`.
+            *args: Arguments of `keras.Model.compile`; the loss is built in.
+            learning_rate_multipliers: Dictionary of floats. Factors on the learning
+                rate, and on decoupled weight decay, by tower: `"image"` and `"text"`,
+                each with its projection. All other weights keep the rate. To freeze a
+                tower, set `encoder.trainable = False` before compiling.
+            decay_vectors: Boolean. Whether weight decay applies to biases and vectors
+                too, such as the scales of norms, class tokens and the temperature. By
+                default it applies to matrices alone, except for those that the
+                optimizer excludes already.
+            log_gradient_norm: Boolean. Whether `fit` reports `gradient_norm`: the L2
+                norm of the gradients of all weights and of the whole batch before they
+                are clipped, as the mean over the steps of an epoch. Steps that a
+                `LossScaleOptimizer` skips do not count.
+            **kwargs: Arguments of `keras.Model.compile`.
+
+        Raises:
+            ValueError: For a multiplier of something else than a tower, or an
+                optimizer that has already been built to decay vectors.
+        """
+        multipliers = optimizers.check_multipliers(
+            learning_rate_multipliers or {}, self.towers
+        )
+        super().compile(optimizer, *args, **kwargs)
+        self._optimizer_options = {
+            "learning_rate_multipliers": multipliers,
+            "decay_vectors": bool(decay_vectors),
+            "log_gradient_norm": bool(log_gradient_norm),
+        }
+        self.gradient_norm = None
+        if log_gradient_norm:
+            self.gradient_norm = optimizers.GradientNorm(self.optimizer)
+        if self.optimizer is not None:
+            optimizers.configure(
+                self.optimizer,
+                self.trainable_variables,
+                partial(self._factors, multipliers) if multipliers else None,
+                decay_vectors,
+            )
 
     def fit(
         self,
@@ -430,21 +424,53 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
         validation_data=None,
         initial_epoch=0,
         steps_per_epoch=None,
-        samples_per_epoch=None,
+        resume_from=None,
         **kwargs,
     ):
         """Trains the model: `keras.Model.fit` with one argument more.
 
+        A run that was killed is continued by starting the same program again, if it
+        saves checkpoints and resumes from their folder. On one machine and in float32
+        it ends, bit for bit, at the weights of a run that was never interrupted. The
+        rest of an interrupted epoch is a Keras `fit` of its own: callbacks are told
+        that training begins and ends, and `CSVLogger` needs `append=True`. The returned
+        history holds all epochs, those before the interruption included.
+
+        An epoch of an `image_text_dataset` has as many steps as its pairs fill batches;
+        the pairs left over come first in the next epoch.
+
+        Example:
+
+        ```python
+        backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+        model = kcm.ContrastiveModel.from_backbone(backbone)
+        model.compile(optimizer="adam")
+        batch = {
+            "images": np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8"),
+            "token_ids": np.random.randint(1, 100, (8, 12)).astype("int32"),
+        }
+        model.fit(
+            batch,
+            batch_size=4,
+            resume_from="run",
+            callbacks=[kcm.callbacks.Checkpoint("run", monitor=None)],
+        )
+        ```
+
         Args:
-            samples_per_epoch: Integer. An epoch is over after so many samples, whatever
-                the size of the data, which is repeated; for logs, validation and
-                checkpoints at even distances. Needs a `tf.data.Dataset` of full
-                batches.
-            others: Those of `keras.Model.fit`. `steps_per_epoch` goes on through an
-                `image_text_dataset` for as long as it takes.
+            resume_from: str or path. A folder of a `kcm.callbacks.Checkpoint`: training
+                starts from its last good checkpoint, from the beginning if there is
+                none, and says which. Or the path of one checkpoint, which must exist.
+            others: Those of `keras.Model.fit`. `steps_per_epoch` continues through an
+                `image_text_dataset` over the ends of its epochs.
 
         Returns:
             A `keras.callbacks.History`.
+
+        Raises:
+            FileNotFoundError: If `resume_from` is a checkpoint that does not exist.
+            ValueError: If the checkpoint is of another model, masking, optimizer or
+                data seed; the differences are listed.
         """
         options = dict(
             y=y,
@@ -458,53 +484,133 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
             steps_per_epoch=steps_per_epoch,
             **kwargs,
         )
-        return fit(self, super().fit, x, options, samples_per_epoch)
+        try:
+            return fit(self, super().fit, x, options, resume_from)
+        finally:
+            self.training_run = None
 
     def evaluate(self, x=None, *args, **kwargs):
         with until_the_end():
-            x = check_batches(x, self.vocabulary_size)
+            x = check_data(x, self.vocabulary_size)
             return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         with until_the_end():
-            x = check_batches(x, self.vocabulary_size)
+            x = check_data(x, self.vocabulary_size)
             return super().predict(x, *args, **kwargs)
+
+    # === Parts of the model ===
 
     @property
     def vocabulary_size(self):
         """The number of token ids the text encoder knows, or `None`."""
         return getattr(self.text_encoder, "vocabulary_size", None)
 
-    # === Keras ===
+    @property
+    def towers(self):
+        """The layers that make image and text embeddings, as lists by tower."""
+        towers = {
+            "image": [self.image_encoder, self.head.image_projection],
+            "text": [self.text_encoder, self.head.text_projection],
+        }
+        return {
+            name: [x for x in tower if x is not None] for name, tower in towers.items()
+        }
+
+    @functools.cached_property
+    def image_tower(self):
+        """A `Tower` from images to embeddings: what `encode_image` computes."""
+        # Nothing is masked at inference, so the file of a tower needs no masking.
+        model = self
+        if isinstance(self.image_encoder, MaskedEncoder):
+            model = self.without_masking()
+        return Tower.of(
+            model.image_encoder,
+            model.image_features,
+            pixel_mean=self.pixel_mean,
+            pixel_std=self.pixel_std,
+            data_format=data_format_of(model.image_encoder),
+            name="image_tower",
+        )
+
+    @functools.cached_property
+    def text_tower(self):
+        """A `Tower` from token ids to embeddings: what `encode_text` computes."""
+        return Tower.of(self.text_encoder, self.text_features, name="text_tower")
+
+    def without_masking(self):
+        """Makes a model of the same weights that trains on whole images.
+
+        For the last epochs: a model pre-trained on parts of images improves by some
+        training on whole ones. Encoders, projections, temperature and bias are shared,
+        so training one trains the other; only the optimizer is new.
+
+        Example:
+
+        ```python
+        backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+        model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+        # model.compile(...), model.fit(...), and then:
+        whole = model.without_masking()
+        whole.compile(optimizer=keras.optimizers.AdamW(1e-5))
+        ```
+
+        Returns:
+            A model of the same class, to be compiled.
+
+        Raises:
+            ValueError: If a masking was put into an encoder by other means than
+                `kcm.with_masking`.
+
+        Reference:
+            - [Scaling Language-Image Pre-training via Masking](
+              https://arxiv.org/abs/2212.00794) for unmasked tuning.
+        """
+        encoder = self.image_encoder
+        if isinstance(encoder, MaskedEncoder):
+            encoder = encoder.encoder
+        whole = type(self)(
+            encoder, self.text_encoder, head=self.head, **self._options()
+        )
+        if whole.maskings:
+            raise ValueError(
+                "`image_encoder` must have its masking from `kcm.with_masking`, which "
+                "can remove it. Received: an encoder with the maskings "
+                f"{[masking.name for masking in whole.maskings]}"
+            )
+        return whole
+
+    def _blocks(self):
+        return find_blocks(self, self.gradient_checkpointing, BLOCKS)
+
+    def _factors(self, multipliers):
+        """The factors of weights other than 1, by the weights' ids."""
+        return {
+            id(variable): factor
+            for name, factor in multipliers.items()
+            for layer in self.towers[name]
+            for variable in layer.weights
+            if factor != 1
+        }
+
+    # === Saving ===
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        return {**config, **self._optimizer_options} if config else config
+
+    def compile_from_config(self, config):
+        # Keras's own is for models that do not override `compile`.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
 
     def get_config(self):
         return {
-            key: keras.saving.serialize_keras_object(value)
-            if isinstance(value, keras.layers.Layer)
-            else value
-            for key, value in self.arguments().items()
-        }
-
-    def arguments(self):
-        """The arguments this model was made with, all but `heads_of`."""
-        return {
-            **self.options(),
-            "image_encoder": self.image_encoder,
-            "text_encoder": self.text_encoder,
-            "projection_dim": self.projection_dim,
-        }
-
-    def options(self):
-        """The constructor's arguments other than models."""
-        return {
-            "name": self.name,
-            "loss": self.contrastive_loss,
-            "initial_temperature": self.initial_temperature,
-            "max_logit_scale": self.max_logit_scale,
-            "duplicates": self.duplicates,
-            "micro_batch_size": self.micro_batch_size,
-            "loss_block_size": self.loss_block_size,
-            "remat": self.remat if isinstance(self.remat, bool) else list(self.remat),
+            **self._options(),
+            "projection_dim": self.head.projection_dim,
+            "image_encoder": keras.saving.serialize_keras_object(self.image_encoder),
+            "text_encoder": keras.saving.serialize_keras_object(self.text_encoder),
         }
 
     @classmethod
@@ -517,50 +623,56 @@ class ContrastiveModel(OptimizerOptions, SharedWeights, keras.Model):
                 )
         return cls(**config)
 
+    def _options(self):
+        """The constructor's arguments that models for backbones take too."""
+        names = self.gradient_checkpointing
+        return {
+            "name": self.name,
+            "loss": self.head.loss,
+            "micro_batch_size": self.micro_batch_size,
+            "initial_temperature": self.head.initial_temperature,
+            "initial_logit_bias": self.head.initial_logit_bias,
+            "max_logit_scale": self.head.max_logit_scale,
+            "duplicates": self.duplicates,
+            "gradient_checkpointing": names if isinstance(names, bool) else [*names],
+            "pixel_mean": self.pixel_mean,
+            "pixel_std": self.pixel_std,
+        }
 
-def _feature_width(name, encoder):
+
+def _width(encoder):
+    shape = getattr(getattr(encoder, "output", None), "shape", None)
+    return None if shape is None else shape[-1]
+
+
+def _check_encoder(name, encoder):
     if not isinstance(encoder, keras.layers.Layer):
         raise ValueError(
             f"`{name}` must be a Keras model. "
             f"Received: {name}={encoder} of type {type(encoder).__name__}"
         )
-    shape = getattr(getattr(encoder, "output", None), "shape", None)
-    return shape[-1] if shape is not None else None
 
 
-def _check_options(loss, initial_temperature, max_logit_scale, duplicates):
-    if loss not in INITIAL_TEMPERATURE:
+def _check_features(encoder, features):
+    if len(getattr(features, "shape", ())) != 2:
         raise ValueError(
-            f"`loss` must be one of {sorted(INITIAL_TEMPERATURE)}. "
-            f"Received: loss={loss!r}"
+            "An encoder must return features of shape (batch, d); add a pooling to one "
+            f"that returns tokens. Received: {encoder.name} returned "
+            f"{getattr(features, 'shape', type(features).__name__)}"
         )
+    return features
+
+
+def _check_options(duplicates, micro_batch_size):
     if duplicates not in ("positive", "negative"):
         raise ValueError(
             "`duplicates` must be 'positive' or 'negative'. "
             f"Received: duplicates={duplicates!r}"
         )
-    if initial_temperature is not None and initial_temperature <= 0:
+    if micro_batch_size is not None and not (
+        isinstance(micro_batch_size, int) and micro_batch_size > 0
+    ):
         raise ValueError(
-            "`initial_temperature` must be greater than 0. "
-            f"Received: initial_temperature={initial_temperature}"
+            "`micro_batch_size` must be a positive integer or None. "
+            f"Received: micro_batch_size={micro_batch_size!r}"
         )
-    if max_logit_scale <= 0:
-        raise ValueError(
-            "`max_logit_scale` must be greater than 0. "
-            f"Received: max_logit_scale={max_logit_scale}"
-        )
-
-
-def check_size(name, value):
-    if value is not None and not (isinstance(value, int) and value > 0):
-        raise ValueError(
-            f"`{name}` must be a positive integer or None. Received: {name}={value!r}"
-        )
-
-
-class _AtMost(keras.constraints.Constraint):
-    def __init__(self, limit):
-        self.limit = limit
-
-    def __call__(self, weight):
-        return ops.minimum(weight, ops.cast(self.limit, weight.dtype))

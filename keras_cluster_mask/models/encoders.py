@@ -1,6 +1,34 @@
-"""From what an encoder takes to embeddings of length 1."""
+"""What is known of keras_hub's encoders, and of encoders in general.
 
-from keras import ops
+keras_hub's classes are recognised by name, so that keras_hub need not be imported.
+"""
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from keras_cluster_mask.masking.patch_grid import height_and_width
+
+# The layers of vision transformers that return the embedded tokens.
+EMBEDDINGS = (
+    "CLIPVisionEmbedding",
+    "ViTPatchingAndEmbedding",
+    "SigLIPVisionEmbedding",
+    "DINOV2Embedding",
+)
+
+# The transformer blocks of image and text encoders.
+BLOCKS = (
+    "CLIPEncoderLayer",
+    "DINOV2Layer",
+    "DeiTEncoderBlock",
+    "SigLIPEncoderLayer",
+    "TransformerDecoder",
+    "TransformerEncoder",
+    "ViTEncoderBlock",
+)
+
+# === Any encoder ===
 
 
 def call_encoder(encoder, value, training):
@@ -8,19 +36,172 @@ def call_encoder(encoder, value, training):
     inputs = getattr(encoder, "input", None)
     if isinstance(inputs, dict) and len(inputs) == 1:
         value = dict.fromkeys(inputs, value)
-    features = encoder(value, training=training)
-    if not hasattr(features, "shape") or len(features.shape) != 2:
+    return encoder(value, training=training)
+
+
+def image_shape_of(encoder) -> tuple | None:
+    """The shape of the images that an encoder takes, without the batch, or `None`."""
+    given = getattr(encoder, "input", None)
+    return None if given is None else tuple(tree.flatten(given)[0].shape[1:])
+
+
+def data_format_of(encoder) -> str:
+    """`"channels_last"` or `"channels_first"`: in which order an encoder has axes."""
+    found = getattr(encoder, "data_format", None)
+    for layer in getattr(encoder, "layers", ()):
+        if type(layer).__name__ in EMBEDDINGS:
+            found = found or getattr(layer, "data_format", None)
+    return found or keras.config.image_data_format()
+
+
+def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer:
+    """The layer of `encoder` whose output are the embedded tokens."""
+    if not isinstance(encoder, keras.Model) or not encoder.built:
         raise ValueError(
-            "An encoder must return features of shape (batch, d); add a pooling to one "
-            f"that returns tokens. Received: {encoder.name} returned "
-            f"{getattr(features, 'shape', type(features).__name__)}"
+            "`encoder` must be a built functional Keras model. "
+            f"Received: encoder={encoder} of type {type(encoder).__name__}"
         )
-    return features
+    candidates = [layer for layer in encoder.layers if _makes_tokens(layer)]
+    if name is None:
+        found = [x for x in candidates if type(x).__name__ in EMBEDDINGS]
+    else:
+        found = [layer for layer in candidates if layer.name == name]
+    if not found:
+        names = ", ".join(repr(layer.name) for layer in candidates) or "none"
+        raise ValueError(
+            "`layer` must name the layer of the encoder that returns the embedded "
+            f"tokens, (batch, tokens, dim). Candidates: {names}. "
+            f"Received: layer={name!r}, encoder={encoder.name}"
+        )
+    return found[0]
 
 
-def l2_normalize(features):
-    """Float32 rows of length 1, with a finite gradient at 0."""
-    # `keras.ops.normalize` has a NaN gradient at a zero vector on JAX and torch.
-    x = ops.cast(features, "float32")
-    length = ops.sum(ops.square(x), axis=-1, keepdims=True)
-    return x * ops.rsqrt(ops.maximum(length, 1e-12))
+def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
+    """Splits an encoder behind a layer into two models that share its weights.
+
+    Args:
+        encoder: A functional Keras model.
+        layer: The layer that returns the tokens.
+
+    Returns:
+        A tuple `(stem, blocks)` of models: images to tokens, and
+        `(batch, any number of tokens, dim)` to the encoder's output.
+    """
+    tokens = layer.output
+    stem = keras.Model(encoder.input, tokens, name=f"{encoder.name}_stem")
+    try:
+        blocks = keras.Model(tokens, encoder.output)
+    except ValueError as error:
+        raise ValueError(
+            "`layer` must be passed by all paths from the images to the output. "
+            f"Received: layer={layer.name!r}, encoder={encoder.name}"
+        ) from error
+    # This model insists on the full number of tokens. Cloned on an open token axis,
+    # from the same layers, it takes any number.
+    blocks = keras.models.clone_model(
+        blocks,
+        input_tensors=keras.Input((None, tokens.shape[-1]), dtype=tokens.dtype),
+        clone_function=lambda layer: layer,
+    )
+    return stem, blocks
+
+
+def count_tokens(stem, image_shape: tuple) -> int:
+    """How many tokens a stem of `split_at` makes of an image, prefix included."""
+    # By a call, since some embedding layers declare a shape that is off by one.
+    inputs = tree.map_structure(
+        lambda x: ops.zeros((1, *image_shape), x.dtype), stem.input
+    )
+    return stem(inputs).shape[1]
+
+
+def count_prefix_tokens(encoder, stem) -> int | None:
+    """How many tokens of an encoder are no patches, or `None` if it is not known."""
+    patch_size, shape = getattr(encoder, "patch_size", None), image_shape_of(encoder)
+    if patch_size is None or None in shape:
+        return None
+    sides = height_and_width(shape, data_format_of(encoder))
+    rows, columns = (side // p for side, p in zip(sides, as_pair(patch_size)))
+    return count_tokens(stem, shape) - rows * columns
+
+
+def tokens_per_image(encoder, image_shape: tuple) -> int | None:
+    """How many tokens the blocks of an encoder read of an image in training.
+
+    Args:
+        encoder: A vision transformer, masked or not.
+        image_shape: tuple of ints, without the batch.
+
+    Returns:
+        Integer; `None` if the encoder's tokens are not known.
+    """
+    masking = getattr(encoder, "masking", None)
+    if masking is not None:
+        tokens = count_tokens(encoder.stem, image_shape)
+        images = ops.zeros((1, *image_shape))
+        patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
+        return tokens - patches + masking.num_kept(patches)
+    try:
+        layer = find_embedding_layer(encoder)
+    except ValueError:
+        return None
+    return count_tokens(split_at(encoder, layer)[0], image_shape)
+
+
+def as_pair(size) -> tuple[int, int]:
+    """`(height, width)` from one integer or two."""
+    return (size,) * 2 if isinstance(size, int) else tuple(size)
+
+
+def _makes_tokens(layer):
+    try:
+        return len(layer.output.shape) == 3
+    except (AttributeError, ValueError):
+        # Several outputs, or the layer is called more than once.
+        return False
+
+
+# === Positions in keras_hub's embedding layers ===
+
+
+def number_positions(embedding):
+    """Gives every patch its own position where keras_hub has left all at 0.
+
+    `CLIPVisionEmbedding` creates its position ids as zeros and relies on a checkpoint
+    to set them, so in an encoder built from scratch all patches would share a position.
+    """
+    ids = getattr(embedding, "position_ids", None)
+    if isinstance(ids, keras.Variable) and not np.any(ops.convert_to_numpy(ids)):
+        ids.assign(ops.reshape(ops.arange(ids.shape[-1], dtype=ids.dtype), ids.shape))
+
+
+def read_positions(embedding) -> np.ndarray:
+    """The position embeddings of all tokens, `(..., prefix + N, dim)` float32."""
+    table = ops.convert_to_numpy(ops.cast(position_tables(embedding)[-1], "float32"))
+    ids = ops.convert_to_numpy(getattr(embedding, "position_ids", [0]))
+    # All at 0 in a CLIP whose positions have not been numbered yet.
+    return table[ids[0]] if np.any(ids) else table
+
+
+def position_tables(embedding) -> tuple:
+    """The weights with position embeddings; the last one is used in computation."""
+    if hasattr(embedding, "interpolated_position_embeddings"):
+        return embedding.position_embeddings, embedding.interpolated_position_embeddings
+    return (embedding.position_embedding.embeddings,)
+
+
+# === The normalisation that keras_hub's CLIP does not save ===
+
+
+def read_text_epsilon(backbone) -> float:
+    """The epsilon of the last normalisation of a CLIP backbone's text tower.
+
+    It is not in keras_hub's config, and open_clip's weights need another one than
+    keras_hub's.
+    """
+    return backbone.text_encoder.layer_norm.epsilon
+
+
+def write_text_epsilon(backbone, epsilon: float):
+    """Sets what `read_text_epsilon` reads."""
+    backbone.text_encoder.layer_norm.epsilon = epsilon

@@ -1,13 +1,23 @@
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.models.embedding_layer import (
+from keras_cluster_mask.masking.patch_grid import (
+    height_and_width,
+    is_channels_first,
+)
+from keras_cluster_mask.models.encoders import (
+    as_pair,
+    data_format_of,
     find_embedding_layer,
     number_positions,
+    position_tables,
+    read_positions,
+    read_text_epsilon,
+    write_text_epsilon,
 )
 
 
-def with_image_size(model, image_size):
+def with_image_size(model, image_size: int | tuple[int, int]):
     """Makes a copy of a vision transformer that takes images of another size.
 
     All weights are copied but the positions of the patches, which are interpolated
@@ -19,7 +29,7 @@ def with_image_size(model, image_size):
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
     larger = kcm.models.with_image_size(backbone, 48)
-    model = kcm.ContrastiveModel.from_clip(larger)
+    model = kcm.ContrastiveModel.from_backbone(larger)
     ```
 
     Args:
@@ -61,11 +71,10 @@ def with_image_size(model, image_size):
             f"Received: model={model} of type {type(model).__name__}"
         )
     embedding = find_embedding_layer(encoder)
-    first = embedding.data_format == "channels_first"
+    data_format = data_format_of(encoder)
     shape = tuple(encoder.image_shape)
-    old_size, channels = (shape[1:], shape[0]) if first else (shape[:2], shape[2])
-    size = _pair(image_size)
-    patch = _pair(encoder.patch_size)
+    old_size = height_and_width(shape, data_format)
+    size, patch = as_pair(image_size), as_pair(encoder.patch_size)
     if len(size) != 2 or any(s < p or s % p for s, p in zip(size, patch)):
         raise ValueError(
             "`image_size` must be an integer or (height, width), divisible by the "
@@ -74,23 +83,22 @@ def with_image_size(model, image_size):
 
     config = model.get_config()
     changed = config if encoder is model else config["vision_encoder"]["config"]
-    changed["data_format"] = embedding.data_format  # which keras_hub leaves out
-    changed["image_shape"] = (channels, *size) if first else (*size, channels)
+    changed["data_format"] = data_format  # keras_hub leaves it out.
+    first = is_channels_first(data_format)
+    changed["image_shape"] = (shape[0], *size) if first else (*size, shape[2])
     if size != old_size and "position_embedding_shape" in changed:
         # DINOv2 would interpolate its positions whenever it is saved or loaded.
         changed["position_embedding_shape"] = changed["image_shape"]
     copy = type(model).from_config(config)
     if isinstance(model, hub.CLIPBackbone):
-        # Not in the config, and another one in a backbone of open_clip's weights.
-        norm = copy.text_encoder.layer_norm
-        norm.epsilon = model.text_encoder.layer_norm.epsilon
+        write_text_epsilon(copy, read_text_epsilon(model))
     copied = find_embedding_layer(getattr(copy, "vision_encoder", copy))
 
     new_values = {}
     if size != old_size:
         grids = [tuple(s // p for s, p in zip(x, patch)) for x in (old_size, size)]
-        positions = resize_positions(_positions(embedding), *grids)
-        new_values = {id(table): positions for table in _tables(copied)}
+        positions = resize_positions(read_positions(embedding), *grids)
+        new_values = {id(table): positions for table in position_tables(copied)}
         ids = np.arange(positions.shape[-2])[None]
         new_values[id(getattr(copied, "position_ids", None))] = ids
     for old, new in zip(model.weights, copy.weights):
@@ -124,22 +132,3 @@ def resize_positions(table, old_grid, new_grid):
     )
     resized = ops.convert_to_numpy(resized).reshape(*first.shape[:-2], -1, dim)
     return np.concatenate([first, resized], axis=-2)
-
-
-def _positions(embedding):
-    """What an embedding layer adds to its tokens, as a NumPy array."""
-    table = ops.convert_to_numpy(ops.cast(_tables(embedding)[-1], "float32"))
-    ids = ops.convert_to_numpy(getattr(embedding, "position_ids", [0]))
-    # All at 0 in a CLIP that nobody has numbered yet.
-    return table[ids[0]] if np.any(ids) else table
-
-
-def _tables(embedding):
-    """The weights that hold position embeddings; the last one is computed with."""
-    if hasattr(embedding, "interpolated_position_embeddings"):
-        return embedding.position_embeddings, embedding.interpolated_position_embeddings
-    return (embedding.position_embedding.embeddings,)
-
-
-def _pair(size):
-    return (size,) * 2 if isinstance(size, int) else tuple(size)

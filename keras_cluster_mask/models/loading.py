@@ -6,10 +6,12 @@ import zipfile
 
 import keras
 
+from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
+from keras_cluster_mask.models.encoders import data_format_of, image_shape_of
 
 
-def as_contrastive_model(model):
+def as_contrastive_model(model) -> ContrastiveModel:
     """The model itself, or one made of a backbone or read from a file.
 
     Args:
@@ -28,11 +30,9 @@ def as_contrastive_model(model):
         model = _load(model)
     if isinstance(model, ContrastiveModel):
         return model
-    # As the classes themselves would be known by, were keras_hub imported here.
-    if hasattr(model, "clip_head"):
-        return ContrastiveModel.from_clip(model)
-    if hasattr(model, "siglip_head"):
-        return ContrastiveModel.from_siglip(model)
+    names = {x.__name__ for x in type(model).__mro__}
+    if names & ContrastiveModel.for_backbone.keys():
+        return ContrastiveModel.from_backbone(model)
     raise ValueError(
         "`model` must be a ContrastiveModel, a keras_hub CLIPBackbone or "
         "SigLIPBackbone, or the path of one. "
@@ -40,7 +40,7 @@ def as_contrastive_model(model):
     )
 
 
-def image_size_of(model):
+def image_size_of(model) -> tuple[int | None, int | None]:
     """The size of the images that a model takes.
 
     Example:
@@ -58,12 +58,13 @@ def image_size_of(model):
         `(height, width)`, each `None` where the image encoder takes any or does not
         say.
     """
-    given = getattr(as_contrastive_model(model).image_encoder, "input", None)
-    if given is None:
-        return None, None
-    shape = tuple(keras.tree.flatten(given)[0].shape[1:])
-    first = keras.config.image_data_format() == "channels_first"
-    return shape[1:] if first else shape[:2]
+    encoder = as_contrastive_model(model).image_encoder
+    shape = image_shape_of(encoder)
+    return (
+        (None, None)
+        if shape is None
+        else height_and_width(shape, data_format_of(encoder))
+    )
 
 
 def _load(path):

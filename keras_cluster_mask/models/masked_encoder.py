@@ -1,16 +1,22 @@
+"""A vision transformer with a masking in it."""
+
 import keras
+import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.embedding_layer import (
+from keras_cluster_mask.models.encoders import (
+    call_encoder,
+    count_prefix_tokens,
+    data_format_of,
     find_embedding_layer,
     number_positions,
     split_at,
 )
-from keras_cluster_mask.models.leak_probe import check_no_leak
+from keras_cluster_mask.training.layers import all_layers
 
 
-def with_masking(encoder, masking, layer=None):
+def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
     """Inserts a masking after the embedding layer of a vision transformer.
 
     The returned model shares all weights with `encoder`: training one trains
@@ -72,7 +78,7 @@ class MaskedEncoder(keras.Model):
     def __init__(self, encoder, masking, layer=None, **kwargs):
         kwargs.setdefault("name", f"masked_{encoder.name}")
         super().__init__(**kwargs)
-        # The masking must see the pixels as they come; the encoder casts for itself.
+        # The masking must see the pixels unchanged; the encoder casts for itself.
         self.autocast = False
         if not isinstance(masking, PatchMasking):
             raise ValueError(
@@ -84,12 +90,12 @@ class MaskedEncoder(keras.Model):
         self.embedding_layer = find_embedding_layer(encoder, layer)
         number_positions(self.embedding_layer)
         # In a function rather than in attributes: Keras would track and save the
-        # parts, and with them every weight a second time.
+        # parts, and every weight a second time with them.
         stem, blocks = split_at(encoder, self.embedding_layer)
         self._parts = lambda: (stem, blocks)
 
         if masking.num_prefix_tokens is None:
-            masking.num_prefix_tokens = _count_prefix_tokens(encoder, stem)
+            masking.num_prefix_tokens = count_prefix_tokens(encoder, stem)
         if masking.hides_tokens:
             check_no_leak(encoder.name, blocks)
         self.built = True
@@ -112,9 +118,16 @@ class MaskedEncoder(keras.Model):
         Returns:
             `(batch, prefix + N, dim)` tensor.
         """
-        stem, _ = self._parts()
-        inputs = tree.map_structure(lambda _: images, self.encoder.input)
-        return stem(inputs, training=False)
+        return call_encoder(self.stem, images, training=False)
+
+    @property
+    def stem(self):
+        """The part of `encoder` from images to tokens, a model of shared weights."""
+        return self._parts()[0]
+
+    @property
+    def data_format(self):
+        return data_format_of(self.encoder)
 
     @property
     def input(self):
@@ -145,19 +158,93 @@ class MaskedEncoder(keras.Model):
         return cls(**config)
 
 
-def _count_prefix_tokens(encoder, stem):
-    """How many tokens of an encoder are no patches, or `None` if it cannot be told."""
-    patch_size = getattr(encoder, "patch_size", None)
-    (images,) = tree.flatten(encoder.input)
-    if patch_size is None or None in images.shape[1:]:
-        return None
-    p, q = patch_size if isinstance(patch_size, (tuple, list)) else (patch_size,) * 2
-    first = keras.config.image_data_format() == "channels_first"
-    if getattr(encoder, "data_format", None):
-        first = encoder.data_format == "channels_first"
-    height, width = images.shape[2:4] if first else images.shape[1:3]
-    # Tried out, since the declared shape of some embedding layers is off by one.
-    tokens = stem(
-        tree.map_structure(lambda x: ops.zeros((1, *x.shape[1:])), stem.input)
+# === Hidden tokens ===
+
+
+def check_no_leak(name, blocks):
+    """Raises if hidden tokens have an influence on what blocks return.
+
+    Every layer of `blocks` is told to propagate Keras masks. Whether attention and
+    pooling honour them is tested by a call: tokens are changed where the mask hides
+    them, and nothing visible may change with them.
+
+    Args:
+        name: String, the encoder's name for the error message.
+        blocks: A functional Keras model of `(batch, tokens, dim)` tokens.
+
+    Raises:
+        ValueError: If anything visible changes.
+    """
+    _propagate_masks(blocks)
+    visible = np.arange(8) % 2 == 0
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(1, 8, blocks.input.shape[-1])).astype("float32")
+    changed = np.where(visible[None, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
+
+    # With random weights, since a zero weight (LayerScale, a fresh residual branch)
+    # would hide a leak that opens up later in training.
+    weights = [_redraw(v, rng) for v in blocks.trainable_variables]
+    state = [_redraw(v, rng, positive=True) for v in blocks.non_trainable_variables]
+    before, after = (
+        _run(blocks, weights, state, x.astype("float32"), visible)
+        for x in (tokens, changed)
     )
-    return tokens.shape[1] - (height // p) * (width // q)
+    for one, other in zip(tree.flatten(before), tree.flatten(after)):
+        one, other = (
+            ops.convert_to_numpy(ops.cast(x, "float32")) for x in (one, other)
+        )
+        if one.ndim == 3 and one.shape[1] == len(visible):
+            one, other = one[:, visible], other[:, visible]
+        if not np.allclose(one, other, rtol=0, atol=1e-6 * max(1, np.abs(one).max())):
+            raise ValueError(
+                f"`{name}` lets hidden tokens through: its layers do not honour Keras "
+                "masks, so threshold masking with hidden padding would not hide "
+                "anything. Use an exact budget (`min_mask_ratio=None`), or let the "
+                "padding take part (`hide_padding=False`). "
+                f"Received: encoder={name}, largest change of the output="
+                f"{np.abs(one - other).max():.3g}"
+            )
+
+
+def _propagate_masks(blocks):
+    for layer in all_layers(blocks):
+        layer.supports_masking = True
+    # A mask of tokens means nothing for pooled features: losses would take it for
+    # sample weights.
+    for layer in (blocks, *blocks.layers):
+        if any(len(x.shape) != 3 for x in tree.flatten(layer.output)):
+            layer.compute_mask = _no_mask
+
+
+def _no_mask(inputs, previous_mask=None):
+    return None
+
+
+def _redraw(variable, rng, positive=False):
+    """Random values for a weight; for frozen ones, maybe variances, positive."""
+    if not keras.backend.is_float_dtype(variable.dtype):
+        return variable.value
+    values = 0.1 * rng.normal(size=variable.shape)
+    return ops.convert_to_tensor(
+        np.abs(values) + 0.01 if positive else values, dtype=variable.dtype
+    )
+
+
+def _run(blocks, weights, state, tokens, visible):
+    masked = _Hide(visible)(ops.convert_to_tensor(tokens))
+    return blocks.stateless_call(weights, state, masked, training=False)[0]
+
+
+class _Hide(keras.layers.Layer):
+    """Puts a fixed Keras mask on its input."""
+
+    def __init__(self, visible):
+        super().__init__()
+        self.visible = visible
+        self.supports_masking = True
+
+    def call(self, tokens):
+        return tokens + 0.0
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return ops.convert_to_tensor(self.visible[None])

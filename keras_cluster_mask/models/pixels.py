@@ -2,6 +2,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.masking.patch_grid import is_channels_first
+
 # Channel statistics that OpenAI trained CLIP with, for values in [0, 1]
 # (https://github.com/openai/CLIP, clip/clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -11,49 +13,52 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
-def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD):
+def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
     """Scales and normalises uint8 images; leaves others as they are.
 
     On the device, in the compiled step: uint8 takes a quarter of the memory and
     of the transfer of float32.
 
     Args:
-        images: `(batch, H, W, C)` tensor, or channels first as
-            `keras.config.image_data_format()` says.
-        mean: Three floats, by channel. Their average is taken where there are not
-            three channels.
+        images: `(batch, H, W, C)` tensor, or channels first.
+        mean: Three floats, by channel. Their average is taken if there are not three
+            channels. `None` returns all images as they are.
         std: Three floats, by channel, likewise.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to
+            `keras.config.image_data_format()`.
 
     Returns:
         A float32 tensor for uint8 images; any other tensor untouched.
     """
     images = ops.convert_to_tensor(images)
-    if keras.backend.standardize_dtype(images.dtype) != "uint8":
+    if mean is None or keras.backend.standardize_dtype(images.dtype) != "uint8":
         return images
-    mean, std = _by_channel(images, mean, std)
-    # Tensors, since torch cannot export a model that computes with NumPy's arrays.
+    mean, std = _by_channel(images, mean, std, data_format)
+    # Tensors, since torch cannot export a model that computes with NumPy arrays.
     mean, std = ops.convert_to_tensor(mean), ops.convert_to_tensor(std)
     return (ops.cast(images, "float32") / 255.0 - mean) / std
 
 
-def restore_pixels(images, mean=CLIP_MEAN, std=CLIP_STD):
+def restore_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
     """The uint8 array of images that were normalised; uint8 images as they are.
 
     Args:
-        images: `(batch, H, W, C)` array, or channels first as
-            `keras.config.image_data_format()` says.
-        mean: See `normalize_pixels`.
+        images: `(batch, H, W, C)` array, or channels first.
+        mean: See `normalize_pixels`. `None` takes images to be in [0, 255].
         std: See `normalize_pixels`.
+        data_format: See `normalize_pixels`.
     """
     if images.dtype == np.uint8:
         return images
-    mean, std = _by_channel(images, mean, std)
+    if mean is None:
+        return np.clip(np.round(images), 0, 255).astype("uint8")
+    mean, std = _by_channel(images, mean, std, data_format)
     pixels = 255.0 * (images.astype("float32") * std + mean)
     return np.clip(np.round(pixels), 0, 255).astype("uint8")
 
 
-def _by_channel(images, mean, std):
-    first = keras.config.image_data_format() == "channels_first"
+def _by_channel(images, mean, std, data_format):
+    first = is_channels_first(data_format)
     mean, std = np.array(mean, "float32"), np.array(std, "float32")
     if images.shape[1 if first else -1] != 3:
         mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)

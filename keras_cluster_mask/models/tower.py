@@ -1,12 +1,13 @@
 import keras
 
-from keras_cluster_mask.models.encoders import call_encoder, l2_normalize
+from keras_cluster_mask.models.encoders import call_encoder
+from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.pixels import normalize_pixels
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class Tower(keras.Model):
-    """Embeds images or texts, for inference alone.
+    """Embeds images or texts, for inference.
 
     `model.image_tower` and `model.text_tower` of a `ContrastiveModel` are made of its
     weights and compute what `encode_image` and `encode_text` do. Each is saved without
@@ -25,7 +26,7 @@ class Tower(keras.Model):
 
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     images = np.random.randint(0, 256, (4, 32, 32, 3)).astype("uint8")
     model.image_tower.predict(images).shape  # (4, 96)
     model.image_tower.save("image_tower.keras")
@@ -34,8 +35,10 @@ class Tower(keras.Model):
     Args:
         encoder: A functional Keras model from images or token ids to `(batch, d)`
             features.
-        pixel_statistics: Mean and deviation per channel that uint8 images are
-            normalised with; `None` for texts.
+        pixel_mean: Mean by channel that uint8 images are normalised with; `None` for
+            texts, and for images that are not normalised.
+        pixel_std: Deviation by channel.
+        data_format: `"channels_last"` or `"channels_first"`, of images.
         **kwargs: Arguments of `keras.Model`.
 
     Call arguments:
@@ -46,22 +49,25 @@ class Tower(keras.Model):
         `(batch, d)` float32 embeddings, L2-normalised.
     """
 
-    def __init__(self, encoder, pixel_statistics=None, **kwargs):
+    def __init__(
+        self, encoder, pixel_mean=None, pixel_std=None, data_format=None, **kwargs
+    ):
         super().__init__(**kwargs)
         # The layers of the encoder cast for themselves.
         self.autocast = encoder.autocast = False
         self.encoder = encoder
-        self.pixel_statistics = pixel_statistics
+        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
+        self.data_format = data_format
         self.built = True
 
     @classmethod
     def of(cls, encoder, features, **kwargs):
-        # Not every encoder has such a thing, and Keras says so with an AttributeError,
-        # which torch would take for an attribute `image_tower` that is missing.
+        # Some encoders have no input, and Keras's AttributeError would make torch say
+        # that the attribute `image_tower` is missing.
         given = getattr(encoder, "input", None)
         if given is None:
             raise ValueError(
-                "A tower can be made of a functional encoder alone, whose inputs are "
+                "A tower can only be made of a functional encoder, whose inputs are "
                 f"known. Received: {encoder.name} of type {type(encoder).__name__}"
             )
         (given,) = keras.tree.flatten(given)
@@ -72,8 +78,10 @@ class Tower(keras.Model):
         return cls(keras.Model(inputs, features(inputs, training=False)), **kwargs)
 
     def call(self, inputs, training=None):
-        if self.pixel_statistics is not None:
-            inputs = normalize_pixels(inputs, *self.pixel_statistics)
+        if self.data_format is not None:
+            inputs = normalize_pixels(
+                inputs, self.pixel_mean, self.pixel_std, self.data_format
+            )
         return l2_normalize(call_encoder(self.encoder, inputs, training=False))
 
     def export(
@@ -96,7 +104,7 @@ class Tower(keras.Model):
         """
         given = self.encoder.input
         if input_signature is None:
-            dtype = given.dtype if self.pixel_statistics is None else "uint8"
+            dtype = given.dtype if self.pixel_mean is None else "uint8"
             input_signature = [keras.InputSpec(shape=given.shape, dtype=dtype)]
         if format == "torch" and "dynamic_shapes" not in kwargs:
             import torch
@@ -109,7 +117,9 @@ class Tower(keras.Model):
         return {
             "name": self.name,
             "encoder": keras.saving.serialize_keras_object(self.encoder),
-            "pixel_statistics": self.pixel_statistics,
+            "pixel_mean": self.pixel_mean,
+            "pixel_std": self.pixel_std,
+            "data_format": self.data_format,
         }
 
     @classmethod

@@ -96,7 +96,7 @@ def test_a_finished_model_reads_masked_images(data, tmp_path):
 
     def embeddings(name):
         masking = quality_training.new_masking(METHODS[name], RECIPE, data)
-        model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
         return what_is_left.masked_embeddings(model, images), model
 
     whole, model = embeddings("none")
@@ -112,7 +112,7 @@ def test_a_class_token_that_counts_twice_has_twice_the_weight(data, tmp_path):
     images, _ = data.read("validation", 100)
 
     def tokens(masking):
-        model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
         pixels = keras.ops.convert_to_tensor(images[:4] / 255.0)
         found = model.image_encoder({"images": pixels}, training=True)
         return keras.ops.convert_to_numpy(found)

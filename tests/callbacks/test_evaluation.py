@@ -10,9 +10,8 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.callbacks import Retrieval, ZeroShot
 from keras_cluster_mask.callbacks import evaluation as evaluation_module
-from keras_cluster_mask.callbacks.checkpoint_files import read
 from keras_cluster_mask.evaluation import evaluate_retrieval, evaluate_zero_shot
-from tests.models.helpers import as_dataset, image_mlp, random_pairs, text_bag
+from tests.helpers import as_dataset, image_mlp, random_pairs, text_bag
 
 from .training_run import CONTEXT, make_model, weights_of
 
@@ -362,7 +361,7 @@ def test_a_model_whose_loss_is_not_finite_is_not_evaluated():
     class Break(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 1:
-                scale = self.model.logit_scale
+                scale = self.model.head.logit_scale
                 scale.assign(scale * math.nan)
 
     callbacks = [Break(), keras.callbacks.TerminateOnNaN(), Retrieval(pairs())]

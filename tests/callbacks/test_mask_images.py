@@ -11,7 +11,7 @@ from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.callbacks import MaskImages
-from tests.models.helpers import (
+from tests.helpers import (
     CONTEXT,
     VOCABULARY,
     HideByNoise,
@@ -119,7 +119,7 @@ def test_maskings_without_a_patch_size_are_drawn(tmp_path, masking):
 def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
     backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
     masking = kcm.ClusterMasking(4, embedding_weight=0.5)
-    model = kcm.ContrastiveModel.from_clip(backbone, masking)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
     model.compile("sgd")
     images = random_pairs(3)["images"]
     normalised = ops.convert_to_numpy(masking.prepare_pixels(images))

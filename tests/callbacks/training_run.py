@@ -2,7 +2,7 @@
 
     python training_run.py SHARDS FOLDER WEIGHTS [EPOCHS]
 
-goes on from what is in FOLDER and writes the weights it ends with to WEIGHTS. With
+resumes from FOLDER and writes the weights it ends with to WEIGHTS. With
 KILL_AT_SYNC=n it kills itself at the n-th `fsync`, that is while it saves.
 """
 
@@ -107,6 +107,7 @@ if __name__ == "__main__":
         make_dataset(shards),
         epochs=int(*epochs or [6]),
         verbose=0,
+        resume_from=folder,
         callbacks=[
             PrintSteps(),
             kcm.callbacks.Checkpoint(folder, save_every=2, keep=2, monitor=None),

@@ -29,7 +29,8 @@ import numpy as np
 from keras import ops
 
 import keras_cluster_mask as kcm
-from tests.models.helpers import functional_vit, text_bag, tiny_clip
+from keras_cluster_mask.training import batch_loss
+from tests.helpers import functional_vit, text_bag, tiny_clip
 
 BATCH, STEPS = 8, 5
 
@@ -49,13 +50,16 @@ def make_model():
     masking = kcm.ClusterMasking(
         4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=0.3, seed=1
     )
-    options = dict(
-        micro_batch_size=int(*micro_batch_size or [0]) or None,
-        loss_block_size=2 if micro_batch_size else None,
-    )
+    options = dict(micro_batch_size=int(*micro_batch_size or [0]) or None)
+    if micro_batch_size:
+        # Blocks of two rows.
+        batch_loss.MAX_PAIRS = 2 * BATCH
     if "CLIP" in os.environ:
-        model = kcm.ContrastiveModel.from_clip(
-            tiny_clip(), masking, remat=bool(micro_batch_size), **options
+        model = kcm.ContrastiveModel.from_backbone(
+            tiny_clip(),
+            masking,
+            gradient_checkpointing=bool(micro_batch_size),
+            **options,
         )
         # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
@@ -63,7 +67,7 @@ def make_model():
     model = kcm.ContrastiveModel(
         kcm.with_masking(functional_vit(), masking, "positions"),
         text_bag(),
-        remat=["multi_head_attention"] if micro_batch_size else False,
+        gradient_checkpointing=["multi_head_attention"] if micro_batch_size else False,
         **options,
     )
     model.compile(
@@ -147,7 +151,13 @@ def train_on_shards(model, callbacks):
     checkpoint = kcm.callbacks.Checkpoint(
         os.environ["CHECKPOINT"], save_every=2, monitor=None
     )
-    return model.fit(data, verbose=0, epochs=2, callbacks=[checkpoint, *callbacks])
+    return model.fit(
+        data,
+        verbose=0,
+        epochs=2,
+        resume_from=os.environ["CHECKPOINT"],
+        callbacks=[checkpoint, *callbacks],
+    )
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def test_several_machines_of_tensorflow_are_refused_with_another_way():
 import tensorflow as tf
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
 import keras_cluster_mask as kcm
-from tests.models.helpers import image_mlp, random_pairs, text_bag
+from tests.helpers import image_mlp, random_pairs, text_bag
 with strategy.scope():
     model = kcm.ContrastiveModel(image_mlp(), text_bag())
     model.compile("sgd")
@@ -231,7 +231,7 @@ virtual = tf.config.LogicalDeviceConfiguration()
 tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 import keras_cluster_mask as kcm
-from tests.models.helpers import image_mlp, random_pairs, text_bag
+from tests.helpers import image_mlp, random_pairs, text_bag
 with strategy.scope():
     model = kcm.ContrastiveModel(image_mlp(), text_bag())
     model.compile("sgd")

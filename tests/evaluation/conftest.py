@@ -2,7 +2,7 @@ import keras
 import pytest
 
 import keras_cluster_mask as kcm
-from tests.models.helpers import CONTEXT, VOCABULARY
+from tests.helpers import CONTEXT, VOCABULARY
 
 
 @pytest.fixture(scope="package")
@@ -10,7 +10,7 @@ def model():
     """A CLIP of 16 pixels and 6 tokens that has learned nothing."""
     keras.utils.set_random_seed(0)
     backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
-    return kcm.ContrastiveModel.from_clip(backbone, masking=kcm.RandomMasking(0.5))
+    return kcm.ContrastiveModel.from_backbone(backbone, masking=kcm.RandomMasking(0.5))
 
 
 @pytest.fixture(scope="package")

@@ -11,7 +11,7 @@ from keras_cluster_mask.evaluation import (
     evaluate_zero_shot,
     zero_shot_classifier,
 )
-from tests.models.helpers import random_pairs
+from tests.helpers import random_pairs
 
 NAMES = ["cat", "dog", "fox", "owl", "cow", "bee", "ant"]
 

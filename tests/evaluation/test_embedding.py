@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_cluster_mask.evaluation import embed, embed_texts
 from keras_cluster_mask.evaluation.embedding import Embedder
-from tests.models.helpers import random_pairs
+from tests.helpers import random_pairs
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import embed, evaluate_linear_probe, linear_probe
 from keras_cluster_mask.evaluation.regularization import STRENGTHS, search, split
-from tests.models.helpers import class_pairs
+from tests.helpers import class_pairs
 
 
 def clusters(labels, seed=0, noise=2.0):

@@ -11,7 +11,7 @@ from keras_cluster_mask.evaluation import (
     retrieval_recall,
     wilson_interval,
 )
-from tests.models.helpers import random_pairs
+from tests.helpers import random_pairs
 
 
 def random_embeddings(count, width=8, seed=0):

@@ -26,8 +26,7 @@ from keras_cluster_mask.models.pixels import (
     SIGLIP_MEAN,
     SIGLIP_STD,
 )
-
-from ..models.helpers import (
+from tests.helpers import (
     VOCABULARY,
     functional_vit,
     patch_mlp,
@@ -234,7 +233,7 @@ def test_retrieval_figures_are_those_of_numpy(
 def test_the_command_runs_as_a_program(classification, tmp_path):
     # Of classes that a program has by itself.
     backbone = kcm.models.clip_backbone("tiny", image_size=16, context_length=10)
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     model.save(tmp_path / "model.keras")
     tokenizer = kcm.data.CLIPTokenizer.from_open_clip(context_length=10)
     files = str(tmp_path / "model.keras"), None
@@ -461,7 +460,7 @@ def test_an_image_encoder_of_any_size_is_refused():
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer):
-    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     with pytest.raises(ValueError, match=r"`tokenizer`.*Received: ids of shape"):
         adapt(model, tokenizer)
     with pytest.raises(ValueError, match=r"`tokenizer`.*0 to 29.*Received: ids from"):

@@ -13,12 +13,12 @@ from keras_cluster_mask.interop import (
     save_open_clip,
 )
 from keras_cluster_mask.interop.open_clip_names import entries
-from keras_cluster_mask.models.clip_sizes import SIZES
+from keras_cluster_mask.models.sizes import SIZES
 from tests.interop.open_clip_models import arrays, batch, embeddings, randomize, tiny
 
 
 def our_embeddings(backbone, images, ids):
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     found = model.predict({"images": images, "token_ids": ids}, verbose=0)
     return found["image_embeddings"], found["text_embeddings"]
 
@@ -75,7 +75,7 @@ def test_epsilons_are_those_of_open_clip():
 
 
 def test_a_saved_model_computes_what_it_did(tmp_path):
-    model = kcm.ContrastiveModel.from_clip(load_open_clip(tiny().state_dict()))
+    model = kcm.ContrastiveModel.from_backbone(load_open_clip(tiny().state_dict()))
     images, ids = batch()
     pair = {"images": images, "token_ids": ids}
     before = model.predict(pair, verbose=0)
@@ -248,9 +248,9 @@ def test_a_state_dict_does_not_change_with_the_model():
 
 def test_a_contrastive_model_gives_its_backbone_and_its_bias():
     backbone = load_open_clip(tiny().state_dict())
-    model = kcm.ContrastiveModel.from_clip(backbone, kcm.ClusterMasking(8))
+    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(8))
     assert_same_weights(open_clip_state_dict(model), open_clip_state_dict(backbone))
-    model = kcm.ContrastiveModel.from_clip(backbone, loss="sigmoid")
+    model = kcm.ContrastiveModel.from_backbone(backbone, loss="sigmoid")
     state = open_clip_state_dict(model)
     assert state["logit_bias"] == -10.0
     assert state["logit_bias"].shape == ()
@@ -258,9 +258,11 @@ def test_a_contrastive_model_gives_its_backbone_and_its_bias():
 
 def test_the_temperature_is_kept():
     reference = tiny()
-    model = kcm.ContrastiveModel.from_clip(load_open_clip(reference.state_dict()))
+    model = kcm.ContrastiveModel.from_backbone(load_open_clip(reference.state_dict()))
     expected = reference.logit_scale.exp().item()
-    np.testing.assert_allclose(ops.convert_to_numpy(model.scale), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(model.head.scale), expected, rtol=1e-6
+    )
 
 
 # === Errors ===
@@ -279,7 +281,7 @@ def test_patches_without_positions_are_refused():
     backbone = keras_hub.models.CLIPBackbone(encoder, text, 24)
     with pytest.raises(ValueError, match=r"position.*Received: position ids \[0, 0"):
         open_clip_state_dict(backbone)
-    kcm.ContrastiveModel.from_clip(backbone)
+    kcm.ContrastiveModel.from_backbone(backbone)
     assert open_clip_state_dict(backbone)["visual.proj"].shape == (64, 24)
 
 

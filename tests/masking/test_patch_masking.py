@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.masking.ordering import order_by_score
+from keras_cluster_mask.masking.patch_masking import order_by_score, part_of_batch
 from tests.masking.pictures import draw_noise, dtype_of, numpy, output_mask
 from tests.masking.test_cluster_masking import tokens_of
 
@@ -189,3 +189,25 @@ def test_an_incoming_keras_mask_passes_inference():
     assert before is not None
     kept = kcm.RandomMasking(num_prefix_tokens=1)(tokens)
     np.testing.assert_array_equal(output_mask(kept), before)
+
+
+# === Rows of a batch ===
+
+
+def test_a_part_of_a_batch_is_masked_as_in_the_whole_batch():
+    images = np.random.default_rng(0).normal(size=(6, 16, 16, 3)).astype("float32")
+    whole, _ = kcm.ClusterMasking(4, seed=1).select(images)
+    masking = kcm.ClusterMasking(4, seed=1)
+    with part_of_batch(6, lambda noise: noise[2:5]):
+        part, _ = masking.select(images[2:5])
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(part), ops.convert_to_numpy(whole)[2:5]
+    )
+
+
+def test_a_part_ends_with_its_block_even_after_an_error():
+    images = np.zeros((3, 16, 16, 3), "float32")
+    with pytest.raises(RuntimeError), part_of_batch(6, lambda noise: noise[:1]):
+        raise RuntimeError
+    indices, _ = kcm.ClusterMasking(4, seed=1).select(images)
+    assert indices.shape[0] == 3

@@ -289,8 +289,12 @@ class TestOtherMaskings:
         ({}, {"data": []}, "`data` must hold at least one"),
         ({}, {"data": 3}, "`data` must be an array of images or an iterable"),
         ({}, {"data": [{"pictures": 3}]}, "`data` must have the key 'images'"),
-        ({}, {"data": np.zeros((2, 16, 18, 3))}, "Images .* `patch_size`"),
-        ({}, {"data": np.zeros((16, 24, 3))}, "Images must have rank 4"),
+        (
+            {},
+            {"data": np.zeros((2, 16, 18, 3))},
+            "`images` must be known and divisible",
+        ),
+        ({}, {"data": np.zeros((16, 24, 3))}, "`images` must have rank 4"),
         (
             {},
             {"data": [np.zeros((2, 16, 24, 3)), np.zeros((2, 24, 16, 3))]},

@@ -9,13 +9,13 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-
-from .helpers import (
+from tests.helpers import (
     FAST,
     HideByNoise,
     class_pairs,
     functional_vit,
     image_mlp,
+    options_of,
     patch_mlp,
     random_images,
     random_pairs,
@@ -112,11 +112,11 @@ def test_embeddings_are_float32_unit_vectors_of_the_common_width(projection_dim)
 def test_projections_are_matrices_without_a_bias():
     model = kcm.ContrastiveModel(image_mlp(12), text_bag(16), projection_dim=5)
     encoders = len(model.image_encoder.weights) + len(model.text_encoder.weights)
-    assert tuple(model.image_projection.kernel.shape) == (12, 5)
-    assert tuple(model.text_projection.kernel.shape) == (16, 5)
+    assert tuple(model.head.image_projection.kernel.shape) == (12, 5)
+    assert tuple(model.head.text_projection.kernel.shape) == (16, 5)
     assert len(model.weights) == encoders + 2 + 1
     features = to_numpy(model.image_encoder(np.ones((1, 16, 16, 3), "float32")))
-    expected = features @ ops.convert_to_numpy(model.image_projection.kernel)
+    expected = features @ ops.convert_to_numpy(model.head.image_projection.kernel)
     expected /= np.linalg.norm(expected)
     found = to_numpy(model.encode_image(np.ones((1, 16, 16, 3), "float32")))
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -182,7 +182,7 @@ def test_the_loss_of_a_step_is_the_one_written_out(kind):
         np.mean(best == np.arange(6))
     )
     if kind == "sigmoid":
-        assert float(ops.convert_to_numpy(model.logit_bias)) != -10.0
+        assert float(ops.convert_to_numpy(model.head.logit_bias)) != -10.0
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -231,32 +231,34 @@ def test_losses_added_by_an_encoder_count():
 
 def test_the_scale_is_clipped_and_passes_gradients():
     model = small_model(max_logit_scale=20.0)
-    model.logit_scale.assign(math.log(50.0))
+    model.head.logit_scale.assign(math.log(50.0))
     scale, (gradient,) = value_and_gradients(
-        lambda: (model.scale, model.scale), [model.logit_scale]
+        lambda: (model.head.scale, model.head.scale), [model.head.logit_scale]
     )
     assert float(scale) == pytest.approx(20.0, rel=1e-5)
     assert float(gradient) == pytest.approx(20.0, rel=1e-5)
-    model.logit_scale.assign(math.log(10.0))
-    assert float(ops.convert_to_numpy(model.scale)) == pytest.approx(10.0, rel=1e-5)
+    model.head.logit_scale.assign(math.log(10.0))
+    assert float(ops.convert_to_numpy(model.head.scale)) == pytest.approx(
+        10.0, rel=1e-5
+    )
 
 
 def test_an_update_never_leaves_the_weight_above_its_limit():
     model = small_model(max_logit_scale=20.0, initial_temperature=1 / 19.9)
     model.compile(optimizer=keras.optimizers.SGD(0.01), **FAST)
     # Learned pairs ask for an ever higher scale.
-    model.logit_scale.assign(5.0)
+    model.head.logit_scale.assign(5.0)
     one_step(model, random_pairs(4))
-    assert float(ops.convert_to_numpy(model.logit_scale)) <= math.log(20.0) + 1e-6
+    assert float(ops.convert_to_numpy(model.head.logit_scale)) <= math.log(20.0) + 1e-6
 
 
 def test_averaged_weights_never_use_a_scale_above_its_limit():
     model = small_model(max_logit_scale=20.0)
-    model.logit_scale.assign(5.0)
+    model.head.logit_scale.assign(5.0)
     optimizer = keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.9)
     model.compile(optimizer=optimizer, **FAST)
     history = one_step(model, random_pairs(4), epochs=2)
-    assert float(ops.convert_to_numpy(model.scale)) <= 20.0 * (1 + 1e-5)
+    assert float(ops.convert_to_numpy(model.head.scale)) <= 20.0 * (1 + 1e-5)
     assert min(history["temperature"]) >= 1 / 20.0 * (1 - 1e-5)
 
 
@@ -264,7 +266,7 @@ def test_the_initial_temperature_is_the_one_asked_for():
     for kind, default in (("softmax", 0.07), ("sigmoid", 0.1)):
         for given in (None, 0.5):
             model = small_model(loss=kind, initial_temperature=given)
-            scale = float(ops.convert_to_numpy(model.scale))
+            scale = float(ops.convert_to_numpy(model.head.scale))
             assert scale == pytest.approx(1 / (given or default), rel=1e-5)
 
 
@@ -391,7 +393,7 @@ def test_clip_trains_on_texts_of_a_length_that_is_not_known():
     dataset = tf.data.Dataset.from_tensor_slices(pairs)
     shapes = {"images": (16, 16, 3), "token_ids": (None,)}
     dataset = dataset.padded_batch(4, shapes, drop_remainder=True)
-    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     model.compile("sgd", **FAST)
     expected = model.evaluate(pairs, batch_size=4, verbose=0, return_dict=True)
     found = model.fit(dataset, verbose=0).history
@@ -474,7 +476,7 @@ def test_the_end_of_an_epoch_is_no_reason_to_warn_unless_steps_are_missing(write
 
 def test_batches_made_in_python_are_checked(write_pairs):
     _, batches = streams(write_pairs("a.tar", 0, 10))
-    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     model.compile("sgd", **FAST)
     batches._tokenizer = lambda captions: 1000 * length_as_token(captions)
     with pytest.raises(Exception, match="another tokenizer"):
@@ -580,13 +582,13 @@ def test_a_generic_model_keeps_all_its_options(tmp_path):
         duplicates="negative",
         name="pairs",
     )
-    model.logit_bias.assign(-3.0)
+    model.head.logit_bias.assign(-3.0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.options() == model.options()
+    assert options_of(loaded) == options_of(model)
     assert loaded.name == "pairs"
     assert loaded.projection_dim == 5
-    assert float(ops.convert_to_numpy(loaded.logit_bias)) == -3.0
+    assert float(ops.convert_to_numpy(loaded.head.logit_bias)) == -3.0
     assert isinstance(loaded.maskings[0], kcm.RandomMasking)
     pairs = random_pairs(3)
     for one, other in zip(loaded(pairs).values(), model(pairs).values()):
@@ -680,7 +682,7 @@ def test_a_batch_of_one_can_be_evaluated():
 
 
 def test_foreign_tokens_are_an_error_in_fit_evaluate_and_predict():
-    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     model.compile(optimizer="sgd", **FAST)
     good, bad = random_pairs(4), random_pairs(4)
     bad["token_ids"] = bad["token_ids"] + 5
@@ -696,7 +698,7 @@ def test_foreign_tokens_are_an_error_in_fit_evaluate_and_predict():
 
 def test_foreign_tokens_are_an_error_in_a_dataset():
     tf = pytest.importorskip("tensorflow")
-    model = kcm.ContrastiveModel.from_clip(tiny_clip())
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     model.compile(optimizer="sgd", **FAST)
     bad = random_pairs(4)
     bad["token_ids"] = bad["token_ids"] + 5

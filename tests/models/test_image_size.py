@@ -9,9 +9,8 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models import with_image_size
-from keras_cluster_mask.models.embedding_layer import find_embedding_layer
-
-from .helpers import (
+from keras_cluster_mask.models.encoders import find_embedding_layer
+from tests.helpers import (
     clip_vision_encoder,
     dino_encoder,
     functional_vit,
@@ -175,7 +174,7 @@ def test_channels_first_is_kept():
 
 def test_a_contrastive_model_trains_at_the_new_size():
     backbone = with_image_size(tiny_siglip(), 8)
-    model = kcm.ContrastiveModel.from_siglip(backbone, kcm.ClusterMasking(4))
+    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(4))
     images = random_images(2, 8, 8)
     assert tuple(model.encode_image(images, training=True).shape) == (2, 16)
 

@@ -10,8 +10,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models import MaskedEncoder
-
-from .helpers import (
+from tests.helpers import (
     FAST,
     HideByNoise,
     clip_vision_encoder,

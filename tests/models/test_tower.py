@@ -7,8 +7,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models import Tower
-
-from .helpers import (
+from tests.helpers import (
     functional_vit,
     random_images,
     random_pairs,
@@ -19,10 +18,10 @@ from .helpers import (
 )
 
 MODELS = {
-    "clip": lambda: kcm.ContrastiveModel.from_clip(
+    "clip": lambda: kcm.ContrastiveModel.from_backbone(
         tiny_clip(), kcm.ClusterMasking(4, seed=0)
     ),
-    "siglip": lambda: kcm.ContrastiveModel.from_siglip(tiny_siglip()),
+    "siglip": lambda: kcm.ContrastiveModel.from_backbone(tiny_siglip()),
     "own": lambda: kcm.ContrastiveModel(
         functional_vit(), text_bag(width=8), projection_dim=5
     ),

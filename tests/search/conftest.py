@@ -18,7 +18,7 @@ def tokenizer():
 def model(tokenizer):
     """A CLIP of 16 pixels that has learned nothing."""
     backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 8, 4)
-    return kcm.ContrastiveModel.from_clip(backbone, masking=kcm.RandomMasking(0.5))
+    return kcm.ContrastiveModel.from_backbone(backbone, masking=kcm.RandomMasking(0.5))
 
 
 @pytest.fixture(scope="package")

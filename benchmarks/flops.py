@@ -1,0 +1,62 @@
+"""The arithmetic of a training step, counted from shapes."""
+
+from keras_cluster_mask.masking import ClusterMasking
+from keras_cluster_mask.models.sizes import size_and_patch
+
+
+def training_flops(
+    size, image_size=224, context_length=77, patch_size=None, masking=None
+):
+    """Floating-point operations to train a CLIP on one image-text pair.
+
+    A multiplication and an addition count as two. Counted are the matrix products of
+    both towers and their projections, three times (forward, and backward to inputs and
+    weights), and those by which a `ClusterMasking` compares patches, once. The loss and
+    all that works element by element are left out, a few per cent at most. Attention is
+    counted whole, causal attention too, and so are tokens that a threshold hides: both
+    are computed. Micro-batches take the towers forward once more, a third on top.
+
+    Example:
+
+    ```
+    whole = training_flops("vit_b_16")  # 123 billion
+    half = training_flops("vit_b_16", masking=kcm.ClusterMasking(16, 0.5))
+    half / whole  # 0.57
+    ```
+
+    Args:
+        size: As for `clip_backbone`, such as `"vit_b_16"`.
+        image_size: Integer. The side of the square images in pixels.
+        context_length: Integer. The number of tokens of a text, padding included.
+        patch_size: Integer. Defaults to the size's own.
+        masking: The `PatchMasking` to train with. `None` reads whole images.
+
+    Returns:
+        Integer.
+
+    Raises:
+        ValueError: For an unknown size, or if the patch size does not divide the
+            image size.
+    """
+    shape, patch_size = size_and_patch(size, image_size, patch_size)
+    patches, pixels = (image_size // patch_size) ** 2, 3 * patch_size**2
+    kept = patches if masking is None else masking.num_kept(patches)
+    image_width, image_layers, _ = shape["image"]
+    text_width, text_layers, _ = shape["text"]
+    forward = (
+        2 * patches * pixels * image_width  # All patches are embedded, then some left.
+        + _blocks(1 + kept, image_width, image_layers)
+        + _blocks(context_length, text_width, text_layers)
+        + 2 * (image_width + text_width) * shape["projection"]
+    )
+    comparing = 0
+    if isinstance(masking, ClusterMasking):
+        compared = pixels + (image_width if masking.embedding_weight != 0.0 else 0)
+        comparing = 2 * masking.num_anchors(patches) * patches * compared
+    return 3 * forward + comparing
+
+
+def _blocks(tokens, width, layers):
+    # Four projections and two layers to four times the width and back; then every token
+    # with every other, for the weights of attention and for what they weigh.
+    return layers * tokens * (2 * (4 + 8) * width**2 + 2 * 2 * tokens * width)

@@ -1,0 +1,116 @@
+"""Gradients of the global batch, and what `fit` must check about devices before."""
+
+import contextlib
+
+import keras
+from keras import tree
+
+from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.distribution.replicas import (
+    num_replicas,
+    tensorflow_replica,
+    torch_distributed,
+)
+
+
+def prepare_replicas(model) -> None:
+    """Gives all replicas the same weights before the first step of a `fit`.
+
+    Raises:
+        ValueError: For a strategy under which Keras's `fit` does not work.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        strategy = model.distribute_strategy
+        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            raise ValueError(
+                "On TensorFlow, training on several machines does not work with Keras "
+                "3. Use `tf.distribute.MirroredStrategy` on one machine, or the JAX "
+                "backend: `keras.distribution.initialize()`, then `keras.distribution."
+                "set_distribution(keras.distribution.DataParallel())`. "
+                f"Received: strategy={type(strategy).__name__}"
+            )
+    elif keras.backend.backend() == "torch" and num_replicas() > 1:
+        for variable in [*model.variables, *model.optimizer.variables]:
+            torch_distributed().broadcast(variable.value.data, src=0)
+
+
+def strategy_replicas(model) -> int:
+    """How many replicas a model's TensorFlow strategy has; 1 on other backends."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    return model.distribute_strategy.num_replicas_in_sync
+
+
+def must_reduce_gradients() -> bool:
+    """Whether Keras's own gradients are not those of the global batch.
+
+    Keras clips each replica's gradients before it sums them on TensorFlow, and does not
+    reduce them at all on torch.
+    """
+    return keras.backend.backend() == "tensorflow" or num_replicas() > 1
+
+
+def reduce_gradients(gradients: list) -> list:
+    """The gradients of the global batch from those of this replica."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Keras squares the contributions of a repeated token before it sums them, so
+        # norms and the second moments of Adam would be wrong: make gradients dense.
+        gradients = [tf.convert_to_tensor(x) for x in gradients]
+        replica = tensorflow_replica()
+        if replica is None:
+            return gradients
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+    if num_replicas() == 1:
+        return gradients
+    reduce = torch_distributed().all_reduce
+    for work in [reduce(x, async_op=True) for x in gradients]:
+        work.wait()
+    return [x / num_replicas() for x in gradients]
+
+
+def apply_method() -> str:
+    """The method of an optimizer that Keras's training step calls."""
+    return "stateless_apply" if keras.backend.backend() == "jax" else "apply"
+
+
+def check_batch_size(model, batch_size: int | None, pairs: int | None = None) -> None:
+    """Raises if the replicas cannot share batches of a size.
+
+    Args:
+        model: A compiled model.
+        batch_size: Integer or `None`, the rows of this process.
+        pairs: Integer or `None`, the number of pairs in this process's arrays.
+    """
+    if keras.backend.backend() == "torch":
+        sizes = all_gather_object((batch_size, pairs))
+        if len({*sizes}) > 1:
+            raise ValueError(
+                "All processes must train on batches of the same size and, if on "
+                "arrays, on equally many pairs. Received: (batch_size, pairs) "
+                f"{sizes} by process"
+            )
+    replicas = strategy_replicas(model)
+    if replicas > 1 and (batch_size is None or batch_size % replicas):
+        raise ValueError(
+            "The number of replicas must divide the batch size, which must be known: "
+            "use a dataset with full batches, `dataset.batch(batch_size, "
+            f"drop_remainder=True)`. Received: batch_size={batch_size}, {replicas} "
+            "replicas"
+        )
+
+
+def wait_for(data):
+    """A context in which operations run only once the data is there.
+
+    When a TensorFlow step reaches the end of a dataset, operations that do not depend
+    on the batch would still run: counters of steps and metrics would advance by one.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies([x for x in tree.flatten(data) if x is not None])

@@ -1,0 +1,216 @@
+"""A `ContrastiveModel` for each kind of keras_hub backbone."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.models.contrastive_model import ContrastiveModel
+from keras_cluster_mask.models.encoders import (
+    call_encoder,
+    find_embedding_layer,
+    number_positions,
+    read_text_epsilon,
+    write_text_epsilon,
+)
+from keras_cluster_mask.models.head import (
+    INITIAL_LOGIT_BIAS,
+    INITIAL_TEMPERATURE,
+    ContrastiveHead,
+)
+from keras_cluster_mask.models.masked_encoder import with_masking
+from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
+
+
+class BackboneModel(ContrastiveModel):
+    """A `ContrastiveModel` around a keras_hub backbone of two towers.
+
+    It adds no weights to the backbone except for a masking's few numbers and, for a
+    sigmoid loss on a backbone without, the bias.
+
+    Args:
+        backbone: A keras_hub backbone.
+        head: The `ContrastiveHead` around the backbone's own parts.
+        masking: A `PatchMasking` layer, or `None`.
+        **kwargs: Arguments of `ContrastiveModel`, without the encoders.
+
+    Attributes:
+        backbone: The backbone that is trained.
+        masking: The masking, or `None`.
+    """
+
+    def __init__(self, backbone, head, masking=None, **kwargs):
+        encoder = backbone.vision_encoder
+        number_positions(find_embedding_layer(encoder))
+        if masking is not None:
+            encoder = with_masking(encoder, masking)
+        super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
+        self.backbone = backbone
+        self.masking = masking
+
+    def without_masking(self):
+        return type(self)(self.backbone, head=self.head, **self._options())
+
+    def get_config(self):
+        return {
+            **self._options(),
+            "backbone": keras.saving.serialize_keras_object(self.backbone),
+            "masking": keras.saving.serialize_keras_object(self.masking),
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class CLIPContrastiveModel(BackboneModel):
+    """A `ContrastiveModel` around a keras_hub CLIP backbone.
+
+    Made by `ContrastiveModel.from_backbone`, which see.
+
+    Args:
+        backbone: A `keras_hub.models.CLIPBackbone`.
+        masking: A `PatchMasking` layer, or `None`.
+        loss: `"softmax"` or `"sigmoid"`.
+        initial_temperature: Float, or `None` for the backbone's.
+        initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
+        max_logit_scale: Float. The scale never exceeds it.
+        head: A `ContrastiveHead` of the same backbone to use.
+        **kwargs: Arguments of `ContrastiveModel`, without the encoders and
+            `projection_dim`.
+
+    Attributes:
+        backbone: The backbone that is trained.
+        masking: The masking, or `None`.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        masking=None,
+        loss="softmax",
+        initial_temperature=None,
+        initial_logit_bias=None,
+        max_logit_scale=100.0,
+        head=None,
+        **kwargs,
+    ):
+        head = head or ContrastiveHead(
+            loss,
+            initial_temperature=initial_temperature,
+            initial_logit_bias=initial_logit_bias,
+            max_logit_scale=max_logit_scale,
+            image_projection=backbone.vision_projection,
+            text_projection=backbone.text_projection,
+            logit_scale=_prepared(backbone.clip_head.logit_scale, initial_temperature),
+            name="head",
+        )
+        super().__init__(backbone, head, masking, **kwargs)
+        # It takes the class token, which is never hidden.
+        backbone.vision_pooler.supports_masking = True
+
+    def image_features(self, images, training=None):
+        tokens = call_encoder(self.image_encoder, images, training)
+        return self.head.project_image(self.backbone.vision_pooler(tokens))
+
+    def text_features(self, token_ids, training=None):
+        tokens = call_encoder(self.text_encoder, token_ids, training)
+        # The backbone's `text_pooler` takes the token of the highest id, end-of-text,
+        # by an index, which torch exports only for one batch size.
+        end = ops.argmax(token_ids, axis=-1)[:, None]
+        end = ops.equal(ops.arange(ops.shape(tokens)[1], dtype=end.dtype), end)
+        pooled = ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
+        return self.head.project_text(pooled)
+
+    def get_config(self):
+        epsilon = read_text_epsilon(self.backbone)
+        return {**super().get_config(), "text_epsilon": epsilon}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        epsilon = config.pop("text_epsilon")
+        model = super().from_config(config, custom_objects)
+        write_text_epsilon(model.backbone, epsilon)
+        return model
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class SigLIPContrastiveModel(BackboneModel):
+    """A `ContrastiveModel` around a keras_hub SigLIP backbone.
+
+    Made by `ContrastiveModel.from_backbone`, which see. uint8 images are scaled to
+    `[-1, 1]`, as in SigLIP's training.
+
+    Args:
+        backbone: A `keras_hub.models.SigLIPBackbone`.
+        masking: A `PatchMasking` layer, or `None`.
+        loss: `"sigmoid"` or `"softmax"`.
+        initial_temperature: Float, or `None` for the backbone's; 0.1 for a fresh one.
+        initial_logit_bias: Float, or `None` for the backbone's; -10 for a fresh one.
+        max_logit_scale: Float. The scale never exceeds it.
+        pixel_mean: Three floats, or `None`.
+        pixel_std: Three floats.
+        head: A `ContrastiveHead` of the same backbone to use.
+        **kwargs: Arguments of `ContrastiveModel`, without the encoders and
+            `projection_dim`.
+
+    Attributes:
+        backbone: The backbone that is trained.
+        masking: The masking, or `None`.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        masking=None,
+        loss="sigmoid",
+        initial_temperature=None,
+        initial_logit_bias=None,
+        max_logit_scale=100.0,
+        pixel_mean=SIGLIP_MEAN,
+        pixel_std=SIGLIP_STD,
+        head=None,
+        **kwargs,
+    ):
+        own = backbone.siglip_head
+        if head is None:
+            # keras_hub starts at a scale of 1 and a bias of 0, from where a model would
+            # first have to learn that nearly all pairs are negatives.
+            scalars = own.logit_scale, own.logit_bias
+            is_fresh = not any(ops.convert_to_numpy(v) for v in scalars)
+            if is_fresh:
+                own.logit_scale.assign(-math.log(INITIAL_TEMPERATURE["sigmoid"]))
+                own.logit_bias.assign(INITIAL_LOGIT_BIAS)
+            if initial_logit_bias is not None and loss == "sigmoid":
+                own.logit_bias.assign(initial_logit_bias)
+            head = ContrastiveHead(
+                loss,
+                initial_temperature=initial_temperature,
+                initial_logit_bias=initial_logit_bias,
+                max_logit_scale=max_logit_scale,
+                logit_scale=_prepared(own.logit_scale, initial_temperature),
+                logit_bias=_prepared(own.logit_bias),
+                name="head",
+            )
+        super().__init__(
+            backbone,
+            head,
+            masking,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            **kwargs,
+        )
+
+
+ContrastiveModel.for_backbone.update(
+    CLIPBackbone=CLIPContrastiveModel, SigLIPBackbone=SigLIPContrastiveModel
+)
+
+
+def _prepared(scalar, temperature=None):
+    """A scale or bias of keras_hub's, set to an initial temperature if given."""
+    if temperature is not None and temperature > 0:
+        scalar.assign(-math.log(temperature))
+    # keras_hub's start from a Python number, a type of its own to JAX, which would
+    # compile the second step again.
+    scalar.assign(np.array(ops.convert_to_numpy(scalar)))
+    return scalar

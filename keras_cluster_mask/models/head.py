@@ -1,0 +1,205 @@
+import math
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.losses import sigmoid_row_losses, softmax_row_losses
+
+INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
+INITIAL_LOGIT_BIAS = -10.0
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class ContrastiveHead(keras.layers.Layer):
+    """What lies between the features of two encoders and the loss.
+
+    Projects features into a common space, and turns similarities of embeddings into the
+    loss, by a scale (1 / temperature) and, for the sigmoid loss, a bias. Part of a
+    `ContrastiveModel`, which makes it from its arguments.
+
+    Args:
+        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
+        projection_dim: Integer, the width of the common space. `None` takes the
+            features as they are.
+        initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid.
+        initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
+        max_logit_scale: Float. The scale never exceeds it.
+        image_projection: A layer to use instead of a new projection.
+        text_projection: Likewise.
+        logit_scale: A variable, the logarithm of the scale, to use instead of a new
+            one.
+        logit_bias: A variable to use instead of a new one.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Attributes:
+        image_projection: Layer or `None`.
+        text_projection: Layer or `None`.
+        logit_scale: float32 variable, the logarithm of the scale.
+        logit_bias: float32 variable, or `None` for softmax.
+
+    Reference:
+        - [Learning Transferable Visual Models From Natural Language Supervision](
+          https://arxiv.org/abs/2103.00020)
+        - [Sigmoid Loss for Language Image Pre-Training](
+          https://arxiv.org/abs/2303.15343)
+    """
+
+    def __init__(
+        self,
+        loss="softmax",
+        projection_dim=None,
+        initial_temperature=None,
+        initial_logit_bias=None,
+        max_logit_scale=100.0,
+        image_projection=None,
+        text_projection=None,
+        logit_scale=None,
+        logit_bias=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        # Projections cast for themselves.
+        self.autocast = False
+        _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale)
+        self.loss = loss
+        self.projection_dim = projection_dim
+        self.initial_temperature = initial_temperature
+        self.initial_logit_bias = initial_logit_bias
+        self.max_logit_scale = float(max_logit_scale)
+        if projection_dim is not None:
+            image_projection, text_projection = (
+                keras.layers.Dense(projection_dim, use_bias=False, name=name)
+                for name in ("image_projection", "text_projection")
+            )
+        self.image_projection = image_projection
+        self.text_projection = text_projection
+        if logit_scale is None:
+            temperature = initial_temperature or INITIAL_TEMPERATURE[loss]
+            logit_scale = self._add_scalar("logit_scale", -math.log(temperature))
+        if loss == "softmax":
+            logit_bias = None
+        elif logit_bias is None:
+            if initial_logit_bias is None:
+                initial_logit_bias = INITIAL_LOGIT_BIAS
+            logit_bias = self._add_scalar("logit_bias", initial_logit_bias)
+        self.logit_scale, self.logit_bias = logit_scale, logit_bias
+        # Keeps the weight itself in range, so that it can return at once.
+        self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
+        self.built = True
+
+    def build_projections(self, image_width, text_width):
+        """Builds the projections, or checks that the features need none.
+
+        Args:
+            image_width: Integer, or `None` if it is not known yet.
+            text_width: Integer, or `None` if it is not known yet.
+        """
+        widths = image_width, text_width
+        if None in widths:
+            return
+        if self.image_projection is None and image_width != text_width:
+            raise ValueError(
+                "`image_encoder` and `text_encoder` must return features of the "
+                "same width; or pass `projection_dim` to map both to a common "
+                f"one. Received: widths {image_width} and {text_width}"
+            )
+        projections = self.image_projection, self.text_projection
+        for projection, width in zip(projections, widths):
+            # Those of a backbone, or of a head that is used again, are built.
+            if projection is not None and not projection.built:
+                projection.build((None, width))
+
+    def project_image(self, features):
+        """Features of images in the common space, not normalised."""
+        projection = self.image_projection
+        return features if projection is None else projection(features)
+
+    def project_text(self, features):
+        """Features of texts in the common space, not normalised."""
+        projection = self.text_projection
+        return features if projection is None else projection(features)
+
+    @property
+    def scale(self):
+        """The scale of the logits, 1 / temperature, at most `max_logit_scale`."""
+        # The clip passes gradients, so that a scale above the limit (of averaged or
+        # loaded weights) is still trained back.
+        log_scale = ops.cast(ops.convert_to_tensor(self.logit_scale), "float32")
+        clipped = ops.minimum(log_scale, math.log(self.max_logit_scale))
+        return ops.exp(log_scale + ops.stop_gradient(clipped - log_scale))
+
+    @property
+    def loss_weights(self):
+        """The scalars that `row_losses` takes, as a list of tensors."""
+        scale = self.scale
+        return [scale] if self.logit_bias is None else [scale, self.logit_bias]
+
+    def row_losses(self, similarities, positives, weights):
+        """What each of some pairs contributes to the loss, `(rows,)`.
+
+        Args:
+            similarities: Pair of `(rows, batch)` tensors, see `losses.compare`.
+            positives: `(rows, batch)` float tensor of zeros and ones.
+            weights: `loss_weights`.
+        """
+        if self.loss == "softmax":
+            return softmax_row_losses(*similarities, positives, *weights)
+        return sigmoid_row_losses(similarities[0], positives, *weights)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "loss": self.loss,
+            "projection_dim": self.projection_dim,
+            "initial_temperature": self.initial_temperature,
+            "initial_logit_bias": self.initial_logit_bias,
+            "max_logit_scale": self.max_logit_scale,
+        }
+
+    def _add_scalar(self, name, value):
+        return self.add_weight(
+            shape=(),
+            initializer=keras.initializers.Constant(value),
+            dtype="float32",
+            autocast=False,
+            name=name,
+        )
+
+
+def l2_normalize(features):
+    """Float32 rows of length 1, with a finite gradient at 0."""
+    # `keras.ops.normalize` has a NaN gradient at a zero vector on JAX and torch.
+    x = ops.cast(features, "float32")
+    length = ops.sum(ops.square(x), axis=-1, keepdims=True)
+    return x * ops.rsqrt(ops.maximum(length, 1e-12))
+
+
+def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale):
+    if loss not in INITIAL_TEMPERATURE:
+        raise ValueError(
+            f"`loss` must be one of {sorted(INITIAL_TEMPERATURE)}. "
+            f"Received: loss={loss!r}"
+        )
+    if initial_temperature is not None and initial_temperature <= 0:
+        raise ValueError(
+            "`initial_temperature` must be greater than 0. "
+            f"Received: initial_temperature={initial_temperature}"
+        )
+    if initial_logit_bias is not None and loss == "softmax":
+        raise ValueError(
+            "`initial_logit_bias` is for loss='sigmoid'. "
+            f"Received: initial_logit_bias={initial_logit_bias}, loss='softmax'"
+        )
+    if max_logit_scale <= 0:
+        raise ValueError(
+            "`max_logit_scale` must be greater than 0. "
+            f"Received: max_logit_scale={max_logit_scale}"
+        )
+
+
+class _AtMost(keras.constraints.Constraint):
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __call__(self, weight):
+        return ops.minimum(weight, ops.cast(self.limit, weight.dtype))

@@ -1,0 +1,66 @@
+import keras
+
+# The first matrices of each block are sharded by heads and hidden units, the second
+# ones likewise on their inputs: one all-reduce per attention and one per MLP.
+LAYOUTS = {
+    r"attention/(query|key|value)/kernel": (None, "model", None),
+    r"attention/(query|key|value)/bias": ("model", None),
+    r"attention/attention_output/kernel": ("model", None, None),
+    r"dense_1/kernel": (None, "model"),
+    r"dense_1/bias": ("model",),
+    r"dense_2/kernel": ("model", None),
+}
+
+
+def clip_layout_map(device_mesh, axis="model"):
+    """The layout of a CLIP model's weights on devices that share a model.
+
+    For models that do not fit one device: attention heads and hidden units of both
+    towers' blocks are sharded over the devices along one axis of the mesh. All other
+    weights, which are few, are replicated. Works on JAX, the backend on which Keras has
+    `ModelParallel`. The model must be made after the distribution is set.
+
+    Example:
+
+    ```python
+    if keras.backend.backend() == "jax":
+        devices = keras.distribution.list_devices()
+        mesh = keras.distribution.DeviceMesh(
+            (1, len(devices)), ["batch", "model"], devices
+        )
+        distribution = keras.distribution.ModelParallel(
+            layout_map=kcm.models.clip_layout_map(mesh),
+            batch_dim_name="batch",
+            auto_shard_dataset=False,
+        )
+        with distribution.scope():
+            backbone = kcm.models.clip_backbone("tiny", 32, vocabulary_size=100)
+            model = kcm.ContrastiveModel.from_backbone(backbone)
+    ```
+
+    Args:
+        device_mesh: A `keras.distribution.DeviceMesh`. The number of heads of both
+            towers must be divisible by its devices along `axis`.
+        axis: String. The axis of the mesh along which the weights are sharded.
+
+    Returns:
+        A `keras.distribution.LayoutMap` for a keras_hub `CLIPBackbone` and the
+        optimizer that trains it.
+
+    Raises:
+        ValueError: If the mesh has no such axis.
+
+    Reference:
+        - [Megatron-LM](https://arxiv.org/abs/1909.08053), section 3.
+    """
+    if axis not in device_mesh.axis_names:
+        raise ValueError(
+            "`axis` must name an axis of `device_mesh`. Received: "
+            f"axis={axis!r}, axes {list(device_mesh.axis_names)}"
+        )
+    layouts = keras.distribution.LayoutMap(device_mesh)
+    for path, layout in LAYOUTS.items():
+        named = tuple(axis if each == "model" else each for each in layout)
+        # Whatever the encoder's name, which comes first.
+        layouts[rf".*encoder_block_\d+/{path}"] = named
+    return layouts

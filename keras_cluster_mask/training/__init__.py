@@ -1,0 +1,1 @@
+"""What one `fit` does: inputs, micro-batches, the loss, the optimizer, checkpoints."""

@@ -1,0 +1,182 @@
+"""Checkpoints: the state of a training run as arrays, and files of them."""
+
+import json
+import os
+import pathlib
+import warnings
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+from keras_cluster_mask.distribution.processes import to_numpy
+
+PREFIX, BEST, SUFFIX = "step-", "best", ".npz"
+
+# What a layer's configuration says without an effect on what is computed.
+INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
+# What may differ between a run and its continuation.
+FREE_OPTIONS = ("name", "micro_batch_size", "gradient_checkpointing")
+FREE_METRICS = ("gradient_norm",)
+
+# === The state of a run ===
+
+
+def read_state(model) -> dict[str, np.ndarray]:
+    """Weights, seeds, optimizer and metrics as NumPy arrays."""
+    return {
+        f"{group}/{index}": np.array(to_numpy(variable))
+        for group, variables in _groups(model).items()
+        for index, variable in enumerate(variables)
+    }
+
+
+def write_state(model, state, groups=("model", "optimizer")):
+    """Assigns arrays of `read_state`, those of some groups."""
+    for group in groups:
+        for index, variable in enumerate(_groups(model)[group]):
+            key = f"{group}/{index}"
+            # A metric that is new in the continuation starts with it.
+            if key in state or group != "metrics":
+                variable.assign(state[key])
+
+
+def describe(model) -> dict:
+    """What a checkpoint must fit: a flat dictionary of JSON values by field."""
+    fields, groups = {}, _groups(model)
+    metrics = [x for x in model.metrics if x.name not in FREE_METRICS]
+    groups["metrics"] = [v for metric in metrics for v in metric.variables]
+    for group, variables in groups.items():
+        fields[f"{group}.number of variables"] = len(variables)
+        for index, variable in enumerate(variables):
+            shape = [*variable.shape]
+            fields[f"{group}.{index} ({variable.path})"] = [shape, str(variable.dtype)]
+    fields["optimizer"] = type(model.optimizer).__name__
+    for key, value in model.get_config().items():
+        if key not in FREE_OPTIONS and not isinstance(value, dict):
+            fields[key] = value
+    for index, masking in enumerate(model.maskings):
+        prefix = f"maskings[{index}]"
+        fields[f"{prefix}.class"] = type(masking).__name__
+        for key, value in masking.get_config().items():
+            if key not in INCIDENTAL:
+                fields[f"{prefix}.{key}"] = value
+    return fields
+
+
+def differences(saved: dict, wanted: dict) -> list[str]:
+    """How two descriptions differ, a line for each field that does."""
+    # As they are read from a file, and without names, which count Keras's layers.
+    saved, wanted = (
+        {field.split(" (")[0]: value for field, value in fields.items()}
+        for fields in (saved, json.loads(json.dumps(wanted)))
+    )
+    return [
+        f"{field}: {saved.get(field, 'nothing')!r} in the checkpoint, "
+        f"{wanted.get(field, 'nothing')!r} in the model"
+        for field in [*wanted, *(saved.keys() - wanted.keys())]
+        if saved.get(field) != wanted.get(field)
+    ]
+
+
+def _groups(model):
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return {
+        "model": model.variables,
+        "optimizer": model.optimizer.variables,
+        "metrics": model.metrics_variables,
+    }
+
+
+# === Files ===
+
+
+class CheckpointFiles:
+    """Checkpoints `step-000000042.npz` in a folder, and `best.npz`.
+
+    A reader, or a run that is killed at any moment, finds a whole file or none: each is
+    written beside its place and then renamed.
+
+    Args:
+        folder: str or path. Made if it does not exist.
+        keep: Integer, how many of the last are kept; `best` is kept besides.
+    """
+
+    def __init__(self, folder, keep=1):
+        self.folder = pathlib.Path(folder)
+        self.keep = keep
+
+    def write(self, step, arrays, facts) -> pathlib.Path:
+        """Writes a checkpoint, then removes the oldest of more than `keep`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{PREFIX}{step:09}{SUFFIX}"
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        arrays = dict(arrays)
+        # NumPy's files do not know bfloat16.
+        halves = [k for k, v in arrays.items() if v.dtype == ml_dtypes.bfloat16]
+        arrays.update({key: arrays[key].view("uint16") for key in halves})
+        facts = json.dumps({**facts, "bfloat16": halves})
+        arrays["facts"] = np.frombuffer(facts.encode(), "uint8")
+        try:
+            with unfinished.open("wb") as file:
+                np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            self._sync_folder()
+        finally:
+            unfinished.unlink(missing_ok=True)
+        for old in self.paths()[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def mark_best(self, path):
+        """Makes a written checkpoint the best one."""
+        link = self.folder / f".{BEST}.{os.getpid()}.tmp"
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        link.replace(self.folder / f"{BEST}{SUFFIX}")
+        self._sync_folder()
+
+    def paths(self) -> list[pathlib.Path]:
+        """The checkpoints, from the oldest to the last."""
+        return sorted(self.folder.glob(f"{PREFIX}*{SUFFIX}"))
+
+    def last_step(self) -> int:
+        """The step of the last checkpoint, or -1."""
+        paths = self.paths()
+        return int(paths[-1].stem.removeprefix(PREFIX)) if paths else -1
+
+    def read_last(self):
+        """The last checkpoint that can be read: `(path, arrays, facts)`, or `None`."""
+        for stale in self.folder.glob(".*.tmp"):
+            stale.unlink(missing_ok=True)
+        for path in reversed(self.paths()):
+            try:
+                return path, *read_checkpoint(path)
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                warnings.warn(
+                    f"The checkpoint {path} cannot be read ({error}); trying the one "
+                    "before.",
+                    stacklevel=2,
+                )
+        return None
+
+    def _sync_folder(self):
+        # Otherwise a power cut may lose the new name, though not the file.
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_checkpoint(path) -> tuple[dict, dict]:
+    """The arrays and the facts of a checkpoint."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    facts = json.loads(arrays.pop("facts").tobytes())
+    for key in facts.pop("bfloat16"):
+        arrays[key] = arrays[key].view(ml_dtypes.bfloat16)
+    return arrays, facts

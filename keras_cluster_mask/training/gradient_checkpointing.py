@@ -1,0 +1,178 @@
+"""Gradient checkpointing: transformer blocks that keep only their input."""
+
+import contextlib
+
+import keras
+from keras import ops, tree
+
+from keras_cluster_mask.distribution.chunks import recompute
+from keras_cluster_mask.training.layers import all_layers, state_variables
+
+
+def find_blocks(model, names, known):
+    """The layers of a model that gradient checkpointing applies to.
+
+    Args:
+        model: A Keras model.
+        names: Boolean, or a list of names of layers.
+        known: Names of the classes that are blocks, for `True`.
+
+    Returns:
+        A list of layers.
+
+    Raises:
+        ValueError: If there is none, or none of a name.
+    """
+    if not names:
+        return []
+    layers = [layer for layer in all_layers(model) if layer is not model]
+    if names is True:
+        blocks = [x for x in layers if type(x).__name__ in known]
+        missing = [] if blocks else ["a block of a known class"]
+    else:
+        blocks = [x for x in layers if x.name in names]
+        missing = sorted(set(names) - {x.name for x in blocks})
+    if missing:
+        raise ValueError(
+            "`gradient_checkpointing=True` finds the layers of the classes "
+            f"{', '.join(known)}; for others pass a list of their names. Received: "
+            f"gradient_checkpointing={names!r}, and the model lacks "
+            f"{', '.join(missing)}"
+        )
+    return blocks
+
+
+@contextlib.contextmanager
+def checkpointed(blocks):
+    """Within, blocks recompute their activations for the gradients."""
+    for block in blocks:
+        if not isinstance(block.call, _Recomputed):
+            block.call = _Recomputed(block)
+        # TensorFlow runs replicas in threads, which enter one after the other.
+        block.call.users += 1
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.call.users -= 1
+            if not block.call.users:
+                del block.call
+
+
+class _Recomputed:
+    """The `call` of a block that is recomputed for its gradients."""
+
+    def __init__(self, block):
+        self.block = block
+        self.own_call = block.call
+        self.users = 0
+        self.inside = False
+
+    def __call__(self, tokens, *args, **kwargs):
+        if self.inside:
+            return self.own_call(tokens, *args, **kwargs)
+        # Passed on even by a block without such an argument. While the block is
+        # recomputed, no model around it is being called that would pass it.
+        kwargs.setdefault("training", True)
+        given = tree.flatten((args, kwargs))
+        tensors = {i: x for i, x in enumerate(given) if ops.is_tensor(x)}
+        variables, updated = self.block.variables, []
+
+        def run(values, tokens, masks, tensors):
+            rest = [tensors.get(i, x) for i, x in enumerate(given)]
+            rest = tree.pack_sequence_as((args, kwargs), rest)
+            outputs, losses, after = call_statelessly(
+                lambda: self.call_block(tokens, masks, *rest), variables, values
+            )
+            updated[:] = [v for v, x in zip(variables, after) if x is not None]
+            return outputs, losses, [x for x in after if x is not None]
+
+        def recomputed(tokens, mask):
+            masks = [] if mask is None else [mask]
+            values = snapshot(self.block, variables)
+            return recompute(run, values, tokens, masks, tensors)
+
+        outputs, losses, values = _WithMask(recomputed)(tokens)
+        for variable, value in zip(updated, values):
+            variable.assign(value)
+        if losses:
+            self.block.add_loss(losses)
+        return outputs
+
+    def call_block(self, tokens, masks, args, kwargs):
+        for mask in masks:
+            tokens = _PutMask()(tokens, mask=mask)
+        block = self.block
+        # All of `__call__`, which handles `training` and the dtype policy, except for
+        # the regularizer, which the call around this one adds.
+        regularizer, block.activity_regularizer = block.activity_regularizer, None
+        self.inside = True
+        try:
+            return block(tokens, *args, **kwargs)
+        finally:
+            self.inside = False
+            block.activity_regularizer = regularizer
+
+
+class _WithMask(keras.layers.Layer):
+    """Calls a function on tokens and the Keras mask that they carry, if any."""
+
+    def __init__(self, function):
+        super().__init__(name="with_mask")
+        self.function = function
+        # Weights are passed in the precision they have.
+        self.autocast = False
+        self.supports_masking = True
+
+    def call(self, tokens, mask=None):
+        return self.function(tokens, mask)
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return None
+
+
+class _PutMask(keras.layers.Layer):
+    """Lets tokens carry a Keras mask."""
+
+    def __init__(self):
+        super().__init__(name="put_mask")
+        self.autocast = False
+        self.supports_masking = True
+
+    def call(self, tokens, mask):
+        return tokens
+
+
+# === Layers as functions of their variables ===
+
+
+def call_statelessly(function, variables, values):
+    """Calls a function as if variables had other values, and does not change them.
+
+    Args:
+        function: Function without arguments that calls layers.
+        variables: List of all variables of the layers.
+        values: List of tensors, one for each.
+
+    Returns:
+        A tuple: what the function returns; a list with the loss that layers added, if
+        any did; and a list of the new values of the variables, `None` for those that
+        were not assigned.
+    """
+    mapping = list(zip(variables, values))
+    with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        before = [scope.get_current_value(v) for v in variables]
+        outputs = function()
+        losses = [sum(map(ops.sum, scope.losses))] if scope.losses else []
+    after = [scope.get_current_value(v) for v in variables]
+    return outputs, losses, [None if x is y else y for x, y in zip(before, after)]
+
+
+def snapshot(layer, variables):
+    """The current values of variables, unaffected by later assignments.
+
+    Weights are not copied, frozen or not: nothing assigns them before the gradients are
+    known, and they may be large.
+    """
+    weights = {id(v) for v in layer.weights} - {id(v) for v in state_variables(layer)}
+    return [v if id(v) in weights else ops.copy(v) for v in variables]

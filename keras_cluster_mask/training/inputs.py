@@ -1,0 +1,200 @@
+"""Checks of what `fit`, `evaluate` and `predict` are given, before they start."""
+
+import contextlib
+import dataclasses
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.distribution.processes import process_index_and_count
+
+KEYS = ("images", "token_ids")
+FOREIGN = (
+    "`token_ids` must be in the text encoder's vocabulary, [0, {}). "
+    "Were they made by another tokenizer?"
+)
+LONELY = (
+    "A contrastive loss compares the pairs of a batch, so it needs at least two pairs."
+)
+
+
+def check_data(data, vocabulary_size=None, batch_size=None):
+    """Checks data for a `ContrastiveModel`, and hands it over as Keras takes it.
+
+    Arrays are checked whole. A `tf.data.Dataset` and `ImageTextBatches` get a check of
+    every batch, on the host, as part of their pipeline. Strings, such as keys and
+    captions, are left out, as no model takes them. Other iterables are returned
+    unchanged.
+
+    Args:
+        data: What the user passed as `x`, or as `validation_data`.
+        vocabulary_size: Integer or `None`, the text encoder's.
+        batch_size: Integer, the batch size that arrays are trained in; `None` if
+            the data is not for training.
+
+    Returns:
+        The data, with a check added where it has to run per batch. `ImageTextBatches`
+        become a `tf.data.Dataset` on TensorFlow, else a generator: one pass.
+    """
+    training = batch_size is not None
+    if isinstance(data, dict):
+        _check_keys(data)
+        if vocabulary_size is not None:
+            check_ids(data["token_ids"], vocabulary_size)
+        if training and len(data["images"]) % batch_size == 1:
+            raise ValueError(
+                f"{LONELY} The last batch of these arrays would be one. Received: "
+                f"{len(data['images'])} pairs, batch_size={batch_size}"
+            )
+        if any(map(_holds_strings, data.values())):
+            data = {k: v for k, v in data.items() if not _holds_strings(v)}
+    elif isinstance(data, (tuple, list)) and data and isinstance(data[0], dict):
+        data = (check_data(data[0], vocabulary_size, batch_size), *data[1:])
+    elif hasattr(data, "as_dataset") and keras.backend.backend() == "tensorflow":
+        data = check_data(data.as_dataset(), vocabulary_size, batch_size)
+    elif hasattr(data, "as_dataset"):
+        _check_keys(data.element_spec)
+        data = _checked_stream(data, vocabulary_size, training)
+    elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
+        _check_keys(data.element_spec)
+        if any(spec.dtype == "string" for spec in data.element_spec.values()):
+            data = data.map(_without_strings)
+        if training or vocabulary_size is not None:
+            data = data.map(lambda batch: _checked(batch, vocabulary_size, training))
+    return data
+
+
+@contextlib.contextmanager
+def until_the_end():
+    """Suppresses Keras's warning at the end of data of unknown length."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Your input ran out of data", UserWarning)
+        yield
+
+
+def check_input(inputs):
+    """Checks the inputs of a call."""
+    if not isinstance(inputs, dict):
+        raise ValueError(
+            "`inputs` must be a dictionary with the keys 'images' and 'token_ids'. "
+            f"Received: inputs of type {type(inputs).__name__}"
+        )
+    _check_keys(inputs)
+
+
+def check_ids(ids, vocabulary_size: int):
+    """Raises an error for token ids that a vocabulary does not have."""
+    ids = ids if isinstance(ids, np.ndarray) else ops.convert_to_numpy(ids)
+    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary_size):
+        raise ValueError(
+            f"{FOREIGN.format(vocabulary_size)} "
+            f"Received: ids from {ids.min()} to {ids.max()}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSize:
+    """What a step trains on, as far as it is known in advance.
+
+    Attributes:
+        batch_size: Integer, the pairs of a step on all devices together.
+        pairs: Integer, the pairs of an epoch, if the last batch may not be full.
+        image_shape: tuple of the shape of an image, with `None` for unknown sides.
+        text_length: Integer or `None`, the tokens of a text.
+    """
+
+    batch_size: int
+    pairs: int | None
+    image_shape: tuple
+    text_length: int | None
+
+    def samples(self, steps: int) -> int:
+        """The pairs in so many steps of an epoch."""
+        samples = steps * self.batch_size
+        return samples if self.pairs is None else min(samples, self.pairs)
+
+    @classmethod
+    def of(cls, data, batch_size: int):
+        """The step size of what is passed to `fit`, or `None` if it is not known.
+
+        Args:
+            data: A dictionary of arrays, a `tf.data.Dataset`, `ImageTextBatches`, or
+                anything else.
+            batch_size: Integer, of arrays.
+        """
+        rows, pairs = rows_of(data), None
+        if isinstance(data, dict):
+            images, ids = data["images"], data["token_ids"]
+            pairs = len(images)
+            rows = min(batch_size, pairs)
+        elif rows is not None:
+            images, ids = (data.element_spec[key] for key in KEYS)
+        else:
+            return None
+        _, processes = process_index_and_count(training=True)
+        return cls(
+            batch_size=rows * processes,
+            pairs=None if pairs is None else pairs * processes,
+            image_shape=tuple(images.shape[1:]),
+            text_length=ids.shape[1],
+        )
+
+
+def rows_of(data) -> int | None:
+    """The rows of a batch of data with an `element_spec`, or `None` if unknown."""
+    spec = getattr(data, "element_spec", None)
+    return spec["token_ids"].shape[0] if isinstance(spec, dict) else None
+
+
+def _check_keys(batch):
+    missing = [key for key in KEYS if key not in batch]
+    if missing:
+        raise ValueError(
+            f"A batch must have the keys 'images' and 'token_ids'; missing: {missing}. "
+            f"Received: keys={sorted(batch)}"
+        )
+
+
+def _checked_stream(batches, vocabulary_size, training):
+    names = [k for k, spec in batches.element_spec.items() if spec.dtype != "string"]
+    for batch in batches:
+        if vocabulary_size is not None:
+            check_ids(batch["token_ids"], vocabulary_size)
+        if training and len(batch["images"]) < 2:
+            raise ValueError(f"{LONELY} Received: a batch of {len(batch['images'])}")
+        # Keras takes tuples alone from generators.
+        yield ({name: batch[name] for name in names},)
+
+
+def _holds_strings(array):
+    if isinstance(array, list):
+        array = np.asarray(array)
+    return isinstance(array, np.ndarray) and array.dtype.kind in "SUO"
+
+
+def _without_strings(batch):
+    return {key: value for key, value in batch.items() if value.dtype != "string"}
+
+
+def _checked(batch, vocabulary_size, training):
+    # Only reached with a `tf.data.Dataset`, so tensorflow is installed.
+    import tensorflow as tf
+
+    ids = batch["token_ids"]
+    checks = []
+    if vocabulary_size is not None:
+        message = FOREIGN.format(vocabulary_size)
+        wide = tf.cast(ids, "int64")
+        checks.append(tf.debugging.assert_non_negative(wide, message=message))
+        checks.append(
+            tf.debugging.assert_less(
+                wide, tf.constant(vocabulary_size, "int64"), message=message
+            )
+        )
+    if training:
+        size = tf.shape(ids)[0]
+        checks.append(tf.debugging.assert_greater(size, 1, message=LONELY))
+    with tf.control_dependencies(checks):
+        return {**batch, "token_ids": tf.identity(ids)}

@@ -1,0 +1,120 @@
+"""Embeds a batch some rows at a time, with the result of embedding it at once."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks, take_chunk
+from keras_cluster_mask.distribution.replicas import local_rows, num_replicas
+from keras_cluster_mask.masking.patch_masking import part_of_batch
+from keras_cluster_mask.training.gradient_checkpointing import (
+    call_statelessly,
+    snapshot,
+)
+from keras_cluster_mask.training.inputs import KEYS
+
+
+def embed_in_micro_batches(model, inputs, micro_batch_size):
+    """The embeddings of a training batch, with the activations of one chunk in memory.
+
+    State is updated as by one large batch:
+
+    - Maskings draw the noise of the whole batch; each chunk takes its rows.
+    - Other seeds advance from chunk to chunk, so that no two share their dropout.
+    - Averages, such as a batch normalisation's or a masking's ratio, start from the
+      step's own state in every chunk and are averaged over chunks.
+    - Counters, such as a masking's step, advance once.
+
+    Args:
+        model: `ContrastiveModel`.
+        inputs: Dictionary of a batch.
+        micro_batch_size: Integer.
+
+    Returns:
+        A tuple: a dictionary of embeddings `(batch, d)`, and a list with the loss that
+        layers added, if any did.
+    """
+    rows = inputs["token_ids"].shape[0]
+    num_chunks = _num_chunks(rows, num_replicas(), micro_batch_size)
+    batch_size = rows * num_replicas()
+    seeds = _seeds(model)
+    in_seeds = {id(seed) for seed in seeds}
+    weights = model.trainable_variables
+    others = [v for v in model.non_trainable_variables if id(v) not in in_seeds]
+    variables = [*weights, *others, *seeds]
+    updated = []
+
+    def embed(values, seed_values, index, chunk):
+        def chunk_rows(noise):
+            return take_chunk(local_rows(noise), index, num_chunks)
+
+        with part_of_batch(batch_size, chunk_rows):
+            outputs, extra_losses, after = call_statelessly(
+                lambda: model.embed(chunk, training=True),
+                variables,
+                [*values, *seed_values],
+            )
+        after, seeds_after = after[: len(values)], after[len(values) :]
+        # Only what was assigned: frozen weights would be stacked too.
+        updated[:] = [v for v, x in zip(variables, after) if x is not None]
+        assigned = [x for x in after if x is not None]
+        seed_values = [y if x is None else x for x, y in zip(seeds_after, seed_values)]
+        return (outputs, extra_losses, assigned), seed_values
+
+    (embeddings, extra_losses, assigned), seed_values = map_chunks(
+        embed,
+        num_chunks,
+        weights=snapshot(model, [*weights, *others]),
+        state=snapshot(model, seeds),
+        rows={key: inputs[key] for key in KEYS},
+    )
+    for seed, value in zip(seeds, seed_values):
+        seed.assign(value)
+    for variable, values in zip(updated, assigned):
+        is_average = keras.backend.is_float_dtype(variable.dtype)
+        variable.assign(ops.mean(values, axis=0) if is_average else values[0])
+    embeddings = {name: merge_chunks(value) for name, value in embeddings.items()}
+    return embeddings, [ops.mean(values) for values in extra_losses]
+
+
+@contextlib.contextmanager
+def rows_of_replica(inputs):
+    """Within, each replica masks its rows as they are masked in the global batch."""
+    replicas = num_replicas()
+    if replicas == 1:
+        yield
+        return
+    rows = inputs["token_ids"].shape[0]
+    with part_of_batch(rows * replicas, local_rows):
+        yield
+
+
+def _seeds(model):
+    """The states of all seed generators except the maskings'."""
+    excluded = {id(v) for v in model.weights}
+    excluded.update(id(masking.seed_generator.state) for masking in model.maskings)
+    return [v for v in model.non_trainable_variables if id(v) not in excluded]
+
+
+def _num_chunks(rows, replicas, micro_batch_size):
+    if rows is None:
+        raise ValueError(
+            "Micro-batches need a batch size that is known: use a dataset whose last "
+            "batch is full, for example `dataset.batch(batch_size, "
+            "drop_remainder=True)`. Received: a batch of unknown size, "
+            f"micro_batch_size={micro_batch_size}"
+        )
+    batch_size = rows * replicas
+    if batch_size % micro_batch_size:
+        raise ValueError(
+            "`micro_batch_size` must divide the batch size. Received: "
+            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}"
+        )
+    if micro_batch_size % replicas:
+        raise ValueError(
+            "`micro_batch_size` counts pairs on all replicas together, whose number "
+            f"must divide it. Received: micro_batch_size={micro_batch_size}, "
+            f"{replicas} replicas"
+        )
+    return batch_size // micro_batch_size

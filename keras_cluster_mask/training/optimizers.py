@@ -1,0 +1,234 @@
+"""What an optimizer of a `ContrastiveModel` does beyond Keras's.
+
+Learning rates by tower, weight decay on matrices alone, gradients of the global batch,
+and their norm. Keras has no public hook for the first two, so this file replaces
+methods of one optimizer instance, some of them private (`PRIVATE`). A test fails if a
+version of Keras lacks them.
+"""
+
+import math
+import threading
+from functools import cache, partial
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.distribution import gradients as distribution
+
+# Methods of `keras.optimizers.Optimizer` that are replaced on an instance or called.
+PRIVATE = (
+    "_apply_weight_decay",
+    "_backend_update_step",
+    "_get_current_learning_rate",
+    "_use_weight_decay",
+)
+REPLACED = "build", "_backend_update_step", "_apply_weight_decay"
+
+
+def configure(optimizer, variables, find_factors, decay_vectors):
+    """Sets what a compiled optimizer does to which weights.
+
+    Args:
+        optimizer: A Keras optimizer.
+        variables: The trainable variables of the model.
+        find_factors: Function without arguments that returns a dictionary of factors
+            on the learning rate by the variables' ids; `None` if there are none.
+        decay_vectors: Boolean. Whether weight decay applies to biases and vectors too.
+    """
+    own = inner_optimizer(optimizer)
+    # An optimizer may be compiled again, with other options.
+    for name in REPLACED:
+        vars(own).pop(name, None)
+    if not decay_vectors:
+        # A `MultiOptimizer` passes weights on to others.
+        for each in getattr(own, "optimizers", [own]):
+            exclude_vectors_from_decay(each, variables)
+    if find_factors is not None:
+        multiply_learning_rate(own, find_factors)
+
+
+def check_multipliers(multipliers: dict, towers) -> dict:
+    """`multipliers` with values as floats, checked."""
+    for name, factor in multipliers.items():
+        if name not in towers:
+            raise ValueError(
+                "`learning_rate_multipliers` must have towers as keys, of "
+                f"{sorted(towers)}. Received: {name!r}"
+            )
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                "`learning_rate_multipliers` must be finite and not negative. "
+                f"Received: {name!r}: {factor}"
+            )
+    return {name: float(factor) for name, factor in multipliers.items()}
+
+
+def inner_optimizer(optimizer):
+    """The optimizer that updates weights, inside of a `LossScaleOptimizer`."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+# === Gradients of the global batch ===
+
+
+def use_global_gradients(model):
+    """Makes the optimizer apply the gradients of the global batch, and see their norm.
+
+    Gradients are reduced before they are clipped, so that all replicas clip alike.
+    """
+    optimizer, norm = model.optimizer, model.gradient_norm
+    name = distribution.apply_method()
+    vars(optimizer).pop(name, None)
+    if distribution.strategy_replicas(model) > 1:
+        # They are summed before.
+        inner_optimizer(optimizer)._all_reduce_sum_gradients = list
+    reduces = distribution.must_reduce_gradients()
+    if not reduces and norm is None:
+        return
+    wrap = _stateless_apply if name == "stateless_apply" else _apply
+    setattr(optimizer, name, partial(wrap, getattr(optimizer, name), optimizer, norm))
+
+
+def _apply(apply, optimizer, norm, gradients, *args):
+    gradients = list(gradients)
+    reduced = iter(
+        distribution.reduce_gradients([x for x in gradients if x is not None])
+    )
+    gradients = [x if x is None else next(reduced) for x in gradients]
+    if norm is not None:
+        norm.record(gradients)
+    return apply(gradients, *args)
+
+
+def _stateless_apply(apply, optimizer, norm, variables, gradients, *args):
+    with keras.StatelessScope(list(zip(optimizer.variables, variables))):
+        norm.record(gradients)
+    return apply(variables, gradients, *args)
+
+
+class GradientNorm:
+    """The L2 norm of the gradients of a step, averaged over steps."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.metric = keras.metrics.Mean(name="gradient_norm")
+        # TensorFlow runs the step of each replica in a thread of its own.
+        self._step = threading.local()
+
+    def record(self, gradients):
+        """Called with the gradients of the global batch before they are applied."""
+        # Unscaled first, as squares of scaled gradients may overflow.
+        scale = self.optimizer.scale_loss(1.0)
+        gradients = [ops.cast(x, "float32") / scale for x in gradients if x is not None]
+        self._step.norm = ops.sqrt(sum(ops.sum(ops.square(x)) for x in gradients))
+
+    def update_metric(self) -> bool:
+        """Counts the step if it had gradients; returns whether it had."""
+        # Held no longer than the step, as it may be a value of a traced function.
+        norm = vars(self._step).pop("norm", None)
+        if norm is None:
+            return False
+        counts = ops.ones_like(norm)
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            counts = ops.cast(ops.isfinite(norm), norm.dtype)
+        self.metric.update_state(ops.where(counts > 0, norm, 0.0), counts)
+        return True
+
+
+# === Weight decay ===
+
+
+def exclude_vectors_from_decay(optimizer, variables):
+    """Excludes biases and vectors from weight decay, once the optimizer is built.
+
+    Args:
+        optimizer: A Keras optimizer.
+        variables: The variables that it has been built with, if it has.
+    """
+    if optimizer.built:
+        decaying = [v for v in variables if optimizer._use_weight_decay(v)]
+        if optimizer.weight_decay and any(map(is_vector, decaying)):
+            raise ValueError(
+                "`decay_vectors=False` needs an optimizer that has not been built: "
+                "pass a new one, or `decay_vectors=True`. "
+                f"Received: optimizer={optimizer.name}, built to decay vectors"
+            )
+        return
+    build = optimizer.build
+
+    def exclude_and_build(variables):
+        # Includes those that the user excluded, which Keras would forget.
+        optimizer.exclude_from_weight_decay(
+            [v for v in variables if is_vector(v) or not optimizer._use_weight_decay(v)]
+        )
+        build(variables)
+
+    optimizer.build = exclude_and_build
+
+
+def is_vector(variable) -> bool:
+    """Whether a weight is a bias, a scalar or, without leading ones, a vector."""
+    shape = [*variable.shape]
+    while shape[:1] == [1]:
+        shape = shape[1:]
+    return len(shape) < 2 or "bias" in variable.name
+
+
+# === Learning rates ===
+
+
+def multiply_learning_rate(optimizer, find_factors):
+    """Makes an optimizer update each weight at a learning rate of its own.
+
+    It still clips, averages and counts all weights at once.
+
+    Args:
+        optimizer: A Keras optimizer.
+        find_factors: Function without arguments that returns a dictionary of factors
+            by the variables' ids. Called once there are weights.
+    """
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "`learning_rate_multipliers` do not work with `MultiOptimizer`: give its "
+            "optimizers the learning rates. "
+            f"Received: optimizer={optimizer.name}"
+        )
+    if isinstance(optimizer, keras.optimizers.Nadam):
+        raise ValueError(
+            "`learning_rate_multipliers` do not work with `Nadam`, whose momentum "
+            "would advance with every group of weights; use `AdamW`. "
+            f"Received: optimizer={optimizer.name}"
+        )
+    find_factors = cache(find_factors)
+    update, decay = optimizer._backend_update_step, optimizer._apply_weight_decay
+    current_learning_rate = optimizer._get_current_learning_rate
+
+    def groups(variables):
+        indices = {}
+        for index, variable in enumerate(variables):
+            factor = find_factors().get(id(variable), 1.0)
+            indices.setdefault(factor, []).append(index)
+        return indices.items()
+
+    def update_step(gradients, variables, learning_rate):
+        for factor, indices in groups(variables):
+            update(
+                [gradients[index] for index in indices],
+                [variables[index] for index in indices],
+                learning_rate * factor,
+            )
+
+    def apply_weight_decay(variables):
+        for factor, indices in groups(variables):
+            group = [variables[index] for index in indices]
+            # torch cannot decay an empty group.
+            if any(map(optimizer._use_weight_decay, group)):
+                optimizer._get_current_learning_rate = lambda factor=factor: (
+                    factor * current_learning_rate()
+                )
+                decay(group)
+        # On TensorFlow, the first replica does this for all.
+        vars(optimizer).pop("_get_current_learning_rate", None)
+
+    optimizer._backend_update_step = update_step
+    optimizer._apply_weight_decay = apply_weight_decay

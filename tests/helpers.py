@@ -1,0 +1,388 @@
+"""Minuscule models and data, and the one thing each backend does its own way."""
+
+import gc
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+import keras_cluster_mask as kcm
+
+VOCABULARY = 30
+CONTEXT = 6
+# Compiling one step takes JAX less time than compiling its operations one by one.
+FAST = {"run_eagerly": keras.backend.backend() != "jax"}
+
+
+def options_of(model):
+    """The configuration of a model without those of its parts."""
+    return {k: v for k, v in model.get_config().items() if not isinstance(v, dict)}
+
+
+# === Data ===
+
+
+def random_images(count, height=16, width=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, height, width, 3)).astype("float32")
+
+
+def random_noise(count, num_patches=16, seed=0):
+    return np.random.default_rng(seed).random((count, num_patches), dtype="float32")
+
+
+def random_pairs(count, seed=0):
+    """Pairs of noise, all texts different."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, VOCABULARY - 1, size=(count, CONTEXT)).astype("int32")
+    ids[:, 0] = np.arange(count) % VOCABULARY
+    ids[:, -1] = VOCABULARY - 1
+    images = rng.integers(0, 256, size=(count, 16, 16, 3)).astype("uint8")
+    return {"images": images, "token_ids": ids}
+
+
+def class_pairs(count, num_classes=4, seed=0):
+    """Pairs of one pattern and one text a class, with a little noise."""
+    rng = np.random.default_rng(seed)
+    patterns = rng.integers(30, 226, size=(num_classes, 16, 16, 3))
+    classes = np.arange(count) % num_classes
+    images = patterns[classes] + rng.integers(-20, 21, size=(count, 16, 16, 3))
+    ids = np.ones((count, CONTEXT), "int32")
+    ids[:, 1] = 2 + classes
+    ids[:, -1] = VOCABULARY - 1
+    return {"images": images.astype("uint8"), "token_ids": ids}
+
+
+def as_dataset(pairs, batch_size):
+    """What `fit` knows the batch size of on every backend."""
+    if keras.backend.backend() != "tensorflow":
+        return dict(x=pairs, batch_size=batch_size, shuffle=False)
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(pairs)
+    return dict(x=dataset.batch(batch_size, drop_remainder=True))
+
+
+# === Encoders ===
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class AddPositions(keras.layers.Layer):
+    def build(self, shape):
+        self.positions = self.add_weight(
+            shape=shape[1:], initializer="random_normal", name="positions"
+        )
+
+    def call(self, tokens):
+        return tokens + self.positions
+
+
+def functional_vit(width=16, num_layers=1, mix=None, pool=True, name="own_vit"):
+    """A vision transformer of plain Keras layers; `mix` is put between its blocks."""
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(width, 4, strides=4, name="patches")(images)
+    x = keras.layers.Reshape((16, width))(x)
+    x = AddPositions(name="positions")(x)
+    for _ in range(num_layers):
+        y = keras.layers.LayerNormalization()(x)
+        y = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8)(y, y)
+        x = keras.layers.Add()([x, y])
+        if mix is not None:
+            x = mix(x)
+        y = keras.layers.LayerNormalization()(x)
+        y = keras.layers.Dense(width, activation="gelu")(y)
+        x = keras.layers.Add()([x, y])
+    x = keras.layers.LayerNormalization()(x)
+    if pool:
+        x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(images, x, name=name)
+
+
+def patch_mlp(width=16, name="patch_mlp"):
+    """Patches that never meet but in their average: the cheapest thing to mask."""
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(width, 4, strides=4)(images)
+    x = keras.layers.Reshape((16, width))(x)
+    x = AddPositions(name="positions")(x)
+    x = keras.layers.Dense(width, activation="relu")(x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(images, keras.layers.Dense(width)(x), name=name)
+
+
+def image_mlp(width=16, name="image_mlp"):
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.AveragePooling2D(4)(images)
+    x = keras.layers.Flatten()(x)
+    x = keras.layers.Dense(width)(x)
+    return keras.Model(images, x, name=name)
+
+
+def text_bag(width=16, name="text_bag"):
+    ids = keras.Input((CONTEXT,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, width)(ids)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    x = keras.layers.Dense(width)(x)
+    return keras.Model(ids, x, name=name)
+
+
+def clip_vision_encoder(dtype=None):
+    return keras_hub.models.CLIPVisionEncoder(
+        patch_size=4,
+        hidden_dim=16,
+        num_layers=1,
+        num_heads=2,
+        intermediate_dim=32,
+        image_shape=(16, 16, 3),
+        dtype=dtype,
+        name="vision_encoder",
+    )
+
+
+def tiny_clip(dtype=None):
+    return keras_hub.models.CLIPBackbone(
+        vision_encoder=clip_vision_encoder(dtype=dtype),
+        text_encoder=keras_hub.models.CLIPTextEncoder(
+            vocabulary_size=VOCABULARY,
+            embedding_dim=16,
+            hidden_dim=16,
+            num_layers=1,
+            num_heads=2,
+            intermediate_dim=32,
+            max_sequence_length=CONTEXT,
+            dtype=dtype,
+            name="text_encoder",
+        ),
+        projection_dim=16,
+        dtype=dtype,
+    )
+
+
+def vit_encoder(height=16, width=16):
+    return keras_hub.models.ViTBackbone(
+        image_shape=(height, width, 3),
+        patch_size=4,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=32,
+    )
+
+
+def siglip_encoder(dtype=None, name=None):
+    return keras_hub.models.SigLIPVisionEncoder(
+        patch_size=4,
+        hidden_dim=16,
+        num_layers=1,
+        num_heads=2,
+        intermediate_dim=32,
+        image_shape=(16, 16, 3),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def tiny_siglip(dtype=None):
+    return keras_hub.models.SigLIPBackbone(
+        vision_encoder=siglip_encoder(dtype=dtype, name="vision_encoder"),
+        text_encoder=keras_hub.models.SigLIPTextEncoder(
+            vocabulary_size=VOCABULARY,
+            embedding_dim=16,
+            hidden_dim=16,
+            num_layers=1,
+            num_heads=2,
+            intermediate_dim=32,
+            max_sequence_length=CONTEXT,
+            dtype=dtype,
+            name="text_encoder",
+        ),
+        dtype=dtype,
+    )
+
+
+def dino_encoder():
+    return keras_hub.models.DINOV2Backbone(
+        patch_size=4,
+        num_layers=1,
+        hidden_dim=16,
+        num_heads=2,
+        intermediate_dim=32,
+        num_register_tokens=2,
+        image_shape=(16, 16, 3),
+    )
+
+
+# === Maskings ===
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class HideByNoise(kcm.PatchMasking):
+    """Hides the patches of small noise behind a mask, whatever the images show."""
+
+    hides_tokens = True
+
+    def num_kept(self, num_patches):
+        return num_patches
+
+    def score(self, noise, images=None, tokens=None):
+        return ops.where(noise >= self.mask_ratio, 0.0, -np.inf)
+
+
+# === Backends ===
+
+
+def to_numpy(x):
+    return np.array(ops.convert_to_numpy(ops.cast(x, "float32")))
+
+
+def values(variables):
+    return [np.array(ops.convert_to_numpy(v)) for v in variables]
+
+
+def call(model, *args, **kwargs):
+    """`model(...)`, its state included; on JAX compiled whole, not op by op."""
+    if keras.backend.backend() != "jax":
+        return model(*args, **kwargs)
+    import jax
+
+    def stateless(weights, state):
+        return model.stateless_call(weights, state, *args, **kwargs)
+
+    groups = (model.trainable_variables, model.non_trainable_variables)
+    outputs, state = jax.jit(stateless)(*([v.value for v in g] for g in groups))
+    for variable, value in zip(groups[1], state):
+        variable.assign(value)
+    return outputs
+
+
+def value_and_gradients(fn, variables):
+    """`fn() -> (scalar, output)`: the output and the scalar's gradients, in NumPy."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss, output = fn()
+        found = tape.gradient(
+            loss,
+            [v.value for v in variables],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        found = [tf.convert_to_tensor(g) for g in found]
+    elif backend == "torch":
+        import torch
+
+        loss, output = fn()
+        weights = [v.value for v in variables]
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        found = [
+            torch.zeros_like(w) if g is None else g for g, w in zip(found, weights)
+        ]
+    else:
+        import jax
+
+        def stateless(weights):
+            with keras.StatelessScope(state_mapping=list(zip(variables, weights))):
+                return fn()
+
+        # Compiled whole, which is faster than compiling its operations one by one.
+        step = jax.jit(jax.grad(stateless, has_aux=True))
+        found, output = step([v.value for v in variables])
+    return to_numpy(output), [to_numpy(g) for g in found]
+
+
+# === Steps of a contrastive model ===
+
+
+def loss_of(model, pairs, embeddings):
+    return model.compute_loss(x=pairs, y_pred=embeddings, training=True)
+
+
+def loss_and_gradients(model, pairs, embed):
+    def fn():
+        loss = loss_of(model, pairs, embed(pairs))
+        return loss, loss
+
+    return value_and_gradients(fn, model.trainable_variables)
+
+
+def largest_error(found, expected):
+    """Relative to the largest entry of all."""
+    scale = max(np.abs(x).max() for x in expected)
+    return max(np.abs(x - y).max() for x, y in zip(found, expected)) / scale
+
+
+def memory_of_gradients(model, pairs):
+    """Bytes that the gradients of a batch take at a time, on JAX and torch."""
+    torch = keras.backend.backend() == "torch"
+    return (_live_bytes_torch if torch else _temporary_bytes_jax)(model, pairs)
+
+
+def _live_bytes_torch(model, pairs):
+    """The most that tensors made in a step hold at a time."""
+    import weakref
+
+    import torch
+    from torch.utils import _pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    live = {}
+    most = calls = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most, calls
+            calls += 1
+            if calls % 20 == 0:
+                gc.collect()
+            outputs = func(*args, **(kwargs or {}))
+            for x in _pytree.tree_leaves(outputs):
+                if isinstance(x, torch.Tensor):
+                    storage = x.untyped_storage()
+                    if storage._cdata not in live:
+                        live[storage._cdata] = storage.nbytes()
+                        weakref.finalize(storage, live.pop, storage._cdata)
+            most = max(most, sum(live.values()))
+            return outputs
+
+    pairs = {key: ops.convert_to_tensor(value) for key, value in pairs.items()}
+    # Walking through arguments leaves cycles behind that hold tensors. With all else
+    # frozen, looking for them is quick.
+    gc.freeze()
+    try:
+        with Watch():
+            loss_of(model, pairs, model(pairs, training=True)).backward()
+    finally:
+        gc.unfreeze()
+    return most
+
+
+def _temporary_bytes_jax(model, pairs):
+    import jax
+
+    loss, weights, state = _loss_jax(model)
+    compiled = jax.jit(jax.grad(loss)).lower(weights, state, pairs).compile()
+    # The chunks of a batch are cut from a copy of it.
+    batch = sum(x.nbytes for x in pairs.values())
+    return compiled.memory_analysis().temp_size_in_bytes - batch
+
+
+def kept_bytes_jax(model, pairs):
+    """Bytes that the forward pass hands on to the backward pass, weights included."""
+    import jax
+
+    loss, weights, state = _loss_jax(model)
+    backward = jax.eval_shape(lambda w: jax.vjp(loss, w, state, pairs)[1], weights)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(backward))
+
+
+def _loss_jax(model):
+    """The loss as a function of weights, state and pairs; weights; and state."""
+
+    def loss(weights, state, pairs):
+        embeddings, _ = model.stateless_call(weights, state, pairs, training=True)
+        with keras.StatelessScope(list(zip(model.trainable_variables, weights))):
+            return loss_of(model, pairs, embeddings)
+
+    weights = [v.value for v in model.trainable_variables]
+    return loss, weights, [v.value for v in model.non_trainable_variables]

@@ -1,0 +1,80 @@
+"""Encoders that let hidden tokens through are found before they train."""
+
+import keras
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.models.masked_encoder import check_no_leak
+from tests.helpers import functional_vit, random_images
+
+
+class MixTokens(keras.layers.Layer):
+    """Adds to each token the mean of all, hidden ones included."""
+
+    def __init__(self, initializer="ones", **kwargs):
+        super().__init__(**kwargs)
+        self.initializer = initializer
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer=self.initializer)
+
+    def call(self, x):
+        return x + self.scale * ops.mean(x, axis=1, keepdims=True)
+
+
+class MeanOfAll(keras.layers.Layer):
+    def call(self, x):
+        return ops.mean(x, axis=1)
+
+
+def leaky_vit(initializer="ones"):
+    return functional_vit(mix=MixTokens(initializer), name="leaky_vit")
+
+
+def threshold_masking(**kwargs):
+    return kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1, **kwargs)
+
+
+@pytest.mark.parametrize("initializer", ["ones", "zeros"])
+def test_an_encoder_that_mixes_hidden_tokens_in_is_refused_by_name(initializer):
+    # Zeros: a residual branch that is closed at first and opens in training.
+    with pytest.raises(ValueError, match=r"`leaky_vit` lets hidden.*Received:.*leaky"):
+        kcm.with_masking(leaky_vit(initializer), threshold_masking(), "positions")
+
+
+def test_a_frozen_leak_behind_a_zero_scale_is_found_too():
+    encoder = leaky_vit("zeros")
+    encoder.trainable = False
+    with pytest.raises(ValueError, match=r"lets hidden tokens through"):
+        kcm.with_masking(encoder, threshold_masking(), "positions")
+
+
+def test_a_pooling_that_ignores_masks_is_refused():
+    vit = functional_vit(pool=False)
+    encoder = keras.Model(vit.input, MeanOfAll()(vit.output), name="mean_vit")
+    with pytest.raises(ValueError, match=r"`mean_vit` lets hidden tokens through"):
+        kcm.with_masking(encoder, threshold_masking(), "positions")
+
+
+@pytest.mark.parametrize(
+    "masking",
+    [
+        lambda: kcm.ClusterMasking(4, mask_ratio=0.5),
+        lambda: kcm.RandomMasking(0.5, num_prefix_tokens=0),
+        lambda: threshold_masking(hide_padding=False),
+    ],
+    ids=["budget", "random", "padding takes part"],
+)
+def test_a_leaky_encoder_is_welcome_where_nothing_is_hidden(masking):
+    masked = kcm.with_masking(leaky_vit(), masking(), "positions")
+    assert masked(random_images(2), training=True).shape == (2, 16)
+
+
+def test_an_encoder_that_honours_masks_passes_with_its_weights_untouched():
+    encoder = functional_vit()
+    before = [ops.convert_to_numpy(v).copy() for v in encoder.weights]
+    masked = kcm.with_masking(encoder, kcm.ClusterMasking(4), "positions")
+    check_no_leak("own_vit", masked._parts()[1])
+    for old, weight in zip(before, encoder.weights):
+        assert (old == ops.convert_to_numpy(weight)).all()

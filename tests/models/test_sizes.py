@@ -1,0 +1,74 @@
+"""CLIP backbones by size."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_cluster_mask.models import clip_backbone
+from keras_cluster_mask.models.sizes import SIZES
+
+
+def tiny(**kwargs):
+    options = dict(image_size=16, vocabulary_size=30, context_length=6)
+    return clip_backbone("tiny", **{**options, **kwargs})
+
+
+def test_tiny_takes_the_images_texts_and_patches_it_is_told_to():
+    backbone = tiny(patch_size=8)
+    assert backbone.vision_encoder.patch_size == 8
+    assert tuple(backbone.vision_encoder.input["images"].shape) == (None, 16, 16, 3)
+    assert backbone.text_encoder.vocabulary_size == 30
+    images = np.zeros((2, 16, 16, 3), "float32")
+    ids = np.ones((2, 6), "int32")
+    width = SIZES["tiny"]["projection"]
+    assert tuple(backbone.get_vision_embeddings(images).shape) == (2, width)
+    assert tuple(backbone.get_text_embeddings(ids).shape) == (2, width)
+    ids = backbone.vision_encoder.embedding.position_ids
+    np.testing.assert_array_equal(ops.convert_to_numpy(ids), [np.arange(5)])
+
+
+def test_an_unknown_size_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"vit_b_16.*Received: size='huge'"):
+        clip_backbone("huge")
+
+
+def test_images_that_patches_do_not_tile_are_an_error():
+    with pytest.raises(ValueError, match=r"divisible.*Received: image_size=18"):
+        tiny(image_size=18)
+    with pytest.raises(ValueError, match=r"Received:.*patch_size=5"):
+        tiny(patch_size=5)
+
+
+@pytest.mark.parametrize("size", list(SIZES)[1:])
+def test_widths_and_depths_are_those_of_open_clip(size):
+    open_clip = pytest.importorskip("open_clip")
+    letter, patch = size.removeprefix("vit_").split("_")
+    config = open_clip.get_model_config(f"ViT-{letter.upper()}-{patch}")
+    vision, text, shape = config["vision_cfg"], config["text_cfg"], SIZES[size]
+    # open_clip's heads of the image tower are 64 wide.
+    assert shape["image"] == (vision["width"], vision["layers"], vision["width"] // 64)
+    assert shape["text"] == (text["width"], text["layers"], text["heads"])
+    assert shape["projection"] == config["embed_dim"]
+    assert shape["patch"] == vision["patch_size"] == int(patch)
+
+
+def test_vit_b_16_has_as_many_weights_as_open_clips(monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    import torch
+
+    with torch.device("meta"):
+        reference = open_clip.create_model("ViT-B-16", pretrained=None, device="meta")
+    expected = sum(p.numel() for p in reference.parameters())
+    # keras_hub has a bias, a class token and a position vector wherever open_clip
+    # has one, and nothing else that learns.
+    for name in ("GlorotUniform", "RandomNormal", "RandomUniform", "TruncatedNormal"):
+        # Drawing 150 million numbers, only to count them, takes long.
+        monkeypatch.setattr(getattr(keras.initializers, name), "__call__", _zeros)
+    weights = clip_backbone("vit_b_16").trainable_variables
+    trainable = sum(int(np.prod(v.shape)) for v in weights)
+    assert trainable == expected
+
+
+def _zeros(initializer, shape, dtype=None, **kwargs):
+    return ops.zeros(shape, dtype=dtype)

@@ -1,0 +1,92 @@
+"""The loss in blocks of rows is the loss."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_cluster_mask import losses
+from keras_cluster_mask.training import batch_loss as module
+from keras_cluster_mask.training.batch_loss import batch_loss, caption_labels
+from tests.helpers import to_numpy
+
+
+def embeddings(batch=12, width=8):
+    pair = np.random.default_rng(0).normal(size=(2, batch, width))
+    return (pair / np.linalg.norm(pair, axis=-1, keepdims=True)).astype("float32")
+
+
+def softmax(similarities, positives, weights):
+    return losses.softmax_row_losses(*similarities, positives, *weights)
+
+
+LABELS = np.array([0, 1, 2, 0, 4, 5, 1, 0, 8, 9, 10, 11], "int32")
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 5, 12])
+def test_any_block_size_gives_the_loss_and_accuracies_of_the_matrix(
+    block_size, monkeypatch
+):
+    monkeypatch.setattr(module, "MAX_PAIRS", 12 * block_size)
+    pair = [ops.convert_to_tensor(x) for x in embeddings()]
+    labels = ops.convert_to_tensor(LABELS)
+    scale = ops.convert_to_tensor(14.3)
+    found = batch_loss(softmax, [scale], *pair, labels)
+    expected = losses.softmax_contrastive_loss(*pair, scale, labels)
+    assert all(x.shape == (12,) for x in found)
+    np.testing.assert_allclose(
+        to_numpy(ops.mean(found[0])), to_numpy(expected), rtol=1e-6
+    )
+    accuracies = [float(ops.mean(x)) for x in found[1:]]
+    expected = losses.contrastive_accuracy(*pair, labels)
+    assert accuracies == pytest.approx([float(x) for x in expected])
+
+
+def test_no_array_has_an_entry_per_pair_of_the_batch(monkeypatch):
+    # Looked at where it is computed: every comparison of rows.
+    sizes = []
+    compare = losses.compare
+
+    def watched(rows, everything):
+        result = compare(rows, everything)
+        sizes.append(result[1].shape)
+        return result
+
+    monkeypatch.setattr(module, "compare", watched)
+    monkeypatch.setattr(module, "MAX_PAIRS", 40)
+    pair = [ops.convert_to_tensor(x) for x in embeddings()]
+    labels = ops.convert_to_tensor(LABELS)
+    batch_loss(softmax, [ops.convert_to_tensor(5.0)], *pair, labels)
+    assert {tuple(x) for x in sizes} == {(3, 12)}
+
+
+# === Captions as labels ===
+
+
+def test_captions_have_equal_labels_exactly_if_they_are_equal():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 3, size=(400, 5)).astype("int32")
+    labels = to_numpy_ints(caption_labels(ids))
+    assert labels.shape == (400, 2)
+    same = (ids[:, None] == ids[None]).all(axis=-1)
+    assert 400 < same.sum() < 400**2
+    np.testing.assert_array_equal((labels[:, None] == labels[None]).all(-1), same)
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_labels_of_captions_that_hardly_differ_do_not_collide(column):
+    # One token changed, two tokens swapped, moved by one place, large ids.
+    base = np.zeros((1, 77), "int32")
+    changed = np.repeat(base, 49408, axis=0)
+    changed[:, 5] = np.arange(49408)
+    swapped = np.repeat(base, 76, axis=0)
+    swapped[np.arange(76), np.arange(76)] = 320
+    swapped[np.arange(76), np.arange(76) + 1] = 640
+    moved = np.roll(swapped, 2, axis=1)
+    ids = np.unique(np.concatenate([changed, swapped, moved, 49407 - changed]), axis=0)
+    labels = to_numpy_ints(caption_labels(ids))[:, column]
+    # Of n^2 / 2 pairs one in 2^32 may share one of the two numbers.
+    assert len(ids) - len(np.unique(labels)) <= 6
+
+
+def to_numpy_ints(x):
+    return np.array(ops.convert_to_numpy(x))

@@ -1,0 +1,328 @@
+"""Blocks computed again: the same gradients, without the activations of all blocks."""
+
+import functools
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.models.encoders import BLOCKS
+from keras_cluster_mask.training.gradient_checkpointing import find_blocks
+from tests.helpers import (
+    CONTEXT,
+    VOCABULARY,
+    AddPositions,
+    as_dataset,
+    call,
+    dino_encoder,
+    kept_bytes_jax,
+    largest_error,
+    loss_and_gradients,
+    memory_of_gradients,
+    patch_mlp,
+    random_pairs,
+    siglip_encoder,
+    text_bag,
+    tiny_clip,
+    to_numpy,
+    values,
+    vit_encoder,
+)
+
+BATCH = 8
+MASKINGS = {
+    "none": None,
+    "budget": dict(mask_ratio=0.5),
+    "threshold": dict(mask_ratio=0.5, min_mask_ratio=0.25, threshold=0.05),
+}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Block(keras.layers.Layer):
+    """A block with all that may go wrong: dropout, an average, losses, no `training`.
+
+    Its own weight is cast by the block's own precision.
+    """
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=shape[-1:], initializer="ones")
+        self.attention = keras.layers.MultiHeadAttention(2, 8, dtype=self.dtype_policy)
+        self.attention.build(shape, shape)
+        self.dropout = keras.layers.Dropout(0.3, dtype=self.dtype_policy)
+        self.norm = keras.layers.BatchNormalization(dtype=self.dtype_policy)
+        self.norm.build(shape)
+        self.dense = keras.layers.Dense(
+            shape[-1],
+            "gelu",
+            activity_regularizer=keras.regularizers.L2(0.1),
+            dtype=self.dtype_policy,
+        )
+        self.dense.build(shape)
+
+    def call(self, tokens, gain=None, flip=False):
+        x = self.norm(tokens) * self.scale
+        x = self.dropout(self.attention(x, ops.flip(x, axis=1) if flip else x))
+        x = self.dense(tokens + x)
+        return x if gain is None else x * gain
+
+
+def own_vit(num_layers=2, width=16, dtype=None, regularizer=None):
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(width, 4, strides=4, dtype=dtype)(images)
+    x = keras.layers.Reshape((16, width), dtype=dtype)(x)
+    x = tokens = AddPositions(name="positions", dtype=dtype)(x)
+    for index in range(num_layers):
+        gain = keras.layers.Dense(1, "sigmoid", dtype=dtype)(tokens)
+        block = Block(
+            name=f"block_{index}", dtype=dtype, activity_regularizer=regularizer
+        )
+        x = block(x, gain=gain, flip=index == 1)
+    x = keras.layers.GlobalAveragePooling1D(dtype=dtype)(x)
+    return keras.Model(images, keras.layers.Dense(width, dtype=dtype)(x), name="vit")
+
+
+def own_model(remat, **kwargs):
+    keras.utils.set_random_seed(0)
+    dtype, regularizer = kwargs.pop("dtype", None), kwargs.pop("regularizer", None)
+    encoder = own_vit(dtype=dtype, regularizer=regularizer)
+    remat = ["block_0", "block_1"] if remat else False
+    return kcm.ContrastiveModel(
+        encoder, text_bag(), gradient_checkpointing=remat, **kwargs
+    )
+
+
+def deep_clip(remat, masking="none", num_layers=2, width=16, **kwargs):
+    keras.utils.set_random_seed(0)
+    options = dict(
+        hidden_dim=width,
+        num_layers=num_layers,
+        num_heads=2,
+        intermediate_dim=4 * width,
+    )
+    backbone = keras_hub.models.CLIPBackbone(
+        vision_encoder=keras_hub.models.CLIPVisionEncoder(
+            patch_size=4, image_shape=(16, 16, 3), name="vision_encoder", **options
+        ),
+        text_encoder=keras_hub.models.CLIPTextEncoder(
+            vocabulary_size=VOCABULARY,
+            embedding_dim=width,
+            max_sequence_length=CONTEXT,
+            name="text_encoder",
+            **options,
+        ),
+        projection_dim=16,
+    )
+    if MASKINGS[masking]:
+        kwargs["masking"] = kcm.ClusterMasking(4, seed=1, **MASKINGS[masking])
+    return kcm.ContrastiveModel.from_backbone(
+        backbone, gradient_checkpointing=remat, **kwargs
+    )
+
+
+def deep_vit(remat, **kwargs):
+    keras.utils.set_random_seed(0)
+    encoder = keras_hub.models.ViTBackbone(
+        image_shape=(16, 16, 3),
+        patch_size=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=32,
+        dropout_rate=0.2,
+        attention_dropout=0.2,
+    )
+    masking = kcm.ClusterMasking(4, seed=1)
+    tokens = kcm.with_masking(encoder, masking)
+    images = keras.Input((16, 16, 3))
+    pooled = keras.layers.GlobalAveragePooling1D()(tokens(images))
+    encoder = keras.Model(images, pooled, name="pooled")
+    return kcm.ContrastiveModel(
+        encoder, text_bag(), gradient_checkpointing=remat, **kwargs
+    )
+
+
+def assert_same_steps(make, steps=2, tolerance=1e-5):
+    """The same losses and gradients in each of some steps, from the same state."""
+    found = []
+    for remat in (False, True):
+        model, results = make(remat), []
+        for step in range(steps):
+            pairs = random_pairs(BATCH, seed=step)
+            loss, gradients = loss_and_gradients(
+                model, pairs, lambda x, model=model: model(x, training=True)
+            )
+            # Seeds and averages move on, which JAX has done in vain.
+            if keras.backend.backend() == "jax":
+                call(model, pairs, training=True)
+            state = [to_numpy(v) for v in model.non_trainable_variables]
+            results.append((float(loss), gradients, state))
+        found.append(results)
+    for expected, again in zip(*found):
+        assert again[0] == pytest.approx(expected[0], rel=tolerance)
+        assert largest_error(again[1], expected[1]) < tolerance
+        for one, other in zip(again[2], expected[2]):
+            np.testing.assert_allclose(one, other, rtol=tolerance, atol=1e-6)
+    return found[0]
+
+
+# === The same gradients ===
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_clip_has_the_gradients_it_has_without(masking, micro_batch_size):
+    assert_same_steps(
+        lambda remat: deep_clip(remat, masking, micro_batch_size=micro_batch_size), 1
+    )
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_dropout_is_the_same_in_both_passes(micro_batch_size):
+    steps = assert_same_steps(
+        lambda remat: deep_vit(remat, micro_batch_size=micro_batch_size)
+    )
+    # The states of dropout have moved.
+    assert any((x != y).any() for x, y in zip(steps[0][2], steps[1][2]))
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({}, 1e-5),
+        ({"micro_batch_size": 4}, 1e-5),
+        # Gradients of weights are added up in another precision.
+        ({"dtype": "mixed_bfloat16"}, 1e-2),
+        ({"regularizer": keras.regularizers.L2(0.1)}, 1e-5),
+    ],
+    ids=["whole", "micro", "bfloat16", "regularized"],
+)
+def test_a_block_of_the_users_own_is_named(options, tolerance):
+    make = functools.partial(own_model, **options)
+    assert_same_steps(make, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_fit_ends_at_the_same_weights_and_restores_the_blocks(micro_batch_size):
+    results = []
+    for remat in (False, True):
+        model = deep_clip(remat, "threshold", micro_batch_size=micro_batch_size)
+        blocks = find_blocks(model, True, BLOCKS)
+        model.compile(keras.optimizers.SGD(0.05))
+        model.fit(**as_dataset(random_pairs(2 * BATCH), BATCH), verbose=0)
+        results.append(values(model.variables))
+        assert len(blocks) == 4
+        assert all("call" not in vars(block) for block in blocks)
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_tower_works():
+    def make(remat):
+        model = deep_clip(remat, "budget")
+        model.image_encoder.trainable = False
+        return model
+
+    assert_same_steps(make, 1)
+
+
+# === Memory ===
+
+
+def test_memory_hardly_grows_with_depth():
+    if keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow does not tell what a step keeps; see benchmarks.")
+    # XLA begins to compute again too early on a CPU to save anything there.
+    jax = keras.backend.backend() == "jax"
+    measure = kept_bytes_jax if jax else memory_of_gradients
+    growth = {}
+    for remat in (False, True):
+        sizes = []
+        for depth in (2, 6):
+            model = deep_clip(remat, num_layers=depth, width=32)
+            weights = sum(v.value.nbytes for v in model.trainable_variables)
+            # Of each weight there is a copy, or a gradient.
+            sizes.append(measure(model, random_pairs(32)) - weights)
+        growth[remat] = sizes[1] - sizes[0]
+    assert growth[True] < 0.25 * growth[False]
+
+
+# === Which blocks ===
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (lambda: tiny_clip().vision_encoder, 1),
+        (lambda: tiny_clip().text_encoder, 1),
+        (vit_encoder, 1),
+        (siglip_encoder, 1),
+        (dino_encoder, 1),
+        (lambda: keras.Sequential([keras_hub.layers.TransformerEncoder(8, 2)]), 1),
+        (lambda: keras.Sequential([keras_hub.layers.TransformerDecoder(8, 2)]), 1),
+    ],
+    ids=["clip", "clip-text", "vit", "siglip", "dino", "encoder", "decoder"],
+)
+def test_the_blocks_of_keras_hub_are_known(make, count):
+    assert len(find_blocks(make(), True, BLOCKS)) == count
+
+
+@pytest.mark.parametrize("make", [siglip_encoder, dino_encoder])
+def test_other_encoders_of_keras_hub_have_the_same_gradients(make):
+    def model(remat):
+        keras.utils.set_random_seed(0)
+        encoder = make()
+        images = keras.Input((16, 16, 3))
+        features = encoder(
+            {"images": images} if isinstance(encoder.input, dict) else images
+        )
+        if len(features.shape) == 3:
+            features = keras.layers.GlobalAveragePooling1D()(features)
+        encoder = keras.Model(images, features, name="pooled")
+        return kcm.ContrastiveModel(encoder, text_bag(), gradient_checkpointing=remat)
+
+    assert_same_steps(model, 1)
+
+
+def test_a_text_encoder_with_a_padding_mask_has_the_same_gradients():
+    def model(remat):
+        keras.utils.set_random_seed(0)
+        ids = keras.Input((CONTEXT,), dtype="int32")
+        x = keras.layers.Embedding(VOCABULARY, 16, mask_zero=True)(ids)
+        for _ in range(2):
+            x = keras_hub.layers.TransformerEncoder(16, 2, dropout=0.1)(x)
+        x = keras.layers.GlobalAveragePooling1D()(x)
+        return kcm.ContrastiveModel(
+            patch_mlp(), keras.Model(ids, x), gradient_checkpointing=remat
+        )
+
+    pairs = random_pairs(BATCH)
+    assert (pairs["token_ids"] == 0).any()
+    assert_same_steps(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("remat", "message"),
+    [
+        (True, "lacks a block of a known class"),
+        (["positions", "nothing", "patches"], "lacks nothing, patches$"),
+    ],
+)
+def test_blocks_that_are_not_there_are_an_error(remat, message):
+    with pytest.raises(ValueError, match=message):
+        kcm.ContrastiveModel(patch_mlp(), text_bag(), gradient_checkpointing=remat)
+
+
+@pytest.mark.parametrize("remat", [True, ["vision_encoder_encoder_block_0"]])
+def test_remat_survives_a_reload(remat, tmp_path):
+    model = kcm.ContrastiveModel.from_backbone(
+        tiny_clip(), gradient_checkpointing=remat
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.gradient_checkpointing == remat
+    expected = model.predict(random_pairs(2), verbose=0)["image_embeddings"]
+    found = loaded.predict(random_pairs(2), verbose=0)["image_embeddings"]
+    np.testing.assert_allclose(ops.convert_to_numpy(found), expected, atol=1e-6)

@@ -1,0 +1,94 @@
+"""What the model is given is checked before it starts."""
+
+import numpy as np
+import pytest
+
+from keras_cluster_mask.training.inputs import check_data, check_input
+from tests.helpers import VOCABULARY, random_pairs
+
+
+def dataset_of(pairs, batch_size=4):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(pairs).batch(batch_size)
+
+
+def with_id(value, dtype="int32"):
+    pairs = random_pairs(8)
+    ids = pairs["token_ids"].astype(dtype)
+    ids[5, 3] = value
+    return {**pairs, "token_ids": ids}
+
+
+def test_strings_are_left_out_since_no_model_takes_them():
+    tf = pytest.importorskip("tensorflow")
+    pairs = random_pairs(4)
+    named = {**pairs, "sample_id": np.array(list("abcd")), "label": np.arange(4)}
+    expected = {"images", "token_ids", "label"}
+    assert {*check_data(named)} == expected
+    assert {*check_data({**named, "sample_id": list("abcd")})} == expected
+    dataset = tf.data.Dataset.from_tensor_slices(named).batch(2)
+    assert {*check_data(dataset, VOCABULARY).element_spec} == expected
+
+
+def test_good_arrays_come_back_as_they_are():
+    pairs = random_pairs(8)
+    assert check_data(pairs, VOCABULARY) is pairs
+    assert check_data((pairs,), VOCABULARY) == (pairs,)
+    # The largest and the smallest id there are.
+    for value in (0, VOCABULARY - 1):
+        check_data(with_id(value), VOCABULARY)
+
+
+@pytest.mark.parametrize("value", [VOCABULARY, -1])
+def test_ids_beyond_the_vocabulary_are_an_error_in_arrays(value):
+    for data in (with_id(value), (with_id(value), None)):
+        with pytest.raises(ValueError, match=r"vocabulary.*\[0, 30\).*Received:"):
+            check_data(data, VOCABULARY)
+
+
+@pytest.mark.parametrize("value", [VOCABULARY, -1])
+def test_ids_beyond_the_vocabulary_are_an_error_in_a_dataset(value):
+    checked = check_data(dataset_of(with_id(value)), VOCABULARY)
+    with pytest.raises(Exception, match=r"vocabulary, \[0, 30\)"):
+        list(checked)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "uint16"])
+def test_a_checked_dataset_yields_the_same_batches(dtype):
+    pairs = with_id(7, dtype)
+    # A vocabulary that fits no byte, and is more than most signed shorts hold.
+    batches = list(check_data(dataset_of(pairs), 49408))
+    ids = np.concatenate([batch["token_ids"].numpy() for batch in batches])
+    np.testing.assert_array_equal(ids, pairs["token_ids"])
+    assert ids.dtype == dtype
+    images = np.concatenate([batch["images"].numpy() for batch in batches])
+    np.testing.assert_array_equal(images, pairs["images"])
+
+
+def test_without_a_known_vocabulary_ids_pass():
+    check_data(with_id(10_000))
+    dataset = dataset_of(with_id(10_000))
+    assert check_data(dataset) is dataset
+
+
+@pytest.mark.parametrize("key", ["images", "token_ids"])
+def test_a_missing_key_is_named(key):
+    pairs = random_pairs(4)
+    pairs["something"] = pairs.pop(key)
+    for data in (pairs, (pairs,), dataset_of(pairs)):
+        with pytest.raises(ValueError, match=rf"missing: .'{key}'.*Received:.*somethi"):
+            check_data(data, VOCABULARY)
+    with pytest.raises(ValueError, match=rf"missing: .'{key}'.*Received:.*somethi"):
+        check_input(pairs)
+
+
+def test_inputs_that_are_no_dictionary_are_an_error():
+    pairs = random_pairs(4)
+    for inputs in ((pairs["images"], pairs["token_ids"]), pairs["images"]):
+        with pytest.raises(ValueError, match=r"must be a dictionary.*Received:"):
+            check_input(inputs)
+
+
+def test_other_iterables_are_left_as_they_are():
+    batches = iter([random_pairs(4)])
+    assert check_data(batches, VOCABULARY) is batches

@@ -1,0 +1,258 @@
+"""Micro-batches: the gradients of the whole batch, at the memory of a part of it."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
+from keras_cluster_mask.masking.patch_masking import part_of_batch
+from keras_cluster_mask.training import batch_loss
+from tests.helpers import (
+    FAST,
+    as_dataset,
+    functional_vit,
+    image_mlp,
+    largest_error,
+    loss_and_gradients,
+    memory_of_gradients,
+    random_pairs,
+    text_bag,
+    tiny_clip,
+    to_numpy,
+    values,
+)
+
+BATCH = 12
+MASKINGS = {
+    "budget": dict(mask_ratio=0.5),
+    "threshold": dict(mask_ratio=0.5, min_mask_ratio=0.25, threshold=0.05),
+}
+
+
+def make_model(masking="budget", dropout=False, **kwargs):
+    keras.utils.set_random_seed(0)
+    mix = keras.layers.Dropout(0.3, seed=5) if dropout else None
+    masking = kcm.ClusterMasking(4, seed=1, **MASKINGS[masking])
+    encoder = kcm.with_masking(functional_vit(mix=mix), masking, "positions")
+    return kcm.ContrastiveModel(encoder, text_bag(), **kwargs)
+
+
+def in_chunks_by_hand(model, num_chunks):
+    """One chunk after another, as Keras would, with nothing forgotten."""
+    state = model.maskings[0].seed_generator.state
+
+    def embed(pairs):
+        start = ops.copy(ops.convert_to_tensor(state))
+        parts = []
+        for index in range(num_chunks):
+            state.assign(start)
+            chunk = {key: value[index::num_chunks] for key, value in pairs.items()}
+            with part_of_batch(BATCH, lambda x, i=index: x[i::num_chunks]):
+                parts.append(model.embed(chunk, training=True))
+        return {
+            key: ops.reshape(ops.stack([x[key] for x in parts], axis=1), (BATCH, -1))
+            for key in parts[0]
+        }
+
+    return embed
+
+
+# === The same gradients ===
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
+    pairs = random_pairs(BATCH)
+    whole = make_model(masking, loss=loss)
+    expected = loss_and_gradients(whole, pairs, lambda x: whole(x, training=True))
+    for micro_batch_size, block_size in ((2, 3), (6, BATCH)):
+        monkeypatch.setattr(batch_loss, "MAX_PAIRS", BATCH * block_size)
+        model = make_model(masking, loss=loss, micro_batch_size=micro_batch_size)
+        found = loss_and_gradients(model, pairs, lambda x, m=model: m(x, training=True))
+        assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)
+        assert largest_error(found[1], expected[1]) < 1e-5
+
+
+def test_gradients_with_dropout_are_those_of_the_same_chunks_remembered():
+    pairs = random_pairs(BATCH)
+    reference = make_model(dropout=True)
+    expected = loss_and_gradients(reference, pairs, in_chunks_by_hand(reference, 3))
+    model = make_model(dropout=True, micro_batch_size=4)
+    found = loss_and_gradients(model, pairs, lambda x: model(x, training=True))
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)
+    assert largest_error(found[1], expected[1]) < 1e-5
+
+
+def test_fit_ends_at_the_weights_of_whole_batches():
+    # Of CLIP itself, with a moving threshold, whose state is the step's and not the
+    # chunk's.
+    pairs = random_pairs(2 * BATCH)
+    results = []
+    for micro_batch_size in (None, 4):
+        keras.utils.set_random_seed(0)
+        schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
+        masking = kcm.ClusterMasking(
+            4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=schedule, seed=3
+        )
+        model = kcm.ContrastiveModel.from_backbone(
+            tiny_clip(), masking=masking, micro_batch_size=micro_batch_size
+        )
+        model.compile(keras.optimizers.SGD(0.05))
+        history = model.fit(**as_dataset(pairs, BATCH), epochs=2, verbose=0).history
+        assert int(ops.convert_to_numpy(masking.step)) == 4
+        results.append((values(model.variables), history))
+    (expected, expected_history), (found, history) = results
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    for name, value in expected_history.items():
+        assert history[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_a_batch_normalisation_remembers_the_whole_batch():
+    # Deviations within chunks differ, but the mean of means is the batch's.
+    pairs = random_pairs(BATCH)
+    means = []
+    for micro_batch_size in (None, 4):
+        keras.utils.set_random_seed(0)
+        images = keras.Input((16, 16, 3))
+        x = keras.layers.GlobalAveragePooling2D()(images)
+        norm = keras.layers.BatchNormalization()
+        encoder = keras.Model(images, keras.layers.Dense(16)(norm(x)))
+        model = kcm.ContrastiveModel(
+            encoder, text_bag(), micro_batch_size=micro_batch_size
+        )
+        model(pairs, training=True)
+        means.append(to_numpy(norm.moving_mean))
+    assert np.abs(means[0]).max() > 1e-4
+    np.testing.assert_allclose(means[1], means[0], rtol=1e-4)
+
+
+def test_losses_that_layers_add_are_averaged():
+    pairs = random_pairs(BATCH)
+    losses = []
+    for micro_batch_size in (None, 4):
+        keras.utils.set_random_seed(0)
+        images = keras.Input((16, 16, 3))
+        x = keras.layers.GlobalAveragePooling2D()(images)
+        x = keras.layers.Dense(8, activity_regularizer=keras.regularizers.L2(3.0))(x)
+        last = keras.layers.Dense(16, kernel_regularizer="l2")
+        model = kcm.ContrastiveModel(
+            keras.Model(images, last(x)), text_bag(), micro_batch_size=micro_batch_size
+        )
+        model.compile(keras.optimizers.SGD(0.0), **FAST)
+        history = model.fit(**as_dataset(pairs, BATCH), epochs=2, verbose=0).history
+        losses.append(history["loss"])
+    assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_frozen_weights_stay_and_the_rest_trains():
+    model = make_model(micro_batch_size=4)
+    model.text_encoder.trainable = False
+    model.compile(keras.optimizers.SGD(0.1), **FAST)
+    texts, images = values(model.text_encoder.weights), values(model.trainable_weights)
+    model.fit(**as_dataset(random_pairs(BATCH), BATCH), verbose=0)
+    for before, after in zip(texts, values(model.text_encoder.weights)):
+        np.testing.assert_array_equal(before, after)
+    assert any((a != b).any() for a, b in zip(images, values(model.trainable_weights)))
+
+
+def test_bfloat16_trains_like_whole_batches():
+    losses = []
+    for micro_batch_size in (None, 4):
+        keras.utils.set_random_seed(0)
+        model = kcm.ContrastiveModel.from_backbone(
+            tiny_clip(dtype="mixed_bfloat16"),
+            masking=kcm.ClusterMasking(4, seed=1),
+            micro_batch_size=micro_batch_size,
+        )
+        model.compile(keras.optimizers.SGD(0.05))
+        history = model.fit(
+            **as_dataset(random_pairs(BATCH), BATCH), epochs=3, verbose=0
+        )
+        losses.append(history.history["loss"])
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_no_two_chunks_see_the_same_dropout():
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Flatten()(images)
+    x = keras.layers.Dropout(0.5, seed=1)(ops.ones_like(x)[:, :64])
+    model = kcm.ContrastiveModel(
+        keras.Model(images, x), text_bag(64), micro_batch_size=2
+    )
+    embeddings = to_numpy(model(random_pairs(BATCH), training=True)["image_embeddings"])
+    assert len({row.tobytes() for row in embeddings > 0}) == BATCH
+
+
+# === Memory ===
+
+
+def test_memory_is_that_of_a_micro_batch():
+    """Growing the batch eightfold at the same micro-batch costs hardly any memory."""
+    if keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow does not tell what a step keeps; see benchmarks.")
+    sizes = {}
+    for batch, micro in ((8, 8), (64, 8), (64, None)):
+        keras.utils.set_random_seed(0)
+        encoder = functional_vit(width=64, num_layers=2)
+        model = kcm.ContrastiveModel(encoder, text_bag(64), micro_batch_size=micro)
+        embeddings = 4 * batch * 64 * 4
+        sizes[batch, micro] = (
+            memory_of_gradients(model, random_pairs(batch)) - embeddings
+        )
+    assert sizes[64, 8] < 1.3 * sizes[8, 8]
+    # The measure sees what there is to see.
+    assert sizes[64, None] > 4 * sizes[8, 8]
+
+
+# === Chunks ===
+
+
+def test_chunks_come_back_in_the_order_of_the_batch():
+    rows = {
+        "a": np.arange(12.0).reshape(6, 2).astype("float32"),
+        "b": np.arange(6, dtype="int32"),
+    }
+    outputs, total = map_chunks(
+        lambda weights, state, index, rows: (
+            {"a": rows["a"] * weights, "index": ops.zeros_like(rows["b"]) + index},
+            state + ops.sum(rows["a"]),
+        ),
+        num_chunks=3,
+        weights=ops.convert_to_tensor(2.0),
+        state=ops.convert_to_tensor(0.0),
+        rows={key: ops.convert_to_tensor(value) for key, value in rows.items()},
+    )
+    merged = {key: merge_chunks(value) for key, value in outputs.items()}
+    np.testing.assert_array_equal(to_numpy(merged["a"]), 2 * rows["a"])
+    np.testing.assert_array_equal(to_numpy(merged["index"]), [0, 1, 2, 0, 1, 2])
+    assert float(total) == rows["a"].sum()
+
+
+# === Refusals and saving ===
+
+
+def test_a_micro_batch_that_does_not_divide_the_batch_is_refused():
+    model = kcm.ContrastiveModel(image_mlp(), text_bag(), micro_batch_size=5)
+    with pytest.raises(ValueError, match=r"must divide.*micro_batch_size=5.*of 12"):
+        model(random_pairs(BATCH), training=True)
+    # Evaluation does not need micro-batches.
+    assert model(random_pairs(BATCH))["image_embeddings"].shape[0] == BATCH
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "4"])
+def test_a_size_that_is_no_positive_integer_is_refused(value):
+    with pytest.raises(ValueError, match="`micro_batch_size` must be.*Received: micro"):
+        kcm.ContrastiveModel(image_mlp(), text_bag(), micro_batch_size=value)
+
+
+def test_micro_batches_survive_a_reload(tmp_path):
+    model = kcm.ContrastiveModel(image_mlp(), text_bag(), micro_batch_size=4)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.micro_batch_size == 4

@@ -1,0 +1,439 @@
+"""Learning rates by tower, what weight decay spares, and the gradients' norm."""
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.training.optimizers import is_vector
+from tests.helpers import (
+    as_dataset,
+    functional_vit,
+    image_mlp,
+    random_pairs,
+    text_bag,
+    tiny_clip,
+    tiny_siglip,
+    to_numpy,
+    value_and_gradients,
+    values,
+)
+
+BATCH, STEPS = 8, 4
+RATE, DECAY = 0.01, 0.3
+
+
+def make_model(**kwargs):
+    keras.utils.set_random_seed(0)
+    return kcm.ContrastiveModel(image_mlp(), text_bag(), projection_dim=8, **kwargs)
+
+
+def batches():
+    pairs = random_pairs(BATCH * STEPS)
+    return [
+        {key: x[i * BATCH : (i + 1) * BATCH] for key, x in pairs.items()}
+        for i in range(STEPS)
+    ]
+
+
+def fit(model, epochs=1):
+    pairs = random_pairs(BATCH * STEPS)
+    fit = dict(batch_size=BATCH, shuffle=False, epochs=epochs, verbose=0)
+    return model.fit(pairs, **fit).history
+
+
+def gradients_of(model, pairs):
+    def fn():
+        y = model(pairs, training=True)
+        loss = model.compute_loss(x=pairs, y_pred=y, training=True)
+        return loss, loss
+
+    return value_and_gradients(fn, model.trainable_variables)[1]
+
+
+class ByTorch:
+    """`torch.optim.AdamW` with a parameter group for each weight of a Keras model."""
+
+    def __init__(self, model, rates, decays, clip=None):
+        self.model, self.clip, self.norms = model, clip, []
+        self.weights = [
+            torch.nn.Parameter(torch.tensor(to_numpy(v)))
+            for v in model.trainable_variables
+        ]
+        groups = [
+            {"params": [weight], "lr": rate, "weight_decay": decay}
+            for weight, rate, decay in zip(self.weights, rates, decays)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, eps=1e-12)
+
+    def step(self, pairs):
+        for weight, gradient in zip(self.weights, gradients_of(self.model, pairs)):
+            weight.grad = torch.tensor(gradient)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip or np.inf)
+        self.norms.append(float(norm))
+        self.optimizer.step()
+        for variable, weight in zip(self.model.trainable_variables, self.weights):
+            variable.assign(weight.detach().numpy())
+
+
+def assert_same_weights(model, reference):
+    for one, other in zip(model.trainable_variables, reference.trainable_variables):
+        np.testing.assert_allclose(
+            to_numpy(one), to_numpy(other), rtol=2e-4, atol=2e-5, err_msg=one.path
+        )
+
+
+def adamw(**kwargs):
+    return keras.optimizers.AdamW(RATE, weight_decay=DECAY, epsilon=1e-12, **kwargs)
+
+
+def factors_of(model, multipliers):
+    towers = {
+        id(v): factor
+        for name, factor in multipliers.items()
+        for layer in model.towers[name]
+        for v in layer.weights
+    }
+    return [towers.get(id(v), 1.0) for v in model.trainable_variables]
+
+
+# === Learning rates by tower ===
+
+
+@pytest.mark.parametrize(
+    ("eager", "clip"),
+    [(True, 0.5), (False, 0.5), (False, None)],
+    ids=["eager", "compiled", "unclipped"],
+)
+def test_towers_learn_at_their_rates_as_in_parameter_groups_of_torch(eager, clip):
+    multipliers = {"image": 0.1, "text": 2.0}
+    model, reference = make_model(), make_model()
+    model.compile(
+        adamw(global_clipnorm=clip),
+        learning_rate_multipliers=multipliers,
+        decay_vectors=True,
+        log_gradient_norm=clip is not None,
+        run_eagerly=eager,
+    )
+    history = fit(model)
+    factors = factors_of(reference, multipliers)
+    assert sorted(set(factors)) == [0.1, 1.0, 2.0]
+    by_torch = ByTorch(reference, [RATE * f for f in factors], [DECAY] * 99, clip)
+    for pairs in batches():
+        by_torch.step(pairs)
+    assert_same_weights(model, reference)
+    if clip:
+        # It had something to do, by the norm of both towers together.
+        assert min(by_torch.norms) > clip
+        norm = np.mean(by_torch.norms)
+        assert history["gradient_norm"] == pytest.approx([norm], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
+        lambda rate: keras.optimizers.Lion(rate, weight_decay=0.5),
+        lambda rate: keras.optimizers.AdamW(
+            keras.optimizers.schedules.CosineDecay(rate, 6), use_ema=True
+        ),
+        lambda rate: keras.optimizers.Adam(
+            rate, gradient_accumulation_steps=2, clipnorm=0.1
+        ),
+        lambda rate: keras.optimizers.Muon(rate),
+    ],
+    ids=["sgd", "lion", "schedule-ema", "accumulation", "muon"],
+)
+def test_all_towers_at_a_factor_are_an_optimizer_at_that_rate(make):
+    results = []
+    for rate, options in (
+        (0.002, {}),
+        (0.02, {"learning_rate_multipliers": {"image": 0.1, "text": 0.1}}),
+    ):
+        model = make_model()
+        # The temperature is of no tower.
+        model.head.logit_scale.trainable = False
+        model.compile(make(rate), **options)
+        fit(model, epochs=2)
+        results.append(values(model.variables))
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_projections_of_clip_belong_to_their_towers():
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
+    towers = {
+        name: {id(v) for layer in layers for v in layer.weights}
+        for name, layers in model.towers.items()
+    }
+    assert not towers["image"] & towers["text"]
+    others = [
+        v.path
+        for v in model.trainable_variables
+        if id(v) not in towers["image"] | towers["text"]
+    ]
+    assert others == [model.head.logit_scale.path]
+    assert id(model.backbone.vision_projection.kernel) in towers["image"]
+    assert id(model.backbone.text_projection.kernel) in towers["text"]
+
+
+def test_an_optimizer_compiled_again_has_the_new_options_alone():
+    results = []
+    for first in ({"image": 0.1, "text": 3.0}, None):
+        optimizer = adamw()
+        model = make_model()
+        if first:
+            model.compile(optimizer, learning_rate_multipliers=first)
+        model.compile(
+            optimizer, learning_rate_multipliers={"image": 0.5}, decay_vectors=True
+        )
+        fit(model)
+        results.append(values(model.variables))
+    for one, other in zip(*results):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "message"),
+    [
+        (
+            {"vision": 0.1},
+            r"towers as keys, of \['image', 'text'\]. Received: 'vision'",
+        ),
+        ({"image": -1.0}, "not negative. Received: 'image': -1.0"),
+        ({"text": float("nan")}, "finite"),
+    ],
+)
+def test_multipliers_that_make_no_sense_are_refused(multipliers, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().compile("adamw", learning_rate_multipliers=multipliers)
+
+
+def test_the_towers_of_siglip_have_learning_rates_too():
+    model = kcm.ContrastiveModel.from_backbone(tiny_siglip())
+    model.compile(keras.optimizers.SGD(0.1), learning_rate_multipliers={"image": 0.0})
+    before = values(model.weights)
+    fit(model)
+    moved = {
+        name: any(
+            (old != new).any()
+            for old, new, weight in zip(before, values(model.weights), model.weights)
+            if any(weight is each for layer in layers for each in layer.weights)
+        )
+        for name, layers in model.towers.items()
+    }
+    assert moved == {"image": False, "text": True}
+
+
+def test_a_multi_optimizer_spares_vectors_and_has_rates_of_its_own():
+    inner = keras.optimizers.SGD(0.1, weight_decay=0.5)
+    rates = keras.optimizers.OptimizerMap(inner)
+    model = make_model()
+    with pytest.raises(ValueError, match="do not work with `MultiOptimizer`"):
+        model.compile(
+            keras.optimizers.MultiOptimizer(rates),
+            learning_rate_multipliers={"image": 0.5},
+        )
+    model.compile(keras.optimizers.MultiOptimizer(rates))
+    model.optimizer.build(model.trainable_variables)
+    decaying = [v for v in model.trainable_variables if inner._use_weight_decay(v)]
+    assert decaying
+    assert not any(map(is_vector, decaying))
+
+
+def test_nadam_is_refused_with_multipliers_only():
+    make_model().compile("nadam")
+    with pytest.raises(ValueError, match="do not work with `Nadam`"):
+        make_model().compile("nadam", learning_rate_multipliers={"image": 0.1})
+
+
+# === What decays ===
+
+
+@pytest.mark.parametrize("decay_vectors", [False, True])
+def test_weight_decay_spares_biases_and_vectors_unless_told_otherwise(decay_vectors):
+    keras.utils.set_random_seed(0)
+    model = kcm.ContrastiveModel(functional_vit(), text_bag(), loss="sigmoid")
+    pairs = random_pairs(BATCH)
+    before = values(model.trainable_variables)
+    gradients = gradients_of(model, pairs)
+    model.compile(
+        keras.optimizers.SGD(RATE, weight_decay=DECAY), decay_vectors=decay_vectors
+    )
+    model.fit(pairs, batch_size=BATCH, shuffle=False, verbose=0)
+    spared = 0
+    for variable, weight, gradient in zip(model.trainable_variables, before, gradients):
+        # The biases of attention are matrices by shape, (heads, width of a head).
+        spares = "bias" in variable.path or weight.ndim < 2
+        decay = 0.0 if spares and not decay_vectors else DECAY
+        np.testing.assert_allclose(
+            to_numpy(variable),
+            weight * (1 - RATE * decay) - RATE * gradient,
+            rtol=1e-4,
+            atol=1e-5,
+            err_msg=variable.path,
+        )
+        spared += spares
+    assert 0 < spared < len(before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "expected"),
+    [
+        ((), "logit_scale", True),
+        ((8,), "scale", True),
+        ((1, 1, 8), "class_token", True),
+        ((2, 4), "bias", True),
+        ((8, 1), "kernel", False),
+        ((1, 16, 8), "position_embedding", False),
+        ((3, 3, 3, 8), "kernel", False),
+    ],
+)
+def test_what_a_vector_is(shape, name, expected):
+    assert is_vector(keras.Variable(np.zeros(shape), name=name)) == expected
+
+
+def test_what_an_optimizer_excludes_already_stays_excluded():
+    model = make_model()
+    kept = model.head.image_projection.kernel
+    optimizer = keras.optimizers.SGD(0.0, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay([kept], ["embeddings"])
+    model.compile(optimizer)
+    optimizer.learning_rate = 1e-9
+    optimizer.build(model.trainable_variables)
+    decaying = [v for v in model.trainable_variables if optimizer._use_weight_decay(v)]
+    assert {v.name for v in decaying} == {"kernel"}
+    assert len(decaying) == 3
+    assert all(v is not kept for v in decaying)
+
+
+def test_an_optimizer_built_to_decay_vectors_is_refused():
+    model = make_model()
+    optimizer = adamw()
+    optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match=r"has not been built.*Received: optimizer="):
+        model.compile(optimizer)
+    model.compile(optimizer, decay_vectors=True)
+    # One that decays nothing, and one that spares vectors already.
+    for optimizer in (keras.optimizers.Adam(), adamw()):
+        model.compile(optimizer)
+        optimizer.build(model.trainable_variables)
+        model.compile(optimizer)
+
+
+# === Frozen towers ===
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_a_frozen_tower_stays_as_it_is_while_the_other_learns(micro_batch_size):
+    model, reference = (
+        make_model(micro_batch_size=x) for x in (micro_batch_size, None)
+    )
+    for each in (model, reference):
+        each.image_encoder.trainable = False
+    frozen = values(model.image_encoder.weights)
+    multipliers = {"image": 3.0, "text": 0.5}
+    model.compile(
+        adamw(use_ema=True, ema_momentum=0.0, global_clipnorm=0.5),
+        learning_rate_multipliers=multipliers,
+        log_gradient_norm=True,
+    )
+    history = model.fit(
+        **as_dataset(random_pairs(BATCH * STEPS), BATCH), verbose=0
+    ).history
+    for one, other in zip(values(model.image_encoder.weights), frozen):
+        np.testing.assert_array_equal(one, other)
+    spared = [is_vector(v) for v in reference.trainable_variables]
+    by_torch = ByTorch(
+        reference,
+        [RATE * f for f in factors_of(reference, multipliers)],
+        [0.0 if x else DECAY for x in spared],
+        clip=0.5,
+    )
+    for pairs in batches():
+        by_torch.step(pairs)
+    assert_same_weights(model, reference)
+    assert history["gradient_norm"] == pytest.approx([np.mean(by_torch.norms)], 1e-5)
+
+
+# === The norm of gradients ===
+
+
+def test_the_norm_is_reported_in_training_if_asked_for_and_never_in_evaluation():
+    pairs = random_pairs(BATCH)
+    for log in (False, True):
+        model = make_model()
+        model.compile("sgd", log_gradient_norm=log)
+        history = model.fit(
+            pairs, batch_size=BATCH, validation_data=pairs, epochs=2, verbose=0
+        ).history
+        assert ("gradient_norm" in history) == log
+        assert "val_gradient_norm" not in history
+        assert "gradient_norm" not in model.evaluate(pairs, verbose=0, return_dict=True)
+
+
+@pytest.mark.parametrize("scaling", ["factor", "optimizer"])
+def test_the_norm_is_that_of_gradients_without_the_scale_of_the_loss(scaling):
+    optimizer = keras.optimizers.SGD(
+        0.0, loss_scale_factor=64.0 if scaling == "factor" else None
+    )
+    if scaling == "optimizer":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model = make_model()
+    expected = [
+        np.sqrt(sum((g**2).sum() for g in gradients_of(model, pairs)))
+        for pairs in batches()
+    ]
+    model.compile(optimizer, log_gradient_norm=True)
+    assert fit(model)["gradient_norm"] == pytest.approx([np.mean(expected)], rel=1e-5)
+
+
+def test_a_loss_scale_optimizer_has_all_options_and_skipped_steps_do_not_count():
+    results = []
+    # At first all gradients are infinite, and the scale halves.
+    for scale in (2.0**125, 2.0**10):
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(0.1, weight_decay=0.2), initial_scale=scale
+        )
+        model = make_model()
+        model.compile(
+            optimizer,
+            learning_rate_multipliers={"image": 0.0},
+            log_gradient_norm=True,
+        )
+        before = values(model.image_encoder.weights)
+        history = fit(model, epochs=12 if scale > 2.0**20 else 1)
+        assert np.isfinite(history["gradient_norm"]).all()
+        results.append(history["gradient_norm"])
+        for one, other in zip(values(model.image_encoder.weights), before):
+            np.testing.assert_array_equal(one, other)
+        assert not any(
+            optimizer.inner_optimizer._use_weight_decay(v)
+            for v in model.trainable_variables
+            if is_vector(v)
+        )
+    skipping, regular = results
+    assert skipping[0] == 0
+    assert regular[0] in [pytest.approx(x, rel=0.2) for x in skipping if x]
+
+
+# === Saving ===
+
+
+def test_options_survive_a_reload(tmp_path):
+    model = make_model()
+    model.compile(
+        adamw(),
+        learning_rate_multipliers={"image": 0.1},
+        log_gradient_norm=True,
+        steps_per_execution=1,
+    )
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_compile_config() == model.get_compile_config()
+    one, other = fit(model), fit(loaded)
+    assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-6)
+    for x, y in zip(values(model.variables), values(loaded.variables)):
+        np.testing.assert_allclose(x, y, atol=1e-6)
