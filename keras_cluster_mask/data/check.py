@@ -31,7 +31,7 @@ def check(
 ) -> dict:
     """Reads every sample and decodes every image.
 
-    A sample is broken if training would skip it: its image is missing or does not
+    A sample is broken if `image_text_dataset` skips it: its image is missing or does not
     decode, its caption is missing or empty, or its key is a duplicate within the shard.
     A damaged shard counts as one broken sample, because the number of samples after the
     damage is unknown. Consecutive rows of a table that name the same image are one

@@ -8,6 +8,7 @@ import pytest
 from keras_cluster_mask.data import ImageTextBatches
 
 pytestmark = [
+    pytest.mark.any_backend,
     pytest.mark.filterwarnings("ignore:Counting the pairs"),
     pytest.mark.filterwarnings("ignore:.*skipped"),
 ]

@@ -12,6 +12,7 @@ from keras_cluster_mask.data import ImageTextBatches
 from keras_cluster_mask.data.sources import ShardError
 
 pytestmark = [
+    pytest.mark.any_backend,
     pytest.mark.filterwarnings("ignore:.*skipped"),
     pytest.mark.filterwarnings("ignore:Counting the pairs"),
 ]

@@ -8,7 +8,10 @@ from .test_dataset import assert_same, batches, make
 tf = pytest.importorskip("tensorflow")
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Counting the pairs")
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.filterwarnings("ignore:Counting the pairs"),
+]
 
 
 @pytest.fixture
