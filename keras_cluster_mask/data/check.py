@@ -31,11 +31,11 @@ def check(
 ) -> dict:
     """Reads every sample and decodes every image.
 
-    A sample is broken if `image_text_dataset` skips it: its image is missing or does not
-    decode, its caption is missing or empty, or its key is a duplicate within the shard.
-    A damaged shard counts as one broken sample, because the number of samples after the
-    damage is unknown. Consecutive rows of a table that name the same image are one
-    sample.
+    A sample is broken if `image_text_dataset` skips it: its image is missing or does
+    not decode, its caption is missing or empty, or its key is a duplicate within the
+    shard. A damaged shard counts as one broken sample, because the number of samples
+    after the damage is unknown. Consecutive rows of a table that name the same image
+    are one sample.
 
     Example:
 
