@@ -166,7 +166,7 @@ class IntactSamples:
                 broken.append(BrokenSample(shard, key, reason, details))
 
         for number, shard in enumerate(shards, 1):
-            bar.set_description(f"{progress}: shard {number} of {len(shards)}")
+            bar.set_description_str(f"{progress}: shard {number} of {len(shards)}")
             for pair in self._reader.read(shard, report):
                 yield from broken
                 broken.clear()
