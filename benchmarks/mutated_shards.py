@@ -54,7 +54,7 @@ COLUMNS = {
 DOCUMENTED = (
     "`source` holds no readable pair",
     "`source` must hold samples",
-    "None of the pictures of a batch decodes",
+    "No image of a batch decodes",
 )
 
 

@@ -143,13 +143,13 @@ with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     (folder / "metadata.csv").write_text("file_name,caption\\na.png,black\\n")
-    kcm.data.preparation.convert(folder, folder / "{0}.tar")
-    print("whole:", kcm.data.preparation.check(folder / "0.tar")["samples"])
+    kcm.data.convert(folder, folder / "{0}.tar")
+    print("intact:", kcm.data.check(folder / "0.tar")["samples"])
+    (folder / "0.tfrecord").touch()
     try:
-        kcm.data.preparation.convert(folder, folder / "{0}.tfrecord")
+        kcm.data.convert(folder / "0.tfrecord", folder / "1.tar")
     except ImportError as error:
         print("refused:", error)
-    print("left:", sorted(path.name for path in folder.glob("*.tfrecord")))
 """
 
 SEARCH = """
@@ -203,11 +203,10 @@ def test_data_pipelines_say_what_they_need():
     assert "No module named" not in printed
 
 
-def test_data_is_prepared_but_for_tfrecords():
+def test_data_other_than_tfrecords_is_checked_and_converted():
     printed = run(PREPARE)
-    assert "whole: 1" in printed
+    assert "intact: 1" in printed
     assert "refused: TFRecord files need TensorFlow" in printed
-    assert "left: []" in printed
 
 
 def test_pictures_are_searched(write_pairs):

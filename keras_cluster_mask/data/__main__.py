@@ -1,18 +1,16 @@
-"""Commands that prepare data: `python -m keras_cluster_mask.data --help`."""
+"""The commands `check` and `convert`: `python -m keras_cluster_mask.data --help`."""
 
+import argparse
+import json
 import sys
+import warnings
 
-from keras_cluster_mask.command_line import run_command
-from keras_cluster_mask.data.preparation import (
-    checking,
-    contact_sheets,
-    converting,
-    counting,
-    deduplication,
-    reporting,
-)
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.check import check
+from keras_cluster_mask.data.convert import convert
 
-COMMANDS = (checking, counting, converting, deduplication, reporting, contact_sheets)
+# The number of broken samples that are printed.
+EXAMPLES = 10
 
 
 def main(arguments=None):
@@ -22,15 +20,113 @@ def main(arguments=None):
         arguments: list of str. Defaults to `None`: those of the program.
 
     Returns:
-        int. The exit status: 0; 1 if `check` has found something broken, or there was
-        no whole sample to write; 2 for an error; 130 if the user has stopped it.
+        int. The exit status: 0; 1 if `check` finds a broken sample or `convert` finds
+        no intact one; 2 for an error; 130 if the user stops it.
     """
-    return run_command(
-        "python -m keras_cluster_mask.data",
-        "Prepare image-text data for training.",
-        COMMANDS,
-        arguments,
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    options["verbose"] = not options.pop("quiet")
+    # Pillow's warnings are about images that are counted as broken, or harmless.
+    warnings.filterwarnings("ignore", module="PIL")
+    try:
+        return _check(**options) if command == "check" else _convert(**options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{command}: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m keras_cluster_mask.data",
+        description="Check and convert image-text data.",
     )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    title = "read every sample, decode every image, and list the broken ones"
+    add = _add_command(commands, "check", title)
+    add("--json", metavar="FILE", help="write the result to this file, too")
+    title = "write any readable source as tar shards"
+    add = _add_command(commands, "convert", title)
+    add("--to", required=True, metavar="DEST", help="'shards/train-{00000}.tar'")
+    add("--samples-per-shard", type=int, default=10_000, metavar="N")
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="resize images whose shorter side is longer than N pixels; by default "
+        "all bytes are copied",
+    )
+    add("--overwrite", action="store_true", help="replace existing shards")
+    return parser
+
+
+def _add_command(commands, name, title):
+    command = commands.add_parser(
+        name, help=title, description=title.capitalize() + "."
+    )
+    add = command.add_argument
+    add(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="tar or TFRecord files, tables, folders, or patterns such as "
+        "'train-{00000..00127}.tar'; also at addresses such as s3://",
+    )
+    add(
+        "--image-key",
+        action="append",
+        dest="image_keys",
+        metavar="NAME",
+        help="the field that holds the image; if repeated, the first that a sample has",
+    )
+    add(
+        "--caption-key",
+        action="append",
+        metavar="NAME",
+        help="the field that holds the caption, such as json.caption; may be repeated",
+    )
+    add("--num-threads", type=int, metavar="N", help="default: one per processor")
+    add("--quiet", action="store_true", help="show no progress bar")
+    return add
+
+
+def _check(json=None, **options):
+    result = check(**options)
+    if json:
+        _write_json(json, result)
+    print(f"{result['samples']:>12,}  intact samples")
+    _print_broken(result)
+    return 1 if result["broken"] else 0
+
+
+def _convert(**options):
+    result = convert(**options)
+    shards = result["shards"]
+    where = " to ".join(dict.fromkeys([*shards[:1], *shards[-1:]])) or "no file"
+    print(f"{result['samples']:>12,}  samples written: {_printable(where)}")
+    _print_broken(result)
+    return 0 if result["samples"] else 1
+
+
+def _write_json(path, content):
+    with files.replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def _print_broken(result):
+    print(f"{result['broken']:>12,}  broken samples")
+    for reason, count in result["by_reason"].items():
+        print(f"{count:>12,}  {reason}")
+    for sample in result["first_broken"][:EXAMPLES]:
+        print("  ", *(_printable(sample[name]) for name in ("shard", "key", "reason")))
+
+
+def _printable(text):
+    """Text, or None, as one line that any terminal can show."""
+    text = "-" if text is None else text.encode("utf-8", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 if __name__ == "__main__":

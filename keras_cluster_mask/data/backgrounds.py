@@ -1,4 +1,4 @@
-"""What is seen through the transparent parts of a picture."""
+"""Backgrounds for transparent images."""
 
 import numpy as np
 from PIL import Image
@@ -7,14 +7,14 @@ WHITE = (255, 255, 255)
 
 
 def check_background(background):
-    """`background` as a list of `"random"` and triples of ints, checked."""
+    """Checks `background`, and returns a list of `"random"` and RGB tuples."""
     choices = background if isinstance(background, list) else [background]
     checked = [WHITE if choice == "white" else choice for choice in choices]
     for choice in checked:
         if isinstance(choice, str) and choice == "random":
             continue
-        colour = choice if isinstance(choice, tuple) else ()
-        if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
+        color = choice if isinstance(choice, tuple) else ()
+        if len(color) != 3 or not all(0 <= value <= 255 for value in color):
             checked = []
     if not checked:
         raise ValueError(
@@ -25,17 +25,17 @@ def check_background(background):
     return checked
 
 
-def composite(picture, background="white", seed=0):
-    """A picture with what is transparent laid over a background.
+def composite(image, background="white", seed=0):
+    """Blends a transparent image with a background.
 
-    A cut-out object over one plain colour teaches a model the colour; `"random"` puts
-    each behind something else.
+    With one plain color behind every cut-out object, a model may learn the color;
+    `"random"` draws a different background for each image.
 
     Args:
-        picture: uint8 array `(height, width, 4)`, the last channel alpha.
+        image: uint8 array `(height, width, 4)`. The last channel is alpha.
         background: `"white"`, a tuple of three ints from 0 to 255, or `"random"`: a
-            plain colour, a soft gradient or a texture, each as likely. Of a list of
-            these one is drawn, each as likely as the others.
+            plain color, a gradient or a texture, with equal probability. From a list
+            of these, one is drawn with equal probability.
         seed: int. Equal seeds give equal backgrounds.
 
     Returns:
@@ -45,24 +45,24 @@ def composite(picture, background="white", seed=0):
     choices = check_background(background)
     choice = choices[generator.integers(len(choices))]
     if choice == "random":
-        back = random_background(picture.shape[:2], generator)
+        back = random_background(image.shape[:2], generator)
     else:
         back = np.array(choice, "float32")
-    alpha = picture[..., 3:].astype("float32") / 255.0
-    return np.round(alpha * picture[..., :3] + (1.0 - alpha) * back).astype("uint8")
+    alpha = image[..., 3:].astype("float32") / 255.0
+    return np.round(alpha * image[..., :3] + (1.0 - alpha) * back).astype("uint8")
 
 
 def random_background(size, generator):
-    """A plain colour, a soft gradient or a texture.
+    """Draws a plain color, a gradient or a texture.
 
     Args:
-        size: pair of ints. Height and width.
+        size: Pair of ints. Height and width.
         generator: `np.random.Generator`.
 
     Returns:
         float32 array `(height, width, 3)`, from 0 to 255.
     """
-    colour = generator.uniform(0.0, 255.0, 3).astype("float32")
+    color = generator.uniform(0.0, 255.0, 3).astype("float32")
 
     def noise(rows, columns):
         grid = generator.integers(0, 256, (rows, columns, 3), dtype="uint8")
@@ -71,9 +71,9 @@ def random_background(size, generator):
 
     kind = generator.integers(3)
     if kind == 0:
-        return np.broadcast_to(colour, (*size, 3))
+        return np.broadcast_to(color, (*size, 3))
     if kind == 1:
         return noise(*generator.integers(2, 5, 2))
-    # From 8 to 32 grains along each side, of anything between faint and full.
+    # From 8 to 32 grains along each side, with a contrast of 0.2 to 1.
     grains = noise(*np.minimum(size, generator.integers(8, 33)))
-    return colour + generator.uniform(0.2, 1.0) * (grains - colour)
+    return color + generator.uniform(0.2, 1.0) * (grains - color)

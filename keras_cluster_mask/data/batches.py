@@ -18,13 +18,13 @@ from keras_cluster_mask.data.checks import (
     count_pairs,
 )
 from keras_cluster_mask.data.decoding import Decoder, draws_of
-from keras_cluster_mask.data.pairs import Labels, PairReader
-from keras_cluster_mask.data.pictures import (
+from keras_cluster_mask.data.images import (
     MAX_PIXELS,
     NUM_DRAWS,
     Cutter,
     height_and_width,
 )
+from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.position import Position
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.sources import find_shards
@@ -32,7 +32,7 @@ from keras_cluster_mask.data.tokenizing import check_tokenizer, tokenize
 
 
 class Spec(typing.NamedTuple):
-    """The shape, with `None` for what varies, and the type of an array."""
+    """The shape, with `None` for unknown sizes, and the type of an array."""
 
     shape: tuple
     dtype: str
@@ -41,9 +41,9 @@ class Spec(typing.NamedTuple):
 class ImageTextBatches:
     """Batches of images and token ids for `fit` and evaluation, without TensorFlow.
 
-    The same batches as those of `image_text_dataset`, as NumPy arrays: for machines
-    with JAX or PyTorch alone, and for programs of your own. Each time it is iterated
-    over is an epoch. Pictures are decoded in threads while a model trains.
+    The batches equal those of `image_text_dataset` and are NumPy arrays, for machines
+    without TensorFlow and for custom training loops. Each iteration over the object is
+    an epoch. Images are decoded in threads while a model trains.
 
     Example:
 
@@ -55,9 +55,9 @@ class ImageTextBatches:
     folder = pathlib.Path("squares")
     folder.mkdir(exist_ok=True)
     lines = ["file_name,caption"]
-    for colour in ("red", "blue"):
-        Image.new("RGB", (64, 48), colour).save(folder / f"{colour}.png")
-        lines.append(f"{colour}.png,a {colour} square")
+    for color in ("red", "blue"):
+        Image.new("RGB", (64, 48), color).save(folder / f"{color}.png")
+        lines.append(f"{color}.png,a {color} square")
     (folder / "metadata.csv").write_text("\\n".join(lines))
 
     tokenizer = kcm.data.CLIPTokenizer.train(["a red square", "a blue square"], 600)
@@ -69,78 +69,79 @@ class ImageTextBatches:
     ```
 
     Args:
-        source: str or path, or a list of them: tar files, TFRecord files, manifests,
-            folders with a manifest, or patterns; see `list_shards`.
+        source: str or path, or a list of them: tar files, TFRecord files, tables,
+            folders, or patterns; see `list_shards`.
         tokenizer: A `CLIPTokenizer`; or any callable from a list of bytes to ints
             `(batch, length)`; or a Keras layer, such as a KerasHub `CLIPPreprocessor`,
-            which does not clean, may spell numbers differently from CLIP, and needs
-            TensorFlow. `None`: batches without `"token_ids"`, and samples need no
+            which does not clean captions, may split numbers differently from CLIP, and
+            needs TensorFlow. `None`: batches have no `"token_ids"`, and samples need no
             caption.
         image_size: int or `(height, width)`.
-        batch_size: int. The number of samples in a batch, over all devices together.
-        training: bool. Whether to shuffle and to crop at random.
-        seed: int. Defaults to `None`: another order each time, unless
-            `keras.utils.set_random_seed` was called.
-        shuffle_buffer: int. How many samples, still encoded, the shuffle holds in
-            memory. Defaults to `4096`.
-        crop_scale: pair of floats. The range of the part of an image's area that is
-            kept in training. Defaults to `(0.4, 1.0)`.
-        horizontal_flip: bool. Whether to mirror every second image in training; not
-            for captions that say left and right. Defaults to `False`.
-        background: What is seen through transparent images: `"white"`, a tuple of
-            three ints from 0 to 255, `"random"` (plain colours, gradients and
-            textures), or a list of these to draw from for each image.
+        batch_size: int. The global batch size, over all devices.
+        training: bool. Whether to shuffle and to take random crops.
+        seed: int. Defaults to `None`: a random seed, which depends on
+            `keras.utils.set_random_seed`.
+        shuffle_buffer: int. The number of encoded samples in the shuffle buffer.
+            Defaults to `4096`.
+        crop_scale: pair of floats. The range of the area of random crops, as a fraction
+            of the image's area. Defaults to `(0.4, 1.0)`.
+        horizontal_flip: bool. Whether to flip half of the images in training. Not
+            suitable for captions that say left or right. Defaults to `False`.
+        background: The background of transparent images: `"white"`, a tuple of three
+            ints from 0 to 255, `"random"` (plain colors, gradients and textures), or a
+            list of these, from which one is drawn for each image.
         image_keys: str or sequence of str. The field that holds the image: a file
-            extension in a tar, a feature of a TFRecord, a column of a manifest, whose
-            cells name files. Of several the first that a sample has. Defaults to
-            `None`: the usual names.
+            extension in a tar, a feature of a TFRecord, or a column of a table with the
+            names of files. Of several, the first that a sample has is used. Defaults to
+            `None`: common names.
         caption_key: str or sequence of str. The field that holds the caption; of
-            several the first that is not empty. `"json.caption"` is the entry `caption`
-            of the file `KEY.json`. A list of captions there is drawn from anew in each
-            epoch; in evaluation the first counts. Defaults to `None`: `"txt"` and other
-            usual names.
-        caption_template: str or sequence of str that hold `{}`, such as
-            `"a photo of a {}."`, into which captions are put; of several one is drawn
-            for each sample and epoch, and in evaluation the first counts.
+            several, the first that is not empty. `"json.caption"` is the entry
+            `caption` of the file `KEY.json`. From a list of captions, one is drawn in
+            each epoch; evaluation uses the first. Defaults to `None`: `"txt"` and other
+            common names.
+        caption_template: str or sequence of str that contain `{}` for the caption, such
+            as `"a photo of a {}."`. Of several, one is drawn for each sample and epoch;
+            evaluation uses the first.
         on_error: `"skip"`, or `"raise"` to stop at the first broken sample with an
             error that names its shard and key.
-        max_skipped: float. The share of samples that may be broken: of more, once 1,000
-            have been looked at, an error stops the run. Defaults to `0.5`.
-        max_image_pixels: int. Pictures of more pixels count as broken; JPEG files are
-            shrunk while they are decoded and may be larger. Defaults to 50 million.
-        drop_remainder: bool. Whether batches are full: in training what is left of an
-            epoch opens the next, in evaluation it is dropped. Defaults to `None`: in
-            training only.
+        max_skipped: float. The share of samples that may be broken. It is checked after
+            1,000 samples, and a larger share raises an error. Defaults to `0.5`.
+        max_image_pixels: int. Images of more pixels count as broken; JPEG files are
+            reduced while they are decoded and may be larger. Defaults to 50 million.
+        drop_remainder: bool. Whether all batches are full. In training, the last
+            partial batch is carried over to the next epoch; in evaluation it is
+            dropped. Defaults to `None`: in training only.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to `None`:
             `keras.config.image_data_format()`.
         include_captions: bool. Whether batches hold the `"captions"`, UTF-8 bytes; with
-            `"all"`, tuples of all captions of each picture.
-        include_keys: bool. Whether batches hold the samples' `"keys"`, bytes.
-        include_paths: bool. Whether batches hold the `"paths"` of the pictures' files,
-            bytes; empty for pictures inside of shards.
+            `"all"`, tuples of all captions of each image.
+        include_keys: bool. Whether batches hold the `"keys"` of the samples, bytes.
+        include_paths: bool. Whether batches hold the `"paths"` of the image files,
+            bytes; empty for images inside of shards.
         label_key: str or sequence of str. The field that holds the class, such as
-            `"cls"`, `"json.label"` or, of pictures in a folder, `"folder"`, the name of
-            the folder. Batches then hold `"labels"`, int32. Defaults to `None`: none.
-        class_names: sequence of str, for labels that are names: a label is the place of
+            `"cls"`, `"json.label"` or, for images in a folder, `"folder"`, the name of
+            the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
+            labels.
+        class_names: sequence of str, for labels that are names: a label is the index of
             its name. Defaults to `None`: labels are numbers.
-        process: pair of ints. The number of this process, from 0, and how many there
-            are; each gets its part of every batch, `batch_size` over the number of
-            processes, and in training all take the same steps. Defaults to what JAX or
-            `torch.distributed` say; for evaluation on torch to `(0, 1)`, all samples in
+        process: pair of ints. The number of this process, from 0, and the number of
+            processes. Each process gets its part of every batch, and in training all
+            take the same number of steps. Defaults to the values of JAX or
+            `torch.distributed`; for evaluation on torch to `(0, 1)`, all samples in
             every process. Every process reads all shards and decodes its own samples.
-        num_threads: int. How many pictures are decoded at a time. Defaults to `None`:
-            the number of processors.
+        num_threads: int. The number of images that are decoded at the same time.
+            Defaults to `None`: the number of processors.
 
     Attributes:
-        skipped: `SkippedSamples`. What the current or last pass left out.
-        position: `Position`. In training, what is read next.
+        skipped: `SkippedSamples`. The samples that the current or last pass skipped.
+        position: `Position`. In training, the next epoch and step.
         element_spec: dict. The shape and type of each entry of a batch.
 
     Raises:
-        FileNotFoundError: if a shard is missing.
-        ValueError: if an argument does not make sense, or the shards hold no sample
-            with an image and a caption, or fewer than a batch where a batch that is
-            not full is dropped.
+        FileNotFoundError: If a shard is missing.
+        ValueError: If an argument is invalid, if the shards hold no sample with an
+            image and a caption, or if they hold less than one batch and partial batches
+            are dropped.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class ImageTextBatches:
             )
         if class_names is not None and label_key is None:
             raise ValueError(
-                "`class_names` are for labels: give the `label_key` of the field that "
+                "`class_names` need labels: pass the `label_key` of the field that "
                 f"holds them. Received: class_names={class_names}, label_key=None"
             )
         check_tokenizer(tokenizer)
@@ -245,12 +246,12 @@ class ImageTextBatches:
         if training:
             count = functools.partial(count_pairs, self._reader)
             self.position = Position(seed, batch_size, count, opens_next=drop_remainder)
-            # Of which epoch, and what.
+            # The epoch and its last partial batch.
             self._left_over = None, []
 
     @property
     def element_spec(self):
-        """dict from the name of each entry of a batch to its shape and type."""
+        """dict from the name of each entry of a batch to its `Spec`."""
         height, width = self._cutter.image_size
         rows = self._batch_size // self._process[1] if self._whole else None
         image = (3, height, width) if self._channels_first else (height, width, 3)
@@ -270,7 +271,7 @@ class ImageTextBatches:
         return as_dataset(self)
 
     def repeat(self):
-        """The batches of one epoch after another, without an end."""
+        """The batches of endless epochs."""
         return Endless(self)
 
     def __iter__(self):
@@ -288,17 +289,17 @@ class ImageTextBatches:
             num_threads=self._num_threads,
         )
         rows = self._batch_size // self._process[1]
-        for step, (pairs, draws, pictures) in enumerate(decoder.decoded(steps)):
+        for step, (pairs, draws, images) in enumerate(decoder.decoded(steps)):
             if not pairs or (self._whole and len(pairs) < rows):
                 continue
             keys = [pair.key.encode("utf-8", "surrogateescape") for pair in pairs]
             if self._training:
                 self.position.report_batch(epoch, first + step, keys)
-            yield self._batch(pairs, draws, pictures, keys)
+            yield self._batch(pairs, draws, images, keys)
         account.end()
 
-    def _batch(self, pairs, draws, pictures, keys):
-        batch = {"images": pictures, "keys": _strings(keys)}
+    def _batch(self, pairs, draws, images, keys):
+        batch = {"images": images, "keys": _strings(keys)}
         if {"token_ids", "captions"} & {*self._names}:
             captions = self._choose(pairs, draws[:, NUM_DRAWS:])
             batch["captions"] = _strings(captions)
@@ -307,15 +308,14 @@ class ImageTextBatches:
         if self.all_captions:
             batch["captions"] = _strings([self._choose.all_of(p) for p in pairs])
         if "paths" in self._names:
-            images = [pair.image for pair in pairs]
-            paths = [image if isinstance(image, str) else "" for image in images]
+            paths = [p.image if isinstance(p.image, str) else "" for p in pairs]
             batch["paths"] = _strings([os.fsencode(path) for path in paths])
         if "labels" in self._names:
             batch["labels"] = np.array([pair.label for pair in pairs], "int32")
         return {name: batch[name] for name in self._names}
 
     def _training_steps(self, account, epoch, step):
-        """The pairs of each step of an epoch, and the numbers they depend on."""
+        """The pairs of each step of an epoch, and their random numbers."""
         index, count = self._process
         rows = self._batch_size // count
         own = slice(index * rows, (index + 1) * rows)
@@ -340,7 +340,7 @@ class ImageTextBatches:
         self.position.report_pairs(count)
 
     def _last_pairs(self, epoch, count):
-        """What was left of an epoch, kept or read again."""
+        """The last partial batch of an epoch, kept in memory or read again."""
         if self._left_over[0] == epoch:
             return self._left_over[1]
         again = self._mixed(self.skipped.ignore, epoch)
@@ -361,16 +361,16 @@ class ImageTextBatches:
 
 
 def _strings(values):
-    """An array of bytes, or of tuples of them, one a sample."""
+    """An array with one entry of bytes, or a tuple of them, per sample."""
     array = np.empty(len(values), object)
-    # One by one: NumPy would take tuples of one length for rows.
+    # One by one, because NumPy would take tuples of equal length as rows.
     for index, value in enumerate(values):
         array[index] = value
     return array
 
 
 class Endless:
-    """The batches of one epoch after another.
+    """The batches of endless epochs.
 
     Args:
         batches: `ImageTextBatches`.
@@ -383,14 +383,14 @@ class Endless:
 
     def __iter__(self):
         empty = 0
-        # One may be, if it was to start at its end.
+        # The first epoch is empty if its start position is its end.
         while empty < 2:
             empty += 1
             for batch in self._batches:
                 empty = 0
                 yield batch
         raise ValueError(
-            "`source` gives no batches any more: two epochs had none. Received: "
+            "`source` must give batches, but two epochs had none. Received: "
             f"{self.skipped}"
         )
 
@@ -400,7 +400,7 @@ class Endless:
 
 
 def as_dataset(batches):
-    """A `tf.data.Dataset` of batches that are made in Python.
+    """Converts batches to a `tf.data.Dataset`.
 
     Args:
         batches: `ImageTextBatches`, or `Endless` ones.
@@ -409,8 +409,8 @@ def as_dataset(batches):
 
     if getattr(batches, "all_captions", False):
         raise ValueError(
-            'A `tf.data.Dataset` holds no tuples of strings: `include_captions="all"` '
-            "is for `ImageTextBatches`. Received: include_captions='all'"
+            '`include_captions="all"` needs `ImageTextBatches`: a `tf.data.Dataset` '
+            "holds no tuples of strings. Received: include_captions='all'"
         )
     signature = {
         name: tf.TensorSpec(*spec) for name, spec in batches.element_spec.items()
@@ -420,11 +420,10 @@ def as_dataset(batches):
     )
     options = tf.data.Options()
     options.deterministic = True
-    # The samples come out of Python: no files for `tf.distribute` to deal.
+    # The samples come from Python, so `tf.distribute` has no files to distribute.
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
     )
-    # There is nothing to tune, and the tuner lets an epoch wait for it to end: up to a
-    # second.
+    # There is nothing to tune, and an epoch would wait up to a second for the tuner.
     options.autotune.enabled = False
     return dataset.with_options(options).prefetch(2)

@@ -1,4 +1,4 @@
-"""What CLIP's byte-pair vocabulary is made of: cleaning, words, bytes and merges."""
+"""The parts of CLIP's byte-pair encoding: cleaning, words, bytes and merges."""
 
 import html
 import json
@@ -19,10 +19,10 @@ BYTE_CHARACTERS = [
 WORD_END = "</w>"
 START = "<start_of_text>"
 END = "<end_of_text>"
-# OpenAI's file lists more merges than CLIP uses: 49,408 ids less bytes and specials.
+# OpenAI's file lists more merges than CLIP uses: 49,408 ids minus bytes and specials.
 CLIP_MERGES = 49408 - 2 * 256 - 2
-# Letters and digits of Unicode 17 and 18, which the Rust step does not know as such yet
-# and the reference does: first and last code point of each run.
+# Letters and digits of Unicode 17 and 18, which the reference knows and the Rust
+# library does not know yet: the first and last code point of each run.
 NEWER_LETTERS = """
     558 58B-58C 88F C5C CDC 208F 209D-209F A7CE-A7CF A7D2 A7D4 A7DD A7E2 A7F1 AB6C-AB6D
     107BB-107BF 10940-10959 10EC5-10EC7 10ED9-10EEE 11B0A 11DB0-11DDB 11DF1 16EA0-16EB8
@@ -36,33 +36,33 @@ LETTERS, DIGITS = (
     name + re.sub(r"(\w+)\s*", r"\\x{\1}", newer.strip())
     for name, newer in [(r"\p{L}", NEWER_LETTERS), (r"\p{N}", NEWER_DIGITS)]
 )
-# The reference matches blind to case, which makes the long s an s.
+# The reference ignores case, so the long s matches an s.
 ANY_S = r"[s\x{17F}]"
-# A word is a contraction's ending, a run of letters, one digit, or a run of anything
-# else but white space. Blind to case also drops U+0345, an accent whose upper case is a
-# letter.
+# A word is the ending of a contraction, a run of letters, one digit, or a run of other
+# characters that are not white space. Ignoring case also drops U+0345, an accent whose
+# upper case is a letter.
 WORD_PATTERN = (
     rf"'{ANY_S}|'t|'re|'ve|'m|'ll|'d|[{LETTERS}]+|[{DIGITS}]"
     rf"|[^\s{LETTERS}{DIGITS}\x{{345}}]+"
 )
-# ASCII without "&" and without controls, but for the white space of files.
+# ASCII without "&" and without control characters other than white space.
 PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 
 
 def clean(text):
-    """A caption as CLIP's vocabulary expects it."""
+    """Cleans a caption as CLIP does."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     if not isinstance(text, str):
         raise TypeError(f"`texts` must be str or bytes. Received: {text!r}")
-    # Nothing in plain ASCII without an entity needs repair, and repair is slow.
+    # Repair is slow, and plain ASCII without an entity needs none.
     if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def word_splitter(*special_tokens):
-    """The Rust step that cuts a clean caption into words, spelt in byte characters."""
+    """Splits a clean caption into words, spelled in byte characters."""
     specials = "|".join(re.escape(token) for token in special_tokens)
     specials = specials.replace("s", ANY_S)
     pattern = tokenizers.Regex(f"{specials}|{WORD_PATTERN}")
@@ -75,7 +75,7 @@ def word_splitter(*special_tokens):
 
 
 def clip_vocabulary(merges):
-    """OpenAI's order: bytes, bytes that end a word, merges, start, end."""
+    """The vocabulary in OpenAI's order: bytes, final bytes, merges, start, end."""
     return [
         *BYTE_CHARACTERS,
         *(character + WORD_END for character in BYTE_CHARACTERS),
@@ -86,18 +86,18 @@ def clip_vocabulary(merges):
 
 
 def read_merges(text):
-    """OpenAI's file: a comment, then a merge a line; only so many are in use."""
+    """Reads the merges that CLIP uses from OpenAI's file."""
     lines = text.split("\n")[1 : CLIP_MERGES + 1]
     merges = [tuple(line.split()) for line in lines if line.strip()]
     if not merges or any(len(merge) != 2 for merge in merges):
-        raise ValueError("not a list of merges, two tokens a line after a comment")
+        raise ValueError("not a list of merges, with two tokens per line")
     return merges
 
 
 def learn_merges(captions, vocabulary_size, min_frequency):
-    """The merges that shorten the captions most, always the same for the same ones."""
-    # The trainer numbers the letters it meets in the order of a randomised hash table
-    # and breaks ties between pairs by these numbers: so the numbers are given to it.
+    """Learns the most frequent merges; the same captions give the same merges."""
+    # The trainer breaks ties by the numbers of the letters, which it takes from a
+    # randomized hash table unless they are special tokens.
     letters = clip_vocabulary([])[:-2]
     learner = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.pre_tokenizer = word_splitter(START, END)

@@ -1,4 +1,4 @@
-"""Captions: which of several a picture comes with, and all of them by themselves."""
+"""Reads all captions of a source, and chooses one caption per sample."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ from keras_cluster_mask.data.sources import ShardError, find_shards
 
 
 def read_captions(source, caption_key=None):
-    """All captions of shards, for a tokenizer to be trained on.
+    """Reads all captions of a source, for training a tokenizer.
 
     Example:
 
@@ -22,8 +22,8 @@ def read_captions(source, caption_key=None):
             `image_text_dataset`. Defaults to `None`: the usual names.
 
     Returns:
-        List of str, in the order of the files. Samples without a caption are left out,
-        and so is the rest of a damaged shard.
+        List of str, in the order of the files. Samples without a caption and the rest
+        of a damaged shard are left out.
     """
     reader = PairReader(find_shards(source), caption_key=caption_key)
     captions = []
@@ -35,11 +35,11 @@ def read_captions(source, caption_key=None):
 
 
 class CaptionChoice:
-    """One caption a sample: one of its own, put into one of some templates.
+    """Chooses one caption per sample and puts it into a template.
 
     Args:
         template: str or sequence of str that hold `{}`, or None.
-        training: bool. Whether to draw, or to take the first.
+        training: bool. Whether to draw captions and templates, or to take the first.
     """
 
     def __init__(self, template, training):
@@ -49,14 +49,14 @@ class CaptionChoice:
         for each in templates:
             if not isinstance(each, str) or each.count("{}") != 1:
                 raise ValueError(
-                    "`caption_template` must be str that hold {} once, where the "
-                    f"caption goes. Received: {template!r}"
+                    "`caption_template` must be str that hold {} exactly once, for the "
+                    f"caption. Received: {template!r}"
                 )
         self._templates = [each.partition("{}")[::2] for each in templates]
         self._training = training
 
     def __call__(self, pairs, draws):
-        """The captions of pairs.
+        """Chooses the captions of pairs.
 
         Args:
             pairs: list of `Pair`.

@@ -1,6 +1,4 @@
-"""Checks before the first batch: enough pairs, and processes that can share them."""
-
-import warnings
+"""Checks of the source and of the process before the first batch."""
 
 from keras_cluster_mask.data.sources import ShardError
 from keras_cluster_mask.data.sources.shard import FAULT
@@ -10,12 +8,12 @@ SAMPLES_TO_CHECK = 1000
 
 
 def check_for_pairs(reader, on_error, at_least=1):
-    """Raises an error unless the shards hold pairs, and enough of them for a batch.
+    """Raises an error unless the shards hold enough pairs for a batch.
 
     Args:
         reader: `PairReader`.
         on_error: `"skip"`, or `"raise"` for the first damaged shard.
-        at_least: int. How many pairs there must be; no more are looked at.
+        at_least: int. The required number of pairs; no more are read.
     """
     seen = {}
     damage = None
@@ -35,7 +33,7 @@ def check_for_pairs(reader, on_error, at_least=1):
             if on_error == "raise":
                 raise
             damage = damage or error
-            # The last sample may be whole.
+            # The last sample may be complete.
             if isinstance(error, ShardError):
                 pairs += _is_pair(reader, shard, error.sample, keys)
                 if pairs >= at_least:
@@ -44,8 +42,9 @@ def check_for_pairs(reader, on_error, at_least=1):
             break
     if pairs:
         raise ValueError(
-            "`batch_size` must not exceed the number of pairs, or no batch is ever "
-            f"full. Received: batch_size={at_least} and {pairs} pairs in `source`"
+            "`batch_size` must not exceed the number of pairs, because only full "
+            f"batches are used. Received: batch_size={at_least}, {pairs} pairs in "
+            "`source`"
         )
     if damage:
         raise ValueError(f"`source` holds no readable pair. {damage}") from damage
@@ -59,7 +58,7 @@ def check_for_pairs(reader, on_error, at_least=1):
 
 
 def _is_pair(reader, shard, sample, keys):
-    """Whether a sample is a pair whose key is not among those that came before."""
+    """Whether a sample is a pair with a new key."""
     pair, _ = reader.pair(shard, sample)
     key = sample.get("__key__")
     known = shard.unique_keys and key in keys
@@ -68,19 +67,14 @@ def _is_pair(reader, shard, sample, keys):
 
 
 def count_pairs(reader):
-    """The number of pairs in shards, whether or not their pictures decode."""
-    warnings.warn(
-        f"Counting the pairs in {len(reader.shards)} shards: an epoch starts with what "
-        "was left of the one before, which has not been read to its end.",
-        stacklevel=2,
-    )
+    """The number of pairs in shards, whether or not their images decode."""
     return sum(
         1 for shard in reader.shards for _ in reader.read(shard, lambda *fault: None)
     )
 
 
 def check_process(process, batch_size, seed, training, drop_remainder):
-    """Checks which process reads a dataset; returns its number and the count."""
+    """Checks `process`; returns the number of this process and the count."""
     index, count = process_index_and_count(training) if process is None else process
     if not 0 <= index < count:
         raise ValueError(
@@ -89,18 +83,18 @@ def check_process(process, batch_size, seed, training, drop_remainder):
         )
     if batch_size % count:
         raise ValueError(
-            "`batch_size` counts the samples of all processes together, whose number "
-            f"must divide it. Received: batch_size={batch_size}, {count} processes"
+            "`batch_size` is global and must be divisible by the number of processes. "
+            f"Received: batch_size={batch_size}, {count} processes"
         )
     if count > 1 and training and seed is None:
         raise ValueError(
-            "`seed` must be given if several processes share the samples, so that all "
-            f"shuffle them alike. Received: seed=None, {count} processes"
+            "`seed` must be set if several processes share the samples, so that all "
+            f"use the same order. Received: seed=None, {count} processes"
         )
     if count > 1 and training and not drop_remainder:
         raise ValueError(
             "`drop_remainder` must be true in training if several processes share the "
-            "samples: all take the same steps. Received: drop_remainder="
-            f"{drop_remainder}, {count} processes"
+            "samples, so that all take the same number of steps. Received: "
+            f"drop_remainder={drop_remainder}, {count} processes"
         )
     return index, count

@@ -1,4 +1,4 @@
-"""Image-text pairs as a `tf.data.Dataset`, ready to train on."""
+"""Image-text pairs as a `tf.data.Dataset`."""
 
 from keras_cluster_mask.data.batches import ImageTextBatches
 from keras_cluster_mask.data.decoding import num_processors
@@ -23,27 +23,27 @@ def image_text_dataset(
     """Batches of images and token ids from shards, for `fit` and evaluation.
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
-    by `KEY.txt`), TFRecord files, or tables (CSV, TSV, JSON lines) of pictures that lie
-    beside them. In training the shards and the samples within a buffer are shuffled and
-    a random part of each image is cropped; otherwise all samples come once, in the
-    order of the files, each cut to its middle. Images are decoded in parallel and stay
-    uint8: models scale them on the device. They are as people see them: turned upright
-    as their EXIF tag says, and what is transparent over white.
+    by `KEY.txt`), TFRecord files, or tables (CSV, TSV, JSON lines) that name image
+    files. In training, the shards and the samples within a buffer are shuffled and each
+    image is cropped at random. Otherwise each sample is read once, in the order of the
+    files, with a center crop. Images are decoded in parallel and stay uint8: models
+    scale them on the device. Their EXIF orientation is applied, and transparent parts
+    are white.
 
-    Broken samples (no image, no caption, an empty one, bytes that do not decode or are
-    far too many, a key that came before) and the rest of damaged shards are skipped.
-    The attribute `dataset.skipped` of the returned dataset, a `SkippedSamples`, counts
-    them for the current or last pass; a warning sums them up when a pass ends. Methods
-    such as `dataset.take` return new datasets without it: keep the first.
+    Broken samples (a missing image, a missing or empty caption, bytes that do not
+    decode or are too large, a duplicate key) and the rest of damaged shards are
+    skipped. The attribute `dataset.skipped` of the returned dataset, a
+    `SkippedSamples`, counts them for the current or last pass, and a warning summarizes
+    each pass. Methods such as `dataset.take` return datasets without this attribute.
 
-    In training each epoch is in another order, and what does not fill a batch at its
-    end opens the next. Two datasets of one seed give the same batches, epoch for epoch.
-    The attribute `dataset.position`, a `Position`, says what is read next;
-    `kcm.callbacks.Checkpoint` saves it and sets it. For that reason a sample keeps its
-    place even if its picture does not decode: its neighbour in the batch is then taken
-    twice.
+    In training, each epoch has its own order, and its last partial batch is carried
+    over to the next epoch. Two datasets with the same seed give the same batches in
+    every epoch. The attribute `dataset.position`, a `Position`, is the next epoch and
+    step; `kcm.callbacks.Checkpoint` saves and restores it. An image that does not
+    decode is replaced by its neighbour in the batch, so that the number of steps does
+    not depend on broken images.
 
-    `ImageTextBatches` gives the same batches where there is no TensorFlow.
+    `ImageTextBatches` gives the same batches without TensorFlow.
 
     Example:
 
@@ -54,11 +54,11 @@ def image_text_dataset(
 
     captions = ["a red square", "a blue square"]
     with tarfile.open("squares.tar", "w") as tar:
-        for index, colour in enumerate([(255, 0, 0), (0, 0, 255)]):
-            picture = io.BytesIO()
-            Image.new("RGB", (64, 48), colour).save(picture, "PNG")
+        for index, color in enumerate([(255, 0, 0), (0, 0, 255)]):
+            image = io.BytesIO()
+            Image.new("RGB", (64, 48), color).save(image, "PNG")
             caption = captions[index].encode()
-            for name, content in (("png", picture.getvalue()), ("txt", caption)):
+            for name, content in (("png", image.getvalue()), ("txt", caption)):
                 member = tarfile.TarInfo(f"{index:04}.{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -75,14 +75,14 @@ def image_text_dataset(
     Args:
         source: str or path, or a list of them. Files or patterns of them, such as
             `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`, or a folder with
-            a manifest; see `list_shards`.
+            a table; see `list_shards`.
         tokenizer: A `CLIPTokenizer`; or any callable from a list of bytes to ints
             `(batch, length)`; or a Keras layer, such as a KerasHub `CLIPPreprocessor`,
-            which runs inside the graph, does not clean, and may spell numbers
+            which runs inside the graph, does not clean captions, and may split numbers
             differently from CLIP.
         image_size: int or `(height, width)`.
-        batch_size: int. The number of samples in a batch, over all devices together.
-        training: bool. Whether to shuffle and to crop at random.
+        batch_size: int. The global batch size, over all devices.
+        training: bool. Whether to shuffle and to take random crops.
         include_captions: bool. Whether batches hold the `"captions"`, strings.
         **options: The other arguments of `ImageTextBatches`: `seed`, `shuffle_buffer`,
             `crop_scale`, `horizontal_flip`, `background`, `image_keys`, `caption_key`,
@@ -95,15 +95,16 @@ def image_text_dataset(
         channels first, and `"token_ids"`, int32 `(batch, length)`.
 
     Raises:
-        FileNotFoundError: if a shard is missing.
-        ValueError: if an argument does not make sense, or the shards hold no sample
-            with an image and a caption, or fewer than a batch where a batch that is
-            not full is dropped.
+        FileNotFoundError: If a shard is missing.
+        ValueError: If an argument is invalid, if the shards hold no sample with an
+            image and a caption, or if they hold less than one batch and partial batches
+            are dropped.
+        ImportError: If TensorFlow is not installed.
     """
     if tf is None:
         raise ImportError(
-            "`image_text_dataset` needs TensorFlow, whatever backend trains the model: "
-            "`pip install tensorflow-cpu`, or use `ImageTextBatches`."
+            "`image_text_dataset` needs TensorFlow on every backend: `pip install "
+            "tensorflow-cpu`, or use `ImageTextBatches`."
         )
     check_tokenizer(tokenizer)
     in_graph = is_layer(tokenizer)

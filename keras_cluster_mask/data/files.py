@@ -1,4 +1,4 @@
-"""Files by their names, on this machine and elsewhere."""
+"""Local files, and files at addresses such as `s3://`."""
 
 import contextlib
 import glob
@@ -6,9 +6,9 @@ import os
 import pathlib
 import re
 
-# Python asks the disk, or the network, for so many bytes at a time.
+# The buffer, in bytes, for reading from a disk or a network.
 READ_AHEAD = 2**20
-# What fsspec needs for a protocol.
+# The packages that fsspec needs for each protocol.
 PACKAGES = {
     "gs": "gcsfs",
     "gcs": "gcsfs",
@@ -27,7 +27,7 @@ def is_address(path):
 
 
 def open_file(path, mode="rb"):
-    """Opens a file on this machine or, by fsspec or TensorFlow, at an address.
+    """Opens a local file or, through fsspec or TensorFlow, a file at an address.
 
     Args:
         path: str or path.
@@ -38,21 +38,19 @@ def open_file(path, mode="rb"):
     """
     if not is_address(path):
         return pathlib.Path(path).open(mode, buffering=READ_AHEAD)
-    system, path = _elsewhere(os.fspath(path))
+    system, path = _file_system(os.fspath(path))
     return system.open(path, mode)
 
 
 @contextlib.contextmanager
-def replacing(path, durable=True):
-    """Opens a file that takes its name, and its folder, only once it is whole.
+def replacing(path):
+    """Opens a file that appears under its name when it is complete.
 
-    Whoever looks sees the old file or the new one, also after a crash. Until then the
-    content is in a hidden file beside it, which the next attempt uses again.
+    Readers see the old file or the new one, never a part, also after a crash or a power
+    cut. The content is written to a hidden file in the same folder and then renamed.
 
     Args:
         path: str or path.
-        durable: bool. Whether to wait until the disk has it, as for what a power cut
-            must not take. Defaults to `True`.
 
     Yields:
         A binary file, open for writing.
@@ -64,7 +62,7 @@ def replacing(path, durable=True):
     try:
         with open_file(part, "wb") as file:
             yield file
-            if durable and not is_address(path):
+            if not is_address(path):
                 file.flush()
                 os.fsync(file.fileno())
         _move(part, path)
@@ -75,11 +73,11 @@ def replacing(path, durable=True):
 
 
 def make_folder(path):
-    """Makes a folder and those it is in, where they are not there."""
+    """Creates a folder and its parents if they do not exist."""
     if not is_address(path):
         os.makedirs(path or ".", exist_ok=True)
         return
-    system, path = _elsewhere(path)
+    system, path = _file_system(path)
     system.make_folder(path)
 
 
@@ -87,54 +85,45 @@ def remove(path):
     """Removes a file."""
     if not is_address(path):
         return os.remove(path)
-    system, path = _elsewhere(path)
+    system, path = _file_system(path)
     return system.remove(path)
 
 
 def _move(old, new):
     if not is_address(old):
         return os.replace(old, new)
-    system, old = _elsewhere(old)
-    return system.move(old, _elsewhere(new)[1])
-
-
-def fingerprint(path):
-    """What tells a file from what it may be replaced by: its size and its date."""
-    if not is_address(path):
-        status = os.stat(path)
-        return [status.st_size, str(status.st_mtime_ns)]
-    system, path = _elsewhere(path)
-    return system.fingerprint(path)
+    system, old = _file_system(old)
+    return system.move(old, _file_system(new)[1])
 
 
 def exists(path):
-    """Whether there is a file or folder of this name."""
+    """Whether a file or folder of this name exists."""
     if not is_address(path):
         return os.path.exists(path)
-    system, path = _elsewhere(path)
+    system, path = _file_system(path)
     return system.exists(path)
 
 
 def is_folder(path):
-    """Whether there is a folder of this name."""
+    """Whether a folder of this name exists."""
     if not is_address(path):
         return os.path.isdir(path)
-    system, path = _elsewhere(path)
+    system, path = _file_system(path)
     return system.isdir(path)
 
 
 def matching(pattern):
-    """The files that a pattern with `*`, `?` or `[...]` stands for, sorted."""
+    """The files that match a pattern with `*`, `?` or `[...]`, sorted."""
     if not is_address(pattern):
         return sorted(glob.glob(pattern))
-    system, path = _elsewhere(pattern)
+    system, path = _file_system(pattern)
     return sorted(system.matching(path))
 
 
 def all_in(folder):
-    """All files of a folder and of the folders in it, as paths within it, sorted."""
+    """All files in a folder and its subfolders, as sorted relative paths."""
     if is_address(folder):
-        system, folder = _elsewhere(folder)
+        system, folder = _file_system(folder)
         found = system.all_in(folder)
     else:
         found = (
@@ -147,23 +136,21 @@ def all_in(folder):
 
 
 def beside(path, name):
-    """The file of this name in the folder of another, unless it names its place."""
+    """A file name relative to the folder of another file, unless it is absolute."""
     if is_address(name) or os.path.isabs(name):
         return name
     folder = os.fspath(path).rpartition("/")[0] if is_address(path) else None
-    return (
-        os.path.join(os.path.dirname(path), name)
-        if folder is None
-        else (f"{folder}/{name}")
-    )
+    if folder is not None:
+        return f"{folder}/{name}"
+    return os.path.join(os.path.dirname(path), name)
 
 
 class MissingPackage(ImportError):
-    """An address for which nothing that is installed can open files."""
+    """No installed package opens files at an address."""
 
 
 class _Fsspec:
-    """An address's files by fsspec and what is installed for its protocol."""
+    """Files at an address, through fsspec."""
 
     def __init__(self, system, protocol):
         self.system, self.protocol = system, protocol
@@ -192,14 +179,9 @@ class _Fsspec:
     def move(self, old, new):
         self.system.mv(old, new)
 
-    def fingerprint(self, path):
-        info = self.system.info(path)
-        names = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
-        return [info["size"], str(next((info[n] for n in names if info.get(n)), ""))]
-
 
 class _TensorFlow:
-    """An address's files by `tf.io.gfile`."""
+    """Files at an address, through `tf.io.gfile`."""
 
     def __init__(self, gfile):
         self.gfile = gfile
@@ -232,20 +214,16 @@ class _TensorFlow:
     def move(self, old, new):
         self.gfile.rename(old, new, overwrite=True)
 
-    def fingerprint(self, path):
-        status = self.gfile.stat(path)
-        return [status.length, str(status.mtime_nsec)]
 
-
-def _elsewhere(address):
-    """What opens files at an address, and the path to give to it."""
+def _file_system(address):
+    """The file system of an address, and the path in it."""
     protocol = address.partition("://")[0]
     try:
         import fsspec
 
         system, path = fsspec.core.url_to_fs(address)
         return _Fsspec(system, protocol), path
-    # fsspec says ValueError of a protocol that it has never heard of.
+    # fsspec raises ValueError for an unknown protocol.
     except (ImportError, ValueError) as error:
         reason = error
     try:
@@ -258,6 +236,6 @@ def _elsewhere(address):
         pass
     package = f"`pip install fsspec {PACKAGES.get(protocol, '')}".rstrip() + "`"
     raise MissingPackage(
-        f"Nothing that is installed opens files at {protocol}:// ({reason}): "
+        f"No installed package opens files at {protocol}:// ({reason}): "
         f"{package}. Received: {address}"
     ) from reason

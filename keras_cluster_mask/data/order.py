@@ -1,13 +1,13 @@
-"""In which order pairs come: as they lie in the shards, or mixed."""
+"""The order of pairs: that of the shards, or shuffled."""
 
 import collections
 import itertools
 import random
 from concurrent import futures
 
-# Enough open shards that neighbours in one seldom meet in a batch.
+# With this many open shards, neighbours in a shard rarely share a batch.
 OPEN_SHARDS = 8
-# A shard is read in chunks of so many pairs, or so many bytes.
+# The largest chunk that is read from a shard, in pairs and in bytes.
 CHUNK_PAIRS = 64
 CHUNK_BYTES = 2**23
 EPOCH_STRIDE = 1_000_003
@@ -19,14 +19,14 @@ def in_order(reader, report):
 
 
 def mixed(reader, report, seed, epoch, shuffle_buffer):
-    """All pairs in an order that depends on the seed and the epoch alone.
+    """All pairs in an order that depends only on the seed and the epoch.
 
     Args:
         reader: `PairReader`.
         report: As for `PairReader.read`.
         seed: int.
         epoch: int.
-        shuffle_buffer: int. How many pairs wait to be drawn from.
+        shuffle_buffer: int. The number of pairs in the shuffle buffer.
     """
     generator = random.Random(seed + epoch * EPOCH_STRIDE)
     shards = list(reader.shards)
@@ -36,7 +36,7 @@ def mixed(reader, report, seed, epoch, shuffle_buffer):
 
 
 def _interleaved(reader, shards, report, open_shards):
-    """Takes a chunk of each of several shards in turn, read ahead in threads."""
+    """Takes chunks from several shards in turn, and reads ahead in threads."""
     waiting = iter(shards)
     with futures.ThreadPoolExecutor(open_shards, "read shards") as threads:
 
@@ -70,7 +70,7 @@ def _chunks(pairs):
 
 
 def _shuffled(pairs, size, generator):
-    """Gives any of the next `size` pairs, each as likely as the others."""
+    """Draws pairs from a buffer of `size` pairs with equal probability."""
     waiting = []
     for pair in pairs:
         if len(waiting) < size:

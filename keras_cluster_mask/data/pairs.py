@@ -1,4 +1,4 @@
-"""What a sample holds for a model: a picture, captions, a label, or a fault."""
+"""Finds the image, the captions and the label of a sample, or what is wrong."""
 
 import dataclasses
 import json
@@ -8,10 +8,10 @@ from keras_cluster_mask.data.sources.shard import FAULT
 
 IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
-    # The last is also a field of a folder's pictures.
+    # `path` is also the field of an image in a folder.
     *("image", "image/encoded", "file_name", "filepath", "image_path", "path"),
 )
-# Where there are several captions, `txt` is but the first of them.
+# `convert` writes all captions to `json.captions`, and the first one to `txt`.
 CAPTION_KEYS = (
     *("json.captions", "txt"),
     *("caption", "caption/raw", "captions", "text", "title"),
@@ -20,14 +20,14 @@ CAPTION_KEYS = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """A picture, still encoded, and what belongs to it.
+    """An encoded image with its captions and label.
 
     Attributes:
-        image: bytes; or str, the file that holds them.
-        captions: tuple of str, at least one if captions are wanted.
+        image: bytes, or str, the name of the file.
+        captions: tuple of str. Not empty if captions are requested.
         key: str.
         shard: str.
-        label: int, the class of the picture; None if labels are not wanted.
+        label: int, the class of the image; None if labels are not requested.
     """
 
     image: bytes | str
@@ -42,13 +42,13 @@ class PairReader:
 
     Args:
         shards: list of `Shard`.
-        image_keys: str or sequence of str: the field that holds the picture, or names
-            its file; of several the first that a sample has. `None`: what is common.
-        caption_key: str or sequence of str: the field that holds the caption, or a list
-            of captions; of several the first that is not empty. `"json.caption"` is the
-            entry `caption` of the field `json`. `None`: what is common.
-        wants_caption: bool. Whether a sample without a caption is left out.
-        labels: `Labels`, or None if they are not wanted.
+        image_keys: str or sequence of str. The field that holds the image or the name
+            of its file; of several, the first that a sample has. `None`: common names.
+        caption_key: str or sequence of str. The field that holds the caption or a list
+            of captions; of several, the first that is not empty. `"json.caption"` is
+            the entry `caption` of the field `json`. `None`: common names.
+        wants_caption: bool. Whether samples without a caption are left out.
+        labels: `Labels`, or None for no labels.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class PairReader:
 
     @property
     def wanted(self):
-        """str. What a sample must hold, in words."""
+        """str. What a sample must hold, for error messages."""
         wanted = [f"an image (`image_keys`, here {list(self.image_keys)})"]
         if self._wants_caption:
             wanted.append(
@@ -85,12 +85,12 @@ class PairReader:
         return " and ".join(wanted)
 
     def read(self, shard, report):
-        """The pairs of a shard, one after another.
+        """Reads the pairs of a shard.
 
         Args:
             shard: `Shard`.
-            report: function that is told of each sample: the shard, the key, why it is
-                left out (str) or None if it is given, and what else is known (str) or
+            report: Function that is called for each sample with the shard, the key, the
+                reason (str) if it is left out, else None, and further details (str) or
                 None.
 
         Yields:
@@ -111,7 +111,7 @@ class PairReader:
         try:
             yield from shard.read(self._fields)
         except ShardError as error:
-            # The last sample may be whole. If not, the shard's damage is the reason.
+            # The last sample may be complete. If not, the damaged shard is counted.
             if self.pair(shard, error.sample)[0] is not None:
                 yield error.sample
             report(str(shard), error.last_key, "damaged shard", str(error))
@@ -119,7 +119,7 @@ class PairReader:
             report(str(shard), None, "unreadable shard", f"The shard {shard}: {error}")
 
     def pair(self, shard, sample):
-        """The pair that a sample holds, or None, and what is wrong with it if not."""
+        """The pair that a sample holds and None, or None and what is wrong."""
         if FAULT in sample:
             return None, sample[FAULT]
         image = next((sample[k] for k in self.image_keys if k in sample), "")
@@ -129,7 +129,7 @@ class PairReader:
             image = image[0] if image else ""
         if isinstance(image, str):
             image = image and shard.path_of(image)
-        # A cell of JSON lines may hold anything.
+        # JSON lines may hold values of any type.
         if not isinstance(image, str | bytes) or image == "":
             return None, "no image"
         captions = ()
@@ -145,7 +145,7 @@ class PairReader:
         return Pair(image, captions, sample["__key__"], str(shard), label), None
 
     def captions(self, sample):
-        """The captions of a sample, and what is wrong with them if there are none."""
+        """The captions of a sample and None, or no captions and what is wrong."""
         fault = "no caption"
         for key in self.caption_keys:
             value = _field(sample, key)
@@ -163,9 +163,9 @@ class Labels:
     """Finds the class of a sample.
 
     Args:
-        label_key: str or sequence of str: the field that holds the label; of several
+        label_key: str or sequence of str. The field that holds the label; of several,
             the first that a sample has.
-        class_names: sequence of str, which labels are looked up in; or None, if they
+        class_names: Sequence of str in which labels are looked up, or None if labels
             are numbers.
     """
 
@@ -177,12 +177,12 @@ class Labels:
             self._numbers = {name: number for number, name in enumerate(names)}
             if len(self._numbers) < len(names) or "" in self._numbers:
                 raise ValueError(
-                    "`class_names` must be different names, none of them empty. "
+                    "`class_names` must be unique and not empty. "
                     f"Received: class_names={list(class_names)}"
                 )
 
     def of(self, sample):
-        """The number of a sample's class, and what is wrong if there is none."""
+        """The label of a sample and None, or its invalid label and what is wrong."""
         found = (_field(sample, key) for key in self.keys)
         label = next((each for each in found if each is not None), None)
         if label is None:
@@ -201,12 +201,12 @@ class Labels:
 
 
 def _fields(keys):
-    """Keys, and the fields whose entries they are."""
+    """Keys, and the fields that contain nested keys."""
     return {*keys, *(key.partition(".")[0] for key in keys)}
 
 
 def _field(sample, key):
-    """What a field holds, or an entry of one that holds JSON; None if there is none."""
+    """The value of a field, or of an entry in a JSON field; None if it is missing."""
     if key in sample:
         return sample[key]
     field, _, entries = key.partition(".")

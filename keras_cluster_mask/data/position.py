@@ -1,38 +1,37 @@
-"""Where a pipeline is, and from where it goes on."""
+"""The position of a pipeline, for resuming."""
 
 import collections
 import threading
 
-# More batches than any pipeline reads ahead.
+# More batches than a pipeline reads ahead.
 REMEMBERED = 256
 
 
 class Position:
-    """The place in an endless sequence of epochs that a pipeline reads next.
+    """The position of a pipeline: the epoch and the step that it reads next.
 
-    The epochs lie end to end, and batches are cut off the whole: what is left of an
-    epoch, less than a batch, opens the next. So an epoch has now and then a step more
-    than another, and a place is an epoch and the steps done of it. What lies there
-    depends on the dataset's seed and on the place alone, not on what was read before.
+    The last partial batch of an epoch is carried over to the next epoch, so the number
+    of steps may differ by one between epochs. The batch at a position depends only on
+    the seed of the dataset and on the position, not on what was read before.
 
     Args:
         seed: int. The seed of the dataset.
-        batch_size: int. The samples in a batch, of all processes together.
-        count_pairs: function without arguments that returns the number of pairs in the
-            shards. Called when the start of a later epoch is asked for and no epoch
-            has been read to its end.
-        opens_next: bool. Whether what is left of an epoch opens the next, or ends its
-            own.
+        batch_size: int. The global batch size.
+        count_pairs: Function without arguments that returns the number of pairs in the
+            shards. Called if a later epoch is requested before an epoch was read to its
+            end.
+        opens_next: bool. Whether the last partial batch of an epoch is carried over to
+            the next, or is the last batch of its own.
 
     Attributes:
         seed: int. The seed of the dataset.
-        batch_size: int. The samples in a batch, of all processes together.
-        pairs: int. The number of pairs in an epoch, or `None` as long as it is unknown.
-        epoch: int. The epoch that the next pass over the dataset is; each is in an
-            order of its own.
-        step: int. How many steps of it the next pass leaves out at its start.
-        trained: `(epoch, step)`. The place that training has come to, whatever else has
-            read the dataset; kept by `ContrastiveModel.fit`.
+        batch_size: int. The global batch size.
+        pairs: int. The number of pairs in an epoch, or `None` while it is unknown.
+        epoch: int. The epoch of the next pass over the dataset; each epoch has its own
+            order.
+        step: int. The number of steps that the next pass skips at its start.
+        trained: `(epoch, step)`. The position of training, whatever else reads the
+            dataset; updated by `ContrastiveModel.fit`.
     """
 
     def __init__(self, seed, batch_size, count_pairs, opens_next=True):
@@ -46,14 +45,14 @@ class Position:
         self._lock = threading.Lock()
         self._keys = collections.OrderedDict()
 
-    # === For those who train ===
+    # === For training ===
 
     def seek(self, epoch, step=0):
-        """Makes the next pass over the dataset start at a place.
+        """Makes the next pass over the dataset start at a position.
 
         Args:
             epoch: int.
-            step: int, at most the number of steps of the epoch.
+            step: int. At most the number of steps of the epoch.
         """
         with self._lock:
             self.epoch, self.step = epoch, step
@@ -67,7 +66,7 @@ class Position:
         return self.pairs // self.batch_size
 
     def steps(self, epoch):
-        """The number of steps of an epoch, or `None` as long as it is unknown."""
+        """The number of steps of an epoch, or `None` while it is unknown."""
         if self.pairs is None:
             return None
         if not self._opens_next:
@@ -75,7 +74,7 @@ class Position:
         return self._first(epoch + 1) - self._first(epoch)
 
     def before(self, epoch, step):
-        """How many steps there are in all before a place; see `after`."""
+        """The total number of steps before a position; see `after`."""
         if not epoch:
             return step
         return step + (
@@ -83,10 +82,10 @@ class Position:
         )
 
     def after(self, steps):
-        """The place, `(epoch, step)`, after so many steps in all.
+        """The position, `(epoch, step)`, after a total number of steps.
 
         Args:
-            steps: int, counted from the start of the first epoch.
+            steps: int. Counted from the start of the first epoch.
         """
         if self.pairs is None:
             return 0, steps
@@ -96,31 +95,31 @@ class Position:
         return epoch, steps - self._first(epoch)
 
     def keys(self, epoch, step):
-        """The keys of the samples of a batch, if it was read lately, as a list of str.
+        """The keys of the samples of a recent batch, as a list of str.
 
         Args:
             epoch: int.
-            step: int, the batch's number in the epoch, from 0.
+            step: int. The number of the batch in the epoch, from 0.
         """
         with self._lock:
             keys = self._keys.get((epoch, step), ())
         return [key.decode("utf-8", "surrogateescape") for key in keys]
 
     def _first(self, epoch):
-        """The number of the first batch of an epoch in the endless sequence."""
+        """The number of the first batch of an epoch, over all epochs."""
         return epoch * self.pairs // self.batch_size
 
     # === For the pipeline ===
 
     def start_pass(self):
-        """Moves on to the next epoch; returns the epoch and step of this pass."""
+        """Advances to the next epoch; returns the epoch and step of this pass."""
         with self._lock:
             place = self.epoch, self.step
             self.epoch, self.step = self.epoch + 1, 0
         return place
 
     def opening(self, epoch):
-        """How many pairs, left of the epoch before, an epoch starts with."""
+        """The number of pairs that an epoch takes over from the previous one."""
         if not epoch or not self._opens_next:
             return 0
         if self.pairs is None:
@@ -128,12 +127,12 @@ class Position:
         return epoch * self.pairs % self.batch_size
 
     def report_pairs(self, count):
-        """Takes note of how many pairs an epoch that was read to its end held."""
+        """Stores the number of pairs of an epoch that was read to its end."""
         if self.pairs is None:
             self.pairs = count
 
     def report_batch(self, epoch, step, keys):
-        """Remembers the keys of a batch."""
+        """Stores the keys of a batch."""
         with self._lock:
             self._keys[epoch, step] = keys
             while len(self._keys) > REMEMBERED:

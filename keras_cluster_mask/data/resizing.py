@@ -1,4 +1,4 @@
-"""Bicubic resizing of pictures, with antialiasing."""
+"""Bicubic resizing of images, with antialiasing."""
 
 import threading
 
@@ -14,16 +14,16 @@ _thread = threading.local()
 
 
 def resize(image, size, box):
-    """A part of a picture in another size.
+    """Resizes a part of an image.
 
-    By vector instructions, which take a third of the time that Pillow needs. They add
-    up rows and columns in another order: of a photograph one pixel in seven comes out
-    another, by one level mostly. Without cykooz-resizer it is Pillow.
+    RGB images are resized by cykooz-resizer, whose vector instructions take a third of
+    Pillow's time. It sums rows and columns in a different order: one pixel in seven of
+    a photograph differs, mostly by one level. Without cykooz-resizer, Pillow is used.
 
     Args:
         image: `PIL.Image.Image`, RGB or RGBA.
-        size: pair of ints. Height and width to return.
-        box: four floats: left, top, right and bottom of the part, in pixels.
+        size: Pair of ints. Height and width of the result.
+        box: Four floats: left, top, right and bottom of the part, in pixels.
 
     Returns:
         uint8 array `(height, width, channels)`.
@@ -32,11 +32,11 @@ def resize(image, size, box):
         return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box))
     left, top, right, bottom = box
     options = simd.ResizeOptions()
-    # The kernel that is known as bicubic: a = -0.5.
+    # The bicubic kernel with a = -0.5, as in Pillow.
     options.resize_alg = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
     options.crop_box = simd.CropBox(left, top, right - left, bottom - top)
     pixels = simd.PixelType.U8x3
-    # Unlike pictures of Pillow's, these are resized without Python's lock.
+    # Unlike Pillow's images, these are resized without holding the GIL.
     source = simd.ImageData(image.width, image.height, pixels, image.tobytes())
     target = simd.ImageData(size[1], size[0], pixels)
     if not hasattr(_thread, "resizer"):

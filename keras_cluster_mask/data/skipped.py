@@ -1,33 +1,33 @@
-"""The account of samples that a pipeline had to leave out."""
+"""Counts the samples that a pipeline skips."""
 
 import threading
 import warnings
 
 MAX_EXAMPLES = 100
-# A share of fewer samples says little.
+# The share of skipped samples is checked after this many samples.
 ENOUGH = 1000
 
 
 class SkippedSamples:
-    """Which samples were left out in the current, or last, pass over a dataset.
+    """The samples that the current, or last, pass over a dataset skipped.
 
-    A pass starts when something begins to iterate over the dataset, as every epoch of
-    `fit` does, and sets all counts back to zero; after the pass they say what the whole
-    of it left out. A pipeline reads ahead, so during a pass the counts are ahead of the
-    batches. What a pass that was given up is still reading does not count. With
-    `dataset.repeat()` each repetition is a pass. The first sample of a pass that is
-    skipped is named in a warning, and a pass ends with a summary.
+    A pass starts when an iteration over the dataset starts, as in every epoch of `fit`,
+    and resets all counts. The pipeline reads ahead, so during a pass the counts are
+    ahead of the batches. Samples that an abandoned pass still reads are not counted.
+    With `dataset.repeat()`, each repetition is a pass. A warning names the first
+    skipped sample of a pass, and another one summarizes the pass at its end.
 
     Args:
-        raise_errors: bool. Whether to raise an error at the first.
-        max_share: float. The share of samples that may be skipped: of more, once 1,000
-            have been looked at, an error is raised.
+        raise_errors: bool. Whether to raise an error at the first skipped sample.
+        max_share: float. The share of samples that may be skipped. It is checked after
+            1,000 samples, and a larger share raises an error.
 
     Attributes:
-        count: int. How many were left out. A damaged shard counts as one, since nobody
-            can tell what its rest held.
+        count: int. The number of skipped samples. A damaged shard counts as one,
+            because the number of samples after the damage is unknown.
         by_reason: dict from the reason (str) to a count.
-        samples: list of the first 100 as tuples of shard, key and reason.
+        samples: list of the first 100 skipped samples as tuples of shard, key and
+            reason.
     """
 
     def __init__(self, raise_errors=False, max_share=1.0):
@@ -45,11 +45,11 @@ class SkippedSamples:
 
     @property
     def count(self):
-        """int. The number of samples left out."""
+        """int. The number of skipped samples."""
         return sum(self.by_reason.values())
 
     def start_pass(self):
-        """Sets the counts to zero; returns the `Account` of the pass that starts."""
+        """Resets the counts; returns the `Account` of the new pass."""
         account = Account(self)
         with self._lock:
             self._current = account
@@ -60,7 +60,7 @@ class SkippedSamples:
         return account
 
     def ignore(self, shard, key, reason, details=None):
-        """Counts nothing, of what is read once more."""
+        """Counts nothing, for samples that are read a second time."""
 
     def _report(self, account, shard, key, reason, details):
         details = details or f"The sample {key!r} of the shard {shard}: {reason}"
@@ -110,20 +110,19 @@ class SkippedSamples:
 
 
 class Account:
-    """What a pass reports to `SkippedSamples`, which may have gone on to the next."""
+    """Reports one pass to `SkippedSamples`, unless a later pass has started."""
 
     def __init__(self, skipped):
         self._skipped = skipped
 
     def report(self, shard, key, reason, details=None):
-        """Counts a sample; if it is left out, raises if that was asked for.
+        """Counts a sample. Raises an error for a skipped one with `raise_errors`.
 
         Args:
             shard: str.
-            key: str; None if it is not known.
-            reason: str, one of few: what `by_reason` counts by; None for a sample that
-                is given.
-            details: str. What to tell the user, if more than this is known.
+            key: str, or None if it is unknown.
+            reason: str. The key of `by_reason`; None for a sample that is not skipped.
+            details: str. A message for the user, if more is known.
         """
         if reason is None:
             self._count_read(1)
@@ -131,16 +130,16 @@ class Account:
             self._skipped._report(self, shard, key, reason, details)
 
     def report_unreadable(self, shard, key, reason):
-        """Counts a sample that was counted as read."""
+        """Counts a sample as skipped that was counted as read."""
         self._count_read(-1)
         self.report(shard, key, reason)
 
     def _count_read(self, count):
-        # Threads that decode take off what those that read add.
+        # Reading threads add to the count and decoding threads subtract from it.
         with self._skipped._lock:
             if self._skipped._current is self:
                 self._skipped._read += count
 
     def end(self):
-        """Sums up what a pass skipped, in a warning."""
+        """Warns with a summary of the skipped samples."""
         self._skipped._end(self)

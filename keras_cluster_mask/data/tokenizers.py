@@ -1,4 +1,4 @@
-"""Captions to token ids, outside of any graph."""
+"""CLIP's tokenizer in Python."""
 
 import gzip
 import importlib.util
@@ -16,16 +16,17 @@ FILE_FORMAT = "keras_cluster_mask.CLIPTokenizer"
 
 
 class CLIPTokenizer:
-    """Lower-cased byte-pair tokenizer that gives CLIP's token ids, id for id.
+    """Lower-cased byte-pair tokenizer that returns exactly CLIP's token ids.
 
-    Captions are cleaned as OpenAI's and open_clip's tokenizers clean them (broken
-    encodings repaired, HTML entities resolved, white space collapsed, lower case), so
-    pre-trained text towers see exactly what they were trained on. Ids are framed by
-    a start and an end token and padded with zeros. The end token has the highest id of
-    the vocabulary: CLIP's text towers pool at `argmax(token_ids)`.
+    Captions are cleaned as in OpenAI's and open_clip's tokenizers (broken encodings
+    repaired, HTML entities resolved, white space collapsed, lower case), so that
+    pre-trained text towers see the tokens that they were trained on. Each row starts
+    with a start token, ends with an end token and is padded with zeros. The end token
+    has the highest id of the vocabulary: CLIP's text towers pool at
+    `argmax(token_ids)`.
 
-    Most users want one of the constructors `from_open_clip`, `from_file`,
-    `from_preset` or `train`. The tokenizer needs no TensorFlow.
+    Use one of the constructors `from_open_clip`, `from_file`, `from_preset` or `train`
+    in most cases. The tokenizer does not need TensorFlow.
 
     Example:
 
@@ -37,10 +38,10 @@ class CLIPTokenizer:
     ```
 
     Args:
-        vocabulary: list of str. The tokens; a token's place is its id.
-        merges: list of pairs of str. The merge rules, the first to apply first.
-        context_length: int. The length of every row of ids. A longer caption is cut
-            and still ends with the end token. Defaults to `77`.
+        vocabulary: list of str. The tokens in the order of their ids.
+        merges: list of pairs of str. The merge rules in the order of their priority.
+        context_length: int. The length of every row of ids. A longer caption is
+            truncated and still ends with the end token. Defaults to `77`.
         start_token: str. The token before each caption.
         end_token: str. The token after each caption; the last of the vocabulary.
     """
@@ -50,8 +51,8 @@ class CLIPTokenizer:
     ):
         if not isinstance(context_length, int) or context_length < 3:
             raise ValueError(
-                "`context_length` must be an int of at least 3, room for a token "
-                f"between start and end. Received: {context_length}"
+                "`context_length` must be an int of at least 3, for one token between "
+                f"start and end. Received: {context_length}"
             )
         self._vocabulary = list(vocabulary)
         self._merges = [tuple(merge) for merge in merges]
@@ -61,13 +62,13 @@ class CLIPTokenizer:
         self._ids = {token: index for index, token in enumerate(self._vocabulary)}
         if len(self._ids) != len(self._vocabulary):
             raise ValueError(
-                "`vocabulary` must not name a token twice. Received: "
-                f"{len(self._vocabulary)} tokens, {len(self._ids)} different ones"
+                "`vocabulary` must not contain duplicates. Received: "
+                f"{len(self._vocabulary)} tokens, {len(self._ids)} of them unique"
             )
         if start_token not in self._ids or self._vocabulary[-1] != end_token:
             raise ValueError(
-                f"`vocabulary` must hold {start_token!r} and end with {end_token!r}, "
-                "so that the end of a text has the highest id. Received: "
+                f"`vocabulary` must contain {start_token!r} and end with "
+                f"{end_token!r}, so that the end token has the highest id. Received: "
                 f"...{self._vocabulary[-2:]}"
             )
         self._tokenizer = Tokenizer(
@@ -78,19 +79,19 @@ class CLIPTokenizer:
 
     @classmethod
     def from_file(cls, path, context_length=None):
-        """Reads a tokenizer that `save` wrote, or OpenAI's list of merges.
+        """Loads a tokenizer from a file of `save`, or from OpenAI's list of merges.
 
         Args:
             path: str or path. A JSON file written by `save`, or
-                `bpe_simple_vocab_16e6.txt.gz` as OpenAI and open_clip publish it.
-            context_length: int. Defaults to `None`: what `save` stored, and 77 for a
-                list of merges.
+                `bpe_simple_vocab_16e6.txt.gz` as published by OpenAI and open_clip.
+            context_length: int. Defaults to `None`: the saved length, or 77 for a list
+                of merges.
 
         Returns:
             A `CLIPTokenizer`.
 
         Raises:
-            ValueError: if the file is neither.
+            ValueError: If the file is damaged or has another format.
         """
         content = pathlib.Path(path).expanduser().read_bytes()
         try:
@@ -107,8 +108,8 @@ class CLIPTokenizer:
         except (ValueError, EOFError, gzip.BadGzipFile) as error:
             raise ValueError(
                 "`path` must be a file written by `CLIPTokenizer.save`, or OpenAI's "
-                f"list of merges, but this one is broken or something else ({error}). "
-                f"Received: {path}"
+                f"list of merges; this file is damaged or has another format ({error})."
+                f" Received: {path}"
             ) from error
         if context_length is not None:
             config["context_length"] = context_length
@@ -116,10 +117,10 @@ class CLIPTokenizer:
 
     @classmethod
     def from_open_clip(cls, context_length=77):
-        """OpenAI's vocabulary of 49,408 tokens, from an installed open_clip.
+        """Loads OpenAI's vocabulary of 49,408 tokens from the package open_clip.
 
-        The file is read out of the installed package; open_clip itself, and with it
-        PyTorch, is not imported.
+        Only the vocabulary file of the package is read; open_clip and PyTorch are not
+        imported.
 
         Args:
             context_length: int. Defaults to `77`, as in all of OpenAI's models.
@@ -128,7 +129,7 @@ class CLIPTokenizer:
             A `CLIPTokenizer`.
 
         Raises:
-            ImportError: if open_clip is not installed.
+            ImportError: If open_clip is not installed.
         """
         name = "bpe_simple_vocab_16e6.txt.gz"
         package = importlib.util.find_spec("open_clip")
@@ -138,17 +139,17 @@ class CLIPTokenizer:
                 return cls.from_file(path, context_length)
         raise ImportError(
             f"`CLIPTokenizer.from_open_clip` reads {name} from the package open_clip, "
-            "which is not installed: `pip install open_clip_torch`, or give the file "
+            "which is not installed: `pip install open_clip_torch`, or pass the file "
             "to `CLIPTokenizer.from_file`, or use `CLIPTokenizer.from_preset`."
         )
 
     @classmethod
     def from_preset(cls, preset, context_length=77):
-        """The vocabulary of a KerasHub CLIP preset, with CLIP's exact cleaning.
+        """Loads the vocabulary of a KerasHub CLIP preset.
 
         Args:
             preset: str. A preset of `keras_hub.models.CLIPTokenizer`, such as
-                `"clip_vit_base_patch32"`, or a folder that holds one.
+                `"clip_vit_base_patch32"`, or the folder of a preset.
             context_length: int. Defaults to `77`.
 
         Returns:
@@ -168,19 +169,20 @@ class CLIPTokenizer:
 
     @classmethod
     def train(cls, captions, vocabulary_size=4096, context_length=32, min_frequency=2):
-        """Learns a vocabulary from captions; the same captions give the same one.
+        """Learns a vocabulary from captions.
 
-        A small collection is served better by a small vocabulary of its own: most of
-        CLIP's 49,408 embeddings would never be trained.
+        A small dataset needs a small vocabulary: most of CLIP's 49,408 embeddings would
+        never be trained. The same captions always give the same vocabulary.
 
         Args:
-            captions: iterable of str or bytes.
-            vocabulary_size: int. The most tokens to use, at least 514: the 256 bytes,
-                each within and at the end of a word, and two specials. Fewer are used
-                where no more pairs are frequent. Defaults to `4096`.
+            captions: Iterable of str or bytes.
+            vocabulary_size: int. The maximum number of tokens, at least 514: the 256
+                bytes, each within and at the end of a word, and two special tokens.
+                Fewer are used if there are not enough frequent pairs. Defaults to
+                `4096`.
             context_length: int. Defaults to `32`.
-            min_frequency: int. How often a pair must occur to be merged. Defaults to
-                `2`.
+            min_frequency: int. The minimum frequency of a pair that is merged. Defaults
+                to `2`.
 
         Returns:
             A `CLIPTokenizer`.
@@ -188,11 +190,11 @@ class CLIPTokenizer:
         if vocabulary_size < 514:
             raise ValueError(
                 "`vocabulary_size` must be at least 514: two for each of the 256 bytes "
-                f"and two specials. Received: {vocabulary_size}"
+                f"and two special tokens. Received: {vocabulary_size}"
             )
         if isinstance(captions, str | bytes):
             raise ValueError(
-                "`captions` must be an iterable of captions, not a single one. "
+                "`captions` must be an iterable of captions, not a single caption. "
                 f"Received: {captions!r}"
             )
         merges = byte_pairs.learn_merges(captions, vocabulary_size, min_frequency)
@@ -202,8 +204,8 @@ class CLIPTokenizer:
         """Writes the tokenizer as JSON, for `from_file`.
 
         Args:
-            path: str or path, for example `"tokenizer.json"`. The file is complete or
-                not there: it is written beside its place and then moved.
+            path: str or path, for example `"tokenizer.json"`. The file is written
+                beside its place and renamed when it is complete.
         """
         path = pathlib.Path(path).expanduser()
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -215,14 +217,14 @@ class CLIPTokenizer:
             part.unlink(missing_ok=True)
 
     def __call__(self, texts):
-        """Turns captions into rows of token ids.
+        """Converts captions to rows of token ids.
 
         Args:
             texts: str, or a sequence or array of str or UTF-8 bytes.
 
         Returns:
-            NumPy int32 array of shape `(len(texts), context_length)`, one row for a
-            single caption: the start token, the caption, the end token, zeros.
+            NumPy int32 array of shape `(len(texts), context_length)`. Each row holds
+            the start token, the caption, the end token, and zeros.
         """
         texts = [texts] if isinstance(texts, str | bytes) else texts
         texts = [byte_pairs.clean(text) for text in texts]
@@ -239,8 +241,8 @@ class CLIPTokenizer:
         return token_ids
 
     def _ids_with_specials(self, text):
-        # A special token that a caption spells out, as a word of its own, is that token
-        # in the reference too. The byte-pair model alone would spell it.
+        # As in the reference, a special token in a caption is that token; the byte-pair
+        # model would split it into characters.
         ids = []
         for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
             if word in (self._start_token, self._end_token):
@@ -250,11 +252,11 @@ class CLIPTokenizer:
         return ids
 
     def decode(self, ids):
-        """Turns token ids back into text, with a space between any two words.
+        """Converts token ids to text, with a space between any two words.
 
         Args:
-            ids: ints of shape `(length,)` or `(batch, length)`. Start tokens and what
-                follows the first end token are left out.
+            ids: ints of shape `(length,)` or `(batch, length)`. Start tokens and all
+                tokens from the first end token on are left out.
 
         Returns:
             A str, or a list of them for a batch.
@@ -271,7 +273,7 @@ class CLIPTokenizer:
 
     @property
     def vocabulary_size(self):
-        """int. The number of token ids: what a text tower must be able to embed."""
+        """int. The number of token ids, and of embeddings that a text tower needs."""
         return len(self._vocabulary)
 
     @property
@@ -281,12 +283,12 @@ class CLIPTokenizer:
 
     @property
     def start_token_id(self):
-        """int. The id before each caption."""
+        """int. The id of the start token."""
         return self._ids[self._start_token]
 
     @property
     def end_token_id(self):
-        """int. The id after each caption, the highest of all."""
+        """int. The id of the end token, the highest of all ids."""
         return self._ids[self._end_token]
 
     def _config(self):

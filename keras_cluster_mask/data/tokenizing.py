@@ -1,4 +1,4 @@
-"""Any tokenizer on a batch of captions."""
+"""Applies any tokenizer to a batch of captions."""
 
 import keras
 import numpy as np
@@ -10,12 +10,12 @@ def is_layer(tokenizer):
 
 
 def check_tokenizer(tokenizer):
-    """Raises an error for a layer that makes no rows of one length."""
+    """Raises an error for a layer that does not return rows of equal length."""
     if is_layer(tokenizer) and hasattr(tokenizer, "end_token_id"):
         raise ValueError(
-            "`tokenizer` is a layer that does not frame captions by a start and an end "
-            "token in rows of one length. Give `keras_hub.models.CLIPPreprocessor("
-            "tokenizer)`, or `CLIPTokenizer.from_preset(...)`, instead. "
+            "`tokenizer` must add a start and an end token and return rows of equal "
+            "length, which this layer does not. Pass `keras_hub.models."
+            "CLIPPreprocessor(tokenizer)` or `CLIPTokenizer.from_preset(...)` instead. "
             f"Received: {tokenizer}"
         )
 
@@ -24,8 +24,8 @@ def tokenize(tokenizer, captions):
     """The token ids of captions.
 
     Args:
-        tokenizer: a callable from a list of bytes to ints, such as a `CLIPTokenizer`,
-            or a Keras layer, which runs on TensorFlow.
+        tokenizer: Callable from a list of bytes to ints, such as a `CLIPTokenizer`, or
+            a Keras layer, which runs on TensorFlow.
         captions: list of bytes.
 
     Returns:
@@ -43,10 +43,10 @@ def tokenize(tokenizer, captions):
 
 
 def apply_layer(layer, captions):
-    """The token ids of captions by a Keras layer.
+    """The token ids of captions from a Keras layer.
 
     Args:
-        layer: a Keras layer, such as a KerasHub `CLIPPreprocessor`.
+        layer: Keras layer, such as a KerasHub `CLIPPreprocessor`.
         captions: list of bytes, or string tensor `(batch,)`.
 
     Returns:
@@ -55,7 +55,7 @@ def apply_layer(layer, captions):
     import tensorflow as tf
 
     captions = tf.convert_to_tensor(captions, "string")
-    # KerasHub's CLIP preprocessors take and return a dict and frame the captions.
+    # KerasHub's CLIP preprocessors take and return a dict.
     if hasattr(layer, "image_converter"):
         token_ids = layer({"images": None, "prompts": captions})["token_ids"]
     else:
@@ -64,7 +64,7 @@ def apply_layer(layer, captions):
         token_ids = token_ids["token_ids"]
     if isinstance(token_ids, tf.RaggedTensor):
         raise ValueError(
-            "`tokenizer` must return rows of one length. Received: a layer that "
+            "`tokenizer` must return rows of equal length. Received: a layer that "
             f"returns a ragged tensor, {layer}"
         )
     return tf.cast(token_ids, "int32")

@@ -6,7 +6,7 @@ torch is imported in functions alone, since models of JAX and TensorFlow do with
 import keras
 import numpy as np
 
-from keras_cluster_mask.data.pictures import cut_middle
+from keras_cluster_mask.data.images import cut_middle
 from keras_cluster_mask.evaluation.embedding import Embedder
 
 

@@ -3,6 +3,8 @@ import pytest
 
 from keras_cluster_mask.data.backgrounds import check_background, composite
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_a_background_colour_shows_through_in_parts_of_alpha():
     image = np.zeros((1, 3, 4), "uint8")
@@ -15,27 +17,27 @@ def test_a_background_colour_shows_through_in_parts_of_alpha():
 def test_random_backgrounds_vary_and_follow_their_seed():
     image = np.zeros((48, 40, 4), "uint8")
     image[10:20, 10:20] = 255
-    pictures = np.stack([composite(image, "random", number) for number in range(60)])
+    images = np.stack([composite(image, "random", number) for number in range(60)])
     again = np.stack([composite(image, "random", number) for number in range(60)])
-    np.testing.assert_array_equal(pictures, again)
-    assert (pictures[:, 10:20, 10:20] == 255).all()
-    assert len(np.unique(pictures.reshape(60, -1), axis=0)) == 60
+    np.testing.assert_array_equal(images, again)
+    assert (images[:, 10:20, 10:20] == 255).all()
+    assert len(np.unique(images.reshape(60, -1), axis=0)) == 60
     # A third is plain; of the others the textures change more between neighbours.
-    changes = np.abs(np.diff(pictures[:, 20:].astype(int), axis=2)).mean(axis=(1, 2, 3))
+    changes = np.abs(np.diff(images[:, 20:].astype(int), axis=2)).mean(axis=(1, 2, 3))
     assert 8 <= np.sum(changes == 0) <= 32
     assert 8 <= np.sum((changes > 0) & (changes < 8)) <= 36
     assert np.sum(changes >= 8) >= 8
     # Colours are spread over the whole range.
-    assert 90 < pictures[:, 30:].mean() < 165
-    assert pictures[:, 30:].std() > 50
+    assert 90 < images[:, 30:].mean() < 165
+    assert images[:, 30:].std() > 50
 
 
 def test_of_a_list_of_backgrounds_each_is_drawn_as_often():
     image = np.zeros((4, 4, 4), "uint8")
     choices = ["white", (9, 8, 7), "random"]
-    pictures = np.stack([composite(image, choices, number) for number in range(90)])
-    white = np.sum((pictures == 255).all(axis=(1, 2, 3)))
-    given = np.sum((pictures == (9, 8, 7)).all(axis=(1, 2, 3)))
+    images = np.stack([composite(image, choices, number) for number in range(90)])
+    white = np.sum((images == 255).all(axis=(1, 2, 3)))
+    given = np.sum((images == (9, 8, 7)).all(axis=(1, 2, 3)))
     # Five deviations of a binomial of 90 and a third.
     assert 8 <= white <= 52
     assert 8 <= given <= 52

@@ -3,6 +3,8 @@ import pytest
 
 from keras_cluster_mask.data import CLIPTokenizer, ImageTextBatches, image_text_dataset
 
+pytestmark = pytest.mark.any_backend
+
 TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_length=9)
 ALL = dict(include_keys=True, include_captions=True)
 

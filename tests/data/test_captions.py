@@ -1,4 +1,4 @@
-"""Which captions a picture has, and which of them it comes with."""
+"""Which captions an image has, and which of them it comes with."""
 
 import collections
 import json
@@ -9,6 +9,8 @@ import pytest
 from keras_cluster_mask.data import ImageTextBatches, read_captions
 from keras_cluster_mask.data.captions import CaptionChoice
 from keras_cluster_mask.data.pairs import Pair, PairReader
+
+pytestmark = pytest.mark.any_backend
 
 
 def tokenizer(captions):
@@ -128,7 +130,7 @@ def test_templates_without_one_place_are_refused(template):
         CaptionChoice(template, training=True)
 
 
-def test_over_epochs_a_picture_comes_with_all_of_its_captions(tmp_path, encode):
+def test_over_epochs_an_image_comes_with_all_of_its_captions(tmp_path, encode):
     lines = []
     for index in range(4):
         (tmp_path / f"{index}.png").write_bytes(encode(np.zeros((4, 4, 3), "uint8")))

@@ -8,6 +8,7 @@ import pytest
 from keras_cluster_mask.data import ImageTextBatches
 
 pytestmark = [
+    pytest.mark.any_backend,
     pytest.mark.filterwarnings("ignore:Counting the pairs"),
     pytest.mark.filterwarnings("ignore:.*skipped"),
 ]
@@ -34,15 +35,15 @@ def make(source, training, process, rows, **options):
 @pytest.fixture
 def write_shards(write_tar, encode):
     """Writes samples into shards, as evenly as can be; some may be empty."""
-    picture = encode(np.zeros((4, 4, 3), "uint8"))
+    image = encode(np.zeros((4, 4, 3), "uint8"))
 
     def write_shards(count, broken):
         samples = [
-            [(f"{index:02}.png", picture), (f"{index:02}.txt", b"t")]
+            [(f"{index:02}.png", image), (f"{index:02}.txt", b"t")]
             for index in range(GOOD)
         ]
         if broken:
-            samples[50:50] = [[("x1.png", picture)], [("x2.txt", b"t")]]
+            samples[50:50] = [[("x1.png", image)], [("x2.txt", b"t")]]
             samples[30:30] = [[("x3.png", b"-"), ("x3.txt", b"t")]]
             samples[3:3] = [[("x4.png", b"-"), ("x4.txt", b"t")]]
             samples[3:3] = [samples[0]]

@@ -12,6 +12,7 @@ from keras_cluster_mask.data import ImageTextBatches
 from keras_cluster_mask.data.sources import ShardError
 
 pytestmark = [
+    pytest.mark.any_backend,
     pytest.mark.filterwarnings("ignore:.*skipped"),
     pytest.mark.filterwarnings("ignore:Counting the pairs"),
 ]
@@ -139,13 +140,13 @@ def test_the_pair_at_the_end_of_a_cut_shard_counts_before_the_start(write_pairs)
 
 
 def test_keys_that_come_again_do_not_fill_a_batch(write_pairs, encode):
-    picture = encode(np.zeros((4, 4, 3), "uint8"))
-    again = [("0000.png", picture), ("0000.txt", b"again")] * 5
+    image = encode(np.zeros((4, 4, 3), "uint8"))
+    again = [("0000.png", image), ("0000.txt", b"again")] * 5
     shard = write_pairs("x.tar", 0, 2, again)
     batches = make(shard)
     assert keys(batches) == ["0000", "0001"]
     assert batches.skipped.by_reason == {"duplicate key": 5}
-    with pytest.raises(ValueError, match=r"`batch_size`.*batch_size=4 and 2 pairs"):
+    with pytest.raises(ValueError, match=r"`batch_size`.*batch_size=4, 2 pairs"):
         make(shard, drop_remainder=True)
 
 
@@ -153,13 +154,13 @@ def test_keys_that_come_again_do_not_fill_a_batch(write_pairs, encode):
 def folder(tmp_path, encode):
     """A manifest of good rows and of one of each kind of broken ones."""
     folder = tmp_path / "folder"
-    (folder / "pictures").mkdir(parents=True)
-    names = [f"pictures/{index}.png" for index in range(10)]
+    (folder / "images").mkdir(parents=True)
+    names = [f"images/{index}.png" for index in range(10)]
     for name in names:
         (folder / name).write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
     (folder / "empty.png").touch()
     (tmp_path / "absolute.png").write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
-    names += ["missing.png", "pictures", "nul\0.png", "n" * 5000, "\ud800.png"]
+    names += ["missing.png", "images", "nul\0.png", "n" * 5000, "\ud800.png"]
     names += ["empty.png", str(tmp_path / "absolute.png"), "../absolute.png"]
     lines = [json.dumps({"file_name": name, "text": "a"}) for name in names]
     lines += ["broken", json.dumps({"file_name": names[0]}), json.dumps({"text": "a"})]
@@ -169,7 +170,7 @@ def folder(tmp_path, encode):
 
 
 @TRAINING
-def test_pictures_that_a_manifest_names_in_vain_are_counted(folder, training):
+def test_images_that_a_manifest_names_in_vain_are_counted(folder, training):
     batches = make(folder, training, max_skipped=1, batch_size=22)
     received = keys(batches)
     assert len(received) == (18 if training else 12)
@@ -177,7 +178,7 @@ def test_pictures_that_a_manifest_names_in_vain_are_counted(folder, training):
     assert batches.skipped.by_reason == {
         "the image file cannot be read": 5,
         "the image does not decode": 1,
-        "a line that is no JSON object": 1,
+        "a line that is not a JSON object": 1,
         "no caption": 1,
         "no image": 1,
         "empty caption": 1,
@@ -185,17 +186,17 @@ def test_pictures_that_a_manifest_names_in_vain_are_counted(folder, training):
     assert len({*received}) + batches.skipped.count == 22
 
 
-def test_a_picture_file_that_is_too_large_is_not_read(folder, monkeypatch):
+def test_an_image_file_that_is_too_large_is_not_read(folder, monkeypatch):
     monkeypatch.setattr("keras_cluster_mask.data.decoding.MAX_BYTES", 10)
     batches = make(folder)
     assert keys(batches) == []
     assert batches.skipped.by_reason["file too large"] == 12
 
 
-def test_pictures_at_addresses_are_read_beside_their_manifest(encode):
+def test_images_at_addresses_are_read_beside_their_manifest(encode):
     system = pytest.importorskip("fsspec").filesystem("memory")
-    picture = encode(np.full((4, 4, 3), 7, "uint8"))
-    system.pipe("/faults/a/1.png", picture)
+    image = encode(np.full((4, 4, 3), 7, "uint8"))
+    system.pipe("/faults/a/1.png", image)
     lines = "file_name,text\na/1.png,one\nmissing.png,two\nmemory://faults/a/1.png,x\n"
     system.pipe("/faults/metadata.csv", lines.encode())
     batches = make("memory://faults")
@@ -207,7 +208,7 @@ def test_pictures_at_addresses_are_read_beside_their_manifest(encode):
 
 
 @TRAINING
-def test_huge_pictures_and_members_are_counted(write_pairs, encode, training):
+def test_huge_images_and_members_are_counted(write_pairs, encode, training):
     huge = encode(np.zeros((300, 300), "uint8"))
     files = [("a.png", huge), ("a.txt", b"a"), ("b.png", bytes(9000)), ("b.txt", b"b")]
     shard = write_pairs("x.tar", 0, 10, files)
@@ -227,12 +228,12 @@ def test_huge_pictures_and_members_are_counted(write_pairs, encode, training):
 @pytest.fixture
 def third_broken(write_tar, encode):
     """1,200 samples in two shards; of each three one has no caption."""
-    picture = encode(np.zeros((4, 4, 3), "uint8"))
+    image = encode(np.zeros((4, 4, 3), "uint8"))
     shards = []
     for number in range(2):
         files = []
         for index in range(600):
-            files.append((f"{number}-{index}.png", picture))
+            files.append((f"{number}-{index}.png", image))
             if index % 3:
                 files.append((f"{number}-{index}.txt", b"t"))
         shards.append(write_tar(f"third-{number}.tar", files))
@@ -301,7 +302,7 @@ def test_errors_in_a_tensorflow_dataset_can_be_read(
     else:
         files = [(f"{i}.{end}", b"-") for i in range(9) for end in ("png", "txt")]
         source = write_tar("x.tar", files)
-        message = "None of the pictures of a batch decodes"
+        message = "No image of a batch decodes"
     dataset = image_text_dataset(source, tokenizer, 8, **options)
     shards[2].unlink()
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):

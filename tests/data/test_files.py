@@ -2,6 +2,8 @@ import pytest
 
 from keras_cluster_mask.data import files
 
+pytestmark = pytest.mark.any_backend
+
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
@@ -34,32 +36,19 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 
 def test_a_name_alone_is_a_file_in_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with files.replacing("file", durable=False) as file:
+    with files.replacing("file") as file:
         file.write(b"all")
     assert names(tmp_path) == ["file"]
 
 
-def test_files_at_addresses_are_replaced_and_told_apart():
+def test_files_at_addresses_are_replaced():
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
-    address = "memory://replaced/file"
     try:
-        prints = []
-        for content in (b"old", b"newer", b"newer"):
-            with files.replacing(address) as file:
+        for content in (b"old", b"newer"):
+            with files.replacing("memory://replaced/file") as file:
                 file.write(content)
             assert memory.cat("/replaced/file") == content
-            prints.append(files.fingerprint(address))
-        assert len(set(map(tuple, prints))) == 3
         assert memory.ls("/replaced", detail=False) == ["/replaced/file"]
     finally:
         memory.rm("/replaced", recursive=True)
-
-
-def test_a_file_is_told_from_another_of_its_size(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"one")
-    before = files.fingerprint(path)
-    assert files.fingerprint(path) == before
-    path.write_bytes(b"two")
-    assert files.fingerprint(path) != before

@@ -1,4 +1,4 @@
-"""Pictures with labels, and pictures with nothing else: what evaluation reads."""
+"""Pictures with labels, and images with nothing else: what evaluation reads."""
 
 import json
 
@@ -7,6 +7,8 @@ import pytest
 
 from keras_cluster_mask.data import ImageTextBatches, image_text_dataset
 
+pytestmark = pytest.mark.any_backend
+
 
 def make(source, tokenizer=None, **options):
     return ImageTextBatches(source, tokenizer, 8, 4, training=False, **options)
@@ -14,14 +16,14 @@ def make(source, tokenizer=None, **options):
 
 @pytest.fixture
 def labelled(write_tar, encode):
-    """Six pictures, labels 0, 1, 2, 0, 1, 2 in several fields."""
+    """Six images, labels 0, 1, 2, 0, 1, 2 in several fields."""
     files = []
     for index in range(6):
-        picture = encode(np.full((8, 8, 3), index, "uint8"))
+        image = encode(np.full((8, 8, 3), index, "uint8"))
         label = index % 3
         entries = {"label": label, "name": ["cat", "dog", "fox"][label]}
         files += [
-            (f"{index}.png", picture),
+            (f"{index}.png", image),
             (f"{index}.cls", b"%d\n" % label),
             (f"{index}.json", json.dumps(entries).encode()),
         ]
@@ -50,11 +52,11 @@ def test_labels_are_numbers_of_classes(labelled, options):
 
 
 def test_labels_that_json_holds_as_other_than_whole_numbers(write_tar, encode):
-    picture = encode(np.zeros((8, 8, 3), "uint8"))
+    image = encode(np.zeros((8, 8, 3), "uint8"))
     files = []
     for index, label in enumerate((1.0, True, 1.5, "2", None)):
         content = json.dumps({"label": label}).encode()
-        files += [(f"{index}.png", picture), (f"{index}.json", content)]
+        files += [(f"{index}.png", image), (f"{index}.json", content)]
     shard = write_tar("odd.tar", files)
     batches = make(shard, label_key="json.label", max_skipped=1.0)
     with pytest.warns(UserWarning, match="unknown label"):
@@ -96,7 +98,7 @@ def test_bad_class_names_are_errors(labelled):
         make(labelled, class_names=["a", "b"])
 
 
-def test_pictures_need_no_captions_without_a_tokenizer(labelled):
+def test_images_need_no_captions_without_a_tokenizer(labelled):
     batches = make(labelled, include_keys=True)
     assert [*batches.element_spec] == ["images", "keys"]
     assert values(batches, "keys") == [b"%d" % index for index in range(6)]
@@ -104,12 +106,12 @@ def test_pictures_need_no_captions_without_a_tokenizer(labelled):
         make(labelled, lambda captions: [[0]] * len(captions))
 
 
-def test_all_captions_of_a_picture_come_as_tuples(write_tar, encode):
-    picture = encode(np.zeros((8, 8, 3), "uint8"))
+def test_all_captions_of_an_image_come_as_tuples(write_tar, encode):
+    image = encode(np.zeros((8, 8, 3), "uint8"))
     files = []
     for index, captions in enumerate((["a", "b"], ["c", "d"], ["e"])):
         content = json.dumps({"captions": captions}).encode()
-        files += [(f"{index}.png", picture), (f"{index}.json", content)]
+        files += [(f"{index}.png", image), (f"{index}.json", content)]
     shard = write_tar("several.tar", files)
     batches = make(shard, include_captions="all", caption_template="a {}.")
     assert values(batches, "captions") == [

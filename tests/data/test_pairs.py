@@ -8,6 +8,8 @@ import pytest
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.sources import find_shards
 
+pytestmark = pytest.mark.any_backend
+
 
 def read(source, **options):
     """The pairs, and the keys and reasons of what is left out."""
@@ -45,7 +47,7 @@ def test_every_fault_has_a_reason_and_every_sample_counts(write_tar, monkeypatch
         *[("8.jpg", b""), ("8.txt", b"t")],
     ]
     pairs, faults = read(write_tar("x.tar", files))
-    # That no bytes are no picture shows when it is decoded.
+    # That no bytes are no image shows when it is decoded.
     assert [pair.key for pair in pairs] == ["1", "8"]
     assert faults == [
         ("2", "file too large"),
@@ -97,7 +99,7 @@ def test_cells_that_name_no_file_are_no_images(tmp_path, image):
     assert read(path) == ([], [("1", "no image"), ("2", "no image")])
 
 
-def test_rows_of_one_picture_are_all_kept(tmp_path):
+def test_rows_of_one_image_are_all_kept(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("image,text\na.png,one\na.png,two\na.png,one\nb.png,1, 2\n")
     pairs, faults = read(path)

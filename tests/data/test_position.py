@@ -8,12 +8,15 @@ from .test_dataset import assert_same, batches, make
 tf = pytest.importorskip("tensorflow")
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Counting the pairs")
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.filterwarnings("ignore:Counting the pairs"),
+]
 
 
 @pytest.fixture
 def source(write_pairs):
-    broken = [("bad.png", b"no picture"), ("bad.txt", b"bad")]
+    broken = [("bad.png", b"no image"), ("bad.txt", b"bad")]
     return [write_pairs("a.tar", 0, 70, broken=broken), write_pairs("b.tar", 70, 30)]
 
 
@@ -101,7 +104,7 @@ def test_places_of_epochs_that_end_with_a_part_of_a_batch(write_pairs):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not decode")
-def test_a_picture_that_does_not_decode_is_replaced_by_a_neighbour(source):
+def test_an_image_that_does_not_decode_is_replaced_by_a_neighbour(source):
     (batch,) = batches(dataset(source, batch_size=101))
     keys = batch["keys"].tolist()
     assert sorted({*keys}) == [b"%04d" % index for index in range(100)]
@@ -118,7 +121,7 @@ def test_a_batch_of_which_nothing_decodes_is_an_error(write_pairs):
         pytest.warns(UserWarning, match="does not decode"),
         pytest.raises(
             tf.errors.InvalidArgumentError,
-            match="None of the pictures of a batch decodes",
+            match="No image of a batch decodes",
         ),
     ):
         batches(dataset(shard, batch_size=2))
@@ -139,7 +142,7 @@ def test_the_keys_of_a_batch_are_known_after_it(write_pairs):
 @pytest.mark.filterwarnings("ignore:.*does not decode")
 @pytest.mark.parametrize(("count", "num_shards"), [(2, 1), (3, 5)])
 def test_processes_share_batches_out_as_they_are_in_one(write_pairs, count, num_shards):
-    broken = [("bad.png", b"no picture"), ("bad.txt", b"bad")]
+    broken = [("bad.png", b"no image"), ("bad.txt", b"bad")]
     size = 85 // num_shards
     shards = [
         write_pairs(f"{i}.tar", i * size, size, broken=broken if i == 0 else ())

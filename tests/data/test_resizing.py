@@ -6,6 +6,8 @@ from keras_cluster_mask.data import resizing
 
 skimage_data = pytest.importorskip("skimage.data")
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
 def test_photographs_come_out_as_pillow_resizes_them(name, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from clip_benchmark.datasets.sugar_crepe import SugarCrepe
 from clip_benchmark.metrics import image_caption_selection
 
-from keras_cluster_mask.data.pictures import NUM_DRAWS, Cutter
+from keras_cluster_mask.data.images import NUM_DRAWS, Cutter
 from keras_cluster_mask.evaluation import (
     caption_selection_accuracy,
     embed,

@@ -17,7 +17,7 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data.pictures import NUM_DRAWS, Cutter
+from keras_cluster_mask.data.images import NUM_DRAWS, Cutter
 from keras_cluster_mask.interop.clip_benchmark import adapt, main
 from keras_cluster_mask.interop.torch_adapter import Transform
 from keras_cluster_mask.models.pixels import (

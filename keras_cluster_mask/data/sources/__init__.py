@@ -1,10 +1,10 @@
-"""Where samples lie: a kind of shard a file, and which file is of which kind."""
+"""Finds and reads shards; each format has a file in this folder."""
 
 import os
 import re
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.sources.folder import ENDINGS, folder_parts, pictures_in
+from keras_cluster_mask.data.sources.folder import ENDINGS, folder_parts, images_in
 from keras_cluster_mask.data.sources.manifest import find_manifest, manifest_parts
 from keras_cluster_mask.data.sources.shard import Shard, ShardError
 from keras_cluster_mask.data.sources.tfrecord import RecordShard
@@ -12,7 +12,7 @@ from keras_cluster_mask.data.sources.webdataset import TarShard
 
 __all__ = ["Shard", "ShardError", "find_shards", "list_shards", "read_samples"]
 
-# By the end of a file's name; whatever is called otherwise is taken for a tar.
+# By the extension of a file; a file with any other name is read as a tar.
 KINDS = {
     r"\.tfrec(ords?)?(\.gz)?": lambda path: [RecordShard(path)],
     r"\.(csv|tsv|jsonl|ndjson)": manifest_parts,
@@ -22,29 +22,28 @@ KINDS = {
 
 
 def list_shards(source):
-    """The files a description of shards stands for.
+    """Lists the files that a source names.
 
     Example:
 
     ```python
-    kcm.data.list_shards("data/train-{00000..00003}.tar")  # these four, or an error
-    kcm.data.list_shards(["data/train-*.tar", "more/{a,b}.tar"])  # what is there
+    kcm.data.list_shards("data/train-{00000..00003}.tar")  # four files, or an error
+    kcm.data.list_shards(["data/train-*.tar", "more/{a,b}.tar"])
     ```
 
     Args:
-        source: str or path, or a list of them. A file; a folder that holds a manifest,
-            `metadata.csv`, `.tsv` or `.jsonl`, or nothing but pictures, also in
-            folders of its own; a pattern with `*`, `?` or `[...]` that
-            stands for the files that are there; a pattern with `{a,b}` or `{000..123}`
-            that stands for exactly these. Each may be an address, such as
-            `"s3://bucket/train-*.tar"`.
+        source: str or path, or a list of them. A file; a folder with a table,
+            `metadata.csv`, `.tsv` or `.jsonl`; a folder of images, which may have
+            subfolders; a pattern with `*`, `?` or `[...]` for all existing files that
+            match it; or a pattern with `{a,b}` or `{000..123}`, each of whose files
+            must exist. Each may be an address, such as `"s3://bucket/train-*.tar"`.
 
     Returns:
         A sorted list of str without duplicates.
 
     Raises:
-        FileNotFoundError: if a file is missing, or a pattern finds none.
-        ImportError: if nothing that is installed opens files at an address.
+        FileNotFoundError: If a file is missing, or if no file matches a pattern.
+        ImportError: If no installed package opens files at an address.
     """
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
     shards = {shard for item in sources for shard in _find(os.fspath(item))}
@@ -54,11 +53,11 @@ def list_shards(source):
 
 
 def find_shards(source):
-    """The shards a description stands for, to be read.
+    """The shards of a source.
 
     Args:
-        source: As for `list_shards`. A manifest becomes several shards, so many rows
-            each.
+        source: As for `list_shards`. A table becomes several shards of equal numbers
+            of rows.
 
     Returns:
         A list of `Shard`.
@@ -67,20 +66,20 @@ def find_shards(source):
 
 
 def read_samples(path, fields=None):
-    """The samples of a file, in order and one at a time.
+    """Reads the samples of a file in order.
 
     Args:
-        path: str or path. A tar, a TFRecord file, a manifest, a picture or a folder of
-            pictures.
-        fields: collection of str. Read only these; samples without any still come, with
-            their key alone. Defaults to `None`: all.
+        path: str or path. A tar, a TFRecord file, a table, an image or a folder of
+            images.
+        fields: collection of str. Read only these fields. A sample without any of them
+            is a dict with its key alone. Defaults to `None`: all fields.
 
     Yields:
-        dict: `"__key__"` (str) and what each field holds.
+        dict: `"__key__"` (str) and the content of each field.
 
     Raises:
-        ShardError: if the file breaks off or is of no known kind, after all whole
-            samples but the one that was being read, which the error holds.
+        ShardError: If the file is damaged or has an unknown format. It is raised after
+            the last complete sample and holds the sample that was being read.
     """
     for shard in _shards_in(os.fspath(path)):
         yield from shard.read(fields)
@@ -98,7 +97,7 @@ def _find(pattern):
     pattern = os.path.expanduser(pattern)
     for name in [pattern] if files.exists(pattern) else _expand_braces(pattern):
         if files.is_folder(name):
-            yield find_manifest(name) or _with_pictures(name)
+            yield find_manifest(name) or _with_images(name)
             continue
         found = [name] if files.exists(name) else files.matching(name)
         if not found:
@@ -110,13 +109,13 @@ def _find(pattern):
         yield from found
 
 
-def _with_pictures(folder):
-    if pictures_in(folder):
+def _with_images(folder):
+    if images_in(folder):
         return folder
     raise FileNotFoundError(
         "`source` must name shards, for example "
         f"{os.path.join(folder, '*.tar')!r}, or a folder that holds metadata.csv, .tsv "
-        "or .jsonl with a row a picture, or pictures. Received a folder without: "
+        "or .jsonl with a row per image, or images. Received a folder without: "
         f"{folder}"
     )
 

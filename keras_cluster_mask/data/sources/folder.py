@@ -1,4 +1,4 @@
-"""Folders of pictures with nothing beside them, and single pictures."""
+"""Folders of images without a table, and single images."""
 
 import dataclasses
 import os
@@ -7,21 +7,20 @@ from keras_cluster_mask.data import files
 from keras_cluster_mask.data.sources.shard import Shard
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-# So many pictures are a shard: few enough to be shuffled well.
-PICTURES = 1024
+# The number of images in a shard: few enough to be shuffled well.
+IMAGES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderPart(Shard):
-    """Some pictures of a folder and of the folders in it, by name; or one picture.
+    """Some images of a folder and its subfolders, or a single image.
 
-    A sample's key is the picture's path within the folder. Its fields are `path`, and
-    `folder`, the name of the folder that the picture lies in, for where folders are
-    classes.
+    The key of a sample is the path of the image within the folder. Its fields are
+    `path`, and `folder`, the name of the image's folder, which may be a class.
 
     Attributes:
-        first: int. The number of the first picture, from 0.
-        names: tuple of str. Their paths within the folder.
+        first: int. The number of the first image, from 0.
+        names: tuple of str. The paths of the images within the folder.
     """
 
     first: int
@@ -41,23 +40,23 @@ class FolderPart(Shard):
         return name
 
     def __str__(self):
-        return f"{self.path} from picture {self.first}" if self.first else self.path
+        return f"{self.path} from image {self.first}" if self.first else self.path
 
 
 def folder_parts(path):
-    """The parts of a folder; of a single picture, the picture."""
+    """The parts of a folder, or a single image as one part."""
     found = [os.path.basename(path)]
     if files.is_folder(path):
         path = path.rstrip("/") + "/"
-        found = pictures_in(path)
+        found = images_in(path)
     return [
-        FolderPart(path, first, tuple(found[first : first + PICTURES]))
-        for first in range(0, len(found), PICTURES)
+        FolderPart(path, first, tuple(found[first : first + IMAGES]))
+        for first in range(0, len(found), IMAGES)
     ]
 
 
-def pictures_in(folder):
-    """The pictures of a folder and of the folders in it, sorted; no hidden ones."""
+def images_in(folder):
+    """The images of a folder and its subfolders, sorted, without hidden files."""
     return [
         name
         for name in files.all_in(folder)

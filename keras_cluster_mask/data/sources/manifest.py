@@ -1,9 +1,8 @@
-"""Manifests: tables (CSV, TSV, JSON lines) with a row a sample, beside the pictures."""
+"""Manifests: tables (CSV, TSV, JSON lines) with one row per sample."""
 
 import contextlib
 import csv
 import dataclasses
-import io
 import itertools
 import json
 
@@ -12,28 +11,28 @@ from keras_cluster_mask.data.sources.shard import FAULT, Shard, ShardError
 
 NAMES = ("metadata", "manifest")
 ENDINGS = ("csv", "tsv", "jsonl")
-# So many rows are a shard: few enough to be shuffled well, many enough to open a file.
+# The number of rows in a shard: few enough to be shuffled well.
 ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class ManifestPart(Shard):
-    """Some rows of a manifest; columns are the fields, the pictures are named by one.
+    """Some rows of a manifest, whose columns are the fields.
 
-    Names of files are meant from the manifest's folder, unless they are whole paths or
-    addresses. The key of a sample is what its first column says.
+    The names of image files are relative to the folder of the manifest, unless they are
+    absolute paths or addresses. The key of a sample is the value of its first column.
 
     Attributes:
         first: int. The number of the first row, from 0.
-        start: int. Where it starts in the file, in bytes.
-        rows: int. How many rows; None for all up to the end.
+        start: int. The offset of the first row in the file, in bytes.
+        rows: int. The number of rows; None for all rows to the end.
     """
 
     first: int
     start: int
     rows: int | None = ROWS
 
-    # A row for each of several captions of a picture is usual.
+    # A table may have one row for each caption of an image.
     unique_keys = False
 
     def read(self, fields=None):
@@ -46,7 +45,7 @@ class ManifestPart(Shard):
                 for number, (_, row) in enumerate(rows, self.first):
                     last = {"__key__": _key(row, number)}
                     yield {**_wanted(row, fields), **last}
-            # A cell may hold a newline: nobody can tell where the next row starts.
+            # A cell may hold a newline, so the start of the next row is unknown.
             except (ValueError, csv.Error) as error:
                 raise ShardError(self, last, str(error)) from error
 
@@ -55,50 +54,6 @@ class ManifestPart(Shard):
 
     def __str__(self):
         return f"{self.path} from row {self.first}"
-
-
-class ManifestWriter:
-    """Writes the rows of a manifest: a row a caption, in JSON lines a row a picture.
-
-    Args:
-        file: A binary file, open for writing.
-        path: str. A name that ends in `.csv`, `.tsv` or `.jsonl`.
-        header: bool. Whether to start with the names of the columns.
-    """
-
-    def __init__(self, file, path, header=True):
-        self._file = file
-        self._path = path
-        if header and not _is_json(path):
-            self._row("key", "file_name", "caption")
-
-    def write(self, key, fields):
-        """Writes a sample.
-
-        Args:
-            key: str.
-            fields: dict of `"file_name"`, str, and `"captions"`, a list of str.
-        """
-        if _is_json(self._path):
-            row = json.dumps({"key": key, **fields}, ensure_ascii=False)
-            self._line(row + "\n")
-            return
-        for caption in fields["captions"]:
-            self._row(key, fields["file_name"], caption)
-
-    def close(self):
-        """Does nothing: all is in the file, which stays open."""
-
-    def _row(self, *cells):
-        line = io.StringIO()
-        # The end of a line that makes the writer quote either of its two characters.
-        csv.writer(
-            line, delimiter=_delimiter(self._path), lineterminator="\r\n"
-        ).writerow(cells)
-        self._line(line.getvalue().removesuffix("\r\n") + "\n")
-
-    def _line(self, text):
-        self._file.write(text.encode("utf-8", "replace"))
 
 
 def find_manifest(folder):
@@ -112,7 +67,7 @@ def find_manifest(folder):
 
 
 def manifest_parts(path):
-    """The parts of a manifest, found in one pass over it."""
+    """The parts of a manifest, found in one pass over the file."""
     parts = []
     with contextlib.suppress(ValueError, csv.Error), files.open_file(path) as file:
         columns = _columns(path, file)
@@ -120,13 +75,13 @@ def manifest_parts(path):
         for number, (start, _) in enumerate(_rows(path, file, columns)):
             if number and number % ROWS == 0:
                 parts.append(ManifestPart(path, number, start))
-    # The last reads on to the end, or to what cannot be read, and says so.
+    # The last part reads to the end, or raises an error where it cannot.
     last = parts.pop() if parts else ManifestPart(path, 0, 0)
     return [*parts, dataclasses.replace(last, rows=None)]
 
 
 def _columns(path, file):
-    """The names in the first line of a table; None where each line has its own."""
+    """The names in the first line of a table; None for JSON lines."""
     if _is_json(path):
         return None
     line = file.readline().decode("utf-8-sig")
@@ -135,7 +90,7 @@ def _columns(path, file):
 
 
 def _rows(path, file, columns):
-    """Pairs of where a row starts and the row, a dict, from where the file is."""
+    """Pairs of the offset of a row and the row, a dict, from the current position."""
     place = file.tell()
     if columns is None:
         for line in file:
@@ -162,18 +117,18 @@ def _json_row(line):
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         row = None
-    return row if isinstance(row, dict) else {FAULT: "a line that is no JSON object"}
+    return row if isinstance(row, dict) else {FAULT: "a line that is not a JSON object"}
 
 
 def _table_row(columns, cells):
-    # A comma in a caption without quotes: the caption would be cut off there.
+    # A comma in a caption without quotes would truncate the caption.
     if any(cells[len(columns) :]):
         return {**dict(zip(columns[:1], cells)), FAULT: "more cells than columns"}
     return dict(zip(columns, cells))
 
 
 def _key(row, number):
-    """What the first column says, as what can be written in UTF-8."""
+    """The value of the first column, as valid UTF-8."""
     key = next((str(value) for name, value in row.items() if name != FAULT), None)
     return f"row {number}" if key is None else key.encode("utf-8", "replace").decode()
 

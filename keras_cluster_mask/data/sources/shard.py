@@ -1,6 +1,8 @@
+"""The interface of all shards."""
+
 import dataclasses
 
-# The entry of a sample that says what is wrong with it.
+# The entry of a sample that tells why it is broken.
 FAULT = "__fault__"
 
 
@@ -9,8 +11,8 @@ class ShardError(ValueError):
 
     Attributes:
         shard: str. The file.
-        sample: dict. The sample that was being read, as far as it was; it may be whole.
-        last_key: str. Its key; None if there was no sample yet.
+        sample: dict. The sample that was being read; it may be complete.
+        last_key: str. Its key, or None if no sample was read.
     """
 
     def __init__(self, shard, sample, reason):
@@ -23,11 +25,11 @@ class ShardError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of samples, or a part of one, that is read from its start to its end.
+    """A file of samples, or a part of one, that is read from start to end.
 
     Attributes:
         path: str. The file.
-        unique_keys: bool. Whether a key that comes again is a fault.
+        unique_keys: bool. Whether a duplicate key is an error.
     """
 
     path: str
@@ -35,26 +37,26 @@ class Shard:
     unique_keys = True
 
     def read(self, fields=None):
-        """The samples, in order and one at a time.
+        """Reads the samples in order.
 
         Args:
-            fields: collection of str. Read only these; samples without any still come,
-                with their key alone. Defaults to `None`: all.
+            fields: collection of str. Read only these fields. A sample without any of
+                them is a dict with its key alone. Defaults to `None`: all fields.
 
         Yields:
-            dict: `"__key__"` (str) and what each field holds: bytes, or text as str, or
-            a list of these. None stands for what is too large to be read. A sample
-            that cannot be read holds `"__fault__"`, what is wrong with it (str).
+            dict: `"__key__"` (str) and the content of each field: bytes, or text as
+            str, or a list of these; None if it is too large to be read. A sample that
+            cannot be read has the entry `"__fault__"`, the reason (str).
 
         Raises:
-            ShardError: if the file breaks off, after all whole samples but the one that
-                was being read, which the error holds.
-            FileNotFoundError: if the file is not there.
+            ShardError: If the file is damaged. It is raised after the last complete
+                sample and holds the sample that was being read.
+            FileNotFoundError: If the file does not exist.
         """
         raise NotImplementedError
 
     def path_of(self, name):
-        """The file that a field names, where samples name files."""
+        """The path of a file that a field names."""
         raise ValueError(f"{self} holds images, not names of files.")
 
     def __str__(self):

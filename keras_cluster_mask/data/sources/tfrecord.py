@@ -1,4 +1,4 @@
-"""TFRecord files: a `tf.train.Example` is a sample."""
+"""TFRecord files, in which each `tf.train.Example` is a sample."""
 
 import contextlib
 import dataclasses
@@ -15,17 +15,17 @@ except ImportError:
     tf = None
 
 KEYS = ("__key__", "key", "image/filename", "image/id")
-# A record's length and the checksums of it and of the content.
+# The length of a record and the two checksums, in bytes.
 FRAME = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordShard(Shard):
-    """A TFRecord file, which may be compressed; its features are the fields.
+    """A TFRecord file, optionally compressed, whose features are the fields.
 
-    A feature of one value is that value, of several a list. The key is the feature
-    `__key__`, `key`, `image/filename` or `image/id`; without one the record's number.
-    Needs TensorFlow.
+    A feature with one value is this value, and one with several values is a list. The
+    key is the feature `__key__`, `key`, `image/filename` or `image/id`, or the number
+    of the record. Needs TensorFlow.
     """
 
     def read(self, fields=None):
@@ -43,52 +43,14 @@ class RecordShard(Shard):
                     yield sample
                     number += 1
                     size += len(record.numpy()) + FRAME
-                # TensorFlow takes the first bytes of a record for the end of a file.
+                # TensorFlow takes a truncated header of a record as the end of file.
                 if size != _size(path, compressed):
-                    raise ValueError("it breaks off within a record")
+                    raise ValueError("it is truncated within a record")
             except tf.errors.NotFoundError as error:
                 raise FileNotFoundError(self.path) from error
             except Exception as error:
                 last = {"__key__": sample["__key__"]} if sample else {}
                 raise ShardError(self, last, str(error)) from error
-
-
-class RecordWriter:
-    """Writes samples as records. Needs TensorFlow.
-
-    Args:
-        file: A binary file, open for writing.
-        compressed: bool. Whether by gzip. Defaults to `False`.
-    """
-
-    def __init__(self, file, compressed=False):
-        _check_tensorflow(getattr(file, "name", file))
-        self._file = file
-        # TensorFlow opens files by name only.
-        self._copy = tempfile.NamedTemporaryFile()  # noqa: SIM115
-        options = "GZIP" if compressed else None
-        self._writer = tf.io.TFRecordWriter(self._copy.name, options)
-
-    def write(self, key, fields):
-        """Writes a sample.
-
-        Args:
-            key: str.
-            fields: dict from a field to its content, a list of bytes.
-        """
-        fields = {"__key__": [key.encode("utf-8", "surrogateescape")], **fields}
-        feature = {
-            name: tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
-            for name, values in fields.items()
-        }
-        example = tf.train.Example(features=tf.train.Features(feature=feature))
-        self._writer.write(example.SerializeToString(deterministic=True))
-
-    def close(self):
-        """Brings all into the file, which stays open."""
-        self._writer.close()
-        with self._copy, open(self._copy.name, "rb") as copy:
-            shutil.copyfileobj(copy, self._file, 2**20)
 
 
 def _sample(example, number, fields):
@@ -114,7 +76,7 @@ def _value(feature):
 
 
 def _size(path, compressed):
-    """How many bytes all records are with their frames."""
+    """The size of all records with their frames, in bytes."""
     if not compressed:
         return tf.io.gfile.stat(path).length
     size = 0
@@ -126,7 +88,7 @@ def _size(path, compressed):
 
 @contextlib.contextmanager
 def _local_copy(path):
-    """A path that TensorFlow opens: the file itself, or a copy of it."""
+    """A path that TensorFlow can open: the file itself, or a copy of it."""
     scheme = path.partition("://")[0] if files.is_address(path) else ""
     if scheme in ("", *tf.io.gfile.get_registered_schemes()):
         yield path

@@ -5,6 +5,8 @@ import pytest
 from keras_cluster_mask.data.sources import ShardError, find_shards, read_samples
 from keras_cluster_mask.data.sources.manifest import ROWS
 
+pytestmark = pytest.mark.any_backend
+
 ROW = {"file_name": "a/1.jpg", "text": 'He said: "Hi, you\nthere"', "n": "1"}
 OTHER = {"file_name": "2.jpg", "text": "zwei\tÄpfel", "n": "2"}
 TABLES = {
@@ -85,7 +87,7 @@ def test_a_broken_line_of_json_is_one_broken_sample(write):
         b"{}",
     ]
     samples = list(read_samples(write("x.jsonl", b"\n".join(lines))))
-    fault = "a line that is no JSON object"
+    fault = "a line that is not a JSON object"
     assert samples == [
         {"__key__": "1.jpg", "file_name": "1.jpg", "text": "one"},
         *({"__key__": f"row {i}", "__fault__": fault} for i in range(1, 5)),

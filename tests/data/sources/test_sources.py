@@ -5,6 +5,8 @@ import pytest
 from keras_cluster_mask.data import list_shards
 from keras_cluster_mask.data.sources import find_shards, read_samples
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture
 def folder(tmp_path):

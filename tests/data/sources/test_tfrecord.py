@@ -9,6 +9,8 @@ from keras_cluster_mask.data.sources import (
 
 tf = pytest.importorskip("tensorflow")
 
+pytestmark = pytest.mark.any_backend
+
 # Before and after the content of a record: its length, and checksums of both.
 BEFORE, AFTER = 12, 4
 

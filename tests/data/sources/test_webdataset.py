@@ -7,6 +7,8 @@ import pytest
 
 from keras_cluster_mask.data.sources import ShardError, read_samples, webdataset
 
+pytestmark = pytest.mark.any_backend
+
 FILES = [
     ("a/1.jpg", b"one"),
     ("a/1.txt", b"first"),

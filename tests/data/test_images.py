@@ -4,28 +4,30 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from keras_cluster_mask.data import pictures
-from keras_cluster_mask.data.pictures import Cutter, Picture, UnreadablePicture
+from keras_cluster_mask.data import images
+from keras_cluster_mask.data.images import Cutter, EncodedImage, UnreadableImage
 
-DRAWS = np.random.default_rng(0).random((200, pictures.NUM_DRAWS))
+pytestmark = pytest.mark.any_backend
+
+DRAWS = np.random.default_rng(0).random((200, images.NUM_DRAWS))
 
 
-def smooth_picture(height, width, channels=3, seed=0):
+def smooth_image(height, width, channels=3, seed=0):
     """A photograph's slow changes: low-frequency noise."""
     grid = np.random.default_rng(seed).integers(0, 256, (6, 6, channels), "uint8")
     return np.array(Image.fromarray(grid).resize((width, height), Image.BICUBIC))
 
 
 def whole(content, **options):
-    """All of a picture, in its own size, over white."""
-    height, width = Picture(content).size
+    """All of an image, in its own size, over white."""
+    height, width = EncodedImage(content).size
     return Cutter((height, width), training=False, **options)(content, DRAWS[0])
 
 
-def over_white(picture):
-    white = Image.new("RGBA", picture.size, "white")
-    picture = picture.convert("RGBA")
-    return np.array(Image.alpha_composite(white, picture).convert("RGB")).astype(int)
+def over_white(image):
+    white = Image.new("RGBA", image.size, "white")
+    image = image.convert("RGBA")
+    return np.array(Image.alpha_composite(white, image).convert("RGB")).astype(int)
 
 
 # === As people see them ===
@@ -33,18 +35,18 @@ def over_white(picture):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1"])
 def test_png_of_every_kind_of_channels_is_laid_over_white(mode, encode):
-    picture = Image.fromarray(smooth_picture(20, 30, 4)).convert(mode)
-    actual = whole(encode(picture))
+    image = Image.fromarray(smooth_image(20, 30, 4)).convert(mode)
+    actual = whole(encode(image))
     assert actual.dtype == "uint8"
-    assert np.abs(actual.astype(int) - over_white(picture)).max() <= 1
+    assert np.abs(actual.astype(int) - over_white(image)).max() <= 1
 
 
 def test_a_transparent_palette_is_laid_over_white(encode):
-    picture = Image.new("P", (4, 4))
-    picture.putpalette([10, 20, 30, 200, 100, 0])
-    picture.putpixel((1, 2), 1)
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([10, 20, 30, 200, 100, 0])
+    palette.putpixel((1, 2), 1)
     for format in ("PNG", "GIF"):
-        image = whole(encode(picture, format, transparency=0))
+        image = whole(encode(palette, format, transparency=0))
         assert image[2, 1].tolist() == [200, 100, 0]
         assert image[0, 0].tolist() == [255, 255, 255]
 
@@ -59,16 +61,16 @@ def test_a_transparent_colour_of_an_opaque_png_is_laid_over_white(encode):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_of_every_kind_of_channels_is_decoded(mode, encode):
-    content = encode(Image.fromarray(smooth_picture(50, 70)).convert(mode), "JPEG")
+    content = encode(Image.fromarray(smooth_image(50, 70)).convert(mode), "JPEG")
     expected = Image.open(io.BytesIO(content)).convert("RGB")
     np.testing.assert_array_equal(whole(content), np.array(expected))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_bmp_of_every_kind_of_channels_is_decoded(mode, encode):
-    picture = Image.fromarray(smooth_picture(21, 30)).convert(mode)
+    image = Image.fromarray(smooth_image(21, 30)).convert(mode)
     np.testing.assert_array_equal(
-        whole(encode(picture, "BMP")), np.array(picture.convert("RGB"))
+        whole(encode(image, "BMP")), np.array(image.convert("RGB"))
     )
 
 
@@ -79,10 +81,10 @@ def test_sixteen_bits_of_grey_become_eight(encode):
     assert (actual[..., 0] == actual[..., 2]).all()
 
 
-def test_webp_and_the_first_picture_of_an_animation_are_decoded(encode):
-    array = smooth_picture(20, 30, 3)
+def test_webp_and_the_first_image_of_an_animation_are_decoded(encode):
+    array = smooth_image(20, 30, 3)
     np.testing.assert_array_equal(whole(encode(array, "WEBP", lossless=True)), array)
-    clear = smooth_picture(20, 30, 4)
+    clear = smooth_image(20, 30, 4)
     actual = whole(encode(clear, "WEBP", lossless=True, exact=True)).astype(int)
     assert np.abs(actual - over_white(Image.fromarray(clear))).max() <= 1
     frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
@@ -102,61 +104,61 @@ def test_photographs_are_turned_upright(orientation, format, order, encode):
     exif[0x010F] = "a camera"
     exif[0x0112] = orientation
     options = {"quality": 95} if format == "JPEG" else {}
-    content = encode(smooth_picture(24, 16), format, exif=exif, **options)
+    content = encode(smooth_image(24, 16), format, exif=exif, **options)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    assert Picture(content).size == upright.size[::-1]
+    assert EncodedImage(content).size == upright.size[::-1]
     np.testing.assert_array_equal(whole(content), np.array(upright))
 
 
 def test_a_large_photograph_is_turned_before_a_part_is_cut_out(encode):
     exif = Image.Exif()
     exif[0x0112] = 6
-    content = encode(smooth_picture(600, 400), "JPEG", exif=exif, quality=95)
+    content = encode(smooth_image(600, 400), "JPEG", exif=exif, quality=95)
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     expected = image.resize((32, 32), Image.BICUBIC, box=(100, 40, 500, 240))
-    actual = Picture(content).part((40, 100, 200, 400), (32, 32))
+    actual = EncodedImage(content).part((40, 100, 200, 400), (32, 32))
     assert np.abs(actual.astype(int) - np.array(expected)).mean() < 1
 
 
 def test_broken_exif_data_means_upright(encode):
     exif = Image.Exif()
     exif[0x0112] = 6
-    tagged = bytearray(encode(smooth_picture(8, 16), "JPEG", exif=exif))
-    assert Picture(bytes(tagged)).size == (16, 8)
+    tagged = bytearray(encode(smooth_image(8, 16), "JPEG", exif=exif))
+    assert EncodedImage(bytes(tagged)).size == (16, 8)
     start = tagged.index(b"Exif\0\0")
     tagged[start + 6 : start + 14] = b"\xff" * 8
-    assert Picture(bytes(tagged)).size == (8, 16)
+    assert EncodedImage(bytes(tagged)).size == (8, 16)
 
 
-# === What is no picture ===
+# === What is no image ===
 
 
 def test_what_does_not_decode_says_so(encode):
-    jpeg = encode(smooth_picture(64, 64), "JPEG")
-    png = encode(smooth_picture(64, 64))
+    jpeg = encode(smooth_image(64, 64), "JPEG")
+    png = encode(smooth_image(64, 64))
     flipped = bytearray(png)
     flipped[len(png) // 2] ^= 1
     for content in (b"", b"GIF89a", jpeg[:400], png[: len(png) // 2], bytes(flipped)):
-        with pytest.raises(UnreadablePicture, match="does not decode"):
+        with pytest.raises(UnreadableImage, match="does not decode"):
             Cutter((8, 8), training=True)(content, DRAWS[0])
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_huge_pictures_are_refused_before_they_are_decoded(encode):
+def test_huge_images_are_refused_before_they_are_decoded(encode):
     cutter = Cutter((8, 8), training=True, max_pixels=1000)
     cutter(encode(np.zeros((25, 40), "uint8")), DRAWS[0])
-    with pytest.raises(UnreadablePicture, match="too many pixels"):
+    with pytest.raises(UnreadableImage, match="too many pixels"):
         cutter(encode(np.zeros((26, 40), "uint8")), DRAWS[0])
     # A few kilobytes that would be half a gigabyte.
     bomb = encode(Image.new("1", (15000, 15000)))
-    with pytest.raises(UnreadablePicture, match="too many pixels"):
-        Picture(bomb)
+    with pytest.raises(UnreadableImage, match="too many pixels"):
+        EncodedImage(bomb)
 
 
 def test_a_jpeg_that_is_shrunk_while_it_is_decoded_may_be_larger(encode):
-    content = encode(smooth_picture(200, 200), "JPEG")
+    content = encode(smooth_image(200, 200), "JPEG")
     assert Cutter((8, 8), training=True, max_pixels=10_000)(content, DRAWS[0]).any()
-    with pytest.raises(UnreadablePicture, match="too many pixels"):
+    with pytest.raises(UnreadableImage, match="too many pixels"):
         Cutter((8, 8), training=False, max_pixels=10_000)(content, DRAWS[0])
 
 
@@ -169,7 +171,7 @@ def test_a_jpeg_that_is_shrunk_while_it_is_decoded_may_be_larger(encode):
 @pytest.mark.parametrize("size", [64, 33])
 def test_the_center_crop_is_torchvisions(shape, size, encode):
     transforms = pytest.importorskip("torchvision.transforms")
-    array = smooth_picture(*shape)
+    array = smooth_image(*shape)
     reference = transforms.Compose(
         [
             transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
@@ -196,7 +198,7 @@ def test_the_center_crop_covers_a_size_that_is_not_square(encode):
 
 
 def boxes(size, image_size=(64, 64), **options):
-    found = [pictures.random_box(size, image_size, draw, **options) for draw in DRAWS]
+    found = [images.random_box(size, image_size, draw, **options) for draw in DRAWS]
     return np.array(found, float)
 
 
@@ -226,12 +228,12 @@ def test_the_ratio_is_that_of_the_size_asked_for():
     np.testing.assert_allclose(width / height, 2, atol=0.01)
 
 
-def test_of_a_picture_of_one_pixel_everything_is_taken():
+def test_of_an_image_of_one_pixel_everything_is_taken():
     np.testing.assert_array_equal(boxes((1, 1)), [[0, 0, 1, 1]] * len(DRAWS))
 
 
 def test_random_parts_follow_their_draws_and_flip_only_if_asked(encode):
-    content = encode(smooth_picture(40, 40))
+    content = encode(smooth_image(40, 40))
     plain, flipping = Cutter((16, 16), True), Cutter((16, 16), True, (0.4, 1), True)
     for draws in DRAWS[:40]:
         part = plain(content, draws)
@@ -241,25 +243,25 @@ def test_random_parts_follow_their_draws_and_flip_only_if_asked(encode):
     assert 8 < sum(DRAWS[:40, 5] < 0.5) < 32
 
 
-def test_a_whole_picture_of_the_right_size_is_not_touched(encode):
-    array = smooth_picture(40, 40)
-    actual = Picture(encode(array)).part((0, 0, 40, 40), (40, 40))
+def test_a_whole_image_of_the_right_size_is_not_touched(encode):
+    array = smooth_image(40, 40)
+    actual = EncodedImage(encode(array)).part((0, 0, 40, 40), (40, 40))
     np.testing.assert_array_equal(actual, array)
 
 
 @pytest.mark.parametrize("size", [(700, 500), (1400, 1000)])
 def test_shrinking_a_jpeg_while_decoding_hardly_changes_a_pixel(size, encode):
-    content = encode(smooth_picture(*size), "JPEG", quality=90)
+    content = encode(smooth_image(*size), "JPEG", quality=90)
     image = Image.open(io.BytesIO(content))
     exact = image.resize((64, 64), Image.BICUBIC, box=(21, 37, 471, 437))
     exact = np.array(exact).astype(int)
-    quick = Picture(content).part((37, 21, 400, 450), (64, 64)).astype(int)
+    quick = EncodedImage(content).part((37, 21, 400, 450), (64, 64)).astype(int)
     assert np.abs(quick - exact).mean() < 1
 
 
 def test_image_sizes_are_checked():
-    assert pictures.height_and_width(8) == (8, 8)
-    assert pictures.height_and_width([8, 16]) == (8, 16)
+    assert images.height_and_width(8) == (8, 8)
+    assert images.height_and_width([8, 16]) == (8, 16)
     for wrong in (0, (8,), (8, -1), "8", 8.0, None):
         with pytest.raises(ValueError, match=r"`image_size`.*Received"):
-            pictures.height_and_width(wrong)
+            images.height_and_width(wrong)

@@ -1,0 +1,256 @@
+"""`convert`: writes any readable source as tar shards."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+
+from PIL import Image
+
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.check import IntactSamples, decode_all
+from keras_cluster_mask.data.decoding import read_image
+from keras_cluster_mask.data.images import EncodedImage
+from keras_cluster_mask.data.pairs import IMAGE_KEYS
+from keras_cluster_mask.data.sources import list_shards
+
+JPEG_QUALITY = 95
+# File names have at most 255 bytes; a number and an extension are appended.
+MAX_NAME = 200
+
+
+def convert(
+    source: str | os.PathLike | Sequence,
+    to: str | os.PathLike,
+    *,
+    samples_per_shard: int = 10_000,
+    image_size: int | None = None,
+    image_keys: str | Sequence[str] | None = None,
+    caption_key: str | Sequence[str] | None = None,
+    overwrite: bool = False,
+    num_threads: int | None = None,
+    verbose: bool = False,
+) -> dict:
+    """Writes samples as tar shards in the layout of WebDataset and img2dataset.
+
+    Samples keep their order and all their captions. `KEY.txt` holds the first caption,
+    and where there are several, `KEY.json` holds all of them under `captions`. Keys
+    stay as they are where a tar can hold them, and duplicates get a number. Images get
+    the extension of their actual format. Broken samples are left out and counted; see
+    `check`.
+
+    Each shard is written beside its place and renamed when it is complete. To repeat an
+    interrupted conversion, pass `overwrite=True`.
+
+    Example:
+
+    ```python
+    kcm.data.convert("photos/metadata.csv", "shards/train-{00000}.tar")
+    ```
+
+    Args:
+        source: str or path, or a list of them; see `list_shards`.
+        to: str or path. `"shards/train-{00000}.tar"` writes shards with numbers of five
+            digits; a name without braces, such as `"train.tar"`, is a single shard. May
+            be an address such as `"s3://bucket/train-{00000}.tar"`.
+        samples_per_shard: int. Defaults to `10000`.
+        image_size: int. Images whose shorter side is longer are resized to this shorter
+            side, with their EXIF orientation applied, and written as JPEG of quality
+            95, or as PNG if they are transparent. Defaults to `None`: the bytes of all
+            images are copied.
+        image_keys: str or sequence of str; see `image_text_dataset`.
+        caption_key: str or sequence of str; see `image_text_dataset`.
+        overwrite: bool. Whether to replace existing shards. Shards with higher numbers
+            are then removed, too. Defaults to `False`.
+        num_threads: int. The number of images that are decoded at the same time.
+            Defaults to `None`: the number of processors.
+        verbose: bool. Whether to show a progress bar. Defaults to `False`.
+
+    Returns:
+        dict: `"samples"`, the number of samples written; `"shards"`, the files;
+        `"broken"`, `"by_reason"` and `"first_broken"`, as `check` returns them.
+
+    Raises:
+        FileNotFoundError: If a shard of `source` is missing.
+        ValueError: If an argument is invalid, or if a file exists already and
+            `overwrite` is false.
+    """
+    for name, value in (
+        ("samples_per_shard", samples_per_shard),
+        ("image_size", image_size),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+    to = _ShardNames(to, overwrite)
+    to.check(list_shards(source))
+    samples = IntactSamples(source, image_keys, caption_key, num_threads)
+    encoded = samples.map(
+        lambda pair: _encoded(pair, image_size), "convert" if verbose else None
+    )
+    new_key = _UniqueKeys()
+    shards, written = [], 0
+    limit = samples_per_shard if to.numbered else None
+    while (first := next(encoded, None)) is not None:
+        shards.append(to.free(len(shards)))
+        rest = itertools.islice(encoded, limit and limit - 1)
+        with files.replacing(shards[-1]) as file, _open_tar(file) as archive:
+            for pair, (extension, content) in itertools.chain([first], rest):
+                fields = {extension: content, **_caption_fields(pair.captions)}
+                _write(archive, new_key(pair.key), fields)
+                written += 1
+    to.remove_from(len(shards))
+    return {"samples": written, "shards": shards, **samples.broken()}
+
+
+class _ShardNames:
+    """The names of the shards that are written.
+
+    Args:
+        to: str or path. The argument of `convert`.
+        overwrite: bool.
+    """
+
+    def __init__(self, to, overwrite):
+        to = os.fspath(to)
+        self._to = to if files.is_address(to) else os.path.expanduser(to)
+        self._overwrite = overwrite
+        # The name; or what is before the braces, the zeros, and what is after.
+        self._parts = re.split(r"\{(0+)\}", self._to)
+        outside = "".join(self._parts[::2])
+        if not self._to.endswith(".tar") or len(self._parts) > 3 or "{" in outside:
+            raise ValueError(
+                "`to` must be the name of a tar file, with zeros in braces where the "
+                "number of a shard goes, such as 'shards/train-{00000}.tar'. "
+                f"Received: to={self._to!r}"
+            )
+        self.numbered = len(self._parts) == 3
+
+    def check(self, sources):
+        """Raises an error if `to` names a source, or if the first shard exists."""
+        pattern = re.sub(r"\\\{0+\\\}", r"\\d+", re.escape(_real_path(self._to)))
+        for path in sources:
+            if re.fullmatch(pattern, _real_path(path)):
+                raise ValueError(
+                    "`to` must not name a file of `source`: choose another folder or "
+                    f"name. Received: to={self._to!r}, source {path}"
+                )
+        self.free(0)
+
+    def free(self, number):
+        """The name of a shard. Raises an error if it exists and may not be replaced."""
+        path = self._name(number)
+        if files.exists(path) and not self._overwrite:
+            raise ValueError(
+                "`to` must not exist yet: choose another name, or pass "
+                f"`overwrite=True` to replace it. Received: {path}"
+            )
+        return path
+
+    def remove_from(self, number):
+        """Removes the shards that a longer run has left, from this number on."""
+        while self.numbered and self._overwrite and files.exists(self._name(number)):
+            files.remove(self._name(number))
+            number += 1
+
+    def _name(self, number):
+        if not self.numbered:
+            return self._to
+        before, zeros, after = self._parts
+        return f"{before}{number:0{len(zeros)}}{after}"
+
+
+def _real_path(path):
+    return path if files.is_address(path) else os.path.realpath(path)
+
+
+def _encoded(pair, image_size):
+    """The extension and the bytes of an image as they are written."""
+    content = read_image(pair.image)
+    image = EncodedImage(content)
+    format = image.format
+    if image_size and min(image.size) > image_size:
+        content, format = _resized(image, image_size)
+    else:
+        decode_all(image)
+    extension = "jpg" if format == "JPEG" else format.lower()
+    # Readers find images of unusual formats under `image`.
+    return extension if extension in IMAGE_KEYS else "image", content
+
+
+def _resized(image, image_size):
+    scale = image_size / min(image.size)
+    size = tuple(max(round(side * scale), 1) for side in image.size)
+    array = image.whole(size)
+    # JPEG has no transparency.
+    format = "JPEG" if array.shape[2] == 3 else "PNG"
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format, quality=JPEG_QUALITY)
+    return file.getvalue(), format
+
+
+def _caption_fields(captions):
+    fields = {"txt": captions[0].encode("utf-8", "replace")}
+    if len(captions) > 1:
+        several = json.dumps({"captions": captions}, ensure_ascii=False)
+        fields["json"] = several.encode("utf-8", "replace")
+    return fields
+
+
+def _open_tar(file):
+    return tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
+
+
+def _write(archive, key, fields):
+    for extension, content in fields.items():
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    # The archive would keep every member in memory.
+    archive.members.clear()
+
+
+class _UniqueKeys:
+    """Keys that a tar can hold, each of them once."""
+
+    def __init__(self):
+        # From each key that was used to the number of its next duplicate.
+        self._next = {}
+
+    def __call__(self, key):
+        key = found = safe_key(key)
+        # Numbers only increase, so that a frequent key needs no long search.
+        while found in self._next:
+            found = f"{key}-{self._next[key]}"
+            self._next[key] += 1
+        self._next[found] = 2
+        return found
+
+
+def safe_key(key):
+    """A key as the name of files in a tar, and as a path below a folder on any system.
+
+    Args:
+        key: str.
+
+    Returns:
+        str: Without an image's extension, without parts that lead to other folders or
+        that hide files, without a dot in its last part, which would end the key, and
+        without characters that some systems do not allow in names.
+    """
+    key = re.sub(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", "", key, flags=re.IGNORECASE)
+    key = re.sub(r'[\x00-\x1f\x7f<>:"\\|?*\ud800-\udfff]', "_", key)
+    names = (name.lstrip(". ").rstrip(". ") for name in key.split("/"))
+    *folders, name = [_shortened(name) for name in names if name] or ["sample"]
+    return "/".join([*folders, name.replace(".", "_")])
+
+
+def _shortened(name):
+    content = name.encode()
+    if len(content) <= MAX_NAME:
+        return name
+    digest = hashlib.blake2b(content, digest_size=6).hexdigest()
+    return content[: MAX_NAME - 13].decode("utf-8", "ignore") + "-" + digest

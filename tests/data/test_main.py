@@ -1,0 +1,108 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from keras_cluster_mask.data.__main__ import main
+
+pytestmark = pytest.mark.any_backend
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def shard(write_pairs):
+    return str(write_pairs("a.tar", 0, 12))
+
+
+@pytest.fixture
+def broken(write_pairs, noise):
+    cut = [("cut\x1b.png", noise(0)[:200]), ("cut\x1b.txt", b"truncated")]
+    return str(write_pairs("b.tar", 20, 3, cut))
+
+
+def test_check_fails_if_a_sample_is_broken(shard, broken, tmp_path, capsys):
+    assert main(["check", shard]) == 0
+    assert "12  intact samples" in capsys.readouterr().out
+    listed = tmp_path / "broken.json"
+    assert main(["check", shard, broken, "--json", str(listed)]) == 1
+    printed = capsys.readouterr()
+    assert "1  the image does not decode" in printed.out
+    # Control characters of a key do not reach the terminal.
+    assert rf"{broken} cut\x1b the image does not decode" in printed.out
+    assert "shard 2 of 2" in printed.err
+    (found,) = json.loads(listed.read_text())["first_broken"]
+    assert (found["shard"], found["key"]) == (broken, "cut\x1b")
+
+
+def test_quiet_commands_print_no_progress(shard, capsys):
+    assert main(["check", shard, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_convert_writes_shards_and_reports_broken_samples(
+    shard, broken, tmp_path, capsys
+):
+    to = f"{tmp_path}/out-{{0}}.tar"
+    arguments = ["convert", shard, broken, "--to", to, "--samples-per-shard", "9"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    names = f"{tmp_path}/out-0.tar to {tmp_path}/out-1.tar"
+    assert f"15  samples written: {names}" in printed.out
+    assert "1  broken samples" in printed.out
+    assert "convert: shard 2 of 2" in printed.err
+    assert main(["check", to.replace("{0}", "*")]) == 0
+    assert main(arguments) == 2
+    assert main([*arguments, "--overwrite", "--image-size", "8"]) == 0
+
+
+def test_convert_fails_if_no_sample_is_intact(broken, tmp_path, capsys):
+    to = f"{tmp_path}/out.tar"
+    assert main(["convert", broken, "--caption-key", "alt", "--to", to]) == 1
+    assert "0  samples written: no file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["guess"],
+        ["check"],
+        ["check", "missing.tar"],
+        ["convert", "{shard}"],
+        ["convert", "{shard}", "--to", "out.zip"],
+        ["convert", "{shard}", "--to", "out.tar", "--image-size", "-1"],
+        ["convert", "{shard}", "--to", "out.tar", "--image-size", "large"],
+    ],
+)
+def test_errors_have_status_two_and_no_traceback(
+    arguments, shard, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main([each.replace("{shard}", shard) for each in arguments])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.slow
+def test_it_is_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_cluster_mask.data", "check", "missing.tar"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    # TensorFlow may print before.
+    assert done.stderr.splitlines()[-1].endswith("Received (missing): missing.tar")
