@@ -21,7 +21,6 @@ __all__ = [
     "losses",
     "masking",
     "models",
-    "search",
     "visualization",
     "with_masking",
 ]
@@ -29,6 +28,6 @@ __all__ = [
 
 def __getattr__(name):
     # Imported when first used: `data` brings tensorflow, `visualization` matplotlib.
-    if name in ("data", "evaluation", "interop", "search", "visualization"):
+    if name in ("data", "evaluation", "interop", "visualization"):
         return importlib.import_module(f"keras_cluster_mask.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

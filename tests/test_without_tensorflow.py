@@ -152,17 +152,6 @@ with tempfile.TemporaryDirectory() as folder:
     print("left:", sorted(path.name for path in folder.glob("*.tfrecord")))
 """
 
-SEARCH = """
-import keras_cluster_mask as kcm
-
-tokenizer = kcm.data.CLIPTokenizer.train(["no 1", "no 2"], 600, context_length=6)
-backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 6, 4)
-index = kcm.search.ImageIndex.build(backbone, "PAIRS", verbose=0)
-result = kcm.search.Searcher(backbone, index, tokenizer).by_text("no 1", k=30)
-print("found:", len(result.matches), "tensorflow" in sys.modules)
-"""
-
-
 def run(code):
     """Runs code where tensorflow cannot be imported, and returns what it prints."""
     # TensorFlow as the backend is out of question here, so JAX stands in.
@@ -208,8 +197,3 @@ def test_data_is_prepared_but_for_tfrecords():
     assert "whole: 1" in printed
     assert "refused: TFRecord files need TensorFlow" in printed
     assert "left: []" in printed
-
-
-def test_pictures_are_searched(write_pairs):
-    printed = run(SEARCH.replace("PAIRS", str(write_pairs("a.tar", 0, 20))))
-    assert "found: 20 False" in printed
