@@ -152,6 +152,7 @@ with tempfile.TemporaryDirectory() as folder:
     print("left:", sorted(path.name for path in folder.glob("*.tfrecord")))
 """
 
+
 def run(code):
     """Runs code where tensorflow cannot be imported, and returns what it prints."""
     # TensorFlow as the backend is out of question here, so JAX stands in.

@@ -4,17 +4,13 @@ import warnings
 
 import numpy as np
 
+from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.evaluation.checks import (
     check_embeddings,
     check_ks,
     check_labels,
 )
-from keras_cluster_mask.evaluation.embedding import (
-    Embedder,
-    batches_of,
-    embed,
-    embed_texts,
-)
+from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
 from keras_cluster_mask.evaluation.ranks import TIE
 
 TEMPLATES = ("a photo of a {}.",)
@@ -177,7 +173,7 @@ def labelled(data, num_classes=None, name="data"):
 
     Raises an error for a batch without labels, or with others than classes.
     """
-    for batch in batches_of(data):
+    for batch in read_batches(data):
         if "labels" not in batch:
             raise ValueError(
                 f"`{name}` must hold 'labels', as that of `ImageTextBatches(..., "

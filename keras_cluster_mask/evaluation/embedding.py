@@ -2,8 +2,8 @@
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_cluster_mask.batches import num_images, read_batches
 from keras_cluster_mask.data.tokenizing import tokenize
 from keras_cluster_mask.models.batches import check_ids
 from keras_cluster_mask.models.loading import as_contrastive_model
@@ -63,8 +63,8 @@ def embed(model, data, tokenizer=None, verbose="auto"):
     embedder = Embedder.of(model)
     rows = {"image_embeddings": []}
     count = 0
-    progress = Progress(verbose, size_of(data), "image")
-    for batch in batches_of(data):
+    progress = Progress(verbose, num_images(data), "image")
+    for batch in read_batches(data):
         size = len(batch["images"])
         if not size:
             continue
@@ -222,87 +222,6 @@ class Progress:
     def end(self):
         if self._bar is not None and not self._ends_itself:
             self._bar.update(self._count, finalize=True)
-
-
-def batches_of(data):
-    """Yields batches as dictionaries of NumPy arrays, at least `"images"`."""
-    if _is_whole(data):
-        whole = _dictionary(data)
-        for start in range(0, len(whole["images"]), BATCH_SIZE):
-            yield {k: v[start : start + BATCH_SIZE] for k, v in whole.items()}
-        return
-    if isinstance(data, keras.utils.PyDataset):
-        sequence = data
-        data = (sequence[index] for index in range(len(sequence)))
-    try:
-        batches = iter(data)
-    except TypeError:
-        raise ValueError(
-            "`data` must be arrays or an iterable of batches. "
-            f"Received: data={data} of type {type(data).__name__}"
-        ) from None
-    for batch in batches:
-        yield _dictionary(batch)
-
-
-def size_of(data):
-    """The number of images in `data` if that is known, else `None`."""
-    if not _is_whole(data):
-        return None
-    data = data[0] if isinstance(data, tuple) else data
-    images = data.get("images", ()) if isinstance(data, dict) else data
-    return len(images)
-
-
-def _is_whole(data):
-    if isinstance(data, tuple):
-        return bool(data) and hasattr(data[0], "shape")
-    return isinstance(data, dict) or hasattr(data, "shape")
-
-
-def _dictionary(batch):
-    if isinstance(batch, (tuple, list)) and batch:
-        images, *labels = batch
-        batch = images if isinstance(images, dict) else {"images": images}
-        if labels and labels[0] is not None:
-            batch = {**batch, "labels": labels[0]}
-    elif not isinstance(batch, dict):
-        batch = {"images": batch}
-    if "images" not in batch:
-        raise ValueError(
-            f"A batch must have the key 'images'. Received: keys={sorted(batch)}"
-        )
-    batch = {
-        name: _rows(values) if name == "captions" else _array(values)
-        for name, values in batch.items()
-    }
-    sizes = {name: len(values) for name, values in batch.items()}
-    if len({*sizes.values()}) > 1:
-        raise ValueError(
-            "The entries of a batch must be of one length. Received: "
-            + ", ".join(f"{name} of {size}" for name, size in sizes.items())
-        )
-    return batch
-
-
-def _array(values):
-    if ops.is_tensor(values):
-        return ops.convert_to_numpy(values)
-    # Those of TensorFlow are no tensors to the other backends.
-    return values.numpy() if hasattr(values, "numpy") else np.asarray(values)
-
-
-def _rows(captions):
-    """An array of str, bytes or tuples of them, where NumPy would see a matrix."""
-    if hasattr(captions, "shape"):
-        captions = _array(captions)
-        if captions.ndim == 1:
-            return captions
-        captions = [*map(tuple, captions)]
-    rows = np.empty(len(captions), object)
-    for index, caption in enumerate(captions):
-        rows[index] = caption
-    return rows
 
 
 def _texts_of(batch):

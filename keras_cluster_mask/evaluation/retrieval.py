@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 
+from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.evaluation.checks import check_embeddings, check_ks
-from keras_cluster_mask.evaluation.embedding import batches_of, embed
+from keras_cluster_mask.evaluation.embedding import embed
 from keras_cluster_mask.evaluation.ranks import ranks_of_partners
 
 
@@ -145,7 +146,7 @@ def evaluate_retrieval(
 def _with_texts(data, key, number):
     """Yields the images and texts of batches; numbers the different texts if asked."""
     numbers = {}
-    for batch in batches_of(data):
+    for batch in read_batches(data):
         if key not in batch:
             raise ValueError(
                 "`data` must hold texts: 'token_ids', or 'captions' and a `tokenizer`. "

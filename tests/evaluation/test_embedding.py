@@ -173,18 +173,9 @@ def test_progress_is_shown_unless_it_is_turned_off(model, pairs, capsys):
     assert "70/70" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (None, r"`data` must be arrays or an iterable.*NoneType"),
-        ([], r"`data` must hold at least one image.*Received: data=\[\]"),
-        ({"token_ids": [1]}, r"'images'.*Received: keys=\['token_ids'\]"),
-        ({"images": np.zeros((2, 1)), "labels": [1]}, "images of 2, labels of 1"),
-    ],
-)
-def test_data_without_images_is_an_error(model, data, message):
-    with pytest.raises(ValueError, match=message):
-        embed(model, data, verbose=0)
+def test_data_without_images_is_an_error(model):
+    with pytest.raises(ValueError, match=r"at least one image.*Received: data=\[\]"):
+        embed(model, [], verbose=0)
 
 
 def test_bad_texts_and_models_are_errors(model, tokenizer):

@@ -287,7 +287,7 @@ class TestOtherMaskings:
     ("options", "arguments", "message"),
     [
         ({}, {"data": []}, "`data` must hold at least one"),
-        ({}, {"data": 3}, "`data` must be an array of images or an iterable"),
+        ({}, {"data": 3}, "`data` must be arrays or an iterable"),
         ({}, {"data": [{"pictures": 3}]}, "`data` must have the key 'images'"),
         ({}, {"data": np.zeros((2, 16, 18, 3))}, "Images .* `patch_size`"),
         ({}, {"data": np.zeros((16, 24, 3))}, "Images must have rank 4"),
