@@ -1,4 +1,4 @@
-"""Recall of image-to-text and text-to-image retrieval."""
+"""Retrieval: recall in both directions, and the choice between two captions."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.evaluation.checks import check_embeddings, check_ks
 from keras_cluster_mask.evaluation.embedding import embed
-from keras_cluster_mask.evaluation.ranks import ranks_of_partners
+from keras_cluster_mask.evaluation.ranks import TIE, ranks_of_partners
 
 
 def retrieval_recall(
@@ -202,27 +202,54 @@ def chance_recall(
     return chances
 
 
-def wilson_interval(share, count, z=1.96):
-    """The 95 % confidence interval of a share observed on `count` queries.
+def caption_selection_accuracy(
+    image_embeddings: np.ndarray,
+    caption_embeddings: np.ndarray,
+    negative_embeddings: np.ndarray,
+) -> float:
+    """How often an image is more similar to its caption than to a wrong one.
+
+    Captions with equal similarities, to the rounding of 32 bits, count as a failure.
+    So a model that embeds all texts, or all texts of the same words, alike scores 0.
+    SugarCrepe is evaluated this way; `kcm.interop.clip_benchmark` runs it.
+
+    Example:
+
+    ```python
+    images = np.eye(4, 16)
+    negatives = np.roll(images, 1, axis=0)
+    kcm.evaluation.caption_selection_accuracy(images, images, negatives)  # 1.0
+    ```
 
     Args:
-        share: Float in `[0, 1]`, such as a recall.
-        count: Integer, the number of queries.
-        z: Float, the normal quantile; 1.96 for 95 %.
+        image_embeddings: `(items, d)` array, L2-normalised.
+        caption_embeddings: `(items, d)` array, L2-normalised. Row i is the caption of
+            the image in row i.
+        negative_embeddings: `(items, d)` array, L2-normalised. Row i is its wrong
+            caption.
 
     Returns:
-        A tuple `(low, high)`.
+        A float in `[0, 1]`. Chance is 0.5.
+
+    Raises:
+        ValueError: For embeddings of different shapes, and for NaN embeddings.
 
     Reference:
-        - Wilson, "Probable inference, the law of succession, and statistical
-          inference", Journal of the American Statistical Association, 1927.
+        - [SugarCrepe: Fixing Hackable Benchmarks for Vision-Language Compositionality](
+          https://arxiv.org/abs/2306.14610)
     """
-    if not count > 0:
-        raise ValueError(f"`count` must be positive. Received: count={count}")
-    center = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    half *= z / (1 + z * z / count)
-    return center - half, center + half
+    images = check_embeddings("image_embeddings", image_embeddings)
+    captions = check_embeddings("caption_embeddings", caption_embeddings)
+    negatives = check_embeddings("negative_embeddings", negative_embeddings)
+    if not images.shape == captions.shape == negatives.shape:
+        raise ValueError(
+            "The embeddings must have one shape. Received: "
+            f"image_embeddings.shape={images.shape}, "
+            f"caption_embeddings.shape={captions.shape}, "
+            f"negative_embeddings.shape={negatives.shape}"
+        )
+    margins = np.einsum("id,id->i", images, captions - negatives, dtype="float64")
+    return float(np.mean(margins > TIE))
 
 
 def _check_labels(num_images, num_texts, image_labels, text_labels):

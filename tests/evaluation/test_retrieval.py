@@ -3,13 +3,13 @@ import pytest
 from sklearn.metrics import top_k_accuracy_score
 
 from keras_cluster_mask.evaluation import (
+    caption_selection_accuracy,
     chance_recall,
     embed,
     embed_texts,
     evaluate_retrieval,
     ranks,
     retrieval_recall,
-    wilson_interval,
 )
 from tests.models.helpers import random_pairs
 
@@ -112,8 +112,6 @@ def test_numbers_that_make_no_sense_are_errors():
     for ks in (0, (1, 2.5), ()):
         with pytest.raises(ValueError, match=r"`ks`.*Received: "):
             retrieval_recall(images, images, ks=ks)
-    with pytest.raises(ValueError, match=r"`count`.*Received: count=0"):
-        wilson_interval(0.5, 0)
 
 
 def test_chance_is_what_random_embeddings_reach():
@@ -138,17 +136,6 @@ def test_chance_of_distinct_pairs_is_k_over_n():
     chance = chance_recall(346)
     assert chance["image_to_text_recall@10"] == pytest.approx(10 / 346)
     assert chance_recall(5)["text_to_image_recall@10"] == 1.0
-
-
-def test_wilson_interval_covers_the_truth_95_times_in_100():
-    rng = np.random.default_rng(0)
-    covered = [
-        low <= 0.2 <= high
-        for low, high in (
-            wilson_interval(rng.binomial(346, 0.2) / 346, 346) for _ in range(4000)
-        )
-    ]
-    assert 0.93 < np.mean(covered) < 0.97
 
 
 @pytest.mark.parametrize(
@@ -286,3 +273,36 @@ def test_recall_is_that_of_clip_benchmark_with_several_captions_and_equal_ones()
         ours = kept[f"text_to_image_recall@{k}"]
         assert ours == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
         assert 0.02 < ours < 0.98
+
+
+# === Caption selection ===
+
+
+def test_captions_are_selected_row_by_row():
+    images, captions, negatives = (random_embeddings(50, seed=i) for i in range(3))
+    expected = [
+        image @ caption > image @ negative
+        for image, caption, negative in zip(images, captions, negatives)
+    ]
+    found = caption_selection_accuracy(images, captions, negatives)
+    assert found == pytest.approx(np.mean(expected))
+    swapped = caption_selection_accuracy(images, negatives, captions)
+    assert swapped == pytest.approx(1 - found)
+
+
+def test_captions_that_are_embedded_alike_do_not_win():
+    images, captions = random_embeddings(50), random_embeddings(50, seed=1)
+    assert caption_selection_accuracy(images, captions, captions) == 0
+    # As the order of a sum makes them differ.
+    rounded = captions.astype("float32") * np.float32(1 - 2**-24)
+    assert caption_selection_accuracy(images, captions, rounded) == 0
+    assert caption_selection_accuracy(images, rounded, captions) == 0
+
+
+def test_embeddings_of_captions_that_do_not_fit_are_errors():
+    x = random_embeddings(4)
+    bad = np.where(np.arange(4)[:, None] == 2, np.nan, x)
+    with pytest.raises(ValueError, match=r"one shape.*negative_.*\(3, 8\)"):
+        caption_selection_accuracy(x, x, x[:3])
+    with pytest.raises(ValueError, match=r"`caption_embeddings`.*1 rows.*\[2\]"):
+        caption_selection_accuracy(x, bad, x)
