@@ -63,7 +63,10 @@ def embed(model, data, tokenizer=None, verbose="auto"):
     embedder = Embedder.of(model)
     rows = {"image_embeddings": []}
     count = 0
-    progress = Progress(verbose, num_images(data), "image")
+    total = num_images(data)
+    progress = keras.utils.Progbar(
+        total, verbose=1 if verbose else 0, unit_name="image"
+    )
     for batch in read_batches(data):
         size = len(batch["images"])
         if not size:
@@ -86,7 +89,8 @@ def embed(model, data, tokenizer=None, verbose="auto"):
         progress.add(size)
     if not count:
         raise ValueError(f"`data` must hold at least one image. Received: data={data}")
-    progress.end()
+    if total is None:
+        progress.update(count, finalize=True)
     return {name: np.concatenate(values) for name, values in rows.items()}
 
 
@@ -117,13 +121,14 @@ def embed_texts(model, texts, tokenizer, verbose="auto"):
             f"`texts` must be a list of at least one str. Received: texts={texts!r}"
         )
     embedder = Embedder.of(model)
-    progress = Progress(verbose, len(texts), "text")
+    progress = keras.utils.Progbar(
+        len(texts), verbose=1 if verbose else 0, unit_name="text"
+    )
     found = []
     for start in range(0, len(texts), BATCH_SIZE):
         chunk = [_encoded(text) for text in texts[start : start + BATCH_SIZE]]
         found.append(embedder.texts(tokenize(tokenizer, chunk)))
         progress.add(len(chunk))
-    progress.end()
     return np.concatenate(found)
 
 
@@ -198,30 +203,6 @@ class _Encoder(keras.Model):
             fitting = [count if count > 8 else 1 << max(count - 1, 0).bit_length()]
             self.sizes = [*self.sizes, *fitting]
         return min(fitting)
-
-
-class Progress:
-    """A progress bar, or none.
-
-    Args:
-        verbose: `"auto"`, 0 or 1.
-        total: Integer, or `None` if it is not known.
-        unit: What is counted.
-    """
-
-    def __init__(self, verbose, total, unit):
-        self._bar = keras.utils.Progbar(total, unit_name=unit) if verbose else None
-        self._ends_itself = total is not None
-        self._count = 0
-
-    def add(self, count):
-        self._count += count
-        if self._bar is not None:
-            self._bar.update(self._count)
-
-    def end(self):
-        if self._bar is not None and not self._ends_itself:
-            self._bar.update(self._count, finalize=True)
 
 
 def _texts_of(batch):

@@ -1,4 +1,3 @@
-import sys
 import warnings
 
 import numpy as np
@@ -10,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import embed, evaluate_linear_probe, linear_probe
-from keras_cluster_mask.evaluation.regularization import STRENGTHS, search, split
+from keras_cluster_mask.evaluation.linear_probe import STRENGTHS, _split, search
 from tests.models.helpers import class_pairs
 
 
@@ -140,24 +139,46 @@ def test_the_mean_per_class_of_unbalanced_classes_is_scikit_learns():
     assert found["mean_per_class"]["validation"][strong] == 0.25
 
 
-def test_a_part_of_each_class_is_split_off(fits):
-    labels = np.repeat(np.arange(7), [50, 10, 9, 3, 2, 2, 1])
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_validation_split_is_stratified_and_leaves_each_class_in_training(
+    share, seed
+):
+    sizes = np.array([50, 10, 9, 3, 2, 2, 1])
+    labels = np.repeat(np.arange(7), sizes)
+    rest, part = _split(np.arange(77)[:, None], labels, share, seed)
+    rows = [each[0][:, 0] for each in (rest, part)]
+    assert sorted([*rows[0], *rows[1]]) == list(range(77))
+    for each, (_, of) in zip(rows, (rest, part)):
+        np.testing.assert_array_equal(of, labels[each])
+    # Singletons stay in training, and there are at least as many items as classes.
+    size = max(round(share * 76), 6)
+    counts = np.bincount(part[1], minlength=7)
+    assert counts.sum() == size
+    assert (counts < sizes).all()
+    assert np.abs(counts - size / 76 * np.where(sizes > 1, sizes, 0)).max() < 1
+
+
+def test_a_few_items_of_each_class_are_enough_for_a_validation_split():
+    labels = np.arange(28) % 7
+    rest, part = _split(labels[:, None], labels, 0.2, seed=0)
+    assert np.bincount(part[1]).tolist() == [1] * 7
+    assert np.bincount(rest[1]).tolist() == [3] * 7
+
+
+def test_the_seed_decides_what_is_split_off():
+    labels = np.arange(50) % 5
+    found = [_split(np.arange(50)[:, None], labels, 0.3, seed) for seed in (1, 1, 2)]
+    rows = [set(part[0][:, 0]) for _, part in found]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_the_final_fit_is_on_all_training_data(fits):
+    labels = np.arange(70) % 7
     features = clusters(labels, noise=0.2)
     linear_probe(features, labels, features, labels, verbose=0)
-    counts = np.bincount(fits[0][2], minlength=7)
-    assert counts.tolist() == [40, 8, 7, 2, 1, 1, 1]
-    # All of it is trained on at last.
+    assert len(fits[0][1]) == 56
     np.testing.assert_array_equal(fits[-1][1], features)
-
-
-def test_what_is_split_off_has_no_item_of_the_rest():
-    labels = np.arange(50) % 5
-    rest, part = split(np.arange(50)[:, None], labels, 0.3, seed=1)
-    assert sorted([*rest[0][:, 0], *part[0][:, 0]]) == list(range(50))
-    for features, of in (rest, part):
-        np.testing.assert_array_equal(of, labels[features[:, 0]])
-    again = split(np.arange(50)[:, None], labels, 0.3, seed=2)
-    assert set(again[1][0][:, 0]) != set(part[0][:, 0])
 
 
 # === The choice of the strength ===
@@ -350,11 +371,3 @@ def test_bad_data_for_a_model_is_an_error_before_it_is_all_embedded(model, data)
         evaluate_linear_probe(model, data["train"], images, verbose=0)
     with pytest.raises(ValueError, match="`metric`"):
         evaluate_linear_probe(model, None, None, metric="f1")
-
-
-def test_without_scikit_learn_the_error_says_what_to_install(model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        probe()
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        evaluate_linear_probe(model, None, None)
