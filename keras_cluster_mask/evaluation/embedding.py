@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.batches import num_images, read_batches
-from keras_cluster_mask.data.tokenizing import tokenize
+from keras_cluster_mask.evaluation.preprocessing import tokenize
 from keras_cluster_mask.models.batches import check_ids
 from keras_cluster_mask.models.loading import as_contrastive_model
 

@@ -12,7 +12,7 @@ from keras_cluster_mask.interop import (
     open_clip_state_dict,
     save_open_clip,
 )
-from keras_cluster_mask.interop.open_clip_names import entries
+from keras_cluster_mask.interop.state_dicts import entries
 from keras_cluster_mask.models.clip_sizes import SIZES
 from tests.interop.open_clip_models import arrays, batch, embeddings, randomize, tiny
 

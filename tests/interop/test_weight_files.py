@@ -125,7 +125,7 @@ def test_a_file_that_is_cut_off_is_said_to_be(tmp_path, suffix, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(
-        ValueError, match=r"`source` cannot be read: .*cut off.*weights"
+        ValueError, match=r"`source` cannot be read: .*truncated.*weights"
     ):
         load_open_clip(path)
 
