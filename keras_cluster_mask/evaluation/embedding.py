@@ -1,4 +1,7 @@
-"""From a model and data to embeddings, whatever the data comes as."""
+"""Embeddings of a data set."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,19 +11,21 @@ from keras_cluster_mask.evaluation.preprocessing import tokenize
 from keras_cluster_mask.models.batches import check_ids
 from keras_cluster_mask.models.loading import as_contrastive_model
 
-# Rows embedded at a time, of arrays and of texts.
+# Texts embedded at a time.
 BATCH_SIZE = 64
-# Rows given to a model at a time at most.
+# The most rows given to a model at a time.
 MAX_SIZE = 1024
-# Normalised pixels are far below, those from 0 to 255 far above.
+# Normalised pixels are far below, pixels from 0 to 255 far above.
 MAX_PIXEL = 30
 
 
-def embed(model, data, tokenizer=None, verbose="auto"):
-    """Embeds a data set batch by batch, and keeps what else the batches hold.
+def embed(
+    model: Any, data: Any, tokenizer: Any = None, verbose: str | int = "auto"
+) -> dict[str, np.ndarray]:
+    """Embeds a data set batch by batch.
 
-    The data may be larger than memory: what is kept are embeddings, labels, keys and
-    captions. Nothing is masked.
+    The data may be larger than memory: only embeddings, labels, keys and captions are
+    kept. Nothing is masked.
 
     Example:
 
@@ -43,12 +48,12 @@ def embed(model, data, tokenizer=None, verbose="auto"):
         data: Batches, or arrays. An iterable of batches (`ImageTextBatches`, a
             `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or
             a pair `(images, labels)`, or images alone; or one such dictionary, pair or
-            array that holds everything. Images are `(batch, H, W, C)`, uint8 or
+            array that holds all data. Images are `(batch, H, W, C)`, uint8 or
             normalised floats.
         tokenizer: A callable from a list of bytes to ints `(batch, length)`, such as
-            a `CLIPTokenizer`. Where it is given, texts are the `"captions"` of the
-            batches, one or a tuple of several a picture; else their `"token_ids"`,
-            if there are any.
+            a `CLIPTokenizer`, which reads the `"captions"` of the batches: one an
+            image, or a tuple of several. `None` embeds their `"token_ids"`, if there
+            are any.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -58,7 +63,7 @@ def embed(model, data, tokenizer=None, verbose="auto"):
         belongs to; and all other entries of the batches, such as `"labels"`.
 
     Raises:
-        ValueError: For data without images, or a model that is none of the above.
+        ValueError: For data without images, or for another model.
     """
     embedder = Embedder.of(model)
     rows = {"image_embeddings": []}
@@ -94,7 +99,12 @@ def embed(model, data, tokenizer=None, verbose="auto"):
     return {name: np.concatenate(values) for name, values in rows.items()}
 
 
-def embed_texts(model, texts, tokenizer, verbose="auto"):
+def embed_texts(
+    model: Any,
+    texts: Sequence[str | bytes],
+    tokenizer: Any,
+    verbose: str | int = "auto",
+) -> np.ndarray:
     """Embeds texts.
 
     Example:
@@ -135,7 +145,8 @@ def embed_texts(model, texts, tokenizer, verbose="auto"):
 class Embedder:
     """The towers of a model, compiled for batches of few sizes.
 
-    It reads the model's weights anew in each call: one serves a whole training.
+    It reads the current weights of the model in each call, so one embedder serves a
+    whole training run.
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
@@ -149,21 +160,21 @@ class Embedder:
 
     @classmethod
     def of(cls, model):
-        """An embedder of a model, or the embedder itself."""
+        """Returns an embedder of a model; an embedder is returned as it is."""
         return model if isinstance(model, cls) else cls(model)
 
     def images(self, images):
-        """`(batch, d)` float32 array of the embeddings of images."""
+        """Embeds images into a `(batch, d)` float32 array."""
         images = np.asarray(images)
         if images.dtype != "uint8" and images.size and images.max() > MAX_PIXEL:
             raise ValueError(
-                "Images must be uint8, or floats that are normalised. Received: images "
+                "Images must be uint8, or normalised floats. Received: images "
                 f"of type {images.dtype} with values up to {images.max()}"
             )
         return self._embedded(self._images, images)
 
     def texts(self, token_ids):
-        """`(batch, d)` float32 array of the embeddings of `(batch, T)` token ids."""
+        """Embeds `(batch, T)` token ids into a `(batch, d)` float32 array."""
         if self.model.vocabulary_size is not None:
             check_ids(token_ids, self.model.vocabulary_size)
         return self._embedded(self._texts, token_ids)
@@ -181,7 +192,7 @@ class Embedder:
 
 
 class _Encoder(keras.Model):
-    """A function of a model as a model, for Keras to compile."""
+    """A method of a model as a model, which Keras compiles."""
 
     def __init__(self, function):
         # Keras's own choice would start with an underscore, which TensorFlow refuses.
@@ -196,8 +207,8 @@ class _Encoder(keras.Model):
         return self.function(inputs, training=False)
 
     def size_for(self, count):
-        """The size of the batch that so many rows are filled up to."""
-        # Each is compiled for, so one that is there serves fewer rows, but not few.
+        """The size of the batch that this number of rows is padded to."""
+        # Each size is compiled, so one that exists also serves a quarter of it.
         fitting = [size for size in self.sizes if count <= size <= 4 * max(count, 1)]
         if not fitting:
             fitting = [count if count > 8 else 1 << max(count - 1, 0).bit_length()]
@@ -206,19 +217,19 @@ class _Encoder(keras.Model):
 
 
 def _texts_of(batch):
-    """The captions of a batch in one list, and of which of its images each is."""
+    """The captions of a batch in one list, and the row of the image of each."""
     if "captions" not in batch:
         raise ValueError(
-            "With a `tokenizer`, `data` must hold 'captions', as that of "
-            "`ImageTextBatches(..., include_captions=True)` does. Received: a batch "
-            f"with the keys {sorted(batch)}"
+            "With a `tokenizer`, `data` must hold 'captions'; "
+            "`ImageTextBatches(..., include_captions=True)` includes them. Received: a "
+            f"batch with the keys {sorted(batch)}"
         )
     texts, owners = [], []
     for row, captions in enumerate(batch["captions"]):
-        is_one = isinstance(captions, str | bytes)
-        several = [captions] if is_one else captions
-        texts.extend(map(_encoded, several))
-        owners.extend([row] * len(several))
+        if isinstance(captions, str | bytes):
+            captions = [captions]
+        texts.extend(map(_encoded, captions))
+        owners.extend([row] * len(captions))
     return texts, np.array(owners)
 
 

@@ -226,7 +226,7 @@ def evaluate_linear_probe(
     Raises:
         ValueError: For data without labels, and as `linear_probe` does.
     """
-    # Before hours of embedding.
+    # Checked before embedding, which may take hours.
     _check_options(regularization, metric, validation_split, max_iterations)
     embedder = Embedder.of(model)
     given = {"train": train, "test": test, "validation": validation}
@@ -367,7 +367,7 @@ def _check_items(name, features, labels, train=None):
     unknown = np.setdiff1d(labels, train[1])
     if len(unknown):
         raise ValueError(
-            f"`{name}_labels` must be classes that `train_labels` holds. Received: "
-            f"{len(unknown)} others, the first of them {unknown[:5].tolist()}"
+            f"`{name}_labels` must be classes that occur in `train_labels`. Received: "
+            f"{len(unknown)} others, the first {unknown[:5].tolist()}"
         )
     return features, labels

@@ -1,6 +1,8 @@
 """Retrieval: recall in both directions, and the choice between two captions."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,17 +13,17 @@ from keras_cluster_mask.evaluation.ranks import TIE, ranks_of_partners
 
 
 def retrieval_recall(
-    image_embeddings,
-    text_embeddings,
-    image_labels=None,
-    text_labels=None,
-    ks=(1, 5, 10),
-):
-    """How often a right partner is among the k most similar ones, both ways.
+    image_embeddings: np.ndarray,
+    text_embeddings: np.ndarray,
+    image_labels: Sequence | None = None,
+    text_labels: Sequence | None = None,
+    ks: int | Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """Computes the recall of image-to-text and text-to-image retrieval.
 
-    A wrong partner that is as similar as the best right one, to the rounding of 32
-    bits, counts as ahead of it, so a model that embeds everything alike gets nothing
-    for it.
+    Recall@k is the share of queries with a right partner among the k most similar
+    items. A wrong partner that is as similar as the best right one, to the rounding of
+    32 bits, ranks ahead of it. So a model that embeds everything alike scores 0.
 
     Example:
 
@@ -36,12 +38,12 @@ def retrieval_recall(
     Args:
         image_embeddings: `(images, d)` array, L2-normalised.
         text_embeddings: `(texts, d)` array, L2-normalised.
-        image_labels: `(images,)` array. An image and a text of the same label
-            belong together: pass picture ids where pictures have several
-            captions, or the captions where pictures share one. By default row
-            i of one belongs to row i of the other.
+        image_labels: `(images,)` array. An image and a text with equal labels are
+            partners: pass image ids for images with several captions, or the captions
+            for images that share one. By default row i of one is the partner of row i
+            of the other.
         text_labels: `(texts,)` array. Defaults to `image_labels`.
-        ks: Integers, the numbers of retrieved items to look among.
+        ks: Integer or integers, the numbers of retrieved items.
 
     Returns:
         A dictionary of floats in `[0, 1]` with the keys
@@ -49,8 +51,8 @@ def retrieval_recall(
 
     Raises:
         ValueError: For embeddings that do not fit each other or their labels, for NaN
-            embeddings, and for texts that belong to no image. An image without a text
-            is one that never finds any.
+            embeddings, and for texts without an image. An image without a text counts
+            as a miss.
     """
     ks = check_ks(ks)
     images = check_embeddings("image_embeddings", image_embeddings)
@@ -73,14 +75,14 @@ def retrieval_recall(
 
 
 def evaluate_retrieval(
-    model,
-    data,
-    tokenizer=None,
-    ks=(1, 5, 10),
-    duplicates="negative",
-    verbose="auto",
-):
-    """How well images and texts of a data set find one another.
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
+    ks: int | Sequence[int] = (1, 5, 10),
+    duplicates: str = "negative",
+    verbose: str | int = "auto",
+) -> dict[str, float]:
+    """Computes the retrieval recall of a model on a data set.
 
     Example:
 
@@ -94,7 +96,7 @@ def evaluate_retrieval(
     # {"image_to_text_recall@1": 0.08, ...}
     ```
 
-    Pictures with several captions each, from shards:
+    Images with several captions each, from shards:
 
     ```
     batches = kcm.data.ImageTextBatches(
@@ -108,19 +110,19 @@ def evaluate_retrieval(
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
             the path of one that was saved.
         data: See `embed`. Batches hold `"images"`, and `"token_ids"` or, for a
-            `tokenizer`, `"captions"`. A text belongs to the one image it came with.
+            `tokenizer`, `"captions"`. The partner of a text is the image in its row.
         tokenizer: See `embed`.
         ks: See `retrieval_recall`.
-        duplicates: `"negative"`, as usual in the field, or `"positive"`: equal texts
-            of different images count as belonging to all of these. For data of one
-            text an image.
+        duplicates: `"negative"`, as is usual, or `"positive"`: a text is a partner of
+            all images with an equal text. For data with one text an image.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         A dictionary, as `retrieval_recall` returns it.
 
     Raises:
-        ValueError: For data without texts, or `duplicates` that do not fit it.
+        ValueError: For data without texts, and for `duplicates="positive"` with several
+            texts an image.
     """
     if duplicates not in ("negative", "positive"):
         raise ValueError(
@@ -136,7 +138,7 @@ def evaluate_retrieval(
     if duplicates == "positive":
         if not np.array_equal(image_labels, text_labels):
             raise ValueError(
-                '`duplicates="positive"` is for data of one text an image. Received: '
+                '`duplicates="positive"` is for data with one text an image. Received: '
                 f"{len(texts)} texts for {len(images)} images"
             )
         image_labels = text_labels = found["text_numbers"]
@@ -144,7 +146,7 @@ def evaluate_retrieval(
 
 
 def _with_texts(data, key, number):
-    """Yields the images and texts of batches; numbers the different texts if asked."""
+    """Yields the images and texts of batches, and if asked a number for each text."""
     numbers = {}
     for batch in read_batches(data):
         if key not in batch:
@@ -166,9 +168,13 @@ def _hashable(text):
 
 
 def chance_recall(
-    num_images, num_texts=None, image_labels=None, text_labels=None, ks=(1, 5, 10)
-):
-    """The recall that a random ranking reaches on average.
+    num_images: int,
+    num_texts: int | None = None,
+    image_labels: Sequence | None = None,
+    text_labels: Sequence | None = None,
+    ks: int | Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """Computes the expected recall of a random ranking.
 
     Args:
         num_images: Integer.
@@ -276,8 +282,8 @@ def _check_labels(num_images, num_texts, image_labels, text_labels):
     lost = np.flatnonzero(~np.isin(text_labels, image_labels))
     if len(lost):
         raise ValueError(
-            "`text_labels` must be labels that images have. Received: "
-            f"{len(lost)} texts of no image, the first of them {lost[:5].tolist()}: "
+            "`text_labels` must occur in `image_labels`. Received: "
+            f"{len(lost)} texts without an image, the first {lost[:5].tolist()}: "
             f"{text_labels[lost[:5]].tolist()}"
         )
     return image_labels, text_labels
