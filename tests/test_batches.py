@@ -12,8 +12,6 @@ LABELS = np.arange(70) % 3
 WHOLE = {"images": IMAGES, "labels": LABELS}
 SIZES = 30, 30, 10
 
-any_backend = pytest.mark.any_backend
-
 
 def in_batches(size=30):
     starts = range(0, len(IMAGES), size)
@@ -75,7 +73,7 @@ def test_arrays_are_cut_into_batches(whole):
     )
 
 
-@any_backend
+@pytest.mark.any_backend
 def test_images_alone_are_batches():
     (batch,) = read_batches([IMAGES])
     assert list(batch) == ["images"]
@@ -83,14 +81,14 @@ def test_images_alone_are_batches():
     assert list(batch) == ["images"]
 
 
-@any_backend
+@pytest.mark.any_backend
 def test_entries_that_are_none_are_left_out():
     for batch in ((IMAGES, None), {"images": IMAGES, "token_ids": None}):
         (found,) = read_batches([batch])
         assert list(found) == ["images"]
 
 
-@any_backend
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "captions",
     [
@@ -106,7 +104,7 @@ def test_several_captions_of_an_image_stay_together(captions):
     assert found == [[*each] for each in captions]
 
 
-@any_backend
+@pytest.mark.any_backend
 def test_one_caption_of_an_image_is_a_string():
     for captions in (["a", "bc"], np.array(["a", "bc"]), [b"a", b"bc"]):
         (batch,) = read_batches({"images": IMAGES[:2], "captions": captions})
@@ -116,13 +114,13 @@ def test_one_caption_of_an_image_is_a_string():
 # === Images ===
 
 
-@any_backend
+@pytest.mark.any_backend
 def test_images_are_read_without_empty_batches():
     batches = [IMAGES[:0], {"images": IMAGES[:2]}, IMAGES[2:2], (IMAGES[2:5], None)]
     assert [len(images) for images in read_images(batches)] == [2, 3]
 
 
-@any_backend
+@pytest.mark.any_backend
 @pytest.mark.parametrize(("max_images", "batches"), [(1, 1), (8, 1), (9, 2), (16, 2)])
 def test_reading_stops_at_max_images(max_images, batches):
     read = []
@@ -137,12 +135,12 @@ def test_reading_stops_at_max_images(max_images, batches):
     assert len(read) == batches
 
 
-@any_backend
+@pytest.mark.any_backend
 def test_max_images_may_be_more_than_there_are():
     assert sum(map(len, read_images(IMAGES, max_images=1000))) == 70
 
 
-@any_backend
+@pytest.mark.any_backend
 def test_images_of_arrays_are_counted_without_reading():
     for whole in (IMAGES, (IMAGES, LABELS), WHOLE):
         assert num_images(whole) == 70
@@ -153,7 +151,7 @@ def test_images_of_arrays_are_counted_without_reading():
 # === Bad data ===
 
 
-@any_backend
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -174,7 +172,7 @@ def test_bad_data_is_an_error_that_says_so(data, message):
             [*read(data)]
 
 
-@any_backend
+@pytest.mark.any_backend
 @pytest.mark.parametrize("data", [[], IMAGES[:0], [IMAGES[:0]], {"images": []}])
 def test_data_without_an_image_is_an_error_where_one_is_needed(data):
     assert sum(len(batch["images"]) for batch in read_batches(data)) == 0

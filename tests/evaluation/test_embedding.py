@@ -93,7 +93,7 @@ def test_images_alone_and_with_labels_need_no_texts(model, pairs, expected):
     assert sorted(embed(model, images, verbose=0)) == ["image_embeddings"]
 
 
-def test_several_captions_of_a_picture_are_embedded_each(model, tokenizer):
+def test_several_captions_of_an_image_are_embedded_each(model, tokenizer):
     captions = [["ab", "c"], ["d"], ["ab", "e", "f"]]
     data = {"images": random_pairs(3)["images"], "captions": captions}
     found = embed(model, data, tokenizer, verbose=0)
@@ -159,11 +159,13 @@ def test_smaller_batches_are_filled_up_so_that_few_sizes_are_compiled(
     assert sizes[-3:] == [64, 64, 8]
 
 
+@pytest.mark.any_backend
 def test_floats_that_are_not_normalised_are_an_error(model, pairs):
     with pytest.raises(ValueError, match=r"normalised.*Received: .*float32.* 25\d"):
         embed(model, pairs["images"].astype("float32"), verbose=0)
 
 
+@pytest.mark.any_backend
 def test_progress_is_shown_unless_it_is_turned_off(model, pairs, capsys):
     embed(model, pairs, verbose=0)
     assert capsys.readouterr().out == ""
@@ -173,11 +175,13 @@ def test_progress_is_shown_unless_it_is_turned_off(model, pairs, capsys):
     assert "70/70" in capsys.readouterr().out
 
 
+@pytest.mark.any_backend
 def test_data_without_images_is_an_error(model):
     with pytest.raises(ValueError, match=r"at least one image.*Received: data=\[\]"):
         embed(model, [], verbose=0)
 
 
+@pytest.mark.any_backend
 def test_bad_texts_and_models_are_errors(model, tokenizer):
     images = random_pairs(2)["images"]
     with pytest.raises(ValueError, match=r"'captions'.*Received: .*\['images'\]"):

@@ -41,7 +41,7 @@ from ..models.helpers import (
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLASSES = ["cat", "dog", "red car", "blue boat", "tree", "house"]
 TEMPLATES = ["a photo of a {c}.", "{c}", "a drawing of a {c}."]
-# Captions of each picture, of which some have more than others.
+# Captions of each image, some with more than others.
 CAPTIONS = [
     [f"a {name} {place}" for place in places[: 1 + index % 3]]
     for places in (("in the snow", "at night", "from above"), ("here", "there", "lost"))
@@ -64,8 +64,8 @@ def ids_of(texts, length=6):
     return ids
 
 
-def pictures(count):
-    """Encoded pictures of noise, each of another size."""
+def encoded_images(count):
+    """Encoded images of noise, each of another size."""
     rng = np.random.default_rng(0)
     for index in range(count):
         shape = (20 + index, 31 - index, 3)
@@ -80,13 +80,13 @@ def write_dataset(tmp_path, write_tar):
 
     def write_dataset(name, extension, contents, **texts):
         (tmp_path / name / "test").mkdir(parents=True)
-        samples = list(zip(pictures(len(contents)), contents))
+        samples = list(zip(encoded_images(len(contents)), contents))
         for shard, first in enumerate((0, 5)):
             files = []
-            for index, (picture, content) in list(enumerate(samples))[first:][:8]:
+            for index, (encoded, content) in list(enumerate(samples))[first:][:8]:
                 if shard or index < 5:
                     key = f"{index:04}"
-                    files += [(f"{key}.png", picture), (f"{key}.{extension}", content)]
+                    files += [(f"{key}.png", encoded), (f"{key}.{extension}", content)]
             write_tar(f"{name}/test/{shard}.tar", files)
         (tmp_path / name / "test" / "nshards.txt").write_text("2")
         for file, text in texts.items():
@@ -117,7 +117,7 @@ def retrieval(write_dataset):
 def sugarcrepe(tmp_path):
     """SugarCrepe's layout: a JSON file a data set, and images in one folder."""
     (tmp_path / "crepe" / "val2017").mkdir(parents=True)
-    for index, content in enumerate(pictures(len(ALL_CAPTIONS))):
+    for index, content in enumerate(encoded_images(len(ALL_CAPTIONS))):
         (tmp_path / "crepe" / "val2017" / f"{index:012}.png").write_bytes(content)
     for shift, name in enumerate(SUGARCREPE, 1):
         # Indices have gaps.
@@ -171,7 +171,7 @@ def embeddings_of(model, tokenizer, count, texts):
     """What our own pipeline for evaluation and `predict` make of them."""
     cut = Cutter((16, 16), training=False)
     images = np.stack(
-        [cut(content, np.zeros(NUM_DRAWS)) for content in pictures(count)]
+        [cut(content, np.zeros(NUM_DRAWS)) for content in encoded_images(count)]
     )
     images = model.predict(
         {"images": images, "token_ids": np.zeros((count, 10), "int32")}, verbose=0
@@ -322,6 +322,7 @@ def test_a_model_is_loaded_once_for_several_datasets(
     assert len((tmp_path / "all.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.any_backend
 def test_help_tells_of_our_options_and_clip_benchmarks(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["eval", "--help"])
@@ -417,6 +418,7 @@ def test_batches_of_any_size_are_taken():
         assert torch.allclose(part, whole[1][:count], atol=2e-6)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 @pytest.mark.parametrize("size", [(40, 23), (17, 61), (16, 16), (5, 9)])
 def test_the_transform_is_open_clips(mode, size, model, tokenizer):
@@ -432,6 +434,7 @@ def test_the_transform_is_open_clips(mode, size, model, tokenizer):
     assert torch.allclose((found / 255 - mean) / std, reference, atol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_texts_are_one_or_many(tokenizer, model):
     _, _, tokenize = adapt(model, tokenizer)
     assert torch.equal(tokenize("a cat"), tokenize(["a cat"]))
@@ -439,6 +442,7 @@ def test_texts_are_one_or_many(tokenizer, model):
     np.testing.assert_array_equal(tokenize(CLASSES), tokenizer(CLASSES))
 
 
+@pytest.mark.any_backend
 def test_by_default_texts_become_clips_tokens():
     backbone = kcm.models.clip_backbone("tiny", image_size=16, context_length=20)
     _, _, tokenize = adapt(backbone)
@@ -460,6 +464,7 @@ def test_a_preset_of_keras_hub_is_a_model(tmp_path):
 # === Bad input ===
 
 
+@pytest.mark.any_backend
 def test_a_file_that_is_not_there_or_no_model_is_named(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"`model`.*Received: model=.*none"):
         adapt(tmp_path / "none.keras")
@@ -473,6 +478,7 @@ def test_a_file_that_is_not_there_or_no_model_is_named(tmp_path, capsys):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.any_backend
 def test_models_of_another_kind_are_refused(tmp_path):
     for model in (text_bag(), 3):
         with pytest.raises(ValueError, match=r"ContrastiveModel.*Received: model="):
@@ -485,6 +491,7 @@ def test_models_of_another_kind_are_refused(tmp_path):
         adapt(tmp_path / "vit.keras")
 
 
+@pytest.mark.any_backend
 def test_a_model_without_towers_is_refused():
     class Own(keras.Model):
         def call(self, images):
@@ -495,6 +502,7 @@ def test_a_model_without_towers_is_refused():
         adapt(model, ids_of)
 
 
+@pytest.mark.any_backend
 def test_an_image_encoder_of_any_size_is_refused():
     images = keras.Input((None, None, 3))
     x = keras.layers.GlobalAveragePooling2D()(images)
@@ -503,6 +511,7 @@ def test_an_image_encoder_of_any_size_is_refused():
         adapt(model, ids_of)
 
 
+@pytest.mark.any_backend
 def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer):
     model = kcm.ContrastiveModel.from_clip(tiny_clip())
     with pytest.raises(ValueError, match=r"`tokenizer`.*Received: ids of shape"):
@@ -511,6 +520,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer):
         adapt(model)
 
 
+@pytest.mark.any_backend
 def test_without_clip_benchmark_the_error_says_how_to_install_it(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("clip_benchmark")]:
         monkeypatch.setitem(sys.modules, name, None)

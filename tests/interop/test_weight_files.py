@@ -1,4 +1,4 @@
-"""Files of weights: what is read, what is refused, and what is left when one fails."""
+"""Files of weights: reading, refusals, and failed writes."""
 
 import builtins
 import os
@@ -12,6 +12,8 @@ import safetensors.numpy
 from keras_cluster_mask.interop import load_open_clip, save_open_clip
 from keras_cluster_mask.interop.weight_files import read_weights, write_weights
 from tests.interop.open_clip_models import arrays, tiny
+
+pytestmark = pytest.mark.any_backend
 
 ARRAYS = {
     "matrix": np.arange(6, dtype="float32").reshape(2, 3),
