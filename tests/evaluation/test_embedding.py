@@ -33,18 +33,6 @@ def in_batches(pairs, size):
     ]
 
 
-class Sequence(keras.utils.PyDataset):
-    def __init__(self, batches):
-        super().__init__()
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        return self.batches[index]
-
-
 def test_arrays_and_batches_of_any_kind_give_the_embeddings_of_the_model(
     model, pairs, expected
 ):
@@ -56,7 +44,6 @@ def test_arrays_and_batches_of_any_kind_give_the_embeddings_of_the_model(
         pairs,
         in_batches(pairs, 30),
         iter(in_batches(pairs, 20)),
-        Sequence(in_batches(pairs, 33)),
         tensors,
     ):
         found = embed(model, data, verbose=0)
