@@ -4,9 +4,9 @@ import dataclasses
 
 import keras
 import numpy as np
-from keras_cluster_mask.models.clip_sizes import SIZES
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.models.sizes import SIZES
 
 VOCABULARY_SIZE, CONTEXT_LENGTH = 49408, 77
 
@@ -153,7 +153,9 @@ def training_steps(names, setting):
             optimizer = keras_optimizer(setting.optimizer)
             shared[side] = backbone, optimizer, batch(setting.batch_size, side)
         backbone, optimizer, data = shared[side]
-        model = kcm.ContrastiveModel.from_clip(backbone, masking=setting.masking(name))
+        model = kcm.ContrastiveModel.from_backbone(
+            backbone, masking=setting.masking(name)
+        )
         model.compile(optimizer, jit_compile=True if setting.jit else "auto")
         steps[name] = lambda model=model, data=data: model.train_on_batch(data)
     return steps

@@ -37,7 +37,7 @@ def new_model(method, recipe, data, seed, steps):
         context_length=recipe.context_length,
     )
     masking = new_masking(method, recipe, data)
-    model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
         decay_steps=steps - steps // 10,

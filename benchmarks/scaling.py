@@ -121,7 +121,7 @@ def measure(options, batch, micro=None, block=None, remat=False, devices=1):
             options.size, options.image_size, vocabulary_size=8192, dtype=options.dtype
         )
         masking = kcm.ClusterMasking(backbone.vision_encoder.patch_size)
-        model = kcm.ContrastiveModel.from_clip(
+        model = kcm.ContrastiveModel.from_backbone(
             backbone,
             masking,
             micro_batch_size=micro,

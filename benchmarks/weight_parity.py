@@ -64,7 +64,7 @@ def their_embeddings(model, pairs):
 
 
 def our_embeddings(backbone, pairs):
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     found = model.predict(pairs, batch_size=len(pairs["images"]), verbose=0)
     return [found["image_embeddings"], found["text_embeddings"]]
 

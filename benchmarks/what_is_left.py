@@ -113,13 +113,13 @@ def scores_of(trained, seed, options):
     data = Data(recipe, recipe.image_size)
     images, captions = data.read("validation", options.images)
     backbone = load_finished(folder).backbone
-    whole = kcm.ContrastiveModel.from_clip(backbone)
+    whole = kcm.ContrastiveModel.from_backbone(backbone)
     embeddings = data.embeddings(whole, images, captions)
     scores = {}
     for name in options.methods:
         keras.utils.set_random_seed(0)
         masking = new_masking(READINGS[name], recipe, data)
-        model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
         embeddings["image_embeddings"] = masked_embeddings(model, images)
         scores[name] = data.judge(model, embeddings, captions)["score"]
     return scores

@@ -1,34 +1,34 @@
 """
-Title: Judge an image-text model: retrieval, zero-shot, linear probe, search
+Title: Evaluate an image-text model: retrieval, zero-shot classification, linear probe
 Author: the keras_cluster_mask authors
 Date created: 2026/11/25
-Last modified: 2026/11/25
-Description: Measure what a CLIP model has learned, during fit() and after it, and search pictures with it.
+Last modified: 2026/11/26
+Description: Measure what a CLIP model has learned, during fit() and after it, and search images with it.
 Accelerator: None
 """
 
 """
 ## Introduction
 
-A contrastive model is trained on pairs, and its loss says little about what it is good
-for. It is judged by what it can do with pictures it has not seen:
+A contrastive model is trained on pairs, and its loss says little about its quality. These
+metrics, on images that it has not seen, say more:
 
-- **retrieval**: does a picture find its caption among all captions, and a caption its
-  picture?
-- **zero-shot classification**: does it sort pictures into classes of which it is told
-  nothing but the names?
-- **linear probe**: how well can a linear classifier read classes off its embeddings?
-- **composition**: does it prefer "a red cup on a blue plate" to "a blue cup on a red
+- **Retrieval**: does an image find its caption among all captions, and a caption its image?
+- **Zero-shot classification**: does the model classify images from the names of the classes
+  alone?
+- **Linear probe**: how well does a linear classifier work on its embeddings?
+- **Composition**: does the model prefer "a red cup on a blue plate" to "a blue cup on a red
   plate"?
 
 This guide trains a small CLIP for a few minutes on two CPU cores, follows its retrieval
-while it trains, measures all of the above afterwards, and searches pictures by words and
-by pictures. The figures are those that the field's own tools give: recall and accuracies
-equal [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark)'s.
+metrics during training, evaluates it afterwards, and searches images by text and by image.
+Recall and accuracies equal those of
+[CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark).
 
-It runs on JAX, TensorFlow and PyTorch alike; choose one with the environment variable
+It runs on JAX, TensorFlow and PyTorch; choose one with the environment variable
 `KERAS_BACKEND`. Give both `MODEL` and `TOKENIZER`, files saved by `model.save` and
-`tokenizer.save`, to judge a model of your own instead of training one.
+`tokenizer.save`, to evaluate a model of your own instead of training one. The search needs
+[faiss](https://github.com/facebookresearch/faiss): `pip install faiss-cpu`.
 """
 
 """
@@ -42,15 +42,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from pathlib import Path
 
+import faiss
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 
 import keras_cluster_mask as kcm
 
-PICTURES = Path(__file__).resolve().parent.parent / "datasets" / "pictures"
-TRAIN = PICTURES / "train-*.tar"
-VALIDATION = PICTURES / "validation-*.tar"
-TEST = PICTURES / "test-*.tar"
+DATA = Path(__file__).resolve().parent.parent / "datasets" / "pictures"
+TRAIN = DATA / "train-*.tar"
+VALIDATION = DATA / "validation-*.tar"
+TEST = DATA / "test-*.tar"
 RESULTS = Path(os.environ.get("RESULTS", "results"))
 MODEL = os.environ.get("MODEL")
 EPOCHS = int(os.environ.get("EPOCHS", 9))
@@ -63,8 +66,8 @@ print(f"Backend: {keras.backend.backend()}; results go to {RESULTS.resolve()}")
 """
 ## Data
 
-`ImageTextBatches` reads shards, manifests and plain folders of pictures. For evaluation it
-gives every picture once, in order, cut to its middle exactly as open_clip does.
+`ImageTextBatches` reads shards, manifests and folders of images. For evaluation it gives
+every image once, in order, with the center crop of open_clip.
 """
 
 captions = kcm.data.read_captions(TRAIN)
@@ -79,8 +82,8 @@ else:
     image_size = 48
 
 
-def pictures(source, **options):
-    """Pictures with their captions, for evaluation."""
+def batches(source):
+    """Images with their captions, for evaluation."""
     return kcm.data.ImageTextBatches(
         source,
         tokenizer,
@@ -88,16 +91,15 @@ def pictures(source, **options):
         batch_size=BATCH_SIZE,
         training=False,
         include_captions=True,
-        **options,
     )
 
 
 """
-## Retrieval while it trains
+## Retrieval during training
 
-`kcm.callbacks.Retrieval` measures recall on validation pairs at the end of epochs and writes
-it into the logs, where `History`, `CSVLogger`, `TensorBoard`, `ModelCheckpoint` and
-`EarlyStopping` find it: here the weights of the epoch with the best recall are kept.
+`kcm.callbacks.Retrieval` computes the recall on validation pairs at the end of epochs and adds
+it to the logs, for `History`, `CSVLogger`, `TensorBoard`, `ModelCheckpoint` and
+`EarlyStopping`. Here the weights of the epoch with the best recall are kept.
 """
 
 if not MODEL:
@@ -108,7 +110,7 @@ if not MODEL:
         context_length=tokenizer.context_length,
     )
     masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5, seed=1)
-    model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     train = kcm.data.ImageTextBatches(
         TRAIN,
         tokenizer,
@@ -132,7 +134,7 @@ if not MODEL:
         train,
         epochs=EPOCHS,
         callbacks=[
-            kcm.callbacks.Retrieval(pictures(VALIDATION)),
+            kcm.callbacks.Retrieval(batches(VALIDATION)),
             keras.callbacks.ModelCheckpoint(
                 best,
                 monitor="val_text_to_image_recall@10",
@@ -150,31 +152,32 @@ if not MODEL:
 """
 ## Retrieval
 
-Recall@k on held-out pairs, both ways, beside what chance would give. Captions that are equal
-are equally right here (`duplicates="positive"`); the usual benchmarks, of which every
-caption is different, need no such thing. Pictures with several captions each are read with
-`include_captions="all"` and judged with `tokenizer=tokenizer`.
+Recall@k on held-out pairs, in both directions, beside the recall of a random ranking. Some
+captions of this data set are equal, and `duplicates="positive"` counts each of them as right.
+In most benchmarks all captions differ. For images with several captions, read them with
+`include_captions="all"` and pass `tokenizer=tokenizer`.
 """
 
 recall = kcm.evaluation.evaluate_retrieval(
-    model, pictures(TEST), duplicates="positive", verbose=0
+    model, batches(TEST), duplicates="positive", verbose=0
 )
-found = kcm.evaluation.embed(model, pictures(TEST), verbose=0)
-test_captions = [caption.decode() for caption in found["captions"]]
-chance = kcm.evaluation.chance_recall(len(test_captions), image_labels=test_captions)
+test_captions = kcm.data.read_captions(TEST)
+count = len(test_captions)
+chance = kcm.evaluation.chance_recall(count, image_labels=test_captions)
 print(f"{'':26}recall   95 % interval   chance")
 for name, value in recall.items():
-    low, high = kcm.evaluation.wilson_interval(value, len(test_captions))
+    hits = scipy.stats.binomtest(round(value * count), count)
+    low, high = hits.proportion_ci(method="wilson")
     print(f"{name:25} {value:6.1%}   {low:5.1%} - {high:5.1%}   {chance[name]:5.1%}")
 
 """
 ## Zero-shot classification
 
-The names of the classes are all the model gets: each is put into templates, and a picture
-goes to the class whose text is nearest. Usually labels come with the data
+The model gets only the names of the classes. Each is put into templates, and an image is
+assigned to the class with the most similar texts. Usually the data has labels
 (`ImageTextBatches(..., label_key="cls")` for WebDataset, `label_key="folder"` for a folder
-for each class). These pictures have captions only, so the pictures whose caption holds
-exactly one of these words are taken, and the word is their class.
+for each class). This data set has captions only, so the guide uses the images whose caption
+contains exactly one of these words, and the word is their class.
 """
 
 CLASSES = [
@@ -192,8 +195,8 @@ TEMPLATES = ["{}", "{}, symbol", "a {}", "flat drawing of a {}"]
 
 
 def labelled(source):
-    """Images and classes of the pictures whose caption names exactly one class."""
-    for batch in pictures(source):
+    """Images whose caption names exactly one class, with their labels."""
+    for batch in batches(source):
         words = [
             set(text.decode().replace(",", " ").split()) for text in batch["captions"]
         ]
@@ -213,7 +216,7 @@ counts = np.bincount(
     np.concatenate([batch["labels"] for batch in labelled(TEST)]),
     minlength=len(CLASSES),
 )
-print("Pictures of each class:", dict(zip(CLASSES, counts.tolist())))
+print("Images of each class:", dict(zip(CLASSES, counts.tolist())))
 print("Always the most frequent class:", f"{counts.max() / counts.sum():.1%}")
 for name, value in zero_shot.items():
     print(f"{name:16} {value:.1%}")
@@ -221,8 +224,8 @@ for name, value in zero_shot.items():
 """
 ## Linear probe
 
-A logistic regression on the frozen embeddings. How strongly it is regularised is chosen on
-validation pictures; the test pictures are read once, at the end.
+A logistic regression on the frozen embeddings. Its regularization is chosen on the validation
+images; the test images are used once, at the end.
 """
 
 probe = kcm.evaluation.evaluate_linear_probe(
@@ -238,49 +241,39 @@ for name in ("top_1", "mean_per_class"):
 """
 ## Search
 
-An index of embeddings, and a searcher that embeds what is asked for. Any folder of
-pictures will do; here the held-out pictures are first taken out of their shards.
+Embeddings are L2-normalised, so an inner product is a cosine similarity, and an index of
+inner products searches images by text and by image. `IndexFlatIP` is exact;
+`IndexIVFFlat` and `IndexHNSWFlat` of faiss are faster for millions of images.
 """
 
-folder = RESULTS / "held_out"
-if not (folder / "metadata.jsonl").exists():
-    kcm.data.preparation.convert([VALIDATION, TEST], folder / "metadata.jsonl")
-index = kcm.search.ImageIndex.build(model, folder, verbose=0)
-index.save(RESULTS / "index.npz")
+QUERIES = ["smiling face", "red heart", "green flag", "fruit", "road sign"]
+held_out = [batch["images"] for part in (VALIDATION, TEST) for batch in batches(part)]
+images = np.concatenate(held_out)
+embeddings = kcm.evaluation.embed(model, images, verbose=0)["image_embeddings"]
+index = faiss.IndexFlatIP(embeddings.shape[1])
+index.add(embeddings)
 
-searcher = kcm.search.Searcher(model, RESULTS / "index.npz", tokenizer)
-words = searcher.by_text(
-    [
-        "smiling face",
-        "red heart",
-        "green flag",
-        "fruit",
-        "musical instrument",
-        "road sign",
-    ],
-    k=6,
-)
-kcm.search.result_sheet(words, columns=6).save(RESULTS / "search_by_words.png")
-like = searcher.by_image(
-    [match.path for result in words[:3] for match in result.matches[:1]], k=6
-)
-kcm.search.result_sheet(like, columns=6).save(RESULTS / "search_by_pictures.png")
-print(
-    f"Pictures: {', '.join(str(path) for path in sorted(RESULTS.glob('search_*.png')))}"
-)
+texts = kcm.evaluation.embed_texts(model, QUERIES, tokenizer, verbose=0)
+scores, found = index.search(texts, 6)
+# The best image of each text is the next query, and its own best result.
+image_scores, image_found = index.search(embeddings[found[:, 0]], 6)
+rows = [*zip(scores, found), *zip(image_scores, image_found)]
+titles = [*QUERIES, *[f"like the first image\nof {query!r}" for query in QUERIES]]
+figure, axes = plt.subplots(len(rows), 6, figsize=(8, 1.5 * len(rows)))
+for row_axes, title, row in zip(axes, titles, rows):
+    row_axes[0].text(-0.1, 0.5, title, ha="right", transform=row_axes[0].transAxes)
+    for axis, score, image in zip(row_axes, *row):
+        axis.imshow(images[image])
+        axis.set_title(f"{score:.2f}", fontsize=9)
+        axis.axis("off")
+figure.savefig(RESULTS / "search.png", dpi=100, bbox_inches="tight")
+print(f"Search results: {RESULTS / 'search.png'}")
 
 """
-## Composition, and the usual benchmarks
+## Public benchmarks
 
-[SugarCrepe](https://github.com/RAIVNLab/sugar-crepe) asks for the right one of two captions
-that differ by a word or two. With its JSON files and the pictures of COCO's validation split:
-
-```
-kcm.evaluation.evaluate_sugarcrepe(model, "sugar-crepe/data", "val2017", tokenizer)
-```
-
-[CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark) holds dozens of data sets with
-their classes and templates. It judges a Keras model as it does open_clip's, by its own code:
+[CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark) has dozens of data sets with
+their classes and templates. Its own code evaluates a Keras model as it does open_clip's:
 
 ```bash
 pip install clip-benchmark
@@ -289,11 +282,22 @@ python -m keras_cluster_mask.interop.clip_benchmark eval --model my_clip \\
     --dataset wds/vtab/cifar10 --dataset_root "wds_cifar10" --output result.json
 ```
 
-Weights of open_clip are judged in the same way, and those you have trained go back there:
+[SugarCrepe](https://github.com/RAIVNLab/sugar-crepe) measures composition: the right one of
+two captions that differ in a word or two. `sugar_crepe` is all of its seven data sets. The
+folder holds its JSON files and COCO's `val2017/`; what is missing is downloaded.
+
+```bash
+python -m keras_cluster_mask.interop.clip_benchmark eval --model my_clip \\
+    --pretrained results/model.keras --tokenizer results/tokenizer.json \\
+    --dataset sugar_crepe --dataset_root sugarcrepe --output "{dataset}.json"
+```
+
+Weights of open_clip are evaluated in the same way, and your own weights can be saved for
+open_clip:
 
 ```
 backbone = kcm.interop.load_open_clip("open_clip_pytorch_model.safetensors")
-model = kcm.ContrastiveModel.from_clip(backbone)
+model = kcm.ContrastiveModel.from_backbone(backbone)
 kcm.interop.save_open_clip(model, "mine.safetensors")
 ```
 """

@@ -53,6 +53,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import scipy.stats
 from PIL import Image
 
 import keras_cluster_mask as kcm
@@ -174,7 +175,7 @@ backbone = kcm.models.clip_backbone(
     context_length=CONTEXT_LENGTH,
 )
 masking = kcm.ClusterMasking(patch_size=PATCH_SIZE, mask_ratio=0.5, seed=1)
-model = kcm.ContrastiveModel.from_clip(backbone, masking=masking)
+model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
 
 steps = EPOCHS * (len(captions) // BATCH_SIZE)
 schedule = keras.optimizers.schedules.CosineDecay(
@@ -209,7 +210,8 @@ recall = kcm.evaluation.retrieval_recall(images, texts, test_captions)
 chance = kcm.evaluation.chance_recall(len(images), image_labels=test_captions)
 print(f"{'':26}recall   95 % interval   chance")
 for name, value in recall.items():
-    low, high = kcm.evaluation.wilson_interval(value, len(images))
+    hits = scipy.stats.binomtest(round(value * len(images)), len(images))
+    low, high = hits.proportion_ci(method="wilson")
     print(
         f"{name:25} {value:6.1%}   {low:5.1%} - {high:5.1%}   {chance[name]:5.1%}"
         f"   {value / chance[name]:4.1f} times chance"

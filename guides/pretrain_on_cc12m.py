@@ -268,7 +268,7 @@ backbone = kcm.models.clip_backbone(
 masking = PRESETS[PRESET]()
 if threshold is not None:
     masking.threshold.assign(threshold)
-model = kcm.ContrastiveModel.from_clip(
+model = kcm.ContrastiveModel.from_backbone(
     backbone, masking=masking, micro_batch_size=MICRO_BATCH_SIZE
 )
 schedule = keras.optimizers.schedules.CosineDecay(

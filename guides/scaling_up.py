@@ -107,7 +107,7 @@ def make_model(masking=None, **options):
     backbone = kcm.models.clip_backbone(
         "tiny", IMAGE_SIZE, tokenizer.vocabulary_size, CONTEXT_LENGTH, PATCH_SIZE
     )
-    return kcm.ContrastiveModel.from_clip(backbone, masking, **options)
+    return kcm.ContrastiveModel.from_backbone(backbone, masking, **options)
 
 
 def weights_of(model):
@@ -389,7 +389,7 @@ With `remat=True` each transformer block keeps its input alone and computes the 
 the gradients: for towers so deep that even a micro-batch of them is too large.
 """
 
-model = kcm.ContrastiveModel.from_clip(backbone, clusters(), remat=True)
+model = kcm.ContrastiveModel.from_backbone(backbone, clusters(), remat=True)
 model.compile(
     keras.optimizers.AdamW(1e-3, weight_decay=0.2, global_clipnorm=1.0),
     learning_rate_multipliers={"image": 0.1},
@@ -429,7 +429,9 @@ def read(image_size):
     return next(iter(data.as_numpy_iterator()))["images"]
 
 
-larger = kcm.ContrastiveModel.from_clip(kcm.models.with_image_size(backbone, LARGER))
+larger = kcm.ContrastiveModel.from_backbone(
+    kcm.models.with_image_size(backbone, LARGER)
+)
 before = ops.convert_to_numpy(whole_images.encode_image(read(IMAGE_SIZE)))
 after = ops.convert_to_numpy(larger.encode_image(read(LARGER)))
 cosine = (before * after).sum(axis=-1).mean()

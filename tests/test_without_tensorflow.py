@@ -152,16 +152,6 @@ with tempfile.TemporaryDirectory() as folder:
         print("refused:", error)
 """
 
-SEARCH = """
-import keras_cluster_mask as kcm
-
-tokenizer = kcm.data.CLIPTokenizer.train(["no 1", "no 2"], 600, context_length=6)
-backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 6, 4)
-index = kcm.search.ImageIndex.build(backbone, "PAIRS", verbose=0)
-result = kcm.search.Searcher(backbone, index, tokenizer).by_text("no 1", k=30)
-print("found:", len(result.matches), "tensorflow" in sys.modules)
-"""
-
 
 def run(code):
     """Runs code where tensorflow cannot be imported, and returns what it prints."""
@@ -207,8 +197,3 @@ def test_data_other_than_tfrecords_is_checked_and_converted():
     printed = run(PREPARE)
     assert "intact: 1" in printed
     assert "refused: TFRecord files need TensorFlow" in printed
-
-
-def test_pictures_are_searched(write_pairs):
-    printed = run(SEARCH.replace("PAIRS", str(write_pairs("a.tar", 0, 20))))
-    assert "found: 20 False" in printed

@@ -5,6 +5,7 @@ import zlib
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.callbacks.periodic import Periodic
 from keras_cluster_mask.distribution.processes import all_gather_object
 
@@ -46,12 +47,12 @@ class Evaluation(Periodic):
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         # Here, as it takes reading data, which the package does without.
-        from keras_cluster_mask.evaluation.embedding import Embedder, batches_of
+        from keras_cluster_mask.evaluation.embedding import Embedder
 
         model = self.model
         if self._embedder is None or self._embedder.model is not model:
             self._embedder = Embedder(model)
-        batches = batches_of(self.data)
+        batches = read_batches(self.data)
         batch = next((each for each in batches if len(each["images"])), None)
         if batch is None:
             raise ValueError(

@@ -6,10 +6,10 @@ import time
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.batches import read_images
 from keras_cluster_mask.callbacks.periodic import Periodic
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.masking import ClusterMasking
-from keras_cluster_mask.masking.image_batches import image_batches
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import restore_pixels
@@ -83,8 +83,7 @@ class MaskImages(Periodic):
                 "`from_backbone`, or put one into the image encoder by "
                 f"`kcm.with_masking`. Received: model={model.name}"
             )
-        images = [*image_batches(self.images, self.max_images)]
-        images = np.concatenate([*map(ops.convert_to_numpy, images)])
+        images = np.concatenate([*read_images(self.images, self.max_images)])
         self._shown = restore_pixels(
             images,
             model.pixel_mean,

@@ -1,4 +1,4 @@
-"""Judging a model: retrieval, zero-shot classification, linear probe, SugarCrepe."""
+"""Judging a model: retrieval, zero-shot classification, linear probe."""
 
 from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,
@@ -11,14 +11,10 @@ from keras_cluster_mask.evaluation.linear_probe import (
     linear_probe,
 )
 from keras_cluster_mask.evaluation.retrieval import (
+    caption_selection_accuracy,
     chance_recall,
     evaluate_retrieval,
     retrieval_recall,
-    wilson_interval,
-)
-from keras_cluster_mask.evaluation.sugarcrepe import (
-    caption_selection_accuracy,
-    evaluate_sugarcrepe,
 )
 
 __all__ = [
@@ -29,10 +25,8 @@ __all__ = [
     "embed_texts",
     "evaluate_linear_probe",
     "evaluate_retrieval",
-    "evaluate_sugarcrepe",
     "evaluate_zero_shot",
     "linear_probe",
     "retrieval_recall",
-    "wilson_interval",
     "zero_shot_classifier",
 ]

@@ -14,13 +14,13 @@ def check_embeddings(name, embeddings):
     if len(bad):
         raise ValueError(
             f"`{name}` must be finite. Received: NaN or infinity in {len(bad)} rows, "
-            f"the first of them {bad[:5].tolist()}"
+            f"the first {bad[:5].tolist()}"
         )
     return embeddings
 
 
 def check_ks(ks):
-    """A tuple of ks, if they are positive integers."""
+    """Returns ks as a tuple, after a check that they are positive integers."""
     given = tuple(ks) if isinstance(ks, tuple | list) else (ks,)
     if not given or not all(isinstance(k, int) and k > 0 for k in given):
         raise ValueError(f"`ks` must be positive integers. Received: ks={ks!r}")
@@ -28,7 +28,7 @@ def check_ks(ks):
 
 
 def check_labels(name, labels, num_items, num_classes):
-    """Labels as int64, if they are classes, one an item."""
+    """Returns labels as int64, after a check of their shape and range."""
     labels = np.asarray(labels)
     if labels.shape != (num_items,) or labels.dtype.kind not in "iu":
         raise ValueError(
@@ -38,8 +38,8 @@ def check_labels(name, labels, num_items, num_classes):
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
         raise ValueError(
-            f"`{name}` must be classes from 0 to {num_classes - 1}. Received: others "
-            f"in {len(bad)} rows, the first of them {bad[:5].tolist()}: "
+            f"`{name}` must be classes from 0 to {num_classes - 1}. Received: other "
+            f"labels in {len(bad)} rows, the first {bad[:5].tolist()}: "
             f"{labels[bad[:5]].tolist()}"
         )
     return labels.astype("int64")

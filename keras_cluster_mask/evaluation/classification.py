@@ -1,32 +1,32 @@
-"""Zero-shot classification: pictures against the names of classes."""
+"""Zero-shot classification: images against the names of classes."""
 
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.evaluation.checks import (
     check_embeddings,
     check_ks,
     check_labels,
 )
-from keras_cluster_mask.evaluation.embedding import (
-    Embedder,
-    batches_of,
-    embed,
-    embed_texts,
-)
+from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
 from keras_cluster_mask.evaluation.ranks import TIE
 
 TEMPLATES = ("a photo of a {}.",)
-# Pictures whose scores for all classes are held in memory at a time.
+# Images whose scores for all classes are held in memory at a time.
 BLOCK = 1024
 
 
-def classification_accuracy(scores, labels, ks=(1, 5)):
-    """How often the right class is among the k of the highest scores.
+def classification_accuracy(
+    scores: np.ndarray, labels: np.ndarray, ks: int | Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """Computes how often the right class is among the k highest scores.
 
-    A wrong class whose score is as high as that of the right one, to the rounding of
-    32 bits, counts as ahead of it, so equal scores for all classes get nothing.
+    A wrong class with the same score as the right one, to the rounding of 32 bits,
+    ranks ahead of it. So equal scores for all classes count as wrong.
 
     Example:
 
@@ -39,33 +39,38 @@ def classification_accuracy(scores, labels, ks=(1, 5)):
     Args:
         scores: `(items, classes)` array: similarities, logits or probabilities.
         labels: `(items,)` ints, the right class of each item.
-        ks: Integers. Those that are not below the number of classes are left out, as
-            they say nothing.
+        ks: Integer or integers. A k of at least the number of classes is left out, as
+            its accuracy is always 1.
 
     Returns:
         A dictionary of floats in `[0, 1]`: `"top_k"` for each k, and
-        `"mean_per_class"`, the share of each class whose highest score is right,
-        averaged over the classes that occur.
+        `"mean_per_class"`, the top-1 accuracy of each class, averaged over the classes
+        that occur.
 
     Raises:
-        ValueError: For scores that are not finite, and for labels that are no class.
+        ValueError: For scores that are not finite, and for labels out of range.
     """
     ks = check_ks(ks)
     scores = check_embeddings("scores", scores)
     labels = check_labels("labels", labels, len(scores), scores.shape[1])
-    # Of whatever size scores are, those of one item are rounded by their own.
+    # Rounding is relative to the size of the scores.
     right = np.take_along_axis(scores, labels[:, None], axis=1)
     ties = TIE * np.maximum(np.abs(scores), np.abs(right))
     return _accuracy(_ranks(scores, labels, ties), labels, scores.shape[1], ks)
 
 
 def zero_shot_classifier(
-    model, class_names, tokenizer, templates=TEMPLATES, verbose="auto"
-):
-    """What to multiply image embeddings with to get a score for each class.
+    model: Any,
+    class_names: Sequence[str],
+    tokenizer: Any,
+    templates: str | Sequence[str] | Mapping[str, Sequence[str]] = TEMPLATES,
+    verbose: str | int = "auto",
+) -> np.ndarray:
+    """Computes the weights of a linear classifier from the names of classes.
 
-    The name of each class is put into all templates; the embeddings of these texts
-    are averaged and normalised (Radford et al., section 3.1.4).
+    `image_embeddings @ weights` are the scores of the classes. The name of each class
+    is put into all templates; the embeddings of these texts are averaged and normalised
+    (Radford et al., section 3.1.4).
 
     Example:
 
@@ -81,10 +86,10 @@ def zero_shot_classifier(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
             the path of one that was saved.
-        class_names: List of str, different ones: a warning names those that are not.
+        class_names: List of str. A warning names duplicates.
         tokenizer: See `embed`.
-        templates: str, or a list of them, that hold `{}` or `{c}` once, where the name
-            goes; or a dictionary from each name to a list of texts about it.
+        templates: str, or a list of them, with one `{}` or `{c}` as the placeholder of
+            the name; or a dictionary from each name to a list of texts.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -92,7 +97,7 @@ def zero_shot_classifier(
 
     Raises:
         ValueError: For a class without a name or without texts, and for a template
-            without a place for it.
+            without a placeholder.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -108,15 +113,15 @@ def zero_shot_classifier(
 
 
 def evaluate_zero_shot(
-    model,
-    data,
-    class_names,
-    tokenizer,
-    templates=TEMPLATES,
-    ks=(1, 5),
-    verbose="auto",
-):
-    """How well a model sorts pictures into classes by nothing but their names.
+    model: Any,
+    data: Any,
+    class_names: Sequence[str],
+    tokenizer: Any,
+    templates: str | Sequence[str] | Mapping[str, Sequence[str]] = TEMPLATES,
+    ks: int | Sequence[int] = (1, 5),
+    verbose: str | int = "auto",
+) -> dict[str, float]:
+    """Computes the accuracy of zero-shot classification.
 
     Example:
 
@@ -130,7 +135,7 @@ def evaluate_zero_shot(
     # {"top_1": 0.33, "mean_per_class": 0.33}
     ```
 
-    Pictures in a folder for each class:
+    Images in a folder for each class:
 
     ```
     names = ["cat", "dog", "fox"]
@@ -143,8 +148,8 @@ def evaluate_zero_shot(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
             the path of one that was saved.
-        data: See `embed`. Batches hold `"images"` and `"labels"`, the places of their
-            classes in `class_names`.
+        data: See `embed`. Batches hold `"images"` and `"labels"`, indices into
+            `class_names`.
         class_names: List of str.
         tokenizer: See `embed`.
         templates: See `zero_shot_classifier`.
@@ -155,8 +160,8 @@ def evaluate_zero_shot(
         A dictionary, as `classification_accuracy` returns it.
 
     Raises:
-        ValueError: For what `zero_shot_classifier` does not take, for data without
-            labels, and for labels that are no place in `class_names`.
+        ValueError: As `zero_shot_classifier` does, for data without labels, and for
+            labels out of range.
     """
     ks = check_ks(ks)
     embedder = Embedder.of(model)
@@ -172,16 +177,15 @@ def evaluate_zero_shot(
     return _accuracy(np.concatenate(ranks), labels, len(class_names), ks)
 
 
-def labelled(data, num_classes=None, name="data"):
-    """Yields the images and labels of batches, and nothing else of them.
-
-    Raises an error for a batch without labels, or with others than classes.
-    """
-    for batch in batches_of(data):
+def labelled(
+    data: Any, num_classes: int | None = None, name: str = "data"
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields only the images and labels of batches, and checks the labels."""
+    for batch in read_batches(data):
         if "labels" not in batch:
             raise ValueError(
-                f"`{name}` must hold 'labels', as that of `ImageTextBatches(..., "
-                f"label_key=...)` does. Received: a batch with {sorted(batch)}"
+                f"`{name}` must hold 'labels'; `ImageTextBatches(..., label_key=...)` "
+                f"includes them. Received: a batch with {sorted(batch)}"
             )
         if num_classes is not None:
             check_labels("labels", batch["labels"], len(batch["images"]), num_classes)
@@ -205,7 +209,7 @@ def _accuracy(ranks, labels, num_classes, ks):
 
 
 def _prompts(class_names, templates):
-    """For each class the texts about it."""
+    """The texts of each class."""
     names = list(class_names)
     nameless = [
         index
@@ -220,8 +224,8 @@ def _prompts(class_names, templates):
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         warnings.warn(
-            f"`class_names` holds {twice[:5]} more than once: such classes cannot be "
-            "told from one another, and count as wrong.",
+            f"`class_names` holds {twice[:5]} more than once: images of these classes "
+            "count as wrong.",
             stacklevel=4,
         )
     if isinstance(templates, dict):
@@ -237,14 +241,14 @@ def _prompts(class_names, templates):
     parts = [_parts(template) for template in templates]
     if not parts or None in parts:
         raise ValueError(
-            "`templates` must be str that hold {} once, where the name of a class "
-            f"goes. Received: templates={templates!r}"
+            "`templates` must be str with one {}, the placeholder of the class name. "
+            f"Received: templates={templates!r}"
         )
     return [[f"{before}{name}{after}" for before, after in parts] for name in names]
 
 
 def _parts(template):
-    """What is before and after the name; None if there is no place for it."""
+    """The texts before and after the placeholder; `None` without one."""
     for place in ("{}", "{c}"):
         if isinstance(template, str) and template.count(place) == 1:
             return template.split(place)

@@ -1,32 +1,37 @@
-"""From a model and data to embeddings, whatever the data comes as."""
+"""Embeddings of a data set."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_cluster_mask.data.tokenizing import tokenize
-from keras_cluster_mask.models.batches import check_ids
+from keras_cluster_mask.batches import num_images, read_batches
+from keras_cluster_mask.evaluation.preprocessing import tokenize
 from keras_cluster_mask.models.loading import as_contrastive_model
+from keras_cluster_mask.training.inputs import check_ids
 
-# Rows embedded at a time, of arrays and of texts.
+# Texts embedded at a time.
 BATCH_SIZE = 64
-# Rows given to a model at a time at most.
+# The most rows given to a model at a time.
 MAX_SIZE = 1024
-# Normalised pixels are far below, those from 0 to 255 far above.
+# Normalised pixels are far below, pixels from 0 to 255 far above.
 MAX_PIXEL = 30
 
 
-def embed(model, data, tokenizer=None, verbose="auto"):
-    """Embeds a data set batch by batch, and keeps what else the batches hold.
+def embed(
+    model: Any, data: Any, tokenizer: Any = None, verbose: str | int = "auto"
+) -> dict[str, np.ndarray]:
+    """Embeds a data set batch by batch.
 
-    The data may be larger than memory: what is kept are embeddings, labels, keys and
-    captions. Nothing is masked.
+    The data may be larger than memory: only embeddings, labels, keys and captions are
+    kept. Nothing is masked.
 
     Example:
 
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     batch = {
         "images": np.random.randint(0, 256, (10, 32, 32, 3)).astype("uint8"),
         "token_ids": np.random.randint(1, 100, (10, 12)),
@@ -43,12 +48,12 @@ def embed(model, data, tokenizer=None, verbose="auto"):
         data: Batches, or arrays. An iterable of batches (`ImageTextBatches`, a
             `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or
             a pair `(images, labels)`, or images alone; or one such dictionary, pair or
-            array that holds everything. Images are `(batch, H, W, C)`, uint8 or
+            array that holds all data. Images are `(batch, H, W, C)`, uint8 or
             normalised floats.
         tokenizer: A callable from a list of bytes to ints `(batch, length)`, such as
-            a `CLIPTokenizer`. Where it is given, texts are the `"captions"` of the
-            batches, one or a tuple of several a picture; else their `"token_ids"`,
-            if there are any.
+            a `CLIPTokenizer`, which reads the `"captions"` of the batches: one an
+            image, or a tuple of several. `None` embeds their `"token_ids"`, if there
+            are any.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -58,13 +63,16 @@ def embed(model, data, tokenizer=None, verbose="auto"):
         belongs to; and all other entries of the batches, such as `"labels"`.
 
     Raises:
-        ValueError: For data without images, or a model that is none of the above.
+        ValueError: For data without images, or for another model.
     """
     embedder = Embedder.of(model)
     rows = {"image_embeddings": []}
     count = 0
-    progress = Progress(verbose, size_of(data), "image")
-    for batch in batches_of(data):
+    total = num_images(data)
+    progress = keras.utils.Progbar(
+        total, verbose=1 if verbose else 0, unit_name="image"
+    )
+    for batch in read_batches(data):
         size = len(batch["images"])
         if not size:
             continue
@@ -86,11 +94,17 @@ def embed(model, data, tokenizer=None, verbose="auto"):
         progress.add(size)
     if not count:
         raise ValueError(f"`data` must hold at least one image. Received: data={data}")
-    progress.end()
+    if total is None:
+        progress.update(count, finalize=True)
     return {name: np.concatenate(values) for name, values in rows.items()}
 
 
-def embed_texts(model, texts, tokenizer, verbose="auto"):
+def embed_texts(
+    model: Any,
+    texts: Sequence[str | bytes],
+    tokenizer: Any,
+    verbose: str | int = "auto",
+) -> np.ndarray:
     """Embeds texts.
 
     Example:
@@ -117,20 +131,22 @@ def embed_texts(model, texts, tokenizer, verbose="auto"):
             f"`texts` must be a list of at least one str. Received: texts={texts!r}"
         )
     embedder = Embedder.of(model)
-    progress = Progress(verbose, len(texts), "text")
+    progress = keras.utils.Progbar(
+        len(texts), verbose=1 if verbose else 0, unit_name="text"
+    )
     found = []
     for start in range(0, len(texts), BATCH_SIZE):
         chunk = [_encoded(text) for text in texts[start : start + BATCH_SIZE]]
         found.append(embedder.texts(tokenize(tokenizer, chunk)))
         progress.add(len(chunk))
-    progress.end()
     return np.concatenate(found)
 
 
 class Embedder:
     """The towers of a model, compiled for batches of few sizes.
 
-    It reads the model's weights anew in each call: one serves a whole training.
+    It reads the current weights of the model in each call, so one embedder serves a
+    whole training run.
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
@@ -144,21 +160,21 @@ class Embedder:
 
     @classmethod
     def of(cls, model):
-        """An embedder of a model, or the embedder itself."""
+        """Returns an embedder of a model; an embedder is returned as it is."""
         return model if isinstance(model, cls) else cls(model)
 
     def images(self, images):
-        """`(batch, d)` float32 array of the embeddings of images."""
+        """Embeds images into a `(batch, d)` float32 array."""
         images = np.asarray(images)
         if images.dtype != "uint8" and images.size and images.max() > MAX_PIXEL:
             raise ValueError(
-                "Images must be uint8, or floats that are normalised. Received: images "
+                "Images must be uint8, or normalised floats. Received: images "
                 f"of type {images.dtype} with values up to {images.max()}"
             )
         return self._embedded(self._images, images)
 
     def texts(self, token_ids):
-        """`(batch, d)` float32 array of the embeddings of `(batch, T)` token ids."""
+        """Embeds `(batch, T)` token ids into a `(batch, d)` float32 array."""
         if self.model.vocabulary_size is not None:
             check_ids(token_ids, self.model.vocabulary_size)
         return self._embedded(self._texts, token_ids)
@@ -176,7 +192,7 @@ class Embedder:
 
 
 class _Encoder(keras.Model):
-    """A function of a model as a model, for Keras to compile."""
+    """A method of a model as a model, which Keras compiles."""
 
     def __init__(self, function):
         # Keras's own choice would start with an underscore, which TensorFlow refuses.
@@ -191,8 +207,8 @@ class _Encoder(keras.Model):
         return self.function(inputs, training=False)
 
     def size_for(self, count):
-        """The size of the batch that so many rows are filled up to."""
-        # Each is compiled for, so one that is there serves fewer rows, but not few.
+        """The size of the batch that this number of rows is padded to."""
+        # Each size is compiled, so one that exists also serves a quarter of it.
         fitting = [size for size in self.sizes if count <= size <= 4 * max(count, 1)]
         if not fitting:
             fitting = [count if count > 8 else 1 << max(count - 1, 0).bit_length()]
@@ -200,125 +216,20 @@ class _Encoder(keras.Model):
         return min(fitting)
 
 
-class Progress:
-    """A progress bar, or none.
-
-    Args:
-        verbose: `"auto"`, 0 or 1.
-        total: Integer, or `None` if it is not known.
-        unit: What is counted.
-    """
-
-    def __init__(self, verbose, total, unit):
-        self._bar = keras.utils.Progbar(total, unit_name=unit) if verbose else None
-        self._ends_itself = total is not None
-        self._count = 0
-
-    def add(self, count):
-        self._count += count
-        if self._bar is not None:
-            self._bar.update(self._count)
-
-    def end(self):
-        if self._bar is not None and not self._ends_itself:
-            self._bar.update(self._count, finalize=True)
-
-
-def batches_of(data):
-    """Yields batches as dictionaries of NumPy arrays, at least `"images"`."""
-    if _is_whole(data):
-        whole = _dictionary(data)
-        for start in range(0, len(whole["images"]), BATCH_SIZE):
-            yield {k: v[start : start + BATCH_SIZE] for k, v in whole.items()}
-        return
-    if isinstance(data, keras.utils.PyDataset):
-        sequence = data
-        data = (sequence[index] for index in range(len(sequence)))
-    try:
-        batches = iter(data)
-    except TypeError:
-        raise ValueError(
-            "`data` must be arrays or an iterable of batches. "
-            f"Received: data={data} of type {type(data).__name__}"
-        ) from None
-    for batch in batches:
-        yield _dictionary(batch)
-
-
-def size_of(data):
-    """The number of images in `data` if that is known, else `None`."""
-    if not _is_whole(data):
-        return None
-    data = data[0] if isinstance(data, tuple) else data
-    images = data.get("images", ()) if isinstance(data, dict) else data
-    return len(images)
-
-
-def _is_whole(data):
-    if isinstance(data, tuple):
-        return bool(data) and hasattr(data[0], "shape")
-    return isinstance(data, dict) or hasattr(data, "shape")
-
-
-def _dictionary(batch):
-    if isinstance(batch, (tuple, list)) and batch:
-        images, *labels = batch
-        batch = images if isinstance(images, dict) else {"images": images}
-        if labels and labels[0] is not None:
-            batch = {**batch, "labels": labels[0]}
-    elif not isinstance(batch, dict):
-        batch = {"images": batch}
-    if "images" not in batch:
-        raise ValueError(
-            f"A batch must have the key 'images'. Received: keys={sorted(batch)}"
-        )
-    batch = {
-        name: _rows(values) if name == "captions" else _array(values)
-        for name, values in batch.items()
-    }
-    sizes = {name: len(values) for name, values in batch.items()}
-    if len({*sizes.values()}) > 1:
-        raise ValueError(
-            "The entries of a batch must be of one length. Received: "
-            + ", ".join(f"{name} of {size}" for name, size in sizes.items())
-        )
-    return batch
-
-
-def _array(values):
-    if ops.is_tensor(values):
-        return ops.convert_to_numpy(values)
-    # Those of TensorFlow are no tensors to the other backends.
-    return values.numpy() if hasattr(values, "numpy") else np.asarray(values)
-
-
-def _rows(captions):
-    """An array of str, bytes or tuples of them, where NumPy would see a matrix."""
-    if hasattr(captions, "shape"):
-        captions = _array(captions)
-        if captions.ndim == 1:
-            return captions
-        captions = [*map(tuple, captions)]
-    rows = np.empty(len(captions), object)
-    for index, caption in enumerate(captions):
-        rows[index] = caption
-    return rows
-
-
 def _texts_of(batch):
-    """The captions of a batch in one list, and of which of its images each is."""
+    """The captions of a batch in one list, and the row of the image of each."""
     if "captions" not in batch:
         raise ValueError(
-            "With a `tokenizer`, `data` must hold 'captions', as that of "
-            "`ImageTextBatches(..., include_captions=True)` does. Received: a batch "
-            f"with the keys {sorted(batch)}"
+            "With a `tokenizer`, `data` must hold 'captions'; "
+            "`ImageTextBatches(..., include_captions=True)` includes them. Received: a "
+            f"batch with the keys {sorted(batch)}"
         )
     texts, owners = [], []
     for row, captions in enumerate(batch["captions"]):
-        is_one = isinstance(captions, str | bytes)
-        several = [captions] if is_one else captions
-        texts.extend(map(_encoded, several))
-        owners.extend([row] * len(several))
+        if isinstance(captions, str | bytes):
+            captions = [captions]
+        texts.extend(map(_encoded, captions))
+        owners.extend([row] * len(captions))
     return texts, np.array(owners)
 
 

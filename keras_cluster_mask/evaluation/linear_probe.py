@@ -1,8 +1,11 @@
-"""Linear probe: how far a linear classifier gets on frozen features."""
+"""Linear probe: the accuracy of a linear classifier on frozen features."""
 
 import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_cluster_mask.evaluation.checks import check_embeddings
@@ -10,48 +13,40 @@ from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,
     labelled,
 )
-from keras_cluster_mask.evaluation.embedding import (
-    Embedder,
-    Progress,
-    embed,
-)
-from keras_cluster_mask.evaluation.regularization import (
-    NUM_FITS,
-    class_scores,
-    fit,
-    has_converged,
-    scikit_learn,
-    search,
-    split,
-)
+from keras_cluster_mask.evaluation.embedding import Embedder, embed
 
+# The candidates, eight strengths a decade; every sixteenth is tried first.
+STRENGTHS = [10.0 ** (exponent / 8) for exponent in range(-48, 49)]
+COARSE = 16
+# In a search: the first seven, then two at a distance of 8, 4, 2 and 1.
+NUM_FITS = 7 + 2 * 4
 METRICS = "top_1", "mean_per_class"
 
 
 def linear_probe(
-    train_features,
-    train_labels,
-    test_features,
-    test_labels,
-    validation=None,
-    regularization=None,
-    metric="top_1",
-    validation_split=0.2,
-    max_iterations=1000,
-    seed=0,
-    verbose="auto",
-):
-    """How well a logistic regression on frozen features classifies.
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    regularization: float | None = None,
+    metric: str = "top_1",
+    validation_split: float = 0.2,
+    max_iterations: int = 1000,
+    seed: int = 0,
+    verbose: str | int = "auto",
+) -> dict[str, Any]:
+    """Measures how well a logistic regression on frozen features classifies.
 
     The protocol of CLIP (Radford et al., appendix A.3): multinomial logistic
-    regression, fitted by scikit-learn's L-BFGS. How strongly it is regularised is
-    chosen on validation data by a search from 1e-6 to 1e6: every second power of ten,
-    then around the best ever closer, to an eighth of a decade; of strengths that do
-    equally well the strongest is taken. Then it is fitted once more, on training and
-    validation data, and judged on the test data, which has had no part in anything.
+    regression, fitted by scikit-learn's L-BFGS. The regularization strength is chosen
+    on validation data by a search from 1e-6 to 1e6: every second power of ten, then
+    around the best in smaller steps, down to an eighth of a decade. Of strengths with
+    equal scores the strongest is chosen. A final fit uses training and validation
+    data, and is evaluated on the test data, which nothing else depends on.
 
-    Features are taken as they are, neither centred nor scaled, as in the paper: the
-    search covers both embeddings of length 1 and larger features.
+    Features are neither centered nor scaled, as in the paper: the search covers both
+    embeddings of length 1 and larger features.
 
     Example:
 
@@ -68,22 +63,22 @@ def linear_probe(
     ```
 
     Args:
-        train_features: `(items, d)` array, computed with in float32.
-        train_labels: `(items,)` ints, any numbers, at least two different ones.
+        train_features: `(items, d)` array, cast to float32.
+        train_labels: `(items,)` ints, any numbers, at least two classes.
         test_features: `(items, d)` array.
-        test_labels: `(items,)` ints that `train_labels` holds too.
-        validation: A pair `(features, labels)` to choose the strength on. By default a
-            part of the training data.
-        regularization: Float. The strength, if it is not to be searched for: the factor
-            of half the squared weights beside the cross-entropy summed over items, that
-            is, 1 / `C` of scikit-learn.
-        metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. What is to be
-            highest on the validation data.
-        validation_split: Float. The share of each class that is split off for
-            validation, where `validation` is not given: at least one item of a class of
-            two or more, never all.
-        max_iterations: Integer, of L-BFGS in each fit.
-        seed: Integer. What is split off depends on it, and nothing else does.
+        test_labels: `(items,)` ints. Each class must occur in `train_labels`.
+        validation: A pair `(features, labels)` to choose the strength on. `None` uses
+            a validation split of the training data.
+        regularization: Float. The strength, 1 / `C` of scikit-learn: the factor of half
+            the squared weights beside the cross-entropy summed over items. `None`
+            searches for it.
+        metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
+            the validation data that the search maximizes.
+        validation_split: Float up to 0.5. The share of the training data in the
+            validation split, stratified by class, and at least as many items as
+            classes. Classes of one item stay in training.
+        max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
+        seed: Integer. The seed of the validation split.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -91,12 +86,11 @@ def linear_probe(
         `"mean_per_class"`, floats in `[0, 1]` on the test data;
         `"regularization"`, the strength; `"validation"`, a dictionary from each
         strength that was tried to the metric on the validation data; and
-        `"unconverged"`, a list of the strengths whose fits were cut off at
-        `max_iterations`. If the last one was, a warning says so too.
+        `"unconverged"`, a list of the strengths whose fits stopped at
+        `max_iterations`. If the final fit is one of them, a warning is issued.
 
     Raises:
-        ImportError: If scikit-learn is not installed.
-        ValueError: For features that are not finite or not of one width, for labels
+        ValueError: For features that are not finite or differ in width, for labels
             that do not fit them, for a single class, and for validation or test data
             of a class that the training data lacks.
 
@@ -110,7 +104,7 @@ def linear_probe(
     classes = np.unique(train[1])
     if len(classes) < 2:
         raise ValueError(
-            "`train_labels` must be of at least two classes. "
+            "`train_labels` must hold at least two classes. "
             f"Received: class {classes[0]} alone"
         )
     if validation is not None:
@@ -124,26 +118,30 @@ def linear_probe(
         items and (items[0], np.searchsorted(classes, items[1]))
         for items in (train, test, validation)
     )
-    progress = Progress(verbose, 1 + (NUM_FITS if regularization is None else 0), "fit")
+    progress = keras.utils.Progbar(
+        1 + (NUM_FITS if regularization is None else 0),
+        verbose=1 if verbose else 0,
+        unit_name="fit",
+    )
     unconverged = set()
 
     def fitted(items, strength):
-        classifier = fit(*items, strength, max_iterations)
+        classifier = _fit(*items, strength, max_iterations)
         progress.add(1)
-        if not has_converged(classifier):
+        if not _has_converged(classifier):
             unconverged.add(strength)
         return classifier
 
     strength, tried = regularization, {}
     if strength is None:
         part, held_out = (
-            split(*train, validation_split, seed)
+            _split(*train, validation_split, seed)
             if validation is None
             else (train, validation)
         )
 
         def score(strength):
-            scores = class_scores(fitted(part, strength), held_out[0])
+            scores = _class_scores(fitted(part, strength), held_out[0])
             return classification_accuracy(scores, held_out[1])[metric]
 
         strength, tried = search(score)
@@ -152,13 +150,13 @@ def linear_probe(
     if validation is not None:
         train = [np.concatenate(both) for both in zip(train, validation)]
     classifier = fitted(train, strength)
-    if not has_converged(classifier):
+    if not _has_converged(classifier):
         warnings.warn(
-            f"The last fit did not converge in {max_iterations} iterations "
+            f"The final fit did not converge in {max_iterations} iterations "
             f"(`max_iterations`) at a regularization of {strength:.3g}.",
             stacklevel=2,
         )
-    scores = class_scores(classifier, test[0])
+    scores = _class_scores(classifier, test[0])
     return {
         **classification_accuracy(scores, test[1]),
         "regularization": float(strength),
@@ -168,21 +166,21 @@ def linear_probe(
 
 
 def evaluate_linear_probe(
-    model,
-    train,
-    test,
-    validation=None,
-    regularization=None,
-    metric="top_1",
-    validation_split=0.2,
-    max_iterations=1000,
-    seed=0,
-    verbose="auto",
-):
-    """How well a logistic regression on a model's image embeddings classifies.
+    model: Any,
+    train: Any,
+    test: Any,
+    validation: Any = None,
+    regularization: float | None = None,
+    metric: str = "top_1",
+    validation_split: float = 0.2,
+    max_iterations: int = 1000,
+    seed: int = 0,
+    verbose: str | int = "auto",
+) -> dict[str, Any]:
+    """Measures how well a logistic regression on image embeddings classifies.
 
-    The embeddings are those of the common space, L2-normalised. Radford et al. probe
-    the features before the projection into it; pass any such to `linear_probe`.
+    The embeddings are the L2-normalised ones of the shared space. Radford et al. use
+    the features before the projection; pass such features to `linear_probe`.
 
     Example:
 
@@ -194,7 +192,7 @@ def evaluate_linear_probe(
     kcm.evaluation.evaluate_linear_probe(backbone, train, test)["top_1"]  # 0.3
     ```
 
-    Pictures in a folder for each class:
+    Images in a folder for each class:
 
     ```
     train, test = (
@@ -210,11 +208,11 @@ def evaluate_linear_probe(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
             the path of one that was saved.
-        train: See `embed`. Batches hold `"images"` and `"labels"`, ints; what else they
-            hold is not looked at.
-        test: Data likewise.
-        validation: Data likewise, to choose the regularisation on. By default a part of
-            `train`.
+        train: See `embed`. Batches hold `"images"` and `"labels"`, ints; other entries
+            are ignored.
+        test: Data of the same kind.
+        validation: Data of the same kind, to choose the regularization on. `None` uses
+            a validation split of `train`.
         regularization: See `linear_probe`.
         metric: See `linear_probe`.
         validation_split: See `linear_probe`.
@@ -226,10 +224,9 @@ def evaluate_linear_probe(
         A dictionary, as `linear_probe` returns it.
 
     Raises:
-        ImportError: If scikit-learn is not installed.
-        ValueError: For data without labels, and for what `linear_probe` does not take.
+        ValueError: For data without labels, and as `linear_probe` does.
     """
-    # Before hours of embedding.
+    # Checked before embedding, which may take hours.
     _check_options(regularization, metric, validation_split, max_iterations)
     embedder = Embedder.of(model)
     given = {"train": train, "test": test, "validation": validation}
@@ -251,13 +248,86 @@ def evaluate_linear_probe(
     )
 
 
+def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """Searches for the strength with the highest score.
+
+    Seven strengths first, then those next to the best in smaller steps. Of equal scores
+    the one of the strongest regularization counts.
+
+    Args:
+        score: Function of a strength.
+
+    Returns:
+        Tuple of the strength and a dictionary from all strengths tried to scores.
+    """
+    tried = {}
+    indices, step = range(0, len(STRENGTHS), COARSE), COARSE
+    while step:
+        for index in indices:
+            tried[index] = score(STRENGTHS[index])
+        peak = max(tried, key=lambda index: (tried[index], index))
+        step //= 2
+        around = peak - step, peak + step
+        indices = [index for index in around if 0 <= index < len(STRENGTHS)]
+    return STRENGTHS[peak], {STRENGTHS[index]: tried[index] for index in sorted(tried)}
+
+
+def _fit(features, labels, strength, max_iterations):
+    """A `LogisticRegression`; `_has_converged` replaces its warning."""
+    # Imported here, as scikit-learn takes a second and only a probe needs it.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    classifier = LogisticRegression(C=1 / strength, max_iter=max_iterations)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return classifier.fit(features, labels)
+
+
+def _has_converged(classifier):
+    return max(classifier.n_iter_) < classifier.max_iter
+
+
+def _class_scores(classifier, features):
+    """`(items, classes)` scores."""
+    scores = classifier.decision_function(features)
+    # Of two classes scikit-learn scores the second alone.
+    return scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1)
+
+
+def _split(features, labels, share, seed):
+    """Two pairs of features and labels: for training, with all classes, and the rest.
+
+    Labels are ints from 0 without gaps.
+    """
+    from sklearn.model_selection import train_test_split
+
+    counts = np.bincount(labels)
+    # scikit-learn refuses to split a class of one item.
+    rows = np.flatnonzero(counts[labels] > 1)
+    if not len(rows):
+        raise ValueError(
+            "`train_labels` must hold a class of two items or more for a validation "
+            "split; pass `validation` or `regularization` otherwise. Received: "
+            f"{len(labels)} classes of one item each"
+        )
+    # At most a half leaves an item of each class in training.
+    size = max(round(share * len(rows)), np.count_nonzero(counts > 1))
+    size = min(size, len(rows) // 2)
+    _, validation = train_test_split(
+        rows, test_size=size, stratify=labels[rows], random_state=seed
+    )
+    held_out = np.zeros(len(labels), bool)
+    held_out[validation] = True
+    return tuple((features[part], labels[part]) for part in (~held_out, held_out))
+
+
 def _embed_items(embedder, name, data, verbose):
     found = embed(embedder, labelled(data, name=name), verbose=verbose)
     return found["image_embeddings"], found["labels"]
 
 
 def _check_options(regularization, metric, validation_split, max_iterations):
-    scikit_learn()
     if regularization is not None and not 0 < regularization < math.inf:
         raise ValueError(
             "`regularization` must be a positive float, or None to search for it. "
@@ -265,9 +335,9 @@ def _check_options(regularization, metric, validation_split, max_iterations):
         )
     if metric not in METRICS:
         raise ValueError(f"`metric` must be one of {METRICS}. Received: {metric!r}")
-    if not 0 < validation_split < 1:
+    if not 0 < validation_split <= 0.5:
         raise ValueError(
-            "`validation_split` must be between 0 and 1. "
+            "`validation_split` must be above 0 and at most 0.5. "
             f"Received: validation_split={validation_split}"
         )
     if max_iterations < 1:
@@ -297,7 +367,7 @@ def _check_items(name, features, labels, train=None):
     unknown = np.setdiff1d(labels, train[1])
     if len(unknown):
         raise ValueError(
-            f"`{name}_labels` must be classes that `train_labels` holds. Received: "
-            f"{len(unknown)} others, the first of them {unknown[:5].tolist()}"
+            f"`{name}_labels` must be classes that occur in `train_labels`. Received: "
+            f"{len(unknown)} others, the first {unknown[:5].tolist()}"
         )
     return features, labels

@@ -2,31 +2,31 @@
 
 import numpy as np
 
-# So much of the similarity of all images to all texts is held in memory at a time.
+# The part of the similarity matrix that is held in memory at a time.
 TILE = 2040, 4096
 # Rows whose count is held in eight bits.
 ROWS = 255
-# How many items find out whether a query is a hopeless one.
+# How many items decide whether a query is hopeless.
 SAMPLE = 2048
-# Two similarities of unit vectors that are not farther apart are equal: in 32 bits the
-# order of a sum decides on the last ones.
+# Similarities of unit vectors count as equal within this distance: in 32 bits their
+# last digits depend on the order of a sum.
 TIE = 2.0**-22
 NEVER = np.iinfo("int64").max
 
 
 def ranks_of_partners(images, texts, image_labels, text_labels, limit):
-    """For each image, and each text, the wrong partners ahead of the best right one.
+    """Counts the wrong partners ahead of the best right one, of each image and text.
 
-    The similarity of all images to all texts is computed once for both, tile by tile;
-    or, where most queries have more than `limit` wrong partners ahead among a few,
-    only that of the other queries.
+    The similarity of all images to all texts is computed once for both directions, tile
+    by tile. If most queries have more than `limit` wrong partners ahead in a sample,
+    only the similarity of the other queries is.
 
     Args:
         images: `(images, d)` float32 array.
         texts: `(texts, d)` float32 array.
         image_labels: `(images,)` array. Partners have the same label.
         text_labels: `(texts,)` array.
-        limit: Integer. Ranks from here on are not told apart.
+        limit: Integer. Ranks from here on may all be returned as the limit.
 
     Returns:
         Two int64 arrays, `(images,)` and `(texts,)`.
@@ -66,10 +66,10 @@ def ranks_of_partners(images, texts, image_labels, text_labels, limit):
 
 
 def _count(rows, columns, first, last, row_bounds, column_bounds=None):
-    """How many columns reach the bound of each row, and how many rows of each column.
+    """Counts the columns above the bound of each row, and the rows of each column.
 
     Pairs of a row and one of the columns from its `first` to before its `last` do not
-    count. Without `column_bounds` columns are not asked.
+    count. Without `column_bounds` only the counts of rows are computed.
     """
     counts = [np.zeros(len(each), "int64") for each in (rows, columns)]
     for i in range(0, len(rows), TILE[0]):
@@ -96,7 +96,7 @@ def _may_be_below(limit, queries, items, right, bounds):
     step = -(-len(items) // SAMPLE)
     none = np.zeros(len(queries), "int64")
     ahead, _ = _count(queries, items[::step], none, none, bounds)
-    # Those of the sample that are right, whether or not they are ahead.
+    # The right partners in the sample, whether or not they are ahead.
     first, last = (-(-each // step) for each in right)
     return ahead - (last - first) < limit
 

@@ -1,26 +1,29 @@
-"""Recall of image-to-text and text-to-image retrieval."""
+"""Retrieval: recall in both directions, and the choice between two captions."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.evaluation.checks import check_embeddings, check_ks
-from keras_cluster_mask.evaluation.embedding import batches_of, embed
-from keras_cluster_mask.evaluation.ranks import ranks_of_partners
+from keras_cluster_mask.evaluation.embedding import embed
+from keras_cluster_mask.evaluation.ranks import TIE, ranks_of_partners
 
 
 def retrieval_recall(
-    image_embeddings,
-    text_embeddings,
-    image_labels=None,
-    text_labels=None,
-    ks=(1, 5, 10),
-):
-    """How often a right partner is among the k most similar ones, both ways.
+    image_embeddings: np.ndarray,
+    text_embeddings: np.ndarray,
+    image_labels: Sequence | None = None,
+    text_labels: Sequence | None = None,
+    ks: int | Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """Computes the recall of image-to-text and text-to-image retrieval.
 
-    A wrong partner that is as similar as the best right one, to the rounding of 32
-    bits, counts as ahead of it, so a model that embeds everything alike gets nothing
-    for it.
+    Recall@k is the share of queries with a right partner among the k most similar
+    items. A wrong partner that is as similar as the best right one, to the rounding of
+    32 bits, ranks ahead of it. So a model that embeds everything alike scores 0.
 
     Example:
 
@@ -35,12 +38,12 @@ def retrieval_recall(
     Args:
         image_embeddings: `(images, d)` array, L2-normalised.
         text_embeddings: `(texts, d)` array, L2-normalised.
-        image_labels: `(images,)` array. An image and a text of the same label
-            belong together: pass picture ids where pictures have several
-            captions, or the captions where pictures share one. By default row
-            i of one belongs to row i of the other.
+        image_labels: `(images,)` array. An image and a text with equal labels are
+            partners: pass image ids for images with several captions, or the captions
+            for images that share one. By default row i of one is the partner of row i
+            of the other.
         text_labels: `(texts,)` array. Defaults to `image_labels`.
-        ks: Integers, the numbers of retrieved items to look among.
+        ks: Integer or integers, the numbers of retrieved items.
 
     Returns:
         A dictionary of floats in `[0, 1]` with the keys
@@ -48,8 +51,8 @@ def retrieval_recall(
 
     Raises:
         ValueError: For embeddings that do not fit each other or their labels, for NaN
-            embeddings, and for texts that belong to no image. An image without a text
-            is one that never finds any.
+            embeddings, and for texts without an image. An image without a text counts
+            as a miss.
     """
     ks = check_ks(ks)
     images = check_embeddings("image_embeddings", image_embeddings)
@@ -72,14 +75,14 @@ def retrieval_recall(
 
 
 def evaluate_retrieval(
-    model,
-    data,
-    tokenizer=None,
-    ks=(1, 5, 10),
-    duplicates="negative",
-    verbose="auto",
-):
-    """How well images and texts of a data set find one another.
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
+    ks: int | Sequence[int] = (1, 5, 10),
+    duplicates: str = "negative",
+    verbose: str | int = "auto",
+) -> dict[str, float]:
+    """Computes the retrieval recall of a model on a data set.
 
     Example:
 
@@ -93,7 +96,7 @@ def evaluate_retrieval(
     # {"image_to_text_recall@1": 0.08, ...}
     ```
 
-    Pictures with several captions each, from shards:
+    Images with several captions each, from shards:
 
     ```
     batches = kcm.data.ImageTextBatches(
@@ -107,19 +110,19 @@ def evaluate_retrieval(
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
             the path of one that was saved.
         data: See `embed`. Batches hold `"images"`, and `"token_ids"` or, for a
-            `tokenizer`, `"captions"`. A text belongs to the one image it came with.
+            `tokenizer`, `"captions"`. The partner of a text is the image in its row.
         tokenizer: See `embed`.
         ks: See `retrieval_recall`.
-        duplicates: `"negative"`, as usual in the field, or `"positive"`: equal texts
-            of different images count as belonging to all of these. For data of one
-            text an image.
+        duplicates: `"negative"`, as is usual, or `"positive"`: a text is a partner of
+            all images with an equal text. For data with one text an image.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         A dictionary, as `retrieval_recall` returns it.
 
     Raises:
-        ValueError: For data without texts, or `duplicates` that do not fit it.
+        ValueError: For data without texts, and for `duplicates="positive"` with several
+            texts an image.
     """
     if duplicates not in ("negative", "positive"):
         raise ValueError(
@@ -135,7 +138,7 @@ def evaluate_retrieval(
     if duplicates == "positive":
         if not np.array_equal(image_labels, text_labels):
             raise ValueError(
-                '`duplicates="positive"` is for data of one text an image. Received: '
+                '`duplicates="positive"` is for data with one text an image. Received: '
                 f"{len(texts)} texts for {len(images)} images"
             )
         image_labels = text_labels = found["text_numbers"]
@@ -143,9 +146,9 @@ def evaluate_retrieval(
 
 
 def _with_texts(data, key, number):
-    """Yields the images and texts of batches; numbers the different texts if asked."""
+    """Yields the images and texts of batches, and if asked a number for each text."""
     numbers = {}
-    for batch in batches_of(data):
+    for batch in read_batches(data):
         if key not in batch:
             raise ValueError(
                 "`data` must hold texts: 'token_ids', or 'captions' and a `tokenizer`. "
@@ -165,9 +168,13 @@ def _hashable(text):
 
 
 def chance_recall(
-    num_images, num_texts=None, image_labels=None, text_labels=None, ks=(1, 5, 10)
-):
-    """The recall that a random ranking reaches on average.
+    num_images: int,
+    num_texts: int | None = None,
+    image_labels: Sequence | None = None,
+    text_labels: Sequence | None = None,
+    ks: int | Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """Computes the expected recall of a random ranking.
 
     Args:
         num_images: Integer.
@@ -201,27 +208,54 @@ def chance_recall(
     return chances
 
 
-def wilson_interval(share, count, z=1.96):
-    """The 95 % confidence interval of a share observed on `count` queries.
+def caption_selection_accuracy(
+    image_embeddings: np.ndarray,
+    caption_embeddings: np.ndarray,
+    negative_embeddings: np.ndarray,
+) -> float:
+    """How often an image is more similar to its caption than to a wrong one.
+
+    Captions with equal similarities, to the rounding of 32 bits, count as a failure.
+    So a model that embeds all texts, or all texts of the same words, alike scores 0.
+    SugarCrepe is evaluated this way; `kcm.interop.clip_benchmark` runs it.
+
+    Example:
+
+    ```python
+    images = np.eye(4, 16)
+    negatives = np.roll(images, 1, axis=0)
+    kcm.evaluation.caption_selection_accuracy(images, images, negatives)  # 1.0
+    ```
 
     Args:
-        share: Float in `[0, 1]`, such as a recall.
-        count: Integer, the number of queries.
-        z: Float, the normal quantile; 1.96 for 95 %.
+        image_embeddings: `(items, d)` array, L2-normalised.
+        caption_embeddings: `(items, d)` array, L2-normalised. Row i is the caption of
+            the image in row i.
+        negative_embeddings: `(items, d)` array, L2-normalised. Row i is its wrong
+            caption.
 
     Returns:
-        A tuple `(low, high)`.
+        A float in `[0, 1]`. Chance is 0.5.
+
+    Raises:
+        ValueError: For embeddings of different shapes, and for NaN embeddings.
 
     Reference:
-        - Wilson, "Probable inference, the law of succession, and statistical
-          inference", Journal of the American Statistical Association, 1927.
+        - [SugarCrepe: Fixing Hackable Benchmarks for Vision-Language Compositionality](
+          https://arxiv.org/abs/2306.14610)
     """
-    if not count > 0:
-        raise ValueError(f"`count` must be positive. Received: count={count}")
-    center = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    half *= z / (1 + z * z / count)
-    return center - half, center + half
+    images = check_embeddings("image_embeddings", image_embeddings)
+    captions = check_embeddings("caption_embeddings", caption_embeddings)
+    negatives = check_embeddings("negative_embeddings", negative_embeddings)
+    if not images.shape == captions.shape == negatives.shape:
+        raise ValueError(
+            "The embeddings must have one shape. Received: "
+            f"image_embeddings.shape={images.shape}, "
+            f"caption_embeddings.shape={captions.shape}, "
+            f"negative_embeddings.shape={negatives.shape}"
+        )
+    margins = np.einsum("id,id->i", images, captions - negatives, dtype="float64")
+    return float(np.mean(margins > TIE))
 
 
 def _check_labels(num_images, num_texts, image_labels, text_labels):
@@ -248,8 +282,8 @@ def _check_labels(num_images, num_texts, image_labels, text_labels):
     lost = np.flatnonzero(~np.isin(text_labels, image_labels))
     if len(lost):
         raise ValueError(
-            "`text_labels` must be labels that images have. Received: "
-            f"{len(lost)} texts of no image, the first of them {lost[:5].tolist()}: "
+            "`text_labels` must occur in `image_labels`. Received: "
+            f"{len(lost)} texts without an image, the first {lost[:5].tolist()}: "
             f"{text_labels[lost[:5]].tolist()}"
         )
     return image_labels, text_labels

@@ -1,6 +1,7 @@
 """Evaluation by clip_benchmark, which evaluates open_clip's models.
 
-Its metrics, data sets, class names and templates judge a Keras model, on any backend:
+Its metrics, data sets, class names and templates evaluate a Keras model, on any
+backend:
 
 ```bash
 pip install clip-benchmark
@@ -9,25 +10,40 @@ python -m keras_cluster_mask.interop.clip_benchmark eval \\
     --dataset wds/flowers --dataset_root flowers --output flowers.json
 ```
 
-All commands and options are clip_benchmark's own, but for these:
+All commands and options are clip_benchmark's own. These differ:
 
 - `--pretrained` is a file that `model.save` wrote, or the folder of a keras_hub preset.
   `--model` is any name, which is written into the results.
 - `--tokenizer` is a file that `CLIPTokenizer.save` wrote; by default the tokenizer is
   CLIP's.
 - `--model_type` is `keras` by default. Give `--model_type open_clip` to evaluate
-  open_clip's models likewise.
+  open_clip's models the same way.
 - `--no_amp` is always on. A Keras model computes in the precision of its own dtype
-  policy, so half precision would only round the scores that a class is picked by.
-- `--num_workers` is 0 by default. Workers are forked, and JAX and TensorFlow run
-  threads whose locks a forked process may wait for without end; to be spawned instead,
-  they would have to be sent clip_benchmark's pipelines, which cannot be pickled. On
-  torch, more workers are safe.
+  policy, and half precision would only round the scores of classes.
+- `--num_workers` is 0 by default. Workers are forked, and a forked process can wait
+  forever for a lock that a thread of JAX or TensorFlow holds. Spawned workers are
+  impossible, as clip_benchmark's pipelines cannot be pickled. On torch, more workers
+  are safe.
 
-On a GPU set `TF_FORCE_GPU_ALLOW_GROWTH=true` for TensorFlow, which takes all of its
-memory otherwise: clip_benchmark's own tensors are of torch, and there too.
+On a GPU set `TF_FORCE_GPU_ALLOW_GROWTH=true` for TensorFlow, which otherwise takes all
+memory of the GPU: clip_benchmark's own tensors are torch's and need some too.
 
-A data set of one's own is a folder of WebDataset shards, called `wds/` and any name:
+SugarCrepe, the choice between a caption and a wrong one that differs in a word or two,
+is seven data sets, `sugar_crepe/swap_att` and so on; `sugar_crepe` is all of them:
+
+```bash
+python -m keras_cluster_mask.interop.clip_benchmark eval \\
+    --model ViT-B-16 --pretrained model.keras \\
+    --dataset sugar_crepe --dataset_root sugarcrepe --output "{dataset}.json"
+```
+
+The folder `sugarcrepe` holds the JSON files of the authors (`swap_att.json`) and the
+images of COCO's validation split (`val2017/`); clip_benchmark downloads what is
+missing. The accuracy is `acc`. It equals
+`kcm.evaluation.caption_selection_accuracy`, except that two captions with exactly equal
+similarities count as right there and as wrong here.
+
+A data set of your own is a folder of WebDataset shards, passed as `wds/` and any name:
 
 - `test/0.tar`, `test/1.tar` and so on, with their number in `test/nshards.txt`;
 - for classification, samples of `KEY.jpg` (or png, webp) and `KEY.cls`, the number of
@@ -45,20 +61,32 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
-from keras_cluster_mask.data.tokenizers import CLIPTokenizer
-from keras_cluster_mask.interop.torch_adapter import Adapter, Tokenizer, Transform
+from keras_cluster_mask.evaluation.embedding import Embedder
+from keras_cluster_mask.evaluation.preprocessing import (
+    center_crop,
+    load_tokenizer,
+    tokenize,
+)
+from keras_cluster_mask.masking.patch_grid import is_channels_first
+from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.loading import as_contrastive_model, image_size_of
+
+# torch is imported in functions only: `adapt` says what to install without it.
 
 MODEL_TYPE = "keras"
 # Put before the user's options, of which the last one of a kind counts.
 DEFAULTS = "--model_type", MODEL_TYPE, "--no_amp", "--num_workers", "0"
 
 
-def adapt(model, tokenizer=None):
+def adapt(
+    model: Any, tokenizer: Callable | str | os.PathLike | None = None
+) -> tuple["Adapter", Callable, Callable]:
     """Makes what clip_benchmark needs to evaluate a model.
 
-    The three returned can be passed to any of clip_benchmark's metrics, and to other
+    The three results can be passed to any of clip_benchmark's metrics, and to other
     evaluations that are written for open_clip's models.
 
     Example:
@@ -77,12 +105,15 @@ def adapt(model, tokenizer=None):
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
             the path of a file that `save` wrote of one of them or of the folder of a
             keras_hub preset.
-        tokenizer: What texts are turned into ids by: a `CLIPTokenizer`, the path of a
-            file that `CLIPTokenizer.save` wrote, or any function from a list of str to
-            `(texts, T)` ids, which SigLIP needs. By default CLIP's.
+        tokenizer: A `CLIPTokenizer`, the path of a file that `CLIPTokenizer.save`
+            wrote, or any function from a list of str to `(texts, T)` ids, which SigLIP
+            needs. By default CLIP's.
 
     Returns:
-        Tuple of an `Adapter`, a `Transform` and a `Tokenizer`.
+        Tuple of an `Adapter`; a function from a `PIL.Image.Image` to a `(3, H, W)`
+        uint8 tensor, cropped as open_clip does (open_clip squashes images for its
+        SigLIP models instead); and a function from a str, or a list of them, to a
+        `(texts, T)` int64 tensor of ids.
 
     Raises:
         FileNotFoundError: If there is no model at the path.
@@ -99,17 +130,75 @@ def adapt(model, tokenizer=None):
             "`model` must have an image encoder that takes images of one size. "
             f"Received: an encoder of images of shape {image_shape}"
         )
-    if tokenizer is None:
-        tokenizer = CLIPTokenizer.from_open_clip(context_length or 77)
-    elif isinstance(tokenizer, str | os.PathLike):
-        tokenizer = CLIPTokenizer.from_file(tokenizer, context_length)
-    tokenizer = Tokenizer(tokenizer, context_length, model.vocabulary_size)
+    tokenizer = functools.partial(
+        _text_ids,
+        tokenizer=load_tokenizer(tokenizer, context_length),
+        context_length=context_length,
+        vocabulary_size=model.vocabulary_size,
+    )
     # Of a CLIP tokenizer that is not the model's, any text has an id too high.
     tokenizer("a photo")
-    return Adapter(model), Transform(image_size), tokenizer
+    transform = functools.partial(_pixels, image_size=image_size)
+    return Adapter(model), transform, tokenizer
 
 
-def main(arguments=None):
+class Adapter:
+    """A `ContrastiveModel` that takes and returns torch tensors, as open_clip's do.
+
+    It embeds by Keras's compiled inference, without gradients, and in the precision of
+    the model's dtype policy: `torch.autocast` has no influence.
+
+    Args:
+        model: A `ContrastiveModel`.
+    """
+
+    def __init__(self, model):
+        self._embedder = Embedder(model)
+        self._channels_first = is_channels_first(data_format_of(model.image_encoder))
+
+    def encode_image(self, images):
+        """Embeds images.
+
+        Args:
+            images: `(batch, 3, H, W)` tensor: uint8, or floats that are normalised, as
+                open_clip's transforms make them.
+
+        Returns:
+            `(batch, d)` float32 tensor on the same device, L2-normalised.
+        """
+        import torch
+
+        if images.dtype != torch.uint8:
+            images = images.float()
+        if not self._channels_first:
+            images = images.permute(0, 2, 3, 1)
+        return _embedded(self._embedder.images, images)
+
+    def encode_text(self, token_ids):
+        """Embeds texts.
+
+        Args:
+            token_ids: `(batch, T)` int tensor.
+
+        Returns:
+            `(batch, d)` float32 tensor on the same device, L2-normalised.
+        """
+        return _embedded(self._embedder.texts, token_ids.int())
+
+    def eval(self):
+        """Returns itself: it is for inference only."""
+        return self
+
+    def to(self, device):
+        """Returns itself: Keras has placed the model already.
+
+        Args:
+            device: Ignored.
+        """
+        return self
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Runs a command of clip_benchmark's, for Keras models by default.
 
     Args:
@@ -140,11 +229,37 @@ def main(arguments=None):
     return 0
 
 
+def _embedded(embed, inputs):
+    import torch
+
+    # On torch, Keras's own layers would be rounded.
+    with torch.autocast(inputs.device.type, enabled=False):
+        embeddings = embed(inputs.detach().cpu().numpy())
+    return torch.tensor(embeddings, device=inputs.device)
+
+
+def _pixels(image, image_size):
+    import torch
+
+    # uint8 takes a quarter of the memory. The model normalises on the device, by the
+    # statistics that it was trained with.
+    pixels = torch.from_numpy(center_crop(image, image_size))
+    return pixels.permute(2, 0, 1).contiguous()
+
+
+def _text_ids(texts, tokenizer, context_length, vocabulary_size):
+    import torch
+
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    ids = tokenize(tokenizer, texts, context_length, vocabulary_size)
+    return torch.from_numpy(ids).long()
+
+
 def _register(tokenizer):
     """Makes clip_benchmark know the models of this library."""
     models = _import("clip_benchmark.models")
 
-    # It asks for the model anew for every data set.
+    # It loads the model again for each data set.
     @functools.lru_cache(maxsize=1)
     def adapted(path):
         return adapt(path, tokenizer)

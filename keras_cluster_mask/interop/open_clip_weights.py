@@ -1,12 +1,16 @@
+"""CLIP models from and to weights of open_clip."""
+
 import math
+import os
+from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.interop.open_clip_names import entries
-from keras_cluster_mask.interop.state_dicts import match, read_state_dict
+from keras_cluster_mask.interop.state_dicts import entries, match, read_state_dict
 from keras_cluster_mask.interop.weight_files import write_weights
-from keras_cluster_mask.models.clip_sizes import make_clip
+from keras_cluster_mask.models.encoders import write_text_epsilon
+from keras_cluster_mask.models.sizes import make_clip
 
 # Heads of open_clip's transformers are 64 wide, but for image towers wider than 1024
 # (ViT-H, ViT-g, ViT-bigG, ViT-e), which have 16 heads all the same.
@@ -16,17 +20,22 @@ HEAD_WIDTH, MAX_IMAGE_HEADS = 64, 16
 EPSILON = 1e-5
 
 
-def load_open_clip(source, activation="gelu", num_heads=None, dtype=None):
-    """Makes a CLIP model of the weights of an open_clip checkpoint.
+def load_open_clip(
+    source: Any,
+    activation: str = "gelu",
+    num_heads: int | tuple[int, int] | None = None,
+    dtype: Any = None,
+) -> Any:
+    """Loads a CLIP model from the weights of an open_clip checkpoint.
 
-    Widths, depths, patch size, image size, context length and vocabulary are read off
-    the tensors. What tensors cannot tell is that of open_clip's plain `ViT-*` models:
-    class token and end-of-text token (the highest id) as pooling, a causal text tower,
-    epsilons of 1e-5. Weights of half precision are loaded as float32.
+    Widths, depths, patch size, image size, context length and vocabulary follow from
+    the shapes of the tensors. Everything else is that of open_clip's plain `ViT-*`
+    models: pooling at the class token and at the end-of-text token (the highest id), a
+    causal text tower, epsilons of 1e-5. Weights of half precision become float32.
 
     keras_hub cannot save the epsilon of the text tower's last normalisation. A saved
-    `ContrastiveModel` keeps it; a backbone or a tower that is saved by itself comes
-    back with keras_hub's 1e-6, which moves embeddings by a millionth or so.
+    `ContrastiveModel` keeps it. A backbone or a tower that is saved by itself is loaded
+    with keras_hub's 1e-6, which changes embeddings by about 1e-6.
 
     Example:
 
@@ -34,32 +43,32 @@ def load_open_clip(source, activation="gelu", num_heads=None, dtype=None):
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
     kcm.interop.save_open_clip(backbone, "clip.safetensors")
     backbone = kcm.interop.load_open_clip("clip.safetensors", num_heads=3)
-    model = kcm.ContrastiveModel.from_clip(backbone)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     ```
 
     Args:
         source: Path of a checkpoint, `.safetensors` (read without torch), `.pt`, `.pth`
             or `.bin`; or a state dict, a dictionary from name to array or tensor. Both
             may hold the state dict under `"state_dict"`, as open_clip's training
-            writes it, with the names of `DistributedDataParallel` (`module.`) or of
+            writes it, with the prefixes of `DistributedDataParallel` (`module.`) or of
             `CustomTextCLIP` (`text.`).
-        activation: `"gelu"`; `"quick_gelu"` for OpenAI's weights and all others that
-            open_clip gives to models named `-quickgelu`. Nothing in a checkpoint says
-            which, and the wrong one gives somewhat worse embeddings.
+        activation: `"gelu"`; `"quick_gelu"` for OpenAI's weights and all others of
+            open_clip's models named `-quickgelu`. A checkpoint does not say which, and
+            the wrong one gives somewhat worse embeddings.
         num_heads: Integer, or a pair for the image and the text tower. Defaults to
-            those of open_clip's models of the same widths: one for every 64 features;
-            16 in image towers wider than 1024.
+            those of open_clip's models of the same widths: one for every 64 features,
+            and 16 in image towers wider than 1024.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
 
     Returns:
         A `keras_hub.models.CLIPBackbone`.
 
     Raises:
-        ValueError: If the file cannot be read or holds Python code; or if it is no such
-            CLIP, with a list of all entries that are missing, unexpected (such as the
-            `logit_bias` of a sigmoid loss, for which a `CLIPBackbone` has no place), of
-            a wrong shape, or not finite.
-        FileNotFoundError: If the file is not there.
+        ValueError: If the file cannot be read or holds Python code; or if it holds
+            another model, with a list of all entries that are missing, unexpected (such
+            as the `logit_bias` of a sigmoid loss, which a `CLIPBackbone` lacks), of a
+            wrong shape, or not finite.
+        FileNotFoundError: If the file does not exist.
         ImportError: If a file other than `.safetensors` is read without torch.
 
     Reference:
@@ -92,20 +101,20 @@ def load_open_clip(source, activation="gelu", num_heads=None, dtype=None):
         activation=activation,
         dtype=dtype,
     )
-    backbone.text_encoder.layer_norm.epsilon = EPSILON
+    write_text_epsilon(backbone, EPSILON)
     for entry, array in found:
         entry.write(backbone, array)
     return backbone
 
 
-def open_clip_state_dict(model):
-    """The weights of a CLIP model under the names that open_clip has for them.
+def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
+    """Returns the weights of a CLIP model under open_clip's names.
 
-    `torch_model.load_state_dict(...)` of open_clip takes it, once its arrays are made
-    tensors. Heads and activation are not part of a state dict, so the model there must
-    be made with the same: heads 64 wide, unless its config says otherwise, and
-    `quick_gelu=True` for a backbone with `"quick_gelu"`. All epsilons there are 1e-5;
-    in a backbone that is not from `load_open_clip` the text tower's last one is 1e-6.
+    Convert the arrays to tensors for `load_state_dict` of a model of open_clip. A state
+    dict holds neither heads nor activation, so that model must have the same: heads of
+    width 64, unless its config says otherwise, and `quick_gelu=True` for a backbone
+    with `"quick_gelu"`. All its epsilons are 1e-5; in a backbone that is not from
+    `load_open_clip` the text tower's last one is 1e-6.
 
     Example:
 
@@ -121,11 +130,11 @@ def open_clip_state_dict(model):
             `logit_bias`, which open_clip knows too (`init_logit_bias`).
 
     Returns:
-        A dictionary from name to float32 NumPy array. They are copies.
+        A dictionary from name to float32 NumPy array, a copy of the weight.
 
     Raises:
         ValueError: For another model; or for a backbone made by keras_hub itself whose
-            patches all have position 0, for which open_clip has no word.
+            patches all have position 0, which open_clip cannot represent.
     """
     # Imported here, as keras_hub takes seconds.
     import keras_hub
@@ -139,8 +148,8 @@ def open_clip_state_dict(model):
     ids = ops.convert_to_numpy(backbone.vision_encoder.embedding.position_ids)[0]
     if not np.array_equal(ids, np.arange(len(ids))):
         raise ValueError(
-            "`model` must have a position of its own for each patch; a CLIPBackbone "
-            "made by keras_hub has them at 0 until a checkpoint is loaded or "
+            "`model` must have a different position for each patch. In a CLIPBackbone "
+            "made by keras_hub they are 0 until a checkpoint is loaded or "
             "`ContrastiveModel.from_clip` numbers them. "
             f"Received: position ids {ids[:4].tolist()} and so on"
         )
@@ -153,11 +162,11 @@ def open_clip_state_dict(model):
     return weights
 
 
-def save_open_clip(model, path):
+def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     """Writes the weights of a CLIP model to a file that open_clip reads.
 
-    The file is complete or not there: it is written beside its place and then moved.
-    See `open_clip_state_dict` for what a file does not hold.
+    The file is written under a temporary name and renamed once it is complete. See
+    `open_clip_state_dict` for what a state dict does not hold.
 
     Example:
 
@@ -166,8 +175,8 @@ def save_open_clip(model, path):
     kcm.interop.save_open_clip(backbone, "clip.safetensors")
     ```
 
-    A size that open_clip has a config of is then read by, for example,
-    `open_clip.create_model("ViT-B-16", pretrained="clip.safetensors")`.
+    A model of a size that open_clip has a config for is then loaded there with, for
+    example, `open_clip.create_model("ViT-B-16", pretrained="clip.safetensors")`.
 
     Args:
         model: What `open_clip_state_dict` takes.
@@ -175,7 +184,7 @@ def save_open_clip(model, path):
             `.pt`, `.pth` or `.bin`.
 
     Raises:
-        ValueError: For another model or another ending.
+        ValueError: For another model or another file extension.
         ImportError: If a file other than `.safetensors` is written without torch.
     """
     write_weights(path, open_clip_state_dict(model))

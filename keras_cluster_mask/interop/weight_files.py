@@ -1,14 +1,18 @@
 """Files of named arrays: safetensors, and torch's."""
 
+import contextlib
+import os
 import pathlib
 import pickle
+from collections.abc import Mapping
+from typing import Any
 
-from keras_cluster_mask.data import files
+import numpy as np
 
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin")
 
 
-def read_weights(path):
+def read_weights(path: str | os.PathLike) -> Any:
     """Reads what is in a file of weights, without running code that is in it.
 
     Args:
@@ -26,8 +30,8 @@ def read_weights(path):
     return _read_safetensors(path) if path.suffix in SAFETENSORS else _read_torch(path)
 
 
-def write_weights(path, arrays):
-    """Writes arrays to a file, which is complete or not there.
+def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays to a file, which appears only once it is complete.
 
     Args:
         path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`.
@@ -38,12 +42,25 @@ def write_weights(path, arrays):
     if path.suffix in SAFETENSORS:
         import safetensors.numpy
 
-        with files.replacing(path) as file:
+        with _replacing(path) as file:
             file.write(safetensors.numpy.save(arrays))
         return
     torch = _torch(path)
-    with files.replacing(path) as file:
+    with _replacing(path) as file:
         torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, file)
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """Opens a file beside its place, and moves it there once it is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _read_safetensors(path):
@@ -60,13 +77,13 @@ def _read_torch(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own words end in the advice to read such files all the same.
+        # torch's message ends in the advice to read such files anyway.
         if "GLOBAL" not in str(error):
             raise _unreadable(path, error) from error
         raise ValueError(
             "`source` holds Python objects other than tensors, and reading those can "
             "run any code that the file's author put there, so it was not read. If you "
-            "trust its author, keep its tensors alone: `checkpoint = torch.load(path, "
+            "trust its author, keep only its tensors: `checkpoint = torch.load(path, "
             'weights_only=False); torch.save(checkpoint["state_dict"], "weights.pt")`. '
             f"Received: source={str(path)!r}"
         ) from error
@@ -75,25 +92,25 @@ def _read_torch(path):
             raise _unreadable(path, error) from error
         raise ValueError(
             "`source` is a TorchScript program, as OpenAI's own files are, and not a "
-            "state dict. If you trust its author, keep its tensors alone: `torch.save("
+            "state dict. If you trust its author, keep only its tensors: `torch.save("
             'torch.jit.load(path, "cpu").state_dict(), "weights.pt")`. '
             f"Received: source={str(path)!r}"
         ) from error
     except Exception as error:
-        # Bytes that are no pickle make torch's reader stumble in any way.
+        # Bytes that are no pickle raise errors of any kind in torch's reader.
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path, error):
     return ValueError(
-        "`source` cannot be read: the file is cut off, damaged or of another kind "
+        "`source` cannot be read: the file is truncated, damaged or of another kind "
         f"({type(error).__name__}: {str(error).splitlines()[:1]}). "
         f"Received: source={str(path)!r}"
     )
 
 
 def _torch(path):
-    # Only files of torch's need it.
+    # Files of safetensors are read without it.
     try:
         import torch
     except ImportError as error:

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.batches import num_images, read_images
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
-from keras_cluster_mask.masking.image_batches import count_images, image_batches
 from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
 from keras_cluster_mask.masking.similarity import round_similarity
 
@@ -190,7 +190,7 @@ def masking_statistics(
         unit_name="image",
     )
     sums = None
-    for images in image_batches(data, max_images):
+    for images in read_images(data, max_images):
         images = masking.prepare_pixels(ops.convert_to_tensor(images))
         grid = grid_shape(images.shape, patch_size, masking.data_format)
         tokens = tokens_of(images, masking, grid, embed)
@@ -374,7 +374,7 @@ def check_tokens_do_not_matter(masking, images, tokens):
 
 def _count_ahead(data, max_images):
     """How many images there will be, or `None` if only reading them can tell."""
-    count = count_images(data)
+    count = num_images(data)
     return count if None in (count, max_images) else min(count, max_images)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.masking.image_batches import image_batches
+from keras_cluster_mask.batches import read_images
 from keras_cluster_mask.masking.similarity import STEPS
 
 TOLERANCE = 0.01
@@ -13,7 +13,7 @@ def collect_similarities(data, similarity, max_images):
     """Computes similarities for batch after batch of images.
 
     Args:
-        data: As `image_batches` takes it.
+        data: As `read_images` takes it.
         similarity: Function from `(batch, ...)` images to `(batch, N)` floats.
         max_images: Integer. Stop reading after this many images.
 
@@ -23,7 +23,7 @@ def collect_similarities(data, similarity, max_images):
     return np.concatenate(
         [
             ops.convert_to_numpy(similarity(ops.convert_to_tensor(images)))
-            for images in image_batches(data, max_images)
+            for images in read_images(data, max_images)
         ]
     )
 

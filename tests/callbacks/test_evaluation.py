@@ -232,7 +232,7 @@ def test_a_run_that_is_cut_off_goes_on_the_same(tmp_path):
             model, history = fit(callbacks, make_model(), epochs=4)
         except KeyboardInterrupt:
             return None
-        best = read(tmp_path / folder / "best.npz")[1]["epoch"]
+        best = read_checkpoint(tmp_path / folder / "best.npz")[1]["epoch"]
         return weights_of(model), history, best
 
     expected, expected_history, best = run(tmp_path / "whole")

@@ -182,7 +182,7 @@ def test_images_of_another_size_and_none_are_refused_before_training(tmp_path):
     model = make_model(kcm.ClusterMasking(4))
     for images, message in (
         (np.zeros((1, 18, 16, 3), "uint8"), "Images .* `patch_size` divides"),
-        (np.zeros((0, 16, 16, 3), "uint8"), "at least one batch of images"),
+        (np.zeros((0, 16, 16, 3), "uint8"), "at least one image"),
     ):
         with pytest.raises(ValueError, match=rf"{message}.*Received: "):
             fit(model, [MaskImages(images, tmp_path)])

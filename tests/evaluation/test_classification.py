@@ -24,6 +24,7 @@ def unbalanced_labels(count, num_classes, seed=0):
     )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("num_classes", [6, 30])
 def test_accuracies_are_those_of_clip_benchmark_and_scikit_learn(num_classes):
     torch = pytest.importorskip("torch")
@@ -52,6 +53,7 @@ def test_accuracies_are_those_of_clip_benchmark_and_scikit_learn(num_classes):
     assert [found["top_1"], found["top_5"]] == pytest.approx(both, abs=1e-6)
 
 
+@pytest.mark.any_backend
 def test_a_wrong_class_of_the_same_score_is_ahead():
     scores = np.array([[1, 1, 0, 0], [0, 2, 1, 1], [5, 5, 5, 5]], "float32")
     found = classification_accuracy(scores, [0, 1, 3], ks=(1, 2, 3, 4))
@@ -63,6 +65,7 @@ def test_a_wrong_class_of_the_same_score_is_ahead():
     }
 
 
+@pytest.mark.any_backend
 def test_scores_of_any_scale_give_the_same_accuracies():
     rng = np.random.default_rng(0)
     cosines = rng.uniform(0, 0.5, (300, 40))
@@ -75,6 +78,7 @@ def test_scores_of_any_scale_give_the_same_accuracies():
         assert found == {"top_1": 0.0, "top_5": 1.0, "mean_per_class": 0.0}
 
 
+@pytest.mark.any_backend
 def test_the_mean_per_class_is_over_classes_that_occur():
     scores = np.eye(4, dtype="float32")[[0, 0, 0, 1]]
     found = classification_accuracy(scores, [0, 0, 1, 1], ks=(1,))
@@ -111,6 +115,7 @@ def test_a_data_set_is_classified_batch_by_batch(model, tokenizer, monkeypatch):
     assert sorted(found) == ["mean_per_class", "top_1", "top_5"]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
@@ -127,6 +132,7 @@ def test_bad_scores_and_labels_are_errors(scores, labels, message):
     assert "Received: " in str(error.value)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("names", "templates", "message"),
     [
@@ -146,6 +152,7 @@ def test_bad_names_and_templates_are_errors(
         zero_shot_classifier(model, names, tokenizer, templates)
 
 
+@pytest.mark.any_backend
 def test_classes_of_the_same_name_are_told_of(model, tokenizer):
     with pytest.warns(UserWarning, match=r"`class_names` holds \['cat'\]"):
         zero_shot_classifier(model, ["cat", "dog", "cat"], tokenizer, verbose=0)
@@ -162,6 +169,7 @@ def test_what_else_is_in_the_data_plays_no_part(model, tokenizer):
     assert found[0] == found[1]
 
 
+@pytest.mark.any_backend
 def test_data_is_checked_as_it_is_read(model, tokenizer):
     read = []
 
@@ -175,6 +183,7 @@ def test_data_is_checked_as_it_is_read(model, tokenizer):
     assert read == [0]
 
 
+@pytest.mark.any_backend
 def test_data_without_labels_or_with_foreign_ones_is_an_error(model, tokenizer):
     images = random_pairs(3)["images"]
     with pytest.raises(ValueError, match=r"'labels'.*Received: "):

@@ -33,18 +33,6 @@ def in_batches(pairs, size):
     ]
 
 
-class Sequence(keras.utils.PyDataset):
-    def __init__(self, batches):
-        super().__init__()
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        return self.batches[index]
-
-
 def test_arrays_and_batches_of_any_kind_give_the_embeddings_of_the_model(
     model, pairs, expected
 ):
@@ -56,7 +44,6 @@ def test_arrays_and_batches_of_any_kind_give_the_embeddings_of_the_model(
         pairs,
         in_batches(pairs, 30),
         iter(in_batches(pairs, 20)),
-        Sequence(in_batches(pairs, 33)),
         tensors,
     ):
         found = embed(model, data, verbose=0)
@@ -93,7 +80,7 @@ def test_images_alone_and_with_labels_need_no_texts(model, pairs, expected):
     assert sorted(embed(model, images, verbose=0)) == ["image_embeddings"]
 
 
-def test_several_captions_of_a_picture_are_embedded_each(model, tokenizer):
+def test_several_captions_of_an_image_are_embedded_each(model, tokenizer):
     captions = [["ab", "c"], ["d"], ["ab", "e", "f"]]
     data = {"images": random_pairs(3)["images"], "captions": captions}
     found = embed(model, data, tokenizer, verbose=0)
@@ -159,11 +146,13 @@ def test_smaller_batches_are_filled_up_so_that_few_sizes_are_compiled(
     assert sizes[-3:] == [64, 64, 8]
 
 
+@pytest.mark.any_backend
 def test_floats_that_are_not_normalised_are_an_error(model, pairs):
     with pytest.raises(ValueError, match=r"normalised.*Received: .*float32.* 25\d"):
         embed(model, pairs["images"].astype("float32"), verbose=0)
 
 
+@pytest.mark.any_backend
 def test_progress_is_shown_unless_it_is_turned_off(model, pairs, capsys):
     embed(model, pairs, verbose=0)
     assert capsys.readouterr().out == ""
@@ -173,20 +162,13 @@ def test_progress_is_shown_unless_it_is_turned_off(model, pairs, capsys):
     assert "70/70" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (None, r"`data` must be arrays or an iterable.*NoneType"),
-        ([], r"`data` must hold at least one image.*Received: data=\[\]"),
-        ({"token_ids": [1]}, r"'images'.*Received: keys=\['token_ids'\]"),
-        ({"images": np.zeros((2, 1)), "labels": [1]}, "images of 2, labels of 1"),
-    ],
-)
-def test_data_without_images_is_an_error(model, data, message):
-    with pytest.raises(ValueError, match=message):
-        embed(model, data, verbose=0)
+@pytest.mark.any_backend
+def test_data_without_images_is_an_error(model):
+    with pytest.raises(ValueError, match=r"at least one image.*Received: data=\[\]"):
+        embed(model, [], verbose=0)
 
 
+@pytest.mark.any_backend
 def test_bad_texts_and_models_are_errors(model, tokenizer):
     images = random_pairs(2)["images"]
     with pytest.raises(ValueError, match=r"'captions'.*Received: .*\['images'\]"):

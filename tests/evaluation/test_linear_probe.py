@@ -1,4 +1,3 @@
-import sys
 import warnings
 
 import numpy as np
@@ -10,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import embed, evaluate_linear_probe, linear_probe
-from keras_cluster_mask.evaluation.regularization import STRENGTHS, search, split
+from keras_cluster_mask.evaluation.linear_probe import STRENGTHS, _split, search
 from tests.helpers import class_pairs
 
 
@@ -58,6 +57,7 @@ def fits(monkeypatch):
 # === Accuracies ===
 
 
+@pytest.mark.any_backend
 def test_accuracies_equal_scikit_learns_and_clip_benchmarks(monkeypatch):
     found = probe()
     classifier = LogisticRegression(C=1 / found["regularization"], max_iter=1000)
@@ -84,7 +84,8 @@ def test_accuracies_equal_scikit_learns_and_clip_benchmarks(monkeypatch):
     assert [found["top_1"], found["top_5"]] == pytest.approx(theirs, abs=1e-6)
 
 
-def test_two_classes_are_as_scikit_learn_tells_them_apart():
+@pytest.mark.any_backend
+def test_two_classes_are_classified_as_by_scikit_learn():
     train, test = np.arange(40) % 2, np.arange(30) % 2
     features = clusters(train, 1, noise=3), clusters(test, 2, noise=3)
     found = linear_probe(
@@ -96,6 +97,7 @@ def test_two_classes_are_as_scikit_learn_tells_them_apart():
     assert "top_5" not in found
 
 
+@pytest.mark.any_backend
 def test_top_5_needs_more_than_five_classes():
     for num_classes in (5, 6):
         labels = np.arange(30) % num_classes
@@ -106,6 +108,7 @@ def test_top_5_needs_more_than_five_classes():
         assert ("top_5" in found) == (num_classes == 6)
 
 
+@pytest.mark.any_backend
 def test_classes_may_be_missing_in_the_test_data():
     kept = np.isin(TEST, [1, 2, 5])
     found = probe(test_features=FEATURES[2][kept], test_labels=NAMES[TEST[kept]])
@@ -117,6 +120,7 @@ def test_classes_may_be_missing_in_the_test_data():
 # === Unbalanced classes ===
 
 
+@pytest.mark.any_backend
 def test_the_mean_per_class_of_unbalanced_classes_is_scikit_learns():
     train = np.repeat(np.arange(4), [90, 20, 6, 4])
     test = np.repeat(np.arange(4), [60, 10, 5, 5])
@@ -133,36 +137,63 @@ def test_the_mean_per_class_of_unbalanced_classes_is_scikit_learns():
         balanced = balanced_accuracy_score(test, predicted)
         assert result["mean_per_class"] == pytest.approx(balanced)
         assert result["top_1"] == pytest.approx(np.mean(predicted == test))
-    # The metric decides, and so does what it is on the validation data.
+    # The metric on the validation data decides.
     assert found["top_1"]["validation"] != found["mean_per_class"]["validation"]
     strong = max(STRENGTHS)
     assert found["top_1"]["validation"][strong] == pytest.approx(18 / 24, abs=0.05)
     assert found["mean_per_class"]["validation"][strong] == 0.25
 
 
-def test_a_part_of_each_class_is_split_off(fits):
-    labels = np.repeat(np.arange(7), [50, 10, 9, 3, 2, 2, 1])
+@pytest.mark.any_backend
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_validation_split_is_stratified_and_leaves_each_class_in_training(
+    share, seed
+):
+    sizes = np.array([50, 10, 9, 3, 2, 2, 1])
+    labels = np.repeat(np.arange(7), sizes)
+    rest, part = _split(np.arange(77)[:, None], labels, share, seed)
+    rows = [each[0][:, 0] for each in (rest, part)]
+    assert sorted([*rows[0], *rows[1]]) == list(range(77))
+    for each, (_, of) in zip(rows, (rest, part)):
+        np.testing.assert_array_equal(of, labels[each])
+    # Singletons stay in training, and there are at least as many items as classes.
+    size = max(round(share * 76), 6)
+    counts = np.bincount(part[1], minlength=7)
+    assert counts.sum() == size
+    assert (counts < sizes).all()
+    assert np.abs(counts - size / 76 * np.where(sizes > 1, sizes, 0)).max() < 1
+
+
+@pytest.mark.any_backend
+def test_a_few_items_of_each_class_are_enough_for_a_validation_split():
+    labels = np.arange(28) % 7
+    rest, part = _split(labels[:, None], labels, 0.2, seed=0)
+    assert np.bincount(part[1]).tolist() == [1] * 7
+    assert np.bincount(rest[1]).tolist() == [3] * 7
+
+
+@pytest.mark.any_backend
+def test_the_seed_decides_what_is_split_off():
+    labels = np.arange(50) % 5
+    found = [_split(np.arange(50)[:, None], labels, 0.3, seed) for seed in (1, 1, 2)]
+    rows = [set(part[0][:, 0]) for _, part in found]
+    assert rows[0] == rows[1] != rows[2]
+
+
+@pytest.mark.any_backend
+def test_the_final_fit_is_on_all_training_data(fits):
+    labels = np.arange(70) % 7
     features = clusters(labels, noise=0.2)
     linear_probe(features, labels, features, labels, verbose=0)
-    counts = np.bincount(fits[0][2], minlength=7)
-    assert counts.tolist() == [40, 8, 7, 2, 1, 1, 1]
-    # All of it is trained on at last.
+    assert len(fits[0][1]) == 56
     np.testing.assert_array_equal(fits[-1][1], features)
-
-
-def test_what_is_split_off_has_no_item_of_the_rest():
-    labels = np.arange(50) % 5
-    rest, part = split(np.arange(50)[:, None], labels, 0.3, seed=1)
-    assert sorted([*rest[0][:, 0], *part[0][:, 0]]) == list(range(50))
-    for features, of in (rest, part):
-        np.testing.assert_array_equal(of, labels[features[:, 0]])
-    again = split(np.arange(50)[:, None], labels, 0.3, seed=2)
-    assert set(again[1][0][:, 0]) != set(part[0][:, 0])
 
 
 # === The choice of the strength ===
 
 
+@pytest.mark.any_backend
 def test_the_validation_scores_are_those_of_scikit_learn():
     found = probe()
     assert len(found["validation"]) > 10
@@ -177,6 +208,7 @@ def test_the_validation_scores_are_those_of_scikit_learn():
     )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("peak", [-6, -5.875, -4.5, -1, 0.375, 2, 6])
 def test_the_search_finds_a_peak_to_an_eighth_of_a_decade(peak):
     strength, tried = search(lambda strength: -abs(np.log10(strength) - peak))
@@ -186,11 +218,13 @@ def test_the_search_finds_a_peak_to_an_eighth_of_a_decade(peak):
         assert 10.0**exponent in tried
 
 
+@pytest.mark.any_backend
 def test_of_equal_scores_the_strongest_regularization_is_taken():
     strength, _ = search(lambda strength: float(strength <= 10.0**1.5))
     assert np.log10(strength) == pytest.approx(1.5)
 
 
+@pytest.mark.any_backend
 def test_the_choice_never_looks_at_test_data():
     found = probe(validation=None)
     rng = np.random.default_rng(5)
@@ -204,28 +238,32 @@ def test_the_choice_never_looks_at_test_data():
     assert found["top_1"] != other["top_1"]
 
 
+@pytest.mark.any_backend
 def test_the_choice_is_made_on_the_validation_data():
     labels = np.random.default_rng(0).permutation(NAMES[VALIDATION])
     shuffled = probe(validation=(FEATURES[1], labels))
     assert shuffled["validation"] != probe()["validation"]
 
 
+@pytest.mark.any_backend
 def test_the_seed_decides_what_is_split_off_and_equal_seeds_give_equal_results():
     one, again, other = (probe(validation=None, seed=seed) for seed in (0, 0, 1))
     assert one == again
     assert one["validation"] != other["validation"]
 
 
+@pytest.mark.any_backend
 def test_a_strength_that_is_given_is_not_searched_for(fits):
     found = probe(regularization=0.5)
     assert found["regularization"] == 0.5
     assert found["validation"] == {}
     ((c, features, _),) = fits
     assert c == 2
-    # What is given for validation is trained on too.
+    # The validation data is trained on too.
     assert len(features) == 210
 
 
+@pytest.mark.any_backend
 def test_fits_that_do_not_converge_are_listed_and_the_last_one_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -241,6 +279,7 @@ def test_fits_that_do_not_converge_are_listed_and_the_last_one_warns():
     assert found["unconverged"] == [1e-6]
 
 
+@pytest.mark.any_backend
 def test_progress_counts_the_fits(capsys):
     probe()
     assert capsys.readouterr().out == ""
@@ -280,7 +319,7 @@ def test_a_model_is_probed_by_its_embeddings(model, data):
     assert found == expected
 
 
-def test_pictures_in_a_folder_for_each_class_are_data(model, data, tmp_path, encode):
+def test_images_in_a_folder_for_each_class_are_data(model, data, tmp_path, encode):
     names = ["ape", "bee", "cow", "dog"]
     for part in ("train", "test"):
         for index, image in enumerate(data[part]["images"]):
@@ -310,6 +349,7 @@ def with_nan(features):
     return features
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -336,6 +376,7 @@ def test_bad_input_is_an_error_that_says_so(options, message):
         probe(**options)
 
 
+@pytest.mark.any_backend
 def test_one_class_and_single_items_are_errors():
     with pytest.raises(ValueError, match=r"at least two classes.*class 3 alone"):
         probe(train_labels=np.full(140, 3), test_labels=np.full(105, 3))
@@ -344,17 +385,10 @@ def test_one_class_and_single_items_are_errors():
         linear_probe(features, range(7), features, range(7), verbose=0)
 
 
+@pytest.mark.any_backend
 def test_bad_data_for_a_model_is_an_error_before_it_is_all_embedded(model, data):
     images = data["test"]["images"]
     with pytest.raises(ValueError, match=r"`test` must hold 'labels'.*\['images'\]"):
         evaluate_linear_probe(model, data["train"], images, verbose=0)
     with pytest.raises(ValueError, match="`metric`"):
         evaluate_linear_probe(model, None, None, metric="f1")
-
-
-def test_without_scikit_learn_the_error_says_what_to_install(model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        probe()
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        evaluate_linear_probe(model, None, None)

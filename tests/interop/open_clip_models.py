@@ -51,9 +51,9 @@ def embeddings(model, images, ids):
     import torch
 
     with torch.no_grad():
-        pictures = torch.tensor(images).permute(0, 3, 1, 2)
+        pixels = torch.tensor(images).permute(0, 3, 1, 2)
         return (
-            model.encode_image(pictures, normalize=True).numpy(),
+            model.encode_image(pixels, normalize=True).numpy(),
             model.encode_text(torch.tensor(ids).long(), normalize=True).numpy(),
         )
 

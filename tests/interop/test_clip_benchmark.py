@@ -1,4 +1,4 @@
-"""clip_benchmark's own figures, against NumPy's of the same embeddings."""
+"""clip_benchmark's metrics, against NumPy's of the same embeddings."""
 
 import io
 import json
@@ -19,7 +19,6 @@ from PIL import Image
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data.images import NUM_DRAWS, Cutter
 from keras_cluster_mask.interop.clip_benchmark import adapt, main
-from keras_cluster_mask.interop.torch_adapter import Transform
 from keras_cluster_mask.models.pixels import (
     CLIP_MEAN,
     CLIP_STD,
@@ -41,13 +40,17 @@ from tests.helpers import (
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLASSES = ["cat", "dog", "red car", "blue boat", "tree", "house"]
 TEMPLATES = ["a photo of a {c}.", "{c}", "a drawing of a {c}."]
-# Captions of each picture, of which some have more than others.
+# Captions of each image, some with more than others.
 CAPTIONS = [
     [f"a {name} {place}" for place in places[: 1 + index % 3]]
     for places in (("in the snow", "at night", "from above"), ("here", "there", "lost"))
     for index, name in enumerate(CLASSES)
 ]
 ALL_CAPTIONS = [caption for captions in CAPTIONS for caption in captions]
+SUGARCREPE = [
+    "add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att",
+    "swap_obj",
+]  # fmt: skip
 LABELS = np.arange(13) % len(CLASSES)
 
 
@@ -60,8 +63,8 @@ def ids_of(texts, length=6):
     return ids
 
 
-def pictures(count):
-    """Encoded pictures of noise, each of another size."""
+def encoded_images(count):
+    """Encoded images of noise, each of another size."""
     rng = np.random.default_rng(0)
     for index in range(count):
         shape = (20 + index, 31 - index, 3)
@@ -76,13 +79,13 @@ def write_dataset(tmp_path, write_tar):
 
     def write_dataset(name, extension, contents, **texts):
         (tmp_path / name / "test").mkdir(parents=True)
-        samples = list(zip(pictures(len(contents)), contents))
+        samples = list(zip(encoded_images(len(contents)), contents))
         for shard, first in enumerate((0, 5)):
             files = []
-            for index, (picture, content) in list(enumerate(samples))[first:][:8]:
+            for index, (encoded, content) in list(enumerate(samples))[first:][:8]:
                 if shard or index < 5:
                     key = f"{index:04}"
-                    files += [(f"{key}.png", picture), (f"{key}.{extension}", content)]
+                    files += [(f"{key}.png", encoded), (f"{key}.{extension}", content)]
             write_tar(f"{name}/test/{shard}.tar", files)
         (tmp_path / name / "test" / "nshards.txt").write_text("2")
         for file, text in texts.items():
@@ -107,6 +110,26 @@ def classification(write_dataset):
 def retrieval(write_dataset):
     texts = ["\n".join(lines).encode() for lines in CAPTIONS]
     return write_dataset("captions", "txt", texts, dataset_type="retrieval")
+
+
+@pytest.fixture
+def sugarcrepe(tmp_path):
+    """SugarCrepe's layout: a JSON file a data set, and images in one folder."""
+    (tmp_path / "crepe" / "val2017").mkdir(parents=True)
+    for index, content in enumerate(encoded_images(len(ALL_CAPTIONS))):
+        (tmp_path / "crepe" / "val2017" / f"{index:012}.png").write_bytes(content)
+    for shift, name in enumerate(SUGARCREPE, 1):
+        # Indices have gaps.
+        entries = {
+            str(3 * index): {
+                "filename": f"{index:012}.png",
+                "caption": caption,
+                "negative_caption": ALL_CAPTIONS[index - shift],
+            }
+            for index, caption in enumerate(ALL_CAPTIONS)
+        }
+        (tmp_path / "crepe" / f"{name}.json").write_text(json.dumps(entries))
+    return tmp_path / "crepe"
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +170,7 @@ def embeddings_of(model, tokenizer, count, texts):
     """What our own pipeline for evaluation and `predict` make of them."""
     cut = Cutter((16, 16), training=False)
     images = np.stack(
-        [cut(content, np.zeros(NUM_DRAWS)) for content in pictures(count)]
+        [cut(content, np.zeros(NUM_DRAWS)) for content in encoded_images(count)]
     )
     images = model.predict(
         {"images": images, "token_ids": np.zeros((count, 10), "int32")}, verbose=0
@@ -162,7 +185,7 @@ def embeddings_of(model, tokenizer, count, texts):
     return images, texts
 
 
-def classification_figures(model, tokenizer):
+def classification_metrics(model, tokenizer):
     texts = [template.format(c=name) for name in CLASSES for template in TEMPLATES]
     images, texts = embeddings_of(model, tokenizer, len(LABELS), texts)
     classes = texts.reshape(len(CLASSES), len(TEMPLATES), -1).mean(axis=1)
@@ -178,17 +201,17 @@ def classification_figures(model, tokenizer):
     }
 
 
-def retrieval_figures(model, tokenizer, ks):
+def retrieval_metrics(model, tokenizer, ks):
     images, texts = embeddings_of(model, tokenizer, len(CAPTIONS), ALL_CAPTIONS)
     owner = np.repeat(np.arange(len(CAPTIONS)), [len(x) for x in CAPTIONS])
     recall = kcm.evaluation.retrieval_recall(
         images, texts, np.arange(len(images)), owner, ks
     )
-    figures = {}
+    metrics = {}
     for k in ks:
-        figures[f"image_retrieval_recall@{k}"] = recall[f"text_to_image_recall@{k}"]
-        figures[f"text_retrieval_recall@{k}"] = recall[f"image_to_text_recall@{k}"]
-    return figures
+        metrics[f"image_retrieval_recall@{k}"] = recall[f"text_to_image_recall@{k}"]
+        metrics[f"text_retrieval_recall@{k}"] = recall[f"image_to_text_recall@{k}"]
+    return metrics
 
 
 def command(files, folder, output, *options):
@@ -202,10 +225,10 @@ def command(files, folder, output, *options):
     ]  # fmt: skip
 
 
-# === Figures ===
+# === Metrics ===
 
 
-def test_zero_shot_figures_are_those_of_numpy(
+def test_zero_shot_metrics_are_those_of_numpy(
     model, tokenizer, files, classification, tmp_path
 ):
     output = tmp_path / "result.json"
@@ -213,23 +236,42 @@ def test_zero_shot_figures_are_those_of_numpy(
     assert main(command(files, classification, output)) == 0
     assert sys.argv == given
     result = json.loads(output.read_text())
-    assert result["metrics"] == pytest.approx(classification_figures(model, tokenizer))
+    assert result["metrics"] == pytest.approx(classification_metrics(model, tokenizer))
     assert 0 < result["metrics"]["acc1"] < result["metrics"]["acc5"] < 1
     assert result["dataset"] == "wds/classes"
     assert (result["model"], result["pretrained"]) == ("own", files[0])
 
 
-def test_retrieval_figures_are_those_of_numpy(
+def test_retrieval_metrics_are_those_of_numpy(
     model, tokenizer, files, retrieval, tmp_path
 ):
     output = tmp_path / "result.json"
     options = "--task", "zeroshot_retrieval", "--recall_k", "2", "6"
     assert main(command(files, retrieval, output, *options)) == 0
     metrics = json.loads(output.read_text())["metrics"]
-    assert metrics == pytest.approx(retrieval_figures(model, tokenizer, (2, 6)))
+    assert metrics == pytest.approx(retrieval_metrics(model, tokenizer, (2, 6)))
     assert all(0 < value < 1 for value in metrics.values())
 
 
+def test_sugarcrepe_gives_the_caption_selection_accuracy(
+    model, tokenizer, files, sugarcrepe, tmp_path
+):
+    arguments = command(files, sugarcrepe, tmp_path / "{dataset}.json")
+    arguments[arguments.index("wds/crepe")] = "sugar_crepe"
+    assert main(arguments) == 0
+    images, captions = embeddings_of(model, tokenizer, len(ALL_CAPTIONS), ALL_CAPTIONS)
+    for shift, name in enumerate(SUGARCREPE, 1):
+        result = json.loads((tmp_path / f"sugar_crepe_{name}.json").read_text())
+        assert result["task"] == "image_caption_selection"
+        expected = kcm.evaluation.caption_selection_accuracy(
+            images, captions, np.roll(captions, shift, axis=0)
+        )
+        assert 0 < expected < 1
+        for metric in ("acc", "text_acc"):
+            assert result["metrics"][metric] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_the_command_runs_as_a_program(classification, tmp_path):
     # Of classes that a program has by itself.
     backbone = kcm.models.clip_backbone("tiny", image_size=16, context_length=10)
@@ -252,7 +294,7 @@ def test_the_command_runs_as_a_program(classification, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
-    assert metrics == pytest.approx(classification_figures(model, tokenizer))
+    assert metrics == pytest.approx(classification_metrics(model, tokenizer))
 
 
 def test_a_model_is_loaded_once_for_several_datasets(
@@ -279,6 +321,7 @@ def test_a_model_is_loaded_once_for_several_datasets(
     assert len((tmp_path / "all.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.any_backend
 def test_help_tells_of_our_options_and_clip_benchmarks(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["eval", "--help"])
@@ -303,7 +346,7 @@ def test_autocast_has_no_influence_on_embeddings(model, tokenizer):
         assert torch.equal(one, other)
 
 
-def test_retrieval_figures_are_the_same_with_amp(model, tokenizer):
+def test_retrieval_metrics_are_the_same_with_amp(model, tokenizer):
     adapter, _, tokenize = adapt(model, tokenizer)
     images = torch.tensor(random_images(len(CAPTIONS)).transpose(0, 3, 1, 2))
     batches = [(images[:7], CAPTIONS[:7]), (images[7:], CAPTIONS[7:])]
@@ -374,20 +417,23 @@ def test_batches_of_any_size_are_taken():
         assert torch.allclose(part, whole[1][:count], atol=2e-6)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 @pytest.mark.parametrize("size", [(40, 23), (17, 61), (16, 16), (5, 9)])
-def test_the_transform_is_open_clips(mode, size):
+def test_the_transform_is_open_clips(mode, size, model, tokenizer):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 4), "uint8")
     image = Image.fromarray(pixels)
     if mode != "RGBA":
         image = image.convert("RGB").convert(mode)
     reference = open_clip.image_transform(16, False, CLIP_MEAN, CLIP_STD)(image)
-    found = Transform((16, 16))(image)
+    _, transform, _ = adapt(model, tokenizer)
+    found = transform(image)
     assert found.dtype == torch.uint8
     mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
     assert torch.allclose((found / 255 - mean) / std, reference, atol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_texts_are_one_or_many(tokenizer, model):
     _, _, tokenize = adapt(model, tokenizer)
     assert torch.equal(tokenize("a cat"), tokenize(["a cat"]))
@@ -395,6 +441,7 @@ def test_texts_are_one_or_many(tokenizer, model):
     np.testing.assert_array_equal(tokenize(CLASSES), tokenizer(CLASSES))
 
 
+@pytest.mark.any_backend
 def test_by_default_texts_become_clips_tokens():
     backbone = kcm.models.clip_backbone("tiny", image_size=16, context_length=20)
     _, _, tokenize = adapt(backbone)
@@ -416,6 +463,7 @@ def test_a_preset_of_keras_hub_is_a_model(tmp_path):
 # === Bad input ===
 
 
+@pytest.mark.any_backend
 def test_a_file_that_is_not_there_or_no_model_is_named(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"`model`.*Received: model=.*none"):
         adapt(tmp_path / "none.keras")
@@ -429,6 +477,7 @@ def test_a_file_that_is_not_there_or_no_model_is_named(tmp_path, capsys):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.any_backend
 def test_models_of_another_kind_are_refused(tmp_path):
     for model in (text_bag(), 3):
         with pytest.raises(ValueError, match=r"ContrastiveModel.*Received: model="):
@@ -441,6 +490,7 @@ def test_models_of_another_kind_are_refused(tmp_path):
         adapt(tmp_path / "vit.keras")
 
 
+@pytest.mark.any_backend
 def test_a_model_without_towers_is_refused():
     class Own(keras.Model):
         def call(self, images):
@@ -451,6 +501,7 @@ def test_a_model_without_towers_is_refused():
         adapt(model, ids_of)
 
 
+@pytest.mark.any_backend
 def test_an_image_encoder_of_any_size_is_refused():
     images = keras.Input((None, None, 3))
     x = keras.layers.GlobalAveragePooling2D()(images)
@@ -459,6 +510,7 @@ def test_an_image_encoder_of_any_size_is_refused():
         adapt(model, ids_of)
 
 
+@pytest.mark.any_backend
 def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer):
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     with pytest.raises(ValueError, match=r"`tokenizer`.*Received: ids of shape"):
@@ -467,6 +519,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer):
         adapt(model)
 
 
+@pytest.mark.any_backend
 def test_without_clip_benchmark_the_error_says_how_to_install_it(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("clip_benchmark")]:
         monkeypatch.setitem(sys.modules, name, None)

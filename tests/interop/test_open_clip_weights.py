@@ -12,7 +12,7 @@ from keras_cluster_mask.interop import (
     open_clip_state_dict,
     save_open_clip,
 )
-from keras_cluster_mask.interop.open_clip_names import entries
+from keras_cluster_mask.interop.state_dicts import entries
 from keras_cluster_mask.models.sizes import SIZES
 from tests.interop.open_clip_models import arrays, batch, embeddings, randomize, tiny
 
@@ -53,7 +53,7 @@ def test_epsilons_are_those_of_open_clip():
     import torch
 
     with torch.no_grad():
-        # What is normalised is so small that epsilons of 1e-5 and 1e-6 are told apart.
+        # Activations so small that epsilons of 1e-5 and 1e-6 differ in the results.
         for weight in (
             reference.token_embedding.weight,
             reference.positional_embedding,
@@ -106,6 +106,7 @@ def test_vit_b_32_is_read_by_its_shapes_and_agrees(draw_nothing):
     assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
 
 
+@pytest.mark.any_backend
 def test_open_clip_reads_a_file_as_a_pretrained_model(draw_nothing, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     reference = randomize(open_clip.create_model("ViT-S-32-alt", pretrained=None))
@@ -129,6 +130,7 @@ def _zeros(initializer, shape, dtype=None, **kwargs):
 # === Sizes ===
 
 
+@pytest.mark.any_backend
 def test_sizes_are_read_off_the_tensors():
     backbone = load_open_clip(tiny(mlp_ratio=3.0).state_dict())
     vision, text = backbone.vision_encoder, backbone.text_encoder
@@ -169,6 +171,7 @@ def test_heads_that_are_not_64_wide_are_said():
             load_open_clip(reference.state_dict(), num_heads=wrong)
 
 
+@pytest.mark.any_backend
 def test_heads_are_those_of_every_vit_of_open_clip():
     open_clip = pytest.importorskip("open_clip")
     from keras_cluster_mask.interop.open_clip_weights import _heads
@@ -230,6 +233,7 @@ def test_keras_gets_back_every_bit_and_open_clip_computes_the_same():
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
+@pytest.mark.any_backend
 def test_no_weight_of_a_backbone_is_left_out():
     backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
     table = entries(3, 1)
@@ -256,6 +260,7 @@ def test_a_contrastive_model_gives_its_backbone_and_its_bias():
     assert state["logit_bias"].shape == ()
 
 
+@pytest.mark.any_backend
 def test_the_temperature_is_kept():
     reference = tiny()
     model = kcm.ContrastiveModel.from_backbone(load_open_clip(reference.state_dict()))
@@ -268,11 +273,13 @@ def test_the_temperature_is_kept():
 # === Errors ===
 
 
+@pytest.mark.any_backend
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match=r"CLIPBackbone.*Received: model=.*Sequential"):
         open_clip_state_dict(keras.Sequential())
 
 
+@pytest.mark.any_backend
 def test_patches_without_positions_are_refused():
     encoder = keras_hub.models.CLIPVisionEncoder(
         8, 64, 1, 1, 64, image_shape=(16, 16, 3)
@@ -285,6 +292,7 @@ def test_patches_without_positions_are_refused():
     assert open_clip_state_dict(backbone)["visual.proj"].shape == (64, 24)
 
 
+@pytest.mark.any_backend
 def test_unknown_activations_are_refused():
     with pytest.raises(ValueError, match=r"`activation`.*activation='relu'"):
         load_open_clip({}, activation="relu")

@@ -1,4 +1,4 @@
-"""How a checkpoint may be wrapped, and what is said of one that does not fit."""
+"""Wrapped checkpoints, and errors for those that do not fit."""
 
 import numpy as np
 import pytest
@@ -26,12 +26,14 @@ def assert_equal(actual, expected):
 # === What fits ===
 
 
+@pytest.mark.any_backend
 def test_checkpoints_of_training_are_unwrapped(reference):
     parallel = {f"module.{name}": x for name, x in reference.items()}
     checkpoint = {"epoch": 3, "name": "run", "state_dict": parallel, "optimizer": {}}
     assert_equal(returned(checkpoint), reference)
 
 
+@pytest.mark.any_backend
 def test_a_text_tower_of_its_own_is_the_same_one(reference):
     custom = arrays(tiny(custom_text=True))
     assert "text.ln_final.weight" in custom
@@ -39,12 +41,14 @@ def test_a_text_tower_of_its_own_is_the_same_one(reference):
     assert_equal(returned(custom), expected)
 
 
+@pytest.mark.any_backend
 def test_buffers_beside_the_weights_are_left_out(reference):
     buffers = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), 7)
     buffers["attn_mask"] = np.full((7, 7), -np.inf)
     assert_equal(returned({**reference, **buffers}), reference)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_weights_of_other_precision_become_float32(reference, dtype):
     import torch
@@ -63,6 +67,7 @@ def test_tensors_of_the_running_backend_are_taken(reference):
     assert_equal(returned(tensors), reference)
 
 
+@pytest.mark.any_backend
 def test_a_scale_may_be_an_array_of_one(reference):
     scale = reference["logit_scale"].reshape(1)
     assert_equal(returned({**reference, "logit_scale": scale}), reference)
@@ -71,6 +76,7 @@ def test_a_scale_may_be_an_array_of_one(reference):
 # === What does not ===
 
 
+@pytest.mark.any_backend
 def test_every_entry_that_does_not_fit_is_listed(reference):
     state = dict(reference)
     del state["visual.ln_pre.weight"], state["transformer.resblocks.1.mlp.c_fc.bias"]
@@ -100,6 +106,7 @@ def test_every_entry_that_does_not_fit_is_listed(reference):
     ]
 
 
+@pytest.mark.any_backend
 def test_a_missing_block_is_listed_whole(reference):
     start = "transformer.resblocks.1."
     state = {name: x for name, x in reference.items() if not name.startswith(start)}
@@ -109,6 +116,7 @@ def test_a_missing_block_is_listed_whole(reference):
     assert str(error.value).count("unexpected: transformer.resblocks.2.") == 12
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "state",
     [
@@ -124,6 +132,7 @@ def test_what_is_no_clip_is_said_to_be_none(state):
         load_open_clip(state)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("source", [None, 3, [1, 2], {1: np.zeros(2)}])
 def test_what_is_no_state_dict_is_refused(source):
     with pytest.raises(
@@ -132,6 +141,7 @@ def test_what_is_no_state_dict_is_refused(source):
         load_open_clip(source)
 
 
+@pytest.mark.any_backend
 def test_images_must_be_square(reference):
     positions = np.zeros((7, 128), "float32")
     with pytest.raises(ValueError, match=r"square images.*Received: 7 positions"):

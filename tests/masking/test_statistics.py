@@ -287,7 +287,7 @@ class TestOtherMaskings:
     ("options", "arguments", "message"),
     [
         ({}, {"data": []}, "`data` must hold at least one"),
-        ({}, {"data": 3}, "`data` must be an array of images or an iterable"),
+        ({}, {"data": 3}, "`data` must be arrays or an iterable"),
         ({}, {"data": [{"pictures": 3}]}, "`data` must have the key 'images'"),
         (
             {},

@@ -1,0 +1,66 @@
+"""What evaluation does to images and texts before a model sees them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.evaluation.preprocessing import (
+    center_crop,
+    load_tokenizer,
+    tokenize,
+)
+
+pytestmark = pytest.mark.any_backend
+
+
+def letters(texts):
+    return [[*text.ljust(4)[:4].encode()] for text in texts]
+
+
+@pytest.mark.parametrize("image_size", [(16, 16), (8, 24)])
+@pytest.mark.parametrize("size", [(40, 23), (17, 61), (16, 16), (5, 9)])
+def test_an_image_becomes_its_center(size, image_size):
+    # The row in one channel, the column in another.
+    pixels = np.zeros((*size, 3), "uint8")
+    pixels[..., 0], pixels[..., 1] = np.indices(size)
+    found = center_crop(Image.fromarray(pixels), image_size)
+    assert found.shape == (*image_size, 3)
+    assert found.dtype == "uint8"
+    row, column, _ = found.mean(axis=(0, 1))
+    assert abs(row - (size[0] - 1) / 2) <= 1
+    assert abs(column - (size[1] - 1) / 2) <= 1
+
+
+def test_texts_become_ids_that_fit_the_model():
+    found = tokenize(letters, ["ab", "c"], context_length=4, vocabulary_size=128)
+    assert found.dtype == "int32"
+    assert found.tolist() == [[97, 98, 32, 32], [99, 32, 32, 32]]
+    assert tokenize(letters, ["ab"]).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_length": 5}, r"takes, 5. Received: ids of shape \(2, 4\)"),
+        ({"vocabulary_size": 99}, "ids 0 to 98. Received: ids from 32 to 99"),
+    ],
+)
+def test_ids_that_do_not_fit_the_model_are_errors(options, message):
+    with pytest.raises(ValueError, match=f"`tokenizer` must .*{message}"):
+        tokenize(letters, ["ab", "c"], **options)
+
+
+def test_a_tokenizer_is_loaded_from_its_file_in_the_models_length(tmp_path):
+    tokenizer = kcm.data.CLIPTokenizer.train(["a cat"], 600, context_length=8)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for length, expected in ((None, 8), (6, 6)):
+        found = load_tokenizer(tmp_path / "tokenizer.json", length)
+        assert found(["a cat"]).shape == (1, expected)
+    assert load_tokenizer(letters, 8) is letters
+
+
+def test_the_default_tokenizer_is_clips():
+    pytest.importorskip("open_clip")
+    assert load_tokenizer()(["a cat"])[0, :4].tolist() == [49406, 320, 2368, 49407]
+    assert load_tokenizer(None, 12)(["a cat"]).shape == (1, 12)
