@@ -4,6 +4,7 @@ import dataclasses
 
 import keras
 import numpy as np
+from flops import training_flops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models.sizes import SIZES
@@ -87,7 +88,7 @@ class Setting:
 
     def arithmetic(self, name):
         """Floating-point operations to train on one pair."""
-        return kcm.models.training_flops(
+        return training_flops(
             self.size, self.side(name), CONTEXT_LENGTH, masking=self.masking(name)
         )
 

@@ -11,7 +11,7 @@ from keras_cluster_mask.masking import (
     MaskingStatistics,
     RandomMasking,
 )
-from keras_cluster_mask.masking.patch_grid import grid_shape
+from keras_cluster_mask.masking.patch_grid import grid_shape, is_channels_first
 from keras_cluster_mask.masking.statistics import (
     check_tokens_do_not_matter,
     patch_size_of,
@@ -350,9 +350,9 @@ def _anchor_colors(count):
     return matplotlib.colormaps["tab10"](np.arange(count) % 10)[:, :3]
 
 
-def _for_display(images, data_format):
+def _for_display(images, data_format=None):
     """Floats in `[0, 1]`, channels last, three of them."""
-    if data_format == "channels_first":
+    if is_channels_first(data_format):
         images = np.moveaxis(images, 1, -1)
     if images.dtype == np.uint8:
         images = images / 255.0

@@ -80,7 +80,7 @@ def test_what_a_masking_needs_to_be_drawn_is_named(images):
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
     with pytest.raises(ValueError, match=r"`patch_size` must be given"):
         visualization.plot_masks(images, masking)
-    with pytest.raises(ValueError, match=r"Images .* `patch_size`"):
+    with pytest.raises(ValueError, match=r"`images` must be known and divisible"):
         visualization.plot_masks(images, masking, patch_size=7)
     masking = kcm.ClusterMasking(8, min_mask_ratio=0.3, data_format="channels_last")
     with pytest.raises(ValueError, match=r"threshold .* not set"):

@@ -156,8 +156,9 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
     towers = backbone.vision_encoder, backbone.text_encoder
     table = entries(*(tower.num_layers for tower in towers))
     weights = {entry.name: entry.read(backbone) for entry in table}
-    if getattr(model, "logit_bias", None) is not None:
-        bias = ops.convert_to_numpy(model.logit_bias)
+    head = getattr(model, "head", None)
+    if head is not None and head.logit_bias is not None:
+        bias = ops.convert_to_numpy(head.logit_bias)
         weights["logit_bias"] = np.array(bias, "float32")
     return weights
 

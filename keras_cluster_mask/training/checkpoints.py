@@ -1,5 +1,6 @@
 """Checkpoints: the state of a training run as arrays, and files of them."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -149,16 +150,23 @@ class CheckpointFiles:
         return int(paths[-1].stem.removeprefix(PREFIX)) if paths else -1
 
     def read_last(self):
-        """The last checkpoint that can be read: `(path, arrays, facts)`, or `None`."""
+        """The last checkpoint that can be read: `(path, arrays, facts)`, or `None`.
+
+        Damaged files are renamed, with a warning.
+        """
         for stale in self.folder.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
         for path in reversed(self.paths()):
             try:
                 return path, *read_checkpoint(path)
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                damaged = path.with_name(f"{path.name}.damaged")
+                # Another process may have been first.
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(damaged)
                 warnings.warn(
                     f"The checkpoint {path} cannot be read ({error}); trying the one "
-                    "before.",
+                    f"before. The file is now {damaged.name}.",
                     stacklevel=2,
                 )
         return None

@@ -1,9 +1,16 @@
 """Floating-point operations, against what torch counts in open_clip's models."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 import keras_cluster_mask as kcm
-from benchmarks.flops import training_flops
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from flops import training_flops
+
 from keras_cluster_mask.models.sizes import SIZES
 
 

@@ -11,6 +11,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.callbacks import Retrieval, ZeroShot
 from keras_cluster_mask.callbacks import evaluation as evaluation_module
 from keras_cluster_mask.evaluation import evaluate_retrieval, evaluate_zero_shot
+from keras_cluster_mask.training.checkpoints import read_checkpoint
 from tests.helpers import as_dataset, image_mlp, random_pairs, text_bag
 
 from .training_run import CONTEXT, make_model, weights_of
@@ -229,7 +230,9 @@ def test_a_run_that_is_cut_off_goes_on_the_same(tmp_path):
         checkpoint = kcm.callbacks.Checkpoint(folder, save_every=1, monitor=RECALL)
         callbacks = [Retrieval(pairs(8, 1), every=2), checkpoint, Stop()]
         try:
-            model, history = fit(callbacks, make_model(), epochs=4)
+            model, history = fit(
+                callbacks, make_model(), epochs=4, resume_from=folder
+            )
         except KeyboardInterrupt:
             return None
         best = read_checkpoint(tmp_path / folder / "best.npz")[1]["epoch"]
@@ -377,7 +380,7 @@ def test_a_model_whose_loss_is_not_finite_is_not_evaluated():
 def test_all_processes_have_the_figures_of_the_main_one(monkeypatch):
     monkeypatch.setattr(
         evaluation_module,
-        "values_of_all",
+        "all_gather_object",
         lambda value: [[0.25, 0.5], value] if np.ndim(value) else [value, value],
     )
     _, history = fit([Retrieval(pairs(), ks=(1,))])
@@ -387,7 +390,7 @@ def test_all_processes_have_the_figures_of_the_main_one(monkeypatch):
 
 def test_a_share_of_the_data_is_refused(monkeypatch):
     monkeypatch.setattr(
-        evaluation_module, "values_of_all", lambda value: [value, value + 1]
+        evaluation_module, "all_gather_object", lambda value: [value, value + 1]
     )
     with pytest.raises(ValueError, match=r"`data` must be the same.*Received: images"):
         fit([Retrieval(pairs())])

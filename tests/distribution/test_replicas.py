@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask import distribution
+from keras_cluster_mask.distribution import replicas
 
 BACKEND = keras.backend.backend()
 PROGRAM = pathlib.Path(__file__).with_name("program.py")
@@ -253,14 +253,14 @@ def test_joining_processes_says_what_it_needs(monkeypatch):
 
 
 def test_alone_there_is_one_replica_that_has_everything():
-    assert distribution.num_replicas() == 1
-    assert distribution.replica_index() == 0
-    assert distribution.is_main_process()
+    assert kcm.distribution.num_replicas() == 1
+    assert replicas.replica_index() == 0
+    assert kcm.distribution.is_main_process()
     rows = np.ones((3, 2), "float32")
     for function in (
-        distribution.gather,
-        distribution.own_rows,
-        distribution.share_of_loss,
-        distribution.of_all_replicas,
+        replicas.all_gather,
+        replicas.local_rows,
+        replicas.local_loss,
+        replicas.replica_mean,
     ):
         assert function(rows) is rows
