@@ -129,9 +129,9 @@ def masking_statistics(
     """Measures what a masking does to the images of a data set.
 
     One pass over the data, in which nothing is held but the sums and two numbers
-    per image. The masking itself is left as it is, its random state included: the
+    per image. The masking does not change, its random state included: the
     noise is `np.random.default_rng(seed)`'s, `(images, N)` in the order of the
-    images. So one seed gives the same masks in batches of any size and, but for
+    images. So one seed gives the same masks in batches of any size and, except for
     rounding, on every backend. Within a `ContrastiveModel` uint8 images are
     normalised as the model does. `kcm.visualization.plot_masking_statistics` draws
     what is found.
