@@ -1,4 +1,4 @@
-"""Faults that are known and not mended yet: each test fails until its fault is mended."""
+"""Known faults that are not mended yet: each test fails until its fault is."""
 
 import keras
 import numpy as np

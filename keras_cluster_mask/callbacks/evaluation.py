@@ -213,8 +213,8 @@ class ZeroShot(Evaluation):
         templates: See `kcm.evaluation.zero_shot_classifier`.
         every: Integer. How many epochs there are from one evaluation to the next.
         ks: See `kcm.evaluation.classification_accuracy`.
-        name: String, or `None`. Distinguishes several callbacks: `name="cifar10"` writes
-            `val_cifar10_top_1`.
+        name: String, or `None`. Distinguishes several callbacks: `name="cifar10"`
+            writes `val_cifar10_top_1`.
         prefix: String, the beginning of the names in the logs.
 
     Raises:
@@ -266,7 +266,7 @@ def _copy_values(variables):
 
 
 def _check_same_everywhere(images):
-    """Raises if processes have different data, whose metrics would be those of a part."""
+    """Raises if processes have different data: metrics would be those of a part."""
     # 31 bits, as JAX's integers have no more.
     checksums = all_gather_object(zlib.crc32(np.ascontiguousarray(images)) >> 1)
     if len({*checksums}) > 1:

@@ -55,7 +55,8 @@ class MaskImages(Periodic):
     Raises:
         ImportError: If the package tensorboard is missing.
         ValueError: From `fit`, before it trains: for a model without a masking, or one
-            whose masking is not part of what `kcm.with_masking` returns; for images that do not fit it; and for another
+            whose masking is not part of what `kcm.with_masking` returns; for images
+            that do not fit it; and for another
             model than a `ContrastiveModel`.
     """
 
