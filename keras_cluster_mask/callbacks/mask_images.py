@@ -10,6 +10,7 @@ from keras_cluster_mask.batches import read_images
 from keras_cluster_mask.callbacks.periodic import Periodic
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.masking import ClusterMasking
+from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import restore_pixels
@@ -119,7 +120,12 @@ class MaskImages(Periodic):
         if not isinstance(masking, ClusterMasking) or masking.embedding_weight != 0.0:
             embed = _embedding_of(self.model, masking)
             if masking.patch_size is None:
-                patch_size = _side_of_patches(masking, self._shown, embed)
+                patch_size = _side_of_patches(
+                    masking,
+                    self._shown,
+                    embed,
+                    data_format_of(self.model.image_encoder),
+                )
         return plot_masks(
             self._shown, masking, seed=self.seed, patch_size=patch_size, embed=embed
         )
@@ -170,9 +176,9 @@ def _embedding_of(model, masking):
     )
 
 
-def _side_of_patches(masking, images, embed):
+def _side_of_patches(masking, images, embed, data_format):
     """The side of square patches, from their number."""
     pixels = masking.prepare_pixels(ops.convert_to_tensor(images[:1]))
     num_patches = masking.count_patches(pixels, embed(pixels))
-    sides = sorted(images.shape[1:])[1:]  # Without the channels.
-    return math.isqrt(sides[0] * sides[1] // num_patches)
+    height, width = height_and_width(images.shape, data_format)
+    return math.isqrt(height * width // num_patches)

@@ -128,12 +128,12 @@ def masking_statistics(
 ):
     """Measures what a masking does to the images of a data set.
 
-    One pass over the data, which keeps only sums and two numbers per image. The masking does not change, its random state included: the
-    noise is `np.random.default_rng(seed)`'s, `(images, N)` in the order of the
-    images. So one seed gives the same masks in batches of any size and, except for
-    rounding, on every backend. Within a `ContrastiveModel` uint8 images are
-    normalised as the model does. `kcm.visualization.plot_masking_statistics` draws
-    what is found.
+    One pass over the data, which keeps only sums and two numbers per image. The masking
+    does not change, its random state included: the noise is
+    `np.random.default_rng(seed)`'s, `(images, N)` in the order of the images. So one
+    seed gives the same masks in batches of any size and, except for rounding, on every
+    backend. Within a `ContrastiveModel` uint8 images are normalised as the model does.
+    `kcm.visualization.plot_masking_statistics` draws the result.
 
     Example:
 

@@ -1,4 +1,5 @@
 import functools
+import os
 from functools import partial
 
 import keras
@@ -180,7 +181,9 @@ class ContrastiveModel(keras.Model):
             self._blocks()
 
     @classmethod
-    def from_backbone(cls, backbone, masking=None, **kwargs):
+    def from_backbone(
+        cls, backbone: keras.Model, masking: PatchMasking | None = None, **kwargs
+    ) -> "ContrastiveModel":
         """Makes a model from a keras_hub backbone of two towers.
 
         The model trains the backbone itself, its projections, temperature and bias
@@ -424,9 +427,9 @@ class ContrastiveModel(keras.Model):
         validation_data=None,
         initial_epoch=0,
         steps_per_epoch=None,
-        resume_from=None,
+        resume_from: str | os.PathLike | None = None,
         **kwargs,
-    ):
+    ) -> keras.callbacks.History:
         """Trains the model: `keras.Model.fit` with one argument more.
 
         A run that was killed is continued by starting the same program again, if it

@@ -17,6 +17,10 @@ EMBEDDINGS = (
     "DINOV2Embedding",
 )
 
+# Vision transformers whose images can be resized: config, positions and patch size are
+# known.
+RESIZABLE = "CLIPVisionEncoder", "SigLIPVisionEncoder", "ViTBackbone", "DINOV2Backbone"
+
 # The transformer blocks of image and text encoders.
 BLOCKS = (
     "CLIPEncoderLayer",
@@ -52,6 +56,11 @@ def data_format_of(encoder) -> str:
         if type(layer).__name__ in EMBEDDINGS:
             found = found or getattr(layer, "data_format", None)
     return found or keras.config.image_data_format()
+
+
+def knows_image_size(encoder) -> bool:
+    """Whether an encoder is one that `with_image_size` can make for another size."""
+    return any(x.__name__ in RESIZABLE for x in type(encoder).__mro__)
 
 
 def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer:

@@ -85,7 +85,7 @@ class ContrastiveHead(keras.layers.Layer):
         self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
         self.built = True
 
-    def build_projections(self, image_width, text_width):
+    def build_projections(self, image_width: int | None, text_width: int | None):
         """Builds the projections, or checks that the features need none.
 
         Args:

@@ -9,6 +9,7 @@ from keras_cluster_mask.models.encoders import (
     as_pair,
     data_format_of,
     find_embedding_layer,
+    knows_image_size,
     number_positions,
     position_tables,
     read_positions,
@@ -49,22 +50,8 @@ def with_image_size(model, image_size: int | tuple[int, int]):
     Reference:
         - [open_clip](https://github.com/mlfoundations/open_clip), `resize_pos_embed`.
     """
-    import keras_hub
-
-    hub = keras_hub.models
-    if isinstance(model, (hub.CLIPBackbone, hub.SigLIPBackbone)):
-        encoder = model.vision_encoder
-    elif isinstance(
-        model,
-        (
-            hub.CLIPVisionEncoder,
-            hub.SigLIPVisionEncoder,
-            hub.ViTBackbone,
-            hub.DINOV2Backbone,
-        ),
-    ):
-        encoder = model
-    else:
+    encoder = getattr(model, "vision_encoder", model)
+    if not knows_image_size(encoder):
         raise ValueError(
             "`model` must be a keras_hub CLIPBackbone, CLIPVisionEncoder, "
             "SigLIPBackbone, SigLIPVisionEncoder, ViTBackbone or DINOV2Backbone. "
@@ -90,7 +77,7 @@ def with_image_size(model, image_size: int | tuple[int, int]):
         # DINOv2 would interpolate its positions whenever it is saved or loaded.
         changed["position_embedding_shape"] = changed["image_shape"]
     copy = type(model).from_config(config)
-    if isinstance(model, hub.CLIPBackbone):
+    if hasattr(model, "clip_head"):
         write_text_epsilon(copy, read_text_epsilon(model))
     copied = find_embedding_layer(getattr(copy, "vision_encoder", copy))
 
