@@ -68,6 +68,9 @@ class Checkpoint(keras.callbacks.Callback):
         NonFiniteLossError: From `fit`, if the loss is NaN or infinite.
     """
 
+    # Tells `fit` to keep count of steps.
+    saves_training_state = True
+
     def __init__(
         self, directory, save_every="epoch", keep=3, monitor="val_loss", mode=None
     ):
@@ -117,6 +120,10 @@ class Checkpoint(keras.callbacks.Callback):
         for row in run.history:
             self._best = min(self._best, self._value(row["logs"]))
 
+    def on_train_end(self, logs=None):
+        # It holds the data.
+        self._run = None
+
     def on_train_batch_end(self, batch, logs=None):
         run = self._run
         self._check_loss(logs)
@@ -153,6 +160,7 @@ class Checkpoint(keras.callbacks.Callback):
             "epoch": run.epoch,
             "epoch_step": run.step,
             "pairs": run.data.pairs,
+            "data_origin": run.data.origin,
             "history": history,
             "description": {**describe(model), **run.data.describe()},
         }

@@ -54,7 +54,7 @@ class Throughput(keras.callbacks.Callback):
                 "`Throughput` works with the `fit` of a `ContrastiveModel`. "
                 f"Received: a {type(model).__name__}"
             )
-        self._size = run.step_size
+        self._size, self._run = run.step_size, run
         self._tokens = None
         if self._size is not None and None not in (
             *self._size.image_shape,
@@ -63,12 +63,14 @@ class Throughput(keras.callbacks.Callback):
             self._tokens = tokens_per_image(model.image_encoder, self._size.image_shape)
 
     def on_epoch_begin(self, epoch, logs=None):
+        # A resumed run may have done some steps of the epoch before.
+        self._done = self._run.step
         # Times at which so many steps were done.
-        self._first = (time.perf_counter(), 0)
+        self._first = (time.perf_counter(), self._done)
         self._last = collections.deque(maxlen=self.window + 1)
 
     def on_train_batch_end(self, batch, logs=None):
-        now = (time.perf_counter(), batch + 1)
+        now = (time.perf_counter(), self._done + batch + 1)
         if not self._last:
             self._before, self._first = self._first, now
         self._last.append(now)
@@ -79,6 +81,10 @@ class Throughput(keras.callbacks.Callback):
         if not self._last or logs is None:
             return
         logs.update(self._rates(self._first, self._last[-1]))
+
+    def on_train_end(self, logs=None):
+        # It holds the data.
+        self._run = None
 
     def _rates(self, start, end):
         if self._size is None:

@@ -18,8 +18,8 @@ class Position:
         seed: int. The seed of the dataset.
         batch_size: int. The global batch size.
         count_pairs: Function without arguments that returns the number of pairs in the
-            shards. Called if a later epoch is requested before an epoch was read to its
-            end.
+            shards. Called for the number of steps of an epoch, unless an epoch has been
+            read to its end.
         opens_next: bool. Whether the last partial batch of an epoch is carried over to
             the next, or is the last batch of its own.
 

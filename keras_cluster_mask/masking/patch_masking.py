@@ -70,7 +70,8 @@ class PatchMasking(keras.layers.Layer):
     # Hiding needs an attention mask; a strategy without such scores needs none.
     hides_tokens = False
 
-    # The side lengths of a patch and the order of axes, of strategies that see images.
+    # For strategies that see images: an integer or `(height, width)` in pixels, and the
+    # order of axes.
     patch_size = None
     data_format = None
 

@@ -45,7 +45,16 @@ class BackboneModel(ContrastiveModel):
         number_positions(find_embedding_layer(encoder))
         if masking is not None:
             encoder = with_masking(encoder, masking)
-        super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
+        super().__init__(
+            encoder,
+            backbone.text_encoder,
+            loss=head.loss,
+            initial_temperature=head.initial_temperature,
+            initial_logit_bias=head.initial_logit_bias,
+            max_logit_scale=head.max_logit_scale,
+            head=head,
+            **kwargs,
+        )
         self.backbone = backbone
         self.masking = masking
 

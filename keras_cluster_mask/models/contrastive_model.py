@@ -32,7 +32,11 @@ from keras_cluster_mask.training.inputs import (
     check_input,
     until_the_end,
 )
-from keras_cluster_mask.training.layers import all_layers, state_variables
+from keras_cluster_mask.training.layers import (
+    all_layers,
+    deserialize_parts,
+    state_variables,
+)
 from keras_cluster_mask.training.micro_batches import (
     embed_in_micro_batches,
     rows_of_replica,
@@ -98,7 +102,8 @@ class ContrastiveModel(keras.Model):
             encoder unchanged.
         pixel_std: Three floats, by channel. Defaults to CLIP's.
         head: A `ContrastiveHead` to use, such as another model's, instead of one made
-            from the arguments above. Not saved: a loaded model has its own.
+            from the arguments above, which must be the same. Not saved: a loaded model
+            has its own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Metrics in training: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy`
@@ -146,14 +151,15 @@ class ContrastiveModel(keras.Model):
         self.gradient_checkpointing = gradient_checkpointing
         self.pixel_mean = None if pixel_mean is None else [*pixel_mean]
         self.pixel_std = None if pixel_std is None else [*pixel_std]
-        self.head = head or ContrastiveHead(
-            loss,
-            projection_dim,
-            initial_temperature,
-            initial_logit_bias,
-            max_logit_scale,
-            name="head",
-        )
+        given = {
+            "loss": loss,
+            "projection_dim": projection_dim,
+            "initial_temperature": initial_temperature,
+            "initial_logit_bias": initial_logit_bias,
+            "max_logit_scale": max_logit_scale,
+        }
+        self.head = head or ContrastiveHead(**given, name="head")
+        _check_head(self.head, given)
         self.head.build_projections(_width(image_encoder), _width(text_encoder))
 
         self.normalize_pixels = partial(
@@ -440,7 +446,8 @@ class ContrastiveModel(keras.Model):
         history holds all epochs, those before the interruption included.
 
         An epoch of an `image_text_dataset` has as many steps as its pairs fill batches;
-        the pairs left over come first in the next epoch.
+        the pairs left over come first in the next epoch. They are counted first, which
+        reads all shards; `steps_per_epoch` makes this unnecessary.
 
         Example:
 
@@ -573,7 +580,11 @@ class ContrastiveModel(keras.Model):
         if isinstance(encoder, MaskedEncoder):
             encoder = encoder.encoder
         whole = type(self)(
-            encoder, self.text_encoder, head=self.head, **self._options()
+            encoder,
+            self.text_encoder,
+            projection_dim=self.head.projection_dim,
+            head=self.head,
+            **self._options(),
         )
         if whole.maskings:
             raise ValueError(
@@ -618,13 +629,7 @@ class ContrastiveModel(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        for key, value in config.items():
-            if isinstance(value, dict):
-                config[key] = keras.saving.deserialize_keras_object(
-                    value, custom_objects=custom_objects
-                )
-        return cls(**config)
+        return cls(**deserialize_parts(config, custom_objects))
 
     def _options(self):
         """The constructor's arguments that models for backbones take too."""
@@ -664,6 +669,15 @@ def _check_features(encoder, features):
             f"{getattr(features, 'shape', type(features).__name__)}"
         )
     return features
+
+
+def _check_head(head, given):
+    for name, value in given.items():
+        if getattr(head, name) != value:
+            raise ValueError(
+                f"`{name}` must be that of `head`, which defines it. Received: "
+                f"{name}={value!r}, head.{name}={getattr(head, name)!r}"
+            )
 
 
 def _check_options(duplicates, micro_batch_size):

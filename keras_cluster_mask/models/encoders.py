@@ -144,9 +144,9 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
     Returns:
         Integer; `None` if the encoder's tokens are not known.
     """
-    masking = getattr(encoder, "masking", None)
-    if masking is not None:
-        tokens = count_tokens(encoder.stem, image_shape)
+    masking, stem = getattr(encoder, "masking", None), getattr(encoder, "stem", None)
+    if masking is not None and stem is not None:
+        tokens = count_tokens(stem, image_shape)
         images = ops.zeros((1, *image_shape))
         patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
         return tokens - patches + masking.num_kept(patches)

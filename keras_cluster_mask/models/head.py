@@ -29,6 +29,9 @@ class ContrastiveHead(keras.layers.Layer):
         logit_bias: A variable to use instead of a new one.
         **kwargs: Arguments of `keras.layers.Layer`.
 
+    The configuration does not hold parts that were passed in: the model around saves
+    them.
+
     Attributes:
         image_projection: Layer or `None`.
         text_projection: Layer or `None`.
@@ -77,9 +80,9 @@ class ContrastiveHead(keras.layers.Layer):
         if loss == "softmax":
             logit_bias = None
         elif logit_bias is None:
-            if initial_logit_bias is None:
-                initial_logit_bias = INITIAL_LOGIT_BIAS
-            logit_bias = self._add_scalar("logit_bias", initial_logit_bias)
+            is_given = initial_logit_bias is not None
+            bias = initial_logit_bias if is_given else INITIAL_LOGIT_BIAS
+            logit_bias = self._add_scalar("logit_bias", bias)
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
         # Keeps the weight itself in range, so that it can return at once.
         self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))

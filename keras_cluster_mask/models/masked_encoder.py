@@ -13,7 +13,8 @@ from keras_cluster_mask.models.encoders import (
     number_positions,
     split_at,
 )
-from keras_cluster_mask.training.layers import all_layers
+from keras_cluster_mask.training.gradient_checkpointing import PutMask
+from keras_cluster_mask.training.layers import all_layers, deserialize_parts
 
 
 def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
@@ -150,12 +151,7 @@ class MaskedEncoder(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        for key in ("encoder", "masking"):
-            config[key] = keras.saving.deserialize_keras_object(
-                config[key], custom_objects=custom_objects
-            )
-        return cls(**config)
+        return cls(**deserialize_parts(config, custom_objects))
 
 
 # === Hidden tokens ===
@@ -231,20 +227,6 @@ def _redraw(variable, rng, positive=False):
 
 
 def _run(blocks, weights, state, tokens, visible):
-    masked = _Hide(visible)(ops.convert_to_tensor(tokens))
+    mask = ops.convert_to_tensor(visible[None])
+    masked = PutMask()(ops.convert_to_tensor(tokens), mask=mask)
     return blocks.stateless_call(weights, state, masked, training=False)[0]
-
-
-class _Hide(keras.layers.Layer):
-    """Puts a fixed Keras mask on its input."""
-
-    def __init__(self, visible):
-        super().__init__()
-        self.visible = visible
-        self.supports_masking = True
-
-    def call(self, tokens):
-        return tokens + 0.0
-
-    def compute_mask(self, inputs, previous_mask=None):
-        return ops.convert_to_tensor(self.visible[None])

@@ -3,6 +3,7 @@ import keras
 from keras_cluster_mask.models.encoders import call_encoder
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.pixels import normalize_pixels
+from keras_cluster_mask.training.layers import deserialize_parts
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -124,7 +125,4 @@ class Tower(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        encoder = keras.saving.deserialize_keras_object(
-            config["encoder"], custom_objects=custom_objects
-        )
-        return cls(**{**config, "encoder": encoder})
+        return cls(**deserialize_parts(config, custom_objects))

@@ -159,7 +159,7 @@ class CheckpointFiles:
         for path in reversed(self.paths()):
             try:
                 return path, *read_checkpoint(path)
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 damaged = path.with_name(f"{path.name}.damaged")
                 # Another process may have been first.
                 with contextlib.suppress(FileNotFoundError):

@@ -101,7 +101,7 @@ class _Recomputed:
 
     def call_block(self, tokens, masks, args, kwargs):
         for mask in masks:
-            tokens = _PutMask()(tokens, mask=mask)
+            tokens = PutMask()(tokens, mask=mask)
         block = self.block
         # All of `__call__`, which handles `training` and the dtype policy, except for
         # the regularizer, which the call around this one adds.
@@ -131,7 +131,7 @@ class _WithMask(keras.layers.Layer):
         return None
 
 
-class _PutMask(keras.layers.Layer):
+class PutMask(keras.layers.Layer):
     """Lets tokens carry a Keras mask."""
 
     def __init__(self):

@@ -40,7 +40,7 @@ def check_data(data, vocabulary_size=None, batch_size=None):
     """
     training = batch_size is not None
     if isinstance(data, dict):
-        _check_keys(data)
+        check_keys(data)
         if vocabulary_size is not None:
             check_ids(data["token_ids"], vocabulary_size)
         if training and len(data["images"]) % batch_size == 1:
@@ -55,10 +55,10 @@ def check_data(data, vocabulary_size=None, batch_size=None):
     elif hasattr(data, "as_dataset") and keras.backend.backend() == "tensorflow":
         data = check_data(data.as_dataset(), vocabulary_size, batch_size)
     elif hasattr(data, "as_dataset"):
-        _check_keys(data.element_spec)
+        check_keys(data.element_spec)
         data = _checked_stream(data, vocabulary_size, training)
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
-        _check_keys(data.element_spec)
+        check_keys(data.element_spec)
         if any(spec.dtype == "string" for spec in data.element_spec.values()):
             data = data.map(_without_strings)
         if training or vocabulary_size is not None:
@@ -81,7 +81,20 @@ def check_input(inputs):
             "`inputs` must be a dictionary with the keys 'images' and 'token_ids'. "
             f"Received: inputs of type {type(inputs).__name__}"
         )
-    _check_keys(inputs)
+    check_keys(inputs)
+
+
+def check_keys(data):
+    """Checks the keys of a batch, or of data as far as they are known."""
+    batch = getattr(data, "element_spec", data)
+    if not isinstance(batch, dict):
+        return
+    missing = [key for key in KEYS if key not in batch]
+    if missing:
+        raise ValueError(
+            f"A batch must have the keys 'images' and 'token_ids'; missing: {missing}. "
+            f"Received: keys={sorted(batch)}"
+        )
 
 
 def check_ids(ids, vocabulary_size: int):
@@ -146,15 +159,6 @@ def rows_of(data) -> int | None:
     """The rows of a batch of data with an `element_spec`, or `None` if unknown."""
     spec = getattr(data, "element_spec", None)
     return spec["token_ids"].shape[0] if isinstance(spec, dict) else None
-
-
-def _check_keys(batch):
-    missing = [key for key in KEYS if key not in batch]
-    if missing:
-        raise ValueError(
-            f"A batch must have the keys 'images' and 'token_ids'; missing: {missing}. "
-            f"Received: keys={sorted(batch)}"
-        )
 
 
 def _checked_stream(batches, vocabulary_size, training):

@@ -1,43 +1,35 @@
-"""The layers and variables of a model, for which Keras has no public functions."""
+"""The layers, variables and configuration of the parts of a model.
 
-from collections.abc import Iterator
+Keras has no public functions for the first two, so this file reads private attributes
+of layers. Tests fail if a version of Keras changes them.
+"""
 
 import keras
 
 
-def all_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """A layer and all layers in it, at any depth, each once.
 
     `keras.Model.layers` lists the layers of a model, but not those of a layer.
     """
-    seen, stack = set(), [layer]
-    while stack:
-        found = stack.pop()
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
-        yield found
-        stack.extend(reversed([*_attributes(found)]))
+    return list(layer._flatten_layers())
 
 
-def state_variables(model: keras.layers.Layer) -> list[keras.Variable]:
+def state_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """What layers update outside of the optimizer: averages, counters, thresholds.
 
     Seeds and frozen weights are left out. Keras lists frozen weights among the public
     `non_trainable_variables`, so the list is read that each layer keeps of the
     variables it created as non-trainable.
     """
-    return [v for x in all_layers(model) for v in x._non_trainable_variables]
+    return [v for x in all_layers(layer) for v in x._non_trainable_variables]
 
 
-def _attributes(layer):
-    """The layers among a layer's attributes, and in their lists and dictionaries."""
-    stack = [*vars(layer).values()]
-    while stack:
-        value = stack.pop(0)
-        if isinstance(value, keras.layers.Layer):
-            yield value
-        elif isinstance(value, list | tuple):
-            stack = [*value, *stack]
-        elif isinstance(value, dict):
-            stack = [*value.values(), *stack]
+def deserialize_parts(config: dict, custom_objects: dict | None = None) -> dict:
+    """A configuration in which layers and models are made of their own."""
+    return {
+        key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+        if isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }

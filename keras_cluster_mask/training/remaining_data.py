@@ -26,9 +26,17 @@ class RemainingData:
         shuffle: Boolean. Whether Keras shuffles arrays.
         steps_per_epoch: Integer, of data that continues over the ends of epochs, or
             `None`.
+        epoch: Integer, the first epoch that is trained.
+        remembers_ids: Boolean. Whether `samples` will be asked for.
+
+    Attributes:
+        origin: A tuple of integers: an epoch, and how many batches of the data lie
+            before its first step. A stream continues where the last `fit` on it ended.
     """
 
-    def __init__(self, data, batch_size, shuffle, steps_per_epoch):
+    def __init__(
+        self, data, batch_size, shuffle, steps_per_epoch, epoch=0, remembers_ids=False
+    ):
         self.data = data
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -36,10 +44,10 @@ class RemainingData:
         self.position = getattr(data, "position", None)
         self._ids = collections.OrderedDict()
         self._start = 0, 0
-        # A further `fit` on a stream continues where the last one stopped.
-        self._first = 0
+        self._remembers_ids = remembers_ids
+        self.origin = epoch, 0
         if self.position is not None:
-            self._first = self.position.before(*self.position.trained)
+            self.origin = epoch, self.position.before(*self.position.trained)
 
     def describe(self):
         """What must be the same for a step to be found again, as a dictionary."""
@@ -54,15 +62,11 @@ class RemainingData:
         """The number of pairs in an epoch, if it is known."""
         return getattr(self.position, "pairs", None)
 
-    @pairs.setter
-    def pairs(self, value):
-        if self.position is not None and value is not None:
-            self.position.pairs = value
-
     @property
-    def is_reproducible(self):
-        """Whether the order of samples does not depend on Keras's shuffle."""
-        return not (self.shuffle and isinstance(self.data, (dict, tuple, list)))
+    def has_known_order(self):
+        """Whether the order of samples is the data's own, and not drawn by a loader."""
+        is_arrays = isinstance(self.data, (dict, tuple, list))
+        return not self.shuffle if is_arrays else hasattr(self.data, "element_spec")
 
     def check_resumable(self, within_epochs):
         """Raises if a step within an epoch, or any, could not be found again."""
@@ -84,7 +88,7 @@ class RemainingData:
                 "`tf.data.Dataset` to save in between. "
                 f"Received: data of type {type(self.data).__name__}"
             )
-        if not self.is_reproducible:
+        if not self.has_known_order:
             raise ValueError(
                 "`save_every` must be 'epoch' for arrays that Keras shuffles, in an "
                 "order that is not known: pass `shuffle=False`, or a dataset. "
@@ -131,13 +135,17 @@ class RemainingData:
 
     def _place(self, epoch, step):
         """The epoch of the stream, and the step in it, after steps of a `fit`."""
-        return self.position.after(self._first + epoch * self.steps_per_epoch + step)
+        return self.position.after(self._batches_before(epoch, step))
+
+    def _batches_before(self, epoch, step):
+        first_epoch, before = self.origin
+        return before + (epoch - first_epoch) * self.steps_per_epoch + step
 
     def _after(self, epoch, step):
         if self.position is not None:
             return self.data.repeat()
         if self.steps_per_epoch is not None:
-            step += epoch * self.steps_per_epoch
+            step = self._batches_before(epoch, step)
             return self.data.repeat().skip(step) if step else self.data
         if not step:
             return self.data
@@ -154,6 +162,8 @@ class RemainingData:
         """The same data, whose sample ids are remembered as batches are read."""
         spec = getattr(data, "element_spec", None)
         if not isinstance(spec, dict) or SAMPLE_ID not in spec:
+            return data
+        if not self._remembers_ids:
             return data
         import tensorflow as tf
 

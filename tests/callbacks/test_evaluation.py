@@ -430,7 +430,7 @@ class Steps(keras.callbacks.Callback):
             lambda: ZeroShot((pairs(4)["images"], np.arange(4)), NAMES, tokenizer),
             "`labels` must be classes",
         ),
-        (lambda: [Retrieval(pairs()), Retrieval(pairs(8))], "`name` must tell"),
+        (lambda: [Retrieval(pairs()), Retrieval(pairs(8))], "`name` must distinguish"),
     ],
 )
 def test_what_cannot_be_evaluated_is_an_error_before_training(make, message):

@@ -1,0 +1,178 @@
+"""Where a `fit` is, and how it resumes from a checkpoint."""
+
+import os
+import pathlib
+import types
+
+import keras
+import numpy as np
+
+from keras_cluster_mask.distribution.processes import all_gather_object, to_numpy
+from keras_cluster_mask.distribution.rng_state import read_rng_state, write_rng_state
+from keras_cluster_mask.training.checkpoints import (
+    SUFFIX,
+    CheckpointFiles,
+    describe,
+    differences,
+    read_checkpoint,
+    write_state,
+)
+
+
+class TrainingRun(keras.callbacks.Callback):
+    """Where a `fit` is. The first callback of every `fit` of a `ContrastiveModel`.
+
+    It has no hooks for batches, which would make JAX wait for every step.
+
+    Args:
+        data: `RemainingData`.
+        epoch: Integer, the first epoch.
+        step_size: `StepSize` or `None`.
+
+    Attributes:
+        data: `RemainingData`.
+        step_size: `StepSize` or `None`.
+        epoch: Integer, the running epoch; between epochs, the next.
+        step: Integer, the steps of it that were done before this Keras fit.
+        history: List of a dictionary with `"epoch"` and `"logs"` for each epoch.
+    """
+
+    def __init__(self, data, epoch, step_size):
+        super().__init__()
+        self.data = data
+        self.step_size = step_size
+        self.epoch, self.step = epoch, 0
+        self.history = []
+        self._seeks = False
+
+    def start(self, x):
+        """Called before each of Keras's fits, with the data that it is given."""
+        # A generator starts at its place; Keras may have read from a dataset before.
+        self._seeks = not isinstance(x, types.GeneratorType)
+
+    def on_train_begin(self, logs=None):
+        if self._seeks:
+            self.data.seek(self.epoch, self.step)
+
+    def on_epoch_end(self, epoch, logs=None):
+        # Later callbacks add to these logs.
+        self.history.append({"epoch": epoch, "logs": {} if logs is None else logs})
+        self.epoch, self.step = epoch + 1, 0
+        self.data.mark_trained(self.epoch, 0)
+
+
+class ResumableRun(TrainingRun):
+    """A `TrainingRun` that is saved, or resumed, within epochs.
+
+    Attributes:
+        step: Integer, the steps done of the running epoch.
+        total_steps: Integer, the steps done in all, before a resume included.
+        rng_state: Dictionary of arrays, the random state after the last step.
+    """
+
+    def __init__(self, data, epoch, step_size):
+        super().__init__(data, epoch, step_size)
+        self.total_steps = 0
+        self.rng_state = {}
+        self._metrics = self._weights = None
+        self._keeps_weights = False
+
+    def resume(self, model, found):
+        """Continues from a checkpoint, as `read_resumable` returns it."""
+        if not model.built or not model.compiled:
+            raise ValueError(
+                "`resume_from` needs a compiled and built model: compile it with an "
+                "optimizer, and call it on a batch. "
+                f"Received: built={model.built}, compiled={model.compiled}"
+            )
+        path, arrays, facts = found
+        wanted = {**describe(model), **self.data.describe()}
+        differing = differences(facts["description"], wanted)
+        if differing:
+            raise ValueError(
+                "`resume_from` must be a checkpoint of the same model and data. Use "
+                "another folder, or make model and data as they were. Received: "
+                f"resume_from={path}, with " + "; ".join(differing)
+            )
+        write_state(model, arrays)
+        self.rng_state = {k: v for k, v in arrays.items() if "generators/" in k}
+        self.epoch, self.step = facts["epoch"], facts["epoch_step"]
+        self.total_steps, self.history = facts["step"], facts["history"]
+        self.data.origin = tuple(facts["data_origin"])
+        self._metrics = arrays if self.step else None
+
+    def start(self, x, keep_weights=False):
+        """As in the base class.
+
+        Args:
+            x: The data.
+            keep_weights: Boolean. Whether `restore_weights` will be called.
+        """
+        super().start(x)
+        self._before = self.step
+        self._keeps_weights = keep_weights
+
+    def restore_weights(self):
+        """Undoes the end of a Keras fit, which replaces weights by their averages."""
+        for variable, value in zip(self.model.trainable_variables, self._weights):
+            variable.assign(value)
+        self._weights = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch, self.step = epoch, self._before
+        if self._metrics is not None:
+            write_state(self.model, self._metrics, groups=("metrics",))
+            self._metrics = None
+        self._seen = 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        # Data loaders draw from the generators that layers without a seed draw from.
+        # How often they do between two epochs depends on where a run was interrupted,
+        # so these draws are undone; but a shuffle would repeat its order.
+        if self._seen == 0 and self.data.has_known_order:
+            write_rng_state(self.rng_state)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.total_steps += batch + 1 - self._seen
+        self._seen = batch + 1
+        self.step = self._before + self._seen
+        self.rng_state = read_rng_state()
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        self._before = 0
+        if self._keeps_weights:
+            self._weights = [
+                np.array(to_numpy(v)) for v in self.model.trainable_variables
+            ]
+
+
+def read_resumable(path: str | os.PathLike):
+    """The checkpoint to resume from, the same on all processes.
+
+    Args:
+        path: A checkpoint, which must exist, or a folder.
+
+    Returns:
+        A tuple `(path, arrays, facts)`, or `None` if the folder has no checkpoint.
+    """
+    path = pathlib.Path(path).expanduser()
+    is_file = path.suffix == SUFFIX or path.with_name(path.name + SUFFIX).is_file()
+    # The first process may still be writing what all are to read.
+    all_gather_object(0)
+    if not is_file:
+        found = CheckpointFiles(path).read_last()
+    else:
+        found = (path, *read_checkpoint(path)) if path.is_file() else None
+    steps = all_gather_object(-1 if found is None else found[2]["step"])
+    if is_file and -1 in steps:
+        raise FileNotFoundError(
+            "`resume_from` must be a checkpoint that exists, or a folder. "
+            f"Received: resume_from={path}"
+        )
+    if len({*steps}) > 1:
+        raise ValueError(
+            "`resume_from` must be a folder that all processes see. Received: "
+            f"resume_from={path}, last steps {steps} by process"
+        )
+    return found
