@@ -5,7 +5,7 @@ import threading
 import keras
 from keras import ops
 
-from keras_cluster_mask.masking.patch_grid import grid_shape
+from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
 
 
 class PatchMasking(keras.layers.Layer):
@@ -137,9 +137,8 @@ class PatchMasking(keras.layers.Layer):
                     f"`{self.name}` needs the images that the tokens were made from: "
                     "call it as `masking(tokens, images=images)`. Received: images=None"
                 )
-            return math.prod(
-                grid_shape(images.shape, self.patch_size, self.data_format)
-            )
+            patch_size = standardize_patch_size(self.patch_size)
+            return math.prod(grid_shape(images.shape, patch_size, self.data_format))
         if tokens is None:
             raise ValueError(
                 f"`{self.name}` tells the number of patches from `tokens`. "

@@ -58,7 +58,7 @@ def test_a_folder_resumes_from_its_last_checkpoint_and_says_which(folder, capsys
 
 
 def test_a_file_resumes_from_that_checkpoint(folder):
-    # Of the last step of the first epoch, and of the middle of the second.
+    # Of the middle of the first epoch, and of that of the second.
     expected = compiled()
     expected.fit(random_pairs(8), epochs=2, **FIT)
     for step in (1, 3):
@@ -114,7 +114,7 @@ def test_callbacks_see_the_rest_of_an_epoch_as_a_fit_of_its_own(folder):
 
     for step, expected in (
         (1, ["begin", 0, "end", "begin", 1, 2, "end"]),
-        # Of the last step of an epoch, whose report is all that is missing.
+        # The end of an epoch.
         (2, ["begin", 1, 2, "end"]),
         (3, ["begin", 1, "end", "begin", 2, "end"]),
     ):
@@ -131,6 +131,56 @@ def test_nothing_of_a_run_is_left_on_the_model():
     model = compiled()
     model.fit(random_pairs(8), **FIT)
     assert model.training_run is None
+
+
+# === What is not resumed is Keras's own ===
+
+
+def test_a_first_epoch_leaves_out_no_data_if_nothing_is_resumed():
+    found, expected = compiled(), compiled()
+    options = {**FIT, "steps_per_epoch": 2}
+    found.fit(random_pairs(8), initial_epoch=3, epochs=4, **options)
+    expected.fit(random_pairs(8), **options)
+    for one, other in zip(values(found.weights), values(expected.weights)):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="a loader of torch's")
+def test_a_loader_of_torch_shuffles_every_epoch_anew():
+    import torch
+
+    class Orders(torch.utils.data.Dataset):
+        read = []
+
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return {key: value[index] for key, value in pairs.items()}
+
+    pairs, dataset = random_pairs(16), Orders()
+    loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True)
+    tuples = torch.utils.data.DataLoader(
+        dataset, 8, shuffle=True, collate_fn=lambda x: (loader.collate_fn(x),)
+    )
+    compiled().fit(tuples, epochs=4, verbose=0)
+    orders = np.array(dataset.read[-64:]).reshape(4, 16)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_callback_that_stops_ends_a_resumed_run_too(folder):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = True
+
+    for step, epochs in ((1, [0]), (2, [0, 1]), (3, [0, 1])):
+        path = folder / f"step-{step:09}.npz"
+        model = compiled()
+        history = model.fit(
+            random_pairs(8), epochs=4, resume_from=path, callbacks=[Stop()], **FIT
+        )
+        assert history.epoch == epochs
 
 
 # === Streams ===
@@ -175,3 +225,40 @@ def test_a_stream_validates_at_the_epochs_asked_for(write_pairs):
     assert len(history["val_loss"]) == 2
     found = model.evaluate(held_out, verbose=0, return_dict=True)
     assert history["val_loss"][-1] == pytest.approx(found["loss"], rel=1e-6)
+
+
+def test_a_stream_that_is_fitted_again_continues_where_it_was(write_pairs, tmp_path):
+    shard = write_pairs("a.tar", 0, 12)
+    expected = compiled()
+    expected.fit(stream(shard), epochs=3, verbose=0)
+    # By the number of the epoch, by none, and from a checkpoint of it.
+    for options in (
+        [{"epochs": 2}, {"initial_epoch": 2, "epochs": 3}],
+        [{"epochs": 2}, {"epochs": 1}],
+        [
+            {"epochs": 2, "resume_from": tmp_path},
+            {"epochs": 3, "resume_from": tmp_path},
+        ],
+    ):
+        model, data = compiled(), stream(shard)
+        for each in options:
+            callbacks = [checkpoint(tmp_path)] if "resume_from" in each else []
+            model.fit(data, verbose=0, callbacks=callbacks, **each)
+        for one, other in zip(values(model.weights), values(expected.weights)):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_callbacks_are_told_of_the_validation_of_a_stream(write_pairs):
+    class Tests(keras.callbacks.Callback):
+        count = 0
+
+        def on_test_begin(self, logs=None):
+            self.count += 1
+
+    held_out = stream(write_pairs("a.tar", 0, 9), training=False)
+    tests = Tests()
+    compiled().fit(
+        random_pairs(8), epochs=2, validation_data=held_out, callbacks=[tests], **FIT
+    )
+    assert tests.count == 2
+    assert tests.params["epochs"] == 2
