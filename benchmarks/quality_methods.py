@@ -1,4 +1,4 @@
-"""What `quality.py` compares: ways to spend half the patches, and their variants."""
+"""The methods that `quality.py` compares: ways to mask half the patches, with variants."""
 
 import dataclasses
 import math
@@ -243,7 +243,7 @@ METHODS = {
     "cluster, 13 anchors and detail stay": Method(
         lambda p: KeepAnchors(p, 0.5, anchor_ratio=13 / 64, detail=0.3)
     ),
-    # What is alike.
+    # Similarity.
     "cluster, colour": Method(lambda p: Colour(p, 0.5)),
     "cluster, raw pixels": Method(lambda p: RawPixels(p, 0.5)),
     "cluster, near": Method(lambda p: Near(p, 0.5)),
@@ -261,7 +261,7 @@ METHODS = {
     # From clusters to random patches, and the other way round.
     "cluster, then random": Method(cluster, over_training={"softness": SOFTER}),
     "random, then cluster": Method(cluster, over_training={"softness": SOFTER[::-1]}),
-    # Grounds of transparent pictures.
+    # Backgrounds of transparent images, under the names of the stored runs.
     "random, random ground": Method(random, background="random"),
     "cluster, random ground": Method(cluster, background="random"),
     "random, mixed ground": Method(random, background=["white", "random"]),

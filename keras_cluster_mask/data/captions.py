@@ -12,7 +12,7 @@ def read_captions(source, caption_key=None):
     Example:
 
     ```python
-    captions = kcm.data.read_captions("datasets/pictures/train-*.tar")
+    captions = kcm.data.read_captions("datasets/images/train-*.tar")
     tokenizer = kcm.data.CLIPTokenizer.train(captions, vocabulary_size=3000)
     ```
 

@@ -1,4 +1,4 @@
-"""The pictures that `quality.py` makes."""
+"""The plots of `quality.py`."""
 
 import matplotlib
 import numpy as np
