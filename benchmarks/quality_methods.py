@@ -1,4 +1,4 @@
-"""The methods that `quality.py` compares: ways to mask half the patches, with variants."""
+"""The methods of `quality.py`: ways to mask half of the patches, and their variants."""
 
 import dataclasses
 import math

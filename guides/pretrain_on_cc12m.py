@@ -2,7 +2,7 @@
 Title: Pre-train CLIP on CC12M by the paper's recipe
 Author: the keras_cluster_mask authors
 Date created: 2026/11/25
-Last modified: 2026/11/25
+Last modified: 2026/11/26
 Description: The recipe of the cluster-masking paper as one file, for any shards and devices.
 Accelerator: GPU
 """
