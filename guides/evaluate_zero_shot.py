@@ -178,15 +178,15 @@ for each class). This data set has captions only, so the guide uses the images w
 contains exactly one of these words, and the word is their class.
 """
 
-CLASSES = "flag food sign face animal woman man plant computer".split()
+NAMES = ["flag", "food", "sign", "face", "animal", "woman", "man", "plant", "computer"]
 TEMPLATES = ["{}", "{}, symbol", "a {}", "flat drawing of a {}"]
 
 
 def labelled(source):
     """Images whose caption names exactly one class, with their labels."""
     for batch in batches(source):
-        words = [set(re.findall("[a-z]+", x.decode())) for x in batch["captions"]]
-        named = np.array([[name in each for name in CLASSES] for each in words])
+        words = [set(re.split("[ ,]+", x.decode())) for x in batch["captions"]]
+        named = np.array([[name in each for name in NAMES] for each in words])
         rows = named.sum(axis=1) == 1
         if rows.any():
             labels = named[rows].argmax(axis=1)
@@ -194,13 +194,13 @@ def labelled(source):
 
 
 zero_shot = kcm.evaluation.evaluate_zero_shot(
-    model, labelled(TEST), CLASSES, tokenizer, TEMPLATES, ks=(1, 2), verbose=0
+    model, labelled(TEST), NAMES, tokenizer, TEMPLATES, ks=(1, 2), verbose=0
 )
 counts = np.bincount(
     np.concatenate([batch["labels"] for batch in labelled(TEST)]),
-    minlength=len(CLASSES),
+    minlength=len(NAMES),
 )
-print("Images of each class:", dict(zip(CLASSES, counts.tolist())))
+print("Images of each class:", dict(zip(NAMES, counts.tolist())))
 print("Always the most frequent class:", f"{counts.max() / counts.sum():.1%}")
 for name, value in zero_shot.items():
     print(f"{name:16} {value:.1%}")
