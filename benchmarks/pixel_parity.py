@@ -1,5 +1,6 @@
 """How far pixels, and an embedding of them, are from open_clip's evaluation transform.
 
+    python benchmarks/pixel_parity.py
     python benchmarks/pixel_parity.py --data "shards/test-*.tar"
 
 Images without EXIF tag or transparency, which the two treat differently on purpose.
@@ -18,23 +19,25 @@ import keras
 import numpy as np
 import open_clip
 import torch
+from made_shards import write_shards
 from PIL import Image
 from reporting import parser, publish
 
 import keras_cluster_mask as kcm
 
-DEFAULT = pathlib.Path(__file__).parent.parent / "datasets" / "images"
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 
 
 def main():
     parsed = parser(__doc__)
     add = parsed.add_argument
-    add("--data", default=f"{DEFAULT}/test-*.tar", help="shards")
+    add("--data", help="shards of your own, instead of photographs of scikit-image")
     add("--image-size", type=int, default=224)
     add("--most", type=int, default=1000, help="images that are compared at most")
     add("--results", default="results", help="folder for the JSON file")
+    add("--shards", default="results/pixel_parity", help="folder for the shards")
     options = parsed.parse_args()
+    options.data = options.data or write_shards(options.shards, 200, 640, 100)
 
     reference = open_clip.image_transform(options.image_size, is_train=False)
     torch.manual_seed(0)
