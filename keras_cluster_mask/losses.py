@@ -3,11 +3,18 @@
 A loss takes a batch of image embeddings and a batch of text embeddings, row i of
 one belonging to row i of the other, and compares every image with every text. It is
 the mean of what each pair contributes, so it can also be computed some rows at a
-time: `compare` some pairs with all, then take `softmax_row_losses` or
-`sigmoid_row_losses` of the result.
+time: `batch_loss` does so for a batch that is large, or spread over replicas.
 """
 
+import numpy as np
 from keras import ops
+
+from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
+from keras_cluster_mask.distribution.replicas import all_gather
+
+# How many pairs are compared at a time: 64 MiB a matrix, a handful of which are in
+# memory at once. A batch of 4,096 is one block.
+MAX_PAIRS = 2**24
 
 
 def softmax_contrastive_loss(
@@ -98,7 +105,72 @@ def contrastive_accuracy(image_embeddings, text_embeddings, labels=None):
     return tuple(ops.mean(row_hits(x, positives)) for x in similarities)
 
 
-# === Some rows at a time ===
+# === A batch in blocks of rows ===
+
+
+def batch_loss(loss, weights, images, texts, labels, is_split=True):
+    """Compares each pair of a batch with all others, one block of rows at a time.
+
+    Only one block of the similarity matrix exists at a time; the blocks are recomputed
+    for the gradients. Each replica compares its own rows with the whole batch.
+
+    Args:
+        loss: `"softmax"` or `"sigmoid"`.
+        weights: List of scalars: the scale and, for the sigmoid loss, the bias.
+        images: `(batch, d)` embeddings of this replica.
+        texts: `(batch, d)` embeddings of this replica.
+        labels: `(batch,)` or `(batch, k)` int tensor; equal ones are positives.
+        is_split: Boolean. Whether replicas have different rows of one batch.
+
+    Returns:
+        A tuple of three `(batch,)` float32 tensors: losses, and 1 where the most
+        similar text, and the most similar image, is a positive.
+    """
+    rows = images, texts, labels
+    batch = tuple(map(all_gather, rows)) if is_split else rows
+
+    def compare_block(weights, state, index, rows):
+        weights, batch = weights
+        similarities, positives = compare(rows, batch)
+        if loss == "softmax":
+            losses = softmax_row_losses(*similarities, positives, *weights)
+        else:
+            losses = sigmoid_row_losses(similarities[0], positives, *weights)
+        hits = [row_hits(ops.stop_gradient(x), positives) for x in similarities]
+        return (losses, *hits), state
+
+    num_blocks = _num_blocks(images.shape[0], batch[0].shape[0])
+    weights = weights, batch
+    if num_blocks == 1:
+        return compare_block(weights, (), 0, rows)[0]
+    outputs, _ = map_chunks(compare_block, num_blocks, weights, (), rows)
+    return tuple(merge_chunks(x) for x in outputs)
+
+
+def caption_labels(token_ids):
+    """Two numbers per caption that are equal for equal captions.
+
+    A 64-bit hash: millions of pairs of captions are compared at a time, too many to
+    compare them token by token. Among 32,768 different captions, two have the same hash
+    with a probability of 3e-11.
+
+    Args:
+        token_ids: `(batch, T)` int tensor.
+
+    Returns:
+        `(batch, 2)` int32 tensor.
+    """
+    token_ids = ops.cast(token_ids, "int32")
+    position = ops.arange(ops.shape(token_ids)[1], dtype="int32")
+    # The sum is blind to the order of positions, so each token is hashed with its own.
+    placed = token_ids + _int32(0x9E3779B1) * position
+    return ops.stack(
+        [
+            ops.sum(_scramble(ops.bitwise_xor(placed, _int32(key))), axis=1)
+            for key in (0x243F6A88, 0x85A308D3)
+        ],
+        axis=1,
+    )
 
 
 def compare(rows, everything):
@@ -209,3 +281,25 @@ def _compare_all(image_embeddings, text_embeddings, labels):
         )
     pairs = images, texts, labels
     return compare(pairs, pairs)
+
+
+def _num_blocks(rows, batch):
+    if rows is None:
+        return 1
+    block_size = max(1, MAX_PAIRS // batch)
+    return next(
+        n for n in range(1, rows + 1) if rows % n == 0 and rows <= n * block_size
+    )
+
+
+def _scramble(x):
+    # The finaliser of MurmurHash3 (https://github.com/aappleby/smhasher): each bit of
+    # the input changes half the bits of the output. Products wrap around on purpose.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        x = ops.bitwise_xor(x, ops.bitwise_right_shift(x, _int32(shift)))
+        x = x * _int32(factor)
+    return x
+
+
+def _int32(number):
+    return int(np.array(number, "uint32").astype("int32"))

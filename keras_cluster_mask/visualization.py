@@ -1,4 +1,4 @@
-"""Pictures of masks, training runs and retrievals, as matplotlib figures."""
+"""Plots of masks, training runs and retrievals, with matplotlib."""
 
 import matplotlib
 import numpy as np
@@ -24,10 +24,10 @@ LEFT_OUT = 0.88  # The grey of patches that are left out, on a scale of 0 to 1.
 def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None):
     """Shows what a masking leaves out.
 
-    Of a cluster masking, five pictures a row: the image; random masking at the same
-    budget; cluster masking; the clusters, coloured by anchor; and how similar each
-    patch is to the nearest anchor. Anchors are outlined. Of any other masking, the
-    image and what is left of it.
+    For a cluster masking, five images a row: the image; random masking at the same
+    budget; cluster masking; the clusters, coloured by anchor; and the similarity of
+    each patch to the nearest anchor. Anchors are outlined. For any other masking, the
+    image and the patches that are kept.
 
     Within a `ContrastiveModel` uint8 images are normalised as the model does, so the
     masks are those of its training. The masking's random state is left as it is.
@@ -221,13 +221,13 @@ def plot_masking_statistics(statistics):
 
 
 def plot_retrieval(queries, images, similarity, k=5):
-    """Shows the pictures that answer typed queries best.
+    """Shows the images that match text queries best.
 
     Args:
         queries: List of strings, a row of the figure each.
         images: `(images, H, W, C)` array, uint8, or floats in `[0, 1]`.
         similarity: `(queries, images)` array.
-        k: Integer. How many pictures to show per query.
+        k: Integer. How many images to show per query.
 
     Returns:
         A `matplotlib.figure.Figure`.

@@ -11,14 +11,14 @@ from keras_cluster_mask.distribution.processes import all_gather_object
 
 
 class Evaluation(Periodic):
-    """Writes figures about data of its own into the logs of `fit`.
+    """Writes metrics of data of its own into the logs of `fit`.
 
     A subclass has one method, `evaluate`.
 
     Args:
-        data: What is evaluated, read anew each time.
+        data: What is evaluated, read again each time.
         every: Integer, in epochs.
-        name: String or `None`, between the prefix and the figure in the logs.
+        name: String or `None`, between the prefix and the metric in the logs.
         prefix: String, the beginning of the names in the logs.
     """
 
@@ -26,8 +26,8 @@ class Evaluation(Periodic):
         super().__init__(every)
         if isinstance(data, collections.abc.Iterator):
             raise ValueError(
-                "`data` must be what can be read again and again, such as arrays, an "
-                "`ImageTextBatches`, a `tf.data.Dataset` or a `PyDataset`. "
+                "`data` must be readable more than once: arrays, `ImageTextBatches`, a "
+                "`tf.data.Dataset` or a `PyDataset`. "
                 f"Received: an iterator of type {type(data).__name__}"
             )
         self.data = data
@@ -36,7 +36,7 @@ class Evaluation(Periodic):
         self._embedder = None
 
     def evaluate(self, embedder, data):
-        """The figures of some data as a dictionary of floats.
+        """The metrics of some data as a dictionary of floats.
 
         Args:
             embedder: An `Embedder` of the model.
@@ -46,7 +46,7 @@ class Evaluation(Periodic):
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        # Here, as it takes reading data, which the package does without.
+        # Imported here: it needs packages that `import keras` does not.
         from keras_cluster_mask.evaluation.embedding import Embedder
 
         model = self.model
@@ -59,66 +59,66 @@ class Evaluation(Periodic):
                 f"`data` must hold at least one image. Received: data={self.data}"
             )
         _check_same_everywhere(batch["images"])
-        # What is wrong with the data is found now rather than after an epoch.
-        figures = self._named(self.evaluate(self._embedder, [batch]))
-        # Keras hands one dictionary to all callbacks.
+        # Finds what is wrong with the data now rather than after an epoch.
+        metrics = self._named(self.evaluate(self._embedder, [batch]))
+        # Keras passes one dictionary to all callbacks.
         known = {} if logs is None else logs
-        taken = figures.keys() & known.keys()
+        taken = metrics.keys() & known.keys()
         if taken:
             raise ValueError(
-                "`name` must tell the figures of callbacks apart. Received: "
+                "`name` must distinguish the metrics of callbacks. Received: "
                 f"name={self.name!r}, with which {sorted(taken)} are written twice"
             )
-        self._figures = dict.fromkeys(figures, math.nan)
-        known.update(self._figures)
+        self._metrics = dict.fromkeys(metrics, math.nan)
+        known.update(self._metrics)
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs
         if self.is_due(epoch):
-            self._figures = self._evaluate(logs.get("loss", 0.0))
-        logs.update(self._figures)
+            self._metrics = self._evaluate(logs.get("loss", 0.0))
+        logs.update(self._metrics)
 
     def _evaluate(self, loss):
         # Another callback may be about to stop a training that has failed.
         if not math.isfinite(loss):
-            return dict.fromkeys(self._figures, math.nan)
-        _keep_to_itself(self.model.trainable_variables)
-        figures = self._named(self.evaluate(self._embedder, self.data))
+            return dict.fromkeys(self._metrics, math.nan)
+        _copy_values(self.model.trainable_variables)
+        metrics = self._named(self.evaluate(self._embedder, self.data))
         # Devices round differently, and all processes must stop at the same epoch.
-        of_main_process = all_gather_object(np.array([*figures.values()]))[0]
-        return dict(zip(figures, map(float, of_main_process)))
+        of_main_process = all_gather_object(np.array([*metrics.values()]))[0]
+        return dict(zip(metrics, map(float, of_main_process)))
 
-    def _named(self, figures):
+    def _named(self, metrics):
         start = f"{self.prefix}{self.name}_" if self.name else self.prefix
-        return {f"{start}{figure}": value for figure, value in figures.items()}
+        return {f"{start}{name}": value for name, value in metrics.items()}
 
 
 class Retrieval(Evaluation):
     """Measures retrieval while a model trains: `kcm.evaluation.evaluate_retrieval`.
 
-    Adds `val_image_to_text_recall@1` and so on to the logs at the end of an epoch, for
-    the progress bar, the `History` that `fit` returns, and all callbacks that come
-    after it in the list, so put it before `keras.callbacks.ModelCheckpoint`,
-    `EarlyStopping`, `CSVLogger`, `TensorBoard` and `kcm.callbacks.Checkpoint`. Those
-    that choose by a figure need to be told `mode="max"`.
+    Adds `val_image_to_text_recall@1` and so on to the logs at the end of an epoch: for
+    the progress bar, for the `History` that `fit` returns, and for all callbacks after
+    it in the list. Put it before `keras.callbacks.ModelCheckpoint`, `EarlyStopping`,
+    `CSVLogger`, `TensorBoard` and `kcm.callbacks.Checkpoint`, and pass `mode="max"` to
+    those that monitor a recall.
 
     With `every=n` the epochs n, 2n and so on are evaluated, and the first and the last
-    of a `fit`. In between the logs repeat the figures of the last evaluation, as each
-    of Keras's callbacks takes something amiss with gaps: `ModelCheckpoint` would save
-    a model it knows nothing of as the best one. A repeated figure is no improvement to
-    any of them. Patience is counted in epochs: give `EarlyStopping` a multiple of n.
+    of a `fit`. In between the logs repeat the last metrics, since Keras's callbacks do
+    not expect gaps: `ModelCheckpoint` would save an epoch without metrics as the best
+    one. A repeated metric is no improvement to any of them. Patience is counted in
+    epochs: give `EarlyStopping` a multiple of n.
 
-    Nothing is masked. What is evaluated are the weights that the model has when the
-    epoch ends, as for Keras's own validation. With `use_ema=True` these are not the
-    averages, which `fit` turns to when it ends; to evaluate these, put
+    Nothing is masked. The weights are those at the end of the epoch, as in Keras's own
+    validation. With `use_ema=True` these are not the averages, which `fit` assigns when
+    it ends; to evaluate the averages, put
     `keras.callbacks.SwapEMAWeights(swap_on_epoch=True)` before this callback. Training
-    goes on, bit for bit, as without the callback. Before training the first batch is
-    evaluated, so that errors show up in time; an epoch whose loss is not finite is
-    not evaluated, its figures are NaN.
+    is, bit for bit, the same as without the callback. The first batch is evaluated
+    before training, to find errors early. An epoch whose loss is not finite is not
+    evaluated; its metrics are NaN.
 
-    With several processes each evaluates all of the data, and the figures are those of
-    the main one; so give all of them the same callbacks and the same, whole data: on
-    JAX an `ImageTextBatches(..., process=(0, 1))`.
+    With several processes each evaluates all data, and the metrics are those of the
+    main one. Give all of them the same callbacks and the same, whole data: on JAX an
+    `ImageTextBatches(..., process=(0, 1))`.
 
     Example:
 
@@ -142,19 +142,19 @@ class Retrieval(Evaluation):
 
     Args:
         data: See `kcm.evaluation.embed`. Batches hold `"images"`, and `"token_ids"` or,
-            for a `tokenizer`, `"captions"`. It is read anew in each evaluation.
+            for a `tokenizer`, `"captions"`. Read again in each evaluation.
         tokenizer: See `kcm.evaluation.embed`.
         every: Integer. How many epochs there are from one evaluation to the next.
         ks: See `kcm.evaluation.retrieval_recall`.
         duplicates: See `kcm.evaluation.evaluate_retrieval`.
-        name: String. Tells several callbacks apart: `name="coco"` writes
+        name: String. Distinguishes several callbacks: `name="coco"` writes
             `val_coco_image_to_text_recall@1`.
-        prefix: String. How the names in the logs begin. `"val_"` is what Keras's
-            callbacks know validation by; use another for data that is trained on.
+        prefix: String, the beginning of the names in the logs. Keras's callbacks
+            recognise validation by `"val_"`; use another for training data.
 
     Raises:
         ValueError: From `fit`, before it trains: for data without texts or images,
-            data that differs between processes, callbacks that write the same figures,
+            data that differs between processes, callbacks that write the same metrics,
             and another model than a `ContrastiveModel`.
     """
 
@@ -184,10 +184,9 @@ class Retrieval(Evaluation):
 class ZeroShot(Evaluation):
     """Measures zero-shot classification while a model trains.
 
-    Adds `val_zero_shot_top_1` and the other figures of
-    `kcm.evaluation.evaluate_zero_shot` to the logs. All that is said of
-    `kcm.callbacks.Retrieval` holds: where to put it, epochs in between, which weights,
-    several processes.
+    Adds `val_zero_shot_top_1` and the other metrics of
+    `kcm.evaluation.evaluate_zero_shot` to the logs. See `kcm.callbacks.Retrieval` for
+    its place among callbacks, epochs without evaluation, weights and processes.
 
     Example:
 
@@ -208,20 +207,20 @@ class ZeroShot(Evaluation):
 
     Args:
         data: See `kcm.evaluation.embed`. Batches hold `"images"` and `"labels"`, the
-            places of their classes in `class_names`. Read anew in each evaluation.
+            places of their classes in `class_names`. Read again in each evaluation.
         class_names: List of str.
         tokenizer: See `kcm.evaluation.embed`.
         templates: See `kcm.evaluation.zero_shot_classifier`.
         every: Integer. How many epochs there are from one evaluation to the next.
         ks: See `kcm.evaluation.classification_accuracy`.
-        name: String, or `None`. Tells several callbacks apart: `name="cifar10"` writes
-            `val_cifar10_top_1`.
-        prefix: String. How the names in the logs begin.
+        name: String, or `None`. Distinguishes several callbacks: `name="cifar10"`
+            writes `val_cifar10_top_1`.
+        prefix: String, the beginning of the names in the logs.
 
     Raises:
         ValueError: From `fit`, before it trains: for what
             `kcm.evaluation.evaluate_zero_shot` does not take, data that differs between
-            processes, callbacks that write the same figures, and another model than a
+            processes, callbacks that write the same metrics, and another model than a
             `ContrastiveModel`.
     """
 
@@ -256,19 +255,19 @@ class ZeroShot(Evaluation):
         )
 
 
-def _keep_to_itself(variables):
-    """Gives variables values that nothing else holds.
+def _copy_values(variables):
+    """Gives variables values that no other variable shares.
 
-    On JAX the weights that something is predicted with are overwritten in place, and
-    with them the averages that `SwapEMAWeights` has made the same arrays.
+    On JAX, prediction overwrites weights in place, and with them the averages that
+    `SwapEMAWeights` has made the same arrays.
     """
     for variable in variables:
         variable.assign(ops.copy(variable))
 
 
 def _check_same_everywhere(images):
-    """Raises if processes have different data, whose figures would be of a part."""
-    # Of 31 bits, as JAX's integers have no more.
+    """Raises if processes have different data: metrics would be those of a part."""
+    # 31 bits, as JAX's integers have no more.
     checksums = all_gather_object(zlib.crc32(np.ascontiguousarray(images)) >> 1)
     if len({*checksums}) > 1:
         raise ValueError(

@@ -19,11 +19,11 @@ from keras_cluster_mask.training.layers import all_layers
 class MaskImages(Periodic):
     """Shows in TensorBoard what a masking leaves out while a model trains.
 
-    Writes what `kcm.visualization.plot_masks` draws of some images at the ends of
-    epochs, with the threshold, the weight of the tokens and the tokens that the model
-    has at that time. The noise is the same each time, so pictures of different epochs
-    can be compared, and the model's random state is left as it is. The pictures are
-    the run `masks` of the folder; TensorFlow is not needed, on any backend.
+    Plots some images by `kcm.visualization.plot_masks` at the ends of epochs, with the
+    threshold, the weight of the tokens and the tokens that the model has at that time.
+    The noise is the same each time, so that plots of different epochs can be compared,
+    and the model's random state does not change. The plots are the run `masks` of the
+    folder. TensorFlow is not needed, on any backend.
 
     With `every=n` these are the epochs n, 2n and so on, and the first and the last of a
     `fit`. With several processes the main one writes; give all the same callbacks.
@@ -48,15 +48,15 @@ class MaskImages(Periodic):
         images: `(images, H, W, C)` array, uint8 or normalised floats; or an iterable of
             batches that holds them, see `kcm.masking.masking_statistics`.
         log_dir: str or path. The folder TensorBoard is started on.
-        every: Integer. How many epochs there are from one picture to the next.
-        max_images: Integer. So many images are shown, the first ones.
+        every: Integer. The number of epochs from one plot to the next.
+        max_images: Integer. How many images are shown, the first ones.
         seed: Integer, for the noise.
 
     Raises:
         ImportError: If the package tensorboard is missing.
         ValueError: From `fit`, before it trains: for a model without a masking, or one
-            whose masking's patches or tokens are not found, as it is no part of what
-            `kcm.with_masking` returns; for images that do not fit it; and for another
+            whose masking is not part of what `kcm.with_masking` returns; for images
+            that do not fit it; and for another
             model than a `ContrastiveModel`.
     """
 
@@ -90,7 +90,7 @@ class MaskImages(Periodic):
             model.pixel_std,
             data_format_of(model.image_encoder),
         )
-        # What is wrong with the images is found now rather than after an epoch.
+        # Finds what is wrong with the images now rather than after an epoch.
         for masking in model.maskings:
             self._draw(masking)
         if is_main_process():
@@ -112,7 +112,7 @@ class MaskImages(Periodic):
             self._writer = None
 
     def _draw(self, masking):
-        # Here, as it brings matplotlib.
+        # Imported here: it needs matplotlib.
         from keras_cluster_mask.visualization import plot_masks
 
         embed = patch_size = None
@@ -147,7 +147,7 @@ class MaskImages(Periodic):
 
 
 def _import_tensorboard():
-    # Here, as the package is not needed but for this.
+    # Imported here: nothing else needs the package.
     try:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -171,7 +171,7 @@ def _embedding_of(model, masking):
 
 
 def _side_of_patches(masking, images, embed):
-    """The side of square patches, told from their number."""
+    """The side of square patches, from their number."""
     pixels = masking.prepare_pixels(ops.convert_to_tensor(images[:1]))
     num_patches = masking.count_patches(pixels, embed(pixels))
     sides = sorted(images.shape[1:])[1:]  # Without the channels.

@@ -36,7 +36,7 @@ def initialize() -> None:
     if backend == "jax":
         import jax
 
-        # Keras hands on no limits of time; JAX's own let the others wait longer.
+        # Keras passes on no time limits, and JAX's own let the others wait longer.
         join = jax.distributed.initialize
         jax.distributed.initialize = functools.partial(
             join, heartbeat_timeout_seconds=HEARTBEAT

@@ -12,7 +12,7 @@ from keras_cluster_mask.interop.weight_files import write_weights
 from keras_cluster_mask.models.encoders import write_text_epsilon
 from keras_cluster_mask.models.sizes import make_clip
 
-# Heads of open_clip's transformers are 64 wide, but for image towers wider than 1024
+# Heads of open_clip's transformers are 64 wide, except for image towers wider than 1024
 # (ViT-H, ViT-g, ViT-bigG, ViT-e), which have 16 heads all the same.
 HEAD_WIDTH, MAX_IMAGE_HEADS = 64, 16
 

@@ -26,10 +26,10 @@ from keras_cluster_mask.masking.threshold_search import (
 class ClusterMasking(PatchMasking):
     """Leaves out clusters of look-alike patches of every training image.
 
-    A few random patches become anchors; the patches most like an anchor form
-    its cluster and are left out with it. What is left out is then a thing or a
-    surface rather than scattered squares, so an image-text model has to infer
-    the missing words from context.
+    A few random patches become anchors. The patches most similar to an anchor
+    form its cluster and are left out with it. Whole objects or surfaces are left
+    out rather than scattered squares, so an image-text model has to infer the
+    missing words from context.
 
     There are two modes:
 
@@ -72,8 +72,8 @@ class ClusterMasking(PatchMasking):
             patches.
         hide_padding: Boolean. In threshold mode, whether left-out patches that
             fill up the batch are hidden. If false they are drawn at random and
-            take part, without an attention mask: what the authors' released
-            code computes in effect.
+            take part, without an attention mask, as in effect in the authors'
+            released code.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training
             steps. The weight of the tokens' cosine similarity against the
@@ -267,7 +267,7 @@ class ClusterMasking(PatchMasking):
         Raises:
             ValueError: In budget mode, for data without images, and if no
                 threshold comes within 0.01 of `mask_ratio`, as for a target
-                of `min_mask_ratio` or less, or for pictures that are all alike.
+                of `min_mask_ratio` or less, or for images that are all alike.
         """
         if self.threshold is None:
             raise ValueError(

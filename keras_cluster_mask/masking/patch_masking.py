@@ -66,8 +66,8 @@ class PatchMasking(keras.layers.Layer):
           image-text training.
     """
 
-    # Whether a score of -inf hides a token that has to stay to fill up. Hiding takes
-    # an attention mask, which a strategy without such scores is spared.
+    # Whether a score of -inf hides a token that fills up the fixed number of tokens.
+    # Hiding needs an attention mask; a strategy without such scores needs none.
     hides_tokens = False
 
     # The side lengths of a patch and the order of axes, of strategies that see images.
@@ -75,8 +75,8 @@ class PatchMasking(keras.layers.Layer):
     data_format = None
 
     def __init__(self, mask_ratio=0.5, num_prefix_tokens=None, seed=None, **kwargs):
-        # Similarity is a float32 matter whatever the dtype policy, and tokens
-        # leave as they came, so nothing may be cast on the way in.
+        # Similarity is computed in float32 under any dtype policy, and tokens keep
+        # their dtype, so inputs must not be cast.
         kwargs.setdefault("autocast", False)
         super().__init__(**kwargs)
         check_ratio("mask_ratio", mask_ratio)
@@ -91,7 +91,7 @@ class PatchMasking(keras.layers.Layer):
         self.num_prefix_tokens = num_prefix_tokens
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
-        # A weight, since compiled steps can hand values out only through weights.
+        # A weight, since compiled steps can return values only through weights.
         self.last_mask_ratio = self.add_weight(
             shape=(),
             initializer="zeros",
@@ -106,7 +106,7 @@ class PatchMasking(keras.layers.Layer):
         self._visible_tokens = None
         self._is_ready = False
 
-    # === What a strategy says ===
+    # === What a strategy defines ===
 
     def score(self, noise, images=None, tokens=None):
         """Scores every patch; the highest-scoring patches stay.
@@ -270,8 +270,7 @@ class PatchMasking(keras.layers.Layer):
     # === Keras ===
 
     def compute_mask(self, inputs, previous_mask=None):
-        # Handed over from `call`, since Keras asks for the mask of the output
-        # with nothing but the input at hand.
+        # Stored by `call`, since Keras passes only the input to this method.
         visible, self._visible_tokens = self._visible_tokens, None
         return previous_mask if visible is None else visible
 

@@ -53,14 +53,14 @@ def pixel_similarity(patches, anchors):
         - [Efficient Vision-Language Pre-training by Cluster Masking](
           https://arxiv.org/abs/2405.08815)
     """
-    # Every pass over the pixels that writes them anew costs more than all products
-    # with the anchors, so they are written once: without their patch's mean.
+    # Every pass that writes all pixels costs more than all products with the anchors,
+    # so they are written once: without their patch's mean.
     size = patches.shape[-1]
     means = ops.mean(patches, axis=-1, keepdims=True)
     centered = patches - means
     # The mean of hundreds of pixels has a rounding error that on a flat patch would
-    # exceed the floor below. What it left behind is small, so its own mean is exact
-    # enough; anchors are rid of it and with them the products, energies by algebra.
+    # exceed the floor below. The rest is small, so its own mean is exact enough. It is
+    # subtracted from the anchors, and so from the products, and from energies.
     rest = ops.mean(centered, axis=-1, keepdims=True)
     energy = ops.einsum("bnk,bnk->bn", centered, centered)
     energy = ops.maximum(energy - size * ops.square(rest[:, :, 0]), 0.0)

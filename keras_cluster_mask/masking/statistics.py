@@ -16,17 +16,17 @@ from keras_cluster_mask.masking.similarity import round_similarity
 class MaskingStatistics:
     """What `masking_statistics` found; `print` it for a table.
 
-    An image has N patches, of which K are kept as tokens. A patch is *masked* if
-    it is not kept, or kept as hidden padding: if it has no influence. A patch is
-    in the *cluster* of the anchor that it is most similar to; of equally similar
-    ones that of the smallest noise. Every anchor is in its own cluster, so the
-    clusters part the N patches. An anchor *takes* the masked patches of its
-    cluster, itself among them; in threshold mode only those more similar than the
-    threshold, as the others went at random.
+    An image has N patches, and K of them are kept as tokens. A patch is *masked* if
+    it has no influence: if it is not kept, or kept as hidden padding. A patch is in
+    the *cluster* of the anchor that it is most similar to, the one of smallest noise
+    if several are equally similar. Every anchor is in its own cluster, so the
+    clusters are a partition of the N patches. An anchor *takes* the masked patches of
+    its cluster, itself included; in threshold mode only those more similar than the
+    threshold, as the others are left out at random.
 
     Attributes:
         num_images: Integer.
-        num_kept: Integer, K, the tokens that an image costs.
+        num_kept: Integer, K, the patch tokens of an image in training.
         mask_ratio: `(images,)` float32 array. The share of the patches of each
             image that is masked.
         masked_by_position: `(rows, columns)` float64 array. The share of the
@@ -35,19 +35,19 @@ class MaskingStatistics:
             fill up the K, as a share of the N, mean over images: hidden padding,
             or with `hide_padding=False` patches that take part again. 0 in budget
             mode.
-        surplus: Float. The patches that the threshold leaves and that go at
-            random as there are more than K, as a share of the N, mean over
+        surplus: Float. The patches that the threshold keeps and that are left out
+            at random because they are more than K, as a share of the N, mean over
             images. 0 in budget mode.
         similarity_at_cut: `(images,)` float32 array. The lowest similarity to the
             nearest anchor of all patches that are taken: in budget mode the
-            threshold that the budget comes to. NaN if none is taken.
+            threshold that the budget amounts to. NaN if none is taken.
         cluster_sizes: `(N + 1,)` int64 array. How many clusters have 0, 1, ... N
             patches.
         patches_taken: `(N + 1,)` int64 array. How many anchors take 0, 1, ... N
             patches.
         patches_taken_by_rank: `(anchors,)` float64 array. How many patches the
-            anchor that takes the most of its image takes, the second and so on,
-            mean over images.
+            anchor takes that takes the most of its image, then the second and so
+            on, mean over images.
 
     The last four, and `surplus`, are `None` for a masking without clusters.
     """
@@ -128,10 +128,9 @@ def masking_statistics(
 ):
     """Measures what a masking does to the images of a data set.
 
-    One pass over the data, in which nothing is held but the sums and two numbers
-    per image. The masking itself is left as it is, its random state included: the
+    One pass over the data, which keeps only sums and two numbers per image. The masking does not change, its random state included: the
     noise is `np.random.default_rng(seed)`'s, `(images, N)` in the order of the
-    images. So one seed gives the same masks in batches of any size and, but for
+    images. So one seed gives the same masks in batches of any size and, except for
     rounding, on every backend. Within a `ContrastiveModel` uint8 images are
     normalised as the model does. `kcm.visualization.plot_masking_statistics` draws
     what is found.

@@ -12,6 +12,7 @@ from keras_cluster_mask.distribution.replicas import (
     num_replicas,
     replica_mean,
 )
+from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.encoders import BLOCKS, call_encoder, data_format_of
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
@@ -19,7 +20,6 @@ from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, normalize_pixels
 from keras_cluster_mask.models.tower import Tower
 from keras_cluster_mask.training import optimizers
-from keras_cluster_mask.training.batch_loss import batch_loss, caption_labels
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.gradient_checkpointing import (
     checkpointed,
@@ -305,7 +305,7 @@ class ContrastiveModel(keras.Model):
             labels = ops.arange(ops.shape(images)[0])
         weights, is_split = self.head.loss_weights, batch_is_split(training)
         losses, *hits = batch_loss(
-            self.head.row_losses, weights, images, texts, labels, is_split
+            self.head.loss, weights, images, texts, labels, is_split
         )
         loss = ops.mean(losses)
         for extra in self.losses:

@@ -3,8 +3,6 @@ import math
 import keras
 from keras import ops
 
-from keras_cluster_mask.losses import sigmoid_row_losses, softmax_row_losses
-
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
 INITIAL_LOGIT_BIAS = -10.0
 
@@ -130,21 +128,9 @@ class ContrastiveHead(keras.layers.Layer):
 
     @property
     def loss_weights(self):
-        """The scalars that `row_losses` takes, as a list of tensors."""
+        """What `losses.batch_loss` takes: the scale and, if there is one, the bias."""
         scale = self.scale
         return [scale] if self.logit_bias is None else [scale, self.logit_bias]
-
-    def row_losses(self, similarities, positives, weights):
-        """What each of some pairs contributes to the loss, `(rows,)`.
-
-        Args:
-            similarities: Pair of `(rows, batch)` tensors, see `losses.compare`.
-            positives: `(rows, batch)` float tensor of zeros and ones.
-            weights: `loss_weights`.
-        """
-        if self.loss == "softmax":
-            return softmax_row_losses(*similarities, positives, *weights)
-        return sigmoid_row_losses(similarities[0], positives, *weights)
 
     def get_config(self):
         return {

@@ -162,11 +162,11 @@ class TrainingRun(keras.callbacks.Callback):
         Returns:
             A sentence that says from where.
         """
-        if not model.built or model.optimizer is None:
+        if not model.built or not model.compiled:
             raise ValueError(
                 "`resume_from` needs a compiled and built model: compile it with an "
                 "optimizer, and call it on a batch. "
-                f"Received: built={model.built}, optimizer={model.optimizer}"
+                f"Received: built={model.built}, compiled={model.compiled}"
             )
         found = _read(path)
         if found is None:

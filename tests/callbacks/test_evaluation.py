@@ -230,9 +230,7 @@ def test_a_run_that_is_cut_off_goes_on_the_same(tmp_path):
         checkpoint = kcm.callbacks.Checkpoint(folder, save_every=1, monitor=RECALL)
         callbacks = [Retrieval(pairs(8, 1), every=2), checkpoint, Stop()]
         try:
-            model, history = fit(
-                callbacks, make_model(), epochs=4, resume_from=folder
-            )
+            model, history = fit(callbacks, make_model(), epochs=4, resume_from=folder)
         except KeyboardInterrupt:
             return None
         best = read_checkpoint(tmp_path / folder / "best.npz")[1]["epoch"]

@@ -29,7 +29,7 @@ import numpy as np
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training import batch_loss
+from keras_cluster_mask import losses
 from tests.helpers import functional_vit, text_bag, tiny_clip
 
 BATCH, STEPS = 8, 5
@@ -53,7 +53,7 @@ def make_model():
     options = dict(micro_batch_size=int(*micro_batch_size or [0]) or None)
     if micro_batch_size:
         # Blocks of two rows.
-        batch_loss.MAX_PAIRS = 2 * BATCH
+        losses.MAX_PAIRS = 2 * BATCH
     if "CLIP" in os.environ:
         model = kcm.ContrastiveModel.from_backbone(
             tiny_clip(),

@@ -6,9 +6,9 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask import losses
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
 from keras_cluster_mask.masking.patch_masking import part_of_batch
-from keras_cluster_mask.training import batch_loss
 from tests.helpers import (
     FAST,
     as_dataset,
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
     whole = make_model(masking, loss=loss)
     expected = loss_and_gradients(whole, pairs, lambda x: whole(x, training=True))
     for micro_batch_size, block_size in ((2, 3), (6, BATCH)):
-        monkeypatch.setattr(batch_loss, "MAX_PAIRS", BATCH * block_size)
+        monkeypatch.setattr(losses, "MAX_PAIRS", BATCH * block_size)
         model = make_model(masking, loss=loss, micro_batch_size=micro_batch_size)
         found = loss_and_gradients(model, pairs, lambda x, m=model: m(x, training=True))
         assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)

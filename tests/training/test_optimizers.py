@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training.optimizers import is_vector
+from keras_cluster_mask.training.optimizers import PRIVATE, is_vector
 from tests.helpers import (
     as_dataset,
     functional_vit,
@@ -437,3 +437,29 @@ def test_options_survive_a_reload(tmp_path):
     assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-6)
     for x, y in zip(values(model.variables), values(loaded.variables)):
         np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+# === Keras ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("name", PRIVATE)
+def test_keras_has_the_methods_that_are_replaced_or_called(name):
+    # A version of Keras without one of them would ignore what replaces it.
+    assert callable(getattr(keras.optimizers.Optimizer, name, None))
+
+
+def test_keras_calls_the_methods_that_are_replaced():
+    called = set()
+    optimizer = keras.optimizers.SGD(0.1, weight_decay=0.1)
+    for name in ("_backend_update_step", "_apply_weight_decay"):
+        own = getattr(optimizer, name)
+
+        def watched(*args, name=name, own=own):
+            called.add(name)
+            return own(*args)
+
+        setattr(optimizer, name, watched)
+    variable = keras.Variable(np.ones((2, 2), "float32"))
+    optimizer.apply([keras.ops.ones((2, 2))], [variable])
+    assert called == {"_backend_update_step", "_apply_weight_decay"}

@@ -5,18 +5,13 @@ import pytest
 from keras import ops
 
 from keras_cluster_mask import losses
-from keras_cluster_mask.training import batch_loss as module
-from keras_cluster_mask.training.batch_loss import batch_loss, caption_labels
+from keras_cluster_mask.losses import batch_loss, caption_labels
 from tests.helpers import to_numpy
 
 
 def embeddings(batch=12, width=8):
     pair = np.random.default_rng(0).normal(size=(2, batch, width))
     return (pair / np.linalg.norm(pair, axis=-1, keepdims=True)).astype("float32")
-
-
-def softmax(similarities, positives, weights):
-    return losses.softmax_row_losses(*similarities, positives, *weights)
 
 
 LABELS = np.array([0, 1, 2, 0, 4, 5, 1, 0, 8, 9, 10, 11], "int32")
@@ -26,11 +21,11 @@ LABELS = np.array([0, 1, 2, 0, 4, 5, 1, 0, 8, 9, 10, 11], "int32")
 def test_any_block_size_gives_the_loss_and_accuracies_of_the_matrix(
     block_size, monkeypatch
 ):
-    monkeypatch.setattr(module, "MAX_PAIRS", 12 * block_size)
+    monkeypatch.setattr(losses, "MAX_PAIRS", 12 * block_size)
     pair = [ops.convert_to_tensor(x) for x in embeddings()]
     labels = ops.convert_to_tensor(LABELS)
     scale = ops.convert_to_tensor(14.3)
-    found = batch_loss(softmax, [scale], *pair, labels)
+    found = batch_loss("softmax", [scale], *pair, labels)
     expected = losses.softmax_contrastive_loss(*pair, scale, labels)
     assert all(x.shape == (12,) for x in found)
     np.testing.assert_allclose(
@@ -51,11 +46,11 @@ def test_no_array_has_an_entry_per_pair_of_the_batch(monkeypatch):
         sizes.append(result[1].shape)
         return result
 
-    monkeypatch.setattr(module, "compare", watched)
-    monkeypatch.setattr(module, "MAX_PAIRS", 40)
+    monkeypatch.setattr(losses, "compare", watched)
+    monkeypatch.setattr(losses, "MAX_PAIRS", 40)
     pair = [ops.convert_to_tensor(x) for x in embeddings()]
     labels = ops.convert_to_tensor(LABELS)
-    batch_loss(softmax, [ops.convert_to_tensor(5.0)], *pair, labels)
+    batch_loss("softmax", [ops.convert_to_tensor(5.0)], *pair, labels)
     assert {tuple(x) for x in sizes} == {(3, 12)}
 
 

@@ -1,0 +1,177 @@
+"""`fit` of a ContrastiveModel: where it resumes, and how it reads streams."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from tests.helpers import FAST, image_mlp, random_pairs, text_bag, values
+
+FIT = dict(batch_size=4, shuffle=False, verbose=0)
+
+
+def compiled():
+    keras.utils.set_random_seed(0)
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), **FAST)
+    return model
+
+
+def checkpoint(folder, **options):
+    return kcm.callbacks.Checkpoint(folder, monitor=None, keep=9, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Checkpoints of four steps, two an epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    callbacks = [checkpoint(folder, save_every=1)]
+    compiled().fit(random_pairs(8), epochs=2, callbacks=callbacks, **FIT)
+    return folder
+
+
+# === Resuming ===
+
+
+def test_a_folder_without_checkpoints_starts_from_the_beginning_and_says_so(
+    tmp_path, capsys
+):
+    options = {**FIT, "verbose": 2}
+    found, expected = compiled(), compiled()
+    found.fit(random_pairs(8), resume_from=tmp_path / "none", **options)
+    assert "none: starting from the beginning" in capsys.readouterr().out
+    expected.fit(random_pairs(8), **FIT)
+    for one, other in zip(values(found.weights), values(expected.weights)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_folder_resumes_from_its_last_checkpoint_and_says_which(folder, capsys):
+    options = {**FIT, "verbose": 2}
+    model = compiled()
+    history = model.fit(random_pairs(8), epochs=3, resume_from=folder, **options)
+    printed = capsys.readouterr().out
+    assert "step-000000004.npz: epoch 3, step 0" in printed
+    assert "Epoch 3/3" in printed
+    assert "Epoch 2/3" not in printed
+    assert history.epoch == [0, 1, 2]
+    assert len(history.history["loss"]) == 3
+
+
+def test_a_file_resumes_from_that_checkpoint(folder):
+    # Of the last step of the first epoch, and of the middle of the second.
+    expected = compiled()
+    expected.fit(random_pairs(8), epochs=2, **FIT)
+    for step in (1, 3):
+        model = compiled()
+        path = folder / f"step-{step:09}.npz"
+        history = model.fit(random_pairs(8), epochs=2, resume_from=str(path), **FIT)
+        assert history.epoch == [0, 1]
+        for one, other in zip(values(model.weights), values(expected.weights)):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_missing_file_is_an_error(folder):
+    path = folder / "step-000000099.npz"
+    with pytest.raises(FileNotFoundError, match=r"`resume_from` must.*Received:.*99"):
+        compiled().fit(random_pairs(8), resume_from=path, **FIT)
+
+
+def test_a_model_that_is_not_compiled_is_refused(folder):
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    with pytest.raises(ValueError, match=r"`resume_from` needs a compiled.*Received:"):
+        model.fit(random_pairs(8), resume_from=folder, **FIT)
+
+
+def test_a_run_from_the_beginning_does_not_write_among_later_checkpoints(folder):
+    callbacks = [checkpoint(folder)]
+    for start in (None, folder / "step-000000002.npz"):
+        with pytest.raises(
+            ValueError, match=r"`directory` must not.*Received:.*step 4"
+        ):
+            compiled().fit(
+                random_pairs(8),
+                epochs=2,
+                resume_from=start,
+                callbacks=callbacks,
+                **FIT,
+            )
+
+
+def test_callbacks_see_the_rest_of_an_epoch_as_a_fit_of_its_own(folder):
+    class Events(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def on_train_begin(self, logs=None):
+            self.seen.append("begin")
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.seen.append(epoch)
+
+        def on_train_end(self, logs=None):
+            self.seen.append("end")
+
+    for step, expected in (
+        (1, ["begin", 0, "end", "begin", 1, 2, "end"]),
+        # Of the last step of an epoch, whose report is all that is missing.
+        (2, ["begin", 1, 2, "end"]),
+        (3, ["begin", 1, "end", "begin", 2, "end"]),
+    ):
+        events = Events()
+        path = folder / f"step-{step:09}.npz"
+        model = compiled()
+        model.fit(
+            random_pairs(8), epochs=3, resume_from=path, callbacks=[events], **FIT
+        )
+        assert events.seen == expected
+
+
+def test_nothing_of_a_run_is_left_on_the_model():
+    model = compiled()
+    model.fit(random_pairs(8), **FIT)
+    assert model.training_run is None
+
+
+# === Streams ===
+
+
+def stream(shard, training=True):
+    return kcm.data.ImageTextBatches(
+        shard,
+        lambda captions: np.array([[len(x)] * 6 for x in captions], "int32"),
+        image_size=16,
+        batch_size=4,
+        training=training,
+        seed=1,
+    )
+
+
+def test_an_epoch_of_a_stream_has_the_steps_that_its_pairs_fill(write_pairs):
+    class Steps(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.steps = []
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.steps.append(int(self.model.optimizer.iterations))
+
+    steps = Steps()
+    shard = write_pairs("a.tar", 0, 15)
+    compiled().fit(stream(shard), epochs=3, verbose=0, callbacks=[steps])
+    assert steps.steps == [3, 6, 9]
+
+
+def test_a_stream_validates_at_the_epochs_asked_for(write_pairs):
+    shard = write_pairs("a.tar", 0, 15)
+    held_out = stream(shard, training=False)
+    model = compiled()
+    history = model.fit(
+        random_pairs(8),
+        epochs=4,
+        validation_data=held_out,
+        validation_freq=2,
+        **FIT,
+    ).history
+    assert len(history["val_loss"]) == 2
+    found = model.evaluate(held_out, verbose=0, return_dict=True)
+    assert history["val_loss"][-1] == pytest.approx(found["loss"], rel=1e-6)

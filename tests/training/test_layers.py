@@ -1,0 +1,42 @@
+import keras
+
+from keras_cluster_mask.training.layers import all_layers, state_variables
+
+
+class Nested(keras.layers.Layer):
+    """Layers as an attribute, in a list, in a dictionary, and twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = keras.layers.BatchNormalization()
+        self.several = [keras.layers.Dense(2), (keras.layers.Dropout(0.5, seed=1),)]
+        self.named = {"norm": self.norm, "dense": keras.layers.Dense(2)}
+
+    def build(self, shape):
+        for layer in (self.norm, self.several[0], self.named["dense"]):
+            layer.build(shape)
+
+    def call(self, x):
+        return self.norm(x)
+
+
+def test_all_layers_are_found_once_at_any_depth():
+    nested = Nested()
+    inputs = keras.Input((2,))
+    inner = keras.Model(inputs, nested(inputs))
+    outer = keras.Sequential([inner, keras.layers.ReLU()])
+    found = [*all_layers(outer)]
+    assert found[0] is outer
+    assert len({id(layer) for layer in found}) == len(found)
+    expected = {outer, inner, nested, nested.norm, nested.several[0]}
+    expected |= {nested.several[1][0], nested.named["dense"], outer.layers[-1]}
+    assert {id(x) for x in expected} <= {id(x) for x in found}
+
+
+def test_state_is_what_layers_update_and_no_weight_frozen_or_not():
+    nested = Nested()
+    nested.build((None, 2))
+    names = {"moving_mean", "moving_variance"}
+    assert {v.name for v in state_variables(nested)} == names
+    nested.trainable = False
+    assert {v.name for v in state_variables(nested)} == names
