@@ -39,6 +39,8 @@ SAMPLES = 12
 SIZE = 24
 BLOCK = 512
 SECONDS = 30
+# Its length decides where shards are damaged.
+CAPTION = b"picture number %d"  # codespell:ignore picture
 COLUMNS = {
     "given": "given",
     "skipped": "skipped",
@@ -126,7 +128,7 @@ def _pairs(seed, half):
         ending, format = (("png", "PNG"), ("jpg", "JPEG"))[index % 2]
         file = io.BytesIO()
         Image.fromarray(image.astype("uint8")).save(file, format)
-        yield f"{index:04}", ending, b"picture number %d" % index, file.getvalue()
+        yield f"{index:04}", ending, CAPTION % index, file.getvalue()
 
 
 def _decoded(image):

@@ -32,8 +32,9 @@ class Recipe:
     def name(self):
         """The name of the data set, as in folders of results."""
         folder = Path(self.data).resolve()
-        # What the default images were called when the stored runs were made.
-        return "pictures" if folder == IMAGES else folder.name
+        # As the stored runs name the default images.
+        stored = "pictures"  # codespell:ignore pictures
+        return stored if folder == IMAGES else folder.name
 
     def splits(self):
         """Shards to train on, to choose by, and to test on once."""

@@ -15,7 +15,8 @@ def plot_learning_curves(runs, path):
     for name, mine in _by_method(runs).items():
         steps = [point["step"] for point in mine[0]["curve"]]
         scores = _curves(mine)
-        label = name.replace(" ground", " background")
+        # As stored runs are named.
+        label = name.replace(" ground", " background")  # codespell:ignore ground
         (line,) = axes.plot(steps, scores.mean(axis=0), marker="o", ms=3, label=label)
         axes.fill_between(
             steps,

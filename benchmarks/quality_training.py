@@ -109,9 +109,9 @@ def train(name, method, recipe, data, seed, costs, folder):
 
     state["validation"] = data.scores(model, "validation", probe=True)
     if data.classes is None:
-        # Under the name of the stored runs.
         found = data.scores(model, "validation", background="random")
-        state["validation"]["random ground"] = found["score"]
+        # The key of the stored runs.
+        state["validation"]["random ground"] = found["score"]  # codespell:ignore ground
     write_json(finished, **state)
     return state
 

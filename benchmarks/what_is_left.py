@@ -1,6 +1,5 @@
 """How well finished models do on masked images.
 
-    python benchmarks/what_is_left.py results/quality/pictures
     python benchmarks/what_is_left.py results/quality/cifar10 --data DIR
 
 Models that `quality.py` trained (`--models`) read the validation images through each
