@@ -222,9 +222,7 @@ SOFTER = (0.0, 0.0, 0.1, 0.2, 0.4, 0.8, math.inf, math.inf)
 
 # Backgrounds of transparent images, under the names of the stored runs.
 BACKGROUNDS = {
-    f"{name}, {kind} ground": Method(
-        masking, background=drawn
-    )  # codespell:ignore ground
+    f"{name}, {kind} ground": Method(make, background=drawn)  # codespell:ignore ground
     for kind, drawn in {"random": "random", "mixed": ["white", "random"]}.items()
     for name, make in {"random": random, "cluster": cluster}.items()
 }
