@@ -1,4 +1,4 @@
-"""CLIP models that differ in what their image tower reads, and their training steps."""
+"""Training steps of CLIP models with different maskings."""
 
 import dataclasses
 

@@ -4,9 +4,9 @@
     python benchmarks/data_pipeline.py --short-side 640
     python benchmarks/data_pipeline.py --data "shards/{00000..00009}.tar"
 
-All read the same shards and cut the same part out of each picture (90 to 100 % of the
+All read the same shards and cut the same part out of each image (90 to 100 % of the
 area, resized to 224 x 224 by bicubic interpolation), with a worker a core. Each runs in
-a process of its own, in turn, several times over. The limit decodes each picture once,
+a process of its own, in turn, several times over. The limit decodes each image once,
 whole, and does nothing else. Also: the time to the first batch of 1,000 shards, and how
 far memory grows from epoch to epoch.
 """
@@ -26,7 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The processes of a data loader warn of what they do not use.
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
-from pictures_for_shards import write_shards
+from made_shards import write_shards
 from reporting import parser, publish
 
 CROP = 0.9, 1.0
@@ -41,7 +41,7 @@ def main():
     add = parsed.add_argument
     add("--data", help="tar files of your own: a pattern with braces")
     add("--samples", type=int, default=4000, help="in the shards that are made")
-    add("--short-side", type=int, default=256, help="of the pictures that are made")
+    add("--short-side", type=int, default=256, help="of the images that are made")
     add("--image-size", type=int, default=224)
     add("--batch-size", type=int, default=64)
     add("--epochs", type=int, default=5, help="in a round")
@@ -149,7 +149,7 @@ def limit(name, options):
         import tensorflow as tf
 
         data = tf.data.Dataset.from_tensor_slices(files)
-        # What is asked for, one pixel, keeps the copying of pictures out.
+        # Only one pixel is returned, so that no image is copied.
         data = data.map(
             lambda x: tf.io.decode_jpeg(x, dct_method="INTEGER_ACCURATE")[0, 0],
             num_parallel_calls=cores(),

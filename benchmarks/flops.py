@@ -1,4 +1,4 @@
-"""The arithmetic of a training step, counted from shapes."""
+"""Floating-point operations of a training step, counted from shapes."""
 
 from keras_cluster_mask.masking import ClusterMasking
 from keras_cluster_mask.models.sizes import size_and_patch

@@ -1,4 +1,4 @@
-"""What choosing the patches costs: 64 images of 224 pixels, 196 patches each.
+"""The cost of choosing patches: 64 images of 224 pixels, 196 patches each.
 
     KERAS_BACKEND=jax python benchmarks/masking_cost.py
     KERAS_BACKEND=jax python benchmarks/masking_cost.py --image-size 448 --no-step
@@ -96,7 +96,7 @@ def main():
 
     rows = []
     for name in functions:
-        # The fastest, here as of the step: what else the machine does only adds.
+        # The fastest, as for the step: other load on the machine only adds.
         milliseconds = 1000 * min(seconds[name])
         row = {"what": name, "time (ms)": f"{milliseconds:.2f}"}
         row["/ full similarity"] = f"{ratio(seconds, name, 'full similarity'):.3f}"

@@ -1,13 +1,13 @@
-"""What the data pipeline makes of damaged shards.
+"""How the data pipeline reads damaged shards.
 
     python benchmarks/mutated_shards.py --shards 2000 --seed 0
 
 Writes small shards (tar, tar with PAX names, tar.gz, TFRecord, TFRecord.gz) of PNG and
-JPEG pictures, damages a copy of one for each of so many rounds, and reads it in
-evaluation and in training.
+JPEG images, damages a copy of one in each round, and reads it in evaluation and in
+training.
 
-A sample is silently wrong if its caption or picture is not the one that was written
-under its key, although the file still has the header of this caption or picture with
+A sample is silently wrong if its caption or image is not the one that was written
+under its key, although the file still has the header of this caption or image with
 all that followed it, and nowhere with anything else; in compressed files and TFRecords,
 which have checksums, in any case. A sample is lost if all of its bytes are still there
 and it is neither given, nor counted as skipped, nor its shard counted as damaged. A
@@ -39,6 +39,8 @@ SAMPLES = 12
 SIZE = 24
 BLOCK = 512
 SECONDS = 30
+# Its length decides where shards are damaged.
+CAPTION = b"picture number %d"  # codespell:ignore picture
 COLUMNS = {
     "given": "given",
     "skipped": "skipped",
@@ -66,7 +68,7 @@ class Base:
         name: str. The end of its name, which tells its kind.
         content: bytes.
         spans: list of pairs of int: where each member or record starts and ends.
-        samples: dict from a key to the caption, the decoded picture, and the members
+        samples: dict from a key to the caption, the decoded image, and the members
             that hold them.
         checked: bool. Whether the content has checksums.
     """
@@ -99,7 +101,7 @@ class Member:
         return times > 0 and content.count(self.header) == times
 
 
-# === What is damaged ===
+# === Shards ===
 
 
 def bases(seed):
@@ -118,29 +120,29 @@ def bases(seed):
 
 
 def _pairs(seed, half):
-    """Keys, endings, captions and pictures: noise about a colour of its own."""
+    """Keys, endings, captions and images: noise about a colour of its own."""
     rng = np.random.default_rng([seed, half])
     for index in range(half * SAMPLES, half * SAMPLES + SAMPLES):
         levels = 40 + 80 * np.array([index % 3, index // 3 % 3, index // 9])
-        picture = levels + rng.integers(-8, 9, (SIZE, SIZE, 3))
+        image = levels + rng.integers(-8, 9, (SIZE, SIZE, 3))
         ending, format = (("png", "PNG"), ("jpg", "JPEG"))[index % 2]
         file = io.BytesIO()
-        Image.fromarray(picture.astype("uint8")).save(file, format)
-        yield f"{index:04}", ending, b"picture number %d" % index, file.getvalue()
+        Image.fromarray(image.astype("uint8")).save(file, format)
+        yield f"{index:04}", ending, CAPTION % index, file.getvalue()
 
 
-def _decoded(picture):
-    return np.array(Image.open(io.BytesIO(picture)).convert("RGB"))
+def _decoded(image):
+    return np.array(Image.open(io.BytesIO(image)).convert("RGB"))
 
 
 def _tar(name, pairs, stem="", compressed=False):
     file = io.BytesIO()
-    pictures, members, spans = {}, {}, []
+    images, members, spans = {}, {}, []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for key, ending, caption, picture in pairs:
+        for key, ending, caption, image in pairs:
             key = stem + key
-            pictures[key] = caption.decode(), _decoded(picture)
-            for end, content in ((ending, picture), ("txt", caption)):
+            images[key] = caption.decode(), _decoded(image)
+            for end, content in ((ending, image), ("txt", caption)):
                 member = tarfile.TarInfo(f"{key}.{end}")
                 member.size = len(content)
                 start = archive.offset
@@ -152,7 +154,7 @@ def _tar(name, pairs, stem="", compressed=False):
     content = file.getvalue()
     samples = {
         key: (*found, members[key, True], members[key, False])
-        for key, found in pictures.items()
+        for key, found in images.items()
     }
     if compressed:
         content = gzip.compress(content, mtime=0)
@@ -170,8 +172,8 @@ def _records(name, pairs, compressed=False):
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/records"
         with tf.io.TFRecordWriter(path) as writer:
-            for key, _, caption, picture in pairs:
-                values = {"__key__": key.encode(), "txt": caption, "image": picture}
+            for key, _, caption, image in pairs:
+                values = {"__key__": key.encode(), "txt": caption, "image": image}
                 features = {name: feature(value) for name, value in values.items()}
                 features = tf.train.Features(feature=features)
                 record = tf.train.Example(features=features).SerializeToString()
@@ -180,7 +182,7 @@ def _records(name, pairs, compressed=False):
                 spans.append((start, start + len(record) + 16))
                 start = spans[-1][1]
                 member = Member(record, record[:12])
-                samples[key] = caption.decode(), _decoded(picture), member, member
+                samples[key] = caption.decode(), _decoded(image), member, member
         content = Path(path).read_bytes()
     if compressed:
         content = gzip.compress(content, mtime=0)
@@ -193,7 +195,7 @@ def _blocks(content):
     return [(start, min(start + BLOCK, len(content))) for start in starts]
 
 
-# === How ===
+# === Damage ===
 
 
 def one_bit(rng, base, other):
@@ -260,14 +262,14 @@ def _swapped(rng, content, spans):
     return content[:a] + content[c:d] + content[b:c] + content[a:b] + content[d:]
 
 
-# === What is made of it ===
+# === Reading and judging ===
 
 
 def read(path, training):
     """Reads a shard as models do.
 
     Returns:
-        tuple: the samples as a list of key, caption and picture; `SkippedSamples` or
+        tuple: the samples as a list of key, caption and image; `SkippedSamples` or
         None; the error (str) or None, and whether it is one of the documented.
     """
     batches = None
@@ -315,8 +317,8 @@ def judge(base, other, content, path):
         given, skipped, error, documented = read(path, training)
         if not documented:
             found["errors"].append(error)
-        for key, caption, picture in given:
-            verdict = _verdict(base, samples, content, key, caption, picture, training)
+        for key, caption, image in given:
+            verdict = _verdict(base, samples, content, key, caption, image, training)
             if verdict:
                 found[verdict] += 1
         if error:
@@ -329,9 +331,9 @@ def judge(base, other, content, path):
         if not damaged:
             found["lost"] += sum(
                 key not in known
-                for key, (_, _, caption, picture) in base.samples.items()
+                for key, (_, _, caption, image) in base.samples.items()
                 if base.name.endswith("gz")
-                or (caption.is_in(content) and picture.is_in(content))
+                or (caption.is_in(content) and image.is_in(content))
             )
         if not training:
             found["damaged"] += damaged
@@ -342,34 +344,34 @@ def judge(base, other, content, path):
     return found
 
 
-def _verdict(base, samples, content, key, caption, picture, training):
+def _verdict(base, samples, content, key, caption, image, training):
     """What a sample is: None if right, else `"wrong"`, or if it was hit `"changed"`.
 
     `"exchanged"`, if what it has instead is another sample's.
     """
     if key not in samples:
         return "wrong"
-    its_caption, its_picture, caption_member, picture_member = samples[key]
+    its_caption, its_image, caption_member, image_member = samples[key]
     right = caption.decode("utf-8", "replace") == its_caption
     if not right and (base.checked or caption_member.is_intact_in(content)):
         return "wrong"
-    same = _same(picture, its_picture, training)
-    if not same and (base.checked or picture_member.is_intact_in(content)):
+    same = _same(image, its_image, training)
+    if not same and (base.checked or image_member.is_intact_in(content)):
         return "wrong"
     if right and same:
         return None
     text = caption.decode("utf-8", "replace")
     exchanged = (not right and text in [each[0] for each in samples.values()]) or (
-        not same and any(_same(picture, each[1], training) for each in samples.values())
+        not same and any(_same(image, each[1], training) for each in samples.values())
     )
     return "exchanged" if exchanged else "changed"
 
 
-def _same(picture, other, training):
+def _same(image, other, training):
     if not training:
-        return np.array_equal(picture, other)
+        return np.array_equal(image, other)
     # A part of it, so that only its colour can be compared.
-    return np.abs(picture.mean((0, 1)) - other.mean((0, 1))).max() < 10
+    return np.abs(image.mean((0, 1)) - other.mean((0, 1))).max() < 10
 
 
 def run(shards, seed, folder, progress=lambda done: None):

@@ -1,8 +1,9 @@
 """How far pixels, and an embedding of them, are from open_clip's evaluation transform.
 
+    python benchmarks/pixel_parity.py
     python benchmarks/pixel_parity.py --data "shards/test-*.tar"
 
-Pictures without EXIF tag or transparency, which the two treat differently on purpose.
+Images without EXIF tag or transparency, which the two treat differently on purpose.
 The embedding is that of open_clip's ViT-B/32 with random weights from a seed.
 """
 
@@ -18,23 +19,25 @@ import keras
 import numpy as np
 import open_clip
 import torch
+from made_shards import write_shards
 from PIL import Image
 from reporting import parser, publish
 
 import keras_cluster_mask as kcm
 
-DEFAULT = pathlib.Path(__file__).parent.parent / "datasets" / "pictures"
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 
 
 def main():
     parsed = parser(__doc__)
     add = parsed.add_argument
-    add("--data", default=f"{DEFAULT}/test-*.tar", help="shards")
+    add("--data", help="shards of your own, instead of photographs of scikit-image")
     add("--image-size", type=int, default=224)
-    add("--most", type=int, default=1000, help="pictures that are compared at most")
+    add("--most", type=int, default=1000, help="images that are compared at most")
     add("--results", default="results", help="folder for the JSON file")
+    add("--shards", default="results/pixel_parity", help="folder for the shards")
     options = parsed.parse_args()
+    options.data = options.data or write_shards(options.shards, 200, 640, 100)
 
     reference = open_clip.image_transform(options.image_size, is_train=False)
     torch.manual_seed(0)
@@ -53,12 +56,12 @@ def main():
         training=False,
         include_keys=True,
         image_keys=IMAGE_KEYS,
-        # Found again among the shards' samples, which keep their order.
+        # Keeps the order of the samples in the shards.
         num_threads=1,
     )
-    contents = plain_pictures(options.data)
+    contents = plain_images(options.data)
     largest, means, levels, cosines = 0, [], [], []
-    progress = keras.utils.Progbar(options.most, unit_name="picture")
+    progress = keras.utils.Progbar(options.most, unit_name="image")
     for batch in batches:
         content = contents.get(batch["keys"][0].decode())
         if content is None:
@@ -84,7 +87,7 @@ def main():
         "open_clip's transform",
         [
             {
-                "pictures": len(means),
+                "images": len(means),
                 "largest difference (of 255)": round(float(largest), 2),
                 "mean difference": f"{np.mean(means):.4f}",
                 "pixels that differ": f"{np.mean(levels):.2%}",
@@ -94,8 +97,8 @@ def main():
     )
 
 
-def plain_pictures(data):
-    """The bytes of pictures that both treat alike, by key."""
+def plain_images(data):
+    """The bytes of images that both treat alike, by key."""
     found = {}
     for shard in kcm.data.list_shards(data):
         for sample in kcm.data.read_samples(shard, IMAGE_KEYS):

@@ -1,12 +1,12 @@
-"""What a model learns for the patches it reads: maskings at the same number of tokens.
+"""How good a model is after training with each masking, at the same number of tokens.
 
-    python benchmarks/quality.py                            # default pictures
+    python benchmarks/quality.py                            # default images
     python benchmarks/quality.py --data DIR                 # labelled photographs
     python benchmarks/quality.py --study anchors --seeds 1
     python benchmarks/quality.py --test                     # the test split, at the end
 
-Every run is saved after each eighth of it and goes on where it was cut off; finished
-runs are read from `--results`. Settings are chosen by the validation split alone. On a
+Every run is saved after each eighth of it and resumes from there; finished runs are
+read from `--results`. Settings are chosen by the validation split alone. On a
 CPU, `--workers` trains several runs at a time, each on its own cores, which is faster
 than one run on all of them. With `JAX_COMPILATION_CACHE_DIR` set, JAX compiles each
 method once rather than once a run.
@@ -21,9 +21,9 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from quality_data import PICTURES, Data, Recipe
+from quality_data import IMAGES, Data, Recipe
 from quality_methods import METHODS, STUDIES
-from quality_pictures import (
+from quality_plots import (
     plot_cost_quality,
     plot_learning_curves,
     plot_what_is_masked,
@@ -38,7 +38,7 @@ def arguments():
     add = parsed.add_argument
     add("--study", choices=STUDIES, default="methods", help="which methods to compare")
     add("--methods", nargs="+", metavar="METHOD", help=f"instead: {list(METHODS)}")
-    add("--data", default=str(PICTURES), help="folder of WebDataset shards by split")
+    add("--data", default=str(IMAGES), help="folder of WebDataset shards by split")
     add("--results", default="results/quality", help="folder of runs and tables")
     add("--seeds", type=int, default=3, help="runs of each method")
     add("--workers", type=int, default=1, help="how many runs train at a time")
@@ -69,7 +69,7 @@ def main():
         horizontal_flip=options.horizontal_flip,
         train_shards=options.train_shards,
     )
-    folder = Path(options.results) / Path(recipe.data).name
+    folder = Path(options.results) / recipe.name
     names = options.methods or STUDIES[options.study]
     title = "chosen" if options.methods else options.study
 
@@ -94,7 +94,7 @@ def main():
 
 
 def run_one(recipe, costs, folder, with_test, seed_and_name):
-    """Trains one model and scores it, or reads what was found before."""
+    """Trains one model and scores it, or reads its stored result."""
     seed, name = seed_and_name
     method = METHODS[name]
     data = data_of(recipe, method)
@@ -119,7 +119,7 @@ def cached_costs(path, names, recipe):
     costs = json.loads(path.read_text())["milliseconds"] if path.exists() else {}
     wanted = {"random", "none", *names} - set(costs)
     if wanted:
-        # `random` goes along, so that what was measured apart can be compared.
+        # `random` is measured each time, to compare measurements of different times.
         methods = {name: METHODS[name] for name in sorted(wanted | {"random"})}
         found = measure_costs(methods, recipe, functools.partial(data_of, recipe))
         unit = costs.get("random", found["random"]) / found["random"]
@@ -156,7 +156,7 @@ def report(runs, names, costs, recipe, path):
             if gains:
                 row[f"{split} score - random's"] = mean_and_spread(gains)
         rows.append(row)
-    title = f"{Path(recipe.data).name}, {recipe.steps} steps of {recipe.batch_size}"
+    title = f"{recipe.name}, {recipe.steps} steps of {recipe.batch_size}"
     publish(path, title, rows, runs=runs)
 
 

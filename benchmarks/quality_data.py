@@ -1,4 +1,4 @@
-"""The data that `quality.py` trains on, and how good an embedding of it is."""
+"""The data of `quality.py`, and the scores of a model on it."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import keras_cluster_mask as kcm
 
-PICTURES = Path(__file__).resolve().parent.parent / "datasets" / "pictures"
+IMAGES = Path(__file__).resolve().parent.parent / "datasets" / "images"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,14 @@ class Recipe:
     crop_scale: tuple = (0.6, 1.0)
     horizontal_flip: bool = False
     train_shards: int | None = None
+
+    @property
+    def name(self):
+        """The name of the data set, as in folders of results."""
+        folder = Path(self.data).resolve()
+        # As the stored runs name the default images.
+        stored = "pictures"  # codespell:ignore pictures
+        return stored if folder == IMAGES else folder.name
 
     def splits(self):
         """Shards to train on, to choose by, and to test on once."""
@@ -90,7 +98,7 @@ class Data:
         """Images and captions of a split as arrays, the first `limit` of them."""
         if (split, limit, background) not in self._read:
             # A pipeline's seed counts together with TensorFlow's own: without this,
-            # random grounds would depend on what ran before.
+            # random backgrounds would depend on what ran before.
             tf.random.set_seed(0)
             dataset = kcm.data.image_text_dataset(
                 self.shards[split],

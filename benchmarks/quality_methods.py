@@ -1,4 +1,4 @@
-"""What `quality.py` compares: ways to spend half the patches, and their variants."""
+"""The methods of `quality.py`: ways to mask half of the patches, and their variants."""
 
 import dataclasses
 import math
@@ -220,6 +220,12 @@ WHOLE_END = {"mask_ratio": (*[0.5714] * 7, 0.0)}
 # Gumbel noise of infinite weight is random masking.
 SOFTER = (0.0, 0.0, 0.1, 0.2, 0.4, 0.8, math.inf, math.inf)
 
+# Backgrounds of transparent images, under the names of the stored runs.
+BACKGROUNDS = {
+    f"{name}, {kind} ground": Method(make, background=drawn)  # codespell:ignore ground
+    for kind, drawn in {"random": "random", "mixed": ["white", "random"]}.items()
+    for name, make in {"random": random, "cluster": cluster}.items()
+}
 METHODS = {
     "none": Method(),
     "none, equal time": Method(equal_time=True),
@@ -243,7 +249,7 @@ METHODS = {
     "cluster, 13 anchors and detail stay": Method(
         lambda p: KeepAnchors(p, 0.5, anchor_ratio=13 / 64, detail=0.3)
     ),
-    # What is alike.
+    # Similarity.
     "cluster, colour": Method(lambda p: Colour(p, 0.5)),
     "cluster, raw pixels": Method(lambda p: RawPixels(p, 0.5)),
     "cluster, near": Method(lambda p: Near(p, 0.5)),
@@ -261,11 +267,7 @@ METHODS = {
     # From clusters to random patches, and the other way round.
     "cluster, then random": Method(cluster, over_training={"softness": SOFTER}),
     "random, then cluster": Method(cluster, over_training={"softness": SOFTER[::-1]}),
-    # Grounds of transparent pictures.
-    "random, random ground": Method(random, background="random"),
-    "cluster, random ground": Method(cluster, background="random"),
-    "random, mixed ground": Method(random, background=["white", "random"]),
-    "cluster, mixed ground": Method(cluster, background=["white", "random"]),
+    **BACKGROUNDS,
 }
 
 STUDIES = {
@@ -322,9 +324,6 @@ STUDIES = {
     "background": (
         "random",
         "cluster",
-        "random, random ground",
-        "cluster, random ground",
-        "random, mixed ground",
-        "cluster, mixed ground",
+        *BACKGROUNDS,
     ),
 }

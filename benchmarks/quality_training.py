@@ -1,11 +1,10 @@
-"""One training run of `quality.py`, in parts that survive being cut off."""
+"""One training run of `quality.py`, saved in parts so that it can resume."""
 
 import dataclasses
 import functools
 import json
 import shutil
 import time
-from pathlib import Path
 
 import keras
 from quality_methods import OWN_MASKINGS
@@ -57,7 +56,7 @@ def new_masking(method, recipe, data):
 
 
 def train(name, method, recipe, data, seed, costs, folder):
-    """Trains one model, or what is left of its training, and scores it.
+    """Trains one model, or the rest of an interrupted run, and scores it.
 
     Returns:
         The finished run as a dictionary, also written to `folder/result.json`: the
@@ -110,8 +109,9 @@ def train(name, method, recipe, data, seed, costs, folder):
 
     state["validation"] = data.scores(model, "validation", probe=True)
     if data.classes is None:
-        ground = data.scores(model, "validation", background="random")
-        state["validation"]["random ground"] = ground["score"]
+        found = data.scores(model, "validation", background="random")
+        # The key of the stored runs.
+        state["validation"]["random ground"] = found["score"]  # codespell:ignore ground
     write_json(finished, **state)
     return state
 
@@ -149,7 +149,7 @@ def measure_costs(methods, recipe, data_of, rounds=8):
 def _plain(recipe):
     # The data by its name alone: a folder of results may move with its runs.
     setting = dataclasses.asdict(recipe) | {"backend": keras.backend.backend()}
-    return setting | {"data": Path(recipe.data).name}
+    return setting | {"data": recipe.name}
 
 
 def _save(folder, model, state):
@@ -160,7 +160,7 @@ def _save(folder, model, state):
     draft.mkdir()
     model.save(draft / "model.keras")
     write_json(draft / "state.json", **state)
-    # One of the two always exists whole, whenever the run is cut off.
+    # One of the two is always complete, whenever the run is interrupted.
     shutil.rmtree(folder / "old", ignore_errors=True)
     if checkpoint.exists():
         checkpoint.rename(folder / "old")

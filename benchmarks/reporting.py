@@ -1,4 +1,4 @@
-"""What every benchmark does with its figures: a table, a JSON file, the machine."""
+"""How every benchmark reports: a table, a JSON file, the machine."""
 
 import argparse
 import importlib.metadata
@@ -26,7 +26,7 @@ def publish(path, title, rows, **content):
 
 
 def machine():
-    """The machine and the packages that the figures come from, as a dictionary."""
+    """The machine and the versions of packages, as a dictionary."""
     found = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -52,7 +52,7 @@ def describe(found):
 
 
 def table(rows):
-    """Rows, dictionaries, as a Markdown table; what one lacks stays empty."""
+    """Dictionaries as rows of a Markdown table; missing entries stay empty."""
     if not rows:
         return "(nothing measured)"
     header = list(dict.fromkeys(name for row in rows for name in row))
@@ -69,7 +69,7 @@ def mean_and_spread(values):
 
 
 def write_json(path, **content):
-    """Writes JSON in one move, so that a cut-off run leaves no half file behind."""
+    """Writes JSON in one move, so that an interrupted run leaves no partial file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(path.suffix + ".draft")

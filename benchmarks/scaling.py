@@ -1,13 +1,13 @@
-"""Step time and peak memory by batch, micro-batch, loss blocks, remat and devices.
+"""Step time and peak memory by batch, micro-batch, checkpointing and devices.
 
     KERAS_BACKEND=jax python benchmarks/scaling.py
     KERAS_BACKEND=torch python benchmarks/scaling.py \
         --size vit_b_16 --image-size 224 --batch-size 256 --dtype mixed_bfloat16
 
 Each row trains in a process of its own on batches of `--batch-size` pairs, or of eight
-times as many, whole or in micro-batches of `--batch-size`, or with blocks that are
-computed again for their gradients (`remat=True`). Two devices are virtual
-ones that share the processor (JAX and TensorFlow; torch takes a process a device).
+times as many: whole, in micro-batches of `--batch-size`, or with gradient
+checkpointing. Two devices are virtual ones that share the processor (JAX and
+TensorFlow; torch takes a process per device).
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Its allocator keeps what it once had, and peaks could not be told.
+# Its allocator never frees memory, which hides the peaks.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from reporting import parser, publish
@@ -49,8 +49,7 @@ def configurations(small):
         dict(batch=small),
         dict(batch=large),
         dict(batch=large, micro=small),
-        dict(batch=large, micro=small, block=small // 4),
-        dict(batch=large, remat=True),
+        dict(batch=large, checkpointing=True),
     ]
     if os.environ["KERAS_BACKEND"] != "torch":
         rows += [dict(batch=large, devices=2)]
@@ -75,8 +74,7 @@ def main():
         {
             "batch": row["batch"],
             "micro-batch": row.get("micro", "whole"),
-            "rows of the loss": row.get("block", "all"),
-            "blocks again": row.get("remat", False),
+            "gradient checkpointing": row.get("checkpointing", False),
             "devices": row.get("devices", 1),
             "seconds a step": f"{row['seconds']:.2f}",
             "to the whole batch": f"{row['seconds'] / whole['seconds']:.2f}",
@@ -95,8 +93,8 @@ def main():
     )
 
 
-def measure(options, batch, micro=None, block=None, remat=False, devices=1):
-    """Seconds of a step, and the memory in use before the timed steps and at most."""
+def measure(options, batch, micro=None, checkpointing=False, devices=1):
+    """Seconds per step, and memory before the timed steps and at its peak."""
     scope = use_devices(devices)
     import keras
     import numpy as np
@@ -125,8 +123,7 @@ def measure(options, batch, micro=None, block=None, remat=False, devices=1):
             backbone,
             masking,
             micro_batch_size=micro,
-            loss_block_size=block,
-            remat=remat,
+            gradient_checkpointing=checkpointing,
         )
         model.compile(keras.optimizers.AdamW(1e-4))
         model.optimizer.build(model.trainable_variables)
@@ -148,9 +145,9 @@ def measure(options, batch, micro=None, block=None, remat=False, devices=1):
 
 
 def forget_peak():
-    """Starts to measure peak memory anew; returns what is in use, in GiB.
+    """Resets the peak of memory; returns the memory in use, in GiB.
 
-    So that what compiling took does not count, which is most of it for small models.
+    Compilation, which takes most of it for small models, then does not count.
     """
     import keras
     from step_memory import peak_memory
@@ -160,7 +157,7 @@ def forget_peak():
 
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-    # Gives back what is free first: it would be used again without being seen.
+    # Frees memory first: its reuse would not show in the peak.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     return float(peak_memory())

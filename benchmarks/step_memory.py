@@ -1,4 +1,4 @@
-"""Peak memory of a training step of a CLIP, by default ViT-B/16, by way to mask.
+"""Peak memory of a training step of a CLIP, by default ViT-B/16, by masking.
 
     KERAS_BACKEND=jax python benchmarks/step_memory.py --batch-size 32
 

@@ -1,4 +1,4 @@
-"""What a training step of a CLIP, by default ViT-B/16, costs with each way to mask.
+"""The time of a training step of a CLIP, by default ViT-B/16, with each masking.
 
     KERAS_BACKEND=jax python benchmarks/step_time.py
     KERAS_BACKEND=torch python benchmarks/step_time.py --batch-size 256 \\

@@ -12,7 +12,7 @@ clock starts: open_clip keeps every word it has met, `tokenizers` 10,000 of them
 
 import os
 
-os.environ.setdefault("KERAS_BACKEND", "torch")  # What open_clip brings anyway.
+os.environ.setdefault("KERAS_BACKEND", "torch")  # open_clip imports it anyway.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import random
@@ -29,7 +29,7 @@ from timing import interleaved, ratio
 
 import keras_cluster_mask as kcm
 
-PICTURES = Path(__file__).resolve().parents[1] / "datasets" / "pictures" / "*.tar"
+IMAGES = Path(__file__).resolve().parents[1] / "datasets" / "images" / "*.tar"
 BATCH_SIZE = 256
 SHOWN = 10  # differing captions of a kind
 
@@ -97,7 +97,7 @@ def main():
     add("--results", default="results", help="folder for the JSON file")
     options = parsed.parse_args()
 
-    patterns = [str(PICTURES), *([options.data] if options.data else [])]
+    patterns = [str(IMAGES), *([options.data] if options.data else [])]
     sources = list(dict.fromkeys(kcm.data.read_captions(patterns)))
     kinds = captions_of_kinds(sources, options.captions, options.seed)
     tokenizer = kcm.data.CLIPTokenizer.from_open_clip()

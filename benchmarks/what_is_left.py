@@ -1,6 +1,5 @@
-"""What half of the patches still tell: finished models read masked images.
+"""How well finished models do on masked images.
 
-    python benchmarks/what_is_left.py results/quality/pictures
     python benchmarks/what_is_left.py results/quality/cifar10 --data DIR
 
 Models that `quality.py` trained (`--models`) read the validation images through each
@@ -20,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 from keras import ops
-from quality_data import PICTURES, Data, Recipe
+from quality_data import IMAGES, Data, Recipe
 from quality_methods import METHODS, Method
 from quality_training import load_finished, new_masking
 from reporting import mean_and_spread, parser, publish
@@ -65,7 +64,7 @@ def arguments():
     parsed = parser(__doc__)
     add = parsed.add_argument
     add("runs", type=Path, help="folder of finished runs, one data set's")
-    add("--data", default=str(PICTURES), help="folder of the shards they learned from")
+    add("--data", default=str(IMAGES), help="folder of the shards they learned from")
     add("--models", nargs="+", default=["none", "random", "cluster"], metavar="METHOD")
     add("--methods", nargs="+", default=MASKINGS, metavar="METHOD", choices=READINGS)
     add("--images", type=int, default=5000, help="how many, at most")
@@ -100,16 +99,16 @@ def scores_of(trained, seed, options):
     place = trained.replace(" ", "_").replace(",", "")
     folder = options.runs / place / f"seed-{seed}"
     setting = json.loads((folder / "result.json").read_text())["setting"]
-    if Path(options.data).resolve().name != setting["data"]:
-        raise ValueError(
-            f"`--data` must be what the runs learned from, {setting['data']}. "
-            f"Received: {options.data}"
-        )
     fields = {field.name for field in dataclasses.fields(Recipe)}
     recipe = Recipe(
         **{key: value for key, value in setting.items() if key in fields}
         | {"data": options.data}
     )
+    if recipe.name != setting["data"]:
+        raise ValueError(
+            f"`--data` must be the data of the runs, {setting['data']}. "
+            f"Received: {options.data}"
+        )
     data = Data(recipe, recipe.image_size)
     images, captions = data.read("validation", options.images)
     backbone = load_finished(folder).backbone

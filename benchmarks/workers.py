@@ -36,7 +36,7 @@ def side_by_side(function, tasks, workers):
 
 
 def _end_with_parent():
-    # A pool whose process is killed would otherwise go on with what it was given.
+    # The workers of a killed process would otherwise continue with their tasks.
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -1,39 +1,38 @@
 """
-Title: Scale up: larger batches, more devices, runs that survive
+Title: Scale up: larger batches, more devices, resumable runs
 Author: the keras_cluster_mask authors
 Date created: 2026/11/25
-Last modified: 2026/11/25
-Description: What training at scale takes, each part run and measured on a CPU.
+Last modified: 2026/11/26
+Description: Micro-batches, data parallel training, checkpoints and more, on a CPU.
 Accelerator: None
 """
 
 """
 ## Introduction
 
-A CLIP that is worth having has seen millions of pairs, in batches of thousands, on several
-devices, for days. This guide walks through what that takes, on a model so small that a CPU
-goes through all of it in a few minutes. It shows
+A useful CLIP is trained on millions of pairs, in batches of thousands, on several devices,
+for days. This guide shows each part of such a run with a model so small that a CPU runs all
+of it in a few minutes:
 
-- batches larger than memory, which train as if they fitted,
+- batches larger than memory,
 - several devices, here two virtual ones of a CPU,
-- how processes share samples, and epochs counted in samples,
-- a run that is cut off and ends at the same weights all the same,
-- samples and tokens a second, with and without masking, and
-- what else trainers ask for: a locked image tower, learning rates by tower, tuning on whole
-  images, a higher resolution, and export.
+- samples divided among processes, and epochs of a fixed number of steps,
+- a run that is interrupted, resumes and ends at the same weights,
+- samples and tokens per second, with and without masking, and
+- a locked image tower, learning rates by tower, tuning on whole images, a higher resolution,
+  and export.
 
-Each part stands alone: take the cells you need. The
-[first guide](pretrain_clip_with_cluster_masking.py) explains the training itself, and the
-[one for CC12M](pretrain_on_cc12m.py) puts the parts together into one long run.
+The [first guide](pretrain_clip_with_cluster_masking.py) explains the training itself, and the
+[guide for CC12M](pretrain_on_cc12m.py) combines the parts into one long run.
 """
 
 """
 ## Setup
 
-JAX and TensorFlow are asked for two virtual devices, which has to be done before anything
-runs; on a machine with accelerators leave these lines out. With torch a device is a process:
-start the program by `torchrun --nproc-per-node=2 guides/scaling_up.py`, and all of it runs in
-two; started by `python` it runs in one.
+JAX and TensorFlow get two virtual devices, which must be set up before anything runs; on a
+machine with accelerators remove these lines. With torch each device has its own process:
+`torchrun --nproc-per-node=2 guides/scaling_up.py` runs the guide in two processes, and
+`python` in one.
 """
 
 import os
@@ -70,21 +69,22 @@ def setting(name, default):
     return type(default)(os.environ.get(name, default))
 
 
-PICTURES = Path(__file__).resolve().parent.parent / "datasets" / "pictures"
-TRAIN = setting("TRAIN", str(PICTURES / "train-*.tar"))
-HELD_OUT = setting("HELD_OUT", str(PICTURES / "test-*.tar"))
+IMAGES = Path(__file__).resolve().parent.parent / "datasets" / "images"
+TRAIN = setting("TRAIN", str(IMAGES / "train-*.tar"))
+HELD_OUT = setting("HELD_OUT", str(IMAGES / "test-*.tar"))
 RESULTS = Path(setting("RESULTS", "results/scaling_up"))
 IMAGE_SIZE = setting("IMAGE_SIZE", 48)
 PATCH_SIZE = 8
 VOCABULARY_SIZE = setting("VOCABULARY_SIZE", 1000)
 CONTEXT_LENGTH = 12
 BATCH_SIZE = setting("BATCH_SIZE", 64)  # Over all devices together.
-SAMPLES_PER_EPOCH = setting("SAMPLES_PER_EPOCH", 640)
+STEPS_PER_EPOCH = setting("STEPS_PER_EPOCH", 10)
+EPOCHS = 2
 SEED = 1
 
 if kcm.distribution.is_main_process():
     RESULTS.mkdir(parents=True, exist_ok=True)
-    # This guide wants to be cut off anew each time it is run.
+    # The interrupted run below starts from the beginning.
     shutil.rmtree(RESULTS / "checkpoints", ignore_errors=True)
 tokenizer = kcm.data.CLIPTokenizer.train(
     kcm.data.read_captions(TRAIN), VOCABULARY_SIZE, CONTEXT_LENGTH
@@ -102,7 +102,7 @@ def clusters():
 
 
 def make_model(masking=None, **options):
-    """The same small CLIP each time."""
+    """A small CLIP, each time with the same weights."""
     keras.utils.set_random_seed(SEED)
     backbone = kcm.models.clip_backbone(
         "tiny", IMAGE_SIZE, tokenizer.vocabulary_size, CONTEXT_LENGTH, PATCH_SIZE
@@ -120,20 +120,18 @@ say(f"Backend: {BACKEND}; results go to {RESULTS.resolve()}")
 """
 ## The batch is the number of negatives
 
-Each image is told from the texts of all other pairs of its batch, so a larger batch is a
-harder task, not just a better average. That is why `gradient_accumulation_steps` of a Keras
-optimizer is no way out when memory runs short: it adds up gradients of small batches, each
-with few negatives.
+Each image is compared with the texts of all other pairs of its batch, so a larger batch has
+more negatives. `gradient_accumulation_steps` of a Keras optimizer does not have this effect: it
+averages the gradients of small batches, each with few negatives.
 
-`micro_batch_size` keeps the negatives. The batch is embedded some pairs at a time, and their
-activations are forgotten; the loss compares all embeddings; then the activations are computed
-again, some pairs at a time, for the gradients. The price is that second pass forward, about a
-third of the arithmetic. `loss_block_size` is for batches of many thousands, whose matrix of
-all pairs is large itself: so many of its rows are held at a time. It has a default that you
-will hardly need to change.
+`micro_batch_size` keeps all negatives. The encoders embed a few pairs at a time and keep no
+activations; the loss compares all embeddings; then the activations are recomputed, a few
+pairs at a time, for the gradients. This second forward pass adds about a third to the
+arithmetic. `gradient_checkpointing=True` reduces memory further: each transformer block keeps
+only its input and recomputes its activations for the gradients.
 
-One step of plain gradient descent at a learning rate of 1 moves the weights by the gradients,
-so the weights tell whether these are the same.
+One step of gradient descent at a learning rate of 1 changes the weights by the gradients, so
+the weights show whether the gradients are the same.
 """
 
 one_batch = training_data().take(1).cache()
@@ -148,30 +146,28 @@ def gradients(**options):
 
 
 whole = gradients()
-in_parts = gradients(micro_batch_size=BATCH_SIZE // 4, loss_block_size=BATCH_SIZE // 4)
+micro = BATCH_SIZE // 4
+in_parts = gradients(micro_batch_size=micro, gradient_checkpointing=True)
 say(f"largest gradient, whole batch of {BATCH_SIZE:4}: {np.abs(whole).max():.4f}")
-say(
-    f"difference in micro-batches of {BATCH_SIZE // 4:4}: {np.abs(in_parts - whole).max():.1e}"
-)
+say(f"difference in micro-batches of {micro:4}: {np.abs(in_parts - whole).max():.1e}")
 
 """
 ## Devices
 
-The batch is cut among the devices, each of which has all the weights, and every image is
-still compared with the texts of all devices. `batch_size` counts the pairs on all devices
-together, so learning rate, negatives and masks stay what they are when devices are added.
+In data parallel training the batch is divided among the devices, each of which has all the
+weights, and every image is still compared with the texts of all devices. `batch_size` counts
+the pairs on all devices together, so learning rate, negatives and masks do not depend on the
+number of devices.
 
-The model is made and trained within a scope on JAX and TensorFlow, and nothing else changes;
-without a list of devices both take all accelerators there are. With torch the whole program
-runs in as many processes as were started, so there is nothing to choose: started by `python`
-and by `torchrun`, it has printed the same largest gradient above. The
-[README](../README.md#larger-batches-more-devices-runs-that-survive) has a table of how
-programs are launched, on several machines too.
+On JAX and TensorFlow, make and train the model within a scope; without a list of devices both
+use all accelerators. With torch the whole program runs in several processes: by `python` and
+by `torchrun` it prints the same largest gradient above. The [README](../README.md) has a table
+of how to start programs, on several machines too.
 """
 
 
 def two_devices():
-    """The scope of a model that is to be on two devices."""
+    """The scope of a model on two devices."""
     if BACKEND == "jax":
         return keras.distribution.DataParallel(
             devices=keras.distribution.list_devices()[:2], auto_shard_dataset=False
@@ -187,13 +183,12 @@ else:
     say(f"difference on two devices: {np.abs(shared - whole).max():.1e}")
 
 """
-Two virtual devices of one CPU gain nothing in time; they show that a program is right before
-it is given eight GPUs.
+Two virtual devices of one CPU save no time; they test a program before it runs on real ones.
 
-A model that does not fit one device is shared among several, which Keras does on JAX:
-`clip_layout_map` deals out attention heads and hidden units of both towers. This costs two
-sums over the devices in every block, forward and again backward, so share a model among as
-few devices as will hold it, and give the batch the other axis of the mesh.
+A model too large for one device can be sharded over several, which Keras supports on JAX:
+`clip_layout_map` shards the attention heads and hidden units of both towers. This costs two
+all-reduces per block, forward and backward, so shard over as few devices as possible, and use
+the other axis of the mesh for the batch.
 """
 
 if BACKEND == "jax":
@@ -206,7 +201,7 @@ if BACKEND == "jax":
         auto_shard_dataset=False,
     )
     with distribution.scope():
-        # The number of devices must divide the heads, of which "tiny" has three.
+        # The number of devices must divide that of the heads; "tiny" has three.
         large = kcm.models.clip_backbone(
             "vit_s_16", image_size=32, vocabulary_size=1000
         )
@@ -217,13 +212,10 @@ if BACKEND == "jax":
 """
 ## Samples by process
 
-With several processes, each needs its own part of every batch. `image_text_dataset` sees to
-it: all processes shuffle alike, for which they need the same `seed`, and each decodes its own
-samples alone. Every process reads all shards, which costs reading, and keeps the batches those
-of one process. Here two processes are played by one.
-
-Epochs lie end to end. What does not fill a batch at the end of an epoch opens the next, so no
-sample is dropped, and now and then an epoch has a step more.
+With several processes, `image_text_dataset` gives each process its part of every batch: with
+the same `seed` all shuffle in the same order, and each decodes only its own samples. Every
+process reads all shards, so that the batches are those of a single process. Here one process
+reads the parts of two.
 """
 
 
@@ -237,30 +229,32 @@ for index, keys in enumerate(both):
     say(f"process {index} of 2: {len(keys)} samples, the first {keys[0].decode()}")
 say(f"together the batch of one process: {both[0] + both[1] == first_keys((0, 1))}")
 
-held_out = training_data(HELD_OUT)
-say("steps of three epochs:", [sum(1 for _ in held_out) for _ in range(3)])
-
 """
-Over web-scale shards nobody waits for the end of an epoch. `samples_per_epoch` says after how
-many samples logs, validation and checkpoints are due, whatever the size of the data, which is
-read on where it was.
-"""
+## Runs that resume
 
-STEPS = SAMPLES_PER_EPOCH // BATCH_SIZE
-EPOCHS = 2
+`kcm.callbacks.Checkpoint` saves the complete state of a run: weights, optimizer, seeds,
+metrics, history and the position in the data. With `resume_from` the same program, started
+again, continues from the last checkpoint, also within an epoch. A checkpoint takes the space
+of the weights and the optimizer's moments, and a killed run loses the steps since the last
+one; `save_every` balances the two.
+
+An epoch of web-scale shards is long. `steps_per_epoch` sets the number of steps between
+logs, validation and the checkpoint at the end of an epoch, and the next epoch continues in
+the data.
+"""
 
 
 def run(name, *callbacks):
-    """A training run in a folder; goes on with what it finds there."""
+    """A training run in a folder, which resumes if it was interrupted."""
+    folder = RESULTS / "checkpoints" / name
     model = make_model(clusters())
     model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.2))
-    checkpoint = kcm.callbacks.Checkpoint(
-        RESULTS / "checkpoints" / name, save_every=3, monitor=None
-    )
+    checkpoint = kcm.callbacks.Checkpoint(folder, save_every=3, monitor=None)
     history = model.fit(
         training_data(),
-        samples_per_epoch=SAMPLES_PER_EPOCH,
+        steps_per_epoch=STEPS_PER_EPOCH,
         epochs=EPOCHS,
+        resume_from=folder,
         callbacks=[checkpoint, *callbacks],
         verbose=0,
     )
@@ -268,19 +262,11 @@ def run(name, *callbacks):
 
 
 uninterrupted, losses = run("uninterrupted")
-say(f"loss after each {SAMPLES_PER_EPOCH} samples: {np.round(losses, 4)}")
+say(f"loss after each {STEPS_PER_EPOCH} steps: {np.round(losses, 4)}")
 
 """
-## Runs that survive
-
-Machines are taken away, and programs are killed. `kcm.callbacks.Checkpoint` saves all that a
-run is made of: weights, optimizer, seeds, metrics, history and the place in the data. The same
-program, started again, goes on from the last save, in the middle of an epoch too. A save costs
-a file of the weights and the optimizer's moments, and a run that is killed loses the steps
-since the last one: choose `save_every` so that neither hurts.
-
-Here a callback interrupts the run in the middle of the second epoch, and the same function is
-called again. On one CPU, in float32, it ends at the very weights of the run above.
+Here a callback interrupts a run in the middle of the second epoch, and the same function is
+called again. On one CPU in float32 it ends at the weights of the run above, bit for bit.
 """
 
 
@@ -289,7 +275,7 @@ class Interrupt(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.epoch == 1 and batch == STEPS // 2:
+        if self.epoch == 1 and batch == STEPS_PER_EPOCH // 2:
             raise KeyboardInterrupt
 
 
@@ -297,28 +283,26 @@ try:
     run("interrupted", Interrupt())
 except KeyboardInterrupt:
     saves = (RESULTS / "checkpoints" / "interrupted").glob("step-*.npz")
-    say(
-        f"interrupted after {STEPS + STEPS // 2 + 1} steps, last save {max(saves).name}"
-    )
+    done = STEPS_PER_EPOCH + STEPS_PER_EPOCH // 2 + 1
+    say(f"interrupted after {done} steps, last checkpoint {max(saves).name}")
 model, _ = run("interrupted")
 same = np.array_equal(weights_of(model), weights_of(uninterrupted))
 say(f"the same weights, bit for bit: {same}")
 
 """
-A loss that is NaN or infinite is not worth going on from, so nothing is saved of it.
-`Checkpoint` raises a `kcm.callbacks.NonFiniteLossError` that names the step, the samples of
-the batch and the last good checkpoint. Look at these samples first; then start again with a
-lower learning rate, a longer warm-up or gradient clipping.
+If the loss is NaN or infinite, `Checkpoint` saves nothing and raises a
+`kcm.callbacks.NonFiniteLossError` that names the step, the samples of the batch and the last
+good checkpoint. Look at these samples first; then resume with a lower learning rate, a longer
+warm-up or gradient clipping.
 """
 
 """
 ## Speed
 
-`kcm.callbacks.Throughput` puts `samples_per_second` and `tokens_per_second` into the progress
-bar and the history. Samples are what training is about, tokens what the arithmetic goes by: a
-masking that leaves out half of the patches trains on more samples with as many tokens. If
-samples do not keep up with tokens, the time goes elsewhere, to the text tower, say, or into
-waiting for data. Here the batches are kept in memory, so that the data is left out.
+`kcm.callbacks.Throughput` adds `samples_per_second` and `tokens_per_second` to the logs. The
+arithmetic grows with the tokens, so a masking of half of the patches trains on more samples
+per second. If the gain is smaller than the tokens suggest, something else limits the speed,
+such as the text tower or the data. Here the batches are in memory.
 """
 
 models = {
@@ -330,7 +314,7 @@ for name in ("no masking", "random 50 %"):
     models[name].compile(keras.optimizers.AdamW(1e-3, weight_decay=0.2))
 in_memory = training_data().take(5).cache()
 speeds, tokens = dict.fromkeys(models, 0.0), {}
-# In turns, and the best of some: what else the machine does slows all alike.
+# In turn, and the best of four: other load on the machine slows all models equally.
 for _ in range(4):
     for name, model in models.items():
         logs = model.fit(
@@ -340,7 +324,7 @@ for _ in range(4):
         speeds[name] = max(speeds[name], logs["samples_per_second"][0])
 for name in models:
     say(
-        f"{name:12} {tokens[name]:3.0f} tokens a sample, {speeds[name]:5.0f} samples a second"
+        f"{name:12} {tokens[name]:3.0f} tokens per sample, {speeds[name]:4.0f} samples/s"
     )
 
 figure = Figure(figsize=(9, 2.6), layout="constrained")
@@ -353,16 +337,16 @@ for axis, title, values in zip(
     axis.bar_label(bars, fmt="%.0f", padding=3)
     axis.margins(x=0.12)
     axis.set_title(title, fontsize=11)
-axis.invert_yaxis()  # Of both, which share it.
+axis.invert_yaxis()  # Shared by both plots.
 if kcm.distribution.is_main_process():
     figure.savefig(RESULTS / "speed.png", dpi=100)
 
 """
 ## A locked image tower
 
-[LiT](https://arxiv.org/abs/2111.07991) takes an image tower that has learned elsewhere, locks
-it, and teaches a text tower to read it. Set `trainable` before `compile`. A locked tower has
-no gradients and no optimizer state. Masking is still worth it, as the tower is still computed.
+[LiT](https://arxiv.org/abs/2111.07991) locks a pre-trained image tower and trains a text
+tower to match it. Set `trainable` before `compile`. A locked tower has no gradients and no
+optimizer state, but it is still computed, so masking still saves time.
 """
 
 model, backbone = uninterrupted, uninterrupted.backbone
@@ -371,50 +355,45 @@ model.compile(keras.optimizers.AdamW(1e-3))
 image_tower, text_tower = map(
     weights_of, (backbone.vision_encoder, backbone.text_encoder)
 )
-model.fit(training_data(), samples_per_epoch=SAMPLES_PER_EPOCH, verbose=0)
+model.fit(training_data(), steps_per_epoch=STEPS_PER_EPOCH, verbose=0)
 for name, before in (("vision_encoder", image_tower), ("text_encoder", text_tower)):
     change = np.abs(weights_of(getattr(backbone, name)) - before).max()
     say(f"{name}: largest change of a weight {change:.1e}")
 backbone.vision_encoder.trainable = True
 
 """
-## What the optimizer does to which weights
+## Learning rates by tower
 
-A tower that has learned elsewhere need not be locked, it may learn slowly:
-`learning_rate_multipliers` are factors by tower. Weight decay is on matrices alone, not on
-biases, norms and the temperature, unless `decay_vectors=True`. `log_gradient_norm` reports
-the norm of the whole batch's gradients before they are clipped, which tells what to clip at.
-
-With `remat=True` each transformer block keeps its input alone and computes the rest again for
-the gradients: for towers so deep that even a micro-batch of them is too large.
+A pre-trained tower can also be trained slowly: `learning_rate_multipliers` are factors on the
+learning rate by tower. Weight decay applies to matrices alone, not to biases, norms and the
+temperature, unless `decay_vectors=True`. `log_gradient_norm` reports the norm of the gradients
+of the whole batch before clipping, which helps to choose a limit.
 """
 
-model = kcm.ContrastiveModel.from_backbone(backbone, clusters(), remat=True)
+model = kcm.ContrastiveModel.from_backbone(backbone, clusters())
 model.compile(
     keras.optimizers.AdamW(1e-3, weight_decay=0.2, global_clipnorm=1.0),
     learning_rate_multipliers={"image": 0.1},
     log_gradient_norm=True,
 )
-logs = model.fit(training_data(), samples_per_epoch=SAMPLES_PER_EPOCH, verbose=0)
+logs = model.fit(training_data(), steps_per_epoch=STEPS_PER_EPOCH, verbose=0)
 say(f"mean norm of the gradients: {logs.history['gradient_norm'][-1]:.2f}")
 
 """
-## Whole images in the end, and larger ones
+## Tuning on whole and on larger images
 
-What has trained on half images has never seen a whole one. `without_masking` gives a model of
-the same weights that trains on whole images, for a short last run at a low learning rate. A
-step of it costs what the masking had saved.
+A model trained with masking has never seen a whole image. `without_masking` returns a model of
+the same weights that trains on whole images, for a short last run at a low learning rate.
 
-A higher resolution belongs there too: more patches are dear, so they come last.
-`with_image_size` copies the weights and interpolates the positions of the patches. The copy
-takes the larger images as they are, and its embeddings are close to those before, from where
-it can be trained on. Between them and the end lies a `fit` as above.
+A higher resolution has more patches and costs more, so it also comes last. `with_image_size`
+copies a backbone and interpolates its position embeddings. The embeddings of larger images
+are close to those before; another `fit` adapts the model to the new resolution.
 """
 
 whole_images = model.without_masking()
 whole_images.compile(keras.optimizers.AdamW(1e-5))
 losses = whole_images.fit(
-    training_data(), samples_per_epoch=SAMPLES_PER_EPOCH, verbose=0
+    training_data(), steps_per_epoch=STEPS_PER_EPOCH, verbose=0
 ).history["loss"]
 say(f"loss on whole images: {losses[-1]:.4f}")
 
@@ -440,10 +419,10 @@ say(f"cosine of embeddings at {IMAGE_SIZE} and {LARGER} pixels: {cosine:.3f}")
 """
 ## Export
 
-A tower is what is deployed: images are embedded once and stored, and queries are embedded as
-they come. It takes uint8 images in batches of any size and needs neither Keras nor this library
-any more: from JAX and TensorFlow as a SavedModel, from torch as an exported program.
-`model.image_tower.save` writes a `.keras` file instead.
+In a search engine each tower is deployed on its own. An exported image tower takes uint8
+images in batches of any size and needs neither Keras nor this library: a SavedModel from JAX
+and TensorFlow, an exported program from torch. `model.image_tower.save` writes a `.keras` file
+instead.
 """
 
 images = read(LARGER)

@@ -11,13 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import quality_training
 import what_is_left
-from quality_data import PICTURES, Data, Recipe
+from quality_data import IMAGES, Data, Recipe
 from quality_methods import METHODS, OWN_MASKINGS, STUDIES, Method, cluster
 
 import keras_cluster_mask as kcm
 
 RECIPE = Recipe(
-    data=str(PICTURES),
+    data=str(IMAGES),
     image_size=16,
     patch_size=8,
     batch_size=16,

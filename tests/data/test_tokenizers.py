@@ -20,7 +20,7 @@ open_clip_tokenizer = pytest.importorskip("open_clip.tokenizer")
 
 pytestmark = pytest.mark.any_backend
 
-IMAGES = Path(__file__).resolve().parents[2] / "datasets" / "pictures"
+IMAGES = Path(__file__).resolve().parents[2] / "datasets" / "images"
 CAPTIONS = [
     "",
     " \t\n ",

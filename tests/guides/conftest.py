@@ -1,4 +1,4 @@
-"""What the tests of all guides need: a small shard, and a guide run as a program."""
+"""Shared by the tests of the guides: a small shard, and a guide run as a program."""
 
 import itertools
 import os
@@ -12,15 +12,15 @@ import pytest
 from keras_cluster_mask.data.sources import read_samples
 
 ROOT = pathlib.Path(__file__).parents[2]
-PICTURES = ROOT / "datasets" / "pictures" / "test-00000.tar"
+IMAGES = ROOT / "datasets" / "images" / "test-00000.tar"
 
 
 @pytest.fixture
 def shard(write_tar):
-    """The first 64 of the pictures that are held out."""
-    samples = itertools.islice(read_samples(PICTURES), 64)
+    """The first 64 held-out images."""
+    samples = itertools.islice(read_samples(IMAGES), 64)
     return write_tar(
-        "pictures.tar",
+        "images.tar",
         [
             (f"{sample['__key__']}.{name}", content)
             for sample in samples

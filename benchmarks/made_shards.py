@@ -12,7 +12,7 @@ from PIL import Image
 # Photographs and scans that come with the package.
 NAMES = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "retina")
 SHAPES = (4 / 3, 3 / 4, 3 / 2, 1)
-TEXT = "a the photograph picture of cat cup rocket stars woman eye red dark on in"
+TEXT = "a the photograph image of cat cup rocket stars woman eye red dark on in"
 WORDS = TEXT.split()
 
 
@@ -52,7 +52,7 @@ def write_shards(folder, samples, short_side, per_shard, different=200):
         samples: int. How many in all.
         short_side: int. Pixels.
         per_shard: int.
-        different: int. How many different pictures there are.
+        different: int. How many different images there are.
 
     Returns:
         str, a pattern of the shards.
@@ -62,7 +62,7 @@ def write_shards(folder, samples, short_side, per_shard, different=200):
     if (folder / "complete").exists():
         return pattern
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = list(photographs(min(different, samples), short_side))
+    images = list(photographs(min(different, samples), short_side))
     generator = np.random.default_rng(1)
     progress = keras.utils.Progbar(samples // per_shard, unit_name="shard")
     for shard in range(samples // per_shard):
@@ -70,7 +70,7 @@ def write_shards(folder, samples, short_side, per_shard, different=200):
             for index in range(shard * per_shard, (shard + 1) * per_shard):
                 caption = " ".join(generator.choice(WORDS, generator.integers(5, 20)))
                 for ending, content in (
-                    ("jpg", pictures[index % len(pictures)]),
+                    ("jpg", images[index % len(images)]),
                     ("txt", caption.encode()),
                     ("json", b'{"url": "http://example.org/%09d.jpg"}' % index),
                 ):

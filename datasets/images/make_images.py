@@ -1,12 +1,12 @@
-"""Build the captioned picture data set from public Debian packages.
+"""Build the captioned image data set from public Debian packages.
 
-The pictures are the colour emoji of Noto Color Emoji, with their Unicode names, and
+The images are the colour emoji of Noto Color Emoji, with their Unicode names, and
 the public-domain drawings of the Open Clip Art Library, with their titles and
 keywords. Install the sources (about 110 MB), then run the script::
 
     apt-get install fonts-noto-color-emoji unicode-data
     apt-get install openclipart-png openclipart-svg
-    python make_pictures.py
+    python make_images.py
 
 It writes WebDataset shards (``train-00000.tar`` and so on) and ``contact_sheet.png``
 beside itself, or into the folder given with ``--output``. It needs Pillow built with
@@ -45,7 +45,7 @@ PACKAGES = {
     CLIPART_SVG: "openclipart-svg",
 }
 
-SIZE = 64  # side of a picture, in pixels
+SIZE = 64  # side of an image, in pixels
 MARGIN = 2  # transparent border on every side, in pixels
 QUALITY = 60  # lossy WebP colour quality
 ALPHA_QUALITY = 60
@@ -54,13 +54,13 @@ TRAIN_SHARE, VALIDATION_SHARE = 0.8, 0.1  # the rest is the test split
 MAX_BYTES = 12_000_000  # for all shards together
 
 # Near-duplicates differ in few bits of the 64-bit dHash and little in colour: by the
-# root mean square of 16x16 RGB, in levels of 255 and as a share of the picture's own
+# root mean square of 16x16 RGB, in levels of 255 and as a share of the image's own
 # standard deviation, since thin drawings on white all look alike to the former.
 MAX_HASH_DISTANCE = 6
 MAX_COLOUR_DISTANCE = 14.0
 MAX_COLOUR_SHARE = 0.25
 MAX_PER_CAPTION = 1  # so that a search for a caption has one right answer
-MIN_STRAY = 6.0  # standard deviation below which a picture counts as empty
+MIN_STRAY = 6.0  # standard deviation below which an image counts as empty
 MIN_COVER = 0.03  # share of the canvas that must be opaque
 MAX_SOURCE_PIXELS = 60_000_000
 
@@ -102,7 +102,7 @@ COLLECTION_TITLES = {
     "svg road signs",
     "various cliparts",
 }
-# Keywords about the collection rather than about the picture.
+# Keywords about the collection rather than about the image.
 SKIPPED_KEYWORDS = {
     "action", "activities", "advertising", "africa", "america", "architetto",
     "architetto francesco rollandin", "arrowshape", "asia", "black", "buttons",
@@ -136,8 +136,8 @@ RENAMED_KEYWORDS = {
 
 
 @dataclass
-class Picture:
-    """One captioned picture on its transparent square canvas."""
+class Sample:
+    """One captioned image on its transparent square canvas."""
 
     key: str
     source: str
@@ -146,13 +146,13 @@ class Picture:
 
     @cached_property
     def on_white(self) -> Image.Image:
-        """The picture composited on white, RGB."""
+        """The image composited on white, RGB."""
         canvas = Image.new("RGBA", self.image.size, "white")
         return Image.alpha_composite(canvas, self.image).convert("RGB")
 
     @cached_property
     def rank(self) -> str:
-        """A stable pseudo-random rank that orders the pictures."""
+        """A stable pseudo-random rank that orders the images."""
         return hashlib.sha256(self.key.encode()).hexdigest()
 
 
@@ -224,7 +224,7 @@ def flag_title(title: str) -> str:
 
 
 def clipart_title(raw: str, path: Path, keywords: set[str], titles: dict) -> str:
-    """Choose the words for a clip-art picture; empty when it has no good ones."""
+    """Choose the words for a clip-art image; empty when it has no good ones."""
     title = " ".join(raw.lower().split())
     flags = path.as_posix().startswith("signs_and_symbols/flags/")
     flag = flags and bool(keywords & {"flag", "flags"})
@@ -253,8 +253,8 @@ def add_keywords(title: str, keywords: list[str]) -> str:
     added = 0
     for keyword in keywords:
         words = keyword.split()
-        room = len(caption.split()) + len(words) <= MAX_WORDS
-        if added == MAX_KEYWORDS or not room or seen.issuperset(map(_stem, words)):
+        fits = len(caption.split()) + len(words) <= MAX_WORDS
+        if added == MAX_KEYWORDS or not fits or seen.issuperset(map(_stem, words)):
             continue
         caption += f", {keyword}"
         seen.update(map(_stem, words))
@@ -297,7 +297,7 @@ def emoji_sequences() -> Iterator[tuple[str, str]]:
                 yield text, name
 
 
-def emoji_pictures() -> Iterator[Picture]:
+def emoji_samples() -> Iterator[Sample]:
     """Draw the emoji of the font with their names."""
     # The font holds bitmaps of this one size.
     font = ImageFont.truetype(FONT, 109, layout_engine=ImageFont.Layout.RAQM)
@@ -310,7 +310,7 @@ def emoji_pictures() -> Iterator[Picture]:
         codes = "-".join(f"{ord(letter):x}" for letter in text)
         canvas = fit(image)
         if canvas is not None:
-            yield Picture(f"emoji-{codes}", "emoji", emoji_caption(name), canvas)
+            yield Sample(f"emoji-{codes}", "emoji", emoji_caption(name), canvas)
 
 
 def read_metadata(path: Path) -> tuple[str, list[str], str]:
@@ -318,7 +318,7 @@ def read_metadata(path: Path) -> tuple[str, list[str], str]:
     root = ET.parse(path).getroot()
     work = root.find(".//{*}Work")
     links = [image.get(f"{XLINK}href", "") for image in root.iterfind(".//{*}image")]
-    # A linked file is not in the package: its picture shows an error message.
+    # A linked file is not in the package: its image shows an error message.
     if work is None or not all(link.startswith("data:") for link in links):
         return "", [], ""
     licence = work.find("{*}license")
@@ -329,7 +329,7 @@ def read_metadata(path: Path) -> tuple[str, list[str], str]:
     return work.findtext("{*}title") or "", keywords, resource
 
 
-def clipart_pictures(titles: dict, counts: Counter) -> Iterator[Picture]:
+def clipart_samples(titles: dict, counts: Counter) -> Iterator[Sample]:
     """Read the clip art that is free, described and of a useful kind."""
     found = []
     for png in sorted(CLIPART_PNG.rglob("*.png")):
@@ -367,7 +367,7 @@ def clipart_pictures(titles: dict, counts: Counter) -> Iterator[Picture]:
         # Keys must have no dots or slashes; underscores keep file names apart.
         name = re.sub(r"[^A-Za-z0-9_]", "-", path.with_suffix("").as_posix())
         caption = add_keywords(title, keywords)
-        yield Picture(f"clipart-{name}", "clip art", caption, canvas)
+        yield Sample(f"clipart-{name}", "clip art", caption, canvas)
 
 
 def read_png(path: Path) -> Image.Image | None:
@@ -379,18 +379,18 @@ def read_png(path: Path) -> Image.Image | None:
     return fit(image)
 
 
-# Pictures
+# Images
 
 
 def fit(image: Image.Image) -> Image.Image | None:
-    """Centre a picture on the transparent canvas; nothing for an empty one."""
+    """Centre an image on the transparent canvas; nothing for an empty one."""
     # Faint pixels would widen the box without being seen.
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox()
     if box is None:
         return None
     image = image.crop(box)
-    room = SIZE - 2 * MARGIN
-    scale = room / max(image.size)
+    inner = SIZE - 2 * MARGIN
+    scale = inner / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     canvas = Image.new("RGBA", (SIZE, SIZE))
@@ -398,15 +398,15 @@ def fit(image: Image.Image) -> Image.Image | None:
     return canvas
 
 
-def is_empty(picture: Picture) -> bool:
+def is_empty(sample: Sample) -> bool:
     """Whether hardly anything can be seen, on white."""
-    cover = np.asarray(picture.image)[..., 3].mean() / 255
-    return cover < MIN_COVER or stray(picture) < MIN_STRAY
+    cover = np.asarray(sample.image)[..., 3].mean() / 255
+    return cover < MIN_COVER or stray(sample) < MIN_STRAY
 
 
-def stray(picture: Picture) -> float:
+def stray(sample: Sample) -> float:
     """Standard deviation of the colours, on white."""
-    return float(np.asarray(picture.on_white).std())
+    return float(np.asarray(sample.on_white).std())
 
 
 def difference_hash(image: Image.Image) -> np.ndarray:
@@ -416,40 +416,40 @@ def difference_hash(image: Image.Image) -> np.ndarray:
     return (cells[:, 1:] > cells[:, :-1]).ravel()
 
 
-def drop_duplicates(pictures: list[Picture], counts: Counter) -> list[Picture]:
-    """Keep the first of every group of equal or nearly equal pictures."""
-    hashes = np.zeros((len(pictures), 64), bool)
-    colours = np.zeros((len(pictures), 16 * 16 * 3), np.float32)
+def drop_duplicates(samples: list[Sample], counts: Counter) -> list[Sample]:
+    """Keep the first of every group of equal or nearly equal images."""
+    hashes = np.zeros((len(samples), 64), bool)
+    colours = np.zeros((len(samples), 16 * 16 * 3), np.float32)
     kept, seen = [], set()
-    for picture in pictures:
-        digest = hashlib.sha256(picture.on_white.tobytes()).digest()
+    for sample in samples:
+        digest = hashlib.sha256(sample.on_white.tobytes()).digest()
         if digest in seen:
             counts["exact duplicates"] += 1
             continue
         seen.add(digest)
-        small = picture.on_white.resize((16, 16), Image.Resampling.BOX)
-        bits, colour = difference_hash(picture.on_white), np.asarray(small).ravel()
+        small = sample.on_white.resize((16, 16), Image.Resampling.BOX)
+        bits, colour = difference_hash(sample.on_white), np.asarray(small).ravel()
         known = len(kept)
         near = np.flatnonzero((hashes[:known] != bits).sum(1) <= MAX_HASH_DISTANCE)
         error = np.square(colours[near] - colour).mean(1)
-        limit = min(MAX_COLOUR_DISTANCE, MAX_COLOUR_SHARE * stray(picture))
+        limit = min(MAX_COLOUR_DISTANCE, MAX_COLOUR_SHARE * stray(sample))
         if (error <= limit**2).any():
             counts["near duplicates"] += 1
             continue
         hashes[known], colours[known] = bits, colour
-        kept.append(picture)
+        kept.append(sample)
     return kept
 
 
-def limit_captions(pictures: list[Picture], counts: Counter) -> list[Picture]:
-    """Keep so many pictures of each caption, chosen by rank."""
+def limit_captions(samples: list[Sample], counts: Counter) -> list[Sample]:
+    """Keep so many images of each caption, chosen by rank."""
     used, kept = Counter(), []
-    for picture in sorted(pictures, key=lambda picture: picture.rank):
-        used[picture.caption] += 1
-        if used[picture.caption] > MAX_PER_CAPTION:
+    for sample in sorted(samples, key=lambda sample: sample.rank):
+        used[sample.caption] += 1
+        if used[sample.caption] > MAX_PER_CAPTION:
             counts["more of the same caption"] += 1
         else:
-            kept.append(picture)
+            kept.append(sample)
     return kept
 
 
@@ -486,25 +486,25 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def write_shard(path: Path, pictures: list[Picture]) -> int:
+def write_shard(path: Path, samples: list[Sample]) -> int:
     """Write one shard and return its size in bytes."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for picture in pictures:
-            add_member(tar, f"{picture.key}.webp", encode(picture.image))
-            add_member(tar, f"{picture.key}.txt", picture.caption.encode())
+        for sample in samples:
+            add_member(tar, f"{sample.key}.webp", encode(sample.image))
+            add_member(tar, f"{sample.key}.txt", sample.caption.encode())
     return path.stat().st_size
 
 
-def write_contact_sheet(path: Path, pictures: list[Picture], columns: int = 8) -> None:
-    """Show pictures with their captions on white."""
+def write_contact_sheet(path: Path, samples: list[Sample], columns: int = 8) -> None:
+    """Show images with their captions on white."""
     cell, height, pad = 132, 122, 8
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * cell, rows * height + pad), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for index, picture in enumerate(pictures):
+    for index, sample in enumerate(samples):
         left, top = index % columns * cell, index // columns * height + pad
-        sheet.paste(picture.on_white, (left + (cell - SIZE) // 2, top))
-        text = wrap(picture.caption, font, cell - 12)
+        sheet.paste(sample.on_white, (left + (cell - SIZE) // 2, top))
+        text = wrap(sample.caption, font, cell - 12)
         middle = (left + cell // 2, top + SIZE + 4)
         draw.multiline_text(
             middle, text, "black", font, anchor="ma", align="center", spacing=2
@@ -528,30 +528,30 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 3) ->
     return "\n".join(rows)
 
 
-def collect() -> tuple[list[Picture], Counter]:
-    """All pictures of the data set, in rank order, and counts of those left out."""
+def collect() -> tuple[list[Sample], Counter]:
+    """All images of the data set, in rank order, and counts of those left out."""
     titles = json.loads((HERE / "titles.json").read_text(encoding="utf-8"))
     counts: Counter = Counter()
-    pictures = list(emoji_pictures())
-    print(f"{len(pictures):5} emoji drawn", flush=True)
-    clipart = list(clipart_pictures(titles, counts))
-    print(f"{len(clipart):5} clip-art pictures read", flush=True)
-    described = [*pictures, *clipart]
-    pictures = [picture for picture in described if not is_empty(picture)]
-    counts["empty or too large"] += len(described) - len(pictures)
-    pictures = limit_captions(drop_duplicates(pictures, counts), counts)
-    if len({picture.key for picture in pictures}) != len(pictures):
-        sys.exit("Two pictures share a key")
-    return pictures, counts
+    samples = list(emoji_samples())
+    print(f"{len(samples):5} emoji drawn", flush=True)
+    clipart = list(clipart_samples(titles, counts))
+    print(f"{len(clipart):5} clip-art images read", flush=True)
+    described = [*samples, *clipart]
+    samples = [sample for sample in described if not is_empty(sample)]
+    counts["empty or too large"] += len(described) - len(samples)
+    samples = limit_captions(drop_duplicates(samples, counts), counts)
+    if len({sample.key for sample in samples}) != len(samples):
+        sys.exit("Two images share a key")
+    return samples, counts
 
 
-def write_shards(folder: Path, pictures: list[Picture]) -> None:
+def write_shards(folder: Path, samples: list[Sample]) -> None:
     """Write the shards of all splits and report them."""
     total = 0
     for split in ("train", "validation", "test"):
-        members = [p for p in pictures if split_of(p.caption) == split]
-        sources = Counter(picture.source for picture in members)
-        print(f"{split}: {len(members)} pictures, {dict(sorted(sources.items()))}")
+        members = [p for p in samples if split_of(p.caption) == split]
+        sources = Counter(sample.source for sample in members)
+        print(f"{split}: {len(members)} images, {dict(sorted(sources.items()))}")
         shards = TRAIN_SHARDS if split == "train" else 1
         for index in range(shards):
             path = folder / f"{split}-{index:05}.tar"
@@ -570,11 +570,11 @@ def main() -> None:
     folder = parser.parse_args().output
     check_sources()
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, counts = collect()
+    samples, counts = collect()
     for reason, count in counts.most_common():
         print(f"{count:5} left out: {reason}")
-    write_shards(folder, pictures)
-    train = [p for p in pictures if split_of(p.caption) == "train"]
+    write_shards(folder, samples)
+    train = [p for p in samples if split_of(p.caption) == "train"]
     write_contact_sheet(folder / "contact_sheet.png", train[:48])
 
 

@@ -1,4 +1,4 @@
-"""The pictures that `quality.py` makes."""
+"""The plots of `quality.py`."""
 
 import matplotlib
 import numpy as np
@@ -15,7 +15,9 @@ def plot_learning_curves(runs, path):
     for name, mine in _by_method(runs).items():
         steps = [point["step"] for point in mine[0]["curve"]]
         scores = _curves(mine)
-        (line,) = axes.plot(steps, scores.mean(axis=0), marker="o", ms=3, label=name)
+        # As stored runs are named.
+        label = name.replace(" ground", " background")  # codespell:ignore ground
+        (line,) = axes.plot(steps, scores.mean(axis=0), marker="o", ms=3, label=label)
         axes.fill_between(
             steps,
             scores.min(0),
