@@ -141,12 +141,14 @@ def plot_history(history):
         (accuracy_axis, "text_to_image_accuracy", "text to image"),
     )
     for axis, key, label in curves:
-        (line,) = axis.plot(epochs, history[key], label=f"{label}, training")
+        # A curve of one epoch is a point.
+        style = {"marker": "."}
+        (line,) = axis.plot(epochs, history[key], label=f"{label}, training", **style)
         if f"val_{key}" in history:
             color = line.get_color()
             axis.plot(
                 epochs, history[f"val_{key}"], "--", color=color,
-                label=f"{label}, validation",
+                label=f"{label}, validation", **style,
             )  # fmt: skip
     loss_axis.set_title("contrastive loss", fontsize=11)
     accuracy_axis.set_title("accuracy within the batch", fontsize=11)
