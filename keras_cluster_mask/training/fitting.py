@@ -69,6 +69,8 @@ def fit(model, keras_fit, x, options, resume_from=None):
         if steps is None:
             steps = x.position.steps_per_epoch()
     saves = [each for each in callbacks if getattr(each, "saves_training_state", False)]
+    if saves:
+        _check_no_swaps(callbacks)
     data = RemainingData(
         x,
         batch_size,
@@ -210,6 +212,17 @@ class Validation(keras.callbacks.Callback):
                 **self.options,
             )
             logs.update({f"val_{name}": value for name, value in found.items()})
+
+
+def _check_no_swaps(callbacks):
+    for each in callbacks:
+        if isinstance(each, keras.callbacks.SwapEMAWeights) and each.swap_on_epoch:
+            raise ValueError(
+                "`callbacks` must not hold a `Checkpoint` together with "
+                "`SwapEMAWeights(swap_on_epoch=True)`, which exchanges weights and "
+                "averages while they are saved: pass `swap_on_epoch=False`. "
+                f"Received: callbacks of types {[type(x).__name__ for x in callbacks]}"
+            )
 
 
 def _split(x, validation_split):
