@@ -144,6 +144,7 @@ def test_blocks_may_be_computed_again_from_a_checkpoint_on(shards, tmp_path):
         np.testing.assert_allclose(found[key], value, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.any_backend
 def test_a_finished_run_gives_its_weights_and_history_again(shards, tmp_path):
     expected, history = run(make_dataset(shards), tmp_path)
     found, again = run(make_dataset(shards), tmp_path)
@@ -169,6 +170,7 @@ def test_epochs_of_so_many_steps_continue_through_the_data(shards, tmp_path):
         run(make_dataset(shards), tmp_path / "whole", fit={"steps_per_epoch": 10})
 
 
+@pytest.mark.any_backend
 def test_samples_that_do_not_decode_do_not_shift_what_is_left(write_pairs, tmp_path):
     broken = [("bad.png", b"no picture"), ("bad.txt", b"bad")]
     shard = write_pairs("a.tar", 0, 40, broken=broken)
@@ -249,6 +251,7 @@ def finish(process):
     assert process.returncode == 0, errors[-3000:]
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_and_while_saving(shards, tmp_path):
     finish(start(shards, tmp_path / "whole", tmp_path / "whole.npz"))
     rng = random.Random(os.getpid())
@@ -277,6 +280,7 @@ def test_killed_at_random_points_and_while_saving(shards, tmp_path):
 # === Files ===
 
 
+@pytest.mark.any_backend
 def test_the_last_few_and_the_best_are_kept(tmp_path):
     model = make_model()
     validation = pairs(8, seed=1)
@@ -298,6 +302,7 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert min(saved) == history.history["val_loss"][best]
 
 
+@pytest.mark.any_backend
 def test_a_damaged_file_is_passed_over_with_a_warning(shards, tmp_path):
     expected, _ = run(make_dataset(shards), tmp_path / "whole")
     folder = tmp_path / "stopped"
@@ -309,6 +314,7 @@ def test_a_damaged_file_is_passed_over_with_a_warning(shards, tmp_path):
     assert_same_weights(found, expected)
 
 
+@pytest.mark.any_backend
 def test_bfloat16_survives_a_file(tmp_path):
     import ml_dtypes
 
@@ -383,6 +389,7 @@ def test_samples_of_a_bad_batch_are_named_by_their_sample_id(kind, tmp_path):
 # === Refusals ===
 
 
+@pytest.mark.any_backend
 def test_a_checkpoint_of_another_masking_is_refused_by_field(tmp_path):
     run(pairs(), tmp_path, save_every="epoch", fit={"epochs": 1})
     masking = kcm.ClusterMasking(
@@ -392,6 +399,7 @@ def test_a_checkpoint_of_another_masking_is_refused_by_field(tmp_path):
         run(pairs(), tmp_path, model=make_model(masking), save_every="epoch")
 
 
+@pytest.mark.any_backend
 def test_a_checkpoint_of_another_optimizer_or_data_is_refused(shards, tmp_path):
     run(make_dataset(shards), tmp_path, fit={"epochs": 1})
     with pytest.raises(ValueError, match=r"optimizer: 'AdamW' in.*'SGD' in"):
@@ -400,6 +408,7 @@ def test_a_checkpoint_of_another_optimizer_or_data_is_refused(shards, tmp_path):
         run(make_dataset(shards, seed=8), tmp_path)
 
 
+@pytest.mark.any_backend
 def test_a_checkpoint_of_a_model_of_another_size_is_refused(tmp_path):
     run(pairs(), tmp_path, save_every="epoch", fit={"epochs": 1})
     images, ids = keras.Input((16, 16, 3)), keras.Input((9,), dtype="int32")
@@ -415,6 +424,7 @@ def test_a_checkpoint_of_a_model_of_another_size_is_refused(tmp_path):
         run(pairs(), tmp_path, model=model, save_every="epoch")
 
 
+@pytest.mark.any_backend
 def test_steps_cannot_be_saved_of_data_that_is_not_found_again(tmp_path):
     with pytest.raises(ValueError, match=r"shuffle=False.*Received: arrays"):
         run(pairs(), tmp_path, save_every=2)
@@ -425,6 +435,7 @@ def test_steps_cannot_be_saved_of_data_that_is_not_found_again(tmp_path):
             run(data, tmp_path, save_every="epoch", fit={"steps_per_epoch": 2})
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -439,6 +450,7 @@ def test_bad_options_are_named(options, message, tmp_path):
         kcm.callbacks.Checkpoint(tmp_path, **options)
 
 
+@pytest.mark.any_backend
 def test_another_model_than_a_contrastive_one_is_refused(tmp_path):
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")

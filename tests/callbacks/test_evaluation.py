@@ -120,6 +120,7 @@ def test_every_epoch_is_evaluated_with_its_own_weights():
     np.testing.assert_allclose(found[1:], expected, atol=1e-5)
 
 
+@pytest.mark.any_backend
 def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name():
     captioned = {"images": pairs(4)["images"], "captions": [["a", "b"], "c", "d", "e"]}
     callbacks = [
@@ -230,9 +231,7 @@ def test_a_run_that_is_cut_off_goes_on_the_same(tmp_path):
         checkpoint = kcm.callbacks.Checkpoint(folder, save_every=1, monitor=RECALL)
         callbacks = [Retrieval(pairs(8, 1), every=2), checkpoint, Stop()]
         try:
-            model, history = fit(
-                callbacks, make_model(), epochs=4, resume_from=folder
-            )
+            model, history = fit(callbacks, make_model(), epochs=4, resume_from=folder)
         except KeyboardInterrupt:
             return None
         best = read_checkpoint(tmp_path / folder / "best.npz")[1]["epoch"]
@@ -254,6 +253,7 @@ def test_a_run_that_is_cut_off_goes_on_the_same(tmp_path):
 # === Epochs that are not evaluated ===
 
 
+@pytest.mark.any_backend
 def test_the_first_the_last_and_each_so_many_epochs_are_evaluated(small):
     values = [0.1, 0.3, 0.2, 0.6]
     # Epochs 1, 3, 6 and, as the last one, 7.
@@ -261,6 +261,7 @@ def test_the_first_the_last_and_each_so_many_epochs_are_evaluated(small):
     assert history[RECALL] == [0.1, 0.1, 0.3, 0.3, 0.3, 0.2, 0.6]
 
 
+@pytest.mark.any_backend
 def test_an_epoch_at_whose_end_training_stops_is_evaluated(small):
     class Stop(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -270,6 +271,7 @@ def test_an_epoch_at_whose_end_training_stops_is_evaluated(small):
     assert history[RECALL] == [0.1, 0.4]
 
 
+@pytest.mark.any_backend
 def test_a_csv_file_has_the_figures_in_all_rows(small, tmp_path):
     path = tmp_path / "log.csv"
     logger = keras.callbacks.CSVLogger(str(path))
@@ -279,6 +281,7 @@ def test_a_csv_file_has_the_figures_in_all_rows(small, tmp_path):
     assert [float(row[RECALL]) for row in rows] == [0.1, 0.3]
 
 
+@pytest.mark.any_backend
 def test_early_stopping_counts_epochs_and_never_stops_on_a_gap(small):
     def stopped_after(values, patience, **options):
         stop = keras.callbacks.EarlyStopping(
@@ -296,6 +299,7 @@ def test_early_stopping_counts_epochs_and_never_stops_on_a_gap(small):
     assert stopped_after(falling, patience=2, start_from_epoch=2) == 6
 
 
+@pytest.mark.any_backend
 def test_the_best_model_is_saved_where_it_was_measured(small, tmp_path):
     class Epochs(keras.callbacks.ModelCheckpoint):
         def _save_model(self, epoch, batch, logs):
@@ -312,6 +316,7 @@ def test_the_best_model_is_saved_where_it_was_measured(small, tmp_path):
     assert saved == [1, 4]
 
 
+@pytest.mark.any_backend
 def test_file_names_may_hold_figures(small, tmp_path):
     path = str(tmp_path / ("{epoch}-{" + RECALL + ":.2f}.weights.h5"))
     save = keras.callbacks.ModelCheckpoint(path, save_weights_only=True, mode="max")
@@ -320,6 +325,7 @@ def test_file_names_may_hold_figures(small, tmp_path):
     assert [name[:6] for name in names] == ["1-0.20", "2-0.20", "3-0.50"]
 
 
+@pytest.mark.any_backend
 def test_learning_rate_is_lowered_where_figures_do_not_rise(small):
     class Rates(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -335,6 +341,7 @@ def test_learning_rate_is_lowered_where_figures_do_not_rise(small):
     assert rates == [1.0, 1.0, 1.0, 0.1, 0.1, 0.01]
 
 
+@pytest.mark.any_backend
 def test_tensorboard_draws_the_figures_as_validation(small, tmp_path):
     pytest.importorskip("tensorflow")
     accumulators = pytest.importorskip(
@@ -352,6 +359,7 @@ def test_tensorboard_draws_the_figures_as_validation(small, tmp_path):
     np.testing.assert_allclose(drawn, [(0, 0.1), (1, 0.3), (2, 0.2)], rtol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_the_progress_bar_shows_the_figures_and_nothing_else_is_printed(capsys):
     fit([Retrieval(pairs(), ks=(12,), every=2)], epochs=3, verbose=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
@@ -377,6 +385,7 @@ def test_a_model_whose_loss_is_not_finite_is_not_evaluated():
 # === Processes ===
 
 
+@pytest.mark.any_backend
 def test_all_processes_have_the_figures_of_the_main_one(monkeypatch):
     monkeypatch.setattr(
         evaluation_module,
@@ -388,6 +397,7 @@ def test_all_processes_have_the_figures_of_the_main_one(monkeypatch):
     assert history["val_text_to_image_recall@1"] == [0.5]
 
 
+@pytest.mark.any_backend
 def test_a_share_of_the_data_is_refused(monkeypatch):
     monkeypatch.setattr(
         evaluation_module, "all_gather_object", lambda value: [value, value + 1]
@@ -399,6 +409,7 @@ def test_a_share_of_the_data_is_refused(monkeypatch):
 # === Wrong input ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("every", [0, -1, 1.5, None])
 def test_a_wrong_every_is_named(every):
     with pytest.raises(ValueError, match=r"`every`.*Received: every="):
@@ -407,6 +418,7 @@ def test_a_wrong_every_is_named(every):
         ZeroShot(pairs(), NAMES, tokenizer, every=every)
 
 
+@pytest.mark.any_backend
 def test_data_that_can_be_read_only_once_is_refused():
     with pytest.raises(ValueError, match=r"`data` must be .* Received: an iterator"):
         Retrieval(iter([pairs()]))
@@ -419,6 +431,7 @@ class Steps(keras.callbacks.Callback):
         self.count += 1
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -442,6 +455,7 @@ def test_what_cannot_be_evaluated_is_an_error_before_training(make, message):
     assert steps.count == 0
 
 
+@pytest.mark.any_backend
 def test_another_model_than_a_contrastive_one_is_refused():
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")

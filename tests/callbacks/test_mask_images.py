@@ -99,6 +99,7 @@ def test_pictures_are_those_of_the_masking_as_it_is_at_the_end_of_the_epoch(tmp_
     assert np.any(found[0][1] != found[-1][1])
 
 
+@pytest.mark.any_backend
 def test_pictures_that_nothing_has_changed_are_the_same(tmp_path):
     model = make_model(kcm.ClusterMasking(4))
     fit(model, [MaskImages(random_pairs(3)["images"], tmp_path)], epochs=2)
@@ -106,6 +107,7 @@ def test_pictures_that_nothing_has_changed_are_the_same(tmp_path):
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("masking", [kcm.RandomMasking, HideByNoise])
 def test_maskings_without_a_patch_size_are_drawn(tmp_path, masking):
     model = make_model(masking(0.5, num_prefix_tokens=0))
@@ -132,6 +134,7 @@ def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
         np.testing.assert_array_equal(picture, drawn(figure))
 
 
+@pytest.mark.any_backend
 def test_the_first_the_last_and_each_so_many_epochs_are_drawn(tmp_path):
     model = make_model(kcm.RandomMasking(0.5, num_prefix_tokens=0))
     fit(model, [MaskImages(random_pairs(1)["images"], tmp_path, every=2)], epochs=5)
@@ -150,6 +153,7 @@ def test_training_is_bit_for_bit_the_same(tmp_path):
         np.testing.assert_array_equal(found[key], value, err_msg=key)
 
 
+@pytest.mark.any_backend
 def test_another_process_writes_nothing(tmp_path, monkeypatch):
     module = "keras_cluster_mask.callbacks.mask_images.is_main_process"
     monkeypatch.setattr(module, lambda: False)
@@ -161,6 +165,7 @@ def test_another_process_writes_nothing(tmp_path, monkeypatch):
 # === Wrong input ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -173,11 +178,13 @@ def test_wrong_arguments_are_named(options, message):
         MaskImages(random_pairs(1)["images"], "logs", **options)
 
 
+@pytest.mark.any_backend
 def test_a_model_without_a_masking_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"with a masking.*Received: model="):
         fit(make_model(None), [MaskImages(random_pairs(1)["images"], tmp_path)])
 
 
+@pytest.mark.any_backend
 def test_images_of_another_size_and_none_are_refused_before_training(tmp_path):
     model = make_model(kcm.ClusterMasking(4))
     for images, message in (
@@ -189,6 +196,7 @@ def test_images_of_another_size_and_none_are_refused_before_training(tmp_path):
     assert int(model.optimizer.iterations) == 0
 
 
+@pytest.mark.any_backend
 def test_a_masking_whose_patches_are_not_known_is_refused(tmp_path):
     images = keras.Input((16, 16, 3))
     x = keras.layers.Reshape((16, 8))(keras.layers.Conv2D(8, 4, strides=4)(images))
@@ -200,6 +208,7 @@ def test_a_masking_whose_patches_are_not_known_is_refused(tmp_path):
         fit(model, [MaskImages(random_pairs(1)["images"], tmp_path)])
 
 
+@pytest.mark.any_backend
 def test_another_model_than_a_contrastive_one_is_refused(tmp_path):
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
@@ -208,6 +217,7 @@ def test_another_model_than_a_contrastive_one_is_refused(tmp_path):
         model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[masks])
 
 
+@pytest.mark.any_backend
 def test_what_to_install_is_said(monkeypatch):
     whole = builtins.__import__
 

@@ -7,6 +7,8 @@ import pytest
 
 import keras_cluster_mask as kcm
 
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
+
 GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "pretrain_on_cc12m.py"
 TEXT = GUIDE.read_text(encoding="utf-8")
 TINY = dict(

@@ -9,7 +9,7 @@ from scipy import stats
 
 import keras_cluster_mask as kcm
 from tests.masking import masking_reference as reference
-from tests.masking.pictures import (
+from tests.masking.images import (
     as_images,
     assert_selects,
     draw_noise,
@@ -307,6 +307,7 @@ class TestFlatPictures:
         counts = np.bincount(indices[visible], minlength=16)
         assert chi_square(counts, self.draws, kept) > FALSE_ALARM
 
+    @pytest.mark.any_backend
     def test_the_test_notices_a_preferred_position(self):
         rng = np.random.default_rng(13)
         noise = rng.random((self.draws, 16))
@@ -328,6 +329,7 @@ class TestAnchors:
             indices, _ = numpy(*masking.select(images=images, noise=noise))
             assert not np.any(indices[:, :, None] == anchors[:, None, :])
 
+    @pytest.mark.any_backend
     @pytest.mark.parametrize(
         ("anchor_ratio", "num_patches", "count"),
         [(0.0, 16, 1), (0.03, 196, 6), (0.1, 10, 1), (1.0, 16, 16)],
@@ -496,6 +498,7 @@ class TestCall:
                 assert dtype_of(symbolic) == dtype_of(actual)
                 assert symbolic.shape == (ROWS, None, 6)
 
+    @pytest.mark.any_backend
     def test_output_shape_leaves_the_token_axis_open(self):
         for options in (MODES["budget"], MODES["threshold"]):
             masking = kcm.ClusterMasking(8, **options)
@@ -570,6 +573,7 @@ class TestAdapt:
         assert np.mean(visible.all(axis=1)) > 0.1
         self.check_reached(masking, batches)
 
+    @pytest.mark.any_backend
     def test_takes_any_iterable_of_batches(self):
         images = photographs(32, 48, ROWS)
         batches = [images, images[::-1].copy()]
@@ -611,6 +615,7 @@ class TestAdapt:
         masking.adapt(dataset)
         assert np.isfinite(numpy(masking.threshold.value))
 
+    @pytest.mark.any_backend
     def test_stops_an_endless_generator_at_max_images(self):
         batch, read = photographs(32, 48, ROWS), []
 
@@ -649,6 +654,7 @@ class TestAdapt:
         model.train_on_batch(data, np.zeros((ROWS, 6), "float32"))
         assert abs(numpy(masking.last_mask_ratio) - 0.5) < 0.15
 
+    @pytest.mark.any_backend
     @pytest.mark.parametrize(
         ("options", "data", "message"),
         [
@@ -672,6 +678,7 @@ class TestAdapt:
         with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
             masking.adapt(data)
 
+    @pytest.mark.any_backend
     def test_failure_leaves_the_threshold_as_it_was(self):
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, threshold=0.25)
         with pytest.raises(ValueError, match="No threshold"):
@@ -780,6 +787,7 @@ class TestSaving:
         "dtype": "mixed_bfloat16",
     }
 
+    @pytest.mark.any_backend
     @pytest.mark.parametrize(
         "extra",
         [
@@ -806,6 +814,7 @@ class TestSaving:
             assert revived.dtype_policy.name == "mixed_bfloat16"
             assert type(revived.embedding_weight) is type(masking.embedding_weight)
 
+    @pytest.mark.any_backend
     def test_config_round_trip_keeps_a_given_threshold(self):
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.3, threshold=0.25)
         revived = kcm.ClusterMasking.from_config(masking.get_config())
@@ -843,6 +852,7 @@ class TestSaving:
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.any_backend
 class TestErrors:
     tokens = tokens_of(2, 1 + 16)
     images = np.zeros((2, 32, 32, 3), "uint8")
@@ -962,6 +972,7 @@ def test_data_format_changes_the_layout_only():
     assert_selects(first, expected, images=moved, noise=noise)
 
 
+@pytest.mark.any_backend
 def test_data_format_defaults_to_the_configured_one():
     before = keras.config.image_data_format()
     try:

@@ -8,7 +8,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking import masking_statistics
 from tests.masking import masking_reference as reference
-from tests.masking.pictures import mosaic, numpy, paper, textured
+from tests.masking.images import mosaic, numpy, paper, textured
 
 IMAGES, N = 10, 24
 MODES = {
@@ -117,6 +117,7 @@ def test_are_what_loops_over_the_patches_find(mode, pictures):
         np.testing.assert_allclose(getattr(found, name), value, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mode", MODES)
 def test_of_patches_add_up(mode):
     options = MODES[mode]
@@ -150,6 +151,7 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mode", ["budget", "threshold"])
 def test_are_the_same_in_batches_of_any_size(mode):
     images = PICTURES["textured"]()
@@ -160,6 +162,7 @@ def test_are_the_same_in_batches_of_any_size(mode):
         assert_equal(statistics_of(masking, batches, seed=5), whole)
 
 
+@pytest.mark.any_backend
 def test_repeat_for_one_seed_and_differ_for_another():
     images = PICTURES["textured"]()
     masking = cluster_masking()
@@ -170,6 +173,7 @@ def test_repeat_for_one_seed_and_differ_for_another():
     assert np.any(unseeded[0].masked_by_position != unseeded[1].masked_by_position)
 
 
+@pytest.mark.any_backend
 def test_leave_the_masking_as_it_was():
     masking = cluster_masking(min_mask_ratio=0.3, threshold=0.1, seed=1)
     before = [numpy(variable.value) for variable in masking.variables]
@@ -186,6 +190,7 @@ def test_look_at_images_as_the_model_prepares_them():
     assert_equal(prepared, statistics_of(cluster_masking(), images[:, ::-1].copy()))
 
 
+@pytest.mark.any_backend
 def test_take_channels_first():
     images = PICTURES["textured"]()
     masking = kcm.ClusterMasking(4, data_format="channels_first")
@@ -193,6 +198,7 @@ def test_take_channels_first():
     assert_equal(found, statistics_of(cluster_masking(), images))
 
 
+@pytest.mark.any_backend
 def test_stop_an_endless_generator_at_max_images():
     images, read = PICTURES["textured"](), []
 
@@ -215,6 +221,7 @@ def test_take_a_tensorflow_dataset_on_any_backend():
 
 
 class TestOtherMaskings:
+    @pytest.mark.any_backend
     def test_random_masking_has_no_clusters(self):
         masking = kcm.RandomMasking(0.7, num_prefix_tokens=1)
         images = PICTURES["textured"]()
@@ -228,6 +235,7 @@ class TestOtherMaskings:
         assert found.cluster_sizes is found.surplus is found.lone_anchors is None
         assert "cluster" not in str(found)
 
+    @pytest.mark.any_backend
     def test_patches_that_a_strategy_hides_are_masked(self):
         class Hiding(kcm.PatchMasking):
             hides_tokens = True
@@ -273,6 +281,7 @@ class TestOtherMaskings:
             found.similarity_at_cut, np.sort(s, axis=1)[:, N // 2], atol=3e-4
         )
 
+    @pytest.mark.any_backend
     def test_embed_is_asked_for_where_tokens_matter(self):
         images = PICTURES["textured"]()
         message = r"`embed` must be given[\s\S]*Received: embed=None"
@@ -283,6 +292,7 @@ class TestOtherMaskings:
             statistics_of(cluster_masking(embedding_weight=0.5), images)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
@@ -313,6 +323,7 @@ def test_bad_arguments_are_named(options, arguments, message):
         statistics_of(cluster_masking(**options), **arguments)
 
 
+@pytest.mark.any_backend
 def test_of_a_masking_without_patch_size_need_one():
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
     message = r"`patch_size` must be given .*Received: patch_size=None"
@@ -320,6 +331,7 @@ def test_of_a_masking_without_patch_size_need_one():
         statistics_of(masking, np.zeros((2, 16, 24, 3)))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("verbose", "lines"), [(0, 0), (2, 1), (1, None), ("auto", None)]
 )
@@ -334,6 +346,7 @@ def test_progress_is_shown_as_in_keras(verbose, lines, capsys):
         assert "mask_ratio: 0.5000" in printed
 
 
+@pytest.mark.any_backend
 def test_summary_is_a_table_of_the_numbers():
     found = statistics_of(
         cluster_masking(min_mask_ratio=0.3, threshold=0.14), PICTURES["textured"]()
@@ -355,6 +368,7 @@ def test_summary_is_a_table_of_the_numbers():
     assert len(repr(found)) < 120
 
 
+@pytest.mark.any_backend
 def test_summary_of_a_masking_that_takes_nothing_has_no_cut():
     found = statistics_of(cluster_masking(mask_ratio=0.0), PICTURES["textured"]())
     assert np.isnan(found.similarity_at_cut).all()

@@ -30,6 +30,7 @@ def position_ids(backbone):
     return ops.convert_to_numpy(backbone.vision_encoder.embedding.position_ids)
 
 
+@pytest.mark.any_backend
 def test_a_fresh_backbone_gets_its_patches_numbered():
     fresh = tiny_clip()
     assert not position_ids(fresh).any()
@@ -39,6 +40,7 @@ def test_a_fresh_backbone_gets_its_patches_numbered():
     np.testing.assert_array_equal(position_ids(made), [np.arange(5)])
 
 
+@pytest.mark.any_backend
 def test_positions_of_a_trained_backbone_stay():
     backbone = tiny_clip()
     given = np.arange(17)[None, ::-1].copy()
@@ -78,6 +80,7 @@ def test_a_fit_trains_all_of_the_backbone(trained):
     assert float(ops.convert_to_numpy(scale)) != float(moved[scale.path])
 
 
+@pytest.mark.any_backend
 def test_the_model_adds_a_maskings_numbers_and_nothing_else(trained):
     backbone, model, _, _ = trained
     assert len(model.weights) == len({id(v) for v in model.weights})
@@ -215,6 +218,7 @@ def test_masks_are_those_of_full_precision_in_mixed_precision(kind):
     assert np.any(selected("float32", None, rounded) != full)
 
 
+@pytest.mark.any_backend
 def test_something_that_is_no_backbone_is_refused():
     for thing in (tiny_clip().vision_encoder, "clip_vit_base_patch16", None):
         with pytest.raises(

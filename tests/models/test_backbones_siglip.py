@@ -80,6 +80,7 @@ def test_a_fit_trains_all_of_the_backbone(trained):
     assert all("key" in path and "bias" in path for path in still), still
 
 
+@pytest.mark.any_backend
 def test_the_model_adds_a_maskings_numbers_and_nothing_else(trained):
     backbone, model, _, _ = trained
     assert len(model.weights) == len({id(v) for v in model.weights})

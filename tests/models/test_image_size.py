@@ -125,6 +125,7 @@ def test_a_grid_may_be_wide_where_the_encoder_allows_it():
         with_image_size(made("clip"), (8, 24))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("side", [8, 16, 28])
 def test_a_clip_that_was_never_numbered_is_numbered_in_the_copy(side):
     model = clip_vision_encoder()
@@ -179,6 +180,7 @@ def test_a_contrastive_model_trains_at_the_new_size():
     assert tuple(model.encode_image(images, training=True).shape) == (2, 16)
 
 
+@pytest.mark.any_backend
 def test_other_models_and_sizes_are_refused():
     encoder = clip_vision_encoder()
     masked = kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(4))

@@ -141,6 +141,7 @@ def test_training_the_masked_encoder_trains_the_encoder():
     assert np.abs(to_numpy(encoder(images)) - untouched).max() > 1e-3
 
 
+@pytest.mark.any_backend
 def test_one_encoder_can_carry_two_maskings():
     encoder = clip_vision_encoder()
     half = kcm.with_masking(encoder, kcm.RandomMasking(0.5))
@@ -150,6 +151,7 @@ def test_one_encoder_can_carry_two_maskings():
     assert most(inputs, training=True).shape == (2, 1 + 4, 16)
 
 
+@pytest.mark.any_backend
 def test_a_masking_without_an_image_grid_learns_the_prefix_from_the_encoder():
     masked = kcm.with_masking(dino_encoder(), kcm.RandomMasking(0.5))
     assert masked.masking.num_prefix_tokens == 3
@@ -340,6 +342,7 @@ def test_padding_that_takes_part_is_no_different_from_a_visible_token():
 # === Refusals ===
 
 
+@pytest.mark.any_backend
 def test_an_unknown_layer_is_answered_with_the_candidates():
     for layer in ("blocks", None):
         with pytest.raises(ValueError, match=r"Candidates.*'positions'.*Received:"):
@@ -350,24 +353,28 @@ def test_an_unknown_layer_is_answered_with_the_candidates():
         kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(4), "nothing")
 
 
+@pytest.mark.any_backend
 def test_a_layer_that_returns_no_tokens_is_no_candidate():
     with pytest.raises(ValueError, match=r"Candidates") as caught:
         kcm.with_masking(functional_vit(), kcm.ClusterMasking(4), "patches")
     assert "'patches'" not in str(caught.value).split("Received:")[0]
 
 
+@pytest.mark.any_backend
 def test_something_that_is_no_masking_is_refused():
     for thing in (keras.layers.Dropout(0.5), 0.5, kcm.ClusterMasking):
         with pytest.raises(ValueError, match=r"`masking` must be.*Received:"):
             kcm.with_masking(functional_vit(), thing, "positions")
 
 
+@pytest.mark.any_backend
 def test_an_encoder_that_is_no_functional_model_is_refused():
     for thing in (keras.layers.Dense(3), keras.Sequential([keras.layers.Dense(3)])):
         with pytest.raises(ValueError, match=r"`encoder` must be.*Received:"):
             kcm.with_masking(thing, kcm.ClusterMasking(4))
 
 
+@pytest.mark.any_backend
 def test_a_path_around_the_layer_is_refused():
     images = keras.Input((16, 16, 3))
     tokens = keras.layers.Reshape((16, 16))(
@@ -384,12 +391,14 @@ def test_a_path_around_the_layer_is_refused():
             kcm.with_masking(encoder, kcm.ClusterMasking(4), "embedded")
 
 
+@pytest.mark.any_backend
 def test_a_patch_size_that_is_not_the_encoders_is_an_error_in_training():
     masked = kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(8))
     with pytest.raises(ValueError, match=r"does not fit|num_prefix_tokens"):
         masked({"images": random_images(2)}, training=True)
 
 
+@pytest.mark.any_backend
 def test_a_masking_that_cannot_count_patches_says_what_it_needs():
     masked = kcm.with_masking(functional_vit(), kcm.RandomMasking(), "positions")
     with pytest.raises(ValueError, match=r"Pass `num_prefix_tokens`.*Received:"):
@@ -399,6 +408,7 @@ def test_a_masking_that_cannot_count_patches_says_what_it_needs():
 # === Positions ===
 
 
+@pytest.mark.any_backend
 def test_a_fresh_clip_vision_encoder_gets_its_patches_numbered():
     encoder = clip_vision_encoder()
     ids = encoder.embedding.position_ids
@@ -408,6 +418,7 @@ def test_a_fresh_clip_vision_encoder_gets_its_patches_numbered():
     np.testing.assert_array_equal(ops.convert_to_numpy(ids), [np.arange(17)])
 
 
+@pytest.mark.any_backend
 def test_positions_that_are_set_stay_as_they_are():
     encoder = clip_vision_encoder()
     ids = encoder.embedding.position_ids

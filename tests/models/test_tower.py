@@ -111,12 +111,14 @@ def test_mixed_precision_reaches_the_encoder_unrounded():
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.any_backend
 def test_a_text_tower_takes_the_length_that_the_encoder_knows():
     tower, ids = tower_of("siglip", "text")
     with pytest.raises(ValueError, match="expected shape"):
         tower(ids[:, :3])
 
 
+@pytest.mark.any_backend
 def test_an_encoder_of_unknown_inputs_is_an_error():
     class Own(keras.Model):
         def call(self, images):

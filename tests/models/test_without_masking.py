@@ -121,6 +121,7 @@ def test_an_unmasked_model_saves_and_reloads_alone(make, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.any_backend
 def test_a_model_without_a_masking_has_an_unmasked_twin():
     model = generic()
     assert {id(v) for v in model.without_masking().weights} == {
@@ -128,6 +129,7 @@ def test_a_model_without_a_masking_has_an_unmasked_twin():
     }
 
 
+@pytest.mark.any_backend
 def test_a_masking_that_was_built_in_by_hand_is_an_error():
     images = keras.Input((16, 16, 3))
     tokens = keras.layers.Reshape((16, 16))(keras.layers.Conv2D(16, 4, 4)(images))
@@ -164,6 +166,7 @@ def test_towers_compute_what_the_model_encodes_with_the_weights_it_has(make):
             weight.assign(weight + 0.1)
 
 
+@pytest.mark.any_backend
 @each_model
 def test_a_tower_has_its_side_of_the_weights_and_no_masking(make):
     masking = kcm.RandomMasking(0.5)

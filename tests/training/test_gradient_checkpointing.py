@@ -252,6 +252,7 @@ def test_memory_hardly_grows_with_depth():
 # === Which blocks ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "count"),
     [
@@ -303,6 +304,7 @@ def test_a_text_encoder_with_a_padding_mask_has_the_same_gradients():
     assert_same_steps(model, 1)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("remat", "message"),
     [
@@ -315,6 +317,7 @@ def test_blocks_that_are_not_there_are_an_error(remat, message):
         kcm.ContrastiveModel(patch_mlp(), text_bag(), gradient_checkpointing=remat)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("remat", [True, ["vision_encoder_encoder_block_0"]])
 def test_remat_survives_a_reload(remat, tmp_path):
     model = kcm.ContrastiveModel.from_backbone(

@@ -245,12 +245,14 @@ def test_a_micro_batch_that_does_not_divide_the_batch_is_refused():
     assert model(random_pairs(BATCH))["image_embeddings"].shape[0] == BATCH
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("value", [0, -1, 2.5, "4"])
 def test_a_size_that_is_no_positive_integer_is_refused(value):
     with pytest.raises(ValueError, match=r"`micro_batch_size` must be.*Received:"):
         kcm.ContrastiveModel(image_mlp(), text_bag(), micro_batch_size=value)
 
 
+@pytest.mark.any_backend
 def test_micro_batches_survive_a_reload(tmp_path):
     model = kcm.ContrastiveModel(image_mlp(), text_bag(), micro_batch_size=4)
     model.save(tmp_path / "model.keras")

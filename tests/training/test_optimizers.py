@@ -161,6 +161,7 @@ def test_all_towers_at_a_factor_are_an_optimizer_at_that_rate(make):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_the_projections_of_clip_belong_to_their_towers():
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     towers = {
@@ -194,6 +195,7 @@ def test_an_optimizer_compiled_again_has_the_new_options_alone():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("multipliers", "message"),
     [
@@ -226,6 +228,7 @@ def test_the_towers_of_siglip_have_learning_rates_too():
     assert moved == {"image": False, "text": True}
 
 
+@pytest.mark.any_backend
 def test_a_multi_optimizer_spares_vectors_and_has_rates_of_its_own():
     inner = keras.optimizers.SGD(0.1, weight_decay=0.5)
     rates = keras.optimizers.OptimizerMap(inner)
@@ -242,6 +245,7 @@ def test_a_multi_optimizer_spares_vectors_and_has_rates_of_its_own():
     assert not any(map(is_vector, decaying))
 
 
+@pytest.mark.any_backend
 def test_nadam_is_refused_with_multipliers_only():
     make_model().compile("nadam")
     with pytest.raises(ValueError, match="do not work with `Nadam`"):
@@ -278,6 +282,7 @@ def test_weight_decay_spares_biases_and_vectors_unless_told_otherwise(decay_vect
     assert 0 < spared < len(before)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("shape", "name", "expected"),
     [
@@ -294,6 +299,7 @@ def test_what_a_vector_is(shape, name, expected):
     assert is_vector(keras.Variable(np.zeros(shape), name=name)) == expected
 
 
+@pytest.mark.any_backend
 def test_what_an_optimizer_excludes_already_stays_excluded():
     model = make_model()
     kept = model.head.image_projection.kernel
@@ -308,6 +314,7 @@ def test_what_an_optimizer_excludes_already_stays_excluded():
     assert all(v is not kept for v in decaying)
 
 
+@pytest.mark.any_backend
 def test_an_optimizer_built_to_decay_vectors_is_refused():
     model = make_model()
     optimizer = adamw()
