@@ -19,7 +19,7 @@ def drawn(axis):
     return axis.get_images()[0].get_array()
 
 
-def test_mask_pictures_gray_out_what_the_masking_leaves_out(images):
+def test_mask_images_gray_out_what_the_masking_leaves_out(images):
     masking = kcm.ClusterMasking(
         patch_size=8, mask_ratio=0.5, data_format="channels_last"
     )
@@ -114,7 +114,7 @@ def test_figures_are_written(images, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_retrieval_shows_the_most_similar_pictures_first(images):
+def test_retrieval_shows_the_most_similar_images_first(images):
     figure = visualization.plot_retrieval(["query"], images, [[0.1, 0.9]], k=2)
     np.testing.assert_allclose(drawn(figure.axes[0]), images[1] / 255.0, atol=1e-6)
     assert figure.axes[0].get_title() == "0.90"

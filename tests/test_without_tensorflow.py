@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 class Without:
-    "Finds what a finder finds, but for tensorflow: as if it were not installed."
+    "Finds what a finder finds except tensorflow, as if it were not installed."
 
     def __init__(self, finder):
         self.finder = finder

@@ -33,9 +33,19 @@ class StopAfter(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.fixture
-def shards(write_pairs):
-    return [write_pairs("a.tar", 0, 30), write_pairs("b.tar", 30, 21)]
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, write_pairs_to):
+    folder = tmp_path_factory.mktemp("shards")
+    return [
+        write_pairs_to(folder / "a.tar", 0, 30),
+        write_pairs_to(folder / "b.tar", 30, 21),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """The weights and the history of a run that nothing interrupts."""
+    return run(make_dataset(shards), tmp_path_factory.mktemp("whole"))
 
 
 def run(data, folder, stop=None, model=None, fit=None, **options):
@@ -65,16 +75,19 @@ def pairs(count=20, seed=0):
     return {"images": images, "token_ids": ids}
 
 
-# === Going on ===
+# === Resuming ===
 
 
-def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(shards, tmp_path):
-    # Before the first save, at one, within an epoch, at the last step of one, and of
-    # all; with dropout, a moving threshold, a learning rate schedule and averages.
-    expected, history = run(make_dataset(shards), tmp_path / "whole")
+def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(
+    whole, shards, tmp_path
+):
+    # Before the first save, within an epoch, at the last step of one, which is saved,
+    # and of all; with dropout, a moving threshold, a learning rate schedule and
+    # averages.
+    expected, history = whole
     assert history.epoch == [0, 1, 2]
     assert all(np.isfinite(history.history["loss"]))
-    for stop in (1, 4, 11, 12, STEPS):
+    for stop in (1, 11, 12, STEPS):
         folder = tmp_path / f"stopped-{stop}"
         run(make_dataset(shards), folder, stop)
         found, resumed = run(make_dataset(shards), folder)
@@ -83,25 +96,25 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(shards, tmp_pat
         assert resumed.history == history.history
 
 
-def test_batches_made_in_python_go_on_too(shards, tmp_path):
+def test_batches_made_in_python_resume_too(whole, shards, tmp_path):
     def data():
         return make_dataset(shards, kind=kcm.data.ImageTextBatches)
 
-    expected, _ = run(make_dataset(shards), tmp_path / "whole")
+    expected, _ = whole
     run(data(), tmp_path / "stopped", stop=9)
     found, _ = run(data(), tmp_path / "stopped")
     assert_same_weights(found, expected)
 
 
-def test_a_run_stopped_again_and_again_ends_the_same(shards, tmp_path):
-    expected, _ = run(make_dataset(shards), tmp_path / "whole")
-    for _ in range(6):
-        run(make_dataset(shards), tmp_path / "stopped", stop=3)
+def test_a_run_stopped_again_and_again_ends_the_same(whole, shards, tmp_path):
+    expected, _ = whole
+    for _ in range(4):
+        run(make_dataset(shards), tmp_path / "stopped", stop=5)
     found, _ = run(make_dataset(shards), tmp_path / "stopped")
     assert_same_weights(found, expected)
 
 
-def test_the_norm_of_gradients_goes_on_and_may_come_and_go(shards, tmp_path):
+def test_the_norm_of_gradients_resumes_and_may_be_switched(shards, tmp_path):
     def make(log):
         # Not Adam, which makes steps of rounding where there is no gradient.
         return make_model(
@@ -134,13 +147,12 @@ def test_the_norm_of_gradients_goes_on_and_may_come_and_go(shards, tmp_path):
             assert norms[-1] == (last if exact else pytest.approx(last, rel=1e-5))
 
 
-def test_blocks_may_be_computed_again_from_a_checkpoint_on(shards, tmp_path):
-    whole, _ = run(make_dataset(shards), tmp_path / "a")
+def test_gradient_checkpointing_may_start_at_a_checkpoint(whole, shards, tmp_path):
     run(make_dataset(shards), tmp_path / "b", stop=9)
     model = make_model()
     model.gradient_checkpointing = ["tokens"]
     found, _ = run(make_dataset(shards), tmp_path / "b", model=model)
-    for key, value in whole.items():
+    for key, value in whole[0].items():
         np.testing.assert_allclose(found[key], value, atol=1e-5, err_msg=key)
 
 
@@ -172,7 +184,7 @@ def test_epochs_of_so_many_steps_continue_through_the_data(shards, tmp_path):
 
 @pytest.mark.any_backend
 def test_samples_that_do_not_decode_do_not_shift_what_is_left(write_pairs, tmp_path):
-    broken = [("bad.png", b"no picture"), ("bad.txt", b"bad")]
+    broken = [("bad.png", b"no image"), ("bad.txt", b"bad")]
     shard = write_pairs("a.tar", 0, 40, broken=broken)
     with pytest.warns(UserWarning, match="does not decode"):
         expected, _ = run(make_dataset(shard), tmp_path / "whole")
@@ -184,7 +196,7 @@ def test_samples_that_do_not_decode_do_not_shift_what_is_left(write_pairs, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["arrays", "dataset"])
-def test_arrays_in_order_and_other_datasets_go_on_too(kind, tmp_path):
+def test_arrays_in_order_and_other_datasets_resume_too(kind, tmp_path):
     import tensorflow as tf
 
     data, fit = pairs(), {"shuffle": False, "batch_size": 4}
@@ -211,7 +223,7 @@ def test_the_held_out_part_of_arrays_stays_the_same(tmp_path):
             np.testing.assert_allclose(resumed.history[name], values, rtol=1e-6)
 
 
-def test_a_run_killed_while_it_validates_validates_when_it_goes_on(tmp_path):
+def test_a_run_killed_while_it_validates_validates_when_resumed(tmp_path):
     class StopValidation(keras.callbacks.Callback):
         def on_test_begin(self, logs=None):
             raise KeyboardInterrupt
@@ -303,8 +315,8 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_a_damaged_file_is_passed_over_with_a_warning(shards, tmp_path):
-    expected, _ = run(make_dataset(shards), tmp_path / "whole")
+def test_a_damaged_file_is_passed_over_with_a_warning(whole, shards, tmp_path):
+    expected, _ = whole
     folder = tmp_path / "stopped"
     run(make_dataset(shards), folder, stop=9)
     last = sorted(folder.glob("step-*"))[-1]
@@ -371,17 +383,17 @@ def test_samples_of_a_bad_batch_are_named_by_their_sample_id(kind, tmp_path):
     data, fit = pairs(), {"shuffle": False, "batch_size": 4}
     data["images"] = data["images"].astype("float32")
     data["images"][13] = np.nan
-    data["sample_id"] = np.array([f"picture {index}" for index in range(20)])
+    data["sample_id"] = np.array([f"image {index}" for index in range(20)])
     if kind == "list":
         data["sample_id"] = data["sample_id"].tolist()
     if kind == "dataset":
         data, fit = tf.data.Dataset.from_tensor_slices(data).batch(4), {}
-    # From the start, and by a run that goes on in the middle of the epoch.
+    # From the start, and by a run that resumes within the epoch.
     run(data, tmp_path / "stopped", stop=2, fit=fit)
     for folder in ("fresh", "stopped"):
         with pytest.raises(
             kcm.callbacks.NonFiniteLossError,
-            match=r"samples picture 12, picture 13, picture 14, picture 15\.",
+            match=r"samples image 12, image 13, image 14, image 15\.",
         ):
             run(data, tmp_path / folder, fit=fit)
 

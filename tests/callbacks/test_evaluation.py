@@ -1,4 +1,4 @@
-"""Figures of an evaluation in the logs of `fit`."""
+"""Metrics of an evaluation in the logs of `fit`."""
 
 import csv
 import math
@@ -52,7 +52,7 @@ def small():
 
 
 def log(small, *callbacks, **options):
-    """The history of training with a script of figures."""
+    """The history of training with scripted metrics."""
     options = dict(x=random_pairs(4), batch_size=4, **options)
     return fit(callbacks, small, **options)[1]
 
@@ -80,7 +80,7 @@ def dtype(request):
 # === What is evaluated ===
 
 
-def test_figures_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
+def test_metrics_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
     labelled = {"images": pairs(9, 2)["images"], "labels": np.arange(9) % 3}
     model = without_averages()
     before = evaluate_retrieval(model, pairs(8, 1), ks=(1, 3), verbose=0)
@@ -94,8 +94,8 @@ def test_figures_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
         model, labelled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2), verbose=0
     )
     expected = {
-        **{f"val_{figure}": [value] for figure, value in after.items()},
-        **{f"val_zero_shot_{figure}": [value] for figure, value in zero_shot.items()},
+        **{f"val_{name}": [value] for name, value in after.items()},
+        **{f"val_zero_shot_{name}": [value] for name, value in zero_shot.items()},
     }
     assert {key: history[key] for key in expected} == expected
     assert before != after
@@ -144,7 +144,7 @@ def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name()
     }
 
 
-def test_data_is_read_anew_for_each_evaluation():
+def test_data_is_read_again_for_each_evaluation():
     class Batches:
         passes = 0
 
@@ -221,7 +221,7 @@ def test_compiled_training_is_bit_for_bit_the_same():
     assert_trains_the_same(make, [Retrieval(random_pairs(8, 1))], **data)
 
 
-def test_a_run_that_is_cut_off_goes_on_the_same(tmp_path):
+def test_an_interrupted_run_resumes_the_same(tmp_path):
     def run(folder, stop=None):
         class Stop(keras.callbacks.Callback):
             def on_train_batch_end(self, batch, logs=None):
@@ -272,7 +272,7 @@ def test_an_epoch_at_whose_end_training_stops_is_evaluated(small):
 
 
 @pytest.mark.any_backend
-def test_a_csv_file_has_the_figures_in_all_rows(small, tmp_path):
+def test_a_csv_file_has_the_metrics_in_all_rows(small, tmp_path):
     path = tmp_path / "log.csv"
     logger = keras.callbacks.CSVLogger(str(path))
     log(small, Scripted([0.1, 0.3], every=2), logger, epochs=3, initial_epoch=1)
@@ -317,7 +317,7 @@ def test_the_best_model_is_saved_where_it_was_measured(small, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_file_names_may_hold_figures(small, tmp_path):
+def test_file_names_may_hold_metrics(small, tmp_path):
     path = str(tmp_path / ("{epoch}-{" + RECALL + ":.2f}.weights.h5"))
     save = keras.callbacks.ModelCheckpoint(path, save_weights_only=True, mode="max")
     log(small, Scripted([0.2, 0.5], every=3), save, epochs=3)
@@ -326,7 +326,7 @@ def test_file_names_may_hold_figures(small, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_learning_rate_is_lowered_where_figures_do_not_rise(small):
+def test_learning_rate_is_lowered_where_metrics_do_not_rise(small):
     class Rates(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             rates.append(round(float(self.model.optimizer.learning_rate), 5))
@@ -342,7 +342,7 @@ def test_learning_rate_is_lowered_where_figures_do_not_rise(small):
 
 
 @pytest.mark.any_backend
-def test_tensorboard_draws_the_figures_as_validation(small, tmp_path):
+def test_tensorboard_draws_the_metrics_as_validation(small, tmp_path):
     pytest.importorskip("tensorflow")
     accumulators = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
@@ -360,7 +360,7 @@ def test_tensorboard_draws_the_figures_as_validation(small, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_the_progress_bar_shows_the_figures_and_nothing_else_is_printed(capsys):
+def test_the_progress_bar_shows_the_metrics_and_nothing_else_is_printed(capsys):
     fit([Retrieval(pairs(), ks=(12,), every=2)], epochs=3, verbose=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) == 6
@@ -386,7 +386,7 @@ def test_a_model_whose_loss_is_not_finite_is_not_evaluated():
 
 
 @pytest.mark.any_backend
-def test_all_processes_have_the_figures_of_the_main_one(monkeypatch):
+def test_all_processes_have_the_metrics_of_the_main_one(monkeypatch):
     monkeypatch.setattr(
         evaluation_module,
         "all_gather_object",

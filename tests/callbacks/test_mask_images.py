@@ -1,4 +1,4 @@
-"""Pictures of masks in TensorBoard."""
+"""Images of masks in TensorBoard."""
 
 import builtins
 import io
@@ -51,7 +51,7 @@ def fit(model, callbacks, epochs=1):
     )
 
 
-def pictures(folder):
+def written_images(folder):
     """Pairs of an epoch and what was written at its end, as arrays."""
     events = accumulators.EventAccumulator(
         str(folder / "masks"), size_guidance={"images": 0}
@@ -60,9 +60,9 @@ def pictures(folder):
     assert events.Tags()["images"] == ["masks"]
     found = []
     for event in events.Images("masks"):
-        picture = Image.open(io.BytesIO(event.encoded_image_string))
-        assert picture.size == (event.width, event.height)
-        found.append((event.step, np.asarray(picture.convert("RGB"))))
+        image = Image.open(io.BytesIO(event.encoded_image_string))
+        assert image.size == (event.width, event.height)
+        found.append((event.step, np.asarray(image.convert("RGB"))))
     return found
 
 
@@ -85,10 +85,10 @@ def moving_threshold():
     )
 
 
-def test_pictures_are_those_of_the_masking_as_it_is_at_the_end_of_the_epoch(tmp_path):
+def test_images_show_the_masking_at_the_end_of_the_epoch(tmp_path):
     model, images = make_model(moving_threshold()), random_pairs(6)["images"]
     fit(model, [MaskImages(images, tmp_path, max_images=2, seed=4)], epochs=4)
-    found = pictures(tmp_path)
+    found = written_images(tmp_path)
     assert [epoch for epoch, _ in found] == [0, 1, 2, 3]
     encoder = model.image_encoder
     figure = kcm.visualization.plot_masks(
@@ -100,10 +100,10 @@ def test_pictures_are_those_of_the_masking_as_it_is_at_the_end_of_the_epoch(tmp_
 
 
 @pytest.mark.any_backend
-def test_pictures_that_nothing_has_changed_are_the_same(tmp_path):
+def test_images_of_an_unchanged_masking_are_equal(tmp_path):
     model = make_model(kcm.ClusterMasking(4))
     fit(model, [MaskImages(random_pairs(3)["images"], tmp_path)], epochs=2)
-    (_, first), (_, second) = pictures(tmp_path)
+    (_, first), (_, second) = written_images(tmp_path)
     np.testing.assert_array_equal(first, second)
 
 
@@ -113,9 +113,9 @@ def test_maskings_without_a_patch_size_are_drawn(tmp_path, masking):
     model = make_model(masking(0.5, num_prefix_tokens=0))
     images = random_pairs(2)["images"]
     fit(model, [MaskImages({"images": images}, tmp_path)])
-    ((_, picture),) = pictures(tmp_path)
+    ((_, image),) = written_images(tmp_path)
     figure = kcm.visualization.plot_masks(images, model.maskings[0], patch_size=4)
-    np.testing.assert_array_equal(picture, drawn(figure))
+    np.testing.assert_array_equal(image, drawn(figure))
 
 
 def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
@@ -127,18 +127,18 @@ def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
     normalised = ops.convert_to_numpy(masking.prepare_pixels(images))
     for name, given in (("whole", images), ("floats", normalised)):
         fit(model, [MaskImages(given, tmp_path / name)], epochs=1)
-        ((_, picture),) = pictures(tmp_path / name)
+        ((_, image),) = written_images(tmp_path / name)
         figure = kcm.visualization.plot_masks(
             images, masking, embed=model.image_encoder.embed_patches
         )
-        np.testing.assert_array_equal(picture, drawn(figure))
+        np.testing.assert_array_equal(image, drawn(figure))
 
 
 @pytest.mark.any_backend
 def test_the_first_the_last_and_each_so_many_epochs_are_drawn(tmp_path):
     model = make_model(kcm.RandomMasking(0.5, num_prefix_tokens=0))
     fit(model, [MaskImages(random_pairs(1)["images"], tmp_path, every=2)], epochs=5)
-    assert [epoch for epoch, _ in pictures(tmp_path)] == [0, 1, 3, 4]
+    assert [epoch for epoch, _ in written_images(tmp_path)] == [0, 1, 3, 4]
 
 
 def test_training_is_bit_for_bit_the_same(tmp_path):

@@ -1,4 +1,4 @@
-"""Figures in the logs of `fit`."""
+"""Metrics in the logs of `fit`."""
 
 import time
 

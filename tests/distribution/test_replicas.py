@@ -124,7 +124,7 @@ def test_two_evaluate_all_of_the_data_as_one_while_they_train(
     assert len(names) == 6
     for name in names:
         np.testing.assert_allclose(found[name], single[name], atol=1e-5, err_msg=name)
-    # The main process alone writes pictures.
+    # The main process alone writes images.
     assert len([*(tmp_path / "two" / "masks").iterdir()]) == 1
 
 

@@ -17,7 +17,7 @@ PICTURES = ROOT / "datasets" / "pictures" / "test-00000.tar"
 
 @pytest.fixture
 def shard(write_tar):
-    """The first 64 of the pictures that are held out."""
+    """The first 64 of the held-out images."""
     samples = itertools.islice(read_samples(PICTURES), 64)
     return write_tar(
         "pictures.tar",

@@ -113,7 +113,7 @@ def tokens_of(batch, num_tokens, dim=6, dtype="float32", seed=0):
 
 class TestSelectionEqualsReference:
     @pytest.mark.parametrize("geometry", GEOMETRIES)
-    def test_of_textured_pictures_wherever_the_cut_is_clear(self, geometry):
+    def test_of_textured_images_wherever_the_cut_is_clear(self, geometry):
         height, width, channels, patch_size, dtype, data_format = GEOMETRIES[geometry]
         rng = np.random.default_rng(1)
         compared = total = 0
@@ -139,12 +139,12 @@ class TestSelectionEqualsReference:
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("value", [0.0, 0.1, 255.0, -3.0])
-    def test_of_constant_pictures_always(self, mode, value):
+    def test_of_constant_images_always(self, mode, value):
         images = np.full((ROWS, 32, 24, 3), value, "float32")
         self.assert_equal_everywhere(images, (8, 4), MODES[mode])
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_of_black_pictures_with_one_bright_pixel_always(self, mode):
+    def test_of_black_images_with_one_bright_pixel_always(self, mode):
         images = np.zeros((ROWS, 32, 24, 3), "uint8")
         images[:, 3, 2, 1] = 255
         self.assert_equal_everywhere(images, (8, 4), MODES[mode])
@@ -186,7 +186,7 @@ class TestSelectionEqualsReference:
 class TestSimilarity:
     anchors = np.array([[0], [5], [11]], "int32")
 
-    def test_of_pictures_no_float_can_square_is_not_nan(self):
+    def test_of_images_no_float_can_square_is_not_nan(self):
         rng = np.random.default_rng(6)
         grain = rng.random((3, 24, 32, 3)).astype("float32")
         masking = kcm.ClusterMasking(8)
@@ -279,7 +279,7 @@ class TestSimilarity:
         assert_selects(masking, expected, rows, **inputs)
 
 
-class TestFlatPictures:
+class TestFlatImages:
     """Where nothing tells patches apart, every position is as likely as another.
 
     Each test raises a false alarm with probability 1e-6, once and for all, since
@@ -601,7 +601,7 @@ class TestAdapt:
             masking.adapt(source)
             threshold = float(numpy(masking.threshold.value))
             assert np.isfinite(threshold), name
-            # What is seen is told by how the threshold answers the pictures.
+            # The threshold shows which images were read.
             noise = draw_noise(np.random.default_rng(23), ROWS, 24)
             _, visible = numpy(*masking.select(images=images, noise=noise))
             share = 1.0 - visible.sum(axis=1).mean() / 24
@@ -668,8 +668,8 @@ class TestAdapt:
             ({}, [], "at least one image"),
             ({}, np.zeros((0, 32, 48, 3), "uint8"), "at least one image"),
             ({}, 3, "must be arrays or an iterable"),
-            ({}, [{"pictures": 3}], "key 'images'"),
-            ({}, {"pictures": 3}, "key 'images'"),
+            ({}, [{"photos": 3}], "key 'images'"),
+            ({}, {"photos": 3}, "key 'images'"),
             ({}, np.zeros((8, 32, 30, 3)), "width of `images`"),
         ],
     )

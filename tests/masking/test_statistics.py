@@ -25,7 +25,7 @@ MODES = {
     "threshold_below_all": {"min_mask_ratio": 0.2, "threshold": -1.0},
     "threshold_above_all": {"min_mask_ratio": 0.2, "threshold": 1.0},
 }
-PICTURES = {
+KINDS = {
     "textured": lambda: textured(np.random.default_rng(1), IMAGES, 16, 24, 3),
     # Whole clusters are equally similar, and anchors to one another.
     "mosaic": lambda: mosaic(np.random.default_rng(2), IMAGES, 4, 6, (4, 4)),
@@ -105,10 +105,10 @@ def by_hand(images, noise, options):
     return found
 
 
-@pytest.mark.parametrize("pictures", PICTURES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_are_what_loops_over_the_patches_find(mode, pictures):
-    images, options = PICTURES[pictures](), MODES[mode]
+def test_are_what_loops_over_the_patches_find(mode, kind):
+    images, options = KINDS[kind](), MODES[mode]
     found = statistics_of(cluster_masking(**options), images, seed=7)
     expected = by_hand(images, noise_of(7), options)
     assert found.num_images == IMAGES
@@ -122,7 +122,7 @@ def test_are_what_loops_over_the_patches_find(mode, pictures):
 def test_of_patches_add_up(mode):
     options = MODES[mode]
     masking = cluster_masking(**options)
-    found = statistics_of(masking, PICTURES["textured"]())
+    found = statistics_of(masking, KINDS["textured"]())
     sizes = np.arange(N + 1)
     assert found.cluster_sizes.sum() == IMAGES * masking.num_anchors(N)
     assert found.cluster_sizes @ sizes == IMAGES * N
@@ -137,7 +137,7 @@ def test_of_patches_add_up(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ratio_is_what_a_training_step_reports(mode):
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = cluster_masking(**MODES[mode])
     found = statistics_of(masking, images, seed=3)
     tokens = np.zeros((IMAGES, 1 + N, 4), "float32")
@@ -154,7 +154,7 @@ def assert_equal(one, other):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("mode", ["budget", "threshold"])
 def test_are_the_same_in_batches_of_any_size(mode):
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = cluster_masking(**MODES[mode])
     whole = statistics_of(masking, images, seed=5)
     for size in (1, 3):
@@ -164,7 +164,7 @@ def test_are_the_same_in_batches_of_any_size(mode):
 
 @pytest.mark.any_backend
 def test_repeat_for_one_seed_and_differ_for_another():
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = cluster_masking()
     one, again, other = (statistics_of(masking, images, seed=s) for s in (0, 0, 1))
     assert_equal(one, again)
@@ -177,13 +177,13 @@ def test_repeat_for_one_seed_and_differ_for_another():
 def test_leave_the_masking_as_it_was():
     masking = cluster_masking(min_mask_ratio=0.3, threshold=0.1, seed=1)
     before = [numpy(variable.value) for variable in masking.variables]
-    statistics_of(masking, PICTURES["textured"]())
+    statistics_of(masking, KINDS["textured"]())
     for variable, value in zip(masking.variables, before):
         np.testing.assert_array_equal(numpy(variable.value), value)
 
 
 def test_look_at_images_as_the_model_prepares_them():
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = cluster_masking()
     masking.prepare_pixels = lambda pixels: ops.flip(pixels, axis=1)
     prepared = statistics_of(masking, images)
@@ -192,7 +192,7 @@ def test_look_at_images_as_the_model_prepares_them():
 
 @pytest.mark.any_backend
 def test_take_channels_first():
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = kcm.ClusterMasking(4, data_format="channels_first")
     found = statistics_of(masking, np.moveaxis(images, -1, 1))
     assert_equal(found, statistics_of(cluster_masking(), images))
@@ -200,7 +200,7 @@ def test_take_channels_first():
 
 @pytest.mark.any_backend
 def test_stop_an_endless_generator_at_max_images():
-    images, read = PICTURES["textured"](), []
+    images, read = KINDS["textured"](), []
 
     def endless():
         while True:
@@ -214,7 +214,7 @@ def test_stop_an_endless_generator_at_max_images():
 
 def test_take_a_tensorflow_dataset_on_any_backend():
     tf = pytest.importorskip("tensorflow")
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     dataset = tf.data.Dataset.from_tensor_slices({"images": images}).batch(4)
     masking = cluster_masking()
     assert_equal(statistics_of(masking, dataset), statistics_of(masking, images))
@@ -224,7 +224,7 @@ class TestOtherMaskings:
     @pytest.mark.any_backend
     def test_random_masking_has_no_clusters(self):
         masking = kcm.RandomMasking(0.7, num_prefix_tokens=1)
-        images = PICTURES["textured"]()
+        images = KINDS["textured"]()
         found = statistics_of(masking, images, patch_size=4, seed=2)
         kept, _ = reference.select_random(noise_of(2), 0.7)
         masked = np.ones((IMAGES, N))
@@ -245,7 +245,7 @@ class TestOtherMaskings:
                 return ops.where(hidden, -np.inf, noise)
 
         masking = Hiding(0.5, num_prefix_tokens=0)
-        found = statistics_of(masking, PICTURES["textured"](), patch_size=4)
+        found = statistics_of(masking, KINDS["textured"](), patch_size=4)
         np.testing.assert_allclose(found.mask_ratio, 1 - 2 / N, rtol=1e-6)
         assert found.fill_in == pytest.approx(10 / N)
         assert found.masked_by_position.ravel().tolist() == [1.0] * (N - 2) + [0.0] * 2
@@ -271,7 +271,7 @@ class TestOtherMaskings:
 
     def test_embed_mixes_the_tokens_of_a_cluster_masking_in(self):
         rng = np.random.default_rng(4)
-        images = PICTURES["textured"]()
+        images = KINDS["textured"]()
         tokens = rng.normal(size=(IMAGES, 1 + N, 8)).astype("float32")
         masking = cluster_masking(embedding_weight=1.0)
         found = statistics_of(masking, images, embed=lambda _: tokens, seed=6)
@@ -283,7 +283,7 @@ class TestOtherMaskings:
 
     @pytest.mark.any_backend
     def test_embed_is_asked_for_where_tokens_matter(self):
-        images = PICTURES["textured"]()
+        images = KINDS["textured"]()
         message = r"`embed` must be given[\s\S]*Received: embed=None"
         masking = self.Dimmest(0.5, num_prefix_tokens=0)
         with pytest.raises(ValueError, match=message):
@@ -298,7 +298,7 @@ class TestOtherMaskings:
     [
         ({}, {"data": []}, "`data` must hold at least one"),
         ({}, {"data": 3}, "`data` must be arrays or an iterable"),
-        ({}, {"data": [{"pictures": 3}]}, "`data` must have the key 'images'"),
+        ({}, {"data": [{"photos": 3}]}, "`data` must have the key 'images'"),
         (
             {},
             {"data": np.zeros((2, 16, 18, 3))},
@@ -337,7 +337,7 @@ def test_of_a_masking_without_patch_size_need_one():
 )
 def test_progress_is_shown_as_in_keras(verbose, lines, capsys):
     keras.config.enable_interactive_logging()
-    statistics_of(cluster_masking(), PICTURES["textured"](), verbose=verbose)
+    statistics_of(cluster_masking(), KINDS["textured"](), verbose=verbose)
     printed = capsys.readouterr().out
     if lines is not None:
         assert printed.count("\n") == lines
@@ -349,7 +349,7 @@ def test_progress_is_shown_as_in_keras(verbose, lines, capsys):
 @pytest.mark.any_backend
 def test_summary_is_a_table_of_the_numbers():
     found = statistics_of(
-        cluster_masking(min_mask_ratio=0.3, threshold=0.14), PICTURES["textured"]()
+        cluster_masking(min_mask_ratio=0.3, threshold=0.14), KINDS["textured"]()
     )
     assert str(found) == found.summary()
     assert "10 images of 4 x 6 patches, 16 of 24 kept as tokens" in str(found)
@@ -370,7 +370,7 @@ def test_summary_is_a_table_of_the_numbers():
 
 @pytest.mark.any_backend
 def test_summary_of_a_masking_that_takes_nothing_has_no_cut():
-    found = statistics_of(cluster_masking(mask_ratio=0.0), PICTURES["textured"]())
+    found = statistics_of(cluster_masking(mask_ratio=0.0), KINDS["textured"]())
     assert np.isnan(found.similarity_at_cut).all()
     assert found.lone_anchors == 1.0
     assert re.search(r"similarity at the cut +- ", str(found))

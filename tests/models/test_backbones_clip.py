@@ -73,7 +73,7 @@ def test_a_fit_trains_all_of_the_backbone(trained):
         for v, old in zip(backbone.weights, before)
         if v.trainable and np.array_equal(ops.convert_to_numpy(v), old)
     ]
-    # A key's bias has no influence on a softmax over keys, but for rounding.
+    # A key's bias has no influence on a softmax over keys, except by rounding.
     assert all("key" in path and "bias" in path for path in still), still
     moved = {v.path: old for v, old in zip(backbone.weights, before)}
     scale = backbone.clip_head.logit_scale
@@ -81,7 +81,7 @@ def test_a_fit_trains_all_of_the_backbone(trained):
 
 
 @pytest.mark.any_backend
-def test_the_model_adds_a_maskings_numbers_and_nothing_else(trained):
+def test_the_model_adds_the_weights_of_the_masking_and_nothing_else(trained):
     backbone, model, _, _ = trained
     assert len(model.weights) == len({id(v) for v in model.weights})
     assert {id(v) for v in model.weights} == {id(v) for v in backbone.weights} | {

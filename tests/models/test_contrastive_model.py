@@ -534,7 +534,7 @@ def test_fit_without_a_threshold_is_an_error_and_after_adapt_it_trains(eager):
 
 
 def test_adapt_sees_pixels_as_the_model_shows_them_to_the_masking():
-    # Channels of different deviations, which CLIP's statistics weigh anew.
+    # Channels of different deviations, which CLIP's statistics weigh differently.
     images = random_pairs(64)["images"] // np.array([1, 3, 9], "uint8")
     normalized = kcm.models.pixels.normalize_pixels(images)
     thresholds = []
@@ -555,7 +555,7 @@ def test_a_call_in_training_without_a_threshold_is_an_error():
 # === Save and reload ===
 
 
-def test_a_reloaded_model_predicts_the_same_and_goes_on_training_the_same(tmp_path):
+def test_a_reloaded_model_predicts_the_same_and_trains_on_the_same(tmp_path):
     model = small_model(loss="sigmoid", projection_dim=5)
     model.compile(optimizer=keras.optimizers.Adam(0.01), **FAST)
     pairs = random_pairs(4)
@@ -612,7 +612,7 @@ def test_threshold_and_step_survive_a_reload(tmp_path):
     assert loaded.embedding_weight.get_config() == schedule.get_config()
 
 
-def test_the_seed_goes_on_where_it_was_after_a_reload(tmp_path):
+def test_the_seed_continues_after_a_reload(tmp_path):
     model = masked_model(kcm.ClusterMasking(4, seed=3))
     pairs = random_pairs(4)
     model(pairs, training=True)

@@ -8,6 +8,7 @@ import torch
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.optimizers import is_vector
 from tests.helpers import (
+    GradientSteps,
     as_dataset,
     functional_vit,
     image_mlp,
@@ -16,7 +17,6 @@ from tests.helpers import (
     tiny_clip,
     tiny_siglip,
     to_numpy,
-    value_and_gradients,
     values,
 )
 
@@ -43,20 +43,12 @@ def fit(model, epochs=1):
     return model.fit(pairs, **fit).history
 
 
-def gradients_of(model, pairs):
-    def fn():
-        y = model(pairs, training=True)
-        loss = model.compute_loss(x=pairs, y_pred=y, training=True)
-        return loss, loss
-
-    return value_and_gradients(fn, model.trainable_variables)[1]
-
-
 class ByTorch:
     """`torch.optim.AdamW` with a parameter group for each weight of a Keras model."""
 
     def __init__(self, model, rates, decays, clip=None):
         self.model, self.clip, self.norms = model, clip, []
+        self.gradients_of = GradientSteps(model)
         self.weights = [
             torch.nn.Parameter(torch.tensor(to_numpy(v)))
             for v in model.trainable_variables
@@ -68,7 +60,7 @@ class ByTorch:
         self.optimizer = torch.optim.AdamW(groups, eps=1e-12)
 
     def step(self, pairs):
-        for weight, gradient in zip(self.weights, gradients_of(self.model, pairs)):
+        for weight, gradient in zip(self.weights, self.gradients_of(pairs)[1]):
             weight.grad = torch.tensor(gradient)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip or np.inf)
         self.norms.append(float(norm))
@@ -261,7 +253,7 @@ def test_weight_decay_spares_biases_and_vectors_unless_told_otherwise(decay_vect
     model = kcm.ContrastiveModel(functional_vit(), text_bag(), loss="sigmoid")
     pairs = random_pairs(BATCH)
     before = values(model.trainable_variables)
-    gradients = gradients_of(model, pairs)
+    _, gradients = GradientSteps(model)(pairs)
     model.compile(
         keras.optimizers.SGD(RATE, weight_decay=DECAY), decay_vectors=decay_vectors
     )
@@ -388,8 +380,9 @@ def test_the_norm_is_that_of_gradients_without_the_scale_of_the_loss(scaling):
     if scaling == "optimizer":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model = make_model()
+    gradients_of = GradientSteps(model)
     expected = [
-        np.sqrt(sum((g**2).sum() for g in gradients_of(model, pairs)))
+        np.sqrt(sum((g**2).sum() for g in gradients_of(pairs)[1]))
         for pairs in batches()
     ]
     model.compile(optimizer, log_gradient_norm=True)
