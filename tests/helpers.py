@@ -239,6 +239,15 @@ def values(variables):
     return [np.array(ops.convert_to_numpy(v)) for v in variables]
 
 
+def compiled(fn):
+    """A function without state, on JAX compiled whole, not operation by operation."""
+    if keras.backend.backend() != "jax":
+        return fn
+    import jax
+
+    return jax.jit(fn)
+
+
 def value_and_gradients(fn, variables):
     """`fn() -> (scalar, output)`: the output and the scalar's gradients, in NumPy."""
     backend = keras.backend.backend()

@@ -9,12 +9,12 @@ import textwrap
 import keras
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 BLOCK = """
 import sys
-
-pytestmark = pytest.mark.slow
 
 
 class Without:

@@ -102,7 +102,7 @@ def test_images_show_the_masking_at_the_end_of_the_epoch(tmp_path):
 @pytest.mark.any_backend
 def test_images_of_an_unchanged_masking_are_equal(tmp_path):
     model = make_model(kcm.ClusterMasking(4))
-    fit(model, [MaskImages(random_pairs(3)["images"], tmp_path)], epochs=2)
+    fit(model, [MaskImages(random_pairs(2)["images"], tmp_path)], epochs=2)
     (_, first), (_, second) = written_images(tmp_path)
     np.testing.assert_array_equal(first, second)
 
@@ -123,7 +123,7 @@ def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
     masking = kcm.ClusterMasking(4, embedding_weight=0.5)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking)
     model.compile("sgd")
-    images = random_pairs(3)["images"]
+    images = random_pairs(2)["images"]
     normalised = ops.convert_to_numpy(masking.prepare_pixels(images))
     for name, given in (("whole", images), ("floats", normalised)):
         fit(model, [MaskImages(given, tmp_path / name)], epochs=1)
@@ -137,7 +137,7 @@ def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
 @pytest.mark.any_backend
 def test_the_first_the_last_and_each_so_many_epochs_are_drawn(tmp_path):
     model = make_model(kcm.RandomMasking(0.5, num_prefix_tokens=0))
-    fit(model, [MaskImages(random_pairs(1)["images"], tmp_path, every=2)], epochs=5)
+    fit(model, [MaskImages(random_pairs(2)["images"], tmp_path, every=2)], epochs=5)
     assert [epoch for epoch, _ in written_images(tmp_path)] == [0, 1, 3, 4]
 
 
@@ -158,7 +158,7 @@ def test_another_process_writes_nothing(tmp_path, monkeypatch):
     module = "keras_cluster_mask.callbacks.mask_images.is_main_process"
     monkeypatch.setattr(module, lambda: False)
     model = make_model(kcm.ClusterMasking(4))
-    fit(model, [MaskImages(random_pairs(1)["images"], tmp_path)])
+    fit(model, [MaskImages(random_pairs(2)["images"], tmp_path)])
     assert not [*tmp_path.iterdir()]
 
 
@@ -175,13 +175,13 @@ def test_another_process_writes_nothing(tmp_path, monkeypatch):
 )
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        MaskImages(random_pairs(1)["images"], "logs", **options)
+        MaskImages(random_pairs(2)["images"], "logs", **options)
 
 
 @pytest.mark.any_backend
 def test_a_model_without_a_masking_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"with a masking.*Received: model="):
-        fit(make_model(None), [MaskImages(random_pairs(1)["images"], tmp_path)])
+        fit(make_model(None), [MaskImages(random_pairs(2)["images"], tmp_path)])
 
 
 @pytest.mark.any_backend
@@ -205,14 +205,14 @@ def test_a_masking_whose_patches_are_not_known_is_refused(tmp_path):
     model = kcm.ContrastiveModel(keras.Model(images, x), text_bag())
     model.compile("sgd")
     with pytest.raises(ValueError, match=r"`kcm.with_masking`.*Received: masking="):
-        fit(model, [MaskImages(random_pairs(1)["images"], tmp_path)])
+        fit(model, [MaskImages(random_pairs(2)["images"], tmp_path)])
 
 
 @pytest.mark.any_backend
 def test_another_model_than_a_contrastive_one_is_refused(tmp_path):
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    masks = MaskImages(random_pairs(1)["images"], tmp_path)
+    masks = MaskImages(random_pairs(2)["images"], tmp_path)
     with pytest.raises(ValueError, match=r"`MaskImages` works.*Received: a Sequential"):
         model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[masks])
 
@@ -228,4 +228,4 @@ def test_what_to_install_is_said(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_tensorboard)
     with pytest.raises(ImportError, match="pip install tensorboard"):
-        MaskImages(random_pairs(1)["images"], "logs")
+        MaskImages(random_pairs(2)["images"], "logs")

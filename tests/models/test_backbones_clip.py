@@ -52,8 +52,8 @@ def test_positions_of_a_trained_backbone_stay():
 def test_embeddings_are_the_backbones_own():
     backbone = tiny_clip()
     model = kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(4))
-    pairs = random_pairs(3)
-    images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype("float32")
+    pairs = random_pairs(4)
+    images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype("float32")
     for one, other in (
         (model.encode_image(images), backbone.get_vision_embeddings(images)),
         (
@@ -106,8 +106,8 @@ def test_keras_hub_alone_reads_what_was_trained(trained, tmp_path):
     backbone, model, pairs, _ = trained
     backbone.save_to_preset(str(tmp_path))
     loaded = keras_hub.models.CLIPBackbone.from_preset(str(tmp_path))
-    images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype("float32")
-    ids = pairs["token_ids"][:3]
+    images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype("float32")
+    ids = pairs["token_ids"][:4]
     np.testing.assert_array_equal(
         to_numpy(loaded.get_vision_embeddings(images)),
         to_numpy(backbone.get_vision_embeddings(images)),
@@ -137,7 +137,7 @@ def test_after_a_reload_a_fit_trains_the_reloaded_backbone(trained, tmp_path):
 
     assert loaded.head.logit_scale is loaded.backbone.clip_head.logit_scale
     assert len(loaded.weights) == len(model.weights)
-    images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype("float32")
+    images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype("float32")
 
     def embed():
         return (

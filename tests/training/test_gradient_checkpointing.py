@@ -126,7 +126,7 @@ def deep_vit(checkpointing, **kwargs):
     encoder = keras_hub.models.ViTBackbone(
         image_shape=(16, 16, 3),
         patch_size=4,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         hidden_dim=16,
         mlp_dim=32,
@@ -170,7 +170,7 @@ def assert_same_steps(make, steps=2, tolerance=1e-5):
     [("none", None), ("budget", 4), ("threshold", None), ("threshold", 4)],
 )
 def test_clip_has_the_gradients_it_has_without(masking, micro_batch_size):
-    options = dict(masking=masking, micro_batch_size=micro_batch_size)
+    options = dict(masking=masking, micro_batch_size=micro_batch_size, num_layers=1)
     assert_same_steps(functools.partial(deep_clip, **options), 1)
 
 
@@ -187,23 +187,21 @@ def test_dropout_is_the_same_in_both_passes(micro_batch_size):
     ("options", "tolerance"),
     [
         ({}, 1e-5),
-        ({"micro_batch_size": 4}, 1e-5),
         # Gradients of weights are added up in another precision.
         ({"dtype": "mixed_bfloat16"}, 1e-2),
-        ({"regularizer": keras.regularizers.L2(0.1)}, 1e-5),
+        ({"micro_batch_size": 4, "regularizer": keras.regularizers.L2(0.1)}, 1e-5),
     ],
-    ids=["whole", "micro", "bfloat16", "regularized"],
+    ids=["whole", "bfloat16", "micro-regularized"],
 )
 def test_a_block_of_the_users_own_is_named(options, tolerance):
     make = functools.partial(own_model, **options)
     assert_same_steps(make, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 4])
-def test_fit_ends_at_the_same_weights_and_restores_the_blocks(micro_batch_size):
+def test_fit_ends_at_the_same_weights_and_restores_the_blocks():
     results = []
     for checkpointing in (False, True):
-        model = deep_clip(checkpointing, "threshold", micro_batch_size=micro_batch_size)
+        model = deep_clip(checkpointing, "threshold", micro_batch_size=4)
         blocks = find_blocks(model, True, BLOCKS)
         model.compile(keras.optimizers.SGD(0.05))
         model.fit(**as_dataset(random_pairs(2 * BATCH), BATCH), verbose=0)
@@ -216,7 +214,7 @@ def test_fit_ends_at_the_same_weights_and_restores_the_blocks(micro_batch_size):
 
 def test_a_frozen_tower_works():
     def make(checkpointing):
-        model = deep_clip(checkpointing, "budget")
+        model = deep_clip(checkpointing, "budget", num_layers=1)
         model.image_encoder.trainable = False
         return model
 
