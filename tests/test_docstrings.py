@@ -73,6 +73,20 @@ def test_there_are_examples_to_run():
     }
 
 
+@pytest.fixture
+def eager():
+    """TensorFlow's functions run uncompiled; compiling takes most of their time."""
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(("name", "code"), examples())
 def test_example_runs(name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

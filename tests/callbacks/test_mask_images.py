@@ -13,6 +13,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.callbacks import MaskImages
 from tests.helpers import (
     CONTEXT,
+    FAST,
     VOCABULARY,
     HideByNoise,
     functional_vit,
@@ -35,7 +36,7 @@ def make_model(masking, encoder=patch_mlp, layer="positions"):
     else:
         image_encoder = kcm.with_masking(encoder(), masking, layer)
     model = kcm.ContrastiveModel(image_encoder, text_bag())
-    model.compile(keras.optimizers.Adam(0.1))
+    model.compile(keras.optimizers.Adam(0.1), **FAST)
     return model
 
 
@@ -122,7 +123,7 @@ def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
     backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
     masking = kcm.ClusterMasking(4, embedding_weight=0.5)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking)
-    model.compile("sgd")
+    model.compile("sgd", **FAST)
     images = random_pairs(2)["images"]
     normalised = ops.convert_to_numpy(masking.prepare_pixels(images))
     for name, given in (("whole", images), ("floats", normalised)):

@@ -170,7 +170,7 @@ def test_bfloat16_trains_like_whole_batches():
             masking=kcm.ClusterMasking(4, seed=1),
             micro_batch_size=micro_batch_size,
         )
-        model.compile(keras.optimizers.SGD(0.05))
+        model.compile(keras.optimizers.SGD(0.05), **FAST)
         history = model.fit(
             **as_dataset(random_pairs(BATCH), BATCH), epochs=3, verbose=0
         )

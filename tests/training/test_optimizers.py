@@ -8,6 +8,7 @@ import torch
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.optimizers import is_vector
 from tests.helpers import (
+    FAST,
     GradientSteps,
     as_dataset,
     functional_vit,
@@ -146,7 +147,7 @@ def test_all_towers_at_a_factor_are_an_optimizer_at_that_rate(make):
         model = make_model()
         # The temperature is of no tower.
         model.head.logit_scale.trainable = False
-        model.compile(make(rate), **options)
+        model.compile(make(rate), **options, **FAST)
         fit(model, epochs=2)
         results.append(values(model.variables))
     for one, other in zip(*results):
@@ -177,9 +178,12 @@ def test_an_optimizer_compiled_again_has_the_new_options_alone():
         optimizer = adamw()
         model = make_model()
         if first:
-            model.compile(optimizer, learning_rate_multipliers=first)
+            model.compile(optimizer, learning_rate_multipliers=first, **FAST)
         model.compile(
-            optimizer, learning_rate_multipliers={"image": 0.5}, decay_vectors=True
+            optimizer,
+            learning_rate_multipliers={"image": 0.5},
+            decay_vectors=True,
+            **FAST,
         )
         fit(model)
         results.append(values(model.variables))
@@ -206,7 +210,9 @@ def test_multipliers_that_make_no_sense_are_refused(multipliers, message):
 
 def test_the_towers_of_siglip_have_learning_rates_too():
     model = kcm.ContrastiveModel.from_backbone(tiny_siglip())
-    model.compile(keras.optimizers.SGD(0.1), learning_rate_multipliers={"image": 0.0})
+    model.compile(
+        keras.optimizers.SGD(0.1), learning_rate_multipliers={"image": 0.0}, **FAST
+    )
     before = values(model.weights)
     fit(model)
     moved = {
@@ -255,7 +261,9 @@ def test_weight_decay_spares_biases_and_vectors_unless_told_otherwise(decay_vect
     before = values(model.trainable_variables)
     _, gradients = GradientSteps(model)(pairs)
     model.compile(
-        keras.optimizers.SGD(RATE, weight_decay=DECAY), decay_vectors=decay_vectors
+        keras.optimizers.SGD(RATE, weight_decay=DECAY),
+        decay_vectors=decay_vectors,
+        **FAST,
     )
     model.fit(pairs, batch_size=BATCH, shuffle=False, verbose=0)
     spared = 0
@@ -363,7 +371,7 @@ def test_the_norm_is_reported_in_training_if_asked_for_and_never_in_evaluation()
     pairs = random_pairs(BATCH)
     for log in (False, True):
         model = make_model()
-        model.compile("sgd", log_gradient_norm=log)
+        model.compile("sgd", log_gradient_norm=log, **FAST)
         history = model.fit(
             pairs, batch_size=BATCH, validation_data=pairs, epochs=2, verbose=0
         ).history
@@ -385,7 +393,7 @@ def test_the_norm_is_that_of_gradients_without_the_scale_of_the_loss(scaling):
         np.sqrt(sum((g**2).sum() for g in gradients_of(pairs)[1]))
         for pairs in batches()
     ]
-    model.compile(optimizer, log_gradient_norm=True)
+    model.compile(optimizer, log_gradient_norm=True, **FAST)
     assert fit(model)["gradient_norm"] == pytest.approx([np.mean(expected)], rel=1e-5)
 
 
@@ -428,6 +436,7 @@ def test_options_survive_a_reload(tmp_path):
         learning_rate_multipliers={"image": 0.1},
         log_gradient_norm=True,
         steps_per_execution=1,
+        **FAST,
     )
     fit(model)
     model.save(tmp_path / "model.keras")
