@@ -7,10 +7,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import mutated_shards
 
-pytestmark = pytest.mark.any_backend
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
 
-@pytest.mark.slow
 def test_damaged_shards_give_nothing_wrong_and_lose_nothing(tmp_path):
     rows, failures = mutated_shards.run(135, seed=1, folder=tmp_path)
     assert failures == []

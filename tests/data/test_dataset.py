@@ -171,7 +171,7 @@ EXPECTED = {
 def test_broken_samples_are_skipped_and_counted(write_pairs, broken_files, training):
     shard = write_pairs("x.tar", 0, 30, broken_files)
     dataset = make(shard, training, batch_size=5, drop_remainder=False)
-    # Every pass counts anew, warns once, and sums up.
+    # Every pass counts from zero, warns once, and sums up.
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"x\d.* of the shard .*x\.tar") as caught:
             received = keys(dataset)
