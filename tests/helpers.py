@@ -398,7 +398,7 @@ def _temporary_bytes_jax(model, pairs):
 
 
 def kept_bytes_jax(model, pairs):
-    """Bytes that the forward pass hands on to the backward pass, weights included."""
+    """Bytes that the forward pass passes on to the backward pass, weights included."""
     import jax
 
     loss, weights, state = _loss_jax(model)

@@ -82,7 +82,7 @@ def test_training_drops_a_ragged_batch_unless_told_otherwise(shards):
 
 @pytest.fixture
 def clear_shard(write_tar, encode):
-    """Pictures whose crops and backgrounds can be seen."""
+    """Images whose crops and backgrounds can be seen."""
     files = []
     for index in range(40):
         image = np.random.default_rng(index).integers(0, 256, (20, 30, 4), "uint8")

@@ -190,7 +190,7 @@ class SpyMasking(kcm.ClusterMasking):
 
 @pytest.mark.parametrize("kind", ["policy", "backbone"])
 def test_masks_are_those_of_full_precision_in_mixed_precision(kind):
-    # Two sorts of patches that only float32 can tell apart, far from 0.
+    # Two sorts of patches that only float32 can distinguish, far from 0.
     rng = np.random.default_rng(0)
     images = np.tile(rng.normal(size=(4, 4, 3)), (8, 4, 4, 1)) * 0.01 + 8.0
     images = (images + 0.01 * rng.normal(size=images.shape)).astype("float32")
