@@ -87,6 +87,7 @@ def test_a_saved_model_computes_what_it_did(tmp_path):
     assert larger.text_encoder.layer_norm.epsilon == 1e-5
 
 
+@pytest.mark.slow
 def test_vit_b_32_is_read_by_its_shapes_and_agrees(draw_nothing):
     open_clip = pytest.importorskip("open_clip")
     reference = randomize(open_clip.create_model("ViT-B-32", pretrained=None))
