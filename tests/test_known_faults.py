@@ -41,7 +41,7 @@ def test_a_threshold_without_hidden_padding_keeps_its_mask_ratio():
     masking.adapt(images)
     model = compiled(keras.optimizers.SGD(0.0), masking)
     pairs = {**random_pairs(16), "images": images}
-    model.fit(pairs, batch_size=16, epochs=40, verbose=0)
+    model.fit(pairs, batch_size=16, epochs=24, verbose=0)
     anchors = masking.draw_anchors(masking.draw(16, 16))
     similarity = ops.convert_to_numpy(masking.similarity_of_pixels(images, anchors))
     share = np.mean(similarity > float(ops.convert_to_numpy(masking.threshold)))

@@ -114,6 +114,7 @@ def test_a_run_stopped_again_and_again_ends_the_same(whole, shards, tmp_path):
     assert_same_weights(found, expected)
 
 
+@pytest.mark.slow
 def test_the_norm_of_gradients_resumes_and_may_be_switched(shards, tmp_path):
     def make(log):
         # Not Adam, which makes steps of rounding where there is no gradient.
@@ -166,6 +167,7 @@ def test_a_finished_run_gives_its_weights_and_history_again(shards, tmp_path):
     assert longer.epoch == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_epochs_of_so_many_steps_continue_through_the_data(shards, tmp_path):
     fit = {"steps_per_epoch": 4, "epochs": 3}  # 12 steps: nearly 4 times the data.
     model = make_model()
@@ -209,6 +211,7 @@ def test_arrays_in_order_and_other_datasets_resume_too(kind, tmp_path):
         assert_same_weights(found, expected)
 
 
+@pytest.mark.slow
 def test_the_held_out_part_of_arrays_stays_the_same(tmp_path):
     fit = {"shuffle": False, "batch_size": 4, "validation_split": 0.2}
     data = pairs(10)

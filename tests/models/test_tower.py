@@ -70,6 +70,7 @@ def exported(tower, path, **kwargs):
     return lambda inputs: loaded.serve(inputs).numpy()
 
 
+@pytest.mark.slow
 @each_tower
 def test_an_exported_tower_takes_batches_of_any_size(kind, side, tmp_path):
     tower, inputs = tower_of(kind, side)

@@ -198,6 +198,7 @@ def test_a_block_of_the_users_own_is_named(options, tolerance):
     assert_same_steps(make, tolerance=tolerance)
 
 
+@pytest.mark.slow
 def test_fit_ends_at_the_same_weights_and_restores_the_blocks():
     results = []
     for checkpointing in (False, True):

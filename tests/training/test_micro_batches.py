@@ -87,6 +87,7 @@ def test_gradients_with_dropout_are_those_of_the_same_chunks_remembered():
     assert largest_error(found[1], expected[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_fit_ends_at_the_weights_of_whole_batches():
     # Of CLIP itself, with a moving threshold, whose state is the step's and not the
     # chunk's.
