@@ -227,6 +227,7 @@ def _redraw(variable, rng, positive=False):
 
 
 def _run(blocks, weights, state, tokens, visible):
-    mask = ops.convert_to_tensor(visible[None])
-    masked = PutMask()(ops.convert_to_tensor(tokens), mask=mask)
+    # In the dtype of the blocks: a cast would lose the mask.
+    tokens = ops.cast(ops.convert_to_tensor(tokens), blocks.input.dtype)
+    masked = PutMask()(tokens, mask=ops.convert_to_tensor(visible[None]))
     return blocks.stateless_call(weights, state, masked, training=False)[0]

@@ -5,8 +5,9 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.models.encoders import find_embedding_layer, split_at
 from keras_cluster_mask.models.masked_encoder import check_no_leak
-from tests.helpers import functional_vit, random_images
+from tests.helpers import clip_vision_encoder, functional_vit, random_images
 
 
 class MixTokens(keras.layers.Layer):
@@ -78,3 +79,18 @@ def test_an_encoder_that_honours_masks_passes_with_its_weights_untouched():
     check_no_leak("own_vit", masked._parts()[1])
     for old, weight in zip(before, encoder.weights):
         assert (old == ops.convert_to_numpy(weight)).all()
+
+
+@pytest.mark.parametrize("global_policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_an_honest_encoder_is_taken_in_any_precision(dtype, global_policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(global_policy)
+    try:
+        check_no_leak("clip", blocks_of(clip_vision_encoder(dtype=dtype)))
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def blocks_of(encoder):
+    return split_at(encoder, find_embedding_layer(encoder))[1]
