@@ -1,7 +1,11 @@
 """Checks of the source and of the process before the first batch."""
 
+import collections
+import contextlib
+
+from keras_cluster_mask.data.index import build_parts, num_pairs
 from keras_cluster_mask.data.sources import ShardError
-from keras_cluster_mask.data.sources.shard import FAULT
+from keras_cluster_mask.data.sources.shard import FAULT, NoRandomAccess
 from keras_cluster_mask.distribution.processes import process_index_and_count
 
 SAMPLES_TO_CHECK = 1000
@@ -67,10 +71,30 @@ def _is_pair(reader, shard, sample, keys):
 
 
 def count_pairs(reader):
-    """The number of pairs in shards, whether or not their images decode."""
-    return sum(
-        1 for shard in reader.shards for _ in reader.read(shard, lambda *fault: None)
-    )
+    """The number of pairs in shards, whether or not their images decode.
+
+    Only the headers of shards are read, and those only once, because the index of a
+    shard is kept. A shard is read as a whole if it is compressed, or if only the
+    content of JSON files or labels tells what is a pair.
+    """
+    shards = collections.defaultdict(list)
+    for shard in reader.shards:
+        shards[shard.path].append(shard)
+    count = 0
+    for path, parts in shards.items():
+        found = None
+        # The index can be written nowhere, for example.
+        with contextlib.suppress(NoRandomAccess, OSError):
+            (part,) = build_parts([path])
+            found = num_pairs(part, reader)
+        if found is None:
+            found = sum(1 for part in parts for _ in reader.read(part, _ignore))
+        count += found
+    return count
+
+
+def _ignore(*fault):
+    pass
 
 
 def check_process(process, batch_size, seed, training, drop_remainder):

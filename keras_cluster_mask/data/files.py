@@ -26,20 +26,63 @@ def is_address(path):
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)) is not None
 
 
-def open_file(path, mode="rb"):
+def open_file(path, mode="rb", buffering=None):
     """Opens a local file or, through fsspec or TensorFlow, a file at an address.
 
     Args:
         path: str or path.
         mode: `"rb"` or `"wb"`.
+        buffering: int. The buffer of a local file, in bytes. Defaults to `None`: one
+            for reading from start to end.
 
     Returns:
         A binary file.
     """
     if not is_address(path):
-        return pathlib.Path(path).open(mode, buffering=READ_AHEAD)
+        return pathlib.Path(path).open(mode, buffering=buffering or READ_AHEAD)
     system, path = _file_system(os.fspath(path))
     return system.open(path, mode)
+
+
+class RandomAccess:
+    """Reads any part of a file, in several threads and after a fork.
+
+    A local file stays open until the object is deleted.
+
+    Args:
+        path: str.
+    """
+
+    def __init__(self, path):
+        self._path = path
+        self._descriptor = None
+        # Windows has no `pread`.
+        if not is_address(path) and hasattr(os, "pread"):
+            self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, start, size):
+        """Reads `size` bytes from `start` on, at an address by one request."""
+        if self._descriptor is not None:
+            return os.pread(self._descriptor, size, start)
+        if is_address(self._path):
+            system, path = _file_system(self._path)
+            return system.read_range(path, start, size)
+        with open(self._path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def __del__(self):
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)
+
+
+def stamp(path):
+    """The size of a file and its date, as a str that differs if the file changes."""
+    if not is_address(path):
+        status = os.stat(path)
+        return f"{status.st_size} {status.st_mtime_ns}"
+    system, path = _file_system(path)
+    return system.stamp(path)
 
 
 @contextlib.contextmanager
@@ -164,6 +207,15 @@ class _Fsspec:
     def isdir(self, path):
         return self.system.isdir(path)
 
+    def read_range(self, path, start, size):
+        return self.system.cat_file(path, start=start, end=start + size)
+
+    def stamp(self, path):
+        info = self.system.info(path)
+        names = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated")
+        names += ("last_modified", "created")
+        return f"{info['size']} {next((info[n] for n in names if info.get(n)), '')}"
+
     def matching(self, path):
         return [self.system.unstrip_protocol(found) for found in self.system.glob(path)]
 
@@ -194,6 +246,15 @@ class _TensorFlow:
 
     def isdir(self, path):
         return self.gfile.isdir(path)
+
+    def read_range(self, path, start, size):
+        with self.open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def stamp(self, path):
+        status = self.gfile.stat(path)
+        return f"{status.length} {status.mtime_nsec}"
 
     def matching(self, path):
         return self.gfile.glob(path)

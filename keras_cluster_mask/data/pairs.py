@@ -4,7 +4,13 @@ import dataclasses
 import json
 
 from keras_cluster_mask.data.sources import ShardError
-from keras_cluster_mask.data.sources.shard import FAULT
+from keras_cluster_mask.data.sources.shard import (
+    FAULT,
+    IMAGE,
+    TEXT,
+    TOO_LARGE,
+    text_of,
+)
 
 IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
@@ -49,6 +55,9 @@ class PairReader:
             the entry `caption` of the field `json`. `None`: common names.
         wants_caption: bool. Whether samples without a caption are left out.
         labels: `Labels`, or None for no labels.
+
+    Attributes:
+        fields: set of str. The fields of a sample that may be needed.
     """
 
     def __init__(
@@ -60,22 +69,22 @@ class PairReader:
         labels=None,
     ):
         self.shards = shards
-        self.image_keys = _several(image_keys, IMAGE_KEYS)
-        self.caption_keys = _several(caption_key, CAPTION_KEYS)
-        self.caption_fields = _fields(self.caption_keys)
+        self.image_keys = several(image_keys, IMAGE_KEYS)
+        self.caption_keys = several(caption_key, CAPTION_KEYS)
+        self.caption_fields = fields_of(self.caption_keys)
         self.labels = labels
-        self._wants_caption = wants_caption
-        self._fields = {
+        self.wants_caption = wants_caption
+        self.fields = {
             *self.image_keys,
             *(self.caption_fields if wants_caption else ()),
-            *(_fields(labels.keys) if labels else ()),
+            *(fields_of(labels.keys) if labels else ()),
         }
 
     @property
     def wanted(self):
         """str. What a sample must hold, for error messages."""
         wanted = [f"an image (`image_keys`, here {list(self.image_keys)})"]
-        if self._wants_caption:
+        if self.wants_caption:
             wanted.append(
                 f"a caption (`caption_key`, here {list(self.caption_keys)}) that is "
                 "not empty"
@@ -109,7 +118,7 @@ class PairReader:
 
     def _samples(self, shard, report):
         try:
-            yield from shard.read(self._fields)
+            yield from shard.read(self.fields)
         except ShardError as error:
             # The last sample may be complete. If not, the damaged shard is counted.
             if self.pair(shard, error.sample)[0] is not None:
@@ -133,7 +142,7 @@ class PairReader:
         if not isinstance(image, str | bytes) or image == "":
             return None, "no image"
         captions = ()
-        if self._wants_caption:
+        if self.wants_caption:
             captions, fault = self.captions(sample)
             if fault:
                 return None, fault
@@ -152,11 +161,64 @@ class PairReader:
             if value is None:
                 continue
             values = value if isinstance(value, list) else [value]
-            captions = tuple(filter(None, map(_text, values)))
+            captions = tuple(filter(None, map(text_of, values)))
             if captions:
                 return captions, None
             fault = "empty caption"
         return (), fault
+
+
+def fault_of_fields(states, reader, label_keys=()):
+    """What is wrong with a sample, as far as its fields alone tell.
+
+    Args:
+        states: dict from each field of the sample to what it can be; see `Entry`.
+        reader: `PairReader`, whose keys are looked for.
+        label_keys: tuple of str. Fields of which the sample must have one.
+
+    Returns:
+        tuple: The reason (str), as `PairReader.pair` gives it, or None; and whether
+        the content of the fields may change it.
+    """
+    image = next((states[k] for k in reader.image_keys if k in states), 0)
+    if image & TOO_LARGE:
+        return "file too large", False
+    if not image & IMAGE:
+        return "no image", False
+    uncertain = False
+    if reader.wants_caption:
+        fault = "no caption"
+        for key in reader.caption_keys:
+            state = _state(states, key)
+            if state == _IN_JSON:
+                uncertain = True
+            elif state & TEXT:
+                fault = None
+                break
+            elif state != TOO_LARGE:
+                fault = "empty caption"
+        if fault and not uncertain:
+            return fault, False
+        uncertain = uncertain and fault is not None
+    if label_keys:
+        if all(_state(states, key) == TOO_LARGE for key in label_keys):
+            return "no label", False
+        uncertain = True
+    return None, uncertain
+
+
+# The state of an entry of a field that may hold JSON.
+_IN_JSON = -1
+
+
+def _state(states, key):
+    """The state of a field, or of an entry in it; `TOO_LARGE` also if it is missing."""
+    if key in states:
+        return states[key]
+    field, _, entries = key.partition(".")
+    if not entries or states.get(field, TOO_LARGE) == TOO_LARGE:
+        return TOO_LARGE
+    return _IN_JSON
 
 
 class Labels:
@@ -170,10 +232,10 @@ class Labels:
     """
 
     def __init__(self, label_key, class_names=None):
-        self.keys = _several(label_key, ())
+        self.keys = several(label_key, ())
         self._numbers = None
         if class_names is not None:
-            names = [_text(name) for name in class_names]
+            names = [text_of(name) for name in class_names]
             self._numbers = {name: number for number, name in enumerate(names)}
             if len(self._numbers) < len(names) or "" in self._numbers:
                 raise ValueError(
@@ -192,15 +254,15 @@ class Labels:
         if isinstance(label, int | float) and not isinstance(label, bool):
             number = int(label) if label == label // 1 else -1
         elif self._numbers is not None:
-            number = self._numbers.get(_text(label), -1)
+            number = self._numbers.get(text_of(label), -1)
         else:
-            text = _text(label)
+            text = text_of(label)
             number = int(text) if text.isdecimal() else -1
         known = range(2**31 if self._numbers is None else len(self._numbers))
         return number, None if number in known else "unknown label"
 
 
-def _fields(keys):
+def fields_of(keys):
     """Keys, and the fields that contain nested keys."""
     return {*keys, *(key.partition(".")[0] for key in keys)}
 
@@ -222,13 +284,7 @@ def _field(sample, key):
     return value
 
 
-def _text(value):
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    return value.strip() if isinstance(value, str) else ""
-
-
-def _several(names, common):
+def several(names, common):
     if names is None:
         return common
     return (names,) if isinstance(names, str) else tuple(names)

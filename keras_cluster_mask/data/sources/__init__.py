@@ -4,20 +4,37 @@ import os
 import re
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.sources.folder import ENDINGS, folder_parts, images_in
-from keras_cluster_mask.data.sources.manifest import find_manifest, manifest_parts
+from keras_cluster_mask.data.sources.folder import (
+    ENDINGS,
+    folder_parts,
+    images_in,
+    whole_folder,
+)
+from keras_cluster_mask.data.sources.manifest import (
+    find_manifest,
+    manifest_parts,
+    whole_manifest,
+)
 from keras_cluster_mask.data.sources.shard import Shard, ShardError
 from keras_cluster_mask.data.sources.tfrecord import RecordShard
 from keras_cluster_mask.data.sources.webdataset import TarShard
 
-__all__ = ["Shard", "ShardError", "find_shards", "list_shards", "read_samples"]
+__all__ = [
+    "Shard",
+    "ShardError",
+    "find_shards",
+    "list_shards",
+    "read_samples",
+    "whole_shard",
+]
 
-# By the extension of a file; a file with any other name is read as a tar.
+# By the extension of a file; a file with any other name is read as a tar. What finds
+# the shards in a file, and what makes a single shard of it.
 KINDS = {
-    r"\.tfrec(ords?)?(\.gz)?": lambda path: [RecordShard(path)],
-    r"\.(csv|tsv|jsonl|ndjson)": manifest_parts,
-    "|".join(map(re.escape, ENDINGS)): folder_parts,
-    "": lambda path: [TarShard(path)],
+    r"\.tfrec(ords?)?(\.gz)?": (lambda path: [RecordShard(path)], RecordShard),
+    r"\.(csv|tsv|jsonl|ndjson)": (manifest_parts, whole_manifest),
+    "|".join(map(re.escape, ENDINGS)): (folder_parts, whole_folder),
+    "": (lambda path: [TarShard(path)], TarShard),
 }
 
 
@@ -85,12 +102,21 @@ def read_samples(path, fields=None):
         yield from shard.read(fields)
 
 
+def whole_shard(path):
+    """A file as a single `Shard`, for an index; see `find_shards`."""
+    return whole_folder(path) if files.is_folder(path) else _kind(path)[1](path)
+
+
 def _shards_in(path):
-    if files.is_folder(path):
-        return folder_parts(path)
-    for ending, shards in KINDS.items():
-        if re.search(f"({ending})$", path, re.IGNORECASE):
-            return shards(path)
+    return folder_parts(path) if files.is_folder(path) else _kind(path)[0](path)
+
+
+def _kind(path):
+    return next(
+        kind
+        for ending, kind in KINDS.items()
+        if re.search(f"({ending})$", path, re.IGNORECASE)
+    )
 
 
 def _find(pattern):

@@ -7,7 +7,13 @@ import itertools
 import json
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.sources.shard import FAULT, Shard, ShardError
+from keras_cluster_mask.data.sources.shard import (
+    FAULT,
+    Entry,
+    Shard,
+    ShardError,
+    state_of,
+)
 
 NAMES = ("metadata", "manifest")
 ENDINGS = ("csv", "tsv", "jsonl")
@@ -36,18 +42,39 @@ class ManifestPart(Shard):
     unique_keys = False
 
     def read(self, fields=None):
-        last = {}
         with files.open_file(self.path) as file:
-            try:
-                columns = _columns(self.path, file)
-                file.seek(self.start)
-                rows = itertools.islice(_rows(self.path, file, columns), self.rows)
-                for number, (_, row) in enumerate(rows, self.first):
-                    last = {"__key__": _key(row, number)}
-                    yield {**_wanted(row, fields), **last}
-            # A cell may hold a newline, so the start of the next row is unknown.
-            except (ValueError, csv.Error) as error:
-                raise ShardError(self, last, str(error)) from error
+            columns = self._columns(file)
+            file.seek(self.start)
+            rows = itertools.islice(_rows(self.path, file, columns), self.rows)
+            for number, (_, _, row) in enumerate(rows, self.first):
+                yield _sample(row, number, fields)
+
+    def scan(self):
+        with files.open_file(self.path) as file:
+            rows = _rows(self.path, file, self._columns(file))
+            for number, (start, size, row) in enumerate(rows):
+                sample = _sample(row, number, None)
+                fault = sample.pop(FAULT, None)
+                key = sample.pop("__key__")
+                fields = {name: state_of(value) for name, value in sample.items()}
+                yield Entry(key, start, size, fields, fault)
+
+    def context(self):
+        with files.open_file(self.path) as file:
+            return self._columns(file)
+
+    def sample_at(self, content, number, context, fields=None):
+        if context is None:
+            return _sample(_json_row(content), number, fields)
+        text = content.decode("utf-8", "replace")
+        (cells,) = csv.reader([text], delimiter=_delimiter(self.path), strict=True)
+        return _sample(_table_row(context, cells), number, fields)
+
+    def _columns(self, file):
+        try:
+            return _columns(self.path, file)
+        except (ValueError, csv.Error) as error:
+            raise ShardError(self, {}, str(error)) from error
 
     def path_of(self, name):
         return files.beside(self.path, name)
@@ -72,12 +99,17 @@ def manifest_parts(path):
     with contextlib.suppress(ValueError, csv.Error), files.open_file(path) as file:
         columns = _columns(path, file)
         parts.append(ManifestPart(path, 0, file.tell()))
-        for number, (start, _) in enumerate(_rows(path, file, columns)):
+        for number, (start, _, _) in enumerate(_rows(path, file, columns)):
             if number and number % ROWS == 0:
                 parts.append(ManifestPart(path, number, start))
     # The last part reads to the end, or raises an error where it cannot.
     last = parts.pop() if parts else ManifestPart(path, 0, 0)
     return [*parts, dataclasses.replace(last, rows=None)]
+
+
+def whole_manifest(path):
+    """A manifest as one part."""
+    return ManifestPart(path, 0, 0, None)
 
 
 def _columns(path, file):
@@ -90,26 +122,41 @@ def _columns(path, file):
 
 
 def _rows(path, file, columns):
-    """Pairs of the offset of a row and the row, a dict, from the current position."""
+    """Each row from the current position: its offset, its size, and a dict."""
     place = file.tell()
     if columns is None:
         for line in file:
-            start, place = place, place + len(line)
             if line.strip():
-                yield start, _json_row(line)
+                yield place, len(line), _json_row(line)
+            place += len(line)
         return
-    consumed = 0
+    consumed, is_utf_8 = 0, True
 
     def lines():
-        nonlocal consumed
+        nonlocal consumed, is_utf_8
         for line in file:
             consumed += len(line)
-            yield line.decode("utf-8")
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError:
+                is_utf_8 = False
+                yield line.decode("utf-8", "replace")
 
-    for cells in csv.reader(lines(), delimiter=_delimiter(path), strict=True):
-        start, place, consumed = place, place + consumed, 0
-        if cells:
-            yield start, _table_row(columns, cells)
+    while True:
+        try:
+            for cells in csv.reader(lines(), delimiter=_delimiter(path), strict=True):
+                if cells:
+                    row = _table_row(columns, cells)
+                    fault = {} if is_utf_8 else {FAULT: "a row that is not UTF-8"}
+                    yield place, consumed, {**row, **fault}
+                place, consumed, is_utf_8 = place + consumed, 0, True
+            return
+        except csv.Error:
+            # A quote without its end takes in the next rows, which may be intact.
+            file.seek(place)
+            line = file.readline()
+            yield place, len(line), {FAULT: "a row with a quote that does not fit"}
+            place, consumed, is_utf_8 = place + len(line), 0, True
 
 
 def _json_row(line):
@@ -125,6 +172,10 @@ def _table_row(columns, cells):
     if any(cells[len(columns) :]):
         return {**dict(zip(columns[:1], cells)), FAULT: "more cells than columns"}
     return dict(zip(columns, cells))
+
+
+def _sample(row, number, fields):
+    return {**_wanted(row, fields), "__key__": _key(row, number)}
 
 
 def _key(row, number):

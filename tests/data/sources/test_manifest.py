@@ -97,15 +97,26 @@ def test_a_broken_line_of_json_is_one_broken_sample(write):
     ]
 
 
+QUOTE, UTF_8 = "a row with a quote that does not fit", "a row that is not UTF-8"
+
+
 @pytest.mark.parametrize(
-    "broken", [b'"b".jpg,two', b'b.jpg,"without end', b"b.jpg,\xff"]
+    ("broken", "fault"),
+    [
+        (b'"b".jpg,two', QUOTE),
+        (b'b.jpg,"without end', QUOTE),
+        (b"b.jpg,\xff", UTF_8),
+        (b'b.jpg,"one\n\xff\nthree"', UTF_8),
+    ],
 )
-def test_a_broken_row_of_a_table_ends_it_with_the_last_key(write, broken):
-    content = b"file_name,text\na.jpg,one\n" + broken + b"\nc.jpg,three\n"
-    samples = read_samples(write("x.csv", content))
-    assert next(samples)["text"] == "one"
-    with pytest.raises(ShardError, match=r"x\.csv .*'a\.jpg'"):
-        next(samples)
+@pytest.mark.parametrize("end", [b"c.jpg,three\n", b'c.jpg,"th\nree"\n', b""])
+def test_a_broken_row_of_a_table_costs_this_row_alone(write, broken, fault, end):
+    content = b"file_name,text\na.jpg,one\n" + broken + b"\n" + end
+    first, second, *others = read_samples(write("x.csv", content))
+    assert first["text"] == "one"
+    assert second["__fault__"] == fault
+    assert [each["__key__"] for each in others] == ["c.jpg"] * bool(end)
+    assert not any("__fault__" in each for each in others)
 
 
 def test_a_broken_first_line_is_damage(write):
@@ -147,10 +158,11 @@ def test_a_broken_row_is_found_wherever_the_parts_meet(write, place):
     lines = ["f,text", *(f"{i}.jpg,text" for i in range(2 * ROWS))]
     lines[1 + place] = 'x.jpg,"te"xt'
     parts = find_shards(write("x.csv", "\n".join(lines)))
-    read = []
-    with pytest.raises(ShardError, match=f"'{place - 1}.jpg'"):
-        read.extend(sample["__key__"] for part in parts for sample in part.read())
-    assert read == [f"{i}.jpg" for i in range(place)]
+    read = [sample for part in parts for sample in part.read()]
+    assert [n for n, sample in enumerate(read) if "__fault__" in sample] == [place]
+    keys = [f"{i}.jpg" for i in range(2 * ROWS)]
+    keys[place] = f"row {place}"
+    assert [sample["__key__"] for sample in read] == keys
 
 
 def test_names_of_files_are_meant_from_the_manifests_folder(write, tmp_path):

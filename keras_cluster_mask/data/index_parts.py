@@ -1,0 +1,286 @@
+"""The parts of an index: one file for each shard, which is built once and then mapped.
+
+A part holds a line of JSON, then 32 bytes for each sample, then the contents of samples
+that no file holds. It does not depend on which fields are read as image and caption.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+
+import numpy as np
+
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.sources import Shard, ShardError, whole_shard
+
+# A change of what a part holds needs a new number.
+VERSION = 1
+RECORD = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("size", "<u8"),
+        ("key", "<u8"),
+        # The number of the sample in its file, from 0.
+        ("number", "<u4"),
+        # The fields and the fault of the sample; see `Part.layouts`.
+        ("layout", "<u4"),
+    ]
+)
+# The number of samples that are held as Python objects while a part is built.
+CHUNK = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The fields that some samples of a shard have in common.
+
+    Attributes:
+        fields: dict from the name of a field to what it can be; see `Entry`.
+        fault: str, the reason why these samples are broken, or None.
+        incomplete: bool. Whether the damage of the shard follows.
+        count: int. The number of samples.
+    """
+
+    fields: dict
+    fault: str | None
+    incomplete: bool
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The index of a shard.
+
+    Attributes:
+        path: str. The file of the part, or None if the shard cannot be read.
+        stamp: str. The size and the date of the shard when it was indexed.
+        digest: str. A hash of all records.
+        layouts: list of `Layout`.
+        damage: The last key and the reason (str), or None if the shard is intact.
+        context: What `Shard.sample_at` needs.
+        start: int. The offset of the records in the file.
+    """
+
+    path: str | None
+    stamp: str
+    digest: str
+    layouts: list
+    damage: list | None
+    context: list | None = None
+    start: int = 0
+
+    def __len__(self):
+        return sum(layout.count for layout in self.layouts)
+
+    def records(self):
+        """Maps the records into memory."""
+        if read_part(self.path).digest != self.digest:
+            raise ValueError(
+                "`source` changed since it was indexed: open the index again. "
+                f"Received: {self.path}"
+            )
+        if not len(self):
+            return np.empty(0, RECORD)
+        return np.memmap(self.path, RECORD, "r", self.start, (len(self),))
+
+    @property
+    def content_start(self):
+        """int. The offset of the contents that the part itself holds."""
+        return self.start + len(self) * RECORD.itemsize
+
+
+def hash_of(key: str) -> int:
+    """The 64-bit hash of a key."""
+    content = key.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+# === Places ===
+
+
+def find_part(path: str, index_dir: str | None = None) -> Part | None:
+    """The part of a shard, or None if there is none or the shard has changed."""
+    try:
+        stamp = whole_shard(path).stamp()
+    except OSError:
+        return None
+    for place in _places(path, index_dir):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            part = read_part(place)
+            if part.stamp == stamp:
+                return part
+    return None
+
+
+def _places(path, index_dir):
+    """The files that may hold the part of a shard, the preferred one first."""
+    path = path.rstrip("/")
+    name = path.rpartition("/")[2]
+    whole = path if files.is_address(path) else os.path.realpath(path)
+    unique = f"{name[:100]}-{hash_of(whole):016x}.index"
+    if index_dir is not None:
+        return [os.path.join(index_dir, unique)]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    places = [
+        os.path.join(folder, "keras_cluster_mask", "index", unique)
+        for folder in (cache, tempfile.gettempdir())
+    ]
+    if files.is_address(path):
+        return places
+    return [os.path.join(os.path.dirname(path), f".{name}.index"), *places]
+
+
+# === Reading and writing ===
+
+
+def read_part(path: str) -> Part:
+    """Reads the first line of a part."""
+    with open(path, "rb") as file:
+        head = json.loads(file.readline())
+        start = file.tell()
+        length = file.seek(0, os.SEEK_END)
+    if head.pop("version") != VERSION or head.pop("length") != length - start:
+        raise ValueError(f"{path} is no part of an index of this version.")
+    layouts = [Layout(*layout) for layout in head.pop("layouts")]
+    return Part(path=path, layouts=layouts, start=start, **head)
+
+
+def build_part(path: str, index_dir: str | None = None) -> Part:
+    """Indexes a shard, from the headers of its files alone.
+
+    Several processes may build the same part at the same time.
+
+    Args:
+        path: str. The shard.
+        index_dir: str. The folder for the part. Defaults to `None`: that of the shard,
+            or a cache folder if the shard is at an address or in a read-only folder.
+
+    Returns:
+        `Part`.
+
+    Raises:
+        NoRandomAccess: If the shard is compressed.
+        OSError: If the part cannot be written.
+    """
+    shard = whole_shard(path)
+    try:
+        stamp = shard.stamp()
+        builder = _Builder(shard)
+        damage = builder.scan()
+        context = None if damage and not builder.count else shard.context()
+    except OSError as error:
+        layout = Layout({}, "unreadable shard", False, 1)
+        return Part(None, "", "", [layout], [None, str(error)])
+    records, content = builder.records(), b"".join(builder.contents)
+    digest = hashlib.blake2b(records, digest_size=16)
+    digest.update(content)
+    layouts = builder.layouts()
+    digest.update(json.dumps([layouts, damage, context]).encode())
+    head = {
+        "version": VERSION,
+        "length": len(records) + len(content),
+        "stamp": stamp,
+        "digest": digest.hexdigest(),
+        "layouts": layouts,
+        "damage": damage,
+        "context": context,
+    }
+    line = json.dumps(head).encode()
+    # Records are aligned, as NumPy likes them.
+    line += b" " * (-(len(line) + 1) % RECORD.itemsize) + b"\n"
+    return read_part(_write(_places(path, index_dir), [line, records, content]))
+
+
+class _Builder:
+    """Collects what a shard holds.
+
+    Args:
+        shard: `Shard`.
+    """
+
+    def __init__(self, shard: Shard):
+        self.contents = []
+        self.count = 0
+        self._shard = shard
+        self._keys = set()
+        self._chunks, self._rows = [], []
+        # From the fields, the fault and so on to the number of a layout.
+        self._numbers, self._counts = {}, []
+
+    def scan(self):
+        """Reads the shard; returns the last key and the reason if it is damaged."""
+        try:
+            for entry in self._shard.scan():
+                self._add(entry)
+        except ShardError as error:
+            last_key = error.last_key
+            if last_key is not None:
+                last_key = last_key.encode("utf-8", "backslashreplace").decode()
+            return [last_key, error.reason]
+        return None
+
+    def records(self):
+        """The bytes of all records."""
+        self._flush()
+        return b"".join(self._chunks)
+
+    def layouts(self):
+        """The arguments of each `Layout`."""
+        return [
+            [dict(fields), fault, incomplete, count]
+            for (fields, fault, incomplete), count in zip(self._numbers, self._counts)
+        ]
+
+    def _add(self, entry):
+        key, fault = hash_of(entry.key), entry.fault
+        if self._shard.unique_keys:
+            if key in self._keys:
+                fault = "duplicate key"
+            self._keys.add(key)
+        layout = tuple(entry.fields.items()), fault, entry.incomplete
+        number = self._numbers.setdefault(layout, len(self._numbers))
+        if number == len(self._counts):
+            self._counts.append(0)
+        self._counts[number] += 1
+        if entry.content is not None:
+            self.contents.append(entry.content)
+        self._rows.append((entry.offset, entry.size, key, self.count, number))
+        self.count += 1
+        if len(self._rows) == CHUNK:
+            self._flush()
+
+    def _flush(self):
+        self._chunks.append(np.array(self._rows, RECORD).tobytes())
+        self._rows = []
+
+
+def _write(places, contents):
+    """Writes a part to the first place that can be written to; returns its path."""
+    for place in places:
+        temporary = f"{place}.{os.getpid()}-{secrets.token_hex(4)}.part"
+        try:
+            os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
+            with open(temporary, "xb") as file:
+                file.writelines(contents)
+            os.replace(temporary, place)
+        except OSError as error:
+            reason = error
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+        else:
+            return place
+    raise OSError(
+        reason.errno or errno.EIO,
+        "`index_dir` must be a folder that can be written to; the index of a shard "
+        f"needs 32 bytes a sample ({reason.strerror}). Received",
+        places[0],
+    ) from reason
