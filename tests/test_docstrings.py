@@ -17,6 +17,7 @@ NEED_FILES = {
     "keras_cluster_mask.data.captions.read_captions",
     "keras_cluster_mask.data.check.check",
     "keras_cluster_mask.data.convert.convert",
+    "keras_cluster_mask.data.index.open_index",
     "keras_cluster_mask.data.sources.list_shards",
 }
 

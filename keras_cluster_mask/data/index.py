@@ -19,6 +19,7 @@ from keras_cluster_mask.data import files
 from keras_cluster_mask.data.index_parts import (
     Part,
     build_part,
+    changed,
     find_part,
     hash_of,
     read_part,
@@ -59,7 +60,7 @@ def open_index(
     Example:
 
     ```python
-    index = kcm.data.index.open_index("shards/train-*.tar")
+    index = kcm.data.open_index("shards/train-*.tar")
     print(len(index), index.faults["by_reason"], index[0]["__key__"])
     ```
 
@@ -244,9 +245,9 @@ class Index:
                 content, int(record["number"]), part.context, fields
             )
         except Exception as error:
-            raise _changed(shard, str(error)) from error
+            raise changed(shard, str(error)) from error
         if hash_of(sample["__key__"]) != record["key"]:
-            raise _changed(shard, "another sample is in its place")
+            raise changed(shard, "another sample is in its place")
         return sample
 
     def key(self, index: int) -> str:
@@ -267,7 +268,7 @@ class Index:
         shard, part = self.shards[number], self._parts[number]
         # The images of a folder are listed once, not whenever one is read.
         if not shard.in_index and shard.stamp() != part.stamp:
-            raise _changed(shard, "its size or its date differ")
+            raise changed(shard, "its size or its date differ")
         return _Opened(shard, part, self._faults[number])
 
     def _count_faults(self):
@@ -304,10 +305,7 @@ class Index:
         ]
         self.__init__(state["paths"], parts, **state["choices"])
         if self.fingerprint != state["fingerprint"]:
-            raise ValueError(
-                "`source` changed since it was indexed: open the index again. "
-                f"Received: {state['paths'][0]} and {len(parts) - 1} more"
-            )
+            raise changed(f"{state['paths'][0]} and {len(parts) - 1} more")
 
     def __repr__(self):
         return f"<Index of {len(self)} samples in {len(self.shards)} shards>"
@@ -372,13 +370,6 @@ def _details(shard, part):
         return f"The shard {shard}: {reason}"
     last = {} if last_key is None else {"__key__": last_key}
     return str(ShardError(shard, last, reason))
-
-
-def _changed(shard, reason):
-    return ValueError(
-        "`source` must not change while its index is in use: open the index again. "
-        f"Received: {shard}, {reason}"
-    )
 
 
 def _hash(content):

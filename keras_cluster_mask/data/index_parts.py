@@ -80,10 +80,7 @@ class Part:
     def records(self):
         """Maps the records into memory."""
         if read_part(self.path).digest != self.digest:
-            raise ValueError(
-                "`source` changed since it was indexed: open the index again. "
-                f"Received: {self.path}"
-            )
+            raise changed(self.path)
         if not len(self):
             return np.empty(0, RECORD)
         return np.memmap(self.path, RECORD, "r", self.start, (len(self),))
@@ -92,6 +89,14 @@ class Part:
     def content_start(self):
         """int. The offset of the contents that the part itself holds."""
         return self.start + len(self) * RECORD.itemsize
+
+
+def changed(path: str, reason: str = "its index was replaced") -> ValueError:
+    """The error about a shard that is not the one that was indexed."""
+    return ValueError(
+        "`source` must not change while its index is in use: open the index again. "
+        f"Received: {path}, {reason}"
+    )
 
 
 def hash_of(key: str) -> int:

@@ -447,7 +447,7 @@ class ContrastiveModel(keras.Model):
 
         An epoch of an `image_text_dataset` has as many steps as its pairs fill batches;
         the pairs left over come first in the next epoch. They are counted first, which
-        reads all shards; `steps_per_epoch` makes this unnecessary.
+        indexes all shards the first time; `steps_per_epoch` makes this unnecessary.
 
         Example:
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from keras_cluster_mask.data.__main__ import main
 
@@ -36,6 +37,47 @@ def test_check_fails_if_a_sample_is_broken(shard, broken, tmp_path, capsys):
     assert "shard 2 of 2" in printed.err
     (found,) = json.loads(listed.read_text())["first_broken"]
     assert (found["shard"], found["key"]) == (broken, "cut\x1b")
+
+
+def test_check_without_decoding_reads_headers_only(shard, broken, tmp_path, capsys):
+    listed, folder = tmp_path / "faults.json", tmp_path / "index"
+    arguments = ["check", shard, broken, "--no-decode", "--index", str(folder)]
+    # The image that does not decode is not noticed.
+    assert main([*arguments, "--json", str(listed)]) == 0
+    printed = capsys.readouterr()
+    assert "16  indexed samples" in printed.out
+    assert "0/2" in printed.err
+    found = json.loads(listed.read_text())
+    assert (found["samples"], found["broken"], len(found["fingerprint"])) == (16, 0, 32)
+    # The second run has nothing to do.
+    assert len(list(folder.iterdir())) == 2
+    assert main(arguments) == 0
+    assert "2/2" in capsys.readouterr().err
+    with open(broken, "r+b") as file:
+        file.truncate(3000)
+    assert main([*arguments, "--quiet"]) == 1
+    printed = capsys.readouterr()
+    assert "1  damaged shard" in printed.out
+    assert f"{broken} The shard {broken} is damaged at or after" in printed.out
+    assert printed.err == ""
+
+
+def test_compressed_shards_are_checked_but_not_indexed(write_tar, encode, capsys):
+    files = [("1.png", encode(Image.new("RGB", (4, 4)))), ("1.txt", b"t")]
+    shard = str(write_tar("x.tar.gz", files, "w:gz"))
+    assert main(["check", shard]) == 0
+    printed = capsys.readouterr()
+    assert "1  intact samples" in printed.out
+    assert "not indexed" in printed.err
+    assert main(["check", shard, "--no-decode"]) == 2
+    assert f"data convert {shard} --to" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_workers_index_shards(shard, broken, capsys):
+    arguments = ["check", shard, broken, "--no-decode", "--quiet", "--workers", "2"]
+    assert main(arguments) == 0
+    assert "16  indexed samples" in capsys.readouterr().out
 
 
 def test_quiet_commands_print_no_progress(shard, capsys):
