@@ -19,7 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 for name, value in {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
     "JAX_COMPILATION_CACHE_DIR": CACHE,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
@@ -47,29 +48,40 @@ def write_tar(tmp_path):
     """Writes files, pairs of name and content, into a tar; returns its path."""
 
     def write_tar(name, files, mode="w"):
-        path = tmp_path / name
-        with tarfile.open(path, mode) as archive:
-            for member_name, content in files:
-                member = tarfile.TarInfo(member_name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-        return path
+        return _write_tar(tmp_path / name, files, mode)
 
     return write_tar
 
 
+def _write_tar(path, files, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for member_name, content in files:
+            member = tarfile.TarInfo(member_name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
 @pytest.fixture
-def write_pairs(write_tar, encode):
-    """Writes a shard of plain pictures `count` long; the grey level is the index."""
+def write_pairs(tmp_path, write_pairs_to):
+    """Writes a shard of `count` plain images; the grey level is the index."""
 
     def write_pairs(name, start, count, broken=()):
-        files = []
-        for index in range(start, start + count):
-            picture = encode(np.full((20, 24, 3), index, "uint8"))
-            files += [
-                (f"{index:04}.png", picture),
-                (f"{index:04}.txt", b"no %d" % index),
-            ]
-        return write_tar(name, [*files, *broken])
+        return write_pairs_to(tmp_path / name, start, count, broken)
 
     return write_pairs
+
+
+@pytest.fixture(scope="session")
+def write_pairs_to(encode):
+    def write_pairs_to(path, start, count, broken=()):
+        files = []
+        for index in range(start, start + count):
+            image = encode(np.full((20, 24, 3), index, "uint8"))
+            files += [
+                (f"{index:04}.png", image),
+                (f"{index:04}.txt", b"no %d" % index),
+            ]
+        return _write_tar(path, [*files, *broken])
+
+    return write_pairs_to

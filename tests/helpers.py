@@ -239,20 +239,13 @@ def values(variables):
     return [np.array(ops.convert_to_numpy(v)) for v in variables]
 
 
-def call(model, *args, **kwargs):
-    """`model(...)`, its state included; on JAX compiled whole, not op by op."""
+def compiled(fn):
+    """A function without state, on JAX compiled whole, not operation by operation."""
     if keras.backend.backend() != "jax":
-        return model(*args, **kwargs)
+        return fn
     import jax
 
-    def stateless(weights, state):
-        return model.stateless_call(weights, state, *args, **kwargs)
-
-    groups = (model.trainable_variables, model.non_trainable_variables)
-    outputs, state = jax.jit(stateless)(*([v.value for v in g] for g in groups))
-    for variable, value in zip(groups[1], state):
-        variable.assign(value)
-    return outputs
+    return jax.jit(fn)
 
 
 def value_and_gradients(fn, variables):
@@ -298,12 +291,49 @@ def loss_of(model, pairs, embeddings):
     return model.compute_loss(x=pairs, y_pred=embeddings, training=True)
 
 
-def loss_and_gradients(model, pairs, embed):
-    def fn():
-        loss = loss_of(model, pairs, embed(pairs))
-        return loss, loss
+def loss_and_gradients(model, pairs, embed=None):
+    """The loss of a batch and the gradients of the weights; the state advances."""
+    return GradientSteps(model, embed)(pairs)
 
-    return value_and_gradients(fn, model.trainable_variables)
+
+class GradientSteps:
+    """Losses and gradients of batch after batch, of one program on JAX.
+
+    Weights, state and pairs are its arguments. As constants they would have it compiled
+    for each batch.
+    """
+
+    def __init__(self, model, embed=None):
+        self.model = model
+        self.embed = embed or (lambda pairs: model(pairs, training=True))
+        self._step = None
+
+    def __call__(self, pairs):
+        weights = self.model.trainable_variables
+        if keras.backend.backend() != "jax":
+
+            def fn():
+                loss = loss_of(self.model, pairs, self.embed(pairs))
+                return loss, loss
+
+            return value_and_gradients(fn, weights)
+        import jax
+
+        state = self.model.non_trainable_variables
+
+        def stateless(weight_values, state_values, pairs):
+            mapping = [*zip(weights, weight_values), *zip(state, state_values)]
+            with keras.StatelessScope(state_mapping=mapping) as scope:
+                loss = loss_of(self.model, pairs, self.embed(pairs))
+            return loss, [scope.get_current_value(v) for v in state]
+
+        if self._step is None:
+            self._step = jax.jit(jax.value_and_grad(stateless, has_aux=True))
+        values = [v.value for v in weights], [v.value for v in state]
+        (loss, new_state), found = self._step(*values, pairs)
+        for variable, value in zip(state, new_state):
+            variable.assign(value)
+        return to_numpy(loss), [to_numpy(g) for g in found]
 
 
 def largest_error(found, expected):
@@ -368,7 +398,7 @@ def _temporary_bytes_jax(model, pairs):
 
 
 def kept_bytes_jax(model, pairs):
-    """Bytes that the forward pass hands on to the backward pass, weights included."""
+    """Bytes that the forward pass passes on to the backward pass, weights included."""
     import jax
 
     loss, weights, state = _loss_jax(model)

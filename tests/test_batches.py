@@ -158,7 +158,7 @@ def test_images_of_arrays_are_counted_without_reading():
         (None, "`data` must be arrays or an iterable .*Received: data=None of type"),
         (3, "`data` must be arrays or an iterable .*Received: data=3 of type int"),
         ({"token_ids": [1]}, r"the key 'images'.*Received: keys=\['token_ids'\]"),
-        ([{"pictures": 3}], r"the key 'images'.*Received: keys=\['pictures'\]"),
+        ([{"photos": 3}], r"the key 'images'.*Received: keys=\['photos'\]"),
         (
             {"images": np.zeros((2, 1)), "labels": [1]},
             "equal lengths.*Received: images of 2, labels of 1",

@@ -20,6 +20,10 @@ NEED_FILES = {
     "keras_cluster_mask.data.index.open_index",
     "keras_cluster_mask.data.sources.list_shards",
 }
+# Their examples compute with Keras; those of other modules run once.
+BY_BACKEND = tuple(
+    f"keras_cluster_mask.{module}" for module in ("losses", "masking", "models")
+)
 
 
 def documented_objects():
@@ -48,9 +52,13 @@ def examples():
             r"^( *)```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE
         )
         for index, (_, code) in enumerate(blocks):
-            yield pytest.param(name, textwrap.dedent(code), id=f"{name}-{index}")
+            marks = () if name.startswith(BY_BACKEND) else pytest.mark.any_backend
+            yield pytest.param(
+                name, textwrap.dedent(code), id=f"{name}-{index}", marks=marks
+            )
 
 
+@pytest.mark.any_backend
 def test_there_are_examples_to_run():
     names = {parameter.values[0].rsplit(".", 1)[-1] for parameter in examples()}
     assert names >= {
@@ -66,6 +74,20 @@ def test_there_are_examples_to_run():
     }
 
 
+@pytest.fixture
+def eager():
+    """TensorFlow's functions run uncompiled; compiling takes most of their time."""
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(("name", "code"), examples())
 def test_example_runs(name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

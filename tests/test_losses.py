@@ -214,6 +214,7 @@ def test_gradients_are_finite_even_at_zero_vectors_and_right(loss, labels):
         np.testing.assert_allclose(gradient[row, column], numeric, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "function",
     [
@@ -240,6 +241,7 @@ def test_embeddings_that_do_not_fit_show_their_shapes(
         function(np.ones(image_shape, "float32"), np.ones(text_shape, "float32"))
 
 
+@pytest.mark.any_backend
 def test_labels_of_a_wrong_shape_show_it():
     images, texts = embeddings()
     with pytest.raises(ValueError, match=r"`labels` must have shape.*Received: "):

@@ -19,7 +19,7 @@ def drawn(axis):
     return axis.get_images()[0].get_array()
 
 
-def test_mask_pictures_gray_out_what_the_masking_leaves_out(images):
+def test_mask_images_gray_out_what_the_masking_leaves_out(images):
     masking = kcm.ClusterMasking(
         patch_size=8, mask_ratio=0.5, data_format="channels_last"
     )
@@ -36,6 +36,7 @@ def test_mask_pictures_gray_out_what_the_masking_leaves_out(images):
             assert same == (patch in kept)
 
 
+@pytest.mark.any_backend
 def test_random_masking_beside_it_has_the_same_budget(images):
     masking = kcm.ClusterMasking(
         patch_size=8, mask_ratio=0.5, data_format="channels_last"
@@ -48,6 +49,7 @@ def test_random_masking_beside_it_has_the_same_budget(images):
     assert left_out == [0.5, 0.5]
 
 
+@pytest.mark.any_backend
 def test_of_another_masking_the_image_and_what_is_left_of_it_are_shown(images):
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
     figure = visualization.plot_masks(images, masking, patch_size=8, seed=3)
@@ -76,6 +78,7 @@ def test_tokens_are_mixed_in(images):
     np.testing.assert_array_equal(left_out[::8, ::8], [[1, 0, 0], [0, 1, 1]])
 
 
+@pytest.mark.any_backend
 def test_what_a_masking_needs_to_be_drawn_is_named(images):
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
     with pytest.raises(ValueError, match=r"`patch_size` must be given"):
@@ -90,6 +93,7 @@ def test_what_a_masking_needs_to_be_drawn_is_named(images):
         visualization.plot_masks(images, masking)
 
 
+@pytest.mark.any_backend
 def test_figures_are_written(images, tmp_path):
     masking = kcm.ClusterMasking(
         patch_size=8, min_mask_ratio=0.3, threshold=0.0, data_format="channels_last"
@@ -109,17 +113,20 @@ def test_figures_are_written(images, tmp_path):
         assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-def test_retrieval_shows_the_most_similar_pictures_first(images):
+@pytest.mark.any_backend
+def test_retrieval_shows_the_most_similar_images_first(images):
     figure = visualization.plot_retrieval(["query"], images, [[0.1, 0.9]], k=2)
     np.testing.assert_allclose(drawn(figure.axes[0]), images[1] / 255.0, atol=1e-6)
     assert figure.axes[0].get_title() == "0.90"
 
 
+@pytest.mark.any_backend
 def test_similarity_of_wrong_shape_is_named(images):
     with pytest.raises(ValueError, match=r"`similarity` .* Received: "):
         visualization.plot_retrieval(["query"], images, np.zeros((2, 1)))
 
 
+@pytest.mark.any_backend
 class TestMaskingStatistics:
     def axes_of(self, statistics):
         figure = visualization.plot_masking_statistics(statistics)

@@ -9,6 +9,8 @@ import textwrap
 import keras
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 BLOCK = """
@@ -16,7 +18,7 @@ import sys
 
 
 class Without:
-    "Finds what a finder finds, but for tensorflow: as if it were not installed."
+    "Finds what a finder finds except tensorflow, as if it were not installed."
 
     def __init__(self, finder):
         self.finder = finder
@@ -185,6 +187,7 @@ def test_models_train_from_arrays(tmp_path):
     assert len([*(tmp_path / "masks").iterdir()]) == 1
 
 
+@pytest.mark.any_backend
 def test_data_pipelines_say_what_they_need():
     printed = run(DATA)
     assert "refused:" in printed
@@ -193,6 +196,7 @@ def test_data_pipelines_say_what_they_need():
     assert "No module named" not in printed
 
 
+@pytest.mark.any_backend
 def test_data_other_than_tfrecords_is_checked_and_converted():
     printed = run(PREPARE)
     assert "intact: 1" in printed

@@ -69,6 +69,8 @@ def fit(model, keras_fit, x, options, resume_from=None):
         if steps is None:
             steps = x.position.steps_per_epoch()
     saves = [each for each in callbacks if getattr(each, "saves_training_state", False)]
+    if saves:
+        _check_no_swaps(callbacks)
     data = RemainingData(
         x,
         batch_size,
@@ -91,14 +93,11 @@ def fit(model, keras_fit, x, options, resume_from=None):
             )
         if options["verbose"]:
             print(message)
-    return _fit_from(
-        model, keras_fit, run, validation, callbacks, options, epochs, batch_size
-    )
+    options["callbacks"] = [run, *callbacks]
+    return _fit_from(model, keras_fit, run, validation, options, epochs)
 
 
-def _fit_from(
-    model, keras_fit, run, validation, callbacks, options, epochs, batch_size
-):
+def _fit_from(model, keras_fit, run, validation, options, epochs):
     """Calls Keras's `fit` from where a run is to the end.
 
     The rest of an interrupted epoch is a fit of its own, since Keras takes the number
@@ -108,7 +107,7 @@ def _fit_from(
     while run.epoch < epochs:
         if run.step and data.is_over(run.epoch, run.step):
             # Interrupted after the last step of an epoch, before its report.
-            _end_epoch(model, run, validation, callbacks, epochs)
+            _end_epoch(model, run, validation, options["callbacks"], epochs)
             if model.stop_training:
                 break
             continue
@@ -116,10 +115,9 @@ def _fit_from(
         rest = data.after(run.epoch, run.step)
         given = dict(
             options,
-            x=check_data(rest, model.vocabulary_size, batch_size),
+            x=check_data(rest, model.vocabulary_size, data.batch_size),
             initial_epoch=run.epoch,
             epochs=last,
-            callbacks=[run, *callbacks],
         )
         if hasattr(data.data, "element_spec"):
             # Datasets have their own order; Keras warns of its default.
@@ -160,9 +158,9 @@ def _run(keras_fit, options):
 def _end_epoch(model, run, validation, callbacks, epochs):
     """A fit without steps: the end of an epoch that was trained to its last step."""
     if validation not in callbacks:
-        callbacks = [validation, *callbacks]
+        callbacks = [run, validation, *callbacks[1:]]
     callbacks = keras.callbacks.CallbackList(
-        [run, *callbacks], model=model, epochs=epochs, steps=0, verbose=0
+        callbacks, model=model, epochs=epochs, steps=0, verbose=0
     )
     model.stop_training = False
     run.start(run.data.data)
@@ -210,6 +208,17 @@ class Validation(keras.callbacks.Callback):
                 **self.options,
             )
             logs.update({f"val_{name}": value for name, value in found.items()})
+
+
+def _check_no_swaps(callbacks):
+    for each in callbacks:
+        if isinstance(each, keras.callbacks.SwapEMAWeights) and each.swap_on_epoch:
+            raise ValueError(
+                "`callbacks` must not hold a `Checkpoint` together with "
+                "`SwapEMAWeights(swap_on_epoch=True)`, which exchanges weights and "
+                "averages while they are saved: pass `swap_on_epoch=False`. "
+                f"Received: callbacks of types {[type(x).__name__ for x in callbacks]}"
+            )
 
 
 def _split(x, validation_split):

@@ -15,6 +15,8 @@ import step_time
 from clip_steps import MASKINGS, OPEN_CLIP, Setting, step_methods, training_steps
 from reporting import machine
 
+pytestmark = pytest.mark.slow
+
 TINY = Setting(size="tiny", image_size=32, batch_size=4)
 ARGUMENTS = ["--size", "tiny", "--image-size", "32", "--batch-size", "4"]
 BACKEND = keras.backend.backend()
@@ -26,6 +28,7 @@ def run(benchmark, monkeypatch, *arguments):
     benchmark.main()
 
 
+@pytest.mark.any_backend
 def test_masked_methods_read_half_of_the_tokens_or_what_beta_says():
     setting = Setting()
     found = {name: setting.image_tokens(name) for name in (*MASKINGS, *OPEN_CLIP)}
@@ -42,6 +45,7 @@ def test_masked_methods_read_half_of_the_tokens_or_what_beta_says():
     assert setting.side("resized") == 160
 
 
+@pytest.mark.any_backend
 def test_arithmetic_follows_the_tokens():
     setting = Setting()
     whole = setting.arithmetic("none")
@@ -87,6 +91,7 @@ def test_a_step_trains():
     assert first > second > third
 
 
+@pytest.mark.any_backend
 @pytest.mark.skipif(BACKEND != "torch", reason="open_clip runs on torch alone")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_open_clip_steps_beside(optimizer):
@@ -104,6 +109,7 @@ def test_all_methods_are_the_default():
     assert step_methods(options) == expected
 
 
+@pytest.mark.any_backend
 @pytest.mark.skipif(
     machine()["accelerator"] is not None, reason="it is the accelerator's memory"
 )

@@ -13,6 +13,8 @@ from flops import training_flops
 
 from keras_cluster_mask.models.sizes import SIZES
 
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
+
 
 def counted(name, patch_dropout=0.0):
     """Operations of open_clip's model for one pair: forward, and with backward."""

@@ -7,10 +7,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import mutated_shards
 
-pytestmark = pytest.mark.any_backend
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
 
-@pytest.mark.slow
 def test_damaged_shards_give_nothing_wrong_and_lose_nothing(tmp_path):
     rows, failures = mutated_shards.run(135, seed=1, folder=tmp_path)
     assert failures == []
@@ -36,20 +35,21 @@ def test_a_shard_as_it_was_has_no_fault(base, tmp_path):
 
 def test_a_wrong_caption_is_noticed_and_whether_its_own_bytes_were_hit(base):
     samples = base[0].samples
-    caption, picture, *_ = samples["0003"]
+    caption, image, *_ = samples["0003"]
     content = base[0].content
 
-    def verdict(content, caption, picture):
+    def verdict(content, caption, image):
         return mutated_shards._verdict(
-            base[0], samples, content, "0003", caption.encode(), picture, False
+            base[0], samples, content, "0003", caption.encode(), image, False
         )
 
-    assert verdict(content, caption, picture) is None
-    assert verdict(content, "picture number 4", picture) == "wrong"
+    assert verdict(content, caption, image) is None
+    other = (mutated_shards.CAPTION % 4).decode()
+    assert verdict(content, other, image) == "wrong"
     assert verdict(content, caption, samples["0004"][1]) == "wrong"
     hit = content.replace(b"number 3", b"number 4")
-    assert verdict(hit, "picture number 4", picture) == "exchanged"
-    assert verdict(hit, "picture number $", picture) == "changed"
+    assert verdict(hit, other, image) == "exchanged"
+    assert verdict(hit, other.replace("4", "$"), image) == "changed"
 
 
 def test_samples_that_are_there_but_not_given_are_lost(base, tmp_path, monkeypatch):

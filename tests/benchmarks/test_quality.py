@@ -16,6 +16,8 @@ from quality_methods import METHODS, OWN_MASKINGS, STUDIES, Method, cluster
 
 import keras_cluster_mask as kcm
 
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
+
 RECIPE = Recipe(
     data=str(IMAGES),
     image_size=16,

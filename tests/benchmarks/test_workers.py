@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from workers import side_by_side
 
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
+
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 CORES = os.sched_getaffinity(0)
 

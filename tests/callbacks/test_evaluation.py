@@ -1,4 +1,4 @@
-"""Figures of an evaluation in the logs of `fit`."""
+"""Metrics of an evaluation in the logs of `fit`."""
 
 import csv
 import math
@@ -52,7 +52,7 @@ def small():
 
 
 def log(small, *callbacks, **options):
-    """The history of training with a script of figures."""
+    """The history of training with scripted metrics."""
     options = dict(x=random_pairs(4), batch_size=4, **options)
     return fit(callbacks, small, **options)[1]
 
@@ -80,7 +80,7 @@ def dtype(request):
 # === What is evaluated ===
 
 
-def test_figures_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
+def test_metrics_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
     labelled = {"images": pairs(9, 2)["images"], "labels": np.arange(9) % 3}
     model = without_averages()
     before = evaluate_retrieval(model, pairs(8, 1), ks=(1, 3), verbose=0)
@@ -94,8 +94,8 @@ def test_figures_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
         model, labelled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2), verbose=0
     )
     expected = {
-        **{f"val_{figure}": [value] for figure, value in after.items()},
-        **{f"val_zero_shot_{figure}": [value] for figure, value in zero_shot.items()},
+        **{f"val_{name}": [value] for name, value in after.items()},
+        **{f"val_zero_shot_{name}": [value] for name, value in zero_shot.items()},
     }
     assert {key: history[key] for key in expected} == expected
     assert before != after
@@ -120,6 +120,7 @@ def test_every_epoch_is_evaluated_with_its_own_weights():
     np.testing.assert_allclose(found[1:], expected, atol=1e-5)
 
 
+@pytest.mark.any_backend
 def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name():
     captioned = {"images": pairs(4)["images"], "captions": [["a", "b"], "c", "d", "e"]}
     callbacks = [
@@ -143,7 +144,7 @@ def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name()
     }
 
 
-def test_data_is_read_anew_for_each_evaluation():
+def test_data_is_read_again_for_each_evaluation():
     class Batches:
         passes = 0
 
@@ -220,7 +221,7 @@ def test_compiled_training_is_bit_for_bit_the_same():
     assert_trains_the_same(make, [Retrieval(random_pairs(8, 1))], **data)
 
 
-def test_a_run_that_is_cut_off_goes_on_the_same(tmp_path):
+def test_an_interrupted_run_resumes_the_same(tmp_path):
     def run(folder, stop=None):
         class Stop(keras.callbacks.Callback):
             def on_train_batch_end(self, batch, logs=None):
@@ -252,6 +253,7 @@ def test_a_run_that_is_cut_off_goes_on_the_same(tmp_path):
 # === Epochs that are not evaluated ===
 
 
+@pytest.mark.any_backend
 def test_the_first_the_last_and_each_so_many_epochs_are_evaluated(small):
     values = [0.1, 0.3, 0.2, 0.6]
     # Epochs 1, 3, 6 and, as the last one, 7.
@@ -259,6 +261,7 @@ def test_the_first_the_last_and_each_so_many_epochs_are_evaluated(small):
     assert history[RECALL] == [0.1, 0.1, 0.3, 0.3, 0.3, 0.2, 0.6]
 
 
+@pytest.mark.any_backend
 def test_an_epoch_at_whose_end_training_stops_is_evaluated(small):
     class Stop(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -268,7 +271,8 @@ def test_an_epoch_at_whose_end_training_stops_is_evaluated(small):
     assert history[RECALL] == [0.1, 0.4]
 
 
-def test_a_csv_file_has_the_figures_in_all_rows(small, tmp_path):
+@pytest.mark.any_backend
+def test_a_csv_file_has_the_metrics_in_all_rows(small, tmp_path):
     path = tmp_path / "log.csv"
     logger = keras.callbacks.CSVLogger(str(path))
     log(small, Scripted([0.1, 0.3], every=2), logger, epochs=3, initial_epoch=1)
@@ -277,6 +281,7 @@ def test_a_csv_file_has_the_figures_in_all_rows(small, tmp_path):
     assert [float(row[RECALL]) for row in rows] == [0.1, 0.3]
 
 
+@pytest.mark.any_backend
 def test_early_stopping_counts_epochs_and_never_stops_on_a_gap(small):
     def stopped_after(values, patience, **options):
         stop = keras.callbacks.EarlyStopping(
@@ -294,6 +299,7 @@ def test_early_stopping_counts_epochs_and_never_stops_on_a_gap(small):
     assert stopped_after(falling, patience=2, start_from_epoch=2) == 6
 
 
+@pytest.mark.any_backend
 def test_the_best_model_is_saved_where_it_was_measured(small, tmp_path):
     class Epochs(keras.callbacks.ModelCheckpoint):
         def _save_model(self, epoch, batch, logs):
@@ -310,7 +316,8 @@ def test_the_best_model_is_saved_where_it_was_measured(small, tmp_path):
     assert saved == [1, 4]
 
 
-def test_file_names_may_hold_figures(small, tmp_path):
+@pytest.mark.any_backend
+def test_file_names_may_hold_metrics(small, tmp_path):
     path = str(tmp_path / ("{epoch}-{" + RECALL + ":.2f}.weights.h5"))
     save = keras.callbacks.ModelCheckpoint(path, save_weights_only=True, mode="max")
     log(small, Scripted([0.2, 0.5], every=3), save, epochs=3)
@@ -318,7 +325,8 @@ def test_file_names_may_hold_figures(small, tmp_path):
     assert [name[:6] for name in names] == ["1-0.20", "2-0.20", "3-0.50"]
 
 
-def test_learning_rate_is_lowered_where_figures_do_not_rise(small):
+@pytest.mark.any_backend
+def test_learning_rate_is_lowered_where_metrics_do_not_rise(small):
     class Rates(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             rates.append(round(float(self.model.optimizer.learning_rate), 5))
@@ -333,7 +341,8 @@ def test_learning_rate_is_lowered_where_figures_do_not_rise(small):
     assert rates == [1.0, 1.0, 1.0, 0.1, 0.1, 0.01]
 
 
-def test_tensorboard_draws_the_figures_as_validation(small, tmp_path):
+@pytest.mark.any_backend
+def test_tensorboard_draws_the_metrics_as_validation(small, tmp_path):
     pytest.importorskip("tensorflow")
     accumulators = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
@@ -350,7 +359,8 @@ def test_tensorboard_draws_the_figures_as_validation(small, tmp_path):
     np.testing.assert_allclose(drawn, [(0, 0.1), (1, 0.3), (2, 0.2)], rtol=1e-6)
 
 
-def test_the_progress_bar_shows_the_figures_and_nothing_else_is_printed(capsys):
+@pytest.mark.any_backend
+def test_the_progress_bar_shows_the_metrics_and_nothing_else_is_printed(capsys):
     fit([Retrieval(pairs(), ks=(12,), every=2)], epochs=3, verbose=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) == 6
@@ -375,7 +385,8 @@ def test_a_model_whose_loss_is_not_finite_is_not_evaluated():
 # === Processes ===
 
 
-def test_all_processes_have_the_figures_of_the_main_one(monkeypatch):
+@pytest.mark.any_backend
+def test_all_processes_have_the_metrics_of_the_main_one(monkeypatch):
     monkeypatch.setattr(
         evaluation_module,
         "all_gather_object",
@@ -386,6 +397,7 @@ def test_all_processes_have_the_figures_of_the_main_one(monkeypatch):
     assert history["val_text_to_image_recall@1"] == [0.5]
 
 
+@pytest.mark.any_backend
 def test_a_share_of_the_data_is_refused(monkeypatch):
     monkeypatch.setattr(
         evaluation_module, "all_gather_object", lambda value: [value, value + 1]
@@ -397,6 +409,7 @@ def test_a_share_of_the_data_is_refused(monkeypatch):
 # === Wrong input ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("every", [0, -1, 1.5, None])
 def test_a_wrong_every_is_named(every):
     with pytest.raises(ValueError, match=r"`every`.*Received: every="):
@@ -405,6 +418,7 @@ def test_a_wrong_every_is_named(every):
         ZeroShot(pairs(), NAMES, tokenizer, every=every)
 
 
+@pytest.mark.any_backend
 def test_data_that_can_be_read_only_once_is_refused():
     with pytest.raises(ValueError, match=r"`data` must be .* Received: an iterator"):
         Retrieval(iter([pairs()]))
@@ -417,6 +431,7 @@ class Steps(keras.callbacks.Callback):
         self.count += 1
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -440,6 +455,7 @@ def test_what_cannot_be_evaluated_is_an_error_before_training(make, message):
     assert steps.count == 0
 
 
+@pytest.mark.any_backend
 def test_another_model_than_a_contrastive_one_is_refused():
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")

@@ -1,4 +1,4 @@
-"""Pictures of masks in TensorBoard."""
+"""Images of masks in TensorBoard."""
 
 import builtins
 import io
@@ -13,6 +13,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.callbacks import MaskImages
 from tests.helpers import (
     CONTEXT,
+    FAST,
     VOCABULARY,
     HideByNoise,
     functional_vit,
@@ -35,7 +36,7 @@ def make_model(masking, encoder=patch_mlp, layer="positions"):
     else:
         image_encoder = kcm.with_masking(encoder(), masking, layer)
     model = kcm.ContrastiveModel(image_encoder, text_bag())
-    model.compile(keras.optimizers.Adam(0.1))
+    model.compile(keras.optimizers.Adam(0.1), **FAST)
     return model
 
 
@@ -51,7 +52,7 @@ def fit(model, callbacks, epochs=1):
     )
 
 
-def pictures(folder):
+def written_images(folder):
     """Pairs of an epoch and what was written at its end, as arrays."""
     events = accumulators.EventAccumulator(
         str(folder / "masks"), size_guidance={"images": 0}
@@ -60,9 +61,9 @@ def pictures(folder):
     assert events.Tags()["images"] == ["masks"]
     found = []
     for event in events.Images("masks"):
-        picture = Image.open(io.BytesIO(event.encoded_image_string))
-        assert picture.size == (event.width, event.height)
-        found.append((event.step, np.asarray(picture.convert("RGB"))))
+        image = Image.open(io.BytesIO(event.encoded_image_string))
+        assert image.size == (event.width, event.height)
+        found.append((event.step, np.asarray(image.convert("RGB"))))
     return found
 
 
@@ -85,10 +86,10 @@ def moving_threshold():
     )
 
 
-def test_pictures_are_those_of_the_masking_as_it_is_at_the_end_of_the_epoch(tmp_path):
+def test_images_show_the_masking_at_the_end_of_the_epoch(tmp_path):
     model, images = make_model(moving_threshold()), random_pairs(6)["images"]
     fit(model, [MaskImages(images, tmp_path, max_images=2, seed=4)], epochs=4)
-    found = pictures(tmp_path)
+    found = written_images(tmp_path)
     assert [epoch for epoch, _ in found] == [0, 1, 2, 3]
     encoder = model.image_encoder
     figure = kcm.visualization.plot_masks(
@@ -99,43 +100,46 @@ def test_pictures_are_those_of_the_masking_as_it_is_at_the_end_of_the_epoch(tmp_
     assert np.any(found[0][1] != found[-1][1])
 
 
-def test_pictures_that_nothing_has_changed_are_the_same(tmp_path):
+@pytest.mark.any_backend
+def test_images_of_an_unchanged_masking_are_equal(tmp_path):
     model = make_model(kcm.ClusterMasking(4))
-    fit(model, [MaskImages(random_pairs(3)["images"], tmp_path)], epochs=2)
-    (_, first), (_, second) = pictures(tmp_path)
+    fit(model, [MaskImages(random_pairs(2)["images"], tmp_path)], epochs=2)
+    (_, first), (_, second) = written_images(tmp_path)
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("masking", [kcm.RandomMasking, HideByNoise])
 def test_maskings_without_a_patch_size_are_drawn(tmp_path, masking):
     model = make_model(masking(0.5, num_prefix_tokens=0))
     images = random_pairs(2)["images"]
     fit(model, [MaskImages({"images": images}, tmp_path)])
-    ((_, picture),) = pictures(tmp_path)
+    ((_, image),) = written_images(tmp_path)
     figure = kcm.visualization.plot_masks(images, model.maskings[0], patch_size=4)
-    np.testing.assert_array_equal(picture, drawn(figure))
+    np.testing.assert_array_equal(image, drawn(figure))
 
 
 def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
     backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
     masking = kcm.ClusterMasking(4, embedding_weight=0.5)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking)
-    model.compile("sgd")
-    images = random_pairs(3)["images"]
+    model.compile("sgd", **FAST)
+    images = random_pairs(2)["images"]
     normalised = ops.convert_to_numpy(masking.prepare_pixels(images))
     for name, given in (("whole", images), ("floats", normalised)):
         fit(model, [MaskImages(given, tmp_path / name)], epochs=1)
-        ((_, picture),) = pictures(tmp_path / name)
+        ((_, image),) = written_images(tmp_path / name)
         figure = kcm.visualization.plot_masks(
             images, masking, embed=model.image_encoder.embed_patches
         )
-        np.testing.assert_array_equal(picture, drawn(figure))
+        np.testing.assert_array_equal(image, drawn(figure))
 
 
+@pytest.mark.any_backend
 def test_the_first_the_last_and_each_so_many_epochs_are_drawn(tmp_path):
     model = make_model(kcm.RandomMasking(0.5, num_prefix_tokens=0))
-    fit(model, [MaskImages(random_pairs(1)["images"], tmp_path, every=2)], epochs=5)
-    assert [epoch for epoch, _ in pictures(tmp_path)] == [0, 1, 3, 4]
+    fit(model, [MaskImages(random_pairs(2)["images"], tmp_path, every=2)], epochs=5)
+    assert [epoch for epoch, _ in written_images(tmp_path)] == [0, 1, 3, 4]
 
 
 def test_training_is_bit_for_bit_the_same(tmp_path):
@@ -150,17 +154,19 @@ def test_training_is_bit_for_bit_the_same(tmp_path):
         np.testing.assert_array_equal(found[key], value, err_msg=key)
 
 
+@pytest.mark.any_backend
 def test_another_process_writes_nothing(tmp_path, monkeypatch):
     module = "keras_cluster_mask.callbacks.mask_images.is_main_process"
     monkeypatch.setattr(module, lambda: False)
     model = make_model(kcm.ClusterMasking(4))
-    fit(model, [MaskImages(random_pairs(1)["images"], tmp_path)])
+    fit(model, [MaskImages(random_pairs(2)["images"], tmp_path)])
     assert not [*tmp_path.iterdir()]
 
 
 # === Wrong input ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -170,14 +176,16 @@ def test_another_process_writes_nothing(tmp_path, monkeypatch):
 )
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        MaskImages(random_pairs(1)["images"], "logs", **options)
+        MaskImages(random_pairs(2)["images"], "logs", **options)
 
 
+@pytest.mark.any_backend
 def test_a_model_without_a_masking_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"with a masking.*Received: model="):
-        fit(make_model(None), [MaskImages(random_pairs(1)["images"], tmp_path)])
+        fit(make_model(None), [MaskImages(random_pairs(2)["images"], tmp_path)])
 
 
+@pytest.mark.any_backend
 def test_images_of_another_size_and_none_are_refused_before_training(tmp_path):
     model = make_model(kcm.ClusterMasking(4))
     for images, message in (
@@ -189,6 +197,7 @@ def test_images_of_another_size_and_none_are_refused_before_training(tmp_path):
     assert int(model.optimizer.iterations) == 0
 
 
+@pytest.mark.any_backend
 def test_a_masking_whose_patches_are_not_known_is_refused(tmp_path):
     images = keras.Input((16, 16, 3))
     x = keras.layers.Reshape((16, 8))(keras.layers.Conv2D(8, 4, strides=4)(images))
@@ -197,17 +206,19 @@ def test_a_masking_whose_patches_are_not_known_is_refused(tmp_path):
     model = kcm.ContrastiveModel(keras.Model(images, x), text_bag())
     model.compile("sgd")
     with pytest.raises(ValueError, match=r"`kcm.with_masking`.*Received: masking="):
-        fit(model, [MaskImages(random_pairs(1)["images"], tmp_path)])
+        fit(model, [MaskImages(random_pairs(2)["images"], tmp_path)])
 
 
+@pytest.mark.any_backend
 def test_another_model_than_a_contrastive_one_is_refused(tmp_path):
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    masks = MaskImages(random_pairs(1)["images"], tmp_path)
+    masks = MaskImages(random_pairs(2)["images"], tmp_path)
     with pytest.raises(ValueError, match=r"`MaskImages` works.*Received: a Sequential"):
         model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[masks])
 
 
+@pytest.mark.any_backend
 def test_what_to_install_is_said(monkeypatch):
     whole = builtins.__import__
 
@@ -218,4 +229,4 @@ def test_what_to_install_is_said(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_tensorboard)
     with pytest.raises(ImportError, match="pip install tensorboard"):
-        MaskImages(random_pairs(1)["images"], "logs")
+        MaskImages(random_pairs(2)["images"], "logs")

@@ -1,4 +1,4 @@
-"""Figures in the logs of `fit`."""
+"""Metrics in the logs of `fit`."""
 
 import time
 
@@ -61,16 +61,19 @@ def test_an_epoch_counts_all_its_steps_but_the_first(monkeypatch):
     assert [row["samples_per_second"] for row in rows[:3]] == [4 / 60, 4.0, 4.0]
 
 
+@pytest.mark.any_backend
 def test_one_step_counts_with_all_its_time(monkeypatch):
     history, _ = fit(monkeypatch, 4)
     np.testing.assert_allclose(history["samples_per_second"], [4 / 60])
 
 
+@pytest.mark.any_backend
 def test_a_last_batch_that_is_not_full_counts_with_what_it_holds(monkeypatch):
     history, _ = fit(monkeypatch, 10, epochs=2)
     assert history["samples_per_second"] == [3.0, 3.0]
 
 
+@pytest.mark.any_backend
 def test_of_data_of_unknown_batches_nothing_is_reported():
     class Batches(keras.utils.PyDataset):
         def __len__(self):
@@ -86,11 +89,13 @@ def test_of_data_of_unknown_batches_nothing_is_reported():
     assert "samples_per_second" not in history
 
 
+@pytest.mark.any_backend
 def test_a_wrong_window_is_named():
     with pytest.raises(ValueError, match=r"`window`.*Received: window=0"):
         kcm.callbacks.Throughput(window=0)
 
 
+@pytest.mark.any_backend
 def test_another_model_than_a_contrastive_one_is_refused():
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")

@@ -25,7 +25,6 @@ VOCABULARY, CONTEXT = 300, 9
 def make_model(masking=None, dropout_seed=5, optimizer=None, **options):
     """With all that has a state: dropout, a threshold that moves, EMA, a schedule."""
     keras.utils.set_random_seed(1)
-    keras.utils.set_random_seed(1)
     images = keras.Input((16, 16, 3))
     x = keras.layers.Conv2D(8, 4, strides=4)(images)
     x = keras.layers.Reshape((16, 8), name="tokens")(x)
@@ -71,7 +70,7 @@ def make_dataset(shards, seed=7, kind=kcm.data.image_text_dataset):
         batch_size=8,
         training=True,
         seed=seed,
-        shuffle_buffer=32,
+        shuffle_buffer=16,
     )
 
 

@@ -53,7 +53,7 @@ def test_the_number_of_threads_changes_nothing(shards):
             np.testing.assert_array_equal(first[name], second[name])
 
 
-def test_repeated_batches_go_on_through_the_epochs(shards):
+def test_repeated_batches_continue_through_the_epochs(shards):
     one, other = make(shards, True), make(shards, True)
     endless = iter(one.repeat())
     assert one.repeat().element_spec == one.element_spec

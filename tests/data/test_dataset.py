@@ -82,7 +82,7 @@ def test_training_drops_a_ragged_batch_unless_told_otherwise(shards):
 
 @pytest.fixture
 def clear_shard(write_tar, encode):
-    """Pictures whose crops and backgrounds can be seen."""
+    """Images whose crops and backgrounds can be seen."""
     files = []
     for index in range(40):
         image = np.random.default_rng(index).integers(0, 256, (20, 30, 4), "uint8")
@@ -171,7 +171,7 @@ EXPECTED = {
 def test_broken_samples_are_skipped_and_counted(write_pairs, broken_files, training):
     shard = write_pairs("x.tar", 0, 30, broken_files)
     dataset = make(shard, training, batch_size=5, drop_remainder=False)
-    # Every pass counts anew, warns once, and sums up.
+    # Every pass counts from zero, warns once, and sums up.
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"x\d.* of the shard .*x\.tar") as caught:
             received = keys(dataset)

@@ -78,7 +78,7 @@ def test_processes_read_every_sample_once_in_an_epoch_also_after_a_stop(
     for index in range(processes):
         first, second = (make(shards, True, (index, processes), rows) for _ in "12")
         part = steps(first) + steps(first, 2)
-        # Another program goes on.
+        # Another program resumes.
         second.position.seek(1, 2)
         read.append(part + steps(second) + steps(second))
         assert first.position.pairs == second.position.pairs == pairs

@@ -1,4 +1,4 @@
-"""Pictures with labels, and images with nothing else: what evaluation reads."""
+"""Images with labels, and images with nothing else: what evaluation reads."""
 
 import json
 

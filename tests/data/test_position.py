@@ -1,4 +1,4 @@
-"""A pipeline goes on from any place of any epoch."""
+"""A pipeline resumes from any place of any epoch."""
 
 import numpy as np
 import pytest
@@ -178,7 +178,7 @@ def test_every_sample_comes_once_in_an_epoch_also_after_a_stop(
         options = {"batch_size": 3 * count, "process": (index, count)}
         first, second = (dataset(shards, **options) for _ in range(2))
         part = batches(first) + batches(first)[:2]
-        # Another program goes on.
+        # Another program resumes.
         second.position.seek(1, 2)
         part += batches(second) + batches(second)
         read.append([batch["keys"].tolist() for batch in part])

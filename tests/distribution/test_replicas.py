@@ -11,8 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-import keras_cluster_mask as kcm
-from keras_cluster_mask.distribution import replicas
+pytestmark = pytest.mark.slow
 
 BACKEND = keras.backend.backend()
 PROGRAM = pathlib.Path(__file__).with_name("program.py")
@@ -125,7 +124,7 @@ def test_two_evaluate_all_of_the_data_as_one_while_they_train(
     assert len(names) == 6
     for name in names:
         np.testing.assert_allclose(found[name], single[name], atol=1e-5, err_msg=name)
-    # The main process alone writes pictures.
+    # The main process alone writes images.
     assert len([*(tmp_path / "two" / "masks").iterdir()]) == 1
 
 
@@ -166,23 +165,6 @@ def test_devices_that_share_a_model_train_as_one_device(
     single = train(tmp_path / "single.npz", "single")
     found = train(tmp_path / "out.npz", "model", *micro_batches)
     assert_equal_runs(found, single)
-
-
-def test_the_layout_does_not_depend_on_the_names_of_encoders():
-    devices = [f"cpu:{index}" for index in range(2)]
-    mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], devices)
-    layouts = kcm.models.clip_layout_map(mesh)
-    for prefix in ("", "vision_encoder_"):
-        found = layouts[f"{prefix}encoder_block_11/attention/query/kernel"]
-        assert found.axes == (None, "model", None)
-    assert layouts["vision_encoder_layer_norm/gamma"] is None
-
-
-def test_a_mesh_without_the_axis_of_the_model_is_an_error():
-    devices = [f"cpu:{index}" for index in range(2)]
-    mesh = keras.distribution.DeviceMesh((2,), ["batch"], devices)
-    with pytest.raises(ValueError, match=r"`axis`.*Received: axis='model'.*'batch'"):
-        kcm.models.clip_layout_map(mesh)
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="One process has all the devices.")
@@ -242,25 +224,3 @@ model.fit(data, verbose=0)
     message = error_of(code)
     assert "must divide the batch size" in message
     assert f"Received: batch_size={size}, 2 replicas" in message
-
-
-@pytest.mark.skipif(BACKEND == "jax", reason="Keras reads JAX's variables.")
-def test_joining_processes_says_what_it_needs(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    wanted = "torchrun" if BACKEND == "torch" else "MirroredStrategy"
-    with pytest.raises(RuntimeError, match=rf"{wanted}.*Received: "):
-        kcm.distribution.initialize()
-
-
-def test_alone_there_is_one_replica_that_has_everything():
-    assert kcm.distribution.num_replicas() == 1
-    assert replicas.replica_index() == 0
-    assert kcm.distribution.is_main_process()
-    rows = np.ones((3, 2), "float32")
-    for function in (
-        replicas.all_gather,
-        replicas.local_rows,
-        replicas.local_loss,
-        replicas.replica_mean,
-    ):
-        assert function(rows) is rows

@@ -90,7 +90,7 @@ def test_several_captions_of_an_image_are_embedded_each(model, tokenizer):
     np.testing.assert_allclose(found["text_embeddings"], texts, atol=1e-6)
     matrix = {**data, "captions": np.array([["ab", "c"], ["d", "ab"], ["e", "f"]])}
     assert len(embed(model, matrix, tokenizer, verbose=0)["text_embeddings"]) == 6
-    # As batches, the numbers go on.
+    # As batches, the numbers continue.
     batches = [{k: v[:1] for k, v in data.items()}, {k: v[1:] for k, v in data.items()}]
     again = embed(model, batches, tokenizer, verbose=0)
     assert again["image_of_text"].tolist() == [0, 0, 1, 2, 2, 2]

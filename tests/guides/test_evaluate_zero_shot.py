@@ -2,8 +2,9 @@
 
 import pytest
 
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
-@pytest.mark.slow
+
 def test_it_runs_for_an_epoch(run_guide, tmp_path):
     pytest.importorskip("faiss")
     printed = run_guide("evaluate_zero_shot.py", EPOCHS="1")

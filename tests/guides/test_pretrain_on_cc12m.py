@@ -12,6 +12,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
 from flops import training_flops
 
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
+
 GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "pretrain_on_cc12m.py"
 TEXT = GUIDE.read_text(encoding="utf-8")
 TINY = dict(

@@ -6,6 +6,8 @@ import re
 import keras
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TINY = dict(
     IMAGE_SIZE="24", VOCABULARY_SIZE="600", BATCH_SIZE="24", STEPS_PER_EPOCH="4"
 )

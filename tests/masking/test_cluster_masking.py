@@ -9,7 +9,7 @@ from scipy import stats
 
 import keras_cluster_mask as kcm
 from tests.masking import masking_reference as reference
-from tests.masking.pictures import (
+from tests.masking.images import (
     as_images,
     assert_selects,
     draw_noise,
@@ -113,7 +113,7 @@ def tokens_of(batch, num_tokens, dim=6, dtype="float32", seed=0):
 
 class TestSelectionEqualsReference:
     @pytest.mark.parametrize("geometry", GEOMETRIES)
-    def test_of_textured_pictures_wherever_the_cut_is_clear(self, geometry):
+    def test_of_textured_images_wherever_the_cut_is_clear(self, geometry):
         height, width, channels, patch_size, dtype, data_format = GEOMETRIES[geometry]
         rng = np.random.default_rng(1)
         compared = total = 0
@@ -139,12 +139,12 @@ class TestSelectionEqualsReference:
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("value", [0.0, 0.1, 255.0, -3.0])
-    def test_of_constant_pictures_always(self, mode, value):
+    def test_of_constant_images_always(self, mode, value):
         images = np.full((ROWS, 32, 24, 3), value, "float32")
         self.assert_equal_everywhere(images, (8, 4), MODES[mode])
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_of_black_pictures_with_one_bright_pixel_always(self, mode):
+    def test_of_black_images_with_one_bright_pixel_always(self, mode):
         images = np.zeros((ROWS, 32, 24, 3), "uint8")
         images[:, 3, 2, 1] = 255
         self.assert_equal_everywhere(images, (8, 4), MODES[mode])
@@ -186,7 +186,7 @@ class TestSelectionEqualsReference:
 class TestSimilarity:
     anchors = np.array([[0], [5], [11]], "int32")
 
-    def test_of_pictures_no_float_can_square_is_not_nan(self):
+    def test_of_images_no_float_can_square_is_not_nan(self):
         rng = np.random.default_rng(6)
         grain = rng.random((3, 24, 32, 3)).astype("float32")
         masking = kcm.ClusterMasking(8)
@@ -279,7 +279,7 @@ class TestSimilarity:
         assert_selects(masking, expected, rows, **inputs)
 
 
-class TestFlatPictures:
+class TestFlatImages:
     """Where nothing tells patches apart, every position is as likely as another.
 
     Each test raises a false alarm with probability 1e-6, once and for all, since
@@ -307,6 +307,7 @@ class TestFlatPictures:
         counts = np.bincount(indices[visible], minlength=16)
         assert chi_square(counts, self.draws, kept) > FALSE_ALARM
 
+    @pytest.mark.any_backend
     def test_the_test_notices_a_preferred_position(self):
         rng = np.random.default_rng(13)
         noise = rng.random((self.draws, 16))
@@ -328,6 +329,7 @@ class TestAnchors:
             indices, _ = numpy(*masking.select(images=images, noise=noise))
             assert not np.any(indices[:, :, None] == anchors[:, None, :])
 
+    @pytest.mark.any_backend
     @pytest.mark.parametrize(
         ("anchor_ratio", "num_patches", "count"),
         [(0.0, 16, 1), (0.03, 196, 6), (0.1, 10, 1), (1.0, 16, 16)],
@@ -496,6 +498,7 @@ class TestCall:
                 assert dtype_of(symbolic) == dtype_of(actual)
                 assert symbolic.shape == (ROWS, None, 6)
 
+    @pytest.mark.any_backend
     def test_output_shape_leaves_the_token_axis_open(self):
         for options in (MODES["budget"], MODES["threshold"]):
             masking = kcm.ClusterMasking(8, **options)
@@ -570,6 +573,7 @@ class TestAdapt:
         assert np.mean(visible.all(axis=1)) > 0.1
         self.check_reached(masking, batches)
 
+    @pytest.mark.any_backend
     def test_takes_any_iterable_of_batches(self):
         images = photographs(32, 48, ROWS)
         batches = [images, images[::-1].copy()]
@@ -597,7 +601,7 @@ class TestAdapt:
             masking.adapt(source)
             threshold = float(numpy(masking.threshold.value))
             assert np.isfinite(threshold), name
-            # What is seen is told by how the threshold answers the pictures.
+            # The threshold shows which images were read.
             noise = draw_noise(np.random.default_rng(23), ROWS, 24)
             _, visible = numpy(*masking.select(images=images, noise=noise))
             share = 1.0 - visible.sum(axis=1).mean() / 24
@@ -611,6 +615,7 @@ class TestAdapt:
         masking.adapt(dataset)
         assert np.isfinite(numpy(masking.threshold.value))
 
+    @pytest.mark.any_backend
     def test_stops_an_endless_generator_at_max_images(self):
         batch, read = photographs(32, 48, ROWS), []
 
@@ -649,6 +654,7 @@ class TestAdapt:
         model.train_on_batch(data, np.zeros((ROWS, 6), "float32"))
         assert abs(numpy(masking.last_mask_ratio) - 0.5) < 0.15
 
+    @pytest.mark.any_backend
     @pytest.mark.parametrize(
         ("options", "data", "message"),
         [
@@ -662,8 +668,8 @@ class TestAdapt:
             ({}, [], "at least one image"),
             ({}, np.zeros((0, 32, 48, 3), "uint8"), "at least one image"),
             ({}, 3, "must be arrays or an iterable"),
-            ({}, [{"pictures": 3}], "key 'images'"),
-            ({}, {"pictures": 3}, "key 'images'"),
+            ({}, [{"photos": 3}], "key 'images'"),
+            ({}, {"photos": 3}, "key 'images'"),
             ({}, np.zeros((8, 32, 30, 3)), "width of `images`"),
         ],
     )
@@ -672,6 +678,7 @@ class TestAdapt:
         with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
             masking.adapt(data)
 
+    @pytest.mark.any_backend
     def test_failure_leaves_the_threshold_as_it_was(self):
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, threshold=0.25)
         with pytest.raises(ValueError, match="No threshold"):
@@ -780,6 +787,7 @@ class TestSaving:
         "dtype": "mixed_bfloat16",
     }
 
+    @pytest.mark.any_backend
     @pytest.mark.parametrize(
         "extra",
         [
@@ -806,6 +814,7 @@ class TestSaving:
             assert revived.dtype_policy.name == "mixed_bfloat16"
             assert type(revived.embedding_weight) is type(masking.embedding_weight)
 
+    @pytest.mark.any_backend
     def test_config_round_trip_keeps_a_given_threshold(self):
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.3, threshold=0.25)
         revived = kcm.ClusterMasking.from_config(masking.get_config())
@@ -843,6 +852,7 @@ class TestSaving:
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.any_backend
 class TestErrors:
     tokens = tokens_of(2, 1 + 16)
     images = np.zeros((2, 32, 32, 3), "uint8")
@@ -962,6 +972,7 @@ def test_data_format_changes_the_layout_only():
     assert_selects(first, expected, images=moved, noise=noise)
 
 
+@pytest.mark.any_backend
 def test_data_format_defaults_to_the_configured_one():
     before = keras.config.image_data_format()
     try:

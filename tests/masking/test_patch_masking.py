@@ -5,7 +5,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.patch_masking import order_by_score, part_of_batch
-from tests.masking.pictures import draw_noise, dtype_of, numpy, output_mask
+from tests.masking.images import draw_noise, dtype_of, numpy, output_mask
 from tests.masking.test_cluster_masking import tokens_of
 
 
@@ -74,11 +74,13 @@ class TestStrategy:
         assert not masking.hides_tokens
         assert output_mask(masking(tokens_of(2, 9), training=True)) is None
 
+    @pytest.mark.any_backend
     def test_without_score_is_told_what_to_write(self):
         masking = kcm.PatchMasking(num_prefix_tokens=1)
         with pytest.raises(NotImplementedError, match="must implement `score"):
             masking.select(tokens=tokens_of(2, 9))
 
+    @pytest.mark.any_backend
     def test_survives_its_config(self):
         masking = ByLength(0.75, num_prefix_tokens=1, seed=3, name="longest")
         revived = keras.saving.deserialize_keras_object(

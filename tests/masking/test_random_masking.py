@@ -4,7 +4,7 @@ from keras.src import testing
 
 import keras_cluster_mask as kcm
 from tests.masking import masking_reference as reference
-from tests.masking.pictures import (
+from tests.masking.images import (
     assert_selects,
     draw_noise,
     dtype_of,
@@ -117,6 +117,7 @@ def test_takes_images_and_ignores_them():
     np.testing.assert_array_equal(given, without)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("method", ["call", "select"])
 def test_without_num_prefix_tokens_names_the_argument(method):
     masking = kcm.RandomMasking(0.5)
@@ -130,18 +131,21 @@ def test_without_num_prefix_tokens_names_the_argument(method):
         calls[method](masking)
 
 
+@pytest.mark.any_backend
 def test_without_tokens_names_them():
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
     with pytest.raises(ValueError, match=r"`tokens`[\s\S]*Received: tokens=None"):
         masking.select()
 
 
+@pytest.mark.any_backend
 def test_of_fewer_tokens_than_prefix_shows_the_shape():
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=4)
     with pytest.raises(ValueError, match=r"Received: tokens\.shape=\(2, 4, 6\)"):
         masking(tokens_of(2, 4), training=True)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mask_ratio", [1.0, -0.1, float("nan"), "half"])
 def test_refuses_ratios_out_of_range(mask_ratio):
     with pytest.raises(ValueError, match=r"`mask_ratio` must be in .*Received: "):

@@ -4,7 +4,7 @@ from keras import ops
 
 from keras_cluster_mask.masking import similarity as library
 from tests.masking import masking_reference as reference
-from tests.masking.pictures import dtype_of, mosaic, numpy, textured
+from tests.masking.images import dtype_of, mosaic, numpy, textured
 
 TOLERANCE = 2.0**-12 + 1e-6
 

@@ -8,7 +8,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking import masking_statistics
 from tests.masking import masking_reference as reference
-from tests.masking.pictures import mosaic, numpy, paper, textured
+from tests.masking.images import mosaic, numpy, paper, textured
 
 IMAGES, N = 10, 24
 MODES = {
@@ -25,7 +25,7 @@ MODES = {
     "threshold_below_all": {"min_mask_ratio": 0.2, "threshold": -1.0},
     "threshold_above_all": {"min_mask_ratio": 0.2, "threshold": 1.0},
 }
-PICTURES = {
+KINDS = {
     "textured": lambda: textured(np.random.default_rng(1), IMAGES, 16, 24, 3),
     # Whole clusters are equally similar, and anchors to one another.
     "mosaic": lambda: mosaic(np.random.default_rng(2), IMAGES, 4, 6, (4, 4)),
@@ -105,10 +105,10 @@ def by_hand(images, noise, options):
     return found
 
 
-@pytest.mark.parametrize("pictures", PICTURES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_are_what_loops_over_the_patches_find(mode, pictures):
-    images, options = PICTURES[pictures](), MODES[mode]
+def test_are_what_loops_over_the_patches_find(mode, kind):
+    images, options = KINDS[kind](), MODES[mode]
     found = statistics_of(cluster_masking(**options), images, seed=7)
     expected = by_hand(images, noise_of(7), options)
     assert found.num_images == IMAGES
@@ -117,11 +117,12 @@ def test_are_what_loops_over_the_patches_find(mode, pictures):
         np.testing.assert_allclose(getattr(found, name), value, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mode", MODES)
 def test_of_patches_add_up(mode):
     options = MODES[mode]
     masking = cluster_masking(**options)
-    found = statistics_of(masking, PICTURES["textured"]())
+    found = statistics_of(masking, KINDS["textured"]())
     sizes = np.arange(N + 1)
     assert found.cluster_sizes.sum() == IMAGES * masking.num_anchors(N)
     assert found.cluster_sizes @ sizes == IMAGES * N
@@ -136,7 +137,7 @@ def test_of_patches_add_up(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ratio_is_what_a_training_step_reports(mode):
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = cluster_masking(**MODES[mode])
     found = statistics_of(masking, images, seed=3)
     tokens = np.zeros((IMAGES, 1 + N, 4), "float32")
@@ -150,9 +151,10 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mode", ["budget", "threshold"])
 def test_are_the_same_in_batches_of_any_size(mode):
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = cluster_masking(**MODES[mode])
     whole = statistics_of(masking, images, seed=5)
     for size in (1, 3):
@@ -160,8 +162,9 @@ def test_are_the_same_in_batches_of_any_size(mode):
         assert_equal(statistics_of(masking, batches, seed=5), whole)
 
 
+@pytest.mark.any_backend
 def test_repeat_for_one_seed_and_differ_for_another():
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = cluster_masking()
     one, again, other = (statistics_of(masking, images, seed=s) for s in (0, 0, 1))
     assert_equal(one, again)
@@ -170,31 +173,34 @@ def test_repeat_for_one_seed_and_differ_for_another():
     assert np.any(unseeded[0].masked_by_position != unseeded[1].masked_by_position)
 
 
+@pytest.mark.any_backend
 def test_leave_the_masking_as_it_was():
     masking = cluster_masking(min_mask_ratio=0.3, threshold=0.1, seed=1)
     before = [numpy(variable.value) for variable in masking.variables]
-    statistics_of(masking, PICTURES["textured"]())
+    statistics_of(masking, KINDS["textured"]())
     for variable, value in zip(masking.variables, before):
         np.testing.assert_array_equal(numpy(variable.value), value)
 
 
 def test_look_at_images_as_the_model_prepares_them():
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = cluster_masking()
     masking.prepare_pixels = lambda pixels: ops.flip(pixels, axis=1)
     prepared = statistics_of(masking, images)
     assert_equal(prepared, statistics_of(cluster_masking(), images[:, ::-1].copy()))
 
 
+@pytest.mark.any_backend
 def test_take_channels_first():
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     masking = kcm.ClusterMasking(4, data_format="channels_first")
     found = statistics_of(masking, np.moveaxis(images, -1, 1))
     assert_equal(found, statistics_of(cluster_masking(), images))
 
 
+@pytest.mark.any_backend
 def test_stop_an_endless_generator_at_max_images():
-    images, read = PICTURES["textured"](), []
+    images, read = KINDS["textured"](), []
 
     def endless():
         while True:
@@ -208,16 +214,17 @@ def test_stop_an_endless_generator_at_max_images():
 
 def test_take_a_tensorflow_dataset_on_any_backend():
     tf = pytest.importorskip("tensorflow")
-    images = PICTURES["textured"]()
+    images = KINDS["textured"]()
     dataset = tf.data.Dataset.from_tensor_slices({"images": images}).batch(4)
     masking = cluster_masking()
     assert_equal(statistics_of(masking, dataset), statistics_of(masking, images))
 
 
 class TestOtherMaskings:
+    @pytest.mark.any_backend
     def test_random_masking_has_no_clusters(self):
         masking = kcm.RandomMasking(0.7, num_prefix_tokens=1)
-        images = PICTURES["textured"]()
+        images = KINDS["textured"]()
         found = statistics_of(masking, images, patch_size=4, seed=2)
         kept, _ = reference.select_random(noise_of(2), 0.7)
         masked = np.ones((IMAGES, N))
@@ -228,6 +235,7 @@ class TestOtherMaskings:
         assert found.cluster_sizes is found.surplus is found.lone_anchors is None
         assert "cluster" not in str(found)
 
+    @pytest.mark.any_backend
     def test_patches_that_a_strategy_hides_are_masked(self):
         class Hiding(kcm.PatchMasking):
             hides_tokens = True
@@ -237,7 +245,7 @@ class TestOtherMaskings:
                 return ops.where(hidden, -np.inf, noise)
 
         masking = Hiding(0.5, num_prefix_tokens=0)
-        found = statistics_of(masking, PICTURES["textured"](), patch_size=4)
+        found = statistics_of(masking, KINDS["textured"](), patch_size=4)
         np.testing.assert_allclose(found.mask_ratio, 1 - 2 / N, rtol=1e-6)
         assert found.fill_in == pytest.approx(10 / N)
         assert found.masked_by_position.ravel().tolist() == [1.0] * (N - 2) + [0.0] * 2
@@ -263,7 +271,7 @@ class TestOtherMaskings:
 
     def test_embed_mixes_the_tokens_of_a_cluster_masking_in(self):
         rng = np.random.default_rng(4)
-        images = PICTURES["textured"]()
+        images = KINDS["textured"]()
         tokens = rng.normal(size=(IMAGES, 1 + N, 8)).astype("float32")
         masking = cluster_masking(embedding_weight=1.0)
         found = statistics_of(masking, images, embed=lambda _: tokens, seed=6)
@@ -273,8 +281,9 @@ class TestOtherMaskings:
             found.similarity_at_cut, np.sort(s, axis=1)[:, N // 2], atol=3e-4
         )
 
+    @pytest.mark.any_backend
     def test_embed_is_asked_for_where_tokens_matter(self):
-        images = PICTURES["textured"]()
+        images = KINDS["textured"]()
         message = r"`embed` must be given[\s\S]*Received: embed=None"
         masking = self.Dimmest(0.5, num_prefix_tokens=0)
         with pytest.raises(ValueError, match=message):
@@ -283,12 +292,13 @@ class TestOtherMaskings:
             statistics_of(cluster_masking(embedding_weight=0.5), images)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
         ({}, {"data": []}, "`data` must hold at least one"),
         ({}, {"data": 3}, "`data` must be arrays or an iterable"),
-        ({}, {"data": [{"pictures": 3}]}, "`data` must have the key 'images'"),
+        ({}, {"data": [{"photos": 3}]}, "`data` must have the key 'images'"),
         (
             {},
             {"data": np.zeros((2, 16, 18, 3))},
@@ -313,6 +323,7 @@ def test_bad_arguments_are_named(options, arguments, message):
         statistics_of(cluster_masking(**options), **arguments)
 
 
+@pytest.mark.any_backend
 def test_of_a_masking_without_patch_size_need_one():
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
     message = r"`patch_size` must be given .*Received: patch_size=None"
@@ -320,12 +331,13 @@ def test_of_a_masking_without_patch_size_need_one():
         statistics_of(masking, np.zeros((2, 16, 24, 3)))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("verbose", "lines"), [(0, 0), (2, 1), (1, None), ("auto", None)]
 )
 def test_progress_is_shown_as_in_keras(verbose, lines, capsys):
     keras.config.enable_interactive_logging()
-    statistics_of(cluster_masking(), PICTURES["textured"](), verbose=verbose)
+    statistics_of(cluster_masking(), KINDS["textured"](), verbose=verbose)
     printed = capsys.readouterr().out
     if lines is not None:
         assert printed.count("\n") == lines
@@ -334,9 +346,10 @@ def test_progress_is_shown_as_in_keras(verbose, lines, capsys):
         assert "mask_ratio: 0.5000" in printed
 
 
+@pytest.mark.any_backend
 def test_summary_is_a_table_of_the_numbers():
     found = statistics_of(
-        cluster_masking(min_mask_ratio=0.3, threshold=0.14), PICTURES["textured"]()
+        cluster_masking(min_mask_ratio=0.3, threshold=0.14), KINDS["textured"]()
     )
     assert str(found) == found.summary()
     assert "10 images of 4 x 6 patches, 16 of 24 kept as tokens" in str(found)
@@ -355,8 +368,9 @@ def test_summary_is_a_table_of_the_numbers():
     assert len(repr(found)) < 120
 
 
+@pytest.mark.any_backend
 def test_summary_of_a_masking_that_takes_nothing_has_no_cut():
-    found = statistics_of(cluster_masking(mask_ratio=0.0), PICTURES["textured"]())
+    found = statistics_of(cluster_masking(mask_ratio=0.0), KINDS["textured"]())
     assert np.isnan(found.similarity_at_cut).all()
     assert found.lone_anchors == 1.0
     assert re.search(r"similarity at the cut +- ", str(found))

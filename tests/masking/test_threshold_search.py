@@ -7,6 +7,8 @@ from keras_cluster_mask.masking.threshold_search import (
     find_threshold,
 )
 
+pytestmark = pytest.mark.any_backend
+
 STEP = 2.0**-12
 
 

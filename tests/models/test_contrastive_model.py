@@ -474,6 +474,7 @@ def test_the_end_of_an_epoch_is_no_reason_to_warn_unless_steps_are_missing(write
         model.fit(pairs, steps_per_epoch=3, verbose=0)
 
 
+@pytest.mark.any_backend
 def test_batches_made_in_python_are_checked(write_pairs):
     _, batches = streams(write_pairs("a.tar", 0, 10))
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
@@ -533,7 +534,7 @@ def test_fit_without_a_threshold_is_an_error_and_after_adapt_it_trains(eager):
 
 
 def test_adapt_sees_pixels_as_the_model_shows_them_to_the_masking():
-    # Channels of different deviations, which CLIP's statistics weigh anew.
+    # Channels of different deviations, which CLIP's statistics weigh differently.
     images = random_pairs(64)["images"] // np.array([1, 3, 9], "uint8")
     normalized = kcm.models.pixels.normalize_pixels(images)
     thresholds = []
@@ -554,7 +555,7 @@ def test_a_call_in_training_without_a_threshold_is_an_error():
 # === Save and reload ===
 
 
-def test_a_reloaded_model_predicts_the_same_and_goes_on_training_the_same(tmp_path):
+def test_a_reloaded_model_predicts_the_same_and_trains_on_the_same(tmp_path):
     model = small_model(loss="sigmoid", projection_dim=5)
     model.compile(optimizer=keras.optimizers.Adam(0.01), **FAST)
     pairs = random_pairs(4)
@@ -611,7 +612,7 @@ def test_threshold_and_step_survive_a_reload(tmp_path):
     assert loaded.embedding_weight.get_config() == schedule.get_config()
 
 
-def test_the_seed_goes_on_where_it_was_after_a_reload(tmp_path):
+def test_the_seed_continues_after_a_reload(tmp_path):
     model = masked_model(kcm.ClusterMasking(4, seed=3))
     pairs = random_pairs(4)
     model(pairs, training=True)
@@ -621,6 +622,7 @@ def test_the_seed_goes_on_where_it_was_after_a_reload(tmp_path):
     np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
 
 
+@pytest.mark.any_backend
 def test_a_masking_of_the_users_own_reloads(tmp_path):
     model = masked_model(HideByNoise(0.4, num_prefix_tokens=0))
     model.save(tmp_path / "model.keras")
@@ -632,6 +634,7 @@ def test_a_masking_of_the_users_own_reloads(tmp_path):
 # === Refusals ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -647,11 +650,13 @@ def test_a_bad_option_is_named(options, message):
         small_model(**options)
 
 
+@pytest.mark.any_backend
 def test_encoders_of_different_widths_need_a_projection():
     with pytest.raises(ValueError, match=r"projection_dim.*Received: widths 12 and 16"):
         kcm.ContrastiveModel(image_mlp(12), text_bag(16))
 
 
+@pytest.mark.any_backend
 def test_something_that_is_no_model_is_refused():
     with pytest.raises(ValueError, match=r"`image_encoder` must.*Received:"):
         kcm.ContrastiveModel(lambda x: x, text_bag())
@@ -659,6 +664,7 @@ def test_something_that_is_no_model_is_refused():
         kcm.ContrastiveModel(image_mlp(), "text")
 
 
+@pytest.mark.any_backend
 def test_an_encoder_that_returns_tokens_is_refused():
     model = kcm.ContrastiveModel(functional_vit(pool=False), text_bag())
     with pytest.raises(ValueError, match=r"add a pooling.*Received: own_vit"):
@@ -681,6 +687,7 @@ def test_a_batch_of_one_can_be_evaluated():
     assert np.isfinite(model.evaluate(random_pairs(1), verbose=0)).all()
 
 
+@pytest.mark.any_backend
 def test_foreign_tokens_are_an_error_in_fit_evaluate_and_predict():
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     model.compile(optimizer="sgd", **FAST)
@@ -707,6 +714,7 @@ def test_foreign_tokens_are_an_error_in_a_dataset():
         model.fit(dataset, verbose=0)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("key", ["images", "token_ids"])
 def test_a_dataset_without_one_of_its_keys_is_an_error(key):
     tf = pytest.importorskip("tensorflow")
@@ -718,6 +726,7 @@ def test_a_dataset_without_one_of_its_keys_is_an_error(key):
         model.fit(dataset, verbose=0)
 
 
+@pytest.mark.any_backend
 def test_a_batch_without_one_of_its_keys_is_an_error():
     model = small_model()
     model.compile(optimizer="sgd", **FAST)

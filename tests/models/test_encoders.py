@@ -4,6 +4,8 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models.encoders import tokens_per_image
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.mark.parametrize(
     ("masking", "expected"),

@@ -54,10 +54,10 @@ def table_of(model):
 
 
 def inputs_for(model, height, width):
-    images = random_images(2, height, width)
+    images = random_images(4, height, width)
     if not isinstance(model.input, dict):
         return images
-    inputs = {"images": images, "token_ids": random_pairs(2)["token_ids"]}
+    inputs = {"images": images, "token_ids": random_pairs(4)["token_ids"]}
     return {key: inputs[key] for key in model.input}
 
 
@@ -94,8 +94,6 @@ def test_positions_are_those_of_open_clip_and_all_else_is_copied(kind, side):
         np.testing.assert_array_equal(ops.convert_to_numpy(old), kept)
         if "position" not in new.path:
             np.testing.assert_array_equal(ops.convert_to_numpy(new), kept)
-    for output in outputs_of(other, side, side):
-        assert np.isfinite(output).all()
 
 
 @each_model
@@ -116,7 +114,7 @@ def test_a_grid_may_be_wide_where_the_encoder_allows_it():
     wide = with_image_size(model, (8, 24))
     expected = open_clips(table_of(model), 1, (2, 6))
     np.testing.assert_allclose(table_of(wide), expected, atol=1e-5)
-    assert outputs_of(wide, 8, 24)[0].shape == (2, 1 + 12, 16)
+    assert outputs_of(wide, 8, 24)[0].shape == (4, 1 + 12, 16)
     # As many patches as before, in another shape.
     tall = with_image_size(wide, (24, 8))
     assert np.abs(table_of(tall) - table_of(wide))[1:].max() > 0.1
@@ -125,6 +123,7 @@ def test_a_grid_may_be_wide_where_the_encoder_allows_it():
         with_image_size(made("clip"), (8, 24))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("side", [8, 16, 28])
 def test_a_clip_that_was_never_numbered_is_numbered_in_the_copy(side):
     model = clip_vision_encoder()
@@ -152,6 +151,7 @@ def test_the_new_model_saves_and_reloads(kind, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "other.keras")
     for one, two in zip(outputs_of(other, 28, 28), outputs_of(loaded, 28, 28)):
         np.testing.assert_array_equal(one, two)
+        assert np.isfinite(one).all()
 
 
 def test_channels_first_is_kept():
@@ -179,6 +179,7 @@ def test_a_contrastive_model_trains_at_the_new_size():
     assert tuple(model.encode_image(images, training=True).shape) == (2, 16)
 
 
+@pytest.mark.any_backend
 def test_other_models_and_sizes_are_refused():
     encoder = clip_vision_encoder()
     masked = kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(4))

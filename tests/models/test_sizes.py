@@ -8,6 +8,8 @@ from keras import ops
 from keras_cluster_mask.models import clip_backbone
 from keras_cluster_mask.models.sizes import SIZES
 
+pytestmark = pytest.mark.any_backend
+
 
 def tiny(**kwargs):
     options = dict(image_size=16, vocabulary_size=30, context_length=6)

@@ -91,7 +91,7 @@ def test_training_whole_images_trains_the_masked_model(make):
 def test_in_training_it_embeds_what_it_embeds_at_inference(make):
     model = make(kcm.RandomMasking(0.5, seed=0))
     whole = model.without_masking()
-    images = random_images(3)
+    images = random_images(4)
     full = to_numpy(model.encode_image(images))
     np.testing.assert_allclose(
         to_numpy(whole.encode_image(images, training=True)), full, atol=1e-6
@@ -121,6 +121,7 @@ def test_an_unmasked_model_saves_and_reloads_alone(make, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.any_backend
 def test_a_model_without_a_masking_has_an_unmasked_twin():
     model = generic()
     assert {id(v) for v in model.without_masking().weights} == {
@@ -128,6 +129,7 @@ def test_a_model_without_a_masking_has_an_unmasked_twin():
     }
 
 
+@pytest.mark.any_backend
 def test_a_masking_that_was_built_in_by_hand_is_an_error():
     images = keras.Input((16, 16, 3))
     tokens = keras.layers.Reshape((16, 16))(keras.layers.Conv2D(16, 4, 4)(images))
@@ -144,7 +146,7 @@ def test_a_masking_that_was_built_in_by_hand_is_an_error():
 @each_model
 def test_towers_compute_what_the_model_encodes_with_the_weights_it_has(make):
     model = make(kcm.RandomMasking(0.5))
-    pairs = random_pairs(3)
+    pairs = random_pairs(4)
     for _ in range(2):
         for tower, key, encode in (
             (model.image_tower, "images", model.encode_image),
@@ -153,7 +155,7 @@ def test_towers_compute_what_the_model_encodes_with_the_weights_it_has(make):
             found = tower.predict(pairs[key], verbose=0)
             assert found.dtype == "float32"
             np.testing.assert_allclose(found, to_numpy(encode(pairs[key])), atol=1e-6)
-        floats = random_images(3)
+        floats = random_images(4)
         np.testing.assert_allclose(
             to_numpy(model.image_tower(floats)),
             to_numpy(model.encode_image(floats)),
@@ -164,6 +166,7 @@ def test_towers_compute_what_the_model_encodes_with_the_weights_it_has(make):
             weight.assign(weight + 0.1)
 
 
+@pytest.mark.any_backend
 @each_model
 def test_a_tower_has_its_side_of_the_weights_and_no_masking(make):
     masking = kcm.RandomMasking(0.5)
@@ -184,7 +187,7 @@ def test_a_tower_has_its_side_of_the_weights_and_no_masking(make):
 @each_model
 def test_towers_never_mask(make):
     tower = make(kcm.RandomMasking(0.5)).image_tower
-    images = random_images(2)
+    images = random_images(4)
     np.testing.assert_array_equal(
         to_numpy(tower(images, training=True)), to_numpy(tower(images))
     )

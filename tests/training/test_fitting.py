@@ -97,6 +97,14 @@ def test_a_run_from_the_beginning_does_not_write_among_later_checkpoints(folder)
             )
 
 
+def test_averages_swapped_while_they_are_saved_are_refused(tmp_path):
+    model = compiled()
+    model.compile(keras.optimizers.SGD(0.05, use_ema=True), **FAST)
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    with pytest.raises(ValueError, match=r"swap_on_epoch=False.*Received: callbacks"):
+        model.fit(random_pairs(8), callbacks=[swap, checkpoint(tmp_path)], **FIT)
+
+
 def test_callbacks_see_the_rest_of_an_epoch_as_a_fit_of_its_own(folder):
     class Events(keras.callbacks.Callback):
         def __init__(self):

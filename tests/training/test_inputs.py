@@ -6,6 +6,8 @@ import pytest
 from keras_cluster_mask.training.inputs import check_data, check_input
 from tests.helpers import VOCABULARY, random_pairs
 
+pytestmark = pytest.mark.any_backend
+
 
 def dataset_of(pairs, batch_size=4):
     tf = pytest.importorskip("tensorflow")

@@ -8,6 +8,8 @@ import torch
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.optimizers import PRIVATE, is_vector
 from tests.helpers import (
+    FAST,
+    GradientSteps,
     as_dataset,
     functional_vit,
     image_mlp,
@@ -16,7 +18,6 @@ from tests.helpers import (
     tiny_clip,
     tiny_siglip,
     to_numpy,
-    value_and_gradients,
     values,
 )
 
@@ -43,20 +44,12 @@ def fit(model, epochs=1):
     return model.fit(pairs, **fit).history
 
 
-def gradients_of(model, pairs):
-    def fn():
-        y = model(pairs, training=True)
-        loss = model.compute_loss(x=pairs, y_pred=y, training=True)
-        return loss, loss
-
-    return value_and_gradients(fn, model.trainable_variables)[1]
-
-
 class ByTorch:
     """`torch.optim.AdamW` with a parameter group for each weight of a Keras model."""
 
     def __init__(self, model, rates, decays, clip=None):
         self.model, self.clip, self.norms = model, clip, []
+        self.gradients_of = GradientSteps(model)
         self.weights = [
             torch.nn.Parameter(torch.tensor(to_numpy(v)))
             for v in model.trainable_variables
@@ -68,7 +61,7 @@ class ByTorch:
         self.optimizer = torch.optim.AdamW(groups, eps=1e-12)
 
     def step(self, pairs):
-        for weight, gradient in zip(self.weights, gradients_of(self.model, pairs)):
+        for weight, gradient in zip(self.weights, self.gradients_of(pairs)[1]):
             weight.grad = torch.tensor(gradient)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip or np.inf)
         self.norms.append(float(norm))
@@ -154,13 +147,14 @@ def test_all_towers_at_a_factor_are_an_optimizer_at_that_rate(make):
         model = make_model()
         # The temperature is of no tower.
         model.head.logit_scale.trainable = False
-        model.compile(make(rate), **options)
+        model.compile(make(rate), **options, **FAST)
         fit(model, epochs=2)
         results.append(values(model.variables))
     for one, other in zip(*results):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_the_projections_of_clip_belong_to_their_towers():
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     towers = {
@@ -184,9 +178,12 @@ def test_an_optimizer_compiled_again_has_the_new_options_alone():
         optimizer = adamw()
         model = make_model()
         if first:
-            model.compile(optimizer, learning_rate_multipliers=first)
+            model.compile(optimizer, learning_rate_multipliers=first, **FAST)
         model.compile(
-            optimizer, learning_rate_multipliers={"image": 0.5}, decay_vectors=True
+            optimizer,
+            learning_rate_multipliers={"image": 0.5},
+            decay_vectors=True,
+            **FAST,
         )
         fit(model)
         results.append(values(model.variables))
@@ -194,6 +191,7 @@ def test_an_optimizer_compiled_again_has_the_new_options_alone():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("multipliers", "message"),
     [
@@ -212,7 +210,9 @@ def test_multipliers_that_make_no_sense_are_refused(multipliers, message):
 
 def test_the_towers_of_siglip_have_learning_rates_too():
     model = kcm.ContrastiveModel.from_backbone(tiny_siglip())
-    model.compile(keras.optimizers.SGD(0.1), learning_rate_multipliers={"image": 0.0})
+    model.compile(
+        keras.optimizers.SGD(0.1), learning_rate_multipliers={"image": 0.0}, **FAST
+    )
     before = values(model.weights)
     fit(model)
     moved = {
@@ -226,6 +226,7 @@ def test_the_towers_of_siglip_have_learning_rates_too():
     assert moved == {"image": False, "text": True}
 
 
+@pytest.mark.any_backend
 def test_a_multi_optimizer_spares_vectors_and_has_rates_of_its_own():
     inner = keras.optimizers.SGD(0.1, weight_decay=0.5)
     rates = keras.optimizers.OptimizerMap(inner)
@@ -242,6 +243,7 @@ def test_a_multi_optimizer_spares_vectors_and_has_rates_of_its_own():
     assert not any(map(is_vector, decaying))
 
 
+@pytest.mark.any_backend
 def test_nadam_is_refused_with_multipliers_only():
     make_model().compile("nadam")
     with pytest.raises(ValueError, match="do not work with `Nadam`"):
@@ -257,9 +259,11 @@ def test_weight_decay_spares_biases_and_vectors_unless_told_otherwise(decay_vect
     model = kcm.ContrastiveModel(functional_vit(), text_bag(), loss="sigmoid")
     pairs = random_pairs(BATCH)
     before = values(model.trainable_variables)
-    gradients = gradients_of(model, pairs)
+    _, gradients = GradientSteps(model)(pairs)
     model.compile(
-        keras.optimizers.SGD(RATE, weight_decay=DECAY), decay_vectors=decay_vectors
+        keras.optimizers.SGD(RATE, weight_decay=DECAY),
+        decay_vectors=decay_vectors,
+        **FAST,
     )
     model.fit(pairs, batch_size=BATCH, shuffle=False, verbose=0)
     spared = 0
@@ -278,6 +282,7 @@ def test_weight_decay_spares_biases_and_vectors_unless_told_otherwise(decay_vect
     assert 0 < spared < len(before)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("shape", "name", "expected"),
     [
@@ -294,6 +299,7 @@ def test_what_a_vector_is(shape, name, expected):
     assert is_vector(keras.Variable(np.zeros(shape), name=name)) == expected
 
 
+@pytest.mark.any_backend
 def test_what_an_optimizer_excludes_already_stays_excluded():
     model = make_model()
     kept = model.head.image_projection.kernel
@@ -308,6 +314,7 @@ def test_what_an_optimizer_excludes_already_stays_excluded():
     assert all(v is not kept for v in decaying)
 
 
+@pytest.mark.any_backend
 def test_an_optimizer_built_to_decay_vectors_is_refused():
     model = make_model()
     optimizer = adamw()
@@ -364,7 +371,7 @@ def test_the_norm_is_reported_in_training_if_asked_for_and_never_in_evaluation()
     pairs = random_pairs(BATCH)
     for log in (False, True):
         model = make_model()
-        model.compile("sgd", log_gradient_norm=log)
+        model.compile("sgd", log_gradient_norm=log, **FAST)
         history = model.fit(
             pairs, batch_size=BATCH, validation_data=pairs, epochs=2, verbose=0
         ).history
@@ -381,11 +388,12 @@ def test_the_norm_is_that_of_gradients_without_the_scale_of_the_loss(scaling):
     if scaling == "optimizer":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model = make_model()
+    gradients_of = GradientSteps(model)
     expected = [
-        np.sqrt(sum((g**2).sum() for g in gradients_of(model, pairs)))
+        np.sqrt(sum((g**2).sum() for g in gradients_of(pairs)[1]))
         for pairs in batches()
     ]
-    model.compile(optimizer, log_gradient_norm=True)
+    model.compile(optimizer, log_gradient_norm=True, **FAST)
     assert fit(model)["gradient_norm"] == pytest.approx([np.mean(expected)], rel=1e-5)
 
 
@@ -428,6 +436,7 @@ def test_options_survive_a_reload(tmp_path):
         learning_rate_multipliers={"image": 0.1},
         log_gradient_norm=True,
         steps_per_execution=1,
+        **FAST,
     )
     fit(model)
     model.save(tmp_path / "model.keras")

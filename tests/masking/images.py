@@ -1,4 +1,4 @@
-"""Pictures and noise that the masking tests share, all from seeded NumPy."""
+"""Images and noise that the masking tests share, all from seeded NumPy."""
 
 import keras
 import ml_dtypes
@@ -21,7 +21,7 @@ def draw_noise(rng, batch, num_patches):
 
 
 def textured(rng, batch, height, width, channels, dtype="float32", fmt=None):
-    """Pictures of smooth shapes under grain; every patch has texture."""
+    """Images of smooth shapes under grain; every patch has texture."""
     coarse = rng.random((batch, -(-height // 6), -(-width // 6), channels))
     smooth = coarse.repeat(6, axis=1).repeat(6, axis=2)[:, :height, :width]
     grain = rng.random((batch, height, width, channels))
@@ -39,7 +39,7 @@ def as_images(values, dtype="float32", fmt=None):
 
 
 def mosaic(rng, batch, rows, columns, patch_size, channels=3):
-    """Pictures of repeated tiles, any two of which are alike by 1, 0 or -1.
+    """Images of repeated tiles, any two of which are alike by 1, 0 or -1.
 
     Patch sides must be multiples of 4.
     """
@@ -48,17 +48,17 @@ def mosaic(rng, batch, rows, columns, patch_size, channels=3):
     stripes, bars, checks = i % 2, j % 2, (i + j) % 2
     tiles = np.stack([stripes, bars, 1 - bars, checks, i * 0, i * 0 + 1])
     choice = rng.integers(0, len(tiles), (batch, rows, columns))
-    pictures = tiles[choice].transpose(0, 1, 3, 2, 4)
-    pictures = pictures.reshape(batch, rows * height, columns * width, 1)
-    return pictures.repeat(channels, axis=-1).astype("float32")
+    images = tiles[choice].transpose(0, 1, 3, 2, 4)
+    images = images.reshape(batch, rows * height, columns * width, 1)
+    return images.repeat(channels, axis=-1).astype("float32")
 
 
 def paper(rng, batch, rows, columns, patch_size, channels=3, levels=(0.0, 1.0)):
-    """Grey pictures whose every patch is flat, each at a level of its own."""
+    """Grey images whose every patch is flat, each at a level of its own."""
     height, width = patch_size
     level = rng.uniform(*levels, (batch, rows, columns, 1)).repeat(channels, axis=-1)
-    pictures = level.repeat(height, axis=1).repeat(width, axis=2)
-    return pictures.astype("float32")
+    images = level.repeat(height, axis=1).repeat(width, axis=2)
+    return images.astype("float32")
 
 
 def photographs(height, width, count):

@@ -1,0 +1,51 @@
+"""What `distribution` does and says in a single process."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.distribution import replicas
+
+BACKEND = keras.backend.backend()
+
+
+@pytest.mark.any_backend
+def test_the_layout_does_not_depend_on_the_names_of_encoders():
+    devices = [f"cpu:{index}" for index in range(2)]
+    mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], devices)
+    layouts = kcm.models.clip_layout_map(mesh)
+    for prefix in ("", "vision_encoder_"):
+        found = layouts[f"{prefix}encoder_block_11/attention/query/kernel"]
+        assert found.axes == (None, "model", None)
+    assert layouts["vision_encoder_layer_norm/gamma"] is None
+
+
+@pytest.mark.any_backend
+def test_a_mesh_without_the_axis_of_the_model_is_an_error():
+    devices = [f"cpu:{index}" for index in range(2)]
+    mesh = keras.distribution.DeviceMesh((2,), ["batch"], devices)
+    with pytest.raises(ValueError, match=r"`axis`.*Received: axis='model'.*'batch'"):
+        kcm.models.clip_layout_map(mesh)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras reads JAX's variables.")
+def test_joining_processes_says_what_it_needs(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    wanted = "torchrun" if BACKEND == "torch" else "MirroredStrategy"
+    with pytest.raises(RuntimeError, match=rf"{wanted}.*Received: "):
+        kcm.distribution.initialize()
+
+
+def test_alone_there_is_one_replica_that_has_everything():
+    assert kcm.distribution.num_replicas() == 1
+    assert replicas.replica_index() == 0
+    assert kcm.distribution.is_main_process()
+    rows = np.ones((3, 2), "float32")
+    for function in (
+        replicas.all_gather,
+        replicas.local_rows,
+        replicas.local_loss,
+        replicas.replica_mean,
+    ):
+        assert function(rows) is rows
