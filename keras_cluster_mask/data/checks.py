@@ -3,7 +3,7 @@
 import collections
 import contextlib
 
-from keras_cluster_mask.data.index import build_parts, num_pairs
+from keras_cluster_mask.data.index_parts import build_parts, num_pairs
 from keras_cluster_mask.data.sources import ShardError
 from keras_cluster_mask.data.sources.shard import FAULT, NoRandomAccess
 from keras_cluster_mask.distribution.processes import process_index_and_count

@@ -7,26 +7,21 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
-from concurrent import futures
 
 import numpy as np
-from tqdm import tqdm
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.index_parts import (
-    Part,
-    build_part,
+    build_parts,
     changed,
-    find_part,
+    faults_of,
     hash_of,
     read_part,
 )
 from keras_cluster_mask.data.pairs import (
     PairReader,
-    fault_of_fields,
     fields_of,
     several,
 )
@@ -108,50 +103,6 @@ def _names_files(source):
     return all(isinstance(item, str | os.PathLike) for item in items)
 
 
-def build_parts(
-    paths: Sequence[str],
-    index_dir: str | os.PathLike | None = None,
-    num_workers: int = 0,
-    verbose: bool = False,
-) -> list[Part]:
-    """The parts of shards, of which those that are missing or old are built.
-
-    Args:
-        paths: Sequence of str. The shards.
-        index_dir: As for `open_index`.
-        num_workers: As for `open_index`.
-        verbose: As for `open_index`.
-    """
-    index_dir = None if index_dir is None else os.path.abspath(index_dir)
-    parts = {path: find_part(path, index_dir) for path in paths}
-    missing = [path for path, part in parts.items() if part is None]
-    build = functools.partial(build_part, index_dir=index_dir)
-    bar = tqdm(
-        total=len(paths),
-        initial=len(paths) - len(missing),
-        desc="index",
-        unit=" shards",
-        disable=not verbose,
-    )
-    workers = min(num_workers, len(missing))
-    with bar:
-        if not workers:
-            for path in missing:
-                parts[path] = build(path)
-                bar.update()
-            return [parts[path] for path in paths]
-        context = multiprocessing.get_context("spawn")
-        with futures.ProcessPoolExecutor(workers, context) as pool:
-            started = {pool.submit(build, path): path for path in missing}
-            try:
-                for done in futures.as_completed(started):
-                    parts[started[done]] = done.result()
-                    bar.update()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-    return [parts[path] for path in paths]
-
-
 class Index:
     """The samples of shards, each of which can be read by its number.
 
@@ -198,7 +149,7 @@ class Index:
         }
         reader = PairReader([], image_keys, caption_key, wants_caption)
         self._fields = reader.fields | fields_of(label_keys)
-        self._faults = [_faults(part, reader, label_keys) for part in parts]
+        self._faults = [faults_of(part, reader, label_keys) for part in parts]
         counts = [
             sum(each.count for each, fault in zip(part.layouts, faults) if not fault)
             for part, faults in zip(parts, self._faults)
@@ -328,40 +279,6 @@ class _Opened:
         record = self._records[place if self._intact is None else self._intact[place]]
         offset, size = int(record["offset"]), int(record["size"])
         return record, self._file.read(self._start + offset, size)
-
-
-def _faults(part, reader, label_keys):
-    """What is wrong with the samples of each layout, or None."""
-    faults = []
-    for layout in part.layouts:
-        fault, _ = fault_of_fields(layout.fields, reader, label_keys)
-        if layout.incomplete and fault:
-            fault = "damaged shard"
-        else:
-            fault = layout.fault or fault
-        faults.append(fault)
-    return faults
-
-
-def num_pairs(part: Part, reader: PairReader) -> int | None:
-    """The number of pairs that a reader finds in a shard.
-
-    Args:
-        part: `Part` of the shard.
-        reader: `PairReader`.
-
-    Returns:
-        int, or None if it depends on the content of JSON files or of labels.
-    """
-    label_keys = reader.labels.keys if reader.labels else ()
-    count = 0
-    for layout, fault in zip(part.layouts, _faults(part, reader, label_keys)):
-        if fault:
-            continue
-        if fault_of_fields(layout.fields, reader, label_keys)[1]:
-            return None
-        count += layout.count
-    return count
 
 
 def _details(shard, part):

@@ -7,15 +7,21 @@ that no file holds. It does not depend on which fields are read as image and cap
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
+from concurrent import futures
 
 import numpy as np
+from tqdm import tqdm
 
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.pairs import PairReader, fault_of_fields
 from keras_cluster_mask.data.sources import Shard, ShardError, whole_shard
 
 # A change of what a part holds needs a new number.
@@ -33,6 +39,8 @@ RECORD = np.dtype(
 )
 # The number of samples that are held as Python objects while a part is built.
 CHUNK = 2**14
+# The number of shards at addresses whose size and date are asked for at the same time.
+REQUESTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +113,43 @@ def hash_of(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
+# === Faults ===
+
+
+def faults_of(part: Part, reader: PairReader, label_keys: tuple = ()) -> list:
+    """What is wrong with the samples of each layout, or None."""
+    faults = []
+    for layout in part.layouts:
+        fault, _ = fault_of_fields(layout.fields, reader, label_keys)
+        if layout.incomplete and fault:
+            fault = "damaged shard"
+        else:
+            fault = layout.fault or fault
+        faults.append(fault)
+    return faults
+
+
+def num_pairs(part: Part, reader: PairReader) -> int | None:
+    """The number of pairs that a reader finds in a shard.
+
+    Args:
+        part: `Part` of the shard.
+        reader: `PairReader`.
+
+    Returns:
+        int, or None if it depends on the content of JSON files or of labels.
+    """
+    label_keys = reader.labels.keys if reader.labels else ()
+    count = 0
+    for layout, fault in zip(part.layouts, faults_of(part, reader, label_keys)):
+        if fault:
+            continue
+        if fault_of_fields(layout.fields, reader, label_keys)[1]:
+            return None
+        count += layout.count
+    return count
+
+
 # === Places ===
 
 
@@ -141,6 +186,52 @@ def _places(path, index_dir):
 
 
 # === Reading and writing ===
+
+
+def build_parts(
+    paths: Sequence[str],
+    index_dir: str | os.PathLike | None = None,
+    num_workers: int = 0,
+    verbose: bool = False,
+) -> list[Part]:
+    """The parts of shards, of which those that are missing or old are built.
+
+    Args:
+        paths: Sequence of str. The shards.
+        index_dir: As for `open_index`.
+        num_workers: As for `open_index`.
+        verbose: As for `open_index`.
+    """
+    index_dir = None if index_dir is None else os.path.abspath(index_dir)
+    find = functools.partial(find_part, index_dir=index_dir)
+    with futures.ThreadPoolExecutor(REQUESTS, "find parts") as threads:
+        parts = dict(zip(paths, threads.map(find, paths)))
+    missing = [path for path, part in parts.items() if part is None]
+    build = functools.partial(build_part, index_dir=index_dir)
+    bar = tqdm(
+        total=len(paths),
+        initial=len(paths) - len(missing),
+        desc="index",
+        unit=" shards",
+        disable=not verbose,
+    )
+    workers = min(num_workers, len(missing))
+    with bar:
+        if not workers:
+            for path in missing:
+                parts[path] = build(path)
+                bar.update()
+            return [parts[path] for path in paths]
+        context = multiprocessing.get_context("spawn")
+        with futures.ProcessPoolExecutor(workers, context) as pool:
+            started = {pool.submit(build, path): path for path in missing}
+            try:
+                for done in futures.as_completed(started):
+                    parts[started[done]] = done.result()
+                    bar.update()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    return [parts[path] for path in paths]
 
 
 def read_part(path: str) -> Part:

@@ -18,7 +18,7 @@ import pytest
 
 from keras_cluster_mask.data import files, index_parts, open_index
 from keras_cluster_mask.data.checks import count_pairs
-from keras_cluster_mask.data.index import build_parts
+from keras_cluster_mask.data.index_parts import build_parts
 from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.sources import find_shards
 from keras_cluster_mask.data.sources.shard import NoRandomAccess
@@ -287,7 +287,7 @@ def test_one_part_serves_all_choices_of_fields(write_tar, monkeypatch):
     files_ = [*tar_files(5), ("x.png", b"p"), ("x.alt", b"a")]
     source = write_tar("x.tar", files_)
     indexes = [assert_agrees(source)]
-    monkeypatch.setattr("keras_cluster_mask.data.index.build_part", pytest.fail)
+    monkeypatch.setattr("keras_cluster_mask.data.index_parts.build_part", pytest.fail)
     indexes += [
         assert_agrees(source, caption_key="json.caption"),
         assert_agrees(source, image_keys=["png", "jpg"], caption_key=["alt", "txt"]),
@@ -522,7 +522,7 @@ def test_a_part_is_built_once_and_again_if_the_shard_changes(write_tar, monkeypa
         built.append(path)
         return build(path, index_dir)
 
-    monkeypatch.setattr("keras_cluster_mask.data.index.build_part", count)
+    monkeypatch.setattr("keras_cluster_mask.data.index_parts.build_part", count)
     assert open_index(source).fingerprint == index.fingerprint
     assert built == []
     write_tar("x.tar", tar_files(6))
@@ -597,7 +597,7 @@ def test_the_index_of_a_read_only_folder_is_in_the_cache(write_tar, monkeypatch)
     assert [path.name for path in source.parent.iterdir()] == ["x.tar"]
     cache = pathlib.Path(os.environ["XDG_CACHE_HOME"])
     assert len(list((cache / "keras_cluster_mask" / "index").iterdir())) == 1
-    monkeypatch.setattr("keras_cluster_mask.data.index.build_part", pytest.fail)
+    monkeypatch.setattr("keras_cluster_mask.data.index_parts.build_part", pytest.fail)
     assert len(open_index(source)) == 5
     with pytest.raises(OSError, match="`index_dir` must be a folder"):
         index_parts._write([str(source / "x")], [])

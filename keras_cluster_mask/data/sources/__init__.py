@@ -36,6 +36,7 @@ KINDS = {
     "|".join(map(re.escape, ENDINGS)): (folder_parts, whole_folder),
     "": (lambda path: [TarShard(path)], TarShard),
 }
+NAMES_OF_FILES = "|".join([r"\.tar", *filter(None, KINDS)])
 
 
 def list_shards(source):
@@ -104,7 +105,10 @@ def read_samples(path, fields=None):
 
 def whole_shard(path):
     """A file as a single `Shard`, for an index; see `find_shards`."""
-    return whole_folder(path) if files.is_folder(path) else _kind(path)[1](path)
+    # At an address this question is a request.
+    is_file = files.is_address(path) and re.search(rf"({NAMES_OF_FILES})$", path)
+    is_folder = not is_file and files.is_folder(path)
+    return whole_folder(path) if is_folder else _kind(path)[1](path)
 
 
 def _shards_in(path):
