@@ -11,7 +11,7 @@ from keras_cluster_mask.training.checkpoints import (
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss is NaN or infinite, so that training on would be in vain."""
+    """The loss is NaN or infinite: training cannot continue."""
 
 
 class Checkpoint(keras.callbacks.Callback):

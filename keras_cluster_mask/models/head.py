@@ -23,7 +23,7 @@ class ContrastiveHead(keras.layers.Layer):
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale never exceeds it.
         image_projection: A layer to use instead of a new projection.
-        text_projection: Likewise.
+        text_projection: A layer to use instead of a new projection.
         logit_scale: A variable, the logarithm of the scale, to use instead of a new
             one.
         logit_bias: A variable to use instead of a new one.

@@ -1,7 +1,7 @@
 import keras
 
-# The first matrices of each block are sharded by heads and hidden units, the second
-# ones likewise on their inputs: one all-reduce per attention and one per MLP.
+# The first matrix of an attention or an MLP is sharded on its outputs (heads, hidden
+# units), the last one on its inputs: one all-reduce each.
 LAYOUTS = {
     r"attention/(query|key|value)/kernel": (None, "model", None),
     r"attention/(query|key|value)/bias": ("model", None),

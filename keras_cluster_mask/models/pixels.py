@@ -23,7 +23,7 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
         images: `(batch, H, W, C)` tensor, or channels first.
         mean: Three floats, by channel. Their average is taken if there are not three
             channels. `None` returns all images as they are.
-        std: Three floats, by channel, likewise.
+        std: Three floats, by channel, averaged as `mean` is.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `keras.config.image_data_format()`.
 
