@@ -48,10 +48,6 @@ class BackboneModel(ContrastiveModel):
         super().__init__(
             encoder,
             backbone.text_encoder,
-            loss=head.loss,
-            initial_temperature=head.initial_temperature,
-            initial_logit_bias=head.initial_logit_bias,
-            max_logit_scale=head.max_logit_scale,
             head=head,
             **kwargs,
         )
@@ -73,7 +69,7 @@ class BackboneModel(ContrastiveModel):
 class CLIPContrastiveModel(BackboneModel):
     """A `ContrastiveModel` around a keras_hub CLIP backbone.
 
-    Made by `ContrastiveModel.from_backbone`, which see.
+    Made by `ContrastiveModel.from_backbone`.
 
     Args:
         backbone: A `keras_hub.models.CLIPBackbone`.
@@ -102,17 +98,20 @@ class CLIPContrastiveModel(BackboneModel):
         head=None,
         **kwargs,
     ):
+        given = {
+            "loss": loss,
+            "initial_temperature": initial_temperature,
+            "initial_logit_bias": initial_logit_bias,
+            "max_logit_scale": max_logit_scale,
+        }
         head = head or ContrastiveHead(
-            loss,
-            initial_temperature=initial_temperature,
-            initial_logit_bias=initial_logit_bias,
-            max_logit_scale=max_logit_scale,
+            **given,
             image_projection=backbone.vision_projection,
             text_projection=backbone.text_projection,
             logit_scale=_prepared(backbone.clip_head.logit_scale, initial_temperature),
             name="head",
         )
-        super().__init__(backbone, head, masking, **kwargs)
+        super().__init__(backbone, head, masking, **given, **kwargs)
         # It takes the class token, which is never hidden.
         backbone.vision_pooler.supports_masking = True
 
@@ -146,7 +145,7 @@ class CLIPContrastiveModel(BackboneModel):
 class SigLIPContrastiveModel(BackboneModel):
     """A `ContrastiveModel` around a keras_hub SigLIP backbone.
 
-    Made by `ContrastiveModel.from_backbone`, which see. uint8 images are scaled to
+    Made by `ContrastiveModel.from_backbone`. uint8 images are scaled to
     `[-1, 1]`, as in SigLIP's training.
 
     Args:
@@ -181,6 +180,12 @@ class SigLIPContrastiveModel(BackboneModel):
         **kwargs,
     ):
         own = backbone.siglip_head
+        given = {
+            "loss": loss,
+            "initial_temperature": initial_temperature,
+            "initial_logit_bias": initial_logit_bias,
+            "max_logit_scale": max_logit_scale,
+        }
         if head is None:
             # keras_hub starts at a scale of 1 and a bias of 0, from where a model would
             # first have to learn that nearly all pairs are negatives.
@@ -192,10 +197,7 @@ class SigLIPContrastiveModel(BackboneModel):
             if initial_logit_bias is not None and loss == "sigmoid":
                 own.logit_bias.assign(initial_logit_bias)
             head = ContrastiveHead(
-                loss,
-                initial_temperature=initial_temperature,
-                initial_logit_bias=initial_logit_bias,
-                max_logit_scale=max_logit_scale,
+                **given,
                 logit_scale=_prepared(own.logit_scale, initial_temperature),
                 logit_bias=_prepared(own.logit_bias),
                 name="head",
@@ -206,6 +208,7 @@ class SigLIPContrastiveModel(BackboneModel):
             masking,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
+            **given,
             **kwargs,
         )
 

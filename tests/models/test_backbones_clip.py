@@ -10,7 +10,14 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models import CLIPContrastiveModel, clip_backbone
-from tests.helpers import FAST, random_pairs, tiny_clip, to_numpy, values
+from tests.helpers import (
+    FAST,
+    random_pairs,
+    tiny_clip,
+    tiny_siglip,
+    to_numpy,
+    values,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,24 @@ def test_a_fresh_backbone_gets_its_patches_numbered():
     np.testing.assert_array_equal(position_ids(fresh), [np.arange(17)])
     made = clip_backbone("tiny", image_size=16, vocabulary_size=30, context_length=6)
     np.testing.assert_array_equal(position_ids(made), [np.arange(5)])
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
+def test_arguments_that_a_given_head_defines_must_agree_with_it(make):
+    backbone = make()
+    head = kcm.ContrastiveModel.from_backbone(backbone, max_logit_scale=50.0).head
+    with pytest.raises(
+        ValueError, match=r"`max_logit_scale`.*Received: .*=100.0, .*50"
+    ):
+        kcm.ContrastiveModel.from_backbone(backbone, head=head)
+    other = {"loss": "softmax" if head.loss == "sigmoid" else "sigmoid"}
+    with pytest.raises(ValueError, match=r"`loss`.*Received: "):
+        kcm.ContrastiveModel.from_backbone(
+            backbone, head=head, max_logit_scale=50.0, **other
+        )
+    same = kcm.ContrastiveModel.from_backbone(backbone, head=head, max_logit_scale=50.0)
+    assert same.head is head
 
 
 @pytest.mark.any_backend
