@@ -47,15 +47,15 @@ class ContrastiveHead(keras.layers.Layer):
 
     def __init__(
         self,
-        loss="softmax",
-        projection_dim=None,
-        initial_temperature=None,
-        initial_logit_bias=None,
-        max_logit_scale=100.0,
-        image_projection=None,
-        text_projection=None,
-        logit_scale=None,
-        logit_bias=None,
+        loss: str = "softmax",
+        projection_dim: int | None = None,
+        initial_temperature: float | None = None,
+        initial_logit_bias: float | None = None,
+        max_logit_scale: float = 100.0,
+        image_projection: keras.layers.Layer | None = None,
+        text_projection: keras.layers.Layer | None = None,
+        logit_scale: keras.Variable | None = None,
+        logit_bias: keras.Variable | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
