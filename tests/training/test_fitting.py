@@ -154,7 +154,7 @@ def test_a_first_epoch_leaves_out_no_data_if_nothing_is_resumed():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="a loader of torch's")
-def test_a_loader_of_torch_shuffles_every_epoch_anew():
+def test_a_loader_of_torch_shuffles_every_epoch_differently(tmp_path):
     import torch
 
     class Orders(torch.utils.data.Dataset):
@@ -172,7 +172,7 @@ def test_a_loader_of_torch_shuffles_every_epoch_anew():
     tuples = torch.utils.data.DataLoader(
         dataset, 8, shuffle=True, collate_fn=lambda x: (loader.collate_fn(x),)
     )
-    compiled().fit(tuples, epochs=4, verbose=0)
+    compiled().fit(tuples, epochs=4, verbose=0, callbacks=[checkpoint(tmp_path)])
     orders = np.array(dataset.read[-64:]).reshape(4, 16)
     assert len({tuple(order) for order in orders}) == 4
 
