@@ -458,6 +458,14 @@ def test_keras_has_the_methods_that_are_replaced_or_called(name):
     assert callable(getattr(keras.optimizers.Optimizer, name, None))
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="a method of TensorFlow's optimizers",
+)
+def test_keras_has_the_sum_over_replicas_that_is_replaced():
+    assert callable(keras.optimizers.SGD()._all_reduce_sum_gradients)
+
+
 def test_keras_calls_the_methods_that_are_replaced():
     called = set()
     optimizer = keras.optimizers.SGD(0.1, weight_decay=0.1)
