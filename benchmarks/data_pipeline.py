@@ -1,24 +1,35 @@
-"""Samples a second of this pipeline, of open_clip's, and of bare JPEG decoding.
+"""Images a second of this pipeline, of open_clip's, and of bare JPEG decoding.
 
     python benchmarks/data_pipeline.py
     python benchmarks/data_pipeline.py --short-side 640
     python benchmarks/data_pipeline.py --data "shards/{00000..00009}.tar"
 
 All read the same shards and cut the same part out of each image (90 to 100 % of the
-area, resized to 224 x 224 by bicubic interpolation), with a worker a core. Each runs in
-a process of its own, in turn, several times over. The limit decodes each image once,
-whole, and does nothing else. Also: the time to the first batch of 1,000 shards, and how
-far memory grows from epoch to epoch.
+area, resized to 224 x 224 by bicubic interpolation). Each runs in a process of its own,
+in turn, several times over, after an epoch that is not counted. The limit decodes each
+image once, whole, and does nothing else, with a thread a core.
+
+From the processor time of the workers and of their parent for each image follows the
+speed on larger machines. This is derived, not measured: a parent computes in one thread
+at a time, and all cores together do the rest.
+
+Also: the memory of a worker process, if the script imports Keras at its top or when it
+needs it; the time to the first batch of 1,000 indexed shards, from the start of an
+epoch and at 90 % of it; and how far memory grows while 4,096 samples of 3.6 MB are
+shuffled, compared with small ones.
 """
 
 import argparse
-import contextlib
+import functools
+import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -26,17 +37,108 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The processes of a data loader warn of what they do not use.
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
-from made_shards import write_shards
-from reporting import parser, publish
+from reporting import parser, publish, table
+
+# A worker process imports what this script imports at its top.
+if os.environ.get("KERAS_AT_TOP"):
+    import keras  # noqa: F401
 
 CROP = 0.9, 1.0
-LIMITS = ("JPEG decoding alone (Pillow)", "JPEG decoding alone (TensorFlow)")
-OURS = ("ImageTextBatches", "image_text_dataset")
+# Bytes of a large image.
+LARGE = 3_600_000
+PARENT, CHILDREN = "parent (ms an image)", "workers (ms an image)"
+RSS, PSS = "RSS of a worker (MiB)", "PSS of a worker (MiB)"
+# Rows of the first table.
+LIMIT = "JPEG decoding alone (Pillow)"
+NONE, ONE, TWO = "0 workers", "1 worker", "2 workers"
+TOP = "2 workers, Keras at the top of the script"
 RIVAL = "open_clip"
-FIRST_BATCH = "first batch of 1,000 shards"
+SPEEDS = LIMIT, NONE, ONE, TWO, TOP, RIVAL
+# Others.
+FIRST = "first batch of many shards (s)"
+LATE = "first batch at 90 % of an epoch (s)"
+SMALL_GROWTH = "growth of memory, small samples (MiB)"
+LARGE_GROWTH = "growth of memory, samples of 3.6 MB (MiB)"
+# Cores, and processes that train on them.
+MACHINES = (16, 1), (96, 1), (96, 8)
 
 
 def main():
+    options = arguments()
+    if options.row:
+        print(json.dumps(ROWS[options.row](options)))
+        return
+    # Worker processes import only what stands at the top.
+    from made_shards import write_shards
+
+    import keras_cluster_mask as kcm
+
+    made = functools.partial(write_shards, options.shards)
+    data = options.data or made(
+        options.samples, options.short_side, options.samples // 10
+    )
+    many = made(options.many * 16, 96, 16)
+    shuffled = options.shuffled, 96, options.shuffled // 8
+    small, large = made(*shuffled), made(*shuffled, image_bytes=LARGE)
+    others = {FIRST: many, LATE: many, SMALL_GROWTH: small, LARGE_GROWTH: large}
+    # Builds what is missing of the index.
+    samples = {x: kcm.data.check(x)["samples"] for x in (data, *others.values())}
+
+    runs = {name: [] for name in ROWS}
+    for _ in range(options.rounds):
+        for name, found in runs.items():
+            read = others.get(name, data)
+            command = [sys.executable, *sys.argv, "--row", name, "--data", read]
+            command += ["--samples", str(samples[read])]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+            print(name, found[-1], flush=True)
+    medians = {
+        name: {
+            field: round(statistics.median(each[field] for each in found), 3)
+            for field in found[0]
+        }
+        for name, found in runs.items()
+    }
+    limit, rival = (medians[name]["images/s"] for name in (LIMIT, RIVAL))
+    rows = [
+        {
+            "pipeline": name,
+            **medians[name],
+            "of the limit": f"{medians[name]['images/s'] / limit:.0%}",
+            "times open_clip": f"{medians[name]['images/s'] / rival:.2f}",
+        }
+        for name in SPEEDS
+    ]
+    derived = [derive(medians[TWO], *machine) for machine in MACHINES]
+    rest = [{"measured": name, **medians[name]} for name in others]
+    print(f"\n{table(derived)}\n\n{table(rest)}")
+    shards = pathlib.Path(data)
+    publish(
+        f"{options.results}/data_pipeline-{shards.parent.name}.json",
+        f"{shards.parent.name}/{shards.name}, crops of {options.image_size} px, "
+        f"batches of {options.batch_size}; {options.many:,} shards; "
+        f"{options.shuffled:,} samples shuffled",
+        rows,
+        derived=derived,
+        rest=rest,
+        runs=runs,
+        options=vars(options),
+    )
+
+
+def derive(measured, cores, processes):
+    """What follows for a machine from the processor time for each image."""
+    parents = processes * 1e3 / measured[PARENT]
+    all_cores = cores * 1e3 / (measured[PARENT] + measured[CHILDREN])
+    return {
+        "derived": f"{cores} cores, {processes} parents with workers",
+        "images/s": round(min(parents, all_cores)),
+        "limited by": "parents" if parents < all_cores else "cores",
+    }
+
+
+def arguments():
     parsed = parser(__doc__)
     add = parsed.add_argument
     add("--data", help="tar files of your own: a pattern with braces")
@@ -46,88 +148,19 @@ def main():
     add("--batch-size", type=int, default=64)
     add("--epochs", type=int, default=5, help="in a round")
     add("--rounds", type=int, default=3)
+    add("--many", type=int, default=1000, help="shards for the time to the first batch")
+    add("--shuffled", type=int, default=4096, help="samples for the growth of memory")
     add("--shards", default="results/data_pipeline", help="folder for the shards")
     add("--results", default="results", help="folder for the JSON file")
     add("--row", help=argparse.SUPPRESS)
-    options = parsed.parse_args()
-    if options.row:
-        print(json.dumps(measure(options.row, options)))
-        return
-    options.data = options.data or write_shards(
-        options.shards, options.samples, options.short_side, options.samples // 10
-    )
-    many = write_shards(options.shards, 16_000, 96, 16)
-
-    runs = {name: [] for name in (*LIMITS, *OURS, RIVAL)}
-    for _ in range(options.rounds):
-        for name, found in runs.items():
-            found.append(in_a_process(name, options.data))
-            print(name, found[-1], flush=True)
-    first = [in_a_process(FIRST_BATCH, many) for _ in range(options.rounds)]
-
-    limit = max(
-        statistics.median(run["samples a second"] for run in runs[name])
-        for name in LIMITS
-    )
-    rival = statistics.median(run["samples a second"] for run in runs[RIVAL])
-    rows = []
-    for name, found in runs.items():
-        speed, processor, growth = (
-            statistics.median(run[field] for run in found)
-            for field in ("samples a second", "ms a sample", "growth")
-        )
-        rows.append(
-            {
-                "pipeline": name,
-                "samples a second": round(speed),
-                "of the limit": f"{speed / limit:.0%}",
-                "times open_clip": f"{speed / rival:.2f}",
-                "processor time (ms a sample)": f"{processor:.2f}",
-                "memory growth (MiB an epoch)": "" if name in LIMITS else round(growth),
-            }
-        )
-    seconds = statistics.median(run["seconds"] for run in first)
-    shards = pathlib.Path(options.data)
-    publish(
-        f"{options.results}/data_pipeline-{shards.parent.name}.json",
-        f"{shards.parent.name}/{shards.name}, crops of {options.image_size} px, "
-        f"batches of {options.batch_size}; "
-        f"first batch of 1,000 shards after {seconds:.2f} s",
-        rows,
-        runs=runs,
-        first_batch=first,
-    )
+    return parsed.parse_args()
 
 
-def in_a_process(name, data):
-    command = [sys.executable, *sys.argv, "--row", name, "--data", data]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(found.stdout.splitlines()[-1])
+# === Rows, each in a process of its own ===
 
 
-def measure(name, options):
-    if name in LIMITS:
-        return limit(name, options)
-    if name == FIRST_BATCH:
-        return first_batch(options)
-    batches, images_of = (
-        open_clip(options)
-        if name == RIVAL
-        else (ours(name, options), lambda b: b["images"])
-    )
-    samples, memory = 0, []
-    start, processor = time.perf_counter(), processor_time()
-    for _ in range(options.epochs):
-        samples += sum(len(images_of(batch)) for batch in batches)
-        memory.append(resident())
-    return {
-        "samples a second": samples / (time.perf_counter() - start),
-        "ms a sample": 1e3 * (processor_time() - processor) / samples,
-        "growth": (memory[-1] - memory[1]) / (options.epochs - 2),
-    }
-
-
-def limit(name, options):
+def decode(options):
+    """Decodes every image, and nothing else."""
     import io
     from concurrent.futures import ThreadPoolExecutor
 
@@ -135,53 +168,31 @@ def limit(name, options):
 
     import keras_cluster_mask as kcm
 
-    shards = kcm.data.list_shards(options.data)
-    files = [
-        s["jpg"] for shard in shards for s in kcm.data.read_samples(shard, {"jpg"})
-    ]
-    if name == LIMITS[0]:
-
-        def decode_all():
-            with ThreadPoolExecutor(cores()) as threads:
-                for _ in threads.map(lambda x: Image.open(io.BytesIO(x)).load(), files):
-                    pass
-    else:
-        import tensorflow as tf
-
-        data = tf.data.Dataset.from_tensor_slices(files)
-        # Only one pixel is returned, so that no image is copied.
-        data = data.map(
-            lambda x: tf.io.decode_jpeg(x, dct_method="INTEGER_ACCURATE")[0, 0],
-            num_parallel_calls=cores(),
-        ).batch(64)
-
-        def decode_all():
-            for _ in data:
-                pass
-
-    start, processor = time.perf_counter(), processor_time()
-    decode_all()
+    files = []
+    for shard in kcm.data.list_shards(options.data):
+        with tarfile.open(shard) as archive:
+            files += [
+                archive.extractfile(each).read()
+                for each in archive
+                if each.name.endswith(".jpg")
+            ]
+    start, processor = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(cores()) as threads:
+        for _ in threads.map(lambda x: Image.open(io.BytesIO(x)).load(), files):
+            pass
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
     return {
-        "samples a second": len(files) / (time.perf_counter() - start),
-        "ms a sample": 1e3 * (processor_time() - processor) / len(files),
-        "growth": 0,
+        "images/s": len(files) / seconds,
+        PARENT: 1e3 * processor / len(files),
+        **dict.fromkeys((CHILDREN, RSS, PSS), 0),
     }
 
 
-def ours(name, options):
-    import keras_cluster_mask as kcm
-
-    return getattr(kcm.data, name)(
-        options.data,
-        kcm.data.CLIPTokenizer.from_open_clip(),
-        options.image_size,
-        options.batch_size,
-        training=True,
-        seed=0,
-        crop_scale=CROP,
-        # As many as open_clip's.
-        shuffle_buffer=1000,
-    )
+def ours(options, num_workers, keras_at_top=""):
+    # Only the workers import this script again.
+    os.environ["KERAS_AT_TOP"] = keras_at_top
+    batches = iter(dataset_of(options, num_workers)())
+    return speed(batches, lambda batch: batch["images"], options)
 
 
 def open_clip(options):
@@ -190,76 +201,124 @@ def open_clip(options):
     import torch
     from open_clip_train import data
 
-    import keras_cluster_mask as kcm
-
     torch.set_num_threads(1)
-    shards = kcm.data.list_shards(options.data)
-    # Its own buffer is of 5,000: as many as ours, in its two processes together.
+    # Its own buffer of 5,000 would hold all samples, in each process.
     data._SAMPLE_SHUFFLE_SIZE = data._SAMPLE_SHUFFLE_INITIAL = 500
-    arguments = argparse.Namespace(
-        train_data=options.data,
-        train_num_samples=sum(
-            1 for shard in shards for _ in kcm.data.read_samples(shard, {"txt"})
-        ),
-        train_data_upsampling_factors=None,
-        dataset_resampled=False,
-        batch_size=options.batch_size,
-        workers=cores(),
-        world_size=1,
-        seed=0,
-    )
     found = data.get_wds_dataset(
-        arguments,
+        argparse.Namespace(
+            train_data=options.data,
+            train_num_samples=options.samples,
+            train_data_upsampling_factors=None,
+            dataset_resampled=False,
+            batch_size=options.batch_size,
+            workers=cores(),
+            world_size=1,
+            seed=0,
+        ),
         package.image_transform(options.image_size, is_train=True),
         is_train=True,
         floor=True,
         tokenizer=package.get_tokenizer("ViT-B-32"),
     )
-    return found.dataloader, lambda batch: batch[0]
+    epochs = itertools.repeat(found.dataloader)
+    return speed(itertools.chain.from_iterable(epochs), lambda batch: batch[0], options)
 
 
-def first_batch(options):
+def speed(batches, images_of, options):
+    """Reads an epoch, and then measures several."""
+    per_epoch = options.samples // options.batch_size
+    for _ in itertools.islice(batches, per_epoch):
+        pass
+    images, start = 0, time.perf_counter()
+    parent, workers = time.process_time(), workers_time()
+    for batch in itertools.islice(batches, options.epochs * per_epoch):
+        images += len(images_of(batch))
+    seconds = time.perf_counter() - start
+    parent, workers = time.process_time() - parent, workers_time() - workers
+    found = {
+        "images/s": images / seconds,
+        PARENT: 1e3 * parent / images,
+        CHILDREN: 1e3 * workers / images,
+    }
+    files = [f"{w.pid}/smaps_rollup" for w in multiprocessing.active_children()]
+    for name in (RSS, PSS):
+        memory = [mebibytes(file, name[:3].capitalize()) for file in files]
+        found[name] = statistics.fmean(memory or [0])
+    return found
+
+
+def first_batch(options, share=0.0):
+    """The time to the first batch, or to that after a share of an epoch."""
+    make = dataset_of(options)
+    start = time.perf_counter()
+    dataset = make()
+    dataset.start = int(share * len(dataset))
+    next(iter(dataset))
+    return {"value": time.perf_counter() - start}
+
+
+def growth(options):
+    """How far memory grows, at most, in an epoch and in the first eighth of it."""
+    batches = iter(dataset_of(options)())
+    # The peak is counted from here on.
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before, peaks = mebibytes("self/status", "VmRSS"), []
+    steps = options.samples // options.batch_size
+    for count in (steps // 8, steps - steps // 8):
+        for _ in itertools.islice(batches, count):
+            pass
+        peaks.append(mebibytes("self/status", "VmHWM") - before)
+    return {"value": peaks[1], "in the first eighth": peaks[0]}
+
+
+def dataset_of(options, num_workers=0):
+    """A function that makes the dataset, when all that it needs is imported."""
     import keras_cluster_mask as kcm
 
-    tokenizer = kcm.data.CLIPTokenizer.from_open_clip()
-    start = time.perf_counter()
-    batches = kcm.data.ImageTextBatches(
-        options.data, tokenizer, options.image_size, options.batch_size, training=True
+    return functools.partial(
+        kcm.data.image_text_dataset,
+        options.data,
+        kcm.data.CLIPTokenizer.from_open_clip(),
+        options.image_size,
+        options.batch_size,
+        training=True,
+        format="grain",
+        crop_scale=CROP,
+        num_workers=num_workers,
     )
-    next(iter(batches))
-    return {"seconds": time.perf_counter() - start}
 
 
-def resident():
-    """MiB in memory of this process and its children."""
+def workers_time():
+    """Seconds that the worker processes have computed."""
     total = 0
-    for process in (os.getpid(), *children()):
-        with contextlib.suppress(OSError, IndexError):
-            status = pathlib.Path(f"/proc/{process}/status").read_text()
-            total += int(status.partition("VmRSS:")[2].split()[0]) / 1024
-    return total
+    for worker in multiprocessing.active_children():
+        stat = pathlib.Path(f"/proc/{worker.pid}/stat").read_text()
+        total += sum(map(int, stat.rpartition(")")[2].split()[11:13]))
+    return total / os.sysconf("SC_CLK_TCK")
 
 
-def processor_time():
-    """Seconds that this process and its children, running or not, have computed."""
-    total = sum(os.times()[:4])
-    for process in children():
-        with contextlib.suppress(OSError):
-            fields = (
-                pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
-            )
-            user, system = fields.split()[11:13]
-            total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-    return total
-
-
-def children():
-    found = pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    return [*map(int, found.split())]
+def mebibytes(file, field):
+    """An entry of a file below `/proc` about memory."""
+    content = pathlib.Path(f"/proc/{file}").read_text()
+    return int(content.partition(f"{field}:")[2].split()[0]) / 1024
 
 
 def cores():
     return len(os.sched_getaffinity(0))
+
+
+ROWS = {
+    LIMIT: decode,
+    NONE: functools.partial(ours, num_workers=0),
+    ONE: functools.partial(ours, num_workers=1),
+    TWO: functools.partial(ours, num_workers=2),
+    TOP: functools.partial(ours, num_workers=2, keras_at_top="yes"),
+    RIVAL: open_clip,
+    FIRST: first_batch,
+    LATE: functools.partial(first_batch, share=0.9),
+    SMALL_GROWTH: growth,
+    LARGE_GROWTH: growth,
+}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from PIL import Image
 from reporting import parser, publish
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import Fault, PairReader
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 
@@ -48,7 +50,7 @@ def main():
         with torch.no_grad():
             return model.encode_image(pixels[None], normalize=True)[0].numpy()
 
-    batches = kcm.data.ImageTextBatches(
+    batches = kcm.data.image_text_dataset(
         options.data,
         lambda captions: [[0]] * len(captions),
         options.image_size,
@@ -56,8 +58,7 @@ def main():
         training=False,
         include_keys=True,
         image_keys=IMAGE_KEYS,
-        # Keeps the order of the samples in the shards.
-        num_threads=1,
+        format="grain",
     )
     contents = plain_images(options.data)
     largest, means, levels, cosines = 0, [], [], []
@@ -99,16 +100,16 @@ def main():
 
 def plain_images(data):
     """The bytes of images that both treat alike, by key."""
+    index = open_index(data, PairReader(IMAGE_KEYS))
     found = {}
-    for shard in kcm.data.list_shards(data):
-        for sample in kcm.data.read_samples(shard, IMAGE_KEYS):
-            content = next((sample[k] for k in IMAGE_KEYS if k in sample), None)
-            if content is None:
-                continue
-            image = Image.open(io.BytesIO(content))
-            differs = {"exif", "transparency"} & image.info.keys()
-            if image.mode in ("RGB", "L") and not differs:
-                found[sample["__key__"]] = content
+    for number in range(len(index)):
+        (pair,) = index.read([number])
+        if isinstance(pair, Fault):
+            continue
+        image = Image.open(io.BytesIO(pair.image))
+        differs = {"exif", "transparency"} & image.info.keys()
+        if image.mode in ("RGB", "L") and not differs:
+            found[pair.key] = pair.image
     return found
 
 

@@ -1,11 +1,11 @@
 """The data of `quality.py`, and the scores of a model on it."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import keras_cluster_mask as kcm
 
@@ -79,7 +79,7 @@ class Data:
         self._read = {}
 
     def training_batches(self, seed, steps, background):
-        """`steps` batches; other seeds give other crops and another order."""
+        """`steps` batches as a dataset; other seeds give other crops and orders."""
         recipe = self.recipe
         dataset = kcm.data.image_text_dataset(
             self.shards["train"],
@@ -91,15 +91,13 @@ class Data:
             horizontal_flip=recipe.horizontal_flip,
             background=background,
             seed=seed,
+            format="tf",
         )
-        return dataset.repeat().take(steps)
+        return dataset.take(steps)
 
     def read(self, split, limit=None, background="white"):
         """Images and captions of a split as arrays, the first `limit` of them."""
         if (split, limit, background) not in self._read:
-            # A pipeline's seed counts together with TensorFlow's own: without this,
-            # random backgrounds would depend on what ran before.
-            tf.random.set_seed(0)
             dataset = kcm.data.image_text_dataset(
                 self.shards[split],
                 self.tokenizer,
@@ -108,9 +106,10 @@ class Data:
                 training=False,
                 background=background,
                 include_captions=True,
+                format="grain",
             )
             batches = list(
-                dataset.take(-1 if limit is None else limit // 100).as_numpy_iterator()
+                itertools.islice(dataset, None if limit is None else limit // 100)
             )
             images = np.concatenate([batch["images"] for batch in batches])
             captions = np.concatenate([batch["captions"] for batch in batches])

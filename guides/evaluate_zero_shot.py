@@ -67,8 +67,9 @@ print(f"Backend: {keras.backend.backend()}; results go to {RESULTS.resolve()}")
 """
 ## Data
 
-`ImageTextBatches` reads shards, manifests and folders of images. For evaluation it gives
-every image once, in order, with the center crop of open_clip.
+`image_text_dataset` reads shards, tables and folders of images. For evaluation it gives every
+image once, in order, with the center crop of open_clip. `format="grain"` gives NumPy arrays on
+every backend.
 """
 
 captions = kcm.data.read_captions(TRAIN)
@@ -85,12 +86,13 @@ else:
 
 def batches(source):
     """Images with their captions, for evaluation."""
-    return kcm.data.ImageTextBatches(
+    return kcm.data.image_text_dataset(
         source,
         tokenizer,
         image_size=image_size,
         batch_size=BATCH_SIZE,
         training=False,
+        format="grain",
         include_captions=True,
     )
 
@@ -112,7 +114,7 @@ if not MODEL:
     )
     masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5, seed=1)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
-    train = kcm.data.ImageTextBatches(
+    train = kcm.data.image_text_dataset(
         TRAIN,
         tokenizer,
         image_size=image_size,
@@ -173,7 +175,7 @@ for name, value in recall.items():
 
 The model gets only the names of the classes. Each is put into templates, and an image is
 assigned to the class with the most similar texts. Usually the data has labels
-(`ImageTextBatches(..., label_key="cls")` for WebDataset, `label_key="folder"` for a folder
+(`image_text_dataset(..., label_key="cls")` for WebDataset, `label_key="folder"` for a folder
 for each class). This data set has captions only, so the guide uses the images whose caption
 contains exactly one of these words, and the word is their class.
 """

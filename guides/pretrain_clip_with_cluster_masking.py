@@ -200,11 +200,7 @@ Embed the queries and rank all held-out images by their similarity to each.
 """
 
 images = np.concatenate(
-    [
-        batch["images"]
-        for part in (validation, test)
-        for batch in part.as_numpy_iterator()
-    ]
+    [batch["images"] for part in (validation, test) for batch in part]
 )
 image_embeddings = kcm.evaluation.embed(model, images, verbose=0)["image_embeddings"]
 text_embeddings = kcm.evaluation.embed_texts(model, QUERIES, tokenizer, verbose=0)

@@ -42,10 +42,16 @@ about 330 GB:
 img2dataset --url_list cc12m.tsv --input_format tsv --url_col url --caption_col caption --output_format webdataset --output_folder cc12m --image_size 256 --resize_mode keep_ratio --processes_count 16 --thread_count 64
 ```
 
+Training reads an index of the shards, a small hidden file beside each. This command makes it
+in 16 processes, and prints the number of intact pairs and what is wrong with the others:
+
+```bash
+python -m keras_cluster_mask.data check "cc12m/*.tar" --workers 16
+```
+
 Some addresses no longer exist, so your shards hold fewer pairs than the paper's. Set `PAIRS`
-to the sum of `successes` in the files `cc12m/*_stats.json`; the schedule of the learning rate
-depends on it. `HELD_OUT` names shards for evaluation, which must not be among those of
-`TRAIN`.
+to the number that `check` prints; the schedule of the learning rate depends on it. `HELD_OUT`
+names shards for evaluation, which must not be among those of `TRAIN`.
 """
 
 import os
@@ -86,6 +92,7 @@ WARMUP_STEPS = setting("WARMUP_STEPS", 2000)
 WEIGHT_DECAY = setting("WEIGHT_DECAY", 0.2)
 DTYPE = setting("DTYPE", "mixed_bfloat16")
 SAVE_EVERY = setting("SAVE_EVERY", 500)
+NUM_WORKERS = setting("NUM_WORKERS", 0)  # Of each process; see Data.
 SEED = setting("SEED", 1)
 
 STEPS_PER_EPOCH = PAIRS // BATCH_SIZE
@@ -174,6 +181,17 @@ trained on the captions of the first shards.
 
 The crops are those of open_clip, on which the authors' code is built: at least nine tenths of
 the area.
+
+The threads of a Python process decode up to about 3,000 images a second. If the devices of a
+process train faster, set `NUM_WORKERS`; the batches stay the same. Each worker process imports
+the file that the program was started with, so start this guide from a file of three lines:
+
+```python
+if __name__ == "__main__":
+    import runpy
+
+    runpy.run_path("guides/pretrain_on_cc12m.py")
+```
 """
 
 keras.utils.set_random_seed(SEED)
@@ -205,13 +223,13 @@ def training_data(batch_size, **options):
     )
 
 
-train = training_data(BATCH_SIZE)
+train = training_data(BATCH_SIZE, num_workers=NUM_WORKERS)
 
 """
 ## The threshold
 
-`adapt` finds the threshold that masks half of the patches on average over 10,000 images. As in
-the authors' search, this includes the patches masked to reach the minimum share. It needs a
+`adapt` finds the threshold that masks half of the patches on average over up to 10,000 images.
+As in the authors' search, this includes the patches masked to reach the minimum share. It needs a
 minimum below the average, so all presets use the threshold found at a beta of 0.3, that of the
 authors' published command. With it `rgb_0.5` masks more than half; the metric `mask_ratio`
 shows how much.
@@ -220,10 +238,13 @@ shows how much.
 threshold = None
 if getattr(PRESETS[PRESET](), "threshold", None) is not None:
     # Every process reads the same images and finds the same threshold.
-    sample = training_data(batch_size=64, process=(0, 1)).as_numpy_iterator()
+    sample = training_data(batch_size=64, process=(0, 1), format="grain")
     search = clusters(min_mask_ratio=0.3)
     # The model normalises images before the masking sees them.
-    search.adapt(kcm.models.pixels.normalize_pixels(b["images"]) for b in sample)
+    search.adapt(
+        kcm.models.pixels.normalize_pixels(batch["images"])
+        for _, batch in zip(range(len(sample)), sample)
+    )
     threshold = float(search.threshold)
 say(f"{PRESET}: threshold {threshold}, {STEPS} steps; results go to {RESULTS}")
 

@@ -17,6 +17,7 @@ of it in a few minutes:
 - batches larger than memory,
 - several devices, here two virtual ones of a CPU,
 - samples divided among processes, and epochs of a fixed number of steps,
+- worker processes that decode images,
 - a run that is interrupted, resumes and ends at the same weights,
 - samples and tokens per second, with and without masking, and
 - a locked image tower, learning rates by tower, tuning on whole images, a higher resolution,
@@ -134,14 +135,12 @@ One step of gradient descent at a learning rate of 1 changes the weights by the 
 the weights show whether the gradients are the same.
 """
 
-one_batch = training_data().take(1).cache()
-
 
 def gradients(**options):
     model = make_model(clusters(), **options)
     model.compile(keras.optimizers.SGD(1.0))
     before = weights_of(model)
-    model.fit(one_batch, verbose=0)
+    model.fit(training_data(), steps_per_epoch=1, verbose=0)
     return before - weights_of(model)
 
 
@@ -213,15 +212,15 @@ if BACKEND == "jax":
 ## Samples by process
 
 With several processes, `image_text_dataset` gives each process its part of every batch: with
-the same `seed` all shuffle in the same order, and each decodes only its own samples. Every
-process reads all shards, so that the batches are those of a single process. Here one process
-reads the parts of two.
+the same `seed` all shuffle in the same order, and each reads and decodes only its own samples.
+The batches are those of a single process. Here one process reads the parts of two, as NumPy
+arrays.
 """
 
 
 def first_keys(process):
-    data = training_data(HELD_OUT, include_keys=True, process=process)
-    return next(iter(data.as_numpy_iterator()))["keys"].tolist()
+    data = training_data(HELD_OUT, format="grain", include_keys=True, process=process)
+    return next(iter(data))["keys"].tolist()
 
 
 both = [first_keys((0, 2)), first_keys((1, 2))]
@@ -230,13 +229,36 @@ for index, keys in enumerate(both):
 say(f"together the batch of one process: {both[0] + both[1] == first_keys((0, 1))}")
 
 """
+## Worker processes
+
+The threads of one Python process decode up to about 3,000 images a second, whatever the number
+of processors. If accelerators train faster than that, `num_workers` processes read and decode.
+The batches stay the same, and `fit` starts the workers once.
+
+Each worker imports the file that the program was started with. A file with the code of the
+training at its top level, as this guide has it, would train in every worker. Put the training
+into a function of a module, here `my_training.main`, and start it from a file that imports
+nothing else, so that workers also save the memory of Keras:
+
+```python
+# train.py
+if __name__ == "__main__":
+    import my_training
+
+    my_training.main(num_workers=8)
+```
+"""
+
+"""
 ## Runs that resume
 
 `kcm.callbacks.Checkpoint` saves the complete state of a run: weights, optimizer, seeds,
 metrics, history and the position in the data. With `resume_from` the same program, started
-again, continues from the last checkpoint, also within an epoch. A checkpoint takes the space
-of the weights and the optimizer's moments, and a killed run loses the steps since the last
-one; `save_every` balances the two.
+again, continues from the last checkpoint, also within an epoch. It reads no sample before that
+position again. The number of processes and of workers may change; other data, another
+`seed` or another batch size are refused. A checkpoint takes the space of the weights and the
+optimizer's moments, and a killed run loses the steps since the last one; `save_every` balances
+the two.
 
 An epoch of web-scale shards is long. `steps_per_epoch` sets the number of steps between
 logs, validation and the checkpoint at the end of an epoch, and the next epoch continues in
@@ -312,13 +334,17 @@ models = {
 }
 for name in ("no masking", "random 50 %"):
     models[name].compile(keras.optimizers.AdamW(1e-3, weight_decay=0.2))
-in_memory = training_data().take(5).cache()
+batches = [batch for _, batch in zip(range(5), training_data(format="grain"))]
+in_memory = {key: np.concatenate([x[key] for x in batches]) for key in batches[0]}
 speeds, tokens = dict.fromkeys(models, 0.0), {}
 # In turn, and the best of four: other load on the machine slows all models equally.
 for _ in range(4):
     for name, model in models.items():
         logs = model.fit(
-            in_memory, callbacks=[kcm.callbacks.Throughput()], verbose=0
+            in_memory,
+            batch_size=len(batches[0]["images"]),
+            callbacks=[kcm.callbacks.Throughput()],
+            verbose=0,
         ).history
         tokens[name] = logs["tokens_per_second"][0] / logs["samples_per_second"][0]
         speeds[name] = max(speeds[name], logs["samples_per_second"][0])
@@ -403,9 +429,9 @@ LARGER = IMAGE_SIZE * 4 // 3
 def read(image_size):
     """A batch of held-out images at a resolution."""
     data = kcm.data.image_text_dataset(
-        HELD_OUT, tokenizer, image_size, BATCH_SIZE, training=False
+        HELD_OUT, tokenizer, image_size, BATCH_SIZE, training=False, format="grain"
     )
-    return next(iter(data.as_numpy_iterator()))["images"]
+    return next(iter(data))["images"]
 
 
 larger = kcm.ContrastiveModel.from_backbone(

@@ -1,5 +1,6 @@
 """Batches of images, and of what belongs to them, from data of any kind."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,9 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
 
     Args:
         data: Arrays, or an iterable of batches (a `tf.data.Dataset`, a `PyDataset`, a
-            list, a generator). A batch is a dictionary with the key `"images"`, a pair
-            `(images, labels)`, or images alone. One such dictionary, pair or array of
-            images holds all data.
+            list, a generator); of an endless `image_text_dataset` one epoch is read. A
+            batch is a dictionary with the key `"images"`, a pair `(images, labels)`, or
+            images alone. One such dictionary, pair or array of images holds all data.
         batch_size: Integer. The size of batches that are cut from arrays. Other data
             keeps its own batches.
 
@@ -44,8 +45,16 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
                 "`data` must be arrays or an iterable of batches. "
                 f"Received: data={data} of type {type(data).__name__}"
             ) from None
+    if stream_of(data) is not None:
+        batches = itertools.islice(batches, len(data))
     for batch in batches:
         yield _arrays(_dictionary(batch))
+
+
+def stream_of(data: Any):
+    """The endless `ImageTextDataset` that data is or was made of, or `None`."""
+    stream = getattr(data, "stream", None)
+    return stream if getattr(stream, "training", False) else None
 
 
 def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray]:

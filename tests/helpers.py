@@ -212,6 +212,46 @@ def dino_encoder():
     )
 
 
+# === Logs ===
+
+
+class TokenLog(keras.layers.Layer):
+    """Passes token ids on, and remembers the first of each row that is trained on.
+
+    Args:
+        steps: int. The number of batches for which there is space.
+        rows: int. The number of rows of a batch, on all devices together.
+    """
+
+    def __init__(self, steps, rows):
+        super().__init__()
+        self.steps, self.rows = steps, rows
+
+    def build(self, shape):
+        options = dict(
+            initializer="zeros",
+            dtype="int32",
+            trainable=False,
+            aggregation="only_first_replica",
+        )
+        self.seen = self.add_weight(shape=(self.steps, self.rows), **options)
+        self.count = self.add_weight(shape=(), **options)
+
+    def call(self, ids, training=False):
+        if training:
+            rows = kcm.distribution.replicas.all_gather(ids)[:, 0]
+            is_next = ops.arange(self.steps)[:, None] == self.count
+            self.seen.assign(ops.where(is_next, rows[None], self.seen.value))
+            self.count.assign_add(1)
+        return ids
+
+    def seen_tokens(self):
+        """int array (batches, rows)."""
+        count = int(ops.convert_to_numpy(self.count))
+        assert count <= self.steps
+        return ops.convert_to_numpy(self.seen)[:count]
+
+
 # === Maskings ===
 
 

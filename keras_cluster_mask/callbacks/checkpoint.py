@@ -23,7 +23,8 @@ class Checkpoint(keras.callbacks.Callback):
     seeds, the metrics of the running epoch, the history, and the position in the data.
     `ContrastiveModel.fit` says what a resumed run does.
 
-    The position is exact for an `image_text_dataset` with a `seed`. Other `tf.data`
+    An `image_text_dataset` continues with the next batch, also with another number of
+    workers or processes; other data, seeds or options are refused. Other `tf.data`
     datasets skip the steps that were done, so they must give the same batches each
     time; arrays need `shuffle=False` to be saved within an epoch. The state of other
     callbacks is not saved.
@@ -159,7 +160,6 @@ class Checkpoint(keras.callbacks.Callback):
             "step": run.total_steps,
             "epoch": run.epoch,
             "epoch_step": run.step,
-            "pairs": run.data.pairs,
             "data_origin": run.data.origin,
             "history": history,
             "description": {**describe(model), **run.data.describe()},

@@ -26,7 +26,7 @@ class Evaluation(Periodic):
         super().__init__(every)
         if isinstance(data, collections.abc.Iterator):
             raise ValueError(
-                "`data` must be readable more than once: arrays, `ImageTextBatches`, a "
+                "`data` must be readable more than once: arrays, a dataset, or a "
                 "`tf.data.Dataset` or a `PyDataset`. "
                 f"Received: an iterator of type {type(data).__name__}"
             )
@@ -118,7 +118,7 @@ class Retrieval(Evaluation):
 
     With several processes each evaluates all data, and the metrics are those of the
     main one. Give all of them the same callbacks and the same, whole data: on JAX an
-    `ImageTextBatches(..., process=(0, 1))`.
+    `image_text_dataset(..., process=(0, 1))`.
 
     Example:
 
@@ -271,7 +271,7 @@ def _check_same_everywhere(images):
     checksums = all_gather_object(zlib.crc32(np.ascontiguousarray(images)) >> 1)
     if len({*checksums}) > 1:
         raise ValueError(
-            "`data` must be the same, and whole, in each process: for an "
-            "`ImageTextBatches` or `image_text_dataset` pass `process=(0, 1)`. "
+            "`data` must be the same, and whole, in each process: pass "
+            "`process=(0, 1)` to `image_text_dataset`. "
             f"Received: images with the checksums {checksums} by process"
         )

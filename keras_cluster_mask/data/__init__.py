@@ -1,22 +1,21 @@
 """Image-text pairs for training and evaluation: shards, images and tokens."""
 
-from keras_cluster_mask.data.batches import ImageTextBatches
 from keras_cluster_mask.data.captions import read_captions
 from keras_cluster_mask.data.check import check
 from keras_cluster_mask.data.convert import convert
 from keras_cluster_mask.data.dataset import image_text_dataset
+from keras_cluster_mask.data.formats import list_shards
 from keras_cluster_mask.data.skipped import SkippedSamples
-from keras_cluster_mask.data.sources import list_shards, read_samples
+from keras_cluster_mask.data.stream import ImageTextDataset
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 
 __all__ = [
     "CLIPTokenizer",
-    "ImageTextBatches",
+    "ImageTextDataset",
     "SkippedSamples",
     "check",
     "convert",
     "image_text_dataset",
     "list_shards",
     "read_captions",
-    "read_samples",
 ]

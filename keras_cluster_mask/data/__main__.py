@@ -44,8 +44,18 @@ def _parser():
         description="Check and convert image-text data.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    title = "read every sample, decode every image, and list the broken ones"
+    title = "index shards, count their samples, and list the broken ones"
     add = _add_command(commands, "check", title)
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        dest="num_workers",
+        metavar="N",
+        help="processes that index shards; default: none",
+    )
+    add("--index", dest="index_dir", metavar="DIR", help="default: beside the shards")
+    add("--decode", action="store_true", help="read and decode every image, too")
     add("--json", metavar="FILE", help="write the result to this file, too")
     title = "write any readable source as tar shards"
     add = _add_command(commands, "convert", title)
@@ -87,7 +97,6 @@ def _add_command(commands, name, title):
         metavar="NAME",
         help="the field that holds the caption, such as json.caption; may be repeated",
     )
-    add("--num-threads", type=int, metavar="N", help="default: one per processor")
     add("--quiet", action="store_true", help="show no progress bar")
     return add
 

@@ -1,9 +1,10 @@
 """Reads all captions of a source, and chooses one caption per sample."""
 
-import contextlib
-
+from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
-from keras_cluster_mask.data.sources import ShardError, find_shards
+
+# Neighbours are read together.
+READ_TOGETHER = 64
 
 
 def read_captions(source, caption_key=None):
@@ -22,15 +23,14 @@ def read_captions(source, caption_key=None):
             `image_text_dataset`. Defaults to `None`: the usual names.
 
     Returns:
-        List of str, in the order of the files. Samples without a caption and the rest
-        of a damaged shard are left out.
+        List of str, in the order of the samples. Broken samples are left out.
     """
-    reader = PairReader(find_shards(source), caption_key=caption_key)
+    index = open_index(source, PairReader(caption_key=caption_key))
     captions = []
-    for shard in reader.shards:
-        with contextlib.suppress(ShardError, OSError):
-            for sample in shard.read(reader.caption_fields):
-                captions.extend(reader.captions(sample)[0])
+    for first in range(0, len(index), READ_TOGETHER):
+        numbers = range(first, min(first + READ_TOGETHER, len(index)))
+        for pair in index.read(list(numbers), with_images=False):
+            captions.extend(getattr(pair, "captions", ()))
     return captions
 
 
@@ -55,30 +55,26 @@ class CaptionChoice:
         self._templates = [each.partition("{}")[::2] for each in templates]
         self._training = training
 
-    def __call__(self, pairs, draws):
-        """Chooses the captions of pairs.
+    def __call__(self, pair, generator):
+        """The caption of a pair, bytes.
 
         Args:
-            pairs: list of `Pair`.
-            draws: array `(pairs, 2)` of floats from 0 to 1.
-
-        Returns:
-            list of bytes.
+            pair: `Pair`.
+            generator: `np.random.Generator`, which draws in training.
         """
-        return [self._one(pair, *draw) for pair, draw in zip(pairs, draws)]
+        caption = self._drawn(pair.captions, generator)
+        before, after = self._drawn(self._templates, generator)
+        return _encoded(f"{before}{caption}{after}")
 
     def all_of(self, pair):
         """All captions of a pair, each in the first template, as a tuple of bytes."""
         before, after = self._templates[0]
         return tuple(_encoded(f"{before}{text}{after}") for text in pair.captions)
 
-    def _one(self, pair, caption, template):
-        caption = self._drawn(pair.captions, caption)
-        before, after = self._drawn(self._templates, template)
-        return _encoded(f"{before}{caption}{after}")
-
-    def _drawn(self, choices, draw):
-        return choices[int(draw * len(choices)) if self._training else 0]
+    def _drawn(self, choices, generator):
+        if self._training and len(choices) > 1:
+            return choices[int(generator.integers(len(choices)))]
+        return choices[0]
 
 
 def _encoded(caption):

@@ -1,7 +1,6 @@
-"""`check`: reads every sample and decodes every image."""
+"""`check`: indexes shards, counts samples and faults, and may decode all images."""
 
 import collections
-import dataclasses
 import itertools
 import os
 from collections.abc import Sequence
@@ -9,16 +8,16 @@ from concurrent import futures
 
 from tqdm import tqdm
 
-from keras_cluster_mask.data.decoding import num_processors, read_image
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
-from keras_cluster_mask.data.pairs import Pair, PairReader
-from keras_cluster_mask.data.sources import find_shards
+from keras_cluster_mask.data.index import Index, open_index
+from keras_cluster_mask.data.pairs import Fault, PairReader
+from keras_cluster_mask.data.skipped import MAX_EXAMPLES
+from keras_cluster_mask.data.stream import num_processors
 
-# The number of images per thread that are read ahead.
-AHEAD = 4
+# The samples of a task, which are read together, and the tasks for each thread.
+TOGETHER, AHEAD = 16, 2
 # A JPEG that is reduced while it is decoded is still read to its last byte.
 TINY = 8, 8
-MAX_EXAMPLES = 100
 
 
 def check(
@@ -26,16 +25,17 @@ def check(
     *,
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
-    num_threads: int | None = None,
+    decode: bool = False,
+    index_dir: str | os.PathLike | None = None,
+    num_workers: int = 0,
     verbose: bool = False,
 ) -> dict:
-    """Reads every sample and decodes every image.
+    """Indexes shards, and counts their samples and their faults.
 
-    A sample is broken if `image_text_dataset` skips it: its image is missing or does
-    not decode, its caption is missing or empty, or its key is a duplicate within the
-    shard. A damaged shard counts as one broken sample, because the number of samples
-    after the damage is unknown. Consecutive rows of a table that name the same image
-    are one sample.
+    A sample is broken if it has no image or no caption, or if its key is a duplicate
+    within the shard. A damaged shard counts as one broken sample, because the number of
+    samples after the damage is unknown. Shards that are indexed already and have not
+    changed are not read again, so that an interrupted check continues.
 
     Example:
 
@@ -48,26 +48,39 @@ def check(
         source: str or path, or a list of them; see `list_shards`.
         image_keys: str or sequence of str; see `image_text_dataset`.
         caption_key: str or sequence of str; see `image_text_dataset`.
-        num_threads: int. The number of images that are decoded at the same time.
-            Defaults to `None`: the number of processors.
+        decode: bool. Whether to read and decode every image, too. Defaults to `False`.
+        index_dir: str or path; see `image_text_dataset`.
+        num_workers: int. The number of processes that build the index. A program that
+            uses them needs `if __name__ == "__main__":`. Defaults to `0`: none.
         verbose: bool. Whether to show a progress bar. Defaults to `False`.
 
     Returns:
         dict: `"samples"`, the number of intact samples; `"broken"`, the number of
-        broken ones; `"by_reason"`, a dict from each reason to a count; and
-        `"first_broken"`, the first 100 broken samples as dicts of `"shard"`, `"key"`,
-        `"reason"` and `"details"`.
+        broken ones; `"by_reason"`, a dict from each reason to a count; `"by_shard"`, a
+        dict from the names of shards with broken samples to such dicts; and
+        `"first_broken"`, 100 broken samples as dicts of `"shard"`, `"key"`, `"reason"`
+        and `"details"`.
 
     Raises:
         FileNotFoundError: If a shard is missing.
     """
-    samples = IntactSamples(source, image_keys, caption_key, num_threads)
-    count = sum(1 for _ in samples.map(_decode, "check" if verbose else None))
-    return {"samples": count, **samples.broken()}
+    reader = PairReader(image_keys, caption_key)
+    index = open_index(source, reader, index_dir, num_workers, verbose)
+    report = Report(index)
+    # What is wrong with the samples of an object shows when they are read.
+    if not decode and isinstance(index, Index):
+        return {"samples": len(index), **report.result()}
+    function = _decode if decode else _keep
+    images = report.intact(each_sample(index, function, "check" if verbose else None))
+    return {"samples": sum(1 for _ in images), **report.result()}
 
 
 def _decode(pair):
-    decode_all(EncodedImage(read_image(pair.image)))
+    decode_all(EncodedImage(pair.image))
+
+
+def _keep(pair):
+    pass
 
 
 def decode_all(image):
@@ -82,116 +95,80 @@ def decode_all(image):
     image.whole(TINY)
 
 
-@dataclasses.dataclass(frozen=True)
-class BrokenSample:
-    """A broken sample, or a shard that is damaged from one sample on.
-
-    Attributes:
-        shard: str.
-        key: str, or None if it is unknown.
-        reason: str. One of a few, for counting.
-        details: str, or None if nothing more is known.
-    """
-
-    shard: str
-    key: str | None
-    reason: str
-    details: str | None = None
-
-
-class IntactSamples:
-    """The intact samples of shards in order, and the account of the broken ones.
+class Report:
+    """Counts broken samples.
 
     Args:
-        source: As for `list_shards`.
-        image_keys: As for `image_text_dataset`.
-        caption_key: As for `image_text_dataset`.
-        num_threads: int, or None for the number of processors.
+        index: `Index`.
     """
 
-    def __init__(self, source, image_keys=None, caption_key=None, num_threads=None):
-        self._reader = PairReader(find_shards(source), image_keys, caption_key)
-        self._num_threads = num_threads or num_processors()
-        self._by_reason = collections.Counter()
-        self._first_broken = []
+    def __init__(self, index):
+        self._counts = collections.defaultdict(collections.Counter)
+        for shard, counts in index.faults.by_shard.items():
+            self._counts[shard].update(counts)
+        self._examples = list(itertools.islice(index.broken(), MAX_EXAMPLES))
 
-    def broken(self):
+    def intact(self, samples):
+        """Passes on what is no `Fault`, and counts those."""
+        for sample in samples:
+            if not isinstance(sample, Fault):
+                yield sample
+                continue
+            self._counts[sample.shard][sample.reason] += 1
+            if len(self._examples) < MAX_EXAMPLES:
+                self._examples.append(sample)
+
+    def result(self):
         """The entries about broken samples in what the commands return."""
+        total = sum(self._counts.values(), collections.Counter())
         return {
-            "broken": self._by_reason.total(),
-            "by_reason": dict(sorted(self._by_reason.items())),
-            "first_broken": [dataclasses.asdict(each) for each in self._first_broken],
+            "broken": total.total(),
+            "by_reason": dict(sorted(total.items())),
+            "by_shard": {shard: dict(n) for shard, n in sorted(self._counts.items())},
+            "first_broken": [fault._asdict() for fault in self._examples],
         }
 
-    def map(self, function, progress=None):
-        """Applies a function to each sample in threads.
 
-        Args:
-            function: Function of a `Pair`. May raise `UnreadableImage`.
-            progress: str. The title of a progress bar, or None for no bar.
+def each_sample(index, function, progress=None):
+    """Applies a function to each sample in threads, in the order of the index.
 
-        Yields:
-            tuple: The `Pair` and what the function returned, in the order of the files.
-        """
+    Args:
+        index: `Index`.
+        function: Function of a `Pair`. May raise `UnreadableImage`.
+        progress: str. The title of a progress bar, or None for no bar.
 
-        def apply(sample):
-            if isinstance(sample, BrokenSample):
-                return sample, None
-            try:
-                return sample, function(sample)
-            except UnreadableImage as error:
-                return BrokenSample(sample.shard, sample.key, str(error)), None
+    Yields:
+        tuple: The `Pair` and what the function returned; or a `Fault`.
+    """
 
-        bar = tqdm(unit=" samples", disable=progress is None)
-        waiting = collections.deque()
-        # Rows of a table that name the same image follow one another.
-        groups = itertools.groupby(self._samples(bar, progress), _image_file)
-        with bar, futures.ThreadPoolExecutor(self._num_threads, "decode") as threads:
-            try:
-                for _, group in groups:
-                    waiting.append(threads.submit(apply, _merged(*group)))
-                    if len(waiting) > AHEAD * self._num_threads:
-                        yield from self._intact(*waiting.popleft().result())
-                while waiting:
-                    yield from self._intact(*waiting.popleft().result())
-            finally:
-                threads.shutdown(wait=True, cancel_futures=True)
+    def apply(first):
+        numbers = range(first, min(first + TOGETHER, len(index)))
+        return [one(sample) for sample in index.read(list(numbers))]
 
-    def _samples(self, bar, progress):
-        shards = self._reader.shards
-        broken = []
+    def one(sample):
+        if isinstance(sample, Fault):
+            return sample
+        try:
+            return sample, function(sample)
+        except UnreadableImage as error:
+            return Fault(sample.shard, sample.key, str(error))
 
-        def report(shard, key, reason, details):
-            if reason is not None:
-                broken.append(BrokenSample(shard, key, reason, details))
-
-        for number, shard in enumerate(shards, 1):
-            bar.set_description_str(f"{progress}: shard {number} of {len(shards)}")
-            for pair in self._reader.read(shard, report):
-                yield from broken
-                broken.clear()
-                yield pair
-                bar.update()
-            yield from broken
-            broken.clear()
-
-    def _intact(self, sample, result):
-        if isinstance(sample, Pair):
-            yield sample, result
-            return
-        self._by_reason[sample.reason] += 1
-        if len(self._first_broken) < MAX_EXAMPLES:
-            self._first_broken.append(sample)
-
-
-def _image_file(sample):
-    """The name of a sample's image file; for any other sample, an object of its own."""
-    is_file = isinstance(sample, Pair) and isinstance(sample.image, str)
-    return sample.image if is_file else object()
-
-
-def _merged(first, *others):
-    if not others:
-        return first
-    captions = sum((other.captions for other in others), first.captions)
-    return dataclasses.replace(first, captions=captions)
+    threads = num_processors()
+    tasks = collections.deque()
+    bar = tqdm(
+        total=len(index), desc=progress, unit=" samples", disable=progress is None
+    )
+    with bar, futures.ThreadPoolExecutor(threads, "decode") as pool:
+        try:
+            for first in range(0, len(index), TOGETHER):
+                tasks.append(pool.submit(apply, first))
+                if len(tasks) > AHEAD * threads:
+                    done = tasks.popleft().result()
+                    bar.update(len(done))
+                    yield from done
+            while tasks:
+                done = tasks.popleft().result()
+                bar.update(len(done))
+                yield from done
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -4,23 +4,37 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import os
 import re
+import shutil
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Sequence
 
+import fsspec
 from PIL import Image
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.check import IntactSamples, decode_all
-from keras_cluster_mask.data.decoding import read_image
+from keras_cluster_mask.data.check import Report, decode_all, each_sample
+from keras_cluster_mask.data.formats import NoRandomAccess, find_shards
 from keras_cluster_mask.data.images import EncodedImage
-from keras_cluster_mask.data.pairs import IMAGE_KEYS
-from keras_cluster_mask.data.sources import list_shards
+from keras_cluster_mask.data.index import Index
+from keras_cluster_mask.data.pairs import IMAGE_KEYS, PairReader
+from keras_cluster_mask.data.parts import build_parts
 
 JPEG_QUALITY = 95
 # File names have at most 255 bytes; a number and an extension are appended.
 MAX_NAME = 200
+# By the first bytes of a file, its compression and the ending of its name.
+COMPRESSIONS = {
+    b"\x1f\x8b": ("gzip", r"\.t?gz$"),
+    b"BZh": ("bz2", r"\.t?bz2$"),
+    b"\xfd7zXZ": ("xz", r"\.t?xz$"),
+    b"\x5d\x00\x00\x80": ("lzma", r"\.t?lzma$"),
+    b"\x28\xb5\x2f\xfd": ("zstd", r"\.t?zst$"),
+}
 
 
 def convert(
@@ -32,7 +46,6 @@ def convert(
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
     overwrite: bool = False,
-    num_threads: int | None = None,
     verbose: bool = False,
 ) -> dict:
     """Writes samples as tar shards in the layout of WebDataset and img2dataset.
@@ -40,8 +53,11 @@ def convert(
     Samples keep their order and all their captions. `KEY.txt` holds the first caption,
     and where there are several, `KEY.json` holds all of them under `captions`. Keys
     stay as they are where a tar can hold them, and duplicates get a number. Images get
-    the extension of their actual format. Broken samples are left out and counted; see
-    `check`.
+    the extension of their actual format. Consecutive rows of a table that name the same
+    image become one sample. Broken samples are left out and counted; see `check`.
+
+    Compressed shards and those on servers that do not send parts of files, which
+    `image_text_dataset` cannot read, are copied to a temporary folder first.
 
     Each shard is written beside its place and renamed when it is complete. To repeat an
     interrupted conversion, pass `overwrite=True`.
@@ -66,8 +82,6 @@ def convert(
         caption_key: str or sequence of str; see `image_text_dataset`.
         overwrite: bool. Whether to replace existing shards. Shards with higher numbers
             are then removed, too. Defaults to `False`.
-        num_threads: int. The number of images that are decoded at the same time.
-            Defaults to `None`: the number of processors.
         verbose: bool. Whether to show a progress bar. Defaults to `False`.
 
     Returns:
@@ -86,24 +100,83 @@ def convert(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
     to = _ShardNames(to, overwrite)
-    to.check(list_shards(source))
-    samples = IntactSamples(source, image_keys, caption_key, num_threads)
-    encoded = samples.map(
-        lambda pair: _encoded(pair, image_size), "convert" if verbose else None
-    )
+    shards = find_shards(source)
+    to.check(shards)
+    with tempfile.TemporaryDirectory() as folder:
+        parts, copies = [], {}
+        for path, stamp in shards.items():
+            try:
+                parts += build_parts({path: stamp})
+            except NoRandomAccess:
+                copies[path] = _copy(path, folder)
+                parts += build_parts(find_shards(copies[path]))
+        reader = PairReader(image_keys, caption_key)
+        index = Index(list(shards), parts, reader, copies)
+        report = Report(index)
+        encoded = each_sample(
+            index,
+            lambda pair: _encoded(pair, image_size),
+            "convert" if verbose else None,
+        )
+        samples = _merged(report.intact(encoded))
+        shards, written = _write_shards(samples, to, samples_per_shard)
+    to.remove_from(len(shards))
+    return {"samples": written, "shards": shards, **report.result()}
+
+
+def _write_shards(samples, to, samples_per_shard):
+    """Writes samples; returns the names of the shards and the number of samples."""
     new_key = _UniqueKeys()
     shards, written = [], 0
     limit = samples_per_shard if to.numbered else None
-    while (first := next(encoded, None)) is not None:
+    while (first := next(samples, None)) is not None:
         shards.append(to.free(len(shards)))
-        rest = itertools.islice(encoded, limit and limit - 1)
+        rest = itertools.islice(samples, limit and limit - 1)
         with files.replacing(shards[-1]) as file, _open_tar(file) as archive:
             for pair, (extension, content) in itertools.chain([first], rest):
                 fields = {extension: content, **_caption_fields(pair.captions)}
                 _write(archive, new_key(pair.key), fields)
                 written += 1
-    to.remove_from(len(shards))
-    return {"samples": written, "shards": shards, **samples.broken()}
+    return shards, written
+
+
+def _copy(path, folder):
+    """Copies a shard, decompressed, into a folder; returns the path of the copy."""
+    system, name = files.file_system(path)
+    # The whole file, also from a server that sends nothing else.
+    whole = {"block_size": 0} if path.lower().startswith("http") else {}
+    with system.open(name, "rb", **whole) as file:
+        start = file.read(8)
+    found = (kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic))
+    compression, ending = next(found, (None, "$"))
+    name = re.sub(ending, "", path.rpartition("/")[2])
+    copy = os.path.join(tempfile.mkdtemp(dir=folder), name)
+    try:
+        with (
+            fsspec.open(path, "rb", compression=compression, **whole) as file,
+            open(copy, "wb") as target,
+        ):
+            shutil.copyfileobj(file, target, 2**20)
+    # Decompressors raise many kinds of errors, and fsspec for one that is missing.
+    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(
+            f"`source` must be shards that can be decompressed: {error}"
+            + (" (`pip install zstandard`)" if compression == "zstd" else "")
+            + f". Received: {path}"
+        ) from error
+    return copy
+
+
+def _merged(samples):
+    """Samples, of which those in sequence with the same image file are one."""
+
+    def image(sample):
+        return sample[0].path or object()
+
+    for _, group in itertools.groupby(samples, image):
+        (pair, encoded), *others = group
+        captions = sum((other.captions for other, _ in others), pair.captions)
+        yield pair._replace(captions=captions), encoded
 
 
 class _ShardNames:
@@ -169,7 +242,7 @@ def _real_path(path):
 
 def _encoded(pair, image_size):
     """The extension and the bytes of an image as they are written."""
-    content = read_image(pair.image)
+    content = pair.image
     image = EncodedImage(content)
     format = image.format
     if image_size and min(image.size) > image_size:

@@ -1,13 +1,26 @@
-"""Image-text pairs as a `tf.data.Dataset`."""
+"""`image_text_dataset`: from shards to batches for `fit` and evaluation."""
 
-from keras_cluster_mask.data.batches import ImageTextBatches
-from keras_cluster_mask.data.decoding import num_processors
-from keras_cluster_mask.data.tokenizing import apply_layer, check_tokenizer, is_layer
+import collections
+import numbers
+from collections.abc import Mapping
 
-try:
-    import tensorflow as tf
-except ImportError:
-    tf = None
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.backgrounds import check_background
+from keras_cluster_mask.data.captions import CaptionChoice
+from keras_cluster_mask.data.images import MAX_PIXELS, Cutter, height_and_width
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.order import Mix, Order
+from keras_cluster_mask.data.pairs import Labels, Pair, PairReader
+from keras_cluster_mask.data.samples import Indexes, Samples
+from keras_cluster_mask.data.skipped import SkippedSamples
+from keras_cluster_mask.data.stream import ImageTextDataset, Spec
+from keras_cluster_mask.data.tokenizing import Tokenize, check_tokenizer, is_layer
+
+# In object stores, runs of so many neighbours are read together, where a batch holds
+# enough of them to be well mixed.
+BLOCK, RUNS = 64, 16
+# The samples that are read to see whether any has what is asked for.
+EXAMPLES = 8
 
 
 def image_text_dataset(
@@ -17,122 +30,421 @@ def image_text_dataset(
     batch_size,
     training,
     *,
+    format=None,
+    seed=0,
+    image_keys=None,
+    caption_key=None,
+    caption_template=None,
+    label_key=None,
+    class_names=None,
+    resize="crop",
+    crop_scale=(0.4, 1.0),
+    horizontal_flip=False,
+    background="white",
+    image_transform=None,
     include_captions=False,
-    **options,
+    include_keys=False,
+    include_paths=False,
+    data_format=None,
+    max_image_pixels=MAX_PIXELS,
+    max_skipped=0.5,
+    sampling=None,
+    block_size=None,
+    process=None,
+    num_workers=0,
+    index_dir=None,
 ):
     """Batches of images and token ids from shards, for `fit` and evaluation.
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
-    by `KEY.txt`), TFRecord files, or tables (CSV, TSV, JSON lines) that name image
-    files. In training, the shards and the samples within a buffer are shuffled and each
-    image is cropped at random. Otherwise each sample is read once, in the order of the
-    files, with a center crop. Images are decoded in parallel and stay uint8: models
-    scale them on the device. Their EXIF orientation is applied, and transparent parts
-    are white.
+    by `KEY.txt`), TFRecord files, Parquet files, tables (CSV, TSV, JSON lines) that
+    name image files, or folders of images. They are indexed when they are used for the
+    first time: a small hidden file beside each shard holds the place of each sample.
+    `python -m keras_cluster_mask.data check SOURCE` does the same in several processes.
 
-    Broken samples (a missing image, a missing or empty caption, bytes that do not
-    decode or are too large, a duplicate key) and the rest of damaged shards are
-    skipped. The attribute `dataset.skipped` of the returned dataset, a
-    `SkippedSamples`, counts them for the current or last pass, and a warning summarizes
-    each pass. Methods such as `dataset.take` return datasets without this attribute.
+    In training, the dataset is an endless stream. Each epoch is a new permutation of
+    all samples, its last partial batch is carried over to the next, and each image is
+    cropped at random. `len(dataset)` is the number of full batches in an epoch. Equal
+    seeds give equal batches, whatever the number of processes and workers.
+    `ContrastiveModel.fit` needs nothing else; for other models, pass
+    `steps_per_epoch=len(dataset)`. Otherwise each sample is read once, in the order of
+    the shards, with a center crop.
 
-    In training, each epoch has its own order, and its last partial batch is carried
-    over to the next epoch. Two datasets with the same seed give the same batches in
-    every epoch. The attribute `dataset.position`, a `Position`, is the next epoch and
-    step; `kcm.callbacks.Checkpoint` saves and restores it. An image that does not
-    decode is replaced by its neighbour in the batch, so that the number of steps does
-    not depend on broken images.
+    Samples without an image or a caption, with a duplicate key, or after the damage of
+    a damaged shard are left out of the index. An image that does not decode, or that
+    cannot be read after several attempts, is replaced in training by its neighbour in
+    the batch, so that the number of steps never depends on broken samples; in
+    evaluation it is left out. `dataset.skipped`, a `SkippedSamples`, counts both.
 
-    `ImageTextBatches` gives the same batches without TensorFlow.
+    Images stay uint8: models scale them on the device. Their EXIF orientation is
+    applied.
+
+    Order: samples of local files are shuffled one by one. Files at addresses are read
+    in runs of up to 64 neighbours, which stay together in a batch; see `block_size`.
 
     Example:
 
     ```python
-    import io, tarfile
-    import numpy as np
+    import pathlib
     from PIL import Image
 
-    captions = ["a red square", "a blue square"]
-    with tarfile.open("squares.tar", "w") as tar:
-        for index, color in enumerate([(255, 0, 0), (0, 0, 255)]):
-            image = io.BytesIO()
-            Image.new("RGB", (64, 48), color).save(image, "PNG")
-            caption = captions[index].encode()
-            for name, content in (("png", image.getvalue()), ("txt", caption)):
-                member = tarfile.TarInfo(f"{index:04}.{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    folder = pathlib.Path("squares")
+    folder.mkdir(exist_ok=True)
+    lines = ["file_name,caption"]
+    for color in ("red", "blue"):
+        Image.new("RGB", (64, 48), color).save(folder / f"{color}.png")
+        lines.append(f"{color}.png,a {color} square")
+    (folder / "metadata.csv").write_text("\\n".join(lines))
 
-    tokenizer = kcm.data.CLIPTokenizer.train(captions, vocabulary_size=600)
+    tokenizer = kcm.data.CLIPTokenizer.train(["a red square", "a blue square"], 600)
     dataset = kcm.data.image_text_dataset(
-        "squares.tar", tokenizer, image_size=32, batch_size=2, training=True, seed=1
+        folder, tokenizer, image_size=32, batch_size=2, training=False
     )
     for batch in dataset:
         print(batch["images"].shape, batch["token_ids"].shape)  # (2, 32, 32, 3) (2, 32)
-    print(dataset.skipped)  # <SkippedSamples count=0>
+    print(len(dataset), dataset.skipped)  # 1 <SkippedSamples count=0>
     ```
 
     Args:
-        source: str or path, or a list of them. Files or patterns of them, such as
-            `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`, or a folder with
-            a table; see `list_shards`.
+        source: str or path, or a list of them: shards, folders, or patterns such as
+            `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`; see
+            `list_shards`. Or an object with `__len__` and `__getitem__` whose items are
+            dicts, such as a `Dataset` of the package `datasets`. Or a dict from any of
+            the former to a weight, which mixes them in these proportions.
         tokenizer: A `CLIPTokenizer`; or any callable from a list of bytes to ints
             `(batch, length)`; or a Keras layer, such as a KerasHub `CLIPPreprocessor`,
-            which runs inside the graph, does not clean captions, and may split numbers
-            differently from CLIP.
-        image_size: int or `(height, width)`.
-        batch_size: int. The global batch size, over all devices.
-        training: bool. Whether to shuffle and to take random crops.
-        include_captions: bool. Whether batches hold the `"captions"`, strings.
-        **options: The other arguments of `ImageTextBatches`: `seed`, `shuffle_buffer`,
-            `crop_scale`, `horizontal_flip`, `background`, `image_keys`, `caption_key`,
-            `caption_template`, `on_error`, `max_skipped`, `max_image_pixels`,
-            `drop_remainder`, `data_format`, `include_keys`, `include_paths`, `process`,
-            `num_threads`.
+            which does not clean captions, may split numbers differently from CLIP, and
+            needs TensorFlow. `None`: batches have no `"token_ids"`, and samples need no
+            caption.
+        image_size: int or `(height, width)`, in pixels.
+        batch_size: int. The global batch size, over all processes and devices.
+        training: bool. Whether to shuffle, to repeat, and to take random crops.
+        format: `"grain"` for a `grain.IterDataset` of NumPy arrays, or `"tf"` for a
+            `tf.data.Dataset`. Defaults to `None`: `"tf"` on the TensorFlow backend,
+            unless `include_captions="all"`; else `"grain"`.
+        seed: int. The order, crops and captions depend on it. Defaults to `0`.
+        image_keys: str or sequence of str. The field that holds the image: a file
+            extension in a tar, a feature of a TFRecord, or a column of a table with the
+            names of files. Of several, the first that a sample has is used. Defaults to
+            `None`: common names.
+        caption_key: str or sequence of str. The field that holds the caption; of
+            several, the first that is not empty. `"json.caption"` is the entry
+            `caption` of the file `KEY.json`. From a list of captions, one is drawn in
+            each epoch; evaluation uses the first. Defaults to `None`: `"txt"` and other
+            common names.
+        caption_template: str or sequence of str that contain `{}` for the caption, such
+            as `"a photo of a {}."`. Of several, one is drawn for each sample and epoch;
+            evaluation uses the first.
+        label_key: str or sequence of str. The field that holds the class, such as
+            `"cls"`, `"json.label"` or, for images in a folder, `"folder"`, the name of
+            the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
+            labels.
+        class_names: sequence of str, for labels that are names: a label is the index of
+            its name. Defaults to `None`: labels are numbers.
+        resize: `"crop"`, the center crop of CLIP, or `"squash"`, the whole image with
+            its sides scaled to fit, as SigLIP is evaluated. Training takes random crops
+            either way.
+        crop_scale: pair of floats. The range of the area of random crops, as a fraction
+            of the image's area. Defaults to `(0.4, 1.0)`.
+        horizontal_flip: bool. Whether to flip half of the images in training. Not
+            suitable for captions that say left or right. Defaults to `False`.
+        background: The background of transparent images: `"white"`, a tuple of three
+            ints from 0 to 255, `"random"` (plain colors, gradients and textures), or a
+            list of these, from which one is drawn for each image.
+        image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
+            `np.random.Generator`, that returns an image of the same shape and type.
+        include_captions: bool. Whether batches hold the `"captions"`, UTF-8 bytes; with
+            `"all"`, tuples of all captions of each image.
+        include_keys: bool. Whether batches hold the `"keys"` of the samples, bytes.
+        include_paths: bool. Whether batches hold the `"paths"` of the image files,
+            bytes; empty for images inside of shards.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to `None`:
+            `keras.config.image_data_format()`.
+        max_image_pixels: int. Images of more pixels count as broken. A JPEG is reduced
+            while it is decoded and may be larger, unless it is progressive: then its
+            pixels count four times. Defaults to 50 million.
+        max_skipped: float. The share of samples that may turn out to be broken, from 0
+            to 1. A larger share raises an error after 1,000 samples; 0 raises it at the
+            first. Defaults to `0.5`.
+        sampling: Function of the number of samples and the number of an epoch, from 0,
+            that returns an int array: the samples of this epoch, by their numbers in
+            the index. They are shuffled. It must return the same in each process.
+            Defaults to `None`: each sample once.
+        block_size: int. In training, runs of so many neighbours stay together and are
+            read in one request, which suits object stores and disks that turn. The
+            number of processes must divide `batch_size // block_size`. Defaults to
+            `None`: 1 for local files; at addresses the largest power of two up to 64
+            that leaves 16 runs in a batch.
+        process: pair of ints. The number of this process, from 0, and the number of
+            processes. Each process reads its rows of every batch, and nothing else.
+            Defaults to the values of JAX or `torch.distributed`; for evaluation on
+            torch to `(0, 1)`, all samples in every process.
+        num_workers: int. The number of worker processes. They are spawned, so that a
+            program needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
+            process, which decode up to about 3,000 images a second, whatever the number
+            of processors.
+        index_dir: str or path. The folder of the index. Defaults to `None`: beside the
+            shards, or `~/.cache/keras_cluster_mask` for shards at addresses and in
+            folders that cannot be written to.
 
     Returns:
-        A `tf.data.Dataset` of dicts: `"images"`, uint8 `(batch, height, width, 3)` or
-        channels first, and `"token_ids"`, int32 `(batch, length)`.
+        An `ImageTextDataset`, which is a `grain.IterDataset`, or a `tf.data.Dataset`,
+        of dicts: `"images"`, uint8 `(batch, height, width, 3)` or channels first, and
+        `"token_ids"`, int32 `(batch, length)`. Both have `len` and the attribute
+        `skipped`; what their methods return does not.
 
     Raises:
         FileNotFoundError: If a shard is missing.
-        ValueError: If an argument is invalid, if the shards hold no sample with an
-            image and a caption, or if they hold less than one batch and partial batches
-            are dropped.
-        ImportError: If TensorFlow is not installed.
+        OSError: If a shard cannot be read.
+        ValueError: If an argument is invalid, if a shard cannot be read in any order,
+            or if there are fewer intact samples than one, or than a batch in training.
+        ImportError: If a package is not installed that reads the shards.
     """
-    if tf is None:
-        raise ImportError(
-            "`image_text_dataset` needs TensorFlow on every backend: `pip install "
-            "tensorflow-cpu`, or use `ImageTextBatches`."
+    import keras
+
+    if format is None:
+        # A `tf.data.Dataset` holds no tuples of captions.
+        has_tuples = include_captions == "all"
+        on_tensorflow = keras.backend.backend() == "tensorflow"
+        format = "tf" if on_tensorflow and not has_tuples else "grain"
+    _check_choice("format", format, ("grain", "tf"))
+    image_size = height_and_width(image_size)
+    batch_size = _integer("batch_size", batch_size, 1)
+    seed = _integer("seed", seed, 0)
+    num_workers = _integer("num_workers", num_workers, 0)
+    check_background(background)
+    data_format = data_format or keras.config.image_data_format()
+    _check_choice("data_format", data_format, ("channels_last", "channels_first"))
+    _check_choice("resize", resize, ("crop", "squash"))
+    _check_choice("include_captions", include_captions, (False, True, "all"))
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(
+            "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
+            f"Received: {crop_scale}"
         )
+    if not 0 <= max_skipped <= 1:
+        raise ValueError(
+            f"`max_skipped` must be from 0 to 1. Received: max_skipped={max_skipped}"
+        )
+    if class_names is not None and label_key is None:
+        raise ValueError(
+            "`class_names` need labels: pass the `label_key` of the field that holds "
+            f"them. Received: class_names={class_names}, label_key=None"
+        )
+    for name, value in (("sampling", sampling), ("block_size", block_size)):
+        if value is not None and not training:
+            raise ValueError(
+                f"`{name}` is for training: evaluation reads each sample once, in "
+                f"order. Received: {name}={value!r}, training=False"
+            )
     check_tokenizer(tokenizer)
-    in_graph = is_layer(tokenizer)
-    batches = ImageTextBatches(
-        source,
-        _no_tokens if in_graph else tokenizer,
-        image_size,
-        batch_size,
-        training,
-        include_captions=include_captions or in_graph,
-        **options,
+    process = _process(process, batch_size, training)
+    reader = PairReader(
+        image_keys,
+        caption_key,
+        wants_caption=bool(tokenizer is not None or include_captions),
+        labels=None if label_key is None else Labels(label_key, class_names),
     )
-    dataset = batches.as_dataset()
-    if in_graph:
-
-        def tokenized(batch):
-            batch["token_ids"] = apply_layer(tokenizer, batch["captions"])
-            if not include_captions:
-                del batch["captions"]
-            return batch
-
-        dataset = dataset.map(tokenized, num_parallel_calls=num_processors())
-        dataset = dataset.prefetch(2)
-    dataset.skipped = batches.skipped
+    sources, weights = [source], None
+    if isinstance(source, Mapping):
+        sources, weights = list(source), list(source.values())
+        _check_weights(source, training, sampling)
+    indexes = [open_index(each, reader, index_dir) for each in sources]
+    _check_samples(indexes, reader, batch_size if training else 1)
+    index = indexes[0] if len(indexes) == 1 else Indexes(indexes)
+    order = None
     if training:
-        dataset.position = batches.position
-    return dataset
+        remote = any(files.is_address(path) for each in indexes for path in each.paths)
+        block_size = _block_size(block_size, batch_size, process[1], remote)
+        orders = [Order(len(each), seed, block_size, sampling) for each in indexes]
+        order = orders[0] if weights is None else Mix(orders, weights)
+
+    wanted = {
+        "images": True,
+        "token_ids": tokenizer is not None,
+        "captions": include_captions,
+        "keys": include_keys,
+        "paths": include_paths,
+        "labels": label_key is not None,
+    }
+    names = [name for name, is_wanted in wanted.items() if is_wanted]
+    finish = None
+    if is_layer(tokenizer):
+        # Layers cannot be sent to a worker process.
+        finish = Tokenize(tokenizer)
+        names = [*names, "captions"] if "captions" not in names else names
+        names.remove("token_ids")
+    cutter = Cutter(
+        image_size,
+        training,
+        resize,
+        crop_scale,
+        horizontal_flip,
+        background,
+        image_transform,
+        max_image_pixels,
+    )
+    samples = Samples(
+        index,
+        order,
+        seed,
+        batch_size,
+        cutter,
+        CaptionChoice(caption_template, training),
+        None if finish else tokenizer,
+        names,
+        include_captions == "all",
+        data_format == "channels_first",
+    )
+    rows = batch_size // process[1] if training else None
+    height, width = image_size
+    last = data_format == "channels_last"
+    specs = {
+        "images": Spec(
+            (rows, height, width, 3) if last else (rows, 3, height, width), "uint8"
+        ),
+        "token_ids": Spec((rows, getattr(tokenizer, "context_length", None)), "int32"),
+        "captions": Spec((rows,), "object" if include_captions == "all" else "string"),
+        "keys": Spec((rows,), "string"),
+        "paths": Spec((rows,), "string"),
+        "labels": Spec((rows,), "int32"),
+    }
+    dataset = ImageTextDataset(
+        samples,
+        batch_size,
+        process,
+        num_workers,
+        SkippedSamples([each.faults for each in indexes], max_skipped),
+        {name: spec for name, spec in specs.items() if wanted[name]},
+        {
+            "data.shards": sum(len(each.paths) for each in indexes),
+            "data.samples": len(index),
+            "data.index": [each.fingerprint for each in indexes],
+            "data.weights": weights,
+            "data.batch_size": batch_size,
+            "data.seed": seed,
+            "data.block_size": block_size,
+            "data.sampling": _name_of(sampling),
+            "data.image_size": list(image_size),
+            "data.crop_scale": list(crop_scale),
+            "data.horizontal_flip": horizontal_flip,
+            "data.resize": resize,
+            "data.caption_template": repr(caption_template),
+        },
+        finish,
+    )
+    return dataset.as_dataset() if format == "tf" else dataset
 
 
-def _no_tokens(captions):
-    return [[]] * len(captions)
+def _name_of(sampling):
+    """What tells one sampler from another, as JSON can hold it."""
+    if hasattr(sampling, "get_config"):
+        return [type(sampling).__name__, repr(sampling.get_config())]
+    return getattr(sampling, "__qualname__", type(sampling).__qualname__)
+
+
+# === Checks ===
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def _integer(name, value, at_least):
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < at_least:
+        raise ValueError(
+            f"`{name}` must be an int of at least {at_least}. "
+            f"Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def _process(process, batch_size, training):
+    """The number of this process and the number of processes."""
+    from keras_cluster_mask.distribution.processes import process_index_and_count
+
+    if process is None:
+        process = process_index_and_count(training)
+    index, count = process
+    if not 0 <= index < count:
+        raise ValueError(
+            "`process` must be a pair (number, count) with 0 <= number < count. "
+            f"Received: process={process}"
+        )
+    if batch_size % count:
+        raise ValueError(
+            "`batch_size` is global and must be divisible by the number of processes. "
+            f"Received: batch_size={batch_size}, {count} processes"
+        )
+    return index, count
+
+
+def _block_size(block_size, batch_size, processes, remote):
+    """Checks `block_size`, or chooses it."""
+    if block_size is None:
+        sizes = (BLOCK >> shift for shift in range(BLOCK.bit_length()))
+        fitting = (n for n in sizes if not batch_size % n and batch_size >= n * RUNS)
+        block_size = next(fitting, 1) if remote else 1
+    block_size = _integer("block_size", block_size, 1)
+    runs, rest = divmod(batch_size, block_size)
+    if rest or runs % processes:
+        fitting = [n for n in range(1, batch_size + 1) if not runs % n and n <= runs]
+        raise ValueError(
+            "`block_size` must divide `batch_size`, and the number of processes must "
+            "divide the number of blocks in a batch: "
+            + (f"here 1 of {fitting} processes. " if not rest else "")
+            + f"Received: block_size={block_size}, batch_size={batch_size}, "
+            f"{processes} processes"
+        )
+    return block_size
+
+
+def _check_weights(source, training, sampling):
+    if not source or not all(
+        isinstance(weight, numbers.Real) and weight > 0 for weight in source.values()
+    ):
+        raise ValueError(
+            "`source` must be a dict from sources to positive weights. "
+            f"Received: {source!r}"
+        )
+    if not training or sampling is not None:
+        raise ValueError(
+            "`source` with weights is for training without `sampling`. Received: "
+            f"training={training}, sampling={sampling!r}, source={source!r}"
+        )
+
+
+def _few(index):
+    """A few samples of an index, without their image files."""
+    numbers = {len(index) * place // EXAMPLES for place in range(EXAMPLES)}
+    return index.read(sorted(numbers), with_images=False) if len(index) else []
+
+
+def _check_samples(indexes, reader, at_least):
+    count = sum(map(len, indexes))
+    # The entries of JSON files and the names of classes are not in an index.
+    examples = [sample for index in indexes for sample in _few(index)]
+    if any(isinstance(sample, Pair) for sample in examples):
+        if count >= at_least:
+            return
+        raise ValueError(
+            "`batch_size` must not exceed the number of samples, because training uses "
+            f"full batches only. Received: batch_size={at_least}, {count} samples in "
+            "`source`"
+        )
+    faults = collections.Counter(sample.reason for sample in examples)
+    for index in indexes:
+        faults.update(index.faults.by_reason)
+    details = [line for index in indexes for line in index.faults.details[:1]]
+    fields = sorted({field for index in indexes for field in index.fields})
+    paths = [path for index in indexes for path in index.paths]
+    raise ValueError(
+        " ".join([f"`source` must hold samples with {reader.wanted}.", *details[:1]])
+        + f" Received: {dict(faults) or 'no sample'} with the fields {fields} from "
+        f"{paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "")
+    )

@@ -1,24 +1,30 @@
-"""Local files, and files at addresses such as `s3://`."""
+"""Files anywhere, through fsspec: local, `s3://`, `gs://`, `memory://`, `http://`."""
 
 import contextlib
-import glob
+import errno
+import functools
 import os
-import pathlib
+import queue
 import re
+import threading
+import time
+from concurrent import futures
 
-# The buffer, in bytes, for reading from a disk or a network.
+import braceexpand
+import fsspec
+
+# The buffer of a file that is read from start to end, in bytes.
 READ_AHEAD = 2**20
-# The packages that fsspec needs for each protocol.
-PACKAGES = {
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "s3": "s3fs",
-    "hf": "huggingface_hub",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "http": "aiohttp requests",
-    "https": "aiohttp requests",
-}
+# A range that cannot be read is read again after so many seconds.
+RETRY_AFTER = 0.1, 1.0, 5.0
+# Reading takes no longer than this, in seconds.
+TIME_LIMIT = 60.0
+# Neighbours with at most so many bytes between them are read together.
+MAX_GAP = 2**16
+MAX_REQUEST = 2**26
+# The files whose size and date are asked for at the same time.
+REQUESTS = 16
+_cancelled = threading.Event()
 
 
 def is_address(path):
@@ -26,20 +32,37 @@ def is_address(path):
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)) is not None
 
 
+def file_system(path):
+    """The fsspec file system of a path, and the path within it.
+
+    Raises:
+        ImportError: If a package for the address is missing.
+        ValueError: If the protocol is unknown.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        # fsspec names the package.
+        raise ImportError(f"{error}. Received: source {path}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"`source` must be at an address that fsspec knows: {error}. "
+            f"Received: {path}"
+        ) from error
+
+
 def open_file(path, mode="rb"):
-    """Opens a local file or, through fsspec or TensorFlow, a file at an address.
+    """Opens a binary file. Reading from start to end reads ahead.
 
     Args:
         path: str or path.
         mode: `"rb"` or `"wb"`.
-
-    Returns:
-        A binary file.
     """
     if not is_address(path):
-        return pathlib.Path(path).open(mode, buffering=READ_AHEAD)
-    system, path = _file_system(os.fspath(path))
-    return system.open(path, mode)
+        return open(os.path.expanduser(path), mode, READ_AHEAD)
+    system, name = file_system(path)
+    return system.open(name, mode)
 
 
 @contextlib.contextmanager
@@ -57,185 +80,299 @@ def replacing(path):
     """
     path = os.fspath(path)
     folder, slash, name = path.rpartition("/")
-    part = f"{folder}{slash}.{name}.part"
-    make_folder(folder or slash)
+    part = f"{folder}{slash}.{name}.{os.getpid()}.part"
+    system, part_name = file_system(part)
+    if folder:
+        system.makedirs(file_system(folder)[1], exist_ok=True)
     try:
         with open_file(part, "wb") as file:
             yield file
             if not is_address(path):
                 file.flush()
                 os.fsync(file.fileno())
-        _move(part, path)
+        if is_address(path):
+            system.mv(part_name, file_system(path)[1])
+        else:
+            os.replace(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            remove(part)
+            system.rm_file(part_name)
         raise
-
-
-def make_folder(path):
-    """Creates a folder and its parents if they do not exist."""
-    if not is_address(path):
-        os.makedirs(path or ".", exist_ok=True)
-        return
-    system, path = _file_system(path)
-    system.make_folder(path)
-
-
-def remove(path):
-    """Removes a file."""
-    if not is_address(path):
-        return os.remove(path)
-    system, path = _file_system(path)
-    return system.remove(path)
-
-
-def _move(old, new):
-    if not is_address(old):
-        return os.replace(old, new)
-    system, old = _file_system(old)
-    return system.move(old, _file_system(new)[1])
 
 
 def exists(path):
     """Whether a file or folder of this name exists."""
-    if not is_address(path):
-        return os.path.exists(path)
-    system, path = _file_system(path)
-    return system.exists(path)
+    system, name = file_system(path)
+    return system.exists(name)
 
 
-def is_folder(path):
-    """Whether a folder of this name exists."""
-    if not is_address(path):
-        return os.path.isdir(path)
-    system, path = _file_system(path)
-    return system.isdir(path)
-
-
-def matching(pattern):
-    """The files that match a pattern with `*`, `?` or `[...]`, sorted."""
-    if not is_address(pattern):
-        return sorted(glob.glob(pattern))
-    system, path = _file_system(pattern)
-    return sorted(system.matching(path))
-
-
-def all_in(folder):
-    """All files in a folder and its subfolders, as sorted relative paths."""
-    if is_address(folder):
-        system, folder = _file_system(folder)
-        found = system.all_in(folder)
-    else:
-        found = (
-            os.path.join(place, name)
-            for place, _, names in os.walk(folder)
-            for name in names
-        )
-    within = len(folder.rstrip("/")) + 1
-    return sorted(path[within:] for path in found)
+def remove(path):
+    """Removes a file."""
+    system, name = file_system(path)
+    system.rm_file(name)
 
 
 def beside(path, name):
     """A file name relative to the folder of another file, unless it is absolute."""
     if is_address(name) or os.path.isabs(name):
         return name
-    folder = os.fspath(path).rpartition("/")[0] if is_address(path) else None
-    if folder is not None:
-        return f"{folder}/{name}"
-    return os.path.join(os.path.dirname(path), name)
+    folder, slash, _ = os.fspath(path).rpartition("/")
+    return f"{folder}{slash}{name}"
 
 
-class MissingPackage(ImportError):
-    """No installed package opens files at an address."""
+# === Listing ===
 
 
-class _Fsspec:
-    """Files at an address, through fsspec."""
+def expand(pattern):
+    """The files and folders that a pattern names, with what the file system says.
 
-    def __init__(self, system, protocol):
-        self.system, self.protocol = system, protocol
+    Each folder is listed once, whatever the number of files.
 
-    def open(self, path, mode):
-        return self.system.open(path, mode)
+    Args:
+        pattern: str with `{a,b}`, `{000..123}`, `*`, `?` or `[...]`, or a name.
 
-    def exists(self, path):
-        return self.system.exists(path)
+    Returns:
+        dict from each path to its information, a dict of fsspec.
 
-    def isdir(self, path):
-        return self.system.isdir(path)
-
-    def matching(self, path):
-        return [self.system.unstrip_protocol(found) for found in self.system.glob(path)]
-
-    def all_in(self, path):
-        return self.system.find(path)
-
-    def make_folder(self, path):
-        self.system.makedirs(path, exist_ok=True)
-
-    def remove(self, path):
-        self.system.rm_file(path)
-
-    def move(self, old, new):
-        self.system.mv(old, new)
-
-
-class _TensorFlow:
-    """Files at an address, through `tf.io.gfile`."""
-
-    def __init__(self, gfile):
-        self.gfile = gfile
-
-    def open(self, path, mode):
-        return self.gfile.GFile(path, mode)
-
-    def exists(self, path):
-        return self.gfile.exists(path)
-
-    def isdir(self, path):
-        return self.gfile.isdir(path)
-
-    def matching(self, path):
-        return self.gfile.glob(path)
-
-    def all_in(self, path):
-        return [
-            f"{place.rstrip('/')}/{name}"
-            for place, _, names in self.gfile.walk(path)
-            for name in names
-        ]
-
-    def make_folder(self, path):
-        self.gfile.makedirs(path)
-
-    def remove(self, path):
-        self.gfile.remove(path)
-
-    def move(self, old, new):
-        self.gfile.rename(old, new, overwrite=True)
+    Raises:
+        FileNotFoundError: If a file is missing, or if no file matches.
+    """
+    system, whole = file_system(pattern)
+    names = [pattern]
+    # A file may have braces in its name.
+    if "{" in pattern and not system.exists(whole):
+        names = _expand_braces(pattern)
+    found = {}
+    # What another program has written since does not show in a cache.
+    system.invalidate_cache()
+    paths = [file_system(name)[1] for name in names]
+    infos = _listed(system, names) if len(names) > 1 else {}
+    missing = [path for path in paths if path.rstrip("/") not in infos]
+    with futures.ThreadPoolExecutor(REQUESTS, "find files") as threads:
+        found_infos = threads.map(functools.partial(_info, system), missing)
+        infos.update(zip((path.rstrip("/") for path in missing), found_infos))
+    for name, path in zip(names, paths):
+        info = infos[path.rstrip("/")]
+        matches = {path: info} if info else _matching(system, path)
+        if not matches:
+            magic = re.search(r"[*?\[]", name)
+            kind = "pattern that no file matches" if magic else "missing"
+            raise FileNotFoundError(
+                f"`source` must name shards that exist. Received ({kind}): {name}"
+            )
+        local = not is_address(pattern)
+        for path, info in matches.items():
+            found[path if local else system.unstrip_protocol(path)] = info
+    return found
 
 
-def _file_system(address):
-    """The file system of an address, and the path in it."""
-    protocol = address.partition("://")[0]
+def _expand_braces(pattern):
+    for body in re.findall(r"\{([^{}]*)\}", pattern):
+        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+        if not numbers and "," not in body:
+            raise ValueError(
+                "`source` must hold `{first..last}` or `{a,b}` between its braces. "
+                f"Received: {pattern}"
+            )
+        if numbers and int(numbers[1]) > int(numbers[2]):
+            raise ValueError(
+                f"`source` must count upwards between its braces. Received: {pattern}"
+            )
+    return list(braceexpand.braceexpand(pattern, escape=False))
+
+
+def _listed(system, names):
+    """The information on all files in the folders of names, of those that list."""
+    folders = {file_system(name)[1].rpartition("/")[0] for name in names}
+    infos = {}
+    for folder in folders:
+        if re.search(r"[*?\[]", folder):
+            continue
+        # Web servers have no lists.
+        with contextlib.suppress(OSError, NotImplementedError, ValueError):
+            listed = system.ls(folder, detail=True)
+            infos.update({info["name"].rstrip("/"): info for info in listed})
+    return {name: info for name, info in infos.items() if info.get("size") is not None}
+
+
+def _info(system, path):
     try:
-        import fsspec
+        return system.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
-        system, path = fsspec.core.url_to_fs(address)
-        return _Fsspec(system, protocol), path
-    # fsspec raises ValueError for an unknown protocol.
-    except (ImportError, ValueError) as error:
-        reason = error
-    try:
-        import tensorflow as tf
 
-        schemes = tf.io.gfile.get_registered_schemes()
-        if protocol in schemes:
-            return _TensorFlow(tf.io.gfile), address
-    except ImportError:
-        pass
-    package = f"`pip install fsspec {PACKAGES.get(protocol, '')}".rstrip() + "`"
-    raise MissingPackage(
-        f"No installed package opens files at {protocol}:// ({reason}): "
-        f"{package}. Received: {address}"
-    ) from reason
+def _matching(system, path):
+    found = system.glob(path, detail=True)
+    wants_hidden = path.rpartition("/")[2].startswith(".")
+    # Such as the index of a shard.
+    return {
+        name: found[name]
+        for name in sorted(found)
+        if wants_hidden or not name.rpartition("/")[2].startswith(".")
+    }
+
+
+def stamp(info):
+    """A str that differs if a file changes, from its size and its date or tag."""
+    names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
+    names += ("md5Hash", "created")
+    version = next((info[name] for name in names if info.get(name)), "")
+    return f"{info.get('size')} {version}"
+
+
+# === Reading parts of files ===
+
+
+def read_ranges(ranges):
+    """Reads parts of files, neighbours together and others at the same time.
+
+    What cannot be read is read again a few times, and has a time limit.
+
+    Args:
+        ranges: list of `(path, start, stop)`, in bytes; `None` as stop for the rest.
+
+    Returns:
+        list of bytes, or of the OSError for what cannot be read.
+    """
+    results = [None] * len(ranges)
+    missing = list(range(len(ranges)))
+    if not ranges:
+        return results
+    for pause in (*RETRY_AFTER, None):
+        requests = _merged(ranges, missing)
+        replies = _in_time(_read_all, [request for request, _ in requests])
+        for ((_, start, _), places), reply in zip(requests, replies):
+            for place in places:
+                results[place] = _part_of(reply, start, *ranges[place])
+        missing = [i for i in missing if may_pass(results[i])]
+        if not missing or pause is None:
+            return results
+        if _cancelled.wait(pause):
+            raise Cancelled
+
+
+def _merged(ranges, places):
+    """Requests for ranges, each with the places of the ranges that it brings."""
+    requests = []
+    for place in sorted(places, key=lambda place: (ranges[place][0], ranges[place][1])):
+        path, start, stop = ranges[place]
+        if requests and stop is not None:
+            (other, first, last), members = requests[-1]
+            if other == path and last is not None and start <= last + MAX_GAP:
+                stop = max(last, stop)
+                if stop - first <= MAX_REQUEST:
+                    requests[-1] = (path, first, stop), [*members, place]
+                    continue
+        requests.append(((path, start, stop), [place]))
+    return requests
+
+
+def _part_of(reply, first, path, start, stop):
+    if isinstance(reply, Exception):
+        return reply
+    if stop is None:
+        return reply
+    content = reply[start - first : stop - first]
+    if len(content) < stop - start:
+        return OSError(f"{path} ends before byte {stop}")
+    return content
+
+
+def _read_all(requests):
+    """Reads requests of any file systems; an error stands for what cannot be read."""
+    replies = [None] * len(requests)
+    remote = {}
+    for number, (path, start, stop) in enumerate(requests):
+        if is_address(path):
+            system, name = file_system(path)
+            remote.setdefault(system, []).append((number, name, start, stop))
+            continue
+        try:
+            with open(path, "rb", 0) as file:
+                file.seek(start)
+                replies[number] = (
+                    file.readall() if stop is None else _read(file, stop - start)
+                )
+        except (OSError, ValueError) as error:
+            replies[number] = _as_os_error(error)
+    for system, several in remote.items():
+        numbers, names, starts, stops = zip(*several)
+        try:
+            contents = system.cat_ranges(
+                list(names), list(starts), list(stops), on_error="return"
+            )
+        except Exception as error:
+            contents = [error] * len(names)
+        for number, content in zip(numbers, contents):
+            replies[number] = (
+                _as_os_error(content) if isinstance(content, Exception) else content
+            )
+    return replies
+
+
+def _read(file, size):
+    content = file.read(size)
+    # An unbuffered file may give less than it has.
+    while len(content) < size and (more := file.read(size - len(content))):
+        content += more
+    return content
+
+
+def _as_os_error(error):
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, MemoryError):
+        raise error
+    # No file can have such a name. The clients of object stores raise their own errors.
+    number = errno.EINVAL if isinstance(error, ValueError) else errno.EIO
+    return OSError(number, str(error))
+
+
+def may_pass(result):
+    """Whether a result is an error that may not occur again."""
+    final = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
+    numbers = errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP
+    return (
+        isinstance(result, OSError)
+        and not isinstance(result, final)
+        and result.errno not in numbers
+    )
+
+
+class Cancelled(RuntimeError):
+    """Reading was given up because the program ends."""
+
+
+def cancel():
+    """Ends all reading that other threads wait for, so that the program can end."""
+    _cancelled.set()
+    timer = threading.Timer(1.0, _cancelled.clear)
+    timer.daemon = True
+    timer.start()
+
+
+def _in_time(function, requests):
+    """Calls a function in a thread that no one waits for beyond the time limit."""
+    replies = queue.SimpleQueue()
+
+    def call():
+        try:
+            replies.put(function(requests))
+        except BaseException as error:
+            replies.put(error)
+
+    threading.Thread(target=call, daemon=True, name="read ranges").start()
+    end = time.monotonic() + TIME_LIMIT
+    while not _cancelled.is_set():
+        try:
+            found = replies.get(timeout=0.2)
+        except queue.Empty:
+            if time.monotonic() > end:
+                late = TimeoutError(f"reading took more than {TIME_LIMIT:.0f} seconds")
+                return [late] * len(requests)
+            continue
+        if isinstance(found, BaseException):
+            raise found
+        return found
+    raise Cancelled

@@ -1,6 +1,10 @@
 """Decodes images, and cuts them to one size."""
 
+import dataclasses
 import io
+import math
+import numbers
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -10,6 +14,8 @@ from keras_cluster_mask.data.resizing import resize
 
 # A pixel takes four bytes while an image is decoded: 200 MB.
 MAX_PIXELS = 50_000_000
+# A progressive JPEG holds all its coefficients, also when it is reduced.
+PROGRESSIVE = 4
 # The random numbers that a crop, a background and a flip need.
 NUM_DRAWS = 6
 RATIO = 3 / 4, 4 / 3
@@ -22,14 +28,17 @@ class UnreadableImage(ValueError):
 
 def height_and_width(image_size):
     """Checks `image_size`, an int or a pair of ints, and returns a pair."""
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    is_int = isinstance(image_size, numbers.Integral)
+    size = (image_size, image_size) if is_int else image_size
     size = tuple(size) if isinstance(size, tuple | list) else ()
-    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+    if len(size) != 2 or not all(
+        isinstance(n, numbers.Integral) and n > 0 for n in size
+    ):
         raise ValueError(
             "`image_size` must be a positive int, or a pair of them (height, width). "
-            f"Received: {image_size}"
+            f"Received: image_size={image_size!r}"
         )
-    return size
+    return int(size[0]), int(size[1])
 
 
 class EncodedImage:
@@ -39,7 +48,7 @@ class EncodedImage:
     The EXIF orientation is applied.
 
     Args:
-        content: bytes. The file.
+        content: bytes, the file; or a `PIL.Image.Image`.
         max_pixels: int. The largest number of pixels that is decoded.
 
     Raises:
@@ -48,14 +57,20 @@ class EncodedImage:
 
     def __init__(self, content, max_pixels=MAX_PIXELS):
         try:
-            self._image = Image.open(io.BytesIO(content))
+            # An open image belongs to the user, and stays as it is.
+            self._is_own = not isinstance(content, Image.Image)
+            self._image = Image.open(io.BytesIO(content)) if self._is_own else content
             self._orientation = _orientation(self._image)
         except Image.DecompressionBombError as error:
             raise UnreadableImage("the image has too many pixels") from error
+        except MemoryError:
+            raise
         # Decoders raise many kinds of errors on damaged files.
         except Exception as error:
             raise UnreadableImage("the image does not decode") from error
         self._max_pixels = max_pixels
+        progressive = PROGRESSIVE if "progressive" in self._image.info else 0
+        self._coefficients = progressive * math.prod(self._image.size)
 
     @property
     def size(self):
@@ -112,18 +127,21 @@ class EncodedImage:
 
     def _decoded(self):
         """The image as RGB or RGBA, with the EXIF orientation applied."""
-        if self._image.size[0] * self._image.size[1] > self._max_pixels:
+        if max(math.prod(self._image.size), self._coefficients) > self._max_pixels:
             raise UnreadableImage("the image has too many pixels")
         try:
             image = _in_eight_bits(self._image)
             return ImageOps.exif_transpose(image) if self._orientation > 1 else image
+        except MemoryError:
+            raise
         except Exception as error:
             raise UnreadableImage("the image does not decode") from error
 
     def _shrink(self, wanted):
         if self._orientation >= 5:
             wanted = wanted[::-1]
-        self._image.draft(None, (int(wanted[1]), int(wanted[0])))
+        if self._is_own:
+            self._image.draft(None, (int(wanted[1]), int(wanted[0])))
 
 
 def _orientation(image):
@@ -212,40 +230,36 @@ def random_box(size, image_size, draws, scale=(0.4, 1.0), ratio=RATIO):
     return top, left, *crop
 
 
+@dataclasses.dataclass(frozen=True)
 class Cutter:
     """Turns encoded images into arrays of one size.
 
     Args:
         image_size: Pair of ints. Height and width.
-        training: bool. Whether to take a random crop, or the center crop.
+        training: bool. Whether to take a random crop.
+        resize: `"crop"` or `"squash"`. What to take else: the center crop, or all.
         crop_scale: Pair of floats. See `random_box`.
         horizontal_flip: bool. Whether to flip half of the images in training.
         background: See `composite`.
+        transform: Function of an image and a `np.random.Generator`, or None.
         max_pixels: int. See `EncodedImage`.
     """
 
-    def __init__(
-        self,
-        image_size,
-        training,
-        crop_scale=(0.4, 1.0),
-        horizontal_flip=False,
-        background="white",
-        max_pixels=MAX_PIXELS,
-    ):
-        self.image_size = image_size
-        self.training = training
-        self.crop_scale = crop_scale
-        self.horizontal_flip = horizontal_flip
-        self.background = background
-        self.max_pixels = max_pixels
+    image_size: tuple
+    training: bool
+    resize: str = "crop"
+    crop_scale: tuple = (0.4, 1.0)
+    horizontal_flip: bool = False
+    background: object = "white"
+    transform: Callable | None = None
+    max_pixels: int = MAX_PIXELS
 
-    def __call__(self, content, draws):
+    def __call__(self, content, generator):
         """Decodes and crops an image.
 
         Args:
-            content: bytes. The encoded image.
-            draws: `NUM_DRAWS` floats from 0 to 1. Equal draws give equal crops.
+            content: bytes, the encoded image; or a `PIL.Image.Image`.
+            generator: `np.random.Generator`. Equal states give equal crops.
 
         Returns:
             uint8 array `(height, width, 3)`.
@@ -253,14 +267,25 @@ class Cutter:
         Raises:
             UnreadableImage: If it does not decode.
         """
+        draws = generator.random(NUM_DRAWS)
         image = EncodedImage(content, self.max_pixels)
         if self.training:
             box = random_box(image.size, self.image_size, draws, self.crop_scale)
             part = image.part(box, self.image_size)
+        elif self.resize == "squash":
+            part = image.whole(self.image_size)
         else:
             part = image.middle(self.image_size)
         if part.shape[2] == 4:
             part = composite(part, self.background, seed=int(draws[4] * 2**53))
         if self.training and self.horizontal_flip and draws[5] < 0.5:
             part = part[:, ::-1]
-        return part
+        if self.transform is None:
+            return part
+        changed = np.asarray(self.transform(part, generator))
+        if changed.shape != part.shape or changed.dtype != part.dtype:
+            raise ValueError(
+                "`image_transform` must return an image of the shape and type that it "
+                f"gets, uint8 {part.shape}. Received: {changed.dtype} {changed.shape}"
+            )
+        return changed

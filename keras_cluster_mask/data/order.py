@@ -1,83 +1,140 @@
-"""The order of pairs: that of the shards, or shuffled."""
+"""The order in which training reads samples, the same in every process."""
 
-import collections
+import bisect
+import functools
 import itertools
-import random
-from concurrent import futures
+import threading
 
-# With this many open shards, neighbours in a shard rarely share a batch.
-OPEN_SHARDS = 8
-# The largest chunk that is read from a shard, in pairs and in bytes.
-CHUNK_PAIRS = 64
-CHUNK_BYTES = 2**23
-EPOCH_STRIDE = 1_000_003
+import grain
+import numpy as np
+
+# Of grain's shuffle, a cipher on the numbers; grain itself takes as many.
+ROUNDS = 4
 
 
-def in_order(reader, report):
-    """All pairs in the order of the shards."""
-    return _interleaved(reader, reader.shards, report, open_shards=1)
+class Order:
+    """An endless sequence of sample numbers: `order[position]`, computed when asked.
 
-
-def mixed(reader, report, seed, epoch, shuffle_buffer):
-    """All pairs in an order that depends only on the seed and the epoch.
+    Each epoch is a permutation of its own. Nothing is stored but the numbers that a
+    sampler chooses.
 
     Args:
-        reader: `PairReader`.
-        report: As for `PairReader.read`.
+        num_samples: int.
         seed: int.
-        epoch: int.
-        shuffle_buffer: int. The number of pairs in the shuffle buffer.
+        block_size: int. Runs of so many neighbours stay together, for storage in which
+            many small reads are slow; the runs are shuffled and start elsewhere in each
+            epoch. 1 shuffles single samples.
+        sampling: Function of the number of samples and the epoch that returns an array
+            of the numbers of the samples of the epoch, some of which may be left out or
+            repeated; it must return the same in all processes. Defaults to `None`: each
+            sample once.
     """
-    generator = random.Random(seed + epoch * EPOCH_STRIDE)
-    shards = list(reader.shards)
-    generator.shuffle(shards)
-    pairs = _interleaved(reader, shards, report, OPEN_SHARDS)
-    return _shuffled(pairs, shuffle_buffer, generator)
+
+    def __init__(self, num_samples, seed, block_size=1, sampling=None):
+        self.num_samples = num_samples
+        self._seed = seed
+        self._block_size = block_size
+        self._sampling = sampling
+        # The position of the first sample of each epoch, as far as it is known.
+        self._starts = [0]
+        self._lock = threading.Lock()
+        # What `_epoch` found for the last two epochs.
+        self._known = {}
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k != "_lock"}
+
+    def __setstate__(self, state):
+        vars(self).update(state, _lock=threading.Lock())
+
+    def __len__(self):
+        # grain takes it as endless.
+        return 2**62
+
+    def __getitem__(self, position):
+        epoch, place = self.place(position)
+        chosen, length, seed, shift = self._epoch(epoch)
+        run, offset = divmod(place, self._block_size)
+        last = length // self._block_size - 1
+        # Samples after the last whole run come last.
+        if run <= last:
+            run = grain.experimental.index_shuffle(run, last, seed, ROUNDS)
+            place = run * self._block_size + offset
+        number = (place + shift) % length
+        return int(number if chosen is None else chosen[number])
+
+    def length(self, epoch):
+        """The number of samples in an epoch."""
+        return self._epoch(epoch)[1]
+
+    def place(self, position):
+        """The epoch of a position, and the place in the epoch."""
+        if self._sampling is None:
+            return divmod(position, self.num_samples)
+        with self._lock:
+            while self._starts[-1] <= position:
+                length = self._epoch(len(self._starts) - 1)[1]
+                self._starts.append(self._starts[-1] + length)
+        epoch = bisect.bisect_right(self._starts, position) - 1
+        return epoch, position - self._starts[epoch]
+
+    def _epoch(self, epoch):
+        """The chosen numbers or None, how many, and the seed and shift of the runs."""
+        if epoch in (known := self._known):
+            return known[epoch]
+        chosen, length = None, self.num_samples
+        if self._sampling is not None:
+            chosen = np.asarray(self._sampling(self.num_samples, epoch))
+            length = len(chosen)
+            if not length or chosen.min() < 0 or chosen.max() >= self.num_samples:
+                raise ValueError(
+                    "`sampling` must return the numbers of samples, from 0 to "
+                    f"{self.num_samples - 1}. Received: {chosen} in epoch {epoch}"
+                )
+        seed, shift = np.random.SeedSequence([self._seed, epoch]).generate_state(2)
+        shift = int(shift) % length if self._block_size > 1 else 0
+        found = chosen, length, int(seed), shift
+        # A new dictionary, since other threads may read the old one.
+        self._known = {**dict([*known.items()][-1:]), epoch: found}
+        return found
 
 
-def _interleaved(reader, shards, report, open_shards):
-    """Takes chunks from several shards in turn, and reads ahead in threads."""
-    waiting = iter(shards)
-    with futures.ThreadPoolExecutor(open_shards, "read shards") as threads:
+class Mix:
+    """Several orders, mixed by weight: `mix[position]` as for `Order`.
 
-        def ahead(chunks):
-            return chunks, threads.submit(next, chunks, ())
+    Each source is read in its own order, again and again. An epoch has as many samples
+    as all sources together.
 
-        opened = collections.deque(
-            ahead(_chunks(reader.read(shard, report)))
-            for shard in itertools.islice(waiting, open_shards)
+    Args:
+        orders: list of `Order`.
+        weights: list of float, in any unit.
+    """
+
+    def __init__(self, orders, weights):
+        firsts = itertools.accumulate((o.num_samples for o in orders[:-1]), initial=0)
+        self.num_samples = sum(order.num_samples for order in orders)
+        self._mixed = grain.MapDataset.mix(
+            [
+                grain.MapDataset.source(order).map(functools.partial(_shifted, first))
+                for order, first in zip(orders, firsts)
+            ],
+            weights,
         )
-        while opened:
-            chunks, chunk = opened.popleft()
-            pairs = chunk.result()
-            if pairs:
-                opened.append(ahead(chunks))
-            elif (shard := next(waiting, None)) is not None:
-                opened.append(ahead(_chunks(reader.read(shard, report))))
-            yield from pairs
+
+    def __len__(self):
+        return 2**62
+
+    def __getitem__(self, position):
+        return self._mixed[position]
+
+    def length(self, epoch):
+        """The number of samples in an epoch."""
+        return self.num_samples
+
+    def place(self, position):
+        """The epoch of a position, and the place in the epoch."""
+        return divmod(position, self.num_samples)
 
 
-def _chunks(pairs):
-    chunk, size = [], 0
-    for pair in pairs:
-        chunk.append(pair)
-        size += len(pair.image)
-        if len(chunk) == CHUNK_PAIRS or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _shuffled(pairs, size, generator):
-    """Draws pairs from a buffer of `size` pairs with equal probability."""
-    waiting = []
-    for pair in pairs:
-        if len(waiting) < size:
-            waiting.append(pair)
-            continue
-        place = int(generator.random() * size)
-        yield waiting[place]
-        waiting[place] = pair
-    generator.shuffle(waiting)
-    yield from waiting
+def _shifted(first, number):
+    return first + number

@@ -1,10 +1,11 @@
 """Finds the image, the captions and the label of a sample, or what is wrong."""
 
-import dataclasses
 import json
+import typing
 
-from keras_cluster_mask.data.sources import ShardError
-from keras_cluster_mask.data.sources.shard import FAULT
+from PIL import Image
+
+from keras_cluster_mask.data import files
 
 IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
@@ -18,58 +19,62 @@ CAPTION_KEYS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(typing.NamedTuple):
     """An encoded image with its captions and label.
 
     Attributes:
-        image: bytes, or str, the name of the file.
+        image: bytes, or a `PIL.Image.Image`; until it is read, the name of the file.
         captions: tuple of str. Not empty if captions are requested.
         key: str.
         shard: str.
         label: int, the class of the image; None if labels are not requested.
+        path: str, the file of the image; empty if it is inside of a shard.
     """
 
-    image: bytes | str
+    image: typing.Any
     captions: tuple
     key: str
     shard: str
     label: int | None = None
+    path: str = ""
+
+
+class Fault(typing.NamedTuple):
+    """A broken sample.
+
+    Attributes:
+        shard: str.
+        key: str, or None if it is unknown.
+        reason: str. One of a few, for counting.
+        details: str, or None if nothing more is known.
+    """
+
+    shard: str
+    key: str | None
+    reason: str
+    details: str | None = None
 
 
 class PairReader:
-    """Finds the pairs in shards.
+    """Finds the image, the captions and the label of a sample.
 
     Args:
-        shards: list of `Shard`.
         image_keys: str or sequence of str. The field that holds the image or the name
             of its file; of several, the first that a sample has. `None`: common names.
         caption_key: str or sequence of str. The field that holds the caption or a list
             of captions; of several, the first that is not empty. `"json.caption"` is
             the entry `caption` of the field `json`. `None`: common names.
-        wants_caption: bool. Whether samples without a caption are left out.
+        wants_caption: bool. Whether samples without a caption are broken.
         labels: `Labels`, or None for no labels.
     """
 
     def __init__(
-        self,
-        shards,
-        image_keys=None,
-        caption_key=None,
-        wants_caption=True,
-        labels=None,
+        self, image_keys=None, caption_key=None, wants_caption=True, labels=None
     ):
-        self.shards = shards
         self.image_keys = _several(image_keys, IMAGE_KEYS)
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
-        self.caption_fields = _fields(self.caption_keys)
         self.labels = labels
         self._wants_caption = wants_caption
-        self._fields = {
-            *self.image_keys,
-            *(self.caption_fields if wants_caption else ()),
-            *(_fields(labels.keys) if labels else ()),
-        }
 
     @property
     def wanted(self):
@@ -81,74 +86,60 @@ class PairReader:
                 "not empty"
             )
         if self.labels:
-            wanted.append(f"a known label (`label_key`, here {list(self.labels.keys)})")
+            wanted.append(f"a label (`label_key`, here {list(self.labels.keys)})")
         return " and ".join(wanted)
 
-    def read(self, shard, report):
-        """Reads the pairs of a shard.
+    def describe(self):
+        """What decides which samples are intact, as JSON can hold it."""
+        captions = list(self.caption_keys) if self._wants_caption else None
+        labels = list(self.labels.keys) if self.labels else None
+        return [list(self.image_keys), captions, labels]
+
+    def fault_of(self, fields, fault=None):
+        """The fault of a sample as far as the names of its fields show it, or None."""
+        if fault:
+            return fault
+        fields = set(fields)
+        if not fields.intersection(self.image_keys):
+            return "no image"
+        if self._wants_caption and not fields.intersection(_fields(self.caption_keys)):
+            return "no caption"
+        if self.labels and not fields.intersection(_fields(self.labels.keys)):
+            return "no label"
+        return None
+
+    def pair(self, shard, key, fields, path_of):
+        """The `Pair` of a sample, or its `Fault`.
 
         Args:
-            shard: `Shard`.
-            report: Function that is called for each sample with the shard, the key, the
-                reason (str) if it is left out, else None, and further details (str) or
-                None.
-
-        Yields:
-            `Pair`.
+            shard: str.
+            key: str.
+            fields: dict from the name of a field to its content.
+            path_of: Function from the name of an image file to its path.
         """
-        keys = set()
-        for sample in self._samples(shard, report):
-            key = sample["__key__"]
-            pair, fault = self.pair(shard, sample)
-            if shard.unique_keys and key in keys:
-                fault = "duplicate key"
-            keys.add(key)
-            report(str(shard), key, fault, None)
-            if not fault:
-                yield pair
-
-    def _samples(self, shard, report):
-        try:
-            yield from shard.read(self._fields)
-        except ShardError as error:
-            # The last sample may be complete. If not, the damaged shard is counted.
-            if self.pair(shard, error.sample)[0] is not None:
-                yield error.sample
-            report(str(shard), error.last_key, "damaged shard", str(error))
-        except OSError as error:
-            report(str(shard), None, "unreadable shard", f"The shard {shard}: {error}")
-
-    def pair(self, shard, sample):
-        """The pair that a sample holds and None, or None and what is wrong."""
-        if FAULT in sample:
-            return None, sample[FAULT]
-        image = next((sample[k] for k in self.image_keys if k in sample), "")
-        if image is None:
-            return None, "file too large"
+        image = next((fields[k] for k in self.image_keys if fields.get(k)), "")
+        path = ""
         if isinstance(image, list):
             image = image[0] if image else ""
-        if isinstance(image, str):
-            image = image and shard.path_of(image)
+        if isinstance(image, str) and image:
+            path = image = path_of(image)
         # JSON lines may hold values of any type.
-        if not isinstance(image, str | bytes) or image == "":
-            return None, "no image"
-        captions = ()
+        if not image or not isinstance(image, str | bytes | Image.Image):
+            return Fault(shard, key, "no image")
+        captions, label, fault = (), None, None
         if self._wants_caption:
-            captions, fault = self.captions(sample)
-            if fault:
-                return None, fault
-        label = None
-        if self.labels:
-            label, fault = self.labels.of(sample)
-            if fault:
-                return None, fault
-        return Pair(image, captions, sample["__key__"], str(shard), label), None
+            captions, fault = self.captions(fields)
+        if not fault and self.labels:
+            label, fault = self.labels.of(fields)
+        if fault:
+            return Fault(shard, key, fault)
+        return Pair(image, captions, key, shard, label, path)
 
-    def captions(self, sample):
+    def captions(self, fields):
         """The captions of a sample and None, or no captions and what is wrong."""
         fault = "no caption"
         for key in self.caption_keys:
-            value = _field(sample, key)
+            value = _field(fields, key)
             if value is None:
                 continue
             values = value if isinstance(value, list) else [value]
@@ -157,6 +148,24 @@ class PairReader:
                 return captions, None
             fault = "empty caption"
         return (), fault
+
+    def with_images(self, samples):
+        """Pairs with the content of their image files, which are read together.
+
+        Args:
+            samples: list of `Pair` and `Fault`.
+        """
+        places = [i for i, each in enumerate(samples) if getattr(each, "path", "")]
+        contents = files.read_ranges([(samples[i].path, 0, None) for i in places])
+        for place, content in zip(places, contents):
+            pair = samples[place]
+            if isinstance(content, Exception):
+                reason = "the image file cannot be read"
+                fault = Fault(pair.shard, pair.key, reason, str(content))
+                samples[place] = fault
+            else:
+                samples[place] = pair._replace(image=content)
+        return samples
 
 
 class Labels:
@@ -195,7 +204,8 @@ class Labels:
             number = self._numbers.get(_text(label), -1)
         else:
             text = _text(label)
-            number = int(text) if text.isdecimal() else -1
+            # Python converts no number of thousands of digits.
+            number = int(text) if text.isdecimal() and len(text) < 20 else -1
         known = range(2**31 if self._numbers is None else len(self._numbers))
         return number, None if number in known else "unknown label"
 

@@ -2,13 +2,9 @@
 
 import threading
 
+import cykooz_resizer as simd
 import numpy as np
 from PIL import Image
-
-try:
-    import cykooz_resizer as simd
-except ImportError:
-    simd = None
 
 _thread = threading.local()
 
@@ -18,7 +14,7 @@ def resize(image, size, box):
 
     RGB images are resized by cykooz-resizer, whose vector instructions take a third of
     Pillow's time. It sums rows and columns in a different order: one pixel in seven of
-    a photograph differs, mostly by one level. Without cykooz-resizer, Pillow is used.
+    a photograph differs, mostly by one level.
 
     Args:
         image: `PIL.Image.Image`, RGB or RGBA.
@@ -28,7 +24,7 @@ def resize(image, size, box):
     Returns:
         uint8 array `(height, width, channels)`.
     """
-    if simd is None or image.mode != "RGB":
+    if image.mode != "RGB":
         return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box))
     left, top, right, bottom = box
     options = simd.ResizeOptions()

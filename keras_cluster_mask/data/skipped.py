@@ -1,6 +1,6 @@
-"""Counts the samples that a pipeline skips."""
+"""Counts the samples that a dataset skips."""
 
-import threading
+import collections
 import warnings
 
 MAX_EXAMPLES = 100
@@ -9,137 +9,116 @@ ENOUGH = 1000
 
 
 class SkippedSamples:
-    """The samples that the current, or last, pass over a dataset skipped.
+    """The broken samples of a dataset.
 
-    A pass starts when an iteration over the dataset starts, as in every epoch of `fit`,
-    and resets all counts. The pipeline reads ahead, so during a pass the counts are
-    ahead of the batches. Samples that an abandoned pass still reads are not counted.
-    With `dataset.repeat()`, each repetition is a pass. A warning names the first
-    skipped sample of a pass, and another one summarizes the pass at its end.
+    What the index left out is known from the start and is the same in all processes.
+    Samples that turn out to be broken when they are read are added with the batch that
+    they were to be part of; each is counted again in each epoch. A new iteration over
+    the dataset starts with the counts of the index.
 
     Args:
-        raise_errors: bool. Whether to raise an error at the first skipped sample.
-        max_share: float. The share of samples that may be skipped. It is checked after
-            1,000 samples, and a larger share raises an error.
+        faults: list of `Faults` of indexes.
+        max_share: float. The share of samples that may be broken.
 
     Attributes:
-        count: int. The number of skipped samples. A damaged shard counts as one,
-            because the number of samples after the damage is unknown.
         by_reason: dict from the reason (str) to a count.
-        samples: list of the first 100 skipped samples as tuples of shard, key and
-            reason.
+        by_shard: dict from the name of a shard to a dict from reasons to counts.
+        samples: list of the first 100 samples that turned out to be broken, as `Fault`
+            tuples of shard, key, reason and details.
+        details: list of str, about damaged shards.
     """
 
-    def __init__(self, raise_errors=False, max_share=1.0):
-        if not 0 <= max_share <= 1:
-            raise ValueError(
-                f"`max_skipped` must be from 0 to 1. Received: {max_share}"
-            )
-        self._raise_errors = raise_errors
+    def __init__(self, faults, max_share=1.0):
+        self._faults = faults
         self._max_share = max_share
-        self._lock = threading.Lock()
-        self._current = None
-        self._passes = self._read = 0
-        self.by_reason = {}
+        self.details = [line for each in faults for line in each.details]
+        self._pass = 0
+        self._reset()
+
+    def _reset(self):
         self.samples = []
+        self._counts = collections.defaultdict(collections.Counter)
+        for faults in self._faults:
+            for shard, counts in faults.by_shard.items():
+                self._counts[shard].update(counts)
+
+    @property
+    def by_shard(self):
+        return {shard: dict(counts) for shard, counts in self._counts.items()}
+
+    @property
+    def by_reason(self):
+        return dict(sorted(sum(self._counts.values(), collections.Counter()).items()))
 
     @property
     def count(self):
-        """int. The number of skipped samples."""
-        return sum(self.by_reason.values())
+        """int. The number of broken samples."""
+        return sum(counts.total() for counts in self._counts.values())
 
-    def start_pass(self):
-        """Resets the counts; returns the `Account` of the new pass."""
-        account = Account(self)
-        with self._lock:
-            self._current = account
-            self._passes += 1
-            self._read = 0
-            self.by_reason = {}
-            self.samples = []
-        return account
+    def start(self):
+        """Starts a new pass; returns its `Account`."""
+        self._pass += 1
+        self._reset()
+        return Account(self, self._pass)
 
-    def ignore(self, shard, key, reason, details=None):
-        """Counts nothing, for samples that are read a second time."""
-
-    def _report(self, account, shard, key, reason, details):
-        details = details or f"The sample {key!r} of the shard {shard}: {reason}"
-        if self._raise_errors:
-            raise ValueError(details)
-        with self._lock:
-            if account is not self._current:
-                return
-            first = not self.by_reason
-            self.by_reason[reason] = self.by_reason.get(reason, 0) + 1
-            if len(self.samples) < MAX_EXAMPLES:
-                self.samples.append((shard, key, reason))
-            self._check_share()
-        if first:
-            warnings.warn(
-                f"{details}. It was skipped; others may follow without a warning, "
-                "`dataset.skipped` counts them.",
-                stacklevel=2,
-            )
-
-    def _check_share(self):
-        looked_at = self.count + self._read
-        if looked_at >= ENOUGH and self.count > self._max_share * looked_at:
-            raise ValueError(
-                f"More than {self._max_share:.0%} of the samples are broken "
-                f"(`max_skipped`). Received: {self.count} of the first {looked_at}, "
-                f"{self._reasons()}"
-            )
-
-    def _end(self, account):
-        with self._lock:
-            if account is not self._current or self.count < 2:
-                return
-            message = (
-                f"Pass {self._passes} over the data skipped {self.count} of "
-                f"{self.count + self._read} samples: {self._reasons()}."
-            )
-        warnings.warn(message, stacklevel=2)
-
-    def _reasons(self):
-        by_reason = sorted(dict(self.by_reason).items())
-        return ", ".join(f"{reason}: {count}" for reason, count in by_reason)
+    def reasons(self):
+        """str. The reasons with their counts."""
+        return ", ".join(f"{reason}: {n}" for reason, n in self.by_reason.items())
 
     def __repr__(self):
-        reasons = f", {self._reasons()}" if self.by_reason else ""
+        reasons = f", {self.reasons()}" if self.count else ""
         return f"<SkippedSamples count={self.count}{reasons}>"
 
 
 class Account:
-    """Reports one pass to `SkippedSamples`, unless a later pass has started."""
+    """What one pass skips; nothing, if a later pass has started.
 
-    def __init__(self, skipped):
-        self._skipped = skipped
+    Args:
+        skipped: `SkippedSamples`.
+        number: int. The number of the pass.
+    """
 
-    def report(self, shard, key, reason, details=None):
-        """Counts a sample. Raises an error for a skipped one with `raise_errors`.
+    def __init__(self, skipped, number):
+        self._skipped, self._number = skipped, number
+        self._read = self._broken = 0
+
+    def report(self, faults, read):
+        """Counts the samples of a batch.
 
         Args:
-            shard: str.
-            key: str, or None if it is unknown.
-            reason: str. The key of `by_reason`; None for a sample that is not skipped.
-            details: str. A message for the user, if more is known.
+            faults: list of `Fault`.
+            read: int. The number of samples, intact or broken.
         """
-        if reason is None:
-            self._count_read(1)
-        else:
-            self._skipped._report(self, shard, key, reason, details)
-
-    def report_unreadable(self, shard, key, reason):
-        """Counts a sample as skipped that was counted as read."""
-        self._count_read(-1)
-        self.report(shard, key, reason)
-
-    def _count_read(self, count):
-        # Reading threads add to the count and decoding threads subtract from it.
-        with self._skipped._lock:
-            if self._skipped._current is self:
-                self._skipped._read += count
+        skipped = self._skipped
+        self._read += read
+        if not faults or self._number != skipped._pass:
+            return
+        first = faults[0]
+        message = f"The sample {first.key!r} of the shard {first.shard}: {first.reason}"
+        if first.details:
+            message += f" ({first.details})"
+        if not skipped._max_share:
+            raise ValueError(f"{message}. Received: max_skipped=0")
+        if not self._broken:
+            warnings.warn(
+                f"{message}. It was skipped; others may follow without a warning, "
+                "`dataset.skipped` counts them.",
+                stacklevel=2,
+            )
+        self._broken += len(faults)
+        for fault in faults:
+            skipped._counts[fault.shard][fault.reason] += 1
+        skipped.samples.extend(faults[: MAX_EXAMPLES - len(skipped.samples)])
+        if self._read >= ENOUGH and self._broken > skipped._max_share * self._read:
+            raise ValueError(
+                f"More than {skipped._max_share:.0%} of the samples are broken "
+                f"(`max_skipped`). Received: {self._broken} of the first {self._read}, "
+                f"{skipped.reasons()}"
+            )
 
     def end(self):
         """Warns with a summary of the skipped samples."""
-        self._skipped._end(self)
+        skipped = self._skipped
+        if self._broken > 1 and self._number == skipped._pass:
+            message = f"{self._broken} samples were skipped: {skipped.reasons()}."
+            warnings.warn(message, stacklevel=2)

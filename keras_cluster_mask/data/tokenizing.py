@@ -1,12 +1,14 @@
 """Applies any tokenizer to a batch of captions."""
 
-import keras
+import sys
+
 import numpy as np
 
 
 def is_layer(tokenizer):
-    """Whether a tokenizer is a Keras layer, which can be part of a TensorFlow graph."""
-    return isinstance(tokenizer, keras.layers.Layer)
+    """Whether a tokenizer is a Keras layer."""
+    keras = sys.modules.get("keras")
+    return keras is not None and isinstance(tokenizer, keras.layers.Layer)
 
 
 def check_tokenizer(tokenizer):
@@ -17,6 +19,11 @@ def check_tokenizer(tokenizer):
             "length, which this layer does not. Pass `keras_hub.models."
             "CLIPPreprocessor(tokenizer)` or `CLIPTokenizer.from_preset(...)` instead. "
             f"Received: {tokenizer}"
+        )
+    if tokenizer is not None and not callable(tokenizer):
+        raise ValueError(
+            "`tokenizer` must be a callable from a list of bytes to ints, or None. "
+            f"Received: {tokenizer!r}"
         )
 
 
@@ -31,9 +38,17 @@ def tokenize(tokenizer, captions):
     Returns:
         int32 array `(batch, length)`.
     """
+    if not captions:
+        return np.zeros((0, getattr(tokenizer, "context_length", 0)), "int32")
     if is_layer(tokenizer):
-        return np.asarray(apply_layer(tokenizer, captions), "int32")
-    token_ids = keras.ops.convert_to_numpy(tokenizer(captions))
+        return _apply_layer(tokenizer, captions)
+    token_ids = tokenizer(captions)
+    # A tensor of some backend.
+    if not isinstance(token_ids, np.ndarray | list | tuple):
+        import keras
+
+        token_ids = keras.ops.convert_to_numpy(token_ids)
+    token_ids = np.asarray(token_ids)
     if token_ids.ndim != 2 or len(token_ids) != len(captions):
         raise ValueError(
             "`tokenizer` must return ints of shape (batch, length). Received: "
@@ -42,18 +57,25 @@ def tokenize(tokenizer, captions):
     return token_ids.astype("int32")
 
 
-def apply_layer(layer, captions):
-    """The token ids of captions from a Keras layer.
+class Tokenize:
+    """Adds the token ids of a Keras layer to batches that hold captions.
 
     Args:
         layer: Keras layer, such as a KerasHub `CLIPPreprocessor`.
-        captions: list of bytes, or string tensor `(batch,)`.
-
-    Returns:
-        int32 tensor `(batch, length)`.
     """
-    import tensorflow as tf
 
+    def __init__(self, layer):
+        self._layer = layer
+
+    def __call__(self, batch):
+        captions = [c[0] if isinstance(c, tuple) else c for c in batch["captions"]]
+        return {**batch, "token_ids": tokenize(self._layer, captions)}
+
+
+def _apply_layer(layer, captions):
+    from keras_cluster_mask.data.tensorflow import import_tensorflow
+
+    tf = import_tensorflow("A Keras layer as a `tokenizer`")
     captions = tf.convert_to_tensor(captions, "string")
     # KerasHub's CLIP preprocessors take and return a dict.
     if hasattr(layer, "image_converter"):
@@ -67,4 +89,4 @@ def apply_layer(layer, captions):
             "`tokenizer` must return rows of equal length. Received: a layer that "
             f"returns a ragged tensor, {layer}"
         )
-    return tf.cast(token_ids, "int32")
+    return np.asarray(token_ids, "int32")

@@ -139,7 +139,7 @@ def evaluate_zero_shot(
 
     ```
     names = ["cat", "dog", "fox"]
-    data = kcm.data.ImageTextBatches(
+    data = kcm.data.image_text_dataset(
         "animals", None, 224, 64, training=False, label_key="folder", class_names=names
     )
     kcm.evaluation.evaluate_zero_shot(model, data, names, tokenizer)
@@ -184,8 +184,9 @@ def labelled(
     for batch in read_batches(data):
         if "labels" not in batch:
             raise ValueError(
-                f"`{name}` must hold 'labels'; `ImageTextBatches(..., label_key=...)` "
-                f"includes them. Received: a batch with {sorted(batch)}"
+                f"`{name}` must hold 'labels': pass `label_key` to "
+                "`image_text_dataset`. "
+                f"Received: a batch with {sorted(batch)}"
             )
         if num_classes is not None:
             check_labels("labels", batch["labels"], len(batch["images"]), num_classes)

@@ -45,7 +45,7 @@ def embed(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
             the path of one that was saved.
-        data: Batches, or arrays. An iterable of batches (`ImageTextBatches`, a
+        data: Batches, or arrays. An iterable of batches (`image_text_dataset`, a
             `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or
             a pair `(images, labels)`, or images alone; or one such dictionary, pair or
             array that holds all data. Images are `(batch, H, W, C)`, uint8 or
@@ -220,9 +220,9 @@ def _texts_of(batch):
     """The captions of a batch in one list, and the row of the image of each."""
     if "captions" not in batch:
         raise ValueError(
-            "With a `tokenizer`, `data` must hold 'captions'; "
-            "`ImageTextBatches(..., include_captions=True)` includes them. Received: a "
-            f"batch with the keys {sorted(batch)}"
+            "With a `tokenizer`, `data` must hold 'captions': pass "
+            "`include_captions=True` to `image_text_dataset`. Received: a batch with "
+            f"the keys {sorted(batch)}"
         )
     texts, owners = [], []
     for row, captions in enumerate(batch["captions"]):

@@ -196,7 +196,7 @@ def evaluate_linear_probe(
 
     ```
     train, test = (
-        kcm.data.ImageTextBatches(
+        kcm.data.image_text_dataset(
             f"flowers/{part}", None, 224, 64, training=False,
             label_key="folder", class_names=["daisy", "rose", "tulip"],
         )

@@ -99,7 +99,7 @@ def evaluate_retrieval(
     Images with several captions each, from shards:
 
     ```
-    batches = kcm.data.ImageTextBatches(
+    batches = kcm.data.image_text_dataset(
         "flickr30k-test.tar", None, 224, 64, training=False,
         caption_key="json.captions", include_captions="all",
     )

@@ -29,6 +29,7 @@ from keras_cluster_mask.training.gradient_checkpointing import (
 from keras_cluster_mask.training.inputs import (
     LONELY,
     check_data,
+    check_ends,
     check_input,
     until_the_end,
 )
@@ -445,9 +446,9 @@ class ContrastiveModel(keras.Model):
         that training begins and ends, and `CSVLogger` needs `append=True`. The returned
         history holds all epochs, those before the interruption included.
 
-        An epoch of an `image_text_dataset` has as many steps as its pairs fill batches;
-        the pairs left over come first in the next epoch. They are counted first, which
-        reads all shards; `steps_per_epoch` makes this unnecessary.
+        An epoch of an `image_text_dataset` has as many steps as its samples fill
+        batches, `len(dataset)`; the samples left over come first in the next epoch. A
+        further `fit` continues where the last one ended.
 
         Example:
 
@@ -500,11 +501,13 @@ class ContrastiveModel(keras.Model):
             self.training_run = None
 
     def evaluate(self, x=None, *args, **kwargs):
+        check_ends(x, kwargs.get("steps"))
         with until_the_end():
             x = check_data(x, self.vocabulary_size)
             return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
+        check_ends(x, kwargs.get("steps"))
         with until_the_end():
             x = check_data(x, self.vocabulary_size)
             return super().predict(x, *args, **kwargs)

@@ -6,16 +6,21 @@ import types
 
 import keras
 
+from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.training.inputs import (
     StepSize,
     check_data,
+    check_ends,
     check_keys,
     rows_of,
     until_the_end,
 )
-from keras_cluster_mask.training.remaining_data import RemainingData
+from keras_cluster_mask.training.remaining_data import (
+    RemainingData,
+    check_same_everywhere,
+)
 from keras_cluster_mask.training.training_run import (
     ResumableRun,
     TrainingRun,
@@ -50,6 +55,7 @@ def fit(model, keras_fit, x, options, resume_from=None):
         if options["validation_data"] is None:
             options["validation_data"] = held_out
     validation = Validation(options, callbacks, batch_size)
+    check_ends(validation.data, options.get("validation_steps"))
     if hasattr(validation.data, "as_dataset"):
         # Data of unknown length, which Keras would take as a generator: one pass.
         callbacks = [validation, *callbacks]
@@ -63,11 +69,10 @@ def fit(model, keras_fit, x, options, resume_from=None):
     check_batch_size(model, rows, len(x["images"]) if isinstance(x, dict) else None)
 
     found = None if resume_from is None else read_resumable(resume_from)
-    if hasattr(x, "position"):
-        if found is not None:
-            x.position.pairs = found[2]["pairs"]
-        if steps is None:
-            steps = x.position.steps_per_epoch()
+    stream = stream_of(x)
+    if stream is not None:
+        check_same_everywhere(stream.description)
+        steps = len(stream) if steps is None else steps
     saves = [each for each in callbacks if getattr(each, "saves_training_state", False)]
     if saves:
         _check_no_swaps(callbacks)
@@ -128,7 +133,7 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
             run.start(given["x"], keep_weights=True)
         else:
             run.start(given["x"])
-        history = _run(keras_fit, given)
+        history = _run(keras_fit, given, data.stream is not None)
         if last == epochs or model.stop_training:
             break
         run.restore_weights()
@@ -145,10 +150,15 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
     return history
 
 
-def _run(keras_fit, options):
-    ends = "steps_per_epoch" not in options
+def _run(keras_fit, options, is_stream):
     try:
-        with until_the_end() if ends else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if "steps_per_epoch" not in options:
+                stack.enter_context(until_the_end())
+            if is_stream and keras.backend.backend() == "tensorflow":
+                from keras_cluster_mask.data.tensorflow import stop_at_interrupts
+
+                stack.enter_context(stop_at_interrupts())
             return keras_fit(**options)
     finally:
         if isinstance(options["x"], types.GeneratorType):

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.processes import process_index_and_count
 
 KEYS = ("images", "token_ids")
@@ -23,8 +24,8 @@ LONELY = (
 def check_data(data, vocabulary_size=None, batch_size=None):
     """Checks data for a `ContrastiveModel`, and hands it over as Keras takes it.
 
-    Arrays are checked whole. A `tf.data.Dataset` and `ImageTextBatches` get a check of
-    every batch, on the host, as part of their pipeline. Strings, such as keys and
+    Arrays are checked whole. A `tf.data.Dataset` and an `ImageTextDataset` get a check
+    of every batch, on the host, as part of their pipeline. Strings, such as keys and
     captions, are left out, as no model takes them. Other iterables are returned
     unchanged.
 
@@ -35,8 +36,9 @@ def check_data(data, vocabulary_size=None, batch_size=None):
             the data is not for training.
 
     Returns:
-        The data, with a check added where it has to run per batch. `ImageTextBatches`
-        become a `tf.data.Dataset` on TensorFlow, else a generator: one pass.
+        The data, with a check added where it has to run per batch. An
+        `ImageTextDataset` becomes a `tf.data.Dataset` on TensorFlow, else a generator:
+        one pass.
     """
     training = batch_size is not None
     if isinstance(data, dict):
@@ -64,6 +66,16 @@ def check_data(data, vocabulary_size=None, batch_size=None):
         if training or vocabulary_size is not None:
             data = data.map(lambda batch: _checked(batch, vocabulary_size, training))
     return data
+
+
+def check_ends(data, steps):
+    """Raises an error for endless data without a number of steps."""
+    if steps is None and stream_of(data) is not None:
+        raise ValueError(
+            "Data that is evaluated or predicted must end: pass `training=False` to "
+            "`image_text_dataset`, or `steps`. "
+            f"Received: an endless {type(data).__name__}"
+        )
 
 
 @contextlib.contextmanager
@@ -133,7 +145,7 @@ class StepSize:
         """The step size of what is passed to `fit`, or `None` if it is not known.
 
         Args:
-            data: A dictionary of arrays, a `tf.data.Dataset`, `ImageTextBatches`, or
+            data: A dictionary of arrays, a `tf.data.Dataset`, an `ImageTextDataset`, or
                 anything else.
             batch_size: Integer, of arrays.
         """
@@ -163,13 +175,15 @@ def rows_of(data) -> int | None:
 
 def _checked_stream(batches, vocabulary_size, training):
     names = [k for k, spec in batches.element_spec.items() if spec.dtype != "string"]
-    for batch in batches:
-        if vocabulary_size is not None:
-            check_ids(batch["token_ids"], vocabulary_size)
-        if training and len(batch["images"]) < 2:
-            raise ValueError(f"{LONELY} Received: a batch of {len(batch['images'])}")
-        # Keras takes tuples alone from generators.
-        yield ({name: batch[name] for name in names},)
+    with contextlib.closing(iter(batches)) as batches:
+        for batch in batches:
+            if vocabulary_size is not None:
+                check_ids(batch["token_ids"], vocabulary_size)
+            rows = len(batch["images"])
+            if training and rows < 2:
+                raise ValueError(f"{LONELY} Received: a batch of {rows}")
+            # Keras takes tuples alone from generators.
+            yield ({name: batch[name] for name in names},)
 
 
 def _holds_strings(array):

@@ -1,10 +1,15 @@
 """The part of the training data that is left at some step, and its samples."""
 
 import collections
+import hashlib
 import itertools
+import json
 
 import numpy as np
 from keras import tree
+
+from keras_cluster_mask.batches import stream_of
+from keras_cluster_mask.distribution.processes import all_gather_object
 
 # An entry of batches that names their samples.
 SAMPLE_ID = "sample_id"
@@ -12,13 +17,24 @@ SAMPLE_ID = "sample_id"
 REMEMBERED = 256
 
 
+def check_same_everywhere(description):
+    """Raises an error unless all processes read the same data in the same order."""
+    content = json.dumps(description, sort_keys=True).encode()
+    number = int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "big")
+    if len({*all_gather_object(number >> 1)}) > 1:
+        raise ValueError(
+            "`x` must be the same data, in the same order, in all processes: check "
+            "that all see the same shards, and pass the same `seed`. Received here: "
+            f"{description}"
+        )
+
+
 class RemainingData:
     """Training data, of which a resumed run reads the part it has not trained on.
 
-    Three kinds can be read from a step on. Data with an attribute `position` (see
-    `data.position.Position`) is an endless stream that seeks. A `tf.data.Dataset` skips
-    steps. Arrays are sliced, if they are not shuffled. Other data can only be read from
-    the start of an epoch.
+    Three kinds can be read from a step on. An `image_text_dataset` starts with any
+    batch. A `tf.data.Dataset` skips steps. Arrays are sliced, if they are not shuffled.
+    Other data can only be read from the start of an epoch.
 
     Args:
         data: What is passed to `fit`.
@@ -41,26 +57,20 @@ class RemainingData:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.steps_per_epoch = steps_per_epoch
-        self.position = getattr(data, "position", None)
+        self.stream = stream_of(data)
         self._ids = collections.OrderedDict()
         self._start = 0, 0
         self._remembers_ids = remembers_ids
         self.origin = epoch, 0
-        if self.position is not None:
-            self.origin = epoch, self.position.before(*self.position.trained)
+        if self.stream is not None:
+            self.origin = epoch, self.stream.start
 
     def describe(self):
         """What must be the same for a step to be found again, as a dictionary."""
         return {
-            "data.seed": getattr(self.position, "seed", None),
-            "data.batch_size": getattr(self.position, "batch_size", None),
+            **({} if self.stream is None else self.stream.description),
             "data.steps_per_epoch": self.steps_per_epoch,
         }
-
-    @property
-    def pairs(self):
-        """The number of pairs in an epoch, if it is known."""
-        return getattr(self.position, "pairs", None)
 
     @property
     def has_known_order(self):
@@ -70,7 +80,7 @@ class RemainingData:
 
     def check_resumable(self, within_epochs):
         """Raises if a step within an epoch, or any, could not be found again."""
-        if self.position is not None or hasattr(self.data, "skip"):
+        if self.stream is not None or hasattr(self.data, "skip"):
             return
         if self.steps_per_epoch is not None:
             raise ValueError(
@@ -114,18 +124,13 @@ class RemainingData:
 
     def seek(self, epoch, step):
         """Makes the next pass over a stream start after `step` steps of an epoch."""
-        if self.position is not None:
-            self.position.seek(*self._place(epoch, step))
-
-    def mark_trained(self, epoch, step):
-        """Tells a stream from where a further `fit` continues."""
-        if self.position is not None:
-            self.position.trained = self._place(epoch, step)
+        if self.stream is not None:
+            self.stream.start = self._batches_before(epoch, step)
 
     def samples(self, epoch, step):
         """The names of the samples of a batch, a list of str; empty if unknown."""
-        if self.position is not None:
-            return self.position.keys(*self._place(epoch, step))
+        if self.stream is not None:
+            return self.stream.keys(self._batches_before(epoch, step))
         ids = self._ids.get(self._index(epoch, step), [])
         if isinstance(self.data, dict) and not self.shuffle:
             first = step * self.batch_size
@@ -133,17 +138,13 @@ class RemainingData:
         ids = np.asarray(ids).tolist()
         return [x.decode() if isinstance(x, bytes) else str(x) for x in ids]
 
-    def _place(self, epoch, step):
-        """The epoch of the stream, and the step in it, after steps of a `fit`."""
-        return self.position.after(self._batches_before(epoch, step))
-
     def _batches_before(self, epoch, step):
         first_epoch, before = self.origin
         return before + (epoch - first_epoch) * self.steps_per_epoch + step
 
     def _after(self, epoch, step):
-        if self.position is not None:
-            return self.data.repeat()
+        if self.stream is not None:
+            return self.data
         if self.steps_per_epoch is not None:
             step = self._batches_before(epoch, step)
             return self.data.repeat().skip(step) if step else self.data

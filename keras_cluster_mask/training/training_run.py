@@ -58,7 +58,7 @@ class TrainingRun(keras.callbacks.Callback):
         # Later callbacks add to these logs.
         self.history.append({"epoch": epoch, "logs": {} if logs is None else logs})
         self.epoch, self.step = epoch + 1, 0
-        self.data.mark_trained(self.epoch, 0)
+        self.data.seek(self.epoch, 0)
 
 
 class ResumableRun(TrainingRun):

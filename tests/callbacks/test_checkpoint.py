@@ -96,14 +96,23 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(
         assert resumed.history == history.history
 
 
-def test_batches_made_in_python_resume_too(whole, shards, tmp_path):
-    def data():
-        return make_dataset(shards, kind=kcm.data.ImageTextBatches)
-
-    expected, _ = whole
-    run(data(), tmp_path / "stopped", stop=5)
-    found, _ = run(data(), tmp_path / "stopped")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"format": "grain"}, {"format": "tf"}),
+        ({"format": "tf"}, {"format": "grain"}),
+        pytest.param({"num_workers": 2}, {"num_workers": 0}, marks=pytest.mark.slow),
+        pytest.param({"num_workers": 0}, {"num_workers": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_resumes_in_another_format_and_with_other_workers(
+    before, after, whole, shards, tmp_path
+):
+    expected, history = whole
+    run(make_dataset(shards, **before), tmp_path, stop=5)
+    found, resumed = run(make_dataset(shards, **after), tmp_path)
     assert_same_weights(found, expected)
+    assert resumed.history == history.history
 
 
 def test_a_run_stopped_again_and_again_ends_the_same(whole, shards, tmp_path):
@@ -414,12 +423,44 @@ def test_a_checkpoint_of_another_masking_is_refused_by_field(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_a_checkpoint_of_another_optimizer_or_data_is_refused(shards, tmp_path):
+def test_a_checkpoint_of_another_optimizer_is_refused(shards, tmp_path):
     run(make_dataset(shards), tmp_path, fit={"epochs": 1})
     with pytest.raises(ValueError, match=r"optimizer: 'AdamW' in.*'SGD' in"):
         run(make_dataset(shards), tmp_path, model=make_model(optimizer="sgd"))
-    with pytest.raises(ValueError, match=r"data.seed: 7 in the checkpoint, 8 in"):
-        run(make_dataset(shards, seed=8), tmp_path)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 8}, r"data\.seed: 7 in the checkpoint, 8 in"),
+        ({"batch_size": 9}, r"data\.batch_size: 8 in the checkpoint, 9 in"),
+        ({"image_size": 24}, r"data\.image_size: \[16, 16\] in .*, \[24, 24\] in"),
+        ({"crop_scale": (0.9, 1.0)}, r"data\.crop_scale: \[0\.4, 1\.0\] in .*0\.9"),
+        ({"block_size": 4}, r"data\.block_size: 1 in the checkpoint, 4 in"),
+    ],
+)
+def test_a_checkpoint_of_data_with_another_option_is_refused(
+    options, message, shards, saved
+):
+    with pytest.raises(ValueError, match=r"`resume_from` must.*Received:.*" + message):
+        run(make_dataset(shards, **options), saved)
+
+
+@pytest.mark.any_backend
+def test_a_checkpoint_of_other_shards_is_refused(shards, saved, write_pairs):
+    other = write_pairs("c.tar", 27, 3)
+    for others in ([*shards, other], shards[:1], [shards[0], other]):
+        with pytest.raises(ValueError, match=r"Received:.*data\.index: .* in"):
+            run(make_dataset(others), saved)
+
+
+@pytest.fixture(scope="module")
+def saved(shards, tmp_path_factory):
+    """The checkpoints of an epoch."""
+    folder = tmp_path_factory.mktemp("saved")
+    run(make_dataset(shards), folder, fit={"epochs": 1})
+    return folder
 
 
 @pytest.mark.any_backend

@@ -56,21 +56,19 @@ def make_model(masking=None, dropout_seed=5, optimizer=None, **options):
     return model
 
 
-def make_dataset(shards, seed=7, kind=kcm.data.image_text_dataset):
+def make_dataset(shards, seed=7, **options):
     def tokenizer(captions):
         ids = np.zeros((len(captions), CONTEXT), "int32")
         for row, caption in enumerate(captions):
             ids[row, : min(CONTEXT, len(caption))] = list(caption)[:CONTEXT]
         return ids
 
-    return kind(
+    return kcm.data.image_text_dataset(
         shards,
         tokenizer,
-        image_size=16,
-        batch_size=8,
+        **{"image_size": 16, "batch_size": 8, **options},
         training=True,
         seed=seed,
-        shuffle_buffer=16,
     )
 
 

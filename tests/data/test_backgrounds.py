@@ -6,7 +6,7 @@ from keras_cluster_mask.data.backgrounds import check_background, composite
 pytestmark = pytest.mark.any_backend
 
 
-def test_a_background_colour_shows_through_in_parts_of_alpha():
+def test_a_background_color_is_blended_by_alpha():
     image = np.zeros((1, 3, 4), "uint8")
     image[0, :, 0] = 255
     image[0, :, 3] = [0, 51, 255]
@@ -14,7 +14,7 @@ def test_a_background_colour_shows_through_in_parts_of_alpha():
     assert actual[0].tolist() == [[0, 100, 200], [51, 80, 160], [255, 0, 0]]
 
 
-def test_random_backgrounds_vary_and_follow_their_seed():
+def test_random_backgrounds_differ_and_follow_their_seed():
     image = np.zeros((48, 40, 4), "uint8")
     image[10:20, 10:20] = 255
     images = np.stack([composite(image, "random", number) for number in range(60)])
@@ -22,23 +22,23 @@ def test_random_backgrounds_vary_and_follow_their_seed():
     np.testing.assert_array_equal(images, again)
     assert (images[:, 10:20, 10:20] == 255).all()
     assert len(np.unique(images.reshape(60, -1), axis=0)) == 60
-    # A third is plain; of the others the textures change more between neighbours.
+    # A third is plain. Textures change more between neighbours than gradients.
     changes = np.abs(np.diff(images[:, 20:].astype(int), axis=2)).mean(axis=(1, 2, 3))
     assert 8 <= np.sum(changes == 0) <= 32
     assert 8 <= np.sum((changes > 0) & (changes < 8)) <= 36
     assert np.sum(changes >= 8) >= 8
-    # Colours are spread over the whole range.
+    # Colors are spread over the whole range.
     assert 90 < images[:, 30:].mean() < 165
     assert images[:, 30:].std() > 50
 
 
-def test_of_a_list_of_backgrounds_each_is_drawn_as_often():
+def test_each_background_of_a_list_is_drawn_equally_often():
     image = np.zeros((4, 4, 4), "uint8")
     choices = ["white", (9, 8, 7), "random"]
     images = np.stack([composite(image, choices, number) for number in range(90)])
     white = np.sum((images == 255).all(axis=(1, 2, 3)))
     given = np.sum((images == (9, 8, 7)).all(axis=(1, 2, 3)))
-    # Five deviations of a binomial of 90 and a third.
+    # Five standard deviations of a binomial distribution.
     assert 8 <= white <= 52
     assert 8 <= given <= 52
     assert 8 <= 90 - white - given <= 52

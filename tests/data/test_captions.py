@@ -1,12 +1,13 @@
-"""Which captions an image has, and which of them it comes with."""
+"""Which captions an image has, and which of them is used."""
 
 import collections
+import itertools
 import json
 
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import ImageTextBatches, read_captions
+from keras_cluster_mask.data import image_text_dataset, read_captions
 from keras_cluster_mask.data.captions import CaptionChoice
 from keras_cluster_mask.data.pairs import Pair, PairReader
 
@@ -21,7 +22,7 @@ def captions_of(sample, caption_key=None):
     return PairReader([], caption_key=caption_key).captions(sample)
 
 
-def test_of_several_fields_the_first_that_is_not_empty_counts():
+def test_of_several_fields_the_first_that_is_not_empty_is_used():
     keys = ("caption", "txt", "json.alt")
     sample = {"txt": b"text", "caption": b"caption", "json": b'{"alt": "json"}'}
     assert captions_of(sample, keys) == (("caption",), None)
@@ -47,10 +48,10 @@ def test_entries_of_json_are_found_at_any_depth():
     assert captions_of({"x.json": b"itself"}, "x.json") == (("itself",), None)
     for missing in ("json.a.b.x", "json.a.b.c.d", "json.list.0", "json.x", "other.a"):
         assert captions_of(sample, missing) == ((), "no caption")
-    # What is no text is no caption.
+    # Only text is a caption.
     for other in ("json.a", "json.n"):
         assert captions_of(sample, other) == ((), "empty caption")
-    # A manifest of JSON lines has what others have as text.
+    # In JSON lines, a field is an object already.
     assert captions_of({"meta": content}, "meta.a.b.c") == (("deep",), None)
 
 
@@ -62,13 +63,8 @@ def test_json_that_cannot_be_read_holds_no_caption(content):
 
 
 @pytest.mark.parametrize("value", [3, 0.5, True, {"a": "b"}, [1, None, [b"x"]], [], ""])
-def test_what_is_no_text_is_an_empty_caption(value):
+def test_values_other_than_text_are_empty_captions(value):
     assert captions_of({"txt": value}) == ((), "empty caption")
-
-
-def test_what_is_too_large_to_be_read_is_no_caption():
-    assert captions_of({"txt": None, "caption": b"c"}) == (("c",), None)
-    assert captions_of({"txt": None}) == ((), "no caption")
 
 
 def test_bytes_that_are_no_utf_8_are_replaced():
@@ -82,12 +78,12 @@ def test_captions_with_half_a_letter_reach_the_tokenizer(tmp_path, encode):
     (tmp_path / "a.png").write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
     line = '{"file_name": "a.png", "text": "half \\ud83d a letter"}'
     (tmp_path / "metadata.jsonl").write_text(line)
-    (batch,) = ImageTextBatches(
-        tmp_path, tokenizer, 8, 1, training=False, include_captions=True
-    )
+    options = {"include_captions": True, "format": "grain"}
+    (batch,) = image_text_dataset(tmp_path, tokenizer, 8, 1, False, **options)
     (caption,) = batch["captions"]
     assert caption.startswith(b"half ")
     assert caption.endswith(b" a letter")
+    assert batch["token_ids"].tolist() == [[len(caption)]]
 
 
 # === Drawing ===
@@ -96,11 +92,11 @@ def test_captions_with_half_a_letter_reach_the_tokenizer(tmp_path, encode):
 PAIRS = [Pair(b"", ("a", "b", "c"), "1", "x"), Pair(b"", ("d",), "2", "x")]
 
 
-def test_in_training_each_caption_and_template_is_drawn_as_often():
+def test_in_training_each_caption_and_template_is_drawn_equally_often():
     choose = CaptionChoice(["{}", "a photo of {}."], training=True)
-    draws = np.random.default_rng(0).random((3000, 2, 2))
+    generator = np.random.default_rng(0)
     counts = collections.Counter(
-        caption for draw in draws for caption in choose(PAIRS, draw)
+        choose(pair, generator) for _ in range(3000) for pair in PAIRS
     )
     # Five deviations of a binomial.
     for caption in (b"a", b"b", b"c"):
@@ -113,24 +109,25 @@ def test_in_training_each_caption_and_template_is_drawn_as_often():
 
 def test_in_evaluation_the_first_caption_and_template_are_taken():
     choose = CaptionChoice(("this is {}", "{}"), training=False)
-    draws = np.full((2, 2), 0.99)
-    assert choose(PAIRS, draws) == [b"this is a", b"this is d"]
-    assert CaptionChoice(None, training=False)(PAIRS, draws) == [b"a", b"d"]
+    assert [choose(pair, None) for pair in PAIRS] == [b"this is a", b"this is d"]
+    assert CaptionChoice(None, training=False)(PAIRS[0], None) == b"a"
+    expected = (b"this is a", b"this is b", b"this is c")
+    assert choose.all_of(PAIRS[0]) == expected
 
 
-def test_captions_that_look_like_templates_stay_as_they_are():
+def test_captions_that_look_like_templates_are_not_changed():
     pair = Pair(b"", ("{} {0} %s {x}",), "1", "x")
     choose = CaptionChoice("{x} {}!", training=True)
-    assert choose([pair], np.zeros((1, 2))) == [b"{x} {} {0} %s {x}!"]
+    assert choose(pair, np.random.default_rng(0)) == b"{x} {} {0} %s {x}!"
 
 
 @pytest.mark.parametrize("template", ["none", "{} {}", ["{}", 3], "{0}"])
-def test_templates_without_one_place_are_refused(template):
+def test_templates_without_exactly_one_place_are_refused(template):
     with pytest.raises(ValueError, match=r"`caption_template`.*Received"):
         CaptionChoice(template, training=True)
 
 
-def test_over_epochs_an_image_comes_with_all_of_its_captions(tmp_path, encode):
+def test_over_epochs_an_image_has_each_of_its_captions(tmp_path, encode):
     lines = []
     for index in range(4):
         (tmp_path / f"{index}.png").write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
@@ -138,17 +135,16 @@ def test_over_epochs_an_image_comes_with_all_of_its_captions(tmp_path, encode):
         lines.append(json.dumps({"image": f"{index}.png", "captions": captions}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     counts = collections.Counter()
-    options = {"include_captions": True, "include_keys": True, "seed": 1}
-    batches = ImageTextBatches(tmp_path, tokenizer, 4, 4, True, **options)
-    for _ in range(150):
-        for batch in batches:
-            for key, caption in zip(batch["keys"], batch["captions"]):
-                assert key[:1] == caption[:1]
-                counts[caption] += 1
+    options = {"include_captions": True, "include_keys": True, "format": "grain"}
+    dataset = image_text_dataset(tmp_path, tokenizer, 4, 4, True, seed=1, **options)
+    for batch in itertools.islice(dataset, 150):
+        for key, caption in zip(batch["keys"], batch["captions"]):
+            assert key[:1] == caption[:1]
+            counts[caption] += 1
     assert len(counts) == 12
     # Five deviations of a binomial of 150 and a third.
     assert all(21 < count < 79 for count in counts.values())
-    evaluation = ImageTextBatches(tmp_path, tokenizer, 4, 4, False, **options)
+    evaluation = image_text_dataset(tmp_path, tokenizer, 4, 4, False, **options)
     for _ in range(2):
         (batch,) = evaluation
         assert batch["captions"].tolist() == [b"%d 0" % index for index in range(4)]
@@ -157,12 +153,20 @@ def test_over_epochs_an_image_comes_with_all_of_its_captions(tmp_path, encode):
 # === All of them ===
 
 
-def test_all_captions_are_read_up_to_the_damage(write_pairs, write_tar, tmp_path):
-    whole = write_pairs("a.tar", 0, 3)
+def test_all_captions_of_intact_samples_are_read(write_pairs, write_tar):
+    whole = write_pairs("a.tar", 0, 130)
+    # A pair is four blocks.
     cut = write_pairs("b.tar", 3, 3)
-    cut.write_bytes(cut.read_bytes()[: 512 * 9])
+    cut.write_bytes(cut.read_bytes()[: 512 * 10])
+    assert read_captions(whole) == [f"no {n}" for n in range(130)]
+    assert read_captions([whole, cut])[130:] == ["no 3", "no 4"]
     files = [("1.jpg", b"j"), ("1.json", b'{"all": ["one", "two"]}'), ("1.txt", b"t")]
     other = write_tar("c.tar", files)
-    assert read_captions([whole, cut]) == ["no 0", "no 1", "no 2", "no 3", "no 4"]
     assert read_captions(other) == ["t"]
     assert read_captions(other, ["x", "json.all"]) == ["one", "two"]
+
+
+def test_captions_are_read_without_image_files(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nmissing.png,one\n")
+    assert read_captions(tmp_path) == ["one"]
+    assert read_captions([{"image": b"j", "caption": ["a", "b"]}]) == ["a", "b"]

@@ -1,18 +1,26 @@
 import json
+import os
 
+import numpy as np
 import pytest
 
 from keras_cluster_mask.data import check
+from keras_cluster_mask.data.formats import NoRandomAccess
+from keras_cluster_mask.data.formats.tar import Tar
 
 pytestmark = pytest.mark.any_backend
 
 
 def test_intact_samples_are_counted(write_pairs):
-    found = check([write_pairs("a.tar", 0, 5), write_pairs("b.tar", 5, 3)])
-    assert found == {"samples": 8, "broken": 0, "by_reason": {}, "first_broken": []}
+    source = [write_pairs("a.tar", 0, 5), write_pairs("b.tar", 5, 3)]
+    nothing = {"broken": 0, "by_reason": {}, "by_shard": {}, "first_broken": []}
+    assert check(source) == {"samples": 8, **nothing}
+    assert check(source, decode=True) == {"samples": 8, **nothing}
 
 
-def test_broken_samples_are_listed_with_their_reasons(write_pairs, noise):
+@pytest.fixture
+def broken(write_pairs, noise):
+    """A shard with four intact samples and five broken ones."""
     photograph = noise(1, (200, 300), "JPEG")
     broken = [
         ("cut.jpg", photograph[: len(photograph) * 9 // 10]),
@@ -25,8 +33,11 @@ def test_broken_samples_are_listed_with_their_reasons(write_pairs, noise):
         ("0000.png", noise(4)),
         ("0000.txt", b"a duplicate key"),
     ]
-    shard = write_pairs("a.tar", 0, 4, broken)
-    found = check(shard)
+    return write_pairs("a.tar", 0, 4, broken)
+
+
+def test_broken_samples_are_listed_with_their_reasons(broken):
+    found = check(broken, decode=True)
     assert found["samples"] == 4
     assert {each["key"]: each["reason"] for each in found["first_broken"]} == {
         "cut": "the image does not decode",
@@ -35,47 +46,47 @@ def test_broken_samples_are_listed_with_their_reasons(write_pairs, noise):
         "blank": "empty caption",
         "0000": "duplicate key",
     }
-    assert {each["shard"] for each in found["first_broken"]} == {str(shard)}
+    assert {each["shard"] for each in found["first_broken"]} == {str(broken)}
     assert found["broken"] == 5
     assert found["by_reason"]["the image does not decode"] == 2
+    assert found["by_shard"] == {str(broken): found["by_reason"]}
     assert json.loads(json.dumps(found)) == found
+
+
+def test_without_decoding_only_the_structure_is_checked(broken):
+    found = check(broken)
+    assert found["by_reason"] == {"duplicate key": 1, "no caption": 1}
+    assert found["samples"] == 7
 
 
 def test_the_first_hundred_broken_samples_are_listed(write_tar):
     found = check(write_tar("a.tar", [(f"{n:03}.txt", b"text") for n in range(120)]))
     assert found["broken"] == 120
-    assert [each["key"] for each in found["first_broken"]] == [
-        f"{n:03}" for n in range(100)
-    ]
+    keys = [each["key"] for each in found["first_broken"]]
+    assert keys == [f"{n:03}" for n in range(100)]
 
 
 def test_a_damaged_shard_counts_once_and_the_others_are_read(write_pairs):
     first, second = write_pairs("a.tar", 0, 6), write_pairs("b.tar", 6, 2)
     first.write_bytes(first.read_bytes()[:5000])
-    found = check([first, second])
-    assert found["by_reason"] == {"damaged shard": 1}
-    assert found["samples"] == 4
-    assert "is damaged" in found["first_broken"][0]["details"]
+    for decode in (False, True):
+        found = check([first, second], decode=decode)
+        assert found["by_reason"] == {"damaged shard": 1}
+        # A pair is 2,048 bytes.
+        assert found["samples"] == 2 + 2
+        (damage,) = found["first_broken"]
+        assert (damage["shard"], damage["key"]) == (str(first), "0001")
+        assert damage["details"]
 
 
 def test_missing_images_of_a_table_are_broken(tmp_path, noise):
     (tmp_path / "a.png").write_bytes(noise(1))
     rows = "file_name,caption\na.png,first\na.png,second\nmissing.png,third\n"
     (tmp_path / "metadata.csv").write_text(rows)
-    found = check(tmp_path)
-    # Two captions of an image are one sample.
-    assert found["samples"] == 1
+    assert check(tmp_path)["samples"] == 3
+    found = check(tmp_path, decode=True)
+    assert found["samples"] == 2
     assert found["by_reason"] == {"the image file cannot be read": 1}
-
-
-def test_the_result_does_not_depend_on_the_number_of_threads(write_pairs, noise):
-    broken = [
-        ("cut.png", noise(1)[:200]),
-        ("cut.txt", b"truncated"),
-        ("silent.png", noise(2)),
-    ]
-    shard = write_pairs("a.tar", 0, 50, broken)
-    assert check(shard, num_threads=1) == check(shard, num_threads=7)
 
 
 def test_fields_are_found_by_the_given_names(write_tar, noise):
@@ -84,6 +95,72 @@ def test_fields_are_found_by_the_given_names(write_tar, noise):
     assert check(shard, image_keys="seg.png", caption_key=["x", "alt"])["broken"] == 0
 
 
-def test_missing_shards_are_refused(tmp_path):
+def test_objects_are_checked_by_reading_them(noise):
+    items = [
+        {"image": noise(0), "caption": "a"},
+        {"image": noise(0)[:99], "caption": "b", "__key__": "cut"},
+        {"image": noise(0), "caption": ""},
+    ]
+    found = check(items)
+    assert (found["samples"], found["by_reason"]) == (2, {"empty caption": 1})
+    found = check(items, decode=True)
+    assert found["samples"] == 1
+    keys = [(each["key"], each["reason"]) for each in found["first_broken"]]
+    assert keys == [("cut", "the image does not decode"), ("2", "empty caption")]
+
+
+# === The index ===
+
+
+def test_an_interrupted_check_continues(write_pairs, monkeypatch):
+    source = [write_pairs(f"{index}.tar", 3 * index, 3) for index in range(5)]
+    scanned, scan = [], Tar.scan
+
+    def interrupted(self, path):
+        scanned.append(os.path.basename(path))
+        if len(scanned) == 4:
+            raise KeyboardInterrupt
+        yield from scan(self, path)
+
+    monkeypatch.setattr(Tar, "scan", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check(source)
+    assert check(source)["samples"] == 15
+    assert scanned == [*("0.tar", "1.tar", "2.tar", "3.tar"), "3.tar", "4.tar"]
+
+
+@pytest.mark.slow
+def test_the_result_does_not_depend_on_the_number_of_processes(broken, write_pairs):
+    source = [broken, *(write_pairs(f"{n}.tar", 10 * n, 5) for n in range(1, 4))]
+    folders = [broken.parent / name for name in ("serial", "parallel")]
+    serial = check(source, decode=True, index_dir=folders[0])
+    parallel = check(source, decode=True, index_dir=folders[1], num_workers=2)
+    assert parallel == serial
+    assert serial["samples"] == 19
+    names = [sorted(os.listdir(folder)) for folder in folders]
+    assert names[0] == names[1]
+    assert len(names[0]) == 4
+
+
+def test_shards_that_have_changed_are_checked_again(write_pairs):
+    path = write_pairs("a.tar", 0, 3)
+    assert check(path)["samples"] == 3
+    write_pairs("a.tar", 0, 5)
+    assert check(path)["samples"] == 5
+
+
+def test_missing_and_compressed_shards_are_refused(tmp_path, write_tar):
     with pytest.raises(FileNotFoundError, match=r"Received \(missing\)"):
         check(tmp_path / "missing.tar")
+    with pytest.raises(NoRandomAccess, match=r"keras_cluster_mask\.data convert"):
+        check(write_tar("a.tar.gz", [("1.jpg", b"j")], "w:gz"))
+
+
+def test_images_are_decoded_in_any_format(tmp_path, encode):
+    image = np.arange(1200, dtype="uint8").reshape(20, 20, 3)
+    for ending in ("png", "jpg", "webp", "gif", "bmp"):
+        format = {"jpg": "JPEG"}.get(ending, ending.upper())
+        (tmp_path / f"1.{ending}").write_bytes(encode(image, format))
+    (tmp_path / "2.png").write_bytes(b"no image")
+    found = check(tmp_path, caption_key="path", decode=True)
+    assert (found["samples"], found["broken"]) == (5, 1)

@@ -1,43 +1,49 @@
-"""Every sample comes once in an epoch, whoever reads it and wherever it stopped."""
+"""Every sample comes once in an epoch, whoever reads it and wherever it was stopped."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import ImageTextBatches
+from keras_cluster_mask.data import files, image_text_dataset
 
 pytestmark = [
     pytest.mark.any_backend,
-    pytest.mark.filterwarnings("ignore:Counting the pairs"),
     pytest.mark.filterwarnings("ignore:.*skipped"),
 ]
 
-GOOD = 61
+GOOD, EPOCHS = 61, 3
+PLAIN = [(processes, 24, 1) for processes in (1, 2, 3, 8)]
+BLOCKS = [(processes, 32, 4) for processes in (1, 2, 4, 8)]
 
 
-def make(source, training, process, rows, **options):
-    return ImageTextBatches(
+def tokenizer(captions):
+    return [[0]] * len(captions)
+
+
+def make(source, process, batch_size, block_size=1, training=True, **options):
+    if training:
+        options["block_size"] = block_size
+    return image_text_dataset(
         source,
-        lambda captions: [[0]] * len(captions),
+        tokenizer,
         4,
-        rows * process[1],
+        batch_size,
         training,
+        format="grain",
         seed=2,
-        shuffle_buffer=10,
         include_keys=True,
         process=process,
-        num_threads=1,
         **options,
     )
 
 
 @pytest.fixture
 def write_shards(write_tar, encode):
-    """Writes samples into shards, as evenly as can be; some may be empty."""
+    """Writes samples into shards in turn; some shards may be empty."""
     image = encode(np.zeros((4, 4, 3), "uint8"))
 
-    def write_shards(count, broken):
+    def write_shards(count, broken=False):
         samples = [
             [(f"{index:02}.png", image), (f"{index:02}.txt", b"t")]
             for index in range(GOOD)
@@ -46,83 +52,147 @@ def write_shards(write_tar, encode):
             samples[50:50] = [[("x1.png", image)], [("x2.txt", b"t")]]
             samples[30:30] = [[("x3.png", b"-"), ("x3.txt", b"t")]]
             samples[3:3] = [[("x4.png", b"-"), ("x4.txt", b"t")]]
-            samples[3:3] = [samples[0]]
         shards = []
         for number in range(count):
-            files = itertools.chain(*samples[number::count])
-            shards.append(write_tar(f"{number:02}.tar", [*files]))
+            members = itertools.chain(*samples[number::count])
+            shards.append(write_tar(f"{number:02}.tar", [*members]))
         if broken:
-            # The mark at its end is missing, but no sample.
-            content = shards[-1].read_bytes()
-            shards[-1].write_bytes(content.rstrip(b"\0"))
+            # The end is damaged, but no sample.
+            with open(shards[-1], "ab") as file:
+                file.write(b"-" * 512)
         return shards
 
     return write_shards
 
 
-def steps(epoch, count=None):
-    """The keys of the batches of an epoch, or of the first of them."""
-    return [batch["keys"].tolist() for batch in itertools.islice(epoch, count)]
+def batches(dataset, first, last):
+    """The keys of the batches with these numbers."""
+    dataset.stream.start = first
+    iterator = iter(dataset)
+    read = [
+        batch["keys"].tolist() for batch in itertools.islice(iterator, last - first)
+    ]
+    iterator.close()
+    return read
+
+
+def together(parts):
+    """The keys that all processes read, batch by batch."""
+    assert len({len(part) for part in parts}) == 1
+    # All have as many rows of each batch.
+    for batch in zip(*parts):
+        assert len({len(keys) for keys in batch}) == 1
+    return [key for batch in zip(*parts) for keys in batch for key in keys]
+
+
+def check_epochs(stream, num_samples=GOOD, broken=0):
+    """Each epoch is all good samples, and a neighbour for each broken one."""
+    assert len(stream) >= EPOCHS * num_samples
+    for number in range(EPOCHS):
+        epoch = stream[number * num_samples : (number + 1) * num_samples]
+        assert {*epoch} == {b"%02d" % index for index in range(GOOD)}
+        assert len(epoch) == GOOD + broken
 
 
 @pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("num_shards", [1, 2, 3, 8, 9, 20])
-@pytest.mark.parametrize(("processes", "rows"), [(1, 7), (2, 5), (3, 3), (7, 3)])
-def test_processes_read_every_sample_once_in_an_epoch_also_after_a_stop(
-    write_shards, broken, num_shards, processes, rows
-):
-    shards = write_shards(num_shards, broken)
-    # The key that comes again is a pair if another shard holds it.
-    pairs = GOOD + broken * (2 + (num_shards not in (1, 3)))
-    read = []
-    for index in range(processes):
-        first, second = (make(shards, True, (index, processes), rows) for _ in "12")
-        part = steps(first) + steps(first, 2)
-        # Another program resumes.
-        second.position.seek(1, 2)
-        read.append(part + steps(second) + steps(second))
-        assert first.position.pairs == second.position.pairs == pairs
-    # All take the same steps, whatever of a batch was broken.
-    assert {len(part) for part in read} == {3 * pairs // (rows * processes)}
-    stream = [key for step in zip(*read) for part in step for key in part]
-    good = {b"%02d" % index for index in range(GOOD)}
-    for epoch in range(2):
-        keys = stream[epoch * pairs : epoch * pairs + pairs]
-        assert {*keys} == good
-        # What is broken is a neighbour's second time.
-        assert broken or len(keys) == GOOD
-
-
-@pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("num_shards", [1, 3, 20])
-@pytest.mark.parametrize(("processes", "rows"), [(1, 7), (2, 5), (3, 3), (7, 3)])
-def test_processes_evaluate_every_sample_once(
-    write_shards, broken, num_shards, processes, rows
-):
-    shards = write_shards(num_shards, broken)
-    again = broken and num_shards not in (1, 3)
-    read = []
-    for index in range(processes):
-        batches = make(shards, False, (index, processes), rows)
-        read += [key for keys in steps(batches) for key in keys]
-    assert sorted(read) == sorted(
-        [b"%02d" % index for index in range(GOOD)] + [b"00"] * again
-    )
-
-
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("num_shards", [1, 7])
-def test_what_is_given_and_what_is_skipped_are_all_samples(
-    write_shards, training, num_shards
+@pytest.mark.parametrize(("processes", "batch_size", "block_size"), PLAIN + BLOCKS)
+def test_processes_read_each_sample_once_per_epoch_also_after_a_stop(
+    write_shards, broken, num_shards, processes, batch_size, block_size
 ):
-    batches = make(write_shards(num_shards, True), training, (0, 1), 5)
+    shards = write_shards(num_shards, broken)
+    count = GOOD + 2 * broken
+    steps = -(-EPOCHS * count // batch_size)
+    stop = steps // 2
+    parts = []
+    for index in range(processes):
+        arguments = shards, (index, processes), batch_size, block_size
+        part = batches(make(*arguments), 0, stop)
+        # Another program resumes.
+        resumed = make(*arguments)
+        assert len(resumed) == count // batch_size
+        parts.append(part + batches(resumed, stop, steps))
+    check_epochs(together(parts), count, 2 * broken)
+
+
+@pytest.mark.parametrize("order", [PLAIN, BLOCKS])
+def test_another_number_of_processes_resumes_where_the_first_stopped(
+    write_shards, order
+):
+    shards = write_shards(3)
+    batch_size = order[0][1]
+    steps = -(-EPOCHS * GOOD // batch_size)
+    stream = []
+    # Each number of processes reads two batches, the last the rest.
+    for turn, (processes, *options) in enumerate(order):
+        last = steps if turn == len(order) - 1 else min(2 * turn + 2, steps)
+        parts = [
+            batches(make(shards, (index, processes), *options), 2 * turn, last)
+            for index in range(processes)
+        ]
+        stream += together(parts)
+    check_epochs(stream)
+
+
+@pytest.mark.parametrize(("processes", "batch_size", "block_size"), PLAIN + BLOCKS)
+def test_no_sample_is_lost_where_reading_fails_now_and_then(
+    write_shards, storage, monkeypatch, processes, batch_size, block_size
+):
+    monkeypatch.setattr(files, "RETRY_AFTER", (0.0, 0.0, 0.0))
+    # Each sample is a request.
+    monkeypatch.setattr(files, "MAX_GAP", -1)
+    shards = [f"storage://{shard}" for shard in write_shards(3)]
+    steps = -(-EPOCHS * GOOD // batch_size)
+    datasets = [
+        make(shards, (index, processes), batch_size, block_size)
+        for index in range(processes)
+    ]
+    storage.failures = 0.01
+    stop = steps // 2
+    parts = [batches(d, 0, stop) + batches(d, stop, steps) for d in datasets]
+    check_epochs(together(parts))
+    assert not any(dataset.skipped.count for dataset in datasets)
+    assert storage.failed > 1
+
+
+@pytest.mark.parametrize("processes", [1, 3, 8])
+def test_processes_take_equal_steps_also_where_most_reading_fails(
+    write_shards, storage, monkeypatch, processes
+):
+    monkeypatch.setattr(files, "RETRY_AFTER", (0.0,))
+    shards = [f"storage://{shard}" for shard in write_shards(3)]
+    datasets = [make(shards, (index, processes), 24) for index in range(processes)]
+    storage.failures = 0.6
+    parts = [batches(dataset, 0, 8) for dataset in datasets]
+    assert len(together(parts)) == 8 * 24
+    reasons = [dataset.skipped.by_reason for dataset in datasets]
+    assert sum(each.get("the shard cannot be read", 0) for each in reasons) > 8
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("num_shards", [1, 7])
+@pytest.mark.parametrize(
+    ("processes", "batch_size"), [(1, 7), (2, 10), (3, 9), (8, 64)]
+)
+def test_processes_evaluate_each_sample_once(
+    write_shards, broken, num_shards, processes, batch_size
+):
+    shards = write_shards(num_shards, broken)
+    read, skipped = [], 0
+    for index in range(processes):
+        dataset = make(shards, (index, processes), batch_size, training=False)
+        read += [key for batch in dataset for key in batch["keys"]]
+        skipped += dataset.skipped.by_reason.get("the image does not decode", 0)
+    assert sorted(read) == [b"%02d" % index for index in range(GOOD)]
+    assert skipped == 2 * broken
+
+
+@pytest.mark.parametrize("num_shards", [1, 7])
+def test_samples_and_skipped_samples_add_up(write_shards, num_shards):
+    dataset = make(write_shards(num_shards, True), (0, 1), 5, training=False)
     for _ in range(2):
-        list(batches)
-        reasons = dict(batches.skipped.by_reason)
-        # No sample, as its end alone is missing.
-        assert reasons.pop("damaged shard") == 1
-        again = reasons.pop("duplicate key", 0)
-        assert reasons == {"no caption": 1, "no image": 1} | {
-            "the image does not decode": 2
-        }
-        assert (again, batches.skipped._read) in ((1, GOOD), (0, GOOD + 1))
+        assert sum(len(batch["images"]) for batch in dataset) == GOOD
+        reasons = {"no caption": 1, "no image": 1, "the image does not decode": 2}
+        # Only the end of a shard.
+        reasons["damaged shard"] = 1
+        assert dataset.skipped.by_reason == reasons

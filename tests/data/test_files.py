@@ -1,25 +1,48 @@
+import threading
+
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from keras_cluster_mask.data import files
 
 pytestmark = pytest.mark.any_backend
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(files, "RETRY_AFTER", (0.0, 0.0))
+
+
+@pytest.fixture
+def memory():
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+# === Writing ===
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
+def test_a_file_gets_its_name_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "file"
     with files.replacing(path) as file:
         file.write(b"all")
         file.flush()
-        assert names(path.parent) == [".file.part"]
+        (name,) = names(path.parent)
+        # Hidden from patterns.
+        assert name.startswith(".file.")
+        assert name.endswith(".part")
     assert names(path.parent) == ["file"]
     assert path.read_bytes() == b"all"
 
 
-def test_a_failure_leaves_what_was_there(tmp_path):
+def test_a_failure_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
 
@@ -34,21 +57,142 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def test_a_name_alone_is_a_file_in_the_current_folder(tmp_path, monkeypatch):
+def test_a_name_without_a_folder_is_a_file_in_the_current_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with files.replacing("file") as file:
         file.write(b"all")
     assert names(tmp_path) == ["file"]
 
 
-def test_files_at_addresses_are_replaced():
-    fsspec = pytest.importorskip("fsspec")
-    memory = fsspec.filesystem("memory")
-    try:
-        for content in (b"old", b"newer"):
-            with files.replacing("memory://replaced/file") as file:
+def test_files_at_addresses_are_replaced(memory):
+    for content in (b"old", b"newer"):
+        with files.replacing("memory://replaced/file") as file:
+            file.write(content)
+        assert memory.cat("/replaced/file") == content
+    assert memory.ls("/replaced", detail=False) == ["/replaced/file"]
+
+
+# === Listing ===
+
+
+def test_patterns_do_not_match_hidden_files(tmp_path, memory):
+    for name in ("a.tar", ".a.tar.index", ".b.tar"):
+        (tmp_path / name).touch()
+        memory.pipe(f"/set/{name}", b"")
+    for folder in (tmp_path, "memory://set"):
+        for pattern in ("*", "*.*", "?.tar"):
+            (found,) = files.expand(f"{folder}/{pattern}")
+            assert found.rpartition("/")[2] == "a.tar"
+        assert len(files.expand(f"{folder}/.*")) == 2
+
+
+def test_the_stamp_of_a_file_changes_with_its_size_and_date(tmp_path, memory):
+    for path in (f"{tmp_path}/a.tar", "memory://set/a.tar"):
+        stamps = []
+        for content in (b"a", b"ab", b"cd"):
+            with fsspec.open(path, "wb") as file:
                 file.write(content)
-            assert memory.cat("/replaced/file") == content
-        assert memory.ls("/replaced", detail=False) == ["/replaced/file"]
-    finally:
-        memory.rm("/replaced", recursive=True)
+            (info,) = files.expand(path).values()
+            stamps.append(files.stamp(info))
+        assert len(set(stamps)) == 3
+        (info,) = files.expand(path).values()
+        assert files.stamp(info) == stamps[-1]
+
+
+# === Reading parts ===
+
+
+CONTENT = bytes(range(256)) * 1000
+
+
+@pytest.fixture(params=["local", "memory"])
+def file(request, tmp_path, memory):
+    """The path of a file, local or at an address."""
+    if request.param == "local":
+        (tmp_path / "a").write_bytes(CONTENT)
+        return str(tmp_path / "a")
+    memory.pipe("/parts/a", CONTENT)
+    return "memory://parts/a"
+
+
+def test_ranges_are_read_in_the_order_in_which_they_are_wanted(file):
+    # Far from each other, next to each other, within and across each other, empty.
+    ranges = [(200_000, 200_100), (0, 10), (10, 20), (5, 90), (12, 15), (255_000, None)]
+    ranges += [(0, 10), (100, 100), (0, None), (0, len(CONTENT))]
+    found = files.read_ranges([(file, start, stop) for start, stop in ranges])
+    assert found == [CONTENT[start:stop] for start, stop in ranges]
+
+
+def test_ranges_beyond_the_end_and_missing_files_are_errors(file):
+    end = len(CONTENT)
+    ranges = [(file, end - 5, end + 1), (file, 0, 5), (file + "missing", 0, 5)]
+    beyond, first, missing = files.read_ranges(ranges)
+    assert isinstance(beyond, OSError)
+    assert f"{file} ends before byte {end + 1}" in str(beyond)
+    assert first == CONTENT[:5]
+    assert isinstance(missing, FileNotFoundError)
+
+
+class Unreliable(MemoryFileSystem):
+    """Fails as often as `failures` says, and notes each request."""
+
+    protocol = "unreliable"
+    store, pseudo_dirs, requests, failures = {}, [""], [], []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("unreliable://", "memory://"))
+
+    def cat_file(self, path, start=None, end=None, **options):
+        self.requests.append((path, start, end))
+        if self.failures:
+            raise self.failures.pop()
+        return super().cat_file(path, start, end, **options)
+
+
+@pytest.fixture
+def unreliable():
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    system = fsspec.filesystem("unreliable")
+    system.pipe("/a", CONTENT)
+    system.requests.clear()
+    system.failures.clear()
+    return system
+
+
+def test_neighbours_are_read_in_one_request(unreliable):
+    ranges = [("unreliable://a", start, start + 90) for start in range(0, 6400, 100)]
+    found = files.read_ranges([*ranges[::2], *ranges[1::2]])
+    assert found[1] == CONTENT[200:290]
+    assert unreliable.requests == [("/a", 0, 6390)]
+
+
+def test_what_cannot_be_read_is_read_again(unreliable):
+    # The clients of object stores have errors of their own.
+    unreliable.failures.extend([RuntimeError("slow down"), OSError("reset")])
+    far = [("unreliable://a", 0, 5), ("unreliable://a", 200_000, 200_005)]
+    assert files.read_ranges(far) == [CONTENT[:5], CONTENT[200_000:200_005]]
+    assert not unreliable.failures
+    assert len(unreliable.requests) == 4
+
+
+def test_an_error_that_stays_is_returned_for_its_range_alone(unreliable):
+    ranges = [("unreliable://a", 0, 5), ("unreliable://b", 0, 5)]
+    unreliable.failures.extend([RuntimeError("slow down")] * 10)
+    found = files.read_ranges(ranges[:1])
+    assert isinstance(found[0], OSError)
+    assert "slow down" in str(found[0])
+    unreliable.failures.clear()
+    first, second = files.read_ranges(ranges)
+    assert first == CONTENT[:5]
+    assert isinstance(second, OSError)
+
+
+def test_a_source_that_hangs_is_given_up(unreliable, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(files, "TIME_LIMIT", 0.1)
+    monkeypatch.setattr(files, "RETRY_AFTER", ())
+    monkeypatch.setattr(Unreliable, "cat_file", lambda *a, **k: release.wait(30))
+    (found,) = files.read_ranges([("unreliable://a", 0, 5)])
+    release.set()
+    assert isinstance(found, TimeoutError)

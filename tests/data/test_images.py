@@ -12,16 +12,19 @@ pytestmark = pytest.mark.any_backend
 DRAWS = np.random.default_rng(0).random((200, images.NUM_DRAWS))
 
 
+def cut(content, size=(8, 8), training=False, seed=0, **options):
+    return Cutter(size, training, **options)(content, np.random.default_rng(seed))
+
+
 def smooth_image(height, width, channels=3, seed=0):
-    """A photograph's slow changes: low-frequency noise."""
+    """Low-frequency noise, which changes as slowly as a photograph."""
     grid = np.random.default_rng(seed).integers(0, 256, (6, 6, channels), "uint8")
     return np.array(Image.fromarray(grid).resize((width, height), Image.BICUBIC))
 
 
 def whole(content, **options):
-    """All of an image, in its own size, over white."""
-    height, width = EncodedImage(content).size
-    return Cutter((height, width), training=False, **options)(content, DRAWS[0])
+    """The whole image in its own size, on white."""
+    return cut(content, EncodedImage(content).size, **options)
 
 
 def over_white(image):
@@ -30,18 +33,18 @@ def over_white(image):
     return np.array(Image.alpha_composite(white, image).convert("RGB")).astype(int)
 
 
-# === As people see them ===
+# === Modes and orientations ===
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1"])
-def test_png_of_every_kind_of_channels_is_laid_over_white(mode, encode):
+def test_png_of_every_mode_is_blended_with_white(mode, encode):
     image = Image.fromarray(smooth_image(20, 30, 4)).convert(mode)
     actual = whole(encode(image))
     assert actual.dtype == "uint8"
     assert np.abs(actual.astype(int) - over_white(image)).max() <= 1
 
 
-def test_a_transparent_palette_is_laid_over_white(encode):
+def test_a_transparent_palette_is_blended_with_white(encode):
     palette = Image.new("P", (4, 4))
     palette.putpalette([10, 20, 30, 200, 100, 0])
     palette.putpixel((1, 2), 1)
@@ -51,7 +54,7 @@ def test_a_transparent_palette_is_laid_over_white(encode):
         assert image[0, 0].tolist() == [255, 255, 255]
 
 
-def test_a_transparent_colour_of_an_opaque_png_is_laid_over_white(encode):
+def test_a_transparent_color_of_an_opaque_png_is_blended_with_white(encode):
     array = np.zeros((4, 4, 3), "uint8")
     array[0] = 7
     image = whole(encode(array, transparency=(7, 7, 7)))
@@ -60,14 +63,14 @@ def test_a_transparent_colour_of_an_opaque_png_is_laid_over_white(encode):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_of_every_kind_of_channels_is_decoded(mode, encode):
+def test_jpeg_of_every_mode_is_decoded(mode, encode):
     content = encode(Image.fromarray(smooth_image(50, 70)).convert(mode), "JPEG")
     expected = Image.open(io.BytesIO(content)).convert("RGB")
     np.testing.assert_array_equal(whole(content), np.array(expected))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
-def test_bmp_of_every_kind_of_channels_is_decoded(mode, encode):
+def test_bmp_of_every_mode_is_decoded(mode, encode):
     image = Image.fromarray(smooth_image(21, 30)).convert(mode)
     np.testing.assert_array_equal(
         whole(encode(image, "BMP")), np.array(image.convert("RGB"))
@@ -87,7 +90,7 @@ def test_webp_and_the_first_image_of_an_animation_are_decoded(encode):
     clear = smooth_image(20, 30, 4)
     actual = whole(encode(clear, "WEBP", lossless=True, exact=True)).astype(int)
     assert np.abs(actual - over_white(Image.fromarray(clear))).max() <= 1
-    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (5, 4), color) for color in ("red", "blue")]
     for format in ("GIF", "WEBP"):
         animation = encode(frames[0], format, save_all=True, append_images=frames[1:])
         red, green, blue = whole(animation)[0, 0].tolist()
@@ -98,7 +101,7 @@ def test_webp_and_the_first_image_of_an_animation_are_decoded(encode):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_photographs_are_turned_upright(orientation, format, order, encode):
+def test_the_exif_orientation_is_applied(orientation, format, order, encode):
     exif = Image.Exif()
     exif.endian = order
     exif[0x010F] = "a camera"
@@ -110,7 +113,7 @@ def test_photographs_are_turned_upright(orientation, format, order, encode):
     np.testing.assert_array_equal(whole(content), np.array(upright))
 
 
-def test_a_large_photograph_is_turned_before_a_part_is_cut_out(encode):
+def test_the_exif_orientation_is_applied_before_a_part_is_cropped(encode):
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encode(smooth_image(600, 400), "JPEG", exif=exif, quality=95)
@@ -120,7 +123,7 @@ def test_a_large_photograph_is_turned_before_a_part_is_cut_out(encode):
     assert np.abs(actual.astype(int) - np.array(expected)).mean() < 1
 
 
-def test_broken_exif_data_means_upright(encode):
+def test_broken_exif_data_is_ignored(encode):
     exif = Image.Exif()
     exif[0x0112] = 6
     tagged = bytearray(encode(smooth_image(8, 16), "JPEG", exif=exif))
@@ -130,39 +133,62 @@ def test_broken_exif_data_means_upright(encode):
     assert EncodedImage(bytes(tagged)).size == (8, 16)
 
 
-# === What is no image ===
+# === Images that do not decode ===
 
 
-def test_what_does_not_decode_says_so(encode):
+def test_damaged_images_are_unreadable(encode):
     jpeg = encode(smooth_image(64, 64), "JPEG")
     png = encode(smooth_image(64, 64))
     flipped = bytearray(png)
     flipped[len(png) // 2] ^= 1
     for content in (b"", b"GIF89a", jpeg[:400], png[: len(png) // 2], bytes(flipped)):
         with pytest.raises(UnreadableImage, match="does not decode"):
-            Cutter((8, 8), training=True)(content, DRAWS[0])
+            cut(content, training=True)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_huge_images_are_refused_before_they_are_decoded(encode):
-    cutter = Cutter((8, 8), training=True, max_pixels=1000)
-    cutter(encode(np.zeros((25, 40), "uint8")), DRAWS[0])
+    options = {"training": True, "max_pixels": 1000}
+    cut(encode(np.zeros((25, 40), "uint8")), **options)
     with pytest.raises(UnreadableImage, match="too many pixels"):
-        cutter(encode(np.zeros((26, 40), "uint8")), DRAWS[0])
-    # A few kilobytes that would be half a gigabyte.
+        cut(encode(np.zeros((26, 40), "uint8")), **options)
+    # A few kilobytes that decode to half a gigabyte.
     bomb = encode(Image.new("1", (15000, 15000)))
     with pytest.raises(UnreadableImage, match="too many pixels"):
         EncodedImage(bomb)
 
 
-def test_a_jpeg_that_is_shrunk_while_it_is_decoded_may_be_larger(encode):
+def test_a_jpeg_that_is_reduced_while_it_is_decoded_may_be_larger(encode):
     content = encode(smooth_image(200, 200), "JPEG")
-    assert Cutter((8, 8), training=True, max_pixels=10_000)(content, DRAWS[0]).any()
+    assert cut(content, training=True, max_pixels=10_000).any()
     with pytest.raises(UnreadableImage, match="too many pixels"):
-        Cutter((8, 8), training=False, max_pixels=10_000)(content, DRAWS[0])
+        cut(content, max_pixels=10_000)
 
 
-# === The middle ===
+@pytest.mark.parametrize("options", [{}, {"training": True}, {"resize": "squash"}])
+def test_a_progressive_jpeg_counts_its_pixels_four_times(encode, options):
+    content = encode(smooth_image(20, 30), "JPEG", progressive=True)
+    assert cut(content, max_pixels=2400, **options).any()
+    with pytest.raises(UnreadableImage, match="too many pixels"):
+        cut(content, max_pixels=2399, **options)
+    # The same image with its coefficients in sequence.
+    content = encode(smooth_image(20, 30), "JPEG")
+    assert cut(content, max_pixels=2399, **options).any()
+
+
+def test_too_little_memory_is_no_damaged_image(encode, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    content = encode(smooth_image(8, 8))
+    for name in ("PIL.Image.open", "PIL.ImageFile.ImageFile.load"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fail)
+            with pytest.raises(MemoryError):
+                cut(content)
+
+
+# === Center crops ===
 
 
 @pytest.mark.parametrize(
@@ -179,22 +205,31 @@ def test_the_center_crop_is_torchvisions(shape, size, encode):
         ]
     )
     expected = np.array(reference(Image.fromarray(array))).astype(int)
-    actual = Cutter((size, size), training=False)(encode(array), DRAWS[0]).astype(int)
+    actual = cut(encode(array), (size, size)).astype(int)
     assert actual.shape == (size, size, 3)
     np.testing.assert_array_equal(actual, expected)
 
 
 def test_the_center_crop_covers_a_size_that_is_not_square(encode):
-    # A grey level for each column: the middle half of them must be left.
+    # A grey level for each column, of which the middle half must remain.
     array = np.tile(np.arange(200, dtype="uint8")[None, :, None], (50, 1, 3))
-    actual = Cutter((50, 100), training=False)(encode(array), DRAWS[0])
+    actual = cut(encode(array), (50, 100))
     np.testing.assert_array_equal(actual, array[:, 50:150])
     standing = np.ascontiguousarray(array.transpose(1, 0, 2))
-    tall = Cutter((100, 50), training=False)(encode(standing), DRAWS[0])
+    tall = cut(encode(standing), (100, 50))
     np.testing.assert_array_equal(tall, standing[50:150])
 
 
-# === Random parts ===
+def test_squash_resizes_the_whole_image(encode):
+    array = smooth_image(97, 300)
+    expected = np.array(Image.fromarray(array).resize((40, 64), Image.BICUBIC))
+    actual = cut(encode(array), (64, 40), resize="squash")
+    assert actual.shape == (64, 40, 3)
+    assert np.abs(actual.astype(int) - expected).mean() < 0.3
+    assert np.abs(cut(encode(array), (64, 40)).astype(int) - expected).mean() > 3
+
+
+# === Random crops ===
 
 
 def boxes(size, image_size=(64, 64), **options):
@@ -202,7 +237,7 @@ def boxes(size, image_size=(64, 64), **options):
     return np.array(found, float)
 
 
-def test_random_parts_keep_to_the_ranges_of_area_and_ratio():
+def test_random_crops_keep_to_the_ranges_of_area_and_ratio():
     top, left, height, width = boxes((1000, 1200), scale=(0.2, 0.5)).T
     areas, ratios = height * width / (1000 * 1200), width / height
     assert 0.199 < areas.min() < 0.22
@@ -216,41 +251,44 @@ def test_random_parts_keep_to_the_ranges_of_area_and_ratio():
     assert 1180 < (left + width).max() <= 1200
 
 
-def test_a_part_that_does_not_fit_gets_smaller_rather_than_distorted():
+def test_a_crop_that_does_not_fit_is_reduced_and_not_distorted():
     _, _, height, width = boxes((20, 200), scale=(0.9, 1.0)).T
     assert (width / height).min() > 0.7
     assert (width / height).max() < 1.4
 
 
-def test_the_ratio_is_that_of_the_size_asked_for():
+def test_the_ratio_is_relative_to_the_requested_size():
     options = {"scale": (0.3, 0.3), "ratio": (1, 1)}
     _, _, height, width = boxes((1200, 1200), (32, 64), **options).T
     np.testing.assert_allclose(width / height, 2, atol=0.01)
 
 
-def test_of_an_image_of_one_pixel_everything_is_taken():
+def test_an_image_of_one_pixel_is_taken_as_a_whole():
     np.testing.assert_array_equal(boxes((1, 1)), [[0, 0, 1, 1]] * len(DRAWS))
 
 
-def test_random_parts_follow_their_draws_and_flip_only_if_asked(encode):
+def test_random_crops_follow_their_generator_and_flip_only_if_requested(encode):
     content = encode(smooth_image(40, 40))
-    plain, flipping = Cutter((16, 16), True), Cutter((16, 16), True, (0.4, 1), True)
-    for draws in DRAWS[:40]:
-        part = plain(content, draws)
-        np.testing.assert_array_equal(part, plain(content, draws))
-        mirrored = part[:, ::-1] if draws[5] < 0.5 else part
-        np.testing.assert_array_equal(flipping(content, draws), mirrored)
-    assert 8 < sum(DRAWS[:40, 5] < 0.5) < 32
+    options = {"size": (16, 16), "training": True}
+    flipped = 0
+    for seed in range(40):
+        crop = cut(content, seed=seed, **options)
+        np.testing.assert_array_equal(crop, cut(content, seed=seed, **options))
+        assert (crop != cut(content, seed=seed + 1, **options)).any()
+        flipping = cut(content, seed=seed, horizontal_flip=True, **options)
+        flipped += (flipping != crop).any()
+        assert (flipping == crop).all() or (flipping == crop[:, ::-1]).all()
+    assert 8 < flipped < 32
 
 
-def test_a_whole_image_of_the_right_size_is_not_touched(encode):
+def test_a_whole_image_of_the_right_size_is_unchanged(encode):
     array = smooth_image(40, 40)
     actual = EncodedImage(encode(array)).part((0, 0, 40, 40), (40, 40))
     np.testing.assert_array_equal(actual, array)
 
 
 @pytest.mark.parametrize("size", [(700, 500), (1400, 1000)])
-def test_shrinking_a_jpeg_while_decoding_hardly_changes_a_pixel(size, encode):
+def test_reducing_a_jpeg_while_decoding_hardly_changes_a_pixel(size, encode):
     content = encode(smooth_image(*size), "JPEG", quality=90)
     image = Image.open(io.BytesIO(content))
     exact = image.resize((64, 64), Image.BICUBIC, box=(21, 37, 471, 437))
@@ -262,6 +300,33 @@ def test_shrinking_a_jpeg_while_decoding_hardly_changes_a_pixel(size, encode):
 def test_image_sizes_are_checked():
     assert images.height_and_width(8) == (8, 8)
     assert images.height_and_width([8, 16]) == (8, 16)
-    for wrong in (0, (8,), (8, -1), "8", 8.0, None):
+    size = images.height_and_width(np.int64(8))
+    assert size == (8, 8)
+    assert {type(side) for side in size} == {int}
+    for wrong in (0, (8,), (8, -1), "8", 8.0, None, (8, 8.0)):
         with pytest.raises(ValueError, match=r"`image_size`.*Received"):
             images.height_and_width(wrong)
+
+
+# === Transforms ===
+
+
+def test_a_transform_gets_the_crop_and_a_generator_that_follows_the_seed(encode):
+    content = encode(smooth_image(40, 40))
+
+    def transform(image, generator):
+        return image // 2 + generator.integers(0, 100, dtype="uint8")
+
+    for training in (False, True):
+        plain = cut(content, training=training).astype(int)
+        changed = cut(content, training=training, transform=transform)
+        assert changed.dtype == "uint8"
+        assert len(np.unique(changed - plain // 2)) == 1
+        again = cut(content, training=training, transform=transform)
+        np.testing.assert_array_equal(changed, again)
+
+
+@pytest.mark.parametrize("change", [lambda i, _: i[1:], lambda i, _: i / 255.0])
+def test_a_transform_that_returns_another_shape_or_type_is_an_error(encode, change):
+    with pytest.raises(ValueError, match=r"`image_transform` must return.*Received"):
+        cut(encode(smooth_image(8, 8)), transform=change)

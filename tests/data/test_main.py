@@ -1,6 +1,8 @@
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -28,18 +30,35 @@ def test_check_fails_if_a_sample_is_broken(shard, broken, tmp_path, capsys):
     assert main(["check", shard]) == 0
     assert "12  intact samples" in capsys.readouterr().out
     listed = tmp_path / "broken.json"
-    assert main(["check", shard, broken, "--json", str(listed)]) == 1
+    assert main(["check", shard, broken]) == 0
+    capsys.readouterr()
+    arguments = ["check", shard, broken, "--decode", "--json", str(listed)]
+    assert main(arguments) == 1
     printed = capsys.readouterr()
     assert "1  the image does not decode" in printed.out
     # Control characters of a key do not reach the terminal.
     assert rf"{broken} cut\x1b the image does not decode" in printed.out
-    assert "shard 2 of 2" in printed.err
+    assert "16/16" in printed.err
     (found,) = json.loads(listed.read_text())["first_broken"]
     assert (found["shard"], found["key"]) == (broken, "cut\x1b")
 
 
+def test_check_shows_its_progress_and_continues(shard, broken, tmp_path, capsys):
+    arguments = ["check", shard, broken, "--index", str(tmp_path / "index")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "16  intact samples" in printed.out
+    assert "2/2" in printed.err
+    assert len(list((tmp_path / "index").iterdir())) == 2
+    # All is indexed already.
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "16  intact samples" in printed.out
+    assert printed.err == ""
+
+
 def test_quiet_commands_print_no_progress(shard, capsys):
-    assert main(["check", shard, "--quiet"]) == 0
+    assert main(["check", shard, "--decode", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -53,7 +72,8 @@ def test_convert_writes_shards_and_reports_broken_samples(
     names = f"{tmp_path}/out-0.tar to {tmp_path}/out-1.tar"
     assert f"15  samples written: {names}" in printed.out
     assert "1  broken samples" in printed.out
-    assert "convert: shard 2 of 2" in printed.err
+    assert "convert: 100%" in printed.err
+    assert "16/16" in printed.err
     assert main(["check", to.replace("{0}", "*")]) == 0
     assert main(arguments) == 2
     assert main([*arguments, "--overwrite", "--image-size", "8"]) == 0
@@ -82,6 +102,8 @@ def test_errors_have_status_two_and_no_traceback(
     arguments, shard, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    main(["check", shard, "--quiet"])
+    capsys.readouterr()
     try:
         status = main([each.replace("{shard}", shard) for each in arguments])
     except SystemExit as error:
@@ -93,16 +115,48 @@ def test_errors_have_status_two_and_no_traceback(
     assert "Traceback" not in printed.err
 
 
+def test_compressed_shards_are_refused_with_a_command_that_converts_them(
+    write_tar, noise, tmp_path, capsys
+):
+    shard = write_tar("a.tar.gz", [("1.png", noise(1)), ("1.txt", b"one")], "w:gz")
+    assert main(["check", str(shard)]) == 2
+    printed = capsys.readouterr().err
+    found = re.search(r"`python -m keras_cluster_mask\.data (.*?)`", printed)
+    arguments = shlex.split(found[1])
+    assert arguments[:3] == ["convert", str(shard), "--to"]
+    to = tmp_path / arguments[3]
+    assert main([*arguments[:3], str(to)]) == 0
+    assert main(["check", str(to).replace("{00000}", "*")]) == 0
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
+def test_a_damaged_compressed_shard_is_an_error_without_a_traceback(
+    write_tar, noise, tmp_path, capsys, ending
+):
+    members = [("1.png", noise(1)), ("1.txt", b"one")]
+    shard = write_tar(f"a.tar.{ending}", members, f"w:{ending}")
+    content = shard.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + b"\xff" * 20 + content[middle + 20 :]
+    for damaged in (content[:middle], flipped):
+        shard.write_bytes(damaged)
+        assert main(["convert", str(shard), "--to", f"{tmp_path}/out.tar"]) == 2
+        assert str(shard) in capsys.readouterr().err
+        assert not (tmp_path / "out.tar").exists()
+
+
 @pytest.mark.slow
-def test_it_is_a_program():
-    done = subprocess.run(
-        [sys.executable, "-m", "keras_cluster_mask.data", "check", "missing.tar"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def test_it_is_a_program_that_starts_others(shard, broken):
+    arguments = ["check", shard, broken, "missing.tar", "--workers", "2", "--quiet"]
+    module = [sys.executable, "-m", "keras_cluster_mask.data"]
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "timeout": 300}
+    options.update(capture_output=True, text=True)
+    done = subprocess.run([*module, *arguments], **options)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     # TensorFlow may print before.
     assert done.stderr.splitlines()[-1].endswith("Received (missing): missing.tar")
+    arguments.remove("missing.tar")
+    done = subprocess.run([*module, *arguments], **options)
+    assert done.returncode == 0, done.stderr
+    assert "16  intact samples" in done.stdout

@@ -146,7 +146,6 @@ def train_on_shards(model, callbacks):
         batch_size=BATCH,
         training=True,
         seed=3,
-        shuffle_buffer=16,
     )
     checkpoint = kcm.callbacks.Checkpoint(
         os.environ["CHECKPOINT"], save_every=2, monitor=None

@@ -83,15 +83,19 @@ def assert_equal_runs(found, single):
         )
 
 
-def error_of(code):
-    """The last line that a program which must fail prints."""
-    done = subprocess.run(
+def run_code(code):
+    return subprocess.run(
         [sys.executable, "-c", code],
         cwd=PROGRAM.parents[2],
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def error_of(code):
+    """The last line that a program which must fail prints."""
+    done = run_code(code)
     assert done.returncode != 0
     return done.stderr.strip().splitlines()[-1]
 
@@ -201,6 +205,46 @@ with strategy.scope():
     message = error_of(code)
     assert "keras.distribution.initialize()" in message
     assert "Received: strategy=" in message
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
+@pytest.mark.parametrize("format", ["tf", "grain"])
+def test_replicas_see_each_batch_of_a_stream_once_and_in_order(format, write_pairs):
+    shard = write_pairs("a.tar", 0, 14)
+    code = f"""
+import itertools
+import keras
+import numpy as np
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+virtual = tf.config.LogicalDeviceConfiguration()
+tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+import keras_cluster_mask as kcm
+from tests.helpers import TokenLog, image_mlp, text_bag
+
+def number_as_token(captions):
+    return np.array([[int(x.split()[1])] * 6 for x in captions], "int32")
+
+def stream(format):
+    return kcm.data.image_text_dataset(
+        {str(shard)!r}, number_as_token, 16, 4, training=True, format=format
+    )
+
+with strategy.scope():
+    log, ids = TokenLog(14, rows=4), keras.Input((6,), dtype="int32")
+    model = kcm.ContrastiveModel(image_mlp(), keras.Model(ids, text_bag()(log(ids))))
+    model.compile("sgd")
+data = stream({format!r})
+model.fit(data, epochs=3, verbose=0)
+model.fit(data, steps_per_epoch=5, verbose=0)
+batches = itertools.islice(stream("grain"), 14)
+expected = [batch["token_ids"][:, 0] for batch in batches]
+np.testing.assert_array_equal(log.seen_tokens(), expected)
+print("equal")
+"""
+    done = run_code(code)
+    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")

@@ -327,7 +327,7 @@ def test_images_in_a_folder_for_each_class_are_data(model, data, tmp_path, encod
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{index}.png").write_bytes(encode(image))
     train, test = (
-        kcm.data.ImageTextBatches(
+        kcm.data.image_text_dataset(
             tmp_path / part, None, 16, 9, training=False,
             label_key="folder", class_names=names,
         )

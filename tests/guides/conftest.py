@@ -1,6 +1,5 @@
 """Shared by the tests of the guides: a small shard, and a guide run as a program."""
 
-import itertools
 import os
 import pathlib
 import subprocess
@@ -9,7 +8,8 @@ import sys
 import keras
 import pytest
 
-from keras_cluster_mask.data.sources import read_samples
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import PairReader
 
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGES = ROOT / "datasets" / "images" / "test-00000.tar"
@@ -18,16 +18,11 @@ IMAGES = ROOT / "datasets" / "images" / "test-00000.tar"
 @pytest.fixture
 def shard(write_tar):
     """The first 64 held-out images."""
-    samples = itertools.islice(read_samples(IMAGES), 64)
-    return write_tar(
-        "images.tar",
-        [
-            (f"{sample['__key__']}.{name}", content)
-            for sample in samples
-            for name, content in sample.items()
-            if name != "__key__"
-        ],
-    )
+    files = []
+    for pair in open_index(IMAGES, PairReader()).read(range(64)):
+        files.append((f"{pair.key}.webp", pair.image))
+        files.append((f"{pair.key}.txt", pair.captions[0].encode()))
+    return write_tar("images.tar", files)
 
 
 @pytest.fixture

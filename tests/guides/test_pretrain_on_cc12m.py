@@ -91,13 +91,21 @@ def test_costs_in_the_text_are_those_of_the_presets(guide):
     assert written == expected
 
 
-@pytest.mark.parametrize("preset", ["budget", "rgb_0.3"])
-def test_it_runs_in_a_tiny_setting(preset, shard, run_guide, tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "num_workers"), [("budget", 0), ("rgb_0.3", 0), ("budget", 1)]
+)
+def test_it_runs_in_a_tiny_setting(preset, num_workers, shard, run_guide, tmp_path):
     captions = kcm.data.read_captions(shard)
     kcm.data.CLIPTokenizer.train(captions, 600).save(tmp_path / "tokenizer.json")
+    program = GUIDE
+    if num_workers:
+        program = tmp_path / "program.py"
+        code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
+        program.write_text(code.replace(f"guides/{GUIDE.name}", str(GUIDE)))
     printed = run_guide(
-        GUIDE.name,
+        program,
         **TINY,
+        NUM_WORKERS=str(num_workers),
         PRESET=preset,
         TRAIN=str(shard),
         HELD_OUT=str(shard),

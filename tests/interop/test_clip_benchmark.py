@@ -17,7 +17,7 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data.images import NUM_DRAWS, Cutter
+from keras_cluster_mask.data.images import Cutter
 from keras_cluster_mask.interop.clip_benchmark import adapt, main
 from keras_cluster_mask.models.pixels import (
     CLIP_MEAN,
@@ -170,7 +170,7 @@ def embeddings_of(model, tokenizer, count, texts):
     """What our own pipeline for evaluation and `predict` make of them."""
     cut = Cutter((16, 16), training=False)
     images = np.stack(
-        [cut(content, np.zeros(NUM_DRAWS)) for content in encoded_images(count)]
+        [cut(content, np.random.default_rng(0)) for content in encoded_images(count)]
     )
     images = model.predict(
         {"images": images, "token_ids": np.zeros((count, 10), "int32")}, verbose=0

@@ -1,5 +1,6 @@
 """ContrastiveModel: its loss, its training, what it saves and what it refuses."""
 
+import itertools
 import math
 import warnings
 
@@ -12,6 +13,7 @@ import keras_cluster_mask as kcm
 from tests.helpers import (
     FAST,
     HideByNoise,
+    TokenLog,
     class_pairs,
     functional_vit,
     image_mlp,
@@ -400,88 +402,113 @@ def test_clip_trains_on_texts_of_a_length_that_is_not_known():
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
 
 
-def test_looking_at_a_dataset_does_not_change_what_is_trained_on(write_pairs):
-    pytest.importorskip("tensorflow")
-
-    def dataset():
-        return kcm.data.image_text_dataset(
-            shard,
-            lambda captions: np.full((len(captions), 6), [[len(captions[0])]], "int32"),
-            image_size=16,
-            batch_size=4,
-            training=True,
-            seed=1,
-        )
-
-    shard = write_pairs("a.tar", 0, 14)
-    losses = []
-    for looked in (False, True):
-        keras.utils.set_random_seed(0)
-        model, data = small_model(), dataset()
-        model.compile("sgd", **FAST)
-        if looked:
-            next(iter(data))
-        history = model.fit(data, epochs=2, verbose=0).history["loss"]
-        history += model.fit(data, steps_per_epoch=5, verbose=0).history["loss"]
-        losses.append(history)
-        assert data.position.trained == data.position.after(6 + 5)
-    assert losses[0] == losses[1]
+def number_as_token(captions):
+    """The number in the captions of `write_pairs`."""
+    return np.array([[int(caption.split()[1])] * 6 for caption in captions], "int32")
 
 
-def length_as_token(captions):
-    return np.array([[len(caption)] * 6 for caption in captions], "int32")
-
-
-def streams(shard, **options):
-    """The same batches by TensorFlow's pipeline, and without it."""
-    arguments = dict(tokenizer=length_as_token, image_size=16, batch_size=4, seed=1)
+def stream(shard, **options):
+    arguments = dict(tokenizer=number_as_token, image_size=16, batch_size=4, seed=1)
     arguments.update({"training": True, "include_keys": True, **options})
-    for kind in (kcm.data.image_text_dataset, kcm.data.ImageTextBatches):
-        yield kind(shard, **arguments)
+    return kcm.data.image_text_dataset(shard, **arguments)
 
 
-def test_batches_made_in_python_train_and_evaluate_as_a_dataset_does(write_pairs):
+def token_log(steps):
+    """A model that remembers the first token of each text that it trains on."""
+    log = TokenLog(steps, rows=4)
+    texts = text_bag()
+    ids = keras.Input((6,), dtype="int32")
+    model = kcm.ContrastiveModel(image_mlp(), keras.Model(ids, texts(log(ids))))
+    model.compile("sgd", **FAST)
+    return model, log
+
+
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_fit_sees_each_batch_of_a_stream_once_and_in_order(format, write_pairs):
+    if format == "tf":
+        pytest.importorskip("tensorflow")
+    shard = write_pairs("a.tar", 0, 14)
+    data = stream(shard, format=format)
+    model, log = token_log(steps=16)
+    # Nine batches, three, and two; 14 batches are four epochs.
+    model.fit(data, epochs=3, verbose=0)
+    assert data.stream.start == 9
+    # What is read otherwise is no part of the training.
+    next(iter(data))
+    model.fit(data, verbose=0)
+    model.fit(data, steps_per_epoch=1, epochs=2, verbose=0)
+    assert data.stream.start == 14
+    seen = log.seen_tokens()
+    batches = itertools.islice(stream(shard, format="grain"), 14)
+    np.testing.assert_array_equal(seen, [b["token_ids"][:, 0] for b in batches])
+    for epoch in seen.reshape(4, 14):
+        assert sorted(epoch) == [*range(14)]
+
+
+def test_both_formats_of_a_stream_train_and_evaluate_alike(write_pairs):
     pytest.importorskip("tensorflow")
     shard = write_pairs("a.tar", 0, 14)
     found = []
-    for training, held_out in zip(streams(shard), streams(shard, training=False)):
+    for format in ("grain", "tf"):
+        data = stream(shard, format=format)
+        held_out = stream(shard, format=format, training=False)
         keras.utils.set_random_seed(0)
         model = small_model()
         model.compile("sgd", **FAST)
-        options = dict(validation_data=held_out, verbose=0)
-        history = model.fit(training, epochs=3, **options).history
-        again = model.fit(training, steps_per_epoch=2, epochs=2, **options).history
+        history = model.fit(data, epochs=3, validation_data=held_out, verbose=0).history
         embeddings = model.predict(held_out, verbose=0)["image_embeddings"]
-        found.append([history, again, embeddings])
         assert embeddings.shape[0] == 14
-        assert training.position.trained == training.position.after(9 + 4)
-    for one, other in zip(*found[:2]):
-        keras.tree.map_structure(np.testing.assert_array_equal, one, other)
+        found.append([history, embeddings])
+    keras.tree.map_structure(np.testing.assert_array_equal, *found)
 
 
 def test_the_end_of_an_epoch_is_no_reason_to_warn_unless_steps_are_missing(write_pairs):
-    _, batches = streams(write_pairs("a.tar", 0, 10))
+    shard = write_pairs("a.tar", 0, 10)
+    held_out = stream(shard, training=False, format="grain")
     model = small_model()
     model.compile("sgd", **FAST)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Your input ran out of data")
         warnings.filterwarnings("error", "`shuffle=True` was passed")
-        model.fit(batches, epochs=2, verbose=0)
-        model.evaluate(batches, verbose=0)
-        model.predict(batches, verbose=0)
+        model.fit(stream(shard, format="grain"), epochs=2, verbose=0)
+        model.evaluate(held_out, verbose=0)
+        model.predict(held_out, verbose=0)
     pairs = ((random_pairs(4),) for _ in range(2))
     with pytest.warns(UserWarning, match="ran out of data"):
         model.fit(pairs, steps_per_epoch=3, verbose=0)
 
 
 @pytest.mark.any_backend
-def test_batches_made_in_python_are_checked(write_pairs):
-    _, batches = streams(write_pairs("a.tar", 0, 10))
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_an_endless_stream_is_not_evaluated_or_predicted(
+    format, write_pairs, monkeypatch
+):
+    def read(dataset):
+        raise AssertionError("it would be read without end")
+
+    endless = stream(write_pairs("a.tar", 0, 10), format=format)
+    monkeypatch.setattr(kcm.data.ImageTextDataset, "__iter__", read)
+    model = small_model()
+    model.compile("sgd", **FAST)
+    for call in (
+        lambda: model.evaluate(endless, verbose=0),
+        lambda: model.predict(endless, verbose=0),
+        lambda: model.fit(random_pairs(4), validation_data=endless, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=r"training=False.*Received:"):
+            call()
+
+
+@pytest.mark.any_backend
+def test_token_ids_of_a_stream_are_checked(write_pairs):
+    def foreign(captions):
+        return 1000 + number_as_token(captions)
+
+    shard = write_pairs("a.tar", 0, 10)
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     model.compile("sgd", **FAST)
-    batches._tokenizer = lambda captions: 1000 * length_as_token(captions)
     with pytest.raises(Exception, match="another tokenizer"):
-        model.fit(batches, verbose=0)
+        model.fit(stream(shard, tokenizer=foreign, format="grain"), verbose=0)
 
 
 def test_a_dataset_trains_and_evaluates_as_arrays_do():

@@ -1,11 +1,15 @@
 """`fit` of a ContrastiveModel: where it resumes, and how it reads streams."""
 
+import multiprocessing
+import os
+
 import keras
 import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
 from tests.helpers import FAST, image_mlp, random_pairs, text_bag, values
+from tests.training.processes import NoteProcess
 
 FIT = dict(batch_size=4, shuffle=False, verbose=0)
 
@@ -194,15 +198,29 @@ def test_a_callback_that_stops_ends_a_resumed_run_too(folder):
 # === Streams ===
 
 
-def stream(shard, training=True):
-    return kcm.data.ImageTextBatches(
-        shard,
-        lambda captions: np.array([[len(x)] * 6 for x in captions], "int32"),
-        image_size=16,
-        batch_size=4,
-        training=training,
-        seed=1,
+def lengths(captions):
+    return np.array([[len(caption)] * 6 for caption in captions], "int32")
+
+
+def stream(shard, training=True, tokenizer=lengths, **options):
+    return kcm.data.image_text_dataset(
+        shard, tokenizer, image_size=16, batch_size=4, training=training, **options
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_worker_processes_start_once_for_all_epochs(format, write_pairs, tmp_path):
+    if format == "tf":
+        pytest.importorskip("tensorflow")
+    shard, folder = write_pairs("a.tar", 0, 15), tmp_path / "processes"
+    folder.mkdir()
+    data = stream(shard, tokenizer=NoteProcess(folder), format=format, num_workers=1)
+    compiled().fit(data, epochs=3, verbose=0)
+    started = {path.name for path in folder.iterdir()}
+    assert len(started) == 1
+    assert str(os.getpid()) not in started
+    assert not multiprocessing.active_children()
 
 
 def test_an_epoch_of_a_stream_has_the_steps_that_its_pairs_fill(write_pairs):

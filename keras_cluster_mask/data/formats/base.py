@@ -1,0 +1,129 @@
+"""What all formats have in common: they find samples once, and read any of them."""
+
+import typing
+
+from keras_cluster_mask.data import files
+
+# A damaged header may claim more than any image has and would fill the memory.
+MAX_BYTES = 2**28
+
+
+class Entry(typing.NamedTuple):
+    """The place of a sample in its shard.
+
+    Attributes:
+        key: str.
+        offset: int. The first byte of the sample.
+        size: int. The number of bytes.
+        fields: Collection of the names of the fields that are not empty.
+        fault: str, the reason why the sample is broken, or None.
+        content: bytes, if an index holds the sample because no file does.
+    """
+
+    key: str
+    offset: int
+    size: int
+    fields: typing.Collection
+    fault: str | None = None
+    content: bytes | None = None
+
+
+def is_empty(value):
+    """Whether the value of a field counts as missing. Numbers do not."""
+    return value is None or (hasattr(value, "__len__") and not len(value))
+
+
+class DamagedShard(ValueError):
+    """A shard that cannot be read to its end.
+
+    Args:
+        path: str.
+        last_key: str, the key of the last sample that was found, or None.
+        reason: str.
+    """
+
+    def __init__(self, path, last_key, reason):
+        self.path, self.last_key, self.reason = path, last_key, reason
+        place = f"after the sample {last_key!r}" if last_key else "at its start"
+        super().__init__(f"The shard {path} is damaged {place}: {reason}")
+
+    def __reduce__(self):
+        return DamagedShard, (self.path, self.last_key, self.reason)
+
+
+class NoRandomAccess(ValueError):
+    """A shard whose samples can be read from start to end only."""
+
+    def __init__(self, path, kind):
+        super().__init__(
+            f"`source` must be shards that can be read in any order, but this is {kind}"
+            ". Convert it: `python -m keras_cluster_mask.data convert "
+            f"{path} --to 'shards/train-{{00000}}.tar'`. Received: {path}"
+        )
+        self.path, self.kind = path, kind
+
+    def __reduce__(self):
+        return NoRandomAccess, (self.path, self.kind)
+
+
+class Format:
+    """A format of shards.
+
+    Attributes:
+        unique_keys: bool. Whether a duplicate key in a shard is a fault.
+        in_index: bool. Whether an index holds the content of the samples.
+        has_images: bool. Whether shards hold images, and not the names of files.
+    """
+
+    unique_keys = True
+    in_index = False
+    has_images = True
+
+    def scan(self, path):
+        """Finds the samples of a shard in order.
+
+        Args:
+            path: str.
+
+        Yields:
+            `Entry`.
+
+        Raises:
+            DamagedShard: After the last intact sample.
+            NoRandomAccess: If the file is compressed.
+            OSError: If the file cannot be read.
+        """
+        raise NotImplementedError
+
+    def context(self, path):
+        """What `parse` needs to know of the whole shard, as JSON can hold it."""
+        return None
+
+    def read(self, places):
+        """Reads the content of samples of any shards.
+
+        Args:
+            places: list of tuples of a path, the offset and the size of a sample.
+
+        Returns:
+            list of what `parse` takes, or of an error for what cannot be read.
+        """
+        return files.read_ranges([(path, at, at + size) for path, at, size in places])
+
+    def parse(self, content, number, context):
+        """The key and the fields of a sample.
+
+        Args:
+            content: bytes, or what `read` returned.
+            number: int. The number of the sample in its shard.
+            context: What the method `context` returned.
+
+        Returns:
+            tuple: The key, a str, and a dict from the name of a field to bytes, a str,
+            or a list of these.
+        """
+        raise NotImplementedError
+
+    def path_of(self, path, name):
+        """The path of an image file that a field of a sample names."""
+        return None

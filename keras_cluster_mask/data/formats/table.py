@@ -1,0 +1,143 @@
+"""Tables (CSV, TSV, JSON lines) with one row per sample."""
+
+import collections
+import csv
+import itertools
+import json
+
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.formats.base import DamagedShard, Entry, Format, is_empty
+
+NAMES = ("metadata", "manifest")
+ENDINGS = ("csv", "tsv", "jsonl")
+# Where a quote stays open, the search for its end stops after so many bytes.
+MAX_ROW = 2**20
+NO_CSV = "a row that is not CSV in UTF-8"
+NO_JSON = "a line that is not a JSON object"
+
+
+class Table(Format):
+    """Tables, whose columns are the fields.
+
+    The names of image files are relative to the folder of the table, unless they are
+    absolute paths or addresses. The key of a sample is the value of its first column.
+    A broken row costs one sample.
+
+    Args:
+        delimiter: str. The delimiter of cells; None for JSON lines.
+    """
+
+    # A table may have one row for each caption of an image.
+    unique_keys = False
+    has_images = False
+
+    def __init__(self, delimiter):
+        self.delimiter = delimiter
+        # A caption may be longer than Python's limit.
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))
+
+    def scan(self, path):
+        with files.open_file(path) as file:
+            columns, first = self._columns(path, file)
+            number = 0
+            for start, content in self._rows(file, first):
+                if not content.strip():
+                    continue
+                row, fault = self._row(content, columns)
+                names = [name for name in row if not is_empty(row[name])]
+                key = _key(row, number)
+                yield Entry(key, start, len(content), names, fault)
+                number += 1
+
+    def context(self, path):
+        with files.open_file(path) as file:
+            return self._columns(path, file)[0]
+
+    def parse(self, content, number, context):
+        row, _ = self._row(content, context)
+        return _key(row, number), {k: v for k, v in row.items() if v is not None}
+
+    def path_of(self, path, name):
+        return files.beside(path, name)
+
+    def _columns(self, path, file):
+        """The names in the first line of a table, and where its rows start."""
+        if self.delimiter is None:
+            return None, 0
+        line = file.readline(MAX_ROW)
+        row, fault = self._cells([line.removeprefix(b"\xef\xbb\xbf")])
+        if fault:
+            raise DamagedShard(path, None, f"its first line is {fault}")
+        return [name.strip() for name in row], len(line)
+
+    def _rows(self, file, start):
+        """The offset and the bytes of each row; a broken row is one line."""
+        # Lines and their sizes in the file.
+        waiting, taken = collections.deque(), []
+
+        def read_line():
+            line = more = file.readline(MAX_ROW + 1)
+            size = len(line)
+            # A line that is too long is broken as a whole, and not kept as a whole.
+            while more and not more.endswith(b"\n"):
+                more = file.readline(MAX_ROW)
+                size += len(more)
+            return line, size
+
+        def lines(read=0):
+            while read < MAX_ROW:
+                line, size = waiting.popleft() if waiting else read_line()
+                if not line:
+                    return
+                taken.append((line, size))
+                read += size
+                yield line
+
+        while first := next(lines(), b""):
+            # Only a quote may hold a newline.
+            if self.delimiter is not None and b'"' in first:
+                _, fault = self._cells(itertools.chain([first], lines()))
+                if fault:
+                    waiting.extendleft(reversed(taken[1:]))
+                    del taken[1:]
+            yield start, b"".join(line for line, _ in taken)
+            start += sum(size for _, size in taken)
+            taken.clear()
+
+    def _cells(self, lines):
+        """The cells of one row and None, or no cells and what is wrong."""
+        texts = (line.decode() for line in lines)
+        reader = csv.reader(texts, delimiter=self.delimiter, strict=True)
+        try:
+            return next(reader, []), None
+        except (csv.Error, UnicodeDecodeError):
+            return [], NO_CSV
+
+    def _row(self, content, columns):
+        """A row as a dict and None, or what is known of it and what is wrong."""
+        if len(content) > MAX_ROW:
+            return {}, "a row of more than a mebibyte"
+        if columns is None:
+            try:
+                row = json.loads(content.decode("utf-8-sig"))
+            except (ValueError, RecursionError):
+                row = None
+            return (row, None) if isinstance(row, dict) else ({}, NO_JSON)
+        cells, fault = self._cells([content])
+        # A comma in a caption without quotes would truncate the caption.
+        if any(cells[len(columns) :]):
+            cells, fault = cells[:1], "more cells than columns"
+        return dict(zip(columns, cells)), fault
+
+
+def find_table(folder, names):
+    """The table among the files of a folder, or None."""
+    candidates = (f"{name}.{ending}" for name in NAMES for ending in ENDINGS)
+    found = next((name for name in candidates if name in names), None)
+    return found and files.beside(f"{folder.rstrip('/')}/", found)
+
+
+def _key(row, number):
+    """The value of the first column, as valid UTF-8."""
+    key = next(map(str, row.values()), f"row {number}")
+    return key.encode("utf-8", "replace").decode()

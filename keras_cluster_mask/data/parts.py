@@ -1,0 +1,271 @@
+"""The parts of an index: one file for each shard, which is built once and then mapped.
+
+A part holds a line of JSON, then a record for each sample, then the contents of samples
+that no file holds. It does not depend on which fields are read as image and caption.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import secrets
+import struct
+import tempfile
+import time
+from concurrent import futures
+
+import numpy as np
+from tqdm import tqdm
+
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.formats import DamagedShard, NoRandomAccess, format_of
+
+# A change of what a part holds needs a new number.
+VERSION = 1
+RECORD = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("size", "<u8"),
+        # The hash of its key.
+        ("key", "<u8"),
+        # The number of its layout: its fields and its fault.
+        ("layout", "<u4"),
+    ]
+)
+PACKED = struct.Struct("<QQQI")
+# More seconds than this are worth a progress bar.
+SHORT = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The index of a shard.
+
+    Attributes:
+        path: str. The file of the part.
+        stamp: str. The size and the date of the shard when it was indexed.
+        digest: str. A hash of all records.
+        layouts: list of `(fields, fault, count)`: the names of the fields that some
+            samples have in common, the reason why they are broken or None, and the
+            number of such samples.
+        damage: None, or `(last_key, reason)` of a shard that is damaged.
+        context: What `Format.parse` needs.
+        start: int. The offset of the records in the file.
+    """
+
+    path: str
+    stamp: str
+    digest: str
+    layouts: list
+    damage: list | None
+    context: list | None
+    start: int = 0
+
+    @property
+    def num_records(self):
+        """int. The number of samples, broken ones included."""
+        return sum(count for _, _, count in self.layouts)
+
+    def record(self, number):
+        """Reads a record. No file stays open: there may be more parts than allowed."""
+        with open(self.path, "rb", 0) as file:
+            file.seek(self.start + number * RECORD.itemsize)
+            return np.frombuffer(file.read(RECORD.itemsize), RECORD)[0]
+
+    def records(self):
+        """Maps the records into memory."""
+        if not self.num_records:
+            return np.empty(0, RECORD)
+        return np.memmap(self.path, RECORD, "r", self.start, (self.num_records,))
+
+    @property
+    def content_start(self):
+        """int. The offset of the contents that the part itself holds."""
+        return self.start + self.num_records * RECORD.itemsize
+
+
+def hash_of(key):
+    """The 64-bit hash of a key."""
+    content = key.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def read_part(path):
+    """Reads the first line of a part."""
+    with open(path, "rb") as file:
+        head = json.loads(file.readline())
+        start = file.tell()
+        length = file.seek(0, os.SEEK_END)
+    if head.pop("version") != VERSION or head.pop("length") != length - start:
+        raise ValueError(f"{path} is no part of an index of this version.")
+    return Part(path=path, start=start, **head)
+
+
+def build_parts(shards, index_dir=None, num_workers=0, verbose=None):
+    """The parts of shards, of which those that are missing or old are built.
+
+    Args:
+        shards: dict from the paths of shards to their stamps, as of `find_shards`.
+        index_dir: str or path. The folder of the parts. Defaults to `None`: that of
+            each shard; or a cache folder, for shards at addresses and in folders that
+            cannot be written to.
+        num_workers: int. The number of processes that build parts; 0 for none.
+        verbose: bool. Whether to show a progress bar. Defaults to `None`: if it takes
+            more than a second.
+
+    Returns:
+        list of `Part`.
+    """
+    if index_dir is not None:
+        index_dir = os.path.abspath(os.path.expanduser(index_dir))
+    parts = {path: _find(path, stamp, index_dir) for path, stamp in shards.items()}
+    missing = [path for path, part in parts.items() if part is None]
+    bar = tqdm(
+        total=len(shards),
+        initial=len(shards) - len(missing),
+        desc="index",
+        unit=" shards",
+        delay=0 if verbose else SHORT,
+        disable=verbose is False or not missing,
+    )
+    build = functools.partial(build_part, index_dir=index_dir)
+    with bar, contextlib.ExitStack() as stack:
+        if num_workers and missing:
+            context = multiprocessing.get_context("spawn")
+            workers = min(num_workers, len(missing))
+            pool = futures.ProcessPoolExecutor(workers, context)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            jobs = {pool.submit(build, path, shards[path]): path for path in missing}
+            built = ((jobs[job], job.result()) for job in futures.as_completed(jobs))
+        else:
+            built = ((path, build(path, shards[path])) for path in missing)
+        for path, part in built:
+            parts[path] = part
+            bar.update()
+    return list(parts.values())
+
+
+def build_part(path, stamp, index_dir=None):
+    """Indexes a shard. Several processes may build the same part at the same time.
+
+    Args:
+        path: str. The shard.
+        stamp: str.
+        index_dir: As for `build_parts`.
+
+    Returns:
+        `Part`.
+
+    Raises:
+        NoRandomAccess: If the shard cannot be read in any order.
+        OSError: If the shard cannot be read, or the part cannot be written.
+    """
+    for pause in (*files.RETRY_AFTER, None):
+        try:
+            head, *contents = _scan(path, format_of(path))
+            break
+        except OSError as error:
+            if pause is None or not files.may_pass(error):
+                raise
+            time.sleep(pause)
+    head = {"version": VERSION, "stamp": stamp, **head}
+    line = json.dumps(head).encode() + b"\n"
+    return read_part(_write(_places(path, index_dir), [line, *contents]))
+
+
+def _scan(path, format):
+    """The first line of a part as a dict, its records, and its contents."""
+    if files.is_address(path) and not format.in_index:
+        _check_ranges(path)
+    records, content = bytearray(), bytearray()
+    seen, layouts, damage, context = set(), {}, None, None
+    try:
+        for entry in format.scan(path):
+            key, fault = hash_of(entry.key), entry.fault
+            if format.unique_keys:
+                fault = "duplicate key" if key in seen else fault
+                seen.add(key)
+            layout = tuple(sorted(entry.fields)), fault
+            number, count = layouts.get(layout, (len(layouts), 0))
+            layouts[layout] = number, count + 1
+            records += PACKED.pack(entry.offset, entry.size, key, number)
+            content += entry.content or b""
+        context = format.context(path)
+    except DamagedShard as error:
+        last_key = error.last_key
+        if last_key is not None:
+            last_key = last_key.encode("utf-8", "backslashreplace").decode()
+        damage = last_key, error.reason
+        if layouts:
+            context = format.context(path)
+    layouts = [(*layout, count) for layout, (_, count) in layouts.items()]
+    digest = hashlib.blake2b(records + content, digest_size=16)
+    digest.update(json.dumps([layouts, damage, context]).encode())
+    head = {
+        "length": len(records) + len(content),
+        "digest": digest.hexdigest(),
+        "layouts": layouts,
+        "damage": damage,
+        "context": context,
+    }
+    return head, records, content
+
+
+def _check_ranges(path):
+    """Raises an error for a web server that sends whole files only."""
+    reply = files.read_ranges([(path, 0, 1)])[0]
+    if isinstance(reply, Exception):
+        raise reply
+    system, name = files.file_system(path)
+    if len(system.cat_file(name, 0, 1)) > 1:
+        raise NoRandomAccess(path, "on a server that does not send parts of files")
+
+
+def _find(path, stamp, index_dir):
+    """The part of a shard, or None if there is none or the shard has changed."""
+    for place in _places(path, index_dir):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            part = read_part(place)
+            if part.stamp == stamp:
+                return part
+    return None
+
+
+def _places(path, index_dir):
+    """The files that may hold the part of a shard, the preferred one first."""
+    name = path.rstrip("/").rpartition("/")[2]
+    unique = f"{name[:100]}-{hash_of(path):016x}.index"
+    if index_dir is not None:
+        return [os.path.join(index_dir, unique)]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    places = [
+        os.path.join(folder, "keras_cluster_mask", "index", unique)
+        for folder in (cache, tempfile.gettempdir())
+    ]
+    if files.is_address(path):
+        return places
+    return [os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index"), *places]
+
+
+def _write(places, contents):
+    """Writes a part to the first place that can be written to; returns its path."""
+    for place in places:
+        temporary = f"{place}.{os.getpid()}-{secrets.token_hex(4)}.part"
+        try:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            with open(temporary, "xb") as file:
+                file.writelines(contents)
+            os.replace(temporary, place)
+            return place
+        except OSError as error:
+            reason = error
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+    raise OSError(
+        "`index_dir` must be a folder that can be written to; the index of a shard "
+        f"needs {RECORD.itemsize} bytes a sample ({reason}). Received: {places[0]}"
+    ) from reason

@@ -1,0 +1,196 @@
+"""From positions to arrays: reads, decodes, crops and tokenizes samples."""
+
+import dataclasses
+
+import numpy as np
+
+from keras_cluster_mask.data.images import UnreadableImage
+from keras_cluster_mask.data.pairs import Fault
+from keras_cluster_mask.data.tokenizing import tokenize
+
+# A broken sample is replaced by the first intact one of so many neighbours.
+NEIGHBOURS = 64
+# The entry of a chunk with its broken samples.
+FAULTS = "faults"
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Turns positions into arrays. Picklable, and safe in several threads.
+
+    The random numbers of a sample depend on the seed and its position alone.
+
+    Args:
+        index: `Index`, `ObjectIndex`, or `Indexes`.
+        order: `Order`, `Mix`, or `None` for the order of the index, each sample once.
+        seed: int.
+        batch_size: int. The global batch size.
+        cutter: `Cutter`.
+        choose: `CaptionChoice`.
+        tokenizer: Function from a list of bytes to ints, or None.
+        names: list of str. The entries of a batch.
+        all_captions: bool. Whether `"captions"` are tuples of all captions.
+        channels_first: bool.
+    """
+
+    index: object
+    order: object
+    seed: int
+    batch_size: int
+    cutter: object
+    choose: object
+    tokenizer: object
+    names: list
+    all_captions: bool = False
+    channels_first: bool = False
+
+    @property
+    def training(self):
+        """bool. Whether there are positions without end."""
+        return self.order is not None
+
+    @property
+    def num_samples(self):
+        """int. The number of samples."""
+        return self.order.num_samples if self.training else len(self.index)
+
+    def epoch_length(self, position):
+        """The number of samples in the epoch of a position."""
+        if not self.training:
+            return self.num_samples
+        return self.order.length(self.order.place(position)[0])
+
+    def pairs(self, positions):
+        """Yields the `Pair` or `Fault` of each position."""
+        if self.training:
+            positions = [self.order[position] for position in positions]
+        return self.index.read_in_turn(list(positions))
+
+    def read(self, positions):
+        """The arrays of a piece of a batch.
+
+        Args:
+            positions: Sequence of int.
+
+        Returns:
+            dict of arrays with one row for each position, and of the list of `Fault`
+            under `FAULTS`. Broken samples are replaced in training, and left out in
+            evaluation.
+        """
+        faults, pairs, generators = [], [], []
+        height, width = self.cutter.image_size
+        images = np.empty((len(positions), height, width, 3), "uint8")
+        for position, pair in zip(positions, self.pairs(positions)):
+            generator = np.random.Generator(
+                np.random.Philox(key=self.seed, counter=[0, position, 0, 0])
+            )
+            pair, image = self._image(pair, generator, faults)
+            if image is None and self.training:
+                pair, image = self._neighbour(position, generator, pair)
+            if image is not None:
+                images[len(pairs)] = image
+                # Its bytes may be large, and are not needed any more.
+                pairs.append(pair._replace(image=None))
+                generators.append(generator)
+        images = images[: len(pairs)]
+        if self.channels_first:
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        batch = {"images": images, **self._texts(pairs, generators)}
+        return {name: batch[name] for name in self.names} | {FAULTS: faults}
+
+    def _image(self, pair, generator, faults):
+        """A pair with its cropped image, or its fault and None."""
+        if not isinstance(pair, Fault):
+            try:
+                return pair, self.cutter(pair.image, generator)
+            except UnreadableImage as error:
+                pair = Fault(pair.shard, pair.key, str(error))
+            # A transform of the user, or too little memory.
+            except Exception as error:
+                raise SampleError(pair.shard, pair.key, repr(error)) from error
+        faults.append(pair)
+        return pair, None
+
+    def _neighbour(self, position, generator, fault):
+        """The next intact sample before a position in its batch.
+
+        It depends on the batch alone, not on how processes share it.
+        """
+        first = position - position % self.batch_size
+        for step in range(1, min(NEIGHBOURS, self.batch_size)):
+            near = first + (position - first - step) % self.batch_size
+            # Counted where they stand themselves.
+            pair, image = self._image(*self.pairs([near]), generator, [])
+            if image is not None:
+                return pair, image
+        raise SampleError(
+            fault.shard, fault.key, f"{fault.reason}, nor can any of its neighbours"
+        )
+
+    def _texts(self, pairs, generators):
+        batch = {
+            "keys": _strings([p.key.encode("utf-8", "surrogateescape") for p in pairs]),
+            "paths": _strings(
+                [p.path.encode("utf-8", "surrogateescape") for p in pairs]
+            ),
+        }
+        if "labels" in self.names:
+            batch["labels"] = np.array([pair.label for pair in pairs], "int32")
+        if {"token_ids", "captions"} & {*self.names}:
+            captions = [self.choose(p, g) for p, g in zip(pairs, generators)]
+            if "token_ids" in self.names:
+                batch["token_ids"] = tokenize(self.tokenizer, captions)
+            if self.all_captions:
+                captions = [self.choose.all_of(pair) for pair in pairs]
+            batch["captions"] = _strings(captions)
+        return batch
+
+
+class SampleError(RuntimeError):
+    """A sample that ends a run, with its shard and key."""
+
+    def __init__(self, shard, key, reason):
+        super().__init__(f"The sample {key!r} of the shard {shard} failed: {reason}")
+        self.arguments = shard, key, reason
+
+    def __reduce__(self):
+        return SampleError, self.arguments
+
+
+class Indexes:
+    """Several indexes, one after the other, as one.
+
+    Args:
+        indexes: list of `Index` and `ObjectIndex`.
+    """
+
+    def __init__(self, indexes):
+        self.indexes = indexes
+        self._starts = np.cumsum([0, *map(len, indexes)])
+
+    def __len__(self):
+        return int(self._starts[-1])
+
+    def read_in_turn(self, numbers):
+        """Yields samples; see `Index.read_in_turn`."""
+        which = np.searchsorted(self._starts, numbers, side="right") - 1
+        readers = {
+            index: self.indexes[index].read_in_turn(
+                [
+                    int(n - self._starts[index])
+                    for n in np.compress(which == index, numbers)
+                ]
+            )
+            for index in np.unique(which)
+        }
+        for index in which:
+            yield next(readers[index])
+
+
+def _strings(values):
+    """An array with one entry of bytes, or a tuple of them, per sample."""
+    array = np.empty(len(values), object)
+    # One by one, because NumPy would take tuples of equal length as rows.
+    for index, value in enumerate(values):
+        array[index] = value
+    return array

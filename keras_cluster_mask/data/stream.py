@@ -1,0 +1,321 @@
+"""Batches as a grain dataset that knows its length and starts anywhere."""
+
+import math
+import multiprocessing.connection
+import os
+import shutil
+import threading
+import typing
+import weakref
+
+import grain
+import numpy as np
+from absl import flags
+
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.samples import FAULTS
+
+# What a process reads ahead, in bytes, and in batches.
+MAX_AHEAD, AHEAD = 2**29, 2
+# What a thread makes at a time, in rows of a batch, and in bytes.
+CHUNK, MAX_CHUNK = 32, 2**23
+# More threads of one process wait for one another.
+MAX_THREADS = 16
+SHARED_MEMORY = "/dev/shm"
+
+
+class Spec(typing.NamedTuple):
+    """The shape, with `None` for unknown sizes, and the type of an array."""
+
+    shape: tuple
+    dtype: str
+
+
+class ImageTextDataset(grain.IterDataset):
+    """Batches of image-text pairs, as `image_text_dataset` makes them.
+
+    In training an endless stream; in evaluation each sample once.
+
+    Args:
+        samples: `Samples`.
+        batch_size: int. The global batch size.
+        process: Pair of ints. The number of this process, and of all.
+        num_workers: int. The number of processes that read; 0 for threads.
+        skipped: `SkippedSamples`.
+        element_spec: dict from the name of each entry of a batch to its `Spec`.
+        description: dict. What decides which samples are in which batch.
+        finish: Function that is applied to each batch in this process, or None.
+
+    Attributes:
+        start: int. The batch with which an iteration starts. `ContrastiveModel.fit`
+            sets it to the batch after the last that it trained on.
+        skipped: `SkippedSamples`. The broken samples.
+        batch_size: int. The global batch size.
+        num_samples: int. The number of samples in an epoch.
+        element_spec: dict from the name of each entry of a batch to its `Spec`.
+        description: dict of what decides which samples are in which batch. A run is
+            resumed on a dataset with an equal one only.
+    """
+
+    def __init__(
+        self,
+        samples,
+        batch_size,
+        process,
+        num_workers,
+        skipped,
+        element_spec,
+        description,
+        finish=None,
+    ):
+        super().__init__()
+        self.start = 0
+        self.skipped = skipped
+        self.batch_size = batch_size
+        self.num_samples = samples.num_samples
+        self.training = samples.training
+        self.element_spec = element_spec
+        self.description = description
+        self._samples = samples
+        self._rows = _Rows(
+            batch_size, process, None if samples.training else samples.num_samples
+        )
+        self._num_workers = num_workers
+        self._finish = finish
+
+    @property
+    def stream(self):
+        """The dataset itself; a `tf.data.Dataset` of its batches has it as well."""
+        return self
+
+    def __len__(self):
+        """The full batches in an epoch of training, or all batches of evaluation."""
+        samples = self._samples.epoch_length(self.start * self.batch_size)
+        batches, rest = divmod(samples, self.batch_size)
+        return batches if self.training else batches + (rest > 0)
+
+    def keys(self, batch):
+        """The keys of the samples of a batch of this process, as a list of str."""
+        return [str(p.key) for p in self._samples.pairs(self._rows.positions(batch))]
+
+    def as_dataset(self):
+        """The batches as a `tf.data.Dataset`, which starts at `start` as well."""
+        from keras_cluster_mask.data.tensorflow import as_dataset
+
+        return as_dataset(self)
+
+    def __iter__(self):
+        return _Iterator(self)
+
+    def batches(self, start):
+        """The batches from the number `start` on, as grain makes them."""
+        bytes_per_row = math.prod(self.element_spec["images"].shape[1:])
+        bytes_per_batch = self._rows.per_batch * bytes_per_row
+        ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
+        workers = self._num_workers
+        if workers:
+            # Those that wait on both sides, one that is made, and one that is used.
+            _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
+        end = None if self.training else len(self)
+        rows = min(CHUNK, max(MAX_CHUNK // bytes_per_row, 1))
+        chunks = _Chunks(self._samples, self._rows, start, end, max(workers, 1), rows)
+        threads = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
+        options = grain.ReadOptions(
+            num_threads=threads,
+            prefetch_buffer_size=max(ahead * chunks.per_batch, 2 * threads),
+        )
+        dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
+        dataset = dataset.batch(chunks.per_batch, batch_fn=_together)
+        if workers:
+            # grain reads flags of its own, which few programs parse.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(
+                workers, per_worker_buffer_size=ahead
+            )
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
+        return dataset
+
+    def __str__(self):
+        return f"ImageTextDataset({self.num_samples} samples, {len(self)} batches)"
+
+
+class _Iterator(grain.DatasetIterator):
+    """Counts broken samples, leaves out empty batches, and ends when it should."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self._dataset = dataset
+        self._account = dataset.skipped.start()
+        self._pid = os.getpid()
+        self._start(dataset.start)
+
+    def _start(self, batch):
+        self._batch = batch
+        self._batches = []
+        # Also at the end of the program, before the modules that it needs are gone.
+        self._close = weakref.finalize(self, _close, self._batches)
+        self._batches.append(iter(self._dataset.batches(batch)))
+
+    def __next__(self):
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "A pass over an `image_text_dataset` must be read in the process that "
+                "started it, and not in a fork of it, such as the workers of a torch "
+                f"`DataLoader`: pass `num_workers` to `image_text_dataset`. Received: "
+                f"process {os.getpid()}, started in {self._pid}"
+            )
+        while True:
+            try:
+                batch = next(self._batches[0])
+            except StopIteration:
+                self._account.end()
+                raise
+            except KeyboardInterrupt:
+                stop_reading()
+                raise
+            except Exception:
+                self._close()
+                raise
+            self._batch += 1
+            rows = len(batch["images"])
+            faults = batch.pop(FAULTS)
+            # In training, neighbours have taken the places of broken samples.
+            left_out = 0 if self._dataset.training else len(faults)
+            self._account.report(faults, rows + left_out)
+            if rows:
+                if self._dataset._finish is not None:
+                    batch = self._dataset._finish(batch)
+                # grain sorts the entries where they come from worker processes.
+                return {name: batch[name] for name in self._dataset.element_spec}
+
+    def close(self):
+        self._close()
+        super().close()
+
+    def get_state(self):
+        return {"batch": self._batch}
+
+    def set_state(self, state):
+        self._close()
+        self._start(state["batch"])
+
+
+def _close(iterators):
+    while iterators:
+        iterators.pop().close()
+
+
+def _end_with_parent(index, count):
+    """Ends a worker process when the process that started it is gone."""
+
+    def wait():
+        parent = multiprocessing.parent_process()
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="wait for parent").start()
+
+
+def stop_reading():
+    """Ends all iterations at once, also while storage does not answer."""
+    files.cancel()
+    for child in multiprocessing.active_children():
+        if child.name.startswith("grain-"):
+            child.kill()
+
+
+class _Rows:
+    """Which positions are the rows of a process in each batch.
+
+    Args:
+        batch_size: int. The global batch size.
+        process: Pair of ints. The number of this process, and of all.
+        num_samples: int, after which the last batch ends; None for no end.
+    """
+
+    def __init__(self, batch_size, process, num_samples=None):
+        self._batch_size, self._process = batch_size, process
+        self._num_samples = num_samples
+        self.per_batch = -(-batch_size // process[1])
+
+    def positions(self, batch):
+        first, count = batch * self._batch_size, self._batch_size
+        if self._num_samples is not None:
+            count = max(min(count, self._num_samples - first), 0)
+        index, processes = self._process
+        return range(
+            first + count * index // processes,
+            first + count * (index + 1) // processes,
+        )
+
+
+class _Chunks:
+    """Pieces of batches by number, as a source of grain.
+
+    grain deals the elements of a source to worker processes in turn. The pieces are
+    arranged so that all pieces of a batch go to one worker, whatever their number.
+
+    Args:
+        samples: `Samples`.
+        rows: `_Rows`.
+        start: int. The first batch.
+        end: int, after the last batch; None for no end.
+        workers: int.
+        size: int. The rows of a piece.
+    """
+
+    def __init__(self, samples, rows, start, end, workers, size):
+        self._samples, self._rows = samples, rows
+        self._start, self._workers, self._size = start, workers, size
+        self.per_batch = -(-rows.per_batch // size)
+        self._length = 2**62
+        if end is not None:
+            # Each worker makes as many batches; the last may be empty.
+            rounds = -(-max(end - start, 0) // workers)
+            self._length = rounds * workers * self.per_batch
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, number):
+        turn, worker = divmod(number, self._workers)
+        turn, chunk = divmod(turn, self.per_batch)
+        batch = self._start + turn * self._workers + worker
+        positions = self._rows.positions(batch)
+        first = chunk * self._size
+        return self._samples.read(positions[first : first + self._size])
+
+    def __repr__(self):
+        return "chunks"
+
+
+def _together(chunks):
+    """Pieces of a batch as one."""
+    faults = [fault for chunk in chunks for fault in chunk.pop(FAULTS)]
+    # Empty pieces do not know how long the rows of a tokenizer are.
+    chunks = [chunk for chunk in chunks if len(chunk["images"])] or chunks[:1]
+    arrays = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+    return {**arrays, FAULTS: faults}
+
+
+def _check_shared_memory(needed):
+    """Raises an error if batches do not fit into what processes share."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise ValueError(
+            "`num_workers` processes pass batches through shared memory, of which "
+            f"{SHARED_MEMORY} has too little: use fewer workers, a smaller "
+            "`batch_size`, or make it larger (`docker run --shm-size`). Received: "
+            f"{needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free"
+        )
+
+
+def num_processors():
+    """The number of processors that this process may use."""
+    # Only Linux knows the processors that are assigned to a process.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,108 @@
+"""What the data pipeline does with TensorFlow, which nothing else here imports."""
+
+import contextlib
+import signal
+import socket
+import threading
+
+from keras_cluster_mask.data.stream import stop_reading
+
+
+def import_tensorflow(purpose):
+    """TensorFlow, which sees no GPU unless Keras uses it as its backend.
+
+    It would take all memory of every GPU that another backend needs.
+
+    Args:
+        purpose: str, for the error.
+
+    Raises:
+        ImportError: If TensorFlow is not installed.
+    """
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs TensorFlow, which cannot be imported ({error}): "
+            "`pip install tensorflow`, or use `format='grain'`."
+        ) from error
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        # A TensorFlow that is in use already sees what the user has decided.
+        with contextlib.suppress(RuntimeError):
+            tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+@contextlib.contextmanager
+def stop_at_interrupts():
+    """Stops reading at Ctrl-C, also while TensorFlow waits for a batch.
+
+    It waits outside of Python, which hears of an interrupt only after the wait, but
+    writes the number of the signal to a file at once.
+    """
+    # Only the main thread may set that file, and another program may use it.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reads, writes = socket.socketpair()
+    writes.setblocking(False)
+    before = signal.set_wakeup_fd(writes.fileno(), warn_on_full_buffer=False)
+
+    def watch():
+        while numbers := reads.recv(16):
+            if signal.SIGINT in numbers:
+                stop_reading()
+        reads.close()
+
+    threading.Thread(target=watch, daemon=True, name="interrupts").start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writes.close()
+
+
+def as_dataset(stream):
+    """The batches of an `ImageTextDataset` as a `tf.data.Dataset`.
+
+    Each iteration starts at the `start` that the stream has then.
+
+    Args:
+        stream: `ImageTextDataset`.
+    """
+    tf = import_tensorflow("`format='tf'`")
+    if "captions" in stream.element_spec and stream.element_spec["captions"].dtype != (
+        "string"
+    ):
+        raise ValueError(
+            "`include_captions='all'` needs `format='grain'`: a `tf.data.Dataset` "
+            "holds no tuples of strings. Received: include_captions='all', format='tf'"
+        )
+
+    def batches():
+        iterator = iter(stream)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    signature = {
+        name: tf.TensorSpec(*spec) for name, spec in stream.element_spec.items()
+    }
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    options = tf.data.Options()
+    options.deterministic = True
+    # The samples come from Python, so `tf.distribute` has no files to distribute.
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    # There is nothing to tune, and an epoch would wait up to a second for the tuner.
+    options.autotune.enabled = False
+    dataset = dataset.with_options(options).prefetch(1)
+    # TensorFlow gives no length to an endless stream.
+    length = {"__len__": lambda self: len(stream)}
+    dataset.__class__ = type("ImageTextDataset", (type(dataset),), length)
+    dataset.stream, dataset.skipped = stream, stream.skipped
+    return dataset

@@ -1,0 +1,82 @@
+import os
+
+import numpy as np
+import pytest
+
+from keras_cluster_mask.data.formats import find_shards, format_of
+
+pytestmark = pytest.mark.any_backend
+
+
+@pytest.fixture
+def images(tmp_path, encode):
+    names = ("cats/2.png", "cats/1.PNG", "dogs/1.png", "3.png", ".hidden/4.png")
+    for index, name in enumerate(names):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.full((8, 8, 3), index, "uint8")))
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def test_a_folder_holds_the_images_in_it_and_below(images, read_all):
+    (shard,) = find_shards(images)
+    assert shard == f"{images}/"
+    samples, faults = read_all(shard)
+    assert samples == [
+        ("3.png", {"path": "3.png", "folder": ""}),
+        ("cats/1.PNG", {"path": "cats/1.PNG", "folder": "cats"}),
+        ("cats/2.png", {"path": "cats/2.png", "folder": "cats"}),
+        ("dogs/1.png", {"path": "dogs/1.png", "folder": "dogs"}),
+    ]
+    assert faults == []
+    path_of = format_of(shard).path_of
+    assert path_of(shard, "cats/1.PNG") == f"{images}/cats/1.PNG"
+
+
+def test_a_single_image_is_a_shard(images, read_all):
+    (shard,) = find_shards(images / "dogs/1.png")
+    (sample,) = read_all(shard)[0]
+    assert sample[0] == "1.png"
+    assert format_of(shard).path_of(shard, sample[1]["path"]) == shard
+    names = [f"{images}/cats/1.PNG", f"{images}/cats/2.png"]
+    assert list(find_shards(f"{images}/cats/*")) == names
+
+
+def test_a_table_in_a_folder_comes_before_the_images(images, read_all):
+    (images / "metadata.csv").write_text("file_name,caption\n3.png,three\n")
+    (shard,) = find_shards(images)
+    assert [key for key, _ in read_all(shard)[0]] == ["3.png"]
+
+
+def test_a_new_image_changes_the_stamp_of_a_folder(images):
+    before = find_shards(images)
+    assert find_shards(images) == before
+    (images / "cats/2.png").rename(images / "cats/5.png")
+    assert find_shards(images) != before
+
+
+def test_file_names_that_are_not_utf_8_are_different_keys(images, read_all):
+    for name in (b"\xff.png", b"\xfe.png"):
+        with open(os.path.join(os.fsencode(images), name), "wb") as file:
+            file.write(b"image")
+    (shard,) = find_shards(images)
+    samples, _ = read_all(shard)
+    assert len({key for key, _ in samples}) == 6
+    for _, fields in samples:
+        assert os.path.exists(format_of(shard).path_of(shard, fields["path"]))
+
+
+def test_a_folder_at_an_address_is_read(memory, read_all):
+    for name in ("b/1.png", "a/1.png"):
+        memory.pipe_file(f"/images/{name}", b"image")
+    (shard,) = find_shards("memory://images")
+    samples, _ = read_all(shard)
+    assert [key for key, _ in samples] == ["a/1.png", "b/1.png"]
+    path = format_of(shard).path_of(shard, "a/1.png")
+    assert memory.cat(path) == b"image"
+
+
+def test_a_folder_without_images_or_table_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metadata\.csv.*Received a folder"):
+        find_shards(tmp_path)

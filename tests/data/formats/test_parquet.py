@@ -1,0 +1,125 @@
+import sys
+
+import pytest
+
+from keras_cluster_mask.data.formats import DamagedShard, format_of
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import Labels, PairReader
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+pytestmark = pytest.mark.any_backend
+
+COLUMNS = {
+    "image": [b"j%d" % i for i in range(7)],
+    "caption": [f"no {i}" for i in range(7)],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(columns, name="x.parquet", **options):
+        path = tmp_path / name
+        pq.write_table(pa.table(columns), path, **options)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_rows_are_what_pyarrow_reads_whatever_the_groups(write, read_all, rows):
+    columns = {**COLUMNS, "id": [f"k{i}" for i in range(7)]}
+    path = write(columns, row_group_size=rows)
+    expected = pq.read_table(path).to_pylist()
+    assert read_all(path) == ([(row["id"], row) for row in expected], [])
+
+
+def test_rows_are_read_in_any_order(write):
+    path = str(write(COLUMNS, row_group_size=2))
+    format = format_of(path)
+    entries = list(format.scan(path))
+    numbers = [6, 0, 3, 3]
+    places = [(path, entries[i].offset, entries[i].size) for i in numbers]
+    rows = format.read(places)
+    assert [row["caption"] for row in rows] == ["no 6", "no 0", "no 3", "no 3"]
+
+
+def test_the_key_is_a_column_or_the_number_of_the_row(write, read_all):
+    for name in ("__key__", "key", "image_id", "id"):
+        samples, _ = read_all(write({**COLUMNS, name: list(range(10, 17))}))
+        assert [key for key, _ in samples] == [str(i) for i in range(10, 17)]
+    samples, _ = read_all(write(COLUMNS, row_group_size=3))
+    assert [key for key, _ in samples] == [f"{i:08}" for i in range(7)]
+
+
+def test_images_as_the_package_datasets_writes_them(write, read_all):
+    images = [{"bytes": b"j", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None]
+    captions = [["one", "two"], [], None]
+    samples, _ = read_all(write({"image": images, "captions": captions}))
+    assert [fields for _, fields in samples] == [
+        {"image": b"j", "captions": ["one", "two"]},
+        {"image": "b.jpg", "captions": []},
+        {},
+    ]
+
+
+def test_the_class_zero_is_a_label(write):
+    columns = {**COLUMNS, "label": [0, 1, 2, 0, 1, None, 0]}
+    reader = PairReader(wants_caption=False, labels=Labels("label"))
+    index = open_index(write(columns), reader)
+    assert index.faults.by_reason == {"no label": 1}
+    labels = [pair.label for pair in index.read(list(range(len(index))))]
+    assert labels == [0, 1, 2, 0, 1, 0]
+
+
+def test_a_replaced_file_is_read_again(write):
+    write(COLUMNS)
+    index = open_index(write(COLUMNS), PairReader())
+    assert index.read([1])[0].captions == ("no 1",)
+    changed = {**COLUMNS, "caption": [f"new {i}" for i in range(7)]}
+    index = open_index(write(changed), PairReader())
+    assert index.read([1])[0].captions == ("new 1",)
+
+
+def test_truncated_and_other_files_are_damaged(write, scan):
+    path = write(COLUMNS)
+    content = path.read_bytes()
+    for damaged in (content[:-50], content[50:], b"", b"text" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedShard, match=r"x\.parquet is damaged"):
+            list(scan(path))
+
+
+def test_damaged_pages_are_a_damaged_shard(write, scan):
+    columns = {"image": [b"x" * 5000] * 50, "caption": ["a"] * 50}
+    options = {"compression": "none", "use_dictionary": False}
+    path = write(columns, row_group_size=10, **options)
+    content = bytearray(path.read_bytes())
+    content[120_000:129_000] = b"\xff" * 9000
+    path.write_bytes(content)
+    keys = []
+    with pytest.raises(DamagedShard, match=r"x\.parquet is damaged"):
+        keys.extend(scan(path))
+    assert keys == [f"{i:08}" for i in range(20)]
+
+
+def test_a_file_at_an_address_is_read(write, memory, read_all):
+    memory.pipe("/tables/x.parquet", write(COLUMNS, row_group_size=2).read_bytes())
+    samples, _ = read_all("memory://tables/x.parquet")
+    assert [fields["caption"] for _, fields in samples] == COLUMNS["caption"]
+
+
+def test_images_next_to_a_file_are_found(write, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"png")
+    path = write({"file_name": ["images/a.png"], "caption": ["a"]})
+    (pair,) = open_index(path, PairReader()).read([0])
+    assert (pair.image, pair.path) == (b"png", f"{tmp_path}/images/a.png")
+
+
+def test_pyarrow_is_named_if_it_is_missing(write, scan, monkeypatch):
+    path = write(COLUMNS)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r"need pyarrow.*pip install.*x\.parquet"):
+        list(scan(path))

@@ -1,0 +1,205 @@
+import csv
+import io
+import json
+import random
+
+import pytest
+
+from keras_cluster_mask.data.formats import DamagedShard, format_of
+
+pytestmark = pytest.mark.any_backend
+
+ROW = {"file_name": "a/1.jpg", "text": 'He said: "Hi, you\nthere"', "n": "1"}
+OTHER = {"file_name": "2.jpg", "text": "zwei\tÄpfel", "n": "2"}
+TABLES = {
+    "x.csv": 'file_name,text,n\na/1.jpg,"He said: ""Hi, you\nthere""",1\n'
+    "2.jpg,zwei\tÄpfel,2\n",
+    "x.tsv": 'file_name\ttext\tn\na/1.jpg\t"He said: ""Hi, you\nthere"""\t1\n'
+    '2.jpg\t"zwei\tÄpfel"\t2\n',
+    "x.jsonl": f"{json.dumps(ROW)}\n{json.dumps(OTHER, ensure_ascii=False)}\n",
+}
+NO_CSV = "a row that is not CSV in UTF-8"
+NO_JSON = "a line that is not a JSON object"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        content = content if isinstance(content, bytes) else content.encode()
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_row_is_a_sample_also_with_quotes_and_newlines(write, read_all, name):
+    expected = [("a/1.jpg", ROW), ("2.jpg", OTHER)]
+    assert read_all(write(name, TABLES[name])) == (expected, [])
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("change", ["byte order mark", "CRLF", "empty lines", "no end"])
+def test_what_editors_change_does_not_matter(write, read_all, name, change):
+    content = TABLES[name].encode()
+    if change == "byte order mark":
+        content = b"\xef\xbb\xbf" + content
+    elif change == "CRLF":
+        # Newlines within a cell stay.
+        content = content.replace(b"\n", b"\r\n").replace(b"you\r\n", b"you\n")
+    elif change == "empty lines":
+        content = content.replace(b"2.jpg", b"\n\n2.jpg", name != "x.jsonl") + b"\n\n"
+    else:
+        content = content.removesuffix(b"\n")
+    assert [row for _, row in read_all(write(name, content))[0]] == [ROW, OTHER]
+
+
+def test_random_tables_are_read_as_python_writes_them(write, read_all):
+    draw = random.Random(0)
+    letters = 'ab,"\n\té猫 \u2028'
+
+    def cell():
+        return "".join(draw.choices(letters, k=draw.randrange(6)))
+
+    rows = [[f"{i}.jpg", cell(), cell()] for i in range(300)]
+    for name, delimiter in (("x.csv", ","), ("x.tsv", "\t")):
+        file = io.StringIO(newline="")
+        csv.writer(file, delimiter=delimiter).writerows([["f", "a", "b"], *rows])
+        samples, faults = read_all(write(name, file.getvalue()))
+        assert [list(row.values()) for _, row in samples] == rows
+        assert faults == []
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_some_rows_are_read_without_the_others(write, name):
+    path = str(write(name, TABLES[name]))
+    format = format_of(path)
+    context = format.context(path)
+    entry = list(format.scan(path))[1]
+    (content,) = format.read([(path, entry.offset, entry.size)])
+    assert format.parse(content, 1, context) == ("2.jpg", OTHER)
+
+
+def test_a_row_may_be_short_but_not_wide(write, read_all):
+    path = write("x.csv", "file_name,text\n1.jpg\n2.jpg,two,,\n3.jpg,three, or four\n")
+    samples, faults = read_all(path)
+    assert samples == [
+        ("1.jpg", {"file_name": "1.jpg"}),
+        ("2.jpg", {"file_name": "2.jpg", "text": "two"}),
+    ]
+    # "three" would be half of a caption.
+    assert faults == [("3.jpg", "more cells than columns")]
+
+
+@pytest.mark.parametrize("content", ["", "file_name,text\n", "file_name,text"])
+def test_a_table_without_rows_has_no_samples(write, read_all, content):
+    assert read_all(write("x.csv", content)) == ([], [])
+
+
+# === Broken rows ===
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [b"10.jpg,caf\xe9", b'10.jpg,"open', b'"10.jpg,open', b'10.jpg,"te"xt', b'"1"0,t'],
+    ids=["Latin-1", "open quote", "open key", "text after a quote", "quote in a key"],
+)
+@pytest.mark.parametrize("caption", ["plain %d", '"quoted, ""%d"""'])
+def test_a_broken_row_costs_one_sample(write, read_all, broken, caption):
+    lines = [b"%d.jpg," % i + (caption % i).encode() for i in range(5000)]
+    lines[10] = broken
+    path = write("x.csv", b"\n".join([b"file_name,text", *lines]))
+    samples, faults = read_all(path)
+    assert [key for key, _ in samples] == [f"{i}.jpg" for i in range(5000) if i != 10]
+    assert [fault for _, fault in faults] == [NO_CSV]
+
+
+def test_a_broken_row_at_the_end_costs_one_sample(write, read_all):
+    for broken in (b'b.jpg,"open', b"b.jpg,\xe9\n", b'b.jpg,"open\n'):
+        samples, faults = read_all(write("x.csv", b"f,text\na.jpg,a\n" + broken))
+        assert [key for key, _ in samples] == ["a.jpg"]
+        assert len(faults) == 1
+
+
+def test_a_broken_line_of_json_costs_one_sample(write, read_all):
+    lines = [
+        b'{"file_name": "1.jpg", "text": "one"}',
+        b'{"file_name": "2.jpg", "text": "tw',
+        b'{"file_name": "\xff"}',
+        b"[1, 2]",
+        b"[" * 100_000,
+        b'{"n": ' + b"1" * 5000 + b"}",
+        b'{"file_name": null, "text": ["a", "b"], "n": 0}',
+        b'{"file_name": "\\ud800.jpg"}',
+        b"{}",
+    ]
+    samples, faults = read_all(write("x.jsonl", b"\n".join(lines)))
+    assert faults == [(f"row {i}", NO_JSON) for i in range(1, 6)]
+    assert samples == [
+        ("1.jpg", {"file_name": "1.jpg", "text": "one"}),
+        ("None", {"text": ["a", "b"], "n": 0}),
+        ("?.jpg", {"file_name": "\ud800.jpg"}),
+        ("row 8", {}),
+    ]
+
+
+def test_captions_may_be_longer_than_the_limit_of_python(write, read_all):
+    # The limit of the module csv is 131,072.
+    text = "x, " * 100_000
+    row = {"file_name": "1.jpg", "text": text}
+    for name, content in (
+        ("x.csv", f'file_name,text\n1.jpg,"{text}"\n2.jpg,two\n'),
+        ("x.tsv", f"file_name\ttext\n1.jpg\t{text}\n2.jpg\ttwo\n"),
+        ("x.jsonl", json.dumps(row) + '\n{"file_name": "2.jpg", "text": "two"}\n'),
+    ):
+        samples, faults = read_all(write(name, content))
+        assert [fields["text"] for _, fields in samples] == [text, "two"]
+        assert faults == []
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_row_that_is_too_long_costs_one_sample(write, read_all, name, quote):
+    lines = [f"a.jpg,{quote}" + "x" * 3_000_000 + quote, "c.jpg,three"]
+    if name == "x.csv":
+        lines.insert(0, "f,text")
+    else:
+        lines = [
+            json.dumps(dict(zip(("f", "text"), each.split(",")))) for each in lines
+        ]
+    samples, faults = read_all(write(name, "\n".join(lines)))
+    assert [key for key, _ in samples] == ["c.jpg"]
+    assert len(faults) == 1
+
+
+def test_a_bare_carriage_return_loses_no_sample_in_silence(write, read_all):
+    content = b"f,text\na.jpg,one\rb.jpg,two\nc.jpg,three\n"
+    samples, faults = read_all(write("x.csv", content))
+    assert len(samples) + len(faults) >= 2
+    assert samples[-1][0] == "c.jpg"
+    if len(samples) < 3:
+        assert [fault for _, fault in faults] == [NO_CSV]
+
+
+def test_a_broken_first_line_is_damage(write, scan):
+    for content in (b"\xff\xfe\n1,2\n", b'"a\nb,c\n', b"f,text\rold,Mac\r"):
+        with pytest.raises(DamagedShard, match="at its start"):
+            list(scan(write("x.csv", content)))
+
+
+# === Image files ===
+
+
+def test_names_of_files_are_relative_to_the_folder_of_the_table():
+    path_of = format_of("x.csv").path_of
+    assert path_of("/data/x.csv", "a/b.jpg") == "/data/a/b.jpg"
+    assert path_of("x.csv", "a/b.jpg") == "a/b.jpg"
+    assert path_of("memory://set/x.csv", "b.jpg") == "memory://set/b.jpg"
+    for absolute in ("/a/b.jpg", "s3://a/b.jpg"):
+        assert path_of("/data/x.csv", absolute) == absolute
+
+
+def test_a_table_at_an_address_is_read(memory, read_all):
+    memory.pipe("/set/x.csv", TABLES["x.csv"].encode())
+    assert [row for _, row in read_all("memory://set/x.csv")[0]] == [ROW, OTHER]

@@ -1,0 +1,275 @@
+import io
+import tarfile
+
+import pytest
+
+from keras_cluster_mask.data.formats import DamagedShard, NoRandomAccess, tar
+
+pytestmark = pytest.mark.any_backend
+
+FILES = [
+    ("a/1.jpg", b"one"),
+    ("a/1.txt", b"first"),
+    ("a/2.jpg", b"two\0\0"),
+    ("a/2.seg.PNG", b"mask"),
+    ("b/2.txt", b"second"),
+    ("b/2.jpg", b""),
+]
+SAMPLES = [
+    ("a/1", {"jpg": b"one", "txt": b"first"}),
+    ("a/2", {"jpg": b"two\0\0", "seg.png": b"mask"}),
+    ("b/2", {"txt": b"second", "jpg": b""}),
+]
+KEYS = [key for key, _ in SAMPLES]
+
+
+def test_consecutive_files_of_a_name_are_a_sample(write_tar, read_all):
+    assert read_all(write_tar("x.tar", FILES)) == (SAMPLES, [])
+
+
+def test_a_sample_may_be_a_single_file(write_tar, read_all):
+    shard = write_tar("x.tar", [("1.jpg", b"one"), ("2.jpg", b"two")])
+    assert read_all(shard)[0] == [("1", {"jpg": b"one"}), ("2", {"jpg": b"two"})]
+
+
+def test_hidden_files_and_folder_prefixes_do_not_matter(write_tar, read_all):
+    files = [
+        ("./1.jpg", b"j"),
+        ("./._1.jpg", b"x"),
+        ("README", b"x"),
+        ("./1.txt", b"t"),
+    ]
+    assert read_all(write_tar("x.tar", files))[0] == [("1", {"jpg": b"j", "txt": b"t"})]
+
+
+def test_a_repeated_field_starts_a_new_sample(write_tar, read_all):
+    assert read_all(write_tar("x.tar", FILES[:2] * 2))[0] == SAMPLES[:1] * 2
+
+
+def test_an_empty_tar_has_no_samples(write_tar, read_all):
+    assert read_all(write_tar("x.tar", [])) == ([], [])
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
+def test_compressed_tars_are_refused_with_the_command_that_helps(
+    write_tar, scan, ending
+):
+    # Whatever the name of the file.
+    for name in (f"x.tar.{ending}", "x.tar"):
+        path = write_tar(name, FILES, f"w:{ending}")
+        message = rf"keras_cluster_mask\.data convert {path} --to .*Received: {path}"
+        with pytest.raises(NoRandomAccess, match=message):
+            list(scan(path))
+
+
+# === Damage ===
+
+
+def scan_damaged(scan, path):
+    """The keys before the damage, and the error."""
+    keys = []
+    with pytest.raises(DamagedShard, match=rf"{path} is damaged") as error:
+        keys.extend(scan(path))
+    # `extend` has kept what came before the error.
+    assert error.value.last_key == (keys[-1] if keys else None)
+    return keys, error.value
+
+
+# A file takes a block of header and a block of content: 2 x 512 bytes.
+@pytest.mark.parametrize(
+    ("blocks", "intact"), [(0.5, 0), (1, 0), (4, 0), (5.001, 1), (8, 1), (9.003, 2)]
+)
+def test_a_truncated_tar_gives_only_intact_samples(write_tar, scan, blocks, intact):
+    path = write_tar("x.tar", FILES)
+    path.write_bytes(path.read_bytes()[: int(512 * blocks)])
+    keys, _ = scan_damaged(scan, path)
+    # Whether the last sample is complete cannot be known.
+    assert keys in (KEYS[:intact], KEYS[: max(intact - 1, 0)])
+
+
+@pytest.mark.parametrize("content", [b"\xab" * 512, bytes(512)], ids=["noise", "zeros"])
+@pytest.mark.parametrize(("block", "intact"), [(4, 0), (8, 1)])
+def test_a_damaged_header_is_not_taken_for_the_end(
+    write_tar, scan, content, block, intact
+):
+    path = write_tar("x.tar", FILES)
+    whole = bytearray(path.read_bytes())
+    whole[512 * block : 512 * (block + 1)] = content
+    path.write_bytes(whole)
+    keys, _ = scan_damaged(scan, path)
+    assert keys in (KEYS[: intact + 1], KEYS[:intact])
+
+
+def test_a_download_that_ends_with_zeros_is_damaged(write_tar, scan):
+    path = write_tar("x.tar", FILES)
+    # Some programs reserve the length of a file before they fetch it.
+    path.write_bytes(path.read_bytes()[: 512 * 8] + bytes(2**21))
+    assert "zeros" in scan_damaged(scan, path)[1].reason
+
+
+def test_a_tar_may_end_with_one_block_of_zeros_or_with_many(write_tar, read_all):
+    path = write_tar("x.tar", FILES)
+    content = path.read_bytes()[: 512 * 11]
+    for end in (512, 1024, 2**20):
+        path.write_bytes(content + bytes(end))
+        assert read_all(path)[0] == SAMPLES
+
+
+def test_a_second_tar_after_the_first_is_not_left_out_in_silence(write_tar, scan):
+    path = write_tar("x.tar", FILES)
+    path.write_bytes(path.read_bytes() * 2)
+    assert scan_damaged(scan, path)[0] == KEYS
+
+
+def test_files_that_are_not_a_tar_are_damaged(tmp_path, scan):
+    (tmp_path / "empty.tar").touch()
+    (tmp_path / "text.tar").write_text("no tar " * 1000)
+    for name in ("empty.tar", "text.tar"):
+        assert scan_damaged(scan, tmp_path / name)[0] == []
+    with pytest.raises(FileNotFoundError):
+        list(scan(tmp_path / "missing.tar"))
+
+
+def test_a_flipped_bit_never_invents_a_sample(write_tar, scan):
+    path = write_tar("x.tar", FILES[:4])
+    whole = path.read_bytes()
+    damaged = 0
+    for place in range(0, 512 * 8, 7):
+        content = bytearray(whole)
+        content[place] ^= 4
+        path.write_bytes(content)
+        keys = []
+        try:
+            keys.extend(scan(path))
+        except DamagedShard:
+            damaged += 1
+        assert keys in ([], KEYS[:1], KEYS[:2])
+    # Half of the bytes are headers, whose checksums show any change.
+    assert damaged > 200
+
+
+def test_a_size_beyond_the_file_is_damage(tmp_path, scan):
+    path = tmp_path / "x.tar"
+    member = tarfile.TarInfo("1.jpg")
+    for size in (2000, 2**40, 2**80, -512):
+        # Nor does it take as long as the file would be.
+        member.size = size
+        path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+        assert scan_damaged(scan, path)[0] == []
+
+
+# === Names and kinds of members ===
+
+
+def add(archive, name, content=b"", kind=tarfile.REGTYPE, link=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, link, len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    "format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a cat on a mat",
+        "ein Hündchen 子犬",
+        "odd\udcff\udcfebytes",
+        "n" * 95,
+        "n" * 101,
+        "folder/" * 20 + "n" * 90,
+        "folder/" * 40 + "n" * 300,
+        "/absolute/1",
+        "../../1",
+        "-rf *",
+        "new\nline",
+    ],
+)
+def test_odd_and_long_names_are_keys(tmp_path, read_all, format, name):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=format) as archive:
+        try:
+            # The header of a long name lies before that of the file.
+            for key in ("0", name, "2"):
+                for ending in ("jpg", "txt"):
+                    add(archive, f"{key}.{ending}", ending.encode())
+        except ValueError:
+            pytest.skip("the format cannot hold this name")
+    with tarfile.open(path) as archive:
+        assert f"{name}.txt" in archive.getnames()
+    fields = {"jpg": b"jpg", "txt": b"txt"}
+    assert read_all(path)[0] == [(key, fields) for key in ("0", name, "2")]
+
+
+def test_names_with_several_dots_end_at_the_first(write_tar, read_all):
+    files = [("v1.0/a.b.JPG", b"1"), ("v1.0/a.txt", b"2"), ("noend.", b"3")]
+    expected = [("v1.0/a", {"b.jpg": b"1", "txt": b"2"})]
+    assert read_all(write_tar("x.tar", files))[0] == expected
+
+
+def test_folders_devices_and_links_are_left_out(tmp_path, read_all):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        add(archive, "folder.jpg", kind=tarfile.DIRTYPE)
+        add(archive, "1.jpg", b"j")
+        for kind in (tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            add(archive, "1.png", kind=kind)
+        add(archive, "1.txt", b"t")
+        add(archive, "2.jpg", kind=tarfile.LNKTYPE, link="1.jpg")
+        add(archive, "3.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd")
+        add(archive, "3.txt", b"t")
+        add(archive, "3.png", b"p")
+    assert read_all(path)[0] == [
+        ("1", {"jpg": b"j", "txt": b"t"}),
+        ("3", {"txt": b"t", "png": b"p"}),
+    ]
+
+
+def test_a_sparse_file_is_not_read_as_another_content(tmp_path, read_all):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        add(archive, "1.jpg", b"j")
+        member = tarfile.TarInfo("1.txt")
+        # A byte at the place 3, and two at 8.
+        content = b"2\n3\n1\n8\n2\n".ljust(512, b"\0") + b"abc"
+        member.size = len(content)
+        member.pax_headers = {
+            "GNU.sparse.major": "1",
+            "GNU.sparse.minor": "0",
+            "GNU.sparse.name": "1.txt",
+            "GNU.sparse.realsize": "10",
+        }
+        archive.addfile(member, io.BytesIO(content))
+        add(archive, "2.jpg", b"j")
+    samples, faults = read_all(path)
+    assert samples[-1] == ("2", {"jpg": b"j"})
+    if not faults:
+        assert samples[0][1].get("txt") in (None, b"\0\0\0a\0\0\0\0bc")
+
+
+def test_a_sample_that_is_too_large_is_a_fault(write_tar, read_all, monkeypatch):
+    monkeypatch.setattr(tar, "MAX_BYTES", 5)
+    files = [("1.jpg", b"12345"), ("1.txt", b"123456"), ("2.jpg", b"1"), ("2.txt", b"")]
+    samples, faults = read_all(write_tar("x.tar", files))
+    assert faults == [("1", "file too large")]
+    assert [key for key, _ in samples] == ["2"]
+
+
+def test_samples_are_what_tarfile_reads(tmp_path, read_all):
+    path = tmp_path / "x.tar"
+    contents = {f"{n:04}.{e}": bytes([n]) * (n * 37) for n in range(60) for e in "ab"}
+    with tarfile.open(path, "w") as archive:
+        for name, content in contents.items():
+            add(archive, name, content)
+    with tarfile.open(path) as archive:
+        expected = {m.name: archive.extractfile(m).read() for m in archive}
+    assert expected == contents
+    samples, _ = read_all(path)
+    read = {f"{key}.{name}": c for key, fields in samples for name, c in fields.items()}
+    assert read == expected
+
+
+def test_a_tar_at_an_address_is_read(memory, write_tar, read_all):
+    memory.pipe("/tars/x.tar", write_tar("x.tar", FILES).read_bytes())
+    assert read_all("memory://tars/x.tar") == (SAMPLES, [])

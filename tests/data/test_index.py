@@ -1,0 +1,327 @@
+"""Samples by their numbers, and what the index says about all of them."""
+
+import io
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import Fault, Labels, PairReader
+
+pytestmark = pytest.mark.any_backend
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def source(write_pairs, write_tar, noise):
+    """A pattern of 9 intact samples, 4 broken ones and a damaged shard."""
+    broken = [
+        *[("0001.png", noise(1)), ("0001.txt", b"a duplicate")],
+        *[("silent.png", noise(2)), ("other.png", noise(2))],
+        *[("blind.txt", b"no image"), ("last.png", noise(3)), ("last.txt", b"last")],
+    ]
+    write_pairs("0.tar", 0, 3, broken)
+    write_tar("1.tar", [])
+    cut = write_pairs("2.tar", 10, 4)
+    cut.write_bytes(cut.read_bytes()[: 512 * 14])
+    return str(write_pairs("3.tar", 20, 2).parent / "?.tar")
+
+
+KEYS = ["0000", "0001", "0002", "last", "0010", "0011", "0012", "0020", "0021"]
+
+
+def open_all(source, **options):
+    return open_index(source, PairReader(**options))
+
+
+def keys(samples):
+    return [sample.key for sample in samples]
+
+
+def test_numbers_name_the_intact_samples_in_order(source):
+    index = open_all(source)
+    assert len(index) == 9
+    pairs = index.read(list(range(9)))
+    assert keys(pairs) == KEYS
+    captions = [f"no {int(key)}" if key != "last" else key for key in KEYS]
+    assert [pair.captions for pair in pairs] == [(text,) for text in captions]
+    for pair in pairs[4:]:
+        image = np.asarray(Image.open(io.BytesIO(pair.image)))
+        assert (image == int(pair.key)).all()
+
+
+def test_samples_are_read_in_any_order_and_several_times(source):
+    index = open_all(source)
+    numbers = np.random.default_rng(0).integers(9, size=40).tolist()
+    assert keys(index.read(numbers)) == [KEYS[number] for number in numbers]
+    assert keys(index.read_in_turn(numbers)) == [KEYS[number] for number in numbers]
+    assert index.read([]) == []
+    with pytest.raises(IndexError):
+        index.read([9])
+
+
+def test_faults_are_counted_by_reason_and_shard(source):
+    index = open_all(source)
+    folder = os.path.dirname(source)
+    first = {"duplicate key": 1, "no caption": 2, "no image": 1}
+    assert index.faults.by_reason == {"damaged shard": 1, **first}
+    assert index.faults.by_shard == {
+        f"{folder}/0.tar": first,
+        f"{folder}/2.tar": {"damaged shard": 1},
+    }
+    (detail,) = index.faults.details
+    assert f"{folder}/2.tar is damaged after the sample '0012'" in detail
+    assert [(f.key, f.reason) for f in index.broken()] == [
+        ("0001", "duplicate key"),
+        ("silent", "no caption"),
+        ("other", "no caption"),
+        ("blind", "no image"),
+        ("0012", "damaged shard"),
+    ]
+
+
+def test_what_is_broken_depends_on_the_fields_that_are_wanted(source):
+    assert len(open_all(source, wants_caption=False)) == 11
+    index = open_all(source, caption_key="alt")
+    assert (len(index), index.fields) == (0, {"png", "txt"})
+    assert index.faults.by_reason["no caption"] == 11
+    index = open_all(source, wants_caption=False, labels=Labels("json.label"))
+    assert index.faults.by_reason["no label"] == 11
+
+
+def test_a_pickle_holds_names_and_no_samples(tmp_path, write_tar):
+    small = write_tar("a.tar", [("1.jpg", b"j"), ("1.txt", b"t")])
+    members = [(f"{n}.{e}", b"x") for n in range(2000) for e in ("jpg", "txt")]
+    large = write_tar("b.tar", members)
+    sizes = [len(pickle.dumps(open_all(each))) for each in (small, large)]
+    assert sizes[0] == sizes[1] < 2000
+    index = pickle.loads(pickle.dumps(open_all(large)))
+    assert (len(index), index.fingerprint) == (2000, open_all(large).fingerprint)
+    assert keys(index.read([1999, 0])) == ["1999", "0"]
+
+
+def test_a_table_is_pickled_by_its_name_too(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"png")
+    rows = "".join(f"a.png,caption {n}\n" for n in range(3000))
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n" + rows)
+    content = pickle.dumps(open_all(tmp_path))
+    assert len(content) < 2000
+    assert pickle.loads(content).read([2999])[0].captions == ("caption 2999",)
+
+
+# === The fingerprint ===
+
+
+def test_the_fingerprint_names_samples_and_not_places(source, tmp_path):
+    fingerprint = open_all(source).fingerprint
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("0.tar", "1.tar", "2.tar", "3.tar"):
+        (moved / name).write_bytes((tmp_path / name).read_bytes())
+    assert open_all(f"{moved}/*.tar").fingerprint == fingerprint
+
+
+def test_the_fingerprint_differs_if_samples_or_fields_differ(source, write_pairs):
+    first = open_all(source)
+    others = [
+        open_all(source[:-5] + "[023].tar"),
+        open_all(source[:-5] + "[01].tar"),
+        open_all(source, caption_key="alt"),
+        open_all(source, image_keys="jpg"),
+        open_all(source, wants_caption=False),
+        open_all(source, labels=Labels("json.label")),
+    ]
+    write_pairs("3.tar", 21, 2)
+    others.append(open_all(source))
+    fingerprints = [each.fingerprint for each in [first, *others]]
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+# === Changes while it is used ===
+
+
+def test_a_shard_that_was_replaced_is_an_error_that_names_it(write_pairs):
+    path = write_pairs("a.tar", 0, 4)
+    index = open_all(path)
+    assert keys(index.read([2])) == ["0002"]
+    write_pairs("a.tar", 50, 4)
+    with pytest.raises(ValueError, match=r"must not change.*Received: .*/a\.tar"):
+        index.read([2])
+    assert keys(open_all(path).read([2])) == ["0052"]
+
+
+def test_an_index_that_was_replaced_is_not_read_by_another_process(write_pairs):
+    path = write_pairs("a.tar", 0, 4)
+    content = pickle.dumps(open_all(path))
+    write_pairs("a.tar", 50, 4)
+    open_all(path)
+    with pytest.raises(ValueError, match=r"must not change.*Received: "):
+        pickle.loads(content)
+
+
+def test_samples_that_cannot_be_read_are_faults(write_pairs, monkeypatch):
+    monkeypatch.setattr(files, "RETRY_AFTER", ())
+    first, second = write_pairs("a.tar", 0, 2), write_pairs("b.tar", 2, 2)
+    index = open_all([first, second])
+    first.unlink()
+    second.write_bytes(second.read_bytes()[: 512 * 5])
+    samples = index.read([0, 1, 2, 3])
+    assert [getattr(each, "reason", None) for each in samples] == [
+        *["the shard cannot be read"] * 2,
+        None,
+        "the shard cannot be read",
+    ]
+    assert [each.shard for each in samples] == [str(first)] * 2 + [str(second)] * 2
+    assert "No such file" in samples[0].details
+
+
+def test_image_files_that_cannot_be_read_are_faults(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"png")
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name,caption\na.png,one\nmissing.png,two\na.png,three\n")
+    index = open_all(tmp_path)
+    first, second, third = index.read([0, 1, 2])
+    assert first.image == third.image == b"png"
+    assert second[:3] == (str(table), "missing.png", "the image file cannot be read")
+    (second,) = index.read([1], with_images=False)
+    assert (second.captions, second.image) == (("two",), f"{tmp_path}/missing.png")
+
+
+# === Formats ===
+
+
+def test_a_source_may_have_several_formats(tmp_path, write_pairs, encode):
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    image = encode(np.zeros((4, 4, 3), "uint8"))
+    write_pairs("c.tar", 0, 2)
+    pq.write_table(
+        pa.table({"image": [image], "caption": ["p"]}), tmp_path / "b.parquet"
+    )
+    (tmp_path / "a.png").write_bytes(image)
+    (tmp_path / "d.jsonl").write_text('{"image": "a.png", "caption": ["j", "k"]}\n')
+    index = open_all(f"{tmp_path}/[bcd].*")
+    pairs = index.read([3, 0, 1, 2])
+    expected = [("j", "k"), ("p",), ("no 0",), ("no 1",)]
+    assert [pair.captions for pair in pairs] == expected
+    assert pairs[0].image == pairs[1].image == image
+    assert [pair.path for pair in pairs] == [f"{tmp_path}/a.png", "", "", ""]
+
+
+def test_images_of_a_folder_have_labels(tmp_path, encode):
+    for name in ("dog/1.png", "cat/1.png", "cat/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    labels = Labels("folder", ["dog", "cat"])
+    index = open_all(tmp_path, wants_caption=False, labels=labels)
+    pairs = index.read([0, 1, 2])
+    found = [(pair.key, pair.label, pair.image) for pair in pairs]
+    expected = [("cat/1.png", 1), ("cat/2.png", 1), ("dog/1.png", 0)]
+    assert found == [(key, label, key.encode()) for key, label in expected]
+
+
+def test_shards_at_addresses_are_read(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    system = fsspec.filesystem("memory")
+    try:
+        for index in range(4):
+            system.put(f"{tmp_path}/{index}.tar", f"/read/{index}.tar")
+        local, remote = open_all(source), open_all("memory://read/*.tar")
+        assert remote.fingerprint == local.fingerprint
+        numbers = [8, 0, 4, 3]
+        pairs = [pair._replace(shard="") for pair in local.read(numbers)]
+        assert [pair._replace(shard="") for pair in remote.read(numbers)] == pairs
+    finally:
+        system.rm("/read", recursive=True)
+
+
+PROGRAM = """
+import resource, sys
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import PairReader
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+index = open_index(sys.argv[1], PairReader())
+print(len({pair.key for pair in index.read(list(range(len(index))))}))
+"""
+
+
+@pytest.mark.slow
+def test_more_shards_than_open_files_are_read(tmp_path, write_tar):
+    for index in range(400):
+        write_tar(f"{index}.tar", [(f"{index}.jpg", b"j"), (f"{index}.txt", b"t")])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, f"{tmp_path}/*.tar"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["400"]
+
+
+# === Objects ===
+
+
+class Items:
+    """An object that gives samples by number, as a Dataset of `datasets` does."""
+
+    _fingerprint = "abc"
+
+    def __init__(self, items):
+        self._items = items
+
+    def __len__(self):
+        return len(self._items)
+
+    def __getitem__(self, number):
+        return self._items[number]
+
+
+@pytest.mark.parametrize("wrap", [list, Items])
+def test_objects_with_items_are_sources(wrap, noise, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"file")
+    pil_image = Image.new("RGB", (4, 4))
+    items = [
+        {"image": noise(0), "caption": "bytes", "__key__": "first"},
+        {"image": pil_image, "caption": ["one", "two"], "other": None},
+        {"image": {"bytes": None, "path": f"{tmp_path}/a.png"}, "caption": "c"},
+        {"image": {"bytes": b"in", "path": "x.png"}, "caption": "d", "__key__": 7},
+        {"image": None, "caption": "e"},
+        {"image": b"j", "caption": " "},
+    ]
+    index = open_all(wrap(items))
+    assert (len(index), index.faults.by_reason) == (6, {})
+    pairs = index.read(range(6))
+    assert keys(pairs) == ["first", "1", "2", "7", "4", "5"]
+    assert [pair.image for pair in pairs[:4]] == [noise(0), pil_image, b"file", b"in"]
+    assert pairs[1].captions == ("one", "two")
+    name = wrap.__name__
+    assert pairs[4:] == [
+        Fault(name, "4", "no image"),
+        Fault(name, "5", "empty caption"),
+    ]
+
+
+def test_items_that_are_not_dicts_are_refused():
+    with pytest.raises(ValueError, match=r"`source`.*dicts.*Received: a tuple"):
+        open_all(Items([({"image": b"j"}, "caption")])).read([0])
+
+
+def test_the_fingerprint_of_an_object_is_its_own():
+    items = [{"image": b"j", "caption": "c"}] * 3
+    first, second = Items(items), Items(items)
+    second._fingerprint = "other"
+    fingerprints = [open_all(each).fingerprint for each in (first, second, first)]
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]

@@ -1,0 +1,131 @@
+import collections
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+
+from keras_cluster_mask.data.order import Mix, Order
+
+pytestmark = pytest.mark.any_backend
+
+
+def epoch(order, number):
+    first = number * order.num_samples
+    return [order[first + place] for place in range(order.num_samples)]
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 7, 64, 101, 200])
+@pytest.mark.parametrize("num_samples", [1, 2, 7, 64, 101])
+def test_each_epoch_is_a_permutation(num_samples, block_size):
+    order = Order(num_samples, 0, block_size)
+    for number in (0, 1, 2, 1000):
+        assert sorted(epoch(order, number)) == [*range(num_samples)]
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_epochs_and_seeds_have_orders_of_their_own(block_size):
+    orders = {
+        tuple(epoch(Order(100, seed, block_size), number))
+        for seed, number in itertools.product((0, 1, 2, 2**62), range(4))
+    }
+    assert len(orders) == 16
+    assert tuple(range(100)) not in orders
+
+
+def test_a_position_gives_the_same_sample_whatever_was_asked_before():
+    order, other = Order(50, 3, 4), Order(50, 3, 4)
+    forwards = [order[position] for position in range(200)]
+    backwards = [other[position] for position in reversed(range(200))]
+    assert forwards == backwards[::-1]
+    assert [pickle.loads(pickle.dumps(order))[position] for position in range(200)] == (
+        forwards
+    )
+
+
+def test_samples_are_shuffled_evenly():
+    # How often a sample comes first or last in an epoch.
+    ends = collections.Counter()
+    for seed in range(500):
+        order = Order(10, seed)
+        ends[order[0]] += 1
+        ends[order[9]] += 1
+    # Five standard deviations of a binomial distribution.
+    assert min(ends[number] for number in range(10)) > 100 - 5 * 9.5
+    # Neighbours do not stay together.
+    apart = np.diff(epoch(Order(1000, 0), 0))
+    assert np.mean(np.abs(apart) == 1) < 0.02
+
+
+def test_blocks_keep_neighbours_together_and_start_elsewhere_in_each_epoch():
+    order = Order(100, 0, block_size=8)
+    starts = []
+    for number in range(4):
+        blocks = np.array(epoch(order, number)[:96]).reshape(12, 8)
+        # A block may contain the last sample and the first.
+        np.testing.assert_array_equal(np.diff(blocks, axis=1) % 100, 1)
+        assert (np.diff(blocks[:, 0]) % 100 != 8).any()
+        starts.append({int(first) % 8 for first in blocks[:, 0]})
+    assert len({tuple(sorted(each)) for each in starts}) > 1
+
+
+def test_sampling_chooses_the_samples_of_each_epoch():
+    def sampling(num_samples, epoch):
+        return np.repeat(np.arange(epoch, num_samples), epoch + 1)
+
+    order = Order(20, 0, sampling=sampling)
+    first = 0
+    for number in range(4):
+        expected = np.repeat(np.arange(number, 20), number + 1)
+        received = [order[first + place] for place in range(len(expected))]
+        assert sorted(received) == expected.tolist()
+        assert received != expected.tolist()
+        assert order.place(first) == (number, 0)
+        assert order.place(first + len(expected) - 1) == (number, len(expected) - 1)
+        first += len(expected)
+    # A position far ahead needs no earlier one.
+    fresh = pickle.loads(pickle.dumps(Order(20, 0, sampling=len_of_epoch)))
+    assert fresh.place(35) == (3, 5)
+
+
+def len_of_epoch(num_samples, epoch):
+    return np.arange(10)
+
+
+def test_the_identity_as_sampling_changes_nothing():
+    plain, sampled = Order(30, 4), Order(30, 4, sampling=lambda n, _: np.arange(n))
+    assert [plain[i] for i in range(90)] == [sampled[i] for i in range(90)]
+
+
+@pytest.mark.parametrize("wrong", [[], [-1], [0, 20]])
+def test_sampling_must_return_numbers_of_samples(wrong):
+    order = Order(20, 0, sampling=lambda num_samples, epoch: wrong)
+    with pytest.raises(ValueError, match=r"`sampling` must return.*0 to 19.*epoch 0"):
+        order[0]
+
+
+def test_a_mix_reads_its_sources_in_proportion_to_their_weights():
+    mix = Mix([Order(30, 0), Order(50, 0), Order(20, 0)], [1, 2, 5])
+    assert mix.num_samples == 100
+    bounds = [0, 30, 80, 100]
+    numbers = [mix[position] for position in range(800)]
+    which = np.digitize(numbers, bounds) - 1
+    for weight, number in ((1, 0), (2, 1), (5, 2)):
+        assert abs(np.sum(which == number) - 100 * weight) <= 1
+        # Not only in total, but in each batch.
+        counts = np.sum(which.reshape(10, 80) == number, axis=1)
+        assert np.abs(counts - 10 * weight).max() <= 1
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_mix_reads_every_sample_of_a_source_before_it_repeats_one(block_size):
+    mix = Mix([Order(30, 0, block_size), Order(50, 0, block_size)], [3, 1])
+    numbers = [mix[position] for position in range(440)]
+    for first, size in ((0, 30), (30, 50)):
+        own = [number for number in numbers if first <= number < first + size]
+        assert len(own) >= 2 * size
+        for start in range(0, len(own) - size, size):
+            assert sorted(own[start : start + size]) == [*range(first, first + size)]
+        assert own[:size] != own[size : 2 * size]
+    again = pickle.loads(pickle.dumps(mix))
+    assert [again[position] for position in range(440)] == numbers

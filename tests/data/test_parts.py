@@ -1,0 +1,284 @@
+"""The files that hold the index: where they are, and when they are built again."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import pickle
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from keras_cluster_mask.data import files, parts
+from keras_cluster_mask.data.formats import NoRandomAccess, find_shards
+from keras_cluster_mask.data.formats.tar import Tar
+from keras_cluster_mask.data.parts import build_parts, read_part
+
+pytestmark = pytest.mark.any_backend
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """list of the names of the shards that were scanned, in order."""
+    names, scan = [], Tar.scan
+
+    def counting(self, path):
+        names.append(os.path.basename(path))
+        yield from scan(self, path)
+
+    monkeypatch.setattr(Tar, "scan", counting)
+    return names
+
+
+@pytest.fixture
+def source(tmp_path, write_pairs):
+    """A pattern of four shards of three pairs, one of them damaged."""
+    (tmp_path / "shards").mkdir()
+    for index in range(4):
+        path = write_pairs(f"shards/{index}.tar", 3 * index, 3)
+        if index == 2:
+            path.write_bytes(path.read_bytes()[: 512 * 9])
+    return f"{tmp_path}/shards/*.tar"
+
+
+def build(source, **options):
+    return build_parts(find_shards(source), **options)
+
+
+def contents(built):
+    return [pathlib.Path(part.path).read_bytes() for part in built]
+
+
+def test_a_part_holds_what_a_scan_finds(source):
+    (first, *_) = build(source)
+    (path, *_) = find_shards(source)
+    entries = list(Tar().scan(path))
+    records = first.records()
+    assert len(entries) == len(records) == first.num_records == 3
+    for entry, record in zip(entries, records):
+        assert (record["offset"], record["size"]) == (entry.offset, entry.size)
+        assert record["key"] == parts.hash_of(entry.key)
+    assert first.layouts == [[["png", "txt"], None, 3]]
+    # 28 bytes a sample, and a line.
+    assert os.path.getsize(first.path) == first.start + 3 * 28
+
+
+def test_a_shard_is_scanned_once(source, scanned):
+    first = build(source)
+    assert scanned == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    assert build(source) == first
+    assert len(scanned) == 4
+
+
+def test_a_changed_shard_is_indexed_again_and_no_other(source, scanned, write_pairs):
+    before = build(source)
+    scanned.clear()
+    write_pairs("shards/1.tar", 50, 5)
+    after = build(source)
+    assert scanned == ["1.tar"]
+    assert [part.num_records for part in after] == [3, 5, before[2].num_records, 3]
+    # Also if it has as many bytes as before.
+    path = pathlib.Path(source).parent / "3.tar"
+    os.utime(path, (1, 1))
+    build(source)
+    assert scanned == ["1.tar", "3.tar"]
+
+
+def test_a_damaged_part_is_built_again(source, scanned):
+    built = build(source)
+    expected = contents(built)
+    for damage in (
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: content + b"\0",
+        lambda content: b"[1]\n" + content,
+        lambda content: b"\xff" * 100,
+        lambda content: content.replace(b'"version": 1', b'"version": 0'),
+        lambda content: content.replace(b'"digest"', b'"digits"'),
+    ):
+        scanned.clear()
+        path = pathlib.Path(built[0].path)
+        path.write_bytes(damage(path.read_bytes()))
+        assert contents(build(source)) == expected
+        assert scanned == ["0.tar"]
+
+
+def test_an_interrupted_build_continues(source, scanned, monkeypatch):
+    build_part = parts.build_part
+
+    def interrupted(path, *args, **options):
+        if path.endswith("2.tar"):
+            raise KeyboardInterrupt
+        return build_part(path, *args, **options)
+
+    monkeypatch.setattr(parts, "build_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(source)
+    monkeypatch.setattr(parts, "build_part", build_part)
+    assert len(build(source)) == 4
+    assert sorted(scanned) == ["0.tar", "1.tar", "2.tar", "3.tar"]
+
+
+@pytest.mark.slow
+def test_processes_build_the_same_parts(source, tmp_path):
+    serial = build(source, index_dir=tmp_path / "serial")
+    parallel = build(source, index_dir=tmp_path / "parallel", num_workers=2)
+    assert contents(parallel) == contents(serial)
+    assert [part.damage is None for part in parallel] == [True, True, False, True]
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_is_raised(source, write_tar):
+    write_tar("shards/9.tar", [("1.jpg", b"j")], "w:gz")
+    with pytest.raises(NoRandomAccess, match=r"convert .*/9\.tar --to"):
+        build(source, num_workers=2)
+
+
+def test_several_programs_may_index_the_same_shards(source):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda _: build(source), range(4)))
+    assert all(each == built[0] for each in built)
+    names = sorted(os.listdir(os.path.dirname(source)))
+    hidden = [f".{index}.tar.index" for index in range(4)]
+    assert names == [*hidden, "0.tar", "1.tar", "2.tar", "3.tar"]
+
+
+# === Where parts are ===
+
+
+def test_parts_are_beside_the_shards_or_in_the_given_folder(source, tmp_path):
+    folder = os.path.dirname(source)
+    beside = [f"{folder}/.{index}.tar.index" for index in range(4)]
+    assert [part.path for part in build(source)] == beside
+    given = build(source, index_dir=tmp_path / "new" / "index")
+    assert {os.path.dirname(part.path) for part in given} == {f"{tmp_path}/new/index"}
+    assert len({part.path for part in given}) == 4
+
+
+def test_shards_of_one_name_have_parts_of_their_own(tmp_path, write_pairs):
+    for folder, count in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        write_pairs(f"{folder}/x.tar", 0, count)
+    built = build(f"{tmp_path}/?/x.tar", index_dir=tmp_path / "index")
+    assert [part.num_records for part in built] == [1, 2]
+
+
+def test_a_folder_that_cannot_be_written_to_is_indexed_in_the_cache(
+    source, cache, scanned
+):
+    folder = os.path.dirname(source)
+    for index in range(4):
+        # No file can replace a folder, whoever the user is.
+        os.makedirs(f"{folder}/.{index}.tar.index/x")
+    built = build(source)
+    assert all(part.path.startswith(str(cache)) for part in built)
+    assert build(source) == built
+    assert len(scanned) == 4
+
+
+def test_no_place_to_write_is_an_error_that_names_the_argument(source, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"`index_dir`.*Received: .*/file/index"):
+        build(source, index_dir=tmp_path / "file" / "index")
+
+
+def test_shards_at_addresses_are_indexed_in_the_cache(source, cache, scanned):
+    system = fsspec.filesystem("memory")
+    local = list(find_shards(source))
+    for path in local:
+        system.put(path, f"/indexed/{os.path.basename(path)}")
+    try:
+        remote = build("memory://indexed/*.tar")
+        assert all(part.path.startswith(str(cache)) for part in remote)
+        assert [part.digest for part in remote] == [p.digest for p in build(source)]
+        scanned.clear()
+        assert build("memory://indexed/*.tar") == remote
+        assert scanned == []
+        system.put(local[0], "/indexed/3.tar")
+        assert build("memory://indexed/*.tar")[3].digest == remote[0].digest
+        assert scanned == ["3.tar"]
+    finally:
+        system.rm("/indexed", recursive=True)
+
+
+class Unreliable(MemoryFileSystem):
+    """Files in memory, each of which cannot be opened for the first times."""
+
+    protocol = "unreliable"
+    store, pseudo_dirs, failures = {}, [""], {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("unreliable://", "memory://"))
+
+    def _open(self, path, *args, **options):
+        if self.failures.get(path):
+            self.failures[path] -= 1
+            raise OSError("the connection was reset")
+        return super()._open(path, *args, **options)
+
+
+def test_a_remote_shard_that_cannot_be_read_is_read_again(source, monkeypatch):
+    monkeypatch.setattr(files, "RETRY_AFTER", (0.0, 0.0))
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    system = fsspec.filesystem("unreliable")
+    for path in find_shards(source):
+        system.put(path, f"/set/{os.path.basename(path)}")
+    system.failures.update({"/set/0.tar": 2, "/set/3.tar": 1})
+    remote = build("unreliable://set/*.tar")
+    assert [part.digest for part in remote] == [part.digest for part in build(source)]
+    assert set(system.failures.values()) == {0}
+    system.put(path, "/set/4.tar")
+    system.failures["/set/4.tar"] = 10
+    with pytest.raises(OSError, match="the connection was reset"):
+        build("unreliable://set/*.tar")
+
+
+# === What a part holds ===
+
+
+def test_parts_of_equal_shards_have_equal_digests(tmp_path, write_pairs):
+    same = [write_pairs("a.tar", 0, 3), write_pairs("b.tar", 0, 3)]
+    other = [write_pairs("c.tar", 0, 4), write_pairs("d.tar", 1, 3)]
+    digests = [part.digest for part in build([*same, *other])]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def test_duplicate_keys_and_damage_are_kept(write_pairs, noise):
+    broken = [("0001.png", noise(0)), ("0001.txt", b"again"), ("3.png", noise(1))]
+    path = write_pairs("a.tar", 0, 3, broken)
+    # Without its end mark, more may have been lost.
+    path.write_bytes(path.read_bytes().rstrip(b"\0"))
+    (part,) = build(path)
+    assert part.layouts == [
+        [["png", "txt"], None, 3],
+        [["png", "txt"], "duplicate key", 1],
+    ]
+    assert part.damage == ["0001", "unexpected end of data"]
+
+
+def test_a_part_without_samples_is_no_error(write_tar, tmp_path):
+    (tmp_path / "x.csv").write_text("file_name,text\n")
+    for path in (write_tar("a.tar", []), tmp_path / "x.csv"):
+        (part,) = build(path)
+        assert (part.num_records, len(part.records())) == (0, 0)
+
+
+def test_keys_and_names_of_any_letters_are_kept(tmp_path, write_tar):
+    odd = "odd\udcff\u2028\n"
+    path = write_tar("a.tar", [(f"{odd}.j\udcff", b"j"), (f"{odd}.txt", b"t")])
+    path.write_bytes(path.read_bytes()[:-9000])
+    (part,) = build(path)
+    head = json.loads(pathlib.Path(part.path).read_bytes().partition(b"\n")[0])
+    assert head["layouts"] == part.layouts
+    assert read_part(part.path) == part
+    assert pickle.loads(pickle.dumps(part)) == part

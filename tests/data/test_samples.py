@@ -1,0 +1,337 @@
+"""What a batch holds: crops, captions, tokens, labels, keys and paths."""
+
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_cluster_mask.data import image_text_dataset
+from keras_cluster_mask.data.samples import SampleError
+
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.filterwarnings("ignore:.*skipped"),
+]
+
+
+def tokenizer(captions):
+    return [[len(caption)] for caption in captions]
+
+
+def make(source, training=False, **options):
+    arguments = {"batch_size": 4, "seed": 1, "format": "grain", "include_keys": True}
+    arguments.update(options)
+    return image_text_dataset(source, tokenizer, 16, training=training, **arguments)
+
+
+def take(dataset, count=None):
+    iterator = iter(dataset)
+    batches = [*itertools.islice(iterator, count)]
+    iterator.close()
+    return batches
+
+
+def column(batches, name):
+    return [value for batch in batches for value in batch[name]]
+
+
+# === Captions ===
+
+
+@pytest.fixture
+def several(write_tar, noise):
+    """Eight samples of three captions each."""
+    members = []
+    for index in range(8):
+        captions = [f"{index} {word}" for word in ("one", "two", "three")]
+        members += [
+            (f"{index}.png", noise(index)),
+            (f"{index}.json", json.dumps({"captions": captions}).encode()),
+        ]
+    return write_tar("several.tar", members)
+
+
+def test_training_draws_a_caption_in_each_epoch_and_evaluation_takes_the_first(several):
+    batches = take(make(several, True, include_captions=True), 2 * 30)
+    drawn = {}
+    for key, caption, ids in zip(
+        column(batches, "keys"),
+        column(batches, "captions"),
+        column(batches, "token_ids"),
+    ):
+        assert caption.startswith(key + b" ")
+        assert ids.tolist() == [len(caption)]
+        drawn.setdefault(key, []).append(caption[2:])
+    assert len(drawn) == 8
+    for captions in drawn.values():
+        assert {*captions} == {b"one", b"two", b"three"}
+    flat = [caption for captions in drawn.values() for caption in captions]
+    # Five standard deviations of a binomial distribution of 240 and a third.
+    assert all(abs(flat.count(each) - 80) < 37 for each in {*flat})
+    for _ in range(2):
+        batches = take(make(several, include_captions=True))
+        assert column(batches, "captions") == [b"%d one" % i for i in range(8)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_captions_of_an_image_are_a_tuple(several, training):
+    options = {"include_captions": "all", "caption_template": ["a {}!", "no {}"]}
+    batches = take(make(several, training, **options), 2)
+    for key, captions in zip(column(batches, "keys"), column(batches, "captions")):
+        words = (b"one", b"two", b"three")
+        assert captions == tuple(b"a %s %s!" % (key, word) for word in words)
+    assert batches[0]["captions"].shape == (4,)
+    assert make(several, include_captions="all").element_spec["captions"].dtype == (
+        "object"
+    )
+
+
+def test_templates_are_drawn_in_training_and_the_first_is_used_in_evaluation(
+    write_pairs,
+):
+    shard = write_pairs("a.tar", 0, 8)
+    options = {"caption_template": ["a {}!", "{}?"], "include_captions": True}
+    batches = take(make(shard, True, **options), 2 * 10)
+    drawn = {}
+    for key, caption in zip(column(batches, "keys"), column(batches, "captions")):
+        drawn.setdefault(int(key), set()).add(caption)
+    assert drawn == {i: {b"a no %d!" % i, b"no %d?" % i} for i in range(8)}
+    batches = take(make(shard, **options))
+    assert column(batches, "captions") == [b"a no %d!" % i for i in range(8)]
+
+
+@pytest.mark.parametrize("wrong", ["a photo", "{} and {}", ["{}", ""], [3]])
+def test_a_template_without_one_place_for_the_caption_is_refused(write_pairs, wrong):
+    with pytest.raises(ValueError, match=r"`caption_template`.*Received"):
+        make(write_pairs("a.tar", 0, 4), caption_template=wrong)
+
+
+def test_captions_of_any_letters_and_half_letters_are_kept(write_tar, noise):
+    caption = "日本語 😀 naïve \ud800"
+    members = [
+        ("1.png", noise(0)),
+        ("1.json", json.dumps({"captions": [caption]}).encode()),
+    ]
+    batch = take(make(write_tar("a.tar", members), include_captions=True))[0]
+    assert batch["captions"].tolist() == [caption.encode("utf-8", "surrogatepass")]
+
+
+# === Keys, paths, labels ===
+
+
+@pytest.fixture
+def folder(tmp_path, noise):
+    folder = tmp_path / "animals"
+    for index, kind in enumerate(("cat", "dog", "cat", "fish")):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        (folder / kind / f"{index}.png").write_bytes(noise(index))
+    return folder
+
+
+def test_images_of_a_folder_have_paths_and_labels(folder):
+    dataset = image_text_dataset(
+        folder,
+        None,
+        16,
+        3,
+        training=False,
+        format="grain",
+        label_key="folder",
+        class_names=["fish", "cat", "dog"],
+        include_keys=True,
+        include_paths=True,
+    )
+    batches = take(dataset)
+    names = ["cat/0.png", "cat/2.png", "dog/1.png", "fish/3.png"]
+    assert column(batches, "keys") == [name.encode() for name in names]
+    assert column(batches, "paths") == [str(folder / name).encode() for name in names]
+    assert column(batches, "labels") == [1, 1, 2, 0]
+    assert batches[0]["labels"].dtype == "int32"
+    assert "token_ids" not in batches[0]
+
+
+def test_labels_in_shards_are_numbers(write_tar, noise):
+    members = []
+    for index in range(4):
+        members += [
+            (f"{index}.png", noise(index)),
+            (f"{index}.txt", b"t"),
+            (f"{index}.cls", b"%d" % (7 * index)),
+        ]
+    shard = write_tar("a.tar", members)
+    (batch,) = take(make(shard, label_key="cls", include_paths=True))
+    assert batch["labels"].tolist() == [0, 7, 14, 21]
+    # The images have no files of their own.
+    assert batch["paths"].tolist() == [b""] * 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_of_a_batch_belong_together(write_pairs, training):
+    shard = write_pairs("a.tar", 0, 30)
+    dataset = make(shard, training, include_captions=True, horizontal_flip=True)
+    for batch in take(dataset, 7):
+        levels = [int(key) for key in batch["keys"]]
+        # The grey level of an image is its key.
+        assert (batch["images"] == np.reshape(levels, (-1, 1, 1, 1))).all()
+        captions = [b"no %d" % level for level in levels]
+        assert batch["captions"].tolist() == captions
+        np.testing.assert_array_equal(batch["token_ids"], tokenizer(captions))
+
+
+# === Images ===
+
+
+def test_evaluation_takes_the_center_crop_or_squashes_the_whole_image(
+    write_tar, encode
+):
+    # Dark at both ends.
+    array = np.zeros((16, 48, 3), "uint8")
+    array[:, 16:32] = 200
+    shard = write_tar("a.tar", [("1.png", encode(array)), ("1.txt", b"t")])
+    image = take(make(shard))[0]["images"][0]
+    assert (image == 200).all()
+    image = take(make(shard, resize="squash"))[0]["images"][0]
+    assert image[8, :, 0].tolist()[::15] == [0, 0]
+    assert image[8, 8, 0] == 200
+    both = [
+        take(make(shard, True, resize=r, batch_size=1), 1) for r in ("crop", "squash")
+    ]
+    np.testing.assert_array_equal(both[0][0]["images"], both[1][0]["images"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_transparent_images_have_the_background(write_tar, encode, training):
+    clear = encode(np.zeros((20, 20, 4), "uint8"))
+    members = [
+        (f"{i}.{e}", c) for i in range(8) for e, c in (("png", clear), ("txt", b"t"))
+    ]
+    shard = write_tar("a.tar", members)
+    for background, color in (("white", [255] * 3), ((1, 2, 3), [1, 2, 3])):
+        for batch in take(make(shard, training, background=background), 2):
+            assert (batch["images"] == color).all()
+    random = take(make(shard, training, background="random"), 2)
+    images = np.reshape(column(random, "images"), (8, -1))
+    assert len(np.unique(images, axis=0)) == 8
+
+
+def test_a_progressive_image_over_the_limit_is_skipped(write_tar, encode):
+    array = np.zeros((20, 20, 3), "uint8")
+    members = []
+    for index in range(4):
+        image = encode(array, "JPEG", progressive=index == 2)
+        members += [(f"{index}.jpg", image), (f"{index}.txt", b"t")]
+    shard = write_tar("a.tar", members)
+    for training in (True, False):
+        dataset = make(shard, training, max_image_pixels=1599)
+        keys = column(take(dataset, 1), "keys")
+        assert {*keys} == {b"0", b"1", b"3"}
+        assert len(keys) == 3 + training
+        assert dataset.skipped.by_reason == {"the image has too many pixels": 1}
+        dataset = make(shard, training, max_image_pixels=1600)
+        assert len({*column(take(dataset, 1), "keys")}) == 4
+
+
+def test_a_transform_changes_each_image(write_pairs):
+    shard = write_pairs("a.tar", 0, 8)
+
+    def transform(image, generator):
+        return image + generator.integers(100, 110, dtype="uint8")
+
+    dataset = make(shard, True, image_transform=transform)
+    added = []
+    for batch in take(dataset, 2 * 6):
+        levels = np.array([int(key) for key in batch["keys"]])
+        added += (batch["images"][:, 0, 0, 0] - levels).tolist()
+    assert {*added} <= {*range(100, 110)}
+    # Drawn again for each sample and epoch.
+    assert len({*added}) > 5
+    assert added[:8] != added[8:16]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("error", [MemoryError("no memory"), KeyError("a bug")])
+def test_an_error_of_a_transform_ends_the_run_with_shard_and_key(
+    write_pairs, error, training
+):
+    def transform(image, generator):
+        if image[0, 0, 0] == 5:
+            raise error
+        return image
+
+    shard = write_pairs("a.tar", 0, 8)
+    dataset = make(shard, training, image_transform=transform)
+    with pytest.raises(RuntimeError) as raised:
+        take(dataset, 2)
+    message = str(raised.value)
+    for part in ("'0005'", str(shard), type(error).__name__, str(error.args[0])):
+        assert part in message
+    assert dataset.skipped.count == 0
+
+
+def test_too_little_memory_for_an_image_ends_the_run(write_pairs, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    dataset = make(write_pairs("a.tar", 0, 8))
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(RuntimeError, match=r"'0000' of the shard .*MemoryError"):
+        take(dataset)
+
+
+def test_an_error_can_be_pickled_to_leave_a_worker_process():
+    error = SampleError("a.tar", "7", "a bug")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (SampleError, str(error))
+
+
+# === Broken samples ===
+
+
+def broken_tar(write_tar, noise, broken, count=24):
+    members = []
+    for index in range(count):
+        image = b"broken" if index in broken else noise(index)
+        members += [(f"{index:02}.png", image), (f"{index:02}.txt", b"t")]
+    return write_tar("broken.tar", members)
+
+
+def test_training_replaces_a_broken_sample_by_a_neighbour_in_its_batch(
+    write_tar, noise
+):
+    broken = {3, 4, 5, 20}
+    dataset = make(broken_tar(write_tar, noise, broken), True, batch_size=8)
+    replaced = 0
+    for number, batch in enumerate(take(dataset, 9)):
+        keys = [key.decode() for key in batch["keys"]]
+        wanted = dataset.keys(number)
+        assert {*keys} == {key for key in wanted if int(key) not in broken}
+        replaced += sum(key != want for key, want in zip(keys, wanted))
+        # The rows that are intact keep their places.
+        assert all(k == w for k, w in zip(keys, wanted) if int(w) not in broken)
+    assert replaced == 3 * len(broken)
+
+
+def test_a_neighbour_that_stands_in_is_cropped_on_its_own(write_tar, noise):
+    shard = broken_tar(write_tar, noise, {*range(1, 24)})
+    (batch,) = take(make(shard, True, batch_size=24, crop_scale=(0.2, 0.5)), 1)
+    assert {*batch["keys"]} == {b"00"}
+    assert len(np.unique(batch["images"].reshape(24, -1), axis=0)) == 24
+
+
+def test_a_batch_of_broken_samples_is_an_error_in_training(write_tar, noise):
+    shard = broken_tar(write_tar, noise, {*range(24)})
+    with pytest.raises(RuntimeError, match=r"'\d\d' of the shard .*neighbours"):
+        take(make(shard, True), 1)
+
+
+def test_evaluation_leaves_out_broken_samples_and_empty_batches(write_tar, noise):
+    shard = broken_tar(write_tar, noise, {2, *range(4, 12)})
+    batches = take(make(shard, include_captions=True))
+    assert [len(batch["images"]) for batch in batches] == [3, 4, 4, 4]
+    good = [i for i in range(24) if i not in {2, *range(4, 12)}]
+    assert column(batches, "keys") == [b"%02d" % i for i in good]
+    assert all(len(v) == len(b["keys"]) for b in batches for v in b.values())

@@ -1,0 +1,221 @@
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+
+from keras_cluster_mask.data import SkippedSamples, image_text_dataset
+from keras_cluster_mask.data.index import Faults
+from keras_cluster_mask.data.pairs import Fault
+
+pytestmark = pytest.mark.any_backend
+
+
+def tokenizer(captions):
+    return [[len(caption)] for caption in captions]
+
+
+def make(source, training=False, **options):
+    arguments = {"batch_size": 5, "format": "grain", "include_keys": True}
+    arguments.update(options)
+    return image_text_dataset(source, tokenizer, 8, training=training, **arguments)
+
+
+def take(dataset, count):
+    iterator = iter(dataset)
+    batches = [*itertools.islice(iterator, count)]
+    iterator.close()
+    return batches
+
+
+def fault(key, reason="the image does not decode", shard="a.tar"):
+    return Fault(shard, key, reason)
+
+
+def test_samples_are_counted_by_reason_and_by_shard():
+    index = Faults({"no image": 2}, {"a.tar": {"no image": 2}}, ["a.tar is damaged"])
+    skipped = SkippedSamples([index, Faults({}, {}, [])])
+    assert (skipped.count, skipped.by_reason) == (2, {"no image": 2})
+    account = skipped.start()
+    with pytest.warns(UserWarning, match="'7' of the shard a.tar"):
+        account.report([fault("7"), fault("8", shard="b.tar")], 10)
+    account.report([fault("9", "the shard cannot be read")], 10)
+    assert skipped.by_reason == {
+        "no image": 2,
+        "the image does not decode": 2,
+        "the shard cannot be read": 1,
+    }
+    assert skipped.by_shard == {
+        "a.tar": {
+            "no image": 2,
+            "the image does not decode": 1,
+            "the shard cannot be read": 1,
+        },
+        "b.tar": {"the image does not decode": 1},
+    }
+    assert skipped.count == 5
+    assert [each.key for each in skipped.samples] == ["7", "8", "9"]
+    assert skipped.details == ["a.tar is damaged"]
+    assert repr(skipped) == (
+        "<SkippedSamples count=5, no image: 2, the image does not decode: 2, "
+        "the shard cannot be read: 1>"
+    )
+
+
+def test_a_new_pass_starts_with_the_counts_of_the_index():
+    skipped = SkippedSamples([Faults({"no image": 2}, {"a": {"no image": 2}}, [])])
+    given_up = skipped.start()
+    current = skipped.start()
+    # A pass that was given up does not count.
+    given_up.report([fault("1")], 5)
+    assert (skipped.count, skipped.samples) == (2, [])
+    with pytest.warns(UserWarning, match="'2'"):
+        current.report([fault("2")], 5)
+    assert skipped.count == 3
+    skipped.start()
+    assert (skipped.count, skipped.samples) == (2, [])
+
+
+def test_only_the_first_hundred_samples_are_listed():
+    skipped = SkippedSamples([])
+    account = skipped.start()
+    faults = [fault(str(number)) for number in range(300)]
+    with pytest.warns(UserWarning, match="'0'"):
+        account.report(faults[:70], 70)
+    account.report(faults[70:], 230)
+    assert [each.key for each in skipped.samples] == [str(i) for i in range(100)]
+    assert skipped.count == 300
+
+
+def test_one_warning_for_the_first_and_one_that_sums_up():
+    skipped = SkippedSamples([])
+    for count in (0, 1, 5):
+        account = skipped.start()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for number in range(count):
+                account.report([fault(str(number))], 5)
+            account.end()
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == min(count, 2)
+        assert all("'0' of the shard a.tar" in each for each in messages[:1])
+        assert all(
+            "5 samples were skipped: the image does not decode: 5" in each
+            for each in messages[1:]
+        )
+
+
+# === Of a dataset ===
+
+
+@pytest.fixture
+def shard(write_pairs, encode):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), "uint8")
+    jpeg, png = encode(image, "JPEG"), encode(image)
+    return write_pairs(
+        "x.tar",
+        0,
+        30,
+        [
+            ("x0.jpg", jpeg[: len(jpeg) // 2]),
+            ("x0.txt", b"half a JPEG"),
+            ("x1.jpg", b"garbage"),
+            ("x1.txt", b"not an image"),
+            ("x2.jpg", jpeg),
+            ("x3.txt", b"no image"),
+            ("x4.jpg", jpeg),
+            ("x4.txt", b" \n"),
+            ("x5.png", png[: len(png) // 2]),
+            ("x5.txt", b"half a PNG"),
+            ("x6.jpg", b""),
+            ("x6.txt", b"an image of no bytes"),
+            ("x7.jpg", jpeg),
+            ("x7.txt", b"intact"),
+        ],
+    )
+
+
+# Found by the index, and when samples are read.
+STRUCTURAL = {"no caption": 1, "no image": 2}
+READ = {"empty caption": 1, "the image does not decode": 3}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_broken_samples_are_skipped_and_counted_in_each_pass(shard, training):
+    dataset = make(shard, training)
+    assert dataset.num_samples == 35
+    assert dataset.skipped.by_reason == STRUCTURAL
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            batches = take(dataset, 7) if training else [*dataset]
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == (1 if training else 2)
+        assert "of the shard" in messages[0]
+        received = [key.decode() for batch in batches for key in batch["keys"]]
+        assert {*received} == {*(f"{index:04}" for index in range(30)), "x7"}
+        assert len(received) == (35 if training else 31)
+        counted = dataset.skipped.by_reason
+        assert counted == STRUCTURAL | READ
+        assert dataset.skipped.by_shard == {str(shard): counted}
+        assert {key for _, key, _, _ in dataset.skipped.samples} == {
+            "x0",
+            "x1",
+            "x4",
+            "x5",
+        }
+
+
+def test_passes_at_the_same_time_are_not_counted_together(shard):
+    dataset = make(shard)
+    given_up = iter(dataset)
+    next(given_up)
+    with pytest.warns(UserWarning, match="skipped"):
+        assert sum(len(batch["images"]) for batch in dataset) == 31
+    assert [*given_up]
+    assert dataset.skipped.count == 7
+    given_up.close()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_without_any_tolerance_the_first_broken_sample_is_an_error(shard, training):
+    dataset = make(shard, training, max_skipped=0)
+    with pytest.raises(ValueError, match=rf"'x\d' of the shard {shard}.*max_skipped=0"):
+        take(dataset, 7)
+
+
+@pytest.fixture
+def third_broken(write_tar, encode):
+    """1,800 samples, one in three of which does not decode."""
+    image = encode(np.zeros((4, 4, 3), "uint8"))
+    members = []
+    for index in range(1800):
+        members.append((f"{index}.png", image if index % 3 else b"-"))
+        members.append((f"{index}.txt", b"t"))
+    return write_tar("third.tar", members)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+@pytest.mark.parametrize("training", [False, True])
+def test_a_larger_share_than_allowed_ends_the_run(third_broken, training):
+    options = {"batch_size": 100, "training": training}
+    assert len(take(make(third_broken, max_skipped=0.4, **options), 18)) == 18
+    dataset = make(third_broken, max_skipped=0.2, **options)
+    with pytest.raises(
+        ValueError, match=r"More than 20%.*`max_skipped`.*first 1\d\d\d,"
+    ):
+        take(dataset, 20)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_few_samples_say_little_about_the_share(write_pairs):
+    broken = [(f"x{i}.{end}", b"-") for i in range(900) for end in ("png", "txt")]
+    dataset = make(write_pairs("x.tar", 0, 5, broken), max_skipped=0.01)
+    assert sum(len(batch["images"]) for batch in dataset) == 5
+    assert dataset.skipped.count == 900
+
+
+@pytest.mark.parametrize("max_skipped", [-0.1, 1.1])
+def test_a_share_that_is_not_one_is_refused(shard, max_skipped):
+    with pytest.raises(ValueError, match=rf"`max_skipped`.*={max_skipped}"):
+        make(shard, max_skipped=max_skipped)

@@ -1,0 +1,377 @@
+"""Batches as a stream: its length, its start, and what it reads."""
+
+import itertools
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+
+import grain
+import numpy as np
+import pytest
+
+from keras_cluster_mask.data import (
+    CLIPTokenizer,
+    ImageTextDataset,
+    files,
+    image_text_dataset,
+    stream,
+)
+
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.filterwarnings("ignore:.*skipped"),
+]
+
+TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_length=9)
+
+
+def make(source, training, **options):
+    arguments = {"batch_size": 8, "include_keys": True, "include_captions": True}
+    arguments.update(seed=3, format="grain", background="random")
+    arguments.update(options)
+    return image_text_dataset(source, TOKENIZER, 16, training=training, **arguments)
+
+
+def take(dataset, count=None):
+    """The first batches, as dicts of NumPy arrays."""
+    iterator = iter(dataset)
+    batches = [
+        {name: np.asarray(value) for name, value in batch.items()}
+        for batch in itertools.islice(iterator, count)
+    ]
+    if hasattr(iterator, "close"):
+        iterator.close()
+    return batches
+
+
+def keys(batches):
+    return [key.decode() for batch in batches for key in batch["keys"]]
+
+
+def assert_same(first, second):
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second):
+        assert sorted(one) == sorted(other)
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.fixture
+def shards(write_pairs, write_tar, encode):
+    """100 samples; of some, the crop and the background can be seen, or nothing."""
+    members = []
+    for index in range(30):
+        image = np.random.default_rng(index).integers(0, 256, (20, 30, 4), "uint8")
+        content = b"broken" if index % 10 == 5 else encode(image)
+        members += [(f"{index}.png", content), (f"{index}.txt", b"no %d" % index)]
+    clear = write_tar("c.tar", members)
+    return [write_pairs("a.tar", 0, 50), write_pairs("b.tar", 50, 20), clear]
+
+
+# === The same batches ===
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 2}])
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_training_batches_do_not_depend_on_the_number_of_processes(
+    shards, processes, options
+):
+    options = {"batch_size": 16, **options}
+    expected = take(make(shards, True, **options), 14)
+    parts = [
+        take(make(shards, True, process=(index, processes), **options), 14)
+        for index in range(processes)
+    ]
+    joined = [
+        {name: np.concatenate([part[name] for part in batch]) for name in batch[0]}
+        for batch in zip(*parts)
+    ]
+    assert_same(joined, expected)
+    # Something of everything was compared.
+    assert {len(key) for key in keys(expected)} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("options", [{}, {"data_format": "channels_first"}])
+@pytest.mark.parametrize("training", [True, False])
+def test_both_formats_give_the_same_batches(shards, training, options, start):
+    pytest.importorskip("tensorflow")
+    count = 26 if training else None
+    grain_dataset = make(shards, training, **options)
+    tf_dataset = make(shards, training, format="tf", **options)
+    for dataset in (grain_dataset, tf_dataset):
+        dataset.stream.start = start
+    assert len(tf_dataset) == len(grain_dataset) == (12 if training else 13)
+    first = take(grain_dataset, count)
+    assert len(first) == (26 if training else 13 - start)
+    assert_same(first, take(tf_dataset, count))
+    assert tf_dataset.skipped.by_reason == grain_dataset.skipped.by_reason
+
+
+def test_batches_do_not_depend_on_how_much_is_read_together(shards, monkeypatch):
+    expected = take(make(shards, True, batch_size=40), 6)
+    monkeypatch.setattr(stream, "CHUNK", 7)
+    monkeypatch.setattr(files, "MAX_GAP", -1)
+    assert_same(take(make(shards, True, batch_size=40), 6), expected)
+
+
+def test_a_seed_fixes_every_epoch_and_epochs_differ(shards):
+    first = take(make(shards, True), 30)
+    assert_same(first, take(make(shards, True), 30))
+    order = keys(first)
+    assert order[:100] != order[100:200]
+    assert order != keys(take(make(shards, True, seed=4), 30))
+
+
+def test_a_sample_is_cropped_differently_in_each_epoch(shards):
+    batches = take(make(shards[2], True, crop_scale=(0.2, 0.8), batch_size=30), 2)
+    images = [dict(zip(batch["keys"], batch["images"])) for batch in batches]
+    assert len(images[0]) == 27
+    assert all((images[0][key] != images[1][key]).any() for key in images[0])
+
+
+def test_evaluation_is_the_same_each_time_even_with_random_backgrounds(shards):
+    dataset = make(shards, False)
+    first = take(dataset)
+    assert_same(first, take(dataset))
+    assert_same(first, take(make(shards, False)))
+
+
+# === Length and start ===
+
+
+def test_training_is_endless_and_its_length_is_full_batches(shards):
+    dataset = make(shards, True, batch_size=30)
+    assert isinstance(dataset, ImageTextDataset)
+    assert isinstance(dataset, grain.IterDataset)
+    assert (len(dataset), dataset.num_samples, dataset.batch_size) == (3, 100, 30)
+    assert [len(batch["images"]) for batch in take(dataset, 20)] == [30] * 20
+
+
+def test_evaluation_ends_with_a_partial_batch(write_pairs):
+    dataset = make(write_pairs("a.tar", 0, 70), False, batch_size=30)
+    assert len(dataset) == 3
+    assert [len(batch["images"]) for batch in take(dataset)] == [30, 30, 10]
+    assert str(dataset) == "ImageTextDataset(70 samples, 3 batches)"
+
+
+@pytest.mark.parametrize("format", ["grain", "tf"])
+@pytest.mark.parametrize("training", [True, False])
+def test_each_iteration_begins_with_the_start_of_the_stream(shards, training, format):
+    if format == "tf":
+        pytest.importorskip("tensorflow")
+    expected = take(make(shards, training), 13)
+    dataset = make(shards, training, format=format)
+    assert dataset.stream.start == 0
+    for start in (0, 7, 12, 0):
+        dataset.stream.start = start
+        assert_same(take(dataset, 13 - start), expected[start:])
+
+
+def test_an_iterator_gives_its_state_back(shards):
+    dataset = make(shards, True)
+    iterator = iter(dataset)
+    for _ in range(3):
+        next(iterator)
+    state = iterator.get_state()
+    expected = [next(iterator)["keys"].tolist() for _ in range(3)]
+    iterator.set_state(state)
+    assert [next(iterator)["keys"].tolist() for _ in range(3)] == expected
+    iterator.close()
+
+
+def test_the_keys_of_a_batch_are_known_without_reading_it(shards):
+    parts = [make(shards[:2], True, process=(index, 2)) for index in range(2)]
+    for part in parts:
+        batches = take(part, 20)
+        for number in (0, 1, 19):
+            assert part.keys(number) == keys([batches[number]])
+    # The keys of broken samples are among them.
+    assert {"5", "15", "25"} < {*make(shards[2], True, batch_size=30).keys(0)}
+
+
+def test_batches_are_as_their_spec_says(shards):
+    for options in ({}, {"data_format": "channels_first"}):
+        dataset = make(shards, True, label_key="txt", class_names=names(), **options)
+        spec = dataset.element_spec
+        assert sorted(spec) == ["captions", "images", "keys", "labels", "token_ids"]
+        for batch in take(dataset, 5):
+            assert sorted(batch) == sorted(spec)
+            for name, (shape, dtype) in spec.items():
+                assert batch[name].shape == shape
+                assert batch[name].dtype == ("object" if dtype == "string" else dtype)
+
+
+def names():
+    return [f"no {index}" for index in range(200)]
+
+
+def test_the_description_tells_other_data_and_other_orders(shards):
+    def describe(source=shards, **options):
+        return make(source, True, **options).description
+
+    assert describe() == describe()
+    assert describe(num_workers=2, format="grain", process=(1, 2)) == describe()
+    others = [
+        describe(shards[:2]),
+        describe(seed=4),
+        describe(batch_size=16),
+        describe(block_size=2),
+        describe(caption_template="a {}"),
+        describe(image_keys=["png", "jpg"]),
+        describe({str(shards[0]): 1, str(shards[1]): 2}),
+    ]
+    for number, other in enumerate(others):
+        assert other not in [describe(), *others[:number]]
+
+
+def test_moved_shards_are_the_same_data(shards, tmp_path):
+    before = make(shards, True).description
+    (tmp_path / "moved").mkdir()
+    moved = [shard.rename(tmp_path / "moved" / shard.name) for shard in shards]
+    assert make(moved, True).description == before
+
+
+# === What is read ===
+
+
+def test_a_process_reads_no_more_than_its_share(write_tar, noise, storage):
+    processes, rows, block_size = 64, 16, 8
+    image, count = noise(0), processes * rows * 4
+    total = 0
+    shards = []
+    for first in range(0, count, count // 8):
+        numbers = range(first, first + count // 8)
+        members = ((f"{i:05}.{end}", c) for i in numbers for end, c in files_of(image))
+        shard = write_tar(f"{first:05}.tar", members)
+        total += os.path.getsize(shard)
+        shards.append(f"storage://{shard}")
+    dataset = make(
+        shards,
+        True,
+        batch_size=processes * rows,
+        block_size=block_size,
+        process=(7, processes),
+    )
+    # Without what is read ahead.
+    storage.requests.clear()
+    for batch in range(len(dataset)):
+        dataset._samples.read(dataset._rows.positions(batch))
+    read = sum(last - first for _, first, last in storage.requests)
+    assert total / processes * 0.95 < read <= 1.1 * total / processes
+    # A run is one request.
+    assert len(storage.requests) <= 1.2 * len(dataset) * rows / block_size
+
+
+def files_of(image):
+    return ("png", image), ("txt", b"no 1")
+
+
+class Counted(list):
+    """Samples that record which of them are read."""
+
+    def __init__(self, samples):
+        super().__init__(samples)
+        self.read = []
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        return super().__getitem__(number)
+
+
+@pytest.fixture
+def two_processors(monkeypatch):
+    monkeypatch.setattr(stream, "num_processors", lambda: 2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_resuming_reads_no_sample_before_the_position(noise, two_processors, training):
+    source = Counted([{"image": noise(0), "caption": "no 1"}] * 1000)
+    dataset = make(source, training)
+    start = len(dataset) * 9 // 10
+    before = {int(key) for batch in range(start) for key in dataset.keys(batch)}
+    assert len(before) == 8 * start > 880
+    source.read.clear()
+    dataset.start = start
+    received = keys(take(dataset, 3))
+    assert len({*received}) == 24
+    assert {*map(int, received)} <= {*source.read}
+    assert not {*source.read} & before
+
+
+def test_little_is_read_ahead(noise, two_processors):
+    source = Counted([{"image": noise(0), "caption": "no 1"}] * 1000)
+    dataset = make(source, True)
+    source.read.clear()
+    iterator = iter(dataset)
+    next(iterator)
+    settle(lambda: len(source.read))
+    assert 8 < len(source.read) <= 8 * 6
+    iterator.close()
+
+
+def settle(count):
+    """Waits until a count does not change."""
+    before = -1
+    while count() != before:
+        before = count()
+        time.sleep(0.3)
+
+
+def test_closing_an_iterator_ends_its_threads(shards):
+    for _ in range(2):
+        take(make(shards, True), 2)
+    settle(threading.active_count)
+    before = threading.active_count()
+    for _ in range(5):
+        take(make(shards, True), 2)
+    settle(threading.active_count)
+    assert threading.active_count() <= before
+
+
+# === Limits ===
+
+
+@pytest.mark.filterwarnings("error")
+def test_batches_that_do_not_fit_into_shared_memory_are_refused(shards, monkeypatch):
+    disk_usage = type("usage", (), {"free": 10_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk_usage)
+    dataset = make(shards, True, num_workers=2)
+    with pytest.raises(ValueError, match=r"/dev/shm.*--shm-size.*MiB needed, 0 MiB"):
+        next(iter(dataset))
+    # Threads need none.
+    assert len(take(make(shards, True), 1)) == 1
+
+
+def test_a_pass_cannot_be_read_in_a_fork(shards):
+    iterator = iter(make(shards, True))
+    next(iterator)
+
+    def read(queue):
+        try:
+            queue.put(str(len(next(iterator)["images"])))
+        except Exception as error:
+            queue.put(repr(error))
+
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=read, args=(queue,), daemon=True)
+    process.start()
+    process.join(20)
+    is_alive = process.is_alive()
+    process.kill()
+    assert not is_alive
+    assert "must be read in the process that started it" in queue.get()
+    # The pass itself continues.
+    assert len(next(iterator)["images"]) == 8
+    iterator.close()
+
+
+def test_a_pickled_dataset_gives_the_same_batches(shards):
+    dataset = make(shards, True)
+    dataset.start = 2
+    again = pickle.loads(pickle.dumps(dataset))
+    assert_same(take(again, 3), take(dataset, 3))

@@ -1,0 +1,35 @@
+import sys
+
+import keras
+import pytest
+
+from keras_cluster_mask.data.tensorflow import import_tensorflow
+
+
+def test_tensorflow_sees_no_gpu_unless_it_is_the_backend(monkeypatch):
+    tf = pytest.importorskip("tensorflow")
+    hidden = []
+    monkeypatch.setattr(
+        tf.config, "set_visible_devices", lambda *arguments: hidden.append(arguments)
+    )
+    assert import_tensorflow("This test") is tf
+    is_backend = keras.backend.backend() == "tensorflow"
+    assert hidden == ([] if is_backend else [([], "GPU")])
+
+
+def test_a_tensorflow_that_is_in_use_is_left_as_it_is(monkeypatch):
+    tf = pytest.importorskip("tensorflow")
+
+    def refuse(*arguments):
+        raise RuntimeError("Visible devices cannot be modified after being initialized")
+
+    monkeypatch.setattr(tf.config, "set_visible_devices", refuse)
+    assert import_tensorflow("This test") is tf
+
+
+def test_a_missing_tensorflow_is_named_with_what_needs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(
+        ImportError, match=r"This test needs TensorFlow.*format='grain'"
+    ):
+        import_tensorflow("This test")
