@@ -1,26 +1,28 @@
 """`image_text_dataset`: from shards to batches for `fit` and evaluation."""
 
-import collections
-import numbers
 from collections.abc import Mapping
 
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.arguments import (
+    check_choice,
+    check_integer,
+    check_process,
+    check_samples,
+    check_weights,
+    choose_block_size,
+    name_of,
+    report_faults,
+)
 from keras_cluster_mask.data.backgrounds import check_background
 from keras_cluster_mask.data.captions import CaptionChoice
 from keras_cluster_mask.data.images import MAX_PIXELS, Cutter, height_and_width
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.order import Mix, Order
-from keras_cluster_mask.data.pairs import Labels, Pair, PairReader
+from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
 from keras_cluster_mask.data.tokenizing import Tokenize, check_tokenizer, is_layer
-
-# In object stores, runs of so many neighbours are read together, where a batch holds
-# enough of them to be well mixed.
-BLOCK, RUNS = 64, 16
-# The samples that are read to see whether any has what is asked for.
-EXAMPLES = 8
 
 
 def image_text_dataset(
@@ -72,9 +74,9 @@ def image_text_dataset(
 
     Samples without an image or a caption, with a duplicate key, or after the damage of
     a damaged shard are left out of the index. An image that does not decode, or that
-    cannot be read after several attempts, is replaced in training by its neighbour in
-    the batch, so that the number of steps never depends on broken samples; in
-    evaluation it is left out. `dataset.skipped`, a `SkippedSamples`, counts both.
+    cannot be read after several attempts, is replaced in training by another of its
+    batch, so that the number of steps never depends on broken samples; in evaluation
+    it is left out. `dataset.skipped`, a `SkippedSamples`, counts both.
 
     Images stay uint8: models scale them on the device. Their EXIF orientation is
     applied.
@@ -163,20 +165,21 @@ def image_text_dataset(
         max_image_pixels: int. Images of more pixels count as broken. A JPEG is reduced
             while it is decoded and may be larger, unless it is progressive: then its
             pixels count four times. Defaults to 50 million.
-        max_skipped: float. The share of samples that may turn out to be broken, from 0
-            to 1. A larger share raises an error after 1,000 samples; 0 raises it at the
-            first. Defaults to `0.5`.
+        max_skipped: float. The share of samples that may be broken, from 0 to 1, in the
+            index and among those that are read. A larger share raises an error after
+            1,000 samples; 0 raises it at the first. Defaults to `0.5`.
         sampling: Function of the number of samples and the number of an epoch, from 0,
             that returns an int array: the samples of this epoch, by their numbers in
             the index. They are shuffled. It must return the same in each process.
             Defaults to `None`: each sample once.
         block_size: int. In training, runs of so many neighbours stay together and are
-            read in one request, which suits object stores and disks that turn. The
+            read together, which suits object stores and disks that turn. The
             number of processes must divide `batch_size // block_size`. Defaults to
             `None`: 1 for local files; at addresses the largest power of two up to 64
             that leaves 16 runs in a batch.
         process: pair of ints. The number of this process, from 0, and the number of
-            processes. Each process reads its rows of every batch, and nothing else.
+            processes. Each process reads its rows of every batch, and nothing else. In
+            evaluation one may get a batch more than another.
             Defaults to the values of JAX or `torch.distributed`; for evaluation on
             torch to `(0, 1)`, all samples in every process.
         num_workers: int. The number of worker processes. They are spawned, so that a
@@ -207,16 +210,16 @@ def image_text_dataset(
         has_tuples = include_captions == "all"
         on_tensorflow = keras.backend.backend() == "tensorflow"
         format = "tf" if on_tensorflow and not has_tuples else "grain"
-    _check_choice("format", format, ("grain", "tf"))
+    check_choice("format", format, ("grain", "tf"))
     image_size = height_and_width(image_size)
-    batch_size = _integer("batch_size", batch_size, 1)
-    seed = _integer("seed", seed, 0)
-    num_workers = _integer("num_workers", num_workers, 0)
+    batch_size = check_integer("batch_size", batch_size, 1)
+    seed = check_integer("seed", seed, 0)
+    num_workers = check_integer("num_workers", num_workers, 0)
     check_background(background)
     data_format = data_format or keras.config.image_data_format()
-    _check_choice("data_format", data_format, ("channels_last", "channels_first"))
-    _check_choice("resize", resize, ("crop", "squash"))
-    _check_choice("include_captions", include_captions, (False, True, "all"))
+    check_choice("data_format", data_format, ("channels_last", "channels_first"))
+    check_choice("resize", resize, ("crop", "squash"))
+    check_choice("include_captions", include_captions, (False, True, "all"))
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         raise ValueError(
             "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
@@ -238,7 +241,7 @@ def image_text_dataset(
                 f"order. Received: {name}={value!r}, training=False"
             )
     check_tokenizer(tokenizer)
-    process = _process(process, batch_size, training)
+    process = check_process(process, batch_size, training)
     reader = PairReader(
         image_keys,
         caption_key,
@@ -248,15 +251,20 @@ def image_text_dataset(
     sources, weights = [source], None
     if isinstance(source, Mapping):
         sources, weights = list(source), list(source.values())
-        _check_weights(source, training, sampling)
-    indexes = [open_index(each, reader, index_dir) for each in sources]
-    _check_samples(indexes, reader, batch_size if training else 1)
+        check_weights(source, training, sampling)
+    indexes = [open_index(each, reader, index_dir, process=process) for each in sources]
+    check_samples(indexes, reader, batch_size if training else 1)
     index = indexes[0] if len(indexes) == 1 else Indexes(indexes)
+    skipped = SkippedSamples([each.faults for each in indexes], max_skipped)
+    report_faults(skipped, len(index))
     order = None
     if training:
         remote = any(files.is_address(path) for each in indexes for path in each.paths)
-        block_size = _block_size(block_size, batch_size, process[1], remote)
-        orders = [Order(len(each), seed, block_size, sampling) for each in indexes]
+        block_size = choose_block_size(block_size, batch_size, process[1], remote)
+        orders = [
+            Order(len(each), seed, block_size, sampling, source)
+            for source, each in enumerate(indexes)
+        ]
         order = orders[0] if weights is None else Mix(orders, weights)
 
     wanted = {
@@ -314,7 +322,7 @@ def image_text_dataset(
         batch_size,
         process,
         num_workers,
-        SkippedSamples([each.faults for each in indexes], max_skipped),
+        skipped,
         {name: spec for name, spec in specs.items() if wanted[name]},
         {
             "data.shards": sum(len(each.paths) for each in indexes),
@@ -324,127 +332,16 @@ def image_text_dataset(
             "data.batch_size": batch_size,
             "data.seed": seed,
             "data.block_size": block_size,
-            "data.sampling": _name_of(sampling),
+            "data.sampling": None if sampling is None else order.digest(),
             "data.image_size": list(image_size),
             "data.crop_scale": list(crop_scale),
             "data.horizontal_flip": horizontal_flip,
-            "data.resize": resize,
             "data.caption_template": repr(caption_template),
+            "data.background": repr(background),
+            "data.max_image_pixels": max_image_pixels,
+            "data.image_transform": name_of(image_transform),
+            "data.tokenizer": name_of(tokenizer),
         },
         finish,
     )
     return dataset.as_dataset() if format == "tf" else dataset
-
-
-def _name_of(sampling):
-    """What tells one sampler from another, as JSON can hold it."""
-    if hasattr(sampling, "get_config"):
-        return [type(sampling).__name__, repr(sampling.get_config())]
-    return getattr(sampling, "__qualname__", type(sampling).__qualname__)
-
-
-# === Checks ===
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
-            f"Received: {name}={value!r}"
-        )
-
-
-def _integer(name, value, at_least):
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or value < at_least:
-        raise ValueError(
-            f"`{name}` must be an int of at least {at_least}. "
-            f"Received: {name}={value!r}"
-        )
-    return int(value)
-
-
-def _process(process, batch_size, training):
-    """The number of this process and the number of processes."""
-    from keras_cluster_mask.distribution.processes import process_index_and_count
-
-    if process is None:
-        process = process_index_and_count(training)
-    index, count = process
-    if not 0 <= index < count:
-        raise ValueError(
-            "`process` must be a pair (number, count) with 0 <= number < count. "
-            f"Received: process={process}"
-        )
-    if batch_size % count:
-        raise ValueError(
-            "`batch_size` is global and must be divisible by the number of processes. "
-            f"Received: batch_size={batch_size}, {count} processes"
-        )
-    return index, count
-
-
-def _block_size(block_size, batch_size, processes, remote):
-    """Checks `block_size`, or chooses it."""
-    if block_size is None:
-        sizes = (BLOCK >> shift for shift in range(BLOCK.bit_length()))
-        fitting = (n for n in sizes if not batch_size % n and batch_size >= n * RUNS)
-        block_size = next(fitting, 1) if remote else 1
-    block_size = _integer("block_size", block_size, 1)
-    runs, rest = divmod(batch_size, block_size)
-    if rest or runs % processes:
-        fitting = [n for n in range(1, batch_size + 1) if not runs % n and n <= runs]
-        raise ValueError(
-            "`block_size` must divide `batch_size`, and the number of processes must "
-            "divide the number of blocks in a batch: "
-            + (f"here 1 of {fitting} processes. " if not rest else "")
-            + f"Received: block_size={block_size}, batch_size={batch_size}, "
-            f"{processes} processes"
-        )
-    return block_size
-
-
-def _check_weights(source, training, sampling):
-    if not source or not all(
-        isinstance(weight, numbers.Real) and weight > 0 for weight in source.values()
-    ):
-        raise ValueError(
-            "`source` must be a dict from sources to positive weights. "
-            f"Received: {source!r}"
-        )
-    if not training or sampling is not None:
-        raise ValueError(
-            "`source` with weights is for training without `sampling`. Received: "
-            f"training={training}, sampling={sampling!r}, source={source!r}"
-        )
-
-
-def _few(index):
-    """A few samples of an index, without their image files."""
-    numbers = {len(index) * place // EXAMPLES for place in range(EXAMPLES)}
-    return index.read(sorted(numbers), with_images=False) if len(index) else []
-
-
-def _check_samples(indexes, reader, at_least):
-    count = sum(map(len, indexes))
-    # The entries of JSON files and the names of classes are not in an index.
-    examples = [sample for index in indexes for sample in _few(index)]
-    if any(isinstance(sample, Pair) for sample in examples):
-        if count >= at_least:
-            return
-        raise ValueError(
-            "`batch_size` must not exceed the number of samples, because training uses "
-            f"full batches only. Received: batch_size={at_least}, {count} samples in "
-            "`source`"
-        )
-    faults = collections.Counter(sample.reason for sample in examples)
-    for index in indexes:
-        faults.update(index.faults.by_reason)
-    details = [line for index in indexes for line in index.faults.details[:1]]
-    fields = sorted({field for index in indexes for field in index.fields})
-    paths = [path for index in indexes for path in index.paths]
-    raise ValueError(
-        " ".join([f"`source` must hold samples with {reader.wanted}.", *details[:1]])
-        + f" Received: {dict(faults) or 'no sample'} with the fields {fields} from "
-        f"{paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "")
-    )

@@ -1,13 +1,16 @@
 """Files anywhere, through fsspec: local, `s3://`, `gs://`, `memory://`, `http://`."""
 
 import contextlib
+import contextvars
 import errno
 import functools
+import multiprocessing
 import os
 import queue
 import re
 import threading
 import time
+import weakref
 from concurrent import futures
 
 import braceexpand
@@ -24,7 +27,9 @@ MAX_GAP = 2**16
 MAX_REQUEST = 2**26
 # The files whose size and date are asked for at the same time.
 REQUESTS = 16
-_cancelled = threading.Event()
+# What ends reading in this thread, and all that exist.
+_stop = contextvars.ContextVar("stop", default=None)
+_stops = weakref.WeakSet()
 
 
 def is_address(path):
@@ -241,15 +246,26 @@ def read_ranges(ranges):
         return results
     for pause in (*RETRY_AFTER, None):
         requests = _merged(ranges, missing)
-        replies = _in_time(_read_all, [request for request, _ in requests])
+        replies = fetch([request for request, _ in requests])
         for ((_, start, _), places), reply in zip(requests, replies):
             for place in places:
                 results[place] = _part_of(reply, start, *ranges[place])
         missing = [i for i in missing if may_pass(results[i])]
         if not missing or pause is None:
             return results
-        if _cancelled.wait(pause):
+        if (_stop.get() or threading.Event()).wait(pause):
             raise Cancelled
+
+
+def retried(read):
+    """What a function returns that may raise an OSError, after a few attempts."""
+    for pause in (*RETRY_AFTER, None):
+        try:
+            return read()
+        except OSError as error:
+            if pause is None or not may_pass(error):
+                raise
+            time.sleep(pause)
 
 
 def _merged(ranges, places):
@@ -341,30 +357,50 @@ def may_pass(result):
 
 
 class Cancelled(RuntimeError):
-    """Reading was given up because the program ends."""
+    """Reading was given up because no one waits for it."""
+
+
+@contextlib.contextmanager
+def stopped_by(stop):
+    """Ends reading in this thread when an event is set.
+
+    Args:
+        stop: `threading.Event`.
+    """
+    _stops.add(stop)
+    token = _stop.set(stop)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
 
 
 def cancel():
-    """Ends all reading that other threads wait for, so that the program can end."""
-    _cancelled.set()
-    timer = threading.Timer(1.0, _cancelled.clear)
-    timer.daemon = True
-    timer.start()
+    """Ends all reading that a `stopped_by` surrounds, and the processes that read."""
+    for stop in list(_stops):
+        stop.set()
+    for child in multiprocessing.active_children():
+        # What grain has started.
+        if child.name.startswith("grain-"):
+            child.kill()
 
 
-def _in_time(function, requests):
-    """Calls a function in a thread that no one waits for beyond the time limit."""
+def fetch(requests):
+    """What storage replies to requests for ranges in time, as bytes or errors.
+
+    No one waits longer for the thread that asks. A reply may be longer than its range.
+    """
     replies = queue.SimpleQueue()
 
     def call():
         try:
-            replies.put(function(requests))
+            replies.put(_read_all(requests))
         except BaseException as error:
             replies.put(error)
 
     threading.Thread(target=call, daemon=True, name="read ranges").start()
-    end = time.monotonic() + TIME_LIMIT
-    while not _cancelled.is_set():
+    end, stop = time.monotonic() + TIME_LIMIT, _stop.get()
+    while stop is None or not stop.is_set():
         try:
             found = replies.get(timeout=0.2)
         except queue.Empty:

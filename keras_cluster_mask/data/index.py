@@ -12,9 +12,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_cluster_mask.data.formats import DamagedShard, find_shards, format_of
+from keras_cluster_mask.data.formats import (
+    DamagedShard,
+    Format,
+    find_shards,
+    format_of,
+)
 from keras_cluster_mask.data.formats.parquet import plain
-from keras_cluster_mask.data.pairs import Fault
+from keras_cluster_mask.data.pairs import Fault, SampleError
 from keras_cluster_mask.data.parts import build_parts, hash_of, read_part
 
 # The number of shards with broken samples of which the intact ones are remembered.
@@ -22,9 +27,13 @@ REMEMBERED = 1024
 # What is read together, in bytes, and the bytes of a sample where they are not known.
 MAX_TOGETHER = 2**24
 GUESS = 2**20
+# What is read of a broken sample to learn its key.
+GLANCE = 2**16
 
 
-def open_index(source, reader, index_dir=None, num_workers=0, verbose=None):
+def open_index(
+    source, reader, index_dir=None, num_workers=0, verbose=None, process=(0, 1)
+):
     """Opens the index of a source, and builds what is missing.
 
     Args:
@@ -34,6 +43,7 @@ def open_index(source, reader, index_dir=None, num_workers=0, verbose=None):
         index_dir: As for `build_parts`.
         num_workers: As for `build_parts`.
         verbose: As for `build_parts`.
+        process: As for `build_parts`.
 
     Returns:
         `Index`, or `ObjectIndex` for an object.
@@ -45,7 +55,7 @@ def open_index(source, reader, index_dir=None, num_workers=0, verbose=None):
     ):
         return ObjectIndex(source, reader)
     shards = find_shards(source)
-    parts = build_parts(shards, index_dir, num_workers, verbose)
+    parts = build_parts(shards, index_dir, num_workers, verbose, process)
     return Index(list(shards), parts, reader)
 
 
@@ -138,24 +148,25 @@ class Index:
             for number, record in enumerate(part.records() if any(faulty) else ()):
                 if fault := faulty[record["layout"]]:
                     key, place = None, self._place(shard, number, record)
+                    place_path, offset, size = place.span
+                    # The first file of a tar has the key, and may be large.
+                    size = min(size, GLANCE) if place.format.has_images else size
                     with contextlib.suppress(Exception):
-                        content = format_of(path).read([place.span])[0]
-                        key, _ = format_of(path).parse(content, number, part.context)
+                        content = place.format.read([(place_path, offset, size)])[0]
+                        key, _ = place.format.parse(content, number, part.context)
                     yield Fault(path, key, fault)
 
     def read_in_turn(self, numbers):
         """Yields the samples that `read` returns; few are in memory at a time."""
         group, size = [], 0
-        for number in numbers:
-            place = self._find(number)
-            has_images = format_of(self.paths[place.shard]).has_images
-            of_sample = place.span[2] if has_images else GUESS
+        for place in map(self._find, numbers):
+            of_sample = place.span[2] if place.format.has_images else GUESS
             if group and size + of_sample > MAX_TOGETHER:
-                yield from self.read(group)
+                yield from self._read(group)
                 group, size = [], 0
-            group.append(number)
+            group.append(place)
             size += of_sample
-        yield from self.read(group)
+        yield from self._read(group)
 
     def read(self, numbers, with_images=True):
         """Reads samples; neighbours in a shard together.
@@ -171,15 +182,16 @@ class Index:
         Raises:
             ValueError: If a shard changed since it was indexed.
         """
-        results, by_format = [None] * len(numbers), {}
-        for index, number in enumerate(numbers):
-            place = self._find(number)
-            format = format_of(self.paths[place.shard])
-            by_format.setdefault(format, []).append((index, place))
-        for format, places in by_format.items():
-            contents = format.read([place.span for _, place in places])
-            for (index, place), content in zip(places, contents):
-                results[index] = self._pair(format, place, content)
+        return self._read([self._find(number) for number in numbers], with_images)
+
+    def _read(self, places, with_images=True):
+        results, by_format = [None] * len(places), {}
+        for index, place in enumerate(places):
+            by_format.setdefault(place.format, []).append(index)
+        for format, indices in by_format.items():
+            contents = format.read([places[index].span for index in indices])
+            for index, content in zip(indices, contents):
+                results[index] = self._pair(places[index], content)
         return self._reader.with_images(results) if with_images else results
 
     def _find(self, number):
@@ -192,28 +204,31 @@ class Index:
 
     def _place(self, shard, number, record):
         path, offset = self.paths[shard], int(record["offset"])
-        if format_of(path).in_index:
+        path = self._copies.get(path, path)
+        format = format_of(path)
+        if format.in_index:
             path = self._parts[shard].path
             offset += self._parts[shard].content_start
-        span = self._copies.get(path, path), offset, int(record["size"])
-        return _Place(shard, number, span, int(record["key"]))
+        span = path, offset, int(record["size"])
+        return _Place(shard, number, format, span, int(record["key"]))
 
-    def _pair(self, format, place, content):
-        path = self.paths[place.shard]
+    def _pair(self, place, content):
+        path, format = self.paths[place.shard], place.format
         if isinstance(content, Exception):
             return Fault(path, None, "the shard cannot be read", str(content))
         context = self._parts[place.shard].context
+        reason = "another sample is in its place"
         try:
             key, fields = format.parse(content, place.number, context)
             same = hash_of(key) == place.key
         except MemoryError:
             raise
-        except Exception:
-            same = False
+        except Exception as error:
+            same, reason = False, repr(error)
         if not same:
             raise ValueError(
                 "`source` must not change while it is read: make the dataset again. "
-                f"Received: {path}, whose index names another sample"
+                f"Received: {path}, sample {place.number} of its index: {reason}"
             )
         return self._reader.pair(
             path, key, fields, lambda name: format.path_of(path, name)
@@ -243,6 +258,7 @@ class _Place(typing.NamedTuple):
 
     shard: int
     number: int
+    format: Format
     span: tuple
     key: int
 
@@ -288,7 +304,14 @@ class ObjectIndex:
         return self._reader.with_images(results) if with_images else results
 
     def _pair(self, number):
-        sample = self._source[number]
+        try:
+            sample = self._source[number]
+        # What Pillow raises where an object decodes its images.
+        except (OSError, SyntaxError) as error:
+            reason = "the sample cannot be read"
+            return Fault(self.paths[0], str(number), reason, str(error))
+        except Exception as error:
+            raise SampleError(self.paths[0], str(number), repr(error)) from error
         if not isinstance(sample, Mapping):
             raise ValueError(
                 "`source` must give samples that are dicts from the names of fields to "

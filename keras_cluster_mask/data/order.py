@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import hashlib
 import itertools
 import threading
 
@@ -28,12 +29,14 @@ class Order:
             of the numbers of the samples of the epoch, some of which may be left out or
             repeated; it must return the same in all processes. Defaults to `None`: each
             sample once.
+        source: int. Orders of several sources with one seed need different numbers, or
+            the samples of equal numbers would meet.
     """
 
-    def __init__(self, num_samples, seed, block_size=1, sampling=None):
+    def __init__(self, num_samples, seed, block_size=1, sampling=None, source=0):
         self.num_samples = num_samples
-        self._seed = seed
-        self._block_size = block_size
+        self.block_size = block_size
+        self._seeds = seed, source
         self._sampling = sampling
         # The position of the first sample of each epoch, as far as it is known.
         self._starts = [0]
@@ -54,18 +57,23 @@ class Order:
     def __getitem__(self, position):
         epoch, place = self.place(position)
         chosen, length, seed, shift = self._epoch(epoch)
-        run, offset = divmod(place, self._block_size)
-        last = length // self._block_size - 1
+        run, offset = divmod(place, self.block_size)
+        last = length // self.block_size - 1
         # Samples after the last whole run come last.
         if run <= last:
             run = grain.experimental.index_shuffle(run, last, seed, ROUNDS)
-            place = run * self._block_size + offset
+            place = run * self.block_size + offset
         number = (place + shift) % length
         return int(number if chosen is None else chosen[number])
 
     def length(self, epoch):
         """The number of samples in an epoch."""
         return self._epoch(epoch)[1]
+
+    def digest(self):
+        """A str that differs between samplers, from the numbers of the first epoch."""
+        chosen = np.ascontiguousarray(self._epoch(0)[0], "<i8")
+        return hashlib.blake2b(chosen, digest_size=8).hexdigest()
 
     def place(self, position):
         """The epoch of a position, and the place in the epoch."""
@@ -85,14 +93,16 @@ class Order:
         chosen, length = None, self.num_samples
         if self._sampling is not None:
             chosen = np.asarray(self._sampling(self.num_samples, epoch))
-            length = len(chosen)
-            if not length or chosen.min() < 0 or chosen.max() >= self.num_samples:
+            length = chosen.size
+            is_valid = chosen.ndim == 1 and length and chosen.dtype.kind in "iu"
+            if not is_valid or chosen.min() < 0 or chosen.max() >= self.num_samples:
                 raise ValueError(
-                    "`sampling` must return the numbers of samples, from 0 to "
-                    f"{self.num_samples - 1}. Received: {chosen} in epoch {epoch}"
+                    "`sampling` must return an array of the numbers of samples, ints "
+                    f"from 0 to {self.num_samples - 1}. Received: {chosen!r} in epoch "
+                    f"{epoch}"
                 )
-        seed, shift = np.random.SeedSequence([self._seed, epoch]).generate_state(2)
-        shift = int(shift) % length if self._block_size > 1 else 0
+        seed, shift = np.random.SeedSequence([*self._seeds, epoch]).generate_state(2)
+        shift = int(shift) % length if self.block_size > 1 else 0
         found = chosen, length, int(seed), shift
         # A new dictionary, since other threads may read the old one.
         self._known = {**dict([*known.items()][-1:]), epoch: found}
@@ -113,6 +123,7 @@ class Mix:
     def __init__(self, orders, weights):
         firsts = itertools.accumulate((o.num_samples for o in orders[:-1]), initial=0)
         self.num_samples = sum(order.num_samples for order in orders)
+        self.block_size = max(order.block_size for order in orders)
         self._mixed = grain.MapDataset.mix(
             [
                 grain.MapDataset.source(order).map(functools.partial(_shifted, first))

@@ -1,11 +1,14 @@
 """Finds the image, the captions and the label of a sample, or what is wrong."""
 
 import json
+import numbers
 import typing
 
+import numpy as np
 from PIL import Image
 
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.formats.base import entries_of, is_empty
 
 IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
@@ -55,6 +58,17 @@ class Fault(typing.NamedTuple):
     details: str | None = None
 
 
+class SampleError(RuntimeError):
+    """A sample that ends a run, with its shard and key."""
+
+    def __init__(self, shard, key, reason):
+        super().__init__(f"The sample {key!r} of the shard {shard} failed: {reason}")
+        self.arguments = shard, key, reason
+
+    def __reduce__(self):
+        return SampleError, self.arguments
+
+
 class PairReader:
     """Finds the image, the captions and the label of a sample.
 
@@ -92,20 +106,21 @@ class PairReader:
     def describe(self):
         """What decides which samples are intact, as JSON can hold it."""
         captions = list(self.caption_keys) if self._wants_caption else None
-        labels = list(self.labels.keys) if self.labels else None
+        labels = self.labels.describe() if self.labels else None
         return [list(self.image_keys), captions, labels]
 
     def fault_of(self, fields, fault=None):
         """The fault of a sample as far as the names of its fields show it, or None."""
         if fault:
             return fault
-        fields = set(fields)
-        if not fields.intersection(self.image_keys):
-            return "no image"
-        if self._wants_caption and not fields.intersection(_fields(self.caption_keys)):
-            return "no caption"
-        if self.labels and not fields.intersection(_fields(self.labels.keys)):
-            return "no label"
+        wanted = {"no image": self.image_keys}
+        if self._wants_caption:
+            wanted["no caption"] = self.caption_keys
+        if self.labels:
+            wanted["no label"] = self.labels.keys
+        for reason, keys in wanted.items():
+            if not any(_may_have(fields, key) for key in keys):
+                return reason
         return None
 
     def pair(self, shard, key, fields, path_of):
@@ -117,14 +132,16 @@ class PairReader:
             fields: dict from the name of a field to its content.
             path_of: Function from the name of an image file to its path.
         """
-        image = next((fields[k] for k in self.image_keys if fields.get(k)), "")
-        path = ""
+        found = (fields[k] for k in self.image_keys if not is_empty(fields.get(k)))
+        image, path = next(found, ""), ""
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
         if isinstance(image, list):
             image = image[0] if image else ""
         if isinstance(image, str) and image:
             path = image = path_of(image)
         # JSON lines may hold values of any type.
-        if not image or not isinstance(image, str | bytes | Image.Image):
+        if is_empty(image) or not isinstance(image, str | bytes | Image.Image):
             return Fault(shard, key, "no image")
         captions, label, fault = (), None, None
         if self._wants_caption:
@@ -142,7 +159,7 @@ class PairReader:
             value = _field(fields, key)
             if value is None:
                 continue
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list | tuple) else [value]
             captions = tuple(filter(None, map(_text, values)))
             if captions:
                 return captions, None
@@ -190,6 +207,10 @@ class Labels:
                     f"Received: class_names={list(class_names)}"
                 )
 
+    def describe(self):
+        """What decides the labels, as JSON can hold it."""
+        return [list(self.keys), self._numbers]
+
     def of(self, sample):
         """The label of a sample and None, or its invalid label and what is wrong."""
         found = (_field(sample, key) for key in self.keys)
@@ -198,7 +219,7 @@ class Labels:
             return None, "no label"
         if isinstance(label, list):
             label = label[0] if len(label) == 1 else None
-        if isinstance(label, int | float) and not isinstance(label, bool):
+        if isinstance(label, numbers.Real) and not isinstance(label, bool):
             number = int(label) if label == label // 1 else -1
         elif self._numbers is not None:
             number = self._numbers.get(_text(label), -1)
@@ -210,9 +231,14 @@ class Labels:
         return number, None if number in known else "unknown label"
 
 
-def _fields(keys):
-    """Keys, and the fields that contain nested keys."""
-    return {*keys, *(key.partition(".")[0] for key in keys)}
+def _may_have(fields, key):
+    """Whether a sample with some fields may have a value for a key."""
+    field, _, entry = key.partition(".")
+    if key in fields or not entry or field not in fields:
+        return key in fields
+    # Whether the entries of this field are among the names.
+    is_listed = entries_of(field) in fields
+    return not is_listed or f"{field}.{entry.partition('.')[0]}" in fields
 
 
 def _field(sample, key):

@@ -14,7 +14,6 @@ import os
 import secrets
 import struct
 import tempfile
-import time
 from concurrent import futures
 
 import numpy as np
@@ -104,7 +103,7 @@ def read_part(path):
     return Part(path=path, start=start, **head)
 
 
-def build_parts(shards, index_dir=None, num_workers=0, verbose=None):
+def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0, 1)):
     """The parts of shards, of which those that are missing or old are built.
 
     Args:
@@ -115,6 +114,8 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None):
         num_workers: int. The number of processes that build parts; 0 for none.
         verbose: bool. Whether to show a progress bar. Defaults to `None`: if it takes
             more than a second.
+        process: Pair of ints. The number of this process, and of all that build the
+            same parts. Each begins elsewhere, and takes what others have built.
 
     Returns:
         list of `Part`.
@@ -123,6 +124,8 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None):
         index_dir = os.path.abspath(os.path.expanduser(index_dir))
     parts = {path: _find(path, stamp, index_dir) for path, stamp in shards.items()}
     missing = [path for path, part in parts.items() if part is None]
+    first = len(missing) * process[0] // process[1]
+    missing = missing[first:] + missing[:first]
     bar = tqdm(
         total=len(shards),
         initial=len(shards) - len(missing),
@@ -141,7 +144,13 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None):
             jobs = {pool.submit(build, path, shards[path]): path for path in missing}
             built = ((jobs[job], job.result()) for job in futures.as_completed(jobs))
         else:
-            built = ((path, build(path, shards[path])) for path in missing)
+            built = (
+                (
+                    path,
+                    _find(path, shards[path], index_dir) or build(path, shards[path]),
+                )
+                for path in missing
+            )
         for path, part in built:
             parts[path] = part
             bar.update()
@@ -163,14 +172,7 @@ def build_part(path, stamp, index_dir=None):
         NoRandomAccess: If the shard cannot be read in any order.
         OSError: If the shard cannot be read, or the part cannot be written.
     """
-    for pause in (*files.RETRY_AFTER, None):
-        try:
-            head, *contents = _scan(path, format_of(path))
-            break
-        except OSError as error:
-            if pause is None or not files.may_pass(error):
-                raise
-            time.sleep(pause)
+    head, *contents = files.retried(lambda: _scan(path, format_of(path)))
     head = {"version": VERSION, "stamp": stamp, **head}
     line = json.dumps(head).encode() + b"\n"
     return read_part(_write(_places(path, index_dir), [line, *contents]))
@@ -216,11 +218,10 @@ def _scan(path, format):
 
 def _check_ranges(path):
     """Raises an error for a web server that sends whole files only."""
-    reply = files.read_ranges([(path, 0, 1)])[0]
+    reply = files.fetch([(path, 0, 1)])[0]
     if isinstance(reply, Exception):
         raise reply
-    system, name = files.file_system(path)
-    if len(system.cat_file(name, 0, 1)) > 1:
+    if len(reply) > 1:
         raise NoRandomAccess(path, "on a server that does not send parts of files")
 
 

@@ -1,15 +1,18 @@
 """From positions to arrays: reads, decodes, crops and tokenizes samples."""
 
 import dataclasses
+import math
 
 import numpy as np
 
 from keras_cluster_mask.data.images import UnreadableImage
-from keras_cluster_mask.data.pairs import Fault
+from keras_cluster_mask.data.pairs import Fault, SampleError
 from keras_cluster_mask.data.tokenizing import tokenize
 
-# A broken sample is replaced by the first intact one of so many neighbours.
-NEIGHBOURS = 64
+# A broken sample is replaced by the first intact one of so many others in its batch.
+SUBSTITUTES = 64
+# They are so far apart, as a share of the batch, so that they are of different shards.
+DISTANCE = 0.618
 # The entry of a chunk with its broken samples.
 FAULTS = "faults"
 
@@ -54,11 +57,15 @@ class Samples:
         """int. The number of samples."""
         return self.order.num_samples if self.training else len(self.index)
 
-    def epoch_length(self, position):
-        """The number of samples in the epoch of a position."""
-        if not self.training:
-            return self.num_samples
-        return self.order.length(self.order.place(position)[0])
+    @property
+    def epoch_length(self):
+        """int. The number of samples in the first epoch, which a sampler chooses."""
+        return self.order.length(0) if self.training else self.num_samples
+
+    @property
+    def block_size(self):
+        """int. The number of neighbours that stay together."""
+        return self.order.block_size if self.training else 1
 
     def pairs(self, positions):
         """Yields the `Pair` or `Fault` of each position."""
@@ -86,7 +93,7 @@ class Samples:
             )
             pair, image = self._image(pair, generator, faults)
             if image is None and self.training:
-                pair, image = self._neighbour(position, generator, pair)
+                pair, image = self._substitute(position, generator, pair)
             if image is not None:
                 images[len(pairs)] = image
                 # Its bytes may be large, and are not needed any more.
@@ -111,20 +118,28 @@ class Samples:
         faults.append(pair)
         return pair, None
 
-    def _neighbour(self, position, generator, fault):
-        """The next intact sample before a position in its batch.
+    def _substitute(self, position, generator, fault):
+        """Another sample of the batch of a broken one.
 
         It depends on the batch alone, not on how processes share it.
         """
-        first = position - position % self.batch_size
-        for step in range(1, min(NEIGHBOURS, self.batch_size)):
-            near = first + (position - first - step) % self.batch_size
-            # Counted where they stand themselves.
-            pair, image = self._image(*self.pairs([near]), generator, [])
-            if image is not None:
-                return pair, image
+        start, size = position - position % self.batch_size, self.batch_size
+        step = int(DISTANCE * size) + 1
+        while math.gcd(step, size) > 1:
+            step += 1
+        count = 1
+        while count < min(SUBSTITUTES, size):
+            # Storage that fails takes long each time, so ever more are read at once.
+            several = range(count, min(2 * count, SUBSTITUTES, size))
+            count = several.stop
+            near = [start + (position + n * step) % size for n in several]
+            for pair in self.pairs(near):
+                # A broken one is counted where it stands itself.
+                pair, image = self._image(pair, generator, [])
+                if image is not None:
+                    return pair, image
         raise SampleError(
-            fault.shard, fault.key, f"{fault.reason}, nor can any of its neighbours"
+            fault.shard, fault.key, f"{fault.reason}, nor can others of its batch"
         )
 
     def _texts(self, pairs, generators):
@@ -144,17 +159,6 @@ class Samples:
                 captions = [self.choose.all_of(pair) for pair in pairs]
             batch["captions"] = _strings(captions)
         return batch
-
-
-class SampleError(RuntimeError):
-    """A sample that ends a run, with its shard and key."""
-
-    def __init__(self, shard, key, reason):
-        super().__init__(f"The sample {key!r} of the shard {shard} failed: {reason}")
-        self.arguments = shard, key, reason
-
-    def __reduce__(self):
-        return SampleError, self.arguments
 
 
 class Indexes:

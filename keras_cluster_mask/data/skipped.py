@@ -21,6 +21,7 @@ class SkippedSamples:
         max_share: float. The share of samples that may be broken.
 
     Attributes:
+        max_share: float. The share of samples that may be broken.
         by_reason: dict from the reason (str) to a count.
         by_shard: dict from the name of a shard to a dict from reasons to counts.
         samples: list of the first 100 samples that turned out to be broken, as `Fault`
@@ -30,7 +31,7 @@ class SkippedSamples:
 
     def __init__(self, faults, max_share=1.0):
         self._faults = faults
-        self._max_share = max_share
+        self.max_share = max_share
         self.details = [line for each in faults for line in each.details]
         self._pass = 0
         self._reset()
@@ -97,7 +98,7 @@ class Account:
         message = f"The sample {first.key!r} of the shard {first.shard}: {first.reason}"
         if first.details:
             message += f" ({first.details})"
-        if not skipped._max_share:
+        if not skipped.max_share:
             raise ValueError(f"{message}. Received: max_skipped=0")
         if not self._broken:
             warnings.warn(
@@ -109,9 +110,9 @@ class Account:
         for fault in faults:
             skipped._counts[fault.shard][fault.reason] += 1
         skipped.samples.extend(faults[: MAX_EXAMPLES - len(skipped.samples)])
-        if self._read >= ENOUGH and self._broken > skipped._max_share * self._read:
+        if self._read >= ENOUGH and self._broken > skipped.max_share * self._read:
             raise ValueError(
-                f"More than {skipped._max_share:.0%} of the samples are broken "
+                f"More than {skipped.max_share:.0%} of the samples are broken "
                 f"(`max_skipped`). Received: {self._broken} of the first {self._read}, "
                 f"{skipped.reasons()}"
             )

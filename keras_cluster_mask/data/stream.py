@@ -18,7 +18,7 @@ from keras_cluster_mask.data.samples import FAULTS
 # What a process reads ahead, in bytes, and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
 # What a thread makes at a time, in rows of a batch, and in bytes.
-CHUNK, MAX_CHUNK = 32, 2**23
+CHUNK, MAX_CHUNK = 32, 2**24
 # More threads of one process wait for one another.
 MAX_THREADS = 16
 SHARED_MEMORY = "/dev/shm"
@@ -90,8 +90,7 @@ class ImageTextDataset(grain.IterDataset):
 
     def __len__(self):
         """The full batches in an epoch of training, or all batches of evaluation."""
-        samples = self._samples.epoch_length(self.start * self.batch_size)
-        batches, rest = divmod(samples, self.batch_size)
+        batches, rest = divmod(self._samples.epoch_length, self.batch_size)
         return batches if self.training else batches + (rest > 0)
 
     def keys(self, batch):
@@ -107,8 +106,13 @@ class ImageTextDataset(grain.IterDataset):
     def __iter__(self):
         return _Iterator(self)
 
-    def batches(self, start):
-        """The batches from the number `start` on, as grain makes them."""
+    def batches(self, start, stop):
+        """The batches from the number `start` on, as grain makes them.
+
+        Args:
+            start: int.
+            stop: `threading.Event` that ends reading in this process.
+        """
         bytes_per_row = math.prod(self.element_spec["images"].shape[1:])
         bytes_per_batch = self._rows.per_batch * bytes_per_row
         ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
@@ -117,8 +121,12 @@ class ImageTextDataset(grain.IterDataset):
             # Those that wait on both sides, one that is made, and one that is used.
             _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
         end = None if self.training else len(self)
-        rows = min(CHUNK, max(MAX_CHUNK // bytes_per_row, 1))
-        chunks = _Chunks(self._samples, self._rows, start, end, max(workers, 1), rows)
+        # A run of neighbours is read as one.
+        rows = max(CHUNK, self._samples.block_size)
+        rows = min(rows, max(MAX_CHUNK // bytes_per_row, 1))
+        chunks = _Chunks(
+            self._samples, self._rows, start, end, max(workers, 1), rows, stop
+        )
         threads = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
         options = grain.ReadOptions(
             num_threads=threads,
@@ -152,10 +160,10 @@ class _Iterator(grain.DatasetIterator):
 
     def _start(self, batch):
         self._batch = batch
-        self._batches = []
+        self._batches, stop = [], threading.Event()
         # Also at the end of the program, before the modules that it needs are gone.
-        self._close = weakref.finalize(self, _close, self._batches)
-        self._batches.append(iter(self._dataset.batches(batch)))
+        self._close = weakref.finalize(self, _close, self._batches, stop)
+        self._batches.append(iter(self._dataset.batches(batch, stop)))
 
     def __next__(self):
         if os.getpid() != self._pid:
@@ -166,13 +174,15 @@ class _Iterator(grain.DatasetIterator):
                 f"process {os.getpid()}, started in {self._pid}"
             )
         while True:
+            if not self._batches:
+                raise StopIteration
             try:
                 batch = next(self._batches[0])
             except StopIteration:
                 self._account.end()
                 raise
             except KeyboardInterrupt:
-                stop_reading()
+                files.cancel()
                 raise
             except Exception:
                 self._close()
@@ -201,7 +211,9 @@ class _Iterator(grain.DatasetIterator):
         self._start(state["batch"])
 
 
-def _close(iterators):
+def _close(iterators, stop):
+    # Its threads must not go on reading: the program waits for them when it ends.
+    stop.set()
     while iterators:
         iterators.pop().close()
 
@@ -215,14 +227,6 @@ def _end_with_parent(index, count):
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True, name="wait for parent").start()
-
-
-def stop_reading():
-    """Ends all iterations at once, also while storage does not answer."""
-    files.cancel()
-    for child in multiprocessing.active_children():
-        if child.name.startswith("grain-"):
-            child.kill()
 
 
 class _Rows:
@@ -263,10 +267,11 @@ class _Chunks:
         end: int, after the last batch; None for no end.
         workers: int.
         size: int. The rows of a piece.
+        stop: `threading.Event` that ends reading in this process.
     """
 
-    def __init__(self, samples, rows, start, end, workers, size):
-        self._samples, self._rows = samples, rows
+    def __init__(self, samples, rows, start, end, workers, size, stop):
+        self._samples, self._rows, self._stop = samples, rows, stop
         self._start, self._workers, self._size = start, workers, size
         self.per_batch = -(-rows.per_batch // size)
         self._length = 2**62
@@ -284,7 +289,14 @@ class _Chunks:
         batch = self._start + turn * self._workers + worker
         positions = self._rows.positions(batch)
         first = chunk * self._size
-        return self._samples.read(positions[first : first + self._size])
+        with files.stopped_by(self._stop):
+            return self._samples.read(positions[first : first + self._size])
+
+    def __getstate__(self):
+        return {**vars(self), "_stop": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state, _stop=threading.Event())
 
     def __repr__(self):
         return "chunks"

@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 
-from keras_cluster_mask.data.stream import stop_reading
+from keras_cluster_mask.data import files
 
 
 def import_tensorflow(purpose):
@@ -53,7 +53,7 @@ def stop_at_interrupts():
     def watch():
         while numbers := reads.recv(16):
             if signal.SIGINT in numbers:
-                stop_reading()
+                files.cancel()
         reads.close()
 
     threading.Thread(target=watch, daemon=True, name="interrupts").start()

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import check
+from keras_cluster_mask.data import check, files
 from keras_cluster_mask.data.formats import NoRandomAccess
 from keras_cluster_mask.data.formats.tar import Tar
 
@@ -164,3 +164,17 @@ def test_images_are_decoded_in_any_format(tmp_path, encode):
     (tmp_path / "2.png").write_bytes(b"no image")
     found = check(tmp_path, caption_key="path", decode=True)
     assert (found["samples"], found["broken"]) == (5, 1)
+
+
+def test_of_a_broken_sample_only_its_start_is_read(write_tar, monkeypatch):
+    """A file that is too large to be read may be larger than memory."""
+    content = b"x" * 2**20
+    path = write_tar("a.tar", [("a.jpg", content), ("b.jpg", b"-"), ("b.txt", b"t")])
+    asked = []
+    read_ranges = files.read_ranges
+    monkeypatch.setattr(
+        files, "read_ranges", lambda ranges: asked.extend(ranges) or read_ranges(ranges)
+    )
+    result = check(path)
+    assert result["first_broken"][0]["key"] == "a"
+    assert max(stop - start for _, start, stop in asked) <= 2**16

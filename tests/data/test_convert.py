@@ -513,3 +513,14 @@ def test_numbers_that_are_not_positive_are_refused(name, source, tmp_path):
     with pytest.raises(ValueError, match=rf"`{name}` must be positive. Received: .*0"):
         convert(source, tmp_path / "out.tar", **{name: 0})
     assert not files.exists(tmp_path / "out.tar")
+
+
+def test_a_compressed_table_is_converted(tmp_path, encode):
+    image = encode(np.zeros((4, 4, 3), "uint8"))
+    (tmp_path / "a.png").write_bytes(image)
+    with gzip.open(tmp_path / "t.csv.gz", "wb") as file:
+        file.write(b"file_name,caption\na.png,one\n")
+    with pytest.raises(NoRandomAccess, match="a compressed file"):
+        check(tmp_path / "t.csv.gz")
+    result = convert(tmp_path / "t.csv.gz", tmp_path / "o.tar")
+    assert (result["samples"], result["broken"]) == (1, 0)

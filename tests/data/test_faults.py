@@ -93,7 +93,7 @@ def test_a_shard_that_vanishes_is_counted_and_others_are_read(shards):
         take(strict)
 
 
-def test_a_shard_that_vanishes_in_training_is_replaced_by_neighbours(shards):
+def test_the_samples_of_a_shard_that_vanishes_are_replaced_by_others(shards):
     dataset = make(shards, True, batch_size=30)
     shards[1].unlink()
     for _ in range(2):
@@ -109,7 +109,9 @@ def test_training_ends_with_an_error_if_all_shards_vanish(shards):
     dataset = make(shards, True)
     for shard in shards:
         shard.unlink()
-    with pytest.raises(RuntimeError, match=r"the shard cannot be read.*neighbours"):
+    with pytest.raises(
+        RuntimeError, match=r"the shard cannot be read.*others of its batch"
+    ):
         take(dataset, 2)
 
 
@@ -255,3 +257,58 @@ def test_errors_in_a_tensorflow_dataset_can_be_read(write_pairs, case):
     dataset = make(shard, format="tf", **options)
     with pytest.raises(tf.errors.OpError, match=message):
         list(dataset)
+
+
+def test_a_run_of_neighbours_in_a_lost_shard_is_replaced_by_others(write_tar, encode):
+    """All others of a run are lost with it, so others must come from elsewhere."""
+    image = encode(np.zeros((4, 4, 3), "uint8"))
+    paths = []
+    for shard in range(4):
+        members = []
+        for index in range(128 * shard, 128 * shard + 128):
+            members += [(f"{index:04}.png", image), (f"{index:04}.txt", b"t")]
+        paths.append(write_tar(f"{shard}.tar", members))
+    dataset = make(paths, True, batch_size=256, block_size=64, max_skipped=1.0)
+    paths[1].unlink()
+    for batch in take(dataset, 4):
+        assert len(batch["keys"]) == 256
+        assert not {*batch["keys"].tolist()} & {b"%04d" % n for n in range(128, 256)}
+
+
+def test_reading_ends_when_no_one_waits_for_it(shards, storage, monkeypatch):
+    monkeypatch.setattr(files, "TIME_LIMIT", 60)
+    dataset = make([f"storage://{path}" for path in shards], True)
+    released, started = threading.Event(), threading.Event()
+
+    def hang(self, *arguments, **options):
+        started.set()
+        released.wait(60)
+
+    monkeypatch.setattr(storage, "cat_ranges", hang)
+    before = {*threading.enumerate()}
+    iterator = iter(dataset)
+    reader = threading.Thread(target=lambda: next(iterator, None), daemon=True)
+    reader.start()
+    assert started.wait(20)
+    iterator.close()
+    for thread in {*threading.enumerate()} - before - {reader}:
+        if thread.name.startswith("grain"):
+            thread.join(10)
+            assert not thread.is_alive()
+    released.set()
+
+
+def test_an_item_that_an_object_cannot_decode_is_replaced():
+    class Items:
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, number):
+            if number == 5:
+                raise OSError("image file is truncated")
+            return {"image": np.full((4, 4, 3), number, "uint8"), "caption": ("t",)}
+
+    dataset = make(Items(), True, batch_size=12)
+    (batch,) = take(dataset, 1)
+    assert {*batch["keys"].tolist()} == {b"%d" % n for n in range(12) if n != 5}
+    assert dataset.skipped.by_reason == {"the sample cannot be read": 1}

@@ -325,3 +325,19 @@ def test_the_fingerprint_of_an_object_is_its_own():
     second._fingerprint = "other"
     fingerprints = [open_all(each).fingerprint for each in (first, second, first)]
     assert fingerprints[0] == fingerprints[2] != fingerprints[1]
+
+
+def test_json_files_without_the_caption_do_not_count_as_captions(write_tar):
+    """As img2dataset writes them: a JSON file for each image, and captions for most."""
+    members = []
+    for number in range(20):
+        members += [(f"{number:02}.jpg", b"-"), (f"{number:02}.json", b'{"url": "u"}')]
+        if number % 4:
+            members.append((f"{number:02}.txt", b"t"))
+    index = open_index(write_tar("a.tar", members), PairReader())
+    assert len(index) == 15
+    assert index.faults.by_reason == {"no caption": 5}
+    nested = open_index(write_tar("b.tar", members), PairReader(caption_key="json.url"))
+    assert len(nested) == 20
+    with_other = PairReader(caption_key="json.caption")
+    assert len(open_index(write_tar("c.tar", members), with_other)) == 0

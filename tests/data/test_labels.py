@@ -195,3 +195,10 @@ def test_a_tf_dataset_holds_labels(labelled):
     assert [*dataset.element_spec] == ["images", "labels"]
     labels = [batch["labels"].numpy().tolist() for batch in dataset]
     assert labels == [[0, 1, 2, 0], [1, 2]]
+
+
+def test_numbers_of_numpy_are_labels():
+    labels = Labels("label")
+    assert labels.of({"label": np.int64(3)}) == (3, None)
+    assert labels.of({"label": np.float32(2.0)}) == (2, None)
+    assert labels.of({"label": np.float32(2.5)})[1] == "unknown label"

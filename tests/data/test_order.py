@@ -97,13 +97,6 @@ def test_the_identity_as_sampling_changes_nothing():
     assert [plain[i] for i in range(90)] == [sampled[i] for i in range(90)]
 
 
-@pytest.mark.parametrize("wrong", [[], [-1], [0, 20]])
-def test_sampling_must_return_numbers_of_samples(wrong):
-    order = Order(20, 0, sampling=lambda num_samples, epoch: wrong)
-    with pytest.raises(ValueError, match=r"`sampling` must return.*0 to 19.*epoch 0"):
-        order[0]
-
-
 def test_a_mix_reads_its_sources_in_proportion_to_their_weights():
     mix = Mix([Order(30, 0), Order(50, 0), Order(20, 0)], [1, 2, 5])
     assert mix.num_samples == 100
@@ -129,3 +122,30 @@ def test_a_mix_reads_every_sample_of_a_source_before_it_repeats_one(block_size):
         assert own[:size] != own[size : 2 * size]
     again = pickle.loads(pickle.dumps(mix))
     assert [again[position] for position in range(440)] == numbers
+
+
+def test_sources_of_equal_size_do_not_pair_their_samples_in_a_mix():
+    """Two texts of the same images would otherwise meet in each batch."""
+    mix = Mix([Order(1000, 3, source=0), Order(1000, 3, source=1)], [1.0, 1.0])
+    numbers = np.array([mix[position] % 1000 for position in range(400)])
+    assert np.mean(numbers[::2] == numbers[1::2]) < 0.05
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [np.arange(8) < 4, np.arange(8.0), np.zeros((2, 2), int), [], [8], [-1]],
+    ids=repr,
+)
+def test_sampling_must_return_numbers_of_samples(chosen):
+    with pytest.raises(ValueError, match=r"`sampling`.*0 to 7.*Received"):
+        Order(8, 0, sampling=lambda count, epoch: chosen)[0]
+
+
+def test_samplers_with_other_numbers_have_other_digests():
+    digests = {
+        Order(
+            8, 0, sampling=lambda count, epoch, first=first: np.arange(first, 8)
+        ).digest()
+        for first in range(4)
+    }
+    assert len(digests) == 4

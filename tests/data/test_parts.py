@@ -282,3 +282,25 @@ def test_keys_and_names_of_any_letters_are_kept(tmp_path, write_tar):
     assert head["layouts"] == part.layouts
     assert read_part(part.path) == part
     assert pickle.loads(pickle.dumps(part)) == part
+
+
+def test_a_process_takes_the_parts_that_others_have_built(source, monkeypatch):
+    paths = [*find_shards(source)]
+    assert len(paths) > 1
+    built = []
+    scan = Tar.scan
+    # While the first process builds its first part, the second builds all others.
+    shards = find_shards(source)
+
+    def scan_while_others_build(self, path):
+        if not built:
+            built.append(path)
+            build_parts(shards, process=(1, 2))
+        else:
+            built.append(path)
+        return scan(self, path)
+
+    monkeypatch.setattr(Tar, "scan", scan_while_others_build)
+    assert len(build_parts(shards, process=(0, 2))) == len(paths)
+    # Only the first shard, which both had begun, is built twice.
+    assert sorted(built) == sorted([*paths, paths[0]])

@@ -299,9 +299,7 @@ def broken_tar(write_tar, noise, broken, count=24):
     return write_tar("broken.tar", members)
 
 
-def test_training_replaces_a_broken_sample_by_a_neighbour_in_its_batch(
-    write_tar, noise
-):
+def test_training_replaces_a_broken_sample_by_another_of_its_batch(write_tar, noise):
     broken = {3, 4, 5, 20}
     dataset = make(broken_tar(write_tar, noise, broken), True, batch_size=8)
     replaced = 0
@@ -315,7 +313,7 @@ def test_training_replaces_a_broken_sample_by_a_neighbour_in_its_batch(
     assert replaced == 3 * len(broken)
 
 
-def test_a_neighbour_that_stands_in_is_cropped_on_its_own(write_tar, noise):
+def test_each_sample_that_stands_in_is_cropped_on_its_own(write_tar, noise):
     shard = broken_tar(write_tar, noise, {*range(1, 24)})
     (batch,) = take(make(shard, True, batch_size=24, crop_scale=(0.2, 0.5)), 1)
     assert {*batch["keys"]} == {b"00"}
@@ -324,7 +322,9 @@ def test_a_neighbour_that_stands_in_is_cropped_on_its_own(write_tar, noise):
 
 def test_a_batch_of_broken_samples_is_an_error_in_training(write_tar, noise):
     shard = broken_tar(write_tar, noise, {*range(24)})
-    with pytest.raises(RuntimeError, match=r"'\d\d' of the shard .*neighbours"):
+    with pytest.raises(
+        RuntimeError, match=r"'\d\d' of the shard .*others of its batch"
+    ):
         take(make(shard, True), 1)
 
 

@@ -178,10 +178,23 @@ def test_passes_at_the_same_time_are_not_counted_together(shard):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_without_any_tolerance_the_first_broken_sample_is_an_error(shard, training):
+def test_without_any_tolerance_the_first_broken_sample_is_an_error(
+    write_tar, encode, training
+):
+    image = encode(np.zeros((4, 4, 3), "uint8"))
+    members = [(f"{n}.txt", b"t") for n in range(12)]
+    members += [(f"{n}.png", b"-" if n == 7 else image) for n in range(12)]
+    shard = write_tar("a.tar", sorted(members))
     dataset = make(shard, training, max_skipped=0)
-    with pytest.raises(ValueError, match=rf"'x\d' of the shard {shard}.*max_skipped=0"):
+    with pytest.raises(ValueError, match=rf"'7' of the shard {shard}.*max_skipped=0"):
         take(dataset, 7)
+
+
+def test_what_the_index_leaves_out_is_told_or_refused(shard):
+    with pytest.warns(UserWarning, match=rf"3 of 38 samples.*no image: 2.*{shard}"):
+        make(shard)
+    with pytest.raises(ValueError, match=r"3 of 38 samples.*Received: max_skipped=0"):
+        make(shard, max_skipped=0)
 
 
 @pytest.fixture

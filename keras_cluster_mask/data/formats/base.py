@@ -33,6 +33,11 @@ def is_empty(value):
     return value is None or (hasattr(value, "__len__") and not len(value))
 
 
+def entries_of(field):
+    """The name that stands among the fields of a sample if the entries of one do."""
+    return f"{field}."
+
+
 class DamagedShard(ValueError):
     """A shard that cannot be read to its end.
 

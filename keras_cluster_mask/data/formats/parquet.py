@@ -1,6 +1,7 @@
 """Parquet files, in which each row is a sample."""
 
 import functools
+import threading
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import DamagedShard, Entry, Format, is_empty
@@ -8,6 +9,7 @@ from keras_cluster_mask.data.formats.base import DamagedShard, Entry, Format, is
 KEYS = ("__key__", "key", "image_id", "id")
 # The groups of rows that are kept in memory. A group is read as a whole.
 OPEN_GROUPS = 4
+_reading = threading.Lock()
 
 
 class Parquet(Format):
@@ -26,7 +28,7 @@ class Parquet(Format):
 
     def scan(self, path):
         # An older file of this name may still be there.
-        _group.cache_clear()
+        _read_group.cache_clear()
         file = _open(path)
         number = 0
         for group in range(file.num_row_groups):
@@ -42,7 +44,8 @@ class Parquet(Format):
         rows = []
         for path, group, place in places:
             try:
-                rows.append(_intact(path, _row, _group(path, group), place))
+                table = files.retried(functools.partial(_group, path, group))
+                rows.append(_intact(path, _row, table, place))
             except (OSError, DamagedShard) as error:
                 rows.append(error)
         return rows
@@ -88,8 +91,14 @@ def _intact(path, read, *arguments):
         raise DamagedShard(path, None, str(error)) from error
 
 
-@functools.lru_cache(OPEN_GROUPS)
 def _group(path, group):
+    # Threads that need the same group wait for it, and do not read it as well.
+    with _reading:
+        return _read_group(path, group)
+
+
+@functools.lru_cache(OPEN_GROUPS)
+def _read_group(path, group):
     return _intact(path, _open(path).read_row_group, group)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import tarfile
 
@@ -12,9 +13,12 @@ from keras_cluster_mask.data.formats.base import (
     Entry,
     Format,
     NoRandomAccess,
+    entries_of,
+    is_empty,
 )
 
 BLOCK = 512
+MAX_ENTRIES = 32
 # More than the zeros that fill the last record of a tar.
 MAX_PADDING = 2**20
 COMPRESSIONS = (
@@ -37,13 +41,13 @@ class Tar(Format):
         try:
             with files.open_file(path) as file:
                 if file.read(8).startswith(COMPRESSIONS):
-                    raise NoRandomAccess(path, "a compressed tar")
+                    raise NoRandomAccess(path, "a compressed file")
                 length = file.seek(0, io.SEEK_END)
                 file.seek(0)
                 archive = tarfile.TarFile(fileobj=file, tarinfo=_Header)
                 for key, offset, size, fields in _samples(archive, length):
                     large = max(fields.values(), default=0) > MAX_BYTES
-                    names = [name for name, size in fields.items() if size]
+                    names = {name for name, size in fields.items() if size}
                     fault = "file too large" if large else None
                     yield Entry(key, offset, size, names, fault)
                     last = key
@@ -93,8 +97,24 @@ def _samples(archive, length):
             sample = [key, member.offset, 0, {}]
         sample[2] = archive.offset - sample[1]
         sample[3][field] = member.size
+        if field == "json":
+            archive.fileobj.seek(member.offset_data)
+            names = _entries(archive.fileobj.read(min(member.size, MAX_BYTES)))
+            sample[3].update(dict.fromkeys(names, 1))
     if sample is not None:
         yield sample
+
+
+def _entries(content):
+    """The names of the entries of `KEY.json` that are not empty."""
+    try:
+        entries = json.loads(content)
+    except (ValueError, RecursionError):
+        entries = None
+    entries = entries if isinstance(entries, dict) else {}
+    names = [f"json.{name}" for name in entries if not is_empty(entries[name])]
+    # With more, nearly every sample might have names of its own.
+    return [entries_of("json"), *names] if len(names) <= MAX_ENTRIES else []
 
 
 class _Header(tarfile.TarInfo):

@@ -2,6 +2,7 @@ import sys
 
 import pytest
 
+from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import Labels, PairReader
@@ -123,3 +124,20 @@ def test_pyarrow_is_named_if_it_is_missing(write, scan, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r"need pyarrow.*pip install.*x\.parquet"):
         list(scan(path))
+
+
+def test_a_group_that_cannot_be_read_is_read_again(write, monkeypatch):
+    monkeypatch.setattr(files, "RETRY_AFTER", (0.0,))
+    path = write({"image": [b"-"], "caption": ["no 0"]})
+    index = open_index(path, PairReader())
+    open_file, attempts = files.open_file, []
+
+    def fails_once(path, *arguments):
+        attempts.append(path)
+        if len(attempts) == 1:
+            raise OSError(5, "the connection was reset")
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr(files, "open_file", fails_once)
+    assert index.read([0])[0].captions == ("no 0",)
+    assert len(attempts) == 2

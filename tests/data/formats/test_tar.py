@@ -273,3 +273,18 @@ def test_samples_are_what_tarfile_reads(tmp_path, read_all):
 def test_a_tar_at_an_address_is_read(memory, write_tar, read_all):
     memory.pipe("/tars/x.tar", write_tar("x.tar", FILES).read_bytes())
     assert read_all("memory://tars/x.tar") == (SAMPLES, [])
+
+
+def test_the_entries_of_json_files_are_fields(write_tar):
+    path = write_tar(
+        "a.tar",
+        [
+            ("0.jpg", b"-"),
+            ("0.json", b'{"caption": "a", "url": null, "tags": [], "label": 0}'),
+            ("1.jpg", b"-"),
+            ("1.json", b"no json"),
+        ],
+    )
+    first, second = tar.Tar().scan(str(path))
+    assert {*first.fields} == {"jpg", "json", "json.", "json.caption", "json.label"}
+    assert {*second.fields} == {"jpg", "json", "json."}

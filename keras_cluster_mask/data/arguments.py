@@ -1,0 +1,157 @@
+"""Checks of the arguments of `image_text_dataset`."""
+
+import collections
+import numbers
+import warnings
+
+from keras_cluster_mask.data.pairs import Pair
+from keras_cluster_mask.data.skipped import ENOUGH
+
+# In object stores, runs of so many neighbours are read together, where a batch holds
+# enough of them to be well mixed.
+BLOCK, RUNS = 64, 16
+# The samples that are read to see whether any has what is asked for.
+EXAMPLES = 8
+
+
+def check_choice(name, value, choices):
+    """Raises an error unless a value is one of some choices."""
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_integer(name, value, at_least):
+    """The value as an int, if it is an integer that is large enough."""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < at_least:
+        raise ValueError(
+            f"`{name}` must be an int of at least {at_least}. "
+            f"Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def check_process(process, batch_size, training):
+    """The number of this process and the number of processes."""
+    from keras_cluster_mask.distribution.processes import process_index_and_count
+
+    if process is None:
+        process = process_index_and_count(training)
+    index, count = process
+    if not 0 <= index < count:
+        raise ValueError(
+            "`process` must be a pair (number, count) with 0 <= number < count. "
+            f"Received: process={process}"
+        )
+    if batch_size % count:
+        raise ValueError(
+            "`batch_size` is global and must be divisible by the number of processes. "
+            f"Received: batch_size={batch_size}, {count} processes"
+        )
+    return index, count
+
+
+def choose_block_size(block_size, batch_size, processes, remote):
+    """Checks `block_size`, or chooses it."""
+    if block_size is None:
+        sizes = (BLOCK >> shift for shift in range(BLOCK.bit_length()))
+        fitting = (n for n in sizes if not batch_size % n and batch_size >= n * RUNS)
+        block_size = next(fitting, 1) if remote else 1
+    block_size = check_integer("block_size", block_size, 1)
+    runs, rest = divmod(batch_size, block_size)
+    if rest or runs % processes:
+        fitting = [n for n in range(1, batch_size + 1) if not runs % n and n <= runs]
+        raise ValueError(
+            "`block_size` must divide `batch_size`, and the number of processes must "
+            "divide the number of blocks in a batch: "
+            + (f"here 1 of {fitting} processes. " if not rest else "")
+            + f"Received: block_size={block_size}, batch_size={batch_size}, "
+            f"{processes} processes"
+        )
+    return block_size
+
+
+def check_weights(source, training, sampling):
+    """Checks a dict from sources to weights, and that it can be used."""
+    if not source or not all(
+        isinstance(weight, numbers.Real) and weight > 0 for weight in source.values()
+    ):
+        raise ValueError(
+            "`source` must be a dict from sources to positive weights. "
+            f"Received: {source!r}"
+        )
+    if not training or sampling is not None:
+        raise ValueError(
+            "`source` with weights is for training without `sampling`. Received: "
+            f"training={training}, sampling={sampling!r}, source={source!r}"
+        )
+
+
+def _few(index):
+    """A few samples of an index, without their image files."""
+    numbers = {len(index) * place // EXAMPLES for place in range(EXAMPLES)}
+    return index.read(sorted(numbers), with_images=False) if len(index) else []
+
+
+def report_faults(skipped, num_samples):
+    """Warns of broken samples that the index left out, or raises if they are many.
+
+    Args:
+        skipped: `SkippedSamples`.
+        num_samples: int. The number of intact samples.
+    """
+    count, total = skipped.count, skipped.count + num_samples
+    if not count:
+        return
+    shards = list(skipped.by_shard)
+    message = (
+        f"{count} of {total} samples of `source` are broken ({skipped.reasons()}), in "
+        f"{shards[0]}" + (f" and {len(shards) - 1} more" if shards[1:] else "")
+    )
+    allowed = skipped.max_share
+    if not allowed or (total >= ENOUGH and count > allowed * total):
+        raise ValueError(
+            f"{message}. `max_skipped` must allow this, or `source` must be mended. "
+            f"Received: max_skipped={allowed}"
+        )
+    # Of `image_text_dataset`, for its caller.
+    warnings.warn(f"{message}. They are left out.", stacklevel=3)
+
+
+def name_of(function):
+    """What tells one function or object from another, as JSON can hold it."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    sizes = [
+        getattr(function, name, None) for name in ("vocabulary_size", "context_length")
+    ]
+    return None if function is None else [named.__qualname__, *sizes]
+
+
+def check_samples(indexes, reader, at_least):
+    """Raises an error unless there are enough samples with what is asked for."""
+    count = sum(map(len, indexes))
+    # The entries of JSON files and the names of classes are not in an index.
+    examples = [sample for index in indexes for sample in _few(index)]
+    if any(isinstance(sample, Pair) for sample in examples):
+        if count >= at_least:
+            return
+        raise ValueError(
+            "`batch_size` must not exceed the number of samples, because training uses "
+            f"full batches only. Received: batch_size={at_least}, {count} samples in "
+            "`source`"
+        )
+    faults = collections.Counter(sample.reason for sample in examples)
+    for index in indexes:
+        faults.update(index.faults.by_reason)
+    details = [line for index in indexes for line in index.faults.details[:1]]
+    fields = {field for index in indexes for field in index.fields}
+    fields = sorted(field for field in fields if not field.endswith("."))
+    paths = [path for index in indexes for path in index.paths]
+    raise ValueError(
+        " ".join([f"`source` must hold samples with {reader.wanted}.", *details[:1]])
+        + f" Received: {dict(faults) or 'no sample'} with the fields {fields} from "
+        f"{paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "")
+    )
