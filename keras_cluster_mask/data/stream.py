@@ -212,7 +212,7 @@ class _Iterator(grain.DatasetIterator):
 
 
 def _close(iterators, stop):
-    # Its threads must not go on reading: the program waits for them when it ends.
+    # A program that ends waits for the threads that read.
     stop.set()
     while iterators:
         iterators.pop().close()
