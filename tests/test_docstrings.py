@@ -17,7 +17,7 @@ NEED_FILES = {
     "keras_cluster_mask.data.captions.read_captions",
     "keras_cluster_mask.data.check.check",
     "keras_cluster_mask.data.convert.convert",
-    "keras_cluster_mask.data.formats.list_shards",
+    "keras_cluster_mask.data.shards.list_shards",
 }
 # Their examples compute with Keras; those of other modules run once.
 BY_BACKEND = tuple(

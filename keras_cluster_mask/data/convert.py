@@ -18,11 +18,12 @@ from PIL import Image
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.check import Report, decode_all, each_sample
-from keras_cluster_mask.data.formats import NoRandomAccess, find_shards
+from keras_cluster_mask.data.formats import NoRandomAccess
 from keras_cluster_mask.data.images import EncodedImage
 from keras_cluster_mask.data.index import Index
 from keras_cluster_mask.data.pairs import IMAGE_KEYS, PairReader
 from keras_cluster_mask.data.parts import build_parts
+from keras_cluster_mask.data.shards import find_shards
 
 JPEG_QUALITY = 95
 # File names have at most 255 bytes; a number and an extension are appended.

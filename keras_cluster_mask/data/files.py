@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import errno
-import functools
 import multiprocessing
 import os
 import queue
@@ -11,9 +10,7 @@ import re
 import threading
 import time
 import weakref
-from concurrent import futures
 
-import braceexpand
 import fsspec
 
 # The buffer of a file that is read from start to end, in bytes.
@@ -25,8 +22,6 @@ TIME_LIMIT = 60.0
 # Neighbours with at most so many bytes between them are read together.
 MAX_GAP = 2**16
 MAX_REQUEST = 2**26
-# The files whose size and date are asked for at the same time.
-REQUESTS = 16
 # What ends reading in this thread, and all that exist.
 _stop = contextvars.ContextVar("stop", default=None)
 _stops = weakref.WeakSet()
@@ -123,110 +118,6 @@ def beside(path, name):
         return name
     folder, slash, _ = os.fspath(path).rpartition("/")
     return f"{folder}{slash}{name}"
-
-
-# === Listing ===
-
-
-def expand(pattern):
-    """The files and folders that a pattern names, with what the file system says.
-
-    Each folder is listed once, whatever the number of files.
-
-    Args:
-        pattern: str with `{a,b}`, `{000..123}`, `*`, `?` or `[...]`, or a name.
-
-    Returns:
-        dict from each path to its information, a dict of fsspec.
-
-    Raises:
-        FileNotFoundError: If a file is missing, or if no file matches.
-    """
-    system, whole = file_system(pattern)
-    names = [pattern]
-    # A file may have braces in its name.
-    if "{" in pattern and not system.exists(whole):
-        names = _expand_braces(pattern)
-    found = {}
-    # What another program has written since does not show in a cache.
-    system.invalidate_cache()
-    paths = [file_system(name)[1] for name in names]
-    infos = _listed(system, names) if len(names) > 1 else {}
-    missing = [path for path in paths if path.rstrip("/") not in infos]
-    with futures.ThreadPoolExecutor(REQUESTS, "find files") as threads:
-        found_infos = threads.map(functools.partial(_info, system), missing)
-        infos.update(zip((path.rstrip("/") for path in missing), found_infos))
-    for name, path in zip(names, paths):
-        info = infos[path.rstrip("/")]
-        matches = {path: info} if info else _matching(system, path)
-        if not matches:
-            magic = re.search(r"[*?\[]", name)
-            kind = "pattern that no file matches" if magic else "missing"
-            raise FileNotFoundError(
-                f"`source` must name shards that exist. Received ({kind}): {name}"
-            )
-        local = not is_address(pattern)
-        for path, info in matches.items():
-            found[path if local else system.unstrip_protocol(path)] = info
-    return found
-
-
-def _expand_braces(pattern):
-    for body in re.findall(r"\{([^{}]*)\}", pattern):
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-        if not numbers and "," not in body:
-            raise ValueError(
-                "`source` must hold `{first..last}` or `{a,b}` between its braces. "
-                f"Received: {pattern}"
-            )
-        if numbers and int(numbers[1]) > int(numbers[2]):
-            raise ValueError(
-                f"`source` must count upwards between its braces. Received: {pattern}"
-            )
-    return list(braceexpand.braceexpand(pattern, escape=False))
-
-
-def _listed(system, names):
-    """The information on all files in the folders of names, of those that list."""
-    folders = {file_system(name)[1].rpartition("/")[0] for name in names}
-    infos = {}
-    for folder in folders:
-        if re.search(r"[*?\[]", folder):
-            continue
-        # Web servers have no lists.
-        with contextlib.suppress(OSError, NotImplementedError, ValueError):
-            listed = system.ls(folder, detail=True)
-            infos.update({info["name"].rstrip("/"): info for info in listed})
-    return {name: info for name, info in infos.items() if info.get("size") is not None}
-
-
-def _info(system, path):
-    try:
-        return system.info(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _matching(system, path):
-    found = system.glob(path, detail=True)
-    wants_hidden = path.rpartition("/")[2].startswith(".")
-    # Such as the index of a shard.
-    return {
-        name: found[name]
-        for name in sorted(found)
-        if wants_hidden or not name.rpartition("/")[2].startswith(".")
-    }
-
-
-def stamp(info):
-    """A str that differs if a file changes, from its size and its date or tag."""
-    names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
-    names += ("md5Hash", "created")
-    version = next((info[name] for name in names if info.get(name)), "")
-    return f"{info.get('size')} {version}"
-
-
-# === Reading parts of files ===
 
 
 def read_ranges(ranges):

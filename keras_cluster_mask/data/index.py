@@ -12,15 +12,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_cluster_mask.data.formats import (
-    DamagedShard,
-    Format,
-    find_shards,
-    format_of,
-)
+from keras_cluster_mask.data.formats import DamagedShard, Format, format_of
 from keras_cluster_mask.data.formats.parquet import plain
 from keras_cluster_mask.data.pairs import Fault, SampleError
 from keras_cluster_mask.data.parts import build_parts, hash_of, read_part
+from keras_cluster_mask.data.shards import find_shards
 
 # The number of shards with broken samples of which the intact ones are remembered.
 REMEMBERED = 1024

@@ -4,7 +4,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from keras_cluster_mask.data import files
+from keras_cluster_mask.data import files, shards
 
 pytestmark = pytest.mark.any_backend
 
@@ -81,9 +81,9 @@ def test_patterns_do_not_match_hidden_files(tmp_path, memory):
         memory.pipe(f"/set/{name}", b"")
     for folder in (tmp_path, "memory://set"):
         for pattern in ("*", "*.*", "?.tar"):
-            (found,) = files.expand(f"{folder}/{pattern}")
+            (found,) = shards.expand(f"{folder}/{pattern}")
             assert found.rpartition("/")[2] == "a.tar"
-        assert len(files.expand(f"{folder}/.*")) == 2
+        assert len(shards.expand(f"{folder}/.*")) == 2
 
 
 def test_the_stamp_of_a_file_changes_with_its_size_and_date(tmp_path, memory):
@@ -92,11 +92,11 @@ def test_the_stamp_of_a_file_changes_with_its_size_and_date(tmp_path, memory):
         for content in (b"a", b"ab", b"cd"):
             with fsspec.open(path, "wb") as file:
                 file.write(content)
-            (info,) = files.expand(path).values()
-            stamps.append(files.stamp(info))
+            (info,) = shards.expand(path).values()
+            stamps.append(shards.stamp(info))
         assert len(set(stamps)) == 3
-        (info,) = files.expand(path).values()
-        assert files.stamp(info) == stamps[-1]
+        (info,) = shards.expand(path).values()
+        assert shards.stamp(info) == stamps[-1]
 
 
 # === Reading parts ===

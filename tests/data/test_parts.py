@@ -11,9 +11,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from keras_cluster_mask.data import files, parts
-from keras_cluster_mask.data.formats import NoRandomAccess, find_shards
+from keras_cluster_mask.data.formats import NoRandomAccess
 from keras_cluster_mask.data.formats.tar import Tar
 from keras_cluster_mask.data.parts import build_parts, read_part
+from keras_cluster_mask.data.shards import find_shards
 
 pytestmark = pytest.mark.any_backend
 

@@ -8,6 +8,7 @@ from google.protobuf import (
     descriptor_pool,
     message,
     message_factory,
+    text_format,
 )
 
 from keras_cluster_mask.data import files
@@ -24,6 +25,51 @@ KEYS = ("__key__", "key", "image/filename", "image/id")
 # The length of a record and its checksum come before it, and a checksum after it.
 BEFORE, AFTER = 12, 4
 TRUNCATED = "it is truncated within a record"
+EXAMPLE = """
+name: "example.proto" syntax: "proto3"
+message_type {
+  name: "Example"
+  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".Features" }
+}
+message_type {
+  name: "Features"
+  field {
+    name: "feature" number: 1 label: LABEL_REPEATED
+    type: TYPE_MESSAGE type_name: ".Features.FeatureEntry"
+  }
+  nested_type {
+    name: "FeatureEntry"
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".Feature" }
+    options { map_entry: true }
+  }
+}
+message_type {
+  name: "Feature"
+  field {
+    name: "bytes_list" number: 1 oneof_index: 0 type: TYPE_MESSAGE type_name: ".Bytes"
+  }
+  field {
+    name: "float_list" number: 2 oneof_index: 0 type: TYPE_MESSAGE type_name: ".Floats"
+  }
+  field {
+    name: "int64_list" number: 3 oneof_index: 0 type: TYPE_MESSAGE type_name: ".Ints"
+  }
+  oneof_decl { name: "kind" }
+}
+message_type {
+  name: "Bytes"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES }
+}
+message_type {
+  name: "Floats"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT }
+}
+message_type {
+  name: "Ints"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 }
+}
+"""
 
 
 class TFRecord(Format):
@@ -94,43 +140,7 @@ def _value(feature):
 @functools.cache
 def _example():
     """The message `tf.train.Example`, in a pool of its own beside TensorFlow's."""
-    package = "keras_cluster_mask"
-    file = descriptor_pb2.FileDescriptorProto(
-        name="keras_cluster_mask_example.proto", package=package, syntax="proto3"
-    )
-
-    def field(message, name, number, kind, repeated=False):
-        added = message.field.add(name=name, number=number, label=3 if repeated else 1)
-        if isinstance(kind, int):
-            added.type = kind
-        else:
-            added.type, added.type_name = added.TYPE_MESSAGE, f".{package}.{kind}"
-        return added
-
-    types = descriptor_pb2.FieldDescriptorProto
-    feature = descriptor_pb2.DescriptorProto(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, (name, kind) in enumerate(
-        [
-            ("bytes_list", types.TYPE_BYTES),
-            ("float_list", types.TYPE_FLOAT),
-            ("int64_list", types.TYPE_INT64),
-        ],
-        1,
-    ):
-        values = file.message_type.add(name=name)
-        field(values, "value", 1, kind, repeated=True)
-        field(feature, name, number, name).oneof_index = 0
-    file.message_type.append(feature)
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    field(entry, "key", 1, types.TYPE_STRING)
-    field(entry, "value", 2, "Feature")
-    field(features, "feature", 1, "Features.FeatureEntry", repeated=True)
-    field(file.message_type.add(name="Example"), "features", 1, "Features")
+    file = text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto())
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return message_factory.GetMessageClass(
-        pool.FindMessageTypeByName(f"{package}.Example")
-    )
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))

@@ -3,7 +3,8 @@ import os
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data.formats import find_shards, format_of
+from keras_cluster_mask.data.formats import format_of
+from keras_cluster_mask.data.shards import find_shards
 
 pytestmark = pytest.mark.any_backend
 

@@ -1,0 +1,198 @@
+"""Finds the shards that a source names."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+from concurrent import futures
+
+import braceexpand
+
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.formats.folder import images_in
+from keras_cluster_mask.data.formats.table import find_table
+
+# The files whose size and date are asked for at the same time.
+REQUESTS = 16
+
+
+def list_shards(source):
+    """Lists the files that a source names.
+
+    Example:
+
+    ```python
+    kcm.data.list_shards("data/train-{00000..00003}.tar")  # four files, or an error
+    kcm.data.list_shards(["data/train-*.tar", "more/{a,b}.tar"])
+    ```
+
+    Args:
+        source: str or path, or a list of them. A file; a folder with a table,
+            `metadata.csv`, `.tsv` or `.jsonl`; a folder of images, which may have
+            subfolders; a pattern with `*`, `?` or `[...]` for all existing files that
+            match it; or a pattern with `{a,b}` or `{000..123}`, each of whose files
+            must exist. Each may be an address, such as `"s3://bucket/train-*.tar"`.
+
+    Returns:
+        A sorted list of str without duplicates. A folder of images ends with `/`.
+
+    Raises:
+        FileNotFoundError: If a file is missing, or if no file matches a pattern.
+        ImportError: If no installed package opens files at an address.
+    """
+    return list(find_shards(source))
+
+
+def find_shards(source):
+    """The shards of a source; see `list_shards`.
+
+    Returns:
+        dict from the path of each shard to a str that differs if the shard changes.
+    """
+    is_list = isinstance(source, list | tuple | set)
+    shards = {}
+    for item in source if is_list else [source]:
+        if not isinstance(item, str | os.PathLike):
+            raise ValueError(
+                "`source` must be a str or path, a list of them, a dict from them to "
+                "weights, or an object with `__len__` and `__getitem__`. "
+                f"Received: {source!r}"
+            )
+        item = os.fspath(item)
+        if item.startswith("pipe:"):
+            raise ValueError(
+                "`source` must be shards that can be read in any order, not the output "
+                "of a command. Write it to files, or convert what the command reads: "
+                "`python -m keras_cluster_mask.data convert ADDRESS --to "
+                f"'shards/train-{{00000}}.tar'`. Received: {item}"
+            )
+        if not files.is_address(item):
+            item = os.path.normpath(os.path.expanduser(item))
+        for path, info in expand(item).items():
+            if info["type"] == "directory":
+                path, info = _in_folder(path)
+            shards[path] = stamp(info)
+    if not shards:
+        raise ValueError(f"`source` must name at least one shard. Received: {source}")
+    return dict(sorted(shards.items()))
+
+
+def _in_folder(path):
+    """The table of a folder, or the folder itself, and its information."""
+    path = path.rstrip("/") + "/"
+    system, folder = files.file_system(path)
+    infos = {info["name"].rpartition("/")[2]: info for info in system.ls(folder, True)}
+    table = find_table(path, infos)
+    if table:
+        return table, infos[table.rpartition("/")[2]]
+    images = images_in(path)
+    if not images:
+        raise FileNotFoundError(
+            "`source` must name shards, for example "
+            f"{os.path.join(path, '*.tar')!r}, or a folder that holds metadata.csv, "
+            ".tsv or .jsonl with a row per image, or images. Received a folder "
+            f"without: {path}"
+        )
+    digest = hashlib.blake2b(
+        "\0".join(images).encode("utf-8", "surrogateescape"), digest_size=8
+    )
+    return path, {"size": len(images), "ETag": digest.hexdigest()}
+
+
+def expand(pattern):
+    """The files and folders that a pattern names, with what the file system says.
+
+    Each folder is listed once, whatever the number of files.
+
+    Args:
+        pattern: str with `{a,b}`, `{000..123}`, `*`, `?` or `[...]`, or a name.
+
+    Returns:
+        dict from each path to its information, a dict of fsspec.
+
+    Raises:
+        FileNotFoundError: If a file is missing, or if no file matches.
+    """
+    system, whole = files.file_system(pattern)
+    names = [pattern]
+    # A file may have braces in its name.
+    if "{" in pattern and not system.exists(whole):
+        names = _expand_braces(pattern)
+    found = {}
+    # What another program has written since does not show in a cache.
+    system.invalidate_cache()
+    paths = [files.file_system(name)[1] for name in names]
+    infos = _listed(system, names) if len(names) > 1 else {}
+    missing = [path for path in paths if path.rstrip("/") not in infos]
+    with futures.ThreadPoolExecutor(REQUESTS, "find files") as threads:
+        found_infos = threads.map(functools.partial(_info, system), missing)
+        infos.update(zip((path.rstrip("/") for path in missing), found_infos))
+    for name, path in zip(names, paths):
+        info = infos[path.rstrip("/")]
+        matches = {path: info} if info else _matching(system, path)
+        if not matches:
+            magic = re.search(r"[*?\[]", name)
+            kind = "pattern that no file matches" if magic else "missing"
+            raise FileNotFoundError(
+                f"`source` must name shards that exist. Received ({kind}): {name}"
+            )
+        local = not files.is_address(pattern)
+        for path, info in matches.items():
+            found[path if local else system.unstrip_protocol(path)] = info
+    return found
+
+
+def _expand_braces(pattern):
+    for body in re.findall(r"\{([^{}]*)\}", pattern):
+        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+        if not numbers and "," not in body:
+            raise ValueError(
+                "`source` must hold `{first..last}` or `{a,b}` between its braces. "
+                f"Received: {pattern}"
+            )
+        if numbers and int(numbers[1]) > int(numbers[2]):
+            raise ValueError(
+                f"`source` must count upwards between its braces. Received: {pattern}"
+            )
+    return list(braceexpand.braceexpand(pattern, escape=False))
+
+
+def _listed(system, names):
+    """The information on all files in the folders of names, of those that list."""
+    folders = {files.file_system(name)[1].rpartition("/")[0] for name in names}
+    infos = {}
+    for folder in folders:
+        if re.search(r"[*?\[]", folder):
+            continue
+        # Web servers have no lists.
+        with contextlib.suppress(OSError, NotImplementedError, ValueError):
+            listed = system.ls(folder, detail=True)
+            infos.update({info["name"].rstrip("/"): info for info in listed})
+    return {name: info for name, info in infos.items() if info.get("size") is not None}
+
+
+def _info(system, path):
+    try:
+        return system.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _matching(system, path):
+    found = system.glob(path, detail=True)
+    wants_hidden = path.rpartition("/")[2].startswith(".")
+    # Such as the index of a shard.
+    return {
+        name: found[name]
+        for name in sorted(found)
+        if wants_hidden or not name.rpartition("/")[2].startswith(".")
+    }
+
+
+def stamp(info):
+    """A str that differs if a file changes, from its size and its date or tag."""
+    names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
+    names += ("md5Hash", "created")
+    version = next((info[name] for name in names if info.get(name)), "")
+    return f"{info.get('size')} {version}"
