@@ -133,7 +133,7 @@ def name_of(function):
 def check_samples(indexes, reader, at_least):
     """Raises an error unless there are enough samples with what is asked for."""
     count = sum(map(len, indexes))
-    # The entries of JSON files and the names of classes are not in an index.
+    # What an entry holds, and which names classes have, is not in an index.
     examples = [sample for index in indexes for sample in _few(index)]
     if any(isinstance(sample, Pair) for sample in examples):
         if count >= at_least:

@@ -215,6 +215,7 @@ def image_text_dataset(
     batch_size = check_integer("batch_size", batch_size, 1)
     seed = check_integer("seed", seed, 0)
     num_workers = check_integer("num_workers", num_workers, 0)
+    max_image_pixels = check_integer("max_image_pixels", max_image_pixels, 1)
     check_background(background)
     data_format = data_format or keras.config.image_data_format()
     check_choice("data_format", data_format, ("channels_last", "channels_first"))
@@ -328,14 +329,14 @@ def image_text_dataset(
             "data.shards": sum(len(each.paths) for each in indexes),
             "data.samples": len(index),
             "data.index": [each.fingerprint for each in indexes],
-            "data.weights": weights,
+            "data.weights": weights and [float(weight) for weight in weights],
             "data.batch_size": batch_size,
             "data.seed": seed,
             "data.block_size": block_size,
             "data.sampling": None if sampling is None else order.digest(),
             "data.image_size": list(image_size),
-            "data.crop_scale": list(crop_scale),
-            "data.horizontal_flip": horizontal_flip,
+            "data.crop_scale": [float(bound) for bound in crop_scale],
+            "data.horizontal_flip": bool(horizontal_flip),
             "data.caption_template": repr(caption_template),
             "data.background": repr(background),
             "data.max_image_pixels": max_image_pixels,

@@ -144,8 +144,7 @@ def read_ranges(ranges):
         missing = [i for i in missing if may_pass(results[i])]
         if not missing or pause is None:
             return results
-        if (_stop.get() or threading.Event()).wait(pause):
-            raise Cancelled
+        _wait(pause)
 
 
 def retried(read):
@@ -156,7 +155,13 @@ def retried(read):
         except OSError as error:
             if pause is None or not may_pass(error):
                 raise
-            time.sleep(pause)
+            _wait(pause)
+
+
+def _wait(seconds):
+    stop = _stop.get() or threading.Event()
+    if stop.wait(seconds):
+        raise Cancelled
 
 
 def _merged(ranges, places):
@@ -176,9 +181,7 @@ def _merged(ranges, places):
 
 
 def _part_of(reply, first, path, start, stop):
-    if isinstance(reply, Exception):
-        return reply
-    if stop is None:
+    if isinstance(reply, Exception) or stop is None:
         return reply
     content = reply[start - first : stop - first]
     if len(content) < stop - start:

@@ -1,4 +1,4 @@
-"""The parts of an index: one file for each shard, which is built once and then mapped.
+"""The parts of an index: one file for each shard, which is built once.
 
 A part holds a line of JSON, then a record for each sample, then the contents of samples
 that no file holds. It does not depend on which fields are read as image and caption.

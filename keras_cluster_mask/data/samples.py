@@ -11,7 +11,7 @@ from keras_cluster_mask.data.tokenizing import tokenize
 
 # A broken sample is replaced by the first intact one of so many others in its batch.
 SUBSTITUTES = 64
-# They are so far apart, as a share of the batch, so that they are of different shards.
+# How far apart they are, as a share of the batch: enough to be in different shards.
 DISTANCE = 0.618
 # The entry of a chunk with its broken samples.
 FAULTS = "faults"
@@ -138,9 +138,8 @@ class Samples:
                 pair, image = self._image(pair, generator, [])
                 if image is not None:
                     return pair, image
-        raise SampleError(
-            fault.shard, fault.key, f"{fault.reason}, nor can others of its batch"
-        )
+        reason = f"{fault.reason}; {count - 1} others of its batch are broken, too"
+        raise SampleError(fault.shard, fault.key, reason)
 
     def _texts(self, pairs, generators):
         batch = {

@@ -190,7 +190,7 @@ class _Iterator(grain.DatasetIterator):
             self._batch += 1
             rows = len(batch["images"])
             faults = batch.pop(FAULTS)
-            # In training, neighbours have taken the places of broken samples.
+            # In training, others have taken the places of broken samples.
             left_out = 0 if self._dataset.training else len(faults)
             self._account.report(faults, rows + left_out)
             if rows:

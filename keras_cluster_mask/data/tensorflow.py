@@ -42,7 +42,7 @@ def stop_at_interrupts():
     It waits outside of Python, which hears of an interrupt only after the wait, but
     writes the number of the signal to a file at once.
     """
-    # Only the main thread may set that file, and another program may use it.
+    # Only the main thread may set that file.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
