@@ -49,6 +49,11 @@ def open_index(
     if isinstance(first, Mapping) or (
         hasattr(source, "__getitem__") and not isinstance(source, str) and not is_list
     ):
+        if index_dir is not None:
+            raise ValueError(
+                "`index_dir` is for files: an object has no index. Received: "
+                f"index_dir={index_dir!r}, source of type {type(source).__name__}"
+            )
         return ObjectIndex(source, reader)
     shards = find_shards(source)
     parts = build_parts(shards, index_dir, num_workers, verbose, process)

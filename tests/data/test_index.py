@@ -341,3 +341,8 @@ def test_json_files_without_the_caption_do_not_count_as_captions(write_tar):
     assert len(nested) == 20
     with_other = PairReader(caption_key="json.caption")
     assert len(open_index(write_tar("c.tar", members), with_other)) == 0
+
+
+def test_a_folder_for_the_index_of_an_object_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`index_dir` is for files.*Received.*list"):
+        open_index([{"image": b"-", "caption": "a"}], PairReader(), tmp_path)
