@@ -92,6 +92,8 @@ class PatchMasking(keras.layers.Layer):
         self.num_prefix_tokens = num_prefix_tokens
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
+        # Whether `call` counts as a training step; a model around counts its own.
+        self.counts_calls = True
         # A weight, since compiled steps can return values only through weights.
         self.last_mask_ratio = self.add_weight(
             shape=(),
@@ -188,6 +190,10 @@ class PatchMasking(keras.layers.Layer):
             ascending order, and `(batch, K)` booleans that are false for a
             patch that only fills up and must have no influence.
         """
+        score, noise = self._score_patches(images, tokens, noise)
+        return self._keep_best(score, noise)
+
+    def _score_patches(self, images, tokens, noise):
         images = None if images is None else ops.convert_to_tensor(images)
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
         num_patches = self.count_patches(images, tokens)
@@ -198,8 +204,10 @@ class PatchMasking(keras.layers.Layer):
             noise = take(self.draw(size, num_patches))
         noise = ops.convert_to_tensor(noise, dtype="float32")
         _check_noise(noise, inputs.shape[0], num_patches)
-        score = self.score(noise, images, tokens)
-        best = order_by_score(score, noise)[:, : self.num_kept(num_patches)]
+        return self.score(noise, images, tokens), noise
+
+    def _keep_best(self, score, noise):
+        best = order_by_score(score, noise)[:, : self.num_kept(score.shape[1])]
         indices = ops.sort(best, axis=-1)
         if not self.hides_tokens:
             return indices, ops.ones_like(indices, dtype="bool")
@@ -220,13 +228,16 @@ class PatchMasking(keras.layers.Layer):
         images = None if images is None else ops.convert_to_tensor(images)
         num_patches = self.count_patches(images, tokens)
         num_prefix = self._check_prefix(tokens.shape[1], num_patches)
-        indices, visible = self.select(images, tokens, noise)
+        score, noise = self._score_patches(images, tokens, noise)
+        indices, visible = self._keep_best(score, noise)
         prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
         kept = ops.take_along_axis(patches, ops.expand_dims(indices, -1), axis=1)
 
         share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
         self.last_mask_ratio.assign(1.0 - share)
-        self.after_training_step()
+        self.observe(score)
+        if self.counts_calls:
+            self.advance()
         if self.hides_tokens:
             always = ops.ones_like(prefix[:, :, 0], dtype="bool")
             self._visible_tokens = ops.concatenate([always, visible], axis=1)
@@ -236,11 +247,30 @@ class PatchMasking(keras.layers.Layer):
         """What becomes of images before they get here; set by the model around."""
         return images
 
+    def join(self, prepare_pixels):
+        """Called by a model that the masking becomes a part of.
+
+        From then on only the training steps of the model count as steps, and not every
+        call with `training=True`.
+
+        Args:
+            prepare_pixels: Function that the model applies to images before.
+        """
+        self.prepare_pixels = prepare_pixels
+        self.counts_calls = False
+
     def check_ready(self):
         """Raises if the layer cannot train yet. Reads values, so call it eagerly."""
 
-    def after_training_step(self):
-        """Called once per training step, for strategies that keep state."""
+    def observe(self, score):
+        """Called in training with the scores, for strategies that keep state.
+
+        Args:
+            score: `(batch, N)` tensor that `score` returned.
+        """
+
+    def advance(self):
+        """Moves state on by one training step, for strategies that keep state."""
 
     def _check_ready_once(self):
         # Once, since reading a value makes an accelerator wait. In a compiled step

@@ -109,8 +109,8 @@ class ContrastiveModel(keras.Model):
 
     Metrics in training: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy`
     within the batch, `temperature`, and, with a masking, `mask_ratio`: the share of
-    patches that had no influence (0 in evaluation, which masks nothing). `compile` adds
-    `gradient_norm` if asked.
+    patches that had no influence. `compile` adds `gradient_norm` if asked. Evaluation
+    has neither of the last two.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -171,7 +171,7 @@ class ContrastiveModel(keras.Model):
         )
         self.maskings = [x for x in all_layers(self) if isinstance(x, PatchMasking)]
         for masking in self.maskings:
-            masking.prepare_pixels = self.normalize_pixels
+            masking.join(self.normalize_pixels)
         self.accuracy_metrics = [
             keras.metrics.Mean(name="image_to_text_accuracy"),
             keras.metrics.Mean(name="text_to_image_accuracy"),
@@ -182,6 +182,8 @@ class ContrastiveModel(keras.Model):
         # Set by `compile` and while `fit` runs.
         self.gradient_norm = None
         self.training_run = None
+        # Set by `compute_loss`, for the metrics of the same step.
+        self._is_training_step = False
         # Nothing is left to build, unless an encoder learns its width when called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
         if self.built:
@@ -330,15 +332,18 @@ class ContrastiveModel(keras.Model):
             for masking in self.maskings:
                 ratio = replica_mean(masking.last_mask_ratio)
                 self.mask_ratio_metric.update_state(ratio)
+                masking.advance()
+        self._is_training_step = training
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        norm = self.gradient_norm
-        has_norm = norm is not None and norm.update_metric()
+        if self.gradient_norm is not None and self._is_training_step:
+            self.gradient_norm.update_metric()
         logs = super().compute_metrics(x, y, y_pred, sample_weight)
-        if not has_norm:
-            # Evaluation has no gradients.
-            logs.pop("gradient_norm", None)
+        if not self._is_training_step:
+            # Evaluation has no gradients, and masks nothing.
+            for name in ("gradient_norm", "mask_ratio"):
+                logs.pop(name, None)
         return logs
 
     def make_train_function(self, force=False):

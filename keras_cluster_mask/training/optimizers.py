@@ -122,17 +122,14 @@ class GradientNorm:
         gradients = [ops.cast(x, "float32") / scale for x in gradients if x is not None]
         self._step.norm = ops.sqrt(sum(ops.sum(ops.square(x)) for x in gradients))
 
-    def update_metric(self) -> bool:
-        """Counts the step if it had gradients; returns whether it had."""
+    def update_metric(self):
+        """Counts a training step."""
         # Held no longer than the step, as it may be a value of a traced function.
-        norm = vars(self._step).pop("norm", None)
-        if norm is None:
-            return False
+        norm = vars(self._step).pop("norm")
         counts = ops.ones_like(norm)
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             counts = ops.cast(ops.isfinite(norm), norm.dtype)
         self.metric.update_state(ops.where(counts > 0, norm, 0.0), counts)
-        return True
 
 
 # === Weight decay ===
