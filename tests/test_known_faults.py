@@ -11,10 +11,8 @@ from tests.helpers import (
     FAST,
     image_mlp,
     patch_mlp,
-    random_images,
     random_pairs,
     text_bag,
-    tiny_clip,
 )
 
 
@@ -43,20 +41,6 @@ def test_weights_that_an_update_made_infinite_are_not_saved(tmp_path):
     assert found is None or all(
         np.isfinite(x).all() for key, x in found[1].items() if key.startswith("model/")
     )
-
-
-@pytest.mark.xfail(
-    keras.backend.backend() != "tensorflow",
-    strict=True,
-    reason="a .keras file does not hold `trainable`",
-)
-def test_a_frozen_tower_is_frozen_after_a_reload(tmp_path):
-    backbone = tiny_clip()
-    backbone.vision_encoder.trainable = False
-    model = kcm.ContrastiveModel.from_backbone(backbone)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert len(loaded.trainable_variables) == len(model.trainable_variables)
 
 
 @pytest.mark.xfail(strict=True, reason="the checkpoint's learning rate is restored")

@@ -21,6 +21,7 @@ from keras_cluster_mask.models.head import (
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
+from keras_cluster_mask.training.layers import frozen_parts
 
 
 class BackboneModel(ContrastiveModel):
@@ -62,6 +63,7 @@ class BackboneModel(ContrastiveModel):
             **self._options(),
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "masking": keras.saving.serialize_keras_object(self.masking),
+            "frozen": frozen_parts(self),
         }
 
 

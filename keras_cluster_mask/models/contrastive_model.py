@@ -35,7 +35,8 @@ from keras_cluster_mask.training.inputs import (
 )
 from keras_cluster_mask.training.layers import (
     all_layers,
-    deserialize_parts,
+    from_parts,
+    frozen_parts,
     state_variables,
 )
 from keras_cluster_mask.training.micro_batches import (
@@ -633,11 +634,12 @@ class ContrastiveModel(keras.Model):
             "projection_dim": self.head.projection_dim,
             "image_encoder": keras.saving.serialize_keras_object(self.image_encoder),
             "text_encoder": keras.saving.serialize_keras_object(self.text_encoder),
+            "frozen": frozen_parts(self),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        return cls(**deserialize_parts(config, custom_objects))
+        return from_parts(cls, config, custom_objects)
 
     def _options(self):
         """The constructor's arguments that models for backbones take too."""

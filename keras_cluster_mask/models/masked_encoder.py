@@ -14,7 +14,7 @@ from keras_cluster_mask.models.encoders import (
     split_at,
 )
 from keras_cluster_mask.training.gradient_checkpointing import PutMask
-from keras_cluster_mask.training.layers import all_layers, deserialize_parts
+from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
 
 
 def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
@@ -147,11 +147,12 @@ class MaskedEncoder(keras.Model):
             "encoder": keras.saving.serialize_keras_object(self.encoder),
             "masking": keras.saving.serialize_keras_object(self.masking),
             "layer": self.embedding_layer.name,
+            "frozen": frozen_parts(self),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        return cls(**deserialize_parts(config, custom_objects))
+        return from_parts(cls, config, custom_objects)
 
 
 # === Hidden tokens ===

@@ -149,12 +149,11 @@ def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
     # Noise, not plain images: those have nearly equal embeddings, among which rounding
     # decides which is the most similar, and with it the accuracies.
     images = np.random.default_rng(0).integers(0, 256, (40, 20, 24, 3), "uint8")
-    files = [
-        [(f"{i:04}.png", encode(image)), (f"{i:04}.txt", b"no %d" % i)]
-        for i, image in enumerate(images)
-    ]
-    write_tar("a.tar", sum(files[:27], []))
-    write_tar("b.tar", sum(files[27:], []))
+    files = []
+    for i, image in enumerate(images):
+        files += [(f"{i:04}.png", encode(image)), (f"{i:04}.txt", b"no %d" % i)]
+    write_tar("a.tar", files[: 2 * 27])
+    write_tar("b.tar", files[2 * 27 :])
     monkeypatch.setenv("SHARDS", str(tmp_path / "*.tar"))
     monkeypatch.setenv("CHECKPOINT", str(tmp_path / "single"))
     single = train(tmp_path / "single.npz", "single")
