@@ -77,7 +77,8 @@ class CLIPContrastiveModel(BackboneModel):
         backbone: A `keras_hub.models.CLIPBackbone`.
         masking: A `PatchMasking` layer, or `None`.
         loss: `"softmax"` or `"sigmoid"`.
-        initial_temperature: Float, or `None` for the backbone's.
+        initial_temperature: Float. Defaults to the backbone's own, and to 0.1 for the
+            sigmoid loss, which a CLIP backbone was never trained with.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale never exceeds it.
         head: A `ContrastiveHead` of the same backbone to use.
@@ -106,13 +107,17 @@ class CLIPContrastiveModel(BackboneModel):
             "initial_logit_bias": initial_logit_bias,
             "max_logit_scale": max_logit_scale,
         }
-        head = head or ContrastiveHead(
-            **given,
-            image_projection=backbone.vision_projection,
-            text_projection=backbone.text_projection,
-            logit_scale=_prepared(backbone.clip_head.logit_scale, initial_temperature),
-            name="head",
-        )
+        if head is None:
+            temperature = initial_temperature
+            if temperature is None and loss == "sigmoid":
+                temperature = INITIAL_TEMPERATURE[loss]
+            head = ContrastiveHead(
+                **given,
+                image_projection=backbone.vision_projection,
+                text_projection=backbone.text_projection,
+                logit_scale=_prepared(backbone.clip_head.logit_scale, temperature),
+                name="head",
+            )
         super().__init__(backbone, head, masking, **given, **kwargs)
         # It takes the class token, which is never hidden.
         backbone.vision_pooler.supports_masking = True

@@ -10,6 +10,7 @@ from keras_cluster_mask.distribution.replicas import (
     all_reduce_mean,
     batch_is_split,
     local_loss,
+    metric_rows,
     num_replicas,
     replica_mean,
 )
@@ -28,9 +29,12 @@ from keras_cluster_mask.training.gradient_checkpointing import (
 )
 from keras_cluster_mask.training.inputs import (
     LONELY,
+    SAMPLE_WEIGHT,
+    as_dictionary,
     check_data,
     check_ends,
     check_input,
+    check_no_labels,
     until_the_end,
 )
 from keras_cluster_mask.training.layers import (
@@ -53,7 +57,10 @@ class ContrastiveModel(keras.Model):
     image near its own text and far from the others. Compile it with an optimizer alone,
     the loss is built in. Batches are dictionaries
     `{"images": (B, H, W, C), "token_ids": (B, T)}` without labels. uint8 images are
-    scaled and normalised on the device; others must be normalised.
+    scaled and normalised on the device; others must be normalised. A further entry
+    `"sample_weight"`, `(B,)` floats, weights what each pair contributes to the loss,
+    which is still divided by the number of pairs, and to the accuracies; a pair of
+    weight 0 still is a negative of the others.
 
     Example:
 
@@ -160,7 +167,9 @@ class ContrastiveModel(keras.Model):
             "initial_logit_bias": initial_logit_bias,
             "max_logit_scale": max_logit_scale,
         }
-        self.head = head or ContrastiveHead(**given, name="head")
+        self.head = head or ContrastiveHead(
+            **given, dtype=self.dtype_policy, name="head"
+        )
         _check_head(self.head, given)
         self.head.build_projections(_width(image_encoder), _width(text_encoder))
 
@@ -208,8 +217,8 @@ class ContrastiveModel(keras.Model):
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
                 `projection_dim`. `loss` defaults to the backbone's own, and so do
                 `pixel_mean` and `pixel_std`. `initial_temperature=None` keeps the
-                temperature of the backbone; a fresh SigLIP starts at 0.1, with a bias
-                of -10.
+                temperature of the backbone; a fresh SigLIP, and a CLIP with the
+                sigmoid loss, start at 0.1, with a bias of -10.
 
         Returns:
             A `ContrastiveModel` with the attributes `backbone` and `masking`.
@@ -309,25 +318,33 @@ class ContrastiveModel(keras.Model):
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
+        check_no_labels(y=y)
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
             raise ValueError(f"{LONELY} Received: a batch of 1")
+        # Keras passes on its own argument only with labels, and of single batches.
+        if sample_weight is None:
+            sample_weight = x.get(SAMPLE_WEIGHT)
+        if sample_weight is not None:
+            sample_weight = ops.cast(sample_weight, "float32")
         if self.duplicates == "positive":
             labels = caption_labels(x["token_ids"])
         else:
             labels = ops.arange(ops.shape(images)[0])
         weights, is_split = self.head.loss_weights, batch_is_split(training)
         losses, *hits = batch_loss(
-            self.head.loss, weights, images, texts, labels, is_split
+            self.head.loss, weights, images, texts, labels, sample_weight, is_split
         )
-        loss = ops.mean(losses)
+        # A replica may have no rows in evaluation.
+        rows = ops.maximum(ops.shape(losses)[0], 1)
+        loss = ops.sum(losses) / ops.cast(rows, losses.dtype)
         for extra in self.losses:
             loss = loss + ops.cast(ops.sum(extra), loss.dtype)
         if is_split:
             loss = local_loss(loss)
-            hits = map(replica_mean, hits)
+            *hits, sample_weight = map(metric_rows, (*hits, sample_weight))
         for metric, values in zip(self.accuracy_metrics, hits):
-            metric.update_state(values)
+            metric.update_state(values, sample_weight)
         self.temperature_metric.update_state(1.0 / weights[0])
         if training:
             for masking in self.maskings:
@@ -365,7 +382,7 @@ class ContrastiveModel(keras.Model):
     def compile(
         self,
         optimizer="rmsprop",
-        *args,
+        *,
         learning_rate_multipliers=None,
         decay_vectors=False,
         log_gradient_norm=False,
@@ -389,7 +406,6 @@ class ContrastiveModel(keras.Model):
         Args:
             optimizer: A Keras optimizer, or its name. Not a `Nadam` or
                 `MultiOptimizer` if there are `learning_rate_multipliers`.
-            *args: Arguments of `keras.Model.compile`; the loss is built in.
             learning_rate_multipliers: Dictionary of floats. Factors on the learning
                 rate, and on decoupled weight decay, by tower: `"image"` and `"text"`,
                 each with its projection. All other weights keep the rate. To freeze a
@@ -402,16 +418,22 @@ class ContrastiveModel(keras.Model):
                 norm of the gradients of all weights and of the whole batch before they
                 are clipped, as the mean over the steps of an epoch. Steps that a
                 `LossScaleOptimizer` skips do not count.
-            **kwargs: Arguments of `keras.Model.compile`.
+            **kwargs: Arguments of `keras.Model.compile`, without losses and metrics,
+                which are built in. `auto_scale_loss` scales the loss if an encoder
+                computes in float16.
 
         Raises:
-            ValueError: For a multiplier of something else than a tower, or an
-                optimizer that has already been built to decay vectors.
+            ValueError: For a loss or metrics, a multiplier of something else than a
+                tower, or an optimizer that has already been built to decay vectors.
         """
         multipliers = optimizers.check_multipliers(
             learning_rate_multipliers or {}, self.towers
         )
-        super().compile(optimizer, *args, **kwargs)
+        _check_no_losses(kwargs)
+        optimizer = keras.optimizers.get(optimizer)
+        if kwargs.get("auto_scale_loss", True):
+            optimizer = optimizers.with_loss_scaling(optimizer, all_layers(self))
+        super().compile(optimizer, **kwargs)
         self._optimizer_options = {
             "learning_rate_multipliers": multipliers,
             "decay_vectors": bool(decay_vectors),
@@ -506,11 +528,12 @@ class ContrastiveModel(keras.Model):
         finally:
             self.training_run = None
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        x = as_dictionary(x, y, sample_weight)
         check_ends(x, kwargs.get("steps"))
         with until_the_end():
             x = check_data(x, self.vocabulary_size)
-            return super().evaluate(x, *args, **kwargs)
+            return super().evaluate(x, None, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         check_ends(x, kwargs.get("steps"))
@@ -655,6 +678,7 @@ class ContrastiveModel(keras.Model):
             "gradient_checkpointing": names if isinstance(names, bool) else [*names],
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
+            "dtype": self.dtype_policy.name,
         }
 
 
@@ -687,6 +711,16 @@ def _check_head(head, given):
             raise ValueError(
                 f"`{name}` must be that of `head`, which defines it. Received: "
                 f"{name}={value!r}, head.{name}={getattr(head, name)!r}"
+            )
+
+
+def _check_no_losses(options):
+    for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"`{name}` must not be given: the loss is the argument `loss` of the "
+                "model, and the metrics are built in. "
+                f"Received: {name}={options[name]!r}"
             )
 
 

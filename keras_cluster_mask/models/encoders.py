@@ -51,11 +51,7 @@ def image_shape_of(encoder) -> tuple | None:
 
 def data_format_of(encoder) -> str:
     """`"channels_last"` or `"channels_first"`: in which order an encoder has axes."""
-    found = getattr(encoder, "data_format", None)
-    for layer in getattr(encoder, "layers", ()):
-        if type(layer).__name__ in EMBEDDINGS:
-            found = found or getattr(layer, "data_format", None)
-    return found or keras.config.image_data_format()
+    return _first_data_format(encoder) or keras.config.image_data_format()
 
 
 def knows_image_size(encoder) -> bool:
@@ -160,6 +156,14 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
 def as_pair(size) -> tuple[int, int]:
     """`(height, width)` from one integer or two."""
     return (size,) * 2 if isinstance(size, int) else tuple(size)
+
+
+def _first_data_format(layer):
+    """That of the first layer that has one: it reads the images."""
+    found = getattr(layer, "data_format", None)
+    for part in getattr(layer, "layers", ()):
+        found = found or _first_data_format(part)
+    return found
 
 
 def _makes_tokens(layer):

@@ -11,6 +11,7 @@ from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.training.inputs import (
     StepSize,
+    as_dictionary,
     check_data,
     check_ends,
     check_keys,
@@ -42,6 +43,9 @@ def fit(model, keras_fit, x, options, resume_from=None):
         A `keras.callbacks.History`.
     """
     options = dict(options)
+    x = as_dictionary(
+        x, *(options.pop(k, None) for k in ("y", "sample_weight", "class_weight"))
+    )
     epochs, steps = options.pop("epochs"), options.pop("steps_per_epoch")
     if not is_main_process():
         options["verbose"] = 0
@@ -54,6 +58,7 @@ def fit(model, keras_fit, x, options, resume_from=None):
         x, held_out = _split(x, options.pop("validation_split"))
         if options["validation_data"] is None:
             options["validation_data"] = held_out
+    options["validation_data"] = as_dictionary(options["validation_data"])
     validation = Validation(options, callbacks, batch_size)
     check_ends(validation.data, options.get("validation_steps"))
     if hasattr(validation.data, "as_dataset"):
@@ -192,8 +197,7 @@ class Validation(keras.callbacks.Callback):
 
     def __init__(self, options, callbacks, batch_size):
         super().__init__()
-        data = options["validation_data"]
-        self.data = data[0] if isinstance(data, (tuple, list)) else data
+        self.data = options["validation_data"]
         self.callbacks = callbacks
         self.every = options.get("validation_freq", 1)
         self.options = {"steps": options.get("validation_steps")}

@@ -12,6 +12,7 @@ from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.processes import process_index_and_count
 
 KEYS = ("images", "token_ids")
+SAMPLE_WEIGHT = "sample_weight"
 FOREIGN = (
     "`token_ids` must be in the text encoder's vocabulary, [0, {}). "
     "Were they made by another tokenizer?"
@@ -19,6 +20,53 @@ FOREIGN = (
 LONELY = (
     "A contrastive loss compares the pairs of a batch, so it needs at least two pairs."
 )
+
+
+def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
+    """Arrays, and the weights of their rows, as one dictionary; other data as it is.
+
+    Args:
+        x: Data, or a tuple of data and of what may follow it in Keras.
+        y: Must be `None`.
+        sample_weight: `(pairs,)` floats, of arrays.
+        class_weight: Must be `None`.
+    """
+    if isinstance(x, (tuple, list)) and x and isinstance(x[0], dict):
+        x, *rest = x
+        own_y, own_weight = [*rest, None, None][:2]
+        y = own_y if y is None else y
+        sample_weight = own_weight if sample_weight is None else sample_weight
+    check_no_labels(y=y, class_weight=class_weight)
+    if sample_weight is None:
+        return x
+    if not isinstance(x, dict) or SAMPLE_WEIGHT in x:
+        raise ValueError(
+            "`sample_weight` is for arrays; other data holds the weights of its rows "
+            "in its batches, under the key 'sample_weight'. "
+            f"Received: sample_weight={sample_weight}, data of type {type(x).__name__}"
+        )
+    return {**x, SAMPLE_WEIGHT: sample_weight}
+
+
+def check_no_labels(**labels):
+    """Raises an error for labels, which a contrastive loss has no use for."""
+    for name, value in labels.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be None: a contrastive loss needs no labels. To weight "
+                "pairs, put 'sample_weight' into the batches. "
+                f"Received: {name}={value}"
+            )
+
+
+def check_weights(weights, pairs: int):
+    """Raises an error for weights of rows that could not be used."""
+    weights = np.asarray(weights)
+    if weights.shape != (pairs,) or not np.all(np.isfinite(weights) & (weights >= 0)):
+        raise ValueError(
+            f"`sample_weight` must hold {pairs} finite numbers of at least 0, one a "
+            f"pair. Received: sample_weight={weights}"
+        )
 
 
 def check_data(data, vocabulary_size=None, batch_size=None):
@@ -45,6 +93,8 @@ def check_data(data, vocabulary_size=None, batch_size=None):
         check_keys(data)
         if vocabulary_size is not None:
             check_ids(data["token_ids"], vocabulary_size)
+        if SAMPLE_WEIGHT in data:
+            check_weights(data[SAMPLE_WEIGHT], len(data["images"]))
         if training and len(data["images"]) % batch_size == 1:
             raise ValueError(
                 f"{LONELY} The last batch of these arrays would be one. Received: "
@@ -52,8 +102,6 @@ def check_data(data, vocabulary_size=None, batch_size=None):
             )
         if any(map(_holds_strings, data.values())):
             data = {k: v for k, v in data.items() if not _holds_strings(v)}
-    elif isinstance(data, (tuple, list)) and data and isinstance(data[0], dict):
-        data = (check_data(data[0], vocabulary_size, batch_size), *data[1:])
     elif hasattr(data, "as_dataset") and keras.backend.backend() == "tensorflow":
         data = check_data(data.as_dataset(), vocabulary_size, batch_size)
     elif hasattr(data, "as_dataset"):

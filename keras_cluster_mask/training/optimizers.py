@@ -63,6 +63,18 @@ def check_multipliers(multipliers: dict, towers) -> dict:
     return {name: float(factor) for name, factor in multipliers.items()}
 
 
+def with_loss_scaling(optimizer, layers):
+    """An optimizer that scales the loss, if a layer computes in float16.
+
+    Keras looks at the model's own policy alone, and towers have theirs.
+    """
+    if optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer
+    if all(layer.compute_dtype != "float16" for layer in layers):
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer)
+
+
 def inner_optimizer(optimizer):
     """The optimizer that updates weights, inside of a `LossScaleOptimizer`."""
     return getattr(optimizer, "inner_optimizer", optimizer)

@@ -254,6 +254,35 @@ print("equal")
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
+def test_replicas_without_rows_count_for_nothing_in_evaluation():
+    code = """
+import numpy as np
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+virtual = tf.config.LogicalDeviceConfiguration()
+tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+import keras_cluster_mask as kcm
+from tests.helpers import image_mlp, random_pairs, text_bag
+one = kcm.ContrastiveModel(image_mlp(), text_bag())
+one.compile("sgd")
+with strategy.scope():
+    two = kcm.ContrastiveModel(image_mlp(), text_bag())
+    two.compile("sgd")
+two.set_weights(one.get_weights())
+for count in (9, 11, 8):
+    pairs = random_pairs(count)
+    for weights in ({}, {"sample_weight": np.linspace(0, 2, count, dtype="float32")}):
+        data = tf.data.Dataset.from_tensor_slices({**pairs, **weights}).batch(8)
+        found, expected = (x.evaluate(data, verbose=0) for x in (two, one))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(count))
+print("equal")
+"""
+    done = run_code(code)
+    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
 @pytest.mark.parametrize(("full", "size"), [("True", "3"), ("False", "None")])
 def test_batches_that_replicas_cannot_share_are_refused(full, size):
     code = f"""

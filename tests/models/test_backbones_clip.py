@@ -244,6 +244,19 @@ def test_masks_are_those_of_full_precision_in_mixed_precision(kind):
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("temperature", "scale"), [(None, 10.0), (0.05, 20.0)], ids=["default", "given"]
+)
+def test_a_sigmoid_loss_starts_at_the_temperature_of_siglip(temperature, scale):
+    model = kcm.ContrastiveModel.from_backbone(
+        tiny_clip(), loss="sigmoid", initial_temperature=temperature
+    )
+    found, bias = (float(ops.convert_to_numpy(x)) for x in model.head.loss_weights)
+    assert found == pytest.approx(scale, rel=1e-6)
+    assert bias == -10.0
+
+
+@pytest.mark.any_backend
 def test_something_that_is_no_backbone_is_refused():
     for thing in (tiny_clip().vision_encoder, "clip_vit_base_patch16", None):
         with pytest.raises(

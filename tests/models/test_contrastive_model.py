@@ -812,3 +812,126 @@ def test_a_batch_without_one_of_its_keys_is_an_error():
                 call(part)
     with pytest.raises(ValueError, match=r"dictionary.*Received:"):
         model(pairs["images"])
+
+
+# === Weights of pairs ===
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_weights_of_pairs_weight_loss_and_accuracies(micro_batch_size):
+    pairs = random_pairs(8)
+    weight = np.array([0, 2, 1, 0.5, 0, 1, 1, 3], "float32")
+    model = small_model(micro_batch_size=micro_batch_size)
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    embeddings = model.predict(pairs, verbose=0)
+    similarity = embeddings["image_embeddings"] @ embeddings["text_embeddings"].T
+    logits = similarity / 0.07
+    rows = [np.log(np.exp(x).sum(axis=1)) - np.diag(x) for x in (logits, logits.T)]
+    expected = {
+        # A pair of weight 0 is still among the others' negatives.
+        "loss": (rows[0] + rows[1]) @ weight / 2 / 8,
+        "image_to_text_accuracy": (similarity.argmax(1) == np.arange(8)) @ weight / 8.5,
+        "text_to_image_accuracy": (similarity.argmax(0) == np.arange(8)) @ weight / 8.5,
+    }
+    given = {**pairs, "sample_weight": weight}
+    found = [
+        one_step(model, given),
+        one_step(model, pairs, sample_weight=weight),
+        model.evaluate(given, verbose=0, return_dict=True),
+        model.evaluate(pairs, sample_weight=weight, verbose=0, return_dict=True),
+        {
+            name.removeprefix("val_"): value
+            for name, value in one_step(
+                model, pairs, validation_data=(pairs, None, weight)
+            ).items()
+            if name.startswith("val_")
+        },
+        model.train_on_batch(pairs, sample_weight=weight, return_dict=True),
+    ]
+    for logs in found:
+        for name, value in expected.items():
+            assert np.squeeze(logs[name]) == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_batch_of_weights_of_0_has_a_loss_of_0_and_changes_nothing(loss):
+    model = small_model(loss=loss)
+    model.compile(keras.optimizers.SGD(1.0), **FAST)
+    before = values(model.trainable_variables)
+    logs = one_step(model, {**random_pairs(4), "sample_weight": np.zeros(4)})
+    assert logs["loss"] == logs["image_to_text_accuracy"] == [0.0]
+    for one, other in zip(values(model.trainable_variables), before):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_datasets_carry_weights_in_their_batches():
+    tf = pytest.importorskip("tensorflow")
+    model = small_model()
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    pairs = {**random_pairs(8), "sample_weight": np.arange(8.0)}
+    dataset = tf.data.Dataset.from_tensor_slices(pairs).batch(4)
+    expected = model.evaluate(pairs, batch_size=4, verbose=0)
+    assert model.evaluate(dataset, verbose=0) == pytest.approx(expected)
+    found = model.fit(dataset, verbose=0).history["loss"]
+    assert found == pytest.approx([expected[0]], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weight", [[1.0], np.ones((4, 1)), [1, 1, -1, 1], [1, 1, np.nan, 1]]
+)
+def test_weights_that_fit_no_pairs_are_refused(weight):
+    model = small_model()
+    model.compile("sgd", **FAST)
+    with pytest.raises(ValueError, match=r"`sample_weight` must hold 4.*Received:"):
+        model.fit({**random_pairs(4), "sample_weight": weight}, verbose=0)
+
+
+def test_labels_losses_and_metrics_are_refused():
+    model = small_model()
+    pairs, labels = random_pairs(4), np.arange(4)
+    for name in ("loss", "metrics", "weighted_metrics", "loss_weights"):
+        with pytest.raises(ValueError, match=rf"`{name}` must not be.*Received:"):
+            model.compile("sgd", **{name: ["mse"]})
+    model.compile("sgd", **FAST)
+    for call in (
+        lambda: model.fit(pairs, labels, verbose=0),
+        lambda: model.fit((pairs, labels), verbose=0),
+        lambda: model.fit(pairs, validation_data=(pairs, labels), verbose=0),
+        lambda: model.evaluate(pairs, labels, verbose=0),
+        lambda: model.train_on_batch(pairs, labels),
+    ):
+        with pytest.raises(ValueError, match=r"`y` must be None.*Received:"):
+            call()
+    with pytest.raises(ValueError, match=r"`class_weight` must be None.*Received:"):
+        model.fit(pairs, class_weight={0: 2.0}, verbose=0)
+
+
+# === Loss scaling ===
+
+
+@pytest.mark.any_backend
+def test_a_tower_in_float16_gets_a_scaled_loss():
+    def optimizer(model, **kwargs):
+        model.compile("sgd", **kwargs)
+        return type(model.optimizer).__name__
+
+    half = kcm.ContrastiveModel.from_backbone(tiny_clip("mixed_float16"))
+    assert optimizer(half) == "LossScaleOptimizer"
+    assert optimizer(half, auto_scale_loss=False) == "SGD"
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip("mixed_bfloat16"))
+    assert optimizer(model) == "SGD"
+
+
+@pytest.mark.any_backend
+def test_the_projections_have_the_dtype_policy_of_the_model(tmp_path):
+    model = small_model(projection_dim=4, dtype="mixed_bfloat16")
+    assert model.head.image_projection.compute_dtype == "bfloat16"
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for head in (loaded.head, loaded.without_masking().head):
+        assert head.text_projection.compute_dtype == "bfloat16"
+    pairs = random_pairs(4)
+    found, expected = (x.predict(pairs, verbose=0) for x in (loaded, model))
+    for name, value in expected.items():
+        assert value.dtype == "float32"
+        np.testing.assert_array_equal(found[name], value)
