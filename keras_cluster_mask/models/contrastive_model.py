@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 from functools import partial
@@ -189,11 +190,10 @@ class ContrastiveModel(keras.Model):
         self.temperature_metric = keras.metrics.Mean(name="temperature")
         if self.maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
-        # Set by `compile` and while `fit` runs.
+        # Set by `compile`, and while `fit` and `evaluate` run.
         self.gradient_norm = None
         self.training_run = None
-        # Set by `compute_loss`, for the metrics of the same step.
-        self._is_training_step = False
+        self.is_evaluating = False
         # Nothing is left to build, unless an encoder learns its width when called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
         if self.built:
@@ -351,14 +351,16 @@ class ContrastiveModel(keras.Model):
                 ratio = replica_mean(masking.last_mask_ratio)
                 self.mask_ratio_metric.update_state(ratio)
                 masking.advance()
-        self._is_training_step = training
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        if self.gradient_norm is not None and self._is_training_step:
+        if self.gradient_norm is not None and not self.is_evaluating:
             self.gradient_norm.update_metric()
-        logs = super().compute_metrics(x, y, y_pred, sample_weight)
-        if not self._is_training_step:
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def get_metrics_result(self):
+        logs = super().get_metrics_result()
+        if self.is_evaluating:
             # Evaluation has no gradients, and masks nothing.
             for name in ("gradient_norm", "mask_ratio"):
                 logs.pop(name, None)
@@ -531,9 +533,13 @@ class ContrastiveModel(keras.Model):
     def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
         x = as_dictionary(x, y, sample_weight)
         check_ends(x, kwargs.get("steps"))
-        with until_the_end():
+        with until_the_end(), self._evaluation():
             x = check_data(x, self.vocabulary_size)
             return super().evaluate(x, None, *args, **kwargs)
+
+    def test_on_batch(self, *args, **kwargs):
+        with self._evaluation():
+            return super().test_on_batch(*args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         check_ends(x, kwargs.get("steps"))
@@ -625,6 +631,14 @@ class ContrastiveModel(keras.Model):
                 f"{[masking.name for masking in whole.maskings]}"
             )
         return whole
+
+    @contextlib.contextmanager
+    def _evaluation(self):
+        self.is_evaluating = True
+        try:
+            yield
+        finally:
+            self.is_evaluating = False
 
     def _blocks(self):
         return find_blocks(self, self.gradient_checkpointing, BLOCKS)
