@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.masking.patch_masking import prefix_tokens
 
 # The layers of vision transformers that return the embedded tokens.
 EMBEDDINGS = (
@@ -148,7 +149,8 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
     if masking is not None and stem is not None:
         tokens = count_tokens(stem, image_shape)
         images = ops.zeros((1, *image_shape))
-        patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
+        with prefix_tokens(encoder.num_prefix_tokens):
+            patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
         return tokens - patches + masking.num_kept(patches)
     try:
         layer = find_embedding_layer(encoder)

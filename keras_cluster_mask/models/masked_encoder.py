@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.masking.patch_masking import prefix_tokens
 from keras_cluster_mask.models.encoders import (
     call_encoder,
     count_prefix_tokens,
@@ -40,7 +41,8 @@ def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
         encoder: A functional Keras model from images to anything: keras_hub's
             `CLIPVisionEncoder`, `ViTBackbone`, `SigLIPVisionEncoder`,
             `DINOV2Backbone`, or a model of your own.
-        masking: A `PatchMasking` layer.
+        masking: A `PatchMasking` layer. It is left as it is, so it may be in other
+            encoders too, which may have other prefix tokens.
         layer: String. The name of the layer whose output are the embedded
             tokens, `(batch, tokens, dim)`. Known for the encoders above.
 
@@ -49,9 +51,9 @@ def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
         `encoder`.
 
     Raises:
-        ValueError: If the layer is unknown (the candidates are listed), or if
-            the masking hides tokens behind a Keras mask and the encoder lets
-            them through.
+        ValueError: If the layer is unknown (the candidates are listed), if the
+            masking was given another `num_prefix_tokens` than the encoder has, or if
+            it hides tokens behind a Keras mask and the encoder lets them through.
     """
     return MaskedEncoder(encoder, masking, layer)
 
@@ -74,6 +76,8 @@ class MaskedEncoder(keras.Model):
     Attributes:
         encoder: The encoder, which shares its weights with this model.
         masking: The masking.
+        num_prefix_tokens: Integer, how many tokens of the encoder are no patches;
+            `None` if neither the encoder nor the masking says so.
     """
 
     def __init__(self, encoder, masking, layer=None, **kwargs):
@@ -95,8 +99,14 @@ class MaskedEncoder(keras.Model):
         stem, blocks = split_at(encoder, self.embedding_layer)
         self._parts = lambda: (stem, blocks)
 
-        if masking.num_prefix_tokens is None:
-            masking.num_prefix_tokens = count_prefix_tokens(encoder, stem)
+        given, counted = masking.num_prefix_tokens, count_prefix_tokens(encoder, stem)
+        if None not in (given, counted) and given != counted:
+            raise ValueError(
+                f"`num_prefix_tokens` must be {counted}, the number of tokens that "
+                f"`{encoder.name}` has before its patches, or None to take it from the "
+                f"encoder. Received: num_prefix_tokens={given}"
+            )
+        self.num_prefix_tokens = counted if given is None else given
         if masking.hides_tokens:
             check_no_leak(encoder.name, blocks)
         self.built = True
@@ -107,7 +117,8 @@ class MaskedEncoder(keras.Model):
         stem, blocks = self._parts()
         tokens = stem(inputs, training=True)
         (images,) = tree.flatten(inputs)
-        tokens = self.masking(tokens, images=images, training=True, noise=noise)
+        with prefix_tokens(self.num_prefix_tokens):
+            tokens = self.masking(tokens, images=images, training=True, noise=noise)
         return blocks(tokens, training=True)
 
     def embed_patches(self, images):
