@@ -16,17 +16,25 @@ EMBEDDINGS = (
     "ViTPatchingAndEmbedding",
     "SigLIPVisionEmbedding",
     "DINOV2Embedding",
+    "MetaCLIP2VisionEmbedding",
 )
 
 # Vision transformers whose images can be resized: config, positions and patch size are
 # known.
-RESIZABLE = "CLIPVisionEncoder", "SigLIPVisionEncoder", "ViTBackbone", "DINOV2Backbone"
+RESIZABLE = (
+    "CLIPVisionEncoder",
+    "DINOV2Backbone",
+    "MetaCLIP2VisionEncoder",
+    "SigLIPVisionEncoder",
+    "ViTBackbone",
+)
 
 # The transformer blocks of image and text encoders.
 BLOCKS = (
     "CLIPEncoderLayer",
     "DINOV2Layer",
     "DeiTEncoderBlock",
+    "MetaCLIP2EncoderLayer",
     "SigLIPEncoderLayer",
     "TransformerDecoder",
     "TransformerEncoder",
