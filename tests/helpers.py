@@ -229,6 +229,17 @@ def tiny_metaclip():
     )
 
 
+def deit_encoder(height=16, width=16):
+    return keras_hub.models.DeiTBackbone(
+        image_shape=(height, width, 3),
+        patch_size=4,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+    )
+
+
 def dino_encoder():
     return keras_hub.models.DINOV2Backbone(
         patch_size=4,

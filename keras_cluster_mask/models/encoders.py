@@ -10,14 +10,33 @@ from keras import ops, tree
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.masking.patch_masking import prefix_tokens
 
-# The layers of vision transformers that return the embedded tokens.
-EMBEDDINGS = (
-    "CLIPVisionEmbedding",
-    "ViTPatchingAndEmbedding",
-    "SigLIPVisionEmbedding",
-    "DINOV2Embedding",
-    "MetaCLIP2VisionEmbedding",
-)
+# The layers of vision transformers that return the embedded tokens, and the encoders.
+EMBEDDINGS = {
+    "CLIPVisionEmbedding": "CLIPVisionEncoder",
+    "DINOV2Embedding": "DINOV2Backbone",
+    "DeiTEmbeddings": "DeiTBackbone",
+    "MetaCLIP2VisionEmbedding": "MetaCLIP2VisionEncoder",
+    "SigLIPVisionEmbedding": "SigLIPVisionEncoder",
+    "ViTPatchingAndEmbedding": "ViTBackbone, BLIP2VisionEncoder",
+}
+
+# Layers of vision transformers that no token can be taken from, and why.
+_WINDOWS = "attends within windows of the whole grid"
+_ONE_LAYER = "embeds patches and encodes them in one layer"
+REFUSED = {
+    "DINOV3RopePositionEmbedding": "DINOv3 has one table of rotary positions for all "
+    "images of a batch, so images cannot keep different patches",
+    "DepthAnythingNeck": "DepthAnything reads the whole grid; take its `image_encoder`",
+    "Gemma3VisionEncoderBlock": f"Gemma 3 {_ONE_LAYER}",
+    "Gemma4VisionEncoderBlock": f"Gemma 4 {_ONE_LAYER}",
+    "HierarchicalTransformerEncoder": "MiT merges neighbouring patches",
+    "PARSeqDecoder": "PARSeq reads texts too; take its `image_encoder`",
+    "PaliGemmaVitEncoder": f"PaliGemma {_ONE_LAYER}",
+    "SAM3VisionEncoder": f"SAM 3 {_WINDOWS}",
+    "SwinTransformerStage": f"Swin {_WINDOWS}",
+    "VideoPrismFactorizedReshape": "VideoPrism reads videos",
+    "WindowedTransformerEncoder": f"ViTDet, and SAM with it, {_WINDOWS}",
+}
 
 # Vision transformers whose images can be resized: config, positions and patch size are
 # known.
@@ -79,6 +98,12 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
             "`encoder` must be a built functional Keras model. "
             f"Received: encoder={encoder} of type {type(encoder).__name__}"
         )
+    for reason in (REFUSED.get(type(layer).__name__) for layer in encoder.layers):
+        if reason is not None:
+            raise ValueError(
+                f"`encoder` must be one that can leave out tokens. {reason}. "
+                f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
+            )
     candidates = [layer for layer in encoder.layers if _makes_tokens(layer)]
     if name is None:
         found = [x for x in candidates if type(x).__name__ in EMBEDDINGS]

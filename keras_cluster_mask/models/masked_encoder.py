@@ -41,8 +41,9 @@ def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
 
     Args:
         encoder: A functional Keras model from images to anything: keras_hub's
-            `CLIPVisionEncoder`, `ViTBackbone`, `SigLIPVisionEncoder`,
-            `DINOV2Backbone`, or a model of your own.
+            `CLIPVisionEncoder`, `MetaCLIP2VisionEncoder`, `SigLIPVisionEncoder` (also
+            SigLIP 2), `ViTBackbone`, `DeiTBackbone`, `DINOV2Backbone` or
+            `BLIP2VisionEncoder`, or a model of your own.
         masking: A `PatchMasking` layer. It is left as it is, so it may be in other
             encoders too, which may have other prefix tokens.
         layer: String. The name of the layer whose output are the embedded
@@ -53,9 +54,10 @@ def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
         `encoder`.
 
     Raises:
-        ValueError: If the layer is unknown (the candidates are listed), if the
-            masking was given another `num_prefix_tokens` than the encoder has, or if
-            it hides tokens behind a Keras mask and the encoder lets them through.
+        ValueError: If the layer is unknown (the candidates are listed), if the encoder
+            is one that cannot leave out tokens (the reason is given), if the masking
+            was given another `num_prefix_tokens` than the encoder has, or if it hides
+            tokens behind a Keras mask and the encoder lets them through.
     """
     return MaskedEncoder(encoder, masking, layer)
 

@@ -14,8 +14,10 @@ from tests.helpers import (
     FAST,
     HideByNoise,
     clip_vision_encoder,
+    deit_encoder,
     dino_encoder,
     functional_vit,
+    metaclip_vision_encoder,
     random_images,
     random_noise,
     siglip_encoder,
@@ -32,6 +34,8 @@ ENCODERS = {
     "vit_wide": (lambda: vit_encoder(8, 16), None, (8, 16), 1),
     "siglip": (siglip_encoder, None, (16, 16), 0),
     "dino": (dino_encoder, None, (16, 16), 3),
+    "deit": (lambda: deit_encoder(8, 16), None, (8, 16), 2),
+    "meta": (metaclip_vision_encoder, None, (16, 16), 1),
     "own": (functional_vit, "positions", (16, 16), 0),
 }
 each_encoder = pytest.mark.parametrize("kind", list(ENCODERS))
@@ -291,7 +295,7 @@ def assert_equal_where_visible(one, other, visible):
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["clip", "dino", "own"])
+@pytest.mark.parametrize("kind", ["clip", "dino", "deit", "own"])
 def test_pixels_hidden_behind_a_mask_change_nothing_visible(kind):
     _, layer, (height, width), prefix = ENCODERS[kind]
     masking = HideByNoise(0.5, num_prefix_tokens=prefix)
@@ -309,7 +313,7 @@ def test_pixels_hidden_behind_a_mask_change_nothing_visible(kind):
     assert_equal_where_visible(one, other, visible)
 
 
-@pytest.mark.parametrize("kind", ["clip", "vit_wide", "siglip", "dino", "own"])
+@pytest.mark.parametrize("kind", ["clip", "vit_wide", "siglip", "dino", "deit", "own"])
 def test_tokens_hidden_by_a_threshold_change_nothing_visible(kind):
     masked, images, noise, prefix = make(kind, min_mask_ratio=0.25, threshold=0.0)
     blocks, tokens, kept, visible = kept_tokens(masked, images, noise, prefix)
@@ -326,7 +330,7 @@ def test_tokens_hidden_by_a_threshold_change_nothing_visible(kind):
     assert_equal_where_visible(one, other, visible)
 
 
-@pytest.mark.parametrize("kind", ["clip", "vit", "siglip", "dino", "own"])
+@pytest.mark.parametrize("kind", ["clip", "vit", "siglip", "dino", "deit", "own"])
 def test_a_threshold_equals_the_encoder_on_the_visible_tokens_alone(kind):
     masked, images, noise, prefix = make(kind, min_mask_ratio=0.25, threshold=0.0)
     images, noise = images[1:3], noise[1:3]
