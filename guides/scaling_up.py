@@ -312,9 +312,9 @@ same = np.array_equal(weights_of(model), weights_of(uninterrupted))
 say(f"the same weights, bit for bit: {same}")
 
 """
-If the loss is NaN or infinite, `Checkpoint` saves nothing and raises a
-`kcm.callbacks.NonFiniteLossError` that names the step, the samples of the batch and the last
-good checkpoint. Look at these samples first; then resume with a lower learning rate, a longer
+If the loss, or a weight that is to be saved, is NaN or infinite, `Checkpoint` saves nothing and
+raises a `kcm.callbacks.NonFiniteError` that names the step, the samples of the batch and the
+last good checkpoint. Look at these samples first; then resume with a lower learning rate, a longer
 warm-up or gradient clipping.
 """
 

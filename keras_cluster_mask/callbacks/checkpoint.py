@@ -2,16 +2,20 @@ import math
 
 import keras
 
-from keras_cluster_mask.distribution.processes import is_main_process
+from keras_cluster_mask.distribution.processes import (
+    all_gather_object,
+    is_main_process,
+)
 from keras_cluster_mask.training.checkpoints import (
     CheckpointFiles,
     describe,
+    find_non_finite,
     read_state,
 )
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss is NaN or infinite: training cannot continue."""
+class NonFiniteError(FloatingPointError):
+    """The loss, or a weight, is NaN or infinite: training cannot continue."""
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -32,7 +36,9 @@ class Checkpoint(keras.callbacks.Callback):
     A loss that is NaN or infinite stops the run with an error that names the step, the
     last checkpoint, and the samples of the batch if they are known: of an
     `image_text_dataset` for training, and of data with an entry `"sample_id"` (strings
-    or numbers; of arrays with `shuffle=False`). Nothing is saved of such a step.
+    or numbers; of arrays with `shuffle=False`). So does a weight or a moment of the
+    optimizer that is NaN or infinite when it is to be saved. Nothing is saved of such
+    a step.
 
     Example:
 
@@ -66,7 +72,8 @@ class Checkpoint(keras.callbacks.Callback):
     Raises:
         ValueError: From `fit`, if the folder holds later checkpoints than the run
             resumes from, or if the data could not be resumed.
-        NonFiniteLossError: From `fit`, if the loss is NaN or infinite.
+        NonFiniteError: From `fit`, if the loss, a weight or the optimizer's state is
+            NaN or infinite.
     """
 
     # Tells `fit` to keep count of steps.
@@ -165,24 +172,39 @@ class Checkpoint(keras.callbacks.Callback):
             "description": {**describe(model), **run.data.describe()},
         }
         # By all processes, which may share the weights.
-        arrays = {**read_state(model), **run.rng_state}
+        state = read_state(model)
+        self._check_state(state)
+        arrays = {**state, **run.rng_state}
         if not is_main_process():
             return None
         return self.files.write(run.total_steps, arrays, facts)
 
     def _check_loss(self, logs):
         loss = float((logs or {}).get("loss", 0.0))
-        if math.isfinite(loss):
-            return
+        if not math.isfinite(loss):
+            self._stop("The loss", f"loss={loss} at")
+
+    def _check_state(self, state):
+        """Finite weights may be infinite after an update at a finite loss."""
+        path = find_non_finite(self.model, state)
+        # All processes stop, or the others would wait for one that has.
+        if any(all_gather_object(int(path is not None))):
+            path = path or "a weight of another process"
+            self._stop("The weights and the optimizer's state", f"{path} after")
+
+    def _stop(self, what, found):
         run, last = self._run, self.files.paths()
         keys = run.data.samples(run.epoch, run.step - 1)
         samples = ""
         if keys:
             more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
             samples = f" The batch held the samples {', '.join(keys[:10])}{more}."
-        raise NonFiniteLossError(
-            "The loss must stay finite; a lower learning rate, a longer warm-up or "
+        place = f"the end of epoch {run.epoch}"
+        if run.step:
+            place = f"epoch {run.epoch + 1}, its step {run.step}"
+        raise NonFiniteError(
+            f"{what} must stay finite; a lower learning rate, a longer warm-up or "
             f"gradient clipping may help.{samples} The last good checkpoint is "
-            f"{last[-1] if last else 'none'}. Received: loss={loss} at step "
-            f"{run.total_steps} (epoch {run.epoch + 1}, its step {run.step})"
+            f"{last[-1] if last else 'none'}. Received: {found} step "
+            f"{run.total_steps} ({place})"
         )

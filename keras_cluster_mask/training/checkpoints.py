@@ -42,6 +42,15 @@ def write_state(model, state, groups=("model", "optimizer")):
                 variable.assign(state[key])
 
 
+def find_non_finite(model, state) -> str | None:
+    """The path of a variable whose saved value is NaN or infinite, or `None`."""
+    for group in ("model", "optimizer"):
+        for index, variable in enumerate(_groups(model)[group]):
+            if not np.isfinite(state[f"{group}/{index}"]).all():
+                return variable.path
+    return None
+
+
 def describe(model) -> dict:
     """What a checkpoint must fit: a flat dictionary of JSON values by field."""
     fields, groups = {}, _groups(model)

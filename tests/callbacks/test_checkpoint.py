@@ -355,7 +355,7 @@ def test_bfloat16_survives_a_file(tmp_path):
         np.testing.assert_array_equal(found[key], value)
 
 
-# === Losses that are not finite ===
+# === Losses and weights that are not finite ===
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_samples_and_checkpoint(
@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_samples_and_checkpoint(
 
     checkpoint = kcm.callbacks.Checkpoint(tmp_path, save_every=5, monitor=None)
     with pytest.raises(
-        kcm.callbacks.NonFiniteLossError,
+        kcm.callbacks.NonFiniteError,
         match=rf"samples \d{{4}}, .*{last.name}.*Received: loss=nan at step 9",
     ):
         model.fit(
@@ -403,10 +403,53 @@ def test_samples_of_a_bad_batch_are_named_by_their_sample_id(kind, tmp_path):
     run(data, tmp_path / "stopped", stop=2, fit=fit)
     for folder in ("fresh", "stopped"):
         with pytest.raises(
-            kcm.callbacks.NonFiniteLossError,
+            kcm.callbacks.NonFiniteError,
             match=r"samples image 12, image 13, image 14, image 15\.",
         ):
             run(data, tmp_path / folder, fit=fit)
+
+
+def test_weights_that_an_update_made_infinite_are_not_saved(tmp_path):
+    model = make_model(optimizer=keras.optimizers.SGD(1e38))
+    fit = {"shuffle": False, "batch_size": 4, "epochs": 1}
+    with pytest.raises(
+        kcm.callbacks.NonFiniteError,
+        match=r"weights.*checkpoint is none.*Received: .* after step 1 \(epoch 1, its",
+    ):
+        run(pairs(), tmp_path, model=model, save_every=1, fit=fit)
+    assert CheckpointFiles(tmp_path).last_step() == -1
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("save_every", [1, "epoch"])
+def test_moments_that_are_infinite_are_not_saved(save_every, tmp_path):
+    class Break(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                moment = self.model.optimizer.variables[-1]
+                moment.assign(np.full(moment.shape, np.inf))
+
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, save_every, monitor=None)
+    model = make_model(optimizer="adam")
+    with pytest.raises(
+        kcm.callbacks.NonFiniteError, match=r"Received: adam\w*/.* step 3"
+    ):
+        model.fit(
+            pairs(),
+            batch_size=4,
+            shuffle=False,
+            verbose=0,
+            callbacks=[Break(), checkpoint],
+        )
+    assert CheckpointFiles(tmp_path).last_step() == (2 if save_every == 1 else -1)
+
+
+@pytest.mark.any_backend
+def test_all_processes_stop_at_weights_that_are_infinite_in_one(tmp_path, monkeypatch):
+    module = sys.modules[kcm.callbacks.Checkpoint.__module__]
+    monkeypatch.setattr(module, "all_gather_object", lambda value: [value, 1])
+    with pytest.raises(kcm.callbacks.NonFiniteError):
+        run(pairs(), tmp_path, save_every="epoch")
 
 
 # === Refusals ===
