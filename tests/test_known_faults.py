@@ -59,21 +59,3 @@ def test_a_frozen_tower_is_frozen_after_a_reload(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert len(loaded.trainable_variables) == len(model.trainable_variables)
-
-
-@pytest.mark.xfail(strict=True, reason="the checkpoint's learning rate is restored")
-def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(tmp_path):
-    def fit(learning_rate, epochs):
-        model = compiled(keras.optimizers.Adam(learning_rate))
-        model.fit(
-            random_pairs(8),
-            batch_size=4,
-            epochs=epochs,
-            verbose=0,
-            resume_from=tmp_path,
-            callbacks=[kcm.callbacks.Checkpoint(tmp_path, monitor=None)],
-        )
-        return float(ops.convert_to_numpy(model.optimizer.learning_rate))
-
-    fit(0.01, epochs=1)
-    assert fit(0.001, epochs=2) == pytest.approx(0.001)

@@ -33,6 +33,11 @@ class Checkpoint(keras.callbacks.Callback):
     time; arrays need `shuffle=False` to be saved within an epoch. The state of other
     callbacks is not saved.
 
+    The options of `compile` may change: a learning rate or schedule, weight decay,
+    clipping, multipliers. A resumed run takes those that it is given, with a warning
+    that lists them. Moments and the number of steps are the checkpoint's, and so is a
+    learning rate that a callback has changed, unless another one is given.
+
     A loss that is NaN or infinite stops the run with an error that names the step, the
     last checkpoint, and the samples of the batch if they are known: of an
     `image_text_dataset` for training, and of data with an entry `"sample_id"` (strings
@@ -170,6 +175,7 @@ class Checkpoint(keras.callbacks.Callback):
             "data_origin": run.data.origin,
             "history": history,
             "description": {**describe(model), **run.data.describe()},
+            "compiled": run.compiled,
         }
         # By all processes, which may share the weights.
         state = read_state(model)

@@ -406,7 +406,7 @@ class ContrastiveModel(keras.Model):
             learning_rate_multipliers or {}, self.towers
         )
         super().compile(optimizer, *args, **kwargs)
-        self._optimizer_options = {
+        self.optimizer_options = {
             "learning_rate_multipliers": multipliers,
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),
@@ -614,7 +614,7 @@ class ContrastiveModel(keras.Model):
 
     def get_compile_config(self):
         config = super().get_compile_config()
-        return {**config, **self._optimizer_options} if config else config
+        return {**config, **self.optimizer_options} if config else config
 
     def compile_from_config(self, config):
         # Keras's own is for models that do not override `compile`.

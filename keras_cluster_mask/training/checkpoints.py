@@ -7,10 +7,12 @@ import pathlib
 import warnings
 import zipfile
 
+import keras
 import ml_dtypes
 import numpy as np
 
 from keras_cluster_mask.distribution.processes import to_numpy
+from keras_cluster_mask.training.optimizers import inner_optimizer
 
 PREFIX, BEST, SUFFIX = "step-", "best", ".npz"
 
@@ -19,17 +21,21 @@ INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
 # What may differ between a run and its continuation.
 FREE_OPTIONS = ("name", "micro_batch_size", "gradient_checkpointing")
 FREE_METRICS = ("gradient_norm",)
+# The compile options of a `ContrastiveModel` that change what is computed.
+COMPILE_OPTIONS = ("learning_rate_multipliers", "decay_vectors")
 
 # === The state of a run ===
 
 
 def read_state(model) -> dict[str, np.ndarray]:
     """Weights, seeds, optimizer and metrics as NumPy arrays."""
-    return {
-        f"{group}/{index}": np.array(to_numpy(variable))
+    variables = {
+        f"{group}/{index}": variable
         for group, variables in _groups(model).items()
         for index, variable in enumerate(variables)
     }
+    variables.update(_learning_rates(model))
+    return {key: np.array(to_numpy(variable)) for key, variable in variables.items()}
 
 
 def write_state(model, state, groups=("model", "optimizer")):
@@ -74,6 +80,45 @@ def describe(model) -> dict:
     return fields
 
 
+def describe_compile(model) -> dict:
+    """What a model was compiled with: a flat dictionary of JSON values by field."""
+    if model.optimizer is None:
+        return {}
+    options = {key: model.optimizer_options[key] for key in COMPILE_OPTIONS}
+    for name, optimizer in _optimizers(model).items():
+        for key, value in optimizer.get_config().items():
+            if key != "name":
+                options[f"{name}.{key}"] = value
+    return {field: _readable(value) for field, value in options.items()}
+
+
+def write_learning_rates(model, state, saved, given) -> list[str]:
+    """Assigns the learning rates of a checkpoint, unless others are given.
+
+    A rate may have been changed by a callback, so that it is not the one in the
+    options that the model was compiled with.
+
+    Args:
+        model: A `ContrastiveModel`.
+        state: Arrays of `read_state`.
+        saved: What `describe_compile` returned to the run of the checkpoint.
+        given: What it returns to this run.
+
+    Returns:
+        The differences between `saved` and `given` that have an effect.
+    """
+    given = dict(given)
+    for field, variable in _learning_rates(model).items():
+        if field not in state:
+            continue
+        if state[field] == to_numpy(variable):
+            # A callback changed it in an earlier `fit` of this process.
+            given[field] = saved.get(field)
+        if given[field] == saved.get(field):
+            variable.assign(state[field])
+    return differences(saved, given)
+
+
 def differences(saved: dict, wanted: dict) -> list[str]:
     """How two descriptions differ, a line for each field that does."""
     # As they are read from a file, and without names, which count Keras's layers.
@@ -90,13 +135,50 @@ def differences(saved: dict, wanted: dict) -> list[str]:
 
 
 def _groups(model):
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+    _build_optimizer(model)
+    rates = {id(variable) for variable in _learning_rates(model).values()}
     return {
         "model": model.variables,
-        "optimizer": model.optimizer.variables,
+        "optimizer": [v for v in model.optimizer.variables if id(v) not in rates],
         "metrics": model.metrics_variables,
     }
+
+
+def _build_optimizer(model):
+    if model.built and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+def _optimizers(model):
+    """The optimizers that have a learning rate, by their names in a description."""
+    optimizer = inner_optimizer(model.optimizer)
+    if not isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        return {"optimizer": optimizer}
+    # Which optimizers it has depends on the weights.
+    _build_optimizer(model)
+    return {f"optimizers[{i}]": each for i, each in enumerate(optimizer.optimizers)}
+
+
+def _learning_rates(model):
+    """The learning rates that are variables, not schedules, by their fields."""
+    found = {
+        f"{name}.learning_rate": optimizer.learning_rate
+        for name, optimizer in _optimizers(model).items()
+    }
+    return {k: v for k, v in found.items() if isinstance(v, keras.Variable)}
+
+
+def _readable(value):
+    """A value of an optimizer's configuration, which may be an object's, for people."""
+    if isinstance(value, dict) and "class_name" in value:
+        config = value.get("config")
+        if not isinstance(config, dict):
+            return f"{value['class_name']} {config}"
+        config = {k: _readable(v) for k, v in config.items() if k != "name"}
+        arguments = ", ".join(f"{k}={v}" for k, v in config.items())
+        return f"{value['class_name']}({arguments})"
+    # Keras keeps learning rates in float32.
+    return float(f"{value:.7g}") if isinstance(value, (float, np.floating)) else value
 
 
 # === Files ===

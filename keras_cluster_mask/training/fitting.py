@@ -9,6 +9,7 @@ import keras
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
+from keras_cluster_mask.training.checkpoints import describe_compile
 from keras_cluster_mask.training.inputs import (
     StepSize,
     check_data,
@@ -84,8 +85,12 @@ def fit(model, keras_fit, x, options, resume_from=None):
         options.pop("initial_epoch"),
         remembers_ids=bool(saves),
     )
-    run = TrainingRun if resume_from is None and not saves else ResumableRun
-    run = run(data, data.origin[0], StepSize.of(x, batch_size))
+    place = data, data.origin[0], StepSize.of(x, batch_size)
+    if resume_from is None and not saves:
+        run = TrainingRun(*place)
+    else:
+        # Callbacks may change the learning rate once training has begun.
+        run = ResumableRun(*place, compiled=describe_compile(model))
     model.training_run = run
     if resume_from is not None:
         message = (

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import types
+import warnings
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from keras_cluster_mask.training.checkpoints import (
     describe,
     differences,
     read_checkpoint,
+    write_learning_rates,
     write_state,
 )
 
@@ -64,14 +66,19 @@ class TrainingRun(keras.callbacks.Callback):
 class ResumableRun(TrainingRun):
     """A `TrainingRun` that is saved, or resumed, within epochs.
 
+    Args:
+        compiled: Dictionary, `describe_compile` of the model before `fit` changes it.
+
     Attributes:
+        compiled: The dictionary.
         step: Integer, the steps done of the running epoch.
         total_steps: Integer, the steps done in all, before a resume included.
         rng_state: Dictionary of arrays, the random state after the last step.
     """
 
-    def __init__(self, data, epoch, step_size):
+    def __init__(self, data, epoch, step_size, compiled):
         super().__init__(data, epoch, step_size)
+        self.compiled = compiled
         self.total_steps = 0
         self.rng_state = {}
         self._metrics = self._weights = None
@@ -95,6 +102,14 @@ class ResumableRun(TrainingRun):
                 f"resume_from={path}, with " + "; ".join(differing)
             )
         write_state(model, arrays)
+        changed = write_learning_rates(model, arrays, facts["compiled"], self.compiled)
+        if changed:
+            warnings.warn(
+                "The options of `compile` differ from those of the checkpoint "
+                f"{path}. The model's are used, with the optimizer's state of the "
+                "checkpoint. Received: " + "; ".join(changed),
+                stacklevel=2,
+            )
         self.rng_state = {k: v for k, v in arrays.items() if "generators/" in k}
         self.epoch, self.step = facts["epoch"], facts["epoch_step"]
         self.total_steps, self.history = facts["step"], facts["history"]

@@ -6,13 +6,16 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.checkpoints import CheckpointFiles, read_checkpoint
+from tests.helpers import FAST, image_mlp, random_pairs, text_bag, values
 
 from .training_run import make_dataset, make_model, weights_of
 
@@ -230,8 +233,8 @@ def test_the_held_out_part_of_arrays_stays_the_same(tmp_path):
         found, resumed = run(data, tmp_path / f"stopped-{stop}", save_every=1, fit=fit)
         assert_same_weights(found, expected)
         assert resumed.history.keys() == history.history.keys()
-        for name, values in history.history.items():
-            np.testing.assert_allclose(resumed.history[name], values, rtol=1e-6)
+        for name, logs in history.history.items():
+            np.testing.assert_allclose(resumed.history[name], logs, rtol=1e-6)
 
 
 def test_a_run_killed_while_it_validates_validates_when_resumed(tmp_path):
@@ -250,8 +253,8 @@ def test_a_run_killed_while_it_validates_validates_when_resumed(tmp_path):
     found, resumed = run(pairs(), tmp_path / "stopped", save_every=3, fit=fit)
     assert_same_weights(found, expected)
     assert resumed.history.keys() == history.history.keys()
-    for name, values in history.history.items():
-        np.testing.assert_allclose(resumed.history[name], values, rtol=1e-6)
+    for name, logs in history.history.items():
+        np.testing.assert_allclose(resumed.history[name], logs, rtol=1e-6)
 
 
 # === Killed ===
@@ -450,6 +453,136 @@ def test_all_processes_stop_at_weights_that_are_infinite_in_one(tmp_path, monkey
     monkeypatch.setattr(module, "all_gather_object", lambda value: [value, 1])
     with pytest.raises(kcm.callbacks.NonFiniteError):
         run(pairs(), tmp_path, save_every="epoch")
+
+
+# === What the model was compiled with ===
+
+
+def fit_epochs(folder, epochs, optimizer, callbacks=(), **options):
+    """Trains to the end of an epoch, from a checkpoint if there is one."""
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile(optimizer, **FAST, **options)
+    model.fit(
+        random_pairs(8),
+        batch_size=4,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        resume_from=folder,
+        callbacks=[*callbacks, kcm.callbacks.Checkpoint(folder, monitor=None)],
+    )
+    return model
+
+
+def decay(steps):
+    return keras.optimizers.schedules.CosineDecay(0.01, steps)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (dict(), dict(learning_rate=0.1), r"learning_rate: 0\.01 in the ch.*, 0\.1 in"),
+        (dict(), dict(weight_decay=0.3), r"optimizer\.weight_decay: 0\.004 in.*, 0\.3"),
+        (dict(), dict(clipnorm=1.0), r"optimizer\.clipnorm: None in.*, 1\.0 in"),
+        (dict(), dict(learning_rate=decay(9)), r"0\.01 in the ch.*CosineDecay\(.*9"),
+        (dict(learning_rate=decay(9)), dict(), r"CosineDecay\(.*, 0\.01 in the"),
+        (dict(learning_rate=decay(9)), dict(learning_rate=decay(8)), r"steps=9.*s=8"),
+    ],
+)
+def test_a_resumed_run_takes_the_options_that_it_is_given_and_warns(
+    before, after, message, tmp_path
+):
+    def optimizer(**options):
+        return keras.optimizers.AdamW(**{"learning_rate": 0.01, **options})
+
+    trained = fit_epochs(tmp_path, 1, optimizer(**before)).optimizer
+    with pytest.warns(UserWarning, match="differ.*" + message):
+        resumed = fit_epochs(tmp_path, 1, optimizer(**after)).optimizer
+    expected = optimizer(**after)
+    assert resumed.get_config() == {**expected.get_config(), "name": resumed.name}
+    # The steps that were done count for a schedule too.
+    assert int(ops.convert_to_numpy(resumed.iterations)) == 2
+    moments = [
+        [x for x in values(each.variables) if x.ndim] for each in (trained, resumed)
+    ]
+    assert len(moments[0]) > 2
+    for found, given in zip(moments[1], moments[0], strict=True):
+        np.testing.assert_array_equal(found, given)
+
+
+def test_new_options_reach_the_weights_of_a_resumed_run(tmp_path):
+    fit_epochs(tmp_path, 1, keras.optimizers.SGD(0.01))
+    with pytest.warns(UserWarning, match=r"optimizer\.learning_rate: 0\.01"):
+        model = fit_epochs(tmp_path, 2, keras.optimizers.SGD(0.0))
+    _, state, _ = CheckpointFiles(tmp_path).read_last()
+    before, _ = read_checkpoint(min(tmp_path.glob("step-*")))
+    weights = [f"model/{index}" for index in range(len(model.variables))]
+    for key in weights:
+        np.testing.assert_array_equal(state[key], before[key])
+
+
+@pytest.mark.any_backend
+def test_changed_multipliers_and_decay_of_vectors_are_named(tmp_path):
+    multipliers = {"learning_rate_multipliers": {"image": 0.5}}
+    fit_epochs(tmp_path, 1, "sgd")
+    with pytest.warns(UserWarning, match=r"learning_rate_multipliers: \{\} in.*0\.5"):
+        fit_epochs(tmp_path, 2, "sgd", **multipliers)
+    with pytest.warns(UserWarning, match="decay_vectors: False in.*True in"):
+        fit_epochs(tmp_path, 3, "sgd", decay_vectors=True, **multipliers)
+
+
+def test_a_learning_rate_that_a_callback_changed_is_resumed(tmp_path):
+    def halve(epoch, learning_rate):
+        return learning_rate / 2
+
+    def fit(epochs, learning_rate, *callbacks):
+        optimizer = keras.optimizers.Adam(learning_rate)
+        model = fit_epochs(tmp_path, epochs, optimizer, callbacks)
+        return float(ops.convert_to_numpy(model.optimizer.learning_rate))
+
+    halving = keras.callbacks.LearningRateScheduler(halve)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert fit(2, 0.01, halving) == pytest.approx(0.0025)
+        assert fit(2, 0.01) == pytest.approx(0.0025)
+        assert fit(3, 0.01, halving) == pytest.approx(0.00125)
+    with pytest.warns(UserWarning, match=r"0\.01 in the checkpoint, 0\.04 in"):
+        assert fit(4, 0.04, halving) == pytest.approx(0.02)
+
+
+@pytest.mark.any_backend
+def test_a_learning_rate_that_was_changed_in_this_process_is_no_difference(tmp_path):
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile(keras.optimizers.Adam(0.01), **FAST)
+    halving = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, monitor=None)
+    fit = dict(batch_size=4, verbose=0, resume_from=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for epochs in (1, 2):
+            model.fit(
+                random_pairs(8), epochs=epochs, callbacks=[halving, checkpoint], **fit
+            )
+    rate = float(ops.convert_to_numpy(model.optimizer.learning_rate))
+    assert rate == pytest.approx(0.0025)
+
+
+@pytest.mark.any_backend
+def test_a_changed_learning_rate_of_one_of_several_optimizers_is_named(tmp_path):
+    def optimizer(learning_rate):
+        def select(variable):
+            if "bias" in variable.path:
+                return keras.optimizers.SGD(learning_rate)
+            return keras.optimizers.Adam(0.01)
+
+        return keras.optimizers.MultiOptimizer(select)
+
+    fit_epochs(tmp_path, 1, optimizer(0.1), decay_vectors=True)
+    with pytest.warns(UserWarning, match=r"optimizers\[\d\]\.learning_rate: 0\.1 in"):
+        resumed = fit_epochs(tmp_path, 1, optimizer(0.2), decay_vectors=True)
+    rates = [each.learning_rate for each in resumed.optimizer.optimizers]
+    rates = {round(float(ops.convert_to_numpy(rate)), 5) for rate in rates}
+    assert rates == {0.2, 0.01}
 
 
 # === Refusals ===
