@@ -6,8 +6,8 @@ from keras_cluster_mask.distribution.processes import (
     all_gather_object,
     is_main_process,
 )
-from keras_cluster_mask.training.checkpoints import (
-    CheckpointFiles,
+from keras_cluster_mask.training.checkpoints import CheckpointFiles
+from keras_cluster_mask.training.run_state import (
     describe,
     find_non_finite,
     read_state,
@@ -59,24 +59,26 @@ class Checkpoint(keras.callbacks.Callback):
         batch_size=4,
         shuffle=False,
         resume_from="checkpoints",
-        callbacks=[kcm.callbacks.Checkpoint("checkpoints", monitor=None)],
+        callbacks=[kcm.callbacks.Checkpoint("checkpoints")],
     )
     model.fit(batch, **fit)
     model.fit(batch, epochs=2, **fit)  # Resumes: trains the second epoch.
     ```
 
     Args:
-        directory: str or path. The folder of this run's checkpoints.
+        directory: str or path. The folder of this run's checkpoints: local, or an
+            address that fsspec knows, such as `"gs://bucket/run"`.
         save_every: Integer, steps between checkpoints, or `"epoch"`. The end of an
             epoch is saved in any case.
         keep: Integer. How many of the last checkpoints are kept.
-        monitor: String. The value of the epoch's logs by which `best.npz` is chosen;
-            `None` keeps no best one.
+        monitor: String. The value of the epoch's logs by which `best.npz` is chosen,
+            such as `"val_loss"`; `None` keeps no best one.
         mode: `"min"` or `"max"`. Defaults to `"min"` for losses, else `"max"`.
 
     Raises:
         ValueError: From `fit`, if the folder holds later checkpoints than the run
-            resumes from, or if the data could not be resumed.
+            resumes from, if the data could not be resumed, or if an epoch ends whose
+            logs do not hold `monitor`.
         NonFiniteError: From `fit`, if the loss, a weight or the optimizer's state is
             NaN or infinite.
     """
@@ -84,9 +86,7 @@ class Checkpoint(keras.callbacks.Callback):
     # Tells `fit` to keep count of steps.
     saves_training_state = True
 
-    def __init__(
-        self, directory, save_every="epoch", keep=3, monitor="val_loss", mode=None
-    ):
+    def __init__(self, directory, save_every="epoch", keep=3, monitor=None, mode=None):
         super().__init__()
         if save_every != "epoch" and not (
             isinstance(save_every, int) and save_every > 0
@@ -102,6 +102,11 @@ class Checkpoint(keras.callbacks.Callback):
         if mode not in (None, "min", "max"):
             raise ValueError(
                 f"`mode` must be 'min', 'max' or None. Received: mode={mode!r}"
+            )
+        if mode is not None and monitor is None:
+            raise ValueError(
+                "`mode` needs `monitor`, the value that it says the best of. "
+                f"Received: mode={mode!r}, monitor=None"
             )
         self.files = CheckpointFiles(directory, keep)
         self.save_every = save_every
@@ -148,12 +153,25 @@ class Checkpoint(keras.callbacks.Callback):
         self._saved_steps = run.total_steps
 
     def on_epoch_end(self, epoch, logs=None):
-        value = self._value(logs or {})
         path = self._save()
+        self._check_monitor(epoch, logs or {})
+        value = self._value(logs or {})
         if value < self._best:
             self._best = value
             if path is not None:
                 self.files.mark_best(path)
+
+    def _check_monitor(self, epoch, logs):
+        run, name = self._run, self.monitor
+        if name is None or run.skips_validation(epoch):
+            return
+        # A callback may report it at the end of some epochs, the first one included.
+        if not any(name in row["logs"] for row in run.history):
+            raise ValueError(
+                "`monitor` must be in the logs of an epoch: pass `validation_data` to "
+                "`fit`, and put a callback that reports it before `Checkpoint`. "
+                f"Received: monitor={name!r}, logs with {sorted(logs)}"
+            )
 
     def _value(self, logs):
         value = self.sign * logs.get(self.monitor, math.inf * self.sign)

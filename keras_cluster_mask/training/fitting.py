@@ -9,7 +9,7 @@ import keras
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
-from keras_cluster_mask.training.checkpoints import describe_compile
+from keras_cluster_mask.training.checkpoints import read_resumable
 from keras_cluster_mask.training.inputs import (
     StepSize,
     check_data,
@@ -22,11 +22,8 @@ from keras_cluster_mask.training.remaining_data import (
     RemainingData,
     check_same_everywhere,
 )
-from keras_cluster_mask.training.training_run import (
-    ResumableRun,
-    TrainingRun,
-    read_resumable,
-)
+from keras_cluster_mask.training.run_state import describe_compile
+from keras_cluster_mask.training.training_run import ResumableRun, TrainingRun
 
 
 def fit(model, keras_fit, x, options, resume_from=None):
@@ -90,7 +87,8 @@ def fit(model, keras_fit, x, options, resume_from=None):
         run = TrainingRun(*place)
     else:
         # Callbacks may change the learning rate once training has begun.
-        run = ResumableRun(*place, compiled=describe_compile(model))
+        compiled = describe_compile(model)
+        run = ResumableRun(*place, compiled, validation.is_skipped)
     model.training_run = run
     if resume_from is not None:
         message = (
@@ -206,13 +204,16 @@ class Validation(keras.callbacks.Callback):
             size = options.get("validation_batch_size")
             self.options["batch_size"] = size or batch_size
 
+    def is_skipped(self, epoch):
+        """Whether there is data that is not evaluated at the end of this epoch."""
+        if isinstance(self.every, int):
+            return self.data is not None and (epoch + 1) % self.every != 0
+        return self.data is not None and epoch + 1 not in self.every
+
     def on_epoch_end(self, epoch, logs=None):
-        due = (
-            (epoch + 1) % self.every == 0
-            if isinstance(self.every, int)
-            else epoch + 1 in self.every
-        )
-        if due and logs is not None and self.data is not None:
+        if self.data is None or self.is_skipped(epoch):
+            return
+        if logs is not None:
             # Without parameters: the callbacks keep those of the fit.
             callbacks = keras.callbacks.CallbackList(self.callbacks, model=self.model)
             found = self.model.evaluate(

@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed ends as if it had not been."""
 
+import errno
 import os
 import pathlib
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import fsspec
 import keras
 import numpy as np
 import pytest
@@ -326,6 +328,107 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert facts["epoch"] == best + 1
     saved = [row["logs"]["val_loss"] for row in facts["history"]]
     assert min(saved) == history.history["val_loss"][best]
+
+
+@pytest.mark.any_backend
+def test_the_best_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    files = CheckpointFiles(tmp_path)
+    for step in (1, 2):
+        path = files.write(step, {"array": np.arange(step)}, {"step": step})
+        files.mark_best(path)
+    files.write(3, {"array": np.arange(3)}, {"step": 3})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["best.npz", "step-000000003.npz"]
+    arrays, facts = read_checkpoint(tmp_path / "best.npz")
+    assert facts == {"step": 2}
+    np.testing.assert_array_equal(arrays["array"], [0, 1])
+
+
+@pytest.mark.any_backend
+def test_a_folder_on_remote_storage_is_written_and_resumed_from(whole, shards):
+    memory = fsspec.filesystem("memory")
+    expected, history = whole
+    folder = "memory://checkpoints/a run"
+    options = dict(keep=2, monitor="loss")
+    run(make_dataset(shards), folder, stop=5, **options)
+    last = f"{folder}/step-000000004.npz"
+    assert CheckpointFiles(folder).paths()[-1] == last
+    # What a process that was killed has left, and a file cut short.
+    memory.pipe("/checkpoints/a run/.step-000000005.npz.1.part", b"a part")
+    memory.pipe("/checkpoints/a run/step-000000005.npz", b"a part")
+    with pytest.warns(UserWarning, match=r"step-000000005\.npz cannot be read"):
+        found, resumed = run(make_dataset(shards), folder, **options)
+    assert_same_weights(found, expected)
+    assert resumed.history == history.history
+    names = [path.rpartition("/")[2] for path in memory.ls("/checkpoints/a run", False)]
+    assert sorted(names) == [
+        "best.npz",
+        "step-000000005.npz.damaged",
+        "step-000000008.npz",
+        "step-000000009.npz",
+    ]
+    _, facts = read_checkpoint(f"{folder}/best.npz")
+    assert facts["epoch"] == int(np.argmin(history.history["loss"])) + 1
+    # One checkpoint by its address.
+    found, _ = run(
+        make_dataset(shards),
+        folder,
+        fit={"resume_from": f"{folder}/step-000000009.npz"},
+    )
+    assert_same_weights(found, expected)
+    with pytest.raises(FileNotFoundError, match=r"`resume_from`.*memory://check"):
+        run(make_dataset(shards), folder, fit={"resume_from": f"{folder}/step-1.npz"})
+
+
+@pytest.mark.any_backend
+def test_a_storage_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match=r"`directory` must.*Received: nowhere://run"):
+        kcm.callbacks.Checkpoint("nowhere://run")
+    with pytest.raises(
+        ValueError, match=r"`resume_from` must.*Received: nowhere://run"
+    ):
+        make_model().fit(pairs(), batch_size=4, resume_from="nowhere://run")
+
+
+# === The best ===
+
+
+@pytest.mark.any_backend
+def test_a_monitored_value_that_is_not_in_the_logs_is_refused(tmp_path):
+    fit = {"epochs": 3, "batch_size": 4}
+    with pytest.raises(
+        ValueError,
+        match=r"`monitor`.*`validation_data`.*Received: monitor='val_loss', .*'loss'",
+    ):
+        run(pairs(), tmp_path, save_every="epoch", monitor="val_loss", fit=fit)
+    # The epoch that was trained is not lost.
+    assert CheckpointFiles(tmp_path).last_step() == 3
+    _, history = run(pairs(), tmp_path, save_every="epoch", monitor="loss", fit=fit)
+    assert history.epoch == [0, 1, 2]
+
+
+@pytest.mark.any_backend
+def test_a_monitored_value_may_wait_for_the_validation(tmp_path):
+    fit = {
+        "epochs": 3,
+        "batch_size": 4,
+        "validation_data": pairs(8, seed=1),
+        "validation_freq": 2,
+    }
+    run(pairs(), tmp_path, save_every="epoch", monitor="val_loss", fit=fit)
+    _, facts = read_checkpoint(tmp_path / "best.npz")
+    assert facts["epoch"] == 2
+
+
+@pytest.mark.any_backend
+def test_without_a_monitored_value_there_is_no_best(tmp_path):
+    fit = {"batch_size": 4, "verbose": 0}
+    make_model().fit(pairs(), callbacks=[kcm.callbacks.Checkpoint(tmp_path)], **fit)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000003.npz"]
 
 
 @pytest.mark.any_backend
@@ -674,6 +777,7 @@ def test_steps_cannot_be_saved_of_data_that_is_not_found_again(tmp_path):
         (dict(save_every="step"), "`save_every`.*Received: save_every='step'"),
         (dict(keep=0), "`keep`.*Received: keep=0"),
         (dict(mode="best"), "`mode`.*Received: mode='best'"),
+        (dict(mode="max"), "`mode`.*`monitor`.*Received: mode='max', monitor=None"),
     ],
 )
 def test_bad_options_are_named(options, message, tmp_path):
