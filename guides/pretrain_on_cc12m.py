@@ -299,7 +299,7 @@ history = model.fit(
     resume_from=folder,
     callbacks=[
         kcm.callbacks.Throughput(),
-        kcm.callbacks.Checkpoint(folder, save_every=SAVE_EVERY, monitor=None),
+        kcm.callbacks.Checkpoint(folder, save_every=SAVE_EVERY),
     ],
     verbose=2,
 )

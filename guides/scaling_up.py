@@ -258,7 +258,9 @@ again, continues from the last checkpoint, also within an epoch. It reads no sam
 position again. The number of processes and of workers may change; other data, another
 `seed` or another batch size are refused. A checkpoint takes the space of the weights and the
 optimizer's moments, and a killed run loses the steps since the last one; `save_every` balances
-the two.
+the two. The folder may be an address that fsspec knows, such as `gs://bucket/run`. The options of
+`compile`, such as the learning rate, may change: the resumed run takes the new ones, with a
+warning.
 
 An epoch of web-scale shards is long. `steps_per_epoch` sets the number of steps between
 logs, validation and the checkpoint at the end of an epoch, and the next epoch continues in
@@ -271,7 +273,7 @@ def run(name, *callbacks):
     folder = RESULTS / "checkpoints" / name
     model = make_model(clusters())
     model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.2))
-    checkpoint = kcm.callbacks.Checkpoint(folder, save_every=3, monitor=None)
+    checkpoint = kcm.callbacks.Checkpoint(folder, save_every=3)
     history = model.fit(
         training_data(),
         steps_per_epoch=STEPS_PER_EPOCH,
@@ -312,9 +314,9 @@ same = np.array_equal(weights_of(model), weights_of(uninterrupted))
 say(f"the same weights, bit for bit: {same}")
 
 """
-If the loss is NaN or infinite, `Checkpoint` saves nothing and raises a
-`kcm.callbacks.NonFiniteLossError` that names the step, the samples of the batch and the last
-good checkpoint. Look at these samples first; then resume with a lower learning rate, a longer
+If the loss, or a weight that is to be saved, is NaN or infinite, `Checkpoint` saves nothing and
+raises a `kcm.callbacks.NonFiniteError` that names the step, the samples of the batch and the
+last good checkpoint. Look at these samples first; then resume with a lower learning rate, a longer
 warm-up or gradient clipping.
 """
 

@@ -1,6 +1,6 @@
 """Callbacks for long training runs."""
 
-from keras_cluster_mask.callbacks.checkpoint import Checkpoint, NonFiniteLossError
+from keras_cluster_mask.callbacks.checkpoint import Checkpoint, NonFiniteError
 from keras_cluster_mask.callbacks.evaluation import Retrieval, ZeroShot
 from keras_cluster_mask.callbacks.mask_images import MaskImages
 from keras_cluster_mask.callbacks.throughput import Throughput
@@ -8,7 +8,7 @@ from keras_cluster_mask.callbacks.throughput import Throughput
 __all__ = [
     "Checkpoint",
     "MaskImages",
-    "NonFiniteLossError",
+    "NonFiniteError",
     "Retrieval",
     "Throughput",
     "ZeroShot",

@@ -2,16 +2,20 @@ import math
 
 import keras
 
-from keras_cluster_mask.distribution.processes import is_main_process
-from keras_cluster_mask.training.checkpoints import (
-    CheckpointFiles,
+from keras_cluster_mask.distribution.processes import (
+    all_gather_object,
+    is_main_process,
+)
+from keras_cluster_mask.training.checkpoints import CheckpointFiles
+from keras_cluster_mask.training.run_state import (
     describe,
+    find_non_finite,
     read_state,
 )
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss is NaN or infinite: training cannot continue."""
+class NonFiniteError(FloatingPointError):
+    """The loss, or a weight, is NaN or infinite: training cannot continue."""
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -29,10 +33,17 @@ class Checkpoint(keras.callbacks.Callback):
     time; arrays need `shuffle=False` to be saved within an epoch. The state of other
     callbacks is not saved.
 
+    The options of `compile` may change: a learning rate or schedule, weight decay,
+    clipping, multipliers. A resumed run takes those that it is given, with a warning
+    that lists them. Moments and the number of steps are the checkpoint's, and so is a
+    learning rate that a callback has changed, unless another one is given.
+
     A loss that is NaN or infinite stops the run with an error that names the step, the
     last checkpoint, and the samples of the batch if they are known: of an
     `image_text_dataset` for training, and of data with an entry `"sample_id"` (strings
-    or numbers; of arrays with `shuffle=False`). Nothing is saved of such a step.
+    or numbers; of arrays with `shuffle=False`). So does a weight or a moment of the
+    optimizer that is NaN or infinite when it is to be saved. Nothing is saved of such
+    a step.
 
     Example:
 
@@ -48,33 +59,34 @@ class Checkpoint(keras.callbacks.Callback):
         batch_size=4,
         shuffle=False,
         resume_from="checkpoints",
-        callbacks=[kcm.callbacks.Checkpoint("checkpoints", monitor=None)],
+        callbacks=[kcm.callbacks.Checkpoint("checkpoints")],
     )
     model.fit(batch, **fit)
     model.fit(batch, epochs=2, **fit)  # Resumes: trains the second epoch.
     ```
 
     Args:
-        directory: str or path. The folder of this run's checkpoints.
+        directory: str or path. The folder of this run's checkpoints: local, or an
+            address that fsspec knows, such as `"gs://bucket/run"`.
         save_every: Integer, steps between checkpoints, or `"epoch"`. The end of an
             epoch is saved in any case.
         keep: Integer. How many of the last checkpoints are kept.
-        monitor: String. The value of the epoch's logs by which `best.npz` is chosen;
-            `None` keeps no best one.
+        monitor: String. The value of the epoch's logs by which `best.npz` is chosen,
+            such as `"val_loss"`; `None` keeps no best one.
         mode: `"min"` or `"max"`. Defaults to `"min"` for losses, else `"max"`.
 
     Raises:
         ValueError: From `fit`, if the folder holds later checkpoints than the run
-            resumes from, or if the data could not be resumed.
-        NonFiniteLossError: From `fit`, if the loss is NaN or infinite.
+            resumes from, if the data could not be resumed, or if an epoch ends whose
+            logs do not hold `monitor`.
+        NonFiniteError: From `fit`, if the loss, a weight or the optimizer's state is
+            NaN or infinite.
     """
 
     # Tells `fit` to keep count of steps.
     saves_training_state = True
 
-    def __init__(
-        self, directory, save_every="epoch", keep=3, monitor="val_loss", mode=None
-    ):
+    def __init__(self, directory, save_every="epoch", keep=3, monitor=None, mode=None):
         super().__init__()
         if save_every != "epoch" and not (
             isinstance(save_every, int) and save_every > 0
@@ -90,6 +102,11 @@ class Checkpoint(keras.callbacks.Callback):
         if mode not in (None, "min", "max"):
             raise ValueError(
                 f"`mode` must be 'min', 'max' or None. Received: mode={mode!r}"
+            )
+        if mode is not None and monitor is None:
+            raise ValueError(
+                "`mode` needs `monitor`, the value that it says the best of. "
+                f"Received: mode={mode!r}, monitor=None"
             )
         self.files = CheckpointFiles(directory, keep)
         self.save_every = save_every
@@ -136,12 +153,25 @@ class Checkpoint(keras.callbacks.Callback):
         self._saved_steps = run.total_steps
 
     def on_epoch_end(self, epoch, logs=None):
-        value = self._value(logs or {})
         path = self._save()
+        self._check_monitor(epoch, logs or {})
+        value = self._value(logs or {})
         if value < self._best:
             self._best = value
             if path is not None:
                 self.files.mark_best(path)
+
+    def _check_monitor(self, epoch, logs):
+        run, name = self._run, self.monitor
+        if name is None or run.skips_validation(epoch):
+            return
+        # A callback may report it at the end of some epochs, the first one included.
+        if not any(name in row["logs"] for row in run.history):
+            raise ValueError(
+                "`monitor` must be in the logs of an epoch: pass `validation_data` to "
+                "`fit`, and put a callback that reports it before `Checkpoint`. "
+                f"Received: monitor={name!r}, logs with {sorted(logs)}"
+            )
 
     def _value(self, logs):
         value = self.sign * logs.get(self.monitor, math.inf * self.sign)
@@ -163,26 +193,42 @@ class Checkpoint(keras.callbacks.Callback):
             "data_origin": run.data.origin,
             "history": history,
             "description": {**describe(model), **run.data.describe()},
+            "compiled": run.compiled,
         }
         # By all processes, which may share the weights.
-        arrays = {**read_state(model), **run.rng_state}
+        state = read_state(model)
+        self._check_state(state)
+        arrays = {**state, **run.rng_state}
         if not is_main_process():
             return None
         return self.files.write(run.total_steps, arrays, facts)
 
     def _check_loss(self, logs):
         loss = float((logs or {}).get("loss", 0.0))
-        if math.isfinite(loss):
-            return
+        if not math.isfinite(loss):
+            self._stop("The loss", f"loss={loss} at")
+
+    def _check_state(self, state):
+        """Finite weights may be infinite after an update at a finite loss."""
+        path = find_non_finite(self.model, state)
+        # All processes stop, or the others would wait for one that has.
+        if any(all_gather_object(int(path is not None))):
+            path = path or "a weight of another process"
+            self._stop("The weights and the optimizer's state", f"{path} after")
+
+    def _stop(self, what, found):
         run, last = self._run, self.files.paths()
         keys = run.data.samples(run.epoch, run.step - 1)
         samples = ""
         if keys:
             more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
             samples = f" The batch held the samples {', '.join(keys[:10])}{more}."
-        raise NonFiniteLossError(
-            "The loss must stay finite; a lower learning rate, a longer warm-up or "
+        place = f"the end of epoch {run.epoch}"
+        if run.step:
+            place = f"epoch {run.epoch + 1}, its step {run.step}"
+        raise NonFiniteError(
+            f"{what} must stay finite; a lower learning rate, a longer warm-up or "
             f"gradient clipping may help.{samples} The last good checkpoint is "
-            f"{last[-1] if last else 'none'}. Received: loss={loss} at step "
-            f"{run.total_steps} (epoch {run.epoch + 1}, its step {run.step})"
+            f"{last[-1] if last else 'none'}. Received: {found} step "
+            f"{run.total_steps} ({place})"
         )

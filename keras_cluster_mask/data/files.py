@@ -32,8 +32,12 @@ def is_address(path):
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)) is not None
 
 
-def file_system(path):
+def file_system(path, argument="source"):
     """The fsspec file system of a path, and the path within it.
+
+    Args:
+        path: str or path.
+        argument: str. What errors call the path.
 
     Raises:
         ImportError: If a package for the address is missing.
@@ -44,10 +48,10 @@ def file_system(path):
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
         # fsspec names the package.
-        raise ImportError(f"{error}. Received: source {path}") from error
+        raise ImportError(f"{error}. Received: {argument} {path}") from error
     except ValueError as error:
         raise ValueError(
-            f"`source` must be at an address that fsspec knows: {error}. "
+            f"`{argument}` must be at an address that fsspec knows: {error}. "
             f"Received: {path}"
         ) from error
 

@@ -437,7 +437,7 @@ class ContrastiveModel(keras.Model):
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, all_layers(self))
         super().compile(optimizer, **kwargs)
-        self._optimizer_options = {
+        self.optimizer_options = {
             "learning_rate_multipliers": multipliers,
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),
@@ -671,7 +671,7 @@ class ContrastiveModel(keras.Model):
 
     def get_compile_config(self):
         config = super().get_compile_config()
-        return {**config, **self._optimizer_options} if config else config
+        return {**config, **self.optimizer_options} if config else config
 
     def compile_from_config(self, config):
         # Keras's own is for models that do not override `compile`.

@@ -1,96 +1,18 @@
-"""Checkpoints: the state of a training run as arrays, and files of them."""
+"""Checkpoints: files with the state of a training run, local or anywhere."""
 
 import contextlib
 import json
 import os
-import pathlib
+import shutil
 import warnings
 import zipfile
 
 import ml_dtypes
 import numpy as np
 
-from keras_cluster_mask.distribution.processes import to_numpy
+from keras_cluster_mask.distribution.processes import all_gather_object
 
-PREFIX, BEST, SUFFIX = "step-", "best", ".npz"
-
-# What a layer's configuration says without an effect on what is computed.
-INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
-# What may differ between a run and its continuation.
-FREE_OPTIONS = ("name", "micro_batch_size", "gradient_checkpointing")
-FREE_METRICS = ("gradient_norm",)
-
-# === The state of a run ===
-
-
-def read_state(model) -> dict[str, np.ndarray]:
-    """Weights, seeds, optimizer and metrics as NumPy arrays."""
-    return {
-        f"{group}/{index}": np.array(to_numpy(variable))
-        for group, variables in _groups(model).items()
-        for index, variable in enumerate(variables)
-    }
-
-
-def write_state(model, state, groups=("model", "optimizer")):
-    """Assigns arrays of `read_state`, those of some groups."""
-    for group in groups:
-        for index, variable in enumerate(_groups(model)[group]):
-            key = f"{group}/{index}"
-            # A metric that is new in the continuation starts with it.
-            if key in state or group != "metrics":
-                variable.assign(state[key])
-
-
-def describe(model) -> dict:
-    """What a checkpoint must fit: a flat dictionary of JSON values by field."""
-    fields, groups = {}, _groups(model)
-    metrics = [x for x in model.metrics if x.name not in FREE_METRICS]
-    groups["metrics"] = [v for metric in metrics for v in metric.variables]
-    for group, variables in groups.items():
-        fields[f"{group}.number of variables"] = len(variables)
-        for index, variable in enumerate(variables):
-            shape = [*variable.shape]
-            fields[f"{group}.{index} ({variable.path})"] = [shape, str(variable.dtype)]
-    fields["optimizer"] = type(model.optimizer).__name__
-    for key, value in model.get_config().items():
-        if key not in FREE_OPTIONS and not isinstance(value, dict):
-            fields[key] = value
-    for index, masking in enumerate(model.maskings):
-        prefix = f"maskings[{index}]"
-        fields[f"{prefix}.class"] = type(masking).__name__
-        for key, value in masking.get_config().items():
-            if key not in INCIDENTAL:
-                fields[f"{prefix}.{key}"] = value
-    return fields
-
-
-def differences(saved: dict, wanted: dict) -> list[str]:
-    """How two descriptions differ, a line for each field that does."""
-    # As they are read from a file, and without names, which count Keras's layers.
-    saved, wanted = (
-        {field.split(" (")[0]: value for field, value in fields.items()}
-        for fields in (saved, json.loads(json.dumps(wanted)))
-    )
-    return [
-        f"{field}: {saved.get(field, 'nothing')!r} in the checkpoint, "
-        f"{wanted.get(field, 'nothing')!r} in the model"
-        for field in [*wanted, *(saved.keys() - wanted.keys())]
-        if saved.get(field) != wanted.get(field)
-    ]
-
-
-def _groups(model):
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    return {
-        "model": model.variables,
-        "optimizer": model.optimizer.variables,
-        "metrics": model.metrics_variables,
-    }
-
-
-# === Files ===
+PREFIX, BEST, SUFFIX, PART = "step-", "best", ".npz", ".part"
 
 
 class CheckpointFiles:
@@ -100,79 +22,103 @@ class CheckpointFiles:
     written beside its place and then renamed.
 
     Args:
-        folder: str or path. Made if it does not exist.
+        folder: str or path, local or an address such as `"gs://bucket/run"`. Made if it
+            does not exist.
         keep: Integer, how many of the last are kept; `best` is kept besides.
     """
 
     def __init__(self, folder, keep=1):
-        self.folder = pathlib.Path(folder)
+        self.folder = os.path.expanduser(os.fspath(folder)).rstrip("/")
         self.keep = keep
+        # What cannot be reached is better known before training.
+        _storage().file_system(self.folder, "directory")
 
-    def write(self, step, arrays, facts) -> pathlib.Path:
+    def write(self, step, arrays, facts) -> str:
         """Writes a checkpoint, then removes the oldest of more than `keep`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{PREFIX}{step:09}{SUFFIX}"
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        path = self._path(f"{PREFIX}{step:09}{SUFFIX}")
         arrays = dict(arrays)
         # NumPy's files do not know bfloat16.
         halves = [k for k, v in arrays.items() if v.dtype == ml_dtypes.bfloat16]
         arrays.update({key: arrays[key].view("uint16") for key in halves})
         facts = json.dumps({**facts, "bfloat16": halves})
         arrays["facts"] = np.frombuffer(facts.encode(), "uint8")
-        try:
-            with unfinished.open("wb") as file:
-                np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-            self._sync_folder()
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with _storage().replacing(path) as file:
+            np.savez(file, **arrays)
+        self._sync_folder()
         for old in self.paths()[: -self.keep]:
-            old.unlink(missing_ok=True)
+            _remove(old)
         return path
 
     def mark_best(self, path):
-        """Makes a written checkpoint the best one."""
-        link = self.folder / f".{BEST}.{os.getpid()}.tmp"
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        link.replace(self.folder / f"{BEST}{SUFFIX}")
+        """Makes a written checkpoint the best one, without a second copy if it can."""
+        files, best = _storage(), self._path(f"{BEST}{SUFFIX}")
+        try:
+            if files.is_address(best):
+                system, name = files.file_system(path)
+                system.cp_file(name, files.file_system(best)[1])
+            else:
+                link = self._path(f".{BEST}.{os.getpid()}{PART}")
+                os.link(path, link)
+                os.replace(link, best)
+        except (OSError, NotImplementedError):
+            # FUSE, exFAT and many network disks have no hard links.
+            with files.open_file(path) as source, files.replacing(best) as file:
+                shutil.copyfileobj(source, file)
         self._sync_folder()
 
-    def paths(self) -> list[pathlib.Path]:
+    def paths(self) -> list[str]:
         """The checkpoints, from the oldest to the last."""
-        return sorted(self.folder.glob(f"{PREFIX}*{SUFFIX}"))
+        names = [x for x in self._names() if x.startswith(PREFIX)]
+        return [self._path(x) for x in sorted(names) if x.endswith(SUFFIX)]
 
     def last_step(self) -> int:
         """The step of the last checkpoint, or -1."""
         paths = self.paths()
-        return int(paths[-1].stem.removeprefix(PREFIX)) if paths else -1
+        if not paths:
+            return -1
+        return int(paths[-1].rpartition(PREFIX)[2].removesuffix(SUFFIX))
 
     def read_last(self):
         """The last checkpoint that can be read: `(path, arrays, facts)`, or `None`.
 
         Damaged files are renamed, with a warning.
         """
-        for stale in self.folder.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        for name in self._names():
+            if name.startswith(".") and name.endswith(PART):
+                _remove(self._path(name))
         for path in reversed(self.paths()):
             try:
                 return path, *read_checkpoint(path)
             except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                damaged = path.with_name(f"{path.name}.damaged")
+                system, name = _storage().file_system(path)
                 # Another process may have been first.
                 with contextlib.suppress(FileNotFoundError):
-                    path.rename(damaged)
+                    system.mv(name, f"{name}.damaged")
                 warnings.warn(
                     f"The checkpoint {path} cannot be read ({error}); trying the one "
-                    f"before. The file is now {damaged.name}.",
+                    f"before. The file is now {path}.damaged.",
                     stacklevel=2,
                 )
         return None
 
+    def _path(self, name):
+        return f"{self.folder}/{name}"
+
+    def _names(self):
+        """The names of all files in the folder."""
+        system, folder = _storage().file_system(self.folder)
+        # Clients of object stores remember what they have listed.
+        system.invalidate_cache(folder)
+        try:
+            found = system.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
+        return [path.rpartition("/")[2] for path in found]
+
     def _sync_folder(self):
         # Otherwise a power cut may lose the new name, though not the file.
+        if _storage().is_address(self.folder):
+            return
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -182,9 +128,57 @@ class CheckpointFiles:
 
 def read_checkpoint(path) -> tuple[dict, dict]:
     """The arrays and the facts of a checkpoint."""
-    with np.load(path, allow_pickle=False) as file:
+    with (
+        _storage().open_file(path) as content,
+        np.load(content, allow_pickle=False) as file,
+    ):
         arrays = {key: file[key] for key in file.files}
     facts = json.loads(arrays.pop("facts").tobytes())
     for key in facts.pop("bfloat16"):
         arrays[key] = arrays[key].view(ml_dtypes.bfloat16)
     return arrays, facts
+
+
+def read_resumable(path: str | os.PathLike):
+    """The checkpoint to resume from, the same on all processes.
+
+    Args:
+        path: A checkpoint, which must exist, or a folder; local or an address.
+
+    Returns:
+        A tuple `(path, arrays, facts)`, or `None` if the folder has no checkpoint.
+    """
+    files, path = _storage(), os.path.expanduser(os.fspath(path)).rstrip("/")
+    files.file_system(path, "resume_from")
+    is_file = path.endswith(SUFFIX) or files.exists(f"{path}{SUFFIX}")
+    # The first process may still be writing what all are to read.
+    all_gather_object(0)
+    if not is_file:
+        found = CheckpointFiles(path).read_last()
+    else:
+        found = (path, *read_checkpoint(path)) if files.exists(path) else None
+    steps = all_gather_object(-1 if found is None else found[2]["step"])
+    if is_file and -1 in steps:
+        raise FileNotFoundError(
+            "`resume_from` must be a checkpoint that exists, or a folder. "
+            f"Received: resume_from={path}"
+        )
+    if len({*steps}) > 1:
+        raise ValueError(
+            "`resume_from` must be a folder that all processes see. Received: "
+            f"resume_from={path}, last steps {steps} by process"
+        )
+    return found
+
+
+def _remove(path):
+    # Another process may have been first.
+    with contextlib.suppress(FileNotFoundError):
+        _storage().remove(path)
+
+
+def _storage():
+    # Imported when it is used, as it brings packages that Keras does not.
+    from keras_cluster_mask.data import files
+
+    return files

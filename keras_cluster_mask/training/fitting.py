@@ -9,6 +9,7 @@ import keras
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
+from keras_cluster_mask.training.checkpoints import read_resumable
 from keras_cluster_mask.training.inputs import (
     StepSize,
     as_dictionary,
@@ -22,11 +23,8 @@ from keras_cluster_mask.training.remaining_data import (
     RemainingData,
     check_same_everywhere,
 )
-from keras_cluster_mask.training.training_run import (
-    ResumableRun,
-    TrainingRun,
-    read_resumable,
-)
+from keras_cluster_mask.training.run_state import describe_compile
+from keras_cluster_mask.training.training_run import ResumableRun, TrainingRun
 
 
 def fit(model, keras_fit, x, options, resume_from=None):
@@ -89,8 +87,13 @@ def fit(model, keras_fit, x, options, resume_from=None):
         options.pop("initial_epoch"),
         remembers_ids=bool(saves),
     )
-    run = TrainingRun if resume_from is None and not saves else ResumableRun
-    run = run(data, data.origin[0], StepSize.of(x, batch_size))
+    place = data, data.origin[0], StepSize.of(x, batch_size)
+    if resume_from is None and not saves:
+        run = TrainingRun(*place)
+    else:
+        # Callbacks may change the learning rate once training has begun.
+        compiled = describe_compile(model)
+        run = ResumableRun(*place, compiled, validation.is_skipped)
     model.training_run = run
     if resume_from is not None:
         message = (
@@ -205,13 +208,16 @@ class Validation(keras.callbacks.Callback):
             size = options.get("validation_batch_size")
             self.options["batch_size"] = size or batch_size
 
+    def is_skipped(self, epoch):
+        """Whether there is data that is not evaluated at the end of this epoch."""
+        if isinstance(self.every, int):
+            return self.data is not None and (epoch + 1) % self.every != 0
+        return self.data is not None and epoch + 1 not in self.every
+
     def on_epoch_end(self, epoch, logs=None):
-        due = (
-            (epoch + 1) % self.every == 0
-            if isinstance(self.every, int)
-            else epoch + 1 in self.every
-        )
-        if due and logs is not None and self.data is not None:
+        if self.data is None or self.is_skipped(epoch):
+            return
+        if logs is not None:
             # Without parameters: the callbacks keep those of the fit.
             callbacks = keras.callbacks.CallbackList(self.callbacks, model=self.model)
             found = self.model.evaluate(

@@ -1,20 +1,17 @@
 """Where a `fit` is, and how it resumes from a checkpoint."""
 
-import os
-import pathlib
 import types
+import warnings
 
 import keras
 import numpy as np
 
-from keras_cluster_mask.distribution.processes import all_gather_object, to_numpy
+from keras_cluster_mask.distribution.processes import to_numpy
 from keras_cluster_mask.distribution.rng_state import read_rng_state, write_rng_state
-from keras_cluster_mask.training.checkpoints import (
-    SUFFIX,
-    CheckpointFiles,
+from keras_cluster_mask.training.run_state import (
     describe,
     differences,
-    read_checkpoint,
+    write_learning_rates,
     write_state,
 )
 
@@ -64,14 +61,23 @@ class TrainingRun(keras.callbacks.Callback):
 class ResumableRun(TrainingRun):
     """A `TrainingRun` that is saved, or resumed, within epochs.
 
+    Args:
+        compiled: Dictionary, `describe_compile` of the model before `fit` changes it.
+        skips_validation: Function from an epoch to whether there is validation data
+            that is not evaluated at its end.
+
     Attributes:
+        compiled: The dictionary.
+        skips_validation: The function.
         step: Integer, the steps done of the running epoch.
         total_steps: Integer, the steps done in all, before a resume included.
         rng_state: Dictionary of arrays, the random state after the last step.
     """
 
-    def __init__(self, data, epoch, step_size):
+    def __init__(self, data, epoch, step_size, compiled, skips_validation):
         super().__init__(data, epoch, step_size)
+        self.compiled = compiled
+        self.skips_validation = skips_validation
         self.total_steps = 0
         self.rng_state = {}
         self._metrics = self._weights = None
@@ -95,6 +101,14 @@ class ResumableRun(TrainingRun):
                 f"resume_from={path}, with " + "; ".join(differing)
             )
         write_state(model, arrays)
+        changed = write_learning_rates(model, arrays, facts["compiled"], self.compiled)
+        if changed:
+            warnings.warn(
+                "The options of `compile` differ from those of the checkpoint "
+                f"{path}. The model's are used, with the optimizer's state of the "
+                "checkpoint. Received: " + "; ".join(changed),
+                stacklevel=2,
+            )
         self.rng_state = {k: v for k, v in arrays.items() if "generators/" in k}
         self.epoch, self.step = facts["epoch"], facts["epoch_step"]
         self.total_steps, self.history = facts["step"], facts["history"]
@@ -145,34 +159,3 @@ class ResumableRun(TrainingRun):
             self._weights = [
                 np.array(to_numpy(v)) for v in self.model.trainable_variables
             ]
-
-
-def read_resumable(path: str | os.PathLike):
-    """The checkpoint to resume from, the same on all processes.
-
-    Args:
-        path: A checkpoint, which must exist, or a folder.
-
-    Returns:
-        A tuple `(path, arrays, facts)`, or `None` if the folder has no checkpoint.
-    """
-    path = pathlib.Path(path).expanduser()
-    is_file = path.suffix == SUFFIX or path.with_name(path.name + SUFFIX).is_file()
-    # The first process may still be writing what all are to read.
-    all_gather_object(0)
-    if not is_file:
-        found = CheckpointFiles(path).read_last()
-    else:
-        found = (path, *read_checkpoint(path)) if path.is_file() else None
-    steps = all_gather_object(-1 if found is None else found[2]["step"])
-    if is_file and -1 in steps:
-        raise FileNotFoundError(
-            "`resume_from` must be a checkpoint that exists, or a folder. "
-            f"Received: resume_from={path}"
-        )
-    if len({*steps}) > 1:
-        raise ValueError(
-            "`resume_from` must be a folder that all processes see. Received: "
-            f"resume_from={path}, last steps {steps} by process"
-        )
-    return found

@@ -1,18 +1,23 @@
 """A run that was interrupted and resumed ends as if it had not been."""
 
+import errno
 import os
 import pathlib
 import random
 import signal
 import subprocess
 import sys
+import warnings
 
+import fsspec
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.checkpoints import CheckpointFiles, read_checkpoint
+from tests.helpers import FAST, image_mlp, random_pairs, text_bag, values
 
 from .training_run import make_dataset, make_model, weights_of
 
@@ -230,8 +235,8 @@ def test_the_held_out_part_of_arrays_stays_the_same(tmp_path):
         found, resumed = run(data, tmp_path / f"stopped-{stop}", save_every=1, fit=fit)
         assert_same_weights(found, expected)
         assert resumed.history.keys() == history.history.keys()
-        for name, values in history.history.items():
-            np.testing.assert_allclose(resumed.history[name], values, rtol=1e-6)
+        for name, logs in history.history.items():
+            np.testing.assert_allclose(resumed.history[name], logs, rtol=1e-6)
 
 
 def test_a_run_killed_while_it_validates_validates_when_resumed(tmp_path):
@@ -250,8 +255,8 @@ def test_a_run_killed_while_it_validates_validates_when_resumed(tmp_path):
     found, resumed = run(pairs(), tmp_path / "stopped", save_every=3, fit=fit)
     assert_same_weights(found, expected)
     assert resumed.history.keys() == history.history.keys()
-    for name, values in history.history.items():
-        np.testing.assert_allclose(resumed.history[name], values, rtol=1e-6)
+    for name, logs in history.history.items():
+        np.testing.assert_allclose(resumed.history[name], logs, rtol=1e-6)
 
 
 # === Killed ===
@@ -326,6 +331,107 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
 
 
 @pytest.mark.any_backend
+def test_the_best_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    files = CheckpointFiles(tmp_path)
+    for step in (1, 2):
+        path = files.write(step, {"array": np.arange(step)}, {"step": step})
+        files.mark_best(path)
+    files.write(3, {"array": np.arange(3)}, {"step": 3})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["best.npz", "step-000000003.npz"]
+    arrays, facts = read_checkpoint(tmp_path / "best.npz")
+    assert facts == {"step": 2}
+    np.testing.assert_array_equal(arrays["array"], [0, 1])
+
+
+@pytest.mark.any_backend
+def test_a_folder_on_remote_storage_is_written_and_resumed_from(whole, shards):
+    memory = fsspec.filesystem("memory")
+    expected, history = whole
+    folder = "memory://checkpoints/a run"
+    options = dict(keep=2, monitor="loss")
+    run(make_dataset(shards), folder, stop=5, **options)
+    last = f"{folder}/step-000000004.npz"
+    assert CheckpointFiles(folder).paths()[-1] == last
+    # What a process that was killed has left, and a file cut short.
+    memory.pipe("/checkpoints/a run/.step-000000005.npz.1.part", b"a part")
+    memory.pipe("/checkpoints/a run/step-000000005.npz", b"a part")
+    with pytest.warns(UserWarning, match=r"step-000000005\.npz cannot be read"):
+        found, resumed = run(make_dataset(shards), folder, **options)
+    assert_same_weights(found, expected)
+    assert resumed.history == history.history
+    names = [path.rpartition("/")[2] for path in memory.ls("/checkpoints/a run", False)]
+    assert sorted(names) == [
+        "best.npz",
+        "step-000000005.npz.damaged",
+        "step-000000008.npz",
+        "step-000000009.npz",
+    ]
+    _, facts = read_checkpoint(f"{folder}/best.npz")
+    assert facts["epoch"] == int(np.argmin(history.history["loss"])) + 1
+    # One checkpoint by its address.
+    found, _ = run(
+        make_dataset(shards),
+        folder,
+        fit={"resume_from": f"{folder}/step-000000009.npz"},
+    )
+    assert_same_weights(found, expected)
+    with pytest.raises(FileNotFoundError, match=r"`resume_from`.*memory://check"):
+        run(make_dataset(shards), folder, fit={"resume_from": f"{folder}/step-1.npz"})
+
+
+@pytest.mark.any_backend
+def test_a_storage_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match=r"`directory` must.*Received: nowhere://run"):
+        kcm.callbacks.Checkpoint("nowhere://run")
+    with pytest.raises(
+        ValueError, match=r"`resume_from` must.*Received: nowhere://run"
+    ):
+        make_model().fit(pairs(), batch_size=4, resume_from="nowhere://run")
+
+
+# === The best ===
+
+
+@pytest.mark.any_backend
+def test_a_monitored_value_that_is_not_in_the_logs_is_refused(tmp_path):
+    fit = {"epochs": 3, "batch_size": 4}
+    with pytest.raises(
+        ValueError,
+        match=r"`monitor`.*`validation_data`.*Received: monitor='val_loss', .*'loss'",
+    ):
+        run(pairs(), tmp_path, save_every="epoch", monitor="val_loss", fit=fit)
+    # The epoch that was trained is not lost.
+    assert CheckpointFiles(tmp_path).last_step() == 3
+    _, history = run(pairs(), tmp_path, save_every="epoch", monitor="loss", fit=fit)
+    assert history.epoch == [0, 1, 2]
+
+
+@pytest.mark.any_backend
+def test_a_monitored_value_may_wait_for_the_validation(tmp_path):
+    fit = {
+        "epochs": 3,
+        "batch_size": 4,
+        "validation_data": pairs(8, seed=1),
+        "validation_freq": 2,
+    }
+    run(pairs(), tmp_path, save_every="epoch", monitor="val_loss", fit=fit)
+    _, facts = read_checkpoint(tmp_path / "best.npz")
+    assert facts["epoch"] == 2
+
+
+@pytest.mark.any_backend
+def test_without_a_monitored_value_there_is_no_best(tmp_path):
+    fit = {"batch_size": 4, "verbose": 0}
+    make_model().fit(pairs(), callbacks=[kcm.callbacks.Checkpoint(tmp_path)], **fit)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000003.npz"]
+
+
+@pytest.mark.any_backend
 def test_a_damaged_file_is_passed_over_with_a_warning(whole, shards, tmp_path):
     expected, _ = whole
     folder = tmp_path / "stopped"
@@ -355,7 +461,7 @@ def test_bfloat16_survives_a_file(tmp_path):
         np.testing.assert_array_equal(found[key], value)
 
 
-# === Losses that are not finite ===
+# === Losses and weights that are not finite ===
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_samples_and_checkpoint(
@@ -373,7 +479,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_samples_and_checkpoint(
 
     checkpoint = kcm.callbacks.Checkpoint(tmp_path, save_every=5, monitor=None)
     with pytest.raises(
-        kcm.callbacks.NonFiniteLossError,
+        kcm.callbacks.NonFiniteError,
         match=rf"samples \d{{4}}, .*{last.name}.*Received: loss=nan at step 9",
     ):
         model.fit(
@@ -403,10 +509,183 @@ def test_samples_of_a_bad_batch_are_named_by_their_sample_id(kind, tmp_path):
     run(data, tmp_path / "stopped", stop=2, fit=fit)
     for folder in ("fresh", "stopped"):
         with pytest.raises(
-            kcm.callbacks.NonFiniteLossError,
+            kcm.callbacks.NonFiniteError,
             match=r"samples image 12, image 13, image 14, image 15\.",
         ):
             run(data, tmp_path / folder, fit=fit)
+
+
+def test_weights_that_an_update_made_infinite_are_not_saved(tmp_path):
+    model = make_model(optimizer=keras.optimizers.SGD(1e38))
+    fit = {"shuffle": False, "batch_size": 4, "epochs": 1}
+    with pytest.raises(
+        kcm.callbacks.NonFiniteError,
+        match=r"weights.*checkpoint is none.*Received: .* after step 1 \(epoch 1, its",
+    ):
+        run(pairs(), tmp_path, model=model, save_every=1, fit=fit)
+    assert CheckpointFiles(tmp_path).last_step() == -1
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("save_every", [1, "epoch"])
+def test_moments_that_are_infinite_are_not_saved(save_every, tmp_path):
+    class Break(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                moment = self.model.optimizer.variables[-1]
+                moment.assign(np.full(moment.shape, np.inf))
+
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, save_every, monitor=None)
+    model = make_model(optimizer="adam")
+    with pytest.raises(
+        kcm.callbacks.NonFiniteError, match=r"Received: adam\w*/.* step 3"
+    ):
+        model.fit(
+            pairs(),
+            batch_size=4,
+            shuffle=False,
+            verbose=0,
+            callbacks=[Break(), checkpoint],
+        )
+    assert CheckpointFiles(tmp_path).last_step() == (2 if save_every == 1 else -1)
+
+
+@pytest.mark.any_backend
+def test_all_processes_stop_at_weights_that_are_infinite_in_one(tmp_path, monkeypatch):
+    module = sys.modules[kcm.callbacks.Checkpoint.__module__]
+    monkeypatch.setattr(module, "all_gather_object", lambda value: [value, 1])
+    with pytest.raises(kcm.callbacks.NonFiniteError):
+        run(pairs(), tmp_path, save_every="epoch")
+
+
+# === What the model was compiled with ===
+
+
+def fit_epochs(folder, epochs, optimizer, callbacks=(), **options):
+    """Trains to the end of an epoch, from a checkpoint if there is one."""
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile(optimizer, **FAST, **options)
+    model.fit(
+        random_pairs(8),
+        batch_size=4,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        resume_from=folder,
+        callbacks=[*callbacks, kcm.callbacks.Checkpoint(folder, monitor=None)],
+    )
+    return model
+
+
+def decay(steps):
+    return keras.optimizers.schedules.CosineDecay(0.01, steps)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (dict(), dict(learning_rate=0.1), r"learning_rate: 0\.01 in the ch.*, 0\.1 in"),
+        (dict(), dict(weight_decay=0.3), r"optimizer\.weight_decay: 0\.004 in.*, 0\.3"),
+        (dict(), dict(clipnorm=1.0), r"optimizer\.clipnorm: None in.*, 1\.0 in"),
+        (dict(), dict(learning_rate=decay(9)), r"0\.01 in the ch.*CosineDecay\(.*9"),
+        (dict(learning_rate=decay(9)), dict(), r"CosineDecay\(.*, 0\.01 in the"),
+        (dict(learning_rate=decay(9)), dict(learning_rate=decay(8)), r"steps=9.*s=8"),
+    ],
+)
+def test_a_resumed_run_takes_the_options_that_it_is_given_and_warns(
+    before, after, message, tmp_path
+):
+    def optimizer(**options):
+        return keras.optimizers.AdamW(**{"learning_rate": 0.01, **options})
+
+    trained = fit_epochs(tmp_path, 1, optimizer(**before)).optimizer
+    with pytest.warns(UserWarning, match="differ.*" + message):
+        resumed = fit_epochs(tmp_path, 1, optimizer(**after)).optimizer
+    expected = optimizer(**after)
+    assert resumed.get_config() == {**expected.get_config(), "name": resumed.name}
+    # The steps that were done count for a schedule too.
+    assert int(ops.convert_to_numpy(resumed.iterations)) == 2
+    moments = [
+        [x for x in values(each.variables) if x.ndim] for each in (trained, resumed)
+    ]
+    assert len(moments[0]) > 2
+    for found, given in zip(moments[1], moments[0], strict=True):
+        np.testing.assert_array_equal(found, given)
+
+
+def test_new_options_reach_the_weights_of_a_resumed_run(tmp_path):
+    fit_epochs(tmp_path, 1, keras.optimizers.SGD(0.01))
+    with pytest.warns(UserWarning, match=r"optimizer\.learning_rate: 0\.01"):
+        model = fit_epochs(tmp_path, 2, keras.optimizers.SGD(0.0))
+    _, state, _ = CheckpointFiles(tmp_path).read_last()
+    before, _ = read_checkpoint(min(tmp_path.glob("step-*")))
+    weights = [f"model/{index}" for index in range(len(model.variables))]
+    for key in weights:
+        np.testing.assert_array_equal(state[key], before[key])
+
+
+@pytest.mark.any_backend
+def test_changed_multipliers_and_decay_of_vectors_are_named(tmp_path):
+    multipliers = {"learning_rate_multipliers": {"image": 0.5}}
+    fit_epochs(tmp_path, 1, "sgd")
+    with pytest.warns(UserWarning, match=r"learning_rate_multipliers: \{\} in.*0\.5"):
+        fit_epochs(tmp_path, 2, "sgd", **multipliers)
+    with pytest.warns(UserWarning, match="decay_vectors: False in.*True in"):
+        fit_epochs(tmp_path, 3, "sgd", decay_vectors=True, **multipliers)
+
+
+def test_a_learning_rate_that_a_callback_changed_is_resumed(tmp_path):
+    def halve(epoch, learning_rate):
+        return learning_rate / 2
+
+    def fit(epochs, learning_rate, *callbacks):
+        optimizer = keras.optimizers.Adam(learning_rate)
+        model = fit_epochs(tmp_path, epochs, optimizer, callbacks)
+        return float(ops.convert_to_numpy(model.optimizer.learning_rate))
+
+    halving = keras.callbacks.LearningRateScheduler(halve)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert fit(2, 0.01, halving) == pytest.approx(0.0025)
+        assert fit(2, 0.01) == pytest.approx(0.0025)
+        assert fit(3, 0.01, halving) == pytest.approx(0.00125)
+    with pytest.warns(UserWarning, match=r"0\.01 in the checkpoint, 0\.04 in"):
+        assert fit(4, 0.04, halving) == pytest.approx(0.02)
+
+
+@pytest.mark.any_backend
+def test_a_learning_rate_that_was_changed_in_this_process_is_no_difference(tmp_path):
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile(keras.optimizers.Adam(0.01), **FAST)
+    halving = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, monitor=None)
+    fit = dict(batch_size=4, verbose=0, resume_from=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for epochs in (1, 2):
+            model.fit(
+                random_pairs(8), epochs=epochs, callbacks=[halving, checkpoint], **fit
+            )
+    rate = float(ops.convert_to_numpy(model.optimizer.learning_rate))
+    assert rate == pytest.approx(0.0025)
+
+
+@pytest.mark.any_backend
+def test_a_changed_learning_rate_of_one_of_several_optimizers_is_named(tmp_path):
+    def optimizer(learning_rate):
+        def select(variable):
+            if "bias" in variable.path:
+                return keras.optimizers.SGD(learning_rate)
+            return keras.optimizers.Adam(0.01)
+
+        return keras.optimizers.MultiOptimizer(select)
+
+    fit_epochs(tmp_path, 1, optimizer(0.1), decay_vectors=True)
+    with pytest.warns(UserWarning, match=r"optimizers\[\d\]\.learning_rate: 0\.1 in"):
+        resumed = fit_epochs(tmp_path, 1, optimizer(0.2), decay_vectors=True)
+    rates = [each.learning_rate for each in resumed.optimizer.optimizers]
+    rates = {round(float(ops.convert_to_numpy(rate)), 5) for rate in rates}
+    assert rates == {0.2, 0.01}
 
 
 # === Refusals ===
@@ -498,6 +777,7 @@ def test_steps_cannot_be_saved_of_data_that_is_not_found_again(tmp_path):
         (dict(save_every="step"), "`save_every`.*Received: save_every='step'"),
         (dict(keep=0), "`keep`.*Received: keep=0"),
         (dict(mode="best"), "`mode`.*Received: mode='best'"),
+        (dict(mode="max"), "`mode`.*`monitor`.*Received: mode='max', monitor=None"),
     ],
 )
 def test_bad_options_are_named(options, message, tmp_path):
