@@ -69,7 +69,7 @@ class InputRules:
 
     def check_images(self, images):
         """Raises an error for `(batch, ...)` images that were not normalised."""
-        if self.max_pixel is None or not _is_float(images):
+        if self.max_pixel is None or not self.check_type(images):
             return
         images = as_array(images)
         if not images.size:
@@ -87,6 +87,20 @@ class InputRules:
             f"Received: images of type {images.dtype} from {low:.4g} to {high:.4g}"
         )
 
+    def check_type(self, images) -> bool:
+        """Raises an error for integers other than uint8; says if images are floats."""
+        # A word, as NumPy, Keras and TensorFlow have types of their own.
+        name = str(getattr(images.dtype, "name", images.dtype)).split(".")[-1]
+        if "float" in name:
+            return True
+        if self.max_pixel is not None and name != "uint8":
+            raise ValueError(
+                "`images` must be uint8, or floats normalised with the `pixel_mean` "
+                "and `pixel_std` of the model: pass pixels as "
+                f"`images.astype('uint8')`. Received: images of type {name}"
+            )
+        return False
+
 
 def check_weights(weights, pairs: int):
     """Raises an error for weights of rows that could not be used."""
@@ -96,8 +110,3 @@ def check_weights(weights, pairs: int):
             f"`sample_weight` must hold {pairs} finite numbers of at least 0, one a "
             f"pair. Received: sample_weight={weights}"
         )
-
-
-def _is_float(images):
-    # Also of tensors of several backends, and of bfloat16, which NumPy has no kind for.
-    return "float" in str(getattr(images, "dtype", "float"))

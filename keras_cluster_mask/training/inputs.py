@@ -79,10 +79,10 @@ def check_data(data, rules, training=False):
     elif hasattr(data, "as_dataset") and keras.backend.backend() == "tensorflow":
         data = check_data(data.as_dataset(), rules, training)
     elif hasattr(data, "as_dataset"):
-        check_keys(data.element_spec)
+        _check_spec(data, rules)
         data = _checked_stream(data, rules, training)
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
-        check_keys(data.element_spec)
+        _check_spec(data, rules)
         if any(spec.dtype == "string" for spec in data.element_spec.values()):
             data = data.map(_without_strings)
         data = data.map(lambda batch: _checked(batch, rules, training))
@@ -172,6 +172,11 @@ def rows_of(data) -> int | None:
     """The rows of a batch of data with an `element_spec`, or `None` if unknown."""
     spec = getattr(data, "element_spec", None)
     return spec["token_ids"].shape[0] if isinstance(spec, dict) else None
+
+
+def _check_spec(data, rules):
+    check_keys(data.element_spec)
+    rules.check_type(data.element_spec["images"])
 
 
 def _checked_stream(batches, rules, training):

@@ -661,6 +661,27 @@ def test_only_training_steps_move_the_threshold_and_count_steps():
     assert read()[1] != before[1]
 
 
+@pytest.mark.any_backend
+def test_a_threshold_of_other_pixels_than_the_models_is_refused():
+    images = random_pairs(16)["images"]
+
+    def adapted(images):
+        masking = threshold_masking(threshold=None)
+        masking.adapt(images)
+        return masking
+
+    with pytest.raises(ValueError, match=r"make the model first.*Received: threshold"):
+        masked_model(adapted(images))
+    # The model takes these as they are, or the masking has seen what it makes of them.
+    masked_model(adapted(images), pixel_mean=None)
+    model = masked_model(threshold_masking(threshold=None))
+    masked_model(adapted(ops.convert_to_numpy(model.normalize_pixels(images))))
+    model.maskings[0].adapt(images)
+    masked_model(model.maskings[0])
+    with pytest.raises(ValueError, match=r"make the model first.*Received: threshold"):
+        masked_model(model.maskings[0], pixel_mean=(0.5, 0.5, 0.4))
+
+
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_a_threshold_without_hidden_padding_keeps_its_mask_ratio(micro_batch_size):
     images = random_images(16)

@@ -31,30 +31,35 @@ UNNORMALISED = {
 }
 
 
-@pytest.fixture
-def model():
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+def make_model(**options):
+    model = kcm.ContrastiveModel(image_mlp(), text_bag(), **options)
     model.compile("sgd", **FAST)
     return model
 
 
+@pytest.fixture
+def model():
+    return make_model()
+
+
 @pytest.mark.parametrize("kind", UNNORMALISED)
-def test_images_that_are_not_normalised_are_refused_everywhere(kind, model):
+def test_images_that_are_not_normalised_are_refused_everywhere(kind):
     tf = pytest.importorskip("tensorflow")
     images = UNNORMALISED[kind]
     pairs = {**random_pairs(4), "images": images}
     dataset = tf.data.Dataset.from_tensor_slices(pairs).batch(4, drop_remainder=True)
     for call in (
-        lambda: model.fit(pairs, verbose=0),
-        lambda: model.fit(random_pairs(4), validation_data=pairs, verbose=0),
-        lambda: model.fit(dataset, verbose=0),
-        lambda: model.evaluate(pairs, verbose=0),
-        lambda: model.predict(pairs, verbose=0),
-        lambda: model.encode_image(images),
-        lambda: kcm.evaluation.embed(model, images, verbose=0),
+        lambda model: model.fit(pairs, verbose=0),
+        lambda model: model.fit(random_pairs(4), validation_data=pairs, verbose=0),
+        lambda model: model.fit(dataset, verbose=0),
+        lambda model: model.evaluate(pairs, verbose=0),
+        lambda model: model.predict(pairs, verbose=0),
+        lambda model: model.encode_image(images),
+        lambda model: kcm.evaluation.embed(model, images, verbose=0),
     ):
+        # On JAX, a model is lost whose first step in Keras's `fit` fails.
         with pytest.raises(Exception, match=REFUSED):
-            call()
+            call(make_model())
 
 
 @pytest.mark.any_backend
@@ -86,12 +91,10 @@ def test_normalised_constant_and_uint8_images_pass(images, model):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("kind", ["to 1", "to 255", "int32"])
 def test_a_model_without_statistics_takes_images_as_they_are(kind):
-    encoder = image_mlp()
-    model = kcm.ContrastiveModel(encoder, text_bag(), pixel_mean=None)
-    model.compile("sgd", **FAST)
+    model = make_model(pixel_mean=None)
     images = UNNORMALISED[kind]
     model.fit({**random_pairs(4), "images": images}, verbose=0)
-    expected = ops.convert_to_numpy(encoder(images.astype("float32")))
+    expected = ops.convert_to_numpy(model.image_encoder(images.astype("float32")))
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     found = ops.convert_to_numpy(model.encode_image(images))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
@@ -127,8 +130,8 @@ class Pairs(list):
 
 
 def loader(pairs):
-    if keras.backend.backend() == "tensorflow":
-        pytest.skip("Keras takes no dictionaries from a torch loader on TensorFlow.")
+    if keras.backend.backend() != "torch":
+        pytest.skip("Keras takes dictionaries from torch's loaders on torch alone.")
     data = pytest.importorskip("torch.utils.data")
     rows = Pairs({k: v[i] for k, v in pairs.items()} for i in range(8))
     return data.DataLoader(rows, batch_size=4)
@@ -153,7 +156,7 @@ def test_batches_of_other_iterables_are_checked_too(make, model):
         ({"sample_weight": -np.ones(4, "float32")}, "`sample_weight` must"),
     ):
         with pytest.raises(Exception, match=message):
-            model.fit(make({**random_pairs(4), **bad}), verbose=0)
+            make_model().fit(make({**random_pairs(4), **bad}), verbose=0)
     before = int(model.optimizer.iterations)
     data = make(random_pairs(4))
     model.fit(data, verbose=0)
@@ -164,7 +167,7 @@ def test_batches_of_other_iterables_are_checked_too(make, model):
 
 @pytest.mark.any_backend
 def test_a_saved_model_refuses_the_same(tmp_path):
-    model = kcm.ContrastiveModel(image_mlp(), text_bag(), pixel_std=(0.1, 0.1, 0.1))
+    model = make_model(pixel_std=(0.1, 0.1, 0.1))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.input_rules == model.input_rules
