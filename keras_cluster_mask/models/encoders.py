@@ -64,9 +64,13 @@ BLOCKS = (
 
 
 def call_encoder(encoder, value, training):
-    """Calls an encoder on one tensor, whether it takes a tensor or a dictionary."""
+    """Calls an encoder on a tensor, or on a dictionary of several inputs by name."""
     inputs = getattr(encoder, "input", None)
-    if isinstance(inputs, dict) and len(inputs) == 1:
+    if isinstance(value, dict):
+        if not isinstance(inputs, dict):
+            value = [value[x.name] for x in tree.flatten(inputs)]
+            value = tree.pack_sequence_as(inputs, value)
+    elif isinstance(inputs, dict) and len(inputs) == 1:
         value = dict.fromkeys(inputs, value)
     return encoder(value, training=training)
 

@@ -19,12 +19,23 @@ FOREIGN = (
 ENDLESS = (
     "`token_ids` must hold the end token, {}, in every row: texts are pooled there."
 )
+PADDED = (
+    "`padding_mask` must be in the batch, since some ids of 0 are not at the end of a "
+    "text: without a mask, all are hidden as padding."
+)
 LONELY = (
     "A contrastive loss compares the pairs of a batch, so it needs at least two pairs."
 )
 
 
-def check_data(data, vocabulary_size=None, batch_size=None, end_token_id=None):
+def check_data(
+    data,
+    vocabulary_size=None,
+    batch_size=None,
+    end_token_id=None,
+    zeros_are_padding=False,
+    keys=KEYS,
+):
     """Checks data for a `ContrastiveModel`, and hands it over as Keras takes it.
 
     Arrays are checked whole. A `tf.data.Dataset` and an `ImageTextDataset` get a check
@@ -38,6 +49,9 @@ def check_data(data, vocabulary_size=None, batch_size=None, end_token_id=None):
         batch_size: Integer, the batch size that arrays are trained in; `None` if
             the data is not for training.
         end_token_id: Integer or `None`, the id that every text must hold.
+        zeros_are_padding: Boolean. Whether ids of 0 are hidden unless the batch has a
+            `"padding_mask"`.
+        keys: tuple of str. The entries that a batch must have.
 
     Returns:
         The data, with a check added where it has to run per batch. An
@@ -45,10 +59,17 @@ def check_data(data, vocabulary_size=None, batch_size=None, end_token_id=None):
         one pass.
     """
     training = batch_size is not None
-    rules = {"vocabulary_size": vocabulary_size, "end_token_id": end_token_id}
-    has_rules = any(rule is not None for rule in rules.values())
+    batch = getattr(data, "element_spec", data)
+    has_mask = isinstance(batch, dict) and "padding_mask" in batch
+    rules = {
+        "vocabulary_size": vocabulary_size,
+        "end_token_id": end_token_id,
+        "zeros_are_padding": zeros_are_padding and not has_mask,
+    }
+    options = {"batch_size": batch_size, "keys": keys, **rules}
+    has_rules = any(rule not in (None, False) for rule in rules.values())
     if isinstance(data, dict):
-        check_keys(data)
+        check_keys(data, keys)
         if has_rules:
             check_ids(data["token_ids"], **rules)
         if training and len(data["images"]) % batch_size == 1:
@@ -59,14 +80,14 @@ def check_data(data, vocabulary_size=None, batch_size=None, end_token_id=None):
         if any(map(_holds_strings, data.values())):
             data = {k: v for k, v in data.items() if not _holds_strings(v)}
     elif isinstance(data, (tuple, list)) and data and isinstance(data[0], dict):
-        data = (check_data(data[0], batch_size=batch_size, **rules), *data[1:])
+        data = (check_data(data[0], **options), *data[1:])
     elif hasattr(data, "as_dataset") and keras.backend.backend() == "tensorflow":
-        data = check_data(data.as_dataset(), batch_size=batch_size, **rules)
+        data = check_data(data.as_dataset(), **options)
     elif hasattr(data, "as_dataset"):
-        check_keys(data.element_spec)
+        check_keys(data.element_spec, keys)
         data = _checked_stream(data, rules, training)
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
-        check_keys(data.element_spec)
+        check_keys(data.element_spec, keys)
         if any(spec.dtype == "string" for spec in data.element_spec.values()):
             data = data.map(_without_strings)
         if training or has_rules:
@@ -102,26 +123,32 @@ def check_input(inputs):
     check_keys(inputs)
 
 
-def check_keys(data):
+def check_keys(data, keys=KEYS):
     """Checks the keys of a batch, or of data as far as they are known."""
     batch = getattr(data, "element_spec", data)
     if not isinstance(batch, dict):
         return
-    missing = [key for key in KEYS if key not in batch]
+    missing = [key for key in keys if key not in batch]
     if missing:
         raise ValueError(
-            f"A batch must have the keys 'images' and 'token_ids'; missing: {missing}. "
-            f"Received: keys={sorted(batch)}"
+            f"A batch must have the keys {' and '.join(map(repr, keys))}; "
+            f"missing: {missing}. Received: keys={sorted(batch)}"
         )
 
 
-def check_ids(ids, vocabulary_size: int | None = None, end_token_id: int | None = None):
+def check_ids(
+    ids,
+    vocabulary_size: int | None = None,
+    end_token_id: int | None = None,
+    zeros_are_padding: bool = False,
+):
     """Raises an error for token ids that a text encoder cannot take.
 
     Args:
         ids: `(batch, T)` ints.
         vocabulary_size: Integer, the number of ids that there are, or `None`.
         end_token_id: Integer, the id that every row must hold, or `None`.
+        zeros_are_padding: Boolean. Whether ids of 0 must be at the ends of rows.
     """
     ids = ids if isinstance(ids, np.ndarray) else ops.convert_to_numpy(ids)
     low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
@@ -135,6 +162,14 @@ def check_ids(ids, vocabulary_size: int | None = None, end_token_id: int | None 
             raise ValueError(
                 f"{ENDLESS.format(end_token_id)} Received: {endless.size} rows "
                 f"without it, the first of them row {endless[0]}"
+            )
+    if zeros_are_padding:
+        inner = (ids[:, :-1] == 0) & (ids[:, 1:] != 0)
+        found = np.flatnonzero(np.any(inner, axis=1) | np.any(ids[:, :1] == 0, axis=1))
+        if found.size:
+            raise ValueError(
+                f"{PADDED} Received: {found.size} rows with other zeros, the first of "
+                f"them row {found[0]}"
             )
 
 
@@ -214,7 +249,7 @@ def _without_strings(batch):
     return {key: value for key, value in batch.items() if value.dtype != "string"}
 
 
-def _checked(batch, training, vocabulary_size, end_token_id):
+def _checked(batch, training, vocabulary_size, end_token_id, zeros_are_padding):
     # Only reached with a `tf.data.Dataset`, so tensorflow is installed.
     import tensorflow as tf
 
@@ -233,6 +268,10 @@ def _checked(batch, training, vocabulary_size, end_token_id):
         has_end = tf.reduce_any(ids == tf.cast(end_token_id, ids.dtype), axis=-1)
         message = ENDLESS.format(end_token_id)
         checks.append(tf.debugging.Assert(tf.reduce_all(has_end), [message]))
+    if zeros_are_padding:
+        inner = (ids[:, :-1] == 0) & (ids[:, 1:] != 0)
+        wrong = tf.reduce_any(inner) | tf.reduce_any(ids[:, :1] == 0)
+        checks.append(tf.debugging.Assert(~wrong, [PADDED]))
     if training:
         size = tf.shape(ids)[0]
         checks.append(tf.debugging.assert_greater(size, 1, message=LONELY))

@@ -67,6 +67,24 @@ def test_a_checked_dataset_yields_the_same_batches(dtype):
     np.testing.assert_array_equal(images, pairs["images"])
 
 
+def test_zeros_that_are_no_padding_are_an_error_without_a_mask():
+    pairs = random_pairs(8)
+    pairs["token_ids"] = 1 + np.arange(8 * 6).reshape(8, 6) % 9
+    pairs["token_ids"][:, 4:] = 0
+    rules = {"zeros_are_padding": True}
+    assert len(list(check_data(dataset_of(pairs), **rules))) == 2
+    for column in (0, 2):
+        wrong = {**pairs, "token_ids": pairs["token_ids"].copy()}
+        wrong["token_ids"][5, column] = 0
+        with pytest.raises(ValueError, match=r"`padding_mask` must.*Received:.*row 5"):
+            check_data(wrong, **rules)
+        with pytest.raises(Exception, match=r"`padding_mask` must be in the batch"):
+            list(check_data(dataset_of(wrong), **rules))
+        masked = {**wrong, "padding_mask": np.ones((8, 6), "int32")}
+        assert check_data(masked, **rules) is masked
+        assert len(list(check_data(dataset_of(masked), **rules))) == 2
+
+
 def test_without_a_known_vocabulary_ids_pass():
     check_data(with_id(10_000))
     dataset = dataset_of(with_id(10_000))
@@ -93,4 +111,5 @@ def test_inputs_that_are_no_dictionary_are_an_error():
 
 def test_other_iterables_are_left_as_they_are():
     batches = iter([random_pairs(4)])
-    assert check_data(batches, VOCABULARY) is batches
+    assert check_data(batches, VOCABULARY, zeros_are_padding=True) is batches
+    assert len(list(batches)) == 1
