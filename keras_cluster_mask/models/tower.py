@@ -108,7 +108,8 @@ class Tower(keras.Model):
             format: As in `keras.Model.export`.
             verbose: As in `keras.Model.export`.
             input_signature: List of one `keras.InputSpec`, or of a dictionary of them.
-                By default of uint8 images, or of int32 token ids.
+                By default of uint8 images, or of int32 token ids. Needed on torch and
+                JAX if the text encoder does not say how long texts are.
             **kwargs: As in `keras.Model.export`.
         """
         given = self.encoder.input
@@ -124,7 +125,10 @@ class Tower(keras.Model):
             import torch
 
             # Keras would export for single images otherwise.
-            kwargs["dynamic_shapes"] = {0: torch.export.Dim("batch")}
+            batch = torch.export.Dim("batch")
+            kwargs["dynamic_shapes"] = keras.tree.map_structure(
+                lambda x: {0: batch}, given
+            )
         super().export(filepath, format, verbose, input_signature, **kwargs)
 
     def get_config(self):

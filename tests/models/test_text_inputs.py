@@ -164,6 +164,27 @@ def test_the_model_and_the_text_tower_save_and_reload(trained, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_the_text_tower_is_exported_for_batches_of_any_size(trained, tmp_path):
+    model, batch, expected = trained
+    inputs = without(batch, "images")
+    path = str(tmp_path / "tower.pt2")
+    spec = keras.InputSpec(shape=(None, CONTEXT), dtype="int32")
+    options = {"input_signature": [dict.fromkeys(inputs, spec)], "verbose": 0}
+    if keras.backend.backend() == "torch":
+        import torch
+
+        model.text_tower.export(path, format="torch", **options)
+        serve = torch.export.load(path).module()
+        found = serve({key: torch.tensor(value) for key, value in inputs.items()})
+        found = found.detach().numpy()
+    else:
+        tf = pytest.importorskip("tensorflow")
+        model.text_tower.export(path, **options)
+        loaded = tf.saved_model.load(path)
+        found = loaded.serve({k: tf.constant(v) for k, v in inputs.items()}).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 # === Wrong input ===
 
 
