@@ -63,6 +63,7 @@ def embed(
         ValueError: For data without images, or for another model.
     """
     embedder = Embedder.of(model)
+    of_texts = embedder.model.text_input_names
     rows = {"image_embeddings": []}
     count = 0
     total = num_images(data)
@@ -74,14 +75,15 @@ def embed(
         if not size:
             continue
         found = {
-            **{k: v for k, v in batch.items() if k not in ("images", "token_ids")},
+            **{k: v for k, v in batch.items() if k not in ("images", *of_texts)},
             "image_embeddings": embedder.images(batch["images"]),
         }
         if tokenizer is not None:
             texts, owners = _texts_of(batch)
             found["text_embeddings"] = embedder.texts(tokenize(tokenizer, texts))
         elif "token_ids" in batch:
-            found["text_embeddings"] = embedder.texts(batch["token_ids"])
+            texts = {k: batch[k] for k in of_texts if k in batch}
+            found["text_embeddings"] = embedder.texts(texts)
             owners = np.arange(size)
         if "text_embeddings" in found:
             found["image_of_text"] = count + owners
@@ -167,19 +169,35 @@ class Embedder:
         return self._embedded(self._images, images)
 
     def texts(self, token_ids):
-        """Embeds `(batch, T)` token ids into a `(batch, d)` float32 array."""
-        self.model.input_rules.check_ids(token_ids)
+        """Embeds token ids, or a dictionary of a text encoder's inputs.
+
+        Args:
+            token_ids: `(batch, T)` array, as `ContrastiveModel.encode_text` takes it.
+
+        Returns:
+            `(batch, d)` float32 array.
+        """
+        given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
+        self.model.input_rules.check_ids(
+            given["token_ids"], has_mask="padding_mask" in given
+        )
         return self._embedded(self._texts, token_ids)
 
     def _embedded(self, encoder, inputs):
-        inputs = np.asarray(inputs)
+        inputs = keras.tree.map_structure(np.asarray, inputs)
+        count = len(keras.tree.flatten(inputs)[0])
         found = []
-        for start in range(0, max(len(inputs), 1), MAX_SIZE):
-            chunk = inputs[start : start + MAX_SIZE]
-            shape = encoder.size_for(len(chunk)), *inputs.shape[1:]
-            filled = np.zeros(shape, inputs.dtype)
-            filled[: len(chunk)] = chunk
-            found.append(encoder.predict_on_batch(filled)[: len(chunk)])
+        for start in range(0, max(count, 1), MAX_SIZE):
+            rows = min(count - start, MAX_SIZE)
+            size = encoder.size_for(rows)
+
+            def filled(x, start=start, rows=rows, size=size):
+                chunk = np.zeros((size, *x.shape[1:]), x.dtype)
+                chunk[:rows] = x[start : start + rows]
+                return chunk
+
+            chunk = keras.tree.map_structure(filled, inputs)
+            found.append(encoder.predict_on_batch(chunk)[:rows])
         return np.concatenate(found)
 
 

@@ -249,6 +249,7 @@ class PatchMasking(keras.layers.Layer):
         num_prefix = self._check_prefix(tokens.shape[1], num_patches)
         score, noise = self._score_patches(images, tokens, noise)
         indices, visible = self._keep_best(score, noise)
+        _report(indices)
         prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
         kept = ops.take_along_axis(patches, ops.expand_dims(indices, -1), axis=1)
 
@@ -403,12 +404,26 @@ def prefix_tokens(count):
     return _within("num_prefix_tokens", count)
 
 
+def kept_patches():
+    """Within, the indices `(batch, K)` that maskings keep are added to a list.
+
+    For what belongs to a patch besides its token. It yields the list.
+    """
+    return _within("kept", [])
+
+
+def _report(indices):
+    kept = getattr(_context, "kept", None)
+    if kept is not None:
+        kept.append(indices)
+
+
 @contextlib.contextmanager
 def _within(name, value):
     before = getattr(_context, name, None)
     setattr(_context, name, value)
     try:
-        yield
+        yield value
     finally:
         setattr(_context, name, before)
 

@@ -27,6 +27,11 @@ from keras_cluster_mask.models.pixels import (
     brightest_pixel,
     normalize_pixels,
 )
+from keras_cluster_mask.models.text_inputs import (
+    MADE,
+    text_input_names,
+    text_inputs,
+)
 from keras_cluster_mask.models.tower import Tower
 from keras_cluster_mask.training import optimizers
 from keras_cluster_mask.training.fitting import fit
@@ -90,7 +95,11 @@ class ContrastiveModel(keras.Model):
             a masking in it, if it is to train on parts of the images
             (`kcm.with_masking`).
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
-            features.
+            features. One of several inputs, such as
+            `keras.Model(bert.inputs, bert.output["pooled_output"])` of a keras_hub
+            `BertBackbone`, takes them from the batch by their names. Of those that a
+            batch lacks, `"padding_mask"` is made: it hides ids of 0, and other zeros
+            are refused. `"segment_ids"` are 0.
         loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
         projection_dim: Integer. The width of the common space, which a matrix maps
             each kind of features into. `None` takes the features as they are; they
@@ -159,6 +168,7 @@ class ContrastiveModel(keras.Model):
         self.autocast = False
         _check_encoder("image_encoder", image_encoder)
         _check_encoder("text_encoder", text_encoder)
+        text_input_names(text_encoder)
         _check_options(duplicates, micro_batch_size)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
@@ -277,21 +287,26 @@ class ContrastiveModel(keras.Model):
         """Embeds texts.
 
         Args:
-            token_ids: `(batch, T)` int tensor.
+            token_ids: `(batch, T)` int tensor, or a dictionary of such, if the text
+                encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
             training: Python boolean.
 
         Returns:
             `(batch, d)` float32 tensor, L2-normalised.
+
+        Raises:
+            ValueError: For a dictionary that the text encoder cannot be called on.
         """
-        token_ids = ops.convert_to_tensor(token_ids)
-        return l2_normalize(self.text_features(token_ids, training))
+        inputs = text_inputs(self.text_encoder, token_ids)
+        return l2_normalize(self.text_features(inputs, training))
 
     def embed(self, inputs, training=None):
         """Embeds a batch, or a micro-batch, of images and texts."""
+        texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
         with checkpointed(self._blocks() if training else []):
             return {
                 "image_embeddings": self.encode_image(inputs["images"], training),
-                "text_embeddings": self.encode_text(inputs["token_ids"], training),
+                "text_embeddings": self.encode_text(texts, training),
             }
 
     def call(self, inputs, training=None):
@@ -571,11 +586,19 @@ class ContrastiveModel(keras.Model):
     @property
     def input_rules(self):
         """What images and token ids must be like, an `InputRules`."""
+        texts = [name for name in self.text_input_names if name not in MADE]
         return InputRules(
-            self.vocabulary_size,
-            self.end_token_id,
-            brightest_pixel(self.pixel_mean, self.pixel_std),
+            keys=("images", *texts),
+            vocabulary_size=self.vocabulary_size,
+            end_token_id=self.end_token_id,
+            zeros_are_padding="padding_mask" in self.text_input_names,
+            max_pixel=brightest_pixel(self.pixel_mean, self.pixel_std),
         )
+
+    @property
+    def text_input_names(self):
+        """The entries of a batch that the text encoder takes."""
+        return text_input_names(self.text_encoder)
 
     @property
     def towers(self):
@@ -606,7 +629,10 @@ class ContrastiveModel(keras.Model):
 
     @functools.cached_property
     def text_tower(self):
-        """A `Tower` from token ids to embeddings: what `encode_text` computes."""
+        """A `Tower` from token ids to embeddings: what `encode_text` computes.
+
+        Of a text encoder with several inputs, it takes a dictionary of them.
+        """
         return Tower.of(self.text_encoder, self.text_features, name="text_tower")
 
     def without_masking(self):

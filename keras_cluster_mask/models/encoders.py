@@ -9,11 +9,13 @@ from keras import ops, tree
 
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.masking.patch_masking import prefix_tokens
+from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 
 # The layers of vision transformers that return the embedded tokens, and the encoders.
 EMBEDDINGS = {
     "CLIPVisionEmbedding": "CLIPVisionEncoder",
     "DINOV2Embedding": "DINOV2Backbone",
+    "DINOV3Embedding": "DINOV3Backbone",
     "DeiTEmbeddings": "DeiTBackbone",
     "MetaCLIP2VisionEmbedding": "MetaCLIP2VisionEncoder",
     "SigLIPVisionEmbedding": "SigLIPVisionEncoder",
@@ -24,8 +26,6 @@ EMBEDDINGS = {
 _WINDOWS = "attends within windows of the whole grid"
 _ONE_LAYER = "embeds patches and encodes them in one layer"
 REFUSED = {
-    "DINOV3RopePositionEmbedding": "DINOv3 has one table of rotary positions for all "
-    "images of a batch, so images cannot keep different patches",
     "DepthAnythingNeck": "DepthAnything reads the whole grid; take its `image_encoder`",
     "Gemma3VisionEncoderBlock": f"Gemma 3 {_ONE_LAYER}",
     "Gemma4VisionEncoderBlock": f"Gemma 4 {_ONE_LAYER}",
@@ -52,6 +52,7 @@ RESIZABLE = (
 BLOCKS = (
     "CLIPEncoderLayer",
     "DINOV2Layer",
+    "DINOV3Layer",
     "DeiTEncoderBlock",
     "MetaCLIP2EncoderLayer",
     "SigLIPEncoderLayer",
@@ -64,9 +65,13 @@ BLOCKS = (
 
 
 def call_encoder(encoder, value, training):
-    """Calls an encoder on one tensor, whether it takes a tensor or a dictionary."""
+    """Calls an encoder on a tensor, or on a dictionary of several inputs by name."""
     inputs = getattr(encoder, "input", None)
-    if isinstance(inputs, dict) and len(inputs) == 1:
+    if isinstance(value, dict):
+        if not isinstance(inputs, dict):
+            value = [value[x.name] for x in tree.flatten(inputs)]
+            value = tree.pack_sequence_as(inputs, value)
+    elif isinstance(inputs, dict) and len(inputs) == 1:
         value = dict.fromkeys(inputs, value)
     return encoder(value, training=training)
 
@@ -124,12 +129,14 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
 
     Returns:
         A tuple `(stem, blocks)` of models: images to tokens, and
-        `(batch, any number of tokens, dim)` to the encoder's output.
+        `(batch, any number of tokens, dim)` to the encoder's output. With rotary
+        positions, the second takes a list: tokens, and the positions of each image's
+        patches, `(batch, patches, width)` for each of `rotary_tables`.
     """
-    tokens = layer.output
+    tokens, tables = layer.output, rotary_tables(encoder)
     stem = keras.Model(encoder.input, tokens, name=f"{encoder.name}_stem")
     try:
-        blocks = keras.Model(tokens, encoder.output)
+        blocks = keras.Model([tokens, *tables] if tables else tokens, encoder.output)
     except ValueError as error:
         raise ValueError(
             "`layer` must be passed by all paths from the images to the output. "
@@ -137,10 +144,13 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
         ) from error
     # This model insists on the full number of tokens. Cloned on an open token axis,
     # from the same layers, it takes any number.
+    inputs = [
+        keras.Input((None, x.shape[-1]), dtype=x.dtype) for x in (tokens, *tables)
+    ]
     blocks = keras.models.clone_model(
         blocks,
-        input_tensors=keras.Input((None, tokens.shape[-1]), dtype=tokens.dtype),
-        clone_function=lambda layer: layer,
+        input_tensors=inputs if tables else inputs[0],
+        clone_function=own_positions,
     )
     return stem, blocks
 
@@ -157,6 +167,8 @@ def count_tokens(stem, image_shape: tuple) -> int:
 def count_prefix_tokens(encoder, stem) -> int | None:
     """How many tokens of an encoder are no patches, or `None` if it is not known."""
     patch_size, shape = getattr(encoder, "patch_size", None), image_shape_of(encoder)
+    for table in rotary_tables(encoder)[:1]:
+        return count_tokens(stem, shape) - table.shape[0]
     if patch_size is None or None in shape:
         return None
     sides = height_and_width(shape, data_format_of(encoder))

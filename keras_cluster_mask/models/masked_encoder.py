@@ -7,15 +7,18 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.patch_masking import prefix_tokens
+from keras_cluster_mask.masking.patch_masking import kept_patches, prefix_tokens
 from keras_cluster_mask.models.encoders import (
     call_encoder,
     count_prefix_tokens,
+    count_tokens,
     data_format_of,
     find_embedding_layer,
+    image_shape_of,
     number_positions,
     split_at,
 )
+from keras_cluster_mask.models.rotary_positions import rotary_tables
 from keras_cluster_mask.training.gradient_checkpointing import PutMask
 from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
 
@@ -42,8 +45,8 @@ def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
     Args:
         encoder: A functional Keras model from images to anything: keras_hub's
             `CLIPVisionEncoder`, `MetaCLIP2VisionEncoder`, `SigLIPVisionEncoder` (also
-            SigLIP 2), `ViTBackbone`, `DeiTBackbone`, `DINOV2Backbone` or
-            `BLIP2VisionEncoder`, or a model of your own.
+            SigLIP 2), `ViTBackbone`, `DeiTBackbone`, `DINOV2Backbone`,
+            `DINOV3Backbone` or `BLIP2VisionEncoder`, or a model of your own.
         masking: A `PatchMasking` layer. It is left as it is, so it may be in other
             encoders too, which may have other prefix tokens.
         layer: String. The name of the layer whose output are the embedded
@@ -102,6 +105,9 @@ class MaskedEncoder(keras.Model):
         # parts, and every weight a second time with them.
         stem, blocks = split_at(encoder, self.embedding_layer)
         self._parts = lambda: (stem, blocks)
+        tables = rotary_tables(encoder)
+        positions = keras.Model(encoder.input, tables) if tables else None
+        self._positions = lambda: positions
 
         given, counted = masking.num_prefix_tokens, count_prefix_tokens(encoder, stem)
         if None not in (given, counted) and given != counted:
@@ -112,8 +118,19 @@ class MaskedEncoder(keras.Model):
             )
         self.num_prefix_tokens = counted if given is None else given
         if masking.hides_tokens:
-            check_no_leak(encoder.name, blocks)
+            check_no_leak(encoder.name, blocks, self._count_always_visible(stem))
         self.built = True
+
+    def _count_always_visible(self, stem):
+        """How many tokens are never hidden, as far as it is known."""
+        shape, masking = image_shape_of(self.encoder), self.masking
+        if self.num_prefix_tokens is not None:
+            return self.num_prefix_tokens
+        if masking.patch_size is None or None in shape:
+            # A class token, which most have.
+            return 1
+        patches = masking.count_patches(ops.zeros((1, *shape)))
+        return max(0, count_tokens(stem, shape) - patches)
 
     def call(self, inputs, training=None, noise=None):
         if not training:
@@ -121,8 +138,12 @@ class MaskedEncoder(keras.Model):
         stem, blocks = self._parts()
         tokens = stem(inputs, training=True)
         (images,) = tree.flatten(inputs)
-        with prefix_tokens(self.num_prefix_tokens):
+        with prefix_tokens(self.num_prefix_tokens), kept_patches() as kept:
             tokens = self.masking(tokens, images=images, training=True, noise=noise)
+        positions = self._positions()
+        if positions is not None:
+            tables = positions(inputs)
+            tokens = [tokens, *(ops.take(table, kept[0], axis=0) for table in tables)]
         return blocks(tokens, training=True)
 
     def embed_patches(self, images):
@@ -173,8 +194,7 @@ class MaskedEncoder(keras.Model):
 # === Hidden tokens ===
 
 
-# Samples that differ in which and how many of their tokens are visible; every token is
-# hidden in one of them.
+# Which patches are visible in the samples of the probe. Every patch is hidden in one.
 VISIBLE = np.array(
     [
         [1, 0, 1, 0, 1, 0, 1, 0],
@@ -186,7 +206,7 @@ VISIBLE = np.array(
 )
 
 
-def check_no_leak(name, blocks):
+def check_no_leak(name, blocks, num_prefix_tokens=0):
     """Raises if hidden tokens have an influence on what blocks return.
 
     Every layer of `blocks` is told to propagate Keras masks. Whether attention and
@@ -195,22 +215,28 @@ def check_no_leak(name, blocks):
 
     Args:
         name: String, the encoder's name for the error message.
-        blocks: A functional Keras model of `(batch, tokens, dim)` tokens.
+        blocks: A functional Keras model of `(batch, tokens, dim)` tokens, and of
+            positions, if `split_at` made it so.
+        num_prefix_tokens: Integer, how many tokens come before the patches and are
+            never hidden.
 
     Raises:
         ValueError: If anything visible changes.
     """
     _propagate_masks(blocks)
+    visible = np.pad(VISIBLE, [(0, 0), (num_prefix_tokens, 0)], constant_values=True)
     rng = np.random.default_rng(0)
-    tokens = rng.normal(size=(*VISIBLE.shape, blocks.input.shape[-1]))
-    changed = np.where(VISIBLE[:, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
-    before, after = (_run(blocks, x) for x in (tokens, changed))
+    widths = [x.shape[-1] for x in blocks.inputs]
+    tokens = rng.normal(size=(*visible.shape, widths[0]))
+    positions = [rng.normal(size=(*VISIBLE.shape, width)) for width in widths[1:]]
+    changed = np.where(visible[:, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
+    before, after = (_run(blocks, visible, x, positions) for x in (tokens, changed))
     for one, other in zip(tree.flatten(before), tree.flatten(after)):
         one, other = (
             ops.convert_to_numpy(ops.cast(x, "float32")) for x in (one, other)
         )
-        if one.ndim == 3 and one.shape[:2] == VISIBLE.shape:
-            one, other = one[VISIBLE], other[VISIBLE]
+        if one.ndim == 3 and one.shape[:2] == visible.shape:
+            one, other = one[visible], other[visible]
         if not np.allclose(one, other, rtol=0, atol=1e-6 * max(1, np.abs(one).max())):
             raise ValueError(
                 f"`{name}` lets hidden tokens through: its layers do not honour Keras "
@@ -236,12 +262,15 @@ def _no_mask(inputs, previous_mask=None):
     return None
 
 
-def _run(blocks, tokens):
+def _run(blocks, visible, tokens, positions):
     # In the dtype of the blocks: a cast would lose the mask.
-    tokens = ops.convert_to_tensor(tokens, dtype=blocks.input.dtype)
-    masked = PutMask()(tokens, mask=ops.convert_to_tensor(VISIBLE))
+    tokens, *positions = (
+        ops.convert_to_tensor(x, dtype=y.dtype)
+        for x, y in zip([tokens, *positions], blocks.inputs)
+    )
+    masked = PutMask()(tokens, mask=ops.convert_to_tensor(visible))
     with _RandomWeights():
-        return blocks(masked, training=False)
+        return blocks([masked, *positions] if positions else masked, training=False)
 
 
 class _RandomWeights(keras.StatelessScope):

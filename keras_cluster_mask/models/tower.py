@@ -3,6 +3,7 @@ import keras
 from keras_cluster_mask.models.encoders import call_encoder
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.pixels import normalize_pixels
+from keras_cluster_mask.models.text_inputs import text_inputs
 from keras_cluster_mask.training.layers import from_parts, frozen_parts
 
 
@@ -44,7 +45,7 @@ class Tower(keras.Model):
 
     Call arguments:
         inputs: `(batch, H, W, C)` images, uint8 or normalised floats, or `(batch, T)`
-            token ids.
+            token ids, or a dictionary of the inputs of a text encoder with several.
 
     Returns:
         `(batch, d)` float32 embeddings, L2-normalised.
@@ -71,11 +72,16 @@ class Tower(keras.Model):
                 "A tower can only be made of a functional encoder, whose inputs are "
                 f"known. Received: {encoder.name} of type {type(encoder).__name__}"
             )
-        (given,) = keras.tree.flatten(given)
-        shape = given.shape[1:]
-        if shape == (None,):
-            shape = (getattr(encoder, "max_sequence_length", None),)
-        inputs = keras.Input(shape, dtype=given.dtype, name=given.name)
+        length = getattr(encoder, "max_sequence_length", None)
+        inputs = [
+            keras.Input(
+                (length,) if x.shape[1:] == (None,) else x.shape[1:],
+                dtype=x.dtype,
+                name=x.name,
+            )
+            for x in keras.tree.flatten(given)
+        ]
+        inputs = {x.name: x for x in inputs} if len(inputs) > 1 else inputs[0]
         return cls(keras.Model(inputs, features(inputs, training=False)), **kwargs)
 
     def call(self, inputs, training=None):
@@ -83,6 +89,8 @@ class Tower(keras.Model):
             inputs = normalize_pixels(
                 inputs, self.pixel_mean, self.pixel_std, self.data_format
             )
+        else:
+            inputs = text_inputs(self.encoder, inputs)
         return l2_normalize(call_encoder(self.encoder, inputs, training=False))
 
     def export(
@@ -99,19 +107,28 @@ class Tower(keras.Model):
             filepath: Path of the folder or file to write.
             format: As in `keras.Model.export`.
             verbose: As in `keras.Model.export`.
-            input_signature: List of one `keras.InputSpec`. By default of uint8 images,
-                or of int32 token ids.
+            input_signature: List of one `keras.InputSpec`, or of a dictionary of them.
+                By default of uint8 images, or of int32 token ids. Needed on torch and
+                JAX if the text encoder does not say how long texts are.
             **kwargs: As in `keras.Model.export`.
         """
         given = self.encoder.input
         if input_signature is None:
-            dtype = given.dtype if self.pixel_mean is None else "uint8"
-            input_signature = [keras.InputSpec(shape=given.shape, dtype=dtype)]
+            dtype = None if self.pixel_mean is None else "uint8"
+            input_signature = [
+                keras.tree.map_structure(
+                    lambda x: keras.InputSpec(shape=x.shape, dtype=dtype or x.dtype),
+                    given,
+                )
+            ]
         if format == "torch" and "dynamic_shapes" not in kwargs:
             import torch
 
             # Keras would export for single images otherwise.
-            kwargs["dynamic_shapes"] = {0: torch.export.Dim("batch")}
+            batch = torch.export.Dim("batch")
+            kwargs["dynamic_shapes"] = keras.tree.map_structure(
+                lambda x: {0: batch}, given
+            )
         super().export(filepath, format, verbose, input_signature, **kwargs)
 
     def get_config(self):

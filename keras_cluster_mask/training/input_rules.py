@@ -6,6 +6,7 @@ import numpy as np
 
 from keras_cluster_mask.batches import as_array
 
+KEYS = ("images", "token_ids")
 LONELY = (
     "A contrastive loss compares the pairs of a batch, so it needs at least two pairs."
 )
@@ -19,14 +20,19 @@ class InputRules:
     """What images, token ids and weights a model can use.
 
     Attributes:
+        keys: Tuple of the entries that a batch must have.
         vocabulary_size: Integer, the number of token ids, or `None` if it is not known.
         end_token_id: Integer, the id that every text must hold, or `None`.
+        zeros_are_padding: Boolean. Whether ids of 0 are hidden unless there is a
+            `"padding_mask"`.
         max_pixel: Float, the value of the brightest normalised pixel; `None` for a
             model that takes images as they are.
     """
 
+    keys: tuple[str, ...] = KEYS
     vocabulary_size: int | None = None
     end_token_id: int | None = None
+    zeros_are_padding: bool = False
     max_pixel: float | None = None
 
     def check(self, batch, training=False):
@@ -36,7 +42,7 @@ class InputRules:
             batch: Dictionary of arrays. Images may be missing if they are uint8.
             training: Boolean. Whether it is trained on.
         """
-        self.check_ids(batch["token_ids"])
+        self.check_ids(batch["token_ids"], has_mask="padding_mask" in batch)
         if "images" in batch:
             self.check_images(batch["images"])
         rows = len(batch["token_ids"])
@@ -45,8 +51,13 @@ class InputRules:
         if training and rows < 2:
             raise ValueError(f"{LONELY} Received: a batch of {rows}")
 
-    def check_ids(self, ids):
-        """Raises an error for `(batch, T)` token ids that a text encoder lacks."""
+    def check_ids(self, ids, has_mask=False):
+        """Raises an error for token ids that a text encoder cannot take.
+
+        Args:
+            ids: `(batch, T)` ints.
+            has_mask: Boolean. Whether a mask says which are padding.
+        """
         ids = as_array(ids)
         low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
         size = self.vocabulary_size
@@ -56,15 +67,19 @@ class InputRules:
                 "Were they made by another tokenizer? "
                 f"Received: ids from {low} to {high}"
             )
-        if self.end_token_id is None:
-            return
-        endless = np.flatnonzero(~np.any(ids == self.end_token_id, axis=-1))
-        if endless.size:
-            raise ValueError(
-                "Each row of `token_ids` must hold the end-of-text token, "
-                f"{self.end_token_id}: the text encoder returns its features there. "
-                "Truncate texts before the token is added. Received: "
-                f"{endless.size} rows without it, the first of them row {endless[0]}"
+        if self.end_token_id is not None:
+            without = ~np.any(ids == self.end_token_id, axis=-1)
+            _raise_for_rows(
+                without,
+                f"`token_ids` must hold the end token, {self.end_token_id}, in every "
+                "row: texts are pooled there. Truncate texts before it is added.",
+            )
+        if self.zeros_are_padding and not has_mask:
+            inner = (ids[:, :-1] == 0) & (ids[:, 1:] != 0)
+            _raise_for_rows(
+                np.any(inner, axis=1) | np.any(ids[:, :1] == 0, axis=1),
+                "`padding_mask` must be in the batch, since some ids of 0 are not at "
+                "the end of a text: without a mask, all are hidden as padding.",
             )
 
     def check_images(self, images):
@@ -100,6 +115,14 @@ class InputRules:
                 f"`images.astype('uint8')`. Received: images of type {name}"
             )
         return False
+
+
+def _raise_for_rows(wrong, message):
+    rows = np.flatnonzero(wrong)
+    if rows.size:
+        raise ValueError(
+            f"{message} Received: {rows.size} such rows, the first of them row {rows[0]}"
+        )
 
 
 def check_weights(weights, pairs: int):

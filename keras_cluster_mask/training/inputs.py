@@ -11,8 +11,8 @@ import numpy as np
 
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.processes import process_index_and_count
+from keras_cluster_mask.training.input_rules import KEYS
 
-KEYS = ("images", "token_ids")
 SAMPLE_WEIGHT = "sample_weight"
 # An entry of batches that names their samples.
 SAMPLE_ID = "sample_id"
@@ -72,7 +72,7 @@ def check_data(data, rules, training=False):
         `tf.data.Dataset` on TensorFlow, else a generator: one pass.
     """
     if isinstance(data, dict):
-        check_keys(data)
+        check_keys(data, rules.keys)
         rules.check(data, training)
         if any(map(holds_strings, data.values())):
             data = {k: v for k, v in data.items() if not holds_strings(v)}
@@ -116,26 +116,26 @@ def until_the_end():
         yield
 
 
-def check_input(inputs):
+def check_input(inputs, keys=KEYS):
     """Checks the inputs of a call."""
     if not isinstance(inputs, dict):
         raise ValueError(
             "`inputs` must be a dictionary with the keys 'images' and 'token_ids'. "
             f"Received: inputs of type {type(inputs).__name__}"
         )
-    check_keys(inputs)
+    check_keys(inputs, keys)
 
 
-def check_keys(data):
+def check_keys(data, keys=KEYS):
     """Checks the keys of a batch, or of data as far as they are known."""
     batch = getattr(data, "element_spec", data)
     if not isinstance(batch, dict):
         return
-    missing = [key for key in KEYS if key not in batch]
+    missing = [key for key in keys if key not in batch]
     if missing:
         raise ValueError(
-            f"A batch must have the keys 'images' and 'token_ids'; missing: {missing}. "
-            f"Received: keys={sorted(batch)}"
+            f"A batch must have the keys {' and '.join(map(repr, keys))}; "
+            f"missing: {missing}. Received: keys={sorted(batch)}"
         )
 
 
@@ -175,7 +175,7 @@ def rows_of(data) -> int | None:
 
 
 def _check_spec(data, rules):
-    check_keys(data.element_spec)
+    check_keys(data.element_spec, rules.keys)
     rules.check_type(data.element_spec["images"])
 
 
@@ -193,10 +193,10 @@ def _checked(batch, rules, training):
     import tensorflow as tf
 
     # Not what can be told from the type alone, as copies take time.
-    names = [*KEYS, SAMPLE_WEIGHT]
+    names = {*KEYS, SAMPLE_WEIGHT, "padding_mask"} & batch.keys()
     if not batch["images"].dtype.is_floating:
         names.remove("images")
-    names = [name for name in names if name in batch]
+    names = sorted(names)
 
     def check(*arrays):
         rules.check(dict(zip(names, arrays)), training)
@@ -222,7 +222,7 @@ class _Check:
     def __call__(self, batch):
         batch = batch if self.make is None else self.make(batch)
         given = batch[0] if isinstance(batch, (tuple, list)) else batch
-        check_input(given)
+        check_input(given, self.rules.keys)
         self.rules.check(given, self.training)
         return batch
 

@@ -12,7 +12,6 @@ from keras_cluster_mask.training.gradient_checkpointing import (
     call_statelessly,
     snapshot,
 )
-from keras_cluster_mask.training.inputs import KEYS
 
 
 def embed_in_micro_batches(model, inputs, micro_batch_size):
@@ -35,6 +34,7 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
         A tuple: a dictionary of embeddings `(batch, d)`, and a list with the loss that
         layers added, if any did.
     """
+    taken = ("images", *model.text_input_names)
     rows = inputs["token_ids"].shape[0]
     num_chunks = _num_chunks(rows, num_replicas(), micro_batch_size)
     batch_size = rows * num_replicas()
@@ -67,7 +67,7 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
         num_chunks,
         weights=snapshot(model, [*weights, *others]),
         state=snapshot(model, seeds),
-        rows={key: inputs[key] for key in KEYS},
+        rows={key: inputs[key] for key in taken if key in inputs},
     )
     for seed, value in zip(seeds, seed_values):
         seed.assign(value)

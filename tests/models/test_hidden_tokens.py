@@ -8,7 +8,12 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models.encoders import find_embedding_layer, split_at
 from keras_cluster_mask.models.masked_encoder import check_no_leak
-from tests.helpers import clip_vision_encoder, functional_vit, random_images
+from tests.helpers import (
+    clip_vision_encoder,
+    deit_encoder,
+    functional_vit,
+    random_images,
+)
 
 
 class MixTokens(keras.layers.Layer):
@@ -115,6 +120,14 @@ def test_a_leak_that_depends_on_the_mask_is_found():
     encoder = functional_vit(mix=LeakIfFull(), name="leaky_vit")
     with pytest.raises(ValueError, match="lets hidden tokens through"):
         kcm.with_masking(encoder, threshold_masking(), "positions")
+
+
+@pytest.mark.parametrize("make", [clip_vision_encoder, deit_encoder])
+def test_a_pooling_of_prefix_tokens_which_are_never_hidden_is_taken(make):
+    encoder = make()
+    prefix = {"vision_encoder": 1}.get(encoder.name, 2)
+    pooled = ops.mean(encoder.output[:, :prefix], axis=1)
+    kcm.with_masking(keras.Model(encoder.input, pooled), threshold_masking())
 
 
 class LiveBytes(keras.layers.Layer):

@@ -163,13 +163,13 @@ MASKED = {
     "BLIP2VisionEncoder": (blip2, 1),
     "CLIPVisionEncoder": (clip_vision_encoder, 1),
     "DINOV2Backbone": (dino_encoder, 3),
+    "DINOV3Backbone": (dino3, 5),
     "DeiTBackbone": (deit_encoder, 2),
     "MetaCLIP2VisionEncoder": (metaclip_vision_encoder, 1),
     "SigLIPVisionEncoder": (siglip_encoder, 0),
     "ViTBackbone": (vit_encoder, 1),
 }
 REASONS = {
-    "DINOV3Backbone": (dino3, "one table of rotary positions"),
     "DepthAnythingBackbone": (depth_anything, "take its `image_encoder`"),
     "Gemma3VisionEncoder": (gemma3, "in one layer"),
     "Gemma4VisionEncoder": (gemma4, "in one layer"),

@@ -54,8 +54,8 @@ def test_channels_first_is_normalised_along_the_first_axis():
     np.testing.assert_array_equal(np.moveaxis(ops.convert_to_numpy(first), 1, -1), last)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int32"])
-def test_other_types_are_left_alone(dtype):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_floats_are_left_alone(dtype):
     images = (100.0 * np.random.default_rng(0).normal(size=(2, 4, 4, 3))).astype(dtype)
     same = normalize_pixels(images)
     assert keras.backend.standardize_dtype(same.dtype) == dtype

@@ -9,7 +9,7 @@ from tests.helpers import VOCABULARY, random_pairs
 
 pytestmark = pytest.mark.any_backend
 
-RULES = InputRules(VOCABULARY)
+RULES = InputRules(vocabulary_size=VOCABULARY)
 
 
 def dataset_of(pairs, batch_size=4):
@@ -61,12 +61,31 @@ def test_ids_beyond_the_vocabulary_are_an_error_in_a_dataset(value):
 def test_a_checked_dataset_yields_the_same_batches(dtype):
     pairs = with_id(7, dtype)
     # A vocabulary that fits no byte, and is more than most signed shorts hold.
-    batches = list(check_data(dataset_of(pairs), InputRules(49408)))
+    batches = list(check_data(dataset_of(pairs), InputRules(vocabulary_size=49408)))
     ids = np.concatenate([batch["token_ids"].numpy() for batch in batches])
     np.testing.assert_array_equal(ids, pairs["token_ids"])
     assert ids.dtype == dtype
     images = np.concatenate([batch["images"].numpy() for batch in batches])
     np.testing.assert_array_equal(images, pairs["images"])
+
+
+def test_zeros_that_are_no_padding_are_an_error_without_a_mask():
+    pairs = random_pairs(8)
+    pairs["token_ids"] = 1 + np.arange(8 * 6).reshape(8, 6) % 9
+    pairs["token_ids"][:, 4:] = 0
+    rules = InputRules(zeros_are_padding=True)
+    assert len(list(check_data(dataset_of(pairs), rules))) == 2
+    for column in (0, 2):
+        wrong = {**pairs, "token_ids": pairs["token_ids"].copy()}
+        wrong["token_ids"][5, column] = 0
+        message = r"`padding_mask` must be in the batch.*Received: 1 such rows"
+        with pytest.raises(ValueError, match=f"{message}, the first of them row 5"):
+            check_data(wrong, rules)
+        with pytest.raises(Exception, match=message):
+            list(check_data(dataset_of(wrong), rules))
+        masked = {**wrong, "padding_mask": np.ones((8, 6), "int32")}
+        assert check_data(masked, rules) is masked
+        assert len(list(check_data(dataset_of(masked), rules))) == 2
 
 
 def test_without_a_known_vocabulary_ids_pass():

@@ -1,0 +1,87 @@
+"""DINOv3's blocks, on images that keep different patches."""
+
+import keras
+from keras import ops, tree
+
+
+def rotary_tables(encoder) -> list:
+    """The tables of rotary positions of a functional encoder, symbolic `(N, width)`.
+
+    DINOv3 computes them from the size of the images; other encoders have none.
+    """
+    name = "DINOV3RopePositionEmbedding"
+    layers = [layer for layer in encoder.layers if type(layer).__name__ == name]
+    return [table for layer in layers for table in layer.output]
+
+
+def own_positions(layer):
+    """A layer that takes positions by image instead of a table, if it takes a table."""
+    return RotaryByImage(layer) if type(layer).__name__ == "DINOV3Encoder" else layer
+
+
+class RotaryByImage(keras.layers.Layer):
+    """Runs DINOv3's blocks with rotary positions of its own for each image.
+
+    DINOv3's attention takes one table for the whole batch. Here each image is a batch
+    of one, and Keras vectorizes over them.
+
+    Args:
+        encoder: A keras_hub `DINOV3Encoder`, which shares its weights.
+
+    Call arguments:
+        tokens: `(batch, prefix + K, dim)` tensor.
+        position_embeddings: Two `(batch, K, width)` tensors, cosines and sines.
+        num_prefix_tokens: Integer.
+        tokens_mask: `(batch, prefix + K)` booleans, false for hidden tokens, or `None`.
+    """
+
+    def __init__(self, encoder):
+        super().__init__(name=f"{encoder.name}_by_image")
+        # The blocks cast for themselves.
+        self.autocast = False
+        if encoder.attention_dropout or encoder.drop_path_rate:
+            raise ValueError(
+                "`encoder` must be a DINOv3 without dropout, which would be the same "
+                "for all images of a batch. Received: attention_dropout="
+                f"{encoder.attention_dropout}, drop_path_rate={encoder.drop_path_rate}"
+            )
+        self.encoder = encoder
+        self.supports_masking = True
+        self.built = True
+
+    def call(
+        self,
+        tokens,
+        position_embeddings,
+        num_prefix_tokens=0,
+        tokens_mask=None,
+        training=None,
+    ):
+        recomputed = any("call" in vars(block) for block in self.encoder.layers)
+        if recomputed and keras.backend.backend() == "torch":
+            raise ValueError(
+                "`gradient_checkpointing` must be False, or a list of the names of "
+                "other blocks, for a masked DINOv3 on torch, which cannot recompute "
+                f"what it vectorizes. Received: blocks of `{self.encoder.name}`"
+            )
+
+        def one_image(given):
+            tokens, cosines, sines, *mask = given
+            outputs = self.encoder(
+                tokens[None],
+                attention_mask=mask[0][None, None, None] if mask else None,
+                position_embeddings=(cosines, sines),
+                num_prefix_tokens=num_prefix_tokens,
+                training=training,
+            )
+            return tree.map_structure(lambda x: x[0], outputs)
+
+        given = [tokens, *position_embeddings]
+        if tokens_mask is not None:
+            given.append(tokens_mask)
+        return ops.vectorized_map(one_image, given)
+
+    def compute_output_spec(self, tokens, *args, **kwargs):
+        same = keras.KerasTensor(tokens.shape, dtype=tokens.dtype)
+        stages = range(1, 1 + self.encoder.num_layers)
+        return same, {f"stage{index}": same for index in stages}

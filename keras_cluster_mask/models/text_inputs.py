@@ -1,0 +1,73 @@
+"""The inputs of a text encoder: token ids, and whatever else it takes."""
+
+from keras import ops, tree
+
+# Inputs that are made where they are not given.
+MADE = "padding_mask", "segment_ids"
+
+
+def text_input_names(encoder) -> list[str]:
+    """The names of a text encoder's inputs.
+
+    Args:
+        encoder: A Keras model. Its only input may have any name; of several, one must
+            be `"token_ids"`.
+
+    Returns:
+        A list of str.
+
+    Raises:
+        ValueError: If none of several inputs is `"token_ids"`.
+    """
+    inputs = getattr(encoder, "input", None)
+    names = [*inputs] if isinstance(inputs, dict) else []
+    names = names or [x.name for x in tree.flatten(inputs) if x is not None]
+    if len(names) < 2:
+        return ["token_ids"]
+    if "token_ids" not in names:
+        raise ValueError(
+            "`text_encoder` must have one input, or inputs that are named as the "
+            f"entries of a batch, 'token_ids' among them. Received: inputs {names}"
+        )
+    return names
+
+
+def text_inputs(encoder, given):
+    """What a text encoder is called on: ids, or a dictionary of all its inputs.
+
+    Of a BERT, what is not given is made. A `"padding_mask"` hides ids of 0, which
+    tokenizers pad with; `inputs.check_ids` finds zeros that are no padding.
+    `"segment_ids"` are 0: a caption is one segment.
+
+    Args:
+        encoder: A Keras model.
+        given: `(batch, T)` token ids, or a dictionary of inputs by name.
+
+    Returns:
+        A tensor, or a dictionary of tensors.
+
+    Raises:
+        ValueError: If the encoder lacks an input of a name, or an input is missing.
+    """
+    names = text_input_names(encoder)
+    given = given if isinstance(given, dict) else {"token_ids": given}
+    unknown = sorted(given.keys() - {*names})
+    if unknown or "token_ids" not in given:
+        raise ValueError(
+            "`token_ids` must be token ids, or a dictionary of them and of further "
+            f"inputs of `{encoder.name}`, {names}; not of {unknown}. "
+            f"Received: keys={sorted(given)}"
+        )
+    given = {name: ops.convert_to_tensor(value) for name, value in given.items()}
+    ids = given["token_ids"]
+    if "padding_mask" in names and "padding_mask" not in given:
+        given["padding_mask"] = ops.cast(ops.not_equal(ids, 0), "int32")
+    if "segment_ids" in names and "segment_ids" not in given:
+        given["segment_ids"] = ops.zeros_like(ids)
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ValueError(
+            f"A batch must hold the inputs of `{encoder.name}`; missing: {missing}. "
+            f"Received: keys={sorted(given)}"
+        )
+    return given if len(names) > 1 else ids

@@ -1,0 +1,175 @@
+"""A masked DINOv3: each kept patch keeps its own rotary position."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from tests.helpers import (
+    FAST,
+    HideByNoise,
+    random_images,
+    random_noise,
+    random_pairs,
+    text_bag,
+    to_numpy,
+    value_and_gradients,
+    values,
+)
+
+PREFIX = 3
+
+
+def dino3(**kwargs):
+    return keras_hub.models.DINOV3Backbone(
+        patch_size=4,
+        num_layers=2,
+        hidden_dim=16,
+        num_heads=2,
+        intermediate_dim=32,
+        num_register_tokens=2,
+        image_shape=(16, 16, 3),
+        **kwargs,
+    )
+
+
+def pooled(encoder):
+    return keras.Model(encoder.input, encoder.output[:, 0], name="pooled")
+
+
+def reference(encoder, images, visible):
+    """The whole encoder, where no token attends to those that are left out."""
+    visible = np.concatenate([np.ones((len(images), PREFIX), bool), visible], axis=1)
+    tokens, _ = encoder.encoder(
+        encoder.embeddings(images),
+        attention_mask=ops.convert_to_tensor(visible[:, None, None]),
+        position_embeddings=encoder.rope_embedding(images),
+        num_prefix_tokens=PREFIX,
+    )
+    return encoder.layernorm(tokens), visible
+
+
+def visible_of(masking, images, noise):
+    indices, visible = map(ops.convert_to_numpy, masking.select(images, noise=noise))
+    found = np.zeros(noise.shape, bool)
+    np.put_along_axis(found, indices, visible, axis=1)
+    return found
+
+
+@pytest.mark.parametrize("min_mask_ratio", [None, 0.25])
+def test_kept_tokens_are_those_of_the_whole_encoder_that_attends_to_them_alone(
+    min_mask_ratio,
+):
+    encoder = dino3()
+    threshold = None if min_mask_ratio is None else 0.0
+    masking = kcm.ClusterMasking(4, 0.5, min_mask_ratio, threshold)
+    masked = kcm.with_masking(encoder, masking)
+    assert masked.num_prefix_tokens == PREFIX
+    images, noise = random_images(4), random_noise(4)
+    visible = visible_of(masking, images, noise)
+    expected, visible = reference(encoder, images, visible)
+    found = to_numpy(masked({"pixel_values": images}, training=True, noise=noise))
+    for row in range(4):
+        alone = to_numpy(expected)[row, visible[row]]
+        seen = found[row]
+        if min_mask_ratio is not None:
+            is_visible = ops.convert_to_numpy(masking.select(images, noise=noise)[1])
+            seen = np.concatenate([seen[:PREFIX], seen[PREFIX:][is_visible[row]]])
+        np.testing.assert_allclose(seen, alone, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_whole_encoder():
+    encoder = dino3()
+    masked = kcm.with_masking(pooled(encoder), kcm.ClusterMasking(4, 0.5))
+    images, noise = random_images(4), random_noise(4)
+    visible = visible_of(masked.masking, images, noise)
+    weights = [v for v in encoder.trainable_variables if "mask_token" not in v.path]
+
+    def of(output):
+        return ops.sum(output * ops.arange(16, dtype="float32")), output
+
+    found, expected = (
+        value_and_gradients(fn, weights)
+        for fn in (
+            lambda: of(masked({"pixel_values": images}, training=True, noise=noise)),
+            lambda: of(reference(encoder, images, visible)[0][:, 0]),
+        )
+    )
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    for weight, one, other in zip(weights, found[1], expected[1]):
+        scale = max(1, np.abs(other).max())
+        np.testing.assert_allclose(one, other, atol=1e-4 * scale, err_msg=weight.path)
+
+
+def test_inference_is_the_encoders_own_and_hidden_pixels_change_nothing():
+    encoder = dino3()
+    masked = kcm.with_masking(encoder, HideByNoise(0.5, num_prefix_tokens=PREFIX))
+    images, noise = random_images(2), random_noise(2)
+    np.testing.assert_array_equal(
+        to_numpy(masked({"pixel_values": images})),
+        to_numpy(encoder({"pixel_values": images})),
+    )
+    changed = images.copy()
+    for row, seen in enumerate(noise >= 0.5):
+        for index in np.flatnonzero(~seen):
+            y, x = 4 * (index // 4), 4 * (index % 4)
+            changed[row, y : y + 4, x : x + 4] = 9.0
+    one, other = (
+        to_numpy(masked({"pixel_values": x}, training=True, noise=noise))[:, :PREFIX]
+        for x in (images, changed)
+    )
+    np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 4}])
+def test_a_contrastive_model_trains_it_and_reloads(tmp_path, options):
+    encoder = dino3(name="dino")
+    masked = kcm.with_masking(pooled(encoder), kcm.ClusterMasking(4, seed=0))
+    model = kcm.ContrastiveModel(masked, text_bag(), **options)
+    model.compile(keras.optimizers.SGD(0.1), **FAST)
+    before = values(encoder.trainable_variables)
+    pairs = random_pairs(8)
+    model.fit(pairs, batch_size=8, verbose=0)
+    after = values(encoder.trainable_variables)
+    moved = [
+        v.path for v, a, b in zip(encoder.weights, before, after) if (a != b).any()
+    ]
+    assert any("rope" not in path and "layers_1" in path for path in moved)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    found, expected = (x.predict(pairs, verbose=0) for x in (loaded, model))
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("min_mask_ratio", [None, 0.25])
+def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(min_mask_ratio):
+    threshold = None if min_mask_ratio is None else 0.0
+    weights = []
+    for checkpointing in (False, True):
+        keras.utils.set_random_seed(0)
+        masking = kcm.ClusterMasking(4, 0.5, min_mask_ratio, threshold, seed=0)
+        masked = kcm.with_masking(pooled(dino3()), masking)
+        model = kcm.ContrastiveModel(
+            masked, text_bag(), gradient_checkpointing=checkpointing
+        )
+        model.compile(keras.optimizers.SGD(0.1), **FAST)
+        if checkpointing and keras.backend.backend() == "torch":
+            with pytest.raises(
+                ValueError, match=r"`gradient_checkpointing`.*Received:"
+            ):
+                model.fit(random_pairs(4), batch_size=4, verbose=0)
+            return
+        model.fit(random_pairs(4), batch_size=4, verbose=0)
+        weights.append(values(model.trainable_variables))
+    for one, other in zip(*weights):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("option", ["attention_dropout", "drop_path_rate"])
+def test_dropout_is_refused(option):
+    with pytest.raises(ValueError, match=rf"without dropout.*Received:.*{option}=0.1"):
+        kcm.with_masking(dino3(**{option: 0.1}), kcm.ClusterMasking(4))

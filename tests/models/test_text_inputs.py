@@ -1,0 +1,245 @@
+"""Text encoders with several inputs, such as BERT's, in a ContrastiveModel."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from tests.helpers import (
+    CONTEXT,
+    FAST,
+    VOCABULARY,
+    image_mlp,
+    options_of,
+    random_pairs,
+    text_bag,
+    tiny_clip,
+    to_numpy,
+    values,
+)
+
+
+def bert(as_list=True):
+    """A BERT that pools; its inputs are a list or a dictionary."""
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        dropout=0.0,
+        max_sequence_length=CONTEXT,
+        name="bert",
+    )
+    inputs = backbone.inputs if as_list else backbone.input
+    return keras.Model(inputs, backbone.output["pooled_output"], name="bert_pooled")
+
+
+def texts(count, seed=0):
+    """Pairs whose texts have several lengths, with their masks and segments."""
+    pairs = random_pairs(count, seed)
+    ids = np.maximum(pairs["token_ids"], 1)
+    mask = np.arange(CONTEXT) < 3 + np.arange(count)[:, None] % (CONTEXT - 2)
+    return {
+        "images": pairs["images"],
+        "token_ids": np.where(mask, ids, 0).astype("int32"),
+        "padding_mask": mask.astype("int32"),
+        "segment_ids": np.zeros_like(ids),
+    }
+
+
+def without(batch, *names):
+    return {key: value for key, value in batch.items() if key not in names}
+
+
+def model_of(encoder=None, **kwargs):
+    encoder = bert() if encoder is None else encoder
+    model = kcm.ContrastiveModel(image_mlp(), encoder, **kwargs)
+    model.compile(optimizer=keras.optimizers.Adam(0.01), **FAST)
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model that has trained, its batch, and its embeddings of the texts."""
+    model, batch = model_of(), texts(8)
+    before = values(model.text_encoder.weights)
+    history = model.fit(batch, batch_size=8, epochs=2, shuffle=False, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    moved = [np.any(a != b) for a, b in zip(before, values(model.text_encoder.weights))]
+    # The key's bias has no influence, and the second segment does not occur.
+    assert sum(moved) >= len(moved) - 1
+    return model, batch, expected_embeddings(model, batch)
+
+
+def expected_embeddings(model, batch):
+    """What the text encoder returns for the inputs in its own order, normalised."""
+    names = [x.name for x in model.text_encoder.inputs]
+    features = to_numpy(model.text_encoder([batch[name] for name in names]))
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_entries_reach_the_inputs_of_their_names(as_list):
+    model = model_of(bert(as_list))
+    batch = texts(8)
+    batch["segment_ids"] = np.arange(CONTEXT)[None] % 2 + np.zeros((8, 1), "int32")
+    expected = to_numpy(
+        model.text_encoder(
+            [batch[x.name] for x in model.text_encoder.inputs]
+            if as_list
+            else without(batch, "images")
+        )
+    )
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    for found in (
+        model.predict(batch, verbose=0)["text_embeddings"],
+        to_numpy(model.encode_text(without(batch, "images"))),
+        kcm.evaluation.embed(model, batch, verbose=0)["text_embeddings"],
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    # Each entry has an effect.
+    for name, other in (
+        ("padding_mask", np.ones_like(batch["padding_mask"])),
+        ("segment_ids", 1 - batch["segment_ids"]),
+    ):
+        found = model.encode_text(without({**batch, name: other}, "images"))
+        assert np.abs(to_numpy(found) - expected).max() > 1e-4, name
+
+
+def test_a_missing_mask_hides_zeros_and_missing_segments_are_zeros(trained):
+    model, batch, expected = trained
+    bare = without(batch, "padding_mask", "segment_ids")
+    for found in (
+        model.predict(bare, verbose=0)["text_embeddings"],
+        to_numpy(model.encode_text(bare["token_ids"])),
+        to_numpy(model.encode_text({"token_ids": bare["token_ids"]})),
+        kcm.evaluation.embed(model, bare, verbose=0)["text_embeddings"],
+        kcm.evaluation.embed(model, batch, verbose=0)["text_embeddings"],
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    loss = model.evaluate(batch, batch_size=8, verbose=0)[0]
+    assert model.evaluate(bare, batch_size=8, verbose=0)[0] == pytest.approx(loss)
+
+
+def test_padding_has_no_influence(trained):
+    model, batch, expected = trained
+    hidden = batch["padding_mask"] == 0
+    ids = np.where(hidden, 7, batch["token_ids"])
+    found = model.encode_text({"token_ids": ids, "padding_mask": batch["padding_mask"]})
+    np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
+
+
+def test_a_dataset_and_its_validation_train():
+    tf = pytest.importorskip("tensorflow")
+    dataset = tf.data.Dataset.from_tensor_slices(texts(8)).batch(4, drop_remainder=True)
+    history = model_of().fit(dataset, validation_data=dataset, verbose=0).history
+    assert np.isfinite(history["loss"] + history["val_loss"]).all()
+
+
+def test_micro_batches_train_as_the_whole_batch_does():
+    weights = []
+    for size in (None, 2):
+        keras.utils.set_random_seed(1)
+        model = model_of(micro_batch_size=size)
+        model.compile(optimizer=keras.optimizers.SGD(0.1), **FAST)
+        batch = {**texts(8), "label": np.arange(8)}
+        model.fit(batch, batch_size=8, verbose=0)
+        weights.append(values(model.trainable_variables))
+    for one, other in zip(*weights):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_model_and_the_text_tower_save_and_reload(trained, tmp_path):
+    model, batch, expected = trained
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert options_of(loaded) == options_of(model)
+    found = loaded.predict(batch, verbose=0)["text_embeddings"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    model.text_tower.save(tmp_path / "tower.keras")
+    tower = keras.saving.load_model(tmp_path / "tower.keras")
+    found = tower.predict(without(batch, "images"), verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_text_tower_is_exported_for_batches_of_any_size(trained, tmp_path):
+    model, batch, expected = trained
+    inputs = without(batch, "images")
+    path = str(tmp_path / "tower.pt2")
+    spec = keras.InputSpec(shape=(None, CONTEXT), dtype="int32")
+    options = {"input_signature": [dict.fromkeys(inputs, spec)], "verbose": 0}
+    if keras.backend.backend() == "torch":
+        import torch
+
+        model.text_tower.export(path, format="torch", **options)
+        serve = torch.export.load(path).module()
+        found = serve({key: torch.tensor(value) for key, value in inputs.items()})
+        found = found.detach().numpy()
+    else:
+        tf = pytest.importorskip("tensorflow")
+        model.text_tower.export(path, **options)
+        loaded = tf.saved_model.load(path)
+        found = loaded.serve({k: tf.constant(v) for k, v in inputs.items()}).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# === Wrong input ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("first", [0, 5])
+def test_zeros_that_are_no_padding_need_a_mask(trained, first):
+    model, batch, _ = trained
+    ids = batch["token_ids"].copy()
+    ids[3, :3] = first, 0, 7
+    wrong = without({**batch, "token_ids": ids}, "padding_mask")
+    message = r"`padding_mask` must be in the batch.*Received:.*row 3"
+    for run in (
+        lambda: model.fit(wrong, batch_size=8, verbose=0),
+        lambda: model.evaluate(wrong, batch_size=8, verbose=0),
+        lambda: model.predict(wrong, verbose=0),
+        lambda: kcm.evaluation.embed(model, wrong, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()
+    mask = np.ones_like(ids)
+    model.evaluate({**wrong, "padding_mask": mask}, batch_size=8, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_an_input_that_nothing_fills_is_named():
+    ids = keras.Input((CONTEXT,), dtype="int32", name="token_ids")
+    topics = keras.Input((3,), name="topics")
+    x = keras.layers.Concatenate()([text_bag()(ids), topics])
+    encoder = keras.Model([ids, topics], keras.layers.Dense(16)(x))
+    model = model_of(encoder)
+    pairs = random_pairs(4)
+    for run in (model.fit, model.evaluate, model.predict, model.encode_text):
+        given = pairs["token_ids"] if run == model.encode_text else pairs
+        with pytest.raises(ValueError, match=r"missing: \['topics'\].*Received: keys="):
+            run(given)
+    pairs["topics"] = np.random.default_rng(0).random((4, 3), dtype="float32")
+    assert np.isfinite(model.fit(pairs, batch_size=4, verbose=0).history["loss"][0])
+    nameless = keras.Model([keras.Input((CONTEXT,), name="ids"), topics], topics)
+    with pytest.raises(ValueError, match=r"`text_encoder`.*'token_ids'.*Received:"):
+        model_of(nameless)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("make", [tiny_clip, None])
+def test_entries_that_the_text_encoder_does_not_take_are_refused(make):
+    if make is None:
+        model = model_of(text_bag())
+    else:
+        model = kcm.ContrastiveModel.from_backbone(make())
+    pairs = texts(4)
+    found = model.encode_text({"token_ids": pairs["token_ids"]})
+    np.testing.assert_array_equal(
+        to_numpy(found), to_numpy(model.encode_text(pairs["token_ids"]))
+    )
+    with pytest.raises(ValueError, match=r"`token_ids`.*'padding_mask'.*Received:"):
+        model.encode_text(without(pairs, "images", "segment_ids"))
+    with pytest.raises(ValueError, match=r"`token_ids`.*Received: keys="):
+        model.encode_text({"padding_mask": pairs["padding_mask"]})
