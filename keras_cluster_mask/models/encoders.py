@@ -97,7 +97,6 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
         `(batch, any number of tokens, dim)` to the encoder's output.
     """
     tokens = layer.output
-    stem = keras.Model(encoder.input, tokens, name=f"{encoder.name}_stem")
     try:
         blocks = keras.Model(tokens, encoder.output)
     except ValueError as error:
@@ -112,7 +111,7 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
         input_tensors=keras.Input((None, tokens.shape[-1]), dtype=tokens.dtype),
         clone_function=lambda layer: layer,
     )
-    return stem, blocks
+    return _stem(encoder, layer), blocks
 
 
 def count_tokens(stem, image_shape: tuple) -> int:
@@ -154,12 +153,16 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
         layer = find_embedding_layer(encoder)
     except ValueError:
         return None
-    return count_tokens(split_at(encoder, layer)[0], image_shape)
+    return count_tokens(_stem(encoder, layer), image_shape)
 
 
 def as_pair(size) -> tuple[int, int]:
     """`(height, width)` from one integer or two."""
     return (size,) * 2 if isinstance(size, int) else tuple(size)
+
+
+def _stem(encoder, layer):
+    return keras.Model(encoder.input, layer.output, name=f"{encoder.name}_stem")
 
 
 def _makes_tokens(layer):
