@@ -108,7 +108,7 @@ def contrastive_accuracy(image_embeddings, text_embeddings, labels=None):
 # === A batch in blocks of rows ===
 
 
-def batch_loss(loss, weights, images, texts, labels, is_split=True):
+def batch_loss(loss, weights, images, texts, labels, sample_weight=None, is_split=True):
     """Compares each pair of a batch with all others, one block of rows at a time.
 
     Only one block of the similarity matrix exists at a time; the blocks are recomputed
@@ -120,31 +120,47 @@ def batch_loss(loss, weights, images, texts, labels, is_split=True):
         images: `(batch, d)` embeddings of this replica.
         texts: `(batch, d)` embeddings of this replica.
         labels: `(batch,)` or `(batch, k)` int tensor; equal ones are positives.
+        sample_weight: `(batch,)` floats, the weight of each pair in both directions.
         is_split: Boolean. Whether replicas have different rows of one batch.
 
     Returns:
-        A tuple of three `(batch,)` float32 tensors: losses, and 1 where the most
-        similar text, and the most similar image, is a positive.
+        A tuple of three `(batch,)` float32 tensors: weighted losses, and 1 where the
+        most similar text, and the most similar image, is a positive.
     """
-    rows = images, texts, labels
+    rows = (images, texts, labels)
+    if sample_weight is not None:
+        rows = (*rows, sample_weight)
     batch = tuple(map(all_gather, rows)) if is_split else rows
 
     def compare_block(weights, state, index, rows):
         weights, batch = weights
-        similarities, positives = compare(rows, batch)
+        similarities, positives = compare(rows[:3], batch[:3])
         if loss == "softmax":
             losses = softmax_row_losses(*similarities, positives, *weights)
+            if sample_weight is not None:
+                losses = losses * rows[3]
         else:
-            losses = sigmoid_row_losses(similarities[0], positives, *weights)
+            # A comparison belongs to the pairs of its image and of its text.
+            shares = None
+            if sample_weight is not None:
+                shares = (rows[3][:, None] + batch[3][None]) / 2.0
+            losses = sigmoid_row_losses(similarities[0], positives, *weights, shares)
         hits = [row_hits(ops.stop_gradient(x), positives) for x in similarities]
         return (losses, *hits), state
 
-    num_blocks = _num_blocks(images.shape[0], batch[0].shape[0])
+    num_rows = images.shape[0]
+    num_blocks = _num_blocks(num_rows, batch[0].shape[0])
     weights = weights, batch
     if num_blocks == 1:
         return compare_block(weights, (), 0, rows)[0]
+    if num_rows % num_blocks:
+        # The last block is filled up, and what comes of that cut off.
+        missing = -num_rows % num_blocks
+        rows = [
+            ops.pad(x, [(0, missing)] + [(0, 0)] * (len(x.shape) - 1)) for x in rows
+        ]
     outputs, _ = map_chunks(compare_block, num_blocks, weights, (), rows)
-    return tuple(merge_chunks(x) for x in outputs)
+    return tuple(merge_chunks(x)[:num_rows] for x in outputs)
 
 
 def caption_labels(token_ids):
@@ -230,7 +246,7 @@ def softmax_row_losses(image_to_text, text_to_image, positives, logit_scale):
     return -ops.sum(targets * log_likelihood, axis=1) / 2.0
 
 
-def sigmoid_row_losses(image_to_text, positives, logit_scale, logit_bias):
+def sigmoid_row_losses(image_to_text, positives, logit_scale, logit_bias, shares=None):
     """What the image of each pair contributes to the sigmoid loss.
 
     Args:
@@ -238,13 +254,17 @@ def sigmoid_row_losses(image_to_text, positives, logit_scale, logit_bias):
         positives: `(rows, batch)` float tensor of zeros and ones.
         logit_scale: Scalar.
         logit_bias: Scalar.
+        shares: `(rows, batch)` float tensor, the weight of each comparison.
 
     Returns:
         `(rows,)` float32 tensor, whose mean over the batch is the loss.
     """
     logits = ops.cast(logit_scale, "float32") * image_to_text
     logits = logits + ops.cast(logit_bias, "float32")
-    return -ops.sum(ops.log_sigmoid((2.0 * positives - 1.0) * logits), axis=1)
+    log_likelihood = ops.log_sigmoid((2.0 * positives - 1.0) * logits)
+    if shares is not None:
+        log_likelihood = shares * log_likelihood
+    return -ops.sum(log_likelihood, axis=1)
 
 
 def row_hits(similarity, positives):
@@ -286,10 +306,10 @@ def _compare_all(image_embeddings, text_embeddings, labels):
 def _num_blocks(rows, batch):
     if rows is None:
         return 1
-    block_size = max(1, MAX_PAIRS // batch)
-    return next(
-        n for n in range(1, rows + 1) if rows % n == 0 and rows <= n * block_size
-    )
+    least = -(-rows // max(1, MAX_PAIRS // batch))
+    # A few more, if they divide the rows: nothing is filled up, and devices that share
+    # the rows evenly share the blocks evenly.
+    return next((n for n in range(least, 2 * least) if rows % n == 0), least)
 
 
 def _scramble(x):

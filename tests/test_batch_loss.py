@@ -36,6 +36,64 @@ def test_any_block_size_gives_the_loss_and_accuracies_of_the_matrix(
     assert accuracies == pytest.approx([float(x) for x in expected])
 
 
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("rows", [7, 11, 13])
+def test_a_batch_without_divisors_is_compared_in_large_blocks(loss, rows, monkeypatch):
+    pair = [ops.convert_to_tensor(x) for x in embeddings(rows)]
+    labels = ops.convert_to_tensor(np.arange(rows) // 2)
+    weight = ops.convert_to_tensor(np.linspace(0.0, 2.0, rows).astype("float32"))
+    scalars = [ops.convert_to_tensor(x) for x in (14.3, -5.0)][
+        : 1 + (loss != "softmax")
+    ]
+    expected = batch_loss(loss, scalars, *pair, labels, weight)
+    blocks = []
+    compare = losses.compare
+
+    def watched(block, everything):
+        blocks.append(block[0].shape[0])
+        return compare(block, everything)
+
+    monkeypatch.setattr(losses, "compare", watched)
+    monkeypatch.setattr(losses, "MAX_PAIRS", 4 * rows)
+    found = batch_loss(loss, scalars, *pair, labels, weight)
+    assert {*blocks} <= {3, 4}
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_weights_count_in_both_directions(loss):
+    # The reference: weighted sums over the rows and over the columns of one matrix.
+    images, texts = (x.astype("float64") for x in embeddings())
+    weight = np.array([0, 1, 2, 0.5, 1, 0, 3, 1, 1, 0.25, 1, 2])
+    positive = LABELS[:, None] == LABELS[None]
+    logits = 14.3 * images @ texts.T
+    if loss == "softmax":
+        targets = positive / positive.sum(axis=1, keepdims=True)
+
+        def direction(logits):
+            total = np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            return -(targets * (logits - total)).sum(axis=1) @ weight
+
+        scalars = [14.3]
+    else:
+        logits = logits - 5.0
+
+        def direction(logits):
+            terms = np.logaddexp(0, np.where(positive, -logits, logits))
+            return terms.sum(axis=1) @ weight
+
+        scalars = [14.3, -5.0]
+    expected = (direction(logits) + direction(logits.T)) / 2
+    given = (*embeddings(), LABELS, weight.astype("float32"))
+    found = batch_loss(
+        loss,
+        [ops.convert_to_tensor(x) for x in scalars],
+        *map(ops.convert_to_tensor, given),
+    )
+    np.testing.assert_allclose(to_numpy(ops.sum(found[0])), expected, rtol=1e-5)
+
+
 def test_no_array_has_an_entry_per_pair_of_the_batch(monkeypatch):
     # Looked at where it is computed: every comparison of rows.
     sizes = []

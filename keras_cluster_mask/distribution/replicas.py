@@ -91,6 +91,13 @@ def replica_mean(x):
     return ops.mean(all_gather(ops.stop_gradient(x)[None]), axis=0)
 
 
+def metric_rows(x):
+    """The rows that a metric must see: all where Keras's see one replica alone."""
+    if x is None or keras.backend.backend() != "torch":
+        return x
+    return all_gather(ops.stop_gradient(x))
+
+
 def all_reduce_mean(variables):
     """Sets float variables to their mean over all replicas.
 

@@ -78,9 +78,9 @@ class ClusterMasking(PatchMasking):
             `keras.optimizers.schedules.LearningRateSchedule` over training
             steps. The weight of the tokens' cosine similarity against the
             pixels'. In threshold mode with a weight other than 0, every
-            training step moves the threshold by 0.05 times the difference of
-            its mask ratio to `mask_ratio`, as the mix changes what a threshold
-            means.
+            training step moves the threshold by 0.05 times the difference
+            between the share of patches above it and `mask_ratio`, as the mix
+            changes what a threshold means.
         num_prefix_tokens: Integer. How many tokens before the patch tokens
             always stay. `None` takes all beyond the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
@@ -154,11 +154,14 @@ class ClusterMasking(PatchMasking):
             self.data_format = data_format
         self.embedding_weight = _standardize_embedding_weight(embedding_weight)
 
-        self.threshold = None
+        self.threshold = self.share_above = None
         self._given_threshold = threshold
         if min_mask_ratio is not None:
             value = math.nan if threshold is None else float(threshold)
             self.threshold = self._add_state("threshold", value, "float32")
+            if self.embedding_weight != 0.0:
+                _check_reachable(self.mask_ratio, min_mask_ratio)
+                self.share_above = self._add_state("share_above", 0.0, "float32")
         self.step = None
         if not isinstance(self.embedding_weight, float):
             self.step = self._add_state("step", 0, "int32")
@@ -188,10 +191,10 @@ class ClusterMasking(PatchMasking):
 
         least_alike = order_by_score(-similarity, noise)[:, :1]
         is_least_alike = ops.arange(noise.shape[1], dtype="int32") == least_alike
-        visible = (similarity <= self.threshold) | is_least_alike
-        # All visible patches tie, and so do all others: noise picks among them.
-        lowest = -math.inf if self.hide_padding else -1.0
-        return ops.where(visible, 0.0, lowest)
+        # All visible patches tie, and so do all others: noise picks among them. Where
+        # all are above the threshold, the least alike stays.
+        above = ops.where(is_least_alike, -1.0, -math.inf)
+        return ops.where(similarity <= self.threshold, 0.0, above)
 
     def draw_anchors(self, noise):
         """The anchors: `(batch, A)` indices of the patches of smallest noise."""
@@ -276,13 +279,7 @@ class ClusterMasking(PatchMasking):
                 "`min_mask_ratio` to select threshold mode. "
                 "Received: min_mask_ratio=None"
             )
-        if self.mask_ratio <= self.min_mask_ratio:
-            raise ValueError(
-                "`mask_ratio` must be greater than `min_mask_ratio`: so much is left "
-                "out of every image whatever the threshold, at random where clusters "
-                f"are smaller. Received: mask_ratio={self.mask_ratio}, "
-                f"min_mask_ratio={self.min_mask_ratio}"
-            )
+        _check_reachable(self.mask_ratio, self.min_mask_ratio)
 
         def similarity_to_random_anchors(images):
             images = self.prepare_pixels(images)
@@ -320,10 +317,16 @@ class ClusterMasking(PatchMasking):
     def hides_tokens(self):
         return self.min_mask_ratio is not None and self.hide_padding
 
-    def after_training_step(self):
-        if self.threshold is not None and self.embedding_weight != 0.0:
-            surplus = self.last_mask_ratio - self.mask_ratio
-            self.threshold.assign_add(0.05 * surplus)
+    def observe(self, score):
+        if self.share_above is not None:
+            # Before masked patches return to fill up the fixed number of tokens.
+            above = ops.cast(score < 0.0, "float32")
+            self.share_above.assign(ops.mean(above))
+
+    def advance(self):
+        if self.share_above is not None:
+            moved = self.threshold + 0.05 * (self.share_above - self.mask_ratio)
+            self.threshold.assign(ops.clip(moved, -1.0, 1.0))
         if self.step is not None:
             self.step.assign_add(1)
 
@@ -360,6 +363,16 @@ def _check_range(name, value, low, high):
     if not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(
             f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value}"
+        )
+
+
+def _check_reachable(mask_ratio, min_mask_ratio):
+    if mask_ratio <= min_mask_ratio:
+        raise ValueError(
+            "`mask_ratio` must be greater than `min_mask_ratio`: so much is left "
+            "out of every image whatever the threshold, at random where clusters "
+            f"are smaller. Received: mask_ratio={mask_ratio}, "
+            f"min_mask_ratio={min_mask_ratio}"
         )
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 from functools import partial
@@ -10,6 +11,7 @@ from keras_cluster_mask.distribution.replicas import (
     all_reduce_mean,
     batch_is_split,
     local_loss,
+    metric_rows,
     num_replicas,
     replica_mean,
 )
@@ -28,14 +30,18 @@ from keras_cluster_mask.training.gradient_checkpointing import (
 )
 from keras_cluster_mask.training.inputs import (
     LONELY,
+    SAMPLE_WEIGHT,
+    as_dictionary,
     check_data,
     check_ends,
     check_input,
+    check_no_labels,
     until_the_end,
 )
 from keras_cluster_mask.training.layers import (
     all_layers,
-    deserialize_parts,
+    from_parts,
+    frozen_parts,
     state_variables,
 )
 from keras_cluster_mask.training.micro_batches import (
@@ -52,7 +58,10 @@ class ContrastiveModel(keras.Model):
     image near its own text and far from the others. Compile it with an optimizer alone,
     the loss is built in. Batches are dictionaries
     `{"images": (B, H, W, C), "token_ids": (B, T)}` without labels. uint8 images are
-    scaled and normalised on the device; others must be normalised.
+    scaled and normalised on the device; others must be normalised. A further entry
+    `"sample_weight"`, `(B,)` floats, weights what each pair contributes to the loss,
+    which is still divided by the number of pairs, and to the accuracies; a pair of
+    weight 0 still is a negative of the others.
 
     Example:
 
@@ -109,8 +118,8 @@ class ContrastiveModel(keras.Model):
 
     Metrics in training: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy`
     within the batch, `temperature`, and, with a masking, `mask_ratio`: the share of
-    patches that had no influence (0 in evaluation, which masks nothing). `compile` adds
-    `gradient_norm` if asked.
+    patches that had no influence. `compile` adds `gradient_norm` if asked. Evaluation
+    has neither of the last two.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -159,7 +168,9 @@ class ContrastiveModel(keras.Model):
             "initial_logit_bias": initial_logit_bias,
             "max_logit_scale": max_logit_scale,
         }
-        self.head = head or ContrastiveHead(**given, name="head")
+        self.head = head or ContrastiveHead(
+            **given, dtype=self.dtype_policy, name="head"
+        )
         _check_head(self.head, given)
         self.head.build_projections(_width(image_encoder), _width(text_encoder))
 
@@ -171,7 +182,7 @@ class ContrastiveModel(keras.Model):
         )
         self.maskings = [x for x in all_layers(self) if isinstance(x, PatchMasking)]
         for masking in self.maskings:
-            masking.prepare_pixels = self.normalize_pixels
+            masking.join(self.normalize_pixels)
         self.accuracy_metrics = [
             keras.metrics.Mean(name="image_to_text_accuracy"),
             keras.metrics.Mean(name="text_to_image_accuracy"),
@@ -179,9 +190,10 @@ class ContrastiveModel(keras.Model):
         self.temperature_metric = keras.metrics.Mean(name="temperature")
         if self.maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
-        # Set by `compile` and while `fit` runs.
+        # Set by `compile`, and while `fit` and `evaluate` run.
         self.gradient_norm = None
         self.training_run = None
+        self.is_evaluating = False
         # Nothing is left to build, unless an encoder learns its width when called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
         if self.built:
@@ -197,16 +209,17 @@ class ContrastiveModel(keras.Model):
         included: after `fit`, `backbone.save_to_preset` saves what was learned.
 
         Args:
-            backbone: A keras_hub `CLIPBackbone` or `SigLIPBackbone`, fresh or
-                pre-trained. SigLIP's text tower takes only texts of
+            backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+                `SigLIPBackbone`, fresh or pre-trained. MetaCLIP 2's text tower pools
+                the end token, so each text must have one. SigLIP's takes only texts of
                 `max_sequence_length` tokens and pools the last one: pad to the full
                 length with the end-of-text token, as SigLIP's tokenizer does.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
                 `projection_dim`. `loss` defaults to the backbone's own, and so do
                 `pixel_mean` and `pixel_std`. `initial_temperature=None` keeps the
-                temperature of the backbone; a fresh SigLIP starts at 0.1, with a bias
-                of -10.
+                temperature of the backbone; a fresh SigLIP, and a CLIP with the
+                sigmoid loss, start at 0.1, with a bias of -10.
 
         Returns:
             A `ContrastiveModel` with the attributes `backbone` and `masking`.
@@ -306,39 +319,52 @@ class ContrastiveModel(keras.Model):
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
+        check_no_labels(y=y)
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
             raise ValueError(f"{LONELY} Received: a batch of 1")
+        # Keras passes on its own argument only with labels, and of single batches.
+        if sample_weight is None:
+            sample_weight = x.get(SAMPLE_WEIGHT)
+        if sample_weight is not None:
+            sample_weight = ops.cast(sample_weight, "float32")
         if self.duplicates == "positive":
             labels = caption_labels(x["token_ids"])
         else:
             labels = ops.arange(ops.shape(images)[0])
         weights, is_split = self.head.loss_weights, batch_is_split(training)
         losses, *hits = batch_loss(
-            self.head.loss, weights, images, texts, labels, is_split
+            self.head.loss, weights, images, texts, labels, sample_weight, is_split
         )
-        loss = ops.mean(losses)
+        # A replica may have no rows in evaluation.
+        rows = ops.maximum(ops.shape(losses)[0], 1)
+        loss = ops.sum(losses) / ops.cast(rows, losses.dtype)
         for extra in self.losses:
             loss = loss + ops.cast(ops.sum(extra), loss.dtype)
         if is_split:
             loss = local_loss(loss)
-            hits = map(replica_mean, hits)
+            *hits, sample_weight = map(metric_rows, (*hits, sample_weight))
         for metric, values in zip(self.accuracy_metrics, hits):
-            metric.update_state(values)
+            metric.update_state(values, sample_weight)
         self.temperature_metric.update_state(1.0 / weights[0])
         if training:
             for masking in self.maskings:
                 ratio = replica_mean(masking.last_mask_ratio)
                 self.mask_ratio_metric.update_state(ratio)
+                masking.advance()
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        norm = self.gradient_norm
-        has_norm = norm is not None and norm.update_metric()
-        logs = super().compute_metrics(x, y, y_pred, sample_weight)
-        if not has_norm:
-            # Evaluation has no gradients.
-            logs.pop("gradient_norm", None)
+        if self.gradient_norm is not None and not self.is_evaluating:
+            self.gradient_norm.update_metric()
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def get_metrics_result(self):
+        logs = super().get_metrics_result()
+        if self.is_evaluating:
+            # Evaluation has no gradients, and masks nothing.
+            for name in ("gradient_norm", "mask_ratio"):
+                logs.pop(name, None)
         return logs
 
     def make_train_function(self, force=False):
@@ -359,7 +385,7 @@ class ContrastiveModel(keras.Model):
     def compile(
         self,
         optimizer="rmsprop",
-        *args,
+        *,
         learning_rate_multipliers=None,
         decay_vectors=False,
         log_gradient_norm=False,
@@ -383,7 +409,6 @@ class ContrastiveModel(keras.Model):
         Args:
             optimizer: A Keras optimizer, or its name. Not a `Nadam` or
                 `MultiOptimizer` if there are `learning_rate_multipliers`.
-            *args: Arguments of `keras.Model.compile`; the loss is built in.
             learning_rate_multipliers: Dictionary of floats. Factors on the learning
                 rate, and on decoupled weight decay, by tower: `"image"` and `"text"`,
                 each with its projection. All other weights keep the rate. To freeze a
@@ -396,16 +421,22 @@ class ContrastiveModel(keras.Model):
                 norm of the gradients of all weights and of the whole batch before they
                 are clipped, as the mean over the steps of an epoch. Steps that a
                 `LossScaleOptimizer` skips do not count.
-            **kwargs: Arguments of `keras.Model.compile`.
+            **kwargs: Arguments of `keras.Model.compile`, without losses and metrics,
+                which are built in. `auto_scale_loss` scales the loss if an encoder
+                computes in float16.
 
         Raises:
-            ValueError: For a multiplier of something else than a tower, or an
-                optimizer that has already been built to decay vectors.
+            ValueError: For a loss or metrics, a multiplier of something else than a
+                tower, or an optimizer that has already been built to decay vectors.
         """
         multipliers = optimizers.check_multipliers(
             learning_rate_multipliers or {}, self.towers
         )
-        super().compile(optimizer, *args, **kwargs)
+        _check_no_losses(kwargs)
+        optimizer = keras.optimizers.get(optimizer)
+        if kwargs.get("auto_scale_loss", True):
+            optimizer = optimizers.with_loss_scaling(optimizer, all_layers(self))
+        super().compile(optimizer, **kwargs)
         self.optimizer_options = {
             "learning_rate_multipliers": multipliers,
             "decay_vectors": bool(decay_vectors),
@@ -500,16 +531,21 @@ class ContrastiveModel(keras.Model):
         finally:
             self.training_run = None
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        x = as_dictionary(x, y, sample_weight)
         check_ends(x, kwargs.get("steps"))
-        with until_the_end():
-            x = check_data(x, self.vocabulary_size)
-            return super().evaluate(x, *args, **kwargs)
+        with until_the_end(), self._evaluation():
+            x = check_data(x, **self.id_rules)
+            return super().evaluate(x, None, *args, **kwargs)
+
+    def test_on_batch(self, *args, **kwargs):
+        with self._evaluation():
+            return super().test_on_batch(*args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         check_ends(x, kwargs.get("steps"))
         with until_the_end():
-            x = check_data(x, self.vocabulary_size)
+            x = check_data(x, **self.id_rules)
             return super().predict(x, *args, **kwargs)
 
     # === Parts of the model ===
@@ -518,6 +554,19 @@ class ContrastiveModel(keras.Model):
     def vocabulary_size(self):
         """The number of token ids the text encoder knows, or `None`."""
         return getattr(self.text_encoder, "vocabulary_size", None)
+
+    @property
+    def end_token_id(self):
+        """The id that every text must hold since it is pooled there, or `None`."""
+        return None
+
+    @property
+    def id_rules(self):
+        """What token ids must be like: arguments of `inputs.check_ids`."""
+        return {
+            "vocabulary_size": self.vocabulary_size,
+            "end_token_id": self.end_token_id,
+        }
 
     @property
     def towers(self):
@@ -597,6 +646,14 @@ class ContrastiveModel(keras.Model):
             )
         return whole
 
+    @contextlib.contextmanager
+    def _evaluation(self):
+        self.is_evaluating = True
+        try:
+            yield
+        finally:
+            self.is_evaluating = False
+
     def _blocks(self):
         return find_blocks(self, self.gradient_checkpointing, BLOCKS)
 
@@ -628,11 +685,12 @@ class ContrastiveModel(keras.Model):
             "projection_dim": self.head.projection_dim,
             "image_encoder": keras.saving.serialize_keras_object(self.image_encoder),
             "text_encoder": keras.saving.serialize_keras_object(self.text_encoder),
+            "frozen": frozen_parts(self),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        return cls(**deserialize_parts(config, custom_objects))
+        return from_parts(cls, config, custom_objects)
 
     def _options(self):
         """The constructor's arguments that models for backbones take too."""
@@ -648,6 +706,7 @@ class ContrastiveModel(keras.Model):
             "gradient_checkpointing": names if isinstance(names, bool) else [*names],
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
+            "dtype": self.dtype_policy.name,
         }
 
 
@@ -680,6 +739,16 @@ def _check_head(head, given):
             raise ValueError(
                 f"`{name}` must be that of `head`, which defines it. Received: "
                 f"{name}={value!r}, head.{name}={getattr(head, name)!r}"
+            )
+
+
+def _check_no_losses(options):
+    for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"`{name}` must not be given: the loss is the argument `loss` of the "
+                "model, and the metrics are built in. "
+                f"Received: {name}={options[name]!r}"
             )
 
 

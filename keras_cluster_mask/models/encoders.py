@@ -8,24 +8,52 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.masking.patch_masking import prefix_tokens
 
-# The layers of vision transformers that return the embedded tokens.
-EMBEDDINGS = (
-    "CLIPVisionEmbedding",
-    "ViTPatchingAndEmbedding",
-    "SigLIPVisionEmbedding",
-    "DINOV2Embedding",
-)
+# The layers of vision transformers that return the embedded tokens, and the encoders.
+EMBEDDINGS = {
+    "CLIPVisionEmbedding": "CLIPVisionEncoder",
+    "DINOV2Embedding": "DINOV2Backbone",
+    "DeiTEmbeddings": "DeiTBackbone",
+    "MetaCLIP2VisionEmbedding": "MetaCLIP2VisionEncoder",
+    "SigLIPVisionEmbedding": "SigLIPVisionEncoder",
+    "ViTPatchingAndEmbedding": "ViTBackbone, BLIP2VisionEncoder",
+}
+
+# Layers of vision transformers that no token can be taken from, and why.
+_WINDOWS = "attends within windows of the whole grid"
+_ONE_LAYER = "embeds patches and encodes them in one layer"
+REFUSED = {
+    "DINOV3RopePositionEmbedding": "DINOv3 has one table of rotary positions for all "
+    "images of a batch, so images cannot keep different patches",
+    "DepthAnythingNeck": "DepthAnything reads the whole grid; take its `image_encoder`",
+    "Gemma3VisionEncoderBlock": f"Gemma 3 {_ONE_LAYER}",
+    "Gemma4VisionEncoderBlock": f"Gemma 4 {_ONE_LAYER}",
+    "HierarchicalTransformerEncoder": "MiT merges neighbouring patches",
+    "PARSeqDecoder": "PARSeq reads texts too; take its `image_encoder`",
+    "PaliGemmaVitEncoder": f"PaliGemma {_ONE_LAYER}",
+    "SAM3VisionEncoder": f"SAM 3 {_WINDOWS}",
+    "SwinTransformerStage": f"Swin {_WINDOWS}",
+    "VideoPrismFactorizedReshape": "VideoPrism reads videos",
+    "WindowedTransformerEncoder": f"ViTDet, and SAM with it, {_WINDOWS}",
+}
 
 # Vision transformers whose images can be resized: config, positions and patch size are
 # known.
-RESIZABLE = "CLIPVisionEncoder", "SigLIPVisionEncoder", "ViTBackbone", "DINOV2Backbone"
+RESIZABLE = (
+    "CLIPVisionEncoder",
+    "DINOV2Backbone",
+    "MetaCLIP2VisionEncoder",
+    "SigLIPVisionEncoder",
+    "ViTBackbone",
+)
 
 # The transformer blocks of image and text encoders.
 BLOCKS = (
     "CLIPEncoderLayer",
     "DINOV2Layer",
     "DeiTEncoderBlock",
+    "MetaCLIP2EncoderLayer",
     "SigLIPEncoderLayer",
     "TransformerDecoder",
     "TransformerEncoder",
@@ -51,11 +79,7 @@ def image_shape_of(encoder) -> tuple | None:
 
 def data_format_of(encoder) -> str:
     """`"channels_last"` or `"channels_first"`: in which order an encoder has axes."""
-    found = getattr(encoder, "data_format", None)
-    for layer in getattr(encoder, "layers", ()):
-        if type(layer).__name__ in EMBEDDINGS:
-            found = found or getattr(layer, "data_format", None)
-    return found or keras.config.image_data_format()
+    return _first_data_format(encoder) or keras.config.image_data_format()
 
 
 def knows_image_size(encoder) -> bool:
@@ -70,6 +94,12 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
             "`encoder` must be a built functional Keras model. "
             f"Received: encoder={encoder} of type {type(encoder).__name__}"
         )
+    for reason in (REFUSED.get(type(layer).__name__) for layer in encoder.layers):
+        if reason is not None:
+            raise ValueError(
+                f"`encoder` must be one that can leave out tokens. {reason}. "
+                f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
+            )
     candidates = [layer for layer in encoder.layers if _makes_tokens(layer)]
     if name is None:
         found = [x for x in candidates if type(x).__name__ in EMBEDDINGS]
@@ -147,7 +177,8 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
     if masking is not None and stem is not None:
         tokens = count_tokens(stem, image_shape)
         images = ops.zeros((1, *image_shape))
-        patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
+        with prefix_tokens(encoder.num_prefix_tokens):
+            patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
         return tokens - patches + masking.num_kept(patches)
     try:
         layer = find_embedding_layer(encoder)
@@ -163,6 +194,14 @@ def as_pair(size) -> tuple[int, int]:
 
 def _stem(encoder, layer):
     return keras.Model(encoder.input, layer.output, name=f"{encoder.name}_stem")
+
+
+def _first_data_format(layer):
+    """That of the first layer that has one: it reads the images."""
+    found = getattr(layer, "data_format", None)
+    for part in getattr(layer, "layers", ()):
+        found = found or _first_data_format(part)
+    return found
 
 
 def _makes_tokens(layer):

@@ -69,7 +69,9 @@ class ContrastiveHead(keras.layers.Layer):
         self.max_logit_scale = float(max_logit_scale)
         if projection_dim is not None:
             image_projection, text_projection = (
-                keras.layers.Dense(projection_dim, use_bias=False, name=name)
+                keras.layers.Dense(
+                    projection_dim, use_bias=False, dtype=self.dtype_policy, name=name
+                )
                 for name in ("image_projection", "text_projection")
             )
         self.image_projection = image_projection

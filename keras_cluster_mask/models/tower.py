@@ -3,7 +3,7 @@ import keras
 from keras_cluster_mask.models.encoders import call_encoder
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.pixels import normalize_pixels
-from keras_cluster_mask.training.layers import deserialize_parts
+from keras_cluster_mask.training.layers import from_parts, frozen_parts
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -121,8 +121,9 @@ class Tower(keras.Model):
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
             "data_format": self.data_format,
+            "frozen": frozen_parts(self),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        return cls(**deserialize_parts(config, custom_objects))
+        return from_parts(cls, config, custom_objects)

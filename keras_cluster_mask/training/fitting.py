@@ -12,6 +12,7 @@ from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.training.checkpoints import read_resumable
 from keras_cluster_mask.training.inputs import (
     StepSize,
+    as_dictionary,
     check_data,
     check_ends,
     check_keys,
@@ -40,6 +41,9 @@ def fit(model, keras_fit, x, options, resume_from=None):
         A `keras.callbacks.History`.
     """
     options = dict(options)
+    x = as_dictionary(
+        x, *(options.pop(k, None) for k in ("y", "sample_weight", "class_weight"))
+    )
     epochs, steps = options.pop("epochs"), options.pop("steps_per_epoch")
     if not is_main_process():
         options["verbose"] = 0
@@ -52,6 +56,7 @@ def fit(model, keras_fit, x, options, resume_from=None):
         x, held_out = _split(x, options.pop("validation_split"))
         if options["validation_data"] is None:
             options["validation_data"] = held_out
+    options["validation_data"] = as_dictionary(options["validation_data"])
     validation = Validation(options, callbacks, batch_size)
     check_ends(validation.data, options.get("validation_steps"))
     if hasattr(validation.data, "as_dataset"):
@@ -60,7 +65,7 @@ def fit(model, keras_fit, x, options, resume_from=None):
         options["validation_data"] = None
     elif validation.data is not None:
         options["validation_data"] = check_data(
-            options["validation_data"], model.vocabulary_size
+            options["validation_data"], **model.id_rules
         )
     check_keys(x)
     rows = rows_of(x) if hasattr(x, "element_spec") else batch_size
@@ -123,7 +128,7 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         rest = data.after(run.epoch, run.step)
         given = dict(
             options,
-            x=check_data(rest, model.vocabulary_size, data.batch_size),
+            x=check_data(rest, batch_size=data.batch_size, **model.id_rules),
             initial_epoch=run.epoch,
             epochs=last,
         )
@@ -195,8 +200,7 @@ class Validation(keras.callbacks.Callback):
 
     def __init__(self, options, callbacks, batch_size):
         super().__init__()
-        data = options["validation_data"]
-        self.data = data[0] if isinstance(data, (tuple, list)) else data
+        self.data = options["validation_data"]
         self.callbacks = callbacks
         self.every = options.get("validation_freq", 1)
         self.options = {"steps": options.get("validation_steps")}

@@ -25,11 +25,53 @@ def state_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     return [v for x in all_layers(layer) for v in x._non_trainable_variables]
 
 
-def deserialize_parts(config: dict, custom_objects: dict | None = None) -> dict:
-    """A configuration in which layers and models are made of their own."""
+def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
+    """What of a layer is not trained, for its configuration.
+
+    The configurations of attention layers and of keras_hub's encoders leave it out.
+
+    Returns:
+        The indices of frozen layers, in the order of `all_layers`, and of frozen
+        weights, in that of `layer.weights`.
+    """
     return {
-        key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
-        if isinstance(value, dict)
-        else value
-        for key, value in config.items()
+        "layers": [i for i, x in enumerate(all_layers(layer)) if not x.trainable],
+        "weights": [i for i, v in enumerate(layer.weights) if not v.trainable],
     }
+
+
+def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
+    """Makes a layer train the parts that `frozen_parts` found to be trained."""
+    # Layers pass it on to those in them, so first all, and then the exceptions.
+    for _ in range(2):
+        for index, part in enumerate(all_layers(layer)):
+            trainable = index not in frozen["layers"]
+            if part.trainable != trainable:
+                part.trainable = trainable
+    for index, weight in enumerate(layer.weights):
+        weight.trainable = index not in frozen["weights"]
+
+
+def from_parts(cls, config: dict, custom_objects: dict | None = None):
+    """Makes a layer of a class from a configuration that holds other layers.
+
+    Args:
+        cls: The class.
+        config: Dictionary of the arguments, of which dictionaries are those of layers
+            and models; and what `frozen_parts` returned as `"frozen"`.
+        custom_objects: As in `keras.saving.deserialize_keras_object`.
+    """
+    config = dict(config)
+    frozen = config.pop("frozen")
+    made = cls(
+        **{
+            key: keras.saving.deserialize_keras_object(
+                value, custom_objects=custom_objects
+            )
+            if isinstance(value, dict)
+            else value
+            for key, value in config.items()
+        }
+    )
+    freeze_parts(made, frozen)
+    return made

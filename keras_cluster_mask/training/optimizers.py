@@ -63,6 +63,18 @@ def check_multipliers(multipliers: dict, towers) -> dict:
     return {name: float(factor) for name, factor in multipliers.items()}
 
 
+def with_loss_scaling(optimizer, layers):
+    """An optimizer that scales the loss, if a layer computes in float16.
+
+    Keras looks at the model's own policy alone, and towers have theirs.
+    """
+    if optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer
+    if all(layer.compute_dtype != "float16" for layer in layers):
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer)
+
+
 def inner_optimizer(optimizer):
     """The optimizer that updates weights, inside of a `LossScaleOptimizer`."""
     return getattr(optimizer, "inner_optimizer", optimizer)
@@ -122,17 +134,14 @@ class GradientNorm:
         gradients = [ops.cast(x, "float32") / scale for x in gradients if x is not None]
         self._step.norm = ops.sqrt(sum(ops.sum(ops.square(x)) for x in gradients))
 
-    def update_metric(self) -> bool:
-        """Counts the step if it had gradients; returns whether it had."""
+    def update_metric(self):
+        """Counts a training step."""
         # Held no longer than the step, as it may be a value of a traced function.
-        norm = vars(self._step).pop("norm", None)
-        if norm is None:
-            return False
+        norm = vars(self._step).pop("norm")
         counts = ops.ones_like(norm)
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             counts = ops.cast(ops.isfinite(norm), norm.dtype)
         self.metric.update_state(ops.where(counts > 0, norm, 0.0), counts)
-        return True
 
 
 # === Weight decay ===

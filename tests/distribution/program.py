@@ -41,7 +41,8 @@ def pairs():
     # Equal captions on different devices are positives of one another too.
     ids[7::8] = ids[0::8]
     images = rng.integers(0, 256, size=(len(ids), 16, 16, 3)).astype("uint8")
-    return {"images": images, "token_ids": ids}
+    weights = rng.uniform(0, 2, size=len(ids)).astype("float32")
+    return {"images": images, "token_ids": ids, "sample_weight": weights}
 
 
 def make_model():

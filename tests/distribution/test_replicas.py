@@ -149,12 +149,11 @@ def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
     # Noise, not plain images: those have nearly equal embeddings, among which rounding
     # decides which is the most similar, and with it the accuracies.
     images = np.random.default_rng(0).integers(0, 256, (40, 20, 24, 3), "uint8")
-    files = [
-        [(f"{i:04}.png", encode(image)), (f"{i:04}.txt", b"no %d" % i)]
-        for i, image in enumerate(images)
-    ]
-    write_tar("a.tar", sum(files[:27], []))
-    write_tar("b.tar", sum(files[27:], []))
+    files = []
+    for i, image in enumerate(images):
+        files += [(f"{i:04}.png", encode(image)), (f"{i:04}.txt", b"no %d" % i)]
+    write_tar("a.tar", files[: 2 * 27])
+    write_tar("b.tar", files[2 * 27 :])
     monkeypatch.setenv("SHARDS", str(tmp_path / "*.tar"))
     monkeypatch.setenv("CHECKPOINT", str(tmp_path / "single"))
     single = train(tmp_path / "single.npz", "single")
@@ -248,6 +247,35 @@ model.fit(data, steps_per_epoch=5, verbose=0)
 batches = itertools.islice(stream("grain"), 14)
 expected = [batch["token_ids"][:, 0] for batch in batches]
 np.testing.assert_array_equal(log.seen_tokens(), expected)
+print("equal")
+"""
+    done = run_code(code)
+    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
+def test_replicas_without_rows_count_for_nothing_in_evaluation():
+    code = """
+import numpy as np
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+virtual = tf.config.LogicalDeviceConfiguration()
+tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+import keras_cluster_mask as kcm
+from tests.helpers import image_mlp, random_pairs, text_bag
+one = kcm.ContrastiveModel(image_mlp(), text_bag())
+one.compile("sgd")
+with strategy.scope():
+    two = kcm.ContrastiveModel(image_mlp(), text_bag())
+    two.compile("sgd")
+two.set_weights(one.get_weights())
+for count in (9, 11, 8):
+    pairs = random_pairs(count)
+    for weights in ({}, {"sample_weight": np.linspace(0, 2, count, dtype="float32")}):
+        data = tf.data.Dataset.from_tensor_slices({**pairs, **weights}).batch(8)
+        found, expected = (x.evaluate(data, verbose=0) for x in (two, one))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(count))
 print("equal")
 """
     done = run_code(code)

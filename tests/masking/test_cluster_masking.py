@@ -744,8 +744,11 @@ class TestEmbeddingSchedule:
         )
         np.testing.assert_array_equal(got, expected)
 
+    @pytest.mark.parametrize("hide_padding", [True, False])
     @pytest.mark.parametrize("start", [-0.3, 0.6])
-    def test_threshold_follows_until_the_ratio_is_back_at_the_target(self, start):
+    def test_threshold_follows_until_the_ratio_is_back_at_the_target(
+        self, start, hide_padding
+    ):
         rng = np.random.default_rng(27)
         images = textured(rng, ROWS, 32, 48, 3)
         masking = kcm.ClusterMasking(
@@ -754,20 +757,54 @@ class TestEmbeddingSchedule:
             min_mask_ratio=0.1,
             threshold=start,
             embedding_weight=0.8,
+            hide_padding=hide_padding,
             seed=2,
         )
         tokens = tokens_of(ROWS, 1 + 24, dim=16)
-        ratios, thresholds = [], [start]
+        shares, ratios, thresholds = [], [], [start]
         for _ in range(80):
-            masking(tokens, images=images, training=True)
+            noise = masking.draw(ROWS, 24)
+            anchors = masking.draw_anchors(noise)
+            similarity = numpy(masking.similarity(images, anchors, tokens))
+            shares.append(np.mean(similarity > thresholds[-1]))
+            masking(tokens, images=images, training=True, noise=noise)
             ratios.append(float(numpy(masking.last_mask_ratio)))
             thresholds.append(float(numpy(masking.threshold.value)))
-        assert abs(ratios[0] - 0.5) > 0.2
+        assert abs(shares[0] - 0.5) > 0.2
         moved = np.diff(thresholds)
-        np.testing.assert_allclose(moved, 0.05 * (np.array(ratios) - 0.5), atol=1e-6)
-        assert abs(np.mean(ratios[-20:]) - 0.5) < 0.05
+        np.testing.assert_allclose(moved, 0.05 * (np.array(shares) - 0.5), atol=1e-6)
+        assert abs(np.mean(shares[-20:]) - 0.5) < 0.05
+        expected = 0.5 if hide_padding else 1 - 21 / 24
+        assert abs(np.mean(ratios[-20:]) - expected) < 0.05
         masking(tokens, images=images)
         assert float(numpy(masking.threshold.value)) == np.float32(thresholds[-1])
+
+    @pytest.mark.parametrize("start", [-1.0, 1.0])
+    def test_threshold_stays_in_the_range_of_similarities(self, start):
+        # No threshold leaves out 40 % of images that are all alike.
+        masking = kcm.ClusterMasking(
+            8,
+            mask_ratio=0.4,
+            min_mask_ratio=0.1,
+            threshold=start,
+            embedding_weight=0.01,
+            hide_padding=False,
+        )
+        tokens = np.ones((ROWS, 17, 4), "float32")
+        images = np.zeros((ROWS, 32, 32, 3), "float32")
+        for _ in range(60):
+            masking(tokens, images=images, training=True)
+        assert abs(float(numpy(masking.threshold.value))) <= 1.0
+
+    @pytest.mark.any_backend
+    @pytest.mark.parametrize("weight", [0.5, "ramp"])
+    def test_a_mask_ratio_that_no_threshold_reaches_is_refused(self, weight):
+        if weight == "ramp":
+            weight = keras.optimizers.schedules.PolynomialDecay(0.0, 9, 1.0)
+        with pytest.raises(ValueError, match="`mask_ratio` must be greater than"):
+            kcm.ClusterMasking(
+                8, mask_ratio=0.3, min_mask_ratio=0.3, embedding_weight=weight
+            )
 
     def test_threshold_stays_put_without_a_mix(self):
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.1, threshold=-0.5)

@@ -207,9 +207,9 @@ class Stop(Exception):
 class SpyMasking(kcm.ClusterMasking):
     """Keeps what it was given and what it selected, and ends the call there."""
 
-    def select(self, images=None, tokens=None, noise=None):
+    def score(self, noise, images=None, tokens=None):
         self.seen = keras.backend.standardize_dtype(images.dtype)
-        self.selected = super().select(images, tokens, noise)[0]
+        self.scores = super().score(noise, images, tokens)
         raise Stop
 
 
@@ -220,7 +220,7 @@ def test_masks_are_those_of_full_precision_in_mixed_precision(kind):
     images = np.tile(rng.normal(size=(4, 4, 3)), (8, 4, 4, 1)) * 0.01 + 8.0
     images = (images + 0.01 * rng.normal(size=images.shape)).astype("float32")
 
-    def selected(policy, dtype, images):
+    def scores(policy, dtype, images):
         keras.config.set_dtype_policy(policy)
         try:
             masking = SpyMasking(4, seed=7, anchor_ratio=0.1)
@@ -230,17 +230,30 @@ def test_masks_are_those_of_full_precision_in_mixed_precision(kind):
         finally:
             keras.config.set_dtype_policy("float32")
         assert masking.seen == "float32"
-        return ops.convert_to_numpy(masking.selected)
+        return ops.convert_to_numpy(masking.scores)
 
-    full = selected("float32", None, images)
+    full = scores("float32", None, images)
     if kind == "policy":
-        mixed = selected("mixed_bfloat16", None, images)
+        mixed = scores("mixed_bfloat16", None, images)
     else:
-        mixed = selected("float32", "mixed_bfloat16", images)
+        mixed = scores("float32", "mixed_bfloat16", images)
     np.testing.assert_array_equal(mixed, full)
     # And the images are such that rounding them first would have been seen.
     rounded = to_numpy(ops.cast(images, "bfloat16"))
-    assert np.any(selected("float32", None, rounded) != full)
+    assert np.any(scores("float32", None, rounded) != full)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("temperature", "scale"), [(None, 10.0), (0.05, 20.0)], ids=["default", "given"]
+)
+def test_a_sigmoid_loss_starts_at_the_temperature_of_siglip(temperature, scale):
+    model = kcm.ContrastiveModel.from_backbone(
+        tiny_clip(), loss="sigmoid", initial_temperature=temperature
+    )
+    found, bias = (float(ops.convert_to_numpy(x)) for x in model.head.loss_weights)
+    assert found == pytest.approx(scale, rel=1e-6)
+    assert bias == -10.0
 
 
 @pytest.mark.any_backend
@@ -258,3 +271,47 @@ def test_jax_compiles_a_step_once():
     if keras.backend.backend() == "jax":
         assert not model.head.logit_scale.value.weak_type
     assert keras.backend.standardize_dtype(model.head.logit_scale.dtype) == "float32"
+
+
+def freeze_tower(model):
+    model.backbone.vision_encoder.trainable = False
+
+
+def freeze_masked_encoder(model):
+    model.image_encoder.trainable = False
+
+
+def freeze_block(model):
+    model.backbone.text_encoder.layers[-2].trainable = False
+
+
+def freeze_temperature(model):
+    model.head.logit_scale.trainable = False
+
+
+@pytest.mark.parametrize(
+    "freeze", [freeze_tower, freeze_masked_encoder, freeze_block, freeze_temperature]
+)
+def test_what_is_frozen_stays_frozen_after_a_reload(freeze, tmp_path):
+    model = kcm.ContrastiveModel.from_backbone(
+        tiny_clip(), kcm.ClusterMasking(4, seed=1)
+    )
+    all_trained = len(model.trainable_variables)
+    freeze(model)
+    model.compile("adam", **FAST)
+    pairs = random_pairs(4)
+    model.fit(pairs, batch_size=4, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    trained = [v.path.split("/", 1)[1] for v in model.trainable_variables]
+    assert 0 < len(trained) < all_trained
+    found = [v.path.split("/", 1)[1] for v in loaded.trainable_variables]
+    assert found == trained
+    for one, other in zip(
+        values(loaded.optimizer.variables), values(model.optimizer.variables)
+    ):
+        np.testing.assert_array_equal(one, other)
+    losses = [
+        x.fit(pairs, shuffle=False, verbose=0).history["loss"] for x in (loaded, model)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)

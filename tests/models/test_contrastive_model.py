@@ -286,10 +286,11 @@ def test_training_learns_which_text_belongs_to_which_image(fitted):
 def test_fit_reports_exactly_the_promised_metrics(fitted):
     model, pairs, history = fitted
     names = METRICS | {"mask_ratio"}
-    assert set(history) == names | {f"val_{name}" for name in names}
+    assert set(history) == names | {f"val_{name}" for name in METRICS}
     assert {len(value) for value in history.values()} == {30}
     evaluated = model.evaluate(pairs, batch_size=8, verbose=0, return_dict=True)
-    assert set(evaluated) == names
+    # Evaluation masks nothing.
+    assert set(evaluated) == METRICS
     assert history["val_loss"][-1] == pytest.approx(evaluated["loss"], rel=1e-4)
 
 
@@ -302,7 +303,6 @@ def test_without_a_masking_there_is_no_mask_ratio():
 def test_the_mask_ratio_of_a_budget_is_what_it_leaves_out(fitted):
     _, _, history = fitted
     assert history["mask_ratio"] == pytest.approx([1 - 12 / 16] * 30)
-    assert history["val_mask_ratio"] == [0.0] * 30
 
 
 def test_the_mask_ratio_of_a_threshold_is_the_share_without_influence():
@@ -627,9 +627,8 @@ def test_threshold_and_step_survive_a_reload(tmp_path):
     schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
     masking = threshold_masking(threshold=0.07, embedding_weight=schedule)
     model = masked_model(masking)
-    pairs = random_pairs(4)
-    for _ in range(2):
-        model(pairs, training=True)
+    model.compile("sgd", **FAST)
+    model.fit(random_pairs(8), batch_size=4, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras").maskings[0]
     assert int(ops.convert_to_numpy(loaded.step)) == 2
@@ -637,6 +636,54 @@ def test_threshold_and_step_survive_a_reload(tmp_path):
     assert threshold != pytest.approx(0.07, abs=1e-6)
     assert float(ops.convert_to_numpy(loaded.threshold)) == threshold
     assert loaded.embedding_weight.get_config() == schedule.get_config()
+
+
+def test_only_training_steps_move_the_threshold_and_count_steps():
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
+    masking = threshold_masking(threshold=0.07, embedding_weight=schedule)
+    model = masked_model(masking)
+    model.compile("sgd", **FAST)
+    pairs = random_pairs(4)
+    state = masking.step, masking.threshold
+
+    def read():
+        return [float(ops.convert_to_numpy(variable)) for variable in state]
+
+    before = read()
+    model(pairs, training=True)
+    model.encode_image(pairs["images"], training=True)
+    model.image_encoder(random_images(4), training=True)
+    model.evaluate(pairs, verbose=0)
+    model.predict(pairs, verbose=0)
+    assert read() == before
+    model.fit(pairs, batch_size=4, epochs=2, verbose=0)
+    assert read()[0] == 2
+    assert read()[1] != before[1]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_a_threshold_without_hidden_padding_keeps_its_mask_ratio(micro_batch_size):
+    images = random_images(16)
+    masking = threshold_masking(
+        mask_ratio=0.5,
+        min_mask_ratio=0.3,
+        threshold=None,
+        hide_padding=False,
+        embedding_weight=0.01,
+    )
+    masking.adapt(images)
+    model = kcm.ContrastiveModel(
+        kcm.with_masking(patch_mlp(), masking, "positions"),
+        text_bag(),
+        micro_batch_size=micro_batch_size,
+    )
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    pairs = {**random_pairs(16), "images": images}
+    model.fit(pairs, batch_size=16, epochs=24, verbose=0)
+    anchors = masking.draw_anchors(masking.draw(16, 16))
+    similarity = ops.convert_to_numpy(masking.similarity_of_pixels(images, anchors))
+    share = np.mean(similarity > float(ops.convert_to_numpy(masking.threshold)))
+    assert share == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_seed_continues_after_a_reload(tmp_path):
@@ -765,3 +812,126 @@ def test_a_batch_without_one_of_its_keys_is_an_error():
                 call(part)
     with pytest.raises(ValueError, match=r"dictionary.*Received:"):
         model(pairs["images"])
+
+
+# === Weights of pairs ===
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_weights_of_pairs_weight_loss_and_accuracies(micro_batch_size):
+    pairs = random_pairs(8)
+    weight = np.array([0, 2, 1, 0.5, 0, 1, 1, 3], "float32")
+    model = small_model(micro_batch_size=micro_batch_size)
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    embeddings = model.predict(pairs, verbose=0)
+    similarity = embeddings["image_embeddings"] @ embeddings["text_embeddings"].T
+    logits = similarity / 0.07
+    rows = [np.log(np.exp(x).sum(axis=1)) - np.diag(x) for x in (logits, logits.T)]
+    expected = {
+        # A pair of weight 0 is still among the others' negatives.
+        "loss": (rows[0] + rows[1]) @ weight / 2 / 8,
+        "image_to_text_accuracy": (similarity.argmax(1) == np.arange(8)) @ weight / 8.5,
+        "text_to_image_accuracy": (similarity.argmax(0) == np.arange(8)) @ weight / 8.5,
+    }
+    given = {**pairs, "sample_weight": weight}
+    found = [
+        one_step(model, given),
+        one_step(model, pairs, sample_weight=weight),
+        model.evaluate(given, verbose=0, return_dict=True),
+        model.evaluate(pairs, sample_weight=weight, verbose=0, return_dict=True),
+        {
+            name.removeprefix("val_"): value
+            for name, value in one_step(
+                model, pairs, validation_data=(pairs, None, weight)
+            ).items()
+            if name.startswith("val_")
+        },
+        model.train_on_batch(pairs, sample_weight=weight, return_dict=True),
+    ]
+    for logs in found:
+        for name, value in expected.items():
+            assert np.squeeze(logs[name]) == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_batch_of_weights_of_0_has_a_loss_of_0_and_changes_nothing(loss):
+    model = small_model(loss=loss)
+    model.compile(keras.optimizers.SGD(1.0), **FAST)
+    before = values(model.trainable_variables)
+    logs = one_step(model, {**random_pairs(4), "sample_weight": np.zeros(4)})
+    assert logs["loss"] == logs["image_to_text_accuracy"] == [0.0]
+    for one, other in zip(values(model.trainable_variables), before):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_datasets_carry_weights_in_their_batches():
+    tf = pytest.importorskip("tensorflow")
+    model = small_model()
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    pairs = {**random_pairs(8), "sample_weight": np.arange(8.0)}
+    dataset = tf.data.Dataset.from_tensor_slices(pairs).batch(4)
+    expected = model.evaluate(pairs, batch_size=4, verbose=0)
+    assert model.evaluate(dataset, verbose=0) == pytest.approx(expected)
+    found = model.fit(dataset, verbose=0).history["loss"]
+    assert found == pytest.approx([expected[0]], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weight", [[1.0], np.ones((4, 1)), [1, 1, -1, 1], [1, 1, np.nan, 1]]
+)
+def test_weights_that_fit_no_pairs_are_refused(weight):
+    model = small_model()
+    model.compile("sgd", **FAST)
+    with pytest.raises(ValueError, match=r"`sample_weight` must hold 4.*Received:"):
+        model.fit({**random_pairs(4), "sample_weight": weight}, verbose=0)
+
+
+def test_labels_losses_and_metrics_are_refused():
+    model = small_model()
+    pairs, labels = random_pairs(4), np.arange(4)
+    for name in ("loss", "metrics", "weighted_metrics", "loss_weights"):
+        with pytest.raises(ValueError, match=rf"`{name}` must not be.*Received:"):
+            model.compile("sgd", **{name: ["mse"]})
+    model.compile("sgd", **FAST)
+    for call in (
+        lambda: model.fit(pairs, labels, verbose=0),
+        lambda: model.fit((pairs, labels), verbose=0),
+        lambda: model.fit(pairs, validation_data=(pairs, labels), verbose=0),
+        lambda: model.evaluate(pairs, labels, verbose=0),
+        lambda: model.train_on_batch(pairs, labels),
+    ):
+        with pytest.raises(ValueError, match=r"`y` must be None.*Received:"):
+            call()
+    with pytest.raises(ValueError, match=r"`class_weight` must be None.*Received:"):
+        model.fit(pairs, class_weight={0: 2.0}, verbose=0)
+
+
+# === Loss scaling ===
+
+
+@pytest.mark.any_backend
+def test_a_tower_in_float16_gets_a_scaled_loss():
+    def optimizer(model, **kwargs):
+        model.compile("sgd", **kwargs)
+        return type(model.optimizer).__name__
+
+    half = kcm.ContrastiveModel.from_backbone(tiny_clip("mixed_float16"))
+    assert optimizer(half) == "LossScaleOptimizer"
+    assert optimizer(half, auto_scale_loss=False) == "SGD"
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip("mixed_bfloat16"))
+    assert optimizer(model) == "SGD"
+
+
+@pytest.mark.any_backend
+def test_the_projections_have_the_dtype_policy_of_the_model(tmp_path):
+    model = small_model(projection_dim=4, dtype="mixed_bfloat16")
+    assert model.head.image_projection.compute_dtype == "bfloat16"
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for head in (loaded.head, loaded.without_masking().head):
+        assert head.text_projection.compute_dtype == "bfloat16"
+    pairs = random_pairs(4)
+    found, expected = (x.predict(pairs, verbose=0) for x in (loaded, model))
+    for name, value in expected.items():
+        assert value.dtype == "float32"
+        np.testing.assert_array_equal(found[name], value)

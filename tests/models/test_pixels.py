@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_cluster_mask as kcm
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, normalize_pixels
+from tests.helpers import text_bag, to_numpy
 
 
 def bytes_of_images(channels=3):
@@ -58,3 +60,22 @@ def test_other_types_are_left_alone(dtype):
     same = normalize_pixels(images)
     assert keras.backend.standardize_dtype(same.dtype) == dtype
     np.testing.assert_array_equal(ops.convert_to_numpy(same), images)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_order_of_axes_is_that_of_the_encoder(masked):
+    images = keras.Input((3, 16, 16))
+    x = keras.layers.AveragePooling2D(4, data_format="channels_first")(images)
+    x = keras.layers.Reshape((16, 3), name="tokens")(x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    encoder = keras.Model(images, keras.layers.Dense(16)(x))
+    if masked:
+        masking = kcm.ClusterMasking(4, data_format="channels_first")
+        encoder = kcm.with_masking(encoder, masking, "tokens")
+    model = kcm.ContrastiveModel(encoder, text_bag())
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16)).astype("uint8")
+    expected = np.moveaxis(pixels, 1, -1) / 255.0
+    expected = (expected - model.pixel_mean) / model.pixel_std
+    found = np.moveaxis(to_numpy(model.normalize_pixels(pixels)), 1, -1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

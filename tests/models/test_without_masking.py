@@ -47,9 +47,9 @@ class CountTokens(kcm.RandomMasking):
 
     calls = 0
 
-    def select(self, images=None, tokens=None, noise=None):
+    def score(self, noise, images=None, tokens=None):
         self.calls += 1
-        return super().select(images, tokens, noise)
+        return super().score(noise, images, tokens)
 
 
 # === Without masking ===

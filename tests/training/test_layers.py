@@ -1,6 +1,11 @@
 import keras
 
-from keras_cluster_mask.training.layers import all_layers, state_variables
+from keras_cluster_mask.training.layers import (
+    all_layers,
+    freeze_parts,
+    frozen_parts,
+    state_variables,
+)
 
 
 class Nested(keras.layers.Layer):
@@ -40,3 +45,21 @@ def test_state_is_what_layers_update_and_no_weight_frozen_or_not():
     assert {v.name for v in state_variables(nested)} == names
     nested.trainable = False
     assert {v.name for v in state_variables(nested)} == names
+
+
+def test_frozen_parts_are_frozen_in_a_layer_of_the_same_structure():
+    frozen, other = Nested(), Nested()
+    for nested in (frozen, other):
+        nested.build((None, 2))
+    frozen.trainable = False
+    # An exception within a frozen layer, and a single weight.
+    frozen.named["dense"].trainable = True
+    frozen.named["dense"].bias.trainable = False
+    other.norm.trainable = False
+    freeze_parts(other, frozen_parts(frozen))
+    assert [x.trainable for x in all_layers(other)] == [
+        x.trainable for x in all_layers(frozen)
+    ]
+    found = [v.trainable for v in other.weights]
+    assert found == [v.trainable for v in frozen.weights]
+    assert sum(found) == 1
