@@ -86,7 +86,6 @@ class MaskedEncoder(keras.Model):
 
     def __init__(self, encoder, masking, layer=None, **kwargs):
         kwargs.setdefault("name", f"masked_{encoder.name}")
-        kwargs.setdefault("dtype", encoder.dtype_policy)
         super().__init__(**kwargs)
         # The masking must see the pixels unchanged; the encoder casts for itself.
         self.autocast = False
