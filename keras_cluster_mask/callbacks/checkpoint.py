@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import keras
 
@@ -132,18 +133,15 @@ class Checkpoint(keras.callbacks.Callback):
                 f"Received: directory={self.files.folder}, with a checkpoint of step "
                 f"{last}; the run starts from step {run.total_steps}"
             )
-        self._run = run
+        # The run holds the data, longer than a fit that is interrupted.
+        self._run = weakref.ref(run)
         self._saved_steps = run.total_steps
         self._best = math.inf
         for row in run.history:
             self._best = min(self._best, self._value(row["logs"]))
 
-    def on_train_end(self, logs=None):
-        # It holds the data.
-        self._run = None
-
     def on_train_batch_end(self, batch, logs=None):
-        run = self._run
+        run = self._run()
         self._check_loss(logs)
         if self.save_every == "epoch":
             return
@@ -162,7 +160,7 @@ class Checkpoint(keras.callbacks.Callback):
                 self.files.mark_best(path)
 
     def _check_monitor(self, epoch, logs):
-        run, name = self._run, self.monitor
+        run, name = self._run(), self.monitor
         if name is None or run.skips_validation(epoch):
             return
         # A callback may report it at the end of some epochs, the first one included.
@@ -178,7 +176,7 @@ class Checkpoint(keras.callbacks.Callback):
         return math.inf if math.isnan(value) else value
 
     def _save(self):
-        run, model = self._run, self.model
+        run, model = self._run(), self.model
         history = [
             {
                 "epoch": row["epoch"],
@@ -217,7 +215,7 @@ class Checkpoint(keras.callbacks.Callback):
             self._stop("The weights and the optimizer's state", f"{path} after")
 
     def _stop(self, what, found):
-        run, last = self._run, self.files.paths()
+        run, last = self._run(), self.files.paths()
         keys = run.data.samples(run.epoch, run.step - 1)
         samples = ""
         if keys:

@@ -1,5 +1,6 @@
 import collections
 import time
+import weakref
 
 import keras
 
@@ -54,7 +55,8 @@ class Throughput(keras.callbacks.Callback):
                 "`Throughput` works with the `fit` of a `ContrastiveModel`. "
                 f"Received: a {type(model).__name__}"
             )
-        self._size, self._run = run.step_size, run
+        # The run holds the data, longer than a fit that is interrupted.
+        self._size, self._run = run.step_size, weakref.ref(run)
         self._tokens = None
         if self._size is not None and None not in (
             *self._size.image_shape,
@@ -64,7 +66,7 @@ class Throughput(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         # A resumed run may have done some steps of the epoch before.
-        self._done = self._run.step
+        self._done = self._run().step
         # Times at which so many steps were done.
         self._first = (time.perf_counter(), self._done)
         self._last = collections.deque(maxlen=self.window + 1)
@@ -81,10 +83,6 @@ class Throughput(keras.callbacks.Callback):
         if not self._last or logs is None:
             return
         logs.update(self._rates(self._first, self._last[-1]))
-
-    def on_train_end(self, logs=None):
-        # It holds the data.
-        self._run = None
 
     def _rates(self, start, end):
         if self._size is None:

@@ -134,7 +134,6 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
         patches, `(batch, patches, width)` for each of `rotary_tables`.
     """
     tokens, tables = layer.output, rotary_tables(encoder)
-    stem = keras.Model(encoder.input, tokens, name=f"{encoder.name}_stem")
     try:
         blocks = keras.Model([tokens, *tables] if tables else tokens, encoder.output)
     except ValueError as error:
@@ -152,7 +151,7 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
         input_tensors=inputs if tables else inputs[0],
         clone_function=own_positions,
     )
-    return stem, blocks
+    return _stem(encoder, layer), blocks
 
 
 def count_tokens(stem, image_shape: tuple) -> int:
@@ -197,12 +196,16 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
         layer = find_embedding_layer(encoder)
     except ValueError:
         return None
-    return count_tokens(split_at(encoder, layer)[0], image_shape)
+    return count_tokens(_stem(encoder, layer), image_shape)
 
 
 def as_pair(size) -> tuple[int, int]:
     """`(height, width)` from one integer or two."""
     return (size,) * 2 if isinstance(size, int) else tuple(size)
+
+
+def _stem(encoder, layer):
+    return keras.Model(encoder.input, layer.output, name=f"{encoder.name}_stem")
 
 
 def _first_data_format(layer):

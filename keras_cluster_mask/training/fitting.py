@@ -5,6 +5,7 @@ import os
 import types
 
 import keras
+from keras import ops
 
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.gradients import check_batch_size
@@ -21,6 +22,7 @@ from keras_cluster_mask.training.inputs import (
     until_the_end,
 )
 from keras_cluster_mask.training.micro_batches import check_micro_batches
+from keras_cluster_mask.training.optimizers import inner_optimizer
 from keras_cluster_mask.training.remaining_data import (
     RemainingData,
     check_same_everywhere,
@@ -158,6 +160,10 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         if run.history:
             # As at the end of the fit that finished the run.
             model.optimizer.finalize_variable_values(model.trainable_weights)
+    if getattr(inner_optimizer(model.optimizer), "use_ema", False):
+        # On JAX, weights and averages are the same arrays now, which cannot be updated.
+        for variable in model.trainable_variables:
+            variable.assign(ops.copy(variable))
     history.epoch = [row["epoch"] for row in run.history]
     history.history = {}
     for row in run.history:

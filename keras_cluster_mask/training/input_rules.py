@@ -121,7 +121,8 @@ def _raise_for_rows(wrong, message):
     rows = np.flatnonzero(wrong)
     if rows.size:
         raise ValueError(
-            f"{message} Received: {rows.size} such rows, the first of them row {rows[0]}"
+            f"{message} Received: {rows.size} such rows, "
+            f"the first of them row {rows[0]}"
         )
 
 

@@ -72,7 +72,8 @@ def describe(model) -> dict:
 
 def describe_compile(model) -> dict:
     """What a model was compiled with: a flat dictionary of JSON values by field."""
-    if model.optimizer is None:
+    if not model.compiled:
+        # Nothing to compare: `fit` refuses such a model.
         return {}
     options = {key: model.optimizer_options[key] for key in COMPILE_OPTIONS}
     for name, optimizer in _optimizers(model).items():

@@ -1,12 +1,16 @@
 """Metrics in the logs of `fit`."""
 
+import contextlib
+import gc
 import time
+import weakref
 
 import keras
 import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from tests.helpers import FAST, random_pairs, tiny_clip
 
 from .training_run import make_model
 
@@ -81,6 +85,41 @@ def test_of_data_of_unknown_batches_nothing_is_reported():
     callbacks = [kcm.callbacks.Throughput()]
     history = model.fit(Batches(), verbose=0, callbacks=callbacks).history
     assert "samples_per_second" not in history
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("kind", ["throughput", "checkpoint"])
+def test_a_callback_of_an_interrupted_fit_does_not_keep_the_data(kind, tmp_path):
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    model, data = make_model(), pairs(8)
+    model.compile("sgd")
+    callback = kcm.callbacks.Throughput()
+    if kind == "checkpoint":
+        callback = kcm.callbacks.Checkpoint(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt):
+        model.fit(data, batch_size=4, verbose=0, callbacks=[callback, Interrupt()])
+    images = weakref.ref(data["images"])
+    del data
+    gc.collect()
+    assert images() is None
+
+
+@pytest.mark.any_backend
+def test_counting_tokens_leaves_nothing_in_the_encoder():
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
+    model.compile("sgd", **FAST)
+
+    def fit():
+        throughput = kcm.callbacks.Throughput()
+        model.fit(random_pairs(4), batch_size=4, verbose=0, callbacks=[throughput])
+        gc.collect()
+        # Each layer keeps those of all its calls.
+        return sum(isinstance(x, keras.KerasTensor) for x in gc.get_objects())
+
+    assert fit() == fit()
 
 
 @pytest.mark.any_backend

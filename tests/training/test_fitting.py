@@ -195,6 +195,15 @@ def test_a_callback_that_stops_ends_a_resumed_run_too(folder):
         assert history.epoch == epochs
 
 
+def test_averages_of_weights_can_be_trained_again():
+    model = compiled()
+    model.compile(keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5), **FAST)
+    for _ in range(2):
+        model.fit(random_pairs(8), **FIT)
+        model.predict(random_pairs(8), verbose=0)
+    assert int(values([model.optimizer.iterations])[0]) == 4
+
+
 # === Streams ===
 
 

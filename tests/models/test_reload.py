@@ -1,0 +1,183 @@
+"""A model of any configuration is the same after it was saved and loaded."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.models.head import ContrastiveHead
+from keras_cluster_mask.training.layers import all_layers
+from tests.helpers import (
+    FAST,
+    functional_vit,
+    options_of,
+    random_pairs,
+    text_bag,
+    tiny_clip,
+    tiny_siglip,
+    to_numpy,
+    values,
+)
+
+FEW, MANY = 8, 38
+
+
+def draw(case):
+    """The configuration of a case, at random."""
+    rng = np.random.default_rng(case)
+
+    def choose(*options):
+        return options[rng.integers(len(options))]
+
+    encoders = ("clip", "siglip", "own")[case % 3]
+    options = {
+        "loss": choose("softmax", "sigmoid"),
+        "duplicates": choose("positive", "negative"),
+        "micro_batch_size": choose(None, None, 4),
+        "gradient_checkpointing": encoders != "own" and choose(True, False),
+    }
+    if options["micro_batch_size"]:
+        # On torch the two do not work together in mixed precision.
+        options["gradient_checkpointing"] = False
+    if encoders == "own":
+        options["projection_dim"] = choose(None, 5)
+    return {
+        "encoders": encoders,
+        "dtype": choose("float32", "mixed_bfloat16"),
+        "masking": choose(None, "random", "cluster", "threshold"),
+        "frozen": [
+            choose(None, "image tower", "text tower", "masked encoder"),
+            choose(None, "block", "weight"),
+            choose(None, "temperature"),
+        ],
+        "optimizer": choose("adamw", "average", "momentum"),
+        "multipliers": choose({}, {"image": 0.5}, {"image": 0.0, "text": 2.0}),
+        "options": options,
+    }
+
+
+def make_masking(kind, encoders):
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
+    own = {"num_prefix_tokens": 0} if encoders == "own" else {}
+    if kind == "random":
+        return kcm.RandomMasking(0.5, seed=3, **own)
+    if kind == "cluster":
+        return kcm.ClusterMasking(4, seed=3, softness=0.1, **own)
+    if kind == "threshold":
+        # A threshold that moves.
+        return kcm.ClusterMasking(
+            4,
+            min_mask_ratio=0.25,
+            threshold=0.1,
+            embedding_weight=schedule,
+            hide_padding=False,
+            seed=3,
+            **own,
+        )
+    return None
+
+
+def make_optimizer(kind):
+    if kind == "adamw":
+        schedule = keras.optimizers.schedules.CosineDecay(0.01, 20)
+        return keras.optimizers.AdamW(schedule, weight_decay=0.1, global_clipnorm=1.0)
+    if kind == "average":
+        return keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.9)
+    return keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True)
+
+
+def make_model(case):
+    made = draw(case)
+    encoders, options = made["encoders"], made["options"]
+    masking = make_masking(made["masking"], encoders)
+    keras.config.set_dtype_policy(made["dtype"])
+    try:
+        if encoders == "own":
+            image_encoder = functional_vit(num_layers=2)
+            if masking is not None:
+                image_encoder = kcm.with_masking(image_encoder, masking, "positions")
+            model = kcm.ContrastiveModel(image_encoder, text_bag(), **options)
+        else:
+            backbone = tiny_clip() if encoders == "clip" else tiny_siglip()
+            model = kcm.ContrastiveModel.from_backbone(backbone, masking, **options)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for part in made["frozen"]:
+        freeze(model, part)
+    model.compile(
+        make_optimizer(made["optimizer"]),
+        learning_rate_multipliers=made["multipliers"],
+        **FAST,
+    )
+    return model
+
+
+def freeze(model, part):
+    image_encoder = getattr(model.image_encoder, "encoder", model.image_encoder)
+    if part == "image tower":
+        image_encoder.trainable = False
+    elif part == "masked encoder":
+        model.image_encoder.trainable = False
+    elif part == "text tower":
+        model.text_encoder.trainable = False
+    elif part == "block":
+        with_weights = [x for x in model.text_encoder.layers if x.weights]
+        with_weights[-1].trainable = False
+    elif part == "weight":
+        image_encoder.weights[0].trainable = False
+    elif part == "temperature":
+        model.head.logit_scale.trainable = False
+
+
+def assert_same_values(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(values(found), values(expected)):
+        np.testing.assert_array_equal(one, other)
+
+
+def paths(variables):
+    # The first name is that of the whole, and Keras counts weights without a name.
+    names = [variable.path.split("/", 1)[-1] for variable in variables]
+    return [re.sub(r"^variable_\d+$", "variable", name) for name in names]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *range(FEW),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in range(FEW, MANY)),
+    ],
+)
+def test_a_reloaded_model_is_the_same_and_trains_on_the_same(case, tmp_path):
+    model, pairs = make_model(case), random_pairs(8)
+    fit = dict(batch_size=8, verbose=0, shuffle=False)
+    model.fit(pairs, **fit)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+
+    assert options_of(loaded) == options_of(model), draw(case)
+    assert loaded.optimizer_options == model.optimizer_options
+    for one, other in zip(all_layers(loaded), all_layers(model), strict=True):
+        assert type(one) is type(other)
+        # That of a whole has no effect, as the layers in it have their own.
+        if not isinstance(one, (keras.Model, keras.layers.InputLayer, ContrastiveHead)):
+            assert one.dtype_policy == other.dtype_policy, one.path
+        assert one.trainable == other.trainable, one.path
+    assert paths(loaded.trainable_variables) == paths(model.trainable_variables)
+    assert_same_values(loaded.weights, model.weights)
+    assert_same_values(loaded.optimizer.variables, model.optimizer.variables)
+    found = loaded.predict(pairs, verbose=0)
+    for key, expected in model.predict(pairs, verbose=0).items():
+        np.testing.assert_array_equal(found[key], expected)
+
+    losses = [x.fit(pairs, **fit).history["loss"] for x in (loaded, model)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    # XLA may make two programs of the steps, which round differently.
+    atol = 1e-6 if draw(case)["dtype"] == "float32" else 1e-4
+    for one, other in zip(loaded.weights, model.weights):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=atol)
+    steps = [int(ops.convert_to_numpy(x.optimizer.iterations)) for x in (loaded, model)]
+    assert steps == [2, 2]
