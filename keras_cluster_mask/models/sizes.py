@@ -73,7 +73,7 @@ def make_clip(shape, image_size, vocabulary_size, context_length, activation, dt
 
     vision_encoder = keras_hub.models.CLIPVisionEncoder(
         patch_size=shape["patch"],
-        image_shape=_image_shape(image_size),
+        image_shape=image_shape(image_size),
         name="vision_encoder",
         **_tower(shape["image"], activation, dtype),
     )
@@ -120,7 +120,8 @@ def _tower(shape, activation, dtype):
     )
 
 
-def _image_shape(side):
+def image_shape(side):
+    """The shape of square images in the order of axes that Keras is set to."""
     if is_channels_first():
         return (3, side, side)
     return (side, side, 3)

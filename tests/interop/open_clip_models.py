@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from keras_cluster_mask.interop import load_open_clip
+
 CONTEXT, VOCABULARY = 7, 40
 
 
@@ -56,6 +58,11 @@ def embeddings(model, images, ids):
             model.encode_image(pixels, normalize=True).numpy(),
             model.encode_text(torch.tensor(ids).long(), normalize=True).numpy(),
         )
+
+
+def load(source, activation="gelu", **options):
+    """Loads weights without a config, with heads of 64."""
+    return load_open_clip(source, activation=activation, **options)
 
 
 def arrays(model):
