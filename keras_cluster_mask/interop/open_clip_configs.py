@@ -352,7 +352,7 @@ def _reasons_of_tower(part, given):
 
 def _reasons_of_images(vision, preprocessing):
     found = []
-    size, mode = preprocessing.get("size"), preprocessing.get("mode", "RGB")
+    size, mode = preprocessing.get("size"), preprocessing.get("mode") or "RGB"
     image_size = square(vision.get("image_size", READ["vision_cfg"]["image_size"]))
     if size is not None and square(size) != image_size:
         found.append(f"preprocess_cfg.size={size} is not the image size {image_size}")
