@@ -200,6 +200,35 @@ def tiny_siglip(dtype=None):
     )
 
 
+def metaclip_vision_encoder(name=None):
+    return keras_hub.models.MetaCLIP2VisionEncoder(
+        patch_size=4,
+        hidden_dim=16,
+        num_layers=1,
+        num_heads=2,
+        intermediate_dim=32,
+        image_shape=(16, 16, 3),
+        name=name,
+    )
+
+
+def tiny_metaclip():
+    return keras_hub.models.MetaCLIP2Backbone(
+        vision_encoder=metaclip_vision_encoder("vision_encoder"),
+        text_encoder=keras_hub.models.MetaCLIP2TextEncoder(
+            vocabulary_size=VOCABULARY,
+            embedding_dim=16,
+            hidden_dim=16,
+            num_layers=1,
+            num_heads=2,
+            intermediate_dim=32,
+            max_sequence_length=CONTEXT,
+            name="text_encoder",
+        ),
+        projection_dim=16,
+    )
+
+
 def dino_encoder():
     return keras_hub.models.DINOV2Backbone(
         patch_size=4,

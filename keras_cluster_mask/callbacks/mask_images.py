@@ -11,6 +11,7 @@ from keras_cluster_mask.callbacks.periodic import Periodic
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.masking import ClusterMasking
 from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.masking.patch_masking import prefix_tokens
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import restore_pixels
@@ -116,9 +117,11 @@ class MaskImages(Periodic):
         # Imported here: it needs matplotlib.
         from keras_cluster_mask.visualization import plot_masks
 
-        embed = patch_size = None
+        embed = patch_size = prefix = None
         if not isinstance(masking, ClusterMasking) or masking.embedding_weight != 0.0:
-            embed = _embedding_of(self.model, masking)
+            encoder = _encoder_of(self.model, masking)
+            embed, prefix = encoder.embed_patches, encoder.num_prefix_tokens
+        with prefix_tokens(prefix):
             if masking.patch_size is None:
                 patch_size = _side_of_patches(
                     masking,
@@ -126,9 +129,9 @@ class MaskImages(Periodic):
                     embed,
                     data_format_of(self.model.image_encoder),
                 )
-        return plot_masks(
-            self._shown, masking, seed=self.seed, patch_size=patch_size, embed=embed
-        )
+            return plot_masks(
+                self._shown, masking, seed=self.seed, patch_size=patch_size, embed=embed
+            )
 
     def _write(self, tag, figure, step):
         _, (event_pb2, summary_pb2) = _import_tensorboard()
@@ -164,11 +167,11 @@ def _import_tensorboard():
     return EventFileWriter, (event_pb2, summary_pb2)
 
 
-def _embedding_of(model, masking):
-    """The function from images to the tokens that a masking chooses among."""
+def _encoder_of(model, masking):
+    """The encoder whose tokens a masking chooses among."""
     for layer in all_layers(model):
         if isinstance(layer, MaskedEncoder) and layer.masking is masking:
-            return layer.embed_patches
+            return layer
     raise ValueError(
         "`MaskImages` finds the patches and tokens of a masking that "
         "`kcm.with_masking` has put into an encoder. Received: "

@@ -175,8 +175,7 @@ class Embedder:
 
     def texts(self, token_ids):
         """Embeds `(batch, T)` token ids into a `(batch, d)` float32 array."""
-        if self.model.vocabulary_size is not None:
-            check_ids(token_ids, self.model.vocabulary_size)
+        check_ids(token_ids, **self.model.id_rules)
         return self._embedded(self._texts, token_ids)
 
     def _embedded(self, encoder, inputs):

@@ -1,10 +1,12 @@
 import contextlib
 import math
 import threading
+import warnings
 
 import keras
 from keras import ops
 
+from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
 
 
@@ -44,9 +46,14 @@ class PatchMasking(keras.layers.Layer):
         num_prefix_tokens: Integer. How many tokens before the patch tokens
             (class token, registers) always stay. `None` takes all tokens
             beyond the number of patches, for strategies that can tell that
-            number from the images.
+            number from the images; in an encoder of `kcm.with_masking`, the
+            number that the encoder has.
         seed: Integer. Makes the noise repeatable.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    On JAX, a function of your own under `jax.jit` cannot update a layer. Pass `noise`
+    there, or use `masking.stateless_call`, which returns the new state; else every call
+    of the compiled function takes the same noise, of which a warning tells.
 
     Call arguments:
         tokens: `(batch, prefix + N, dim)` tensor of embedded tokens, the patch
@@ -89,7 +96,7 @@ class PatchMasking(keras.layers.Layer):
                 f"Received: num_prefix_tokens={num_prefix_tokens}"
             )
         self.mask_ratio = float(mask_ratio)
-        self.num_prefix_tokens = num_prefix_tokens
+        self._num_prefix_tokens = num_prefix_tokens
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         # A weight, since compiled steps can return values only through weights.
@@ -106,6 +113,17 @@ class PatchMasking(keras.layers.Layer):
         self.built = True
         self._visible_tokens = None
         self._is_ready = False
+
+    @property
+    def num_prefix_tokens(self):
+        """The number that was given; if none was, that of the encoder around a call."""
+        if self._num_prefix_tokens is not None:
+            return self._num_prefix_tokens
+        return getattr(_context, "num_prefix_tokens", None)
+
+    @num_prefix_tokens.setter
+    def num_prefix_tokens(self, value):
+        self._num_prefix_tokens = value
 
     # === What a strategy defines ===
 
@@ -170,9 +188,10 @@ class PatchMasking(keras.layers.Layer):
         Returns:
             `(batch_size, num_patches)` float32 tensor, uniform in `[0, 1)`.
         """
-        return keras.random.uniform(
-            (batch_size, num_patches), dtype="float32", seed=self.seed_generator
-        )
+        with self._without_traced_state():
+            return keras.random.uniform(
+                (batch_size, num_patches), dtype="float32", seed=self.seed_generator
+            )
 
     def select(self, images=None, tokens=None, noise=None):
         """Selects the patches that stay.
@@ -193,7 +212,7 @@ class PatchMasking(keras.layers.Layer):
         num_patches = self.count_patches(images, tokens)
         inputs = tokens if images is None else images
         if noise is None:
-            part = getattr(_batch, "part", None)
+            part = getattr(_context, "part", None)
             size, take = part or (ops.shape(inputs)[0], lambda x: x)
             noise = take(self.draw(size, num_patches))
         noise = ops.convert_to_tensor(noise, dtype="float32")
@@ -225,8 +244,9 @@ class PatchMasking(keras.layers.Layer):
         kept = ops.take_along_axis(patches, ops.expand_dims(indices, -1), axis=1)
 
         share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
-        self.last_mask_ratio.assign(1.0 - share)
-        self.after_training_step()
+        with self._without_traced_state():
+            self.last_mask_ratio.assign(1.0 - share)
+            self.after_training_step()
         if self.hides_tokens:
             always = ops.ones_like(prefix[:, :, 0], dtype="bool")
             self._visible_tokens = ops.concatenate([always, visible], axis=1)
@@ -245,14 +265,32 @@ class PatchMasking(keras.layers.Layer):
     def _check_ready_once(self):
         # Once, since reading a value makes an accelerator wait. In a compiled step
         # nothing can be read; `ContrastiveModel` checks before it compiles one.
-        if not self._is_ready:
-            try:
-                self.check_ready()
-            except ValueError:
-                raise
-            except Exception:
-                return
+        if not self._is_ready and not any(map(is_traced, self.variables)):
+            self.check_ready()
             self._is_ready = True
+
+    @contextlib.contextmanager
+    def _without_traced_state(self):
+        """Restores state that a function of the user's own would be compiled into.
+
+        Where Keras compiles a step, it passes the state in and takes the new state out.
+        `jax.jit` does not know of the state: a value that only exists while it compiles
+        would stay behind, and every later call would fail.
+        """
+        known = [(v, v.value) for v in self.variables if not is_traced(v)]
+        yield
+        lost = [(v, value) for v, value in known if is_traced(v)]
+        for variable, value in lost:
+            variable.assign(value)
+        names = [v.name for v, _ in lost if v is not self.last_mask_ratio]
+        if names:
+            warnings.warn(
+                f"`{self.name}` is called in a function that `jax.jit` compiles, which "
+                f"cannot update its state: {', '.join(names)}. Each call of the "
+                "compiled function starts from the state of now, the noise included. "
+                "Pass `noise`, or use `stateless_call`, which returns the new state.",
+                stacklevel=4,
+            )
 
     def _check_prefix(self, num_tokens, num_patches):
         expected = self.num_prefix_tokens
@@ -298,20 +336,19 @@ class PatchMasking(keras.layers.Layer):
         config.update(
             {
                 "mask_ratio": self.mask_ratio,
-                "num_prefix_tokens": self.num_prefix_tokens,
+                "num_prefix_tokens": self._num_prefix_tokens,
                 "seed": self.seed,
             }
         )
         return config
 
 
-# === Rows of a batch ===
+# === What is known around a call ===
 
 # Per thread, as TensorFlow traces the step of each replica in a thread of its own.
-_batch = threading.local()
+_context = threading.local()
 
 
-@contextlib.contextmanager
 def part_of_batch(size, take):
     """Within, maskings see only some rows of a larger batch.
 
@@ -322,12 +359,28 @@ def part_of_batch(size, take):
         size: Integer, the number of images in the whole batch.
         take: Function from a `(size, ...)` tensor to the rows that are seen.
     """
-    before = getattr(_batch, "part", None)
-    _batch.part = size, take
+    return _within("part", (size, take))
+
+
+def prefix_tokens(count):
+    """Within, maskings that were given no `num_prefix_tokens` take this number.
+
+    So that one masking serves encoders with different prefixes.
+
+    Args:
+        count: Integer, or `None` if it is not known.
+    """
+    return _within("num_prefix_tokens", count)
+
+
+@contextlib.contextmanager
+def _within(name, value):
+    before = getattr(_context, name, None)
+    setattr(_context, name, value)
     try:
         yield
     finally:
-        _batch.part = before
+        setattr(_context, name, before)
 
 
 # === Functions of scores and numbers ===

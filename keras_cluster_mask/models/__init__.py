@@ -2,6 +2,7 @@
 
 from keras_cluster_mask.models.backbones import (
     CLIPContrastiveModel,
+    MetaCLIP2ContrastiveModel,
     SigLIPContrastiveModel,
 )
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
@@ -18,6 +19,7 @@ __all__ = [
     "ContrastiveHead",
     "ContrastiveModel",
     "MaskedEncoder",
+    "MetaCLIP2ContrastiveModel",
     "SigLIPContrastiveModel",
     "Tower",
     "clip_backbone",

@@ -87,6 +87,9 @@ class CLIPContrastiveModel(BackboneModel):
         masking: The masking, or `None`.
     """
 
+    # The layer of the backbone that has the temperature.
+    scale_owner = "clip_head"
+
     def __init__(
         self,
         backbone,
@@ -104,11 +107,12 @@ class CLIPContrastiveModel(BackboneModel):
             "initial_logit_bias": initial_logit_bias,
             "max_logit_scale": max_logit_scale,
         }
+        logit_scale = getattr(backbone, self.scale_owner).logit_scale
         head = head or ContrastiveHead(
             **given,
             image_projection=backbone.vision_projection,
             text_projection=backbone.text_projection,
-            logit_scale=_prepared(backbone.clip_head.logit_scale, initial_temperature),
+            logit_scale=_prepared(logit_scale, initial_temperature),
             name="head",
         )
         super().__init__(backbone, head, masking, **given, **kwargs)
@@ -121,12 +125,16 @@ class CLIPContrastiveModel(BackboneModel):
 
     def text_features(self, token_ids, training=None):
         tokens = call_encoder(self.text_encoder, token_ids, training)
-        # The backbone's `text_pooler` takes the token of the highest id, end-of-text,
-        # by an index, which torch exports only for one batch size.
-        end = ops.argmax(token_ids, axis=-1)[:, None]
+        # The backbone's `text_pooler` takes the token by an index, which torch exports
+        # only for one batch size.
+        end = self.end_of_text(token_ids)[:, None]
         end = ops.equal(ops.arange(ops.shape(tokens)[1], dtype=end.dtype), end)
         pooled = ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
         return self.head.project_text(pooled)
+
+    def end_of_text(self, token_ids):
+        """The index of the end token in each text: CLIP's has the highest id."""
+        return ops.argmax(token_ids, axis=-1)
 
     def get_config(self):
         epsilon = read_text_epsilon(self.backbone)
@@ -139,6 +147,57 @@ class CLIPContrastiveModel(BackboneModel):
         model = super().from_config(config, custom_objects)
         write_text_epsilon(model.backbone, epsilon)
         return model
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
+    """A `ContrastiveModel` around a keras_hub MetaCLIP 2 backbone.
+
+    Made by `ContrastiveModel.from_backbone`. A text is pooled at its first end token,
+    whose id the backbone knows. Texts without one are refused by `fit`, `evaluate`,
+    `predict` and `kcm.evaluation`; elsewhere their embedding is NaN.
+
+    Args:
+        backbone: A `keras_hub.models.MetaCLIP2Backbone`.
+        masking: A `PatchMasking` layer, or `None`.
+        **kwargs: As for `CLIPContrastiveModel`.
+
+    Attributes:
+        backbone: The backbone that is trained.
+        masking: The masking, or `None`.
+
+    Reference:
+        - [Meta CLIP 2: A Worldwide Scaling Recipe](https://arxiv.org/abs/2507.22062)
+    """
+
+    scale_owner = "metaclip_2_head"
+
+    @property
+    def end_token_id(self):
+        return self.backbone.text_pooler.eos_token_id
+
+    @property
+    def towers(self):
+        towers = super().towers
+        towers["image"].append(self.backbone.vision_post_layer_norm)
+        return towers
+
+    def image_features(self, images, training=None):
+        tokens = call_encoder(self.image_encoder, images, training)
+        pooled = self.backbone.vision_pooler(tokens)
+        return self.head.project_image(self.backbone.vision_post_layer_norm(pooled))
+
+    def text_features(self, token_ids, training=None):
+        features = super().text_features(token_ids, training)
+        # Without an end token the backbone would take the first token of a text. NaN
+        # shows in the loss of data that cannot be checked beforehand.
+        has_end = ops.any(ops.equal(token_ids, self.end_token_id), axis=-1)
+        return ops.where(has_end[:, None], features, math.nan)
+
+    def end_of_text(self, token_ids):
+        """The index of the first end token in each text."""
+        is_end = ops.equal(token_ids, self.end_token_id)
+        return ops.argmax(ops.cast(is_end, "int32"), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -214,7 +273,9 @@ class SigLIPContrastiveModel(BackboneModel):
 
 
 ContrastiveModel.for_backbone.update(
-    CLIPBackbone=CLIPContrastiveModel, SigLIPBackbone=SigLIPContrastiveModel
+    CLIPBackbone=CLIPContrastiveModel,
+    MetaCLIP2Backbone=MetaCLIP2ContrastiveModel,
+    SigLIPBackbone=SigLIPContrastiveModel,
 )
 
 

@@ -197,8 +197,9 @@ class ContrastiveModel(keras.Model):
         included: after `fit`, `backbone.save_to_preset` saves what was learned.
 
         Args:
-            backbone: A keras_hub `CLIPBackbone` or `SigLIPBackbone`, fresh or
-                pre-trained. SigLIP's text tower takes only texts of
+            backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+                `SigLIPBackbone`, fresh or pre-trained. MetaCLIP 2's text tower pools
+                the end token, so each text must have one. SigLIP's takes only texts of
                 `max_sequence_length` tokens and pools the last one: pad to the full
                 length with the end-of-text token, as SigLIP's tokenizer does.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
@@ -503,13 +504,13 @@ class ContrastiveModel(keras.Model):
     def evaluate(self, x=None, *args, **kwargs):
         check_ends(x, kwargs.get("steps"))
         with until_the_end():
-            x = check_data(x, self.vocabulary_size)
+            x = check_data(x, **self.id_rules)
             return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         check_ends(x, kwargs.get("steps"))
         with until_the_end():
-            x = check_data(x, self.vocabulary_size)
+            x = check_data(x, **self.id_rules)
             return super().predict(x, *args, **kwargs)
 
     # === Parts of the model ===
@@ -518,6 +519,19 @@ class ContrastiveModel(keras.Model):
     def vocabulary_size(self):
         """The number of token ids the text encoder knows, or `None`."""
         return getattr(self.text_encoder, "vocabulary_size", None)
+
+    @property
+    def end_token_id(self):
+        """The id that every text must hold since it is pooled there, or `None`."""
+        return None
+
+    @property
+    def id_rules(self):
+        """What token ids must be like: arguments of `inputs.check_ids`."""
+        return {
+            "vocabulary_size": self.vocabulary_size,
+            "end_token_id": self.end_token_id,
+        }
 
     @property
     def towers(self):

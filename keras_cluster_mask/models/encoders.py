@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.masking.patch_masking import prefix_tokens
 
 # The layers of vision transformers that return the embedded tokens.
 EMBEDDINGS = (
@@ -15,17 +16,25 @@ EMBEDDINGS = (
     "ViTPatchingAndEmbedding",
     "SigLIPVisionEmbedding",
     "DINOV2Embedding",
+    "MetaCLIP2VisionEmbedding",
 )
 
 # Vision transformers whose images can be resized: config, positions and patch size are
 # known.
-RESIZABLE = "CLIPVisionEncoder", "SigLIPVisionEncoder", "ViTBackbone", "DINOV2Backbone"
+RESIZABLE = (
+    "CLIPVisionEncoder",
+    "DINOV2Backbone",
+    "MetaCLIP2VisionEncoder",
+    "SigLIPVisionEncoder",
+    "ViTBackbone",
+)
 
 # The transformer blocks of image and text encoders.
 BLOCKS = (
     "CLIPEncoderLayer",
     "DINOV2Layer",
     "DeiTEncoderBlock",
+    "MetaCLIP2EncoderLayer",
     "SigLIPEncoderLayer",
     "TransformerDecoder",
     "TransformerEncoder",
@@ -148,7 +157,8 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
     if masking is not None and stem is not None:
         tokens = count_tokens(stem, image_shape)
         images = ops.zeros((1, *image_shape))
-        patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
+        with prefix_tokens(encoder.num_prefix_tokens):
+            patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
         return tokens - patches + masking.num_kept(patches)
     try:
         layer = find_embedding_layer(encoder)

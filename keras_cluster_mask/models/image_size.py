@@ -34,8 +34,8 @@ def with_image_size(model, image_size: int | tuple[int, int]):
     ```
 
     Args:
-        model: A keras_hub `CLIPBackbone`, `CLIPVisionEncoder`, `SigLIPBackbone`,
-            `SigLIPVisionEncoder`, `ViTBackbone` or `DINOV2Backbone`. Of the last,
+        model: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or `SigLIPBackbone`, the
+            vision encoder of one, a `ViTBackbone` or a `DINOV2Backbone`. Of the last,
             the positions that it computes with are interpolated, trained as they
             are, rather than those of its checkpoint.
         image_size: Integer or `(height, width)`, divisible by the patch size. All but
@@ -53,8 +53,9 @@ def with_image_size(model, image_size: int | tuple[int, int]):
     encoder = getattr(model, "vision_encoder", model)
     if not knows_image_size(encoder):
         raise ValueError(
-            "`model` must be a keras_hub CLIPBackbone, CLIPVisionEncoder, "
-            "SigLIPBackbone, SigLIPVisionEncoder, ViTBackbone or DINOV2Backbone. "
+            "`model` must be a keras_hub CLIPBackbone, MetaCLIP2Backbone or "
+            "SigLIPBackbone, the vision encoder of one, a ViTBackbone or a "
+            "DINOV2Backbone. "
             f"Received: model={model} of type {type(model).__name__}"
         )
     embedding = find_embedding_layer(encoder)

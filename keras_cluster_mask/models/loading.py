@@ -34,8 +34,8 @@ def as_contrastive_model(model) -> ContrastiveModel:
     if names & ContrastiveModel.for_backbone.keys():
         return ContrastiveModel.from_backbone(model)
     raise ValueError(
-        "`model` must be a ContrastiveModel, a keras_hub CLIPBackbone or "
-        "SigLIPBackbone, or the path of one. "
+        "`model` must be a ContrastiveModel, a keras_hub backbone of "
+        f"{sorted(ContrastiveModel.for_backbone)}, or the path of one. "
         f"Received: model={model} of type {type(model).__name__}"
     )
 

@@ -1,10 +1,13 @@
 """A vision transformer with a masking in it."""
 
+import zlib
+
 import keras
 import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.masking.patch_masking import prefix_tokens
 from keras_cluster_mask.models.encoders import (
     call_encoder,
     count_prefix_tokens,
@@ -40,7 +43,8 @@ def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
         encoder: A functional Keras model from images to anything: keras_hub's
             `CLIPVisionEncoder`, `ViTBackbone`, `SigLIPVisionEncoder`,
             `DINOV2Backbone`, or a model of your own.
-        masking: A `PatchMasking` layer.
+        masking: A `PatchMasking` layer. It is left as it is, so it may be in other
+            encoders too, which may have other prefix tokens.
         layer: String. The name of the layer whose output are the embedded
             tokens, `(batch, tokens, dim)`. Known for the encoders above.
 
@@ -49,9 +53,9 @@ def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
         `encoder`.
 
     Raises:
-        ValueError: If the layer is unknown (the candidates are listed), or if
-            the masking hides tokens behind a Keras mask and the encoder lets
-            them through.
+        ValueError: If the layer is unknown (the candidates are listed), if the
+            masking was given another `num_prefix_tokens` than the encoder has, or if
+            it hides tokens behind a Keras mask and the encoder lets them through.
     """
     return MaskedEncoder(encoder, masking, layer)
 
@@ -74,6 +78,8 @@ class MaskedEncoder(keras.Model):
     Attributes:
         encoder: The encoder, which shares its weights with this model.
         masking: The masking.
+        num_prefix_tokens: Integer, how many tokens of the encoder are no patches;
+            `None` if neither the encoder nor the masking says so.
     """
 
     def __init__(self, encoder, masking, layer=None, **kwargs):
@@ -95,8 +101,14 @@ class MaskedEncoder(keras.Model):
         stem, blocks = split_at(encoder, self.embedding_layer)
         self._parts = lambda: (stem, blocks)
 
-        if masking.num_prefix_tokens is None:
-            masking.num_prefix_tokens = count_prefix_tokens(encoder, stem)
+        given, counted = masking.num_prefix_tokens, count_prefix_tokens(encoder, stem)
+        if None not in (given, counted) and given != counted:
+            raise ValueError(
+                f"`num_prefix_tokens` must be {counted}, the number of tokens that "
+                f"`{encoder.name}` has before its patches, or None to take it from the "
+                f"encoder. Received: num_prefix_tokens={given}"
+            )
+        self.num_prefix_tokens = counted if given is None else given
         if masking.hides_tokens:
             check_no_leak(encoder.name, blocks)
         self.built = True
@@ -107,7 +119,8 @@ class MaskedEncoder(keras.Model):
         stem, blocks = self._parts()
         tokens = stem(inputs, training=True)
         (images,) = tree.flatten(inputs)
-        tokens = self.masking(tokens, images=images, training=True, noise=noise)
+        with prefix_tokens(self.num_prefix_tokens):
+            tokens = self.masking(tokens, images=images, training=True, noise=noise)
         return blocks(tokens, training=True)
 
     def embed_patches(self, images):
@@ -157,6 +170,19 @@ class MaskedEncoder(keras.Model):
 # === Hidden tokens ===
 
 
+# Samples that differ in which and how many of their tokens are visible; every token is
+# hidden in one of them.
+VISIBLE = np.array(
+    [
+        [1, 0, 1, 0, 1, 0, 1, 0],
+        [0, 1, 0, 1, 0, 1, 0, 1],
+        [1, 1, 1, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 1],
+    ],
+    bool,
+)
+
+
 def check_no_leak(name, blocks):
     """Raises if hidden tokens have an influence on what blocks return.
 
@@ -172,25 +198,16 @@ def check_no_leak(name, blocks):
         ValueError: If anything visible changes.
     """
     _propagate_masks(blocks)
-    visible = np.arange(8) % 2 == 0
     rng = np.random.default_rng(0)
-    tokens = rng.normal(size=(1, 8, blocks.input.shape[-1])).astype("float32")
-    changed = np.where(visible[None, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
-
-    # With random weights, since a zero weight (LayerScale, a fresh residual branch)
-    # would hide a leak that opens up later in training.
-    weights = [_redraw(v, rng) for v in blocks.trainable_variables]
-    state = [_redraw(v, rng, positive=True) for v in blocks.non_trainable_variables]
-    before, after = (
-        _run(blocks, weights, state, x.astype("float32"), visible)
-        for x in (tokens, changed)
-    )
+    tokens = rng.normal(size=(*VISIBLE.shape, blocks.input.shape[-1]))
+    changed = np.where(VISIBLE[:, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
+    before, after = (_run(blocks, x) for x in (tokens, changed))
     for one, other in zip(tree.flatten(before), tree.flatten(after)):
         one, other = (
             ops.convert_to_numpy(ops.cast(x, "float32")) for x in (one, other)
         )
-        if one.ndim == 3 and one.shape[1] == len(visible):
-            one, other = one[:, visible], other[:, visible]
+        if one.ndim == 3 and one.shape[:2] == VISIBLE.shape:
+            one, other = one[VISIBLE], other[VISIBLE]
         if not np.allclose(one, other, rtol=0, atol=1e-6 * max(1, np.abs(one).max())):
             raise ValueError(
                 f"`{name}` lets hidden tokens through: its layers do not honour Keras "
@@ -216,18 +233,29 @@ def _no_mask(inputs, previous_mask=None):
     return None
 
 
-def _redraw(variable, rng, positive=False):
-    """Random values for a weight; for frozen ones, maybe variances, positive."""
-    if not keras.backend.is_float_dtype(variable.dtype):
-        return variable.value
-    values = 0.1 * rng.normal(size=variable.shape)
-    return ops.convert_to_tensor(
-        np.abs(values) + 0.01 if positive else values, dtype=variable.dtype
-    )
-
-
-def _run(blocks, weights, state, tokens, visible):
+def _run(blocks, tokens):
     # In the dtype of the blocks: a cast would lose the mask.
-    tokens = ops.cast(ops.convert_to_tensor(tokens), blocks.input.dtype)
-    masked = PutMask()(tokens, mask=ops.convert_to_tensor(visible[None]))
-    return blocks.stateless_call(weights, state, masked, training=False)[0]
+    tokens = ops.convert_to_tensor(tokens, dtype=blocks.input.dtype)
+    masked = PutMask()(tokens, mask=ops.convert_to_tensor(VISIBLE))
+    with _RandomWeights():
+        return blocks(masked, training=False)
+
+
+class _RandomWeights(keras.StatelessScope):
+    """Within, weights have random values, made whenever one is read.
+
+    Random, since a zero weight (LayerScale, a fresh residual branch) would hide a leak
+    that opens up later in training. Made when read, so that only one is in memory.
+    """
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is not None or not keras.backend.is_float_dtype(variable.dtype):
+            return value
+        # The same in each run of a model.
+        rng = np.random.default_rng(zlib.crc32(variable.path.encode()))
+        value = 0.1 * rng.standard_normal(variable.shape, "float32")
+        if not variable.trainable:
+            # It may be a variance.
+            value = np.abs(value) + 0.01
+        return ops.convert_to_tensor(value, dtype=variable.dtype)

@@ -62,7 +62,7 @@ def fit(model, keras_fit, x, options, resume_from=None):
         options["validation_data"] = None
     elif validation.data is not None:
         options["validation_data"] = check_data(
-            options["validation_data"], model.vocabulary_size
+            options["validation_data"], **model.id_rules
         )
     check_keys(x)
     rows = rows_of(x) if hasattr(x, "element_spec") else batch_size
@@ -120,7 +120,7 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         rest = data.after(run.epoch, run.step)
         given = dict(
             options,
-            x=check_data(rest, model.vocabulary_size, data.batch_size),
+            x=check_data(rest, batch_size=data.batch_size, **model.id_rules),
             initial_epoch=run.epoch,
             epochs=last,
         )

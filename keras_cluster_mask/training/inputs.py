@@ -16,12 +16,15 @@ FOREIGN = (
     "`token_ids` must be in the text encoder's vocabulary, [0, {}). "
     "Were they made by another tokenizer?"
 )
+ENDLESS = (
+    "`token_ids` must hold the end token, {}, in every row: texts are pooled there."
+)
 LONELY = (
     "A contrastive loss compares the pairs of a batch, so it needs at least two pairs."
 )
 
 
-def check_data(data, vocabulary_size=None, batch_size=None):
+def check_data(data, vocabulary_size=None, batch_size=None, end_token_id=None):
     """Checks data for a `ContrastiveModel`, and hands it over as Keras takes it.
 
     Arrays are checked whole. A `tf.data.Dataset` and an `ImageTextDataset` get a check
@@ -34,6 +37,7 @@ def check_data(data, vocabulary_size=None, batch_size=None):
         vocabulary_size: Integer or `None`, the text encoder's.
         batch_size: Integer, the batch size that arrays are trained in; `None` if
             the data is not for training.
+        end_token_id: Integer or `None`, the id that every text must hold.
 
     Returns:
         The data, with a check added where it has to run per batch. An
@@ -41,10 +45,12 @@ def check_data(data, vocabulary_size=None, batch_size=None):
         one pass.
     """
     training = batch_size is not None
+    rules = {"vocabulary_size": vocabulary_size, "end_token_id": end_token_id}
+    has_rules = any(rule is not None for rule in rules.values())
     if isinstance(data, dict):
         check_keys(data)
-        if vocabulary_size is not None:
-            check_ids(data["token_ids"], vocabulary_size)
+        if has_rules:
+            check_ids(data["token_ids"], **rules)
         if training and len(data["images"]) % batch_size == 1:
             raise ValueError(
                 f"{LONELY} The last batch of these arrays would be one. Received: "
@@ -53,18 +59,18 @@ def check_data(data, vocabulary_size=None, batch_size=None):
         if any(map(_holds_strings, data.values())):
             data = {k: v for k, v in data.items() if not _holds_strings(v)}
     elif isinstance(data, (tuple, list)) and data and isinstance(data[0], dict):
-        data = (check_data(data[0], vocabulary_size, batch_size), *data[1:])
+        data = (check_data(data[0], batch_size=batch_size, **rules), *data[1:])
     elif hasattr(data, "as_dataset") and keras.backend.backend() == "tensorflow":
-        data = check_data(data.as_dataset(), vocabulary_size, batch_size)
+        data = check_data(data.as_dataset(), batch_size=batch_size, **rules)
     elif hasattr(data, "as_dataset"):
         check_keys(data.element_spec)
-        data = _checked_stream(data, vocabulary_size, training)
+        data = _checked_stream(data, rules, training)
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
         check_keys(data.element_spec)
         if any(spec.dtype == "string" for spec in data.element_spec.values()):
             data = data.map(_without_strings)
-        if training or vocabulary_size is not None:
-            data = data.map(lambda batch: _checked(batch, vocabulary_size, training))
+        if training or has_rules:
+            data = data.map(lambda batch: _checked(batch, training, **rules))
     return data
 
 
@@ -109,14 +115,27 @@ def check_keys(data):
         )
 
 
-def check_ids(ids, vocabulary_size: int):
-    """Raises an error for token ids that a vocabulary does not have."""
+def check_ids(ids, vocabulary_size: int | None = None, end_token_id: int | None = None):
+    """Raises an error for token ids that a text encoder cannot take.
+
+    Args:
+        ids: `(batch, T)` ints.
+        vocabulary_size: Integer, the number of ids that there are, or `None`.
+        end_token_id: Integer, the id that every row must hold, or `None`.
+    """
     ids = ids if isinstance(ids, np.ndarray) else ops.convert_to_numpy(ids)
-    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary_size):
+    low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
+    if vocabulary_size is not None and (low < 0 or high >= vocabulary_size):
         raise ValueError(
-            f"{FOREIGN.format(vocabulary_size)} "
-            f"Received: ids from {ids.min()} to {ids.max()}"
+            f"{FOREIGN.format(vocabulary_size)} Received: ids from {low} to {high}"
         )
+    if end_token_id is not None:
+        endless = np.flatnonzero(~np.any(ids == end_token_id, axis=-1))
+        if endless.size:
+            raise ValueError(
+                f"{ENDLESS.format(end_token_id)} Received: {endless.size} rows "
+                f"without it, the first of them row {endless[0]}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +192,11 @@ def rows_of(data) -> int | None:
     return spec["token_ids"].shape[0] if isinstance(spec, dict) else None
 
 
-def _checked_stream(batches, vocabulary_size, training):
+def _checked_stream(batches, rules, training):
     names = [k for k, spec in batches.element_spec.items() if spec.dtype != "string"]
     with contextlib.closing(iter(batches)) as batches:
         for batch in batches:
-            if vocabulary_size is not None:
-                check_ids(batch["token_ids"], vocabulary_size)
+            check_ids(batch["token_ids"], **rules)
             rows = len(batch["images"])
             if training and rows < 2:
                 raise ValueError(f"{LONELY} Received: a batch of {rows}")
@@ -196,7 +214,7 @@ def _without_strings(batch):
     return {key: value for key, value in batch.items() if value.dtype != "string"}
 
 
-def _checked(batch, vocabulary_size, training):
+def _checked(batch, training, vocabulary_size, end_token_id):
     # Only reached with a `tf.data.Dataset`, so tensorflow is installed.
     import tensorflow as tf
 
@@ -211,6 +229,10 @@ def _checked(batch, vocabulary_size, training):
                 wide, tf.constant(vocabulary_size, "int64"), message=message
             )
         )
+    if end_token_id is not None:
+        has_end = tf.reduce_any(ids == tf.cast(end_token_id, ids.dtype), axis=-1)
+        message = ENDLESS.format(end_token_id)
+        checks.append(tf.debugging.Assert(tf.reduce_all(has_end), [message]))
     if training:
         size = tf.shape(ids)[0]
         checks.append(tf.debugging.assert_greater(size, 1, message=LONELY))

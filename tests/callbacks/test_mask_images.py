@@ -119,6 +119,15 @@ def test_maskings_without_a_patch_size_are_drawn(tmp_path, masking):
     np.testing.assert_array_equal(image, drawn(figure))
 
 
+@pytest.mark.any_backend
+def test_a_prefix_is_taken_from_the_encoder(tmp_path):
+    backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
+    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+    model.compile("sgd", **FAST)
+    fit(model, [MaskImages(random_pairs(2)["images"], tmp_path)], epochs=1)
+    assert len(written_images(tmp_path)) == 1
+
+
 def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
     backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
     masking = kcm.ClusterMasking(4, embedding_weight=0.5)

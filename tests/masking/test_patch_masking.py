@@ -193,6 +193,103 @@ def test_an_incoming_keras_mask_passes_inference():
     np.testing.assert_array_equal(output_mask(kept), before)
 
 
+# === Where values cannot be read ===
+
+
+class Broken(kcm.RandomMasking):
+    def check_ready(self):
+        raise RuntimeError("not ready")
+
+
+@pytest.mark.any_backend
+def test_any_error_of_check_ready_surfaces():
+    masking = Broken(num_prefix_tokens=1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not ready"):
+            masking(tokens_of(2, 17), training=True)
+
+
+def test_check_ready_waits_until_values_can_be_read():
+    masking = kcm.ClusterMasking(8, min_mask_ratio=0.25, num_prefix_tokens=1)
+    images = np.zeros((2, 32, 32, 3), "float32")
+
+    class Model(keras.Model):
+        def call(self, tokens, training=None):
+            return ops.mean(masking(tokens, images=images, training=training), axis=1)
+
+    model = Model()
+    model.masking = masking
+    model.compile("sgd", "mse")
+    if keras.backend.backend() != "torch":
+        loss = model.train_on_batch(tokens_of(2, 17), np.zeros((2, 6), "float32"))
+        assert np.isnan(loss)
+    with pytest.raises(ValueError, match=r"threshold.*Received: threshold=nan"):
+        masking(tokens_of(2, 17), images=images, training=True)
+
+
+def jit(function):
+    return pytest.importorskip("jax").jit(function)
+
+
+needs_jax = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="Others trace without side effects."
+)
+
+
+@needs_jax
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: kcm.RandomMasking(num_prefix_tokens=1, seed=1),
+        lambda: kcm.ClusterMasking(
+            8, min_mask_ratio=0.25, threshold=0.1, embedding_weight=0.5, seed=1
+        ),
+    ],
+)
+def test_a_function_that_jax_compiles_leaves_the_state_as_it_was(make):
+    masking, other = make(), make()
+    tokens, images = tokens_of(2, 17), np.zeros((2, 32, 32, 3), "float32")
+    before = [numpy(v.value) for v in masking.variables]
+    step = jit(lambda x: masking(x, images=images, training=True))
+    with pytest.warns(UserWarning, match=r"(?s)`jax.jit`.*`noise`"):
+        compiled = numpy(step(tokens))
+    with pytest.warns(UserWarning, match=r"seed_generator_state"):
+        jit(lambda x: x + masking.draw(2, 16))(np.zeros((2, 16), "float32"))
+    assert masking._visible_tokens is None
+    for value, variable in zip(before, masking.variables):
+        np.testing.assert_array_equal(numpy(variable.value), value)
+    eager = numpy(masking(tokens, images=images, training=True))
+    np.testing.assert_array_equal(
+        eager, numpy(other(tokens, images=images, training=True))
+    )
+    np.testing.assert_allclose(compiled, eager, atol=1e-6)
+
+
+@needs_jax
+def test_a_compiled_function_that_is_given_the_noise_needs_no_state(recwarn):
+    masking = kcm.RandomMasking(num_prefix_tokens=1, seed=1)
+    tokens = tokens_of(2, 17)
+    step = jit(lambda x, noise: masking(x, training=True, noise=noise))
+    for seed in (0, 1):
+        noise = draw_noise(np.random.default_rng(seed), 2, 16)
+        expected = numpy(masking(tokens, training=True, noise=noise))
+        np.testing.assert_array_equal(numpy(step(tokens, noise)), expected)
+    assert not [w for w in recwarn if "jax.jit" in str(w.message)]
+
+
+@needs_jax
+def test_a_stateless_call_returns_the_state_of_a_compiled_function():
+    masking = kcm.RandomMasking(0.25, num_prefix_tokens=1, seed=1)
+    other = kcm.RandomMasking(0.25, num_prefix_tokens=1, seed=1)
+    step = jit(lambda *args: masking.stateless_call([], *args, training=True))
+    state = [v.value for v in masking.non_trainable_variables]
+    for _ in range(2):
+        kept, state = step(state, tokens_of(2, 17))
+        np.testing.assert_array_equal(
+            numpy(kept), numpy(other(tokens_of(2, 17), training=True))
+        )
+
+
 # === Rows of a batch ===
 
 

@@ -1,6 +1,7 @@
 """Encoders that let hidden tokens through are found before they train."""
 
 import keras
+import numpy as np
 import pytest
 from keras import ops
 
@@ -79,6 +80,69 @@ def test_an_encoder_that_honours_masks_passes_with_its_weights_untouched():
     check_no_leak("own_vit", masked._parts()[1])
     for old, weight in zip(before, encoder.weights):
         assert (old == ops.convert_to_numpy(weight)).all()
+
+
+class LeakFrom(keras.layers.Layer):
+    """Adds one token to all others."""
+
+    def __init__(self, index, **kwargs):
+        super().__init__(**kwargs)
+        self.index = index
+
+    def call(self, x):
+        return x + ops.take(x, [self.index], axis=1)
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_a_leak_from_any_token_is_found(index):
+    encoder = functional_vit(mix=LeakFrom(index), name="leaky_vit")
+    with pytest.raises(ValueError, match="lets hidden tokens through"):
+        kcm.with_masking(encoder, threshold_masking(), "positions")
+
+
+class LeakIfFull(keras.layers.Layer):
+    """Mixes tokens of samples in which more than half of them are visible."""
+
+    def call(self, x, mask=None):
+        if mask is None:
+            return x
+        share = ops.mean(ops.cast(mask, x.dtype), axis=1)[:, None, None]
+        mixed = x + ops.mean(x, axis=1, keepdims=True)
+        return ops.where(share > 0.5, mixed, x)
+
+
+def test_a_leak_that_depends_on_the_mask_is_found():
+    encoder = functional_vit(mix=LeakIfFull(), name="leaky_vit")
+    with pytest.raises(ValueError, match="lets hidden tokens through"):
+        kcm.with_masking(encoder, threshold_masking(), "positions")
+
+
+class LiveBytes(keras.layers.Layer):
+    """Passes tokens on, and remembers how much memory arrays take at the time."""
+
+    def call(self, x):
+        self.seen = _live_bytes()
+        return x
+
+
+def _live_bytes():
+    import jax
+
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="JAX alone lists its arrays"
+)
+def test_the_weights_of_a_large_encoder_are_not_copied():
+    encoder = functional_vit(width=1024, num_layers=3, pool=False)
+    last = LiveBytes()
+    encoder = keras.Model(encoder.input, last(encoder.output))
+    blocks = split_at(encoder, find_embedding_layer(encoder, "positions"))[1]
+    size = 4 * sum(np.prod(v.shape) for v in encoder.weights)
+    before = _live_bytes()
+    check_no_leak("own_vit", blocks)
+    assert last.seen - before < size / 3
 
 
 @pytest.mark.parametrize("global_policy", ["float32", "mixed_bfloat16"])

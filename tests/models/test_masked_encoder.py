@@ -154,11 +154,55 @@ def test_one_encoder_can_carry_two_maskings():
 @pytest.mark.any_backend
 def test_a_masking_without_an_image_grid_learns_the_prefix_from_the_encoder():
     masked = kcm.with_masking(dino_encoder(), kcm.RandomMasking(0.5))
-    assert masked.masking.num_prefix_tokens == 3
+    assert masked.num_prefix_tokens == 3
     inputs = {"images": random_images(4)}
     assert masked(inputs, training=True).shape == (4, 3 + 8, 16)
     masked = kcm.with_masking(vit_encoder(8, 16), kcm.RandomMasking(0.5))
-    assert masked.masking.num_prefix_tokens == 1
+    assert masked.num_prefix_tokens == 1
+
+
+def test_one_masking_serves_encoders_with_different_prefixes():
+    masking = kcm.RandomMasking(0.5, seed=1)
+    config, noise = masking.get_config(), random_noise(4)
+    for make_encoder, prefix in (
+        (dino_encoder, 3),
+        (clip_vision_encoder, 1),
+        (siglip_encoder, 0),
+    ):
+        masked = kcm.with_masking(make_encoder(), masking)
+        assert masked.masking is masking
+        images = {"images": random_images(4)}
+        blocks, tokens = masked._parts()[1], masked.stem(images)
+        found = masked(images, training=True, noise=noise)
+        alone = kcm.RandomMasking(0.5, num_prefix_tokens=prefix)
+        expected = blocks(alone(tokens, training=True, noise=noise))
+        np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=1e-6)
+    assert masking.num_prefix_tokens is None
+    assert masking.get_config() == config
+
+
+@pytest.mark.any_backend
+def test_a_strategy_reads_the_prefix_of_the_encoder_that_calls_it():
+    seen = []
+
+    class Reads(kcm.RandomMasking):
+        def score(self, noise, images=None, tokens=None):
+            seen.append(self.num_prefix_tokens)
+            return super().score(noise, images, tokens)
+
+    masking = Reads(0.5)
+    for encoder in (dino_encoder(), siglip_encoder()):
+        masked = kcm.with_masking(encoder, masking)
+        masked({"images": random_images(4)}, training=True)
+    assert seen == [3, 0]
+
+
+@pytest.mark.any_backend
+def test_a_prefix_that_is_not_the_encoders_is_refused():
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
+    kcm.with_masking(clip_vision_encoder(), masking)
+    with pytest.raises(ValueError, match=r"`num_prefix_tokens` must be 3.*Received:"):
+        kcm.with_masking(dino_encoder(), masking)
 
 
 def test_the_drawn_noise_changes_from_step_to_step_and_follows_the_seed():
