@@ -288,6 +288,6 @@ model = kcm.interop.load_open_clip("epoch_32.pt", "ViT-B-32")
 kcm.interop.save_open_clip(model, "mine/open_clip_model.safetensors")
 ```
 
-CLIP and SigLIP of Hugging Face's transformers are loaded by
+CLIP, MetaCLIP 2 and SigLIP of Hugging Face's transformers are loaded by
 `kcm.interop.load_hugging_face(folder)`.
 """

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP models from weights of Hugging Face's transformers."""
+"""CLIP, MetaCLIP 2 and SigLIP models from weights of Hugging Face's transformers."""
 
 import os
 import pathlib
@@ -7,13 +7,14 @@ from typing import Any
 
 from keras_cluster_mask.interop.architectures import (
     CLIP_EPSILON,
+    METACLIP_2_END_ID,
     Architecture,
     is_positive,
     square,
 )
 from keras_cluster_mask.interop.open_clip_configs import read_json
 from keras_cluster_mask.interop.state_dicts import match, read_state_dict
-from keras_cluster_mask.interop.tensor_names import CLIP, SIGLIP
+from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
 from keras_cluster_mask.interop.weight_files import find_weights
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
@@ -78,13 +79,20 @@ DEFAULTS = {
         },
     },
 }
-NAMES = {"clip": CLIP, "siglip": SIGLIP}
-EPSILONS = {"clip": CLIP_EPSILON, "siglip": 1e-6}
-PIXELS = {"clip": (CLIP_MEAN, CLIP_STD), "siglip": (SIGLIP_MEAN, SIGLIP_MEAN)}
+DEFAULTS["metaclip_2"] = DEFAULTS["clip"]
+NAMES = {"clip": CLIP, "metaclip_2": METACLIP_2, "siglip": SIGLIP}
+EPSILONS = {"clip": CLIP_EPSILON, "metaclip_2": CLIP_EPSILON, "siglip": 1e-6}
+PIXELS = {
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "metaclip_2": (CLIP_MEAN, CLIP_STD),
+    "siglip": (SIGLIP_MEAN, SIGLIP_MEAN),
+}
 
 # Of transformers and of keras_hub.
+_PLAIN = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 ACTIVATIONS = {
-    "clip": {"gelu": "gelu", "quick_gelu": "quick_gelu"},
+    "clip": _PLAIN,
+    "metaclip_2": _PLAIN,
     "siglip": {
         "gelu": "gelu",
         "gelu_pytorch_tanh": "gelu_approximate",
@@ -103,15 +111,18 @@ def load_hugging_face(
     masking: PatchMasking | None = None,
     **kwargs: Any,
 ) -> ContrastiveModel:
-    """Loads a CLIP or a SigLIP model that transformers has saved.
+    """Loads a CLIP, MetaCLIP 2 or SigLIP model that transformers has saved.
 
-    Reads the files that `CLIPModel.save_pretrained` and `SiglipModel.save_pretrained`
-    write, and those of a downloaded model, without transformers. Sizes, attention heads
-    and activation follow from `config.json`, and the mean and deviation of pixels from
-    `preprocessor_config.json` or `processor_config.json`; without either they are those
-    of CLIP or of SigLIP. Other models of transformers are refused, such as
-    `Siglip2Model`, and those that keras_hub's backbones cannot compute. Weights of half
-    precision become float32. Resizing images is for the data.
+    Reads the files that `save_pretrained` of `CLIPModel`, `MetaClip2Model` and
+    `SiglipModel` writes, and those of a downloaded model, without transformers. Sizes,
+    attention heads and activation follow from `config.json`, and the mean and deviation
+    of pixels from `preprocessor_config.json` or `processor_config.json`; without either
+    they are those of the kind of model. Other models of transformers are refused, such
+    as `Siglip2Model`, and those that keras_hub's backbones cannot compute. Weights of
+    half precision become float32.
+
+    Resizing is for the data to follow: the images of SigLIP are squashed to a square
+    (`resize="squash"`), those of the others cropped.
 
     Example:
 
@@ -130,8 +141,8 @@ def load_hugging_face(
         **kwargs: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
 
     Returns:
-        A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone` or
-        `SigLIPBackbone`.
+        A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`,
+        `MetaCLIP2Backbone` or `SigLIPBackbone`.
 
     Raises:
         ValueError: If a file cannot be read or holds Python code; if the config
@@ -143,7 +154,7 @@ def load_hugging_face(
 
     Reference:
         - [transformers](https://github.com/huggingface/transformers),
-          `modeling_clip.py` and `modeling_siglip.py`.
+          `modeling_clip.py`, `modeling_metaclip_2.py` and `modeling_siglip.py`.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(
@@ -162,14 +173,14 @@ def load_hugging_face(
     mean, std = _read_pixels(folder, kind, reasons)
     if reasons:
         raise ValueError(
-            "`source` must hold a CLIP or SigLIP that keras_hub's backbones can hold, "
+            "`source` must hold a model that keras_hub's backbones can hold, "
             f"and this one is not: {'; '.join(sorted(reasons))}. "
             f"Received: source={str(source)!r}"
         )
     image_size, patch = square(vision["image_size"]), square(vision["patch_size"])
     sizes = {
         "patch": patch,
-        "positions": (image_size // patch) ** 2 + (kind == "clip"),
+        "positions": (image_size // patch) ** 2 + (kind != "siglip"),
         "vocabulary": text["vocab_size"],
         "context": text["max_position_embeddings"],
         "projection": text["projection"],
@@ -179,6 +190,7 @@ def load_hugging_face(
         sizes[f"{name}_layers"] = tower["num_hidden_layers"]
         sizes[f"{name}_hidden"] = tower["intermediate_size"]
     architecture = Architecture(
+        kind,
         sizes,
         heads=(vision["num_attention_heads"], text["num_attention_heads"]),
         activation=ACTIVATIONS[kind][text["hidden_act"]],
@@ -186,7 +198,7 @@ def load_hugging_face(
     )
     names = NAMES[kind]
     found, _ = match(*read_state_dict(source, names), names, sizes)
-    backbone = getattr(architecture, f"make_{kind}")(dtype)
+    backbone = architecture.make(dtype)
     for entry, array in found:
         entry.write(backbone, array)
     options = {"pixel_mean": mean, "pixel_std": std, **kwargs}
@@ -205,11 +217,11 @@ def _read_config(folder):
             f"open_clip. Received: source={str(path)!r}, with model_type={kind!r}"
         )
     text, vision = (_tower(config, kind, name) for name in DEFAULTS[kind])
-    if kind == "clip":
-        text["projection"] = config.get("projection_dim", 512)
-    else:
+    if kind == "siglip":
         # Nothing projects images.
         text["projection"] = text["projection_size"] or text["hidden_size"]
+    else:
+        text["projection"] = config.get("projection_dim", 512)
     reasons = [
         *_reasons_of_tower(kind, "text_config", text),
         *_reasons_of_tower(kind, "vision_config", vision),
@@ -219,11 +231,18 @@ def _read_config(folder):
     if vision["hidden_act"] != text["hidden_act"]:
         reasons.append("the towers differ in `hidden_act`")
     if kind == "clip":
-        end, vocabulary = text["eos_token_id"], text["vocab_size"]
-        if end not in (OLD_END_ID, vocabulary - 1):
+        end, last = text["eos_token_id"], text["vocab_size"] - 1
+        if end not in (OLD_END_ID, last):
             reasons.append(
-                f"text_config.eos_token_id={end} is not the highest id, "
-                f"{vocabulary - 1}, at which keras_hub pools texts"
+                f"text_config.eos_token_id={end} is not the highest id, {last}, at "
+                "which keras_hub pools texts"
+            )
+    elif kind == "metaclip_2":
+        end = text["eos_token_id"]
+        if end != METACLIP_2_END_ID:
+            reasons.append(
+                f"text_config.eos_token_id={end} is not {METACLIP_2_END_ID}, the id at "
+                "which keras_hub pools texts"
             )
     else:
         if not vision["vision_use_head"]:

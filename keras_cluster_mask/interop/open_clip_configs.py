@@ -1,4 +1,4 @@
-"""Model configs of open_clip: read, written, and refused for what CLIP lacks."""
+"""Model configs of open_clip: read, written, or refused with the reasons."""
 
 import difflib
 import importlib.util
@@ -10,6 +10,7 @@ from typing import Any
 
 from keras_cluster_mask.interop.architectures import (
     CLIP_EPSILON,
+    METACLIP_2_END_ID,
     Architecture,
     is_positive,
     square,
@@ -39,7 +40,7 @@ READ = {
     },
 }
 
-# What keras_hub's CLIP can be in only one way: the values that mean that way.
+# What keras_hub's models are in only one way: the values that mean that way.
 _OFF = (None, False)
 _BLOCK = {
     "ls_init_value": (None,),
@@ -68,7 +69,7 @@ FIXED = {
         "hf_model_name": (None, ""),
         "embed_cls": _OFF,
         "no_causal_mask": _OFF,
-        "pool_type": ("argmax",),
+        "pool_type": ("argmax", "eos"),
         "proj_bias": _OFF,
         "proj_type": ("linear",),
     },
@@ -84,7 +85,7 @@ REASONS = {
     "no_ln_pre": "the image tower has no normalisation before its blocks",
     "pos_embed_type": "the positions are not learned",
     "hf_model_name": "the text tower is a model of transformers",
-    "pool_type": "only images' class tokens and texts' highest ids are pooled",
+    "pool_type": "only class tokens of images and end tokens of texts are pooled",
     "embed_cls": "texts have a class token",
     "no_causal_mask": "the text tower is not causal",
     "proj_bias": "the text projection has a bias",
@@ -179,7 +180,7 @@ def read_config(config: Any) -> tuple[dict, dict, str]:
 
 
 def architecture_of(model: dict, preprocessing: dict, label: str) -> Architecture:
-    """What a config of open_clip says of a model, if keras_hub's CLIP can hold it.
+    """What a config of open_clip says of a model, if keras_hub can hold it.
 
     Args:
         model: The dictionary of the model, as `read_config` returns it.
@@ -192,12 +193,14 @@ def architecture_of(model: dict, preprocessing: dict, label: str) -> Architectur
     reasons = _reasons(model, preprocessing)
     if reasons:
         raise ValueError(
-            "`config` must describe a CLIP that keras_hub's `CLIPBackbone` can hold, "
-            f"and this one cannot: {'; '.join(reasons)}. Received: {label}"
+            "`config` must describe a CLIP that keras_hub's `CLIPBackbone` or "
+            "`MetaCLIP2Backbone` can hold, and it does not: "
+            f"{'; '.join(reasons)}. Received: {label}"
         )
     vision, text = ({**READ[part], **model[part]} for part in READ)
     image_size, patch = square(vision["image_size"]), square(vision["patch_size"])
     return Architecture(
+        kind="metaclip_2" if text.get("pool_type") == "eos" else "clip",
         sizes={
             "patch": patch,
             "positions": (image_size // patch) ** 2 + 1,
@@ -247,6 +250,8 @@ def config_of(architecture: Architecture, logit_bias: float | None) -> dict:
             "mlp_ratio": _ratio(sizes["text_hidden"], sizes["text_width"]),
         },
     }
+    if architecture.kind == "metaclip_2":
+        model["text_cfg"].update(pool_type="eos", eos_id=METACLIP_2_END_ID)
     if logit_bias is not None:
         model["init_logit_bias"] = logit_bias
     return {
@@ -327,6 +332,12 @@ def _reasons_of_tower(part, given):
         if key in given and given[key] not in allowed:
             reason = REASONS.get(key, f"only {allowed[-1]!r} is known")
             found.append(f"{part}.{key}={given[key]!r}: {reason}")
+    end = given.get("eos_id", METACLIP_2_END_ID)
+    if given.get("pool_type") == "eos" and end != METACLIP_2_END_ID:
+        found.append(
+            f"{part}.eos_id={end}: keras_hub's `MetaCLIP2Backbone` pools texts at the "
+            f"id {METACLIP_2_END_ID}"
+        )
     if found:
         return found
     values = {**READ[part], **given}

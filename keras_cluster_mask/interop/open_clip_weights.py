@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.interop.architectures import Architecture, is_positive
+from keras_cluster_mask.interop.architectures import (
+    ACTIVATIONS,
+    Architecture,
+    architecture_of_model,
+    is_positive,
+    kind_of,
+)
 from keras_cluster_mask.interop.open_clip_configs import (
     CONFIG_FILE,
     architecture_of,
@@ -23,7 +29,7 @@ from keras_cluster_mask.interop.state_dicts import (
     match,
     read_state_dict,
 )
-from keras_cluster_mask.interop.tensor_names import OPEN_CLIP
+from keras_cluster_mask.interop.tensor_names import OPEN_CLIP, OPEN_METACLIP_2
 from keras_cluster_mask.interop.weight_files import (
     find_weights,
     read_metadata,
@@ -32,10 +38,8 @@ from keras_cluster_mask.interop.weight_files import (
 )
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
-from keras_cluster_mask.models.encoders import image_shape_of
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 
-ACTIVATIONS = "gelu", "quick_gelu"
+NAMES = {"clip": OPEN_CLIP, "metaclip_2": OPEN_METACLIP_2}
 
 # The files that open_clip writes into a folder.
 WEIGHT_FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
@@ -62,10 +66,12 @@ def load_open_clip(
 
     Weights alone do not say how they are used: attention heads, activation, pooling and
     the mean and deviation of pixels are in the model's config. What keras_hub's
-    `CLIPBackbone` cannot compute is refused with the reason. Of the 144 configs of
-    open_clip 3.3.0 it holds 31, the plain `ViT-*` models. The others have towers of
-    timm or transformers, are ResNets or CoCa, or are ViTs with another pooling (CLIPA,
-    MetaCLIP 2) or with layer scales. Weights of half precision become float32.
+    `CLIPBackbone` and `MetaCLIP2Backbone` cannot compute is refused with the reason. Of
+    the 144 configs of open_clip 3.3.0, 36 are loaded: the plain `ViT-*` models, and 5
+    of the 7 of MetaCLIP 2 (`*-worldwide*`). The others have towers of timm or
+    transformers, are ResNets or CoCa, or are ViTs with average pooling (CLIPA), with
+    layer scales, or with another end token (`ViT-L-14-worldwide*`). Weights of half
+    precision become float32.
 
     A config says how images are resized, too. That is for the data to follow: a warning
     says so if it is not a center crop.
@@ -108,11 +114,12 @@ def load_open_clip(
             `loss="softmax"` leaves it out.
 
     Returns:
-        A `ContrastiveModel`. Its `backbone` is the `keras_hub.models.CLIPBackbone`.
+        A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`, or a
+        `MetaCLIP2Backbone` if the config pools texts at the id of the end token.
 
     Raises:
         ValueError: If the file cannot be read or holds Python code; if the config
-            describes a model that a `CLIPBackbone` cannot hold; or if the weights are
+            describes a model that keras_hub cannot hold; or if the weights are
             of another model, with a list of all entries that are missing, unexpected,
             of a wrong shape, or not finite.
         FileNotFoundError: If a file does not exist.
@@ -143,8 +150,8 @@ def load_open_clip(
         found, sizes = match(state, label, OPEN_CLIP)
         architecture = _guess(sizes, activation, num_heads)
     else:
-        found, _ = match(state, label, OPEN_CLIP, architecture.sizes)
-    backbone = architecture.make_clip(dtype)
+        found, _ = match(state, label, NAMES[architecture.kind], architecture.sizes)
+    backbone = architecture.make(dtype)
     for entry, array in found:
         entry.write(backbone, array)
     options = {
@@ -177,9 +184,9 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
     ```
 
     Args:
-        model: A `keras_hub.models.CLIPBackbone`, or a `ContrastiveModel` made of one by
-            `from_clip`. The bias of its sigmoid loss, if it has one, becomes
-            `logit_bias`, which open_clip knows too (`init_logit_bias`).
+        model: A `keras_hub.models.CLIPBackbone` or `MetaCLIP2Backbone`, or a
+            `ContrastiveModel` of one. The bias of its sigmoid loss, if it has one,
+            becomes `logit_bias`, which open_clip knows too (`init_logit_bias`).
 
     Returns:
         A dictionary from name to float32 NumPy array, a copy of the weight.
@@ -192,10 +199,12 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
     import keras_hub
 
     backbone = getattr(model, "backbone", model)
-    if not isinstance(backbone, keras_hub.models.CLIPBackbone):
+    kinds = keras_hub.models.CLIPBackbone, keras_hub.models.MetaCLIP2Backbone
+    if not isinstance(backbone, kinds):
         raise ValueError(
-            "`model` must be a keras_hub CLIPBackbone, or a ContrastiveModel made by "
-            f"`from_clip`. Received: model={model} of type {type(model).__name__}"
+            "`model` must be a keras_hub CLIPBackbone or MetaCLIP2Backbone, or a "
+            f"ContrastiveModel of one. Received: model={model} of type "
+            f"{type(model).__name__}"
         )
     ids = ops.convert_to_numpy(backbone.vision_encoder.embedding.position_ids)[0]
     if not np.array_equal(ids, np.arange(len(ids))):
@@ -206,7 +215,7 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
             f"Received: position ids {ids[:4].tolist()} and so on"
         )
     towers = backbone.vision_encoder, backbone.text_encoder
-    table = entries(OPEN_CLIP, *(tower.num_layers for tower in towers))
+    table = entries(NAMES[kind_of(backbone)], *(tower.num_layers for tower in towers))
     weights = {entry.name: entry.read(backbone) for entry in table}
     head = getattr(model, "head", None)
     if head is not None and head.logit_bias is not None:
@@ -246,7 +255,9 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     """
     weights = open_clip_state_dict(model)
     bias = weights.get("logit_bias")
-    config = config_of(_architecture(model), None if bias is None else float(bias))
+    config = config_of(
+        architecture_of_model(model), None if bias is None else float(bias)
+    )
     path = pathlib.Path(path).expanduser()
     beside = path.with_name(CONFIG_FILE)
     is_new = not beside.exists()
@@ -321,44 +332,7 @@ def _guess(sizes, activation, num_heads):
             f"Received: {sizes['positions']} positions"
         )
     heads = _heads(num_heads, sizes["image_width"], sizes["text_width"])
-    return Architecture(sizes, heads, activation, side * sizes["patch"])
-
-
-def _architecture(model):
-    """The architecture of a model that there is already."""
-    backbone = getattr(model, "backbone", model)
-    image, text = backbone.vision_encoder, backbone.text_encoder
-    activations = image.intermediate_activation, text.intermediate_activation
-    if activations[0] not in ACTIVATIONS or activations[0] != activations[1]:
-        raise ValueError(
-            "`model` must have the same activation in both towers, 'gelu' or "
-            f"'quick_gelu'. Received: activations {activations}"
-        )
-    sizes = {"projection": backbone.projection_dim, "patch": image.patch_size}
-    for name, tower in (("image", image), ("text", text)):
-        sizes[f"{name}_width"] = tower.hidden_dim
-        sizes[f"{name}_layers"] = tower.num_layers
-        sizes[f"{name}_hidden"] = tower.intermediate_dim
-    sizes["vocabulary"] = text.vocabulary_size
-    sizes["context"] = text.max_sequence_length
-    # In the middle in either order of axes, as images are square.
-    image_size = image_shape_of(image)[1]
-    sizes["positions"] = (image_size // image.patch_size) ** 2 + 1
-    mean, std = CLIP_MEAN, CLIP_STD
-    if isinstance(model, ContrastiveModel):
-        mean, std = model.pixel_mean, model.pixel_std
-        if mean is None:
-            # The encoder takes pixels of [0, 255], which open_clip scales to [0, 1].
-            mean, std = (0.0,) * 3, (1 / 255,) * 3
-    heads = image.num_heads, text.num_heads
-    return Architecture(
-        sizes,
-        heads,
-        activations[0],
-        image_size,
-        tuple(map(float, mean)),
-        tuple(map(float, std)),
-    )
+    return Architecture("clip", sizes, heads, activation, side * sizes["patch"])
 
 
 def _check_same(path, config):

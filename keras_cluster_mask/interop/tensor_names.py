@@ -84,6 +84,20 @@ def _separate_attention(name, path):
     )
 
 
+def _of_metaclip_2(names, model):
+    """The same names where keras_hub has a MetaCLIP 2."""
+    moved = {
+        "vision_encoder.layer_norm.": "vision_post_layer_norm.",
+        "clip_head.": "metaclip_2_head.",
+    }
+    tensors = []
+    for *rest, path in names.tensors:
+        for old, new in moved.items():
+            path = path.replace(old, new)
+        tensors.append((*rest, path))
+    return dataclasses.replace(names, model=model, tensors=tuple(tensors))
+
+
 # === open_clip ===
 
 OPEN_CLIP = TensorNames(
@@ -142,6 +156,8 @@ OPEN_CLIP = TensorNames(
         ("attn_mask", "input_resolution", "context_length", "vocab_size")
     ),
 )
+
+OPEN_METACLIP_2 = _of_metaclip_2(OPEN_CLIP, "MetaCLIP 2 of open_clip")
 
 # === transformers ===
 
@@ -221,6 +237,8 @@ CLIP = TensorNames(
     towers=_TOWERS,
     harmless=_BUFFERS,
 )
+
+METACLIP_2 = _of_metaclip_2(CLIP, "MetaClip2Model of transformers")
 
 SIGLIP = TensorNames(
     model="SiglipModel of transformers",

@@ -48,6 +48,11 @@ def batch(image_size=16, context=CONTEXT, vocabulary=VOCABULARY, rows=3):
     return images, ids
 
 
+def ended_by(ids, end=2, highest=VOCABULARY - 1):
+    """The same texts with another end token, and other words where it stood."""
+    return np.where(ids == highest, end, np.where(ids == end, end + 1, ids))
+
+
 def embeddings(model, images, ids):
     """What a model of open_clip makes of a batch: two L2-normalised arrays."""
     import torch

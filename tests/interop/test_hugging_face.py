@@ -9,9 +9,8 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.interop import load_hugging_face
-from tests.interop.open_clip_models import batch
+from tests.interop.open_clip_models import CONTEXT, VOCABULARY, batch, ended_by
 
-CONTEXT, VOCABULARY = 7, 40
 TEXT = dict(
     vocab_size=VOCABULARY,
     max_position_embeddings=CONTEXT,
@@ -39,6 +38,16 @@ def clip(text=(), vision=(), **options):
         **{"projection_dim": 24, **options},
     )
     return randomized(transformers.CLIPModel(config))
+
+
+def metaclip_2(text=()):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MetaClip2Config(
+        text_config={**TEXT, "eos_token_id": 2, **dict(text)},
+        vision_config=VISION,
+        projection_dim=24,
+    )
+    return randomized(transformers.MetaClip2Model(config))
 
 
 def siglip(text=(), vision=()):
@@ -73,7 +82,9 @@ def their_embeddings(model, images, ids):
 
 
 def assert_same_embeddings(model, reference):
-    images, ids = batch(16, CONTEXT, VOCABULARY)
+    images, ids = batch()
+    if reference.config.model_type == "metaclip_2":
+        ids = ended_by(ids)
     found = model.predict({"images": images, "token_ids": ids}, verbose=0)
     expected = their_embeddings(reference, images, ids)
     for ours, theirs in zip(found.values(), expected):
@@ -119,6 +130,14 @@ def test_embeddings_of_clip_are_those_of_transformers(tmp_path, activation):
     np.testing.assert_allclose(ops.convert_to_numpy(model.head.scale), scale, 1e-6)
 
 
+def test_embeddings_of_metaclip_2_are_those_of_transformers(tmp_path):
+    reference = metaclip_2()
+    reference.save_pretrained(tmp_path)
+    model = load_hugging_face(tmp_path)
+    assert isinstance(model.backbone, keras_hub.models.MetaCLIP2Backbone)
+    assert_same_embeddings(model, reference)
+
+
 @pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
 def test_embeddings_of_siglip_are_those_of_transformers(tmp_path, activation):
     act = {"hidden_act": activation}
@@ -147,7 +166,7 @@ def test_epsilons_are_those_of_transformers(tmp_path):
                 weight *= 1e-2
     reference.save_pretrained(tmp_path)
     model = load_hugging_face(tmp_path)
-    images, ids = batch(16, CONTEXT, VOCABULARY)
+    images, ids = batch()
     _, expected = their_embeddings(reference, images, ids)
     found = ops.convert_to_numpy(model.encode_text(ids))
     np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -198,6 +217,7 @@ def test_what_a_config_leaves_out_has_the_default_of_transformers():
 
     for kind, config in (
         ("clip", transformers.CLIPConfig()),
+        ("metaclip_2", transformers.MetaClip2Config()),
         ("siglip", transformers.SiglipConfig()),
     ):
         for name, defaults in DEFAULTS[kind].items():
@@ -205,7 +225,7 @@ def test_what_a_config_leaves_out_has_the_default_of_transformers():
             # `None` is a width that follows from another.
             theirs = {k: theirs[k] for k in defaults if defaults[k] is not None}
             assert theirs.items() <= defaults.items()
-    assert transformers.CLIPConfig().projection_dim == 512
+        assert getattr(config, "projection_dim", 512) == 512
 
 
 @pytest.mark.any_backend
@@ -310,6 +330,13 @@ def test_what_clip_cannot_hold_is_refused_by_name(folder, key, value):
 def test_what_siglip_cannot_hold_is_refused_by_name(tmp_path, text, vision, name):
     siglip(text, vision).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{name}.*Received: source="):
+        load_hugging_face(tmp_path)
+
+
+@pytest.mark.any_backend
+def test_other_end_tokens_of_metaclip_2_are_refused(tmp_path):
+    metaclip_2({"eos_token_id": 3}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"eos_token_id=3 is not 2.*Received: source="):
         load_hugging_face(tmp_path)
 
 

@@ -5,11 +5,16 @@ import dataclasses
 import json
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.interop import load_open_clip, save_open_clip
+from keras_cluster_mask.interop import (
+    load_open_clip,
+    open_clip_state_dict,
+    save_open_clip,
+)
 from keras_cluster_mask.interop.architectures import Architecture
 from keras_cluster_mask.interop.open_clip_configs import (
     FIXED,
@@ -19,9 +24,9 @@ from keras_cluster_mask.interop.open_clip_configs import (
     config_of,
     read_config,
 )
+from keras_cluster_mask.interop.open_clip_weights import NAMES
 from keras_cluster_mask.interop.state_dicts import entries
-from keras_cluster_mask.interop.tensor_names import OPEN_CLIP
-from tests.interop.open_clip_models import batch, embeddings, randomize
+from tests.interop.open_clip_models import batch, embeddings, ended_by, randomize
 
 CONFIG = {
     "embed_dim": 24,
@@ -67,8 +72,10 @@ def changed(**changes):
     return config
 
 
-def assert_same_embeddings(model, reference, image_size=16, context=7, vocabulary=40):
-    images, ids = batch(image_size, context, vocabulary)
+def assert_same_embeddings(model, reference):
+    images, ids = batch()
+    if reference.text_pool_type == "eos":
+        ids = ended_by(ids, reference.text_eos_id)
     found = model.predict({"images": images, "token_ids": ids}, verbose=0)
     expected = embeddings(reference, images, ids)
     for ours, theirs in zip(found.values(), expected):
@@ -210,7 +217,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
         ("vision_cfg__unheard_of", None),
         ("text_cfg__hf_model_name", "roberta-base"),
         ("text_cfg__pool_type", "last"),
-        ("text_cfg__pool_type", "eos"),
+        ("text_cfg__pool_type", "first"),
         ("text_cfg__no_causal_mask", True),
         ("text_cfg__embed_cls", True),
         ("text_cfg__proj_bias", True),
@@ -226,7 +233,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
 )
 def test_what_clip_cannot_hold_is_refused_by_name(key, value):
     name = key.rpartition("__")[2]
-    with pytest.raises(ValueError, match=rf"cannot: .*{name}.*Received: config with"):
+    with pytest.raises(ValueError, match=rf"does not: .*{name}.*Received: config with"):
         load_open_clip({}, changed(**{key: value}))
 
 
@@ -244,6 +251,13 @@ def test_what_clip_cannot_hold_is_refused_by_name(key, value):
 def test_preprocessing_that_cannot_be_followed_is_refused(key, value):
     config = {"model_cfg": CONFIG, "preprocess_cfg": {key: value}}
     with pytest.raises(ValueError, match=rf"preprocess_cfg\.{key}.*Received: config"):
+        load_open_clip({}, config)
+
+
+@pytest.mark.any_backend
+def test_texts_can_be_pooled_only_at_the_end_token_of_metaclip_2():
+    config = changed(text_cfg__pool_type="eos", text_cfg__eos_id=1)
+    with pytest.raises(ValueError, match=r"text_cfg.eos_id=1.*Received: config with"):
         load_open_clip({}, config)
 
 
@@ -291,7 +305,7 @@ def test_configs_of_open_clip_have_the_shapes_heads_and_activations_of_its_model
     open_clip = pytest.importorskip("open_clip")
     torch = pytest.importorskip("torch")
     configs, refused = held(open_clip.list_models())
-    assert {"ViT-B-32-quickgelu", "ViT-L-14", "ViT-H-14"} <= configs.keys()
+    assert {"ViT-B-32-quickgelu", "ViT-L-14", "ViT-H-14-worldwide"} <= configs.keys()
     for name, config in configs.items():
         with torch.device("meta"):
             model = open_clip_model(config)
@@ -299,7 +313,7 @@ def test_configs_of_open_clip_have_the_shapes_heads_and_activations_of_its_model
         layers = (architecture.sizes[f"{x}_layers"] for x in ("image", "text"))
         found = {
             entry.name: tuple(_size(axis, architecture.sizes) for axis in entry.shape)
-            for entry in entries(OPEN_CLIP, *layers)
+            for entry in entries(NAMES[architecture.kind], *layers)
         }
         shapes = {key: tuple(x.shape) for key, x in model.state_dict().items()}
         assert found == shapes, name
@@ -310,8 +324,9 @@ def test_configs_of_open_clip_have_the_shapes_heads_and_activations_of_its_model
         expected = {"GELU": "gelu", "QuickGELU": "quick_gelu"}[activation]
         assert architecture.activation == expected, name
         assert model.visual.pool_type == "tok", name
-        assert model.text_pool_type == "argmax", name
-    assert all(" cannot: " in reason for reason in refused.values())
+        pooled = {"argmax": "clip", "eos": "metaclip_2"}[model.text_pool_type]
+        assert architecture.kind == pooled, name
+    assert all(" does not: " in reason for reason in refused.values())
 
 
 def _size(axis, sizes):
@@ -368,6 +383,23 @@ def test_a_saved_model_comes_back_as_it_was(tmp_path, suffix):
     assert_same_embeddings(back, reference)
 
 
+def test_metaclip_2_comes_and_goes(tmp_path):
+    config = changed(text_cfg__pool_type="eos", text_cfg__eos_id=2)
+    reference = randomize(open_clip_model(config))
+    model = load_open_clip(reference.state_dict(), config)
+    assert isinstance(model.backbone, keras_hub.models.MetaCLIP2Backbone)
+    assert_same_embeddings(model, reference)
+    save_open_clip(model, tmp_path / "clip.safetensors")
+    back = load_open_clip(tmp_path / "clip.safetensors")
+    assert_same_embeddings(back, reference)
+    again = open_clip_model(read_config(tmp_path / "open_clip_config.json")[0])
+    expected, found = reference.state_dict(), open_clip_state_dict(back)
+    assert again.text_pool_type == "eos"
+    assert again.state_dict().keys() == found.keys() == expected.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, expected[name].numpy(), err_msg=name)
+
+
 @pytest.mark.any_backend
 def test_open_clip_makes_the_same_model_of_what_is_saved(tmp_path):
     open_clip = pytest.importorskip("open_clip")
@@ -421,7 +453,7 @@ def test_a_config_beside_is_kept_if_it_is_of_the_same_model(tmp_path):
 def test_open_clip_computes_the_hidden_width_from_the_ratio_written(width, hidden):
     sizes = {"image_width": width, "image_hidden": hidden}
     sizes = {**architecture_of(CONFIG, {}, "").sizes, **sizes}
-    architecture = Architecture(sizes, (1, 4), "gelu", 16)
+    architecture = Architecture("clip", sizes, (1, 4), "gelu", 16)
     found = config_of(architecture, None)["model_cfg"]["vision_cfg"]
     assert int(found["width"] * found["mlp_ratio"]) == hidden
 

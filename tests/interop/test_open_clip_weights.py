@@ -285,7 +285,9 @@ def test_the_temperature_is_kept():
 
 @pytest.mark.any_backend
 def test_other_models_are_refused():
-    with pytest.raises(ValueError, match=r"CLIPBackbone.*Received: model=.*Sequential"):
+    with pytest.raises(
+        ValueError, match=r"MetaCLIP2Backbone.*Received: model=.*Sequential"
+    ):
         open_clip_state_dict(keras.Sequential())
 
 
