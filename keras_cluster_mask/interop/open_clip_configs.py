@@ -268,7 +268,7 @@ def read_json(argument: str, path: str | os.PathLike) -> Any:
     path = pathlib.Path(path).expanduser()
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(
             f"`{argument}` must be a file that exists. "
             f"Received: {argument}={str(path)!r}"

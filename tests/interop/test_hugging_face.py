@@ -2,6 +2,7 @@
 
 import json
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -242,6 +243,19 @@ def test_the_model_takes_the_options_of_from_backbone(folder):
     assert isinstance(model.masking, kcm.ClusterMasking)
     assert model.pixel_mean == [0.1, 0.2, 0.3]
     assert model.head.loss == "sigmoid"
+
+
+@pytest.mark.parametrize("make", [clip, metaclip_2, siglip])
+def test_a_model_saved_by_keras_computes_what_it_did(tmp_path, make):
+    reference = make()
+    reference.save_pretrained(tmp_path)
+    model = load_hugging_face(tmp_path, pixel_mean=(0.1, 0.2, 0.3))
+    model.save(tmp_path / "model.keras")
+    back = keras.saving.load_model(tmp_path / "model.keras")
+    assert back.pixel_mean == [0.1, 0.2, 0.3]
+    assert_same_embeddings(back, reference)
+    for ours, theirs in zip(back.head.loss_weights, model.head.loss_weights):
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours, theirs)))
 
 
 # === Pixels ===

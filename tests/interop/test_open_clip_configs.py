@@ -185,6 +185,8 @@ def test_what_is_no_config_is_refused(config, message):
 def test_a_file_that_is_no_config_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`config`.*Received: config=.*none"):
         load_open_clip({}, tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match="`config` must be a file"):
+        load_open_clip({}, tmp_path)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"`config`.*JSON.*Received: config=.*bad"):
         load_open_clip({}, tmp_path / "bad.json")
