@@ -279,11 +279,15 @@ python -m keras_cluster_mask.interop.clip_benchmark eval --model my_clip \\
 ```
 
 Weights of open_clip are evaluated in the same way, and your own weights can be saved for
-open_clip:
+open_clip. The folder of a downloaded model holds its `open_clip_config.json`, which says
+what the weights do not. Weights alone need the name of the config:
 
 ```
-backbone = kcm.interop.load_open_clip("open_clip_pytorch_model.safetensors")
-model = kcm.ContrastiveModel.from_backbone(backbone)
-kcm.interop.save_open_clip(model, "mine.safetensors")
+model = kcm.interop.load_open_clip("CLIP-ViT-B-32-DataComp.XL-s13B-b90K")
+model = kcm.interop.load_open_clip("epoch_32.pt", "ViT-B-32")
+kcm.interop.save_open_clip(model, "mine/open_clip_model.safetensors")
 ```
+
+CLIP, MetaCLIP 2 and SigLIP of Hugging Face's transformers are loaded by
+`kcm.interop.load_hugging_face(folder)`.
 """

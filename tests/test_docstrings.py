@@ -18,6 +18,7 @@ NEED_FILES = {
     "keras_cluster_mask.data.check.check",
     "keras_cluster_mask.data.convert.convert",
     "keras_cluster_mask.data.shards.list_shards",
+    "keras_cluster_mask.interop.hugging_face.load_hugging_face",
 }
 # Their examples compute with Keras; those of other modules run once.
 BY_BACKEND = tuple(

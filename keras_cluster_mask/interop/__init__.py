@@ -2,6 +2,7 @@
 
 import importlib
 
+from keras_cluster_mask.interop.hugging_face import load_hugging_face
 from keras_cluster_mask.interop.open_clip_weights import (
     load_open_clip,
     open_clip_state_dict,
@@ -10,6 +11,7 @@ from keras_cluster_mask.interop.open_clip_weights import (
 
 __all__ = [
     "clip_benchmark",
+    "load_hugging_face",
     "load_open_clip",
     "open_clip_state_dict",
     "save_open_clip",

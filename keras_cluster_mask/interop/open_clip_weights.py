@@ -1,37 +1,80 @@
 """CLIP models from and to weights of open_clip."""
 
+import json
 import math
 import os
+import pathlib
+import warnings
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.interop.state_dicts import entries, match, read_state_dict
-from keras_cluster_mask.interop.weight_files import write_weights
-from keras_cluster_mask.models.encoders import write_text_epsilon
-from keras_cluster_mask.models.sizes import make_clip
+from keras_cluster_mask.interop.architectures import (
+    ACTIVATIONS,
+    Architecture,
+    architecture_of_model,
+    is_positive,
+    kind_of,
+)
+from keras_cluster_mask.interop.open_clip_configs import (
+    CONFIG_FILE,
+    architecture_of,
+    config_of,
+    read_config,
+)
+from keras_cluster_mask.interop.state_dicts import (
+    as_float32,
+    entries,
+    match,
+    read_state_dict,
+)
+from keras_cluster_mask.interop.tensor_names import OPEN_CLIP, OPEN_METACLIP_2
+from keras_cluster_mask.interop.weight_files import (
+    find_weights,
+    read_metadata,
+    write_text,
+    write_weights,
+)
+from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.models import ContrastiveModel
+
+NAMES = {"clip": OPEN_CLIP, "metaclip_2": OPEN_METACLIP_2}
+
+# The files that open_clip writes into a folder.
+WEIGHT_FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+
+# Under which a file of safetensors holds its config.
+METADATA = "open_clip_config"
 
 # Heads of open_clip's transformers are 64 wide, except for image towers wider than 1024
 # (ViT-H, ViT-g, ViT-bigG, ViT-e), which have 16 heads all the same.
 HEAD_WIDTH, MAX_IMAGE_HEADS = 64, 16
 
-# Of all normalisations. keras_hub has 1e-6 in the last one of the text tower.
-EPSILON = 1e-5
-
 
 def load_open_clip(
     source: Any,
-    activation: str = "gelu",
+    config: Any = None,
+    *,
+    activation: str | None = None,
     num_heads: int | tuple[int, int] | None = None,
     dtype: Any = None,
-) -> Any:
+    masking: PatchMasking | None = None,
+    **kwargs: Any,
+) -> ContrastiveModel:
     """Loads a CLIP model from the weights of an open_clip checkpoint.
 
-    Widths, depths, patch size, image size, context length and vocabulary follow from
-    the shapes of the tensors. Everything else is that of open_clip's plain `ViT-*`
-    models: pooling at the class token and at the end-of-text token (the highest id), a
-    causal text tower, epsilons of 1e-5. Weights of half precision become float32.
+    Weights alone do not say how they are used: attention heads, activation, pooling and
+    the mean and deviation of pixels are in the model's config. What keras_hub's
+    `CLIPBackbone` and `MetaCLIP2Backbone` cannot compute is refused with the reason. Of
+    the 144 configs of open_clip 3.3.0, 36 are loaded: the plain `ViT-*` models, and 5
+    of the 7 of MetaCLIP 2 (`*-worldwide*`). The others have towers of timm or
+    transformers, are ResNets or CoCa, or are ViTs with average pooling (CLIPA), with
+    layer scales, or with another end token (`ViT-L-14-worldwide*`). Weights of half
+    precision become float32.
+
+    A config says how images are resized, too. That is for the data to follow: a warning
+    says so if it is not a center crop.
 
     keras_hub cannot save the epsilon of the text tower's last normalisation. A saved
     `ContrastiveModel` keeps it. A backbone or a tower that is saved by itself is loaded
@@ -42,79 +85,95 @@ def load_open_clip(
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
     kcm.interop.save_open_clip(backbone, "clip.safetensors")
-    backbone = kcm.interop.load_open_clip("clip.safetensors", num_heads=3)
-    model = kcm.ContrastiveModel.from_backbone(backbone)
+    model = kcm.interop.load_open_clip("clip.safetensors")
+    model.backbone.vision_encoder.num_heads  # 3
     ```
 
     Args:
         source: Path of a checkpoint, `.safetensors` (read without torch), `.pt`, `.pth`
-            or `.bin`; or a state dict, a dictionary from name to array or tensor. Both
-            may hold the state dict under `"state_dict"`, as open_clip's training
-            writes it, with the prefixes of `DistributedDataParallel` (`module.`) or of
-            `CustomTextCLIP` (`text.`).
-        activation: `"gelu"`; `"quick_gelu"` for OpenAI's weights and all others of
-            open_clip's models named `-quickgelu`. A checkpoint does not say which, and
-            the wrong one gives somewhat worse embeddings.
-        num_heads: Integer, or a pair for the image and the text tower. Defaults to
-            those of open_clip's models of the same widths: one for every 64 features,
-            and 16 in image towers wider than 1024.
+            or `.bin`; or of a folder with `open_clip_model.safetensors` or
+            `open_clip_pytorch_model.bin`; or a state dict, a dictionary from name to
+            array or tensor. Files and dictionaries may hold the state dict under
+            `"state_dict"`, as open_clip's training writes it, with the prefixes of
+            `DistributedDataParallel` (`module.`) or of `CustomTextCLIP` (`text.`).
+        config: The name of a config of the installed open_clip
+            (`"ViT-B-32-quickgelu"`), the path of an `open_clip_config.json`, or such a
+            dictionary. Defaults to the config in the file, as `save_open_clip` writes
+            it, or to the `open_clip_config.json` beside it. A named config says nothing
+            of pixels: pass `pixel_mean` and `pixel_std` for weights that were not
+            trained with CLIP's. OpenAI's weights need the names in `-quickgelu`.
+        activation: `"gelu"` or `"quick_gelu"`. Only, and required, without any config.
+        num_heads: Integer, or a pair for the image and the text tower. Only without any
+            config. Defaults to one for every 64 features, and to 16 in image towers
+            wider than 1024, as in open_clip's own models.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
+        masking: A `PatchMasking` layer, or `None`.
+        **kwargs: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
+            `pixel_mean` and `pixel_std` default to the config's. `loss` defaults to
+            `"sigmoid"` for weights with a `logit_bias`, which is loaded;
+            `loss="softmax"` leaves it out.
 
     Returns:
-        A `keras_hub.models.CLIPBackbone`.
+        A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`, or a
+        `MetaCLIP2Backbone` if the config pools texts at the id of the end token.
 
     Raises:
-        ValueError: If the file cannot be read or holds Python code; or if it holds
-            another model, with a list of all entries that are missing, unexpected (such
-            as the `logit_bias` of a sigmoid loss, which a `CLIPBackbone` lacks), of a
-            wrong shape, or not finite.
-        FileNotFoundError: If the file does not exist.
-        ImportError: If a file other than `.safetensors` is read without torch.
+        ValueError: If the file cannot be read or holds Python code; if the config
+            describes a model that keras_hub cannot hold; or if the weights are
+            of another model, with a list of all entries that are missing, unexpected,
+            of a wrong shape, or not finite.
+        FileNotFoundError: If a file does not exist.
+        ImportError: If a file other than `.safetensors` is read without torch; or if a
+            config is named without open_clip.
 
     Reference:
         - [open_clip](https://github.com/mlfoundations/open_clip), `CLIP` in `model.py`.
     """
-    if activation not in ("gelu", "quick_gelu"):
+    source = find_weights(source, WEIGHT_FILES)
+    config = _config_of_file(source) if config is None else config
+    architecture, needs_bias = None, False
+    if config is not None:
+        config, preprocessing, label = read_config(config)
+        _check_only_without_config(label, activation, num_heads)
+        architecture = architecture_of(config, preprocessing, label)
+        needs_bias = config.get("init_logit_bias") is not None
+        _warn_of_resizing(preprocessing)
+    elif activation not in ACTIVATIONS:
         raise ValueError(
-            "`activation` must be 'gelu' or 'quick_gelu'. "
-            f"Received: activation={activation!r}"
+            "`activation` must be 'gelu', or 'quick_gelu' for OpenAI's weights and all "
+            "others of models in '-quickgelu'; or pass `config`, which says which. "
+            f"Weights do not. Received: activation={activation!r}, config=None"
         )
-    found, sizes = match(*read_state_dict(source))
-    side = math.isqrt(sizes["positions"] - 1)
-    if side**2 + 1 != sizes["positions"]:
-        raise ValueError(
-            "`source` must be for square images: `visual.positional_embedding` holds "
-            "one position for the class token and a square number for patches. "
-            f"Received: {sizes['positions']} positions"
-        )
-    heads = _heads(num_heads, sizes["image_width"], sizes["text_width"])
-    towers = {
-        tower: [sizes[f"{tower}_{x}"] for x in ("width", "layers")]
-        + [number, sizes[f"{tower}_hidden"]]
-        for tower, number in zip(("image", "text"), heads)
-    }
-    backbone = make_clip(
-        {**towers, "patch": sizes["patch"], "projection": sizes["projection"]},
-        image_size=side * sizes["patch"],
-        vocabulary_size=sizes["vocabulary"],
-        context_length=sizes["context"],
-        activation=activation,
-        dtype=dtype,
-    )
-    write_text_epsilon(backbone, EPSILON)
+    state, label = read_state_dict(source, OPEN_CLIP)
+    bias = _pop_bias(state, needs_bias, label)
+    if architecture is None:
+        found, sizes = match(state, label, OPEN_CLIP)
+        architecture = _guess(sizes, activation, num_heads)
+    else:
+        found, _ = match(state, label, NAMES[architecture.kind], architecture.sizes)
+    backbone = architecture.make(dtype)
     for entry, array in found:
         entry.write(backbone, array)
-    return backbone
+    options = {
+        "loss": "softmax" if bias is None else "sigmoid",
+        "pixel_mean": architecture.pixel_mean,
+        "pixel_std": architecture.pixel_std,
+        **kwargs,
+    }
+    model = ContrastiveModel.from_backbone(backbone, masking=masking, **options)
+    is_given = options.get("initial_logit_bias") is not None
+    if bias is not None and model.head.logit_bias is not None and not is_given:
+        model.head.logit_bias.assign(bias)
+    return model
 
 
 def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
     """Returns the weights of a CLIP model under open_clip's names.
 
     Convert the arrays to tensors for `load_state_dict` of a model of open_clip. A state
-    dict holds neither heads nor activation, so that model must have the same: heads of
-    width 64, unless its config says otherwise, and `quick_gelu=True` for a backbone
-    with `"quick_gelu"`. All its epsilons are 1e-5; in a backbone that is not from
-    `load_open_clip` the text tower's last one is 1e-6.
+    dict holds neither heads nor activation, which `save_open_clip` writes too. All
+    epsilons of open_clip are 1e-5; in a backbone that is not from `load_open_clip` the
+    text tower's last one is 1e-6.
 
     Example:
 
@@ -125,9 +184,9 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
     ```
 
     Args:
-        model: A `keras_hub.models.CLIPBackbone`, or a `ContrastiveModel` made of one by
-            `from_clip`. The bias of its sigmoid loss, if it has one, becomes
-            `logit_bias`, which open_clip knows too (`init_logit_bias`).
+        model: A `keras_hub.models.CLIPBackbone` or `MetaCLIP2Backbone`, or a
+            `ContrastiveModel` of one. The bias of its sigmoid loss, if it has one,
+            becomes `logit_bias`, which open_clip knows too (`init_logit_bias`).
 
     Returns:
         A dictionary from name to float32 NumPy array, a copy of the weight.
@@ -140,10 +199,12 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
     import keras_hub
 
     backbone = getattr(model, "backbone", model)
-    if not isinstance(backbone, keras_hub.models.CLIPBackbone):
+    kinds = keras_hub.models.CLIPBackbone, keras_hub.models.MetaCLIP2Backbone
+    if not isinstance(backbone, kinds):
         raise ValueError(
-            "`model` must be a keras_hub CLIPBackbone, or a ContrastiveModel made by "
-            f"`from_clip`. Received: model={model} of type {type(model).__name__}"
+            "`model` must be a keras_hub CLIPBackbone or MetaCLIP2Backbone, or a "
+            f"ContrastiveModel of one. Received: model={model} of type "
+            f"{type(model).__name__}"
         )
     ids = ops.convert_to_numpy(backbone.vision_encoder.embedding.position_ids)[0]
     if not np.array_equal(ids, np.arange(len(ids))):
@@ -154,7 +215,7 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
             f"Received: position ids {ids[:4].tolist()} and so on"
         )
     towers = backbone.vision_encoder, backbone.text_encoder
-    table = entries(*(tower.num_layers for tower in towers))
+    table = entries(NAMES[kind_of(backbone)], *(tower.num_layers for tower in towers))
     weights = {entry.name: entry.read(backbone) for entry in table}
     head = getattr(model, "head", None)
     if head is not None and head.logit_bias is not None:
@@ -164,35 +225,144 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
 
 
 def save_open_clip(model: Any, path: str | os.PathLike) -> None:
-    """Writes the weights of a CLIP model to a file that open_clip reads.
+    """Writes the weights of a CLIP model and its config to files that open_clip reads.
 
-    The file is written under a temporary name and renamed once it is complete. See
-    `open_clip_state_dict` for what a state dict does not hold.
+    The config has what weights do not say: attention heads, activation, and the mean
+    and deviation of pixels. It is written into a file of safetensors, and for open_clip
+    into `open_clip_config.json` beside it. The file of weights is written under a
+    temporary name and renamed once it is complete.
 
     Example:
 
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    kcm.interop.save_open_clip(backbone, "clip.safetensors")
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    kcm.interop.save_open_clip(model, "clip/open_clip_model.safetensors")
     ```
 
-    A model of a size that open_clip has a config for is then loaded there with, for
-    example, `open_clip.create_model("ViT-B-16", pretrained="clip.safetensors")`.
+    open_clip then loads the folder: `open_clip.create_model("local-dir:clip")`.
 
     Args:
-        model: What `open_clip_state_dict` takes.
+        model: What `open_clip_state_dict` takes. A backbone by itself has the mean and
+            deviation of CLIP.
         path: str or path that ends in `.safetensors` (written without torch), or in
             `.pt`, `.pth` or `.bin`.
 
     Raises:
-        ValueError: For another model or another file extension.
+        ValueError: For another model or another file extension; or if the folder holds
+            the config of another model.
         ImportError: If a file other than `.safetensors` is written without torch.
     """
-    write_weights(path, open_clip_state_dict(model))
+    weights = open_clip_state_dict(model)
+    bias = weights.get("logit_bias")
+    config = config_of(
+        architecture_of_model(model), None if bias is None else float(bias)
+    )
+    path = pathlib.Path(path).expanduser()
+    beside = path.with_name(CONFIG_FILE)
+    is_new = not beside.exists()
+    if not is_new:
+        _check_same(beside, config)
+    text = json.dumps(config, indent=2)
+    write_weights(path, weights, {"format": "pt", METADATA: text})
+    if is_new:
+        write_text(beside, text)
+
+
+def _config_of_file(source):
+    """What `config` is of a file that says so itself, or `None`."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    text = read_metadata(source).get(METADATA)
+    if text is not None:
+        return json.loads(text)
+    beside = pathlib.Path(source).expanduser().with_name(CONFIG_FILE)
+    return beside if beside.is_file() else None
+
+
+def _check_only_without_config(label, activation, num_heads):
+    for name, value in (("activation", activation), ("num_heads", num_heads)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is only for weights without a config. It follows from the "
+                "config, which is in the file, beside it or in `config`; pass a "
+                f"changed one as `config`. Received: {name}={value!r}, with {label}"
+            )
+
+
+def _warn_of_resizing(preprocessing):
+    mode = preprocessing.get("resize_mode") or "shortest"
+    if mode != "shortest":
+        remedy = "Pass resize='squash' to `image_text_dataset`."
+        if mode != "squash":
+            remedy = "`image_text_dataset` cannot do that."
+        warnings.warn(
+            f"The model was trained on images resized by {mode!r}, not by a center "
+            f"crop. {remedy}",
+            stacklevel=3,
+        )
+
+
+def _pop_bias(state, is_needed, label):
+    """Takes the bias of a sigmoid loss out of a state dict, which may have none."""
+    bias = state.pop("logit_bias", None)
+    if bias is None:
+        if is_needed:
+            raise ValueError(
+                "`source` must hold the `logit_bias` of the sigmoid loss, as "
+                f"`init_logit_bias` in the config says. Received: {label}"
+            )
+        return None
+    bias = as_float32(bias)
+    if bias.shape != () or not np.isfinite(bias):
+        raise ValueError(
+            "`source` must hold one finite number as `logit_bias`. "
+            f"Received: {label}, with logit_bias={bias}"
+        )
+    return bias
+
+
+def _guess(sizes, activation, num_heads):
+    """The architecture of weights without a config."""
+    side = math.isqrt(sizes["positions"] - 1)
+    if side**2 + 1 != sizes["positions"]:
+        raise ValueError(
+            "`source` must be for square images: `visual.positional_embedding` holds "
+            "one position for the class token and a square number for patches. "
+            f"Received: {sizes['positions']} positions"
+        )
+    heads = _heads(num_heads, sizes["image_width"], sizes["text_width"])
+    return Architecture("clip", sizes, heads, activation, side * sizes["patch"])
+
+
+def _check_same(path, config):
+    """Checks that the config in a folder, which may say more, is of the same model."""
+
+    def essence(config):
+        model, preprocessing, label = read_config(config)
+        has_bias = model.get("init_logit_bias") is not None
+        return architecture_of(model, preprocessing, label), has_bias
+
+    try:
+        is_same = essence(path) == essence(config)
+    except ValueError:
+        is_same = False
+    if not is_same:
+        raise ValueError(
+            f"`path` must not be beside the {CONFIG_FILE} of another model. Save into "
+            "another folder, or delete that file if the weights there are no longer "
+            f"needed. Received: path={str(path.parent)!r}"
+        )
 
 
 def _heads(num_heads, *widths):
     if num_heads is None:
+        if any(width % HEAD_WIDTH for width in widths):
+            raise ValueError(
+                "`num_heads` must be given for towers whose widths are no multiples of "
+                f"{HEAD_WIDTH}; or pass `config`, which says it. "
+                f"Received: num_heads=None, widths {widths}"
+            )
         image, text = (width // HEAD_WIDTH for width in widths)
         num_heads = min(image, MAX_IMAGE_HEADS), text
     pair = num_heads if isinstance(num_heads, (tuple, list)) else (num_heads,) * 2
@@ -206,4 +376,4 @@ def _heads(num_heads, *widths):
 
 
 def _divides(heads, width):
-    return isinstance(heads, int) and heads > 0 and width % heads == 0
+    return is_positive(heads) and width % heads == 0

@@ -1,4 +1,4 @@
-"""State dicts of open_clip's CLIP: which entry is which weight of keras_hub's."""
+"""State dicts: which of their tensors is which weight of a keras_hub backbone."""
 
 import collections
 import dataclasses
@@ -10,97 +10,10 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.interop.tensor_names import TensorNames
 from keras_cluster_mask.interop.weight_files import read_weights
 
-# Name in open_clip, shape there, layout (see `LAYOUTS`), and where keras_hub keeps it.
-CLIP = (
-    # === Image tower ===
-    (
-        "visual.class_embedding",
-        "image_width",
-        "same",
-        "vision_encoder.embedding.class_embedding",
-    ),
-    (
-        "visual.positional_embedding",
-        "positions image_width",
-        "same",
-        "vision_encoder.embedding.position_embedding.embeddings",
-    ),
-    (
-        "visual.conv1.weight",
-        "image_width 3 patch patch",
-        "convolution",
-        "vision_encoder.embedding.patch_embedding.kernel",
-    ),
-    (
-        "visual.ln_pre.weight",
-        "image_width",
-        "same",
-        "vision_encoder.pre_layer_norm.gamma",
-    ),
-    ("visual.ln_pre.bias", "image_width", "same", "vision_encoder.pre_layer_norm.beta"),
-    ("visual.ln_post.weight", "image_width", "same", "vision_encoder.layer_norm.gamma"),
-    ("visual.ln_post.bias", "image_width", "same", "vision_encoder.layer_norm.beta"),
-    ("visual.proj", "image_width projection", "same", "vision_projection.kernel"),
-    # === Text tower ===
-    (
-        "token_embedding.weight",
-        "vocabulary text_width",
-        "same",
-        "text_encoder.embedding.token_embedding.embeddings",
-    ),
-    (
-        "positional_embedding",
-        "context text_width",
-        "same",
-        "text_encoder.embedding.position_embedding.position_embeddings",
-    ),
-    ("ln_final.weight", "text_width", "same", "text_encoder.layer_norm.gamma"),
-    ("ln_final.bias", "text_width", "same", "text_encoder.layer_norm.beta"),
-    ("text_projection", "text_width projection", "same", "text_projection.kernel"),
-    # === Temperature ===
-    ("logit_scale", "", "same", "clip_head.logit_scale"),
-)
-
-# The same for a block; open_clip stacks the weights in braces.
-BLOCK = (
-    ("ln_1.weight", "width", "same", "layer_norm_1.gamma"),
-    ("ln_1.bias", "width", "same", "layer_norm_1.beta"),
-    (
-        "attn.in_proj_weight",
-        "3*width width",
-        "matrix to heads",
-        "attention.{query,key,value}_dense.kernel",
-    ),
-    (
-        "attn.in_proj_bias",
-        "3*width",
-        "bias of heads",
-        "attention.{query,key,value}_dense.bias",
-    ),
-    (
-        "attn.out_proj.weight",
-        "width width",
-        "matrix from heads",
-        "attention.output_dense.kernel",
-    ),
-    ("attn.out_proj.bias", "width", "same", "attention.output_dense.bias"),
-    ("ln_2.weight", "width", "same", "layer_norm_2.gamma"),
-    ("ln_2.bias", "width", "same", "layer_norm_2.beta"),
-    ("mlp.c_fc.weight", "hidden width", "matrix", "dense_1.kernel"),
-    ("mlp.c_fc.bias", "hidden", "same", "dense_1.bias"),
-    ("mlp.c_proj.weight", "width hidden", "matrix", "dense_2.kernel"),
-    ("mlp.c_proj.bias", "width", "same", "dense_2.bias"),
-)
-
-# Tower, the start of its blocks' names in open_clip, and their list in keras_hub.
-BLOCKS = (
-    ("image", "visual.transformer.resblocks.", "vision_encoder.encoder_layers."),
-    ("text", "transformer.resblocks.", "text_encoder.encoder_layers."),
-)
-
-# From a variable of keras_hub to open_clip, and back up to a last `reshape`. Matrices
+# From a variable of keras_hub to a tensor, and back up to a last `reshape`. Matrices
 # are (out, in) in torch and (in, out) in Keras, which cuts either side into heads.
 LAYOUTS = {
     "same": (lambda x: x, lambda x: x),
@@ -114,19 +27,16 @@ LAYOUTS = {
     ),
 }
 
-# What older CLIPs have in their state dict beside weights.
-HARMLESS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of a state dict of open_clip, and what it is in keras_hub.
+    """An entry of a state dict, and what it is in keras_hub.
 
     Attributes:
         name: String, the entry's name.
         shape: tuple of strings, the names of its axes; a number stands for itself.
         layout: Key of `LAYOUTS`.
-        path: String. Where the variable is in a `CLIPBackbone`, or several of them.
+        path: String. Where the variable is in a backbone, or several of them.
     """
 
     name: str
@@ -158,23 +68,27 @@ class Entry:
         return [_find(backbone, before + name + after) for name in names.split(",")]
 
 
-def entries(image_layers: int, text_layers: int) -> list[Entry]:
-    """Lists all entries of a CLIP whose towers have these numbers of blocks."""
-    found = [Entry(name, tuple(shape.split()), *rest) for name, shape, *rest in CLIP]
-    for (tower, start, path), layers in zip(BLOCKS, (image_layers, text_layers)):
-        for i in range(layers):
-            for name, shape, layout, variable in BLOCK:
+def entries(names: TensorNames, image_layers: int, text_layers: int) -> list[Entry]:
+    """Lists all entries of a model whose towers have these numbers of blocks."""
+    found = [
+        Entry(name, tuple(shape.split()), *rest) for name, shape, *rest in names.tensors
+    ]
+    layers_of = {"image": image_layers, "text": text_layers}
+    for tower, start, path in names.towers:
+        for i in range(layers_of[tower]):
+            for name, shape, layout, variable in names.block:
                 axes = re.sub("width|hidden", rf"{tower}_\g<0>", shape).split()
                 name, variable = f"{start}{i}.{name}", f"{path}{i}.{variable}"
                 found.append(Entry(name, tuple(axes), layout, variable))
     return found
 
 
-def read_state_dict(source: Any) -> tuple[dict[str, Any], str]:
-    """The weights of a checkpoint under the names of open_clip's `CLIP`.
+def read_state_dict(source: Any, names: TensorNames) -> tuple[dict[str, Any], str]:
+    """The weights of a checkpoint, without what wraps them.
 
     Args:
-        source: What `load_open_clip` takes.
+        source: Path of a file of weights, or a state dict.
+        names: The names of the library that wrote it.
 
     Returns:
         A tuple of a dictionary from name to array or tensor, and of a description of
@@ -199,46 +113,59 @@ def read_state_dict(source: Any) -> tuple[dict[str, Any], str]:
     # open_clip's `CustomTextCLIP` keeps the same text tower one level deeper.
     if "text.token_embedding.weight" in state:
         state = {name.removeprefix("text."): x for name, x in state.items()}
-    return {k: x for k, x in state.items() if k not in HARMLESS}, label
+    # Some checkpoints hold an array of one element.
+    for name in ("logit_scale", "logit_bias"):
+        if getattr(state.get(name), "shape", None) == (1,):
+            state[name] = state[name][0]
+    return {k: x for k, x in state.items() if k not in names.harmless}, label
 
 
-def match(state: dict[str, Any], label: str) -> tuple[Iterable, dict[str, int]]:
-    """Checks that a state dict is of open_clip's CLIP, and reads its sizes.
+def match(
+    state: dict[str, Any],
+    label: str,
+    names: TensorNames,
+    sizes: Mapping[str, int] | None = None,
+) -> tuple[Iterable, dict[str, int]]:
+    """Checks that a state dict is of a model, and reads its sizes.
 
     Args:
         state: Dictionary from name to array or tensor.
         label: String, a description of the source for errors.
+        names: The names of the library that wrote it.
+        sizes: The sizes that the model's config states, as they are returned. Read off
+            the tensors if there is no config.
 
     Returns:
         A tuple: an iterable of pairs of `Entry` and float32 array, and a dictionary
         of the sizes of their axes, by the names that `Entry.shape` has, and of the
         numbers of blocks.
     """
-    blocks = _count_blocks(state)
+    blocks = _count_blocks(state, names)
     if not all(blocks):
+        examples = ", ".join(f"`{x}0.{names.block[0][0]}`" for _, x, _ in names.towers)
         raise ValueError(
-            "`source` must hold a CLIP of two transformers as open_clip names them "
-            "(`visual.transformer.resblocks.0.ln_1.weight`, "
-            "`transformer.resblocks.0.ln_1.weight`). "
+            f"`source` must hold a {names.model}, of two transformers ({examples}). "
             f"Received: {label}, of {len(state)} entries such as {sorted(state)[:5]}"
         )
-    expected = entries(*blocks)
-    # Some checkpoints hold an array of one element.
-    if getattr(state.get("logit_scale"), "shape", None) == (1,):
-        state = {**state, "logit_scale": state["logit_scale"][0]}
-    sizes = _sizes(expected, state)
+    source_of_sizes = ""
+    if sizes is not None:
+        blocks = sizes["image_layers"], sizes["text_layers"]
+        source_of_sizes = " of its config"
+    expected = entries(names, *blocks)
+    if sizes is None:
+        sizes = _sizes(expected, state)
     unexpected = state.keys() - {entry.name for entry in expected}
     faults = [_fault(entry, state, sizes) for entry in expected]
     faults += [f"unexpected: {n} {_text(_shape(state[n]))}" for n in unexpected]
     faults = sorted(filter(None, faults))
     if faults:
         raise ValueError(
-            f"`source` is no CLIP of open_clip with {blocks[0]} image blocks and "
-            f"{blocks[1]} text blocks. Received: {label}, with\n  "
+            f"`source` is not the {names.model}{source_of_sizes}, with {blocks[0]} "
+            f"image blocks and {blocks[1]} text blocks. Received: {label}, with\n  "
             + "\n  ".join(faults)
         )
     # One at a time, as arrays of half precision double in size.
-    found = ((entry, _float32(state[entry.name])) for entry in expected)
+    found = ((entry, as_float32(state[entry.name])) for entry in expected)
     return found, {**sizes, "image_layers": blocks[0], "text_layers": blocks[1]}
 
 
@@ -250,7 +177,7 @@ def _fault(entry, state, sizes):
     shape = _shape(state[entry.name])
     if not _fits(shape, expected):
         return f"wrong shape: {entry.name} {_text(shape)}, expected {_text(expected)}"
-    if not np.isfinite(_float32(state[entry.name])).all():
+    if not np.isfinite(as_float32(state[entry.name])).all():
         return f"NaN or infinite: {entry.name}"
     return None
 
@@ -294,19 +221,20 @@ def _text(shape):
     return "(" + ", ".join("?" if x is None else str(x) for x in shape) + ")"
 
 
-def _float32(value):
+def as_float32(value) -> np.ndarray:
+    """An array or a tensor of whatever precision as a float32 array."""
     if hasattr(value, "detach"):
         # NumPy can read no tensor of torch on a GPU, or in bfloat16.
         value = value.detach().cpu().float().numpy()
     return np.asarray(value).astype("float32", copy=False)
 
 
-def _count_blocks(names):
-    """Counts the blocks of each tower in the names of a state dict."""
+def _count_blocks(state, names):
+    """Counts the blocks of each tower in a state dict."""
     counts = []
-    for _, start, _ in BLOCKS:
+    for _, start, _ in names.towers:
         pattern = re.compile(re.escape(start) + r"(\d+)\.")
-        counts.append(len({m[1] for m in map(pattern.match, names) if m}))
+        counts.append(len({m[1] for m in map(pattern.match, state) if m}))
     return tuple(counts)
 
 

@@ -30,12 +30,57 @@ def read_weights(path: str | os.PathLike) -> Any:
     return _read_safetensors(path) if path.suffix in SAFETENSORS else _read_torch(path)
 
 
-def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Reads the texts that a file of safetensors holds beside its arrays.
+
+    Args:
+        path: What `read_weights` takes. Other files hold none.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.suffix not in SAFETENSORS or not path.is_file():
+        return {}
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise _unreadable(path, error) from error
+
+
+def find_weights(source: Any, names: tuple[str, ...]) -> Any:
+    """The file of weights in a folder; any other source as it is.
+
+    Args:
+        source: Path of a folder or of a file, or a state dict.
+        names: The names that the file may have, the first found is taken.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    folder = pathlib.Path(source).expanduser()
+    if not folder.is_dir():
+        return source
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"`source` must be a file, or a folder with one of {[*names]}. "
+            f"Received: source={os.fspath(source)!r}"
+        )
+    return found[0]
+
+
+def write_weights(
+    path: str | os.PathLike,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes arrays to a file, which appears only once it is complete.
 
     Args:
         path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`.
         arrays: Dictionary of NumPy arrays.
+        metadata: Dictionary of texts to write beside them, which only files of
+            safetensors can hold.
     """
     path = pathlib.Path(path).expanduser()
     _check_suffix("path", path)
@@ -43,11 +88,17 @@ def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> 
         import safetensors.numpy
 
         with _replacing(path) as file:
-            file.write(safetensors.numpy.save(arrays))
+            file.write(safetensors.numpy.save(arrays, metadata))
         return
     torch = _torch(path)
     with _replacing(path) as file:
         torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, file)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text to a file, which appears only once it is complete."""
+    with _replacing(pathlib.Path(path)) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager

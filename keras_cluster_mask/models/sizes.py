@@ -66,18 +66,30 @@ def clip_backbone(
     )
 
 
-def make_clip(shape, image_size, vocabulary_size, context_length, activation, dtype):
-    """A CLIP model with fresh weights, of a shape as those in `SIZES`."""
+def make_clip(
+    shape,
+    image_size,
+    vocabulary_size,
+    context_length,
+    activation,
+    dtype,
+    family="CLIP",
+):
+    """A CLIP or, as `family`, "MetaCLIP2", of a shape as those in `SIZES`."""
     # Imported here, as keras_hub takes seconds, and other parts do not need it.
     import keras_hub
 
-    vision_encoder = keras_hub.models.CLIPVisionEncoder(
+    vision, text, backbone = (
+        getattr(keras_hub.models, family + part)
+        for part in ("VisionEncoder", "TextEncoder", "Backbone")
+    )
+    vision_encoder = vision(
         patch_size=shape["patch"],
-        image_shape=_image_shape(image_size),
+        image_shape=image_shape(image_size),
         name="vision_encoder",
         **_tower(shape["image"], activation, dtype),
     )
-    text_encoder = keras_hub.models.CLIPTextEncoder(
+    text_encoder = text(
         vocabulary_size=vocabulary_size,
         embedding_dim=shape["text"][0],
         max_sequence_length=context_length,
@@ -85,7 +97,7 @@ def make_clip(shape, image_size, vocabulary_size, context_length, activation, dt
         **_tower(shape["text"], activation, dtype),
     )
     number_positions(vision_encoder.embedding)
-    return keras_hub.models.CLIPBackbone(
+    return backbone(
         vision_encoder=vision_encoder,
         text_encoder=text_encoder,
         projection_dim=shape["projection"],
@@ -120,7 +132,8 @@ def _tower(shape, activation, dtype):
     )
 
 
-def _image_shape(side):
+def image_shape(side):
+    """The shape of square images in the order of axes that Keras is set to."""
     if is_channels_first():
         return (3, side, side)
     return (side, side, 3)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from keras_cluster_mask.interop import load_open_clip
+
 CONTEXT, VOCABULARY = 7, 40
 
 
@@ -46,6 +48,11 @@ def batch(image_size=16, context=CONTEXT, vocabulary=VOCABULARY, rows=3):
     return images, ids
 
 
+def ended_by(ids, end=2, highest=VOCABULARY - 1):
+    """The same texts with another end token, and other words where it stood."""
+    return np.where(ids == highest, end, np.where(ids == end, end + 1, ids))
+
+
 def embeddings(model, images, ids):
     """What a model of open_clip makes of a batch: two L2-normalised arrays."""
     import torch
@@ -56,6 +63,11 @@ def embeddings(model, images, ids):
             model.encode_image(pixels, normalize=True).numpy(),
             model.encode_text(torch.tensor(ids).long(), normalize=True).numpy(),
         )
+
+
+def load(source, activation="gelu", **options):
+    """Loads weights without a config, with heads of 64."""
+    return load_open_clip(source, activation=activation, **options)
 
 
 def arrays(model):

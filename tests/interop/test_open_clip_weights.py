@@ -13,12 +13,19 @@ from keras_cluster_mask.interop import (
     save_open_clip,
 )
 from keras_cluster_mask.interop.state_dicts import entries
+from keras_cluster_mask.interop.tensor_names import OPEN_CLIP
 from keras_cluster_mask.models.sizes import SIZES
-from tests.interop.open_clip_models import arrays, batch, embeddings, randomize, tiny
+from tests.interop.open_clip_models import (
+    arrays,
+    batch,
+    embeddings,
+    load,
+    randomize,
+    tiny,
+)
 
 
-def our_embeddings(backbone, images, ids):
-    model = kcm.ContrastiveModel.from_backbone(backbone)
+def our_embeddings(model, images, ids):
     found = model.predict({"images": images, "token_ids": ids}, verbose=0)
     return found["image_embeddings"], found["text_embeddings"]
 
@@ -37,13 +44,13 @@ def assert_same_weights(actual, expected):
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_embeddings_are_those_of_open_clip(activation):
     reference = tiny(quick_gelu=activation == "quick_gelu")
-    backbone = load_open_clip(reference.state_dict(), activation)
+    model = load(reference.state_dict(), activation)
     images, ids = batch()
     expected = embeddings(reference, images, ids)
-    for ours, theirs in zip(our_embeddings(backbone, images, ids), expected):
+    for ours, theirs in zip(our_embeddings(model, images, ids), expected):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
     other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[activation]
-    wrong = load_open_clip(reference.state_dict(), other)
+    wrong = load(reference.state_dict(), other)
     for ours, theirs in zip(our_embeddings(wrong, images, ids), expected):
         assert np.abs(ours - theirs).max() > 1e-4
 
@@ -64,18 +71,18 @@ def test_epsilons_are_those_of_open_clip():
                 part.weight *= 1e-2
                 part.bias *= 1e-2
     images, ids = batch()
-    backbone = load_open_clip(reference.state_dict())
+    model = load(reference.state_dict())
     _, expected = embeddings(reference, images, ids)
-    _, actual = our_embeddings(backbone, images, ids)
+    _, actual = our_embeddings(model, images, ids)
     np.testing.assert_allclose(actual, expected, atol=2e-5)
-    backbone.text_encoder.layer_norm.epsilon = 1e-6
-    actual = ops.convert_to_numpy(backbone.get_text_embeddings(ids))
+    model.backbone.text_encoder.layer_norm.epsilon = 1e-6
+    actual = ops.convert_to_numpy(model.backbone.get_text_embeddings(ids))
     actual = actual / np.linalg.norm(actual, axis=1, keepdims=True)
     assert np.abs(actual - expected).max() > 1e-3
 
 
 def test_a_saved_model_computes_what_it_did(tmp_path):
-    model = kcm.ContrastiveModel.from_backbone(load_open_clip(tiny().state_dict()))
+    model = load(tiny().state_dict())
     images, ids = batch()
     pair = {"images": images, "token_ids": ids}
     before = model.predict(pair, verbose=0)
@@ -88,10 +95,11 @@ def test_a_saved_model_computes_what_it_did(tmp_path):
 
 
 @pytest.mark.slow
-def test_vit_b_32_is_read_by_its_shapes_and_agrees(draw_nothing):
+def test_vit_b_32_agrees(draw_nothing):
     open_clip = pytest.importorskip("open_clip")
     reference = randomize(open_clip.create_model("ViT-B-32", pretrained=None))
-    backbone = load_open_clip(reference.state_dict())
+    model = load_open_clip(reference.state_dict(), "ViT-B-32")
+    backbone = model.backbone
     size = SIZES["vit_b_32"]
     for tower, key in (
         (backbone.vision_encoder, "image"),
@@ -102,7 +110,7 @@ def test_vit_b_32_is_read_by_its_shapes_and_agrees(draw_nothing):
     assert backbone.vision_encoder.patch_size == size["patch"]
     images, ids = batch(224, 77, 49408, rows=2)
     expected = embeddings(reference, images, ids)
-    for ours, theirs in zip(our_embeddings(backbone, images, ids), expected):
+    for ours, theirs in zip(our_embeddings(model, images, ids), expected):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
 
@@ -112,7 +120,7 @@ def test_open_clip_reads_a_file_as_a_pretrained_model(draw_nothing, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     reference = randomize(open_clip.create_model("ViT-S-32-alt", pretrained=None))
     path = tmp_path / "clip.safetensors"
-    save_open_clip(load_open_clip(reference.state_dict()), path)
+    save_open_clip(load_open_clip(reference.state_dict(), "ViT-S-32-alt"), path)
     found = open_clip.create_model("ViT-S-32-alt", pretrained=str(path))
     assert_same_weights(arrays(found), arrays(reference))
 
@@ -133,7 +141,7 @@ def _zeros(initializer, shape, dtype=None, **kwargs):
 
 @pytest.mark.any_backend
 def test_sizes_are_read_off_the_tensors():
-    backbone = load_open_clip(tiny(mlp_ratio=3.0).state_dict())
+    backbone = load(tiny(mlp_ratio=3.0).state_dict()).backbone
     vision, text = backbone.vision_encoder, backbone.text_encoder
     assert tuple(vision.image_shape) == (16, 16, 3)
     assert (vision.patch_size, vision.hidden_dim, vision.num_layers) == (8, 128, 2)
@@ -149,27 +157,27 @@ def test_images_may_come_channels_first(monkeypatch):
     expected, _ = embeddings(reference, images, ids)
     keras.config.set_image_data_format("channels_first")
     try:
-        backbone = load_open_clip(reference.state_dict())
-        assert tuple(backbone.vision_encoder.image_shape) == (3, 16, 16)
+        model = load(reference.state_dict())
+        assert tuple(model.backbone.vision_encoder.image_shape) == (3, 16, 16)
         if keras.backend.backend() != "tensorflow":  # which has no such convolution
-            actual, _ = our_embeddings(backbone, images.transpose(0, 3, 1, 2), ids)
+            actual, _ = our_embeddings(model, images.transpose(0, 3, 1, 2), ids)
             np.testing.assert_allclose(actual, expected, atol=2e-6)
-        assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
+        assert_same_weights(open_clip_state_dict(model), arrays(reference))
     finally:
         keras.config.set_image_data_format("channels_last")
 
 
 def test_heads_that_are_not_64_wide_are_said():
     reference = tiny(head_width=32)
-    backbone = load_open_clip(reference.state_dict(), num_heads=(4, 1))
+    model = load(reference.state_dict(), num_heads=(4, 1))
     images, ids = batch()
     expected = embeddings(reference, images, ids)
-    for ours, theirs in zip(our_embeddings(backbone, images, ids), expected):
+    for ours, theirs in zip(our_embeddings(model, images, ids), expected):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
-    assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
-    for wrong in (0, 3, 2.0, (4, 1, 1), "two"):
+    assert_same_weights(open_clip_state_dict(model), arrays(reference))
+    for wrong in (0, 3, 2.0, True, (4, 1, 1), "two"):
         with pytest.raises(ValueError, match=r"`num_heads`.*Received: num_heads="):
-            load_open_clip(reference.state_dict(), num_heads=wrong)
+            load(reference.state_dict(), num_heads=wrong)
 
 
 @pytest.mark.any_backend
@@ -192,7 +200,7 @@ def test_heads_are_those_of_every_vit_of_open_clip():
 
 
 def test_the_dtype_policy_is_the_backbones():
-    backbone = load_open_clip(tiny().state_dict(), dtype="mixed_bfloat16")
+    backbone = load(tiny().state_dict(), dtype="mixed_bfloat16").backbone
     assert backbone.vision_encoder.encoder_layers[0].compute_dtype == "bfloat16"
     assert {v.dtype for v in backbone.trainable_variables} == {"float32"}
 
@@ -202,7 +210,7 @@ def test_the_dtype_policy_is_the_backbones():
 
 def test_open_clip_gets_back_every_bit():
     reference = arrays(tiny())
-    assert_same_weights(open_clip_state_dict(load_open_clip(reference)), reference)
+    assert_same_weights(open_clip_state_dict(load(reference)), reference)
 
 
 def test_keras_gets_back_every_bit_and_open_clip_computes_the_same():
@@ -214,14 +222,14 @@ def test_keras_gets_back_every_bit_and_open_clip_computes_the_same():
         noise = rng.normal(size=weight.shape).astype("float32")
         weight.assign(ops.convert_to_numpy(weight) + 0.1 * noise)
     state = open_clip_state_dict(backbone)
-    back = load_open_clip(state, num_heads=3)
+    back = load(state, num_heads=3).backbone
     assert back.get_config() == {**backbone.get_config(), "name": back.name}
     for ours, theirs in zip(backbone.weights, back.weights):
         assert ours.path == theirs.path
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours, theirs)))
 
-    model = pytest.importorskip("open_clip.model")
-    reference = model.CLIP(
+    open_clip_model = pytest.importorskip("open_clip.model")
+    reference = open_clip_model.CLIP(
         96,
         dict(layers=3, width=96, head_width=32, patch_size=8, image_size=16),
         dict(context_length=7, vocab_size=VOCABULARY, width=96, heads=3, layers=1),
@@ -230,21 +238,22 @@ def test_keras_gets_back_every_bit_and_open_clip_computes_the_same():
     reference.load_state_dict(tensors, strict=True)
     images, ids = batch()
     expected = embeddings(reference, images, ids)
-    for ours, theirs in zip(our_embeddings(backbone, images, ids), expected):
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    for ours, theirs in zip(our_embeddings(model, images, ids), expected):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 @pytest.mark.any_backend
 def test_no_weight_of_a_backbone_is_left_out():
     backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
-    table = entries(3, 1)
+    table = entries(OPEN_CLIP, 3, 1)
     covered = [id(v) for entry in table for v in entry._variables(backbone)]
     assert sorted(covered) == sorted(id(v) for v in backbone.trainable_variables)
     assert len({entry.name for entry in table}) == len(table)
 
 
 def test_a_state_dict_does_not_change_with_the_model():
-    backbone = load_open_clip(tiny().state_dict())
+    backbone = load(tiny().state_dict()).backbone
     state = open_clip_state_dict(backbone)
     before = state["visual.proj"].copy()
     backbone.vision_projection.kernel.assign(np.zeros_like(before))
@@ -252,7 +261,7 @@ def test_a_state_dict_does_not_change_with_the_model():
 
 
 def test_a_contrastive_model_gives_its_backbone_and_its_bias():
-    backbone = load_open_clip(tiny().state_dict())
+    backbone = load(tiny().state_dict()).backbone
     model = kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(8))
     assert_same_weights(open_clip_state_dict(model), open_clip_state_dict(backbone))
     model = kcm.ContrastiveModel.from_backbone(backbone, loss="sigmoid")
@@ -264,7 +273,7 @@ def test_a_contrastive_model_gives_its_backbone_and_its_bias():
 @pytest.mark.any_backend
 def test_the_temperature_is_kept():
     reference = tiny()
-    model = kcm.ContrastiveModel.from_backbone(load_open_clip(reference.state_dict()))
+    model = load(reference.state_dict())
     expected = reference.logit_scale.exp().item()
     np.testing.assert_allclose(
         ops.convert_to_numpy(model.head.scale), expected, rtol=1e-6
@@ -276,7 +285,9 @@ def test_the_temperature_is_kept():
 
 @pytest.mark.any_backend
 def test_other_models_are_refused():
-    with pytest.raises(ValueError, match=r"CLIPBackbone.*Received: model=.*Sequential"):
+    with pytest.raises(
+        ValueError, match=r"MetaCLIP2Backbone.*Received: model=.*Sequential"
+    ):
         open_clip_state_dict(keras.Sequential())
 
 
@@ -294,6 +305,76 @@ def test_patches_without_positions_are_refused():
 
 
 @pytest.mark.any_backend
-def test_unknown_activations_are_refused():
-    with pytest.raises(ValueError, match=r"`activation`.*activation='relu'"):
-        load_open_clip({}, activation="relu")
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_without_a_config_the_activation_must_be_given(activation):
+    with pytest.raises(ValueError, match=r"`activation`.*Received: activation="):
+        load_open_clip(tiny().state_dict(), activation=activation)
+
+
+@pytest.mark.any_backend
+def test_without_a_config_heads_that_are_not_64_wide_must_be_given():
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
+    state = open_clip_state_dict(backbone)
+    with pytest.raises(ValueError, match=r"`num_heads`.*Received: num_heads=None"):
+        load_open_clip(state, activation="gelu")
+
+
+# === The bias of a sigmoid loss ===
+
+
+def test_a_sigmoid_model_comes_back_with_its_bias(tmp_path):
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, loss="sigmoid", initial_logit_bias=-3.0
+    )
+    save_open_clip(model, tmp_path / "clip.safetensors")
+    back = load_open_clip(tmp_path / "clip.safetensors")
+    assert back.head.loss == "sigmoid"
+    assert float(ops.convert_to_numpy(back.head.logit_bias)) == -3.0
+    images, ids = batch()
+    for ours, theirs in zip(
+        our_embeddings(back, images, ids), our_embeddings(model, images, ids)
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    pair = {"images": images, "token_ids": ids}
+    for each in (model, back):
+        each.compile(run_eagerly=True)
+    found, expected = (each.evaluate(pair, verbose=0) for each in (back, model))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.any_backend
+def test_open_clips_bias_is_loaded_whatever_its_shape():
+    kind = pytest.importorskip("open_clip.model").CLIP
+    vision = dict(layers=1, width=64, patch_size=8, image_size=16)
+    text = dict(context_length=7, vocab_size=40, width=64, heads=1, layers=1)
+    for nonscalar in (False, True):
+        reference = kind(
+            8, vision, text, init_logit_bias=-7.0, nonscalar_logit_scale=nonscalar
+        )
+        model = load(reference.state_dict())
+        assert float(ops.convert_to_numpy(model.head.logit_bias)) == -7.0
+        model = load(reference.state_dict(), initial_logit_bias=-1.0)
+        assert float(ops.convert_to_numpy(model.head.logit_bias)) == -1.0
+        model = load(reference.state_dict(), loss="softmax")
+        assert model.head.logit_bias is None
+
+
+@pytest.mark.any_backend
+def test_a_bias_must_be_one_finite_number_and_there_if_the_config_says_so():
+    state = arrays(tiny())
+    for bias in (np.float32(np.nan), np.zeros(2, "f4")):
+        with pytest.raises(ValueError, match=r"`logit_bias`. Received: source of"):
+            load({**state, "logit_bias": bias})
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
+    state = open_clip_state_dict(backbone)
+    config = {
+        "embed_dim": 96,
+        "init_logit_bias": -10,
+        "vision_cfg": dict(
+            layers=3, width=96, head_width=32, patch_size=8, image_size=16
+        ),
+        "text_cfg": dict(context_length=7, vocab_size=40, width=96, heads=3, layers=1),
+    }
+    with pytest.raises(ValueError, match=r"`init_logit_bias`.*Received: source of"):
+        load_open_clip(state, config)

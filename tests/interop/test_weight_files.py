@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from keras_cluster_mask.interop import load_open_clip, save_open_clip
+from keras_cluster_mask.interop import save_open_clip
 from keras_cluster_mask.interop.weight_files import read_weights, write_weights
-from tests.interop.open_clip_models import arrays, tiny
+from tests.interop.open_clip_models import arrays, load, tiny
 
 pytestmark = pytest.mark.any_backend
 
@@ -59,7 +59,7 @@ def test_what_was_written_is_read(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_model_goes_through_a_file_bit_for_bit(tmp_path, suffix):
     reference = arrays(tiny())
-    save_open_clip(load_open_clip(reference), tmp_path / f"clip{suffix}")
+    save_open_clip(load(reference), tmp_path / f"clip{suffix}")
     found = read_weights(tmp_path / f"clip{suffix}")
     assert found.keys() == reference.keys()
     for name, array in reference.items():
@@ -74,7 +74,7 @@ def test_checkpoints_of_torch_are_read_with_their_wrapping(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters()).state_dict()
     checkpoint = {"epoch": 1, "name": "a", "state_dict": parallel}
     torch.save({**checkpoint, "optimizer": optimizer}, tmp_path / "epoch_1.pt")
-    backbone = load_open_clip(tmp_path / "epoch_1.pt")
+    backbone = load(tmp_path / "epoch_1.pt").backbone
     expected = model.visual.proj.detach().numpy()
     np.testing.assert_array_equal(backbone.vision_projection.kernel, expected)
 
@@ -106,7 +106,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"a": torch.zeros(3)}, "args": Trap()}, "trap.pt")
     with pytest.raises(ValueError, match=r"can run any code.*If you trust.*'trap.pt'"):
-        load_open_clip("trap.pt")
+        load("trap.pt")
     assert not os.path.exists("sprung")
 
 
@@ -116,7 +116,7 @@ def test_a_torchscript_program_is_refused(tmp_path):
 
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "openai.pt")
     with pytest.raises(ValueError, match=r"TorchScript.*torch\.jit\.load.*openai.pt"):
-        load_open_clip(tmp_path / "openai.pt")
+        load(tmp_path / "openai.pt")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -129,7 +129,7 @@ def test_a_file_that_is_cut_off_is_said_to_be(tmp_path, suffix, share):
     with pytest.raises(
         ValueError, match=r"`source` cannot be read: .*truncated.*weights"
     ):
-        load_open_clip(path)
+        load(path)
 
 
 @pytest.mark.parametrize("content", [b"hello world" * 9, b"\x80\x02}", b"PK\x03\x04"])
@@ -138,18 +138,18 @@ def test_a_file_of_another_kind_cannot_be_read(tmp_path, suffix, content):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"`source` cannot be read: .*another kind"):
-        load_open_clip(path)
+        load(path)
 
 
 def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path):
     for name in ("none.pt", "none.safetensors"):
         with pytest.raises(FileNotFoundError, match=rf"Received: source='.*{name}'"):
-            load_open_clip(tmp_path / name)
+            load(tmp_path / name)
 
 
 def test_other_endings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`source` must end in .*source='a.h5'"):
-        load_open_clip("a.h5")
+        load("a.h5")
     with pytest.raises(ValueError, match=r"`path` must end in .*path='a'"):
         write_weights("a", ARRAYS)
 

@@ -1,0 +1,317 @@
+"""CLIP, MetaCLIP 2 and SigLIP models from weights of Hugging Face's transformers."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from keras_cluster_mask.interop.architectures import (
+    CLIP_EPSILON,
+    METACLIP_2_END_ID,
+    Architecture,
+    is_positive,
+    square,
+)
+from keras_cluster_mask.interop.open_clip_configs import read_json
+from keras_cluster_mask.interop.state_dicts import match, read_state_dict
+from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
+from keras_cluster_mask.interop.weight_files import find_weights
+from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.models import ContrastiveModel
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
+
+# The files that transformers writes into a folder.
+WEIGHT_FILES = "model.safetensors", "pytorch_model.bin"
+CONFIG_FILE = "config.json"
+# Newer versions write the second, which holds the first under "image_processor".
+PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
+
+# Defaults of transformers' configs, which leave out what has its default.
+_BLOCKS = {"num_hidden_layers": 12}
+DEFAULTS = {
+    "clip": {
+        "text_config": {
+            **_BLOCKS,
+            "vocab_size": 49408,
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 77,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "eos_token_id": 49407,
+        },
+        "vision_config": {
+            **_BLOCKS,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "num_channels": 3,
+            "image_size": 224,
+            "patch_size": 32,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        },
+    },
+    "siglip": {
+        "text_config": {
+            **_BLOCKS,
+            "vocab_size": 32000,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 64,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "projection_size": None,
+        },
+        "vision_config": {
+            **_BLOCKS,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "num_channels": 3,
+            "image_size": 224,
+            "patch_size": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "vision_use_head": True,
+        },
+    },
+}
+DEFAULTS["metaclip_2"] = DEFAULTS["clip"]
+NAMES = {"clip": CLIP, "metaclip_2": METACLIP_2, "siglip": SIGLIP}
+EPSILONS = {"clip": CLIP_EPSILON, "metaclip_2": CLIP_EPSILON, "siglip": 1e-6}
+PIXELS = {
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "metaclip_2": (CLIP_MEAN, CLIP_STD),
+    "siglip": (SIGLIP_MEAN, SIGLIP_MEAN),
+}
+
+# Of transformers and of keras_hub.
+_PLAIN = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+ACTIVATIONS = {
+    "clip": _PLAIN,
+    "metaclip_2": _PLAIN,
+    "siglip": {
+        "gelu": "gelu",
+        "gelu_pytorch_tanh": "gelu_approximate",
+        "gelu_new": "gelu_approximate",
+    },
+}
+
+# The id that old configs of CLIP state by mistake; transformers then pools the highest.
+OLD_END_ID = 2
+
+
+def load_hugging_face(
+    source: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    masking: PatchMasking | None = None,
+    **kwargs: Any,
+) -> ContrastiveModel:
+    """Loads a CLIP, MetaCLIP 2 or SigLIP model that transformers has saved.
+
+    Reads the files that `save_pretrained` of `CLIPModel`, `MetaClip2Model` and
+    `SiglipModel` writes, and those of a downloaded model, without transformers. Sizes,
+    attention heads and activation follow from `config.json`, and the mean and deviation
+    of pixels from `preprocessor_config.json` or `processor_config.json`; without either
+    they are those of the kind of model. Other models of transformers are refused, such
+    as `Siglip2Model`, and those that keras_hub's backbones cannot compute. Weights of
+    half precision become float32.
+
+    Resizing is for the data to follow: the images of SigLIP are squashed to a square
+    (`resize="squash"`), those of the others cropped.
+
+    Example:
+
+    ```python
+    model = kcm.interop.load_hugging_face(
+        "clip-vit-base-patch32", masking=kcm.ClusterMasking(patch_size=32)
+    )
+    ```
+
+    Args:
+        source: Path of a folder with `model.safetensors` (read without torch) or
+            `pytorch_model.bin`, and `config.json`; or of the file of weights in such a
+            folder.
+        dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
+        masking: A `PatchMasking` layer, or `None`.
+        **kwargs: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
+
+    Returns:
+        A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`,
+        `MetaCLIP2Backbone` or `SigLIPBackbone`.
+
+    Raises:
+        ValueError: If a file cannot be read or holds Python code; if the config
+            describes another model, with the reasons; or if the weights do not fit it,
+            with a list of all entries that are missing, unexpected, of a wrong shape,
+            or not finite.
+        FileNotFoundError: If a file does not exist.
+        ImportError: If a file other than `.safetensors` is read without torch.
+
+    Reference:
+        - [transformers](https://github.com/huggingface/transformers),
+          `modeling_clip.py`, `modeling_metaclip_2.py` and `modeling_siglip.py`.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            "`source` must be the path of a folder or of a file. "
+            f"Received: source of type {type(source).__name__}"
+        )
+    if not pathlib.Path(source).expanduser().exists():
+        raise FileNotFoundError(
+            "`source` must be a folder or a file that exists. "
+            "`huggingface_hub.snapshot_download` downloads a model by its name. "
+            f"Received: source={os.fspath(source)!r}"
+        )
+    source = find_weights(source, WEIGHT_FILES)
+    folder = pathlib.Path(source).expanduser().parent
+    kind, text, vision, reasons = _read_config(folder)
+    mean, std = _read_pixels(folder, kind, reasons)
+    if reasons:
+        raise ValueError(
+            "`source` must hold a model that keras_hub's backbones can hold, "
+            f"and this one is not: {'; '.join(sorted(reasons))}. "
+            f"Received: source={str(source)!r}"
+        )
+    image_size, patch = square(vision["image_size"]), square(vision["patch_size"])
+    sizes = {
+        "patch": patch,
+        "positions": (image_size // patch) ** 2 + (kind != "siglip"),
+        "vocabulary": text["vocab_size"],
+        "context": text["max_position_embeddings"],
+        "projection": text["projection"],
+    }
+    for name, tower in (("image", vision), ("text", text)):
+        sizes[f"{name}_width"] = tower["hidden_size"]
+        sizes[f"{name}_layers"] = tower["num_hidden_layers"]
+        sizes[f"{name}_hidden"] = tower["intermediate_size"]
+    architecture = Architecture(
+        kind,
+        sizes,
+        heads=(vision["num_attention_heads"], text["num_attention_heads"]),
+        activation=ACTIVATIONS[kind][text["hidden_act"]],
+        image_size=image_size,
+    )
+    names = NAMES[kind]
+    found, _ = match(*read_state_dict(source, names), names, sizes)
+    backbone = architecture.make(dtype)
+    for entry, array in found:
+        entry.write(backbone, array)
+    options = {"pixel_mean": mean, "pixel_std": std, **kwargs}
+    return ContrastiveModel.from_backbone(backbone, masking=masking, **options)
+
+
+def _read_config(folder):
+    """A model's kind, the configs of its two towers, and why it cannot be loaded."""
+    path = folder / CONFIG_FILE
+    config = read_json("source", path)
+    kind = config.get("model_type") if isinstance(config, Mapping) else None
+    if kind not in NAMES:
+        raise ValueError(
+            f"`source` must be a model of transformers whose {CONFIG_FILE} has a "
+            f"`model_type` of {sorted(NAMES)}. `load_open_clip` reads models of "
+            f"open_clip. Received: source={str(path)!r}, with model_type={kind!r}"
+        )
+    text, vision = (_tower(config, kind, name) for name in DEFAULTS[kind])
+    if kind == "siglip":
+        # Nothing projects images.
+        text["projection"] = text["projection_size"] or text["hidden_size"]
+    else:
+        text["projection"] = config.get("projection_dim", 512)
+    reasons = [
+        *_reasons_of_tower(kind, "text_config", text),
+        *_reasons_of_tower(kind, "vision_config", vision),
+    ]
+    if vision["num_channels"] != 3:
+        reasons.append(f"vision_config.num_channels={vision['num_channels']} is not 3")
+    if vision["hidden_act"] != text["hidden_act"]:
+        reasons.append("the towers differ in `hidden_act`")
+    if kind == "clip":
+        end, last = text["eos_token_id"], text["vocab_size"] - 1
+        if end not in (OLD_END_ID, last):
+            reasons.append(
+                f"text_config.eos_token_id={end} is not the highest id, {last}, at "
+                "which keras_hub pools texts"
+            )
+    elif kind == "metaclip_2":
+        end = text["eos_token_id"]
+        if end != METACLIP_2_END_ID:
+            reasons.append(
+                f"text_config.eos_token_id={end} is not {METACLIP_2_END_ID}, the id at "
+                "which keras_hub pools texts"
+            )
+    else:
+        if not vision["vision_use_head"]:
+            reasons.append("vision_config.vision_use_head=False: images are not pooled")
+        if text["projection"] != vision["hidden_size"]:
+            reasons.append(
+                f"text_config.projection_size={text['projection']} is not the width of "
+                f"the image tower, {vision['hidden_size']}"
+            )
+    return kind, text, vision, reasons
+
+
+def _tower(config, kind, name):
+    # Old configs have a second dictionary, which transformers completes with defaults
+    # and then prefers.
+    given = config.get(f"{name}_dict") or config.get(name) or {}
+    return {**DEFAULTS[kind][name], **given}
+
+
+def _reasons_of_tower(kind, name, tower):
+    found = []
+    numbers = ["hidden_size", "intermediate_size", "num_hidden_layers"]
+    numbers += ["num_attention_heads"]
+    if name == "text_config":
+        numbers += ["vocab_size", "max_position_embeddings", "projection"]
+    for key in numbers:
+        if not is_positive(tower[key]):
+            found.append(f"{name}.{key}={tower[key]!r} is no size")
+    if name == "vision_config":
+        for key in ("image_size", "patch_size"):
+            if square(tower[key]) is None:
+                found.append(f"{name}.{key}={tower[key]!r} is no size of a square")
+    if tower["hidden_act"] not in ACTIVATIONS[kind]:
+        found.append(
+            f"{name}.hidden_act={tower['hidden_act']!r} is not one of "
+            f"{[*ACTIVATIONS[kind]]}"
+        )
+    if tower["layer_norm_eps"] != EPSILONS[kind]:
+        found.append(
+            f"{name}.layer_norm_eps={tower['layer_norm_eps']} is not {EPSILONS[kind]}"
+        )
+    if not found and tower["hidden_size"] % tower["num_attention_heads"]:
+        found.append(
+            f"{name}.num_attention_heads={tower['num_attention_heads']} does not "
+            f"divide the width {tower['hidden_size']}"
+        )
+    return found
+
+
+def _read_pixels(folder, kind, reasons):
+    """The mean and deviation of pixels; adds to `reasons` why they cannot be used."""
+    mean, std = PIXELS[kind]
+    paths = [folder / name for name in PREPROCESSING_FILES]
+    path = next(filter(pathlib.Path.is_file, paths), None)
+    if path is None:
+        return mean, std
+    config = read_json("source", path)
+    config = config.get("image_processor", config)
+    if not config.get("do_rescale", True) or not _is_255th(
+        config.get("rescale_factor")
+    ):
+        reasons.append(f"{path.name}: pixels are not divided by 255")
+    if not config.get("do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3
+    found = config.get("image_mean") or mean, config.get("image_std") or std
+    if any(len(values) != 3 for values in found):
+        reasons.append(f"{path.name}: not three numbers of each mean and deviation")
+    return found
+
+
+def _is_255th(factor):
+    return factor is None or abs(255 * factor - 1) < 1e-6

@@ -1,0 +1,390 @@
+"""Model configs of open_clip: read, written, or refused with the reasons."""
+
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from keras_cluster_mask.interop.architectures import (
+    CLIP_EPSILON,
+    METACLIP_2_END_ID,
+    Architecture,
+    is_positive,
+    square,
+)
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
+
+# The name of the file that open_clip keeps beside a model's weights.
+CONFIG_FILE = "open_clip_config.json"
+
+# Defaults of what is read, as in open_clip's `CLIPVisionCfg` and `CLIPTextCfg`.
+READ = {
+    "vision_cfg": {
+        "layers": 12,
+        "width": 768,
+        "head_width": 64,
+        "mlp_ratio": 4.0,
+        "patch_size": 16,
+        "image_size": 224,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 512,
+        "heads": 8,
+        "layers": 12,
+        "mlp_ratio": 4.0,
+    },
+}
+
+# What keras_hub's models are in only one way: the values that mean that way.
+_OFF = (None, False)
+_BLOCK = {
+    "ls_init_value": (None,),
+    "output_tokens": _OFF,
+    "act_kwargs": (None, {}),
+    "norm_kwargs": (None, {}, {"eps": CLIP_EPSILON}),
+    "block_type": (None, "default"),
+    "qk_norm": _OFF,
+    "scaled_cosine_attn": _OFF,
+    "scale_heads": _OFF,
+    "scale_attn_inner": _OFF,
+    "scale_attn": _OFF,
+    "scale_fc": _OFF,
+}
+FIXED = {
+    "vision_cfg": {
+        **_BLOCK,
+        "timm_model_name": (None, ""),
+        "attentional_pool": _OFF,
+        "no_ln_pre": _OFF,
+        "pos_embed_type": ("learnable",),
+        "pool_type": ("tok",),
+    },
+    "text_cfg": {
+        **_BLOCK,
+        "hf_model_name": (None, ""),
+        "embed_cls": _OFF,
+        "no_causal_mask": _OFF,
+        "pool_type": ("argmax", "eos"),
+        "proj_bias": _OFF,
+        "proj_type": ("linear",),
+    },
+}
+
+# Why another value is refused.
+REASONS = {
+    "ls_init_value": "the blocks have layer scales",
+    "act_kwargs": "the activation has arguments of its own",
+    "norm_kwargs": f"the epsilon of the normalisations is not {CLIP_EPSILON}",
+    "timm_model_name": "the image tower is a model of timm",
+    "attentional_pool": "images are pooled by attention",
+    "no_ln_pre": "the image tower has no normalisation before its blocks",
+    "pos_embed_type": "the positions are not learned",
+    "hf_model_name": "the text tower is a model of transformers",
+    "pool_type": "only class tokens of images and end tokens of texts are pooled",
+    "embed_cls": "texts have a class token",
+    "no_causal_mask": "the text tower is not causal",
+    "proj_bias": "the text projection has a bias",
+    "proj_type": "texts are not projected by a matrix",
+    "output_tokens": "the towers return tokens",
+}
+
+# What changes no embedding: training, tokens, and options of parts that are refused.
+IGNORED = {
+    "vision_cfg": (
+        "attn_pooler_heads",
+        "attn_pooler_queries",
+        "final_ln_after_pool",  # the same at a class token
+        "patch_dropout",
+        "timm_drop",
+        "timm_drop_path",
+        "timm_model_pretrained",
+        "timm_pool",
+        "timm_proj",
+        "timm_proj_bias",
+    ),
+    "text_cfg": (
+        "eos_id",
+        "final_ln_after_pool",
+        "hf_model_pretrained",
+        "hf_pooler_type",
+        "hf_proj_type",
+        "hf_tokenizer_name",
+        "pad_id",
+        "tokenizer_kwargs",
+        "tokenizer_mode",
+    ),
+}
+TOP = (
+    "custom_text",
+    "embed_dim",
+    "init_logit_bias",
+    "init_logit_scale",
+    "nonscalar_logit_scale",
+    "quick_gelu",
+    "text_cfg",
+    "vision_cfg",
+)
+# How images are resized is for the data to follow.
+PREPROCESSING = (
+    "fill_color",
+    "interpolation",
+    "mean",
+    "mode",
+    "resize_mode",
+    "size",
+    "std",
+)
+
+
+def read_config(config: Any) -> tuple[dict, dict, str]:
+    """The config of a model, from wherever it is.
+
+    Args:
+        config: The name of a config of open_clip, the path of a `.json` file, or a
+            dictionary, as `load_open_clip` takes it.
+
+    Returns:
+        A tuple: the dictionary of the model, that of the preprocessing, and a
+        description for errors.
+    """
+    if isinstance(config, Mapping):
+        label = f"config with the keys {sorted(map(str, config))}"
+    elif isinstance(config, os.PathLike) or str(config).endswith(".json"):
+        label = f"config={os.fspath(config)!r}"
+        config = read_json("config", config)
+    elif isinstance(config, str):
+        label = f"config={config!r}"
+        config = _read_named(config)
+    else:
+        raise ValueError(
+            "`config` must be the name of a config of open_clip, the path of a .json "
+            f"file, or a dictionary. Received: config={config!r}"
+        )
+    preprocessing = {}
+    if isinstance(config, Mapping) and "model_cfg" in config:
+        preprocessing = config.get("preprocess_cfg") or {}
+        config = config["model_cfg"]
+    keys = "embed_dim", "vision_cfg", "text_cfg"
+    if not isinstance(config, Mapping) or any(key not in config for key in keys):
+        raise ValueError(
+            "`config` must be as open_clip writes it, with `embed_dim`, `vision_cfg` "
+            "and `text_cfg`, or with these under `model_cfg`. `load_hugging_face` "
+            f"reads models of transformers. Received: {label}"
+        )
+    return dict(config), dict(preprocessing), label
+
+
+def architecture_of(model: dict, preprocessing: dict, label: str) -> Architecture:
+    """What a config of open_clip says of a model, if keras_hub can hold it.
+
+    Args:
+        model: The dictionary of the model, as `read_config` returns it.
+        preprocessing: The dictionary of the preprocessing.
+        label: A description of the config for errors.
+
+    Raises:
+        ValueError: With every reason why it cannot.
+    """
+    reasons = _reasons(model, preprocessing)
+    if reasons:
+        raise ValueError(
+            "`config` must describe a CLIP that keras_hub's `CLIPBackbone` or "
+            "`MetaCLIP2Backbone` can hold, and it does not: "
+            f"{'; '.join(reasons)}. Received: {label}"
+        )
+    vision, text = ({**READ[part], **model[part]} for part in READ)
+    image_size, patch = square(vision["image_size"]), square(vision["patch_size"])
+    return Architecture(
+        kind="metaclip_2" if text.get("pool_type") == "eos" else "clip",
+        sizes={
+            "patch": patch,
+            "positions": (image_size // patch) ** 2 + 1,
+            "image_width": vision["width"],
+            "image_layers": vision["layers"],
+            "image_hidden": int(vision["width"] * vision["mlp_ratio"]),
+            "text_width": text["width"],
+            "text_layers": text["layers"],
+            "text_hidden": int(text["width"] * text["mlp_ratio"]),
+            "vocabulary": text["vocab_size"],
+            "context": text["context_length"],
+            "projection": model["embed_dim"],
+        },
+        heads=(vision["width"] // vision["head_width"], text["heads"]),
+        activation="quick_gelu" if model.get("quick_gelu") else "gelu",
+        image_size=image_size,
+        pixel_mean=tuple(preprocessing.get("mean") or CLIP_MEAN),
+        pixel_std=tuple(preprocessing.get("std") or CLIP_STD),
+    )
+
+
+def config_of(architecture: Architecture, logit_bias: float | None) -> dict:
+    """The config that open_clip makes the same model from.
+
+    Args:
+        architecture: An `Architecture`.
+        logit_bias: Float, or `None` for a softmax loss.
+    """
+    sizes, (image_heads, text_heads) = architecture.sizes, architecture.heads
+    model = {
+        "embed_dim": sizes["projection"],
+        "quick_gelu": architecture.activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": architecture.image_size,
+            "layers": sizes["image_layers"],
+            "width": sizes["image_width"],
+            "head_width": sizes["image_width"] // image_heads,
+            "mlp_ratio": _ratio(sizes["image_hidden"], sizes["image_width"]),
+            "patch_size": sizes["patch"],
+        },
+        "text_cfg": {
+            "context_length": sizes["context"],
+            "vocab_size": sizes["vocabulary"],
+            "width": sizes["text_width"],
+            "heads": text_heads,
+            "layers": sizes["text_layers"],
+            "mlp_ratio": _ratio(sizes["text_hidden"], sizes["text_width"]),
+        },
+    }
+    if architecture.kind == "metaclip_2":
+        model["text_cfg"].update(pool_type="eos", eos_id=METACLIP_2_END_ID)
+    if logit_bias is not None:
+        model["init_logit_bias"] = logit_bias
+    return {
+        "model_cfg": model,
+        "preprocess_cfg": {
+            "mean": [*architecture.pixel_mean],
+            "std": [*architecture.pixel_std],
+        },
+    }
+
+
+def read_json(argument: str, path: str | os.PathLike) -> Any:
+    """Reads a JSON file that an argument names."""
+    path = pathlib.Path(path).expanduser()
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(
+            f"`{argument}` must be a file that exists. "
+            f"Received: {argument}={str(path)!r}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"`{argument}` must be a file of JSON ({error}). "
+            f"Received: {argument}={str(path)!r}"
+        ) from error
+
+
+def _read_named(name):
+    # Found without importing it, which takes torch and seconds.
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        raise ImportError(
+            "`config` is the name of a config of open_clip, which needs open_clip "
+            "(`pip install open_clip_torch`). The path of an `open_clip_config.json` "
+            f"does not. Received: config={name!r}"
+        )
+    folder = pathlib.Path(package.submodule_search_locations[0]) / "model_configs"
+    paths = {path.stem: path for path in folder.glob("*.json")}
+    # open_clip writes OpenAI's "ViT-B/32" with a hyphen.
+    stem = name.replace("/", "-")
+    if stem not in paths:
+        near = difflib.get_close_matches(stem, paths, n=5)
+        raise ValueError(
+            "`config` must be the name of a config of the installed open_clip, such as "
+            f"{near or ['ViT-B-32']}, or the path of a .json file. "
+            f"Received: config={name!r}"
+        )
+    return read_json("config", paths[stem])
+
+
+def _reasons(model, preprocessing):
+    """Why a config cannot be followed, one text a reason."""
+    if "multimodal_cfg" in model:
+        return ["`multimodal_cfg`: the model has a text decoder (CoCa)"]
+    found = [f"unknown key `{key}`" for key in model.keys() - {*TOP}]
+    found += [
+        f"unknown key `preprocess_cfg.{key}`"
+        for key in preprocessing.keys() - {*PREPROCESSING}
+    ]
+    if not is_positive(model["embed_dim"]):
+        found.append(f"embed_dim={model['embed_dim']!r} is no width")
+    for part in READ:
+        found += _reasons_of_tower(part, model[part])
+    if not found:
+        found = _reasons_of_images(model["vision_cfg"], preprocessing)
+    return sorted(found)
+
+
+def _reasons_of_tower(part, given):
+    if not isinstance(given, Mapping):
+        return [f"`{part}` is no dictionary"]
+    if isinstance(given.get("layers"), (list, tuple)):
+        return [f"{part}.layers={given['layers']}: the image tower is a ResNet"]
+    known = {*READ[part], *FIXED[part], *IGNORED[part]}
+    found = [f"unknown key `{part}.{key}`" for key in given.keys() - known]
+    for key, allowed in FIXED[part].items():
+        if key in given and given[key] not in allowed:
+            reason = REASONS.get(key, f"only {allowed[-1]!r} is known")
+            found.append(f"{part}.{key}={given[key]!r}: {reason}")
+    end = given.get("eos_id", METACLIP_2_END_ID)
+    if given.get("pool_type") == "eos" and end != METACLIP_2_END_ID:
+        found.append(
+            f"{part}.eos_id={end}: keras_hub's `MetaCLIP2Backbone` pools texts at the "
+            f"id {METACLIP_2_END_ID}"
+        )
+    if found:
+        return found
+    values = {**READ[part], **given}
+    for key in READ[part]:
+        value = values[key]
+        if key == "mlp_ratio":
+            is_right = isinstance(value, (int, float)) and value > 0
+        elif key in ("patch_size", "image_size"):
+            is_right = square(value) is not None
+        else:
+            is_right = is_positive(value)
+        if not is_right:
+            found.append(f"{part}.{key}={value!r} is no size of a square model")
+    if not found:
+        divisor = "head_width" if part == "vision_cfg" else "heads"
+        if values["width"] % values[divisor]:
+            found.append(
+                f"{part}.{divisor}={values[divisor]} does not divide the width "
+                f"{values['width']}"
+            )
+    return found
+
+
+def _reasons_of_images(vision, preprocessing):
+    found = []
+    size, mode = preprocessing.get("size"), preprocessing.get("mode") or "RGB"
+    image_size = square(vision.get("image_size", READ["vision_cfg"]["image_size"]))
+    if size is not None and square(size) != image_size:
+        found.append(f"preprocess_cfg.size={size} is not the image size {image_size}")
+    if mode != "RGB":
+        found.append(f"preprocess_cfg.mode={mode!r}: images must be RGB")
+    for key in ("mean", "std"):
+        if not _are_channels(preprocessing.get(key)):
+            found.append(
+                f"preprocess_cfg.{key}={preprocessing[key]} is no number per channel"
+            )
+    return found
+
+
+def _are_channels(values):
+    if values is None:
+        return True
+    is_list = isinstance(values, (list, tuple)) and len(values) == 3
+    return is_list and all(isinstance(x, (int, float)) for x in values)
+
+
+def _ratio(hidden, width):
+    """The `mlp_ratio` from which open_clip computes `hidden`, which it rounds down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -1,0 +1,391 @@
+"""CLIP and SigLIP of transformers, against its own models."""
+
+import json
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.interop import load_hugging_face
+from tests.interop.open_clip_models import CONTEXT, VOCABULARY, batch, ended_by
+
+TEXT = dict(
+    vocab_size=VOCABULARY,
+    max_position_embeddings=CONTEXT,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+)
+VISION = dict(
+    image_size=16,
+    patch_size=8,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+)
+END = VOCABULARY - 1
+
+
+def clip(text=(), vision=(), **options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPConfig(
+        text_config={**TEXT, "eos_token_id": END, **dict(text)},
+        vision_config={**VISION, **dict(vision)},
+        **{"projection_dim": 24, **options},
+    )
+    return randomized(transformers.CLIPModel(config))
+
+
+def metaclip_2(text=()):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MetaClip2Config(
+        text_config={**TEXT, "eos_token_id": 2, **dict(text)},
+        vision_config=VISION,
+        projection_dim=24,
+    )
+    return randomized(transformers.MetaClip2Model(config))
+
+
+def siglip(text=(), vision=()):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SiglipConfig(
+        text_config={**TEXT, "projection_size": 48, **dict(text)},
+        vision_config={**VISION, **dict(vision)},
+    )
+    return randomized(transformers.SiglipModel(config))
+
+
+def randomized(model):
+    """Moves every weight off where it starts, so that none could be left out."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    return model.eval()
+
+
+def their_embeddings(model, images, ids):
+    import torch
+
+    with torch.no_grad():
+        found = model(
+            pixel_values=torch.tensor(images).permute(0, 3, 1, 2),
+            input_ids=torch.tensor(ids).long(),
+        )
+    return found.image_embeds.numpy(), found.text_embeds.numpy()
+
+
+def assert_same_embeddings(model, reference):
+    images, ids = batch()
+    if reference.config.model_type == "metaclip_2":
+        ids = ended_by(ids)
+    found = model.predict({"images": images, "token_ids": ids}, verbose=0)
+    expected = their_embeddings(reference, images, ids)
+    for ours, theirs in zip(found.values(), expected):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def change_json(path, **changes):
+    """Changes entries of a file of JSON; `a__b` is entry b of dictionary a."""
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        part, _, name = key.rpartition("__")
+        (config[part] if part else config)[name] = value
+    path.write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    clip().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(clip_folder, tmp_path):
+    """A copy of a CLIP's folder, to change."""
+    for path in clip_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+# === Embeddings ===
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_embeddings_of_clip_are_those_of_transformers(tmp_path, activation):
+    act = {"hidden_act": activation}
+    reference = clip(act, act)
+    reference.save_pretrained(tmp_path)
+    model = load_hugging_face(tmp_path)
+    assert isinstance(model.backbone, keras_hub.models.CLIPBackbone)
+    assert_same_embeddings(model, reference)
+    scale = reference.logit_scale.exp().item()
+    np.testing.assert_allclose(ops.convert_to_numpy(model.head.scale), scale, 1e-6)
+
+
+def test_embeddings_of_metaclip_2_are_those_of_transformers(tmp_path):
+    reference = metaclip_2()
+    reference.save_pretrained(tmp_path)
+    model = load_hugging_face(tmp_path)
+    assert isinstance(model.backbone, keras_hub.models.MetaCLIP2Backbone)
+    assert_same_embeddings(model, reference)
+
+
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
+def test_embeddings_of_siglip_are_those_of_transformers(tmp_path, activation):
+    act = {"hidden_act": activation}
+    reference = siglip(act, act)
+    reference.save_pretrained(tmp_path)
+    model = load_hugging_face(tmp_path / "model.safetensors")
+    assert isinstance(model.backbone, keras_hub.models.SigLIPBackbone)
+    assert model.head.loss == "sigmoid"
+    assert_same_embeddings(model, reference)
+    for found, expected in (
+        (model.head.scale, reference.logit_scale.exp().item()),
+        (model.head.logit_bias, reference.logit_bias.item()),
+    ):
+        np.testing.assert_allclose(ops.convert_to_numpy(found), expected, rtol=1e-6)
+
+
+@pytest.mark.any_backend
+def test_epsilons_are_those_of_transformers(tmp_path):
+    import torch
+
+    reference = clip()
+    with torch.no_grad():
+        # So small that an epsilon of 1e-6 in place of 1e-5 would show.
+        for name, weight in reference.text_model.named_parameters():
+            if "norm" not in name:
+                weight *= 1e-2
+    reference.save_pretrained(tmp_path)
+    model = load_hugging_face(tmp_path)
+    images, ids = batch()
+    _, expected = their_embeddings(reference, images, ids)
+    found = ops.convert_to_numpy(model.encode_text(ids))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.any_backend
+def test_weights_of_torch_are_read_too(folder):
+    import safetensors.torch
+    import torch
+
+    path = folder / "model.safetensors"
+    torch.save(safetensors.torch.load_file(path), folder / "pytorch_model.bin")
+    expected = load_hugging_face(folder).get_weights()
+    path.unlink()
+    for ours, theirs in zip(load_hugging_face(folder).get_weights(), expected):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.any_backend
+def test_old_configs_pool_texts_at_the_highest_id(folder):
+    # As OpenAI's own on the Hugging Face hub have it.
+    change_json(folder / "config.json", text_config__eos_token_id=2)
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.CLIPModel.from_pretrained(folder).eval()
+    assert reference.text_model.eos_token_id == 2
+    assert_same_embeddings(load_hugging_face(folder), reference)
+
+
+@pytest.mark.any_backend
+def test_old_configs_have_second_dictionaries_that_win(folder):
+    config = json.loads((folder / "config.json").read_text())
+    change_json(
+        folder / "config.json",
+        text_config_dict=dict(config["text_config"]),
+        vision_config_dict=dict(config["vision_config"]),
+        text_config__hidden_act="gelu",
+        vision_config__hidden_act="gelu",
+    )
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.CLIPModel.from_pretrained(folder).eval()
+    assert_same_embeddings(load_hugging_face(folder), reference)
+
+
+@pytest.mark.any_backend
+def test_what_a_config_leaves_out_has_the_default_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    from keras_cluster_mask.interop.hugging_face import DEFAULTS
+
+    for kind, config in (
+        ("clip", transformers.CLIPConfig()),
+        ("metaclip_2", transformers.MetaClip2Config()),
+        ("siglip", transformers.SiglipConfig()),
+    ):
+        for name, defaults in DEFAULTS[kind].items():
+            theirs = getattr(config, name).to_dict()
+            # `None` is a width that follows from another.
+            theirs = {k: theirs[k] for k in defaults if defaults[k] is not None}
+            assert theirs.items() <= defaults.items()
+        assert getattr(config, "projection_dim", 512) == 512
+
+
+@pytest.mark.any_backend
+def test_the_model_takes_the_options_of_from_backbone(folder):
+    model = load_hugging_face(
+        folder,
+        dtype="mixed_bfloat16",
+        masking=kcm.ClusterMasking(8),
+        pixel_mean=(0.1, 0.2, 0.3),
+        loss="sigmoid",
+    )
+    block = model.backbone.vision_encoder.encoder_layers[0]
+    assert block.compute_dtype == "bfloat16"
+    assert isinstance(model.masking, kcm.ClusterMasking)
+    assert model.pixel_mean == [0.1, 0.2, 0.3]
+    assert model.head.loss == "sigmoid"
+
+
+@pytest.mark.parametrize("make", [clip, metaclip_2, siglip])
+def test_a_model_saved_by_keras_computes_what_it_did(tmp_path, make):
+    reference = make()
+    reference.save_pretrained(tmp_path)
+    model = load_hugging_face(tmp_path, pixel_mean=(0.1, 0.2, 0.3))
+    model.save(tmp_path / "model.keras")
+    back = keras.saving.load_model(tmp_path / "model.keras")
+    assert back.pixel_mean == [0.1, 0.2, 0.3]
+    assert_same_embeddings(back, reference)
+    for ours, theirs in zip(back.head.loss_weights, model.head.loss_weights):
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours, theirs)))
+
+
+# === Pixels ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_pixels_are_normalised_as_the_files_say(folder, name):
+    assert load_hugging_face(folder).pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
+    config = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    if name == "processor_config.json":
+        config = {"image_processor": config}
+    (folder / name).write_text(json.dumps(config))
+    model = load_hugging_face(folder)
+    assert model.pixel_mean == [0.1, 0.2, 0.3]
+    assert model.pixel_std == [0.4, 0.5, 0.6]
+
+
+@pytest.mark.any_backend
+def test_pixels_are_those_of_the_image_processor(folder):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    processor.image_mean = [0.1, 0.2, 0.3]
+    processor.save_pretrained(folder)
+    pixels = np.arange(16 * 16 * 3).reshape(16, 16, 3).astype("uint8")
+    expected = processor(pixels, return_tensors="np")["pixel_values"][0]
+    found = load_hugging_face(folder).normalize_pixels(pixels[None])
+    found = ops.convert_to_numpy(found)[0].transpose(2, 0, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.any_backend
+def test_pixels_that_are_only_scaled_are_not_normalised(folder):
+    config = {"do_normalize": False, "rescale_factor": 1 / 255}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    model = load_hugging_face(folder)
+    assert (model.pixel_mean, model.pixel_std) == ([0.0] * 3, [1.0] * 3)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "config", [{"do_rescale": False}, {"rescale_factor": 1.0}, {"image_mean": [0.5]}]
+)
+def test_preprocessing_that_cannot_be_followed_is_refused(folder, config):
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"preprocessor_config.json.*Received: source"):
+        load_hugging_face(folder)
+
+
+# === Errors ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("text_config__eos_token_id", 5),
+        ("text_config__hidden_act", "gelu"),
+        ("text_config__hidden_act", "relu"),
+        ("text_config__layer_norm_eps", 1e-6),
+        ("vision_config__layer_norm_eps", 1e-6),
+        ("vision_config__num_channels", 1),
+        ("vision_config__image_size", [16, 24]),
+        ("vision_config__num_attention_heads", 5),
+        ("text_config__num_hidden_layers", 0),
+        ("projection_dim", None),
+    ],
+)
+def test_what_clip_cannot_hold_is_refused_by_name(folder, key, value):
+    change_json(folder / "config.json", **{key: value})
+    name = key.rpartition("__")[2].removesuffix("_dim")
+    with pytest.raises(ValueError, match=rf"{name}.*Received: source="):
+        load_hugging_face(folder)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("text", "vision", "name"),
+    [
+        ({"projection_size": 24}, {}, "projection_size"),
+        ({}, {"vision_use_head": False}, "vision_use_head"),
+    ],
+)
+def test_what_siglip_cannot_hold_is_refused_by_name(tmp_path, text, vision, name):
+    siglip(text, vision).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name}.*Received: source="):
+        load_hugging_face(tmp_path)
+
+
+@pytest.mark.any_backend
+def test_other_end_tokens_of_metaclip_2_are_refused(tmp_path):
+    metaclip_2({"eos_token_id": 3}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"eos_token_id=3 is not 2.*Received: source="):
+        load_hugging_face(tmp_path)
+
+
+@pytest.mark.any_backend
+def test_models_of_other_kinds_are_refused(folder):
+    change_json(folder / "config.json", model_type="siglip2")
+    with pytest.raises(ValueError, match=r"`model_type`.*model_type='siglip2'"):
+        load_hugging_face(folder)
+
+
+@pytest.mark.any_backend
+def test_weights_that_do_not_fit_the_config_are_listed(folder):
+    change_json(folder / "config.json", vision_config__intermediate_size=81)
+    with pytest.raises(ValueError, match=r"wrong shape: vision_model.*\(80\).*\(81\)"):
+        load_hugging_face(folder)
+
+
+@pytest.mark.any_backend
+def test_a_state_dict_of_open_clip_is_said_to_be_none(folder):
+    import safetensors.numpy
+
+    path = folder / "model.safetensors"
+    safetensors.numpy.save_file({"visual.proj": np.zeros((3, 3), "f4")}, path)
+    with pytest.raises(ValueError, match=r"CLIPModel of transformers.*Received: sour"):
+        load_hugging_face(folder)
+
+
+@pytest.mark.any_backend
+def test_what_is_not_there_is_said(folder, tmp_path_factory):
+    with pytest.raises(FileNotFoundError, match=r"snapshot_download.*source='none'"):
+        load_hugging_face("none")
+    with pytest.raises(FileNotFoundError, match=r"`source`.*model.safetensors"):
+        load_hugging_face(tmp_path_factory.mktemp("empty"))
+    with pytest.raises(ValueError, match=r"`source`.*Received: source of type dict"):
+        load_hugging_face({})
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"`source`.*config.json"):
+        load_hugging_face(folder)

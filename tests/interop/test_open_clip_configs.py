@@ -1,0 +1,467 @@
+"""Configs of open_clip: followed, or refused for what CLIP cannot hold."""
+
+import copy
+import dataclasses
+import json
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.interop import (
+    load_open_clip,
+    open_clip_state_dict,
+    save_open_clip,
+)
+from keras_cluster_mask.interop.architectures import Architecture
+from keras_cluster_mask.interop.open_clip_configs import (
+    FIXED,
+    IGNORED,
+    READ,
+    architecture_of,
+    config_of,
+    read_config,
+)
+from keras_cluster_mask.interop.open_clip_weights import NAMES
+from keras_cluster_mask.interop.state_dicts import entries
+from tests.interop.open_clip_models import batch, embeddings, ended_by, randomize
+
+CONFIG = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {
+        "layers": 2,
+        "width": 96,
+        "head_width": 24,
+        "patch_size": 8,
+        "image_size": 16,
+        "mlp_ratio": 3.3,
+        "patch_dropout": 0.5,
+    },
+    "text_cfg": {
+        "context_length": 7,
+        "vocab_size": 40,
+        "width": 64,
+        "heads": 4,
+        "layers": 1,
+        "hf_tokenizer_name": "anything",
+    },
+}
+PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "size": [16, 16]}
+
+
+def open_clip_model(config):
+    """A model of open_clip's, as `create_model` makes it."""
+    model = pytest.importorskip("open_clip.model")
+    config = dict(config)
+    kind = model.CustomTextCLIP if config.pop("custom_text", False) else model.CLIP
+    return kind(**config)
+
+
+def changed(**changes):
+    """`CONFIG` with entries of its two towers, or of itself, changed."""
+    config = copy.deepcopy(CONFIG)
+    for key, value in changes.items():
+        part, _, name = key.partition("__")
+        if name:
+            config[part][name] = value
+        else:
+            config[part] = value
+    return config
+
+
+def assert_same_embeddings(model, reference):
+    images, ids = batch()
+    if reference.text_pool_type == "eos":
+        ids = ended_by(ids, reference.text_eos_id)
+    found = model.predict({"images": images, "token_ids": ids}, verbose=0)
+    expected = embeddings(reference, images, ids)
+    for ours, theirs in zip(found.values(), expected):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+# === Where a config comes from ===
+
+
+@pytest.mark.parametrize("where", ["dictionary", "path", "beside", "model only"])
+def test_a_config_says_heads_activation_and_pixels(tmp_path, where):
+    reference = randomize(open_clip_model(CONFIG))
+    source, config = reference.state_dict(), None
+    whole = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
+    if where == "dictionary":
+        config = whole
+    elif where == "path":
+        config = tmp_path / "some.json"
+        config.write_text(json.dumps(whole))
+    elif where == "beside":
+        import torch
+
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(whole))
+        torch.save(source, tmp_path / "open_clip_pytorch_model.bin")
+        source = tmp_path
+    else:
+        config = CONFIG
+    model = load_open_clip(source, config)
+    assert model.backbone.vision_encoder.num_heads == 4
+    assert model.backbone.text_encoder.num_heads == 4
+    if where == "model only":
+        assert model.pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
+    else:
+        assert model.pixel_mean == PREPROCESSING["mean"]
+        assert model.pixel_std == PREPROCESSING["std"]
+    assert_same_embeddings(model, reference)
+
+
+@pytest.mark.any_backend
+def test_a_named_config_is_that_of_the_installed_open_clip():
+    pytest.importorskip("open_clip")
+    for name in ("ViT-B-32-quickgelu", "ViT-L/14"):
+        model, preprocessing, _ = read_config(name)
+        assert preprocessing == {}
+        assert model["vision_cfg"]["layers"] in (12, 24)
+    with pytest.raises(
+        ValueError, match=r"`config`.*ViT-B-32-quickgelu.*config='ViT-B-32-quick'"
+    ):
+        read_config("ViT-B-32-quick")
+
+
+@pytest.mark.any_backend
+def test_a_named_config_needs_open_clip(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install open_clip_torch.*config='ViT"):
+        load_open_clip({}, "ViT-B-32")
+
+
+@pytest.mark.any_backend
+def test_arguments_take_precedence_over_the_config():
+    state = open_clip_model(CONFIG).state_dict()
+    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
+    model = load_open_clip(
+        state, config, masking=kcm.ClusterMasking(8), pixel_mean=(0.1, 0.2, 0.3)
+    )
+    assert model.pixel_mean == [0.1, 0.2, 0.3]
+    assert model.pixel_std == PREPROCESSING["std"]
+    assert isinstance(model.masking, kcm.ClusterMasking)
+    for name, value in (("activation", "gelu"), ("num_heads", 4)):
+        with pytest.raises(ValueError, match=rf"`{name}`.*Received: {name}="):
+            load_open_clip(state, config, **{name: value})
+
+
+@pytest.mark.any_backend
+def test_weights_of_another_config_are_refused():
+    state = open_clip_model(CONFIG).state_dict()
+    with pytest.raises(ValueError, match=r"of its config(.|\n)*wrong shape: visual"):
+        load_open_clip(state, changed(vision_cfg__image_size=24))
+    with pytest.raises(ValueError, match=r"missing: transformer.resblocks.1"):
+        load_open_clip(state, changed(text_cfg__layers=2))
+
+
+@pytest.mark.any_backend
+def test_a_warning_says_that_images_are_not_cropped():
+    state = open_clip_model(CONFIG).state_dict()
+    config = {"model_cfg": CONFIG, "preprocess_cfg": {"resize_mode": "squash"}}
+    with pytest.warns(UserWarning, match="resize='squash'"):
+        load_open_clip(state, config)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (3, "`config` must be the name"),
+        ({}, "`embed_dim`"),
+        ({"text_config": {}, "vision_config": {}}, "`load_hugging_face`"),
+        ({"model_cfg": None}, "`embed_dim`"),
+    ],
+)
+def test_what_is_no_config_is_refused(config, message):
+    with pytest.raises(ValueError, match=rf"{message}.*Received: config"):
+        load_open_clip({}, config)
+
+
+@pytest.mark.any_backend
+def test_a_file_that_is_no_config_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`config`.*Received: config=.*none"):
+        load_open_clip({}, tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match="`config` must be a file"):
+        load_open_clip({}, tmp_path)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match=r"`config`.*JSON.*Received: config=.*bad"):
+        load_open_clip({}, tmp_path / "bad.json")
+
+
+# === What CLIP cannot hold ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vision_cfg__timm_model_name", "vit_base_patch16_siglip_256"),
+        ("vision_cfg__layers", [3, 4, 6, 3]),
+        ("vision_cfg__attentional_pool", True),
+        ("vision_cfg__attentional_pool", "parallel"),
+        ("vision_cfg__pool_type", "avg"),
+        ("vision_cfg__no_ln_pre", True),
+        ("vision_cfg__ls_init_value", 1e-4),
+        ("vision_cfg__pos_embed_type", "sin_cos_2d"),
+        ("vision_cfg__norm_kwargs", {"eps": 1e-6}),
+        ("vision_cfg__act_kwargs", {"approximate": "tanh"}),
+        ("vision_cfg__block_type", "custom"),
+        ("vision_cfg__qk_norm", True),
+        ("vision_cfg__output_tokens", True),
+        ("vision_cfg__image_size", [16, 24]),
+        ("vision_cfg__image_size", None),
+        ("vision_cfg__head_width", 25),
+        ("vision_cfg__mlp_ratio", 0),
+        ("vision_cfg__unheard_of", None),
+        ("text_cfg__hf_model_name", "roberta-base"),
+        ("text_cfg__pool_type", "last"),
+        ("text_cfg__pool_type", "first"),
+        ("text_cfg__no_causal_mask", True),
+        ("text_cfg__embed_cls", True),
+        ("text_cfg__proj_bias", True),
+        ("text_cfg__proj_type", "none"),
+        ("text_cfg__scale_attn", True),
+        ("text_cfg__heads", 5),
+        ("text_cfg__vocab_size", "many"),
+        ("text_cfg__unheard_of", 1),
+        ("multimodal_cfg", {}),
+        ("unheard_of", 1),
+        ("embed_dim", None),
+    ],
+)
+def test_what_clip_cannot_hold_is_refused_by_name(key, value):
+    name = key.rpartition("__")[2]
+    with pytest.raises(ValueError, match=rf"does not: .*{name}.*Received: config with"):
+        load_open_clip({}, changed(**{key: value}))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("size", 32),
+        ("mode", "L"),
+        ("mean", [0.5]),
+        ("std", 0.5),
+        ("unheard_of", 1),
+    ],
+)
+def test_preprocessing_that_cannot_be_followed_is_refused(key, value):
+    config = {"model_cfg": CONFIG, "preprocess_cfg": {key: value}}
+    with pytest.raises(ValueError, match=rf"preprocess_cfg\.{key}.*Received: config"):
+        load_open_clip({}, config)
+
+
+@pytest.mark.any_backend
+def test_texts_can_be_pooled_only_at_the_end_token_of_metaclip_2():
+    config = changed(text_cfg__pool_type="eos", text_cfg__eos_id=1)
+    with pytest.raises(ValueError, match=r"text_cfg.eos_id=1.*Received: config with"):
+        load_open_clip({}, config)
+
+
+@pytest.mark.any_backend
+def test_all_reasons_are_listed():
+    config = changed(vision_cfg__pool_type="avg", text_cfg__proj_bias=True)
+    with pytest.raises(ValueError, match=r"text_cfg.proj_bias.*vision_cfg.pool_type"):
+        load_open_clip({}, config)
+
+
+# === Every config of open_clip ===
+
+
+@pytest.mark.any_backend
+def test_every_option_of_open_clip_is_known_with_its_default():
+    model = pytest.importorskip("open_clip.model")
+    for part, kind in (
+        ("vision_cfg", model.CLIPVisionCfg),
+        ("text_cfg", model.CLIPTextCfg),
+    ):
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        assert defaults.keys() == {*READ[part], *FIXED[part], *IGNORED[part]}
+        assert READ[part].items() <= defaults.items()
+        for key, allowed in FIXED[part].items():
+            assert defaults[key] in allowed, key
+
+
+def held(names):
+    """The configs that can be followed, and why others cannot, by name."""
+    configs, refused = {}, {}
+    for name in names:
+        model, preprocessing, label = read_config(name)
+        try:
+            architecture_of(model, preprocessing, label)
+        except ValueError as error:
+            refused[name] = str(error)
+        else:
+            configs[name] = model
+    return configs, refused
+
+
+@pytest.mark.slow
+@pytest.mark.any_backend
+def test_configs_of_open_clip_have_the_shapes_heads_and_activations_of_its_models():
+    open_clip = pytest.importorskip("open_clip")
+    torch = pytest.importorskip("torch")
+    configs, refused = held(open_clip.list_models())
+    assert {"ViT-B-32-quickgelu", "ViT-L-14", "ViT-H-14-worldwide"} <= configs.keys()
+    for name, config in configs.items():
+        with torch.device("meta"):
+            model = open_clip_model(config)
+        architecture = architecture_of(config, {}, name)
+        layers = (architecture.sizes[f"{x}_layers"] for x in ("image", "text"))
+        found = {
+            entry.name: tuple(_size(axis, architecture.sizes) for axis in entry.shape)
+            for entry in entries(NAMES[architecture.kind], *layers)
+        }
+        shapes = {key: tuple(x.shape) for key, x in model.state_dict().items()}
+        assert found == shapes, name
+        blocks = (model.visual.transformer.resblocks, model.transformer.resblocks)
+        heads = tuple(block[0].attn.num_heads for block in blocks)
+        assert architecture.heads == heads, name
+        activation = type(blocks[0][0].mlp.gelu).__name__
+        expected = {"GELU": "gelu", "QuickGELU": "quick_gelu"}[activation]
+        assert architecture.activation == expected, name
+        assert model.visual.pool_type == "tok", name
+        pooled = {"argmax": "clip", "eos": "metaclip_2"}[model.text_pool_type]
+        assert architecture.kind == pooled, name
+    assert all(" does not: " in reason for reason in refused.values())
+
+
+def _size(axis, sizes):
+    if axis.isdigit():
+        return int(axis)
+    factor, _, name = axis.rpartition("*")
+    return int(factor or 1) * sizes[name]
+
+
+def shrunk(config):
+    """The same config with few and narrow blocks, few patches and few tokens."""
+    config = copy.deepcopy(config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    config["embed_dim"] = 24
+    head = text["width"] // text["heads"]
+    vision.update(
+        layers=1,
+        width=2 * vision.get("head_width", 64),
+        patch_size=8,
+        image_size=16,
+    )
+    text.update(layers=1, width=2 * head, heads=2, vocab_size=40, context_length=7)
+    return config
+
+
+@pytest.mark.slow
+def test_small_models_of_every_config_compute_what_open_clips_do():
+    open_clip = pytest.importorskip("open_clip")
+    configs, _ = held(open_clip.list_models())
+    texts = {json.dumps(shrunk(config), sort_keys=True) for config in configs.values()}
+    assert len(texts) > 4
+    for text in sorted(texts):
+        config = json.loads(text)
+        reference = randomize(open_clip_model(config))
+        model = load_open_clip(reference.state_dict(), config)
+        assert_same_embeddings(model, reference)
+        keras.backend.clear_session()
+
+
+# === Configs that are written ===
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_saved_model_comes_back_as_it_was(tmp_path, suffix):
+    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
+    reference = randomize(open_clip_model(CONFIG))
+    model = load_open_clip(reference.state_dict(), config)
+    save_open_clip(model, tmp_path / f"clip{suffix}")
+    if suffix == ".safetensors":  # which holds the config itself
+        (tmp_path / "open_clip_config.json").unlink()
+    back = load_open_clip(tmp_path / f"clip{suffix}")
+    assert back.pixel_mean == PREPROCESSING["mean"]
+    assert back.pixel_std == PREPROCESSING["std"]
+    assert_same_embeddings(back, reference)
+
+
+def test_metaclip_2_comes_and_goes(tmp_path):
+    config = changed(text_cfg__pool_type="eos", text_cfg__eos_id=2)
+    reference = randomize(open_clip_model(config))
+    model = load_open_clip(reference.state_dict(), config)
+    assert isinstance(model.backbone, keras_hub.models.MetaCLIP2Backbone)
+    assert_same_embeddings(model, reference)
+    save_open_clip(model, tmp_path / "clip.safetensors")
+    back = load_open_clip(tmp_path / "clip.safetensors")
+    assert_same_embeddings(back, reference)
+    again = open_clip_model(read_config(tmp_path / "open_clip_config.json")[0])
+    expected, found = reference.state_dict(), open_clip_state_dict(back)
+    assert again.text_pool_type == "eos"
+    assert again.state_dict().keys() == found.keys() == expected.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, expected[name].numpy(), err_msg=name)
+
+
+@pytest.mark.any_backend
+def test_open_clip_makes_the_same_model_of_what_is_saved(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation="quick_gelu")
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, loss="sigmoid", pixel_mean=(0.5, 0.4, 0.3), pixel_std=(0.3, 0.2, 0.1)
+    )
+    save_open_clip(model, tmp_path / "open_clip_model.safetensors")
+    reference, _, preprocess = open_clip.create_model_and_transforms(
+        f"local-dir:{tmp_path}"
+    )
+    reference.eval()
+    assert reference.logit_bias.item() == -10.0
+    assert preprocess.transforms[-1].mean == [0.5, 0.4, 0.3]
+    assert preprocess.transforms[-1].std == [0.3, 0.2, 0.1]
+    assert_same_embeddings(model, reference)
+
+
+@pytest.mark.any_backend
+def test_pixels_that_the_model_takes_as_they_are_come_back_as_they_are(tmp_path):
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
+    model = kcm.ContrastiveModel.from_backbone(backbone, pixel_mean=None)
+    save_open_clip(model, tmp_path / "clip.safetensors")
+    back = load_open_clip(tmp_path / "clip.safetensors")
+    images = np.arange(2 * 16 * 16 * 3).reshape(2, 16, 16, 3).astype("uint8")
+    found = keras.ops.convert_to_numpy(back.normalize_pixels(images))
+    np.testing.assert_allclose(found, images, atol=1e-3)
+
+
+@pytest.mark.any_backend
+def test_a_config_beside_is_kept_if_it_is_of_the_same_model(tmp_path):
+    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
+    beside = tmp_path / "open_clip_config.json"
+    beside.write_text(json.dumps(config))
+    model = load_open_clip(open_clip_model(CONFIG).state_dict(), config)
+    save_open_clip(model, tmp_path / "mine.pt")
+    assert json.loads(beside.read_text()) == config
+    other = kcm.models.clip_backbone("tiny", 16, 40, 7)
+    with pytest.raises(ValueError, match=r"`path`.*another folder.*Received: path="):
+        save_open_clip(other, tmp_path / "other.pt")
+    assert not (tmp_path / "other.pt").exists()
+    beside.write_text("{}")
+    with pytest.raises(ValueError, match=r"`path`.*another folder.*Received: path="):
+        save_open_clip(model, tmp_path / "mine.pt")
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("width", "hidden"), [(96, 316), (1792, 15360), (49, 101), (1664, 8192)]
+)
+def test_open_clip_computes_the_hidden_width_from_the_ratio_written(width, hidden):
+    sizes = {"image_width": width, "image_hidden": hidden}
+    sizes = {**architecture_of(CONFIG, {}, "").sizes, **sizes}
+    architecture = Architecture("clip", sizes, (1, 4), "gelu", 16)
+    found = config_of(architecture, None)["model_cfg"]["vision_cfg"]
+    assert int(found["width"] * found["mlp_ratio"]) == hidden
+
+
+@pytest.mark.any_backend
+def test_a_model_that_open_clip_cannot_hold_is_not_saved(tmp_path):
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation="relu")
+    with pytest.raises(ValueError, match=r"same activation.*Received: activations"):
+        save_open_clip(backbone, tmp_path / "clip.safetensors")
