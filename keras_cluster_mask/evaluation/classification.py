@@ -8,9 +8,9 @@ import numpy as np
 
 from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.evaluation.checks import (
-    check_embeddings,
     check_ks,
     check_labels,
+    check_matrix,
 )
 from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
 from keras_cluster_mask.evaluation.ranks import TIE
@@ -51,7 +51,7 @@ def classification_accuracy(
         ValueError: For scores that are not finite, and for labels out of range.
     """
     ks = check_ks(ks)
-    scores = check_embeddings("scores", scores)
+    scores = check_matrix("scores", scores)
     labels = check_labels("labels", labels, len(scores), scores.shape[1])
     # Rounding is relative to the size of the scores.
     right = np.take_along_axis(scores, labels[:, None], axis=1)
@@ -170,7 +170,7 @@ def evaluate_zero_shot(
         embedder, class_names, tokenizer, templates, verbose
     )
     found = embed(embedder, labelled(data, len(class_names)), verbose=verbose)
-    images = check_embeddings("image_embeddings", found["image_embeddings"])
+    images = check_matrix("image_embeddings", found["image_embeddings"])
     labels = check_labels("labels", found["labels"], len(images), len(class_names))
     blocks = [slice(i, i + BLOCK) for i in range(0, len(images), BLOCK)]
     ranks = [_ranks(images[block] @ classifier, labels[block], TIE) for block in blocks]

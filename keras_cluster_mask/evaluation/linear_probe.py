@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_cluster_mask.evaluation.checks import check_embeddings
+from keras_cluster_mask.evaluation.checks import check_matrix
 from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,
     labelled,
@@ -348,7 +348,7 @@ def _check_options(regularization, metric, validation_split, max_iterations):
 
 
 def _check_items(name, features, labels, train=None):
-    features = check_embeddings(f"{name}_features", features)
+    features = check_matrix(f"{name}_features", features)
     labels = np.asarray(labels)
     if labels.shape != (len(features),) or labels.dtype.kind not in "iu":
         raise ValueError(
