@@ -4,6 +4,18 @@ import numbers
 
 import numpy as np
 
+from keras_cluster_mask.batches import stream_of
+
+
+def check_read_once(name, data):
+    """Raises an error for a dataset for training: endless, and cropped at random."""
+    if stream_of(data) is not None:
+        raise ValueError(
+            f"`{name}` must hold each image once, without random crops: pass "
+            "`training=False` to `image_text_dataset`. "
+            f"Received: {name}={data}, a dataset for training"
+        )
+
 
 def check_matrix(name, values):
     """Returns values as a float32 matrix, after a check that all are finite."""

@@ -11,6 +11,7 @@ from keras_cluster_mask.evaluation.checks import (
     check_ks,
     check_labels,
     check_matrix,
+    check_read_once,
 )
 from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
 from keras_cluster_mask.evaluation.ranks import TIE
@@ -160,10 +161,11 @@ def evaluate_zero_shot(
         A dictionary, as `classification_accuracy` returns it.
 
     Raises:
-        ValueError: As `zero_shot_classifier` does, for data without labels, and for
-            labels out of range.
+        ValueError: As `zero_shot_classifier` does, for data without labels, for labels
+            out of range, and for an `image_text_dataset` with `training=True`.
     """
     ks = check_ks(ks)
+    check_read_once("data", data)
     embedder = Embedder.of(model)
     class_names = list(class_names)
     classifier = zero_shot_classifier(

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.batches import num_images, read_batches
+from keras_cluster_mask.evaluation.checks import check_read_once
 from keras_cluster_mask.evaluation.preprocessing import tokenize
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.inputs import check_ids
@@ -63,8 +64,10 @@ def embed(
         belongs to; and all other entries of the batches, such as `"labels"`.
 
     Raises:
-        ValueError: For data without images, or for another model.
+        ValueError: For data without images, for an `image_text_dataset` with
+            `training=True`, or for another model.
     """
+    check_read_once("data", data)
     embedder = Embedder.of(model)
     rows = {"image_embeddings": []}
     count = 0

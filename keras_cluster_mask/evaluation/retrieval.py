@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.batches import read_batches
-from keras_cluster_mask.evaluation.checks import check_embeddings, check_ks
+from keras_cluster_mask.evaluation.checks import (
+    check_embeddings,
+    check_ks,
+    check_read_once,
+)
 from keras_cluster_mask.evaluation.embedding import embed
 from keras_cluster_mask.evaluation.ranks import TIE, ranks_of_partners
 
@@ -121,8 +125,9 @@ def evaluate_retrieval(
         A dictionary, as `retrieval_recall` returns it.
 
     Raises:
-        ValueError: For data without texts, and for `duplicates="positive"` with several
-            texts an image.
+        ValueError: For data without texts, for an `image_text_dataset` with
+            `training=True`, and for `duplicates="positive"` with several texts an
+            image.
     """
     if duplicates not in ("negative", "positive"):
         raise ValueError(
@@ -130,6 +135,7 @@ def evaluate_retrieval(
             f"Received: duplicates={duplicates!r}"
         )
     ks = check_ks(ks)
+    check_read_once("data", data)
     text_key = "token_ids" if tokenizer is None else "captions"
     batches = _with_texts(data, text_key, duplicates == "positive")
     found = embed(model, batches, tokenizer, verbose)
