@@ -22,7 +22,12 @@ from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
-from keras_cluster_mask.data.tokenizing import Tokenize, check_tokenizer, is_layer
+from keras_cluster_mask.data.tokenizing import (
+    Tokenize,
+    check_tokenizer,
+    is_layer,
+    length_of,
+)
 
 
 def image_text_dataset(
@@ -114,10 +119,11 @@ def image_text_dataset(
             dicts, such as a `Dataset` of the package `datasets`. Or a dict from any of
             the former to a weight, which mixes them in these proportions.
         tokenizer: A `CLIPTokenizer`; or any callable from a list of bytes to ints
-            `(batch, length)`; or a Keras layer, such as a KerasHub `CLIPPreprocessor`,
-            which does not clean captions, may split numbers differently from CLIP, and
-            needs TensorFlow. `None`: batches have no `"token_ids"`, and samples need no
-            caption.
+            `(batch, length)`; or a tokenizer of open_clip, or of Hugging Face, whose
+            rows are padded and truncated to its `model_max_length`; or a Keras layer,
+            such as a KerasHub `CLIPPreprocessor`, which does not clean captions, may
+            split numbers differently from CLIP, and needs TensorFlow. `None`: batches
+            have no `"token_ids"`, and samples need no caption.
         image_size: int or `(height, width)`, in pixels.
         batch_size: int. The global batch size, over all processes and devices.
         training: bool. Whether to shuffle, to repeat, and to take random crops.
@@ -312,7 +318,7 @@ def image_text_dataset(
         "images": Spec(
             (rows, height, width, 3) if last else (rows, 3, height, width), "uint8"
         ),
-        "token_ids": Spec((rows, getattr(tokenizer, "context_length", None)), "int32"),
+        "token_ids": Spec((rows, length_of(tokenizer)), "int32"),
         "captions": Spec((rows,), "object" if include_captions == "all" else "string"),
         "keys": Spec((rows,), "string"),
         "paths": Spec((rows,), "string"),
@@ -343,6 +349,7 @@ def image_text_dataset(
             "data.image_transform": name_of(image_transform),
             "data.tokenizer": name_of(tokenizer),
         },
+        tokenizer,
         finish,
     )
     return dataset.as_dataset() if format == "tf" else dataset

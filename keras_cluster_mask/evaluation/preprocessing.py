@@ -72,7 +72,7 @@ def tokenize(
     Raises:
         ValueError: If the ids do not fit the model.
     """
-    ids = tokenizing.tokenize(tokenizer, texts)
+    ids = tokenizing.tokenize(tokenizer, texts, context_length)
     if context_length is not None and ids.shape[1] != context_length:
         raise ValueError(
             "`tokenizer` must return ids of the length that the model's text encoder "

@@ -12,8 +12,9 @@ from keras_cluster_mask.evaluation.checks import (
     check_ks,
     check_read_once,
 )
-from keras_cluster_mask.evaluation.embedding import embed
+from keras_cluster_mask.evaluation.embedding import Embedder, embed
 from keras_cluster_mask.evaluation.ranks import TIE, ranks_of_partners
+from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 
 def retrieval_recall(
@@ -137,8 +138,11 @@ def evaluate_retrieval(
     ks = check_ks(ks)
     check_read_once("data", data)
     text_key = "token_ids" if tokenizer is None else "captions"
+    embedder = Embedder.of(model)
+    if tokenizer is None:
+        check_tokenizer_of(embedder.model, data)
     batches = _with_texts(data, text_key, duplicates == "positive")
-    found = embed(model, batches, tokenizer, verbose)
+    found = embed(embedder, batches, tokenizer, verbose)
     images, texts = found["image_embeddings"], found["text_embeddings"]
     image_labels, text_labels = np.arange(len(images)), found["image_of_text"]
     if duplicates == "positive":

@@ -73,6 +73,7 @@ from keras_cluster_mask.evaluation.preprocessing import (
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.loading import as_contrastive_model, image_size_of
+from keras_cluster_mask.training.tokens import check_tokenizer
 
 # torch is imported in functions only: `adapt` says what to install without it.
 
@@ -106,8 +107,8 @@ def adapt(
             the path of a file that `save` wrote of one of them or of the folder of a
             keras_hub preset.
         tokenizer: A `CLIPTokenizer`, the path of a file that `CLIPTokenizer.save`
-            wrote, or any function from a list of str to `(texts, T)` ids, which SigLIP
-            needs. By default CLIP's.
+            wrote, a tokenizer of open_clip or Hugging Face, or any function from a list
+            of str to `(texts, T)` ids. SigLIP needs its own. By default CLIP's.
 
     Returns:
         Tuple of an `Adapter`; a function from a `PIL.Image.Image` to a `(3, H, W)`
@@ -138,6 +139,7 @@ def adapt(
     )
     # Of a CLIP tokenizer that is not the model's, any text has an id too high.
     tokenizer("a photo")
+    check_tokenizer(model, lambda texts: tokenizer([x.decode() for x in texts]))
     transform = functools.partial(_pixels, image_size=image_size)
     return Adapter(model), transform, tokenizer
 

@@ -87,6 +87,9 @@ class CLIPContrastiveModel(BackboneModel):
         masking: The masking, or `None`.
     """
 
+    # In `text_features`.
+    pools_highest_id = True
+
     def __init__(
         self,
         backbone,

@@ -15,7 +15,12 @@ from keras_cluster_mask.distribution.replicas import (
 )
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.encoders import BLOCKS, call_encoder, data_format_of
+from keras_cluster_mask.models.encoders import (
+    BLOCKS,
+    call_encoder,
+    context_length_of,
+    data_format_of,
+)
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, normalize_pixels
@@ -518,6 +523,17 @@ class ContrastiveModel(keras.Model):
     def vocabulary_size(self):
         """The number of token ids the text encoder knows, or `None`."""
         return getattr(self.text_encoder, "vocabulary_size", None)
+
+    @property
+    def pools_highest_id(self):
+        """Whether the text encoder pools at the highest token id, as CLIP's does."""
+        layers = all_layers(self.text_encoder)
+        return any(type(layer).__name__ == "CLIPTextPooler" for layer in layers)
+
+    @property
+    def context_length(self):
+        """The most tokens of a text that the text encoder takes, or `None`."""
+        return context_length_of(self.text_encoder)
 
     @property
     def towers(self):

@@ -21,6 +21,7 @@ from keras_cluster_mask.training.remaining_data import (
     RemainingData,
     check_same_everywhere,
 )
+from keras_cluster_mask.training.tokens import check_tokenizer_of
 from keras_cluster_mask.training.training_run import (
     ResumableRun,
     TrainingRun,
@@ -65,6 +66,8 @@ def fit(model, keras_fit, x, options, resume_from=None):
             options["validation_data"], model.vocabulary_size
         )
     check_keys(x)
+    for data in (x, validation.data):
+        check_tokenizer_of(model, data)
     rows = rows_of(x) if hasattr(x, "element_spec") else batch_size
     check_batch_size(model, rows, len(x["images"]) if isinstance(x, dict) else None)
 

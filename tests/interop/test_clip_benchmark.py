@@ -55,11 +55,12 @@ LABELS = np.arange(13) % len(CLASSES)
 
 
 def ids_of(texts, length=6):
-    """A tokenizer of another library's: the letters, and the end."""
+    """A tokenizer of another library's: a start, the letters, and the end."""
     ids = np.full((len(texts), length), VOCABULARY - 1)
+    ids[:, 0] = 0
     for row, text in zip(ids, texts):
-        letters = [ord(letter) % (VOCABULARY - 1) for letter in text[: length - 1]]
-        row[: len(letters)] = letters
+        letters = [1 + ord(letter) % (VOCABULARY - 2) for letter in text[: length - 2]]
+        row[1 : 1 + len(letters)] = letters
     return ids
 
 
@@ -517,6 +518,16 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer):
         adapt(model, tokenizer)
     with pytest.raises(ValueError, match=r"`tokenizer`.*0 to 29.*Received: ids from"):
         adapt(model)
+
+
+@pytest.mark.any_backend
+def test_a_tokenizer_without_special_tokens_is_refused_for_clip():
+    def bare(texts):
+        return ids_of(["".join(reversed(text)) for text in texts])[:, ::-1].copy()
+
+    with pytest.raises(ValueError, match=r"`tokenizer` must .*start.*Received: "):
+        adapt(tiny_clip(), bare)
+    adapt(tiny_siglip(), bare)
 
 
 @pytest.mark.any_backend
