@@ -47,6 +47,7 @@ from keras_cluster_mask.training.micro_batches import (
     embed_in_micro_batches,
     rows_of_replica,
 )
+from keras_cluster_mask.training.tokens import remembered_tokenizer
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -107,6 +108,10 @@ class ContrastiveModel(keras.Model):
             normalised with this mean. Defaults to CLIP's. `None` passes images to the
             encoder unchanged.
         pixel_std: Three floats, by channel. Defaults to CLIP's.
+        tokenizer_fingerprint: str, which identifies the tokenizer that the model was
+            trained with. `None` until the first `fit` on an `image_text_dataset`. Later
+            fits and evaluations refuse another tokenizer, unless the attribute of this
+            name is set to `None`.
         head: A `ContrastiveHead` to use, such as another model's, instead of one made
             from the arguments above, which must be the same. Not saved: a loaded model
             has its own.
@@ -141,6 +146,7 @@ class ContrastiveModel(keras.Model):
         gradient_checkpointing=False,
         pixel_mean=CLIP_MEAN,
         pixel_std=CLIP_STD,
+        tokenizer_fingerprint=None,
         head=None,
         **kwargs,
     ):
@@ -157,6 +163,7 @@ class ContrastiveModel(keras.Model):
         self.gradient_checkpointing = gradient_checkpointing
         self.pixel_mean = None if pixel_mean is None else [*pixel_mean]
         self.pixel_std = None if pixel_std is None else [*pixel_std]
+        self.tokenizer_fingerprint = tokenizer_fingerprint
         given = {
             "loss": loss,
             "projection_dim": projection_dim,
@@ -485,8 +492,10 @@ class ContrastiveModel(keras.Model):
 
         Raises:
             FileNotFoundError: If `resume_from` is a checkpoint that does not exist.
-            ValueError: If the checkpoint is of another model, masking, optimizer or
-                data seed; the differences are listed.
+            ValueError: If the checkpoint is of another model, masking, optimizer,
+                tokenizer or data seed; the differences are listed. If the tokenizer of
+                an `image_text_dataset` is not the one that the model was trained with,
+                or lacks the special tokens that the text encoder needs.
         """
         options = dict(
             y=y,
@@ -501,7 +510,8 @@ class ContrastiveModel(keras.Model):
             **kwargs,
         )
         try:
-            return fit(self, super().fit, x, options, resume_from)
+            with remembered_tokenizer(self, x):
+                return fit(self, super().fit, x, options, resume_from)
         finally:
             self.training_run = None
 
@@ -664,6 +674,7 @@ class ContrastiveModel(keras.Model):
             "gradient_checkpointing": names if isinstance(names, bool) else [*names],
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
 
 

@@ -66,8 +66,7 @@ def fit(model, keras_fit, x, options, resume_from=None):
             options["validation_data"], model.vocabulary_size
         )
     check_keys(x)
-    for data in (x, validation.data):
-        check_tokenizer_of(model, data)
+    check_tokenizer_of(model, validation.data)
     rows = rows_of(x) if hasattr(x, "element_spec") else batch_size
     check_batch_size(model, rows, len(x["images"]) if isinstance(x, dict) else None)
 

@@ -1,25 +1,37 @@
-"""Whether a tokenizer is one that a model's text tower can work with."""
+"""Whether a tokenizer suits a model: its text tower, and the one of its training."""
+
+import contextlib
+import hashlib
 
 import numpy as np
 
+from keras_cluster_mask.training.inputs import check_ids
+
 
 def check_tokenizer(model, tokenizer, context_length=None):
-    """Raises an error for a tokenizer that does not suit the text tower of a model.
+    """Raises an error for a tokenizer that does not suit a model.
 
-    The tokenizer is applied to a few fixed sentences.
+    It is applied to a few fixed sentences. The model must have been trained with it or
+    with none that is known, and its text tower must find the special tokens it needs.
 
     Args:
         model: A `ContrastiveModel`.
         tokenizer: See `image_text_dataset`.
         context_length: Integer, the length of the rows of a tokenizer that can make
             rows of any length. `None`: its own.
+
+    Returns:
+        str, the fingerprint of the tokenizer; `None` if it takes no other texts than
+        those of a data set.
     """
     # Imported here: it needs packages that `import keras` does not.
     from keras_cluster_mask.data.tokenizing import probe
 
     ids = probe(tokenizer, context_length)
     if ids is None:
-        return
+        return None
+    if model.vocabulary_size is not None:
+        check_ids(ids, model.vocabulary_size)
     longest = model.context_length
     if longest is not None and ids.shape[1] > longest:
         raise ValueError(
@@ -37,14 +49,47 @@ def check_tokenizer(model, tokenizer, context_length=None):
             f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} at "
             f"{ids.argmax(1).tolist()}, for three sentences"
         )
+    found, expected = _fingerprint(model, ids), model.tokenizer_fingerprint
+    if expected is not None and found != expected:
+        raise ValueError(
+            "`tokenizer` must be the one that the model was trained with; to change it "
+            "on purpose, set `model.tokenizer_fingerprint = None`. Received: tokenizer="
+            f"{tokenizer} with the fingerprint {found}, and a model trained with "
+            f"{expected}"
+        )
+    return found
 
 
 def check_tokenizer_of(model, data):
-    """As `check_tokenizer`, for the tokenizer of an `image_text_dataset`."""
+    """As `check_tokenizer`, for the tokenizer of an `image_text_dataset`, if any."""
     stream = getattr(data, "stream", None)
     tokenizer = getattr(stream, "tokenizer", None)
-    if tokenizer is not None:
-        check_tokenizer(model, tokenizer)
+    return None if tokenizer is None else check_tokenizer(model, tokenizer)
+
+
+@contextlib.contextmanager
+def remembered_tokenizer(model, data):
+    """Stores the fingerprint of the tokenizer of training data with a model.
+
+    Not if an error ends the first epoch, after which other data may be tried.
+    """
+    before = model.tokenizer_fingerprint
+    model.tokenizer_fingerprint = check_tokenizer_of(model, data) or before
+    try:
+        yield
+    except Exception:
+        if not getattr(model.training_run, "history", None):
+            model.tokenizer_fingerprint = before
+        raise
+
+
+def _fingerprint(model, ids):
+    """Hashes what the text tower of a model sees of the ids of fixed sentences."""
+    rows = [row.tolist() for row in ids]
+    if model.pools_highest_id:
+        # It is causal: what follows the token at which it pools has no influence.
+        rows = [row[: row.index(max(row)) + 1] for row in rows]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
 def _has_special_tokens(ids):

@@ -1,5 +1,6 @@
 """Whether a tokenizer suits a text tower, in `fit` and in evaluation."""
 
+import keras
 import numpy as np
 import pytest
 
@@ -186,3 +187,126 @@ def test_a_tokenizer_of_known_captions_alone_cannot_be_checked(clip):
         return [{b"a cat": known[0]}[text] for text in texts]
 
     assert embed_texts(clip, ["a cat"], table, verbose=0).shape == (1, 96)
+
+
+# === The tokenizer that a model was trained with ===
+
+
+def letters(texts):
+    """Another tokenizer of the same special tokens."""
+    return make_tokenizer()([text[::-1] for text in texts])
+
+
+def make_clip():
+    backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
+    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+    model.compile("sgd", **FAST)
+    return model
+
+
+def stream(shard, tokenizer, **options):
+    return kcm.data.image_text_dataset(
+        shard, tokenizer, 16, 4, training=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory, write_pairs_to):
+    return write_pairs_to(tmp_path_factory.mktemp("shards") / "a.tar", 0, 8)
+
+
+@pytest.fixture(scope="module")
+def trained(shard):
+    model = make_clip()
+    model.fit(stream(shard, make_tokenizer()), verbose=0)
+    return model
+
+
+ANOTHER = r"`tokenizer` must be the one that the model was trained with.*Received: "
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("copy", ["itself", "saved", "without masking"])
+def test_a_trained_model_refuses_another_tokenizer(trained, shard, copy, tmp_path):
+    if copy == "saved":
+        trained.save(tmp_path / "model.keras")
+        trained = keras.saving.load_model(tmp_path / "model.keras")
+    if copy == "without masking":
+        trained = trained.without_masking()
+        trained.compile("sgd", **FAST)
+    assert trained.tokenizer_fingerprint
+    for evaluate in evaluations(trained, shard, letters).values():
+        with pytest.raises(ValueError, match=ANOTHER):
+            evaluate()
+    with pytest.raises(ValueError, match=ANOTHER):
+        trained.fit(stream(shard, letters), verbose=0)
+    held_out = kcm.data.image_text_dataset(shard, letters, 16, 4, training=False)
+    with pytest.raises(ValueError, match=ANOTHER):
+        trained.fit(random_pairs(4), validation_data=held_out, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_a_trained_model_takes_its_tokenizer_however_it_fills_rows_up(trained, shard):
+    for padding in (0, END):
+        tokenizer = make_tokenizer(padding=padding)
+        for evaluate in evaluations(trained, shard, tokenizer).values():
+            evaluate()
+        trained.fit(stream(shard, tokenizer), verbose=0)
+
+
+@pytest.mark.any_backend
+def test_the_callbacks_of_a_fit_refuse_another_tokenizer(shard):
+    model, captions = make_clip(), ["a cat", "no dog"]
+    data = {"images": random_pairs(2)["images"], "captions": captions}
+    with pytest.raises(ValueError, match=ANOTHER):
+        model.fit(
+            stream(shard, make_tokenizer()),
+            callbacks=[kcm.callbacks.Retrieval(data, letters)],
+            verbose=0,
+        )
+
+
+@pytest.mark.any_backend
+def test_a_checkpoint_of_another_tokenizer_is_refused(shard, tmp_path):
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, monitor=None)
+    model = make_clip()
+    model.fit(stream(shard, make_tokenizer()), callbacks=[checkpoint], verbose=0)
+    again = make_clip()
+    with pytest.raises(ValueError, match=r"Received: .*tokenizer_fingerprint: '"):
+        again.fit(stream(shard, letters), resume_from=tmp_path, verbose=0)
+    # Nothing was trained, so another tokenizer may still be taken.
+    assert again.tokenizer_fingerprint is None
+    again.fit(
+        stream(shard, make_tokenizer()), resume_from=tmp_path, epochs=2, verbose=0
+    )
+    assert again.tokenizer_fingerprint == model.tokenizer_fingerprint
+
+
+@pytest.mark.any_backend
+def test_a_model_that_was_trained_on_arrays_takes_any_tokenizer():
+    model = make_clip()
+    model.fit(random_pairs(4), verbose=0)
+    assert model.tokenizer_fingerprint is None
+    for tokenizer in (letters, make_tokenizer()):
+        embed_texts(model, ["a cat"], tokenizer, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_the_tokenizer_may_be_changed_on_purpose(shard):
+    model = make_clip()
+    model.fit(stream(shard, make_tokenizer()), verbose=0)
+    model.tokenizer_fingerprint = None
+    embed_texts(model, ["a cat"], letters, verbose=0)
+    model.fit(stream(shard, letters), verbose=0)
+    with pytest.raises(ValueError, match=ANOTHER):
+        embed_texts(model, ["a cat"], make_tokenizer(), verbose=0)
+
+
+@pytest.mark.any_backend
+def test_towers_that_read_whole_rows_tell_how_they_are_filled_up(shard):
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile("sgd", **FAST)
+    model.fit(stream(shard, make_tokenizer()), verbose=0)
+    embed_texts(model, ["a cat"], make_tokenizer(), verbose=0)
+    with pytest.raises(ValueError, match=ANOTHER):
+        embed_texts(model, ["a cat"], make_tokenizer(padding=END), verbose=0)
