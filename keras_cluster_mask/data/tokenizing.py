@@ -13,7 +13,7 @@ PROBES = (
 )
 # Hugging Face writes a larger number where the length is not known.
 MAX_LENGTH = 100_000
-# Hugging Face's tokenizers change their padding when they are called.
+# Hugging Face's tokenizers, which open_clip wraps, change when they are called.
 _padding = threading.Lock()
 
 
@@ -126,7 +126,8 @@ def _call(tokenizer, captions, context_length):
     ]
     length = context_length or length_of(tokenizer)
     if "open_clip" in libraries:
-        return tokenizer(texts, **({"context_length": length} if length else {}))
+        with _padding:
+            return tokenizer(texts, **({"context_length": length} if length else {}))
     if length is None:
         raise ValueError(
             "`tokenizer` must have the length of the model's texts: set its "
