@@ -168,8 +168,8 @@ def plot_history(history, validation_freq=None):
             (line,) = axis.plot(
                 epochs, logs[name], label=f"{label}, training", marker="."
             )
-            values = logs.get(f"val_{name}")
-            if values:
+            values = logs.get(f"val_{name}", ())
+            if len(values):
                 axis.plot(
                     _validation_epochs(epochs, len(values), validation_freq), values,
                     "--", color=line.get_color(), label=f"{label}, validation",

@@ -1,5 +1,6 @@
 """Applies any tokenizer to a batch of captions."""
 
+import inspect
 import sys
 import threading
 
@@ -153,8 +154,8 @@ def _apply_layer(layer, captions):
 
     tf = import_tensorflow("A Keras layer as a `tokenizer`")
     captions = tf.convert_to_tensor(captions, "string")
-    # KerasHub's CLIP preprocessors take and return a dict.
-    if hasattr(layer, "image_converter"):
+    # KerasHub's preprocessors of images and texts take a dict, those of texts strings.
+    if "image_converter" in inspect.signature(type(layer)).parameters:
         token_ids = layer({"images": None, "prompts": captions})["token_ids"]
     else:
         token_ids = layer(captions)

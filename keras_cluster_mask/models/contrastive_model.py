@@ -47,7 +47,7 @@ from keras_cluster_mask.training.micro_batches import (
     embed_in_micro_batches,
     rows_of_replica,
 )
-from keras_cluster_mask.training.tokens import remembered_tokenizer
+from keras_cluster_mask.training.tokens import check_tokenizer_of, remembered_tokenizer
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -517,12 +517,14 @@ class ContrastiveModel(keras.Model):
 
     def evaluate(self, x=None, *args, **kwargs):
         check_ends(x, kwargs.get("steps"))
+        check_tokenizer_of(self, x)
         with until_the_end():
             x = check_data(x, self.vocabulary_size)
             return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         check_ends(x, kwargs.get("steps"))
+        check_tokenizer_of(self, x)
         with until_the_end():
             x = check_data(x, self.vocabulary_size)
             return super().predict(x, *args, **kwargs)

@@ -205,3 +205,14 @@ def test_a_dataset_takes_tokenizers_of_other_libraries(shard, format, hugging_fa
         assert dataset.element_spec["token_ids"].shape[1] == length
         expected = tokenize(tokenizer, list(batch["captions"]))
         np.testing.assert_array_equal(batch["token_ids"], expected)
+
+
+@pytest.mark.any_backend
+def test_a_preprocessor_of_bert_is_taken():
+    pytest.importorskip("tensorflow")
+    keras_hub = pytest.importorskip("keras_hub")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]
+    bert = keras_hub.models.BertTokenizer(vocabulary)
+    layer = keras_hub.models.BertTextClassifierPreprocessor(bert, sequence_length=5)
+    found = tokenize(layer, [b"a dog", b"a a a a dog"])
+    assert found.tolist() == [[2, 5, 6, 3, 0], [2, 5, 5, 5, 3]]

@@ -77,6 +77,8 @@ def evaluations(model, shard, tokenizer):
         ),
         "embed a dataset": lambda: embed(model, data, verbose=0),
         "retrieval of a dataset": lambda: evaluate_retrieval(model, data, verbose=0),
+        "evaluate": lambda: model.evaluate(data, verbose=0),
+        "predict": lambda: model.predict(data, verbose=0),
     }
 
 
@@ -110,9 +112,9 @@ def test_a_clip_tower_takes_any_tokenizer_with_them(clip, write_pairs, kind):
 def test_other_towers_need_no_special_tokens(write_pairs, kind):
     shard = write_pairs("a.tar", 0, 8)
     own = kcm.ContrastiveModel(image_mlp(), text_bag())
+    own.compile("sgd", **FAST)
     for evaluate in evaluations(own, shard, BAD[kind]).values():
         evaluate()
-    own.compile("sgd", **FAST)
     data = kcm.data.image_text_dataset(shard, BAD[kind], 16, 4, training=True)
     own.fit(data, verbose=0)
 
