@@ -156,25 +156,24 @@ def plot_history(history, validation_freq=None):
     known = getattr(history, "epoch", range(len(logs[names[0]])))
     epochs = [epoch + 1 for epoch in known]
     is_own = ACCURACIES.keys() <= {*names}
-    labels = ACCURACIES if is_own else {n: n for n in names if n != "loss"}
-    panels = {"contrastive loss" if is_own else "loss": {"loss": "loss"}}
-    panels["accuracy within the batch" if is_own else "metrics"] = labels
-    panels = {title: each for title, each in panels.items() if {*each} & {*names}}
+    others = ACCURACIES if is_own else {n: n for n in names if n != "loss"}
+    panels = {
+        "contrastive loss" if is_own else "loss": {n: n for n in names if n == "loss"},
+        "accuracy within the batch" if is_own else "metrics": others,
+    }
+    panels = {title: labels for title, labels in panels.items() if labels}
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, labels) in zip(axes, panels.items()):
         for name, label in labels.items():
             # A curve of one epoch is a point.
-            (line,) = axis.plot(
-                epochs, logs[name], label=f"{label}, training", marker="."
-            )
+            style = {"marker": "."}
+            (line,) = axis.plot(epochs, logs[name], label=f"{label}, training", **style)
             values = logs.get(f"val_{name}", ())
             if len(values):
-                axis.plot(
-                    _validation_epochs(epochs, len(values), validation_freq), values,
-                    "--", color=line.get_color(), label=f"{label}, validation",
-                    marker=".",
-                )  # fmt: skip
+                due = _validation_epochs(epochs, len(values), validation_freq)
+                style |= {"color": line.get_color(), "label": f"{label}, validation"}
+                axis.plot(due, values, "--", **style)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -187,10 +186,9 @@ def plot_history(history, validation_freq=None):
 
 def _validation_epochs(epochs, count, freq):
     """The epochs, from 1, that were followed by a validation."""
+    freqs = [freq]
     if freq is None:
         freqs = [1] if count == len(epochs) else range(2, max(epochs) + 1)
-    else:
-        freqs = [freq]
     fitting = {tuple(epoch for epoch in epochs if _is_due(epoch, f)) for f in freqs}
     fitting = [each for each in fitting if len(each) == count]
     if len(fitting) != 1:
