@@ -45,8 +45,9 @@ def check_crop_scale(crop_scale, resize):
                 f"Received: crop_scale={crop_scale}, resize={resize!r}"
             )
         return None
-    lowest, highest = crop_scale = CROP_SCALE if crop_scale is None else crop_scale
-    if not 0 < lowest <= highest <= 1:
+    crop_scale = CROP_SCALE if crop_scale is None else crop_scale
+    is_pair = isinstance(crop_scale, tuple | list) and len(crop_scale) == 2
+    if not is_pair or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         raise ValueError(
             "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
             f"Received: crop_scale={crop_scale}"

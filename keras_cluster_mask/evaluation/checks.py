@@ -38,16 +38,17 @@ def check_embeddings(name, embeddings):
     """Returns embeddings L2-normalised in float32; a row of zeros stays as it is."""
     embeddings = check_matrix(name, embeddings)
     # The squares of very large or small values would overflow or vanish.
-    largest = np.abs(embeddings).max(axis=1, keepdims=True)
-    embeddings = embeddings / np.where(largest, largest, 1)
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return embeddings / np.where(lengths, lengths, 1)
+    largest = np.maximum(embeddings.max(axis=1), -embeddings.min(axis=1))
+    embeddings = embeddings / np.where(largest, largest, 1)[:, None]
+    lengths = np.sqrt(np.einsum("id,id->i", embeddings, embeddings))
+    embeddings /= np.where(lengths, lengths, 1)[:, None]
+    return embeddings
 
 
 def check_ks(ks):
     """Returns ks as a tuple of ints, after a check that they are positive integers."""
     given = ks.tolist() if hasattr(ks, "tolist") else ks
-    given = tuple(given) if isinstance(given, tuple | list) else (given,)
+    given = tuple(given) if isinstance(given, tuple | list | range) else (given,)
     if not given or not all(map(_is_positive_integer, given)):
         raise ValueError(
             f"`ks` must be a positive integer or several. Received: ks={ks!r}"

@@ -3,7 +3,7 @@
 import collections
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -244,8 +244,8 @@ def _prompts(class_names, templates):
         )
     if isinstance(templates, Mapping):
         return [_texts_of(name, templates) for name in names]
-    is_one = isinstance(templates, str) or callable(templates)
-    templates = [templates] if is_one else list(templates)
+    is_several = isinstance(templates, Iterable) and not isinstance(templates, str)
+    templates = list(templates) if is_several else [templates]
     functions = [_as_function(template) for template in templates]
     if not functions or None in functions:
         raise ValueError(

@@ -181,6 +181,11 @@ class Embedder:
 
     def tokenizer(self, tokenizer):
         """A function from texts to token ids, after a check that it suits the model."""
+        if tokenizer is None:
+            raise ValueError(
+                "`tokenizer` must be a callable from a list of bytes to ints, such as "
+                "a `CLIPTokenizer`. Received: tokenizer=None"
+            )
         length = self.model.context_length
         check_tokenizer(self.model, tokenizer, length)
         return functools.partial(tokenize, tokenizer, context_length=length)

@@ -300,6 +300,8 @@ def test_random_crops_of_squashed_images_are_refused(shards):
         ("include_captions", "some"),
         ("crop_scale", (0.5, 1.5)),
         ("crop_scale", (0, 1)),
+        ("crop_scale", (0.5,)),
+        ("crop_scale", 0.5),
         ("background", "black"),
         ("image_size", 0),
         ("image_size", 16.0),

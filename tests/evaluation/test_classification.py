@@ -265,6 +265,7 @@ def test_bad_scores_and_labels_are_errors(scores, labels, message):
         (["cat"], [lambda name: None], r"`templates`.*Received: None for 'cat'"),
         (["cat"], {"cat": [lambda name: name]}, r"`templates`.*Received: .*'cat'"),
         (["cat", "dog"], lambda name: "a photo", r"`templates`.*differ.*'a photo'"),
+        (["cat"], None, r"`templates`.*Received: templates=\[None\]"),
         (["cat"], ["{}", 3], r"`templates`.*Received: templates=\['{}', 3\]"),
     ],
 )

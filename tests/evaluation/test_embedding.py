@@ -183,6 +183,9 @@ def test_bad_texts_and_models_are_errors(model, tokenizer):
     for texts in ("a text", []):
         with pytest.raises(ValueError, match=r"`texts`.*Received: "):
             embed_texts(model, texts, tokenizer)
+    for wrong in (None, "tokenizer.json"):
+        with pytest.raises(ValueError, match=r"`tokenizer` must.*Received: "):
+            embed_texts(model, ["a text"], wrong)
     with pytest.raises(ValueError, match=r"CLIPBackbone.*Received: "):
         embed(keras.Sequential(), images)
 
