@@ -40,8 +40,8 @@ def check_embeddings(name, embeddings):
     # The squares of very large or small values would overflow or vanish.
     largest = np.maximum(embeddings.max(axis=1), -embeddings.min(axis=1))
     embeddings = embeddings / np.where(largest, largest, 1)[:, None]
-    lengths = np.sqrt(np.einsum("id,id->i", embeddings, embeddings))
-    embeddings /= np.where(lengths, lengths, 1)[:, None]
+    lengths = np.sqrt(np.einsum("id,id->i", embeddings, embeddings, dtype="float64"))
+    embeddings /= np.where(lengths, lengths, 1)[:, None].astype("float32")
     return embeddings
 
 

@@ -369,3 +369,12 @@ def test_numbers_of_retrieved_items_are_integers_of_any_kind(ks):
     found = retrieval_recall(images, images, ks=ks)
     names = [f"image_to_text_recall@{k}" for k in np.ravel(ks)]
     assert [name for name in found if "image_to_text" in name] == names
+
+
+@pytest.mark.any_backend
+def test_embeddings_of_equal_directions_tie_whatever_their_lengths():
+    texts = np.repeat(random_embeddings(1, 768), 50, axis=0)
+    lengths = np.random.default_rng(0).lognormal(sigma=2.0, size=(50, 1))
+    images = random_embeddings(50, 768, seed=1)
+    found = retrieval_recall(images, (lengths * texts).astype("float32"))
+    assert {v for name, v in found.items() if "image_to_text" in name} == {0.0}
