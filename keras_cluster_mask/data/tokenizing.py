@@ -74,10 +74,11 @@ def tokenize(tokenizer, captions, context_length=None):
 
         token_ids = keras.ops.convert_to_numpy(token_ids)
     token_ids = np.asarray(token_ids)
-    if token_ids.ndim != 2 or len(token_ids) != len(captions):
+    fits = token_ids.ndim == 2 and len(token_ids) == len(captions)
+    if not fits or token_ids.dtype.kind not in "iu":
         raise ValueError(
             "`tokenizer` must return ints of shape (batch, length). Received: "
-            f"shape {token_ids.shape} for {len(captions)} captions"
+            f"{token_ids.dtype} of shape {token_ids.shape} for {len(captions)} captions"
         )
     return token_ids.astype("int32")
 

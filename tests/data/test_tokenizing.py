@@ -43,7 +43,13 @@ def test_a_tokenizer_may_return_tensors(shard):
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [lambda texts: [0] * len(texts), lambda texts: [[0, 0]]]
+    "tokenizer",
+    [
+        lambda texts: [0] * len(texts),
+        lambda texts: [[0, 0]],
+        lambda texts: [[0.5, 1.0]] * len(texts),
+        lambda texts: [[True, False]] * len(texts),
+    ],
 )
 def test_a_tokenizer_that_returns_no_rows_is_an_error(shard, tokenizer):
     with pytest.raises(Exception, match=r"`tokenizer` must return ints of shape"):
