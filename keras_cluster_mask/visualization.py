@@ -1,5 +1,7 @@
 """Plots of masks, training runs and retrievals, with matplotlib."""
 
+import numbers
+
 import matplotlib
 import numpy as np
 from keras import ops
@@ -18,6 +20,11 @@ from keras_cluster_mask.masking.statistics import (
     tokens_of,
 )
 
+# The metrics of a `ContrastiveModel` that are shown, and how they are called.
+ACCURACIES = {
+    "image_to_text_accuracy": "image to text",
+    "text_to_image_accuracy": "text to image",
+}
 LEFT_OUT = 0.88  # The grey of patches that are left out, on a scale of 0 to 1.
 
 
@@ -121,44 +128,82 @@ def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
     return figure
 
 
-def plot_history(history):
+def plot_history(history, validation_freq=None):
     """Shows the curves of a training run: loss, and accuracy within the batch.
+
+    Of a Keras model other than a `ContrastiveModel`, loss and all metrics.
 
     Args:
         history: The `keras.callbacks.History` that `fit` returned, or its
             dictionary.
+        validation_freq: Integer, or a list of epochs from 1, as it was given to `fit`.
+            `None`: the integer that fits the number of validations.
 
     Returns:
         A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: For a history without epochs, and if the epochs of validation are
+            not known or do not fit.
     """
-    history = getattr(history, "history", history)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    loss_axis, accuracy_axis = figure.subplots(1, 2)
-    epochs = np.arange(1, len(history["loss"]) + 1)
-    curves = (
-        (loss_axis, "loss", "loss"),
-        (accuracy_axis, "image_to_text_accuracy", "image to text"),
-        (accuracy_axis, "text_to_image_accuracy", "text to image"),
-    )
-    for axis, key, label in curves:
-        # A curve of one epoch is a point.
-        style = {"marker": "."}
-        (line,) = axis.plot(epochs, history[key], label=f"{label}, training", **style)
-        if f"val_{key}" in history:
-            color = line.get_color()
-            axis.plot(
-                epochs, history[f"val_{key}"], "--", color=color,
-                label=f"{label}, validation", **style,
-            )  # fmt: skip
-    loss_axis.set_title("contrastive loss", fontsize=11)
-    accuracy_axis.set_title("accuracy within the batch", fontsize=11)
-    accuracy_axis.set_ylim(0, 1)
-    for axis in (loss_axis, accuracy_axis):
+    logs = getattr(history, "history", history)
+    names = [] if not isinstance(logs, dict) else [n for n in logs if n[:4] != "val_"]
+    if not names:
+        raise ValueError(
+            "`history` must be what `fit` returned after at least one epoch. "
+            f"Received: history={logs}"
+        )
+    known = getattr(history, "epoch", range(len(logs[names[0]])))
+    epochs = [epoch + 1 for epoch in known]
+    is_own = ACCURACIES.keys() <= {*names}
+    others = ACCURACIES if is_own else {n: n for n in names if n != "loss"}
+    panels = {
+        "contrastive loss" if is_own else "loss": {n: n for n in names if n == "loss"},
+        "accuracy within the batch" if is_own else "metrics": others,
+    }
+    panels = {title: labels for title, labels in panels.items() if labels}
+    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, labels) in zip(axes, panels.items()):
+        for name, label in labels.items():
+            # A curve of one epoch is a point.
+            style = {"marker": "."}
+            (line,) = axis.plot(epochs, logs[name], label=f"{label}, training", **style)
+            values = logs.get(f"val_{name}", ())
+            if len(values):
+                due = _validation_epochs(epochs, len(values), validation_freq)
+                style |= {"color": line.get_color(), "label": f"{label}, validation"}
+                axis.plot(due, values, "--", **style)
+        axis.set_title(title, fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    if is_own:
+        axes[-1].set_ylim(0, 1)
     return figure
+
+
+def _validation_epochs(epochs, count, freq):
+    """The epochs, from 1, that were followed by a validation."""
+    freqs = [freq]
+    if freq is None:
+        freqs = [1] if count == len(epochs) else range(2, max(epochs) + 1)
+    fitting = {tuple(epoch for epoch in epochs if _is_due(epoch, f)) for f in freqs}
+    fitting = [each for each in fitting if len(each) == count]
+    if len(fitting) != 1:
+        raise ValueError(
+            "`validation_freq` must be what `fit` was given, an integer or a list of "
+            f"epochs. Received: validation_freq={freq!r}, with {count} validations in "
+            f"the epochs {epochs[0]} to {epochs[-1]}"
+        )
+    return fitting[0]
+
+
+def _is_due(epoch, freq):
+    if isinstance(freq, numbers.Integral) and not isinstance(freq, bool):
+        return freq > 0 and epoch % freq == 0
+    return isinstance(freq, list | tuple | set | np.ndarray) and epoch in freq
 
 
 def plot_masking_statistics(statistics):

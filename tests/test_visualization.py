@@ -1,9 +1,11 @@
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import visualization
+from tests.helpers import FAST, image_mlp, random_pairs, text_bag
 
 
 def statistics_of(masking, images, **options):
@@ -196,3 +198,98 @@ class TestMaskingStatistics:
     def test_of_something_else_are_refused(self):
         with pytest.raises(ValueError, match=r"`statistics` must be .*Received: "):
             visualization.plot_masking_statistics({"mask_ratio": 0.5})
+
+
+# === History ===
+
+
+def curves_of(figure):
+    """The points of each curve, by its label."""
+    return {
+        line.get_label(): (line.get_xdata().tolist(), list(line.get_ydata()))
+        for axis in figure.axes
+        for line in axis.get_lines()
+    }
+
+
+def own_history(validation_freq, epochs, **options):
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile("sgd", **FAST)
+    pairs = random_pairs(4)
+    return model.fit(
+        pairs,
+        validation_data=pairs,
+        validation_freq=validation_freq,
+        epochs=epochs,
+        batch_size=4,
+        verbose=0,
+        **options,
+    )
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("freq", "epochs", "expected"), [(1, 2, [1, 2]), (2, 5, [2, 4]), (3, 9, [3, 6, 9])]
+)
+def test_validation_is_drawn_at_its_epochs(freq, epochs, expected):
+    history = own_history(freq, epochs)
+    curves = curves_of(visualization.plot_history(history))
+    assert curves["loss, training"][0] == list(range(1, epochs + 1))
+    for label, key in (
+        ("loss", "loss"),
+        ("image to text", "image_to_text_accuracy"),
+        ("text to image", "text_to_image_accuracy"),
+    ):
+        points = expected, history.history[f"val_{key}"]
+        assert curves[f"{label}, validation"] == points
+    assert curves == curves_of(visualization.plot_history(history, freq))
+
+
+@pytest.mark.any_backend
+def test_epochs_are_those_of_a_run_that_begins_later():
+    history = own_history(2, 7, initial_epoch=2)
+    curves = curves_of(visualization.plot_history(history, validation_freq=2))
+    assert curves["loss, training"][0] == [3, 4, 5, 6, 7]
+    assert curves["loss, validation"][0] == [4, 6]
+
+
+@pytest.mark.any_backend
+def test_epochs_of_validation_that_are_not_known_must_be_given():
+    history = {"loss": [4.0, 3.0, 2.0, 1.0], "val_loss": [2.0]}
+    with pytest.raises(ValueError, match=r"`validation_freq` must.*Received: .*None"):
+        visualization.plot_history(history)
+    for freq, expected in ((3, [3]), (4, [4]), ([2], [2])):
+        curves = curves_of(visualization.plot_history(history, freq))
+        assert curves["loss, validation"] == (expected, [2.0])
+    for freq in (1, 2, [1, 2], [], 0, "2", True):
+        with pytest.raises(ValueError, match=r"`validation_freq` must.*Received: "):
+            visualization.plot_history(history, freq)
+
+
+@pytest.mark.any_backend
+def test_the_history_of_any_keras_model_is_drawn():
+    model = keras.Sequential([keras.layers.Dense(2)])
+    model.compile("sgd", "mse", metrics=["mae", "accuracy"], **FAST)
+    x, y = np.ones((4, 3)), np.ones((4, 2))
+    history = model.fit(
+        x, y, validation_data=(x, y), validation_freq=2, epochs=4, verbose=0
+    )
+    figure = visualization.plot_history(history)
+    curves = curves_of(figure)
+    assert {*curves} == {
+        f"{name}, {part}"
+        for name in ("loss", "mae", "accuracy")
+        for part in ("training", "validation")
+    }
+    assert curves["mae, validation"] == ([2, 4], history.history["val_mae"])
+    assert curves["mae, training"][1] == history.history["mae"]
+    assert [axis.get_title() for axis in figure.axes] == ["loss", "metrics"]
+    figure = visualization.plot_history({"loss": [2.0, 1.0]})
+    assert len(figure.axes) == 1
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("history", [{}, {"val_loss": [1.0]}, None, [1.0, 2.0]])
+def test_a_history_without_epochs_is_an_error(history):
+    with pytest.raises(ValueError, match=r"`history` must.*Received: "):
+        visualization.plot_history(history)

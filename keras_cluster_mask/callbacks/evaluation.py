@@ -30,6 +30,10 @@ class Evaluation(Periodic):
                 "`tf.data.Dataset` or a `PyDataset`. "
                 f"Received: an iterator of type {type(data).__name__}"
             )
+        # Imported here: evaluation needs packages that `import keras` does not.
+        from keras_cluster_mask.evaluation.checks import check_read_once
+
+        check_read_once("data", data)
         self.data = data
         self.name = name
         self.prefix = prefix
@@ -46,7 +50,6 @@ class Evaluation(Periodic):
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        # Imported here: it needs packages that `import keras` does not.
         from keras_cluster_mask.evaluation.embedding import Embedder
 
         model = self.model
@@ -153,9 +156,10 @@ class Retrieval(Evaluation):
             recognise validation by `"val_"`; use another for training data.
 
     Raises:
-        ValueError: From `fit`, before it trains: for data without texts or images,
-            data that differs between processes, callbacks that write the same metrics,
-            and another model than a `ContrastiveModel`.
+        ValueError: For an iterator, and for an `image_text_dataset` with
+            `training=True`. From `fit`, before it trains: for data without texts or
+            images, data that differs between processes, callbacks that write the same
+            metrics, and another model than a `ContrastiveModel`.
     """
 
     def __init__(
@@ -218,7 +222,8 @@ class ZeroShot(Evaluation):
         prefix: String, the beginning of the names in the logs.
 
     Raises:
-        ValueError: From `fit`, before it trains: for what
+        ValueError: For an iterator, and for an `image_text_dataset` with
+            `training=True`. From `fit`, before it trains: for what
             `kcm.evaluation.evaluate_zero_shot` does not take, data that differs between
             processes, callbacks that write the same metrics, and another model than a
             `ContrastiveModel`.

@@ -10,6 +10,7 @@ from keras_cluster_mask.data.skipped import ENOUGH
 # In object stores, runs of so many neighbours are read together, where a batch holds
 # enough of them to be well mixed.
 BLOCK, RUNS = 64, 16
+CROP_SCALE = 0.4, 1.0
 # The samples that are read to see whether any has what is asked for.
 EXAMPLES = 8
 
@@ -32,6 +33,26 @@ def check_integer(name, value, at_least):
             f"Received: {name}={value!r}"
         )
     return int(value)
+
+
+def check_crop_scale(crop_scale, resize):
+    """The range of the area of random crops; None if there are none."""
+    if resize == "squash":
+        if crop_scale is not None:
+            raise ValueError(
+                "`crop_scale` must be None where images are squashed, which crops "
+                'nothing: pass `resize="crop"` for random crops. '
+                f"Received: crop_scale={crop_scale}, resize={resize!r}"
+            )
+        return None
+    crop_scale = CROP_SCALE if crop_scale is None else crop_scale
+    is_pair = isinstance(crop_scale, tuple | list) and len(crop_scale) == 2
+    if not is_pair or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(
+            "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
+            f"Received: crop_scale={crop_scale}"
+        )
+    return crop_scale
 
 
 def check_process(process, batch_size, training):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.arguments import (
     check_choice,
+    check_crop_scale,
     check_integer,
     check_process,
     check_samples,
@@ -22,7 +23,12 @@ from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
-from keras_cluster_mask.data.tokenizing import Tokenize, check_tokenizer, is_layer
+from keras_cluster_mask.data.tokenizing import (
+    Tokenize,
+    check_tokenizer,
+    is_layer,
+    length_of,
+)
 
 
 def image_text_dataset(
@@ -40,7 +46,7 @@ def image_text_dataset(
     label_key=None,
     class_names=None,
     resize="crop",
-    crop_scale=(0.4, 1.0),
+    crop_scale=None,
     horizontal_flip=False,
     background="white",
     image_transform=None,
@@ -114,10 +120,11 @@ def image_text_dataset(
             dicts, such as a `Dataset` of the package `datasets`. Or a dict from any of
             the former to a weight, which mixes them in these proportions.
         tokenizer: A `CLIPTokenizer`; or any callable from a list of bytes to ints
-            `(batch, length)`; or a Keras layer, such as a KerasHub `CLIPPreprocessor`,
-            which does not clean captions, may split numbers differently from CLIP, and
-            needs TensorFlow. `None`: batches have no `"token_ids"`, and samples need no
-            caption.
+            `(batch, length)`; or a tokenizer of open_clip, or of Hugging Face, whose
+            rows are padded and truncated to its `model_max_length`; or a Keras layer,
+            such as a KerasHub `CLIPPreprocessor`, which does not clean captions, may
+            split numbers differently from CLIP, and needs TensorFlow. `None`: batches
+            have no `"token_ids"`, and samples need no caption.
         image_size: int or `(height, width)`, in pixels.
         batch_size: int. The global batch size, over all processes and devices.
         training: bool. Whether to shuffle, to repeat, and to take random crops.
@@ -143,11 +150,11 @@ def image_text_dataset(
             labels.
         class_names: sequence of str, for labels that are names: a label is the index of
             its name. Defaults to `None`: labels are numbers.
-        resize: `"crop"`, the center crop of CLIP, or `"squash"`, the whole image with
-            its sides scaled to fit, as SigLIP is evaluated. Training takes random crops
-            either way.
+        resize: `"crop"`, random crops in training and CLIP's center crop in evaluation;
+            or `"squash"`, the whole image with its sides scaled to fit, as for SigLIP.
         crop_scale: pair of floats. The range of the area of random crops, as a fraction
-            of the image's area. Defaults to `(0.4, 1.0)`.
+            of the image's area. Not for `resize="squash"`. Defaults to `None`:
+            `(0.4, 1.0)`.
         horizontal_flip: bool. Whether to flip half of the images in training. Not
             suitable for captions that say left or right. Defaults to `False`.
         background: The background of transparent images: `"white"`, a tuple of three
@@ -221,11 +228,7 @@ def image_text_dataset(
     check_choice("data_format", data_format, ("channels_last", "channels_first"))
     check_choice("resize", resize, ("crop", "squash"))
     check_choice("include_captions", include_captions, (False, True, "all"))
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ValueError(
-            "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
-            f"Received: {crop_scale}"
-        )
+    crop_scale = check_crop_scale(crop_scale, resize)
     if not 0 <= max_skipped <= 1:
         raise ValueError(
             f"`max_skipped` must be from 0 to 1. Received: max_skipped={max_skipped}"
@@ -312,7 +315,7 @@ def image_text_dataset(
         "images": Spec(
             (rows, height, width, 3) if last else (rows, 3, height, width), "uint8"
         ),
-        "token_ids": Spec((rows, getattr(tokenizer, "context_length", None)), "int32"),
+        "token_ids": Spec((rows, length_of(tokenizer)), "int32"),
         "captions": Spec((rows,), "object" if include_captions == "all" else "string"),
         "keys": Spec((rows,), "string"),
         "paths": Spec((rows,), "string"),
@@ -335,7 +338,7 @@ def image_text_dataset(
             "data.block_size": block_size,
             "data.sampling": None if sampling is None else order.digest(),
             "data.image_size": list(image_size),
-            "data.crop_scale": [float(bound) for bound in crop_scale],
+            "data.crop_scale": crop_scale and [float(bound) for bound in crop_scale],
             "data.horizontal_flip": bool(horizontal_flip),
             "data.caption_template": repr(caption_template),
             "data.background": repr(background),
@@ -343,6 +346,7 @@ def image_text_dataset(
             "data.image_transform": name_of(image_transform),
             "data.tokenizer": name_of(tokenizer),
         },
+        tokenizer,
         finish,
     )
     return dataset.as_dataset() if format == "tf" else dataset

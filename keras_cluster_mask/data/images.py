@@ -125,6 +125,19 @@ class EncodedImage:
         """
         return np.asarray(cut_middle(self._decoded(), size))
 
+    def squashed(self, size):
+        """The whole image as SigLIP's evaluation resizes it, equal in every pixel.
+
+        `whole` is faster and differs by rounding.
+
+        Args:
+            size: Pair of ints. The height and width of the result.
+
+        Returns:
+            uint8 array `(height, width, 3)`, or 4 channels with alpha.
+        """
+        return np.asarray(squash(self._decoded(), size))
+
     def _decoded(self):
         """The image as RGB or RGBA, with the EXIF orientation applied."""
         if max(math.prod(self._image.size), self._coefficients) > self._max_pixels:
@@ -192,6 +205,19 @@ def cut_middle(image, size):
     return image.crop((left, top, left + columns, top + rows))
 
 
+def squash(image, size):
+    """A decoded image with its sides scaled to fit; see `EncodedImage.squashed`.
+
+    Args:
+        image: `PIL.Image.Image` in any color mode.
+        size: Pair of ints. The height and width of the result.
+
+    Returns:
+        `PIL.Image.Image` in the same mode.
+    """
+    return image.resize(size[::-1], Image.Resampling.BICUBIC)
+
+
 def random_box(size, image_size, draws, scale=(0.4, 1.0), ratio=RATIO):
     """Draws the box of a random crop.
 
@@ -236,8 +262,9 @@ class Cutter:
 
     Args:
         image_size: Pair of ints. Height and width.
-        training: bool. Whether to take a random crop.
-        resize: `"crop"` or `"squash"`. What to take else: the center crop, or all.
+        training: bool. Whether crops and flips are random.
+        resize: `"crop"` or `"squash"`: a random crop in training and else the center
+            crop, or the whole image.
         crop_scale: Pair of floats. See `random_box`.
         horizontal_flip: bool. Whether to flip half of the images in training.
         background: See `composite`.
@@ -269,11 +296,12 @@ class Cutter:
         """
         draws = generator.random(NUM_DRAWS)
         image = EncodedImage(content, self.max_pixels)
-        if self.training:
+        if self.resize == "squash":
+            whole = image.whole if self.training else image.squashed
+            part = whole(self.image_size)
+        elif self.training:
             box = random_box(image.size, self.image_size, draws, self.crop_scale)
             part = image.part(box, self.image_size)
-        elif self.resize == "squash":
-            part = image.whole(self.image_size)
         else:
             part = image.middle(self.image_size)
         if part.shape[2] == 4:

@@ -44,6 +44,7 @@ class ImageTextDataset(grain.IterDataset):
         skipped: `SkippedSamples`.
         element_spec: dict from the name of each entry of a batch to its `Spec`.
         description: dict. What decides which samples are in which batch.
+        tokenizer: What makes the token ids, or None.
         finish: Function that is applied to each batch in this process, or None.
 
     Attributes:
@@ -55,6 +56,7 @@ class ImageTextDataset(grain.IterDataset):
         element_spec: dict from the name of each entry of a batch to its `Spec`.
         description: dict of what decides which samples are in which batch. A run is
             resumed on a dataset with an equal one only.
+        tokenizer: What makes the token ids, or None.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ImageTextDataset(grain.IterDataset):
         skipped,
         element_spec,
         description,
+        tokenizer=None,
         finish=None,
     ):
         super().__init__()
@@ -76,6 +79,7 @@ class ImageTextDataset(grain.IterDataset):
         self.training = samples.training
         self.element_spec = element_spec
         self.description = description
+        self.tokenizer = tokenizer
         self._samples = samples
         self._rows = _Rows(
             batch_size, process, None if samples.training else samples.num_samples

@@ -1,8 +1,21 @@
 """Applies any tokenizer to a batch of captions."""
 
+import inspect
 import sys
+import threading
 
 import numpy as np
+
+# They differ in their lengths, and in their first and last words.
+PROBES = (
+    b"dog",
+    b"two red boats on the sea",
+    b"a child reads a book under a tall tree",
+)
+# Hugging Face writes a larger number where the length is not known.
+MAX_LENGTH = 100_000
+# Hugging Face's tokenizers, which open_clip wraps, change when they are called.
+_padding = threading.Lock()
 
 
 def is_layer(tokenizer):
@@ -16,9 +29,9 @@ def check_tokenizer(tokenizer):
     if is_layer(tokenizer) and hasattr(tokenizer, "end_token_id"):
         raise ValueError(
             "`tokenizer` must add a start and an end token and return rows of equal "
-            "length, which this layer does not. Pass `keras_hub.models."
-            "CLIPPreprocessor(tokenizer)` or `CLIPTokenizer.from_preset(...)` instead. "
-            f"Received: {tokenizer}"
+            "length, which this layer does not. Pass its preprocessor, such as "
+            "`keras_hub.models.CLIPPreprocessor(tokenizer)`, or "
+            f"`CLIPTokenizer.from_preset(...)` instead. Received: tokenizer={tokenizer}"
         )
     if tokenizer is not None and not callable(tokenizer):
         raise ValueError(
@@ -27,13 +40,25 @@ def check_tokenizer(tokenizer):
         )
 
 
-def tokenize(tokenizer, captions):
+def length_of(tokenizer):
+    """The length of the rows that a tokenizer returns, or None if it is not known."""
+    length = getattr(tokenizer, "context_length", None)
+    if length is None and "transformers" in _libraries(tokenizer):
+        length = tokenizer.model_max_length
+        length = length if length < MAX_LENGTH else None
+    return length
+
+
+def tokenize(tokenizer, captions, context_length=None):
     """The token ids of captions.
 
     Args:
-        tokenizer: Callable from a list of bytes to ints, such as a `CLIPTokenizer`, or
-            a Keras layer, which runs on TensorFlow.
-        captions: list of bytes.
+        tokenizer: Callable from a list of bytes to ints, such as a `CLIPTokenizer`; a
+            tokenizer of open_clip or Hugging Face, which takes str; or a Keras layer,
+            which runs on TensorFlow.
+        captions: list of bytes, or of str.
+        context_length: int. The length of the rows of a tokenizer of open_clip or
+            Hugging Face. `None`: its own.
 
     Returns:
         int32 array `(batch, length)`.
@@ -42,19 +67,39 @@ def tokenize(tokenizer, captions):
         return np.zeros((0, getattr(tokenizer, "context_length", 0)), "int32")
     if is_layer(tokenizer):
         return _apply_layer(tokenizer, captions)
-    token_ids = tokenizer(captions)
+    token_ids = _call(tokenizer, captions, context_length)
     # A tensor of some backend.
     if not isinstance(token_ids, np.ndarray | list | tuple):
         import keras
 
         token_ids = keras.ops.convert_to_numpy(token_ids)
     token_ids = np.asarray(token_ids)
-    if token_ids.ndim != 2 or len(token_ids) != len(captions):
+    fits = token_ids.ndim == 2 and len(token_ids) == len(captions)
+    if not fits or token_ids.dtype.kind not in "iu":
         raise ValueError(
             "`tokenizer` must return ints of shape (batch, length). Received: "
-            f"shape {token_ids.shape} for {len(captions)} captions"
+            f"{token_ids.dtype} of shape {token_ids.shape} for {len(captions)} captions"
         )
     return token_ids.astype("int32")
+
+
+def probe(tokenizer, context_length=None):
+    """The token ids of a few fixed sentences, which show what a tokenizer does.
+
+    Args:
+        tokenizer: See `tokenize`.
+        context_length: See `tokenize`.
+
+    Returns:
+        int32 array `(3, length)`; `None` if the tokenizer does not take any text, such
+        as a table of the captions of a data set.
+    """
+    check_tokenizer(tokenizer)
+    try:
+        return tokenize(tokenizer, list(PROBES), context_length)
+    except Exception:
+        # What is wrong with it shows on the captions.
+        return None
 
 
 class Tokenize:
@@ -72,13 +117,46 @@ class Tokenize:
         return {**batch, "token_ids": tokenize(self._layer, captions)}
 
 
+def _call(tokenizer, captions, context_length):
+    """Calls a tokenizer as its library does."""
+    libraries = _libraries(tokenizer)
+    if not libraries & {"open_clip", "transformers"}:
+        return tokenizer(captions)
+    texts = [
+        text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        for text in captions
+    ]
+    length = context_length or length_of(tokenizer)
+    if "open_clip" in libraries:
+        with _padding:
+            return tokenizer(texts, **({"context_length": length} if length else {}))
+    if length is None:
+        raise ValueError(
+            "`tokenizer` must have the length of the model's texts: set its "
+            f"`model_max_length`. Received: {type(tokenizer).__name__} with "
+            f"model_max_length={tokenizer.model_max_length}"
+        )
+    with _padding:
+        return tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length
+        )["input_ids"]
+
+
+def _libraries(tokenizer):
+    """The packages that a tokenizer's function or class and its bases come from."""
+    modules = {x.__module__ for x in type(tokenizer).__mro__}
+    # Of a function, its type says nothing.
+    modules.add(getattr(tokenizer, "__module__", None) or "")
+    return {module.split(".")[0] for module in modules}
+
+
 def _apply_layer(layer, captions):
     from keras_cluster_mask.data.tensorflow import import_tensorflow
 
     tf = import_tensorflow("A Keras layer as a `tokenizer`")
     captions = tf.convert_to_tensor(captions, "string")
-    # KerasHub's CLIP preprocessors take and return a dict.
-    if hasattr(layer, "image_converter"):
+    # KerasHub's preprocessors of images and texts take a dict, those of texts strings.
+    if "image_converter" in inspect.signature(type(layer)).parameters:
         token_ids = layer({"images": None, "prompts": captions})["token_ids"]
     else:
         token_ids = layer(captions)

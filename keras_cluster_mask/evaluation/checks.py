@@ -1,30 +1,59 @@
-"""Checks of embeddings and labels."""
+"""Checks of embeddings, labels and numbers."""
+
+import numbers
 
 import numpy as np
 
+from keras_cluster_mask.batches import stream_of
 
-def check_embeddings(name, embeddings):
-    embeddings = np.asarray(embeddings, dtype="float32")
-    if embeddings.ndim != 2 or not embeddings.size:
+
+def check_read_once(name, data):
+    """Raises an error for a dataset for training: endless, and cropped at random."""
+    if stream_of(data) is not None:
+        raise ValueError(
+            f"`{name}` must hold each image once, without random crops: pass "
+            "`training=False` to `image_text_dataset`. "
+            f"Received: {name}={data}, a dataset for training"
+        )
+
+
+def check_matrix(name, values):
+    """Returns values as a float32 matrix, after a check that all are finite."""
+    values = np.asarray(values, dtype="float32")
+    if values.ndim != 2 or not values.size:
         raise ValueError(
             f"`{name}` must have shape (items, d). "
-            f"Received: {name}.shape={embeddings.shape}"
+            f"Received: {name}.shape={values.shape}"
         )
-    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
         raise ValueError(
             f"`{name}` must be finite. Received: NaN or infinity in {len(bad)} rows, "
             f"the first {bad[:5].tolist()}"
         )
+    return values
+
+
+def check_embeddings(name, embeddings):
+    """Returns embeddings L2-normalised in float32; a row of zeros stays as it is."""
+    embeddings = check_matrix(name, embeddings)
+    # The squares of very large or small values would overflow or vanish.
+    largest = np.maximum(embeddings.max(axis=1), -embeddings.min(axis=1))
+    embeddings = embeddings / np.where(largest, largest, 1)[:, None]
+    lengths = np.sqrt(np.einsum("id,id->i", embeddings, embeddings, dtype="float64"))
+    embeddings /= np.where(lengths, lengths, 1)[:, None].astype("float32")
     return embeddings
 
 
 def check_ks(ks):
-    """Returns ks as a tuple, after a check that they are positive integers."""
-    given = tuple(ks) if isinstance(ks, tuple | list) else (ks,)
-    if not given or not all(isinstance(k, int) and k > 0 for k in given):
-        raise ValueError(f"`ks` must be positive integers. Received: ks={ks!r}")
-    return given
+    """Returns ks as a tuple of ints, after a check that they are positive integers."""
+    given = ks.tolist() if hasattr(ks, "tolist") else ks
+    given = tuple(given) if isinstance(given, tuple | list | range) else (given,)
+    if not given or not all(map(_is_positive_integer, given)):
+        raise ValueError(
+            f"`ks` must be a positive integer or several. Received: ks={ks!r}"
+        )
+    return tuple(map(int, given))
 
 
 def check_labels(name, labels, num_items, num_classes):
@@ -43,3 +72,8 @@ def check_labels(name, labels, num_items, num_classes):
             f"{labels[bad[:5]].tolist()}"
         )
     return labels.astype("int64")
+
+
+def _is_positive_integer(k):
+    is_integer = isinstance(k, numbers.Integral) and not isinstance(k, bool)
+    return is_integer and k > 0

@@ -1,19 +1,23 @@
 """Zero-shot classification: images against the names of classes."""
 
+import collections
+import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.evaluation.checks import (
-    check_embeddings,
     check_ks,
     check_labels,
+    check_matrix,
+    check_read_once,
 )
 from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
-from keras_cluster_mask.evaluation.ranks import TIE
+
+Templates = str | Callable | Sequence[str | Callable] | Mapping[str, Sequence[str]]
 
 TEMPLATES = ("a photo of a {}.",)
 # Images whose scores for all classes are held in memory at a time.
@@ -25,8 +29,7 @@ def classification_accuracy(
 ) -> dict[str, float]:
     """Computes how often the right class is among the k highest scores.
 
-    A wrong class with the same score as the right one, to the rounding of 32 bits,
-    ranks ahead of it. So equal scores for all classes count as wrong.
+    Of classes with equal scores the first ranks ahead, as with `argmax`.
 
     Example:
 
@@ -51,19 +54,16 @@ def classification_accuracy(
         ValueError: For scores that are not finite, and for labels out of range.
     """
     ks = check_ks(ks)
-    scores = check_embeddings("scores", scores)
+    scores = check_matrix("scores", scores)
     labels = check_labels("labels", labels, len(scores), scores.shape[1])
-    # Rounding is relative to the size of the scores.
-    right = np.take_along_axis(scores, labels[:, None], axis=1)
-    ties = TIE * np.maximum(np.abs(scores), np.abs(right))
-    return _accuracy(_ranks(scores, labels, ties), labels, scores.shape[1], ks)
+    return _accuracy(_ranks(scores, labels), labels, scores.shape[1], ks)
 
 
 def zero_shot_classifier(
     model: Any,
     class_names: Sequence[str],
     tokenizer: Any,
-    templates: str | Sequence[str] | Mapping[str, Sequence[str]] = TEMPLATES,
+    templates: Templates = TEMPLATES,
     verbose: str | int = "auto",
 ) -> np.ndarray:
     """Computes the weights of a linear classifier from the names of classes.
@@ -86,10 +86,11 @@ def zero_shot_classifier(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
             the path of one that was saved.
-        class_names: List of str. A warning names duplicates.
+        class_names: List of str. A warning names duplicates, whose weights are equal.
         tokenizer: See `embed`.
-        templates: str, or a list of them, with one `{}` or `{c}` as the placeholder of
-            the name; or a dictionary from each name to a list of texts.
+        templates: A str with one `{}` or `{c}` as the placeholder of the name, or a
+            function from the name to a text, or a list of these; or a dictionary from
+            each name to a list of texts.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -97,19 +98,14 @@ def zero_shot_classifier(
 
     Raises:
         ValueError: For a class without a name or without texts, and for a template
-            without a placeholder.
+            without a placeholder or with the same text for all names.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
           https://arxiv.org/abs/2103.00020)
     """
-    prompts = _prompts(class_names, templates)
-    texts = [text for each in prompts for text in each]
-    embeddings = embed_texts(model, texts, tokenizer, verbose)
-    starts = np.cumsum([0, *map(len, prompts[:-1])])
-    sums = np.add.reduceat(embeddings, starts, axis=0)
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    return (sums / np.maximum(norms, 1e-12)).T
+    weights, columns = _weights(model, class_names, tokenizer, templates, verbose)
+    return weights[:, columns]
 
 
 def evaluate_zero_shot(
@@ -117,11 +113,15 @@ def evaluate_zero_shot(
     data: Any,
     class_names: Sequence[str],
     tokenizer: Any,
-    templates: str | Sequence[str] | Mapping[str, Sequence[str]] = TEMPLATES,
+    templates: Templates = TEMPLATES,
     ks: int | Sequence[int] = (1, 5),
     verbose: str | int = "auto",
 ) -> dict[str, float]:
     """Computes the accuracy of zero-shot classification.
+
+    The metrics are those of clip_benchmark. Of classes with the same name, such as the
+    two cranes of ImageNet, the first one is predicted: images of the others count as
+    wrong in top-1, and as right in top-5 if it is among the five.
 
     Example:
 
@@ -160,20 +160,20 @@ def evaluate_zero_shot(
         A dictionary, as `classification_accuracy` returns it.
 
     Raises:
-        ValueError: As `zero_shot_classifier` does, for data without labels, and for
-            labels out of range.
+        ValueError: As `zero_shot_classifier` does, for data without labels, for labels
+            out of range, and for an `image_text_dataset` with `training=True`.
     """
     ks = check_ks(ks)
+    check_read_once("data", data)
     embedder = Embedder.of(model)
     class_names = list(class_names)
-    classifier = zero_shot_classifier(
-        embedder, class_names, tokenizer, templates, verbose
-    )
+    weights, columns = _weights(embedder, class_names, tokenizer, templates, verbose)
     found = embed(embedder, labelled(data, len(class_names)), verbose=verbose)
-    images = check_embeddings("image_embeddings", found["image_embeddings"])
+    images = check_matrix("image_embeddings", found["image_embeddings"])
     labels = check_labels("labels", found["labels"], len(images), len(class_names))
     blocks = [slice(i, i + BLOCK) for i in range(0, len(images), BLOCK)]
-    ranks = [_ranks(images[block] @ classifier, labels[block], TIE) for block in blocks]
+    # Rounding must not decide between columns that are equal.
+    ranks = [_ranks((images[b] @ weights)[:, columns], labels[b]) for b in blocks]
     return _accuracy(np.concatenate(ranks), labels, len(class_names), ks)
 
 
@@ -193,11 +193,11 @@ def labelled(
         yield {key: batch[key] for key in ("images", "labels")}
 
 
-def _ranks(scores, labels, ties):
-    """The number of wrong classes ahead of the right one, of each item."""
-    ahead = scores >= np.take_along_axis(scores, labels[:, None], axis=1) - ties
-    # One of those is the right one itself.
-    return np.count_nonzero(ahead, axis=1) - 1
+def _ranks(scores, labels):
+    """The number of classes ahead of the right one, of each item."""
+    right = np.take_along_axis(scores, labels[:, None], axis=1)
+    is_before = np.arange(scores.shape[1]) < labels[:, None]
+    return np.count_nonzero((scores > right) | (scores == right) & is_before, axis=1)
 
 
 def _accuracy(ranks, labels, num_classes, ks):
@@ -207,6 +207,19 @@ def _accuracy(ranks, labels, num_classes, ks):
         **{f"top_{k}": float(np.mean(ranks < k)) for k in ks if k < num_classes},
         "mean_per_class": float(np.mean(hits[counts > 0] / counts[counts > 0])),
     }
+
+
+def _weights(model, class_names, tokenizer, templates, verbose):
+    """The weights of classes with different texts, and the column of each class."""
+    prompts = [tuple(each) for each in _prompts(class_names, templates)]
+    places = {each: place for place, each in enumerate(dict.fromkeys(prompts))}
+    texts = [text for each in places for text in each]
+    embeddings = embed_texts(model, texts, tokenizer, verbose)
+    starts = np.cumsum([0, *map(len, places)])[:-1]
+    sums = np.add.reduceat(embeddings, starts, axis=0)
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    weights = (sums / np.maximum(norms, 1e-12)).T
+    return weights, [places[each] for each in prompts]
 
 
 def _prompts(class_names, templates):
@@ -222,35 +235,60 @@ def _prompts(class_names, templates):
             "`class_names` must be a list of str, a name for each class. Received: "
             + (f"no name for class {nameless[:5]}" if nameless else repr(class_names))
         )
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
         warnings.warn(
-            f"`class_names` holds {twice[:5]} more than once: images of these classes "
-            "count as wrong.",
+            f"`class_names` holds {sorted(twice)[:5]} more than once: of classes with "
+            "the same name only the first is ever predicted.",
             stacklevel=4,
         )
-    if isinstance(templates, dict):
-        without = [name for name in names if not templates.get(name)]
-        if without:
-            raise ValueError(
-                "`templates` must hold a list of texts for each class. Received: none "
-                f"for {without[:5]}"
-            )
-        texts = [templates[name] for name in names]
-        return [[each] if isinstance(each, str) else [*each] for each in texts]
-    templates = [templates] if isinstance(templates, str) else list(templates)
-    parts = [_parts(template) for template in templates]
-    if not parts or None in parts:
+    if isinstance(templates, Mapping):
+        return [_texts_of(name, templates) for name in names]
+    is_several = isinstance(templates, Iterable) and not isinstance(templates, str)
+    templates = list(templates) if is_several else [templates]
+    functions = [_as_function(template) for template in templates]
+    if not functions or None in functions:
         raise ValueError(
-            "`templates` must be str with one {}, the placeholder of the class name. "
-            f"Received: templates={templates!r}"
+            "`templates` must be str with one {}, the placeholder of the class name, "
+            f"or functions of the name. Received: templates={templates!r}"
         )
-    return [[f"{before}{name}{after}" for before, after in parts] for name in names]
+    prompts = [[_filled(function, name) for function in functions] for name in names]
+    for template, texts in zip(templates, zip(*prompts)):
+        if len({*names}) > 1 and len({*texts}) == 1:
+            raise ValueError(
+                "`templates` must make texts that differ between names. Received: "
+                f"{template}, which makes {texts[0]!r} of all"
+            )
+    return prompts
 
 
-def _parts(template):
-    """The texts before and after the placeholder; `None` without one."""
+def _texts_of(name, templates):
+    """The texts of a class in a dictionary of them."""
+    texts = templates.get(name) or []
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            "`templates` must hold a list of texts for each class. Received: "
+            + (f"{texts} for {name!r}" if texts else f"none for [{name!r}]")
+        )
+    return texts
+
+
+def _as_function(template):
+    """A template as a function of the name; `None` without a placeholder."""
+    if callable(template):
+        return template
     for place in ("{}", "{c}"):
         if isinstance(template, str) and template.count(place) == 1:
-            return template.split(place)
+            return functools.partial(template.replace, place)
     return None
+
+
+def _filled(function, name):
+    text = function(name)
+    if not isinstance(text, str) or not text:
+        raise ValueError(
+            "`templates` must be functions that return a str. "
+            f"Received: {text!r} for {name!r}"
+        )
+    return text

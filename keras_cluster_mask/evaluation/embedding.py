@@ -1,5 +1,6 @@
 """Embeddings of a data set."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,10 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.batches import num_images, read_batches
-from keras_cluster_mask.evaluation.preprocessing import tokenize
+from keras_cluster_mask.data.tokenizing import tokenize
+from keras_cluster_mask.evaluation.checks import check_read_once
 from keras_cluster_mask.models.loading import as_contrastive_model
+from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
 
 # Texts embedded at a time.
 BATCH_SIZE = 64
@@ -48,9 +51,10 @@ def embed(
             array that holds all data. Images are `(batch, H, W, C)`, uint8 or
             normalised floats.
         tokenizer: A callable from a list of bytes to ints `(batch, length)`, such as
-            a `CLIPTokenizer`, which reads the `"captions"` of the batches: one an
-            image, or a tuple of several. `None` embeds their `"token_ids"`, if there
-            are any.
+            a `CLIPTokenizer`, or a tokenizer of open_clip or Hugging Face, which is
+            padded and truncated to the length that the model takes. It reads the
+            `"captions"` of the batches: one an image, or a tuple of several. `None`
+            embeds their `"token_ids"`, if there are any.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -60,10 +64,17 @@ def embed(
         belongs to; and all other entries of the batches, such as `"labels"`.
 
     Raises:
-        ValueError: For data without images, or for another model.
+        ValueError: For data without images, for an `image_text_dataset` with
+            `training=True`, for another model, or for a tokenizer that lacks the
+            special tokens that the model's text tower needs.
     """
+    check_read_once("data", data)
     embedder = Embedder.of(model)
     of_texts = embedder.model.text_input_names
+    if tokenizer is None:
+        check_tokenizer_of(embedder.model, data)
+    else:
+        tokenizer = embedder.tokenizer(tokenizer)
     rows = {"image_embeddings": []}
     count = 0
     total = num_images(data)
@@ -80,7 +91,7 @@ def embed(
         }
         if tokenizer is not None:
             texts, owners = _texts_of(batch)
-            found["text_embeddings"] = embedder.texts(tokenize(tokenizer, texts))
+            found["text_embeddings"] = embedder.texts(tokenizer(texts))
         elif "token_ids" in batch:
             texts = {k: batch[k] for k in of_texts if k in batch}
             found["text_embeddings"] = embedder.texts(texts)
@@ -124,19 +135,24 @@ def embed_texts(
 
     Returns:
         `(texts, d)` float32 array, L2-normalised.
+
+    Raises:
+        ValueError: For no texts, for another model, or for a tokenizer that lacks the
+            special tokens that the model's text tower needs.
     """
     if isinstance(texts, str | bytes) or not len(texts):
         raise ValueError(
             f"`texts` must be a list of at least one str. Received: texts={texts!r}"
         )
     embedder = Embedder.of(model)
+    tokenizer = embedder.tokenizer(tokenizer)
     progress = keras.utils.Progbar(
         len(texts), verbose=1 if verbose else 0, unit_name="text"
     )
     found = []
     for start in range(0, len(texts), BATCH_SIZE):
         chunk = [_encoded(text) for text in texts[start : start + BATCH_SIZE]]
-        found.append(embedder.texts(tokenize(tokenizer, chunk)))
+        found.append(embedder.texts(tokenizer(chunk)))
         progress.add(len(chunk))
     return np.concatenate(found)
 
@@ -161,6 +177,17 @@ class Embedder:
     def of(cls, model):
         """Returns an embedder of a model; an embedder is returned as it is."""
         return model if isinstance(model, cls) else cls(model)
+
+    def tokenizer(self, tokenizer):
+        """A function from texts to token ids, after a check that it suits the model."""
+        if tokenizer is None:
+            raise ValueError(
+                "`tokenizer` must be a callable from a list of bytes to ints, such as "
+                "a `CLIPTokenizer`. Received: tokenizer=None"
+            )
+        length = self.model.context_length
+        check_tokenizer(self.model, tokenizer, length)
+        return functools.partial(tokenize, tokenizer, context_length=length)
 
     def images(self, images):
         """Embeds images into a `(batch, d)` float32 array."""

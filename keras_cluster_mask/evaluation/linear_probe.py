@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_cluster_mask.evaluation.checks import check_embeddings
+from keras_cluster_mask.evaluation.checks import check_matrix, check_read_once
 from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,
     labelled,
@@ -224,12 +224,15 @@ def evaluate_linear_probe(
         A dictionary, as `linear_probe` returns it.
 
     Raises:
-        ValueError: For data without labels, and as `linear_probe` does.
+        ValueError: For data without labels, for an `image_text_dataset` with
+            `training=True`, and as `linear_probe` does.
     """
     # Checked before embedding, which may take hours.
     _check_options(regularization, metric, validation_split, max_iterations)
-    embedder = Embedder.of(model)
     given = {"train": train, "test": test, "validation": validation}
+    for name, data in given.items():
+        check_read_once(name, data)
+    embedder = Embedder.of(model)
     items = {
         name: _embed_items(embedder, name, data, verbose)
         for name, data in given.items()
@@ -348,7 +351,7 @@ def _check_options(regularization, metric, validation_split, max_iterations):
 
 
 def _check_items(name, features, labels, train=None):
-    features = check_embeddings(f"{name}_features", features)
+    features = check_matrix(f"{name}_features", features)
     labels = np.asarray(labels)
     if labels.shape != (len(features),) or labels.dtype.kind not in "iu":
         raise ValueError(

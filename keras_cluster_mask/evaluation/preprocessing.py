@@ -8,25 +8,35 @@ import numpy as np
 from PIL import Image
 
 from keras_cluster_mask.data import tokenizing
-from keras_cluster_mask.data.images import cut_middle
+from keras_cluster_mask.data.arguments import check_choice
+from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 
 
-def center_crop(image: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
-    """Resizes and crops an image as open_clip's evaluation transform does.
+def resize_image(
+    image: Image.Image, image_size: tuple[int, int], resize: str = "crop"
+) -> np.ndarray:
+    """Resizes an image as open_clip's evaluation transforms do.
 
-    The image is resized (bicubic, antialiased) until it covers `image_size`, and its
-    center is cropped.
+    Bicubic, antialiased.
 
     Args:
         image: `PIL.Image.Image` of any mode.
         image_size: `(height, width)`.
+        resize: `"crop"`: the image is resized until it covers `image_size`, and its
+            center is cropped, as for CLIP. `"squash"`: the whole image is resized to
+            `image_size`, as for SigLIP.
 
     Returns:
         `(height, width, 3)` uint8 array.
+
+    Raises:
+        ValueError: For another value of `resize`.
     """
+    check_choice("resize", resize, ("crop", "squash"))
+    fitted = (squash if resize == "squash" else cut_middle)(image, image_size)
     # In this order, in which open_clip treats palettes and transparency too.
-    return np.array(cut_middle(image, image_size).convert("RGB"))
+    return np.array(fitted.convert("RGB"))
 
 
 def load_tokenizer(
@@ -72,7 +82,7 @@ def tokenize(
     Raises:
         ValueError: If the ids do not fit the model.
     """
-    ids = tokenizing.tokenize(tokenizer, texts)
+    ids = tokenizing.tokenize(tokenizer, texts, context_length)
     if context_length is not None and ids.shape[1] != context_length:
         raise ValueError(
             "`tokenizer` must return ids of the length that the model's text encoder "

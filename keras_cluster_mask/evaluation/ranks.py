@@ -22,8 +22,8 @@ def ranks_of_partners(images, texts, image_labels, text_labels, limit):
     only the similarity of the other queries is.
 
     Args:
-        images: `(images, d)` float32 array.
-        texts: `(texts, d)` float32 array.
+        images: `(images, d)` float32 array of L2-normalised rows.
+        texts: `(texts, d)` float32 array of L2-normalised rows.
         image_labels: `(images,)` array. Partners have the same label.
         text_labels: `(texts,)` array.
         limit: Integer. Ranks from here on may all be returned as the limit.
@@ -40,10 +40,8 @@ def ranks_of_partners(images, texts, image_labels, text_labels, limit):
     codes = [each[order] for each, order in zip(codes, orders)]
     right = [_ranges(*codes), _ranges(*codes[::-1])]
 
-    largest = [np.linalg.norm(each, axis=1).max() for each in sides]
-    tie = TIE * largest[0] * largest[1]
     bounds = [
-        _best(queries, items, *ranges) - tie
+        _best(queries, items, *ranges) - TIE
         for queries, items, ranges in zip(sides, sides[::-1], right)
     ]
     ranks = [np.full(len(each), limit) for each in sides]

@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.batches import read_batches
-from keras_cluster_mask.evaluation.checks import check_embeddings, check_ks
-from keras_cluster_mask.evaluation.embedding import embed
+from keras_cluster_mask.evaluation.checks import (
+    check_embeddings,
+    check_ks,
+    check_read_once,
+)
+from keras_cluster_mask.evaluation.embedding import Embedder, embed
 from keras_cluster_mask.evaluation.ranks import TIE, ranks_of_partners
+from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 
 def retrieval_recall(
@@ -36,8 +41,8 @@ def retrieval_recall(
     ```
 
     Args:
-        image_embeddings: `(images, d)` array, L2-normalised.
-        text_embeddings: `(texts, d)` array, L2-normalised.
+        image_embeddings: `(images, d)` array. Rows are L2-normalised in float32.
+        text_embeddings: `(texts, d)` array. Rows are L2-normalised in float32.
         image_labels: `(images,)` array. An image and a text with equal labels are
             partners: pass image ids for images with several captions, or the captions
             for images that share one. By default row i of one is the partner of row i
@@ -121,8 +126,9 @@ def evaluate_retrieval(
         A dictionary, as `retrieval_recall` returns it.
 
     Raises:
-        ValueError: For data without texts, and for `duplicates="positive"` with several
-            texts an image.
+        ValueError: For data without texts, for an `image_text_dataset` with
+            `training=True`, and for `duplicates="positive"` with several texts an
+            image.
     """
     if duplicates not in ("negative", "positive"):
         raise ValueError(
@@ -130,9 +136,13 @@ def evaluate_retrieval(
             f"Received: duplicates={duplicates!r}"
         )
     ks = check_ks(ks)
+    check_read_once("data", data)
     text_key = "token_ids" if tokenizer is None else "captions"
+    embedder = Embedder.of(model)
+    if tokenizer is None:
+        check_tokenizer_of(embedder.model, data)
     batches = _with_texts(data, text_key, duplicates == "positive")
-    found = embed(model, batches, tokenizer, verbose)
+    found = embed(embedder, batches, tokenizer, verbose)
     images, texts = found["image_embeddings"], found["text_embeddings"]
     image_labels, text_labels = np.arange(len(images)), found["image_of_text"]
     if duplicates == "positive":
@@ -228,11 +238,11 @@ def caption_selection_accuracy(
     ```
 
     Args:
-        image_embeddings: `(items, d)` array, L2-normalised.
-        caption_embeddings: `(items, d)` array, L2-normalised. Row i is the caption of
-            the image in row i.
-        negative_embeddings: `(items, d)` array, L2-normalised. Row i is its wrong
-            caption.
+        image_embeddings: `(items, d)` array. Rows of all three arrays are
+            L2-normalised in float32.
+        caption_embeddings: `(items, d)` array. Row i is the caption of the image in
+            row i.
+        negative_embeddings: `(items, d)` array. Row i is its wrong caption.
 
     Returns:
         A float in `[0, 1]`. Chance is 0.5.

@@ -16,6 +16,8 @@ All commands and options are clip_benchmark's own. These differ:
   `--model` is any name, which is written into the results.
 - `--tokenizer` is a file that `CLIPTokenizer.save` wrote; by default the tokenizer is
   CLIP's.
+- `--resize` is `crop` by default: images are resized and cropped as for CLIP. Give
+  `--resize squash` for SigLIP: the whole image is resized.
 - `--model_type` is `keras` by default. Give `--model_type open_clip` to evaluate
   open_clip's models the same way.
 - `--no_amp` is always on. A Keras model computes in the precision of its own dtype
@@ -57,6 +59,7 @@ Reference:
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import os
@@ -64,15 +67,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from keras_cluster_mask.data.arguments import check_choice
 from keras_cluster_mask.evaluation.embedding import Embedder
 from keras_cluster_mask.evaluation.preprocessing import (
-    center_crop,
     load_tokenizer,
+    resize_image,
     tokenize,
 )
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.loading import as_contrastive_model, image_size_of
+from keras_cluster_mask.training.tokens import check_tokenizer
 
 # torch is imported in functions only: `adapt` says what to install without it.
 
@@ -82,12 +87,15 @@ DEFAULTS = "--model_type", MODEL_TYPE, "--no_amp", "--num_workers", "0"
 
 
 def adapt(
-    model: Any, tokenizer: Callable | str | os.PathLike | None = None
+    model: Any,
+    tokenizer: Callable | str | os.PathLike | None = None,
+    resize: str = "crop",
 ) -> tuple["Adapter", Callable, Callable]:
     """Makes what clip_benchmark needs to evaluate a model.
 
     The three results can be passed to any of clip_benchmark's metrics, and to other
-    evaluations that are written for open_clip's models.
+    evaluations that are written for open_clip's models. Accuracies of clip_benchmark
+    need `repaired` on NumPy 2.4 and later.
 
     Example:
 
@@ -106,21 +114,24 @@ def adapt(
             the path of a file that `save` wrote of one of them or of the folder of a
             keras_hub preset.
         tokenizer: A `CLIPTokenizer`, the path of a file that `CLIPTokenizer.save`
-            wrote, or any function from a list of str to `(texts, T)` ids, which SigLIP
-            needs. By default CLIP's.
+            wrote, a tokenizer of open_clip or Hugging Face, or any function from a list
+            of str to `(texts, T)` ids. SigLIP needs its own. By default CLIP's.
+        resize: `"crop"`, as open_clip does for CLIP, or `"squash"`, as it does for
+            SigLIP.
 
     Returns:
         Tuple of an `Adapter`; a function from a `PIL.Image.Image` to a `(3, H, W)`
-        uint8 tensor, cropped as open_clip does (open_clip squashes images for its
-        SigLIP models instead); and a function from a str, or a list of them, to a
+        uint8 tensor; and a function from a str, or a list of them, to a
         `(texts, T)` int64 tensor of ids.
 
     Raises:
         FileNotFoundError: If there is no model at the path.
         ImportError: If clip_benchmark is not installed.
-        ValueError: For another model or file, or if the tokenizer is not the model's.
+        ValueError: For another model or file, for another value of `resize`, or if the
+            tokenizer is not the model's.
     """
-    _repair()
+    _import("clip_benchmark")
+    check_choice("resize", resize, ("crop", "squash"))
     model = as_contrastive_model(model)
     image_shape = model.image_tower.encoder.input.shape[1:]
     context_length = model.text_tower.encoder.input.shape[1]
@@ -138,8 +149,38 @@ def adapt(
     )
     # Of a CLIP tokenizer that is not the model's, any text has an id too high.
     tokenizer("a photo")
-    transform = functools.partial(_pixels, image_size=image_size)
+    check_tokenizer(model, lambda texts: tokenizer([x.decode() for x in texts]))
+    transform = functools.partial(_pixels, image_size=image_size, resize=resize)
     return Adapter(model), transform, tokenizer
+
+
+@contextlib.contextmanager
+def repaired():
+    """Lets clip_benchmark compute accuracies with NumPy 2.4 and later.
+
+    clip_benchmark takes arrays of one element for numbers, which NumPy has come to
+    refuse. It is changed within the context only. The command needs no context.
+
+    Example:
+
+    ```python
+    import torch
+    from clip_benchmark.metrics.zeroshot_classification import accuracy
+
+    scores, labels = torch.eye(3), torch.tensor([0, 1, 0])
+    with kcm.interop.clip_benchmark.repaired():
+        accuracy(scores, labels)  # [0.67]
+    ```
+    """
+    metrics = _import("clip_benchmark.metrics.zeroshot_classification")
+    names = vars(metrics)
+    before = {name: names[name] for name in ("float",) if name in names}
+    metrics.float = lambda x: float(x.item() if hasattr(x, "item") else x)
+    try:
+        yield
+    finally:
+        del metrics.float
+        names.update(before)
 
 
 class Adapter:
@@ -209,6 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tokenizer")
+    parser.add_argument("--resize", default="crop")
     options, theirs = parser.parse_known_args(arguments)
     if theirs[:1] == ["eval"]:
         theirs[1:1] = DEFAULTS
@@ -217,10 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
     program = "clip_benchmark"
     given = sys.argv
     try:
-        _register(options.tokenizer)
-        # It takes its options from there alone.
-        sys.argv = [program, *theirs]
-        _import("clip_benchmark.cli").main()
+        with _registered(options.tokenizer, options.resize), repaired():
+            # It takes its options from there alone.
+            sys.argv = [program, *theirs]
+            _import("clip_benchmark.cli").main()
     except (ValueError, OSError, ImportError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -238,12 +280,12 @@ def _embedded(embed, inputs):
     return torch.tensor(embeddings, device=inputs.device)
 
 
-def _pixels(image, image_size):
+def _pixels(image, image_size, resize):
     import torch
 
     # uint8 takes a quarter of the memory. The model normalises on the device, by the
     # statistics that it was trained with.
-    pixels = torch.from_numpy(center_crop(image, image_size))
+    pixels = torch.from_numpy(resize_image(image, image_size, resize))
     return pixels.permute(2, 0, 1).contiguous()
 
 
@@ -255,30 +297,26 @@ def _text_ids(texts, tokenizer, context_length, vocabulary_size):
     return torch.from_numpy(ids).long()
 
 
-def _register(tokenizer):
-    """Makes clip_benchmark know the models of this library."""
+@contextlib.contextmanager
+def _registered(tokenizer, resize):
+    """Makes clip_benchmark know the models of this library for a while."""
     models = _import("clip_benchmark.models")
 
     # It loads the model again for each data set.
     @functools.lru_cache(maxsize=1)
     def adapted(path):
-        return adapt(path, tokenizer)
+        return adapt(path, tokenizer, resize)
 
     def load(model_name, pretrained, cache_dir=None, device="cpu"):
         return adapted(pretrained)
 
     models.TYPE2FUNC[MODEL_TYPE] = load
-    if MODEL_TYPE not in models.MODEL_TYPES:
-        models.MODEL_TYPES.append(MODEL_TYPE)
-
-
-def _repair():
-    """Lets clip_benchmark compute accuracies with NumPy 2.4 and later.
-
-    It takes arrays of one element for numbers, which NumPy has come to refuse.
-    """
-    metrics = _import("clip_benchmark.metrics.zeroshot_classification")
-    metrics.float = lambda x: float(x.item() if hasattr(x, "item") else x)
+    models.MODEL_TYPES.append(MODEL_TYPE)
+    try:
+        yield
+    finally:
+        del models.TYPE2FUNC[MODEL_TYPE]
+        models.MODEL_TYPES.remove(MODEL_TYPE)
 
 
 def _import(name):

@@ -92,6 +92,8 @@ class CLIPContrastiveModel(BackboneModel):
 
     # The layer of the backbone that has the temperature.
     scale_owner = "clip_head"
+    # In `text_features`.
+    pools_highest_id = True
 
     def __init__(
         self,
@@ -178,6 +180,7 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     """
 
     scale_owner = "metaclip_2_head"
+    pools_highest_id = False
 
     @property
     def end_token_id(self):

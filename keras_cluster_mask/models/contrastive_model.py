@@ -18,7 +18,12 @@ from keras_cluster_mask.distribution.replicas import (
 from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.encoders import BLOCKS, call_encoder, data_format_of
+from keras_cluster_mask.models.encoders import (
+    BLOCKS,
+    call_encoder,
+    context_length_of,
+    data_format_of,
+)
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import (
@@ -59,6 +64,7 @@ from keras_cluster_mask.training.micro_batches import (
     embed_in_micro_batches,
     rows_of_replica,
 )
+from keras_cluster_mask.training.tokens import check_tokenizer_of, remembered_tokenizer
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -126,6 +132,10 @@ class ContrastiveModel(keras.Model):
             normalised with this mean. Defaults to CLIP's. `None` passes images to the
             encoder unchanged.
         pixel_std: Three floats, by channel. Defaults to CLIP's.
+        tokenizer_fingerprint: str, which identifies the tokenizer that the model was
+            trained with. `None` until the first `fit` on an `image_text_dataset`. Later
+            fits and evaluations refuse another tokenizer, unless the attribute of this
+            name is set to `None`.
         head: A `ContrastiveHead` to use, such as another model's, instead of one made
             from the arguments above, which must be the same. Not saved: a loaded model
             has its own.
@@ -160,6 +170,7 @@ class ContrastiveModel(keras.Model):
         gradient_checkpointing=False,
         pixel_mean=CLIP_MEAN,
         pixel_std=CLIP_STD,
+        tokenizer_fingerprint=None,
         head=None,
         **kwargs,
     ):
@@ -177,6 +188,7 @@ class ContrastiveModel(keras.Model):
         self.gradient_checkpointing = gradient_checkpointing
         self.pixel_mean = None if pixel_mean is None else [*pixel_mean]
         self.pixel_std = None if pixel_std is None else [*pixel_std]
+        self.tokenizer_fingerprint = tokenizer_fingerprint
         given = {
             "loss": loss,
             "projection_dim": projection_dim,
@@ -534,8 +546,10 @@ class ContrastiveModel(keras.Model):
 
         Raises:
             FileNotFoundError: If `resume_from` is a checkpoint that does not exist.
-            ValueError: If the checkpoint is of another model, masking, optimizer or
-                data seed; the differences are listed.
+            ValueError: If the checkpoint is of another model, masking, optimizer,
+                tokenizer or data seed; the differences are listed. If the tokenizer of
+                an `image_text_dataset` is not the one that the model was trained with,
+                or lacks the special tokens that the text encoder needs.
         """
         options = dict(
             y=y,
@@ -550,13 +564,15 @@ class ContrastiveModel(keras.Model):
             **kwargs,
         )
         try:
-            return fit(self, super().fit, x, options, resume_from)
+            with remembered_tokenizer(self, x):
+                return fit(self, super().fit, x, options, resume_from)
         finally:
             self.training_run = None
 
     def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
         x = as_dictionary(x, y, sample_weight)
         check_ends(x, kwargs.get("steps"))
+        check_tokenizer_of(self, x)
         with until_the_end(), self._evaluation():
             x = check_data(x, self.input_rules)
             return super().evaluate(x, None, *args, **kwargs)
@@ -567,6 +583,7 @@ class ContrastiveModel(keras.Model):
 
     def predict(self, x, *args, **kwargs):
         check_ends(x, kwargs.get("steps"))
+        check_tokenizer_of(self, x)
         with until_the_end():
             x = check_data(x, self.input_rules)
             return super().predict(x, *args, **kwargs)
@@ -599,6 +616,17 @@ class ContrastiveModel(keras.Model):
     def text_input_names(self):
         """The entries of a batch that the text encoder takes."""
         return text_input_names(self.text_encoder)
+
+    @property
+    def pools_highest_id(self):
+        """Whether the text encoder pools at the highest token id, as CLIP's does."""
+        layers = all_layers(self.text_encoder)
+        return any(type(layer).__name__ == "CLIPTextPooler" for layer in layers)
+
+    @property
+    def context_length(self):
+        """The most tokens of a text that the text encoder takes, or `None`."""
+        return context_length_of(self.text_encoder)
 
     @property
     def towers(self):
@@ -742,6 +770,7 @@ class ContrastiveModel(keras.Model):
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
             "dtype": self.dtype_policy.name,
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
 
 

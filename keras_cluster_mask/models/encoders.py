@@ -82,6 +82,16 @@ def image_shape_of(encoder) -> tuple | None:
     return None if given is None else tuple(tree.flatten(given)[0].shape[1:])
 
 
+def context_length_of(encoder) -> int | None:
+    """The most tokens of a text that an encoder takes; `None` if it does not say."""
+    length = getattr(encoder, "max_sequence_length", None)
+    given = getattr(encoder, "input", None)
+    if length is None and given is not None:
+        shape = tree.flatten(given)[0].shape
+        length = shape[1] if len(shape) == 2 else None
+    return length
+
+
 def data_format_of(encoder) -> str:
     """`"channels_last"` or `"channels_first"`: in which order an encoder has axes."""
     return _first_data_format(encoder) or keras.config.image_data_format()

@@ -28,6 +28,7 @@ from keras_cluster_mask.training.remaining_data import (
     check_same_everywhere,
 )
 from keras_cluster_mask.training.run_state import describe_compile
+from keras_cluster_mask.training.tokens import check_tokenizer_of
 from keras_cluster_mask.training.training_run import ResumableRun, TrainingRun
 
 
@@ -72,6 +73,7 @@ def fit(model, keras_fit, x, options, resume_from=None):
             options["validation_data"], model.input_rules
         )
     check_keys(x)
+    check_tokenizer_of(model, validation.data)
     pairs = None
     if isinstance(x, dict):
         pairs = len(x["images"])

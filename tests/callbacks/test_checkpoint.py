@@ -716,6 +716,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(shards, tmp_path):
         ({"batch_size": 9}, r"data\.batch_size: 8 in the checkpoint, 9 in"),
         ({"image_size": 24}, r"data\.image_size: \[16, 16\] in .*, \[24, 24\] in"),
         ({"crop_scale": (0.9, 1.0)}, r"data\.crop_scale: \[0\.4, 1\.0\] in .*0\.9"),
+        ({"resize": "squash"}, r"data\.crop_scale: \[0\.4, 1\.0\] in .*None in"),
         ({"block_size": 4}, r"data\.block_size: 1 in the checkpoint, 4 in"),
     ],
 )

@@ -284,6 +284,13 @@ def test_sampling_decides_on_the_samples_of_an_epoch(shards):
 # === Errors ===
 
 
+def test_random_crops_of_squashed_images_are_refused(shards):
+    with pytest.raises(ValueError, match=r"`crop_scale`.*Received: .*squash"):
+        image_text_dataset(
+            shards, None, 16, 8, True, resize="squash", crop_scale=(0.4, 1.0)
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -293,6 +300,8 @@ def test_sampling_decides_on_the_samples_of_an_epoch(shards):
         ("include_captions", "some"),
         ("crop_scale", (0.5, 1.5)),
         ("crop_scale", (0, 1)),
+        ("crop_scale", (0.5,)),
+        ("crop_scale", 0.5),
         ("background", "black"),
         ("image_size", 0),
         ("image_size", 16.0),

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import CLIPTokenizer, image_text_dataset
+from keras_cluster_mask.data.tokenizing import tokenize
 
 TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_length=9)
 
@@ -42,7 +43,13 @@ def test_a_tokenizer_may_return_tensors(shard):
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [lambda texts: [0] * len(texts), lambda texts: [[0, 0]]]
+    "tokenizer",
+    [
+        lambda texts: [0] * len(texts),
+        lambda texts: [[0, 0]],
+        lambda texts: [[0.5, 1.0]] * len(texts),
+        lambda texts: [[True, False]] * len(texts),
+    ],
 )
 def test_a_tokenizer_that_returns_no_rows_is_an_error(shard, tokenizer):
     with pytest.raises(Exception, match=r"`tokenizer` must return ints of shape"):
@@ -114,3 +121,104 @@ def test_a_keras_hub_preprocessor_gives_the_ids_of_a_clip_tokenizer(shard):
     np.testing.assert_array_equal(batch["token_ids"], TOKENIZER(batch["captions"]))
     with pytest.raises(ValueError, match="CLIPPreprocessor"):
         make(shard, tokenizer)
+
+
+# === Tokenizers of other libraries ===
+
+TEXTS = ["a photo of a cat", "two dogs in the snow", "café &amp; bar"]
+
+
+@pytest.fixture
+def hugging_face():
+    """CLIP's and BERT's kinds of tokenizers, with small vocabularies."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def make(kind, **options):
+        # As CLIP's own, the end token is the last and fills rows up.
+        special = ["<s>", "</s>"] if kind == "clip" else ["[PAD]", "[CLS]", "[SEP]"]
+        words = [word for text in TEXTS for word in text.split()]
+        words = ["[UNK]", *dict.fromkeys(words)]
+        vocabulary = words + special if kind == "clip" else special + words
+        ids = {word: index for index, word in enumerate(vocabulary)}
+        model = tokenizers.models.WordLevel(ids, unk_token="[UNK]")
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        start, end = special[-2:]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{start} $A {end}",
+            special_tokens=[(start, ids[start]), (end, ids[end])],
+        )
+        pad = end if kind == "clip" else "[PAD]"
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token=pad, unk_token="[UNK]", **options
+        )
+        return tokenizer, ids
+
+    return make
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_tokenizers_of_hugging_face_pad_and_truncate(kind, hugging_face):
+    tokenizer, ids = hugging_face(kind, model_max_length=7)
+    start, end = ("<s>", "</s>") if kind == "clip" else ("[CLS]", "[SEP]")
+    pad = end if kind == "clip" else "[PAD]"
+    found = tokenize(tokenizer, [text.encode() for text in TEXTS])
+    assert found.shape == (3, 7)
+    assert found.dtype == "int32"
+    words = ["a", "photo", "of", "a", "cat"]
+    assert found[0].tolist() == [ids[word] for word in [start, *words, end]]
+    words = ["café", "&amp;", "bar"]
+    assert found[2].tolist() == [ids[word] for word in [start, *words, end, pad, pad]]
+    # A model's length comes before the tokenizer's own.
+    found = tokenize(tokenizer, TEXTS, context_length=4)
+    expected = [ids[word] for word in [start, "a", "photo", end]]
+    assert found[0].tolist() == expected
+
+
+@pytest.mark.any_backend
+def test_a_tokenizer_of_hugging_face_without_a_length_is_an_error(hugging_face):
+    tokenizer, _ = hugging_face("clip")
+    with pytest.raises(ValueError, match=r"`model_max_length`.*Received: .*Tokenizer"):
+        tokenize(tokenizer, TEXTS)
+    assert tokenize(tokenizer, TEXTS, context_length=9).shape == (3, 9)
+
+
+@pytest.mark.any_backend
+def test_tokenizers_of_open_clip_are_taken_as_they_are():
+    open_clip = pytest.importorskip("open_clip")
+    for tokenizer in (open_clip.get_tokenizer("ViT-B-32"), open_clip.tokenize):
+        expected = tokenizer(TEXTS).numpy()
+        found = tokenize(tokenizer, [text.encode() for text in TEXTS])
+        np.testing.assert_array_equal(found, expected)
+        found = tokenize(tokenizer, TEXTS, context_length=5)
+        np.testing.assert_array_equal(found, tokenizer(TEXTS, 5).numpy())
+
+
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_a_dataset_takes_tokenizers_of_other_libraries(shard, format, hugging_face):
+    if format == "tf":
+        pytest.importorskip("tensorflow")
+    open_clip = pytest.importorskip("open_clip")
+    for tokenizer, length in (
+        (open_clip.get_tokenizer("ViT-B-32"), 77),
+        (hugging_face("clip", model_max_length=7)[0], 7),
+    ):
+        dataset = make(shard, tokenizer, format=format)
+        batch = first(dataset)
+        assert batch["token_ids"].shape == (8, length)
+        assert dataset.element_spec["token_ids"].shape[1] == length
+        expected = tokenize(tokenizer, list(batch["captions"]))
+        np.testing.assert_array_equal(batch["token_ids"], expected)
+
+
+@pytest.mark.any_backend
+def test_a_preprocessor_of_bert_is_taken():
+    pytest.importorskip("tensorflow")
+    keras_hub = pytest.importorskip("keras_hub")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]
+    bert = keras_hub.models.BertTokenizer(vocabulary)
+    layer = keras_hub.models.BertTextClassifierPreprocessor(bert, sequence_length=5)
+    found = tokenize(layer, [b"a dog", b"a a a a dog"])
+    assert found.tolist() == [[2, 5, 6, 3, 0], [2, 5, 5, 5, 3]]

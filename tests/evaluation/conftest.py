@@ -15,13 +15,14 @@ def model():
 
 @pytest.fixture(scope="package")
 def tokenizer():
-    """Letters to ids, cut off and filled up; the last id ends the text."""
+    """Letters to ids between a start and an end, cut off and filled up."""
 
     def tokenizer(texts):
         rows = []
         for text in texts:
-            ids = [1 + byte % (VOCABULARY - 2) for byte in text[: CONTEXT - 1]]
-            rows.append([*ids, VOCABULARY - 1, *[0] * (CONTEXT - 1 - len(ids))])
+            ids = [1 + byte % (VOCABULARY - 3) for byte in text[: CONTEXT - 2]]
+            row = [VOCABULARY - 2, *ids, VOCABULARY - 1]
+            rows.append(row + [0] * (CONTEXT - len(row)))
         return rows
 
     return tokenizer

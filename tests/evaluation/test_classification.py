@@ -1,3 +1,4 @@
+import types
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ from keras_cluster_mask.evaluation import (
     evaluate_zero_shot,
     zero_shot_classifier,
 )
+from keras_cluster_mask.evaluation.embedding import Embedder
 from tests.helpers import random_pairs
 
 NAMES = ["cat", "dog", "fox", "owl", "cow", "bee", "ant"]
@@ -54,15 +56,132 @@ def test_accuracies_are_those_of_clip_benchmark_and_scikit_learn(num_classes):
 
 
 @pytest.mark.any_backend
-def test_a_wrong_class_of_the_same_score_is_ahead():
+def test_of_equal_scores_the_first_class_counts_as_the_highest():
     scores = np.array([[1, 1, 0, 0], [0, 2, 1, 1], [5, 5, 5, 5]], "float32")
-    found = classification_accuracy(scores, [0, 1, 3], ks=(1, 2, 3, 4))
+    found = classification_accuracy(scores, [1, 1, 3], ks=(1, 2, 3, 4))
     assert found == {
         "top_1": pytest.approx(1 / 3),
         "top_2": pytest.approx(2 / 3),
         "top_3": pytest.approx(2 / 3),
-        "mean_per_class": pytest.approx(1 / 3),
+        "mean_per_class": pytest.approx(1 / 4),
     }
+    labels = np.arange(60) % 4
+    scores = np.random.default_rng(0).integers(0, 3, (60, 4)).astype("float32")
+    found = classification_accuracy(scores, labels, ks=1)
+    expected = balanced_accuracy_score(labels, scores.argmax(axis=1))
+    assert found["mean_per_class"] == pytest.approx(expected)
+    assert found["top_1"] == np.mean(scores.argmax(axis=1) == labels)
+
+
+@pytest.fixture
+def clip_benchmark():
+    torch = pytest.importorskip("torch")
+    metrics = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+
+    class Adapter:
+        """What clip_benchmark asks of a model and its data, of given embeddings."""
+
+        def __init__(self, model, images, names, tokenizer):
+            self.embedder, self.given = Embedder(model), images
+            self.tokenizer = tokenizer
+            self.dataset = types.SimpleNamespace(classes=names)
+
+        def encode_text(self, ids):
+            return torch.from_numpy(self.embedder.texts(ids.numpy()))
+
+        def encode_image(self, images):
+            found = self.embedder.images(images.numpy().astype("uint8"))
+            return torch.from_numpy(found)
+
+        def tokenize(self, texts):
+            ids = self.tokenizer([text.encode() for text in texts])
+            return torch.tensor(ids)
+
+    def evaluate(model, images, labels, names, tokenizer, templates):
+        adapter = Adapter(model, images, names, tokenizer)
+        classifier = metrics.zero_shot_classifier(
+            adapter, adapter.tokenize, names, templates, "cpu", amp=False
+        )
+        batches = [(torch.from_numpy(images), torch.from_numpy(labels))]
+        logits, target = metrics.run_classification(
+            adapter, classifier, batches, "cpu", amp=False
+        )
+        # `topk` leaves open which of equal scores it takes; `argmax` the first. Equal
+        # columns may give scores that differ by rounding.
+        logits = logits.numpy().round(3)
+        order = np.argsort(-logits, axis=1, kind="stable")
+        hits = order == target.numpy()[:, None]
+        return {
+            "top_1": hits[:, :1].any(axis=1).mean(),
+            "top_5": hits[:, :5].any(axis=1).mean(),
+            "mean_per_class": balanced_accuracy_score(target, logits.argmax(axis=1)),
+        }
+
+    return evaluate
+
+
+def test_classes_of_the_same_name_count_as_in_clip_benchmark(
+    model, tokenizer, clip_benchmark
+):
+    names = ["crane", "dog", "fox", "crane", "owl", "bee", "dog"]
+    images = random_pairs(60, seed=3)["images"]
+    # An untrained model prefers few classes, so these are the classes of the images.
+    texts = embed_texts(model, names, tokenizer, verbose=0)
+    scores = embed(model, images, verbose=0)["image_embeddings"] @ texts.T
+    order = np.argsort(-scores, axis=1, kind="stable")
+    labels = order[np.arange(60), np.random.default_rng(0).integers(0, 4, 60)]
+    templates = ["a photo of a {c}.", "{c}"]
+    with pytest.warns(UserWarning, match=r"`class_names` holds \['crane', 'dog'\]"):
+        found = evaluate_zero_shot(
+            model, (images, labels), names, tokenizer, templates, verbose=0
+        )
+    expected = clip_benchmark(model, images, labels, names, tokenizer, templates)
+    assert found == pytest.approx(expected, abs=1e-9)
+    both = np.isin(labels, [0, 3]) | np.isin(labels, [1, 6])
+    assert both.any()
+    assert found["top_1"] > 0
+
+
+def test_classes_of_the_same_name_have_equal_weights(model, tokenizer):
+    names = [f"{word} {i}" for i in range(100) for word in ("a", "b")]
+    names += names[:50]
+    with pytest.warns(UserWarning, match="more than once"):
+        classifier = zero_shot_classifier(model, names, tokenizer, verbose=0)
+    np.testing.assert_array_equal(classifier[:, :50], classifier[:, 200:])
+
+
+def test_templates_may_be_functions_of_the_name(model, tokenizer):
+    functions = (
+        lambda name: f"a photo of a {name}.",
+        lambda name: f"{name.upper()}!",
+        "the {}",
+    )
+    found = zero_shot_classifier(model, NAMES, tokenizer, functions, verbose=0)
+    texts = {n: [f"a photo of a {n}.", f"{n.upper()}!", f"the {n}"] for n in NAMES}
+    expected = zero_shot_classifier(model, NAMES, tokenizer, texts, verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    alone = zero_shot_classifier(model, NAMES, tokenizer, functions[0], verbose=0)
+    expected = zero_shot_classifier(model, NAMES, tokenizer, verbose=0)
+    np.testing.assert_allclose(alone, expected, atol=1e-6)
+
+
+@pytest.mark.any_backend
+def test_open_clips_templates_are_taken(model, tokenizer):
+    open_clip = pytest.importorskip("open_clip")
+    templates = open_clip.OPENAI_IMAGENET_TEMPLATES
+    assert callable(templates[0])
+    found = zero_shot_classifier(model, NAMES, tokenizer, templates, verbose=0)
+    assert found.shape == (96, len(NAMES))
+
+
+@pytest.mark.any_backend
+def test_a_mapping_of_any_type_holds_the_texts_of_each_class(model, tokenizer):
+    texts = {"cat": ["a cat"], "dog": ["a dog", "it barks"]}
+    found, expected = (
+        zero_shot_classifier(model, ["cat", "dog"], tokenizer, each, verbose=0)
+        for each in (types.MappingProxyType(texts), texts)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.any_backend
@@ -143,6 +262,11 @@ def test_bad_scores_and_labels_are_errors(scores, labels, message):
         (["cat"], "a photo", "`templates`.*Received: templates=.'a photo'"),
         (["cat"], "{} {}", "`templates`"),
         (["cat", "dog"], {"cat": ["x"]}, r"`templates`.*none for \['dog'\]"),
+        (["cat"], [lambda name: None], r"`templates`.*Received: None for 'cat'"),
+        (["cat"], {"cat": [lambda name: name]}, r"`templates`.*Received: .*'cat'"),
+        (["cat", "dog"], lambda name: "a photo", r"`templates`.*differ.*'a photo'"),
+        (["cat"], None, r"`templates`.*Received: templates=\[None\]"),
+        (["cat"], ["{}", 3], r"`templates`.*Received: templates=\['{}', 3\]"),
     ],
 )
 def test_bad_names_and_templates_are_errors(

@@ -3,7 +3,14 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_cluster_mask.evaluation import embed, embed_texts
+import keras_cluster_mask as kcm
+from keras_cluster_mask.evaluation import (
+    embed,
+    embed_texts,
+    evaluate_linear_probe,
+    evaluate_retrieval,
+    evaluate_zero_shot,
+)
 from keras_cluster_mask.evaluation.embedding import Embedder
 from tests.helpers import random_pairs
 
@@ -176,5 +183,39 @@ def test_bad_texts_and_models_are_errors(model, tokenizer):
     for texts in ("a text", []):
         with pytest.raises(ValueError, match=r"`texts`.*Received: "):
             embed_texts(model, texts, tokenizer)
+    for wrong in (None, "tokenizer.json"):
+        with pytest.raises(ValueError, match=r"`tokenizer` must.*Received: "):
+            embed_texts(model, ["a text"], wrong)
     with pytest.raises(ValueError, match=r"CLIPBackbone.*Received: "):
         embed(keras.Sequential(), images)
+
+
+EVALUATIONS = {
+    "embed": lambda model, tokenizer, data: embed(model, data),
+    "retrieval": lambda model, tokenizer, data: evaluate_retrieval(model, data),
+    "zero-shot": lambda model, tokenizer, data: evaluate_zero_shot(
+        model, data, ["cat", "dog"], tokenizer
+    ),
+    "linear probe": lambda model, tokenizer, data: evaluate_linear_probe(
+        model, (random_pairs(6)["images"], np.arange(6) % 2), data
+    ),
+    "callback": lambda model, tokenizer, data: kcm.callbacks.Retrieval(data),
+    "zero-shot callback": lambda model, tokenizer, data: kcm.callbacks.ZeroShot(
+        data, ["cat", "dog"], tokenizer
+    ),
+}
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("evaluation", list(EVALUATIONS))
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_a_dataset_for_training_is_refused(
+    model, tokenizer, write_pairs, evaluation, format
+):
+    if format == "tf":
+        pytest.importorskip("tensorflow")
+    data = kcm.data.image_text_dataset(
+        write_pairs("a.tar", 0, 8), tokenizer, 16, 4, training=True, format=format
+    )
+    with pytest.raises(ValueError, match=r"training=False.*Received: \w+=.*Dataset"):
+        EVALUATIONS[evaluation](model, tokenizer, data)

@@ -6,8 +6,8 @@ from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation.preprocessing import (
-    center_crop,
     load_tokenizer,
+    resize_image,
     tokenize,
 )
 
@@ -24,12 +24,40 @@ def test_an_image_becomes_its_center(size, image_size):
     # The row in one channel, the column in another.
     pixels = np.zeros((*size, 3), "uint8")
     pixels[..., 0], pixels[..., 1] = np.indices(size)
-    found = center_crop(Image.fromarray(pixels), image_size)
+    found = resize_image(Image.fromarray(pixels), image_size)
     assert found.shape == (*image_size, 3)
     assert found.dtype == "uint8"
     row, column, _ = found.mean(axis=(0, 1))
     assert abs(row - (size[0] - 1) / 2) <= 1
     assert abs(column - (size[1] - 1) / 2) <= 1
+
+
+@pytest.mark.parametrize("image_size", [(16, 16), (8, 24)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_images_become_those_of_open_clips_transforms(image_size, mode, resize):
+    open_clip = pytest.importorskip("open_clip")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 23, 4), "uint8")
+    image = Image.fromarray(pixels)
+    if mode != "RGBA":
+        image = image.convert("RGB").convert(mode)
+    if resize == "crop" and image_size[0] != image_size[1]:
+        pytest.skip("open_clip resizes by the longer side")
+    transform = open_clip.image_transform(
+        image_size,
+        is_train=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        resize_mode={"crop": "shortest", "squash": "squash"}[resize],
+    )
+    expected = (255 * transform(image)).round().numpy().transpose(1, 2, 0)
+    found = resize_image(image, image_size, resize)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_image_is_cropped_or_squashed():
+    with pytest.raises(ValueError, match=r"`resize` must.*Received: resize='pad'"):
+        resize_image(Image.new("RGB", (4, 4)), (2, 2), "pad")
 
 
 def test_texts_become_ids_that_fit_the_model():

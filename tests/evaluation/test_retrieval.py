@@ -117,7 +117,7 @@ def test_an_image_without_a_text_finds_none_among_however_few():
 @pytest.mark.any_backend
 def test_numbers_that_make_no_sense_are_errors():
     images = random_embeddings(3)
-    for ks in (0, (1, 2.5), ()):
+    for ks in (0, (1, 2.5), (), True, [1, True], np.array([True]), np.ones(2), "1"):
         with pytest.raises(ValueError, match=r"`ks`.*Received: "):
             retrieval_recall(images, images, ks=ks)
 
@@ -324,3 +324,57 @@ def test_embeddings_of_captions_that_do_not_fit_are_errors():
         caption_selection_accuracy(x, x, x[:3])
     with pytest.raises(ValueError, match=r"`caption_embeddings`.*1 rows.*\[2\]"):
         caption_selection_accuracy(x, bad, x)
+
+
+def caption_selection_cases():
+    images = random_embeddings(50, 16)
+    captions = images + 0.8 * random_embeddings(50, 16, seed=1)
+    return images, captions, images + 0.8 * random_embeddings(50, 16, seed=2)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_recall_does_not_depend_on_the_lengths_of_the_embeddings(scale):
+    images = random_embeddings(300, 32)
+    texts = images + 1.2 * random_embeddings(300, 32, seed=1)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    lengths = np.random.default_rng(2).lognormal(sigma=2.0, size=(2, 300, 1))
+    lengths = (scale * lengths).astype("float32")
+    expected = retrieval_recall(images, texts)
+    assert 0.5 < expected["image_to_text_recall@1"] < 1
+    assert retrieval_recall(lengths[0] * images, lengths[1] * texts) == expected
+    # A row of zeros is not similar to anything.
+    with_zeros = np.concatenate([images, 0 * images[:1]])
+    found = retrieval_recall(with_zeros, texts, range(301), range(300))
+    assert found["image_to_text_recall@1"] < expected["image_to_text_recall@1"]
+
+
+@pytest.mark.any_backend
+def test_caption_selection_does_not_depend_on_the_lengths_of_the_embeddings():
+    cases = caption_selection_cases()
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in cases]
+    lengths = np.random.default_rng(2).lognormal(sigma=2.0, size=(3, 50, 1))
+    expected = caption_selection_accuracy(*unit)
+    assert 0 < expected < 1
+    found = caption_selection_accuracy(*(x * y for x, y in zip(unit, lengths)))
+    assert found == expected
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "ks", [np.array([1, 2]), np.int64(2), [np.int32(1), 2], range(1, 4)]
+)
+def test_numbers_of_retrieved_items_are_integers_of_any_kind(ks):
+    images = random_embeddings(3)
+    found = retrieval_recall(images, images, ks=ks)
+    names = [f"image_to_text_recall@{k}" for k in np.ravel(ks)]
+    assert [name for name in found if "image_to_text" in name] == names
+
+
+@pytest.mark.any_backend
+def test_embeddings_of_equal_directions_tie_whatever_their_lengths():
+    texts = np.repeat(random_embeddings(1, 768), 50, axis=0)
+    lengths = np.random.default_rng(0).lognormal(sigma=2.0, size=(50, 1))
+    images = random_embeddings(50, 768, seed=1)
+    found = retrieval_recall(images, (lengths * texts).astype("float32"))
+    assert {v for name, v in found.items() if "image_to_text" in name} == {0.0}

@@ -13,12 +13,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from clip_benchmark import models
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data.images import Cutter
-from keras_cluster_mask.interop.clip_benchmark import adapt, main
+from keras_cluster_mask.evaluation.preprocessing import resize_image
+from keras_cluster_mask.interop.clip_benchmark import adapt, main, repaired
 from keras_cluster_mask.models.pixels import (
     CLIP_MEAN,
     CLIP_STD,
@@ -55,11 +57,12 @@ LABELS = np.arange(13) % len(CLASSES)
 
 
 def ids_of(texts, length=6):
-    """A tokenizer of another library's: the letters, and the end."""
+    """A tokenizer of another library's: a start, the letters, and the end."""
     ids = np.full((len(texts), length), VOCABULARY - 1)
+    ids[:, 0] = 0
     for row, text in zip(ids, texts):
-        letters = [ord(letter) % (VOCABULARY - 1) for letter in text[: length - 1]]
-        row[: len(letters)] = letters
+        letters = [1 + ord(letter) % (VOCABULARY - 2) for letter in text[: length - 2]]
+        row[1 : 1 + len(letters)] = letters
     return ids
 
 
@@ -166,9 +169,9 @@ def files(model, tokenizer, tmp_path):
     return paths
 
 
-def embeddings_of(model, tokenizer, count, texts):
+def embeddings_of(model, tokenizer, count, texts, resize="crop"):
     """What our own pipeline for evaluation and `predict` make of them."""
-    cut = Cutter((16, 16), training=False)
+    cut = Cutter((16, 16), training=False, resize=resize)
     images = np.stack(
         [cut(content, np.random.default_rng(0)) for content in encoded_images(count)]
     )
@@ -185,9 +188,9 @@ def embeddings_of(model, tokenizer, count, texts):
     return images, texts
 
 
-def classification_metrics(model, tokenizer):
+def classification_metrics(model, tokenizer, resize="crop"):
     texts = [template.format(c=name) for name in CLASSES for template in TEMPLATES]
-    images, texts = embeddings_of(model, tokenizer, len(LABELS), texts)
+    images, texts = embeddings_of(model, tokenizer, len(LABELS), texts, resize)
     classes = texts.reshape(len(CLASSES), len(TEMPLATES), -1).mean(axis=1)
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
     ranks = np.argsort(-images @ classes.T, axis=1)
@@ -331,6 +334,38 @@ def test_help_tells_of_our_options_and_clip_benchmarks(capsys):
     assert "--wds_cache_dir" in printed
 
 
+# === clip_benchmark itself ===
+
+
+def state_of_clip_benchmark():
+    state = {name: id(value) for name, value in vars(zeroshot_classification).items()}
+    return state, dict(models.TYPE2FUNC), list(models.MODEL_TYPES)
+
+
+def test_clip_benchmark_stays_as_it_is(
+    model, tokenizer, files, classification, tmp_path
+):
+    before = state_of_clip_benchmark()
+    adapt(model, tokenizer)
+    assert state_of_clip_benchmark() == before
+    assert main(command(files, classification, tmp_path / "result.json")) == 0
+    assert state_of_clip_benchmark() == before
+    assert main(["eval", "--pretrained", str(tmp_path / "none.keras")]) == 2
+    assert state_of_clip_benchmark() == before
+
+
+@pytest.mark.any_backend
+def test_accuracies_are_computed_while_clip_benchmark_is_repaired():
+    scores = torch.eye(6)[:4] + 0.1
+    before = state_of_clip_benchmark()
+    labels = torch.tensor([0, 1, 0, 0])
+    with repaired():
+        with repaired():
+            assert zeroshot_classification.accuracy(scores, labels) == [0.5]
+        assert zeroshot_classification.accuracy(scores, labels) == [0.5]
+    assert state_of_clip_benchmark() == before
+
+
 # === Precision ===
 
 
@@ -434,6 +469,39 @@ def test_the_transform_is_open_clips(mode, size, model, tokenizer):
 
 
 @pytest.mark.any_backend
+def test_images_are_squashed_if_asked_to(model, tokenizer):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 23, 3), "uint8")
+    image = Image.fromarray(pixels)
+    reference = open_clip.image_transform(
+        16, False, CLIP_MEAN, CLIP_STD, resize_mode="squash"
+    )(image)
+    _, transform, _ = adapt(model, tokenizer, resize="squash")
+    mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    found = (transform(image) / 255 - mean) / std
+    assert torch.allclose(found, reference, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`resize` must.*Received: resize='pad'"):
+        adapt(model, tokenizer, resize="pad")
+
+
+def test_the_command_squashes_images_if_asked_to(
+    model, tokenizer, files, classification, tmp_path, monkeypatch
+):
+    def resized(image, image_size, resize):
+        seen.append(resize)
+        return resize_image(image, image_size, resize)
+
+    seen = []
+    place = "keras_cluster_mask.interop.clip_benchmark.resize_image"
+    monkeypatch.setattr(place, resized)
+    arguments = command(files, classification, tmp_path / "result.json")
+    assert main([*arguments, "--resize", "squash"]) == 0
+    assert {*seen} == {"squash"}
+    found = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    expected = classification_metrics(model, tokenizer, resize="squash")
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.any_backend
 def test_texts_are_one_or_many(tokenizer, model):
     _, _, tokenize = adapt(model, tokenizer)
     assert torch.equal(tokenize("a cat"), tokenize(["a cat"]))
@@ -517,6 +585,16 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer):
         adapt(model, tokenizer)
     with pytest.raises(ValueError, match=r"`tokenizer`.*0 to 29.*Received: ids from"):
         adapt(model)
+
+
+@pytest.mark.any_backend
+def test_a_tokenizer_without_special_tokens_is_refused_for_clip():
+    def bare(texts):
+        return ids_of(["".join(reversed(text)) for text in texts])[:, ::-1].copy()
+
+    with pytest.raises(ValueError, match=r"`tokenizer` must .*start.*Received: "):
+        adapt(tiny_clip(), bare)
+    adapt(tiny_siglip(), bare)
 
 
 @pytest.mark.any_backend

@@ -8,6 +8,8 @@ import numpy as np
 class NoteProcess:
     """Returns rows of ones, and leaves a file with the name of its process in a folder.
 
+    Only for the captions of `write_pairs`, not for sentences that `fit` tries it on.
+
     Args:
         folder: `pathlib.Path`.
     """
@@ -16,5 +18,6 @@ class NoteProcess:
         self.folder = folder
 
     def __call__(self, captions):
-        (self.folder / str(os.getpid())).touch()
+        if captions[0].startswith(b"no "):
+            (self.folder / str(os.getpid())).touch()
         return np.ones((len(captions), 6), "int32")

@@ -1,0 +1,100 @@
+"""Whether a tokenizer suits a model: its text tower, and the one of its training."""
+
+import contextlib
+import hashlib
+
+import numpy as np
+
+
+def check_tokenizer(model, tokenizer, context_length=None):
+    """Raises an error for a tokenizer that does not suit a model.
+
+    It is applied to a few fixed sentences. The model must have been trained with it or
+    with none that is known, and its text tower must find the special tokens it needs.
+
+    Args:
+        model: A `ContrastiveModel`.
+        tokenizer: See `image_text_dataset`.
+        context_length: Integer, the length of the rows of a tokenizer that can make
+            rows of any length. `None`: its own.
+
+    Returns:
+        str, the fingerprint of the tokenizer; `None` if it takes no other texts than
+        those of a data set.
+    """
+    # Imported here: it needs packages that `import keras` does not.
+    from keras_cluster_mask.data.tokenizing import probe
+
+    ids = probe(tokenizer, context_length)
+    if ids is None:
+        return None
+    model.input_rules.check_ids(ids)
+    longest = model.context_length
+    if longest is not None and ids.shape[1] > longest:
+        raise ValueError(
+            f"`tokenizer` must return at most {longest} ids a text, the most that the "
+            "text encoder takes: set its length. "
+            f"Received: tokenizer={tokenizer}, which returns ids of shape {ids.shape}"
+        )
+    if model.pools_highest_id and not _has_special_tokens(ids):
+        raise ValueError(
+            "`tokenizer` must add a start token to each text, and an end token that "
+            "has the highest id, at which a CLIP text encoder pools. Pass a "
+            "`kcm.data.CLIPTokenizer`, or `keras_hub.models.CLIPPreprocessor("
+            "tokenizer)` for a tokenizer of keras_hub. "
+            f"Received: tokenizer={tokenizer}, which starts with the ids "
+            f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} at "
+            f"{ids.argmax(1).tolist()}, for three sentences"
+        )
+    found, expected = _fingerprint(model, ids), model.tokenizer_fingerprint
+    if expected is not None and found != expected:
+        raise ValueError(
+            "`tokenizer` must be the one that the model was trained with; to change it "
+            "on purpose, set `model.tokenizer_fingerprint = None`. Received: tokenizer="
+            f"{tokenizer} with the fingerprint {found}, and a model trained with "
+            f"{expected}"
+        )
+    return found
+
+
+def check_tokenizer_of(model, data):
+    """As `check_tokenizer`, for the tokenizer of an `image_text_dataset`, if any."""
+    stream = getattr(data, "stream", None)
+    tokenizer = getattr(stream, "tokenizer", None)
+    return None if tokenizer is None else check_tokenizer(model, tokenizer)
+
+
+@contextlib.contextmanager
+def remembered_tokenizer(model, data):
+    """Stores the fingerprint of the tokenizer of training data with a model.
+
+    Not if an error ends the first epoch, after which other data may be tried.
+    """
+    before = model.tokenizer_fingerprint
+    model.tokenizer_fingerprint = check_tokenizer_of(model, data) or before
+    try:
+        yield
+    except Exception:
+        if not getattr(model.training_run, "history", None):
+            model.tokenizer_fingerprint = before
+        raise
+
+
+def _fingerprint(model, ids):
+    """Hashes what the text tower of a model sees of the ids of fixed sentences."""
+    rows = [row.tolist() for row in ids]
+    if model.pools_highest_id:
+        # It is causal: what follows the token at which it pools has no influence.
+        rows = [row[: row.index(max(row)) + 1] for row in rows]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def _has_special_tokens(ids):
+    """Whether sentences of rising lengths begin alike and end in the highest id."""
+    ends = ids.argmax(axis=1)
+    # Sentences that are too long end in the last column.
+    moves = (np.diff(ends) > 0) | (ends[1:] == ids.shape[1] - 1)
+    same = [len(np.unique(tokens)) == 1 for tokens in (ids[:, 0], ids.max(axis=1))]
+    # The first is one word: what repeats before its end token fills up the row.
+    is_filled = ends[0] > 1 and ids[0, ends[0] - 1] == ids[0, ends[0] - 2]
+    return bool(all(same) and ends[0] > 0 and moves.all() and not is_filled)

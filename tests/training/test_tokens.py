@@ -1,0 +1,314 @@
+"""Whether a tokenizer suits a text tower, in `fit` and in evaluation."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.evaluation import (
+    embed,
+    embed_texts,
+    evaluate_retrieval,
+    evaluate_zero_shot,
+)
+from tests.helpers import (
+    CONTEXT,
+    FAST,
+    VOCABULARY,
+    image_mlp,
+    random_pairs,
+    text_bag,
+    tiny_siglip,
+)
+
+START, END = VOCABULARY - 2, VOCABULARY - 1
+
+
+def make_tokenizer(start=(START,), end=END, length=CONTEXT, padding=0):
+    """Letters between special tokens, filled up; `None` leaves a special token out."""
+
+    def tokenizer(texts):
+        ends = [] if end is None else [end]
+        rows = []
+        for text in texts:
+            letters = [1 + byte % (START - 1) for byte in text]
+            row = [*start, *letters[: length - len(start) - len(ends)], *ends]
+            rows.append(row + [padding] * (length - len(row)))
+        return rows
+
+    return tokenizer
+
+
+GOOD = {
+    "padded with zeros": make_tokenizer(),
+    "padded with the end token": make_tokenizer(padding=END),
+    "of short rows": make_tokenizer(length=4),
+}
+BAD = {
+    "bare": make_tokenizer(start=(), end=None),
+    "without a start": make_tokenizer(start=()),
+    "without an end": make_tokenizer(end=None),
+    "with an end of a low id": make_tokenizer(start=(START,), end=1),
+    "with a start of the highest id": make_tokenizer(start=(END,), end=START),
+}
+
+
+@pytest.fixture(scope="module")
+def clip():
+    backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    model.compile("sgd", **FAST)
+    return model
+
+
+def evaluations(model, shard, tokenizer):
+    captions = ["a cat", "no dog"]
+    images = random_pairs(2)["images"]
+    data = kcm.data.image_text_dataset(
+        shard, tokenizer, 16, 4, training=False, format="grain"
+    )
+    return {
+        "embed": lambda: embed(
+            model, {"images": images, "captions": captions}, tokenizer, verbose=0
+        ),
+        "embed_texts": lambda: embed_texts(model, captions, tokenizer, verbose=0),
+        "zero-shot": lambda: evaluate_zero_shot(
+            model, (images, [0, 1]), captions, tokenizer, verbose=0
+        ),
+        "embed a dataset": lambda: embed(model, data, verbose=0),
+        "retrieval of a dataset": lambda: evaluate_retrieval(model, data, verbose=0),
+        "evaluate": lambda: model.evaluate(data, verbose=0),
+        "predict": lambda: model.predict(data, verbose=0),
+    }
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("kind", list(BAD))
+def test_a_clip_tower_needs_a_start_and_an_end_of_the_highest_id(
+    clip, write_pairs, kind
+):
+    message = r"`tokenizer` must .*highest id.*CLIPPreprocessor.*Received: tokenizer="
+    shard = write_pairs("a.tar", 0, 8)
+    for evaluate in evaluations(clip, shard, BAD[kind]).values():
+        with pytest.raises(ValueError, match=message):
+            evaluate()
+    data = kcm.data.image_text_dataset(shard, BAD[kind], 16, 4, training=True)
+    with pytest.raises(ValueError, match=message):
+        clip.fit(data, verbose=0)
+    held_out = kcm.data.image_text_dataset(shard, BAD[kind], 16, 4, training=False)
+    with pytest.raises(ValueError, match=message):
+        clip.fit(random_pairs(4), validation_data=held_out, verbose=0)
+
+
+@pytest.mark.parametrize("kind", list(GOOD))
+def test_a_clip_tower_takes_any_tokenizer_with_them(clip, write_pairs, kind):
+    shard = write_pairs("a.tar", 0, 8)
+    for evaluate in evaluations(clip, shard, GOOD[kind]).values():
+        evaluate()
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("kind", ["bare", "with an end of a low id", "without a start"])
+def test_other_towers_need_no_special_tokens(write_pairs, kind):
+    shard = write_pairs("a.tar", 0, 8)
+    own = kcm.ContrastiveModel(image_mlp(), text_bag())
+    own.compile("sgd", **FAST)
+    for evaluate in evaluations(own, shard, BAD[kind]).values():
+        evaluate()
+    data = kcm.data.image_text_dataset(shard, BAD[kind], 16, 4, training=True)
+    own.fit(data, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_a_siglip_tower_takes_texts_that_end_in_a_low_id():
+    model = kcm.ContrastiveModel.from_backbone(tiny_siglip())
+    siglip = make_tokenizer(start=(), end=1, padding=1)
+    assert embed_texts(model, ["a cat", "a"], siglip, verbose=0).shape == (2, 16)
+
+
+@pytest.mark.any_backend
+def test_a_bare_tokenizer_of_keras_hub_is_refused(clip, write_pairs):
+    pytest.importorskip("tensorflow")
+    keras_hub = pytest.importorskip("keras_hub")
+    captions = ["a cat", "a dog", "a cat and a dog"] * 5
+    source = kcm.data.CLIPTokenizer.train(captions, 600)._config()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    tokens = [names.get(token, token) for token in source["vocabulary"]]
+    layer, ragged = (
+        keras_hub.models.CLIPTokenizer(
+            dict(zip(tokens, range(len(tokens)))),
+            [" ".join(merge) for merge in source["merges"]],
+            sequence_length=length,
+        )
+        for length in (12, None)
+    )
+    preprocessor = keras_hub.models.CLIPPreprocessor
+    backbone = kcm.models.clip_backbone("tiny", 16, len(tokens), 12, 4)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    for tokenizer in (
+        layer,
+        lambda texts: layer([text.decode() for text in texts]),
+        # Texts are filled up before their end token.
+        preprocessor(layer, sequence_length=12),
+    ):
+        with pytest.raises(ValueError, match=r"CLIPPreprocessor.*Received: "):
+            embed_texts(model, ["a cat", "dog"], tokenizer, verbose=0)
+    whole = preprocessor(ragged, sequence_length=12)
+    found = embed_texts(model, ["a cat", "dog"], whole, verbose=0)
+    ours = kcm.data.CLIPTokenizer.train(captions, 600, context_length=12)
+    expected = embed_texts(model, ["a cat", "dog"], ours, verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.any_backend
+def test_a_tokenizer_of_open_clip_is_cut_to_the_towers_length():
+    open_clip = pytest.importorskip("open_clip")
+    backbone = kcm.models.clip_backbone("tiny", 16, context_length=12, patch_size=4)
+    found, expected = (
+        embed_texts(backbone, ["a cat", "two dogs"], tokenizer, verbose=0)
+        for tokenizer in (
+            open_clip.get_tokenizer("ViT-B-32"),
+            kcm.data.CLIPTokenizer.from_open_clip(12),
+        )
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.any_backend
+def test_rows_that_are_longer_than_the_tower_takes_are_an_error(clip):
+    tokenizer = make_tokenizer(length=CONTEXT + 1)
+    with pytest.raises(ValueError, match=r"`tokenizer` must .*6.*Received: .*\(3, 7\)"):
+        embed_texts(clip, ["a cat"], tokenizer, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_a_tokenizer_of_known_captions_alone_cannot_be_checked(clip):
+    known = make_tokenizer()([b"a cat"])
+
+    def table(texts):
+        return [{b"a cat": known[0]}[text] for text in texts]
+
+    assert embed_texts(clip, ["a cat"], table, verbose=0).shape == (1, 96)
+
+
+# === The tokenizer that a model was trained with ===
+
+
+def letters(texts):
+    """Another tokenizer of the same special tokens."""
+    return make_tokenizer()([text[::-1] for text in texts])
+
+
+def make_clip():
+    backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
+    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+    model.compile("sgd", **FAST)
+    return model
+
+
+def stream(shard, tokenizer, **options):
+    return kcm.data.image_text_dataset(
+        shard, tokenizer, 16, 4, training=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory, write_pairs_to):
+    return write_pairs_to(tmp_path_factory.mktemp("shards") / "a.tar", 0, 8)
+
+
+@pytest.fixture(scope="module")
+def trained(shard):
+    model = make_clip()
+    model.fit(stream(shard, make_tokenizer()), verbose=0)
+    return model
+
+
+ANOTHER = r"`tokenizer` must be the one that the model was trained with.*Received: "
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("copy", ["itself", "saved", "without masking"])
+def test_a_trained_model_refuses_another_tokenizer(trained, shard, copy, tmp_path):
+    if copy == "saved":
+        trained.save(tmp_path / "model.keras")
+        trained = keras.saving.load_model(tmp_path / "model.keras")
+    if copy == "without masking":
+        trained = trained.without_masking()
+        trained.compile("sgd", **FAST)
+    assert trained.tokenizer_fingerprint
+    for evaluate in evaluations(trained, shard, letters).values():
+        with pytest.raises(ValueError, match=ANOTHER):
+            evaluate()
+    with pytest.raises(ValueError, match=ANOTHER):
+        trained.fit(stream(shard, letters), verbose=0)
+    held_out = kcm.data.image_text_dataset(shard, letters, 16, 4, training=False)
+    with pytest.raises(ValueError, match=ANOTHER):
+        trained.fit(random_pairs(4), validation_data=held_out, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_a_trained_model_takes_its_tokenizer_however_it_fills_rows_up(trained, shard):
+    for padding in (0, END):
+        tokenizer = make_tokenizer(padding=padding)
+        for evaluate in evaluations(trained, shard, tokenizer).values():
+            evaluate()
+        trained.fit(stream(shard, tokenizer), verbose=0)
+
+
+@pytest.mark.any_backend
+def test_the_callbacks_of_a_fit_refuse_another_tokenizer(shard):
+    model, captions = make_clip(), ["a cat", "no dog"]
+    data = {"images": random_pairs(2)["images"], "captions": captions}
+    with pytest.raises(ValueError, match=ANOTHER):
+        model.fit(
+            stream(shard, make_tokenizer()),
+            callbacks=[kcm.callbacks.Retrieval(data, letters)],
+            verbose=0,
+        )
+
+
+@pytest.mark.any_backend
+def test_a_checkpoint_of_another_tokenizer_is_refused(shard, tmp_path):
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, monitor=None)
+    model = make_clip()
+    model.fit(stream(shard, make_tokenizer()), callbacks=[checkpoint], verbose=0)
+    again = make_clip()
+    with pytest.raises(ValueError, match=r"Received: .*tokenizer_fingerprint: '"):
+        again.fit(stream(shard, letters), resume_from=tmp_path, verbose=0)
+    # Nothing was trained, so another tokenizer may still be taken.
+    assert again.tokenizer_fingerprint is None
+    again.fit(
+        stream(shard, make_tokenizer()), resume_from=tmp_path, epochs=2, verbose=0
+    )
+    assert again.tokenizer_fingerprint == model.tokenizer_fingerprint
+
+
+@pytest.mark.any_backend
+def test_a_model_that_was_trained_on_arrays_takes_any_tokenizer():
+    model = make_clip()
+    model.fit(random_pairs(4), verbose=0)
+    assert model.tokenizer_fingerprint is None
+    for tokenizer in (letters, make_tokenizer()):
+        embed_texts(model, ["a cat"], tokenizer, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_the_tokenizer_may_be_changed_on_purpose(shard):
+    model = make_clip()
+    model.fit(stream(shard, make_tokenizer()), verbose=0)
+    model.tokenizer_fingerprint = None
+    embed_texts(model, ["a cat"], letters, verbose=0)
+    model.fit(stream(shard, letters), verbose=0)
+    with pytest.raises(ValueError, match=ANOTHER):
+        embed_texts(model, ["a cat"], make_tokenizer(), verbose=0)
+
+
+@pytest.mark.any_backend
+def test_towers_that_read_whole_rows_tell_how_they_are_filled_up(shard):
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile("sgd", **FAST)
+    model.fit(stream(shard, make_tokenizer()), verbose=0)
+    embed_texts(model, ["a cat"], make_tokenizer(), verbose=0)
+    with pytest.raises(ValueError, match=ANOTHER):
+        embed_texts(model, ["a cat"], make_tokenizer(padding=END), verbose=0)
