@@ -280,13 +280,20 @@ class _RandomWeights(keras.StatelessScope):
     that opens up later in training. Made when read, so that only one is in memory.
     """
 
+    def __init__(self):
+        super().__init__()
+        # Repeated for larger weights, as numbers of a generator take ten times as
+        # long. A prime number of them, so that rows differ.
+        rng = np.random.default_rng(0)
+        self.values = 0.1 * rng.standard_normal(65_537, "float32")
+
     def get_current_value(self, variable):
         value = super().get_current_value(variable)
         if value is not None or not keras.backend.is_float_dtype(variable.dtype):
             return value
         # The same in each run of a model.
-        rng = np.random.default_rng(zlib.crc32(variable.path.encode()))
-        value = 0.1 * rng.standard_normal(variable.shape, "float32")
+        start = zlib.crc32(variable.path.encode()) % len(self.values)
+        value = np.resize(np.roll(self.values, start), variable.shape)
         if not variable.trainable:
             # It may be a variance.
             value = np.abs(value) + 0.01
