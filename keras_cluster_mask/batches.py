@@ -128,12 +128,13 @@ def _length(values):
 
 def _arrays(batch):
     return {
-        name: _captions(values) if name == "captions" else _array(values)
+        name: _captions(values) if name == "captions" else as_array(values)
         for name, values in batch.items()
     }
 
 
-def _array(values):
+def as_array(values: Any) -> np.ndarray:
+    """A NumPy array of a list, an array, or a tensor of any backend."""
     if ops.is_tensor(values):
         return ops.convert_to_numpy(values)
     # A tensor of TensorFlow is no tensor to another backend.
@@ -143,7 +144,7 @@ def _array(values):
 def _captions(values):
     # NumPy would make a matrix of captions if each image has the same number of them.
     if hasattr(values, "shape"):
-        values = _array(values)
+        values = as_array(values)
         if values.ndim == 1:
             return values
         values = map(tuple, values)

@@ -90,7 +90,7 @@ class Throughput(keras.callbacks.Callback):
         if start == end:
             # An epoch of one step: its whole time.
             start = self._before
-        samples = self._size.samples(end[1]) - self._size.samples(start[1])
+        samples = (end[1] - start[1]) * self._size.batch_size
         rate = samples / max(end[0] - start[0], 1e-9)
         rates = {"samples_per_second": rate}
         if self._tokens is not None:

@@ -65,12 +65,12 @@ def stop_at_interrupts():
 
 
 def as_dataset(stream):
-    """The batches of an `ImageTextDataset` as a `tf.data.Dataset`.
+    """The batches of a stream as a `tf.data.Dataset`.
 
     Each iteration starts at the `start` that the stream has then.
 
     Args:
-        stream: `ImageTextDataset`.
+        stream: `ImageTextDataset`, or `ArrayBatches`.
     """
     tf = import_tensorflow("`format='tf'`")
     if "captions" in stream.element_spec and stream.element_spec["captions"].dtype != (
@@ -104,5 +104,7 @@ def as_dataset(stream):
     # TensorFlow gives no length to an endless stream.
     length = {"__len__": lambda self: len(stream)}
     dataset.__class__ = type("ImageTextDataset", (type(dataset),), length)
-    dataset.stream, dataset.skipped = stream, stream.skipped
+    dataset.stream = stream
+    if hasattr(stream, "skipped"):
+        dataset.skipped = stream.skipped
     return dataset

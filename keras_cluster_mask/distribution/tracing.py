@@ -3,13 +3,13 @@
 import keras
 
 
-def is_traced(variable: keras.Variable) -> bool:
-    """Whether the value of a variable is only known once a compiled step runs."""
+def is_traced(value) -> bool:
+    """Whether the value of a variable, tensor or array is only known in a later run."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
-        return isinstance(variable.value, jax.core.Tracer)
+        return isinstance(getattr(value, "value", value), jax.core.Tracer)
     if backend == "tensorflow":
         import tensorflow as tf
 

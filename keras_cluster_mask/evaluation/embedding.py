@@ -9,14 +9,11 @@ import numpy as np
 from keras_cluster_mask.batches import num_images, read_batches
 from keras_cluster_mask.evaluation.preprocessing import tokenize
 from keras_cluster_mask.models.loading import as_contrastive_model
-from keras_cluster_mask.training.inputs import check_ids
 
 # Texts embedded at a time.
 BATCH_SIZE = 64
 # The most rows given to a model at a time.
 MAX_SIZE = 1024
-# Normalised pixels are far below, pixels from 0 to 255 far above.
-MAX_PIXEL = 30
 
 
 def embed(
@@ -166,16 +163,12 @@ class Embedder:
     def images(self, images):
         """Embeds images into a `(batch, d)` float32 array."""
         images = np.asarray(images)
-        if images.dtype != "uint8" and images.size and images.max() > MAX_PIXEL:
-            raise ValueError(
-                "Images must be uint8, or normalised floats. Received: images "
-                f"of type {images.dtype} with values up to {images.max()}"
-            )
+        self.model.input_rules.check_images(images)
         return self._embedded(self._images, images)
 
     def texts(self, token_ids):
         """Embeds `(batch, T)` token ids into a `(batch, d)` float32 array."""
-        check_ids(token_ids, **self.model.id_rules)
+        self.model.input_rules.check_ids(token_ids)
         return self._embedded(self._texts, token_ids)
 
     def _embedded(self, encoder, inputs):

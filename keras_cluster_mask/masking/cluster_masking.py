@@ -1,6 +1,7 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_cluster_mask.masking.patch_grid import standardize_patch_size
@@ -155,6 +156,8 @@ class ClusterMasking(PatchMasking):
         self.embedding_weight = _standardize_embedding_weight(embedding_weight)
 
         self.threshold = self.share_above = None
+        # What became of the pixels of uint8 images that `adapt` saw.
+        self._adapted_pixels = None
         self._given_threshold = threshold
         if min_mask_ratio is not None:
             value = math.nan if threshold is None else float(threshold)
@@ -256,9 +259,8 @@ class ClusterMasking(PatchMasking):
 
         The pixels' similarity to freshly drawn anchors is computed once per
         image; a bisection over the thresholds then finds the one whose mask
-        ratio is nearest. Within a `ContrastiveModel` uint8 images are normalised as
-        the model does; before, they are taken as they are, which comes out a little
-        different.
+        ratio is nearest. Call it once the model is made: a `ContrastiveModel` around
+        the masking normalises uint8 images, here as in training.
 
         Args:
             data: Images as an array, or an iterable of batches (a
@@ -281,7 +283,11 @@ class ClusterMasking(PatchMasking):
             )
         _check_reachable(self.mask_ratio, self.min_mask_ratio)
 
+        self._adapted_pixels = None
+
         def similarity_to_random_anchors(images):
+            if keras.backend.standardize_dtype(images.dtype) == "uint8":
+                self._adapted_pixels = _probe(self.prepare_pixels)
             images = self.prepare_pixels(images)
             noise = self.draw(images.shape[0], self.count_patches(images))
             return self.similarity_of_pixels(images, self.draw_anchors(noise))
@@ -308,6 +314,17 @@ class ClusterMasking(PatchMasking):
             # raise on a value: an unset threshold turns its loss to NaN at once.
             kept = kept + ops.cast(0.0 * self.threshold, kept.dtype)
         return kept
+
+    def join(self, prepare_pixels):
+        adapted = self._adapted_pixels
+        if adapted is not None and not np.array_equal(_probe(prepare_pixels), adapted):
+            raise ValueError(
+                f"The threshold of `{self.name}` was adapted to uint8 images that were "
+                "not normalised as this model does: make the model first, and then "
+                "call `adapt`. "
+                f"Received: threshold={float(ops.convert_to_numpy(self.threshold)):.4g}"
+            )
+        super().join(prepare_pixels)
 
     def num_kept(self, num_patches):
         ratio = self.mask_ratio if self.min_mask_ratio is None else self.min_mask_ratio
@@ -364,6 +381,12 @@ def _check_range(name, value, low, high):
         raise ValueError(
             f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value}"
         )
+
+
+def _probe(prepare_pixels):
+    """What a function makes of a few uint8 pixels, which distinguishes it."""
+    pixels = np.arange(27, dtype="uint8").reshape(1, 3, 3, 3)
+    return ops.convert_to_numpy(prepare_pixels(ops.convert_to_tensor(pixels)))
 
 
 def _check_reachable(mask_ratio, min_mask_ratio):

@@ -15,12 +15,18 @@ from keras_cluster_mask.distribution.replicas import (
     num_replicas,
     replica_mean,
 )
+from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.encoders import BLOCKS, call_encoder, data_format_of
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, normalize_pixels
+from keras_cluster_mask.models.pixels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    brightest_pixel,
+    normalize_pixels,
+)
 from keras_cluster_mask.models.tower import Tower
 from keras_cluster_mask.training import optimizers
 from keras_cluster_mask.training.fitting import fit
@@ -28,8 +34,8 @@ from keras_cluster_mask.training.gradient_checkpointing import (
     checkpointed,
     find_blocks,
 )
+from keras_cluster_mask.training.input_rules import LONELY, InputRules
 from keras_cluster_mask.training.inputs import (
-    LONELY,
     SAMPLE_WEIGHT,
     as_dictionary,
     check_data,
@@ -262,6 +268,8 @@ class ContrastiveModel(keras.Model):
         Returns:
             `(batch, d)` float32 tensor, L2-normalised.
         """
+        if not training and not is_traced(images):
+            self.input_rules.check_images(images)
         pixels = self.normalize_pixels(images)
         return l2_normalize(self.image_features(pixels, training))
 
@@ -535,7 +543,7 @@ class ContrastiveModel(keras.Model):
         x = as_dictionary(x, y, sample_weight)
         check_ends(x, kwargs.get("steps"))
         with until_the_end(), self._evaluation():
-            x = check_data(x, **self.id_rules)
+            x = check_data(x, self.input_rules)
             return super().evaluate(x, None, *args, **kwargs)
 
     def test_on_batch(self, *args, **kwargs):
@@ -545,7 +553,7 @@ class ContrastiveModel(keras.Model):
     def predict(self, x, *args, **kwargs):
         check_ends(x, kwargs.get("steps"))
         with until_the_end():
-            x = check_data(x, **self.id_rules)
+            x = check_data(x, self.input_rules)
             return super().predict(x, *args, **kwargs)
 
     # === Parts of the model ===
@@ -561,12 +569,13 @@ class ContrastiveModel(keras.Model):
         return None
 
     @property
-    def id_rules(self):
-        """What token ids must be like: arguments of `inputs.check_ids`."""
-        return {
-            "vocabulary_size": self.vocabulary_size,
-            "end_token_id": self.end_token_id,
-        }
+    def input_rules(self):
+        """What images and token ids must be like, an `InputRules`."""
+        return InputRules(
+            self.vocabulary_size,
+            self.end_token_id,
+            brightest_pixel(self.pixel_mean, self.pixel_std),
+        )
 
     @property
     def towers(self):

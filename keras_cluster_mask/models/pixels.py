@@ -29,14 +29,31 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
 
     Returns:
         A float32 tensor for uint8 images; any other tensor untouched.
+
+    Raises:
+        ValueError: For integers other than uint8, whose range is not known.
     """
     images = ops.convert_to_tensor(images)
-    if mean is None or keras.backend.standardize_dtype(images.dtype) != "uint8":
+    dtype = keras.backend.standardize_dtype(images.dtype)
+    if mean is None or keras.backend.is_float_dtype(dtype):
         return images
+    if dtype != "uint8":
+        raise ValueError(
+            "`images` must be uint8, or floats normalised with the `pixel_mean` and "
+            "`pixel_std` of the model: pass pixels as `images.astype('uint8')`. "
+            f"Received: images of type {dtype}"
+        )
     mean, std = _by_channel(images, mean, std, data_format)
     # Tensors, since torch cannot export a model that computes with NumPy arrays.
     mean, std = ops.convert_to_tensor(mean), ops.convert_to_tensor(std)
     return (ops.cast(images, "float32") / 255.0 - mean) / std
+
+
+def brightest_pixel(mean, std):
+    """The value of a white pixel once it is normalised, or `None` without a mean."""
+    if mean is None:
+        return None
+    return float(np.max((1.0 - np.array(mean)) / np.array(std)))
 
 
 def restore_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):

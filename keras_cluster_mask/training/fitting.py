@@ -10,6 +10,7 @@ from keras import ops
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
+from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.checkpoints import read_resumable
 from keras_cluster_mask.training.inputs import (
     StepSize,
@@ -20,6 +21,7 @@ from keras_cluster_mask.training.inputs import (
     rows_of,
     until_the_end,
 )
+from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import inner_optimizer
 from keras_cluster_mask.training.remaining_data import (
     RemainingData,
@@ -67,11 +69,22 @@ def fit(model, keras_fit, x, options, resume_from=None):
         options["validation_data"] = None
     elif validation.data is not None:
         options["validation_data"] = check_data(
-            options["validation_data"], **model.id_rules
+            options["validation_data"], model.input_rules
         )
     check_keys(x)
-    rows = rows_of(x) if hasattr(x, "element_spec") else batch_size
-    check_batch_size(model, rows, len(x["images"]) if isinstance(x, dict) else None)
+    pairs = None
+    if isinstance(x, dict):
+        pairs = len(x["images"])
+        model.input_rules.check(x)
+        x = ArrayBatches(x, batch_size, options.pop("shuffle", True))
+        options["batch_size"] = None
+        options["validation_batch_size"] = (
+            options.get("validation_batch_size") or batch_size
+        )
+    step_size = StepSize.of(x)
+    check_batch_size(model, rows_of(x), pairs)
+    if step_size is not None:
+        check_micro_batches(step_size.batch_size, model.micro_batch_size)
 
     found = None if resume_from is None else read_resumable(resume_from)
     stream = stream_of(x)
@@ -82,14 +95,9 @@ def fit(model, keras_fit, x, options, resume_from=None):
     if saves:
         _check_no_swaps(callbacks)
     data = RemainingData(
-        x,
-        batch_size,
-        options.get("shuffle", True),
-        steps,
-        options.pop("initial_epoch"),
-        remembers_ids=bool(saves),
+        x, steps, options.pop("initial_epoch"), remembers_ids=bool(saves)
     )
-    place = data, data.origin[0], StepSize.of(x, batch_size)
+    place = data, data.origin[0], step_size
     if resume_from is None and not saves:
         run = TrainingRun(*place)
     else:
@@ -130,7 +138,7 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         rest = data.after(run.epoch, run.step)
         given = dict(
             options,
-            x=check_data(rest, batch_size=data.batch_size, **model.id_rules),
+            x=check_data(rest, model.input_rules, training=True),
             initial_epoch=run.epoch,
             epochs=last,
         )
@@ -143,7 +151,7 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
             run.start(given["x"], keep_weights=True)
         else:
             run.start(given["x"])
-        history = _run(keras_fit, given, data.stream is not None)
+        history = _run(keras_fit, given, hasattr(data.stream, "skipped"))
         if last == epochs or model.stop_training:
             break
         run.restore_weights()

@@ -1,28 +1,21 @@
 """Checks of what `fit`, `evaluate` and `predict` are given, before they start."""
 
 import contextlib
+import copy
 import dataclasses
+import types
 import warnings
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.processes import process_index_and_count
 
 KEYS = ("images", "token_ids")
 SAMPLE_WEIGHT = "sample_weight"
-FOREIGN = (
-    "`token_ids` must be in the text encoder's vocabulary, [0, {}). "
-    "Were they made by another tokenizer?"
-)
-ENDLESS = (
-    "`token_ids` must hold the end token, {}, in every row: texts are pooled there."
-)
-LONELY = (
-    "A contrastive loss compares the pairs of a batch, so it needs at least two pairs."
-)
+# An entry of batches that names their samples.
+SAMPLE_ID = "sample_id"
 
 
 def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
@@ -62,63 +55,46 @@ def check_no_labels(**labels):
             )
 
 
-def check_weights(weights, pairs: int):
-    """Raises an error for weights of rows that could not be used."""
-    weights = np.asarray(weights)
-    if weights.shape != (pairs,) or not np.all(np.isfinite(weights) & (weights >= 0)):
-        raise ValueError(
-            f"`sample_weight` must hold {pairs} finite numbers of at least 0, one a "
-            f"pair. Received: sample_weight={weights}"
-        )
-
-
-def check_data(data, vocabulary_size=None, batch_size=None, end_token_id=None):
+def check_data(data, rules, training=False):
     """Checks data for a `ContrastiveModel`, and hands it over as Keras takes it.
 
-    Arrays are checked whole. A `tf.data.Dataset` and an `ImageTextDataset` get a check
-    of every batch, on the host, as part of their pipeline. Strings, such as keys and
-    captions, are left out, as no model takes them. Other iterables are returned
-    unchanged.
+    Arrays are checked whole. Other data gets a check of every batch, on the host, as
+    part of its pipeline. Strings, such as keys and captions, are left out of arrays,
+    of a `tf.data.Dataset` and of a stream of batches, as no model takes them.
 
     Args:
         data: What the user passed as `x`, or as `validation_data`.
-        vocabulary_size: Integer or `None`, the text encoder's.
-        batch_size: Integer, the batch size that arrays are trained in; `None` if
-            the data is not for training.
-        end_token_id: Integer or `None`, the id that every text must hold.
+        rules: `InputRules` of the model.
+        training: Boolean. Whether it is trained on.
 
     Returns:
-        The data, with a check added where it has to run per batch. An
-        `ImageTextDataset` becomes a `tf.data.Dataset` on TensorFlow, else a generator:
-        one pass.
+        The data, with a check added where it has to run per batch. A stream becomes a
+        `tf.data.Dataset` on TensorFlow, else a generator: one pass.
     """
-    training = batch_size is not None
-    rules = {"vocabulary_size": vocabulary_size, "end_token_id": end_token_id}
-    has_rules = any(rule is not None for rule in rules.values())
     if isinstance(data, dict):
         check_keys(data)
-        if has_rules:
-            check_ids(data["token_ids"], **rules)
-        if SAMPLE_WEIGHT in data:
-            check_weights(data[SAMPLE_WEIGHT], len(data["images"]))
-        if training and len(data["images"]) % batch_size == 1:
-            raise ValueError(
-                f"{LONELY} The last batch of these arrays would be one. Received: "
-                f"{len(data['images'])} pairs, batch_size={batch_size}"
-            )
-        if any(map(_holds_strings, data.values())):
-            data = {k: v for k, v in data.items() if not _holds_strings(v)}
+        rules.check(data, training)
+        if any(map(holds_strings, data.values())):
+            data = {k: v for k, v in data.items() if not holds_strings(v)}
     elif hasattr(data, "as_dataset") and keras.backend.backend() == "tensorflow":
-        data = check_data(data.as_dataset(), batch_size=batch_size, **rules)
+        data = check_data(data.as_dataset(), rules, training)
     elif hasattr(data, "as_dataset"):
-        check_keys(data.element_spec)
+        _check_spec(data, rules)
         data = _checked_stream(data, rules, training)
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
-        check_keys(data.element_spec)
+        _check_spec(data, rules)
         if any(spec.dtype == "string" for spec in data.element_spec.values()):
             data = data.map(_without_strings)
-        if training or has_rules:
-            data = data.map(lambda batch: _checked(batch, training, **rules))
+        data = data.map(lambda batch: _checked(batch, rules, training))
+    elif isinstance(data, types.GeneratorType):
+        check = _Check(rules, training)
+        data = (check(batch) for batch in data)
+    elif isinstance(data, keras.utils.PyDataset):
+        data = _CheckedBatches(data, _Check(rules, training))
+    elif hasattr(data, "collate_fn"):
+        # A loader of torch's; the user's own is left as it is.
+        data = copy.copy(data)
+        data.collate_fn = _Check(rules, training, data.collate_fn)
     return data
 
 
@@ -163,72 +139,30 @@ def check_keys(data):
         )
 
 
-def check_ids(ids, vocabulary_size: int | None = None, end_token_id: int | None = None):
-    """Raises an error for token ids that a text encoder cannot take.
-
-    Args:
-        ids: `(batch, T)` ints.
-        vocabulary_size: Integer, the number of ids that there are, or `None`.
-        end_token_id: Integer, the id that every row must hold, or `None`.
-    """
-    ids = ids if isinstance(ids, np.ndarray) else ops.convert_to_numpy(ids)
-    low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
-    if vocabulary_size is not None and (low < 0 or high >= vocabulary_size):
-        raise ValueError(
-            f"{FOREIGN.format(vocabulary_size)} Received: ids from {low} to {high}"
-        )
-    if end_token_id is not None:
-        endless = np.flatnonzero(~np.any(ids == end_token_id, axis=-1))
-        if endless.size:
-            raise ValueError(
-                f"{ENDLESS.format(end_token_id)} Received: {endless.size} rows "
-                f"without it, the first of them row {endless[0]}"
-            )
-
-
 @dataclasses.dataclass(frozen=True)
 class StepSize:
     """What a step trains on, as far as it is known in advance.
 
     Attributes:
         batch_size: Integer, the pairs of a step on all devices together.
-        pairs: Integer, the pairs of an epoch, if the last batch may not be full.
         image_shape: tuple of the shape of an image, with `None` for unknown sides.
         text_length: Integer or `None`, the tokens of a text.
     """
 
     batch_size: int
-    pairs: int | None
     image_shape: tuple
     text_length: int | None
 
-    def samples(self, steps: int) -> int:
-        """The pairs in so many steps of an epoch."""
-        samples = steps * self.batch_size
-        return samples if self.pairs is None else min(samples, self.pairs)
-
     @classmethod
-    def of(cls, data, batch_size: int):
-        """The step size of what is passed to `fit`, or `None` if it is not known.
-
-        Args:
-            data: A dictionary of arrays, a `tf.data.Dataset`, an `ImageTextDataset`, or
-                anything else.
-            batch_size: Integer, of arrays.
-        """
-        rows, pairs = rows_of(data), None
-        if isinstance(data, dict):
-            images, ids = data["images"], data["token_ids"]
-            pairs = len(images)
-            rows = min(batch_size, pairs)
-        elif rows is not None:
-            images, ids = (data.element_spec[key] for key in KEYS)
-        else:
+    def of(cls, data):
+        """The step size of training data, or `None` if it is not known."""
+        rows = rows_of(data)
+        if rows is None:
             return None
+        images, ids = (data.element_spec[key] for key in KEYS)
         _, processes = process_index_and_count(training=True)
         return cls(
             batch_size=rows * processes,
-            pairs=None if pairs is None else pairs * processes,
             image_shape=tuple(images.shape[1:]),
             text_length=ids.shape[1],
         )
@@ -240,49 +174,88 @@ def rows_of(data) -> int | None:
     return spec["token_ids"].shape[0] if isinstance(spec, dict) else None
 
 
+def _check_spec(data, rules):
+    check_keys(data.element_spec)
+    rules.check_type(data.element_spec["images"])
+
+
 def _checked_stream(batches, rules, training):
     names = [k for k, spec in batches.element_spec.items() if spec.dtype != "string"]
     with contextlib.closing(iter(batches)) as batches:
         for batch in batches:
-            check_ids(batch["token_ids"], **rules)
-            rows = len(batch["images"])
-            if training and rows < 2:
-                raise ValueError(f"{LONELY} Received: a batch of {rows}")
+            rules.check(batch, training)
             # Keras takes tuples alone from generators.
             yield ({name: batch[name] for name in names},)
 
 
-def _holds_strings(array):
-    if isinstance(array, list):
-        array = np.asarray(array)
-    return isinstance(array, np.ndarray) and array.dtype.kind in "SUO"
+def _checked(batch, rules, training):
+    # Only reached with a `tf.data.Dataset`, so tensorflow is installed.
+    import tensorflow as tf
+
+    # Not what can be told from the type alone, as copies take time.
+    names = [*KEYS, SAMPLE_WEIGHT]
+    if not batch["images"].dtype.is_floating:
+        names.remove("images")
+    names = [name for name in names if name in batch]
+
+    def check(*arrays):
+        rules.check(dict(zip(names, arrays)), training)
+        return np.False_
+
+    done = tf.numpy_function(check, [batch[name] for name in names], "bool")
+    with tf.control_dependencies([done]):
+        return {**batch, "token_ids": tf.identity(batch["token_ids"])}
+
+
+class _Check:
+    """Checks a batch, and passes it on.
+
+    Args:
+        rules: `InputRules` of the model.
+        training: Boolean. Whether it is trained on.
+        make: Function that makes the batch of what is passed, or `None`.
+    """
+
+    def __init__(self, rules, training, make=None):
+        self.rules, self.training, self.make = rules, training, make
+
+    def __call__(self, batch):
+        batch = batch if self.make is None else self.make(batch)
+        given = batch[0] if isinstance(batch, (tuple, list)) else batch
+        check_input(given)
+        self.rules.check(given, self.training)
+        return batch
+
+
+class _CheckedBatches(keras.utils.PyDataset):
+    def __init__(self, data, check):
+        super().__init__(
+            workers=data.workers,
+            use_multiprocessing=data.use_multiprocessing,
+            max_queue_size=data.max_queue_size,
+        )
+        self.data, self.check = data, check
+
+    @property
+    def num_batches(self):
+        return self.data.num_batches
+
+    def __getitem__(self, index):
+        return self.check(self.data[index])
+
+    def on_epoch_begin(self):
+        self.data.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self.data.on_epoch_end()
+
+
+def holds_strings(values) -> bool:
+    """Whether an array or a list holds strings, such as names."""
+    if isinstance(values, list):
+        values = np.asarray(values)
+    return isinstance(values, np.ndarray) and values.dtype.kind in "SUO"
 
 
 def _without_strings(batch):
     return {key: value for key, value in batch.items() if value.dtype != "string"}
-
-
-def _checked(batch, training, vocabulary_size, end_token_id):
-    # Only reached with a `tf.data.Dataset`, so tensorflow is installed.
-    import tensorflow as tf
-
-    ids = batch["token_ids"]
-    checks = []
-    if vocabulary_size is not None:
-        message = FOREIGN.format(vocabulary_size)
-        wide = tf.cast(ids, "int64")
-        checks.append(tf.debugging.assert_non_negative(wide, message=message))
-        checks.append(
-            tf.debugging.assert_less(
-                wide, tf.constant(vocabulary_size, "int64"), message=message
-            )
-        )
-    if end_token_id is not None:
-        has_end = tf.reduce_any(ids == tf.cast(end_token_id, ids.dtype), axis=-1)
-        message = ENDLESS.format(end_token_id)
-        checks.append(tf.debugging.Assert(tf.reduce_all(has_end), [message]))
-    if training:
-        size = tf.shape(ids)[0]
-        checks.append(tf.debugging.assert_greater(size, 1, message=LONELY))
-    with tf.control_dependencies(checks):
-        return {**batch, "token_ids": tf.identity(ids)}

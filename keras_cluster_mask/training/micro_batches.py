@@ -106,11 +106,7 @@ def _num_chunks(rows, replicas, micro_batch_size):
             f"micro_batch_size={micro_batch_size}"
         )
     batch_size = rows * replicas
-    if batch_size % micro_batch_size:
-        raise ValueError(
-            "`micro_batch_size` must divide the batch size. Received: "
-            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}"
-        )
+    check_micro_batches(batch_size, micro_batch_size)
     if micro_batch_size % replicas:
         raise ValueError(
             "`micro_batch_size` counts pairs on all replicas together, whose number "
@@ -118,3 +114,12 @@ def _num_chunks(rows, replicas, micro_batch_size):
             f"{replicas} replicas"
         )
     return batch_size // micro_batch_size
+
+
+def check_micro_batches(batch_size: int, micro_batch_size: int | None):
+    """Raises an error for a batch that micro-batches do not divide."""
+    if micro_batch_size is not None and batch_size % micro_batch_size:
+        raise ValueError(
+            "`micro_batch_size` must divide the batch size. Received: "
+            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}"
+        )

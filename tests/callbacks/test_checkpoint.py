@@ -498,7 +498,7 @@ def test_samples_of_a_bad_batch_are_named_by_their_sample_id(kind, tmp_path):
     import tensorflow as tf
 
     data, fit = pairs(20), {"shuffle": False, "batch_size": 4}
-    data["images"] = data["images"].astype("float32")
+    data["images"] = data["images"] / np.float32(64) - 2
     data["images"][13] = np.nan
     data["sample_id"] = np.array([f"image {index}" for index in range(20)])
     if kind == "list":
@@ -760,13 +760,11 @@ def test_a_checkpoint_of_a_model_of_another_size_is_refused(tmp_path):
 
 @pytest.mark.any_backend
 def test_steps_cannot_be_saved_of_data_that_is_not_found_again(tmp_path):
-    with pytest.raises(ValueError, match=r"shuffle=False.*Received: arrays"):
-        run(pairs(), tmp_path, save_every=2)
     with pytest.raises(ValueError, match=r"Received: data of type generator"):
         run(((x,) for x in [pairs()]), tmp_path, save_every=2)
-    for data in (((x,) for x in [pairs()]), pairs()):
-        with pytest.raises(ValueError, match=r"Received: steps_per_epoch=2, data of"):
-            run(data, tmp_path, save_every="epoch", fit={"steps_per_epoch": 2})
+    data = ((x,) for x in [pairs()])
+    with pytest.raises(ValueError, match=r"Received: steps_per_epoch=2, data of"):
+        run(data, tmp_path, save_every="epoch", fit={"steps_per_epoch": 2})
 
 
 @pytest.mark.any_backend

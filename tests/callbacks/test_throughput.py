@@ -72,12 +72,6 @@ def test_one_step_counts_with_all_its_time(monkeypatch):
 
 
 @pytest.mark.any_backend
-def test_a_last_batch_that_is_not_full_counts_with_what_it_holds(monkeypatch):
-    history, _ = fit(monkeypatch, 10, epochs=2)
-    assert history["samples_per_second"] == [3.0, 3.0]
-
-
-@pytest.mark.any_backend
 def test_of_data_of_unknown_batches_nothing_is_reported():
     class Batches(keras.utils.PyDataset):
         def __len__(self):

@@ -661,6 +661,27 @@ def test_only_training_steps_move_the_threshold_and_count_steps():
     assert read()[1] != before[1]
 
 
+@pytest.mark.any_backend
+def test_a_threshold_of_other_pixels_than_the_models_is_refused():
+    images = random_pairs(16)["images"]
+
+    def adapted(images):
+        masking = threshold_masking(threshold=None)
+        masking.adapt(images)
+        return masking
+
+    with pytest.raises(ValueError, match=r"make the model first.*Received: threshold"):
+        masked_model(adapted(images))
+    # The model takes these as they are, or the masking has seen what it makes of them.
+    masked_model(adapted(images), pixel_mean=None)
+    model = masked_model(threshold_masking(threshold=None))
+    masked_model(adapted(ops.convert_to_numpy(model.normalize_pixels(images))))
+    model.maskings[0].adapt(images)
+    masked_model(model.maskings[0])
+    with pytest.raises(ValueError, match=r"make the model first.*Received: threshold"):
+        masked_model(model.maskings[0], pixel_mean=(0.5, 0.5, 0.4))
+
+
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_a_threshold_without_hidden_padding_keeps_its_mask_ratio(micro_batch_size):
     images = random_images(16)
@@ -745,14 +766,16 @@ def test_an_encoder_that_returns_tokens_is_refused():
         model(random_pairs(2))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("eager", [False, True])
-def test_a_batch_of_one_cannot_train(eager, batch_size):
-    # Nor as what is left over at the end, of three pairs two by two.
+def test_a_batch_of_one_cannot_train(eager):
     model = small_model()
     model.compile(optimizer="sgd", run_eagerly=eager)
+    for count, batch_size in ((3, 1), (1, 32)):
+        with pytest.raises(ValueError, match=r"at least two pairs.*Received:"):
+            model.fit(random_pairs(count), batch_size=batch_size, verbose=0)
+    batches = ((pairs,) for pairs in [random_pairs(1)])
     with pytest.raises(Exception, match=r"at least two pairs.*Received:"):
-        model.fit(random_pairs(3), batch_size=batch_size, verbose=0)
+        model.fit(batches, verbose=0)
 
 
 def test_a_batch_of_one_can_be_evaluated():

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
+from keras_cluster_mask.training.input_rules import InputRules
 from keras_cluster_mask.training.inputs import check_data, check_input
 from tests.helpers import VOCABULARY, random_pairs
 
 pytestmark = pytest.mark.any_backend
+
+RULES = InputRules(VOCABULARY)
 
 
 def dataset_of(pairs, batch_size=4):
@@ -26,30 +29,30 @@ def test_strings_are_left_out_since_no_model_takes_them():
     pairs = random_pairs(4)
     named = {**pairs, "sample_id": np.array(list("abcd")), "label": np.arange(4)}
     expected = {"images", "token_ids", "label"}
-    assert {*check_data(named)} == expected
-    assert {*check_data({**named, "sample_id": list("abcd")})} == expected
+    assert {*check_data(named, RULES)} == expected
+    found = check_data({**named, "sample_id": list("abcd")}, RULES)
+    assert {*found} == expected
     dataset = tf.data.Dataset.from_tensor_slices(named).batch(2)
-    assert {*check_data(dataset, VOCABULARY).element_spec} == expected
+    assert {*check_data(dataset, RULES).element_spec} == expected
 
 
 def test_good_arrays_come_back_as_they_are():
     pairs = random_pairs(8)
-    assert check_data(pairs, VOCABULARY) is pairs
-    assert check_data((pairs,), VOCABULARY) == (pairs,)
+    assert check_data(pairs, RULES) is pairs
     # The largest and the smallest id there are.
     for value in (0, VOCABULARY - 1):
-        check_data(with_id(value), VOCABULARY)
+        check_data(with_id(value), RULES)
 
 
 @pytest.mark.parametrize("value", [VOCABULARY, -1])
 def test_ids_beyond_the_vocabulary_are_an_error_in_arrays(value):
     with pytest.raises(ValueError, match=r"vocabulary.*\[0, 30\).*Received:"):
-        check_data(with_id(value), VOCABULARY)
+        check_data(with_id(value), RULES)
 
 
 @pytest.mark.parametrize("value", [VOCABULARY, -1])
 def test_ids_beyond_the_vocabulary_are_an_error_in_a_dataset(value):
-    checked = check_data(dataset_of(with_id(value)), VOCABULARY)
+    checked = check_data(dataset_of(with_id(value)), RULES)
     with pytest.raises(Exception, match=r"vocabulary, \[0, 30\)"):
         list(checked)
 
@@ -58,7 +61,7 @@ def test_ids_beyond_the_vocabulary_are_an_error_in_a_dataset(value):
 def test_a_checked_dataset_yields_the_same_batches(dtype):
     pairs = with_id(7, dtype)
     # A vocabulary that fits no byte, and is more than most signed shorts hold.
-    batches = list(check_data(dataset_of(pairs), 49408))
+    batches = list(check_data(dataset_of(pairs), InputRules(49408)))
     ids = np.concatenate([batch["token_ids"].numpy() for batch in batches])
     np.testing.assert_array_equal(ids, pairs["token_ids"])
     assert ids.dtype == dtype
@@ -67,9 +70,8 @@ def test_a_checked_dataset_yields_the_same_batches(dtype):
 
 
 def test_without_a_known_vocabulary_ids_pass():
-    check_data(with_id(10_000))
-    dataset = dataset_of(with_id(10_000))
-    assert check_data(dataset) is dataset
+    check_data(with_id(10_000), InputRules())
+    list(check_data(dataset_of(with_id(10_000)), InputRules()))
 
 
 @pytest.mark.parametrize("key", ["images", "token_ids"])
@@ -78,7 +80,7 @@ def test_a_missing_key_is_named(key):
     pairs["something"] = pairs.pop(key)
     for data in (pairs, dataset_of(pairs)):
         with pytest.raises(ValueError, match=rf"missing: .'{key}'.*Received:.*somethi"):
-            check_data(data, VOCABULARY)
+            check_data(data, RULES)
     with pytest.raises(ValueError, match=rf"missing: .'{key}'.*Received:.*somethi"):
         check_input(pairs)
 
@@ -92,4 +94,4 @@ def test_inputs_that_are_no_dictionary_are_an_error():
 
 def test_other_iterables_are_left_as_they_are():
     batches = iter([random_pairs(4)])
-    assert check_data(batches, VOCABULARY) is batches
+    assert check_data(batches, RULES) is batches

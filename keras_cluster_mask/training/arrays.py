@@ -1,0 +1,118 @@
+"""Arrays in memory as a stream of full batches, as an `image_text_dataset` is one."""
+
+import warnings
+
+import numpy as np
+
+from keras_cluster_mask.batches import as_array
+from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.training.input_rules import LONELY
+from keras_cluster_mask.training.inputs import SAMPLE_ID, holds_strings
+
+
+class ArrayBatches:
+    """Full batches of arrays, epoch after epoch without end.
+
+    Keras would train on what is left of an epoch as on a batch, though the loss depends
+    on the size of the batch; and no run could resume within an order that Keras draws.
+    Here each epoch has an order of its own that depends on a seed alone, and the pairs
+    that fill no batch are left out after the shuffle, others in each epoch.
+
+    Args:
+        arrays: Dictionary of arrays of equal lengths, of pairs.
+        batch_size: Integer. Fewer pairs are one batch.
+        shuffle: Boolean.
+
+    Attributes:
+        start: Integer, the batch with which a pass starts.
+        shuffle_seed: Integer, what the orders depend on.
+    """
+
+    training = True
+
+    def __init__(self, arrays, batch_size, shuffle=True):
+        if not isinstance(shuffle, bool):
+            raise ValueError(
+                f"`shuffle` must be True or False. Received: shuffle={shuffle!r}"
+            )
+        names = {name: holds_strings(values) for name, values in arrays.items()}
+        self._arrays = {
+            name: as_array(values) for name, values in arrays.items() if not names[name]
+        }
+        self._ids = arrays.get(SAMPLE_ID)
+        self._shuffle = shuffle
+        self.pairs = len(self._arrays["token_ids"])
+        if self.pairs < 2:
+            raise ValueError(f"{LONELY} Received: arrays of {self.pairs} pairs")
+        self.batch_size = min(batch_size, self.pairs)
+        if self.batch_size < 2:
+            raise ValueError(f"{LONELY} Received: batch_size={batch_size}")
+        rest = self.pairs % self.batch_size
+        if rest:
+            which = "others in each epoch" if shuffle else "the same in each epoch"
+            warnings.warn(
+                f"{rest} of {self.pairs} pairs fill no batch of {batch_size} and are "
+                f"left out, {which}.",
+                stacklevel=2,
+            )
+        # NumPy's own generator follows `keras.utils.set_random_seed`. All processes
+        # must resume with the seed of the one that saves.
+        self.shuffle_seed = all_gather_object(int(np.random.randint(2**31)))[0]
+        self.start = 0
+
+    @property
+    def stream(self):
+        """The batches themselves; a `tf.data.Dataset` made of them has them as well."""
+        return self
+
+    @property
+    def element_spec(self):
+        """The shape and type of each entry of a batch, by name."""
+        from keras_cluster_mask.data.stream import Spec
+
+        return {
+            name: Spec((self.batch_size, *array.shape[1:]), str(array.dtype))
+            for name, array in self._arrays.items()
+        }
+
+    @property
+    def description(self):
+        """What must be the same for a run to be resumed."""
+        return {
+            "data.pairs": self.pairs,
+            "data.batch_size": self.batch_size,
+            "data.shuffle": self._shuffle,
+        }
+
+    def __len__(self):
+        return self.pairs // self.batch_size
+
+    def __iter__(self):
+        batch = self.start
+        while True:
+            rows = self._rows(batch)
+            yield {name: array[rows] for name, array in self._arrays.items()}
+            batch += 1
+
+    def as_dataset(self):
+        """The batches as a `tf.data.Dataset`, which starts at `start` as well."""
+        from keras_cluster_mask.data.tensorflow import as_dataset
+
+        return as_dataset(self)
+
+    def keys(self, batch):
+        """The ids of the samples of a batch, as a list of str; empty if unknown."""
+        if self._ids is None:
+            return []
+        ids = [self._ids[row] for row in self._rows(batch)]
+        return [x.decode() if isinstance(x, bytes) else str(x) for x in ids]
+
+    def _rows(self, batch):
+        epoch, step = divmod(batch, len(self))
+        first = step * self.batch_size
+        if not self._shuffle:
+            return np.arange(first, first + self.batch_size)
+        order = np.random.default_rng([self.shuffle_seed, epoch]).permutation(
+            self.pairs
+        )
+        return order[first : first + self.batch_size]
