@@ -104,7 +104,7 @@ def fit(model, keras_fit, x, options, resume_from=None):
         run = TrainingRun(*place)
     else:
         # Callbacks may change the learning rate once training has begun.
-        compiled = describe_compile(model) if model.compiled else {}
+        compiled = describe_compile(model)
         run = ResumableRun(*place, compiled, validation.is_skipped)
     model.training_run = run
     if resume_from is not None:
