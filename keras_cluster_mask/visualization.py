@@ -17,6 +17,7 @@ from keras_cluster_mask.masking.patch_grid import grid_shape, is_channels_first
 from keras_cluster_mask.masking.statistics import (
     check_tokens_do_not_matter,
     patch_size_of,
+    select_patches,
     tokens_of,
 )
 
@@ -72,12 +73,12 @@ def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None)
     grid = grid_shape(pixels.shape, patch_size, masking.data_format)
     tokens = tokens_of(pixels, masking, grid, embed)
     if tokens is not None and embed is None:
-        check_tokens_do_not_matter(masking, pixels, tokens)
+        check_tokens_do_not_matter(masking, pixels, tokens, grid)
     num_patches = grid[0] * grid[1]
     if noise is None:
         noise = np.random.default_rng(seed).random((len(images), num_patches))
     noise = ops.convert_to_tensor(noise, dtype="float32")
-    kept = _kept(*masking.select(pixels, tokens, noise), num_patches)
+    kept = _kept(*select_patches(masking, pixels, tokens, noise), num_patches)
 
     shown = _for_display(images, masking.data_format)
     grid = _Grid(grid, patch_size)

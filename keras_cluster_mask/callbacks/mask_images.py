@@ -117,21 +117,15 @@ class MaskImages(Periodic):
         # Imported here: it needs matplotlib.
         from keras_cluster_mask.visualization import plot_masks
 
-        embed = patch_size = prefix = None
+        embed = patch_size = None
         if not isinstance(masking, ClusterMasking) or masking.embedding_weight != 0.0:
             encoder = _encoder_of(self.model, masking)
-            embed, prefix = encoder.embed_patches, encoder.num_prefix_tokens
-        with prefix_tokens(prefix):
+            embed = encoder.embed_patches
             if masking.patch_size is None:
-                patch_size = _side_of_patches(
-                    masking,
-                    self._shown,
-                    embed,
-                    data_format_of(self.model.image_encoder),
-                )
-            return plot_masks(
-                self._shown, masking, seed=self.seed, patch_size=patch_size, embed=embed
-            )
+                patch_size = _side_of_patches(encoder, self._shown)
+        return plot_masks(
+            self._shown, masking, seed=self.seed, patch_size=patch_size, embed=embed
+        )
 
     def _write(self, tag, figure, step):
         _, (event_pb2, summary_pb2) = _import_tensorboard()
@@ -179,9 +173,11 @@ def _encoder_of(model, masking):
     )
 
 
-def _side_of_patches(masking, images, embed, data_format):
+def _side_of_patches(encoder, images):
     """The side of square patches, from their number."""
+    masking = encoder.masking
     pixels = masking.prepare_pixels(ops.convert_to_tensor(images[:1]))
-    num_patches = masking.count_patches(pixels, embed(pixels))
-    height, width = height_and_width(images.shape, data_format)
+    with prefix_tokens(encoder.num_prefix_tokens):
+        num_patches = masking.count_patches(pixels, encoder.embed_patches(pixels))
+    height, width = height_and_width(images.shape, encoder.data_format)
     return math.isqrt(height * width // num_patches)

@@ -9,6 +9,7 @@ from keras import ops
 from keras_cluster_mask.batches import num_images, read_images
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
 from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
+from keras_cluster_mask.masking.patch_masking import prefix_tokens
 from keras_cluster_mask.masking.similarity import round_similarity
 
 
@@ -155,7 +156,7 @@ def masking_statistics(
             have one size.
         patch_size: Integer or tuple `(height, width)`, in pixels. `None` takes
             that of the masking; a masking without one, as `RandomMasking`, needs
-            it, and its `num_prefix_tokens`.
+            it.
         embed: Function from a batch of images, a tensor, to its embedded tokens
             `(batch, prefix + N, dim)`. Needed by a masking that looks at tokens.
         max_images: Integer. Stop reading after this many images; `None` reads all.
@@ -196,7 +197,7 @@ def masking_statistics(
         if sums is None:
             sums = _Sums(masking, grid)
             if tokens is not None and embed is None:
-                check_tokens_do_not_matter(masking, images, tokens)
+                check_tokens_do_not_matter(masking, images, tokens, grid)
         elif grid != sums.grid:
             raise ValueError(
                 "The images of `data` must all have one size. Received: batches of "
@@ -238,7 +239,7 @@ class _Sums:
         noise = rng.random((images.shape[0], self.num_patches), dtype="float32")
         noise = ops.convert_to_tensor(noise)
         indices, visible = map(
-            ops.convert_to_numpy, self.masking.select(images, tokens, noise)
+            ops.convert_to_numpy, select_patches(self.masking, images, tokens, noise)
         )
         masked = np.ones(noise.shape, bool)
         np.put_along_axis(masked, indices, ~visible, axis=1)
@@ -356,14 +357,21 @@ def tokens_of(images, masking, grid, embed):
     return tokens
 
 
-def check_tokens_do_not_matter(masking, images, tokens):
+def select_patches(masking, images, tokens, noise):
+    """As `masking.select`, where the noise says how many tokens are patches."""
+    prefix = None if tokens is None else tokens.shape[1] - noise.shape[1]
+    with prefix_tokens(prefix):
+        return masking.select(images, tokens, noise)
+
+
+def check_tokens_do_not_matter(masking, images, tokens, grid):
     """Raises if the masking chooses other patches for other tokens."""
-    num_patches = masking.count_patches(images, tokens)
+    num_patches = grid[0] * grid[1]
     rng = np.random.default_rng(0)
     noise = rng.random((images.shape[0], num_patches), dtype="float32")
     other = ops.convert_to_tensor(rng.normal(size=tokens.shape).astype("float32"))
-    indices, _ = masking.select(images, tokens, noise)
-    other_indices, _ = masking.select(images, other, noise)
+    indices, _ = select_patches(masking, images, tokens, noise)
+    other_indices, _ = select_patches(masking, images, other, noise)
     if np.any(ops.convert_to_numpy(indices) != ops.convert_to_numpy(other_indices)):
         raise ValueError(
             f"`embed` must be given, as the {type(masking).__name__} looks at tokens. "

@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking import masking_statistics
+from tests.helpers import clip_vision_encoder, random_images
 from tests.masking import masking_reference as reference
 from tests.masking.images import mosaic, numpy, paper, textured
 
@@ -374,3 +375,14 @@ def test_summary_of_a_masking_that_takes_nothing_has_no_cut():
     assert np.isnan(found.similarity_at_cut).all()
     assert found.lone_anchors == 1.0
     assert re.search(r"similarity at the cut +- ", str(found))
+
+
+def test_a_masking_that_learns_its_prefix_from_an_encoder_can_be_measured():
+    masking = kcm.RandomMasking(0.5)
+    encoder = kcm.with_masking(clip_vision_encoder(), masking)
+    images = random_images(4)
+    for embed in (None, encoder.embed_patches):
+        found = kcm.masking.masking_statistics(
+            masking, images, patch_size=4, embed=embed, verbose=0
+        )
+        np.testing.assert_array_equal(found.mask_ratio, [0.5] * 4)
