@@ -10,8 +10,8 @@ from keras_cluster_mask.batches import read_images
 from keras_cluster_mask.callbacks.periodic import Periodic
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.masking import ClusterMasking
+from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import height_and_width
-from keras_cluster_mask.masking.patch_masking import prefix_tokens
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import restore_pixels

@@ -1,12 +1,12 @@
 import contextlib
 import math
-import threading
 import warnings
 
 import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.tracing import is_traced
+from keras_cluster_mask.masking.context import context, report_kept
 from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
 
 
@@ -121,7 +121,7 @@ class PatchMasking(keras.layers.Layer):
         """The number that was given; if none was, that of the encoder around a call."""
         if self._num_prefix_tokens is not None:
             return self._num_prefix_tokens
-        return getattr(_context, "num_prefix_tokens", None)
+        return getattr(context, "num_prefix_tokens", None)
 
     @num_prefix_tokens.setter
     def num_prefix_tokens(self, value):
@@ -218,7 +218,7 @@ class PatchMasking(keras.layers.Layer):
         num_patches = self.count_patches(images, tokens)
         inputs = tokens if images is None else images
         if noise is None:
-            part = getattr(_context, "part", None)
+            part = getattr(context, "part", None)
             size, take = part or (ops.shape(inputs)[0], lambda x: x)
             noise = take(self.draw(size, num_patches))
         noise = ops.convert_to_tensor(noise, dtype="float32")
@@ -249,7 +249,7 @@ class PatchMasking(keras.layers.Layer):
         num_prefix = self._check_prefix(tokens.shape[1], num_patches)
         score, noise = self._score_patches(images, tokens, noise)
         indices, visible = self._keep_best(score, noise)
-        _report(indices)
+        report_kept(indices)
         prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
         kept = ops.take_along_axis(patches, ops.expand_dims(indices, -1), axis=1)
 
@@ -372,60 +372,6 @@ class PatchMasking(keras.layers.Layer):
             }
         )
         return config
-
-
-# === What is known around a call ===
-
-# Per thread, as TensorFlow traces the step of each replica in a thread of its own.
-_context = threading.local()
-
-
-def part_of_batch(size, take):
-    """Within, maskings see only some rows of a larger batch.
-
-    They draw the noise of the whole batch and take their own rows of it, so that a mask
-    depends neither on the number of devices nor on that of micro-batches.
-
-    Args:
-        size: Integer, the number of images in the whole batch.
-        take: Function from a `(size, ...)` tensor to the rows that are seen.
-    """
-    return _within("part", (size, take))
-
-
-def prefix_tokens(count):
-    """Within, maskings that were given no `num_prefix_tokens` take this number.
-
-    So that one masking serves encoders with different prefixes.
-
-    Args:
-        count: Integer, or `None` if it is not known.
-    """
-    return _within("num_prefix_tokens", count)
-
-
-def kept_patches():
-    """Within, the indices `(batch, K)` that maskings keep are added to a list.
-
-    For what belongs to a patch besides its token. It yields the list.
-    """
-    return _within("kept", [])
-
-
-def _report(indices):
-    kept = getattr(_context, "kept", None)
-    if kept is not None:
-        kept.append(indices)
-
-
-@contextlib.contextmanager
-def _within(name, value):
-    before = getattr(_context, name, None)
-    setattr(_context, name, value)
-    try:
-        yield value
-    finally:
-        setattr(_context, name, before)
 
 
 # === Functions of scores and numbers ===

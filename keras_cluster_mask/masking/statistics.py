@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_cluster_mask.batches import num_images, read_images
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
+from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
-from keras_cluster_mask.masking.patch_masking import prefix_tokens
 from keras_cluster_mask.masking.similarity import round_similarity
 
 

@@ -512,6 +512,9 @@ class ContrastiveModel(keras.Model):
         that training begins and ends, and `CSVLogger` needs `append=True`. The returned
         history holds all epochs, those before the interruption included.
 
+        Arrays are trained on in full batches: the pairs that fill no batch are left
+        out of an epoch, after the shuffle, with a warning.
+
         An epoch of an `image_text_dataset` has as many steps as its samples fill
         batches, `len(dataset)`; the samples left over come first in the next epoch. A
         further `fit` continues where the last one ended.
@@ -530,14 +533,16 @@ class ContrastiveModel(keras.Model):
             batch,
             batch_size=4,
             resume_from="run",
-            callbacks=[kcm.callbacks.Checkpoint("run", monitor=None)],
+            callbacks=[kcm.callbacks.Checkpoint("run")],
         )
         ```
 
         Args:
-            resume_from: str or path. A folder of a `kcm.callbacks.Checkpoint`: training
-                starts from its last good checkpoint, from the beginning if there is
-                none, and says which. Or the path of one checkpoint, which must exist.
+            resume_from: str or path. A folder of a `kcm.callbacks.Checkpoint`, which
+                may be at an address such as `gs://`: training starts from its last
+                good checkpoint, from the beginning if there is none, and says which.
+                Or the path of one checkpoint, which must exist. Options of `compile`
+                that differ from the checkpoint's win, with a warning.
             others: Those of `keras.Model.fit`. `steps_per_epoch` continues through an
                 `image_text_dataset` over the ends of its epochs.
 

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import height_and_width
-from keras_cluster_mask.masking.patch_masking import prefix_tokens
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 
 # The layers of vision transformers that return the embedded tokens, and the encoders.

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.patch_masking import kept_patches, prefix_tokens
+from keras_cluster_mask.masking.context import kept_patches, prefix_tokens
 from keras_cluster_mask.models.encoders import (
     call_encoder,
     count_prefix_tokens,

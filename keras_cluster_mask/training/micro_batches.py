@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks, take_chunk
 from keras_cluster_mask.distribution.replicas import local_rows, num_replicas
-from keras_cluster_mask.masking.patch_masking import part_of_batch
+from keras_cluster_mask.masking.context import part_of_batch
 from keras_cluster_mask.training.gradient_checkpointing import (
     call_statelessly,
     snapshot,

@@ -4,7 +4,8 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.masking.patch_masking import order_by_score, part_of_batch
+from keras_cluster_mask.masking.context import part_of_batch
+from keras_cluster_mask.masking.patch_masking import order_by_score
 from tests.masking.images import draw_noise, dtype_of, numpy, output_mask
 from tests.masking.test_cluster_masking import tokens_of
 

@@ -1,0 +1,59 @@
+"""What a model tells the maskings in it, around a call.
+
+Layers lie between the two, and pass on no arguments that they do not know.
+"""
+
+import contextlib
+import threading
+
+# Per thread, as TensorFlow traces the step of each replica in a thread of its own.
+context = threading.local()
+
+
+def part_of_batch(size, take):
+    """Within, maskings see only some rows of a larger batch.
+
+    They draw the noise of the whole batch and take their own rows of it, so that a mask
+    depends neither on the number of devices nor on that of micro-batches.
+
+    Args:
+        size: Integer, the number of images in the whole batch.
+        take: Function from a `(size, ...)` tensor to the rows that are seen.
+    """
+    return _within("part", (size, take))
+
+
+def prefix_tokens(count):
+    """Within, maskings that were given no `num_prefix_tokens` take this number.
+
+    So that one masking serves encoders with different prefixes.
+
+    Args:
+        count: Integer, or `None` if it is not known.
+    """
+    return _within("num_prefix_tokens", count)
+
+
+def kept_patches():
+    """Within, the indices `(batch, K)` that maskings keep are added to a list.
+
+    For what belongs to a patch besides its token. It yields the list.
+    """
+    return _within("kept", [])
+
+
+def report_kept(indices):
+    """Adds what a masking keeps to the list of `kept_patches` around it, if any."""
+    kept = getattr(context, "kept", None)
+    if kept is not None:
+        kept.append(indices)
+
+
+@contextlib.contextmanager
+def _within(name, value):
+    before = getattr(context, name, None)
+    setattr(context, name, value)
+    try:
+        yield value
+    finally:
+        setattr(context, name, before)
