@@ -33,10 +33,15 @@ def resize_image(
     Raises:
         ValueError: For another value of `resize`.
     """
-    check_choice("resize", resize, ("crop", "squash"))
+    check_resize(resize)
     fitted = (squash if resize == "squash" else cut_middle)(image, image_size)
     # In this order, in which open_clip treats palettes and transparency too.
     return np.array(fitted.convert("RGB"))
+
+
+def check_resize(resize: str) -> None:
+    """Raises an error unless there is such a way to resize."""
+    check_choice("resize", resize, ("crop", "squash"))
 
 
 def load_tokenizer(

@@ -67,9 +67,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from keras_cluster_mask.data.arguments import check_choice
 from keras_cluster_mask.evaluation.embedding import Embedder
 from keras_cluster_mask.evaluation.preprocessing import (
+    check_resize,
     load_tokenizer,
     resize_image,
     tokenize,
@@ -131,7 +131,7 @@ def adapt(
             tokenizer is not the model's.
     """
     _import("clip_benchmark")
-    check_choice("resize", resize, ("crop", "squash"))
+    check_resize(resize)
     model = as_contrastive_model(model)
     image_shape = model.image_tower.encoder.input.shape[1:]
     context_length = model.text_tower.encoder.input.shape[1]
