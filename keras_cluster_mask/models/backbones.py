@@ -42,6 +42,11 @@ class BackboneModel(ContrastiveModel):
     """
 
     def __init__(self, backbone, head, masking=None, **kwargs):
+        if "dtype" in kwargs:
+            raise ValueError(
+                "`dtype` must be given to the backbone, which has all the layers that "
+                f"compute. Received: dtype={kwargs['dtype']!r}"
+            )
         encoder = backbone.vision_encoder
         number_positions(find_embedding_layer(encoder))
         if masking is not None:
@@ -54,6 +59,11 @@ class BackboneModel(ContrastiveModel):
         )
         self.backbone = backbone
         self.masking = masking
+
+    def _options(self):
+        options = super()._options()
+        del options["dtype"]
+        return options
 
     def without_masking(self):
         return type(self)(self.backbone, head=self.head, **self._options())

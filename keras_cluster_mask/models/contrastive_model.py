@@ -139,6 +139,7 @@ class ContrastiveModel(keras.Model):
         head: A `ContrastiveHead` to use, such as another model's, instead of one made
             from the arguments above, which must be the same. Not saved: a loaded model
             has its own.
+        dtype: The dtype policy of the projections. Encoders have their own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Metrics in training: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy`
@@ -172,10 +173,13 @@ class ContrastiveModel(keras.Model):
         pixel_std=CLIP_STD,
         tokenizer_fingerprint=None,
         head=None,
+        dtype=None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        # Each encoder casts for itself; a masking must see pixels in full precision.
+        # Each part casts for itself. With a mixed policy of its own, the model would
+        # have all weights cast that it passes to micro-batches; and a masking must see
+        # pixels in full precision.
+        super().__init__(dtype="float32", **kwargs)
         self.autocast = False
         _check_encoder("image_encoder", image_encoder)
         _check_encoder("text_encoder", text_encoder)
@@ -196,9 +200,7 @@ class ContrastiveModel(keras.Model):
             "initial_logit_bias": initial_logit_bias,
             "max_logit_scale": max_logit_scale,
         }
-        self.head = head or ContrastiveHead(
-            **given, dtype=self.dtype_policy, name="head"
-        )
+        self.head = head or ContrastiveHead(**given, dtype=dtype, name="head")
         _check_head(self.head, given)
         self.head.build_projections(_width(image_encoder), _width(text_encoder))
 
@@ -774,7 +776,7 @@ class ContrastiveModel(keras.Model):
             "gradient_checkpointing": names if isinstance(names, bool) else [*names],
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
-            "dtype": self.dtype_policy.name,
+            "dtype": self.head.dtype_policy.name,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
 

@@ -257,6 +257,12 @@ def test_a_sigmoid_loss_starts_at_the_temperature_of_siglip(temperature, scale):
 
 
 @pytest.mark.any_backend
+def test_the_dtype_is_the_backbones():
+    with pytest.raises(ValueError, match=r"`dtype` must be given to the backbone.*Rec"):
+        kcm.ContrastiveModel.from_backbone(tiny_clip(), dtype="mixed_bfloat16")
+
+
+@pytest.mark.any_backend
 def test_something_that_is_no_backbone_is_refused():
     for thing in (tiny_clip().vision_encoder, "clip_vit_base_patch16", None):
         with pytest.raises(

@@ -301,11 +301,6 @@ def test_a_text_encoder_with_a_padding_mask_has_the_same_gradients():
     assert_same_steps(model, 1)
 
 
-@pytest.mark.xfail(
-    keras.backend.backend() == "torch",
-    strict=True,
-    reason="in mixed precision torch recomputes other dtypes than it has saved",
-)
 def test_micro_batches_of_a_model_in_mixed_precision_are_recomputed_too():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
