@@ -39,9 +39,6 @@ def draw(case):
         "micro_batch_size": choose(None, None, 4),
         "gradient_checkpointing": encoders != "own" and choose(True, False),
     }
-    if options["micro_batch_size"]:
-        # On torch the two do not work together in mixed precision.
-        options["gradient_checkpointing"] = False
     if encoders == "own":
         options["projection_dim"] = choose(None, 5)
     return {
@@ -175,8 +172,9 @@ def test_a_reloaded_model_is_the_same_and_trains_on_the_same(case, tmp_path):
 
     losses = [x.fit(pairs, **fit).history["loss"] for x in (loaded, model)]
     np.testing.assert_allclose(*losses, rtol=1e-6)
-    # XLA may make two programs of the steps, which round differently.
-    atol = 1e-6 if draw(case)["dtype"] == "float32" else 1e-4
+    # In half precision a sum depends on its order, of which Adam's step of 0.01 takes a
+    # few hundredths.
+    atol = 1e-6 if draw(case)["dtype"] == "float32" else 5e-4
     for one, other in zip(loaded.weights, model.weights):
         np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=atol)
     steps = [int(ops.convert_to_numpy(x.optimizer.iterations)) for x in (loaded, model)]
