@@ -164,16 +164,17 @@ if __name__ == "__main__":
     scope, data = distribute(pairs())
     share = data
     fit = {"batch_size": BATCH // (2 if how == "process" else 1), "shuffle": False}
+    # In evaluation every process of torch has all pairs.
+    fit["validation_data"] = pairs() if backend == "torch" else data
+    fit["validation_batch_size"] = BATCH
     if backend == "tensorflow" or (backend == "jax" and how == "process"):
         import tensorflow as tf
 
-        # Keras tells TensorFlow the size of a dataset's batches, not of arrays'; and it
-        # hands out arrays on JAX as if every process had all of them.
-        data = tf.data.Dataset.from_tensor_slices(data)
-        data, fit = data.batch(fit["batch_size"], drop_remainder=True), {}
-    # In evaluation every process of torch has all pairs.
-    fit["validation_data"] = pairs() if backend == "torch" else data
-    fit["validation_batch_size"] = BATCH if isinstance(data, dict) else None
+        # Of evaluation, Keras tells TensorFlow the size of a dataset's batches, not of
+        # arrays'; and it hands out arrays on JAX as if every process had all of them.
+        evaluated = tf.data.Dataset.from_tensor_slices(data)
+        fit["validation_data"] = evaluated.batch(fit["batch_size"], drop_remainder=True)
+        fit["validation_batch_size"] = None
     with scope:
         model = make_model()
         callbacks = [Die()] if "DIE_AT" in os.environ else []
