@@ -82,6 +82,9 @@ class RotaryByImage(keras.layers.Layer):
         return ops.vectorized_map(one_image, given)
 
     def compute_output_spec(self, tokens, *args, **kwargs):
-        same = keras.KerasTensor(tokens.shape, dtype=tokens.dtype)
+        # One for each output: Keras identifies tensors by their identity.
+        def output():
+            return keras.KerasTensor(tokens.shape, dtype=tokens.dtype)
+
         stages = range(1, 1 + self.encoder.num_layers)
-        return same, {f"stage{index}": same for index in stages}
+        return output(), {f"stage{index}": output() for index in stages}

@@ -22,10 +22,10 @@ from tests.helpers import (
 PREFIX = 3
 
 
-def dino3(**kwargs):
+def dino3(num_layers=2, **kwargs):
     return keras_hub.models.DINOV3Backbone(
         patch_size=4,
-        num_layers=2,
+        num_layers=num_layers,
         hidden_dim=16,
         num_heads=2,
         intermediate_dim=32,
@@ -56,6 +56,29 @@ def visible_of(masking, images, noise):
     found = np.zeros(noise.shape, bool)
     np.put_along_axis(found, indices, visible, axis=1)
     return found
+
+
+@pytest.mark.parametrize("num_layers", [1, 12])
+def test_with_all_patches_the_output_is_that_of_the_last_block(num_layers):
+    # More than nine blocks: their names are not in the order of their numbers.
+    encoder = dino3(num_layers)
+    masked = kcm.with_masking(encoder, kcm.RandomMasking(0.0))
+    images = {"pixel_values": random_images(2)}
+    found = to_numpy(masked(images, training=True))
+    np.testing.assert_allclose(found, to_numpy(encoder(images)), atol=1e-5)
+
+
+def test_average_pooling_passes_over_hidden_tokens():
+    encoder = dino3()
+    average = keras.layers.GlobalAveragePooling1D()(encoder.output)
+    masking = kcm.ClusterMasking(4, 0.5, min_mask_ratio=0.25, threshold=0.0)
+    masked = kcm.with_masking(keras.Model(encoder.input, average), masking, "embeddings")
+    images, noise = random_images(4), random_noise(4)
+    expected, visible = reference(encoder, images, visible_of(masking, images, noise))
+    expected = to_numpy(expected) * visible[:, :, None]
+    expected = expected.sum(axis=1) / visible.sum(axis=1, keepdims=True)
+    found = masked({"pixel_values": images}, training=True, noise=noise)
+    np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("min_mask_ratio", [None, 0.25])
