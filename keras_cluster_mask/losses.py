@@ -154,11 +154,10 @@ def batch_loss(loss, weights, images, texts, labels, sample_weight=None, is_spli
     if num_blocks == 1:
         return compare_block(weights, (), 0, rows)[0]
     if num_rows % num_blocks:
-        # The last block is filled up, and what comes of that cut off.
+        # The last block is filled up with other rows, and what comes of these cut off.
+        # Rows of zeros would be positives of none, and their gradients NaN.
         missing = -num_rows % num_blocks
-        rows = [
-            ops.pad(x, [(0, missing)] + [(0, 0)] * (len(x.shape) - 1)) for x in rows
-        ]
+        rows = [ops.concatenate([x, x[:missing]]) for x in rows]
     outputs, _ = map_chunks(compare_block, num_blocks, weights, (), rows)
     return tuple(merge_chunks(x)[:num_rows] for x in outputs)
 

@@ -1,12 +1,13 @@
 """The loss in blocks of rows is the loss."""
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_cluster_mask import losses
 from keras_cluster_mask.losses import batch_loss, caption_labels
-from tests.helpers import to_numpy
+from tests.helpers import to_numpy, value_and_gradients
 
 
 def embeddings(batch=12, width=8):
@@ -59,6 +60,30 @@ def test_a_batch_without_divisors_is_compared_in_large_blocks(loss, rows, monkey
     assert {*blocks} <= {3, 4}
     for one, other in zip(found, expected):
         np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_rows_that_fill_up_a_block_have_no_part_in_gradients(loss, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 30, (11, 5))
+    labels = caption_labels(ops.convert_to_tensor(ids))
+    scalars = [ops.convert_to_tensor(x) for x in (14.3, -5.0)][
+        : 1 + (loss != "softmax")
+    ]
+    variables = [keras.Variable(x) for x in embeddings(11)]
+
+    def gradients():
+        def fn():
+            pair = [variable.value for variable in variables]
+            total = ops.sum(batch_loss(loss, scalars, *pair, labels)[0])
+            return total, total
+
+        return value_and_gradients(fn, variables)[1]
+
+    expected = gradients()
+    monkeypatch.setattr(losses, "MAX_PAIRS", 4 * 11)
+    for one, other in zip(gradients(), expected):
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])

@@ -31,8 +31,7 @@ class Checkpoint(keras.callbacks.Callback):
     An `image_text_dataset` continues with the next batch, also with another number of
     workers or processes; other data, seeds or options are refused. Other `tf.data`
     datasets skip the steps that were done, so they must give the same batches each
-    time; arrays need `shuffle=False` to be saved within an epoch. The state of other
-    callbacks is not saved.
+    time. The state of other callbacks is not saved.
 
     The options of `compile` may change: a learning rate or schedule, weight decay,
     clipping, multipliers. A resumed run takes those that it is given, with a warning
@@ -42,7 +41,7 @@ class Checkpoint(keras.callbacks.Callback):
     A loss that is NaN or infinite stops the run with an error that names the step, the
     last checkpoint, and the samples of the batch if they are known: of an
     `image_text_dataset` for training, and of data with an entry `"sample_id"` (strings
-    or numbers; of arrays with `shuffle=False`). So does a weight or a moment of the
+    or numbers). So does a weight or a moment of the
     optimizer that is NaN or infinite when it is to be saved. Nothing is saved of such
     a step.
 
@@ -58,7 +57,6 @@ class Checkpoint(keras.callbacks.Callback):
     }
     fit = dict(
         batch_size=4,
-        shuffle=False,
         resume_from="checkpoints",
         callbacks=[kcm.callbacks.Checkpoint("checkpoints")],
     )

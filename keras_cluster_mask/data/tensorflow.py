@@ -89,7 +89,8 @@ def as_dataset(stream):
             iterator.close()
 
     signature = {
-        name: tf.TensorSpec(*spec) for name, spec in stream.element_spec.items()
+        name: tf.TensorSpec(spec.shape, spec.dtype)
+        for name, spec in stream.element_spec.items()
     }
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
     options = tf.data.Options()

@@ -5,15 +5,27 @@ import keras
 
 def is_traced(value) -> bool:
     """Whether the value of a variable, tensor or array is only known in a later run."""
+    if isinstance(value, keras.KerasTensor):
+        return True
+    value = getattr(value, "value", value)
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
-        return isinstance(getattr(value, "value", value), jax.core.Tracer)
+        return isinstance(value, jax.core.Tracer)
     if backend == "tensorflow":
         import tensorflow as tf
 
         return tf.inside_function()
     import torch
 
-    return torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return True
+    if not isinstance(value, torch.Tensor):
+        return False
+    try:
+        # In a transform of `torch.func` a tensor has no memory of its own.
+        value.data_ptr()
+    except RuntimeError:
+        return True
+    return value.is_meta

@@ -170,8 +170,8 @@ class Embedder:
 
     def __init__(self, model):
         self.model = model = as_contrastive_model(model)
-        self._images = _Encoder(model.encode_image)
-        self._texts = _Encoder(model.encode_text)
+        self._images = _Encoder(model.image_embeddings)
+        self._texts = _Encoder(model.text_embeddings)
 
     @classmethod
     def of(cls, model):

@@ -137,11 +137,12 @@ def evaluate_retrieval(
         )
     ks = check_ks(ks)
     check_read_once("data", data)
-    text_key = "token_ids" if tokenizer is None else "captions"
     embedder = Embedder.of(model)
+    keys = ["captions"]
     if tokenizer is None:
         check_tokenizer_of(embedder.model, data)
-    batches = _with_texts(data, text_key, duplicates == "positive")
+        keys = ["token_ids", *embedder.model.text_input_names]
+    batches = _with_texts(data, keys, duplicates == "positive")
     found = embed(embedder, batches, tokenizer, verbose)
     images, texts = found["image_embeddings"], found["text_embeddings"]
     image_labels, text_labels = np.arange(len(images)), found["image_of_text"]
@@ -155,9 +156,9 @@ def evaluate_retrieval(
     return retrieval_recall(images, texts, image_labels, text_labels, ks)
 
 
-def _with_texts(data, key, number):
+def _with_texts(data, keys, number):
     """Yields the images and texts of batches, and if asked a number for each text."""
-    numbers = {}
+    key, numbers = keys[0], {}
     for batch in read_batches(data):
         if key not in batch:
             raise ValueError(
@@ -165,7 +166,7 @@ def _with_texts(data, key, number):
                 f"Received: a batch with {sorted(batch)}, and "
                 + ("no tokenizer" if key == "token_ids" else "a tokenizer")
             )
-        wanted = {name: batch[name] for name in ("images", key)}
+        wanted = {name: batch[name] for name in ("images", *keys) if name in batch}
         if number:
             texts = map(_hashable, batch[key])
             found = [numbers.setdefault(text, len(numbers)) for text in texts]

@@ -10,6 +10,7 @@ from keras_cluster_mask.masking.patch_masking import (
     check_ratio,
     kept_count,
     order_by_score,
+    probe_pixels,
 )
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
@@ -287,7 +288,7 @@ class ClusterMasking(PatchMasking):
 
         def similarity_to_random_anchors(images):
             if keras.backend.standardize_dtype(images.dtype) == "uint8":
-                self._adapted_pixels = _probe(self.prepare_pixels)
+                self._adapted_pixels = probe_pixels(self.prepare_pixels)
             images = self.prepare_pixels(images)
             noise = self.draw(images.shape[0], self.count_patches(images))
             return self.similarity_of_pixels(images, self.draw_anchors(noise))
@@ -317,7 +318,9 @@ class ClusterMasking(PatchMasking):
 
     def join(self, prepare_pixels):
         adapted = self._adapted_pixels
-        if adapted is not None and not np.array_equal(_probe(prepare_pixels), adapted):
+        if adapted is not None and not np.array_equal(
+            probe_pixels(prepare_pixels), adapted
+        ):
             raise ValueError(
                 f"The threshold of `{self.name}` was adapted to uint8 images that were "
                 "not normalised as this model does: make the model first, and then "
@@ -381,12 +384,6 @@ def _check_range(name, value, low, high):
         raise ValueError(
             f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value}"
         )
-
-
-def _probe(prepare_pixels):
-    """What a function makes of a few uint8 pixels, which distinguishes it."""
-    pixels = np.arange(27, dtype="uint8").reshape(1, 3, 3, 3)
-    return ops.convert_to_numpy(prepare_pixels(ops.convert_to_tensor(pixels)))
 
 
 def _check_reachable(mask_ratio, min_mask_ratio):

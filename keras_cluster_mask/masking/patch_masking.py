@@ -3,6 +3,7 @@ import math
 import warnings
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution.tracing import is_traced
@@ -277,6 +278,15 @@ class PatchMasking(keras.layers.Layer):
         Args:
             prepare_pixels: Function that the model applies to images before.
         """
+        is_joined = not self.counts_calls
+        if is_joined and not np.array_equal(
+            probe_pixels(self.prepare_pixels), probe_pixels(prepare_pixels)
+        ):
+            raise ValueError(
+                f"`{self.name}` is part of another model, which normalises pixels "
+                "otherwise: use a masking of its own for each. "
+                f"Received: masking={self.name}"
+            )
         self.prepare_pixels = prepare_pixels
         self.counts_calls = False
 
@@ -393,6 +403,12 @@ def order_by_score(score, noise):
     by_noise = ops.argsort(-noise, axis=-1)
     by_score = ops.argsort(-ops.take_along_axis(score, by_noise, axis=1), axis=-1)
     return ops.cast(ops.take_along_axis(by_noise, by_score, axis=1), "int32")
+
+
+def probe_pixels(prepare_pixels):
+    """What a function makes of a few uint8 pixels, which distinguishes it."""
+    pixels = np.arange(27, dtype="uint8").reshape(1, 3, 3, 3)
+    return ops.convert_to_numpy(prepare_pixels(ops.convert_to_tensor(pixels)))
 
 
 def check_ratio(name, value):

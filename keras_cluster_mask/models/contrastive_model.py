@@ -29,8 +29,9 @@ from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import (
     CLIP_MEAN,
     CLIP_STD,
-    brightest_pixel,
+    check_statistics,
     normalize_pixels,
+    pixel_range,
 )
 from keras_cluster_mask.models.text_inputs import (
     MADE,
@@ -185,13 +186,14 @@ class ContrastiveModel(keras.Model):
         _check_encoder("text_encoder", text_encoder)
         text_input_names(text_encoder)
         _check_options(duplicates, micro_batch_size)
+        check_statistics(pixel_mean, pixel_std)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.micro_batch_size = micro_batch_size
         self.duplicates = duplicates
         self.gradient_checkpointing = gradient_checkpointing
-        self.pixel_mean = None if pixel_mean is None else [*pixel_mean]
-        self.pixel_std = None if pixel_std is None else [*pixel_std]
+        self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
+        self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
         self.tokenizer_fingerprint = tokenizer_fingerprint
         given = {
             "loss": loss,
@@ -292,10 +294,9 @@ class ContrastiveModel(keras.Model):
         Returns:
             `(batch, d)` float32 tensor, L2-normalised.
         """
-        if not training and not is_traced(images):
+        if not is_traced(images):
             self.input_rules.check_images(images)
-        pixels = self.normalize_pixels(images)
-        return l2_normalize(self.image_features(pixels, training))
+        return self.image_embeddings(images, training)
 
     def encode_text(self, token_ids, training=None):
         """Embeds texts.
@@ -309,8 +310,24 @@ class ContrastiveModel(keras.Model):
             `(batch, d)` float32 tensor, L2-normalised.
 
         Raises:
-            ValueError: For a dictionary that the text encoder cannot be called on.
+            ValueError: For ids that the text encoder does not know, or a dictionary
+                that it cannot be called on.
         """
+        given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
+        if "token_ids" in given and not is_traced(given["token_ids"]):
+            has_mask = "padding_mask" in given
+            self.input_rules.check_ids(given["token_ids"], has_mask)
+        return self.text_embeddings(token_ids, training)
+
+    # Those that follow check no values, since data is checked before it is trained on.
+
+    def image_embeddings(self, images, training=None):
+        """As `encode_image`."""
+        pixels = self.normalize_pixels(images)
+        return l2_normalize(self.image_features(pixels, training))
+
+    def text_embeddings(self, token_ids, training=None):
+        """As `encode_text`."""
         inputs = text_inputs(self.text_encoder, token_ids)
         return l2_normalize(self.text_features(inputs, training))
 
@@ -319,8 +336,8 @@ class ContrastiveModel(keras.Model):
         texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
         with checkpointed(self._blocks() if training else []):
             return {
-                "image_embeddings": self.encode_image(inputs["images"], training),
-                "text_embeddings": self.encode_text(texts, training),
+                "image_embeddings": self.image_embeddings(inputs["images"], training),
+                "text_embeddings": self.text_embeddings(texts, training),
             }
 
     def call(self, inputs, training=None):
@@ -364,6 +381,11 @@ class ContrastiveModel(keras.Model):
         if sample_weight is None:
             sample_weight = x.get(SAMPLE_WEIGHT)
         if sample_weight is not None:
+            if len(sample_weight.shape) != 1:
+                raise ValueError(
+                    "`sample_weight` must have shape (batch,). "
+                    f"Received: sample_weight.shape={tuple(sample_weight.shape)}"
+                )
             sample_weight = ops.cast(sample_weight, "float32")
         if self.duplicates == "positive":
             labels = caption_labels(x["token_ids"])
@@ -576,24 +598,42 @@ class ContrastiveModel(keras.Model):
         finally:
             self.training_run = None
 
-    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+    def evaluate(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        verbose="auto",
+        sample_weight=None,
+        steps=None,
+        **kwargs,
+    ):
         x = as_dictionary(x, y, sample_weight)
-        check_ends(x, kwargs.get("steps"))
+        check_ends(x, steps)
         check_tokenizer_of(self, x)
+        options = dict(batch_size=batch_size, verbose=verbose, steps=steps, **kwargs)
         with until_the_end(), self._evaluation():
-            x = check_data(x, self.input_rules)
-            return super().evaluate(x, None, *args, **kwargs)
+            return super().evaluate(check_data(x, self.input_rules), **options)
 
-    def test_on_batch(self, *args, **kwargs):
-        with self._evaluation():
-            return super().test_on_batch(*args, **kwargs)
-
-    def predict(self, x, *args, **kwargs):
-        check_ends(x, kwargs.get("steps"))
+    def predict(self, x, batch_size=None, verbose="auto", steps=None, **kwargs):
+        x = as_dictionary(x)
+        check_ends(x, steps)
         check_tokenizer_of(self, x)
+        options = dict(batch_size=batch_size, verbose=verbose, steps=steps, **kwargs)
         with until_the_end():
-            x = check_data(x, self.input_rules)
-            return super().predict(x, *args, **kwargs)
+            return super().predict(check_data(x, self.input_rules), **options)
+
+    def train_on_batch(
+        self, x, y=None, sample_weight=None, class_weight=None, return_dict=False
+    ):
+        x = as_dictionary(x, y, sample_weight, class_weight)
+        x = check_data(x, self.input_rules, training=True)
+        return super().train_on_batch(x, return_dict=return_dict)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+        x = check_data(as_dictionary(x, y, sample_weight), self.input_rules)
+        with self._evaluation():
+            return super().test_on_batch(x, return_dict=return_dict)
 
     # === Parts of the model ===
 
@@ -613,10 +653,11 @@ class ContrastiveModel(keras.Model):
         texts = [name for name in self.text_input_names if name not in MADE]
         return InputRules(
             keys=("images", *texts),
+            context_length=self.context_length,
             vocabulary_size=self.vocabulary_size,
             end_token_id=self.end_token_id,
             zeros_are_padding="padding_mask" in self.text_input_names,
-            max_pixel=brightest_pixel(self.pixel_mean, self.pixel_std),
+            pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
         )
 
     @property

@@ -49,11 +49,32 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
     return (ops.cast(images, "float32") / 255.0 - mean) / std
 
 
-def brightest_pixel(mean, std):
-    """The value of a white pixel once it is normalised, or `None` without a mean."""
+def check_statistics(mean, std):
+    """Raises an error unless pixels can be normalised with a mean and deviation."""
+    if mean is None:
+        return
+    for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+        values = np.array(values, "float64")
+        if values.shape != (3,) or not np.all(np.isfinite(values)):
+            raise ValueError(
+                f"`{name}` must be three finite numbers. Received: {name}={values}"
+            )
+    if np.min(std) <= 0:
+        raise ValueError(
+            f"`pixel_std` must be greater than 0. Received: pixel_std={std}"
+        )
+
+
+def pixel_range(mean, std):
+    """The values of a black and a white pixel once they are normalised.
+
+    Returns:
+        Two floats, those of the channels that reach furthest; `None` without a mean.
+    """
     if mean is None:
         return None
-    return float(np.max((1.0 - np.array(mean)) / np.array(std)))
+    mean, std = np.array(mean), np.array(std)
+    return float(np.min(-mean / std)), float(np.max((1.0 - mean) / std))
 
 
 def restore_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):

@@ -36,7 +36,7 @@ def text_inputs(encoder, given):
     """What a text encoder is called on: ids, or a dictionary of all its inputs.
 
     Of a BERT, what is not given is made. A `"padding_mask"` hides ids of 0, which
-    tokenizers pad with; `inputs.check_ids` finds zeros that are no padding.
+    tokenizers pad with; `InputRules` finds zeros that are no padding.
     `"segment_ids"` are 0: a caption is one segment.
 
     Args:

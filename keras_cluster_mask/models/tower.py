@@ -12,8 +12,9 @@ class Tower(keras.Model):
     """Embeds images or texts, for inference.
 
     `model.image_tower` and `model.text_tower` of a `ContrastiveModel` are made of its
-    weights and compute what `encode_image` and `encode_text` do. Each is saved without
-    the other, and exported for use without Keras:
+    weights and compute what `encode_image` and `encode_text` do, without a look at the
+    values of what they are given. Each is saved without the other, and exported for use
+    without Keras:
 
     - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
       `tower.export("folder")`, then `loaded = tf.saved_model.load("folder")` and

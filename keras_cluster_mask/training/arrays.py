@@ -2,6 +2,7 @@
 
 import warnings
 
+import keras
 import numpy as np
 
 from keras_cluster_mask.batches import as_array
@@ -59,6 +60,8 @@ class ArrayBatches:
         # must resume with the seed of the one that saves.
         self.shuffle_seed = all_gather_object(int(np.random.randint(2**31)))[0]
         self.start = 0
+        # Of the running epoch.
+        self._order = None, None
 
     @property
     def stream(self):
@@ -68,10 +71,10 @@ class ArrayBatches:
     @property
     def element_spec(self):
         """The shape and type of each entry of a batch, by name."""
-        from keras_cluster_mask.data.stream import Spec
-
         return {
-            name: Spec((self.batch_size, *array.shape[1:]), str(array.dtype))
+            name: keras.InputSpec(
+                dtype=str(array.dtype), shape=(self.batch_size, *array.shape[1:])
+            )
             for name, array in self._arrays.items()
         }
 
@@ -112,7 +115,7 @@ class ArrayBatches:
         first = step * self.batch_size
         if not self._shuffle:
             return np.arange(first, first + self.batch_size)
-        order = np.random.default_rng([self.shuffle_seed, epoch]).permutation(
-            self.pairs
-        )
-        return order[first : first + self.batch_size]
+        if self._order[0] != (self.shuffle_seed, epoch):
+            rng = np.random.default_rng([self.shuffle_seed, epoch])
+            self._order = (self.shuffle_seed, epoch), rng.permutation(self.pairs)
+        return self._order[1][first : first + self.batch_size]

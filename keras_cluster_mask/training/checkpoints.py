@@ -89,6 +89,9 @@ class CheckpointFiles:
         for path in reversed(self.paths()):
             try:
                 return path, *read_checkpoint(path)
+            except FileNotFoundError:
+                # Another process has found it damaged, and renamed it.
+                continue
             except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 system, name = _storage().file_system(path)
                 # Another process may have been first.

@@ -12,6 +12,7 @@ from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.checkpoints import read_resumable
+from keras_cluster_mask.training.input_rules import InputRules
 from keras_cluster_mask.training.inputs import (
     StepSize,
     as_dictionary,
@@ -57,10 +58,14 @@ def fit(model, keras_fit, x, options, resume_from=None):
     callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
     callbacks = [each for each in callbacks if each is not None]
     if isinstance(x, dict) and options["validation_split"]:
+        if options["validation_data"] is not None:
+            raise ValueError(
+                "`validation_split` must be 0 if there is `validation_data`. Received: "
+                f"validation_split={options['validation_split']}, and validation_data "
+                f"of type {type(options['validation_data']).__name__}"
+            )
         # Not by Keras, which would split the rest of an interrupted epoch again.
-        x, held_out = _split(x, options.pop("validation_split"))
-        if options["validation_data"] is None:
-            options["validation_data"] = held_out
+        x, options["validation_data"] = _split(x, options.pop("validation_split"))
     options["validation_data"] = as_dictionary(options["validation_data"])
     validation = Validation(options, callbacks, batch_size)
     check_ends(validation.data, options.get("validation_steps"))
@@ -140,7 +145,14 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         rest = data.after(run.epoch, run.step)
         given = dict(
             options,
-            x=check_data(rest, model.input_rules, training=True),
+            # Arrays have been checked whole.
+            x=check_data(
+                rest,
+                InputRules()
+                if isinstance(data.stream, ArrayBatches)
+                else model.input_rules,
+                training=True,
+            ),
             initial_epoch=run.epoch,
             epochs=last,
         )

@@ -21,35 +21,53 @@ class InputRules:
 
     Attributes:
         keys: Tuple of the entries that a batch must have.
+        context_length: Integer, the most token ids of a text, or `None`.
         vocabulary_size: Integer, the number of token ids, or `None` if it is not known.
         end_token_id: Integer, the id that every text must hold, or `None`.
         zeros_are_padding: Boolean. Whether ids of 0 are hidden unless there is a
             `"padding_mask"`.
-        max_pixel: Float, the value of the brightest normalised pixel; `None` for a
-            model that takes images as they are.
+        pixel_range: Two floats, the values of a black and a white pixel once they are
+            normalised; `None` for a model that takes images as they are.
     """
 
     keys: tuple[str, ...] = KEYS
+    context_length: int | None = None
     vocabulary_size: int | None = None
     end_token_id: int | None = None
     zeros_are_padding: bool = False
-    max_pixel: float | None = None
+    pixel_range: tuple[float, float] | None = None
 
-    def check(self, batch, training=False):
+    def check(self, batch, training=False, looks_at_images=True) -> bool:
         """Raises an error for a batch that the model could not use.
 
         Args:
             batch: Dictionary of arrays. Images may be missing if they are uint8.
             training: Boolean. Whether it is trained on.
+            looks_at_images: Boolean. Whether the values of images are checked.
+
+        Returns:
+            Whether the values of images showed that they are normalised.
         """
+        lengths = {
+            name: len(values)
+            for name, values in batch.items()
+            if name != "sample_weight" and getattr(values, "shape", None) != ()
+        }
+        if len({*lengths.values()}) > 1:
+            raise ValueError(
+                "All entries of a batch, and all arrays, must have equal lengths. "
+                "Received: "
+                + ", ".join(f"{name} of {length}" for name, length in lengths.items())
+            )
         self.check_ids(batch["token_ids"], has_mask="padding_mask" in batch)
-        if "images" in batch:
-            self.check_images(batch["images"])
         rows = len(batch["token_ids"])
         if "sample_weight" in batch:
             check_weights(batch["sample_weight"], rows)
         if training and rows < 2:
             raise ValueError(f"{LONELY} Received: a batch of {rows}")
+        if "images" not in batch or not looks_at_images:
+            return False
+        return self.check_images(batch["images"])
 
     def check_ids(self, ids, has_mask=False):
         """Raises an error for token ids that a text encoder cannot take.
@@ -59,6 +77,17 @@ class InputRules:
             has_mask: Boolean. Whether a mask says which are padding.
         """
         ids = as_array(ids)
+        longest = self.context_length
+        if (
+            ids.ndim != 2
+            or ids.dtype.kind not in "iu"
+            or (longest is not None and ids.shape[1] > longest)
+        ):
+            most = "" if longest is None else f", of at most {longest} columns"
+            raise ValueError(
+                f"`token_ids` must be integers of shape (batch, tokens){most}. "
+                f"Received: token_ids of type {ids.dtype} and shape {ids.shape}"
+            )
         low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
         size = self.vocabulary_size
         if size is not None and (low < 0 or high >= size):
@@ -83,17 +112,25 @@ class InputRules:
             )
 
     def check_images(self, images):
-        """Raises an error for `(batch, ...)` images that were not normalised."""
-        if self.max_pixel is None or not self.check_type(images):
-            return
+        """Raises an error for `(batch, ...)` images that were not normalised.
+
+        Returns:
+            Whether they have values that no pixels have.
+        """
+        images = images if hasattr(images, "dtype") else as_array(images)
+        if self.pixel_range is None or not self.check_type(images):
+            return False
         images = as_array(images)
         if not images.size:
-            return
+            return False
         low, high = float(images.min()), float(images.max())
+        black, white = self.pixel_range
         # No constant batch, and none with NaN, which compares as false.
         is_within = 0 <= low < high
-        if not (is_within and (high <= 1 or high > MARGIN * self.max_pixel)):
-            return
+        # Unless normalised pixels are in [0, 1] themselves.
+        is_scaled = high <= 1 and black < 0
+        if not (is_within and (is_scaled or high > MARGIN * white)):
+            return low < 0
         raise ValueError(
             "`images` must be uint8, or floats normalised with the `pixel_mean` and "
             "`pixel_std` of the model; these floats look like pixels. Pass pixels as "
@@ -108,7 +145,7 @@ class InputRules:
         name = str(getattr(images.dtype, "name", images.dtype)).split(".")[-1]
         if "float" in name:
             return True
-        if self.max_pixel is not None and name != "uint8":
+        if self.pixel_range is not None and name != "uint8":
             raise ValueError(
                 "`images` must be uint8, or floats normalised with the `pixel_mean` "
                 "and `pixel_std` of the model: pass pixels as "

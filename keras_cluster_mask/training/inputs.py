@@ -27,19 +27,26 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
         sample_weight: `(pairs,)` floats, of arrays.
         class_weight: Must be `None`.
     """
-    if isinstance(x, (tuple, list)) and x and isinstance(x[0], dict):
+    if isinstance(x, tuple) and x and isinstance(x[0], dict):
         x, *rest = x
         own_y, own_weight = [*rest, None, None][:2]
         y = own_y if y is None else y
         sample_weight = own_weight if sample_weight is None else sample_weight
     check_no_labels(y=y, class_weight=class_weight)
+    spec = getattr(x, "element_spec", None)
+    if isinstance(spec, tuple) and len(spec) == 1 and isinstance(spec[0], dict):
+        # A `tf.data.Dataset` of tuples that hold a dictionary alone.
+        x = x.map(lambda batch: batch)
+    if isinstance(x, dict):
+        x = {name: values for name, values in x.items() if values is not None}
     if sample_weight is None:
         return x
     if not isinstance(x, dict) or SAMPLE_WEIGHT in x:
         raise ValueError(
             "`sample_weight` is for arrays; other data holds the weights of its rows "
             "in its batches, under the key 'sample_weight'. "
-            f"Received: sample_weight={sample_weight}, data of type {type(x).__name__}"
+            f"Received: sample_weight of type {type(sample_weight).__name__}, data of "
+            f"type {type(x).__name__}"
         )
     return {**x, SAMPLE_WEIGHT: sample_weight}
 
@@ -51,7 +58,7 @@ def check_no_labels(**labels):
             raise ValueError(
                 f"`{name}` must be None: a contrastive loss needs no labels. To weight "
                 "pairs, put 'sample_weight' into the batches. "
-                f"Received: {name}={value}"
+                f"Received: {name} of type {type(value).__name__}"
             )
 
 
@@ -95,6 +102,8 @@ def check_data(data, rules, training=False):
         # A loader of torch's; the user's own is left as it is.
         data = copy.copy(data)
         data.collate_fn = _Check(rules, training, data.collate_fn)
+    elif any(x.__module__.split(".")[0] == "grain" for x in type(data).__mro__):
+        data = data.map(_Check(rules, training))
     return data
 
 
@@ -181,9 +190,10 @@ def _check_spec(data, rules):
 
 def _checked_stream(batches, rules, training):
     names = [k for k, spec in batches.element_spec.items() if spec.dtype != "string"]
+    check = _Check(rules, training)
     with contextlib.closing(iter(batches)) as batches:
         for batch in batches:
-            rules.check(batch, training)
+            check(batch)
             # Keras takes tuples alone from generators.
             yield ({name: batch[name] for name in names},)
 
@@ -197,12 +207,13 @@ def _checked(batch, rules, training):
     if not batch["images"].dtype.is_floating:
         names.remove("images")
     names = sorted(names)
+    check = _Check(rules, training)
 
-    def check(*arrays):
-        rules.check(dict(zip(names, arrays)), training)
+    def check_arrays(*arrays):
+        check(dict(zip(names, arrays)))
         return np.False_
 
-    done = tf.numpy_function(check, [batch[name] for name in names], "bool")
+    done = tf.numpy_function(check_arrays, [batch[name] for name in names], "bool")
     with tf.control_dependencies([done]):
         return {**batch, "token_ids": tf.identity(batch["token_ids"])}
 
@@ -218,12 +229,17 @@ class _Check:
 
     def __init__(self, rules, training, make=None):
         self.rules, self.training, self.make = rules, training, make
+        # A batch of bright images may look like pixels. If others do not, it is none.
+        self.is_normalized = False
 
     def __call__(self, batch):
         batch = batch if self.make is None else self.make(batch)
-        given = batch[0] if isinstance(batch, (tuple, list)) else batch
-        check_input(given, self.rules.keys)
-        self.rules.check(given, self.training)
+        given = as_dictionary(batch)
+        if "images" in given:
+            check_input(given, self.rules.keys)
+        given = {k: v for k, v in given.items() if not holds_strings(v)}
+        if self.rules.check(given, self.training, not self.is_normalized):
+            self.is_normalized = True
         return batch
 
 

@@ -93,12 +93,12 @@ def write_learning_rates(model, state, saved, given) -> list[str]:
         model: A `ContrastiveModel`.
         state: Arrays of `read_state`.
         saved: What `describe_compile` returned to the run of the checkpoint.
-        given: What it returns to this run.
+        given: What it returns to this run. Corrected where a callback has changed the
+            learning rate that the model was compiled with.
 
     Returns:
         The differences between `saved` and `given` that have an effect.
     """
-    given = dict(given)
     for field, variable in _learning_rates(model).items():
         if field not in state:
             continue

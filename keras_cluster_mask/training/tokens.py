@@ -28,7 +28,6 @@ def check_tokenizer(model, tokenizer, context_length=None):
     ids = probe(tokenizer, context_length)
     if ids is None:
         return None
-    model.input_rules.check_ids(ids)
     longest = model.context_length
     if longest is not None and ids.shape[1] > longest:
         raise ValueError(
@@ -36,6 +35,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
             "text encoder takes: set its length. "
             f"Received: tokenizer={tokenizer}, which returns ids of shape {ids.shape}"
         )
+    model.input_rules.check_ids(ids)
     if model.pools_highest_id and not _has_special_tokens(ids):
         raise ValueError(
             "`tokenizer` must add a start token to each text, and an end token that "

@@ -177,5 +177,5 @@ def test_texts_without_the_end_token_are_refused_in_a_dataset(trained):
 
 def test_unchecked_texts_without_the_end_token_have_no_embedding(trained):
     _, model, pairs, _ = trained
-    found = to_numpy(model.encode_text(without_end(pairs, row=5)["token_ids"]))
+    found = to_numpy(model.text_embeddings(without_end(pairs, row=5)["token_ids"]))
     np.testing.assert_array_equal(np.isnan(found).any(axis=1), np.arange(8) == 5)

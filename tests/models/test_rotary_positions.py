@@ -72,7 +72,9 @@ def test_average_pooling_passes_over_hidden_tokens():
     encoder = dino3()
     average = keras.layers.GlobalAveragePooling1D()(encoder.output)
     masking = kcm.ClusterMasking(4, 0.5, min_mask_ratio=0.25, threshold=0.0)
-    masked = kcm.with_masking(keras.Model(encoder.input, average), masking, "embeddings")
+    masked = kcm.with_masking(
+        keras.Model(encoder.input, average), masking, "embeddings"
+    )
     images, noise = random_images(4), random_noise(4)
     expected, visible = reference(encoder, images, visible_of(masking, images, noise))
     expected = to_numpy(expected) * visible[:, :, None]

@@ -83,6 +83,16 @@ def test_a_pass_starts_with_any_batch():
 
 
 @pytest.mark.any_backend
+def test_an_order_is_drawn_once_an_epoch(monkeypatch):
+    batches = batches_of(40, 4)
+    drawn = []
+    make = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda x: drawn.append(x) or make(x))
+    rows_of(batches, 20)
+    assert len(drawn) == 2
+
+
+@pytest.mark.any_backend
 def test_samples_are_named_by_their_ids():
     for ids in ([f"image {i}" for i in range(8)], np.arange(8), None):
         pairs = numbered(8)

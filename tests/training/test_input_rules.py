@@ -7,9 +7,16 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.pixels import brightest_pixel
+from keras_cluster_mask.models.pixels import pixel_range
 from keras_cluster_mask.training.input_rules import InputRules
-from tests.helpers import FAST, image_mlp, random_images, random_pairs, text_bag
+from tests.helpers import (
+    FAST,
+    image_mlp,
+    random_images,
+    random_pairs,
+    text_bag,
+    tiny_clip,
+)
 
 REFUSED = r"`images` must be uint8.*Received: images of type"
 
@@ -101,13 +108,72 @@ def test_a_model_without_statistics_takes_images_as_they_are(kind):
 
 
 @pytest.mark.any_backend
-def test_the_brightest_pixel_is_that_of_the_channel_that_reaches_furthest():
-    assert brightest_pixel((0.5, 0.5, 0.5), (0.5, 0.25, 0.5)) == 2.0
-    assert brightest_pixel(None, None) is None
-    limit = InputRules(max_pixel=2.0)
-    limit.check_images(np.array([[0.0, 6.0]]))
+def test_the_range_is_that_of_the_channels_that_reach_furthest():
+    assert pixel_range((0.5, 0.5, 0.4), (0.5, 0.25, 0.5)) == (-2.0, 2.0)
+    assert pixel_range(None, None) is None
+    rules = InputRules(pixel_range=(-2.0, 2.0))
+    rules.check_images(np.array([[0.0, 6.0]]))
     with pytest.raises(ValueError, match=r"Received: .* from 0 to 6\.5"):
-        limit.check_images(np.array([[0.0, 6.5]]))
+        rules.check_images(np.array([[0.0, 6.5]]))
+
+
+@pytest.mark.any_backend
+def test_floats_that_are_normalised_to_0_to_1_pass():
+    model = make_model(pixel_mean=(0.0, 0.0, 0.0), pixel_std=(1.0, 1.0, 1.0))
+    images = (255 * pixels(1)).astype("uint8")
+    found = model.encode_image(images / np.float32(255))
+    expected = model.encode_image(images)
+    np.testing.assert_allclose(
+        *map(ops.convert_to_numpy, (found, expected)), rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(ValueError, match=REFUSED):
+        model.encode_image(images.astype("float32"))
+
+
+def test_what_has_no_values_yet_is_not_checked():
+    model = make_model()
+    assert model.encode_image(keras.Input((16, 16, 3))).shape == (None, 16)
+    assert model.encode_text(keras.Input((6,), dtype="int32")).shape == (None, 16)
+    images = ops.convert_to_tensor(random_images(2))
+    if keras.backend.backend() == "torch":
+        import torch
+
+        found = torch.func.vmap(lambda x: model.encode_image(x[None])[0])(images)
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        found = jax.vmap(lambda x: model.encode_image(x[None])[0])(images)
+    else:
+        import tensorflow as tf
+
+        found = tf.function(model.encode_image)(images)
+    np.testing.assert_allclose(
+        *(ops.convert_to_numpy(x) for x in (found, model.encode_image(images))),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.any_backend
+def test_ids_are_checked_when_texts_are_encoded():
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
+    with pytest.raises(ValueError, match=r"vocabulary, \[0, 30\).*Received: ids"):
+        model.encode_text(np.full((2, 6), 30))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pixel_mean", (0.5, 0.5)),
+        ("pixel_mean", (0.5, np.nan, 0.5)),
+        ("pixel_std", (0.5, 0.0, 0.5)),
+        ("pixel_std", None),
+    ],
+)
+def test_statistics_that_normalise_nothing_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must.*Received: {name}="):
+        make_model(**{name: value})
 
 
 class Batches(keras.utils.PyDataset):
@@ -171,3 +237,85 @@ def test_a_saved_model_refuses_the_same(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.input_rules == model.input_rules
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"images": random_images(5)}, "equal lengths.*images of 5, token_ids of 4"),
+        ({"labels": np.arange(3)}, "equal lengths.*labels of 3"),
+        ({"token_ids": 0.7 + np.ones((4, 6))}, "integers.*of type float64"),
+        ({"token_ids": np.full((4, 6), np.nan)}, "integers.*of type float64"),
+        ({"token_ids": np.ones((4, 6, 1), "int32")}, r"integers.*shape \(4, 6, 1\)"),
+        ({"token_ids": np.ones((4, 7), "int32")}, "of at most 6 columns"),
+    ],
+)
+def test_arrays_that_make_no_pairs_are_refused(entries, message):
+    pairs = {**random_pairs(4), **entries}
+    for call in ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch"):
+        with pytest.raises(ValueError, match=rf"{message}"):
+            getattr(make_model(), call)(pairs)
+
+
+def test_entries_that_are_none_are_left_out(model):
+    pairs = {**random_pairs(4), "labels": None}
+    assert np.isfinite(model.fit(pairs, verbose=0).history["loss"]).all()
+
+
+@pytest.mark.any_backend
+def test_a_bright_batch_among_others_is_no_batch_of_pixels():
+    # Of SigLIP's statistics, [0, 1] is the upper half of what there is.
+    model = make_model(pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5))
+    images = 2 * pixels(1) - 1
+    images[2:] = np.abs(images[2:])
+    pairs = {**random_pairs(4), "images": images}
+    model.fit(pairs, batch_size=2, shuffle=False, verbose=0)
+    batches = [{k: v[i : i + 2] for k, v in pairs.items()} for i in (0, 2)]
+    model.fit(((batch,) for batch in batches), verbose=0)
+    with pytest.raises(Exception, match=REFUSED):
+        make_model().fit(((batch,) for batch in batches[::-1]), verbose=0)
+
+
+def test_a_dataset_of_tuples_is_checked_too():
+    tf = pytest.importorskip("tensorflow")
+    pairs = {**random_pairs(4), "images": pixels(1)}
+    data = tf.data.Dataset.from_tensor_slices((pairs,)).batch(4, drop_remainder=True)
+    for call in ("fit", "evaluate", "predict"):
+        with pytest.raises(Exception, match=REFUSED):
+            getattr(make_model(), call)(data, verbose=0)
+
+
+def test_a_grain_dataset_is_checked_too():
+    grain = pytest.importorskip("grain")
+    for images, message in ((pixels(1), REFUSED), (random_images(4), None)):
+        rows = {**random_pairs(4), "images": images}
+        rows = [{k: v[i] for k, v in rows.items()} for i in range(4)]
+        data = grain.MapDataset.source(rows).batch(4)
+        model = make_model()
+        if message is None:
+            assert np.isfinite(model.fit(data, verbose=0).history["loss"]).all()
+        else:
+            with pytest.raises(Exception, match=message):
+                model.fit(data, verbose=0)
+
+
+@pytest.mark.parametrize("weight", [np.ones((5, 1)), -np.ones(4)])
+def test_weights_in_tuples_are_checked(weight):
+    batch = (random_pairs(4), None, weight.astype("float32"))
+    for call in (
+        lambda model: model.fit((x for x in [batch]), verbose=0),
+        lambda model: model.test_on_batch(*batch),
+        lambda model: model.train_on_batch(*batch),
+        lambda model: model.evaluate(batch[0], None, 4, 0, batch[2]),
+    ):
+        with pytest.raises(Exception, match=r"`sample_weight` must.*Received:"):
+            call(make_model())
+
+
+@pytest.mark.any_backend
+def test_a_split_beside_validation_data_is_refused(model):
+    with pytest.raises(ValueError, match=r"`validation_split` must be 0.*Received:"):
+        model.fit(
+            random_pairs(8), validation_split=0.5, validation_data=random_pairs(4)
+        )
