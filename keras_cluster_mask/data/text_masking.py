@@ -1,7 +1,7 @@
 """Text maskings: which words of a caption stay when it is too long.
 
 A caption that fits into the context of the tokenizer is not masked. Of a longer one,
-the words of the highest scores stay whole and in order.
+the words of the highest scores stay whole and in order. Only if none fits, one is cut.
 """
 
 import collections

@@ -495,6 +495,16 @@ def test_a_tagger_must_return_a_tag_for_each_word(shard, wrong):
         SyntaxTextMasking("NN")
 
 
+def tag_few(words):
+    return ["NN"] * min(len(words), 4)
+
+
+def test_a_tagger_that_fails_on_some_captions_is_named(shard):
+    dataset = make(shard, text_masking=SyntaxTextMasking(tag_few))
+    with pytest.raises(ValueError, match=r"`tagger` must return.*for 12 words"):
+        take(dataset, 3)
+
+
 def character_codes(captions):
     return [[len(caption)] for caption in captions]
 
