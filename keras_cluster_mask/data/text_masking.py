@@ -234,8 +234,8 @@ class FrequencyTextMasking(TextMasking):
         frequencies: dict from words to positive numbers: how often each occurs, which
             is divided by the sum. Words are as CLIP's tokenizer splits them, in lower
             case. Defaults to `None`: `fit` counts them.
-        threshold: float. Words with a share up to it are never masked before others.
-            Defaults to `1e-6`, as in the paper for CC12M; smaller datasets need more.
+        threshold: float. A share of all words. Words that are less frequent have p = 0.
+            Defaults to `1e-6`, as in the paper for CC12M.
         unknown: `"keep"` or `"drop"`. What happens to words that are not in
             `frequencies`. `"keep"`: they are as rare words, p = 0. `"drop"`: they leave
             first, p = 1, and `fit` leaves out words that occur fewer than five times,
@@ -308,7 +308,8 @@ class FrequencyTextMasking(TextMasking):
                 "words are masked at random, as by `RandomTextMasking`. Received: "
                 f"threshold={self.threshold}, a highest share of {highest:.3g}"
             )
-        self.frequencies = dict(frequencies)
+        # Numbers of NumPy would not be written as JSON.
+        self.frequencies = {word: float(count) for word, count in frequencies.items()}
         self._probabilities = {
             word: max(0.0, 1 - math.sqrt(self.threshold / (count / total)))
             for word, count in frequencies.items()

@@ -416,8 +416,8 @@ def test_the_description_names_the_masking_and_its_options(shard):
     assert described[0] == "RandomTextMasking()"
     assert "threshold=0.001, unknown='drop'" in described[3]
     assert described[5] is None
-    # The order of a table has no effect.
-    table = dict(reversed(COUNTS.items()))
+    # The order of a table has no effect, nor the type of its numbers.
+    table = {word: np.int64(count) for word, count in reversed(COUNTS.items())}
     again = make(shard, text_masking=FrequencyTextMasking(table))
     assert again.description["data.text_masking"] == described[2]
     # Without an effect, it does not stand in the way of a comparison.
