@@ -7,12 +7,22 @@ from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.data.shards import list_shards
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset
+from keras_cluster_mask.data.text_masking import (
+    BlockTextMasking,
+    FrequencyTextMasking,
+    RandomTextMasking,
+    SyntaxTextMasking,
+)
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 
 __all__ = [
+    "BlockTextMasking",
     "CLIPTokenizer",
+    "FrequencyTextMasking",
     "ImageTextDataset",
+    "RandomTextMasking",
     "SkippedSamples",
+    "SyntaxTextMasking",
     "check",
     "convert",
     "image_text_dataset",

@@ -23,6 +23,7 @@ from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
+from keras_cluster_mask.data.text_masking import check_text_masking
 from keras_cluster_mask.data.tokenizing import (
     Tokenize,
     check_tokenizer,
@@ -56,6 +57,7 @@ def image_text_dataset(
     data_format=None,
     max_image_pixels=MAX_PIXELS,
     max_skipped=0.5,
+    text_masking=None,
     sampling=None,
     block_size=None,
     process=None,
@@ -175,6 +177,12 @@ def image_text_dataset(
         max_skipped: float. The share of samples that may be broken, from 0 to 1, in the
             index and among those that are read. A larger share raises an error after
             1,000 samples; 0 raises it at the first. Defaults to `0.5`.
+        text_masking: A text masking for training: `RandomTextMasking`,
+            `BlockTextMasking`, `FrequencyTextMasking` or `SyntaxTextMasking`. It
+            chooses the words of captions, template included, that have more tokens than
+            the `context_length` of the `tokenizer`, which must be a `CLIPTokenizer`. It
+            has no effect on `"captions"`, nor unless `training`: evaluation is never
+            masked. Defaults to `None`: captions that are too long are truncated.
         sampling: Function of the number of samples and the number of an epoch, from 0,
             that returns an int array: the samples of this epoch, by their numbers in
             the index. They are shuffled. It must return the same in each process.
@@ -245,6 +253,9 @@ def image_text_dataset(
                 f"order. Received: {name}={value!r}, training=False"
             )
     check_tokenizer(tokenizer)
+    if text_masking is not None:
+        check_text_masking(text_masking, tokenizer)
+        text_masking = text_masking if training else None
     process = check_process(process, batch_size, training)
     reader = PairReader(
         image_keys,
@@ -307,6 +318,7 @@ def image_text_dataset(
         names,
         include_captions == "all",
         data_format == "channels_first",
+        text_masking,
     )
     rows = batch_size // process[1] if training else None
     height, width = image_size
@@ -345,6 +357,7 @@ def image_text_dataset(
             "data.max_image_pixels": max_image_pixels,
             "data.image_transform": name_of(image_transform),
             "data.tokenizer": name_of(tokenizer),
+            "data.text_masking": text_masking and repr(text_masking),
         },
         tokenizer,
         finish,

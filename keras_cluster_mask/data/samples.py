@@ -34,6 +34,7 @@ class Samples:
         names: list of str. The entries of a batch.
         all_captions: bool. Whether `"captions"` are tuples of all captions.
         channels_first: bool.
+        text_masking: `TextMasking` for the tokenizer's captions, or None.
     """
 
     index: object
@@ -46,6 +47,7 @@ class Samples:
     names: list
     all_captions: bool = False
     channels_first: bool = False
+    text_masking: object = None
 
     @property
     def training(self):
@@ -153,11 +155,16 @@ class Samples:
         if {"token_ids", "captions"} & {*self.names}:
             captions = [self.choose(p, g) for p, g in zip(pairs, generators)]
             if "token_ids" in self.names:
-                batch["token_ids"] = tokenize(self.tokenizer, captions)
+                batch["token_ids"] = self._token_ids(captions, generators)
             if self.all_captions:
                 captions = [self.choose.all_of(pair) for pair in pairs]
             batch["captions"] = _strings(captions)
         return batch
+
+    def _token_ids(self, captions, generators):
+        if self.text_masking is None:
+            return tokenize(self.tokenizer, captions)
+        return self.text_masking.tokenize(self.tokenizer, captions, generators)
 
 
 class Indexes:

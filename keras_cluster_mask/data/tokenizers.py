@@ -216,11 +216,16 @@ class CLIPTokenizer:
         finally:
             part.unlink(missing_ok=True)
 
-    def __call__(self, texts):
+    def __call__(self, texts, keep_words=None):
         """Converts captions to rows of token ids.
 
         Args:
             texts: str, or a sequence or array of str or UTF-8 bytes.
+            keep_words: Function that chooses the words of captions that are too long,
+                such as a text masking. Its arguments are the index of a text, its
+                words, the number of tokens of each, and the number of tokens between
+                start and end; it returns the indices of the words that stay, in order.
+                Defaults to `None`: captions that are too long are truncated.
 
         Returns:
             NumPy int32 array of shape `(len(texts), context_length)`. Each row holds
@@ -230,26 +235,39 @@ class CLIPTokenizer:
         texts = [byte_pairs.clean(text) for text in texts]
         token_ids = np.zeros((len(texts), self._context_length), dtype="int32")
         token_ids[:, 0] = self.start_token_id
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for row, text, encoding in zip(token_ids, texts, encodings):
-            ids = encoding.ids
+        # The faster one does not say which tokens are a word.
+        encode = self._tokenizer.encode_batch_fast
+        if keep_words is not None:
+            encode = self._tokenizer.encode_batch
+        encodings = encode(texts, add_special_tokens=False)
+        room = self._context_length - 2
+        for index, (text, encoding) in enumerate(zip(texts, encodings)):
+            ids, words = encoding.ids, None
             if self._start_token in text or self._end_token in text:
-                ids = self._ids_with_specials(text)
-            ids = ids[: self._context_length - 2]
+                words = self._words_with_specials(text)
+                ids = [i for _, tokens in words for i in tokens]
+            if keep_words is not None and len(ids) > room:
+                words = words or _words(text, encoding)
+                sizes = [len(tokens) for _, tokens in words]
+                kept = keep_words(index, [word for word, _ in words], sizes, room)
+                ids = [i for place in kept for i in words[place][1]]
+            ids = ids[:room]
+            row = token_ids[index]
             row[1 : len(ids) + 1] = ids
             row[len(ids) + 1] = self.end_token_id
         return token_ids
 
-    def _ids_with_specials(self, text):
+    def _words_with_specials(self, text):
         # As in the reference, a special token in a caption is that token; the byte-pair
         # model would split it into characters.
-        ids = []
-        for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
+        words = []
+        for word, (start, end) in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
             if word in (self._start_token, self._end_token):
-                ids.append(self._ids[word])
+                ids = [self._ids[word]]
             else:
-                ids.extend(token.id for token in self._tokenizer.model.tokenize(word))
-        return ids
+                ids = [token.id for token in self._tokenizer.model.tokenize(word)]
+            words.append((text[start:end], ids))
+        return words
 
     def decode(self, ids):
         """Converts token ids to text, with a space between any two words.
@@ -308,3 +326,17 @@ class CLIPTokenizer:
             f"<CLIPTokenizer vocabulary_size={self.vocabulary_size}, "
             f"context_length={self.context_length}>"
         )
+
+
+def _words(text, encoding):
+    """The words of a text, each with its token ids."""
+    words, last = [], None
+    for word, token_id, (start, end) in zip(
+        encoding.word_ids, encoding.ids, encoding.offsets
+    ):
+        if word != last:
+            ids, first, last = [], start, word
+            words.append(None)
+        ids.append(token_id)
+        words[-1] = text[first:end], ids
+    return words

@@ -96,6 +96,27 @@ def test_words_are_open_clips_for_every_code_point(frame):
         assert actual == pattern.findall(text), f"from U+{codes[start]:X} on"
 
 
+def test_the_words_to_choose_from_are_open_clips():
+    reference = open_clip_tokenizer.SimpleTokenizer()
+    received = {}
+
+    def keep_words(index, words, num_tokens, room):
+        assert room == 1
+        received[index] = list(zip(words, num_tokens))
+        return [len(words) - 1]
+
+    rows = CLIPTokenizer.from_open_clip(context_length=3)(CAPTIONS, keep_words)
+    assert len(received) > 15
+    for index, caption in enumerate(CAPTIONS):
+        words = reference.pat.findall(byte_pairs.clean(caption))
+        ids = [reference.encode(word) for word in words]
+        # Captions that fit are not asked for.
+        assert (index in received) == (sum(map(len, ids)) > 1)
+        if index in received:
+            assert received[index] == list(zip(words, map(len, ids)))
+            assert rows[index].tolist() == [49406, ids[-1][0], 49407]
+
+
 @pytest.mark.parametrize("context_length", [8, 32])
 def test_a_long_caption_is_cut_like_open_clips_and_ends_with_the_end(context_length):
     reference = open_clip_tokenizer.SimpleTokenizer(context_length=context_length)
