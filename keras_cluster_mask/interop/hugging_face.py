@@ -90,7 +90,7 @@ PIXELS = {
 
 # Of transformers and of keras_hub.
 _PLAIN = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
-ACTIVATIONS = {
+KERAS_HUB_ACTIVATIONS = {
     "clip": _PLAIN,
     "metaclip_2": _PLAIN,
     "siglip": {
@@ -193,7 +193,7 @@ def load_hugging_face(
         kind,
         sizes,
         heads=(vision["num_attention_heads"], text["num_attention_heads"]),
-        activation=ACTIVATIONS[kind][text["hidden_act"]],
+        activation=KERAS_HUB_ACTIVATIONS[kind][text["hidden_act"]],
         image_size=image_size,
     )
     names = NAMES[kind]
@@ -275,10 +275,10 @@ def _reasons_of_tower(kind, name, tower):
         for key in ("image_size", "patch_size"):
             if square(tower[key]) is None:
                 found.append(f"{name}.{key}={tower[key]!r} is no size of a square")
-    if tower["hidden_act"] not in ACTIVATIONS[kind]:
+    if tower["hidden_act"] not in KERAS_HUB_ACTIVATIONS[kind]:
         found.append(
             f"{name}.hidden_act={tower['hidden_act']!r} is not one of "
-            f"{[*ACTIVATIONS[kind]]}"
+            f"{[*KERAS_HUB_ACTIVATIONS[kind]]}"
         )
     if tower["layer_norm_eps"] != EPSILONS[kind]:
         found.append(

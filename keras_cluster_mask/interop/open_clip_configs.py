@@ -18,7 +18,7 @@ from keras_cluster_mask.interop.architectures import (
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 
 # The name of the file that open_clip keeps beside a model's weights.
-CONFIG_FILE = "open_clip_config.json"
+OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
 # Defaults of what is read, as in open_clip's `CLIPVisionCfg` and `CLIPTextCfg`.
 READ = {
