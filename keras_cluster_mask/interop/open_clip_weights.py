@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pathlib
-import warnings
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,14 @@ from keras_cluster_mask.interop.architectures import (
     architecture_of_model,
     is_positive,
     kind_of,
+    warn_of_resizing,
 )
 from keras_cluster_mask.interop.open_clip_configs import (
     OPEN_CLIP_CONFIG_FILE,
     architecture_of,
     config_of,
     read_config,
+    resizing_of,
 )
 from keras_cluster_mask.interop.state_dicts import (
     as_float32,
@@ -74,7 +75,7 @@ def load_open_clip(
     precision become float32.
 
     A config says how images are resized, too. That is for the data to follow: a warning
-    says so if it is not a center crop.
+    says so if it is not a center crop by bicubic interpolation.
 
     keras_hub cannot save the epsilon of the text tower's last normalisation. A saved
     `ContrastiveModel` keeps it. A backbone or a tower that is saved by itself is loaded
@@ -139,7 +140,7 @@ def load_open_clip(
         _check_only_without_config(label, activation, num_heads)
         architecture = architecture_of(config, preprocessing, label)
         needs_bias = config.get("init_logit_bias") is not None
-        _warn_of_resizing(preprocessing)
+        warn_of_resizing(*resizing_of(preprocessing))
     elif activation not in ACTIVATIONS:
         raise ValueError(
             "`activation` must be 'gelu', or 'quick_gelu' for OpenAI's weights and all "
@@ -302,19 +303,6 @@ def _check_only_without_config(label, activation, num_heads):
                 "config, which is in the file, beside it or in `config`; pass a "
                 f"changed one as `config`. Received: {name}={value!r}, with {label}"
             )
-
-
-def _warn_of_resizing(preprocessing):
-    mode = preprocessing.get("resize_mode") or "shortest"
-    if mode != "shortest":
-        remedy = "Pass resize='squash' to `image_text_dataset`."
-        if mode != "squash":
-            remedy = "`image_text_dataset` cannot do that."
-        warnings.warn(
-            f"The model was trained on images resized by {mode!r}, not by a center "
-            f"crop. {remedy}",
-            stacklevel=3,
-        )
 
 
 def _pop_bias(state, is_needed, label):

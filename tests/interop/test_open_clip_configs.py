@@ -167,6 +167,66 @@ def test_a_warning_says_that_images_are_not_cropped():
 
 
 @pytest.mark.any_backend
+def test_a_warning_says_that_images_are_not_interpolated_as_here(recwarn):
+    state = open_clip_model(CONFIG).state_dict()
+    config = {"model_cfg": CONFIG, "preprocess_cfg": {"interpolation": "bilinear"}}
+    with pytest.warns(UserWarning, match=r"'bilinear' interpolation.*bicubic"):
+        load_open_clip(state, config)
+    recwarn.clear()
+    for interpolation in (None, "bicubic", "random"):
+        config["preprocess_cfg"] = {"interpolation": interpolation}
+        load_open_clip(state, config)
+    assert not [x for x in recwarn if x.category is UserWarning]
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", []),
+        ("mean", [0.5, 0.5]),
+        ("mean", ["0.5"] * 3),
+        ("mean", [0.5, 0.5, float("nan")]),
+        ("mean", [True] * 3),
+        ("mean", 0.5),
+        ("std", [0, 0, 0]),
+        ("std", [0.2, 0.2, -0.2]),
+        ("std", [0.2, 0.2, float("inf")]),
+    ],
+)
+def test_a_mean_or_deviation_that_is_none_is_refused(key, value):
+    above = " above 0" if key == "std" else ""
+    message = rf"preprocess_cfg.{key}=.* is not three finite numbers{above}.*Received: "
+    with pytest.raises(ValueError, match=message):
+        load_open_clip({}, {"model_cfg": CONFIG, "preprocess_cfg": {key: value}})
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("value", [[1], "squash", 3, []])
+def test_a_preprocessing_that_is_no_dictionary_is_refused(value):
+    message = r"`config`.*`preprocess_cfg` is no dictionary.*Received: "
+    with pytest.raises(ValueError, match=message):
+        load_open_clip({}, {"model_cfg": CONFIG, "preprocess_cfg": value})
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("text_cfg__heads", "8", "positive integer"),
+        ("text_cfg__width", 64.0, "positive integer"),
+        ("vision_cfg__mlp_ratio", "4", "positive number"),
+        ("vision_cfg__mlp_ratio", float("inf"), "positive number"),
+        ("vision_cfg__image_size", [16, 24], "size of a square"),
+    ],
+)
+def test_a_size_of_another_type_is_refused_by_name(key, value, kind):
+    name = key.replace("__", ".")
+    with pytest.raises(ValueError, match=rf"{name}=.* is no {kind}.*Received: "):
+        load_open_clip({}, changed(**{key: value}))
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("config", "message"),
     [
