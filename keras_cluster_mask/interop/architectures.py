@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -164,7 +165,8 @@ def is_positive(number: Any) -> bool:
 def is_finite(number: Any) -> bool:
     """Whether it is a finite number, and no bool."""
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-    return is_number and math.isfinite(number)
+    # `math.isfinite` raises an error for an integer that no float can hold.
+    return is_number and abs(number) <= sys.float_info.max
 
 
 def reasons_of_pixels(where: str, mean: Any, std: Any) -> list[str]:

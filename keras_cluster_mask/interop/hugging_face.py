@@ -243,10 +243,10 @@ def _read_config(folder):
     if vision["hidden_act"] != text["hidden_act"]:
         reasons.append("the towers differ in `hidden_act`")
     if kind == "clip":
-        end, last = text["eos_token_id"], text["vocab_size"] - 1
-        if end not in (OLD_END_ID, last):
+        end, size = text["eos_token_id"], text["vocab_size"]
+        if is_positive(size) and end not in (OLD_END_ID, size - 1):
             reasons.append(
-                f"text_config.eos_token_id={end} is not the highest id, {last}, at "
+                f"text_config.eos_token_id={end} is not the highest id, {size - 1}, at "
                 "which keras_hub pools texts"
             )
     elif kind == "metaclip_2":

@@ -364,6 +364,7 @@ def test_preprocessing_that_cannot_be_followed_is_refused(folder, config):
         ("text_config__num_hidden_layers", 0),
         ("projection_dim", None),
         ("text_config__hidden_act", ["gelu"]),
+        ("text_config__vocab_size", "40"),
         ("vision_config", [1]),
         ("text_config", "a"),
         ("vision_config_dict", [1]),

@@ -188,6 +188,7 @@ def test_a_warning_says_that_images_are_not_interpolated_as_here(recwarn):
         ("mean", ["0.5"] * 3),
         ("mean", [0.5, 0.5, float("nan")]),
         ("mean", [True] * 3),
+        ("mean", [0.5, 0.5, 10**400]),
         ("mean", 0.5),
         ("std", [0, 0, 0]),
         ("std", [0.2, 0.2, -0.2]),
