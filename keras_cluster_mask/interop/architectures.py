@@ -1,6 +1,9 @@
 """What a config says of a model of two transformers, beside its weights."""
 
 import dataclasses
+import math
+import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -156,4 +159,56 @@ def square(size: Any) -> int | None:
 
 def is_positive(number: Any) -> bool:
     """Whether it is an integer above 0."""
-    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+    return isinstance(number, int) and is_finite(number) and number > 0
+
+
+def is_finite(number: Any) -> bool:
+    """Whether it is a finite number, and no bool."""
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    # `math.isfinite` raises an error for an integer that no float can hold.
+    return is_number and abs(number) <= sys.float_info.max
+
+
+def reasons_of_pixels(where: str, mean: Any, std: Any) -> list[str]:
+    """Why pixels cannot be normalised by a mean and a deviation, one text a reason.
+
+    Args:
+        where: String, what comes before the names `mean` and `std` in a text.
+        mean: What must be three finite numbers, by channel.
+        std: What must be three finite numbers above 0, by channel.
+    """
+
+    def is_right(values, lowest):
+        is_list = isinstance(values, (list, tuple)) and len(values) == 3
+        return is_list and all(is_finite(x) and x > lowest for x in values)
+
+    found = []
+    if not is_right(mean, -math.inf):
+        found.append(f"{where}mean={mean!r} is not three finite numbers")
+    if not is_right(std, 0):
+        found.append(f"{where}std={std!r} is not three finite numbers above 0")
+    return found
+
+
+def warn_of_resizing(mode: str, interpolation: str) -> None:
+    """Warns the caller's caller if images are not to be resized as by default.
+
+    Args:
+        mode: String, open_clip's name of how images become square.
+        interpolation: String, the filter.
+    """
+    if mode != "shortest":
+        remedy = "Pass resize='squash' to `image_text_dataset`."
+        if mode != "squash":
+            remedy = "`image_text_dataset` cannot do that."
+        warnings.warn(
+            f"The model was trained on images resized by {mode!r}, not by a center "
+            f"crop. {remedy}",
+            stacklevel=3,
+        )
+    if interpolation != "bicubic":
+        warnings.warn(
+            f"The model was trained on images resized by {interpolation!r} "
+            "interpolation. `image_text_dataset` resizes by bicubic interpolation.",
+            stacklevel=3,
+        )

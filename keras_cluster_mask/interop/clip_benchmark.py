@@ -19,7 +19,8 @@ All commands and options are clip_benchmark's own. These differ:
 - `--resize` is `crop` by default: images are resized and cropped as for CLIP. Give
   `--resize squash` for SigLIP: the whole image is resized.
 - `--model_type` is `keras` by default. Give `--model_type open_clip` to evaluate
-  open_clip's models the same way.
+  open_clip's models the same way. These have their own tokenizer and their own way to
+  resize images: `--tokenizer` and `--resize` are refused.
 - `--no_amp` is always on. A Keras model computes in the precision of its own dtype
   policy, and half precision would only round the scores of classes.
 - `--num_workers` is 0 by default. Workers are forked, and a forked process can wait
@@ -110,12 +111,13 @@ def adapt(
     ```
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of a file that `save` wrote of one of them or of the folder of a
-            keras_hub preset.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of a file that `save` wrote of one of them or
+            of the folder of a keras_hub preset.
         tokenizer: A `CLIPTokenizer`, the path of a file that `CLIPTokenizer.save`
             wrote, a tokenizer of open_clip or Hugging Face, or any function from a list
-            of str to `(texts, T)` ids. SigLIP needs its own. By default CLIP's.
+            of str to `(texts, T)` ids. SigLIP and MetaCLIP 2 need their own. By default
+            CLIP's.
         resize: `"crop"`, as open_clip does for CLIP, or `"squash"`, as it does for
             SigLIP.
 
@@ -134,7 +136,7 @@ def adapt(
     check_resize(resize)
     model = as_contrastive_model(model)
     image_shape = model.image_tower.encoder.input.shape[1:]
-    context_length = model.text_tower.encoder.input.shape[1]
+    context_length = model.context_length
     image_size = image_size_of(model)
     if None in image_size:
         raise ValueError(
@@ -250,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tokenizer")
-    parser.add_argument("--resize", default="crop")
+    parser.add_argument("--resize")
     options, theirs = parser.parse_known_args(arguments)
     if theirs[:1] == ["eval"]:
         theirs[1:1] = DEFAULTS
@@ -259,7 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
     program = "clip_benchmark"
     given = sys.argv
     try:
-        with _registered(options.tokenizer, options.resize), repaired():
+        _check_effect(options, theirs)
+        with _registered(**vars(options)), repaired():
             # It takes its options from there alone.
             sys.argv = [program, *theirs]
             _import("clip_benchmark.cli").main()
@@ -269,6 +272,22 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         sys.argv = given
     return 0
+
+
+def _check_effect(options, theirs):
+    """Checks that options of this module alone are not given for other models."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model_type")
+    kind = parser.parse_known_args(theirs)[0].model_type
+    if theirs[:1] == ["eval"] and kind == MODEL_TYPE:
+        return
+    for name, value in vars(options).items():
+        if value is not None:
+            raise ValueError(
+                f"`--{name}` is only for `eval` with `--model_type {MODEL_TYPE}`. "
+                "Leave it out: other models have their own. "
+                f"Received: --{name}={value!r}, with {' '.join(theirs)}"
+            )
 
 
 def _embedded(embed, inputs):
@@ -305,7 +324,7 @@ def _registered(tokenizer, resize):
     # It loads the model again for each data set.
     @functools.lru_cache(maxsize=1)
     def adapted(path):
-        return adapt(path, tokenizer, resize)
+        return adapt(path, tokenizer, "crop" if resize is None else resize)
 
     def load(model_name, pretrained, cache_dir=None, device="cpu"):
         return adapted(pretrained)

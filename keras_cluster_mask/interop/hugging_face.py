@@ -9,8 +9,11 @@ from keras_cluster_mask.interop.architectures import (
     CLIP_EPSILON,
     METACLIP_2_END_ID,
     Architecture,
+    is_finite,
     is_positive,
+    reasons_of_pixels,
     square,
+    warn_of_resizing,
 )
 from keras_cluster_mask.interop.open_clip_configs import read_json
 from keras_cluster_mask.interop.state_dicts import match, read_state_dict
@@ -88,9 +91,14 @@ PIXELS = {
     "siglip": (SIGLIP_MEAN, SIGLIP_MEAN),
 }
 
+# Filters of PIL by their numbers, as `resample` says them.
+INTERPOLATIONS = dict(
+    enumerate(["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"])
+)
+
 # Of transformers and of keras_hub.
 _PLAIN = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
-ACTIVATIONS = {
+KERAS_HUB_ACTIVATIONS = {
     "clip": _PLAIN,
     "metaclip_2": _PLAIN,
     "siglip": {
@@ -122,7 +130,8 @@ def load_hugging_face(
     half precision become float32.
 
     Resizing is for the data to follow: the images of SigLIP are squashed to a square
-    (`resize="squash"`), those of the others cropped.
+    (`resize="squash"`), those of the others cropped. A warning says so if it is not a
+    center crop by bicubic interpolation.
 
     Example:
 
@@ -170,7 +179,8 @@ def load_hugging_face(
     source = find_weights(source, WEIGHT_FILES)
     folder = pathlib.Path(source).expanduser().parent
     kind, text, vision, reasons = _read_config(folder)
-    mean, std = _read_pixels(folder, kind, reasons)
+    preprocessing, name = _read_preprocessing(folder)
+    reasons += _reasons_of_preprocessing(preprocessing, name, kind)
     if reasons:
         raise ValueError(
             "`source` must hold a model that keras_hub's backbones can hold, "
@@ -193,7 +203,7 @@ def load_hugging_face(
         kind,
         sizes,
         heads=(vision["num_attention_heads"], text["num_attention_heads"]),
-        activation=ACTIVATIONS[kind][text["hidden_act"]],
+        activation=KERAS_HUB_ACTIVATIONS[kind][text["hidden_act"]],
         image_size=image_size,
     )
     names = NAMES[kind]
@@ -201,6 +211,8 @@ def load_hugging_face(
     backbone = architecture.make(dtype)
     for entry, array in found:
         entry.write(backbone, array)
+    warn_of_resizing(*_resizing(preprocessing, kind))
+    mean, std = _pixels(preprocessing, kind)
     options = {"pixel_mean": mean, "pixel_std": std, **kwargs}
     return ContrastiveModel.from_backbone(backbone, masking=masking, **options)
 
@@ -210,13 +222,13 @@ def _read_config(folder):
     path = folder / CONFIG_FILE
     config = read_json("source", path)
     kind = config.get("model_type") if isinstance(config, Mapping) else None
-    if kind not in NAMES:
+    if not isinstance(kind, str) or kind not in NAMES:
         raise ValueError(
             f"`source` must be a model of transformers whose {CONFIG_FILE} has a "
             f"`model_type` of {sorted(NAMES)}. `load_open_clip` reads models of "
             f"open_clip. Received: source={str(path)!r}, with model_type={kind!r}"
         )
-    text, vision = (_tower(config, kind, name) for name in DEFAULTS[kind])
+    text, vision = (_tower(config, kind, name, path) for name in DEFAULTS[kind])
     if kind == "siglip":
         # Nothing projects images.
         text["projection"] = text["projection_size"] or text["hidden_size"]
@@ -231,10 +243,10 @@ def _read_config(folder):
     if vision["hidden_act"] != text["hidden_act"]:
         reasons.append("the towers differ in `hidden_act`")
     if kind == "clip":
-        end, last = text["eos_token_id"], text["vocab_size"] - 1
-        if end not in (OLD_END_ID, last):
+        end, size = text["eos_token_id"], text["vocab_size"]
+        if is_positive(size) and end not in (OLD_END_ID, size - 1):
             reasons.append(
-                f"text_config.eos_token_id={end} is not the highest id, {last}, at "
+                f"text_config.eos_token_id={end} is not the highest id, {size - 1}, at "
                 "which keras_hub pools texts"
             )
     elif kind == "metaclip_2":
@@ -255,11 +267,19 @@ def _read_config(folder):
     return kind, text, vision, reasons
 
 
-def _tower(config, kind, name):
+def _tower(config, kind, name, path):
     # Old configs have a second dictionary, which transformers completes with defaults
     # and then prefers.
-    given = config.get(f"{name}_dict") or config.get(name) or {}
-    return {**DEFAULTS[kind][name], **given}
+    found = {}
+    for key in (name, f"{name}_dict"):
+        given = config.get(key)
+        if not isinstance(given, Mapping | None):
+            raise ValueError(
+                f"`source` must hold a {CONFIG_FILE} whose `{key}` is a dictionary. "
+                f"Received: source={str(path)!r}, with {key}={given!r}"
+            )
+        found = given or found
+    return {**DEFAULTS[kind][name], **found}
 
 
 def _reasons_of_tower(kind, name, tower):
@@ -275,10 +295,11 @@ def _reasons_of_tower(kind, name, tower):
         for key in ("image_size", "patch_size"):
             if square(tower[key]) is None:
                 found.append(f"{name}.{key}={tower[key]!r} is no size of a square")
-    if tower["hidden_act"] not in ACTIVATIONS[kind]:
+    # A list, as a value that cannot be hashed is not found in it either.
+    activations = [*KERAS_HUB_ACTIVATIONS[kind]]
+    if tower["hidden_act"] not in activations:
         found.append(
-            f"{name}.hidden_act={tower['hidden_act']!r} is not one of "
-            f"{[*ACTIVATIONS[kind]]}"
+            f"{name}.hidden_act={tower['hidden_act']!r} is not one of {activations}"
         )
     if tower["layer_norm_eps"] != EPSILONS[kind]:
         found.append(
@@ -292,26 +313,50 @@ def _reasons_of_tower(kind, name, tower):
     return found
 
 
-def _read_pixels(folder, kind, reasons):
-    """The mean and deviation of pixels; adds to `reasons` why they cannot be used."""
-    mean, std = PIXELS[kind]
+def _read_preprocessing(folder):
+    """What is done with images, and the name of the file that says it."""
     paths = [folder / name for name in PREPROCESSING_FILES]
     path = next(filter(pathlib.Path.is_file, paths), None)
     if path is None:
-        return mean, std
+        return {}, None
     config = read_json("source", path)
-    config = config.get("image_processor", config)
-    if not config.get("do_rescale", True) or not _is_255th(
-        config.get("rescale_factor")
-    ):
-        reasons.append(f"{path.name}: pixels are not divided by 255")
+    if isinstance(config, Mapping):
+        config = config.get("image_processor", config)
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"`source` must hold a {path.name} that is a dictionary, as is its "
+            f"`image_processor` if it has one. Received: source={str(path)!r}"
+        )
+    return config, path.name
+
+
+def _reasons_of_preprocessing(config, name, kind):
+    """Why a model cannot be given the images that it was trained on."""
+    found = []
+    factor = config.get("rescale_factor")
+    factor = 1 / 255 if factor is None else factor
+    is_255th = is_finite(factor) and abs(255 * factor - 1) < 1e-6
+    if not config.get("do_rescale", True) or not is_255th:
+        found.append(f"{name}: pixels are not divided by 255")
+    if config.get("resample") not in (None, *INTERPOLATIONS):
+        found.append(f"{name}: resample={config['resample']!r} is no filter of PIL")
+    return found + reasons_of_pixels(f"{name}: image_", *_pixels(config, kind))
+
+
+def _pixels(config, kind):
+    """The mean and deviation of pixels, each of which may be one number."""
     if not config.get("do_normalize", True):
         return (0.0,) * 3, (1.0,) * 3
-    found = config.get("image_mean") or mean, config.get("image_std") or std
-    if any(len(values) != 3 for values in found):
-        reasons.append(f"{path.name}: not three numbers of each mean and deviation")
-    return found
+    given = config.get("image_mean"), config.get("image_std")
+    found = (y if x is None else x for x, y in zip(given, PIXELS[kind]))
+    return tuple((x,) * 3 if is_finite(x) else x for x in found)
 
 
-def _is_255th(factor):
-    return factor is None or abs(255 * factor - 1) < 1e-6
+def _resizing(config, kind):
+    """How images are resized, in open_clip's words."""
+    size, resample = config.get("size"), config.get("resample")
+    has_height = isinstance(size, Mapping) and "height" in size
+    return (
+        "squash" if has_height or kind == "siglip" else "shortest",
+        "bicubic" if resample is None else INTERPOLATIONS[resample],
+    )

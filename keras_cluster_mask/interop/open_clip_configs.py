@@ -12,13 +12,15 @@ from keras_cluster_mask.interop.architectures import (
     CLIP_EPSILON,
     METACLIP_2_END_ID,
     Architecture,
+    is_finite,
     is_positive,
+    reasons_of_pixels,
     square,
 )
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 
 # The name of the file that open_clip keeps beside a model's weights.
-CONFIG_FILE = "open_clip_config.json"
+OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
 # Defaults of what is read, as in open_clip's `CLIPVisionCfg` and `CLIPTextCfg`.
 READ = {
@@ -167,7 +169,7 @@ def read_config(config: Any) -> tuple[dict, dict, str]:
         )
     preprocessing = {}
     if isinstance(config, Mapping) and "model_cfg" in config:
-        preprocessing = config.get("preprocess_cfg") or {}
+        preprocessing = config.get("preprocess_cfg", {})
         config = config["model_cfg"]
     keys = "embed_dim", "vision_cfg", "text_cfg"
     if not isinstance(config, Mapping) or any(key not in config for key in keys):
@@ -176,7 +178,12 @@ def read_config(config: Any) -> tuple[dict, dict, str]:
             "and `text_cfg`, or with these under `model_cfg`. `load_hugging_face` "
             f"reads models of transformers. Received: {label}"
         )
-    return dict(config), dict(preprocessing), label
+    if not isinstance(preprocessing, Mapping | None):
+        raise ValueError(
+            "`config` must be as open_clip writes it, and its `preprocess_cfg` is no "
+            f"dictionary. Received: {label}, with preprocess_cfg={preprocessing!r}"
+        )
+    return dict(config), dict(preprocessing or {}), label
 
 
 def architecture_of(model: dict, preprocessing: dict, label: str) -> Architecture:
@@ -199,6 +206,7 @@ def architecture_of(model: dict, preprocessing: dict, label: str) -> Architectur
         )
     vision, text = ({**READ[part], **model[part]} for part in READ)
     image_size, patch = square(vision["image_size"]), square(vision["patch_size"])
+    mean, std = _pixels(preprocessing)
     return Architecture(
         kind="metaclip_2" if text.get("pool_type") == "eos" else "clip",
         sizes={
@@ -217,9 +225,17 @@ def architecture_of(model: dict, preprocessing: dict, label: str) -> Architectur
         heads=(vision["width"] // vision["head_width"], text["heads"]),
         activation="quick_gelu" if model.get("quick_gelu") else "gelu",
         image_size=image_size,
-        pixel_mean=tuple(preprocessing.get("mean") or CLIP_MEAN),
-        pixel_std=tuple(preprocessing.get("std") or CLIP_STD),
+        pixel_mean=tuple(mean),
+        pixel_std=tuple(std),
     )
+
+
+def resizing_of(preprocessing: dict) -> tuple[str, str]:
+    """How images are resized for evaluation: the mode and the interpolation."""
+    interpolation = preprocessing.get("interpolation") or "bicubic"
+    # In evaluation open_clip takes the second for the first.
+    interpolation = "bicubic" if interpolation == "random" else interpolation
+    return preprocessing.get("resize_mode") or "shortest", interpolation
 
 
 def config_of(architecture: Architecture, logit_bias: float | None) -> dict:
@@ -313,7 +329,7 @@ def _reasons(model, preprocessing):
         for key in preprocessing.keys() - {*PREPROCESSING}
     ]
     if not is_positive(model["embed_dim"]):
-        found.append(f"embed_dim={model['embed_dim']!r} is no width")
+        found.append(f"embed_dim={model['embed_dim']!r} is no positive integer")
     for part in READ:
         found += _reasons_of_tower(part, model[part])
     if not found:
@@ -344,13 +360,13 @@ def _reasons_of_tower(part, given):
     for key in READ[part]:
         value = values[key]
         if key == "mlp_ratio":
-            is_right = isinstance(value, (int, float)) and value > 0
+            is_right, kind = is_finite(value) and value > 0, "positive number"
         elif key in ("patch_size", "image_size"):
-            is_right = square(value) is not None
+            is_right, kind = square(value) is not None, "size of a square"
         else:
-            is_right = is_positive(value)
+            is_right, kind = is_positive(value), "positive integer"
         if not is_right:
-            found.append(f"{part}.{key}={value!r} is no size of a square model")
+            found.append(f"{part}.{key}={value!r} is no {kind}")
     if not found:
         divisor = "head_width" if part == "vision_cfg" else "heads"
         if values["width"] % values[divisor]:
@@ -369,19 +385,13 @@ def _reasons_of_images(vision, preprocessing):
         found.append(f"preprocess_cfg.size={size} is not the image size {image_size}")
     if mode != "RGB":
         found.append(f"preprocess_cfg.mode={mode!r}: images must be RGB")
-    for key in ("mean", "std"):
-        if not _are_channels(preprocessing.get(key)):
-            found.append(
-                f"preprocess_cfg.{key}={preprocessing[key]} is no number per channel"
-            )
-    return found
+    return found + reasons_of_pixels("preprocess_cfg.", *_pixels(preprocessing))
 
 
-def _are_channels(values):
-    if values is None:
-        return True
-    is_list = isinstance(values, (list, tuple)) and len(values) == 3
-    return is_list and all(isinstance(x, (int, float)) for x in values)
+def _pixels(preprocessing):
+    """The mean and deviation of pixels, which are CLIP's where they are not given."""
+    mean, std = preprocessing.get("mean"), preprocessing.get("std")
+    return CLIP_MEAN if mean is None else mean, CLIP_STD if std is None else std
 
 
 def _ratio(hidden, width):

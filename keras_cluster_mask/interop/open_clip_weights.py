@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pathlib
-import warnings
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,14 @@ from keras_cluster_mask.interop.architectures import (
     architecture_of_model,
     is_positive,
     kind_of,
+    warn_of_resizing,
 )
 from keras_cluster_mask.interop.open_clip_configs import (
-    CONFIG_FILE,
+    OPEN_CLIP_CONFIG_FILE,
     architecture_of,
     config_of,
     read_config,
+    resizing_of,
 )
 from keras_cluster_mask.interop.state_dicts import (
     as_float32,
@@ -74,7 +75,7 @@ def load_open_clip(
     precision become float32.
 
     A config says how images are resized, too. That is for the data to follow: a warning
-    says so if it is not a center crop.
+    says so if it is not a center crop by bicubic interpolation.
 
     keras_hub cannot save the epsilon of the text tower's last normalisation. A saved
     `ContrastiveModel` keeps it. A backbone or a tower that is saved by itself is loaded
@@ -98,10 +99,12 @@ def load_open_clip(
             `DistributedDataParallel` (`module.`) or of `CustomTextCLIP` (`text.`).
         config: The name of a config of the installed open_clip
             (`"ViT-B-32-quickgelu"`), the path of an `open_clip_config.json`, or such a
-            dictionary. Defaults to the config in the file, as `save_open_clip` writes
-            it, or to the `open_clip_config.json` beside it. A named config says nothing
-            of pixels: pass `pixel_mean` and `pixel_std` for weights that were not
-            trained with CLIP's. OpenAI's weights need the names in `-quickgelu`.
+            dictionary. Defaults to the config that `save_open_clip` has written with
+            the file. For the two names of files above it is the folder's
+            `open_clip_config.json`; files of other names do not use that one, which may
+            be of another model. A named config says nothing of pixels: pass
+            `pixel_mean` and `pixel_std` for weights that were not trained with CLIP's.
+            OpenAI's weights need the names in `-quickgelu`.
         activation: `"gelu"` or `"quick_gelu"`. Only, and required, without any config.
         num_heads: Integer, or a pair for the image and the text tower. Only without any
             config. Defaults to one for every 64 features, and to 16 in image towers
@@ -137,12 +140,13 @@ def load_open_clip(
         _check_only_without_config(label, activation, num_heads)
         architecture = architecture_of(config, preprocessing, label)
         needs_bias = config.get("init_logit_bias") is not None
-        _warn_of_resizing(preprocessing)
+        warn_of_resizing(*resizing_of(preprocessing))
     elif activation not in ACTIVATIONS:
         raise ValueError(
             "`activation` must be 'gelu', or 'quick_gelu' for OpenAI's weights and all "
-            "others of models in '-quickgelu'; or pass `config`, which says which. "
-            f"Weights do not. Received: activation={activation!r}, config=None"
+            "others of models in '-quickgelu'; or pass `config`, such as the path of "
+            f"an {OPEN_CLIP_CONFIG_FILE}, which says which. Weights do not. "
+            f"Received: activation={activation!r}, config=None"
         )
     state, label = read_state_dict(source, OPEN_CLIP)
     bias = _pop_bias(state, needs_bias, label)
@@ -228,9 +232,12 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     """Writes the weights of a CLIP model and its config to files that open_clip reads.
 
     The config has what weights do not say: attention heads, activation, and the mean
-    and deviation of pixels. It is written into a file of safetensors, and for open_clip
-    into `open_clip_config.json` beside it. The file of weights is written under a
-    temporary name and renamed once it is complete.
+    and deviation of pixels. It is written into a file of safetensors, and into a file
+    beside the weights: `open_clip_config.json` for the names that open_clip reads,
+    `open_clip_model.safetensors` and `open_clip_pytorch_model.bin`, and otherwise one
+    named after the weights, such as `clip.pt.open_clip_config.json`. So a folder can
+    hold several models. The file of weights is written under a temporary name and
+    renamed once it is complete.
 
     Example:
 
@@ -249,8 +256,8 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
             `.pt`, `.pth` or `.bin`.
 
     Raises:
-        ValueError: For another model or another file extension; or if the folder holds
-            the config of another model.
+        ValueError: For another model or another file extension; or if the
+            `open_clip_config.json` to write exists and is of another model.
         ImportError: If a file other than `.safetensors` is written without torch.
     """
     weights = open_clip_state_dict(model)
@@ -259,14 +266,22 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
         architecture_of_model(model), None if bias is None else float(bias)
     )
     path = pathlib.Path(path).expanduser()
-    beside = path.with_name(CONFIG_FILE)
-    is_new = not beside.exists()
-    if not is_new:
+    beside = _config_path(path)
+    # It may be of other weights in the folder, and say more than what is written here.
+    is_kept = path.name in WEIGHT_FILES and beside.exists()
+    if is_kept:
         _check_same(beside, config)
     text = json.dumps(config, indent=2)
     write_weights(path, weights, {"format": "pt", METADATA: text})
-    if is_new:
+    if not is_kept:
         write_text(beside, text)
+
+
+def _config_path(path):
+    """The path of the file that holds the config of a file of weights."""
+    # Any other name could be that of another model's weights in the same folder.
+    prefix = "" if path.name in WEIGHT_FILES else f"{path.name}."
+    return path.with_name(f"{prefix}{OPEN_CLIP_CONFIG_FILE}")
 
 
 def _config_of_file(source):
@@ -276,7 +291,7 @@ def _config_of_file(source):
     text = read_metadata(source).get(METADATA)
     if text is not None:
         return json.loads(text)
-    beside = pathlib.Path(source).expanduser().with_name(CONFIG_FILE)
+    beside = _config_path(pathlib.Path(source).expanduser())
     return beside if beside.is_file() else None
 
 
@@ -288,19 +303,6 @@ def _check_only_without_config(label, activation, num_heads):
                 "config, which is in the file, beside it or in `config`; pass a "
                 f"changed one as `config`. Received: {name}={value!r}, with {label}"
             )
-
-
-def _warn_of_resizing(preprocessing):
-    mode = preprocessing.get("resize_mode") or "shortest"
-    if mode != "shortest":
-        remedy = "Pass resize='squash' to `image_text_dataset`."
-        if mode != "squash":
-            remedy = "`image_text_dataset` cannot do that."
-        warnings.warn(
-            f"The model was trained on images resized by {mode!r}, not by a center "
-            f"crop. {remedy}",
-            stacklevel=3,
-        )
 
 
 def _pop_bias(state, is_needed, label):
@@ -349,9 +351,10 @@ def _check_same(path, config):
         is_same = False
     if not is_same:
         raise ValueError(
-            f"`path` must not be beside the {CONFIG_FILE} of another model. Save into "
-            "another folder, or delete that file if the weights there are no longer "
-            f"needed. Received: path={str(path.parent)!r}"
+            f"`path` must not be beside the {OPEN_CLIP_CONFIG_FILE} of another model. "
+            "Save under another name or into another folder, or delete that file if "
+            "the weights there are no longer needed. "
+            f"Received: path={str(path.parent)!r}"
         )
 
 

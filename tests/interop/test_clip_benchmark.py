@@ -440,6 +440,33 @@ def test_the_adapter_embeds_as_the_model_does(kind):
         np.testing.assert_allclose(embedded, expected["image_embeddings"], atol=2e-6)
 
 
+def bert_model():
+    """A model whose text tower takes three inputs, of any length."""
+    names = ["token_ids", "padding_mask", "segment_ids"]
+    inputs = {name: keras.Input((None,), dtype="int32", name=name) for name in names}
+    x = keras.layers.Embedding(VOCABULARY, 16)(inputs["token_ids"])
+    x = x + keras.layers.Embedding(2, 16)(inputs["segment_ids"])
+    mask = keras.ops.cast(inputs["padding_mask"], "float32")[..., None]
+    x = keras.ops.sum(x * mask, 1) / keras.ops.maximum(keras.ops.sum(mask, 1), 1.0)
+    text = keras.Model(inputs, x, name="text_encoder")
+    return kcm.ContrastiveModel(functional_vit(), text)
+
+
+@pytest.mark.parametrize("length", [6, 9])
+def test_a_text_tower_of_several_inputs_and_any_length_is_taken(length):
+    model = bert_model()
+
+    def padded_ids(texts):
+        return np.pad(np.maximum(ids_of(texts), 1), [(0, 0), (0, length - 6)])
+
+    adapter, _, tokenize = adapt(model, padded_ids)
+    ids = tokenize(CLASSES)
+    assert ids.shape == (len(CLASSES), length)
+    np.testing.assert_allclose(
+        adapter.encode_text(ids), to_numpy(model.encode_text(ids.numpy())), atol=2e-6
+    )
+
+
 def test_batches_of_any_size_are_taken():
     model = kcm.ContrastiveModel(functional_vit(), text_bag())
     adapter, _, _ = adapt(model, ids_of)
@@ -595,6 +622,25 @@ def test_a_tokenizer_without_special_tokens_is_refused_for_clip():
     with pytest.raises(ValueError, match=r"`tokenizer` must .*start.*Received: "):
         adapt(tiny_clip(), bare)
     adapt(tiny_siglip(), bare)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("option", [("--resize", "squash"), ("--tokenizer", "a.json")])
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        ("eval", "--model_type", "open_clip"),
+        ("eval", "--model_type=open_clip", "--dataset", "cifar10"),
+        ("build", "a.json"),
+    ],
+)
+def test_our_options_are_refused_where_they_would_have_no_effect(
+    option, theirs, capsys
+):
+    assert main([*theirs, *option]) == 2
+    printed = capsys.readouterr().err
+    assert f"`{option[0]}` is only for `eval` with `--model_type keras`" in printed
+    assert f"Received: {option[0]}={option[1]!r}" in printed
 
 
 @pytest.mark.any_backend

@@ -298,8 +298,47 @@ def test_pixels_that_are_only_scaled_are_not_normalised(folder):
 
 
 @pytest.mark.any_backend
+def test_one_number_is_the_mean_or_deviation_of_all_channels(folder):
+    config = {"image_mean": 0, "image_std": 0.25}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    model = load_hugging_face(folder)
+    assert (model.pixel_mean, model.pixel_std) == ([0.0] * 3, [0.25] * 3)
+
+
+@pytest.mark.any_backend
+def test_warnings_say_that_images_are_resized_otherwise(folder, tmp_path, recwarn):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({"size": {"shortest_edge": 16}, "resample": 3}))
+    load_hugging_face(folder)
+    assert not [x for x in recwarn if x.category is UserWarning]
+    path.write_text(json.dumps({"size": {"height": 16, "width": 16}}))
+    with pytest.warns(UserWarning, match="resize='squash'"):
+        load_hugging_face(folder)
+    path.write_text(json.dumps({"resample": 2}))
+    with pytest.warns(UserWarning, match=r"'bilinear' interpolation.*bicubic"):
+        load_hugging_face(folder)
+    siglip().save_pretrained(tmp_path / "siglip")
+    with pytest.warns(UserWarning, match="resize='squash'"):
+        load_hugging_face(tmp_path / "siglip")
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
-    "config", [{"do_rescale": False}, {"rescale_factor": 1.0}, {"image_mean": [0.5]}]
+    "config",
+    [
+        [1],
+        {"image_processor": [1]},
+        {"do_rescale": False},
+        {"rescale_factor": 1.0},
+        {"rescale_factor": "a"},
+        {"image_mean": [0.5]},
+        {"image_mean": "0.5"},
+        {"image_mean": ["0.5"] * 3},
+        {"image_std": 0},
+        {"image_std": [0.5, 0.5, -0.5]},
+        {"image_std": [0.5, 0.5, float("nan")]},
+        {"resample": "a"},
+    ],
 )
 def test_preprocessing_that_cannot_be_followed_is_refused(folder, config):
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
@@ -324,6 +363,12 @@ def test_preprocessing_that_cannot_be_followed_is_refused(folder, config):
         ("vision_config__num_attention_heads", 5),
         ("text_config__num_hidden_layers", 0),
         ("projection_dim", None),
+        ("text_config__hidden_act", ["gelu"]),
+        ("text_config__vocab_size", "40"),
+        ("vision_config", [1]),
+        ("text_config", "a"),
+        ("vision_config_dict", [1]),
+        ("model_type", ["clip"]),
     ],
 )
 def test_what_clip_cannot_hold_is_refused_by_name(folder, key, value):

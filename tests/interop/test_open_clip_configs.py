@@ -167,6 +167,67 @@ def test_a_warning_says_that_images_are_not_cropped():
 
 
 @pytest.mark.any_backend
+def test_a_warning_says_that_images_are_not_interpolated_as_here(recwarn):
+    state = open_clip_model(CONFIG).state_dict()
+    config = {"model_cfg": CONFIG, "preprocess_cfg": {"interpolation": "bilinear"}}
+    with pytest.warns(UserWarning, match=r"'bilinear' interpolation.*bicubic"):
+        load_open_clip(state, config)
+    recwarn.clear()
+    for interpolation in (None, "bicubic", "random"):
+        config["preprocess_cfg"] = {"interpolation": interpolation}
+        load_open_clip(state, config)
+    assert not [x for x in recwarn if x.category is UserWarning]
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", []),
+        ("mean", [0.5, 0.5]),
+        ("mean", ["0.5"] * 3),
+        ("mean", [0.5, 0.5, float("nan")]),
+        ("mean", [True] * 3),
+        ("mean", [0.5, 0.5, 10**400]),
+        ("mean", 0.5),
+        ("std", [0, 0, 0]),
+        ("std", [0.2, 0.2, -0.2]),
+        ("std", [0.2, 0.2, float("inf")]),
+    ],
+)
+def test_a_mean_or_deviation_that_is_none_is_refused(key, value):
+    above = " above 0" if key == "std" else ""
+    message = rf"preprocess_cfg.{key}=.* is not three finite numbers{above}.*Received: "
+    with pytest.raises(ValueError, match=message):
+        load_open_clip({}, {"model_cfg": CONFIG, "preprocess_cfg": {key: value}})
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("value", [[1], "squash", 3, []])
+def test_a_preprocessing_that_is_no_dictionary_is_refused(value):
+    message = r"`config`.*`preprocess_cfg` is no dictionary.*Received: "
+    with pytest.raises(ValueError, match=message):
+        load_open_clip({}, {"model_cfg": CONFIG, "preprocess_cfg": value})
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("text_cfg__heads", "8", "positive integer"),
+        ("text_cfg__width", 64.0, "positive integer"),
+        ("vision_cfg__mlp_ratio", "4", "positive number"),
+        ("vision_cfg__mlp_ratio", float("inf"), "positive number"),
+        ("vision_cfg__image_size", [16, 24], "size of a square"),
+    ],
+)
+def test_a_size_of_another_type_is_refused_by_name(key, value, kind):
+    name = key.replace("__", ".")
+    with pytest.raises(ValueError, match=rf"{name}=.* is no {kind}.*Received: "):
+        load_open_clip({}, changed(**{key: value}))
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -378,7 +439,7 @@ def test_a_saved_model_comes_back_as_it_was(tmp_path, suffix):
     model = load_open_clip(reference.state_dict(), config)
     save_open_clip(model, tmp_path / f"clip{suffix}")
     if suffix == ".safetensors":  # which holds the config itself
-        (tmp_path / "open_clip_config.json").unlink()
+        (tmp_path / "clip.safetensors.open_clip_config.json").unlink()
     back = load_open_clip(tmp_path / f"clip{suffix}")
     assert back.pixel_mean == PREPROCESSING["mean"]
     assert back.pixel_std == PREPROCESSING["std"]
@@ -394,7 +455,8 @@ def test_metaclip_2_comes_and_goes(tmp_path):
     save_open_clip(model, tmp_path / "clip.safetensors")
     back = load_open_clip(tmp_path / "clip.safetensors")
     assert_same_embeddings(back, reference)
-    again = open_clip_model(read_config(tmp_path / "open_clip_config.json")[0])
+    beside = tmp_path / "clip.safetensors.open_clip_config.json"
+    again = open_clip_model(read_config(beside)[0])
     expected, found = reference.state_dict(), open_clip_state_dict(back)
     assert again.text_pool_type == "eos"
     assert again.state_dict().keys() == found.keys() == expected.keys()
@@ -432,20 +494,51 @@ def test_pixels_that_the_model_takes_as_they_are_come_back_as_they_are(tmp_path)
 
 
 @pytest.mark.any_backend
-def test_a_config_beside_is_kept_if_it_is_of_the_same_model(tmp_path):
+def test_the_config_in_a_folder_is_kept_if_it_is_of_the_same_model(tmp_path):
     config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
     beside = tmp_path / "open_clip_config.json"
     beside.write_text(json.dumps(config))
+    path = tmp_path / "open_clip_pytorch_model.bin"
     model = load_open_clip(open_clip_model(CONFIG).state_dict(), config)
-    save_open_clip(model, tmp_path / "mine.pt")
+    save_open_clip(model, path)
     assert json.loads(beside.read_text()) == config
+    path.unlink()
     other = kcm.models.clip_backbone("tiny", 16, 40, 7)
     with pytest.raises(ValueError, match=r"`path`.*another folder.*Received: path="):
-        save_open_clip(other, tmp_path / "other.pt")
-    assert not (tmp_path / "other.pt").exists()
+        save_open_clip(other, path)
+    assert not path.exists()
     beside.write_text("{}")
     with pytest.raises(ValueError, match=r"`path`.*another folder.*Received: path="):
-        save_open_clip(model, tmp_path / "mine.pt")
+        save_open_clip(model, path)
+
+
+@pytest.mark.any_backend
+def test_weights_do_not_take_the_config_of_other_weights_in_their_folder(tmp_path):
+    import torch
+
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
+    save_open_clip(backbone, tmp_path / "clip.safetensors")
+    save_open_clip(backbone, tmp_path / "open_clip_model.safetensors")
+    reference = randomize(open_clip_model(CONFIG))
+    torch.save(reference.state_dict(), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match=r"`activation`.*`config`.*config=None"):
+        load_open_clip(tmp_path / "clip.pt")
+    model = load_open_clip(
+        tmp_path / "clip.pt", activation="quick_gelu", num_heads=(4, 4)
+    )
+    assert_same_embeddings(model, reference)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_folder_takes_several_models_and_a_file_is_replaced(tmp_path, suffix):
+    activations = {"a": "gelu", "b": "quick_gelu"}
+    for name, activation in [("b", "gelu"), *activations.items()]:
+        backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation=activation)
+        save_open_clip(backbone, tmp_path / f"{name}{suffix}")
+    for name, activation in activations.items():
+        model = load_open_clip(tmp_path / f"{name}{suffix}")
+        assert model.backbone.vision_encoder.intermediate_activation == activation
 
 
 @pytest.mark.any_backend
