@@ -110,9 +110,9 @@ def adapt(
     ```
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of a file that `save` wrote of one of them or of the folder of a
-            keras_hub preset.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of a file that `save` wrote of one of them or
+            of the folder of a keras_hub preset.
         tokenizer: A `CLIPTokenizer`, the path of a file that `CLIPTokenizer.save`
             wrote, a tokenizer of open_clip or Hugging Face, or any function from a list
             of str to `(texts, T)` ids. SigLIP needs its own. By default CLIP's.
