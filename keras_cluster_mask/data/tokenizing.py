@@ -12,6 +12,12 @@ PROBES = (
     b"two red boats on the sea",
     b"a child reads a book under a tall tree",
 )
+# What tokenizers treat differently: case, digits, punctuation, accents, symbols and
+# entities. They are short so that hardly any length truncates them.
+VARIANTS = tuple(
+    text.encode()
+    for text in ("Dog", "12", "3.5", "a, b", "dog's", "no!", "é", "€", "&amp;")
+)
 # Hugging Face writes a larger number where the length is not known.
 MAX_LENGTH = 100_000
 # Hugging Face's tokenizers, which open_clip wraps, change when they are called.
@@ -83,20 +89,21 @@ def tokenize(tokenizer, captions, context_length=None):
     return token_ids.astype("int32")
 
 
-def probe(tokenizer, context_length=None):
-    """The token ids of a few fixed sentences, which show what a tokenizer does.
+def probe(tokenizer, context_length=None, texts=PROBES):
+    """The token ids of a few fixed texts, which show what a tokenizer does.
 
     Args:
         tokenizer: See `tokenize`.
         context_length: See `tokenize`.
+        texts: Sequence of bytes.
 
     Returns:
-        int32 array `(3, length)`; `None` if the tokenizer does not take any text, such
-        as a table of the captions of a data set.
+        int32 array `(texts, length)`; `None` if the tokenizer does not take any text,
+        such as a table of the captions of a data set.
     """
     check_tokenizer(tokenizer)
     try:
-        return tokenize(tokenizer, list(PROBES), context_length)
+        return tokenize(tokenizer, list(texts), context_length)
     except Exception:
         # What is wrong with it shows on the captions.
         return None

@@ -84,8 +84,8 @@ def zero_shot_classifier(
     ```
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of one that was saved.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of one that was saved.
         class_names: List of str. A warning names duplicates, whose weights are equal.
         tokenizer: See `embed`.
         templates: A str with one `{}` or `{c}` as the placeholder of the name, or a
@@ -146,8 +146,8 @@ def evaluate_zero_shot(
     ```
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of one that was saved.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of one that was saved.
         data: See `embed`. Batches hold `"images"` and `"labels"`, indices into
             `class_names`.
         class_names: List of str.

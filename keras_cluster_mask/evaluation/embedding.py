@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.batches import num_images, read_batches
-from keras_cluster_mask.data.tokenizing import tokenize
+from keras_cluster_mask.data.tokenizing import length_of, tokenize
 from keras_cluster_mask.evaluation.checks import check_read_once
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
@@ -43,18 +43,18 @@ def embed(
     ```
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of one that was saved.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of one that was saved.
         data: Batches, or arrays. An iterable of batches (`image_text_dataset`, a
             `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or
             a pair `(images, labels)`, or images alone; or one such dictionary, pair or
             array that holds all data. Images are `(batch, H, W, C)`, uint8 or
             normalised floats.
         tokenizer: A callable from a list of bytes to ints `(batch, length)`, such as
-            a `CLIPTokenizer`, or a tokenizer of open_clip or Hugging Face, which is
-            padded and truncated to the length that the model takes. It reads the
-            `"captions"` of the batches: one an image, or a tuple of several. `None`
-            embeds their `"token_ids"`, if there are any.
+            a `CLIPTokenizer`, or a tokenizer of open_clip or Hugging Face, which pads
+            and truncates to its own length, or to the model's if that is less or it
+            has none. It reads the `"captions"` of the batches: one an image, or a
+            tuple of several. `None` embeds their `"token_ids"`, if there are any.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -127,8 +127,8 @@ def embed_texts(
     ```
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of one that was saved.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of one that was saved.
         texts: List of str or bytes.
         tokenizer: As for `embed`.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
@@ -164,8 +164,8 @@ class Embedder:
     whole training run.
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of one that was saved.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of one that was saved.
     """
 
     def __init__(self, model):
@@ -185,7 +185,9 @@ class Embedder:
                 "`tokenizer` must be a callable from a list of bytes to ints, such as "
                 "a `CLIPTokenizer`. Received: tokenizer=None"
             )
-        length = self.model.context_length
+        # Its own length is that of training, which the tower's may exceed.
+        lengths = length_of(tokenizer), self.model.context_length
+        length = min((x for x in lengths if x is not None), default=None)
         check_tokenizer(self.model, tokenizer, length)
         return functools.partial(tokenize, tokenizer, context_length=length)
 

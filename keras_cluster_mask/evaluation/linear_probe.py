@@ -206,8 +206,8 @@ def evaluate_linear_probe(
     ```
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of one that was saved.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of one that was saved.
         train: See `embed`. Batches hold `"images"` and `"labels"`, ints; other entries
             are ignored.
         test: Data of the same kind.

@@ -112,8 +112,8 @@ def evaluate_retrieval(
     ```
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of one that was saved.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of one that was saved.
         data: See `embed`. Batches hold `"images"`, and `"token_ids"` or, for a
             `tokenizer`, `"captions"`. The partner of a text is the image in its row.
         tokenizer: See `embed`.

@@ -15,9 +15,9 @@ def as_contrastive_model(model) -> ContrastiveModel:
     """The model itself, or one made of a backbone or read from a file.
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of a file that `save` wrote of one of them or of the folder of a
-            keras_hub preset.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of a file that `save` wrote of one of them or
+            of the folder of a keras_hub preset.
 
     Returns:
         A `ContrastiveModel`.
@@ -51,8 +51,8 @@ def image_size_of(model) -> tuple[int | None, int | None]:
     ```
 
     Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone` or `SigLIPBackbone`, or
-            the path of one that was saved.
+        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+            `SigLIPBackbone`, or the path of one that was saved.
 
     Returns:
         `(height, width)`, each `None` where the image encoder takes any or does not

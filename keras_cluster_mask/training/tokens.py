@@ -5,11 +5,14 @@ import hashlib
 
 import numpy as np
 
+# Tokens of a text that a fingerprint holds.
+NUM_TOKENS = 6
+
 
 def check_tokenizer(model, tokenizer, context_length=None):
     """Raises an error for a tokenizer that does not suit a model.
 
-    It is applied to a few fixed sentences. The model must have been trained with it or
+    It is applied to a few fixed texts. The model must have been trained with it or
     with none that is known, and its text tower must find the special tokens it needs.
 
     Args:
@@ -23,7 +26,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
         those of a data set.
     """
     # Imported here: it needs packages that `import keras` does not.
-    from keras_cluster_mask.data.tokenizing import probe
+    from keras_cluster_mask.data.tokenizing import VARIANTS, probe
 
     ids = probe(tokenizer, context_length)
     if ids is None:
@@ -46,7 +49,10 @@ def check_tokenizer(model, tokenizer, context_length=None):
             f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} at "
             f"{ids.argmax(1).tolist()}, for three sentences"
         )
-    found, expected = _fingerprint(model, ids), model.tokenizer_fingerprint
+    # A tokenizer of a small vocabulary may take plain words only.
+    variants = probe(tokenizer, context_length, VARIANTS)
+    found = _fingerprint(model, ids, variants)
+    expected = model.tokenizer_fingerprint
     if expected is not None and found != expected:
         raise ValueError(
             "`tokenizer` must be the one that the model was trained with; to change it "
@@ -80,21 +86,37 @@ def remembered_tokenizer(model, data):
         raise
 
 
-def _fingerprint(model, ids):
-    """Hashes what the text tower of a model sees of the ids of fixed sentences."""
-    rows = [row.tolist() for row in ids]
-    if model.pools_highest_id:
-        # It is causal: what follows the token at which it pools has no influence.
-        rows = [row[: row.index(max(row)) + 1] for row in rows]
+def _fingerprint(model, *ids):
+    """Hashes what the text tower of a model sees of the ids of fixed texts."""
+    rows = []
+    for part in ids:
+        if part is None:
+            continue
+        for row, end in zip(part, _pooled_at(model, part)):
+            if end is None:
+                rows.append(row.tolist())
+            else:
+                # It is causal: what follows the token at which it pools has no
+                # influence. Another length truncates the same texts elsewhere.
+                rows.append([*row[: min(end, NUM_TOKENS)].tolist(), int(row[end])])
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
+def _pooled_at(model, ids):
+    """The column at which a text tower pools each row; `None` if it reads all."""
+    if model.end_token_id is not None:
+        return np.argmax(ids == model.end_token_id, axis=1)
+    return ids.argmax(axis=1) if model.pools_highest_id else [None] * len(ids)
+
+
 def _has_special_tokens(ids):
-    """Whether sentences of rising lengths begin alike and end in the highest id."""
+    """Whether sentences begin alike, and end in the highest id."""
     ends = ids.argmax(axis=1)
-    # Sentences that are too long end in the last column.
-    moves = (np.diff(ends) > 0) | (ends[1:] == ids.shape[1] - 1)
     same = [len(np.unique(tokens)) == 1 for tokens in (ids[:, 0], ids.max(axis=1))]
+    # Any words come before the end token, all that follows it is padding.
+    after = np.concatenate([row[end + 1 :] for row, end in zip(ids, ends)])
     # The first is one word: what repeats before its end token fills up the row.
     is_filled = ends[0] > 1 and ids[0, ends[0] - 1] == ids[0, ends[0] - 2]
-    return bool(all(same) and ends[0] > 0 and moves.all() and not is_filled)
+    return bool(
+        all(same) and ends.all() and len(np.unique(after)) <= 1 and not is_filled
+    )

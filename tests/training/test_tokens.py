@@ -1,5 +1,8 @@
 """Whether a tokenizer suits a text tower, in `fit` and in evaluation."""
 
+import html
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from keras_cluster_mask.evaluation import (
     evaluate_retrieval,
     evaluate_zero_shot,
 )
+from keras_cluster_mask.training.tokens import check_tokenizer
 from tests.helpers import (
     CONTEXT,
     FAST,
@@ -18,10 +22,14 @@ from tests.helpers import (
     image_mlp,
     random_pairs,
     text_bag,
+    tiny_clip,
+    tiny_metaclip,
     tiny_siglip,
 )
 
 START, END = VOCABULARY - 2, VOCABULARY - 1
+# The end token that a MetaCLIP 2 backbone pools at.
+METACLIP_END = 2
 
 
 def make_tokenizer(start=(START,), end=END, length=CONTEXT, padding=0):
@@ -312,3 +320,155 @@ def test_towers_that_read_whole_rows_tell_how_they_are_filled_up(shard):
     embed_texts(model, ["a cat"], make_tokenizer(), verbose=0)
     with pytest.raises(ValueError, match=ANOTHER):
         embed_texts(model, ["a cat"], make_tokenizer(padding=END), verbose=0)
+
+
+# === A tokenizer of its own length ===
+
+
+def hugging_face(end, **options):
+    """A tokenizer of words that ends texts in a token of this id."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    names = {START: "<s>", end: "</s>", 1: "<pad>", 3: "<unk>"}
+    words = iter(["dog", "two", "red", "boats", "on", "the", "sea", "a", "child"])
+    ids = {names.get(i) or next(words, f"w{i}"): i for i in range(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(ids, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", end)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", **options
+    )
+
+
+FAMILIES = {"clip": (tiny_clip, END), "metaclip": (tiny_metaclip, METACLIP_END)}
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_trained_model_takes_its_tokenizer_of_a_length_below_the_towers(
+    shard, family
+):
+    backbone, end = FAMILIES[family]
+    tokenizer = hugging_face(end, model_max_length=4)
+    model = kcm.ContrastiveModel.from_backbone(backbone())
+    model.compile("sgd", **FAST)
+    model.fit(stream(shard, tokenizer), verbose=0)
+    for evaluate in evaluations(model, shard, tokenizer).values():
+        evaluate()
+    # Texts are truncated as in training.
+    found = embed_texts(model, ["two red boats on"], tokenizer, verbose=0)
+    ids = tokenizer("two red", padding=False)["input_ids"]
+    expected = keras.ops.convert_to_numpy(model.encode_text(np.array([ids])))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.any_backend
+def test_a_tokenizer_without_a_length_makes_rows_of_the_towers():
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
+    text = "two red boats on the sea"
+    found, expected = (
+        embed_texts(model, [text], hugging_face(END, **options), verbose=0)
+        for options in ({}, {"model_max_length": CONTEXT})
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_towers_that_pool_at_the_end_take_rows_of_any_length_and_padding(family):
+    end = FAMILIES[family][1]
+    if family == "clip":
+        backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, 12, 4)
+    else:
+        backbone = tiny_metaclip()
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    longest = model.context_length
+    lengths = (longest, 8) if family == "clip" else (longest,)
+    tokenizers = [
+        make_tokenizer(end=end, length=length, padding=padding)
+        for length in lengths
+        for padding in (0, end)
+    ]
+    model.tokenizer_fingerprint = check_tokenizer(model, tokenizers[0])
+    texts = ["aac", "d"]
+    expected = embed_texts(model, texts, tokenizers[0], verbose=0)
+    for tokenizer in tokenizers[1:]:
+        found = embed_texts(model, texts, tokenizer, verbose=0)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+# === What a tokenizer does to texts that are not of plain words ===
+
+CLEANED = {
+    "case": bytes.lower,
+    "digits": lambda text: re.sub(rb"\d", b"0", text),
+    "punctuation": lambda text: re.sub(rb"[.,!']", b"", text),
+    "accents": lambda text: text.replace("é".encode(), b"e"),
+    "symbols": lambda text: text.decode().replace("€", "?").encode(),
+    "entities": lambda text: html.unescape(text.decode()).encode(),
+}
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("kind", list(CLEANED))
+def test_a_tokenizer_that_cleans_texts_otherwise_is_another(clip, kind):
+    tokenizer, clean = make_tokenizer(), CLEANED[kind]
+
+    def cleaned(texts):
+        return tokenizer([clean(text) for text in texts])
+
+    assert check_tokenizer(clip, cleaned) != check_tokenizer(clip, tokenizer)
+
+
+@pytest.mark.any_backend
+def test_the_ways_of_open_clip_to_clean_texts_are_different_tokenizers():
+    open_clip = pytest.importorskip("open_clip")
+    backbone = kcm.models.clip_backbone("tiny", 16, patch_size=4)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    ways = ("lower", "whitespace", "canonicalize")
+    tokenizers = [open_clip.SimpleTokenizer(clean=way) for way in ways]
+    found = [check_tokenizer(model, tokenizer) for tokenizer in tokenizers]
+    assert len(set(found)) == 3
+    ours = kcm.data.CLIPTokenizer.from_open_clip(16)
+    assert check_tokenizer(model, ours) == found[0]
+
+
+@pytest.mark.any_backend
+def test_a_tokenizer_of_plain_words_alone_is_recognised_too(clip):
+    def plain(texts):
+        if not all(re.fullmatch(rb"[a-z ]*", text) for text in texts):
+            raise KeyError("unknown letter")
+        return make_tokenizer()(texts)
+
+    def reverse(texts):
+        return plain([text[::-1] for text in texts])
+
+    assert check_tokenizer(clip, plain) != check_tokenizer(clip, reverse)
+
+
+# === Tokenizers that drop words ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("known", ["", "dog", "sea", "two red", "tall tree"])
+def test_a_clip_tower_takes_a_tokenizer_that_drops_unknown_words(clip, known):
+    words = known.encode().split()
+
+    def tokenizer(texts):
+        kept = [b"".join(w for w in text.split() if w in words) for text in texts]
+        return make_tokenizer()(kept)
+
+    found = embed_texts(clip, ["dog", "two cats"], tokenizer, verbose=0)
+    assert found.shape == (2, 96)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("length", [3, 4, CONTEXT])
+def test_the_highest_id_must_come_after_the_words(clip, length):
+    tokenizer = make_tokenizer(start=(START, END), end=None, length=length)
+    with pytest.raises(ValueError, match=r"`tokenizer` must .*highest id.*Received: "):
+        embed_texts(clip, ["a cat"], tokenizer, verbose=0)
