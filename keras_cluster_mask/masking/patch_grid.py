@@ -1,5 +1,7 @@
 """Where the axes of images are, and how many patches they have."""
 
+import math
+
 import keras
 
 
@@ -44,16 +46,61 @@ def grid_shape(
     return sides[0] // patch_size[0], sides[1] // patch_size[1]
 
 
+def grid_of_square_patches(
+    num_patches: int, shape: tuple | None = None, data_format: str | None = None
+) -> tuple[int, int]:
+    """The rows and columns of square patches, from their number.
+
+    Args:
+        num_patches: Integer, the patches of an image.
+        shape: The shape of a batch of images. `None` stands for square images.
+        data_format: `"channels_last"`, `"channels_first"` or `None`.
+
+    Raises:
+        ValueError: If so many square patches do not fill an image of this shape.
+    """
+    sides = (1, 1)
+    if shape is not None:
+        shape = tuple(shape)
+        sides = height_and_width(shape, data_format) if len(shape) == 4 else (None,) * 2
+    if None not in sides:
+        height, width = sides
+        rows = math.isqrt(num_patches * height // width)
+        if rows and rows * rows * width == num_patches * height:
+            return rows, num_patches // rows
+    raise ValueError(
+        "`grid` must be given as `(rows, columns)`, since the number of patches and "
+        "the images, square if there are none, say nothing about a grid of square "
+        f"patches. Received: grid=None, num_patches={num_patches}, images.shape={shape}"
+    )
+
+
 def standardize_patch_size(patch_size) -> tuple[int, int]:
     """The sides of a patch, `(height, width)`, from one integer or two."""
     sides = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
-    if (
-        not isinstance(sides, (tuple, list))
-        or len(sides) != 2
-        or not all(isinstance(side, int) and side > 0 for side in sides)
-    ):
+    if not _are_two_positive_integers(sides):
         raise ValueError(
             "`patch_size` must be a positive integer or a tuple of two. "
             f"Received: patch_size={patch_size}"
         )
     return tuple(sides)
+
+
+def standardize_grid(grid) -> tuple[int, int] | None:
+    """`(rows, columns)` of patches as a tuple, or `None`."""
+    if grid is None:
+        return None
+    if not _are_two_positive_integers(grid):
+        raise ValueError(
+            "`grid` must be None or a tuple of two positive integers, "
+            f"(rows, columns). Received: grid={grid}"
+        )
+    return tuple(grid)
+
+
+def _are_two_positive_integers(values):
+    return (
+        isinstance(values, (tuple, list))
+        and len(values) == 2
+        and all(isinstance(value, int) and value > 0 for value in values)
+    )

@@ -7,7 +7,11 @@ from keras import ops
 
 from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.masking.context import context, report_kept
-from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
+from keras_cluster_mask.masking.patch_grid import (
+    grid_of_square_patches,
+    grid_shape,
+    standardize_patch_size,
+)
 
 
 class PatchMasking(keras.layers.Layer):
@@ -82,6 +86,9 @@ class PatchMasking(keras.layers.Layer):
     patch_size = None
     data_format = None
 
+    # For strategies that look at places: `(rows, columns)` of patches, if it was given.
+    grid = None
+
     def __init__(self, mask_ratio=0.5, num_prefix_tokens=None, seed=None, **kwargs):
         # Similarity is computed in float32 under any dtype policy, and tokens keep
         # their dtype, so inputs must not be cast.
@@ -151,6 +158,8 @@ class PatchMasking(keras.layers.Layer):
 
     def count_patches(self, images=None, tokens=None):
         """How many patches an image has: by its size, or by the number of tokens."""
+        if self.grid is not None:
+            return math.prod(self.grid)
         if self.patch_size is not None:
             if images is None:
                 raise ValueError(
@@ -177,6 +186,25 @@ class PatchMasking(keras.layers.Layer):
                 f"Received: tokens.shape={tuple(tokens.shape)}"
             )
         return tokens.shape[1] - self.num_prefix_tokens
+
+    def grid_shape(self, num_patches, images=None):
+        """The rows and columns of patches, for strategies that look at places.
+
+        Args:
+            num_patches: Integer, N.
+            images: Images, or `None` if the layer was called without.
+
+        Returns:
+            A tuple of two integers: `grid` or, if it was not given, what the sides of
+            the images say. Without images the grid is square.
+        """
+        if self.grid is not None:
+            return self.grid
+        if self.patch_size is not None:
+            patch_size = standardize_patch_size(self.patch_size)
+            return grid_shape(images.shape, patch_size, self.data_format)
+        shape = None if images is None else images.shape
+        return grid_of_square_patches(num_patches, shape, self.data_format)
 
     # === What every strategy shares ===
 
@@ -217,12 +245,18 @@ class PatchMasking(keras.layers.Layer):
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
         num_patches = self.count_patches(images, tokens)
         inputs = tokens if images is None else images
+        if inputs is None and noise is None:
+            raise ValueError(
+                "`noise` must be given where neither `images` nor `tokens` tell the "
+                "number of images. Received: noise=None"
+            )
         if noise is None:
             part = getattr(context, "part", None)
             size, take = part or (ops.shape(inputs)[0], lambda x: x)
             noise = take(self.draw(size, num_patches))
         noise = ops.convert_to_tensor(noise, dtype="float32")
-        _check_noise(noise, inputs.shape[0], num_patches)
+        batch_size = None if inputs is None else inputs.shape[0]
+        _check_noise(noise, batch_size, num_patches)
         return self.score(noise, images, tokens), noise
 
     def _keep_best(self, score, noise):
@@ -393,6 +427,21 @@ def order_by_score(score, noise):
     by_noise = ops.argsort(-noise, axis=-1)
     by_score = ops.argsort(-ops.take_along_axis(score, by_noise, axis=1), axis=-1)
     return ops.cast(ops.take_along_axis(by_noise, by_score, axis=1), "int32")
+
+
+def second_draw(noise):
+    """A second draw from the noise: of its lower bits, which the upper ones leave free.
+
+    Args:
+        noise: `(batch, N)` float32 tensor in `[0, 1)`.
+
+    Returns:
+        `(batch, N)` float32 tensor in `[0, 1)`, independent of the first 12 bits of
+        the noise.
+    """
+    # Exact, as 4096 is a power of two: all backends get the same.
+    scaled = noise * 4096.0
+    return scaled - ops.floor(scaled)
 
 
 def check_ratio(name, value):

@@ -160,6 +160,76 @@ class TestNoise:
         np.testing.assert_array_equal(numpy(masking.seed_generator.state.value), before)
 
 
+# Strategies that look at places alone.
+BY_PLACE = [kcm.CenteredMasking, kcm.GridMasking, kcm.BlockMasking]
+
+
+@pytest.mark.parametrize("strategy", BY_PLACE)
+class TestGrid:
+    @pytest.mark.parametrize("grid", [(2, 8), (8, 2), (4, 4)])
+    def test_is_told_by_the_sides_of_the_images(self, strategy, grid):
+        images = np.zeros((4, grid[0] * 4, grid[1] * 4, 3), "uint8")
+        noise = draw_noise(np.random.default_rng(0), 4, 16)
+        tokens = tokens_of(4, 1 + 16)
+        told = strategy(num_prefix_tokens=1)
+        given = strategy(grid=grid)
+        inputs = dict(training=True, noise=noise)
+        np.testing.assert_array_equal(
+            numpy(told(tokens, images=images, **inputs)),
+            numpy(given(tokens, **inputs)),
+        )
+
+    def test_is_square_where_no_images_are_given(self, strategy):
+        noise = draw_noise(np.random.default_rng(1), 4, 16)
+        told, _ = strategy(num_prefix_tokens=1).select(
+            tokens=tokens_of(4, 17), noise=noise
+        )
+        given, _ = strategy(grid=(4, 4)).select(noise=noise)
+        np.testing.assert_array_equal(*numpy(told, given))
+
+    @pytest.mark.any_backend
+    @pytest.mark.parametrize(
+        ("num_patches", "images_shape"),
+        [(12, None), (16, (2, 16, 48, 3)), (12, (2, 16, 16, 3))],
+    )
+    def test_that_cannot_be_told_must_be_given(
+        self, strategy, num_patches, images_shape
+    ):
+        images = None if images_shape is None else np.zeros(images_shape, "uint8")
+        masking = strategy(num_prefix_tokens=1)
+        message = r"`grid` must be given.*Received: grid=None, num_patches=1[26]"
+        with pytest.raises(ValueError, match=message):
+            masking(tokens_of(2, 1 + num_patches), images=images, training=True)
+
+    @pytest.mark.any_backend
+    @pytest.mark.parametrize("grid", [4, (4,), (4, 0), (4.0, 4), (1, 2, 3), "grid"])
+    def test_that_is_none_is_refused(self, strategy, grid):
+        with pytest.raises(ValueError, match=r"`grid` must be .*Received: grid="):
+            strategy(grid=grid)
+
+    @pytest.mark.any_backend
+    def test_that_does_not_fit_the_tokens_is_refused(self, strategy):
+        masking = strategy(grid=(4, 4), num_prefix_tokens=1)
+        message = r"does not fit the image grid: expected 17.*tokens\.shape\[1\]=21"
+        with pytest.raises(ValueError, match=message):
+            masking(tokens_of(2, 21), training=True)
+
+    @pytest.mark.any_backend
+    def test_alone_does_not_say_how_many_images_there_are(self, strategy):
+        with pytest.raises(ValueError, match=r"`noise` must be given.*noise=None"):
+            strategy(grid=(4, 4)).select()
+
+    @pytest.mark.any_backend
+    def test_survives_the_config(self, strategy):
+        masking = strategy(grid=(4, 6), num_prefix_tokens=1, seed=3, name="by_place")
+        revived = keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(masking)
+        )
+        assert type(revived) is strategy
+        assert revived.get_config() == masking.get_config()
+        assert revived.grid == (4, 6)
+
+
 class TestMaskRatio:
     @pytest.mark.parametrize("mask_ratio", [0.0, 0.25, 0.9])
     def test_last_mask_ratio_is_what_was_left_out(self, mask_ratio):
