@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.masking.patch_grid import standardize_grid
-from keras_cluster_mask.masking.patch_masking import PatchMasking, second_draw
+from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.masking.selection import second_draw
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")

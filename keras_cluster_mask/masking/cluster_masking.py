@@ -5,8 +5,8 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.masking.patch_grid import standardize_patch_size
-from keras_cluster_mask.masking.patch_masking import (
-    PatchMasking,
+from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.masking.selection import (
     check_ratio,
     kept_count,
     order_by_score,

@@ -5,9 +5,9 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.context import part_of_batch
-from keras_cluster_mask.masking.patch_masking import order_by_score
+from keras_cluster_mask.masking.selection import order_by_score, second_draw
 from tests.masking.images import draw_noise, dtype_of, numpy, output_mask
-from tests.masking.test_cluster_masking import tokens_of
+from tests.masking.test_cluster_masking import FALSE_ALARM, chi_square, tokens_of
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -228,6 +228,16 @@ class TestGrid:
         assert type(revived) is strategy
         assert revived.get_config() == masking.get_config()
         assert revived.grid == (4, 6)
+
+
+def test_a_second_draw_is_uniform_and_does_not_depend_on_the_first():
+    noise = kcm.RandomMasking(0.5, 0, seed=6).draw(1000, 64)
+    first, second = numpy(noise, second_draw(noise))
+    np.testing.assert_array_equal(second, np.modf(first.astype("float64") * 4096)[0])
+    counts, _, _ = np.histogram2d(
+        first.ravel(), second.ravel(), bins=8, range=[(0, 1), (0, 1)]
+    )
+    assert chi_square(counts.ravel(), first.size, 1) > FALSE_ALARM
 
 
 class TestMaskRatio:
