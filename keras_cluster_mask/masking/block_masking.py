@@ -12,11 +12,11 @@ from keras_cluster_mask.masking.selection import second_draw
 class BlockMasking(PatchMasking):
     """Keeps one square block of patches of every training image.
 
-    The block masking of CLIPA. The block is the least square that holds the patches to
-    keep, all its places in the image are equally likely, and everything outside it is
-    left out. Patches that the square holds beyond the number to keep go at random. In
-    a grid that is too low or too narrow for the square, the block takes the whole side
-    of the grid and is no longer than needed.
+    The block masking of CLIPA. The block is the smallest square that holds the patches
+    to keep. All its positions in the image are equally likely, and everything outside
+    it is left out. Patches that the square holds beyond the number to keep are left out
+    at random. If a side of the grid is too short for the square, the block takes this
+    whole side and is no longer than needed on the other.
 
     Example:
 
@@ -28,9 +28,9 @@ class BlockMasking(PatchMasking):
 
     Args:
         mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
-        grid: Tuple `(rows, columns)` of patches. `None` tells it from the number of
-            patches and the sides of the images, for square patches; where the layer is
-            called without images, the grid is square.
+        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number
+            of patches and the size of the images, for square patches; where the layer
+            is called without images, the grid is square.
         num_prefix_tokens: Integer. How many tokens before the patch tokens
             always stay, 1 for a class token. `kcm.with_masking` fills it in
             if it is `None`; a layer of your own model needs it.
@@ -38,13 +38,13 @@ class BlockMasking(PatchMasking):
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-        ValueError: In a call, if the grid cannot be told.
+        ValueError: In a call, if the grid cannot be inferred.
 
     Reference:
         - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
         - [Official code](https://github.com/UCSC-VLAA/CLIPA), which describes this
           masking, a single block kept and the rest removed, but does not contain it.
-          The shape of the block and the choice of its place are not said there.
+          It does not say which shape and position the block has.
     """
 
     def __init__(

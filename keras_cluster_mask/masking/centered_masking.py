@@ -13,15 +13,15 @@ class CenteredMasking(PatchMasking):
     """Leaves out random patches of every training image, those near the border first.
 
     The masking of GLIP. The score of a patch is its noise plus the density of a
-    two-dimensional normal distribution at its place, and the patches of the highest
+    two-dimensional normal distribution at its position, and the patches of the highest
     scores stay. The grid spans -1 to 1 on both axes, and the distribution lies in its
     middle. With the default variance and half of 14 x 14 patches left out, each of the
     four patches in the centre stays in more than 99.9 % of the images, and a patch on
     the border in 33 % on average.
 
-    Where few patches stay, those on the border are practically never seen: in none of
-    100,000 images at 16 of 14 x 14 patches, for more than a third of all patches. GLIP
-    trains on whole images for one more epoch.
+    If few patches stay, those near the border are practically never seen: with 16 of
+    14 x 14 patches, more than a third of the patches stayed in none of 100,000 draws.
+    GLIP trains on whole images for one more epoch.
 
     Example:
 
@@ -35,9 +35,9 @@ class CenteredMasking(PatchMasking):
         mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
         variance: Float > 0. The variance of the distribution on each axis. A smaller
             one also has a higher density in the centre, and so less randomness.
-        grid: Tuple `(rows, columns)` of patches. `None` tells it from the number of
-            patches and the sides of the images, for square patches; where the layer is
-            called without images, the grid is square.
+        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number
+            of patches and the size of the images, for square patches; where the layer
+            is called without images, the grid is square.
         num_prefix_tokens: Integer. How many tokens before the patch tokens
             always stay, 1 for a class token. `kcm.with_masking` fills it in
             if it is `None`; a layer of your own model needs it.
@@ -45,7 +45,7 @@ class CenteredMasking(PatchMasking):
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-        ValueError: In a call, if the grid cannot be told.
+        ValueError: In a call, if the grid cannot be inferred.
 
     Reference:
         - [Centered Masking for Language-Image Pre-Training](
@@ -88,5 +88,5 @@ class CenteredMasking(PatchMasking):
 
 
 def _axis(count):
-    """The places of patches on one axis, from -1 to 1."""
+    """The coordinates of patches on one axis, from -1 to 1."""
     return np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1)

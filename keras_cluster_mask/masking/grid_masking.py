@@ -24,9 +24,9 @@ class GridMasking(PatchMasking):
     Args:
         window: Integer. The side of a window in patches. It sets the share of the
             patches to leave out, `1 - 1 / window**2`, so there is no `mask_ratio`.
-        grid: Tuple `(rows, columns)` of patches, multiples of `window`. `None` tells it
-            from the number of patches and the sides of the images, for square patches;
-            where the layer is called without images, the grid is square.
+        grid: Tuple `(rows, columns)` of patches, multiples of `window`. `None` infers
+            it from the number of patches and the size of the images, for square
+            patches; where the layer is called without images, the grid is square.
         num_prefix_tokens: Integer. How many tokens before the patch tokens
             always stay, 1 for a class token. `kcm.with_masking` fills it in
             if it is `None`; a layer of your own model needs it.
@@ -34,14 +34,14 @@ class GridMasking(PatchMasking):
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-        ValueError: In a call, if the grid cannot be told, or if `window` does not
+        ValueError: In a call, if the grid cannot be inferred, or if `window` does not
             divide it.
 
     Reference:
         - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
         - [Official code](https://github.com/UCSC-VLAA/CLIPA), which describes this
-          masking but does not contain it. Whether all windows keep the same place is
-          not said there; here each draws its own.
+          masking but does not contain it. It does not say whether all
+          windows keep the same position; here each draws its own.
     """
 
     def __init__(

@@ -29,13 +29,7 @@ def grid_shape(
         ValueError: If the shape has no four axes, or a side is not known or not
             divisible by that of a patch.
     """
-    shape = tuple(shape)
-    if len(shape) != 4:
-        raise ValueError(
-            "`images` must have rank 4, (batch, height, width, channels) or "
-            f"channels first. Received: images.shape={shape}"
-        )
-    sides = height_and_width(shape, data_format)
+    sides, shape = _sides(shape, data_format), tuple(shape)
     for name, side, patch in zip(("height", "width"), sides, patch_size):
         if side is None or side % patch:
             raise ValueError(
@@ -53,26 +47,34 @@ def grid_of_square_patches(
 
     Args:
         num_patches: Integer, the patches of an image.
-        shape: The shape of a batch of images. `None` stands for square images.
+        shape: The shape of a batch of images. `None` assumes square images.
         data_format: `"channels_last"`, `"channels_first"` or `None`.
 
     Raises:
-        ValueError: If so many square patches do not fill an image of this shape.
+        ValueError: If a side of the images is not known, or if so many square patches
+            do not fill them.
     """
-    sides = (1, 1)
-    if shape is not None:
-        shape = tuple(shape)
-        sides = height_and_width(shape, data_format) if len(shape) == 4 else (None,) * 2
-    if None not in sides:
-        height, width = sides
+    height, width = (1, 1) if shape is None else _sides(shape, data_format)
+    if None not in (height, width):
         rows = math.isqrt(num_patches * height // width)
         if rows and rows * rows * width == num_patches * height:
             return rows, num_patches // rows
+    image = "a square image" if shape is None else f"{height} x {width} pixels"
     raise ValueError(
-        "`grid` must be given as `(rows, columns)`, since the number of patches and "
-        "the images, square if there are none, say nothing about a grid of square "
-        f"patches. Received: grid=None, num_patches={num_patches}, images.shape={shape}"
+        "`grid` must be given as `(rows, columns)`, as it does not follow from "
+        f"{num_patches} square patches and {image}. Received: grid=None, "
+        f"num_patches={num_patches}, images.shape={shape and tuple(shape)}"
     )
+
+
+def _sides(shape, data_format):
+    shape = tuple(shape)
+    if len(shape) != 4:
+        raise ValueError(
+            "`images` must have rank 4, (batch, height, width, channels) or "
+            f"channels first. Received: images.shape={shape}"
+        )
+    return height_and_width(shape, data_format)
 
 
 def standardize_patch_size(patch_size) -> tuple[int, int]:

@@ -92,7 +92,7 @@ class PatchMasking(keras.layers.Layer):
     patch_size = None
     data_format = None
 
-    # For strategies that look at places: `(rows, columns)` of patches, if it was given.
+    # For strategies that depend on position: `(rows, columns)` of patches, if given.
     grid = None
 
     def __init__(self, mask_ratio=0.5, num_prefix_tokens=None, seed=None, **kwargs):
@@ -194,15 +194,15 @@ class PatchMasking(keras.layers.Layer):
         return tokens.shape[1] - self.num_prefix_tokens
 
     def grid_shape(self, num_patches, images=None):
-        """The rows and columns of patches, for strategies that look at places.
+        """The rows and columns of patches, for strategies that depend on position.
 
         Args:
             num_patches: Integer, N.
             images: Images, or `None` if the layer was called without.
 
         Returns:
-            A tuple of two integers: `grid` or, if it was not given, what the sides of
-            the images say. Without images the grid is square.
+            A tuple of two integers: `grid` or, if it was not given, what follows from
+            the size of the images. Without images the grid is square.
         """
         if self.grid is not None:
             return self.grid

@@ -22,7 +22,7 @@ def order_by_score(score, noise):
 
 
 def second_draw(noise):
-    """A second draw from the noise: of its lower bits, which the upper ones leave free.
+    """A second draw from the noise: its lower bits, independent of the upper ones.
 
     Args:
         noise: `(batch, N)` float32 tensor in `[0, 1)`.

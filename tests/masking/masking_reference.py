@@ -259,7 +259,7 @@ def margin_at_threshold(s_unrounded, threshold):
     return np.abs(s - float(np.float32(threshold))).min(axis=1)
 
 
-# === Strategies that look at places alone ===
+# === Strategies that depend on position alone ===
 
 
 def _keep_highest(score, noise, K):

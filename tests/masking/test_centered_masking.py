@@ -59,7 +59,7 @@ def test_a_tiny_variance_keeps_the_centre_and_random_others():
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("variance", [0, -0.2, float("nan"), float("inf"), "wide"])
-def test_refuses_a_variance_that_is_none(variance):
+def test_refuses_a_variance_that_is_not_finite_and_positive(variance):
     with pytest.raises(ValueError, match=r"`variance` must .*Received: variance="):
         kcm.CenteredMasking(variance=variance)
 

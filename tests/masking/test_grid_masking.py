@@ -71,7 +71,7 @@ def test_refuses_a_grid_that_its_window_does_not_divide(grid):
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("window", [0, -2, 2.0, 0.5, "two", None])
-def test_refuses_a_window_that_is_no_number_of_patches(window):
+def test_refuses_a_window_that_is_not_a_positive_integer(window):
     with pytest.raises(ValueError, match=r"`window` must be .*Received: window="):
         kcm.GridMasking(window)
 

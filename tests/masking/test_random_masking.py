@@ -14,13 +14,13 @@ from tests.masking.images import (
     output_mask,
 )
 from tests.masking.test_cluster_masking import FALSE_ALARM, chi_square, tokens_of
-from tests.masking.test_patch_masking import BY_PLACE
+from tests.masking.test_patch_masking import BY_POSITION
 
 
 class MaskingLayerTest(testing.TestCase):
     def test_is_a_keras_layer_in_every_respect(self):
         for strategy, prefix in itertools.product(
-            [kcm.RandomMasking, *BY_PLACE], (0, 1)
+            [kcm.RandomMasking, *BY_POSITION], (0, 1)
         ):
             self.run_layer_test(
                 strategy,
