@@ -8,14 +8,24 @@ import sys
 # spawned worker that reads data imports this package too, and does without Keras.
 if "keras" in sys.modules or multiprocessing.parent_process() is None:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
-    from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
+    from keras_cluster_mask.masking import (
+        BlockMasking,
+        CenteredMasking,
+        ClusterMasking,
+        GridMasking,
+        PatchMasking,
+        RandomMasking,
+    )
     from keras_cluster_mask.models import ContrastiveModel, with_masking
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMasking",
+    "CenteredMasking",
     "ClusterMasking",
     "ContrastiveModel",
+    "GridMasking",
     "PatchMasking",
     "RandomMasking",
     "callbacks",

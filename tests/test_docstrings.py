@@ -62,8 +62,11 @@ def examples():
 def test_there_are_examples_to_run():
     names = {parameter.values[0].rsplit(".", 1)[-1] for parameter in examples()}
     assert names >= {
+        "BlockMasking",
+        "CenteredMasking",
         "ClusterMasking",
         "ContrastiveModel",
+        "GridMasking",
         "PatchMasking",
         "RandomMasking",
         "masking_statistics",

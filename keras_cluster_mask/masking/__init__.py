@@ -1,12 +1,18 @@
 """Which patches of a training image stay: one strategy a file, one base class."""
 
+from keras_cluster_mask.masking.block_masking import BlockMasking
+from keras_cluster_mask.masking.centered_masking import CenteredMasking
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
+from keras_cluster_mask.masking.grid_masking import GridMasking
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.random_masking import RandomMasking
 from keras_cluster_mask.masking.statistics import MaskingStatistics, masking_statistics
 
 __all__ = [
+    "BlockMasking",
+    "CenteredMasking",
     "ClusterMasking",
+    "GridMasking",
     "MaskingStatistics",
     "PatchMasking",
     "RandomMasking",

@@ -5,8 +5,8 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.masking.patch_grid import standardize_patch_size
-from keras_cluster_mask.masking.patch_masking import (
-    PatchMasking,
+from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.masking.selection import (
     check_ratio,
     kept_count,
     order_by_score,
@@ -48,14 +48,14 @@ class ClusterMasking(PatchMasking):
     Example:
 
     ```python
-    images = np.random.rand(2, 32, 32, 3)
-    tokens = np.random.rand(2, 1 + 16, 64)  # a class token and 4 x 4 patches
+    images = np.random.rand(16, 32, 32, 3)
+    tokens = np.random.rand(16, 1 + 16, 64)  # a class token and 4 x 4 patches
     masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5, seed=0)
-    kept = masking(tokens, images=images, training=True)  # (2, 1 + 8, 64)
+    kept = masking(tokens, images=images, training=True)  # (16, 1 + 8, 64)
 
     masking = kcm.ClusterMasking(patch_size=8, min_mask_ratio=0.3, seed=0)
     masking.adapt(images)
-    kept = masking(tokens, images=images, training=True)  # (2, 1 + 11, 64)
+    kept = masking(tokens, images=images, training=True)  # (16, 1 + 11, 64)
     ```
 
     Args:

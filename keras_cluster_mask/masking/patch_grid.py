@@ -1,5 +1,7 @@
 """Where the axes of images are, and how many patches they have."""
 
+import math
+
 import keras
 
 
@@ -27,13 +29,7 @@ def grid_shape(
         ValueError: If the shape has no four axes, or a side is not known or not
             divisible by that of a patch.
     """
-    shape = tuple(shape)
-    if len(shape) != 4:
-        raise ValueError(
-            "`images` must have rank 4, (batch, height, width, channels) or "
-            f"channels first. Received: images.shape={shape}"
-        )
-    sides = height_and_width(shape, data_format)
+    sides, shape = _sides(shape, data_format), tuple(shape)
     for name, side, patch in zip(("height", "width"), sides, patch_size):
         if side is None or side % patch:
             raise ValueError(
@@ -44,16 +40,69 @@ def grid_shape(
     return sides[0] // patch_size[0], sides[1] // patch_size[1]
 
 
+def grid_of_square_patches(
+    num_patches: int, shape: tuple | None = None, data_format: str | None = None
+) -> tuple[int, int]:
+    """The rows and columns of square patches, from their number.
+
+    Args:
+        num_patches: Integer, the patches of an image.
+        shape: The shape of a batch of images. `None` assumes square images.
+        data_format: `"channels_last"`, `"channels_first"` or `None`.
+
+    Raises:
+        ValueError: If a side of the images is not known, or if so many square patches
+            do not fill them.
+    """
+    height, width = (1, 1) if shape is None else _sides(shape, data_format)
+    if None not in (height, width):
+        rows = math.isqrt(num_patches * height // width)
+        if rows and rows * rows * width == num_patches * height:
+            return rows, num_patches // rows
+    image = "a square image" if shape is None else f"{height} x {width} pixels"
+    raise ValueError(
+        "`grid` must be given as `(rows, columns)`, as it does not follow from "
+        f"{num_patches} square patches and {image}. Received: grid=None, "
+        f"num_patches={num_patches}, images.shape={shape and tuple(shape)}"
+    )
+
+
+def _sides(shape, data_format):
+    shape = tuple(shape)
+    if len(shape) != 4:
+        raise ValueError(
+            "`images` must have rank 4, (batch, height, width, channels) or "
+            f"channels first. Received: images.shape={shape}"
+        )
+    return height_and_width(shape, data_format)
+
+
 def standardize_patch_size(patch_size) -> tuple[int, int]:
     """The sides of a patch, `(height, width)`, from one integer or two."""
     sides = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
-    if (
-        not isinstance(sides, (tuple, list))
-        or len(sides) != 2
-        or not all(isinstance(side, int) and side > 0 for side in sides)
-    ):
+    if not _are_two_positive_integers(sides):
         raise ValueError(
             "`patch_size` must be a positive integer or a tuple of two. "
             f"Received: patch_size={patch_size}"
         )
     return tuple(sides)
+
+
+def standardize_grid(grid) -> tuple[int, int] | None:
+    """`(rows, columns)` of patches as a tuple, or `None`."""
+    if grid is None:
+        return None
+    if not _are_two_positive_integers(grid):
+        raise ValueError(
+            "`grid` must be None or a tuple of two positive integers, "
+            f"(rows, columns). Received: grid={grid}"
+        )
+    return tuple(grid)
+
+
+def _are_two_positive_integers(values):
+    return (
+        isinstance(values, (tuple, list))
+        and len(values) == 2
+        and all(isinstance(value, int) and value > 0 for value in values)
+    )

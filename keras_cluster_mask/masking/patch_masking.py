@@ -8,7 +8,18 @@ from keras import ops
 
 from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.masking.context import context, report_kept
-from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
+from keras_cluster_mask.masking.patch_grid import (
+    grid_of_square_patches,
+    grid_shape,
+    standardize_patch_size,
+)
+from keras_cluster_mask.masking.selection import (
+    check_noise,
+    check_ratio,
+    kept_count,
+    order_by_score,
+    probe_pixels,
+)
 
 
 class PatchMasking(keras.layers.Layer):
@@ -83,6 +94,9 @@ class PatchMasking(keras.layers.Layer):
     patch_size = None
     data_format = None
 
+    # For strategies that depend on position: `(rows, columns)` of patches, if given.
+    grid = None
+
     def __init__(self, mask_ratio=0.5, num_prefix_tokens=None, seed=None, **kwargs):
         # Similarity is computed in float32 under any dtype policy, and tokens keep
         # their dtype, so inputs must not be cast.
@@ -152,6 +166,8 @@ class PatchMasking(keras.layers.Layer):
 
     def count_patches(self, images=None, tokens=None):
         """How many patches an image has: by its size, or by the number of tokens."""
+        if self.grid is not None:
+            return math.prod(self.grid)
         if self.patch_size is not None:
             if images is None:
                 raise ValueError(
@@ -178,6 +194,25 @@ class PatchMasking(keras.layers.Layer):
                 f"Received: tokens.shape={tuple(tokens.shape)}"
             )
         return tokens.shape[1] - self.num_prefix_tokens
+
+    def grid_shape(self, num_patches, images=None):
+        """The rows and columns of patches, for strategies that depend on position.
+
+        Args:
+            num_patches: Integer, N.
+            images: Images, or `None` if the layer was called without.
+
+        Returns:
+            A tuple of two integers: `grid` or, if it was not given, what follows from
+            the size of the images. Without images the grid is square.
+        """
+        if self.grid is not None:
+            return self.grid
+        if self.patch_size is not None:
+            patch_size = standardize_patch_size(self.patch_size)
+            return grid_shape(images.shape, patch_size, self.data_format)
+        shape = None if images is None else images.shape
+        return grid_of_square_patches(num_patches, shape, self.data_format)
 
     # === What every strategy shares ===
 
@@ -218,12 +253,18 @@ class PatchMasking(keras.layers.Layer):
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
         num_patches = self.count_patches(images, tokens)
         inputs = tokens if images is None else images
+        if inputs is None and noise is None:
+            raise ValueError(
+                "`noise` must be given where neither `images` nor `tokens` tell the "
+                "number of images. Received: noise=None"
+            )
         if noise is None:
             part = getattr(context, "part", None)
             size, take = part or (ops.shape(inputs)[0], lambda x: x)
             noise = take(self.draw(size, num_patches))
         noise = ops.convert_to_tensor(noise, dtype="float32")
-        _check_noise(noise, inputs.shape[0], num_patches)
+        batch_size = None if inputs is None else inputs.shape[0]
+        check_noise(noise, batch_size, num_patches)
         return self.score(noise, images, tokens), noise
 
     def _keep_best(self, score, noise):
@@ -382,52 +423,3 @@ class PatchMasking(keras.layers.Layer):
             }
         )
         return config
-
-
-# === Functions of scores and numbers ===
-
-
-def order_by_score(score, noise):
-    """Patch indices from the highest score to the lowest.
-
-    Args:
-        score: `(batch, N)` float32 tensor.
-        noise: `(batch, N)` float32 tensor. Of equal scores the one with the
-            larger noise comes first.
-
-    Returns:
-        `(batch, N)` int32 tensor of indices.
-    """
-    # `argsort` is stable on all backends (`top_k` is not on torch), so two
-    # sorts, the lesser criterion first, order by both.
-    by_noise = ops.argsort(-noise, axis=-1)
-    by_score = ops.argsort(-ops.take_along_axis(score, by_noise, axis=1), axis=-1)
-    return ops.cast(ops.take_along_axis(by_noise, by_score, axis=1), "int32")
-
-
-def probe_pixels(prepare_pixels):
-    """What a function makes of a few uint8 pixels, which distinguishes it."""
-    pixels = np.arange(27, dtype="uint8").reshape(1, 3, 3, 3)
-    return ops.convert_to_numpy(prepare_pixels(ops.convert_to_tensor(pixels)))
-
-
-def check_ratio(name, value):
-    """Raises unless `value` is a number in `[0, 1)`."""
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value}")
-
-
-def kept_count(num_patches, ratio):
-    """How many of `num_patches` stay if `ratio` of them goes, at least 1."""
-    # 1e-6 mends products such as 10 * (1 - 0.9) = 0.99999...
-    return max(1, int(num_patches * (1.0 - ratio) + 1e-6))
-
-
-def _check_noise(noise, batch_size, num_patches):
-    shape = tuple(noise.shape)
-    fits = len(shape) == 2 and shape[1] == num_patches
-    if not fits or (None not in (shape[0], batch_size) and shape[0] != batch_size):
-        raise ValueError(
-            f"`noise` must have shape ({batch_size or 'batch'}, {num_patches}), one "
-            f"value a patch. Received: noise.shape={shape}"
-        )

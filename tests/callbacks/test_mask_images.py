@@ -109,7 +109,7 @@ def test_images_of_an_unchanged_masking_are_equal(tmp_path):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("masking", [kcm.RandomMasking, HideByNoise])
+@pytest.mark.parametrize("masking", [kcm.RandomMasking, kcm.BlockMasking, HideByNoise])
 def test_maskings_without_a_patch_size_are_drawn(tmp_path, masking):
     model = make_model(masking(0.5, num_prefix_tokens=0))
     images = random_pairs(2)["images"]

@@ -257,3 +257,86 @@ def margin_at_threshold(s_unrounded, threshold):
     """
     s = np.asarray(s_unrounded, np.float64)
     return np.abs(s - float(np.float32(threshold))).min(axis=1)
+
+
+# === Strategies that depend on position alone ===
+
+
+def _keep_highest(score, noise, K):
+    """The K patches of the highest score; ties go to larger noise, then lower index."""
+    indices = [sorted(_order(-s, row)[:K]) for s, row in zip(score, noise)]
+    return np.array(indices, np.int32), np.ones((len(noise), K), bool)
+
+
+def centered_score(noise, grid, variance):
+    """Noise plus the density of a 2-D normal at each patch (GLIP, arXiv 2403.15837).
+
+    The centres of the outer patches lie at -1 and 1 on each axis, and those of a single
+    row or column at 0.
+    """
+    y, x = np.meshgrid(
+        *(np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in grid), indexing="ij"
+    )
+    density = np.exp(-(x * x + y * y) / (2 * variance)) / (2 * np.pi * variance)
+    return _float64(noise) + density.ravel()
+
+
+def select_centered(noise, grid, mask_ratio, variance):
+    """Centred masking: the K patches of the highest score (arXiv 2403.15837)."""
+    noise = _float64(noise)
+    K = kept_count(noise.shape[1], mask_ratio)
+    return _keep_highest(centered_score(noise, grid, variance), noise, K)
+
+
+def select_grid(noise, grid, window):
+    """Grid masking: the patch of the largest noise of each window (CLIPA, 2305.07017).
+
+    Ties go to the patch that comes first in its window, row by row.
+    """
+    rows, columns = grid
+    indices = []
+    for row in _float64(noise).reshape(-1, rows, columns):
+        kept = []
+        for top in range(0, rows, window):
+            for left in range(0, columns, window):
+                part = row[top : top + window, left : left + window]
+                y, x = np.unravel_index(np.argmax(part), part.shape)
+                kept.append((top + y) * columns + left + x)
+        indices.append(sorted(kept))
+    indices = np.array(indices, np.int32)
+    return indices, np.ones(indices.shape, bool)
+
+
+def block_sides(grid, K):
+    """The least square that holds K patches, or as near to one as the grid allows."""
+    rows, columns = grid
+    side = int(np.ceil(np.sqrt(K)))
+    if side > rows:
+        return rows, -(-K // rows)
+    if side > columns:
+        return -(-K // columns), columns
+    return side, side
+
+
+def select_block(noise, grid, mask_ratio):
+    """Block masking: K patches of a block at a uniform place (CLIPA, 2305.07017).
+
+    The noise of the first patch draws the place. Where the block holds more than K
+    patches, those of the smallest low bits of the noise go.
+    """
+    noise = _float64(noise)
+    rows, columns = grid
+    K = kept_count(rows * columns, mask_ratio)
+    height, width = block_sides(grid, K)
+    places = [
+        (top, left)
+        for top in range(rows - height + 1)
+        for left in range(columns - width + 1)
+    ]
+    score = np.full(noise.shape, -1.0)
+    for b, row in enumerate(noise):
+        top, left = places[int(row[0] * len(places))]
+        for y in range(top, top + height):
+            for x in range(left, left + width):
+                score[b, y * columns + x] = np.modf(row[y * columns + x] * 4096)[0]
+    return _keep_highest(score, noise, K)

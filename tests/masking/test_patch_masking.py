@@ -5,9 +5,10 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.context import part_of_batch
-from keras_cluster_mask.masking.patch_masking import order_by_score
+from keras_cluster_mask.masking.patch_grid import grid_of_square_patches
+from keras_cluster_mask.masking.selection import order_by_score, second_draw
 from tests.masking.images import draw_noise, dtype_of, numpy, output_mask
-from tests.masking.test_cluster_masking import tokens_of
+from tests.masking.test_cluster_masking import FALSE_ALARM, chi_square, tokens_of
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -158,6 +159,96 @@ class TestNoise:
         before = numpy(masking.seed_generator.state.value)
         masking(tokens_of(2, 17))
         np.testing.assert_array_equal(numpy(masking.seed_generator.state.value), before)
+
+
+# Strategies that depend on position alone.
+BY_POSITION = [kcm.CenteredMasking, kcm.GridMasking, kcm.BlockMasking]
+
+
+@pytest.mark.parametrize("strategy", BY_POSITION)
+class TestGrid:
+    @pytest.mark.parametrize("grid", [(2, 8), (8, 2), (4, 4)])
+    def test_is_inferred_from_the_size_of_the_images(self, strategy, grid):
+        images = np.zeros((4, grid[0] * 4, grid[1] * 4, 3), "uint8")
+        noise = draw_noise(np.random.default_rng(0), 4, 16)
+        tokens = tokens_of(4, 1 + 16)
+        inferred = strategy(num_prefix_tokens=1)
+        given = strategy(grid=grid)
+        inputs = dict(training=True, noise=noise)
+        np.testing.assert_array_equal(
+            numpy(inferred(tokens, images=images, **inputs)),
+            numpy(given(tokens, **inputs)),
+        )
+
+    def test_is_square_where_no_images_are_given(self, strategy):
+        noise = draw_noise(np.random.default_rng(1), 4, 16)
+        inferred, _ = strategy(num_prefix_tokens=1).select(
+            tokens=tokens_of(4, 17), noise=noise
+        )
+        given, _ = strategy(grid=(4, 4)).select(noise=noise)
+        np.testing.assert_array_equal(*numpy(inferred, given))
+
+    @pytest.mark.any_backend
+    @pytest.mark.parametrize(
+        ("num_patches", "images_shape"),
+        [(12, None), (16, (2, 16, 48, 3)), (12, (2, 16, 16, 3))],
+    )
+    def test_that_cannot_be_inferred_must_be_given(
+        self, strategy, num_patches, images_shape
+    ):
+        images = None if images_shape is None else np.zeros(images_shape, "uint8")
+        masking = strategy(num_prefix_tokens=1)
+        message = r"`grid` must be given.*Received: grid=None, num_patches=1[26], ima"
+        with pytest.raises(ValueError, match=message):
+            masking(tokens_of(2, 1 + num_patches), images=images, training=True)
+
+    @pytest.mark.any_backend
+    @pytest.mark.parametrize("grid", [4, (4,), (4, 0), (4.0, 4), (1, 2, 3), "grid"])
+    def test_that_is_not_two_numbers_is_refused(self, strategy, grid):
+        with pytest.raises(ValueError, match=r"`grid` must be .*Received: grid="):
+            strategy(grid=grid)
+
+    @pytest.mark.any_backend
+    def test_that_does_not_fit_the_tokens_is_refused(self, strategy):
+        masking = strategy(grid=(4, 4), num_prefix_tokens=1)
+        message = r"does not fit the image grid: expected 17.*tokens\.shape\[1\]=21"
+        with pytest.raises(ValueError, match=message):
+            masking(tokens_of(2, 21), training=True)
+
+    @pytest.mark.any_backend
+    def test_alone_does_not_say_how_many_images_there_are(self, strategy):
+        with pytest.raises(ValueError, match=r"`noise` must be given.*noise=None"):
+            strategy(grid=(4, 4)).select()
+
+    @pytest.mark.any_backend
+    def test_survives_the_config(self, strategy):
+        masking = strategy(grid=(4, 6), num_prefix_tokens=1, seed=3, name="by_position")
+        revived = keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(masking)
+        )
+        assert type(revived) is strategy
+        assert revived.get_config() == masking.get_config()
+        assert revived.grid == (4, 6)
+
+
+def test_a_second_draw_is_uniform_and_does_not_depend_on_the_first():
+    noise = kcm.RandomMasking(0.5, 0, seed=6).draw(1000, 64)
+    first, second = numpy(noise, second_draw(noise))
+    np.testing.assert_array_equal(second, np.modf(first.astype("float64") * 4096)[0])
+    counts, _, _ = np.histogram2d(
+        first.ravel(), second.ravel(), bins=8, range=[(0, 1), (0, 1)]
+    )
+    assert chi_square(counts.ravel(), first.size, 1) > FALSE_ALARM
+
+
+@pytest.mark.any_backend
+def test_a_grid_is_inferred_from_images_of_both_data_formats():
+    assert grid_of_square_patches(8, (1, 3, 16, 32), "channels_first") == (2, 4)
+    assert grid_of_square_patches(8, (1, 16, 32, 3), "channels_last") == (2, 4)
+    with pytest.raises(ValueError, match=r"`grid` must be given.*16 x None pixels"):
+        grid_of_square_patches(8, (None, 16, None, 3), "channels_last")
+    with pytest.raises(ValueError, match=r"`images` must have rank 4"):
+        grid_of_square_patches(8, (16, 32, 3))
 
 
 class TestMaskRatio:

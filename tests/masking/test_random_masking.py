@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from keras.src import testing
@@ -12,14 +14,17 @@ from tests.masking.images import (
     output_mask,
 )
 from tests.masking.test_cluster_masking import FALSE_ALARM, chi_square, tokens_of
+from tests.masking.test_patch_masking import BY_POSITION
 
 
-class RandomMaskingLayerTest(testing.TestCase):
+class MaskingLayerTest(testing.TestCase):
     def test_is_a_keras_layer_in_every_respect(self):
-        for prefix in (0, 1):
+        for strategy, prefix in itertools.product(
+            [kcm.RandomMasking, *BY_POSITION], (0, 1)
+        ):
             self.run_layer_test(
-                kcm.RandomMasking,
-                init_kwargs={"mask_ratio": 0.5, "num_prefix_tokens": prefix, "seed": 1},
+                strategy,
+                init_kwargs={"num_prefix_tokens": prefix, "seed": 1},
                 input_shape=(2, prefix + 16, 8),
                 call_kwargs={"training": True},
                 expected_output_shape=(2, None, 8),

@@ -23,6 +23,11 @@ from tests.helpers import (
 )
 
 FEW, MANY = 8, 38
+BY_POSITION = {
+    "centered": kcm.CenteredMasking,
+    "grid": kcm.GridMasking,
+    "block": kcm.BlockMasking,
+}
 
 
 def draw(case):
@@ -44,7 +49,7 @@ def draw(case):
     return {
         "encoders": encoders,
         "dtype": choose("float32", "mixed_bfloat16"),
-        "masking": choose(None, "random", "cluster", "threshold"),
+        "masking": choose(None, "random", "cluster", "threshold", *BY_POSITION),
         "frozen": [
             choose(None, "image tower", "text tower", "masked encoder"),
             choose(None, "block", "weight"),
@@ -61,6 +66,8 @@ def make_masking(kind, encoders):
     own = {"num_prefix_tokens": 0} if encoders == "own" else {}
     if kind == "random":
         return kcm.RandomMasking(0.5, seed=3, **own)
+    if kind in BY_POSITION:
+        return BY_POSITION[kind](seed=3, **own)
     if kind == "cluster":
         return kcm.ClusterMasking(4, seed=3, softness=0.1, **own)
     if kind == "threshold":

@@ -26,16 +26,21 @@ from tests.helpers import (
 
 BATCH = 12
 MASKINGS = {
-    "budget": dict(mask_ratio=0.5),
-    "threshold": dict(mask_ratio=0.5, min_mask_ratio=0.25, threshold=0.05),
+    "budget": lambda: kcm.ClusterMasking(4, seed=1),
+    "threshold": lambda: kcm.ClusterMasking(
+        4, min_mask_ratio=0.25, threshold=0.05, seed=1
+    ),
+    "centered": lambda: kcm.CenteredMasking(num_prefix_tokens=0, seed=1),
+    "grid": lambda: kcm.GridMasking(num_prefix_tokens=0, seed=1),
+    "block": lambda: kcm.BlockMasking(num_prefix_tokens=0, seed=1),
 }
 
 
 def make_model(masking="budget", dropout=False, **kwargs):
     keras.utils.set_random_seed(0)
     mix = keras.layers.Dropout(0.3, seed=5) if dropout else None
-    masking = kcm.ClusterMasking(4, seed=1, **MASKINGS[masking])
-    encoder = kcm.with_masking(functional_vit(mix=mix), masking, "positions")
+    encoder = functional_vit(mix=mix)
+    encoder = kcm.with_masking(encoder, MASKINGS[masking](), "positions")
     return kcm.ContrastiveModel(encoder, text_bag(), **kwargs)
 
 
@@ -63,7 +68,14 @@ def in_chunks_by_hand(model, num_chunks):
 
 
 @pytest.mark.parametrize(
-    ("masking", "loss"), [("budget", "softmax"), ("threshold", "sigmoid")]
+    ("masking", "loss"),
+    [
+        ("budget", "softmax"),
+        ("threshold", "sigmoid"),
+        ("centered", "softmax"),
+        ("grid", "softmax"),
+        ("block", "softmax"),
+    ],
 )
 def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
     pairs = random_pairs(BATCH)

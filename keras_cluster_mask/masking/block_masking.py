@@ -1,0 +1,90 @@
+import math
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.masking.patch_grid import standardize_grid
+from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.masking.selection import second_draw
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class BlockMasking(PatchMasking):
+    """Keeps one square block of patches of every training image.
+
+    The block masking of CLIPA. The block is the smallest square that holds the patches
+    to keep. All its positions in the image are equally likely, and everything outside
+    it is left out. Patches that the square holds beyond the number to keep are left out
+    at random. If a side of the grid is too short for the square, the block takes this
+    whole side and is no longer than needed on the other.
+
+    Example:
+
+    ```python
+    tokens = np.random.rand(2, 1 + 16, 8)  # a class token and 4 x 4 patches
+    masking = kcm.BlockMasking(mask_ratio=0.75, num_prefix_tokens=1)
+    kept = masking(tokens, training=True)  # (2, 1 + 4, 8), of 2 x 2 patches
+    ```
+
+    Args:
+        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number
+            of patches and the size of the images, for square patches; where the layer
+            is called without images, the grid is square.
+        num_prefix_tokens: Integer. How many tokens before the patch tokens
+            always stay, 1 for a class token. `kcm.with_masking` fills it in
+            if it is `None`; a layer of your own model needs it.
+        seed: Integer. Makes the noise repeatable.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: In a call, if the grid cannot be inferred.
+
+    Reference:
+        - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
+        - [Official code](https://github.com/UCSC-VLAA/CLIPA), which describes this
+          masking, a single block kept and the rest removed, but does not contain it.
+          It does not say which shape and position the block has.
+    """
+
+    def __init__(
+        self, mask_ratio=0.5, grid=None, num_prefix_tokens=None, seed=None, **kwargs
+    ):
+        super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
+        self.grid = standardize_grid(grid)
+
+    def score(self, noise, images=None, tokens=None):
+        rows, columns = self.grid_shape(noise.shape[1], images)
+        height, width = _block_sides(rows, columns, self.num_kept(rows * columns))
+
+        places_across = columns - width + 1
+        num_places = (rows - height + 1) * places_across
+        place = ops.cast(noise[:, :1] * num_places, "int32")
+        # Rounding can lift noise just below 1 to the number of places.
+        place = ops.minimum(place, num_places - 1)
+        top, left = place // places_across, place % places_across
+
+        patches = ops.arange(rows * columns, dtype="int32")
+        y, x = patches // columns, patches % columns
+        is_inside = ops.logical_and(
+            ops.logical_and(y >= top, y < top + height),
+            ops.logical_and(x >= left, x < left + width),
+        )
+        # Not the noise itself: where the first patch lies in the block, its noise is
+        # small, since it drew that place.
+        return ops.where(is_inside, second_draw(noise), -1.0)
+
+    def get_config(self):
+        config = super().get_config()
+        config["grid"] = self.grid
+        return config
+
+
+def _block_sides(rows, columns, num_kept):
+    """The height and width of the block, in patches."""
+    side = math.isqrt(num_kept - 1) + 1
+    if side > rows:
+        return rows, math.ceil(num_kept / rows)
+    if side > columns:
+        return math.ceil(num_kept / columns), columns
+    return side, side

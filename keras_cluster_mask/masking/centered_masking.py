@@ -1,0 +1,92 @@
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.masking.patch_grid import standardize_grid
+from keras_cluster_mask.masking.patch_masking import PatchMasking
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class CenteredMasking(PatchMasking):
+    """Leaves out random patches of every training image, those near the border first.
+
+    The masking of GLIP. The score of a patch is its noise plus the density of a
+    two-dimensional normal distribution at its position, and the patches of the highest
+    scores stay. The grid spans -1 to 1 on both axes, and the distribution lies in its
+    middle. With the default variance and half of 14 x 14 patches left out, each of the
+    four patches in the centre stays in more than 99.9 % of the images, and a patch on
+    the border in 33 % on average.
+
+    If few patches stay, those near the border are practically never seen: with 16 of
+    14 x 14 patches, more than a third of the patches stayed in none of 100,000 draws.
+    GLIP trains on whole images for one more epoch.
+
+    Example:
+
+    ```python
+    tokens = np.random.rand(2, 1 + 16, 8)  # a class token and 4 x 4 patches
+    masking = kcm.CenteredMasking(mask_ratio=0.5, num_prefix_tokens=1)
+    kept = masking(tokens, training=True)  # (2, 1 + 8, 8)
+    ```
+
+    Args:
+        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        variance: Float > 0. The variance of the distribution on each axis. A smaller
+            one also has a higher density in the centre, and so less randomness.
+        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number
+            of patches and the size of the images, for square patches; where the layer
+            is called without images, the grid is square.
+        num_prefix_tokens: Integer. How many tokens before the patch tokens
+            always stay, 1 for a class token. `kcm.with_masking` fills it in
+            if it is `None`; a layer of your own model needs it.
+        seed: Integer. Makes the noise repeatable.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: In a call, if the grid cannot be inferred.
+
+    Reference:
+        - [Centered Masking for Language-Image Pre-Training](
+          https://arxiv.org/abs/2403.15837)
+        - [Official code](https://github.com/MingliangLiang3/GLIP), whose `std` is the
+          variance here: it is passed as one. The code takes a square grid from one
+          side of the image. Here the grid has rows and columns of its own, and a
+          single row or column lies in the middle.
+    """
+
+    def __init__(
+        self,
+        mask_ratio=0.5,
+        variance=0.2,
+        grid=None,
+        num_prefix_tokens=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
+        if not isinstance(variance, (int, float)) or not 0 < variance < math.inf:
+            raise ValueError(
+                "`variance` must be a finite number greater than 0. "
+                f"Received: variance={variance}"
+            )
+        self.variance = float(variance)
+        self.grid = standardize_grid(grid)
+
+    def score(self, noise, images=None, tokens=None):
+        rows, columns = self.grid_shape(noise.shape[1], images)
+        y, x = np.meshgrid(_axis(rows), _axis(columns), indexing="ij")
+        density = np.exp(-(x * x + y * y) / (2 * self.variance))
+        density = density.ravel() / (2 * math.pi * self.variance)
+        return noise + ops.convert_to_tensor(density, dtype="float32")
+
+    def get_config(self):
+        config = super().get_config()
+        config.update({"variance": self.variance, "grid": self.grid})
+        return config
+
+
+def _axis(count):
+    """The coordinates of patches on one axis, from -1 to 1."""
+    return np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1)

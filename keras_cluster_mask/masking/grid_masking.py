@@ -1,0 +1,86 @@
+import keras
+from keras import ops
+
+from keras_cluster_mask.masking.patch_grid import standardize_grid
+from keras_cluster_mask.masking.patch_masking import PatchMasking
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class GridMasking(PatchMasking):
+    """Keeps one random patch of every window of patches.
+
+    The grid masking of CLIPA. Windows of `window` x `window` patches tile every
+    training image, and each keeps exactly one patch: a quarter of the patches stay at
+    the default of 2 x 2, and every part of the image is seen.
+
+    Example:
+
+    ```python
+    tokens = np.random.rand(2, 1 + 16, 8)  # a class token and 4 x 4 patches
+    masking = kcm.GridMasking(window=2, num_prefix_tokens=1)
+    kept = masking(tokens, training=True)  # (2, 1 + 4, 8)
+    ```
+
+    Args:
+        window: Integer. The side of a window in patches. It sets the share of the
+            patches to leave out, `1 - 1 / window**2`, so there is no `mask_ratio`.
+        grid: Tuple `(rows, columns)` of patches, multiples of `window`. `None` infers
+            it from the number of patches and the size of the images, for square
+            patches; where the layer is called without images, the grid is square.
+        num_prefix_tokens: Integer. How many tokens before the patch tokens
+            always stay, 1 for a class token. `kcm.with_masking` fills it in
+            if it is `None`; a layer of your own model needs it.
+        seed: Integer. Makes the noise repeatable.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: In a call, if the grid cannot be inferred, or if `window` does not
+            divide it.
+
+    Reference:
+        - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
+        - [Official code](https://github.com/UCSC-VLAA/CLIPA), which describes this
+          masking but does not contain it. It does not say whether all
+          windows keep the same position; here each draws its own.
+    """
+
+    def __init__(
+        self, window=2, grid=None, num_prefix_tokens=None, seed=None, **kwargs
+    ):
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(
+                f"`window` must be an integer >= 1. Received: window={window}"
+            )
+        if "mask_ratio" in kwargs:
+            raise ValueError(
+                "`mask_ratio` is no argument of `GridMasking`, which leaves out "
+                "`1 - 1 / window**2` of the patches: pass `window`. "
+                f"Received: mask_ratio={kwargs['mask_ratio']}"
+            )
+        super().__init__(1 - 1 / window**2, num_prefix_tokens, seed, **kwargs)
+        self.window = window
+        self.grid = standardize_grid(grid)
+
+    def score(self, noise, images=None, tokens=None):
+        rows, columns = self.grid_shape(noise.shape[1], images)
+        side = self.window
+        if rows % side or columns % side:
+            raise ValueError(
+                "`window` must divide the rows and columns of the grid of patches. "
+                f"Received: window={side}, rows={rows}, columns={columns}"
+            )
+        down, across = rows // side, columns // side
+        windows = ops.reshape(noise, (-1, down, side, across, side))
+        windows = ops.transpose(windows, (0, 1, 3, 2, 4))
+        windows = ops.reshape(windows, (-1, down, across, side * side))
+        # By index and not by value, as equal noise would keep two patches of a window.
+        is_kept = ops.one_hot(ops.argmax(windows, axis=-1), side * side)
+        is_kept = ops.reshape(is_kept, (-1, down, across, side, side))
+        is_kept = ops.transpose(is_kept, (0, 1, 3, 2, 4))
+        return ops.reshape(is_kept, (-1, rows * columns))
+
+    def get_config(self):
+        config = super().get_config()
+        del config["mask_ratio"]
+        config.update({"window": self.window, "grid": self.grid})
+        return config

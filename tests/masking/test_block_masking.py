@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from tests.masking import masking_reference as reference
+from tests.masking.images import assert_selects, draw_noise, numpy
+from tests.masking.test_cluster_masking import FALSE_ALARM, chi_square
+
+ROWS = 48
+# Rows, columns. Odd, even, and too flat for a square of half the patches.
+GRIDS = [(4, 4), (5, 5), (3, 7), (7, 3), (6, 4), (2, 12), (12, 2), (1, 9)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_selects_as_the_reference(grid):
+    rng = np.random.default_rng(1)
+    for mask_ratio in (0.0, 0.3, 0.5, 0.75, 0.9):
+        noise = draw_noise(rng, ROWS, grid[0] * grid[1])
+        masking = kcm.BlockMasking(mask_ratio, grid=grid)
+        expected = reference.select_block(noise, grid, mask_ratio)
+        assert_selects(masking, expected, noise=noise)
+
+
+def blocks(indices, columns):
+    """The top, left, height and width of the smallest block around each selection."""
+    rows, columns = indices // columns, indices % columns
+    top, left = rows.min(axis=1), columns.min(axis=1)
+    return top, left, rows.max(axis=1) - top + 1, columns.max(axis=1) - left + 1
+
+
+def test_keeps_a_square_at_a_uniform_place():
+    # 9 of 36 patches, a square of 3 x 3 at one of 4 x 4 places.
+    masking = kcm.BlockMasking(0.75, num_prefix_tokens=0, seed=3)
+    indices, _ = numpy(*masking.select(tokens=np.zeros((6000, 36, 1), "float32")))
+    top, left, height, width = blocks(indices, 6)
+    np.testing.assert_array_equal(height, 3)
+    np.testing.assert_array_equal(width, 3)
+    counts = np.bincount(4 * top + left, minlength=16)
+    assert chi_square(counts, 6000, 1) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_keeps_patches_of_one_block_alone(grid):
+    masking = kcm.BlockMasking(0.5, grid=grid, seed=4)
+    K = reference.kept_count(grid[0] * grid[1], 0.5)
+    noise = masking.draw(ROWS, grid[0] * grid[1])
+    indices, _ = numpy(*masking.select(noise=noise))
+    assert indices.shape == (ROWS, K)
+    *_, height, width = blocks(indices, grid[1])
+    most = reference.block_sides(grid, K)
+    assert height.max() <= most[0]
+    assert width.max() <= most[1]
+
+
+def test_the_surplus_of_a_square_goes_at_random_wherever_the_square_is():
+    # 5 of 16 patches: a square of 3 x 3 at one of four places loses 4 patches. The
+    # noise of the first patch draws the place, which must not decide whether it stays.
+    masking = kcm.BlockMasking(0.68, num_prefix_tokens=0, seed=5)
+    noise = masking.draw(24000, 16)
+    indices, _ = numpy(*masking.select(tokens=np.zeros((24000, 16, 1)), noise=noise))
+    assert indices.shape[1] == 5
+    place = (numpy(noise)[:, 0] * 4).astype(int)
+    for number, corner in enumerate([0, 1, 4, 5]):
+        kept = np.bincount(indices[place == number].ravel(), minlength=16)
+        square = corner + np.array([0, 1, 2, 4, 5, 6, 8, 9, 10])
+        assert kept.sum() == kept[square].sum()
+        draws = np.sum(place == number)
+        assert chi_square(kept[square], draws, 5) > FALSE_ALARM

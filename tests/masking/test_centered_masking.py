@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from tests.masking import masking_reference as reference
+from tests.masking.images import assert_selects, draw_noise, numpy
+from tests.masking.test_cluster_masking import tokens_of
+
+ROWS = 48
+# Rows, columns. Odd, even, and not square.
+GRIDS = [(4, 4), (5, 5), (3, 7), (7, 3), (6, 4), (2, 12), (1, 9)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_selects_as_the_reference_wherever_the_cut_is_clear(grid):
+    rng = np.random.default_rng(1)
+    num_patches = grid[0] * grid[1]
+    left_out = total = 0
+    for mask_ratio, variance in [(0.5, 0.2), (0.75, 0.1), (0.3, 0.8)]:
+        noise = draw_noise(rng, ROWS, num_patches)
+        score = reference.centered_score(noise, grid, variance)
+        K = reference.kept_count(num_patches, mask_ratio)
+        clear = reference.gap_at_cut(-score, noise, K) > 2**-11
+        masking = kcm.CenteredMasking(mask_ratio, variance, grid=grid)
+        expected = reference.select_centered(noise, grid, mask_ratio, variance)
+        assert_selects(masking, expected, clear, noise=noise)
+        left_out += np.sum(~clear)
+        total += ROWS
+    assert left_out < 0.05 * total
+
+
+def test_keeps_the_centre_always_and_the_border_rarely():
+    masking = kcm.CenteredMasking(0.5, num_prefix_tokens=0, seed=0)
+    indices, _ = numpy(*masking.select(tokens=np.zeros((4000, 196, 1), "float32")))
+    assert indices.shape == (4000, 98)
+    share = np.bincount(indices.ravel(), minlength=196).reshape(14, 14) / 4000
+    # By a simulation in NumPy: at least 0.9996 each, and 0.327.
+    assert share[6:8, 6:8].min() > 0.998
+    border = np.ones((14, 14), bool)
+    border[1:-1, 1:-1] = False
+    assert abs(share[border].mean() - 0.327) < 0.005
+
+
+def test_a_large_variance_is_nearly_random():
+    masking = kcm.CenteredMasking(0.5, variance=1e4, grid=(4, 6))
+    noise = draw_noise(np.random.default_rng(2), ROWS, 24)
+    assert_selects(masking, reference.select_random(noise, 0.5), noise=noise)
+
+
+def test_a_tiny_variance_keeps_the_centre_and_random_others():
+    masking = kcm.CenteredMasking(0.5, variance=1e-9, grid=(3, 5))
+    noise = draw_noise(np.random.default_rng(3), ROWS, 15)
+    noise[:, 7] = 0.0
+    centre_first = noise.copy()
+    centre_first[:, 7] = 1.0
+    expected = reference.select_random(centre_first, 0.5)
+    assert_selects(masking, expected, noise=noise)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("variance", [0, -0.2, float("nan"), float("inf"), "wide"])
+def test_refuses_a_variance_that_is_not_finite_and_positive(variance):
+    with pytest.raises(ValueError, match=r"`variance` must .*Received: variance="):
+        kcm.CenteredMasking(variance=variance)
+
+
+def test_sees_the_shape_of_the_images():
+    # 3 x 7 and 7 x 3 patches have other centres.
+    noise = draw_noise(np.random.default_rng(4), ROWS, 21)
+    for grid in [(3, 7), (7, 3)]:
+        images = np.zeros((ROWS, grid[0] * 4, grid[1] * 4, 3), "uint8")
+        masking = kcm.CenteredMasking(0.8, num_prefix_tokens=1)
+        score = reference.centered_score(noise, grid, 0.2)
+        clear = reference.gap_at_cut(-score, noise, 4) > 2**-11
+        expected = reference.select_centered(noise, grid, 0.8, 0.2)
+        inputs = dict(images=images, tokens=tokens_of(ROWS, 22), noise=noise)
+        assert_selects(masking, expected, clear, **inputs)
