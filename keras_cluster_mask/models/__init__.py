@@ -5,6 +5,7 @@ from keras_cluster_mask.models.backbones import (
     MetaCLIP2ContrastiveModel,
     SigLIPContrastiveModel,
 )
+from keras_cluster_mask.models.context_length import with_context_length
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.image_size import with_image_size
@@ -25,6 +26,7 @@ __all__ = [
     "clip_backbone",
     "clip_layout_map",
     "image_size_of",
+    "with_context_length",
     "with_image_size",
     "with_masking",
 ]

@@ -1,0 +1,77 @@
+import keras
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.models.encoders import read_text_epsilon, write_text_epsilon
+
+# keras_hub's text encoders with a table of positions.
+TEXT_ENCODERS = "CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder"
+
+
+def with_context_length(model, length: int):
+    """Makes a copy of a text encoder that takes texts of another length.
+
+    All weights are copied but the positions, which are interpolated (linear, as
+    open_clip does). A stage of training on short texts costs less; the last one takes
+    the length that the model is to be used with. The given model is left as it is.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, context_length=8)
+    longer = kcm.models.with_context_length(backbone, 16)
+    model = kcm.ContrastiveModel.from_backbone(longer)
+    ```
+
+    Args:
+        model: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or `SigLIPBackbone`, or
+            the text encoder of one.
+        length: Integer, the most tokens of a text; of SigLIP, the tokens of each text.
+
+    Returns:
+        A model of the same class with weights of its own.
+
+    Raises:
+        ValueError: For another model, or a length of less than 3: a word between a
+            start and an end token.
+
+    Reference:
+        - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
+          for training on short texts.
+        - [open_clip](https://github.com/mlfoundations/open_clip),
+          `resize_text_pos_embed`.
+    """
+    encoder = getattr(model, "text_encoder", model)
+    if type(encoder).__name__ not in TEXT_ENCODERS:
+        raise ValueError(
+            "`model` must be a keras_hub CLIPBackbone, MetaCLIP2Backbone or "
+            "SigLIPBackbone, or the text encoder of one. "
+            f"Received: model={model} of type {type(model).__name__}"
+        )
+    if not isinstance(length, int) or isinstance(length, bool) or length < 3:
+        raise ValueError(
+            f"`length` must be an integer of at least 3. Received: length={length!r}"
+        )
+    config = model.get_config()
+    changed = config if encoder is model else config["text_encoder"]["config"]
+    changed["max_sequence_length"] = length
+    copy = type(model).from_config(config)
+    if hasattr(model, "clip_head"):
+        write_text_epsilon(copy, read_text_epsilon(model))
+    for old, new in zip(model.weights, copy.weights):
+        # The table of positions alone has another shape, and its row numbers, which
+        # are as they should be.
+        if tuple(old.shape) == tuple(new.shape):
+            new.assign(old)
+        elif keras.backend.is_float_dtype(new.dtype):
+            new.assign(_interpolated(old, length))
+    return copy
+
+
+def _interpolated(table, length):
+    """`(length, dim)` positions from `(old length, dim)`, each at its center."""
+    table = ops.convert_to_numpy(ops.cast(table, "float32"))
+    old = np.arange(len(table))
+    places = (np.arange(length) + 0.5) * len(table) / length - 0.5
+    columns = [np.interp(places, old, column) for column in table.T]
+    return np.stack(columns, axis=1).astype("float32")

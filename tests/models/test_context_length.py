@@ -1,0 +1,101 @@
+"""with_context_length: the same text encoder for texts of another length."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.models import with_context_length
+from tests.helpers import (
+    CONTEXT,
+    image_mlp,
+    random_pairs,
+    tiny_clip,
+    tiny_metaclip,
+    tiny_siglip,
+    values,
+)
+
+MAKERS = {"clip": tiny_clip, "metaclip": tiny_metaclip, "siglip": tiny_siglip}
+each_model = pytest.mark.parametrize("kind", list(MAKERS))
+
+
+def made(kind):
+    model = MAKERS[kind]()
+    rng = np.random.default_rng(0)
+    for weight in model.trainable_variables:
+        weight.assign(rng.normal(size=weight.shape).astype("float32"))
+    return model
+
+
+def tables(*models):
+    """The weights that differ in shape, of each model."""
+    pairs = zip(*(model.weights for model in models))
+    differ = [pair for pair in pairs if len({tuple(x.shape) for x in pair}) > 1]
+    # SigLIP has the numbers of the rows as well.
+    return [pair for pair in differ if "int" not in pair[0].dtype]
+
+
+@pytest.mark.any_backend
+@each_model
+@pytest.mark.parametrize("length", [3, CONTEXT, 9, 13])
+def test_positions_are_interpolated_as_torch_does(kind, length):
+    torch = pytest.importorskip("torch")
+    model = made(kind)
+    copy = with_context_length(model, length)
+    assert copy.text_encoder.max_sequence_length == length
+    found = tables(model, copy)
+    assert len(found) == (length != CONTEXT)
+    for old, new in found:
+        old, new = values([old, new])
+        expected = torch.nn.functional.interpolate(
+            torch.from_numpy(old.T[None]), size=length, mode="linear"
+        )
+        np.testing.assert_allclose(new, expected[0].numpy().T, atol=1e-5)
+
+
+@pytest.mark.any_backend
+@each_model
+def test_all_other_weights_are_copied_and_the_model_is_left_as_it_is(kind):
+    model = made(kind)
+    before = values(model.weights)
+    copy = with_context_length(model, 9)
+    changed = {id(pair[1]) for pair in tables(model, copy)}
+    for old, new in zip(model.weights, copy.weights):
+        assert old is not new
+        if id(new) not in changed and tuple(old.shape) == tuple(new.shape):
+            np.testing.assert_array_equal(*values([old, new]))
+    for one, other in zip(values(model.weights), before):
+        np.testing.assert_array_equal(one, other)
+
+
+@each_model
+def test_the_copy_of_the_same_length_is_the_model(kind):
+    model = made(kind)
+    ids = random_pairs(2)["token_ids"]
+    ids[:, -1] = 2 if kind == "metaclip" else 29
+    found, expected = (
+        kcm.ContrastiveModel.from_backbone(x).encode_text(ids)
+        for x in (with_context_length(model, CONTEXT), model)
+    )
+    np.testing.assert_array_equal(*map(ops.convert_to_numpy, (found, expected)))
+
+
+@pytest.mark.any_backend
+@each_model
+def test_a_text_encoder_alone_is_taken_too(kind):
+    encoder = made(kind).text_encoder
+    copy = with_context_length(encoder, 9)
+    assert type(copy) is type(encoder)
+    features = ops.convert_to_numpy(copy(np.ones((2, 9), "int32")))
+    assert len(features) == 2
+    assert np.isfinite(features).all()
+
+
+@pytest.mark.any_backend
+def test_what_cannot_be_done_is_refused():
+    with pytest.raises(ValueError, match=r"`model` must be.*Received: model="):
+        with_context_length(image_mlp(), 9)
+    for length in (2, 9.0, True, None):
+        with pytest.raises(ValueError, match=r"`length` must be.*Received: length="):
+            with_context_length(tiny_clip(), length)
