@@ -58,7 +58,7 @@ def visible_of(masking, images, noise):
     return found
 
 
-@pytest.mark.parametrize("num_layers", [1, 12])
+@pytest.mark.parametrize("num_layers", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_with_all_patches_the_output_is_that_of_the_last_block(num_layers):
     # More than nine blocks: their names are not in the order of their numbers.
     encoder = dino3(num_layers)
@@ -68,6 +68,7 @@ def test_with_all_patches_the_output_is_that_of_the_last_block(num_layers):
     np.testing.assert_allclose(found, to_numpy(encoder(images)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_average_pooling_passes_over_hidden_tokens():
     encoder = dino3()
     average = keras.layers.GlobalAveragePooling1D()(encoder.output)
@@ -83,7 +84,9 @@ def test_average_pooling_passes_over_hidden_tokens():
     np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("min_mask_ratio", [None, 0.25])
+@pytest.mark.parametrize(
+    "min_mask_ratio", [None, pytest.param(0.25, marks=pytest.mark.slow)]
+)
 def test_kept_tokens_are_those_of_the_whole_encoder_that_attends_to_them_alone(
     min_mask_ratio,
 ):
@@ -105,6 +108,7 @@ def test_kept_tokens_are_those_of_the_whole_encoder_that_attends_to_them_alone(
         np.testing.assert_allclose(seen, alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_whole_encoder():
     encoder = dino3()
     masked = kcm.with_masking(pooled(encoder), kcm.ClusterMasking(4, 0.5))
@@ -128,6 +132,7 @@ def test_gradients_are_those_of_the_whole_encoder():
         np.testing.assert_allclose(one, other, atol=1e-4 * scale, err_msg=weight.path)
 
 
+@pytest.mark.slow
 def test_inference_is_the_encoders_own_and_hidden_pixels_change_nothing():
     encoder = dino3()
     masked = kcm.with_masking(encoder, HideByNoise(0.5, num_prefix_tokens=PREFIX))
@@ -148,6 +153,7 @@ def test_inference_is_the_encoders_own_and_hidden_pixels_change_nothing():
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"micro_batch_size": 4}])
 def test_a_contrastive_model_trains_it_and_reloads(tmp_path, options):
     encoder = dino3(name="dino")
@@ -169,6 +175,7 @@ def test_a_contrastive_model_trains_it_and_reloads(tmp_path, options):
         np.testing.assert_allclose(found[key], value, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_mask_ratio", [None, 0.25])
 def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(min_mask_ratio):
     threshold = None if min_mask_ratio is None else 0.0
