@@ -22,7 +22,7 @@ from tests.helpers import (
     values,
 )
 
-FEW, MANY = 3, 38
+FEW, MANY = 3, 20
 BY_POSITION = {
     "centered": kcm.CenteredMasking,
     "grid": kcm.GridMasking,
