@@ -41,9 +41,8 @@ class Checkpoint(keras.callbacks.Callback):
     A loss that is NaN or infinite stops the run with an error that names the step, the
     last checkpoint, and the samples of the batch if they are known: of an
     `image_text_dataset` for training, and of data with an entry `"sample_id"` (strings
-    or numbers). So does a weight or a moment of the
-    optimizer that is NaN or infinite when it is to be saved. Nothing is saved of such
-    a step.
+    or numbers). So does a weight or a moment of the optimizer that is NaN or infinite
+    when it is to be saved. Nothing is saved of such a step.
 
     Example:
 

@@ -14,10 +14,10 @@ from keras_cluster_mask.training.inputs import SAMPLE_ID, holds_strings
 class ArrayBatches:
     """Full batches of arrays, epoch after epoch without end.
 
-    Keras would train on what is left of an epoch as on a batch, though the loss depends
-    on the size of the batch; and no run could resume within an order that Keras draws.
-    Here each epoch has an order of its own that depends on a seed alone, and the pairs
-    that fill no batch are left out after the shuffle, others in each epoch.
+    Keras also trains on the last, partial batch, but the loss depends on the batch
+    size. And it draws an order that a resumed run cannot repeat. Here the order of an
+    epoch depends on a seed alone. The last partial batch is dropped after the shuffle,
+    so each epoch leaves out other pairs.
 
     Args:
         arrays: Dictionary of arrays of equal lengths, of pairs.
