@@ -1,61 +1,16 @@
 """The data of `quality.py`, and the scores of a model on it."""
 
-import dataclasses
+import functools
 import itertools
 from pathlib import Path
 
-import keras
 import numpy as np
 
 import keras_cluster_mask as kcm
 
 IMAGES = Path(__file__).resolve().parent.parent / "datasets" / "images"
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Where the data lies and how it is trained on; the same for every method."""
-
-    data: str
-    image_size: int
-    patch_size: int
-    batch_size: int
-    steps: int
-    learning_rate: float
-    context_length: int = 12
-    vocabulary_size: int = 3000
-    crop_scale: tuple = (0.6, 1.0)
-    horizontal_flip: bool = False
-    train_shards: int | None = None
-
-    @property
-    def name(self):
-        """The name of the data set, as in folders of results."""
-        folder = Path(self.data).resolve()
-        # As the stored runs name the default images.
-        stored = "pictures"  # codespell:ignore pictures
-        return stored if folder == IMAGES else folder.name
-
-    def splits(self):
-        """Shards to train on, to choose by, and to test on once."""
-        folder = Path(self.data)
-        train = sorted(map(str, folder.glob("train-*.tar")))
-        test = sorted(map(str, folder.glob("test-*.tar")))
-        validation = sorted(map(str, folder.glob("validation-*.tar")))
-        if not train or not test or (not validation and len(train) < 2):
-            raise ValueError(
-                "`--data` must be a folder of train-*.tar and test-*.tar, and of "
-                "validation-*.tar or a second train-*.tar to take in its place. "
-                f"Received: {self.data} with {len(train)} train-*.tar, "
-                f"{len(validation)} validation-*.tar and {len(test)} test-*.tar"
-            )
-        if not validation:
-            train, validation = train[:-1], train[-1:]
-        return {
-            "train": train[: self.train_shards],
-            "validation": validation,
-            "test": test,
-        }
+# As many batches of validation data as a point of a learning curve takes.
+CURVE_BATCHES = 20
 
 
 class Data:
@@ -63,94 +18,133 @@ class Data:
 
     Captions that stand for classes (few distinct ones) are judged by zero-shot
     classification and a linear probe, others by retrieval.
+
+    Args:
+        recipe: The options of `quality.py`.
+        image_size: Integer, the side of the images in pixels.
     """
 
     def __init__(self, recipe, image_size):
         self.recipe, self.image_size = recipe, image_size
-        self.shards = recipe.splits()
-        captions = kcm.data.read_captions(self.shards["train"])
-        self.tokenizer = kcm.data.CLIPTokenizer.train(
-            captions,
-            vocabulary_size=recipe.vocabulary_size,
-            context_length=recipe.context_length,
-        )
-        distinct = sorted(set(captions))
-        self.classes = distinct if 10 * len(distinct) < len(captions) else None
-        self._read = {}
+        self.shards = splits(recipe.data)
+        self.captions = kcm.data.read_captions(self.shards["train"], recipe.caption_key)
+        self.tokenizer = self._tokenizer(recipe.context_length)
+        self.evaluation = functools.cache(self._evaluation)
+        distinct = sorted(set(self.captions))
+        self.classes = distinct if 10 * len(distinct) < len(self.captions) else None
 
-    def training_batches(self, seed, steps, background):
-        """`steps` batches as a dataset; other seeds give other crops and orders."""
-        recipe = self.recipe
-        dataset = kcm.data.image_text_dataset(
+    def training(self, seed, method, whole_texts):
+        """An endless dataset; other seeds give other crops and another order."""
+        recipe, options = self.recipe, {}
+        tokenizer = self.tokenizer
+        if method.text_masking and not whole_texts:
+            tokenizer = self._tokenizer(recipe.short_context)
+            options["text_masking"] = method.text_masking(self.captions)
+        return kcm.data.image_text_dataset(
             self.shards["train"],
-            self.tokenizer,
+            tokenizer,
             image_size=self.image_size,
             batch_size=recipe.batch_size,
             training=True,
-            crop_scale=recipe.crop_scale,
+            caption_key=recipe.caption_key,
+            crop_scale=(0.6, 1.0),
             horizontal_flip=recipe.horizontal_flip,
-            background=background,
             seed=seed,
-            format="tf",
+            **options,
         )
-        return dataset.take(steps)
 
-    def read(self, split, limit=None, background="white"):
-        """Images and captions of a split as arrays, the first `limit` of them."""
-        if (split, limit, background) not in self._read:
-            dataset = kcm.data.image_text_dataset(
-                self.shards[split],
-                self.tokenizer,
-                image_size=self.image_size,
-                batch_size=100,
-                training=False,
-                background=background,
-                include_captions=True,
-                format="grain",
-            )
-            batches = list(
-                itertools.islice(dataset, None if limit is None else limit // 100)
-            )
-            images = np.concatenate([batch["images"] for batch in batches])
-            captions = np.concatenate([batch["captions"] for batch in batches])
-            self._read[split, limit, background] = images, captions.astype(str)
-        return self._read[split, limit, background]
-
-    def scores(self, model, split, limit=None, background="white", probe=False):
-        """Percentages: recall@10 both ways, or zero-shot accuracy and linear probe."""
-        images, captions = self.read(split, limit, background)
-        embeddings = self.embeddings(model, images, captions)
-        found = self.judge(model, embeddings, captions)
-        if probe and self.classes is not None:
-            classify = self.linear_probe(model)
-            guesses = classify(embeddings["image_embeddings"])
-            found["linear probe"] = percent_equal(guesses, captions)
-        return found
-
-    def judge(self, model, embeddings, captions):
-        """Scores, in percent, of embeddings of images and of their captions."""
-        images, texts = embeddings["image_embeddings"], embeddings["text_embeddings"]
+    def _evaluation(self, split, limit=None):
+        """Batches of images and all their captions, or their classes."""
+        options = {"include_captions": "all"}
         if self.classes is not None:
-            classes = model.encode_text(self.tokenizer(self.classes))
-            best = np.argmax(images @ keras.ops.convert_to_numpy(classes).T, axis=1)
-            return {"score": percent_equal(np.asarray(self.classes)[best], captions)}
-        recall = kcm.evaluation.retrieval_recall(images, texts, captions, ks=(10,))
-        recall = {name: 100 * value for name, value in recall.items()}
-        return {"score": sum(recall.values()) / len(recall), **recall}
+            options = {"label_key": self.recipe.caption_key}
+            options["class_names"] = self.classes
+        dataset = kcm.data.image_text_dataset(
+            self.shards[split],
+            None,
+            image_size=self.image_size,
+            batch_size=100,
+            training=False,
+            caption_key=self.recipe.caption_key,
+            format="grain",
+            **options,
+        )
+        return list(itertools.islice(dataset, limit))
 
-    def linear_probe(self, model, limit=5000):
-        """A logistic regression, from image embeddings to captions, as a function."""
-        from sklearn.linear_model import LogisticRegression
+    def callback(self):
+        """Writes the scores of the first validation images into the logs of `fit`."""
+        batches = self.evaluation("validation", CURVE_BATCHES)
+        if self.classes is not None:
+            return kcm.callbacks.ZeroShot(
+                batches, self.classes, self.tokenizer, ["{}"], ks=(1,)
+            )
+        return kcm.callbacks.Retrieval(
+            self._texts(batches), self.tokenizer, ks=(10,), duplicates=self.duplicates
+        )
 
-        images, captions = self.read("train", limit)
-        embeddings = self.embeddings(model, images, captions)["image_embeddings"]
-        probe = LogisticRegression(max_iter=1000, C=10.0)
-        return probe.fit(embeddings, captions).predict
+    def scores(self, model, split):
+        """Percentages: recall@10 both ways, or zero-shot accuracy and linear probe."""
+        batches = self.evaluation(split)
+        if self.classes is None:
+            recall = kcm.evaluation.evaluate_retrieval(
+                model,
+                self._texts(batches),
+                self.tokenizer,
+                ks=(10,),
+                duplicates=self.duplicates,
+                verbose=0,
+            )
+            found = {name: 100 * value for name, value in recall.items()}
+            return {"score": float(np.mean([*found.values()])), **found}
+        accuracy = kcm.evaluation.evaluate_zero_shot(
+            model, batches, self.classes, self.tokenizer, ["{}"], ks=(1,), verbose=0
+        )
+        train = self.evaluation("train", 50)
+        probe = kcm.evaluation.evaluate_linear_probe(
+            model, train, batches, regularization=0.1, verbose=0
+        )
+        return {
+            "score": 100 * accuracy["top_1"],
+            "linear probe": 100 * probe["top_1"],
+        }
 
-    def embeddings(self, model, images, captions):
-        batch = {"images": images, "token_ids": self.tokenizer(list(captions))}
-        return model.predict(batch, batch_size=100, verbose=0)
+    @functools.cached_property
+    def duplicates(self):
+        """Whether images with equal captions are partners of one another's."""
+        captions = (
+            texts
+            for batch in self.evaluation("validation", CURVE_BATCHES)
+            for texts in batch["captions"]
+        )
+        return "negative" if any(len(texts) > 1 for texts in captions) else "positive"
+
+    def _texts(self, batches):
+        if self.duplicates == "negative":
+            return batches
+        return [
+            {**batch, "captions": [text for (text,) in batch["captions"]]}
+            for batch in batches
+        ]
+
+    def _tokenizer(self, context_length):
+        return kcm.data.CLIPTokenizer.train(
+            self.captions, self.recipe.vocabulary_size, context_length
+        )
 
 
-def percent_equal(found, wanted):
-    return 100 * float(np.mean(found == wanted))
+def splits(folder):
+    """Shards to train on, to choose by, and to test on once."""
+    train, validation, test = (
+        sorted(map(str, Path(folder).glob(f"{split}-*.tar")))
+        for split in ("train", "validation", "test")
+    )
+    if not train or not test or (not validation and len(train) < 2):
+        raise ValueError(
+            "`--data` must be a folder of train-*.tar and test-*.tar, and of "
+            "validation-*.tar or a second train-*.tar to take in its place. "
+            f"Received: {folder} with {len(train)} train-*.tar, {len(validation)} "
+            f"validation-*.tar and {len(test)} test-*.tar"
+        )
+    if not validation:
+        train, validation = train[:-1], train[-1:]
+    return {"train": train, "validation": validation, "test": test}

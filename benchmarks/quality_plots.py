@@ -6,8 +6,6 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import keras_cluster_mask as kcm
-
 
 def plot_learning_curves(runs, path):
     """Validation score against steps, the mean of all seeds and their range."""
@@ -15,9 +13,7 @@ def plot_learning_curves(runs, path):
     for name, mine in _by_method(runs).items():
         steps = [point["step"] for point in mine[0]["curve"]]
         scores = _curves(mine)
-        # As stored runs are named.
-        label = name.replace(" ground", " background")  # codespell:ignore ground
-        (line,) = axes.plot(steps, scores.mean(axis=0), marker="o", ms=3, label=label)
+        (line,) = axes.plot(steps, scores.mean(axis=0), marker="o", ms=3, label=name)
         axes.fill_between(
             steps,
             scores.min(0),
@@ -44,12 +40,6 @@ def plot_cost_quality(runs, costs, path):
     _finish(figure, axes, path)
 
 
-def plot_what_is_masked(images, patch_size, path):
-    """What random and cluster masking leave of a few images of the data."""
-    masking = kcm.ClusterMasking(patch_size, 0.5)
-    kcm.visualization.plot_masks(images, masking).savefig(path, dpi=80)
-
-
 def _by_method(runs):
     methods = {}
     for run in runs:
@@ -62,7 +52,7 @@ def _curves(runs):
 
 
 def _label(runs):
-    retrieval = any("recall" in key for key in runs[0]["curve"][0])
+    retrieval = any("recall" in key for key in runs[0]["validation"])
     score = "recall@10, mean of both ways" if retrieval else "zero-shot accuracy"
     return f"validation {score} (%)"
 
