@@ -1,5 +1,6 @@
 """Plots of masks, training runs and retrievals, with matplotlib."""
 
+import math
 import numbers
 
 import matplotlib
@@ -11,9 +12,14 @@ from matplotlib.patches import Rectangle
 from keras_cluster_mask.masking import (
     ClusterMasking,
     MaskingStatistics,
+    PatchMasking,
     RandomMasking,
 )
-from keras_cluster_mask.masking.patch_grid import grid_shape, is_channels_first
+from keras_cluster_mask.masking.patch_grid import (
+    grid_shape,
+    is_channels_first,
+    standardize_patch_size,
+)
 from keras_cluster_mask.masking.statistics import (
     check_tokens_do_not_matter,
     patch_size_of,
@@ -30,15 +36,16 @@ LEFT_OUT = 0.88  # The grey of patches that are left out, on a scale of 0 to 1.
 
 
 def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None):
-    """Shows what a masking leaves out.
+    """Shows what a masking leaves out, or compares several on the same images.
 
-    For a cluster masking, five images a row: the image; random masking at the same
+    For one cluster masking, five images a row: the image; random masking at the same
     budget; cluster masking; the clusters, coloured by anchor; and the similarity of
-    each patch to the nearest anchor. Anchors are outlined. For any other masking, the
-    image and the patches that are kept.
+    each patch to the nearest anchor. Anchors are outlined. For any other masking, and
+    for several, the image and the patches that each masking keeps.
 
-    Within a `ContrastiveModel` uint8 images are normalised as the model does, so the
-    masks are those of its training. The masking's random state is left as it is.
+    All maskings get the same noise. Within a `ContrastiveModel` uint8 images are
+    normalised as the model does, so the masks are those of its training. The random
+    state of a masking is left as it is.
 
     Example:
 
@@ -46,59 +53,105 @@ def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None)
     masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5)
     images = np.random.randint(0, 256, (2, 64, 64, 3)).astype("uint8")
     figure = kcm.visualization.plot_masks(images, masking)
+
+    maskings = {"random": kcm.RandomMasking(0.5), "by cluster": masking}
+    figure = kcm.visualization.plot_masks(images, maskings)
     ```
 
     Args:
         images: `(batch, H, W, C)` array, uint8, or floats in `[0, 1]`. A row
             of the figure each.
-        masking: A `PatchMasking`.
+        masking: A `PatchMasking`. Or several, a column of the figure each: a dictionary
+            from titles to maskings, or a list, which takes the names of their classes
+            as titles.
         noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
         seed: Integer, for the noise.
-        patch_size: As in `kcm.masking.masking_statistics`: needed by a masking
-            without one, as `RandomMasking`.
-        embed: As in `kcm.masking.masking_statistics`: needed by a masking that looks
-            at tokens, such as the `embed_patches` of what `kcm.with_masking` returns.
+        patch_size: As in `kcm.masking.masking_statistics`: needed if no masking has
+            one, as `RandomMasking`. All maskings have the same.
+        embed: As in `kcm.masking.masking_statistics`: needed if a masking looks at
+            tokens, such as the `embed_patches` of what `kcm.with_masking` returns.
 
     Returns:
         A `matplotlib.figure.Figure`; save it with `figure.savefig(path)`.
 
     Raises:
-        ValueError: If the patch size, the tokens or the threshold that the masking
-            needs are missing, or if the images do not fit the patch size.
+        ValueError: If the patch size, the tokens or the threshold that a masking
+            needs are missing, if the images do not fit the patch size, or if maskings
+            differ in patch size or data format.
     """
+    titles, maskings = _titles_and_maskings(masking)
     images = np.asarray(images)
-    patch_size = patch_size_of(masking, patch_size)
-    masking.check_ready()
-    pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
-    grid = grid_shape(pixels.shape, patch_size, masking.data_format)
-    tokens = tokens_of(pixels, masking, grid, embed)
-    if tokens is not None and embed is None:
-        check_tokens_do_not_matter(masking, pixels, tokens, grid)
-    num_patches = grid[0] * grid[1]
+    own_patch_size = _common("patch_size", maskings, standardize_patch_size)
+    patch_size = own_patch_size if patch_size is None else patch_size
+    for each in maskings:
+        patch_size = patch_size_of(each, patch_size)
+    data_format = _common("data_format", maskings)
+    grid = _Grid(grid_shape(images.shape, patch_size, data_format), patch_size)
     if noise is None:
-        noise = np.random.default_rng(seed).random((len(images), num_patches))
+        noise = np.random.default_rng(seed).random((len(images), grid.num_patches))
     noise = ops.convert_to_tensor(noise, dtype="float32")
-    kept = _kept(*select_patches(masking, pixels, tokens, noise), num_patches)
+    inputs = [_inputs(each, images, grid, embed) for each in maskings]
+    kept = [_kept(each, *inputs[i], noise) for i, each in enumerate(maskings)]
 
-    shown = _for_display(images, masking.data_format)
-    grid = _Grid(grid, patch_size)
+    shown = _for_display(images, data_format)
     if isinstance(masking, ClusterMasking):
-        return _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise)
-    figure, axes = _axes(len(images), 2)
-    for row, image, stays in zip(axes, shown, kept):
-        row[0].imshow(image)
-        row[1].imshow(grid.leave_out(image, stays))
-    for axis, title in zip(axes[0], ("image", type(masking).__name__)):
-        axis.set_title(title, fontsize=11)
+        return _plot_clusters(shown, grid, kept[0], masking, *inputs[0], noise)
+    figure, axes = _axes(len(images), len(titles) + 1, ("image", *titles))
+    for index, row in enumerate(axes):
+        row[0].imshow(shown[index])
+        for axis, stays in zip(row[1:], kept):
+            axis.imshow(grid.leave_out(shown[index], stays[index]))
     return figure
 
 
+def _titles_and_maskings(masking):
+    """The titles and the maskings of the columns, for one masking or several."""
+    titles, maskings = None, masking
+    if isinstance(masking, PatchMasking):
+        maskings = [masking]
+    elif isinstance(masking, dict):
+        titles, maskings = [*masking], [*masking.values()]
+    is_list = isinstance(maskings, list | tuple) and len(maskings) > 0
+    if not is_list or not all(isinstance(each, PatchMasking) for each in maskings):
+        raise ValueError(
+            "`masking` must be a `PatchMasking`, a list of them, or a dictionary from "
+            f"titles to them. Received: masking={masking!r}"
+        )
+    return titles or [type(each).__name__ for each in maskings], maskings
+
+
+def _common(name, maskings, standardize=str):
+    """The one value of an attribute in the maskings that have one, or `None`."""
+    values = [getattr(each, name) for each in maskings]
+    values = {standardize(value) for value in values if value is not None}
+    if len(values) > 1:
+        raise ValueError(
+            f"`masking` must be maskings of one `{name}`, as they are compared on the "
+            f"same patches: plot the others separately. Received: {name}s of "
+            f"{' and '.join(map(repr, sorted(values)))}"
+        )
+    return values.pop() if values else None
+
+
+def _inputs(masking, images, grid, embed):
+    """The pixels and the tokens that a masking gets in training."""
+    if masking.grid not in (None, grid.shape):
+        raise ValueError(
+            f"`grid` of the {type(masking).__name__} must be that of the patches of "
+            f"`images`, {grid.shape}, or None. Received: grid={masking.grid}, "
+            f"images.shape={images.shape}, patch_size={grid.patch_size}"
+        )
+    masking.check_ready()
+    pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
+    tokens = tokens_of(pixels, masking, grid.shape, embed)
+    if tokens is not None and embed is None:
+        check_tokens_do_not_matter(masking, pixels, tokens, grid.shape)
+    return pixels, tokens
+
+
 def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
-    num_patches = kept.shape[1]
-    at_random = RandomMasking(1 - masking.num_kept(num_patches) / num_patches, 0)
-    random_kept = _kept(
-        *at_random.select(tokens=ops.zeros((*kept.shape, 1)), noise=noise), num_patches
-    )
+    at_random = RandomMasking(1 - masking.num_kept(grid.num_patches) / grid.num_patches)
+    random_kept = _kept(at_random, pixels, ops.zeros((*kept.shape, 1)), noise)
     anchors = masking.draw_anchors(noise)
     to_anchors = ops.convert_to_numpy(
         masking.similarity_to_anchors(pixels, anchors, tokens)
@@ -106,25 +159,23 @@ def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
     anchors = ops.convert_to_numpy(anchors)
 
     titles = ("image", "random masking", "cluster masking", "clusters", "similarity")
-    figure, axes = _axes(len(shown), len(titles))
-    for row, image in zip(axes, range(len(shown))):
-        nearest = to_anchors[image].argmax(axis=0)
-        colors = _anchor_colors(len(anchors[image]))[nearest]
-        colors[kept[image]] = np.nan
-        row[0].imshow(shown[image])
-        row[1].imshow(grid.leave_out(shown[image], random_kept[image]))
-        row[2].imshow(grid.leave_out(shown[image], kept[image]))
-        row[3].imshow(grid.tint(shown[image], colors))
-        row[4].imshow(shown[image].mean(axis=-1), cmap="gray", vmin=0, vmax=1)
+    figure, axes = _axes(len(shown), len(titles), titles)
+    for index, (row, image) in enumerate(zip(axes, shown)):
+        nearest = to_anchors[index].argmax(axis=0)
+        colors = matplotlib.colormaps["tab10"](nearest % 10)[:, :3]
+        colors[kept[index]] = np.nan
+        row[0].imshow(image)
+        row[1].imshow(grid.leave_out(image, random_kept[index]))
+        row[2].imshow(grid.leave_out(image, kept[index]))
+        row[3].imshow(grid.tint(image, colors))
+        row[4].imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
         heat = row[4].imshow(
-            grid.spread(to_anchors[image].max(axis=0)),
+            grid.spread(to_anchors[index].max(axis=0)),
             cmap="inferno", vmin=-0.2, vmax=1, alpha=0.75,
         )  # fmt: skip
         for axis in row[2:]:
-            for anchor in anchors[image]:
+            for anchor in anchors[index]:
                 axis.add_patch(grid.outline(anchor))
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=11)
     figure.colorbar(heat, ax=axes[:, -1].tolist(), shrink=0.85, pad=0.03)
     return figure
 
@@ -303,13 +354,13 @@ def plot_retrieval(queries, images, similarity, k=5):
 class _Grid:
     """The patch grid of an image, and drawing on it."""
 
-    def __init__(self, grid, patch_size):
-        self.patch_size = patch_size
-        self.rows, self.columns = grid
+    def __init__(self, shape, patch_size):
+        self.shape, self.patch_size = shape, patch_size
+        self.num_patches = math.prod(shape)
 
     def spread(self, values):
         """Turns `(N, ...)` values per patch into values per pixel."""
-        values = values.reshape(self.rows, self.columns, *values.shape[1:])
+        values = values.reshape(*self.shape, *values.shape[1:])
         return values.repeat(self.patch_size[0], 0).repeat(self.patch_size[1], 1)
 
     def leave_out(self, image, kept):
@@ -324,9 +375,9 @@ class _Grid:
 
     def outline(self, patch):
         height, width = self.patch_size
-        corner = (patch % self.columns * width, patch // self.columns * height)
+        row, column = divmod(patch, self.shape[1])
         return Rectangle(
-            np.array(corner) - 0.5, width, height,
+            (column * width - 0.5, row * height - 0.5), width, height,
             fill=False, edgecolor="red", linewidth=1.6,
         )  # fmt: skip
 
@@ -386,16 +437,14 @@ def _plot_positions(axis, masked):
     axis.figure.colorbar(shown, ax=axis, shrink=0.75, label="share of the images")
 
 
-def _kept(indices, visible, num_patches):
+def _kept(masking, pixels, tokens, noise):
     """`(batch, N)` booleans, true for the patches that stay and are seen."""
-    indices, visible = ops.convert_to_numpy(indices), ops.convert_to_numpy(visible)
-    kept = np.zeros((len(indices), num_patches), dtype=bool)
-    np.put_along_axis(kept, indices, visible, axis=1)
+    indices, visible = select_patches(masking, pixels, tokens, noise)
+    kept = np.zeros(tuple(noise.shape), dtype=bool)
+    np.put_along_axis(
+        kept, ops.convert_to_numpy(indices), ops.convert_to_numpy(visible), axis=1
+    )
     return kept
-
-
-def _anchor_colors(count):
-    return matplotlib.colormaps["tab10"](np.arange(count) % 10)[:, :3]
 
 
 def _for_display(images, data_format=None):
@@ -409,11 +458,14 @@ def _for_display(images, data_format=None):
     return np.clip(images[..., :3].astype("float32"), 0, 1)
 
 
-def _axes(rows, columns, size=2.1, left=0.0):
+def _axes(rows, columns, titles=(), size=2.1, left=0.0):
+    """A figure of images, with titles of the columns."""
     figure = Figure(
         figsize=(left + columns * size + 0.2, rows * size + 0.3), layout="constrained"
     )
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=11)
     return figure, axes
