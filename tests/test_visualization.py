@@ -5,6 +5,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import visualization
+from keras_cluster_mask.visualization.images import LEFT_OUT
 from tests.helpers import FAST, image_mlp, random_pairs, text_bag
 
 
@@ -48,7 +49,7 @@ def test_random_masking_beside_it_has_the_same_budget(images):
     )
     figure = visualization.plot_masks(images, masking)
     left_out = [
-        np.mean(np.all(np.isclose(drawn(axis), visualization.LEFT_OUT), axis=-1))
+        np.mean(np.all(np.isclose(drawn(axis), LEFT_OUT), axis=-1))
         for axis in figure.axes[1:3]
     ]
     assert left_out == [0.5, 0.5]
@@ -116,7 +117,7 @@ def test_tokens_are_mixed_in(images):
     figure = visualization.plot_masks(
         images, masking, noise, embed=lambda _: ops.convert_to_tensor(tokens)
     )
-    left_out = np.all(np.isclose(drawn(figure.axes[2]), visualization.LEFT_OUT), -1)
+    left_out = np.all(np.isclose(drawn(figure.axes[2]), LEFT_OUT), -1)
     np.testing.assert_array_equal(left_out[::8, ::8], [[1, 0, 0], [0, 1, 1]])
 
 
