@@ -51,8 +51,8 @@ def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None)
         images: `(batch, H, W, C)` array, uint8, or floats in `[0, 1]`. A row
             of the figure each.
         masking: A `PatchMasking`. Or several, a column of the figure each: a dictionary
-            from titles to maskings, or a list, which takes the names of their classes
-            as titles.
+            from titles, of one line or more, to maskings, or a list, which takes the
+            names of their classes as titles.
         noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
         seed: Integer, for the noise.
         patch_size: As in `kcm.masking.masking_statistics`: needed if no masking has
