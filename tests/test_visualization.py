@@ -5,6 +5,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import visualization
+from keras_cluster_mask.visualization.images import LEFT_OUT
 from tests.helpers import FAST, image_mlp, random_pairs, text_bag
 
 
@@ -21,6 +22,13 @@ def drawn(axis):
     return axis.get_images()[0].get_array()
 
 
+def shown_patches(axes):
+    """The patches of 8 x 8 pixels that an axis shows as another one does."""
+    original, masked = map(drawn, axes)
+    same = np.all(np.isclose(original, masked), axis=-1)
+    return same.reshape(2, 8, 3, 8).all(axis=(1, 3)).ravel()
+
+
 def test_mask_images_gray_out_what_the_masking_leaves_out(images):
     masking = kcm.ClusterMasking(
         patch_size=8, mask_ratio=0.5, data_format="channels_last"
@@ -30,12 +38,8 @@ def test_mask_images_gray_out_what_the_masking_leaves_out(images):
     axes = np.reshape(figure.axes[:10], (2, 5))
     indices, _ = masking.select(images, noise=noise)
     for row, kept in zip(axes, ops.convert_to_numpy(indices)):
-        original, masked = drawn(row[0]), drawn(row[2])
-        for patch in range(6):
-            rows = slice(patch // 3 * 8, patch // 3 * 8 + 8)
-            columns = slice(patch % 3 * 8, patch % 3 * 8 + 8)
-            same = np.array_equal(original[rows, columns], masked[rows, columns])
-            assert same == (patch in kept)
+        shown = shown_patches((row[0], row[2]))
+        np.testing.assert_array_equal(np.flatnonzero(shown), kept)
 
 
 @pytest.mark.any_backend
@@ -45,7 +49,7 @@ def test_random_masking_beside_it_has_the_same_budget(images):
     )
     figure = visualization.plot_masks(images, masking)
     left_out = [
-        np.mean(np.all(np.isclose(drawn(axis), visualization.LEFT_OUT), axis=-1))
+        np.mean(np.all(np.isclose(drawn(axis), LEFT_OUT), axis=-1))
         for axis in figure.axes[1:3]
     ]
     assert left_out == [0.5, 0.5]
@@ -57,13 +61,50 @@ def test_of_another_masking_the_image_and_what_is_left_of_it_are_shown(images):
     figure = visualization.plot_masks(images, masking, patch_size=8, seed=3)
     assert [axis.get_title() for axis in figure.axes[:2]] == ["image", "RandomMasking"]
     noise = np.random.default_rng(3).random((2, 6))
-    for row, scores in zip(np.reshape(figure.axes, (2, 2)), noise):
-        original, masked = drawn(row[0]), drawn(row[1])
-        for patch in range(6):
-            rows = slice(patch // 3 * 8, patch // 3 * 8 + 8)
-            columns = slice(patch % 3 * 8, patch % 3 * 8 + 8)
-            same = np.array_equal(original[rows, columns], masked[rows, columns])
-            assert same == (patch in np.argsort(scores)[3:])
+    for axes, scores in zip(np.reshape(figure.axes, (2, 2)), noise):
+        np.testing.assert_array_equal(
+            np.flatnonzero(shown_patches(axes)), np.sort(np.argsort(scores)[3:])
+        )
+
+
+def test_maskings_are_compared_on_the_same_images_and_noise(images):
+    last = {"data_format": "channels_last"}
+    maskings = {
+        "at random": kcm.RandomMasking(0.5),
+        "the same": kcm.RandomMasking(0.5, num_prefix_tokens=1),
+        "centre": kcm.CenteredMasking(0.5, grid=(2, 3)),
+        "clusters": kcm.ClusterMasking(8, anchor_ratio=0.2, **last),
+        "by threshold": kcm.ClusterMasking(
+            8, min_mask_ratio=0.3, threshold=0.0, anchor_ratio=0.2, **last
+        ),
+    }
+    noise = np.random.default_rng(1).random((2, 6)).astype("float32")
+    figure = visualization.plot_masks(images, maskings, noise)
+    assert [axis.get_title() for axis in figure.axes[:6]] == ["image", *maskings]
+    for index, row in enumerate(np.reshape(figure.axes, (2, 6))):
+        np.testing.assert_allclose(drawn(row[0]), images[index] / 255.0, atol=1e-6)
+        for axis, masking in zip(row[1:], maskings.values()):
+            tokens = ops.zeros((2, 6 + (masking.num_prefix_tokens or 0), 1))
+            if masking.num_prefix_tokens is None:
+                masking.num_prefix_tokens = 0
+            kept, visible = masking.select(images, tokens, noise)
+            kept, visible = ops.convert_to_numpy(kept), ops.convert_to_numpy(visible)
+            np.testing.assert_array_equal(
+                np.flatnonzero(shown_patches((row[0], axis))),
+                kept[index][visible[index]],
+            )
+
+
+@pytest.mark.any_backend
+def test_maskings_of_a_list_are_titled_by_their_classes(images):
+    masking = kcm.ClusterMasking(8, data_format="channels_last")
+    for maskings, names in (
+        ([masking], ["ClusterMasking"]),
+        ((kcm.BlockMasking(grid=(2, 3)), masking), ["BlockMasking", "ClusterMasking"]),
+    ):
+        figure = visualization.plot_masks(images, maskings)
+        titles = [axis.get_title() for axis in figure.axes]
+        assert titles[: len(titles) // 2] == ["image", *names]
 
 
 def test_tokens_are_mixed_in(images):
@@ -76,7 +117,7 @@ def test_tokens_are_mixed_in(images):
     figure = visualization.plot_masks(
         images, masking, noise, embed=lambda _: ops.convert_to_tensor(tokens)
     )
-    left_out = np.all(np.isclose(drawn(figure.axes[2]), visualization.LEFT_OUT), -1)
+    left_out = np.all(np.isclose(drawn(figure.axes[2]), LEFT_OUT), -1)
     np.testing.assert_array_equal(left_out[::8, ::8], [[1, 0, 0], [0, 1, 1]])
 
 
@@ -87,12 +128,35 @@ def test_what_a_masking_needs_to_be_drawn_is_named(images):
         visualization.plot_masks(images, masking)
     with pytest.raises(ValueError, match=r"`images` must be known and divisible"):
         visualization.plot_masks(images, masking, patch_size=7)
-    masking = kcm.ClusterMasking(8, min_mask_ratio=0.3, data_format="channels_last")
-    with pytest.raises(ValueError, match=r"threshold .* not set"):
-        visualization.plot_masks(images, masking)
-    masking = kcm.ClusterMasking(8, embedding_weight=0.5, data_format="channels_last")
-    with pytest.raises(ValueError, match=r"`embed` must be given"):
-        visualization.plot_masks(images, masking)
+    with pytest.raises(ValueError, match=r"`grid` of the CenteredMasking.*\(2, 3\)"):
+        visualization.plot_masks(images, kcm.CenteredMasking(grid=(3, 2)), patch_size=8)
+    last = {"data_format": "channels_last"}
+    for other, message in (
+        (kcm.ClusterMasking(8, min_mask_ratio=0.3, **last), "threshold .* not set"),
+        (kcm.ClusterMasking(8, embedding_weight=0.5, **last), "`embed` must be giv"),
+    ):
+        for maskings in (other, [masking, other]):
+            with pytest.raises(ValueError, match=message):
+                visualization.plot_masks(images, maskings)
+
+
+@pytest.mark.any_backend
+def test_maskings_that_cannot_be_compared_are_refused(images):
+    random = kcm.RandomMasking(0.5)
+    last = kcm.ClusterMasking(8, data_format="channels_last")
+    small = kcm.ClusterMasking(4, data_format="channels_last")
+    first = kcm.ClusterMasking(8, data_format="channels_first")
+    for maskings, options, message in (
+        ([random, last, small], {}, r"one `patch_size`.*Received: .*\(4, 4\) and \(8"),
+        ([random, last], {"patch_size": 4}, r"`patch_size` must.*Received: .*\(4, 4\)"),
+        ([last, first], {}, r"one `data_format`.*Received: .*'channels_first' and"),
+        ([], {}, r"`masking` must.*Received: masking=\[\]"),
+        ({}, {}, r"`masking` must.*Received: masking={}"),
+        ({"random": "random"}, {}, r"`masking` must.*Received: masking={'random'"),
+        (None, {}, r"`masking` must.*Received: masking=None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            visualization.plot_masks(images, maskings, **options)
 
 
 @pytest.mark.any_backend

@@ -1,0 +1,277 @@
+"""Plots that show images: what maskings leave of them, and results of retrieval."""
+
+import math
+
+import matplotlib
+import numpy as np
+from keras import ops
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
+from keras_cluster_mask.masking.patch_grid import (
+    grid_shape,
+    is_channels_first,
+    standardize_patch_size,
+)
+from keras_cluster_mask.masking.statistics import (
+    check_tokens_do_not_matter,
+    patch_size_of,
+    select_patches,
+    tokens_of,
+)
+
+LEFT_OUT = 0.88  # The grey of patches that are left out, on a scale of 0 to 1.
+
+
+def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None):
+    """Shows what a masking leaves out, or compares several on the same images.
+
+    For one cluster masking, five images a row: the image; random masking at the same
+    budget; cluster masking; the clusters, coloured by anchor; and the similarity of
+    each patch to the nearest anchor. Anchors are outlined. For any other masking, and
+    for several, the image and the patches that each masking keeps.
+
+    All maskings get the same noise. Within a `ContrastiveModel` uint8 images are
+    normalised as the model does, so the masks are those of its training. The random
+    state of a masking is left as it is.
+
+    Example:
+
+    ```python
+    masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5)
+    images = np.random.randint(0, 256, (2, 64, 64, 3)).astype("uint8")
+    figure = kcm.visualization.plot_masks(images, masking)
+
+    maskings = {"random": kcm.RandomMasking(0.5), "by cluster": masking}
+    figure = kcm.visualization.plot_masks(images, maskings)
+    ```
+
+    Args:
+        images: `(batch, H, W, C)` array, uint8, or floats in `[0, 1]`. A row
+            of the figure each.
+        masking: A `PatchMasking`. Or several, a column of the figure each: a dictionary
+            from titles, of one line or more, to maskings, or a list, which takes the
+            names of their classes as titles.
+        noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
+        seed: Integer, for the noise.
+        patch_size: As in `kcm.masking.masking_statistics`: needed if no masking has
+            one, as `RandomMasking`. All maskings have the same.
+        embed: As in `kcm.masking.masking_statistics`: needed if a masking looks at
+            tokens, such as the `embed_patches` of what `kcm.with_masking` returns.
+
+    Returns:
+        A `matplotlib.figure.Figure`; save it with `figure.savefig(path)`.
+
+    Raises:
+        ValueError: If the patch size, the tokens or the threshold that a masking
+            needs are missing, if the images do not fit the patch size, or if maskings
+            differ in patch size or data format.
+    """
+    titles, maskings = _titles_and_maskings(masking)
+    images = np.asarray(images)
+    own_patch_size = _common("patch_size", maskings, standardize_patch_size)
+    patch_size = own_patch_size if patch_size is None else patch_size
+    for each in maskings:
+        patch_size = patch_size_of(each, patch_size)
+    data_format = _common("data_format", maskings)
+    grid = _Grid(grid_shape(images.shape, patch_size, data_format), patch_size)
+    if noise is None:
+        noise = np.random.default_rng(seed).random((len(images), grid.num_patches))
+    noise = ops.convert_to_tensor(noise, dtype="float32")
+    inputs = [_inputs(each, images, grid, embed) for each in maskings]
+    kept = [_kept(each, *inputs[i], noise) for i, each in enumerate(maskings)]
+
+    shown = _for_display(images, data_format)
+    if isinstance(masking, ClusterMasking):
+        return _plot_clusters(shown, grid, kept[0], masking, *inputs[0], noise)
+    figure, axes = _axes(len(images), len(titles) + 1, ("image", *titles))
+    for index, row in enumerate(axes):
+        row[0].imshow(shown[index])
+        for axis, stays in zip(row[1:], kept):
+            axis.imshow(grid.leave_out(shown[index], stays[index]))
+    return figure
+
+
+def _titles_and_maskings(masking):
+    """The titles and the maskings of the columns, for one masking or several."""
+    titles, maskings = None, masking
+    if isinstance(masking, PatchMasking):
+        maskings = [masking]
+    elif isinstance(masking, dict):
+        titles, maskings = [*masking], [*masking.values()]
+    is_list = isinstance(maskings, list | tuple) and len(maskings) > 0
+    if not is_list or not all(isinstance(each, PatchMasking) for each in maskings):
+        raise ValueError(
+            "`masking` must be a `PatchMasking`, a list of them, or a dictionary from "
+            f"titles to them. Received: masking={masking!r}"
+        )
+    return titles or [type(each).__name__ for each in maskings], maskings
+
+
+def _common(name, maskings, standardize=str):
+    """The one value of an attribute in the maskings that have one, or `None`."""
+    values = [getattr(each, name) for each in maskings]
+    values = {standardize(value) for value in values if value is not None}
+    if len(values) > 1:
+        raise ValueError(
+            f"`masking` must be maskings of one `{name}`, as they are compared on the "
+            f"same patches: plot the others separately. Received: {name}s of "
+            f"{' and '.join(map(repr, sorted(values)))}"
+        )
+    return values.pop() if values else None
+
+
+def _inputs(masking, images, grid, embed):
+    """The pixels and the tokens that a masking gets in training."""
+    if masking.grid not in (None, grid.shape):
+        raise ValueError(
+            f"`grid` of the {type(masking).__name__} must be that of the patches of "
+            f"`images`, {grid.shape}, or None. Received: grid={masking.grid}, "
+            f"images.shape={images.shape}, patch_size={grid.patch_size}"
+        )
+    masking.check_ready()
+    pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
+    tokens = tokens_of(pixels, masking, grid.shape, embed)
+    if tokens is not None and embed is None:
+        check_tokens_do_not_matter(masking, pixels, tokens, grid.shape)
+    return pixels, tokens
+
+
+def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
+    at_random = RandomMasking(1 - masking.num_kept(grid.num_patches) / grid.num_patches)
+    random_kept = _kept(at_random, pixels, ops.zeros((*kept.shape, 1)), noise)
+    anchors = masking.draw_anchors(noise)
+    to_anchors = ops.convert_to_numpy(
+        masking.similarity_to_anchors(pixels, anchors, tokens)
+    )
+    anchors = ops.convert_to_numpy(anchors)
+
+    titles = ("image", "random masking", "cluster masking", "clusters", "similarity")
+    figure, axes = _axes(len(shown), len(titles), titles)
+    for index, (row, image) in enumerate(zip(axes, shown)):
+        nearest = to_anchors[index].argmax(axis=0)
+        colors = matplotlib.colormaps["tab10"](nearest % 10)[:, :3]
+        colors[kept[index]] = np.nan
+        row[0].imshow(image)
+        row[1].imshow(grid.leave_out(image, random_kept[index]))
+        row[2].imshow(grid.leave_out(image, kept[index]))
+        row[3].imshow(grid.tint(image, colors))
+        row[4].imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
+        heat = row[4].imshow(
+            grid.spread(to_anchors[index].max(axis=0)),
+            cmap="inferno", vmin=-0.2, vmax=1, alpha=0.75,
+        )  # fmt: skip
+        for axis in row[2:]:
+            for anchor in anchors[index]:
+                axis.add_patch(grid.outline(anchor))
+    figure.colorbar(heat, ax=axes[:, -1].tolist(), shrink=0.85, pad=0.03)
+    return figure
+
+
+def plot_retrieval(queries, images, similarity, k=5):
+    """Shows the images that match text queries best.
+
+    Example:
+
+    ```python
+    images = np.random.randint(0, 256, (3, 32, 32, 3)).astype("uint8")
+    similarity = np.random.rand(2, 3)
+    figure = kcm.visualization.plot_retrieval(["dog", "boat"], images, similarity, k=2)
+    ```
+
+    Args:
+        queries: List of strings, a row of the figure each.
+        images: `(images, H, W, C)` array, uint8, or floats in `[0, 1]`.
+        similarity: `(queries, images)` array.
+        k: Integer. How many images to show per query.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: If `similarity` has another shape.
+    """
+    similarity = np.asarray(similarity)
+    if similarity.shape != (len(queries), len(images)):
+        raise ValueError(
+            "`similarity` must have shape (queries, images), "
+            f"({len(queries)}, {len(images)}). "
+            f"Received: similarity.shape={similarity.shape}"
+        )
+    shown = _for_display(np.asarray(images))
+    figure, axes = _axes(len(queries), k, size=1.15, left=2.6)
+    for row, query, scores in zip(axes, queries, similarity):
+        row[0].text(
+            -0.12, 0.5, query, transform=row[0].transAxes, ha="right", va="center",
+            fontsize=10,
+        )  # fmt: skip
+        for axis, index in zip(row, np.argsort(-scores, kind="stable")[:k]):
+            axis.imshow(shown[index])
+            axis.set_title(f"{scores[index]:.2f}", fontsize=7, pad=2)
+    return figure
+
+
+def _kept(masking, pixels, tokens, noise):
+    """`(batch, N)` booleans, true for the patches that stay and are seen."""
+    indices, visible = select_patches(masking, pixels, tokens, noise)
+    kept = np.zeros(tuple(noise.shape), dtype=bool)
+    np.put_along_axis(
+        kept, ops.convert_to_numpy(indices), ops.convert_to_numpy(visible), axis=1
+    )
+    return kept
+
+
+class _Grid:
+    """The patch grid of an image, and drawing on it."""
+
+    def __init__(self, shape, patch_size):
+        self.shape, self.patch_size = shape, patch_size
+        self.num_patches = math.prod(shape)
+
+    def spread(self, values):
+        """Turns `(N, ...)` values per patch into values per pixel."""
+        values = values.reshape(*self.shape, *values.shape[1:])
+        return values.repeat(self.patch_size[0], 0).repeat(self.patch_size[1], 1)
+
+    def leave_out(self, image, kept):
+        return np.where(self.spread(kept)[..., None], image, LEFT_OUT)
+
+    def tint(self, image, colors):
+        """Colours the patches whose colour is not NaN, and pales the others."""
+        colors = self.spread(colors)
+        gray = image.mean(axis=-1, keepdims=True)
+        tinted = 0.35 * gray + 0.65 * colors
+        return np.where(np.isnan(colors), 0.5 + 0.5 * image, tinted)
+
+    def outline(self, patch):
+        height, width = self.patch_size
+        row, column = divmod(patch, self.shape[1])
+        return Rectangle(
+            (column * width - 0.5, row * height - 0.5), width, height,
+            fill=False, edgecolor="red", linewidth=1.6,
+        )  # fmt: skip
+
+
+def _for_display(images, data_format=None):
+    """Floats in `[0, 1]`, channels last, three of them."""
+    if is_channels_first(data_format):
+        images = np.moveaxis(images, 1, -1)
+    if images.dtype == np.uint8:
+        images = images / 255.0
+    if images.shape[-1] == 1:
+        images = images.repeat(3, axis=-1)
+    return np.clip(images[..., :3].astype("float32"), 0, 1)
+
+
+def _axes(rows, columns, titles=(), size=2.1, left=0.0):
+    """A figure of images, with titles of the columns."""
+    figure = Figure(
+        figsize=(left + columns * size + 0.2, rows * size + 0.3), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=11)
+    return figure, axes

@@ -1,0 +1,61 @@
+"""The code of `docs/which_masking.md` runs, and the page names every masking."""
+
+import pathlib
+import re
+
+import keras
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.data.text_masking import TextMasking
+
+pytestmark = pytest.mark.any_backend
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "which_masking.md").read_text(encoding="utf-8")
+PAGE = re.sub(r"<!--.*?-->", "", PAGE, flags=re.DOTALL)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+# The second cell of a row: the code that makes a masking.
+CELLS = re.findall(r"^\|[^|]*\| `(kcm\.[^`]*)` \|", PAGE, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def scope():
+    scope = {}
+    exec(BLOCKS[0], scope)
+    return scope
+
+
+@pytest.mark.parametrize("code", CELLS)
+def test_code_of_the_tables_makes_a_masking_tokenizer_or_model(code, scope):
+    if "from_open_clip" in code:
+        pytest.importorskip("open_clip")
+    made = eval(code, scope)
+    assert isinstance(
+        made, kcm.PatchMasking | TextMasking | kcm.data.CLIPTokenizer | keras.Model
+    )
+
+
+def test_blocks_of_code_run_and_make_the_image(scope, tmp_path, monkeypatch):
+    (tmp_path / "datasets").symlink_to(ROOT / "datasets")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) == 3
+    for block in BLOCKS[1:]:
+        exec(block, scope)
+    titles = [axis.get_title() for axis in scope["figure"].axes]
+    assert titles[:7] == ["image", *scope["maskings"]]
+    assert (tmp_path / "docs" / "all_masks.png").stat().st_size > 100_000
+
+
+def test_every_masking_is_in_a_table():
+    made = {re.match(r"kcm\.(?:data\.)?(\w+)", code)[1] for code in CELLS}
+    for module, base in ((kcm.masking, kcm.PatchMasking), (kcm.data, TextMasking)):
+        classes = [getattr(module, name) for name in module.__all__]
+        names = {
+            each.__name__
+            for each in classes
+            if isinstance(each, type) and issubclass(each, base) and each is not base
+        }
+        assert len(names) >= 4
+        assert names <= made
