@@ -62,7 +62,8 @@ class BackboneModel(ContrastiveModel):
 
     def _options(self):
         options = super()._options()
-        del options["dtype"]
+        # The backbone has them.
+        del options["dtype"], options["projection_dim"]
         return options
 
     def without_masking(self):

@@ -8,10 +8,12 @@ import warnings
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.processes import process_index_and_count
 from keras_cluster_mask.training.input_rules import KEYS
+from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 SAMPLE_WEIGHT = "sample_weight"
 # An entry of batches that names their samples.
@@ -60,6 +62,38 @@ def check_no_labels(**labels):
                 "pairs, put 'sample_weight' into the batches. "
                 f"Received: {name} of type {type(value).__name__}"
             )
+
+
+def check_no_losses(options: dict):
+    """Raises an error for arguments of `compile` that the model decides itself."""
+    for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"`{name}` must not be given: the loss is the argument `loss` of the "
+                "model, and the metrics are built in. "
+                f"Received: {name}={options[name]!r}"
+            )
+
+
+def sample_weights(batch, given=None):
+    """The weights of the rows of a batch as `(batch,)` float32, or `None`."""
+    # Keras passes on its own argument only with labels, and of single batches.
+    weights = batch.get(SAMPLE_WEIGHT) if given is None else given
+    if weights is None:
+        return None
+    if len(weights.shape) != 1:
+        raise ValueError(
+            "`sample_weight` must have shape (batch,). "
+            f"Received: sample_weight.shape={tuple(weights.shape)}"
+        )
+    return ops.cast(weights, "float32")
+
+
+def evaluation_data(model, data, steps=None):
+    """Data that is evaluated or predicted: checked, and as Keras takes it."""
+    check_ends(data, steps)
+    check_tokenizer_of(model, data)
+    return check_data(data, model.input_rules)
 
 
 def check_data(data, rules, training=False):
