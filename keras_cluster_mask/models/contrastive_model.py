@@ -303,14 +303,6 @@ class ContrastiveModel(DualEncoder):
             self.gradient_norm.update_metric()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
-    def get_metrics_result(self):
-        logs = super().get_metrics_result()
-        if self.is_evaluating:
-            # Evaluation has no gradients, and masks nothing.
-            for name in ("gradient_norm", "mask_ratio"):
-                logs.pop(name, None)
-        return logs
-
     def make_train_function(self, force=False):
         # The last moment before a step is compiled, at which values can be read.
         prepare_replicas(self)
@@ -321,8 +313,12 @@ class ContrastiveModel(DualEncoder):
 
     @property
     def metrics(self):
-        own = [] if self.gradient_norm is None else [self.gradient_norm.metric]
-        return super().metrics + own
+        metrics = super().metrics
+        if self.is_evaluating:
+            # Evaluation has no gradients, and masks nothing.
+            return [x for x in metrics if x.name != "mask_ratio"]
+        norm = self.gradient_norm
+        return metrics if norm is None else [*metrics, norm.metric]
 
     # === Compile, fit, evaluate, predict ===
 
@@ -394,12 +390,7 @@ class ContrastiveModel(DualEncoder):
         y=None,
         batch_size=None,
         epochs=1,
-        verbose="auto",
-        callbacks=None,
-        validation_split=0.0,
-        validation_data=None,
-        initial_epoch=0,
-        steps_per_epoch=None,
+        *args,
         resume_from: str | os.PathLike | None = None,
         **kwargs,
     ) -> keras.callbacks.History:
@@ -443,8 +434,8 @@ class ContrastiveModel(DualEncoder):
                 good checkpoint, from the beginning if there is none, and says which.
                 Or the path of one checkpoint, which must exist. Options of `compile`
                 that differ from the checkpoint's win, with a warning.
-            others: Those of `keras.Model.fit`. `steps_per_epoch` continues through an
-                `image_text_dataset` over the ends of its epochs.
+            others: Those of `keras.Model.fit`, in its order. `steps_per_epoch`
+                continues through an `image_text_dataset` over the ends of its epochs.
 
         Returns:
             A `keras.callbacks.History`.
@@ -456,21 +447,10 @@ class ContrastiveModel(DualEncoder):
                 an `image_text_dataset` is not the one that the model was trained with,
                 or lacks the special tokens that the text encoder needs.
         """
-        options = dict(
-            y=y,
-            batch_size=batch_size,
-            epochs=epochs,
-            verbose=verbose,
-            callbacks=callbacks,
-            validation_split=validation_split,
-            validation_data=validation_data,
-            initial_epoch=initial_epoch,
-            steps_per_epoch=steps_per_epoch,
-            **kwargs,
-        )
+        args = (x, y, batch_size, epochs, *args)
         try:
             with remembered_tokenizer(self, x):
-                return fit(self, super().fit, x, options, resume_from)
+                return fit(self, super().fit, resume_from, *args, **kwargs)
         finally:
             self.training_run = None
 
@@ -485,9 +465,8 @@ class ContrastiveModel(DualEncoder):
         **kwargs,
     ):
         x = evaluation_data(self, as_dictionary(x, y, sample_weight), steps)
-        options = dict(batch_size=batch_size, verbose=verbose, steps=steps, **kwargs)
         with until_the_end(), self._evaluation():
-            return super().evaluate(x, **options)
+            return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, **kwargs):
         x = evaluation_data(self, as_dictionary(x), steps)

@@ -121,7 +121,7 @@ def check_data(data, rules, training=False):
         data = check_data(data.as_dataset(), rules, training)
     elif hasattr(data, "as_dataset"):
         _check_spec(data, rules)
-        data = _checked_stream(data, rules, training)
+        data = _generator(data, _Check(rules, training))
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
         _check_spec(data, rules)
         if any(spec.dtype == "string" for spec in data.element_spec.values()):
@@ -139,6 +139,13 @@ def check_data(data, rules, training=False):
     elif any(x.__module__.split(".")[0] == "grain" for x in type(data).__mro__):
         data = data.map(_Check(rules, training))
     return data
+
+
+def stream_for_keras(stream):
+    """A stream as Keras takes it: a `tf.data.Dataset`, or a generator of one pass."""
+    if keras.backend.backend() == "tensorflow":
+        return stream.as_dataset()
+    return _generator(stream)
 
 
 def check_ends(data, steps):
@@ -222,12 +229,12 @@ def _check_spec(data, rules):
     rules.check_type(data.element_spec["images"])
 
 
-def _checked_stream(batches, rules, training):
-    names = [k for k, spec in batches.element_spec.items() if spec.dtype != "string"]
-    check = _Check(rules, training)
-    with contextlib.closing(iter(batches)) as batches:
+def _generator(stream, check=None):
+    names = [k for k, spec in stream.element_spec.items() if spec.dtype != "string"]
+    with contextlib.closing(iter(stream)) as batches:
         for batch in batches:
-            check(batch)
+            if check is not None:
+                check(batch)
             # Keras takes tuples alone from generators.
             yield ({name: batch[name] for name in names},)
 
@@ -244,7 +251,7 @@ def _checked(batch, rules, training):
     check = _Check(rules, training)
 
     def check_arrays(*arrays):
-        check(dict(zip(names, arrays)))
+        check.check_values(dict(zip(names, arrays)))
         return np.False_
 
     done = tf.numpy_function(check_arrays, [batch[name] for name in names], "bool")
@@ -253,28 +260,30 @@ def _checked(batch, rules, training):
 
 
 class _Check:
-    """Checks a batch, and passes it on.
+    """Checks one batch after another, and passes them on.
 
     Args:
         rules: `InputRules` of the model.
         training: Boolean. Whether it is trained on.
-        make: Function that makes the batch of what is passed, or `None`.
+        collate: Function that makes the batch of what is passed, or `None`.
     """
 
-    def __init__(self, rules, training, make=None):
-        self.rules, self.training, self.make = rules, training, make
+    def __init__(self, rules, training, collate=None):
+        self.rules, self.training, self.collate = rules, training, collate
         # A batch of bright images may look like pixels. If others do not, it is none.
         self.is_normalized = False
 
     def __call__(self, batch):
-        batch = batch if self.make is None else self.make(batch)
+        batch = batch if self.collate is None else self.collate(batch)
         given = as_dictionary(batch)
-        if "images" in given:
-            check_input(given, self.rules.keys)
-        given = {k: v for k, v in given.items() if not holds_strings(v)}
-        if self.rules.check(given, self.training, not self.is_normalized):
-            self.is_normalized = True
+        check_input(given, self.rules.keys)
+        self.check_values({k: v for k, v in given.items() if not holds_strings(v)})
         return batch
+
+    def check_values(self, arrays):
+        """Checks a dictionary of arrays, of which images may be missing if uint8."""
+        if self.rules.check(arrays, self.training, not self.is_normalized):
+            self.is_normalized = True
 
 
 class _CheckedBatches(keras.utils.PyDataset):

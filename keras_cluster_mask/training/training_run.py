@@ -81,7 +81,6 @@ class ResumableRun(TrainingRun):
         self.total_steps = 0
         self.rng_state = {}
         self._metrics = self._weights = None
-        self._keeps_weights = False
 
     def resume(self, model, found):
         """Continues from a checkpoint, as `read_resumable` returns it."""
@@ -115,16 +114,9 @@ class ResumableRun(TrainingRun):
         self.data.origin = tuple(facts["data_origin"])
         self._metrics = arrays if self.step else None
 
-    def start(self, x, keep_weights=False):
-        """As in the base class.
-
-        Args:
-            x: The data.
-            keep_weights: Boolean. Whether `restore_weights` will be called.
-        """
+    def start(self, x):
         super().start(x)
         self._before = self.step
-        self._keeps_weights = keep_weights
 
     def restore_weights(self):
         """Undoes the end of a Keras fit, which replaces weights by their averages."""
@@ -154,8 +146,9 @@ class ResumableRun(TrainingRun):
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        self._before = 0
-        if self._keeps_weights:
+        if self._before:
+            # The rest of an interrupted epoch, which was a Keras fit of its own.
             self._weights = [
                 np.array(to_numpy(v)) for v in self.model.trainable_variables
             ]
+        self._before = 0
