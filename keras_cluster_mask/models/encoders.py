@@ -263,7 +263,7 @@ def position_tables(embedding) -> tuple:
     return (embedding.position_embedding.embeddings,)
 
 
-# === The normalisation that keras_hub's CLIP does not save ===
+# === What keras_hub's CLIP does not save, and copies of its models ===
 
 
 def read_text_epsilon(backbone) -> float:
@@ -278,3 +278,20 @@ def read_text_epsilon(backbone) -> float:
 def write_text_epsilon(backbone, epsilon: float):
     """Sets what `read_text_epsilon` reads."""
     backbone.text_encoder.layer_norm.epsilon = epsilon
+
+
+def copy_with(model, tower: str, changes: dict) -> keras.Model:
+    """A model of the same class, with fresh weights and a tower that is changed.
+
+    Args:
+        model: A keras_hub backbone of two towers, or one of them alone.
+        tower: `"vision_encoder"` or `"text_encoder"`.
+        changes: Dictionary, what is changed in the tower's configuration.
+    """
+    config = model.get_config()
+    changed = config[tower]["config"] if hasattr(model, tower) else config
+    changed.update(changes)
+    copy = type(model).from_config(config)
+    if hasattr(model, "clip_head"):
+        write_text_epsilon(copy, read_text_epsilon(model))
+    return copy
