@@ -126,6 +126,10 @@ def text_bag(width=16, name="text_bag"):
     return keras.Model(ids, x, name=name)
 
 
+def small_model(**kwargs):
+    return kcm.ContrastiveModel(image_mlp(), text_bag(), **kwargs)
+
+
 # The smallest transformer, and the towers of keras_hub that are made of it.
 TRANSFORMER = dict(num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32)
 VIT = dict(TRANSFORMER, patch_size=4)

@@ -11,16 +11,17 @@ from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 
-# The layers of vision transformers that return the embedded tokens, and the encoders.
-EMBEDDINGS = {
-    "CLIPVisionEmbedding": "CLIPVisionEncoder",
-    "DINOV2Embedding": "DINOV2Backbone",
-    "DINOV3Embedding": "DINOV3Backbone",
-    "DeiTEmbeddings": "DeiTBackbone",
-    "MetaCLIP2VisionEmbedding": "MetaCLIP2VisionEncoder",
-    "SigLIPVisionEmbedding": "SigLIPVisionEncoder",
-    "ViTPatchingAndEmbedding": "ViTBackbone, BLIP2VisionEncoder",
-}
+# The layers of vision transformers that return the embedded tokens. The last is that
+# of `ViTBackbone` and of `BLIP2VisionEncoder`.
+EMBEDDINGS = (
+    "CLIPVisionEmbedding",
+    "DINOV2Embedding",
+    "DINOV3Embedding",
+    "DeiTEmbeddings",
+    "MetaCLIP2VisionEmbedding",
+    "SigLIPVisionEmbedding",
+    "ViTPatchingAndEmbedding",
+)
 
 # Layers of vision transformers that no token can be taken from, and why.
 _WINDOWS = "attends within windows of the whole grid"

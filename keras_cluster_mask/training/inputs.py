@@ -316,5 +316,10 @@ def holds_strings(values) -> bool:
     return isinstance(values, np.ndarray) and values.dtype.kind in "SUO"
 
 
+def sample_names(ids) -> list[str]:
+    """The ids of samples, bytes, strings or numbers, for people."""
+    return [x.decode() if isinstance(x, bytes) else str(x) for x in ids]
+
+
 def _without_strings(batch):
     return {key: value for key, value in batch.items() if value.dtype != "string"}

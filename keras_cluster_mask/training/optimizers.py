@@ -28,9 +28,8 @@ REPLACED = "build", "_backend_update_step", "_apply_weight_decay"
 def configure(model):
     """Makes the optimizer of a compiled model do what `model.optimizer_options` say."""
     optimizer, options = model.optimizer, model.optimizer_options
-    model.gradient_norm = None
-    if options["log_gradient_norm"]:
-        model.gradient_norm = GradientNorm(optimizer)
+    logs_norm = options["log_gradient_norm"]
+    model.gradient_norm = GradientNorm(optimizer) if logs_norm else None
     if optimizer is None:
         return
     own = inner_optimizer(optimizer)
