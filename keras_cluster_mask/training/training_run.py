@@ -117,12 +117,12 @@ class ResumableRun(TrainingRun):
     def start(self, x):
         super().start(x)
         self._before = self.step
+        self._weights = None
 
     def restore_weights(self):
         """Undoes the end of a Keras fit, which replaces weights by their averages."""
         for variable, value in zip(self.model.trainable_variables, self._weights):
             variable.assign(value)
-        self._weights = None
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch, self.step = epoch, self._before
