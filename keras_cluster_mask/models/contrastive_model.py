@@ -7,15 +7,7 @@ import os
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.gradients import prepare_replicas, wait_for
-from keras_cluster_mask.distribution.replicas import (
-    all_reduce_mean,
-    batch_is_split,
-    local_loss,
-    metric_rows,
-    num_replicas,
-    replica_mean,
-)
+from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.dual_encoder import DualEncoder
@@ -23,7 +15,7 @@ from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.tower import Tower
-from keras_cluster_mask.training import optimizers
+from keras_cluster_mask.training import layers, micro_batches, optimizers
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import LONELY
 from keras_cluster_mask.training.inputs import (
@@ -35,16 +27,6 @@ from keras_cluster_mask.training.inputs import (
     evaluation_data,
     sample_weights,
     until_the_end,
-)
-from keras_cluster_mask.training.layers import (
-    all_layers,
-    from_parts,
-    frozen_parts,
-    state_variables,
-)
-from keras_cluster_mask.training.micro_batches import (
-    embed_in_micro_batches,
-    rows_of_replica,
 )
 from keras_cluster_mask.training.tokens import remembered_tokenizer
 
@@ -241,9 +223,9 @@ class ContrastiveModel(DualEncoder):
         if not training:
             return self.embed(inputs, training)
         if not self.micro_batch_size:
-            with rows_of_replica(inputs):
+            with micro_batches.rows_of_replica(inputs):
                 return self.embed(inputs, training)
-        embeddings, extra_losses = embed_in_micro_batches(
+        embeddings, extra_losses = micro_batches.embed_in_micro_batches(
             self, inputs, self.micro_batch_size
         )
         self.add_loss(extra_losses)
@@ -256,12 +238,12 @@ class ContrastiveModel(DualEncoder):
         JAX; gradients and updates are Keras's own. Override `compute_loss` to
         train on another loss.
         """
-        with wait_for(args):
+        with gradients.wait_for(args):
             results = super().train_step(*args)
-        if num_replicas() > 1:
-            states = state_variables(self)
+        if replicas.num_replicas() > 1:
+            states = layers.state_variables(self)
             floats = [v for v in states if keras.backend.is_float_dtype(v.dtype)]
-            all_reduce_mean(floats)
+            replicas.all_reduce_mean(floats)
         return results
 
     def compute_loss(
@@ -276,7 +258,7 @@ class ContrastiveModel(DualEncoder):
             labels = caption_labels(x["token_ids"])
         else:
             labels = ops.arange(ops.shape(images)[0])
-        weights, is_split = self.head.loss_weights, batch_is_split(training)
+        weights, is_split = self.head.loss_weights, replicas.batch_is_split(training)
         losses, *hits = batch_loss(
             self.head.loss, weights, images, texts, labels, sample_weight, is_split
         )
@@ -286,14 +268,14 @@ class ContrastiveModel(DualEncoder):
         for extra in self.losses:
             loss = loss + ops.cast(ops.sum(extra), loss.dtype)
         if is_split:
-            loss = local_loss(loss)
-            *hits, sample_weight = map(metric_rows, (*hits, sample_weight))
+            loss = replicas.local_loss(loss)
+            *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
         for metric, values in zip(self.accuracy_metrics, hits):
             metric.update_state(values, sample_weight)
         self.temperature_metric.update_state(1.0 / weights[0])
         if training:
             for masking in self.maskings:
-                ratio = replica_mean(masking.last_mask_ratio)
+                ratio = replicas.replica_mean(masking.last_mask_ratio)
                 self.mask_ratio_metric.update_state(ratio)
                 masking.advance()
         return loss
@@ -305,7 +287,7 @@ class ContrastiveModel(DualEncoder):
 
     def make_train_function(self, force=False):
         # The last moment before a step is compiled, at which values can be read.
-        prepare_replicas(self)
+        gradients.prepare_replicas(self)
         optimizers.use_global_gradients(self)
         for masking in self.maskings:
             masking.check_ready()
@@ -375,7 +357,7 @@ class ContrastiveModel(DualEncoder):
         )
         optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):
-            optimizer = optimizers.with_loss_scaling(optimizer, all_layers(self))
+            optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
         super().compile(optimizer, **kwargs)
         self.optimizer_options = {
             "learning_rate_multipliers": multipliers,
@@ -569,12 +551,12 @@ class ContrastiveModel(DualEncoder):
             **self._options(),
             "image_encoder": keras.saving.serialize_keras_object(self.image_encoder),
             "text_encoder": keras.saving.serialize_keras_object(self.text_encoder),
-            "frozen": frozen_parts(self),
+            "frozen": layers.frozen_parts(self),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        return from_parts(cls, config, custom_objects)
+        return layers.from_parts(cls, config, custom_objects)
 
     def _options(self):
         """The constructor's arguments that models for backbones take too."""

@@ -10,18 +10,9 @@ from keras import ops
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
+from keras_cluster_mask.training import inputs
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.checkpoints import read_resumable
-from keras_cluster_mask.training.inputs import (
-    StepSize,
-    as_dictionary,
-    check_data,
-    check_ends,
-    check_keys,
-    rows_of,
-    stream_for_keras,
-    until_the_end,
-)
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import inner_optimizer
 from keras_cluster_mask.training.remaining_data import (
@@ -65,12 +56,12 @@ def fit(
     Returns:
         A `keras.callbacks.History`.
     """
-    x = as_dictionary(x, y, sample_weight, class_weight)
+    x = inputs.as_dictionary(x, y, sample_weight, class_weight)
     if isinstance(x, dict) and validation_split:
         # Not by Keras, which would split the rest of an interrupted epoch again.
         x, validation_data = _split(x, validation_split, validation_data)
         validation_split = 0.0
-    validation_data = as_dictionary(validation_data)
+    validation_data = inputs.as_dictionary(validation_data)
     batch_size = batch_size or 32
     callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
     callbacks = [each for each in callbacks if each is not None]
@@ -83,16 +74,18 @@ def fit(
         "validation_freq": validation_freq,
     }
     validation = Validation(validation_data, callbacks, options)
-    check_ends(validation_data, validation_steps)
+    inputs.check_ends(validation_data, validation_steps)
     check_tokenizer_of(model, validation_data)
     options["callbacks"] = callbacks
     if hasattr(validation_data, "as_dataset"):
         # Data of unknown length, which Keras would take as a generator: one pass.
         options["callbacks"] = [validation, *callbacks]
     else:
-        options["validation_data"] = check_data(validation_data, model.input_rules)
+        options["validation_data"] = inputs.check_data(
+            validation_data, model.input_rules
+        )
 
-    check_keys(x)
+    inputs.check_keys(x)
     pairs = None
     if isinstance(x, dict):
         model.input_rules.check(x)
@@ -101,8 +94,8 @@ def fit(
     # Datasets have their own order; Keras warns of its default.
     own_order = hasattr(x, "element_spec")
     options["shuffle"] = not own_order if shuffle is None else shuffle
-    check_batch_size(model, rows_of(x), pairs)
-    step_size = StepSize.of(x)
+    check_batch_size(model, inputs.rows_of(x), pairs)
+    step_size = inputs.StepSize.of(x)
     if step_size is not None:
         check_micro_batches(step_size.batch_size, model.micro_batch_size)
 
@@ -154,9 +147,9 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         x = data.after(run.epoch, run.step)
         if isinstance(x, ArrayBatches):
             # They have been checked whole.
-            x = stream_for_keras(x)
+            x = inputs.stream_for_keras(x)
         else:
-            x = check_data(x, model.input_rules, training=True)
+            x = inputs.check_data(x, model.input_rules, training=True)
         given = dict(options, x=x, initial_epoch=run.epoch, epochs=last)
         if data.steps_per_epoch is not None:
             given["steps_per_epoch"] = data.steps_per_epoch - run.step
@@ -186,7 +179,7 @@ def _run(keras_fit, options, is_stream):
     try:
         with contextlib.ExitStack() as stack:
             if "steps_per_epoch" not in options:
-                stack.enter_context(until_the_end())
+                stack.enter_context(inputs.until_the_end())
             if is_stream and keras.backend.backend() == "tensorflow":
                 from keras_cluster_mask.data.tensorflow import stop_at_interrupts
 
