@@ -201,6 +201,14 @@ def dino_encoder():
     )
 
 
+def as_trained(model):
+    """The model with weights that no initialiser gives."""
+    rng = np.random.default_rng(0)
+    for weight in model.trainable_variables:
+        weight.assign(rng.normal(size=weight.shape).astype("float32"))
+    return model
+
+
 # === Logs ===
 
 
