@@ -108,13 +108,11 @@ def fit(
         _check_no_swaps(callbacks)
     data = RemainingData(x, steps_per_epoch, initial_epoch, remembers_ids=bool(saves))
     if resume_from is None and not saves:
-        run = TrainingRun(data, initial_epoch, step_size)
+        run = TrainingRun(data, step_size)
     else:
         # Callbacks may change the learning rate once training has begun.
         compiled = describe_compile(model)
-        run = ResumableRun(
-            data, initial_epoch, step_size, compiled, validation.is_skipped
-        )
+        run = ResumableRun(data, step_size, compiled, validation.is_skipped)
     if found is not None:
         run.resume(model, found)
     if resume_from is not None and options["verbose"]:

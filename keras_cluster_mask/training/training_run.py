@@ -22,8 +22,7 @@ class TrainingRun(keras.callbacks.Callback):
     It has no hooks for batches, which would make JAX wait for every step.
 
     Args:
-        data: `RemainingData`.
-        epoch: Integer, the first epoch.
+        data: `RemainingData`, which knows the first epoch.
         step_size: `StepSize` or `None`.
 
     Attributes:
@@ -34,11 +33,11 @@ class TrainingRun(keras.callbacks.Callback):
         history: List of a dictionary with `"epoch"` and `"logs"` for each epoch.
     """
 
-    def __init__(self, data, epoch, step_size):
+    def __init__(self, data, step_size):
         super().__init__()
         self.data = data
         self.step_size = step_size
-        self.epoch, self.step = epoch, 0
+        self.epoch, self.step = data.origin[0], 0
         self.history = []
         self._seeks = False
 
@@ -74,8 +73,8 @@ class ResumableRun(TrainingRun):
         rng_state: Dictionary of arrays, the random state after the last step.
     """
 
-    def __init__(self, data, epoch, step_size, compiled, skips_validation):
-        super().__init__(data, epoch, step_size)
+    def __init__(self, data, step_size, compiled, skips_validation):
+        super().__init__(data, step_size)
         self.compiled = compiled
         self.skips_validation = skips_validation
         self.total_steps = 0
