@@ -126,130 +126,87 @@ def text_bag(width=16, name="text_bag"):
     return keras.Model(ids, x, name=name)
 
 
-def clip_vision_encoder(dtype=None):
-    return keras_hub.models.CLIPVisionEncoder(
-        patch_size=4,
-        hidden_dim=16,
-        num_layers=1,
-        num_heads=2,
-        intermediate_dim=32,
-        image_shape=(16, 16, 3),
+def small_model(**kwargs):
+    return kcm.ContrastiveModel(image_mlp(), text_bag(), **kwargs)
+
+
+# The smallest transformer, and the towers of keras_hub that are made of it.
+TRANSFORMER = dict(num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32)
+VIT = dict(TRANSFORMER, patch_size=4)
+
+
+def vision_encoder(family, sizes=TRANSFORMER, **kwargs):
+    make = getattr(keras_hub.models, f"{family}VisionEncoder")
+    return make(**sizes, patch_size=4, image_shape=(16, 16, 3), **kwargs)
+
+
+def make_backbone(family, dtype=None, sizes=TRANSFORMER, **kwargs):
+    make_text = getattr(keras_hub.models, f"{family}TextEncoder")
+    return getattr(keras_hub.models, f"{family}Backbone")(
+        vision_encoder=vision_encoder(
+            family, sizes, dtype=dtype, name="vision_encoder"
+        ),
+        text_encoder=make_text(
+            **sizes,
+            vocabulary_size=VOCABULARY,
+            embedding_dim=sizes["hidden_dim"],
+            max_sequence_length=CONTEXT,
+            dtype=dtype,
+            name="text_encoder",
+        ),
         dtype=dtype,
-        name="vision_encoder",
+        **kwargs,
     )
+
+
+def clip_vision_encoder(dtype=None):
+    return vision_encoder("CLIP", dtype=dtype, name="vision_encoder")
+
+
+def siglip_encoder():
+    return vision_encoder("SigLIP")
+
+
+def metaclip_vision_encoder():
+    return vision_encoder("MetaCLIP2")
 
 
 def tiny_clip(dtype=None):
-    return keras_hub.models.CLIPBackbone(
-        vision_encoder=clip_vision_encoder(dtype=dtype),
-        text_encoder=keras_hub.models.CLIPTextEncoder(
-            vocabulary_size=VOCABULARY,
-            embedding_dim=16,
-            hidden_dim=16,
-            num_layers=1,
-            num_heads=2,
-            intermediate_dim=32,
-            max_sequence_length=CONTEXT,
-            dtype=dtype,
-            name="text_encoder",
-        ),
-        projection_dim=16,
-        dtype=dtype,
-    )
-
-
-def vit_encoder(height=16, width=16):
-    return keras_hub.models.ViTBackbone(
-        image_shape=(height, width, 3),
-        patch_size=4,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        mlp_dim=32,
-    )
-
-
-def siglip_encoder(dtype=None, name=None):
-    return keras_hub.models.SigLIPVisionEncoder(
-        patch_size=4,
-        hidden_dim=16,
-        num_layers=1,
-        num_heads=2,
-        intermediate_dim=32,
-        image_shape=(16, 16, 3),
-        dtype=dtype,
-        name=name,
-    )
+    return make_backbone("CLIP", dtype, projection_dim=16)
 
 
 def tiny_siglip(dtype=None):
-    return keras_hub.models.SigLIPBackbone(
-        vision_encoder=siglip_encoder(dtype=dtype, name="vision_encoder"),
-        text_encoder=keras_hub.models.SigLIPTextEncoder(
-            vocabulary_size=VOCABULARY,
-            embedding_dim=16,
-            hidden_dim=16,
-            num_layers=1,
-            num_heads=2,
-            intermediate_dim=32,
-            max_sequence_length=CONTEXT,
-            dtype=dtype,
-            name="text_encoder",
-        ),
-        dtype=dtype,
-    )
-
-
-def metaclip_vision_encoder(name=None):
-    return keras_hub.models.MetaCLIP2VisionEncoder(
-        patch_size=4,
-        hidden_dim=16,
-        num_layers=1,
-        num_heads=2,
-        intermediate_dim=32,
-        image_shape=(16, 16, 3),
-        name=name,
-    )
+    return make_backbone("SigLIP", dtype)
 
 
 def tiny_metaclip():
-    return keras_hub.models.MetaCLIP2Backbone(
-        vision_encoder=metaclip_vision_encoder("vision_encoder"),
-        text_encoder=keras_hub.models.MetaCLIP2TextEncoder(
-            vocabulary_size=VOCABULARY,
-            embedding_dim=16,
-            hidden_dim=16,
-            num_layers=1,
-            num_heads=2,
-            intermediate_dim=32,
-            max_sequence_length=CONTEXT,
-            name="text_encoder",
-        ),
-        projection_dim=16,
+    return make_backbone("MetaCLIP2", projection_dim=16)
+
+
+def vit_encoder(height=16, width=16, **kwargs):
+    sizes = dict(VIT)
+    sizes["mlp_dim"] = sizes.pop("intermediate_dim")
+    return keras_hub.models.ViTBackbone(
+        image_shape=(height, width, 3), **sizes, **kwargs
     )
 
 
 def deit_encoder(height=16, width=16):
-    return keras_hub.models.DeiTBackbone(
-        image_shape=(height, width, 3),
-        patch_size=4,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-    )
+    return keras_hub.models.DeiTBackbone(image_shape=(height, width, 3), **VIT)
 
 
 def dino_encoder():
     return keras_hub.models.DINOV2Backbone(
-        patch_size=4,
-        num_layers=1,
-        hidden_dim=16,
-        num_heads=2,
-        intermediate_dim=32,
-        num_register_tokens=2,
-        image_shape=(16, 16, 3),
+        **VIT, num_register_tokens=2, image_shape=(16, 16, 3)
     )
+
+
+def as_trained(model):
+    """The model with weights that no initialiser gives."""
+    rng = np.random.default_rng(0)
+    for weight in model.trainable_variables:
+        weight.assign(rng.normal(size=weight.shape).astype("float32"))
+    return model
 
 
 # === Logs ===

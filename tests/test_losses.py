@@ -6,7 +6,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
-from keras_cluster_mask.models.contrastive_model import l2_normalize
+from keras_cluster_mask.models.head import l2_normalize
 
 BATCH, WIDTH = 12, 16
 

@@ -353,6 +353,27 @@ def test_the_history_of_any_keras_model_is_drawn():
 
 
 @pytest.mark.any_backend
+def test_metrics_that_some_epochs_lack_are_left_out():
+    def report(epoch, logs):
+        if epoch % 2:
+            logs["at_times"] = 1.0
+
+    model = keras.Sequential([keras.layers.Dense(2)])
+    model.compile("sgd", "mse", metrics=["mae"], **FAST)
+    x, y = np.ones((4, 3)), np.ones((4, 2))
+    callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=report)]
+    history = model.fit(x, y, epochs=5, callbacks=callbacks, verbose=0)
+    assert len(history.history["at_times"]) == 2
+    # In any order.
+    for logs in (history.history, dict(reversed(history.history.items()))):
+        history.history = logs
+        for given in (history, logs):
+            curves = curves_of(visualization.plot_history(given))
+            assert {*curves} == {"loss, training", "mae, training"}
+            assert curves["loss, training"] == ([1, 2, 3, 4, 5], logs["loss"])
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize("history", [{}, {"val_loss": [1.0]}, None, [1.0, 2.0]])
 def test_a_history_without_epochs_is_an_error(history):
     with pytest.raises(ValueError, match=r"`history` must.*Received: "):

@@ -23,6 +23,8 @@ from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
 from keras_cluster_mask.training.layers import frozen_parts
 
+HEAD_OPTIONS = "loss", "initial_temperature", "initial_logit_bias", "max_logit_scale"
+
 
 class BackboneModel(ContrastiveModel):
     """A `ContrastiveModel` around a keras_hub backbone of two towers.
@@ -32,16 +34,18 @@ class BackboneModel(ContrastiveModel):
 
     Args:
         backbone: A keras_hub backbone.
-        head: The `ContrastiveHead` around the backbone's own parts.
         masking: A `PatchMasking` layer, or `None`.
-        **kwargs: Arguments of `ContrastiveModel`, without the encoders.
+        head: A `ContrastiveHead` of the same backbone to use, or `None`.
+        parts: Dictionary of the backbone's parts that a new head consists of.
+        **kwargs: Arguments of `ContrastiveModel`, without the encoders and
+            `projection_dim`.
 
     Attributes:
         backbone: The backbone that is trained.
         masking: The masking, or `None`.
     """
 
-    def __init__(self, backbone, head, masking=None, **kwargs):
+    def __init__(self, backbone, masking, head, parts, **kwargs):
         if "dtype" in kwargs:
             raise ValueError(
                 "`dtype` must be given to the backbone, which has all the layers that "
@@ -51,18 +55,17 @@ class BackboneModel(ContrastiveModel):
         number_positions(find_embedding_layer(encoder))
         if masking is not None:
             encoder = with_masking(encoder, masking)
-        super().__init__(
-            encoder,
-            backbone.text_encoder,
-            head=head,
-            **kwargs,
-        )
+        if head is None:
+            options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
+            head = ContrastiveHead(**options, **parts, name="head")
+        super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
 
     def _options(self):
         options = super()._options()
-        del options["dtype"]
+        # The backbone has them.
+        del options["dtype"], options["projection_dim"]
         return options
 
     def without_masking(self):
@@ -81,23 +84,9 @@ class BackboneModel(ContrastiveModel):
 class CLIPContrastiveModel(BackboneModel):
     """A `ContrastiveModel` around a keras_hub CLIP backbone.
 
-    Made by `ContrastiveModel.from_backbone`.
-
     Args:
         backbone: A `keras_hub.models.CLIPBackbone`.
-        masking: A `PatchMasking` layer, or `None`.
-        loss: `"softmax"` or `"sigmoid"`.
-        initial_temperature: Float. Defaults to the backbone's own, and to 0.1 for the
-            sigmoid loss, which a CLIP backbone was never trained with.
-        initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
-        max_logit_scale: Float. The scale never exceeds it.
-        head: A `ContrastiveHead` of the same backbone to use.
-        **kwargs: Arguments of `ContrastiveModel`, without the encoders and
-            `projection_dim`.
-
-    Attributes:
-        backbone: The backbone that is trained.
-        masking: The masking, or `None`.
+        **kwargs: See `ContrastiveModel.from_backbone`, which makes this model.
     """
 
     # The layer of the backbone that has the temperature.
@@ -111,30 +100,22 @@ class CLIPContrastiveModel(BackboneModel):
         masking=None,
         loss="softmax",
         initial_temperature=None,
-        initial_logit_bias=None,
-        max_logit_scale=100.0,
         head=None,
         **kwargs,
     ):
-        given = {
-            "loss": loss,
-            "initial_temperature": initial_temperature,
-            "initial_logit_bias": initial_logit_bias,
-            "max_logit_scale": max_logit_scale,
-        }
+        parts = {}
         if head is None:
             temperature = initial_temperature
             if temperature is None and loss == "sigmoid":
                 temperature = INITIAL_TEMPERATURE[loss]
             logit_scale = getattr(backbone, self.scale_owner).logit_scale
-            head = ContrastiveHead(
-                **given,
+            parts = dict(
                 image_projection=backbone.vision_projection,
                 text_projection=backbone.text_projection,
                 logit_scale=_prepared(logit_scale, temperature),
-                name="head",
             )
-        super().__init__(backbone, head, masking, **given, **kwargs)
+        options = dict(loss=loss, initial_temperature=initial_temperature)
+        super().__init__(backbone, masking, head, parts, **options, **kwargs)
         # It takes the class token, which is never hidden.
         backbone.vision_pooler.supports_masking = True
 
@@ -172,18 +153,13 @@ class CLIPContrastiveModel(BackboneModel):
 class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     """A `ContrastiveModel` around a keras_hub MetaCLIP 2 backbone.
 
-    Made by `ContrastiveModel.from_backbone`. A text is pooled at its first end token,
-    whose id the backbone knows. Texts without one are refused by `fit`, `evaluate`,
-    `predict` and `kcm.evaluation`; elsewhere their embedding is NaN.
+    A text is pooled at its first end token, whose id the backbone knows. Texts without
+    one are refused by `fit`, `evaluate`, `predict` and `kcm.evaluation`; elsewhere
+    their embedding is NaN.
 
     Args:
         backbone: A `keras_hub.models.MetaCLIP2Backbone`.
-        masking: A `PatchMasking` layer, or `None`.
-        **kwargs: As for `CLIPContrastiveModel`.
-
-    Attributes:
-        backbone: The backbone that is trained.
-        masking: The masking, or `None`.
+        **kwargs: See `ContrastiveModel.from_backbone`, which makes this model.
 
     Reference:
         - [Meta CLIP 2: A Worldwide Scaling Recipe](https://arxiv.org/abs/2507.22062)
@@ -224,25 +200,11 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
 class SigLIPContrastiveModel(BackboneModel):
     """A `ContrastiveModel` around a keras_hub SigLIP backbone.
 
-    Made by `ContrastiveModel.from_backbone`. uint8 images are scaled to
-    `[-1, 1]`, as in SigLIP's training.
+    uint8 images are scaled to `[-1, 1]`, as in SigLIP's training.
 
     Args:
         backbone: A `keras_hub.models.SigLIPBackbone`.
-        masking: A `PatchMasking` layer, or `None`.
-        loss: `"sigmoid"` or `"softmax"`.
-        initial_temperature: Float, or `None` for the backbone's; 0.1 for a fresh one.
-        initial_logit_bias: Float, or `None` for the backbone's; -10 for a fresh one.
-        max_logit_scale: Float. The scale never exceeds it.
-        pixel_mean: Three floats, or `None`.
-        pixel_std: Three floats.
-        head: A `ContrastiveHead` of the same backbone to use.
-        **kwargs: Arguments of `ContrastiveModel`, without the encoders and
-            `projection_dim`.
-
-    Attributes:
-        backbone: The backbone that is trained.
-        masking: The masking, or `None`.
+        **kwargs: See `ContrastiveModel.from_backbone`, which makes this model.
     """
 
     def __init__(
@@ -252,42 +214,35 @@ class SigLIPContrastiveModel(BackboneModel):
         loss="sigmoid",
         initial_temperature=None,
         initial_logit_bias=None,
-        max_logit_scale=100.0,
         pixel_mean=SIGLIP_MEAN,
         pixel_std=SIGLIP_STD,
         head=None,
         **kwargs,
     ):
-        own = backbone.siglip_head
-        given = {
-            "loss": loss,
-            "initial_temperature": initial_temperature,
-            "initial_logit_bias": initial_logit_bias,
-            "max_logit_scale": max_logit_scale,
-        }
+        own, parts = backbone.siglip_head, {}
         if head is None:
             # keras_hub starts at a scale of 1 and a bias of 0, from where a model would
             # first have to learn that nearly all pairs are negatives.
             scalars = own.logit_scale, own.logit_bias
-            is_fresh = not any(ops.convert_to_numpy(v) for v in scalars)
-            if is_fresh:
+            if not any(ops.convert_to_numpy(v) for v in scalars):
                 own.logit_scale.assign(-math.log(INITIAL_TEMPERATURE["sigmoid"]))
                 own.logit_bias.assign(INITIAL_LOGIT_BIAS)
             if initial_logit_bias is not None and loss == "sigmoid":
                 own.logit_bias.assign(initial_logit_bias)
-            head = ContrastiveHead(
-                **given,
+            parts = dict(
                 logit_scale=_prepared(own.logit_scale, initial_temperature),
                 logit_bias=_prepared(own.logit_bias),
-                name="head",
             )
         super().__init__(
             backbone,
-            head,
             masking,
+            head,
+            parts,
+            loss=loss,
+            initial_temperature=initial_temperature,
+            initial_logit_bias=initial_logit_bias,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
-            **given,
             **kwargs,
         )
 

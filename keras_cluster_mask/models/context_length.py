@@ -2,7 +2,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.models.encoders import read_text_epsilon, write_text_epsilon
+from keras_cluster_mask.models.encoders import copy_with
 
 # keras_hub's text encoders with a table of positions.
 TEXT_ENCODERS = "CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder"
@@ -52,12 +52,7 @@ def with_context_length(model, length: int):
         raise ValueError(
             f"`length` must be an integer of at least 3. Received: length={length!r}"
         )
-    config = model.get_config()
-    changed = config if encoder is model else config["text_encoder"]["config"]
-    changed["max_sequence_length"] = length
-    copy = type(model).from_config(config)
-    if hasattr(model, "clip_head"):
-        write_text_epsilon(copy, read_text_epsilon(model))
+    copy = copy_with(model, "text_encoder", {"max_sequence_length": length})
     for old, new in zip(model.weights, copy.weights):
         # The table of positions alone has another shape, and its row numbers, which
         # are as they should be.

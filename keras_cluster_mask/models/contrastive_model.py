@@ -1,75 +1,38 @@
+"""The model that is trained on image-text pairs."""
+
 import contextlib
 import functools
 import os
-from functools import partial
 
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.gradients import prepare_replicas, wait_for
-from keras_cluster_mask.distribution.replicas import (
-    all_reduce_mean,
-    batch_is_split,
-    local_loss,
-    metric_rows,
-    num_replicas,
-    replica_mean,
-)
-from keras_cluster_mask.distribution.tracing import is_traced
+from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.encoders import (
-    BLOCKS,
-    call_encoder,
-    context_length_of,
-    data_format_of,
-)
-from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
+from keras_cluster_mask.models.dual_encoder import DualEncoder
+from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
-from keras_cluster_mask.models.pixels import (
-    CLIP_MEAN,
-    CLIP_STD,
-    check_statistics,
-    normalize_pixels,
-    pixel_range,
-)
-from keras_cluster_mask.models.text_inputs import (
-    MADE,
-    text_input_names,
-    text_inputs,
-)
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.tower import Tower
-from keras_cluster_mask.training import optimizers
+from keras_cluster_mask.training import layers, micro_batches, optimizers
 from keras_cluster_mask.training.fitting import fit
-from keras_cluster_mask.training.gradient_checkpointing import (
-    checkpointed,
-    find_blocks,
-)
-from keras_cluster_mask.training.input_rules import LONELY, InputRules
+from keras_cluster_mask.training.input_rules import LONELY
 from keras_cluster_mask.training.inputs import (
-    SAMPLE_WEIGHT,
     as_dictionary,
     check_data,
-    check_ends,
     check_input,
     check_no_labels,
+    check_no_losses,
+    evaluation_data,
+    sample_weights,
     until_the_end,
 )
-from keras_cluster_mask.training.layers import (
-    all_layers,
-    from_parts,
-    frozen_parts,
-    state_variables,
-)
-from keras_cluster_mask.training.micro_batches import (
-    embed_in_micro_batches,
-    rows_of_replica,
-)
-from keras_cluster_mask.training.tokens import check_tokenizer_of, remembered_tokenizer
+from keras_cluster_mask.training.tokens import remembered_tokenizer
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class ContrastiveModel(keras.Model):
+class ContrastiveModel(DualEncoder):
     """Trains an image encoder and a text encoder on image-text pairs.
 
     Each image of a batch is compared with every text; the encoders learn to place an
@@ -177,44 +140,29 @@ class ContrastiveModel(keras.Model):
         dtype=None,
         **kwargs,
     ):
-        # Each part casts for itself. With a mixed policy of its own, the model would
-        # have all weights cast that it passes to micro-batches; and a masking must see
-        # pixels in full precision.
-        super().__init__(dtype="float32", **kwargs)
-        self.autocast = False
-        _check_encoder("image_encoder", image_encoder)
-        _check_encoder("text_encoder", text_encoder)
-        text_input_names(text_encoder)
         _check_options(duplicates, micro_batch_size)
-        check_statistics(pixel_mean, pixel_std)
-        self.image_encoder = image_encoder
-        self.text_encoder = text_encoder
-        self.micro_batch_size = micro_batch_size
-        self.duplicates = duplicates
-        self.gradient_checkpointing = gradient_checkpointing
-        self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
-        self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        given = {
+        options = {
             "loss": loss,
             "projection_dim": projection_dim,
             "initial_temperature": initial_temperature,
             "initial_logit_bias": initial_logit_bias,
             "max_logit_scale": max_logit_scale,
         }
-        self.head = head or ContrastiveHead(**given, dtype=dtype, name="head")
-        _check_head(self.head, given)
-        self.head.build_projections(_width(image_encoder), _width(text_encoder))
-
-        self.normalize_pixels = partial(
-            normalize_pixels,
-            mean=pixel_mean,
-            std=pixel_std,
-            data_format=data_format_of(image_encoder),
+        if head is None:
+            head = ContrastiveHead(**options, dtype=dtype, name="head")
+        head.check_options(options)
+        super().__init__(
+            image_encoder,
+            text_encoder,
+            head,
+            gradient_checkpointing,
+            pixel_mean,
+            pixel_std,
+            **kwargs,
         )
-        self.maskings = [x for x in all_layers(self) if isinstance(x, PatchMasking)]
-        for masking in self.maskings:
-            masking.join(self.normalize_pixels)
+        self.micro_batch_size = micro_batch_size
+        self.duplicates = duplicates
+        self.tokenizer_fingerprint = tokenizer_fingerprint
         self.accuracy_metrics = [
             keras.metrics.Mean(name="image_to_text_accuracy"),
             keras.metrics.Mean(name="text_to_image_accuracy"),
@@ -226,10 +174,6 @@ class ContrastiveModel(keras.Model):
         self.gradient_norm = None
         self.training_run = None
         self.is_evaluating = False
-        # Nothing is left to build, unless an encoder learns its width when called.
-        self.built = all(x.built for x in all_layers(self) if x is not self)
-        if self.built:
-            self._blocks()
 
     @classmethod
     def from_backbone(
@@ -272,88 +216,20 @@ class ContrastiveModel(keras.Model):
     from_clip = from_backbone
     from_siglip = from_backbone
 
-    # === From inputs to embeddings ===
-
-    def image_features(self, images, training=None):
-        """`(batch, d)` image features in the common space, before normalisation."""
-        features = call_encoder(self.image_encoder, images, training)
-        return self.head.project_image(_check_features(self.image_encoder, features))
-
-    def text_features(self, token_ids, training=None):
-        """`(batch, d)` text features in the common space, before normalisation."""
-        features = call_encoder(self.text_encoder, token_ids, training)
-        return self.head.project_text(_check_features(self.text_encoder, features))
-
-    def encode_image(self, images, training=None):
-        """Embeds images.
-
-        Args:
-            images: `(batch, H, W, C)` tensor, uint8 or normalised floats.
-            training: Python boolean. Parts of the images are left out if true.
-
-        Returns:
-            `(batch, d)` float32 tensor, L2-normalised.
-        """
-        if not is_traced(images):
-            self.input_rules.check_images(images)
-        return self.image_embeddings(images, training)
-
-    def encode_text(self, token_ids, training=None):
-        """Embeds texts.
-
-        Args:
-            token_ids: `(batch, T)` int tensor, or a dictionary of such, if the text
-                encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
-            training: Python boolean.
-
-        Returns:
-            `(batch, d)` float32 tensor, L2-normalised.
-
-        Raises:
-            ValueError: For ids that the text encoder does not know, or a dictionary
-                that it cannot be called on.
-        """
-        given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
-        if "token_ids" in given and not is_traced(given["token_ids"]):
-            has_mask = "padding_mask" in given
-            self.input_rules.check_ids(given["token_ids"], has_mask)
-        return self.text_embeddings(token_ids, training)
-
-    # Those that follow check no values, since data is checked before it is trained on.
-
-    def image_embeddings(self, images, training=None):
-        """As `encode_image`."""
-        pixels = self.normalize_pixels(images)
-        return l2_normalize(self.image_features(pixels, training))
-
-    def text_embeddings(self, token_ids, training=None):
-        """As `encode_text`."""
-        inputs = text_inputs(self.text_encoder, token_ids)
-        return l2_normalize(self.text_features(inputs, training))
-
-    def embed(self, inputs, training=None):
-        """Embeds a batch, or a micro-batch, of images and texts."""
-        texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
-        with checkpointed(self._blocks() if training else []):
-            return {
-                "image_embeddings": self.image_embeddings(inputs["images"], training),
-                "text_embeddings": self.text_embeddings(texts, training),
-            }
+    # === One step of training ===
 
     def call(self, inputs, training=None):
         check_input(inputs)
         if not training:
             return self.embed(inputs, training)
         if not self.micro_batch_size:
-            with rows_of_replica(inputs):
+            with micro_batches.rows_of_replica(inputs):
                 return self.embed(inputs, training)
-        embeddings, extra_losses = embed_in_micro_batches(
+        embeddings, extra_losses = micro_batches.embed_in_micro_batches(
             self, inputs, self.micro_batch_size
         )
         self.add_loss(extra_losses)
         return embeddings
-
-    # === One step of training ===
 
     def train_step(self, *args):
         """One step of training, on every backend.
@@ -362,12 +238,12 @@ class ContrastiveModel(keras.Model):
         JAX; gradients and updates are Keras's own. Override `compute_loss` to
         train on another loss.
         """
-        with wait_for(args):
+        with gradients.wait_for(args):
             results = super().train_step(*args)
-        if num_replicas() > 1:
-            states = state_variables(self)
+        if replicas.num_replicas() > 1:
+            states = layers.state_variables(self)
             floats = [v for v in states if keras.backend.is_float_dtype(v.dtype)]
-            all_reduce_mean(floats)
+            replicas.all_reduce_mean(floats)
         return results
 
     def compute_loss(
@@ -377,21 +253,12 @@ class ContrastiveModel(keras.Model):
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
             raise ValueError(f"{LONELY} Received: a batch of 1")
-        # Keras passes on its own argument only with labels, and of single batches.
-        if sample_weight is None:
-            sample_weight = x.get(SAMPLE_WEIGHT)
-        if sample_weight is not None:
-            if len(sample_weight.shape) != 1:
-                raise ValueError(
-                    "`sample_weight` must have shape (batch,). "
-                    f"Received: sample_weight.shape={tuple(sample_weight.shape)}"
-                )
-            sample_weight = ops.cast(sample_weight, "float32")
+        sample_weight = sample_weights(x, sample_weight)
         if self.duplicates == "positive":
             labels = caption_labels(x["token_ids"])
         else:
             labels = ops.arange(ops.shape(images)[0])
-        weights, is_split = self.head.loss_weights, batch_is_split(training)
+        weights, is_split = self.head.loss_weights, replicas.batch_is_split(training)
         losses, *hits = batch_loss(
             self.head.loss, weights, images, texts, labels, sample_weight, is_split
         )
@@ -401,14 +268,14 @@ class ContrastiveModel(keras.Model):
         for extra in self.losses:
             loss = loss + ops.cast(ops.sum(extra), loss.dtype)
         if is_split:
-            loss = local_loss(loss)
-            *hits, sample_weight = map(metric_rows, (*hits, sample_weight))
+            loss = replicas.local_loss(loss)
+            *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
         for metric, values in zip(self.accuracy_metrics, hits):
             metric.update_state(values, sample_weight)
         self.temperature_metric.update_state(1.0 / weights[0])
         if training:
             for masking in self.maskings:
-                ratio = replica_mean(masking.last_mask_ratio)
+                ratio = replicas.replica_mean(masking.last_mask_ratio)
                 self.mask_ratio_metric.update_state(ratio)
                 masking.advance()
         return loss
@@ -418,17 +285,9 @@ class ContrastiveModel(keras.Model):
             self.gradient_norm.update_metric()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
-    def get_metrics_result(self):
-        logs = super().get_metrics_result()
-        if self.is_evaluating:
-            # Evaluation has no gradients, and masks nothing.
-            for name in ("gradient_norm", "mask_ratio"):
-                logs.pop(name, None)
-        return logs
-
     def make_train_function(self, force=False):
         # The last moment before a step is compiled, at which values can be read.
-        prepare_replicas(self)
+        gradients.prepare_replicas(self)
         optimizers.use_global_gradients(self)
         for masking in self.maskings:
             masking.check_ready()
@@ -436,8 +295,12 @@ class ContrastiveModel(keras.Model):
 
     @property
     def metrics(self):
-        own = [] if self.gradient_norm is None else [self.gradient_norm.metric]
-        return super().metrics + own
+        metrics = super().metrics
+        if self.is_evaluating:
+            # Evaluation has no gradients, and masks nothing.
+            return [x for x in metrics if x.name != "mask_ratio"]
+        norm = self.gradient_norm
+        return metrics if norm is None else [*metrics, norm.metric]
 
     # === Compile, fit, evaluate, predict ===
 
@@ -488,29 +351,20 @@ class ContrastiveModel(keras.Model):
             ValueError: For a loss or metrics, a multiplier of something else than a
                 tower, or an optimizer that has already been built to decay vectors.
         """
+        check_no_losses(kwargs)
         multipliers = optimizers.check_multipliers(
             learning_rate_multipliers or {}, self.towers
         )
-        _check_no_losses(kwargs)
         optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):
-            optimizer = optimizers.with_loss_scaling(optimizer, all_layers(self))
+            optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
         super().compile(optimizer, **kwargs)
         self.optimizer_options = {
             "learning_rate_multipliers": multipliers,
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),
         }
-        self.gradient_norm = None
-        if log_gradient_norm:
-            self.gradient_norm = optimizers.GradientNorm(self.optimizer)
-        if self.optimizer is not None:
-            optimizers.configure(
-                self.optimizer,
-                self.trainable_variables,
-                partial(self._factors, multipliers) if multipliers else None,
-                decay_vectors,
-            )
+        optimizers.configure(self)
 
     def fit(
         self,
@@ -518,12 +372,7 @@ class ContrastiveModel(keras.Model):
         y=None,
         batch_size=None,
         epochs=1,
-        verbose="auto",
-        callbacks=None,
-        validation_split=0.0,
-        validation_data=None,
-        initial_epoch=0,
-        steps_per_epoch=None,
+        *args,
         resume_from: str | os.PathLike | None = None,
         **kwargs,
     ) -> keras.callbacks.History:
@@ -567,8 +416,8 @@ class ContrastiveModel(keras.Model):
                 good checkpoint, from the beginning if there is none, and says which.
                 Or the path of one checkpoint, which must exist. Options of `compile`
                 that differ from the checkpoint's win, with a warning.
-            others: Those of `keras.Model.fit`. `steps_per_epoch` continues through an
-                `image_text_dataset` over the ends of its epochs.
+            others: Those of `keras.Model.fit`, in its order. `steps_per_epoch`
+                continues through an `image_text_dataset` over the ends of its epochs.
 
         Returns:
             A `keras.callbacks.History`.
@@ -580,21 +429,10 @@ class ContrastiveModel(keras.Model):
                 an `image_text_dataset` is not the one that the model was trained with,
                 or lacks the special tokens that the text encoder needs.
         """
-        options = dict(
-            y=y,
-            batch_size=batch_size,
-            epochs=epochs,
-            verbose=verbose,
-            callbacks=callbacks,
-            validation_split=validation_split,
-            validation_data=validation_data,
-            initial_epoch=initial_epoch,
-            steps_per_epoch=steps_per_epoch,
-            **kwargs,
-        )
+        args = (x, y, batch_size, epochs, *args)
         try:
             with remembered_tokenizer(self, x):
-                return fit(self, super().fit, x, options, resume_from)
+                return fit(self, super().fit, resume_from, *args, **kwargs)
         finally:
             self.training_run = None
 
@@ -608,20 +446,14 @@ class ContrastiveModel(keras.Model):
         steps=None,
         **kwargs,
     ):
-        x = as_dictionary(x, y, sample_weight)
-        check_ends(x, steps)
-        check_tokenizer_of(self, x)
-        options = dict(batch_size=batch_size, verbose=verbose, steps=steps, **kwargs)
+        x = evaluation_data(self, as_dictionary(x, y, sample_weight), steps)
         with until_the_end(), self._evaluation():
-            return super().evaluate(check_data(x, self.input_rules), **options)
+            return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, **kwargs):
-        x = as_dictionary(x)
-        check_ends(x, steps)
-        check_tokenizer_of(self, x)
-        options = dict(batch_size=batch_size, verbose=verbose, steps=steps, **kwargs)
+        x = evaluation_data(self, as_dictionary(x), steps)
         with until_the_end():
-            return super().predict(check_data(x, self.input_rules), **options)
+            return super().predict(x, batch_size, verbose, steps, **kwargs)
 
     def train_on_batch(
         self, x, y=None, sample_weight=None, class_weight=None, return_dict=False
@@ -635,73 +467,22 @@ class ContrastiveModel(keras.Model):
         with self._evaluation():
             return super().test_on_batch(x, return_dict=return_dict)
 
-    # === Parts of the model ===
+    @contextlib.contextmanager
+    def _evaluation(self):
+        self.is_evaluating = True
+        try:
+            yield
+        finally:
+            self.is_evaluating = False
 
-    @property
-    def vocabulary_size(self):
-        """The number of token ids the text encoder knows, or `None`."""
-        return getattr(self.text_encoder, "vocabulary_size", None)
-
-    @property
-    def end_token_id(self):
-        """The id that every text must hold since it is pooled there, or `None`."""
-        return None
-
-    @property
-    def input_rules(self):
-        """What images and token ids must be like, an `InputRules`."""
-        texts = [name for name in self.text_input_names if name not in MADE]
-        return InputRules(
-            keys=("images", *texts),
-            context_length=self.context_length,
-            vocabulary_size=self.vocabulary_size,
-            end_token_id=self.end_token_id,
-            zeros_are_padding="padding_mask" in self.text_input_names,
-            pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
-        )
-
-    @property
-    def text_input_names(self):
-        """The entries of a batch that the text encoder takes."""
-        return text_input_names(self.text_encoder)
-
-    @property
-    def pools_highest_id(self):
-        """Whether the text encoder pools at the highest token id, as CLIP's does."""
-        layers = all_layers(self.text_encoder)
-        return any(type(layer).__name__ == "CLIPTextPooler" for layer in layers)
-
-    @property
-    def context_length(self):
-        """The most tokens of a text that the text encoder takes, or `None`."""
-        return context_length_of(self.text_encoder)
-
-    @property
-    def towers(self):
-        """The layers that make image and text embeddings, as lists by tower."""
-        towers = {
-            "image": [self.image_encoder, self.head.image_projection],
-            "text": [self.text_encoder, self.head.text_projection],
-        }
-        return {
-            name: [x for x in tower if x is not None] for name, tower in towers.items()
-        }
+    # === Other models of the same weights ===
 
     @functools.cached_property
     def image_tower(self):
         """A `Tower` from images to embeddings: what `encode_image` computes."""
         # Nothing is masked at inference, so the file of a tower needs no masking.
-        model = self
-        if isinstance(self.image_encoder, MaskedEncoder):
-            model = self.without_masking()
-        return Tower.of(
-            model.image_encoder,
-            model.image_features,
-            pixel_mean=self.pixel_mean,
-            pixel_std=self.pixel_std,
-            data_format=data_format_of(model.image_encoder),
-            name="image_tower",
-        )
+        is_masked = isinstance(self.image_encoder, MaskedEncoder)
+        return Tower.of_images(self.without_masking() if is_masked else self)
 
     @functools.cached_property
     def text_tower(self):
@@ -709,7 +490,7 @@ class ContrastiveModel(keras.Model):
 
         Of a text encoder with several inputs, it takes a dictionary of them.
         """
-        return Tower.of(self.text_encoder, self.text_features, name="text_tower")
+        return Tower.of_texts(self)
 
     def without_masking(self):
         """Makes a model of the same weights that trains on whole images.
@@ -743,11 +524,7 @@ class ContrastiveModel(keras.Model):
         if isinstance(encoder, MaskedEncoder):
             encoder = encoder.encoder
         whole = type(self)(
-            encoder,
-            self.text_encoder,
-            projection_dim=self.head.projection_dim,
-            head=self.head,
-            **self._options(),
+            encoder, self.text_encoder, head=self.head, **self._options()
         )
         if whole.maskings:
             raise ValueError(
@@ -756,27 +533,6 @@ class ContrastiveModel(keras.Model):
                 f"{[masking.name for masking in whole.maskings]}"
             )
         return whole
-
-    @contextlib.contextmanager
-    def _evaluation(self):
-        self.is_evaluating = True
-        try:
-            yield
-        finally:
-            self.is_evaluating = False
-
-    def _blocks(self):
-        return find_blocks(self, self.gradient_checkpointing, BLOCKS)
-
-    def _factors(self, multipliers):
-        """The factors of weights other than 1, by the weights' ids."""
-        return {
-            id(variable): factor
-            for name, factor in multipliers.items()
-            for layer in self.towers[name]
-            for variable in layer.weights
-            if factor != 1
-        }
 
     # === Saving ===
 
@@ -793,26 +549,22 @@ class ContrastiveModel(keras.Model):
     def get_config(self):
         return {
             **self._options(),
-            "projection_dim": self.head.projection_dim,
             "image_encoder": keras.saving.serialize_keras_object(self.image_encoder),
             "text_encoder": keras.saving.serialize_keras_object(self.text_encoder),
-            "frozen": frozen_parts(self),
+            "frozen": layers.frozen_parts(self),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        return from_parts(cls, config, custom_objects)
+        return layers.from_parts(cls, config, custom_objects)
 
     def _options(self):
         """The constructor's arguments that models for backbones take too."""
         names = self.gradient_checkpointing
         return {
             "name": self.name,
-            "loss": self.head.loss,
+            **self.head.options,
             "micro_batch_size": self.micro_batch_size,
-            "initial_temperature": self.head.initial_temperature,
-            "initial_logit_bias": self.head.initial_logit_bias,
-            "max_logit_scale": self.head.max_logit_scale,
             "duplicates": self.duplicates,
             "gradient_checkpointing": names if isinstance(names, bool) else [*names],
             "pixel_mean": self.pixel_mean,
@@ -820,48 +572,6 @@ class ContrastiveModel(keras.Model):
             "dtype": self.head.dtype_policy.name,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
-
-
-def _width(encoder):
-    shape = getattr(getattr(encoder, "output", None), "shape", None)
-    return None if shape is None else shape[-1]
-
-
-def _check_encoder(name, encoder):
-    if not isinstance(encoder, keras.layers.Layer):
-        raise ValueError(
-            f"`{name}` must be a Keras model. "
-            f"Received: {name}={encoder} of type {type(encoder).__name__}"
-        )
-
-
-def _check_features(encoder, features):
-    if len(getattr(features, "shape", ())) != 2:
-        raise ValueError(
-            "An encoder must return features of shape (batch, d); add a pooling to one "
-            f"that returns tokens. Received: {encoder.name} returned "
-            f"{getattr(features, 'shape', type(features).__name__)}"
-        )
-    return features
-
-
-def _check_head(head, given):
-    for name, value in given.items():
-        if getattr(head, name) != value:
-            raise ValueError(
-                f"`{name}` must be that of `head`, which defines it. Received: "
-                f"{name}={value!r}, head.{name}={getattr(head, name)!r}"
-            )
-
-
-def _check_no_losses(options):
-    for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
-        if options.get(name) is not None:
-            raise ValueError(
-                f"`{name}` must not be given: the loss is the argument `loss` of the "
-                "model, and the metrics are built in. "
-                f"Received: {name}={options[name]!r}"
-            )
 
 
 def _check_options(duplicates, micro_batch_size):

@@ -11,16 +11,17 @@ from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 
-# The layers of vision transformers that return the embedded tokens, and the encoders.
-EMBEDDINGS = {
-    "CLIPVisionEmbedding": "CLIPVisionEncoder",
-    "DINOV2Embedding": "DINOV2Backbone",
-    "DINOV3Embedding": "DINOV3Backbone",
-    "DeiTEmbeddings": "DeiTBackbone",
-    "MetaCLIP2VisionEmbedding": "MetaCLIP2VisionEncoder",
-    "SigLIPVisionEmbedding": "SigLIPVisionEncoder",
-    "ViTPatchingAndEmbedding": "ViTBackbone, BLIP2VisionEncoder",
-}
+# The layers of vision transformers that return the embedded tokens. The last is that
+# of `ViTBackbone` and of `BLIP2VisionEncoder`.
+EMBEDDINGS = (
+    "CLIPVisionEmbedding",
+    "DINOV2Embedding",
+    "DINOV3Embedding",
+    "DeiTEmbeddings",
+    "MetaCLIP2VisionEmbedding",
+    "SigLIPVisionEmbedding",
+    "ViTPatchingAndEmbedding",
+)
 
 # Layers of vision transformers that no token can be taken from, and why.
 _WINDOWS = "attends within windows of the whole grid"
@@ -263,7 +264,7 @@ def position_tables(embedding) -> tuple:
     return (embedding.position_embedding.embeddings,)
 
 
-# === The normalisation that keras_hub's CLIP does not save ===
+# === What keras_hub's CLIP does not save, and copies of its models ===
 
 
 def read_text_epsilon(backbone) -> float:
@@ -278,3 +279,20 @@ def read_text_epsilon(backbone) -> float:
 def write_text_epsilon(backbone, epsilon: float):
     """Sets what `read_text_epsilon` reads."""
     backbone.text_encoder.layer_norm.epsilon = epsilon
+
+
+def copy_with(model, tower: str, changes: dict) -> keras.Model:
+    """A model of the same class, with fresh weights and a tower that is changed.
+
+    Args:
+        model: A keras_hub backbone of two towers, or one of them alone.
+        tower: `"vision_encoder"` or `"text_encoder"`.
+        changes: Dictionary, what is changed in the tower's configuration.
+    """
+    config = model.get_config()
+    changed = config[tower]["config"] if hasattr(model, tower) else config
+    changed.update(changes)
+    copy = type(model).from_config(config)
+    if hasattr(model, "clip_head"):
+        write_text_epsilon(copy, read_text_epsilon(model))
+    return copy

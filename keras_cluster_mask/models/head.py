@@ -137,15 +137,28 @@ class ContrastiveHead(keras.layers.Layer):
         scale = self.scale
         return [scale] if self.logit_bias is None else [scale, self.logit_bias]
 
-    def get_config(self):
+    def check_options(self, options: dict):
+        """Raises an error for options that are not those of this head."""
+        for name, value in options.items():
+            if self.options[name] != value:
+                raise ValueError(
+                    f"`{name}` must be that of `head`, which defines it. Received: "
+                    f"{name}={value!r}, head.{name}={self.options[name]!r}"
+                )
+
+    @property
+    def options(self):
+        """The arguments that a `ContrastiveModel` takes too, by name."""
         return {
-            **super().get_config(),
             "loss": self.loss,
             "projection_dim": self.projection_dim,
             "initial_temperature": self.initial_temperature,
             "initial_logit_bias": self.initial_logit_bias,
             "max_logit_scale": self.max_logit_scale,
         }
+
+    def get_config(self):
+        return {**super().get_config(), **self.options}
 
     def _add_scalar(self, name, value):
         return self.add_weight(

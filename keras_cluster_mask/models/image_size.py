@@ -7,14 +7,13 @@ from keras_cluster_mask.masking.patch_grid import (
 )
 from keras_cluster_mask.models.encoders import (
     as_pair,
+    copy_with,
     data_format_of,
     find_embedding_layer,
     knows_image_size,
     number_positions,
     position_tables,
     read_positions,
-    read_text_epsilon,
-    write_text_epsilon,
 )
 
 
@@ -69,17 +68,14 @@ def with_image_size(model, image_size: int | tuple[int, int]):
             f"patch size. Received: image_size={image_size}, patch_size={patch}"
         )
 
-    config = model.get_config()
-    changed = config if encoder is model else config["vision_encoder"]["config"]
-    changed["data_format"] = data_format  # keras_hub leaves it out.
     first = is_channels_first(data_format)
-    changed["image_shape"] = (shape[0], *size) if first else (*size, shape[2])
-    if size != old_size and "position_embedding_shape" in changed:
+    new_shape = (shape[0], *size) if first else (*size, shape[2])
+    # keras_hub leaves out the format.
+    changes = {"data_format": data_format, "image_shape": new_shape}
+    if size != old_size and "position_embedding_shape" in encoder.get_config():
         # DINOv2 would interpolate its positions whenever it is saved or loaded.
-        changed["position_embedding_shape"] = changed["image_shape"]
-    copy = type(model).from_config(config)
-    if hasattr(model, "clip_head"):
-        write_text_epsilon(copy, read_text_epsilon(model))
+        changes["position_embedding_shape"] = new_shape
+    copy = copy_with(model, "vision_encoder", changes)
     copied = find_embedding_layer(getattr(copy, "vision_encoder", copy))
 
     new_values = {}

@@ -1,6 +1,6 @@
 import keras
 
-from keras_cluster_mask.models.encoders import call_encoder
+from keras_cluster_mask.models.encoders import call_encoder, data_format_of
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.pixels import normalize_pixels
 from keras_cluster_mask.models.text_inputs import text_inputs
@@ -64,7 +64,24 @@ class Tower(keras.Model):
         self.built = True
 
     @classmethod
-    def of(cls, encoder, features, **kwargs):
+    def of_images(cls, model):
+        """The tower of the images of a `ContrastiveModel` without a masking."""
+        return cls._of(
+            model.image_encoder,
+            model.image_features,
+            pixel_mean=model.pixel_mean,
+            pixel_std=model.pixel_std,
+            data_format=data_format_of(model.image_encoder),
+            name="image_tower",
+        )
+
+    @classmethod
+    def of_texts(cls, model):
+        """The tower of the texts of a `ContrastiveModel`."""
+        return cls._of(model.text_encoder, model.text_features, name="text_tower")
+
+    @classmethod
+    def _of(cls, encoder, features, **kwargs):
         # Some encoders have no input, and Keras's AttributeError would make torch say
         # that the attribute `image_tower` is missing.
         given = getattr(encoder, "input", None)

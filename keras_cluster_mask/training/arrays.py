@@ -8,7 +8,7 @@ import numpy as np
 from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.distribution.processes import all_gather_object
 from keras_cluster_mask.training.input_rules import LONELY
-from keras_cluster_mask.training.inputs import SAMPLE_ID, holds_strings
+from keras_cluster_mask.training.inputs import SAMPLE_ID, holds_strings, sample_names
 
 
 class ArrayBatches:
@@ -43,11 +43,12 @@ class ArrayBatches:
         self._ids = arrays.get(SAMPLE_ID)
         self._shuffle = shuffle
         self.pairs = len(self._arrays["token_ids"])
-        if self.pairs < 2:
-            raise ValueError(f"{LONELY} Received: arrays of {self.pairs} pairs")
         self.batch_size = min(batch_size, self.pairs)
         if self.batch_size < 2:
-            raise ValueError(f"{LONELY} Received: batch_size={batch_size}")
+            raise ValueError(
+                f"{LONELY} Received: batch_size={batch_size}, arrays of {self.pairs} "
+                "pairs"
+            )
         rest = self.pairs % self.batch_size
         if rest:
             which = "others in each epoch" if shuffle else "the same in each epoch"
@@ -107,8 +108,7 @@ class ArrayBatches:
         """The ids of the samples of a batch, as a list of str; empty if unknown."""
         if self._ids is None:
             return []
-        ids = [self._ids[row] for row in self._rows(batch)]
-        return [x.decode() if isinstance(x, bytes) else str(x) for x in ids]
+        return sample_names(self._ids[row] for row in self._rows(batch))
 
     def _rows(self, batch):
         epoch, step = divmod(batch, len(self))

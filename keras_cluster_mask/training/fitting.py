@@ -10,18 +10,9 @@ from keras import ops
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
+from keras_cluster_mask.training import inputs
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.checkpoints import read_resumable
-from keras_cluster_mask.training.input_rules import InputRules
-from keras_cluster_mask.training.inputs import (
-    StepSize,
-    as_dictionary,
-    check_data,
-    check_ends,
-    check_keys,
-    rows_of,
-    until_the_end,
-)
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import inner_optimizer
 from keras_cluster_mask.training.remaining_data import (
@@ -33,63 +24,78 @@ from keras_cluster_mask.training.tokens import check_tokenizer_of
 from keras_cluster_mask.training.training_run import ResumableRun, TrainingRun
 
 
-def fit(model, keras_fit, x, options, resume_from=None):
+def fit(
+    model,
+    keras_fit,
+    resume_from,
+    x,
+    y=None,
+    batch_size=None,
+    epochs=1,
+    verbose="auto",
+    callbacks=None,
+    validation_split=0.0,
+    validation_data=None,
+    shuffle=None,
+    class_weight=None,
+    sample_weight=None,
+    initial_epoch=0,
+    steps_per_epoch=None,
+    validation_steps=None,
+    validation_batch_size=None,
+    validation_freq=1,
+):
     """Trains a model, from a checkpoint on if there is one.
 
     Args:
         model: A `ContrastiveModel`.
         keras_fit: Keras's `fit` of the model.
-        x: The training data.
-        options: Dictionary of the other arguments of Keras's `fit`.
         resume_from: See `ContrastiveModel.fit`.
+        others: Those of Keras's `fit`.
 
     Returns:
         A `keras.callbacks.History`.
     """
-    options = dict(options)
-    x = as_dictionary(
-        x, *(options.pop(k, None) for k in ("y", "sample_weight", "class_weight"))
-    )
-    epochs, steps = options.pop("epochs"), options.pop("steps_per_epoch")
-    if not is_main_process():
-        options["verbose"] = 0
-    batch_size = options["batch_size"] or 32
-    callbacks = options.pop("callbacks")
+    x = inputs.as_dictionary(x, y, sample_weight, class_weight)
+    if isinstance(x, dict) and validation_split:
+        # Not by Keras, which would split the rest of an interrupted epoch again.
+        x, validation_data = _split(x, validation_split, validation_data)
+        validation_split = 0.0
+    validation_data = inputs.as_dictionary(validation_data)
+    batch_size = batch_size or 32
     callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
     callbacks = [each for each in callbacks if each is not None]
-    if isinstance(x, dict) and options["validation_split"]:
-        if options["validation_data"] is not None:
-            raise ValueError(
-                "`validation_split` must be 0 if there is `validation_data`. Received: "
-                f"validation_split={options['validation_split']}, and validation_data "
-                f"of type {type(options['validation_data']).__name__}"
-            )
-        # Not by Keras, which would split the rest of an interrupted epoch again.
-        x, options["validation_data"] = _split(x, options.pop("validation_split"))
-    options["validation_data"] = as_dictionary(options["validation_data"])
-    validation = Validation(options, callbacks, batch_size)
-    check_ends(validation.data, options.get("validation_steps"))
-    if hasattr(validation.data, "as_dataset"):
+    saves = [each for each in callbacks if getattr(each, "saves_training_state", False)]
+    options = {
+        "verbose": verbose if is_main_process() else 0,
+        "validation_split": validation_split,
+        "validation_steps": validation_steps,
+        "validation_batch_size": validation_batch_size or batch_size,
+        "validation_freq": validation_freq,
+    }
+    validation = Validation(validation_data, callbacks, options)
+    inputs.check_ends(validation_data, validation_steps)
+    check_tokenizer_of(model, validation_data)
+    options["callbacks"] = callbacks
+    if hasattr(validation_data, "as_dataset"):
         # Data of unknown length, which Keras would take as a generator: one pass.
-        callbacks = [validation, *callbacks]
-        options["validation_data"] = None
-    elif validation.data is not None:
-        options["validation_data"] = check_data(
-            options["validation_data"], model.input_rules
+        options["callbacks"] = [validation, *callbacks]
+    else:
+        options["validation_data"] = inputs.check_data(
+            validation_data, model.input_rules
         )
-    check_keys(x)
-    check_tokenizer_of(model, validation.data)
+
+    inputs.check_keys(x)
     pairs = None
     if isinstance(x, dict):
-        pairs = len(x["images"])
         model.input_rules.check(x)
-        x = ArrayBatches(x, batch_size, options.pop("shuffle", True))
-        options["batch_size"] = None
-        options["validation_batch_size"] = (
-            options.get("validation_batch_size") or batch_size
-        )
-    step_size = StepSize.of(x)
-    check_batch_size(model, rows_of(x), pairs)
+        x = ArrayBatches(x, batch_size, True if shuffle is None else shuffle)
+        pairs, shuffle = x.pairs, None
+    # Datasets have their own order; Keras warns of its default.
+    own_order = hasattr(x, "element_spec")
+    options["shuffle"] = not own_order if shuffle is None else shuffle
+    check_batch_size(model, inputs.rows_of(x), pairs)
+    step_size = inputs.StepSize.of(x)
     if step_size is not None:
         check_micro_batches(step_size.batch_size, model.micro_batch_size)
 
@@ -97,33 +103,27 @@ def fit(model, keras_fit, x, options, resume_from=None):
     stream = stream_of(x)
     if stream is not None:
         check_same_everywhere(stream.description)
-        steps = len(stream) if steps is None else steps
-    saves = [each for each in callbacks if getattr(each, "saves_training_state", False)]
+        steps_per_epoch = len(stream) if steps_per_epoch is None else steps_per_epoch
     if saves:
         _check_no_swaps(callbacks)
-    data = RemainingData(
-        x, steps, options.pop("initial_epoch"), remembers_ids=bool(saves)
-    )
-    place = data, data.origin[0], step_size
+    data = RemainingData(x, steps_per_epoch, initial_epoch, remembers_ids=bool(saves))
     if resume_from is None and not saves:
-        run = TrainingRun(*place)
+        run = TrainingRun(data, step_size)
     else:
         # Callbacks may change the learning rate once training has begun.
         compiled = describe_compile(model)
-        run = ResumableRun(*place, compiled, validation.is_skipped)
+        run = ResumableRun(data, step_size, compiled, validation.is_skipped)
+    if found is not None:
+        run.resume(model, found)
+    if resume_from is not None and options["verbose"]:
+        if found is None:
+            folder = os.fspath(resume_from)
+            print(f"No checkpoint in {folder}: starting from the beginning.")
+        else:
+            place = f"epoch {run.epoch + 1}, step {run.step}"
+            print(f"Resuming from {found[0]}: {place}.")
     model.training_run = run
-    if resume_from is not None:
-        message = (
-            f"No checkpoint in {os.fspath(resume_from)}: starting from the beginning."
-        )
-        if found is not None:
-            run.resume(model, found)
-            message = (
-                f"Resuming from {found[0]}: epoch {run.epoch + 1}, step {run.step}."
-            )
-        if options["verbose"]:
-            print(message)
-    options["callbacks"] = [run, *callbacks]
+    options["callbacks"] = [run, *options["callbacks"]]
     return _fit_from(model, keras_fit, run, validation, options, epochs)
 
 
@@ -142,29 +142,16 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
                 break
             continue
         last = run.epoch + 1 if run.step else epochs
-        rest = data.after(run.epoch, run.step)
-        given = dict(
-            options,
-            # Arrays have been checked whole.
-            x=check_data(
-                rest,
-                InputRules()
-                if isinstance(data.stream, ArrayBatches)
-                else model.input_rules,
-                training=True,
-            ),
-            initial_epoch=run.epoch,
-            epochs=last,
-        )
-        if hasattr(data.data, "element_spec"):
-            # Datasets have their own order; Keras warns of its default.
-            given.setdefault("shuffle", False)
+        x = data.after(run.epoch, run.step)
+        if isinstance(x, ArrayBatches):
+            # They have been checked whole.
+            x = inputs.stream_for_keras(x)
+        else:
+            x = inputs.check_data(x, model.input_rules, training=True)
+        given = dict(options, x=x, initial_epoch=run.epoch, epochs=last)
         if data.steps_per_epoch is not None:
             given["steps_per_epoch"] = data.steps_per_epoch - run.step
-        if last < epochs:
-            run.start(given["x"], keep_weights=True)
-        else:
-            run.start(given["x"])
+        run.start(x)
         history = _run(keras_fit, given, hasattr(data.stream, "skipped"))
         if last == epochs or model.stop_training:
             break
@@ -190,7 +177,7 @@ def _run(keras_fit, options, is_stream):
     try:
         with contextlib.ExitStack() as stack:
             if "steps_per_epoch" not in options:
-                stack.enter_context(until_the_end())
+                stack.enter_context(inputs.until_the_end())
             if is_stream and keras.backend.backend() == "tensorflow":
                 from keras_cluster_mask.data.tensorflow import stop_at_interrupts
 
@@ -221,20 +208,19 @@ class Validation(keras.callbacks.Callback):
     """Evaluates a model at the end of epochs, as Keras's `fit` does.
 
     Args:
-        options: Dictionary of the arguments of `fit`.
+        data: The validation data, or `None`.
         callbacks: List of the callbacks that are told of it.
-        batch_size: Integer, the default.
+        options: Dictionary of the other arguments of `fit` on validation.
     """
 
-    def __init__(self, options, callbacks, batch_size):
+    def __init__(self, data, callbacks, options):
         super().__init__()
-        self.data = options["validation_data"]
+        self.data = data
         self.callbacks = callbacks
-        self.every = options.get("validation_freq", 1)
-        self.options = {"steps": options.get("validation_steps")}
-        if not hasattr(self.data, "element_spec"):
-            size = options.get("validation_batch_size")
-            self.options["batch_size"] = size or batch_size
+        self.every = options["validation_freq"]
+        self.options = {"steps": options["validation_steps"]}
+        if not hasattr(data, "element_spec"):
+            self.options["batch_size"] = options["validation_batch_size"]
 
     def is_skipped(self, epoch):
         """Whether there is data that is not evaluated at the end of this epoch."""
@@ -269,8 +255,14 @@ def _check_no_swaps(callbacks):
             )
 
 
-def _split(x, validation_split):
+def _split(x, validation_split, validation_data):
     """Splits arrays as Keras does: the last ones are held out."""
+    if validation_data is not None:
+        raise ValueError(
+            "`validation_split` must be 0 if there is `validation_data`. Received: "
+            f"validation_split={validation_split}, and validation_data of type "
+            f"{type(validation_data).__name__}"
+        )
     pairs = len(x["token_ids"])
     first = int(pairs * (1.0 - validation_split))
     if not 0 < first < pairs:

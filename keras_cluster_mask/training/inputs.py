@@ -8,10 +8,12 @@ import warnings
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.processes import process_index_and_count
 from keras_cluster_mask.training.input_rules import KEYS
+from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 SAMPLE_WEIGHT = "sample_weight"
 # An entry of batches that names their samples.
@@ -62,6 +64,38 @@ def check_no_labels(**labels):
             )
 
 
+def check_no_losses(options: dict):
+    """Raises an error for arguments of `compile` that the model decides itself."""
+    for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"`{name}` must not be given: the loss is the argument `loss` of the "
+                "model, and the metrics are built in. "
+                f"Received: {name}={options[name]!r}"
+            )
+
+
+def sample_weights(batch, given=None):
+    """The weights of the rows of a batch as `(batch,)` float32, or `None`."""
+    # Keras passes on its own argument only with labels, and of single batches.
+    weights = batch.get(SAMPLE_WEIGHT) if given is None else given
+    if weights is None:
+        return None
+    if len(weights.shape) != 1:
+        raise ValueError(
+            "`sample_weight` must have shape (batch,). "
+            f"Received: sample_weight.shape={tuple(weights.shape)}"
+        )
+    return ops.cast(weights, "float32")
+
+
+def evaluation_data(model, data, steps=None):
+    """Data that is evaluated or predicted: checked, and as Keras takes it."""
+    check_ends(data, steps)
+    check_tokenizer_of(model, data)
+    return check_data(data, model.input_rules)
+
+
 def check_data(data, rules, training=False):
     """Checks data for a `ContrastiveModel`, and hands it over as Keras takes it.
 
@@ -87,7 +121,7 @@ def check_data(data, rules, training=False):
         data = check_data(data.as_dataset(), rules, training)
     elif hasattr(data, "as_dataset"):
         _check_spec(data, rules)
-        data = _checked_stream(data, rules, training)
+        data = _generator(data, _Check(rules, training))
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
         _check_spec(data, rules)
         if any(spec.dtype == "string" for spec in data.element_spec.values()):
@@ -105,6 +139,13 @@ def check_data(data, rules, training=False):
     elif any(x.__module__.split(".")[0] == "grain" for x in type(data).__mro__):
         data = data.map(_Check(rules, training))
     return data
+
+
+def stream_for_keras(stream):
+    """A stream as Keras takes it: a `tf.data.Dataset`, or a generator of one pass."""
+    if keras.backend.backend() == "tensorflow":
+        return stream.as_dataset()
+    return _generator(stream)
 
 
 def check_ends(data, steps):
@@ -188,12 +229,12 @@ def _check_spec(data, rules):
     rules.check_type(data.element_spec["images"])
 
 
-def _checked_stream(batches, rules, training):
-    names = [k for k, spec in batches.element_spec.items() if spec.dtype != "string"]
-    check = _Check(rules, training)
-    with contextlib.closing(iter(batches)) as batches:
+def _generator(stream, check=None):
+    names = [k for k, spec in stream.element_spec.items() if spec.dtype != "string"]
+    with contextlib.closing(iter(stream)) as batches:
         for batch in batches:
-            check(batch)
+            if check is not None:
+                check(batch)
             # Keras takes tuples alone from generators.
             yield ({name: batch[name] for name in names},)
 
@@ -210,7 +251,7 @@ def _checked(batch, rules, training):
     check = _Check(rules, training)
 
     def check_arrays(*arrays):
-        check(dict(zip(names, arrays)))
+        check.check_values(dict(zip(names, arrays)))
         return np.False_
 
     done = tf.numpy_function(check_arrays, [batch[name] for name in names], "bool")
@@ -219,28 +260,30 @@ def _checked(batch, rules, training):
 
 
 class _Check:
-    """Checks a batch, and passes it on.
+    """Checks one batch after another, and passes them on.
 
     Args:
         rules: `InputRules` of the model.
         training: Boolean. Whether it is trained on.
-        make: Function that makes the batch of what is passed, or `None`.
+        collate: Function that makes the batch of what is passed, or `None`.
     """
 
-    def __init__(self, rules, training, make=None):
-        self.rules, self.training, self.make = rules, training, make
+    def __init__(self, rules, training, collate=None):
+        self.rules, self.training, self.collate = rules, training, collate
         # A batch of bright images may look like pixels. If others do not, it is none.
         self.is_normalized = False
 
     def __call__(self, batch):
-        batch = batch if self.make is None else self.make(batch)
+        batch = batch if self.collate is None else self.collate(batch)
         given = as_dictionary(batch)
-        if "images" in given:
-            check_input(given, self.rules.keys)
-        given = {k: v for k, v in given.items() if not holds_strings(v)}
-        if self.rules.check(given, self.training, not self.is_normalized):
-            self.is_normalized = True
+        check_input(given, self.rules.keys)
+        self.check_values({k: v for k, v in given.items() if not holds_strings(v)})
         return batch
+
+    def check_values(self, arrays):
+        """Checks a dictionary of arrays, of which images may be missing if uint8."""
+        if self.rules.check(arrays, self.training, not self.is_normalized):
+            self.is_normalized = True
 
 
 class _CheckedBatches(keras.utils.PyDataset):
@@ -271,6 +314,11 @@ def holds_strings(values) -> bool:
     if isinstance(values, list):
         values = np.asarray(values)
     return isinstance(values, np.ndarray) and values.dtype.kind in "SUO"
+
+
+def sample_names(ids) -> list[str]:
+    """The ids of samples, bytes, strings or numbers, for people."""
+    return [x.decode() if isinstance(x, bytes) else str(x) for x in ids]
 
 
 def _without_strings(batch):

@@ -25,26 +25,23 @@ PRIVATE = (
 REPLACED = "build", "_backend_update_step", "_apply_weight_decay"
 
 
-def configure(optimizer, variables, find_factors, decay_vectors):
-    """Sets what a compiled optimizer does to which weights.
-
-    Args:
-        optimizer: A Keras optimizer.
-        variables: The trainable variables of the model.
-        find_factors: Function without arguments that returns a dictionary of factors
-            on the learning rate by the variables' ids; `None` if there are none.
-        decay_vectors: Boolean. Whether weight decay applies to biases and vectors too.
-    """
+def configure(model):
+    """Makes the optimizer of a compiled model do what `model.optimizer_options` say."""
+    optimizer, options = model.optimizer, model.optimizer_options
+    logs_norm = options["log_gradient_norm"]
+    model.gradient_norm = GradientNorm(optimizer) if logs_norm else None
+    if optimizer is None:
+        return
     own = inner_optimizer(optimizer)
     # An optimizer may be compiled again, with other options.
     for name in REPLACED:
         vars(own).pop(name, None)
-    if not decay_vectors:
+    if not options["decay_vectors"]:
         # A `MultiOptimizer` passes weights on to others.
         for each in getattr(own, "optimizers", [own]):
-            exclude_vectors_from_decay(each, variables)
-    if find_factors is not None:
-        multiply_learning_rate(own, find_factors)
+            exclude_vectors_from_decay(each, model.trainable_variables)
+    if options["learning_rate_multipliers"]:
+        multiply_learning_rate(own, partial(learning_rate_factors, model))
 
 
 def check_multipliers(multipliers: dict, towers) -> dict:
@@ -184,6 +181,18 @@ def is_vector(variable) -> bool:
 
 
 # === Learning rates ===
+
+
+def learning_rate_factors(model) -> dict[int, float]:
+    """The factors of weights other than 1, by the weights' ids."""
+    multipliers = model.optimizer_options["learning_rate_multipliers"]
+    return {
+        id(variable): factor
+        for name, factor in multipliers.items()
+        for layer in model.towers[name]
+        for variable in layer.weights
+        if factor != 1
+    }
 
 
 def multiply_learning_rate(optimizer, find_factors):

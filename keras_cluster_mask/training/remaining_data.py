@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.processes import all_gather_object
-from keras_cluster_mask.training.inputs import SAMPLE_ID
+from keras_cluster_mask.training.inputs import SAMPLE_ID, sample_names
 
 # More batches than any pipeline reads ahead.
 REMEMBERED = 256
@@ -121,9 +121,7 @@ class RemainingData:
         """The names of the samples of a batch, a list of str; empty if unknown."""
         if self.stream is not None:
             return self.stream.keys(self._batches_before(epoch, step))
-        ids = self._ids.get(self._index(epoch, step), [])
-        ids = np.asarray(ids).tolist()
-        return [x.decode() if isinstance(x, bytes) else str(x) for x in ids]
+        return sample_names(self._ids.get(self._index(epoch, step), []))
 
     def _batches_before(self, epoch, step):
         first_epoch, before = self._origin

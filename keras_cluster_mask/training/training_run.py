@@ -22,8 +22,7 @@ class TrainingRun(keras.callbacks.Callback):
     It has no hooks for batches, which would make JAX wait for every step.
 
     Args:
-        data: `RemainingData`.
-        epoch: Integer, the first epoch.
+        data: `RemainingData`, which knows the first epoch.
         step_size: `StepSize` or `None`.
 
     Attributes:
@@ -34,11 +33,11 @@ class TrainingRun(keras.callbacks.Callback):
         history: List of a dictionary with `"epoch"` and `"logs"` for each epoch.
     """
 
-    def __init__(self, data, epoch, step_size):
+    def __init__(self, data, step_size):
         super().__init__()
         self.data = data
         self.step_size = step_size
-        self.epoch, self.step = epoch, 0
+        self.epoch, self.step = data.origin[0], 0
         self.history = []
         self._seeks = False
 
@@ -74,14 +73,13 @@ class ResumableRun(TrainingRun):
         rng_state: Dictionary of arrays, the random state after the last step.
     """
 
-    def __init__(self, data, epoch, step_size, compiled, skips_validation):
-        super().__init__(data, epoch, step_size)
+    def __init__(self, data, step_size, compiled, skips_validation):
+        super().__init__(data, step_size)
         self.compiled = compiled
         self.skips_validation = skips_validation
         self.total_steps = 0
         self.rng_state = {}
         self._metrics = self._weights = None
-        self._keeps_weights = False
 
     def resume(self, model, found):
         """Continues from a checkpoint, as `read_resumable` returns it."""
@@ -115,22 +113,15 @@ class ResumableRun(TrainingRun):
         self.data.origin = tuple(facts["data_origin"])
         self._metrics = arrays if self.step else None
 
-    def start(self, x, keep_weights=False):
-        """As in the base class.
-
-        Args:
-            x: The data.
-            keep_weights: Boolean. Whether `restore_weights` will be called.
-        """
+    def start(self, x):
         super().start(x)
         self._before = self.step
-        self._keeps_weights = keep_weights
+        self._weights = None
 
     def restore_weights(self):
         """Undoes the end of a Keras fit, which replaces weights by their averages."""
         for variable, value in zip(self.model.trainable_variables, self._weights):
             variable.assign(value)
-        self._weights = None
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch, self.step = epoch, self._before
@@ -154,8 +145,9 @@ class ResumableRun(TrainingRun):
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        self._before = 0
-        if self._keeps_weights:
+        if self._before:
+            # The rest of an interrupted epoch, which was a Keras fit of its own.
             self._weights = [
                 np.array(to_numpy(v)) for v in self.model.trainable_variables
             ]
+        self._before = 0

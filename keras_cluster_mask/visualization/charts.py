@@ -17,7 +17,8 @@ ACCURACIES = {
 def plot_history(history, validation_freq=None):
     """Shows the curves of a training run: loss, and accuracy within the batch.
 
-    Of a Keras model other than a `ContrastiveModel`, loss and all metrics.
+    Of a Keras model other than a `ContrastiveModel`, loss and all metrics, except those
+    that a callback reports in some epochs only: a history does not say in which.
 
     Args:
         history: The `keras.callbacks.History` that `fit` returned, or its
@@ -39,8 +40,9 @@ def plot_history(history, validation_freq=None):
             "`history` must be what `fit` returned after at least one epoch. "
             f"Received: history={logs}"
         )
-    known = getattr(history, "epoch", range(len(logs[names[0]])))
+    known = getattr(history, "epoch", range(max(len(logs[name]) for name in names)))
     epochs = [epoch + 1 for epoch in known]
+    names = [name for name in names if len(logs[name]) == len(epochs)]
     is_own = ACCURACIES.keys() <= {*names}
     others = ACCURACIES if is_own else {n: n for n in names if n != "loss"}
     panels = {

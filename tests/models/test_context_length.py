@@ -8,6 +8,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.models import with_context_length
 from tests.helpers import (
     CONTEXT,
+    as_trained,
     image_mlp,
     random_pairs,
     tiny_clip,
@@ -21,11 +22,7 @@ each_model = pytest.mark.parametrize("kind", list(MAKERS))
 
 
 def made(kind):
-    model = MAKERS[kind]()
-    rng = np.random.default_rng(0)
-    for weight in model.trainable_variables:
-        weight.assign(rng.normal(size=weight.shape).astype("float32"))
-    return model
+    return as_trained(MAKERS[kind]())
 
 
 def tables(*models):

@@ -11,6 +11,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.models import with_image_size
 from keras_cluster_mask.models.encoders import find_embedding_layer
 from tests.helpers import (
+    as_trained,
     clip_vision_encoder,
     dino_encoder,
     functional_vit,
@@ -41,12 +42,7 @@ each_model = pytest.mark.parametrize("kind", list(MODELS))
 
 
 def made(kind):
-    """A model with weights that no initialiser gives, as of a training."""
-    model = MODELS[kind][0]()
-    rng = np.random.default_rng(0)
-    for weight in model.trainable_variables:
-        weight.assign(rng.normal(size=weight.shape).astype("float32"))
-    return model
+    return as_trained(MODELS[kind][0]())
 
 
 def table_of(model):

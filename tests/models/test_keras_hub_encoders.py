@@ -8,6 +8,7 @@ from keras_hub import models
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models.encoders import REFUSED, image_shape_of
 from tests.helpers import (
+    VIT,
     clip_vision_encoder,
     deit_encoder,
     dino_encoder,
@@ -18,14 +19,6 @@ from tests.helpers import (
 )
 
 pytestmark = pytest.mark.any_backend
-
-VIT = {
-    "patch_size": 4,
-    "num_layers": 1,
-    "num_heads": 2,
-    "hidden_dim": 16,
-    "intermediate_dim": 32,
-}
 
 
 def blip2():

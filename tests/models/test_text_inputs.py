@@ -9,6 +9,7 @@ import keras_cluster_mask as kcm
 from tests.helpers import (
     CONTEXT,
     FAST,
+    TRANSFORMER,
     VOCABULARY,
     image_mlp,
     options_of,
@@ -23,11 +24,8 @@ from tests.helpers import (
 def bert(as_list=True):
     """A BERT that pools; its inputs are a list or a dictionary."""
     backbone = keras_hub.models.BertBackbone(
+        **TRANSFORMER,
         vocabulary_size=VOCABULARY,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
         dropout=0.0,
         max_sequence_length=CONTEXT,
         name="bert",

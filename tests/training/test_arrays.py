@@ -108,8 +108,8 @@ def test_samples_are_named_by_their_ids():
 @pytest.mark.parametrize(
     ("count", "batch_size", "options", "message"),
     [
-        (1, 4, {}, "two pairs.*Received: arrays of 1 pairs"),
-        (8, 1, {}, "two pairs.*Received: batch_size=1"),
+        (1, 4, {}, "two pairs.*Received: batch_size=4, arrays of 1 pairs"),
+        (8, 1, {}, "two pairs.*Received: batch_size=1, arrays of 8 pairs"),
         (8, 4, {"shuffle": "batch"}, "`shuffle` must.*Received: shuffle='batch'"),
     ],
 )

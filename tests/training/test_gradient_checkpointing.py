@@ -21,6 +21,7 @@ from tests.helpers import (
     dino_encoder,
     kept_bytes_jax,
     largest_error,
+    make_backbone,
     memory_of_gradients,
     patch_mlp,
     random_pairs,
@@ -96,44 +97,24 @@ def own_model(checkpointing, **kwargs):
 
 def deep_clip(checkpointing, masking="none", num_layers=2, width=16, **kwargs):
     keras.utils.set_random_seed(0)
-    options = dict(
+    sizes = dict(
         hidden_dim=width,
         num_layers=num_layers,
         num_heads=2,
         intermediate_dim=4 * width,
     )
-    backbone = keras_hub.models.CLIPBackbone(
-        vision_encoder=keras_hub.models.CLIPVisionEncoder(
-            patch_size=4, image_shape=(16, 16, 3), name="vision_encoder", **options
-        ),
-        text_encoder=keras_hub.models.CLIPTextEncoder(
-            vocabulary_size=VOCABULARY,
-            embedding_dim=width,
-            max_sequence_length=CONTEXT,
-            name="text_encoder",
-            **options,
-        ),
-        projection_dim=16,
-    )
     if MASKINGS[masking]:
         kwargs["masking"] = kcm.ClusterMasking(4, seed=1, **MASKINGS[masking])
     return kcm.ContrastiveModel.from_backbone(
-        backbone, gradient_checkpointing=checkpointing, **kwargs
+        make_backbone("CLIP", sizes=sizes, projection_dim=16),
+        gradient_checkpointing=checkpointing,
+        **kwargs,
     )
 
 
 def deep_vit(checkpointing, **kwargs):
     keras.utils.set_random_seed(0)
-    encoder = keras_hub.models.ViTBackbone(
-        image_shape=(16, 16, 3),
-        patch_size=4,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        mlp_dim=32,
-        dropout_rate=0.2,
-        attention_dropout=0.2,
-    )
+    encoder = vit_encoder(dropout_rate=0.2, attention_dropout=0.2)
     masking = kcm.ClusterMasking(4, seed=1)
     tokens = kcm.with_masking(encoder, masking)
     images = keras.Input((16, 16, 3))

@@ -11,10 +11,9 @@ from keras_cluster_mask.models.pixels import pixel_range
 from keras_cluster_mask.training.input_rules import InputRules
 from tests.helpers import (
     FAST,
-    image_mlp,
     random_images,
     random_pairs,
-    text_bag,
+    small_model,
     tiny_clip,
 )
 
@@ -39,7 +38,7 @@ UNNORMALISED = {
 
 
 def make_model(**options):
-    model = kcm.ContrastiveModel(image_mlp(), text_bag(), **options)
+    model = small_model(**options)
     model.compile("sgd", **FAST)
     return model
 

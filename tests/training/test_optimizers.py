@@ -12,8 +12,8 @@ from tests.helpers import (
     GradientSteps,
     as_dataset,
     functional_vit,
-    image_mlp,
     random_pairs,
+    small_model,
     text_bag,
     tiny_clip,
     tiny_siglip,
@@ -27,7 +27,7 @@ RATE, DECAY = 0.01, 0.3
 
 def make_model(**kwargs):
     keras.utils.set_random_seed(0)
-    return kcm.ContrastiveModel(image_mlp(), text_bag(), projection_dim=8, **kwargs)
+    return small_model(projection_dim=8, **kwargs)
 
 
 def batches():

@@ -1,0 +1,234 @@
+"""Images and texts as embeddings in a common space."""
+
+from functools import partial
+
+import keras
+
+from keras_cluster_mask.distribution.tracing import is_traced
+from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.models.encoders import (
+    BLOCKS,
+    call_encoder,
+    context_length_of,
+    data_format_of,
+)
+from keras_cluster_mask.models.head import l2_normalize
+from keras_cluster_mask.models.pixels import (
+    check_statistics,
+    normalize_pixels,
+    pixel_range,
+)
+from keras_cluster_mask.models.text_inputs import (
+    MADE,
+    text_input_names,
+    text_inputs,
+)
+from keras_cluster_mask.training.gradient_checkpointing import (
+    checkpointed,
+    find_blocks,
+)
+from keras_cluster_mask.training.input_rules import InputRules
+from keras_cluster_mask.training.layers import all_layers
+
+
+class DualEncoder(keras.Model):
+    """Embeds images and texts: what `ContrastiveModel` trains.
+
+    Args:
+        image_encoder: A Keras model from images to `(batch, d)` features.
+        text_encoder: A Keras model from token ids to `(batch, d)` features.
+        head: A `ContrastiveHead`, which projects both kinds of features.
+        gradient_checkpointing: Boolean, or a list of names of layers.
+        pixel_mean: Three floats, by channel, or `None`.
+        pixel_std: Three floats, by channel.
+        **kwargs: Arguments of `keras.Model`.
+
+    Attributes:
+        maskings: List of the `PatchMasking` layers in the encoders.
+    """
+
+    def __init__(
+        self,
+        image_encoder,
+        text_encoder,
+        head,
+        gradient_checkpointing,
+        pixel_mean,
+        pixel_std,
+        **kwargs,
+    ):
+        # Each part casts for itself. With a mixed policy of its own, the model would
+        # have all weights cast that it passes to micro-batches; and a masking must see
+        # pixels in full precision.
+        super().__init__(dtype="float32", **kwargs)
+        self.autocast = False
+        _check_encoder("image_encoder", image_encoder)
+        _check_encoder("text_encoder", text_encoder)
+        text_input_names(text_encoder)
+        check_statistics(pixel_mean, pixel_std)
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.gradient_checkpointing = gradient_checkpointing
+        self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
+        self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
+        self.head = head
+        self.head.build_projections(_width(image_encoder), _width(text_encoder))
+        self.normalize_pixels = partial(
+            normalize_pixels,
+            mean=pixel_mean,
+            std=pixel_std,
+            data_format=data_format_of(image_encoder),
+        )
+        self.maskings = [x for x in all_layers(self) if isinstance(x, PatchMasking)]
+        for masking in self.maskings:
+            masking.join(self.normalize_pixels)
+        # Nothing is left to build, unless an encoder learns its width when called.
+        self.built = all(x.built for x in all_layers(self) if x is not self)
+        if self.built:
+            self._blocks()
+
+    # === From inputs to embeddings ===
+
+    def image_features(self, images, training=None):
+        """`(batch, d)` image features in the common space, before normalisation."""
+        features = call_encoder(self.image_encoder, images, training)
+        return self.head.project_image(_check_features(self.image_encoder, features))
+
+    def text_features(self, token_ids, training=None):
+        """`(batch, d)` text features in the common space, before normalisation."""
+        features = call_encoder(self.text_encoder, token_ids, training)
+        return self.head.project_text(_check_features(self.text_encoder, features))
+
+    def encode_image(self, images, training=None):
+        """Embeds images.
+
+        Args:
+            images: `(batch, H, W, C)` tensor, uint8 or normalised floats.
+            training: Python boolean. Parts of the images are left out if true.
+
+        Returns:
+            `(batch, d)` float32 tensor, L2-normalised.
+        """
+        if not is_traced(images):
+            self.input_rules.check_images(images)
+        return self.image_embeddings(images, training)
+
+    def encode_text(self, token_ids, training=None):
+        """Embeds texts.
+
+        Args:
+            token_ids: `(batch, T)` int tensor, or a dictionary of such, if the text
+                encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
+            training: Python boolean.
+
+        Returns:
+            `(batch, d)` float32 tensor, L2-normalised.
+
+        Raises:
+            ValueError: For ids that the text encoder does not know, or a dictionary
+                that it cannot be called on.
+        """
+        given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
+        if "token_ids" in given and not is_traced(given["token_ids"]):
+            has_mask = "padding_mask" in given
+            self.input_rules.check_ids(given["token_ids"], has_mask)
+        return self.text_embeddings(token_ids, training)
+
+    # Those that follow check no values, since data is checked before it is trained on.
+
+    def image_embeddings(self, images, training=None):
+        """As `encode_image`."""
+        pixels = self.normalize_pixels(images)
+        return l2_normalize(self.image_features(pixels, training))
+
+    def text_embeddings(self, token_ids, training=None):
+        """As `encode_text`."""
+        inputs = text_inputs(self.text_encoder, token_ids)
+        return l2_normalize(self.text_features(inputs, training))
+
+    def embed(self, inputs, training=None):
+        """Embeds a batch, or a micro-batch, of images and texts."""
+        texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
+        with checkpointed(self._blocks() if training else []):
+            return {
+                "image_embeddings": self.image_embeddings(inputs["images"], training),
+                "text_embeddings": self.text_embeddings(texts, training),
+            }
+
+    # === What the encoders take ===
+
+    @property
+    def vocabulary_size(self):
+        """The number of token ids the text encoder knows, or `None`."""
+        return getattr(self.text_encoder, "vocabulary_size", None)
+
+    @property
+    def context_length(self):
+        """The most tokens of a text that the text encoder takes, or `None`."""
+        return context_length_of(self.text_encoder)
+
+    @property
+    def text_input_names(self):
+        """The entries of a batch that the text encoder takes."""
+        return text_input_names(self.text_encoder)
+
+    @property
+    def end_token_id(self):
+        """The id that every text must hold since it is pooled there, or `None`."""
+        return None
+
+    @property
+    def pools_highest_id(self):
+        """Whether the text encoder pools at the highest token id, as CLIP's does."""
+        layers = all_layers(self.text_encoder)
+        return any(type(layer).__name__ == "CLIPTextPooler" for layer in layers)
+
+    @property
+    def input_rules(self):
+        """What images and token ids must be like, an `InputRules`."""
+        texts = [name for name in self.text_input_names if name not in MADE]
+        return InputRules(
+            keys=("images", *texts),
+            context_length=self.context_length,
+            vocabulary_size=self.vocabulary_size,
+            end_token_id=self.end_token_id,
+            zeros_are_padding="padding_mask" in self.text_input_names,
+            pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
+        )
+
+    @property
+    def towers(self):
+        """The layers that make image and text embeddings, as lists by tower."""
+        towers = {
+            "image": [self.image_encoder, self.head.image_projection],
+            "text": [self.text_encoder, self.head.text_projection],
+        }
+        return {
+            name: [x for x in tower if x is not None] for name, tower in towers.items()
+        }
+
+    def _blocks(self):
+        return find_blocks(self, self.gradient_checkpointing, BLOCKS)
+
+
+def _width(encoder):
+    shape = getattr(getattr(encoder, "output", None), "shape", None)
+    return None if shape is None else shape[-1]
+
+
+def _check_encoder(name, encoder):
+    if not isinstance(encoder, keras.layers.Layer):
+        raise ValueError(
+            f"`{name}` must be a Keras model. "
+            f"Received: {name}={encoder} of type {type(encoder).__name__}"
+        )
+
+
+def _check_features(encoder, features):
+    if len(getattr(features, "shape", ())) != 2:
+        raise ValueError(
+            "An encoder must return features of shape (batch, d); add a pooling to one "
+            f"that returns tokens. Received: {encoder.name} returned "
+            f"{getattr(features, 'shape', type(features).__name__)}"
+        )
+    return features

@@ -1,0 +1,98 @@
+"""From images and texts to embeddings."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from tests.helpers import (
+    functional_vit,
+    image_mlp,
+    random_pairs,
+    small_model,
+    text_bag,
+    to_numpy,
+    value_and_gradients,
+)
+
+
+@pytest.mark.parametrize("projection_dim", [None, 5])
+def test_embeddings_are_float32_unit_vectors_of_the_common_width(projection_dim):
+    model = small_model(projection_dim=projection_dim)
+    pairs = random_pairs(3)
+    embeddings = model(pairs)
+    assert set(embeddings) == {"image_embeddings", "text_embeddings"}
+    for value in embeddings.values():
+        assert tuple(value.shape) == (3, projection_dim or 16)
+        assert keras.backend.standardize_dtype(value.dtype) == "float32"
+        np.testing.assert_allclose(np.linalg.norm(to_numpy(value), axis=1), 1, 0, 1e-5)
+    np.testing.assert_array_equal(
+        to_numpy(embeddings["image_embeddings"]),
+        to_numpy(model.encode_image(pairs["images"])),
+    )
+    np.testing.assert_array_equal(
+        to_numpy(embeddings["text_embeddings"]),
+        to_numpy(model.encode_text(pairs["token_ids"])),
+    )
+
+
+def test_projections_are_matrices_without_a_bias():
+    model = kcm.ContrastiveModel(image_mlp(12), text_bag(16), projection_dim=5)
+    encoders = len(model.image_encoder.weights) + len(model.text_encoder.weights)
+    assert tuple(model.head.image_projection.kernel.shape) == (12, 5)
+    assert tuple(model.head.text_projection.kernel.shape) == (16, 5)
+    assert len(model.weights) == encoders + 2 + 1
+    features = to_numpy(model.image_encoder(np.ones((1, 16, 16, 3), "float32")))
+    expected = features @ ops.convert_to_numpy(model.head.image_projection.kernel)
+    expected /= np.linalg.norm(expected)
+    found = to_numpy(model.encode_image(np.ones((1, 16, 16, 3), "float32")))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_bytes_and_normalised_floats_give_the_same_embeddings():
+    open_clip = pytest.importorskip("open_clip")
+    model = small_model()
+    images = random_pairs(4)["images"]
+    mean = np.array(open_clip.constants.OPENAI_DATASET_MEAN, "float32")
+    std = np.array(open_clip.constants.OPENAI_DATASET_STD, "float32")
+    floats = (images.astype("float32") / 255.0 - mean) / std
+    np.testing.assert_allclose(
+        to_numpy(model.encode_image(images)),
+        to_numpy(model.encode_image(floats)),
+        atol=1e-5,
+    )
+
+
+def test_a_zero_feature_has_a_finite_embedding_and_gradient():
+    model = small_model()
+    kernel = model.image_encoder.layers[-1].kernel
+    kernel.assign(np.zeros(kernel.shape))
+    pairs = random_pairs(3)
+    embeddings, found = value_and_gradients(
+        lambda: (ops.sum(x := model.encode_image(pairs["images"])), x),
+        model.image_encoder.trainable_variables,
+    )
+    assert (embeddings == 0).all()
+    assert all(np.isfinite(g).all() for g in found)
+
+
+@pytest.mark.any_backend
+def test_encoders_of_different_widths_need_a_projection():
+    with pytest.raises(ValueError, match=r"projection_dim.*Received: widths 12 and 16"):
+        kcm.ContrastiveModel(image_mlp(12), text_bag(16))
+
+
+@pytest.mark.any_backend
+def test_something_that_is_no_model_is_refused():
+    with pytest.raises(ValueError, match=r"`image_encoder` must.*Received:"):
+        kcm.ContrastiveModel(lambda x: x, text_bag())
+    with pytest.raises(ValueError, match=r"`text_encoder` must.*Received:"):
+        kcm.ContrastiveModel(image_mlp(), "text")
+
+
+@pytest.mark.any_backend
+def test_an_encoder_that_returns_tokens_is_refused():
+    model = kcm.ContrastiveModel(functional_vit(pool=False), text_bag())
+    with pytest.raises(ValueError, match=r"add a pooling.*Received: own_vit"):
+        model(random_pairs(2))
