@@ -20,6 +20,7 @@ from keras_cluster_mask.models.head import (
     ContrastiveHead,
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
+from keras_cluster_mask.models.masked_text_encoder import with_text_masking
 from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
 from keras_cluster_mask.training.layers import frozen_parts
 
@@ -34,14 +35,25 @@ class BackboneModel(ContrastiveModel):
         backbone: A keras_hub backbone.
         head: The `ContrastiveHead` around the backbone's own parts.
         masking: A `PatchMasking` layer, or `None`.
+        text_masking: A `PatchMasking` layer for texts, or `None`.
+        padding_first: Boolean. See `kcm.with_text_masking`.
         **kwargs: Arguments of `ContrastiveModel`, without the encoders.
 
     Attributes:
         backbone: The backbone that is trained.
-        masking: The masking, or `None`.
+        masking: The masking of images, or `None`.
+        text_masking: The masking of texts, or `None`.
     """
 
-    def __init__(self, backbone, head, masking=None, **kwargs):
+    def __init__(
+        self,
+        backbone,
+        head,
+        masking=None,
+        text_masking=None,
+        padding_first=True,
+        **kwargs,
+    ):
         if "dtype" in kwargs:
             raise ValueError(
                 "`dtype` must be given to the backbone, which has all the layers that "
@@ -51,14 +63,14 @@ class BackboneModel(ContrastiveModel):
         number_positions(find_embedding_layer(encoder))
         if masking is not None:
             encoder = with_masking(encoder, masking)
-        super().__init__(
-            encoder,
-            backbone.text_encoder,
-            head=head,
-            **kwargs,
-        )
+        text_encoder = backbone.text_encoder
+        if text_masking is not None:
+            text_encoder = with_text_masking(text_encoder, text_masking, padding_first)
+        super().__init__(encoder, text_encoder, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
+        self.text_masking = text_masking
+        self.padding_first = padding_first
 
     def _options(self):
         options = super()._options()
@@ -73,6 +85,8 @@ class BackboneModel(ContrastiveModel):
             **self._options(),
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "masking": keras.saving.serialize_keras_object(self.masking),
+            "text_masking": keras.saving.serialize_keras_object(self.text_masking),
+            "padding_first": self.padding_first,
             "frozen": frozen_parts(self),
         }
 
@@ -92,12 +106,13 @@ class CLIPContrastiveModel(BackboneModel):
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale never exceeds it.
         head: A `ContrastiveHead` of the same backbone to use.
-        **kwargs: Arguments of `ContrastiveModel`, without the encoders and
-            `projection_dim`.
+        **kwargs: `text_masking` and `padding_first`, see `from_backbone`, and arguments
+            of `ContrastiveModel`, without the encoders and `projection_dim`.
 
     Attributes:
         backbone: The backbone that is trained.
-        masking: The masking, or `None`.
+        masking: The masking of images, or `None`.
+        text_masking: The masking of texts, or `None`.
     """
 
     # The layer of the backbone that has the temperature.
@@ -183,7 +198,8 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
 
     Attributes:
         backbone: The backbone that is trained.
-        masking: The masking, or `None`.
+        masking: The masking of images, or `None`.
+        text_masking: The masking of texts, or `None`.
 
     Reference:
         - [Meta CLIP 2: A Worldwide Scaling Recipe](https://arxiv.org/abs/2507.22062)
@@ -237,12 +253,13 @@ class SigLIPContrastiveModel(BackboneModel):
         pixel_mean: Three floats, or `None`.
         pixel_std: Three floats.
         head: A `ContrastiveHead` of the same backbone to use.
-        **kwargs: Arguments of `ContrastiveModel`, without the encoders and
-            `projection_dim`.
+        **kwargs: `text_masking` and `padding_first`, see `from_backbone`, and arguments
+            of `ContrastiveModel`, without the encoders and `projection_dim`.
 
     Attributes:
         backbone: The backbone that is trained.
-        masking: The masking, or `None`.
+        masking: The masking of images, or `None`.
+        text_masking: The masking of texts, or `None`.
     """
 
     def __init__(

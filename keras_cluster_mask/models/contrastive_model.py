@@ -26,6 +26,7 @@ from keras_cluster_mask.models.encoders import (
 )
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
+from keras_cluster_mask.models.masked_text_encoder import MaskedTextEncoder
 from keras_cluster_mask.models.pixels import (
     CLIP_MEAN,
     CLIP_STD,
@@ -102,7 +103,8 @@ class ContrastiveModel(keras.Model):
             a masking in it, if it is to train on parts of the images
             (`kcm.with_masking`).
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
-            features. One of several inputs, such as
+            features; with a masking of its own, if it is to train on parts of the
+            texts (`kcm.with_text_masking`). One of several inputs, such as
             `keras.Model(bert.inputs, bert.output["pooled_output"])` of a keras_hub
             `BertBackbone`, takes them from the batch by their names. Of those that a
             batch lacks, `"padding_mask"` is made: it hides ids of 0, and other zeros
@@ -144,9 +146,9 @@ class ContrastiveModel(keras.Model):
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Metrics in training: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy`
-    within the batch, `temperature`, and, with a masking, `mask_ratio`: the share of
-    patches that had no influence. `compile` adds `gradient_norm` if asked. Evaluation
-    has neither of the last two.
+    within the batch, `temperature`, and, with a masking of images, `mask_ratio`: the
+    share of patches that had no influence. `compile` adds `gradient_norm` if asked.
+    Evaluation has neither of the last two.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -212,7 +214,9 @@ class ContrastiveModel(keras.Model):
             std=pixel_std,
             data_format=data_format_of(image_encoder),
         )
-        self.maskings = [x for x in all_layers(self) if isinstance(x, PatchMasking)]
+        self.maskings = _maskings(self)
+        self.image_maskings = _maskings(image_encoder)
+        _check_own_maskings(self.image_maskings, text_encoder)
         for masking in self.maskings:
             masking.join(self.normalize_pixels)
         self.accuracy_metrics = [
@@ -220,7 +224,7 @@ class ContrastiveModel(keras.Model):
             keras.metrics.Mean(name="text_to_image_accuracy"),
         ]
         self.temperature_metric = keras.metrics.Mean(name="temperature")
-        if self.maskings:
+        if self.image_maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
         # Set by `compile`, and while `fit` and `evaluate` run.
         self.gradient_norm = None
@@ -233,7 +237,12 @@ class ContrastiveModel(keras.Model):
 
     @classmethod
     def from_backbone(
-        cls, backbone: keras.Model, masking: PatchMasking | None = None, **kwargs
+        cls,
+        backbone: keras.Model,
+        masking: PatchMasking | None = None,
+        text_masking: PatchMasking | None = None,
+        padding_first: bool = True,
+        **kwargs,
     ) -> "ContrastiveModel":
         """Makes a model from a keras_hub backbone of two towers.
 
@@ -247,6 +256,10 @@ class ContrastiveModel(keras.Model):
                 `max_sequence_length` tokens and pools the last one: pad to the full
                 length with the end-of-text token, as SigLIP's tokenizer does.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
+            text_masking: A `PatchMasking` layer for texts, see
+                `kcm.with_text_masking`, or `None` to train on whole texts.
+            padding_first: Boolean. Whether `text_masking` leaves out padding before any
+                word.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
                 `projection_dim`. `loss` defaults to the backbone's own, and so do
                 `pixel_mean` and `pixel_std`. `initial_temperature=None` keeps the
@@ -254,7 +267,8 @@ class ContrastiveModel(keras.Model):
                 sigmoid loss, start at 0.1, with a bias of -10.
 
         Returns:
-            A `ContrastiveModel` with the attributes `backbone` and `masking`.
+            A `ContrastiveModel` with the attributes `backbone`, `masking` and
+            `text_masking`.
 
         Raises:
             ValueError: For another backbone.
@@ -267,7 +281,13 @@ class ContrastiveModel(keras.Model):
                 f"{sorted(known)}. Received: "
                 f"backbone={backbone} of type {type(backbone).__name__}"
             )
-        return known[names[0]](backbone, masking=masking, **kwargs)
+        return known[names[0]](
+            backbone,
+            masking=masking,
+            text_masking=text_masking,
+            padding_first=padding_first,
+            **kwargs,
+        )
 
     from_clip = from_backbone
     from_siglip = from_backbone
@@ -304,7 +324,8 @@ class ContrastiveModel(keras.Model):
         Args:
             token_ids: `(batch, T)` int tensor, or a dictionary of such, if the text
                 encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
-            training: Python boolean.
+            training: Python boolean. With a masking of texts, parts of them are left
+                out if true.
 
         Returns:
             `(batch, d)` float32 tensor, L2-normalised.
@@ -407,9 +428,10 @@ class ContrastiveModel(keras.Model):
             metric.update_state(values, sample_weight)
         self.temperature_metric.update_state(1.0 / weights[0])
         if training:
-            for masking in self.maskings:
+            for masking in self.image_maskings:
                 ratio = replica_mean(masking.last_mask_ratio)
                 self.mask_ratio_metric.update_state(ratio)
+            for masking in self.maskings:
                 masking.advance()
         return loss
 
@@ -709,10 +731,13 @@ class ContrastiveModel(keras.Model):
 
         Of a text encoder with several inputs, it takes a dictionary of them.
         """
-        return Tower.of(self.text_encoder, self.text_features, name="text_tower")
+        model = self
+        if isinstance(self.text_encoder, MaskedTextEncoder):
+            model = self.without_masking()
+        return Tower.of(model.text_encoder, model.text_features, name="text_tower")
 
     def without_masking(self):
-        """Makes a model of the same weights that trains on whole images.
+        """Makes a model of the same weights that trains on whole images and texts.
 
         For the last epochs: a model pre-trained on parts of images improves by some
         training on whole ones. Encoders, projections, temperature and bias are shared,
@@ -733,27 +758,25 @@ class ContrastiveModel(keras.Model):
 
         Raises:
             ValueError: If a masking was put into an encoder by other means than
-                `kcm.with_masking`.
+                `kcm.with_masking` and `kcm.with_text_masking`.
 
         Reference:
             - [Scaling Language-Image Pre-training via Masking](
               https://arxiv.org/abs/2212.00794) for unmasked tuning.
         """
-        encoder = self.image_encoder
-        if isinstance(encoder, MaskedEncoder):
-            encoder = encoder.encoder
+        masked = MaskedEncoder, MaskedTextEncoder
+        encoders = self.image_encoder, self.text_encoder
         whole = type(self)(
-            encoder,
-            self.text_encoder,
+            *(x.encoder if isinstance(x, masked) else x for x in encoders),
             projection_dim=self.head.projection_dim,
             head=self.head,
             **self._options(),
         )
         if whole.maskings:
             raise ValueError(
-                "`image_encoder` must have its masking from `kcm.with_masking`, which "
-                "can remove it. Received: an encoder with the maskings "
-                f"{[masking.name for masking in whole.maskings]}"
+                "Encoders must have their maskings from `kcm.with_masking` and "
+                "`kcm.with_text_masking`, which can remove them. Received: maskings "
+                f"{[masking.name for masking in whole.maskings]} of another kind"
             )
         return whole
 
@@ -820,6 +843,19 @@ class ContrastiveModel(keras.Model):
             "dtype": self.head.dtype_policy.name,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
+
+
+def _maskings(layer):
+    return [x for x in all_layers(layer) if isinstance(x, PatchMasking)]
+
+
+def _check_own_maskings(image_maskings, text_encoder):
+    for masking in _maskings(text_encoder):
+        if any(masking is x for x in image_maskings):
+            raise ValueError(
+                "`text_encoder` must have a masking of its own, as each remembers its "
+                f"noise and its mask ratio. Received: {masking.name} in both encoders"
+            )
 
 
 def _width(encoder):
