@@ -59,6 +59,7 @@ def make_model():
         model = kcm.ContrastiveModel.from_backbone(
             tiny_clip(),
             masking,
+            text_masking=kcm.RandomMasking(0.5, seed=2),
             gradient_checkpointing=bool(micro_batch_size),
             **options,
         )
