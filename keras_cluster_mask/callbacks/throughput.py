@@ -4,10 +4,8 @@ import weakref
 
 import keras
 
-from keras_cluster_mask.models.encoders import (
-    tokens_per_image,
-    tokens_per_text,
-)
+from keras_cluster_mask.models.encoders import tokens_per_image
+from keras_cluster_mask.models.masked_text_encoder import tokens_per_text
 
 
 class Throughput(keras.callbacks.Callback):

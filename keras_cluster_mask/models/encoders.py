@@ -209,12 +209,6 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
     return count_tokens(_stem(encoder, layer), image_shape)
 
 
-def tokens_per_text(encoder, length: int) -> int:
-    """As `tokens_per_image`, of texts of `length` tokens."""
-    masking = getattr(encoder, "masking", None)
-    return length if masking is None else masking.num_kept(length)
-
-
 def as_pair(size) -> tuple[int, int]:
     """`(height, width)` from one integer or two."""
     return (size,) * 2 if isinstance(size, int) else tuple(size)

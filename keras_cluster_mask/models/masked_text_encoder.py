@@ -12,8 +12,8 @@ from keras_cluster_mask.masking.context import (
     prefix_tokens,
 )
 from keras_cluster_mask.models.context_length import TEXT_ENCODERS
-from keras_cluster_mask.models.encoders import split_at
-from keras_cluster_mask.training.layers import from_parts, frozen_parts
+from keras_cluster_mask.models.encoders import call_encoder, split_at
+from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
 
 # The id at which keras_hub's `MetaCLIP2TextPooler` pools.
 METACLIP_2_END_ID = 2
@@ -121,9 +121,9 @@ class MaskedTextEncoder(keras.Model):
 
     def call(self, inputs, training=None, noise=None):
         if not training:
-            return self.encoder(inputs, training=False)
+            return call_encoder(self.encoder, inputs, training=False)
         stem, blocks = self._parts()
-        tokens = stem(inputs, training=True)
+        tokens = call_encoder(stem, inputs, training=True)
         length = tokens.shape[1]
         self.num_kept(length)
         (ids,) = tree.flatten(inputs)
@@ -210,6 +210,17 @@ def special_tokens(family, ids):
     end = ops.argmax(ops.cast(is_end, "int32"), axis=1, keepdims=True)
     end = ops.cast(end, "int32")
     return ops.logical_or(positions == 0, positions == end), positions > end
+
+
+def tokens_per_text(encoder, length: int) -> int:
+    """How many tokens the blocks of an encoder read of a text in training.
+
+    Args:
+        encoder: A text encoder, masked or not.
+        length: Integer, the number of tokens of a text.
+    """
+    masked = [x for x in all_layers(encoder) if isinstance(x, MaskedTextEncoder)]
+    return masked[0].num_kept(length) if masked else length
 
 
 def _at_positions(tokens, indices, length):
