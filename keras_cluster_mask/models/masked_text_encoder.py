@@ -36,10 +36,10 @@ def with_text_masking(encoder, masking, padding_first=True) -> "MaskedTextEncode
     - CLIP and MetaCLIP 2 pool the end token, and padding is all that comes after it.
       Their attention is causal, so padding has no influence: with `padding_first`, a
       text that fits into the tokens that stay is embedded as without a masking.
-    - SigLIP pools the last token and pads with the end token: padding are all tokens
-      at the end that repeat the last one. Its attention reads padding, so that any
-      token left out changes the embedding. A text has no start token, and its first
-      word may leave as any other.
+    - SigLIP pools the last token and pads with the end token, so all tokens at the end
+      that repeat the last one are padding. Its attention reads padding: any token that
+      is left out changes the embedding. Its texts have no start token, and the first
+      word may be left out like any other.
 
     Example:
 
@@ -69,8 +69,9 @@ def with_text_masking(encoder, masking, padding_first=True) -> "MaskedTextEncode
 
     Reference:
         - [Scaling Language-Image Pre-training via Masking](
-          https://arxiv.org/abs/2212.00794), where half of the text costs 0.4 points
-          with padding first and 2.2 at random. Its code does not contain text masking.
+          https://arxiv.org/abs/2212.00794). Leaving out half of the text tokens costs
+          0.4 points of zero-shot accuracy on ImageNet with padding first, and 2.2
+          points at random. The official code does not contain text masking.
     """
     return MaskedTextEncoder(encoder, masking, padding_first)
 

@@ -196,6 +196,7 @@ def test_a_word_with_the_id_of_padding_is_a_word():
     )
 
 
+@pytest.mark.any_backend
 def test_shorter_texts_keep_the_same_share():
     masked, ids = make("clip"), texts("clip", lengths=[5, 8])[:, :8]
     found = to_numpy(masked({"token_ids": ids}, training=True))
@@ -230,6 +231,7 @@ def test_gradients_reach_the_tokens_that_stay_and_no_others():
     assert np.flatnonzero(np.any(found != 0, axis=1)).tolist() == kept.tolist()
 
 
+@pytest.mark.any_backend
 def test_weights_are_the_encoders_own_and_not_held_twice():
     masked = make("clip")
     own = {id(v) for v in masked.encoder.weights}
@@ -259,6 +261,7 @@ def test_saved_and_reloaded_it_masks_the_same_way(padding_first, tmp_path):
         )
 
 
+@pytest.mark.any_backend
 def test_a_strategy_of_your_own_chooses_among_words():
     class First(kcm.PatchMasking):
         """Keeps the first words; the rest not at all, if it can be helped."""
