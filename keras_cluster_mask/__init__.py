@@ -16,7 +16,11 @@ if "keras" in sys.modules or multiprocessing.parent_process() is None:
         PatchMasking,
         RandomMasking,
     )
-    from keras_cluster_mask.models import ContrastiveModel, with_masking
+    from keras_cluster_mask.models import (
+        ContrastiveModel,
+        with_masking,
+        with_text_masking,
+    )
 
 __version__ = "0.1.0"
 
@@ -38,6 +42,7 @@ __all__ = [
     "models",
     "visualization",
     "with_masking",
+    "with_text_masking",
 ]
 
 

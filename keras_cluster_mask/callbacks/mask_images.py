@@ -79,7 +79,7 @@ class MaskImages(Periodic):
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         model = self.model
-        if not model.maskings:
+        if not model.image_maskings:
             raise ValueError(
                 "`MaskImages` needs a model with a masking: pass `masking` to "
                 "`from_backbone`, or put one into the image encoder by "
@@ -93,7 +93,7 @@ class MaskImages(Periodic):
             data_format_of(model.image_encoder),
         )
         # Finds what is wrong with the images now rather than after an epoch.
-        for masking in model.maskings:
+        for masking in model.image_maskings:
             self._draw(masking)
         if is_main_process():
             writer, _ = _import_tensorboard()
@@ -102,7 +102,7 @@ class MaskImages(Periodic):
     def on_epoch_end(self, epoch, logs=None):
         if not self.is_due(epoch):
             return
-        for index, masking in enumerate(self.model.maskings):
+        for index, masking in enumerate(self.model.image_maskings):
             # By all processes, which may share the weights that tokens are made with.
             figure = self._draw(masking)
             if self._writer is not None:

@@ -5,6 +5,7 @@ import weakref
 import keras
 
 from keras_cluster_mask.models.encoders import tokens_per_image
+from keras_cluster_mask.models.masked_text_encoder import tokens_per_text
 
 
 class Throughput(keras.callbacks.Callback):
@@ -14,9 +15,9 @@ class Throughput(keras.callbacks.Callback):
     over the last steps, at the end of an epoch over all steps except the first, which
     may include compilation. Samples are pairs, those of all devices together; tokens
     are those that the encoders' blocks read: the patches that are kept and the class
-    token, and the text with its padding. Validation is not counted. Works for arrays
-    and for datasets whose batches have a known size (`drop_remainder=True`); for other
-    data nothing is reported.
+    token, and the text with its padding, or what a masking keeps of it. Validation is
+    not counted. Works for arrays and for datasets whose batches have a known size
+    (`drop_remainder=True`); for other data nothing is reported.
 
     Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`.
 
@@ -62,7 +63,10 @@ class Throughput(keras.callbacks.Callback):
             *self._size.image_shape,
             self._size.text_length,
         ):
-            self._tokens = tokens_per_image(model.image_encoder, self._size.image_shape)
+            tokens = tokens_per_image(model.image_encoder, self._size.image_shape)
+            if tokens is not None:
+                texts = tokens_per_text(model.text_encoder, self._size.text_length)
+                self._tokens = tokens + texts
 
     def on_epoch_begin(self, epoch, logs=None):
         # A resumed run may have done some steps of the epoch before.
@@ -94,6 +98,5 @@ class Throughput(keras.callbacks.Callback):
         rate = samples / max(end[0] - start[0], 1e-9)
         rates = {"samples_per_second": rate}
         if self._tokens is not None:
-            tokens = self._tokens + self._size.text_length
-            rates["tokens_per_second"] = rate * tokens
+            rates["tokens_per_second"] = rate * self._tokens
         return rates

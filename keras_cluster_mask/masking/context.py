@@ -34,6 +34,16 @@ def prefix_tokens(count):
     return _within("num_prefix_tokens", count)
 
 
+def fixed_scores(values):
+    """Within, some tokens have a score whatever the masking makes of them.
+
+    Args:
+        values: `(batch, N)` float tensor: `inf` for tokens that always stay, `-inf` for
+            those that are left out first, 0 for those that the masking scores.
+    """
+    return _within("fixed_scores", values)
+
+
 def kept_patches():
     """Within, the indices `(batch, K)` that maskings keep are added to a list.
 

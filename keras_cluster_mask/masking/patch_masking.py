@@ -265,7 +265,11 @@ class PatchMasking(keras.layers.Layer):
         noise = ops.convert_to_tensor(noise, dtype="float32")
         batch_size = None if inputs is None else inputs.shape[0]
         check_noise(noise, batch_size, num_patches)
-        return self.score(noise, images, tokens), noise
+        score = self.score(noise, images, tokens)
+        fixed = getattr(context, "fixed_scores", None)
+        if fixed is not None:
+            score = ops.where(fixed == 0, score, fixed)
+        return score, noise
 
     def _keep_best(self, score, noise):
         best = order_by_score(score, noise)[:, : self.num_kept(score.shape[1])]

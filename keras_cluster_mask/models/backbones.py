@@ -20,6 +20,7 @@ from keras_cluster_mask.models.head import (
     ContrastiveHead,
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
+from keras_cluster_mask.models.masked_text_encoder import with_text_masking
 from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
 from keras_cluster_mask.training.layers import frozen_parts
 
@@ -37,15 +38,27 @@ class BackboneModel(ContrastiveModel):
         masking: A `PatchMasking` layer, or `None`.
         head: A `ContrastiveHead` of the same backbone to use, or `None`.
         parts: Dictionary of the backbone's parts that a new head consists of.
+        text_masking: A `PatchMasking` layer for texts, or `None`.
+        padding_first: Boolean. See `kcm.with_text_masking`.
         **kwargs: Arguments of `ContrastiveModel`, without the encoders and
             `projection_dim`.
 
     Attributes:
         backbone: The backbone that is trained.
-        masking: The masking, or `None`.
+        masking: The masking of images, or `None`.
+        text_masking: The masking of texts, or `None`.
     """
 
-    def __init__(self, backbone, masking, head, parts, **kwargs):
+    def __init__(
+        self,
+        backbone,
+        masking,
+        head,
+        parts,
+        text_masking=None,
+        padding_first=True,
+        **kwargs,
+    ):
         if "dtype" in kwargs:
             raise ValueError(
                 "`dtype` must be given to the backbone, which has all the layers that "
@@ -55,12 +68,17 @@ class BackboneModel(ContrastiveModel):
         number_positions(find_embedding_layer(encoder))
         if masking is not None:
             encoder = with_masking(encoder, masking)
+        text_encoder = backbone.text_encoder
+        if text_masking is not None:
+            text_encoder = with_text_masking(text_encoder, text_masking, padding_first)
         if head is None:
             options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
             head = ContrastiveHead(**options, **parts, name="head")
-        super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
+        super().__init__(encoder, text_encoder, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
+        self.text_masking = text_masking
+        self.padding_first = padding_first
 
     def _options(self):
         options = super()._options()
@@ -76,6 +94,8 @@ class BackboneModel(ContrastiveModel):
             **self._options(),
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "masking": keras.saving.serialize_keras_object(self.masking),
+            "text_masking": keras.saving.serialize_keras_object(self.text_masking),
+            "padding_first": self.padding_first,
             "frozen": frozen_parts(self),
         }
 

@@ -13,6 +13,7 @@ from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
+from keras_cluster_mask.models.masked_text_encoder import MaskedTextEncoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.tower import Tower
 from keras_cluster_mask.training import layers, micro_batches, optimizers
@@ -65,7 +66,8 @@ class ContrastiveModel(DualEncoder):
             a masking in it, if it is to train on parts of the images
             (`kcm.with_masking`).
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
-            features. One of several inputs, such as
+            features; with a masking of its own, if it is to train on parts of the
+            texts (`kcm.with_text_masking`). One of several inputs, such as
             `keras.Model(bert.inputs, bert.output["pooled_output"])` of a keras_hub
             `BertBackbone`, takes them from the batch by their names. Of those that a
             batch lacks, `"padding_mask"` is made: it hides ids of 0, and other zeros
@@ -107,9 +109,9 @@ class ContrastiveModel(DualEncoder):
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Metrics in training: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy`
-    within the batch, `temperature`, and, with a masking, `mask_ratio`: the share of
-    patches that had no influence. `compile` adds `gradient_norm` if asked. Evaluation
-    has neither of the last two.
+    within the batch, `temperature`, and, with a masking of images, `mask_ratio`: the
+    share of patches that had no influence. `compile` adds `gradient_norm` if asked.
+    Evaluation has neither of the last two.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -168,7 +170,7 @@ class ContrastiveModel(DualEncoder):
             keras.metrics.Mean(name="text_to_image_accuracy"),
         ]
         self.temperature_metric = keras.metrics.Mean(name="temperature")
-        if self.maskings:
+        if self.image_maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
         # Set by `compile`, and while `fit` and `evaluate` run.
         self.gradient_norm = None
@@ -177,7 +179,12 @@ class ContrastiveModel(DualEncoder):
 
     @classmethod
     def from_backbone(
-        cls, backbone: keras.Model, masking: PatchMasking | None = None, **kwargs
+        cls,
+        backbone: keras.Model,
+        masking: PatchMasking | None = None,
+        text_masking: PatchMasking | None = None,
+        padding_first: bool = True,
+        **kwargs,
     ) -> "ContrastiveModel":
         """Makes a model from a keras_hub backbone of two towers.
 
@@ -191,6 +198,10 @@ class ContrastiveModel(DualEncoder):
                 `max_sequence_length` tokens and pools the last one: pad to the full
                 length with the end-of-text token, as SigLIP's tokenizer does.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
+            text_masking: A `PatchMasking` layer for texts, see
+                `kcm.with_text_masking`, or `None` to train on whole texts.
+            padding_first: Boolean. Whether `text_masking` leaves out padding before any
+                word.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
                 `projection_dim`. `loss` defaults to the backbone's own, and so do
                 `pixel_mean` and `pixel_std`. `initial_temperature=None` keeps the
@@ -198,7 +209,8 @@ class ContrastiveModel(DualEncoder):
                 sigmoid loss, start at 0.1, with a bias of -10.
 
         Returns:
-            A `ContrastiveModel` with the attributes `backbone` and `masking`.
+            A `ContrastiveModel` with the attributes `backbone`, `masking` and
+            `text_masking`.
 
         Raises:
             ValueError: For another backbone.
@@ -211,7 +223,13 @@ class ContrastiveModel(DualEncoder):
                 f"{sorted(known)}. Received: "
                 f"backbone={backbone} of type {type(backbone).__name__}"
             )
-        return known[names[0]](backbone, masking=masking, **kwargs)
+        return known[names[0]](
+            backbone,
+            masking=masking,
+            text_masking=text_masking,
+            padding_first=padding_first,
+            **kwargs,
+        )
 
     from_clip = from_backbone
     from_siglip = from_backbone
@@ -274,9 +292,10 @@ class ContrastiveModel(DualEncoder):
             metric.update_state(values, sample_weight)
         self.temperature_metric.update_state(1.0 / weights[0])
         if training:
-            for masking in self.maskings:
+            for masking in self.image_maskings:
                 ratio = replicas.replica_mean(masking.last_mask_ratio)
                 self.mask_ratio_metric.update_state(ratio)
+            for masking in self.maskings:
                 masking.advance()
         return loss
 
@@ -490,10 +509,11 @@ class ContrastiveModel(DualEncoder):
 
         Of a text encoder with several inputs, it takes a dictionary of them.
         """
-        return Tower.of_texts(self)
+        is_masked = isinstance(self.text_encoder, MaskedTextEncoder)
+        return Tower.of_texts(self.without_masking() if is_masked else self)
 
     def without_masking(self):
-        """Makes a model of the same weights that trains on whole images.
+        """Makes a model of the same weights that trains on whole images and texts.
 
         For the last epochs: a model pre-trained on parts of images improves by some
         training on whole ones. Encoders, projections, temperature and bias are shared,
@@ -514,23 +534,24 @@ class ContrastiveModel(DualEncoder):
 
         Raises:
             ValueError: If a masking was put into an encoder by other means than
-                `kcm.with_masking`.
+                `kcm.with_masking` and `kcm.with_text_masking`.
 
         Reference:
             - [Scaling Language-Image Pre-training via Masking](
               https://arxiv.org/abs/2212.00794) for unmasked tuning.
         """
-        encoder = self.image_encoder
-        if isinstance(encoder, MaskedEncoder):
-            encoder = encoder.encoder
+        masked = MaskedEncoder, MaskedTextEncoder
+        encoders = self.image_encoder, self.text_encoder
         whole = type(self)(
-            encoder, self.text_encoder, head=self.head, **self._options()
+            *(x.encoder if isinstance(x, masked) else x for x in encoders),
+            head=self.head,
+            **self._options(),
         )
         if whole.maskings:
             raise ValueError(
-                "`image_encoder` must have its masking from `kcm.with_masking`, which "
-                "can remove it. Received: an encoder with the maskings "
-                f"{[masking.name for masking in whole.maskings]}"
+                "Encoders must have their maskings from `kcm.with_masking` and "
+                "`kcm.with_text_masking`, which can remove them. Received: maskings "
+                f"{[masking.name for masking in whole.maskings]} of another kind"
             )
         return whole
 

@@ -44,7 +44,8 @@ class DualEncoder(keras.Model):
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
-        maskings: List of the `PatchMasking` layers in the encoders.
+        image_maskings: List of the `PatchMasking` layers in the image encoder.
+        maskings: List of those in both encoders.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class DualEncoder(keras.Model):
             std=pixel_std,
             data_format=data_format_of(image_encoder),
         )
-        self.maskings = [x for x in all_layers(self) if isinstance(x, PatchMasking)]
+        self.maskings = _maskings(self)
+        self.image_maskings = _maskings(image_encoder)
+        _check_own_maskings(self.image_maskings, text_encoder)
         for masking in self.maskings:
             masking.join(self.normalize_pixels)
         # Nothing is left to build, unless an encoder learns its width when called.
@@ -119,7 +122,8 @@ class DualEncoder(keras.Model):
         Args:
             token_ids: `(batch, T)` int tensor, or a dictionary of such, if the text
                 encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
-            training: Python boolean.
+            training: Python boolean. With a masking of texts, parts of them are left
+                out if true.
 
         Returns:
             `(batch, d)` float32 tensor, L2-normalised.
@@ -209,6 +213,19 @@ class DualEncoder(keras.Model):
 
     def _blocks(self):
         return find_blocks(self, self.gradient_checkpointing, BLOCKS)
+
+
+def _maskings(layer):
+    return [x for x in all_layers(layer) if isinstance(x, PatchMasking)]
+
+
+def _check_own_maskings(image_maskings, text_encoder):
+    for masking in _maskings(text_encoder):
+        if any(masking is x for x in image_maskings):
+            raise ValueError(
+                "`text_encoder` must have a masking of its own, as each remembers its "
+                f"noise and its mask ratio. Received: {masking.name} in both encoders"
+            )
 
 
 def _width(encoder):

@@ -17,7 +17,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.checkpoints import CheckpointFiles, read_checkpoint
-from tests.helpers import FAST, image_mlp, random_pairs, text_bag, values
+from tests.helpers import FAST, image_mlp, random_pairs, text_bag, tiny_clip, values
 
 from .training_run import make_dataset, make_model, weights_of
 
@@ -211,17 +211,28 @@ def test_samples_that_do_not_decode_do_not_shift_what_is_left(write_pairs, tmp_p
     assert_same_weights(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+def masked_texts():
+    keras.utils.set_random_seed(1)
+    model = kcm.ContrastiveModel.from_backbone(
+        tiny_clip(), text_masking=kcm.RandomMasking(0.5, seed=3)
+    )
+    model.compile(keras.optimizers.SGD(0.1), **FAST)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataset", "masked texts"])
 def test_arrays_in_order_and_other_datasets_resume_too(kind, tmp_path):
     import tensorflow as tf
 
-    data, fit = pairs(), {"shuffle": False, "batch_size": 4}
+    data, fit, make = pairs(), {"shuffle": False, "batch_size": 4}, make_model
     if kind == "dataset":
         data, fit = tf.data.Dataset.from_tensor_slices(data).batch(4), {}
-    expected, _ = run(data, tmp_path / "whole", fit=fit)
+    if kind == "masked texts":
+        data, make = random_pairs(12), masked_texts
+    expected, _ = run(data, tmp_path / "whole", model=make(), fit=fit)
     for stop in (5, 6):
-        run(data, tmp_path / f"stopped-{stop}", stop, fit=fit)
-        found, _ = run(data, tmp_path / f"stopped-{stop}", fit=fit)
+        run(data, tmp_path / f"stopped-{stop}", stop, make(), fit=fit)
+        found, _ = run(data, tmp_path / f"stopped-{stop}", model=make(), fit=fit)
         assert_same_weights(found, expected)
 
 

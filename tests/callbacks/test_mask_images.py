@@ -20,6 +20,7 @@ from tests.helpers import (
     patch_mlp,
     random_pairs,
     text_bag,
+    tiny_siglip,
 )
 
 from .training_run import weights_of
@@ -35,7 +36,9 @@ def make_model(masking, encoder=patch_mlp, layer="positions"):
         image_encoder = encoder()
     else:
         image_encoder = kcm.with_masking(encoder(), masking, layer)
-    model = kcm.ContrastiveModel(image_encoder, text_bag())
+    # The masking of texts is no masking of images to draw.
+    texts = kcm.with_text_masking(tiny_siglip().text_encoder, kcm.RandomMasking(0.5))
+    model = kcm.ContrastiveModel(image_encoder, texts)
     model.compile(keras.optimizers.Adam(0.1), **FAST)
     return model
 

@@ -30,7 +30,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
-from tests.helpers import functional_vit, text_bag, tiny_clip
+from tests.helpers import functional_vit, tiny_clip, tiny_siglip
 
 BATCH, STEPS = 8, 5
 
@@ -59,15 +59,17 @@ def make_model():
         model = kcm.ContrastiveModel.from_backbone(
             tiny_clip(),
             masking,
+            text_masking=kcm.RandomMasking(0.5, seed=2),
             gradient_checkpointing=bool(micro_batch_size),
             **options,
         )
         # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
         return model
+    text_masking = kcm.RandomMasking(0.5, seed=2)
     model = kcm.ContrastiveModel(
         kcm.with_masking(functional_vit(), masking, "positions"),
-        text_bag(),
+        kcm.with_text_masking(tiny_siglip().text_encoder, text_masking),
         gradient_checkpointing=["multi_head_attention"] if micro_batch_size else False,
         **options,
     )

@@ -58,6 +58,8 @@ def draw(case):
         "optimizer": choose("adamw", "average", "momentum"),
         "multipliers": choose({}, {"image": 0.5}, {"image": 0.0, "text": 2.0}),
         "options": options,
+        "mask texts": encoders != "own" and choose(True, False),
+        "padding_first": choose(True, False),
     }
 
 
@@ -106,6 +108,9 @@ def make_model(case):
             model = kcm.ContrastiveModel(image_encoder, text_bag(), **options)
         else:
             backbone = tiny_clip() if encoders == "clip" else tiny_siglip()
+            if made["mask texts"]:
+                options["text_masking"] = kcm.RandomMasking(0.5, seed=4)
+                options["padding_first"] = made["padding_first"]
             model = kcm.ContrastiveModel.from_backbone(backbone, masking, **options)
     finally:
         keras.config.set_dtype_policy("float32")
@@ -120,7 +125,9 @@ def make_model(case):
 
 
 def freeze(model, part):
-    image_encoder = getattr(model.image_encoder, "encoder", model.image_encoder)
+    image_encoder, text_encoder = (
+        getattr(x, "encoder", x) for x in (model.image_encoder, model.text_encoder)
+    )
     if part == "image tower":
         image_encoder.trainable = False
     elif part == "masked encoder":
@@ -128,7 +135,7 @@ def freeze(model, part):
     elif part == "text tower":
         model.text_encoder.trainable = False
     elif part == "block":
-        with_weights = [x for x in model.text_encoder.layers if x.weights]
+        with_weights = [x for x in text_encoder.layers if x.weights]
         with_weights[-1].trainable = False
     elif part == "weight":
         image_encoder.weights[0].trainable = False

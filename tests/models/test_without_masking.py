@@ -30,13 +30,18 @@ def generic(masking=None, **kwargs):
 
 
 def clip(masking=None, **kwargs):
-    return kcm.ContrastiveModel.from_backbone(
-        tiny_clip(), masking, loss="sigmoid", initial_temperature=0.2, **kwargs
-    )
+    options = dict(loss="sigmoid", initial_temperature=0.2, **kwargs)
+    return of_backbone(tiny_clip(), masking, **options)
 
 
 def siglip(masking=None, **kwargs):
-    return kcm.ContrastiveModel.from_backbone(tiny_siglip(), masking, **kwargs)
+    return of_backbone(tiny_siglip(), masking, **kwargs)
+
+
+def of_backbone(backbone, masking, **kwargs):
+    if masking is not None:
+        kwargs["text_masking"] = type(masking)(0.5, seed=1)
+    return kcm.ContrastiveModel.from_backbone(backbone, masking, **kwargs)
 
 
 each_model = pytest.mark.parametrize("make", [generic, clip, siglip])
@@ -57,13 +62,13 @@ class CountTokens(kcm.RandomMasking):
 
 @each_model
 def test_training_whole_images_trains_the_masked_model(make):
-    masking = CountTokens(0.5, seed=0)
-    model = make(masking)
+    model = make(CountTokens(0.5, seed=0))
     model.head.logit_bias.assign(-3.0)
     model.head.logit_scale.assign(1.5)
     whole = model.without_masking()
     assert type(whole) is type(model)
-    own = {id(v) for v in model.weights} - {id(v) for v in masking.weights}
+    state = {id(v) for masking in model.maskings for v in masking.weights}
+    own = {id(v) for v in model.weights} - state
     assert {id(v) for v in whole.weights} == own
     # Nothing that was learned starts over.
     assert float(ops.convert_to_numpy(model.head.logit_bias)) == -3.0
@@ -75,7 +80,7 @@ def test_training_whole_images_trains_the_masked_model(make):
     whole.compile(optimizer=keras.optimizers.SGD(0.1), **FAST)
     history = whole.fit(pairs, batch_size=4, verbose=0).history
     assert "mask_ratio" not in history
-    assert masking.calls == 0
+    assert not any(masking.calls for masking in model.maskings)
     after = model.predict(pairs, verbose=0)
     for key, value in before.items():
         assert np.abs(after[key] - value).max() > 1e-5
@@ -97,6 +102,12 @@ def test_in_training_it_embeds_what_it_embeds_at_inference(make):
         to_numpy(whole.encode_image(images, training=True)), full, atol=1e-6
     )
     assert np.abs(to_numpy(model.encode_image(images, training=True)) - full).max() > 0
+    ids = random_pairs(4)["token_ids"]
+    full = to_numpy(model.encode_text(ids))
+    found = to_numpy(whole.encode_text(ids, training=True))
+    np.testing.assert_allclose(found, full, atol=1e-6)
+    difference = np.abs(to_numpy(model.encode_text(ids, training=True)) - full).max()
+    assert (difference > 1e-4) == hasattr(model.text_encoder, "masking")
 
 
 def test_each_of_the_two_trains_in_its_own_way():
@@ -169,15 +180,13 @@ def test_towers_compute_what_the_model_encodes_with_the_weights_it_has(make):
 @pytest.mark.any_backend
 @each_model
 def test_a_tower_has_its_side_of_the_weights_and_no_masking(make):
-    masking = kcm.RandomMasking(0.5)
-    model = make(masking)
+    model = make(kcm.RandomMasking(0.5))
     image, text = (
         {id(v) for v in tower.weights}
         for tower in (model.image_tower, model.text_tower)
     )
-    left_out = {
-        id(v) for v in (*masking.weights, model.head.logit_scale, model.head.logit_bias)
-    }
+    left_out = {id(v) for masking in model.maskings for v in masking.weights}
+    left_out |= {id(model.head.logit_scale), id(model.head.logit_bias)}
     assert not image & text
     assert image | text == {id(v) for v in model.weights} - left_out
     # The model itself holds none of it twice.
@@ -186,11 +195,12 @@ def test_a_tower_has_its_side_of_the_weights_and_no_masking(make):
 
 @each_model
 def test_towers_never_mask(make):
-    tower = make(kcm.RandomMasking(0.5)).image_tower
-    images = random_images(4)
-    np.testing.assert_array_equal(
-        to_numpy(tower(images, training=True)), to_numpy(tower(images))
-    )
+    model, ids = make(kcm.RandomMasking(0.5)), random_pairs(4)["token_ids"]
+    towers = (model.image_tower, random_images(4)), (model.text_tower, ids)
+    for tower, inputs in towers:
+        np.testing.assert_array_equal(
+            to_numpy(tower(inputs, training=True)), to_numpy(tower(inputs))
+        )
 
 
 @each_model

@@ -38,6 +38,13 @@ MASKINGS = {
 
 def make_model(masking="budget", dropout=False, **kwargs):
     keras.utils.set_random_seed(0)
+    if masking == "texts":
+        return kcm.ContrastiveModel.from_backbone(
+            tiny_clip(),
+            masking=kcm.RandomMasking(0.5, seed=1),
+            text_masking=kcm.RandomMasking(0.5, seed=2),
+            **kwargs,
+        )
     mix = keras.layers.Dropout(0.3, seed=5) if dropout else None
     encoder = functional_vit(mix=mix)
     encoder = kcm.with_masking(encoder, MASKINGS[masking](), "positions")
@@ -75,6 +82,7 @@ def in_chunks_by_hand(model, num_chunks):
         ("centered", "softmax"),
         ("grid", "softmax"),
         ("block", "softmax"),
+        ("texts", "softmax"),
     ],
 )
 def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
