@@ -102,9 +102,9 @@ class KMeansMasking(SimilarityMasking):
         self.count_steps()
 
     def score(self, noise, images=None, tokens=None):
-        # All that k-means needs of the patches are their dot products, which are fewer
-        # numbers than pixels. Rounded ones add up to the same sum in any order.
-        similarity = round_similarity(self.similarity_to_anchors(images, None, tokens))
+        # All that k-means needs of the patches are their similarities, which are fewer
+        # numbers than their pixels.
+        similarity = self.similarity_to_anchors(images, None, tokens)
         num_clusters = min(self.num_clusters, noise.shape[1])
         first = ops.argsort(noise, axis=-1)[:, :num_clusters, None]
 
@@ -118,7 +118,7 @@ class KMeansMasking(SimilarityMasking):
             # An empty cluster, or patches that cancel out, have no mean.
             return ops.where(length > SHORTEST, round_similarity(to_means), to_centers)
 
-        to_centers = ops.take_along_axis(similarity, first, axis=1)
+        to_centers = round_similarity(ops.take_along_axis(similarity, first, axis=1))
         to_centers = ops.fori_loop(0, self.iterations, move, to_centers)
         # The clusters are in the order of their first centers' noise, a random one.
         return ops.cast(ops.argmax(to_centers, axis=1), "float32")
