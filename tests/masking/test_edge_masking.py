@@ -6,7 +6,13 @@ from scipy import ndimage
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.edge_masking import edge_map
 from tests.masking import masking_reference as reference
-from tests.masking.images import assert_selects, draw_noise, numpy, photographs
+from tests.masking.images import (
+    assert_selects,
+    compiled_select,
+    draw_noise,
+    numpy,
+    photographs,
+)
 from tests.masking.test_cluster_masking import CLEAR, FALSE_ALARM, chi_square
 from tests.masking.test_kmeans_masking import GEOMETRIES, ROWS, case
 
@@ -42,7 +48,7 @@ def test_selects_as_the_reference_wherever_every_decision_is_clear():
         )
         clear = gaps > CLEAR
         inputs = dict(images=images, tokens=tokens, noise=noise)
-        assert_selects(masking, expected, clear, **inputs)
+        assert_selects(masking, expected, clear, compiled=True, **inputs)
         left_out, total = left_out + np.sum(~clear), total + ROWS
     assert total == 200
     assert left_out < 0.05 * total, f"{left_out} of {total} cases are not clear"
@@ -52,7 +58,8 @@ def kept_edges(images, **options):
     """How much stronger the edges of kept patches are than all, in standard errors."""
     rows, columns = images.shape[1] // 8, images.shape[2] // 8
     noise = draw_noise(np.random.default_rng(1), len(images), rows * columns)
-    indices, _ = numpy(*kcm.EdgeMasking(8, **options).select(images, noise=noise))
+    select = compiled_select(kcm.EdgeMasking(8, **options))
+    indices, _ = numpy(*select(images=images, noise=noise))
     edges = reference.edge_map(reference.patches(images, 8), (rows, columns))
     kept = np.take_along_axis(edges, indices, axis=1).mean(axis=1)
     more = kept - edges.mean(axis=1)
