@@ -64,6 +64,38 @@ def as_dataset(pairs, batch_size):
     return dict(x=dataset.batch(batch_size, drop_remainder=True))
 
 
+# === Maskings ===
+
+
+def moving_weight():
+    return keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
+
+
+# One of each kind, for patches of 4 x 4 pixels; with state that training changes, where
+# it can have any.
+MASKINGS = {
+    "random": kcm.RandomMasking,
+    "cluster": lambda **options: kcm.ClusterMasking(4, softness=0.1, **options),
+    "threshold": lambda **options: kcm.ClusterMasking(
+        4,
+        min_mask_ratio=0.25,
+        threshold=0.1,
+        embedding_weight=moving_weight(),
+        hide_padding=False,
+        **options,
+    ),
+    "centered": kcm.CenteredMasking,
+    "grid": kcm.GridMasking,
+    "block": kcm.BlockMasking,
+    "kmeans": lambda **options: kcm.KMeansMasking(
+        4, num_clusters=4, embedding_weight=moving_weight(), **options
+    ),
+    "edge": lambda **options: kcm.EdgeMasking(
+        4, embedding_weight=moving_weight(), **options
+    ),
+}
+
+
 # === Encoders ===
 
 

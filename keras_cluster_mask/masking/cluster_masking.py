@@ -4,9 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.masking.patch_grid import standardize_patch_size
-from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.selection import (
+    anchor_count,
+    check_range,
     check_ratio,
     kept_count,
     order_by_score,
@@ -16,8 +16,8 @@ from keras_cluster_mask.masking.similarity import (
     extract_patches,
     pixel_similarity,
     round_similarity,
-    token_similarity,
 )
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.masking.threshold_search import (
     collect_similarities,
     find_threshold,
@@ -25,7 +25,7 @@ from keras_cluster_mask.masking.threshold_search import (
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class ClusterMasking(PatchMasking):
+class ClusterMasking(SimilarityMasking):
     """Leaves out clusters of look-alike patches of every training image.
 
     A few random patches become anchors. The patches most similar to an anchor
@@ -124,13 +124,21 @@ class ClusterMasking(PatchMasking):
         seed=None,
         **kwargs,
     ):
-        super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
+        super().__init__(
+            patch_size,
+            mask_ratio,
+            embedding_weight,
+            num_prefix_tokens,
+            data_format,
+            seed,
+            **kwargs,
+        )
         if min_mask_ratio is not None:
             check_ratio("min_mask_ratio", min_mask_ratio)
-        _check_range("anchor_ratio", anchor_ratio, 0, 1)
-        _check_range("softness", softness, 0, math.inf)
+        check_range("anchor_ratio", anchor_ratio, 0, 1)
+        check_range("softness", softness, 0, math.inf)
         if threshold is not None:
-            _check_range("threshold", threshold, -1, 1)
+            check_range("threshold", threshold, -1, 1)
             if min_mask_ratio is None:
                 raise ValueError(
                     "`threshold` needs `min_mask_ratio`, which selects threshold "
@@ -141,20 +149,10 @@ class ClusterMasking(PatchMasking):
                 "`softness` is for budget mode (min_mask_ratio=None). Received: "
                 f"softness={softness}, min_mask_ratio={min_mask_ratio}"
             )
-        self.patch_size = standardize_patch_size(patch_size)
         self.min_mask_ratio = min_mask_ratio
         self.anchor_ratio = float(anchor_ratio)
         self.softness = float(softness)
         self.hide_padding = hide_padding
-        self.data_format = keras.config.image_data_format()
-        if data_format is not None:
-            if data_format not in ("channels_last", "channels_first"):
-                raise ValueError(
-                    "`data_format` must be 'channels_last' or 'channels_first'. "
-                    f"Received: data_format={data_format}"
-                )
-            self.data_format = data_format
-        self.embedding_weight = _standardize_embedding_weight(embedding_weight)
 
         self.threshold = self.share_above = None
         # What became of the pixels of uint8 images that `adapt` saw.
@@ -166,20 +164,7 @@ class ClusterMasking(PatchMasking):
             if self.embedding_weight != 0.0:
                 _check_reachable(self.mask_ratio, min_mask_ratio)
                 self.share_above = self._add_state("share_above", 0.0, "float32")
-        self.step = None
-        if not isinstance(self.embedding_weight, float):
-            self.step = self._add_state("step", 0, "int32")
-
-    def _add_state(self, name, value, dtype):
-        return self.add_weight(
-            shape=(),
-            initializer=keras.initializers.Constant(value),
-            trainable=False,
-            dtype=dtype,
-            autocast=False,
-            aggregation="only_first_replica" if dtype == "int32" else "mean",
-            name=name,
-        )
+        self.count_steps()
 
     # === The strategy ===
 
@@ -206,8 +191,7 @@ class ClusterMasking(PatchMasking):
 
     def num_anchors(self, num_patches):
         """How many of `num_patches` become anchors, at least 1."""
-        count = num_patches - int(num_patches * (1.0 - self.anchor_ratio) + 1e-6)
-        return max(1, count)
+        return anchor_count(num_patches, self.anchor_ratio)
 
     def similarity(self, images, anchors, tokens=None):
         """The highest similarity of each patch to any of the anchors.
@@ -224,36 +208,6 @@ class ClusterMasking(PatchMasking):
         return round_similarity(
             ops.max(self.similarity_to_anchors(images, anchors, tokens), axis=1)
         )
-
-    def similarity_to_anchors(self, images, anchors, tokens=None):
-        """The similarity of each patch to each anchor.
-
-        Args:
-            images: `(batch, H, W, C)` tensor, or channels first.
-            anchors: `(batch, A)` int tensor of patch indices.
-            tokens: `(batch, prefix + N, dim)` tensor. Needed if
-                `embedding_weight` is not 0.
-
-        Returns:
-            `(batch, A, N)` float32 tensor in `[-1, 1]`, not yet rounded.
-        """
-        num_patches = self.count_patches(images, tokens)
-        anchors = ops.convert_to_tensor(anchors, dtype="int32")
-        patches = extract_patches(images, self.patch_size, self.data_format)
-        similarity = pixel_similarity(patches, anchors)
-        if self.embedding_weight != 0.0:
-            if tokens is None:
-                raise ValueError(
-                    "`tokens` must be given if `embedding_weight` is not 0. "
-                    "Received: tokens=None"
-                )
-            weight = self.embedding_weight
-            if self.step is not None:
-                weight = ops.clip(ops.cast(weight(self.step), "float32"), 0.0, 1.0)
-            tokens = tokens[:, tokens.shape[1] - num_patches :]
-            alike = token_similarity(tokens, anchors)
-            similarity = (1.0 - weight) * similarity + weight * alike
-        return similarity
 
     def adapt(self, data, max_images=10_000):
         """Sets `threshold` so that `mask_ratio` is reached on average over data.
@@ -347,8 +301,7 @@ class ClusterMasking(PatchMasking):
         if self.share_above is not None:
             moved = self.threshold + 0.05 * (self.share_above - self.mask_ratio)
             self.threshold.assign(ops.clip(moved, -1.0, 1.0))
-        if self.step is not None:
-            self.step.assign_add(1)
+        super().advance()
 
     def check_ready(self):
         if self.threshold is None:
@@ -361,29 +314,16 @@ class ClusterMasking(PatchMasking):
 
     def get_config(self):
         config = super().get_config()
-        weight = self.embedding_weight
-        if not isinstance(weight, float):
-            weight = keras.saving.serialize_keras_object(weight)
         config.update(
             {
-                "patch_size": self.patch_size,
                 "min_mask_ratio": self.min_mask_ratio,
                 "threshold": self._given_threshold,
                 "anchor_ratio": self.anchor_ratio,
                 "softness": self.softness,
                 "hide_padding": self.hide_padding,
-                "embedding_weight": weight,
-                "data_format": self.data_format,
             }
         )
         return config
-
-
-def _check_range(name, value, low, high):
-    if not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(
-            f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value}"
-        )
 
 
 def _check_reachable(mask_ratio, min_mask_ratio):
@@ -394,12 +334,3 @@ def _check_reachable(mask_ratio, min_mask_ratio):
             f"are smaller. Received: mask_ratio={mask_ratio}, "
             f"min_mask_ratio={min_mask_ratio}"
         )
-
-
-def _standardize_embedding_weight(weight):
-    if isinstance(weight, dict):
-        weight = keras.saving.deserialize_keras_object(weight)
-    if isinstance(weight, keras.optimizers.schedules.LearningRateSchedule):
-        return weight
-    _check_range("embedding_weight", weight, 0, 1)
-    return float(weight)

@@ -88,6 +88,18 @@ def standardize_patch_size(patch_size) -> tuple[int, int]:
     return tuple(sides)
 
 
+def standardize_data_format(data_format: str | None) -> str:
+    """A data format as it is, or that which Keras is configured for."""
+    if data_format is None:
+        return keras.config.image_data_format()
+    if data_format not in ("channels_last", "channels_first"):
+        raise ValueError(
+            "`data_format` must be 'channels_last' or 'channels_first'. "
+            f"Received: data_format={data_format}"
+        )
+    return data_format
+
+
 def standardize_grid(grid) -> tuple[int, int] | None:
     """`(rows, columns)` of patches as a tuple, or `None`."""
     if grid is None:

@@ -43,6 +43,19 @@ def check_ratio(name, value):
         raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value}")
 
 
+def check_range(name, value, low, high):
+    """Raises unless `value` is a number in `[low, high]`."""
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(
+            f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value}"
+        )
+
+
+def anchor_count(num_patches, ratio):
+    """How many of `num_patches` a share of `ratio` is, rounded up, at least 1."""
+    return max(1, num_patches - int(num_patches * (1.0 - ratio) + 1e-6))
+
+
 def kept_count(num_patches, ratio):
     """How many of `num_patches` stay if `ratio` of them goes, at least 1."""
     # 1e-6 mends products such as 10 * (1 - 0.9) = 0.99999...

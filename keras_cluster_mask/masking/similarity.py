@@ -35,7 +35,7 @@ def extract_patches(images, patch_size, data_format):
     return ops.reshape(x, (-1, rows * columns, p * q * channels))
 
 
-def pixel_similarity(patches, anchors):
+def pixel_similarity(patches, anchors=None):
     """Similarity of every patch to the anchor patches of its image.
 
     Patches are compared without their means, in units of the image's own
@@ -44,7 +44,7 @@ def pixel_similarity(patches, anchors):
 
     Args:
         patches: `(batch, N, n)` float32 tensor.
-        anchors: `(batch, A)` int tensor of patch indices.
+        anchors: `(batch, A)` int tensor of patch indices. `None` takes all N.
 
     Returns:
         `(batch, A, N)` float32 tensor in `[-1, 1]`, not yet rounded.
@@ -64,7 +64,7 @@ def pixel_similarity(patches, anchors):
     rest = ops.mean(centered, axis=-1, keepdims=True)
     energy = ops.einsum("bnk,bnk->bn", centered, centered)
     energy = ops.maximum(energy - size * ops.square(rest[:, :, 0]), 0.0)
-    anchor_patches = ops.take_along_axis(centered, anchors[:, :, None], axis=1)
+    anchor_patches = _rows(centered, anchors)
     anchor_patches = anchor_patches - ops.mean(anchor_patches, axis=-1, keepdims=True)
     products = ops.matmul(centered, ops.transpose(anchor_patches, (0, 2, 1)))
     products = ops.transpose(products, (0, 2, 1))
@@ -83,16 +83,16 @@ def pixel_similarity(patches, anchors):
     inverse_norm = ops.rsqrt(energy + floor)
     # Two factors in turn: their product can underflow where the image is black.
     similarity = (products + floor[:, :, None]) * inverse_norm[:, None, :]
-    return similarity * ops.take_along_axis(inverse_norm, anchors, axis=1)[:, :, None]
+    return similarity * _rows(inverse_norm[:, :, None], anchors)
 
 
-def token_similarity(tokens, anchors):
+def token_similarity(tokens, anchors=None):
     """Cosine similarity of every patch token to the anchors' tokens.
 
     Args:
         tokens: `(batch, N, dim)` tensor of patch tokens, without prefix. No
             gradient flows into them.
-        anchors: `(batch, A)` int tensor of patch indices.
+        anchors: `(batch, A)` int tensor of patch indices. `None` takes all N.
 
     Returns:
         `(batch, A, N)` float32 tensor in `[-1, 1]`, 0 for a zero token.
@@ -100,8 +100,14 @@ def token_similarity(tokens, anchors):
     tokens = ops.stop_gradient(ops.cast(tokens, "float32"))
     length = ops.sum(ops.square(tokens), axis=-1, keepdims=True)
     tokens = tokens * ops.rsqrt(ops.maximum(length, 1e-12))
-    anchor_tokens = ops.take_along_axis(tokens, anchors[:, :, None], axis=1)
-    return ops.matmul(anchor_tokens, ops.transpose(tokens, (0, 2, 1)))
+    return ops.matmul(_rows(tokens, anchors), ops.transpose(tokens, (0, 2, 1)))
+
+
+def _rows(values, anchors):
+    """The rows `(batch, A, ...)` of the anchors, or all rows."""
+    if anchors is None:
+        return values
+    return ops.take_along_axis(values, anchors[:, :, None], axis=1)
 
 
 def round_similarity(similarity):

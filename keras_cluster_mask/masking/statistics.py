@@ -11,6 +11,7 @@ from keras_cluster_mask.masking.cluster_masking import ClusterMasking
 from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
 from keras_cluster_mask.masking.similarity import round_similarity
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -338,7 +339,7 @@ def tokens_of(images, masking, grid, embed):
     """The tokens that the masking is called with, or `None`."""
     num_patches = grid[0] * grid[1]
     if embed is None:
-        if not isinstance(masking, ClusterMasking):
+        if not isinstance(masking, SimilarityMasking):
             # For their number, which some maskings cannot tell from the images.
             num_tokens = (masking.num_prefix_tokens or 0) + num_patches
             return ops.zeros((images.shape[0], num_tokens, 1))

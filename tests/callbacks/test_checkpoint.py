@@ -17,7 +17,15 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.checkpoints import CheckpointFiles, read_checkpoint
-from tests.helpers import FAST, image_mlp, random_pairs, text_bag, tiny_clip, values
+from tests.helpers import (
+    FAST,
+    MASKINGS,
+    image_mlp,
+    random_pairs,
+    text_bag,
+    tiny_clip,
+    values,
+)
 
 from .training_run import make_dataset, make_model, weights_of
 
@@ -234,6 +242,19 @@ def test_arrays_in_order_and_other_datasets_resume_too(kind, tmp_path):
         run(data, tmp_path / f"stopped-{stop}", stop, make(), fit=fit)
         found, _ = run(data, tmp_path / f"stopped-{stop}", model=make(), fit=fit)
         assert_same_weights(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_every_masking_resumes(masking, tmp_path):
+    def run_until(stop, folder):
+        model = make_model(MASKINGS[masking](num_prefix_tokens=0, seed=3))
+        fit = {"shuffle": False, "batch_size": 4}
+        return run(pairs(), tmp_path / folder, stop, model, fit)[0]
+
+    expected = run_until(None, "whole")
+    run_until(5, "stopped")
+    assert_same_weights(run_until(None, "stopped"), expected)
 
 
 @pytest.mark.slow

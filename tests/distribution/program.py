@@ -7,7 +7,8 @@ process; `process` is one of two processes that the test starts; `model` uses fo
 which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARDS=files
 it trains two epochs on these and saves to CHECKPOINT. With DIE_AT=n it ends itself
 before the n-th step of an epoch. With EVALUATE=whole it evaluates retrieval, with
-EVALUATE=share each process that of its own data, and draws masks to MASKS.
+EVALUATE=share each process that of its own data, and draws masks to MASKS. With
+MASKING=all it trains a model with each kind of masking instead.
 """
 
 import os
@@ -30,7 +31,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
-from tests.helpers import functional_vit, tiny_clip, tiny_siglip
+from tests.helpers import MASKINGS, functional_vit, text_bag, tiny_clip, tiny_siglip
 
 BATCH, STEPS = 8, 5
 
@@ -45,12 +46,13 @@ def pairs():
     return {"images": images, "token_ids": ids, "sample_weight": weights}
 
 
-def make_model():
+def make_model(masking=None):
     keras.utils.set_random_seed(0)
-    # The threshold moves with the mask ratio of the whole batch.
-    masking = kcm.ClusterMasking(
-        4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=0.3, seed=1
-    )
+    if masking is None:
+        # The threshold moves with the mask ratio of the whole batch.
+        masking = kcm.ClusterMasking(
+            4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=0.3, seed=1
+        )
     options = dict(micro_batch_size=int(*micro_batch_size or [0]) or None)
     if micro_batch_size:
         # Blocks of two rows.
@@ -162,6 +164,12 @@ def train_on_shards(model, callbacks):
     )
 
 
+def results(name, model, history):
+    weights = map(ops.convert_to_numpy, model.variables)
+    arrays = {f"{name}weights/{i}": np.array(x) for i, x in enumerate(weights)}
+    return arrays | {f"{name}history/{k}": np.array(x) for k, x in history.items()}
+
+
 if __name__ == "__main__":
     scope, data = distribute(pairs())
     share = data
@@ -178,7 +186,10 @@ if __name__ == "__main__":
         fit["validation_data"] = evaluated.batch(fit["batch_size"], drop_remainder=True)
         fit["validation_batch_size"] = None
     with scope:
-        model = make_model()
+        models = {"": make_model()}
+        if "MASKING" in os.environ:
+            options = {"num_prefix_tokens": 0, "seed": 1}
+            models = {f"{x}/": make_model(MASKINGS[x](**options)) for x in MASKINGS}
         callbacks = [Die()] if "DIE_AT" in os.environ else []
         if "EVALUATE" in os.environ:
             evaluated = pairs() if os.environ["EVALUATE"] == "whole" else share
@@ -186,16 +197,14 @@ if __name__ == "__main__":
                 kcm.callbacks.Retrieval(evaluated),
                 kcm.callbacks.MaskImages(pairs(), os.environ["MASKS"]),
             ]
-        if "SHARDS" in os.environ:
-            history = train_on_shards(model, callbacks).history
-        else:
-            history = model.fit(data, verbose=0, callbacks=callbacks, **fit).history
-    arrays = {
-        f"weights/{index}": np.array(ops.convert_to_numpy(variable))
-        for index, variable in enumerate(model.variables)
-    }
+        arrays = {}
+        for name, model in models.items():
+            if "SHARDS" in os.environ:
+                history = train_on_shards(model, callbacks)
+            else:
+                history = model.fit(data, verbose=0, callbacks=callbacks, **fit)
+            arrays |= results(name, model, history.history)
     if how == "model":
         check_shares(model)
-    arrays |= {f"history/{name}": np.array(value) for name, value in history.items()}
     if kcm.distribution.is_main_process():
         np.savez(out, **arrays)

@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import pytest
 
+from tests.helpers import MASKINGS
+
 pytestmark = pytest.mark.slow
 
 BACKEND = keras.backend.backend()
@@ -113,6 +115,14 @@ def test_two_train_as_one(single, how, micro_batches, tmp_path):
     assert found.keys() == single.keys()
     assert np.isfinite(single["history/loss"]).all()
     assert_equal_runs(found, single)
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_two_train_as_one_with_every_masking(how, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKING", "all")
+    single = train(tmp_path / "single.npz", "single")
+    assert {name.split("/")[0] for name in single} == {*MASKINGS}
+    assert_equal_runs(train(tmp_path / "out.npz", how), single)
 
 
 @pytest.mark.parametrize("how", KINDS)

@@ -340,3 +340,122 @@ def select_block(noise, grid, mask_ratio):
             for x in range(left, left + width):
                 score[b, y * columns + x] = np.modf(row[y * columns + x] * 4096)[0]
     return _keep_highest(score, noise, K)
+
+
+# === Strategies that compare all patches ===
+
+
+def _unit(vectors):
+    norm = np.sqrt(np.sum(vectors**2, axis=-1, keepdims=True))
+    return vectors / np.where(norm == 0.0, 1.0, norm)
+
+
+def comparable_patches(
+    images, patch_size, data_format="channels_last", tokens=None, weight=0.0
+):
+    """Unit vectors whose dot products are `mixed_similarity`: (batch, N, n + 1 + dim).
+
+    Each patch gets a coordinate of its own size e, which flat patches share.
+    """
+    x = patches(images, patch_size, data_format)
+    r = np.maximum(x.std(axis=(1, 2)), 0.01 * np.abs(x).max(axis=(1, 2)))
+    r = np.maximum(r, 1e-12)[:, None, None]
+    centred = (x - x.mean(axis=-1, keepdims=True)) / r
+    e = np.full((*centred.shape[:2], 1), 1e-3 * np.sqrt(x.shape[-1]))
+    pixels = _unit(np.concatenate([centred, e], axis=-1))
+    if weight == 0.0:
+        return pixels
+    parts = [np.sqrt(1.0 - weight) * pixels, np.sqrt(weight) * _unit(_float64(tokens))]
+    return np.concatenate(parts, axis=-1)
+
+
+def kmeans_labels(x, noise, clusters=8, iterations=5):
+    """Spherical k-means of each image from random seeds (after arXiv 2405.08815).
+
+    Returns the cluster of each patch (batch, N), numbered by the noise of its seed, and
+    how clear the least clear assignment of each image was (batch,).
+    """
+    labels, clear = [], []
+    for image, row in zip(x, _float64(noise)):
+        centers = image[np.argsort(row, kind="stable")[:clusters]].copy()
+        gap = np.inf
+        for _ in range(iterations + 1):
+            similarity = image @ centers.T
+            label = similarity.argmax(axis=1)
+            if len(centers) > 1:
+                second, first = np.sort(similarity, axis=1)[:, -2:].T
+                gap = min(gap, (first - second).min())
+            last = label
+            for c in range(len(centers)):
+                total = image[label == c].sum(axis=0)
+                if np.linalg.norm(total) > 1e-6:
+                    centers[c] = total / np.linalg.norm(total)
+        labels.append(last)
+        clear.append(gap)
+    return np.array(labels), np.array(clear)
+
+
+def select_kmeans(labels, noise, mask_ratio):
+    """Clusters leave in the order of their numbers; the last one is cut by noise."""
+    K = kept_count(noise.shape[1], mask_ratio)
+    return _keep_highest(np.asarray(labels, float), _float64(noise), K)
+
+
+def edge_map(x, grid):
+    """Sobel edges of the mean grey levels of patches in [0, 1] (arXiv 2503.17080).
+
+    Beyond the border lies the mean grey level of the image.
+    """
+    rows, columns = grid
+    kernel = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    edges = np.zeros((len(x), rows, columns))
+    for b, image in enumerate(x):
+        grey = image.mean(axis=-1)
+        padded = np.pad((grey - grey.mean()).reshape(rows, columns), 1)
+        for i in range(rows):
+            for j in range(columns):
+                window = padded[i : i + 3, j : j + 3]
+                edges[b, i, j] = np.hypot(
+                    (window * kernel).sum(), (window * kernel.T).sum()
+                )
+    edges = edges.reshape(len(x), -1)
+    edges -= edges.min(axis=1, keepdims=True)
+    floor = np.maximum(0.01 * np.abs(x).max(axis=(1, 2)), 1e-12)
+    return edges / np.maximum(edges.max(axis=1), floor)[:, None]
+
+
+def sinkhorn(similarity, rounds=50, eps=1e-3):
+    """Divides the non-negative part by the sums of columns and of rows, in turn."""
+    s = np.maximum(similarity, 0.0)
+    for _ in range(rounds):
+        s = s / (s.sum(axis=1, keepdims=True) + eps)
+        s = s / (s.sum(axis=2, keepdims=True) + eps)
+    return s
+
+
+def select_edges(
+    x, similarity, noise, grid, mask_ratio, seed_ratio, threshold, edges, transport
+):
+    """Masks look-alikes of seeds; the budget is filled by noise (arXiv 2503.17080).
+
+    Returns the selection and how clear the least clear decision of each image was.
+    """
+    noise = _float64(noise)
+    batch, N = noise.shape
+    K, A = kept_count(N, mask_ratio), anchor_count(N, seed_ratio)
+    cost = {
+        "protect": lambda: edge_map(x, grid),
+        "released": lambda: -np.modf(noise * 4096)[0],
+        None: lambda: np.zeros_like(noise),
+    }[edges]()
+    if transport:
+        similarity = similarity + sinkhorn(similarity)
+    score, clear = np.zeros((batch, N)), np.full(batch, np.inf)
+    for b in range(batch):
+        order = _order(cost[b], -noise[b])
+        near = similarity[b, order[:A]].max(axis=0)
+        score[b] = np.where(near > threshold, -1.0, 0.0)
+        clear[b] = np.abs(near - threshold).min()
+        if edges == "protect" and A < N:
+            clear[b] = min(clear[b], cost[b, order[A]] - cost[b, order[A - 1]])
+    return _keep_highest(score, noise, K), clear

@@ -7,6 +7,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.context import part_of_batch
 from keras_cluster_mask.masking.patch_grid import grid_of_square_patches
 from keras_cluster_mask.masking.selection import order_by_score, second_draw
+from tests.helpers import MASKINGS
 from tests.masking.images import draw_noise, dtype_of, numpy, output_mask
 from tests.masking.test_cluster_masking import FALSE_ALARM, chi_square, tokens_of
 
@@ -385,12 +386,14 @@ def test_a_stateless_call_returns_the_state_of_a_compiled_function():
 # === Rows of a batch ===
 
 
-def test_a_part_of_a_batch_is_masked_as_in_the_whole_batch():
+@pytest.mark.parametrize("strategy", MASKINGS)
+def test_a_part_of_a_batch_is_masked_as_in_the_whole_batch(strategy):
     images = np.random.default_rng(0).normal(size=(6, 16, 16, 3)).astype("float32")
-    whole, _ = kcm.ClusterMasking(4, seed=1).select(images)
-    masking = kcm.ClusterMasking(4, seed=1)
+    tokens = tokens_of(6, 1 + 16)
+    masking, same = (MASKINGS[strategy](num_prefix_tokens=1, seed=1) for _ in range(2))
+    whole, _ = same.select(images, tokens)
     with part_of_batch(6, lambda noise: noise[2:5]):
-        part, _ = masking.select(images[2:5])
+        part, _ = masking.select(images[2:5], tokens[2:5])
     np.testing.assert_array_equal(
         ops.convert_to_numpy(part), ops.convert_to_numpy(whole)[2:5]
     )

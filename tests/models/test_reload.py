@@ -12,6 +12,7 @@ from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.training.layers import all_layers
 from tests.helpers import (
     FAST,
+    MASKINGS,
     functional_vit,
     options_of,
     random_pairs,
@@ -23,11 +24,6 @@ from tests.helpers import (
 )
 
 FEW, MANY = 3, 20
-BY_POSITION = {
-    "centered": kcm.CenteredMasking,
-    "grid": kcm.GridMasking,
-    "block": kcm.BlockMasking,
-}
 
 
 def draw(case):
@@ -49,7 +45,7 @@ def draw(case):
     return {
         "encoders": encoders,
         "dtype": choose("float32", "mixed_bfloat16"),
-        "masking": choose(None, "random", "cluster", "threshold", *BY_POSITION),
+        "masking": choose(None, *MASKINGS),
         "frozen": [
             choose(None, "image tower", "text tower", "masked encoder"),
             choose(None, "block", "weight"),
@@ -61,29 +57,6 @@ def draw(case):
         "mask texts": encoders != "own" and choose(True, False),
         "padding_first": choose(True, False),
     }
-
-
-def make_masking(kind, encoders):
-    schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
-    own = {"num_prefix_tokens": 0} if encoders == "own" else {}
-    if kind == "random":
-        return kcm.RandomMasking(0.5, seed=3, **own)
-    if kind in BY_POSITION:
-        return BY_POSITION[kind](seed=3, **own)
-    if kind == "cluster":
-        return kcm.ClusterMasking(4, seed=3, softness=0.1, **own)
-    if kind == "threshold":
-        # A threshold that moves.
-        return kcm.ClusterMasking(
-            4,
-            min_mask_ratio=0.25,
-            threshold=0.1,
-            embedding_weight=schedule,
-            hide_padding=False,
-            seed=3,
-            **own,
-        )
-    return None
 
 
 def make_optimizer(kind):
@@ -98,7 +71,10 @@ def make_optimizer(kind):
 def make_model(case):
     made = draw(case)
     encoders, options = made["encoders"], made["options"]
-    masking = make_masking(made["masking"], encoders)
+    masking = made["masking"]
+    if masking is not None:
+        own = {"num_prefix_tokens": 0} if encoders == "own" else {}
+        masking = MASKINGS[masking](seed=3, **own)
     keras.config.set_dtype_policy(made["dtype"])
     try:
         if encoders == "own":
@@ -153,6 +129,12 @@ def paths(variables):
     # The first name is that of the whole, and Keras counts weights without a name.
     names = [variable.path.split("/", 1)[-1] for variable in variables]
     return [re.sub(r"^variable_\d+$", "variable", name) for name in names]
+
+
+@pytest.mark.any_backend
+def test_every_masking_is_drawn():
+    drawn = {draw(case)["masking"] for case in range(MANY)}
+    assert drawn == {None, *MASKINGS}
 
 
 @pytest.mark.parametrize(

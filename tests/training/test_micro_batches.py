@@ -11,6 +11,7 @@ from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
 from keras_cluster_mask.masking.context import part_of_batch
 from tests.helpers import (
     FAST,
+    MASKINGS,
     as_dataset,
     functional_vit,
     image_mlp,
@@ -25,18 +26,13 @@ from tests.helpers import (
 )
 
 BATCH = 12
-MASKINGS = {
-    "budget": lambda: kcm.ClusterMasking(4, seed=1),
-    "threshold": lambda: kcm.ClusterMasking(
-        4, min_mask_ratio=0.25, threshold=0.05, seed=1
-    ),
-    "centered": lambda: kcm.CenteredMasking(num_prefix_tokens=0, seed=1),
-    "grid": lambda: kcm.GridMasking(num_prefix_tokens=0, seed=1),
-    "block": lambda: kcm.BlockMasking(num_prefix_tokens=0, seed=1),
-}
 
 
-def make_model(masking="budget", dropout=False, **kwargs):
+def hidden_padding(**options):
+    return kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.05, **options)
+
+
+def make_model(masking=MASKINGS["cluster"], dropout=False, **kwargs):
     keras.utils.set_random_seed(0)
     if masking == "texts":
         return kcm.ContrastiveModel.from_backbone(
@@ -47,7 +43,9 @@ def make_model(masking="budget", dropout=False, **kwargs):
         )
     mix = keras.layers.Dropout(0.3, seed=5) if dropout else None
     encoder = functional_vit(mix=mix)
-    encoder = kcm.with_masking(encoder, MASKINGS[masking](), "positions")
+    encoder = kcm.with_masking(
+        encoder, masking(num_prefix_tokens=0, seed=1), "positions"
+    )
     return kcm.ContrastiveModel(encoder, text_bag(), **kwargs)
 
 
@@ -77,11 +75,8 @@ def in_chunks_by_hand(model, num_chunks):
 @pytest.mark.parametrize(
     ("masking", "loss"),
     [
-        ("budget", "softmax"),
-        ("threshold", "sigmoid"),
-        ("centered", "softmax"),
-        ("grid", "softmax"),
-        ("block", "softmax"),
+        pytest.param(hidden_padding, "sigmoid", id="hidden_padding"),
+        *(pytest.param(MASKINGS[name], "softmax", id=name) for name in MASKINGS),
         ("texts", "softmax"),
     ],
 )

@@ -1,0 +1,211 @@
+import keras
+from keras import ops
+
+from keras_cluster_mask.masking.selection import (
+    anchor_count,
+    check_range,
+    order_by_score,
+    second_draw,
+)
+from keras_cluster_mask.masking.similarity import extract_patches, round_similarity
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
+
+SINKHORN_ROUNDS = 50
+SINKHORN_EPSILON = 1e-3
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class EdgeMasking(SimilarityMasking):
+    """Leaves out look-alikes of seed patches, and spares edges, of training images.
+
+    The masking of CLIP-PGS. A few patches become seeds: those with the weakest edges.
+    A patch whose similarity to a seed exceeds `threshold` is masked. Exactly the share
+    `mask_ratio` of the patches is left out: if fewer are masked, others go at random
+    too, and if more are, random ones of them stay.
+
+    The edge map is computed on the grid of patches, from their mean grey levels: the
+    magnitude of a 3 x 3 Sobel filter, scaled to [0, 1]. Beyond the border lies the mean
+    grey level of the image. Similarities are those of `ClusterMasking`. With
+    `transport`, a doubly stochastic version of their non-negative part is added to
+    them: 50 rounds of Sinkhorn's algorithm, columns before rows.
+
+    Example:
+
+    ```python
+    images = np.random.rand(16, 32, 32, 3)
+    tokens = np.random.rand(16, 1 + 16, 64)  # a class token and 4 x 4 patches
+    masking = kcm.EdgeMasking(patch_size=8, mask_ratio=0.5)
+    kept = masking(tokens, images=images, training=True)  # (16, 1 + 8, 64)
+    ```
+
+    Args:
+        patch_size: Integer or tuple `(height, width)`, in pixels.
+        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        seed_ratio: Float in `[0, 1]`. The share of the patches that become
+            seeds, at least one.
+        threshold: Float in `[-1, 1]`. The similarity above which a patch is masked.
+        edges: `"protect"`, `"released"` or `None`. `"protect"` takes the patches with
+            the weakest edges as seeds, and random ones of those where edges are equal.
+            `"released"` does what the authors' released code amounts to: there
+            the edge map is one of rounding errors, since the mean of each patch was
+            subtracted before, and the highest values become seeds. Here these values
+            are drawn at random, and do not depend on the image. `None` takes the
+            patches of the smallest noise, as `ClusterMasking` does.
+        transport: Boolean. Whether the doubly stochastic similarity is added.
+        embedding_weight: Float in `[0, 1]`, or a
+            `keras.optimizers.schedules.LearningRateSchedule` over training
+            steps. The weight of the tokens' cosine similarity against the
+            pixels'. CLIP-PGS moves it from 0 to 1, linearly.
+        num_prefix_tokens: Integer. How many tokens before the patch tokens
+            always stay. `None` takes all beyond the number of patches.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to
+            `keras.config.image_data_format()`.
+        seed: Integer. Makes the noise repeatable.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        tokens: `(batch, prefix + N, dim)` tensor, `N = (H / p) (W / p)`.
+        images: `(batch, H, W, C)` tensor (or channels first) of any dtype and
+            value range. H and W are multiples of the patch size.
+        training: Python boolean. Tokens are left out only if it is true.
+        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
+
+    Returns:
+        `(batch, prefix + K, dim)` tensor of the same dtype as `tokens`.
+
+    Raises:
+        ValueError: If the images are missing or do not fit the patch size or
+            the tokens.
+
+    Reference:
+        - [Seeing What Matters: Empowering CLIP with Patch Generation-to-Selection](
+          https://arxiv.org/abs/2503.17080)
+        - [Official code](https://github.com/clip-pgs/CLIP-PGS). Its Sinkhorn iteration
+          divides by both sums at once and takes negative similarities too, and its
+          edge map is padded by 0.
+    """
+
+    def __init__(
+        self,
+        patch_size,
+        mask_ratio=0.5,
+        seed_ratio=0.05,
+        threshold=0.5,
+        edges="protect",
+        transport=True,
+        embedding_weight=0.0,
+        num_prefix_tokens=None,
+        data_format=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(
+            patch_size,
+            mask_ratio,
+            embedding_weight,
+            num_prefix_tokens,
+            data_format,
+            seed,
+            **kwargs,
+        )
+        check_range("seed_ratio", seed_ratio, 0, 1)
+        check_range("threshold", threshold, -1, 1)
+        if edges not in ("protect", "released", None):
+            raise ValueError(
+                "`edges` must be 'protect', 'released' or None. "
+                f"Received: edges={edges}"
+            )
+        self.seed_ratio = float(seed_ratio)
+        self.threshold = float(threshold)
+        self.edges = edges
+        self.transport = transport
+        self.count_steps()
+
+    def score(self, noise, images=None, tokens=None):
+        seeds = self.draw_seeds(noise, images)
+        if self.transport:
+            similarity = self.similarity_to_anchors(images, None, tokens)
+            to_seeds = ops.take_along_axis(similarity, seeds[:, :, None], axis=1)
+            to_seeds = to_seeds + _doubly_stochastic_rows(similarity, seeds)
+        else:
+            to_seeds = self.similarity_to_anchors(images, seeds, tokens)
+        above = round_similarity(ops.max(to_seeds, axis=1) - self.threshold)
+        return ops.where(above > 0.0, -1.0, 0.0)
+
+    def draw_seeds(self, noise, images):
+        """The seeds: `(batch, A)` indices, those that are taken first in front."""
+        preferred = ops.zeros_like(noise)
+        if self.edges == "released":
+            preferred = second_draw(noise)
+        elif self.edges == "protect":
+            patches = extract_patches(images, self.patch_size, self.data_format)
+            preferred = -edge_map(patches, self.grid_shape(noise.shape[1], images))
+        # Smaller noise first, since masked patches of larger noise may stay: not those
+        # that were seeds for their noise alone.
+        count = anchor_count(noise.shape[1], self.seed_ratio)
+        return order_by_score(preferred, -noise)[:, :count]
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "seed_ratio": self.seed_ratio,
+                "threshold": self.threshold,
+                "edges": self.edges,
+                "transport": self.transport,
+            }
+        )
+        return config
+
+
+def edge_map(patches, grid):
+    """The strength of edges between patches, from their mean grey levels.
+
+    Args:
+        patches: `(batch, N, n)` float32 tensor.
+        grid: Tuple `(rows, columns)` of patches.
+
+    Returns:
+        `(batch, N)` float32 tensor in `[0, 1]`, of multiples of 2^-12.
+    """
+    grey = ops.mean(patches, axis=-1)
+    grey = ops.reshape(grey - ops.mean(grey, axis=-1, keepdims=True), (-1, *grid))
+    grey = ops.pad(grey, ((0, 0), (1, 1), (1, 1)))
+    x = grey[:, :, 2:] - grey[:, :, :-2]
+    y = grey[:, 2:] - grey[:, :-2]
+    x = x[:, :-2] + 2.0 * x[:, 1:-1] + x[:, 2:]
+    y = y[:, :, :-2] + 2.0 * y[:, :, 1:-1] + y[:, :, 2:]
+    edges = ops.reshape(ops.sqrt(x * x + y * y), (-1, grid[0] * grid[1]))
+    edges = edges - ops.min(edges, axis=-1, keepdims=True)
+    # The floor is far above rounding errors, which else were the edges of an image that
+    # is the same grey everywhere.
+    floor = ops.maximum(0.01 * ops.max(ops.abs(patches), axis=(1, 2)), 1e-12)
+    strongest = ops.maximum(ops.max(edges, axis=-1), floor)
+    return round_similarity(edges / strongest[:, None])
+
+
+def _doubly_stochastic_rows(similarity, seeds):
+    """Some rows of the similarities after Sinkhorn's algorithm.
+
+    Args:
+        similarity: `(batch, N, N)` float32 tensor. What is negative counts as 0.
+        seeds: `(batch, A)` int tensor, which rows.
+
+    Returns:
+        `(batch, A, N)` float32 tensor. Of all N rows, rows and columns add up to 1.
+    """
+    # Not 0, as a factor of a patch that is like none, not even itself, would overflow.
+    similarity = ops.maximum(similarity, 1e-12)
+
+    # Factors of rows and columns, as dividing the matrix would write it all each time.
+    def rescale(_, factors):
+        row, column = factors
+        sums = column * ops.einsum("bi,bij->bj", row, similarity)
+        column = column / (sums + SINKHORN_EPSILON)
+        sums = row * ops.einsum("bij,bj->bi", similarity, column)
+        return row / (sums + SINKHORN_EPSILON), column
+
+    ones = ops.ones_like(similarity[:, 0])
+    row, column = ops.fori_loop(0, SINKHORN_ROUNDS, rescale, (ones, ones))
+    rows = ops.take_along_axis(similarity, seeds[:, :, None], axis=1)
+    return rows * ops.take_along_axis(row, seeds, axis=1)[:, :, None] * column[:, None]

@@ -1,0 +1,131 @@
+import keras
+from keras import ops
+
+from keras_cluster_mask.masking.similarity import round_similarity
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
+
+# The least squared length of a sum of patches that is a direction rather than rounding.
+SHORTEST = 1e-4
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class KMeansMasking(SimilarityMasking):
+    """Leaves out whole clusters of k-means, in random order, of every training image.
+
+    The alternative to random anchors that the paper on cluster masking compares with.
+    The patches of each image are clustered by spherical k-means, whose first centers
+    are random patches. Whole clusters leave in random order until exactly the share
+    `mask_ratio` of the patches is gone; of the last one, random patches stay.
+
+    Patches are compared as `ClusterMasking` does it: without their means, and with a
+    floor under their contrast, so that flat patches (paper, sky) are alike and share a
+    cluster. By a plain cosine, rounding errors would decide on the cluster of each.
+
+    Example:
+
+    ```python
+    images = np.random.rand(16, 32, 32, 3)
+    tokens = np.random.rand(16, 1 + 16, 64)  # a class token and 4 x 4 patches
+    masking = kcm.KMeansMasking(patch_size=8, mask_ratio=0.5, num_clusters=4)
+    kept = masking(tokens, images=images, training=True)  # (16, 1 + 8, 64)
+    ```
+
+    Args:
+        patch_size: Integer or tuple `(height, width)`, in pixels.
+        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        num_clusters: Integer. How many clusters there are in an image; no more than it
+            has patches. A patch that is equally similar to several centers joins the
+            cluster that leaves first, so some clusters may be empty.
+        iterations: Integer. How often the centers move to the mean of their patches.
+            The center of an empty cluster stays where it is.
+        embedding_weight: Float in `[0, 1]`, or a
+            `keras.optimizers.schedules.LearningRateSchedule` over training
+            steps. The weight of the tokens' cosine similarity against the
+            pixels'.
+        num_prefix_tokens: Integer. How many tokens before the patch tokens
+            always stay. `None` takes all beyond the number of patches.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to
+            `keras.config.image_data_format()`.
+        seed: Integer. Makes the noise repeatable.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        tokens: `(batch, prefix + N, dim)` tensor, `N = (H / p) (W / p)`.
+        images: `(batch, H, W, C)` tensor (or channels first) of any dtype and
+            value range. H and W are multiples of the patch size.
+        training: Python boolean. Tokens are left out only if it is true.
+        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
+
+    Returns:
+        `(batch, prefix + K, dim)` tensor of the same dtype as `tokens`.
+
+    Raises:
+        ValueError: If the images are missing or do not fit the patch size or
+            the tokens.
+
+    Reference:
+        - [Efficient Vision-Language Pre-training by Cluster Masking](
+          https://arxiv.org/abs/2405.08815). Its code contains no k-means: the number
+          of clusters and of iterations, the first centers and the order in which
+          clusters leave are this library's.
+    """
+
+    def __init__(
+        self,
+        patch_size,
+        mask_ratio=0.5,
+        num_clusters=8,
+        iterations=5,
+        embedding_weight=0.0,
+        num_prefix_tokens=None,
+        data_format=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(
+            patch_size,
+            mask_ratio,
+            embedding_weight,
+            num_prefix_tokens,
+            data_format,
+            seed,
+            **kwargs,
+        )
+        counts = {"num_clusters": num_clusters, "iterations": iterations}
+        for name, count in counts.items():
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(
+                    f"`{name}` must be an integer >= 1. Received: {name}={count}"
+                )
+        self.num_clusters = num_clusters
+        self.iterations = iterations
+        self.count_steps()
+
+    def score(self, noise, images=None, tokens=None):
+        # All that k-means needs of the patches are their similarities, which are fewer
+        # numbers than their pixels.
+        similarity = self.similarity_to_anchors(images, None, tokens)
+        num_clusters = min(self.num_clusters, noise.shape[1])
+        first = ops.argsort(noise, axis=-1)[:, :num_clusters, None]
+
+        def move(_, to_centers):
+            members = ops.one_hot(
+                ops.argmax(to_centers, axis=1), num_clusters, axis=1, dtype="float32"
+            )
+            to_sums = ops.matmul(members, similarity)
+            length = ops.sum(members * to_sums, axis=-1, keepdims=True)
+            to_means = to_sums * ops.rsqrt(ops.maximum(length, SHORTEST))
+            # An empty cluster, or patches that cancel out, have no mean.
+            return ops.where(length > SHORTEST, round_similarity(to_means), to_centers)
+
+        to_centers = round_similarity(ops.take_along_axis(similarity, first, axis=1))
+        to_centers = ops.fori_loop(0, self.iterations, move, to_centers)
+        # The clusters are in the order of their first centers' noise, a random one.
+        return ops.cast(ops.argmax(to_centers, axis=1), "float32")
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {"num_clusters": self.num_clusters, "iterations": self.iterations}
+        )
+        return config

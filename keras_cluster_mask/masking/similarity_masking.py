@@ -1,0 +1,127 @@
+import keras
+from keras import ops
+
+from keras_cluster_mask.masking.patch_grid import (
+    standardize_data_format,
+    standardize_patch_size,
+)
+from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.masking.selection import check_range
+from keras_cluster_mask.masking.similarity import (
+    extract_patches,
+    pixel_similarity,
+    token_similarity,
+)
+
+
+class SimilarityMasking(PatchMasking):
+    """Base class of strategies that compare the patches of an image with one another.
+
+    Patches are compared by their pixels, by their tokens, or by a mix of both.
+
+    Args:
+        patch_size: Integer or tuple `(height, width)`, in pixels.
+        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        embedding_weight: Float in `[0, 1]`, or a
+            `keras.optimizers.schedules.LearningRateSchedule` over training
+            steps. The weight of the tokens' cosine similarity against the
+            pixels'.
+        num_prefix_tokens: Integer. How many tokens before the patch tokens
+            always stay. `None` takes all beyond the number of patches.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to
+            `keras.config.image_data_format()`.
+        seed: Integer. Makes the noise repeatable.
+        **kwargs: Arguments of `keras.layers.Layer`.
+    """
+
+    def __init__(
+        self,
+        patch_size,
+        mask_ratio,
+        embedding_weight,
+        num_prefix_tokens,
+        data_format,
+        seed,
+        **kwargs,
+    ):
+        super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
+        self.patch_size = standardize_patch_size(patch_size)
+        self.data_format = standardize_data_format(data_format)
+        if isinstance(embedding_weight, dict):
+            embedding_weight = keras.saving.deserialize_keras_object(embedding_weight)
+        if not isinstance(
+            embedding_weight, keras.optimizers.schedules.LearningRateSchedule
+        ):
+            check_range("embedding_weight", embedding_weight, 0, 1)
+            embedding_weight = float(embedding_weight)
+        self.embedding_weight = embedding_weight
+        self.step = None
+
+    def count_steps(self):
+        """Adds the weight `step` if `embedding_weight` is a schedule.
+
+        The last call of each `__init__`: a file holds the weights in the order in which
+        they were added, and `step` comes last.
+        """
+        if not isinstance(self.embedding_weight, float):
+            self.step = self._add_state("step", 0, "int32")
+
+    def _add_state(self, name, value, dtype):
+        return self.add_weight(
+            shape=(),
+            initializer=keras.initializers.Constant(value),
+            trainable=False,
+            dtype=dtype,
+            autocast=False,
+            aggregation="only_first_replica" if dtype == "int32" else "mean",
+            name=name,
+        )
+
+    def similarity_to_anchors(self, images, anchors, tokens=None):
+        """The similarity of each patch to each anchor.
+
+        Args:
+            images: `(batch, H, W, C)` tensor, or channels first.
+            anchors: `(batch, A)` int tensor of patch indices, or `None` for all N.
+            tokens: `(batch, prefix + N, dim)` tensor. Needed if
+                `embedding_weight` is not 0.
+
+        Returns:
+            `(batch, A, N)` float32 tensor in `[-1, 1]`, not yet rounded.
+        """
+        num_patches = self.count_patches(images, tokens)
+        if anchors is not None:
+            anchors = ops.convert_to_tensor(anchors, dtype="int32")
+        patches = extract_patches(images, self.patch_size, self.data_format)
+        similarity = pixel_similarity(patches, anchors)
+        if self.embedding_weight != 0.0:
+            if tokens is None:
+                raise ValueError(
+                    "`tokens` must be given if `embedding_weight` is not 0. "
+                    "Received: tokens=None"
+                )
+            weight = self.embedding_weight
+            if self.step is not None:
+                weight = ops.clip(ops.cast(weight(self.step), "float32"), 0.0, 1.0)
+            tokens = tokens[:, tokens.shape[1] - num_patches :]
+            alike = token_similarity(tokens, anchors)
+            similarity = (1.0 - weight) * similarity + weight * alike
+        return similarity
+
+    def advance(self):
+        if self.step is not None:
+            self.step.assign_add(1)
+
+    def get_config(self):
+        config = super().get_config()
+        weight = self.embedding_weight
+        if not isinstance(weight, float):
+            weight = keras.saving.serialize_keras_object(weight)
+        config.update(
+            {
+                "patch_size": self.patch_size,
+                "embedding_weight": weight,
+                "data_format": self.data_format,
+            }
+        )
+        return config

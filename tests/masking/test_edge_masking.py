@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+from keras import ops
+from scipy import ndimage
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.masking.edge_masking import edge_map
+from tests.masking import masking_reference as reference
+from tests.masking.images import (
+    assert_selects,
+    compiled_select,
+    draw_noise,
+    numpy,
+    photographs,
+)
+from tests.masking.test_cluster_masking import CLEAR, FALSE_ALARM, chi_square
+from tests.masking.test_kmeans_masking import GEOMETRIES, ROWS, case
+
+# With and without transport, of each way to take seeds.
+OPTIONS = [
+    {"edges": edges, "transport": transport}
+    for transport in (True, False)
+    for edges in ("protect", "released", None)
+]
+
+
+def test_selects_as_the_reference_wherever_every_decision_is_clear():
+    left_out = total = 0
+    for seed, geometry in enumerate(GEOMETRIES):
+        rows, columns, patch_size, _, data_format = geometry
+        images, noise, tokens = case(*geometry, seed)
+        options = {
+            "mask_ratio": (0.5, 0.3, 0.75)[seed % 3],
+            "seed_ratio": (0.05, 0.1, 0.3)[seed % 3],
+            "threshold": (0.5, 0.2)[seed % 2],
+            **OPTIONS[seed % len(OPTIONS)],
+        }
+        weight = (0.0, 0.3, 0.0, 1.0)[seed % 4]
+        masking = kcm.EdgeMasking(
+            patch_size, embedding_weight=weight, data_format=data_format, **options
+        )
+        x = reference.patches(images, patch_size, data_format)
+        similarity = reference.pairwise_similarity(images, patch_size, data_format)
+        alike = reference.token_similarity(tokens[:, 1:])
+        similarity = (1.0 - weight) * similarity + weight * alike
+        expected, gaps = reference.select_edges(
+            x, similarity, noise, (rows, columns), **options
+        )
+        clear = gaps > CLEAR
+        inputs = dict(images=images, tokens=tokens, noise=noise)
+        assert_selects(masking, expected, clear, compiled=True, **inputs)
+        left_out, total = left_out + np.sum(~clear), total + ROWS
+    assert total == 200
+    assert left_out < 0.05 * total, f"{left_out} of {total} cases are not clear"
+
+
+def kept_edges(images, **options):
+    """How much stronger the edges of kept patches are than all, in standard errors."""
+    rows, columns = images.shape[1] // 8, images.shape[2] // 8
+    noise = draw_noise(np.random.default_rng(1), len(images), rows * columns)
+    select = compiled_select(kcm.EdgeMasking(8, **options))
+    indices, _ = numpy(*select(images=images, noise=noise))
+    edges = reference.edge_map(reference.patches(images, 8), (rows, columns))
+    kept = np.take_along_axis(edges, indices, axis=1).mean(axis=1)
+    more = kept - edges.mean(axis=1)
+    return more.mean() / more.std() * len(images) ** 0.5
+
+
+def grain(levels, seed=2):
+    """Patches of noise, no two of them alike, on some grey levels (batch, h, w)."""
+    batch, rows, columns = levels.shape
+    rng = np.random.default_rng(seed)
+    noise = rng.random((batch, 8 * rows, 8 * columns, 3))
+    levels = levels.repeat(8, axis=1).repeat(8, axis=2)[..., None]
+    return (noise + levels).astype("float32")
+
+
+@pytest.mark.parametrize("transport", [True, False])
+def test_protect_keeps_strong_edges_more_often_than_chance(transport):
+    options = {"transport": transport, "seed_ratio": 0.25}
+    images = grain(3.0 * np.random.default_rng(3).random((100, 6, 4)))
+    assert kept_edges(images, edges="protect", **options) > 8.0
+    # By chance alone, as of these patches no other is like a seed.
+    assert abs(kept_edges(images, edges="released", **options)) < 4.0
+    assert abs(kept_edges(images, edges=None, **options)) < 4.0
+
+
+def test_protect_keeps_strong_edges_of_photographs():
+    assert kept_edges(photographs(64, 96, 100)) > 6.0
+
+
+@pytest.mark.parametrize("edges", ["protect", "released", None])
+def test_only_protect_depends_on_the_edges_of_the_image(edges):
+    rng = np.random.default_rng(4)
+    # Other grey levels have other edges between them, and the patches are as alike.
+    one, other = (grain(3.0 * rng.random((ROWS, 6, 4))) for _ in range(2))
+    noise = draw_noise(rng, ROWS, 24)
+    masking = kcm.EdgeMasking(8, seed_ratio=0.25, edges=edges)
+    one, other = (numpy(*masking.select(x, noise=noise))[0] for x in (one, other))
+    assert np.all(one == other) == (edges != "protect")
+
+
+@pytest.mark.parametrize("edges", ["protect", "released", None])
+@pytest.mark.parametrize("value", [0, 200])
+def test_flat_images_keep_every_position_equally_often(edges, value):
+    # Rounding errors are no edges, and neither is the border.
+    images = np.full((6000, 16, 16, 1), value, "uint8")
+    masking = kcm.EdgeMasking(4, 0.75, edges=edges, seed=3)
+    indices, _ = numpy(*masking.select(images=images))
+    counts = np.bincount(indices.ravel(), minlength=16)
+    assert chi_square(counts, 6000, 4) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (6, 4), (1, 9), (2, 7)])
+def test_edges_are_those_of_a_sobel_filter_on_grey_levels(grid):
+    patches = np.random.default_rng(5).random((8, grid[0] * grid[1], 12))
+    got = numpy(edge_map(ops.convert_to_tensor(patches.astype("float32")), grid))
+    for edges, grey in zip(got, patches.mean(axis=-1).reshape(8, *grid)):
+        x, y = (ndimage.sobel(grey - grey.mean(), i, mode="constant") for i in (0, 1))
+        expected = np.hypot(x, y).ravel()
+        expected -= expected.min()
+        np.testing.assert_allclose(edges, expected / expected.max(), atol=2.0**-12)
+
+
+def test_zero_tokens_are_like_none_and_not_nan():
+    # Sinkhorn's algorithm has nothing to divide by.
+    images, noise, tokens = case(*GEOMETRIES[0], seed=6)
+    tokens[:, 1:] = 0.0
+    masking = kcm.EdgeMasking(4, embedding_weight=1.0)
+    expected = reference.select_random(noise, 0.5)
+    inputs = dict(images=images, tokens=tokens, noise=noise)
+    assert_selects(masking, expected, **inputs)
+    tokens[:, 3:] = 1.0
+    assert np.isfinite(numpy(masking.score(noise, images, tokens))).all()
+    masked = numpy(masking.score(noise, images, tokens)) < 0.0
+    assert not masked[:, :2].any()
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edges": "released "}, "`edges` must be 'protect', 'released' or None"),
+        ({"edges": True}, "`edges` must be 'protect', 'released' or None"),
+        ({"threshold": 1.5}, "`threshold` must be in"),
+        ({"threshold": None}, "`threshold` must be in"),
+        ({"seed_ratio": -0.1}, "`seed_ratio` must be in"),
+        ({"seed_ratio": 1.1}, "`seed_ratio` must be in"),
+    ],
+)
+def test_refuses_what_it_cannot_do(options, message):
+    with pytest.raises(ValueError, match=rf"{message}.* Received: "):
+        kcm.EdgeMasking(4, **options)

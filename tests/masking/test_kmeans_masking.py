@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from tests.masking import masking_reference as reference
+from tests.masking.images import assert_selects, draw_noise, mosaic, numpy, textured
+from tests.masking.test_cluster_masking import (
+    CLEAR,
+    FALSE_ALARM,
+    chi_square,
+    tokens_of,
+)
+
+ROWS = 25
+# Rows, columns, patch size, channels and data format. Odd, even, and not square.
+GEOMETRIES = [
+    (3, 5, 4, 3, "channels_last"),
+    (5, 3, (4, 2), 3, "channels_first"),
+    (4, 4, 2, 1, "channels_last"),
+    (1, 9, (2, 4), 4, "channels_last"),
+    (2, 7, 4, 1, "channels_first"),
+    (3, 3, (6, 4), 3, "channels_last"),
+    (4, 5, 2, 3, "channels_last"),
+    (7, 2, 4, 3, "channels_last"),
+]
+
+
+def case(rows, columns, patch_size, channels, data_format, seed):
+    """Random images, noise and tokens of one geometry."""
+    rng = np.random.default_rng(seed)
+    height, width = np.broadcast_to(patch_size, 2)
+    size = rows * height, columns * width
+    images = textured(rng, ROWS, *size, channels, fmt=data_format)
+    noise = draw_noise(rng, ROWS, rows * columns)
+    return images, noise, tokens_of(ROWS, 1 + rows * columns, dim=16, seed=seed)
+
+
+def test_selects_as_the_reference_wherever_every_assignment_is_clear():
+    left_out = total = 0
+    for seed, geometry in enumerate(GEOMETRIES):
+        *_, patch_size, _, data_format = geometry
+        images, noise, tokens = case(*geometry, seed)
+        clusters, iterations = (8, 2, 4, 3, 1)[seed % 5], (5, 1, 3)[seed % 3]
+        mask_ratio, weight = (0.5, 0.3, 0.75)[seed % 3], (0.0, 0.3, 0.0, 1.0)[seed % 4]
+        masking = kcm.KMeansMasking(
+            patch_size,
+            mask_ratio,
+            clusters,
+            iterations,
+            embedding_weight=weight,
+            data_format=data_format,
+        )
+        x = reference.comparable_patches(
+            images, patch_size, data_format, tokens[:, 1:], weight
+        )
+        labels, gaps = reference.kmeans_labels(x, noise, clusters, iterations)
+        clear = gaps > CLEAR
+        expected = reference.select_kmeans(labels, noise, mask_ratio)
+        inputs = dict(images=images, tokens=tokens, noise=noise)
+        assert_selects(masking, expected, clear, compiled=True, **inputs)
+        left_out, total = left_out + np.sum(~clear), total + ROWS
+    assert total == 200
+    assert left_out < 0.05 * total, f"{left_out} of {total} cases are not clear"
+
+
+@pytest.mark.parametrize("mask_ratio", [0.2, 0.5, 0.8])
+def test_keeps_a_part_of_one_cluster_at_most(mask_ratio):
+    images, noise, _ = case(*GEOMETRIES[0], seed=10)
+    x = reference.comparable_patches(images, 4)
+    labels, gaps = reference.kmeans_labels(x, noise, 4, 5)
+    masking = kcm.KMeansMasking(4, mask_ratio, num_clusters=4)
+    indices, _ = numpy(*masking.select(images, noise=noise))
+    cut = 0
+    for row in np.flatnonzero(gaps > CLEAR):
+        is_kept = np.isin(np.arange(15), indices[row])
+        clusters = [is_kept[labels[row] == label] for label in set(labels[row])]
+        partly = [kept for kept in clusters if kept.any() and not kept.all()]
+        assert len(partly) <= 1
+        cut += len(partly)
+    assert cut
+
+
+def test_alike_patches_leave_together():
+    # Of six kinds of tiles; flat ones are alike whatever their grey level.
+    images = mosaic(np.random.default_rng(1), ROWS, 6, 4, (4, 4))
+    pairwise = reference.round_similarity(reference.pairwise_similarity(images, 4))
+    noise = draw_noise(np.random.default_rng(2), ROWS, 24)
+    masking = kcm.KMeansMasking(4, num_clusters=6)
+    score = numpy(masking.score(noise, images))
+    alike = pairwise == 1.0
+    assert alike.mean() > 0.1
+    same_cluster = score[:, :, None] == score[:, None, :]
+    assert same_cluster[alike].all()
+    # Not because there is but one cluster.
+    assert np.all([len(set(row)) > 2 for row in score])
+
+
+def test_flat_images_keep_every_position_equally_often():
+    images = np.full((6000, 16, 16, 1), 200, "uint8")
+    indices, _ = numpy(*kcm.KMeansMasking(4, 0.75, seed=3).select(images=images))
+    counts = np.bincount(indices.ravel(), minlength=16)
+    assert chi_square(counts, 6000, 4) > FALSE_ALARM
+
+
+def test_clusters_leave_in_random_order():
+    # The left half is striped, the right half barred: two clusters of equal size, where
+    # the two seeds are not of the same kind.
+    images = np.zeros((6000, 16, 16, 1), "float32")
+    images[:, :, :8] = np.arange(8)[:, None] % 2
+    images[:, :, 8:] = np.arange(16)[:, None, None] % 2
+    noise = kcm.RandomMasking(seed=4).draw(6000, 16)
+    masking = kcm.KMeansMasking(4, 0.5, num_clusters=2)
+    seeds = np.argsort(numpy(noise), axis=1)[:, :2] % 4 < 2
+    differ = seeds[:, 0] != seeds[:, 1]
+    indices, _ = numpy(*masking.select(images, noise=noise))
+    left = (indices % 4 < 2).sum(axis=1)
+    assert np.isin(left[differ], [0, 8]).all()
+    counts = np.bincount(left[differ], minlength=9)[[0, 8]]
+    assert chi_square(counts, differ.sum(), 1) > FALSE_ALARM
+
+
+def test_more_clusters_than_patches_are_as_many_as_there_are():
+    images, noise, _ = case(*GEOMETRIES[5], seed=11)
+    every = kcm.KMeansMasking((6, 4), num_clusters=9)
+    more = kcm.KMeansMasking((6, 4), num_clusters=50)
+    expected = numpy(*every.select(images, noise=noise))
+    assert_selects(more, expected, images=images, noise=noise)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("name", ["num_clusters", "iterations"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "five", None])
+def test_refuses_counts_that_are_not_positive_integers(name, value):
+    message = rf"`{name}` must be an integer >= 1\. Received: {name}="
+    with pytest.raises(ValueError, match=message):
+        kcm.KMeansMasking(4, **{name: value})
