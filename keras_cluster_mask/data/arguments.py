@@ -2,10 +2,8 @@
 
 import collections
 import numbers
-import warnings
 
 from keras_cluster_mask.data.pairs import Pair
-from keras_cluster_mask.data.skipped import ENOUGH
 
 # In object stores, runs of so many neighbours are read together, where a batch holds
 # enough of them to be well mixed.
@@ -117,31 +115,6 @@ def _few(index):
     return index.read(sorted(numbers), with_images=False) if len(index) else []
 
 
-def report_faults(skipped, num_samples):
-    """Warns of broken samples that the index left out, or raises if they are many.
-
-    Args:
-        skipped: `SkippedSamples`.
-        num_samples: int. The number of intact samples.
-    """
-    count, total = skipped.count, skipped.count + num_samples
-    if not count:
-        return
-    shards = list(skipped.by_shard)
-    message = (
-        f"{count} of {total} samples of `source` are broken ({skipped.reasons()}), in "
-        f"{shards[0]}" + (f" and {len(shards) - 1} more" if shards[1:] else "")
-    )
-    allowed = skipped.max_share
-    if not allowed or (total >= ENOUGH and count > allowed * total):
-        raise ValueError(
-            f"{message}. `max_skipped` must allow this, or `source` must be mended. "
-            f"Received: max_skipped={allowed}"
-        )
-    # Of `image_text_dataset`, for its caller.
-    warnings.warn(f"{message}. They are left out.", stacklevel=3)
-
-
 def name_of(function):
     """What tells one function or object from another, as JSON can hold it."""
     named = function if hasattr(function, "__qualname__") else type(function)
@@ -151,7 +124,7 @@ def name_of(function):
     return None if function is None else [named.__qualname__, *sizes]
 
 
-def check_samples(indexes, reader, at_least):
+def check_samples(indexes, skipped, reader, at_least):
     """Raises an error unless there are enough samples with what is asked for."""
     count = sum(map(len, indexes))
     # What an entry holds, and which names classes have, is not in an index.
@@ -165,14 +138,14 @@ def check_samples(indexes, reader, at_least):
             "`source`"
         )
     faults = collections.Counter(sample.reason for sample in examples)
-    for index in indexes:
-        faults.update(index.faults.by_reason)
-    details = [line for index in indexes for line in index.faults.details[:1]]
+    faults.update(skipped.by_reason)
     fields = {field for index in indexes for field in index.fields}
     fields = sorted(field for field in fields if not field.endswith("."))
     paths = [path for index in indexes for path in index.paths]
     raise ValueError(
-        " ".join([f"`source` must hold samples with {reader.wanted}.", *details[:1]])
+        " ".join(
+            [f"`source` must hold samples with {reader.wanted}.", *skipped.details[:1]]
+        )
         + f" Received: {dict(faults) or 'no sample'} with the fields {fields} from "
         f"{paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "")
     )

@@ -17,7 +17,12 @@ import fsspec
 from PIL import Image
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.check import Report, decode_all, each_sample
+from keras_cluster_mask.data.check import (
+    broken_samples,
+    decode_all,
+    intact_samples,
+    summary,
+)
 from keras_cluster_mask.data.formats import NoRandomAccess
 from keras_cluster_mask.data.images import EncodedImage
 from keras_cluster_mask.data.index import Index
@@ -113,16 +118,17 @@ def convert(
                 parts += build_parts(find_shards(copies[path]))
         reader = PairReader(image_keys, caption_key)
         index = Index(list(shards), parts, reader, copies)
-        report = Report(index)
-        encoded = each_sample(
+        broken = broken_samples(index)
+        encoded = intact_samples(
             index,
             lambda pair: _encoded(pair, image_size),
+            broken,
             "convert" if verbose else None,
         )
-        samples = _merged(report.intact(encoded))
+        samples = _merged(encoded)
         shards, written = _write_shards(samples, to, samples_per_shard)
     to.remove_from(len(shards))
-    return {"samples": written, "shards": shards, **report.result()}
+    return {"samples": written, "shards": shards, **summary(broken)}
 
 
 def _write_shards(samples, to, samples_per_shard):

@@ -12,7 +12,6 @@ from keras_cluster_mask.data.arguments import (
     check_weights,
     choose_block_size,
     name_of,
-    report_faults,
 )
 from keras_cluster_mask.data.backgrounds import check_background
 from keras_cluster_mask.data.captions import CaptionChoice
@@ -268,10 +267,10 @@ def image_text_dataset(
         sources, weights = list(source), list(source.values())
         check_weights(source, training, sampling)
     indexes = [open_index(each, reader, index_dir, process=process) for each in sources]
-    check_samples(indexes, reader, batch_size if training else 1)
+    skipped = SkippedSamples(indexes, max_skipped)
+    check_samples(indexes, skipped, reader, batch_size if training else 1)
     index = indexes[0] if len(indexes) == 1 else Indexes(indexes)
-    skipped = SkippedSamples([each.faults for each in indexes], max_skipped)
-    report_faults(skipped, len(index))
+    skipped.report_index(len(index))
     order = None
     if training:
         remote = any(files.is_address(path) for each in indexes for path in each.paths)

@@ -60,22 +60,6 @@ def open_index(
     return Index(list(shards), parts, reader)
 
 
-class Faults(typing.NamedTuple):
-    """What an index leaves out.
-
-    Attributes:
-        by_reason: dict from each reason to the number of broken samples. A damaged
-            shard counts as one, because the number of samples after the damage is
-            unknown.
-        by_shard: dict from the names of shards with faults to such dicts.
-        details: list of str, about each damaged shard.
-    """
-
-    by_reason: dict
-    by_shard: dict
-    details: list
-
-
 class Index:
     """The samples of shards, each of which can be read by its number.
 
@@ -91,7 +75,10 @@ class Index:
 
     Attributes:
         paths: list of str. The shards.
-        faults: `Faults`.
+        faults: dict from each shard with broken samples to a dict from reasons to
+            their numbers. A damaged shard counts as one, because the number of samples
+            after the damage is unknown.
+        damage: list of str, about each damaged shard.
         fingerprint: str. Differs if the samples differ or other fields are read, but
             not if files have been moved.
     """
@@ -124,9 +111,9 @@ class Index:
         """set of str. The fields of all samples."""
         return {name for p in self._parts for each in p.layouts for name in each[0]}
 
-    @functools.cached_property
+    @property
     def faults(self):
-        by_shard, details = {}, []
+        by_shard = {}
         for path, part, faulty in zip(self.paths, self._parts, self._faulty):
             counts = collections.Counter()
             for (_, _, count), fault in zip(part.layouts, faulty):
@@ -134,11 +121,14 @@ class Index:
                     counts[fault] += count
             if part.damage:
                 counts["damaged shard"] += 1
-                details.append(str(DamagedShard(path, *part.damage)))
             if counts:
                 by_shard[path] = dict(sorted(counts.items()))
-        total = sum(map(collections.Counter, by_shard.values()), collections.Counter())
-        return Faults(dict(sorted(total.items())), by_shard, details)
+        return by_shard
+
+    @property
+    def damage(self):
+        damaged = ((p, part) for p, part in zip(self.paths, self._parts) if part.damage)
+        return [str(DamagedShard(path, *part.damage)) for path, part in damaged]
 
     def broken(self):
         """Yields a `Fault` for each broken sample, whose key is read from its shard."""
@@ -279,7 +269,7 @@ class ObjectIndex:
     def __init__(self, source, reader):
         self._source, self._reader = source, reader
         self.paths = [type(source).__name__]
-        self.faults = Faults({}, {}, [])
+        self.faults, self.damage = {}, []
         first = source[0] if len(source) else ()
         self.fields = set(first) if isinstance(first, Mapping) else set()
         identity = str(getattr(source, "_fingerprint", None))

@@ -1,5 +1,6 @@
 """Batches as a grain dataset that knows its length and starts anywhere."""
 
+import copy
 import math
 import multiprocessing.connection
 import os
@@ -41,7 +42,7 @@ class ImageTextDataset(grain.IterDataset):
         batch_size: int. The global batch size.
         process: Pair of ints. The number of this process, and of all.
         num_workers: int. The number of processes that read; 0 for threads.
-        skipped: `SkippedSamples`.
+        skipped: `SkippedSamples` of the index.
         element_spec: dict from the name of each entry of a batch to its `Spec`.
         description: dict. What decides which samples are in which batch.
         tokenizer: What makes the token ids, or None.
@@ -50,7 +51,7 @@ class ImageTextDataset(grain.IterDataset):
     Attributes:
         start: int. The batch with which an iteration starts. `ContrastiveModel.fit`
             sets it to the batch after the last that it trained on.
-        skipped: `SkippedSamples`. The broken samples.
+        skipped: `SkippedSamples`. The broken samples of the last pass.
         batch_size: int. The global batch size.
         num_samples: int. The number of samples in an epoch.
         element_spec: dict from the name of each entry of a batch to its `Spec`.
@@ -73,7 +74,7 @@ class ImageTextDataset(grain.IterDataset):
     ):
         super().__init__()
         self.start = 0
-        self.skipped = skipped
+        self.skipped = self._left_out = skipped
         self.batch_size = batch_size
         self.num_samples = samples.num_samples
         self.training = samples.training
@@ -158,7 +159,7 @@ class _Iterator(grain.DatasetIterator):
     def __init__(self, dataset):
         super().__init__()
         self._dataset = dataset
-        self._account = dataset.skipped.start()
+        self._skipped = dataset.skipped = copy.deepcopy(dataset._left_out)
         self._pid = os.getpid()
         self._start(dataset.start)
 
@@ -183,7 +184,7 @@ class _Iterator(grain.DatasetIterator):
             try:
                 batch = next(self._batches[0])
             except StopIteration:
-                self._account.end()
+                self._skipped.end()
                 raise
             except KeyboardInterrupt:
                 files.cancel()
@@ -196,7 +197,7 @@ class _Iterator(grain.DatasetIterator):
             faults = batch.pop(FAULTS)
             # In training, others have taken the places of broken samples.
             left_out = 0 if self._dataset.training else len(faults)
-            self._account.report(faults, rows + left_out)
+            self._skipped.report(faults, rows + left_out)
             if rows:
                 if self._dataset._finish is not None:
                     batch = self._dataset._finish(batch)

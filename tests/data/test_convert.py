@@ -85,7 +85,7 @@ def write_table(tmp_path, noise):
 def pairs_of(source):
     """The keys, images and captions that a dataset reads."""
     index = open_index(source, PairReader())
-    assert index.faults.by_reason == {}
+    assert index.faults == {}
     pairs = index.read(list(range(len(index))))
     return [(pair.key, pair.image, pair.captions) for pair in pairs]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import files
+from keras_cluster_mask.data import SkippedSamples, files
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import Fault, Labels, PairReader
 
@@ -73,12 +73,12 @@ def test_faults_are_counted_by_reason_and_shard(source):
     index = open_all(source)
     folder = os.path.dirname(source)
     first = {"duplicate key": 1, "no caption": 2, "no image": 1}
-    assert index.faults.by_reason == {"damaged shard": 1, **first}
-    assert index.faults.by_shard == {
+    assert SkippedSamples([index]).by_reason == {"damaged shard": 1, **first}
+    assert index.faults == {
         f"{folder}/0.tar": first,
         f"{folder}/2.tar": {"damaged shard": 1},
     }
-    (detail,) = index.faults.details
+    (detail,) = index.damage
     assert f"{folder}/2.tar is damaged after the sample '0012'" in detail
     assert [(f.key, f.reason) for f in index.broken()] == [
         ("0001", "duplicate key"),
@@ -93,9 +93,9 @@ def test_what_is_broken_depends_on_the_fields_that_are_wanted(source):
     assert len(open_all(source, wants_caption=False)) == 11
     index = open_all(source, caption_key="alt")
     assert (len(index), index.fields) == (0, {"png", "txt"})
-    assert index.faults.by_reason["no caption"] == 11
+    assert SkippedSamples([index]).by_reason["no caption"] == 11
     index = open_all(source, wants_caption=False, labels=Labels("json.label"))
-    assert index.faults.by_reason["no label"] == 11
+    assert SkippedSamples([index]).by_reason["no label"] == 11
 
 
 def test_a_pickle_holds_names_and_no_samples(tmp_path, write_tar):
@@ -302,7 +302,7 @@ def test_objects_with_items_are_sources(wrap, noise, tmp_path):
         {"image": b"j", "caption": " "},
     ]
     index = open_all(wrap(items))
-    assert (len(index), index.faults.by_reason) == (6, {})
+    assert (len(index), SkippedSamples([index]).by_reason) == (6, {})
     pairs = index.read(range(6))
     assert keys(pairs) == ["first", "1", "2", "7", "4", "5"]
     assert [pair.image for pair in pairs[:4]] == [noise(0), pil_image, b"file", b"in"]
@@ -336,7 +336,7 @@ def test_json_files_without_the_caption_do_not_count_as_captions(write_tar):
             members.append((f"{number:02}.txt", b"t"))
     index = open_index(write_tar("a.tar", members), PairReader())
     assert len(index) == 15
-    assert index.faults.by_reason == {"no caption": 5}
+    assert SkippedSamples([index]).by_reason == {"no caption": 5}
     nested = open_index(write_tar("b.tar", members), PairReader(caption_key="json.url"))
     assert len(nested) == 20
     with_other = PairReader(caption_key="json.caption")

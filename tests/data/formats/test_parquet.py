@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from keras_cluster_mask.data import files
+from keras_cluster_mask.data import SkippedSamples, files
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import Labels, PairReader
@@ -69,7 +69,7 @@ def test_the_class_zero_is_a_label(write):
     columns = {**COLUMNS, "label": [0, 1, 2, 0, 1, None, 0]}
     reader = PairReader(wants_caption=False, labels=Labels("label"))
     index = open_index(write(columns), reader)
-    assert index.faults.by_reason == {"no label": 1}
+    assert SkippedSamples([index]).by_reason == {"no label": 1}
     labels = [pair.label for pair in index.read(list(range(len(index))))]
     assert labels == [0, 1, 2, 0, 1, 0]
 
