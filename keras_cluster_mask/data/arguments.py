@@ -112,7 +112,7 @@ def check_weights(source, training, sampling):
 def _few(index):
     """A few samples of an index, without their image files."""
     numbers = {len(index) * place // EXAMPLES for place in range(EXAMPLES)}
-    return index.read(sorted(numbers), with_images=False) if len(index) else []
+    return index.read(sorted(numbers) if len(index) else [], with_images=False)
 
 
 def name_of(function):

@@ -147,35 +147,32 @@ class Index:
                         key, _ = place.format.parse(content, number, part.context)
                     yield Fault(path, key, fault)
 
-    def read_in_turn(self, numbers):
-        """Yields the samples that `read` returns; few are in memory at a time."""
-        group, size = [], 0
-        for place in map(self._find, numbers):
-            of_sample = place.span[2] if place.format.has_images else GUESS
-            if group and size + of_sample > MAX_TOGETHER:
-                yield from self._read(group)
-                group, size = [], 0
-            group.append(place)
-            size += of_sample
-        yield from self._read(group)
-
     def read(self, numbers, with_images=True):
-        """Reads samples; neighbours in a shard together.
+        """Reads samples in turn; neighbours in a shard together.
 
         Args:
-            numbers: list of int, from 0 to `len(index) - 1`.
+            numbers: Iterable of int, from 0 to `len(index) - 1`.
             with_images: bool. Whether to read the image files that samples name.
 
-        Returns:
-            list of `Pair`, or of `Fault` for samples that cannot be read or turn out to
-            be broken.
+        Yields:
+            `Pair`, or `Fault` for a sample that cannot be read or turns out to be
+            broken. Few are in memory at a time.
 
         Raises:
             ValueError: If a shard changed since it was indexed.
         """
-        return self._read([self._find(number) for number in numbers], with_images)
+        group, size = [], 0
+        for place in map(self._find, numbers):
+            is_whole = place.format.has_images or not with_images
+            of_sample = place.span[2] if is_whole else GUESS
+            if group and size + of_sample > MAX_TOGETHER:
+                yield from self._read(group, with_images)
+                group, size = [], 0
+            group.append(place)
+            size += of_sample
+        yield from self._read(group, with_images)
 
-    def _read(self, places, with_images=True):
+    def _read(self, places, with_images):
         results, by_format = [None] * len(places), {}
         for index, place in enumerate(places):
             by_format.setdefault(place.format, []).append(index)
@@ -284,15 +281,11 @@ class ObjectIndex:
         """Nothing: what is broken shows when it is read."""
         return iter(())
 
-    def read_in_turn(self, numbers):
-        """Yields samples; see `Index.read_in_turn`."""
-        for number in numbers:
-            yield from self.read([number])
-
     def read(self, numbers, with_images=True):
-        """Reads samples; see `Index.read`."""
-        results = [self._pair(int(number)) for number in numbers]
-        return self._reader.with_images(results) if with_images else results
+        """Reads samples one by one; see `Index.read`."""
+        for number in numbers:
+            pair = self._pair(int(number))
+            yield self._reader.with_images([pair])[0] if with_images else pair
 
     def _pair(self, number):
         try:

@@ -86,7 +86,7 @@ def pairs_of(source):
     """The keys, images and captions that a dataset reads."""
     index = open_index(source, PairReader())
     assert index.faults == {}
-    pairs = index.read(list(range(len(index))))
+    pairs = [*index.read(range(len(index)))]
     return [(pair.key, pair.image, pair.captions) for pair in pairs]
 
 
