@@ -24,6 +24,7 @@ from keras_cluster_mask.data.check import (
     summary,
 )
 from keras_cluster_mask.data.formats import NoRandomAccess
+from keras_cluster_mask.data.formats.base import COMPRESSIONS
 from keras_cluster_mask.data.images import EncodedImage
 from keras_cluster_mask.data.index import Index
 from keras_cluster_mask.data.pairs import IMAGE_KEYS, PairReader
@@ -33,14 +34,7 @@ from keras_cluster_mask.data.shards import find_shards
 JPEG_QUALITY = 95
 # File names have at most 255 bytes; a number and an extension are appended.
 MAX_NAME = 200
-# By the first bytes of a file, its compression and the ending of its name.
-COMPRESSIONS = {
-    b"\x1f\x8b": ("gzip", r"\.t?gz$"),
-    b"BZh": ("bz2", r"\.t?bz2$"),
-    b"\xfd7zXZ": ("xz", r"\.t?xz$"),
-    b"\x5d\x00\x00\x80": ("lzma", r"\.t?lzma$"),
-    b"\x28\xb5\x2f\xfd": ("zstd", r"\.t?zst$"),
-}
+COMPRESSED_NAME = r"\.t?(gz|bz2|xz|lzma|zst)$"
 
 
 def convert(
@@ -155,8 +149,9 @@ def _copy(path, folder):
     with system.open(name, "rb", **whole) as file:
         start = file.read(8)
     found = (kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic))
-    compression, ending = next(found, (None, "$"))
-    name = re.sub(ending, "", path.rpartition("/")[2])
+    compression, name = next(found, None), path.rpartition("/")[2]
+    if compression:
+        name = re.sub(COMPRESSED_NAME, "", name)
     copy = os.path.join(tempfile.mkdtemp(dir=folder), name)
     try:
         with (

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import re
+import secrets
 import threading
 import time
 import weakref
@@ -84,7 +85,7 @@ def replacing(path):
     """
     path = os.fspath(path)
     folder, slash, name = path.rpartition("/")
-    part = f"{folder}{slash}.{name}.{os.getpid()}.part"
+    part = f"{folder}{slash}.{name}.{os.getpid()}-{secrets.token_hex(4)}.part"
     system, part_name = file_system(part)
     if folder:
         system.makedirs(file_system(folder)[1], exist_ok=True)

@@ -141,7 +141,7 @@ class Index:
                     key, place = None, self._place(shard, number, record)
                     place_path, offset, size = place.span
                     # The first file of a tar has the key, and may be large.
-                    size = min(size, GLANCE) if place.format.has_images else size
+                    size = size if place.format.names_files else min(size, GLANCE)
                     with contextlib.suppress(Exception):
                         content = place.format.read([(place_path, offset, size)])[0]
                         key, _ = place.format.parse(content, number, part.context)
@@ -163,8 +163,8 @@ class Index:
         """
         group, size = [], 0
         for place in map(self._find, numbers):
-            is_whole = place.format.has_images or not with_images
-            of_sample = place.span[2] if is_whole else GUESS
+            has_more = place.format.names_files and with_images
+            of_sample = GUESS if has_more else place.span[2]
             if group and size + of_sample > MAX_TOGETHER:
                 yield from self._read(group, with_images)
                 group, size = [], 0
@@ -218,9 +218,7 @@ class Index:
                 "`source` must not change while it is read: make the dataset again. "
                 f"Received: {path}, sample {place.number} of its index: {reason}"
             )
-        return self._reader.pair(
-            path, key, fields, lambda name: format.path_of(path, name)
-        )
+        return self._reader.pair(path, key, fields, format.names_files)
 
     def _find_intact(self, shard):
         """The numbers of the intact samples of a shard."""
@@ -303,7 +301,7 @@ class ObjectIndex:
             )
         fields = {k: plain(v) for k, v in sample.items() if v is not None}
         key = str(fields.pop("__key__", number))
-        return self._reader.pair(self.paths[0], key, fields, lambda name: name)
+        return self._reader.pair(self.paths[0], key, fields)
 
 
 def _digest(content):

@@ -132,19 +132,12 @@ class Mix:
             weights,
         )
 
-    def __len__(self):
-        return 2**62
-
     def __getitem__(self, position):
         return self._mixed[position]
 
     def length(self, epoch):
         """The number of samples in an epoch."""
         return self.num_samples
-
-    def place(self, position):
-        """The epoch of a position, and the place in the epoch."""
-        return divmod(position, self.num_samples)
 
 
 def _shifted(first, number):

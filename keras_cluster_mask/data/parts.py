@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import secrets
 import struct
 import tempfile
 from concurrent import futures
@@ -254,18 +253,12 @@ def _places(path, index_dir):
 def _write(places, contents):
     """Writes a part to the first place that can be written to; returns its path."""
     for place in places:
-        temporary = f"{place}.{os.getpid()}-{secrets.token_hex(4)}.part"
         try:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            with open(temporary, "xb") as file:
+            with files.replacing(place) as file:
                 file.writelines(contents)
-            os.replace(temporary, place)
             return place
         except OSError as error:
             reason = error
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
     raise OSError(
         "`index_dir` must be a folder that can be written to; the index of a shard "
         f"needs {RECORD.itemsize} bytes a sample ({reason}). Received: {places[0]}"

@@ -3,13 +3,12 @@
 import gzip
 import importlib.util
 import json
-import os
 import pathlib
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
-from keras_cluster_mask.data import byte_pairs
+from keras_cluster_mask.data import byte_pairs, files
 from keras_cluster_mask.data.byte_pairs import END, START, WORD_END
 
 FILE_FORMAT = "keras_cluster_mask.CLIPTokenizer"
@@ -207,14 +206,8 @@ class CLIPTokenizer:
             path: str or path, for example `"tokenizer.json"`. The file is written
                 beside its place and renamed when it is complete.
         """
-        path = pathlib.Path(path).expanduser()
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            config = {"format": FILE_FORMAT, **self._config()}
-            part.write_text(json.dumps(config), encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with files.replacing(path) as file:
+            file.write(json.dumps({"format": FILE_FORMAT, **self._config()}).encode())
 
     def __call__(self, texts, keep_words=None):
         """Converts captions to rows of token ids.

@@ -29,7 +29,7 @@ class Table(Format):
 
     # A table may have one row for each caption of an image.
     unique_keys = False
-    has_images = False
+    names_files = True
 
     def __init__(self, delimiter):
         self.delimiter = delimiter
@@ -56,9 +56,6 @@ class Table(Format):
     def parse(self, content, number, context):
         row, _ = self._row(content, context)
         return _key(row, number), {k: v for k, v in row.items() if v is not None}
-
-    def path_of(self, path, name):
-        return files.beside(path, name)
 
     def _columns(self, path, file):
         """The names in the first line of a table, and where its rows start."""
