@@ -59,14 +59,17 @@ class Fault(typing.NamedTuple):
 
 
 class SampleError(RuntimeError):
-    """A sample that ends a run, with its shard and key."""
+    """A sample that ends a run.
 
-    def __init__(self, shard, key, reason):
-        super().__init__(f"The sample {key!r} of the shard {shard} failed: {reason}")
-        self.arguments = shard, key, reason
+    Args:
+        shard: str.
+        key: str.
+        reason: str.
+    """
 
-    def __reduce__(self):
-        return SampleError, self.arguments
+    def __str__(self):
+        shard, key, reason = self.args
+        return f"The sample {key!r} of the shard {shard} failed: {reason}"
 
 
 class PairReader:

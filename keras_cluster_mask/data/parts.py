@@ -69,9 +69,8 @@ class Part:
 
     def record(self, number):
         """Reads a record. No file stays open: there may be more parts than allowed."""
-        with open(self.path, "rb", 0) as file:
-            file.seek(self.start + number * RECORD.itemsize)
-            return np.frombuffer(file.read(RECORD.itemsize), RECORD)[0]
+        offset = self.start + number * RECORD.itemsize
+        return np.fromfile(self.path, RECORD, 1, offset=offset)[0]
 
     def records(self):
         """Maps the records into memory."""
@@ -196,10 +195,10 @@ def _scan(path, format):
             content += entry.content or b""
         context = format.context(path)
     except DamagedShard as error:
-        last_key = error.last_key
+        _, last_key, reason = error.args
         if last_key is not None:
             last_key = last_key.encode("utf-8", "backslashreplace").decode()
-        damage = last_key, error.reason
+        damage = last_key, reason
         if layouts:
             context = format.context(path)
     layouts = [(*layout, count) for layout, (_, count) in layouts.items()]

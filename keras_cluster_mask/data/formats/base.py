@@ -55,28 +55,27 @@ class DamagedShard(ValueError):
         reason: str.
     """
 
-    def __init__(self, path, last_key, reason):
-        self.path, self.last_key, self.reason = path, last_key, reason
+    def __str__(self):
+        path, last_key, reason = self.args
         place = f"after the sample {last_key!r}" if last_key else "at its start"
-        super().__init__(f"The shard {path} is damaged {place}: {reason}")
-
-    def __reduce__(self):
-        return DamagedShard, (self.path, self.last_key, self.reason)
+        return f"The shard {path} is damaged {place}: {reason}"
 
 
 class NoRandomAccess(ValueError):
-    """A shard whose samples can be read from start to end only."""
+    """A shard whose samples can be read from start to end only.
 
-    def __init__(self, path, kind):
-        super().__init__(
+    Args:
+        path: str.
+        kind: str.
+    """
+
+    def __str__(self):
+        path, kind = self.args
+        return (
             f"`source` must be shards that can be read in any order, but this is {kind}"
             ". Convert it: `python -m keras_cluster_mask.data convert "
             f"{path} --to 'shards/train-{{00000}}.tar'`. Received: {path}"
         )
-        self.path, self.kind = path, kind
-
-    def __reduce__(self):
-        return NoRandomAccess, (self.path, self.kind)
 
 
 class Format:
