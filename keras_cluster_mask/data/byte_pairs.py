@@ -1,5 +1,6 @@
 """The parts of CLIP's byte-pair encoding: cleaning, words, bytes and merges."""
 
+import functools
 import html
 import json
 import re
@@ -61,6 +62,7 @@ def clean(text):
     return " ".join(text.split()).lower()
 
 
+@functools.cache
 def word_splitter(*special_tokens):
     """Splits a clean caption into words, spelled in byte characters."""
     specials = "|".join(re.escape(token) for token in special_tokens)
@@ -72,6 +74,12 @@ def word_splitter(*special_tokens):
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def words_of(text):
+    """The words of a clean caption, as a list of str."""
+    pieces = word_splitter(START, END).pre_tokenize_str(text)
+    return [text[start:end] for _, (start, end) in pieces]
 
 
 def clip_vocabulary(merges):

@@ -281,13 +281,12 @@ def image_text_dataset(
     shape = (3, *image_size) if channels_first else (*image_size, 3)
     all_captions = include_captions == "all"
     text = Spec((rows,), "string")
+    captions = Spec((rows,), "object") if all_captions else text
+    token_ids = Spec((rows, length_of(tokenizer)), "int32")
     specs = {
         "images": Spec((rows, *shape), "uint8"),
-        "token_ids": tokenizer is not None
-        and Spec((rows, length_of(tokenizer)), "int32"),
-        "captions": Spec((rows,), "object")
-        if all_captions
-        else include_captions and text,
+        "token_ids": tokenizer is not None and token_ids,
+        "captions": include_captions and captions,
         "keys": include_keys and text,
         "paths": include_paths and text,
         "labels": label_key is not None and Spec((rows,), "int32"),

@@ -102,8 +102,11 @@ class EncodedImage:
             uint8 array `(height, width, 3)`, or 4 channels with alpha.
         """
         full = self.size
-        self._shrink([size[i] * full[i] / box[2 + i] for i in range(2)])
-        image = self._decoded()
+        wanted = [int(size[i] * full[i] / box[2 + i]) for i in range(2)]
+        if self._is_own:
+            # Pillow takes a width and a height, before the orientation is applied.
+            self._image.draft(None, wanted if self._orientation >= 5 else wanted[::-1])
+        image = self.decoded()
         scale = [now / before for now, before in zip(image.size[::-1], full)]
         top, left = box[0] * scale[0], box[1] * scale[1]
         # Rounding must not exceed the edge.
@@ -111,35 +114,8 @@ class EncodedImage:
         right = min((box[1] + box[3]) * scale[1], image.size[0])
         return resize(image, size, (left, top, right, bottom))
 
-    def middle(self, size):
-        """The center crop of CLIP's evaluation, equal to it in every pixel.
-
-        The shorter side of the image is resized to fit `size`, and the longer side is
-        cropped equally at both ends.
-
-        Args:
-            size: Pair of ints. The height and width of the result.
-
-        Returns:
-            uint8 array `(height, width, 3)`, or 4 channels with alpha.
-        """
-        return np.asarray(cut_middle(self._decoded(), size))
-
-    def squashed(self, size):
-        """The whole image as SigLIP's evaluation resizes it, equal in every pixel.
-
-        `whole` is faster and differs by rounding.
-
-        Args:
-            size: Pair of ints. The height and width of the result.
-
-        Returns:
-            uint8 array `(height, width, 3)`, or 4 channels with alpha.
-        """
-        return np.asarray(squash(self._decoded(), size))
-
-    def _decoded(self):
-        """The image as RGB or RGBA, with the EXIF orientation applied."""
+    def decoded(self):
+        """The whole `PIL.Image.Image` as RGB or RGBA, with the orientation applied."""
         if max(math.prod(self._image.size), self._coefficients) > self._max_pixels:
             raise UnreadableImage("the image has too many pixels")
         try:
@@ -149,12 +125,6 @@ class EncodedImage:
             raise
         except Exception as error:
             raise UnreadableImage("the image does not decode") from error
-
-    def _shrink(self, wanted):
-        if self._orientation >= 5:
-            wanted = wanted[::-1]
-        if self._is_own:
-            self._image.draft(None, (int(wanted[1]), int(wanted[0])))
 
 
 def _orientation(image):
@@ -184,7 +154,10 @@ def _in_eight_bits(image):
 
 
 def cut_middle(image, size):
-    """The center crop of a decoded image; see `EncodedImage.middle`.
+    """The center crop of CLIP's evaluation, equal to it in every pixel.
+
+    The shorter side of the image is resized to fit `size`, and the longer side is
+    cropped equally at both ends.
 
     Args:
         image: `PIL.Image.Image` in any color mode.
@@ -206,7 +179,9 @@ def cut_middle(image, size):
 
 
 def squash(image, size):
-    """A decoded image with its sides scaled to fit; see `EncodedImage.squashed`.
+    """The whole image as SigLIP's evaluation resizes it, equal in every pixel.
+
+    `EncodedImage.whole` is faster and differs by rounding.
 
     Args:
         image: `PIL.Image.Image` in any color mode.
@@ -296,14 +271,14 @@ class Cutter:
         """
         draws = generator.random(NUM_DRAWS)
         image = EncodedImage(content, self.max_pixels)
-        if self.resize == "squash":
-            whole = image.whole if self.training else image.squashed
-            part = whole(self.image_size)
-        elif self.training:
+        if not self.training:
+            fit = squash if self.resize == "squash" else cut_middle
+            part = np.asarray(fit(image.decoded(), self.image_size))
+        elif self.resize == "squash":
+            part = image.whole(self.image_size)
+        else:
             box = random_box(image.size, self.image_size, draws, self.crop_scale)
             part = image.part(box, self.image_size)
-        else:
-            part = image.middle(self.image_size)
         if part.shape[2] == 4:
             part = composite(part, self.background, seed=int(draws[4] * 2**53))
         if self.training and self.horizontal_flip and draws[5] < 0.5:

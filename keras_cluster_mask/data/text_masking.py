@@ -285,9 +285,8 @@ class FrequencyTextMasking(TextMasking):
                 f"Received: {captions!r}"
             )
         counts, number = collections.Counter(), 0
-        splitter = byte_pairs.word_splitter(byte_pairs.START, byte_pairs.END)
         for caption in captions:
-            counts.update(_words(splitter, byte_pairs.clean(caption)))
+            counts.update(byte_pairs.words_of(byte_pairs.clean(caption)))
             number += 1
         least = MIN_COUNT if self.unknown == "drop" else 1
         counts = {word: count for word, count in counts.items() if count >= least}
@@ -367,10 +366,6 @@ def check_text_masking(text_masking, tokenizer):
     text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))
 
 
-def _words(splitter, text):
-    return [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)]
-
-
 def _check_frequencies(frequencies):
     """Raises an error unless all keys are words, and all values positive numbers."""
     if not isinstance(frequencies, Mapping) or not frequencies:
@@ -378,7 +373,6 @@ def _check_frequencies(frequencies):
             "`frequencies` must be a dict from words to how often each occurs, with at "
             f"least one word. Received: frequencies={frequencies!r}"
         )
-    splitter = byte_pairs.word_splitter(byte_pairs.START, byte_pairs.END)
     for word, count in frequencies.items():
         is_number = isinstance(count, numbers.Real) and not isinstance(count, bool)
         if not is_number or not 0 < count < math.inf:
@@ -387,7 +381,7 @@ def _check_frequencies(frequencies):
                 f"Received: {word!r}: {count!r}"
             )
         if not isinstance(word, str) or (
-            word != word.lower() or _words(splitter, word) != [word]
+            word != word.lower() or byte_pairs.words_of(word) != [word]
         ):
             raise ValueError(
                 "`frequencies` must have single words in lower case as keys, as CLIP's "
