@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_cluster_mask.data.formats import DamagedShard, Format, format_of
+from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.formats.parquet import plain
 from keras_cluster_mask.data.pairs import Fault, SampleError
-from keras_cluster_mask.data.parts import build_parts, hash_of, read_part
+from keras_cluster_mask.data.parts import build_parts, hash_of
 from keras_cluster_mask.data.shards import find_shards
 
 # The number of shards with broken samples of which the intact ones are remembered.
@@ -84,68 +84,41 @@ class Index:
     """
 
     def __init__(self, paths, parts, reader, copies=None):
-        self.paths = paths
+        self.paths, self._parts, self._reader = paths, parts, reader
         self._copies = copies or {}
-        self._parts = parts
-        self._reader = reader
-        self._faulty = [
-            [reader.fault_of(*each[:2]) for each in p.layouts] for p in parts
+        self._shards = [
+            _Shard(path, self._copies.get(path, path), part, reader)
+            for path, part in zip(paths, parts)
         ]
-        counts = [
-            sum(
-                count for (_, _, count), fault in zip(part.layouts, faulty) if not fault
-            )
-            for part, faulty in zip(parts, self._faulty)
-        ]
+        counts = [shard.counts() for shard in self._shards]
         # The number of the first sample of each shard, and the number of all samples.
-        self._starts = [0, *itertools.accumulate(counts)]
-        digests = [part.digest for part in parts]
-        self.fingerprint = _digest([reader.describe(), digests])
-        self._intact = functools.lru_cache(REMEMBERED)(self._find_intact)
+        self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
+        self.faults = {path: each for path, each in zip(paths, counts) if each}
+        damaged = [(path, part) for path, part in zip(paths, parts) if part.damage]
+        self.damage = [str(DamagedShard(path, *part.damage)) for path, part in damaged]
+        self.fingerprint = _digest([reader.describe(), [p.digest for p in parts]])
+        self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
     def __len__(self):
         return self._starts[-1]
+
+    def __reduce__(self):
+        return Index, (self.paths, self._parts, self._reader, self._copies)
 
     @property
     def fields(self):
         """set of str. The fields of all samples."""
         return {name for p in self._parts for each in p.layouts for name in each[0]}
 
-    @property
-    def faults(self):
-        by_shard = {}
-        for path, part, faulty in zip(self.paths, self._parts, self._faulty):
-            counts = collections.Counter()
-            for (_, _, count), fault in zip(part.layouts, faulty):
-                if fault:
-                    counts[fault] += count
-            if part.damage:
-                counts["damaged shard"] += 1
-            if counts:
-                by_shard[path] = dict(sorted(counts.items()))
-        return by_shard
-
-    @property
-    def damage(self):
-        damaged = ((p, part) for p, part in zip(self.paths, self._parts) if part.damage)
-        return [str(DamagedShard(path, *part.damage)) for path, part in damaged]
-
     def broken(self):
         """Yields a `Fault` for each broken sample, whose key is read from its shard."""
-        for shard, (path, part) in enumerate(zip(self.paths, self._parts)):
-            if part.damage:
-                yield Fault(path, part.damage[0], "damaged shard", part.damage[1])
-            faulty = self._faulty[shard]
-            for number, record in enumerate(part.records() if any(faulty) else ()):
-                if fault := faulty[record["layout"]]:
-                    key, place = None, self._place(shard, number, record)
-                    place_path, offset, size = place.span
-                    # The first file of a tar has the key, and may be large.
-                    size = size if place.format.names_files else min(size, GLANCE)
-                    with contextlib.suppress(Exception):
-                        content = place.format.read([(place_path, offset, size)])[0]
-                        key, _ = place.format.parse(content, number, part.context)
-                    yield Fault(path, key, fault)
+        for shard in self._shards:
+            if damage := shard.part.damage:
+                yield Fault(shard.path, damage[0], "damaged shard", damage[1])
+            records = shard.part.records() if any(shard.reasons) else ()
+            for number, record in enumerate(records):
+                if reason := shard.reasons[record["layout"]]:
+                    yield Fault(shard.path, shard.glance(number, record), reason)
 
     def read(self, numbers, with_images=True):
         """Reads samples in turn; neighbours in a shard together.
@@ -163,7 +136,7 @@ class Index:
         """
         group, size = [], 0
         for place in map(self._find, numbers):
-            has_more = place.format.names_files and with_images
+            has_more = place.shard.format.names_files and with_images
             of_sample = GUESS if has_more else place.span[2]
             if group and size + of_sample > MAX_TOGETHER:
                 yield from self._read(group, with_images)
@@ -175,7 +148,7 @@ class Index:
     def _read(self, places, with_images):
         results, by_format = [None] * len(places), {}
         for index, place in enumerate(places):
-            by_format.setdefault(place.format, []).append(index)
+            by_format.setdefault(place.shard.format, []).append(index)
         for format, indices in by_format.items():
             contents = format.read([places[index].span for index in indices])
             for index, content in zip(indices, contents):
@@ -184,30 +157,19 @@ class Index:
 
     def _find(self, number):
         """The `_Place` of a sample."""
-        shard = bisect.bisect_right(self._starts, number) - 1
-        number -= self._starts[shard]
-        if any(self._faulty[shard]):
+        which = bisect.bisect_right(self._starts, number) - 1
+        shard, number = self._shards[which], number - self._starts[which]
+        if any(shard.reasons):
             number = int(self._intact(shard)[number])
-        return self._place(shard, number, self._parts[shard].record(number))
-
-    def _place(self, shard, number, record):
-        path, offset = self.paths[shard], int(record["offset"])
-        path = self._copies.get(path, path)
-        format = format_of(path)
-        if format.in_index:
-            path = self._parts[shard].path
-            offset += self._parts[shard].content_start
-        span = path, offset, int(record["size"])
-        return _Place(shard, number, format, span, int(record["key"]))
+        return shard.place(number, shard.part.record(number))
 
     def _pair(self, place, content):
-        path, format = self.paths[place.shard], place.format
+        path, format = place.shard.path, place.shard.format
         if isinstance(content, Exception):
             return Fault(path, None, "the shard cannot be read", str(content))
-        context = self._parts[place.shard].context
         reason = "another sample is in its place"
         try:
-            key, fields = format.parse(content, place.number, context)
+            key, fields = format.parse(content, place.number, place.shard.part.context)
             same = hash_of(key) == place.key
         except MemoryError:
             raise
@@ -220,31 +182,60 @@ class Index:
             )
         return self._reader.pair(path, key, fields, format.names_files)
 
-    def _find_intact(self, shard):
-        """The numbers of the intact samples of a shard."""
-        faulty = np.array([fault is not None for fault in self._faulty[shard]], bool)
-        return np.flatnonzero(~faulty[self._parts[shard].records()["layout"]])
 
-    def __getstate__(self):
-        paths = [part.path for part in self._parts]
-        return self.paths, paths, self._reader, self._copies, self.fingerprint
+class _Shard:
+    """A shard with its part.
 
-    def __setstate__(self, state):
-        paths, parts, reader, copies, fingerprint = state
-        self.__init__(paths, [read_part(part) for part in parts], reader, copies)
-        if self.fingerprint != fingerprint:
-            raise ValueError(
-                "`source` must not change while it is read: make the dataset again. "
-                f"Received: {paths[0]} and others, whose index was replaced"
-            )
+    Args:
+        path: str.
+        copy: str. The path of a copy that is read instead, or the same path.
+        part: `Part`.
+        reader: `PairReader`.
+    """
+
+    def __init__(self, path, copy, part, reader):
+        self.path, self.part, self._copy = path, part, copy
+        self.format = format_of(copy)
+        # Of each layout, what is wrong with its samples, or None.
+        self.reasons = [reader.fault_of(*each[:2]) for each in part.layouts]
+
+    def counts(self):
+        """How many samples are broken for each reason, and intact, under None."""
+        counts = collections.Counter()
+        for reason, (_, _, count) in zip(self.reasons, self.part.layouts):
+            counts[reason] += count
+        if self.part.damage:
+            counts["damaged shard"] += 1
+        return counts
+
+    def intact(self):
+        """The numbers of the intact samples."""
+        is_intact = np.array([reason is None for reason in self.reasons], bool)
+        return np.flatnonzero(is_intact[self.part.records()["layout"]])
+
+    def place(self, number, record):
+        """The `_Place` of the sample of a record."""
+        path, offset = self._copy, int(record["offset"])
+        if self.format.in_index:
+            path, offset = self.part.path, offset + self.part.content_start
+        span = path, offset, int(record["size"])
+        return _Place(self, number, span, int(record["key"]))
+
+    def glance(self, number, record):
+        """The key of a sample, read from its start, or None."""
+        path, offset, size = self.place(number, record).span
+        # The first file of a tar has the key, and may be large.
+        size = size if self.format.names_files else min(size, GLANCE)
+        with contextlib.suppress(Exception):
+            (content,) = self.format.read([(path, offset, size)])
+            return self.format.parse(content, number, self.part.context)[0]
 
 
 class _Place(typing.NamedTuple):
     """Where a sample is: its shard, its number in it, its bytes, and its hash."""
 
-    shard: int
+    shard: _Shard
     number: int
-    format: Format
     span: tuple
     key: int
 

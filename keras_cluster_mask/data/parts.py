@@ -62,6 +62,9 @@ class Part:
     context: list | None
     start: int = 0
 
+    def __reduce__(self):
+        return read_part, (self.path, self.digest)
+
     @property
     def num_records(self):
         """int. The number of samples, broken ones included."""
@@ -90,14 +93,24 @@ def hash_of(key):
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def read_part(path):
-    """Reads the first line of a part."""
+def read_part(path, digest=None):
+    """Reads the first line of a part.
+
+    Args:
+        path: str.
+        digest: str. What it must hold, or None for anything.
+    """
     with open(path, "rb") as file:
         head = json.loads(file.readline())
         start = file.tell()
         length = file.seek(0, os.SEEK_END)
     if head.pop("version") != VERSION or head.pop("length") != length - start:
         raise ValueError(f"{path} is no part of an index of this version.")
+    if digest not in (None, head["digest"]):
+        raise ValueError(
+            "`source` must not change while it is read: make the dataset again. "
+            f"Received: {path}, an index that was replaced"
+        )
     return Part(path=path, start=start, **head)
 
 
