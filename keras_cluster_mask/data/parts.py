@@ -145,27 +145,24 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0,
         delay=0 if verbose else SHORT,
         disable=verbose is False or not missing,
     )
-    build = functools.partial(build_part, index_dir=index_dir)
+    build = functools.partial(_find_or_build, index_dir=index_dir)
     with bar, contextlib.ExitStack() as stack:
+        apply = map
         if num_workers and missing:
             context = multiprocessing.get_context("spawn")
             workers = min(num_workers, len(missing))
             pool = futures.ProcessPoolExecutor(workers, context)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            jobs = {pool.submit(build, path, shards[path]): path for path in missing}
-            built = ((jobs[job], job.result()) for job in futures.as_completed(jobs))
-        else:
-            built = (
-                (
-                    path,
-                    _find(path, shards[path], index_dir) or build(path, shards[path]),
-                )
-                for path in missing
-            )
-        for path, part in built:
+            apply = stack.enter_context(pool).map
+        stamps = [shards[path] for path in missing]
+        for path, part in zip(missing, apply(build, missing, stamps)):
             parts[path] = part
             bar.update()
     return list(parts.values())
+
+
+def _find_or_build(path, stamp, index_dir):
+    # Another process may have built it meanwhile.
+    return _find(path, stamp, index_dir) or build_part(path, stamp, index_dir)
 
 
 def build_part(path, stamp, index_dir=None):

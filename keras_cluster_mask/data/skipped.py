@@ -41,7 +41,8 @@ class SkippedSamples:
 
     @property
     def by_shard(self):
-        return {shard: dict(counts) for shard, counts in sorted(self._counts.items())}
+        by_shard = sorted(self._counts.items())
+        return {shard: dict(sorted(counts.items())) for shard, counts in by_shard}
 
     @property
     def by_reason(self):
