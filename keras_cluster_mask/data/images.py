@@ -4,13 +4,14 @@ import dataclasses
 import io
 import math
 import numbers
+import threading
 from collections.abc import Callable
 
+import cykooz_resizer as simd
 import numpy as np
 from PIL import Image, ImageOps
 
 from keras_cluster_mask.data.backgrounds import composite
-from keras_cluster_mask.data.resizing import resize
 
 # A pixel takes four bytes while an image is decoded: 200 MB.
 MAX_PIXELS = 50_000_000
@@ -20,6 +21,7 @@ PROGRESSIVE = 4
 NUM_DRAWS = 6
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
+_thread = threading.local()
 
 
 class UnreadableImage(ValueError):
@@ -151,6 +153,38 @@ def _in_eight_bits(image):
         return grey.convert("RGB")
     clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
     return image.convert("RGBA" if clear or "transparency" in image.info else "RGB")
+
+
+def resize(image, size, box):
+    """Resizes a part of an image by bicubic interpolation with antialiasing.
+
+    RGB images are resized by cykooz-resizer, whose vector instructions take a third of
+    Pillow's time. It sums rows and columns in a different order: one pixel in seven of
+    a photograph differs, mostly by one level.
+
+    Args:
+        image: `PIL.Image.Image`, RGB or RGBA.
+        size: Pair of ints. Height and width of the result.
+        box: Four floats: left, top, right and bottom of the part, in pixels.
+
+    Returns:
+        uint8 array `(height, width, channels)`.
+    """
+    if image.mode != "RGB":
+        return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box))
+    left, top, right, bottom = box
+    options = simd.ResizeOptions()
+    # The bicubic kernel with a = -0.5, as in Pillow.
+    options.resize_alg = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
+    options.crop_box = simd.CropBox(left, top, right - left, bottom - top)
+    pixels = simd.PixelType.U8x3
+    # Unlike Pillow's images, these are resized without holding the GIL.
+    source = simd.ImageData(image.width, image.height, pixels, image.tobytes())
+    target = simd.ImageData(size[1], size[0], pixels)
+    if not hasattr(_thread, "resizer"):
+        _thread.resizer = simd.Resizer()
+    _thread.resizer.resize(source, target, options)
+    return np.frombuffer(target.get_buffer(), "uint8").reshape(*size, 3)
 
 
 def cut_middle(image, size):

@@ -1,6 +1,7 @@
 """TFRecord files, in which each `tf.train.Example` is a sample."""
 
 import functools
+import itertools
 
 import google_crc32c
 from google.protobuf import (
@@ -23,7 +24,6 @@ from keras_cluster_mask.data.formats.base import (
 KEYS = ("__key__", "key", "image/filename", "image/id")
 # The length of a record and its checksum come before it, and a checksum after it.
 BEFORE, AFTER = 12, 4
-TRUNCATED = "it is truncated within a record"
 # The messages of a `tf.train.Example`: their fields in order, with their types.
 MESSAGES = {
     "Example": {"features": ".Features"},
@@ -48,26 +48,26 @@ class TFRecord(Format):
     def scan(self, path):
         if path.lower().endswith(".gz"):
             raise NoRandomAccess(path, "a compressed TFRecord file")
-        key, number = None, 0
+        key = None
         with files.open_file(path) as file:
-            while head := file.read(BEFORE):
+            for number in itertools.count():
+                head = file.read(BEFORE)
+                if not head:
+                    return
                 size = int.from_bytes(head[:8], "little")
                 if len(head) < BEFORE or not _is_intact(head[:8], head[8:]):
                     reason = "the length of a record does not match its checksum"
                     raise DamagedShard(path, key, reason)
                 place = file.tell()
-                if size > MAX_BYTES:
-                    file.seek(place + size)
-                    if len(file.read(AFTER)) < AFTER:
-                        raise DamagedShard(path, key, TRUNCATED)
-                    yield Entry(f"{number:08}", place, 0, (), "file too large")
-                    number += 1
-                    continue
-                content, checksum = file.read(size), file.read(AFTER)
-                if len(content) < size or len(checksum) < AFTER:
-                    raise DamagedShard(path, key, TRUNCATED)
+                content = file.read(size) if size <= MAX_BYTES else b""
+                file.seek(place + size)
+                checksum = file.read(AFTER)
+                if len(checksum) < AFTER:
+                    raise DamagedShard(path, key, "it is truncated within a record")
                 key, fields, fault = f"{number:08}", {}, None
-                if not _is_intact(content, checksum):
+                if size > MAX_BYTES:
+                    fault = "file too large"
+                elif not _is_intact(content, checksum):
                     fault = "a record that does not match its checksum"
                 else:
                     try:
@@ -75,8 +75,7 @@ class TFRecord(Format):
                     except message.DecodeError:
                         fault = "a record that is not a tf.train.Example"
                 names = [name for name in fields if not is_empty(fields[name])]
-                yield Entry(key, place, size, names, fault)
-                number += 1
+                yield Entry(key, place, len(content), names, fault)
 
     def parse(self, content, number, context):
         entries = _example().FromString(content).features.feature
