@@ -1,6 +1,7 @@
 """Checks of the arguments of `image_text_dataset`."""
 
 import collections
+import math
 import numbers
 
 from keras_cluster_mask.data.pairs import Pair
@@ -20,6 +21,12 @@ def check_choice(name, value, choices):
             f"`{name}` must be one of {', '.join(map(repr, choices))}. "
             f"Received: {name}={value!r}"
         )
+
+
+def is_positive(value):
+    """Whether a value is a positive, finite number."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
 
 
 def check_integer(name, value, at_least):
@@ -95,9 +102,7 @@ def choose_block_size(block_size, batch_size, processes, remote):
 
 def check_weights(source, training, sampling):
     """Checks a dict from sources to weights, and that it can be used."""
-    if not source or not all(
-        isinstance(weight, numbers.Real) and weight > 0 for weight in source.values()
-    ):
+    if not source or not all(map(is_positive, source.values())):
         raise ValueError(
             "`source` must be a dict from sources to positive weights. "
             f"Received: {source!r}"

@@ -62,6 +62,16 @@ def clean(text):
     return " ".join(text.split()).lower()
 
 
+def clean_all(captions):
+    """Cleans each of an iterable of captions."""
+    if isinstance(captions, str | bytes):
+        raise ValueError(
+            "`captions` must be an iterable of captions, not a single caption. "
+            f"Received: {captions!r}"
+        )
+    return map(clean, captions)
+
+
 @functools.cache
 def word_splitter(*special_tokens):
     """Splits a clean caption into words, spelled in byte characters."""
@@ -116,5 +126,5 @@ def learn_merges(captions, vocabulary_size, min_frequency):
         end_of_word_suffix=WORD_END,
         show_progress=False,
     )
-    learner.train_from_iterator(map(clean, captions), trainer)
+    learner.train_from_iterator(clean_all(captions), trainer)
     return [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import os
 import re
 from concurrent import futures
@@ -12,6 +11,7 @@ import braceexpand
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.folder import images_in
 from keras_cluster_mask.data.formats.table import find_table
+from keras_cluster_mask.data.parts import hash_of
 
 # The files whose size and date are asked for at the same time.
 REQUESTS = 16
@@ -94,10 +94,7 @@ def _in_folder(path):
             ".tsv or .jsonl with a row per image, or images. Received a folder "
             f"without: {path}"
         )
-    digest = hashlib.blake2b(
-        "\0".join(images).encode("utf-8", "surrogateescape"), digest_size=8
-    )
-    return path, {"size": len(images), "ETag": digest.hexdigest()}
+    return path, {"size": len(images), "ETag": hash_of("\0".join(images))}
 
 
 def expand(pattern):

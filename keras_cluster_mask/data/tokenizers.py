@@ -201,11 +201,6 @@ class CLIPTokenizer:
                 "`vocabulary_size` must be at least 514: two for each of the 256 bytes "
                 f"and two special tokens. Received: {vocabulary_size}"
             )
-        if isinstance(captions, str | bytes):
-            raise ValueError(
-                "`captions` must be an iterable of captions, not a single caption. "
-                f"Received: {captions!r}"
-            )
         merges = byte_pairs.learn_merges(captions, vocabulary_size, min_frequency)
         return cls(byte_pairs.clip_vocabulary(merges), merges, context_length)
 
