@@ -59,14 +59,17 @@ class Fault(typing.NamedTuple):
 
 
 class SampleError(RuntimeError):
-    """A sample that ends a run, with its shard and key."""
+    """A sample that ends a run.
 
-    def __init__(self, shard, key, reason):
-        super().__init__(f"The sample {key!r} of the shard {shard} failed: {reason}")
-        self.arguments = shard, key, reason
+    Args:
+        shard: str.
+        key: str.
+        reason: str.
+    """
 
-    def __reduce__(self):
-        return SampleError, self.arguments
+    def __str__(self):
+        shard, key, reason = self.args
+        return f"The sample {key!r} of the shard {shard} failed: {reason}"
 
 
 class PairReader:
@@ -123,14 +126,15 @@ class PairReader:
                 return reason
         return None
 
-    def pair(self, shard, key, fields, path_of):
+    def pair(self, shard, key, fields, names_files=True):
         """The `Pair` of a sample, or its `Fault`.
 
         Args:
             shard: str.
             key: str.
             fields: dict from the name of a field to its content.
-            path_of: Function from the name of an image file to its path.
+            names_files: bool. Whether a str is the name of an image file, which is
+                relative to the folder of the shard.
         """
         found = (fields[k] for k in self.image_keys if not is_empty(fields.get(k)))
         image, path = next(found, ""), ""
@@ -138,10 +142,10 @@ class PairReader:
             image = Image.fromarray(image)
         if isinstance(image, list):
             image = image[0] if image else ""
-        if isinstance(image, str) and image:
-            path = image = path_of(image)
+        if isinstance(image, str) and image and names_files:
+            path = image = files.beside(shard, image)
         # JSON lines may hold values of any type.
-        if is_empty(image) or not isinstance(image, str | bytes | Image.Image):
+        if is_empty(image) or not (path or isinstance(image, bytes | Image.Image)):
             return Fault(shard, key, "no image")
         captions, label, fault = (), None, None
         if self._wants_caption:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import os
 import re
 from concurrent import futures
@@ -12,6 +11,7 @@ import braceexpand
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.folder import images_in
 from keras_cluster_mask.data.formats.table import find_table
+from keras_cluster_mask.data.parts import hash_of
 
 # The files whose size and date are asked for at the same time.
 REQUESTS = 16
@@ -94,10 +94,7 @@ def _in_folder(path):
             ".tsv or .jsonl with a row per image, or images. Received a folder "
             f"without: {path}"
         )
-    digest = hashlib.blake2b(
-        "\0".join(images).encode("utf-8", "surrogateescape"), digest_size=8
-    )
-    return path, {"size": len(images), "ETag": digest.hexdigest()}
+    return path, {"size": len(images), "ETag": hash_of("\0".join(images))}
 
 
 def expand(pattern):
@@ -146,30 +143,25 @@ def expand(pattern):
 def _expand_braces(pattern):
     for body in re.findall(r"\{([^{}]*)\}", pattern):
         numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-        if not numbers and "," not in body:
+        is_range = numbers and int(numbers[1]) <= int(numbers[2])
+        if not is_range and "," not in body:
             raise ValueError(
-                "`source` must hold `{first..last}` or `{a,b}` between its braces. "
-                f"Received: {pattern}"
-            )
-        if numbers and int(numbers[1]) > int(numbers[2]):
-            raise ValueError(
-                f"`source` must count upwards between its braces. Received: {pattern}"
+                "`source` must hold `{first..last}`, which counts upwards, or `{a,b}` "
+                f"between its braces. Received: {pattern}"
             )
     return list(braceexpand.braceexpand(pattern, escape=False))
 
 
 def _listed(system, names):
     """The information on all files in the folders of names, of those that list."""
-    folders = {files.file_system(name)[1].rpartition("/")[0] for name in names}
     infos = {}
-    for folder in folders:
-        if re.search(r"[*?\[]", folder):
-            continue
-        # Web servers have no lists.
+    for folder in {files.file_system(name)[1].rpartition("/")[0] for name in names}:
+        # Web servers have no lists, and a pattern is no folder.
         with contextlib.suppress(OSError, NotImplementedError, ValueError):
-            listed = system.ls(folder, detail=True)
-            infos.update({info["name"].rstrip("/"): info for info in listed})
-    return {name: info for name, info in infos.items() if info.get("size") is not None}
+            for info in system.ls(folder, detail=True):
+                if info.get("size") is not None:
+                    infos[info["name"].rstrip("/")] = info
+    return infos
 
 
 def _info(system, path):
