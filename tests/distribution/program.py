@@ -31,7 +31,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
-from tests.helpers import MASKINGS, functional_vit, text_bag, tiny_clip, tiny_siglip
+from tests.helpers import MASKINGS, functional_vit, tiny_clip, tiny_siglip
 
 BATCH, STEPS = 8, 5
 
