@@ -28,7 +28,9 @@ class Data:
         self.recipe, self.image_size = recipe, image_size
         self.shards = splits(recipe.data)
         self.captions = kcm.data.read_captions(self.shards["train"], recipe.caption_key)
-        self.tokenizer = self._tokenizer(recipe.context_length)
+        self.tokenizer = kcm.data.CLIPTokenizer.train(
+            self.captions, recipe.vocabulary_size, recipe.context_length
+        )
         self.evaluation = functools.cache(self._evaluation)
         distinct = sorted(set(self.captions))
         self.classes = distinct if 10 * len(distinct) < len(self.captions) else None
@@ -38,7 +40,7 @@ class Data:
         recipe, options = self.recipe, {}
         tokenizer = self.tokenizer
         if method.text_masking and not whole_texts:
-            tokenizer = self._tokenizer(recipe.short_context)
+            tokenizer = tokenizer.with_context_length(recipe.short_context)
             options["text_masking"] = method.text_masking(self.captions)
         return kcm.data.image_text_dataset(
             self.shards["train"],
@@ -125,11 +127,6 @@ class Data:
             {**batch, "captions": [text for (text,) in batch["captions"]]}
             for batch in batches
         ]
-
-    def _tokenizer(self, context_length):
-        return kcm.data.CLIPTokenizer.train(
-            self.captions, self.recipe.vocabulary_size, context_length
-        )
 
 
 def splits(folder):

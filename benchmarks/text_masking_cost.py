@@ -40,7 +40,7 @@ def main():
     context_length = round(statistics.fmean(lengths) / 2) + 1
     # Those that a masking has to choose from.
     captions = [c for c, n in zip(captions, lengths) if n > context_length]
-    tokenizer = kcm.data.CLIPTokenizer.train(captions, 3000, context_length)
+    tokenizer = whole.with_context_length(context_length)
     table = kcm.data.FrequencyTextMasking().fit(captions)
     captions = captions[: options.captions]
     generators = [np.random.default_rng(number) for number in range(len(captions))]

@@ -49,13 +49,17 @@ EPOCHS = int(os.environ.get("EPOCHS", 8))
 BATCH_SIZE = 64
 
 captions = kcm.data.read_captions(TRAIN)
+tokenizer = kcm.data.CLIPTokenizer.train(captions, 3000, CONTEXT_LENGTH)
 
 
 def dataset(source, image_size, context_length, training):
-    # The vocabulary is the same in each stage: it only depends on the captions.
-    tokenizer = kcm.data.CLIPTokenizer.train(captions, 3000, context_length)
     return kcm.data.image_text_dataset(
-        source, tokenizer, image_size, BATCH_SIZE, training=training, seed=1
+        source,
+        tokenizer.with_context_length(context_length),
+        image_size,
+        BATCH_SIZE,
+        training=training,
+        seed=1,
     )
 
 

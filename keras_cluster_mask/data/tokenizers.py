@@ -1,5 +1,6 @@
 """CLIP's tokenizer in Python."""
 
+import copy
 import gzip
 import importlib.util
 import json
@@ -55,11 +56,7 @@ class CLIPTokenizer:
     def __init__(
         self, vocabulary, merges, context_length=77, start_token=START, end_token=END
     ):
-        if not isinstance(context_length, int) or context_length < 3:
-            raise ValueError(
-                "`context_length` must be an int of at least 3, for one token between "
-                f"start and end. Received: {context_length}"
-            )
+        _check_context_length(context_length)
         self._vocabulary = list(vocabulary)
         self._merges = [tuple(merge) for merge in merges]
         self.context_length = context_length
@@ -214,6 +211,20 @@ class CLIPTokenizer:
         with files.replacing(path) as file:
             file.write(json.dumps({"format": FILE_FORMAT, **self._config()}).encode())
 
+    def with_context_length(self, context_length):
+        """The same tokenizer with rows of another length, such as for a stage.
+
+        Args:
+            context_length: int, at least 3.
+
+        Returns:
+            A `CLIPTokenizer`.
+        """
+        _check_context_length(context_length)
+        other = copy.copy(self)
+        other.context_length = context_length
+        return other
+
     def __call__(self, texts, keep_words=None):
         """Converts captions to rows of token ids.
 
@@ -298,4 +309,12 @@ class CLIPTokenizer:
         return (
             f"<CLIPTokenizer vocabulary_size={self.vocabulary_size}, "
             f"context_length={self.context_length}>"
+        )
+
+
+def _check_context_length(context_length):
+    if not isinstance(context_length, int) or context_length < 3:
+        raise ValueError(
+            "`context_length` must be an int of at least 3, for one token between "
+            f"start and end. Received: {context_length}"
         )

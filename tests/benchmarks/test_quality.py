@@ -20,7 +20,7 @@ import keras_cluster_mask as kcm
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
 SMALL = ["--image-size=16", "--patch-size=8", "--batch-size=16", "--steps=8"]
-SMALL += ["--context-length=10", "--short-context=8", "--vocabulary-size=600"]
+SMALL += ["--context-length=10", "--short-context=4", "--vocabulary-size=600"]
 METHOD = "random, rare words, then all"
 
 
@@ -111,7 +111,7 @@ def test_methods_that_cut_texts_train_on_short_ones_and_are_judged_by_whole_ones
     options = quality.arguments(SMALL)
     data = quality.data_by_method(options)(METHODS["random"])
     for name, method in METHODS.items():
-        length = 8 if method.text_masking else 10
+        length = 4 if method.text_masking else 10
         batch = next(iter(data.training(1, method, whole_texts=False)))
         assert np.shape(batch["token_ids"]) == (16, length), name
     batch = next(iter(data.training(1, METHODS[METHOD], whole_texts=True)))

@@ -265,6 +265,21 @@ def test_a_trained_model_takes_its_tokenizer_however_it_fills_rows_up(trained, s
 
 
 @pytest.mark.any_backend
+def test_stages_of_any_length_take_one_tokenizer_and_no_other(shard):
+    captions = ["a photo of red cats", "a drawing of blue dogs"] * 2
+    tokenizer = kcm.data.CLIPTokenizer.train(captions, 600, 16)
+    other = kcm.data.CLIPTokenizer.train(["red dogs", "photos of cats"] * 2, 600, 16)
+    model = kcm.ContrastiveModel.from_backbone(
+        kcm.models.clip_backbone("tiny", 16, 600, 16, 4)
+    )
+    model.compile("sgd", **FAST)
+    for length in (3, 4, 8, 16):
+        model.fit(stream(shard, tokenizer.with_context_length(length)), verbose=0)
+        with pytest.raises(ValueError, match=ANOTHER):
+            model.fit(stream(shard, other.with_context_length(length)), verbose=0)
+
+
+@pytest.mark.any_backend
 def test_the_callbacks_of_a_fit_refuse_another_tokenizer(shard):
     model, captions = make_clip(), ["a cat", "no dog"]
     data = {"images": random_pairs(2)["images"], "captions": captions}
