@@ -316,6 +316,19 @@ def test_a_model_of_two_encoders_trains_on_parts_of_texts():
 
 
 @pytest.mark.any_backend
+@each_order
+def test_a_reloaded_model_leaves_out_the_same_tokens(padding_first, tmp_path):
+    model, ids = model_of("clip", padding_first=padding_first), texts("clip")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    one, other = (to_numpy(x.encode_text(ids, training=True)) for x in (model, loaded))
+    np.testing.assert_array_equal(one, other)
+    assert (np.abs(one - to_numpy(model.encode_text(ids)))[:3].max() > 1e-4) != (
+        padding_first
+    )
+
+
+@pytest.mark.any_backend
 def test_a_masking_serves_images_or_texts_but_not_both():
     masking = kcm.RandomMasking(0.5)
     with pytest.raises(ValueError, match=r"masking of its own.*Received: random_mask"):
