@@ -126,7 +126,7 @@ class EdgeMasking(SimilarityMasking):
         if self.transport:
             similarity = self.similarity_to_anchors(images, None, tokens)
             to_seeds = ops.take_along_axis(similarity, seeds[:, :, None], axis=1)
-            to_seeds = to_seeds + _doubly_stochastic_rows(similarity, seeds)
+            to_seeds = to_seeds + doubly_stochastic_rows(similarity, seeds)
         else:
             to_seeds = self.similarity_to_anchors(images, seeds, tokens)
         above = round_similarity(ops.max(to_seeds, axis=1) - self.threshold)
@@ -184,7 +184,7 @@ def edge_map(patches, grid):
     return round_similarity(edges / strongest[:, None])
 
 
-def _doubly_stochastic_rows(similarity, seeds):
+def doubly_stochastic_rows(similarity, seeds):
     """Some rows of the similarities after Sinkhorn's algorithm.
 
     Args:

@@ -4,7 +4,7 @@ from keras import ops
 from scipy import ndimage
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.masking.edge_masking import edge_map
+from keras_cluster_mask.masking.edge_masking import doubly_stochastic_rows, edge_map
 from tests.masking import masking_reference as reference
 from tests.masking.images import (
     assert_selects,
@@ -122,18 +122,41 @@ def test_edges_are_those_of_a_sobel_filter_on_grey_levels(grid):
         np.testing.assert_allclose(edges, expected / expected.max(), atol=2.0**-12)
 
 
-def test_zero_tokens_are_like_none_and_not_nan():
-    # Sinkhorn's algorithm has nothing to divide by.
+def test_rounding_errors_are_no_edges():
+    # The same pixels in another order: their mean differs in its last bits alone.
+    rng = np.random.default_rng(7)
+    pixels = np.tile(rng.random(192), (8, 24, 1))
+    patches = rng.permuted(pixels, axis=-1).astype("float32")
+    assert len(np.unique(patches.mean(axis=-1))) > 1
+    got = numpy(edge_map(ops.convert_to_tensor(patches), (6, 4)))
+    np.testing.assert_array_equal(got, 0.0)
+
+
+def test_transport_is_sinkhorns_algorithm_on_what_is_not_negative():
+    images, noise, _ = case(*GEOMETRIES[0], seed=8)
+    similarity = reference.pairwise_similarity(images, 4)
+    assert similarity.min() < -0.1
+    expected = reference.sinkhorn(similarity)
+    np.testing.assert_allclose(expected.sum(axis=1), 1.0, atol=0.01)
+    np.testing.assert_allclose(expected.sum(axis=2), 1.0, atol=0.01)
+    seeds = np.argsort(noise, axis=1)[:, :3].astype("int32")
+    tensors = ops.convert_to_tensor(similarity.astype("float32")), seeds
+    got = numpy(doubly_stochastic_rows(*map(ops.convert_to_tensor, tensors)))
+    expected = np.take_along_axis(expected, seeds[:, :, None], axis=1)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_zero_tokens_are_like_none_even_themselves():
+    # Sinkhorn's algorithm has nothing to divide by there.
     images, noise, tokens = case(*GEOMETRIES[0], seed=6)
-    tokens[:, 1:] = 0.0
-    masking = kcm.EdgeMasking(4, embedding_weight=1.0)
-    expected = reference.select_random(noise, 0.5)
-    inputs = dict(images=images, tokens=tokens, noise=noise)
-    assert_selects(masking, expected, **inputs)
-    tokens[:, 3:] = 1.0
-    assert np.isfinite(numpy(masking.score(noise, images, tokens))).all()
+    tokens[:, 1:3], tokens[:, 3:] = 0.0, 1.0
+    masking = kcm.EdgeMasking(4, seed_ratio=0.2, edges=None, embedding_weight=1.0)
     masked = numpy(masking.score(noise, images, tokens)) < 0.0
+    seeds = numpy(masking.draw_seeds(ops.convert_to_tensor(noise), None))
+    has_alike = (seeds >= 2).any(axis=1)
     assert not masked[:, :2].any()
+    np.testing.assert_array_equal(masked[:, 2:].all(axis=1), has_alike)
+    np.testing.assert_array_equal(masked[:, 2:].any(axis=1), has_alike)
 
 
 @pytest.mark.any_backend

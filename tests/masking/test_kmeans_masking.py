@@ -3,7 +3,14 @@ import pytest
 
 import keras_cluster_mask as kcm
 from tests.masking import masking_reference as reference
-from tests.masking.images import assert_selects, draw_noise, mosaic, numpy, textured
+from tests.masking.images import (
+    assert_selects,
+    draw_noise,
+    mosaic,
+    numpy,
+    paper,
+    textured,
+)
 from tests.masking.test_cluster_masking import (
     CLEAR,
     FALSE_ALARM,
@@ -93,6 +100,19 @@ def test_alike_patches_leave_together():
     assert same_cluster[alike].all()
     # Not because there is but one cluster.
     assert np.all([len(set(row)) > 2 for row in score])
+
+
+def test_flat_patches_of_many_grey_levels_share_a_cluster():
+    # Rounding errors, here larger ones, must not decide which of several seeds.
+    rng = np.random.default_rng(5)
+    images = paper(rng, ROWS, 6, 4, (4, 4))
+    images += 3e-6 * rng.normal(size=images.shape).astype("float32")
+    images[:, :8] = rng.random((ROWS, 8, 16, 3))
+    noise = draw_noise(np.random.default_rng(7), ROWS, 24)
+    flat = numpy(kcm.KMeansMasking(4).score(noise, images))[:, 8:]
+    seeds = np.argsort(noise, axis=1)[:, :8]
+    assert np.all((seeds >= 8).sum(axis=1) > 1)
+    np.testing.assert_array_equal(flat, np.broadcast_to(flat[:, :1], flat.shape))
 
 
 def test_flat_images_keep_every_position_equally_often():
