@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from tests.helpers import FAST, image_mlp, random_pairs, small_model, text_bag, values
+from tests.helpers import FAST, random_pairs, small_model, values
 from tests.training.processes import NoteProcess
 
 FIT = dict(batch_size=4, shuffle=False, verbose=0)
@@ -92,7 +92,7 @@ def test_a_missing_file_is_an_error(folder):
 
 
 def test_a_model_that_is_not_compiled_is_refused(folder):
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model = small_model()
     with pytest.raises(ValueError, match=r"`resume_from` needs a compiled.*Received:"):
         model.fit(random_pairs(8), resume_from=folder, **FIT)
 
