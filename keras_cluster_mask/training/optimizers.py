@@ -26,7 +26,7 @@ REPLACED = "build", "_backend_update_step", "_apply_weight_decay"
 
 
 def configure(model):
-    """Makes the optimizer of a compiled model do what `model.optimizer_options` say."""
+    """Sets what a compiled optimizer does to which weights, by `optimizer_options`."""
     optimizer, options = model.optimizer, model.optimizer_options
     logs_norm = options["log_gradient_norm"]
     model.gradient_norm = GradientNorm(optimizer) if logs_norm else None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from tests.helpers import FAST, image_mlp, random_pairs, text_bag, values
+from tests.helpers import FAST, random_pairs, small_model, values
 from tests.training.processes import NoteProcess
 
 FIT = dict(batch_size=4, shuffle=False, verbose=0)
@@ -16,9 +16,20 @@ FIT = dict(batch_size=4, shuffle=False, verbose=0)
 
 def compiled():
     keras.utils.set_random_seed(0)
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model = small_model()
     model.compile(keras.optimizers.SGD(0.05, momentum=0.9), **FAST)
     return model
+
+
+def test_arguments_have_the_order_of_keras():
+    found, expected = compiled(), compiled()
+    pairs, log = random_pairs(8), []
+    callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=lambda *x: log.append(x))]
+    found.fit(pairs, None, 4, 2, 0, callbacks, 0.0, pairs, False)
+    expected.fit(pairs, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    for one, other in zip(values(found.weights), values(expected.weights)):
+        np.testing.assert_array_equal(one, other)
+    assert [epoch for epoch, logs in log if "val_loss" in logs] == [0, 1]
 
 
 def checkpoint(folder, **options):
@@ -81,7 +92,7 @@ def test_a_missing_file_is_an_error(folder):
 
 
 def test_a_model_that_is_not_compiled_is_refused(folder):
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model = small_model()
     with pytest.raises(ValueError, match=r"`resume_from` needs a compiled.*Received:"):
         model.fit(random_pairs(8), resume_from=folder, **FIT)
 
