@@ -20,6 +20,12 @@ CAPTION_KEYS = (
     *("json.captions", "txt"),
     *("caption", "caption/raw", "captions", "text", "title"),
 )
+# What is asked for, and by which argument.
+ASKED = {
+    "image": "an image (`image_keys`",
+    "caption": "a caption that is not empty (`caption_key`",
+    "label": "a label (`label_key`",
+}
 
 
 class Pair(typing.NamedTuple):
@@ -92,19 +98,20 @@ class PairReader:
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
         self.labels = labels
         self._wants_caption = wants_caption
+        # The fields of which a sample must have one.
+        self._wanted = {"image": self.image_keys}
+        if wants_caption:
+            self._wanted["caption"] = self.caption_keys
+        if labels:
+            self._wanted["label"] = labels.keys
 
     @property
     def wanted(self):
         """str. What a sample must hold, for error messages."""
-        wanted = [f"an image (`image_keys`, here {list(self.image_keys)})"]
-        if self._wants_caption:
-            wanted.append(
-                f"a caption (`caption_key`, here {list(self.caption_keys)}) that is "
-                "not empty"
-            )
-        if self.labels:
-            wanted.append(f"a label (`label_key`, here {list(self.labels.keys)})")
-        return " and ".join(wanted)
+        wanted = self._wanted.items()
+        return " and ".join(
+            f"{ASKED[kind]}, here {list(keys)})" for kind, keys in wanted
+        )
 
     def describe(self):
         """What decides which samples are intact, as JSON can hold it."""
@@ -116,14 +123,9 @@ class PairReader:
         """The fault of a sample as far as the names of its fields show it, or None."""
         if fault:
             return fault
-        wanted = {"no image": self.image_keys}
-        if self._wants_caption:
-            wanted["no caption"] = self.caption_keys
-        if self.labels:
-            wanted["no label"] = self.labels.keys
-        for reason, keys in wanted.items():
+        for kind, keys in self._wanted.items():
             if not any(_may_have(fields, key) for key in keys):
-                return reason
+                return f"no {kind}"
         return None
 
     def pair(self, shard, key, fields, names_files=True):

@@ -1,7 +1,6 @@
 """Finds the shards that a source names."""
 
 import contextlib
-import functools
 import os
 import re
 from concurrent import futures
@@ -116,28 +115,28 @@ def expand(pattern):
     # A file may have braces in its name.
     if "{" in pattern and not system.exists(whole):
         names = _expand_braces(pattern)
-    found = {}
     # What another program has written since does not show in a cache.
     system.invalidate_cache()
     paths = [files.file_system(name)[1] for name in names]
-    infos = _listed(system, names) if len(names) > 1 else {}
-    missing = [path for path in paths if path.rstrip("/") not in infos]
+    listed = _listed(system, paths) if len(paths) > 1 else {}
+
+    def find(path):
+        info = listed.get(path.rstrip("/"))
+        return {path: info} if info else _matching(system, path)
+
+    found = {}
     with futures.ThreadPoolExecutor(REQUESTS, "find files") as threads:
-        found_infos = threads.map(functools.partial(_info, system), missing)
-        infos.update(zip((path.rstrip("/") for path in missing), found_infos))
-    for name, path in zip(names, paths):
-        info = infos[path.rstrip("/")]
-        matches = {path: info} if info else _matching(system, path)
-        if not matches:
-            magic = re.search(r"[*?\[]", name)
-            kind = "pattern that no file matches" if magic else "missing"
-            raise FileNotFoundError(
-                f"`source` must name shards that exist. Received ({kind}): {name}"
-            )
-        local = not files.is_address(pattern)
-        for path, info in matches.items():
-            found[path if local else system.unstrip_protocol(path)] = info
-    return found
+        for name, matches in zip(names, threads.map(find, paths)):
+            if not matches:
+                magic = re.search(r"[*?\[]", name)
+                kind = "pattern that no file matches" if magic else "missing"
+                raise FileNotFoundError(
+                    f"`source` must name shards that exist. Received ({kind}): {name}"
+                )
+            found.update(matches)
+    if not files.is_address(pattern):
+        return found
+    return {system.unstrip_protocol(path): info for path, info in found.items()}
 
 
 def _expand_braces(pattern):
@@ -152,10 +151,10 @@ def _expand_braces(pattern):
     return list(braceexpand.braceexpand(pattern, escape=False))
 
 
-def _listed(system, names):
-    """The information on all files in the folders of names, of those that list."""
+def _listed(system, paths):
+    """The information on all files in the folders of paths, of those that list."""
     infos = {}
-    for folder in {files.file_system(name)[1].rpartition("/")[0] for name in names}:
+    for folder in {path.rpartition("/")[0] for path in paths}:
         # Web servers have no lists, and a pattern is no folder.
         with contextlib.suppress(OSError, NotImplementedError, ValueError):
             for info in system.ls(folder, detail=True):
@@ -164,14 +163,10 @@ def _listed(system, names):
     return infos
 
 
-def _info(system, path):
-    try:
-        return system.info(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def _matching(system, path):
+    """The file of a name, or all files that match a pattern."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return {path: system.info(path)}
     found = system.glob(path, detail=True)
     wants_hidden = path.rpartition("/")[2].startswith(".")
     # Such as the index of a shard.
