@@ -177,7 +177,9 @@ def new_model(method, options, data, seed, steps):
         context_length=options.context_length,
     )
     masking = method.masking and method.masking(options.patch_size)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
+    share = options.short_context / options.context_length
+    token_masking = method.token_masking and method.token_masking(share)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking, token_masking)
     if getattr(masking, "threshold", None) is not None:
         masking.adapt(data.evaluation("train", 20))
     schedule = keras.optimizers.schedules.CosineDecay(

@@ -15,6 +15,8 @@ class Method:
         text_masking: Function from the captions of the training data to a text
             masking, or to `None`, which truncates. Texts are then cut to
             `--short-context`. `None`: whole texts.
+        token_masking: Function from the share of the tokens that stays to a masking
+            within the text encoder, where tokens keep their positions.
         whole_texts: How many of the eight parts of a run read whole texts, at its end.
         image_scale: The side of the images that the model reads, over the full side.
         equal_time: Whether to train for as long as `random` takes, rather than for as
@@ -23,6 +25,7 @@ class Method:
 
     masking: Callable | None = None
     text_masking: Callable | None = None
+    token_masking: Callable | None = None
     whole_texts: int = 0
     image_scale: float = 1.0
     equal_time: bool = False
@@ -49,9 +52,14 @@ METHODS = {
     "threshold, fill-in": Method(lambda p: threshold(p, hide_padding=False)),
     "centered": Method(lambda p: kcm.CenteredMasking(0.5)),
     "block": Method(lambda p: kcm.BlockMasking(0.5)),
+    "k-means": Method(lambda p: kcm.KMeansMasking(p, 0.5)),
+    "edges": Method(lambda p: kcm.EdgeMasking(p, 0.5)),
     # A grid of 2 x 2 keeps a quarter.
     "random, quarter": Method(lambda p: kcm.RandomMasking(0.75)),
     "grid, quarter": Method(lambda p: kcm.GridMasking(2)),
+    "random, tokens at their positions": Method(
+        random, token_masking=lambda share: kcm.RandomMasking(1 - share)
+    ),
 }
 
 # Which words stay, of captions that are longer than `--short-context`.
@@ -75,8 +83,15 @@ STUDIES = {
         "threshold",
         "centered",
         "block",
+        "k-means",
+        "edges",
         "random, quarter",
         "grid, quarter",
     ),
-    "texts": ("random", *(name for name in METHODS if "words" in name)),
+    "texts": (
+        "random",
+        "random, tokens at their positions",
+        *(f"random, {words}" for words in WORDS),
+        *(f"random, {words}, then all" for words in WORDS),
+    ),
 }

@@ -44,7 +44,7 @@ def test_blocks_of_code_run_and_make_the_image(scope, tmp_path, monkeypatch):
     for block in BLOCKS[1:]:
         exec(block, scope)
     titles = [axis.get_title() for axis in scope["figure"].axes]
-    assert titles[:7] == ["image", *scope["maskings"]]
+    assert titles[:9] == ["image", *scope["maskings"]]
     assert (tmp_path / "docs" / "all_masks.png").stat().st_size > 100_000
 
 

@@ -102,6 +102,8 @@ def test_methods_keep_half_of_the_patches_or_say_that_they_do_not():
         if method.masking:
             expected = 16 if "quarter" in name else 32
             assert method.masking(6).num_kept(64) == expected, name
+        if method.token_masking:
+            assert method.token_masking(8 / 24).num_kept(24) == 8, name
     assert {name for study in STUDIES.values() for name in study} <= set(METHODS)
 
 
