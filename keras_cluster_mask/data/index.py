@@ -140,6 +140,14 @@ class Index:
         total = sum(map(collections.Counter, by_shard.values()), collections.Counter())
         return Faults(dict(sorted(total.items())), by_shard, details)
 
+    def key_hashes(self):
+        """The hashes of the keys of all samples, as of `hash_of`, uint64 `(len,)`."""
+        hashes = [np.empty(0, "u8")]
+        for shard, (part, faulty) in enumerate(zip(self._parts, self._faulty)):
+            of_part = part.records()["key"]
+            hashes.append(of_part[self._intact(shard)] if any(faulty) else of_part)
+        return np.concatenate(hashes)
+
     def broken(self):
         """Yields a `Fault` for each broken sample, whose key is read from its shard."""
         for shard, (path, part) in enumerate(zip(self.paths, self._parts)):
@@ -289,6 +297,16 @@ class ObjectIndex:
 
     def __len__(self):
         return len(self._source)
+
+    def key_hashes(self):
+        """See `Index.key_hashes`. Keys other than numbers are read with their samples.
+
+        The first sample shows whether there are any.
+        """
+        keys = map(str, range(len(self)))
+        if "__key__" in self.fields:
+            keys = (self._pair(number).key for number in range(len(self)))
+        return np.fromiter(map(hash_of, keys), "u8", len(self))
 
     def broken(self):
         """Nothing: what is broken shows when it is read."""

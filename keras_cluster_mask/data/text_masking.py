@@ -285,9 +285,8 @@ class FrequencyTextMasking(TextMasking):
                 f"Received: {captions!r}"
             )
         counts, number = collections.Counter(), 0
-        splitter = byte_pairs.word_splitter(byte_pairs.START, byte_pairs.END)
-        for caption in captions:
-            counts.update(_words(splitter, byte_pairs.clean(caption)))
+        for words in split_words(captions):
+            counts.update(words)
             number += 1
         least = MIN_COUNT if self.unknown == "drop" else 1
         counts = {word: count for word, count in counts.items() if count >= least}
@@ -311,7 +310,7 @@ class FrequencyTextMasking(TextMasking):
         # Numbers of NumPy would not be written as JSON.
         self.frequencies = {word: float(count) for word, count in frequencies.items()}
         self._probabilities = {
-            word: max(0.0, 1 - math.sqrt(self.threshold / (count / total)))
+            word: discard_probability(count / total, self.threshold)
             for word, count in frequencies.items()
         }
 
@@ -365,6 +364,18 @@ def check_text_masking(text_masking, tokenizer):
         )
     # What is missing, and a tagger that does not work, shows before any sample is read.
     text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))
+
+
+def split_words(captions):
+    """Yields the words of each caption in lower case, as CLIP's tokenizer splits it."""
+    splitter = byte_pairs.word_splitter(byte_pairs.START, byte_pairs.END)
+    for caption in captions:
+        yield _words(splitter, byte_pairs.clean(caption))
+
+
+def discard_probability(frequency, threshold):
+    """word2vec's law: 0 for words up to the frequency `threshold`, and then up to 1."""
+    return max(0.0, 1 - math.sqrt(threshold / frequency))
 
 
 def _words(splitter, text):
