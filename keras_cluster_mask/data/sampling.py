@@ -30,7 +30,7 @@ ROWS, PAIRS = 2**18, 64
 
 
 class ClusterSampling:
-    """Trains on fewer samples of large clusters, drawn anew in each epoch (DynamiCS).
+    """Trains on fewer samples of large clusters, new ones in each epoch (DynamiCS).
 
     A cluster of `n` samples gives `r = T * n**alpha / sum(n**alpha)` samples to an
     epoch, of which it has `T = share * (number of samples)`. So large clusters are
@@ -39,12 +39,13 @@ class ClusterSampling:
     samples in all processes, and after a resume.
 
     In small clusters `r` exceeds `n`. As in the official code, their samples then come
-    once, and an epoch is shorter than `T`; with `repeat`, as in the paper, they come
-    several times. Epochs differ in length by chance. `len` of a dataset is the number
-    of batches of its first epoch, and `ContrastiveModel.fit` trains for so many steps
-    in each of its epochs, without leaving samples out.
+    once, and an epoch is shorter than `T`. With `repeat` they come several times, and
+    its mean length is `T`. Epochs differ in length by chance: `len` of a dataset is the
+    number of batches of its first epoch. `ContrastiveModel.fit` trains for that many
+    steps in each of its epochs, and no sample is lost between them.
 
-    Each process and each worker process needs 12 bytes a sample.
+    Each process and each worker process needs 12 bytes a sample, and those of the
+    samples of two epochs, 8 bytes each.
 
     Example:
 
@@ -77,7 +78,8 @@ class ClusterSampling:
 
     Reference:
 
-    - [DynamiCS](https://arxiv.org/abs/2604.27932)
+    - [Dynamic Cluster Data Sampling for Efficient and Long-Tail-Aware Vision-Language
+      Pre-training](https://arxiv.org/abs/2604.27932)
     """
 
     def __init__(self, clusters, alpha=0.2, share=0.5, repeat=False, seed=0):
@@ -326,7 +328,7 @@ def cluster_embeddings(embeddings, num_clusters, iterations, merge_threshold, se
     )
     kmeans.train(_normalized(embeddings[examples]))
     nearest = faiss.IndexFlatIP(dim)
-    nearest.add(merge_centers(kmeans.centroids, merge_threshold))
+    nearest.add(merge_centers(_normalized(kmeans.centroids), merge_threshold))
     return np.concatenate(
         [
             nearest.search(_normalized(embeddings[first : first + ROWS]), 1)[1][:, 0]
@@ -421,7 +423,7 @@ def _captions(index):
 
 
 def _draw(hashes, clusters, copies, seed, num_samples, epoch):
-    """The numbers of the samples of an epoch, each as often as it comes."""
+    """The numbers of the samples of an epoch, with its copies."""
     key = np.random.SeedSequence([seed, epoch]).generate_state(1, "u8")
     numbers = []
     for first in range(0, num_samples, ROWS):
