@@ -16,12 +16,13 @@ from keras_cluster_mask.data.arguments import (
 )
 from keras_cluster_mask.data.backgrounds import check_background
 from keras_cluster_mask.data.captions import CaptionChoice
+from keras_cluster_mask.data.frequency_pruning import FrequencyPruning
 from keras_cluster_mask.data.images import MAX_PIXELS, Cutter, height_and_width
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.order import Mix, Order
 from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
-from keras_cluster_mask.data.sampling import ClusterSampling, FrequencyPruning
+from keras_cluster_mask.data.sampling import ClusterSampling
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
 from keras_cluster_mask.data.text_masking import check_text_masking
@@ -286,6 +287,11 @@ def image_text_dataset(
             for source, each in enumerate(indexes)
         ]
         order = orders[0] if weights is None else Mix(orders, weights)
+        if order.length(0) < batch_size:
+            raise ValueError(
+                "`sampling` must choose at least a batch of samples. Received: "
+                f"batch_size={batch_size}, {order.length(0)} samples in the first epoch"
+            )
 
     wanted = {
         "images": True,

@@ -1,11 +1,9 @@
-"""Which samples an epoch trains on: fewer of large clusters, or rare words first.
+"""Which samples an epoch trains on, by clusters of similar images.
 
 A sampler knows samples by the hashes of their keys, which the index holds. So it reads
 no sample to choose those of an epoch, and chooses the same in each process.
 """
 
-import array
-import collections
 import functools
 import numbers
 import os
@@ -17,16 +15,13 @@ import numpy as np
 
 from keras_cluster_mask.data.arguments import check_integer
 from keras_cluster_mask.data.parts import hash_of
-from keras_cluster_mask.data.text_masking import discard_probability, split_words
 
 # DynamiCS has about so many images in a cluster, before clusters are merged.
 PER_CLUSTER, MIN_CLUSTERS = 4000, 16
 # More embeddings than these do not make the centers better.
 PER_CENTER = 1000
-# The first words of a caption, which WFPP looks at.
-WORDS = 30
-# The rows that are computed or read together.
-ROWS, PAIRS = 2**18, 64
+# The rows that are computed together.
+ROWS = 2**18
 
 
 class ClusterSampling:
@@ -44,8 +39,8 @@ class ClusterSampling:
     number of batches of its first epoch. `ContrastiveModel.fit` trains for that many
     steps in each of its epochs, and no sample is lost between them.
 
-    Each process and each worker process needs 12 bytes a sample, and those of the
-    samples of two epochs, 8 bytes each.
+    Each process, and each worker process, holds 12 bytes for each sample and 8 bytes
+    for each of the samples of two epochs.
 
     Example:
 
@@ -83,12 +78,12 @@ class ClusterSampling:
     """
 
     def __init__(self, clusters, alpha=0.2, share=0.5, repeat=False, seed=0):
-        _check_fraction("alpha", alpha, or_zero=True)
-        _check_fraction("share", share)
+        check_fraction("alpha", alpha, or_zero=True)
+        check_fraction("share", share)
         self.alpha, self.share, self.repeat = alpha, share, bool(repeat)
         self.seed = check_integer("seed", seed, 0)
         keys, clusters = _keys_and_clusters(clusters)
-        self._hashes, order = _sorted_hashes(keys)
+        self._hashes, order = sorted_hashes(keys)
         # The number of a cluster, the place of each sample's cluster, and their sizes.
         self._names, places, counts = np.unique(
             clusters[order], return_inverse=True, return_counts=True
@@ -166,10 +161,10 @@ class ClusterSampling:
                 f"num_clusters={num_clusters}, {shape[0]} samples"
             )
         iterations = check_integer("iterations", iterations, 1)
-        _check_fraction("merge_threshold", merge_threshold)
+        check_fraction("merge_threshold", merge_threshold)
         seed = check_integer("seed", seed, 0)
         # What is wrong with the keys shows before a long computation.
-        hashes, order = _sorted_hashes(keys)
+        hashes, order = sorted_hashes(keys)
         clusters = cluster_embeddings(
             embeddings, num_clusters, iterations, merge_threshold, seed
         )
@@ -213,7 +208,7 @@ class ClusterSampling:
     def of_index(self, index):
         """The function of an epoch that chooses samples of an `Index`."""
         hashes = index.key_hashes()
-        clusters = self._clusters[_places(index, hashes, self._hashes, "clusters")]
+        clusters = self._clusters[places_of(index, hashes, self._hashes, "clusters")]
         return functools.partial(_draw, hashes, clusters, self._copies, self.seed)
 
     def _cluster(self, hashes, key):
@@ -224,79 +219,6 @@ class ClusterSampling:
                 f"key={key!r}"
             )
         return self._clusters[places]
-
-
-class FrequencyPruning:
-    """Trains on the pairs whose captions have the fewest frequent words (WFPP).
-
-    The score of a caption is `(1 - product of p(w)) / n` over its first 30 words, `n`
-    of them. `p(w) = 1 - sqrt(threshold / f(w))` grows with the share `f(w)` of the word
-    among all words, and is 1 up to a share of `threshold`, so that misspelled words
-    count for nothing. The pairs of the highest scores stay, the same in each epoch;
-    among them are many short captions. Of several captions, the mean score counts.
-
-    Unless `fit` is called, `image_text_dataset` reads all captions when it is called,
-    in each process. For tar shards, TFRecord and Parquet files this reads the images,
-    too: for large ones, rather take the captions of their metadata.
-
-    Example:
-
-    ```python
-    captions = {"0": "a dog in the snow", "1": "the cat on the mat", "2": "the dog"}
-    sampling = kcm.data.FrequencyPruning(share=0.7).fit(captions)
-    # dataset = kcm.data.image_text_dataset(..., training=True, sampling=sampling)
-    ```
-
-    Args:
-        share: float, above 0 to 1. The share of the pairs that stay.
-        threshold: float. A share of all words. Defaults to `1e-7`, as in the paper.
-
-    Raises:
-        ValueError: If an argument is invalid, or if no word is more frequent than
-            `threshold`; in `image_text_dataset`, if `fit` got no caption of a sample.
-
-    Reference:
-
-    - [Enhancing Vision-Language Model Pre-training with Image-text Pair Pruning Based
-      on Word Frequency](https://arxiv.org/abs/2410.10879)
-    """
-
-    def __init__(self, share, threshold=1e-7):
-        _check_fraction("share", share)
-        _check_fraction("threshold", threshold)
-        self.share, self.threshold = share, threshold
-        self._hashes = self._scores = None
-
-    def fit(self, captions):
-        """Takes captions instead of those that are read with the images.
-
-        Args:
-            captions: dict from the key of each sample to its caption, str or bytes, or
-                a list of captions.
-
-        Returns:
-            The sampler itself.
-        """
-        if not isinstance(captions, Mapping):
-            raise ValueError(
-                "`captions` must be a dict from keys to captions. Received: an object "
-                f"of type {type(captions).__name__}"
-            )
-        scores = caption_scores(captions.values(), self.threshold)
-        self._hashes, order = _sorted_hashes(list(captions))
-        self._scores = scores[order]
-        return self
-
-    def of_index(self, index):
-        """The function of an epoch that chooses samples of an `Index`."""
-        if self._scores is None:
-            scores = caption_scores(_captions(index), self.threshold)
-        else:
-            hashes = index.key_hashes()
-            scores = self._scores[_places(index, hashes, self._hashes, "captions")]
-        number = max(int(self.share * len(scores) + 1e-6), 1)
-        kept = np.sort(np.argsort(-scores, kind="stable")[:number])
-        return functools.partial(_always, kept)
 
 
 def cluster_embeddings(embeddings, num_clusters, iterations, merge_threshold, seed):
@@ -363,67 +285,8 @@ def merge_centers(centers, threshold):
     return kept[:number]
 
 
-def caption_scores(captions, threshold):
-    """The scores of `FrequencyPruning`, in one pass over the captions.
-
-    Args:
-        captions: Iterable of the caption, or the sequence of captions, of each sample.
-        threshold: float.
-
-    Returns:
-        NumPy float array `(num_samples,)`.
-    """
-    counts, ids = collections.Counter(), collections.defaultdict()
-    ids.default_factory = ids.__len__
-    # The first words of all captions, how many each has, and the captions of a sample.
-    heads, lengths, several = array.array("I"), array.array("I"), array.array("I")
-
-    def flat():
-        for each in captions:
-            each = [each] if isinstance(each, str | bytes) else each
-            several.append(len(each))
-            yield from each
-
-    for words in split_words(flat()):
-        counts.update(words)
-        heads.extend(ids[word] for word in words[:WORDS])
-        lengths.append(min(len(words), WORDS))
-    total = counts.total()
-    if not total:
-        raise ValueError(
-            "`captions` must hold words. Where a dataset reads them, it needs a "
-            f"tokenizer or `include_captions`. Received: {len(several)} samples "
-            "without any"
-        )
-    highest = max(counts.values()) / total
-    if highest <= threshold:
-        raise ValueError(
-            "`threshold` must be less than the share of the most frequent word of the "
-            f"captions. Received: threshold={threshold}, a highest share of "
-            f"{highest:.3g} among {total} words"
-        )
-    p = [discard_probability(counts[word] / total, threshold) or 1.0 for word in ids]
-    lengths, several = np.asarray(lengths), np.asarray(several)
-    firsts = np.cumsum(lengths, dtype="int64") - lengths
-    # Captions without words have the lowest score, 0.
-    has_words, scores = lengths > 0, np.zeros(len(lengths))
-    products = np.multiply.reduceat(np.array(p)[np.asarray(heads)], firsts[has_words])
-    scores[has_words] = (1 - products) / lengths[has_words]
-    samples = np.repeat(np.arange(len(several)), several)
-    sums = np.bincount(samples, scores, len(several))
-    return sums / np.maximum(several, 1)
-
-
-def _captions(index):
-    """Yields the captions of each sample of an index."""
-    for first in range(0, len(index), PAIRS):
-        several = range(first, min(first + PAIRS, len(index)))
-        for pair in index.read(several, with_images=False):
-            yield getattr(pair, "captions", ())
-
-
 def _draw(hashes, clusters, copies, seed, num_samples, epoch):
-    """The numbers of the samples of an epoch, with its copies."""
+    """The numbers of the samples of an epoch, copies included."""
     key = np.random.SeedSequence([seed, epoch]).generate_state(1, "u8")
     numbers = []
     for first in range(0, num_samples, ROWS):
@@ -436,10 +299,6 @@ def _draw(hashes, clusters, copies, seed, num_samples, epoch):
         several = np.arange(first, first + len(times))
         numbers.append(np.repeat(several, times.astype("int64")))
     return np.concatenate(numbers)
-
-
-def _always(kept, num_samples, epoch):
-    return kept
 
 
 def _keys_and_clusters(clusters):
@@ -492,7 +351,7 @@ def _hashes_of(keys):
     return np.fromiter(map(hash_of, map(text, keys)), "u8", len(keys))
 
 
-def _sorted_hashes(keys):
+def sorted_hashes(keys):
     """The hashes of keys in ascending order, and the places of the keys by it."""
     hashes = _hashes_of(keys)
     order = np.argsort(hashes, kind="stable")
@@ -514,20 +373,12 @@ def _search(table, hashes):
     return places
 
 
-def _places(index, hashes, table, argument):
+def places_of(index, hashes, table, argument):
     """The places of the samples of an index in a table."""
 
     def key_of(number):
         return next(iter(index.read([int(number)], with_images=False))).key
 
-    order = np.argsort(hashes, kind="stable")
-    twice = np.flatnonzero(np.diff(hashes[order]) == 0)
-    if twice.size:
-        raise ValueError(
-            "`source` must have other keys in each shard for this `sampling`, which "
-            "knows samples by their keys: write the shards with longer keys. Received: "
-            f"the key {key_of(order[twice[0]])!r} twice"
-        )
     places = _search(table, hashes)
     missing = np.flatnonzero(places < 0)
     if missing.size:
@@ -537,10 +388,18 @@ def _places(index, hashes, table, argument):
             f"{len(hashes)} samples, such as the one with the key "
             f"{key_of(missing[0])!r}"
         )
+    twice = np.flatnonzero(np.bincount(places) > 1)
+    if twice.size:
+        key = key_of(np.flatnonzero(places == twice[0])[0])
+        raise ValueError(
+            "`source` must have other keys in each shard for this `sampling`, which "
+            "knows samples by their keys: write the shards with longer keys. Received: "
+            f"the key {key!r} twice"
+        )
     return places
 
 
-def _check_fraction(name, value, or_zero=False):
+def check_fraction(name, value, or_zero=False):
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1 or not (value or or_zero):
         raise ValueError(

@@ -1,9 +1,8 @@
-"""Samplers against their references, and which samples are read with them."""
+"""`ClusterSampling` against its reference, and which samples are read with it."""
 
 import itertools
 import math
 import pickle
-import re
 import sys
 
 import keras
@@ -11,17 +10,9 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data import (
-    ClusterSampling,
-    FrequencyPruning,
-    image_text_dataset,
-)
+from keras_cluster_mask.data import ClusterSampling, image_text_dataset
 from keras_cluster_mask.data.parts import hash_of
-from keras_cluster_mask.data.sampling import (
-    caption_scores,
-    cluster_embeddings,
-    merge_centers,
-)
+from keras_cluster_mask.data.sampling import cluster_embeddings, merge_centers
 from tests.helpers import FAST, image_mlp, text_bag
 
 pytestmark = [
@@ -31,16 +22,6 @@ pytestmark = [
 
 # Large clusters are thinned to a quarter; all of the smallest come.
 SIZES = [100_000, 10_000, 1_000, 100]
-CAPTIONS = {
-    "0": "a red dog in the snow",
-    "1": b"The dog, the cat!",
-    "2": ["a photo", "a photo of the blue dog"],
-    "3": "a photo of a photo of a photo",
-    "4": "a a a a a",
-    "5": "a " * 30 + "zebra",
-    "6": "...",
-    "7": "Ünïcödé &amp; caf&eacute;",
-}
 
 
 class Keys:
@@ -239,65 +220,6 @@ def test_faiss_is_asked_for_where_it_is_missing(monkeypatch):
         ClusterSampling.from_embeddings(np.eye(4), list("abcd"))
 
 
-# === FrequencyPruning ===
-
-
-def reference_scores(captions, threshold):
-    """From the words as a regular expression finds them, with no other code."""
-
-    def words(text):
-        text = text.decode() if isinstance(text, bytes) else text
-        text = text.replace("&amp;", "&").replace("&eacute;", "é").lower()
-        return re.findall(r"[^\W\d_]+|[^\w\s]+", text)
-
-    texts = [
-        [words(text) for text in ([each] if isinstance(each, str | bytes) else each)]
-        for each in captions
-    ]
-    flat = [word for each in texts for text in each for word in text]
-    scores = []
-    for each in texts:
-        of_each = []
-        for text in each:
-            product = 1.0
-            for word in text[:30]:
-                frequency = flat.count(word) / len(flat)
-                if frequency > threshold:
-                    product *= 1 - (threshold / frequency) ** 0.5
-            of_each.append((1 - product) / max(len(text[:30]), 1))
-        scores.append(np.mean(of_each))
-    return scores
-
-
-@pytest.mark.parametrize("threshold", [1e-7, 0.02, 0.1])
-def test_scores_equal_the_reference(threshold):
-    captions = [*CAPTIONS.values(), "", ["", "a dog"]]
-    expected = reference_scores(captions, threshold)
-    found = caption_scores(iter(captions), threshold)
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
-    assert len({*np.round(expected, 12)}) > 5
-    assert found[-2] == 0
-
-
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.6, 1.0])
-def test_the_pairs_of_the_highest_scores_stay(noise, share):
-    source = [
-        {"image": noise(0), "caption": text, "__key__": key}
-        for key, text in CAPTIONS.items()
-    ]
-    scores = reference_scores(CAPTIONS.values(), 0.02)
-    count = max(int(share * 8), 1)
-    ranked = sorted(range(8), key=lambda number: -scores[number])
-    expected = sorted(key_ for key_ in np.array([*CAPTIONS])[ranked[:count]])
-    fitted = FrequencyPruning(share, 0.02).fit(CAPTIONS)
-    for sampling in (fitted, FrequencyPruning(share, 0.02)):
-        dataset = make(source, sampling, batch_size=1)
-        assert len(dataset) == count
-        for epoch in range(3):
-            read = batches(dataset, epoch * count, (epoch + 1) * count)
-            assert sorted(key for [key] in read) == expected
-
-
 # === In a dataset ===
 
 
@@ -418,9 +340,6 @@ def test_samples_that_a_sampler_does_not_know_are_named(shards):
     message = r"`clusters` must.*Received: .* 1 of 60 samples.*'0041'"
     with pytest.raises(ValueError, match=message):
         make(shards, ClusterSampling(clusters))
-    sampling = FrequencyPruning(0.5).fit(dict.fromkeys(clusters, "a dog"))
-    with pytest.raises(ValueError, match=message.replace("clusters", "captions")):
-        make(shards, sampling)
     for method in (
         ClusterSampling(clusters).probability,
         lambda key: ClusterSampling(clusters).copies(key, 0),
@@ -433,13 +352,15 @@ def test_a_key_in_two_shards_is_named(write_pairs):
     source = [write_pairs("a.tar", 0, 4), write_pairs("b.tar", 3, 4)]
     with pytest.raises(ValueError, match=r"`source`.*Received: .*'0003' twice"):
         make(source, ClusterSampling(CLUSTERS))
-    # Captions that are read need no keys.
-    assert len(make(source, FrequencyPruning(1.0))) == 2
 
 
-def test_pruning_needs_captions(shards):
-    with pytest.raises(ValueError, match=r"`captions`.*`include_captions`.*60 samples"):
-        image_text_dataset(shards, None, 16, 4, True, sampling=FrequencyPruning(0.5))
+def test_an_epoch_of_less_than_a_batch_is_refused(shards):
+    sampling = ClusterSampling(CLUSTERS, share=0.1)
+    count = len(epochs_of(sampling, 1)[0])
+    assert 0 < count < 16
+    message = rf"`sampling`.*Received: batch_size=16, {count} samples"
+    with pytest.raises(ValueError, match=message):
+        make(shards, sampling, batch_size=16)
 
 
 @pytest.mark.parametrize(
@@ -524,23 +445,3 @@ def test_invalid_arguments_of_embeddings_are_named(options, message):
     arguments = dict(embeddings=np.eye(4), keys=list("abcd"))
     with pytest.raises(ValueError, match=message):
         ClusterSampling.from_embeddings(**{**arguments, **options})
-
-
-@pytest.mark.parametrize(
-    ("make_sampling", "message"),
-    [
-        (lambda: FrequencyPruning(0), "`share`.*share=0"),
-        (lambda: FrequencyPruning(0.5, 0.0), "`threshold`.*threshold=0.0"),
-        (lambda: FrequencyPruning(0.5).fit(["a dog"]), "`captions`.*type list"),
-        (lambda: FrequencyPruning(0.5).fit({}), "`captions`.*0 samples"),
-        (lambda: FrequencyPruning(0.5).fit({"a": " "}), "`captions`.*1 samples"),
-        (lambda: FrequencyPruning(0.5).fit({1: "a dog"}), "`keys`.*1 of type int"),
-        (
-            lambda: FrequencyPruning(0.5, 0.5).fit({"a": "a dog"}),
-            "`threshold`.*threshold=0.5, a highest share of 0.5 among 2 words",
-        ),
-    ],
-)
-def test_invalid_arguments_of_pruning_are_named(make_sampling, message):
-    with pytest.raises(ValueError, match=message):
-        make_sampling()
