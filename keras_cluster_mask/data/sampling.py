@@ -102,10 +102,8 @@ class ClusterSampling:
         iterations=10,
         merge_threshold=0.7,
         *,
-        alpha=0.2,
-        share=0.5,
-        repeat=False,
         seed=0,
+        **options,
     ):
         """Clusters embeddings by spherical k-means, with faiss.
 
@@ -127,17 +125,15 @@ class ClusterSampling:
         ```
 
         Args:
-            embeddings: float array `(num_samples, dim)`, which may be a `np.memmap`,
-                of any length but 0; of images by DINOv2 in the paper.
+            embeddings: float array `(num_samples, dim)`, which may be a `np.memmap`; of
+                images by DINOv2 in the paper. Rows need not be normalized.
             keys: Sequence of str or bytes. The keys of the samples.
             num_clusters: int, before similar ones are merged. Defaults to `None`: one
                 for each 4,000 samples, as in the paper, and at least 16.
             iterations: int, of k-means. Defaults to `10`.
             merge_threshold: float from 0 to 1. Defaults to `0.7`.
-            alpha: See the class.
-            share: See the class.
-            repeat: See the class.
-            seed: int, also of k-means.
+            seed: int, also of k-means. Defaults to `0`.
+            **options: `alpha`, `share` and `repeat`; see the class.
 
         Returns:
             `ClusterSampling`.
@@ -162,13 +158,12 @@ class ClusterSampling:
             )
         iterations = check_integer("iterations", iterations, 1)
         check_fraction("merge_threshold", merge_threshold)
-        seed = check_integer("seed", seed, 0)
-        # What is wrong with the keys shows before a long computation.
-        hashes, order = sorted_hashes(keys)
+        # What is wrong with the others shows before a long computation.
+        cls((keys, np.zeros(len(keys), int)), seed=seed, **options)
         clusters = cluster_embeddings(
             embeddings, num_clusters, iterations, merge_threshold, seed
         )
-        return cls((hashes, clusters[order]), alpha, share, repeat, seed)
+        return cls((keys, clusters), seed=seed, **options)
 
     def save(self, path):
         """Writes the clusters for `ClusterSampling(path)`.
@@ -236,8 +231,8 @@ def cluster_embeddings(embeddings, num_clusters, iterations, merge_threshold, se
     count, dim = embeddings.shape
     examples = slice(None)
     if count > PER_CENTER * num_clusters:
-        generator = np.random.default_rng(seed)
-        examples = generator.choice(count, PER_CENTER * num_clusters, replace=False)
+        size = PER_CENTER * num_clusters
+        examples = np.random.default_rng(seed).choice(count, size, replace=False)
         examples.sort()
     kmeans = faiss.Kmeans(
         dim,
@@ -320,11 +315,8 @@ def _keys_and_clusters(clusters):
             f"clusters=clusters)` wrote. Received: clusters={received!r}"
         )
     keys, clusters = clusters[0], np.asarray(clusters[1])
-    if (
-        clusters.shape != (len(keys),)
-        or not clusters.size
-        or clusters.dtype.kind not in "iu"
-    ):
+    has_one_each = clusters.size and clusters.shape == (len(keys),)
+    if not has_one_each or clusters.dtype.kind not in "iu":
         raise ValueError(
             "`clusters` must have an int for each key, the number of its cluster, and "
             f"at least one. Received: {len(keys)} keys, and clusters of the type "
