@@ -39,13 +39,38 @@ def main(arguments=None):
 
 
 def _parser():
+    both = argparse.ArgumentParser(add_help=False)
+    both.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="tar or TFRecord files, tables, folders, or patterns such as "
+        "'train-{00000..00127}.tar'; also at addresses such as s3://",
+    )
+    both.add_argument(
+        "--image-key",
+        action="append",
+        dest="image_keys",
+        metavar="NAME",
+        help="the field that holds the image; if repeated, the first that a sample has",
+    )
+    both.add_argument(
+        "--caption-key",
+        action="append",
+        metavar="NAME",
+        help="the field that holds the caption, such as json.caption; may be repeated",
+    )
+    both.add_argument("--quiet", action="store_true", help="show no progress bar")
+
     parser = argparse.ArgumentParser(
         prog="python -m keras_cluster_mask.data",
         description="Check and convert image-text data.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     title = "index shards, count their samples, and list the broken ones"
-    add = _add_command(commands, "check", title)
+    add = commands.add_parser(
+        "check", parents=[both], help=title, description=title
+    ).add_argument
     add(
         "--workers",
         type=int,
@@ -58,7 +83,9 @@ def _parser():
     add("--decode", action="store_true", help="read and decode every image, too")
     add("--json", metavar="FILE", help="write the result to this file, too")
     title = "write any readable source as tar shards"
-    add = _add_command(commands, "convert", title)
+    add = commands.add_parser(
+        "convert", parents=[both], help=title, description=title
+    ).add_argument
     add("--to", required=True, metavar="DEST", help="'shards/train-{00000}.tar'")
     add("--samples-per-shard", type=int, default=10_000, metavar="N")
     add(
@@ -72,39 +99,12 @@ def _parser():
     return parser
 
 
-def _add_command(commands, name, title):
-    command = commands.add_parser(
-        name, help=title, description=title.capitalize() + "."
-    )
-    add = command.add_argument
-    add(
-        "source",
-        nargs="+",
-        metavar="SOURCE",
-        help="tar or TFRecord files, tables, folders, or patterns such as "
-        "'train-{00000..00127}.tar'; also at addresses such as s3://",
-    )
-    add(
-        "--image-key",
-        action="append",
-        dest="image_keys",
-        metavar="NAME",
-        help="the field that holds the image; if repeated, the first that a sample has",
-    )
-    add(
-        "--caption-key",
-        action="append",
-        metavar="NAME",
-        help="the field that holds the caption, such as json.caption; may be repeated",
-    )
-    add("--quiet", action="store_true", help="show no progress bar")
-    return add
-
-
-def _check(json=None, **options):
+def _check(**options):
+    path = options.pop("json")
     result = check(**options)
-    if json:
-        _write_json(json, result)
+    if path:
+        with files.replacing(path) as file:
+            file.write(json.dumps(result, indent=1).encode() + b"\n")
     print(f"{result['samples']:>12,}  intact samples")
     _print_broken(result)
     return 1 if result["broken"] else 0
@@ -117,11 +117,6 @@ def _convert(**options):
     print(f"{result['samples']:>12,}  samples written: {_printable(where)}")
     _print_broken(result)
     return 0 if result["samples"] else 1
-
-
-def _write_json(path, content):
-    with files.replacing(path) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _print_broken(result):

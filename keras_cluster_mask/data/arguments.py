@@ -1,11 +1,10 @@
 """Checks of the arguments of `image_text_dataset`."""
 
 import collections
+import math
 import numbers
-import warnings
 
 from keras_cluster_mask.data.pairs import Pair
-from keras_cluster_mask.data.skipped import ENOUGH
 
 # In object stores, runs of so many neighbours are read together, where a batch holds
 # enough of them to be well mixed.
@@ -22,6 +21,12 @@ def check_choice(name, value, choices):
             f"`{name}` must be one of {', '.join(map(repr, choices))}. "
             f"Received: {name}={value!r}"
         )
+
+
+def is_positive(value):
+    """Whether a value is a positive, finite number."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
 
 
 def check_integer(name, value, at_least):
@@ -97,9 +102,7 @@ def choose_block_size(block_size, batch_size, processes, remote):
 
 def check_weights(source, training, sampling):
     """Checks a dict from sources to weights, and that it can be used."""
-    if not source or not all(
-        isinstance(weight, numbers.Real) and weight > 0 for weight in source.values()
-    ):
+    if not source or not all(map(is_positive, source.values())):
         raise ValueError(
             "`source` must be a dict from sources to positive weights. "
             f"Received: {source!r}"
@@ -114,32 +117,7 @@ def check_weights(source, training, sampling):
 def _few(index):
     """A few samples of an index, without their image files."""
     numbers = {len(index) * place // EXAMPLES for place in range(EXAMPLES)}
-    return index.read(sorted(numbers), with_images=False) if len(index) else []
-
-
-def report_faults(skipped, num_samples):
-    """Warns of broken samples that the index left out, or raises if they are many.
-
-    Args:
-        skipped: `SkippedSamples`.
-        num_samples: int. The number of intact samples.
-    """
-    count, total = skipped.count, skipped.count + num_samples
-    if not count:
-        return
-    shards = list(skipped.by_shard)
-    message = (
-        f"{count} of {total} samples of `source` are broken ({skipped.reasons()}), in "
-        f"{shards[0]}" + (f" and {len(shards) - 1} more" if shards[1:] else "")
-    )
-    allowed = skipped.max_share
-    if not allowed or (total >= ENOUGH and count > allowed * total):
-        raise ValueError(
-            f"{message}. `max_skipped` must allow this, or `source` must be mended. "
-            f"Received: max_skipped={allowed}"
-        )
-    # Of `image_text_dataset`, for its caller.
-    warnings.warn(f"{message}. They are left out.", stacklevel=3)
+    return index.read(sorted(numbers) if len(index) else [], with_images=False)
 
 
 def name_of(function):
@@ -151,7 +129,7 @@ def name_of(function):
     return None if function is None else [named.__qualname__, *sizes]
 
 
-def check_samples(indexes, reader, at_least):
+def check_samples(indexes, skipped, reader, at_least):
     """Raises an error unless there are enough samples with what is asked for."""
     count = sum(map(len, indexes))
     # What an entry holds, and which names classes have, is not in an index.
@@ -165,14 +143,14 @@ def check_samples(indexes, reader, at_least):
             "`source`"
         )
     faults = collections.Counter(sample.reason for sample in examples)
-    for index in indexes:
-        faults.update(index.faults.by_reason)
-    details = [line for index in indexes for line in index.faults.details[:1]]
+    faults.update(skipped.by_reason)
     fields = {field for index in indexes for field in index.fields}
     fields = sorted(field for field in fields if not field.endswith("."))
     paths = [path for index in indexes for path in index.paths]
     raise ValueError(
-        " ".join([f"`source` must hold samples with {reader.wanted}.", *details[:1]])
+        " ".join(
+            [f"`source` must hold samples with {reader.wanted}.", *skipped.details[:1]]
+        )
         + f" Received: {dict(faults) or 'no sample'} with the fields {fields} from "
         f"{paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "")
     )

@@ -1,5 +1,6 @@
 """The parts of CLIP's byte-pair encoding: cleaning, words, bytes and merges."""
 
+import functools
 import html
 import json
 import re
@@ -61,6 +62,17 @@ def clean(text):
     return " ".join(text.split()).lower()
 
 
+def clean_all(captions):
+    """Cleans each of an iterable of captions."""
+    if isinstance(captions, str | bytes):
+        raise ValueError(
+            "`captions` must be an iterable of captions, not a single caption. "
+            f"Received: {captions!r}"
+        )
+    return map(clean, captions)
+
+
+@functools.cache
 def word_splitter(*special_tokens):
     """Splits a clean caption into words, spelled in byte characters."""
     specials = "|".join(re.escape(token) for token in special_tokens)
@@ -72,6 +84,12 @@ def word_splitter(*special_tokens):
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def words_of(text):
+    """The words of a clean caption, as a list of str."""
+    pieces = word_splitter(START, END).pre_tokenize_str(text)
+    return [text[start:end] for _, (start, end) in pieces]
 
 
 def clip_vocabulary(merges):
@@ -108,5 +126,5 @@ def learn_merges(captions, vocabulary_size, min_frequency):
         end_of_word_suffix=WORD_END,
         show_progress=False,
     )
-    learner.train_from_iterator(map(clean, captions), trainer)
+    learner.train_from_iterator(clean_all(captions), trainer)
     return [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]

@@ -3,9 +3,6 @@
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
 
-# Neighbours are read together.
-READ_TOGETHER = 64
-
 
 def read_captions(source, caption_key=None):
     """Reads all captions of a source, for training a tokenizer.
@@ -26,12 +23,8 @@ def read_captions(source, caption_key=None):
         List of str, in the order of the samples. Broken samples are left out.
     """
     index = open_index(source, PairReader(caption_key=caption_key))
-    captions = []
-    for first in range(0, len(index), READ_TOGETHER):
-        numbers = range(first, min(first + READ_TOGETHER, len(index)))
-        for pair in index.read(list(numbers), with_images=False):
-            captions.extend(getattr(pair, "captions", ()))
-    return captions
+    samples = index.read(range(len(index)), with_images=False)
+    return [text for each in samples for text in getattr(each, "captions", ())]
 
 
 class CaptionChoice:

@@ -1,17 +1,17 @@
 """`check`: indexes shards, counts samples and faults, and may decode all images."""
 
-import collections
+import contextlib
 import itertools
 import os
 from collections.abc import Sequence
-from concurrent import futures
 
+import grain
 from tqdm import tqdm
 
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
 from keras_cluster_mask.data.index import Index, open_index
 from keras_cluster_mask.data.pairs import Fault, PairReader
-from keras_cluster_mask.data.skipped import MAX_EXAMPLES
+from keras_cluster_mask.data.skipped import MAX_EXAMPLES, SkippedSamples
 from keras_cluster_mask.data.stream import num_processors
 
 # The samples of a task, which are read together, and the tasks for each thread.
@@ -66,21 +66,18 @@ def check(
     """
     reader = PairReader(image_keys, caption_key)
     index = open_index(source, reader, index_dir, num_workers, verbose)
-    report = Report(index)
+    broken = broken_samples(index)
     # What is wrong with the samples of an object shows when they are read.
     if not decode and isinstance(index, Index):
-        return {"samples": len(index), **report.result()}
-    function = _decode if decode else _keep
-    images = report.intact(each_sample(index, function, "check" if verbose else None))
-    return {"samples": sum(1 for _ in images), **report.result()}
+        return {"samples": len(index), **summary(broken)}
 
+    def function(pair):
+        if decode:
+            decode_all(EncodedImage(pair.image))
 
-def _decode(pair):
-    decode_all(EncodedImage(pair.image))
-
-
-def _keep(pair):
-    pass
+    title = "check" if verbose else None
+    count = sum(1 for _ in intact_samples(index, function, broken, title))
+    return {"samples": count, **summary(broken)}
 
 
 def decode_all(image):
@@ -95,55 +92,39 @@ def decode_all(image):
     image.whole(TINY)
 
 
-class Report:
-    """Counts broken samples.
-
-    Args:
-        index: `Index`.
-    """
-
-    def __init__(self, index):
-        self._counts = collections.defaultdict(collections.Counter)
-        for shard, counts in index.faults.by_shard.items():
-            self._counts[shard].update(counts)
-        self._examples = list(itertools.islice(index.broken(), MAX_EXAMPLES))
-
-    def intact(self, samples):
-        """Passes on what is no `Fault`, and counts those."""
-        for sample in samples:
-            if not isinstance(sample, Fault):
-                yield sample
-                continue
-            self._counts[sample.shard][sample.reason] += 1
-            if len(self._examples) < MAX_EXAMPLES:
-                self._examples.append(sample)
-
-    def result(self):
-        """The entries about broken samples in what the commands return."""
-        total = sum(self._counts.values(), collections.Counter())
-        return {
-            "broken": total.total(),
-            "by_reason": dict(sorted(total.items())),
-            "by_shard": {shard: dict(n) for shard, n in sorted(self._counts.items())},
-            "first_broken": [fault._asdict() for fault in self._examples],
-        }
+def broken_samples(index):
+    """What an index left out, as `SkippedSamples` with the first of them."""
+    broken = SkippedSamples([index])
+    broken.samples.extend(itertools.islice(index.broken(), MAX_EXAMPLES))
+    return broken
 
 
-def each_sample(index, function, progress=None):
+def summary(broken):
+    """The entries about broken samples in what the commands return."""
+    return {
+        "broken": broken.count,
+        "by_reason": broken.by_reason,
+        "by_shard": broken.by_shard,
+        "first_broken": [fault._asdict() for fault in broken.samples],
+    }
+
+
+def intact_samples(index, function, broken, progress=None):
     """Applies a function to each sample in threads, in the order of the index.
 
     Args:
         index: `Index`.
         function: Function of a `Pair`. May raise `UnreadableImage`.
+        broken: `SkippedSamples`, to which broken samples are added.
         progress: str. The title of a progress bar, or None for no bar.
 
     Yields:
-        tuple: The `Pair` and what the function returned; or a `Fault`.
+        tuple: The `Pair` and what the function returned.
     """
 
     def apply(first):
         numbers = range(first, min(first + TOGETHER, len(index)))
-        return [one(sample) for sample in index.read(list(numbers))]
+        return [one(sample) for sample in index.read(numbers)]
 
     def one(sample):
         if isinstance(sample, Fault):
@@ -154,21 +135,16 @@ def each_sample(index, function, progress=None):
             return Fault(sample.shard, sample.key, str(error))
 
     threads = num_processors()
-    tasks = collections.deque()
+    options = grain.ReadOptions(threads, AHEAD * threads)
+    groups = grain.MapDataset.range(0, len(index), TOGETHER).map(apply)
     bar = tqdm(
         total=len(index), desc=progress, unit=" samples", disable=progress is None
     )
-    with bar, futures.ThreadPoolExecutor(threads, "decode") as pool:
-        try:
-            for first in range(0, len(index), TOGETHER):
-                tasks.append(pool.submit(apply, first))
-                if len(tasks) > AHEAD * threads:
-                    done = tasks.popleft().result()
-                    bar.update(len(done))
-                    yield from done
-            while tasks:
-                done = tasks.popleft().result()
-                bar.update(len(done))
-                yield from done
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    with bar, contextlib.closing(iter(groups.to_iter_dataset(options))) as groups:
+        for group in groups:
+            bar.update(len(group))
+            for sample in group:
+                if isinstance(sample, Fault):
+                    broken.add(sample)
+                else:
+                    yield sample

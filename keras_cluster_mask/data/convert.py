@@ -17,8 +17,15 @@ import fsspec
 from PIL import Image
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.check import Report, decode_all, each_sample
+from keras_cluster_mask.data.arguments import check_integer
+from keras_cluster_mask.data.check import (
+    broken_samples,
+    decode_all,
+    intact_samples,
+    summary,
+)
 from keras_cluster_mask.data.formats import NoRandomAccess
+from keras_cluster_mask.data.formats.base import COMPRESSIONS
 from keras_cluster_mask.data.images import EncodedImage
 from keras_cluster_mask.data.index import Index
 from keras_cluster_mask.data.pairs import IMAGE_KEYS, PairReader
@@ -28,14 +35,7 @@ from keras_cluster_mask.data.shards import find_shards
 JPEG_QUALITY = 95
 # File names have at most 255 bytes; a number and an extension are appended.
 MAX_NAME = 200
-# By the first bytes of a file, its compression and the ending of its name.
-COMPRESSIONS = {
-    b"\x1f\x8b": ("gzip", r"\.t?gz$"),
-    b"BZh": ("bz2", r"\.t?bz2$"),
-    b"\xfd7zXZ": ("xz", r"\.t?xz$"),
-    b"\x5d\x00\x00\x80": ("lzma", r"\.t?lzma$"),
-    b"\x28\xb5\x2f\xfd": ("zstd", r"\.t?zst$"),
-}
+COMPRESSED_NAME = r"\.t?(gz|bz2|xz|lzma|zst)$"
 
 
 def convert(
@@ -94,12 +94,9 @@ def convert(
         ValueError: If an argument is invalid, or if a file exists already and
             `overwrite` is false.
     """
-    for name, value in (
-        ("samples_per_shard", samples_per_shard),
-        ("image_size", image_size),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+    check_integer("samples_per_shard", samples_per_shard, 1)
+    if image_size is not None:
+        check_integer("image_size", image_size, 1)
     to = _ShardNames(to, overwrite)
     shards = find_shards(source)
     to.check(shards)
@@ -113,30 +110,35 @@ def convert(
                 parts += build_parts(find_shards(copies[path]))
         reader = PairReader(image_keys, caption_key)
         index = Index(list(shards), parts, reader, copies)
-        report = Report(index)
-        encoded = each_sample(
+        broken = broken_samples(index)
+        encoded = intact_samples(
             index,
             lambda pair: _encoded(pair, image_size),
+            broken,
             "convert" if verbose else None,
         )
-        samples = _merged(report.intact(encoded))
+        samples = _merged(encoded)
         shards, written = _write_shards(samples, to, samples_per_shard)
     to.remove_from(len(shards))
-    return {"samples": written, "shards": shards, **report.result()}
+    return {"samples": written, "shards": shards, **summary(broken)}
 
 
 def _write_shards(samples, to, samples_per_shard):
     """Writes samples; returns the names of the shards and the number of samples."""
-    new_key = _UniqueKeys()
-    shards, written = [], 0
-    limit = samples_per_shard if to.numbered else None
+    shards, written, used_keys = [], 0, {}
+    limit = samples_per_shard if to.digits else None
     while (first := next(samples, None)) is not None:
         shards.append(to.free(len(shards)))
         rest = itertools.islice(samples, limit and limit - 1)
-        with files.replacing(shards[-1]) as file, _open_tar(file) as archive:
+        with (
+            files.replacing(shards[-1]) as file,
+            tarfile.TarFile(
+                fileobj=file, mode="w", format=tarfile.PAX_FORMAT
+            ) as archive,
+        ):
             for pair, (extension, content) in itertools.chain([first], rest):
                 fields = {extension: content, **_caption_fields(pair.captions)}
-                _write(archive, new_key(pair.key), fields)
+                _write(archive, _unique_key(pair.key, used_keys), fields)
                 written += 1
     return shards, written
 
@@ -149,8 +151,9 @@ def _copy(path, folder):
     with system.open(name, "rb", **whole) as file:
         start = file.read(8)
     found = (kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic))
-    compression, ending = next(found, (None, "$"))
-    name = re.sub(ending, "", path.rpartition("/")[2])
+    compression, name = next(found, None), path.rpartition("/")[2]
+    if compression:
+        name = re.sub(COMPRESSED_NAME, "", name)
     copy = os.path.join(tempfile.mkdtemp(dir=folder), name)
     try:
         with (
@@ -189,19 +192,17 @@ class _ShardNames:
     """
 
     def __init__(self, to, overwrite):
-        to = os.fspath(to)
-        self._to = to if files.is_address(to) else os.path.expanduser(to)
+        self._to = os.path.expanduser(os.fspath(to))
         self._overwrite = overwrite
-        # The name; or what is before the braces, the zeros, and what is after.
-        self._parts = re.split(r"\{(0+)\}", self._to)
-        outside = "".join(self._parts[::2])
-        if not self._to.endswith(".tar") or len(self._parts) > 3 or "{" in outside:
+        match = re.fullmatch(r"([^{]*)(?:\{(0+)\}([^{]*))?", self._to)
+        if not match or not self._to.endswith(".tar"):
             raise ValueError(
                 "`to` must be the name of a tar file, with zeros in braces where the "
                 "number of a shard goes, such as 'shards/train-{00000}.tar'. "
                 f"Received: to={self._to!r}"
             )
-        self.numbered = len(self._parts) == 3
+        self._before, zeros, self._after = match.groups(default="")
+        self.digits = len(zeros)
 
     def check(self, sources):
         """Raises an error if `to` names a source, or if the first shard exists."""
@@ -226,15 +227,13 @@ class _ShardNames:
 
     def remove_from(self, number):
         """Removes the shards that a longer run has left, from this number on."""
-        while self.numbered and self._overwrite and files.exists(self._name(number)):
+        while self.digits and self._overwrite and files.exists(self._name(number)):
             files.remove(self._name(number))
             number += 1
 
     def _name(self, number):
-        if not self.numbered:
-            return self._to
-        before, zeros, after = self._parts
-        return f"{before}{number:0{len(zeros)}}{after}"
+        number = f"{number:0{self.digits}}" if self.digits else ""
+        return f"{self._before}{number}{self._after}"
 
 
 def _real_path(path):
@@ -274,10 +273,6 @@ def _caption_fields(captions):
     return fields
 
 
-def _open_tar(file):
-    return tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
-
-
 def _write(archive, key, fields):
     for extension, content in fields.items():
         member = tarfile.TarInfo(f"{key}.{extension}")
@@ -287,21 +282,20 @@ def _write(archive, key, fields):
     archive.members.clear()
 
 
-class _UniqueKeys:
-    """Keys that a tar can hold, each of them once."""
+def _unique_key(key, used):
+    """A key that a tar can hold, and that was not used before.
 
-    def __init__(self):
-        # From each key that was used to the number of its next duplicate.
-        self._next = {}
-
-    def __call__(self, key):
-        key = found = safe_key(key)
-        # Numbers only increase, so that a frequent key needs no long search.
-        while found in self._next:
-            found = f"{key}-{self._next[key]}"
-            self._next[key] += 1
-        self._next[found] = 2
-        return found
+    Args:
+        key: str.
+        used: dict from each key that was used to the number of its next duplicate.
+    """
+    key = found = safe_key(key)
+    # Numbers only increase, so that a frequent key needs no long search.
+    while found in used:
+        found = f"{key}-{used[key]}"
+        used[key] += 1
+    used[found] = 2
+    return found
 
 
 def safe_key(key):

@@ -12,7 +12,6 @@ from keras_cluster_mask.data.arguments import (
     check_weights,
     choose_block_size,
     name_of,
-    report_faults,
 )
 from keras_cluster_mask.data.backgrounds import check_background
 from keras_cluster_mask.data.captions import CaptionChoice
@@ -26,12 +25,7 @@ from keras_cluster_mask.data.sampling import ClusterSampling
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
 from keras_cluster_mask.data.text_masking import check_text_masking
-from keras_cluster_mask.data.tokenizing import (
-    Tokenize,
-    check_tokenizer,
-    is_layer,
-    length_of,
-)
+from keras_cluster_mask.data.tokenizing import check_tokenizer, is_layer, length_of
 
 
 def image_text_dataset(
@@ -272,11 +266,11 @@ def image_text_dataset(
         sources, weights = list(source), list(source.values())
         check_weights(source, training, sampling)
     indexes = [open_index(each, reader, index_dir, process=process) for each in sources]
-    check_samples(indexes, reader, batch_size if training else 1)
+    skipped = SkippedSamples(indexes, max_skipped)
+    check_samples(indexes, skipped, reader, batch_size if training else 1)
     index = indexes[0] if len(indexes) == 1 else Indexes(indexes)
-    skipped = SkippedSamples([each.faults for each in indexes], max_skipped)
-    report_faults(skipped, len(index))
-    order = None
+    skipped.report_index(len(index))
+    order = range(len(index))
     if training:
         remote = any(files.is_address(path) for each in indexes for path in each.paths)
         block_size = choose_block_size(block_size, batch_size, process[1], remote)
@@ -293,64 +287,57 @@ def image_text_dataset(
                 f"batch_size={batch_size}, {order.length(0)} samples in the first epoch"
             )
 
-    wanted = {
-        "images": True,
-        "token_ids": tokenizer is not None,
-        "captions": include_captions,
-        "keys": include_keys,
-        "paths": include_paths,
-        "labels": label_key is not None,
-    }
-    names = [name for name, is_wanted in wanted.items() if is_wanted]
-    finish = None
-    if is_layer(tokenizer):
-        # Layers cannot be sent to a worker process.
-        finish = Tokenize(tokenizer)
-        names = [*names, "captions"] if "captions" not in names else names
-        names.remove("token_ids")
-    cutter = Cutter(
-        image_size,
-        training,
-        resize,
-        crop_scale,
-        horizontal_flip,
-        background,
-        image_transform,
-        max_image_pixels,
-    )
-    samples = Samples(
-        index,
-        order,
-        seed,
-        batch_size,
-        cutter,
-        CaptionChoice(caption_template, training),
-        None if finish else tokenizer,
-        names,
-        include_captions == "all",
-        data_format == "channels_first",
-        text_masking,
-    )
     rows = batch_size // process[1] if training else None
-    height, width = image_size
-    last = data_format == "channels_last"
+    channels_first = data_format == "channels_first"
+    shape = (3, *image_size) if channels_first else (*image_size, 3)
+    all_captions = include_captions == "all"
+    text = Spec((rows,), "string")
+    captions = Spec((rows,), "object") if all_captions else text
+    token_ids = Spec((rows, length_of(tokenizer)), "int32")
     specs = {
-        "images": Spec(
-            (rows, height, width, 3) if last else (rows, 3, height, width), "uint8"
-        ),
-        "token_ids": Spec((rows, length_of(tokenizer)), "int32"),
-        "captions": Spec((rows,), "object" if include_captions == "all" else "string"),
-        "keys": Spec((rows,), "string"),
-        "paths": Spec((rows,), "string"),
-        "labels": Spec((rows,), "int32"),
+        "images": Spec((rows, *shape), "uint8"),
+        "token_ids": tokenizer is not None and token_ids,
+        "captions": include_captions and captions,
+        "keys": include_keys and text,
+        "paths": include_paths and text,
+        "labels": label_key is not None and Spec((rows,), "int32"),
     }
+    element_spec = {name: spec for name, spec in specs.items() if spec}
+    names = {*element_spec}
+    # Layers cannot be sent to a worker process.
+    has_layer = is_layer(tokenizer)
+    if has_layer:
+        names = names - {"token_ids"} | {"captions"}
+    samples = Samples(
+        index=index,
+        order=order,
+        seed=seed,
+        batch_size=batch_size,
+        process=process,
+        training=training,
+        cutter=Cutter(
+            image_size,
+            training,
+            resize,
+            crop_scale,
+            horizontal_flip,
+            background,
+            image_transform,
+            max_image_pixels,
+        ),
+        choose=CaptionChoice(caption_template, training),
+        tokenizer=None if has_layer else tokenizer,
+        names=names,
+        all_captions=all_captions,
+        channels_first=channels_first,
+        text_masking=text_masking,
+    )
     dataset = ImageTextDataset(
         samples,
-        batch_size,
-        process,
+        tokenizer,
         num_workers,
         skipped,
-        {name: spec for name, spec in specs.items() if wanted[name]},
+        element_spec,
         {
             "data.shards": sum(len(each.paths) for each in indexes),
             "data.samples": len(index),
@@ -370,7 +357,5 @@ def image_text_dataset(
             "data.tokenizer": name_of(tokenizer),
             "data.text_masking": text_masking and repr(text_masking),
         },
-        tokenizer,
-        finish,
     )
     return dataset.as_dataset() if format == "tf" else dataset

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import re
+import secrets
 import threading
 import time
 import weakref
@@ -84,7 +85,7 @@ def replacing(path):
     """
     path = os.fspath(path)
     folder, slash, name = path.rpartition("/")
-    part = f"{folder}{slash}.{name}.{os.getpid()}.part"
+    part = f"{folder}{slash}.{name}.{os.getpid()}-{secrets.token_hex(4)}.part"
     system, part_name = file_system(part)
     if folder:
         system.makedirs(file_system(folder)[1], exist_ok=True)
@@ -135,37 +136,41 @@ def read_ranges(ranges):
     Returns:
         list of bytes, or of the OSError for what cannot be read.
     """
-    results = [None] * len(ranges)
-    missing = list(range(len(ranges)))
     if not ranges:
-        return results
-    for pause in (*RETRY_AFTER, None):
+        return []
+    results = [None] * len(ranges)
+    missing = range(len(ranges))
+    for _ in _attempts():
         requests = _merged(ranges, missing)
         replies = fetch([request for request, _ in requests])
         for ((_, start, _), places), reply in zip(requests, replies):
             for place in places:
                 results[place] = _part_of(reply, start, *ranges[place])
         missing = [i for i in missing if may_pass(results[i])]
-        if not missing or pause is None:
-            return results
-        _wait(pause)
+        if not missing:
+            break
+    return results
 
 
 def retried(read):
     """What a function returns that may raise an OSError, after a few attempts."""
-    for pause in (*RETRY_AFTER, None):
+    for _ in _attempts():
         try:
             return read()
         except OSError as error:
-            if pause is None or not may_pass(error):
-                raise
-            _wait(pause)
+            last = error
+            if not may_pass(error):
+                break
+    raise last
 
 
-def _wait(seconds):
-    stop = _stop.get() or threading.Event()
-    if stop.wait(seconds):
-        raise Cancelled
+def _attempts():
+    """Yields as often as reading is tried, with pauses between."""
+    yield
+    for pause in RETRY_AFTER:
+        if (_stop.get() or threading.Event()).wait(pause):
+            raise Cancelled
+        yield
 
 
 def _merged(ranges, places):
@@ -203,11 +208,9 @@ def _read_all(requests):
             remote.setdefault(system, []).append((number, name, start, stop))
             continue
         try:
-            with open(path, "rb", 0) as file:
+            with open(path, "rb") as file:
                 file.seek(start)
-                replies[number] = (
-                    file.readall() if stop is None else _read(file, stop - start)
-                )
+                replies[number] = file.read(-1 if stop is None else stop - start)
         except (OSError, ValueError) as error:
             replies[number] = _as_os_error(error)
     for system, several in remote.items():
@@ -223,14 +226,6 @@ def _read_all(requests):
                 _as_os_error(content) if isinstance(content, Exception) else content
             )
     return replies
-
-
-def _read(file, size):
-    content = file.read(size)
-    # An unbuffered file may give less than it has.
-    while len(content) < size and (more := file.read(size - len(content))):
-        content += more
-    return content
 
 
 def _as_os_error(error):

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from keras_cluster_mask.data import byte_pairs
 from keras_cluster_mask.data.sampling import check_fraction, places_of, sorted_hashes
-from keras_cluster_mask.data.text_masking import discard_probability, split_words
+from keras_cluster_mask.data.text_masking import discard_probability
 
 # The first words of a caption, which WFPP looks at.
 WORDS = 30
-# The samples that are read together.
-PAIRS = 64
 
 
 class FrequencyPruning:
@@ -110,7 +109,7 @@ def caption_scores(captions, threshold):
             several.append(len(each))
             yield from each
 
-    for words in split_words(flat()):
+    for words in map(byte_pairs.words_of, byte_pairs.clean_all(flat())):
         counts.update(words)
         heads.extend(ids[word] for word in words[:WORDS])
         lengths.append(min(len(words), WORDS))
@@ -141,11 +140,9 @@ def caption_scores(captions, threshold):
 
 
 def _captions(index):
-    """Yields the captions of each sample of an index."""
-    for first in range(0, len(index), PAIRS):
-        several = range(first, min(first + PAIRS, len(index)))
-        for pair in index.read(several, with_images=False):
-            yield getattr(pair, "captions", ())
+    """The captions of each sample of an index."""
+    pairs = index.read(range(len(index)), with_images=False)
+    return (getattr(pair, "captions", ()) for pair in pairs)
 
 
 def _always(kept, num_samples, epoch):

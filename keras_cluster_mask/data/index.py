@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_cluster_mask.data.formats import DamagedShard, Format, format_of
+from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.formats.parquet import plain
 from keras_cluster_mask.data.pairs import Fault, SampleError
-from keras_cluster_mask.data.parts import build_parts, hash_of, read_part
+from keras_cluster_mask.data.parts import build_parts, hash_of
 from keras_cluster_mask.data.shards import find_shards
 
 # The number of shards with broken samples of which the intact ones are remembered.
@@ -60,22 +60,6 @@ def open_index(
     return Index(list(shards), parts, reader)
 
 
-class Faults(typing.NamedTuple):
-    """What an index leaves out.
-
-    Attributes:
-        by_reason: dict from each reason to the number of broken samples. A damaged
-            shard counts as one, because the number of samples after the damage is
-            unknown.
-        by_shard: dict from the names of shards with faults to such dicts.
-        details: list of str, about each damaged shard.
-    """
-
-    by_reason: dict
-    by_shard: dict
-    details: list
-
-
 class Index:
     """The samples of shards, each of which can be read by its number.
 
@@ -91,112 +75,85 @@ class Index:
 
     Attributes:
         paths: list of str. The shards.
-        faults: `Faults`.
+        faults: dict from each shard with broken samples to a dict from reasons to
+            their numbers. A damaged shard counts as one, because the number of samples
+            after the damage is unknown.
+        damage: list of str, about each damaged shard.
         fingerprint: str. Differs if the samples differ or other fields are read, but
             not if files have been moved.
     """
 
     def __init__(self, paths, parts, reader, copies=None):
-        self.paths = paths
+        self.paths, self._parts, self._reader = paths, parts, reader
         self._copies = copies or {}
-        self._parts = parts
-        self._reader = reader
-        self._faulty = [
-            [reader.fault_of(*each[:2]) for each in p.layouts] for p in parts
+        self._shards = [
+            _Shard(path, self._copies.get(path, path), part, reader)
+            for path, part in zip(paths, parts)
         ]
-        counts = [
-            sum(
-                count for (_, _, count), fault in zip(part.layouts, faulty) if not fault
-            )
-            for part, faulty in zip(parts, self._faulty)
-        ]
+        counts = [shard.counts() for shard in self._shards]
         # The number of the first sample of each shard, and the number of all samples.
-        self._starts = [0, *itertools.accumulate(counts)]
-        digests = [part.digest for part in parts]
-        self.fingerprint = _digest([reader.describe(), digests])
-        self._intact = functools.lru_cache(REMEMBERED)(self._find_intact)
+        self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
+        self.faults = {path: each for path, each in zip(paths, counts) if each}
+        damaged = [(path, part) for path, part in zip(paths, parts) if part.damage]
+        self.damage = [str(DamagedShard(path, *part.damage)) for path, part in damaged]
+        self.fingerprint = _digest([reader.describe(), [p.digest for p in parts]])
+        self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
     def __len__(self):
         return self._starts[-1]
+
+    def __reduce__(self):
+        return Index, (self.paths, self._parts, self._reader, self._copies)
 
     @property
     def fields(self):
         """set of str. The fields of all samples."""
         return {name for p in self._parts for each in p.layouts for name in each[0]}
 
-    @functools.cached_property
-    def faults(self):
-        by_shard, details = {}, []
-        for path, part, faulty in zip(self.paths, self._parts, self._faulty):
-            counts = collections.Counter()
-            for (_, _, count), fault in zip(part.layouts, faulty):
-                if fault:
-                    counts[fault] += count
-            if part.damage:
-                counts["damaged shard"] += 1
-                details.append(str(DamagedShard(path, *part.damage)))
-            if counts:
-                by_shard[path] = dict(sorted(counts.items()))
-        total = sum(map(collections.Counter, by_shard.values()), collections.Counter())
-        return Faults(dict(sorted(total.items())), by_shard, details)
-
     def key_hashes(self):
         """The hashes of the keys of all samples, as of `hash_of`, uint64 `(len,)`."""
-        hashes = [np.empty(0, "u8")]
-        for shard, (part, faulty) in enumerate(zip(self._parts, self._faulty)):
-            of_part = part.records()["key"]
-            hashes.append(of_part[self._intact(shard)] if any(faulty) else of_part)
-        return np.concatenate(hashes)
+        of_shards = (s.part.records()["key"][s.intact()] for s in self._shards)
+        return np.concatenate([np.empty(0, "u8"), *of_shards])
 
     def broken(self):
         """Yields a `Fault` for each broken sample, whose key is read from its shard."""
-        for shard, (path, part) in enumerate(zip(self.paths, self._parts)):
-            if part.damage:
-                yield Fault(path, part.damage[0], "damaged shard", part.damage[1])
-            faulty = self._faulty[shard]
-            for number, record in enumerate(part.records() if any(faulty) else ()):
-                if fault := faulty[record["layout"]]:
-                    key, place = None, self._place(shard, number, record)
-                    place_path, offset, size = place.span
-                    # The first file of a tar has the key, and may be large.
-                    size = min(size, GLANCE) if place.format.has_images else size
-                    with contextlib.suppress(Exception):
-                        content = place.format.read([(place_path, offset, size)])[0]
-                        key, _ = place.format.parse(content, number, part.context)
-                    yield Fault(path, key, fault)
-
-    def read_in_turn(self, numbers):
-        """Yields the samples that `read` returns; few are in memory at a time."""
-        group, size = [], 0
-        for place in map(self._find, numbers):
-            of_sample = place.span[2] if place.format.has_images else GUESS
-            if group and size + of_sample > MAX_TOGETHER:
-                yield from self._read(group)
-                group, size = [], 0
-            group.append(place)
-            size += of_sample
-        yield from self._read(group)
+        for shard in self._shards:
+            if damage := shard.part.damage:
+                yield Fault(shard.path, damage[0], "damaged shard", damage[1])
+            records = shard.part.records() if any(shard.reasons) else ()
+            for number, record in enumerate(records):
+                if reason := shard.reasons[record["layout"]]:
+                    yield Fault(shard.path, shard.glance(number, record), reason)
 
     def read(self, numbers, with_images=True):
-        """Reads samples; neighbours in a shard together.
+        """Reads samples in turn; neighbours in a shard together.
 
         Args:
-            numbers: list of int, from 0 to `len(index) - 1`.
+            numbers: Iterable of int, from 0 to `len(index) - 1`.
             with_images: bool. Whether to read the image files that samples name.
 
-        Returns:
-            list of `Pair`, or of `Fault` for samples that cannot be read or turn out to
-            be broken.
+        Yields:
+            `Pair`, or `Fault` for a sample that cannot be read or turns out to be
+            broken. Few are in memory at a time.
 
         Raises:
             ValueError: If a shard changed since it was indexed.
         """
-        return self._read([self._find(number) for number in numbers], with_images)
+        group, size = [], 0
+        for place in map(self._find, numbers):
+            has_more = place.shard.format.names_files and with_images
+            of_sample = GUESS if has_more else place.span[2]
+            if group and size + of_sample > MAX_TOGETHER:
+                yield from self._read(group, with_images)
+                group, size = [], 0
+            group.append(place)
+            size += of_sample
+        yield from self._read(group, with_images)
 
-    def _read(self, places, with_images=True):
+    def _read(self, places, with_images):
         results, by_format = [None] * len(places), {}
         for index, place in enumerate(places):
-            by_format.setdefault(place.format, []).append(index)
+            by_format.setdefault(place.shard.format, []).append(index)
         for format, indices in by_format.items():
             contents = format.read([places[index].span for index in indices])
             for index, content in zip(indices, contents):
@@ -205,30 +162,19 @@ class Index:
 
     def _find(self, number):
         """The `_Place` of a sample."""
-        shard = bisect.bisect_right(self._starts, number) - 1
-        number -= self._starts[shard]
-        if any(self._faulty[shard]):
+        which = bisect.bisect_right(self._starts, number) - 1
+        shard, number = self._shards[which], number - self._starts[which]
+        if any(shard.reasons):
             number = int(self._intact(shard)[number])
-        return self._place(shard, number, self._parts[shard].record(number))
-
-    def _place(self, shard, number, record):
-        path, offset = self.paths[shard], int(record["offset"])
-        path = self._copies.get(path, path)
-        format = format_of(path)
-        if format.in_index:
-            path = self._parts[shard].path
-            offset += self._parts[shard].content_start
-        span = path, offset, int(record["size"])
-        return _Place(shard, number, format, span, int(record["key"]))
+        return shard.place(number, shard.part.record(number))
 
     def _pair(self, place, content):
-        path, format = self.paths[place.shard], place.format
+        path, format = place.shard.path, place.shard.format
         if isinstance(content, Exception):
             return Fault(path, None, "the shard cannot be read", str(content))
-        context = self._parts[place.shard].context
         reason = "another sample is in its place"
         try:
-            key, fields = format.parse(content, place.number, context)
+            key, fields = format.parse(content, place.number, place.shard.part.context)
             same = hash_of(key) == place.key
         except MemoryError:
             raise
@@ -239,35 +185,62 @@ class Index:
                 "`source` must not change while it is read: make the dataset again. "
                 f"Received: {path}, sample {place.number} of its index: {reason}"
             )
-        return self._reader.pair(
-            path, key, fields, lambda name: format.path_of(path, name)
-        )
+        return self._reader.pair(path, key, fields, format.names_files)
 
-    def _find_intact(self, shard):
-        """The numbers of the intact samples of a shard."""
-        faulty = np.array([fault is not None for fault in self._faulty[shard]], bool)
-        return np.flatnonzero(~faulty[self._parts[shard].records()["layout"]])
 
-    def __getstate__(self):
-        paths = [part.path for part in self._parts]
-        return self.paths, paths, self._reader, self._copies, self.fingerprint
+class _Shard:
+    """A shard with its part.
 
-    def __setstate__(self, state):
-        paths, parts, reader, copies, fingerprint = state
-        self.__init__(paths, [read_part(part) for part in parts], reader, copies)
-        if self.fingerprint != fingerprint:
-            raise ValueError(
-                "`source` must not change while it is read: make the dataset again. "
-                f"Received: {paths[0]} and others, whose index was replaced"
-            )
+    Args:
+        path: str.
+        copy: str. The path of a copy that is read instead, or the same path.
+        part: `Part`.
+        reader: `PairReader`.
+    """
+
+    def __init__(self, path, copy, part, reader):
+        self.path, self.part, self._copy = path, part, copy
+        self.format = format_of(copy)
+        # Of each layout, what is wrong with its samples, or None.
+        self.reasons = [reader.fault_of(*each[:2]) for each in part.layouts]
+
+    def counts(self):
+        """How many samples are broken for each reason, and intact, under None."""
+        counts = collections.Counter()
+        for reason, (_, _, count) in zip(self.reasons, self.part.layouts):
+            counts[reason] += count
+        if self.part.damage:
+            counts["damaged shard"] += 1
+        return counts
+
+    def intact(self):
+        """The numbers of the intact samples."""
+        is_intact = np.array([reason is None for reason in self.reasons], bool)
+        return np.flatnonzero(is_intact[self.part.records()["layout"]])
+
+    def place(self, number, record):
+        """The `_Place` of the sample of a record."""
+        path, offset = self._copy, int(record["offset"])
+        if self.format.in_index:
+            path, offset = self.part.path, offset + self.part.content_start
+        span = path, offset, int(record["size"])
+        return _Place(self, number, span, int(record["key"]))
+
+    def glance(self, number, record):
+        """The key of a sample, read from its start, or None."""
+        path, offset, size = self.place(number, record).span
+        # The first file of a tar has the key, and may be large.
+        size = size if self.format.names_files else min(size, GLANCE)
+        with contextlib.suppress(Exception):
+            (content,) = self.format.read([(path, offset, size)])
+            return self.format.parse(content, number, self.part.context)[0]
 
 
 class _Place(typing.NamedTuple):
     """Where a sample is: its shard, its number in it, its bytes, and its hash."""
 
-    shard: int
+    shard: _Shard
     number: int
-    format: Format
     span: tuple
     key: int
 
@@ -287,7 +260,7 @@ class ObjectIndex:
     def __init__(self, source, reader):
         self._source, self._reader = source, reader
         self.paths = [type(source).__name__]
-        self.faults = Faults({}, {}, [])
+        self.faults, self.damage = {}, []
         first = source[0] if len(source) else ()
         self.fields = set(first) if isinstance(first, Mapping) else set()
         identity = str(getattr(source, "_fingerprint", None))
@@ -312,15 +285,11 @@ class ObjectIndex:
         """Nothing: what is broken shows when it is read."""
         return iter(())
 
-    def read_in_turn(self, numbers):
-        """Yields samples; see `Index.read_in_turn`."""
-        for number in numbers:
-            yield from self.read([number])
-
     def read(self, numbers, with_images=True):
-        """Reads samples; see `Index.read`."""
-        results = [self._pair(int(number)) for number in numbers]
-        return self._reader.with_images(results) if with_images else results
+        """Reads samples one by one; see `Index.read`."""
+        for number in numbers:
+            pair = self._pair(int(number))
+            yield self._reader.with_images([pair])[0] if with_images else pair
 
     def _pair(self, number):
         try:
@@ -338,7 +307,7 @@ class ObjectIndex:
             )
         fields = {k: plain(v) for k, v in sample.items() if v is not None}
         key = str(fields.pop("__key__", number))
-        return self._reader.pair(self.paths[0], key, fields, lambda name: name)
+        return self._reader.pair(self.paths[0], key, fields)
 
 
 def _digest(content):

@@ -4,7 +4,6 @@ import bisect
 import functools
 import hashlib
 import itertools
-import threading
 
 import grain
 import numpy as np
@@ -40,15 +39,8 @@ class Order:
         self._sampling = sampling
         # The position of the first sample of each epoch, as far as it is known.
         self._starts = [0]
-        self._lock = threading.Lock()
         # What `_epoch` found for the last two epochs.
         self._known = {}
-
-    def __getstate__(self):
-        return {k: v for k, v in vars(self).items() if k != "_lock"}
-
-    def __setstate__(self, state):
-        vars(self).update(state, _lock=threading.Lock())
 
     def __len__(self):
         # grain takes it as endless.
@@ -79,12 +71,13 @@ class Order:
         """The epoch of a position, and the place in the epoch."""
         if self._sampling is None:
             return divmod(position, self.num_samples)
-        with self._lock:
-            while self._starts[-1] <= position:
-                length = self._epoch(len(self._starts) - 1)[1]
-                self._starts.append(self._starts[-1] + length)
-        epoch = bisect.bisect_right(self._starts, position) - 1
-        return epoch, position - self._starts[epoch]
+        starts = self._starts
+        while starts[-1] <= position:
+            starts = [*starts, starts[-1] + self.length(len(starts) - 1)]
+        # A new list, since other threads may read the old one.
+        self._starts = starts
+        epoch = bisect.bisect_right(starts, position) - 1
+        return epoch, position - starts[epoch]
 
     def _epoch(self, epoch):
         """The chosen numbers or None, how many, and the seed and shift of the runs."""
@@ -132,19 +125,12 @@ class Mix:
             weights,
         )
 
-    def __len__(self):
-        return 2**62
-
     def __getitem__(self, position):
         return self._mixed[position]
 
     def length(self, epoch):
         """The number of samples in an epoch."""
         return self.num_samples
-
-    def place(self, position):
-        """The epoch of a position, and the place in the epoch."""
-        return divmod(position, self.num_samples)
 
 
 def _shifted(first, number):

@@ -20,6 +20,12 @@ CAPTION_KEYS = (
     *("json.captions", "txt"),
     *("caption", "caption/raw", "captions", "text", "title"),
 )
+# What is asked for, and by which argument.
+ASKED = {
+    "image": "an image (`image_keys`",
+    "caption": "a caption that is not empty (`caption_key`",
+    "label": "a label (`label_key`",
+}
 
 
 class Pair(typing.NamedTuple):
@@ -59,14 +65,17 @@ class Fault(typing.NamedTuple):
 
 
 class SampleError(RuntimeError):
-    """A sample that ends a run, with its shard and key."""
+    """A sample that ends a run.
 
-    def __init__(self, shard, key, reason):
-        super().__init__(f"The sample {key!r} of the shard {shard} failed: {reason}")
-        self.arguments = shard, key, reason
+    Args:
+        shard: str.
+        key: str.
+        reason: str.
+    """
 
-    def __reduce__(self):
-        return SampleError, self.arguments
+    def __str__(self):
+        shard, key, reason = self.args
+        return f"The sample {key!r} of the shard {shard} failed: {reason}"
 
 
 class PairReader:
@@ -89,19 +98,20 @@ class PairReader:
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
         self.labels = labels
         self._wants_caption = wants_caption
+        # The fields of which a sample must have one.
+        self._wanted = {"image": self.image_keys}
+        if wants_caption:
+            self._wanted["caption"] = self.caption_keys
+        if labels:
+            self._wanted["label"] = labels.keys
 
     @property
     def wanted(self):
         """str. What a sample must hold, for error messages."""
-        wanted = [f"an image (`image_keys`, here {list(self.image_keys)})"]
-        if self._wants_caption:
-            wanted.append(
-                f"a caption (`caption_key`, here {list(self.caption_keys)}) that is "
-                "not empty"
-            )
-        if self.labels:
-            wanted.append(f"a label (`label_key`, here {list(self.labels.keys)})")
-        return " and ".join(wanted)
+        wanted = self._wanted.items()
+        return " and ".join(
+            f"{ASKED[kind]}, here {list(keys)})" for kind, keys in wanted
+        )
 
     def describe(self):
         """What decides which samples are intact, as JSON can hold it."""
@@ -113,24 +123,20 @@ class PairReader:
         """The fault of a sample as far as the names of its fields show it, or None."""
         if fault:
             return fault
-        wanted = {"no image": self.image_keys}
-        if self._wants_caption:
-            wanted["no caption"] = self.caption_keys
-        if self.labels:
-            wanted["no label"] = self.labels.keys
-        for reason, keys in wanted.items():
+        for kind, keys in self._wanted.items():
             if not any(_may_have(fields, key) for key in keys):
-                return reason
+                return f"no {kind}"
         return None
 
-    def pair(self, shard, key, fields, path_of):
+    def pair(self, shard, key, fields, names_files=True):
         """The `Pair` of a sample, or its `Fault`.
 
         Args:
             shard: str.
             key: str.
             fields: dict from the name of a field to its content.
-            path_of: Function from the name of an image file to its path.
+            names_files: bool. Whether a str is the name of an image file, which is
+                relative to the folder of the shard.
         """
         found = (fields[k] for k in self.image_keys if not is_empty(fields.get(k)))
         image, path = next(found, ""), ""
@@ -138,10 +144,10 @@ class PairReader:
             image = Image.fromarray(image)
         if isinstance(image, list):
             image = image[0] if image else ""
-        if isinstance(image, str) and image:
-            path = image = path_of(image)
+        if isinstance(image, str) and image and names_files:
+            path = image = files.beside(shard, image)
         # JSON lines may hold values of any type.
-        if is_empty(image) or not isinstance(image, str | bytes | Image.Image):
+        if is_empty(image) or not (path or isinstance(image, bytes | Image.Image)):
             return Fault(shard, key, "no image")
         captions, label, fault = (), None, None
         if self._wants_caption:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import secrets
 import struct
 import tempfile
 from concurrent import futures
@@ -63,6 +62,9 @@ class Part:
     context: list | None
     start: int = 0
 
+    def __reduce__(self):
+        return read_part, (self.path, self.digest)
+
     @property
     def num_records(self):
         """int. The number of samples, broken ones included."""
@@ -70,9 +72,8 @@ class Part:
 
     def record(self, number):
         """Reads a record. No file stays open: there may be more parts than allowed."""
-        with open(self.path, "rb", 0) as file:
-            file.seek(self.start + number * RECORD.itemsize)
-            return np.frombuffer(file.read(RECORD.itemsize), RECORD)[0]
+        offset = self.start + number * RECORD.itemsize
+        return np.fromfile(self.path, RECORD, 1, offset=offset)[0]
 
     def records(self):
         """Maps the records into memory."""
@@ -92,14 +93,24 @@ def hash_of(key):
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def read_part(path):
-    """Reads the first line of a part."""
+def read_part(path, digest=None):
+    """Reads the first line of a part.
+
+    Args:
+        path: str.
+        digest: str. What it must hold, or None for anything.
+    """
     with open(path, "rb") as file:
         head = json.loads(file.readline())
         start = file.tell()
         length = file.seek(0, os.SEEK_END)
     if head.pop("version") != VERSION or head.pop("length") != length - start:
         raise ValueError(f"{path} is no part of an index of this version.")
+    if digest not in (None, head["digest"]):
+        raise ValueError(
+            "`source` must not change while it is read: make the dataset again. "
+            f"Received: {path}, an index that was replaced"
+        )
     return Part(path=path, start=start, **head)
 
 
@@ -134,27 +145,24 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0,
         delay=0 if verbose else SHORT,
         disable=verbose is False or not missing,
     )
-    build = functools.partial(build_part, index_dir=index_dir)
+    build = functools.partial(_find_or_build, index_dir=index_dir)
     with bar, contextlib.ExitStack() as stack:
+        apply = map
         if num_workers and missing:
             context = multiprocessing.get_context("spawn")
             workers = min(num_workers, len(missing))
             pool = futures.ProcessPoolExecutor(workers, context)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            jobs = {pool.submit(build, path, shards[path]): path for path in missing}
-            built = ((jobs[job], job.result()) for job in futures.as_completed(jobs))
-        else:
-            built = (
-                (
-                    path,
-                    _find(path, shards[path], index_dir) or build(path, shards[path]),
-                )
-                for path in missing
-            )
-        for path, part in built:
+            apply = stack.enter_context(pool).map
+        stamps = [shards[path] for path in missing]
+        for path, part in zip(missing, apply(build, missing, stamps)):
             parts[path] = part
             bar.update()
     return list(parts.values())
+
+
+def _find_or_build(path, stamp, index_dir):
+    # Another process may have built it meanwhile.
+    return _find(path, stamp, index_dir) or build_part(path, stamp, index_dir)
 
 
 def build_part(path, stamp, index_dir=None):
@@ -197,10 +205,10 @@ def _scan(path, format):
             content += entry.content or b""
         context = format.context(path)
     except DamagedShard as error:
-        last_key = error.last_key
+        _, last_key, reason = error.args
         if last_key is not None:
             last_key = last_key.encode("utf-8", "backslashreplace").decode()
-        damage = last_key, error.reason
+        damage = last_key, reason
         if layouts:
             context = format.context(path)
     layouts = [(*layout, count) for layout, (_, count) in layouts.items()]
@@ -254,18 +262,12 @@ def _places(path, index_dir):
 def _write(places, contents):
     """Writes a part to the first place that can be written to; returns its path."""
     for place in places:
-        temporary = f"{place}.{os.getpid()}-{secrets.token_hex(4)}.part"
         try:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            with open(temporary, "xb") as file:
+            with files.replacing(place) as file:
                 file.writelines(contents)
-            os.replace(temporary, place)
             return place
         except OSError as error:
             reason = error
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
     raise OSError(
         "`index_dir` must be a folder that can be written to; the index of a shard "
         f"needs {RECORD.itemsize} bytes a sample ({reason}). Received: {places[0]}"

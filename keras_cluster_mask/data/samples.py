@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 
 import numpy as np
 
@@ -25,13 +26,16 @@ class Samples:
 
     Args:
         index: `Index`, `ObjectIndex`, or `Indexes`.
-        order: `Order`, `Mix`, or `None` for the order of the index, each sample once.
+        order: `Order` or `Mix` in training; else a range, each sample once.
         seed: int.
         batch_size: int. The global batch size.
+        process: Pair of ints. The number of this process, and of all.
+        training: bool. Whether there are positions without end, and broken samples are
+            replaced.
         cutter: `Cutter`.
         choose: `CaptionChoice`.
         tokenizer: Function from a list of bytes to ints, or None.
-        names: list of str. The entries of a batch.
+        names: set of str. The entries of a batch.
         all_captions: bool. Whether `"captions"` are tuples of all captions.
         channels_first: bool.
         text_masking: `TextMasking` for the tokenizer's captions, or None.
@@ -41,39 +45,43 @@ class Samples:
     order: object
     seed: int
     batch_size: int
+    process: tuple
+    training: bool
     cutter: object
     choose: object
     tokenizer: object
-    names: list
+    names: set
     all_captions: bool = False
     channels_first: bool = False
     text_masking: object = None
 
     @property
-    def training(self):
-        """bool. Whether there are positions without end."""
-        return self.order is not None
+    def num_batches(self):
+        """int. The full batches in the first epoch of training, or all batches."""
+        if self.training:
+            # A sampler chooses how many samples an epoch has.
+            return self.order.length(0) // self.batch_size
+        return -(-len(self.index) // self.batch_size)
 
     @property
-    def num_samples(self):
-        """int. The number of samples."""
-        return self.order.num_samples if self.training else len(self.index)
+    def rows(self):
+        """int. The rows of this process in a full batch, rounded up."""
+        return -(-self.batch_size // self.process[1])
 
-    @property
-    def epoch_length(self):
-        """int. The number of samples in the first epoch, which a sampler chooses."""
-        return self.order.length(0) if self.training else self.num_samples
-
-    @property
-    def block_size(self):
-        """int. The number of neighbours that stay together."""
-        return self.order.block_size if self.training else 1
+    def positions(self, batch):
+        """The range of the positions of this process in a batch."""
+        first, count = batch * self.batch_size, self.batch_size
+        if not self.training:
+            count = max(min(count, len(self.index) - first), 0)
+        index, processes = self.process
+        return range(
+            first + count * index // processes,
+            first + count * (index + 1) // processes,
+        )
 
     def pairs(self, positions):
         """Yields the `Pair` or `Fault` of each position."""
-        if self.training:
-            positions = [self.order[position] for position in positions]
-        return self.index.read_in_turn(list(positions))
+        return self.index.read([self.order[position] for position in positions])
 
     def read(self, positions):
         """The arrays of a piece of a batch.
@@ -145,10 +153,8 @@ class Samples:
 
     def _texts(self, pairs, generators):
         batch = {
-            "keys": _strings([p.key.encode("utf-8", "surrogateescape") for p in pairs]),
-            "paths": _strings(
-                [p.path.encode("utf-8", "surrogateescape") for p in pairs]
-            ),
+            "keys": _strings([os.fsencode(pair.key) for pair in pairs]),
+            "paths": _strings([os.fsencode(pair.path) for pair in pairs]),
         }
         if "labels" in self.names:
             batch["labels"] = np.array([pair.label for pair in pairs], "int32")
@@ -181,17 +187,13 @@ class Indexes:
     def __len__(self):
         return int(self._starts[-1])
 
-    def read_in_turn(self, numbers):
-        """Yields samples; see `Index.read_in_turn`."""
+    def read(self, numbers):
+        """Yields samples; see `Index.read`."""
+        numbers = np.asarray(numbers)
         which = np.searchsorted(self._starts, numbers, side="right") - 1
         readers = {
-            index: self.indexes[index].read_in_turn(
-                [
-                    int(n - self._starts[index])
-                    for n in np.compress(which == index, numbers)
-                ]
-            )
-            for index in np.unique(which)
+            i: self.indexes[i].read((numbers[which == i] - self._starts[i]).tolist())
+            for i in np.unique(which)
         }
         for index in which:
             yield next(readers[index])

@@ -1,8 +1,6 @@
 """Finds the shards that a source names."""
 
 import contextlib
-import functools
-import hashlib
 import os
 import re
 from concurrent import futures
@@ -12,6 +10,7 @@ import braceexpand
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.folder import images_in
 from keras_cluster_mask.data.formats.table import find_table
+from keras_cluster_mask.data.parts import hash_of
 
 # The files whose size and date are asked for at the same time.
 REQUESTS = 16
@@ -94,10 +93,7 @@ def _in_folder(path):
             ".tsv or .jsonl with a row per image, or images. Received a folder "
             f"without: {path}"
         )
-    digest = hashlib.blake2b(
-        "\0".join(images).encode("utf-8", "surrogateescape"), digest_size=8
-    )
-    return path, {"size": len(images), "ETag": digest.hexdigest()}
+    return path, {"size": len(images), "ETag": hash_of("\0".join(images))}
 
 
 def expand(pattern):
@@ -119,67 +115,58 @@ def expand(pattern):
     # A file may have braces in its name.
     if "{" in pattern and not system.exists(whole):
         names = _expand_braces(pattern)
-    found = {}
     # What another program has written since does not show in a cache.
     system.invalidate_cache()
     paths = [files.file_system(name)[1] for name in names]
-    infos = _listed(system, names) if len(names) > 1 else {}
-    missing = [path for path in paths if path.rstrip("/") not in infos]
+    listed = _listed(system, paths) if len(paths) > 1 else {}
+
+    def find(path):
+        info = listed.get(path.rstrip("/"))
+        return {path: info} if info else _matching(system, path)
+
+    found = {}
     with futures.ThreadPoolExecutor(REQUESTS, "find files") as threads:
-        found_infos = threads.map(functools.partial(_info, system), missing)
-        infos.update(zip((path.rstrip("/") for path in missing), found_infos))
-    for name, path in zip(names, paths):
-        info = infos[path.rstrip("/")]
-        matches = {path: info} if info else _matching(system, path)
-        if not matches:
-            magic = re.search(r"[*?\[]", name)
-            kind = "pattern that no file matches" if magic else "missing"
-            raise FileNotFoundError(
-                f"`source` must name shards that exist. Received ({kind}): {name}"
-            )
-        local = not files.is_address(pattern)
-        for path, info in matches.items():
-            found[path if local else system.unstrip_protocol(path)] = info
-    return found
+        for name, matches in zip(names, threads.map(find, paths)):
+            if not matches:
+                magic = re.search(r"[*?\[]", name)
+                kind = "pattern that no file matches" if magic else "missing"
+                raise FileNotFoundError(
+                    f"`source` must name shards that exist. Received ({kind}): {name}"
+                )
+            found.update(matches)
+    if not files.is_address(pattern):
+        return found
+    return {system.unstrip_protocol(path): info for path, info in found.items()}
 
 
 def _expand_braces(pattern):
     for body in re.findall(r"\{([^{}]*)\}", pattern):
         numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-        if not numbers and "," not in body:
+        is_range = numbers and int(numbers[1]) <= int(numbers[2])
+        if not is_range and "," not in body:
             raise ValueError(
-                "`source` must hold `{first..last}` or `{a,b}` between its braces. "
-                f"Received: {pattern}"
-            )
-        if numbers and int(numbers[1]) > int(numbers[2]):
-            raise ValueError(
-                f"`source` must count upwards between its braces. Received: {pattern}"
+                "`source` must hold `{first..last}`, which counts upwards, or `{a,b}` "
+                f"between its braces. Received: {pattern}"
             )
     return list(braceexpand.braceexpand(pattern, escape=False))
 
 
-def _listed(system, names):
-    """The information on all files in the folders of names, of those that list."""
-    folders = {files.file_system(name)[1].rpartition("/")[0] for name in names}
+def _listed(system, paths):
+    """The information on all files in the folders of paths, of those that list."""
     infos = {}
-    for folder in folders:
-        if re.search(r"[*?\[]", folder):
-            continue
-        # Web servers have no lists.
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        # Web servers have no lists, and a pattern is no folder.
         with contextlib.suppress(OSError, NotImplementedError, ValueError):
-            listed = system.ls(folder, detail=True)
-            infos.update({info["name"].rstrip("/"): info for info in listed})
-    return {name: info for name, info in infos.items() if info.get("size") is not None}
-
-
-def _info(system, path):
-    try:
-        return system.info(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+            for info in system.ls(folder, detail=True):
+                if info.get("size") is not None:
+                    infos[info["name"].rstrip("/")] = info
+    return infos
 
 
 def _matching(system, path):
+    """The file of a name, or all files that match a pattern."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return {path: system.info(path)}
     found = system.glob(path, detail=True)
     wants_hidden = path.rpartition("/")[2].startswith(".")
     # Such as the index of a shard.

@@ -9,15 +9,15 @@ ENOUGH = 1000
 
 
 class SkippedSamples:
-    """The broken samples of a dataset.
+    """The broken samples of a dataset, in its last pass.
 
     What the index left out is known from the start and is the same in all processes.
     Samples that turn out to be broken when they are read are added with the batch that
-    they were to be part of; each is counted again in each epoch. A new iteration over
-    the dataset starts with the counts of the index.
+    they were to be part of. Each iteration over a dataset starts with the counts of the
+    index, in a `SkippedSamples` of its own.
 
     Args:
-        faults: list of `Faults` of indexes.
+        indexes: list of `Index` and `ObjectIndex`.
         max_share: float. The share of samples that may be broken.
 
     Attributes:
@@ -29,23 +29,20 @@ class SkippedSamples:
         details: list of str, about damaged shards.
     """
 
-    def __init__(self, faults, max_share=1.0):
-        self._faults = faults
+    def __init__(self, indexes=(), max_share=1.0):
         self.max_share = max_share
-        self.details = [line for each in faults for line in each.details]
-        self._pass = 0
-        self._reset()
-
-    def _reset(self):
+        self.details = [line for index in indexes for line in index.damage]
         self.samples = []
         self._counts = collections.defaultdict(collections.Counter)
-        for faults in self._faults:
-            for shard, counts in faults.by_shard.items():
+        for index in indexes:
+            for shard, counts in index.faults.items():
                 self._counts[shard].update(counts)
+        self._read = self._broken = 0
 
     @property
     def by_shard(self):
-        return {shard: dict(counts) for shard, counts in self._counts.items()}
+        by_shard = sorted(self._counts.items())
+        return {shard: dict(sorted(counts.items())) for shard, counts in by_shard}
 
     @property
     def by_reason(self):
@@ -56,49 +53,57 @@ class SkippedSamples:
         """int. The number of broken samples."""
         return sum(counts.total() for counts in self._counts.values())
 
-    def start(self):
-        """Starts a new pass; returns its `Account`."""
-        self._pass += 1
-        self._reset()
-        return Account(self, self._pass)
-
     def reasons(self):
         """str. The reasons with their counts."""
         return ", ".join(f"{reason}: {n}" for reason, n in self.by_reason.items())
 
-    def __repr__(self):
-        reasons = f", {self.reasons()}" if self.count else ""
-        return f"<SkippedSamples count={self.count}{reasons}>"
+    def add(self, fault):
+        """Counts a broken sample.
 
+        Args:
+            fault: `Fault`.
+        """
+        self._counts[fault.shard][fault.reason] += 1
+        if len(self.samples) < MAX_EXAMPLES:
+            self.samples.append(fault)
 
-class Account:
-    """What one pass skips; nothing, if a later pass has started.
+    def report_index(self, num_samples):
+        """Warns of what the index left out, or raises an error if it is too much.
 
-    Args:
-        skipped: `SkippedSamples`.
-        number: int. The number of the pass.
-    """
-
-    def __init__(self, skipped, number):
-        self._skipped, self._number = skipped, number
-        self._read = self._broken = 0
+        Args:
+            num_samples: int. The number of intact samples.
+        """
+        count, total = self.count, self.count + num_samples
+        if not count:
+            return
+        shards = list(self.by_shard)
+        message = (
+            f"{count} of {total} samples of `source` are broken ({self.reasons()}), in "
+            f"{shards[0]}" + (f" and {len(shards) - 1} more" if shards[1:] else "")
+        )
+        if not self.max_share or self._are_many(count, total):
+            raise ValueError(
+                f"{message}. `max_skipped` must allow this, or `source` must be "
+                f"mended. Received: max_skipped={self.max_share}"
+            )
+        # Of `image_text_dataset`, for its caller.
+        warnings.warn(f"{message}. They are left out.", stacklevel=3)
 
     def report(self, faults, read):
-        """Counts the samples of a batch.
+        """Counts the samples of a batch; warns of the first broken one.
 
         Args:
             faults: list of `Fault`.
             read: int. The number of samples, intact or broken.
         """
-        skipped = self._skipped
         self._read += read
-        if not faults or self._number != skipped._pass:
+        if not faults:
             return
         first = faults[0]
         message = f"The sample {first.key!r} of the shard {first.shard}: {first.reason}"
         if first.details:
             message += f" ({first.details})"
-        if not skipped.max_share:
+        if not self.max_share:
             raise ValueError(f"{message}. Received: max_skipped=0")
         if not self._broken:
             warnings.warn(
@@ -108,18 +113,23 @@ class Account:
             )
         self._broken += len(faults)
         for fault in faults:
-            skipped._counts[fault.shard][fault.reason] += 1
-        skipped.samples.extend(faults[: MAX_EXAMPLES - len(skipped.samples)])
-        if self._read >= ENOUGH and self._broken > skipped.max_share * self._read:
+            self.add(fault)
+        if self._are_many(self._broken, self._read):
             raise ValueError(
-                f"More than {skipped.max_share:.0%} of the samples are broken "
+                f"More than {self.max_share:.0%} of the samples are broken "
                 f"(`max_skipped`). Received: {self._broken} of the first {self._read}, "
-                f"{skipped.reasons()}"
+                f"{self.reasons()}"
             )
 
     def end(self):
-        """Warns with a summary of the skipped samples."""
-        skipped = self._skipped
-        if self._broken > 1 and self._number == skipped._pass:
-            message = f"{self._broken} samples were skipped: {skipped.reasons()}."
+        """Warns with a summary of the samples that turned out to be broken."""
+        if self._broken > 1:
+            message = f"{self._broken} samples were skipped: {self.reasons()}."
             warnings.warn(message, stacklevel=2)
+
+    def _are_many(self, count, total):
+        return total >= ENOUGH and count > self.max_share * total
+
+    def __repr__(self):
+        reasons = f", {self.reasons()}" if self.count else ""
+        return f"<SkippedSamples count={self.count}{reasons}>"

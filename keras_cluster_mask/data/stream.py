@@ -1,5 +1,6 @@
 """Batches as a grain dataset that knows its length and starts anywhere."""
 
+import copy
 import math
 import multiprocessing.connection
 import os
@@ -14,6 +15,7 @@ from absl import flags
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.samples import FAULTS
+from keras_cluster_mask.data.tokenizing import is_layer, tokenize
 
 # What a process reads ahead, in bytes, and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
@@ -38,19 +40,16 @@ class ImageTextDataset(grain.IterDataset):
 
     Args:
         samples: `Samples`.
-        batch_size: int. The global batch size.
-        process: Pair of ints. The number of this process, and of all.
+        tokenizer: What makes the token ids, or None.
         num_workers: int. The number of processes that read; 0 for threads.
-        skipped: `SkippedSamples`.
+        skipped: `SkippedSamples` of the index.
         element_spec: dict from the name of each entry of a batch to its `Spec`.
         description: dict. What decides which samples are in which batch.
-        tokenizer: What makes the token ids, or None.
-        finish: Function that is applied to each batch in this process, or None.
 
     Attributes:
         start: int. The batch with which an iteration starts. `ContrastiveModel.fit`
             sets it to the batch after the last that it trained on.
-        skipped: `SkippedSamples`. The broken samples.
+        skipped: `SkippedSamples`. The broken samples of the last pass.
         batch_size: int. The global batch size.
         num_samples: int. The number of samples in an epoch.
         element_spec: dict from the name of each entry of a batch to its `Spec`.
@@ -60,32 +59,19 @@ class ImageTextDataset(grain.IterDataset):
     """
 
     def __init__(
-        self,
-        samples,
-        batch_size,
-        process,
-        num_workers,
-        skipped,
-        element_spec,
-        description,
-        tokenizer=None,
-        finish=None,
+        self, samples, tokenizer, num_workers, skipped, element_spec, description
     ):
         super().__init__()
         self.start = 0
-        self.skipped = skipped
-        self.batch_size = batch_size
-        self.num_samples = samples.num_samples
+        self.skipped = self._left_out = skipped
+        self.batch_size = samples.batch_size
+        self.num_samples = len(samples.index)
         self.training = samples.training
         self.element_spec = element_spec
         self.description = description
         self.tokenizer = tokenizer
         self._samples = samples
-        self._rows = _Rows(
-            batch_size, process, None if samples.training else samples.num_samples
-        )
         self._num_workers = num_workers
-        self._finish = finish
 
     @property
     def stream(self):
@@ -94,12 +80,12 @@ class ImageTextDataset(grain.IterDataset):
 
     def __len__(self):
         """The full batches in an epoch of training, or all batches of evaluation."""
-        batches, rest = divmod(self._samples.epoch_length, self.batch_size)
-        return batches if self.training else batches + (rest > 0)
+        return self._samples.num_batches
 
     def keys(self, batch):
         """The keys of the samples of a batch of this process, as a list of str."""
-        return [str(p.key) for p in self._samples.pairs(self._rows.positions(batch))]
+        pairs = self._samples.pairs(self._samples.positions(batch))
+        return [str(pair.key) for pair in pairs]
 
     def as_dataset(self):
         """The batches as a `tf.data.Dataset`, which starts at `start` as well."""
@@ -118,19 +104,16 @@ class ImageTextDataset(grain.IterDataset):
             stop: `threading.Event` that ends reading in this process.
         """
         bytes_per_row = math.prod(self.element_spec["images"].shape[1:])
-        bytes_per_batch = self._rows.per_batch * bytes_per_row
+        bytes_per_batch = self._samples.rows * bytes_per_row
         ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
         workers = self._num_workers
         if workers:
             # Those that wait on both sides, one that is made, and one that is used.
             _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
-        end = None if self.training else len(self)
         # A run of neighbours is read as one.
-        rows = max(CHUNK, self._samples.block_size)
+        rows = max(CHUNK, getattr(self._samples.order, "block_size", 1))
         rows = min(rows, max(MAX_CHUNK // bytes_per_row, 1))
-        chunks = _Chunks(
-            self._samples, self._rows, start, end, max(workers, 1), rows, stop
-        )
+        chunks = _Chunks(self._samples, start, max(workers, 1), rows, stop)
         threads = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
         options = grain.ReadOptions(
             num_threads=threads,
@@ -148,6 +131,14 @@ class ImageTextDataset(grain.IterDataset):
             dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
         return dataset
 
+    def finished(self, batch):
+        """A batch with the token ids of a layer, which no worker process makes."""
+        if is_layer(self.tokenizer):
+            captions = [c[0] if isinstance(c, tuple) else c for c in batch["captions"]]
+            batch["token_ids"] = tokenize(self.tokenizer, captions)
+        # grain sorts the entries where they come from worker processes.
+        return {name: batch[name] for name in self.element_spec}
+
     def __str__(self):
         return f"ImageTextDataset({self.num_samples} samples, {len(self)} batches)"
 
@@ -158,7 +149,7 @@ class _Iterator(grain.DatasetIterator):
     def __init__(self, dataset):
         super().__init__()
         self._dataset = dataset
-        self._account = dataset.skipped.start()
+        self._skipped = dataset.skipped = copy.deepcopy(dataset._left_out)
         self._pid = os.getpid()
         self._start(dataset.start)
 
@@ -183,7 +174,7 @@ class _Iterator(grain.DatasetIterator):
             try:
                 batch = next(self._batches[0])
             except StopIteration:
-                self._account.end()
+                self._skipped.end()
                 raise
             except KeyboardInterrupt:
                 files.cancel()
@@ -196,12 +187,9 @@ class _Iterator(grain.DatasetIterator):
             faults = batch.pop(FAULTS)
             # In training, others have taken the places of broken samples.
             left_out = 0 if self._dataset.training else len(faults)
-            self._account.report(faults, rows + left_out)
+            self._skipped.report(faults, rows + left_out)
             if rows:
-                if self._dataset._finish is not None:
-                    batch = self._dataset._finish(batch)
-                # grain sorts the entries where they come from worker processes.
-                return {name: batch[name] for name in self._dataset.element_spec}
+                return self._dataset.finished(batch)
 
     def close(self):
         self._close()
@@ -233,31 +221,6 @@ def _end_with_parent(index, count):
     threading.Thread(target=wait, daemon=True, name="wait for parent").start()
 
 
-class _Rows:
-    """Which positions are the rows of a process in each batch.
-
-    Args:
-        batch_size: int. The global batch size.
-        process: Pair of ints. The number of this process, and of all.
-        num_samples: int, after which the last batch ends; None for no end.
-    """
-
-    def __init__(self, batch_size, process, num_samples=None):
-        self._batch_size, self._process = batch_size, process
-        self._num_samples = num_samples
-        self.per_batch = -(-batch_size // process[1])
-
-    def positions(self, batch):
-        first, count = batch * self._batch_size, self._batch_size
-        if self._num_samples is not None:
-            count = max(min(count, self._num_samples - first), 0)
-        index, processes = self._process
-        return range(
-            first + count * index // processes,
-            first + count * (index + 1) // processes,
-        )
-
-
 class _Chunks:
     """Pieces of batches by number, as a source of grain.
 
@@ -266,32 +229,29 @@ class _Chunks:
 
     Args:
         samples: `Samples`.
-        rows: `_Rows`.
         start: int. The first batch.
-        end: int, after the last batch; None for no end.
         workers: int.
         size: int. The rows of a piece.
         stop: `threading.Event` that ends reading in this process.
     """
 
-    def __init__(self, samples, rows, start, end, workers, size, stop):
-        self._samples, self._rows, self._stop = samples, rows, stop
+    def __init__(self, samples, start, workers, size, stop):
+        self._samples, self._stop = samples, stop
         self._start, self._workers, self._size = start, workers, size
-        self.per_batch = -(-rows.per_batch // size)
-        self._length = 2**62
-        if end is not None:
-            # Each worker makes as many batches; the last may be empty.
-            rounds = -(-max(end - start, 0) // workers)
-            self._length = rounds * workers * self.per_batch
+        self.per_batch = -(-samples.rows // size)
 
     def __len__(self):
-        return self._length
+        if self._samples.training:
+            return 2**62
+        left = self._samples.num_batches - self._start
+        # Each worker makes as many batches; the last may be empty.
+        return max(-(-left // self._workers), 0) * self._workers * self.per_batch
 
     def __getitem__(self, number):
         turn, worker = divmod(number, self._workers)
         turn, chunk = divmod(turn, self.per_batch)
         batch = self._start + turn * self._workers + worker
-        positions = self._rows.positions(batch)
+        positions = self._samples.positions(batch)
         first = chunk * self._size
         with files.stopped_by(self._stop):
             return self._samples.read(positions[first : first + self._size])

@@ -103,9 +103,9 @@ def as_dataset(stream):
     options.autotune.enabled = False
     dataset = dataset.with_options(options).prefetch(1)
     # TensorFlow gives no length to an endless stream.
-    length = {"__len__": lambda self: len(stream)}
-    dataset.__class__ = type("ImageTextDataset", (type(dataset),), length)
-    dataset.stream = stream
+    members = {"__len__": lambda self: len(stream)}
     if hasattr(stream, "skipped"):
-        dataset.skipped = stream.skipped
+        members["skipped"] = property(lambda self: stream.skipped)
+    dataset.__class__ = type("ImageTextDataset", (type(dataset),), members)
+    dataset.stream = stream
     return dataset

@@ -8,13 +8,12 @@ import collections
 import hashlib
 import json
 import math
-import numbers
 from collections.abc import Mapping
 
 import numpy as np
 
 from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.arguments import check_choice, name_of
+from keras_cluster_mask.data.arguments import check_choice, is_positive, name_of
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 
 # The release of CLIPF counts words that are seen at least so often.
@@ -256,8 +255,7 @@ class FrequencyTextMasking(TextMasking):
 
     def __init__(self, frequencies=None, threshold=1e-6, unknown="keep"):
         check_choice("unknown", unknown, ("keep", "drop"))
-        is_number = isinstance(threshold, numbers.Real)
-        if not is_number or isinstance(threshold, bool) or not threshold > 0:
+        if not is_positive(threshold):
             raise ValueError(
                 "`threshold` must be a positive float, a share of all words. "
                 f"Received: threshold={threshold!r}"
@@ -265,7 +263,6 @@ class FrequencyTextMasking(TextMasking):
         self.threshold = float(threshold)
         self.unknown = unknown
         self.frequencies = None
-        self._probabilities = {}
         if frequencies is not None:
             _check_frequencies(frequencies)
             self._set(frequencies)
@@ -279,14 +276,9 @@ class FrequencyTextMasking(TextMasking):
         Returns:
             The masking itself.
         """
-        if isinstance(captions, str | bytes):
-            raise ValueError(
-                "`captions` must be an iterable of captions, not a single caption. "
-                f"Received: {captions!r}"
-            )
         counts, number = collections.Counter(), 0
-        for words in split_words(captions):
-            counts.update(words)
+        for caption in byte_pairs.clean_all(captions):
+            counts.update(byte_pairs.words_of(caption))
             number += 1
         least = MIN_COUNT if self.unknown == "drop" else 1
         counts = {word: count for word, count in counts.items() if count >= least}
@@ -299,8 +291,8 @@ class FrequencyTextMasking(TextMasking):
         return self
 
     def _set(self, frequencies):
-        total = math.fsum(frequencies.values())
-        highest = max(frequencies.values()) / total
+        self._total = math.fsum(frequencies.values())
+        highest = max(frequencies.values()) / self._total
         if highest <= self.threshold:
             raise ValueError(
                 "`threshold` must be less than the share of the most frequent word, or "
@@ -309,10 +301,6 @@ class FrequencyTextMasking(TextMasking):
             )
         # Numbers of NumPy would not be written as JSON.
         self.frequencies = {word: float(count) for word, count in frequencies.items()}
-        self._probabilities = {
-            word: discard_probability(count / total, self.threshold)
-            for word, count in frequencies.items()
-        }
 
     def probability(self, word):
         """The number p that is subtracted from the random score of a word.
@@ -323,7 +311,10 @@ class FrequencyTextMasking(TextMasking):
         Returns:
             float, from 0 to 1.
         """
-        return self._probabilities.get(word, float(self.unknown == "drop"))
+        count = (self.frequencies or {}).get(word)
+        if count is None:
+            return float(self.unknown == "drop")
+        return discard_probability(count / self._total, self.threshold)
 
     def score(self, words, num_tokens, room, generator):
         """Random scores minus `probability`; see `TextMasking.score`."""
@@ -366,20 +357,9 @@ def check_text_masking(text_masking, tokenizer):
     text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))
 
 
-def split_words(captions):
-    """Yields the words of each caption in lower case, as CLIP's tokenizer splits it."""
-    splitter = byte_pairs.word_splitter(byte_pairs.START, byte_pairs.END)
-    for caption in captions:
-        yield _words(splitter, byte_pairs.clean(caption))
-
-
 def discard_probability(frequency, threshold):
     """word2vec's law: 0 for words up to the frequency `threshold`, and then up to 1."""
     return max(0.0, 1 - math.sqrt(threshold / frequency))
-
-
-def _words(splitter, text):
-    return [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)]
 
 
 def _check_frequencies(frequencies):
@@ -389,16 +369,14 @@ def _check_frequencies(frequencies):
             "`frequencies` must be a dict from words to how often each occurs, with at "
             f"least one word. Received: frequencies={frequencies!r}"
         )
-    splitter = byte_pairs.word_splitter(byte_pairs.START, byte_pairs.END)
     for word, count in frequencies.items():
-        is_number = isinstance(count, numbers.Real) and not isinstance(count, bool)
-        if not is_number or not 0 < count < math.inf:
+        if not is_positive(count):
             raise ValueError(
                 "`frequencies` must be positive numbers: how often each word occurs. "
                 f"Received: {word!r}: {count!r}"
             )
         if not isinstance(word, str) or (
-            word != word.lower() or _words(splitter, word) != [word]
+            word != word.lower() or byte_pairs.words_of(word) != [word]
         ):
             raise ValueError(
                 "`frequencies` must have single words in lower case as keys, as CLIP's "

@@ -3,13 +3,12 @@
 import gzip
 import importlib.util
 import json
-import os
 import pathlib
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
-from keras_cluster_mask.data import byte_pairs
+from keras_cluster_mask.data import byte_pairs, files
 from keras_cluster_mask.data.byte_pairs import END, START, WORD_END
 
 FILE_FORMAT = "keras_cluster_mask.CLIPTokenizer"
@@ -44,6 +43,13 @@ class CLIPTokenizer:
             truncated and still ends with the end token. Defaults to `77`.
         start_token: str. The token before each caption.
         end_token: str. The token after each caption; the last of the vocabulary.
+
+    Attributes:
+        vocabulary_size: int. The number of token ids, and of embeddings that a text
+            tower needs.
+        context_length: int. The length of every row of ids.
+        start_token_id: int. The id of the start token.
+        end_token_id: int. The id of the end token, the highest of all ids.
     """
 
     def __init__(
@@ -56,7 +62,7 @@ class CLIPTokenizer:
             )
         self._vocabulary = list(vocabulary)
         self._merges = [tuple(merge) for merge in merges]
-        self._context_length = context_length
+        self.context_length = context_length
         self._start_token = start_token
         self._end_token = end_token
         self._ids = {token: index for index, token in enumerate(self._vocabulary)}
@@ -71,6 +77,9 @@ class CLIPTokenizer:
                 f"{end_token!r}, so that the end token has the highest id. Received: "
                 f"...{self._vocabulary[-2:]}"
             )
+        self.vocabulary_size = len(self._vocabulary)
+        self.start_token_id = self._ids[start_token]
+        self.end_token_id = self._ids[end_token]
         self._tokenizer = Tokenizer(
             models.BPE(self._ids, self._merges, end_of_word_suffix=WORD_END)
         )
@@ -192,11 +201,6 @@ class CLIPTokenizer:
                 "`vocabulary_size` must be at least 514: two for each of the 256 bytes "
                 f"and two special tokens. Received: {vocabulary_size}"
             )
-        if isinstance(captions, str | bytes):
-            raise ValueError(
-                "`captions` must be an iterable of captions, not a single caption. "
-                f"Received: {captions!r}"
-            )
         merges = byte_pairs.learn_merges(captions, vocabulary_size, min_frequency)
         return cls(byte_pairs.clip_vocabulary(merges), merges, context_length)
 
@@ -207,14 +211,8 @@ class CLIPTokenizer:
             path: str or path, for example `"tokenizer.json"`. The file is written
                 beside its place and renamed when it is complete.
         """
-        path = pathlib.Path(path).expanduser()
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            config = {"format": FILE_FORMAT, **self._config()}
-            part.write_text(json.dumps(config), encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with files.replacing(path) as file:
+            file.write(json.dumps({"format": FILE_FORMAT, **self._config()}).encode())
 
     def __call__(self, texts, keep_words=None):
         """Converts captions to rows of token ids.
@@ -233,41 +231,36 @@ class CLIPTokenizer:
         """
         texts = [texts] if isinstance(texts, str | bytes) else texts
         texts = [byte_pairs.clean(text) for text in texts]
-        token_ids = np.zeros((len(texts), self._context_length), dtype="int32")
+        token_ids = np.zeros((len(texts), self.context_length), dtype="int32")
         token_ids[:, 0] = self.start_token_id
-        # The faster one does not say which tokens are a word.
-        encode = self._tokenizer.encode_batch_fast
-        if keep_words is not None:
-            encode = self._tokenizer.encode_batch
-        encodings = encode(texts, add_special_tokens=False)
-        room = self._context_length - 2
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        room = self.context_length - 2
         for index, (text, encoding) in enumerate(zip(texts, encodings)):
-            ids, words = encoding.ids, None
-            if self._start_token in text or self._end_token in text:
-                words = self._words_with_specials(text)
-                ids = [i for _, tokens in words for i in tokens]
-            if keep_words is not None and len(ids) > room:
-                words = words or _words(text, encoding)
-                sizes = [len(tokens) for _, tokens in words]
-                kept = keep_words(index, [word for word, _ in words], sizes, room)
-                ids = [i for place in kept for i in words[place][1]]
+            ids = encoding.ids
+            has_special = self._start_token in text or self._end_token in text
+            if has_special or (keep_words is not None and len(ids) > room):
+                words, tokens = zip(*self._words(text))
+                if keep_words is not None and sum(map(len, tokens)) > room:
+                    sizes = [len(each) for each in tokens]
+                    kept = keep_words(index, [*words], sizes, room)
+                    tokens = [tokens[place] for place in kept]
+                ids = [i for each in tokens for i in each]
             ids = ids[:room]
             row = token_ids[index]
             row[1 : len(ids) + 1] = ids
             row[len(ids) + 1] = self.end_token_id
         return token_ids
 
-    def _words_with_specials(self, text):
-        # As in the reference, a special token in a caption is that token; the byte-pair
-        # model would split it into characters.
-        words = []
+    def _words(self, text):
+        """The words of a text, each with its token ids."""
         for word, (start, end) in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
+            # As in the reference, a special token in a caption is that token; the
+            # byte-pair model would split it into characters.
             if word in (self._start_token, self._end_token):
                 ids = [self._ids[word]]
             else:
                 ids = [token.id for token in self._tokenizer.model.tokenize(word)]
-            words.append((text[start:end], ids))
-        return words
+            yield text[start:end], ids
 
     def decode(self, ids):
         """Converts token ids to text, with a space between any two words.
@@ -289,31 +282,11 @@ class CLIPTokenizer:
         words = "".join(tokens).split(WORD_END)
         return " ".join(self._decoder.decode([word]) for word in words if word)
 
-    @property
-    def vocabulary_size(self):
-        """int. The number of token ids, and of embeddings that a text tower needs."""
-        return len(self._vocabulary)
-
-    @property
-    def context_length(self):
-        """int. The length of every row of ids."""
-        return self._context_length
-
-    @property
-    def start_token_id(self):
-        """int. The id of the start token."""
-        return self._ids[self._start_token]
-
-    @property
-    def end_token_id(self):
-        """int. The id of the end token, the highest of all ids."""
-        return self._ids[self._end_token]
-
     def _config(self):
         return {
             "vocabulary": self._vocabulary,
             "merges": self._merges,
-            "context_length": self._context_length,
+            "context_length": self.context_length,
             "start_token": self._start_token,
             "end_token": self._end_token,
         }
@@ -326,17 +299,3 @@ class CLIPTokenizer:
             f"<CLIPTokenizer vocabulary_size={self.vocabulary_size}, "
             f"context_length={self.context_length}>"
         )
-
-
-def _words(text, encoding):
-    """The words of a text, each with its token ids."""
-    words, last = [], None
-    for word, token_id, (start, end) in zip(
-        encoding.word_ids, encoding.ids, encoding.offsets
-    ):
-        if word != last:
-            ids, first, last = [], start, word
-            words.append(None)
-        ids.append(token_id)
-        words[-1] = text[first:end], ids
-    return words

@@ -109,21 +109,6 @@ def probe(tokenizer, context_length=None, texts=PROBES):
         return None
 
 
-class Tokenize:
-    """Adds the token ids of a Keras layer to batches that hold captions.
-
-    Args:
-        layer: Keras layer, such as a KerasHub `CLIPPreprocessor`.
-    """
-
-    def __init__(self, layer):
-        self._layer = layer
-
-    def __call__(self, batch):
-        captions = [c[0] if isinstance(c, tuple) else c for c in batch["captions"]]
-        return {**batch, "token_ids": tokenize(self._layer, captions)}
-
-
 def _call(tokenizer, captions, context_length):
     """Calls a tokenizer as its library does."""
     libraries = _libraries(tokenizer)

@@ -85,8 +85,8 @@ def write_table(tmp_path, noise):
 def pairs_of(source):
     """The keys, images and captions that a dataset reads."""
     index = open_index(source, PairReader())
-    assert index.faults.by_reason == {}
-    pairs = index.read(list(range(len(index))))
+    assert index.faults == {}
+    pairs = [*index.read(range(len(index)))]
     return [(pair.key, pair.image, pair.captions) for pair in pairs]
 
 
@@ -510,7 +510,9 @@ def test_destinations_other_than_tar_files_are_refused(to, source, tmp_path):
 
 @pytest.mark.parametrize("name", ["samples_per_shard", "image_size"])
 def test_numbers_that_are_not_positive_are_refused(name, source, tmp_path):
-    with pytest.raises(ValueError, match=rf"`{name}` must be positive. Received: .*0"):
+    with pytest.raises(
+        ValueError, match=rf"`{name}` must be an int of at least 1. Received: .*0"
+    ):
         convert(source, tmp_path / "out.tar", **{name: 0})
     assert not files.exists(tmp_path / "out.tar")
 

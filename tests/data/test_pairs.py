@@ -13,7 +13,7 @@ pytestmark = pytest.mark.any_backend
 def read(source, with_images=False, **options):
     """The pairs, and the keys and reasons of all broken samples."""
     index = open_index(source, PairReader(**options))
-    found = index.read(list(range(len(index))), with_images)
+    found = [*index.read(range(len(index)), with_images)]
     faults = [*index.broken(), *(each for each in found if isinstance(each, Fault))]
     pairs = [each for each in found if not isinstance(each, Fault)]
     return pairs, [(fault.key, fault.reason) for fault in faults]

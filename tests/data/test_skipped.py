@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import SkippedSamples, image_text_dataset
-from keras_cluster_mask.data.index import Faults
 from keras_cluster_mask.data.pairs import Fault
 
 pytestmark = pytest.mark.any_backend
@@ -32,77 +31,68 @@ def fault(key, reason="the image does not decode", shard="a.tar"):
     return Fault(shard, key, reason)
 
 
+class Index:
+    """What two shards hold, of which one is damaged."""
+
+    faults = {"b.tar": {"no image": 1, "damaged shard": 1}, "a.tar": {"no image": 1}}
+    damage = ["b.tar is damaged"]
+
+
 def test_samples_are_counted_by_reason_and_by_shard():
-    index = Faults({"no image": 2}, {"a.tar": {"no image": 2}}, ["a.tar is damaged"])
-    skipped = SkippedSamples([index, Faults({}, {}, [])])
-    assert (skipped.count, skipped.by_reason) == (2, {"no image": 2})
-    account = skipped.start()
+    skipped = SkippedSamples([Index()])
+    structural = {"damaged shard": 1, "no image": 2}
+    assert (skipped.count, skipped.by_reason) == (3, structural)
     with pytest.warns(UserWarning, match="'7' of the shard a.tar"):
-        account.report([fault("7"), fault("8", shard="b.tar")], 10)
-    account.report([fault("9", "the shard cannot be read")], 10)
+        skipped.report([fault("7"), fault("8", shard="b.tar")], 10)
+    skipped.report([fault("9", "the shard cannot be read")], 10)
     assert skipped.by_reason == {
+        "damaged shard": 1,
         "no image": 2,
         "the image does not decode": 2,
         "the shard cannot be read": 1,
     }
     assert skipped.by_shard == {
         "a.tar": {
-            "no image": 2,
+            "no image": 1,
             "the image does not decode": 1,
             "the shard cannot be read": 1,
         },
-        "b.tar": {"the image does not decode": 1},
+        "b.tar": {"no image": 1, "damaged shard": 1, "the image does not decode": 1},
     }
-    assert skipped.count == 5
+    assert skipped.count == 6
     assert [each.key for each in skipped.samples] == ["7", "8", "9"]
-    assert skipped.details == ["a.tar is damaged"]
+    assert skipped.details == ["b.tar is damaged"]
     assert repr(skipped) == (
-        "<SkippedSamples count=5, no image: 2, the image does not decode: 2, "
-        "the shard cannot be read: 1>"
+        "<SkippedSamples count=6, damaged shard: 1, no image: 2, "
+        "the image does not decode: 2, the shard cannot be read: 1>"
     )
 
 
-def test_a_new_pass_starts_with_the_counts_of_the_index():
-    skipped = SkippedSamples([Faults({"no image": 2}, {"a": {"no image": 2}}, [])])
-    given_up = skipped.start()
-    current = skipped.start()
-    # A pass that was given up does not count.
-    given_up.report([fault("1")], 5)
-    assert (skipped.count, skipped.samples) == (2, [])
-    with pytest.warns(UserWarning, match="'2'"):
-        current.report([fault("2")], 5)
-    assert skipped.count == 3
-    skipped.start()
-    assert (skipped.count, skipped.samples) == (2, [])
-
-
 def test_only_the_first_hundred_samples_are_listed():
-    skipped = SkippedSamples([])
-    account = skipped.start()
+    skipped = SkippedSamples()
     faults = [fault(str(number)) for number in range(300)]
     with pytest.warns(UserWarning, match="'0'"):
-        account.report(faults[:70], 70)
-    account.report(faults[70:], 230)
+        skipped.report(faults[:70], 70)
+    skipped.report(faults[70:], 230)
     assert [each.key for each in skipped.samples] == [str(i) for i in range(100)]
     assert skipped.count == 300
 
 
-def test_one_warning_for_the_first_and_one_that_sums_up():
-    skipped = SkippedSamples([])
-    for count in (0, 1, 5):
-        account = skipped.start()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for number in range(count):
-                account.report([fault(str(number))], 5)
-            account.end()
-        messages = [str(warning.message) for warning in caught]
-        assert len(messages) == min(count, 2)
-        assert all("'0' of the shard a.tar" in each for each in messages[:1])
-        assert all(
-            "5 samples were skipped: the image does not decode: 5" in each
-            for each in messages[1:]
-        )
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_one_warning_for_the_first_and_one_that_sums_up(count):
+    skipped = SkippedSamples()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(count):
+            skipped.report([fault(str(number))], 5)
+        skipped.end()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == min(count, 2)
+    assert all("'0' of the shard a.tar" in each for each in messages[:1])
+    assert all(
+        "5 samples were skipped: the image does not decode: 5" in each
+        for each in messages[1:]
+    )
 
 
 # === Of a dataset ===
@@ -168,13 +158,15 @@ def test_broken_samples_are_skipped_and_counted_in_each_pass(shard, training):
 
 def test_passes_at_the_same_time_are_not_counted_together(shard):
     dataset = make(shard)
-    given_up = iter(dataset)
-    next(given_up)
+    first = iter(dataset)
+    next(first)
+    counted = dataset.skipped
     with pytest.warns(UserWarning, match="skipped"):
         assert sum(len(batch["images"]) for batch in dataset) == 31
-    assert [*given_up]
-    assert dataset.skipped.count == 7
-    given_up.close()
+    with pytest.warns(UserWarning, match="skipped"):
+        assert [*first]
+    assert (dataset.skipped.count, counted.count) == (7, 7)
+    first.close()
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -259,7 +259,7 @@ def test_a_process_reads_no_more_than_its_share(write_tar, noise, storage):
     # Without what is read ahead.
     storage.requests.clear()
     for batch in range(len(dataset)):
-        dataset._samples.read(dataset._rows.positions(batch))
+        dataset._samples.read(dataset._samples.positions(batch))
     read = sum(last - first for _, first, last in storage.requests)
     assert total / processes * 0.95 < read <= 1.1 * total / processes
     # A run is one request.

@@ -4,6 +4,14 @@ import typing
 
 from keras_cluster_mask.data import files
 
+# By the first bytes of a file, its compression as fsspec names it.
+COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ": "xz",
+    b"\x5d\x00\x00\x80": "lzma",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 # A damaged header may claim more than any image has and would fill the memory.
 MAX_BYTES = 2**28
 
@@ -47,28 +55,27 @@ class DamagedShard(ValueError):
         reason: str.
     """
 
-    def __init__(self, path, last_key, reason):
-        self.path, self.last_key, self.reason = path, last_key, reason
+    def __str__(self):
+        path, last_key, reason = self.args
         place = f"after the sample {last_key!r}" if last_key else "at its start"
-        super().__init__(f"The shard {path} is damaged {place}: {reason}")
-
-    def __reduce__(self):
-        return DamagedShard, (self.path, self.last_key, self.reason)
+        return f"The shard {path} is damaged {place}: {reason}"
 
 
 class NoRandomAccess(ValueError):
-    """A shard whose samples can be read from start to end only."""
+    """A shard whose samples can be read from start to end only.
 
-    def __init__(self, path, kind):
-        super().__init__(
+    Args:
+        path: str.
+        kind: str.
+    """
+
+    def __str__(self):
+        path, kind = self.args
+        return (
             f"`source` must be shards that can be read in any order, but this is {kind}"
             ". Convert it: `python -m keras_cluster_mask.data convert "
             f"{path} --to 'shards/train-{{00000}}.tar'`. Received: {path}"
         )
-        self.path, self.kind = path, kind
-
-    def __reduce__(self):
-        return NoRandomAccess, (self.path, self.kind)
 
 
 class Format:
@@ -77,12 +84,13 @@ class Format:
     Attributes:
         unique_keys: bool. Whether a duplicate key in a shard is a fault.
         in_index: bool. Whether an index holds the content of the samples.
-        has_images: bool. Whether shards hold images, and not the names of files.
+        names_files: bool. Whether samples may hold the names of image files, which are
+            relative to the folder of the shard.
     """
 
     unique_keys = True
     in_index = False
-    has_images = True
+    names_files = False
 
     def scan(self, path):
         """Finds the samples of a shard in order.
@@ -128,7 +136,3 @@ class Format:
             or a list of these.
         """
         raise NotImplementedError
-
-    def path_of(self, path, name):
-        """The path of an image file that a field of a sample names."""
-        return None

@@ -17,7 +17,7 @@ class Folder(Format):
     """
 
     in_index = True
-    has_images = False
+    names_files = True
 
     def scan(self, path):
         offset = 0
@@ -29,9 +29,6 @@ class Folder(Format):
     def parse(self, content, number, context):
         name = json.loads(content)
         return name, {"path": name, "folder": os.path.dirname(name)}
-
-    def path_of(self, path, name):
-        return files.beside(path, name) if name else path
 
 
 def images_in(path):

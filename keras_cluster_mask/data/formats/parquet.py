@@ -24,7 +24,7 @@ class Parquet(Format):
     """
 
     unique_keys = False
-    has_images = False
+    names_files = True
 
     def scan(self, path):
         # An older file of this name may still be there.
@@ -56,9 +56,6 @@ class Parquet(Format):
         }
         key = next((content[name] for name in KEYS if content.get(name)), None)
         return f"{number:08}" if key is None else str(key), fields
-
-    def path_of(self, path, name):
-        return files.beside(path, name)
 
 
 def plain(value):

@@ -1,6 +1,5 @@
 """Tables (CSV, TSV, JSON lines) with one row per sample."""
 
-import collections
 import csv
 import itertools
 import json
@@ -29,7 +28,7 @@ class Table(Format):
 
     # A table may have one row for each caption of an image.
     unique_keys = False
-    has_images = False
+    names_files = True
 
     def __init__(self, delimiter):
         self.delimiter = delimiter
@@ -57,9 +56,6 @@ class Table(Format):
         row, _ = self._row(content, context)
         return _key(row, number), {k: v for k, v in row.items() if v is not None}
 
-    def path_of(self, path, name):
-        return files.beside(path, name)
-
     def _columns(self, path, file):
         """The names in the first line of a table, and where its rows start."""
         if self.delimiter is None:
@@ -72,37 +68,24 @@ class Table(Format):
 
     def _rows(self, file, start):
         """The offset and the bytes of each row; a broken row is one line."""
-        # Lines and their sizes in the file.
-        waiting, taken = collections.deque(), []
-
-        def read_line():
-            line = more = file.readline(MAX_ROW + 1)
-            size = len(line)
-            # A line that is too long is broken as a whole, and not kept as a whole.
-            while more and not more.endswith(b"\n"):
-                more = file.readline(MAX_ROW)
-                size += len(more)
-            return line, size
-
-        def lines(read=0):
-            while read < MAX_ROW:
-                line, size = waiting.popleft() if waiting else read_line()
-                if not line:
-                    return
-                taken.append((line, size))
-                read += size
-                yield line
-
-        while first := next(lines(), b""):
+        taken = []
+        while True:
+            file.seek(start)
+            taken.clear()
+            first = next(_lines(file, taken), None)
+            if first is None:
+                return
             # Only a quote may hold a newline.
             if self.delimiter is not None and b'"' in first:
-                _, fault = self._cells(itertools.chain([first], lines()))
+                _, fault = self._cells(itertools.chain([first], _lines(file, taken)))
                 if fault:
-                    waiting.extendleft(reversed(taken[1:]))
                     del taken[1:]
-            yield start, b"".join(line for line, _ in taken)
-            start += sum(size for _, size in taken)
-            taken.clear()
+            yield start, b"".join(taken)
+            start += sum(map(len, taken))
+            # A line that is too long is broken as a whole, and not kept as a whole.
+            while not taken[-1].endswith(b"\n") and (more := file.readline(MAX_ROW)):
+                taken[-1] = more
+                start += len(more)
 
     def _cells(self, lines):
         """The cells of one row and None, or no cells and what is wrong."""
@@ -128,6 +111,15 @@ class Table(Format):
         if any(cells[len(columns) :]):
             cells, fault = cells[:1], "more cells than columns"
         return dict(zip(columns, cells)), fault
+
+
+def _lines(file, taken):
+    """Yields lines of a row, as many as a row may have, and adds them to a list."""
+    size = sum(map(len, taken))
+    while size < MAX_ROW and (line := file.readline(MAX_ROW + 1)):
+        taken.append(line)
+        size += len(line)
+        yield line
 
 
 def find_table(folder, names):

@@ -8,6 +8,7 @@ import tarfile
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import (
+    COMPRESSIONS,
     MAX_BYTES,
     DamagedShard,
     Entry,
@@ -21,13 +22,6 @@ BLOCK = 512
 MAX_ENTRIES = 32
 # More than the zeros that fill the last record of a tar.
 MAX_PADDING = 2**20
-COMPRESSIONS = (
-    b"\x1f\x8b",
-    b"BZh",
-    b"\xfd7zXZ",
-    b"\x5d\x00\x00\x80",
-    b"\x28\xb5\x2f\xfd",
-)
 
 
 class Tar(Format):
@@ -40,7 +34,7 @@ class Tar(Format):
         last = None
         try:
             with files.open_file(path) as file:
-                if file.read(8).startswith(COMPRESSIONS):
+                if file.read(8).startswith(tuple(COMPRESSIONS)):
                     raise NoRandomAccess(path, "a compressed file")
                 length = file.seek(0, io.SEEK_END)
                 file.seek(0)

@@ -1,6 +1,7 @@
 """TFRecord files, in which each `tf.train.Example` is a sample."""
 
 import functools
+import itertools
 
 import google_crc32c
 from google.protobuf import (
@@ -8,7 +9,6 @@ from google.protobuf import (
     descriptor_pool,
     message,
     message_factory,
-    text_format,
 )
 
 from keras_cluster_mask.data import files
@@ -24,52 +24,17 @@ from keras_cluster_mask.data.formats.base import (
 KEYS = ("__key__", "key", "image/filename", "image/id")
 # The length of a record and its checksum come before it, and a checksum after it.
 BEFORE, AFTER = 12, 4
-TRUNCATED = "it is truncated within a record"
-EXAMPLE = """
-name: "example.proto" syntax: "proto3"
-message_type {
-  name: "Example"
-  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".Features" }
+# The messages of a `tf.train.Example`: their fields in order, with their types.
+MESSAGES = {
+    "Example": {"features": ".Features"},
+    "Features": {"feature": ".Entry"},
+    "Entry": {"key": "TYPE_STRING", "value": ".Feature"},
+    "Feature": {"bytes": ".Bytes", "floats": ".Floats", "ints": ".Ints"},
+    "Bytes": {"value": "TYPE_BYTES"},
+    "Floats": {"value": "TYPE_FLOAT"},
+    "Ints": {"value": "TYPE_INT64"},
 }
-message_type {
-  name: "Features"
-  field {
-    name: "feature" number: 1 label: LABEL_REPEATED
-    type: TYPE_MESSAGE type_name: ".Features.FeatureEntry"
-  }
-  nested_type {
-    name: "FeatureEntry"
-    field { name: "key" number: 1 type: TYPE_STRING }
-    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".Feature" }
-    options { map_entry: true }
-  }
-}
-message_type {
-  name: "Feature"
-  field {
-    name: "bytes_list" number: 1 oneof_index: 0 type: TYPE_MESSAGE type_name: ".Bytes"
-  }
-  field {
-    name: "float_list" number: 2 oneof_index: 0 type: TYPE_MESSAGE type_name: ".Floats"
-  }
-  field {
-    name: "int64_list" number: 3 oneof_index: 0 type: TYPE_MESSAGE type_name: ".Ints"
-  }
-  oneof_decl { name: "kind" }
-}
-message_type {
-  name: "Bytes"
-  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES }
-}
-message_type {
-  name: "Floats"
-  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT }
-}
-message_type {
-  name: "Ints"
-  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 }
-}
-"""
+REPEATED = "Features", "Bytes", "Floats", "Ints"
 
 
 class TFRecord(Format):
@@ -83,26 +48,26 @@ class TFRecord(Format):
     def scan(self, path):
         if path.lower().endswith(".gz"):
             raise NoRandomAccess(path, "a compressed TFRecord file")
-        key, number = None, 0
+        key = None
         with files.open_file(path) as file:
-            while head := file.read(BEFORE):
+            for number in itertools.count():
+                head = file.read(BEFORE)
+                if not head:
+                    return
                 size = int.from_bytes(head[:8], "little")
                 if len(head) < BEFORE or not _is_intact(head[:8], head[8:]):
                     reason = "the length of a record does not match its checksum"
                     raise DamagedShard(path, key, reason)
                 place = file.tell()
-                if size > MAX_BYTES:
-                    file.seek(place + size)
-                    if len(file.read(AFTER)) < AFTER:
-                        raise DamagedShard(path, key, TRUNCATED)
-                    yield Entry(f"{number:08}", place, 0, (), "file too large")
-                    number += 1
-                    continue
-                content, checksum = file.read(size), file.read(AFTER)
-                if len(content) < size or len(checksum) < AFTER:
-                    raise DamagedShard(path, key, TRUNCATED)
+                content = file.read(size) if size <= MAX_BYTES else b""
+                file.seek(place + size)
+                checksum = file.read(AFTER)
+                if len(checksum) < AFTER:
+                    raise DamagedShard(path, key, "it is truncated within a record")
                 key, fields, fault = f"{number:08}", {}, None
-                if not _is_intact(content, checksum):
+                if size > MAX_BYTES:
+                    fault = "file too large"
+                elif not _is_intact(content, checksum):
                     fault = "a record that does not match its checksum"
                 else:
                     try:
@@ -110,12 +75,11 @@ class TFRecord(Format):
                     except message.DecodeError:
                         fault = "a record that is not a tf.train.Example"
                 names = [name for name in fields if not is_empty(fields[name])]
-                yield Entry(key, place, size, names, fault)
-                number += 1
+                yield Entry(key, place, len(content), names, fault)
 
     def parse(self, content, number, context):
-        features = _example().FromString(content).features.feature
-        fields = {name: _value(features[name]) for name in features}
+        entries = _example().FromString(content).features.feature
+        fields = {entry.key: _value(entry.value) for entry in entries}
         key = next((fields[name] for name in KEYS if fields.get(name)), f"{number:08}")
         if isinstance(key, bytes):
             key = key.decode("utf-8", "surrogateescape")
@@ -130,17 +94,26 @@ def _is_intact(content, checksum):
 
 
 def _value(feature):
-    kind = feature.WhichOneof("kind")
-    values = list(getattr(feature, kind).value) if kind else []
-    if kind != "bytes_list":
-        values = [str(value) for value in values]
+    # At most one of its fields is set.
+    values = [value for _, message in feature.ListFields() for value in message.value]
+    values = [v if isinstance(v, bytes) else str(v) for v in values]
     return values[0] if len(values) == 1 else values
 
 
 @functools.cache
 def _example():
     """The message `tf.train.Example`, in a pool of its own beside TensorFlow's."""
-    file = text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto())
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", syntax="proto3")
+    for message_name, fields in MESSAGES.items():
+        added = file.message_type.add(name=message_name)
+        for number, (name, type) in enumerate(fields.items(), 1):
+            field = added.field.add(name=name, number=number)
+            if type.startswith("."):
+                field.type_name = type
+            else:
+                field.type = field.Type.Value(type)
+            if message_name in REPEATED:
+                field.label = field.LABEL_REPEATED
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))

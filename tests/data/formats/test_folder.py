@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data.formats import format_of
+from keras_cluster_mask.data import files
 from keras_cluster_mask.data.shards import find_shards
 
 pytestmark = pytest.mark.any_backend
@@ -31,15 +31,14 @@ def test_a_folder_holds_the_images_in_it_and_below(images, read_all):
         ("dogs/1.png", {"path": "dogs/1.png", "folder": "dogs"}),
     ]
     assert faults == []
-    path_of = format_of(shard).path_of
-    assert path_of(shard, "cats/1.PNG") == f"{images}/cats/1.PNG"
+    assert files.beside(shard, "cats/1.PNG") == f"{images}/cats/1.PNG"
 
 
 def test_a_single_image_is_a_shard(images, read_all):
     (shard,) = find_shards(images / "dogs/1.png")
     (sample,) = read_all(shard)[0]
     assert sample[0] == "1.png"
-    assert format_of(shard).path_of(shard, sample[1]["path"]) == shard
+    assert files.beside(shard, sample[1]["path"]) == shard
     names = [f"{images}/cats/1.PNG", f"{images}/cats/2.png"]
     assert list(find_shards(f"{images}/cats/*")) == names
 
@@ -65,7 +64,7 @@ def test_file_names_that_are_not_utf_8_are_different_keys(images, read_all):
     samples, _ = read_all(shard)
     assert len({key for key, _ in samples}) == 6
     for _, fields in samples:
-        assert os.path.exists(format_of(shard).path_of(shard, fields["path"]))
+        assert os.path.exists(files.beside(shard, fields["path"]))
 
 
 def test_a_folder_at_an_address_is_read(memory, read_all):
@@ -74,7 +73,7 @@ def test_a_folder_at_an_address_is_read(memory, read_all):
     (shard,) = find_shards("memory://images")
     samples, _ = read_all(shard)
     assert [key for key, _ in samples] == ["a/1.png", "b/1.png"]
-    path = format_of(shard).path_of(shard, "a/1.png")
+    path = files.beside(shard, "a/1.png")
     assert memory.cat(path) == b"image"
 
 

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from keras_cluster_mask.data import files
+from keras_cluster_mask.data import SkippedSamples, files
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import Labels, PairReader
@@ -69,18 +69,18 @@ def test_the_class_zero_is_a_label(write):
     columns = {**COLUMNS, "label": [0, 1, 2, 0, 1, None, 0]}
     reader = PairReader(wants_caption=False, labels=Labels("label"))
     index = open_index(write(columns), reader)
-    assert index.faults.by_reason == {"no label": 1}
-    labels = [pair.label for pair in index.read(list(range(len(index))))]
+    assert SkippedSamples([index]).by_reason == {"no label": 1}
+    labels = [pair.label for pair in index.read(range(len(index)))]
     assert labels == [0, 1, 2, 0, 1, 0]
 
 
 def test_a_replaced_file_is_read_again(write):
     write(COLUMNS)
     index = open_index(write(COLUMNS), PairReader())
-    assert index.read([1])[0].captions == ("no 1",)
+    assert next(index.read([1])).captions == ("no 1",)
     changed = {**COLUMNS, "caption": [f"new {i}" for i in range(7)]}
     index = open_index(write(changed), PairReader())
-    assert index.read([1])[0].captions == ("new 1",)
+    assert next(index.read([1])).captions == ("new 1",)
 
 
 def test_truncated_and_other_files_are_damaged(write, scan):
@@ -139,5 +139,5 @@ def test_a_group_that_cannot_be_read_is_read_again(write, monkeypatch):
         return open_file(path, *arguments)
 
     monkeypatch.setattr(files, "open_file", fails_once)
-    assert index.read([0])[0].captions == ("no 0",)
+    assert next(index.read([0])).captions == ("no 0",)
     assert len(attempts) == 2

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 
 pytestmark = pytest.mark.any_backend
@@ -192,12 +193,11 @@ def test_a_broken_first_line_is_damage(write, scan):
 
 
 def test_names_of_files_are_relative_to_the_folder_of_the_table():
-    path_of = format_of("x.csv").path_of
-    assert path_of("/data/x.csv", "a/b.jpg") == "/data/a/b.jpg"
-    assert path_of("x.csv", "a/b.jpg") == "a/b.jpg"
-    assert path_of("memory://set/x.csv", "b.jpg") == "memory://set/b.jpg"
+    assert files.beside("/data/x.csv", "a/b.jpg") == "/data/a/b.jpg"
+    assert files.beside("x.csv", "a/b.jpg") == "a/b.jpg"
+    assert files.beside("memory://set/x.csv", "b.jpg") == "memory://set/b.jpg"
     for absolute in ("/a/b.jpg", "s3://a/b.jpg"):
-        assert path_of("/data/x.csv", absolute) == absolute
+        assert files.beside("/data/x.csv", absolute) == absolute
 
 
 def test_a_table_at_an_address_is_read(memory, read_all):
