@@ -232,7 +232,9 @@ def cluster_embeddings(embeddings, num_clusters, iterations, merge_threshold, se
     examples = slice(None)
     if count > PER_CENTER * num_clusters:
         size = PER_CENTER * num_clusters
-        examples = np.random.default_rng(seed).choice(count, size, replace=False)
+        chosen = np.random.default_rng(seed).choice(count, size, replace=False)
+        # A file is read in its order.
+        examples = np.sort(chosen)
     kmeans = faiss.Kmeans(
         dim,
         num_clusters,
@@ -309,8 +311,8 @@ def _keys_and_clusters(clusters):
         clusters = list(clusters), list(clusters.values())
     if not isinstance(clusters, tuple) or len(clusters) != 2:
         raise ValueError(
-            "`clusters` must be a dict from keys to numbers, a pair of both, or the path "
-            "of a file of `save` or `np.savez(path, keys=keys, clusters=clusters)`. "
+            "`clusters` must be a dict from keys to numbers, a pair of both, or a file "
+            "of `save` or `np.savez(path, keys=keys, clusters=clusters)`. "
             f"Received: clusters={received!r}"
         )
     keys, clusters = clusters[0], np.asarray(clusters[1])
