@@ -27,13 +27,13 @@ def scope():
 
 
 @pytest.mark.parametrize("code", CELLS)
-def test_code_of_the_tables_makes_a_masking_tokenizer_or_model(code, scope):
+def test_code_of_the_tables_makes_a_masking_sampler_tokenizer_or_model(code, scope):
     if "from_open_clip" in code:
         pytest.importorskip("open_clip")
     made = eval(code, scope)
-    assert isinstance(
-        made, kcm.PatchMasking | TextMasking | kcm.data.CLIPTokenizer | keras.Model
-    )
+    samplers = kcm.data.ClusterSampling | kcm.data.FrequencyPruning
+    maskings = kcm.PatchMasking | TextMasking
+    assert isinstance(made, maskings | samplers | kcm.data.CLIPTokenizer | keras.Model)
 
 
 def test_blocks_of_code_run_and_make_the_image(scope, tmp_path, monkeypatch):

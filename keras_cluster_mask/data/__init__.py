@@ -4,6 +4,8 @@ from keras_cluster_mask.data.captions import read_captions
 from keras_cluster_mask.data.check import check
 from keras_cluster_mask.data.convert import convert
 from keras_cluster_mask.data.dataset import image_text_dataset
+from keras_cluster_mask.data.frequency_pruning import FrequencyPruning
+from keras_cluster_mask.data.sampling import ClusterSampling
 from keras_cluster_mask.data.shards import list_shards
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset
@@ -18,6 +20,8 @@ from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 __all__ = [
     "BlockTextMasking",
     "CLIPTokenizer",
+    "ClusterSampling",
+    "FrequencyPruning",
     "FrequencyTextMasking",
     "ImageTextDataset",
     "RandomTextMasking",

@@ -15,11 +15,13 @@ from keras_cluster_mask.data.arguments import (
 )
 from keras_cluster_mask.data.backgrounds import check_background
 from keras_cluster_mask.data.captions import CaptionChoice
+from keras_cluster_mask.data.frequency_pruning import FrequencyPruning
 from keras_cluster_mask.data.images import MAX_PIXELS, Cutter, height_and_width
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.order import Mix, Order
 from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
+from keras_cluster_mask.data.sampling import ClusterSampling
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
 from keras_cluster_mask.data.text_masking import check_text_masking
@@ -177,10 +179,12 @@ def image_text_dataset(
             the `context_length` of the `tokenizer`, which must be a `CLIPTokenizer`. It
             has no effect on `"captions"`, nor unless `training`: evaluation is never
             masked. Defaults to `None`: captions that are too long are truncated.
-        sampling: Function of the number of samples and the number of an epoch, from 0,
-            that returns an int array: the samples of this epoch, by their numbers in
-            the index. They are shuffled. It must return the same in each process.
-            Defaults to `None`: each sample once.
+        sampling: Which samples an epoch has: `ClusterSampling` or `FrequencyPruning`;
+            or a function of the number of samples and the number of an epoch, from 0,
+            that returns an int array of numbers of samples in the index, the same in
+            each process. They are shuffled, and no other sample is read. `len(dataset)`
+            counts the full batches of the first epoch. Defaults to `None`: each sample
+            once.
         block_size: int. In training, runs of so many neighbours stay together and are
             read together, which suits object stores and disks that turn. The
             number of processes must divide `batch_size // block_size`. Defaults to
@@ -270,11 +274,18 @@ def image_text_dataset(
     if training:
         remote = any(files.is_address(path) for each in indexes for path in each.paths)
         block_size = choose_block_size(block_size, batch_size, process[1], remote)
+        if isinstance(sampling, ClusterSampling | FrequencyPruning):
+            sampling = sampling.of_index(index)
         orders = [
             Order(len(each), seed, block_size, sampling, source)
             for source, each in enumerate(indexes)
         ]
         order = orders[0] if weights is None else Mix(orders, weights)
+        if order.length(0) < batch_size:
+            raise ValueError(
+                "`sampling` must choose at least a batch of samples. Received: "
+                f"batch_size={batch_size}, {order.length(0)} samples in the first epoch"
+            )
 
     rows = batch_size // process[1] if training else None
     channels_first = data_format == "channels_first"

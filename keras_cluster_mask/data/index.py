@@ -110,6 +110,11 @@ class Index:
         """set of str. The fields of all samples."""
         return {name for p in self._parts for each in p.layouts for name in each[0]}
 
+    def key_hashes(self):
+        """The hashes of the keys of all samples, as of `hash_of`, uint64 `(len,)`."""
+        of_shards = (s.part.records()["key"][s.intact()] for s in self._shards)
+        return np.concatenate([np.empty(0, "u8"), *of_shards])
+
     def broken(self):
         """Yields a `Fault` for each broken sample, whose key is read from its shard."""
         for shard in self._shards:
@@ -265,6 +270,16 @@ class ObjectIndex:
 
     def __len__(self):
         return len(self._source)
+
+    def key_hashes(self):
+        """See `Index.key_hashes`. Keys other than numbers are read with their samples.
+
+        The first sample shows whether there are any.
+        """
+        keys = map(str, range(len(self)))
+        if "__key__" in self.fields:
+            keys = (self._pair(number).key for number in range(len(self)))
+        return np.fromiter(map(hash_of, keys), "u8", len(self))
 
     def broken(self):
         """Nothing: what is broken shows when it is read."""

@@ -314,7 +314,7 @@ class FrequencyTextMasking(TextMasking):
         count = (self.frequencies or {}).get(word)
         if count is None:
             return float(self.unknown == "drop")
-        return max(0.0, 1 - math.sqrt(self.threshold / (count / self._total)))
+        return discard_probability(count / self._total, self.threshold)
 
     def score(self, words, num_tokens, room, generator):
         """Random scores minus `probability`; see `TextMasking.score`."""
@@ -355,6 +355,11 @@ def check_text_masking(text_masking, tokenizer):
         )
     # What is missing, and a tagger that does not work, shows before any sample is read.
     text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))
+
+
+def discard_probability(frequency, threshold):
+    """word2vec's law: 0 for words up to the frequency `threshold`, and then up to 1."""
+    return max(0.0, 1 - math.sqrt(threshold / frequency))
 
 
 def _check_frequencies(frequencies):
