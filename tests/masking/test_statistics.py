@@ -289,8 +289,11 @@ class TestOtherMaskings:
         masking = self.Dimmest(0.5, num_prefix_tokens=0)
         with pytest.raises(ValueError, match=message):
             statistics_of(masking, images, patch_size=4)
-        with pytest.raises(ValueError, match=message):
-            statistics_of(cluster_masking(embedding_weight=0.5), images)
+        for strategy in (kcm.ClusterMasking, kcm.KMeansMasking, kcm.EdgeMasking):
+            # A schedule may start at 0, where tokens do not matter yet.
+            for weight in (0.5, keras.optimizers.schedules.CosineDecay(0.0, 9)):
+                with pytest.raises(ValueError, match=message):
+                    statistics_of(strategy(4, embedding_weight=weight), images)
 
 
 @pytest.mark.any_backend
