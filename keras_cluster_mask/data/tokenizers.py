@@ -1,6 +1,7 @@
 """CLIP's tokenizer in Python."""
 
 import copy
+import functools
 import gzip
 import importlib.util
 import json
@@ -82,6 +83,8 @@ class CLIPTokenizer:
         )
         self._tokenizer.pre_tokenizer = byte_pairs.word_splitter(start_token, end_token)
         self._decoder = decoders.ByteLevel()
+        # Words repeat, and the model makes an object of each token.
+        self._ids_of = functools.lru_cache(1 << 16)(self._ids_of)
 
     @classmethod
     def from_file(cls, path, context_length=None):
@@ -265,13 +268,15 @@ class CLIPTokenizer:
     def _words(self, text):
         """The words of a text, each with its token ids."""
         for word, (start, end) in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
-            # As in the reference, a special token in a caption is that token; the
-            # byte-pair model would split it into characters.
-            if word in (self._start_token, self._end_token):
-                ids = [self._ids[word]]
-            else:
-                ids = [token.id for token in self._tokenizer.model.tokenize(word)]
-            yield text[start:end], ids
+            yield text[start:end], self._ids_of(word)
+
+    def _ids_of(self, word):
+        """The token ids of a word in byte characters."""
+        # As in the reference, a special token in a caption is that token; the byte-pair
+        # model would split it into characters.
+        if word in (self._start_token, self._end_token):
+            return (self._ids[word],)
+        return tuple(token.id for token in self._tokenizer.model.tokenize(word))
 
     def decode(self, ids):
         """Converts token ids to text, with a space between any two words.

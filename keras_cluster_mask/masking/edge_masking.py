@@ -16,12 +16,12 @@ SINKHORN_EPSILON = 1e-3
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class EdgeMasking(SimilarityMasking):
-    """Leaves out look-alikes of seed patches, and spares edges, of training images.
+    """Leaves out patches that look like those with the weakest edges.
 
-    The masking of CLIP-PGS. A few patches become seeds: those with the weakest edges.
-    A patch whose similarity to a seed exceeds `threshold` is masked. Exactly the share
-    `mask_ratio` of the patches is left out: if fewer are masked, others go at random
-    too, and if more are, random ones of them stay.
+    The masking of CLIP-PGS. In every training image a few patches become seeds: those
+    with the weakest edges. A patch whose similarity to a seed exceeds `threshold` is
+    masked. Exactly the share `mask_ratio` of the patches is left out: if fewer are
+    masked, others go at random too, and if more are, random ones of them stay.
 
     The edge map is computed on the grid of patches, from their mean grey levels: the
     magnitude of a 3 x 3 Sobel filter, scaled to [0, 1]. Beyond the border lies the mean
