@@ -247,18 +247,21 @@ class CLIPTokenizer:
         texts = [byte_pairs.clean(text) for text in texts]
         token_ids = np.zeros((len(texts), self.context_length), dtype="int32")
         token_ids[:, 0] = self.start_token_id
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         room = self.context_length - 2
-        for index, (text, encoding) in enumerate(zip(texts, encodings)):
-            ids = encoding.ids
-            has_special = self._start_token in text or self._end_token in text
-            if has_special or (keep_words is not None and len(ids) > room):
-                words, tokens = zip(*self._words(text))
-                if keep_words is not None and sum(map(len, tokens)) > room:
+        if keep_words is None:
+            encodings = self._tokenizer.encode_batch_fast(
+                texts, add_special_tokens=False
+            )
+        for index, text in enumerate(texts):
+            if keep_words or self._start_token in text or self._end_token in text:
+                words, tokens = self._words(text)
+                if keep_words and sum(map(len, tokens)) > room:
                     sizes = [len(each) for each in tokens]
-                    kept = keep_words(index, [*words], sizes, room)
+                    kept = keep_words(index, words, sizes, room)
                     tokens = [tokens[place] for place in kept]
                 ids = [i for each in tokens for i in each]
+            else:
+                ids = encodings[index].ids
             ids = ids[:room]
             row = token_ids[index]
             row[1 : len(ids) + 1] = ids
@@ -266,9 +269,10 @@ class CLIPTokenizer:
         return token_ids
 
     def _words(self, text):
-        """The words of a text, each with its token ids."""
-        for word, (start, end) in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
-            yield text[start:end], self._ids_of(word)
+        """The words of a text, and the token ids of each."""
+        pieces = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        words = [text[start:end] for _, (start, end) in pieces]
+        return words, [self._ids_of(piece) for piece, _ in pieces]
 
     def _ids_of(self, word):
         """The token ids of a word in byte characters."""
