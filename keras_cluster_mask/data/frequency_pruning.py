@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.sampling import check_fraction, places_of, sorted_hashes
+from keras_cluster_mask.data.arguments import check_fraction
+from keras_cluster_mask.data.sampling import places_of, sorted_hashes
 from keras_cluster_mask.data.text_masking import discard_probability
 
 # The first words of a caption, which WFPP looks at.

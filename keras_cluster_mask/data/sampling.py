@@ -5,15 +5,14 @@ no sample to choose those of an epoch, and chooses the same in each process.
 """
 
 import functools
-import numbers
 import os
 import zipfile
 from collections.abc import Mapping
 
-import fsspec
 import numpy as np
 
-from keras_cluster_mask.data.arguments import check_integer
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.arguments import check_fraction, check_integer
 from keras_cluster_mask.data.parts import hash_of
 
 # DynamiCS has about so many images in a cluster, before clusters are merged.
@@ -170,9 +169,10 @@ class ClusterSampling:
 
         Args:
             path: str or path, local or an address, such as `"clusters.npz"`. The file
-                holds hashes of the keys, in 16 bytes a sample.
+                holds hashes of the keys, in 16 bytes a sample. It is written beside
+                its place and renamed when it is complete.
         """
-        with fsspec.open(os.fspath(path), "wb") as file:
+        with files.replacing(path) as file:
             np.savez(file, keys=self._hashes, clusters=self._names[self._clusters])
 
     def probability(self, key):
@@ -301,7 +301,8 @@ def _keys_and_clusters(clusters):
     """Keys, and the numbers of clusters as an array."""
     received = clusters
     if isinstance(clusters, str | os.PathLike):
-        with fsspec.open(os.fspath(clusters), "rb") as file:
+        system, name = files.file_system(clusters, "clusters")
+        with system.open(name, "rb") as file:
             try:
                 content = np.load(file)
                 clusters = content["keys"], content["clusters"]
@@ -392,12 +393,3 @@ def places_of(index, hashes, table, argument):
             f"the key {key!r} twice"
         )
     return places
-
-
-def check_fraction(name, value, or_zero=False):
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1 or not (value or or_zero):
-        raise ValueError(
-            f"`{name}` must be a float from 0 to 1{'' if or_zero else ', not 0'}. "
-            f"Received: {name}={value!r}"
-        )
