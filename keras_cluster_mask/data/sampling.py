@@ -141,7 +141,10 @@ class ClusterSampling:
             ImportError: If faiss is not installed.
             ValueError: If an argument is invalid.
         """
-        shape = np.shape(embeddings)
+        # A list; arrays, which may be files, are read in pieces.
+        if not hasattr(embeddings, "shape"):
+            embeddings = np.asarray(embeddings)
+        shape = embeddings.shape
         if len(shape) != 2 or len(keys) != shape[0] or 0 in shape:
             raise ValueError(
                 "`embeddings` must have the shape `(num_samples, dim)`, with a row for "
@@ -258,10 +261,11 @@ def cluster_embeddings(embeddings, num_clusters, iterations, merge_threshold, se
 def _normalized(embeddings):
     embeddings = np.asarray(embeddings, "float32")
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    if not (np.isfinite(lengths) & (lengths > 0)).all():
+    wrong = lengths[~(np.isfinite(lengths) & (lengths > 0))]
+    if wrong.size:
         raise ValueError(
             "`embeddings` must be finite, and no row all zeros. Received: a row of the "
-            f"length {lengths.min()}"
+            f"length {wrong[0]}"
         )
     return embeddings / lengths
 

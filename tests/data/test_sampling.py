@@ -450,6 +450,7 @@ def test_files_without_clusters_are_refused(tmp_path):
         (dict(embeddings=np.ones((3, 2))), r"`embeddings`.*4 keys, shape \(3, 2\)"),
         (dict(embeddings=np.zeros((4, 2))), "`embeddings`.*length 0.0"),
         (dict(embeddings=np.full((4, 2), np.nan)), "`embeddings`.*length nan"),
+        (dict(embeddings=[[1, 0]] * 3 + [[np.inf, 0]]), "`embeddings`.*length inf"),
         (dict(keys=["a", "b", "b", "c"]), "`keys`.*'b' twice"),
         (dict(num_clusters=5), "`num_clusters`.*4 samples"),
         (dict(num_clusters=0), "`num_clusters`.*num_clusters=0"),
