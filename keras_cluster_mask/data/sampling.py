@@ -38,8 +38,8 @@ class ClusterSampling:
     number of batches of its first epoch. `ContrastiveModel.fit` trains for that many
     steps in each of its epochs, and no sample is lost between them.
 
-    Each process, and each worker process, holds 12 bytes for each sample and 8 bytes
-    for each of the samples of two epochs.
+    A sampler holds 12 bytes for each key; a dataset with it, in each process and worker
+    process, 12 bytes for each sample and 8 for each of the samples of two epochs.
 
     Example:
 
