@@ -3,7 +3,9 @@
 import copy
 import gzip
 import importlib.util
+import itertools
 import json
+import operator
 import pathlib
 
 import numpy as np
@@ -248,13 +250,18 @@ class CLIPTokenizer:
         texts = [byte_pairs.clean(text) for text in texts]
         token_ids = np.zeros((len(texts), self.context_length), dtype="int32")
         token_ids[:, 0] = self.start_token_id
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        # The faster one does not say which tokens are a word.
+        encode = self._tokenizer.encode_batch_fast
+        if keep_words is not None:
+            encode = self._tokenizer.encode_batch
+        encodings = encode(texts, add_special_tokens=False)
         room = self.context_length - 2
         for index, (text, encoding) in enumerate(zip(texts, encodings)):
             ids = encoding.ids
             has_special = self._start_token in text or self._end_token in text
             if has_special or (keep_words is not None and len(ids) > room):
-                words, tokens = zip(*self._words(text))
+                found = self._words(text) if has_special else _words(text, encoding)
+                words, tokens = zip(*found)
                 if keep_words is not None and sum(map(len, tokens)) > room:
                     sizes = [len(each) for each in tokens]
                     kept = keep_words(index, [*words], sizes, room)
@@ -267,7 +274,7 @@ class CLIPTokenizer:
         return token_ids
 
     def _words(self, text):
-        """The words of a text, each with its token ids."""
+        """The words of a text with special tokens, each with its token ids."""
         for word, (start, end) in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
             # As in the reference, a special token in a caption is that token; the
             # byte-pair model would split it into characters.
@@ -314,3 +321,11 @@ class CLIPTokenizer:
             f"<CLIPTokenizer vocabulary_size={self.vocabulary_size}, "
             f"context_length={self.context_length}>"
         )
+
+
+def _words(text, encoding):
+    """The words of a text without special tokens, each with its token ids."""
+    tokens = zip(encoding.word_ids, encoding.ids, encoding.offsets)
+    for _, of_word in itertools.groupby(tokens, operator.itemgetter(0)):
+        _, ids, places = zip(*of_word)
+        yield text[places[0][0] : places[-1][1]], ids
