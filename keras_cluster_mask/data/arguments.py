@@ -29,6 +29,16 @@ def is_positive(value):
     return is_number and 0 < value < math.inf
 
 
+def check_fraction(name, value, or_zero=False):
+    """Raises an error for a value that is no share."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or not (value or or_zero):
+        raise ValueError(
+            f"`{name}` must be a float from 0 to 1{'' if or_zero else ', not 0'}. "
+            f"Received: {name}={value!r}"
+        )
+
+
 def check_integer(name, value, at_least):
     """The value as an int, if it is an integer that is large enough."""
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -250,6 +250,12 @@ def image_text_dataset(
                 f"`{name}` is for training: evaluation reads each sample once, in "
                 f"order. Received: {name}={value!r}, training=False"
             )
+    samplers = ClusterSampling | FrequencyPruning
+    if not (sampling is None or callable(sampling) or isinstance(sampling, samplers)):
+        raise ValueError(
+            "`sampling` must be a `ClusterSampling`, a `FrequencyPruning`, or a "
+            f"function. Received: sampling={sampling!r}"
+        )
     check_tokenizer(tokenizer)
     if text_masking is not None:
         check_text_masking(text_masking, tokenizer)
@@ -274,7 +280,7 @@ def image_text_dataset(
     if training:
         remote = any(files.is_address(path) for each in indexes for path in each.paths)
         block_size = choose_block_size(block_size, batch_size, process[1], remote)
-        if isinstance(sampling, ClusterSampling | FrequencyPruning):
+        if isinstance(sampling, samplers):
             sampling = sampling.of_index(index)
         orders = [
             Order(len(each), seed, block_size, sampling, source)

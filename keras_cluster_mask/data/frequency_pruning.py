@@ -3,12 +3,14 @@
 import array
 import collections
 import functools
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
 
 from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.sampling import check_fraction, places_of, sorted_hashes
+from keras_cluster_mask.data.arguments import check_fraction
+from keras_cluster_mask.data.sampling import places_of, sorted_hashes
 from keras_cluster_mask.data.text_masking import discard_probability
 
 # The first words of a caption, which WFPP looks at.
@@ -61,7 +63,7 @@ class FrequencyPruning:
 
         Args:
             captions: dict from the key of each sample to its caption, str or bytes, or
-                a list of captions.
+                a list of captions. An empty caption has the lowest score, 0.
 
         Returns:
             The sampler itself.
@@ -71,7 +73,8 @@ class FrequencyPruning:
                 "`captions` must be a dict from keys to captions. Received: an object "
                 f"of type {type(captions).__name__}"
             )
-        scores = caption_scores(captions.values(), self.threshold)
+        listed = itertools.starmap(_listed, captions.items())
+        scores = caption_scores(listed, self.threshold)
         self._hashes, order = sorted_hashes(list(captions))
         self._scores = scores[order]
         return self
@@ -92,7 +95,7 @@ def caption_scores(captions, threshold):
     """The scores of `FrequencyPruning`, in one pass over the captions.
 
     Args:
-        captions: Iterable of the caption, or the sequence of captions, of each sample.
+        captions: Iterable of the sequence of captions of each sample.
         threshold: float.
 
     Returns:
@@ -105,7 +108,6 @@ def caption_scores(captions, threshold):
 
     def flat():
         for each in captions:
-            each = [each] if isinstance(each, str | bytes) else each
             several.append(len(each))
             yield from each
 
@@ -137,6 +139,19 @@ def caption_scores(captions, threshold):
     samples = np.repeat(np.arange(len(several)), several)
     sums = np.bincount(samples, scores, len(several))
     return sums / np.maximum(several, 1)
+
+
+def _listed(key, captions):
+    """The captions of a sample as a sequence."""
+    captions = [captions] if isinstance(captions, str | bytes) else captions
+    if not isinstance(captions, list | tuple) or not all(
+        isinstance(each, str | bytes) for each in captions
+    ):
+        raise ValueError(
+            "`captions` must be str or bytes, or lists of them; that of a sample "
+            f"without a caption may be ''. Received: captions[{key!r}]={captions!r}"
+        )
+    return captions
 
 
 def _captions(index):

@@ -4,12 +4,15 @@ import bisect
 import functools
 import hashlib
 import itertools
+import threading
 
 import grain
 import numpy as np
 
 # Of grain's shuffle, a cipher on the numbers; grain itself takes as many.
 ROUNDS = 4
+# One thread at a time asks a sampler: what it returns may be large.
+_lock = threading.RLock()
 
 
 class Order:
@@ -72,10 +75,9 @@ class Order:
         if self._sampling is None:
             return divmod(position, self.num_samples)
         starts = self._starts
-        while starts[-1] <= position:
-            starts = [*starts, starts[-1] + self.length(len(starts) - 1)]
-        # A new list, since other threads may read the old one.
-        self._starts = starts
+        with _lock:
+            while starts[-1] <= position:
+                starts.append(starts[-1] + self.length(len(starts) - 1))
         epoch = bisect.bisect_right(starts, position) - 1
         return epoch, position - starts[epoch]
 
@@ -83,6 +85,16 @@ class Order:
         """The chosen numbers or None, how many, and the seed and shift of the runs."""
         if epoch in (known := self._known):
             return known[epoch]
+        with _lock:
+            # Another thread may have found it meanwhile.
+            if epoch not in (known := self._known):
+                # A new dictionary, since other threads may read the old one.
+                known = {**dict([*known.items()][-1:]), epoch: self._find(epoch)}
+                self._known = known
+        return known[epoch]
+
+    def _find(self, epoch):
+        """What `_epoch` returns, computed."""
         chosen, length = None, self.num_samples
         if self._sampling is not None:
             chosen = np.asarray(self._sampling(self.num_samples, epoch))
@@ -96,10 +108,7 @@ class Order:
                 )
         seed, shift = np.random.SeedSequence([*self._seeds, epoch]).generate_state(2)
         shift = int(shift) % length if self.block_size > 1 else 0
-        found = chosen, length, int(seed), shift
-        # A new dictionary, since other threads may read the old one.
-        self._known = {**dict([*known.items()][-1:]), epoch: found}
-        return found
+        return chosen, length, int(seed), shift
 
 
 class Mix:

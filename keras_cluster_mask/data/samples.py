@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 
 import numpy as np
 
@@ -153,8 +152,8 @@ class Samples:
 
     def _texts(self, pairs, generators):
         batch = {
-            "keys": _strings([os.fsencode(pair.key) for pair in pairs]),
-            "paths": _strings([os.fsencode(pair.path) for pair in pairs]),
+            "keys": _strings([_encoded(pair.key) for pair in pairs]),
+            "paths": _strings([_encoded(pair.path) for pair in pairs]),
         }
         if "labels" in self.names:
             batch["labels"] = np.array([pair.label for pair in pairs], "int32")
@@ -197,6 +196,11 @@ class Indexes:
         }
         for index in which:
             yield next(readers[index])
+
+
+def _encoded(text):
+    # In UTF-8 whatever the locale, unlike `os.fsencode`.
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _strings(values):

@@ -5,15 +5,14 @@ no sample to choose those of an epoch, and chooses the same in each process.
 """
 
 import functools
-import numbers
 import os
 import zipfile
 from collections.abc import Mapping
 
-import fsspec
 import numpy as np
 
-from keras_cluster_mask.data.arguments import check_integer
+from keras_cluster_mask.data import files
+from keras_cluster_mask.data.arguments import check_fraction, check_integer
 from keras_cluster_mask.data.parts import hash_of
 
 # DynamiCS has about so many images in a cluster, before clusters are merged.
@@ -39,8 +38,8 @@ class ClusterSampling:
     number of batches of its first epoch. `ContrastiveModel.fit` trains for that many
     steps in each of its epochs, and no sample is lost between them.
 
-    Each process, and each worker process, holds 12 bytes for each sample and 8 bytes
-    for each of the samples of two epochs.
+    A sampler holds 12 bytes for each key; a dataset with it, in each process and worker
+    process, 12 bytes for each sample and 8 for each of the samples of two epochs.
 
     Example:
 
@@ -142,7 +141,10 @@ class ClusterSampling:
             ImportError: If faiss is not installed.
             ValueError: If an argument is invalid.
         """
-        shape = np.shape(embeddings)
+        # A list; arrays, which may be files, are read in pieces.
+        if not hasattr(embeddings, "shape"):
+            embeddings = np.asarray(embeddings)
+        shape = embeddings.shape
         if len(shape) != 2 or len(keys) != shape[0] or 0 in shape:
             raise ValueError(
                 "`embeddings` must have the shape `(num_samples, dim)`, with a row for "
@@ -170,9 +172,10 @@ class ClusterSampling:
 
         Args:
             path: str or path, local or an address, such as `"clusters.npz"`. The file
-                holds hashes of the keys, in 16 bytes a sample.
+                holds hashes of the keys, in 16 bytes a sample. It is written beside
+                its place and renamed when it is complete.
         """
-        with fsspec.open(os.fspath(path), "wb") as file:
+        with files.replacing(path) as file:
             np.savez(file, keys=self._hashes, clusters=self._names[self._clusters])
 
     def probability(self, key):
@@ -258,10 +261,11 @@ def cluster_embeddings(embeddings, num_clusters, iterations, merge_threshold, se
 def _normalized(embeddings):
     embeddings = np.asarray(embeddings, "float32")
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    if not (np.isfinite(lengths) & (lengths > 0)).all():
+    wrong = lengths[~(np.isfinite(lengths) & (lengths > 0))]
+    if wrong.size:
         raise ValueError(
             "`embeddings` must be finite, and no row all zeros. Received: a row of the "
-            f"length {lengths.min()}"
+            f"length {wrong[0]}"
         )
     return embeddings / lengths
 
@@ -301,7 +305,8 @@ def _keys_and_clusters(clusters):
     """Keys, and the numbers of clusters as an array."""
     received = clusters
     if isinstance(clusters, str | os.PathLike):
-        with fsspec.open(os.fspath(clusters), "rb") as file:
+        system, name = files.file_system(clusters, "clusters")
+        with system.open(name, "rb") as file:
             try:
                 content = np.load(file)
                 clusters = content["keys"], content["clusters"]
@@ -392,12 +397,3 @@ def places_of(index, hashes, table, argument):
             f"the key {key!r} twice"
         )
     return places
-
-
-def check_fraction(name, value, or_zero=False):
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1 or not (value or or_zero):
-        raise ValueError(
-            f"`{name}` must be a float from 0 to 1{'' if or_zero else ', not 0'}. "
-            f"Received: {name}={value!r}"
-        )

@@ -51,7 +51,8 @@ class ImageTextDataset(grain.IterDataset):
             sets it to the batch after the last that it trained on.
         skipped: `SkippedSamples`. The broken samples of the last pass.
         batch_size: int. The global batch size.
-        num_samples: int. The number of samples in an epoch.
+        num_samples: int. The number of intact samples, of which a sampler chooses those
+            of an epoch.
         element_spec: dict from the name of each entry of a batch to its `Spec`.
         description: dict of what decides which samples are in which batch. A run is
             resumed on a dataset with an equal one only.

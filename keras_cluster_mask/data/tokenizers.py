@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
 from keras_cluster_mask.data import byte_pairs, files
+from keras_cluster_mask.data.arguments import check_integer
 from keras_cluster_mask.data.byte_pairs import END, START, WORD_END
 
 FILE_FORMAT = "keras_cluster_mask.CLIPTokenizer"
@@ -57,7 +58,8 @@ class CLIPTokenizer:
     def __init__(
         self, vocabulary, merges, context_length=77, start_token=START, end_token=END
     ):
-        _check_context_length(context_length)
+        # One token between start and end.
+        context_length = check_integer("context_length", context_length, 3)
         self._vocabulary = list(vocabulary)
         self._merges = [tuple(merge) for merge in merges]
         self.context_length = context_length
@@ -100,8 +102,11 @@ class CLIPTokenizer:
             A `CLIPTokenizer`.
 
         Raises:
-            ValueError: If the file is damaged or has another format.
+            ValueError: If the file is damaged or has another format, or if
+                `context_length` is invalid.
         """
+        if context_length is not None:
+            check_integer("context_length", context_length, 3)
         content = pathlib.Path(path).expanduser().read_bytes()
         try:
             if content.startswith(b"\x1f\x8b"):
@@ -223,9 +228,8 @@ class CLIPTokenizer:
         Returns:
             A `CLIPTokenizer`.
         """
-        _check_context_length(context_length)
         other = copy.copy(self)
-        other.context_length = context_length
+        other.context_length = check_integer("context_length", context_length, 3)
         return other
 
     def __call__(self, texts, keep_words=None):
@@ -318,12 +322,4 @@ class CLIPTokenizer:
         return (
             f"<CLIPTokenizer vocabulary_size={self.vocabulary_size}, "
             f"context_length={self.context_length}>"
-        )
-
-
-def _check_context_length(context_length):
-    if not isinstance(context_length, int) or context_length < 3:
-        raise ValueError(
-            "`context_length` must be an int of at least 3, for one token between "
-            f"start and end. Received: {context_length}"
         )

@@ -319,6 +319,7 @@ def test_random_crops_of_squashed_images_are_refused(shards):
         ("class_names", ["a"]),
         ("tokenizer", "clip"),
         ("max_skipped", 2),
+        ("sampling", 0.5),
     ],
 )
 def test_invalid_arguments_are_named(shards, name, value):

@@ -82,7 +82,8 @@ def reference_scores(captions, threshold):
 def test_scores_equal_the_reference(threshold):
     captions = [*CAPTIONS.values(), "", ["", "a dog"]]
     expected = reference_scores(captions, threshold)
-    found = caption_scores(iter(captions), threshold)
+    listed = ([each] if isinstance(each, str | bytes) else each for each in captions)
+    found = caption_scores(listed, threshold)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
     assert len({*np.round(expected, 12)}) > 5
     assert found[-2] == 0
@@ -134,6 +135,14 @@ def test_captions_that_are_read_may_have_equal_keys(write_pairs):
         (lambda: FrequencyPruning(0.5).fit({}), "`captions`.*0 samples"),
         (lambda: FrequencyPruning(0.5).fit({"a": " "}), "`captions`.*1 samples"),
         (lambda: FrequencyPruning(0.5).fit({1: "a dog"}), "`keys`.*1 of type int"),
+        (
+            lambda: FrequencyPruning(0.5).fit({"a": "a dog", "b": None}),
+            r"`captions`.*Received: captions\['b'\]=None",
+        ),
+        (
+            lambda: FrequencyPruning(0.5).fit({"b": ["a dog", float("nan")]}),
+            r"`captions`.*Received: captions\['b'\]=\['a dog', nan\]",
+        ),
         (
             lambda: FrequencyPruning(0.5, 0.5).fit({"a": "a dog"}),
             "`threshold`.*threshold=0.5, a highest share of 0.5 among 2 words",

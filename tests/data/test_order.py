@@ -1,6 +1,9 @@
 import collections
 import itertools
 import pickle
+import threading
+import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -90,6 +93,28 @@ def test_sampling_chooses_the_samples_of_each_epoch():
 
 def len_of_epoch(num_samples, epoch):
     return np.arange(10)
+
+
+@pytest.mark.parametrize("first", [0, 300])
+def test_threads_ask_a_sampler_once_for_each_epoch(first):
+    asked, together = [], threading.Barrier(8)
+
+    def sampling(count, epoch):
+        asked.append(epoch)
+        # Long enough for other threads to ask as well.
+        time.sleep(0.02)
+        return np.arange(50)
+
+    order = Order(100, 0, sampling=sampling)
+
+    def read(position):
+        together.wait()
+        return order[position]
+
+    with futures.ThreadPoolExecutor(8) as threads:
+        for start in (first, first + 50):
+            list(threads.map(read, range(start, start + 8)))
+    assert asked == [*range(first // 50 + 2)]
 
 
 def test_the_identity_as_sampling_changes_nothing():

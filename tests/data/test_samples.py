@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -151,6 +154,31 @@ def test_images_of_a_folder_have_paths_and_labels(folder):
     assert column(batches, "labels") == [1, 1, 2, 0]
     assert batches[0]["labels"].dtype == "int32"
     assert "token_ids" not in batches[0]
+
+
+@pytest.mark.slow
+def test_keys_are_utf_8_whatever_the_locale(write_tar, noise):
+    key = "caf\u00e9"
+    shard = write_tar("a.tar", [(f"{key}.png", noise(0)), (f"{key}.txt", b"a")])
+    program = """
+import sys
+from keras_cluster_mask.data import image_text_dataset
+dataset = image_text_dataset(
+    sys.argv[1], None, 16, 1, training=False, format="grain", include_keys=True
+)
+print(ascii([*next(iter(dataset))["keys"]]))
+"""
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(shard)],
+        env=os.environ | ascii_only | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.stdout == f"{[key.encode()]}\n", done.stderr
 
 
 def test_labels_in_shards_are_numbers(write_tar, noise):

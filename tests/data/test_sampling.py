@@ -168,6 +168,23 @@ def test_clusters_of_a_file_are_those_of_the_dict(tmp_path):
         assert found.probability(b"0050") == expected.probability("0050")
 
 
+def test_a_file_stays_whole_if_it_cannot_be_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "clusters.npz"
+    ClusterSampling(CLUSTERS, seed=3).save(path)
+
+    def fill_the_disk(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as full:
+        full.setattr(np, "savez", fill_the_disk)
+        with pytest.raises(OSError, match="no space"):
+            ClusterSampling({"a": 1}).save(path)
+    assert [*tmp_path.iterdir()] == [path]
+    found = ClusterSampling(path, seed=3)
+    assert epochs_of(found, 3) == epochs_of(ClusterSampling(CLUSTERS, seed=3), 3)
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.7, 1.0])
 def test_centers_are_merged_as_in_the_reference(threshold):
     generator = np.random.default_rng(0)
@@ -422,6 +439,8 @@ def test_files_without_clusters_are_refused(tmp_path):
             ClusterSampling(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         ClusterSampling(tmp_path / "missing.npz")
+    with pytest.raises(ValueError, match=r"`clusters` must be at.*nowhere://c.npz"):
+        ClusterSampling("nowhere://c.npz")
 
 
 @pytest.mark.parametrize(
@@ -431,6 +450,7 @@ def test_files_without_clusters_are_refused(tmp_path):
         (dict(embeddings=np.ones((3, 2))), r"`embeddings`.*4 keys, shape \(3, 2\)"),
         (dict(embeddings=np.zeros((4, 2))), "`embeddings`.*length 0.0"),
         (dict(embeddings=np.full((4, 2), np.nan)), "`embeddings`.*length nan"),
+        (dict(embeddings=[[1, 0]] * 3 + [[np.inf, 0]]), "`embeddings`.*length inf"),
         (dict(keys=["a", "b", "b", "c"]), "`keys`.*'b' twice"),
         (dict(num_clusters=5), "`num_clusters`.*4 samples"),
         (dict(num_clusters=0), "`num_clusters`.*num_clusters=0"),

@@ -253,7 +253,7 @@ def test_another_file_is_refused_by_name(content, tmp_path):
 
 def test_a_copy_of_another_length_makes_the_same_tokens():
     tokenizer = CLIPTokenizer.train(["a red cat on a mat"] * 2, 600, 16)
-    shorter = tokenizer.with_context_length(4)
+    shorter = tokenizer.with_context_length(np.int64(4))
     whole, cut = tokenizer(["red cat on"]), shorter(["red cat on"])
     assert (whole.shape, cut.shape) == ((1, 16), (1, 4))
     np.testing.assert_array_equal(cut[0, :3], whole[0, :3])
@@ -265,10 +265,13 @@ def test_wrong_arguments_are_named():
         CLIPTokenizer.train(["a"], vocabulary_size=513)
     with pytest.raises(ValueError, match=r"`captions`.*Received: 'a cat'"):
         CLIPTokenizer.train("a cat")
-    with pytest.raises(ValueError, match=r"`context_length`.*Received: 2"):
+    with pytest.raises(ValueError, match=r"`context_length`.*Received.*_length=2"):
         CLIPTokenizer.train(["a"], context_length=2)
-    with pytest.raises(ValueError, match=r"`context_length`.*Received: 2"):
+    with pytest.raises(ValueError, match=r"`context_length`.*Received.*_length=2"):
         CLIPTokenizer.train(["a"]).with_context_length(2)
+    for length in (0, 2):
+        with pytest.raises(ValueError, match=rf"^`context_length`.*={length}$"):
+            CLIPTokenizer.from_open_clip(length)
     with pytest.raises(TypeError, match=r"`texts`.*Received: 3"):
         CLIPTokenizer.train(["a"])(["a", 3])
     with pytest.raises(ValueError, match=r"`vocabulary` must contain"):
