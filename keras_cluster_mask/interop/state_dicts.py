@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.interop.tensor_names import TensorNames
+from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
 
 # From a variable of keras_hub to a tensor, and back up to a last `reshape`. Matrices
@@ -18,8 +18,8 @@ from keras_cluster_mask.interop.weight_files import read_weights
 LAYOUTS = {
     "same": (lambda x: x, lambda x: x),
     "matrix": (lambda x: x.T, lambda x: x.T),
-    "matrix to heads": (lambda x: x.reshape(x.shape[0], -1).T, lambda x: x.T),
-    "matrix from heads": (lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T),
+    "to heads": (lambda x: x.reshape(x.shape[0], -1).T, lambda x: x.T),
+    "from heads": (lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T),
     "bias of heads": (lambda x: x.reshape(-1), lambda x: x),
     "convolution": (
         lambda x: x.transpose(3, 2, 0, 1),
@@ -70,17 +70,11 @@ class Entry:
 
 def entries(names: TensorNames, image_layers: int, text_layers: int) -> list[Entry]:
     """Lists all entries of a model whose towers have these numbers of blocks."""
-    found = [
-        Entry(name, tuple(shape.split()), *rest) for name, shape, *rest in names.tensors
-    ]
-    layers_of = {"image": image_layers, "text": text_layers}
-    for tower, start, path in names.towers:
-        for i in range(layers_of[tower]):
-            for name, shape, layout, variable in names.block:
-                axes = re.sub("width|hidden", rf"{tower}_\g<0>", shape).split()
-                name, variable = f"{start}{i}.{name}", f"{path}{i}.{variable}"
-                found.append(Entry(name, tuple(axes), layout, variable))
-    return found
+    found = rows(names.tensors)
+    for (tower, name, path), layers in zip(names.towers, (image_layers, text_layers)):
+        for i in range(layers):
+            found += rows(names.block, tower, f"{name}{i}.", f"{path}{i}.")
+    return [Entry(name, tuple(axes.split()), *rest) for name, axes, *rest in found]
 
 
 def read_state_dict(source: Any, names: TensorNames) -> tuple[dict[str, Any], str]:
@@ -142,7 +136,8 @@ def match(
     """
     blocks = _count_blocks(state, names)
     if not all(blocks):
-        examples = ", ".join(f"`{x}0.{names.block[0][0]}`" for _, x, _ in names.towers)
+        first, *_ = rows(names.block)[0]
+        examples = ", ".join(f"`{start}0.{first}`" for _, start, _ in names.towers)
         raise ValueError(
             f"`source` must hold a {names.model}, of two transformers ({examples}). "
             f"Received: {label}, of {len(state)} entries such as {sorted(state)[:5]}"
