@@ -7,11 +7,12 @@ from typing import Any
 
 from keras_cluster_mask.interop.architectures import (
     CLIP_EPSILON,
-    METACLIP_2_END_ID,
     Architecture,
+    Tower,
     is_finite,
     is_positive,
     reasons_of_pixels,
+    reasons_of_sizes,
     square,
     warn_of_resizing,
 )
@@ -21,6 +22,7 @@ from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
 from keras_cluster_mask.interop.weight_files import find_weights
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
+from keras_cluster_mask.models.masked_text_encoder import METACLIP_2_END_ID
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
 
 # The files that transformers writes into a folder.
@@ -30,61 +32,47 @@ CONFIG_FILE = "config.json"
 PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
 
 # Defaults of transformers' configs, which leave out what has its default.
-_BLOCKS = {"num_hidden_layers": 12}
+_TOWER = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+_IMAGES = {**_TOWER, "num_channels": 3, "image_size": 224}
+_CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": CLIP_EPSILON}
+_SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 DEFAULTS = {
     "clip": {
         "text_config": {
-            **_BLOCKS,
-            "vocab_size": 49408,
+            **_TOWER,
+            **_CLIP,
             "hidden_size": 512,
             "intermediate_size": 2048,
             "num_attention_heads": 8,
+            "vocab_size": 49408,
             "max_position_embeddings": 77,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
             "eos_token_id": 49407,
         },
-        "vision_config": {
-            **_BLOCKS,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_attention_heads": 12,
-            "num_channels": 3,
-            "image_size": 224,
-            "patch_size": 32,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-        },
+        "vision_config": {**_IMAGES, **_CLIP, "patch_size": 32},
     },
     "siglip": {
         "text_config": {
-            **_BLOCKS,
+            **_TOWER,
+            **_SIGLIP,
             "vocab_size": 32000,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_attention_heads": 12,
             "max_position_embeddings": 64,
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_eps": 1e-6,
             "projection_size": None,
         },
         "vision_config": {
-            **_BLOCKS,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_attention_heads": 12,
-            "num_channels": 3,
-            "image_size": 224,
+            **_IMAGES,
+            **_SIGLIP,
             "patch_size": 16,
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_eps": 1e-6,
             "vision_use_head": True,
         },
     },
 }
 DEFAULTS["metaclip_2"] = DEFAULTS["clip"]
 NAMES = {"clip": CLIP, "metaclip_2": METACLIP_2, "siglip": SIGLIP}
-EPSILONS = {"clip": CLIP_EPSILON, "metaclip_2": CLIP_EPSILON, "siglip": 1e-6}
 PIXELS = {
     "clip": (CLIP_MEAN, CLIP_STD),
     "metaclip_2": (CLIP_MEAN, CLIP_STD),
@@ -187,27 +175,27 @@ def load_hugging_face(
             f"and this one is not: {'; '.join(sorted(reasons))}. "
             f"Received: source={str(source)!r}"
         )
-    image_size, patch = square(vision["image_size"]), square(vision["patch_size"])
-    sizes = {
-        "patch": patch,
-        "positions": (image_size // patch) ** 2 + (kind != "siglip"),
-        "vocabulary": text["vocab_size"],
-        "context": text["max_position_embeddings"],
-        "projection": text["projection"],
-    }
-    for name, tower in (("image", vision), ("text", text)):
-        sizes[f"{name}_width"] = tower["hidden_size"]
-        sizes[f"{name}_layers"] = tower["num_hidden_layers"]
-        sizes[f"{name}_hidden"] = tower["intermediate_size"]
+    towers = (
+        Tower(
+            x["hidden_size"],
+            x["num_hidden_layers"],
+            x["num_attention_heads"],
+            x["intermediate_size"],
+        )
+        for x in (vision, text)
+    )
     architecture = Architecture(
         kind,
-        sizes,
-        heads=(vision["num_attention_heads"], text["num_attention_heads"]),
+        *towers,
+        patch=square(vision["patch_size"]),
+        image_size=square(vision["image_size"]),
+        vocabulary=text["vocab_size"],
+        context=text["max_position_embeddings"],
+        projection=text["projection"],
         activation=KERAS_HUB_ACTIVATIONS[kind][text["hidden_act"]],
-        image_size=image_size,
     )
     names = NAMES[kind]
-    found, _ = match(*read_state_dict(source, names), names, sizes)
+    found, _ = match(*read_state_dict(source, names), names, architecture.sizes)
     backbone = architecture.make(dtype)
     for entry, array in found:
         entry.write(backbone, array)
@@ -283,32 +271,22 @@ def _tower(config, kind, name, path):
 
 
 def _reasons_of_tower(kind, name, tower):
-    found = []
-    numbers = ["hidden_size", "intermediate_size", "num_hidden_layers"]
-    numbers += ["num_attention_heads"]
-    if name == "text_config":
-        numbers += ["vocab_size", "max_position_embeddings", "projection"]
-    for key in numbers:
-        if not is_positive(tower[key]):
-            found.append(f"{name}.{key}={tower[key]!r} is no size")
+    sizes = "vocab_size", "max_position_embeddings", "projection"
     if name == "vision_config":
-        for key in ("image_size", "patch_size"):
-            if square(tower[key]) is None:
-                found.append(f"{name}.{key}={tower[key]!r} is no size of a square")
+        sizes = "image_size", "patch_size"
+    found = reasons_of_sizes(
+        name, tower, [*_TOWER, *sizes], "num_attention_heads", "hidden_size"
+    )
     # A list, as a value that cannot be hashed is not found in it either.
     activations = [*KERAS_HUB_ACTIVATIONS[kind]]
     if tower["hidden_act"] not in activations:
         found.append(
             f"{name}.hidden_act={tower['hidden_act']!r} is not one of {activations}"
         )
-    if tower["layer_norm_eps"] != EPSILONS[kind]:
+    epsilon = DEFAULTS[kind][name]["layer_norm_eps"]
+    if tower["layer_norm_eps"] != epsilon:
         found.append(
-            f"{name}.layer_norm_eps={tower['layer_norm_eps']} is not {EPSILONS[kind]}"
-        )
-    if not found and tower["hidden_size"] % tower["num_attention_heads"]:
-        found.append(
-            f"{name}.num_attention_heads={tower['num_attention_heads']} does not "
-            f"divide the width {tower['hidden_size']}"
+            f"{name}.layer_norm_eps={tower['layer_norm_eps']} is not {epsilon}"
         )
     return found
 

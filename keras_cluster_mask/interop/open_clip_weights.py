@@ -12,6 +12,7 @@ from keras import ops
 from keras_cluster_mask.interop.architectures import (
     ACTIVATIONS,
     Architecture,
+    Tower,
     architecture_of_model,
     is_positive,
     kind_of,
@@ -334,7 +335,18 @@ def _guess(sizes, activation, num_heads):
             f"Received: {sizes['positions']} positions"
         )
     heads = _heads(num_heads, sizes["image_width"], sizes["text_width"])
-    return Architecture("clip", sizes, heads, activation, side * sizes["patch"])
+    towers = (
+        Tower(sizes[f"{x}_width"], sizes[f"{x}_layers"], n, sizes[f"{x}_hidden"])
+        for x, n in zip(("image", "text"), heads)
+    )
+    of_model = {x: sizes[x] for x in ("patch", "vocabulary", "context", "projection")}
+    return Architecture(
+        "clip",
+        *towers,
+        image_size=side * sizes["patch"],
+        activation=activation,
+        **of_model,
+    )
 
 
 def _check_same(path, config):
