@@ -31,12 +31,13 @@ CONFIG_FILE = "config.json"
 # Newer versions write the second, which holds the first under "image_processor".
 PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
 
-# Defaults of transformers' configs, which leave out what has its default.
+# Defaults of transformers' configs, which leave out what has its default. These are in
+# the order of `Tower`.
 _TOWER = {
     "hidden_size": 768,
-    "intermediate_size": 3072,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
+    "intermediate_size": 3072,
 }
 _IMAGES = {**_TOWER, "num_channels": 3, "image_size": 224}
 _CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": CLIP_EPSILON}
@@ -175,15 +176,7 @@ def load_hugging_face(
             f"and this one is not: {'; '.join(sorted(reasons))}. "
             f"Received: source={str(source)!r}"
         )
-    towers = (
-        Tower(
-            x["hidden_size"],
-            x["num_hidden_layers"],
-            x["num_attention_heads"],
-            x["intermediate_size"],
-        )
-        for x in (vision, text)
-    )
+    towers = (Tower(*map(config.get, _TOWER)) for config in (vision, text))
     architecture = Architecture(
         kind,
         *towers,
@@ -230,18 +223,15 @@ def _read_config(folder):
         reasons.append(f"vision_config.num_channels={vision['num_channels']} is not 3")
     if vision["hidden_act"] != text["hidden_act"]:
         reasons.append("the towers differ in `hidden_act`")
-    if kind == "clip":
-        end, size = text["eos_token_id"], text["vocab_size"]
-        if is_positive(size) and end not in (OLD_END_ID, size - 1):
+    end, size = text.get("eos_token_id"), text["vocab_size"]
+    ends = {
+        "clip": (OLD_END_ID, size - 1 if is_positive(size) else end),
+        "metaclip_2": (METACLIP_2_END_ID,),
+    }
+    if kind != "siglip":
+        if end not in ends[kind]:
             reasons.append(
-                f"text_config.eos_token_id={end} is not the highest id, {size - 1}, at "
-                "which keras_hub pools texts"
-            )
-    elif kind == "metaclip_2":
-        end = text["eos_token_id"]
-        if end != METACLIP_2_END_ID:
-            reasons.append(
-                f"text_config.eos_token_id={end} is not {METACLIP_2_END_ID}, the id at "
+                f"text_config.eos_token_id={end} is not {ends[kind][-1]}, the id at "
                 "which keras_hub pools texts"
             )
     else:

@@ -339,13 +339,12 @@ def _guess(sizes, activation, num_heads):
         Tower(sizes[f"{x}_width"], sizes[f"{x}_layers"], n, sizes[f"{x}_hidden"])
         for x, n in zip(("image", "text"), heads)
     )
-    of_model = {x: sizes[x] for x in ("patch", "vocabulary", "context", "projection")}
     return Architecture(
         "clip",
         *towers,
         image_size=side * sizes["patch"],
         activation=activation,
-        **of_model,
+        **{x: sizes[x] for x in ("patch", "vocabulary", "context", "projection")},
     )
 
 
@@ -371,24 +370,17 @@ def _check_same(path, config):
 
 
 def _heads(num_heads, *widths):
-    if num_heads is None:
-        if any(width % HEAD_WIDTH for width in widths):
-            raise ValueError(
-                "`num_heads` must be given for towers whose widths are no multiples of "
-                f"{HEAD_WIDTH}; or pass `config`, which says it. "
-                f"Received: num_heads=None, widths {widths}"
-            )
-        image, text = (width // HEAD_WIDTH for width in widths)
-        num_heads = min(image, MAX_IMAGE_HEADS), text
     pair = num_heads if isinstance(num_heads, (tuple, list)) else (num_heads,) * 2
-    if len(pair) != 2 or not all(map(_divides, pair, widths)):
+    if num_heads is None and not any(width % HEAD_WIDTH for width in widths):
+        image, text = (width // HEAD_WIDTH for width in widths)
+        pair = min(image, MAX_IMAGE_HEADS), text
+    if len(pair) != 2 or not all(
+        is_positive(n) and width % n == 0 for n, width in zip(pair, widths)
+    ):
         raise ValueError(
             "`num_heads` must be an integer, or a pair for the image and the text "
-            "tower, that divides the towers' widths. "
+            "tower, that divides the towers' widths, and must be given for widths that "
+            f"are no multiples of {HEAD_WIDTH}; or pass `config`, which says it. "
             f"Received: num_heads={num_heads}, widths {widths}"
         )
     return pair
-
-
-def _divides(heads, width):
-    return is_positive(heads) and width % heads == 0

@@ -170,7 +170,8 @@ def _fault(entry, state, sizes):
     if entry.name not in state:
         return f"missing: {entry.name} {_text(expected)}"
     shape = _shape(state[entry.name])
-    if not _fits(shape, expected):
+    is_known = shape is not None and len(shape) == len(expected)
+    if not is_known or any(y not in (x, None) for x, y in zip(shape, expected)):
         return f"wrong shape: {entry.name} {_text(shape)}, expected {_text(expected)}"
     if not np.isfinite(as_float32(state[entry.name])).all():
         return f"NaN or infinite: {entry.name}"
@@ -200,14 +201,6 @@ def _size(axis, sizes):
 def _shape(value):
     shape = getattr(value, "shape", None)
     return None if shape is None else tuple(shape)
-
-
-def _fits(shape, expected):
-    return (
-        shape is not None
-        and len(shape) == len(expected)
-        and all(y is None or x == y for x, y in zip(shape, expected))
-    )
 
 
 def _text(shape):
