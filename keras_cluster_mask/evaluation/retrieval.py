@@ -1,5 +1,6 @@
 """Retrieval: recall in both directions, and the choice between two captions."""
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.batches import read_batches
+from keras_cluster_mask.data.arguments import check_choice
 from keras_cluster_mask.evaluation.checks import (
     check_embeddings,
     check_ks,
@@ -130,11 +132,7 @@ def evaluate_retrieval(
             `training=True`, and for `duplicates="positive"` with several texts an
             image.
     """
-    if duplicates not in ("negative", "positive"):
-        raise ValueError(
-            '`duplicates` must be "negative" or "positive". '
-            f"Received: duplicates={duplicates!r}"
-        )
+    check_choice("duplicates", duplicates, ("negative", "positive"))
     ks = check_ks(ks)
     check_read_once("data", data)
     embedder = Embedder.of(model)
@@ -207,12 +205,10 @@ def chance_recall(
         ("image_to_text", image_labels, text_labels),
         ("text_to_image", text_labels, image_labels),
     ):
-        labels, counts = np.unique(item_labels, return_counts=True)
-        right = dict(zip(labels.tolist(), counts.tolist()))
-        n = len(item_labels)
+        right, n = collections.Counter(item_labels.tolist()), len(item_labels)
         for k in ks:
             missed = [
-                math.comb(n - right.get(label, 0), min(k, n)) / math.comb(n, min(k, n))
+                math.comb(n - right[label], min(k, n)) / math.comb(n, min(k, n))
                 for label in query_labels.tolist()
             ]
             chances[f"{name}_recall@{k}"] = 1.0 - float(np.mean(missed))
