@@ -76,16 +76,9 @@ class Architecture:
 
     def make(self, dtype: Any = None) -> Any:
         """A keras_hub backbone with fresh weights."""
-        backbone = make_clip(
-            {name: getattr(self, name) for name in ("image", "text", "projection")}
-            | {"patch": self.patch},
-            image_size=self.image_size,
-            vocabulary_size=self.vocabulary,
-            context_length=self.context,
-            activation=self.activation,
-            dtype=dtype,
-            family=FAMILIES[self.kind],
-        )
+        lengths = self.image_size, self.vocabulary, self.context
+        family = FAMILIES[self.kind]
+        backbone = make_clip(vars(self), *lengths, self.activation, dtype, family)
         if self.kind != "siglip":
             write_text_epsilon(backbone, CLIP_EPSILON)
         return backbone

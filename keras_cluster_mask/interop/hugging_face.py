@@ -33,43 +33,27 @@ PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
 
 # Defaults of transformers' configs, which leave out what has its default. These are in
 # the order of `Tower`.
-_TOWER = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-}
-_IMAGES = {**_TOWER, "num_channels": 3, "image_size": 224}
-_CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": CLIP_EPSILON}
-_SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_TOWER = dict(
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+)
+_TEXT = dict(_TOWER, hidden_size=512, num_attention_heads=8, intermediate_size=2048)
+_IMAGES = dict(_TOWER, num_channels=3, image_size=224)
+_CLIP = dict(hidden_act="quick_gelu", layer_norm_eps=CLIP_EPSILON)
+_SIGLIP = dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+_WORDS = dict(vocab_size=49408, max_position_embeddings=77, eos_token_id=49407)
 DEFAULTS = {
     "clip": {
-        "text_config": {
-            **_TOWER,
-            **_CLIP,
-            "hidden_size": 512,
-            "intermediate_size": 2048,
-            "num_attention_heads": 8,
-            "vocab_size": 49408,
-            "max_position_embeddings": 77,
-            "eos_token_id": 49407,
-        },
-        "vision_config": {**_IMAGES, **_CLIP, "patch_size": 32},
+        "text_config": {**_TEXT, **_CLIP, **_WORDS},
+        "vision_config": dict(_IMAGES | _CLIP, patch_size=32),
     },
     "siglip": {
-        "text_config": {
-            **_TOWER,
-            **_SIGLIP,
-            "vocab_size": 32000,
-            "max_position_embeddings": 64,
-            "projection_size": None,
-        },
-        "vision_config": {
-            **_IMAGES,
-            **_SIGLIP,
-            "patch_size": 16,
-            "vision_use_head": True,
-        },
+        "text_config": dict(
+            _TOWER | _SIGLIP, vocab_size=32000, max_position_embeddings=64
+        ),
+        "vision_config": dict(_IMAGES | _SIGLIP, patch_size=16, vision_use_head=True),
     },
 }
 DEFAULTS["metaclip_2"] = DEFAULTS["clip"]
@@ -85,16 +69,13 @@ INTERPOLATIONS = dict(
     enumerate(["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"])
 )
 
-# Of transformers and of keras_hub.
+# keras_hub's names of transformers' activations.
 _PLAIN = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
-KERAS_HUB_ACTIVATIONS = {
+_TANH = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_approximate")
+ACTIVATIONS = {
     "clip": _PLAIN,
     "metaclip_2": _PLAIN,
-    "siglip": {
-        "gelu": "gelu",
-        "gelu_pytorch_tanh": "gelu_approximate",
-        "gelu_new": "gelu_approximate",
-    },
+    "siglip": {"gelu": "gelu", **_TANH},
 }
 
 # The id that old configs of CLIP state by mistake; transformers then pools the highest.
@@ -185,7 +166,7 @@ def load_hugging_face(
         vocabulary=text["vocab_size"],
         context=text["max_position_embeddings"],
         projection=text["projection"],
-        activation=KERAS_HUB_ACTIVATIONS[kind][text["hidden_act"]],
+        activation=ACTIVATIONS[kind][text["hidden_act"]],
     )
     names = NAMES[kind]
     found, _ = match(*read_state_dict(source, names), names, architecture.sizes)
@@ -212,7 +193,7 @@ def _read_config(folder):
     text, vision = (_tower(config, kind, name, path) for name in DEFAULTS[kind])
     if kind == "siglip":
         # Nothing projects images.
-        text["projection"] = text["projection_size"] or text["hidden_size"]
+        text["projection"] = text.get("projection_size") or text["hidden_size"]
     else:
         text["projection"] = config.get("projection_dim", 512)
     reasons = [
@@ -268,7 +249,7 @@ def _reasons_of_tower(kind, name, tower):
         name, tower, [*_TOWER, *sizes], "num_attention_heads", "hidden_size"
     )
     # A list, as a value that cannot be hashed is not found in it either.
-    activations = [*KERAS_HUB_ACTIVATIONS[kind]]
+    activations = [*ACTIVATIONS[kind]]
     if tower["hidden_act"] not in activations:
         found.append(
             f"{name}.hidden_act={tower['hidden_act']!r} is not one of {activations}"

@@ -24,23 +24,10 @@ from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
 # Defaults of what is read, as in open_clip's `CLIPVisionCfg` and `CLIPTextCfg`.
+_BOTH = dict(layers=12, mlp_ratio=4.0)
 READ = {
-    "vision_cfg": {
-        "layers": 12,
-        "width": 768,
-        "head_width": 64,
-        "mlp_ratio": 4.0,
-        "patch_size": 16,
-        "image_size": 224,
-    },
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 512,
-        "heads": 8,
-        "layers": 12,
-        "mlp_ratio": 4.0,
-    },
+    "vision_cfg": dict(_BOTH, width=768, head_width=64, patch_size=16, image_size=224),
+    "text_cfg": dict(_BOTH, width=512, heads=8, context_length=77, vocab_size=49408),
 }
 
 # What keras_hub's models are in only one way: the values that mean that way, and why

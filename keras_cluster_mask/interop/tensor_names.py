@@ -196,15 +196,10 @@ head.bias | projection | head.bias
 {_EMBEDDINGS}
 position_embedding.weight | context width | position_embedding.embeddings
 """,
-    block="""
-layer_norm1 | | layer_norm1 | norm
-self_attn | | self_attn | attention
-layer_norm2 | | layer_norm2 | norm
-mlp.fc1.weight | hidden width | mlp.fc1.kernel | matrix
-mlp.fc1.bias | hidden | mlp.fc1.bias
-mlp.fc2.weight | width hidden | mlp.fc2.kernel | matrix
-mlp.fc2.bias | width | mlp.fc2.bias
-""",
+    # keras_hub has the same blocks under the names of transformers.
+    block=CLIP.block.replace("layer_norm_", "layer_norm")
+    .replace("| attention |", "| self_attn |")
+    .replace("dense_", "mlp.fc"),
     towers=_TOWERS,
     harmless=_BUFFERS,
 )
