@@ -256,13 +256,9 @@ def _texts_of(batch):
             "`include_captions=True` to `image_text_dataset`. Received: a batch with "
             f"the keys {sorted(batch)}"
         )
-    texts, owners = [], []
-    for row, captions in enumerate(batch["captions"]):
-        if isinstance(captions, str | bytes):
-            captions = [captions]
-        texts.extend(map(_encoded, captions))
-        owners.extend([row] * len(captions))
-    return texts, np.array(owners)
+    rows = [[x] if isinstance(x, str | bytes) else x for x in batch["captions"]]
+    owners = np.repeat(np.arange(len(rows)), [len(captions) for captions in rows])
+    return [_encoded(text) for captions in rows for text in captions], owners
 
 
 def _encoded(text):

@@ -226,8 +226,9 @@ def evaluate_linear_probe(
         ValueError: For data without labels, for an `image_text_dataset` with
             `training=True`, and as `linear_probe` does.
     """
+    options = regularization, metric, validation_split, max_iterations
     # Checked before embedding, which may take hours.
-    _check_options(regularization, metric, validation_split, max_iterations)
+    _check_options(*options)
     given = {"train": train, "test": test, "validation": validation}
     for name, data in given.items():
         check_read_once(name, data)
@@ -237,17 +238,8 @@ def evaluate_linear_probe(
         if data is not None or name != "validation":
             found = embed(embedder, labelled(data, name=name), verbose=verbose)
             items[name] = found["image_embeddings"], found["labels"]
-    return linear_probe(
-        *items["train"],
-        *items["test"],
-        items["validation"],
-        regularization,
-        metric,
-        validation_split,
-        max_iterations,
-        seed,
-        verbose,
-    )
+    train, test, validation = items.values()
+    return linear_probe(*train, *test, validation, *options, seed, verbose)
 
 
 def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
@@ -319,8 +311,7 @@ def _split(features, labels, share, seed):
     _, validation = train_test_split(
         rows, test_size=size, stratify=labels[rows], random_state=seed
     )
-    held_out = np.zeros(len(labels), bool)
-    held_out[validation] = True
+    held_out = np.isin(np.arange(len(labels)), validation)
     return tuple((features[part], labels[part]) for part in (~held_out, held_out))
 
 

@@ -166,14 +166,10 @@ def _with_texts(data, keys, number):
             )
         wanted = {name: batch[name] for name in ("images", *keys) if name in batch}
         if number:
-            texts = map(_hashable, batch[key])
+            texts = (x if isinstance(x, str | bytes) else tuple(x) for x in batch[key])
             found = [numbers.setdefault(text, len(numbers)) for text in texts]
             wanted["text_numbers"] = np.array(found)
         yield wanted
-
-
-def _hashable(text):
-    return text if isinstance(text, str | bytes) else tuple(text)
 
 
 def chance_recall(
@@ -277,14 +273,12 @@ def _check_labels(num_images, num_texts, image_labels, text_labels):
             "`image_labels` and `text_labels` must be of the same kind. Received: "
             f"{image_labels.dtype} and {text_labels.dtype}"
         )
-    for name, labels, count in (
-        ("image_labels", image_labels, num_images),
-        ("text_labels", text_labels, num_texts),
-    ):
+    given = {"image": (image_labels, num_images), "text": (text_labels, num_texts)}
+    for part, (labels, count) in given.items():
         if labels.shape != (count,):
             raise ValueError(
-                f"`{name}` must have shape ({count},), one label per item. "
-                f"Received: {name}.shape={labels.shape}"
+                f"`{part}_labels` must have shape ({count},), one label per item. "
+                f"Received: {part}_labels.shape={labels.shape}"
             )
     lost = np.flatnonzero(~np.isin(text_labels, image_labels))
     if len(lost):
