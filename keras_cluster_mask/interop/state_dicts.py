@@ -134,7 +134,8 @@ def match(
         of the sizes of their axes, by the names that `Entry.shape` has, and of the
         numbers of blocks.
     """
-    blocks = _count_blocks(state, names)
+    blocks_of = (re.compile(rf"{re.escape(x)}(\d+)\.") for _, x, _ in names.towers)
+    blocks = [len({m[1] for m in map(x.match, state) if m}) for x in blocks_of]
     if not all(blocks):
         first, *_ = rows(names.block)[0]
         examples = ", ".join(f"`{start}0.{first}`" for _, start, _ in names.towers)
@@ -142,13 +143,11 @@ def match(
             f"`source` must hold a {names.model}, of two transformers ({examples}). "
             f"Received: {label}, of {len(state)} entries such as {sorted(state)[:5]}"
         )
-    source_of_sizes = ""
-    if sizes is not None:
+    source_of_sizes = " of its config" if sizes else ""
+    if sizes:
         blocks = sizes["image_layers"], sizes["text_layers"]
-        source_of_sizes = " of its config"
     expected = entries(names, *blocks)
-    if sizes is None:
-        sizes = _sizes(expected, state)
+    sizes = sizes or _sizes(expected, state)
     unexpected = state.keys() - {entry.name for entry in expected}
     faults = [_fault(entry, state, sizes) for entry in expected]
     faults += [f"unexpected: {n} {_text(_shape(state[n]))}" for n in unexpected]
@@ -215,15 +214,6 @@ def as_float32(value) -> np.ndarray:
         # NumPy can read no tensor of torch on a GPU, or in bfloat16.
         value = value.detach().cpu().float().numpy()
     return np.asarray(value).astype("float32", copy=False)
-
-
-def _count_blocks(state, names):
-    """Counts the blocks of each tower in a state dict."""
-    counts = []
-    for _, start, _ in names.towers:
-        pattern = re.compile(re.escape(start) + r"(\d+)\.")
-        counts.append(len({m[1] for m in map(pattern.match, state) if m}))
-    return tuple(counts)
 
 
 def _find(backbone, path):
