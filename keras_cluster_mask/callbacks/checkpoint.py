@@ -3,6 +3,7 @@ import weakref
 
 import keras
 
+from keras_cluster_mask.callbacks.periodic import check_positive, model_of
 from keras_cluster_mask.distribution.processes import (
     all_gather_object,
     is_main_process,
@@ -93,10 +94,6 @@ class Checkpoint(keras.callbacks.Callback):
                 "`save_every` must be 'epoch' or a positive integer. "
                 f"Received: save_every={save_every!r}"
             )
-        if not (isinstance(keep, int) and keep > 0):
-            raise ValueError(
-                f"`keep` must be a positive integer. Received: keep={keep!r}"
-            )
         if mode not in (None, "min", "max"):
             raise ValueError(
                 f"`mode` must be 'min', 'max' or None. Received: mode={mode!r}"
@@ -106,7 +103,7 @@ class Checkpoint(keras.callbacks.Callback):
                 "`mode` needs `monitor`, the value that it says the best of. "
                 f"Received: mode={mode!r}, monitor=None"
             )
-        self.files = CheckpointFiles(directory, keep)
+        self.files = CheckpointFiles(directory, check_positive("keep", keep))
         self.save_every = save_every
         self.monitor = monitor
         self.sign = 1.0
@@ -114,13 +111,7 @@ class Checkpoint(keras.callbacks.Callback):
             self.sign = -1.0
 
     def on_train_begin(self, logs=None):
-        # Asked for once: each access makes JAX copy the weights back to the model.
-        run = getattr(self.model, "training_run", None)
-        if run is None:
-            raise ValueError(
-                "`Checkpoint` works with the `fit` of a `ContrastiveModel`. "
-                f"Received: a {type(self.model).__name__}"
-            )
+        run = model_of(self, "training_run").training_run
         run.data.check_resumable(within_epochs=self.save_every != "epoch")
         last = self.files.last_step()
         if last > run.total_steps:

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import read_images
-from keras_cluster_mask.callbacks.periodic import Periodic
+from keras_cluster_mask.callbacks.periodic import Periodic, check_positive
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.masking import ClusterMasking
 from keras_cluster_mask.masking.context import prefix_tokens
@@ -64,15 +64,10 @@ class MaskImages(Periodic):
 
     def __init__(self, images, log_dir, every=1, max_images=4, seed=0):
         super().__init__(every)
-        if not (isinstance(max_images, int) and max_images > 0):
-            raise ValueError(
-                "`max_images` must be a positive integer. "
-                f"Received: max_images={max_images!r}"
-            )
         _import_tensorboard()
         self.images = images
         self.log_dir = log_dir
-        self.max_images = max_images
+        self.max_images = check_positive("max_images", max_images)
         self.seed = seed
         self._writer = None
 

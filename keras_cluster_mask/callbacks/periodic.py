@@ -1,6 +1,29 @@
 import keras
 
 
+def check_positive(name, value):
+    """Returns a value, after a check that it is a positive integer."""
+    if not (isinstance(value, int) and value > 0):
+        raise ValueError(
+            f"`{name}` must be a positive integer. Received: {name}={value!r}"
+        )
+    return value
+
+
+def model_of(callback, attribute):
+    """The model of a callback, after a check that it has what a `ContrastiveModel` has.
+
+    To be asked for once: each access makes JAX copy the weights back to the model.
+    """
+    model = callback.model
+    if getattr(model, attribute, None) is None:
+        raise ValueError(
+            f"`{type(callback).__name__}` works with the `fit` of a "
+            f"`ContrastiveModel`. Received: a {type(model).__name__}"
+        )
+    return model
+
+
 class Periodic(keras.callbacks.Callback):
     """Does something at the end of each so many epochs of a `ContrastiveModel`.
 
@@ -12,19 +35,10 @@ class Periodic(keras.callbacks.Callback):
 
     def __init__(self, every):
         super().__init__()
-        if not (isinstance(every, int) and every > 0):
-            raise ValueError(
-                f"`every` must be a positive integer. Received: every={every!r}"
-            )
-        self.every = every
+        self.every = check_positive("every", every)
 
     def on_train_begin(self, logs=None):
-        model = self.model
-        if not hasattr(model, "encode_image"):
-            raise ValueError(
-                f"`{type(self).__name__}` works with the `fit` of a "
-                f"`ContrastiveModel`. Received: a {type(model).__name__}"
-            )
+        model_of(self, "encode_image")
         self._is_first = True
 
     def is_due(self, epoch):

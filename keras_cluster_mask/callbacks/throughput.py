@@ -4,6 +4,7 @@ import weakref
 
 import keras
 
+from keras_cluster_mask.callbacks.periodic import check_positive, model_of
 from keras_cluster_mask.models.encoders import tokens_per_image
 from keras_cluster_mask.models.masked_text_encoder import tokens_per_text
 
@@ -41,21 +42,11 @@ class Throughput(keras.callbacks.Callback):
 
     def __init__(self, window=20):
         super().__init__()
-        if not (isinstance(window, int) and window > 0):
-            raise ValueError(
-                f"`window` must be a positive integer. Received: window={window!r}"
-            )
-        self.window = window
+        self.window = check_positive("window", window)
 
     def on_train_begin(self, logs=None):
-        # Asked for once: each access makes JAX copy the weights back to the model.
-        model = self.model
-        run = getattr(model, "training_run", None)
-        if run is None:
-            raise ValueError(
-                "`Throughput` works with the `fit` of a `ContrastiveModel`. "
-                f"Received: a {type(model).__name__}"
-            )
+        model = model_of(self, "training_run")
+        run = model.training_run
         # The run holds the data, longer than a fit that is interrupted.
         self._size, self._run = run.step_size, weakref.ref(run)
         self._tokens = None

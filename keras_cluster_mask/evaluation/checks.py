@@ -1,10 +1,9 @@
 """Checks of embeddings, labels and numbers."""
 
-import numbers
-
 import numpy as np
 
 from keras_cluster_mask.batches import stream_of
+from keras_cluster_mask.data.arguments import check_integer
 
 
 def check_read_once(name, data):
@@ -48,22 +47,20 @@ def check_embeddings(name, embeddings):
 def check_ks(ks):
     """Returns ks as a tuple of ints, after a check that they are positive integers."""
     given = ks.tolist() if hasattr(ks, "tolist") else ks
-    given = tuple(given) if isinstance(given, tuple | list | range) else (given,)
-    if not given or not all(map(_is_positive_integer, given)):
-        raise ValueError(
-            f"`ks` must be a positive integer or several. Received: ks={ks!r}"
-        )
-    return tuple(map(int, given))
+    given = given if isinstance(given, tuple | list | range) else (given,)
+    return tuple(check_integer("ks", k, 1) for k in given or [given])
 
 
-def check_labels(name, labels, num_items, num_classes):
-    """Returns labels as int64, after a check of their shape and range."""
+def check_labels(name, labels, num_items, num_classes=None):
+    """Returns labels as ints, after a check of their shape and, if given, range."""
     labels = np.asarray(labels)
     if labels.shape != (num_items,) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"`{name}` must be ints of shape ({num_items},), a class for each item. "
             f"Received: {name} of shape {labels.shape} and type {labels.dtype}"
         )
+    if num_classes is None:
+        return labels
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
         raise ValueError(
@@ -72,8 +69,3 @@ def check_labels(name, labels, num_items, num_classes):
             f"{labels[bad[:5]].tolist()}"
         )
     return labels.astype("int64")
-
-
-def _is_positive_integer(k):
-    is_integer = isinstance(k, numbers.Integral) and not isinstance(k, bool)
-    return is_integer and k > 0

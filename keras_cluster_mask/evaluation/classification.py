@@ -188,8 +188,7 @@ def labelled(
                 "`image_text_dataset`. "
                 f"Received: a batch with {sorted(batch)}"
             )
-        if num_classes is not None:
-            check_labels("labels", batch["labels"], len(batch["images"]), num_classes)
+        check_labels("labels", batch["labels"], len(batch["images"]), num_classes)
         yield {key: batch[key] for key in ("images", "labels")}
 
 
@@ -226,9 +225,7 @@ def _prompts(class_names, templates):
     """The texts of each class."""
     names = list(class_names)
     nameless = [
-        index
-        for index, name in enumerate(names)
-        if not (isinstance(name, str) and name.strip())
+        i for i, x in enumerate(names) if not isinstance(x, str) or not x.strip()
     ]
     if nameless or not names or isinstance(class_names, str):
         raise ValueError(
@@ -242,36 +239,34 @@ def _prompts(class_names, templates):
             "the same name only the first is ever predicted.",
             stacklevel=4,
         )
-    if isinstance(templates, Mapping):
-        return [_texts_of(name, templates) for name in names]
-    is_several = isinstance(templates, Iterable) and not isinstance(templates, str)
-    templates = list(templates) if is_several else [templates]
-    functions = [_as_function(template) for template in templates]
-    if not functions or None in functions:
-        raise ValueError(
-            "`templates` must be str with one {}, the placeholder of the class name, "
-            f"or functions of the name. Received: templates={templates!r}"
-        )
-    prompts = [[_filled(function, name) for function in functions] for name in names]
+    is_mapping = isinstance(templates, Mapping)
+    if is_mapping:
+        prompts = [templates.get(name) or [] for name in names]
+        prompts = [[x] if isinstance(x, str) else list(x) for x in prompts]
+    else:
+        is_several = isinstance(templates, Iterable) and not isinstance(templates, str)
+        templates = list(templates) if is_several else [templates]
+        functions = [_as_function(template) for template in templates]
+        if not functions or None in functions:
+            raise ValueError(
+                "`templates` must be str with one {}, the placeholder of the class "
+                f"name, or functions of the name. Received: templates={templates!r}"
+            )
+        prompts = [[function(name) for function in functions] for name in names]
+    for name, texts in zip(names, prompts):
+        if not texts or not all(isinstance(x, str) and x for x in texts):
+            raise ValueError(
+                "`templates` must hold a list of texts for each class, or functions "
+                f"that return a text. Received: {texts} for {name!r}"
+            )
     for template, texts in zip(templates, zip(*prompts)):
-        if len({*names}) > 1 and len({*texts}) == 1:
+        # A dictionary may hold the same texts for two names.
+        if not is_mapping and len({*names}) > 1 and len({*texts}) == 1:
             raise ValueError(
                 "`templates` must make texts that differ between names. Received: "
                 f"{template}, which makes {texts[0]!r} of all"
             )
     return prompts
-
-
-def _texts_of(name, templates):
-    """The texts of a class in a dictionary of them."""
-    texts = templates.get(name) or []
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(
-            "`templates` must hold a list of texts for each class. Received: "
-            + (f"{texts} for {name!r}" if texts else f"none for [{name!r}]")
-        )
-    return texts
 
 
 def _as_function(template):
@@ -282,13 +277,3 @@ def _as_function(template):
         if isinstance(template, str) and template.count(place) == 1:
             return functools.partial(template.replace, place)
     return None
-
-
-def _filled(function, name):
-    text = function(name)
-    if not isinstance(text, str) or not text:
-        raise ValueError(
-            "`templates` must be functions that return a str. "
-            f"Received: {text!r} for {name!r}"
-        )
-    return text

@@ -78,9 +78,7 @@ def embed(
     rows = {"image_embeddings": []}
     count = 0
     total = num_images(data)
-    progress = keras.utils.Progbar(
-        total, verbose=1 if verbose else 0, unit_name="image"
-    )
+    progress = keras.utils.Progbar(total, verbose=bool(verbose), unit_name="image")
     for batch in read_batches(data):
         size = len(batch["images"])
         if not size:
@@ -146,9 +144,7 @@ def embed_texts(
         )
     embedder = Embedder.of(model)
     tokenizer = embedder.tokenizer(tokenizer)
-    progress = keras.utils.Progbar(
-        len(texts), verbose=1 if verbose else 0, unit_name="text"
-    )
+    progress = keras.utils.Progbar(len(texts), verbose=bool(verbose), unit_name="text")
     found = []
     for start in range(0, len(texts), BATCH_SIZE):
         chunk = [_encoded(text) for text in texts[start : start + BATCH_SIZE]]
@@ -213,19 +209,16 @@ class Embedder:
         return self._embedded(self._texts, token_ids)
 
     def _embedded(self, encoder, inputs):
-        inputs = keras.tree.map_structure(np.asarray, inputs)
-        count = len(keras.tree.flatten(inputs)[0])
-        found = []
+        arrays = [np.asarray(x) for x in keras.tree.flatten(inputs)]
+        count, found = len(arrays[0]), []
         for start in range(0, max(count, 1), MAX_SIZE):
             rows = min(count - start, MAX_SIZE)
-            size = encoder.size_for(rows)
-
-            def filled(x, start=start, rows=rows, size=size):
-                chunk = np.zeros((size, *x.shape[1:]), x.dtype)
-                chunk[:rows] = x[start : start + rows]
-                return chunk
-
-            chunk = keras.tree.map_structure(filled, inputs)
+            extra = encoder.size_for(rows) - rows
+            chunk = [
+                np.pad(x[start : start + rows], [(0, extra)] + [(0, 0)] * (x.ndim - 1))
+                for x in arrays
+            ]
+            chunk = keras.tree.pack_sequence_as(inputs, chunk)
             found.append(encoder.predict_on_batch(chunk)[:rows])
         return np.concatenate(found)
 
@@ -263,13 +256,9 @@ def _texts_of(batch):
             "`include_captions=True` to `image_text_dataset`. Received: a batch with "
             f"the keys {sorted(batch)}"
         )
-    texts, owners = [], []
-    for row, captions in enumerate(batch["captions"]):
-        if isinstance(captions, str | bytes):
-            captions = [captions]
-        texts.extend(map(_encoded, captions))
-        owners.extend([row] * len(captions))
-    return texts, np.array(owners)
+    rows = [[x] if isinstance(x, str | bytes) else x for x in batch["captions"]]
+    owners = np.repeat(np.arange(len(rows)), [len(captions) for captions in rows])
+    return [_encoded(text) for captions in rows for text in captions], owners
 
 
 def _encoded(text):

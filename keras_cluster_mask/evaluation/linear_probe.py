@@ -1,6 +1,5 @@
 """Linear probe: the accuracy of a linear classifier on frozen features."""
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +7,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_cluster_mask.evaluation.checks import check_matrix, check_read_once
+from keras_cluster_mask.data.arguments import check_choice, check_integer, is_positive
+from keras_cluster_mask.evaluation.checks import (
+    check_labels,
+    check_matrix,
+    check_read_once,
+)
 from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,
     labelled,
@@ -118,11 +122,8 @@ def linear_probe(
         items and (items[0], np.searchsorted(classes, items[1]))
         for items in (train, test, validation)
     )
-    progress = keras.utils.Progbar(
-        1 + (NUM_FITS if regularization is None else 0),
-        verbose=1 if verbose else 0,
-        unit_name="fit",
-    )
+    total = NUM_FITS + 1 if regularization is None else 1
+    progress = keras.utils.Progbar(total, verbose=bool(verbose), unit_name="fit")
     unconverged = set()
 
     def fitted(items, strength):
@@ -134,11 +135,9 @@ def linear_probe(
 
     strength, tried = regularization, {}
     if strength is None:
-        part, held_out = (
-            _split(*train, validation_split, seed)
-            if validation is None
-            else (train, validation)
-        )
+        part, held_out = train, validation
+        if validation is None:
+            part, held_out = _split(*train, validation_split, seed)
 
         def score(strength):
             scores = _class_scores(fitted(part, strength), held_out[0])
@@ -227,28 +226,20 @@ def evaluate_linear_probe(
         ValueError: For data without labels, for an `image_text_dataset` with
             `training=True`, and as `linear_probe` does.
     """
+    options = regularization, metric, validation_split, max_iterations
     # Checked before embedding, which may take hours.
-    _check_options(regularization, metric, validation_split, max_iterations)
+    _check_options(*options)
     given = {"train": train, "test": test, "validation": validation}
     for name, data in given.items():
         check_read_once(name, data)
     embedder = Embedder.of(model)
-    items = {
-        name: _embed_items(embedder, name, data, verbose)
-        for name, data in given.items()
-        if data is not None or name != "validation"
-    }
-    return linear_probe(
-        *items["train"],
-        *items["test"],
-        items.get("validation"),
-        regularization,
-        metric,
-        validation_split,
-        max_iterations,
-        seed,
-        verbose,
-    )
+    items = dict.fromkeys(given)
+    for name, data in given.items():
+        if data is not None or name != "validation":
+            found = embed(embedder, labelled(data, name=name), verbose=verbose)
+            items[name] = found["image_embeddings"], found["labels"]
+    train, test, validation = items.values()
+    return linear_probe(*train, *test, validation, *options, seed, verbose)
 
 
 def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
@@ -320,45 +311,28 @@ def _split(features, labels, share, seed):
     _, validation = train_test_split(
         rows, test_size=size, stratify=labels[rows], random_state=seed
     )
-    held_out = np.zeros(len(labels), bool)
-    held_out[validation] = True
+    held_out = np.isin(np.arange(len(labels)), validation)
     return tuple((features[part], labels[part]) for part in (~held_out, held_out))
 
 
-def _embed_items(embedder, name, data, verbose):
-    found = embed(embedder, labelled(data, name=name), verbose=verbose)
-    return found["image_embeddings"], found["labels"]
-
-
 def _check_options(regularization, metric, validation_split, max_iterations):
-    if regularization is not None and not 0 < regularization < math.inf:
+    if regularization is not None and not is_positive(regularization):
         raise ValueError(
             "`regularization` must be a positive float, or None to search for it. "
             f"Received: regularization={regularization}"
         )
-    if metric not in METRICS:
-        raise ValueError(f"`metric` must be one of {METRICS}. Received: {metric!r}")
+    check_choice("metric", metric, METRICS)
+    check_integer("max_iterations", max_iterations, 1)
     if not 0 < validation_split <= 0.5:
         raise ValueError(
             "`validation_split` must be above 0 and at most 0.5. "
             f"Received: validation_split={validation_split}"
         )
-    if max_iterations < 1:
-        raise ValueError(
-            "`max_iterations` must be at least 1. "
-            f"Received: max_iterations={max_iterations}"
-        )
 
 
 def _check_items(name, features, labels, train=None):
     features = check_matrix(f"{name}_features", features)
-    labels = np.asarray(labels)
-    if labels.shape != (len(features),) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"`{name}_labels` must be ints of shape ({len(features)},), a class for "
-            f"each item. Received: {name}_labels of shape {labels.shape} and type "
-            f"{labels.dtype}"
-        )
+    labels = check_labels(f"{name}_labels", labels, len(features))
     if train is None:
         return features, labels
     if features.shape[1] != train[0].shape[1]:

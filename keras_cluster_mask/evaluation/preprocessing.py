@@ -1,16 +1,16 @@
 """What evaluation does to one image, and to texts, before a model sees them."""
 
+import functools
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
-from keras_cluster_mask.data import tokenizing
 from keras_cluster_mask.data.arguments import check_choice
 from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+from keras_cluster_mask.data.tokenizing import tokenize
 
 
 def resize_image(
@@ -48,7 +48,7 @@ def load_tokenizer(
     tokenizer: Callable | str | os.PathLike | None = None,
     context_length: int | None = None,
 ) -> Callable:
-    """The tokenizer of a model.
+    """What turns texts into the ids that a model takes.
 
     Args:
         tokenizer: A tokenizer; the path of a file that `CLIPTokenizer.save` wrote; or
@@ -57,48 +57,10 @@ def load_tokenizer(
             if it takes any.
 
     Returns:
-        A function from a list of texts to ids.
+        A function from a list of texts to a `(texts, T)` int32 array.
     """
     if tokenizer is None:
-        return CLIPTokenizer.from_open_clip(context_length or 77)
-    if isinstance(tokenizer, str | os.PathLike):
-        return CLIPTokenizer.from_file(tokenizer, context_length)
-    return tokenizer
-
-
-def tokenize(
-    tokenizer: Any,
-    texts: Sequence[str | bytes],
-    context_length: int | None = None,
-    vocabulary_size: int | None = None,
-) -> np.ndarray:
-    """Turns texts into ids, and checks that they fit a model.
-
-    Args:
-        tokenizer: A function from a list of texts to `(texts, T)` ids, or a Keras
-            layer.
-        texts: List of str or bytes.
-        context_length: Integer, the T of the model; `None` if it takes any.
-        vocabulary_size: Integer, the number of ids that the model knows, or `None`.
-
-    Returns:
-        `(texts, T)` int32 array.
-
-    Raises:
-        ValueError: If the ids do not fit the model.
-    """
-    ids = tokenizing.tokenize(tokenizer, texts, context_length)
-    if context_length is not None and ids.shape[1] != context_length:
-        raise ValueError(
-            "`tokenizer` must return ids of the length that the model's text encoder "
-            f"takes, {context_length}. Received: ids of shape {ids.shape}"
-        )
-    if vocabulary_size is not None and ids.size:
-        low, high = ids.min(), ids.max()
-        if low < 0 or high >= vocabulary_size:
-            raise ValueError(
-                "`tokenizer` must be the one that the model was trained with, whose "
-                f"text encoder knows the ids 0 to {vocabulary_size - 1}. "
-                f"Received: ids from {low} to {high}"
-            )
-    return ids
+        tokenizer = CLIPTokenizer.from_open_clip(context_length or 77)
+    elif isinstance(tokenizer, str | os.PathLike):
+        tokenizer = CLIPTokenizer.from_file(tokenizer, context_length)
+    return functools.partial(tokenize, tokenizer, context_length=context_length)

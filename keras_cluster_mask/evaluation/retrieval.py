@@ -1,5 +1,6 @@
 """Retrieval: recall in both directions, and the choice between two captions."""
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.batches import read_batches
+from keras_cluster_mask.data.arguments import check_choice
 from keras_cluster_mask.evaluation.checks import (
     check_embeddings,
     check_ks,
@@ -130,11 +132,7 @@ def evaluate_retrieval(
             `training=True`, and for `duplicates="positive"` with several texts an
             image.
     """
-    if duplicates not in ("negative", "positive"):
-        raise ValueError(
-            '`duplicates` must be "negative" or "positive". '
-            f"Received: duplicates={duplicates!r}"
-        )
+    check_choice("duplicates", duplicates, ("negative", "positive"))
     ks = check_ks(ks)
     check_read_once("data", data)
     embedder = Embedder.of(model)
@@ -168,14 +166,10 @@ def _with_texts(data, keys, number):
             )
         wanted = {name: batch[name] for name in ("images", *keys) if name in batch}
         if number:
-            texts = map(_hashable, batch[key])
+            texts = (x if isinstance(x, str | bytes) else tuple(x) for x in batch[key])
             found = [numbers.setdefault(text, len(numbers)) for text in texts]
             wanted["text_numbers"] = np.array(found)
         yield wanted
-
-
-def _hashable(text):
-    return text if isinstance(text, str | bytes) else tuple(text)
 
 
 def chance_recall(
@@ -207,12 +201,10 @@ def chance_recall(
         ("image_to_text", image_labels, text_labels),
         ("text_to_image", text_labels, image_labels),
     ):
-        labels, counts = np.unique(item_labels, return_counts=True)
-        right = dict(zip(labels.tolist(), counts.tolist()))
-        n = len(item_labels)
+        right, n = collections.Counter(item_labels.tolist()), len(item_labels)
         for k in ks:
             missed = [
-                math.comb(n - right.get(label, 0), min(k, n)) / math.comb(n, min(k, n))
+                math.comb(n - right[label], min(k, n)) / math.comb(n, min(k, n))
                 for label in query_labels.tolist()
             ]
             chances[f"{name}_recall@{k}"] = 1.0 - float(np.mean(missed))
@@ -281,14 +273,12 @@ def _check_labels(num_images, num_texts, image_labels, text_labels):
             "`image_labels` and `text_labels` must be of the same kind. Received: "
             f"{image_labels.dtype} and {text_labels.dtype}"
         )
-    for name, labels, count in (
-        ("image_labels", image_labels, num_images),
-        ("text_labels", text_labels, num_texts),
-    ):
+    given = {"image": (image_labels, num_images), "text": (text_labels, num_texts)}
+    for part, (labels, count) in given.items():
         if labels.shape != (count,):
             raise ValueError(
-                f"`{name}` must have shape ({count},), one label per item. "
-                f"Received: {name}.shape={labels.shape}"
+                f"`{part}_labels` must have shape ({count},), one label per item. "
+                f"Received: {part}_labels.shape={labels.shape}"
             )
     lost = np.flatnonzero(~np.isin(text_labels, image_labels))
     if len(lost):

@@ -4,13 +4,13 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.encoders import image_shape_of, write_text_epsilon
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
-from keras_cluster_mask.models.sizes import image_shape, make_clip
+from keras_cluster_mask.models.sizes import make_clip
 
 # Of all normalisations of a CLIP. keras_hub has 1e-6 in the last one of the text tower.
 CLIP_EPSILON = 1e-5
@@ -18,8 +18,17 @@ CLIP_EPSILON = 1e-5
 # Those that open_clip has, too.
 ACTIVATIONS = "gelu", "quick_gelu"
 
-# The id at which keras_hub's `MetaCLIP2Backbone` pools texts. It saves no other.
-METACLIP_2_END_ID = 2
+# What keras_hub's classes of each kind begin with.
+FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaCLIP2", "siglip": "SigLIP"}
+
+
+class Tower(NamedTuple):
+    """The sizes of a transformer, as `models.sizes.make_clip` takes them."""
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,83 +36,52 @@ class Architecture:
     """A model's shape, activation and preprocessing.
 
     Attributes:
-        kind: `"clip"`, `"metaclip_2"` or `"siglip"`.
-        sizes: Dictionary, the axes' sizes as `state_dicts.match` names them.
-        heads: Pair of integers, of the image and the text tower.
-        activation: String, keras_hub's name of it.
+        kind: Key of `FAMILIES`.
+        image: `Tower` of images.
+        text: `Tower` of texts.
+        patch: Integer, the side of a patch in pixels.
         image_size: Integer, the side of an image in pixels.
+        vocabulary: Integer, the number of token ids.
+        context: Integer, the largest number of tokens of a text.
+        projection: Integer, the width of embeddings.
+        activation: String, keras_hub's name of it.
         pixel_mean: Three floats, by channel.
         pixel_std: Three floats, by channel.
     """
 
     kind: str
-    sizes: Mapping[str, int]
-    heads: tuple[int, int]
-    activation: str
+    image: Tower
+    text: Tower
+    patch: int
     image_size: int
+    vocabulary: int
+    context: int
+    projection: int
+    activation: str
     pixel_mean: tuple[float, ...] = CLIP_MEAN
     pixel_std: tuple[float, ...] = CLIP_STD
 
-    def tower(self, name: str) -> tuple[int, int, int, int]:
-        """Width, number of blocks, heads and hidden width of a tower."""
-        width, layers, hidden = (
-            self.sizes[f"{name}_{x}"] for x in ("width", "layers", "hidden")
-        )
-        return width, layers, dict(zip(("image", "text"), self.heads))[name], hidden
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the axes of tensors, as `state_dicts.match` names them."""
+        names = "patch", "vocabulary", "context", "projection"
+        sizes = {name: getattr(self, name) for name in names}
+        # SigLIP has no class token.
+        num_patches = (self.image_size // self.patch) ** 2
+        sizes["positions"] = num_patches + (self.kind != "siglip")
+        for name, tower in (("image", self.image), ("text", self.text)):
+            of_tower = tower._asdict().items()
+            sizes.update({f"{name}_{x}": size for x, size in of_tower if x != "heads"})
+        return sizes
 
     def make(self, dtype: Any = None) -> Any:
         """A keras_hub backbone with fresh weights."""
-        if self.kind == "siglip":
-            return self._make_siglip(dtype)
-        backbone = make_clip(
-            {
-                "image": self.tower("image"),
-                "text": self.tower("text"),
-                "patch": self.sizes["patch"],
-                "projection": self.sizes["projection"],
-            },
-            image_size=self.image_size,
-            vocabulary_size=self.sizes["vocabulary"],
-            context_length=self.sizes["context"],
-            activation=self.activation,
-            dtype=dtype,
-            family="CLIP" if self.kind == "clip" else "MetaCLIP2",
-        )
-        write_text_epsilon(backbone, CLIP_EPSILON)
+        lengths = self.image_size, self.vocabulary, self.context
+        family = FAMILIES[self.kind]
+        backbone = make_clip(vars(self), *lengths, self.activation, dtype, family)
+        if self.kind != "siglip":
+            write_text_epsilon(backbone, CLIP_EPSILON)
         return backbone
-
-    def _make_siglip(self, dtype):
-        # Imported here, as keras_hub takes seconds.
-        import keras_hub
-
-        def options(name):
-            width, layers, heads, hidden = self.tower(name)
-            return dict(
-                hidden_dim=width,
-                num_layers=layers,
-                num_heads=heads,
-                intermediate_dim=hidden,
-                intermediate_activation=self.activation,
-                dtype=dtype,
-            )
-
-        return keras_hub.models.SigLIPBackbone(
-            vision_encoder=keras_hub.models.SigLIPVisionEncoder(
-                patch_size=self.sizes["patch"],
-                image_shape=image_shape(self.image_size),
-                name="vision_encoder",
-                **options("image"),
-            ),
-            text_encoder=keras_hub.models.SigLIPTextEncoder(
-                vocabulary_size=self.sizes["vocabulary"],
-                embedding_dim=self.sizes["text_width"],
-                max_sequence_length=self.sizes["context"],
-                projection_dim=self.sizes["projection"],
-                name="text_encoder",
-                **options("text"),
-            ),
-            dtype=dtype,
-        )
 
 
 def architecture_of_model(model: Any) -> Architecture:
@@ -116,31 +94,28 @@ def architecture_of_model(model: Any) -> Architecture:
             "`model` must have the same activation in both towers, 'gelu' or "
             f"'quick_gelu'. Received: activations {activations}"
         )
-    sizes = {"projection": backbone.projection_dim, "patch": image.patch_size}
-    for name, tower in (("image", image), ("text", text)):
-        sizes[f"{name}_width"] = tower.hidden_dim
-        sizes[f"{name}_layers"] = tower.num_layers
-        sizes[f"{name}_hidden"] = tower.intermediate_dim
-    sizes["vocabulary"] = text.vocabulary_size
-    sizes["context"] = text.max_sequence_length
-    # In the middle in either order of axes, as images are square.
-    image_size = image_shape_of(image)[1]
-    sizes["positions"] = (image_size // image.patch_size) ** 2 + 1
     mean, std = CLIP_MEAN, CLIP_STD
     if isinstance(model, ContrastiveModel):
         mean, std = model.pixel_mean, model.pixel_std
         if mean is None:
             # The encoder takes pixels of [0, 255], which open_clip scales to [0, 1].
             mean, std = (0.0,) * 3, (1 / 255,) * 3
-    heads = image.num_heads, text.num_heads
+    towers = (
+        Tower(x.hidden_dim, x.num_layers, x.num_heads, x.intermediate_dim)
+        for x in (image, text)
+    )
     return Architecture(
         kind_of(backbone),
-        sizes,
-        heads,
-        activations[0],
-        image_size,
-        tuple(map(float, mean)),
-        tuple(map(float, std)),
+        *towers,
+        patch=image.patch_size,
+        # In the middle in either order of axes, as images are square.
+        image_size=image_shape_of(image)[1],
+        vocabulary=text.vocabulary_size,
+        context=text.max_sequence_length,
+        projection=backbone.projection_dim,
+        activation=activations[0],
+        pixel_mean=tuple(map(float, mean)),
+        pixel_std=tuple(map(float, std)),
     )
 
 
@@ -167,6 +142,36 @@ def is_finite(number: Any) -> bool:
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     # `math.isfinite` raises an error for an integer that no float can hold.
     return is_number and abs(number) <= sys.float_info.max
+
+
+def reasons_of_sizes(
+    where: str, config: Mapping, keys: Iterable[str], divisor: str, width: str
+) -> list[str]:
+    """Why the sizes in a config cannot be those of a tower, one text a reason.
+
+    Args:
+        where: String, the name of the config.
+        config: Dictionary.
+        keys: The keys of sizes.
+        divisor: The key of what must divide the width.
+        width: The key of the width.
+    """
+    found = []
+    for key in keys:
+        value, kind = config[key], "positive integer"
+        is_right = is_positive(value)
+        if key in ("patch_size", "image_size"):
+            is_right, kind = square(value) is not None, "size of a square"
+        elif key == "mlp_ratio":
+            is_right, kind = is_finite(value) and value > 0, "positive number"
+        if not is_right:
+            found.append(f"{where}.{key}={value!r} is no {kind}")
+    if not found and config[width] % config[divisor]:
+        found.append(
+            f"{where}.{divisor}={config[divisor]} does not divide the width "
+            f"{config[width]}"
+        )
+    return found
 
 
 def reasons_of_pixels(where: str, mean: Any, std: Any) -> list[str]:

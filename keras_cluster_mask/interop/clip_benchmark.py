@@ -73,7 +73,6 @@ from keras_cluster_mask.evaluation.preprocessing import (
     check_resize,
     load_tokenizer,
     resize_image,
-    tokenize,
 )
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import data_format_of
@@ -144,14 +143,15 @@ def adapt(
             f"Received: an encoder of images of shape {image_shape}"
         )
     tokenizer = functools.partial(
-        _text_ids,
-        tokenizer=load_tokenizer(tokenizer, context_length),
-        context_length=context_length,
-        vocabulary_size=model.vocabulary_size,
+        _text_ids, tokenizer=load_tokenizer(tokenizer, context_length)
     )
-    # Of a CLIP tokenizer that is not the model's, any text has an id too high.
-    tokenizer("a photo")
     check_tokenizer(model, lambda texts: tokenizer([x.decode() for x in texts]))
+    ids = tokenizer("a photo")
+    if context_length not in (None, ids.shape[1]):
+        raise ValueError(
+            "`tokenizer` must return ids of the length that the model's text encoder "
+            f"takes, {context_length}. Received: ids of shape {tuple(ids.shape)}"
+        )
     transform = functools.partial(_pixels, image_size=image_size, resize=resize)
     return Adapter(model), transform, tokenizer
 
@@ -175,14 +175,14 @@ def repaired():
     ```
     """
     metrics = _import("clip_benchmark.metrics.zeroshot_classification")
-    names = vars(metrics)
-    before = {name: names[name] for name in ("float",) if name in names}
+    before = vars(metrics).get("float", float)
     metrics.float = lambda x: float(x.item() if hasattr(x, "item") else x)
     try:
         yield
     finally:
-        del metrics.float
-        names.update(before)
+        metrics.float = before
+        if before is float:
+            del metrics.float
 
 
 class Adapter:
@@ -308,12 +308,11 @@ def _pixels(image, image_size, resize):
     return pixels.permute(2, 0, 1).contiguous()
 
 
-def _text_ids(texts, tokenizer, context_length, vocabulary_size):
+def _text_ids(texts, tokenizer):
     import torch
 
     texts = [texts] if isinstance(texts, str) else list(texts)
-    ids = tokenize(tokenizer, texts, context_length, vocabulary_size)
-    return torch.from_numpy(ids).long()
+    return torch.from_numpy(tokenizer(texts)).long()
 
 
 @contextlib.contextmanager
@@ -323,11 +322,8 @@ def _registered(tokenizer, resize):
 
     # It loads the model again for each data set.
     @functools.lru_cache(maxsize=1)
-    def adapted(path):
-        return adapt(path, tokenizer, "crop" if resize is None else resize)
-
     def load(model_name, pretrained, cache_dir=None, device="cpu"):
-        return adapted(pretrained)
+        return adapt(pretrained, tokenizer, "crop" if resize is None else resize)
 
     models.TYPE2FUNC[MODEL_TYPE] = load
     models.MODEL_TYPES.append(MODEL_TYPE)

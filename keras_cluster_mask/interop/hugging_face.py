@@ -7,11 +7,12 @@ from typing import Any
 
 from keras_cluster_mask.interop.architectures import (
     CLIP_EPSILON,
-    METACLIP_2_END_ID,
     Architecture,
+    Tower,
     is_finite,
     is_positive,
     reasons_of_pixels,
+    reasons_of_sizes,
     square,
     warn_of_resizing,
 )
@@ -21,6 +22,7 @@ from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
 from keras_cluster_mask.interop.weight_files import find_weights
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
+from keras_cluster_mask.models.masked_text_encoder import METACLIP_2_END_ID
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
 
 # The files that transformers writes into a folder.
@@ -29,62 +31,33 @@ CONFIG_FILE = "config.json"
 # Newer versions write the second, which holds the first under "image_processor".
 PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
 
-# Defaults of transformers' configs, which leave out what has its default.
-_BLOCKS = {"num_hidden_layers": 12}
+# Defaults of transformers' configs, which leave out what has its default. These are in
+# the order of `Tower`.
+_TOWER = dict(
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+)
+_TEXT = dict(_TOWER, hidden_size=512, num_attention_heads=8, intermediate_size=2048)
+_IMAGES = dict(_TOWER, num_channels=3, image_size=224)
+_CLIP = dict(hidden_act="quick_gelu", layer_norm_eps=CLIP_EPSILON)
+_SIGLIP = dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+_WORDS = dict(vocab_size=49408, max_position_embeddings=77, eos_token_id=49407)
 DEFAULTS = {
     "clip": {
-        "text_config": {
-            **_BLOCKS,
-            "vocab_size": 49408,
-            "hidden_size": 512,
-            "intermediate_size": 2048,
-            "num_attention_heads": 8,
-            "max_position_embeddings": 77,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-            "eos_token_id": 49407,
-        },
-        "vision_config": {
-            **_BLOCKS,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_attention_heads": 12,
-            "num_channels": 3,
-            "image_size": 224,
-            "patch_size": 32,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-        },
+        "text_config": {**_TEXT, **_CLIP, **_WORDS},
+        "vision_config": dict(_IMAGES | _CLIP, patch_size=32),
     },
     "siglip": {
-        "text_config": {
-            **_BLOCKS,
-            "vocab_size": 32000,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 64,
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_eps": 1e-6,
-            "projection_size": None,
-        },
-        "vision_config": {
-            **_BLOCKS,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_attention_heads": 12,
-            "num_channels": 3,
-            "image_size": 224,
-            "patch_size": 16,
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_eps": 1e-6,
-            "vision_use_head": True,
-        },
+        "text_config": dict(
+            _TOWER | _SIGLIP, vocab_size=32000, max_position_embeddings=64
+        ),
+        "vision_config": dict(_IMAGES | _SIGLIP, patch_size=16, vision_use_head=True),
     },
 }
 DEFAULTS["metaclip_2"] = DEFAULTS["clip"]
 NAMES = {"clip": CLIP, "metaclip_2": METACLIP_2, "siglip": SIGLIP}
-EPSILONS = {"clip": CLIP_EPSILON, "metaclip_2": CLIP_EPSILON, "siglip": 1e-6}
 PIXELS = {
     "clip": (CLIP_MEAN, CLIP_STD),
     "metaclip_2": (CLIP_MEAN, CLIP_STD),
@@ -96,16 +69,13 @@ INTERPOLATIONS = dict(
     enumerate(["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"])
 )
 
-# Of transformers and of keras_hub.
+# keras_hub's names of transformers' activations.
 _PLAIN = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
-KERAS_HUB_ACTIVATIONS = {
+_TANH = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_approximate")
+ACTIVATIONS = {
     "clip": _PLAIN,
     "metaclip_2": _PLAIN,
-    "siglip": {
-        "gelu": "gelu",
-        "gelu_pytorch_tanh": "gelu_approximate",
-        "gelu_new": "gelu_approximate",
-    },
+    "siglip": {"gelu": "gelu", **_TANH},
 }
 
 # The id that old configs of CLIP state by mistake; transformers then pools the highest.
@@ -187,27 +157,19 @@ def load_hugging_face(
             f"and this one is not: {'; '.join(sorted(reasons))}. "
             f"Received: source={str(source)!r}"
         )
-    image_size, patch = square(vision["image_size"]), square(vision["patch_size"])
-    sizes = {
-        "patch": patch,
-        "positions": (image_size // patch) ** 2 + (kind != "siglip"),
-        "vocabulary": text["vocab_size"],
-        "context": text["max_position_embeddings"],
-        "projection": text["projection"],
-    }
-    for name, tower in (("image", vision), ("text", text)):
-        sizes[f"{name}_width"] = tower["hidden_size"]
-        sizes[f"{name}_layers"] = tower["num_hidden_layers"]
-        sizes[f"{name}_hidden"] = tower["intermediate_size"]
+    towers = (Tower(*map(config.get, _TOWER)) for config in (vision, text))
     architecture = Architecture(
         kind,
-        sizes,
-        heads=(vision["num_attention_heads"], text["num_attention_heads"]),
-        activation=KERAS_HUB_ACTIVATIONS[kind][text["hidden_act"]],
-        image_size=image_size,
+        *towers,
+        patch=square(vision["patch_size"]),
+        image_size=square(vision["image_size"]),
+        vocabulary=text["vocab_size"],
+        context=text["max_position_embeddings"],
+        projection=text["projection"],
+        activation=ACTIVATIONS[kind][text["hidden_act"]],
     )
     names = NAMES[kind]
-    found, _ = match(*read_state_dict(source, names), names, sizes)
+    found, _ = match(*read_state_dict(source, names), names, architecture.sizes)
     backbone = architecture.make(dtype)
     for entry, array in found:
         entry.write(backbone, array)
@@ -231,7 +193,7 @@ def _read_config(folder):
     text, vision = (_tower(config, kind, name, path) for name in DEFAULTS[kind])
     if kind == "siglip":
         # Nothing projects images.
-        text["projection"] = text["projection_size"] or text["hidden_size"]
+        text["projection"] = text.get("projection_size") or text["hidden_size"]
     else:
         text["projection"] = config.get("projection_dim", 512)
     reasons = [
@@ -242,18 +204,15 @@ def _read_config(folder):
         reasons.append(f"vision_config.num_channels={vision['num_channels']} is not 3")
     if vision["hidden_act"] != text["hidden_act"]:
         reasons.append("the towers differ in `hidden_act`")
-    if kind == "clip":
-        end, size = text["eos_token_id"], text["vocab_size"]
-        if is_positive(size) and end not in (OLD_END_ID, size - 1):
+    end, size = text.get("eos_token_id"), text["vocab_size"]
+    ends = {
+        "clip": (OLD_END_ID, size - 1 if is_positive(size) else end),
+        "metaclip_2": (METACLIP_2_END_ID,),
+    }
+    if kind != "siglip":
+        if end not in ends[kind]:
             reasons.append(
-                f"text_config.eos_token_id={end} is not the highest id, {size - 1}, at "
-                "which keras_hub pools texts"
-            )
-    elif kind == "metaclip_2":
-        end = text["eos_token_id"]
-        if end != METACLIP_2_END_ID:
-            reasons.append(
-                f"text_config.eos_token_id={end} is not {METACLIP_2_END_ID}, the id at "
+                f"text_config.eos_token_id={end} is not {ends[kind][-1]}, the id at "
                 "which keras_hub pools texts"
             )
     else:
@@ -283,32 +242,22 @@ def _tower(config, kind, name, path):
 
 
 def _reasons_of_tower(kind, name, tower):
-    found = []
-    numbers = ["hidden_size", "intermediate_size", "num_hidden_layers"]
-    numbers += ["num_attention_heads"]
-    if name == "text_config":
-        numbers += ["vocab_size", "max_position_embeddings", "projection"]
-    for key in numbers:
-        if not is_positive(tower[key]):
-            found.append(f"{name}.{key}={tower[key]!r} is no size")
+    sizes = "vocab_size", "max_position_embeddings", "projection"
     if name == "vision_config":
-        for key in ("image_size", "patch_size"):
-            if square(tower[key]) is None:
-                found.append(f"{name}.{key}={tower[key]!r} is no size of a square")
+        sizes = "image_size", "patch_size"
+    found = reasons_of_sizes(
+        name, tower, [*_TOWER, *sizes], "num_attention_heads", "hidden_size"
+    )
     # A list, as a value that cannot be hashed is not found in it either.
-    activations = [*KERAS_HUB_ACTIVATIONS[kind]]
+    activations = [*ACTIVATIONS[kind]]
     if tower["hidden_act"] not in activations:
         found.append(
             f"{name}.hidden_act={tower['hidden_act']!r} is not one of {activations}"
         )
-    if tower["layer_norm_eps"] != EPSILONS[kind]:
+    epsilon = DEFAULTS[kind][name]["layer_norm_eps"]
+    if tower["layer_norm_eps"] != epsilon:
         found.append(
-            f"{name}.layer_norm_eps={tower['layer_norm_eps']} is not {EPSILONS[kind]}"
-        )
-    if not found and tower["hidden_size"] % tower["num_attention_heads"]:
-        found.append(
-            f"{name}.num_attention_heads={tower['num_attention_heads']} does not "
-            f"divide the width {tower['hidden_size']}"
+            f"{name}.layer_norm_eps={tower['layer_norm_eps']} is not {epsilon}"
         )
     return found
 

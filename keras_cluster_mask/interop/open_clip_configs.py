@@ -10,137 +10,77 @@ from typing import Any
 
 from keras_cluster_mask.interop.architectures import (
     CLIP_EPSILON,
-    METACLIP_2_END_ID,
     Architecture,
-    is_finite,
+    Tower,
     is_positive,
     reasons_of_pixels,
+    reasons_of_sizes,
     square,
 )
+from keras_cluster_mask.models.masked_text_encoder import METACLIP_2_END_ID
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 
 # The name of the file that open_clip keeps beside a model's weights.
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
 # Defaults of what is read, as in open_clip's `CLIPVisionCfg` and `CLIPTextCfg`.
+_BOTH = dict(layers=12, mlp_ratio=4.0)
 READ = {
-    "vision_cfg": {
-        "layers": 12,
-        "width": 768,
-        "head_width": 64,
-        "mlp_ratio": 4.0,
-        "patch_size": 16,
-        "image_size": 224,
-    },
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 512,
-        "heads": 8,
-        "layers": 12,
-        "mlp_ratio": 4.0,
-    },
+    "vision_cfg": dict(_BOTH, width=768, head_width=64, patch_size=16, image_size=224),
+    "text_cfg": dict(_BOTH, width=512, heads=8, context_length=77, vocab_size=49408),
 }
 
-# What keras_hub's models are in only one way: the values that mean that way.
-_OFF = (None, False)
+# What keras_hub's models are in only one way: the values that mean that way, and why
+# another one is refused.
+_OFF = None, False
 _BLOCK = {
-    "ls_init_value": (None,),
-    "output_tokens": _OFF,
-    "act_kwargs": (None, {}),
-    "norm_kwargs": (None, {}, {"eps": CLIP_EPSILON}),
-    "block_type": (None, "default"),
-    "qk_norm": _OFF,
-    "scaled_cosine_attn": _OFF,
-    "scale_heads": _OFF,
-    "scale_attn_inner": _OFF,
-    "scale_attn": _OFF,
-    "scale_fc": _OFF,
+    "ls_init_value": ((None,), "the blocks have layer scales"),
+    "output_tokens": (_OFF, "the towers return tokens"),
+    "act_kwargs": ((None, {}), "the activation has arguments of its own"),
+    "norm_kwargs": (
+        (None, {}, {"eps": CLIP_EPSILON}),
+        f"the epsilon of the normalisations is not {CLIP_EPSILON}",
+    ),
+    "block_type": ((None, "default"), "only 'default' is known"),
+    "qk_norm": (_OFF, "the attention normalises queries and keys"),
+    "scaled_cosine_attn": (_OFF, "the attention compares by the cosine"),
+    "scale_heads": (_OFF, "the heads of the attention have scales"),
+    "scale_attn_inner": (_OFF, "the attention has a normalisation inside"),
+    "scale_attn": (_OFF, "the attention has a normalisation after it"),
+    "scale_fc": (_OFF, "the hidden layer has a normalisation"),
 }
+_POOLS = "only class tokens of images and end tokens of texts are pooled"
 FIXED = {
     "vision_cfg": {
         **_BLOCK,
-        "timm_model_name": (None, ""),
-        "attentional_pool": _OFF,
-        "no_ln_pre": _OFF,
-        "pos_embed_type": ("learnable",),
-        "pool_type": ("tok",),
+        "timm_model_name": ((None, ""), "the image tower is a model of timm"),
+        "attentional_pool": (_OFF, "images are pooled by attention"),
+        "no_ln_pre": (_OFF, "the image tower has no normalisation before its blocks"),
+        "pos_embed_type": (("learnable",), "the positions are not learned"),
+        "pool_type": (("tok",), _POOLS),
     },
     "text_cfg": {
         **_BLOCK,
-        "hf_model_name": (None, ""),
-        "embed_cls": _OFF,
-        "no_causal_mask": _OFF,
-        "pool_type": ("argmax", "eos"),
-        "proj_bias": _OFF,
-        "proj_type": ("linear",),
+        "hf_model_name": ((None, ""), "the text tower is a model of transformers"),
+        "embed_cls": (_OFF, "texts have a class token"),
+        "no_causal_mask": (_OFF, "the text tower is not causal"),
+        "pool_type": (("argmax", "eos"), _POOLS),
+        "proj_bias": (_OFF, "the text projection has a bias"),
+        "proj_type": (("linear",), "texts are not projected by a matrix"),
     },
 }
 
-# Why another value is refused.
-REASONS = {
-    "ls_init_value": "the blocks have layer scales",
-    "act_kwargs": "the activation has arguments of its own",
-    "norm_kwargs": f"the epsilon of the normalisations is not {CLIP_EPSILON}",
-    "timm_model_name": "the image tower is a model of timm",
-    "attentional_pool": "images are pooled by attention",
-    "no_ln_pre": "the image tower has no normalisation before its blocks",
-    "pos_embed_type": "the positions are not learned",
-    "hf_model_name": "the text tower is a model of transformers",
-    "pool_type": "only class tokens of images and end tokens of texts are pooled",
-    "embed_cls": "texts have a class token",
-    "no_causal_mask": "the text tower is not causal",
-    "proj_bias": "the text projection has a bias",
-    "proj_type": "texts are not projected by a matrix",
-    "output_tokens": "the towers return tokens",
-}
-
-# What changes no embedding: training, tokens, and options of parts that are refused.
+# What keys begin with that change no embedding: training, tokens, options of parts that
+# are refused, and the order of pooling and normalisation.
 IGNORED = {
-    "vision_cfg": (
-        "attn_pooler_heads",
-        "attn_pooler_queries",
-        "final_ln_after_pool",  # the same at a class token
-        "patch_dropout",
-        "timm_drop",
-        "timm_drop_path",
-        "timm_model_pretrained",
-        "timm_pool",
-        "timm_proj",
-        "timm_proj_bias",
-    ),
-    "text_cfg": (
-        "eos_id",
-        "final_ln_after_pool",
-        "hf_model_pretrained",
-        "hf_pooler_type",
-        "hf_proj_type",
-        "hf_tokenizer_name",
-        "pad_id",
-        "tokenizer_kwargs",
-        "tokenizer_mode",
-    ),
+    "vision_cfg": ("attn_pooler_", "final_ln_after_pool", "patch_dropout", "timm_"),
+    "text_cfg": ("eos_id", "final_ln_after_pool", "hf_", "pad_id", "tokenizer_"),
 }
-TOP = (
-    "custom_text",
-    "embed_dim",
-    "init_logit_bias",
-    "init_logit_scale",
-    "nonscalar_logit_scale",
-    "quick_gelu",
-    "text_cfg",
-    "vision_cfg",
-)
+_LOSS = "init_logit_bias", "init_logit_scale", "nonscalar_logit_scale"
+TOP = "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", *_LOSS
 # How images are resized is for the data to follow.
-PREPROCESSING = (
-    "fill_color",
-    "interpolation",
-    "mean",
-    "mode",
-    "resize_mode",
-    "size",
-    "std",
-)
+_RESIZING = "fill_color", "interpolation", "resize_mode"
+PREPROCESSING = "size", "mode", "mean", "std", *_RESIZING
 
 
 def read_config(config: Any) -> tuple[dict, dict, str]:
@@ -205,26 +145,21 @@ def architecture_of(model: dict, preprocessing: dict, label: str) -> Architectur
             f"{'; '.join(reasons)}. Received: {label}"
         )
     vision, text = ({**READ[part], **model[part]} for part in READ)
-    image_size, patch = square(vision["image_size"]), square(vision["patch_size"])
     mean, std = _pixels(preprocessing)
+    heads = vision["width"] // vision["head_width"], text["heads"]
+    towers = (
+        Tower(x["width"], x["layers"], n, int(x["width"] * x["mlp_ratio"]))
+        for x, n in zip((vision, text), heads)
+    )
     return Architecture(
-        kind="metaclip_2" if text.get("pool_type") == "eos" else "clip",
-        sizes={
-            "patch": patch,
-            "positions": (image_size // patch) ** 2 + 1,
-            "image_width": vision["width"],
-            "image_layers": vision["layers"],
-            "image_hidden": int(vision["width"] * vision["mlp_ratio"]),
-            "text_width": text["width"],
-            "text_layers": text["layers"],
-            "text_hidden": int(text["width"] * text["mlp_ratio"]),
-            "vocabulary": text["vocab_size"],
-            "context": text["context_length"],
-            "projection": model["embed_dim"],
-        },
-        heads=(vision["width"] // vision["head_width"], text["heads"]),
+        "metaclip_2" if text.get("pool_type") == "eos" else "clip",
+        *towers,
+        patch=square(vision["patch_size"]),
+        image_size=square(vision["image_size"]),
+        vocabulary=text["vocab_size"],
+        context=text["context_length"],
+        projection=model["embed_dim"],
         activation="quick_gelu" if model.get("quick_gelu") else "gelu",
-        image_size=image_size,
         pixel_mean=tuple(mean),
         pixel_std=tuple(std),
     )
@@ -245,25 +180,25 @@ def config_of(architecture: Architecture, logit_bias: float | None) -> dict:
         architecture: An `Architecture`.
         logit_bias: Float, or `None` for a softmax loss.
     """
-    sizes, (image_heads, text_heads) = architecture.sizes, architecture.heads
+    image, text = architecture.image, architecture.text
+    of_image, of_text = (
+        {"layers": x.layers, "width": x.width, "mlp_ratio": _ratio(x.hidden, x.width)}
+        for x in (image, text)
+    )
     model = {
-        "embed_dim": sizes["projection"],
+        "embed_dim": architecture.projection,
         "quick_gelu": architecture.activation == "quick_gelu",
         "vision_cfg": {
+            **of_image,
             "image_size": architecture.image_size,
-            "layers": sizes["image_layers"],
-            "width": sizes["image_width"],
-            "head_width": sizes["image_width"] // image_heads,
-            "mlp_ratio": _ratio(sizes["image_hidden"], sizes["image_width"]),
-            "patch_size": sizes["patch"],
+            "head_width": image.width // image.heads,
+            "patch_size": architecture.patch,
         },
         "text_cfg": {
-            "context_length": sizes["context"],
-            "vocab_size": sizes["vocabulary"],
-            "width": sizes["text_width"],
-            "heads": text_heads,
-            "layers": sizes["text_layers"],
-            "mlp_ratio": _ratio(sizes["text_hidden"], sizes["text_width"]),
+            **of_text,
+            "context_length": architecture.context,
+            "vocab_size": architecture.vocabulary,
+            "heads": text.heads,
         },
     }
     if architecture.kind == "metaclip_2":
@@ -342,11 +277,14 @@ def _reasons_of_tower(part, given):
         return [f"`{part}` is no dictionary"]
     if isinstance(given.get("layers"), (list, tuple)):
         return [f"{part}.layers={given['layers']}: the image tower is a ResNet"]
-    known = {*READ[part], *FIXED[part], *IGNORED[part]}
-    found = [f"unknown key `{part}.{key}`" for key in given.keys() - known]
-    for key, allowed in FIXED[part].items():
+    unknown = given.keys() - READ[part].keys() - FIXED[part].keys()
+    found = [
+        f"unknown key `{part}.{key}`"
+        for key in map(str, unknown)
+        if not key.startswith(IGNORED[part])
+    ]
+    for key, (allowed, reason) in FIXED[part].items():
         if key in given and given[key] not in allowed:
-            reason = REASONS.get(key, f"only {allowed[-1]!r} is known")
             found.append(f"{part}.{key}={given[key]!r}: {reason}")
     end = given.get("eos_id", METACLIP_2_END_ID)
     if given.get("pool_type") == "eos" and end != METACLIP_2_END_ID:
@@ -354,27 +292,9 @@ def _reasons_of_tower(part, given):
             f"{part}.eos_id={end}: keras_hub's `MetaCLIP2Backbone` pools texts at the "
             f"id {METACLIP_2_END_ID}"
         )
-    if found:
-        return found
+    divisor = "head_width" if part == "vision_cfg" else "heads"
     values = {**READ[part], **given}
-    for key in READ[part]:
-        value = values[key]
-        if key == "mlp_ratio":
-            is_right, kind = is_finite(value) and value > 0, "positive number"
-        elif key in ("patch_size", "image_size"):
-            is_right, kind = square(value) is not None, "size of a square"
-        else:
-            is_right, kind = is_positive(value), "positive integer"
-        if not is_right:
-            found.append(f"{part}.{key}={value!r} is no {kind}")
-    if not found:
-        divisor = "head_width" if part == "vision_cfg" else "heads"
-        if values["width"] % values[divisor]:
-            found.append(
-                f"{part}.{divisor}={values[divisor]} does not divide the width "
-                f"{values['width']}"
-            )
-    return found
+    return found or reasons_of_sizes(part, values, READ[part], divisor, "width")
 
 
 def _reasons_of_images(vision, preprocessing):

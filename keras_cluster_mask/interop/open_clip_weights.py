@@ -12,6 +12,7 @@ from keras import ops
 from keras_cluster_mask.interop.architectures import (
     ACTIVATIONS,
     Architecture,
+    Tower,
     architecture_of_model,
     is_positive,
     kind_of,
@@ -334,7 +335,17 @@ def _guess(sizes, activation, num_heads):
             f"Received: {sizes['positions']} positions"
         )
     heads = _heads(num_heads, sizes["image_width"], sizes["text_width"])
-    return Architecture("clip", sizes, heads, activation, side * sizes["patch"])
+    towers = (
+        Tower(sizes[f"{x}_width"], sizes[f"{x}_layers"], n, sizes[f"{x}_hidden"])
+        for x, n in zip(("image", "text"), heads)
+    )
+    return Architecture(
+        "clip",
+        *towers,
+        image_size=side * sizes["patch"],
+        activation=activation,
+        **{x: sizes[x] for x in ("patch", "vocabulary", "context", "projection")},
+    )
 
 
 def _check_same(path, config):
@@ -359,24 +370,17 @@ def _check_same(path, config):
 
 
 def _heads(num_heads, *widths):
-    if num_heads is None:
-        if any(width % HEAD_WIDTH for width in widths):
-            raise ValueError(
-                "`num_heads` must be given for towers whose widths are no multiples of "
-                f"{HEAD_WIDTH}; or pass `config`, which says it. "
-                f"Received: num_heads=None, widths {widths}"
-            )
-        image, text = (width // HEAD_WIDTH for width in widths)
-        num_heads = min(image, MAX_IMAGE_HEADS), text
     pair = num_heads if isinstance(num_heads, (tuple, list)) else (num_heads,) * 2
-    if len(pair) != 2 or not all(map(_divides, pair, widths)):
+    if num_heads is None and not any(width % HEAD_WIDTH for width in widths):
+        image, text = (width // HEAD_WIDTH for width in widths)
+        pair = min(image, MAX_IMAGE_HEADS), text
+    if len(pair) != 2 or not all(
+        is_positive(n) and width % n == 0 for n, width in zip(pair, widths)
+    ):
         raise ValueError(
             "`num_heads` must be an integer, or a pair for the image and the text "
-            "tower, that divides the towers' widths. "
+            "tower, that divides the towers' widths, and must be given for widths that "
+            f"are no multiples of {HEAD_WIDTH}; or pass `config`, which says it. "
             f"Received: num_heads={num_heads}, widths {widths}"
         )
     return pair
-
-
-def _divides(heads, width):
-    return is_positive(heads) and width % heads == 0

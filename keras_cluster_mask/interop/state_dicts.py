@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.interop.tensor_names import TensorNames
+from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
 
 # From a variable of keras_hub to a tensor, and back up to a last `reshape`. Matrices
@@ -18,8 +18,8 @@ from keras_cluster_mask.interop.weight_files import read_weights
 LAYOUTS = {
     "same": (lambda x: x, lambda x: x),
     "matrix": (lambda x: x.T, lambda x: x.T),
-    "matrix to heads": (lambda x: x.reshape(x.shape[0], -1).T, lambda x: x.T),
-    "matrix from heads": (lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T),
+    "to heads": (lambda x: x.reshape(x.shape[0], -1).T, lambda x: x.T),
+    "from heads": (lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T),
     "bias of heads": (lambda x: x.reshape(-1), lambda x: x),
     "convolution": (
         lambda x: x.transpose(3, 2, 0, 1),
@@ -70,17 +70,11 @@ class Entry:
 
 def entries(names: TensorNames, image_layers: int, text_layers: int) -> list[Entry]:
     """Lists all entries of a model whose towers have these numbers of blocks."""
-    found = [
-        Entry(name, tuple(shape.split()), *rest) for name, shape, *rest in names.tensors
-    ]
-    layers_of = {"image": image_layers, "text": text_layers}
-    for tower, start, path in names.towers:
-        for i in range(layers_of[tower]):
-            for name, shape, layout, variable in names.block:
-                axes = re.sub("width|hidden", rf"{tower}_\g<0>", shape).split()
-                name, variable = f"{start}{i}.{name}", f"{path}{i}.{variable}"
-                found.append(Entry(name, tuple(axes), layout, variable))
-    return found
+    found = rows(names.tensors)
+    for (tower, name, path), layers in zip(names.towers, (image_layers, text_layers)):
+        for i in range(layers):
+            found += rows(names.block, tower, f"{name}{i}.", f"{path}{i}.")
+    return [Entry(name, tuple(axes.split()), *rest) for name, axes, *rest in found]
 
 
 def read_state_dict(source: Any, names: TensorNames) -> tuple[dict[str, Any], str]:
@@ -140,20 +134,20 @@ def match(
         of the sizes of their axes, by the names that `Entry.shape` has, and of the
         numbers of blocks.
     """
-    blocks = _count_blocks(state, names)
+    blocks_of = (re.compile(rf"{re.escape(x)}(\d+)\.") for _, x, _ in names.towers)
+    blocks = [len({m[1] for m in map(x.match, state) if m}) for x in blocks_of]
     if not all(blocks):
-        examples = ", ".join(f"`{x}0.{names.block[0][0]}`" for _, x, _ in names.towers)
+        first, *_ = rows(names.block)[0]
+        examples = ", ".join(f"`{start}0.{first}`" for _, start, _ in names.towers)
         raise ValueError(
             f"`source` must hold a {names.model}, of two transformers ({examples}). "
             f"Received: {label}, of {len(state)} entries such as {sorted(state)[:5]}"
         )
-    source_of_sizes = ""
-    if sizes is not None:
+    source_of_sizes = " of its config" if sizes else ""
+    if sizes:
         blocks = sizes["image_layers"], sizes["text_layers"]
-        source_of_sizes = " of its config"
     expected = entries(names, *blocks)
-    if sizes is None:
-        sizes = _sizes(expected, state)
+    sizes = sizes or _sizes(expected, state)
     unexpected = state.keys() - {entry.name for entry in expected}
     faults = [_fault(entry, state, sizes) for entry in expected]
     faults += [f"unexpected: {n} {_text(_shape(state[n]))}" for n in unexpected]
@@ -175,7 +169,8 @@ def _fault(entry, state, sizes):
     if entry.name not in state:
         return f"missing: {entry.name} {_text(expected)}"
     shape = _shape(state[entry.name])
-    if not _fits(shape, expected):
+    is_known = shape is not None and len(shape) == len(expected)
+    if not is_known or any(y not in (x, None) for x, y in zip(shape, expected)):
         return f"wrong shape: {entry.name} {_text(shape)}, expected {_text(expected)}"
     if not np.isfinite(as_float32(state[entry.name])).all():
         return f"NaN or infinite: {entry.name}"
@@ -207,14 +202,6 @@ def _shape(value):
     return None if shape is None else tuple(shape)
 
 
-def _fits(shape, expected):
-    return (
-        shape is not None
-        and len(shape) == len(expected)
-        and all(y is None or x == y for x, y in zip(shape, expected))
-    )
-
-
 def _text(shape):
     if shape is None:
         return "(no tensor)"
@@ -227,15 +214,6 @@ def as_float32(value) -> np.ndarray:
         # NumPy can read no tensor of torch on a GPU, or in bfloat16.
         value = value.detach().cpu().float().numpy()
     return np.asarray(value).astype("float32", copy=False)
-
-
-def _count_blocks(state, names):
-    """Counts the blocks of each tower in a state dict."""
-    counts = []
-    for _, start, _ in names.towers:
-        pattern = re.compile(re.escape(start) + r"(\d+)\.")
-        counts.append(len({m[1] for m in map(pattern.match, state) if m}))
-    return tuple(counts)
 
 
 def _find(backbone, path):

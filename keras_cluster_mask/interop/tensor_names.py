@@ -1,12 +1,41 @@
-"""Names of tensors in other libraries, and which weights of keras_hub they are."""
+"""Names of tensors in other libraries, and which weights of keras_hub they are.
+
+A table has a line for each tensor: its name, the axes of its shape, where keras_hub
+keeps it, and its layout in `state_dicts.LAYOUTS` unless that is "same". A number in a
+shape stands for itself. A path with braces is of several weights, which are stacked in
+one tensor.
+
+Two other lines have a tower, or nothing, in place of axes. One whose path ends in a dot
+says how the names and the paths after it begin, and of which tower `width` and `hidden`
+are. One with a key of `PARTS` in place of a layout is all the tensors of that table.
+"""
 
 import dataclasses
+import re
 
-# === What a table says ===
-
-# A tensor's name, its shape, its layout (see `state_dicts.LAYOUTS`), and where
-# keras_hub keeps it. A number in a shape stands for itself. A path with braces is of
-# several weights, which are stacked in one tensor.
+PARTS = {
+    "norm": """
+        .weight | width | .gamma
+        .bias | width | .beta
+    """,
+    # In torch's attention the first three matrices are one tensor.
+    "stacked attention": """
+        .in_proj_weight | 3*width width | .{query,key,value}_dense.kernel | to heads
+        .in_proj_bias | 3*width | .{query,key,value}_dense.bias | bias of heads
+        .out_proj.weight | width width | .output_dense.kernel | from heads
+        .out_proj.bias | width | .output_dense.bias
+    """,
+    "attention": """
+        .q_proj.weight | width width | .query_dense.kernel | to heads
+        .q_proj.bias | width | .query_dense.bias | bias of heads
+        .k_proj.weight | width width | .key_dense.kernel | to heads
+        .k_proj.bias | width | .key_dense.bias | bias of heads
+        .v_proj.weight | width width | .value_dense.kernel | to heads
+        .v_proj.bias | width | .value_dense.bias | bias of heads
+        .out_proj.weight | width width | .output_dense.kernel | from heads
+        .out_proj.bias | width | .output_dense.bias
+    """,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,138 +44,79 @@ class TensorNames:
 
     Attributes:
         model: String, what the library calls the model.
-        tensors: tuple of tuples, those outside the transformer blocks.
-        block: tuple of tuples, those of a block, relative to its name.
+        tensors: String, the table of those outside the transformer blocks.
+        block: String, the table of those of a block.
         towers: tuple of tuples: tower, the start of its blocks' names, and the path of
             their list in keras_hub.
         harmless: frozenset of names that are no weights.
     """
 
     model: str
-    tensors: tuple
-    block: tuple
+    tensors: str
+    block: str
     towers: tuple
     harmless: frozenset
 
 
-def _norm(name, width, path):
-    """The gain and the bias of a layer normalisation."""
-    return (
-        (f"{name}.weight", width, "same", f"{path}.gamma"),
-        (f"{name}.bias", width, "same", f"{path}.beta"),
-    )
+def rows(table: str, tower: str = "", name: str = "", path: str = "") -> list[tuple]:
+    """The name, axes, layout and path of each tensor in a table.
 
-
-def _dense(name, inputs, outputs, path):
-    """The matrix and the bias of a dense layer."""
-    return (
-        (f"{name}.weight", f"{outputs} {inputs}", "matrix", f"{path}.kernel"),
-        (f"{name}.bias", outputs, "same", f"{path}.bias"),
-    )
-
-
-def _stacked_attention(name, width, path):
-    """An attention of torch, whose first three matrices are one tensor."""
-    first = f"{path}.{{query,key,value}}_dense"
-    last = f"{path}.output_dense"
-    return (
-        (
-            f"{name}.in_proj_weight",
-            f"3*{width} {width}",
-            "matrix to heads",
-            f"{first}.kernel",
-        ),
-        (f"{name}.in_proj_bias", f"3*{width}", "bias of heads", f"{first}.bias"),
-        (
-            f"{name}.out_proj.weight",
-            f"{width} {width}",
-            "matrix from heads",
-            f"{last}.kernel",
-        ),
-        (f"{name}.out_proj.bias", width, "same", f"{last}.bias"),
-    )
-
-
-def _separate_attention(name, path):
-    """An attention of transformers, with a matrix for each of query, key and value."""
-    found = ()
-    for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value")):
-        start, layer = f"{name}.{theirs}_proj", f"{path}.{ours}_dense"
-        found += (
-            (f"{start}.weight", "width width", "matrix to heads", f"{layer}.kernel"),
-            (f"{start}.bias", "width", "bias of heads", f"{layer}.bias"),
-        )
-    start, layer = f"{name}.out_proj", f"{path}.output_dense"
-    return (
-        *found,
-        (f"{start}.weight", "width width", "matrix from heads", f"{layer}.kernel"),
-        (f"{start}.bias", "width", "same", f"{layer}.bias"),
-    )
+    Args:
+        table: String, as the text at the top of this file says.
+        tower: `"image"` or `"text"`, of which `width` and `hidden` are.
+        name: String, what all names begin with.
+        path: String, what all paths begin with.
+    """
+    found, start = [], (name, path)
+    for line in filter(str.strip, table.splitlines()):
+        name, axes, path, *kind = (cell.strip() for cell in line.split("|"))
+        if path.endswith("."):
+            tower, start = axes, (name, path)
+            continue
+        name, path, kind = start[0] + name, start[1] + path, kind[0] if kind else "same"
+        if kind in PARTS:
+            found += rows(PARTS[kind], axes or tower, name, path)
+        else:
+            axes = re.sub(r"\b(width|hidden)\b", rf"{tower}_\1", axes)
+            found.append((name, axes, kind, path))
+    return found
 
 
 def _of_metaclip_2(names, model):
     """The same names where keras_hub has a MetaCLIP 2."""
-    moved = {
-        "vision_encoder.layer_norm.": "vision_post_layer_norm.",
-        "clip_head.": "metaclip_2_head.",
-    }
-    tensors = []
-    for *rest, path in names.tensors:
-        for old, new in moved.items():
-            path = path.replace(old, new)
-        tensors.append((*rest, path))
-    return dataclasses.replace(names, model=model, tensors=tuple(tensors))
+    tensors = names.tensors.replace("clip_head.", "metaclip_2_head.")
+    tensors = tensors.replace("vision_encoder.layer_norm ", "vision_post_layer_norm ")
+    return dataclasses.replace(names, model=model, tensors=tensors)
 
 
 # === open_clip ===
 
 OPEN_CLIP = TensorNames(
     model="CLIP of open_clip",
-    tensors=(
-        (
-            "visual.class_embedding",
-            "image_width",
-            "same",
-            "vision_encoder.embedding.class_embedding",
-        ),
-        (
-            "visual.positional_embedding",
-            "positions image_width",
-            "same",
-            "vision_encoder.embedding.position_embedding.embeddings",
-        ),
-        (
-            "visual.conv1.weight",
-            "image_width 3 patch patch",
-            "convolution",
-            "vision_encoder.embedding.patch_embedding.kernel",
-        ),
-        *_norm("visual.ln_pre", "image_width", "vision_encoder.pre_layer_norm"),
-        *_norm("visual.ln_post", "image_width", "vision_encoder.layer_norm"),
-        ("visual.proj", "image_width projection", "same", "vision_projection.kernel"),
-        (
-            "token_embedding.weight",
-            "vocabulary text_width",
-            "same",
-            "text_encoder.embedding.token_embedding.embeddings",
-        ),
-        (
-            "positional_embedding",
-            "context text_width",
-            "same",
-            "text_encoder.embedding.position_embedding.position_embeddings",
-        ),
-        *_norm("ln_final", "text_width", "text_encoder.layer_norm"),
-        ("text_projection", "text_width projection", "same", "text_projection.kernel"),
-        ("logit_scale", "", "same", "clip_head.logit_scale"),
-    ),
-    block=(
-        *_norm("ln_1", "width", "layer_norm_1"),
-        *_stacked_attention("attn", "width", "attention"),
-        *_norm("ln_2", "width", "layer_norm_2"),
-        *_dense("mlp.c_fc", "width", "hidden", "dense_1"),
-        *_dense("mlp.c_proj", "hidden", "width", "dense_2"),
-    ),
+    tensors="""
+logit_scale | | clip_head.logit_scale
+visual.proj | image_width projection | vision_projection.kernel
+text_projection | text_width projection | text_projection.kernel
+visual.ln_pre | image | vision_encoder.pre_layer_norm | norm
+visual.ln_post | image | vision_encoder.layer_norm | norm
+ln_final | text | text_encoder.layer_norm | norm
+visual. | image | vision_encoder.embedding.
+class_embedding | width | class_embedding
+positional_embedding | positions width | position_embedding.embeddings
+conv1.weight | width 3 patch patch | patch_embedding.kernel | convolution
+| text | text_encoder.embedding.
+token_embedding.weight | vocabulary width | token_embedding.embeddings
+positional_embedding | context width | position_embedding.position_embeddings
+""",
+    block="""
+ln_1 | | layer_norm_1 | norm
+attn | | attention | stacked attention
+ln_2 | | layer_norm_2 | norm
+mlp.c_fc.weight | hidden width | dense_1.kernel | matrix
+mlp.c_fc.bias | hidden | dense_1.bias
+mlp.c_proj.weight | width hidden | dense_2.kernel | matrix
+mlp.c_proj.bias | width | dense_2.bias
+""",
     towers=(
         ("image", "visual.transformer.resblocks.", "vision_encoder.encoder_layers."),
         ("text", "transformer.resblocks.", "text_encoder.encoder_layers."),
@@ -161,79 +131,43 @@ OPEN_METACLIP_2 = _of_metaclip_2(OPEN_CLIP, "MetaCLIP 2 of open_clip")
 
 # === transformers ===
 
-_IMAGE = "vision_model.embeddings"
-_TEXT = "text_model.embeddings"
+_EMBEDDINGS = """
+vision_model.embeddings. | image | vision_encoder.embedding.
+position_embedding.weight | positions width | position_embedding.embeddings
+patch_embedding.weight | width 3 patch patch | patch_embedding.kernel | convolution
+text_model.embeddings. | text | text_encoder.embedding.
+token_embedding.weight | vocabulary width | token_embedding.embeddings
+"""
 _TOWERS = (
     ("image", "vision_model.encoder.layers.", "vision_encoder.encoder_layers."),
     ("text", "text_model.encoder.layers.", "text_encoder.encoder_layers."),
 )
-_BUFFERS = frozenset((f"{_IMAGE}.position_ids", f"{_TEXT}.position_ids"))
-_EMBEDDINGS = (
-    (
-        f"{_IMAGE}.position_embedding.weight",
-        "positions image_width",
-        "same",
-        "vision_encoder.embedding.position_embedding.embeddings",
-    ),
-    (
-        f"{_IMAGE}.patch_embedding.weight",
-        "image_width 3 patch patch",
-        "convolution",
-        "vision_encoder.embedding.patch_embedding.kernel",
-    ),
-    (
-        f"{_TEXT}.token_embedding.weight",
-        "vocabulary text_width",
-        "same",
-        "text_encoder.embedding.token_embedding.embeddings",
-    ),
-)
+_BUFFERS = frozenset(f"{x}_model.embeddings.position_ids" for x in ("vision", "text"))
 
 CLIP = TensorNames(
     model="CLIPModel of transformers",
-    tensors=(
-        *_EMBEDDINGS,
-        (
-            f"{_IMAGE}.class_embedding",
-            "image_width",
-            "same",
-            "vision_encoder.embedding.class_embedding",
-        ),
-        # "layrnorm" is how transformers spells it.
-        *_norm(
-            "vision_model.pre_layrnorm", "image_width", "vision_encoder.pre_layer_norm"
-        ),
-        *_norm(
-            "vision_model.post_layernorm", "image_width", "vision_encoder.layer_norm"
-        ),
-        (
-            "visual_projection.weight",
-            "projection image_width",
-            "matrix",
-            "vision_projection.kernel",
-        ),
-        (
-            f"{_TEXT}.position_embedding.weight",
-            "context text_width",
-            "same",
-            "text_encoder.embedding.position_embedding.position_embeddings",
-        ),
-        *_norm("text_model.final_layer_norm", "text_width", "text_encoder.layer_norm"),
-        (
-            "text_projection.weight",
-            "projection text_width",
-            "matrix",
-            "text_projection.kernel",
-        ),
-        ("logit_scale", "", "same", "clip_head.logit_scale"),
-    ),
-    block=(
-        *_norm("layer_norm1", "width", "layer_norm_1"),
-        *_separate_attention("self_attn", "attention"),
-        *_norm("layer_norm2", "width", "layer_norm_2"),
-        *_dense("mlp.fc1", "width", "hidden", "dense_1"),
-        *_dense("mlp.fc2", "hidden", "width", "dense_2"),
-    ),
+    # "layrnorm" is how transformers spells it.
+    tensors=f"""
+logit_scale | | clip_head.logit_scale
+visual_projection.weight | projection image_width | vision_projection.kernel | matrix
+text_projection.weight | projection text_width | text_projection.kernel | matrix
+vision_model.pre_layrnorm | image | vision_encoder.pre_layer_norm | norm
+vision_model.post_layernorm | image | vision_encoder.layer_norm | norm
+text_model.final_layer_norm | text | text_encoder.layer_norm | norm
+vision_model.embeddings. | image | vision_encoder.embedding.
+class_embedding | width | class_embedding
+{_EMBEDDINGS}
+position_embedding.weight | context width | position_embedding.position_embeddings
+""",
+    block="""
+layer_norm1 | | layer_norm_1 | norm
+self_attn | | attention | attention
+layer_norm2 | | layer_norm_2 | norm
+mlp.fc1.weight | hidden width | dense_1.kernel | matrix
+mlp.fc1.bias | hidden | dense_1.bias
+mlp.fc2.weight | width hidden | dense_2.kernel | matrix
+mlp.fc2.bias | width | dense_2.bias
+""",
     towers=_TOWERS,
     harmless=_BUFFERS,
 )
@@ -242,67 +176,30 @@ METACLIP_2 = _of_metaclip_2(CLIP, "MetaClip2Model of transformers")
 
 SIGLIP = TensorNames(
     model="SiglipModel of transformers",
-    tensors=(
-        *_EMBEDDINGS,
-        (
-            f"{_IMAGE}.patch_embedding.bias",
-            "image_width",
-            "same",
-            "vision_encoder.embedding.patch_embedding.bias",
-        ),
-        *_norm(
-            "vision_model.post_layernorm",
-            "image_width",
-            "vision_encoder.post_layer_norm",
-        ),
-        (
-            "vision_model.head.probe",
-            "1 1 image_width",
-            "same",
-            "vision_encoder.head.probe",
-        ),
-        *_stacked_attention(
-            "vision_model.head.attention",
-            "image_width",
-            "vision_encoder.head.attention",
-        ),
-        *_norm(
-            "vision_model.head.layernorm",
-            "image_width",
-            "vision_encoder.head.layer_norm",
-        ),
-        *_dense(
-            "vision_model.head.mlp.fc1",
-            "image_width",
-            "image_hidden",
-            "vision_encoder.head.mlp.fc1",
-        ),
-        *_dense(
-            "vision_model.head.mlp.fc2",
-            "image_hidden",
-            "image_width",
-            "vision_encoder.head.mlp.fc2",
-        ),
-        (
-            f"{_TEXT}.position_embedding.weight",
-            "context text_width",
-            "same",
-            "text_encoder.embedding.position_embedding.embeddings",
-        ),
-        *_norm(
-            "text_model.final_layer_norm", "text_width", "text_encoder.post_layer_norm"
-        ),
-        *_dense("text_model.head", "text_width", "projection", "text_encoder.head"),
-        ("logit_scale", "", "same", "siglip_head.logit_scale"),
-        ("logit_bias", "", "same", "siglip_head.logit_bias"),
-    ),
-    block=(
-        *_norm("layer_norm1", "width", "layer_norm1"),
-        *_separate_attention("self_attn", "self_attn"),
-        *_norm("layer_norm2", "width", "layer_norm2"),
-        *_dense("mlp.fc1", "width", "hidden", "mlp.fc1"),
-        *_dense("mlp.fc2", "hidden", "width", "mlp.fc2"),
-    ),
+    tensors=f"""
+logit_scale | | siglip_head.logit_scale
+logit_bias | | siglip_head.logit_bias
+vision_model. | image | vision_encoder.
+post_layernorm | | post_layer_norm | norm
+embeddings.patch_embedding.bias | width | embedding.patch_embedding.bias
+head.probe | 1 1 width | head.probe
+head.attention | | head.attention | stacked attention
+head.layernorm | | head.layer_norm | norm
+head.mlp.fc1.weight | hidden width | head.mlp.fc1.kernel | matrix
+head.mlp.fc1.bias | hidden | head.mlp.fc1.bias
+head.mlp.fc2.weight | width hidden | head.mlp.fc2.kernel | matrix
+head.mlp.fc2.bias | width | head.mlp.fc2.bias
+text_model. | text | text_encoder.
+final_layer_norm | | post_layer_norm | norm
+head.weight | projection width | head.kernel | matrix
+head.bias | projection | head.bias
+{_EMBEDDINGS}
+position_embedding.weight | context width | position_embedding.embeddings
+""",
+    # keras_hub has the same blocks under the names of transformers.
+    block=CLIP.block.replace("layer_norm_", "layer_norm")
+    .replace("| attention |", "| self_attn |")
+    .replace("dense_", "mlp.fc"),
     towers=_TOWERS,
     harmless=_BUFFERS,
 )

@@ -27,7 +27,14 @@ def read_weights(path: str | os.PathLike) -> Any:
         raise FileNotFoundError(
             f"`source` must be a file that exists. Received: source={str(path)!r}"
         )
-    return _read_safetensors(path) if path.suffix in SAFETENSORS else _read_torch(path)
+    if path.suffix in SAFETENSORS:
+        import safetensors.numpy
+
+        with _read_errors(path):
+            return safetensors.numpy.load_file(path)
+    torch = _torch(path)
+    with _read_errors(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -41,11 +48,8 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return {}
     import safetensors
 
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise _unreadable(path, error) from error
+    with _read_errors(path), safetensors.safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
 
 
 def find_weights(source: Any, names: tuple[str, ...]) -> Any:
@@ -114,50 +118,35 @@ def _replacing(path):
         part.unlink(missing_ok=True)
 
 
-def _read_safetensors(path):
-    import safetensors.numpy
-
+@contextlib.contextmanager
+def _read_errors(path):
+    """Says why a file cannot be read."""
     try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_torch(path):
-    torch = _torch(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's message ends in the advice to read such files anyway.
-        if "GLOBAL" not in str(error):
-            raise _unreadable(path, error) from error
-        raise ValueError(
-            "`source` holds Python objects other than tensors, and reading those can "
-            "run any code that the file's author put there, so it was not read. If you "
-            "trust its author, keep only its tensors: `checkpoint = torch.load(path, "
-            'weights_only=False); torch.save(checkpoint["state_dict"], "weights.pt")`. '
-            f"Received: source={str(path)!r}"
-        ) from error
-    except RuntimeError as error:
-        if "TorchScript" not in str(error):
-            raise _unreadable(path, error) from error
-        raise ValueError(
-            "`source` is a TorchScript program, as OpenAI's own files are, and not a "
-            "state dict. If you trust its author, keep only its tensors: `torch.save("
-            'torch.jit.load(path, "cpu").state_dict(), "weights.pt")`. '
-            f"Received: source={str(path)!r}"
-        ) from error
+        yield
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:
         # Bytes that are no pickle raise errors of any kind in torch's reader.
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path, error):
-    return ValueError(
-        "`source` cannot be read: the file is truncated, damaged or of another kind "
-        f"({type(error).__name__}: {str(error).splitlines()[:1]}). "
-        f"Received: source={str(path)!r}"
-    )
+        reason = (
+            "cannot be read: the file is truncated, damaged or of another kind "
+            f"({type(error).__name__}: {str(error).splitlines()[:1]})."
+        )
+        # torch's message ends in the advice to read such files anyway.
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            reason = (
+                "holds Python objects other than tensors, and reading those can run "
+                "any code that the file's author put there, so it was not read. If you "
+                "trust its author, keep only its tensors: `checkpoint = torch.load("
+                "path, weights_only=False); "
+                'torch.save(checkpoint["state_dict"], "weights.pt")`.'
+            )
+        elif isinstance(error, RuntimeError) and "TorchScript" in str(error):
+            reason = (
+                "is a TorchScript program, as OpenAI's own files are, and not a state "
+                "dict. If you trust its author, keep only its tensors: `torch.save("
+                'torch.jit.load(path, "cpu").state_dict(), "weights.pt")`.'
+            )
+        raise ValueError(f"`source` {reason} Received: source={str(path)!r}") from error
 
 
 def _torch(path):

@@ -75,7 +75,7 @@ def make_clip(
     dtype,
     family="CLIP",
 ):
-    """A CLIP or, as `family`, "MetaCLIP2", of a shape as those in `SIZES`."""
+    """A CLIP or, as `family`, "MetaCLIP2" or "SigLIP", of a shape as in `SIZES`."""
     # Imported here, as keras_hub takes seconds, and other parts do not need it.
     import keras_hub
 
@@ -83,6 +83,9 @@ def make_clip(
         getattr(keras_hub.models, family + part)
         for part in ("VisionEncoder", "TextEncoder", "Backbone")
     )
+    projection = {"projection_dim": shape["projection"]}
+    # SigLIP projects texts alone, in their tower.
+    of_text, of_both = (projection, {}) if family == "SigLIP" else ({}, projection)
     vision_encoder = vision(
         patch_size=shape["patch"],
         image_shape=image_shape(image_size),
@@ -94,14 +97,15 @@ def make_clip(
         embedding_dim=shape["text"][0],
         max_sequence_length=context_length,
         name="text_encoder",
+        **of_text,
         **_tower(shape["text"], activation, dtype),
     )
     number_positions(vision_encoder.embedding)
     return backbone(
         vision_encoder=vision_encoder,
         text_encoder=text_encoder,
-        projection_dim=shape["projection"],
         dtype=dtype,
+        **of_both,
     )
 
 

@@ -366,7 +366,7 @@ def with_nan(features):
         ({"validation": FEATURES[1]}, "`validation` must be a pair"),
         ({"regularization": 0}, r"`regularization`.*Received: regularization=0"),
         ({"regularization": np.inf}, "`regularization`.*=inf"),
-        ({"metric": "accuracy"}, "`metric`.*top_1.*Received: 'accuracy'"),
+        ({"metric": "accuracy"}, "`metric`.*top_1.*Received: metric='accuracy'"),
         ({"validation_split": 1.0}, "`validation_split`.*=1.0"),
         ({"max_iterations": 0}, "`max_iterations`.*=0"),
     ],

@@ -8,7 +8,6 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation.preprocessing import (
     load_tokenizer,
     resize_image,
-    tokenize,
 )
 
 pytestmark = pytest.mark.any_backend
@@ -60,23 +59,10 @@ def test_an_image_is_cropped_or_squashed():
         resize_image(Image.new("RGB", (4, 4)), (2, 2), "pad")
 
 
-def test_texts_become_ids_that_fit_the_model():
-    found = tokenize(letters, ["ab", "c"], context_length=4, vocabulary_size=128)
+def test_any_function_of_texts_gives_ids_of_32_bits():
+    found = load_tokenizer(letters)(["ab", "c"])
     assert found.dtype == "int32"
     assert found.tolist() == [[97, 98, 32, 32], [99, 32, 32, 32]]
-    assert tokenize(letters, ["ab"]).shape == (1, 4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context_length": 5}, r"takes, 5. Received: ids of shape \(2, 4\)"),
-        ({"vocabulary_size": 99}, "ids 0 to 98. Received: ids from 32 to 99"),
-    ],
-)
-def test_ids_that_do_not_fit_the_model_are_errors(options, message):
-    with pytest.raises(ValueError, match=f"`tokenizer` must .*{message}"):
-        tokenize(letters, ["ab", "c"], **options)
 
 
 def test_a_tokenizer_is_loaded_from_its_file_in_the_models_length(tmp_path):
@@ -85,7 +71,6 @@ def test_a_tokenizer_is_loaded_from_its_file_in_the_models_length(tmp_path):
     for length, expected in ((None, 8), (6, 6)):
         found = load_tokenizer(tmp_path / "tokenizer.json", length)
         assert found(["a cat"]).shape == (1, expected)
-    assert load_tokenizer(letters, 8) is letters
 
 
 def test_the_default_tokenizer_is_clips():

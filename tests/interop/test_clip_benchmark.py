@@ -608,9 +608,12 @@ def test_an_image_encoder_of_any_size_is_refused():
 @pytest.mark.any_backend
 def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer):
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
-    with pytest.raises(ValueError, match=r"`tokenizer`.*Received: ids of shape"):
+    with pytest.raises(ValueError, match=r"`tokenizer`.*at most 6 .*ids of shape"):
         adapt(model, tokenizer)
-    with pytest.raises(ValueError, match=r"`tokenizer`.*0 to 29.*Received: ids from"):
+    with pytest.raises(ValueError, match=r"`tokenizer`.*takes, 6. Received: .*, 5\)"):
+        adapt(model, lambda texts: ids_of(texts, 5))
+    message = r"\[0, 30\).*another tokenizer.*Received: ids from"
+    with pytest.raises(ValueError, match=message):
         adapt(model)
 
 
