@@ -337,7 +337,22 @@ def test_a_masking_serves_images_or_texts_but_not_both():
         )
 
 
+@pytest.mark.any_backend
+def test_a_model_without_one_says_nothing_of_it_in_its_checkpoints():
+    # Checkpoints from before there were text maskings do not, and can be resumed.
+    unmasked = kcm.ContrastiveModel.from_backbone(backbone_of("clip"))
+    texts_options = {"text_masking", "padding_first"}
+    assert not texts_options & unmasked.get_config().keys()
+    assert texts_options <= model_of("clip").get_config().keys()
+
+
 # === Errors ===
+
+
+@pytest.mark.any_backend
+def test_the_order_of_padding_needs_a_masking_of_texts():
+    with pytest.raises(ValueError, match=r"pass `text_masking`.*Received: padding_fi"):
+        kcm.ContrastiveModel.from_backbone(backbone_of("clip"), padding_first=False)
 
 
 @pytest.mark.any_backend
