@@ -18,9 +18,6 @@ CLIP_EPSILON = 1e-5
 # Those that open_clip has, too.
 ACTIVATIONS = "gelu", "quick_gelu"
 
-# The id at which keras_hub's `MetaCLIP2Backbone` pools texts. It saves no other.
-METACLIP_2_END_ID = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:

@@ -10,13 +10,13 @@ from typing import Any
 
 from keras_cluster_mask.interop.architectures import (
     CLIP_EPSILON,
-    METACLIP_2_END_ID,
     Architecture,
     is_finite,
     is_positive,
     reasons_of_pixels,
     square,
 )
+from keras_cluster_mask.models.encoders import METACLIP_2_END_ID
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 
 # The name of the file that open_clip keeps beside a model's weights.

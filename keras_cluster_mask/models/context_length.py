@@ -2,10 +2,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.models.encoders import copy_with
-
-# keras_hub's text encoders with a table of positions.
-TEXT_ENCODERS = "CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder"
+from keras_cluster_mask.models.encoders import TEXT_ENCODERS, copy_with
 
 
 def with_context_length(model, length: int):

@@ -62,6 +62,12 @@ BLOCKS = (
     "ViTEncoderBlock",
 )
 
+# Text encoders with a table of positions, whose pooled token is known.
+TEXT_ENCODERS = "CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder"
+
+# The id at which `MetaCLIP2Backbone` pools texts. It saves no other.
+METACLIP_2_END_ID = 2
+
 # === Any encoder ===
 
 

@@ -11,12 +11,14 @@ from keras_cluster_mask.masking.context import (
     kept_patches,
     prefix_tokens,
 )
-from keras_cluster_mask.models.context_length import TEXT_ENCODERS
-from keras_cluster_mask.models.encoders import call_encoder, split_at
+from keras_cluster_mask.models.encoders import (
+    METACLIP_2_END_ID,
+    TEXT_ENCODERS,
+    call_encoder,
+    split_at,
+)
 from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
 
-# The id at which keras_hub's `MetaCLIP2TextPooler` pools.
-METACLIP_2_END_ID = 2
 # A word between a start and an end token.
 FEWEST_TOKENS = 3
 
