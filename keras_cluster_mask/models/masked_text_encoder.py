@@ -21,6 +21,8 @@ from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_pa
 
 # A word between a start and an end token.
 FEWEST_TOKENS = 3
+# The argument here, and the one of a model of two towers, whose `masking` is of images.
+NAMES = "`masking`, or `text_masking` of a model,"
 
 
 def with_text_masking(encoder, masking, padding_first=True) -> "MaskedTextEncoder":
@@ -148,7 +150,7 @@ class MaskedTextEncoder(keras.Model):
         kept = self.masking.num_kept(length)
         if kept < FEWEST_TOKENS:
             raise ValueError(
-                f"`masking` must keep at least {FEWEST_TOKENS} tokens of a text: a "
+                f"{NAMES} must keep at least {FEWEST_TOKENS} tokens of a text: a "
                 "word, and the tokens that always stay. Use a lower `mask_ratio`. "
                 f"Received: masking={self.masking.name}, which keeps {kept} of {length}"
             )
@@ -249,7 +251,7 @@ def _family_of(encoder):
 def _check_masking(masking):
     if not isinstance(masking, PatchMasking):
         raise ValueError(
-            "`masking` must be a `PatchMasking` layer. "
+            f"{NAMES} must be a `PatchMasking` layer. "
             f"Received: masking={masking} of type {type(masking).__name__}"
         )
     reasons = {
@@ -261,7 +263,7 @@ def _check_masking(masking):
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                "`masking` must be one for texts, such as `RandomMasking()`. Received: "
+                f"{NAMES} must be one for texts, such as `RandomMasking()`. Received: "
                 f"masking={masking.name} of type {type(masking).__name__}, which "
                 f"{reason}"
             )

@@ -369,7 +369,9 @@ def test_the_order_of_padding_needs_a_masking_of_texts():
     ],
 )
 def test_a_masking_that_cannot_mask_texts_is_refused(masking, message):
-    with pytest.raises(ValueError, match=rf"`masking` must.*{message}"):
+    # As the model's `masking` is of images.
+    message = rf"`masking`, or `text_masking` of a model, must.*{message}"
+    with pytest.raises(ValueError, match=message):
         make("clip", masking())
 
 
