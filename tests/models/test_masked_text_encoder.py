@@ -329,6 +329,16 @@ def test_a_reloaded_model_leaves_out_the_same_tokens(padding_first, tmp_path):
 
 
 @pytest.mark.any_backend
+def test_models_that_normalise_pixels_otherwise_may_share_a_masking_of_texts():
+    masking = kcm.RandomMasking(0.5)
+    for family in ("clip", "siglip"):
+        model = kcm.ContrastiveModel.from_backbone(
+            backbone_of(family), text_masking=masking
+        )
+        assert model.maskings == [masking]
+
+
+@pytest.mark.any_backend
 def test_a_masking_serves_images_or_texts_but_not_both():
     masking = kcm.RandomMasking(0.5)
     with pytest.raises(ValueError, match=r"masking of its own.*Received: random_mask"):
