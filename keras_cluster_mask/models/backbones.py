@@ -91,7 +91,7 @@ class BackboneModel(ContrastiveModel):
         del options["dtype"], options["projection_dim"]
         return options
 
-    def without_masking(self):
+    def _with_whole_encoders(self):
         return type(self)(self.backbone, head=self.head, **self._options())
 
     def get_config(self):
