@@ -22,7 +22,7 @@ from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
 from keras_cluster_mask.interop.weight_files import find_weights
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
-from keras_cluster_mask.models.masked_text_encoder import METACLIP_2_END_ID
+from keras_cluster_mask.models.encoders import METACLIP_2_END_ID
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
 
 # The files that transformers writes into a folder.

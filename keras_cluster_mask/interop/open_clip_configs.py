@@ -17,7 +17,7 @@ from keras_cluster_mask.interop.architectures import (
     reasons_of_sizes,
     square,
 )
-from keras_cluster_mask.models.masked_text_encoder import METACLIP_2_END_ID
+from keras_cluster_mask.models.encoders import METACLIP_2_END_ID
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 
 # The name of the file that open_clip keeps beside a model's weights.

@@ -46,6 +46,7 @@ class EdgeMasking(SimilarityMasking):
         threshold: Float in `[-1, 1]`. The similarity above which a patch is masked.
         edges: `"protect"`, `"released"` or `None`. `"protect"` takes the patches with
             the weakest edges as seeds, and random ones of those where edges are equal.
+            So an image has nearly the same seeds in every step.
             `"released"` does what the authors' released code amounts to: there
             the edge map is one of rounding errors, since the mean of each patch was
             subtracted before, and the highest values become seeds. Here these values

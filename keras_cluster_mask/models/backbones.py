@@ -71,6 +71,11 @@ class BackboneModel(ContrastiveModel):
         text_encoder = backbone.text_encoder
         if text_masking is not None:
             text_encoder = with_text_masking(text_encoder, text_masking, padding_first)
+        elif not padding_first:
+            raise ValueError(
+                "`padding_first=False` needs a masking of texts: pass `text_masking`. "
+                f"Received: padding_first={padding_first}, text_masking=None"
+            )
         if head is None:
             options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
             head = ContrastiveHead(**options, **parts, name="head")
@@ -86,18 +91,21 @@ class BackboneModel(ContrastiveModel):
         del options["dtype"], options["projection_dim"]
         return options
 
-    def without_masking(self):
+    def _with_whole_encoders(self):
         return type(self)(self.backbone, head=self.head, **self._options())
 
     def get_config(self):
-        return {
+        config = {
             **self._options(),
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "masking": keras.saving.serialize_keras_object(self.masking),
-            "text_masking": keras.saving.serialize_keras_object(self.text_masking),
-            "padding_first": self.padding_first,
             "frozen": frozen_parts(self),
         }
+        if self.text_masking is not None:
+            # Only then, as checkpoints of models without one do not name it.
+            masking = keras.saving.serialize_keras_object(self.text_masking)
+            config.update(text_masking=masking, padding_first=self.padding_first)
+        return config
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")

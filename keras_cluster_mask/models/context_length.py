@@ -2,10 +2,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.models.encoders import copy_with
-
-# keras_hub's text encoders with a table of positions.
-TEXT_ENCODERS = "CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder"
+from keras_cluster_mask.models.encoders import TEXT_ENCODERS, copy_with
 
 
 def with_context_length(model, length: int):
@@ -29,7 +26,8 @@ def with_context_length(model, length: int):
         length: Integer, the most tokens of a text; of SigLIP, the tokens of each text.
 
     Returns:
-        A model of the same class with weights of its own.
+        A model of the same class with weights of its own, frozen where the given
+        model's are.
 
     Raises:
         ValueError: For another model, or a length of less than 3: a word between a

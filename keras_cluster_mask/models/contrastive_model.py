@@ -501,7 +501,7 @@ class ContrastiveModel(DualEncoder):
         """A `Tower` from images to embeddings: what `encode_image` computes."""
         # Nothing is masked at inference, so the file of a tower needs no masking.
         is_masked = isinstance(self.image_encoder, MaskedEncoder)
-        return Tower.of_images(self.without_masking() if is_masked else self)
+        return Tower.of_images(self._with_whole_encoders() if is_masked else self)
 
     @functools.cached_property
     def text_tower(self):
@@ -510,7 +510,7 @@ class ContrastiveModel(DualEncoder):
         Of a text encoder with several inputs, it takes a dictionary of them.
         """
         is_masked = isinstance(self.text_encoder, MaskedTextEncoder)
-        return Tower.of_texts(self.without_masking() if is_masked else self)
+        return Tower.of_texts(self._with_whole_encoders() if is_masked else self)
 
     def without_masking(self):
         """Makes a model of the same weights that trains on whole images and texts.
@@ -540,13 +540,7 @@ class ContrastiveModel(DualEncoder):
             - [Scaling Language-Image Pre-training via Masking](
               https://arxiv.org/abs/2212.00794) for unmasked tuning.
         """
-        masked = MaskedEncoder, MaskedTextEncoder
-        encoders = self.image_encoder, self.text_encoder
-        whole = type(self)(
-            *(x.encoder if isinstance(x, masked) else x for x in encoders),
-            head=self.head,
-            **self._options(),
-        )
+        whole = self._with_whole_encoders()
         if whole.maskings:
             raise ValueError(
                 "Encoders must have their maskings from `kcm.with_masking` and "
@@ -554,6 +548,16 @@ class ContrastiveModel(DualEncoder):
                 f"{[masking.name for masking in whole.maskings]} of another kind"
             )
         return whole
+
+    def _with_whole_encoders(self):
+        """As `without_masking`, which refuses a masking that is still in an encoder."""
+        masked = MaskedEncoder, MaskedTextEncoder
+        encoders = self.image_encoder, self.text_encoder
+        return type(self)(
+            *(x.encoder if isinstance(x, masked) else x for x in encoders),
+            head=self.head,
+            **self._options(),
+        )
 
     # === Saving ===
 

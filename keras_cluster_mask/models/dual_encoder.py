@@ -80,11 +80,15 @@ class DualEncoder(keras.Model):
             std=pixel_std,
             data_format=data_format_of(image_encoder),
         )
-        self.maskings = _maskings(self)
         self.image_maskings = _maskings(image_encoder)
-        _check_own_maskings(self.image_maskings, text_encoder)
-        for masking in self.maskings:
+        text_maskings = _maskings(text_encoder)
+        _check_own_maskings(self.image_maskings, text_maskings)
+        self.maskings = [*self.image_maskings, *text_maskings]
+        for masking in self.image_maskings:
             masking.join(self.normalize_pixels)
+        for masking in text_maskings:
+            # Texts have no pixels that models could normalise differently.
+            masking.join(masking.prepare_pixels)
         # Nothing is left to build, unless an encoder learns its width when called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
         if self.built:
@@ -219,8 +223,8 @@ def _maskings(layer):
     return [x for x in all_layers(layer) if isinstance(x, PatchMasking)]
 
 
-def _check_own_maskings(image_maskings, text_encoder):
-    for masking in _maskings(text_encoder):
+def _check_own_maskings(image_maskings, text_maskings):
+    for masking in text_maskings:
         if any(masking is x for x in image_maskings):
             raise ValueError(
                 "`text_encoder` must have a masking of its own, as each remembers its "

@@ -10,6 +10,7 @@ from keras import ops, tree
 from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
+from keras_cluster_mask.training.layers import freeze_parts, frozen_parts
 
 # The layers of vision transformers that return the embedded tokens. The last is that
 # of `ViTBackbone` and of `BLIP2VisionEncoder`.
@@ -61,6 +62,12 @@ BLOCKS = (
     "TransformerEncoder",
     "ViTEncoderBlock",
 )
+
+# Text encoders with a table of positions, whose pooled token is known.
+TEXT_ENCODERS = "CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder"
+
+# The id at which `MetaCLIP2Backbone` pools texts. It saves no other.
+METACLIP_2_END_ID = 2
 
 # === Any encoder ===
 
@@ -284,6 +291,8 @@ def write_text_epsilon(backbone, epsilon: float):
 def copy_with(model, tower: str, changes: dict) -> keras.Model:
     """A model of the same class, with fresh weights and a tower that is changed.
 
+    What is frozen in the model is frozen in the copy.
+
     Args:
         model: A keras_hub backbone of two towers, or one of them alone.
         tower: `"vision_encoder"` or `"text_encoder"`.
@@ -295,4 +304,6 @@ def copy_with(model, tower: str, changes: dict) -> keras.Model:
     copy = type(model).from_config(config)
     if hasattr(model, "clip_head"):
         write_text_epsilon(copy, read_text_epsilon(model))
+    # Configurations of keras_hub's encoders leave out what is frozen.
+    freeze_parts(copy, frozen_parts(model))
     return copy

@@ -41,7 +41,8 @@ def with_image_size(model, image_size: int | tuple[int, int]):
             `ViTBackbone` take square images alone.
 
     Returns:
-        A model of the same class with weights of its own.
+        A model of the same class with weights of its own, frozen where the given
+        model's are.
 
     Raises:
         ValueError: For another model, or a size that patches do not tile.

@@ -11,14 +11,18 @@ from keras_cluster_mask.masking.context import (
     kept_patches,
     prefix_tokens,
 )
-from keras_cluster_mask.models.context_length import TEXT_ENCODERS
-from keras_cluster_mask.models.encoders import call_encoder, split_at
+from keras_cluster_mask.models.encoders import (
+    METACLIP_2_END_ID,
+    TEXT_ENCODERS,
+    call_encoder,
+    split_at,
+)
 from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
 
-# The id at which keras_hub's `MetaCLIP2TextPooler` pools.
-METACLIP_2_END_ID = 2
 # A word between a start and an end token.
 FEWEST_TOKENS = 3
+# The argument here, and the one of a model of two towers, whose `masking` is of images.
+NAMES = "`masking`, or `text_masking` of a model,"
 
 
 def with_text_masking(encoder, masking, padding_first=True) -> "MaskedTextEncoder":
@@ -146,7 +150,7 @@ class MaskedTextEncoder(keras.Model):
         kept = self.masking.num_kept(length)
         if kept < FEWEST_TOKENS:
             raise ValueError(
-                f"`masking` must keep at least {FEWEST_TOKENS} tokens of a text: a "
+                f"{NAMES} must keep at least {FEWEST_TOKENS} tokens of a text: a "
                 "word, and the tokens that always stay. Use a lower `mask_ratio`. "
                 f"Received: masking={self.masking.name}, which keeps {kept} of {length}"
             )
@@ -247,7 +251,7 @@ def _family_of(encoder):
 def _check_masking(masking):
     if not isinstance(masking, PatchMasking):
         raise ValueError(
-            "`masking` must be a `PatchMasking` layer. "
+            f"{NAMES} must be a `PatchMasking` layer. "
             f"Received: masking={masking} of type {type(masking).__name__}"
         )
     reasons = {
@@ -259,7 +263,7 @@ def _check_masking(masking):
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                "`masking` must be one for texts, such as `RandomMasking()`. Received: "
+                f"{NAMES} must be one for texts, such as `RandomMasking()`. Received: "
                 f"masking={masking.name} of type {type(masking).__name__}, which "
                 f"{reason}"
             )

@@ -62,7 +62,7 @@ def fit(
         x, validation_data = _split(x, validation_split, validation_data)
         validation_split = 0.0
     validation_data = inputs.as_dictionary(validation_data)
-    batch_size = batch_size or 32
+    batch_size = 32 if batch_size is None else batch_size
     callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
     callbacks = [each for each in callbacks if each is not None]
     saves = [each for each in callbacks if getattr(each, "saves_training_state", False)]

@@ -24,6 +24,7 @@ from tests.helpers import (
     random_pairs,
     text_bag,
     tiny_clip,
+    tiny_siglip,
     values,
 )
 
@@ -731,6 +732,21 @@ def test_a_checkpoint_of_another_masking_is_refused_by_field(tmp_path):
     )
     with pytest.raises(ValueError, match=r"anchor_ratio: 0.03 in the checkpoint, 0.2"):
         run(pairs(), tmp_path, model=make_model(masking), save_every="epoch")
+
+
+@pytest.mark.any_backend
+def test_a_checkpoint_of_texts_with_padding_masked_otherwise_is_refused(tmp_path):
+    def fit(padding_first):
+        texts = kcm.with_text_masking(
+            tiny_siglip().text_encoder, kcm.RandomMasking(0.5), padding_first
+        )
+        model = kcm.ContrastiveModel(image_mlp(), texts)
+        model.compile("sgd", **FAST)
+        run(random_pairs(8), tmp_path, model=model, fit={"epochs": 1})
+
+    fit(True)
+    with pytest.raises(ValueError, match=r"padding_first: True in the c.*, False in"):
+        fit(False)
 
 
 @pytest.mark.any_backend

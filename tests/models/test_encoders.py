@@ -2,7 +2,9 @@ import keras
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.models import with_context_length, with_image_size
 from keras_cluster_mask.models.encoders import tokens_per_image
+from tests.helpers import tiny_clip, tiny_metaclip, tiny_siglip
 
 pytestmark = pytest.mark.any_backend
 
@@ -25,3 +27,15 @@ def test_what_an_unknown_encoder_sees_is_not_known():
     images = keras.Input((8, 8, 3))
     encoder = keras.Model(images, keras.layers.GlobalAveragePooling2D()(images))
     assert tokens_per_image(encoder, (8, 8, 3)) is None
+
+
+@pytest.mark.parametrize("make", [tiny_clip, tiny_metaclip, tiny_siglip])
+def test_what_is_frozen_is_frozen_in_a_copy(make):
+    backbone = make()
+    backbone.vision_encoder.trainable = False
+    backbone.text_encoder.layers[-1].trainable = False
+    expected = [v.trainable for v in backbone.weights]
+    assert {*expected} == {True, False}
+    for copy in (with_context_length(backbone, 9), with_image_size(backbone, 32)):
+        assert [v.trainable for v in copy.weights] == expected
+        assert not copy.vision_encoder.trainable

@@ -329,6 +329,16 @@ def test_a_reloaded_model_leaves_out_the_same_tokens(padding_first, tmp_path):
 
 
 @pytest.mark.any_backend
+def test_models_that_normalise_pixels_otherwise_may_share_a_masking_of_texts():
+    masking = kcm.RandomMasking(0.5)
+    for family in ("clip", "siglip"):
+        model = kcm.ContrastiveModel.from_backbone(
+            backbone_of(family), text_masking=masking
+        )
+        assert model.maskings == [masking]
+
+
+@pytest.mark.any_backend
 def test_a_masking_serves_images_or_texts_but_not_both():
     masking = kcm.RandomMasking(0.5)
     with pytest.raises(ValueError, match=r"masking of its own.*Received: random_mask"):
@@ -337,7 +347,22 @@ def test_a_masking_serves_images_or_texts_but_not_both():
         )
 
 
+@pytest.mark.any_backend
+def test_a_model_without_one_says_nothing_of_it_in_its_checkpoints():
+    # Checkpoints from before there were text maskings do not, and can be resumed.
+    unmasked = kcm.ContrastiveModel.from_backbone(backbone_of("clip"))
+    texts_options = {"text_masking", "padding_first"}
+    assert not texts_options & unmasked.get_config().keys()
+    assert texts_options <= model_of("clip").get_config().keys()
+
+
 # === Errors ===
+
+
+@pytest.mark.any_backend
+def test_the_order_of_padding_needs_a_masking_of_texts():
+    with pytest.raises(ValueError, match=r"pass `text_masking`.*Received: padding_fi"):
+        kcm.ContrastiveModel.from_backbone(backbone_of("clip"), padding_first=False)
 
 
 @pytest.mark.any_backend
@@ -354,7 +379,9 @@ def test_a_masking_serves_images_or_texts_but_not_both():
     ],
 )
 def test_a_masking_that_cannot_mask_texts_is_refused(masking, message):
-    with pytest.raises(ValueError, match=rf"`masking` must.*{message}"):
+    # As the model's `masking` is of images.
+    message = rf"`masking`, or `text_masking` of a model, must.*{message}"
+    with pytest.raises(ValueError, match=message):
         make("clip", masking())
 
 

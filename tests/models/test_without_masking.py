@@ -154,6 +154,22 @@ def test_a_masking_that_was_built_in_by_hand_is_an_error():
 # === Towers ===
 
 
+@pytest.mark.any_backend
+def test_a_tower_takes_no_masking_out_of_the_other_encoder():
+    ids = keras.Input((6,), dtype="int32")
+    text_encoder = tiny_clip().text_encoder
+    tokens = kcm.with_text_masking(text_encoder, kcm.RandomMasking(0.5))(ids)
+    pooled = keras.Model(ids, keras.layers.GlobalAveragePooling1D()(tokens))
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
+    encoder = kcm.with_masking(functional_vit(), masking, "positions")
+    model = kcm.ContrastiveModel(encoder, pooled)
+    pairs = random_pairs(4)
+    for tower, key in ((model.image_tower, "images"), (model.text_tower, "token_ids")):
+        expected = model(pairs)[f"{tower.name.split('_')[0]}_embeddings"]
+        found = tower.predict(pairs[key], verbose=0)
+        np.testing.assert_allclose(found, to_numpy(expected), atol=1e-6)
+
+
 @each_model
 def test_towers_compute_what_the_model_encodes_with_the_weights_it_has(make):
     model = make(kcm.RandomMasking(0.5))

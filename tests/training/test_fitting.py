@@ -32,6 +32,12 @@ def test_arguments_have_the_order_of_keras():
     assert [epoch for epoch, logs in log if "val_loss" in logs] == [0, 1]
 
 
+@pytest.mark.any_backend
+def test_a_batch_size_of_zero_is_not_the_default():
+    with pytest.raises(ValueError, match=r"two pairs.*Received: batch_size=0"):
+        compiled().fit(random_pairs(8), batch_size=0, verbose=0)
+
+
 def checkpoint(folder, **options):
     return kcm.callbacks.Checkpoint(folder, monitor=None, keep=9, **options)
 
