@@ -40,6 +40,12 @@ def threshold(patch_size, **options):
     return kcm.ClusterMasking(patch_size, 0.6, min_mask_ratio=0.5, **options)
 
 
+def tagger(words):
+    import nltk  # With its tagger: nltk.download("averaged_perceptron_tagger_eng").
+
+    return [tag for _, tag in nltk.pos_tag(words)]
+
+
 # Each keeps half of the patches, except where it says so.
 METHODS = {
     "none": Method(),
@@ -48,6 +54,9 @@ METHODS = {
     "random": Method(random),
     "cluster": Method(lambda p: kcm.ClusterMasking(p, 0.5)),
     "cluster, softness 0.3": Method(lambda p: kcm.ClusterMasking(p, softness=0.3)),
+    "cluster, token mix 0.5": Method(
+        lambda p: kcm.ClusterMasking(p, embedding_weight=0.5)
+    ),
     "threshold": Method(threshold),
     "threshold, fill-in": Method(lambda p: threshold(p, hide_padding=False)),
     "centered": Method(lambda p: kcm.CenteredMasking(0.5)),
@@ -68,11 +77,14 @@ WORDS = {
     "random words": lambda captions: kcm.data.RandomTextMasking(),
     "neighbouring words": lambda captions: kcm.data.BlockTextMasking(),
     "rare words": lambda captions: kcm.data.FrequencyTextMasking().fit(captions),
+    "nouns first": lambda captions: kcm.data.SyntaxTextMasking(tagger),
 }
 for words, masking in WORDS.items():
     METHODS[f"random, {words}"] = Method(random, masking)
     METHODS[f"random, {words}, then all"] = Method(random, masking, whole_texts=1)
 
+# Without the one that needs NLTK.
+WORDS_OF_STUDY = [words for words in WORDS if words != "nouns first"]
 STUDIES = {
     "images": (
         "none",
@@ -91,7 +103,7 @@ STUDIES = {
     "texts": (
         "random",
         "random, tokens at their positions",
-        *(f"random, {words}" for words in WORDS),
-        *(f"random, {words}, then all" for words in WORDS),
+        *(f"random, {words}" for words in WORDS_OF_STUDY),
+        *(f"random, {words}, then all" for words in WORDS_OF_STUDY),
     ),
 }

@@ -2,6 +2,7 @@ import io
 import json
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import keras
@@ -108,8 +109,11 @@ def test_methods_keep_half_of_the_patches_or_say_that_they_do_not():
 
 
 def test_methods_that_cut_texts_train_on_short_ones_and_are_judged_by_whole_ones(
-    tmp_path,
+    monkeypatch,
 ):
+    # NLTK's tagger is a file of its own, to be downloaded.
+    nltk = types.SimpleNamespace(pos_tag=lambda words: [(word, "NN") for word in words])
+    monkeypatch.setitem(sys.modules, "nltk", nltk)
     options = quality.arguments(SMALL)
     data = quality.data_by_method(options)(METHODS["random"])
     for name, method in METHODS.items():
