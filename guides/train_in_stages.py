@@ -108,7 +108,13 @@ def schedule(learning_rate, epochs, data):
 ## Compare it with a training at full size
 
 Both models start from the same weights. The one at full size trains for half as many epochs,
-which takes about as long.
+which takes about as long. One run on two CPU cores (JAX), recall@10 of 346 held-out images, of
+which 2.9 % are right by chance:
+
+| training | time | image to text | text to image |
+| --- | --- | --- | --- |
+| in stages | 57 s | 24.0 % | 26.9 % |
+| at full size | 47 s | 18.2 % | 19.4 % |
 """
 
 
