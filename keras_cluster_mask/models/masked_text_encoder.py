@@ -132,7 +132,8 @@ class MaskedTextEncoder(keras.Model):
         length = tokens.shape[1]
         self.num_kept(length)
         (ids,) = tree.flatten(inputs)
-        scores = self._fixed_scores(ops.convert_to_tensor(ids))
+        # TensorFlow may know the length of the tokens alone.
+        scores = self._fixed_scores(ops.reshape(ids, (-1, length)))
         with prefix_tokens(0), fixed_scores(scores), kept_patches() as kept:
             tokens = self.masking(tokens, training=True, noise=noise)
         return tree.map_structure(
@@ -144,7 +145,8 @@ class MaskedTextEncoder(keras.Model):
         """How many tokens stay of a text of `length` tokens; raises if too few."""
         if length is None:
             raise ValueError(
-                "`token_ids` must have a known length to be masked. "
+                "`token_ids` must have a known length to be masked: a tokenizer of "
+                "your own tells it by an attribute `context_length`. "
                 "Received: a batch of unknown length"
             )
         kept = self.masking.num_kept(length)

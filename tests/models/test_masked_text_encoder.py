@@ -204,6 +204,28 @@ def test_shorter_texts_keep_the_same_share():
 
 
 @pytest.mark.any_backend
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="other backends know all lengths"
+)
+@each_family
+def test_texts_of_unknown_length_are_masked_if_the_encoder_knows_it(family):
+    import tensorflow as tf
+
+    encoder = make(family)
+    ids, noise = texts(family), random_noise(8, LENGTH)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None), "int32")])
+    def call(ids):
+        return encoder(ids, training=True, noise=noise)
+
+    if family == "siglip":
+        expected = encoder(ids, training=True, noise=noise)
+        np.testing.assert_allclose(call(tf.constant(ids)), expected, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match=r"`token_ids`.*`context_length`.*Rec"):
+            call(tf.constant(ids))
+
+
 def test_a_pooling_of_your_own_finds_its_token():
     model = model_of("clip", mask_ratio=0.25)
     ids = keras.Input((LENGTH,), dtype="int32")
