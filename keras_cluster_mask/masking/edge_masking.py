@@ -116,6 +116,10 @@ class EdgeMasking(SimilarityMasking):
                 "`edges` must be 'protect', 'released' or None. "
                 f"Received: edges={edges}"
             )
+        if not isinstance(transport, bool):
+            raise ValueError(
+                f"`transport` must be True or False. Received: transport={transport!r}"
+            )
         self.seed_ratio = float(seed_ratio)
         self.threshold = float(threshold)
         self.edges = edges
