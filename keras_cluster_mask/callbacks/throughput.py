@@ -16,9 +16,9 @@ class Throughput(keras.callbacks.Callback):
     over the last steps, at the end of an epoch over all steps except the first, which
     may include compilation. Samples are pairs, those of all devices together; tokens
     are those that the encoders' blocks read: the patches that are kept and the class
-    token, and the text with its padding, or what a masking keeps of it. Validation is
-    not counted. Works for arrays and for datasets whose batches have a known size
-    (`drop_remainder=True`); for other data nothing is reported.
+    token, of each view, and the text with its padding, or what a masking keeps of it.
+    Validation is not counted. Works for arrays and for datasets whose batches have a
+    known size (`drop_remainder=True`); for other data nothing is reported.
 
     Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`.
 
@@ -57,7 +57,7 @@ class Throughput(keras.callbacks.Callback):
             tokens = tokens_per_image(model.image_encoder, self._size.image_shape)
             if tokens is not None:
                 texts = tokens_per_text(model.text_encoder, self._size.text_length)
-                self._tokens = tokens + texts
+                self._tokens = model.views * tokens + texts
 
     def on_epoch_begin(self, epoch, logs=None):
         # A resumed run may have done some steps of the epoch before.

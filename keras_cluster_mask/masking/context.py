@@ -23,6 +23,15 @@ def part_of_batch(size, take):
     return _within("part", (size, take))
 
 
+def views_of_image(count):
+    """Within, maskings make this number of views of each image, with masks of its own.
+
+    Args:
+        count: Integer.
+    """
+    return _within("views", count)
+
+
 def prefix_tokens(count):
     """Within, maskings that were given no `num_prefix_tokens` take this number.
 

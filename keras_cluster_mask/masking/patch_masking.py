@@ -73,11 +73,13 @@ class PatchMasking(keras.layers.Layer):
         images: Images the tokens were made from, for strategies that look at
             pixels.
         training: Python boolean. Tokens are left out only if it is true.
-        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
+        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given. Or
+            `(batch, v, N)` for `v` views: so many masks of each image.
 
     Returns:
         `(batch, prefix + K, dim)` tensor of kept tokens in their old order, of
         the same dtype. With hidden tokens among them it carries a Keras mask.
+        Of `v` views it has `batch * v` rows, the views of an image one after another.
 
     Reference:
         - [Scaling Language-Image Pre-training via Masking](
@@ -238,17 +240,24 @@ class PatchMasking(keras.layers.Layer):
             images: Images, for strategies that look at pixels.
             tokens: `(batch, prefix + N, dim)` tensor, for strategies that look
                 at tokens or count them.
-            noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
+            noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given. Or
+                `(batch, v, N)` for `v` views.
 
         Returns:
             A tuple `(indices, visible)`: `(batch, K)` int32 patch indices in
             ascending order, and `(batch, K)` booleans that are false for a
-            patch that only fills up and must have no influence.
+            patch that only fills up and must have no influence. Both are
+            `(batch, v, K)` for `v` views.
         """
-        score, noise = self._score_patches(images, tokens, noise)
-        return self._keep_best(score, noise)
+        scores, noises = self._score_patches(images, tokens, noise)
+        selected = self._keep_best(_merge_views(scores), _merge_views(noises))
+        if np.ndim(noise) != 3:
+            return selected
+        shape = (-1, len(scores), selected[0].shape[1])
+        return tuple(ops.reshape(x, shape) for x in selected)
 
     def _score_patches(self, images, tokens, noise):
+        """Lists of the scores and of the noise of each view, `(batch, N)` tensors."""
         images = None if images is None else ops.convert_to_tensor(images)
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
         num_patches = self.count_patches(images, tokens)
@@ -260,16 +269,21 @@ class PatchMasking(keras.layers.Layer):
             )
         if noise is None:
             part = getattr(context, "part", None)
+            views = getattr(context, "views", None) or 1
             size, take = part or (ops.shape(inputs)[0], lambda x: x)
-            noise = take(self.draw(size, num_patches))
+            noise = take(self.draw(size, views * num_patches))
+            noise = ops.reshape(noise, (-1, views, num_patches))
         noise = ops.convert_to_tensor(noise, dtype="float32")
         batch_size = None if inputs is None else inputs.shape[0]
         check_noise(noise, batch_size, num_patches)
-        score = self.score(noise, images, tokens)
+        if len(noise.shape) == 2:
+            noise = noise[:, None]
+        noises = [noise[:, view] for view in range(noise.shape[1])]
+        scores = [self.score(noise, images, tokens) for noise in noises]
         fixed = getattr(context, "fixed_scores", None)
         if fixed is not None:
-            score = ops.where(fixed == 0, score, fixed)
-        return score, noise
+            scores = [ops.where(fixed == 0, score, fixed) for score in scores]
+        return scores, noises
 
     def _keep_best(self, score, noise):
         best = order_by_score(score, noise)[:, : self.num_kept(score.shape[1])]
@@ -293,11 +307,17 @@ class PatchMasking(keras.layers.Layer):
         images = None if images is None else ops.convert_to_tensor(images)
         num_patches = self.count_patches(images, tokens)
         num_prefix = self._check_prefix(tokens.shape[1], num_patches)
-        score, noise = self._score_patches(images, tokens, noise)
+        scores, noises = self._score_patches(images, tokens, noise)
+        score, noise = _merge_views(scores), _merge_views(noises)
         indices, visible = self._keep_best(score, noise)
         report_kept(indices)
         prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
-        kept = ops.take_along_axis(patches, ops.expand_dims(indices, -1), axis=1)
+        # All views of an image are taken from its row, on the device that holds it.
+        num_kept, dim = indices.shape[1], tokens.shape[2]
+        of_image = ops.reshape(indices, (-1, len(scores) * num_kept, 1))
+        kept = ops.take_along_axis(patches, of_image, axis=1)
+        kept = ops.reshape(kept, (-1, num_kept, dim))
+        prefix = ops.repeat(prefix, len(scores), axis=0)
 
         share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
         with self._without_traced_state():
@@ -427,3 +447,11 @@ class PatchMasking(keras.layers.Layer):
             }
         )
         return config
+
+
+def _merge_views(views):
+    """`(batch, ...)` tensors as one of `(batch * views, ...)`, by image."""
+    if len(views) == 1:
+        return views[0]
+    merged = ops.stack(views, axis=1)
+    return ops.reshape(merged, (-1, *merged.shape[2:]))

@@ -63,13 +63,14 @@ def kept_count(num_patches, ratio):
 
 
 def check_noise(noise, batch_size, num_patches):
-    """Raises unless `noise` has one value for each patch of each image."""
+    """Raises unless `noise` has one value for each patch of each image, or view."""
     shape = tuple(noise.shape)
-    fits = len(shape) == 2 and shape[1] == num_patches
+    fits = len(shape) in (2, 3) and shape[-1] == num_patches and 0 not in shape[1:]
     if not fits or (None not in (shape[0], batch_size) and shape[0] != batch_size):
         raise ValueError(
             f"`noise` must have shape ({batch_size or 'batch'}, {num_patches}), one "
-            f"value a patch. Received: noise.shape={shape}"
+            f"value a patch, or ({batch_size or 'batch'}, views, {num_patches}). "
+            f"Received: noise.shape={shape}"
         )
 
 

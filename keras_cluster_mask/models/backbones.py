@@ -92,7 +92,7 @@ class BackboneModel(ContrastiveModel):
         return options
 
     def _with_whole_encoders(self):
-        return type(self)(self.backbone, head=self.head, **self._options())
+        return type(self)(self.backbone, head=self.head, **self._whole_options())
 
     def get_config(self):
         config = {

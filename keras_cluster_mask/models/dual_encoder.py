@@ -3,9 +3,11 @@
 from functools import partial
 
 import keras
+from keras import ops
 
 from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.masking.context import views_of_image
 from keras_cluster_mask.models.encoders import (
     BLOCKS,
     call_encoder,
@@ -38,6 +40,7 @@ class DualEncoder(keras.Model):
         image_encoder: A Keras model from images to `(batch, d)` features.
         text_encoder: A Keras model from token ids to `(batch, d)` features.
         head: A `ContrastiveHead`, which projects both kinds of features.
+        views: Integer. How many masks of each image there are in training.
         gradient_checkpointing: Boolean, or a list of names of layers.
         pixel_mean: Three floats, by channel, or `None`.
         pixel_std: Three floats, by channel.
@@ -53,6 +56,7 @@ class DualEncoder(keras.Model):
         image_encoder,
         text_encoder,
         head,
+        views,
         gradient_checkpointing,
         pixel_mean,
         pixel_std,
@@ -83,6 +87,8 @@ class DualEncoder(keras.Model):
         self.image_maskings = _maskings(image_encoder)
         text_maskings = _maskings(text_encoder)
         _check_own_maskings(self.image_maskings, text_maskings)
+        _check_views(views, self.image_maskings)
+        self.views = views
         self.maskings = [*self.image_maskings, *text_maskings]
         for masking in self.image_maskings:
             masking.join(self.normalize_pixels)
@@ -114,7 +120,8 @@ class DualEncoder(keras.Model):
             training: Python boolean. Parts of the images are left out if true.
 
         Returns:
-            `(batch, d)` float32 tensor, L2-normalised.
+            `(batch, d)` float32 tensor, L2-normalised. In training with several
+            `views`, `(batch, views, d)`.
         """
         if not is_traced(images):
             self.input_rules.check_images(images)
@@ -147,7 +154,14 @@ class DualEncoder(keras.Model):
     def image_embeddings(self, images, training=None):
         """As `encode_image`."""
         pixels = self.normalize_pixels(images)
-        return l2_normalize(self.image_features(pixels, training))
+        views = self.views if training else 1
+        with views_of_image(views):
+            embeddings = l2_normalize(self.image_features(pixels, training))
+        if views == 1:
+            return embeddings
+        return ops.reshape(
+            embeddings, (ops.shape(pixels)[0], views, embeddings.shape[-1])
+        )
 
     def text_embeddings(self, token_ids, training=None):
         """As `encode_text`."""
@@ -230,6 +244,18 @@ def _check_own_maskings(image_maskings, text_maskings):
                 "`text_encoder` must have a masking of its own, as each remembers its "
                 f"noise and its mask ratio. Received: {masking.name} in both encoders"
             )
+
+
+def _check_views(views, image_maskings):
+    if not isinstance(views, int) or isinstance(views, bool) or views < 1:
+        raise ValueError(f"`views` must be an integer >= 1. Received: views={views!r}")
+    if views > 1 and len(image_maskings) != 1:
+        raise ValueError(
+            "`views` are masks of the same image, for which the image encoder needs "
+            "one masking: put it there with `kcm.with_masking`, or pass `masking` to "
+            f"`from_backbone`; or take `views=1`. Received: views={views}, maskings="
+            f"{[masking.name for masking in image_maskings]}"
+        )
 
 
 def _width(encoder):

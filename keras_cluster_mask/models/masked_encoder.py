@@ -78,7 +78,10 @@ class MaskedEncoder(keras.Model):
     Call arguments:
         inputs: Images, or a dictionary of them, as `encoder` takes them.
         training: Python boolean. Patches are left out only if it is true.
-        noise: `(batch, N)` float32 tensor for the masking. Drawn if not given.
+        noise: `(batch, N)` float32 tensor for the masking. Drawn if not given. Or
+            `(batch, v, N)` for `v` views of each image: the patches are embedded once,
+            and the output has `batch * v` rows, the views of an image one after
+            another.
 
     Attributes:
         encoder: The encoder, which shares its weights with this model.

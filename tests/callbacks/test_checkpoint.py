@@ -229,7 +229,16 @@ def masked_texts():
     return model
 
 
-@pytest.mark.parametrize("kind", ["arrays", "dataset", "masked texts"])
+def two_views():
+    keras.utils.set_random_seed(1)
+    model = kcm.ContrastiveModel.from_backbone(
+        tiny_clip(), masking=kcm.RandomMasking(0.5, seed=3), views=2
+    )
+    model.compile(keras.optimizers.SGD(0.1), **FAST)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataset", "masked texts", "two views"])
 def test_arrays_in_order_and_other_datasets_resume_too(kind, tmp_path):
     import tensorflow as tf
 
@@ -238,6 +247,8 @@ def test_arrays_in_order_and_other_datasets_resume_too(kind, tmp_path):
         data, fit = tf.data.Dataset.from_tensor_slices(data).batch(4), {}
     if kind == "masked texts":
         data, make = random_pairs(12), masked_texts
+    if kind == "two views":
+        data, make = random_pairs(12), two_views
     expected, _ = run(data, tmp_path / "whole", model=make(), fit=fit)
     for stop in (5, 6):
         run(data, tmp_path / f"stopped-{stop}", stop, make(), fit=fit)

@@ -79,6 +79,19 @@ def test_of_a_masked_text_the_tokens_that_stay_count(monkeypatch):
 
 
 @pytest.mark.any_backend
+def test_the_tokens_of_each_view_count(monkeypatch):
+    model = kcm.ContrastiveModel.from_backbone(
+        tiny_clip(), kcm.RandomMasking(0.75), views=2
+    )
+    model.compile("sgd", **FAST)
+    callbacks = [Clock(monkeypatch), kcm.callbacks.Throughput()]
+    fit = dict(batch_size=4, verbose=0, callbacks=callbacks)
+    history = model.fit(random_pairs(24), **fit).history
+    # The class token and 4 of 16 patches twice, and 6 tokens of text.
+    assert history["tokens_per_second"] == [4.0 * (2 * 5 + 6)]
+
+
+@pytest.mark.any_backend
 def test_one_step_counts_with_all_its_time(monkeypatch):
     history, _ = fit(monkeypatch, 4)
     np.testing.assert_allclose(history["samples_per_second"], [4 / 60])

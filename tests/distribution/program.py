@@ -8,7 +8,7 @@ which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARD
 it trains two epochs on these and saves to CHECKPOINT. With DIE_AT=n it ends itself
 before the n-th step of an epoch. With EVALUATE=whole it evaluates retrieval, with
 EVALUATE=share each process that of its own data, and draws masks to MASKS. With
-MASKING=all it trains a model with each kind of masking instead.
+MASKING=all it trains a model with each kind of masking instead, and one of two views.
 """
 
 import os
@@ -47,14 +47,14 @@ def pairs():
     return {"images": images, "token_ids": ids, "sample_weight": weights}
 
 
-def make_model(masking=None):
+def make_model(masking=None, **options):
     keras.utils.set_random_seed(0)
     if masking is None:
         # The threshold moves with the mask ratio of the whole batch.
         masking = kcm.ClusterMasking(
             4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=0.3, seed=1
         )
-    options = dict(micro_batch_size=int(*micro_batch_size or [0]) or None)
+    options["micro_batch_size"] = int(*micro_batch_size or [0]) or None
     if micro_batch_size:
         # Blocks of two rows.
         losses.MAX_PAIRS = 2 * BATCH
@@ -190,6 +190,7 @@ if __name__ == "__main__":
         if "MASKING" in os.environ:
             options = {"num_prefix_tokens": 0, "seed": 1}
             models = {f"{x}/": make_model(MASKINGS[x](**options)) for x in MASKINGS}
+            models["views/"] = make_model(views=2)
             # Masks are for training alone, and most of the time goes into compiling.
             fit = {"batch_size": fit["batch_size"], "shuffle": False}
         callbacks = [Die()] if "DIE_AT" in os.environ else []

@@ -42,10 +42,13 @@ def draw(case):
     }
     if encoders == "own":
         options["projection_dim"] = choose(None, 5)
+    dtype, masking = choose("float32", "mixed_bfloat16"), choose(None, *MASKINGS)
+    if masking is not None:
+        options["views"] = choose(1, 2)
     return {
         "encoders": encoders,
-        "dtype": choose("float32", "mixed_bfloat16"),
-        "masking": choose(None, *MASKINGS),
+        "dtype": dtype,
+        "masking": masking,
         "frozen": [
             choose(None, "image tower", "text tower", "masked encoder"),
             choose(None, "block", "weight"),

@@ -78,15 +78,18 @@ def in_chunks_by_hand(model, num_chunks):
         pytest.param(hidden_padding, "sigmoid", id="hidden_padding"),
         *(pytest.param(MASKINGS[name], "softmax", id=name) for name in MASKINGS),
         ("texts", "softmax"),
+        ("views", "softmax"),
     ],
 )
 def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
-    pairs = random_pairs(BATCH)
-    whole = make_model(masking, loss=loss)
+    pairs, options = random_pairs(BATCH), {"loss": loss}
+    if masking == "views":
+        masking, options = kcm.RandomMasking, {"loss": loss, "views": 2}
+    whole = make_model(masking, **options)
     expected = loss_and_gradients(whole, pairs)
     for micro_batch_size, block_size in ((2, 3), (6, BATCH)):
         monkeypatch.setattr(losses, "MAX_PAIRS", BATCH * block_size)
-        model = make_model(masking, loss=loss, micro_batch_size=micro_batch_size)
+        model = make_model(masking, micro_batch_size=micro_batch_size, **options)
         found = loss_and_gradients(model, pairs)
         assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)
         assert largest_error(found[1], expected[1]) < 1e-5

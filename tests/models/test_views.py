@@ -1,0 +1,217 @@
+"""Several masked views of each image in a step."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from tests.helpers import (
+    FAST,
+    MASKINGS,
+    TokenLog,
+    functional_vit,
+    image_mlp,
+    random_images,
+    random_noise,
+    random_pairs,
+    text_bag,
+    tiny_clip,
+    to_numpy,
+    vit_encoder,
+)
+from tests.masking.images import numpy
+from tests.models.test_contrastive_model import numpy_loss
+
+BATCH, N = 6, 16
+
+
+def views_model(views, masking=kcm.RandomMasking, **options):
+    keras.utils.set_random_seed(0)
+    encoder = kcm.with_masking(
+        functional_vit(), masking(num_prefix_tokens=0, seed=1), "positions"
+    )
+    return kcm.ContrastiveModel(encoder, text_bag(), views=views, **options)
+
+
+def noise_of_step(masking, views):
+    """The noise of the next step of a masking of the same seed."""
+    return ops.reshape(masking.draw(BATCH, views * N), (BATCH, views, N))
+
+
+# === The layer ===
+
+
+@pytest.mark.parametrize("strategy", MASKINGS)
+def test_each_view_is_masked_as_by_its_noise_alone(strategy):
+    masking = MASKINGS[strategy](num_prefix_tokens=1)
+    images = random_images(BATCH)
+    tokens = np.random.default_rng(1).normal(size=(BATCH, 1 + N, 8)).astype("float32")
+    noise = np.stack([random_noise(BATCH, N, seed) for seed in range(3)], axis=1)
+    together = masking.select(images, tokens, noise)
+    kept = numpy(masking(tokens, images=images, training=True, noise=noise))
+    assert kept.shape[0] == BATCH * 3
+    kept = kept.reshape(BATCH, 3, *kept.shape[1:])
+    other = MASKINGS[strategy](num_prefix_tokens=1)
+    ratios = []
+    for view in range(3):
+        alone = other.select(images, tokens, noise[:, view])
+        for found, expected in zip(together, alone):
+            np.testing.assert_array_equal(numpy(found)[:, view], numpy(expected))
+    # A step moves the state of a masking, so each view has a masking of its own.
+    for view in range(3):
+        other = MASKINGS[strategy](num_prefix_tokens=1)
+        expected = other(tokens, images=images, training=True, noise=noise[:, view])
+        np.testing.assert_array_equal(kept[:, view], numpy(expected))
+        ratios.append(float(numpy(other.last_mask_ratio)))
+    np.testing.assert_allclose(
+        numpy(masking.last_mask_ratio), np.mean(ratios), rtol=1e-6
+    )
+
+
+def test_hidden_tokens_are_hidden_in_each_view():
+    images = random_images(BATCH)
+    masking = kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1)
+    encoder = kcm.with_masking(vit_encoder(), masking)
+    noise = np.stack([random_noise(BATCH, N, seed) for seed in range(2)], axis=1)
+    both = numpy(encoder(images, training=True, noise=noise))
+    for view in range(2):
+        alone = numpy(encoder(images, training=True, noise=noise[:, view]))
+        np.testing.assert_allclose(both[view::2], alone, atol=1e-5)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("shape", [(4, 2, N), (BATCH, 2, 9), (BATCH, 0, N)])
+def test_noise_of_another_batch_or_grid_is_refused(shape):
+    masking = kcm.RandomMasking(num_prefix_tokens=1)
+    message = r"`noise` must have shape .*6, views, 16.*Received: noise.shape=\(\d, \d"
+    with pytest.raises(ValueError, match=message):
+        masking(np.zeros((BATCH, 17, 8)), training=True, noise=np.zeros(shape))
+
+
+# === The model ===
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_the_loss_is_the_mean_of_that_of_each_view(loss):
+    pairs = random_pairs(BATCH)
+    model = views_model(3, kcm.RandomMasking, loss=loss)
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    logs = model.train_on_batch(pairs, return_dict=True)
+    same = views_model(1, loss=loss)
+    noise = noise_of_step(same.maskings[0], 3)
+    texts = to_numpy(same.encode_text(pairs["token_ids"]))
+    pixels = same.normalize_pixels(pairs["images"])
+    losses, hits = [], []
+    for view in range(3):
+        features = same.image_encoder(pixels, training=True, noise=noise[:, view])
+        images = to_numpy(features)
+        images /= np.linalg.norm(images, axis=1, keepdims=True)
+        embeddings = {"image_embeddings": images, "text_embeddings": texts}
+        losses.append(numpy_loss(embeddings, to_numpy(same.head.scale), loss))
+        hits.append(np.mean((images @ texts.T).argmax(axis=1) == np.arange(BATCH)))
+    assert len(set(losses)) == 3
+    assert float(logs["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(logs["image_to_text_accuracy"]) == pytest.approx(np.mean(hits))
+    assert float(logs["mask_ratio"]) == pytest.approx(0.5)
+
+
+def test_patches_and_texts_are_embedded_once():
+    sizes = []
+
+    @keras.saving.register_keras_serializable(package="tests")
+    class CountRows(keras.layers.Layer):
+        def call(self, x):
+            sizes.append((self.name, x.shape[0]))
+            return x
+
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(8, 4, strides=4)(images)
+    x = CountRows(name="patches")(keras.layers.Reshape((N, 8), name="tokens")(x))
+    x = keras.layers.Dense(16)(CountRows(name="blocks")(x))
+    encoder = keras.Model(images, keras.layers.GlobalAveragePooling1D()(x))
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
+    ids, log = keras.Input((6,), dtype="int32"), TokenLog(3, BATCH)
+    texts = keras.Model(ids, text_bag()(log(ids)))
+    model = kcm.ContrastiveModel(
+        kcm.with_masking(encoder, masking, "patches"), texts, views=2
+    )
+    sizes.clear()
+    outputs = model(random_pairs(BATCH), training=True)
+    assert outputs["image_embeddings"].shape == (BATCH, 2, 16)
+    assert outputs["text_embeddings"].shape == (BATCH, 16)
+    assert sizes == [("patches", BATCH), ("blocks", 2 * BATCH)]
+    assert len(log.seen_tokens()) == 1
+
+
+def test_views_are_of_training_alone():
+    model, pairs = views_model(2), random_pairs(BATCH)
+    model.compile("sgd", **FAST)
+    assert model.predict(pairs, verbose=0)["image_embeddings"].shape == (BATCH, 16)
+    whole = model.without_masking()
+    assert whole.views == 1
+    whole.compile("sgd", **FAST)
+    found = model.evaluate(pairs, verbose=0, return_dict=True)
+    assert found == whole.evaluate(pairs, verbose=0, return_dict=True)
+    np.testing.assert_allclose(
+        numpy(model.image_tower(pairs["images"])),
+        numpy(model.encode_image(pairs["images"])),
+        atol=1e-6,
+    )
+
+
+def test_a_masking_within_a_model_of_ones_own_makes_views_too():
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(16, 4, strides=4)(images)
+    x = keras.layers.Reshape((N, 16))(x)
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=0, seed=1)
+
+    class Encoder(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.stem = keras.Model(images, x)
+            self.masking = masking
+            self.pool = keras.layers.GlobalAveragePooling1D()
+
+        def call(self, inputs, training=None):
+            return self.pool(self.masking(self.stem(inputs), training=training))
+
+    encoder = Encoder()
+    encoder(np.zeros((1, 16, 16, 3), "float32"))
+    model = kcm.ContrastiveModel(encoder, text_bag(), views=2)
+    model.compile("sgd", **FAST)
+    history = model.fit(random_pairs(BATCH), batch_size=3, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    found = model.encode_image(random_pairs(BATCH)["images"], training=True)
+    assert found.shape == (BATCH, 2, 16)
+
+
+@pytest.mark.any_backend
+def test_views_are_an_option_of_models_of_backbones():
+    model = kcm.ContrastiveModel.from_backbone(
+        tiny_clip(), kcm.RandomMasking(0.5), views=2
+    )
+    assert model.get_config()["views"] == 2
+    assert model.without_masking().views == 1
+    images = random_images(4)
+    assert model.encode_image(images, training=True).shape == (4, 2, 16)
+    assert model.encode_image(images).shape == (4, 16)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("views", [0, -1, 1.5, "2", True, None])
+def test_a_number_of_views_that_is_none_is_refused(views):
+    with pytest.raises(ValueError, match=r"`views` must be .*Received: views="):
+        views_model(views)
+
+
+@pytest.mark.any_backend
+def test_views_without_a_masking_are_refused():
+    message = r"`views` are masks .*with_masking.*Received: views=2, maskings=\[\]"
+    with pytest.raises(ValueError, match=message):
+        kcm.ContrastiveModel(image_mlp(), text_bag(), views=2)
+    text_masking = kcm.RandomMasking(0.5)
+    with pytest.raises(ValueError, match=message):
+        kcm.ContrastiveModel.from_backbone(
+            tiny_clip(), text_masking=text_masking, views=2
+        )
