@@ -27,7 +27,9 @@ MASKINGS = {
     "threshold, beta 0.5": threshold(0.5),
     "threshold, beta 0.3": threshold(0.3),
     "resized": lambda patch_size: None,
+    "random, two views": lambda patch_size: kcm.RandomMasking(0.5),
 }
+VIEWS = {"random, two views": 2}
 OPEN_CLIP = {"open_clip, none": 0.0, "open_clip, patch dropout 0.5": 0.5}
 
 
@@ -84,12 +86,17 @@ class Setting:
         """How many patch tokens the image tower reads in training."""
         patches = (self.side(name) // self.patch_size) ** 2
         masking = self.masking(name)
-        return patches if masking is None else masking.num_kept(patches)
+        kept = patches if masking is None else masking.num_kept(patches)
+        return VIEWS.get(name, 1) * kept
 
     def arithmetic(self, name):
         """Floating-point operations to train on one pair."""
         return training_flops(
-            self.size, self.side(name), CONTEXT_LENGTH, masking=self.masking(name)
+            self.size,
+            self.side(name),
+            CONTEXT_LENGTH,
+            masking=self.masking(name),
+            views=VIEWS.get(name, 1),
         )
 
 
@@ -155,7 +162,7 @@ def training_steps(names, setting):
             shared[side] = backbone, optimizer, batch(setting.batch_size, side)
         backbone, optimizer, data = shared[side]
         model = kcm.ContrastiveModel.from_backbone(
-            backbone, masking=setting.masking(name)
+            backbone, masking=setting.masking(name), views=VIEWS.get(name, 1)
         )
         model.compile(optimizer, jit_compile=True if setting.jit else "auto")
         steps[name] = lambda model=model, data=data: model.train_on_batch(data)

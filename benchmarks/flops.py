@@ -1,18 +1,19 @@
 """Floating-point operations of a training step, counted from shapes."""
 
-from keras_cluster_mask.masking import ClusterMasking
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.models.sizes import size_and_patch
 
 
 def training_flops(
-    size, image_size=224, context_length=77, patch_size=None, masking=None
+    size, image_size=224, context_length=77, patch_size=None, masking=None, views=1
 ):
     """Floating-point operations to train a CLIP on one image-text pair.
 
     A multiplication and an addition count as two. Counted are the matrix products of
     both towers and their projections, three times (forward, and backward to inputs and
-    weights), and those by which a `ClusterMasking` compares patches, once. The loss and
-    all that works element by element are left out, a few per cent at most. Attention is
+    weights), and those by which a masking compares patches with one another, once. The
+    loss, the iterations of k-means and of transport, and all that works element by
+    element are left out, a few per cent at most. Attention is
     counted whole, causal attention too, and so are tokens that a threshold hides: both
     are computed. Micro-batches take the towers forward once more, a third on top.
 
@@ -30,6 +31,7 @@ def training_flops(
         context_length: Integer. The number of tokens of a text, padding included.
         patch_size: Integer. Defaults to the size's own.
         masking: The `PatchMasking` to train with. `None` reads whole images.
+        views: Integer. How many masked views of each image there are.
 
     Returns:
         Integer.
@@ -45,14 +47,16 @@ def training_flops(
     text_width, text_layers, _ = shape["text"]
     forward = (
         2 * patches * pixels * image_width  # All patches are embedded, then some left.
-        + _blocks(1 + kept, image_width, image_layers)
+        + views * _blocks(1 + kept, image_width, image_layers)
         + _blocks(context_length, text_width, text_layers)
-        + 2 * (image_width + text_width) * shape["projection"]
+        + 2 * (views * image_width + text_width) * shape["projection"]
     )
     comparing = 0
-    if isinstance(masking, ClusterMasking):
+    if isinstance(masking, SimilarityMasking):
         compared = pixels + (image_width if masking.embedding_weight != 0.0 else 0)
-        comparing = 2 * masking.num_anchors(patches) * patches * compared
+        # Cluster masking compares with anchors, the others all patches with all.
+        num_anchors = getattr(masking, "num_anchors", lambda patches: patches)(patches)
+        comparing = 2 * views * num_anchors * patches * compared
     return 3 * forward + comparing
 
 

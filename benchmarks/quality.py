@@ -179,7 +179,9 @@ def new_model(method, options, data, seed, steps):
     masking = method.masking and method.masking(options.patch_size)
     share = options.short_context / options.context_length
     token_masking = method.token_masking and method.token_masking(share)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking, token_masking)
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, masking, token_masking, views=method.views
+    )
     if getattr(masking, "threshold", None) is not None:
         masking.adapt(data.evaluation("train", 20))
     schedule = keras.optimizers.schedules.CosineDecay(

@@ -9,6 +9,9 @@ import numpy as np
 import keras_cluster_mask as kcm
 
 IMAGES = Path(__file__).resolve().parent.parent / "datasets" / "images"
+# The side of the copies of images that are clustered. The paper clusters embeddings of
+# DINOv2, which cannot be had without a download.
+COPY_SIZE = 8
 # As many batches of validation data as a point of a learning curve takes.
 CURVE_BATCHES = 20
 
@@ -42,6 +45,8 @@ class Data:
         if method.text_masking and not whole_texts:
             tokenizer = tokenizer.with_context_length(recipe.short_context)
             options["text_masking"] = method.text_masking(self.captions)
+        if method.sampling:
+            options["sampling"] = method.sampling(*self.copies)
         return kcm.data.image_text_dataset(
             self.shards["train"],
             tokenizer,
@@ -54,6 +59,22 @@ class Data:
             seed=seed,
             **options,
         )
+
+    @functools.cached_property
+    def copies(self):
+        """Small copies of the training images, as vectors, and their keys."""
+        batches = kcm.data.image_text_dataset(
+            self.shards["train"],
+            None,
+            image_size=COPY_SIZE,
+            batch_size=100,
+            training=False,
+            include_keys=True,
+            format="grain",
+        )
+        images, keys = zip(*((batch["images"], batch["keys"]) for batch in batches))
+        images = np.concatenate(images).reshape(-1, COPY_SIZE * COPY_SIZE * 3)
+        return images - images.mean(axis=1, keepdims=True), np.concatenate(keys)
 
     def _evaluation(self, split, limit=None):
         """Batches of images and all their captions, or their classes."""

@@ -19,6 +19,9 @@ class Method:
             within the text encoder, where tokens keep their positions.
         whole_texts: How many of the eight parts of a run read whole texts, at its end.
         image_scale: The side of the images that the model reads, over the full side.
+        views: How many masked views of each image a step trains on.
+        sampling: Function from the embeddings of the training images, which are small
+            copies of them, and their keys to a sampling of the data.
         equal_time: Whether to train for as long as `random` takes, rather than for as
             many steps.
     """
@@ -28,6 +31,8 @@ class Method:
     token_masking: Callable | None = None
     whole_texts: int = 0
     image_scale: float = 1.0
+    views: int = 1
+    sampling: Callable | None = None
     equal_time: bool = False
 
 
@@ -63,6 +68,13 @@ METHODS = {
     "block": Method(lambda p: kcm.BlockMasking(0.5)),
     "k-means": Method(lambda p: kcm.KMeansMasking(p, 0.5)),
     "edges": Method(lambda p: kcm.EdgeMasking(p, 0.5)),
+    "random, two views": Method(random, views=2),
+    "random, samples by clusters": Method(
+        random, sampling=kcm.data.ClusterSampling.from_embeddings
+    ),
+    "random, samples by words": Method(
+        random, sampling=lambda embeddings, keys: kcm.data.FrequencyPruning(0.5)
+    ),
     # A grid of 2 x 2 keeps a quarter.
     "random, quarter": Method(lambda p: kcm.RandomMasking(0.75)),
     "grid, quarter": Method(lambda p: kcm.GridMasking(2)),
@@ -97,6 +109,9 @@ STUDIES = {
         "block",
         "k-means",
         "edges",
+        "random, two views",
+        "random, samples by clusters",
+        "random, samples by words",
         "random, quarter",
         "grid, quarter",
     ),

@@ -39,6 +39,7 @@ def test_masked_methods_read_half_of_the_tokens_or_what_beta_says():
         "threshold, beta 0.5": 98,
         "threshold, beta 0.3": 137,
         "resized": 100,
+        "random, two views": 196,
         "open_clip, none": 196,
         "open_clip, patch dropout 0.5": 98,
     }

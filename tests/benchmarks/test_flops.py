@@ -67,6 +67,20 @@ def test_choosing_patches_is_counted_once():
     # 6 anchors with 196 patches of 768 pixels; and as many tokens 768 wide.
     assert flops[0.0] - random == 2 * 6 * 196 * 768
     assert flops[0.5] - random == 2 * (2 * 6 * 196 * 768)
+    # All patches with all.
+    for masking in (kcm.KMeansMasking(16), kcm.EdgeMasking(16)):
+        flops = training_flops("vit_b_16", masking=masking)
+        assert flops - random == 2 * 196 * 196 * 768
+
+
+def test_two_views_of_half_the_patches_cost_about_as_much_as_the_whole_image():
+    whole, random = training_flops("vit_b_16"), kcm.RandomMasking(0.5)
+    both = training_flops("vit_b_16", masking=random, views=2)
+    one = training_flops("vit_b_16", masking=random)
+    text = training_flops("vit_b_16", masking=random, views=0)
+    # All but the patches and the texts, which are embedded once, is done twice.
+    assert both - text == 2 * (one - text)
+    assert 0.97 < both / whole <= 1.05
 
 
 def test_a_threshold_costs_what_its_least_share_leaves():
