@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.masking.selection import (
     anchor_count,
     check_range,
@@ -130,7 +131,7 @@ class EdgeMasking(SimilarityMasking):
         seeds = self.draw_seeds(noise, images)
         if self.transport:
             similarity = self.similarity_to_anchors(images, None, tokens)
-            to_seeds = ops.take_along_axis(similarity, seeds[:, :, None], axis=1)
+            to_seeds = take_rows(similarity, seeds)
             to_seeds = to_seeds + doubly_stochastic_rows(similarity, seeds)
         else:
             to_seeds = self.similarity_to_anchors(images, seeds, tokens)
@@ -212,5 +213,5 @@ def doubly_stochastic_rows(similarity, seeds):
 
     ones = ops.ones_like(similarity[:, 0])
     row, column = ops.fori_loop(0, SINKHORN_ROUNDS, rescale, (ones, ones))
-    rows = ops.take_along_axis(similarity, seeds[:, :, None], axis=1)
-    return rows * ops.take_along_axis(row, seeds, axis=1)[:, :, None] * column[:, None]
+    scale = take_rows(row, seeds)[:, :, None] * column[:, None]
+    return take_rows(similarity, seeds) * scale

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.masking.similarity import round_similarity
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 
@@ -106,7 +107,7 @@ class KMeansMasking(SimilarityMasking):
         # numbers than their pixels.
         similarity = self.similarity_to_anchors(images, None, tokens)
         num_clusters = min(self.num_clusters, noise.shape[1])
-        first = ops.argsort(noise, axis=-1)[:, :num_clusters, None]
+        first = ops.argsort(noise, axis=-1)[:, :num_clusters]
 
         def move(_, to_centers):
             members = ops.one_hot(
@@ -118,7 +119,7 @@ class KMeansMasking(SimilarityMasking):
             # An empty cluster, or patches that cancel out, have no mean.
             return ops.where(length > SHORTEST, round_similarity(to_means), to_centers)
 
-        to_centers = round_similarity(ops.take_along_axis(similarity, first, axis=1))
+        to_centers = round_similarity(take_rows(similarity, first))
         to_centers = ops.fori_loop(0, self.iterations, move, to_centers)
         # The clusters are in the order of their first centers' noise, a random one.
         return ops.cast(ops.argmax(to_centers, axis=1), "float32")

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.masking.context import context, report_kept
 from keras_cluster_mask.masking.patch_grid import (
@@ -314,8 +315,8 @@ class PatchMasking(keras.layers.Layer):
         prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
         # All views of an image are taken from its row, on the device that holds it.
         num_kept, dim = indices.shape[1], tokens.shape[2]
-        of_image = ops.reshape(indices, (-1, len(scores) * num_kept, 1))
-        kept = ops.take_along_axis(patches, of_image, axis=1)
+        of_image = ops.reshape(indices, (-1, len(scores) * num_kept))
+        kept = take_rows(patches, of_image)
         kept = ops.reshape(kept, (-1, num_kept, dim))
         prefix = ops.repeat(prefix, len(scores), axis=0)
 

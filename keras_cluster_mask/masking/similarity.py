@@ -6,6 +6,7 @@ Similarities are float32 whatever the dtype policy, and rounded to multiples of
 
 from keras import ops
 
+from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 
 STEPS = 2**12
@@ -105,9 +106,7 @@ def token_similarity(tokens, anchors=None):
 
 def _rows(values, anchors):
     """The rows `(batch, A, ...)` of the anchors, or all rows."""
-    if anchors is None:
-        return values
-    return ops.take_along_axis(values, anchors[:, :, None], axis=1)
+    return values if anchors is None else take_rows(values, anchors)
 
 
 def round_similarity(similarity):

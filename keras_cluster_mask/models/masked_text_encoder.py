@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops, tree
 
+from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.context import (
     fixed_scores,
@@ -237,7 +238,7 @@ def _at_positions(tokens, indices, length):
     # Row 0 is one of zeros.
     rows = is_kept * ops.cumsum(is_kept, axis=1)
     tokens = ops.pad(tokens, [(0, 0), (1, 0), (0, 0)])
-    return ops.take_along_axis(tokens, rows[:, :, None], axis=1)
+    return take_rows(tokens, rows)
 
 
 def _family_of(encoder):
