@@ -143,22 +143,23 @@ class ConceptTextMasking(TextMasking):
         return pool[:number]
 
     def _units(self, words):
-        """The concepts and other words of a caption, and the end of each, as lists."""
-        if not self._longest:
-            return words, range(1, len(words) + 1)
-        names, ends, start = [], [], 0
+        """The concepts and other words of a caption, and where each starts, as lists.
+
+        The second list also has the end of the last.
+        """
+        names, starts, start = [], [], 0
         while start < len(words):
-            name, end = words[start], start + 1
-            longest = min(start + self._longest.get(name, 1), len(words))
-            for longer in range(longest, end, -1):
-                joined = " ".join(words[start:longer])
+            starts.append(start)
+            name, after = words[start], start + 1
+            longest = start + self._longest.get(name, 1)
+            for end in range(min(longest, len(words)), after, -1):
+                joined = " ".join(words[start:end])
                 if joined in self.stages:
-                    name, end = joined, longer
+                    name, after = joined, end
                     break
             names.append(name)
-            ends.append(end)
-            start = end
-        return names, ends
+            start = after
+        return names, [*starts, start]
 
     def of_epoch(self, epoch):
         """The masking of an epoch, which stays in its stage; see `TextMasking`."""
@@ -170,13 +171,17 @@ class ConceptTextMasking(TextMasking):
 
     def keep_words(self, words, num_tokens, room, generator):
         """The words of the concepts that stay; see `TextMasking.keep_words`."""
-        names, ends = self._units(words)
+        names, starts = self._units(words)
         if len(names) == len(words):
             return super().keep_words(words, num_tokens, room, generator)
-        spans = [range(start, end) for start, end in zip([0, *ends], ends)]
-        sizes = [sum(num_tokens[index] for index in span) for span in spans]
+        before = [0, *itertools.accumulate(num_tokens)]
+        sizes = [
+            before[end] - before[first] for first, end in itertools.pairwise(starts)
+        ]
         kept = super().keep_words(names, sizes, room, generator)
-        return [index for each in kept for index in spans[each]]
+        return [
+            index for each in kept for index in range(starts[each], starts[each + 1])
+        ]
 
     def score(self, words, num_tokens, room, generator):
         """Random scores of concepts and words, higher for those that may not leave.
