@@ -339,6 +339,20 @@ def test_captions_that_fit_are_not_masked():
         np.testing.assert_array_equal(rows, TOKENIZERS[10](captions))
 
 
+def test_of_concepts_that_start_alike_the_longest_counts():
+    graph = {"red": ["red traffic"], "red traffic light house": ["red traffic light"]}
+    masking = ConceptTextMasking(graph, num_basic=1).of_epoch(3)
+    caption, seen = "a red traffic light house on the tree", set()
+    for seed in range(100):
+        kept = mask(masking, caption, 8, seed)
+        seen.add(tuple(kept))
+    # Eight words of which six fit: two of four leave, or all four of the concept.
+    whole = {each for each in seen if "red" in each}
+    assert all({"red", "traffic", "light", "house"} <= {*each} for each in whole)
+    assert len(whole) == 6
+    assert seen - whole == {("a", "on", "the", "tree")}
+
+
 def test_concepts_are_split_into_words_as_captions_are():
     graph = {"dog's house": ["tree"], "no. 42": ["dog"], "写真 röhre": ["dog"]}
     masking = ConceptTextMasking(graph)
@@ -423,6 +437,10 @@ def test_words_are_related_if_they_occur_together_more_than_by_chance():
     assert co_occurrence_graph(iter(captions)) == expected
     assert "cat" in expected["dog"]
     assert sum(map(len, expected.values())) > 10
+    # Pairs must be frequent, too, and not only their words.
+    rare = ["dog cat"] * 2 + ["dog", "cat"] * 2 + ["tree snow"] * 20
+    assert {*co_occurrence_graph(rare, 2)} == {"dog", "cat", "tree", "snow"}
+    assert {*co_occurrence_graph(rare, 3)} == {"tree", "snow"}
     # Twice in one caption is once.
     assert co_occurrence_graph(captions, 2)[","] == ["a", "dog"]
     assert "," not in co_occurrence_graph(captions, 3)
