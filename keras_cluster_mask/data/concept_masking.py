@@ -307,9 +307,12 @@ def _neighbours(graph):
 
 def _name(concept):
     """The words of a concept, joined by spaces."""
-    is_clean = isinstance(concept, str) and concept == byte_pairs.clean(concept)
-    words = byte_pairs.words_of(concept) if is_clean else []
-    if not 1 <= len(words) <= MAX_WORDS or "_" in concept:
+    is_lower = isinstance(concept, str) and concept == concept.lower()
+    words = byte_pairs.words_of(concept) if is_lower else []
+    if words == [concept]:
+        return concept
+    is_clean = is_lower and concept == byte_pairs.clean(concept)
+    if not is_clean or not 1 <= len(words) <= MAX_WORDS or "_" in concept:
         raise ValueError(
             "`graph` must have concepts of one to four words, as CLIP's tokenizer "
             "splits captions, in lower case and with spaces in place of underscores: "

@@ -454,6 +454,15 @@ def test_a_graph_of_captions_makes_a_masking():
     assert sum(not stage for stage in stages.values()) == 2
 
 
+def test_any_words_of_captions_make_a_graph():
+    """Words that are split from longer text, and would be changed as a text."""
+    captions = ["a dog_house, â€™ it's __ &amp;amp; é 7%", "Ã© ._ Ẑ 'south İ"] * 12
+    captions = [*captions, *["a cat"] * 30]
+    graph = co_occurrence_graph(captions)
+    assert {"_", "__", "'s", "&", "7"} <= {*graph}
+    assert {*ConceptTextMasking(graph, captions).stages} == {*graph}
+
+
 # === In a dataset ===
 
 
