@@ -143,20 +143,22 @@ class ConceptTextMasking(TextMasking):
         return pool[:number]
 
     def _units(self, words):
-        """The concepts and other words of a caption, and where each starts, as lists.
+        """The concepts and other words of a caption, and where each starts.
 
-        The second list also has the end of the last.
+        Both are sequences; the second also has the end of the last.
         """
+        if not self._longest:
+            return words, range(len(words) + 1)
         names, starts, start = [], [], 0
         while start < len(words):
             starts.append(start)
             name, after = words[start], start + 1
-            longest = start + self._longest.get(name, 1)
-            for end in range(min(longest, len(words)), after, -1):
-                joined = " ".join(words[start:end])
-                if joined in self.stages:
-                    name, after = joined, end
-                    break
+            if longest := self._longest.get(name):
+                for end in range(min(start + longest, len(words)), after, -1):
+                    joined = " ".join(words[start:end])
+                    if joined in self.stages:
+                        name, after = joined, end
+                        break
             names.append(name)
             start = after
         return names, [*starts, start]
