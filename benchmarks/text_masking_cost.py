@@ -11,6 +11,8 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
+import collections
+import itertools
 import statistics
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from reporting import parser, publish
 from timing import interleaved, ratio
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.data import byte_pairs
 
 
 def main():
@@ -42,6 +45,7 @@ def main():
     captions = [c for c, n in zip(captions, lengths) if n > context_length]
     tokenizer = whole.with_context_length(context_length)
     table = kcm.data.FrequencyTextMasking().fit(captions)
+    concepts = kcm.data.ConceptTextMasking(concept_graph(captions), captions)
     captions = captions[: options.captions]
     generators = [np.random.default_rng(number) for number in range(len(captions))]
     maskings = {
@@ -51,6 +55,7 @@ def main():
         "SyntaxTextMasking, without the time of its tagger": (
             kcm.data.SyntaxTextMasking(lambda words: ["NN"] * len(words))
         ),
+        "ConceptTextMasking": concepts,
     }
     functions = {"truncation": lambda: tokenizer(captions)}
     for name, masking in maskings.items():
@@ -71,6 +76,14 @@ def main():
         f"context of {context_length}"
     )
     publish(f"{options.results}/text_masking_cost.json", title, rows)
+
+
+def concept_graph(captions):
+    """Words that occur together, and frequent pairs of neighbours as concepts."""
+    words = map(byte_pairs.words_of, byte_pairs.clean_all(captions))
+    counts = collections.Counter(itertools.chain(*map(itertools.pairwise, words)))
+    pairs = {" ".join(pair): pair for pair, count in counts.items() if count >= 10}
+    return kcm.data.co_occurrence_graph(captions) | pairs
 
 
 if __name__ == "__main__":

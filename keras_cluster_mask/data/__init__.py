@@ -2,6 +2,10 @@
 
 from keras_cluster_mask.data.captions import read_captions
 from keras_cluster_mask.data.check import check
+from keras_cluster_mask.data.concept_masking import (
+    ConceptTextMasking,
+    co_occurrence_graph,
+)
 from keras_cluster_mask.data.convert import convert
 from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.data.frequency_pruning import FrequencyPruning
@@ -21,6 +25,7 @@ __all__ = [
     "BlockTextMasking",
     "CLIPTokenizer",
     "ClusterSampling",
+    "ConceptTextMasking",
     "FrequencyPruning",
     "FrequencyTextMasking",
     "ImageTextDataset",
@@ -28,6 +33,7 @@ __all__ = [
     "SkippedSamples",
     "SyntaxTextMasking",
     "check",
+    "co_occurrence_graph",
     "convert",
     "image_text_dataset",
     "list_shards",

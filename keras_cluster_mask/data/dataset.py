@@ -174,11 +174,12 @@ def image_text_dataset(
             index and among those that are read. A larger share raises an error after
             1,000 samples; 0 raises it at the first. Defaults to `0.5`.
         text_masking: A text masking for training: `RandomTextMasking`,
-            `BlockTextMasking`, `FrequencyTextMasking` or `SyntaxTextMasking`. It
-            chooses the words of captions, template included, that have more tokens than
-            the `context_length` of the `tokenizer`, which must be a `CLIPTokenizer`. It
-            has no effect on `"captions"`, nor unless `training`: evaluation is never
-            masked. Defaults to `None`: captions that are too long are truncated.
+            `BlockTextMasking`, `FrequencyTextMasking`, `SyntaxTextMasking` or
+            `ConceptTextMasking`. It chooses the words of captions, template included,
+            that have more tokens than the `context_length` of the `tokenizer`, which
+            must be a `CLIPTokenizer`. It has no effect on `"captions"`, nor unless
+            `training`: evaluation is never masked. Defaults to `None`: captions that
+            are too long are truncated.
         sampling: Which samples an epoch has: `ClusterSampling` or `FrequencyPruning`;
             or a function of the number of samples and the number of an epoch, from 0,
             that returns an int array of numbers of samples in the index, the same in

@@ -137,6 +137,10 @@ class Mix:
     def __getitem__(self, position):
         return self._mixed[position]
 
+    def place(self, position):
+        """The epoch of a position, and the place in the epoch."""
+        return divmod(position, self.num_samples)
+
     def length(self, epoch):
         """The number of samples in an epoch."""
         return self.num_samples

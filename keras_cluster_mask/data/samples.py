@@ -111,7 +111,7 @@ class Samples:
         images = images[: len(pairs)]
         if self.channels_first:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        batch = {"images": images, **self._texts(pairs, generators)}
+        batch = {"images": images, **self._texts(pairs, generators, positions)}
         return {name: batch[name] for name in self.names} | {FAULTS: faults}
 
     def _image(self, pair, generator, faults):
@@ -150,7 +150,7 @@ class Samples:
         reason = f"{fault.reason}; {count - 1} others of its batch are broken, too"
         raise SampleError(fault.shard, fault.key, reason)
 
-    def _texts(self, pairs, generators):
+    def _texts(self, pairs, generators, positions):
         batch = {
             "keys": _strings([_encoded(pair.key) for pair in pairs]),
             "paths": _strings([_encoded(pair.path) for pair in pairs]),
@@ -160,16 +160,18 @@ class Samples:
         if {"token_ids", "captions"} & {*self.names}:
             captions = [self.choose(p, g) for p, g in zip(pairs, generators)]
             if "token_ids" in self.names:
-                batch["token_ids"] = self._token_ids(captions, generators)
+                batch["token_ids"] = self._token_ids(captions, generators, positions)
             if self.all_captions:
                 captions = [self.choose.all_of(pair) for pair in pairs]
             batch["captions"] = _strings(captions)
         return batch
 
-    def _token_ids(self, captions, generators):
+    def _token_ids(self, captions, generators, positions):
         if self.text_masking is None:
             return tokenize(self.tokenizer, captions)
-        return self.text_masking.tokenize(self.tokenizer, captions, generators)
+        # In training no sample is left out, so each position has its caption.
+        epochs = [self.order.place(position)[0] for position in positions]
+        return self.text_masking.tokenize(self.tokenizer, captions, generators, epochs)
 
 
 class Indexes:

@@ -71,20 +71,36 @@ class TextMasking:
                     break
         return sorted(kept or by_score[:1])
 
-    def tokenize(self, tokenizer, captions, generators):
+    def of_epoch(self, epoch):
+        """The masking of an epoch: this one, unless a masking changes with time.
+
+        Args:
+            epoch: int, from 0. The number of the pass over the samples.
+
+        Returns:
+            A `TextMasking`.
+        """
+        return self
+
+    def tokenize(self, tokenizer, captions, generators, epochs=None):
         """The token ids of masked captions.
 
         Args:
             tokenizer: `CLIPTokenizer`.
             captions: list of str or bytes.
             generators: list of `np.random.Generator`, one for each caption.
+            epochs: list of int. The epoch of each caption. Defaults to `None`: 0, the
+                first.
 
         Returns:
             NumPy int32 array of shape `(len(captions), context_length)`.
         """
+        epochs = [0] * len(captions) if epochs is None else epochs
+        maskings = {epoch: self.of_epoch(epoch) for epoch in {*epochs}}
 
         def keep_words(index, words, num_tokens, room):
-            return self.keep_words(words, num_tokens, room, generators[index])
+            masking = maskings[epochs[index]]
+            return masking.keep_words(words, num_tokens, room, generators[index])
 
         return tokenizer(captions, keep_words)
 

@@ -135,6 +135,13 @@ def test_a_mix_reads_its_sources_in_proportion_to_their_weights():
         assert np.abs(counts - 10 * weight).max() <= 1
 
 
+def test_an_epoch_of_a_mix_has_as_many_positions_as_its_sources_have_samples():
+    mix = Mix([Order(3, 0), Order(5, 0)], [1, 1])
+    epochs = [mix.place(position)[0] for position in range(24)]
+    assert epochs == [0] * 8 + [1] * 8 + [2] * 8
+    assert [mix.place(position)[1] for position in range(6, 10)] == [6, 7, 0, 1]
+
+
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_a_mix_reads_every_sample_of_a_source_before_it_repeats_one(block_size):
     mix = Mix([Order(30, 0, block_size), Order(50, 0, block_size)], [3, 1])
