@@ -1,19 +1,13 @@
 """`convert`: writes any readable source as tar shards."""
 
-import hashlib
 import io
 import itertools
 import json
-import lzma
 import os
 import re
-import shutil
 import tarfile
-import tempfile
-import zlib
 from collections.abc import Sequence
 
-import fsspec
 from PIL import Image
 
 from keras_cluster_mask.data import files
@@ -24,18 +18,13 @@ from keras_cluster_mask.data.check import (
     intact_samples,
     summary,
 )
-from keras_cluster_mask.data.formats import NoRandomAccess
-from keras_cluster_mask.data.formats.base import COMPRESSIONS
 from keras_cluster_mask.data.images import EncodedImage
-from keras_cluster_mask.data.index import Index
+from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import IMAGE_KEYS, PairReader
-from keras_cluster_mask.data.parts import build_parts
-from keras_cluster_mask.data.shards import find_shards
 
 JPEG_QUALITY = 95
 # File names have at most 255 bytes; a number and an extension are appended.
 MAX_NAME = 200
-COMPRESSED_NAME = r"\.t?(gz|bz2|xz|lzma|zst)$"
 
 
 def convert(
@@ -57,9 +46,6 @@ def convert(
     the extension of their actual format. Consecutive rows of a table that name the same
     image become one sample. Broken samples are left out and counted; see `check`.
 
-    Compressed shards and those on servers that do not send parts of files, which
-    `image_text_dataset` cannot read, are copied to a temporary folder first.
-
     Each shard is written beside its place and renamed when it is complete. To repeat an
     interrupted conversion, pass `overwrite=True`.
 
@@ -70,7 +56,8 @@ def convert(
     ```
 
     Args:
-        source: str or path, or a list of them; see `list_shards`.
+        source: str or path, or a list of them; see `list_shards`. Or an object; see
+            `image_text_dataset`.
         to: str or path. `"shards/train-{00000}.tar"` writes shards with numbers of five
             digits; a name without braces, such as `"train.tar"`, is a single shard. May
             be an address such as `"s3://bucket/train-{00000}.tar"`.
@@ -98,33 +85,17 @@ def convert(
     if image_size is not None:
         check_integer("image_size", image_size, 1)
     to = _ShardNames(to, overwrite)
-    shards = find_shards(source)
-    to.check(shards)
-    with tempfile.TemporaryDirectory() as folder:
-        parts, copies = [], {}
-        for path, stamp in shards.items():
-            try:
-                parts += build_parts({path: stamp})
-            except NoRandomAccess:
-                copies[path] = _copy(path, folder)
-                parts += build_parts(find_shards(copies[path]))
-        reader = PairReader(image_keys, caption_key)
-        index = Index(list(shards), parts, reader, copies)
-        broken = broken_samples(index)
-        encoded = intact_samples(
+    index = open_index(source, PairReader(image_keys, caption_key))
+    to.check(index.paths)
+    broken = broken_samples(index)
+    samples = _merged(
+        intact_samples(
             index,
             lambda pair: _encoded(pair, image_size),
             broken,
             "convert" if verbose else None,
         )
-        samples = _merged(encoded)
-        shards, written = _write_shards(samples, to, samples_per_shard)
-    to.remove_from(len(shards))
-    return {"samples": written, "shards": shards, **summary(broken)}
-
-
-def _write_shards(samples, to, samples_per_shard):
-    """Writes samples; returns the names of the shards and the number of samples."""
+    )
     shards, written, used_keys = [], 0, {}
     limit = samples_per_shard if to.digits else None
     while (first := next(samples, None)) is not None:
@@ -140,35 +111,8 @@ def _write_shards(samples, to, samples_per_shard):
                 fields = {extension: content, **_caption_fields(pair.captions)}
                 _write(archive, _unique_key(pair.key, used_keys), fields)
                 written += 1
-    return shards, written
-
-
-def _copy(path, folder):
-    """Copies a shard, decompressed, into a folder; returns the path of the copy."""
-    system, name = files.file_system(path)
-    # The whole file, also from a server that sends nothing else.
-    whole = {"block_size": 0} if path.lower().startswith("http") else {}
-    with system.open(name, "rb", **whole) as file:
-        start = file.read(8)
-    found = (kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic))
-    compression, name = next(found, None), path.rpartition("/")[2]
-    if compression:
-        name = re.sub(COMPRESSED_NAME, "", name)
-    copy = os.path.join(tempfile.mkdtemp(dir=folder), name)
-    try:
-        with (
-            fsspec.open(path, "rb", compression=compression, **whole) as file,
-            open(copy, "wb") as target,
-        ):
-            shutil.copyfileobj(file, target, 2**20)
-    # Decompressors raise many kinds of errors, and fsspec for one that is missing.
-    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(
-            f"`source` must be shards that can be decompressed: {error}"
-            + (" (`pip install zstandard`)" if compression == "zstd" else "")
-            + f". Received: {path}"
-        ) from error
-    return copy
+    to.remove_from(len(shards))
+    return {"samples": written, "shards": shards, **summary(broken)}
 
 
 def _merged(samples):
@@ -203,9 +147,10 @@ class _ShardNames:
             )
         self._before, zeros, self._after = match.groups(default="")
         self.digits = len(zeros)
+        self.free(0)
 
     def check(self, sources):
-        """Raises an error if `to` names a source, or if the first shard exists."""
+        """Raises an error if `to` names a source."""
         pattern = re.sub(r"\\\{0+\\\}", r"\\d+", re.escape(_real_path(self._to)))
         for path in sources:
             if re.fullmatch(pattern, _real_path(path)):
@@ -213,7 +158,6 @@ class _ShardNames:
                     "`to` must not name a file of `source`: choose another folder or "
                     f"name. Received: to={self._to!r}, source {path}"
                 )
-        self.free(0)
 
     def free(self, number):
         """The name of a shard. Raises an error if it exists and may not be replaced."""
@@ -311,14 +255,10 @@ def safe_key(key):
     """
     key = re.sub(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", "", key, flags=re.IGNORECASE)
     key = re.sub(r'[\x00-\x1f\x7f<>:"\\|?*\ud800-\udfff]', "_", key)
-    names = (name.lstrip(". ").rstrip(". ") for name in key.split("/"))
-    *folders, name = [_shortened(name) for name in names if name] or ["sample"]
+    # A key that is cut and equals another gets a number.
+    names = (
+        name.strip(". ").encode()[:MAX_NAME].decode("utf-8", "ignore").rstrip(". ")
+        for name in key.split("/")
+    )
+    *folders, name = [name for name in names if name] or ["sample"]
     return "/".join([*folders, name.replace(".", "_")])
-
-
-def _shortened(name):
-    content = name.encode()
-    if len(content) <= MAX_NAME:
-        return name
-    digest = hashlib.blake2b(content, digest_size=6).hexdigest()
-    return content[: MAX_NAME - 13].decode("utf-8", "ignore") + "-" + digest

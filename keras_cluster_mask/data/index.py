@@ -71,7 +71,6 @@ class Index:
         paths: list of str. The shards.
         parts: list of `Part`.
         reader: `PairReader`.
-        copies: dict from the paths of shards to those of copies that are read instead.
 
     Attributes:
         paths: list of str. The shards.
@@ -83,13 +82,9 @@ class Index:
             not if files have been moved.
     """
 
-    def __init__(self, paths, parts, reader, copies=None):
+    def __init__(self, paths, parts, reader):
         self.paths, self._parts, self._reader = paths, parts, reader
-        self._copies = copies or {}
-        self._shards = [
-            _Shard(path, self._copies.get(path, path), part, reader)
-            for path, part in zip(paths, parts)
-        ]
+        self._shards = [_Shard(path, p, reader) for path, p in zip(paths, parts)]
         counts = [shard.counts() for shard in self._shards]
         # The number of the first sample of each shard, and the number of all samples.
         self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
@@ -103,7 +98,7 @@ class Index:
         return self._starts[-1]
 
     def __reduce__(self):
-        return Index, (self.paths, self._parts, self._reader, self._copies)
+        return Index, (self.paths, self._parts, self._reader)
 
     @property
     def fields(self):
@@ -193,14 +188,12 @@ class _Shard:
 
     Args:
         path: str.
-        copy: str. The path of a copy that is read instead, or the same path.
         part: `Part`.
         reader: `PairReader`.
     """
 
-    def __init__(self, path, copy, part, reader):
-        self.path, self.part, self._copy = path, part, copy
-        self.format = format_of(copy)
+    def __init__(self, path, part, reader):
+        self.path, self.part, self.format = path, part, format_of(path)
         # Of each layout, what is wrong with its samples, or None.
         self.reasons = [reader.fault_of(*each[:2]) for each in part.layouts]
 
@@ -220,7 +213,7 @@ class _Shard:
 
     def place(self, number, record):
         """The `_Place` of the sample of a record."""
-        path, offset = self._copy, int(record["offset"])
+        path, offset = self.path, int(record["offset"])
         if self.format.in_index:
             path, offset = self.part.path, offset + self.part.content_start
         span = path, offset, int(record["size"])

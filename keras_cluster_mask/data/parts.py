@@ -230,7 +230,8 @@ def _check_ranges(path):
     if isinstance(reply, Exception):
         raise reply
     if len(reply) > 1:
-        raise NoRandomAccess(path, "on a server that does not send parts of files")
+        kind = "on a server that does not send parts of files: download it"
+        raise NoRandomAccess(path, kind)
 
 
 def _find(path, stamp, index_dir):

@@ -62,9 +62,8 @@ def find_shards(source):
         if item.startswith("pipe:"):
             raise ValueError(
                 "`source` must be shards that can be read in any order, not the output "
-                "of a command. Write it to files, or convert what the command reads: "
-                "`python -m keras_cluster_mask.data convert ADDRESS --to "
-                f"'shards/train-{{00000}}.tar'`. Received: {item}"
+                "of a command. Write it to files, or pass the address that the command "
+                f"reads, such as 's3://bucket/train-*.tar'. Received: {item}"
             )
         if not files.is_address(item):
             item = os.path.normpath(os.path.expanduser(item))

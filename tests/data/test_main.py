@@ -1,8 +1,6 @@
 import json
 import os
 import pathlib
-import re
-import shlex
 import subprocess
 import sys
 
@@ -113,36 +111,6 @@ def test_errors_have_status_two_and_no_traceback(
     assert printed.out == ""
     assert printed.err
     assert "Traceback" not in printed.err
-
-
-def test_compressed_shards_are_refused_with_a_command_that_converts_them(
-    write_tar, noise, tmp_path, capsys
-):
-    shard = write_tar("a.tar.gz", [("1.png", noise(1)), ("1.txt", b"one")], "w:gz")
-    assert main(["check", str(shard)]) == 2
-    printed = capsys.readouterr().err
-    found = re.search(r"`python -m keras_cluster_mask\.data (.*?)`", printed)
-    arguments = shlex.split(found[1])
-    assert arguments[:3] == ["convert", str(shard), "--to"]
-    to = tmp_path / arguments[3]
-    assert main([*arguments[:3], str(to)]) == 0
-    assert main(["check", str(to).replace("{00000}", "*")]) == 0
-
-
-@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
-def test_a_damaged_compressed_shard_is_an_error_without_a_traceback(
-    write_tar, noise, tmp_path, capsys, ending
-):
-    members = [("1.png", noise(1)), ("1.txt", b"one")]
-    shard = write_tar(f"a.tar.{ending}", members, f"w:{ending}")
-    content = shard.read_bytes()
-    middle = len(content) // 2
-    flipped = content[:middle] + b"\xff" * 20 + content[middle + 20 :]
-    for damaged in (content[:middle], flipped):
-        shard.write_bytes(damaged)
-        assert main(["convert", str(shard), "--to", f"{tmp_path}/out.tar"]) == 2
-        assert str(shard) in capsys.readouterr().err
-        assert not (tmp_path / "out.tar").exists()
 
 
 @pytest.mark.slow
