@@ -95,7 +95,6 @@ def _parser():
         help="resize images whose shorter side is longer than N pixels; by default "
         "all bytes are copied",
     )
-    add("--overwrite", action="store_true", help="replace existing shards")
     return parser
 
 

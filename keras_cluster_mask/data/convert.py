@@ -35,7 +35,6 @@ def convert(
     image_size: int | None = None,
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
-    overwrite: bool = False,
     verbose: bool = False,
 ) -> dict:
     """Writes samples as tar shards in the layout of WebDataset and img2dataset.
@@ -46,8 +45,8 @@ def convert(
     the extension of their actual format. Consecutive rows of a table that name the same
     image become one sample. Broken samples are left out and counted; see `check`.
 
-    Each shard is written beside its place and renamed when it is complete. To repeat an
-    interrupted conversion, pass `overwrite=True`.
+    Each shard is written beside its place and renamed when it is complete. No file is
+    replaced: to repeat an interrupted conversion, remove its shards.
 
     Example:
 
@@ -68,8 +67,6 @@ def convert(
             images are copied.
         image_keys: str or sequence of str; see `image_text_dataset`.
         caption_key: str or sequence of str; see `image_text_dataset`.
-        overwrite: bool. Whether to replace existing shards. Shards with higher numbers
-            are then removed, too. Defaults to `False`.
         verbose: bool. Whether to show a progress bar. Defaults to `False`.
 
     Returns:
@@ -78,15 +75,33 @@ def convert(
 
     Raises:
         FileNotFoundError: If a shard of `source` is missing.
-        ValueError: If an argument is invalid, or if a file exists already and
-            `overwrite` is false.
+        ValueError: If an argument is invalid, or if a shard of `to` exists already.
     """
     check_integer("samples_per_shard", samples_per_shard, 1)
     if image_size is not None:
         check_integer("image_size", image_size, 1)
-    to = _ShardNames(to, overwrite)
+    to = os.path.expanduser(os.fspath(to))
+    match = re.fullmatch(r"([^{]*)(?:\{(0+)\}([^{]*))?", to)
+    if not match or not to.endswith(".tar"):
+        raise ValueError(
+            "`to` must be the name of a tar file, with zeros in braces where the "
+            "number of a shard goes, such as 'shards/train-{00000}.tar'. "
+            f"Received: to={to!r}"
+        )
+    before, zeros, after = match.groups(default="")
+
+    def free(number):
+        """The name of a shard, if there is no such file."""
+        number = f"{number:0{len(zeros)}}" if zeros else ""
+        path = f"{before}{number}{after}"
+        if files.exists(path):
+            raise ValueError(
+                f"`to` must not exist yet: choose another name. Received: {path}"
+            )
+        return path
+
+    free(0)
     index = open_index(source, PairReader(image_keys, caption_key))
-    to.check(index.paths)
     broken = broken_samples(index)
     samples = _merged(
         intact_samples(
@@ -97,9 +112,9 @@ def convert(
         )
     )
     shards, written, used_keys = [], 0, {}
-    limit = samples_per_shard if to.digits else None
+    limit = samples_per_shard if zeros else None
     while (first := next(samples, None)) is not None:
-        shards.append(to.free(len(shards)))
+        shards.append(free(len(shards)))
         rest = itertools.islice(samples, limit and limit - 1)
         with (
             files.replacing(shards[-1]) as file,
@@ -111,7 +126,6 @@ def convert(
                 fields = {extension: content, **_caption_fields(pair.captions)}
                 _write(archive, _unique_key(pair.key, used_keys), fields)
                 written += 1
-    to.remove_from(len(shards))
     return {"samples": written, "shards": shards, **summary(broken)}
 
 
@@ -125,63 +139,6 @@ def _merged(samples):
         (pair, encoded), *others = group
         captions = sum((other.captions for other, _ in others), pair.captions)
         yield pair._replace(captions=captions), encoded
-
-
-class _ShardNames:
-    """The names of the shards that are written.
-
-    Args:
-        to: str or path. The argument of `convert`.
-        overwrite: bool.
-    """
-
-    def __init__(self, to, overwrite):
-        self._to = os.path.expanduser(os.fspath(to))
-        self._overwrite = overwrite
-        match = re.fullmatch(r"([^{]*)(?:\{(0+)\}([^{]*))?", self._to)
-        if not match or not self._to.endswith(".tar"):
-            raise ValueError(
-                "`to` must be the name of a tar file, with zeros in braces where the "
-                "number of a shard goes, such as 'shards/train-{00000}.tar'. "
-                f"Received: to={self._to!r}"
-            )
-        self._before, zeros, self._after = match.groups(default="")
-        self.digits = len(zeros)
-        self.free(0)
-
-    def check(self, sources):
-        """Raises an error if `to` names a source."""
-        pattern = re.sub(r"\\\{0+\\\}", r"\\d+", re.escape(_real_path(self._to)))
-        for path in sources:
-            if re.fullmatch(pattern, _real_path(path)):
-                raise ValueError(
-                    "`to` must not name a file of `source`: choose another folder or "
-                    f"name. Received: to={self._to!r}, source {path}"
-                )
-
-    def free(self, number):
-        """The name of a shard. Raises an error if it exists and may not be replaced."""
-        path = self._name(number)
-        if files.exists(path) and not self._overwrite:
-            raise ValueError(
-                "`to` must not exist yet: choose another name, or pass "
-                f"`overwrite=True` to replace it. Received: {path}"
-            )
-        return path
-
-    def remove_from(self, number):
-        """Removes the shards that a longer run has left, from this number on."""
-        while self.digits and self._overwrite and files.exists(self._name(number)):
-            files.remove(self._name(number))
-            number += 1
-
-    def _name(self, number):
-        number = f"{number:0{self.digits}}" if self.digits else ""
-        return f"{self._before}{number}{self._after}"
-
-
-def _real_path(path):
-    return path if files.is_address(path) else os.path.realpath(path)
 
 
 def _encoded(pair, image_size):

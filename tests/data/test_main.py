@@ -74,7 +74,8 @@ def test_convert_writes_shards_and_reports_broken_samples(
     assert "16/16" in printed.err
     assert main(["check", to.replace("{0}", "*")]) == 0
     assert main(arguments) == 2
-    assert main([*arguments, "--overwrite", "--image-size", "8"]) == 0
+    arguments[4] = f"{tmp_path}/small-{{0}}.tar"
+    assert main([*arguments, "--image-size", "8"]) == 0
 
 
 def test_convert_fails_if_no_sample_is_intact(broken, tmp_path, capsys):
