@@ -155,9 +155,9 @@ def image_text_dataset(
             `(0.4, 1.0)`.
         horizontal_flip: bool. Whether to flip half of the images in training. Not
             suitable for captions that say left or right. Defaults to `False`.
-        background: The background of transparent images: `"white"`, a tuple of three
-            ints from 0 to 255, `"random"` (plain colors, gradients and textures), or a
-            list of these, from which one is drawn for each image.
+        background: The background of transparent images: `"white"`, `"random"` (plain
+            colors, gradients and textures), or a list of these, from which one is drawn
+            for each image.
         image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
             `np.random.Generator`, that returns an image of the same shape and type.
         include_captions: bool. Whether batches hold the `"captions"`, UTF-8 bytes; with
