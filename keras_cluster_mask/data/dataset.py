@@ -6,6 +6,7 @@ from keras_cluster_mask.data import files
 from keras_cluster_mask.data.arguments import (
     check_choice,
     check_crop_scale,
+    check_fraction,
     check_integer,
     check_process,
     check_samples,
@@ -15,13 +16,11 @@ from keras_cluster_mask.data.arguments import (
 )
 from keras_cluster_mask.data.backgrounds import check_background
 from keras_cluster_mask.data.captions import CaptionChoice
-from keras_cluster_mask.data.frequency_pruning import FrequencyPruning
 from keras_cluster_mask.data.images import MAX_PIXELS, Cutter, height_and_width
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.order import Mix, Order
 from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
-from keras_cluster_mask.data.sampling import ClusterSampling
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
 from keras_cluster_mask.data.text_masking import check_text_masking
@@ -235,10 +234,7 @@ def image_text_dataset(
     check_choice("resize", resize, ("crop", "squash"))
     check_choice("include_captions", include_captions, (False, True, "all"))
     crop_scale = check_crop_scale(crop_scale, resize)
-    if not 0 <= max_skipped <= 1:
-        raise ValueError(
-            f"`max_skipped` must be from 0 to 1. Received: max_skipped={max_skipped}"
-        )
+    check_fraction("max_skipped", max_skipped, or_zero=True)
     if class_names is not None and label_key is None:
         raise ValueError(
             "`class_names` need labels: pass the `label_key` of the field that holds "
@@ -250,8 +246,8 @@ def image_text_dataset(
                 f"`{name}` is for training: evaluation reads each sample once, in "
                 f"order. Received: {name}={value!r}, training=False"
             )
-    samplers = ClusterSampling | FrequencyPruning
-    if not (sampling is None or callable(sampling) or isinstance(sampling, samplers)):
+    is_sampler = hasattr(sampling, "of_index")
+    if not (sampling is None or callable(sampling) or is_sampler):
         raise ValueError(
             "`sampling` must be a `ClusterSampling`, a `FrequencyPruning`, or a "
             f"function. Received: sampling={sampling!r}"
@@ -280,7 +276,7 @@ def image_text_dataset(
     if training:
         remote = any(files.is_address(path) for each in indexes for path in each.paths)
         block_size = choose_block_size(block_size, batch_size, process[1], remote)
-        if isinstance(sampling, samplers):
+        if is_sampler:
             sampling = sampling.of_index(index)
         orders = [
             Order(len(each), seed, block_size, sampling, source)

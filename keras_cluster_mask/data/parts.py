@@ -145,7 +145,7 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0,
         delay=0 if verbose else SHORT,
         disable=verbose is False or not missing,
     )
-    build = functools.partial(_find_or_build, index_dir=index_dir)
+    build = functools.partial(build_part, index_dir=index_dir)
     with bar, contextlib.ExitStack() as stack:
         apply = map
         if num_workers and missing:
@@ -160,13 +160,10 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0,
     return list(parts.values())
 
 
-def _find_or_build(path, stamp, index_dir):
-    # Another process may have built it meanwhile.
-    return _find(path, stamp, index_dir) or build_part(path, stamp, index_dir)
-
-
 def build_part(path, stamp, index_dir=None):
-    """Indexes a shard. Several processes may build the same part at the same time.
+    """Indexes a shard, unless another process has built its part meanwhile.
+
+    Several processes may build the same part at the same time.
 
     Args:
         path: str. The shard.
@@ -180,6 +177,8 @@ def build_part(path, stamp, index_dir=None):
         NoRandomAccess: If the shard cannot be read in any order.
         OSError: If the shard cannot be read, or the part cannot be written.
     """
+    if part := _find(path, stamp, index_dir):
+        return part
     head, *contents = files.retried(lambda: _scan(path, format_of(path)))
     head = {"version": VERSION, "stamp": stamp, **head}
     line = json.dumps(head).encode() + b"\n"
