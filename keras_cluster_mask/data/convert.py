@@ -35,7 +35,6 @@ def convert(
     image_size: int | None = None,
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
-    verbose: bool = False,
 ) -> dict:
     """Writes samples as tar shards in the layout of WebDataset and img2dataset.
 
@@ -67,7 +66,6 @@ def convert(
             images are copied.
         image_keys: str or sequence of str; see `image_text_dataset`.
         caption_key: str or sequence of str; see `image_text_dataset`.
-        verbose: bool. Whether to show a progress bar. Defaults to `False`.
 
     Returns:
         dict: `"samples"`, the number of samples written; `"shards"`, the files;
@@ -105,10 +103,7 @@ def convert(
     broken = broken_samples(index)
     samples = _merged(
         intact_samples(
-            index,
-            lambda pair: _encoded(pair, image_size),
-            broken,
-            "convert" if verbose else None,
+            index, lambda pair: _encoded(pair, image_size), broken, "convert"
         )
     )
     shards, written, used_keys = [], 0, {}

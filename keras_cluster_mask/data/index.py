@@ -27,9 +27,7 @@ GUESS = 2**20
 GLANCE = 2**16
 
 
-def open_index(
-    source, reader, index_dir=None, num_workers=0, verbose=None, process=(0, 1)
-):
+def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     """Opens the index of a source, and builds what is missing.
 
     Args:
@@ -38,7 +36,6 @@ def open_index(
         reader: `PairReader`.
         index_dir: As for `build_parts`.
         num_workers: As for `build_parts`.
-        verbose: As for `build_parts`.
         process: As for `build_parts`.
 
     Returns:
@@ -56,7 +53,7 @@ def open_index(
             )
         return ObjectIndex(source, reader)
     shards = find_shards(source)
-    parts = build_parts(shards, index_dir, num_workers, verbose, process)
+    parts = build_parts(shards, index_dir, num_workers, process)
     return Index(list(shards), parts, reader)
 
 

@@ -114,7 +114,7 @@ def read_part(path, digest=None):
     return Part(path=path, start=start, **head)
 
 
-def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0, 1)):
+def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
     """The parts of shards, of which those that are missing or old are built.
 
     Args:
@@ -123,8 +123,6 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0,
             each shard; or a cache folder, for shards at addresses and in folders that
             cannot be written to.
         num_workers: int. The number of processes that build parts; 0 for none.
-        verbose: bool. Whether to show a progress bar. Defaults to `None`: if it takes
-            more than a second.
         process: Pair of ints. The number of this process, and of all that build the
             same parts. Each begins elsewhere, and takes what others have built.
 
@@ -142,8 +140,8 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0,
         initial=len(shards) - len(missing),
         desc="index",
         unit=" shards",
-        delay=0 if verbose else SHORT,
-        disable=verbose is False or not missing,
+        delay=SHORT,
+        disable=not missing,
     )
     build = functools.partial(build_part, index_dir=index_dir)
     with bar, contextlib.ExitStack() as stack:
