@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import struct
-import tempfile
 from concurrent import futures
 
 import numpy as np
@@ -190,6 +189,7 @@ def _scan(path, format):
     records, content = bytearray(), bytearray()
     seen, layouts, damage, context = set(), {}, None, None
     try:
+        context = format.context(path)
         for entry in format.scan(path):
             key, fault = hash_of(entry.key), entry.fault
             if format.unique_keys:
@@ -200,14 +200,11 @@ def _scan(path, format):
             layouts[layout] = number, count + 1
             records += PACKED.pack(entry.offset, entry.size, key, number)
             content += entry.content or b""
-        context = format.context(path)
     except DamagedShard as error:
         _, last_key, reason = error.args
         if last_key is not None:
             last_key = last_key.encode("utf-8", "backslashreplace").decode()
         damage = last_key, reason
-        if layouts:
-            context = format.context(path)
     layouts = [(*layout, count) for layout, (_, count) in layouts.items()]
     digest = hashlib.blake2b(records + content, digest_size=16)
     digest.update(json.dumps([layouts, damage, context]).encode())
@@ -248,13 +245,10 @@ def _places(path, index_dir):
     if index_dir is not None:
         return [os.path.join(index_dir, unique)]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    places = [
-        os.path.join(folder, "keras_cluster_mask", "index", unique)
-        for folder in (cache, tempfile.gettempdir())
-    ]
+    cached = os.path.join(cache, "keras_cluster_mask", "index", unique)
     if files.is_address(path):
-        return places
-    return [os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index"), *places]
+        return [cached]
+    return [os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index"), cached]
 
 
 def _write(places, contents):
