@@ -143,13 +143,11 @@ class Index:
         yield from self._read(group, with_images)
 
     def _read(self, places, with_images):
-        results, by_format = [None] * len(places), {}
-        for index, place in enumerate(places):
-            by_format.setdefault(place.shard.format, []).append(index)
-        for format, indices in by_format.items():
-            contents = format.read([places[index].span for index in indices])
-            for index, content in zip(indices, contents):
-                results[index] = self._pair(places[index], content)
+        results = []
+        for format, group in itertools.groupby(places, lambda each: each.shard.format):
+            group = [*group]
+            contents = format.read([place.span for place in group])
+            results.extend(map(self._pair, group, contents))
         return self._reader.with_images(results) if with_images else results
 
     def _find(self, number):
