@@ -171,9 +171,6 @@ class _Iterator(grain.DatasetIterator):
                 raise StopIteration
             try:
                 batch = next(self._batches[0])
-            except StopIteration:
-                self._skipped.end()
-                raise
             except BaseException:
                 self._close()
                 raise
