@@ -269,7 +269,7 @@ def image_text_dataset(
         check_weights(source, training, sampling)
     indexes = [open_index(each, reader, index_dir, process=process) for each in sources]
     skipped = SkippedSamples(indexes, max_skipped)
-    check_samples(indexes, skipped, reader, batch_size if training else 1)
+    check_samples(indexes, skipped, reader)
     index = indexes[0] if len(indexes) == 1 else Indexes(indexes)
     skipped.report_index(len(index))
     order = range(len(index))
@@ -285,8 +285,10 @@ def image_text_dataset(
         order = orders[0] if weights is None else Mix(orders, weights)
         if order.length(0) < batch_size:
             raise ValueError(
-                "`sampling` must choose at least a batch of samples. Received: "
-                f"batch_size={batch_size}, {order.length(0)} samples in the first epoch"
+                "`batch_size` must not exceed the number of samples in an epoch, all "
+                "of `source` or those that `sampling` chooses, because training uses "
+                f"full batches only. Received: batch_size={batch_size}, "
+                f"{order.length(0)} samples"
             )
 
     rows = batch_size // process[1] if training else None
