@@ -41,11 +41,10 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     Returns:
         `Index`, or `ObjectIndex` for an object.
     """
-    is_list = isinstance(source, list | tuple)
-    first = source[0] if is_list and source else None
-    if isinstance(first, Mapping) or (
-        hasattr(source, "__getitem__") and not isinstance(source, str) and not is_list
-    ):
+    first = source[0] if isinstance(source, list | tuple) and source else None
+    has_names = isinstance(source, str | list | tuple | Mapping)
+    is_object = hasattr(source, "__getitem__") and not has_names
+    if is_object or isinstance(first, Mapping):
         if index_dir is not None:
             raise ValueError(
                 "`index_dir` is for files: an object has no index. Received: "
