@@ -136,9 +136,11 @@ class Samples:
         step = int(DISTANCE * size) + 1
         while math.gcd(step, size) > 1:
             step += 1
-        count = min(SUBSTITUTES, size)
-        # Storage that fails takes long each time, so all others are read at once.
-        for several in (range(1, min(2, count)), range(2, count)):
+        count = 1
+        while count < min(SUBSTITUTES, size):
+            # Storage that fails takes long each time, so ever more are read at once.
+            several = range(count, min(2 * count, SUBSTITUTES, size))
+            count = several.stop
             near = [start + (position + n * step) % size for n in several]
             for pair in self.pairs(near):
                 # A broken one is counted where it stands itself.
