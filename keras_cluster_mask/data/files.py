@@ -101,6 +101,12 @@ def exists(path):
     return system.exists(name)
 
 
+def remove(path):
+    """Removes a file."""
+    system, name = file_system(path)
+    system.rm_file(name)
+
+
 def beside(path, name):
     """A file name relative to the folder of another file, unless it is absolute."""
     if is_address(name) or os.path.isabs(name):
