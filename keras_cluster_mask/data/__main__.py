@@ -25,7 +25,6 @@ def main(arguments=None):
     """
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
-    options["verbose"] = not options.pop("quiet")
     # Pillow's warnings are about images that are counted as broken, or harmless.
     warnings.filterwarnings("ignore", module="PIL")
     try:
@@ -60,7 +59,6 @@ def _parser():
         metavar="NAME",
         help="the field that holds the caption, such as json.caption; may be repeated",
     )
-    both.add_argument("--quiet", action="store_true", help="show no progress bar")
 
     parser = argparse.ArgumentParser(
         prog="python -m keras_cluster_mask.data",
@@ -95,7 +93,6 @@ def _parser():
         help="resize images whose shorter side is longer than N pixels; by default "
         "all bytes are copied",
     )
-    add("--overwrite", action="store_true", help="replace existing shards")
     return parser
 
 

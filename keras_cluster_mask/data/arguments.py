@@ -139,19 +139,12 @@ def name_of(function):
     return None if function is None else [named.__qualname__, *sizes]
 
 
-def check_samples(indexes, skipped, reader, at_least):
-    """Raises an error unless there are enough samples with what is asked for."""
-    count = sum(map(len, indexes))
+def check_samples(indexes, skipped, reader):
+    """Raises an error unless there are samples with what is asked for."""
     # What an entry holds, and which names classes have, is not in an index.
     examples = [sample for index in indexes for sample in _few(index)]
     if any(isinstance(sample, Pair) for sample in examples):
-        if count >= at_least:
-            return
-        raise ValueError(
-            "`batch_size` must not exceed the number of samples, because training uses "
-            f"full batches only. Received: batch_size={at_least}, {count} samples in "
-            "`source`"
-        )
+        return
     faults = collections.Counter(sample.reason for sample in examples)
     faults.update(skipped.by_reason)
     fields = {field for index in indexes for field in index.fields}

@@ -3,26 +3,18 @@
 import numpy as np
 from PIL import Image
 
-WHITE = (255, 255, 255)
+CHOICES = "white", "random"
 
 
 def check_background(background):
-    """Checks `background`, and returns a list of `"random"` and RGB tuples."""
+    """Checks `background`, and returns a list of `CHOICES`."""
     choices = background if isinstance(background, list) else [background]
-    checked = [WHITE if choice == "white" else choice for choice in choices]
-    for choice in checked:
-        if isinstance(choice, str) and choice == "random":
-            continue
-        color = choice if isinstance(choice, tuple) else ()
-        if len(color) != 3 or not all(0 <= value <= 255 for value in color):
-            checked = []
-    if not checked:
+    if not choices or not all(choice in CHOICES for choice in choices):
         raise ValueError(
-            '`background` must be "white", "random", a tuple of three ints from 0 to '
-            "255 (red, green, blue), or a list of these. "
+            '`background` must be "white", "random", or a list of these. '
             f"Received: {background!r}"
         )
-    return checked
+    return choices
 
 
 def composite(image, background="white", seed=0):
@@ -33,9 +25,9 @@ def composite(image, background="white", seed=0):
 
     Args:
         image: uint8 array `(height, width, 4)`. The last channel is alpha.
-        background: `"white"`, a tuple of three ints from 0 to 255, or `"random"`: a
-            plain color, a gradient or a texture, with equal probability. From a list
-            of these, one is drawn with equal probability.
+        background: `"white"`, or `"random"`: a plain color, a gradient or a texture,
+            with equal probability. From a list of these, one is drawn with equal
+            probability.
         seed: int. Equal seeds give equal backgrounds.
 
     Returns:
@@ -44,10 +36,8 @@ def composite(image, background="white", seed=0):
     generator = np.random.default_rng(seed)
     choices = check_background(background)
     choice = choices[generator.integers(len(choices))]
-    if choice == "random":
-        back = random_background(image.shape[:2], generator)
-    else:
-        back = np.array(choice, "float32")
+    is_random = choice == "random"
+    back = random_background(image.shape[:2], generator) if is_random else 255.0
     alpha = image[..., 3:].astype("float32") / 255.0
     return np.round(alpha * image[..., :3] + (1.0 - alpha) * back).astype("uint8")
 

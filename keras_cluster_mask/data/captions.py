@@ -45,7 +45,7 @@ class CaptionChoice:
                     "`caption_template` must be str that hold {} exactly once, for the "
                     f"caption. Received: {template!r}"
                 )
-        self._templates = [each.partition("{}")[::2] for each in templates]
+        self._templates = templates
         self._training = training
 
     def __call__(self, pair, generator):
@@ -56,13 +56,11 @@ class CaptionChoice:
             generator: `np.random.Generator`, which draws in training.
         """
         caption = self._drawn(pair.captions, generator)
-        before, after = self._drawn(self._templates, generator)
-        return _encoded(f"{before}{caption}{after}")
+        return _filled(self._drawn(self._templates, generator), caption)
 
     def all_of(self, pair):
         """All captions of a pair, each in the first template, as a tuple of bytes."""
-        before, after = self._templates[0]
-        return tuple(_encoded(f"{before}{text}{after}") for text in pair.captions)
+        return tuple(_filled(self._templates[0], text) for text in pair.captions)
 
     def _drawn(self, choices, generator):
         if self._training and len(choices) > 1:
@@ -70,5 +68,5 @@ class CaptionChoice:
         return choices[0]
 
 
-def _encoded(caption):
-    return caption.encode("utf-8", "surrogatepass")
+def _filled(template, caption):
+    return template.replace("{}", caption).encode("utf-8", "surrogatepass")

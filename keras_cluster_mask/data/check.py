@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import grain
 from tqdm import tqdm
 
+from keras_cluster_mask.data import parts
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
 from keras_cluster_mask.data.index import Index, open_index
 from keras_cluster_mask.data.pairs import Fault, PairReader
@@ -28,14 +29,14 @@ def check(
     decode: bool = False,
     index_dir: str | os.PathLike | None = None,
     num_workers: int = 0,
-    verbose: bool = False,
 ) -> dict:
     """Indexes shards, and counts their samples and their faults.
 
     A sample is broken if it has no image or no caption, or if its key is a duplicate
     within the shard. A damaged shard counts as one broken sample, because the number of
     samples after the damage is unknown. Shards that are indexed already and have not
-    changed are not read again, so that an interrupted check continues.
+    changed are not read again, so that an interrupted check continues. What takes more
+    than a second shows a progress bar, unless `TQDM_DISABLE=1` is in the environment.
 
     Example:
 
@@ -52,7 +53,6 @@ def check(
         index_dir: str or path; see `image_text_dataset`.
         num_workers: int. The number of processes that build the index. A program that
             uses them needs `if __name__ == "__main__":`. Defaults to `0`: none.
-        verbose: bool. Whether to show a progress bar. Defaults to `False`.
 
     Returns:
         dict: `"samples"`, the number of intact samples; `"broken"`, the number of
@@ -65,7 +65,7 @@ def check(
         FileNotFoundError: If a shard is missing.
     """
     reader = PairReader(image_keys, caption_key)
-    index = open_index(source, reader, index_dir, num_workers, verbose)
+    index = open_index(source, reader, index_dir, num_workers)
     broken = broken_samples(index)
     # What is wrong with the samples of an object shows when they are read.
     if not decode and isinstance(index, Index):
@@ -75,8 +75,7 @@ def check(
         if decode:
             decode_all(EncodedImage(pair.image))
 
-    title = "check" if verbose else None
-    count = sum(1 for _ in intact_samples(index, function, broken, title))
+    count = sum(1 for _ in intact_samples(index, function, broken, "check"))
     return {"samples": count, **summary(broken)}
 
 
@@ -109,14 +108,14 @@ def summary(broken):
     }
 
 
-def intact_samples(index, function, broken, progress=None):
+def intact_samples(index, function, broken, progress):
     """Applies a function to each sample in threads, in the order of the index.
 
     Args:
         index: `Index`.
         function: Function of a `Pair`. May raise `UnreadableImage`.
         broken: `SkippedSamples`, to which broken samples are added.
-        progress: str. The title of a progress bar, or None for no bar.
+        progress: str. The title of the progress bar.
 
     Yields:
         tuple: The `Pair` and what the function returned.
@@ -137,9 +136,7 @@ def intact_samples(index, function, broken, progress=None):
     threads = num_processors()
     options = grain.ReadOptions(threads, AHEAD * threads)
     groups = grain.MapDataset.range(0, len(index), TOGETHER).map(apply)
-    bar = tqdm(
-        total=len(index), desc=progress, unit=" samples", disable=progress is None
-    )
+    bar = tqdm(total=len(index), desc=progress, unit=" samples", delay=parts.SHORT)
     with bar, contextlib.closing(iter(groups.to_iter_dataset(options))) as groups:
         for group in groups:
             bar.update(len(group))

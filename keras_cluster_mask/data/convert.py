@@ -1,19 +1,13 @@
 """`convert`: writes any readable source as tar shards."""
 
-import hashlib
 import io
 import itertools
 import json
-import lzma
 import os
 import re
-import shutil
 import tarfile
-import tempfile
-import zlib
 from collections.abc import Sequence
 
-import fsspec
 from PIL import Image
 
 from keras_cluster_mask.data import files
@@ -24,18 +18,13 @@ from keras_cluster_mask.data.check import (
     intact_samples,
     summary,
 )
-from keras_cluster_mask.data.formats import NoRandomAccess
-from keras_cluster_mask.data.formats.base import COMPRESSIONS
 from keras_cluster_mask.data.images import EncodedImage
-from keras_cluster_mask.data.index import Index
+from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import IMAGE_KEYS, PairReader
-from keras_cluster_mask.data.parts import build_parts
-from keras_cluster_mask.data.shards import find_shards
 
 JPEG_QUALITY = 95
 # File names have at most 255 bytes; a number and an extension are appended.
 MAX_NAME = 200
-COMPRESSED_NAME = r"\.t?(gz|bz2|xz|lzma|zst)$"
 
 
 def convert(
@@ -46,8 +35,6 @@ def convert(
     image_size: int | None = None,
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
-    overwrite: bool = False,
-    verbose: bool = False,
 ) -> dict:
     """Writes samples as tar shards in the layout of WebDataset and img2dataset.
 
@@ -57,11 +44,8 @@ def convert(
     the extension of their actual format. Consecutive rows of a table that name the same
     image become one sample. Broken samples are left out and counted; see `check`.
 
-    Compressed shards and those on servers that do not send parts of files, which
-    `image_text_dataset` cannot read, are copied to a temporary folder first.
-
-    Each shard is written beside its place and renamed when it is complete. To repeat an
-    interrupted conversion, pass `overwrite=True`.
+    Each shard is written beside its place and renamed when it is complete. No file is
+    replaced: to repeat an interrupted conversion, remove its shards.
 
     Example:
 
@@ -70,7 +54,8 @@ def convert(
     ```
 
     Args:
-        source: str or path, or a list of them; see `list_shards`.
+        source: str or path, or a list of them; see `list_shards`. Or an object; see
+            `image_text_dataset`.
         to: str or path. `"shards/train-{00000}.tar"` writes shards with numbers of five
             digits; a name without braces, such as `"train.tar"`, is a single shard. May
             be an address such as `"s3://bucket/train-{00000}.tar"`.
@@ -81,9 +66,6 @@ def convert(
             images are copied.
         image_keys: str or sequence of str; see `image_text_dataset`.
         caption_key: str or sequence of str; see `image_text_dataset`.
-        overwrite: bool. Whether to replace existing shards. Shards with higher numbers
-            are then removed, too. Defaults to `False`.
-        verbose: bool. Whether to show a progress bar. Defaults to `False`.
 
     Returns:
         dict: `"samples"`, the number of samples written; `"shards"`, the files;
@@ -91,44 +73,43 @@ def convert(
 
     Raises:
         FileNotFoundError: If a shard of `source` is missing.
-        ValueError: If an argument is invalid, or if a file exists already and
-            `overwrite` is false.
+        ValueError: If an argument is invalid, or if a shard of `to` exists already.
     """
     check_integer("samples_per_shard", samples_per_shard, 1)
     if image_size is not None:
         check_integer("image_size", image_size, 1)
-    to = _ShardNames(to, overwrite)
-    shards = find_shards(source)
-    to.check(shards)
-    with tempfile.TemporaryDirectory() as folder:
-        parts, copies = [], {}
-        for path, stamp in shards.items():
-            try:
-                parts += build_parts({path: stamp})
-            except NoRandomAccess:
-                copies[path] = _copy(path, folder)
-                parts += build_parts(find_shards(copies[path]))
-        reader = PairReader(image_keys, caption_key)
-        index = Index(list(shards), parts, reader, copies)
-        broken = broken_samples(index)
-        encoded = intact_samples(
-            index,
-            lambda pair: _encoded(pair, image_size),
-            broken,
-            "convert" if verbose else None,
+    to = os.path.expanduser(os.fspath(to))
+    match = re.fullmatch(r"([^{]*)(?:\{(0+)\}([^{]*))?", to)
+    if not match or not to.endswith(".tar"):
+        raise ValueError(
+            "`to` must be the name of a tar file, with zeros in braces where the "
+            "number of a shard goes, such as 'shards/train-{00000}.tar'. "
+            f"Received: to={to!r}"
         )
-        samples = _merged(encoded)
-        shards, written = _write_shards(samples, to, samples_per_shard)
-    to.remove_from(len(shards))
-    return {"samples": written, "shards": shards, **summary(broken)}
+    before, zeros, after = match.groups(default="")
 
+    def free(number):
+        """The name of a shard, if there is no such file."""
+        number = f"{number:0{len(zeros)}}" if zeros else ""
+        path = f"{before}{number}{after}"
+        if files.exists(path):
+            raise ValueError(
+                f"`to` must not exist yet: choose another name. Received: {path}"
+            )
+        return path
 
-def _write_shards(samples, to, samples_per_shard):
-    """Writes samples; returns the names of the shards and the number of samples."""
+    free(0)
+    index = open_index(source, PairReader(image_keys, caption_key))
+    broken = broken_samples(index)
+    samples = _merged(
+        intact_samples(
+            index, lambda pair: _encoded(pair, image_size), broken, "convert"
+        )
+    )
     shards, written, used_keys = [], 0, {}
-    limit = samples_per_shard if to.digits else None
+    limit = samples_per_shard if zeros else None
     while (first := next(samples, None)) is not None:
-        shards.append(to.free(len(shards)))
+        shards.append(free(len(shards)))
         rest = itertools.islice(samples, limit and limit - 1)
         with (
             files.replacing(shards[-1]) as file,
@@ -140,35 +121,7 @@ def _write_shards(samples, to, samples_per_shard):
                 fields = {extension: content, **_caption_fields(pair.captions)}
                 _write(archive, _unique_key(pair.key, used_keys), fields)
                 written += 1
-    return shards, written
-
-
-def _copy(path, folder):
-    """Copies a shard, decompressed, into a folder; returns the path of the copy."""
-    system, name = files.file_system(path)
-    # The whole file, also from a server that sends nothing else.
-    whole = {"block_size": 0} if path.lower().startswith("http") else {}
-    with system.open(name, "rb", **whole) as file:
-        start = file.read(8)
-    found = (kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic))
-    compression, name = next(found, None), path.rpartition("/")[2]
-    if compression:
-        name = re.sub(COMPRESSED_NAME, "", name)
-    copy = os.path.join(tempfile.mkdtemp(dir=folder), name)
-    try:
-        with (
-            fsspec.open(path, "rb", compression=compression, **whole) as file,
-            open(copy, "wb") as target,
-        ):
-            shutil.copyfileobj(file, target, 2**20)
-    # Decompressors raise many kinds of errors, and fsspec for one that is missing.
-    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(
-            f"`source` must be shards that can be decompressed: {error}"
-            + (" (`pip install zstandard`)" if compression == "zstd" else "")
-            + f". Received: {path}"
-        ) from error
-    return copy
+    return {"samples": written, "shards": shards, **summary(broken)}
 
 
 def _merged(samples):
@@ -181,63 +134,6 @@ def _merged(samples):
         (pair, encoded), *others = group
         captions = sum((other.captions for other, _ in others), pair.captions)
         yield pair._replace(captions=captions), encoded
-
-
-class _ShardNames:
-    """The names of the shards that are written.
-
-    Args:
-        to: str or path. The argument of `convert`.
-        overwrite: bool.
-    """
-
-    def __init__(self, to, overwrite):
-        self._to = os.path.expanduser(os.fspath(to))
-        self._overwrite = overwrite
-        match = re.fullmatch(r"([^{]*)(?:\{(0+)\}([^{]*))?", self._to)
-        if not match or not self._to.endswith(".tar"):
-            raise ValueError(
-                "`to` must be the name of a tar file, with zeros in braces where the "
-                "number of a shard goes, such as 'shards/train-{00000}.tar'. "
-                f"Received: to={self._to!r}"
-            )
-        self._before, zeros, self._after = match.groups(default="")
-        self.digits = len(zeros)
-
-    def check(self, sources):
-        """Raises an error if `to` names a source, or if the first shard exists."""
-        pattern = re.sub(r"\\\{0+\\\}", r"\\d+", re.escape(_real_path(self._to)))
-        for path in sources:
-            if re.fullmatch(pattern, _real_path(path)):
-                raise ValueError(
-                    "`to` must not name a file of `source`: choose another folder or "
-                    f"name. Received: to={self._to!r}, source {path}"
-                )
-        self.free(0)
-
-    def free(self, number):
-        """The name of a shard. Raises an error if it exists and may not be replaced."""
-        path = self._name(number)
-        if files.exists(path) and not self._overwrite:
-            raise ValueError(
-                "`to` must not exist yet: choose another name, or pass "
-                f"`overwrite=True` to replace it. Received: {path}"
-            )
-        return path
-
-    def remove_from(self, number):
-        """Removes the shards that a longer run has left, from this number on."""
-        while self.digits and self._overwrite and files.exists(self._name(number)):
-            files.remove(self._name(number))
-            number += 1
-
-    def _name(self, number):
-        number = f"{number:0{self.digits}}" if self.digits else ""
-        return f"{self._before}{number}{self._after}"
-
-
-def _real_path(path):
-    return path if files.is_address(path) else os.path.realpath(path)
 
 
 def _encoded(pair, image_size):
@@ -311,14 +207,10 @@ def safe_key(key):
     """
     key = re.sub(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", "", key, flags=re.IGNORECASE)
     key = re.sub(r'[\x00-\x1f\x7f<>:"\\|?*\ud800-\udfff]', "_", key)
-    names = (name.lstrip(". ").rstrip(". ") for name in key.split("/"))
-    *folders, name = [_shortened(name) for name in names if name] or ["sample"]
+    # A key that is cut and equals another gets a number.
+    names = (
+        name.strip(". ").encode()[:MAX_NAME].decode("utf-8", "ignore").rstrip(". ")
+        for name in key.split("/")
+    )
+    *folders, name = [name for name in names if name] or ["sample"]
     return "/".join([*folders, name.replace(".", "_")])
-
-
-def _shortened(name):
-    content = name.encode()
-    if len(content) <= MAX_NAME:
-        return name
-    digest = hashlib.blake2b(content, digest_size=6).hexdigest()
-    return content[: MAX_NAME - 13].decode("utf-8", "ignore") + "-" + digest

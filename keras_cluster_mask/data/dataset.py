@@ -6,6 +6,7 @@ from keras_cluster_mask.data import files
 from keras_cluster_mask.data.arguments import (
     check_choice,
     check_crop_scale,
+    check_fraction,
     check_integer,
     check_process,
     check_samples,
@@ -15,13 +16,11 @@ from keras_cluster_mask.data.arguments import (
 )
 from keras_cluster_mask.data.backgrounds import check_background
 from keras_cluster_mask.data.captions import CaptionChoice
-from keras_cluster_mask.data.frequency_pruning import FrequencyPruning
 from keras_cluster_mask.data.images import MAX_PIXELS, Cutter, height_and_width
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.order import Mix, Order
 from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
-from keras_cluster_mask.data.sampling import ClusterSampling
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
 from keras_cluster_mask.data.text_masking import check_text_masking
@@ -155,9 +154,9 @@ def image_text_dataset(
             `(0.4, 1.0)`.
         horizontal_flip: bool. Whether to flip half of the images in training. Not
             suitable for captions that say left or right. Defaults to `False`.
-        background: The background of transparent images: `"white"`, a tuple of three
-            ints from 0 to 255, `"random"` (plain colors, gradients and textures), or a
-            list of these, from which one is drawn for each image.
+        background: The background of transparent images: `"white"`, `"random"` (plain
+            colors, gradients and textures), or a list of these, from which one is drawn
+            for each image.
         image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
             `np.random.Generator`, that returns an image of the same shape and type.
         include_captions: bool. Whether batches hold the `"captions"`, UTF-8 bytes; with
@@ -236,10 +235,7 @@ def image_text_dataset(
     check_choice("resize", resize, ("crop", "squash"))
     check_choice("include_captions", include_captions, (False, True, "all"))
     crop_scale = check_crop_scale(crop_scale, resize)
-    if not 0 <= max_skipped <= 1:
-        raise ValueError(
-            f"`max_skipped` must be from 0 to 1. Received: max_skipped={max_skipped}"
-        )
+    check_fraction("max_skipped", max_skipped, or_zero=True)
     if class_names is not None and label_key is None:
         raise ValueError(
             "`class_names` need labels: pass the `label_key` of the field that holds "
@@ -251,8 +247,8 @@ def image_text_dataset(
                 f"`{name}` is for training: evaluation reads each sample once, in "
                 f"order. Received: {name}={value!r}, training=False"
             )
-    samplers = ClusterSampling | FrequencyPruning
-    if not (sampling is None or callable(sampling) or isinstance(sampling, samplers)):
+    is_sampler = hasattr(sampling, "of_index")
+    if not (sampling is None or callable(sampling) or is_sampler):
         raise ValueError(
             "`sampling` must be a `ClusterSampling`, a `FrequencyPruning`, or a "
             f"function. Received: sampling={sampling!r}"
@@ -274,14 +270,14 @@ def image_text_dataset(
         check_weights(source, training, sampling)
     indexes = [open_index(each, reader, index_dir, process=process) for each in sources]
     skipped = SkippedSamples(indexes, max_skipped)
-    check_samples(indexes, skipped, reader, batch_size if training else 1)
+    check_samples(indexes, skipped, reader)
     index = indexes[0] if len(indexes) == 1 else Indexes(indexes)
     skipped.report_index(len(index))
     order = range(len(index))
     if training:
         remote = any(files.is_address(path) for each in indexes for path in each.paths)
         block_size = choose_block_size(block_size, batch_size, process[1], remote)
-        if isinstance(sampling, samplers):
+        if is_sampler:
             sampling = sampling.of_index(index)
         orders = [
             Order(len(each), seed, block_size, sampling, source)
@@ -290,8 +286,10 @@ def image_text_dataset(
         order = orders[0] if weights is None else Mix(orders, weights)
         if order.length(0) < batch_size:
             raise ValueError(
-                "`sampling` must choose at least a batch of samples. Received: "
-                f"batch_size={batch_size}, {order.length(0)} samples in the first epoch"
+                "`batch_size` must not exceed the number of samples in an epoch, all "
+                "of `source` or those that `sampling` chooses, because training uses "
+                f"full batches only. Received: batch_size={batch_size}, "
+                f"{order.length(0)} samples"
             )
 
     rows = batch_size // process[1] if training else None

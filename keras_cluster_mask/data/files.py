@@ -1,16 +1,11 @@
 """Files anywhere, through fsspec: local, `s3://`, `gs://`, `memory://`, `http://`."""
 
 import contextlib
-import contextvars
 import errno
-import multiprocessing
 import os
-import queue
 import re
 import secrets
-import threading
 import time
-import weakref
 
 import fsspec
 
@@ -18,14 +13,9 @@ import fsspec
 READ_AHEAD = 2**20
 # A range that cannot be read is read again after so many seconds.
 RETRY_AFTER = 0.1, 1.0, 5.0
-# Reading takes no longer than this, in seconds.
-TIME_LIMIT = 60.0
 # Neighbours with at most so many bytes between them are read together.
 MAX_GAP = 2**16
 MAX_REQUEST = 2**26
-# What ends reading in this thread, and all that exist.
-_stop = contextvars.ContextVar("stop", default=None)
-_stops = weakref.WeakSet()
 
 
 def is_address(path):
@@ -126,9 +116,9 @@ def beside(path, name):
 
 
 def read_ranges(ranges):
-    """Reads parts of files, neighbours together and others at the same time.
+    """Reads parts of files, neighbours together.
 
-    What cannot be read is read again a few times, and has a time limit.
+    What cannot be read is read again a few times.
 
     Args:
         ranges: list of `(path, start, stop)`, in bytes; `None` as stop for the rest.
@@ -136,41 +126,30 @@ def read_ranges(ranges):
     Returns:
         list of bytes, or of the OSError for what cannot be read.
     """
-    if not ranges:
-        return []
-    results = [None] * len(ranges)
-    missing = range(len(ranges))
-    for _ in _attempts():
+    results, missing = [None] * len(ranges), range(len(ranges))
+    for pause in (0.0, *RETRY_AFTER):
+        if not missing:
+            break
+        time.sleep(pause)
         requests = _merged(ranges, missing)
         replies = fetch([request for request, _ in requests])
         for ((_, start, _), places), reply in zip(requests, replies):
             for place in places:
                 results[place] = _part_of(reply, start, *ranges[place])
-        missing = [i for i in missing if may_pass(results[i])]
-        if not missing:
-            break
+        missing = [i for i in missing if _may_pass(results[i])]
     return results
 
 
 def retried(read):
     """What a function returns that may raise an OSError, after a few attempts."""
-    for _ in _attempts():
+    for pause in RETRY_AFTER:
         try:
             return read()
         except OSError as error:
-            last = error
-            if not may_pass(error):
-                break
-    raise last
-
-
-def _attempts():
-    """Yields as often as reading is tried, with pauses between."""
-    yield
-    for pause in RETRY_AFTER:
-        if (_stop.get() or threading.Event()).wait(pause):
-            raise Cancelled
-        yield
+            if not _may_pass(error):
+                raise
+        time.sleep(pause)
+    return read()
 
 
 def _merged(ranges, places):
@@ -198,33 +177,21 @@ def _part_of(reply, first, path, start, stop):
     return content
 
 
-def _read_all(requests):
-    """Reads requests of any file systems; an error stands for what cannot be read."""
-    replies = [None] * len(requests)
-    remote = {}
-    for number, (path, start, stop) in enumerate(requests):
-        if is_address(path):
-            system, name = file_system(path)
-            remote.setdefault(system, []).append((number, name, start, stop))
-            continue
-        try:
-            with open(path, "rb") as file:
-                file.seek(start)
-                replies[number] = file.read(-1 if stop is None else stop - start)
-        except (OSError, ValueError) as error:
-            replies[number] = _as_os_error(error)
-    for system, several in remote.items():
-        numbers, names, starts, stops = zip(*several)
-        try:
-            contents = system.cat_ranges(
-                list(names), list(starts), list(stops), on_error="return"
-            )
-        except Exception as error:
-            contents = [error] * len(names)
+def fetch(requests):
+    """What storage replies to requests for ranges, as bytes or errors.
+
+    A reply may be longer than its range.
+    """
+    replies, systems = [None] * len(requests), {}
+    for number, (path, *span) in enumerate(requests):
+        system, name = file_system(path)
+        systems.setdefault(system, []).append((number, name, *span))
+    for system, several in systems.items():
+        numbers, *arguments = map(list, zip(*several))
+        contents = system.cat_ranges(*arguments, on_error="return")
         for number, content in zip(numbers, contents):
-            replies[number] = (
-                _as_os_error(content) if isinstance(content, Exception) else content
-            )
+            is_error = isinstance(content, Exception)
+            replies[number] = _as_os_error(content) if is_error else content
     return replies
 
 
@@ -238,7 +205,7 @@ def _as_os_error(error):
     return OSError(number, str(error))
 
 
-def may_pass(result):
+def _may_pass(result):
     """Whether a result is an error that may not occur again."""
     final = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
     numbers = errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP
@@ -247,61 +214,3 @@ def may_pass(result):
         and not isinstance(result, final)
         and result.errno not in numbers
     )
-
-
-class Cancelled(RuntimeError):
-    """Reading was given up because no one waits for it."""
-
-
-@contextlib.contextmanager
-def stopped_by(stop):
-    """Ends reading in this thread when an event is set.
-
-    Args:
-        stop: `threading.Event`.
-    """
-    _stops.add(stop)
-    token = _stop.set(stop)
-    try:
-        yield
-    finally:
-        _stop.reset(token)
-
-
-def cancel():
-    """Ends all reading that a `stopped_by` surrounds, and the processes that read."""
-    for stop in list(_stops):
-        stop.set()
-    for child in multiprocessing.active_children():
-        # What grain has started.
-        if child.name.startswith("grain-"):
-            child.kill()
-
-
-def fetch(requests):
-    """What storage replies to requests for ranges in time, as bytes or errors.
-
-    No one waits longer for the thread that asks. A reply may be longer than its range.
-    """
-    replies = queue.SimpleQueue()
-
-    def call():
-        try:
-            replies.put(_read_all(requests))
-        except BaseException as error:
-            replies.put(error)
-
-    threading.Thread(target=call, daemon=True, name="read ranges").start()
-    end, stop = time.monotonic() + TIME_LIMIT, _stop.get()
-    while stop is None or not stop.is_set():
-        try:
-            found = replies.get(timeout=0.2)
-        except queue.Empty:
-            if time.monotonic() > end:
-                late = TimeoutError(f"reading took more than {TIME_LIMIT:.0f} seconds")
-                return [late] * len(requests)
-            continue
-        if isinstance(found, BaseException):
-            raise found
-        return found
-    raise Cancelled

@@ -27,9 +27,7 @@ GUESS = 2**20
 GLANCE = 2**16
 
 
-def open_index(
-    source, reader, index_dir=None, num_workers=0, verbose=None, process=(0, 1)
-):
+def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     """Opens the index of a source, and builds what is missing.
 
     Args:
@@ -38,17 +36,15 @@ def open_index(
         reader: `PairReader`.
         index_dir: As for `build_parts`.
         num_workers: As for `build_parts`.
-        verbose: As for `build_parts`.
         process: As for `build_parts`.
 
     Returns:
         `Index`, or `ObjectIndex` for an object.
     """
-    is_list = isinstance(source, list | tuple)
-    first = source[0] if is_list and source else None
-    if isinstance(first, Mapping) or (
-        hasattr(source, "__getitem__") and not isinstance(source, str) and not is_list
-    ):
+    first = source[0] if isinstance(source, list | tuple) and source else None
+    has_names = isinstance(source, str | list | tuple | Mapping)
+    is_object = hasattr(source, "__getitem__") and not has_names
+    if is_object or isinstance(first, Mapping):
         if index_dir is not None:
             raise ValueError(
                 "`index_dir` is for files: an object has no index. Received: "
@@ -56,7 +52,7 @@ def open_index(
             )
         return ObjectIndex(source, reader)
     shards = find_shards(source)
-    parts = build_parts(shards, index_dir, num_workers, verbose, process)
+    parts = build_parts(shards, index_dir, num_workers, process)
     return Index(list(shards), parts, reader)
 
 
@@ -71,7 +67,6 @@ class Index:
         paths: list of str. The shards.
         parts: list of `Part`.
         reader: `PairReader`.
-        copies: dict from the paths of shards to those of copies that are read instead.
 
     Attributes:
         paths: list of str. The shards.
@@ -83,13 +78,9 @@ class Index:
             not if files have been moved.
     """
 
-    def __init__(self, paths, parts, reader, copies=None):
+    def __init__(self, paths, parts, reader):
         self.paths, self._parts, self._reader = paths, parts, reader
-        self._copies = copies or {}
-        self._shards = [
-            _Shard(path, self._copies.get(path, path), part, reader)
-            for path, part in zip(paths, parts)
-        ]
+        self._shards = [_Shard(path, p, reader) for path, p in zip(paths, parts)]
         counts = [shard.counts() for shard in self._shards]
         # The number of the first sample of each shard, and the number of all samples.
         self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
@@ -103,7 +94,7 @@ class Index:
         return self._starts[-1]
 
     def __reduce__(self):
-        return Index, (self.paths, self._parts, self._reader, self._copies)
+        return Index, (self.paths, self._parts, self._reader)
 
     @property
     def fields(self):
@@ -151,13 +142,11 @@ class Index:
         yield from self._read(group, with_images)
 
     def _read(self, places, with_images):
-        results, by_format = [None] * len(places), {}
-        for index, place in enumerate(places):
-            by_format.setdefault(place.shard.format, []).append(index)
-        for format, indices in by_format.items():
-            contents = format.read([places[index].span for index in indices])
-            for index, content in zip(indices, contents):
-                results[index] = self._pair(places[index], content)
+        results = []
+        for format, group in itertools.groupby(places, lambda each: each.shard.format):
+            group = [*group]
+            contents = format.read([place.span for place in group])
+            results.extend(map(self._pair, group, contents))
         return self._reader.with_images(results) if with_images else results
 
     def _find(self, number):
@@ -193,14 +182,12 @@ class _Shard:
 
     Args:
         path: str.
-        copy: str. The path of a copy that is read instead, or the same path.
         part: `Part`.
         reader: `PairReader`.
     """
 
-    def __init__(self, path, copy, part, reader):
-        self.path, self.part, self._copy = path, part, copy
-        self.format = format_of(copy)
+    def __init__(self, path, part, reader):
+        self.path, self.part, self.format = path, part, format_of(path)
         # Of each layout, what is wrong with its samples, or None.
         self.reasons = [reader.fault_of(*each[:2]) for each in part.layouts]
 
@@ -220,7 +207,7 @@ class _Shard:
 
     def place(self, number, record):
         """The `_Place` of the sample of a record."""
-        path, offset = self._copy, int(record["offset"])
+        path, offset = self.path, int(record["offset"])
         if self.format.in_index:
             path, offset = self.part.path, offset + self.part.content_start
         span = path, offset, int(record["size"])

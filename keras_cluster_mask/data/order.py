@@ -83,15 +83,11 @@ class Order:
 
     def _epoch(self, epoch):
         """The chosen numbers or None, how many, and the seed and shift of the runs."""
-        if epoch in (known := self._known):
-            return known[epoch]
         with _lock:
-            # Another thread may have found it meanwhile.
-            if epoch not in (known := self._known):
-                # A new dictionary, since other threads may read the old one.
-                known = {**dict([*known.items()][-1:]), epoch: self._find(epoch)}
-                self._known = known
-        return known[epoch]
+            if epoch not in self._known:
+                self._known = dict([*self._known.items()][-1:])
+                self._known[epoch] = self._find(epoch)
+            return self._known[epoch]
 
     def _find(self, epoch):
         """What `_epoch` returns, computed."""

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import struct
-import tempfile
 from concurrent import futures
 
 import numpy as np
@@ -114,7 +113,7 @@ def read_part(path, digest=None):
     return Part(path=path, start=start, **head)
 
 
-def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0, 1)):
+def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
     """The parts of shards, of which those that are missing or old are built.
 
     Args:
@@ -123,8 +122,6 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0,
             each shard; or a cache folder, for shards at addresses and in folders that
             cannot be written to.
         num_workers: int. The number of processes that build parts; 0 for none.
-        verbose: bool. Whether to show a progress bar. Defaults to `None`: if it takes
-            more than a second.
         process: Pair of ints. The number of this process, and of all that build the
             same parts. Each begins elsewhere, and takes what others have built.
 
@@ -142,10 +139,10 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0,
         initial=len(shards) - len(missing),
         desc="index",
         unit=" shards",
-        delay=0 if verbose else SHORT,
-        disable=verbose is False or not missing,
+        delay=SHORT,
+        disable=not missing,
     )
-    build = functools.partial(_find_or_build, index_dir=index_dir)
+    build = functools.partial(build_part, index_dir=index_dir)
     with bar, contextlib.ExitStack() as stack:
         apply = map
         if num_workers and missing:
@@ -160,13 +157,10 @@ def build_parts(shards, index_dir=None, num_workers=0, verbose=None, process=(0,
     return list(parts.values())
 
 
-def _find_or_build(path, stamp, index_dir):
-    # Another process may have built it meanwhile.
-    return _find(path, stamp, index_dir) or build_part(path, stamp, index_dir)
-
-
 def build_part(path, stamp, index_dir=None):
-    """Indexes a shard. Several processes may build the same part at the same time.
+    """Indexes a shard, unless another process has built its part meanwhile.
+
+    Several processes may build the same part at the same time.
 
     Args:
         path: str. The shard.
@@ -180,6 +174,8 @@ def build_part(path, stamp, index_dir=None):
         NoRandomAccess: If the shard cannot be read in any order.
         OSError: If the shard cannot be read, or the part cannot be written.
     """
+    if part := _find(path, stamp, index_dir):
+        return part
     head, *contents = files.retried(lambda: _scan(path, format_of(path)))
     head = {"version": VERSION, "stamp": stamp, **head}
     line = json.dumps(head).encode() + b"\n"
@@ -193,6 +189,7 @@ def _scan(path, format):
     records, content = bytearray(), bytearray()
     seen, layouts, damage, context = set(), {}, None, None
     try:
+        context = format.context(path)
         for entry in format.scan(path):
             key, fault = hash_of(entry.key), entry.fault
             if format.unique_keys:
@@ -203,14 +200,11 @@ def _scan(path, format):
             layouts[layout] = number, count + 1
             records += PACKED.pack(entry.offset, entry.size, key, number)
             content += entry.content or b""
-        context = format.context(path)
     except DamagedShard as error:
         _, last_key, reason = error.args
         if last_key is not None:
             last_key = last_key.encode("utf-8", "backslashreplace").decode()
         damage = last_key, reason
-        if layouts:
-            context = format.context(path)
     layouts = [(*layout, count) for layout, (_, count) in layouts.items()]
     digest = hashlib.blake2b(records + content, digest_size=16)
     digest.update(json.dumps([layouts, damage, context]).encode())
@@ -230,7 +224,8 @@ def _check_ranges(path):
     if isinstance(reply, Exception):
         raise reply
     if len(reply) > 1:
-        raise NoRandomAccess(path, "on a server that does not send parts of files")
+        kind = "on a server that does not send parts of files: download it"
+        raise NoRandomAccess(path, kind)
 
 
 def _find(path, stamp, index_dir):
@@ -250,13 +245,10 @@ def _places(path, index_dir):
     if index_dir is not None:
         return [os.path.join(index_dir, unique)]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    places = [
-        os.path.join(folder, "keras_cluster_mask", "index", unique)
-        for folder in (cache, tempfile.gettempdir())
-    ]
+    cached = os.path.join(cache, "keras_cluster_mask", "index", unique)
     if files.is_address(path):
-        return places
-    return [os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index"), *places]
+        return [cached]
+    return [os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index"), cached]
 
 
 def _write(places, contents):

@@ -9,7 +9,7 @@ import braceexpand
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.folder import images_in
-from keras_cluster_mask.data.formats.table import find_table
+from keras_cluster_mask.data.formats.table import TABLES
 from keras_cluster_mask.data.parts import hash_of
 
 # The files whose size and date are asked for at the same time.
@@ -62,9 +62,8 @@ def find_shards(source):
         if item.startswith("pipe:"):
             raise ValueError(
                 "`source` must be shards that can be read in any order, not the output "
-                "of a command. Write it to files, or convert what the command reads: "
-                "`python -m keras_cluster_mask.data convert ADDRESS --to "
-                f"'shards/train-{{00000}}.tar'`. Received: {item}"
+                "of a command. Write it to files, or pass the address that the command "
+                f"reads, such as 's3://bucket/train-*.tar'. Received: {item}"
             )
         if not files.is_address(item):
             item = os.path.normpath(os.path.expanduser(item))
@@ -82,9 +81,9 @@ def _in_folder(path):
     path = path.rstrip("/") + "/"
     system, folder = files.file_system(path)
     infos = {info["name"].rpartition("/")[2]: info for info in system.ls(folder, True)}
-    table = find_table(path, infos)
+    table = next((name for name in TABLES if name in infos), None)
     if table:
-        return table, infos[table.rpartition("/")[2]]
+        return path + table, infos[table]
     images = images_in(path)
     if not images:
         raise FileNotFoundError(

@@ -121,12 +121,6 @@ class SkippedSamples:
                 f"{self.reasons()}"
             )
 
-    def end(self):
-        """Warns with a summary of the samples that turned out to be broken."""
-        if self._broken > 1:
-            message = f"{self._broken} samples were skipped: {self.reasons()}."
-            warnings.warn(message, stacklevel=2)
-
     def _are_many(self, count, total):
         return total >= ENOUGH and count > self.max_share * total
 

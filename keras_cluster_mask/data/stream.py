@@ -1,6 +1,7 @@
 """Batches as a grain dataset that knows its length and starts anywhere."""
 
 import copy
+import functools
 import math
 import multiprocessing.connection
 import os
@@ -13,7 +14,6 @@ import grain
 import numpy as np
 from absl import flags
 
-from keras_cluster_mask.data import files
 from keras_cluster_mask.data.samples import FAULTS
 from keras_cluster_mask.data.tokenizing import is_layer, tokenize
 
@@ -95,34 +95,33 @@ class ImageTextDataset(grain.IterDataset):
         return as_dataset(self)
 
     def __iter__(self):
-        return _Iterator(self)
+        return _Iterator(self, self.batches(self.start))
 
-    def batches(self, start, stop):
-        """The batches from the number `start` on, as grain makes them.
-
-        Args:
-            start: int.
-            stop: `threading.Event` that ends reading in this process.
-        """
+    def batches(self, start):
+        """The batches from the number `start` on, as grain makes them."""
         bytes_per_row = math.prod(self.element_spec["images"].shape[1:])
         bytes_per_batch = self._samples.rows * bytes_per_row
         ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
-        workers = self._num_workers
-        if workers:
+        workers = max(self._num_workers, 1)
+        if self._num_workers:
             # Those that wait on both sides, one that is made, and one that is used.
             _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
         # A run of neighbours is read as one.
         rows = max(CHUNK, getattr(self._samples.order, "block_size", 1))
         rows = min(rows, max(MAX_CHUNK // bytes_per_row, 1))
-        chunks = _Chunks(self._samples, start, max(workers, 1), rows, stop)
-        threads = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
+        per_batch = -(-self._samples.rows // rows)
+        # Each worker makes as many batches of evaluation; the last may be empty.
+        turns = max(-(-(len(self) - start) // workers), 0)
+        chunks = 2**62 if self.training else turns * workers * per_batch
+        read = functools.partial(_read_chunk, self._samples, start, workers, rows)
+        threads = max(min(num_processors() // workers, MAX_THREADS), 1)
         options = grain.ReadOptions(
             num_threads=threads,
-            prefetch_buffer_size=max(ahead * chunks.per_batch, 2 * threads),
+            prefetch_buffer_size=max(ahead * per_batch, 2 * threads),
         )
-        dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
-        dataset = dataset.batch(chunks.per_batch, batch_fn=_together)
-        if workers:
+        dataset = grain.MapDataset.range(chunks).map(read).to_iter_dataset(options)
+        dataset = dataset.batch(per_batch, batch_fn=_together)
+        if self._num_workers:
             # grain reads flags of its own, which few programs parse.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
@@ -147,19 +146,17 @@ class ImageTextDataset(grain.IterDataset):
 class _Iterator(grain.DatasetIterator):
     """Counts broken samples, leaves out empty batches, and ends when it should."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, batches):
         super().__init__()
         self._dataset = dataset
         self._skipped = dataset.skipped = copy.deepcopy(dataset._left_out)
         self._pid = os.getpid()
-        self._start(dataset.start)
+        self._start(dataset.start, batches)
 
-    def _start(self, batch):
-        self._batch = batch
-        self._batches, stop = [], threading.Event()
+    def _start(self, batch, batches):
+        self._batch, self._batches = batch, [iter(batches)]
         # Also at the end of the program, before the modules that it needs are gone.
-        self._close = weakref.finalize(self, _close, self._batches, stop)
-        self._batches.append(iter(self._dataset.batches(batch, stop)))
+        self._close = weakref.finalize(self, _close, self._batches)
 
     def __next__(self):
         if os.getpid() != self._pid:
@@ -174,13 +171,7 @@ class _Iterator(grain.DatasetIterator):
                 raise StopIteration
             try:
                 batch = next(self._batches[0])
-            except StopIteration:
-                self._skipped.end()
-                raise
-            except KeyboardInterrupt:
-                files.cancel()
-                raise
-            except Exception:
+            except BaseException:
                 self._close()
                 raise
             self._batch += 1
@@ -201,14 +192,11 @@ class _Iterator(grain.DatasetIterator):
 
     def set_state(self, state):
         self._close()
-        self._start(state["batch"])
+        self._start(state["batch"], self._dataset.batches(state["batch"]))
 
 
-def _close(iterators, stop):
-    # A program that ends waits for the threads that read.
-    stop.set()
-    while iterators:
-        iterators.pop().close()
+def _close(iterators):
+    iterators.pop().close()
 
 
 def _end_with_parent(index, count):
@@ -222,49 +210,23 @@ def _end_with_parent(index, count):
     threading.Thread(target=wait, daemon=True, name="wait for parent").start()
 
 
-class _Chunks:
-    """Pieces of batches by number, as a source of grain.
+def _read_chunk(samples, start, workers, size, number):
+    """Reads a piece of a batch.
 
-    grain deals the elements of a source to worker processes in turn. The pieces are
-    arranged so that all pieces of a batch go to one worker, whatever their number.
+    grain deals the numbers to worker processes in turn. The pieces are arranged so that
+    all pieces of a batch are made by one worker, whatever their number.
 
     Args:
         samples: `Samples`.
         start: int. The first batch.
         workers: int.
         size: int. The rows of a piece.
-        stop: `threading.Event` that ends reading in this process.
+        number: int. The number of the piece.
     """
-
-    def __init__(self, samples, start, workers, size, stop):
-        self._samples, self._stop = samples, stop
-        self._start, self._workers, self._size = start, workers, size
-        self.per_batch = -(-samples.rows // size)
-
-    def __len__(self):
-        if self._samples.training:
-            return 2**62
-        left = self._samples.num_batches - self._start
-        # Each worker makes as many batches; the last may be empty.
-        return max(-(-left // self._workers), 0) * self._workers * self.per_batch
-
-    def __getitem__(self, number):
-        turn, worker = divmod(number, self._workers)
-        turn, chunk = divmod(turn, self.per_batch)
-        batch = self._start + turn * self._workers + worker
-        positions = self._samples.positions(batch)
-        first = chunk * self._size
-        with files.stopped_by(self._stop):
-            return self._samples.read(positions[first : first + self._size])
-
-    def __getstate__(self):
-        return {**vars(self), "_stop": None}
-
-    def __setstate__(self, state):
-        vars(self).update(state, _stop=threading.Event())
-
-    def __repr__(self):
-        return "chunks"
+    turn, worker = divmod(number, workers)
+    turn, chunk = divmod(turn, -(-samples.rows // size))
+    positions = samples.positions(start + turn * workers + worker)
+    return samples.read(positions[chunk * size : (chunk + 1) * size])
 
 
 def _together(chunks):

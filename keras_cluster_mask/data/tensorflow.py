@@ -1,11 +1,6 @@
 """What the data pipeline does with TensorFlow, which nothing else here imports."""
 
 import contextlib
-import signal
-import socket
-import threading
-
-from keras_cluster_mask.data import files
 
 
 def import_tensorflow(purpose):
@@ -33,35 +28,6 @@ def import_tensorflow(purpose):
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], "GPU")
     return tf
-
-
-@contextlib.contextmanager
-def stop_at_interrupts():
-    """Stops reading at Ctrl-C, also while TensorFlow waits for a batch.
-
-    It waits outside of Python, which hears of an interrupt only after the wait, but
-    writes the number of the signal to a file at once.
-    """
-    # Only the main thread may set that file.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    reads, writes = socket.socketpair()
-    writes.setblocking(False)
-    before = signal.set_wakeup_fd(writes.fileno(), warn_on_full_buffer=False)
-
-    def watch():
-        while numbers := reads.recv(16):
-            if signal.SIGINT in numbers:
-                files.cancel()
-        reads.close()
-
-    threading.Thread(target=watch, daemon=True, name="interrupts").start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        writes.close()
 
 
 def as_dataset(stream):

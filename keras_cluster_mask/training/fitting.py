@@ -152,7 +152,7 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         if data.steps_per_epoch is not None:
             given["steps_per_epoch"] = data.steps_per_epoch - run.step
         run.start(x)
-        history = _run(keras_fit, given, hasattr(data.stream, "skipped"))
+        history = _run(keras_fit, given)
         if last == epochs or model.stop_training:
             break
         run.restore_weights()
@@ -173,15 +173,10 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
     return history
 
 
-def _run(keras_fit, options, is_stream):
+def _run(keras_fit, options):
+    has_steps = "steps_per_epoch" in options
     try:
-        with contextlib.ExitStack() as stack:
-            if "steps_per_epoch" not in options:
-                stack.enter_context(inputs.until_the_end())
-            if is_stream and keras.backend.backend() == "tensorflow":
-                from keras_cluster_mask.data.tensorflow import stop_at_interrupts
-
-                stack.enter_context(stop_at_interrupts())
+        with contextlib.nullcontext() if has_steps else inputs.until_the_end():
             return keras_fit(**options)
     finally:
         if isinstance(options["x"], types.GeneratorType):

@@ -152,7 +152,7 @@ def test_shards_that_have_changed_are_checked_again(write_pairs):
 def test_missing_and_compressed_shards_are_refused(tmp_path, write_tar):
     with pytest.raises(FileNotFoundError, match=r"Received \(missing\)"):
         check(tmp_path / "missing.tar")
-    with pytest.raises(NoRandomAccess, match=r"keras_cluster_mask\.data convert"):
+    with pytest.raises(NoRandomAccess, match="gunzip"):
         check(write_tar("a.tar.gz", [("1.jpg", b"j")], "w:gz"))
 
 

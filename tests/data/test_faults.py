@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -154,29 +153,6 @@ def test_what_fails_now_and_then_is_read_again(shards, storage):
     assert dataset.skipped.count == 0
 
 
-def test_a_storage_that_does_not_answer_is_given_up(shards, storage, monkeypatch):
-    monkeypatch.setattr(files, "RETRY_AFTER", ())
-    monkeypatch.setattr(files, "TIME_LIMIT", 0.5)
-    dataset = make([f"storage://{shard}" for shard in shards], batch_size=10)
-    answer = threading.Event()
-    cat_file = storage.cat_file
-
-    def hang(self, path, start=None, end=None, **options):
-        if path.endswith("1.tar"):
-            answer.wait(60)
-        return cat_file(self, path, start, end, **options)
-
-    storage.cat_file = hang
-    try:
-        assert keys(dataset) == numbers(range(10), range(20, 30))
-    finally:
-        storage.cat_file = cat_file
-        answer.set()
-    faults = dataset.skipped.samples
-    assert len(faults) == 10
-    assert "more than" in faults[0].details
-
-
 # === Images that tables name ===
 
 
@@ -273,29 +249,6 @@ def test_a_run_of_neighbours_in_a_lost_shard_is_replaced_by_others(write_tar, en
     for batch in take(dataset, 4):
         assert len(batch["keys"]) == 256
         assert not {*batch["keys"].tolist()} & {b"%04d" % n for n in range(128, 256)}
-
-
-def test_reading_ends_when_no_one_waits_for_it(shards, storage, monkeypatch):
-    monkeypatch.setattr(files, "TIME_LIMIT", 60)
-    dataset = make([f"storage://{path}" for path in shards], True)
-    released, started = threading.Event(), threading.Event()
-
-    def hang(self, *arguments, **options):
-        started.set()
-        released.wait(60)
-
-    monkeypatch.setattr(storage, "cat_ranges", hang)
-    before = {*threading.enumerate()}
-    iterator = iter(dataset)
-    reader = threading.Thread(target=lambda: next(iterator, None), daemon=True)
-    reader.start()
-    assert started.wait(20)
-    iterator.close()
-    for thread in {*threading.enumerate()} - before - {reader}:
-        if thread.name.startswith("grain"):
-            thread.join(10)
-            assert not thread.is_alive()
-    released.set()
 
 
 def test_an_item_that_an_object_cannot_decode_is_replaced():

@@ -1,5 +1,3 @@
-import threading
-
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -186,13 +184,3 @@ def test_an_error_that_stays_is_returned_for_its_range_alone(unreliable):
     first, second = files.read_ranges(ranges)
     assert first == CONTENT[:5]
     assert isinstance(second, OSError)
-
-
-def test_a_source_that_hangs_is_given_up(unreliable, monkeypatch):
-    release = threading.Event()
-    monkeypatch.setattr(files, "TIME_LIMIT", 0.1)
-    monkeypatch.setattr(files, "RETRY_AFTER", ())
-    monkeypatch.setattr(Unreliable, "cat_file", lambda *a, **k: release.wait(30))
-    (found,) = files.read_ranges([("unreliable://a", 0, 5)])
-    release.set()
-    assert isinstance(found, TimeoutError)

@@ -1,10 +1,13 @@
 """The files that hold the index: where they are, and when they are built again."""
 
 import concurrent.futures
+import functools
+import http.server
 import json
 import os
 import pathlib
 import pickle
+import threading
 
 import fsspec
 import pytest
@@ -139,7 +142,7 @@ def test_processes_build_the_same_parts(source, tmp_path):
 @pytest.mark.slow
 def test_an_error_in_a_process_is_raised(source, write_tar):
     write_tar("shards/9.tar", [("1.jpg", b"j")], "w:gz")
-    with pytest.raises(NoRandomAccess, match=r"convert .*/9\.tar --to"):
+    with pytest.raises(NoRandomAccess, match=r"gunzip.*/9\.tar"):
         build(source, num_workers=2)
 
 
@@ -208,6 +211,17 @@ def test_shards_at_addresses_are_indexed_in_the_cache(source, cache, scanned):
         assert scanned == ["3.tar"]
     finally:
         system.rm("/indexed", recursive=True)
+
+
+def test_a_server_that_sends_whole_files_only_is_refused(source):
+    folder = os.path.dirname(source)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/0.tar"
+        with pytest.raises(NoRandomAccess, match=rf"download it.*Received: {address}"):
+            build(address)
+        server.shutdown()
 
 
 class Unreliable(MemoryFileSystem):

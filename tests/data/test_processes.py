@@ -15,31 +15,9 @@ import pytest
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
 SETUP = """
-import fsspec, itertools, json, os, sys, time
+import itertools, json, os, sys, time
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 from keras_cluster_mask.data import image_text_dataset
-
-
-class Storage(LocalFileSystem):
-    protocol = "storage"
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).removeprefix("storage://"))
-
-    def unstrip_protocol(self, name):
-        return "storage://" + self._strip_protocol(name)
-
-    def cat_file(self, path, start=None, end=None, **options):
-        # The index is read from start to end, and the first byte as a trial.
-        if os.path.exists("hang") and end - start > 1:
-            open("hangs", "w").close()
-            time.sleep(60)
-        return super().cat_file(path, start, end, **options)
-
-
-fsspec.register_implementation("storage", Storage, clobber=True)
 
 
 def tokenizer(captions):
@@ -251,31 +229,23 @@ def test_broken_samples_are_counted_across_workers(run, write_tar, noise, tmp_pa
 @pytest.mark.parametrize(
     ("workers", "training"), [(0, True), (1, True), (0, False), (2, False)]
 )
-def test_control_c_while_storage_hangs_ends_the_program(
-    start, tmp_path, workers, training
-):
+def test_control_c_ends_the_program(start, tmp_path, workers, training):
     process = start(
         f"""
-        shard = "storage://" + os.path.abspath("a.tar")
-        dataset = make(shard, {training}, num_workers={workers})
-        next(iter(dataset))
-        open("hang", "w").close()
-        take(dataset)
+        iterator = iter(make(source, {training}, num_workers={workers}))
+        next(iterator)
+        open("ready", "w").close()
+        for batch in iterator:
+            time.sleep(1)
         """
     )
-    wait_for(lambda: (tmp_path / "hangs").exists() or process.poll() is not None, 60)
-    time.sleep(0.5)
+    wait_for(lambda: (tmp_path / "ready").exists() or process.poll() is not None, 60)
     assert process.poll() is None, process.communicate()[1]
     # The terminal sends it to the whole group.
     os.killpg(process.pid, signal.SIGINT)
-    begin = time.monotonic()
-    try:
-        _, err = process.communicate(timeout=20)
-    except subprocess.TimeoutExpired:
-        pytest.fail("the program still runs after 20 seconds")
-    # Two seconds, and as many for a machine that is busy.
-    assert time.monotonic() - begin < 4
+    _, err = process.communicate(timeout=20)
     assert "KeyboardInterrupt" in err
+    wait_for(lambda: not members_of(process.pid), 5)
 
 
 def test_control_c_of_one_process_alone_ends_its_workers(start, tmp_path):

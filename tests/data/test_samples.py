@@ -244,9 +244,8 @@ def test_transparent_images_have_the_background(write_tar, encode, training):
         (f"{i}.{e}", c) for i in range(8) for e, c in (("png", clear), ("txt", b"t"))
     ]
     shard = write_tar("a.tar", members)
-    for background, color in (("white", [255] * 3), ((1, 2, 3), [1, 2, 3])):
-        for batch in take(make(shard, training, background=background), 2):
-            assert (batch["images"] == color).all()
+    for batch in take(make(shard, training), 2):
+        assert (batch["images"] == 255).all()
     random = take(make(shard, training, background="random"), 2)
     images = np.reshape(column(random, "images"), (8, -1))
     assert len(np.unique(images, axis=0)) == 8

@@ -18,7 +18,7 @@ __all__ = ["DamagedShard", "Entry", "Format", "NoRandomAccess", "format_of"]
 
 # By the extension of a file; a file with any other name is read as a tar.
 FORMATS = {
-    r"\.tfrec(ords?)?(\.gz)?": TFRecord(),
+    r"\.tfrec(ords?)?": TFRecord(),
     r"\.csv": Table(","),
     r"\.tsv": Table("\t"),
     r"\.(jsonl|ndjson)": Table(None),

@@ -4,14 +4,8 @@ import typing
 
 from keras_cluster_mask.data import files
 
-# By the first bytes of a file, its compression as fsspec names it.
-COMPRESSIONS = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bz2",
-    b"\xfd7zXZ": "xz",
-    b"\x5d\x00\x00\x80": "lzma",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
+# The first bytes of gzip, bz2, xz, lzma and zstd files.
+COMPRESSED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00\x00\x80", b"\x28\xb5\x2f\xfd"
 # A damaged header may claim more than any image has and would fill the memory.
 MAX_BYTES = 2**28
 
@@ -66,15 +60,14 @@ class NoRandomAccess(ValueError):
 
     Args:
         path: str.
-        kind: str.
+        kind: str. What it is, and what helps.
     """
 
     def __str__(self):
         path, kind = self.args
         return (
             f"`source` must be shards that can be read in any order, but this is {kind}"
-            ". Convert it: `python -m keras_cluster_mask.data convert "
-            f"{path} --to 'shards/train-{{00000}}.tar'`. Received: {path}"
+            f". Received: {path}"
         )
 
 

@@ -7,8 +7,9 @@ import json
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import DamagedShard, Entry, Format, is_empty
 
-NAMES = ("metadata", "manifest")
-ENDINGS = ("csv", "tsv", "jsonl")
+# The names of the table of a folder; of several, the first stands for the folder.
+ENDINGS = "csv", "tsv", "jsonl"
+TABLES = [f"{name}.{end}" for name in ("metadata", "manifest") for end in ENDINGS]
 # Where a quote stays open, the search for its end stops after so many bytes.
 MAX_ROW = 2**20
 NO_CSV = "a row that is not CSV in UTF-8"
@@ -120,13 +121,6 @@ def _lines(file, taken):
         taken.append(line)
         size += len(line)
         yield line
-
-
-def find_table(folder, names):
-    """The table among the files of a folder, or None."""
-    candidates = (f"{name}.{ending}" for name in NAMES for ending in ENDINGS)
-    found = next((name for name in candidates if name in names), None)
-    return found and files.beside(f"{folder.rstrip('/')}/", found)
 
 
 def _key(row, number):

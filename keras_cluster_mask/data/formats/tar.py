@@ -8,7 +8,7 @@ import tarfile
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import (
-    COMPRESSIONS,
+    COMPRESSED,
     MAX_BYTES,
     DamagedShard,
     Entry,
@@ -34,8 +34,9 @@ class Tar(Format):
         last = None
         try:
             with files.open_file(path) as file:
-                if file.read(8).startswith(tuple(COMPRESSIONS)):
-                    raise NoRandomAccess(path, "a compressed file")
+                if file.read(8).startswith(COMPRESSED):
+                    kind = "a compressed file: decompress it, such as with `gunzip`"
+                    raise NoRandomAccess(path, kind)
                 length = file.seek(0, io.SEEK_END)
                 file.seek(0)
                 archive = tarfile.TarFile(fileobj=file, tarinfo=_Header)

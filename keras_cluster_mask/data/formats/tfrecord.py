@@ -17,7 +17,6 @@ from keras_cluster_mask.data.formats.base import (
     DamagedShard,
     Entry,
     Format,
-    NoRandomAccess,
     is_empty,
 )
 
@@ -46,8 +45,6 @@ class TFRecord(Format):
     """
 
     def scan(self, path):
-        if path.lower().endswith(".gz"):
-            raise NoRandomAccess(path, "a compressed TFRecord file")
         key = None
         with files.open_file(path) as file:
             for number in itertools.count():

@@ -66,7 +66,7 @@ def test_sources_that_name_nothing_are_refused(source):
 
 
 def test_the_output_of_a_command_is_refused_with_what_helps():
-    with pytest.raises(ValueError, match=r"keras_cluster_mask\.data convert .*cat a"):
+    with pytest.raises(ValueError, match=r"address.*Received: pipe:cat a"):
         list_shards("pipe:cat a.tar")
 
 
@@ -80,7 +80,6 @@ def test_a_folder_is_represented_by_its_table(tmp_path):
 def test_the_extension_decides_the_format():
     formats = {
         "a.TFRecord": "TFRecord",
-        "a.tfrec.gz": "TFRecord",
         "a.tfrecords": "TFRecord",
         "a.CSV": "Table",
         "a.ndjson": "Table",

@@ -51,14 +51,11 @@ def test_an_empty_tar_has_no_samples(write_tar, read_all):
 
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
-def test_compressed_tars_are_refused_with_the_command_that_helps(
-    write_tar, scan, ending
-):
+def test_compressed_tars_are_refused_with_what_helps(write_tar, scan, ending):
     # Whatever the name of the file.
     for name in (f"x.tar.{ending}", "x.tar"):
         path = write_tar(name, FILES, f"w:{ending}")
-        message = rf"keras_cluster_mask\.data convert {path} --to .*Received: {path}"
-        with pytest.raises(NoRandomAccess, match=message):
+        with pytest.raises(NoRandomAccess, match=rf"gunzip.*Received: {path}"):
             list(scan(path))
 
 

@@ -136,10 +136,10 @@ def test_a_key_of_several_values_is_no_damage(write_records, read_all, value):
     assert fields["caption"] == b"c"
 
 
-def test_compressed_files_are_refused_with_the_command_that_helps(write_records, scan):
+def test_compressed_files_are_refused_with_what_helps(write_records, scan):
     for name in ("x.tfrecord.gz", "x.tfrec.gz"):
         path = write_records(name, RECORDS)
-        with pytest.raises(NoRandomAccess, match=rf"convert {path} --to"):
+        with pytest.raises(NoRandomAccess, match=rf"gunzip.*Received: {path}"):
             list(scan(path))
 
 
