@@ -199,6 +199,9 @@ class MomentumEncoder(keras.layers.Layer):
     def follow(self, encoder):
         """Chooses the encoder that `update` moves the teacher towards.
 
+        A teacher that follows a part of a model, such as the backbone in it, keeps
+        following it when the model is given.
+
         Args:
             encoder: A vision transformer whose weights have the shapes of the
                 teacher's, in the same order. Positions may be those of another image
@@ -210,15 +213,16 @@ class MomentumEncoder(keras.layers.Layer):
         """
         if self.is_constant:
             return
-        pairs = self._match(encoder)
         if self._pairs is not None:
-            sources = [source for _, source, _ in self._pairs()]
-            if any(x is not y for x, (_, y, _) in zip(sources, pairs)):
+            theirs = {id(v) for v in encoder.weights}
+            if any(id(source) not in theirs for _, source, _ in self._pairs()):
                 raise ValueError(
                     f"`{self.name}` follows another encoder already: make a "
                     "`MomentumEncoder`, and a masking, for each encoder. "
                     f"Received: encoder={encoder.name}"
                 )
+            return
+        pairs = self._match(encoder)
         # In a function, since the encoder's weights are not this layer's.
         self._pairs = lambda: pairs
 
@@ -273,7 +277,8 @@ class MomentumEncoder(keras.layers.Layer):
                 return pairs
         raise ValueError(
             "`teacher` must be a copy of the encoder that it is to follow, of the same "
-            "shapes: make it by `MomentumEncoder(encoder)` of that encoder. "
+            "shapes: make it by `MomentumEncoder(encoder)` of that encoder, or call "
+            "`teacher.follow` on the part of the encoder that it was made of. "
             f"Received: {_sizes(self._copy(), own)} in the teacher, "
             f"{_sizes(encoder, theirs)} in the encoder"
         )
@@ -342,7 +347,15 @@ def _copy(encoder, image_size):
             f"know. Received: image_size={image_size}, encoder={encoder.name} of type "
             f"{type(encoder).__name__}"
         )
-    copy = copy_with(encoder, "vision_encoder", {})
+    try:
+        copy = copy_with(encoder, "vision_encoder", {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`encoder` must be one that Keras can make from its configuration, which "
+            "a functional model around a ViTBackbone or DeiTBackbone is not: pass the "
+            "backbone itself, and call `teacher.follow(backbone)`. "
+            f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
+        ) from error
     for old, new in zip(encoder.weights, copy.weights):
         new.assign(old)
     number_positions(find_embedding_layer(copy))
