@@ -14,7 +14,6 @@ from keras_cluster_mask.models.encoders import (
     data_format_of,
     image_shape_of,
 )
-from keras_cluster_mask.training.layers import all_layers
 
 # The blocks of keras_hub's vision transformers with a class token, by their class: the
 # norm before the attention, and the `keras.layers.MultiHeadAttention`.
@@ -24,6 +23,13 @@ ATTENTIONS = {
     "DeiTEncoderBlock": ("layer_norm_1", "mha"),
     "MetaCLIP2EncoderLayer": ("layer_norm_1", "attention"),
     "ViTEncoderBlock": ("layer_norm_1", "mha"),
+}
+
+# Layers that hold all blocks of an encoder, in the order in which they run.
+HOLDERS = {
+    "DINOV2Encoder": "layers",
+    "DeiTEncoder": "encoder_layers",
+    "ViTEncoder": "encoder_layers",
 }
 
 
@@ -50,18 +56,16 @@ class ClassAttention:
     def __init__(self, encoder):
         if not isinstance(encoder, keras.Model) or not encoder.built:
             raise ValueError(f"{_wanted()} {_received(encoder)}")
-        # Not those within another model, nor within a masked encoder.
         embeddings = [x for x in encoder.layers if type(x).__name__ in EMBEDDINGS]
-        self.blocks = [x for x in all_layers(encoder) if type(x).__name__ in ATTENTIONS]
+        found = [(x, block) for x in encoder.layers for block in _blocks(x)]
         shape = image_shape_of(encoder)
-        if not embeddings or not self.blocks or shape is None or None in shape:
+        if not embeddings or not found or shape is None or None in shape:
             raise ValueError(f"{_wanted()} {_received(encoder)}")
+        self.blocks = [block for _, block in found]
         self.image_size = height_and_width(shape, data_format_of(encoder))
         self.patch_size = as_pair(embeddings[0].patch_size)
         self.grid = tuple(s // p for s, p in zip(self.image_size, self.patch_size))
-        # Some of the encoders have the blocks within a layer, some have them alone.
-        first = next(x for x in encoder.layers if self.blocks[0] in all_layers(x))
-        self.stem = keras.Model(encoder.input, first.input)
+        self.stem = keras.Model(encoder.input, found[0][0].input)
         rows, columns = self.grid
         self.num_prefix_tokens = count_tokens(self.stem, shape) - rows * columns
         if self.num_prefix_tokens < 1:
@@ -106,6 +110,12 @@ def attention_of_block(block, tokens):
     query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
     logits = ops.einsum("bihd,bjhd->bhij", query, key) * attention.key_dim**-0.5
     return ops.mean(ops.softmax(logits, axis=-1), axis=(1, 2))
+
+
+def _blocks(layer):
+    """The blocks that a layer of an encoder is or holds, not those within a model."""
+    name = type(layer).__name__
+    return [layer] if name in ATTENTIONS else getattr(layer, HOLDERS.get(name, ""), [])
 
 
 def _wanted():
