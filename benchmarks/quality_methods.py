@@ -15,6 +15,8 @@ class Method:
         text_masking: Function from the captions of the training data to a text
             masking, or to `None`, which truncates. Texts are then cut to
             `--short-context`. `None`: whole texts.
+        encoder_masking: Function from the image encoder and the number of training
+            steps to a masking, in place of `masking`.
         token_masking: Function from the share of the tokens that stays to a masking
             within the text encoder, where tokens keep their positions.
         whole_texts: How many of the eight parts of a run read whole texts, at its end.
@@ -28,6 +30,7 @@ class Method:
     token_masking: Callable | None = None
     whole_texts: int = 0
     image_scale: float = 1.0
+    encoder_masking: Callable | None = None
     equal_time: bool = False
 
 
@@ -38,6 +41,10 @@ def random(patch_size):
 def threshold(patch_size, **options):
     # `quality.py` calls `adapt` on training images.
     return kcm.ClusterMasking(patch_size, 0.6, min_mask_ratio=0.5, **options)
+
+
+def attentive(encoder, steps):
+    return kcm.AttentiveMasking(kcm.models.MomentumEncoder(encoder, steps=steps))
 
 
 def tagger(words):
@@ -63,6 +70,7 @@ METHODS = {
     "block": Method(lambda p: kcm.BlockMasking(0.5)),
     "k-means": Method(lambda p: kcm.KMeansMasking(p, 0.5)),
     "edges": Method(lambda p: kcm.EdgeMasking(p, 0.5)),
+    "attentive": Method(encoder_masking=attentive),
     # A grid of 2 x 2 keeps a quarter.
     "random, quarter": Method(lambda p: kcm.RandomMasking(0.75)),
     "grid, quarter": Method(lambda p: kcm.GridMasking(2)),
@@ -97,6 +105,7 @@ STUDIES = {
         "block",
         "k-means",
         "edges",
+        "attentive",
         "random, quarter",
         "grid, quarter",
     ),
