@@ -347,8 +347,11 @@ def _copy(encoder, image_size):
             f"know. Received: image_size={image_size}, encoder={encoder.name} of type "
             f"{type(encoder).__name__}"
         )
+    # keras_hub's configurations leave out the format.
+    is_backbone = hasattr(encoder, "image_shape")
+    changes = {"data_format": data_format_of(encoder)} if is_backbone else {}
     try:
-        copy = copy_with(encoder, "vision_encoder", {})
+        copy = copy_with(encoder, "vision_encoder", changes)
     except (TypeError, ValueError) as error:
         raise ValueError(
             "`encoder` must be one that Keras can make from its configuration, which "

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
 import keras_cluster_mask as kcm
@@ -67,6 +68,25 @@ def test_choosing_patches_is_counted_once():
     # 6 anchors with 196 patches of 768 pixels; and as many tokens 768 wide.
     assert flops[0.0] - random == 2 * 6 * 196 * 768
     assert flops[0.5] - random == 2 * (2 * 6 * 196 * 768)
+
+
+def test_the_pass_of_a_teacher_is_counted_as_torch_counts_it():
+    if keras.backend.backend() != "torch":
+        pytest.skip("counts operations of torch")
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder = kcm.models.clip_backbone("tiny", image_size=64).vision_encoder
+    random = training_flops("tiny", 64, masking=kcm.RandomMasking(0.5))
+    for side in (None, 32):
+        teacher = kcm.models.MomentumEncoder(encoder, image_size=side)
+        # The fused attention of CPUs is not counted.
+        math = sdpa_kernel(SDPBackend.MATH)
+        with math, FlopCounterMode(display=False) as counter:
+            teacher.attention(torch.zeros(1, 64, 64, 3))
+        attentive = training_flops("tiny", 64, masking=kcm.AttentiveMasking(teacher))
+        assert attentive - random == counter.get_total_flops()
 
 
 def test_a_threshold_costs_what_its_least_share_leaves():
