@@ -81,7 +81,6 @@ def attentive(encoder=None, num_prefix_tokens=None, **options):
 # One of each kind, for patches of 4 x 4 pixels; with state that training changes, where
 # it can have any.
 MASKINGS = {
-    "attentive": attentive,
     "random": kcm.RandomMasking,
     "cluster": lambda **options: kcm.ClusterMasking(4, softness=0.1, **options),
     "threshold": lambda **options: kcm.ClusterMasking(
@@ -101,6 +100,7 @@ MASKINGS = {
     "edge": lambda **options: kcm.EdgeMasking(
         4, embedding_weight=moving_weight(), **options
     ),
+    "attentive": attentive,
 }
 
 
