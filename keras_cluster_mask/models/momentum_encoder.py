@@ -53,9 +53,10 @@ class MomentumEncoder(keras.layers.Layer):
         encoder: A vision transformer with a class token and weights in float32:
             keras_hub's `CLIPVisionEncoder`, `MetaCLIP2VisionEncoder`, `ViTBackbone`,
             `DeiTBackbone` or `DINOV2Backbone`, or a functional Keras model around one.
-        momentum: Float in `[0, 1]`, the momentum of the first update. 1 keeps the
-            teacher as it is, if nothing follows from `steps`; such a teacher needs no
-            encoder to follow and may be any of the above.
+        momentum: Float in `[0, 1]`, the momentum of the first update. With 1 the
+            teacher is constant, unless `final_momentum` is lower. A constant teacher
+            follows no encoder, so its size may differ from that of the encoder that is
+            trained.
         final_momentum: Float in `[0, 1]`, the momentum after `steps` updates. It needs
             `steps`.
         steps: Integer, the number of updates over which the momentum rises. `None`
@@ -288,6 +289,8 @@ class MomentumEncoder(keras.layers.Layer):
         if self.image_size is None:
             return {}
         old_grid = ClassAttention(encoder).grid
+        if old_grid == self.grid:
+            return {}
         source = position_tables(find_embedding_layer(encoder))[-1]
         table = np.eye(source.shape[-2], dtype="float32")
         resize = resize_positions(table, old_grid, self.grid)

@@ -182,6 +182,25 @@ def test_positions_of_another_size_are_resized_in_each_update(family):
     assert_close(float_values(teacher.copied_weights), expected, 1e-5)
 
 
+@pytest.mark.parametrize("family", ["CLIP", "DINOV2"])
+def test_the_size_of_the_encoder_itself_resizes_nothing(family):
+    encoder = moved(three_layers(family), 1)
+    images = random_images(2)
+    found, expected = (
+        MomentumEncoder(encoder, 0.5, image_size=16),
+        MomentumEncoder(encoder, 0.5),
+    )
+    moved(encoder, 2)
+    for teacher in (found, expected):
+        teacher.follow(encoder)
+        teacher.update()
+    assert_close(values(found.weights), values(expected.weights))
+    assert_close(
+        [to_numpy(x.attention(images)) for x in (found,)],
+        [to_numpy(expected.attention(images))],
+    )
+
+
 def test_training_updates_once_a_step_before_the_step_changes_the_encoder():
     keras.utils.set_random_seed(0)
     backbone = tiny_clip()
