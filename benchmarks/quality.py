@@ -177,6 +177,8 @@ def new_model(method, options, data, seed, steps):
         context_length=options.context_length,
     )
     masking = method.masking and method.masking(options.patch_size)
+    if method.encoder_masking is not None:
+        masking = method.encoder_masking(backbone.vision_encoder, steps)
     share = options.short_context / options.context_length
     token_masking = method.token_masking and method.token_masking(share)
     model = kcm.ContrastiveModel.from_backbone(

@@ -15,6 +15,8 @@ class Method:
         text_masking: Function from the captions of the training data to a text
             masking, or to `None`, which truncates. Texts are then cut to
             `--short-context`. `None`: whole texts.
+        encoder_masking: Function from the image encoder and the number of training
+            steps to a masking, in place of `masking`.
         token_masking: Function from the share of the tokens that stays to a masking
             within the text encoder, where tokens keep their positions.
         whole_texts: How many of the eight parts of a run read whole texts, at its end.
@@ -33,6 +35,7 @@ class Method:
     image_scale: float = 1.0
     views: int = 1
     sampling: Callable | None = None
+    encoder_masking: Callable | None = None
     equal_time: bool = False
 
 
@@ -43,6 +46,10 @@ def random(patch_size):
 def threshold(patch_size, **options):
     # `quality.py` calls `adapt` on training images.
     return kcm.ClusterMasking(patch_size, 0.6, min_mask_ratio=0.5, **options)
+
+
+def attentive(encoder, steps):
+    return kcm.AttentiveMasking(kcm.models.MomentumEncoder(encoder, steps=steps))
 
 
 def tagger(words):
@@ -74,6 +81,7 @@ METHODS = {
     "block": Method(lambda p: kcm.BlockMasking(0.5)),
     "k-means": Method(lambda p: kcm.KMeansMasking(p, 0.5)),
     "edges": Method(lambda p: kcm.EdgeMasking(p, 0.5)),
+    "attentive": Method(encoder_masking=attentive),
     "random, two views": Method(random, views=2),
     "random, samples by clusters": Method(
         random, sampling=kcm.data.ClusterSampling.from_embeddings
@@ -116,6 +124,7 @@ STUDIES = {
         "block",
         "k-means",
         "edges",
+        "attentive",
         "random, two views",
         "random, samples by clusters",
         "random, samples by words",

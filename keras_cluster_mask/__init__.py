@@ -9,6 +9,7 @@ import sys
 if "keras" in sys.modules or multiprocessing.parent_process() is None:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
     from keras_cluster_mask.masking import (
+        AttentiveMasking,
         BlockMasking,
         CenteredMasking,
         ClusterMasking,
@@ -27,6 +28,7 @@ if "keras" in sys.modules or multiprocessing.parent_process() is None:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentiveMasking",
     "BlockMasking",
     "CenteredMasking",
     "ClusterMasking",

@@ -62,6 +62,7 @@ def examples():
 def test_there_are_examples_to_run():
     names = {parameter.values[0].rsplit(".", 1)[-1] for parameter in examples()}
     assert names >= {
+        "AttentiveMasking",
         "BlockMasking",
         "CenteredMasking",
         "ClusterMasking",
@@ -69,6 +70,7 @@ def test_there_are_examples_to_run():
         "EdgeMasking",
         "GridMasking",
         "KMeansMasking",
+        "MomentumEncoder",
         "PatchMasking",
         "RandomMasking",
         "masking_statistics",

@@ -109,6 +109,25 @@ def all_reduce_mean(variables):
             variable.value.data /= num_replicas()
 
 
+def assign_equal(variable, value):
+    """Assigns a value that every replica has computed, the same on each.
+
+    TensorFlow refuses it where a variable has no rule of how to aggregate the values of
+    replicas, as the weights of Keras's layers have none.
+    """
+    tensorflow = keras.backend.backend() == "tensorflow"
+    replica = tensorflow_replica() if tensorflow else None
+    if replica is None:
+        variable.assign(value)
+        return
+
+    def assign(strategy, value):
+        update = strategy.extended.update
+        update(variable.value, lambda v, x: v.assign(x), args=(value,))
+
+    replica.merge_call(assign, args=(value,))
+
+
 def tensorflow_replica():
     """The context of a replica of several, or `None`."""
     import tensorflow as tf

@@ -1,5 +1,6 @@
 """Which patches of a training image stay: one strategy a file, one base class."""
 
+from keras_cluster_mask.masking.attentive_masking import AttentiveMasking
 from keras_cluster_mask.masking.block_masking import BlockMasking
 from keras_cluster_mask.masking.centered_masking import CenteredMasking
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
@@ -11,6 +12,7 @@ from keras_cluster_mask.masking.random_masking import RandomMasking
 from keras_cluster_mask.masking.statistics import MaskingStatistics, masking_statistics
 
 __all__ = [
+    "AttentiveMasking",
     "BlockMasking",
     "CenteredMasking",
     "ClusterMasking",

@@ -92,6 +92,10 @@ class PatchMasking(keras.layers.Layer):
     # Hiding needs an attention mask; a strategy without such scores needs none.
     hides_tokens = False
 
+    # Whether a second view of an image would be masked otherwise: false for a strategy
+    # whose masks follow from the image.
+    is_random = True
+
     # For strategies that see images: an integer or `(height, width)` in pixels, and the
     # order of axes.
     patch_size = None
@@ -356,6 +360,13 @@ class PatchMasking(keras.layers.Layer):
         self.prepare_pixels = prepare_pixels
         self.counts_calls = False
 
+    def enter(self, encoder):
+        """Called by a `MaskedEncoder` that the masking is put into.
+
+        Args:
+            encoder: The encoder whose tokens are left out.
+        """
+
     def check_ready(self):
         """Raises if the layer cannot train yet. Reads values, so call it eagerly."""
 
@@ -428,15 +439,24 @@ class PatchMasking(keras.layers.Layer):
         shape = self.compute_output_shape(tokens.shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)
 
+    @property
+    def own_variables(self):
+        """What the layer saves: all its variables but those of layers in it."""
+        return self.variables
+
     def save_own_variables(self, store):
         # Keras's own way leaves out the state of the seed generator, and the masks
         # of a reloaded model would start over.
-        for index, variable in enumerate(self.variables):
+        for index, variable in enumerate(self.own_variables):
             store[str(index)] = variable
 
     def load_own_variables(self, store):
-        for index, variable in enumerate(self.variables):
+        for index, variable in enumerate(self.own_variables):
             variable.assign(store[str(index)])
+
+    def settings(self):
+        """What a checkpoint must fit besides variables: a dictionary of JSON values."""
+        return self.get_config()
 
     def get_config(self):
         config = super().get_config()

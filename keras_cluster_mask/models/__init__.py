@@ -16,6 +16,7 @@ from keras_cluster_mask.models.masked_text_encoder import (
     MaskedTextEncoder,
     with_text_masking,
 )
+from keras_cluster_mask.models.momentum_encoder import MomentumEncoder
 from keras_cluster_mask.models.sizes import clip_backbone
 from keras_cluster_mask.models.tower import Tower
 
@@ -26,6 +27,7 @@ __all__ = [
     "MaskedEncoder",
     "MaskedTextEncoder",
     "MetaCLIP2ContrastiveModel",
+    "MomentumEncoder",
     "SigLIPContrastiveModel",
     "Tower",
     "clip_backbone",

@@ -267,9 +267,7 @@ class ContrastiveModel(DualEncoder):
         with gradients.wait_for(args):
             results = super().train_step(*args)
         if replicas.num_replicas() > 1:
-            states = layers.state_variables(self)
-            floats = [v for v in states if keras.backend.is_float_dtype(v.dtype)]
-            replicas.all_reduce_mean(floats)
+            replicas.all_reduce_mean(layers.averaged_variables(self))
         return results
 
     def compute_loss(

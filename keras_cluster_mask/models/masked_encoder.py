@@ -122,6 +122,7 @@ class MaskedEncoder(keras.Model):
         self.num_prefix_tokens = counted if given is None else given
         if masking.hides_tokens:
             check_no_leak(encoder.name, blocks, self._count_always_visible(stem))
+        masking.enter(encoder)
         self.built = True
 
     def _count_always_visible(self, stem):

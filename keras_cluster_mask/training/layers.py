@@ -25,6 +25,21 @@ def state_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     return [v for x in all_layers(layer) for v in x._non_trainable_variables]
 
 
+def averaged_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The state that replicas update from their own rows, and must average.
+
+    All of `state_variables` in floats, except for that of layers with the attribute
+    `equal_on_replicas`, which is computed from what is equal on all replicas.
+    """
+    return [
+        v
+        for x in all_layers(layer)
+        if not getattr(x, "equal_on_replicas", False)
+        for v in x._non_trainable_variables
+        if keras.backend.is_float_dtype(v.dtype)
+    ]
+
+
 def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
     """What of a layer is not trained, for its configuration.
 

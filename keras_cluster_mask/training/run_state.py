@@ -67,7 +67,7 @@ def describe(model) -> dict:
     for index, masking in enumerate(model.maskings):
         prefix = f"maskings[{index}]"
         fields[f"{prefix}.class"] = type(masking).__name__
-        for key, value in masking.get_config().items():
+        for key, value in masking.settings().items():
             if key not in INCIDENTAL:
                 fields[f"{prefix}.{key}"] = value
     return fields

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
 import keras_cluster_mask as kcm
@@ -81,6 +82,25 @@ def test_two_views_of_half_the_patches_cost_about_as_much_as_the_whole_image():
     # All but the patches and the texts, which are embedded once, is done twice.
     assert both - text == 2 * (one - text)
     assert 0.97 < both / whole <= 1.05
+
+
+def test_the_pass_of_a_teacher_is_counted_as_torch_counts_it():
+    if keras.backend.backend() != "torch":
+        pytest.skip("counts operations of torch")
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder = kcm.models.clip_backbone("tiny", image_size=64).vision_encoder
+    random = training_flops("tiny", 64, masking=kcm.RandomMasking(0.5))
+    for side in (None, 32):
+        teacher = kcm.models.MomentumEncoder(encoder, image_size=side)
+        # The fused attention of CPUs is not counted.
+        math = sdpa_kernel(SDPBackend.MATH)
+        with math, FlopCounterMode(display=False) as counter:
+            teacher.attention(torch.zeros(1, 64, 64, 3))
+        attentive = training_flops("tiny", 64, masking=kcm.AttentiveMasking(teacher))
+        assert attentive - random == counter.get_total_flops()
 
 
 def test_a_threshold_costs_what_its_least_share_leaves():

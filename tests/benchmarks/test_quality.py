@@ -98,6 +98,12 @@ def write_colors(folder):
                     shard.addfile(entry, io.BytesIO(content))
 
 
+def test_a_masking_with_a_teacher_trains(tmp_path):
+    trained = run(tmp_path, name="attentive")
+    assert [point["step"] for point in trained["curve"]] == list(range(1, 9))
+    assert METHODS["attentive"].masking is None
+
+
 def test_methods_keep_half_of_the_patches_or_say_that_they_do_not():
     for name, method in METHODS.items():
         if method.masking:

@@ -22,7 +22,9 @@ import keras_cluster_mask as kcm
 VOCABULARY, CONTEXT = 300, 9
 
 
-def make_model(masking=None, dropout_seed=5, optimizer=None, **options):
+def make_model(
+    masking=None, dropout_seed=5, optimizer=None, masked_encoder=None, **options
+):
     """With all that has a state: dropout, a threshold that moves, EMA, a schedule."""
     keras.utils.set_random_seed(1)
     images = keras.Input((16, 16, 3))
@@ -33,10 +35,6 @@ def make_model(masking=None, dropout_seed=5, optimizer=None, **options):
     x = keras.layers.Add()([x, keras.layers.Dropout(0.2, seed=dropout_seed)(y)])
     x = keras.layers.GlobalAveragePooling1D()(x)
     encoder = keras.Model(images, keras.layers.Dense(8)(x))
-    ids = keras.Input((CONTEXT,), dtype="int32")
-    x = keras.layers.Embedding(VOCABULARY, 8)(ids)
-    x = keras.layers.GlobalAveragePooling1D()(x)
-    texts = keras.Model(ids, keras.layers.Dense(8)(keras.layers.Dropout(0.1)(x)))
     if masking is None:
         schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 30, 0.9)
         masking = kcm.ClusterMasking(
@@ -47,7 +45,13 @@ def make_model(masking=None, dropout_seed=5, optimizer=None, **options):
             hide_padding=False,
             seed=3,
         )
-    model = kcm.ContrastiveModel(kcm.with_masking(encoder, masking, "tokens"), texts)
+    if masked_encoder is None:
+        masked_encoder = kcm.with_masking(encoder, masking, "tokens")
+    ids = keras.Input((CONTEXT,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, 8)(ids)
+    x = keras.layers.Dropout(0.1)(keras.layers.GlobalAveragePooling1D()(x))
+    texts = keras.layers.Dense(masked_encoder.output.shape[-1])(x)
+    model = kcm.ContrastiveModel(masked_encoder, keras.Model(ids, texts))
     if optimizer is None:
         schedule = keras.optimizers.schedules.CosineDecay(0.01, 40, warmup_steps=5)
         optimizer = keras.optimizers.AdamW(schedule, use_ema=True, ema_momentum=0.9)

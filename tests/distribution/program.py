@@ -32,7 +32,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
-from tests.helpers import MASKINGS, functional_vit, tiny_clip, tiny_siglip
+from tests.helpers import MASKINGS, masked_vit, tiny_clip, tiny_siglip
 
 BATCH, STEPS = 8, 5
 
@@ -71,7 +71,7 @@ def make_model(masking=None, **options):
         return model
     text_masking = kcm.RandomMasking(0.5, seed=2)
     model = kcm.ContrastiveModel(
-        kcm.with_masking(functional_vit(), masking, "positions"),
+        masked_vit(masking),
         kcm.with_text_masking(tiny_siglip().text_encoder, text_masking),
         gradient_checkpointing=["multi_head_attention"] if micro_batch_size else False,
         **options,

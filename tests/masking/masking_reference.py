@@ -342,6 +342,23 @@ def select_block(noise, grid, mask_ratio):
     return _keep_highest(score, noise, K)
 
 
+def select_attentive(attention, noise, grid, teacher_grid, block_size, mask_ratio):
+    """Attentive masking: the K patches in the blocks of most attention (2212.08653).
+
+    The attention of a block is the mean over the teacher's patches in it.
+    """
+    noise = _float64(noise)
+    down, right = (side * block_size // s for side, s in zip(teacher_grid, grid))
+    score = np.empty(noise.shape)
+    for b, seen in enumerate(_float64(attention).reshape(-1, *teacher_grid)):
+        for patch in range(grid[0] * grid[1]):
+            y, x = (i // block_size for i in divmod(patch, grid[1]))
+            block = seen[down * y : down * (y + 1), right * x : right * (x + 1)]
+            score[b, patch] = block.mean()
+    K = kept_count(noise.shape[1], mask_ratio)
+    return _keep_highest(score, noise, K)
+
+
 # === Strategies that compare all patches ===
 
 

@@ -14,6 +14,7 @@ from tests.helpers import (
     FAST,
     MASKINGS,
     functional_vit,
+    masked_vit,
     options_of,
     random_pairs,
     text_bag,
@@ -34,6 +35,10 @@ def draw(case):
         return options[rng.integers(len(options))]
 
     encoders = ("clip", "siglip", "own")[case % 3]
+    masking = [None, *MASKINGS][case % (1 + len(MASKINGS))]
+    if encoders == "siglip" and masking == "attentive":
+        # It has no class token.
+        masking = "random"
     options = {
         "loss": choose("softmax", "sigmoid"),
         "duplicates": choose("positive", "negative"),
@@ -42,12 +47,11 @@ def draw(case):
     }
     if encoders == "own":
         options["projection_dim"] = choose(None, 5)
-    dtype, masking = choose("float32", "mixed_bfloat16"), choose(None, *MASKINGS)
-    if masking is not None:
+    if masking not in (None, "attentive"):
         options["views"] = choose(1, 2)
     return {
         "encoders": encoders,
-        "dtype": dtype,
+        "dtype": choose("float32", "mixed_bfloat16"),
         "masking": masking,
         "frozen": [
             choose(None, "image tower", "text tower", "masked encoder"),
@@ -74,19 +78,22 @@ def make_optimizer(kind):
 def make_model(case):
     made = draw(case)
     encoders, options = made["encoders"], made["options"]
-    masking = made["masking"]
-    if masking is not None:
-        own = {"num_prefix_tokens": 0} if encoders == "own" else {}
-        masking = MASKINGS[masking](seed=3, **own)
     keras.config.set_dtype_policy(made["dtype"])
     try:
         if encoders == "own":
             image_encoder = functional_vit(num_layers=2)
-            if masking is not None:
-                image_encoder = kcm.with_masking(image_encoder, masking, "positions")
+            if made["masking"] is not None:
+                masking = MASKINGS[made["masking"]](seed=3, num_prefix_tokens=0)
+                image_encoder = masked_vit(masking, num_layers=2)
             model = kcm.ContrastiveModel(image_encoder, text_bag(), **options)
         else:
             backbone = tiny_clip() if encoders == "clip" else tiny_siglip()
+            masking = made["masking"]
+            if masking is not None:
+                own = {}
+                if masking == "attentive":
+                    own["encoder"] = backbone.vision_encoder
+                masking = MASKINGS[masking](seed=3, **own)
             if made["mask texts"]:
                 options["text_masking"] = kcm.RandomMasking(0.5, seed=4)
                 options["padding_first"] = made["padding_first"]

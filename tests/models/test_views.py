@@ -42,7 +42,7 @@ def noise_of_step(masking, views):
 # === The layer ===
 
 
-@pytest.mark.parametrize("strategy", MASKINGS)
+@pytest.mark.parametrize("strategy", [x for x in MASKINGS if x != "attentive"])
 def test_each_view_is_masked_as_by_its_noise_alone(strategy):
     masking = MASKINGS[strategy](num_prefix_tokens=1)
     images = random_images(BATCH)
@@ -214,4 +214,15 @@ def test_views_without_a_masking_are_refused():
     with pytest.raises(ValueError, match=message):
         kcm.ContrastiveModel.from_backbone(
             tiny_clip(), text_masking=text_masking, views=2
+        )
+
+
+@pytest.mark.any_backend
+def test_views_by_a_masking_that_follows_from_the_image_are_refused():
+    backbone = tiny_clip()
+    teacher = kcm.models.MomentumEncoder(backbone.vision_encoder)
+    message = r"`views` must be 1 for .*Received: views=2, masking=.*AttentiveMasking"
+    with pytest.raises(ValueError, match=message):
+        kcm.ContrastiveModel.from_backbone(
+            backbone, kcm.AttentiveMasking(teacher), views=2
         )

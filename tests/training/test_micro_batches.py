@@ -17,6 +17,7 @@ from tests.helpers import (
     image_mlp,
     largest_error,
     loss_and_gradients,
+    masked_vit,
     memory_of_gradients,
     random_pairs,
     text_bag,
@@ -42,10 +43,7 @@ def make_model(masking=MASKINGS["cluster"], dropout=False, **kwargs):
             **kwargs,
         )
     mix = keras.layers.Dropout(0.3, seed=5) if dropout else None
-    encoder = functional_vit(mix=mix)
-    encoder = kcm.with_masking(
-        encoder, masking(num_prefix_tokens=0, seed=1), "positions"
-    )
+    encoder = masked_vit(masking(num_prefix_tokens=0, seed=1), mix=mix)
     return kcm.ContrastiveModel(encoder, text_bag(), **kwargs)
 
 

@@ -1,0 +1,132 @@
+"""How much the class token of a vision transformer attends to each patch."""
+
+import operator
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.models.encoders import (
+    EMBEDDINGS,
+    as_pair,
+    call_encoder,
+    count_tokens,
+    data_format_of,
+    image_shape_of,
+)
+
+# The blocks of keras_hub's vision transformers with a class token, by their class: the
+# norm before the attention, and the `keras.layers.MultiHeadAttention`.
+ATTENTIONS = {
+    "CLIPEncoderLayer": ("layer_norm_1", "attention"),
+    "DINOV2Layer": ("norm1", "attention.attention"),
+    "DeiTEncoderBlock": ("layer_norm_1", "mha"),
+    "MetaCLIP2EncoderLayer": ("layer_norm_1", "attention"),
+    "ViTEncoderBlock": ("layer_norm_1", "mha"),
+}
+
+# Layers that hold all blocks of an encoder, in the order in which they run.
+HOLDERS = {
+    "DINOV2Encoder": "layers",
+    "DeiTEncoder": "encoder_layers",
+    "ViTEncoder": "encoder_layers",
+}
+
+
+class ClassAttention:
+    """Attention of the class token to the patches: mean over all layers and heads.
+
+    Each block runs as it is. Beside it, the query of the class token and the keys of
+    all tokens are computed with the block's own layers. The last block does not run,
+    only its query and its keys.
+
+    Args:
+        encoder: A vision transformer, see `kcm.models.MomentumEncoder`.
+
+    Attributes:
+        patch_size: Tuple `(height, width)`, in pixels.
+        image_size: Tuple `(height, width)`, in pixels.
+        grid: Tuple `(rows, columns)` of patches.
+        num_prefix_tokens: Integer, how many tokens come before the patches.
+
+    Raises:
+        ValueError: If the encoder is not one with a class token and a known attention.
+    """
+
+    def __init__(self, encoder):
+        if not isinstance(encoder, keras.Model) or not encoder.built:
+            raise ValueError(f"{_wanted()} {_received(encoder)}")
+        embeddings = [x for x in encoder.layers if type(x).__name__ in EMBEDDINGS]
+        found = [(x, block) for x in encoder.layers for block in _blocks(x)]
+        shape = image_shape_of(encoder)
+        if not embeddings or not found or shape is None or None in shape:
+            raise ValueError(f"{_wanted()} {_received(encoder)}")
+        self.blocks = [block for _, block in found]
+        self.image_size = height_and_width(shape, data_format_of(encoder))
+        self.patch_size = as_pair(embeddings[0].patch_size)
+        self.grid = tuple(s // p for s, p in zip(self.image_size, self.patch_size))
+        self.stem = keras.Model(encoder.input, found[0][0].input)
+        rows, columns = self.grid
+        self.num_prefix_tokens = count_tokens(self.stem, shape) - rows * columns
+        if self.num_prefix_tokens < 1:
+            raise ValueError(f"{_wanted()} {_received(encoder)}, without a class token")
+
+    def __call__(self, images):
+        """The attention of the class token in inference.
+
+        Args:
+            images: `(batch, H, W, C)` tensor of `image_size`, or channels first.
+
+        Returns:
+            `(batch, N)` float32 tensor. The attention to the class token itself and to
+            other tokens that are no patches is left out, so that it adds up to less
+            than 1.
+        """
+        tokens = call_encoder(self.stem, images, training=False)
+        attention = attention_of_block(self.blocks[0], tokens)
+        for before, block in zip(self.blocks, self.blocks[1:]):
+            tokens = before(tokens, training=False)
+            # DeiT's returns its attention scores too, as `None`.
+            tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+            attention = attention + attention_of_block(block, tokens)
+        return attention[:, self.num_prefix_tokens :] / len(self.blocks)
+
+
+def attention_of_block(block, tokens):
+    """The attention of the first token to all, the mean over a block's heads.
+
+    Args:
+        block: A block of a class in `ATTENTIONS`.
+        tokens: `(batch, T, dim)` tensor, the block's input.
+
+    Returns:
+        `(batch, T)` float32 tensor.
+    """
+    names = ATTENTIONS[type(block).__name__]
+    norm, attention = (operator.attrgetter(name)(block) for name in names)
+    tokens = norm(tokens, training=False)
+    query = attention.query_dense(tokens[:, :1], training=False)
+    key = attention.key_dense(tokens, training=False)
+    query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
+    logits = ops.einsum("bihd,bjhd->bhij", query, key) * attention.key_dim**-0.5
+    return ops.mean(ops.softmax(logits, axis=-1), axis=(1, 2))
+
+
+def _blocks(layer):
+    """The blocks that a layer of an encoder is or holds, not those within a model."""
+    name = type(layer).__name__
+    return [layer] if name in ATTENTIONS else getattr(layer, HOLDERS.get(name, ""), [])
+
+
+def _wanted():
+    return (
+        "`encoder` must be a vision transformer with a class token whose attention is "
+        "known: keras_hub's CLIPVisionEncoder, MetaCLIP2VisionEncoder, ViTBackbone, "
+        "DeiTBackbone or DINOV2Backbone, or a functional model around one. SigLIP has "
+        "no class token."
+    )
+
+
+def _received(encoder):
+    name = getattr(encoder, "name", encoder)
+    return f"Received: encoder={name} of type {type(encoder).__name__}"

@@ -1,0 +1,386 @@
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.distribution.replicas import assign_equal
+from keras_cluster_mask.masking.selection import check_range
+from keras_cluster_mask.models.class_attention import ClassAttention
+from keras_cluster_mask.models.encoders import (
+    call_encoder,
+    copy_with,
+    data_format_of,
+    find_embedding_layer,
+    image_shape_of,
+    knows_image_size,
+    number_positions,
+    position_tables,
+)
+from keras_cluster_mask.models.image_size import resize_positions, with_image_size
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class MomentumEncoder(keras.layers.Layer):
+    """A copy of a vision transformer that follows it as a moving average.
+
+    The teacher of `kcm.AttentiveMasking`. It is not trained. Each update moves its
+    weights towards those of the encoder that it follows:
+
+        teacher = momentum * teacher + (1 - momentum) * encoder
+
+    The momentum is constant, or rises from `momentum` to `final_momentum` along a half
+    cosine over `steps` updates. Weights are averaged in float32, whatever the encoder
+    computes in. All layers run as at inference.
+
+    The teacher starts with the weights that `encoder` has when the teacher is made. It
+    follows the encoder that its masking is put into, by `kcm.with_masking` or
+    `kcm.ContrastiveModel.from_backbone`, or the one given to `follow`. That encoder is
+    no part of it: a saved teacher holds its own weights alone.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    teacher = kcm.models.MomentumEncoder(backbone.vision_encoder, momentum=0.99)
+    teacher.follow(backbone.vision_encoder)
+    # A step of training changes the backbone, and then:
+    teacher.update()
+    attention = teacher.attention(np.random.rand(2, 32, 32, 3))  # (2, 16)
+    ```
+
+    Args:
+        encoder: A vision transformer with a class token and weights in float32:
+            keras_hub's `CLIPVisionEncoder`, `MetaCLIP2VisionEncoder`, `ViTBackbone`,
+            `DeiTBackbone` or `DINOV2Backbone`, or a functional Keras model around one.
+        momentum: Float in `[0, 1]`, the momentum of the first update. With 1 the
+            teacher is constant, unless `final_momentum` is lower. A constant teacher
+            follows no encoder, so its size may differ from that of the encoder that is
+            trained.
+        final_momentum: Float in `[0, 1]`, the momentum after `steps` updates. It needs
+            `steps`.
+        steps: Integer, the number of updates over which the momentum rises. `None`
+            keeps it at `momentum`.
+        image_size: Integer or `(height, width)` in pixels, divisible by the patch size.
+            The teacher reads images resized to it (bilinear, antialiased), with
+            position embeddings resized as by `kcm.models.with_image_size`. Half the
+            size costs about a quarter. `None` reads images as they are.
+        **kwargs: Arguments of `keras.layers.Layer`, such as `name`.
+
+    Call arguments:
+        images: `(batch, H, W, C)` tensor, or channels first, normalised as for the
+            encoder.
+
+    Returns:
+        What the encoder returns at inference, without gradients.
+
+    Attributes:
+        patch_size: Tuple `(height, width)`, in pixels.
+        grid: Tuple `(rows, columns)`, the patches that the teacher sees.
+        step: Integer weight, the number of updates so far.
+
+    Raises:
+        ValueError: If the encoder has no class token, is of an unknown kind, cannot
+            take images of `image_size`, or keeps weights in half precision.
+
+    Reference:
+        - [Momentum Contrast for Unsupervised Visual Representation Learning](
+          https://arxiv.org/abs/1911.05722)
+        - [Attentive Mask CLIP](https://arxiv.org/abs/2212.08653), and its [code](
+          https://github.com/microsoft/A-CLIP), which starts at a momentum of 0.996 and
+          updates before each forward pass.
+    """
+
+    # Each replica computes the same update of the same weights, so that nothing is
+    # averaged over replicas.
+    equal_on_replicas = True
+
+    def __init__(
+        self,
+        encoder,
+        momentum=0.996,
+        final_momentum=1.0,
+        steps=None,
+        image_size=None,
+        **kwargs,
+    ):
+        # Weights are read and written in the precision that they have.
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(autocast=False, **kwargs)
+        check_range("momentum", momentum, 0, 1)
+        check_range("final_momentum", final_momentum, 0, 1)
+        _check_steps(steps, final_momentum)
+        if isinstance(encoder, dict):
+            encoder = keras.saving.deserialize_keras_object(encoder)
+        self.momentum = float(momentum)
+        self.final_momentum = float(final_momentum)
+        self.steps = steps
+        self.image_size = image_size
+        ClassAttention(encoder)
+        copy = _copy(encoder, image_size)
+        attention = ClassAttention(copy)
+        self.patch_size, self.grid = attention.patch_size, attention.grid
+        self.data_format = data_format_of(copy)
+        # In functions rather than in attributes, so that the copy's layers are no
+        # layers of this one: nothing makes them trainable, no block of them is taken
+        # for one of the encoder, and each weight is saved once.
+        self._copy = lambda: copy
+        self._class_attention = lambda: attention
+        self._pairs = None
+        for weight in copy.weights:
+            weight.trainable = False
+            # On JAX a copy may share its buffers, of which a step takes each once.
+            weight.assign(ops.copy(weight))
+        self.copied_weights = copy.weights
+        self.step = self.add_weight(
+            shape=(),
+            initializer="zeros",
+            trainable=False,
+            dtype="int32",
+            aggregation="only_first_replica",
+            name="step",
+        )
+        self.built = True
+
+    # === What the teacher sees ===
+
+    def attention(self, images):
+        """How much the class token attends to each patch.
+
+        The mean over all layers and heads of the softmax attention. The columns of the
+        class token and of other tokens that are no patches are left out, and the rest
+        is not scaled up to a sum of 1.
+
+        Args:
+            images: `(batch, H, W, C)` tensor, or channels first, normalised as for the
+                encoder.
+
+        Returns:
+            `(batch, N)` float32 tensor without gradients, N patches of `grid` in
+            row-major order.
+        """
+        return self._beside(self._class_attention(), images)
+
+    def call(self, images, training=None):
+        copy = self._copy()
+        return self._beside(lambda x: call_encoder(copy, x, False), images)
+
+    def _beside(self, function, images):
+        images = ops.stop_gradient(self._resized(ops.convert_to_tensor(images)))
+        outputs = _Beside(function)(images)
+        return keras.tree.map_structure(ops.stop_gradient, outputs)
+
+    def _resized(self, images):
+        expected = image_shape_of(self._copy())
+        size = self._class_attention().image_size
+        if self.image_size is not None:
+            images = ops.image.resize(
+                ops.cast(images, "float32"),
+                size,
+                interpolation="bilinear",
+                antialias=True,
+                data_format=self.data_format,
+            )
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"`images` must have the shape {expected}, that of the teacher's "
+                "encoder. Pass `image_size` to the teacher, which then resizes them. "
+                f"Received: images.shape={tuple(images.shape)}, "
+                f"image_size={self.image_size}"
+            )
+        return images
+
+    # === What the teacher follows ===
+
+    @property
+    def is_constant(self):
+        """Whether no update changes the teacher."""
+        return self.momentum == 1 and (self.steps is None or self.final_momentum == 1)
+
+    def follow(self, encoder):
+        """Chooses the encoder that `update` moves the teacher towards.
+
+        A teacher that follows a part of a model, such as the backbone in it, keeps
+        following it when the model is given.
+
+        Args:
+            encoder: A vision transformer whose weights have the shapes of the
+                teacher's, in the same order. Positions may be those of another image
+                size.
+
+        Raises:
+            ValueError: If the weights do not agree, or the teacher follows other
+                weights already.
+        """
+        if self.is_constant:
+            return
+        if self._pairs is not None:
+            theirs = {id(v) for v in encoder.weights}
+            if any(id(source) not in theirs for _, source, _ in self._pairs()):
+                raise ValueError(
+                    f"`{self.name}` follows another encoder already: make a "
+                    "`MomentumEncoder`, and a masking, for each encoder. "
+                    f"Received: encoder={encoder.name}"
+                )
+            return
+        pairs = self._match(encoder)
+        # In a function, since the encoder's weights are not this layer's.
+        self._pairs = lambda: pairs
+
+    def check_ready(self):
+        """Raises if there is nothing that `update` can follow."""
+        if self._pairs is None and not self.is_constant:
+            raise ValueError(
+                f"`{self.name}` must follow the encoder that is trained. Put its "
+                "masking into that encoder by `kcm.with_masking`, or call "
+                "`teacher.follow(encoder)`. Received: a teacher that follows no encoder"
+            )
+
+    def update(self):
+        """Moves the weights towards those of the encoder that the teacher follows.
+
+        `kcm.AttentiveMasking` calls it once in each step of training.
+        """
+        self.check_ready()
+        if not self.is_constant:
+            share = self._share_of_encoder()
+            for target, source, resize in self._pairs():
+                new = ops.stop_gradient(ops.cast(source, "float32"))
+                if resize is not None:
+                    new = ops.matmul(resize, new)
+                old = ops.convert_to_tensor(target)
+                assign_equal(target, old + share * (new - old))
+        self.step.assign(self.step + 1)
+
+    def _share_of_encoder(self):
+        """1 - momentum, without the rounding of a number close to 1."""
+        if self.steps is None:
+            return 1.0 - self.momentum
+        progress = ops.minimum(ops.cast(self.step, "float32") / self.steps, 1.0)
+        rest = 0.5 * (1.0 + ops.cos(math.pi * progress))
+        last = 1.0 - self.final_momentum
+        return last + (self.final_momentum - self.momentum) * rest
+
+    def _match(self, encoder):
+        """Triples: own weight, weight to follow, and the matrix to resize it by."""
+        own, theirs = self.copied_weights, encoder.weights
+        tables, pairs = self._resized_tables(encoder), []
+        for target, source in zip(own, theirs):
+            if not keras.backend.is_float_dtype(target.dtype):
+                # Such as the numbers of positions.
+                continue
+            source, resize = tables.get(id(target), (source, None))
+            if resize is None and target.shape != source.shape:
+                break
+            pairs.append((target, source, resize))
+        else:
+            if len(own) == len(theirs):
+                return pairs
+        raise ValueError(
+            "`teacher` must be a copy of the encoder that it is to follow, of the same "
+            "shapes: make it by `MomentumEncoder(encoder)` of that encoder, or call "
+            "`teacher.follow` on the part of the encoder that it was made of. "
+            f"Received: {_sizes(self._copy(), own)} in the teacher, "
+            f"{_sizes(encoder, theirs)} in the encoder"
+        )
+
+    def _resized_tables(self, encoder):
+        """The weight to follow and the matrix, for each table of positions."""
+        if self.image_size is None:
+            return {}
+        old_grid = ClassAttention(encoder).grid
+        if old_grid == self.grid:
+            return {}
+        source = position_tables(find_embedding_layer(encoder))[-1]
+        table = np.eye(source.shape[-2], dtype="float32")
+        resize = resize_positions(table, old_grid, self.grid)
+        tables = position_tables(find_embedding_layer(self._copy()))
+        return {id(table): (source, resize) for table in tables}
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "encoder": keras.saving.serialize_keras_object(self._copy()),
+                "momentum": self.momentum,
+                "final_momentum": self.final_momentum,
+                "steps": self.steps,
+                "image_size": self.image_size,
+            }
+        )
+        return config
+
+
+class _Beside(keras.layers.Layer):
+    """Calls a function that runs layers in inference, beside a training step.
+
+    Keras has layers without a `training` argument take that of the layer called last,
+    so the value of the layers around is restored.
+    """
+
+    def __init__(self, function):
+        super().__init__(autocast=False, dtype="float32", name="beside")
+        self.function = lambda x: function(x)
+
+    def call(self, images, training=None):
+        outputs = self.function(images)
+        restore = keras.layers.Identity(autocast=False, dtype="float32", name="restore")
+        restore(images, training=training)
+        return outputs
+
+
+def _copy(encoder, image_size):
+    """A model of the same kind and weights, for images of `image_size` if given."""
+    if any(
+        keras.backend.is_float_dtype(v.dtype) and v.dtype != "float32"
+        for v in encoder.weights
+    ):
+        raise ValueError(
+            "`encoder` must keep its weights in float32, as in half precision the "
+            "steps of a moving average are rounded to nothing: use the dtype "
+            f"'mixed_bfloat16'. Received: encoder={encoder.name}, dtype="
+            f"{encoder.dtype_policy.name}"
+        )
+    if knows_image_size(encoder):
+        size = ClassAttention(encoder).image_size if image_size is None else image_size
+        return with_image_size(encoder, size)
+    if image_size is not None:
+        raise ValueError(
+            "`image_size` must be None for an encoder that `with_image_size` does not "
+            f"know. Received: image_size={image_size}, encoder={encoder.name} of type "
+            f"{type(encoder).__name__}"
+        )
+    # keras_hub's configurations leave out the format.
+    is_backbone = hasattr(encoder, "image_shape")
+    changes = {"data_format": data_format_of(encoder)} if is_backbone else {}
+    try:
+        copy = copy_with(encoder, "vision_encoder", changes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`encoder` must be one that Keras can make from its configuration, which "
+            "a functional model around a ViTBackbone or DeiTBackbone is not: pass the "
+            "backbone itself, and call `teacher.follow(backbone)`. "
+            f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
+        ) from error
+    for old, new in zip(encoder.weights, copy.weights):
+        new.assign(old)
+    number_positions(find_embedding_layer(copy))
+    return copy
+
+
+def _check_steps(steps, final_momentum):
+    if steps is None:
+        if final_momentum != 1:
+            raise ValueError(
+                "`final_momentum` needs `steps`, the number of updates after which it "
+                f"is reached. Received: final_momentum={final_momentum}, steps=None"
+            )
+    elif not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"`steps` must be None or an integer of at least 1. Received: steps={steps}"
+        )
+
+
+def _sizes(encoder, weights):
+    numbers = sum(math.prod(v.shape) for v in weights)
+    return f"{len(weights)} weights of {numbers} numbers ({encoder.name})"

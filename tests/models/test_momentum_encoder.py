@@ -1,0 +1,440 @@
+"""A teacher sees what its encoder sees, and follows it as a moving average."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.training.layers import all_layers
+from tests.helpers import (
+    FAST,
+    class_token_vit,
+    clip_vision_encoder,
+    deit_encoder,
+    functional_vit,
+    random_images,
+    random_pairs,
+    siglip_encoder,
+    tiny_clip,
+    to_numpy,
+    values,
+    vit_encoder,
+)
+from tests.models.vision_reference import class_attention, three_layers
+
+FAMILIES = ("CLIP", "MetaCLIP2", "ViT", "DeiT", "DINOV2")
+MomentumEncoder = kcm.models.MomentumEncoder
+
+
+def moved(encoder, seed):
+    """The encoder with other weights, about as large as trained ones."""
+    rng = np.random.default_rng(seed)
+    for weight in encoder.weights:
+        if keras.backend.is_float_dtype(weight.dtype):
+            weight.assign(0.3 * rng.normal(size=weight.shape))
+    return encoder
+
+
+def float_values(weights):
+    return [to_numpy(v) for v in weights if keras.backend.is_float_dtype(v.dtype)]
+
+
+def assert_close(found, expected, atol=1e-6):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, atol=atol)
+
+
+# === Attention ===
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_that_of_a_pass_through_the_raw_weights(family):
+    encoder = moved(three_layers(family), 1)
+    images = random_images(3)
+    teacher = MomentumEncoder(encoder)
+    found = teacher.attention(images)
+    assert ops.shape(found) == (3, 16)
+    assert keras.backend.standardize_dtype(found.dtype) == "float32"
+    expected = class_attention(family, encoder, images)
+    # Prefix tokens are left out, and nothing makes up for them.
+    assert (expected.sum(axis=1) < 0.999).all()
+    np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["CLIP", "ViT", "DINOV2"])
+def test_a_teacher_of_another_size_reads_smaller_images(family):
+    encoder = moved(three_layers(family), 2)
+    teacher = MomentumEncoder(encoder, image_size=8)
+    assert teacher.grid == (2, 2)
+    images = random_images(3)
+    # Bilinear with antialiasing: weights 1, 3, 3, 1 over four pixels, cut at borders.
+    weights = np.zeros((8, 16))
+    for row in range(8):
+        for offset, weight in zip(range(-1, 3), (1, 3, 3, 1)):
+            if 0 <= 2 * row + offset < 16:
+                weights[row, 2 * row + offset] = weight
+    weights /= weights.sum(axis=1, keepdims=True)
+    small = np.einsum("ih,jw,bhwc->bijc", weights, weights, images)
+    resized = kcm.models.with_image_size(encoder, 8)
+    expected = class_attention(family, resized, small)
+    np.testing.assert_allclose(to_numpy(teacher.attention(images)), expected, atol=1e-5)
+
+
+def test_a_call_returns_what_the_encoder_returns_at_inference():
+    encoder = moved(vit_encoder(dropout_rate=0.5), 3)
+    teacher = MomentumEncoder(encoder)
+    images = random_images(2)
+    expected = to_numpy(encoder(images, training=False))
+    np.testing.assert_allclose(
+        to_numpy(teacher(images, training=True)), expected, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("is_called_in_training", [True, False])
+def test_layers_around_keep_their_mode_and_the_teacher_keeps_its_own(
+    is_called_in_training,
+):
+    class Around(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dropout = keras.layers.Dropout(0.5, seed=1)
+
+        def call(self, images):
+            self.attention = teacher.attention(images)
+            # Without a `training` of its own, it takes that of the last layer.
+            return self.dropout(ops.ones((1, 100)))
+
+    encoder = moved(vit_encoder(dropout_rate=0.5, attention_dropout=0.5), 3)
+    teacher = MomentumEncoder(encoder)
+    images = random_images(2)
+    expected = to_numpy(teacher.attention(images))
+    around = Around()
+    dropped = to_numpy(around(images, training=is_called_in_training))
+    assert (dropped == 0).any() == is_called_in_training
+    np.testing.assert_allclose(to_numpy(around.attention), expected, atol=1e-6)
+
+
+# === Updates ===
+
+
+def momenta(count, first=0.9, last=1.0, steps=None):
+    if steps is None:
+        return [first] * count
+    progress = [min(step / steps, 1.0) for step in range(count)]
+    return [last - (last - first) * (math.cos(math.pi * x) + 1) / 2 for x in progress]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 4}, {"steps": 4, "final_momentum": 0.2}],
+    ids=["constant", "rising", "falling"],
+)
+def test_updates_follow_the_closed_form(options):
+    encoder = moved(clip_vision_encoder(), 1)
+    teacher = MomentumEncoder(encoder, 0.9, **options)
+    start = float_values(teacher.copied_weights)
+    teacher.follow(moved(encoder, 2))
+    for _ in range(6):
+        teacher.update()
+    kept = math.prod(
+        momenta(6, 0.9, options.get("final_momentum", 1.0), options.get("steps"))
+    )
+    expected = [
+        kept * x + (1 - kept) * y for x, y in zip(start, float_values(encoder.weights))
+    ]
+    assert_close(float_values(teacher.copied_weights), expected)
+    assert int(ops.convert_to_numpy(teacher.step)) == 6
+
+
+def test_a_saved_teacher_continues_in_the_middle_of_its_schedule(tmp_path):
+    encoder = moved(clip_vision_encoder(), 1)
+    teacher = MomentumEncoder(encoder, 0.9, steps=4)
+    masked = kcm.with_masking(encoder, kcm.AttentiveMasking(teacher))
+    moved(encoder, 2)
+    for _ in range(3):
+        teacher.update()
+    masked.save(tmp_path / "masked.keras")
+    loaded = keras.saving.load_model(tmp_path / "masked.keras")
+    for each in (teacher, loaded.masking.teacher):
+        for _ in range(3):
+            each.update()
+    assert_close(values(loaded.masking.teacher.weights), values(teacher.weights), 0)
+    for one, other in zip(loaded.encoder.weights, loaded.masking.teacher.weights):
+        assert one is not other
+
+
+@pytest.mark.parametrize("family", ["CLIP", "DINOV2"])
+def test_positions_of_another_size_are_resized_in_each_update(family):
+    encoder = moved(three_layers(family), 1)
+    teacher = MomentumEncoder(encoder, 0.75, image_size=8)
+    start = MomentumEncoder(encoder, image_size=8).copied_weights
+    teacher.follow(moved(encoder, 2))
+    teacher.update()
+    # Resizing is linear, so the average of resized tables is the resized average.
+    end = kcm.models.with_image_size(encoder, 8).weights
+    expected = [
+        0.75 * x + 0.25 * y for x, y in zip(float_values(start), float_values(end))
+    ]
+    assert_close(float_values(teacher.copied_weights), expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["CLIP", "DINOV2"])
+def test_the_size_of_the_encoder_itself_resizes_nothing(family):
+    encoder = moved(three_layers(family), 1)
+    images = random_images(2)
+    found, expected = (
+        MomentumEncoder(encoder, 0.5, image_size=16),
+        MomentumEncoder(encoder, 0.5),
+    )
+    moved(encoder, 2)
+    for teacher in (found, expected):
+        teacher.follow(encoder)
+        teacher.update()
+    assert_close(values(found.weights), values(expected.weights))
+    assert_close(
+        [to_numpy(x.attention(images)) for x in (found,)],
+        [to_numpy(expected.attention(images))],
+    )
+
+
+def test_training_updates_once_a_step_before_the_step_changes_the_encoder():
+    keras.utils.set_random_seed(0)
+    backbone = tiny_clip()
+    teacher = MomentumEncoder(backbone.vision_encoder, 0.8)
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, kcm.AttentiveMasking(teacher, seed=1), micro_batch_size=4
+    )
+    model.compile(keras.optimizers.SGD(0.1), **FAST)
+    expected = float_values(teacher.copied_weights)
+    for step in range(3):
+        online = float_values(backbone.vision_encoder.weights)
+        expected = [0.8 * x + 0.2 * y for x, y in zip(expected, online)]
+        model.train_on_batch(random_pairs(8, seed=step))
+        assert_close(float_values(teacher.copied_weights), expected)
+    changes = [np.abs(x - y).max() for x, y in zip(expected, online)]
+    assert max(changes) > 1e-4
+    model.evaluate(random_pairs(8), batch_size=8, verbose=0)
+    assert_close(float_values(teacher.copied_weights), expected)
+
+
+def test_a_layer_used_alone_updates_in_each_call_in_training():
+    encoder = moved(clip_vision_encoder(), 1)
+    teacher = MomentumEncoder(encoder, 0.5)
+    masked = kcm.with_masking(encoder, kcm.AttentiveMasking(teacher))
+    start = float_values(teacher.copied_weights)
+    moved(encoder, 2)
+    masked(random_images(2), training=False)
+    assert_close(float_values(teacher.copied_weights), start, 0)
+    assert masked(random_images(2), training=True).shape == (2, 9, 16)
+    expected = [(x + y) / 2 for x, y in zip(start, float_values(encoder.weights))]
+    assert_close(float_values(teacher.copied_weights), expected)
+
+
+def test_averages_are_in_float32_beside_an_encoder_in_half_precision():
+    backbone = tiny_clip("mixed_bfloat16")
+    encoder = moved(backbone.vision_encoder, 1)
+    teacher = MomentumEncoder(encoder, 0.999)
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, kcm.AttentiveMasking(teacher, seed=1)
+    )
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    start = float_values(teacher.copied_weights)
+    moved(encoder, 2)
+    model.train_on_batch(random_pairs(4))
+    assert {v.dtype for v in teacher.copied_weights if "int" not in v.dtype} == {
+        "float32"
+    }
+    expected = [
+        0.999 * x + 0.001 * y for x, y in zip(start, float_values(encoder.weights))
+    ]
+    # Half precision would be off by 1e-3.
+    assert_close(float_values(teacher.copied_weights), expected, 1e-6)
+
+
+def test_a_constant_teacher_needs_nothing_to_follow():
+    teacher = MomentumEncoder(moved(vit_encoder(), 1), momentum=1.0)
+    masked = kcm.with_masking(
+        functional_vit(),
+        kcm.AttentiveMasking(teacher, num_prefix_tokens=0),
+        "positions",
+    )
+    start = values(teacher.copied_weights)
+    masked(random_images(2), training=True)
+    assert_close(values(teacher.copied_weights), start, 0)
+
+
+# === A part of a model ===
+
+
+def make_model():
+    backbone = tiny_clip()
+    teacher = MomentumEncoder(backbone.vision_encoder, 0.5)
+    return kcm.ContrastiveModel.from_backbone(
+        backbone, kcm.AttentiveMasking(teacher, seed=1), gradient_checkpointing=True
+    )
+
+
+def test_no_optimizer_ever_sees_the_teacher(tmp_path):
+    model = make_model()
+    teacher = model.masking.teacher
+    own = {id(v) for v in teacher.weights}
+    assert len(own) == 1 + len(model.backbone.vision_encoder.weights)
+    expected = len(tiny_clip().trainable_weights)
+
+    def trained(model):
+        return list(model.trainable_variables)
+
+    assert len(trained(model)) == expected
+    model.trainable = False
+    model.trainable = True
+    model.image_encoder.trainable = True
+    model.masking.trainable = True
+    assert len(trained(model)) == expected
+    assert not own & {id(v) for v in trained(model)}
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(trained(loaded)) == expected
+    loaded.trainable = True
+    assert len(trained(loaded)) == expected
+
+
+def test_each_weight_is_saved_once(tmp_path):
+    import h5py
+
+    model = make_model()
+    moved(model.masking.teacher._copy(), 7)
+    path = tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    sizes = []
+
+    def add(name, entry):
+        if "masking" in name and hasattr(entry, "shape"):
+            sizes.append(entry.size)
+
+    with h5py.File(path) as file:
+        file.visititems(add)
+    theirs = [math.prod(v.shape) for v in model.masking.variables]
+    assert sorted(sizes) == sorted(theirs)
+    other = make_model()
+    other.load_weights(path)
+    assert_close(values(other.masking.variables), values(model.masking.variables), 0)
+
+
+def test_its_blocks_are_no_blocks_of_the_model():
+    model = make_model()
+    assert all_layers(model.masking) == [
+        model.masking,
+        model.masking.seed_generator,
+        model.masking.teacher,
+    ] or all_layers(model.masking) == [model.masking, model.masking.teacher]
+    blocks = [x for x in all_layers(model) if "EncoderLayer" in type(x).__name__]
+    assert blocks == model.backbone.vision_encoder.encoder_layers + list(
+        model.backbone.text_encoder.encoder_layers
+    )
+
+
+def test_a_model_without_masking_has_no_teacher():
+    whole = make_model().without_masking()
+    assert not [x for x in all_layers(whole) if isinstance(x, MomentumEncoder)]
+
+
+def test_its_state_is_not_averaged_over_replicas():
+    from keras_cluster_mask.training.layers import averaged_variables, state_variables
+
+    model = make_model()
+    averaged = {id(v) for v in averaged_variables(model)}
+    assert not averaged & {id(v) for v in model.masking.teacher.weights}
+    assert id(model.masking.last_mask_ratio) in averaged
+    # But micro-batches must see the teacher of their own step.
+    state = {id(v) for v in state_variables(model)}
+    assert state >= {id(v) for v in model.masking.teacher.weights}
+
+
+# === Errors ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "make",
+    [
+        siglip_encoder,
+        functional_vit,
+        lambda: vit_encoder(use_class_token=False),
+        lambda: kcm.with_masking(clip_vision_encoder(), kcm.RandomMasking()),
+        lambda: "clip",
+    ],
+    ids=["SigLIP", "own", "no class token", "masked", "string"],
+)
+def test_an_encoder_without_a_known_class_token_is_refused(make):
+    with pytest.raises(
+        ValueError, match=r"`encoder` must be .* class token(?s:.*)Received"
+    ):
+        MomentumEncoder(make())
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 1.5}, "`momentum` must be in"),
+        ({"final_momentum": -0.1}, "`final_momentum` must be in"),
+        ({"final_momentum": 0.9}, "`final_momentum` needs `steps`"),
+        ({"steps": 0}, "`steps` must be None or an integer"),
+        ({"steps": 2.5}, "`steps` must be None or an integer"),
+        ({"image_size": 10}, "`image_size` must be .* divisible by the patch size"),
+    ],
+)
+def test_an_option_without_a_meaning_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MomentumEncoder(clip_vision_encoder(), **options)
+
+
+@pytest.mark.any_backend
+def test_encoders_that_cannot_be_copied_so_are_refused():
+    with pytest.raises(ValueError, match="`image_size` must be None for an encoder"):
+        MomentumEncoder(deit_encoder(), image_size=8)
+    with pytest.raises(ValueError, match=r"weights in float32.*mixed_bfloat16"):
+        MomentumEncoder(clip_vision_encoder("bfloat16"))
+    vit = vit_encoder()
+    pooled = keras.Model(vit.input, keras.layers.GlobalAveragePooling1D()(vit.output))
+    with pytest.raises(ValueError, match=r"teacher\.follow\(backbone\)"):
+        MomentumEncoder(pooled)
+    # The way that the error names.
+    teacher = MomentumEncoder(vit)
+    teacher.follow(vit)
+    kcm.with_masking(pooled, kcm.AttentiveMasking(teacher))
+    teacher.update()
+
+
+@pytest.mark.any_backend
+def test_images_of_another_size_are_refused():
+    teacher = MomentumEncoder(clip_vision_encoder())
+    with pytest.raises(ValueError, match=r"`images` must have the shape \(16, 16, 3\)"):
+        teacher.attention(random_images(2, 32, 32))
+
+
+@pytest.mark.any_backend
+def test_an_encoder_of_other_shapes_cannot_be_followed():
+    teacher = MomentumEncoder(clip_vision_encoder())
+    for other in (vit_encoder(), functional_vit(), class_token_vit()):
+        if other.name == "class_token_vit":
+            # The same weights: a model around the encoder.
+            teacher.follow(other)
+            continue
+        with pytest.raises(ValueError, match="`teacher` must be a copy of the encoder"):
+            teacher.follow(other)
+    with pytest.raises(ValueError, match="follows another encoder already"):
+        teacher.follow(clip_vision_encoder())
+
+
+@pytest.mark.any_backend
+def test_training_with_a_teacher_that_follows_nothing_is_refused():
+    masking = kcm.AttentiveMasking(MomentumEncoder(clip_vision_encoder()))
+    with pytest.raises(ValueError, match="must follow the encoder that is trained"):
+        masking(np.zeros((2, 17, 16)), images=random_images(2), training=True)
+    with pytest.raises(ValueError, match="must follow the encoder that is trained"):
+        masking.teacher.update()
