@@ -219,7 +219,8 @@ def test_a_strategy_with_noise_of_its_own_draws_it_for_each_view():
     model = views_model(2, Observed)
     seen.clear()
     model.encode_image(random_pairs(BATCH)["images"], training=True)
-    assert len(seen) == 2 and not np.array_equal(*seen)
+    assert len(seen) == 2
+    assert not np.array_equal(*seen)
     for noise in seen:
         np.testing.assert_allclose(np.sort(noise), np.tile(np.arange(N) / N, (6, 1)))
 
