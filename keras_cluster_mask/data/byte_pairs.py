@@ -4,6 +4,7 @@ import functools
 import html
 import json
 import re
+from collections.abc import Iterable
 
 import ftfy
 import tokenizers
@@ -50,12 +51,12 @@ WORD_PATTERN = (
 PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 
 
-def clean(text):
-    """Cleans a caption as CLIP does."""
+def clean(text, name="texts"):
+    """Cleans a caption as CLIP does; `name` is the argument that it comes from."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     if not isinstance(text, str):
-        raise TypeError(f"`texts` must be str or bytes. Received: {text!r}")
+        raise TypeError(f"`{name}` must be str or bytes. Received: {text!r}")
     # Repair is slow, and plain ASCII without an entity needs none.
     if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -64,12 +65,12 @@ def clean(text):
 
 def clean_all(captions):
     """Cleans each of an iterable of captions."""
-    if isinstance(captions, str | bytes):
+    if isinstance(captions, str | bytes) or not isinstance(captions, Iterable):
         raise ValueError(
             "`captions` must be an iterable of captions, not a single caption. "
             f"Received: {captions!r}"
         )
-    return map(clean, captions)
+    return map(functools.partial(clean, name="captions"), captions)
 
 
 @functools.cache

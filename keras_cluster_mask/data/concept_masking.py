@@ -92,7 +92,7 @@ class ConceptTextMasking(TextMasking):
     def __init__(
         self, graph, captions=None, num_basic=None, num_stages=4, epochs_per_stage=1
     ):
-        self.num_stages = check_integer("num_stages", num_stages, 2)
+        num_stages = self.num_stages = check_integer("num_stages", num_stages, 2)
         self.epochs_per_stage = check_integer("epochs_per_stage", epochs_per_stage, 1)
         if num_basic is not None:
             num_basic = check_integer("num_basic", num_basic, 1)

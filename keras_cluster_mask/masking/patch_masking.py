@@ -227,7 +227,7 @@ class PatchMasking(keras.layers.Layer):
         """Draws the noise of one step, the only randomness there is.
 
         Args:
-            batch_size: Integer, the number of images in the global batch.
+            batch_size: Integer, the number of images in the global batch, or of views.
             num_patches: Integer, the number of patches per image.
 
         Returns:
@@ -276,8 +276,9 @@ class PatchMasking(keras.layers.Layer):
             part = getattr(context, "part", None)
             views = getattr(context, "views", None) or 1
             size, take = part or (ops.shape(inputs)[0], lambda x: x)
-            noise = take(self.draw(size, views * num_patches))
-            noise = ops.reshape(noise, (-1, views, num_patches))
+            # A view counts as an image for `draw`, which a strategy may override.
+            noise = self.draw(size * views, num_patches)
+            noise = take(ops.reshape(noise, (-1, views, num_patches)))
         noise = ops.convert_to_tensor(noise, dtype="float32")
         batch_size = None if inputs is None else inputs.shape[0]
         check_noise(noise, batch_size, num_patches)
@@ -431,12 +432,15 @@ class PatchMasking(keras.layers.Layer):
         return previous_mask if visible is None else visible
 
     def compute_output_shape(self, tokens_shape, images_shape=None, noise_shape=None):
-        # None in both modes: how many tokens leave depends on `training`.
-        return (tokens_shape[0], None, tokens_shape[2])
+        # None in both modes: how many tokens leave depends on `training`, and so does
+        # whether there are several views.
+        has_views = noise_shape is not None and len(noise_shape) == 3
+        return (None if has_views else tokens_shape[0], None, tokens_shape[2])
 
     def compute_output_spec(self, tokens, images=None, training=None, noise=None):
         # The tokens' dtype, whatever the policy's: nothing is computed with them.
-        shape = self.compute_output_shape(tokens.shape)
+        noise_shape = getattr(noise, "shape", None)
+        shape = self.compute_output_shape(tokens.shape, noise_shape=noise_shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)
 
     @property

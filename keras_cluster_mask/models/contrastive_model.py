@@ -601,12 +601,14 @@ class ContrastiveModel(DualEncoder):
     def _options(self):
         """The constructor's arguments that models for backbones take too."""
         names = self.gradient_checkpointing
+        # Only then, as checkpoints of models of one view do not name it.
+        views = {"views": self.views} if self.views > 1 else {}
         return {
             "name": self.name,
             **self.head.options,
+            **views,
             "micro_batch_size": self.micro_batch_size,
             "duplicates": self.duplicates,
-            "views": self.views,
             "gradient_checkpointing": names if isinstance(names, bool) else [*names],
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,

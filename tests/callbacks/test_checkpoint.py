@@ -17,6 +17,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.checkpoints import CheckpointFiles, read_checkpoint
+from keras_cluster_mask.training.run_state import describe
 from tests.helpers import (
     FAST,
     MASKINGS,
@@ -230,10 +231,10 @@ def masked_texts():
     return model
 
 
-def two_views():
+def several_views(views=2):
     keras.utils.set_random_seed(1)
     model = kcm.ContrastiveModel.from_backbone(
-        tiny_clip(), masking=kcm.RandomMasking(0.5, seed=3), views=2
+        tiny_clip(), masking=kcm.RandomMasking(0.5, seed=3), views=views
     )
     model.compile(keras.optimizers.SGD(0.1), **FAST)
     return model
@@ -249,7 +250,7 @@ def test_arrays_in_order_and_other_datasets_resume_too(kind, tmp_path):
     if kind == "masked texts":
         data, make = random_pairs(12), masked_texts
     if kind == "two views":
-        data, make = random_pairs(12), two_views
+        data, make = random_pairs(12), several_views
     expected, _ = run(data, tmp_path / "whole", model=make(), fit=fit)
     for stop in (5, 6):
         run(data, tmp_path / f"stopped-{stop}", stop, make(), fit=fit)
@@ -762,6 +763,21 @@ def test_a_checkpoint_of_texts_with_padding_masked_otherwise_is_refused(tmp_path
     fit(True)
     with pytest.raises(ValueError, match=r"padding_first: True in the c.*, False in"):
         fit(False)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_a_checkpoint_of_another_number_of_views_is_refused(before, after, tmp_path):
+    run(random_pairs(8), tmp_path, model=several_views(before), fit={"epochs": 1})
+    with pytest.raises(ValueError, match=r"Received: .*views: .* in the checkpoint"):
+        run(random_pairs(8), tmp_path, model=several_views(after))
+
+
+@pytest.mark.any_backend
+def test_checkpoints_name_views_only_where_there_are_several():
+    # Those that were saved before there were views are of one view.
+    assert "views" not in describe(several_views(1))
+    assert describe(several_views(2))["views"] == 2
 
 
 @pytest.mark.any_backend

@@ -1,5 +1,6 @@
 """`ConceptTextMasking` against NumPy references, and its stages in a dataset."""
 
+import functools
 import itertools
 import os
 import pickle
@@ -409,6 +410,15 @@ def test_repr_names_what_decides_and_a_masking_pickles():
             assert mask(copy, caption, 8, 0, epoch) == expected
 
 
+def test_integers_of_numpy_are_as_those_of_python():
+    names = ["num_basic", "num_stages", "epochs_per_stage"]
+    found, expected = (
+        ConceptTextMasking(GRAPH, **dict.fromkeys(names, value))
+        for value in (np.int64(2), 2)
+    )
+    assert repr(found) == repr(expected)
+
+
 # === Co-occurrence ===
 
 
@@ -658,6 +668,18 @@ def test_captions_without_basic_concepts_are_refused():
         ConceptTextMasking(GRAPH, [])
     with pytest.raises(ValueError, match=r"`captions`.*Received: 'a dog'"):
         ConceptTextMasking(GRAPH, "a dog")
+
+
+@pytest.mark.parametrize("captions", [7, None, [7], [None]])
+def test_captions_that_are_no_iterable_of_str_are_refused(captions):
+    functions = [co_occurrence_graph]
+    if captions is not None:
+        functions.append(functools.partial(ConceptTextMasking, GRAPH))
+    for function in functions:
+        with pytest.raises(
+            (TypeError, ValueError), match=r"`captions` must.*Received:"
+        ):
+            function(captions)
 
 
 def test_captions_without_related_words_are_refused():

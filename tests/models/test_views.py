@@ -36,7 +36,7 @@ def views_model(views, masking=kcm.RandomMasking, **options):
 
 def noise_of_step(masking, views):
     """The noise of the next step of a masking of the same seed."""
-    return ops.reshape(masking.draw(BATCH, views * N), (BATCH, views, N))
+    return ops.reshape(masking.draw(BATCH * views, N), (BATCH, views, N))
 
 
 # === The layer ===
@@ -87,6 +87,20 @@ def test_noise_of_another_batch_or_grid_is_refused(shape):
     message = r"`noise` must have shape .*6, views, 16.*Received: noise.shape=\(\d, \d"
     with pytest.raises(ValueError, match=message):
         masking(np.zeros((BATCH, 17, 8)), training=True, noise=np.zeros(shape))
+
+
+@pytest.mark.any_backend
+def test_a_graph_of_views_knows_no_number_of_rows():
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
+    tokens = keras.Input((1 + N, 8), batch_size=BATCH)
+    noise = keras.Input((2, N), batch_size=BATCH)
+    kept = masking(tokens, training=True, noise=noise)
+    assert kept.shape == (None, None, 8)
+    assert masking(tokens, training=True).shape == (BATCH, None, 8)
+    model = keras.Model([tokens, noise], kept)
+    rng = np.random.default_rng(0)
+    inputs = [rng.random(x.shape, dtype="float32") for x in model.inputs]
+    assert model(inputs).shape == (2 * BATCH, 1 + N // 2, 8)
 
 
 # === The model ===
@@ -184,6 +198,31 @@ def test_a_masking_within_a_model_of_ones_own_makes_views_too():
     assert np.isfinite(history["loss"]).all()
     found = model.encode_image(random_pairs(BATCH)["images"], training=True)
     assert found.shape == (BATCH, 2, 16)
+
+
+def test_a_strategy_with_noise_of_its_own_draws_it_for_each_view():
+    class HalfOfEach(kcm.RandomMasking):
+        "Draws as many numbers above a half as below, for each image."
+
+        def draw(self, batch_size, num_patches):
+            order = ops.argsort(super().draw(batch_size, num_patches), axis=-1)
+            ranks = ops.argsort(order, axis=-1)
+            return ops.cast(ranks, "float32") / num_patches
+
+    seen = []
+
+    class Observed(HalfOfEach):
+        def score(self, noise, images=None, tokens=None):
+            seen.append(to_numpy(noise))
+            return super().score(noise, images, tokens)
+
+    model = views_model(2, Observed)
+    seen.clear()
+    model.encode_image(random_pairs(BATCH)["images"], training=True)
+    assert len(seen) == 2
+    assert not np.array_equal(*seen)
+    for noise in seen:
+        np.testing.assert_allclose(np.sort(noise), np.tile(np.arange(N) / N, (6, 1)))
 
 
 @pytest.mark.any_backend
