@@ -258,8 +258,8 @@ def _check_views(views, image_maskings):
         )
     if views > 1 and not image_maskings[0].is_random:
         raise ValueError(
-            "`views` must be 1 for a masking whose masks follow from the image, so that "
-            "all views would be alike: use another masking, such as `RandomMasking`. "
+            "`views` must be 1 for a masking whose masks follow from the image, as all "
+            "views would be alike: use another masking, such as `RandomMasking`. "
             f"Received: views={views}, masking={image_maskings[0].name} of type "
             f"{type(image_maskings[0]).__name__}"
         )
