@@ -69,7 +69,7 @@ def reduce_gradients(gradients: list) -> list:
     reduce = torch_distributed().all_reduce
     for work in [reduce(x, async_op=True) for x in gradients]:
         work.wait()
-    return [x / num_replicas() for x in gradients]
+    return [x.div_(num_replicas()) for x in gradients]
 
 
 def apply_method() -> str:

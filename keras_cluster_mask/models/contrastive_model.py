@@ -361,7 +361,9 @@ class ContrastiveModel(DualEncoder):
 
         Args:
             optimizer: A Keras optimizer, or its name. Not a `Nadam` or
-                `MultiOptimizer` if there are `learning_rate_multipliers`.
+                `MultiOptimizer` if there are `learning_rate_multipliers`. On torch,
+                `Adam` and `AdamW` use torch's fused kernel, and `global_clipnorm`
+                clips gradients in place.
             learning_rate_multipliers: Dictionary of floats. Factors on the learning
                 rate, and on decoupled weight decay, by tower: `"image"` and `"text"`,
                 each with its projection. All other weights keep the rate. To freeze a

@@ -1,9 +1,9 @@
 """What an optimizer of a `ContrastiveModel` does beyond Keras's.
 
 Learning rates by tower, weight decay on matrices alone, gradients of the global batch,
-and their norm. Keras has no public hook for the first two, so this file replaces
-methods of one optimizer instance, some of them private (`PRIVATE`). A test fails if a
-version of Keras lacks them.
+their norm, and updates in place on torch. Keras has no public hook for clipping, decay
+and the update within `apply`, so this file replaces methods of one optimizer instance,
+some of them private (`PRIVATE`). A test fails if a version of Keras lacks them.
 """
 
 import math
@@ -14,15 +14,18 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution import gradients as distribution
+from keras_cluster_mask.distribution import in_place_updates
 
 # Methods of `keras.optimizers.Optimizer` that are replaced on an instance or called.
 PRIVATE = (
     "_apply_weight_decay",
     "_backend_update_step",
+    "_clip_gradients",
     "_get_current_learning_rate",
+    "_get_variable_index",
     "_use_weight_decay",
 )
-REPLACED = "build", "_backend_update_step", "_apply_weight_decay"
+REPLACED = "build", "_backend_update_step", "_apply_weight_decay", "_clip_gradients"
 
 
 def configure(model):
@@ -33,13 +36,15 @@ def configure(model):
     if optimizer is None:
         return
     own = inner_optimizer(optimizer)
-    # An optimizer may be compiled again, with other options.
-    for name in REPLACED:
-        vars(own).pop(name, None)
-    if not options["decay_vectors"]:
-        # A `MultiOptimizer` passes weights on to others.
-        for each in getattr(own, "optimizers", [own]):
+    # A `MultiOptimizer` passes weights on to others.
+    for each in getattr(own, "optimizers", [own]):
+        # An optimizer may be compiled again, with other options.
+        for name in REPLACED:
+            vars(each).pop(name, None)
+        if not options["decay_vectors"]:
             exclude_vectors_from_decay(each, model.trainable_variables)
+        if in_place_updates.are_available():
+            update_in_place(each)
     if options["learning_rate_multipliers"]:
         multiply_learning_rate(own, partial(learning_rate_factors, model))
 
@@ -128,7 +133,7 @@ class GradientNorm:
         """Called with the gradients of the global batch before they are applied."""
         # Unscaled first, as squares of scaled gradients may overflow.
         scale = self.optimizer.scale_loss(1.0)
-        gradients = [ops.cast(x, "float32") / scale for x in gradients if x is not None]
+        gradients = (ops.cast(x, "float32") / scale for x in gradients if x is not None)
         self._step.norm = ops.sqrt(sum(ops.sum(ops.square(x)) for x in gradients))
 
     def update_metric(self):
@@ -139,6 +144,49 @@ class GradientNorm:
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             counts = ops.cast(ops.isfinite(norm), norm.dtype)
         self.metric.update_state(ops.where(counts > 0, norm, 0.0), counts)
+
+
+# === Updates in place ===
+
+
+def update_in_place(optimizer):
+    """Makes an optimizer clip by the global norm, and Adam update, in place on torch.
+
+    The results are Keras's up to rounding, in Keras's variables. Gradients are clipped
+    where they are. All else that `apply` does stays Keras's own: decay, accumulation,
+    averages, constraints. So does the update of other optimizers, and that of all
+    weights if one is not float32.
+    """
+    clip, update = optimizer._clip_gradients, optimizer._backend_update_step
+
+    def clip_gradients(gradients):
+        max_norm = optimizer.global_clipnorm or 0.0
+        if (
+            max_norm > 0
+            and not optimizer.clipnorm
+            and in_place_updates.clip_by_global_norm(gradients, max_norm)
+        ):
+            return gradients
+        return clip(gradients)
+
+    def update_step(gradients, variables, learning_rate):
+        indices = [optimizer._get_variable_index(v) for v in variables]
+        slots = [optimizer._momentums, optimizer._velocities]
+        if optimizer.amsgrad:
+            slots.append(optimizer._velocity_hats)
+        weights = [v.value for v in variables]
+        moments = [[slot[i].value for i in indices] for slot in slots]
+        if in_place_updates.can_update(weights, gradients, *moments):
+            in_place_updates.adam(optimizer, weights, gradients, moments, learning_rate)
+        else:
+            update(gradients, variables, learning_rate)
+
+    if type(optimizer)._clip_gradients is keras.optimizers.Optimizer._clip_gradients:
+        optimizer._clip_gradients = clip_gradients
+    # Subclasses may update in a way of their own.
+    adams = keras.optimizers.Adam(name="adam"), keras.optimizers.AdamW(name="adamw")
+    if type(optimizer) in map(type, adams):
+        optimizer._backend_update_step = update_step
 
 
 # === Weight decay ===

@@ -1,0 +1,340 @@
+"""Updates in place on torch: Keras's results in Keras's variables, without copies."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_cluster_mask.distribution import in_place_updates
+from keras_cluster_mask.training.optimizers import (
+    inner_optimizer,
+    multiply_learning_rate,
+    update_in_place,
+)
+from tests.helpers import random_pairs, small_model, to_numpy, values
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="other backends update by compiled code"
+)
+
+SHAPES = [(8, 16), (16,), (3, 4, 5), (7,)]
+Adam, AdamW, SGD = (getattr(keras.optimizers, x) for x in ("Adam", "AdamW", "SGD"))
+OPTIMIZERS = {
+    "adam": lambda: Adam(0.01),
+    "adam-betas": lambda: Adam(0.01, beta_1=0.5, beta_2=0.95, epsilon=1e-3),
+    "adam-no-momentum": lambda: Adam(0.01, beta_1=0.0),
+    "adam-decay": lambda: Adam(0.01, weight_decay=0.3),
+    "amsgrad": lambda: Adam(0.01, amsgrad=True),
+    "adamw": lambda: AdamW(0.01, weight_decay=0.3),
+    "global-clipnorm": lambda: AdamW(0.01, global_clipnorm=0.5),
+    "clipnorm": lambda: AdamW(0.01, clipnorm=0.5),
+    "clipvalue": lambda: AdamW(0.01, clipvalue=0.5),
+    "schedule": lambda: AdamW(keras.optimizers.schedules.CosineDecay(0.01, 30)),
+    "callable-rate": lambda: AdamW(lambda: 0.01),
+    "zero-rate": lambda: AdamW(0.0),
+    "averages": lambda: AdamW(
+        0.01, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=6
+    ),
+    "accumulation": lambda: AdamW(
+        0.01, gradient_accumulation_steps=4, global_clipnorm=0.1
+    ),
+    "loss-scale": lambda: AdamW(0.01, loss_scale_factor=64.0, global_clipnorm=0.01),
+    "loss-scale-optimizer": lambda: keras.optimizers.LossScaleOptimizer(
+        AdamW(0.01, global_clipnorm=0.01), initial_scale=64.0, dynamic_growth_steps=5
+    ),
+    "sgd": lambda: SGD(0.01, global_clipnorm=0.5),
+    "momentum": lambda: SGD(0.01, momentum=0.9, global_clipnorm=0.5),
+    "nesterov": lambda: SGD(0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "lion": lambda: keras.optimizers.Lion(0.01, global_clipnorm=0.5),
+}
+
+
+def make_variables(shapes=SHAPES, dtype="float32"):
+    rng = np.random.default_rng(0)
+    return [
+        keras.Variable(rng.normal(size=shape), dtype=dtype, name=f"weight_{i}")
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def gradients_of_step(step, variables):
+    rng = np.random.default_rng(step + 1)
+    # Those of the second are about as large as epsilon.
+    scales = [1.0, 1e-7, 1e-3, 0.1]
+    return [
+        ops.cast(rng.normal(size=v.shape) * scale, v.dtype)
+        for v, scale in zip(variables, scales)
+    ]
+
+
+def train(optimizer, variables, steps=range(20)):
+    for step in steps:
+        optimizer.apply(gradients_of_step(step, variables), variables)
+    return optimizer, variables
+
+
+def assert_same_state(one, other, rtol=1e-6):
+    for (optimizer, variables), (reference, expected) in [(one, other)]:
+        pairs = zip(
+            [*variables, *optimizer.variables], [*expected, *reference.variables]
+        )
+        for x, y in pairs:
+            x, y = to_numpy(x), to_numpy(y)
+            atol = rtol * np.abs(y).max(initial=0)
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+def in_place(optimizer):
+    update_in_place(inner_optimizer(optimizer))
+    return optimizer
+
+
+@pytest.fixture
+def updated(monkeypatch):
+    """How many weights each update in place was of."""
+    counts, adam = [], in_place_updates.adam
+
+    def watched(optimizer, weights, *args):
+        counts.append(len(weights))
+        adam(optimizer, weights, *args)
+
+    monkeypatch.setattr(in_place_updates, "adam", watched)
+    return counts
+
+
+# === The same results ===
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_updates_are_those_of_keras(make, updated):
+    result = train(in_place(make()), make_variables())
+    assert_same_state(result, train(make(), make_variables()))
+    steps = inner_optimizer(result[0]).gradient_accumulation_steps or 1
+    is_adam = isinstance(inner_optimizer(result[0]), Adam)
+    assert updated == ([4] * (20 // steps) if is_adam else [])
+
+
+def test_updates_are_those_of_the_formula():
+    rate, decay, max_norm, epsilon = 0.01, 0.3, 0.5, 1e-3
+    optimizer = AdamW(
+        rate, weight_decay=decay, global_clipnorm=max_norm, epsilon=epsilon
+    )
+    _, variables = train(in_place(optimizer), make_variables())
+    weights = [to_numpy(v).astype("float64") for v in make_variables()]
+    first, second = ([0 * w for w in weights] for _ in range(2))
+    for step in range(20):
+        gradients = [to_numpy(g) for g in gradients_of_step(step, variables)]
+        norm = np.sqrt(sum((g**2).sum() for g in gradients))
+        assert norm > max_norm
+        for i, gradient in enumerate(gradients):
+            gradient = gradient * max_norm / norm
+            first[i] = 0.9 * first[i] + 0.1 * gradient
+            second[i] = 0.999 * second[i] + 0.001 * gradient**2
+            corrected = np.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+            change = corrected * first[i] / (np.sqrt(second[i]) + epsilon)
+            weights[i] = weights[i] * (1 - rate * decay) - rate * change
+    for variable, weight in zip(variables, weights):
+        # Keras computes powers of 0.999 in float32.
+        np.testing.assert_allclose(to_numpy(variable), weight, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_have_learning_rates_of_their_own():
+    results = []
+    for prepare in (in_place, lambda x: x):
+        variables, optimizer = make_variables(), prepare(AdamW(0.01, weight_decay=0.3))
+        factors = {id(variables[0]): 0.1, id(variables[2]): 0.0}
+        multiply_learning_rate(optimizer, lambda factors=factors: factors)
+        results.append(train(optimizer, variables))
+    assert_same_state(*results)
+
+
+def test_excluded_weights_do_not_decay():
+    results = []
+    for prepare in (in_place, lambda x: x):
+        optimizer = prepare(AdamW(0.01, weight_decay=3.0))
+        optimizer.exclude_from_weight_decay(var_names=["weight_0"])
+        results.append(train(optimizer, make_variables()))
+    assert_same_state(*results)
+
+
+def test_constraints_hold():
+    results = []
+    for prepare in (in_place, lambda x: x):
+        variables = make_variables()
+        variables[0].constraint = keras.constraints.NonNeg()
+        results.append(train(prepare(AdamW(0.01)), variables))
+        assert (to_numpy(variables[0]) >= 0).all()
+    assert_same_state(*results)
+
+
+def test_weights_without_gradients_stay_as_they_are():
+    results = []
+    for prepare in (in_place, lambda x: x):
+        optimizer, variables = prepare(AdamW(0.01)), make_variables()
+        optimizer.build(variables)
+        for step in range(3):
+            gradients = gradients_of_step(step, variables)
+            gradients[1] = None
+            with pytest.warns(UserWarning, match=r"do not exist for.*weight_1"):
+                optimizer.apply(gradients, variables)
+        results.append((optimizer, variables))
+    assert_same_state(*results)
+    np.testing.assert_array_equal(
+        to_numpy(results[0][1][1]), to_numpy(make_variables()[1])
+    )
+
+
+def test_a_clipnorm_that_is_set_later_comes_first():
+    results = []
+    for prepare in (in_place, lambda x: x):
+        optimizer = prepare(SGD(0.1, global_clipnorm=0.5))
+        optimizer.clipnorm = 0.1
+        results.append(train(optimizer, make_variables(), range(2)))
+    assert_same_state(*results)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_norm_that_is_not_finite_is_not_hidden_by_clipping(bad):
+    for prepare in (in_place, lambda x: x):
+        optimizer, variables = prepare(SGD(0.1, global_clipnorm=1.0)), make_variables()
+        gradients = gradients_of_step(0, variables)
+        gradients[3] = ops.full((7,), bad)
+        optimizer.apply(gradients, variables)
+        assert all(np.isnan(to_numpy(v)).all() for v in variables)
+
+
+def test_steps_with_infinite_gradients_are_skipped_under_loss_scaling():
+    results = []
+    for prepare in (in_place, lambda x: x):
+        optimizer = prepare(OPTIMIZERS["loss-scale-optimizer"]())
+        variables = make_variables()
+        train(optimizer, variables, range(3))
+        optimizer.apply([ops.full(v.shape, np.inf) for v in variables], variables)
+        results.append(train(optimizer, variables, range(3, 6)))
+        assert int(optimizer.iterations) == 6
+    assert_same_state(*results)
+
+
+# === The same state ===
+
+
+@pytest.mark.parametrize("kind", ["adamw", "amsgrad", "averages", "momentum"])
+@pytest.mark.parametrize("first", ["in place", "keras"])
+def test_a_run_continues_in_the_other_kind_of_update(kind, first):
+    optimizers = [in_place(OPTIMIZERS[kind]()), OPTIMIZERS[kind]()]
+    if first == "keras":
+        optimizers.reverse()
+    begins, ends = optimizers
+    _, variables = train(begins, make_variables(), range(10))
+    ends.build(variables)
+    assert [v.shape for v in ends.variables] == [v.shape for v in begins.variables]
+    ends.set_weights(values(begins.variables))
+    result = train(ends, variables, range(10, 20))
+    assert_same_state(result, train(OPTIMIZERS[kind](), make_variables()))
+
+
+def test_variables_keep_their_memory():
+    optimizer, variables = train(in_place(AdamW(0.01)), make_variables(), range(1))
+    held = [*variables, *optimizer.variables]
+    before = [v.value.data_ptr() for v in held]
+    train(optimizer, variables, range(1, 3))
+    assert [v.value.data_ptr() for v in held] == before
+
+
+def allocated(optimizer, variables):
+    """How many bytes an update allocates in all."""
+    import torch
+
+    gradients = gradients_of_step(1, variables)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        optimizer.apply(gradients, variables)
+    return sum(max(0, x.self_cpu_memory_usage) for x in profile.events())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "global-clipnorm", "amsgrad", "momentum"])
+def test_updates_need_no_memory_for_copies(kind):
+    shapes = [(256, 512), (512, 256)]
+    size = 4 * sum(map(np.prod, shapes))
+    variables = make_variables(shapes)
+    make = OPTIMIZERS[kind]
+    optimizer, _ = train(in_place(make()), variables, range(1))
+    assert allocated(optimizer, variables) < 0.01 * size
+    # What the profiler counts of Keras's own.
+    reference, _ = train(make(), variables, range(1))
+    assert allocated(reference, variables) > 0.9 * size
+
+
+# === What Keras updates ===
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_weights_of_other_dtypes_are_updated_by_keras(dtype, updated):
+    results = []
+    for prepare in (in_place, lambda x: x):
+        variables = [
+            *make_variables(SHAPES[:2]),
+            *make_variables(SHAPES[2:], dtype=dtype),
+        ]
+        optimizer = prepare(AdamW(0.01, global_clipnorm=0.5, epsilon=1e-3))
+        results.append(train(optimizer, variables))
+        assert variables[2].dtype == dtype
+    assert updated == []
+    assert_same_state(*results)
+
+
+def test_the_order_of_values_in_memory_does_not_matter(updated):
+    import torch
+
+    results = []
+    for prepare in (in_place, lambda x: x):
+        optimizer = prepare(AdamW(0.01, global_clipnorm=0.5))
+        columns = torch.arange(12.0).reshape(3, 4).T
+        variables = [keras.Variable(columns, name="columns"), *make_variables()[:2]]
+        assert not variables[0].value.is_contiguous()
+        for step in range(5):
+            gradients = gradients_of_step(step, variables)
+            # A transposed gradient, and one that is one number in memory.
+            gradients[1] = gradients[1].T.contiguous().T
+            gradients[2] = torch.tensor(0.1).expand(16)
+            optimizer.apply(gradients, variables)
+        results.append((optimizer, variables))
+    assert_same_state(*results)
+    assert updated == []
+
+
+def test_a_gradient_of_two_weights_is_clipped_once():
+    results = []
+    for prepare in (in_place, lambda x: x):
+        optimizer = prepare(SGD(0.1, global_clipnorm=0.5))
+        variables = make_variables([(2, 3), (2, 3)])
+        optimizer.apply([ops.ones((2, 3))] * 2, variables)
+        results.append((optimizer, variables))
+    assert_same_state(*results)
+
+
+def test_a_subclass_updates_in_its_own_way():
+    class Still(AdamW):
+        def update_step(self, gradient, variable, learning_rate):
+            pass
+
+        def _clip_gradients(self, gradients):
+            raise RuntimeError("its own clipping")
+
+    optimizer = in_place(Still(0.01, weight_decay=0.0, global_clipnorm=0.5))
+    with pytest.raises(RuntimeError, match="its own clipping"):
+        train(optimizer, make_variables())
+    del Still._clip_gradients
+    _, variables = train(in_place(Still(0.01, weight_decay=0.0)), make_variables())
+    for one, other in zip(values(variables), values(make_variables())):
+        np.testing.assert_array_equal(one, other)
+
+
+# === In a model ===
+
+
+def test_a_compiled_model_is_updated_in_place(updated):
+    model = small_model(projection_dim=8)
+    model.compile(AdamW(0.01, global_clipnorm=1.0))
+    model.fit(random_pairs(16), batch_size=8, verbose=0)
+    assert updated == [len(model.trainable_variables)] * 2
