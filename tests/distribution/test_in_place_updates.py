@@ -73,15 +73,16 @@ def train(optimizer, variables, steps=range(20)):
     return optimizer, variables
 
 
-def assert_same_state(one, other, rtol=1e-6):
-    for (optimizer, variables), (reference, expected) in [(one, other)]:
-        pairs = zip(
-            [*variables, *optimizer.variables], [*expected, *reference.variables]
-        )
-        for x, y in pairs:
-            x, y = to_numpy(x), to_numpy(y)
-            atol = rtol * np.abs(y).max(initial=0)
-            np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+def assert_same_state(result, expected, rtol=1e-6):
+    """Compares weights and the optimizer's variables of two returns of `train`."""
+    one, other = (
+        [*variables, *optimizer.variables]
+        for optimizer, variables in (result, expected)
+    )
+    assert len(one) == len(other)
+    for x, y in zip(map(to_numpy, one), map(to_numpy, other)):
+        atol = rtol * np.abs(y).max(initial=0)
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
 def in_place(optimizer):
