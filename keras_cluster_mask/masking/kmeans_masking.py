@@ -63,7 +63,7 @@ class KMeansMasking(SimilarityMasking):
 
     Raises:
         ValueError: If the images are missing or do not fit the patch size or
-            the tokens.
+            the tokens; or if they have fewer patches than there are clusters.
 
     Reference:
         - [Efficient Vision-Language Pre-training by Cluster Masking](
@@ -104,10 +104,16 @@ class KMeansMasking(SimilarityMasking):
         self.count_steps()
 
     def score(self, noise, images=None, tokens=None):
+        num_clusters, num_patches = self.num_clusters, noise.shape[1]
+        if num_clusters > num_patches:
+            raise ValueError(
+                "`num_clusters` must not exceed the number of patches of an image: use "
+                "fewer clusters, or smaller patches. Received: num_clusters="
+                f"{num_clusters}, {num_patches} patches"
+            )
         # All that k-means needs of the patches are their similarities, which are fewer
         # numbers than their pixels.
         similarity = self.similarity_to_anchors(images, None, tokens)
-        num_clusters = min(self.num_clusters, noise.shape[1])
         first = ops.argsort(noise, axis=-1)[:, :num_clusters]
 
         def move(_, to_centers):

@@ -139,12 +139,13 @@ def test_clusters_leave_in_random_order():
     assert chi_square(counts, differ.sum(), 1) > FALSE_ALARM
 
 
-def test_more_clusters_than_patches_are_as_many_as_there_are():
+@pytest.mark.any_backend
+def test_refuses_more_clusters_than_patches():
     images, noise, _ = case(*GEOMETRIES[5], seed=11)
-    every = kcm.KMeansMasking((6, 4), num_clusters=9)
-    more = kcm.KMeansMasking((6, 4), num_clusters=50)
-    expected = numpy(*every.select(images, noise=noise))
-    assert_selects(more, expected, images=images, noise=noise)
+    kcm.KMeansMasking((6, 4), num_clusters=9).select(images, noise=noise)
+    message = r"`num_clusters` must not exceed .*Received: num_clusters=10, 9 patches"
+    with pytest.raises(ValueError, match=message):
+        kcm.KMeansMasking((6, 4), num_clusters=10).select(images, noise=noise)
 
 
 @pytest.mark.any_backend
