@@ -183,8 +183,8 @@ def image_text_dataset(
             or a function of the number of samples and the number of an epoch, from 0,
             that returns an int array of numbers of samples in the index, the same in
             each process. They are shuffled, and no other sample is read. `len(dataset)`
-            counts the full batches of the first epoch. Defaults to `None`: each sample
-            once.
+            counts the full batches of the epoch at its start, `steps_per_epoch` those
+            of an epoch of the mean length. Defaults to `None`: each sample once.
         block_size: int. In training, runs of so many neighbours stay together and are
             read together, which suits object stores and disks that turn. The
             number of processes must divide `batch_size // block_size`. Defaults to

@@ -65,6 +65,12 @@ class Order:
         """The number of samples in an epoch."""
         return self._epoch(epoch)[1]
 
+    @property
+    def mean_length(self):
+        """The mean number of samples in an epoch; of the first, if it is not known."""
+        mean = getattr(self._sampling, "mean_length", None)
+        return self.length(0) if mean is None else mean
+
     def digest(self):
         """A str that differs between samplers, from the numbers of the first epoch."""
         chosen = np.ascontiguousarray(self._epoch(0)[0], "<i8")
@@ -139,6 +145,11 @@ class Mix:
 
     def length(self, epoch):
         """The number of samples in an epoch."""
+        return self.num_samples
+
+    @property
+    def mean_length(self):
+        """The mean number of samples in an epoch."""
         return self.num_samples
 
 

@@ -56,10 +56,7 @@ class Samples:
 
     @property
     def num_batches(self):
-        """int. The full batches in the first epoch of training, or all batches."""
-        if self.training:
-            # A sampler chooses how many samples an epoch has.
-            return self.order.length(0) // self.batch_size
+        """int. All batches of evaluation."""
         return -(-len(self.index) // self.batch_size)
 
     @property

@@ -35,8 +35,9 @@ class ClusterSampling:
     In small clusters `r` exceeds `n`. As in the official code, their samples then come
     once, and an epoch is shorter than `T`. With `repeat` they come several times, and
     its mean length is `T`. Epochs differ in length by chance: `len` of a dataset is the
-    number of batches of its first epoch. `ContrastiveModel.fit` trains for that many
-    steps in each of its epochs, and no sample is lost between them.
+    number of batches of the epoch at its start, and `steps_per_epoch` that of an epoch
+    of the mean length. `ContrastiveModel.fit` trains for the latter number of steps in
+    each of its epochs, and no sample is lost between them.
 
     A sampler holds 12 bytes for each key; a dataset with it, in each process and worker
     process, 12 bytes for each sample and 8 for each of the samples of two epochs.
@@ -207,7 +208,9 @@ class ClusterSampling:
         """The function of an epoch that chooses samples of an `Index`."""
         hashes = index.key_hashes()
         clusters = self._clusters[places_of(index, hashes, self._hashes, "clusters")]
-        return functools.partial(_draw, hashes, clusters, self._copies, self.seed)
+        draw = functools.partial(_draw, hashes, clusters, self._copies, self.seed)
+        draw.mean_length = float(self._copies[clusters].sum())
+        return draw
 
     def _cluster(self, hashes, key):
         places = _search(self._hashes, hashes)

@@ -80,8 +80,18 @@ class ImageTextDataset(grain.IterDataset):
         return self
 
     def __len__(self):
-        """The full batches in an epoch of training, or all batches of evaluation."""
-        return self._samples.num_batches
+        """All batches of evaluation, or the full ones of the epoch at the start."""
+        samples = self._samples
+        if not self.training:
+            return samples.num_batches
+        epoch, _ = samples.order.place(self.start * samples.batch_size)
+        return samples.order.length(epoch) // samples.batch_size
+
+    @property
+    def steps_per_epoch(self):
+        """The full batches in an epoch of training of the mean length."""
+        samples = self._samples
+        return max(int(samples.order.mean_length) // samples.batch_size, 1)
 
     def keys(self, batch):
         """The keys of the samples of a batch of this process, as a list of str."""
@@ -111,7 +121,7 @@ class ImageTextDataset(grain.IterDataset):
         rows = min(rows, max(MAX_CHUNK // bytes_per_row, 1))
         per_batch = -(-self._samples.rows // rows)
         # Each worker makes as many batches of evaluation; the last may be empty.
-        turns = max(-(-(len(self) - start) // workers), 0)
+        turns = max(-(-(self._samples.num_batches - start) // workers), 0)
         chunks = 2**62 if self.training else turns * workers * per_batch
         read = functools.partial(_read_chunk, self._samples, start, workers, rows)
         threads = max(min(num_processors() // workers, MAX_THREADS), 1)

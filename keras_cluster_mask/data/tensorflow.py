@@ -69,7 +69,10 @@ def as_dataset(stream):
     options.autotune.enabled = False
     dataset = dataset.with_options(options).prefetch(1)
     # TensorFlow gives no length to an endless stream.
-    members = {"__len__": lambda self: len(stream)}
+    members = {
+        "__len__": lambda self: len(stream),
+        "steps_per_epoch": property(lambda self: stream.steps_per_epoch),
+    }
     if hasattr(stream, "skipped"):
         members["skipped"] = property(lambda self: stream.skipped)
     dataset.__class__ = type("ImageTextDataset", (type(dataset),), members)

@@ -91,6 +91,11 @@ class ArrayBatches:
     def __len__(self):
         return self.pairs // self.batch_size
 
+    @property
+    def steps_per_epoch(self):
+        """The full batches in each epoch."""
+        return len(self)
+
     def __iter__(self):
         batch = self.start
         while True:

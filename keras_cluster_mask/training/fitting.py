@@ -103,7 +103,8 @@ def fit(
     stream = stream_of(x)
     if stream is not None:
         check_same_everywhere(stream.description)
-        steps_per_epoch = len(stream) if steps_per_epoch is None else steps_per_epoch
+        if steps_per_epoch is None:
+            steps_per_epoch = stream.steps_per_epoch
     if saves:
         _check_no_swaps(callbacks)
     data = RemainingData(x, steps_per_epoch, initial_epoch, remembers_ids=bool(saves))

@@ -327,7 +327,7 @@ class CountSteps(keras.callbacks.Callback):
         self.steps[-1] += 1
 
 
-def test_fit_trains_for_the_steps_of_the_first_epoch_in_each(shards):
+def test_fit_trains_for_the_steps_of_an_epoch_of_the_mean_length(shards):
     sampling = ClusterSampling(CLUSTERS, share=0.9, repeat=True)
     dataset = make(shards, sampling, include_keys=False)
     model = kcm.ContrastiveModel(image_mlp(), text_bag())
@@ -335,8 +335,22 @@ def test_fit_trains_for_the_steps_of_the_first_epoch_in_each(shards):
     counter = CountSteps()
     model.fit(dataset, epochs=3, verbose=0, callbacks=[counter])
     lengths = [len(epoch) for epoch in epochs_of(sampling, 3)]
-    assert counter.steps == [lengths[0] // 4] * 3
+    mean = sum(map(sampling.probability, CLUSTERS))
+    assert dataset.steps_per_epoch == int(mean) // 4
+    assert counter.steps == [dataset.steps_per_epoch] * 3
     assert len({*lengths}) > 1
+
+
+def test_the_length_of_a_dataset_is_that_of_the_epoch_at_its_start(shards):
+    sampling = ClusterSampling(CLUSTERS, share=0.9, repeat=True)
+    lengths = [len(epoch) for epoch in epochs_of(sampling, 3)]
+    assert len({length // 4 for length in lengths}) > 1
+    dataset = make(shards, sampling)
+    stream = getattr(dataset, "stream", dataset)
+    for epoch, length in enumerate(lengths):
+        # The first batch that begins within the epoch.
+        stream.start = -(-sum(lengths[:epoch]) // 4)
+        assert len(dataset) == length // 4
 
 
 def test_other_clusters_and_seeds_are_other_data(shards):
