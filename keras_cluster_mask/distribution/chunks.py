@@ -17,7 +17,8 @@ def map_chunks(function, num_chunks, weights, state, rows):
             take all that it differentiates from its arguments, and its first output
             must be a float.
         num_chunks: Integer that divides the number of rows.
-        weights: Structure of tensors, the same for all chunks.
+        weights: Structure of tensors, the same for all chunks. Their gradients are
+            computed, so what has none is better left to the function.
         state: Structure of tensors passed from chunk to chunk, without gradients.
         rows: Structure of tensors `(batch, ...)`, of which each chunk gets its part.
 
@@ -26,8 +27,11 @@ def map_chunks(function, num_chunks, weights, state, rows):
         state. `merge_chunks` restores the order of the rows.
     """
 
-    weights, state, rows = tree.map_structure(_as_tensor, (weights, state, rows))
+    weights, state, rows = tree.map_structure(as_tensor, (weights, state, rows))
     state = tree.map_structure(ops.stop_gradient, state)
+
+    if keras.backend.backend() == "tensorflow":
+        return _map_chunks_on_tensorflow(function, num_chunks, weights, state, rows)
 
     def one(state, index):
         chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
@@ -38,12 +42,113 @@ def map_chunks(function, num_chunks, weights, state, rows):
         # XLA would hold the activations of all chunks of an unrolled loop.
         state, outputs = ops.scan(one, state, ops.arange(num_chunks))
         return outputs, state
-    # A graph loop would hold the activations that `recompute_grad` should free.
     columns = []
     for index in range(num_chunks):
         state, outputs = one(state, ops.convert_to_tensor(index, "int32"))
         columns.append(outputs)
     return tree.map_structure(lambda *column: ops.stack(column), *columns), state
+
+
+def _map_chunks_on_tensorflow(function, num_chunks, weights, state, rows):
+    """`map_chunks` as a loop forward and a loop backward.
+
+    A loop in Python would copy the function into the graph for each chunk, and the
+    gradient that TensorFlow makes of a loop would hold the activations of all chunks.
+    """
+    import tensorflow as tf
+
+    arguments, structure = (weights, state, rows), []
+
+    @tf.custom_gradient
+    def run(*flat):
+        weights, state, rows = tree.pack_sequence_as(arguments, flat)
+
+        def forward(index, state):
+            chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
+            outputs, after = function(weights, state, index, chunk)
+            structure[:] = [tree.map_structure(lambda x: None, outputs)]
+            return (tree.flatten(outputs), state), after
+
+        (outputs, states), after = _scan(forward, state, num_chunks)
+
+        def gradient(*upstream):
+            floats = [i for i, x in enumerate(outputs) if x.dtype.is_floating]
+
+            def backward(index, sums):
+                chunk = [take_chunk(x, index, num_chunks) for x in tree.flatten(rows)]
+                sources = [*filter(_is_float, [*tree.flatten(weights), *chunk])]
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch(sources)
+                    found, _ = function(
+                        weights,
+                        tree.map_structure(lambda x: x[index], states),
+                        index,
+                        tree.pack_sequence_as(rows, chunk),
+                    )
+                    found = tree.flatten(found)
+                found = tape.gradient(
+                    [found[i] for i in floats],
+                    sources,
+                    [upstream[i][index] for i in floats],
+                    tf.UnconnectedGradients.ZERO,
+                )
+                added = [x + y for x, y in zip(sums, found)]
+                return found[len(sums) :], added
+
+            zeros = [tf.zeros_like(x) for x in tree.flatten(weights) if _is_float(x)]
+            of_rows, of_weights = _scan(backward, zeros, num_chunks)
+            found = iter([*of_weights, *map(merge_chunks, of_rows)])
+            # In the order of the arguments.
+            return [
+                *(next(found) if _is_float(x) else None for x in tree.flatten(weights)),
+                *(None for _ in tree.flatten(state)),
+                *(next(found) if _is_float(x) else None for x in tree.flatten(rows)),
+            ]
+
+        return [*outputs, *tree.flatten(after)], gradient
+
+    flat = run(*tree.flatten(arguments))
+    num_states = len(tree.flatten(state))
+    outputs, after = flat[: len(flat) - num_states], flat[len(flat) - num_states :]
+    outputs = tree.pack_sequence_as(structure[0], outputs)
+    after = tree.pack_sequence_as(state, after)
+    return outputs, tree.map_structure(tf.stop_gradient, after)
+
+
+def _scan(function, carry, length):
+    """As `jax.lax.scan`, of `function(index, carry) -> (outputs, carry)`."""
+    import tensorflow as tf
+
+    structure = []
+
+    def step(index, carry, columns=None):
+        outputs, after = function(index, tree.pack_sequence_as(structure[0], carry))
+        structure[:] = [structure[0], tree.map_structure(lambda x: None, outputs)]
+        outputs = tree.flatten(outputs)
+        columns = columns or [
+            tf.TensorArray(x.dtype, length, element_shape=x.shape) for x in outputs
+        ]
+        columns = [column.write(index, x) for column, x in zip(columns, outputs)]
+        return index + 1, tree.flatten(after), columns
+
+    structure[:] = [tree.map_structure(lambda x: None, carry)]
+    # The first step is outside of the loop: it shows the shapes of the outputs.
+    _, carry, columns = tf.while_loop(
+        lambda index, *_: index < length,
+        step,
+        step(tf.constant(0), tree.flatten(carry)),
+        # Steps at the same time would have their activations in memory together.
+        parallel_iterations=1,
+    )
+    columns = [column.stack() for column in columns]
+    return (
+        tree.pack_sequence_as(structure[1], columns),
+        tree.pack_sequence_as(structure[0], carry),
+    )
+
+
+def _is_float(x):
+    return x.dtype.is_floating
 
 
 def recompute(function, *arguments):
@@ -57,7 +162,7 @@ def recompute(function, *arguments):
     Returns:
         What the function returns, a structure of tensors.
     """
-    arguments = tree.map_structure(_as_tensor, arguments)
+    arguments = tree.map_structure(as_tensor, arguments)
     bools = [
         keras.backend.standardize_dtype(x.dtype) == "bool"
         for x in tree.flatten(arguments)
@@ -89,7 +194,8 @@ def take_chunk(x, index, num_chunks):
     return split[:, index]
 
 
-def _as_tensor(x):
+def as_tensor(x):
+    """The value that a variable or tensor has now."""
     x = x.value if isinstance(x, keras.Variable) else ops.convert_to_tensor(x)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

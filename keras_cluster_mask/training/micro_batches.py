@@ -5,7 +5,12 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks, take_chunk
+from keras_cluster_mask.distribution.chunks import (
+    as_tensor,
+    map_chunks,
+    merge_chunks,
+    take_chunk,
+)
 from keras_cluster_mask.distribution.replicas import local_rows, num_replicas
 from keras_cluster_mask.masking.context import part_of_batch
 from keras_cluster_mask.training.gradient_checkpointing import (
@@ -43,9 +48,12 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
     weights = model.trainable_variables
     others = [v for v in model.non_trainable_variables if id(v) not in in_seeds]
     variables = [*weights, *others, *seeds]
+    other_values = [as_tensor(x) for x in snapshot(model, others)]
     updated = []
 
-    def embed(values, seed_values, index, chunk):
+    def embed(weight_values, seed_values, index, chunk):
+        values = [*weight_values, *other_values]
+
         def chunk_rows(noise):
             return take_chunk(local_rows(noise), index, num_chunks)
 
@@ -65,7 +73,7 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
     (embeddings, extra_losses, assigned), seed_values = map_chunks(
         embed,
         num_chunks,
-        weights=snapshot(model, [*weights, *others]),
+        weights=snapshot(model, weights),
         state=snapshot(model, seeds),
         rows={key: inputs[key] for key in taken if key in inputs},
     )

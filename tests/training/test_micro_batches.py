@@ -23,6 +23,7 @@ from tests.helpers import (
     text_bag,
     tiny_clip,
     to_numpy,
+    value_and_gradients,
     values,
 )
 
@@ -228,7 +229,76 @@ def test_memory_is_that_of_a_micro_batch():
     assert sizes[64, None] > 4 * sizes[8, 8]
 
 
+def test_the_graph_does_not_grow_with_the_number_of_chunks():
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("JAX has a loop, torch no graph.")
+    sizes = []
+    for micro_batch_size in (6, 2):
+        model = make_model(micro_batch_size=micro_batch_size)
+        pairs = {k: ops.convert_to_tensor(v) for k, v in random_pairs(BATCH).items()}
+        loss_and_gradients(model, pairs)
+        sizes.append(_nodes_of_gradients(model, pairs))
+    assert sizes[0] == sizes[1]
+
+
+def test_frozen_weights_have_no_gradients_computed():
+    """Nor are they part of the sums over chunks."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("Elsewhere no gradient is computed that nobody reads.")
+    sizes = []
+    for frozen in (False, True):
+        model = make_model(micro_batch_size=4)
+        pairs = {k: ops.convert_to_tensor(v) for k, v in random_pairs(BATCH).items()}
+        loss_and_gradients(model, pairs)
+        model.image_encoder.trainable = not frozen
+        sizes.append(_nodes_of_gradients(model, pairs))
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def _nodes_of_gradients(model, pairs):
+    """The number of operations in TensorFlow's graph of a batch's gradients."""
+    import tensorflow as tf
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x=pairs, y_pred=model(pairs, training=True))
+        return tape.gradient(loss, [v.value for v in model.trainable_variables])
+
+    graph = tf.function(gradients).get_concrete_function().graph.as_graph_def()
+    bodies = [f.node_def for f in graph.library.function]
+    return len(graph.node) + sum(map(len, bodies))
+
+
 # === Chunks ===
+
+
+def test_chunks_have_the_gradients_of_the_whole():
+    """Of weights and rows, also where an output has none or is an integer."""
+    rng = np.random.default_rng(0)
+    weights, a = rng.normal(size=(2,)).astype("float32"), rng.normal(size=(6, 2))
+    a, wanted = a.astype("float32"), rng.normal(size=(6, 2)).astype("float32")
+
+    def chunk(weights, state, index, rows):
+        a = weights * rows["a"] ** 2
+        return (a, ops.stop_gradient(a), rows["b"] + index), state + 1
+
+    def total(weights, a):
+        rows = {"a": a, "b": ops.arange(6, dtype="int32")}
+        (found, _, _), count = map_chunks(
+            chunk, 3, weights, ops.convert_to_tensor(0), rows
+        )
+        return ops.sum(merge_chunks(found) * ops.convert_to_tensor(wanted)), count
+
+    values = [keras.Variable(weights), keras.Variable(a)]
+    if keras.backend.backend() == "jax":
+        import jax
+
+        found = jax.grad(lambda *x: total(*x)[0], argnums=(0, 1))(weights, a)
+    else:
+        _, found = value_and_gradients(lambda: (total(*values)[0],) * 2, values)
+    assert int(total(*values)[1]) == 3
+    np.testing.assert_allclose(found[0], (wanted * a**2).sum(0), rtol=1e-5)
+    np.testing.assert_allclose(found[1], wanted * 2 * a * weights, rtol=1e-5)
 
 
 def test_chunks_come_back_in_the_order_of_the_batch():
