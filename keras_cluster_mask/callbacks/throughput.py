@@ -21,7 +21,8 @@ class Throughput(keras.callbacks.Callback):
     Validation is not counted. Works for arrays and for datasets whose batches have a
     known size (`drop_remainder=True`); for other data nothing is reported.
 
-    Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`.
+    Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`. It
+    does not make the program wait for steps.
 
     Example:
 

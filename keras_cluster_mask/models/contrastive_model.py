@@ -270,9 +270,6 @@ class ContrastiveModel(DualEncoder):
             results = super().train_step(*args)
         if replicas.num_replicas() > 1:
             replicas.all_reduce_mean(layers.averaged_variables(self))
-        if self.training_run is not None:
-            # Where steps are compiled, this is no part of them.
-            self.training_run.note_rng_state()
         return results
 
     def compute_loss(
@@ -318,10 +315,13 @@ class ContrastiveModel(DualEncoder):
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         if not self.is_evaluating:
+            # The end of a training step, on every backend.
             loss = next(each for each in self.metrics if each.name == "loss")
             self.finite_steps.update_state(loss.result())
             if self.gradient_norm is not None:
                 self.gradient_norm.update_metric()
+            if self.training_run is not None:
+                self.training_run.note_rng_state()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def make_train_function(self, force=False):

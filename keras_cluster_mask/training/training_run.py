@@ -48,7 +48,7 @@ class TrainingRun(keras.callbacks.Callback):
         self._seeks = not isinstance(x, types.GeneratorType)
 
     def note_rng_state(self):
-        """Called at the end of a step where steps run eagerly, else as they compile."""
+        """Called at the end of a step; of a compiled one, when it is compiled."""
 
     def on_train_begin(self, logs=None):
         if self._seeks:
