@@ -258,7 +258,8 @@ again, continues from the last checkpoint, also within an epoch. It reads no sam
 position again. The number of processes and of workers may change; other data, another
 `seed` or another batch size are refused. A checkpoint takes the space of the weights and the
 optimizer's moments, and a killed run loses the steps since the last one; `save_every` balances
-the two. The folder may be an address that fsspec knows, such as `gs://bucket/run`. The options of
+the two. Training waits while the state is copied to the host's memory, not while the file is
+written. The folder may be an address that fsspec knows, such as `gs://bucket/run`. The options of
 `compile`, such as the learning rate, may change: the resumed run takes the new ones, with a
 warning.
 
@@ -316,8 +317,9 @@ say(f"the same weights, bit for bit: {same}")
 """
 If the loss, or a weight that is to be saved, is NaN or infinite, `Checkpoint` saves nothing and
 raises a `kcm.callbacks.NonFiniteError` that names the step, the samples of the batch and the
-last good checkpoint. Look at these samples first; then resume with a lower learning rate, a longer
-warm-up or gradient clipping.
+last good checkpoint. It looks every 100 steps, as looking at each would keep the device waiting,
+and still names the step where it began. Look at these samples first; then resume with a lower
+learning rate, a longer warm-up or gradient clipping.
 """
 
 """

@@ -8,12 +8,16 @@ from keras_cluster_mask.distribution.processes import (
     all_gather_object,
     is_main_process,
 )
-from keras_cluster_mask.training.checkpoints import CheckpointFiles
+from keras_cluster_mask.training.checkpoints import CheckpointFiles, finish_writing
 from keras_cluster_mask.training.run_state import (
     describe,
     find_non_finite,
     read_state,
 )
+
+# A loss that is not finite is noticed after so many steps at the latest. To look after
+# each step would keep the device waiting.
+CHECK_EVERY = 100
 
 
 class NonFiniteError(FloatingPointError):
@@ -29,6 +33,11 @@ class Checkpoint(keras.callbacks.Callback):
     seeds, the metrics of the running epoch, the history, and the position in the data.
     `ContrastiveModel.fit` says what a resumed run does.
 
+    Training waits while the state is copied to the host's memory. A thread writes the
+    file while training continues, and the copy is held until it is written; the next
+    save waits for that, and so does the end of `fit`. There is never more than one
+    copy.
+
     An `image_text_dataset` continues with the next batch, also with another number of
     workers or processes; other data, seeds or options are refused. Other `tf.data`
     datasets skip the steps that were done, so they must give the same batches each
@@ -42,8 +51,10 @@ class Checkpoint(keras.callbacks.Callback):
     A loss that is NaN or infinite stops the run with an error that names the step, the
     last checkpoint, and the samples of the batch if they are known: of an
     `image_text_dataset` for training, and of data with an entry `"sample_id"` (strings
-    or numbers). So does a weight or a moment of the optimizer that is NaN or infinite
-    when it is to be saved. Nothing is saved of such a step.
+    or numbers). The run stops at the end of the epoch, before the next save, or 100
+    steps later, so that no step has to be waited for. A weight or a moment of the
+    optimizer that is NaN or infinite when it is to be saved stops it too. Nothing is
+    saved of such a step, or after it.
 
     Example:
 
@@ -78,6 +89,8 @@ class Checkpoint(keras.callbacks.Callback):
         ValueError: From `fit`, if the folder holds later checkpoints than the run
             resumes from, if the data could not be resumed, or if an epoch ends whose
             logs do not hold `monitor`.
+        OSError: From `fit`, at the next save or at its end, if a file cannot be
+            written.
         NonFiniteError: From `fit`, if the loss, a weight or the optimizer's state is
             NaN or infinite.
     """
@@ -113,7 +126,8 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         run = model_of(self, "training_run").training_run
         run.data.check_resumable(within_epochs=self.save_every != "epoch")
-        last = self.files.last_step()
+        # All processes raise the error, though a file may not be seen by all of them.
+        last = max(all_gather_object(self.files.last_step()))
         if last > run.total_steps:
             raise ValueError(
                 "`directory` must not hold later checkpoints than this run starts "
@@ -123,29 +137,31 @@ class Checkpoint(keras.callbacks.Callback):
             )
         # The run holds the data, longer than a fit that is interrupted.
         self._run = weakref.ref(run)
-        self._saved_steps = run.total_steps
+        self._saved_steps = self._checked_steps = run.total_steps
         self._best = math.inf
         for row in run.history:
             self._best = min(self._best, self._value(row["logs"]))
 
-    def on_train_batch_end(self, batch, logs=None):
-        run = self._run()
-        self._check_loss(logs)
-        if self.save_every == "epoch":
-            return
-        # With `steps_per_execution` several steps end at once.
-        if run.total_steps // self.save_every > self._saved_steps // self.save_every:
+    def on_train_batch_begin(self, batch, logs=None):
+        # Not at the end of a batch: Keras waits for each step if a callback wants to
+        # know of that. The steps before this batch are on their way.
+        run, every = self._run(), self.save_every
+        steps, saved = run.total_steps, self._saved_steps
+        # With `steps_per_execution` several steps begin at once.
+        is_due = every != "epoch" and steps // every > saved // every
+        if is_due or steps - self._checked_steps >= CHECK_EVERY:
+            run.count_steps()
+            self._check_loss()
+        if is_due:
             self._save()
-        self._saved_steps = run.total_steps
 
     def on_epoch_end(self, epoch, logs=None):
-        path = self._save()
-        self._check_monitor(epoch, logs or {})
+        # The run has counted the steps.
+        self._check_loss()
         value = self._value(logs or {})
-        if value < self._best:
-            self._best = value
-            if path is not None:
-                self.files.mark_best(path)
+        self._save(is_best=value < self._best)
+        self._best = min(self._best, value)
+        self._check_monitor(epoch, logs or {})
 
     def _check_monitor(self, epoch, logs):
         run, name = self._run(), self.monitor
@@ -163,7 +179,7 @@ class Checkpoint(keras.callbacks.Callback):
         value = self.sign * logs.get(self.monitor, math.inf * self.sign)
         return math.inf if math.isnan(value) else value
 
-    def _save(self):
+    def _save(self, is_best=False):
         run, model = self._run(), self.model
         history = [
             {
@@ -181,40 +197,46 @@ class Checkpoint(keras.callbacks.Callback):
             "description": {**describe(model), **run.data.describe()},
             "compiled": run.compiled,
         }
+        # One copy at a time.
+        finish_writing()
         # By all processes, which may share the weights.
         state = read_state(model)
         self._check_state(state)
-        arrays = {**state, **run.rng_state}
-        if not is_main_process():
-            return None
-        return self.files.write(run.total_steps, arrays, facts)
+        self._saved_steps = run.total_steps
+        if is_main_process():
+            arrays = {**state, **run.rng_state}
+            self.files.start_writing(run.total_steps, arrays, facts, is_best)
 
-    def _check_loss(self, logs):
-        loss = float((logs or {}).get("loss", 0.0))
-        if not math.isfinite(loss):
-            self._stop("The loss", f"loss={loss} at")
+    def _check_loss(self):
+        run = self._run()
+        self._checked_steps = run.total_steps
+        found = run.non_finite
+        if found is not None:
+            where = f"loss={found.loss} at"
+            self._stop("The loss", where, found.total_steps, found.epoch, found.step)
 
     def _check_state(self, state):
         """Finite weights may be infinite after an update at a finite loss."""
         path = find_non_finite(self.model, state)
         # All processes stop, or the others would wait for one that has.
         if any(all_gather_object(int(path is not None))):
-            path = path or "a weight of another process"
-            self._stop("The weights and the optimizer's state", f"{path} after")
+            path, run = path or "a weight of another process", self._run()
+            what = "The weights and the optimizer's state"
+            self._stop(what, f"{path} after", run.total_steps, run.epoch, run.step)
 
-    def _stop(self, what, found):
+    def _stop(self, what, found, total_steps, epoch, step):
         run, last = self._run(), self.files.paths()
-        keys = run.data.samples(run.epoch, run.step - 1)
+        keys = run.data.samples(epoch, step - 1)
         samples = ""
         if keys:
             more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
             samples = f" The batch held the samples {', '.join(keys[:10])}{more}."
-        place = f"the end of epoch {run.epoch}"
-        if run.step:
-            place = f"epoch {run.epoch + 1}, its step {run.step}"
+        place = f"the end of epoch {epoch}"
+        if step:
+            place = f"epoch {epoch + 1}, its step {step}"
         raise NonFiniteError(
             f"{what} must stay finite; a lower learning rate, a longer warm-up or "
             f"gradient clipping may help.{samples} The last good checkpoint is "
             f"{last[-1] if last else 'none'}. Received: {found} step "
-            f"{run.total_steps} ({place})"
+            f"{total_steps} ({place})"
         )

@@ -1,4 +1,5 @@
 import collections
+import threading
 import time
 import weakref
 
@@ -20,7 +21,8 @@ class Throughput(keras.callbacks.Callback):
     Validation is not counted. Works for arrays and for datasets whose batches have a
     known size (`drop_remainder=True`); for other data nothing is reported.
 
-    Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`.
+    Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`. It
+    does not make the program wait for steps.
 
     Example:
 
@@ -40,9 +42,15 @@ class Throughput(keras.callbacks.Callback):
         window: Integer. The number of steps that the progress bar averages over.
     """
 
+    # Keras has no documented name for this, but a public one: where its backend allows,
+    # it calls `on_train_batch_end` in a thread, once the step is done, and the program
+    # does not wait. Threads may overtake one another.
+    async_safe = True
+
     def __init__(self, window=20):
         super().__init__()
         self.window = check_positive("window", window)
+        self._lock = threading.Lock()
 
     def on_train_begin(self, logs=None):
         model = model_of(self, "training_run")
@@ -67,12 +75,16 @@ class Throughput(keras.callbacks.Callback):
         self._last = collections.deque(maxlen=self.window + 1)
 
     def on_train_batch_end(self, batch, logs=None):
-        now = (time.perf_counter(), self._done + batch + 1)
-        if not self._last:
-            self._before, self._first = self._first, now
-        self._last.append(now)
-        if logs is not None:
-            logs.update(self._rates(self._last[0], now))
+        done = self._done + batch + 1
+        with self._lock:
+            if not self._last or done > self._last[-1][1]:
+                now = (time.perf_counter(), done)
+                if not self._last:
+                    self._before, self._first = self._first, now
+                self._last.append(now)
+            # Of a step that a later one has overtaken, the rates of that.
+            if logs is not None:
+                logs.update(self._rates(self._last[0], self._last[-1]))
 
     def on_epoch_end(self, epoch, logs=None):
         if not self._last or logs is None:

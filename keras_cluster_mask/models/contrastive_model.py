@@ -17,6 +17,7 @@ from keras_cluster_mask.models.masked_text_encoder import MaskedTextEncoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.tower import Tower
 from keras_cluster_mask.training import layers, micro_batches, optimizers
+from keras_cluster_mask.training.finite_steps import FiniteSteps
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import LONELY
 from keras_cluster_mask.training.inputs import (
@@ -180,6 +181,7 @@ class ContrastiveModel(DualEncoder):
         self.temperature_metric = keras.metrics.Mean(name="temperature")
         if self.image_maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
+        self.finite_steps = FiniteSteps()
         # Set by `compile`, and while `fit` and `evaluate` run.
         self.gradient_norm = None
         self.training_run = None
@@ -312,8 +314,14 @@ class ContrastiveModel(DualEncoder):
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        if self.gradient_norm is not None and not self.is_evaluating:
-            self.gradient_norm.update_metric()
+        if not self.is_evaluating:
+            # The end of a training step, on every backend.
+            loss = next(each for each in self.metrics if each.name == "loss")
+            self.finite_steps.update_state(loss.result())
+            if self.gradient_norm is not None:
+                self.gradient_norm.update_metric()
+            if self.training_run is not None:
+                self.training_run.note_rng_state()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def make_train_function(self, force=False):
@@ -326,12 +334,13 @@ class ContrastiveModel(DualEncoder):
 
     @property
     def metrics(self):
-        metrics = super().metrics
+        metrics = [x for x in super().metrics if x is not self.finite_steps]
         if self.is_evaluating:
             # Evaluation has no gradients, and masks nothing.
             return [x for x in metrics if x.name != "mask_ratio"]
         norm = self.gradient_norm
-        return metrics if norm is None else [*metrics, norm.metric]
+        # In the order of the logs, which do not show the last.
+        return [*metrics, *([] if norm is None else [norm.metric]), self.finite_steps]
 
     # === Compile, fit, evaluate, predict ===
 

@@ -1,5 +1,7 @@
 """Checkpoints: files with the state of a training run, local or anywhere."""
 
+import atexit
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -14,12 +16,33 @@ from keras_cluster_mask.distribution.processes import all_gather_object
 
 PREFIX, BEST, SUFFIX, PART = "step-", "best", ".npz", ".part"
 
+# The thread that writes, for all folders, and what it was given to write. A program
+# that ends waits for it.
+_WRITER = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+_WRITING = []
+
+
+def finish_writing():
+    """Waits until the checkpoints that are being written, to any folder, are there.
+
+    Raises:
+        OSError: Or what else was raised by the thread that writes.
+    """
+    while _WRITING:
+        concurrent.futures.wait(_WRITING[:1])
+        _WRITING.pop(0).result()
+
+
+# So that an error is seen even if nothing happens between it and the end.
+atexit.register(finish_writing)
+
 
 class CheckpointFiles:
     """Checkpoints `step-000000042.npz` in a folder, and `best.npz`.
 
     A reader, or a run that is killed at any moment, finds a whole file or none: each is
-    written beside its place and then renamed.
+    written beside its place and then renamed. Reading waits for what this process is
+    still writing, and raises its errors.
 
     Args:
         folder: str or path, local or an address such as `"gs://bucket/run"`. Made if it
@@ -33,6 +56,23 @@ class CheckpointFiles:
         # What cannot be reached is better known before training.
         _storage().file_system(self.folder, "directory")
 
+    def start_writing(self, step, arrays, facts, is_best=False):
+        """Writes a checkpoint in a thread, after those before, and returns at once.
+
+        Args:
+            step: Integer, which names it.
+            arrays: Dictionary of arrays, which must not change until it is written.
+            facts: Dictionary of JSON values.
+            is_best: Boolean. Whether it becomes the best one.
+        """
+
+        def write():
+            path = self.write(step, arrays, facts)
+            if is_best:
+                self.mark_best(path)
+
+        _WRITING.append(_WRITER.submit(write))
+
     def write(self, step, arrays, facts) -> str:
         """Writes a checkpoint, then removes the oldest of more than `keep`."""
         path = self._path(f"{PREFIX}{step:09}{SUFFIX}")
@@ -45,7 +85,7 @@ class CheckpointFiles:
         with _storage().replacing(path) as file:
             np.savez(file, **arrays)
         self._sync_folder()
-        for old in self.paths()[: -self.keep]:
+        for old in self._paths()[: -self.keep]:
             _remove(old)
         return path
 
@@ -68,6 +108,10 @@ class CheckpointFiles:
 
     def paths(self) -> list[str]:
         """The checkpoints, from the oldest to the last."""
+        finish_writing()
+        return self._paths()
+
+    def _paths(self):
         names = [x for x in self._names() if x.startswith(PREFIX)]
         return [self._path(x) for x in sorted(names) if x.endswith(SUFFIX)]
 
@@ -83,6 +127,7 @@ class CheckpointFiles:
 
         Damaged files are renamed, with a warning.
         """
+        finish_writing()
         for name in self._names():
             if name.startswith(".") and name.endswith(PART):
                 _remove(self._path(name))
@@ -155,6 +200,7 @@ def read_resumable(path: str | os.PathLike):
     files.file_system(path, "resume_from")
     is_file = path.endswith(SUFFIX) or files.exists(f"{path}{SUFFIX}")
     # The first process may still be writing what all are to read.
+    finish_writing()
     all_gather_object(0)
     if not is_file:
         found = CheckpointFiles(path).read_last()

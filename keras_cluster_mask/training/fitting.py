@@ -12,7 +12,7 @@ from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.training import inputs
 from keras_cluster_mask.training.arrays import ArrayBatches
-from keras_cluster_mask.training.checkpoints import read_resumable
+from keras_cluster_mask.training.checkpoints import finish_writing, read_resumable
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import inner_optimizer
 from keras_cluster_mask.training.remaining_data import (
@@ -125,7 +125,10 @@ def fit(
             print(f"Resuming from {found[0]}: {place}.")
     model.training_run = run
     options["callbacks"] = [run, *options["callbacks"]]
-    return _fit_from(model, keras_fit, run, validation, options, epochs)
+    try:
+        return _fit_from(model, keras_fit, run, validation, options, epochs)
+    finally:
+        finish_writing()
 
 
 def _fit_from(model, keras_fit, run, validation, options, epochs):
@@ -137,7 +140,8 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
     history, data = None, run.data
     while run.epoch < epochs:
         if run.step and data.is_over(run.epoch, run.step):
-            # Interrupted after the last step of an epoch, before its report.
+            # Saved after the last step of an epoch, before its report: where the length
+            # of data is unknown, Keras begins one step too many.
             _end_epoch(model, run, validation, options["callbacks"], epochs)
             if model.stop_training:
                 break

@@ -11,7 +11,8 @@ from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.distribution.processes import all_gather_object
 from keras_cluster_mask.training.inputs import SAMPLE_ID, sample_names
 
-# More batches than any pipeline reads ahead.
+# More batches than lie between one that is read and one whose loss is looked at: a
+# `tf.data` pipeline reads up to 128 ahead, and losses are looked at every 100 steps.
 REMEMBERED = 256
 
 
@@ -143,7 +144,8 @@ class RemainingData:
         spec = getattr(data, "element_spec", None)
         if not isinstance(spec, dict) or SAMPLE_ID not in spec:
             return data
-        if not self._remembers_ids:
+        if not self._remembers_ids or self.stream is not None:
+            # A stream knows the samples of its batches.
             return data
         import tensorflow as tf
 

@@ -50,7 +50,7 @@ def find_non_finite(model, state) -> str | None:
 def describe(model) -> dict:
     """What a checkpoint must fit: a flat dictionary of JSON values by field."""
     fields, groups = {}, _groups(model)
-    metrics = [x for x in model.metrics if x.name not in FREE_METRICS]
+    metrics = [x for x in _metrics(model) if x.name not in FREE_METRICS]
     groups["metrics"] = [v for metric in metrics for v in metric.variables]
     for group, variables in groups.items():
         fields[f"{group}.number of variables"] = len(variables)
@@ -134,8 +134,13 @@ def _groups(model):
     return {
         "model": model.variables,
         "optimizer": [v for v in model.optimizer.variables if id(v) not in rates],
-        "metrics": model.metrics_variables,
+        "metrics": [v for metric in _metrics(model) for v in metric.variables],
     }
+
+
+def _metrics(model):
+    """The metrics of an epoch; the other one counts the steps of a single `fit`."""
+    return [metric for metric in model.metrics if metric is not model.finite_steps]
 
 
 def _build_optimizer(model):

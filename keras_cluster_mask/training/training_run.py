@@ -1,6 +1,7 @@
 """Where a `fit` is, and how it resumes from a checkpoint."""
 
 import types
+import typing
 import warnings
 
 import keras
@@ -19,7 +20,7 @@ from keras_cluster_mask.training.run_state import (
 class TrainingRun(keras.callbacks.Callback):
     """Where a `fit` is. The first callback of every `fit` of a `ContrastiveModel`.
 
-    It has no hooks for batches, which would make JAX wait for every step.
+    It has no hook for the end of a batch, which would make Keras wait for every step.
 
     Args:
         data: `RemainingData`, which knows the first epoch.
@@ -46,6 +47,9 @@ class TrainingRun(keras.callbacks.Callback):
         # A generator starts at its place; Keras may have read from a dataset before.
         self._seeks = not isinstance(x, types.GeneratorType)
 
+    def note_rng_state(self):
+        """Called at the end of a step; of a compiled one, when it is compiled."""
+
     def on_train_begin(self, logs=None):
         if self._seeks:
             self.data.seek(self.epoch, self.step)
@@ -57,8 +61,27 @@ class TrainingRun(keras.callbacks.Callback):
         self.data.seek(self.epoch, 0)
 
 
+class NonFiniteLoss(typing.NamedTuple):
+    """Where a loss was not finite.
+
+    Attributes:
+        loss: Float, the mean loss of the epoch up to this step.
+        total_steps: Integer, the step, counted from 1 over all epochs.
+        epoch: Integer, counted from 0.
+        step: Integer, the step, counted from 1 in its epoch.
+    """
+
+    loss: float
+    total_steps: int
+    epoch: int
+    step: int
+
+
 class ResumableRun(TrainingRun):
     """A `TrainingRun` that is saved, or resumed, within epochs.
+
+    Steps are counted as they begin. Where it matters, `count_steps` asks the device how
+    many there were, as an execution of several steps may end with the data.
 
     Args:
         compiled: Dictionary, `describe_compile` of the model before `fit` changes it.
@@ -68,9 +91,11 @@ class ResumableRun(TrainingRun):
     Attributes:
         compiled: The dictionary.
         skips_validation: The function.
-        step: Integer, the steps done of the running epoch.
-        total_steps: Integer, the steps done in all, before a resume included.
+        step: Integer, the steps of the running epoch that came before.
+        total_steps: Integer, the steps that came before in all, before a resume
+            included.
         rng_state: Dictionary of arrays, the random state after the last step.
+        non_finite: `NonFiniteLoss` or `None`, as of the last `count_steps`.
     """
 
     def __init__(self, data, step_size, compiled, skips_validation):
@@ -79,6 +104,7 @@ class ResumableRun(TrainingRun):
         self.skips_validation = skips_validation
         self.total_steps = 0
         self.rng_state = {}
+        self.non_finite = None
         self._metrics = self._weights = None
 
     def resume(self, model, found):
@@ -123,27 +149,55 @@ class ResumableRun(TrainingRun):
         for variable, value in zip(self.model.trainable_variables, self._weights):
             variable.assign(value)
 
+    def note_rng_state(self):
+        self.rng_state = read_rng_state()
+
+    def count_steps(self):
+        """Waits for the steps so far, and counts them as the device did.
+
+        Raises:
+            RuntimeError: If steps do not count themselves.
+        """
+        steps, finite, loss = self.model.finite_steps.read()
+        if not steps and self._has_begun:
+            raise RuntimeError(
+                "A `train_step` or `compute_metrics` that is overridden must call that "
+                "of `ContrastiveModel`, which counts the steps that a checkpoint is "
+                f"named by. Received: a {type(self.model).__name__} that counted none"
+            )
+        self.total_steps = self._before_fit + steps
+        self.step = self.total_steps - self._before_epoch
+        if finite < steps:
+            total = self._before_fit + finite + 1
+            step = total - self._before_epoch
+            self.non_finite = NonFiniteLoss(loss, total, self.epoch, step)
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._before_fit = self.total_steps
+        self._has_begun = False
+        self.non_finite = None
+        self.model.finite_steps.restart()
+
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch, self.step = epoch, self._before
+        self._before_epoch = self.total_steps - self.step
         if self._metrics is not None:
             write_state(self.model, self._metrics, groups=("metrics",))
             self._metrics = None
-        self._seen = 0
 
     def on_train_batch_begin(self, batch, logs=None):
         # Data loaders draw from the generators that layers without a seed draw from.
         # How often they do between two epochs depends on where a run was interrupted,
         # so these draws are undone; but a shuffle would repeat its order.
-        if self._seen == 0 and self.data.has_known_order:
+        if batch == 0 and self.data.has_known_order:
             write_rng_state(self.rng_state)
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.total_steps += batch + 1 - self._seen
-        self._seen = batch + 1
-        self.step = self._before + self._seen
-        self.rng_state = read_rng_state()
+        self._has_begun = True
+        self.step = self._before + batch
+        self.total_steps = self._before_epoch + self.step
 
     def on_epoch_end(self, epoch, logs=None):
+        self.count_steps()
         super().on_epoch_end(epoch, logs)
         if self._before:
             # The rest of an interrupted epoch, which was a Keras fit of its own.

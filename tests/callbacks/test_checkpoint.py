@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 
 import fsspec
@@ -16,7 +17,11 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training.checkpoints import CheckpointFiles, read_checkpoint
+from keras_cluster_mask.training.checkpoints import (
+    CheckpointFiles,
+    read_checkpoint,
+    read_resumable,
+)
 from keras_cluster_mask.training.run_state import describe
 from tests.helpers import (
     FAST,
@@ -34,6 +39,7 @@ from .training_run import make_dataset, make_model, weights_of
 
 pytest.importorskip("tensorflow")
 
+BACKEND = keras.backend.backend()
 STEPS = 9  # Three epochs of 27 samples in batches of 8: 3 each.
 PROGRAM = pathlib.Path(__file__).with_name("training_run.py")
 
@@ -288,6 +294,35 @@ def test_the_held_out_part_of_arrays_stays_the_same(tmp_path):
             np.testing.assert_allclose(resumed.history[name], logs, rtol=1e-6)
 
 
+def test_data_of_unknown_length_resumes_at_any_step_and_at_the_end(tmp_path):
+    # Where its end is known only once the next step has begun, all the steps of an
+    # epoch may be saved before its report.
+    import tensorflow as tf
+
+    class StopValidation(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            raise KeyboardInterrupt
+
+    data = tf.data.Dataset.from_tensor_slices(pairs()).batch(4, drop_remainder=True)
+    data = data.filter(lambda batch: True)
+    fit = {"validation_data": pairs(8, seed=1), "validation_batch_size": 4}
+    options = {"save_every": 1, "fit": fit}
+    expected, history = run(data, tmp_path / "whole", **options)
+    assert len(history.history["val_loss"]) == 3
+    for stop in (StopAfter(2), StopValidation(), StopAfter(4)):
+        folder = tmp_path / f"{type(stop).__name__}-{getattr(stop, 'steps', '')}"
+        checkpoint = kcm.callbacks.Checkpoint(folder, save_every=1, monitor=None)
+        callbacks = [checkpoint, stop]
+        with pytest.raises(KeyboardInterrupt):
+            make_model().fit(data, epochs=3, verbose=0, callbacks=callbacks, **fit)
+        found, resumed = run(data, folder, **options)
+        assert_same_weights(found, expected)
+        assert resumed.epoch == history.epoch
+        np.testing.assert_allclose(
+            resumed.history["val_loss"], history.history["val_loss"], rtol=1e-6
+        )
+
+
 def test_a_run_killed_while_it_validates_validates_when_resumed(tmp_path):
     class StopValidation(keras.callbacks.Callback):
         def on_test_begin(self, logs=None):
@@ -443,6 +478,119 @@ def test_a_storage_that_is_not_known_is_named():
         make_model().fit(pairs(), batch_size=4, resume_from="nowhere://run")
 
 
+# === Files that are written while training continues ===
+
+
+def pause(monkeypatch):
+    """Keeps the thread that writes waiting for an event; returns the event, and whether
+    it came, for each file."""
+    event, came = threading.Event(), []
+    write = CheckpointFiles.write
+
+    def wait_and_write(self, *args):
+        came.append(event.wait(60))
+        return write(self, *args)
+
+    monkeypatch.setattr(CheckpointFiles, "write", wait_and_write)
+    return event, came
+
+
+def test_steps_do_not_wait_for_a_file(tmp_path, monkeypatch):
+    event, came = pause(monkeypatch)
+
+    class Release(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 5:
+                assert not [*tmp_path.iterdir()]
+                event.set()
+
+    model = make_model()
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, save_every=3, monitor="loss")
+    fit = dict(batch_size=4, shuffle=False, verbose=0, resume_from=tmp_path)
+    model.fit(pairs(28), callbacks=[Release(), checkpoint], **fit)
+    # Of steps 3, 6 and 7: the next save, and the end, have waited.
+    assert came == [True] * 3
+    names = sorted(path.name for path in tmp_path.iterdir())
+    steps = [f"step-{step:09}.npz" for step in (3, 6, 7)]
+    assert names == ["best.npz", *steps]
+    # What is in a file is what there was before the steps that ran while it waited.
+    expected = weights_of(model)
+    path = tmp_path / steps[0]
+    resumed = make_model()
+    resumed.fit(pairs(28), **{**fit, "resume_from": path})
+    assert_same_weights(weights_of(resumed), expected)
+
+
+@pytest.mark.any_backend
+def test_an_error_of_writing_stops_training_at_the_next_save_or_the_end(
+    tmp_path, monkeypatch
+):
+    def fail(self, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    count = CountSteps()
+    for save_every, steps in ((2, 5), ("epoch", 7)):
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointFiles, "write", fail)
+            checkpoint = kcm.callbacks.Checkpoint(tmp_path, save_every, monitor=None)
+            with pytest.raises(OSError, match="No space left"):
+                make_model().fit(
+                    pairs(28), batch_size=4, verbose=0, callbacks=[count, checkpoint]
+                )
+        assert count.begun == steps
+        # It is raised once.
+        assert CheckpointFiles(tmp_path).last_step() == -1
+
+
+@pytest.mark.any_backend
+def test_reading_waits_for_what_is_being_written(tmp_path, monkeypatch):
+    event, _ = pause(monkeypatch)
+    path = str(tmp_path / "step-000000001.npz")
+    for read in (
+        lambda: read_resumable(tmp_path)[0],
+        lambda: read_resumable(path)[0],
+        lambda: CheckpointFiles(tmp_path).paths()[-1],
+        lambda: CheckpointFiles(tmp_path).read_last()[0],
+    ):
+        event.clear()
+        CheckpointFiles(tmp_path).start_writing(1, {"x": np.arange(3)}, {"step": 1})
+        timer = threading.Timer(0.2, event.set)
+        timer.start()
+        assert read() == path
+        timer.join()
+        os.remove(path)
+
+
+@pytest.mark.slow
+@pytest.mark.any_backend
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_program_that_ends_finishes_its_file_or_shows_the_error(fails, tmp_path):
+    code = f"""
+import time
+import numpy as np
+from keras_cluster_mask.training.checkpoints import CheckpointFiles
+
+class Slow(CheckpointFiles):
+    def write(self, *args):
+        time.sleep(1)
+        if {fails}:
+            raise OSError("No space left")
+        super().write(*args)
+
+Slow({str(tmp_path)!r}).start_writing(1, {{"x": np.arange(3)}}, {{"step": 1}})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROGRAM.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    names = [path.name for path in tmp_path.iterdir()]
+    assert names == ([] if fails else ["step-000000001.npz"])
+    assert ("OSError: No space left" in done.stderr) == fails
+
+
 # === The best ===
 
 
@@ -564,6 +712,108 @@ def test_samples_of_a_bad_batch_are_named_by_their_sample_id(kind, tmp_path):
             run(data, tmp_path / folder, fit=fit)
 
 
+def long_run(folder, bad=None, save_every="epoch", callbacks=(), **options):
+    """An epoch of 130 steps, with an image that is not finite in one of them."""
+    data = random_pairs(260)
+    data["images"] = data["images"] / np.float32(64) - 2
+    data["sample_id"] = np.arange(260)
+    if bad is not None:
+        data["images"][2 * bad] = np.nan
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile(keras.optimizers.SGD(0.01), **FAST, **options)
+    checkpoint = kcm.callbacks.Checkpoint(folder, save_every, keep=99, monitor=None)
+    fit = dict(batch_size=2, shuffle=False, verbose=0)
+    model.fit(data, callbacks=[*callbacks, checkpoint], **fit)
+    return model
+
+
+class CountSteps(keras.callbacks.Callback):
+    begun = 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.begun = batch + 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "save_every", "last_saved", "stops_before"),
+    [
+        # At a save, 100 steps after the last look, and at the end of the epoch.
+        (47, 20, 40, 61),
+        (3, "epoch", None, 101),
+        (99, "epoch", None, 101),
+        (100, "epoch", None, 131),
+        (129, 60, 120, 131),
+    ],
+)
+def test_a_bad_step_is_named_though_it_is_noticed_later(
+    bad, save_every, last_saved, stops_before, tmp_path
+):
+    count = CountSteps()
+    saved = rf"step-{last_saved:09}\.npz" if last_saved else "none"
+    with pytest.raises(
+        kcm.callbacks.NonFiniteError,
+        match=rf"samples {2 * bad}, {2 * bad + 1}\..*checkpoint is \S*{saved}\. "
+        rf"Received: loss=nan at step {bad + 1} \(epoch 1, its step {bad + 1}\)",
+    ):
+        long_run(tmp_path, bad, save_every, [count])
+    assert count.begun <= stops_before
+    assert CheckpointFiles(tmp_path).last_step() == (last_saved or -1)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras takes single steps there.")
+@pytest.mark.parametrize("bad", [50, 129])
+def test_a_bad_step_of_several_that_run_at_once_is_named(bad, tmp_path):
+    with pytest.raises(
+        kcm.callbacks.NonFiniteError,
+        match=rf"samples {2 * bad},.*Received: loss=nan at step {bad + 1} \(epoch 1",
+    ):
+        long_run(tmp_path, bad, steps_per_execution=4)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras takes single steps there.")
+def test_the_last_of_several_steps_that_run_at_once_may_be_missing(tmp_path):
+    import tensorflow as tf
+
+    # 10 steps an epoch, four at a time, are twice four and two.
+    data = tf.data.Dataset.from_tensor_slices(random_pairs(20)).batch(2)
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile("sgd", **FAST, steps_per_execution=4)
+    run(data, tmp_path, model=model, save_every=8, keep=9, fit={"epochs": 2})
+    assert int(ops.convert_to_numpy(model.optimizer.iterations)) == 20
+    places = []
+    for path in CheckpointFiles(tmp_path).paths():
+        _, facts = read_checkpoint(path)
+        places.append((facts["step"], facts["epoch"], facts["epoch_step"]))
+    assert places == [(8, 0, 8), (10, 1, 0), (18, 1, 8), (20, 2, 0)]
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="The state of a model is apart on JAX.")
+def test_the_state_of_the_model_is_left_alone_between_saves(tmp_path, monkeypatch):
+    count, seen = CountSteps(), []
+
+    class Model(kcm.ContrastiveModel):
+        def jax_state_sync(self):
+            seen.append(count.begun)
+            super().jax_state_sync()
+
+    monkeypatch.setattr(kcm, "ContrastiveModel", Model)
+    long_run(tmp_path, save_every=60, callbacks=[count, kcm.callbacks.Throughput()])
+    # A batch has begun when the steps before it are saved.
+    assert {*seen} == {0, 61, 121, 130}
+
+
+def test_a_step_that_does_not_count_is_an_error(tmp_path):
+    class Model(kcm.ContrastiveModel):
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            return self.get_metrics_result()
+
+    model = Model(image_mlp(), text_bag())
+    model.compile("sgd", **FAST)
+    with pytest.raises(RuntimeError, match=r"`compute_metrics`.*Received: a Model"):
+        run(random_pairs(8), tmp_path, model=model, fit={"batch_size": 4})
+    assert CheckpointFiles(tmp_path).last_step() == -1
+
+
 def test_weights_that_an_update_made_infinite_are_not_saved(tmp_path):
     model = make_model(optimizer=keras.optimizers.SGD(1e38))
     fit = {"shuffle": False, "batch_size": 4, "epochs": 1}
@@ -602,7 +852,12 @@ def test_moments_that_are_infinite_are_not_saved(save_every, tmp_path):
 @pytest.mark.any_backend
 def test_all_processes_stop_at_weights_that_are_infinite_in_one(tmp_path, monkeypatch):
     module = sys.modules[kcm.callbacks.Checkpoint.__module__]
-    monkeypatch.setattr(module, "all_gather_object", lambda value: [value, 1])
+
+    def gather(value):
+        # -1 is of a folder without checkpoints.
+        return [value, value if value < 0 else 1]
+
+    monkeypatch.setattr(module, "all_gather_object", gather)
     with pytest.raises(kcm.callbacks.NonFiniteError):
         run(pairs(), tmp_path, save_every="epoch")
 

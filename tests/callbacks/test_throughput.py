@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import time
 import weakref
 
@@ -13,6 +14,8 @@ import keras_cluster_mask as kcm
 from tests.helpers import FAST, random_pairs, tiny_clip
 
 from .training_run import make_model
+
+BACKEND = keras.backend.backend()
 
 
 def pairs(count):
@@ -40,6 +43,8 @@ class Clock(keras.callbacks.Callback):
 
 
 class Rows(keras.callbacks.Callback):
+    """The logs of each step. Keras waits for each step because of it."""
+
     def on_train_begin(self, logs=None):
         self.rows = []
 
@@ -71,7 +76,7 @@ def test_of_a_masked_text_the_tokens_that_stay_count(monkeypatch):
         tiny_clip(), kcm.RandomMasking(0.75), text_masking=kcm.RandomMasking(0.5)
     )
     model.compile("sgd", **FAST)
-    callbacks = [Clock(monkeypatch), kcm.callbacks.Throughput()]
+    callbacks = [Clock(monkeypatch), kcm.callbacks.Throughput(), Rows()]
     fit = dict(batch_size=4, verbose=0, callbacks=callbacks)
     history = model.fit(random_pairs(24), **fit).history
     # The class token and 4 of 16 patches, and 3 of 6 tokens of text.
@@ -84,7 +89,7 @@ def test_the_tokens_of_each_view_count(monkeypatch):
         tiny_clip(), kcm.RandomMasking(0.75), views=2
     )
     model.compile("sgd", **FAST)
-    callbacks = [Clock(monkeypatch), kcm.callbacks.Throughput()]
+    callbacks = [Clock(monkeypatch), kcm.callbacks.Throughput(), Rows()]
     fit = dict(batch_size=4, verbose=0, callbacks=callbacks)
     history = model.fit(random_pairs(24), **fit).history
     # The class token and 4 of 16 patches twice, and 6 tokens of text.
@@ -95,6 +100,62 @@ def test_the_tokens_of_each_view_count(monkeypatch):
 def test_one_step_counts_with_all_its_time(monkeypatch):
     history, _ = fit(monkeypatch, 4)
     np.testing.assert_allclose(history["samples_per_second"], [4 / 60])
+
+
+class NoteThreads(kcm.callbacks.Throughput):
+    """Notes the threads in which steps end, and what the progress bar gets to see."""
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self.threads, self.names = set(), set()
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch, logs)
+        self.threads.add(threading.current_thread())
+        self.names |= logs.keys()
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras waits there in any case.")
+@pytest.mark.parametrize("saves", [False, True], ids=["alone", "with a checkpoint"])
+def test_the_program_does_not_wait_for_steps(saves, tmp_path):
+    throughput = NoteThreads()
+    callbacks = [throughput]
+    if saves:
+        callbacks.append(kcm.callbacks.Checkpoint(tmp_path, save_every=2))
+    model = make_model()
+    history = model.fit(pairs(32), batch_size=4, verbose=0, callbacks=callbacks).history
+    assert throughput.threads
+    assert threading.main_thread() not in throughput.threads
+    assert {"loss", "samples_per_second"} <= throughput.names
+    assert history["samples_per_second"][0] > 0
+
+
+@pytest.mark.any_backend
+def test_steps_that_are_reported_out_of_order_count_once(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    class Overtake(kcm.callbacks.Throughput):
+        """Steps 1 and 0, 3 and 2, and so on, each pair a second after the last."""
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch % 2 == 1:
+                nonlocal now
+                now += 1.0
+                self.rows = [{}, {}]
+                for row, step in zip(self.rows, (batch, batch - 1)):
+                    super().on_train_batch_end(step, row)
+
+        def on_train_batch_end(self, batch, logs=None):
+            pass
+
+    throughput, rows = Overtake(), Rows()
+    model = make_model()
+    callbacks = [throughput, rows]
+    history = model.fit(pairs(32), batch_size=4, verbose=0, callbacks=callbacks).history
+    # 4 pairs a step, two steps a second.
+    assert history["samples_per_second"] == [8.0]
+    assert [row["samples_per_second"] for row in throughput.rows] == [8.0, 8.0]
 
 
 @pytest.mark.any_backend

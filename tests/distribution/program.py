@@ -8,7 +8,9 @@ which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARD
 it trains two epochs on these and saves to CHECKPOINT. With DIE_AT=n it ends itself
 before the n-th step of an epoch. With EVALUATE=whole it evaluates retrieval, with
 EVALUATE=share each process that of its own data, and draws masks to MASKS. With
-MASKING=all it trains a model with each kind of masking instead, and one of two views.
+BAD_STEP=n the last image of the n-th step, which the second device gets, is not finite,
+and it saves to CHECKPOINT. With MASKING=all it trains a model with each kind of masking
+instead, and one of two views.
 """
 
 import os
@@ -44,6 +46,9 @@ def pairs():
     ids[7::8] = ids[0::8]
     images = rng.integers(0, 256, size=(len(ids), 16, 16, 3)).astype("uint8")
     weights = rng.uniform(0, 2, size=len(ids)).astype("float32")
+    if "BAD_STEP" in os.environ:
+        images = images / np.float32(64) - 2
+        images[int(os.environ["BAD_STEP"]) * BATCH - 1] = np.nan
     return {"images": images, "token_ids": ids, "sample_weight": weights}
 
 
@@ -194,6 +199,10 @@ if __name__ == "__main__":
             # Masks are for training alone, and most of the time goes into compiling.
             fit = {"batch_size": fit["batch_size"], "shuffle": False}
         callbacks = [Die()] if "DIE_AT" in os.environ else []
+        if "BAD_STEP" in os.environ:
+            folder = os.environ["CHECKPOINT"]
+            callbacks.append(kcm.callbacks.Checkpoint(folder, 2, monitor=None))
+            fit = {"batch_size": fit["batch_size"], "shuffle": False}
         if "EVALUATE" in os.environ:
             evaluated = pairs() if os.environ["EVALUATE"] == "whole" else share
             callbacks += [

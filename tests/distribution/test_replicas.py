@@ -174,6 +174,45 @@ def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
     assert_equal_runs(found, single)
 
 
+@pytest.mark.parametrize("how", KINDS)
+def test_a_loss_that_is_not_finite_stops_all_at_the_same_step(how, tmp_path):
+    folder = tmp_path / "run"
+    environment = {"BAD_STEP": "3", "CHECKPOINT": str(folder)}
+    for code, errors in run(tmp_path / "out.npz", how, **environment):
+        assert code != 0
+        assert "Received: loss=nan at step 3 (epoch 1, its step 3)" in errors
+    assert [path.name for path in folder.iterdir()] == ["step-000000002.npz"]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
+def test_a_loss_that_is_not_finite_on_one_replica_counts_for_all():
+    code = """
+import numpy as np
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+virtual = tf.config.LogicalDeviceConfiguration()
+tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+from keras_cluster_mask.training.finite_steps import FiniteSteps
+with strategy.scope():
+    record = FiniteSteps()
+for bad in (0, 1):
+    record.restart()
+    for step in range(4):
+        losses = [np.nan if step == 2 and i == bad else 1.0 for i in range(2)]
+        values = strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(losses[context.replica_id_in_sync_group])
+        )
+        strategy.run(record.update_state, args=(values,))
+    steps, finite, loss = record.read()
+    assert (steps, finite) == (4, 2), (steps, finite)
+    assert np.isnan(loss)
+print("equal")
+"""
+    done = run_code(code)
+    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras shares models on JAX alone.")
 @pytest.mark.parametrize("micro_batches", [[], ["4"]], ids=["whole", "micro"])
 def test_devices_that_share_a_model_train_as_one_device(
