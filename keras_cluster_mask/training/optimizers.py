@@ -154,8 +154,8 @@ def update_in_place(optimizer):
 
     The results are Keras's up to rounding, in Keras's variables. Gradients are clipped
     where they are. All else that `apply` does stays Keras's own: decay, accumulation,
-    averages, constraints. So does the update of other optimizers, and that of all
-    weights if one is not float32.
+    averages, constraints. So does the update of other optimizers, of which SGD's is in
+    place already, and that of all weights if one is not float32.
     """
     clip, update = optimizer._clip_gradients, optimizer._backend_update_step
 

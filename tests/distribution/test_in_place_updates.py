@@ -266,6 +266,16 @@ def test_updates_need_no_memory_for_copies(kind):
     assert allocated(reference, variables) > 0.9 * size
 
 
+def test_sgd_of_keras_is_in_place_already():
+    shapes = [(256, 512), (512, 256)]
+    variables = make_variables(shapes)
+    optimizer, _ = train(OPTIMIZERS["nesterov"](), variables, range(1))
+    held = [*variables, *optimizer.variables]
+    before = [v.value.data_ptr() for v in held]
+    assert allocated(optimizer, variables) < 0.01 * 4 * sum(map(np.prod, shapes))
+    assert [v.value.data_ptr() for v in held] == before
+
+
 # === What Keras updates ===
 
 
