@@ -9,6 +9,7 @@ some of them private (`PRIVATE`). A test fails if a version of Keras lacks them.
 import math
 import threading
 from functools import cache, partial
+from operator import is_
 
 import keras
 from keras import ops
@@ -44,7 +45,7 @@ def configure(model):
         if not options["decay_vectors"]:
             exclude_vectors_from_decay(each, model.trainable_variables)
         if in_place_updates.are_available():
-            update_in_place(each)
+            update_in_place(each, model.gradient_norm)
     if options["learning_rate_multipliers"]:
         multiply_learning_rate(own, partial(learning_rate_factors, model))
 
@@ -131,15 +132,30 @@ class GradientNorm:
 
     def record(self, gradients):
         """Called with the gradients of the global batch before they are applied."""
-        # Unscaled first, as squares of scaled gradients may overflow.
-        scale = self.optimizer.scale_loss(1.0)
-        gradients = (ops.cast(x, "float32") / scale for x in gradients if x is not None)
-        self._step.norm = ops.sqrt(sum(ops.sum(ops.square(x)) for x in gradients))
+        gradients = [x for x in gradients if x is not None]
+        scale, norm = self.optimizer.scale_loss(1.0), None
+        if isinstance(scale, float) and scale == 1.0:
+            norm = in_place_updates.global_norm(gradients)
+        if norm is None:
+            # Unscaled first, as squares of scaled gradients may overflow.
+            unscaled = (ops.cast(x, "float32") / scale for x in gradients)
+            norm = ops.sqrt(sum(ops.sum(ops.square(x)) for x in unscaled))
+        self._step.norm, self._step.gradients = norm, gradients
+
+    def of(self, gradients):
+        """The norm of the very gradients that were recorded, and `None` for others.
+
+        Those that are unscaled or accumulated after `record` are others.
+        """
+        recorded = vars(self._step).get("gradients", ())
+        same = len(recorded) == len(gradients) and all(map(is_, recorded, gradients))
+        return self._step.norm if same else None
 
     def update_metric(self):
         """Counts a training step."""
-        # Held no longer than the step, as it may be a value of a traced function.
+        # Held no longer than the step, as these may be values of a traced function.
         norm = vars(self._step).pop("norm")
+        del self._step.gradients
         counts = ops.ones_like(norm)
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             counts = ops.cast(ops.isfinite(norm), norm.dtype)
@@ -149,13 +165,18 @@ class GradientNorm:
 # === Updates in place ===
 
 
-def update_in_place(optimizer):
+def update_in_place(optimizer, norm=None):
     """Makes an optimizer clip by the global norm, and Adam update, in place on torch.
 
     The results are Keras's up to rounding, in Keras's variables. Gradients are clipped
     where they are. All else that `apply` does stays Keras's own: decay, accumulation,
     averages, constraints. So does the update of other optimizers, of which SGD's is in
     place already, and that of all weights if one is not float32.
+
+    Args:
+        optimizer: A Keras optimizer.
+        norm: The `GradientNorm` that gradients are recorded by before, if any: what it
+            has computed is not computed a second time to clip them.
     """
     clip, update = optimizer._clip_gradients, optimizer._backend_update_step
 
@@ -164,7 +185,9 @@ def update_in_place(optimizer):
         if (
             max_norm > 0
             and not optimizer.clipnorm
-            and in_place_updates.clip_by_global_norm(gradients, max_norm)
+            and in_place_updates.clip_by_global_norm(
+                gradients, max_norm, norm and norm.of(gradients)
+            )
         ):
             return gradients
         return clip(gradients)
