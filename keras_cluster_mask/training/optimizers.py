@@ -91,33 +91,31 @@ def use_global_gradients(model):
 
     Gradients are reduced before they are clipped, so that all replicas clip alike.
     """
-    optimizer, norm = model.optimizer, model.gradient_norm
+    optimizer = model.optimizer
     name = distribution.apply_method()
     vars(optimizer).pop(name, None)
     if distribution.strategy_replicas(model) > 1:
         # They are summed before.
         inner_optimizer(optimizer)._all_reduce_sum_gradients = list
     reduces = distribution.must_reduce_gradients()
-    if not reduces and norm is None:
+    if not reduces and model.gradient_norm is None:
         return
     wrap = _stateless_apply if name == "stateless_apply" else _apply
-    setattr(optimizer, name, partial(wrap, getattr(optimizer, name), optimizer, norm))
+    setattr(optimizer, name, partial(wrap, getattr(optimizer, name), model))
 
 
-def _apply(apply, optimizer, norm, gradients, *args):
-    gradients = list(gradients)
-    reduced = iter(
-        distribution.reduce_gradients([x for x in gradients if x is not None])
-    )
-    gradients = [x if x is None else next(reduced) for x in gradients]
-    if norm is not None:
-        norm.record(gradients)
+def _apply(apply, model, gradients, *args):
+    variables = args[0] if args else model.trainable_weights
+    gradients = distribution.reduce_gradients(model, list(gradients), variables)
+    if model.gradient_norm is not None:
+        model.gradient_norm.record(gradients)
     return apply(gradients, *args)
 
 
-def _stateless_apply(apply, optimizer, norm, variables, gradients, *args):
+def _stateless_apply(apply, model, variables, gradients, *args):
+    optimizer = model.optimizer
     with keras.StatelessScope(list(zip(optimizer.variables, variables))):
-        norm.record(gradients)
+        model.gradient_norm.record(gradients)
     return apply(variables, gradients, *args)
 
 
