@@ -182,6 +182,30 @@ def recompute(function, *arguments):
     return tree.pack_sequence_as(structure[0], list(flat))
 
 
+def map_rows(function, max_rows, rows):
+    """Runs a function on some rows of a batch after others, on torch.
+
+    There each operation runs alone, and all intermediate results of a large batch would
+    be in memory. Compiled code has a plan of its own.
+
+    Args:
+        function: `function(*rows) -> outputs`, by which no row depends on another.
+        max_rows: Integer. How many rows at a time.
+        rows: List of tensors `(batch, ...)` or `None`.
+
+    Returns:
+        A tensor `(batch, ...)`.
+    """
+    batch = next(x.shape[0] for x in rows if x is not None)
+    if keras.backend.backend() != "torch" or batch <= max_rows:
+        return function(*rows)
+    outputs = []
+    for start in range(0, batch, max_rows):
+        block = slice(start, start + max_rows)
+        outputs.append(function(*(None if x is None else x[block] for x in rows)))
+    return ops.concatenate(outputs)
+
+
 def merge_chunks(x):
     """`(chunks, rows of a chunk, ...)` to `(batch, ...)`, in the order of the batch."""
     x = ops.swapaxes(x, 0, 1)

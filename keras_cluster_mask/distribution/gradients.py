@@ -17,7 +17,8 @@ def prepare_replicas(model) -> None:
     """Gives all replicas the same weights before the first step of a `fit`.
 
     Raises:
-        ValueError: For a strategy under which Keras's `fit` does not work.
+        ValueError: For a strategy under which Keras's `fit` does not work, or if the
+            processes of torch train different weights.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -32,6 +33,13 @@ def prepare_replicas(model) -> None:
                 f"Received: strategy={type(strategy).__name__}"
             )
     elif keras.backend.backend() == "torch" and num_replicas() > 1:
+        trained = all_gather_object([v.path for v in model.trainable_weights])
+        if any(paths != trained[0] for paths in trained):
+            raise ValueError(
+                "All processes must train the same weights: freeze the same layers in "
+                "each. Received: numbers of trainable weights "
+                f"{[*map(len, trained)]} by process"
+            )
         for variable in [*model.variables, *model.optimizer.variables]:
             torch_distributed().broadcast(variable.value.data, src=0)
 
@@ -52,24 +60,38 @@ def must_reduce_gradients() -> bool:
     return keras.backend.backend() == "tensorflow" or num_replicas() > 1
 
 
-def reduce_gradients(gradients: list) -> list:
-    """The gradients of the global batch from those of this replica."""
+def reduced_in_backward(model):
+    """A context of a training step that starts to reduce gradients as they are found.
+
+    `reduce_gradients` waits for the rest.
+    """
+    if keras.backend.backend() != "torch" or num_replicas() == 1:
+        return contextlib.nullcontext()
+    return model.gradient_buckets.filled([v.value for v in model.trainable_weights])
+
+
+def reduce_gradients(model, gradients: list, variables: list) -> list:
+    """The gradients of the global batch from those of this replica.
+
+    Args:
+        model: The model that trains.
+        gradients: List of tensors, `None` for a variable without a gradient.
+        variables: List of the variables that they are of.
+    """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         # Keras squares the contributions of a repeated token before it sums them, so
         # norms and the second moments of Adam would be wrong: make gradients dense.
-        gradients = [tf.convert_to_tensor(x) for x in gradients]
+        given = [tf.convert_to_tensor(x) for x in gradients if x is not None]
         replica = tensorflow_replica()
-        if replica is None:
-            return gradients
-        return replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        if replica is not None:
+            given = replica.all_reduce(tf.distribute.ReduceOp.SUM, given)
+        reduced = iter(given)
+        return [x if x is None else next(reduced) for x in gradients]
     if num_replicas() == 1:
         return gradients
-    reduce = torch_distributed().all_reduce
-    for work in [reduce(x, async_op=True) for x in gradients]:
-        work.wait()
-    return [x.div_(num_replicas()) for x in gradients]
+    return model.gradient_buckets.reduce(gradients, [v.value for v in variables])
 
 
 def apply_method() -> str:

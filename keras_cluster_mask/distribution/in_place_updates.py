@@ -17,13 +17,32 @@ def are_available() -> bool:
     return keras.backend.backend() == "torch"
 
 
-def clip_by_global_norm(gradients: list, max_norm: float) -> bool:
+def global_norm(gradients: list):
+    """The L2 norm of all gradients together, without copies of them.
+
+    Args:
+        gradients: List of tensors.
+
+    Returns:
+        A scalar torch tensor. `None` on other backends, and for gradients that kernels
+        for many tensors cannot work on.
+    """
+    if not are_available() or not can_update(gradients):
+        return None
+    import torch
+
+    with torch.no_grad():
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+def clip_by_global_norm(gradients: list, max_norm: float, norm=None) -> bool:
     """Scales gradients down in place to a norm, all by the same factor.
 
     Args:
         gradients: List of torch tensors.
         max_norm: Float. The largest L2 norm that all gradients together may have. If
             their norm is not finite, all become NaN, as in Keras.
+        norm: Scalar tensor. Their `global_norm`, if it is known.
 
     Returns:
         Whether it could. If not, nothing was changed.
@@ -34,7 +53,7 @@ def clip_by_global_norm(gradients: list, max_norm: float) -> bool:
     if len({*map(id, gradients)}) < len(gradients) or not can_update(gradients):
         return False
     with torch.no_grad():
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = global_norm(gradients) if norm is None else norm
         # No condition on a value, for which a GPU would have to be waited for.
         scale = max_norm * torch.minimum(1 / norm, torch.ones_like(norm) / max_norm)
         torch._foreach_mul_(gradients, scale + (norm - norm))

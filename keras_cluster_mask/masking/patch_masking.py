@@ -285,11 +285,14 @@ class PatchMasking(keras.layers.Layer):
         if len(noise.shape) == 2:
             noise = noise[:, None]
         noises = [noise[:, view] for view in range(noise.shape[1])]
-        scores = [self.score(noise, images, tokens) for noise in noises]
+        scores = [self._score_batch(noise, images, tokens) for noise in noises]
         fixed = getattr(context, "fixed_scores", None)
         if fixed is not None:
             scores = [ops.where(fixed == 0, score, fixed) for score in scores]
         return scores, noises
+
+    def _score_batch(self, noise, images, tokens):
+        return self.score(noise, images, tokens)
 
     def _keep_best(self, score, noise):
         best = order_by_score(score, noise)[:, : self.num_kept(score.shape[1])]

@@ -1,6 +1,9 @@
+import math
+
 import keras
 from keras import ops
 
+from keras_cluster_mask.distribution.chunks import map_rows
 from keras_cluster_mask.masking.patch_grid import (
     standardize_data_format,
     standardize_patch_size,
@@ -12,6 +15,10 @@ from keras_cluster_mask.masking.similarity import (
     pixel_similarity,
     token_similarity,
 )
+
+# How many pixels, or similarities, are in memory at a time on torch: 256 MiB, and a few
+# copies of them. At 224 x 224 pixels it is those of 445 images.
+MAX_VALUES = 2**26
 
 
 class SimilarityMasking(PatchMasking):
@@ -76,6 +83,12 @@ class SimilarityMasking(PatchMasking):
             aggregation="only_first_replica" if dtype == "int32" else "mean",
             name=name,
         )
+
+    def _score_batch(self, noise, images, tokens):
+        # No image depends on others.
+        values = max(math.prod(images.shape[1:]), noise.shape[1] ** 2)
+        max_rows = max(1, MAX_VALUES // values)
+        return map_rows(self.score, max_rows, [noise, images, tokens])
 
     def similarity_to_anchors(self, images, anchors, tokens=None):
         """The similarity of each patch to each anchor.

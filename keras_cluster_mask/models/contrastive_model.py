@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution import gradients, replicas
+from keras_cluster_mask.distribution.gradient_buckets import GradientBuckets
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.dual_encoder import DualEncoder
@@ -182,6 +183,7 @@ class ContrastiveModel(DualEncoder):
         if self.image_maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
         self.finite_steps = FiniteSteps()
+        self.gradient_buckets = GradientBuckets()
         # Set by `compile`, and while `fit` and `evaluate` run.
         self.gradient_norm = None
         self.training_run = None
@@ -266,7 +268,7 @@ class ContrastiveModel(DualEncoder):
         JAX; gradients and updates are Keras's own. Override `compute_loss` to
         train on another loss.
         """
-        with gradients.wait_for(args):
+        with gradients.wait_for(args), gradients.reduced_in_backward(self):
             results = super().train_step(*args)
         if replicas.num_replicas() > 1:
             replicas.all_reduce_mean(layers.averaged_variables(self))

@@ -9,6 +9,7 @@ some of them private (`PRIVATE`). A test fails if a version of Keras lacks them.
 import math
 import threading
 from functools import cache, partial
+from operator import is_
 
 import keras
 from keras import ops
@@ -44,7 +45,7 @@ def configure(model):
         if not options["decay_vectors"]:
             exclude_vectors_from_decay(each, model.trainable_variables)
         if in_place_updates.are_available():
-            update_in_place(each)
+            update_in_place(each, model.gradient_norm)
     if options["learning_rate_multipliers"]:
         multiply_learning_rate(own, partial(learning_rate_factors, model))
 
@@ -90,33 +91,31 @@ def use_global_gradients(model):
 
     Gradients are reduced before they are clipped, so that all replicas clip alike.
     """
-    optimizer, norm = model.optimizer, model.gradient_norm
+    optimizer = model.optimizer
     name = distribution.apply_method()
     vars(optimizer).pop(name, None)
     if distribution.strategy_replicas(model) > 1:
         # They are summed before.
         inner_optimizer(optimizer)._all_reduce_sum_gradients = list
     reduces = distribution.must_reduce_gradients()
-    if not reduces and norm is None:
+    if not reduces and model.gradient_norm is None:
         return
     wrap = _stateless_apply if name == "stateless_apply" else _apply
-    setattr(optimizer, name, partial(wrap, getattr(optimizer, name), optimizer, norm))
+    setattr(optimizer, name, partial(wrap, getattr(optimizer, name), model))
 
 
-def _apply(apply, optimizer, norm, gradients, *args):
-    gradients = list(gradients)
-    reduced = iter(
-        distribution.reduce_gradients([x for x in gradients if x is not None])
-    )
-    gradients = [x if x is None else next(reduced) for x in gradients]
-    if norm is not None:
-        norm.record(gradients)
+def _apply(apply, model, gradients, *args):
+    variables = args[0] if args else model.trainable_weights
+    gradients = distribution.reduce_gradients(model, list(gradients), variables)
+    if model.gradient_norm is not None:
+        model.gradient_norm.record(gradients)
     return apply(gradients, *args)
 
 
-def _stateless_apply(apply, optimizer, norm, variables, gradients, *args):
+def _stateless_apply(apply, model, variables, gradients, *args):
+    optimizer = model.optimizer
     with keras.StatelessScope(list(zip(optimizer.variables, variables))):
-        norm.record(gradients)
+        model.gradient_norm.record(gradients)
     return apply(variables, gradients, *args)
 
 
@@ -131,15 +130,30 @@ class GradientNorm:
 
     def record(self, gradients):
         """Called with the gradients of the global batch before they are applied."""
-        # Unscaled first, as squares of scaled gradients may overflow.
-        scale = self.optimizer.scale_loss(1.0)
-        gradients = (ops.cast(x, "float32") / scale for x in gradients if x is not None)
-        self._step.norm = ops.sqrt(sum(ops.sum(ops.square(x)) for x in gradients))
+        gradients = [x for x in gradients if x is not None]
+        scale, norm = self.optimizer.scale_loss(1.0), None
+        if isinstance(scale, float) and scale == 1.0:
+            norm = in_place_updates.global_norm(gradients)
+        if norm is None:
+            # Unscaled first, as squares of scaled gradients may overflow.
+            unscaled = (ops.cast(x, "float32") / scale for x in gradients)
+            norm = ops.sqrt(sum(ops.sum(ops.square(x)) for x in unscaled))
+        self._step.norm, self._step.gradients = norm, gradients
+
+    def of(self, gradients):
+        """The norm of the very gradients that were recorded, and `None` for others.
+
+        Those that are unscaled or accumulated after `record` are others.
+        """
+        recorded = vars(self._step).get("gradients", ())
+        same = len(recorded) == len(gradients) and all(map(is_, recorded, gradients))
+        return self._step.norm if same else None
 
     def update_metric(self):
         """Counts a training step."""
-        # Held no longer than the step, as it may be a value of a traced function.
+        # Held no longer than the step, as these may be values of a traced function.
         norm = vars(self._step).pop("norm")
+        del self._step.gradients
         counts = ops.ones_like(norm)
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             counts = ops.cast(ops.isfinite(norm), norm.dtype)
@@ -149,13 +163,18 @@ class GradientNorm:
 # === Updates in place ===
 
 
-def update_in_place(optimizer):
+def update_in_place(optimizer, norm=None):
     """Makes an optimizer clip by the global norm, and Adam update, in place on torch.
 
     The results are Keras's up to rounding, in Keras's variables. Gradients are clipped
     where they are. All else that `apply` does stays Keras's own: decay, accumulation,
-    averages, constraints. So does the update of other optimizers, and that of all
-    weights if one is not float32.
+    averages, constraints. So does the update of other optimizers, of which SGD's is in
+    place already, and that of all weights if one is not float32.
+
+    Args:
+        optimizer: A Keras optimizer.
+        norm: The `GradientNorm` that gradients are recorded by before, if any: what it
+            has computed is not computed a second time to clip them.
     """
     clip, update = optimizer._clip_gradients, optimizer._backend_update_step
 
@@ -164,7 +183,9 @@ def update_in_place(optimizer):
         if (
             max_norm > 0
             and not optimizer.clipnorm
-            and in_place_updates.clip_by_global_norm(gradients, max_norm)
+            and in_place_updates.clip_by_global_norm(
+                gradients, max_norm, norm and norm.of(gradients)
+            )
         ):
             return gradients
         return clip(gradients)

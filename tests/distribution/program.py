@@ -10,7 +10,8 @@ before the n-th step of an epoch. With EVALUATE=whole it evaluates retrieval, wi
 EVALUATE=share each process that of its own data, and draws masks to MASKS. With
 BAD_STEP=n the last image of the n-th step, which the second device gets, is not finite,
 and it saves to CHECKPOINT. With MASKING=all it trains a model with each kind of masking
-instead, and one of two views.
+instead, and one of two views. With PLANS=all it trains a model in each way of `PLANS`
+instead, on torch. With FREEZE=rank that process alone freezes a tower.
 """
 
 import os
@@ -34,9 +35,12 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
+from keras_cluster_mask.distribution import gradient_buckets
 from tests.helpers import MASKINGS, masked_vit, tiny_clip, tiny_siglip
 
 BATCH, STEPS = 8, 5
+# Several buckets of these small models, and weights that are larger than one.
+gradient_buckets.BUCKET_BYTES = 4096
 
 
 def pairs():
@@ -59,7 +63,7 @@ def make_model(masking=None, **options):
         masking = kcm.ClusterMasking(
             4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=0.3, seed=1
         )
-    options["micro_batch_size"] = int(*micro_batch_size or [0]) or None
+    options.setdefault("micro_batch_size", int(*micro_batch_size or [0]) or None)
     if micro_batch_size:
         # Blocks of two rows.
         losses.MAX_PAIRS = 2 * BATCH
@@ -75,18 +79,75 @@ def make_model(masking=None, **options):
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
         return model
     text_masking = kcm.RandomMasking(0.5, seed=2)
+    if micro_batch_size:
+        options["gradient_checkpointing"] = ["multi_head_attention"]
     model = kcm.ContrastiveModel(
         masked_vit(masking),
         kcm.with_text_masking(tiny_siglip().text_encoder, text_masking),
-        gradient_checkpointing=["multi_head_attention"] if micro_batch_size else False,
         **options,
     )
+    if os.environ.get("FREEZE") == os.environ.get("RANK", "0"):
+        model.image_encoder.trainable = False
+    compile_model(model)
+    return model
+
+
+def compile_model(model):
     model.compile(
         keras.optimizers.SGD(0.05, weight_decay=0.1, global_clipnorm=1.0),
         learning_rate_multipliers={"image": 0.5},
         log_gradient_norm=True,
     )
-    return model
+
+
+def fit_frozen(model, **fit):
+    model.image_encoder.trainable = False
+    compile_model(model)
+    return model.fit(**fit)
+
+
+def fit_interrupted(model, **fit):
+    """Fits, cut off in the backward pass of the third step, then fits again."""
+    weight = model.text_encoder.trainable_weights[0].value
+    count = iter(range(3))
+
+    def interrupt(gradient):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+
+    handle = weight.register_hook(interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        model.fit(**fit)
+    assert next(count, None) is None
+    handle.remove()
+    return model.fit(**fit)
+
+
+def fit_recompiled(model, **fit):
+    """Fits three times, with another tower frozen each time, and with none."""
+    for frozen in (model.text_encoder, model.image_encoder):
+        frozen.trainable = False
+        compile_model(model)
+        model.fit(**fit)
+        frozen.trainable = True
+    compile_model(model)
+    return model.fit(**fit)
+
+
+# How they fit, and the options of their models.
+MICRO = {"micro_batch_size": 4}
+CHECKPOINTING = {"gradient_checkpointing": ["multi_head_attention"]}
+# Without a threshold that moves: of a step that is cut off, it would be that of the
+# first process, and after many steps rounding may decide whether a patch is above it.
+RANDOM = kcm.RandomMasking(0.5, num_prefix_tokens=0, seed=1)
+PLANS = {
+    "frozen": (fit_frozen, {}),
+    "frozen micro": (fit_frozen, MICRO),
+    "checkpointing": (kcm.ContrastiveModel.fit, CHECKPOINTING),
+    "checkpointing micro": (kcm.ContrastiveModel.fit, MICRO | CHECKPOINTING),
+    "interrupted": (fit_interrupted, {"masking": RANDOM}),
+    "recompiled": (fit_recompiled, {"masking": RANDOM}),
+}
 
 
 class Die(keras.callbacks.Callback):
@@ -191,7 +252,7 @@ if __name__ == "__main__":
         fit["validation_data"] = evaluated.batch(fit["batch_size"], drop_remainder=True)
         fit["validation_batch_size"] = None
     with scope:
-        models = {"": make_model()}
+        models = {} if "PLANS" in os.environ else {"": make_model()}
         if "MASKING" in os.environ:
             options = {"num_prefix_tokens": 0, "seed": 1}
             models = {f"{x}/": make_model(MASKINGS[x](**options)) for x in MASKINGS}
@@ -216,6 +277,14 @@ if __name__ == "__main__":
             else:
                 history = model.fit(data, verbose=0, callbacks=callbacks, **fit)
             arrays |= results(name, model, history.history)
+        for name, (train, options) in PLANS.items() if "PLANS" in os.environ else ():
+            # Its layers have the names of those of the first model.
+            keras.utils.clear_session()
+            model = make_model(**options)
+            history = train(
+                model, x=data, verbose=0, shuffle=False, batch_size=fit["batch_size"]
+            )
+            arrays |= results(f"{name}/", model, history.history)
     if how == "model":
         check_shares(model)
     if kcm.distribution.is_main_process():

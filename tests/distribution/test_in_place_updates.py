@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution import in_place_updates
 from keras_cluster_mask.training.optimizers import (
+    GradientNorm,
     inner_optimizer,
     multiply_learning_rate,
     update_in_place,
@@ -244,12 +245,16 @@ def test_variables_keep_their_memory():
 
 def allocated(optimizer, variables):
     """How many bytes an update allocates in all."""
+    gradients = gradients_of_step(1, variables)
+    return allocated_by(lambda: optimizer.apply(gradients, variables))
+
+
+def allocated_by(function):
     import torch
 
-    gradients = gradients_of_step(1, variables)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        optimizer.apply(gradients, variables)
+        function()
     return sum(max(0, x.self_cpu_memory_usage) for x in profile.events())
 
 
@@ -264,6 +269,22 @@ def test_updates_need_no_memory_for_copies(kind):
     # What the profiler counts of Keras's own.
     reference, _ = train(make(), variables, range(1))
     assert allocated(reference, variables) > 0.9 * size
+
+
+def test_the_norm_that_is_reported_needs_no_memory_for_copies():
+    norm, variables = GradientNorm(AdamW(0.01)), make_variables([(256, 512), (512,)])
+    gradients = gradients_of_step(0, variables)
+    assert allocated_by(lambda: norm.record(gradients)) < 0.01 * 4 * 256 * 512
+
+
+def test_sgd_of_keras_is_in_place_already():
+    shapes = [(256, 512), (512, 256)]
+    variables = make_variables(shapes)
+    optimizer, _ = train(OPTIMIZERS["nesterov"](), variables, range(1))
+    held = [*variables, *optimizer.variables]
+    before = [v.value.data_ptr() for v in held]
+    assert allocated(optimizer, variables) < 0.01 * 4 * sum(map(np.prod, shapes))
+    assert [v.value.data_ptr() for v in held] == before
 
 
 # === What Keras updates ===
@@ -339,3 +360,49 @@ def test_a_compiled_model_is_updated_in_place(updated):
     model.compile(AdamW(0.01, global_clipnorm=1.0))
     model.fit(random_pairs(16), batch_size=8, verbose=0)
     assert updated == [len(model.trainable_variables)] * 2
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """How many gradients each norm was computed of."""
+    counts, global_norm = [], in_place_updates.global_norm
+
+    def watched(gradients):
+        counts.append(len(gradients))
+        return global_norm(gradients)
+
+    monkeypatch.setattr(in_place_updates, "global_norm", watched)
+    return counts
+
+
+def with_loss_scale_optimizer():
+    optimizer = AdamW(0.01, global_clipnorm=0.3)
+    return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "computed"),
+    [
+        (lambda: AdamW(0.01, global_clipnorm=0.3), 2),
+        # Gradients are unscaled, or accumulated, between the report and the clipping.
+        (lambda: AdamW(0.01, global_clipnorm=0.3, loss_scale_factor=64.0), 2),
+        (with_loss_scale_optimizer, 2),
+        (lambda: AdamW(0.01, global_clipnorm=0.3, gradient_accumulation_steps=2), 3),
+    ],
+    ids=["plain", "factor", "loss-scale-optimizer", "accumulation"],
+)
+def test_clipping_takes_the_norm_that_is_reported(make, computed, norms):
+    results = []
+    for log in (False, True):
+        keras.utils.set_random_seed(0)
+        model = small_model(projection_dim=8)
+        model.compile(make(), log_gradient_norm=log)
+        norms.clear()
+        history = model.fit(random_pairs(16), batch_size=8, shuffle=False, verbose=0)
+        results.append(values(model.variables))
+    # Each step's for the report or, where the report is of others, for the clipping.
+    assert norms == [len(model.trainable_variables)] * computed
+    # The clipping has something to do.
+    assert history.history["gradient_norm"][0] > 0.3
+    for one, other in zip(*results):
+        np.testing.assert_array_equal(one, other)

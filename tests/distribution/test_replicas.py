@@ -117,6 +117,32 @@ def test_two_train_as_one(single, how, micro_batches, tmp_path):
     assert_equal_runs(found, single)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="Others reduce in compiled code.")
+def test_two_train_as_one_whatever_has_gradients_and_from_fit_to_fit(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PLANS", "all")
+    single = train(tmp_path / "single.npz", "single")
+    assert {name.split("/")[0] for name in single} == {
+        "frozen",
+        "frozen micro",
+        "checkpointing",
+        "checkpointing micro",
+        "interrupted",
+        "recompiled",
+    }
+    assert_equal_runs(train(tmp_path / "out.npz", "process"), single)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Others see one model.")
+def test_processes_that_train_different_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("FREEZE", "1")
+    for code, errors in run(tmp_path / "out.npz", "process"):
+        assert code != 0
+        assert "must train the same weights" in errors
+        assert "Received: numbers of trainable weights [" in errors
+
+
 @pytest.mark.parametrize("how", KINDS)
 def test_two_train_as_one_with_every_masking(how, tmp_path, monkeypatch):
     monkeypatch.setenv("MASKING", "all")

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.masking import similarity_masking
 from tests.masking.images import (
     as_images,
     assert_selects,
@@ -73,6 +74,33 @@ def test_data_format_changes_the_layout_only(strategy):
     expected = numpy(*last.select(images=images, noise=noise))
     moved = np.moveaxis(images, -1, 1)
     assert_selects(first, expected, images=moved, noise=noise)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_large_batch_is_compared_in_blocks_with_the_same_result(
+    strategy, views, monkeypatch
+):
+    rng = np.random.default_rng(35)
+    images = textured(rng, 7, 32, 48, 3)
+    noise = rng.random((7, views, 24), dtype="float32")
+    masking = STRATEGIES[strategy](8, embedding_weight=0.3, num_prefix_tokens=1)
+    inputs = {"images": images, "noise": noise, "tokens": tokens_of(7, 25)}
+    expected = numpy(*masking.select(**inputs))
+    score, sizes = masking.score, []
+
+    def watched(noise, images, tokens):
+        sizes.append((noise.shape[0], images.shape[0], tokens.shape[0]))
+        return score(noise, images, tokens)
+
+    masking.score = watched
+    monkeypatch.setattr(similarity_masking, "MAX_VALUES", 3 * 32 * 48 * 3 + 1)
+    for found, other in zip(numpy(*masking.select(**inputs)), expected, strict=True):
+        np.testing.assert_array_equal(found, other)
+    # Compiled code has a plan of its own for memory.
+    blocks = [(3, 3, 3), (3, 3, 3), (1, 1, 1)]
+    on_torch = keras.backend.backend() == "torch"
+    assert sizes == views * (blocks if on_torch else [(7, 7, 7)])
 
 
 @pytest.mark.any_backend

@@ -1,0 +1,172 @@
+"""The time of a step in two processes of torch, against one of half the global batch.
+
+    KERAS_BACKEND=torch python benchmarks/processes.py
+    KERAS_BACKEND=torch python benchmarks/processes.py --size tiny --image-size 32
+
+Each process has a core and a thread of its own and `--batch-size` pairs of each batch.
+Runs of one process and of two alternate, since processes cannot be timed in turn within
+one program. Two processes also reduce as many bytes as there are gradients without a
+model around.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+from reporting import parser, publish
+
+COUNTS = (1, 2)
+
+
+def main():
+    parsed = parser(__doc__)
+    add = parsed.add_argument
+    add("--size", default="vit_b_16", help="of `kcm.models.clip_backbone`")
+    add("--image-size", type=int, default=224, help="side in pixels")
+    add("--batch-size", type=int, default=8, help="pairs of each process")
+    add("--rounds", type=int, default=3, help="runs of each number of processes")
+    add("--steps", type=int, default=4, help="timed steps of a run, after a first")
+    add("--results", default="results", help="folder for the JSON file")
+    add("--process", type=int, help=argparse.SUPPRESS)
+    options = parsed.parse_args()
+    if options.process is not None:
+        print(json.dumps(measure(options)))
+        return
+    runs = {count: [] for count in COUNTS}
+    for round in range(options.rounds):
+        for count in COUNTS:
+            runs[count].append(run(count))
+            print(f"round {round}, {count} processes: {runs[count][-1]}", flush=True)
+    seconds = {
+        count: [x for run in runs[count] for x in run["seconds"]] for count in COUNTS
+    }
+    alone = statistics.median(seconds[1])
+    rows = []
+    for count in COUNTS:
+        median = statistics.median(seconds[count])
+        reducing = [x for run in runs[count] for x in run["reducing"]]
+        row = {
+            "processes": count,
+            "seconds a step": f"{median:.3f}",
+            "from, to": f"{min(seconds[count]):.3f}, {max(seconds[count]):.3f}",
+            "seconds a pair": f"{median / count / options.batch_size:.4f}",
+            "to one process": f"{median / alone:.3f}",
+        }
+        if reducing:
+            row["of gradients alone (s)"] = f"{statistics.median(reducing):.3f}"
+        rows.append(row)
+    gradients = runs[1][0]["gradients"] / 2**20
+    publish(
+        f"{options.results}/processes-{options.size}.json",
+        f"torch, {options.size} at {options.image_size} px, cluster masking, "
+        f"{options.batch_size} pairs a process, {gradients:.0f} MiB of gradients",
+        rows,
+        options={k: v for k, v in vars(options).items() if k != "process"},
+        runs=runs,
+    )
+
+
+def run(count):
+    """Trains in some processes; returns what the first of them measured."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv, "--process", str(rank)],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        outputs = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(process.returncode for process in processes):
+        raise RuntimeError("A process failed; its error is above.")
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def measure(options):
+    """Seconds of each step and of bare reductions, and the bytes of gradients."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[options.process % len(cores)]})
+    import keras
+    import numpy as np
+    import torch
+    from clip_steps import batch
+
+    import keras_cluster_mask as kcm
+    from keras_cluster_mask.models.sizes import SIZES
+
+    torch.set_num_threads(1)
+    kcm.distribution.initialize()
+
+    class Clock(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.ends = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            # Turning it into a number waits for the step.
+            float(logs["loss"])
+            self.ends.append(time.perf_counter())
+
+    backbone = kcm.models.clip_backbone(options.size, options.image_size)
+    masking = kcm.ClusterMasking(SIZES[options.size]["patch"], 0.5)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+    model.compile(
+        keras.optimizers.AdamW(1e-5, weight_decay=0.2, global_clipnorm=1.0),
+        log_gradient_norm=True,
+    )
+    pairs = batch(options.batch_size, options.image_size)
+    pairs = {k: np.concatenate([x] * (options.steps + 1)) for k, x in pairs.items()}
+    clock = Clock()
+    fit = {"batch_size": options.batch_size, "shuffle": False, "verbose": 0}
+    model.fit(pairs, callbacks=[clock], **fit)
+    count = sum(int(np.prod(v.shape)) for v in model.trainable_weights)
+    return {
+        "seconds": [b - a for a, b in zip(clock.ends, clock.ends[1:])],
+        "reducing": reduction_seconds(count),
+        "gradients": 4 * count,
+    }
+
+
+def reduction_seconds(count, repeats=3):
+    """The time to add up float32 numbers of two processes, in buckets."""
+    from torch import distributed, zeros
+
+    from keras_cluster_mask.distribution.gradient_buckets import BUCKET_BYTES
+
+    if distributed.get_world_size() == 1:
+        return []
+    buckets, seconds = zeros(count).split(BUCKET_BYTES // 4), []
+    for _ in range(repeats):
+        distributed.barrier()
+        start = time.perf_counter()
+        for work in [distributed.all_reduce(x, async_op=True) for x in buckets]:
+            work.wait()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

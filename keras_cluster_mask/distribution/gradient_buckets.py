@@ -1,0 +1,191 @@
+"""Gradients that processes of torch average while the backward pass still runs.
+
+Most of the time of a reduction is then hidden behind the rest of the backward pass, and
+a few large reductions take less time than one for each weight.
+`torch.nn.parallel.DistributedDataParallel` does the same, but must see in its forward
+pass all weights that the loss depends on: Keras computes the loss after it.
+"""
+
+import contextlib
+from operator import is_
+
+from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.distribution.replicas import num_replicas, torch_distributed
+
+BUCKET_BYTES = 25 * 2**20
+
+
+class GradientBuckets:
+    """Averages gradients over all processes, in buckets that the backward pass fills.
+
+    A bucket is one tensor with the gradients of several weights, which become views of
+    it: there is one copy of them. The order of weights in the buckets is that in which
+    the first step of the first process found their gradients. A bucket that is full
+    waits for those before it, so all processes reduce in the same order.
+
+    The gradient of a weight that one process has none for is 0 there. Only if no
+    process has one, there is none.
+    """
+
+    def __init__(self):
+        self.weights, self.order, self.step = [], None, None
+
+    @contextlib.contextmanager
+    def filled(self, weights: list):
+        """A context of one training step, in which the backward pass fills the buckets.
+
+        Args:
+            weights: List of torch parameters, the same on all processes.
+        """
+        if not _are_same(weights, self.weights):
+            self.weights, self.order = weights, None
+        step = _Step(weights, self.order or reversed(range(len(weights))))
+        handles = step.add_hooks()
+        self.step = step
+        try:
+            yield
+        finally:
+            self.step = None
+            for handle in handles:
+                handle.remove()
+        if self.order is None and len(step.found) == len(weights):
+            self.order = all_gather_object([*step.found])[0]
+
+    def reduce(self, gradients: list, weights: list) -> list:
+        """Waits for the mean over all processes.
+
+        Args:
+            gradients: List of this process's gradients, `None` for a weight without.
+                Not needed of those that are in a bucket already.
+            weights: List of the torch parameters that they are of.
+
+        Returns:
+            A list of gradients, `None` for a weight that no process has one for.
+        """
+        step = self.step
+        if step is None or not _are_same(weights, step.weights):
+            step = _Step(weights, reversed(range(len(weights))))
+        return step.reduce(gradients)
+
+
+class _Step:
+    """The buckets of one training step.
+
+    Args:
+        weights: List of torch parameters.
+        order: Iterable of their indices, in the order in which they fill the buckets.
+    """
+
+    def __init__(self, weights, order):
+        self.weights = weights
+        self.buckets, self.bucket_of = [], {}
+        self.num_started = 0
+        # The indices in the order in which gradients were found.
+        self.found = {}
+        for index in order:
+            weight = weights[index]
+            if not self.buckets or not self.buckets[-1].fits(weight):
+                self.buckets.append(_Bucket(weight.dtype, weight.device))
+            self.buckets[-1].add(index, weight)
+            self.bucket_of[index] = self.buckets[-1]
+
+    def add_hooks(self):
+        def hook(index):
+            return lambda weight: self.put(index, weight.grad)
+
+        return [
+            weight.register_post_accumulate_grad_hook(hook(index))
+            for index, weight in enumerate(self.weights)
+        ]
+
+    def put(self, index, gradient):
+        if index in self.found:
+            raise RuntimeError(
+                "A training step must compute the gradient of each weight once, in one "
+                "backward pass. Received: a second gradient of a weight of shape "
+                f"{tuple(gradient.shape)}"
+            )
+        self.found[index] = self.bucket_of[index].put(index, gradient)
+        self.weights[index].grad = self.found[index]
+        self._start()
+
+    def reduce(self, gradients):
+        for index, gradient in enumerate(gradients):
+            if gradient is not None and index not in self.found:
+                self.put(index, gradient)
+        self._start(even_if_missing=True)
+        for bucket in self.buckets:
+            self.found |= bucket.finish()
+        return [self.found[index] for index in range(len(gradients))]
+
+    def _start(self, even_if_missing=False):
+        for bucket in self.buckets[self.num_started :]:
+            if bucket.missing and not even_if_missing:
+                return
+            bucket.start()
+            self.num_started += 1
+
+
+def _are_same(weights, others):
+    return len(weights) == len(others) and all(map(is_, weights, others))
+
+
+class _Bucket:
+    def __init__(self, dtype, device):
+        self.dtype, self.device = dtype, device
+        self.places, self.size = {}, 0
+        self.missing = set()
+        self.flat = self.work = None
+
+    def fits(self, weight):
+        alike = (weight.dtype, weight.device) == (self.dtype, self.device)
+        size = (self.size + weight.numel()) * weight.element_size()
+        return alike and size <= BUCKET_BYTES
+
+    def add(self, index, weight):
+        self.places[index] = slice(self.size, self.size + weight.numel()), weight.shape
+        # Kernels for many tensors are faster on those at multiples of 16 bytes.
+        step = max(1, 16 // weight.element_size())
+        self.size += -(-weight.numel() // step) * step
+        self.missing.add(index)
+
+    def put(self, index, gradient):
+        """Stores this process's part of the mean of a gradient; returns its view."""
+        import torch
+
+        self.missing.remove(index)
+        return torch.div(gradient, num_replicas(), out=self._view(index))
+
+    def start(self):
+        """Starts to add up what all processes have."""
+        for index in self.missing:
+            self._view(index).zero_()
+        # Behind the gradients, how many processes have each.
+        counts = self.flat[self.size :].fill_(1.0)
+        for position, index in enumerate(self.places):
+            if index in self.missing:
+                counts[position] = 0.0
+        self.work = torch_distributed().all_reduce(self.flat, async_op=True)
+
+    def finish(self):
+        """Waits for the sum; returns, by index, what this process had no gradient of.
+
+        That is a view or, if no process has a gradient, `None`.
+        """
+        self.work.wait()
+        if not self.missing:
+            return {}
+        # Read only now, since a GPU would have to be waited for.
+        counts = dict(zip(self.places, self.flat[self.size :].tolist()))
+        return {i: self._view(i) if counts[i] else None for i in self.missing}
+
+    def _view(self, index):
+        import torch
+
+        if self.flat is None:
+            # Once there is a gradient for it, so that of the sums of a backward pass
+            # that ends in all weights at a time there is not a second copy.
+            size = self.size + len(self.places)
+            self.flat = torch.empty(size, dtype=self.dtype, device=self.device)
+        place, shape = self.places[index]
+        return self.flat[place].view(shape)

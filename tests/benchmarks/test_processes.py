@@ -1,0 +1,31 @@
+import json
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import processes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        keras.backend.backend() != "torch", reason="a program of torch's processes"
+    ),
+]
+
+
+def test_one_process_and_two_are_timed(monkeypatch, tmp_path):
+    arguments = ["--size", "tiny", "--image-size", "32", "--batch-size", "4"]
+    arguments += ["--rounds", "1", "--steps", "2", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [processes.__file__, *arguments])
+    processes.main()
+    written = json.loads((tmp_path / "processes-tiny.json").read_text())
+    assert [row["processes"] for row in written["rows"]] == [1, 2]
+    alone, together = (written["runs"][count][0] for count in ("1", "2"))
+    assert len(alone["seconds"]) == len(together["seconds"]) == 2
+    assert alone["gradients"] == together["gradients"] > 0
+    # Alone there is nothing to reduce.
+    assert (len(alone["reducing"]), len(together["reducing"])) == (0, 3)
