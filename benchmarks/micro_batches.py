@@ -1,7 +1,7 @@
 """Step time and peak memory by batch, micro-batch, checkpointing and devices.
 
-    KERAS_BACKEND=jax python benchmarks/scaling.py
-    KERAS_BACKEND=torch python benchmarks/scaling.py \
+    KERAS_BACKEND=jax python benchmarks/micro_batches.py
+    KERAS_BACKEND=torch python benchmarks/micro_batches.py \
         --size vit_b_16 --image-size 224 --batch-size 256 --dtype mixed_bfloat16
 
 Each row trains in a process of its own on batches of `--batch-size` pairs, or of eight
@@ -85,7 +85,7 @@ def main():
     ]
     backend = os.environ["KERAS_BACKEND"]
     publish(
-        f"{options.results}/scaling-{backend}.json",
+        f"{options.results}/micro_batches-{backend}.json",
         f"{backend}, {options.size} at {options.image_size} px, {options.dtype}",
         table,
         options={k: v for k, v in vars(options).items() if k != "row"},
