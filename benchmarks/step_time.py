@@ -93,7 +93,7 @@ def table_row(name, setting, seconds, memory, peak):
 def steps_that_fit(methods, setting):
     """Functions of the methods that do not run out of memory, after one step each."""
     # Those of most tokens first: one that fails may spoil the weights that it shares
-    # with others, so all are made anew, and those not tried yet lose nothing.
+    # with others, so all are made again, and those not tried yet lose nothing.
     left = sorted(methods, key=setting.image_tokens, reverse=True)
     while True:
         steps = training_steps(left, setting)
