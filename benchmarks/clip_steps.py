@@ -55,10 +55,10 @@ class Setting:
     jit: bool = False
 
     @classmethod
-    def of(cls, options):
-        """The setting that command-line arguments ask for."""
-        fields = (field.name for field in dataclasses.fields(cls))
-        return cls(**{name: getattr(options, name) for name in fields})
+    def of(cls, options, **others):
+        """The setting that command-line arguments ask for, and other fields."""
+        fields = {field.name for field in dataclasses.fields(cls)} - {*others}
+        return cls(**{name: getattr(options, name) for name in fields}, **others)
 
     def __str__(self):
         model = f"{self.size} at {self.image_size} px, batch {self.batch_size}"
@@ -107,7 +107,6 @@ def add_step_arguments(parsed):
     add("--size", default="vit_b_16", choices=SIZES, help="of the model")
     add("--image-size", type=int, default=224, help="side in pixels")
     add("--methods", nargs="+", metavar="METHOD", choices=names, help=f"of {names}")
-    add("--batch-size", type=int, default=8)
     add("--dtype", default="float32", help="Keras dtype policy")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw")
     add("--jit", action="store_true", help="compile on torch too")
@@ -201,8 +200,8 @@ def open_clip_step(patch_dropout, setting):
     std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device)[:, None, None]
 
     def step():
-        images = torch.tensor(data["images"], device=device).permute(0, 3, 1, 2)
-        texts = torch.tensor(data["token_ids"], device=device)
+        images = torch.as_tensor(data["images"], device=device).permute(0, 3, 1, 2)
+        texts = torch.as_tensor(data["token_ids"], device=device)
         images = (images / 255.0 - mean) / std
         with torch.autocast(device, torch.bfloat16, enabled=half):
             loss = loss_of(*run(images, texts))

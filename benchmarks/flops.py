@@ -4,6 +4,18 @@ from keras_cluster_mask.masking import AttentiveMasking
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.models.sizes import size_and_patch
 
+# Dense bfloat16, from the vendor's data sheets, in TFLOP/s. A name is that which the
+# driver gives, since a card of the same chip may be slower: an H100 for PCIe is.
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H200": 989,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA L4": 121,
+    "NVIDIA GeForce RTX 4090": 165,
+}
+
 
 def training_flops(
     size, image_size=224, context_length=77, patch_size=None, masking=None, views=1
@@ -63,6 +75,16 @@ def training_flops(
         rows, columns = masking.teacher.grid
         comparing = _attention(rows * columns, pixels, image_width, image_layers)
     return 3 * forward + comparing
+
+
+def peak_tflops(accelerator):
+    """The peak of a card in dense bfloat16 in TFLOP/s, or `None` if it is not known."""
+    return PEAKS.get(accelerator)
+
+
+def utilisation(flops, seconds, peak):
+    """The share of a peak in TFLOP/s that so many operations in so long a time are."""
+    return flops / seconds / (peak * 1e12)
 
 
 def _attention(patches, pixels, width, layers):

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def describe(found):
         f"{found['processor']}, {found['cores']} cores, {hardware}; "
         f"Python {found['python']}, {packages}"
     )
+
+
+def card():
+    """The accelerator's name as a part of a file's name, or `None`."""
+    name = _accelerator()
+    if name is None:
+        return None
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "-".join(word for word in words if word not in ("nvidia", "geforce"))
 
 
 def table(rows):

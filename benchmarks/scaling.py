@@ -1,198 +1,306 @@
-"""Step time and peak memory by batch, micro-batch, checkpointing and devices.
+"""What a training step needs on up to 256 devices, from JAX's compiler.
 
-    KERAS_BACKEND=jax python benchmarks/scaling.py
-    KERAS_BACKEND=torch python benchmarks/scaling.py \
-        --size vit_b_16 --image-size 224 --batch-size 256 --dtype mixed_bfloat16
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --derive     # hours and cost of the paper's training
 
-Each row trains in a process of its own on batches of `--batch-size` pairs, or of eight
-times as many: whole, in micro-batches of `--batch-size`, or with gradient
-checkpointing. Two devices are virtual ones that share the processor (JAX and
-TensorFlow; torch takes a process per device).
+The step of a CLIP, by default ViT-B/16 with cluster masking, is compiled for virtual
+devices and never run. Each row is one compilation in a process of its own. It gives the
+memory of one device, its floating-point operations, and what the devices send one
+another. `--topology v5e:16x16` compiles for TPUs, which need not be there, if `libtpu`
+is installed.
 """
 
 import argparse
-import ctypes
 import json
 import os
-import pathlib
-import statistics
 import subprocess
 import sys
 import time
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Its allocator never frees memory, which hides the peaks.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+from collectives import by_kind, collectives
 from reporting import parser, publish
 
-GROWTH = 8
+# Devices, pairs of all devices, devices that share a model, and pairs at a time.
+ROWS = (
+    dict(devices=1, batch=128),
+    dict(devices=8, batch=1024),
+    dict(devices=64, batch=8192),
+    dict(devices=256, batch=32768),
+    dict(devices=256, batch=32768, shards=2),
+    dict(devices=256, batch=32768, shards=4),
+    dict(devices=64, batch=32768, micro=8192),
+)
+# Name, number of devices, TFLOP/s of one in dense bfloat16, assumed price of an hour.
+HARDWARE = (("H100", 8, 989, 3.0), ("TPU v5e", 64, 197, 1.2), ("TPU v6e", 64, 918, 2.7))
+MEBIBYTE = 2**20
+# Machine code for a CPU, of which nothing is reported, is not optimised.
+UNOPTIMISED = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
 
 
 def arguments():
     parsed = parser(__doc__)
     add = parsed.add_argument
-    add("--size", default="tiny", help="of `kcm.models.clip_backbone`")
-    add("--image-size", type=int, default=64, help="side in pixels")
-    add("--batch-size", type=int, default=64, help="the smaller batch")
-    add("--dtype", default="float32", help="Keras dtype policy")
-    add("--steps", type=int, default=4, help="timed steps, after one to compile")
+    add("--size", default="vit_b_16", help="of `kcm.models.clip_backbone`")
+    add("--image-size", type=int, default=224, help="side in pixels")
+    add("--dtype", default="mixed_bfloat16", help="Keras dtype policy")
+    add("--rows", nargs="+", type=json.loads, default=ROWS, help='{"devices": 8, ...}')
+    add("--topology", help="of TPUs, such as v5e:16x16, instead of virtual devices")
+    add("--derive", action="store_true", help="derive hours and cost instead")
+    add("--utilisation", type=float, default=0.35, help="share of the peak")
+    add("--pairs", type=int, default=10_968_539, help="in the data set")
+    add("--epochs", type=int, default=32)
+    add(
+        "--hardware",
+        nargs=4,
+        action="append",
+        metavar=("NAME", "DEVICES", "TFLOPS", "PRICE"),
+        help="of one device: TFLOP/s in bfloat16, and price of an hour",
+    )
     add("--results", default="results", help="folder for the JSON file")
     add("--row", type=json.loads, help=argparse.SUPPRESS)
     return parsed.parse_args()
 
 
-def configurations(small):
-    large = GROWTH * small
-    rows = [
-        dict(batch=small),
-        dict(batch=large),
-        dict(batch=large, micro=small),
-        dict(batch=large, checkpointing=True),
-    ]
-    if os.environ["KERAS_BACKEND"] != "torch":
-        rows += [dict(batch=large, devices=2)]
-        rows += [dict(batch=large, micro=small, devices=2)]
-    return rows
-
-
 def main():
     options = arguments()
+    if options.derive:
+        publish_derived(options)
+        return
     if options.row is not None:
         print(json.dumps(measure(options, **options.row)))
         return
     rows = []
-    for row in configurations(options.batch_size):
+    for row in options.rows:
         command = [sys.executable, *sys.argv, "--row", json.dumps(row)]
-        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(found.stdout.splitlines()[-1])
-        rows.append(found | dict(row))
-        print(row, found, flush=True)
-    whole = next(x for x in rows if x["batch"] != options.batch_size)
-    table = [
-        {
-            "batch": row["batch"],
-            "micro-batch": row.get("micro", "whole"),
-            "gradient checkpointing": row.get("checkpointing", False),
-            "devices": row.get("devices", 1),
-            "seconds a step": f"{row['seconds']:.2f}",
-            "to the whole batch": f"{row['seconds'] / whole['seconds']:.2f}",
-            "peak memory (GiB)": f"{row['peak']:.3f}",
-            "of it the step's": f"{row['peak'] - row['before']:.3f}",
-        }
-        for row in rows
-    ]
-    backend = os.environ["KERAS_BACKEND"]
+        flags = [os.environ.get("XLA_FLAGS", ""), *UNOPTIMISED]
+        flags += [f"--xla_force_host_platform_device_count={row['devices']}"]
+        environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
+        found = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        rows.append(row | json.loads(found.stdout.splitlines()[-1]))
+        print(table_row(rows[-1]), flush=True)
+    name = "jax" if options.topology is None else options.topology.split(":")[0]
     publish(
-        f"{options.results}/scaling-{backend}.json",
-        f"{backend}, {options.size} at {options.image_size} px, {options.dtype}",
-        table,
-        options={k: v for k, v in vars(options).items() if k != "row"},
-        measured=rows,
+        f"{options.results}/scaling-{name}.json",
+        f"{options.size} at {options.image_size} px, {options.dtype}, compiled for "
+        f"{options.topology or 'virtual devices'}",
+        [table_row(row) for row in rows],
+        options={k: v for k, v in vars(options).items() if k not in ("row", "results")},
+        compiled=rows,
     )
 
 
-def measure(options, batch, micro=None, checkpointing=False, devices=1):
-    """Seconds per step, and memory before the timed steps and at its peak."""
-    scope = use_devices(devices)
+def table_row(row):
+    """A row as it is printed: per device, sizes in MiB."""
+    found = {
+        "devices": row["devices"],
+        "share a model": row.get("shards", 1),
+        "batch": row["batch"],
+        "micro-batch": row.get("micro", "whole"),
+    }
+    for name, size in row["memory"].items():
+        found[f"{name} (MiB)"] = round(size / MEBIBYTE)
+    for kind, size in row["by kind"].items():
+        found[f"{kind} (MiB)"] = f"{size / MEBIBYTE:.1f}"
+    found["TFLOP"] = f"{row['flops'] / 1e12:.2f}"
+    found["TFLOP by shapes"] = f"{row['flops by shapes'] / 1e12:.2f}"
+    return found
+
+
+# === One compilation ===
+
+
+def measure(options, devices, batch, shards=1, micro=None):
+    """Memory, operations and collectives of one device, from the compiled step."""
+    from flops import training_flops
+
+    model = make_model(options, micro)
+    start = time.perf_counter()
+    found = distribution(device_list(options, devices), shards)
+    compiled = lowered_step(model, found, make_batch(options, batch)).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    sent = collectives(compiled.as_text(), devices)
+    flops = training_flops(
+        options.size, options.image_size, masking=model.masking, context_length=77
+    )
+    return {
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            # Most outputs are in the place of the arguments, which are donated.
+            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+        },
+        "by kind": by_kind(sent),
+        "collectives": {" ".join(key): size for key, size in sent.most_common()},
+        "flops": compiled.cost_analysis()["flops"],
+        # With micro-batches, the towers once more forward.
+        "flops by shapes": flops * batch / devices * (4 / 3 if micro else 1),
+        "seconds to compile": round(seconds, 1),
+    }
+
+
+def device_list(options, count):
+    """So many devices: virtual ones, or TPUs of a topology that need not be there."""
+    import jax
+
+    if options.topology is None:
+        return jax.devices()[:count]
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(options.topology, "tpu").devices
+    if len(found) != count:
+        raise ValueError(
+            "`--topology` must have as many devices as every row of `--rows`. "
+            f"Received: {options.topology} with {len(found)}, a row with {count}"
+        )
+    return found
+
+
+def distribution(devices, shards=1):
+    """Data parallel, or with so many devices that share a model."""
     import keras
-    import numpy as np
-    from step_memory import peak_memory
 
     import keras_cluster_mask as kcm
 
-    class Clock(keras.callbacks.Callback):
-        def __init__(self):
-            super().__init__()
-            self.ends = []
-
-        def on_train_batch_end(self, batch, logs=None):
-            # Turning it into a number waits for the step.
-            float(logs["loss"])
-            if not self.ends:
-                self.before = forget_peak()
-            self.ends.append(time.perf_counter())
-
-    with scope:
-        backbone = kcm.models.clip_backbone(
-            options.size, options.image_size, vocabulary_size=8192, dtype=options.dtype
+    devices = list(devices)
+    if shards == 1:
+        return keras.distribution.DataParallel(
+            devices=devices, auto_shard_dataset=False
         )
-        masking = kcm.ClusterMasking(backbone.vision_encoder.patch_size)
-        model = kcm.ContrastiveModel.from_backbone(
-            backbone,
-            masking,
-            micro_batch_size=micro,
-            gradient_checkpointing=checkpointing,
-        )
-        model.compile(keras.optimizers.AdamW(1e-4))
-        model.optimizer.build(model.trainable_variables)
-    rng = np.random.default_rng(0)
-    shape = (batch, options.image_size, options.image_size, 3)
-    pairs = {
-        "images": rng.integers(0, 256, shape, dtype="uint8"),
-        "token_ids": rng.integers(1, 8192, (batch, 77)).astype("int32"),
-    }
-    clock = Clock()
-    epochs = options.steps + 1
-    model.fit(**one_batch(pairs), epochs=epochs, verbose=0, callbacks=[clock])
-    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:])]
-    return dict(
-        seconds=statistics.median(seconds),
-        before=clock.before,
-        peak=float(peak_memory()),
+    mesh = keras.distribution.DeviceMesh(
+        (len(devices) // shards, shards), ["batch", "model"], devices
+    )
+    return keras.distribution.ModelParallel(
+        layout_map=kcm.models.clip_layout_map(mesh),
+        batch_dim_name="batch",
+        auto_shard_dataset=False,
     )
 
 
-def forget_peak():
-    """Resets the peak of memory; returns the memory in use, in GiB.
-
-    Compilation, which takes most of it for small models, then does not count.
-    """
+def make_model(options, micro=None):
+    """The compiled model, on one device whatever it will be distributed over."""
     import keras
-    from step_memory import peak_memory
 
-    if keras.backend.backend() == "torch":
-        import torch
+    import keras_cluster_mask as kcm
 
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-    # Frees memory first: its reuse would not show in the peak.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    return float(peak_memory())
-
-
-def use_devices(count):
-    """Sets up virtual devices before anything is computed; returns a scope."""
-    import contextlib
-
-    if count == 1:
-        return contextlib.nullcontext()
-    if os.environ["KERAS_BACKEND"] == "jax":
-        flag = f"--xla_force_host_platform_device_count={count}"
-        os.environ["XLA_FLAGS"] = flag
-        import keras
-
-        keras.distribution.set_distribution(keras.distribution.DataParallel())
-        return contextlib.nullcontext()
-    import tensorflow as tf
-
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    virtual = [tf.config.LogicalDeviceConfiguration() for _ in range(count)]
-    tf.config.set_logical_device_configuration(cpu, virtual)
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)]).scope()
+    backbone = kcm.models.clip_backbone(
+        options.size, options.image_size, dtype=options.dtype
+    )
+    masking = kcm.ClusterMasking(backbone.vision_encoder.patch_size, 0.5)
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, masking, micro_batch_size=micro
+    )
+    model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.2, global_clipnorm=1.0))
+    model.optimizer.build(model.trainable_variables)
+    return model
 
 
-def one_batch(pairs):
-    """Arguments of `fit` for epochs of one batch whose size every backend knows."""
-    batch = len(pairs["token_ids"])
-    if os.environ["KERAS_BACKEND"] != "tensorflow":
-        return dict(x=pairs, batch_size=batch, shuffle=False)
-    import tensorflow as tf
+def make_batch(options, batch):
+    """Shapes and dtypes of a batch."""
+    import jax
 
-    data = tf.data.Dataset.from_tensor_slices(pairs)
-    return dict(x=data.batch(batch, drop_remainder=True))
+    images = batch, options.image_size, options.image_size, 3
+    return {
+        "images": jax.ShapeDtypeStruct(images, "uint8"),
+        "token_ids": jax.ShapeDtypeStruct((batch, 77), "int32"),
+    }
+
+
+def lowered_step(model, distribution, batch):
+    """Lowers a training step as Keras's `fit` does, with no data and no copies.
+
+    Args:
+        model: A compiled model with a built optimizer, made without a distribution:
+            weights of 256 devices would take 256 times the memory here.
+        distribution: A `keras.distribution` object to train with.
+        batch: Dictionary of `jax.ShapeDtypeStruct`.
+
+    Returns:
+        What `jax.jit(...).lower(...)` returns.
+    """
+    import jax
+
+    # What the optimizer keeps of a weight is named after it, and lies where it does.
+    weights = {v.path.replace("/", "_"): v for v in model.trainable_variables}
+
+    def layout(variable):
+        name = variable.path.rpartition("/")[2].rpartition("_")[0]
+        return distribution.get_variable_layout(weights.get(name, variable))
+
+    def shaped(x, layout):
+        sharding = layout.backend_layout
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = tuple(
+        [shaped(v, layout(v)) for v in variables]
+        for variables in (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+    )
+    data = {
+        key: shaped(x, distribution.get_data_layout(x.shape))
+        for key, x in batch.items()
+    }
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, shardings))
+    with distribution.scope():
+        return step.lower(state, data)
+
+
+# === Hours and cost, from the floating-point operations ===
+
+
+def derive(method, devices, tflops, price, utilisation, pairs, epochs):
+    """Speed, time and cost of a training, from its arithmetic alone."""
+    from clip_steps import Setting
+
+    speed = devices * tflops * 1e12 * utilisation / Setting().arithmetic(method)
+    hours = pairs * epochs / speed / 3600
+    return {
+        "images/s": round(speed),
+        "hours": f"{hours:.1f}",
+        "cost": round(hours * devices * price),
+    }
+
+
+def publish_derived(options):
+    hardware = options.hardware or HARDWARE
+    rows = [
+        {"devices": f"{count} x {name}", "method": method}
+        | derive(
+            method,
+            int(count),
+            float(tflops),
+            float(price),
+            options.utilisation,
+            options.pairs,
+            options.epochs,
+        )
+        for name, count, tflops, price in hardware
+        for method in ("none", "cluster", "random, two views")
+    ]
+    publish(
+        f"{options.results}/scaling-derived.json",
+        f"Derived: {options.pairs:,} pairs, {options.epochs} epochs, vit_b_16 at "
+        f"{options.utilisation:.0%} of the peak",
+        rows,
+        hardware=hardware,
+        utilisation=options.utilisation,
+        pairs=options.pairs,
+        epochs=options.epochs,
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def main():
     parsed = parser(__doc__)
     add_step_arguments(parsed)
     add = parsed.add_argument
+    add("--batch-size", type=int, default=8)
     add("--results", default="results", help="folder for the JSON file")
     add("--of", metavar="METHOD", help=argparse.SUPPRESS)
     options = parsed.parse_args()
@@ -75,6 +76,20 @@ def peak_memory():
         if tf.config.list_physical_devices("GPU"):
             peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
     return f"{peak / 2**30:.3f}"
+
+
+def memory_of(step):
+    """GiB that a step takes beyond what it finds; `None` where peaks are not reset."""
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 if __name__ == "__main__":

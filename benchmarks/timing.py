@@ -1,5 +1,6 @@
 """How benchmarks time: in turn, so that a machine whose speed drifts is fair to all."""
 
+import gc
 import statistics
 import time
 
@@ -46,3 +47,39 @@ def compiled(function):
 
         return tf.function(function, jit_compile=True)
     return function  # Keras runs torch eagerly.
+
+
+def fits(function):
+    """Calls a function; returns whether there was enough memory for it."""
+    error, message = _out_of_memory()
+    try:
+        function()
+    except error as found:
+        if message not in str(found):
+            raise
+        return False
+    return True
+
+
+def release_memory():
+    """Gives back what objects that are no longer in use have left."""
+    gc.collect()
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def _out_of_memory():
+    """The error of the running backend without memory, and a part of its message."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.OutOfMemoryError, ""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.errors.JaxRuntimeError, "RESOURCE_EXHAUSTED"
+    import tensorflow as tf
+
+    return tf.errors.ResourceExhaustedError, ""

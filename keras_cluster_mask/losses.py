@@ -10,10 +10,10 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
-from keras_cluster_mask.distribution.replicas import all_gather
+from keras_cluster_mask.distribution.replicas import all_gather, rows_per_device
 
-# How many pairs are compared at a time: 64 MiB a matrix, a handful of which are in
-# memory at once. A batch of 4,096 is one block.
+# How many pairs a device compares at a time: 64 MiB a matrix, a handful of which are in
+# memory at once. A batch of 4,096 on one device is one block.
 MAX_PAIRS = 2**24
 
 
@@ -305,6 +305,7 @@ def _compare_all(image_embeddings, text_embeddings, labels):
 def _num_blocks(rows, batch):
     if rows is None:
         return 1
+    rows = rows_per_device(rows)
     least = -(-rows // max(1, MAX_PAIRS // batch))
     # A few more, if they divide the rows: nothing is filled up, and devices that share
     # the rows evenly share the blocks evenly.

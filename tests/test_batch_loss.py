@@ -62,6 +62,32 @@ def test_a_batch_without_divisors_is_compared_in_large_blocks(loss, rows, monkey
         np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-6)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="elsewhere a step sees its own rows"
+)
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_block_is_as_large_as_each_device_can_compare(devices, monkeypatch):
+    blocks = []
+    compare = losses.compare
+
+    def watched(block, everything):
+        blocks.append(block[0].shape[0])
+        return compare(block, everything)
+
+    monkeypatch.setattr(losses, "compare", watched)
+    monkeypatch.setattr(losses, "MAX_PAIRS", 12 * 3)
+    pair = [ops.convert_to_tensor(x) for x in embeddings()]
+    distribution = keras.distribution.DataParallel(
+        devices=[f"cpu:{index}" for index in range(devices)]
+    )
+    with distribution.scope():
+        found = batch_loss("softmax", [14.3], *pair, ops.convert_to_tensor(LABELS))
+    # Three rows of each device at a time: each further block is a round of collectives.
+    assert {*blocks} == {min(12, 3 * devices)}
+    expected = losses.softmax_contrastive_loss(*pair, 14.3, LABELS)
+    np.testing.assert_allclose(ops.mean(found[0]), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_rows_that_fill_up_a_block_have_no_part_in_gradients(loss, monkeypatch):
     ids = np.random.default_rng(0).integers(0, 30, (11, 5))

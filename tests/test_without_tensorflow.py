@@ -157,6 +157,19 @@ print(kcm.data.read_captions("PATH"))
 """
 
 
+STEP_TIME = """
+import sys
+
+sys.path.insert(0, "BENCHMARKS")
+import step_time
+
+options = "--size tiny --image-size 32 --batch-size 2 --methods none --rounds 1"
+sys.argv = ["step_time.py", *options.split(), "--results", "FOLDER"]
+step_time.main()
+assert "tensorflow" not in sys.modules
+"""
+
+
 def run(code):
     """Runs code where tensorflow cannot be imported, and returns what it prints."""
     # TensorFlow as the backend is out of question here, so JAX stands in.
@@ -187,6 +200,11 @@ def test_models_train_from_shards(write_pairs):
 def test_models_train_from_arrays(tmp_path):
     assert "trained" in run(TRAIN.replace("FOLDER", str(tmp_path)))
     assert len([*(tmp_path / "masks").iterdir()]) == 1
+
+
+def test_steps_are_timed(tmp_path):
+    code = STEP_TIME.replace("BENCHMARKS", str(ROOT / "benchmarks"))
+    assert "| none |" in run(code.replace("FOLDER", str(tmp_path)))
 
 
 @pytest.mark.any_backend

@@ -38,6 +38,17 @@ def batch_is_split(training):
     return num_replicas() > 1 and not alone
 
 
+def rows_per_device(rows):
+    """How many of so many rows of a step one device has.
+
+    On JAX a step sees the rows of all devices.
+    """
+    distribution = keras.distribution.distribution()
+    if keras.backend.backend() != "jax" or distribution is None:
+        return rows
+    return -(-rows // distribution.num_model_replicas)
+
+
 def all_gather(x):
     """The rows of all replicas, in their order, from those of this one.
 

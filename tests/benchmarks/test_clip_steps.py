@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import step_memory
 import step_time
 from clip_steps import MASKINGS, OPEN_CLIP, Setting, step_methods, training_steps
-from reporting import machine
+from reporting import card, machine
 
 pytestmark = pytest.mark.slow
 
 TINY = Setting(size="tiny", image_size=32, batch_size=4)
 ARGUMENTS = ["--size", "tiny", "--image-size", "32", "--batch-size", "4"]
 BACKEND = keras.backend.backend()
+NAME = "-".join(filter(None, (BACKEND, card())))
 
 
 def run(benchmark, monkeypatch, *arguments):
@@ -59,16 +60,16 @@ def test_arithmetic_follows_the_tokens():
 def test_step_time_publishes_every_method(monkeypatch, tmp_path, capsys):
     methods = ("--methods", "none", "threshold, beta 0.3", "resized")
     run(step_time, monkeypatch, *methods, "--rounds", "2", "--results", str(tmp_path))
-    written = json.loads((tmp_path / f"step_time-{BACKEND}.json").read_text())
+    written = json.loads((tmp_path / f"step_time-{NAME}.json").read_text())
     rows = {row["method"]: row for row in written["rows"]}
     assert list(rows) == list(methods[1:])
     assert rows["none"]["/ none"] == rows["none"]["arithmetic / none"] == "1.000"
     assert [row["image tokens"] for row in rows.values()] == [16, 11, 9]
     assert written["machine"]["cores"] == len(os.sched_getaffinity(0))
-    assert {len(found) for found in written["seconds"].values()} == {2}
+    assert {len(found) for found in written["seconds"]["4"].values()} == {2}
     printed = capsys.readouterr().out
     assert f"{BACKEND}, tiny at 32 px, batch 4, float32, adamw" in printed
-    assert "| threshold, beta 0.3 | 11 |" in printed
+    assert "| 4 | threshold, beta 0.3 | 11 |" in printed
 
 
 def test_step_memory_measures_each_method_in_a_process(monkeypatch, tmp_path):
