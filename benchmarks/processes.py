@@ -4,9 +4,10 @@
     KERAS_BACKEND=torch python benchmarks/processes.py --size tiny --image-size 32
 
 Each process has a core and a thread of its own and `--batch-size` pairs of each batch.
-Runs of one process and of two alternate, since processes cannot be timed in turn within
-one program. Two processes also reduce as many bytes as there are gradients without a
-model around.
+Runs of each kind alternate, since processes cannot be timed in turn within one program.
+Two processes that train apart show how much slower two busy cores are than one, with
+nothing exchanged. Two that train together also reduce as many bytes as there are
+gradients without a model around.
 """
 
 import argparse
@@ -22,7 +23,8 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 
 from reporting import parser, publish
 
-COUNTS = (1, 2)
+# Processes that run at a time, and how many of them train together.
+KINDS = {"one": (1, 1), "two, apart": (2, 1), "two, together": (2, 2)}
 
 
 def main():
@@ -39,30 +41,31 @@ def main():
     if options.process is not None:
         print(json.dumps(measure(options)))
         return
-    runs = {count: [] for count in COUNTS}
+    runs = {kind: [] for kind in KINDS}
     for round in range(options.rounds):
-        for count in COUNTS:
-            runs[count].append(run(count))
-            print(f"round {round}, {count} processes: {runs[count][-1]}", flush=True)
+        for kind in KINDS:
+            runs[kind].append(run(*KINDS[kind]))
+            print(f"round {round}, {kind}: {runs[kind][-1]}", flush=True)
     seconds = {
-        count: [x for run in runs[count] for x in run["seconds"]] for count in COUNTS
+        kind: [x for run in found for each in run for x in each["seconds"]]
+        for kind, found in runs.items()
     }
-    alone = statistics.median(seconds[1])
+    medians = {kind: statistics.median(found) for kind, found in seconds.items()}
     rows = []
-    for count in COUNTS:
-        median = statistics.median(seconds[count])
-        reducing = [x for run in runs[count] for x in run["reducing"]]
+    for kind, (count, _) in KINDS.items():
         row = {
-            "processes": count,
-            "seconds a step": f"{median:.3f}",
-            "from, to": f"{min(seconds[count]):.3f}, {max(seconds[count]):.3f}",
-            "seconds a pair": f"{median / count / options.batch_size:.4f}",
-            "to one process": f"{median / alone:.3f}",
+            "processes": kind,
+            "seconds a step": f"{medians[kind]:.3f}",
+            "from, to": f"{min(seconds[kind]):.3f}, {max(seconds[kind]):.3f}",
+            "seconds a pair": f"{medians[kind] / count / options.batch_size:.4f}",
+            "/ one": f"{medians[kind] / medians['one']:.3f}",
+            "/ two, apart": f"{medians[kind] / medians['two, apart']:.3f}",
         }
+        reducing = [x for run in runs[kind] for each in run for x in each["reducing"]]
         if reducing:
             row["of gradients alone (s)"] = f"{statistics.median(reducing):.3f}"
         rows.append(row)
-    gradients = runs[1][0]["gradients"] / 2**20
+    gradients = runs["one"][0][0]["gradients"] / 2**20
     publish(
         f"{options.results}/processes-{options.size}.json",
         f"torch, {options.size} at {options.image_size} px, cluster masking, "
@@ -73,27 +76,25 @@ def main():
     )
 
 
-def run(count):
-    """Trains in some processes; returns what the first of them measured."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def run(count, together):
+    """Trains in some processes; returns what each of them measured."""
+    ports = [free_port() for _ in range(count)]
     processes = [
         subprocess.Popen(
-            [sys.executable, *sys.argv, "--process", str(rank)],
+            [sys.executable, *sys.argv, "--process", str(index)],
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
+                "RANK": str(index % together),
+                "LOCAL_RANK": str(index % together),
+                "WORLD_SIZE": str(together),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(ports[index // together]),
             },
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in range(count)
+        for index in range(count)
     ]
     try:
         outputs = [process.communicate()[0] for process in processes]
@@ -102,7 +103,13 @@ def run(count):
             process.kill()
     if any(process.returncode for process in processes):
         raise RuntimeError("A process failed; its error is above.")
-    return json.loads(outputs[0].splitlines()[-1])
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def measure(options):

@@ -17,15 +17,18 @@ pytestmark = [
 ]
 
 
-def test_one_process_and_two_are_timed(monkeypatch, tmp_path):
+def test_one_process_and_two_apart_and_together_are_timed(monkeypatch, tmp_path):
     arguments = ["--size", "tiny", "--image-size", "32", "--batch-size", "4"]
     arguments += ["--rounds", "1", "--steps", "2", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [processes.__file__, *arguments])
     processes.main()
     written = json.loads((tmp_path / "processes-tiny.json").read_text())
-    assert [row["processes"] for row in written["rows"]] == [1, 2]
-    alone, together = (written["runs"][count][0] for count in ("1", "2"))
-    assert len(alone["seconds"]) == len(together["seconds"]) == 2
-    assert alone["gradients"] == together["gradients"] > 0
+    assert [row["processes"] for row in written["rows"]] == [*processes.KINDS]
+    alone, apart, together = (written["runs"][kind][0] for kind in processes.KINDS)
+    assert (len(alone), len(apart), len(together)) == (1, 2, 2)
+    for run in (*alone, *apart, *together):
+        assert len(run["seconds"]) == 2
+        assert run["gradients"] > 0
     # Alone there is nothing to reduce.
-    assert (len(alone["reducing"]), len(together["reducing"])) == (0, 3)
+    assert [len(run["reducing"]) for run in (*alone, *apart)] == [0, 0, 0]
+    assert [len(run["reducing"]) for run in together] == [3, 3]
