@@ -42,10 +42,10 @@ def main():
         print(json.dumps(measure(options)))
         return
     runs = {kind: [] for kind in KINDS}
-    for round in range(options.rounds):
+    for number in range(options.rounds):
         for kind in KINDS:
             runs[kind].append(run(*KINDS[kind]))
-            print(f"round {round}, {kind}: {runs[kind][-1]}", flush=True)
+            print(f"round {number}, {kind}: {runs[kind][-1]}", flush=True)
     seconds = {
         kind: [x for run in found for each in run for x in each["seconds"]]
         for kind, found in runs.items()

@@ -8,7 +8,11 @@ from keras_cluster_mask.distribution.processes import (
     all_gather_object,
     is_main_process,
 )
-from keras_cluster_mask.training.checkpoints import CheckpointFiles, finish_writing
+from keras_cluster_mask.training.checkpoints import (
+    CheckpointFiles,
+    finish_writing_everywhere,
+    writing_error,
+)
 from keras_cluster_mask.training.run_state import (
     describe,
     find_non_finite,
@@ -144,7 +148,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         # Not at the end of a batch: Keras waits for each step if a callback wants to
-        # know of that. The steps before this batch are on their way.
+        # know of that. The steps before this batch may still be running.
         run, every = self._run(), self.save_every
         steps, saved = run.total_steps, self._saved_steps
         # With `steps_per_execution` several steps begin at once.
@@ -198,7 +202,7 @@ class Checkpoint(keras.callbacks.Callback):
             "compiled": run.compiled,
         }
         # One copy at a time.
-        finish_writing()
+        finish_writing_everywhere()
         # By all processes, which may share the weights.
         state = read_state(model)
         self._check_state(state)
@@ -225,6 +229,9 @@ class Checkpoint(keras.callbacks.Callback):
             self._stop(what, f"{path} after", run.total_steps, run.epoch, run.step)
 
     def _stop(self, what, found, total_steps, epoch, step):
+        failed = writing_error()
+        # The others list the folder once the main process has written.
+        all_gather_object(0)
         run, last = self._run(), self.files.paths()
         keys = run.data.samples(epoch, step - 1)
         samples = ""
@@ -234,9 +241,12 @@ class Checkpoint(keras.callbacks.Callback):
         place = f"the end of epoch {epoch}"
         if step:
             place = f"epoch {epoch + 1}, its step {step}"
-        raise NonFiniteError(
+        error = NonFiniteError(
             f"{what} must stay finite; a lower learning rate, a longer warm-up or "
             f"gradient clipping may help.{samples} The last good checkpoint is "
             f"{last[-1] if last else 'none'}. Received: {found} step "
             f"{total_steps} ({place})"
         )
+        if failed is not None:
+            error.add_note(f"A checkpoint could not be written either: {failed!r}")
+        raise error

@@ -42,17 +42,18 @@ class Throughput(keras.callbacks.Callback):
         window: Integer. The number of steps that the progress bar averages over.
     """
 
-    # Keras has no documented name for this, but a public one: where its backend allows,
-    # it calls `on_train_batch_end` in a thread, once the step is done, and the program
-    # does not wait. Threads may overtake one another.
+    # `async_safe` is public in Keras, but not documented: where the backend allows,
+    # `on_train_batch_end` is called in a thread, once the step is done, and the program
+    # does not wait. Threads may overtake one another. A subclass inherits this.
     async_safe = True
 
     def __init__(self, window=20):
         super().__init__()
         self.window = check_positive("window", window)
-        self._lock = threading.Lock()
 
     def on_train_begin(self, logs=None):
+        # Not before, as callbacks may be copied, and locks cannot be.
+        self._lock = threading.Lock()
         model = model_of(self, "training_run")
         run = model.training_run
         # The run holds the data, longer than a fit that is interrupted.

@@ -18,7 +18,7 @@ def map_chunks(function, num_chunks, weights, state, rows):
             must be a float.
         num_chunks: Integer that divides the number of rows.
         weights: Structure of tensors, the same for all chunks. Their gradients are
-            computed, so what has none is better left to the function.
+            computed, so the function should know frozen values without them.
         state: Structure of tensors passed from chunk to chunk, without gradients.
         rows: Structure of tensors `(batch, ...)`, of which each chunk gets its part.
 
@@ -119,11 +119,11 @@ def _scan(function, carry, length):
     """As `jax.lax.scan`, of `function(index, carry) -> (outputs, carry)`."""
     import tensorflow as tf
 
-    structure = []
+    of_carry, of_outputs = tree.map_structure(lambda x: None, carry), []
 
     def step(index, carry, columns=None):
-        outputs, after = function(index, tree.pack_sequence_as(structure[0], carry))
-        structure[:] = [structure[0], tree.map_structure(lambda x: None, outputs)]
+        outputs, after = function(index, tree.pack_sequence_as(of_carry, carry))
+        of_outputs[:] = [tree.map_structure(lambda x: None, outputs)]
         outputs = tree.flatten(outputs)
         columns = columns or [
             tf.TensorArray(x.dtype, length, element_shape=x.shape) for x in outputs
@@ -131,7 +131,6 @@ def _scan(function, carry, length):
         columns = [column.write(index, x) for column, x in zip(columns, outputs)]
         return index + 1, tree.flatten(after), columns
 
-    structure[:] = [tree.map_structure(lambda x: None, carry)]
     # The first step is outside of the loop: it shows the shapes of the outputs.
     _, carry, columns = tf.while_loop(
         lambda index, *_: index < length,
@@ -142,8 +141,8 @@ def _scan(function, carry, length):
     )
     columns = [column.stack() for column in columns]
     return (
-        tree.pack_sequence_as(structure[1], columns),
-        tree.pack_sequence_as(structure[0], carry),
+        tree.pack_sequence_as(of_outputs[0], columns),
+        tree.pack_sequence_as(of_carry, carry),
     )
 
 
@@ -186,7 +185,7 @@ def map_rows(function, max_rows, rows):
     """Runs a function on some rows of a batch after others, on torch.
 
     There each operation runs alone, and all intermediate results of a large batch would
-    be in memory. Compiled code has a plan of its own.
+    be in memory. XLA, on the other backends, has a plan of its own.
 
     Args:
         function: `function(*rows) -> outputs`, by which no row depends on another.

@@ -33,8 +33,11 @@ def prepare_replicas(model) -> None:
                 f"Received: strategy={type(strategy).__name__}"
             )
     elif keras.backend.backend() == "torch" and num_replicas() > 1:
-        trained = all_gather_object([v.path for v in model.trainable_weights])
-        if any(paths != trained[0] for paths in trained):
+        trained = all_gather_object(
+            # Not by name: Keras counts the layers that a process has made.
+            [(tuple(v.shape), str(v.dtype)) for v in model.trainable_weights]
+        )
+        if any(weights != trained[0] for weights in trained):
             raise ValueError(
                 "All processes must train the same weights: freeze the same layers in "
                 "each. Received: numbers of trainable weights "
@@ -60,11 +63,15 @@ def must_reduce_gradients() -> bool:
     return keras.backend.backend() == "tensorflow" or num_replicas() > 1
 
 
-def reduced_in_backward(model):
-    """A context of a training step that starts to reduce gradients as they are found.
+def around_step(model, data):
+    """The context of a training step: what a backend needs before and after it.
 
-    `reduce_gradients` waits for the rest.
+    TensorFlow must wait for the data. On several processes of torch, gradients are
+    reduced as they are found; `reduce_gradients` waits for the rest.
     """
+    # One context, since torch cannot compile two around a step.
+    if keras.backend.backend() == "tensorflow":
+        return _wait_for(data)
     if keras.backend.backend() != "torch" or num_replicas() == 1:
         return contextlib.nullcontext()
     return model.gradient_buckets.filled([v.value for v in model.trainable_weights])
@@ -125,14 +132,12 @@ def check_batch_size(model, batch_size: int | None, pairs: int | None = None) ->
         )
 
 
-def wait_for(data):
+def _wait_for(data):
     """A context in which operations run only once the data is there.
 
     When a TensorFlow step reaches the end of a dataset, operations that do not depend
     on the batch would still run: counters of steps and metrics would advance by one.
     """
-    if keras.backend.backend() != "tensorflow":
-        return contextlib.nullcontext()
     import tensorflow as tf
 
     return tf.control_dependencies([x for x in tree.flatten(data) if x is not None])

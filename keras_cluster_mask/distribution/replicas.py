@@ -44,7 +44,8 @@ def rows_per_device(rows):
     On JAX a step sees the rows of all devices.
     """
     distribution = keras.distribution.distribution()
-    if keras.backend.backend() != "jax" or distribution is None:
+    known = keras.distribution.DataParallel, keras.distribution.ModelParallel
+    if keras.backend.backend() != "jax" or not isinstance(distribution, known):
         return rows
     return -(-rows // distribution.num_model_replicas)
 

@@ -268,7 +268,7 @@ class ContrastiveModel(DualEncoder):
         JAX; gradients and updates are Keras's own. Override `compute_loss` to
         train on another loss.
         """
-        with gradients.wait_for(args), gradients.reduced_in_backward(self):
+        with gradients.around_step(self, args):
             results = super().train_step(*args)
         if replicas.num_replicas() > 1:
             replicas.all_reduce_mean(layers.averaged_variables(self))
@@ -318,7 +318,7 @@ class ContrastiveModel(DualEncoder):
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         if not self.is_evaluating:
             # The end of a training step, on every backend.
-            loss = next(each for each in self.metrics if each.name == "loss")
+            (loss,) = (each for each in self.metrics if each.name == "loss")
             self.finite_steps.update_state(loss.result())
             if self.gradient_norm is not None:
                 self.gradient_norm.update_metric()

@@ -1,6 +1,5 @@
 """Checkpoints: files with the state of a training run, local or anywhere."""
 
-import atexit
 import concurrent.futures
 import contextlib
 import json
@@ -16,8 +15,7 @@ from keras_cluster_mask.distribution.processes import all_gather_object
 
 PREFIX, BEST, SUFFIX, PART = "step-", "best", ".npz", ".part"
 
-# The thread that writes, for all folders, and what it was given to write. A program
-# that ends waits for it.
+# The thread that writes, for all folders, and what it was given to write.
 _WRITER = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
 _WRITING = []
 
@@ -33,8 +31,23 @@ def finish_writing():
         _WRITING.pop(0).result()
 
 
-# So that an error is seen even if nothing happens between it and the end.
-atexit.register(finish_writing)
+def finish_writing_everywhere():
+    """`finish_writing` by all processes, which all raise an error if one does."""
+    error = writing_error()
+    if any(all_gather_object(int(error is not None))):
+        raise error or OSError(
+            "Checkpoints must be written before training continues. Received: an error "
+            "in another process, which says what happened"
+        )
+
+
+def writing_error() -> Exception | None:
+    """Waits as `finish_writing` does, and returns its error."""
+    try:
+        finish_writing()
+    except Exception as error:
+        return error
+    return None
 
 
 class CheckpointFiles:

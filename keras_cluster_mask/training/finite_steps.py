@@ -36,6 +36,7 @@ class FiniteSteps(keras.metrics.Metric):
             loss: Scalar, the mean loss of the steps of an epoch. It stays NaN or
                 infinite from the first step on whose loss is.
         """
+        # On torch it is, unless `compute_loss` is overridden, the same already.
         loss = ops.mean(all_gather(ops.reshape(ops.cast(loss, "float32"), (1,))))
         # Metrics may be reset; what is recorded here stays.
         last = ops.convert_to_tensor(self.loss)

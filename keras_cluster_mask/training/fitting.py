@@ -12,7 +12,11 @@ from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.training import inputs
 from keras_cluster_mask.training.arrays import ArrayBatches
-from keras_cluster_mask.training.checkpoints import finish_writing, read_resumable
+from keras_cluster_mask.training.checkpoints import (
+    finish_writing_everywhere,
+    read_resumable,
+    writing_error,
+)
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import inner_optimizer
 from keras_cluster_mask.training.remaining_data import (
@@ -116,6 +120,7 @@ def fit(
         run = ResumableRun(data, step_size, compiled, validation.is_skipped)
     if found is not None:
         run.resume(model, found)
+    _check_executions(model.steps_per_execution, data.steps_per_epoch, run.step)
     if resume_from is not None and options["verbose"]:
         if found is None:
             folder = os.fspath(resume_from)
@@ -126,9 +131,14 @@ def fit(
     model.training_run = run
     options["callbacks"] = [run, *options["callbacks"]]
     try:
-        return _fit_from(model, keras_fit, run, validation, options, epochs)
-    finally:
-        finish_writing()
+        history = _fit_from(model, keras_fit, run, validation, options, epochs)
+    except BaseException as error:
+        if (failed := writing_error()) is not None:
+            error.add_note(f"A checkpoint could not be written either: {failed!r}")
+        raise
+    if saves:
+        finish_writing_everywhere()
+    return history
 
 
 def _fit_from(model, keras_fit, run, validation, options, epochs):
@@ -242,6 +252,27 @@ class Validation(keras.callbacks.Callback):
                 **self.options,
             )
             logs.update({f"val_{name}": value for name, value in found.items()})
+
+
+def _check_executions(steps_per_execution, steps_per_epoch, step):
+    """Raises if an epoch would end within an execution, which takes steps of the next.
+
+    Args:
+        steps_per_execution: Integer.
+        steps_per_epoch: Integer, of data that continues over the ends of epochs, or
+            `None`.
+        step: Integer, the steps of the first epoch that were done.
+    """
+    if steps_per_epoch is None:
+        return
+    if steps_per_epoch % steps_per_execution or step % steps_per_execution:
+        done = f", of which {step} were done" if step else ""
+        raise ValueError(
+            "`steps_per_execution` must divide the steps of an epoch, or it would take "
+            "steps of the next one: pass another to `compile`, or `steps_per_epoch` to "
+            f"`fit`. Received: steps_per_execution={steps_per_execution}, epochs of "
+            f"{steps_per_epoch} steps{done}"
+        )
 
 
 def _check_no_swaps(callbacks):

@@ -48,7 +48,7 @@ class TrainingRun(keras.callbacks.Callback):
         self._seeks = not isinstance(x, types.GeneratorType)
 
     def note_rng_state(self):
-        """Called at the end of a step; of a compiled one, when it is compiled."""
+        """Called at the end of a step; on JAX and TensorFlow when it is compiled."""
 
     def on_train_begin(self, logs=None):
         if self._seeks:
@@ -159,7 +159,8 @@ class ResumableRun(TrainingRun):
             RuntimeError: If steps do not count themselves.
         """
         steps, finite, loss = self.model.finite_steps.read()
-        if not steps and self._has_begun:
+        # Keras begins a step before it knows that the data has another batch.
+        if not steps and self._num_begun > 1:
             raise RuntimeError(
                 "A `train_step` or `compute_metrics` that is overridden must call that "
                 "of `ContrastiveModel`, which counts the steps that a checkpoint is "
@@ -175,7 +176,7 @@ class ResumableRun(TrainingRun):
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         self._before_fit = self.total_steps
-        self._has_begun = False
+        self._num_begun = 0
         self.non_finite = None
         self.model.finite_steps.restart()
 
@@ -192,7 +193,7 @@ class ResumableRun(TrainingRun):
         # so these draws are undone; but a shuffle would repeat its order.
         if batch == 0 and self.data.has_known_order:
             write_rng_state(self.rng_state)
-        self._has_begun = True
+        self._num_begun += 1
         self.step = self._before + batch
         self.total_steps = self._before_epoch + self.step
 

@@ -1,6 +1,7 @@
 """Metrics in the logs of `fit`."""
 
 import contextlib
+import copy
 import gc
 import threading
 import time
@@ -207,6 +208,12 @@ def test_counting_tokens_leaves_nothing_in_the_encoder():
         return sum(isinstance(x, keras.KerasTensor) for x in gc.get_objects())
 
     assert fit() == fit()
+
+
+@pytest.mark.any_backend
+def test_it_can_be_copied():
+    copied = copy.deepcopy(kcm.callbacks.Throughput(window=3))
+    assert copied.window == 3
 
 
 @pytest.mark.any_backend

@@ -1,5 +1,6 @@
 """ContrastiveModel: its loss, its training, what it saves and what it refuses."""
 
+import functools
 import itertools
 import math
 import warnings
@@ -282,6 +283,27 @@ def test_compiled_and_eager_steps_fit_to_the_same_weights():
     for one, *others in zip(*results):
         for other in others:
             np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="The test above.")
+def test_torch_can_compile_a_step(monkeypatch, tmp_path):
+    import torch
+
+    # What torch traces is compiled to nothing else, which would take minutes.
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="eager")
+    )
+    results = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        model = small_model()
+        model.compile(keras.optimizers.SGD(0.05), jit_compile=jit_compile)
+        checkpoint = kcm.callbacks.Checkpoint(tmp_path / str(jit_compile))
+        one_step(model, random_pairs(4), epochs=2, callbacks=[checkpoint])
+        results.append(values(model.trainable_variables))
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_a_masking_trains_under_full_compilation():

@@ -314,3 +314,16 @@ def test_callbacks_are_told_of_the_validation_of_a_stream(write_pairs):
     )
     assert tests.count == 2
     assert tests.params["epochs"] == 2
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="Keras takes single steps there."
+)
+def test_executions_that_do_not_divide_an_epoch_are_refused():
+    model = small_model()
+    model.compile("sgd", **FAST, steps_per_execution=2)
+    match = r"`steps_per_execution` must divide.*=2, epochs of 5 steps$"
+    with pytest.raises(ValueError, match=match):
+        model.fit(random_pairs(20), batch_size=4, verbose=0)
+    model.fit(random_pairs(16), batch_size=4, epochs=2, verbose=0)
+    assert int(model.optimizer.iterations) == 8
