@@ -19,6 +19,7 @@ from keras_cluster_mask.training.checkpoints import (
 )
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import inner_optimizer
+from keras_cluster_mask.training.progress_bar import ProgressBar
 from keras_cluster_mask.training.remaining_data import (
     RemainingData,
     check_same_everywhere,
@@ -130,6 +131,9 @@ def fit(
             print(f"Resuming from {found[0]}: {place}.")
     model.training_run = run
     options["callbacks"] = [run, *options["callbacks"]]
+    bars = [x for x in callbacks if isinstance(x, keras.callbacks.ProgbarLogger)]
+    if options["verbose"] and not bars:
+        options["callbacks"].append(ProgressBar())
     try:
         history = _fit_from(model, keras_fit, run, validation, options, epochs)
     except BaseException as error:

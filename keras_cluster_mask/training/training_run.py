@@ -1,5 +1,6 @@
 """Where a `fit` is, and how it resumes from a checkpoint."""
 
+import threading
 import types
 import typing
 import warnings
@@ -16,11 +17,15 @@ from keras_cluster_mask.training.run_state import (
     write_state,
 )
 
+# How many steps may have begun that are not done. One that waits keeps the device busy;
+# each holds its batch on the device, so there must not be many.
+STEPS_AHEAD = 4
+
 
 class TrainingRun(keras.callbacks.Callback):
     """Where a `fit` is. The first callback of every `fit` of a `ContrastiveModel`.
 
-    It has no hook for the end of a batch, which would make Keras wait for every step.
+    Steps begin while others still run, but only a few.
 
     Args:
         data: `RemainingData`, which knows the first epoch.
@@ -33,6 +38,9 @@ class TrainingRun(keras.callbacks.Callback):
         step: Integer, the steps of it that were done before this Keras fit.
         history: List of a dictionary with `"epoch"` and `"logs"` for each epoch.
     """
+
+    # The end of a step is told in a thread, see `Throughput`.
+    async_safe = True
 
     def __init__(self, data, step_size):
         super().__init__()
@@ -53,6 +61,18 @@ class TrainingRun(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self._seeks:
             self.data.seek(self.epoch, self.step)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # A step may begin that has no batch, and so no end.
+        self._slots = threading.Semaphore(STEPS_AHEAD)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        # Continues after a while, as a step that fails has no end either; Keras raises
+        # its error after the next.
+        self._slots.acquire(timeout=10)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._slots.release()
 
     def on_epoch_end(self, epoch, logs=None):
         # Later callbacks add to these logs.
@@ -181,6 +201,7 @@ class ResumableRun(TrainingRun):
         self.model.finite_steps.restart()
 
     def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
         self.epoch, self.step = epoch, self._before
         self._before_epoch = self.total_steps - self.step
         if self._metrics is not None:
@@ -188,6 +209,7 @@ class ResumableRun(TrainingRun):
             self._metrics = None
 
     def on_train_batch_begin(self, batch, logs=None):
+        super().on_train_batch_begin(batch, logs)
         # Data loaders draw from the generators that layers without a seed draw from.
         # How often they do between two epochs depends on where a run was interrupted,
         # so these draws are undone; but a shuffle would repeat its order.

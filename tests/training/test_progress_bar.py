@@ -1,0 +1,70 @@
+"""The progress bar, and steps that begin before others end."""
+
+import threading
+import types
+
+import keras
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.training.training_run import STEPS_AHEAD, TrainingRun
+from tests.helpers import FAST, random_pairs, small_model
+
+BACKEND = keras.backend.backend()
+
+
+class Note(keras.callbacks.Callback):
+    """Notes in which threads it is told of the ends of steps."""
+
+    async_safe = True
+
+    def __init__(self):
+        super().__init__()
+        self.threads = set()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.threads.add(threading.current_thread().name)
+
+
+def fit(note, verbose, steps=20, epochs=2):
+    model = small_model()
+    model.compile("sgd", **FAST)
+    return model.fit(
+        random_pairs(2 * steps),
+        batch_size=2,
+        epochs=epochs,
+        verbose=verbose,
+        callbacks=[kcm.callbacks.Throughput(), note],
+    )
+
+
+@pytest.mark.parametrize("verbose", [0, 1, 2])
+def test_no_step_is_waited_for_whether_progress_is_shown_or_not(verbose):
+    note = Note()
+    fit(note, verbose)
+    main = threading.main_thread().name
+    # Keras for TensorFlow reads the logs of each step.
+    assert (main in note.threads) == (BACKEND == "tensorflow")
+
+
+@pytest.mark.any_backend
+def test_few_steps_begin_before_others_end():
+    run = TrainingRun(types.SimpleNamespace(origin=(0, 0)), None)
+    run.on_epoch_begin(0)
+    for step in range(STEPS_AHEAD):
+        run.on_train_batch_begin(step)
+    one_more = threading.Thread(target=run.on_train_batch_begin, args=(STEPS_AHEAD,))
+    one_more.start()
+    one_more.join(0.2)
+    assert one_more.is_alive()
+    run.on_train_batch_end(0)
+    one_more.join(5)
+    assert not one_more.is_alive()
+
+
+def test_progress_shows_all_steps_and_metrics(capsys):
+    fit(Note(), verbose=1)
+    shown = capsys.readouterr().out
+    for text in ("Epoch 2/2", "20/20", "loss:", "samples_per_second:"):
+        assert text in shown
+    assert shown.count("\n") == 4
