@@ -10,7 +10,7 @@ before the n-th step of an epoch. With EVALUATE=whole it evaluates retrieval, wi
 EVALUATE=share each process that of its own data, and draws masks to MASKS. With
 BAD_STEP=n the last image of the n-th step, which the second device gets, is not finite,
 and it saves to CHECKPOINT. With MASKING=all it trains a model with each kind of masking
-instead, and one of two views. With PLANS=all it trains a model in each way of `PLANS`
+instead, and one of two views. With PLANS=all it trains a model in each way of `plans`
 instead, on torch. With FREEZE=rank that process alone freezes a tower.
 """
 
@@ -134,20 +134,24 @@ def fit_recompiled(model, **fit):
     return model.fit(**fit)
 
 
-# How they fit, and the options of their models.
-MICRO = {"micro_batch_size": 4}
-CHECKPOINTING = {"gradient_checkpointing": ["multi_head_attention"]}
-# Without a threshold that moves: of a step that is cut off, it would be that of the
-# first process, and after many steps rounding may decide whether a patch is above it.
-RANDOM = kcm.RandomMasking(0.5, num_prefix_tokens=0, seed=1)
-PLANS = {
-    "frozen": (fit_frozen, {}),
-    "frozen micro": (fit_frozen, MICRO),
-    "checkpointing": (kcm.ContrastiveModel.fit, CHECKPOINTING),
-    "checkpointing micro": (kcm.ContrastiveModel.fit, MICRO | CHECKPOINTING),
-    "interrupted": (fit_interrupted, {"masking": RANDOM}),
-    "recompiled": (fit_recompiled, {"masking": RANDOM}),
-}
+def plans():
+    """How models fit, and their options. Made once JAX's processes know each other."""
+    micro = {"micro_batch_size": 4}
+    checkpointing = {"gradient_checkpointing": ["multi_head_attention"]}
+
+    # Without a threshold that moves: of a step that is cut off, it would be that of the
+    # first process, and after many steps rounding may decide whether a patch is above.
+    def random():
+        return {"masking": kcm.RandomMasking(0.5, num_prefix_tokens=0, seed=1)}
+
+    return {
+        "frozen": (fit_frozen, {}),
+        "frozen micro": (fit_frozen, micro),
+        "checkpointing": (kcm.ContrastiveModel.fit, checkpointing),
+        "checkpointing micro": (kcm.ContrastiveModel.fit, micro | checkpointing),
+        "interrupted": (fit_interrupted, random()),
+        "recompiled": (fit_recompiled, random()),
+    }
 
 
 class Die(keras.callbacks.Callback):
@@ -277,7 +281,9 @@ if __name__ == "__main__":
             else:
                 history = model.fit(data, verbose=0, callbacks=callbacks, **fit)
             arrays |= results(name, model, history.history)
-        for name, (train, options) in PLANS.items() if "PLANS" in os.environ else ():
+        for name, (train, options) in (
+            plans() if "PLANS" in os.environ else {}
+        ).items():
             # Its layers have the names of those of the first model.
             keras.utils.clear_session()
             model = make_model(**options)
