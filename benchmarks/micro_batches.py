@@ -18,7 +18,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -99,20 +98,9 @@ def measure(options, batch, micro=None, checkpointing=False, devices=1):
     import keras
     import numpy as np
     from step_memory import peak_memory
+    from timing import Clock
 
     import keras_cluster_mask as kcm
-
-    class Clock(keras.callbacks.Callback):
-        def __init__(self):
-            super().__init__()
-            self.ends = []
-
-        def on_train_batch_end(self, batch, logs=None):
-            # Turning it into a number waits for the step.
-            float(logs["loss"])
-            if not self.ends:
-                self.before = forget_peak()
-            self.ends.append(time.perf_counter())
 
     with scope:
         backbone = kcm.models.clip_backbone(
@@ -133,13 +121,13 @@ def measure(options, batch, micro=None, checkpointing=False, devices=1):
         "images": rng.integers(0, 256, shape, dtype="uint8"),
         "token_ids": rng.integers(1, 8192, (batch, 77)).astype("int32"),
     }
-    clock = Clock()
+    before = []
+    clock = Clock(after_first=lambda: before.append(forget_peak()))
     epochs = options.steps + 1
     model.fit(**one_batch(pairs), epochs=epochs, verbose=0, callbacks=[clock])
-    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:])]
     return dict(
-        seconds=statistics.median(seconds),
-        before=clock.before,
+        seconds=statistics.median(clock.seconds()),
+        before=before[0],
         peak=float(peak_memory()),
     )
 

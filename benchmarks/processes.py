@@ -120,22 +120,13 @@ def measure(options):
     import numpy as np
     import torch
     from clip_steps import batch
+    from timing import Clock
 
     import keras_cluster_mask as kcm
     from keras_cluster_mask.models.sizes import SIZES
 
     torch.set_num_threads(1)
     kcm.distribution.initialize()
-
-    class Clock(keras.callbacks.Callback):
-        def __init__(self):
-            super().__init__()
-            self.ends = []
-
-        def on_train_batch_end(self, batch, logs=None):
-            # Turning it into a number waits for the step.
-            float(logs["loss"])
-            self.ends.append(time.perf_counter())
 
     backbone = kcm.models.clip_backbone(options.size, options.image_size)
     masking = kcm.ClusterMasking(SIZES[options.size]["patch"], 0.5)
@@ -151,7 +142,7 @@ def measure(options):
     model.fit(pairs, callbacks=[clock], **fit)
     count = sum(int(np.prod(v.shape)) for v in model.trainable_weights)
     found = {
-        "seconds": [b - a for a, b in zip(clock.ends, clock.ends[1:])],
+        "seconds": clock.seconds(),
         "reducing": reduction_seconds(count),
         "gradients": 4 * count,
     }

@@ -142,7 +142,7 @@ def measure(options, devices, batch, shards=1, micro=None):
         "by kind": by_kind(sent),
         "collectives": {" ".join(key): size for key, size in sent.most_common()},
         "flops": compiled.cost_analysis()["flops"],
-        # With micro-batches, the towers once more forward.
+        # With micro-batches, the towers' forward pass runs twice.
         "flops by shapes": flops * batch / devices * (4 / 3 if micro else 1),
         "seconds to compile": round(seconds, 1),
     }

@@ -1,6 +1,7 @@
 """Gradients of the global batch, and what `fit` must check about devices before."""
 
 import contextlib
+import itertools
 
 import keras
 from keras import tree
@@ -38,10 +39,13 @@ def prepare_replicas(model) -> None:
             [(tuple(v.shape), str(v.dtype)) for v in model.trainable_weights]
         )
         if any(weights != trained[0] for weights in trained):
+            columns = itertools.zip_longest(*trained)
+            first = next(x for x in columns if len({*x}) > 1)
             raise ValueError(
-                "All processes must train the same weights: freeze the same layers in "
-                "each. Received: numbers of trainable weights "
-                f"{[*map(len, trained)]} by process"
+                "All processes must train the same weights: make the same model, and "
+                "freeze the same layers, in each. Received: numbers of trainable "
+                f"weights {[*map(len, trained)]} by process; the first that differ "
+                f"are {[*first]}"
             )
         for variable in [*model.variables, *model.optimizer.variables]:
             torch_distributed().broadcast(variable.value.data, src=0)
