@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
+from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.distribution.replicas import all_gather, rows_per_device
 
 # How many pairs a device compares at a time: 64 MiB a matrix, a handful of which are in
@@ -188,6 +189,7 @@ def caption_labels(token_ids):
     )
 
 
+@in_full_precision
 def compare(rows, everything):
     """Compares some pairs with all pairs of the batch.
 

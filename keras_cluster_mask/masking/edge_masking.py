@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.gathers import take_rows
+from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.masking.selection import (
     anchor_count,
     check_range,
@@ -128,6 +129,7 @@ class EdgeMasking(SimilarityMasking):
         self.transport = transport
         self.count_steps()
 
+    @in_full_precision
     def score(self, noise, images=None, tokens=None):
         seeds = self.draw_seeds(noise, images)
         if self.transport:

@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.gathers import take_rows
+from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.masking.similarity import round_similarity
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 
@@ -103,6 +104,7 @@ class KMeansMasking(SimilarityMasking):
         self.iterations = iterations
         self.count_steps()
 
+    @in_full_precision
     def score(self, noise, images=None, tokens=None):
         num_clusters, num_patches = self.num_clusters, noise.shape[1]
         if num_clusters > num_patches:

@@ -7,6 +7,7 @@ Similarities are float32 whatever the dtype policy, and rounded to multiples of
 from keras import ops
 
 from keras_cluster_mask.distribution.gathers import take_rows
+from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 
 STEPS = 2**12
@@ -36,6 +37,7 @@ def extract_patches(images, patch_size, data_format):
     return ops.reshape(x, (-1, rows * columns, p * q * channels))
 
 
+@in_full_precision
 def pixel_similarity(patches, anchors=None):
     """Similarity of every patch to the anchor patches of its image.
 
@@ -87,6 +89,7 @@ def pixel_similarity(patches, anchors=None):
     return similarity * _rows(inverse_norm[:, :, None], anchors)
 
 
+@in_full_precision
 def token_similarity(tokens, anchors=None):
     """Cosine similarity of every patch token to the anchors' tokens.
 
