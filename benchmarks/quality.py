@@ -3,15 +3,17 @@
     python benchmarks/quality.py                            # the repository's images
     python benchmarks/quality.py --data DIR                 # labelled photographs
     python benchmarks/quality.py --data DIR --caption-key json.captions --study texts
-    python benchmarks/quality.py --methods random cluster --seeds 1
+    python benchmarks/quality.py --methods random "cluster, ratio 0.75" --seeds 1
     python benchmarks/quality.py --test                     # the test split, at the end
 
 Runs are saved eight times, and resume from there. Finished runs are read from
-`--results`, so several commands with different `--methods` may share a folder, each on
-a core of its own, and one command at the end makes the table of all. Settings are
-chosen by the validation split alone.
+`--results`. The same command may be started once for each core: each process takes the
+next run that no other has taken. `--costs` times a step of each method, for which the
+machine must be quiet. Settings are chosen by the validation split alone.
 """
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -22,8 +24,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 from quality_data import IMAGES, Data
-from quality_methods import METHODS, STUDIES
+from quality_methods import CHANGES, PATCHES, STUDIES, method_of
 from quality_plots import plot_cost_quality, plot_learning_curves
+from quality_shift import Shift
 from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
 
@@ -37,11 +40,18 @@ def arguments(given=None):
     parsed = parser(__doc__)
     add = parsed.add_argument
     add("--study", choices=STUDIES, default="images", help="which methods to compare")
-    add("--methods", nargs="+", metavar="METHOD", help=f"instead: {list(METHODS)}")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help=f"instead, one of {list(PATCHES)}, with {list(CHANGES)} after commas",
+    )
     add("--data", default=str(IMAGES), help="folder of WebDataset shards by split")
     add("--caption-key", default="txt", help="field of captions, or of class names")
     add("--results", default="results/quality", help="folder of runs and tables")
     add("--seeds", type=int, default=3, help="runs of each method")
+    add("--start-from", help="folder of a finished run, to fine-tune its weights")
+    add("--half", type=int, choices=(0, 1), help="train on one half of the pairs")
     add("--size", default="tiny", help="of the model, a size of `clip_backbone`")
     add("--image-size", type=int, default=48, help="side in pixels")
     add("--patch-size", type=int, default=6, help="side of a patch in pixels")
@@ -52,11 +62,14 @@ def arguments(given=None):
     add("--steps", type=int, default=448)
     add("--learning-rate", type=float, default=1.5e-3)
     add("--horizontal-flip", action="store_true", help="mirror every second image")
+    add("--costs", action="store_true", help="time the steps of the methods first")
     add("--test", action="store_true", help="score finished runs on the test split")
     options = parsed.parse_args(given)
-    unknown = sorted(set(options.methods or ()) - set(METHODS))
-    if unknown:
-        parsed.error(f"`--methods` must be of {list(METHODS)}. Received: {unknown}")
+    for name in options.methods or ():
+        try:
+            method_of(name)
+        except ValueError as error:
+            parsed.error(str(error))
     if options.steps % PARTS:
         parsed.error(f"`--steps` must be a multiple of 8. Received: {options.steps}")
     return options
@@ -70,19 +83,35 @@ def main():
     title = "chosen" if options.methods else options.study
     data_of = data_by_method(options)
 
-    costs = {}
-    if any(METHODS[name].equal_time for name in names):
-        costs = cached_costs(folder / "costs.json", (), options, data_of)
+    costs = cached_costs(folder / "costs.json", names, options, data_of)
     runs = []
     for seed in range(1, options.seeds + 1):
-        runs += [train(name, seed, options, data_of, costs, folder) for name in names]
-        # After every seed, so that a long comparison can be watched.
-        report(runs, names, costs, options, folder / f"{title}.json")
-    # Only now, with nothing else running, can a step be timed.
-    costs = cached_costs(folder / "costs.json", names, options, data_of)
-    report(runs, names, costs, options, folder / f"{title}.json")
+        for name in names:
+            with claim(place_of(name, seed, folder)) as is_mine:
+                if is_mine:
+                    runs.append(train(name, seed, options, data_of, costs, folder))
+                    report(runs, names, costs, options, folder / f"{title}.json")
     plot_learning_curves(runs, folder / f"{title}-learning-curves.png")
-    plot_cost_quality(runs, costs, folder / f"{title}-cost-quality.png")
+    if costs:
+        plot_cost_quality(runs, costs, folder / f"{title}-cost-quality.png")
+
+
+@contextlib.contextmanager
+def claim(place):
+    """Whether a run is free; no other process takes it in the meantime."""
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def place_of(name, seed, folder):
+    """The folder of a run."""
+    return folder / name.replace(",", "").replace(" ", "_") / f"seed-{seed}"
 
 
 def train(name, seed, options, data_of, costs, folder):
@@ -92,8 +121,8 @@ def train(name, seed, options, data_of, costs, folder):
         The finished run as a dictionary, also written to a file: the validation scores
         after every part (`curve`) and at the end.
     """
-    method = METHODS[name]
-    place = folder / name.replace(",", "").replace(" ", "_") / f"seed-{seed}"
+    method = method_of(name)
+    place = place_of(name, seed, folder)
     path = place / "result.json"
     setting = setting_of(name, seed, options)
     result = json.loads(path.read_text()) if path.exists() else {"setting": setting}
@@ -102,45 +131,75 @@ def train(name, seed, options, data_of, costs, folder):
             f"`--results` must be a folder of runs of the same settings. Received: "
             f"{path}, a run of {result['setting']} instead of {setting}"
         )
-    wanted = ["validation"] + ["test"] * options.test
-    if all(split in result for split in wanted):
-        return result
-
     data = data_of(method)
+    weights = place / "backbone.weights.h5"
+    if "validation" in result:
+        if options.test and "test" not in result:
+            model = new_model(method, options, data, seed, result["steps"])
+            model.backbone.load_weights(weights)
+            write_json(path, **result, test=data.scores(model, "test"))
+        return json.loads(path.read_text())
+
     steps = options.steps
     if method.equal_time:
-        steps = PARTS * round(steps * costs["random"] / costs["none"] / PARTS)
+        cost = costs[without_equal_time(name)]
+        steps = PARTS * round(steps * costs["random"] / cost / PARTS)
     model = new_model(method, options, data, seed, steps)
     result |= {"steps": steps, "curve": []}
-    parts = {"short": PARTS - method.whole_texts, "whole": method.whole_texts}
-    for stage, epochs in parts.items():
-        if not epochs:
-            continue
-        checkpoints = place / stage
-        show = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: print(
-                f"{name}, seed {seed}, part {len(result['curve']) + epoch + 1}: "
-                f"loss {logs['loss']:.3f}, validation {score(logs):.1f} %",
-                flush=True,
-            )
-        )
+    for stage, epochs in stages_of(method).items():
+        if stage == "whole" and method.whole_images:
+            model = tuning_of(model, options, steps)
         history = model.fit(
-            data.training(seed, method, whole_texts=stage == "whole"),
+            data.training(seed, method, stage == "whole" and method.whole_texts),
             steps_per_epoch=steps // PARTS,
             epochs=epochs,
             verbose=0,
-            resume_from=checkpoints,
-            callbacks=[data.callback(), kcm.callbacks.Checkpoint(checkpoints), show],
+            resume_from=place / stage,
+            callbacks=[
+                data.callback(),
+                Shift(
+                    data,
+                    functools.partial(
+                        method.new_masking, options.patch_size, steps=steps
+                    ),
+                ),
+                kcm.callbacks.Checkpoint(place / stage),
+                Show(f"{name}, seed {seed}, {stage}"),
+            ],
         ).history
         for index in range(epochs):
             logs = {key: values[index] for key, values in history.items()}
             step = (len(result["curve"]) + 1) * steps // PARTS
             point = {"step": step, "loss": logs["loss"], "score": score(logs)}
+            point |= {key: logs[key] for key in Shift.NAMES if key in logs}
             result["curve"].append(point)
-    for split in wanted:
+    model.backbone.save_weights(weights)
+    for split in ["validation"] + ["test"] * options.test:
         result[split] = data.scores(model, split)
     write_json(path, **result)
     return result
+
+
+def stages_of(method):
+    """How many of the parts of a run each stage takes."""
+    if method.ends_differently:
+        return {"masked": PARTS - 1, "whole": 1}
+    return {"masked": PARTS}
+
+
+class Show(keras.callbacks.Callback):
+    """Prints the loss and the score after each part of a run."""
+
+    def __init__(self, title):
+        super().__init__()
+        self.title = title
+
+    def on_epoch_end(self, epoch, logs=None):
+        print(
+            f"{self.title}, part {epoch + 1}: loss {logs['loss']:.3f}, "
+            f"validation {score(logs):.1f} %",
+            flush=True,
+        )
 
 
 def score(logs):
@@ -152,12 +211,15 @@ def score(logs):
 
 def setting_of(name, seed, options):
     """What a run depends on, as in its file."""
-    shared = {"data", "caption_key", "horizontal_flip"} | {
+    shared = {"caption_key", "horizontal_flip"} | {
         key for key, value in vars(options).items() if isinstance(value, int | float)
     }
-    setting = {key: getattr(options, key) for key in sorted(shared - {"seeds", "test"})}
+    shared -= {"seeds", "test", "costs"}
+    setting = {key: getattr(options, key) for key in sorted(shared)}
     # The data by its name alone: a folder of results may move with its runs.
     setting |= {"data": Path(options.data).resolve().name, "size": options.size}
+    if options.start_from:
+        setting["start_from"] = "/".join(Path(options.start_from).resolve().parts[-2:])
     return {
         "method": name,
         "seed": seed,
@@ -176,9 +238,9 @@ def new_model(method, options, data, seed, steps):
         vocabulary_size=data.tokenizer.vocabulary_size,
         context_length=options.context_length,
     )
-    masking = method.masking and method.masking(options.patch_size)
-    if method.encoder_masking is not None:
-        masking = method.encoder_masking(backbone.vision_encoder, steps)
+    if options.start_from:
+        backbone.load_weights(Path(options.start_from) / "backbone.weights.h5")
+    masking = method.new_masking(options.patch_size, backbone.vision_encoder, steps)
     share = options.short_context / options.context_length
     token_masking = method.token_masking and method.token_masking(share)
     model = kcm.ContrastiveModel.from_backbone(
@@ -192,8 +254,25 @@ def new_model(method, options, data, seed, steps):
         warmup_target=options.learning_rate,
         warmup_steps=steps // 10,
     )
-    model.compile(keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98))
+    model.compile(new_optimizer(schedule))
     return model
+
+
+def tuning_of(model, options, steps):
+    """The model for the last part on whole images, whose rate falls on to zero."""
+    whole = model.without_masking()
+    rate = float(model.optimizer.learning_rate)
+    schedule = keras.optimizers.schedules.PolynomialDecay(rate, steps // PARTS, 0.0)
+    whole.compile(new_optimizer(schedule))
+    return whole
+
+
+def new_optimizer(schedule):
+    return keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98)
+
+
+def without_equal_time(name):
+    return name.removesuffix(", equal time")
 
 
 def data_by_method(options):
@@ -209,15 +288,24 @@ def data_by_method(options):
 
 
 def cached_costs(path, names, options, data_of):
-    """Milliseconds per step, measured once for all methods that are not yet there."""
+    """Milliseconds per step by method; measured only with `--costs`."""
     costs = json.loads(path.read_text())["milliseconds"] if path.exists() else {}
-    wanted = {"random", "none", *names} - set(costs)
-    if wanted:
+    wanted = {"random", "none", *map(without_equal_time, names)} - set(costs)
+    if wanted and options.costs:
         # `random` is measured each time, to compare measurements of different times.
-        found = measure_costs(sorted(wanted | {"random"}), options, data_of)
+        found = measure_costs(sorted(wanted | {"random", "none"}), options, data_of)
         unit = costs.get("random", found["random"]) / found["random"]
         costs.update({name: round(found[name] * unit, 1) for name in wanted})
         write_json(path, machine=machine(), milliseconds=costs)
+    for name in names:
+        known = costs.get(without_equal_time(name))
+        if known is not None:
+            costs[name] = known
+        elif method_of(name).equal_time:
+            raise ValueError(
+                "`--costs` must be given, as equal times need the time of a step. "
+                f"Received: the method {name!r}"
+            )
     return costs
 
 
@@ -229,7 +317,7 @@ def measure_costs(names, options, data_of, rounds=8):
     """
     steps = {}
     for name in names:
-        method = METHODS[name]
+        method = method_of(name)
         data = data_of(method)
         model = new_model(method, options, data, 0, 100)
         batch = next(iter(data.training(0, method, whole_texts=False)))
@@ -237,9 +325,11 @@ def measure_costs(names, options, data_of, rounds=8):
     seconds = interleaved(steps, rounds, repeats=4)
     costs = {name: 1000 * min(found) for name, found in seconds.items()}
     for name in names:
-        # Methods that end with whole texts mask images as `random` does.
-        share = METHODS[name].whole_texts / PARTS
-        costs[name] += share * (costs["random"] - costs[name])
+        method = method_of(name)
+        if method.ends_differently:
+            # Of the last part: whole texts, and whole images or half of the patches.
+            last = costs["none" if method.whole_images else "random"]
+            costs[name] += (last - costs[name]) / PARTS
     return {name: round(cost, 1) for name, cost in costs.items()}
 
 

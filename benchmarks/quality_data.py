@@ -14,6 +14,8 @@ IMAGES = Path(__file__).resolve().parent.parent / "datasets" / "images"
 COPY_SIZE = 8
 # As many batches of validation data as a point of a learning curve takes.
 CURVE_BATCHES = 20
+# As many of training and of validation data as the losses of `quality_shift.py` take.
+PAIR_BATCHES = 10
 
 
 class Data:
@@ -43,10 +45,13 @@ class Data:
         recipe, options = self.recipe, {}
         tokenizer = self.tokenizer
         if method.text_masking and not whole_texts:
-            tokenizer = tokenizer.with_context_length(recipe.short_context)
+            length = method.short_context or recipe.short_context
+            tokenizer = tokenizer.with_context_length(length)
             options["text_masking"] = method.text_masking(self.captions)
         if method.sampling:
             options["sampling"] = method.sampling(*self.copies)
+        if recipe.half is not None:
+            options["sampling"] = lambda count, epoch: np.arange(recipe.half, count, 2)
         return kcm.data.image_text_dataset(
             self.shards["train"],
             tokenizer,
@@ -94,6 +99,31 @@ class Data:
         )
         return list(itertools.islice(dataset, limit))
 
+    def pairs(self, split):
+        """1,000 pairs as a list of batches, each image with its first caption.
+
+        Args:
+            split: `"training"`, for pairs that are trained on, or `"validation"`.
+        """
+        half = self.recipe.half if split == "training" else None
+        # Every second sample, of twice as many, if the others are not trained on.
+        first, step = (0, 1) if half is None else (half, 2)
+        name = {"training": "train"}.get(split, split)
+        pairs = []
+        for batch in self.evaluation(name, PAIR_BATCHES * step):
+            if self.classes is None:
+                captions = [texts[0] for texts in batch["captions"]]
+            else:
+                captions = [self.classes[label] for label in batch["labels"]]
+            token_ids = self.tokenizer(captions)
+            pairs.append(
+                {
+                    "images": batch["images"][first::step],
+                    "token_ids": token_ids[first::step],
+                }
+            )
+        return pairs
+
     def callback(self):
         """Writes the scores of the first validation images into the logs of `fit`."""
         batches = self.evaluation("validation", CURVE_BATCHES)
@@ -106,30 +136,39 @@ class Data:
         )
 
     def scores(self, model, split):
-        """Percentages: recall@10 both ways, or zero-shot accuracy and linear probe."""
+        """Percentages: recall@10 both ways, or zero-shot accuracy and linear probe.
+
+        `"covered"` is the score on images of which a grey square hides a quarter.
+        """
         batches = self.evaluation(split)
+        found = self._scores(model, batches)
+        covered = self._scores(model, [*map(with_square, batches)], probe=False)
+        return {**found, "covered": covered["score"]}
+
+    def _scores(self, model, batches, probe=True):
         if self.classes is None:
             recall = kcm.evaluation.evaluate_retrieval(
                 model,
                 self._texts(batches),
                 self.tokenizer,
-                ks=(10,),
+                ks=(1, 5, 10),
                 duplicates=self.duplicates,
                 verbose=0,
             )
             found = {name: 100 * value for name, value in recall.items()}
-            return {"score": float(np.mean([*found.values()])), **found}
+            at_10 = [value for name, value in found.items() if name.endswith("@10")]
+            return {"score": float(np.mean(at_10)), **found}
         accuracy = kcm.evaluation.evaluate_zero_shot(
             model, batches, self.classes, self.tokenizer, ["{}"], ks=(1,), verbose=0
         )
+        score = {"score": 100 * accuracy["top_1"]}
+        if not probe:
+            return score
         train = self.evaluation("train", 50)
         probe = kcm.evaluation.evaluate_linear_probe(
             model, train, batches, regularization=0.1, verbose=0
         )
-        return {
-            "score": 100 * accuracy["top_1"],
-            "linear probe": 100 * probe["top_1"],
-        }
+        return {**score, "linear probe": 100 * probe["top_1"]}
 
     @functools.cached_property
     def duplicates(self):
@@ -148,6 +187,16 @@ class Data:
             {**batch, "captions": [text for (text,) in batch["captions"]]}
             for batch in batches
         ]
+
+
+def with_square(batch):
+    """The batch with a grey square, half as wide as an image, on each at random."""
+    rng = np.random.default_rng(len(batch["images"]))
+    images = np.array(batch["images"])
+    side = images.shape[1] // 2
+    for image, (top, left) in zip(images, rng.integers(0, side + 1, (len(images), 2))):
+        image[top : top + side, left : left + side] = 128
+    return {**batch, "images": images}
 
 
 def splits(folder):

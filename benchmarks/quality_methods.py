@@ -1,4 +1,8 @@
-"""The methods of `quality.py`: ways to train on fewer tokens, each by its name."""
+"""The methods of `quality.py`: ways to train on fewer tokens, each by its name.
+
+A name says which patches stay and, after commas, what else differs:
+`"cluster, random words, whole end"`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,15 +15,20 @@ class Method:
     """One line of the comparison.
 
     Args:
-        masking: Function from a patch size to a masking, or `None` for whole images.
+        masking: Function from a patch size and a mask ratio to a masking, or `None`
+            for whole images.
+        needs_encoder: Whether `masking` takes the image encoder and the number of
+            training steps in place of a patch size.
+        mask_ratio: The share of the patches to leave out.
         text_masking: Function from the captions of the training data to a text
             masking, or to `None`, which truncates. Texts are then cut to
-            `--short-context`. `None`: whole texts.
-        encoder_masking: Function from the image encoder and the number of training
-            steps to a masking, in place of `masking`.
+            `short_context`. `None`: whole texts.
+        short_context: Tokens of a masked text, `--short-context` if it is `None`.
         token_masking: Function from the share of the tokens that stays to a masking
             within the text encoder, where tokens keep their positions.
-        whole_texts: How many of the eight parts of a run read whole texts, at its end.
+        whole_texts: Whether the last eighth of the training reads whole texts.
+        whole_images: Whether the last eighth of the training reads whole images, with
+            an optimizer of its own.
         image_scale: The side of the images that the model reads, over the full side.
         views: How many masked views of each image a step trains on.
         sampling: Function from the embeddings of the training images, which are small
@@ -29,27 +38,78 @@ class Method:
     """
 
     masking: Callable | None = None
+    needs_encoder: bool = False
+    mask_ratio: float = 0.5
     text_masking: Callable | None = None
+    short_context: int | None = None
     token_masking: Callable | None = None
-    whole_texts: int = 0
+    whole_texts: bool = False
+    whole_images: bool = False
     image_scale: float = 1.0
     views: int = 1
     sampling: Callable | None = None
-    encoder_masking: Callable | None = None
     equal_time: bool = False
 
+    def __post_init__(self):
+        if self.short_context and not self.text_masking:
+            raise ValueError(
+                "`short_context` must come with a `text_masking`, as whole texts are "
+                f"not cut. Received: short_context={self.short_context}"
+            )
 
-def random(patch_size):
-    return kcm.RandomMasking(0.5)
+    def new_masking(self, patch_size, encoder, steps):
+        """A new masking of images, or `None`."""
+        if self.masking is None:
+            return None
+        place = (encoder, steps) if self.needs_encoder else (patch_size,)
+        return self.masking(*place, self.mask_ratio)
+
+    @property
+    def ends_differently(self):
+        """Whether the last eighth of the training differs from the rest."""
+        return self.whole_texts or self.whole_images
 
 
-def threshold(patch_size, **options):
+def threshold(patch_size, mask_ratio, **options):
+    """As in the paper's comparison: 30 to 100 % of an image, 50 % on average."""
     # `quality.py` calls `adapt` on training images.
-    return kcm.ClusterMasking(patch_size, 0.6, min_mask_ratio=0.5, **options)
+    return kcm.ClusterMasking(
+        patch_size, mask_ratio, min_mask_ratio=0.6 * mask_ratio, **options
+    )
 
 
-def attentive(encoder, steps):
-    return kcm.AttentiveMasking(kcm.models.MomentumEncoder(encoder, steps=steps))
+def attentive(encoder, steps, mask_ratio):
+    teacher = kcm.models.MomentumEncoder(encoder, steps=steps)
+    return kcm.AttentiveMasking(teacher, mask_ratio)
+
+
+def grid(patch_size, mask_ratio):
+    window = round((1 - mask_ratio) ** -0.5)
+    return kcm.GridMasking(window)
+
+
+# Which patches stay: the first word of a name.
+PATCHES = {
+    "none": Method(),
+    "resized": Method(image_scale=0.75),
+    "random": Method(lambda p, r: kcm.RandomMasking(r)),
+    "cluster": Method(lambda p, r: kcm.ClusterMasking(p, r)),
+    "softer cluster": Method(lambda p, r: kcm.ClusterMasking(p, r, softness=0.3)),
+    "embedding cluster": Method(
+        lambda p, r: kcm.ClusterMasking(p, r, embedding_weight=0.5)
+    ),
+    "threshold": Method(threshold),
+    "threshold with fill-in": Method(
+        lambda p, r: threshold(p, r, hide_padding=False),
+    ),
+    "centered": Method(lambda p, r: kcm.CenteredMasking(r)),
+    "block": Method(lambda p, r: kcm.BlockMasking(r)),
+    # One patch of 2 x 2.
+    "grid": Method(grid, mask_ratio=0.75),
+    "k-means": Method(lambda p, r: kcm.KMeansMasking(p, r)),
+    "edges": Method(lambda p, r: kcm.EdgeMasking(p, r)),
+    "attentive": Method(attentive, needs_encoder=True),
+}
 
 
 def tagger(words):
@@ -64,77 +124,69 @@ def concepts(captions):
     return kcm.data.ConceptTextMasking(graph, captions, epochs_per_stage=15)
 
 
-# Each keeps half of the patches, except where it says so.
-METHODS = {
-    "none": Method(),
-    "none, equal time": Method(equal_time=True),
-    "resized": Method(image_scale=0.75),
-    "random": Method(random),
-    "cluster": Method(lambda p: kcm.ClusterMasking(p, 0.5)),
-    "cluster, softness 0.3": Method(lambda p: kcm.ClusterMasking(p, softness=0.3)),
-    "cluster, token mix 0.5": Method(
-        lambda p: kcm.ClusterMasking(p, embedding_weight=0.5)
-    ),
-    "threshold": Method(threshold),
-    "threshold, fill-in": Method(lambda p: threshold(p, hide_padding=False)),
-    "centered": Method(lambda p: kcm.CenteredMasking(0.5)),
-    "block": Method(lambda p: kcm.BlockMasking(0.5)),
-    "k-means": Method(lambda p: kcm.KMeansMasking(p, 0.5)),
-    "edges": Method(lambda p: kcm.EdgeMasking(p, 0.5)),
-    "attentive": Method(encoder_masking=attentive),
-    "random, two views": Method(random, views=2),
-    "random, samples by clusters": Method(
-        random, sampling=kcm.data.ClusterSampling.from_embeddings
-    ),
-    "random, samples by words": Method(
-        random, sampling=lambda embeddings, keys: kcm.data.FrequencyPruning(0.5)
-    ),
-    # A grid of 2 x 2 keeps a quarter.
-    "random, quarter": Method(lambda p: kcm.RandomMasking(0.75)),
-    "grid, quarter": Method(lambda p: kcm.GridMasking(2)),
-    "random, tokens at their positions": Method(
-        random, token_masking=lambda share: kcm.RandomMasking(1 - share)
-    ),
+# What else differs: the fields of `Method` that each change sets.
+CHANGES = {
+    "ratio 0.25": {"mask_ratio": 0.25},
+    "ratio 0.75": {"mask_ratio": 0.75},
+    "two views": {"views": 2},
+    # Which words stay, of captions that are longer than `short_context`.
+    "12 tokens": {"short_context": 12},
+    "first words": {"text_masking": lambda captions: None},
+    "random words": {"text_masking": lambda captions: kcm.data.RandomTextMasking()},
+    "neighbouring words": {
+        "text_masking": lambda captions: kcm.data.BlockTextMasking(),
+    },
+    "rare words": {
+        "text_masking": lambda captions: kcm.data.FrequencyTextMasking().fit(captions)
+    },
+    # The threshold of a small data set, in which each word is frequent.
+    "rare words 1e-3": {
+        "text_masking": lambda captions: kcm.data.FrequencyTextMasking(
+            threshold=1e-3
+        ).fit(captions)
+    },
+    "concepts": {"text_masking": concepts},
+    "nouns first": {
+        "text_masking": lambda captions: kcm.data.SyntaxTextMasking(tagger)
+    },
+    "tokens at their positions": {
+        "token_masking": lambda share: kcm.RandomMasking(1 - share)
+    },
+    "whole texts last": {"whole_texts": True},
+    "whole images last": {"whole_images": True},
+    "samples by clusters": {"sampling": kcm.data.ClusterSampling.from_embeddings},
+    "samples by words": {
+        "sampling": lambda embeddings, keys: kcm.data.FrequencyPruning(0.5)
+    },
+    "equal time": {"equal_time": True},
 }
 
-# Which words stay, of captions that are longer than `--short-context`.
-WORDS = {
-    "first words": lambda captions: None,
-    "random words": lambda captions: kcm.data.RandomTextMasking(),
-    "neighbouring words": lambda captions: kcm.data.BlockTextMasking(),
-    "rare words": lambda captions: kcm.data.FrequencyTextMasking().fit(captions),
-    "concepts": concepts,
-    "nouns first": lambda captions: kcm.data.SyntaxTextMasking(tagger),
-}
-for words, masking in WORDS.items():
-    METHODS[f"random, {words}"] = Method(random, masking)
-    METHODS[f"random, {words}, then all"] = Method(random, masking, whole_texts=1)
 
-# Without the one that needs NLTK.
-WORDS_OF_STUDY = [words for words in WORDS if words != "nouns first"]
+def method_of(name):
+    """The method of a name such as `"cluster, ratio 0.75, whole images last"`."""
+    patches, *changes = name.split(", ")
+    if patches not in PATCHES or not set(changes) <= set(CHANGES):
+        raise ValueError(
+            f"A method must be one of {list(PATCHES)}, and changes, after commas, of "
+            f"{list(CHANGES)}. Received: {name!r}"
+        )
+    fields = {}
+    for change in changes:
+        fields |= CHANGES[change]
+    return dataclasses.replace(PATCHES[patches], **fields)
+
+
+# Without the words that need NLTK.
+WORDS = ("first", "random", "neighbouring", "rare")
 STUDIES = {
-    "images": (
-        "none",
-        "none, equal time",
-        "resized",
-        "random",
-        "cluster",
-        "threshold",
-        "centered",
-        "block",
-        "k-means",
-        "edges",
-        "attentive",
-        "random, two views",
-        "random, samples by clusters",
-        "random, samples by words",
-        "random, quarter",
-        "grid, quarter",
-    ),
+    "images": tuple(PATCHES),
     "texts": (
         "random",
         "random, tokens at their positions",
-        *(f"random, {words}" for words in WORDS_OF_STUDY),
-        *(f"random, {words}, then all" for words in WORDS_OF_STUDY),
+        *(f"random, {words} words" for words in WORDS),
+        "random, concepts",
+        *(f"random, {words} words, whole texts last" for words in WORDS),
+        "random, concepts, whole texts last",
     ),
+    "samples": ("random", "random, samples by clusters", "random, samples by words"),
 }

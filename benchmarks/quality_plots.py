@@ -34,6 +34,8 @@ def plot_cost_quality(runs, costs, path):
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name, mine in _by_method(runs).items():
+        if name not in costs:
+            continue
         seconds = [point["step"] * costs[name] / 1000 for point in mine[0]["curve"]]
         axes.plot(seconds, _curves(mine).mean(axis=0), marker="o", ms=3, label=name)
     axes.set(xlabel="training time (seconds)", ylabel=_label(runs))

@@ -13,8 +13,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import quality
-from quality_data import IMAGES, splits
-from quality_methods import METHODS, STUDIES
+from quality_data import IMAGES, splits, with_square
+from quality_methods import CHANGES, PATCHES, STUDIES, method_of
+from quality_shift import Shift
 
 import keras_cluster_mask as kcm
 
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
 SMALL = ["--image-size=16", "--patch-size=8", "--batch-size=16", "--steps=8"]
 SMALL += ["--context-length=10", "--short-context=4", "--vocabulary-size=600"]
-METHOD = "random, rare words, then all"
+METHOD = "random, rare words, whole texts last"
 
 
 def run(folder, *options, name=METHOD, costs=None):
@@ -75,7 +76,7 @@ def test_classes_are_judged_by_zero_shot_accuracy_and_a_linear_probe(tmp_path):
     write_colors(tmp_path / "data")
     options = [f"--data={tmp_path / 'data'}", "--learning-rate=0.002", "--steps=64"]
     found = run(tmp_path / "runs", *options, name="random")
-    assert set(found["validation"]) == {"score", "linear probe"}
+    assert set(found["validation"]) == {"score", "linear probe", "covered"}
     # Red and blue squares: chance is a half.
     assert found["validation"]["linear probe"] > 90
     assert found["validation"]["score"] > 90
@@ -101,17 +102,103 @@ def write_colors(folder):
 def test_a_masking_with_a_teacher_trains(tmp_path):
     trained = run(tmp_path, name="attentive")
     assert [point["step"] for point in trained["curve"]] == list(range(1, 9))
-    assert METHODS["attentive"].masking is None
 
 
-def test_methods_keep_half_of_the_patches_or_say_that_they_do_not():
-    for name, method in METHODS.items():
+def test_methods_keep_the_share_of_the_patches_that_they_say():
+    encoder = kcm.models.clip_backbone("tiny", image_size=48, patch_size=6)
+    encoder = encoder.vision_encoder
+    kept = {"threshold": 44, "threshold with fill-in": 44, "grid": 16}
+    for name, method in PATCHES.items():
         if method.masking:
-            expected = 16 if "quarter" in name else 32
-            assert method.masking(6).num_kept(64) == expected, name
-        if method.token_masking:
-            assert method.token_masking(8 / 24).num_kept(24) == 8, name
-    assert {name for study in STUDIES.values() for name in study} <= set(METHODS)
+            expected = kept.get(name, 32)
+            assert method.new_masking(6, encoder, 8).num_kept(64) == expected, name
+    quarter = method_of("cluster, ratio 0.75").new_masking(6, encoder, 8)
+    assert quarter.num_kept(64) == 16
+    masking = method_of("random, tokens at their positions").token_masking(8 / 24)
+    assert masking.num_kept(24) == 8
+    assert all(method_of(name) for study in STUDIES.values() for name in study)
+    with pytest.raises(ValueError, match=r"A method.*Received: 'random, some words'"):
+        method_of("random, some words")
+
+
+def test_the_last_part_may_read_whole_images(tmp_path, monkeypatch):
+    maskings = []
+    fit = kcm.ContrastiveModel.fit
+
+    def noted(self, *args, **options):
+        maskings.append(self.image_maskings)
+        return fit(self, *args, **options)
+
+    monkeypatch.setattr(kcm.ContrastiveModel, "fit", noted)
+    trained = run(tmp_path, name="cluster, whole images last")
+    assert [len(each) for each in maskings] == [1, 0]
+    assert [point["step"] for point in trained["curve"]] == list(range(1, 9))
+
+
+def test_masked_and_whole_images_have_one_loss_if_nothing_is_left_out(monkeypatch):
+    options = quality.arguments(SMALL)
+    data = quality.data_by_method(options)(method_of("random"))
+    masking = [None]
+    model = quality.new_model(method_of("random"), options, data, 1, 8)
+    shift = Shift(data, lambda encoder: masking[0])
+    shift.set_model(model)
+    whole = {name for name in Shift.NAMES if "whole" in name}
+    assert set(shift.measure()) == whole
+    masking[0] = kcm.RandomMasking(0.0)
+    found = shift.measure()
+    assert set(found) == set(Shift.NAMES)
+    for split in ("training", "validation"):
+        loss = found[f"masked {split} loss"]
+        assert loss == pytest.approx(found[f"whole {split} loss"], rel=1e-4)
+        assert found[f"masked {split} cosine"] == pytest.approx(1.0, abs=1e-4)
+    masking[0] = kcm.RandomMasking(0.5)
+    again = shift.measure()
+    masking[0] = kcm.RandomMasking(0.5)
+    assert shift.measure() == again
+    assert again["masked training cosine"] < 0.999
+
+
+def test_halves_share_no_sample(tmp_path):
+    write_colors(tmp_path / "data")
+    seen = []
+    for half in (0, 1):
+        options = [f"--data={tmp_path / 'data'}", f"--half={half}", *SMALL]
+        method = method_of("random")
+        data = quality.data_by_method(quality.arguments(options))(method)
+        batches = data.training(1, method, whole_texts=False)
+        # Samples of even numbers are red, others are blue.
+        (color,) = {tuple(image[0, 0] > 100) for image in next(iter(batches))["images"]}
+        pairs = data.pairs("training")
+        assert sum(len(batch["images"]) for batch in pairs) == 32
+        assert {tuple(x[0, 0] > 100) for x in pairs[0]["images"]} == {color}
+        seen.append(color)
+    assert seen[0] != seen[1]
+
+
+def test_a_run_may_start_from_the_weights_of_another(tmp_path):
+    first = run(tmp_path / "first", name="none")
+    place = quality.place_of("none", 1, tmp_path / "first")
+    options = [f"--start-from={place}", "--learning-rate=1e-12"]
+    second = run(tmp_path / "second", *options, name="cluster")
+    assert second["validation"] == pytest.approx(first["validation"])
+    assert second["setting"]["start_from"] == "none/seed-1"
+
+
+def test_a_square_hides_a_quarter_of_each_image():
+    images = np.zeros((3, 16, 16, 3), "uint8")
+    covered = with_square({"images": images, "captions": ["a"] * 3})
+    assert np.all((covered["images"] == 128).sum(axis=(1, 2, 3)) == 8 * 8 * 3)
+    assert not images.any()
+    assert covered["captions"] == ["a"] * 3
+
+
+def test_a_run_that_one_process_has_taken_is_no_other_process_s(tmp_path):
+    with quality.claim(tmp_path / "run") as mine:
+        assert mine
+        with quality.claim(tmp_path / "run") as also_mine:
+            assert not also_mine
+    with quality.claim(tmp_path / "run") as mine:
+        assert mine
 
 
 def test_methods_that_cut_texts_train_on_short_ones_and_are_judged_by_whole_ones(
@@ -121,12 +208,13 @@ def test_methods_that_cut_texts_train_on_short_ones_and_are_judged_by_whole_ones
     nltk = types.SimpleNamespace(pos_tag=lambda words: [(word, "NN") for word in words])
     monkeypatch.setitem(sys.modules, "nltk", nltk)
     options = quality.arguments(SMALL)
-    data = quality.data_by_method(options)(METHODS["random"])
-    for name, method in METHODS.items():
+    data = quality.data_by_method(options)(method_of("random"))
+    for name in sorted(set(CHANGES) - {"12 tokens"}):
+        method = method_of(f"random, {name}")
         length = 4 if method.text_masking else 10
         batch = next(iter(data.training(1, method, whole_texts=False)))
         assert np.shape(batch["token_ids"]) == (16, length), name
-    batch = next(iter(data.training(1, METHODS[METHOD], whole_texts=True)))
+    batch = next(iter(data.training(1, method_of(METHOD), whole_texts=True)))
     assert np.shape(batch["token_ids"]) == (16, 10)
     assert data.tokenizer.context_length == 10
 

@@ -1,0 +1,82 @@
+"""How training on parts of images differs from reading whole ones, in losses."""
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_cluster_mask as kcm
+
+
+class Shift(keras.callbacks.Callback):
+    """Writes losses on whole and on masked images into the logs of `fit`.
+
+    Of 1,000 pairs of the training and of the validation data, without crops, in batches
+    of 100; and the cosine between the embeddings of an image and of its masked copy.
+    The masks are those of a masking like that of the training, the same at each time.
+    Texts are whole.
+
+    Args:
+        data: The `Data` of the run.
+        new_masking: Function from an image encoder to a masking, or to `None`.
+    """
+
+    NAMES = tuple(
+        f"{images} {split} {value}"
+        for split in ("training", "validation")
+        for images, value in (
+            ("whole", "loss"),
+            ("masked", "loss"),
+            ("masked", "cosine"),
+        )
+    )
+
+    def __init__(self, data, new_masking):
+        super().__init__()
+        self.data, self.new_masking = data, new_masking
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs.update(self.measure())
+
+    def measure(self):
+        """The losses and cosines, by their names."""
+        backbone, found = self.model.backbone, {}
+        masking = self.new_masking(backbone.vision_encoder)
+        twin = None
+        if masking is not None:
+            masking = beside(masking, self.model.masking)
+            twin = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
+        for split in ("training", "validation"):
+            rows = []
+            for batch in self.data.pairs(split):
+                whole = self.model(batch, training=False)
+                rows.append({"whole loss": self._loss(batch, whole)})
+                if twin is None:
+                    continue
+                masked = twin(batch, training=True)
+                images = (each["image_embeddings"] for each in (whole, masked))
+                cosine = ops.mean(ops.sum(ops.prod(ops.stack([*images]), 0), -1))
+                rows[-1]["masked loss"] = self._loss(batch, masked)
+                rows[-1]["masked cosine"] = float(cosine)
+            for name in rows[0]:
+                images, value = name.split()
+                mean = float(np.mean([row[name] for row in rows]))
+                found[f"{images} {split} {value}"] = mean
+        return found
+
+    def _loss(self, batch, embeddings):
+        return float(
+            kcm.losses.softmax_contrastive_loss(
+                embeddings["image_embeddings"],
+                embeddings["text_embeddings"],
+                self.model.head.scale,
+                kcm.losses.caption_labels(batch["token_ids"]),
+            )
+        )
+
+
+def beside(masking, trained):
+    """The masking with the threshold of the trained one, and always the same noise."""
+    masking.seed_generator = keras.random.SeedGenerator(0)
+    if getattr(trained, "threshold", None) is not None:
+        masking.threshold.assign(trained.threshold)
+    return masking
