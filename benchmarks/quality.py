@@ -24,7 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 from quality_data import IMAGES, Data
-from quality_methods import CHANGES, PATCHES, STUDIES, method_of
+from quality_methods import CHANGES, PATCHES, STUDIES, has_threshold, method_of
 from quality_plots import plot_cost_quality, plot_learning_curves
 from quality_shift import Shift
 from reporting import machine, mean_and_spread, parser, publish, write_json
@@ -246,7 +246,7 @@ def new_model(method, options, data, seed, steps):
     model = kcm.ContrastiveModel.from_backbone(
         backbone, masking, token_masking, views=method.views
     )
-    if getattr(masking, "threshold", None) is not None:
+    if has_threshold(masking):
         masking.adapt(data.evaluation("train", 20))
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,

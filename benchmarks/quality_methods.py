@@ -78,6 +78,11 @@ def threshold(patch_size, mask_ratio, **options):
     )
 
 
+def has_threshold(masking):
+    """Whether a masking has a threshold that is adapted to the data."""
+    return isinstance(masking, kcm.ClusterMasking) and masking.threshold is not None
+
+
 def attentive(encoder, steps, mask_ratio):
     teacher = kcm.models.MomentumEncoder(encoder, steps=steps)
     return kcm.AttentiveMasking(teacher, mask_ratio)

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 from keras import ops
+from quality_methods import has_threshold
 
 import keras_cluster_mask as kcm
 
@@ -56,7 +57,7 @@ class Shift(keras.callbacks.Callback):
                 images = (each["image_embeddings"] for each in (whole, masked))
                 cosine = ops.mean(ops.sum(ops.prod(ops.stack([*images]), 0), -1))
                 rows[-1]["masked loss"] = self._loss(batch, masked)
-                rows[-1]["masked cosine"] = float(cosine)
+                rows[-1]["masked cosine"] = float(ops.stop_gradient(cosine))
             for name in rows[0]:
                 images, value = name.split()
                 mean = float(np.mean([row[name] for row in rows]))
@@ -64,19 +65,18 @@ class Shift(keras.callbacks.Callback):
         return found
 
     def _loss(self, batch, embeddings):
-        return float(
-            kcm.losses.softmax_contrastive_loss(
-                embeddings["image_embeddings"],
-                embeddings["text_embeddings"],
-                self.model.head.scale,
-                kcm.losses.caption_labels(batch["token_ids"]),
-            )
+        loss = kcm.losses.softmax_contrastive_loss(
+            embeddings["image_embeddings"],
+            embeddings["text_embeddings"],
+            self.model.head.scale,
+            kcm.losses.caption_labels(batch["token_ids"]),
         )
+        return float(ops.stop_gradient(loss))
 
 
 def beside(masking, trained):
     """The masking with the threshold of the trained one, and always the same noise."""
     masking.seed_generator = keras.random.SeedGenerator(0)
-    if getattr(trained, "threshold", None) is not None:
+    if has_threshold(trained):
         masking.threshold.assign(trained.threshold)
     return masking
