@@ -1,0 +1,241 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import tables
+
+pytestmark = pytest.mark.any_backend
+
+FIRST = [
+    {"method": "none", "step (ms)": 8182, "/ none": "1.000", "score": "52.0 ± 0.6"},
+    {
+        "method": "cluster, half",
+        "step (ms)": 4109.5,
+        "/ none": "0.505",
+        "score": "-0.0",
+    },
+]
+SECOND = [
+    {"batch": 8, "method": "none", "/ none": "1.000", "share": "0.25 %"},
+    {"batch": 32, "method": "none", "/ none": "1.000", "share": "0.35 %"},
+    {"batch": 8, "method": "random", "/ none": "0.545", "share": "1.35 %"},
+]
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """Small results in place of those of the repository."""
+    folder = tmp_path / "results"
+    (folder / "study").mkdir(parents=True)
+    monkeypatch.setattr(tables, "RESULTS", folder)
+    (folder / "first.json").write_text(json.dumps({"rows": FIRST}))
+    content = {"tables": {"chosen": {"rows": SECOND}}, "rest": SECOND[1:]}
+    (folder / "study" / "second.json").write_text(json.dumps(content))
+
+
+def table_of(*lines):
+    """The rows of a table as lists of entries."""
+    text = "\n".join(("<!-- table " + "\n".join(lines), "-->", "<!-- end -->"))
+    shown = [line for line in tables.rendered(text).splitlines() if line[:1] == "|"]
+    assert set(shown.pop(1)) == set("| -")
+    return [[entry.strip() for entry in line.split("|")[1:-1]] for line in shown]
+
+
+def value_of(content):
+    shown = tables.rendered(f"It is <!-- value {content} -->old<!-- end -->.")
+    start, _, shown = shown.partition(f"It is <!-- value {content} -->")
+    assert start == ""
+    return shown.removesuffix("<!-- end -->.")
+
+
+def test_pages_of_the_repository_agree_with_the_results():
+    pages = tables.pages()
+    assert "".join(tables.rewrite(page, check=True) for page in pages) == ""
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    made = {page.name for page, text in texts.items() if tables.MARK.search(text)}
+    assert {"index.md", "speed.md", "data.md", "weights.md", "quality.md"} <= made
+
+
+@pytest.mark.usefixtures("results")
+def test_a_changed_number_fails_the_check_and_is_written_back(
+    monkeypatch, tmp_path, capsys
+):
+    page = tmp_path / "page.md"
+    before, after = "Text.\n\n", "\n\nA step takes "
+    page.write_text(
+        f"{before}<!-- table first.json\ncolumns: method; step (ms)\n-->\n<!-- end -->"
+        f"{after}<!-- value first.json; none; step (ms) {{,.0f}} --><!-- end --> ms.\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["tables.py", str(page)])
+    tables.main()
+    right = page.read_text()
+    assert right.startswith(before)
+    assert after in right
+    assert "8,182<!-- end --> ms.\n" in right
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check", str(page)])
+    tables.main()
+    capsys.readouterr()
+    for number, wrong in (("| 4109.5 |", "| 4209.5 |"), ("8,182", "8,183")):
+        page.write_text(right.replace(number, wrong))
+        with pytest.raises(SystemExit, match=r"run benchmarks/tables\.py"):
+            tables.main()
+        difference = capsys.readouterr().out.splitlines()
+        changed = [line for line in difference[2:] if line[:1] in "+-"]
+        assert [wrong in changed[0], number in changed[1]] == [True, True]
+        assert len(changed) == 2
+        assert wrong in page.read_text()
+        tables.rewrite(page)
+        assert page.read_text() == right
+
+
+@pytest.mark.usefixtures("results")
+def test_a_table_has_the_rows_and_columns_that_are_named_in_their_order():
+    assert table_of("first.json", "columns: method; / none") == [
+        ["method", "/ none"],
+        ["none", "1.000"],
+        ["cluster, half", "0.505"],
+    ]
+    assert table_of(
+        "first.json",
+        "columns: method as reads; / none {.2f}; step (ms) {,.0f} as time",
+        "rows: cluster, half as half;",
+        "  none",
+    ) == [
+        ["reads", "/ none", "time"],
+        ["half", "0.51", "4,110"],
+        ["none", "1.00", "8,182"],
+    ]
+
+
+@pytest.mark.usefixtures("results")
+def test_rows_of_one_file_may_share_the_first_column():
+    rows = table_of("study/second.json#chosen", "columns: method; batch")
+    assert rows[1:] == [["none", "8"], ["none", "32"], ["random", "8"]]
+
+
+@pytest.mark.usefixtures("results")
+def test_files_are_joined_by_the_first_column_or_by_rows():
+    assert table_of(
+        "first.json as A; study/second.json#rest as B", "columns: method; / none"
+    ) == [
+        ["method", "A", "B"],
+        ["none", "1.000", "1.000"],
+        ["cluster, half", "0.505", ""],
+        ["random", "", "0.545"],
+    ]
+    assert table_of(
+        "study/second.json#chosen as A; study/second.json#rest as B",
+        "columns: method as reads; share; / none {.1f} as time",
+        "rows: none + 32 as all; random + 8; none + 8",
+    ) == [
+        ["reads", "A: share", "A: time", "B: share", "B: time"],
+        ["all", "0.35 %", "1.0", "0.35 %", "1.0"],
+        ["random + 8", "1.35 %", "0.5", "1.35 %", "0.5"],
+        ["none + 8", "0.25 %", "1.0", "", ""],
+    ]
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ("first.json; none; score", "52.0 ± 0.6"),
+        ("first.json; cluster, half; / none {.2f}", "0.51"),
+        ("first.json; cluster, half; score {z.1f}", "0.0"),
+        ("study/second.json#chosen; 32; share {.1f}", "0.4 %"),
+        ("study/second.json#chosen; none + 8; share", "0.25 %"),
+    ],
+)
+def test_a_value_is_that_of_its_row_and_column(content, shown):
+    assert value_of(content) == shown
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("third.json; none; / none", r"A file .* first.json; study/.*'third.json'"),
+        ("first.json#rest; none; / none", r"key of first.json .* rows\. .*'rest'"),
+        ("study/second.json; none; share", r"key of study/.* chosen.*'rows'"),
+        ("first.json; all; / none", "row of first.json .* cluster, half.*'all'"),
+        ("first.json; none + 8; / none", "row of first.json .*'none . 8'"),
+        ("study/second.json#chosen; 8; share", "no other row has.* '8', of 2 rows .*"),
+        ("first.json; none; time", r"column of first.json .*step \(ms\).*'time'"),
+        ("first.json; none; score {.1f}", "needs a number.*'52.0 ± 0.6'"),
+        ("first.json; none", "needs `FILE; ROW; COLUMN`.*'first.json; none'"),
+        ("first.json; none; / none as time", "values take no title.*as time'"),
+        ("first.json; none {.1f}; / none", r"take no format.*'none \{.1f\}'"),
+        ("first.json; ; / none", "Received: ''"),
+    ],
+)
+def test_what_a_value_cannot_show_is_an_error(content, message):
+    with pytest.raises(ValueError, match=f"{message}$"):
+        value_of(content)
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (("third.json", "columns: method"), "A file .*'third.json'"),
+        (("first.json", "columns: method; time"), "A column .*'time'"),
+        (("first.json", "columns: time; / none"), "A column .*'time'"),
+        (("first.json", "columns: method; / none", "rows: all"), "A row .*'all'"),
+        (("first.json", "rows: none"), "needs its files, a line `columns: ...`"),
+        (("first.json", "rows: none", "columns: method; share"), "needs its files"),
+        (("first.json", "columns: method {.1f}; / none"), "first column take no form"),
+        (
+            ("first.json", "columns: method; / none; score as / none"),
+            "must differ in name. Received: '/ none'",
+        ),
+        (
+            ("first.json; study/second.json#chosen", "columns: method; / none"),
+            "no other row has. Received: 'none', of 2 rows of study/second",
+        ),
+        (
+            ("first.json; study/second.json#rest", "columns: method; share"),
+            "column of first.json .*'share'",
+        ),
+    ],
+)
+def test_what_a_table_cannot_show_is_an_error(lines, message):
+    with pytest.raises(ValueError, match=message):
+        table_of(*lines)
+
+
+@pytest.mark.usefixtures("results")
+def test_an_error_names_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("It is <!-- value third.json; a; b -->1<!-- end -->.")
+    with pytest.raises(ValueError, match="third") as caught:
+        tables.rewrite(page)
+    assert str(page) in caught.value.__notes__[0]
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize("start", ["", "- ", "  ", "> ", "1. "])
+def test_a_value_that_begins_a_line_is_an_error(start):
+    value = "<!-- value first.json; none; / none -->1<!-- end -->"
+    tables.rendered(f"Text\n{start}**{value}**")
+    with pytest.raises(ValueError, match="must not begin a line"):
+        tables.rendered(f"Text\n{start}{value}")
+
+
+@pytest.mark.usefixtures("results")
+def test_a_value_may_stand_in_a_table():
+    line = "| <!-- value first.json; none; / none -->{}<!-- end --> | all |"
+    assert tables.rendered(line.format("")) == line.format("1.000")
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_missing_end_is_an_error(missing):
+    value = "It is <!-- value first.json; none; / none -->1{}.\n"
+    ends = ["<!-- end -->", "<!-- end -->"]
+    ends[missing] = ""
+    with pytest.raises(ValueError, match="2 of them, 1 ends"):
+        tables.rendered("".join(value.format(end) for end in ends))
