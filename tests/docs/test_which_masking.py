@@ -11,7 +11,7 @@ from keras_cluster_mask.data.text_masking import TextMasking
 
 pytestmark = pytest.mark.any_backend
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "which_masking.md").read_text(encoding="utf-8")
 PAGE = re.sub(r"<!--.*?-->", "", PAGE, flags=re.DOTALL)
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

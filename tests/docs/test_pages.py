@@ -1,0 +1,112 @@
+"""The code of the README and of the documentation runs, and links lead somewhere.
+
+Blocks of Python run in order, in one scope for each page, on small data in the places
+that pages name. A comment `<!-- python ... -->` is code that readers do not see, and
+`<!-- backend: jax -->` before a block names the only backend that it runs on.
+"""
+
+import pathlib
+import re
+import shlex
+
+import keras
+import pytest
+
+from keras_cluster_mask.data.__main__ import main as data_command
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+CODE = re.compile(
+    r"^<!-- python\n(?P<hidden>.*?)^-->"
+    r"|^(?:<!-- backend: (?P<backend>\w+) -->\n)?"
+    r"```(?P<language>python|bash)\n(?P<shown>.*?)^```",
+    re.DOTALL | re.MULTILINE,
+)
+FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+# Pages that other tests run.
+ELSEWHERE = {"docs/which_masking.md"}
+
+
+def read(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def all_pages():
+    pages = [path.relative_to(ROOT).as_posix() for path in sorted(DOCS.rglob("*.md"))]
+    return ["README.md", "CONTRIBUTING.md", *pages]
+
+
+def pages_with_code():
+    for page in all_pages():
+        text = read(page)
+        if "```python" in text and page not in ELSEWHERE:
+            mark = () if "<!-- backend:" in text else pytest.mark.any_backend
+            yield pytest.param(page, id=page, marks=mark)
+
+
+@pytest.fixture
+def no_distribution():
+    yield
+    keras.distribution.set_distribution(None)
+
+
+@pytest.mark.usefixtures("in_folder", "no_distribution")
+@pytest.mark.parametrize("page", pages_with_code())
+def test_code_of_a_page_runs(page, request):
+    scope = {"__name__": "__main__"}
+    if page.startswith("docs/how_to/"):
+        scope = request.getfixturevalue("quickstart")
+    for block in CODE.finditer(read(page)):
+        if block["language"] == "bash":
+            run_commands(block["shown"])
+        elif block["backend"] in (None, keras.backend.backend()):
+            exec(compile(block["hidden"] or block["shown"], page, "exec"), scope)
+
+
+def run_commands(block):
+    """Runs the commands of the library; others install or start programs."""
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:3] == ["python", "-m", "keras_cluster_mask.data"]:
+            assert data_command(words[3:]) == 0
+
+
+@pytest.mark.any_backend
+def test_how_to_pages_are_short_and_each_is_in_their_index():
+    pages = {path.name for path in (DOCS / "how_to").glob("*.md")} - {"index.md"}
+    assert len(pages) > 20
+    for page in pages:
+        assert len(read(f"docs/how_to/{page}").splitlines()) <= 60, page
+    index = read("docs/how_to/index.md")
+    assert pages == set(re.findall(r"\]\((\w+\.md)\)", index))
+
+
+@pytest.mark.any_backend
+def test_every_page_is_in_the_navigation():
+    navigation = read("mkdocs.yml").partition("\nnav:\n")[2]
+    named = set(re.findall(r"([\w/]+\.md)$", navigation, re.MULTILINE))
+    assert {page.removeprefix("docs/") for page in all_pages()[2:]} == named
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("page", all_pages())
+def test_links_and_files_that_are_named_exist(page):
+    text = read(page)
+    for program in re.findall(r"\b((?:guides|benchmarks|examples)/\w+\.py)\b", text):
+        assert (ROOT / program).exists(), program
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCES.sub("", text)):
+        if target.startswith(("http:", "https:")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors_of(path), target
+
+
+def anchors_of(path):
+    """The anchors of headings, as GitHub and Python-Markdown make them."""
+    text = FENCES.sub("", path.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", heading.lower()).strip() for heading in headings]
+    return {re.sub(r"[\s-]+", "-", heading) for heading in plain}
