@@ -19,8 +19,8 @@ IMAGES = ROOT / "datasets" / "images" / "test-00000.tar"
 # How many held-out images each shard has in place of those of the repository.
 SHARDS = {
     "train-00000": 64,
-    "train-00001": 64,
-    "validation-00000": 64,
+    "train-00001": 16,
+    "validation-00000": 32,
     "test-00000": 64,
 }
 
