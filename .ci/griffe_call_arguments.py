@@ -1,4 +1,4 @@
-"""Shows the section `Call arguments` of docstrings as a list, like that of arguments."""
+"""Shows `Call arguments` in docstrings as a list, like other arguments."""
 
 import griffe
 
