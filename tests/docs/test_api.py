@@ -1,5 +1,7 @@
 """The page of the API holds every public name, and each has a documentation."""
 
+import importlib
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -11,7 +13,10 @@ import keras_cluster_mask as kcm
 pytestmark = pytest.mark.any_backend
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "api.md"
-ON_PAGE = re.findall(r"^::: keras_cluster_mask\.(\S+)$", PAGE.read_text(), re.MULTILINE)
+# Pairs of what mkdocstrings looks up, and what readers see.
+ENTRIES = re.findall(
+    r"^::: (\S+)\n +options:\n +heading: kcm\.(\S+)$", PAGE.read_text(), re.MULTILINE
+)
 # The module of losses has no `__all__`: other rooms use the rest of its functions.
 LOSSES = {
     "losses.contrastive_accuracy",
@@ -39,7 +44,22 @@ def find(name):
 
 def test_page_has_every_public_name_once():
     assert len(public_names()) > 70
-    assert sorted(ON_PAGE) == sorted(public_names())
+    assert PAGE.read_text().count("\n::: ") == len(ENTRIES)
+    assert sorted(shown for _, shown in ENTRIES) == sorted(public_names())
+
+
+@pytest.mark.parametrize(("path", "shown"), ENTRIES)
+def test_entry_shows_the_object_of_its_heading(path, shown):
+    """A module hides a function of its name: `data.check` is `data.check.check`."""
+    module, _, name = path.rpartition(".")
+    assert path.removeprefix("keras_cluster_mask.").startswith(shown)
+    assert getattr(importlib.import_module(module), name) is find(shown)
+    is_module = importlib.util.find_spec(path) if is_package(module) else None
+    assert inspect.ismodule(find(shown)) == (is_module is not None)
+
+
+def is_package(name):
+    return hasattr(importlib.import_module(name), "__path__")
 
 
 @pytest.mark.parametrize("name", sorted(public_names()))
