@@ -17,7 +17,7 @@ _IS_COMMAND = sys.argv[:1] == ["-m"] and any(
 # A `.keras` file names classes, which are found only if they have been imported. A
 # spawned worker that reads data imports this package too, and does without Keras. So do
 # this package's own commands, each of which imports what it uses: those on data start
-# in a second, and without messages of TensorFlow.
+# sooner so, and without messages of TensorFlow.
 _NEEDS_KERAS = not (_IS_COMMAND or multiprocessing.parent_process())
 if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
