@@ -8,6 +8,7 @@ that pages name. A comment `<!-- python ... -->` is code that readers do not see
 import pathlib
 import re
 import shlex
+import tomllib
 
 import keras
 import pytest
@@ -115,3 +116,11 @@ def anchors_of(path):
     plain = [re.sub(r"[^\w\s-]", "", heading.lower()).strip() for heading in headings]
     anchors = {re.sub(r"[\s-]+", "-", heading) for heading in plain}
     return anchors | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("page", all_pages())
+def test_extras_that_pages_install_exist(page):
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    for names in re.findall(r"pip install -e \"\.\[([\w,-]+)\]\"", read(page)):
+        assert set(names.split(",")) <= set(extras)
