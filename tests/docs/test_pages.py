@@ -23,6 +23,11 @@ CODE = re.compile(
     r"```(?P<language>python|bash)\n(?P<shown>.*?)^```",
     re.DOTALL | re.MULTILINE,
 )
+# Lines that end in the shape of what they make or print.
+SHAPE = re.compile(
+    r"^(?:(?P<name>\w+) = .*|print\((?P<printed>.*)\))  # (?P<shape>\(\d[\d, ]*\))",
+    re.MULTILINE,
+)
 FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 # Other tests run this page. Those of guides are made by running the guides.
 ELSEWHERE = {"docs/which_masking.md"}
@@ -59,11 +64,23 @@ def test_code_of_a_page_runs(page, request):
     scope = {"__name__": "__main__"}
     if page.startswith("docs/how_to/"):
         scope = request.getfixturevalue("quickstart")
-    for block in CODE.finditer(read(page)):
+    text = read(page)
+    for block in CODE.finditer(text):
         if block["language"] == "bash":
             run_commands(block["shown"])
         elif block["backend"] in (None, keras.backend.backend()):
-            exec(compile(block["hidden"] or block["shown"], page, "exec"), scope)
+            code = block["hidden"] or block["shown"]
+            # Errors name the line of the page.
+            above = text[: block.start("hidden" if block["hidden"] else "shown")]
+            lines = "\n" * above.count("\n") + code
+            exec(compile(lines, f"<{page}>", "exec"), scope)
+            check_shapes(code, scope)
+
+
+def check_shapes(code, scope):
+    for line in SHAPE.finditer(code):
+        shape = eval(line["printed"] or f"{line['name']}.shape", scope)
+        assert tuple(shape) == eval(line["shape"]), line[0]
 
 
 def run_commands(block):
