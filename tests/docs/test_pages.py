@@ -109,7 +109,7 @@ def test_every_page_is_in_the_navigation():
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("page", all_pages())
+@pytest.mark.parametrize("page", [*all_pages(), "benchmarks/README.md"])
 def test_links_and_files_that_are_named_exist(page):
     text = read(page)
     for program in re.findall(r"\b((?:guides|benchmarks|examples)/\w+\.py)\b", text):
