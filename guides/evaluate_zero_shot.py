@@ -34,8 +34,7 @@ import keras_cluster_mask as kcm
 
 IMAGES = kcm.data.example_images()
 RESULTS = Path(os.environ.get("RESULTS", "results"))
-MODEL = RESULTS / "model.keras"
-TOKENIZER = RESULTS / "tokenizer.json"
+MODEL, TOKENIZER = RESULTS / "model.keras", RESULTS / "tokenizer.json"
 
 keras.utils.set_random_seed(1)
 model = keras.saving.load_model(MODEL)
@@ -109,8 +108,9 @@ def labelled(split):
             yield {"images": batch["images"][rows], "labels": labels}
 
 
+prompts = NAMES, tokenizer, TEMPLATES
 zero_shot = kcm.evaluation.evaluate_zero_shot(
-    model, labelled("test"), NAMES, tokenizer, TEMPLATES, ks=(1, 2), verbose=0
+    model, labelled("test"), *prompts, ks=(1, 2), verbose=0
 )
 labels = np.concatenate([batch["labels"] for batch in labelled("test")])
 print(f"Always the most frequent class: {np.bincount(labels).max() / len(labels):.1%}")
@@ -122,9 +122,7 @@ for name, value in zero_shot.items():
 
 # %%
 images = np.concatenate([batch["images"] for batch in labelled("test")])
-classifier = kcm.evaluation.zero_shot_classifier(
-    model, NAMES, tokenizer, TEMPLATES, verbose=0
-)
+classifier = kcm.evaluation.zero_shot_classifier(model, *prompts, verbose=0)
 embeddings = kcm.evaluation.embed(model, images, verbose=0)["image_embeddings"]
 found = (embeddings @ np.asarray(classifier)).argmax(axis=1)
 figure, axis = plt.subplots(figsize=(5.5, 5), layout="constrained")

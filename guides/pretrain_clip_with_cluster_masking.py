@@ -27,6 +27,7 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+# %matplotlib inline
 from pathlib import Path
 
 import keras
@@ -61,8 +62,7 @@ MODEL = "tiny"
 IMAGE_SIZE = 48
 PATCH_SIZE = 8
 MASKING = kcm.ClusterMasking(PATCH_SIZE, mask_ratio=0.5, seed=1)
-VOCABULARY_SIZE = 3000
-CONTEXT_LENGTH = 12
+VOCABULARY_SIZE, CONTEXT_LENGTH = 3000, 12
 EPOCHS = int(os.environ.get("EPOCHS", 9))
 BATCH_SIZE = 64
 LEARNING_RATE = 1.5e-3
