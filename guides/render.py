@@ -54,6 +54,7 @@ def readable(outputs):
 
 def write(notebook, name, folder):
     """Writes a notebook as Markdown, with links that fit its folder."""
+    notebook.metadata.setdefault("language_info", {"name": "python"})
     exporter = nbconvert.MarkdownExporter()
     resources = {"output_files_dir": f"{name}_files", "unique_key": name}
     text, resources = exporter.from_notebook_node(notebook, resources)
