@@ -44,8 +44,8 @@ import keras_cluster_mask as kcm
 RESULTS = Path(os.environ.get("RESULTS", "results"))
 PRESET = str(RESULTS / "clip")
 TOKENIZER = RESULTS / "tokenizer.json"
-LEARNING_RATE = 5e-4
-EPOCHS = int(os.environ.get("EPOCHS", 10))
+LEARNING_RATE = 1e-3
+EPOCHS = int(os.environ.get("EPOCHS", 20))
 BATCH_SIZE = 64
 
 
