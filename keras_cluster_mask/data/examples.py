@@ -46,7 +46,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 VARIABLE = "KCM_DATA_ORIGIN"
 
 
-def example_images(origin=None):
+def example_images(origin: str | None = None) -> pathlib.Path:
     """Gives the folder of the captioned images that the guides train on.
 
     4,002 emoji and drawings of 64 pixels with a short caption each, in WebDataset
