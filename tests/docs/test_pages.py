@@ -31,6 +31,8 @@ SHAPE = re.compile(
 FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 # Other tests run this page. Those of guides are made by running the guides.
 ELSEWHERE = {"docs/which_masking.md"}
+# What a newcomer runs first.
+ON_EACH_BACKEND = {"docs/quickstart.md"}
 GUIDES = DOCS / "guides"
 
 
@@ -48,8 +50,9 @@ def pages_with_code():
     for page in all_pages():
         text = read(page)
         if "```python" in text and page not in ELSEWHERE:
-            mark = () if "<!-- backend:" in text else pytest.mark.any_backend
-            yield pytest.param(page, id=page, marks=mark)
+            differs = page in ON_EACH_BACKEND or "<!-- backend:" in text
+            marks = () if differs else pytest.mark.any_backend
+            yield pytest.param(page, id=page, marks=marks)
 
 
 @pytest.fixture
