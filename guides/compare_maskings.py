@@ -123,7 +123,7 @@ def train(masking):
     model.compile(keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98))
     callbacks = [
         kcm.callbacks.Throughput(),
-        kcm.callbacks.Retrieval(dataset("validation")),
+        kcm.callbacks.Retrieval(dataset("validation"), ks=10),
     ]
     history = model.fit(data, epochs=EPOCHS, callbacks=callbacks).history
     samples = EPOCHS * len(data) * BATCH_SIZE

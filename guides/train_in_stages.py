@@ -99,7 +99,7 @@ def schedule(learning_rate, epochs, data):
 # ## Compare it with a training at full size
 #
 # Both models start from the same weights. The one at full size trains for half as many epochs,
-# which takes about as long on torch. JAX and TensorFlow compile each stage again, which at this size
+# which takes about as long on torch. JAX and TensorFlow compile each stage, which at this size
 # takes longer than the training.
 
 

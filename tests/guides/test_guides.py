@@ -67,7 +67,7 @@ def test_fine_tuning_reports_recall_before_and_after(pretrained, run_guide):
     printed = run_guide("fine_tune_clip.py", folder)
     for name in ("before", "after, no masking", "after, random half"):
         assert re.search(rf"^{name} +[\d.]+% +[\d.]+%", printed, re.MULTILINE)
-    assert {"negatives", "found"} <= plots(folder)
+    assert {"archive", "fine_tuned"} <= plots(folder)
     assert (folder / "fine_tuned").is_dir()
 
 
