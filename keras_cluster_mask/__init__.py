@@ -3,10 +3,23 @@
 import importlib
 import multiprocessing
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # Type checkers and editors do not call `__getattr__`.
+    from keras_cluster_mask import data, evaluation, interop, visualization
+
+# While Python looks for the module of `python -m`, it imports the packages around it.
+_IS_COMMAND = sys.argv[:1] == ["-m"] and any(
+    argument.startswith(f"{__name__}.") for argument in sys.orig_argv
+)
 
 # A `.keras` file names classes, which are found only if they have been imported. A
-# spawned worker that reads data imports this package too, and does without Keras.
-if "keras" in sys.modules or multiprocessing.parent_process() is None:
+# spawned worker that reads data imports this package too, and does without Keras. So do
+# this package's own commands, each of which imports what it uses: those on data start
+# sooner so, and without messages of TensorFlow.
+_NEEDS_KERAS = not (_IS_COMMAND or multiprocessing.parent_process())
+if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
     from keras_cluster_mask.masking import (
         AttentiveMasking,
@@ -52,16 +65,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
-    # Imported when first used: they need packages that `import keras` does not. In a
-    # worker this finds all names.
-    if name in __all__:
-        for module in ("masking", "models"):
-            module = importlib.import_module(f"{__name__}.{module}")
-            if name in module.__all__:
-                return getattr(module, name)
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+    # Hidden from type checkers, which then report names that do not exist.
+
+    def __getattr__(name):
+        # Imported when first used: they need packages that `import keras` does not.
+        # In a worker this finds all names.
+        if name in __all__:
+            for module in ("masking", "models"):
+                module = importlib.import_module(f"{__name__}.{module}")
+                if name in module.__all__:
+                    return getattr(module, name)
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():

@@ -6,12 +6,15 @@ the mean of what each pair contributes, so it can also be computed some rows at 
 time: `batch_loss` does so for a batch that is large, or spread over replicas.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
 from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.distribution.replicas import all_gather, rows_per_device
+from keras_cluster_mask.types import Tensor
 
 # How many pairs a device compares at a time: 64 MiB a matrix, a handful of which are in
 # memory at once. A batch of 4,096 on one device is one block.
@@ -19,8 +22,11 @@ MAX_PAIRS = 2**24
 
 
 def softmax_contrastive_loss(
-    image_embeddings, text_embeddings, logit_scale, labels=None
-):
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    logit_scale: Tensor | float,
+    labels: Tensor | None = None,
+) -> Tensor:
     """The loss of CLIP: each image picks its text among all, and the reverse.
 
     Cross-entropy over the rows and over the columns of the matrix of scaled
@@ -56,8 +62,12 @@ def softmax_contrastive_loss(
 
 
 def sigmoid_contrastive_loss(
-    image_embeddings, text_embeddings, logit_scale, logit_bias, labels=None
-):
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    labels: Tensor | None = None,
+) -> Tensor:
     """The loss of SigLIP: each image-text pair is a yes-or-no question.
 
     The sum of the binary cross-entropies of all pairs, over the batch size.
@@ -91,7 +101,9 @@ def sigmoid_contrastive_loss(
     return ops.mean(rows)
 
 
-def contrastive_accuracy(image_embeddings, text_embeddings, labels=None):
+def contrastive_accuracy(
+    image_embeddings: Tensor, text_embeddings: Tensor, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """How often the most similar partner in the batch is a right one.
 
     Args:
@@ -109,7 +121,15 @@ def contrastive_accuracy(image_embeddings, text_embeddings, labels=None):
 # === A batch in blocks of rows ===
 
 
-def batch_loss(loss, weights, images, texts, labels, sample_weight=None, is_split=True):
+def batch_loss(
+    loss: str,
+    weights: Sequence[Tensor | float],
+    images: Tensor,
+    texts: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    is_split: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compares each pair of a batch with all others, one block of rows at a time.
 
     Only one block of the similarity matrix exists at a time; the blocks are recomputed
@@ -163,7 +183,7 @@ def batch_loss(loss, weights, images, texts, labels, sample_weight=None, is_spli
     return tuple(merge_chunks(x)[:num_rows] for x in outputs)
 
 
-def caption_labels(token_ids):
+def caption_labels(token_ids: Tensor) -> Tensor:
     """Two numbers per caption that are equal for equal captions.
 
     A 64-bit hash: millions of pairs of captions are compared at a time, too many to
@@ -190,7 +210,9 @@ def caption_labels(token_ids):
 
 
 @in_full_precision
-def compare(rows, everything):
+def compare(
+    rows: Sequence[Tensor], everything: Sequence[Tensor]
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Compares some pairs with all pairs of the batch.
 
     Args:
@@ -216,7 +238,7 @@ def compare(rows, everything):
     return similarities, positive_pairs(labels, all_labels)
 
 
-def positive_pairs(labels, all_labels):
+def positive_pairs(labels: Tensor, all_labels: Tensor) -> Tensor:
     """`(rows, batch)` float32 matrix of 1 where labels are equal, else 0."""
     labels, all_labels = (
         ops.convert_to_tensor(labels),
@@ -227,7 +249,12 @@ def positive_pairs(labels, all_labels):
     return ops.cast(ops.all(labels[:, None] == all_labels[None], axis=-1), "float32")
 
 
-def softmax_row_losses(image_to_text, text_to_image, positives, logit_scale):
+def softmax_row_losses(
+    image_to_text: Tensor,
+    text_to_image: Tensor,
+    positives: Tensor,
+    logit_scale: Tensor | float,
+) -> Tensor:
     """What each pair contributes to the softmax loss.
 
     Args:
@@ -247,7 +274,13 @@ def softmax_row_losses(image_to_text, text_to_image, positives, logit_scale):
     return -ops.sum(targets * log_likelihood, axis=1) / 2.0
 
 
-def sigmoid_row_losses(image_to_text, positives, logit_scale, logit_bias, shares=None):
+def sigmoid_row_losses(
+    image_to_text: Tensor,
+    positives: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    shares: Tensor | None = None,
+) -> Tensor:
     """What the image of each pair contributes to the sigmoid loss.
 
     Args:
@@ -268,7 +301,7 @@ def sigmoid_row_losses(image_to_text, positives, logit_scale, logit_bias, shares
     return -ops.sum(log_likelihood, axis=1)
 
 
-def row_hits(similarity, positives):
+def row_hits(similarity: Tensor, positives: Tensor) -> Tensor:
     """1 for each row whose most similar partner is a positive, else 0."""
     best = ops.expand_dims(ops.argmax(similarity, axis=1), -1)
     return ops.take_along_axis(positives, best, axis=1)[:, 0]

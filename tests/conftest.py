@@ -1,6 +1,7 @@
 """Imported by pytest before any test."""
 
 import contextlib
+import importlib.metadata
 import io
 import os
 import pathlib
@@ -16,11 +17,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # On JAX most of the time goes into compiling. Models of a few thousand weights need no
 # optimised code, and what one process has compiled serves the others, and the next run.
+FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        # Later versions do not know this flag, and end the program for it.
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 for name, value in {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1",
+    "XLA_FLAGS": " ".join(FLAGS),
     "JAX_COMPILATION_CACHE_DIR": CACHE,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,

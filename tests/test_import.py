@@ -102,3 +102,19 @@ def test_a_spawned_worker_that_has_not_imported_keras_imports_it_not_here(tmp_pa
         """,
     )
     assert printed.split() == ["False", "ClusterMasking"]
+
+
+def test_a_program_started_as_a_module_imports_as_any_other(tmp_path):
+    package = tmp_path / "project"
+    package.mkdir()
+    (package / "__init__.py").write_text("import keras_cluster_mask")
+    (package / "train.py").write_text("import sys; print('keras' in sys.modules)")
+    done = subprocess.run(
+        [sys.executable, "-m", "project.train", "keras_cluster_mask/file.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.stdout.split() == ["True"], done.stderr[-3000:]

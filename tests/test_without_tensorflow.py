@@ -98,6 +98,78 @@ assert "tensorflow" not in sys.modules
 print("trained")
 """
 
+ROOMS = """
+import os
+import sys
+
+import keras
+import keras_hub
+import numpy as np
+
+import keras_cluster_mask as kcm
+
+os.chdir("FOLDER")
+names = ["cat", "dog"]
+tokenizer = kcm.data.CLIPTokenizer.train(names, 600, context_length=8)
+backbone = kcm.models.clip_backbone(
+    "tiny", 16, tokenizer.vocabulary_size, context_length=8
+)
+backbone = kcm.models.with_image_size(backbone, 32)
+backbone = kcm.models.with_context_length(backbone, 6)
+tokenizer = tokenizer.with_context_length(6)
+masking = kcm.AttentiveMasking(kcm.models.MomentumEncoder(backbone.vision_encoder))
+model = kcm.ContrastiveModel.from_backbone(
+    backbone, masking, text_masking=kcm.RandomMasking(0.5)
+)
+model.compile("adam", log_gradient_norm=True)
+rng = np.random.default_rng(0)
+labels = np.arange(8) % 2
+images = rng.integers(0, 256, size=(8, 32, 32, 3)).astype("uint8")
+pairs = {"images": images, "token_ids": tokenizer([names[x] for x in labels])}
+classes = (images, labels)
+fit = dict(batch_size=4, verbose=0, resume_from="run")
+callbacks = [
+    kcm.callbacks.Throughput(),
+    kcm.callbacks.ZeroShot(classes, names, tokenizer),
+    kcm.callbacks.Checkpoint("run"),
+]
+model.fit(pairs, callbacks=callbacks, **fit)
+history = model.fit(pairs, epochs=2, **fit)
+assert len(history.history["loss"]) == 2
+kcm.visualization.plot_history(history).savefig("history.png")
+statistics = kcm.masking.masking_statistics(kcm.ClusterMasking(8), images, verbose=0)
+kcm.visualization.plot_masking_statistics(statistics).savefig("statistics.png")
+
+model.save("model.keras")
+model.text_tower.save("tower.keras")
+loaded = keras.saving.load_model("model.keras")
+before, after = (x.predict(pairs, verbose=0) for x in (model, loaded))
+for key, values in before.items():
+    np.testing.assert_array_equal(values, after[key])
+probe = kcm.evaluation.evaluate_linear_probe(
+    "model.keras", classes, classes, regularization=1.0, verbose=0
+)
+assert 0 <= probe["top_1"] <= 1
+assert kcm.evaluation.embed_texts(loaded, names, tokenizer, verbose=0).shape == (2, 96)
+kcm.interop.save_open_clip(model, "clip.safetensors")
+assert kcm.distribution.is_main_process() and kcm.distribution.num_replicas() == 1
+
+dataset = kcm.data.image_text_dataset(
+    "PAIRS",
+    tokenizer,
+    32,
+    4,
+    training=True,
+    text_masking=kcm.data.RandomTextMasking(),
+    sampling=kcm.data.ClusterSampling({f"{i:04}": i % 2 for i in range(20)}, share=0.6),
+)
+model = kcm.ContrastiveModel.from_backbone(backbone, loss="sigmoid", micro_batch_size=2)
+model.compile("adam")
+model.fit(dataset, verbose=0)
+assert "tensorflow" not in sys.modules
+print("trained")
+"""
+
 DATA = """
 import keras_cluster_mask as kcm
 
@@ -200,6 +272,12 @@ def test_models_train_from_shards(write_pairs):
 def test_models_train_from_arrays(tmp_path):
     assert "trained" in run(TRAIN.replace("FOLDER", str(tmp_path)))
     assert len([*(tmp_path / "masks").iterdir()]) == 1
+
+
+def test_all_rooms_work(tmp_path, write_pairs):
+    code = ROOMS.replace("PAIRS", str(write_pairs("a.tar", 0, 20)))
+    assert "trained" in run(code.replace("FOLDER", str(tmp_path)))
+    assert {"history.png", "statistics.png"} <= {x.name for x in tmp_path.iterdir()}
 
 
 def test_steps_are_timed(tmp_path):

@@ -1,5 +1,7 @@
 import math
+import os
 import weakref
+from typing import Any
 
 import keras
 
@@ -102,7 +104,14 @@ class Checkpoint(keras.callbacks.Callback):
     # Tells `fit` to keep count of steps.
     saves_training_state = True
 
-    def __init__(self, directory, save_every="epoch", keep=3, monitor=None, mode=None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        save_every: int | str = "epoch",
+        keep: int = 3,
+        monitor: str | None = None,
+        mode: str | None = None,
+    ):
         super().__init__()
         if save_every != "epoch" and not (
             isinstance(save_every, int) and save_every > 0
@@ -127,7 +136,7 @@ class Checkpoint(keras.callbacks.Callback):
         if mode == "max" or (mode is None and "loss" not in (monitor or "")):
             self.sign = -1.0
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         run = model_of(self, "training_run").training_run
         run.data.check_resumable(within_epochs=self.save_every != "epoch")
         # All processes raise the error, though a file may not be seen by all of them.
@@ -146,7 +155,9 @@ class Checkpoint(keras.callbacks.Callback):
         for row in run.history:
             self._best = min(self._best, self._value(row["logs"]))
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         # Not at the end of a batch: Keras waits for each step if a callback wants to
         # know of that. The steps before this batch may still be running.
         run, every = self._run(), self.save_every
@@ -159,7 +170,7 @@ class Checkpoint(keras.callbacks.Callback):
         if is_due:
             self._save()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         # The run has counted the steps.
         self._check_loss()
         value = self._value(logs or {})

@@ -1,6 +1,8 @@
 import collections.abc
 import math
 import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -22,7 +24,7 @@ class Evaluation(Periodic):
         prefix: String, the beginning of the names in the logs.
     """
 
-    def __init__(self, data, every, name, prefix):
+    def __init__(self, data: Any, every: int, name: str | None, prefix: str):
         super().__init__(every)
         if isinstance(data, collections.abc.Iterator):
             raise ValueError(
@@ -39,7 +41,7 @@ class Evaluation(Periodic):
         self.prefix = prefix
         self._embedder = None
 
-    def evaluate(self, embedder, data):
+    def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
         """The metrics of some data as a dictionary of floats.
 
         Args:
@@ -48,7 +50,7 @@ class Evaluation(Periodic):
         """
         raise NotImplementedError
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         super().on_train_begin(logs)
         from keras_cluster_mask.evaluation.embedding import Embedder
 
@@ -75,7 +77,7 @@ class Evaluation(Periodic):
         self._metrics = dict.fromkeys(metrics, math.nan)
         known.update(self._metrics)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
         if self.is_due(epoch):
             self._metrics = self._evaluate(logs.get("loss", 0.0))
@@ -164,20 +166,20 @@ class Retrieval(Evaluation):
 
     def __init__(
         self,
-        data,
-        tokenizer=None,
-        every=1,
-        ks=(1, 5, 10),
-        duplicates="negative",
-        name=None,
-        prefix="val_",
+        data: Any,
+        tokenizer: Any = None,
+        every: int = 1,
+        ks: int | Sequence[int] = (1, 5, 10),
+        duplicates: str = "negative",
+        name: str | None = None,
+        prefix: str = "val_",
     ):
         super().__init__(data, every, name, prefix)
         self.tokenizer = tokenizer
         self.ks = ks
         self.duplicates = duplicates
 
-    def evaluate(self, embedder, data):
+    def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
         from keras_cluster_mask.evaluation import evaluate_retrieval
 
         return evaluate_retrieval(
@@ -231,14 +233,14 @@ class ZeroShot(Evaluation):
 
     def __init__(
         self,
-        data,
-        class_names,
-        tokenizer,
-        templates=("a photo of a {}.",),
-        every=1,
-        ks=(1, 5),
-        name="zero_shot",
-        prefix="val_",
+        data: Any,
+        class_names: Sequence[str],
+        tokenizer: Any,
+        templates: Sequence[str | Callable[[str], str]] | str = ("a photo of a {}.",),
+        every: int = 1,
+        ks: int | Sequence[int] = (1, 5),
+        name: str | None = "zero_shot",
+        prefix: str = "val_",
     ):
         super().__init__(data, every, name, prefix)
         self.class_names = class_names
@@ -246,7 +248,7 @@ class ZeroShot(Evaluation):
         self.templates = templates
         self.ks = ks
 
-    def evaluate(self, embedder, data):
+    def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
         from keras_cluster_mask.evaluation import evaluate_zero_shot
 
         return evaluate_zero_shot(

@@ -2,6 +2,7 @@ import io
 import math
 import os
 import time
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -62,7 +63,14 @@ class MaskImages(Periodic):
             model than a `ContrastiveModel`.
     """
 
-    def __init__(self, images, log_dir, every=1, max_images=4, seed=0):
+    def __init__(
+        self,
+        images: Any,
+        log_dir: str | os.PathLike,
+        every: int = 1,
+        max_images: int = 4,
+        seed: int = 0,
+    ):
         super().__init__(every)
         _import_tensorboard()
         self.images = images
@@ -71,7 +79,7 @@ class MaskImages(Periodic):
         self.seed = seed
         self._writer = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         super().on_train_begin(logs)
         model = self.model
         if not model.image_maskings:
@@ -94,7 +102,7 @@ class MaskImages(Periodic):
             writer, _ = _import_tensorboard()
             self._writer = writer(os.path.join(self.log_dir, "masks"))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if not self.is_due(epoch):
             return
         for index, masking in enumerate(self.model.image_maskings):
@@ -103,7 +111,7 @@ class MaskImages(Periodic):
             if self._writer is not None:
                 self._write(f"masks_{index}" if index else "masks", figure, epoch)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None

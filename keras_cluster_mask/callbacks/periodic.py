@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 
 
@@ -33,15 +35,15 @@ class Periodic(keras.callbacks.Callback):
         every: Integer, in epochs.
     """
 
-    def __init__(self, every):
+    def __init__(self, every: int):
         super().__init__()
         self.every = check_positive("every", every)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         model_of(self, "encode_image")
         self._is_first = True
 
-    def is_due(self, epoch):
+    def is_due(self, epoch: int) -> bool:
         """Whether this epoch, which has just ended, is one of them."""
         is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
         is_first, self._is_first = self._is_first, False

@@ -2,6 +2,7 @@ import collections
 import threading
 import time
 import weakref
+from typing import Any
 
 import keras
 
@@ -47,11 +48,11 @@ class Throughput(keras.callbacks.Callback):
     # does not wait. Threads may overtake one another. A subclass inherits this.
     async_safe = True
 
-    def __init__(self, window=20):
+    def __init__(self, window: int = 20):
         super().__init__()
         self.window = check_positive("window", window)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         # Not before, as callbacks may be copied, and locks cannot be.
         self._lock = threading.Lock()
         model = model_of(self, "training_run")
@@ -68,14 +69,16 @@ class Throughput(keras.callbacks.Callback):
                 texts = tokens_per_text(model.text_encoder, self._size.text_length)
                 self._tokens = model.views * tokens + texts
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         # A resumed run may have done some steps of the epoch before.
         self._done = self._run().step
         # Times at which so many steps were done.
         self._first = (time.perf_counter(), self._done)
         self._last = collections.deque(maxlen=self.window + 1)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         done = self._done + batch + 1
         with self._lock:
             if not self._last or done > self._last[-1][1]:
@@ -87,7 +90,7 @@ class Throughput(keras.callbacks.Callback):
             if logs is not None:
                 logs.update(self._rates(self._last[0], self._last[-1]))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if not self._last or logs is None:
             return
         logs.update(self._rates(self._first, self._last[-1]))

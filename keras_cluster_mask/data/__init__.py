@@ -8,6 +8,7 @@ from keras_cluster_mask.data.concept_masking import (
 )
 from keras_cluster_mask.data.convert import convert
 from keras_cluster_mask.data.dataset import image_text_dataset
+from keras_cluster_mask.data.examples import example_images
 from keras_cluster_mask.data.frequency_pruning import FrequencyPruning
 from keras_cluster_mask.data.sampling import ClusterSampling
 from keras_cluster_mask.data.shards import list_shards
@@ -35,6 +36,7 @@ __all__ = [
     "check",
     "co_occurrence_graph",
     "convert",
+    "example_images",
     "image_text_dataset",
     "list_shards",
     "read_captions",

@@ -1,10 +1,16 @@
 """Reads all captions of a source, and chooses one caption per sample."""
 
+import os
+from collections.abc import Sequence
+
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
 
 
-def read_captions(source, caption_key=None):
+def read_captions(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+    caption_key: str | Sequence[str] | None = None,
+) -> list[str]:
     """Reads all captions of a source, for training a tokenizer.
 
     Example:

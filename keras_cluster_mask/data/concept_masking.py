@@ -5,7 +5,9 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 from keras_cluster_mask.data import byte_pairs
 from keras_cluster_mask.data.arguments import check_integer
@@ -90,7 +92,12 @@ class ConceptTextMasking(TextMasking):
     """
 
     def __init__(
-        self, graph, captions=None, num_basic=None, num_stages=4, epochs_per_stage=1
+        self,
+        graph: Mapping[str, Iterable[str]],
+        captions: Iterable[str | bytes] | None = None,
+        num_basic: int | None = None,
+        num_stages: int = 4,
+        epochs_per_stage: int = 1,
     ):
         num_stages = self.num_stages = check_integer("num_stages", num_stages, 2)
         self.epochs_per_stage = check_integer("epochs_per_stage", epochs_per_stage, 1)
@@ -163,7 +170,7 @@ class ConceptTextMasking(TextMasking):
             start = after
         return names, [*starts, start]
 
-    def of_epoch(self, epoch):
+    def of_epoch(self, epoch: int) -> TextMasking:
         """The masking of an epoch, which stays in its stage; see `TextMasking`."""
         if self.stage is not None:
             return self
@@ -171,7 +178,13 @@ class ConceptTextMasking(TextMasking):
         masking.stage = min(epoch // self.epochs_per_stage, self.num_stages - 1)
         return masking
 
-    def keep_words(self, words, num_tokens, room, generator):
+    def keep_words(
+        self,
+        words: Sequence[str],
+        num_tokens: Sequence[int],
+        room: int,
+        generator: np.random.Generator,
+    ) -> list[int]:
         """The words of the concepts that stay; see `TextMasking.keep_words`."""
         names, starts = self._units(words)
         if len(names) == len(words):
@@ -185,7 +198,13 @@ class ConceptTextMasking(TextMasking):
             index for each in kept for index in range(starts[each], starts[each + 1])
         ]
 
-    def score(self, words, num_tokens, room, generator):
+    def score(
+        self,
+        words: Sequence[str],
+        num_tokens: Sequence[int],
+        room: int,
+        generator: np.random.Generator,
+    ) -> Sequence[float]:
         """Random scores of concepts and words, higher for those that may not leave.
 
         See `TextMasking.score`; the words of a concept are one, joined by spaces.
@@ -206,7 +225,9 @@ class ConceptTextMasking(TextMasking):
         )
 
 
-def co_occurrence_graph(captions, min_count=10):
+def co_occurrence_graph(
+    captions: Iterable[str | bytes], min_count: int = 10
+) -> dict[str, list[str]]:
     """A graph of words that occur together, for `ConceptTextMasking`.
 
     It is a stand-in for a graph of knowledge such as ConceptNet: two words are related

@@ -1,6 +1,10 @@
 """`image_text_dataset`: from shards to batches for `fit` and evaluation."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.arguments import (
@@ -23,42 +27,43 @@ from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
-from keras_cluster_mask.data.text_masking import check_text_masking
+from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
 from keras_cluster_mask.data.tokenizing import check_tokenizer, is_layer, length_of
 
 
 def image_text_dataset(
-    source,
-    tokenizer,
-    image_size,
-    batch_size,
-    training,
+    source: Any,
+    tokenizer: Any,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    training: bool,
     *,
-    format=None,
-    seed=0,
-    image_keys=None,
-    caption_key=None,
-    caption_template=None,
-    label_key=None,
-    class_names=None,
-    resize="crop",
-    crop_scale=None,
-    horizontal_flip=False,
-    background="white",
-    image_transform=None,
-    include_captions=False,
-    include_keys=False,
-    include_paths=False,
-    data_format=None,
-    max_image_pixels=MAX_PIXELS,
-    max_skipped=0.5,
-    text_masking=None,
-    sampling=None,
-    block_size=None,
-    process=None,
-    num_workers=0,
-    index_dir=None,
-):
+    format: str | None = None,
+    seed: int = 0,
+    image_keys: str | Sequence[str] | None = None,
+    caption_key: str | Sequence[str] | None = None,
+    caption_template: str | Sequence[str] | None = None,
+    label_key: str | Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    resize: str = "crop",
+    crop_scale: tuple[float, float] | None = None,
+    horizontal_flip: bool = False,
+    background: str | Sequence[str] = "white",
+    image_transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    | None = None,
+    include_captions: bool | str = False,
+    include_keys: bool = False,
+    include_paths: bool = False,
+    data_format: str | None = None,
+    max_image_pixels: int = MAX_PIXELS,
+    max_skipped: float = 0.5,
+    text_masking: TextMasking | None = None,
+    sampling: Any = None,
+    block_size: int | None = None,
+    process: tuple[int, int] | None = None,
+    num_workers: int = 0,
+    index_dir: str | os.PathLike | None = None,
+) -> Any:
     """Batches of images and token ids from shards, for `fit` and evaluation.
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed

@@ -4,7 +4,8 @@ import array
 import collections
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -52,13 +53,13 @@ class FrequencyPruning:
       on Word Frequency](https://arxiv.org/abs/2410.10879)
     """
 
-    def __init__(self, share, threshold=1e-7):
+    def __init__(self, share: float, threshold: float = 1e-7):
         check_fraction("share", share)
         check_fraction("threshold", threshold)
         self.share, self.threshold = share, threshold
         self._hashes = self._scores = None
 
-    def fit(self, captions):
+    def fit(self, captions: Mapping[str, str | bytes | Sequence[str | bytes]]) -> Self:
         """Takes captions instead of those that are read with the images.
 
         Args:
@@ -79,7 +80,7 @@ class FrequencyPruning:
         self._scores = scores[order]
         return self
 
-    def of_index(self, index):
+    def of_index(self, index: Any) -> Callable[[int, int], np.ndarray]:
         """The function of an epoch that chooses samples of an `Index`."""
         if self._scores is None:
             scores = caption_scores(_captions(index), self.threshold)

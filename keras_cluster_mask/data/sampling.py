@@ -7,7 +7,8 @@ no sample to choose those of an epoch, and chooses the same in each process.
 import functools
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -77,7 +78,14 @@ class ClusterSampling:
       Pre-training](https://arxiv.org/abs/2604.27932)
     """
 
-    def __init__(self, clusters, alpha=0.2, share=0.5, repeat=False, seed=0):
+    def __init__(
+        self,
+        clusters: Any,
+        alpha: float = 0.2,
+        share: float = 0.5,
+        repeat: bool = False,
+        seed: int = 0,
+    ):
         check_fraction("alpha", alpha, or_zero=True)
         check_fraction("share", share)
         self.alpha, self.share, self.repeat = alpha, share, bool(repeat)
@@ -96,15 +104,15 @@ class ClusterSampling:
     @classmethod
     def from_embeddings(
         cls,
-        embeddings,
-        keys,
-        num_clusters=None,
-        iterations=10,
-        merge_threshold=0.7,
+        embeddings: np.ndarray,
+        keys: Sequence[str | bytes],
+        num_clusters: int | None = None,
+        iterations: int = 10,
+        merge_threshold: float = 0.7,
         *,
-        seed=0,
-        **options,
-    ):
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
         """Clusters embeddings by spherical k-means, with faiss.
 
         Then centers are taken in turn, except those whose cosine similarity to one that
@@ -168,7 +176,7 @@ class ClusterSampling:
         )
         return cls((keys, clusters), seed=seed, **options)
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> None:
         """Writes the clusters for `ClusterSampling(path)`.
 
         Args:
@@ -179,7 +187,7 @@ class ClusterSampling:
         with files.replacing(path) as file:
             np.savez(file, keys=self._hashes, clusters=self._names[self._clusters])
 
-    def probability(self, key):
+    def probability(self, key: str | bytes) -> float:
         """The mean number of times that a sample comes in an epoch.
 
         Args:
@@ -190,7 +198,7 @@ class ClusterSampling:
         """
         return float(self._copies[self._cluster(_hashes_of([key]), key)][0])
 
-    def copies(self, key, epoch):
+    def copies(self, key: str | bytes, epoch: int) -> int:
         """The number of times that a sample comes in an epoch.
 
         Args:
@@ -204,7 +212,7 @@ class ClusterSampling:
         cluster = self._cluster(hashes, key)
         return len(_draw(hashes, cluster, self._copies, self.seed, 1, epoch))
 
-    def of_index(self, index):
+    def of_index(self, index: Any) -> Callable[[int, int], np.ndarray]:
         """The function of an epoch that chooses samples of an `Index`."""
         hashes = index.key_hashes()
         clusters = self._clusters[places_of(index, hashes, self._hashes, "clusters")]

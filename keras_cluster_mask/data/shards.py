@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from concurrent import futures
 
 import braceexpand
@@ -16,7 +17,7 @@ from keras_cluster_mask.data.parts import hash_of
 REQUESTS = 16
 
 
-def list_shards(source):
+def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """Lists the files that a source names.
 
     Example:

@@ -2,6 +2,8 @@
 
 import collections
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 MAX_EXAMPLES = 100
 # The share of skipped samples is checked after this many samples.
@@ -29,7 +31,7 @@ class SkippedSamples:
         details: list of str, about damaged shards.
     """
 
-    def __init__(self, indexes=(), max_share=1.0):
+    def __init__(self, indexes: Sequence[Any] = (), max_share: float = 1.0):
         self.max_share = max_share
         self.details = [line for index in indexes for line in index.damage]
         self.samples = []
@@ -40,24 +42,24 @@ class SkippedSamples:
         self._read = self._broken = 0
 
     @property
-    def by_shard(self):
+    def by_shard(self) -> dict[str, dict[str, int]]:
         by_shard = sorted(self._counts.items())
         return {shard: dict(sorted(counts.items())) for shard, counts in by_shard}
 
     @property
-    def by_reason(self):
+    def by_reason(self) -> dict[str, int]:
         return dict(sorted(sum(self._counts.values(), collections.Counter()).items()))
 
     @property
-    def count(self):
+    def count(self) -> int:
         """int. The number of broken samples."""
         return sum(counts.total() for counts in self._counts.values())
 
-    def reasons(self):
+    def reasons(self) -> str:
         """str. The reasons with their counts."""
         return ", ".join(f"{reason}: {n}" for reason, n in self.by_reason.items())
 
-    def add(self, fault):
+    def add(self, fault: Any) -> None:
         """Counts a broken sample.
 
         Args:
@@ -67,7 +69,7 @@ class SkippedSamples:
         if len(self.samples) < MAX_EXAMPLES:
             self.samples.append(fault)
 
-    def report_index(self, num_samples):
+    def report_index(self, num_samples: int) -> None:
         """Warns of what the index left out, or raises an error if it is too much.
 
         Args:
@@ -89,7 +91,7 @@ class SkippedSamples:
         # Of `image_text_dataset`, for its caller.
         warnings.warn(f"{message}. They are left out.", stacklevel=3)
 
-    def report(self, faults, read):
+    def report(self, faults: Sequence[Any], read: int) -> None:
         """Counts the samples of a batch; warns of the first broken one.
 
         Args:

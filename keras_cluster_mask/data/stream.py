@@ -9,12 +9,14 @@ import shutil
 import threading
 import typing
 import weakref
+from typing import Any, Self
 
 import grain
 import numpy as np
 from absl import flags
 
-from keras_cluster_mask.data.samples import FAULTS
+from keras_cluster_mask.data.samples import FAULTS, Samples
+from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.tokenizing import is_layer, tokenize
 
 # What a process reads ahead, in bytes, and in batches.
@@ -60,7 +62,13 @@ class ImageTextDataset(grain.IterDataset):
     """
 
     def __init__(
-        self, samples, tokenizer, num_workers, skipped, element_spec, description
+        self,
+        samples: Samples,
+        tokenizer: Any,
+        num_workers: int,
+        skipped: SkippedSamples,
+        element_spec: dict[str, Spec],
+        description: dict[str, Any],
     ):
         super().__init__()
         self.start = 0
@@ -75,11 +83,11 @@ class ImageTextDataset(grain.IterDataset):
         self._num_workers = num_workers
 
     @property
-    def stream(self):
+    def stream(self) -> Self:
         """The dataset itself; a `tf.data.Dataset` of its batches has it as well."""
         return self
 
-    def __len__(self):
+    def __len__(self) -> int:
         """All batches of evaluation, or the full ones of the epoch at the start."""
         samples = self._samples
         if not self.training:
@@ -88,26 +96,26 @@ class ImageTextDataset(grain.IterDataset):
         return samples.order.length(epoch) // samples.batch_size
 
     @property
-    def steps_per_epoch(self):
+    def steps_per_epoch(self) -> int:
         """The full batches in an epoch of training of the mean length."""
         samples = self._samples
         return max(int(samples.order.mean_length) // samples.batch_size, 1)
 
-    def keys(self, batch):
+    def keys(self, batch: int) -> list[str]:
         """The keys of the samples of a batch of this process, as a list of str."""
         pairs = self._samples.pairs(self._samples.positions(batch))
         return [str(pair.key) for pair in pairs]
 
-    def as_dataset(self):
+    def as_dataset(self) -> Any:
         """The batches as a `tf.data.Dataset`, which starts at `start` as well."""
         from keras_cluster_mask.data.tensorflow import as_dataset
 
         return as_dataset(self)
 
-    def __iter__(self):
+    def __iter__(self) -> grain.DatasetIterator:
         return _Iterator(self, self.batches(self.start))
 
-    def batches(self, start):
+    def batches(self, start: int) -> grain.IterDataset:
         """The batches from the number `start` on, as grain makes them."""
         bytes_per_row = math.prod(self.element_spec["images"].shape[1:])
         bytes_per_batch = self._samples.rows * bytes_per_row
@@ -141,7 +149,7 @@ class ImageTextDataset(grain.IterDataset):
             dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
         return dataset
 
-    def finished(self, batch):
+    def finished(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """A batch with the token ids of a layer, which no worker process makes."""
         if is_layer(self.tokenizer):
             captions = [c[0] if isinstance(c, tuple) else c for c in batch["captions"]]

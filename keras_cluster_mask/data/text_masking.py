@@ -8,7 +8,8 @@ import collections
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -29,7 +30,13 @@ class TextMasking:
     single digits, endings of contractions, and runs of other characters.
     """
 
-    def score(self, words, num_tokens, room, generator):
+    def score(
+        self,
+        words: Sequence[str],
+        num_tokens: Sequence[int],
+        room: int,
+        generator: np.random.Generator,
+    ) -> Sequence[float]:
         """The scores of the words of a caption that is too long.
 
         Args:
@@ -44,7 +51,13 @@ class TextMasking:
         """
         raise NotImplementedError
 
-    def keep_words(self, words, num_tokens, room, generator):
+    def keep_words(
+        self,
+        words: Sequence[str],
+        num_tokens: Sequence[int],
+        room: int,
+        generator: np.random.Generator,
+    ) -> list[int]:
         """The indices of the words that stay, in order.
 
         Words are taken by score, each if its tokens still fit. If none fits, the word
@@ -71,7 +84,7 @@ class TextMasking:
                     break
         return sorted(kept or by_score[:1])
 
-    def of_epoch(self, epoch):
+    def of_epoch(self, epoch: int) -> Self:
         """The masking of an epoch: this one, unless a masking changes with time.
 
         Args:
@@ -82,7 +95,13 @@ class TextMasking:
         """
         return self
 
-    def tokenize(self, tokenizer, captions, generators, epochs=None):
+    def tokenize(
+        self,
+        tokenizer: CLIPTokenizer,
+        captions: Sequence[str | bytes],
+        generators: Sequence[np.random.Generator],
+        epochs: Sequence[int] | None = None,
+    ) -> np.ndarray:
         """The token ids of masked captions.
 
         Args:
@@ -129,7 +148,13 @@ class RandomTextMasking(TextMasking):
     - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
     """
 
-    def score(self, words, num_tokens, room, generator):
+    def score(
+        self,
+        words: Sequence[str],
+        num_tokens: Sequence[int],
+        room: int,
+        generator: np.random.Generator,
+    ) -> Sequence[float]:
         """Random scores; see `TextMasking.score`."""
         return generator.random(len(words)).tolist()
 
@@ -156,7 +181,13 @@ class BlockTextMasking(TextMasking):
     - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
     """
 
-    def score(self, words, num_tokens, room, generator):
+    def score(
+        self,
+        words: Sequence[str],
+        num_tokens: Sequence[int],
+        room: int,
+        generator: np.random.Generator,
+    ) -> Sequence[float]:
         """Scores that fall from the first word on; see `TextMasking.score`."""
         last, left = len(words), 0
         while last and left < room:
@@ -204,7 +235,7 @@ class SyntaxTextMasking(TextMasking):
     - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
     """
 
-    def __init__(self, tagger):
+    def __init__(self, tagger: Callable[[list[str]], Sequence[str]]):
         if not callable(tagger):
             raise ValueError(
                 "`tagger` must be a function from a list of words to a list of tags. "
@@ -212,7 +243,13 @@ class SyntaxTextMasking(TextMasking):
             )
         self.tagger = tagger
 
-    def score(self, words, num_tokens, room, generator):
+    def score(
+        self,
+        words: Sequence[str],
+        num_tokens: Sequence[int],
+        room: int,
+        generator: np.random.Generator,
+    ) -> Sequence[float]:
         """Scores by part of speech; see `TextMasking.score`."""
         tags = self.tagger(words)
         is_valid = isinstance(tags, list | tuple) and len(tags) == len(words)
@@ -269,7 +306,12 @@ class FrequencyTextMasking(TextMasking):
       Model Pre-training](https://arxiv.org/abs/2412.16148)
     """
 
-    def __init__(self, frequencies=None, threshold=1e-6, unknown="keep"):
+    def __init__(
+        self,
+        frequencies: Mapping[str, float] | None = None,
+        threshold: float = 1e-6,
+        unknown: str = "keep",
+    ):
         check_choice("unknown", unknown, ("keep", "drop"))
         if not is_positive(threshold):
             raise ValueError(
@@ -283,7 +325,7 @@ class FrequencyTextMasking(TextMasking):
             _check_frequencies(frequencies)
             self._set(frequencies)
 
-    def fit(self, captions):
+    def fit(self, captions: Iterable[str | bytes]) -> Self:
         """Counts the words of captions, in place of the words that were given.
 
         Args:
@@ -318,7 +360,7 @@ class FrequencyTextMasking(TextMasking):
         # Numbers of NumPy would not be written as JSON.
         self.frequencies = {word: float(count) for word, count in frequencies.items()}
 
-    def probability(self, word):
+    def probability(self, word: str) -> float:
         """The number p that is subtracted from the random score of a word.
 
         Args:
@@ -332,7 +374,13 @@ class FrequencyTextMasking(TextMasking):
             return float(self.unknown == "drop")
         return discard_probability(count / self._total, self.threshold)
 
-    def score(self, words, num_tokens, room, generator):
+    def score(
+        self,
+        words: Sequence[str],
+        num_tokens: Sequence[int],
+        room: int,
+        generator: np.random.Generator,
+    ) -> Sequence[float]:
         """Random scores minus `probability`; see `TextMasking.score`."""
         if self.frequencies is None:
             raise ValueError(

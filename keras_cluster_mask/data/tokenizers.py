@@ -5,7 +5,10 @@ import functools
 import gzip
 import importlib.util
 import json
+import os
 import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models
@@ -56,7 +59,12 @@ class CLIPTokenizer:
     """
 
     def __init__(
-        self, vocabulary, merges, context_length=77, start_token=START, end_token=END
+        self,
+        vocabulary: Sequence[str],
+        merges: Sequence[Sequence[str]],
+        context_length: int = 77,
+        start_token: str = START,
+        end_token: str = END,
     ):
         # One token between start and end.
         context_length = check_integer("context_length", context_length, 3)
@@ -89,7 +97,9 @@ class CLIPTokenizer:
         self._ids_of = functools.lru_cache(1 << 16)(self._ids_of)
 
     @classmethod
-    def from_file(cls, path, context_length=None):
+    def from_file(
+        cls, path: str | os.PathLike, context_length: int | None = None
+    ) -> Self:
         """Loads a tokenizer from a file of `save`, or from OpenAI's list of merges.
 
         Args:
@@ -130,7 +140,7 @@ class CLIPTokenizer:
         return cls(**config)
 
     @classmethod
-    def from_open_clip(cls, context_length=77):
+    def from_open_clip(cls, context_length: int = 77) -> Self:
         """Loads OpenAI's vocabulary of 49,408 tokens from the package open_clip.
 
         Only the vocabulary file of the package is read; open_clip and PyTorch are not
@@ -158,7 +168,7 @@ class CLIPTokenizer:
         )
 
     @classmethod
-    def from_preset(cls, preset, context_length=77):
+    def from_preset(cls, preset: str, context_length: int = 77) -> Self:
         """Loads the vocabulary of a KerasHub CLIP preset.
 
         Args:
@@ -182,7 +192,13 @@ class CLIPTokenizer:
         )
 
     @classmethod
-    def train(cls, captions, vocabulary_size=4096, context_length=32, min_frequency=2):
+    def train(
+        cls,
+        captions: Iterable[str | bytes],
+        vocabulary_size: int = 4096,
+        context_length: int = 32,
+        min_frequency: int = 2,
+    ) -> Self:
         """Learns a vocabulary from captions.
 
         A small dataset needs a small vocabulary: most of CLIP's 49,408 embeddings would
@@ -209,7 +225,7 @@ class CLIPTokenizer:
         merges = byte_pairs.learn_merges(captions, vocabulary_size, min_frequency)
         return cls(byte_pairs.clip_vocabulary(merges), merges, context_length)
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> None:
         """Writes the tokenizer as JSON, for `from_file`.
 
         Args:
@@ -219,7 +235,7 @@ class CLIPTokenizer:
         with files.replacing(path) as file:
             file.write(json.dumps({"format": FILE_FORMAT, **self._config()}).encode())
 
-    def with_context_length(self, context_length):
+    def with_context_length(self, context_length: int) -> Self:
         """The same tokenizer with rows of another length, such as for a stage.
 
         Args:
@@ -232,7 +248,12 @@ class CLIPTokenizer:
         other.context_length = check_integer("context_length", context_length, 3)
         return other
 
-    def __call__(self, texts, keep_words=None):
+    def __call__(
+        self,
+        texts: str | bytes | Sequence[str | bytes] | np.ndarray,
+        keep_words: Callable[[int, list[str], list[int], int], Sequence[int]]
+        | None = None,
+    ) -> np.ndarray:
         """Converts captions to rows of token ids.
 
         Args:
@@ -286,7 +307,7 @@ class CLIPTokenizer:
             return (self._ids[word],)
         return tuple(token.id for token in self._tokenizer.model.tokenize(word))
 
-    def decode(self, ids):
+    def decode(self, ids: Sequence | np.ndarray) -> str | list[str]:
         """Converts token ids to text, with a space between any two words.
 
         Args:

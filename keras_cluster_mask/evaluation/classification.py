@@ -25,7 +25,9 @@ BLOCK = 1024
 
 
 def classification_accuracy(
-    scores: np.ndarray, labels: np.ndarray, ks: int | Sequence[int] = (1, 5)
+    scores: np.ndarray,
+    labels: Sequence[int] | np.ndarray,
+    ks: int | Sequence[int] = (1, 5),
 ) -> dict[str, float]:
     """Computes how often the right class is among the k highest scores.
 

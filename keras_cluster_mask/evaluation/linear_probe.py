@@ -1,7 +1,7 @@
 """Linear probe: the accuracy of a linear classifier on frozen features."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -29,10 +29,10 @@ METRICS = "top_1", "mean_per_class"
 
 def linear_probe(
     train_features: np.ndarray,
-    train_labels: np.ndarray,
+    train_labels: Sequence | np.ndarray,
     test_features: np.ndarray,
-    test_labels: np.ndarray,
-    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    test_labels: Sequence | np.ndarray,
+    validation: tuple[np.ndarray, Sequence | np.ndarray] | None = None,
     regularization: float | None = None,
     metric: str = "top_1",
     validation_split: float = 0.2,

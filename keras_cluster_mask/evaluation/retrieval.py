@@ -22,8 +22,8 @@ from keras_cluster_mask.training.tokens import check_tokenizer_of
 def retrieval_recall(
     image_embeddings: np.ndarray,
     text_embeddings: np.ndarray,
-    image_labels: Sequence | None = None,
-    text_labels: Sequence | None = None,
+    image_labels: Sequence | np.ndarray | None = None,
+    text_labels: Sequence | np.ndarray | None = None,
     ks: int | Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
     """Computes the recall of image-to-text and text-to-image retrieval.
@@ -175,8 +175,8 @@ def _with_texts(data, keys, number):
 def chance_recall(
     num_images: int,
     num_texts: int | None = None,
-    image_labels: Sequence | None = None,
-    text_labels: Sequence | None = None,
+    image_labels: Sequence | np.ndarray | None = None,
+    text_labels: Sequence | np.ndarray | None = None,
     ks: int | Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
     """Computes the expected recall of a random ranking.

@@ -1,6 +1,7 @@
 """Models and weights to and from other libraries."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from keras_cluster_mask.interop.hugging_face import load_hugging_face
 from keras_cluster_mask.interop.open_clip_weights import (
@@ -8,6 +9,9 @@ from keras_cluster_mask.interop.open_clip_weights import (
     open_clip_state_dict,
     save_open_clip,
 )
+
+if TYPE_CHECKING:
+    from keras_cluster_mask.interop import clip_benchmark
 
 __all__ = [
     "clip_benchmark",
@@ -18,8 +22,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
-    # Imported when first used, so that it also runs as a program of its own.
-    if name == "clip_benchmark":
-        return importlib.import_module("keras_cluster_mask.interop.clip_benchmark")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        # Imported when first used, so that it also runs as a program of its own.
+        if name == "clip_benchmark":
+            return importlib.import_module("keras_cluster_mask.interop.clip_benchmark")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,8 +65,8 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 from keras_cluster_mask.evaluation.embedding import Embedder
 from keras_cluster_mask.evaluation.preprocessing import (
@@ -75,9 +75,11 @@ from keras_cluster_mask.evaluation.preprocessing import (
     resize_image,
 )
 from keras_cluster_mask.masking.patch_grid import is_channels_first
+from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.loading import as_contrastive_model, image_size_of
 from keras_cluster_mask.training.tokens import check_tokenizer
+from keras_cluster_mask.types import Tensor
 
 # torch is imported in functions only: `adapt` says what to install without it.
 
@@ -157,7 +159,7 @@ def adapt(
 
 
 @contextlib.contextmanager
-def repaired():
+def repaired() -> Iterator[None]:
     """Lets clip_benchmark compute accuracies with NumPy 2.4 and later.
 
     clip_benchmark takes arrays of one element for numbers, which NumPy has come to
@@ -195,11 +197,11 @@ class Adapter:
         model: A `ContrastiveModel`.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: ContrastiveModel):
         self._embedder = Embedder(model)
         self._channels_first = is_channels_first(data_format_of(model.image_encoder))
 
-    def encode_image(self, images):
+    def encode_image(self, images: Tensor) -> Tensor:
         """Embeds images.
 
         Args:
@@ -217,7 +219,7 @@ class Adapter:
             images = images.permute(0, 2, 3, 1)
         return _embedded(self._embedder.images, images)
 
-    def encode_text(self, token_ids):
+    def encode_text(self, token_ids: Tensor) -> Tensor:
         """Embeds texts.
 
         Args:
@@ -228,11 +230,11 @@ class Adapter:
         """
         return _embedded(self._embedder.texts, token_ids.int())
 
-    def eval(self):
+    def eval(self) -> Self:
         """Returns itself: it is for inference only."""
         return self
 
-    def to(self, device):
+    def to(self, device: Any) -> Self:
         """Returns itself: Keras has placed the model already.
 
         Args:

@@ -4,12 +4,16 @@ import contextlib
 import os
 import pathlib
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin")
+# In versions before, `weights_only` does not keep a file from running code:
+# CVE-2025-32434 (before 2.6) and CVE-2026-24747 (before 2.10).
+SAFE_TORCH = 2, 10
 
 
 def read_weights(path: str | os.PathLike) -> Any:
@@ -20,6 +24,12 @@ def read_weights(path: str | os.PathLike) -> Any:
 
     Returns:
         A dictionary of NumPy arrays; of a file of torch's, whatever object it holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: For a file of torch's, without torch or with a version whose
+            reader is not safe.
+        ValueError: If the file is damaged, of another kind, or holds code.
     """
     path = pathlib.Path(path).expanduser()
     _check_suffix("source", path)
@@ -33,6 +43,13 @@ def read_weights(path: str | os.PathLike) -> Any:
         with _read_errors(path):
             return safetensors.numpy.load_file(path)
     torch = _torch(path)
+    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    if version < SAFE_TORCH:
+        raise ImportError(
+            f"`source` is a {path.suffix} file, which can run code when torch before "
+            "2.10 reads it: `pip install -U torch`, or pass a .safetensors file. "
+            f"Received: source={str(path)!r}, torch {torch.__version__}"
+        )
     with _read_errors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -1,7 +1,10 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -68,12 +71,12 @@ class AttentiveMasking(PatchMasking):
 
     def __init__(
         self,
-        teacher,
-        mask_ratio=0.5,
-        block_size=2,
-        num_prefix_tokens=None,
-        seed=None,
-        **kwargs,
+        teacher: keras.layers.Layer,
+        mask_ratio: float = 0.5,
+        block_size: int = 2,
+        num_prefix_tokens: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         # Else weights of the teacher would be read in half precision.
         kwargs.setdefault("dtype", "float32")
@@ -95,7 +98,9 @@ class AttentiveMasking(PatchMasking):
         self.patch_size = teacher.patch_size
         self.data_format = teacher.data_format
 
-    def score(self, noise, images=None, tokens=None):
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         blocks = self._grid_of_blocks(self.grid_shape(noise.shape[1], images))
         attention = self.teacher.attention(images)
         return block_means(attention, self.teacher.grid, blocks, self.block_size)
@@ -116,29 +121,29 @@ class AttentiveMasking(PatchMasking):
             )
         return blocks
 
-    def enter(self, encoder):
+    def enter(self, encoder: keras.Model) -> None:
         self.teacher.follow(encoder)
 
-    def check_ready(self):
+    def check_ready(self) -> None:
         self.teacher.check_ready()
 
-    def advance(self):
+    def advance(self) -> None:
         self.teacher.update()
 
     @property
-    def own_variables(self):
+    def own_variables(self) -> list[keras.Variable]:
         # Keras saves the teacher's with the teacher.
         theirs = {id(v) for v in self.teacher.variables}
         return [v for v in self.variables if id(v) not in theirs]
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         # The teacher's weights are compared by their shapes. The configuration of its
         # encoder has names that are counted.
         teacher = self.teacher.get_config()
         kept = ("momentum", "final_momentum", "steps", "image_size")
         return {**self.get_config(), "teacher": {key: teacher[key] for key in kept}}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -6,6 +7,7 @@ from keras import ops
 from keras_cluster_mask.masking.patch_grid import standardize_grid
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.selection import second_draw
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -48,12 +50,19 @@ class BlockMasking(PatchMasking):
     """
 
     def __init__(
-        self, mask_ratio=0.5, grid=None, num_prefix_tokens=None, seed=None, **kwargs
+        self,
+        mask_ratio: float = 0.5,
+        grid: tuple[int, int] | None = None,
+        num_prefix_tokens: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
         self.grid = standardize_grid(grid)
 
-    def score(self, noise, images=None, tokens=None):
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         rows, columns = self.grid_shape(noise.shape[1], images)
         height, width = _block_sides(rows, columns, self.num_kept(rows * columns))
 
@@ -74,7 +83,7 @@ class BlockMasking(PatchMasking):
         # small, since it drew that place.
         return ops.where(is_inside, second_draw(noise), -1.0)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config["grid"] = self.grid
         return config

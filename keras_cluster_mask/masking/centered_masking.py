@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -6,6 +7,7 @@ from keras import ops
 
 from keras_cluster_mask.masking.patch_grid import standardize_grid
 from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -58,12 +60,12 @@ class CenteredMasking(PatchMasking):
 
     def __init__(
         self,
-        mask_ratio=0.5,
-        variance=0.2,
-        grid=None,
-        num_prefix_tokens=None,
-        seed=None,
-        **kwargs,
+        mask_ratio: float = 0.5,
+        variance: float = 0.2,
+        grid: tuple[int, int] | None = None,
+        num_prefix_tokens: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
         if not isinstance(variance, (int, float)) or not 0 < variance < math.inf:
@@ -74,14 +76,16 @@ class CenteredMasking(PatchMasking):
         self.variance = float(variance)
         self.grid = standardize_grid(grid)
 
-    def score(self, noise, images=None, tokens=None):
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         rows, columns = self.grid_shape(noise.shape[1], images)
         y, x = np.meshgrid(_axis(rows), _axis(columns), indexing="ij")
         density = np.exp(-(x * x + y * y) / (2 * self.variance))
         density = density.ravel() / (2 * math.pi * self.variance)
         return noise + ops.convert_to_tensor(density, dtype="float32")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update({"variance": self.variance, "grid": self.grid})
         return config

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,6 +24,7 @@ from keras_cluster_mask.masking.threshold_search import (
     collect_similarities,
     find_threshold,
 )
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -112,18 +115,18 @@ class ClusterMasking(SimilarityMasking):
 
     def __init__(
         self,
-        patch_size,
-        mask_ratio=0.5,
-        min_mask_ratio=None,
-        threshold=None,
-        anchor_ratio=0.03,
-        softness=0.0,
-        hide_padding=True,
-        embedding_weight=0.0,
-        num_prefix_tokens=None,
-        data_format=None,
-        seed=None,
-        **kwargs,
+        patch_size: int | tuple[int, int],
+        mask_ratio: float = 0.5,
+        min_mask_ratio: float | None = None,
+        threshold: float | None = None,
+        anchor_ratio: float = 0.03,
+        softness: float = 0.0,
+        hide_padding: bool = True,
+        embedding_weight: float | keras.optimizers.schedules.LearningRateSchedule = 0.0,
+        num_prefix_tokens: int | None = None,
+        data_format: str | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             patch_size,
@@ -169,7 +172,9 @@ class ClusterMasking(SimilarityMasking):
 
     # === The strategy ===
 
-    def score(self, noise, images=None, tokens=None):
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         similarity = self.similarity(images, self.draw_anchors(noise), tokens)
         if self.min_mask_ratio is None:
             if not self.softness:
@@ -186,15 +191,17 @@ class ClusterMasking(SimilarityMasking):
         above = ops.where(is_least_alike, -1.0, -math.inf)
         return ops.where(similarity <= self.threshold, 0.0, above)
 
-    def draw_anchors(self, noise):
+    def draw_anchors(self, noise: Tensor) -> Tensor:
         """The anchors: `(batch, A)` indices of the patches of smallest noise."""
         return ops.argsort(noise, axis=-1)[:, : self.num_anchors(noise.shape[1])]
 
-    def num_anchors(self, num_patches):
+    def num_anchors(self, num_patches: int) -> int:
         """How many of `num_patches` become anchors, at least 1."""
         return anchor_count(num_patches, self.anchor_ratio)
 
-    def similarity(self, images, anchors, tokens=None):
+    def similarity(
+        self, images: Tensor, anchors: Tensor, tokens: Tensor | None = None
+    ) -> Tensor:
         """The highest similarity of each patch to any of the anchors.
 
         Args:
@@ -210,7 +217,7 @@ class ClusterMasking(SimilarityMasking):
             ops.max(self.similarity_to_anchors(images, anchors, tokens), axis=1)
         )
 
-    def adapt(self, data, max_images=10_000):
+    def adapt(self, data: Any, max_images: int = 10_000) -> None:
         """Sets `threshold` so that `mask_ratio` is reached on average over data.
 
         The pixels' similarity to freshly drawn anchors is computed once per
@@ -256,14 +263,20 @@ class ClusterMasking(SimilarityMasking):
             find_threshold(similarities, self.mask_ratio, max_visible)
         )
 
-    def similarity_of_pixels(self, images, anchors):
+    def similarity_of_pixels(self, images: Tensor, anchors: Tensor) -> Tensor:
         """As `similarity`, of the pixels alone whatever `embedding_weight` is."""
         patches = extract_patches(images, self.patch_size, self.data_format)
         return round_similarity(ops.max(pixel_similarity(patches, anchors), axis=1))
 
     # === What differs from the base class ===
 
-    def call(self, tokens, images=None, training=None, noise=None):
+    def call(
+        self,
+        tokens: Tensor,
+        images: Tensor | None = None,
+        training: bool | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         kept = super().call(tokens, images, training, noise)
         if training and self.threshold is not None:
             # A compiled step of a model that does not call `check_ready` cannot
@@ -271,7 +284,7 @@ class ClusterMasking(SimilarityMasking):
             kept = kept + ops.cast(0.0 * self.threshold, kept.dtype)
         return kept
 
-    def join(self, prepare_pixels):
+    def join(self, prepare_pixels: Callable[[Tensor], Tensor]) -> None:
         adapted = self._adapted_pixels
         if adapted is not None and not np.array_equal(
             probe_pixels(prepare_pixels), adapted
@@ -284,27 +297,27 @@ class ClusterMasking(SimilarityMasking):
             )
         super().join(prepare_pixels)
 
-    def num_kept(self, num_patches):
+    def num_kept(self, num_patches: int) -> int:
         ratio = self.mask_ratio if self.min_mask_ratio is None else self.min_mask_ratio
         return kept_count(num_patches, ratio)
 
     @property
-    def hides_tokens(self):
+    def hides_tokens(self) -> bool:
         return self.min_mask_ratio is not None and self.hide_padding
 
-    def observe(self, score):
+    def observe(self, score: Tensor) -> None:
         if self.share_above is not None:
             # Before masked patches return to fill up the fixed number of tokens.
             above = ops.cast(score < 0.0, "float32")
             self.share_above.assign(ops.mean(above))
 
-    def advance(self):
+    def advance(self) -> None:
         if self.share_above is not None:
             moved = self.threshold + 0.05 * (self.share_above - self.mask_ratio)
             self.threshold.assign(ops.clip(moved, -1.0, 1.0))
         super().advance()
 
-    def check_ready(self):
+    def check_ready(self) -> None:
         if self.threshold is None:
             return
         if math.isnan(float(ops.convert_to_numpy(self.threshold))):
@@ -313,7 +326,7 @@ class ClusterMasking(SimilarityMasking):
                 "call `adapt(images)` before training. Received: threshold=nan"
             )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {

@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -11,6 +13,7 @@ from keras_cluster_mask.masking.selection import (
 )
 from keras_cluster_mask.masking.similarity import extract_patches, round_similarity
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
+from keras_cluster_mask.types import Tensor
 
 SINKHORN_ROUNDS = 50
 SINKHORN_EPSILON = 1e-3
@@ -91,17 +94,17 @@ class EdgeMasking(SimilarityMasking):
 
     def __init__(
         self,
-        patch_size,
-        mask_ratio=0.5,
-        seed_ratio=0.05,
-        threshold=0.5,
-        edges="protect",
-        transport=True,
-        embedding_weight=0.0,
-        num_prefix_tokens=None,
-        data_format=None,
-        seed=None,
-        **kwargs,
+        patch_size: int | tuple[int, int],
+        mask_ratio: float = 0.5,
+        seed_ratio: float = 0.05,
+        threshold: float = 0.5,
+        edges: str | None = "protect",
+        transport: bool = True,
+        embedding_weight: float | keras.optimizers.schedules.LearningRateSchedule = 0.0,
+        num_prefix_tokens: int | None = None,
+        data_format: str | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             patch_size,
@@ -130,7 +133,9 @@ class EdgeMasking(SimilarityMasking):
         self.count_steps()
 
     @in_full_precision
-    def score(self, noise, images=None, tokens=None):
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         seeds = self.draw_seeds(noise, images)
         if self.transport:
             similarity = self.similarity_to_anchors(images, None, tokens)
@@ -141,7 +146,7 @@ class EdgeMasking(SimilarityMasking):
         above = round_similarity(ops.max(to_seeds, axis=1) - self.threshold)
         return ops.where(above > 0.0, -1.0, 0.0)
 
-    def draw_seeds(self, noise, images):
+    def draw_seeds(self, noise: Tensor, images: Tensor) -> Tensor:
         """The seeds: `(batch, A)` indices, those that are taken first in front."""
         preferred = ops.zeros_like(noise)
         if self.edges == "released":
@@ -154,7 +159,7 @@ class EdgeMasking(SimilarityMasking):
         count = anchor_count(noise.shape[1], self.seed_ratio)
         return order_by_score(preferred, -noise)[:, :count]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {

@@ -1,8 +1,11 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_cluster_mask.masking.patch_grid import standardize_grid
 from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -45,7 +48,12 @@ class GridMasking(PatchMasking):
     """
 
     def __init__(
-        self, window=2, grid=None, num_prefix_tokens=None, seed=None, **kwargs
+        self,
+        window: int = 2,
+        grid: tuple[int, int] | None = None,
+        num_prefix_tokens: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         if not isinstance(window, int) or window < 1:
             raise ValueError(
@@ -61,7 +69,9 @@ class GridMasking(PatchMasking):
         self.window = window
         self.grid = standardize_grid(grid)
 
-    def score(self, noise, images=None, tokens=None):
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         rows, columns = self.grid_shape(noise.shape[1], images)
         side = self.window
         if rows % side or columns % side:
@@ -79,7 +89,7 @@ class GridMasking(PatchMasking):
         is_kept = ops.transpose(is_kept, (0, 1, 3, 2, 4))
         return ops.reshape(is_kept, (-1, rows * columns))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["mask_ratio"]
         config.update({"window": self.window, "grid": self.grid})

@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -5,6 +7,7 @@ from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.masking.similarity import round_similarity
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
+from keras_cluster_mask.types import Tensor
 
 # The least squared length of a sum of patches that is a direction rather than rounding.
 SHORTEST = 1e-4
@@ -75,15 +78,15 @@ class KMeansMasking(SimilarityMasking):
 
     def __init__(
         self,
-        patch_size,
-        mask_ratio=0.5,
-        num_clusters=8,
-        iterations=5,
-        embedding_weight=0.0,
-        num_prefix_tokens=None,
-        data_format=None,
-        seed=None,
-        **kwargs,
+        patch_size: int | tuple[int, int],
+        mask_ratio: float = 0.5,
+        num_clusters: int = 8,
+        iterations: int = 5,
+        embedding_weight: float | keras.optimizers.schedules.LearningRateSchedule = 0.0,
+        num_prefix_tokens: int | None = None,
+        data_format: str | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             patch_size,
@@ -105,7 +108,9 @@ class KMeansMasking(SimilarityMasking):
         self.count_steps()
 
     @in_full_precision
-    def score(self, noise, images=None, tokens=None):
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         num_clusters, num_patches = self.num_clusters, noise.shape[1]
         if num_clusters > num_patches:
             raise ValueError(
@@ -133,7 +138,7 @@ class KMeansMasking(SimilarityMasking):
         # The clusters are in the order of their first centers' noise, a random one.
         return ops.cast(ops.argmax(to_centers, axis=1), "float32")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {"num_clusters": self.num_clusters, "iterations": self.iterations}

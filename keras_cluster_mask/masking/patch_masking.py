@@ -1,6 +1,8 @@
 import contextlib
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,6 +23,7 @@ from keras_cluster_mask.masking.selection import (
     order_by_score,
     probe_pixels,
 )
+from keras_cluster_mask.types import Tensor
 
 
 class PatchMasking(keras.layers.Layer):
@@ -98,13 +101,19 @@ class PatchMasking(keras.layers.Layer):
 
     # For strategies that see images: an integer or `(height, width)` in pixels, and the
     # order of axes.
-    patch_size = None
-    data_format = None
+    patch_size: int | tuple[int, int] | None = None
+    data_format: str | None = None
 
     # For strategies that depend on position: `(rows, columns)` of patches, if given.
-    grid = None
+    grid: tuple[int, int] | None = None
 
-    def __init__(self, mask_ratio=0.5, num_prefix_tokens=None, seed=None, **kwargs):
+    def __init__(
+        self,
+        mask_ratio: float = 0.5,
+        num_prefix_tokens: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
         # Similarity is computed in float32 under any dtype policy, and tokens keep
         # their dtype, so inputs must not be cast.
         kwargs.setdefault("autocast", False)
@@ -139,19 +148,21 @@ class PatchMasking(keras.layers.Layer):
         self._is_ready = False
 
     @property
-    def num_prefix_tokens(self):
+    def num_prefix_tokens(self) -> int | None:
         """The number that was given; if none was, that of the encoder around a call."""
         if self._num_prefix_tokens is not None:
             return self._num_prefix_tokens
         return getattr(context, "num_prefix_tokens", None)
 
     @num_prefix_tokens.setter
-    def num_prefix_tokens(self, value):
+    def num_prefix_tokens(self, value: int | None) -> None:
         self._num_prefix_tokens = value
 
     # === What a strategy defines ===
 
-    def score(self, noise, images=None, tokens=None):
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         """Scores every patch; the highest-scoring patches stay.
 
         Args:
@@ -167,11 +178,13 @@ class PatchMasking(keras.layers.Layer):
             f"{type(self).__name__} must implement `score(noise, images, tokens)`."
         )
 
-    def num_kept(self, num_patches):
+    def num_kept(self, num_patches: int) -> int:
         """How many patches stay of `num_patches`, an integer of at least 1."""
         return kept_count(num_patches, self.mask_ratio)
 
-    def count_patches(self, images=None, tokens=None):
+    def count_patches(
+        self, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> int:
         """How many patches an image has: by its size, or by the number of tokens."""
         if self.grid is not None:
             return math.prod(self.grid)
@@ -202,7 +215,9 @@ class PatchMasking(keras.layers.Layer):
             )
         return tokens.shape[1] - self.num_prefix_tokens
 
-    def grid_shape(self, num_patches, images=None):
+    def grid_shape(
+        self, num_patches: int, images: Tensor | None = None
+    ) -> tuple[int, int]:
         """The rows and columns of patches, for strategies that depend on position.
 
         Args:
@@ -223,7 +238,7 @@ class PatchMasking(keras.layers.Layer):
 
     # === What every strategy shares ===
 
-    def draw(self, batch_size, num_patches):
+    def draw(self, batch_size: int, num_patches: int) -> Tensor:
         """Draws the noise of one step, the only randomness there is.
 
         Args:
@@ -238,7 +253,12 @@ class PatchMasking(keras.layers.Layer):
                 (batch_size, num_patches), dtype="float32", seed=self.seed_generator
             )
 
-    def select(self, images=None, tokens=None, noise=None):
+    def select(
+        self,
+        images: Tensor | None = None,
+        tokens: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Selects the patches that stay.
 
         Args:
@@ -301,7 +321,13 @@ class PatchMasking(keras.layers.Layer):
             return indices, ops.ones_like(indices, dtype="bool")
         return indices, ops.take_along_axis(score, indices, axis=1) > -math.inf
 
-    def call(self, tokens, images=None, training=None, noise=None):
+    def call(
+        self,
+        tokens: Tensor,
+        images: Tensor | None = None,
+        training: bool | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         tokens = ops.convert_to_tensor(tokens)
         if len(tokens.shape) != 3:
             raise ValueError(
@@ -339,11 +365,11 @@ class PatchMasking(keras.layers.Layer):
             self._visible_tokens = ops.concatenate([always, visible], axis=1)
         return ops.concatenate([prefix, kept], axis=1)
 
-    def prepare_pixels(self, images):
+    def prepare_pixels(self, images: Tensor) -> Tensor:
         """What becomes of images before they get here; set by the model around."""
         return images
 
-    def join(self, prepare_pixels):
+    def join(self, prepare_pixels: Callable[[Tensor], Tensor]) -> None:
         """Called by a model that the masking becomes a part of.
 
         From then on only the training steps of the model count as steps, and not every
@@ -364,24 +390,24 @@ class PatchMasking(keras.layers.Layer):
         self.prepare_pixels = prepare_pixels
         self.counts_calls = False
 
-    def enter(self, encoder):
+    def enter(self, encoder: keras.Model) -> None:
         """Called by a `MaskedEncoder` that the masking is put into.
 
         Args:
             encoder: The encoder whose tokens are left out.
         """
 
-    def check_ready(self):
+    def check_ready(self) -> None:
         """Raises if the layer cannot train yet. Reads values, so call it eagerly."""
 
-    def observe(self, score):
+    def observe(self, score: Tensor) -> None:
         """Called in training with the scores, for strategies that keep state.
 
         Args:
             score: `(batch, N)` tensor that `score` returned.
         """
 
-    def advance(self):
+    def advance(self) -> None:
         """Moves state on by one training step, for strategies that keep state."""
 
     def _check_ready_once(self):
@@ -429,43 +455,56 @@ class PatchMasking(keras.layers.Layer):
 
     # === Keras ===
 
-    def compute_mask(self, inputs, previous_mask=None):
+    def compute_mask(
+        self, inputs: Tensor, previous_mask: Tensor | None = None
+    ) -> Tensor | None:
         # Stored by `call`, since Keras passes only the input to this method.
         visible, self._visible_tokens = self._visible_tokens, None
         return previous_mask if visible is None else visible
 
-    def compute_output_shape(self, tokens_shape, images_shape=None, noise_shape=None):
+    def compute_output_shape(
+        self,
+        tokens_shape: Sequence[int | None],
+        images_shape: Sequence[int | None] | None = None,
+        noise_shape: Sequence[int | None] | None = None,
+    ) -> tuple[int | None, ...]:
         # None in both modes: how many tokens leave depends on `training`, and so does
         # whether there are several views.
         has_views = noise_shape is not None and len(noise_shape) == 3
         return (None if has_views else tokens_shape[0], None, tokens_shape[2])
 
-    def compute_output_spec(self, tokens, images=None, training=None, noise=None):
+    def compute_output_spec(
+        self,
+        tokens: Tensor,
+        images: Tensor | None = None,
+        training: bool | None = None,
+        noise: Tensor | None = None,
+    ) -> keras.KerasTensor:
         # The tokens' dtype, whatever the policy's: nothing is computed with them.
         noise_shape = getattr(noise, "shape", None)
         shape = self.compute_output_shape(tokens.shape, noise_shape=noise_shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)
 
     @property
-    def own_variables(self):
+    def own_variables(self) -> list[keras.Variable]:
         """What the layer saves: all its variables but those of layers in it."""
         return self.variables
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         # Keras's own way leaves out the state of the seed generator, and the masks
         # of a reloaded model would start over.
         for index, variable in enumerate(self.own_variables):
             store[str(index)] = variable
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         for index, variable in enumerate(self.own_variables):
             variable.assign(store[str(index)])
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """What a checkpoint must fit besides variables: a dictionary of JSON values."""
         return self.get_config()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {

@@ -1,6 +1,7 @@
 import keras
 
 from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -31,5 +32,7 @@ class RandomMasking(PatchMasking):
           https://arxiv.org/abs/2212.00794)
     """
 
-    def score(self, noise, images=None, tokens=None):
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         return noise

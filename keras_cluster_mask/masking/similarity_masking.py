@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -15,6 +16,7 @@ from keras_cluster_mask.masking.similarity import (
     pixel_similarity,
     token_similarity,
 )
+from keras_cluster_mask.types import Tensor
 
 # How many pixels, or similarities, are in memory at a time on torch: 256 MiB, and a few
 # copies of them. At 224 x 224 pixels it is those of 445 images.
@@ -43,13 +45,13 @@ class SimilarityMasking(PatchMasking):
 
     def __init__(
         self,
-        patch_size,
-        mask_ratio,
-        embedding_weight,
-        num_prefix_tokens,
-        data_format,
-        seed,
-        **kwargs,
+        patch_size: int | tuple[int, int],
+        mask_ratio: float,
+        embedding_weight: float | keras.optimizers.schedules.LearningRateSchedule,
+        num_prefix_tokens: int | None,
+        data_format: str | None,
+        seed: int | None,
+        **kwargs: Any,
     ):
         super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
         self.patch_size = standardize_patch_size(patch_size)
@@ -64,7 +66,7 @@ class SimilarityMasking(PatchMasking):
         self.embedding_weight = embedding_weight
         self.step = None
 
-    def count_steps(self):
+    def count_steps(self) -> None:
         """Adds the weight `step` if `embedding_weight` is a schedule.
 
         The last call of each `__init__`: a file holds the weights in the order in which
@@ -90,7 +92,9 @@ class SimilarityMasking(PatchMasking):
         max_rows = max(1, MAX_VALUES // values)
         return map_rows(self.score, max_rows, [noise, images, tokens])
 
-    def similarity_to_anchors(self, images, anchors, tokens=None):
+    def similarity_to_anchors(
+        self, images: Tensor, anchors: Tensor | None, tokens: Tensor | None = None
+    ) -> Tensor:
         """The similarity of each patch to each anchor.
 
         Args:
@@ -121,11 +125,11 @@ class SimilarityMasking(PatchMasking):
             similarity = (1.0 - weight) * similarity + weight * alike
         return similarity
 
-    def advance(self):
+    def advance(self) -> None:
         if self.step is not None:
             self.step.assign_add(1)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         weight = self.embedding_weight
         if not isinstance(weight, float):

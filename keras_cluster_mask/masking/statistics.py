@@ -1,6 +1,8 @@
 """What a masking does to the images of a data set, in numbers."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,8 +12,10 @@ from keras_cluster_mask.batches import num_images, read_images
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
 from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
+from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.similarity import round_similarity
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
+from keras_cluster_mask.types import Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -66,18 +70,18 @@ class MaskingStatistics:
     patches_taken_by_rank: np.ndarray | None = None
 
     @property
-    def num_patches(self):
+    def num_patches(self) -> int:
         """N, the number of patches of an image."""
         return self.masked_by_position.size
 
     @property
-    def lone_anchors(self):
+    def lone_anchors(self) -> float | None:
         """The share of the anchors that take at most themselves, or `None`."""
         if self.patches_taken is None:
             return None
         return float(self.patches_taken[:2].sum() / self.patches_taken.sum())
 
-    def summary(self):
+    def summary(self) -> str:
         """The statistics as a text table.
 
         Returns:
@@ -120,14 +124,14 @@ class MaskingStatistics:
 
 
 def masking_statistics(
-    masking,
-    data,
-    patch_size=None,
-    embed=None,
-    max_images=None,
-    seed=0,
-    verbose="auto",
-):
+    masking: PatchMasking,
+    data: Any,
+    patch_size: int | tuple[int, int] | None = None,
+    embed: Callable[[Tensor], Tensor] | None = None,
+    max_images: int | None = None,
+    seed: int | None = 0,
+    verbose: str | int = "auto",
+) -> MaskingStatistics:
     """Measures what a masking does to the images of a data set.
 
     One pass over the data, which keeps only sums and two numbers per image. The masking

@@ -1,11 +1,14 @@
 """A `ContrastiveModel` for each kind of keras_hub backbone."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import (
     call_encoder,
@@ -23,6 +26,7 @@ from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.masked_text_encoder import with_text_masking
 from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
 from keras_cluster_mask.training.layers import frozen_parts
+from keras_cluster_mask.types import Tensor
 
 HEAD_OPTIONS = "loss", "initial_temperature", "initial_logit_bias", "max_logit_scale"
 
@@ -51,13 +55,13 @@ class BackboneModel(ContrastiveModel):
 
     def __init__(
         self,
-        backbone,
-        masking,
-        head,
-        parts,
-        text_masking=None,
-        padding_first=True,
-        **kwargs,
+        backbone: keras.Model,
+        masking: PatchMasking | None,
+        head: ContrastiveHead | None,
+        parts: dict[str, Any],
+        text_masking: PatchMasking | None = None,
+        padding_first: bool = True,
+        **kwargs: Any,
     ):
         if "dtype" in kwargs:
             raise ValueError(
@@ -94,7 +98,7 @@ class BackboneModel(ContrastiveModel):
     def _with_whole_encoders(self):
         return type(self)(self.backbone, head=self.head, **self._whole_options())
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {
             **self._options(),
             "backbone": keras.saving.serialize_keras_object(self.backbone),
@@ -124,12 +128,12 @@ class CLIPContrastiveModel(BackboneModel):
 
     def __init__(
         self,
-        backbone,
-        masking=None,
-        loss="softmax",
-        initial_temperature=None,
-        head=None,
-        **kwargs,
+        backbone: keras.Model,
+        masking: PatchMasking | None = None,
+        loss: str = "softmax",
+        initial_temperature: float | None = None,
+        head: ContrastiveHead | None = None,
+        **kwargs: Any,
     ):
         parts = {}
         if head is None:
@@ -147,11 +151,11 @@ class CLIPContrastiveModel(BackboneModel):
         # It takes the class token, which is never hidden.
         backbone.vision_pooler.supports_masking = True
 
-    def image_features(self, images, training=None):
+    def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.image_encoder, images, training)
         return self.head.project_image(self.backbone.vision_pooler(tokens))
 
-    def text_features(self, token_ids, training=None):
+    def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.text_encoder, token_ids, training)
         # The backbone's `text_pooler` takes the token by an index, which torch exports
         # only for one batch size.
@@ -160,16 +164,18 @@ class CLIPContrastiveModel(BackboneModel):
         pooled = ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
         return self.head.project_text(pooled)
 
-    def end_of_text(self, token_ids):
+    def end_of_text(self, token_ids: Tensor) -> Tensor:
         """The index of the end token in each text: CLIP's has the highest id."""
         return ops.argmax(token_ids, axis=-1)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         epsilon = read_text_epsilon(self.backbone)
         return {**super().get_config(), "text_epsilon": epsilon}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
         config = dict(config)
         epsilon = config.pop("text_epsilon")
         model = super().from_config(config, custom_objects)
@@ -197,28 +203,28 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     pools_highest_id = False
 
     @property
-    def end_token_id(self):
+    def end_token_id(self) -> int | None:
         return self.backbone.text_pooler.eos_token_id
 
     @property
-    def towers(self):
+    def towers(self) -> dict[str, list[keras.layers.Layer]]:
         towers = super().towers
         towers["image"].append(self.backbone.vision_post_layer_norm)
         return towers
 
-    def image_features(self, images, training=None):
+    def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.image_encoder, images, training)
         pooled = self.backbone.vision_pooler(tokens)
         return self.head.project_image(self.backbone.vision_post_layer_norm(pooled))
 
-    def text_features(self, token_ids, training=None):
+    def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
         features = super().text_features(token_ids, training)
         # Without an end token the backbone would take the first token of a text. NaN
         # shows in the loss of data that cannot be checked beforehand.
         has_end = ops.any(ops.equal(token_ids, self.end_token_id), axis=-1)
         return ops.where(has_end[:, None], features, math.nan)
 
-    def end_of_text(self, token_ids):
+    def end_of_text(self, token_ids: Tensor) -> Tensor:
         """The index of the first end token in each text."""
         is_end = ops.equal(token_ids, self.end_token_id)
         return ops.argmax(ops.cast(is_end, "int32"), axis=-1)
@@ -237,15 +243,15 @@ class SigLIPContrastiveModel(BackboneModel):
 
     def __init__(
         self,
-        backbone,
-        masking=None,
-        loss="sigmoid",
-        initial_temperature=None,
-        initial_logit_bias=None,
-        pixel_mean=SIGLIP_MEAN,
-        pixel_std=SIGLIP_STD,
-        head=None,
-        **kwargs,
+        backbone: keras.Model,
+        masking: PatchMasking | None = None,
+        loss: str = "sigmoid",
+        initial_temperature: float | None = None,
+        initial_logit_bias: float | None = None,
+        pixel_mean: Sequence[float] | None = SIGLIP_MEAN,
+        pixel_std: Sequence[float] = SIGLIP_STD,
+        head: ContrastiveHead | None = None,
+        **kwargs: Any,
     ):
         own, parts = backbone.siglip_head, {}
         if head is None:

@@ -5,7 +5,7 @@ from keras import ops
 from keras_cluster_mask.models.encoders import TEXT_ENCODERS, copy_with
 
 
-def with_context_length(model, length: int):
+def with_context_length(model: keras.Model, length: int) -> keras.Model:
     """Makes a copy of a text encoder that takes texts of another length.
 
     All weights are copied but the positions, which are interpolated (linear, as

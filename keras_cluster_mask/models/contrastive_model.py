@@ -3,8 +3,11 @@
 import contextlib
 import functools
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution import gradients, replicas
@@ -32,6 +35,7 @@ from keras_cluster_mask.training.inputs import (
     until_the_end,
 )
 from keras_cluster_mask.training.tokens import remembered_tokenizer
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -133,23 +137,23 @@ class ContrastiveModel(DualEncoder):
 
     def __init__(
         self,
-        image_encoder,
-        text_encoder,
-        loss="softmax",
-        projection_dim=None,
-        micro_batch_size=None,
-        initial_temperature=None,
-        initial_logit_bias=None,
-        max_logit_scale=100.0,
-        duplicates="positive",
-        views=1,
-        gradient_checkpointing=False,
-        pixel_mean=CLIP_MEAN,
-        pixel_std=CLIP_STD,
-        tokenizer_fingerprint=None,
-        head=None,
-        dtype=None,
-        **kwargs,
+        image_encoder: keras.Model,
+        text_encoder: keras.Model,
+        loss: str = "softmax",
+        projection_dim: int | None = None,
+        micro_batch_size: int | None = None,
+        initial_temperature: float | None = None,
+        initial_logit_bias: float | None = None,
+        max_logit_scale: float = 100.0,
+        duplicates: str = "positive",
+        views: int = 1,
+        gradient_checkpointing: bool | Sequence[str] = False,
+        pixel_mean: Sequence[float] | None = CLIP_MEAN,
+        pixel_std: Sequence[float] = CLIP_STD,
+        tokenizer_fingerprint: str | None = None,
+        head: ContrastiveHead | None = None,
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
     ):
         _check_options(duplicates, micro_batch_size)
         options = {
@@ -196,7 +200,7 @@ class ContrastiveModel(DualEncoder):
         masking: PatchMasking | None = None,
         text_masking: PatchMasking | None = None,
         padding_first: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> "ContrastiveModel":
         """Makes a model from a keras_hub backbone of two towers.
 
@@ -248,7 +252,9 @@ class ContrastiveModel(DualEncoder):
 
     # === One step of training ===
 
-    def call(self, inputs, training=None):
+    def call(
+        self, inputs: Mapping[str, Tensor], training: bool | None = None
+    ) -> dict[str, Tensor]:
         check_input(inputs)
         if not training:
             return self.embed(inputs, training)
@@ -261,7 +267,7 @@ class ContrastiveModel(DualEncoder):
         self.add_loss(extra_losses)
         return embeddings
 
-    def train_step(self, *args):
+    def train_step(self, *args: Any) -> Any:
         """One step of training, on every backend.
 
         Keras passes `(data)` on TensorFlow and torch and `(state, data)` on
@@ -275,8 +281,13 @@ class ContrastiveModel(DualEncoder):
         return results
 
     def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Tensor | None = None,
+        training: bool = True,
+    ) -> Tensor:
         check_no_labels(y=y)
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
@@ -315,7 +326,9 @@ class ContrastiveModel(DualEncoder):
                 masking.advance()
         return loss
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Tensor | None = None
+    ) -> dict[str, Any]:
         if not self.is_evaluating:
             # The end of a training step, on every backend.
             (loss,) = (each for each in self.metrics if each.name == "loss")
@@ -326,7 +339,7 @@ class ContrastiveModel(DualEncoder):
                 self.training_run.note_rng_state()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Any:
         # The last moment before a step is compiled, at which values can be read.
         gradients.prepare_replicas(self)
         optimizers.use_global_gradients(self)
@@ -335,7 +348,7 @@ class ContrastiveModel(DualEncoder):
         return super().make_train_function(force)
 
     @property
-    def metrics(self):
+    def metrics(self) -> list[keras.metrics.Metric]:
         metrics = [x for x in super().metrics if x is not self.finite_steps]
         if self.is_evaluating:
             # Evaluation has no gradients, and masks nothing.
@@ -348,13 +361,13 @@ class ContrastiveModel(DualEncoder):
 
     def compile(
         self,
-        optimizer="rmsprop",
+        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
         *,
-        learning_rate_multipliers=None,
-        decay_vectors=False,
-        log_gradient_norm=False,
-        **kwargs,
-    ):
+        learning_rate_multipliers: Mapping[str, float] | None = None,
+        decay_vectors: bool = False,
+        log_gradient_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Chooses the optimizer and which weights it treats how.
 
         Example:
@@ -412,13 +425,13 @@ class ContrastiveModel(DualEncoder):
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        epochs=1,
-        *args,
+        x: Any = None,
+        y: None = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        *args: Any,
         resume_from: str | os.PathLike | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains the model: `keras.Model.fit` with one argument more.
 
@@ -482,31 +495,49 @@ class ContrastiveModel(DualEncoder):
 
     def evaluate(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        verbose="auto",
-        sample_weight=None,
-        steps=None,
-        **kwargs,
-    ):
+        x: Any = None,
+        y: None = None,
+        batch_size: int | None = None,
+        verbose: str | int = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         x = evaluation_data(self, as_dictionary(x, y, sample_weight), steps)
         with until_the_end(), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
 
-    def predict(self, x, batch_size=None, verbose="auto", steps=None, **kwargs):
+    def predict(
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: str | int = "auto",
+        steps: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, np.ndarray]:
         x = evaluation_data(self, as_dictionary(x), steps)
         with until_the_end():
             return super().predict(x, batch_size, verbose, steps, **kwargs)
 
     def train_on_batch(
-        self, x, y=None, sample_weight=None, class_weight=None, return_dict=False
-    ):
+        self,
+        x: Any,
+        y: None = None,
+        sample_weight: Any = None,
+        class_weight: None = None,
+        return_dict: bool = False,
+    ) -> Any:
         x = as_dictionary(x, y, sample_weight, class_weight)
         x = check_data(x, self.input_rules, training=True)
         return super().train_on_batch(x, return_dict=return_dict)
 
-    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+    def test_on_batch(
+        self,
+        x: Any,
+        y: None = None,
+        sample_weight: Any = None,
+        return_dict: bool = False,
+    ) -> Any:
         x = check_data(as_dictionary(x, y, sample_weight), self.input_rules)
         with self._evaluation():
             return super().test_on_batch(x, return_dict=return_dict)
@@ -522,14 +553,14 @@ class ContrastiveModel(DualEncoder):
     # === Other models of the same weights ===
 
     @functools.cached_property
-    def image_tower(self):
+    def image_tower(self) -> Tower:
         """A `Tower` from images to embeddings: what `encode_image` computes."""
         # Nothing is masked at inference, so the file of a tower needs no masking.
         is_masked = isinstance(self.image_encoder, MaskedEncoder)
         return Tower.of_images(self._with_whole_encoders() if is_masked else self)
 
     @functools.cached_property
-    def text_tower(self):
+    def text_tower(self) -> Tower:
         """A `Tower` from token ids to embeddings: what `encode_text` computes.
 
         Of a text encoder with several inputs, it takes a dictionary of them.
@@ -537,7 +568,7 @@ class ContrastiveModel(DualEncoder):
         is_masked = isinstance(self.text_encoder, MaskedTextEncoder)
         return Tower.of_texts(self._with_whole_encoders() if is_masked else self)
 
-    def without_masking(self):
+    def without_masking(self) -> Self:
         """Makes a model of the same weights that trains on whole images and texts.
 
         For the last epochs: a model pre-trained on parts of images improves by some
@@ -589,17 +620,17 @@ class ContrastiveModel(DualEncoder):
 
     # === Saving ===
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> dict[str, Any] | None:
         config = super().get_compile_config()
         return {**config, **self.optimizer_options} if config else config
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras's own is for models that do not override `compile`.
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **self._options(),
             "image_encoder": keras.saving.serialize_keras_object(self.image_encoder),
@@ -608,7 +639,9 @@ class ContrastiveModel(DualEncoder):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
         return layers.from_parts(cls, config, custom_objects)
 
     def _options(self):

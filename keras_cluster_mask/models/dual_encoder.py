@@ -1,6 +1,8 @@
 """Images and texts as embeddings in a common space."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import keras
 from keras import ops
@@ -14,7 +16,7 @@ from keras_cluster_mask.models.encoders import (
     context_length_of,
     data_format_of,
 )
-from keras_cluster_mask.models.head import l2_normalize
+from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
 from keras_cluster_mask.models.pixels import (
     check_statistics,
     normalize_pixels,
@@ -31,6 +33,7 @@ from keras_cluster_mask.training.gradient_checkpointing import (
 )
 from keras_cluster_mask.training.input_rules import InputRules
 from keras_cluster_mask.training.layers import all_layers
+from keras_cluster_mask.types import Tensor
 
 
 class DualEncoder(keras.Model):
@@ -53,14 +56,14 @@ class DualEncoder(keras.Model):
 
     def __init__(
         self,
-        image_encoder,
-        text_encoder,
-        head,
-        views,
-        gradient_checkpointing,
-        pixel_mean,
-        pixel_std,
-        **kwargs,
+        image_encoder: keras.Model,
+        text_encoder: keras.Model,
+        head: ContrastiveHead,
+        views: int,
+        gradient_checkpointing: bool | Sequence[str],
+        pixel_mean: Sequence[float] | None,
+        pixel_std: Sequence[float],
+        **kwargs: Any,
     ):
         # Each part casts for itself. With a mixed policy of its own, the model would
         # have all weights cast that it passes to micro-batches; and a masking must see
@@ -102,17 +105,17 @@ class DualEncoder(keras.Model):
 
     # === From inputs to embeddings ===
 
-    def image_features(self, images, training=None):
+    def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         """`(batch, d)` image features in the common space, before normalisation."""
         features = call_encoder(self.image_encoder, images, training)
         return self.head.project_image(_check_features(self.image_encoder, features))
 
-    def text_features(self, token_ids, training=None):
+    def text_features(self, token_ids: Any, training: bool | None = None) -> Tensor:
         """`(batch, d)` text features in the common space, before normalisation."""
         features = call_encoder(self.text_encoder, token_ids, training)
         return self.head.project_text(_check_features(self.text_encoder, features))
 
-    def encode_image(self, images, training=None):
+    def encode_image(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Embeds images.
 
         Args:
@@ -127,7 +130,9 @@ class DualEncoder(keras.Model):
             self.input_rules.check_images(images)
         return self.image_embeddings(images, training)
 
-    def encode_text(self, token_ids, training=None):
+    def encode_text(
+        self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
+    ) -> Tensor:
         """Embeds texts.
 
         Args:
@@ -151,7 +156,7 @@ class DualEncoder(keras.Model):
 
     # Those that follow check no values, since data is checked before it is trained on.
 
-    def image_embeddings(self, images, training=None):
+    def image_embeddings(self, images: Tensor, training: bool | None = None) -> Tensor:
         """As `encode_image`."""
         pixels = self.normalize_pixels(images)
         views = self.views if training else 1
@@ -163,12 +168,16 @@ class DualEncoder(keras.Model):
             embeddings, (ops.shape(pixels)[0], views, embeddings.shape[-1])
         )
 
-    def text_embeddings(self, token_ids, training=None):
+    def text_embeddings(
+        self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
+    ) -> Tensor:
         """As `encode_text`."""
         inputs = text_inputs(self.text_encoder, token_ids)
         return l2_normalize(self.text_features(inputs, training))
 
-    def embed(self, inputs, training=None):
+    def embed(
+        self, inputs: Mapping[str, Tensor], training: bool | None = None
+    ) -> dict[str, Tensor]:
         """Embeds a batch, or a micro-batch, of images and texts."""
         texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
         with checkpointed(self._blocks() if training else []):
@@ -180,33 +189,33 @@ class DualEncoder(keras.Model):
     # === What the encoders take ===
 
     @property
-    def vocabulary_size(self):
+    def vocabulary_size(self) -> int | None:
         """The number of token ids the text encoder knows, or `None`."""
         return getattr(self.text_encoder, "vocabulary_size", None)
 
     @property
-    def context_length(self):
+    def context_length(self) -> int | None:
         """The most tokens of a text that the text encoder takes, or `None`."""
         return context_length_of(self.text_encoder)
 
     @property
-    def text_input_names(self):
+    def text_input_names(self) -> Sequence[str]:
         """The entries of a batch that the text encoder takes."""
         return text_input_names(self.text_encoder)
 
     @property
-    def end_token_id(self):
+    def end_token_id(self) -> int | None:
         """The id that every text must hold since it is pooled there, or `None`."""
         return None
 
     @property
-    def pools_highest_id(self):
+    def pools_highest_id(self) -> bool:
         """Whether the text encoder pools at the highest token id, as CLIP's does."""
         layers = all_layers(self.text_encoder)
         return any(type(layer).__name__ == "CLIPTextPooler" for layer in layers)
 
     @property
-    def input_rules(self):
+    def input_rules(self) -> InputRules:
         """What images and token ids must be like, an `InputRules`."""
         texts = [name for name in self.text_input_names if name not in MADE]
         return InputRules(
@@ -219,7 +228,7 @@ class DualEncoder(keras.Model):
         )
 
     @property
-    def towers(self):
+    def towers(self) -> dict[str, list[keras.layers.Layer]]:
         """The layers that make image and text embeddings, as lists by tower."""
         towers = {
             "image": [self.image_encoder, self.head.image_projection],

@@ -1,7 +1,10 @@
 import math
+from typing import Any
 
 import keras
 from keras import ops
+
+from keras_cluster_mask.types import Tensor
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
 INITIAL_LOGIT_BIAS = -10.0
@@ -56,7 +59,7 @@ class ContrastiveHead(keras.layers.Layer):
         text_projection: keras.layers.Layer | None = None,
         logit_scale: keras.Variable | None = None,
         logit_bias: keras.Variable | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         # Projections cast for themselves.
@@ -90,7 +93,9 @@ class ContrastiveHead(keras.layers.Layer):
         self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
         self.built = True
 
-    def build_projections(self, image_width: int | None, text_width: int | None):
+    def build_projections(
+        self, image_width: int | None, text_width: int | None
+    ) -> None:
         """Builds the projections, or checks that the features need none.
 
         Args:
@@ -112,18 +117,18 @@ class ContrastiveHead(keras.layers.Layer):
             if projection is not None and not projection.built:
                 projection.build((None, width))
 
-    def project_image(self, features):
+    def project_image(self, features: Tensor) -> Tensor:
         """Features of images in the common space, not normalised."""
         projection = self.image_projection
         return features if projection is None else projection(features)
 
-    def project_text(self, features):
+    def project_text(self, features: Tensor) -> Tensor:
         """Features of texts in the common space, not normalised."""
         projection = self.text_projection
         return features if projection is None else projection(features)
 
     @property
-    def scale(self):
+    def scale(self) -> Tensor:
         """The scale of the logits, 1 / temperature, at most `max_logit_scale`."""
         # The clip passes gradients, so that a scale above the limit (of averaged or
         # loaded weights) is still trained back.
@@ -132,12 +137,12 @@ class ContrastiveHead(keras.layers.Layer):
         return ops.exp(log_scale + ops.stop_gradient(clipped - log_scale))
 
     @property
-    def loss_weights(self):
+    def loss_weights(self) -> list[Tensor]:
         """What `losses.batch_loss` takes: the scale and, if there is one, the bias."""
         scale = self.scale
         return [scale] if self.logit_bias is None else [scale, self.logit_bias]
 
-    def check_options(self, options: dict):
+    def check_options(self, options: dict) -> None:
         """Raises an error for options that are not those of this head."""
         for name, value in options.items():
             if self.options[name] != value:
@@ -147,7 +152,7 @@ class ContrastiveHead(keras.layers.Layer):
                 )
 
     @property
-    def options(self):
+    def options(self) -> dict[str, Any]:
         """The arguments that a `ContrastiveModel` takes too, by name."""
         return {
             "loss": self.loss,
@@ -157,7 +162,7 @@ class ContrastiveHead(keras.layers.Layer):
             "max_logit_scale": self.max_logit_scale,
         }
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.options}
 
     def _add_scalar(self, name, value):

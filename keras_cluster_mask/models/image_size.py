@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 from keras import ops
 
@@ -17,7 +18,9 @@ from keras_cluster_mask.models.encoders import (
 )
 
 
-def with_image_size(model, image_size: int | tuple[int, int]):
+def with_image_size(
+    model: keras.Model, image_size: int | tuple[int, int]
+) -> keras.Model:
     """Makes a copy of a vision transformer that takes images of another size.
 
     All weights are copied but the positions of the patches, which are interpolated

@@ -12,7 +12,9 @@ LAYOUTS = {
 }
 
 
-def clip_layout_map(device_mesh, axis="model"):
+def clip_layout_map(
+    device_mesh: keras.distribution.DeviceMesh, axis: str = "model"
+) -> keras.distribution.LayoutMap:
     """The layout of a CLIP model's weights on devices that share a model.
 
     For models that do not fit one device: attention heads and hidden units of both

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import zipfile
+from typing import Any
 
 import keras
 
@@ -11,7 +12,7 @@ from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import data_format_of, image_shape_of
 
 
-def as_contrastive_model(model) -> ContrastiveModel:
+def as_contrastive_model(model: Any) -> ContrastiveModel:
     """The model itself, or one made of a backbone or read from a file.
 
     Args:
@@ -40,7 +41,7 @@ def as_contrastive_model(model) -> ContrastiveModel:
     )
 
 
-def image_size_of(model) -> tuple[int | None, int | None]:
+def image_size_of(model: Any) -> tuple[int | None, int | None]:
     """The size of the images that a model takes.
 
     Example:

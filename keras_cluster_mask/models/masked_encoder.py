@@ -1,6 +1,7 @@
 """A vision transformer with a masking in it."""
 
 import zlib
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -21,9 +22,12 @@ from keras_cluster_mask.models.encoders import (
 from keras_cluster_mask.models.rotary_positions import rotary_tables
 from keras_cluster_mask.training.gradient_checkpointing import PutMask
 from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
+from keras_cluster_mask.types import Tensor
 
 
-def with_masking(encoder, masking, layer=None) -> "MaskedEncoder":
+def with_masking(
+    encoder: keras.Model, masking: PatchMasking, layer: str | None = None
+) -> "MaskedEncoder":
     """Inserts a masking after the embedding layer of a vision transformer.
 
     The returned model shares all weights with `encoder`: training one trains
@@ -90,7 +94,13 @@ class MaskedEncoder(keras.Model):
             `None` if neither the encoder nor the masking says so.
     """
 
-    def __init__(self, encoder, masking, layer=None, **kwargs):
+    def __init__(
+        self,
+        encoder: keras.Model,
+        masking: PatchMasking,
+        layer: str | None = None,
+        **kwargs: Any,
+    ):
         kwargs.setdefault("name", f"masked_{encoder.name}")
         super().__init__(**kwargs)
         # The masking must see the pixels unchanged; the encoder casts for itself.
@@ -136,7 +146,9 @@ class MaskedEncoder(keras.Model):
         patches = masking.count_patches(ops.zeros((1, *shape)))
         return max(0, count_tokens(stem, shape) - patches)
 
-    def call(self, inputs, training=None, noise=None):
+    def call(
+        self, inputs: Any, training: bool | None = None, noise: Tensor | None = None
+    ) -> Any:
         if not training:
             return self.encoder(inputs, training=False)
         stem, blocks = self._parts()
@@ -150,7 +162,7 @@ class MaskedEncoder(keras.Model):
             tokens = [tokens, *(ops.take(table, kept[0], axis=0) for table in tables)]
         return blocks(tokens, training=True)
 
-    def embed_patches(self, images):
+    def embed_patches(self, images: Tensor) -> Tensor:
         """The tokens that the masking chooses among, as they are in inference.
 
         Args:
@@ -162,26 +174,26 @@ class MaskedEncoder(keras.Model):
         return call_encoder(self.stem, images, training=False)
 
     @property
-    def stem(self):
+    def stem(self) -> keras.Model:
         """The part of `encoder` from images to tokens, a model of shared weights."""
         return self._parts()[0]
 
     @property
-    def data_format(self):
+    def data_format(self) -> str:
         return data_format_of(self.encoder)
 
     @property
-    def input(self):
+    def input(self) -> Any:
         return self.encoder.input
 
     @property
-    def output(self):
+    def output(self) -> Any:
         return self.encoder.output
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return self.encoder.compute_output_shape(input_shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "encoder": keras.saving.serialize_keras_object(self.encoder),
@@ -191,7 +203,9 @@ class MaskedEncoder(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
         return from_parts(cls, config, custom_objects)
 
 

@@ -1,6 +1,7 @@
 """A text encoder with a masking in it."""
 
 import math
+from typing import Any, Self
 
 import keras
 from keras import ops, tree
@@ -19,6 +20,7 @@ from keras_cluster_mask.models.encoders import (
     split_at,
 )
 from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
+from keras_cluster_mask.types import Tensor
 
 # A word between a start and an end token.
 FEWEST_TOKENS = 3
@@ -26,7 +28,9 @@ FEWEST_TOKENS = 3
 NAMES = "`masking`, or `text_masking` of a model,"
 
 
-def with_text_masking(encoder, masking, padding_first=True) -> "MaskedTextEncoder":
+def with_text_masking(
+    encoder: keras.Model, masking: PatchMasking, padding_first: bool = True
+) -> "MaskedTextEncoder":
     """Inserts a masking after the embedding layer of a text encoder.
 
     In training a part of the tokens of every text is left out, after the position
@@ -108,7 +112,13 @@ class MaskedTextEncoder(keras.Model):
         padding_first: Whether padding is left out before any word.
     """
 
-    def __init__(self, encoder, masking, padding_first=True, **kwargs):
+    def __init__(
+        self,
+        encoder: keras.Model,
+        masking: PatchMasking,
+        padding_first: bool = True,
+        **kwargs: Any,
+    ):
         family = _family_of(encoder)
         _check_masking(masking)
         kwargs.setdefault("name", f"masked_{encoder.name}")
@@ -126,7 +136,9 @@ class MaskedTextEncoder(keras.Model):
         self.num_kept(encoder.max_sequence_length)
         self.built = True
 
-    def call(self, inputs, training=None, noise=None):
+    def call(
+        self, inputs: Any, training: bool | None = None, noise: Tensor | None = None
+    ) -> Any:
         if not training:
             return call_encoder(self.encoder, inputs, training=False)
         stem, blocks = self._parts()
@@ -143,7 +155,7 @@ class MaskedTextEncoder(keras.Model):
             blocks(tokens, training=True),
         )
 
-    def num_kept(self, length):
+    def num_kept(self, length: int | None) -> int:
         """How many tokens stay of a text of `length` tokens; raises if too few."""
         if length is None:
             raise ValueError(
@@ -167,25 +179,25 @@ class MaskedTextEncoder(keras.Model):
         return ops.where(stays, math.inf, ops.where(leaves_first, -math.inf, 0.0))
 
     @property
-    def vocabulary_size(self):
+    def vocabulary_size(self) -> int:
         return self.encoder.vocabulary_size
 
     @property
-    def max_sequence_length(self):
+    def max_sequence_length(self) -> int:
         return self.encoder.max_sequence_length
 
     @property
-    def input(self):
+    def input(self) -> Any:
         return self.encoder.input
 
     @property
-    def output(self):
+    def output(self) -> Any:
         return self.encoder.output
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return self.encoder.compute_output_shape(input_shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "encoder": keras.saving.serialize_keras_object(self.encoder),
@@ -195,7 +207,9 @@ class MaskedTextEncoder(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
         return from_parts(cls, config, custom_objects)
 
 

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ from keras_cluster_mask.models.encoders import (
     position_tables,
 )
 from keras_cluster_mask.models.image_size import resize_positions, with_image_size
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -97,12 +99,12 @@ class MomentumEncoder(keras.layers.Layer):
 
     def __init__(
         self,
-        encoder,
-        momentum=0.996,
-        final_momentum=1.0,
-        steps=None,
-        image_size=None,
-        **kwargs,
+        encoder: keras.Model,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        steps: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        **kwargs: Any,
     ):
         # Weights are read and written in the precision that they have.
         kwargs.setdefault("dtype", "float32")
@@ -144,7 +146,7 @@ class MomentumEncoder(keras.layers.Layer):
 
     # === What the teacher sees ===
 
-    def attention(self, images):
+    def attention(self, images: Tensor) -> Tensor:
         """How much the class token attends to each patch.
 
         The mean over all layers and heads of the softmax attention. The columns of the
@@ -161,7 +163,7 @@ class MomentumEncoder(keras.layers.Layer):
         """
         return self._beside(self._class_attention(), images)
 
-    def call(self, images, training=None):
+    def call(self, images: Tensor, training: bool | None = None) -> Any:
         copy = self._copy()
         return self._beside(lambda x: call_encoder(copy, x, False), images)
 
@@ -193,11 +195,11 @@ class MomentumEncoder(keras.layers.Layer):
     # === What the teacher follows ===
 
     @property
-    def is_constant(self):
+    def is_constant(self) -> bool:
         """Whether no update changes the teacher."""
         return self.momentum == 1 and (self.steps is None or self.final_momentum == 1)
 
-    def follow(self, encoder):
+    def follow(self, encoder: keras.Model) -> None:
         """Chooses the encoder that `update` moves the teacher towards.
 
         A teacher that follows a part of a model, such as the backbone in it, keeps
@@ -227,7 +229,7 @@ class MomentumEncoder(keras.layers.Layer):
         # In a function, since the encoder's weights are not this layer's.
         self._pairs = lambda: pairs
 
-    def check_ready(self):
+    def check_ready(self) -> None:
         """Raises if there is nothing that `update` can follow."""
         if self._pairs is None and not self.is_constant:
             raise ValueError(
@@ -236,7 +238,7 @@ class MomentumEncoder(keras.layers.Layer):
                 "`teacher.follow(encoder)`. Received: a teacher that follows no encoder"
             )
 
-    def update(self):
+    def update(self) -> None:
         """Moves the weights towards those of the encoder that the teacher follows.
 
         `kcm.AttentiveMasking` calls it once in each step of training.
@@ -297,7 +299,7 @@ class MomentumEncoder(keras.layers.Layer):
         tables = position_tables(find_embedding_layer(self._copy()))
         return {id(table): (source, resize) for table in tables}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {

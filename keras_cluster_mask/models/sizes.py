@@ -1,3 +1,5 @@
+import keras
+
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import number_positions
 
@@ -19,14 +21,14 @@ SIZES = {
 
 
 def clip_backbone(
-    size,
-    image_size=224,
-    vocabulary_size=49408,
-    context_length=77,
-    patch_size=None,
-    activation="gelu",
-    dtype=None,
-):
+    size: str,
+    image_size: int = 224,
+    vocabulary_size: int = 49408,
+    context_length: int = 77,
+    patch_size: int | None = None,
+    activation: str = "gelu",
+    dtype: str | keras.DTypePolicy | None = None,
+) -> keras.Model:
     """Makes a CLIP model with fresh weights, by size.
 
     Example:

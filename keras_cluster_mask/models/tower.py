@@ -1,3 +1,7 @@
+import os
+from collections.abc import Sequence
+from typing import Any, Self
+
 import keras
 
 from keras_cluster_mask.models.encoders import call_encoder, data_format_of
@@ -5,6 +9,7 @@ from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.pixels import normalize_pixels
 from keras_cluster_mask.models.text_inputs import text_inputs
 from keras_cluster_mask.training.layers import from_parts, frozen_parts
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -53,7 +58,12 @@ class Tower(keras.Model):
     """
 
     def __init__(
-        self, encoder, pixel_mean=None, pixel_std=None, data_format=None, **kwargs
+        self,
+        encoder: keras.Model,
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
+        data_format: str | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         # The layers of the encoder cast for themselves.
@@ -64,7 +74,7 @@ class Tower(keras.Model):
         self.built = True
 
     @classmethod
-    def of_images(cls, model):
+    def of_images(cls, model: keras.Model) -> Self:
         """The tower of the images of a `ContrastiveModel` without a masking."""
         return cls._of(
             model.image_encoder,
@@ -76,7 +86,7 @@ class Tower(keras.Model):
         )
 
     @classmethod
-    def of_texts(cls, model):
+    def of_texts(cls, model: keras.Model) -> Self:
         """The tower of the texts of a `ContrastiveModel`."""
         return cls._of(model.text_encoder, model.text_features, name="text_tower")
 
@@ -102,7 +112,7 @@ class Tower(keras.Model):
         inputs = {x.name: x for x in inputs} if len(inputs) > 1 else inputs[0]
         return cls(keras.Model(inputs, features(inputs, training=False)), **kwargs)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Any, training: bool | None = None) -> Tensor:
         if self.data_format is not None:
             inputs = normalize_pixels(
                 inputs, self.pixel_mean, self.pixel_std, self.data_format
@@ -113,12 +123,12 @@ class Tower(keras.Model):
 
     def export(
         self,
-        filepath,
-        format="tf_saved_model",
-        verbose=None,
-        input_signature=None,
-        **kwargs,
-    ):
+        filepath: str | os.PathLike,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: list | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Exports the tower, for batches of any size.
 
         Args:
@@ -149,7 +159,7 @@ class Tower(keras.Model):
             )
         super().export(filepath, format, verbose, input_signature, **kwargs)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "encoder": keras.saving.serialize_keras_object(self.encoder),
@@ -160,5 +170,7 @@ class Tower(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
         return from_parts(cls, config, custom_objects)

@@ -1,7 +1,9 @@
 """Charts of training runs and of the statistics of maskings."""
 
 import numbers
+from collections.abc import Mapping, Sequence
 
+import keras
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -14,7 +16,10 @@ ACCURACIES = {
 }
 
 
-def plot_history(history, validation_freq=None):
+def plot_history(
+    history: keras.callbacks.History | Mapping[str, Sequence[float]],
+    validation_freq: int | Sequence[int] | None = None,
+) -> Figure:
     """Shows the curves of a training run: loss, and accuracy within the batch.
 
     Of a Keras model other than a `ContrastiveModel`, loss and all metrics, except those
@@ -94,7 +99,7 @@ def _is_due(epoch, freq):
     return isinstance(freq, list | tuple | set | np.ndarray) and epoch in freq
 
 
-def plot_masking_statistics(statistics):
+def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
     """Shows what a masking does to the images of a data set.
 
     Histograms of the share that is masked of each image, of the similarity at the

@@ -1,6 +1,7 @@
 """Plots that show images: what maskings leave of them, and results of retrieval."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -20,11 +21,19 @@ from keras_cluster_mask.masking.statistics import (
     select_patches,
     tokens_of,
 )
+from keras_cluster_mask.types import Tensor
 
 LEFT_OUT = 0.88  # The grey of patches that are left out, on a scale of 0 to 1.
 
 
-def plot_masks(images, masking, noise=None, seed=0, patch_size=None, embed=None):
+def plot_masks(
+    images: np.ndarray,
+    masking: PatchMasking | Mapping[str, PatchMasking] | Sequence[PatchMasking],
+    noise: np.ndarray | None = None,
+    seed: int | None = 0,
+    patch_size: int | tuple[int, int] | None = None,
+    embed: Callable[[Tensor], Tensor] | None = None,
+) -> Figure:
     """Shows what a masking leaves out, or compares several on the same images.
 
     For one cluster masking, five images a row: the image; random masking at the same
@@ -169,7 +178,9 @@ def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
     return figure
 
 
-def plot_retrieval(queries, images, similarity, k=5):
+def plot_retrieval(
+    queries: Sequence[str], images: np.ndarray, similarity: np.ndarray, k: int = 5
+) -> Figure:
     """Shows the images that match text queries best.
 
     Example:

@@ -123,9 +123,35 @@ def test_it_is_a_program_that_starts_others(shard, broken):
     done = subprocess.run([*module, *arguments], **options)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    # TensorFlow may print before.
-    assert done.stderr.splitlines()[-1].endswith("Received (missing): missing.tar")
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("Received (missing): missing.tar")
     arguments.remove("missing.tar")
     done = subprocess.run([*module, *arguments], **options)
     assert done.returncode == 0, done.stderr
     assert "16  intact samples" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "tensorflow", "torch"])
+def test_a_command_prints_its_result_and_nothing_else(shard, tmp_path, backend):
+    # As a user starts it: in a folder of theirs, with no setting for logs.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
+    environment |= {"KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "keras_cluster_mask.data"]
+        + ["check", shard],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0
+    assert "12  intact samples" in done.stdout
+    lines = done.stderr.splitlines()
+    imported = {x.rpartition("|")[2].strip() for x in lines if x.startswith("import ")}
+    # Nor does it wait for packages that it does not need. grain imports JAX.
+    assert "keras_cluster_mask.data.check" in imported
+    assert not imported & {"keras", "keras_hub", "tensorflow", "torch"}
+    others = [x for x in lines if not x.startswith("import time:")]
+    assert all("index:" in x for x in others if x.strip()), others

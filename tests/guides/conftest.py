@@ -1,4 +1,4 @@
-"""Shared by the tests of the guides: a small shard, and a guide run as a program."""
+"""Shared by the tests of the guides: a guide run as a program, with little training."""
 
 import os
 import pathlib
@@ -8,35 +8,23 @@ import sys
 import keras
 import pytest
 
-from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import PairReader
-
 ROOT = pathlib.Path(__file__).parents[2]
-IMAGES = ROOT / "datasets" / "images" / "test-00000.tar"
 
 
-@pytest.fixture
-def shard(write_tar):
-    """The first 64 held-out images."""
-    files = []
-    for pair in open_index(IMAGES, PairReader()).read(range(64)):
-        files.append((f"{pair.key}.webp", pair.image))
-        files.append((f"{pair.key}.txt", pair.captions[0].encode()))
-    return write_tar("images.tar", files)
+@pytest.fixture(scope="session")
+def run_guide():
+    """Runs a guide with its results in a folder; returns what it prints."""
 
-
-@pytest.fixture
-def run_guide(tmp_path):
-    """Runs a guide with settings, its results in `tmp_path`; returns what it prints."""
-
-    def run_guide(name, **settings):
+    def run_guide(name, results, **settings):
         done = subprocess.run(
             [sys.executable, ROOT / "guides" / name],
             env={
                 **os.environ,
                 **settings,
+                "EPOCHS": "1",
                 "KERAS_BACKEND": keras.backend.backend(),
-                "RESULTS": str(tmp_path / "results"),
+                "MPLBACKEND": "agg",
+                "RESULTS": str(results),
                 "PYTHONPATH": str(ROOT),
             },
             capture_output=True,
@@ -47,3 +35,10 @@ def run_guide(tmp_path):
         return done.stdout
 
     return run_guide
+
+
+@pytest.fixture(scope="session")
+def pretrained(run_guide, tmp_path_factory):
+    """The folder of results of the first guide, and what it printed."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    return folder, run_guide("pretrain_clip_with_cluster_masking.py", folder)

@@ -110,6 +110,20 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     assert not os.path.exists("sprung")
 
 
+@pytest.mark.parametrize("version", ["2.5.1+cpu", "2.9.1", "1.13.0"])
+def test_a_torch_whose_reader_is_not_safe_reads_nothing(tmp_path, monkeypatch, version):
+    import torch
+
+    write_weights(tmp_path / "a.pt", ARRAYS)
+    write_weights(tmp_path / "a.safetensors", ARRAYS)
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(
+        ImportError, match=rf"pip install -U torch.*a\.pt.*{version[:3]}"
+    ):
+        read_weights(tmp_path / "a.pt")
+    read_weights(tmp_path / "a.safetensors")
+
+
 @pytest.mark.filterwarnings("ignore")  # torch is about to give TorchScript up
 def test_a_torchscript_program_is_refused(tmp_path):
     import torch

@@ -1,0 +1,199 @@
+# %% [markdown]
+# # Train on eight GPUs
+#
+# In data parallel training the batch is divided among the devices, each of which has all the
+# weights. A contrastive loss compares every image with the texts of *all* devices: a program that
+# trains eight small batches side by side trains a different model, without a word. Here the batch
+# of eight devices is one batch: losses, gradients and masks are those of a single device.
+#
+# This guide writes a training program, starts it on several devices, and checks it. Without GPUs
+# it takes two virtual devices of the CPU, or two processes: every check is the same.
+
+# %%
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import keras_cluster_mask as kcm
+
+BACKEND = keras.backend.backend()
+RESULTS = Path(os.environ.get("RESULTS", "results"))
+FOLDER = RESULTS / "eight_gpus"
+DEVICES = 2  # 8 on a machine with eight GPUs.
+
+shutil.rmtree(FOLDER, ignore_errors=True)
+FOLDER.mkdir(parents=True)
+
+# %% [markdown]
+# ## The program
+#
+# Three lines differ from training on one device: the program joins the processes, or makes the
+# model within a scope of the devices, before anything else is made. `batch_size` counts the pairs
+# on all devices together, so nothing else changes with their number: not the learning rate, not
+# the negatives, not the masks. `image_text_dataset` gives every process its own samples.
+#
+# `Checkpoint` and `resume_from` let the run continue after a crash, on another number of devices
+# too. `if __name__ == "__main__"` lets `num_workers` start processes that decode images.
+
+# %%
+PROGRAM = """
+import contextlib
+import json
+import sys
+
+
+def devices(count):
+    backend = keras.backend.backend()
+    if backend == "torch":
+        kcm.distribution.initialize()  # torchrun has started a process for each device.
+        return contextlib.nullcontext()
+    if backend == "jax":
+        return keras.distribution.DataParallel(auto_shard_dataset=False).scope()
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):  # Virtual devices of the CPU.
+        virtual = [tf.config.LogicalDeviceConfiguration()] * count
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, virtual)
+    kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+    names = [device.name for device in tf.config.list_logical_devices(kind)]
+    return tf.distribute.MirroredStrategy(names).scope()
+
+
+def main(count, folder, images):
+    with devices(count):
+        shards = images + "/train-*.tar"
+        tokenizer = kcm.data.CLIPTokenizer.train(kcm.data.read_captions(shards), 1000, 12)
+        data = kcm.data.image_text_dataset(
+            shards, tokenizer, image_size=48, batch_size=64, training=True, seed=1
+        )
+        keras.utils.set_random_seed(1)
+        backbone = kcm.models.clip_backbone("tiny", 48, tokenizer.vocabulary_size, 12)
+        masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5, seed=1)
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
+        model.compile(keras.optimizers.AdamW(1e-3), log_gradient_norm=True)
+        checkpoint = kcm.callbacks.Checkpoint(folder, save_every=5)
+        logs = model.fit(
+            data,
+            steps_per_epoch=5,
+            epochs=3,
+            resume_from=folder,
+            callbacks=[kcm.callbacks.Throughput(), checkpoint],
+            verbose=0,
+        ).history
+    if kcm.distribution.is_main_process():
+        with open(folder + ".json", "w") as file:
+            json.dump(logs, file)
+
+
+if __name__ == "__main__":
+    import keras
+
+    import keras_cluster_mask as kcm
+
+    main(int(sys.argv[1]), *sys.argv[2:])
+"""
+(FOLDER / "train.py").write_text(PROGRAM)
+
+# %% [markdown]
+# ## Start it
+#
+# | backend | one machine | several machines |
+# | --- | --- | --- |
+# | torch | `torchrun --nproc-per-node=8 train.py` | the same on each, with `--nnodes`, `--node-rank` and `--rdzv-endpoint` |
+# | JAX | `python train.py` | `python train.py` on each, with `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID` set; the program calls `kcm.distribution.initialize()` first |
+# | TensorFlow | `python train.py` | not supported by Keras 3 |
+#
+# `python -m keras_cluster_mask.data check SOURCE --workers 16` indexes large shards beforehand.
+
+
+# %%
+def start(count, name):
+    """Runs the program on so many devices, and returns its logs."""
+    launch = []
+    if BACKEND == "torch":
+        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}"]
+    virtual = f"--xla_force_host_platform_device_count={count}"
+    files = FOLDER / "train.py", FOLDER / name, kcm.data.example_images()
+    program, folder, images = map(str, files)
+    environment = {
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count))),
+        # Virtual devices of JAX.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {virtual}".strip(),
+        # Threads of two processes on one CPU would wait for one another.
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(kcm.__file__).parents[1]),
+    }
+    command, environment = (
+        [sys.executable, *launch, program, str(count), folder, images],
+        os.environ | environment,
+    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+one, several = start(1, "one"), start(DEVICES, "several")
+
+# %% [markdown]
+# ## What to check
+#
+# **The losses are those of one device.** Run a few steps on one device and on all, with the same
+# seed. Losses and gradient norms agree to rounding, which grows a little from step to step. Devices
+# that did not see each other's texts would start near the logarithm of their own share of the
+# batch, here 3.5, and not above that of the whole batch, 4.2.
+
+# %%
+for name in ("loss", "gradient_norm", "mask_ratio", "image_to_text_accuracy"):
+    print(f"{name:24}", *(np.round(logs[name], 4) for logs in (one, several)))
+difference = np.abs(np.subtract(one["loss"], several["loss"])).max()
+print(f"largest difference of a loss: {difference:.1e}")
+if difference > 1e-2:
+    raise RuntimeError("the devices do not train as one")
+
+# %% [markdown]
+# **Each process reads its own samples.** The parts of all processes make the batch of one.
+
+
+# %%
+def first_keys(process):
+    source = kcm.data.example_images() / "train-*.tar"
+    options = dict(format="grain", include_keys=True, process=process)
+    data = kcm.data.image_text_dataset(source, None, 48, 64, training=True, **options)
+    return next(iter(data))["keys"].tolist()
+
+
+parts = [first_keys((index, DEVICES)) for index in range(DEVICES)]
+together = sorted(key for part in parts for key in part)
+print("samples of each process:", [len(part) for part in parts])
+print("together one batch:", together == sorted(first_keys((0, 1))))
+
+# %% [markdown]
+# **It resumes.** Started again, the program finds that all steps are done, and returns the same
+# history. Kill a real run once in its first hour, and look whether the loss continues.
+
+# %%
+again = start(DEVICES, "several")
+print("the same history:", again["loss"] == several["loss"])
+
+# %% [markdown]
+# **The devices are busy.** `Throughput` reports `samples_per_second` over all devices. Eight
+# should be nearly eight times as fast as one with an eighth of the batch. If not, look at the
+# utilization of the GPUs: if it has gaps, images are decoded too slowly, and `num_workers` of
+# `image_text_dataset` helps, since the threads of one process decode up to about 3,000 images a
+# second.
+#
+# **The memory suffices.** If not, `micro_batch_size` trains on parts of the batch and still compares
+# all pairs, and `gradient_checkpointing=True` keeps fewer activations. The
+# [recipe for CC12M](../examples/pretrain_on_cc12m.py) has all of these as flags.

@@ -1,0 +1,185 @@
+# %% [markdown]
+# # Write your own masking
+#
+# A masking decides which patches of an image the encoder reads in training. To write one,
+# subclass `kcm.PatchMasking` and implement one method, `score`: the patches with the highest
+# scores stay. Random numbers, the exact number of patches, prefix tokens, several devices, and
+# saving are the work of the base class.
+#
+# The example suits drawings and products on a plain background, where random masking spends many
+# tokens on nothing. `ContentMasking` leaves out blank patches first, and of the others random
+# ones.
+
+# %%
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# %matplotlib inline
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_cluster_mask as kcm
+
+IMAGES = kcm.data.example_images()
+RESULTS = Path(os.environ.get("RESULTS", "results"))
+IMAGE_SIZE = 48
+PATCH_SIZE = 6
+EPOCHS = int(os.environ.get("EPOCHS", 4))
+
+keras.utils.set_random_seed(1)
+RESULTS.mkdir(parents=True, exist_ok=True)
+
+
+def show(figure, name):
+    """Saves a figure, and displays it in a notebook."""
+    figure.savefig(RESULTS / f"{name}.png", dpi=80)
+    return figure
+
+
+# %% [markdown]
+# ## The score
+#
+# `score` gets the `noise` of a step, `(batch, N)` uniform random numbers, and the images as the
+# model normalised them. It returns `(batch, N)` scores. Patches of equal score are ranked by
+# their noise, so a score of 0 for blank patches and of 1 for all others is enough: the budget is
+# filled with random patches that show something, and with random blank ones if there are too few.
+#
+# Three rules keep a masking right on every backend and on any number of devices:
+#
+# - compute with `keras.ops`;
+# - take all randomness from `noise`, and draw none of your own;
+# - score each image on its own, as a device sees only its part of the batch.
+#
+# The attribute `patch_size` lets the base class count the patches of an image. Register the
+# class, and return its arguments from `get_config`, so that models with it can be saved.
+
+
+# %%
+@keras.saving.register_keras_serializable(package="my_project")
+class ContentMasking(kcm.PatchMasking):
+    """Leaves out blank patches first, then random ones.
+
+    Args:
+        patch_size: Integer, in pixels.
+        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        contrast: Float. A patch is blank if the standard deviation of its normalised pixels
+            is at most this.
+        **kwargs: Arguments of `kcm.PatchMasking`, such as `seed`.
+    """
+
+    def __init__(self, patch_size, mask_ratio=0.5, contrast=0.05, **kwargs):
+        super().__init__(mask_ratio, **kwargs)
+        self.patch_size = patch_size
+        self.contrast = contrast
+
+    def score(self, noise, images=None, tokens=None):
+        sides = (self.patch_size, self.patch_size)
+        images = ops.cast(images, "float32")
+        patches = ops.image.extract_patches(images, sides)  # (batch, rows, columns, n)
+        patches = ops.reshape(patches, (*noise.shape, -1, images.shape[-1]))
+        spread = ops.max(ops.std(patches, axis=2), axis=-1)  # (batch, N)
+        return ops.cast(spread > self.contrast, "float32")
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "patch_size": self.patch_size, "contrast": self.contrast}
+
+
+# %% [markdown]
+# ## Look at the masks
+#
+# `plot_masks` shows several maskings with the same noise. It normalises nothing unless the
+# masking is part of a model, so the images are floats in [0, 1] here, and the limit on the
+# contrast is about four times as strict. A patch of a single colour counts as blank inside of an
+# object too, so `ContentMasking` prefers outlines and details.
+
+# %%
+captions = kcm.data.read_captions(IMAGES / "train-*.tar")
+tokenizer = kcm.data.CLIPTokenizer.train(captions, 3000, context_length=12)
+
+
+def dataset(split, training=False, **options):
+    source = IMAGES / f"{split}-*.tar"
+    return kcm.data.image_text_dataset(
+        source, tokenizer, IMAGE_SIZE, batch_size=64, training=training, **options
+    )
+
+
+images = np.concatenate([x["images"] for x in dataset("validation", format="grain")])
+maskings = {
+    "RandomMasking": kcm.RandomMasking(0.5, num_prefix_tokens=0),
+    "ClusterMasking": kcm.ClusterMasking(PATCH_SIZE, 0.5),
+    "ContentMasking": ContentMasking(PATCH_SIZE, 0.5),
+}
+show(kcm.visualization.plot_masks(images[:4] / 255.0, maskings), "own_masks")
+
+# %% [markdown]
+# ## Check the numbers
+#
+# A masking that keeps the wrong patches still trains, so check it on many images.
+# `masking_statistics` counts how often each position is masked. Here patches near the border are
+# masked most often, since the drawings are in the middle.
+#
+# A property of your own is worth a test, too: no blank patch may stay while one that shows
+# something is left out.
+
+# %%
+statistics = kcm.masking.masking_statistics(
+    maskings["ContentMasking"], images / 255.0, verbose=0
+)
+print(statistics)
+show(kcm.visualization.plot_masking_statistics(statistics), "own_statistics")
+
+# %%
+content = maskings["ContentMasking"].score(np.zeros((len(images), 64)), images / 255.0)
+for name, masking in maskings.items():
+    # In place of tokens: 1 for a patch that shows something, and 0 for a blank one.
+    kept = masking(content[:, :, None], images=images / 255.0, training=True)
+    print(f"{name:15} {float(ops.mean(kept)):.1%} of the kept patches show something")
+
+# %% [markdown]
+# ## Train with it
+#
+# It goes where every masking goes: into `ContrastiveModel.from_backbone`, or into
+# `kcm.with_masking` for other vision transformers. The metric `mask_ratio` must be the ratio
+# that was asked for.
+
+# %%
+backbone = kcm.models.clip_backbone(
+    "tiny", IMAGE_SIZE, tokenizer.vocabulary_size, 12, PATCH_SIZE
+)
+masking = ContentMasking(PATCH_SIZE, mask_ratio=0.5, contrast=0.2, seed=1)
+model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
+model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
+history = model.fit(dataset("train", training=True, seed=1), epochs=EPOCHS)
+
+# %% [markdown]
+# ## Save and load it
+#
+# The loaded model has the masking with its settings, and continues the sequence of its random
+# numbers. A program that loads it must import the module that registers the class.
+
+# %%
+model.save(RESULTS / "own_masking.keras")
+loaded = keras.saving.load_model(RESULTS / "own_masking.keras")
+config = loaded.masking.get_config()
+print(type(loaded.masking).__name__, {k: config[k] for k in ("mask_ratio", "contrast")})
+
+batch = next(iter(dataset("test", format="grain")))
+difference = np.abs(
+    model.predict(batch, verbose=0)["image_embeddings"]
+    - loaded.predict(batch, verbose=0)["image_embeddings"]
+).max()
+print(f"largest difference of an embedding: {difference:.1e}")
+
+# %% [markdown]
+# ## Next steps
+#
+# - `hides_tokens = True` and a score of `-inf` mask a patch for good, so that images may keep
+#   different numbers of patches; see `kcm.PatchMasking`.
+# - [Compare](compare_maskings.py) the masking with others at equal steps.

@@ -1,0 +1,146 @@
+"""The code of the README and of the documentation runs, and links lead somewhere.
+
+Blocks of Python run in order, in one scope for each page, on small data in the places
+that pages name. A comment `<!-- python ... -->` is code that readers do not see, and
+`<!-- backend: jax -->` before a block names the only backend that it runs on.
+"""
+
+import pathlib
+import re
+import shlex
+import tomllib
+
+import keras
+import pytest
+
+from keras_cluster_mask.data.__main__ import main as data_command
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+CODE = re.compile(
+    r"^<!-- python\n(?P<hidden>.*?)^-->"
+    r"|^(?:<!-- backend: (?P<backend>\w+) -->\n)?"
+    r"```(?P<language>python|bash)\n(?P<shown>.*?)^```",
+    re.DOTALL | re.MULTILINE,
+)
+# Lines that end in the shape of what they make or print.
+SHAPE = re.compile(
+    r"^(?:(?P<name>\w+) = .*|print\((?P<printed>.*)\))  # (?P<shape>\(\d[\d, ]*\))",
+    re.MULTILINE,
+)
+FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+# Other tests run this page. Those of guides are made by running the guides.
+ELSEWHERE = {"docs/which_masking.md"}
+# What a newcomer runs first.
+ON_EACH_BACKEND = {"docs/quickstart.md"}
+GUIDES = DOCS / "guides"
+
+
+def read(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def all_pages():
+    paths = [path for path in sorted(DOCS.rglob("*.md")) if path.parent != GUIDES]
+    pages = [path.relative_to(ROOT).as_posix() for path in paths]
+    return ["README.md", "CONTRIBUTING.md", "docs/guides/index.md", *pages]
+
+
+def pages_with_code():
+    for page in all_pages():
+        text = read(page)
+        if "```python" in text and page not in ELSEWHERE:
+            differs = page in ON_EACH_BACKEND or "<!-- backend:" in text
+            marks = () if differs else pytest.mark.any_backend
+            yield pytest.param(page, id=page, marks=marks)
+
+
+@pytest.fixture
+def no_distribution():
+    yield
+    keras.distribution.set_distribution(None)
+
+
+@pytest.mark.usefixtures("in_folder", "no_distribution")
+@pytest.mark.parametrize("page", pages_with_code())
+def test_code_of_a_page_runs(page, request):
+    scope = {"__name__": "__main__"}
+    if page.startswith("docs/how_to/"):
+        scope = request.getfixturevalue("quickstart")
+    text = read(page)
+    for block in CODE.finditer(text):
+        if block["language"] == "bash":
+            run_commands(block["shown"])
+        elif block["backend"] in (None, keras.backend.backend()):
+            code = block["hidden"] or block["shown"]
+            # Errors name the line of the page.
+            above = text[: block.start("hidden" if block["hidden"] else "shown")]
+            lines = "\n" * above.count("\n") + code
+            exec(compile(lines, f"<{page}>", "exec"), scope)
+            check_shapes(code, scope)
+
+
+def check_shapes(code, scope):
+    for line in SHAPE.finditer(code):
+        shape = eval(line["printed"] or f"{line['name']}.shape", scope)
+        assert tuple(shape) == eval(line["shape"]), line[0]
+
+
+def run_commands(block):
+    """Runs the commands of the library; others install or start programs."""
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:3] == ["python", "-m", "keras_cluster_mask.data"]:
+            assert data_command(words[3:]) == 0
+
+
+@pytest.mark.any_backend
+def test_how_to_pages_are_short_and_each_is_in_their_index():
+    pages = {path.name for path in (DOCS / "how_to").glob("*.md")} - {"index.md"}
+    assert len(pages) > 20
+    for page in pages:
+        assert len(read(f"docs/how_to/{page}").splitlines()) <= 60, page
+    index = read("docs/how_to/index.md")
+    assert pages == set(re.findall(r"\]\((\w+\.md)\)", index))
+
+
+@pytest.mark.any_backend
+def test_every_page_is_in_the_navigation():
+    navigation = read("mkdocs.yml").partition("\nnav:\n")[2]
+    named = set(re.findall(r"([\w/]+\.md)$", navigation, re.MULTILINE))
+    assert {page.removeprefix("docs/") for page in all_pages()[2:]} <= named
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("page", [*all_pages(), "benchmarks/README.md"])
+def test_links_and_files_that_are_named_exist(page):
+    text = read(page)
+    for program in re.findall(r"\b((?:guides|benchmarks|examples)/\w+\.py)\b", text):
+        assert (ROOT / program).exists(), program
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCES.sub("", text)):
+        if target.startswith(("http:", "https:")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        # The API page shows the methods of classes below their names.
+        if anchor:
+            anchor = anchor.removesuffix(".fit").removesuffix(".compile")
+            assert anchor in anchors_of(path), target
+
+
+def anchors_of(path):
+    """The anchors of headings, as GitHub and Python-Markdown make them."""
+    text = FENCES.sub("", path.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", heading.lower()).strip() for heading in headings]
+    anchors = {re.sub(r"[\s-]+", "-", heading) for heading in plain}
+    return anchors | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("page", all_pages())
+def test_extras_that_pages_install_exist(page):
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    for names in re.findall(r"pip install -e \"\.\[([\w,-]+)\]\"", read(page)):
+        assert set(names.split(",")) <= set(extras)

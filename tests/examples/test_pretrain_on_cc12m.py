@@ -1,0 +1,141 @@
+"""The recipe for CC12M: its presets, the costs its text states, and that it runs."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import PairReader
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+
+import pretrain_on_cc12m as recipe
+from flops import training_flops
+
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEXT = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+TINY = """--model=tiny --image-size=32 --patch-size=8 --context-length=16 --pairs=64
+    --batch-size=32 --epochs=2 --warmup-steps=2"""
+
+
+def test_defaults_are_the_papers():
+    args = recipe.parse([])
+    assert args.pairs == 10_968_539
+    assert args.batch_size == 2048
+    assert args.epochs == 32
+    assert args.steps == 32 * (10_968_539 // 2048)
+    assert args.learning_rate == 5e-4
+    assert args.warmup_steps == 2000
+    assert args.weight_decay == 0.2
+    assert args.model == "vit_b_16"
+    assert (args.image_size, args.patch_size) == (224, 16)
+
+
+def test_presets_are_the_papers():
+    args = {name: recipe.parse(["--preset", name]) for name in recipe.PRESETS}
+    made = {name: recipe.make_masking(args[name]) for name in recipe.PRESETS}
+    kept = {name: x.num_kept(196) for name, x in made.items() if x is not None}
+    assert kept == {
+        "rgb_0.5": 98,
+        "rgb_0.3": 137,
+        "embedding": 137,
+        "budget": 98,
+        "flip": 98,
+    }
+    assert made["none"] is None
+    assert isinstance(made["flip"], kcm.RandomMasking)
+    clusters = [x for x in made.values() if isinstance(x, kcm.ClusterMasking)]
+    assert len(clusters) == 4
+    for masking in clusters:
+        # 3 % of 196 patches are 5.88.
+        assert (masking.mask_ratio, masking.num_anchors(196)) == (0.5, 6)
+    assert made["budget"].min_mask_ratio is None
+    for name in ("rgb_0.5", "rgb_0.3", "budget"):
+        assert made[name].embedding_weight == 0.0
+    weight, steps = made["embedding"].embedding_weight, args["embedding"].steps
+    found = [float(weight(step)) for step in (0, steps // 2, steps)]
+    assert found == pytest.approx([0.0, 0.5, 1.0], abs=1e-5)
+
+
+def test_costs_in_the_text_are_those_of_the_presets():
+    written = [x for x in TEXT.splitlines() if x.startswith("| ")][2:]
+    expected = []
+    for name in recipe.PRESETS:
+        args = recipe.parse(["--preset", name])
+        masking = recipe.make_masking(args)
+        flops = training_flops("vit_b_16", 224, 77, 16, masking)
+        total = flops * 2048 * args.steps
+        hours = [f"{total / 0.4 / peak / 3600:.1f}" for peak in (312e12, 989e12)]
+        kept = 196 if masking is None else masking.num_kept(196)
+        cells = [name, kept, f"{flops / 1e9:.1f}", f"{args.steps:,}"]
+        cells += [f"{total:.2e}", *hours]
+        expected.append(f"| {' | '.join(map(str, cells))} |")
+    assert written == expected
+
+
+def test_flags_in_the_text_exist():
+    command = re.search(r"python examples/pretrain_on_cc12m.py (.*?)```", TEXT, re.S)
+    flags = command[1].replace("\\\n", " ").replace('"', "").split()
+    args = recipe.parse(flags)
+    assert (args.preset, args.dtype, args.steps) == ("budget", "float32", 100)
+    known = {*vars(args)}
+    mentioned = re.findall(r"`--([a-z][a-z-]+)`", TEXT)
+    assert len(mentioned) >= 6
+    assert {name.replace("-", "_") for name in mentioned} <= known
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        recipe.parse(["--pairs=2048", "--epochs=3"])
+    assert "less than the 3 steps" in capsys.readouterr().err
+
+
+@pytest.fixture
+def shard(write_tar):
+    """The first 64 held-out images."""
+    files = []
+    source = ROOT / "datasets" / "images" / "test-00000.tar"
+    for pair in open_index(source, PairReader()).read(range(64)):
+        files.append((f"{pair.key}.webp", pair.image))
+        files.append((f"{pair.key}.txt", pair.captions[0].encode()))
+    return write_tar("images.tar", files)
+
+
+@pytest.mark.parametrize(
+    ("preset", "num_workers"), [("budget", 0), ("rgb_0.3", 0), ("budget", 1)]
+)
+def test_it_runs_in_a_tiny_setting(preset, num_workers, shard, tmp_path):
+    tokenizer = tmp_path / "tokenizer.json"
+    captions = kcm.data.read_captions(shard)
+    kcm.data.CLIPTokenizer.train(captions, 600).save(tokenizer)
+    results = tmp_path / "results"
+    flags = (
+        f"--num-workers={num_workers} --preset={preset} --train={shard} "
+        f"--held-out={shard} --tokenizer={tokenizer} --results={results}"
+    ).split()
+    done = subprocess.run(
+        [sys.executable, recipe.__file__, *TINY.split(), *flags],
+        env={
+            **os.environ,
+            "KERAS_BACKEND": keras.backend.backend(),
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ratio = float(re.findall(r"mask_ratio: ([\d.]+)", done.stdout)[-1])
+    assert ratio == pytest.approx(0.5, abs=0.0 if preset == "budget" else 0.05)
+    assert len(re.findall(r"recall@\d+ +[\d.]+%", done.stdout)) == 6
+    found = {path.name for path in results.iterdir()}
+    assert found == {"checkpoints", "model.keras", "tokenizer.json", "training.png"}

@@ -1,0 +1,277 @@
+"""What a user installs: its files, its metadata, and the types of its interface."""
+
+import ast
+import email
+import functools
+import importlib.metadata
+import inspect
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import types
+import typing
+import zipfile
+
+import pytest
+
+import keras_cluster_mask as kcm
+
+pytestmark = pytest.mark.any_backend
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "keras_cluster_mask"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# Modules with public names.
+ROOMS = [kcm, kcm.interop.clip_benchmark]
+ROOMS += [
+    getattr(kcm, name) for name in kcm.__all__ if name.isalpha() and name.islower()
+]
+
+# === Types ===
+
+
+def public_functions():
+    """Names and functions: all that users call, and methods that they may override."""
+    found = {}
+    for room in ROOMS:
+        names = getattr(room, "__all__", None)
+        for name in names or [x for x in vars(room) if x[0] != "_"]:
+            value = getattr(room, name)
+            module = getattr(value, "__module__", "")
+            # A module without a list has what it defines.
+            if module.startswith(kcm.__name__) and (names or module == room.__name__):
+                found.update(_functions(f"{room.__name__}.{name}", value))
+    return found
+
+
+def _functions(name, value):
+    if inspect.isfunction(value):
+        return {name: value}
+    functions = {}
+    for base in value.__mro__ if inspect.isclass(value) else ():
+        if not base.__module__.startswith(kcm.__name__):
+            continue
+        for key, member in vars(base).items():
+            if isinstance(member, property):
+                member = member.fget
+            # Functions in class methods and cached properties.
+            for attribute in ("__func__", "func"):
+                member = getattr(member, attribute, member)
+            is_public = key[0] != "_" or key in ("__init__", "__call__", "__len__")
+            # Dataclasses write their own.
+            is_written = inspect.isfunction(member) and "<" not in member.__qualname__
+            file = member.__code__.co_filename if is_written else ""
+            if is_public and file.startswith(str(PACKAGE)):
+                functions.setdefault(f"{name}.{key}", member)
+    return functions
+
+
+FUNCTIONS = public_functions()
+
+
+def test_public_functions_are_found():
+    names = {name.rpartition("keras_cluster_mask.")[2] for name in FUNCTIONS}
+    assert names >= {
+        "ClusterMasking.__init__",
+        "ClusterMasking.select",
+        "ContrastiveModel.encode_image",
+        "ContrastiveModel.from_backbone",
+        "ContrastiveModel.image_tower",
+        "data.CLIPTokenizer.__call__",
+        "data.image_text_dataset",
+        "distribution.initialize",
+        "evaluation.embed",
+        "interop.clip_benchmark.adapt",
+        "interop.load_open_clip",
+        "losses.softmax_contrastive_loss",
+        "models.with_image_size",
+        "visualization.plot_masks",
+    }
+    assert len(FUNCTIONS) > 200
+
+
+def test_all_parameters_and_results_have_types():
+    missing = []
+    for name, function in FUNCTIONS.items():
+        signature = inspect.signature(function)
+        missing += [
+            f"{name}: {parameter.name}"
+            for parameter in signature.parameters.values()
+            if parameter.annotation is parameter.empty
+            and parameter.name not in ("self", "cls")
+        ]
+        is_missing = signature.return_annotation is signature.empty
+        if is_missing and not name.endswith("__init__"):
+            missing.append(f"{name}: return")
+    assert missing == []
+
+
+def test_types_can_be_read_and_allow_the_defaults():
+    for name, function in FUNCTIONS.items():
+        hints = typing.get_type_hints(function)
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.default is not parameter.empty:
+                hint = hints[parameter.name]
+                assert _allows(hint, parameter.default), f"{name}: {parameter}"
+
+
+def _allows(hint, value):
+    """Whether a type allows a value, as far as its class tells."""
+    if hint is typing.Any:
+        return True
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_allows(each, value) for each in typing.get_args(hint))
+    hint = typing.get_origin(hint) or hint
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return True
+    if hint is int and isinstance(value, bool):
+        return False
+    return isinstance(value, hint)
+
+
+# === Metadata ===
+
+
+def test_the_version_is_that_of_all_files():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [kcm.__version__]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[(.*?)\]", changelog, re.MULTILINE)[1] == kcm.__version__
+
+
+def test_the_paper_is_cited():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert "2405.08815" in citation
+    for author in ("Wei", "Pan", "Owens"):
+        assert f"family-names: {author}\n" in citation
+
+
+def requirements(entries):
+    return {re.match(r"[\w-]+", each)[0].lower().replace("_", "-") for each in entries}
+
+
+def test_everything_that_is_imported_is_required():
+    extras = PROJECT["project"]["optional-dependencies"]
+    required = requirements(PROJECT["project"]["dependencies"])
+    # In functions alone, with an error that says what to install.
+    optional = requirements(
+        [*extras["jax"], *extras["tensorflow"], *extras["torch"], *extras["parquet"]]
+        + [*extras["search"], *extras["test"]]
+    )
+    distributions = importlib.metadata.packages_distributions()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top = {name for node in tree.body for name in imported(node)}
+        anywhere = {name for node in ast.walk(tree) for name in imported(node)}
+        for name in anywhere - {"keras_cluster_mask"} - set(sys.stdlib_module_names):
+            # A package that is not installed here has its module's name.
+            of_name = distributions.get(name, [name.replace("_", "-")])
+            known = requirements(of_name)
+            assert known & (required if name in top else required | optional), (
+                f"{path.name} imports {name}"
+            )
+
+
+def imported(node):
+    if isinstance(node, ast.Import):
+        return {alias.name.partition(".")[0] for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {node.module.partition(".")[0]}
+    return set()
+
+
+def test_tensorflow_is_required_by_no_more_than_its_extra():
+    assert not [x for x in PROJECT["project"]["dependencies"] if "tensorflow" in x]
+    assert requirements(PROJECT["project"]["optional-dependencies"]["tensorflow"]) == {
+        "tensorflow"
+    }
+
+
+def test_workflows_run_steps_that_there_are():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    functions = set(re.findall(r"^(\w+)\(\) \{", script, re.MULTILINE))
+    steps = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text(encoding="utf-8")
+        steps |= set(re.findall(r"\.ci/run (\w+)", text.partition("\non:")[2]))
+    assert {"lint", "tests", "slow", "guides", "package", "docs"} <= steps
+    assert steps <= functions
+
+
+# === Distributions ===
+
+
+@functools.cache
+def tracked_files():
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    names = done.stdout.decode().split("\0")
+    return sorted(name for name in names if name and (ROOT / name).is_file())
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The paths of the source distribution, and of the wheel that is made of it."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in tracked_files():
+        if not name.startswith(("benchmarks/", "datasets/images/")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    # Without the wheel's own environment, which would be downloaded.
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source],
+        check=True,
+        capture_output=True,
+    )
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def package_files():
+    return {
+        name
+        for name in tracked_files()
+        if name.startswith("keras_cluster_mask/") and "__pycache__" not in name
+    }
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_its_licence(distributions):
+    info = f"keras_cluster_mask-{kcm.__version__}.dist-info/"
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        names = {name for name in wheel.namelist() if not name.endswith("/")}
+        metadata = email.message_from_bytes(wheel.read(f"{info}METADATA"))
+    own = {name.removeprefix(info) for name in names if name.startswith(info)}
+    assert own == {
+        *("METADATA", "RECORD", "WHEEL", "top_level.txt"),
+        *("licenses/LICENSE", "licenses/NOTICE"),
+    }
+    assert {name for name in names if not name.startswith(info)} == package_files()
+    assert "keras_cluster_mask/py.typed" in names
+    assert metadata["Version"] == kcm.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    extras = {"docs", "jax", "jax-cuda", "parquet", "search", "tensorflow", "torch"}
+    assert extras <= set(metadata.get_all("Provides-Extra"))
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_no_tests_or_images(distributions):
+    sdist = distributions[0]
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {name for name in names if ".egg-info/" in name}
+    made |= {"PKG-INFO", "setup.cfg"}
+    assert names - made == {
+        *package_files(),
+        *("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md"),
+        *("CITATION.cff", "LICENSE", "NOTICE"),
+    }
+    assert sdist.stat().st_size < 1_000_000

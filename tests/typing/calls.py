@@ -1,0 +1,111 @@
+"""Typical calls, as a type checker sees them; mypy reads this file and nothing runs it.
+
+A wrong call is marked with the error that it must give: an unused mark is an error too.
+"""
+
+import pathlib
+from typing import Any, assert_type
+
+import keras
+import numpy as np
+
+import keras_cluster_mask as kcm
+
+# === Data ===
+
+captions = kcm.data.read_captions(pathlib.Path("shards"), caption_key=["txt", "json.a"])
+assert_type(captions, list[str])
+tokenizer = kcm.data.CLIPTokenizer.train(captions, vocabulary_size=4096)
+assert_type(tokenizer, kcm.data.CLIPTokenizer)
+assert_type(tokenizer(["a dog", b"a cat"]), np.ndarray)
+assert_type(kcm.data.CLIPTokenizer.from_file("a.json"), kcm.data.CLIPTokenizer)
+dataset = kcm.data.image_text_dataset(
+    {"a/*.tar": 0.7, "b/*.tar": 0.3},
+    tokenizer,
+    image_size=(224, 224),
+    batch_size=256,
+    training=True,
+    text_masking=kcm.data.FrequencyTextMasking().fit(captions),
+    sampling=kcm.data.ClusterSampling("clusters.npz"),
+    max_skipped=0,
+)
+found = kcm.data.check(["a.tar", pathlib.Path("b.tar")], num_workers=8)
+kcm.data.image_text_dataset("a.tar", tokenizer, 224, "256", True)  # type: ignore[arg-type]
+kcm.data.image_text_dataset("a.tar", tokenizer, 224, 256)  # type: ignore[call-arg]
+
+# === Maskings ===
+
+masking = kcm.ClusterMasking(16, min_mask_ratio=0.3, name="clusters")
+masking.adapt(np.zeros((8, 224, 224, 3)))
+maskings: list[kcm.PatchMasking] = [
+    masking,
+    kcm.RandomMasking(0.5),
+    kcm.CenteredMasking(grid=(14, 14)),
+    kcm.GridMasking(window=2),
+    kcm.BlockMasking(0.75, num_prefix_tokens=1),
+    kcm.KMeansMasking((16, 16)),
+    kcm.EdgeMasking(16, edges=None),
+]
+statistics = kcm.masking.masking_statistics(masking, dataset, max_images=1000)
+assert_type(statistics.mask_ratio, np.ndarray)
+assert_type(statistics.lone_anchors, float | None)
+kcm.RandomMasking(mask_ratio="half")  # type: ignore[arg-type]
+
+
+class Middle(kcm.PatchMasking):
+    """A strategy of a user's own, without hints."""
+
+    def score(self, noise, images=None, tokens=None):
+        return noise
+
+
+# === Models ===
+
+backbone = kcm.models.clip_backbone("vit_b_16", image_size=224, dtype="mixed_bfloat16")
+backbone = kcm.models.with_image_size(backbone, 336)
+model = kcm.ContrastiveModel.from_backbone(backbone, masking, views=2)
+assert_type(model, kcm.ContrastiveModel)
+model = kcm.ContrastiveModel.from_backbone(backbone, Middle(0.5), text_masking=None)
+model.compile(keras.optimizers.AdamW(1e-3), learning_rate_multipliers={"image": 0.1})
+history = model.fit(
+    dataset,
+    epochs=32,
+    resume_from=pathlib.Path("run"),
+    callbacks=[
+        kcm.callbacks.Checkpoint("run", save_every=500, monitor="val_loss"),
+        kcm.callbacks.Retrieval(dataset, tokenizer, ks=10),
+        kcm.callbacks.ZeroShot(dataset, ["cat", "dog"], tokenizer),
+        kcm.callbacks.MaskImages(dataset, "logs"),
+        kcm.callbacks.Throughput(),
+    ],
+)
+assert_type(model.predict(dataset), dict[str, np.ndarray])
+assert_type(model.without_masking(), kcm.ContrastiveModel)
+assert_type(model.image_tower, kcm.models.Tower)
+masked = kcm.with_masking(backbone, kcm.RandomMasking(0.5), layer="embedding")
+assert_type(masked, kcm.models.MaskedEncoder)
+model.fit(dataset, y=np.zeros(3))  # type: ignore[arg-type]
+kcm.with_masking(backbone, 0.5)  # type: ignore[arg-type]
+kcm.ContrastiveModel.from_backbone(backbone, 0.5)  # type: ignore[arg-type]
+kcm.callbacks.Checkpoint("run", keep="all")  # type: ignore[arg-type]
+
+# === Evaluation, plots, weights ===
+
+recall = kcm.evaluation.evaluate_retrieval("model.keras", dataset, tokenizer)
+assert_type(recall, dict[str, float])
+recall = kcm.evaluation.retrieval_recall(
+    np.eye(4), np.eye(4), image_labels=np.arange(4), text_labels=[0, 1, 2, 3], ks=1
+)
+probe = kcm.evaluation.evaluate_linear_probe(model, dataset, dataset)
+assert_type(probe, dict[str, Any])
+kcm.visualization.plot_masks(
+    np.zeros((2, 64, 64, 3)), {"random": kcm.RandomMasking(0.5), "clusters": masking}
+).savefig("masks.png")
+kcm.visualization.plot_history(history, validation_freq=[1, 5]).savefig("curves.png")
+loaded = kcm.interop.load_open_clip("a.safetensors", "ViT-B-32", masking=masking)
+assert_type(loaded, kcm.ContrastiveModel)
+kcm.interop.save_open_clip(loaded, "b.safetensors")
+loss = kcm.losses.softmax_contrastive_loss(np.eye(4), np.eye(4), logit_scale=100)
+kcm.interop.clip_benchmark.adapt(loaded, tokenizer, resize="squash")
+kcm.interop.save_open_clip(loaded)  # type: ignore[call-arg]
+kcm.no_such_name  # type: ignore[attr-defined]  # noqa: B018
