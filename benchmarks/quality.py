@@ -15,6 +15,7 @@ machine must be quiet. Settings are chosen by the validation split alone.
 import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import os
 from pathlib import Path
@@ -84,13 +85,21 @@ def main():
     data_of = data_by_method(options)
 
     costs = cached_costs(folder / "costs.json", names, options, data_of)
-    runs = []
-    for seed in range(1, options.seeds + 1):
-        for name in names:
-            with claim(place_of(name, seed, folder)) as is_mine:
-                if is_mine:
-                    runs.append(train(name, seed, options, data_of, costs, folder))
-                    report(runs, names, costs, options, folder / f"{title}.json")
+    seeds = range(1, options.seeds + 1)
+    for seed, name in itertools.product(seeds, names):
+        with claim(place_of(name, seed, folder)) as is_mine:
+            if is_mine:
+                train(name, seed, options, data_of, costs, folder)
+    # Those of other processes, too.
+    runs = [
+        read_run(name, seed, options, folder)
+        for seed, name in itertools.product(seeds, names)
+    ]
+    runs = [run for run in runs if "validation" in run]
+    if not runs:
+        print("No run is finished yet.")
+        return
+    report(runs, costs, options, folder / f"{title}.json")
     plot_learning_curves(runs, folder / f"{title}-learning-curves.png")
     if costs:
         plot_cost_quality(runs, costs, folder / f"{title}-cost-quality.png")
@@ -114,6 +123,19 @@ def place_of(name, seed, folder):
     return folder / name.replace(",", "").replace(" ", "_") / f"seed-{seed}"
 
 
+def read_run(name, seed, options, folder):
+    """The finished run, or its setting alone."""
+    path = place_of(name, seed, folder) / "result.json"
+    setting = setting_of(name, seed, options)
+    result = json.loads(path.read_text()) if path.exists() else {"setting": setting}
+    if result["setting"] != setting:
+        raise ValueError(
+            f"`--results` must be a folder of runs of the same settings. Received: "
+            f"{path}, a run of {result['setting']} instead of {setting}"
+        )
+    return result
+
+
 def train(name, seed, options, data_of, costs, folder):
     """Trains one model, or the rest of an interrupted run, and scores it.
 
@@ -124,13 +146,7 @@ def train(name, seed, options, data_of, costs, folder):
     method = method_of(name)
     place = place_of(name, seed, folder)
     path = place / "result.json"
-    setting = setting_of(name, seed, options)
-    result = json.loads(path.read_text()) if path.exists() else {"setting": setting}
-    if result["setting"] != setting:
-        raise ValueError(
-            f"`--results` must be a folder of runs of the same settings. Received: "
-            f"{path}, a run of {result['setting']} instead of {setting}"
-        )
+    result = read_run(name, seed, options, folder)
     data = data_of(method)
     weights = place / "backbone.weights.h5"
     if "validation" in result:
@@ -145,6 +161,7 @@ def train(name, seed, options, data_of, costs, folder):
         cost = costs[without_equal_time(name)]
         steps = PARTS * round(steps * costs["random"] / cost / PARTS)
     model = new_model(method, options, data, seed, steps)
+    masking = model.masking
     result |= {"steps": steps, "curve": []}
     for stage, epochs in stages_of(method).items():
         if stage == "whole" and method.whole_images:
@@ -157,12 +174,7 @@ def train(name, seed, options, data_of, costs, folder):
             resume_from=place / stage,
             callbacks=[
                 data.callback(),
-                Shift(
-                    data,
-                    functools.partial(
-                        method.new_masking, options.patch_size, steps=steps
-                    ),
-                ),
+                Shift(data, method, masking, options.patch_size, steps),
                 kcm.callbacks.Checkpoint(place / stage),
                 Show(f"{name}, seed {seed}, {stage}"),
             ],
@@ -219,13 +231,31 @@ def setting_of(name, seed, options):
     # The data by its name alone: a folder of results may move with its runs.
     setting |= {"data": Path(options.data).resolve().name, "size": options.size}
     if options.start_from:
-        setting["start_from"] = "/".join(Path(options.start_from).resolve().parts[-2:])
+        setting["start_from"] = start_of(options)
     return {
         "method": name,
         "seed": seed,
         "backend": keras.backend.backend(),
         **setting,
     }
+
+
+def start_of(options):
+    """The setting of the run whose weights are fine-tuned."""
+    path = Path(options.start_from) / "result.json"
+    setting = json.loads(path.read_text())["setting"]
+    # What the tokenizer and the shapes of the weights follow from.
+    names = ("data", "caption_key", "vocabulary_size", "context_length")
+    names += ("size", "image_size", "patch_size")
+    of_mine = vars(options) | {"data": Path(options.data).resolve().name}
+    differ = [name for name in names if setting[name] != of_mine[name]]
+    if differ:
+        raise ValueError(
+            f"`--start-from` must be a run of the same {differ}. Received: "
+            f"{[setting[name] for name in differ]} instead of "
+            f"{[of_mine[name] for name in differ]}"
+        )
+    return setting
 
 
 def new_model(method, options, data, seed, steps):
@@ -319,25 +349,32 @@ def measure_costs(names, options, data_of, rounds=8):
     for name in names:
         method = method_of(name)
         data = data_of(method)
-        model = new_model(method, options, data, 0, 100)
-        batch = next(iter(data.training(0, method, whole_texts=False)))
-        steps[name] = functools.partial(model.train_on_batch, batch)
+        for stage in stages_of(method):
+            model = new_model(method, options, data, 0, 100)
+            if stage == "whole" and method.whole_images:
+                model = tuning_of(model, options, 100)
+            whole_texts = stage == "whole" and method.whole_texts
+            batch = next(iter(data.training(0, method, whole_texts)))
+            steps[name, stage] = functools.partial(model.train_on_batch, batch)
     seconds = interleaved(steps, rounds, repeats=4)
-    costs = {name: 1000 * min(found) for name, found in seconds.items()}
-    for name in names:
-        method = method_of(name)
-        if method.ends_differently:
-            # Of the last part: whole texts, and whole images or half of the patches.
-            last = costs["none" if method.whole_images else "random"]
-            costs[name] += (last - costs[name]) / PARTS
-    return {name: round(cost, 1) for name, cost in costs.items()}
+    return {
+        name: round(
+            sum(
+                1000 * min(seconds[name, stage]) * parts / PARTS
+                for stage, parts in stages_of(method_of(name)).items()
+            ),
+            1,
+        )
+        for name in names
+    }
 
 
-def report(runs, names, costs, options, path):
+def report(runs, costs, options, path):
     """Prints and writes mean and spread over seeds of every score."""
-    by_method = {name: {} for name in names}
+    by_method = {}
     for run in runs:
-        by_method[run["setting"]["method"]][run["setting"]["seed"]] = run
+        setting = run["setting"]
+        by_method.setdefault(setting["method"], {})[setting["seed"]] = run
     rows = []
     for name, mine in by_method.items():
         first = next(iter(mine.values()))

@@ -51,6 +51,11 @@ class Data:
         if method.sampling:
             options["sampling"] = method.sampling(*self.copies)
         if recipe.half is not None:
+            if method.sampling:
+                raise ValueError(
+                    "`--half` must come without a method that chooses samples. "
+                    f"Received: half={recipe.half}"
+                )
             options["sampling"] = lambda count, epoch: np.arange(recipe.half, count, 2)
         return kcm.data.image_text_dataset(
             self.shards["train"],

@@ -1,7 +1,7 @@
 """The methods of `quality.py`: ways to train on fewer tokens, each by its name.
 
 A name says which patches stay and, after commas, what else differs:
-`"cluster, random words, whole end"`.
+`"cluster, random words, whole texts last"`.
 """
 
 import dataclasses
@@ -51,10 +51,15 @@ class Method:
     equal_time: bool = False
 
     def __post_init__(self):
-        if self.short_context and not self.text_masking:
+        if (self.short_context or self.whole_texts) and not self.text_masking:
             raise ValueError(
-                "`short_context` must come with a `text_masking`, as whole texts are "
-                f"not cut. Received: short_context={self.short_context}"
+                "`short_context` and `whole_texts` must come with a `text_masking`, as "
+                f"texts are whole without it. Received: {self}"
+            )
+        if self.token_masking and self.ends_differently:
+            raise ValueError(
+                "`token_masking` must come without a last part of another kind, which "
+                f"would leave out no tokens. Received: {self}"
             )
 
     def new_masking(self, patch_size, encoder, steps):
@@ -88,11 +93,6 @@ def attentive(encoder, steps, mask_ratio):
     return kcm.AttentiveMasking(teacher, mask_ratio)
 
 
-def grid(patch_size, mask_ratio):
-    window = round((1 - mask_ratio) ** -0.5)
-    return kcm.GridMasking(window)
-
-
 # Which patches stay: the first word of a name.
 PATCHES = {
     "none": Method(),
@@ -110,7 +110,7 @@ PATCHES = {
     "centered": Method(lambda p, r: kcm.CenteredMasking(r)),
     "block": Method(lambda p, r: kcm.BlockMasking(r)),
     # One patch of 2 x 2.
-    "grid": Method(grid, mask_ratio=0.75),
+    "grid": Method(lambda p, r: kcm.GridMasking(2), mask_ratio=0.75),
     "k-means": Method(lambda p, r: kcm.KMeansMasking(p, r)),
     "edges": Method(lambda p, r: kcm.EdgeMasking(p, r)),
     "attentive": Method(attentive, needs_encoder=True),
@@ -177,7 +177,17 @@ def method_of(name):
         )
     fields = {}
     for change in changes:
+        if set(fields) & set(CHANGES[change]):
+            raise ValueError(
+                "A method must not have two changes of the same kind. "
+                f"Received: {name!r}"
+            )
         fields |= CHANGES[change]
+    if "mask_ratio" in fields and patches in ("none", "resized", "grid"):
+        raise ValueError(
+            "A ratio must come with a masking that takes one; a grid has that of its "
+            f"windows. Received: {name!r}"
+        )
     return dataclasses.replace(PATCHES[patches], **fields)
 
 

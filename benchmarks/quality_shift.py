@@ -18,7 +18,10 @@ class Shift(keras.callbacks.Callback):
 
     Args:
         data: The `Data` of the run.
-        new_masking: Function from an image encoder to a masking, or to `None`.
+        method: Its `Method`.
+        masking: The masking that is trained with, or `None`.
+        patch_size: Integer, in pixels.
+        steps: Integer, of the whole run.
     """
 
     NAMES = tuple(
@@ -31,9 +34,10 @@ class Shift(keras.callbacks.Callback):
         )
     )
 
-    def __init__(self, data, new_masking):
+    def __init__(self, data, method, masking, patch_size, steps):
         super().__init__()
-        self.data, self.new_masking = data, new_masking
+        self.data, self.method, self.masking = data, method, masking
+        self.patch_size, self.steps = patch_size, steps
 
     def on_epoch_end(self, epoch, logs=None):
         logs.update(self.measure())
@@ -41,10 +45,12 @@ class Shift(keras.callbacks.Callback):
     def measure(self):
         """The losses and cosines, by their names."""
         backbone, found = self.model.backbone, {}
-        masking = self.new_masking(backbone.vision_encoder)
+        masking = self.method.new_masking(
+            self.patch_size, backbone.vision_encoder, self.steps
+        )
         twin = None
         if masking is not None:
-            masking = beside(masking, self.model.masking)
+            masking = beside(masking, self.masking)
             twin = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
         for split in ("training", "validation"):
             rows = []
@@ -54,8 +60,8 @@ class Shift(keras.callbacks.Callback):
                 if twin is None:
                     continue
                 masked = twin(batch, training=True)
-                images = (each["image_embeddings"] for each in (whole, masked))
-                cosine = ops.mean(ops.sum(ops.prod(ops.stack([*images]), 0), -1))
+                products = whole["image_embeddings"] * masked["image_embeddings"]
+                cosine = ops.mean(ops.sum(products, axis=-1))
                 rows[-1]["masked loss"] = self._loss(batch, masked)
                 rows[-1]["masked cosine"] = float(ops.stop_gradient(cosine))
             for name in rows[0]:

@@ -22,6 +22,12 @@ from reporting import parser, publish
 import keras_cluster_mask as kcm
 
 BATCH = 100
+# Those that look at pixels or at nothing: others need a trained encoder.
+METHODS = [
+    name
+    for name, method in PATCHES.items()
+    if method.masking and not method.needs_encoder and name != "embedding cluster"
+]
 
 
 def arguments(given=None):
@@ -29,7 +35,7 @@ def arguments(given=None):
     add = parsed.add_argument
     add("--data", default=str(IMAGES), help="folder of WebDataset shards by split")
     add("--caption-key", default="txt", help="field of captions, or of class names")
-    add("--methods", nargs="+", default=None, help=f"of {list(PATCHES)}")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="by name")
     add("--images", type=int, default=1000, help="of the training data")
     add("--image-size", type=int, default=48, help="side in pixels")
     add("--patch-size", type=int, default=6, help="side of a patch in pixels")
@@ -40,13 +46,9 @@ def arguments(given=None):
 def main():
     options = arguments()
     images = read_images(options)
-    names = options.methods or [
-        name
-        for name, method in PATCHES.items()
-        if method.masking and not method.needs_encoder
-    ]
     rows = [
-        {"method": name, **measure(name, images, options.patch_size)} for name in names
+        {"method": name, **measure(name, images, options.patch_size)}
+        for name in options.methods
     ]
     name = Path(options.data).resolve().name
     title = f"{name}, {len(images)} images of {options.image_size} px"
@@ -106,7 +108,8 @@ def measure(name, images, patch_size):
         np.put_along_axis(stays, indices, visible, axis=1)
         patches = cut(batch, patch_size)
         found += [numbers(*each, side) for each in zip(stays, patches)]
-    return {key: float(np.mean([x[key] for x in found])) for key in found[0]}
+    # A blank image has no contrast, and a mask may leave out nothing.
+    return {key: float(np.nanmean([x[key] for x in found])) for key in found[0]}
 
 
 def cut(images, patch_size):
@@ -136,12 +139,14 @@ def numbers(stays, patches, side):
     nearest = np.flatnonzero(stays)[distances.argmin(axis=1)]
     error = np.square(means - means[nearest]).sum()
     variance = np.square(means - means.mean(axis=0)).sum()
+    is_blank, is_whole = not contrast.any(), stays.all()
+    alike = unit[gone] @ unit[stays].T
     return {
         "kept": stays.mean(),
-        "contrast": contrast[stays].mean() / contrast.mean(),
-        "look-alike": (unit[gone] @ unit[stays].T).max(axis=1).mean(),
-        "hole": distances[gone].min(axis=1).mean(),
-        "colours": 1 - error / variance,
+        "contrast": np.nan if is_blank else contrast[stays].mean() / contrast.mean(),
+        "look-alike": np.nan if is_whole else alike.max(axis=1).mean(),
+        "hole": np.nan if is_whole else distances[gone].min(axis=1).mean(),
+        "colours": 1 - error / variance if variance else np.nan,
     }
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import quality
 from quality_data import IMAGES, splits, with_square
-from quality_methods import CHANGES, PATCHES, STUDIES, method_of
+from quality_methods import CHANGES, PATCHES, STUDIES, Method, method_of
 from quality_shift import Shift
 
 import keras_cluster_mask as kcm
@@ -117,8 +117,17 @@ def test_methods_keep_the_share_of_the_patches_that_they_say():
     masking = method_of("random, tokens at their positions").token_masking(8 / 24)
     assert masking.num_kept(24) == 8
     assert all(method_of(name) for study in STUDIES.values() for name in study)
-    with pytest.raises(ValueError, match=r"A method.*Received: 'random, some words'"):
-        method_of("random, some words")
+    for name in (
+        "random, some words",
+        "none, ratio 0.75",
+        "grid, ratio 0.25",
+        "random, ratio 0.25, ratio 0.75",
+        "random, 12 tokens",
+        "random, whole texts last",
+        "random, tokens at their positions, whole images last",
+    ):
+        with pytest.raises(ValueError, match="Received"):
+            method_of(name)
 
 
 def test_the_last_part_may_read_whole_images(tmp_path, monkeypatch):
@@ -135,27 +144,53 @@ def test_the_last_part_may_read_whole_images(tmp_path, monkeypatch):
     assert [point["step"] for point in trained["curve"]] == list(range(1, 9))
 
 
-def test_masked_and_whole_images_have_one_loss_if_nothing_is_left_out(monkeypatch):
+def losses(ratio, seed=1):
+    """Of a fresh model, with so many patches left out; `None`: no masking."""
+    masking = None if ratio is None else lambda *args: kcm.RandomMasking(ratio)
     options = quality.arguments(SMALL)
     data = quality.data_by_method(options)(method_of("random"))
-    masking = [None]
-    model = quality.new_model(method_of("random"), options, data, 1, 8)
-    shift = Shift(data, lambda encoder: masking[0])
+    model = quality.new_model(method_of("random"), options, data, seed, 8)
+    shift = Shift(data, Method(masking), model.masking, 8, 8)
     shift.set_model(model)
-    whole = {name for name in Shift.NAMES if "whole" in name}
-    assert set(shift.measure()) == whole
-    masking[0] = kcm.RandomMasking(0.0)
-    found = shift.measure()
+    return shift.measure()
+
+
+def test_masked_and_whole_images_have_one_loss_if_nothing_is_left_out():
+    assert set(losses(None)) == {name for name in Shift.NAMES if "whole" in name}
+    found = losses(0.0)
     assert set(found) == set(Shift.NAMES)
     for split in ("training", "validation"):
         loss = found[f"masked {split} loss"]
         assert loss == pytest.approx(found[f"whole {split} loss"], rel=1e-4)
         assert found[f"masked {split} cosine"] == pytest.approx(1.0, abs=1e-4)
-    masking[0] = kcm.RandomMasking(0.5)
-    again = shift.measure()
-    masking[0] = kcm.RandomMasking(0.5)
-    assert shift.measure() == again
-    assert again["masked training cosine"] < 0.999
+    half = losses(0.5)
+    assert half == losses(0.5)
+    assert half["masked training cosine"] < 0.999
+
+
+def test_a_threshold_is_known_where_the_last_part_masks_nothing(tmp_path):
+    trained = run(tmp_path, name="threshold, whole images last")
+    assert np.isfinite(trained["curve"][-1]["masked validation loss"])
+
+
+def test_the_command_reports_the_runs_of_all_processes(tmp_path, monkeypatch):
+    methods = ["none", "random"]
+    command = ["quality.py", *SMALL, f"--results={tmp_path}", "--seeds=1", "--methods"]
+    run(tmp_path / IMAGES.name, name="none")
+    monkeypatch.setattr(sys, "argv", [*command, *methods])
+    taken = quality.place_of("random", 1, tmp_path / IMAGES.name)
+    with quality.claim(taken):
+        quality.main()
+    table = json.loads((tmp_path / IMAGES.name / "chosen.json").read_text())
+    assert [row["method"] for row in table["rows"]] == ["none"]
+    monkeypatch.setattr(sys, "argv", [*command, *methods, "--costs"])
+    monkeypatch.setattr(
+        quality, "interleaved", lambda steps, *_, **__: {key: [0.5] for key in steps}
+    )
+    quality.main()
+    table = json.loads((tmp_path / IMAGES.name / "chosen.json").read_text())
+    assert [row["method"] for row in table["rows"]] == methods
+    assert [row["training time / random"] for row in table["rows"]] == [1.0, 1.0]
 
 
 def test_halves_share_no_sample(tmp_path):
@@ -181,7 +216,9 @@ def test_a_run_may_start_from_the_weights_of_another(tmp_path):
     options = [f"--start-from={place}", "--learning-rate=1e-12"]
     second = run(tmp_path / "second", *options, name="cluster")
     assert second["validation"] == pytest.approx(first["validation"])
-    assert second["setting"]["start_from"] == "none/seed-1"
+    assert second["setting"]["start_from"]["method"] == "none"
+    with pytest.raises(ValueError, match=r"--start-from.*vocabulary_size.*Received"):
+        run(tmp_path / "third", *options, "--vocabulary-size=601")
 
 
 def test_a_square_hides_a_quarter_of_each_image():
@@ -209,7 +246,7 @@ def test_methods_that_cut_texts_train_on_short_ones_and_are_judged_by_whole_ones
     monkeypatch.setitem(sys.modules, "nltk", nltk)
     options = quality.arguments(SMALL)
     data = quality.data_by_method(options)(method_of("random"))
-    for name in sorted(set(CHANGES) - {"12 tokens"}):
+    for name in sorted(set(CHANGES) - {"12 tokens", "whole texts last"}):
         method = method_of(f"random, {name}")
         length = 4 if method.text_masking else 10
         batch = next(iter(data.training(1, method, whole_texts=False)))
