@@ -1,6 +1,7 @@
 """Contrastive image-text pre-training in Keras 3, with masked image patches."""
 
 import importlib
+import itertools
 import multiprocessing
 import sys
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 # While Python looks for the module of `python -m`, it imports the packages around it.
 _IS_COMMAND = sys.argv[:1] == ["-m"] and any(
-    argument.startswith(f"{__name__}.") for argument in sys.orig_argv
+    option == "-m" and module.startswith(f"{__name__}.")
+    for option, module in itertools.pairwise(sys.orig_argv)
 )
 
 # A `.keras` file names classes, which are found only if they have been imported. A

@@ -1,7 +1,7 @@
 import collections.abc
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from keras import ops
 from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.callbacks.periodic import Periodic
 from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.types import Templates
 
 
 class Evaluation(Periodic):
@@ -236,7 +237,7 @@ class ZeroShot(Evaluation):
         data: Any,
         class_names: Sequence[str],
         tokenizer: Any,
-        templates: Sequence[str | Callable[[str], str]] | str = ("a photo of a {}.",),
+        templates: Templates = ("a photo of a {}.",),
         every: int = 1,
         ks: int | Sequence[int] = (1, 5),
         name: str | None = "zero_shot",

@@ -7,6 +7,7 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -28,7 +29,7 @@ MAX_NAME = 200
 
 
 def convert(
-    source: str | os.PathLike | Sequence,
+    source: Any,
     to: str | os.PathLike,
     *,
     samples_per_shard: int = 10_000,

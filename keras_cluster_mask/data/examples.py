@@ -55,7 +55,8 @@ def example_images(origin: str | None = None) -> pathlib.Path:
 
     In a clone of the repository these are the files of the clone. Elsewhere they are
     downloaded once, 12 MB, to `~/.keras/datasets/keras_cluster_mask`, and each file
-    must have the SHA-256 hash of the one in the repository.
+    must have the SHA-256 hash of the one in the repository. Call it once before you
+    start several processes, which else download at the same time.
 
     Example:
 
@@ -83,8 +84,9 @@ def example_images(origin: str | None = None) -> pathlib.Path:
     datasets = REPOSITORY / "datasets"
     if origin is None and all((datasets / name).exists() for name in FILES):
         return datasets / "images"
-    address = os.environ.get(VARIABLE) if origin is None else origin
-    if not address:
+    name = VARIABLE if origin is None else "origin"
+    address = os.environ.get(VARIABLE) or None if origin is None else origin
+    if address is None:
         raise FileNotFoundError(
             "`example_images` finds no folder `datasets` beside the package. Install "
             "the package from a clone of the repository, `pip install -e .`, or pass "
@@ -94,8 +96,8 @@ def example_images(origin: str | None = None) -> pathlib.Path:
         )
     if not isinstance(address, str) or "://" not in address:
         raise ValueError(
-            "`origin` must be an address such as 'https://example.org/datasets'. "
-            f"Received: origin={address!r}"
+            f"`{name}` must be an address such as 'https://example.org/datasets'. "
+            f"Received: {name}={address!r}"
         )
     paths = [_download(address, *file) for file in FILES.items()]
     return paths[0].parent

@@ -105,7 +105,7 @@ class ClusterSampling:
     def from_embeddings(
         cls,
         embeddings: np.ndarray,
-        keys: Sequence[str | bytes],
+        keys: Sequence[str | bytes] | np.ndarray,
         num_clusters: int | None = None,
         iterations: int = 10,
         merge_threshold: float = 0.7,

@@ -84,7 +84,7 @@ class TextMasking:
                     break
         return sorted(kept or by_score[:1])
 
-    def of_epoch(self, epoch: int) -> Self:
+    def of_epoch(self, epoch: int) -> "TextMasking":
         """The masking of an epoch: this one, unless a masking changes with time.
 
         Args:

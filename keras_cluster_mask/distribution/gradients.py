@@ -18,8 +18,9 @@ def prepare_replicas(model) -> None:
     """Gives all replicas the same weights before the first step of a `fit`.
 
     Raises:
-        ValueError: For a strategy under which Keras's `fit` does not work, or if the
-            processes of torch train different weights.
+        ValueError: For a strategy under which Keras's `fit` does not work or in whose
+            scope a part of the model was not made, or if the processes of torch train
+            different weights.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -32,6 +33,20 @@ def prepare_replicas(model) -> None:
                 "backend: `keras.distribution.initialize()`, then `keras.distribution."
                 "set_distribution(keras.distribution.DataParallel())`. "
                 f"Received: strategy={type(strategy).__name__}"
+            )
+        outside = []
+        if strategy.num_replicas_in_sync > 1:
+            # Every replica would update such a variable in each step.
+            outside = [
+                variable.path
+                for variable in model.variables
+                if not strategy.extended.variable_created_in_scope(variable.value)
+            ]
+        if outside:
+            raise ValueError(
+                "All parts of a model, its masking too, must be made in the scope of "
+                f"the strategy. Received: {outside[:3]}, {len(outside)} variables made "
+                f"outside of the scope of {type(strategy).__name__}"
             )
     elif keras.backend.backend() == "torch" and num_replicas() > 1:
         trained = all_gather_object(

@@ -3,7 +3,7 @@
 import collections
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,7 @@ from keras_cluster_mask.evaluation.checks import (
     check_read_once,
 )
 from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
-
-Templates = str | Callable | Sequence[str | Callable] | Mapping[str, Sequence[str]]
+from keras_cluster_mask.types import Templates
 
 TEMPLATES = ("a photo of a {}.",)
 # Images whose scores for all classes are held in memory at a time.

@@ -5,6 +5,7 @@ import operator
 import keras
 from keras import ops
 
+from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
@@ -92,6 +93,7 @@ class ClassAttention:
         return attention[:, self.num_prefix_tokens :] / len(self.blocks)
 
 
+@in_full_precision
 def attention_of_block(block, tokens):
     """The attention of the first token to all, the mean over a block's heads.
 

@@ -378,3 +378,25 @@ model.fit(data, verbose=0)
     message = error_of(code)
     assert "must divide the batch size" in message
     assert f"Received: batch_size={size}, 2 replicas" in message
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
+def test_a_masking_made_outside_of_the_scope_is_refused():
+    code = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+virtual = tf.config.LogicalDeviceConfiguration()
+tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+import keras_cluster_mask as kcm
+from tests.helpers import random_pairs, tiny_clip
+masking = kcm.ClusterMasking(4, embedding_weight=0.5)
+with strategy.scope():
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
+    model.compile("sgd")
+data = tf.data.Dataset.from_tensor_slices(random_pairs(4))
+model.fit(data.batch(4, drop_remainder=True), verbose=0)
+"""
+    message = error_of(code)
+    assert "its masking too, must be made in the scope" in message
+    assert "Received: ['cluster_masking/" in message

@@ -112,7 +112,16 @@ def test_every_page_is_in_the_navigation():
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("page", [*all_pages(), "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        *all_pages(),
+        "benchmarks/README.md",
+        "examples/README.md",
+        "guides/README.md",
+        "SECURITY.md",
+    ],
+)
 def test_links_and_files_that_are_named_exist(page):
     text = read(page)
     for program in re.findall(r"\b((?:guides|benchmarks|examples)/\w+\.py)\b", text):
