@@ -19,7 +19,7 @@ PAIR_BATCHES = 10
 
 
 class Data:
-    """One data set, read with one tokenizer at one size.
+    """One dataset, read with one tokenizer at one size.
 
     Captions that stand for classes (few distinct ones) are judged by zero-shot
     classification and a linear probe, others by retrieval.

@@ -144,7 +144,7 @@ CHANGES = {
     "rare words": {
         "text_masking": lambda captions: kcm.data.FrequencyTextMasking().fit(captions)
     },
-    # The threshold of a small data set, in which each word is frequent.
+    # The threshold of a small dataset, in which each word is frequent.
     "rare words 1e-3": {
         "text_masking": lambda captions: kcm.data.FrequencyTextMasking(
             threshold=1e-3

@@ -54,7 +54,7 @@ def arguments():
     add("--topology", help="of TPUs, such as v5e:16x16, instead of virtual devices")
     add("--derive", action="store_true", help="derive hours and cost instead")
     add("--utilisation", type=float, default=0.35, help="share of the peak")
-    add("--pairs", type=int, default=10_968_539, help="in the data set")
+    add("--pairs", type=int, default=10_968_539, help="in the dataset")
     add("--epochs", type=int, default=32)
     add(
         "--hardware",

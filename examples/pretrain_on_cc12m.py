@@ -21,7 +21,7 @@ def parse(arguments=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="rgb_0.5", help="the masking")
+    add("--preset", choices=PRESETS, default="rgb_0.3", help="the masking")
     add("--train", default="cc12m/*.tar", help="shards to train on")
     add("--held-out", help="shards for evaluation, not among those of --train")
     add("--pairs", type=int, default=10_968_539, help="the number of training pairs")
@@ -128,11 +128,12 @@ def find_threshold(args, masking, shards, tokenizer):
     search = kcm.ClusterMasking(
         args.patch_size, 0.5, min_mask_ratio=0.3, anchor_ratio=0.03, seed=args.seed
     )
-    # The model normalises images before the masking sees them.
-    search.adapt(
-        kcm.models.pixels.normalize_pixels(batch["images"])
-        for _, batch in zip(range(len(sample)), sample)
+    # A model normalises images for its masking, here as in training; its size is free.
+    backbone = kcm.models.clip_backbone(
+        "tiny", args.image_size, patch_size=args.patch_size
     )
+    search = kcm.ContrastiveModel.from_backbone(backbone, masking=search).masking
+    search.adapt(batch for _, batch in zip(range(len(sample)), sample))
     masking.threshold.assign(search.threshold)
     if kcm.distribution.is_main_process():
         print(f"threshold: {float(search.threshold):.4f}")

@@ -7,7 +7,7 @@
 # [cluster masking](https://arxiv.org/abs/2405.08815). It shows
 #
 # - what they keep of an image,
-# - statistics of their masks over a data set,
+# - statistics of their masks over a dataset,
 # - and what a small CLIP learns with each, from the same weights and in as many steps.
 #
 # It takes about two minutes on two CPU cores. Add a masking to `MASKINGS` to compare it, too;
@@ -71,11 +71,11 @@ show(kcm.visualization.plot_masks(photographs, columns), "compared_masks")
 # %% [markdown]
 # ## Statistics of the masks
 #
-# The images of this data set are objects on white, 48 pixels wide, and two anchors of each make
-# the clusters. `masking_statistics` describes the masks of a whole data set. The similarity at the
-# cut says how well a masking suits the images: near 1, the anchors' own look-alikes fill the half
-# that leaves (here often white paper); near 0, there were too few of them, and patches that
-# resemble no anchor left, too.
+# The images of this dataset are objects on white, 48 pixels wide, and two anchors of each make
+# the clusters. `masking_statistics` describes the masks of a whole dataset. The similarity at the
+# cut says how well a masking suits the images. Near 1, similar patches fill the masked half (here
+# often white paper); near 0, the anchors have too few similar patches, and dissimilar ones are
+# masked too.
 
 # %%
 captions = kcm.data.read_captions(IMAGES / "train-*.tar")
@@ -142,7 +142,7 @@ for name, make in MASKINGS.items():
 # %% [markdown]
 # ## Results
 #
-# Recall@10 on 346 test pairs has a 95 % interval of about ± 4 points, so one short run of each
+# Recall@10 on 346 test pairs has a 95 % interval of about ± 3 to 4 points, so one short run of each
 # says little about small differences: repeat it with several seeds, and on your own data. In
 # longer studies on photographs random masking was ahead of whole images in the same time, and
 # cluster masking about a point behind random masking

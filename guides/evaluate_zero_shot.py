@@ -11,8 +11,8 @@
 #
 # This guide evaluates the model of the [first guide](pretrain_clip_with_cluster_masking.py), so
 # run that before, or set `MODEL` and `TOKENIZER` to files of your own. Recall and accuracies
-# equal those of [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark). The search needs
-# [faiss](https://github.com/facebookresearch/faiss): `pip install faiss-cpu`.
+# equal those of [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark) (except for ties). The
+# search needs [faiss](https://github.com/facebookresearch/faiss): `pip install -e ".[search]"`.
 
 # %%
 import os
@@ -69,9 +69,9 @@ def dataset(split, training=False):
 # ## Retrieval
 #
 # Recall@k on held-out pairs, in both directions, with its 95 % interval and beside the recall of
-# a random ranking. All captions of this data set differ; if some are equal, each of them counts
-# as right. For images with several captions, read them with `include_captions="all"` and pass
-# `tokenizer=tokenizer`.
+# a random ranking. All captions of this dataset differ. If some of yours are equal, pass
+# `duplicates="positive"`; otherwise they count as wrong. For images with several captions, read them
+# with `include_captions="all"` and pass `tokenizer=tokenizer`.
 
 # %%
 recall = kcm.evaluation.evaluate_retrieval(model, dataset("test"), verbose=0)
@@ -89,7 +89,7 @@ for name, value in recall.items():
 # The model gets only the names of the classes. Each is put into templates, and an image is
 # assigned to the class with the most similar texts. Data usually has labels
 # (`image_text_dataset(..., label_key="cls")`, or `label_key="folder"` for one folder per class).
-# This data set has captions only, so the guide takes the images whose caption contains exactly
+# This dataset has captions only, so the guide takes the images whose caption contains exactly
 # one of these words, which is their class.
 
 # %%

@@ -45,8 +45,7 @@ import keras_cluster_mask as kcm
 # larger `IMAGE_SIZE`, such as 224 pixels with patches of 16, and a larger model, such as
 # `"vit_b_16"`.
 #
-# On small data, random masking is the safer choice: in 1,000 steps on 40,000 photographs it
-# reached a zero-shot accuracy of 49.9 ± 0.6 %, and cluster masking 48.7 ± 0.4 %
+# On small data, random masking is the safer choice
 # ([measurements](../docs/benchmarks/quality.md#photographs)). The gain of the paper is from 32
 # epochs of 12 million pairs. One line of the recipe changes the masking, and the
 # [guide to maskings](compare_maskings.py) compares them.

@@ -127,7 +127,7 @@ for name, stages in {"in stages": STAGES, "at full size": FULL_SIZE}.items():
 
 # %% [markdown]
 # The recall of 346 held-out pairs, of which chance finds 2.9 % among the first ten. Its 95 %
-# interval is about ± 4 points.
+# interval is about ± 3 to 4 points.
 
 # %%
 RESULTS.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,12 @@
 #
 # In data parallel training the batch is divided among the devices, each of which has all the
 # weights. A contrastive loss compares every image with the texts of *all* devices: a program that
-# trains eight small batches side by side trains a different model, without a word. Here the batch
+# trains eight small batches side by side trains a different model, without a warning. Here the batch
 # of eight devices is one batch: losses, gradients and masks are those of a single device.
 #
 # This guide writes a training program, starts it on several devices, and checks it. Without GPUs
-# it takes two virtual devices of the CPU, or two processes: every check is the same.
+# it takes two virtual devices of the CPU, or two processes: every check is the same. It was run on
+# two virtual devices or processes of a CPU, not on GPUs.
 
 # %%
 import os
@@ -191,8 +192,8 @@ print("the same history:", again["loss"] == several["loss"])
 # **The devices are busy.** `Throughput` reports `samples_per_second` over all devices. Eight
 # should be nearly eight times as fast as one with an eighth of the batch. If not, look at the
 # utilization of the GPUs: if it has gaps, images are decoded too slowly, and `num_workers` of
-# `image_text_dataset` helps, since the threads of one process decode up to about 3,000 images a
-# second.
+# `image_text_dataset` helps, since the threads of one process decode at most about 3,000 images
+# a second (derived), on any number of cores.
 #
 # **The memory suffices.** If not, `micro_batch_size` trains on parts of the batch and still compares
 # all pairs, and `gradient_checkpointing=True` keeps fewer activations. The

@@ -1,4 +1,4 @@
-"""Build the captioned image data set from public Debian packages.
+"""Build the captioned image dataset from public Debian packages.
 
 The images are the colour emoji of Noto Color Emoji, with their Unicode names, and
 the public-domain drawings of the Open Clip Art Library, with their titles and
@@ -280,7 +280,7 @@ def check_sources() -> None:
 
 
 def emoji_sequences() -> Iterator[tuple[str, str]]:
-    """Yield each emoji that the data set uses, with its Unicode name."""
+    """Yield each emoji that the dataset uses, with its Unicode name."""
     group = subgroup = ""
     for line in EMOJI_NAMES.read_text(encoding="utf-8").splitlines():
         if line.startswith("# group: "):
@@ -529,7 +529,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 3) ->
 
 
 def collect() -> tuple[list[Sample], Counter]:
-    """All images of the data set, in rank order, and counts of those left out."""
+    """All images of the dataset, in rank order, and counts of those left out."""
     titles = json.loads((HERE / "titles.json").read_text(encoding="utf-8"))
     counts: Counter = Counter()
     samples = list(emoji_samples())
@@ -564,7 +564,7 @@ def write_shards(folder: Path, samples: list[Sample]) -> None:
 
 
 def main() -> None:
-    """Build the data set."""
+    """Build the dataset."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write to")
     folder = parser.parse_args().output

@@ -202,8 +202,8 @@ def image_text_dataset(
             torch to `(0, 1)`, all samples in every process.
         num_workers: int. The number of worker processes. They are spawned, so that a
             program needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
-            process, which decode up to about 3,000 images a second, whatever the number
-            of processors.
+            process, which share a lock and decode at most about 3,000 images a second
+            on any number of cores.
         index_dir: str or path. The folder of the index. Defaults to `None`: beside the
             shards, or `~/.cache/keras_cluster_mask` for shards at addresses and in
             folders that cannot be written to.

@@ -34,7 +34,7 @@ class TextMasking:
         self,
         words: Sequence[str],
         num_tokens: Sequence[int],
-        room: int,
+        num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
         """The scores of the words of a caption that is too long.
@@ -42,7 +42,7 @@ class TextMasking:
         Args:
             words: list of str, in lower case.
             num_tokens: list of int. The number of tokens of each word.
-            room: int. The number of tokens that the words may have together.
+            num_tokens_left: int. The number of tokens that the words may have together.
             generator: `np.random.Generator` of the sample.
 
         Returns:
@@ -55,7 +55,7 @@ class TextMasking:
         self,
         words: Sequence[str],
         num_tokens: Sequence[int],
-        room: int,
+        num_tokens_left: int,
         generator: np.random.Generator,
     ) -> list[int]:
         """The indices of the words that stay, in order.
@@ -66,21 +66,21 @@ class TextMasking:
         Args:
             words: See `score`.
             num_tokens: See `score`.
-            room: See `score`.
+            num_tokens_left: See `score`.
             generator: See `score`.
 
         Returns:
             list of int.
         """
-        scores = self.score(words, num_tokens, room, generator)
+        scores = self.score(words, num_tokens, num_tokens_left, generator)
         # The sort keeps the order of equal scores.
         by_score = sorted(range(len(words)), key=scores.__getitem__, reverse=True)
         kept = []
         for index in by_score:
-            if num_tokens[index] <= room:
-                room -= num_tokens[index]
+            if num_tokens[index] <= num_tokens_left:
+                num_tokens_left -= num_tokens[index]
                 kept.append(index)
-                if not room:
+                if not num_tokens_left:
                     break
         return sorted(kept or by_score[:1])
 
@@ -117,9 +117,11 @@ class TextMasking:
         epochs = [0] * len(captions) if epochs is None else epochs
         maskings = {epoch: self.of_epoch(epoch) for epoch in {*epochs}}
 
-        def keep_words(index, words, num_tokens, room):
+        def keep_words(index, words, num_tokens, num_tokens_left):
             masking = maskings[epochs[index]]
-            return masking.keep_words(words, num_tokens, room, generators[index])
+            return masking.keep_words(
+                words, num_tokens, num_tokens_left, generators[index]
+            )
 
         return tokenizer(captions, keep_words)
 
@@ -152,7 +154,7 @@ class RandomTextMasking(TextMasking):
         self,
         words: Sequence[str],
         num_tokens: Sequence[int],
-        room: int,
+        num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
         """Random scores; see `TextMasking.score`."""
@@ -185,12 +187,12 @@ class BlockTextMasking(TextMasking):
         self,
         words: Sequence[str],
         num_tokens: Sequence[int],
-        room: int,
+        num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
         """Scores that fall from the first word on; see `TextMasking.score`."""
         last, left = len(words), 0
-        while last and left < room:
+        while last and left < num_tokens_left:
             last -= 1
             left += num_tokens[last]
         first, count = int(generator.random() * (last + 1)), len(words)
@@ -247,7 +249,7 @@ class SyntaxTextMasking(TextMasking):
         self,
         words: Sequence[str],
         num_tokens: Sequence[int],
-        room: int,
+        num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
         """Scores by part of speech; see `TextMasking.score`."""
@@ -378,7 +380,7 @@ class FrequencyTextMasking(TextMasking):
         self,
         words: Sequence[str],
         num_tokens: Sequence[int],
-        room: int,
+        num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
         """Random scores minus `probability`; see `TextMasking.score`."""

@@ -272,7 +272,7 @@ class CLIPTokenizer:
         texts = [byte_pairs.clean(text) for text in texts]
         token_ids = np.zeros((len(texts), self.context_length), dtype="int32")
         token_ids[:, 0] = self.start_token_id
-        room = self.context_length - 2
+        num_tokens_left = self.context_length - 2
         if keep_words is None:
             encodings = self._tokenizer.encode_batch_fast(
                 texts, add_special_tokens=False
@@ -280,14 +280,14 @@ class CLIPTokenizer:
         for index, text in enumerate(texts):
             if keep_words or self._start_token in text or self._end_token in text:
                 words, tokens = self._words(text)
-                if keep_words and sum(map(len, tokens)) > room:
+                if keep_words and sum(map(len, tokens)) > num_tokens_left:
                     sizes = [len(each) for each in tokens]
-                    kept = keep_words(index, words, sizes, room)
+                    kept = keep_words(index, words, sizes, num_tokens_left)
                     tokens = [tokens[place] for place in kept]
                 ids = [i for each in tokens for i in each]
             else:
                 ids = encodings[index].ids
-            ids = ids[:room]
+            ids = ids[:num_tokens_left]
             row = token_ids[index]
             row[1 : len(ids) + 1] = ids
             row[len(ids) + 1] = self.end_token_id

@@ -99,7 +99,7 @@ def probe(tokenizer, context_length=None, texts=PROBES):
 
     Returns:
         int32 array `(texts, length)`; `None` if the tokenizer does not take any text,
-        such as a table of the captions of a data set.
+        such as a table of the captions of a dataset.
     """
     check_tokenizer(tokenizer)
     try:

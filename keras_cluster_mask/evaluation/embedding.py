@@ -1,4 +1,4 @@
-"""Embeddings of a data set."""
+"""Embeddings of a dataset."""
 
 import functools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ MAX_SIZE = 1024
 def embed(
     model: Any, data: Any, tokenizer: Any = None, verbose: str | int = "auto"
 ) -> dict[str, np.ndarray]:
-    """Embeds a data set batch by batch.
+    """Embeds a dataset batch by batch.
 
     The data may be larger than memory: only embeddings, labels, keys and captions are
     kept. Nothing is masked.

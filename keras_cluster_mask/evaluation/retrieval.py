@@ -89,7 +89,7 @@ def evaluate_retrieval(
     duplicates: str = "negative",
     verbose: str | int = "auto",
 ) -> dict[str, float]:
-    """Computes the retrieval recall of a model on a data set.
+    """Computes the retrieval recall of a model on a dataset.
 
     Example:
 

@@ -1,6 +1,6 @@
 """Evaluation by clip_benchmark, which evaluates open_clip's models.
 
-Its metrics, data sets, class names and templates evaluate a Keras model, on any
+Its metrics, datasets, class names and templates evaluate a Keras model, on any
 backend:
 
 ```bash
@@ -32,7 +32,7 @@ On a GPU set `TF_FORCE_GPU_ALLOW_GROWTH=true` for TensorFlow, which otherwise ta
 memory of the GPU: clip_benchmark's own tensors are torch's and need some too.
 
 SugarCrepe, the choice between a caption and a wrong one that differs in a word or two,
-is seven data sets, `sugar_crepe/swap_att` and so on; `sugar_crepe` is all of them:
+is seven datasets, `sugar_crepe/swap_att` and so on; `sugar_crepe` is all of them:
 
 ```bash
 python -m keras_cluster_mask.interop.clip_benchmark eval \\
@@ -46,7 +46,7 @@ missing. The accuracy is `acc`. It equals
 `kcm.evaluation.caption_selection_accuracy`, except that two captions with exactly equal
 similarities count as right there and as wrong here.
 
-A data set of your own is a folder of WebDataset shards, passed as `wds/` and any name:
+A dataset of your own is a folder of WebDataset shards, passed as `wds/` and any name:
 
 - `test/0.tar`, `test/1.tar` and so on, with their number in `test/nshards.txt`;
 - for classification, samples of `KEY.jpg` (or png, webp) and `KEY.cls`, the number of
@@ -322,7 +322,7 @@ def _registered(tokenizer, resize):
     """Makes clip_benchmark know the models of this library for a while."""
     models = _import("clip_benchmark.models")
 
-    # It loads the model again for each data set.
+    # It loads the model again for each dataset.
     @functools.lru_cache(maxsize=1)
     def load(model_name, pretrained, cache_dir=None, device="cpu"):
         return adapt(pretrained, tokenizer, "crop" if resize is None else resize)

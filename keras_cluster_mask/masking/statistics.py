@@ -1,4 +1,4 @@
-"""What a masking does to the images of a data set, in numbers."""
+"""What a masking does to the images of a dataset, in numbers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -132,7 +132,7 @@ def masking_statistics(
     seed: int | None = 0,
     verbose: str | int = "auto",
 ) -> MaskingStatistics:
-    """Measures what a masking does to the images of a data set.
+    """Measures what a masking does to the images of a dataset.
 
     One pass over the data, which keeps only sums and two numbers per image. The masking
     does not change, its random state included: the noise is

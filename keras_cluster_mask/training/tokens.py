@@ -23,7 +23,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
 
     Returns:
         str, the fingerprint of the tokenizer; `None` if it takes no other texts than
-        those of a data set.
+        those of a dataset.
     """
     # Imported here: it needs packages that `import keras` does not.
     from keras_cluster_mask.data.tokenizing import VARIANTS, probe

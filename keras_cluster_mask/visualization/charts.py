@@ -100,7 +100,7 @@ def _is_due(epoch, freq):
 
 
 def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
-    """Shows what a masking does to the images of a data set.
+    """Shows what a masking does to the images of a dataset.
 
     Histograms of the share that is masked of each image, of the similarity at the
     cut, and of the patches in a cluster beside those its anchor takes; how many

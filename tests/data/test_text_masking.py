@@ -78,13 +78,13 @@ def random_cases(count, seed=0, words=WORDS):
 # === References ===
 
 
-def random_score(words, sizes, room, u):
+def random_score(words, sizes, num_tokens_left, u):
     return u
 
 
-def block_score(words, sizes, room, u):
-    # Of windows of `room` tokens, those that end within the caption.
-    starts = [i for i in range(len(words)) if sum(sizes[i:]) >= room]
+def block_score(words, sizes, num_tokens_left, u):
+    # Of windows of `num_tokens_left` tokens, those that end within the caption.
+    starts = [i for i in range(len(words)) if sum(sizes[i:]) >= num_tokens_left]
     first = starts[int(u[0] * len(starts))]
     order = [*range(first, len(words)), *reversed(range(first))]
     return -np.argsort(order)
@@ -93,7 +93,7 @@ def block_score(words, sizes, room, u):
 def frequency_score(threshold, unknown):
     total = sum(COUNTS.values())
 
-    def score(words, sizes, room, u):
+    def score(words, sizes, num_tokens_left, u):
         p = [
             max(0.0, 1 - np.sqrt(threshold * total / COUNTS[word]))
             if word in COUNTS
@@ -105,7 +105,7 @@ def frequency_score(threshold, unknown):
     return score
 
 
-def syntax_score(words, sizes, room, u):
+def syntax_score(words, sizes, num_tokens_left, u):
     ranks = {"NN": 1, "JJ": 2, "VB": 3}
     return -np.array([ranks.get(TAGS.get(word, "X")[:2], 4) for word in words])
 
@@ -121,16 +121,18 @@ SCORES = {
 
 def kept_words(name, caption, length, seed):
     """Which words stay: by score, each if its tokens still fit."""
-    words, room = caption.split(), length - 2
+    words, num_tokens_left = caption.split(), length - 2
     sizes = [num_tokens(word) for word in words]
-    if sum(sizes) <= room:
+    if sum(sizes) <= num_tokens_left:
         return words
-    score = SCORES[name](words, sizes, room, generator(seed).random(len(words)))
+    score = SCORES[name](
+        words, sizes, num_tokens_left, generator(seed).random(len(words))
+    )
     order = np.lexsort((np.arange(len(words)), -score))
     kept = []
     for index in order:
-        if sizes[index] <= room:
-            room -= sizes[index]
+        if sizes[index] <= num_tokens_left:
+            num_tokens_left -= sizes[index]
             kept.append(index)
     return [words[index] for index in sorted(kept)]
 
@@ -153,18 +155,22 @@ def test_rows_equal_the_reference(name):
 def test_words_of_one_token_each_are_chosen_as_in_the_official_code(name):
     """The rule of CLIPA and CLIPF: the words of the highest scores, in order."""
     for seed, caption, length in random_cases(200, 1, COMMON):
-        words, room = caption.split(), length - 2
+        words, num_tokens_left = caption.split(), length - 2
         u = generator(seed).random(len(words))
         if name == "block":
-            first = int(u[0] * (len(words) - room + 1)) if len(words) > room else 0
+            first = (
+                int(u[0] * (len(words) - num_tokens_left + 1))
+                if len(words) > num_tokens_left
+                else 0
+            )
             place = np.arange(len(words))
-            score = ((place >= first) & (place < first + room)).astype(float)
+            score = ((place >= first) & (place < first + num_tokens_left)).astype(float)
         else:
-            score = SCORES[name](words, None, room, u)
-        kept = np.sort(np.lexsort((np.arange(len(words)), -score))[:room])
+            score = SCORES[name](words, None, num_tokens_left, u)
+        kept = np.sort(np.lexsort((np.arange(len(words)), -score))[:num_tokens_left])
         received, row = mask(name, caption, length, seed)
         assert received == [words[index] for index in kept]
-        assert (row > 0).sum() == min(len(words), room) + 2
+        assert (row > 0).sum() == min(len(words), num_tokens_left) + 2
 
 
 @pytest.mark.parametrize("name", MASKINGS)
@@ -176,12 +182,12 @@ def test_words_stay_whole_and_in_order_and_rows_are_full(name):
             continue
         rest = iter(words)
         assert all(word in rest for word in kept)
-        room = length - 2 - sum(num_tokens(word) for word in kept)
+        num_tokens_left = length - 2 - sum(num_tokens(word) for word in kept)
         left_out = list(words)
         for word in kept:
             left_out.remove(word)
-        assert room >= 0
-        assert all(num_tokens(word) > room for word in left_out)
+        assert num_tokens_left >= 0
+        assert all(num_tokens(word) > num_tokens_left for word in left_out)
 
 
 @pytest.mark.parametrize("name", MASKINGS)

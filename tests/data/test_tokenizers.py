@@ -100,8 +100,8 @@ def test_the_words_to_choose_from_are_open_clips():
     reference = open_clip_tokenizer.SimpleTokenizer()
     received = {}
 
-    def keep_words(index, words, num_tokens, room):
-        assert room == 1
+    def keep_words(index, words, num_tokens, num_tokens_left):
+        assert num_tokens_left == 1
         received[index] = list(zip(words, num_tokens))
         return [len(words) - 1]
 

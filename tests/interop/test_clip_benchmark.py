@@ -117,7 +117,7 @@ def retrieval(write_dataset):
 
 @pytest.fixture
 def sugarcrepe(tmp_path):
-    """SugarCrepe's layout: a JSON file a data set, and images in one folder."""
+    """SugarCrepe's layout: a JSON file a dataset, and images in one folder."""
     (tmp_path / "crepe" / "val2017").mkdir(parents=True)
     for index, content in enumerate(encoded_images(len(ALL_CAPTIONS))):
         (tmp_path / "crepe" / "val2017" / f"{index:012}.png").write_bytes(content)

@@ -191,7 +191,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class Pairs(list):
-    """A data set of torch's."""
+    """A dataset of torch's."""
 
 
 def loader(pairs):
