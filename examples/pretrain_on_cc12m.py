@@ -56,7 +56,7 @@ def parse(arguments=None):
     return args
 
 
-def make_masking(args):
+def make_masking(args, threshold=None):
     """The masking of a preset, or None."""
     import keras
 
@@ -69,9 +69,11 @@ def make_masking(args):
 
     zero_to_one = keras.optimizers.schedules.PolynomialDecay(0.0, args.steps, 1.0)
     make = {
-        "rgb_0.5": lambda: clusters(min_mask_ratio=0.5),
-        "rgb_0.3": lambda: clusters(min_mask_ratio=0.3),
-        "embedding": lambda: clusters(min_mask_ratio=0.3, embedding_weight=zero_to_one),
+        "rgb_0.5": lambda: clusters(min_mask_ratio=0.5, threshold=threshold),
+        "rgb_0.3": lambda: clusters(min_mask_ratio=0.3, threshold=threshold),
+        "embedding": lambda: clusters(
+            min_mask_ratio=0.3, threshold=threshold, embedding_weight=zero_to_one
+        ),
         "budget": clusters,
         "flip": lambda: kcm.RandomMasking(0.5, seed=args.seed),
         "none": lambda: None,
@@ -110,8 +112,8 @@ def read(args, source, tokenizer, batch_size, **options):
     )
 
 
-def find_threshold(args, masking, shards, tokenizer):
-    """Sets the threshold of a masking that has one.
+def find_threshold(args, shards, tokenizer):
+    """The threshold of a preset that has one, or None.
 
     `adapt` finds the threshold that masks half of the patches on average over up to
     10,000 images. As in the authors' search, this includes the patches masked to reach
@@ -121,8 +123,8 @@ def find_threshold(args, masking, shards, tokenizer):
     """
     import keras_cluster_mask as kcm
 
-    if getattr(masking, "threshold", None) is None:
-        return
+    if args.preset in ("budget", "flip", "none"):
+        return None
     # Every process reads the same images and finds the same threshold.
     sample = read(args, shards, tokenizer, 64, process=(0, 1), format="grain")
     search = kcm.ClusterMasking(
@@ -134,9 +136,10 @@ def find_threshold(args, masking, shards, tokenizer):
     )
     search = kcm.ContrastiveModel.from_backbone(backbone, masking=search).masking
     search.adapt(batch for _, batch in zip(range(len(sample)), sample))
-    masking.threshold.assign(search.threshold)
+    threshold = float(search.threshold)
     if kcm.distribution.is_main_process():
-        print(f"threshold: {float(search.threshold):.4f}")
+        print(f"threshold: {threshold:.4f}")
+    return threshold
 
 
 def make_model(args, masking, vocabulary_size):
@@ -214,13 +217,13 @@ def main(args):
     args.results.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(args, shards)
     tokenizer.save(args.results / "tokenizer.json")
-    masking = make_masking(args)
-    find_threshold(args, masking, shards, tokenizer)
+    threshold = find_threshold(args, shards, tokenizer)
     if kcm.distribution.is_main_process():
         print(f"{args.preset}: {args.steps} steps; results go to {args.results}")
     train = read(args, shards, tokenizer, args.batch_size, num_workers=args.num_workers)
     folder = args.results / "checkpoints"
     with devices():
+        masking = make_masking(args, threshold)
         model = make_model(args, masking, tokenizer.vocabulary_size)
         history = model.fit(
             train,
@@ -237,8 +240,9 @@ def main(args):
         figure = kcm.visualization.plot_history(history)
         figure.savefig(args.results / "training.png", dpi=100)
         model.save(args.results / "model.keras")
-    # Start a run of several processes again, as one process, to evaluate it.
-    if args.held_out and not joined:
+    if args.held_out and joined:
+        print("Not evaluated: start the program once more, as one process.")
+    elif args.held_out:
         held_out = kcm.data.image_text_dataset(
             args.held_out, tokenizer, args.image_size, batch_size=64, training=False
         )

@@ -129,6 +129,8 @@ def test_it_runs_in_a_tiny_setting(preset, num_workers, shard, tmp_path):
             **os.environ,
             "KERAS_BACKEND": keras.backend.backend(),
             "PYTHONPATH": str(ROOT),
+            # On JAX the program takes all devices.
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         },
         capture_output=True,
         text=True,
