@@ -25,16 +25,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 from quality_data import IMAGES, Data
-from quality_methods import CHANGES, PATCHES, STUDIES, has_threshold, method_of
+from quality_methods import CHANGES, PATCHES, STUDIES, method_of
+from quality_models import PARTS, new_model, stages_of, start_of, tuning_of
 from quality_plots import plot_cost_quality, plot_learning_curves
 from quality_shift import Shift
 from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
 
 import keras_cluster_mask as kcm
-
-# A run has so many parts; after each the model is scored and saved.
-PARTS = 8
 
 
 def arguments(given=None):
@@ -192,13 +190,6 @@ def train(name, seed, options, data_of, costs, folder):
     return result
 
 
-def stages_of(method):
-    """How many of the parts of a run each stage takes."""
-    if method.ends_differently:
-        return {"masked": PARTS - 1, "whole": 1}
-    return {"masked": PARTS}
-
-
 class Show(keras.callbacks.Callback):
     """Prints the loss and the score after each part of a run."""
 
@@ -238,67 +229,6 @@ def setting_of(name, seed, options):
         "backend": keras.backend.backend(),
         **setting,
     }
-
-
-def start_of(options):
-    """The setting of the run whose weights are fine-tuned."""
-    path = Path(options.start_from) / "result.json"
-    setting = json.loads(path.read_text())["setting"]
-    # What the tokenizer and the shapes of the weights follow from.
-    names = ("data", "caption_key", "vocabulary_size", "context_length")
-    names += ("size", "image_size", "patch_size")
-    of_mine = vars(options) | {"data": Path(options.data).resolve().name}
-    differ = [name for name in names if setting[name] != of_mine[name]]
-    if differ:
-        raise ValueError(
-            f"`--start-from` must be a run of the same {differ}. Received: "
-            f"{[setting[name] for name in differ]} instead of "
-            f"{[of_mine[name] for name in differ]}"
-        )
-    return setting
-
-
-def new_model(method, options, data, seed, steps):
-    """A model with fresh weights, compiled; equal seeds give equal weights."""
-    keras.utils.set_random_seed(seed)
-    backbone = kcm.models.clip_backbone(
-        options.size,
-        image_size=data.image_size,
-        patch_size=options.patch_size,
-        vocabulary_size=data.tokenizer.vocabulary_size,
-        context_length=options.context_length,
-    )
-    if options.start_from:
-        backbone.load_weights(Path(options.start_from) / "backbone.weights.h5")
-    masking = method.new_masking(options.patch_size, backbone.vision_encoder, steps)
-    share = options.short_context / options.context_length
-    token_masking = method.token_masking and method.token_masking(share)
-    model = kcm.ContrastiveModel.from_backbone(
-        backbone, masking, token_masking, views=method.views
-    )
-    if has_threshold(masking):
-        masking.adapt(data.evaluation("train", 20))
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0,
-        decay_steps=steps - steps // 10,
-        warmup_target=options.learning_rate,
-        warmup_steps=steps // 10,
-    )
-    model.compile(new_optimizer(schedule))
-    return model
-
-
-def tuning_of(model, options, steps):
-    """The model for the last part on whole images, whose rate falls on to zero."""
-    whole = model.without_masking()
-    rate = float(model.optimizer.learning_rate)
-    schedule = keras.optimizers.schedules.PolynomialDecay(rate, steps // PARTS, 0.0)
-    whole.compile(new_optimizer(schedule))
-    return whole
-
-
-def new_optimizer(schedule):
-    return keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98)
 
 
 def without_equal_time(name):
