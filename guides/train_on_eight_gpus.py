@@ -7,8 +7,7 @@
 # of eight devices is one batch: losses, gradients and masks are those of a single device.
 #
 # This guide writes a training program, starts it on several devices, and checks it. Without GPUs
-# it takes two virtual devices of the CPU, or two processes: every check is the same. It was run on
-# two virtual devices or processes of a CPU, not on GPUs.
+# it takes two virtual devices of the CPU, or two processes; it was run on these, not on GPUs.
 
 # %%
 import os
