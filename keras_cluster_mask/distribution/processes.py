@@ -1,5 +1,6 @@
 """The processes of one training run."""
 
+import atexit
 import datetime
 import functools
 import os
@@ -66,6 +67,16 @@ def initialize() -> None:
     torch.distributed.init_process_group(
         "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT)
     )
+    if not cuda:
+        atexit.register(_leave)
+
+
+def _leave():
+    """Ends the threads of gloo, which would else abort a process that is done."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_main_process() -> bool:
