@@ -29,7 +29,7 @@ def training_flops(
     k-means and of transport, and all that works element by element are left out, a few
     per cent at most. Attention is counted whole, causal attention too, and so are
     tokens that a threshold hides: both are computed. Micro-batches take the towers
-    forward once more, which costs a third more.
+    forward a second time, which costs a third more.
 
     Example:
 

@@ -51,7 +51,7 @@ def main():
 
 def pages():
     """The Markdown files of the repository."""
-    folders = ("docs", "benchmarks", "guides", "datasets")
+    folders = ("docs", "benchmarks", "guides", "examples", "datasets")
     inside = [path for folder in folders for path in (ROOT / folder).rglob("*.md")]
     return sorted([*ROOT.glob("*.md"), *inside])
 

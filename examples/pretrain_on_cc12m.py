@@ -241,7 +241,7 @@ def main(args):
         figure.savefig(args.results / "training.png", dpi=100)
         model.save(args.results / "model.keras")
     if args.held_out and joined:
-        print("Not evaluated: start the program once more, as one process.")
+        print("Not evaluated: run the program again in a single process.")
     elif args.held_out:
         held_out = kcm.data.image_text_dataset(
             args.held_out, tokenizer, args.image_size, batch_size=64, training=False
