@@ -27,7 +27,7 @@ import keras
 from quality_data import IMAGES, Data
 from quality_methods import CHANGES, PATCHES, STUDIES, method_of
 from quality_models import PARTS, new_model, stages_of, start_of, tuning_of
-from quality_plots import plot_cost_quality, plot_learning_curves
+from quality_plots import plot_cost_quality, plot_learning_curves, plot_losses
 from quality_shift import Shift
 from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
@@ -99,6 +99,7 @@ def main():
         return
     report(runs, costs, options, folder / f"{title}.json")
     plot_learning_curves(runs, folder / f"{title}-learning-curves.png")
+    plot_losses(runs, folder / f"{title}-losses.png")
     if costs:
         plot_cost_quality(runs, costs, folder / f"{title}-cost-quality.png")
 
@@ -327,6 +328,10 @@ def report(runs, costs, options, path):
             ]
             if gains:
                 row[f"{split} score - random's"] = mean_and_spread(gains)
+        last = [run["curve"][-1] for run in mine.values()]
+        for value in Shift.NAMES:
+            if value in last[0]:
+                row[value] = mean_and_spread((point[value] for point in last), 2)
         rows.append(row)
     title = f"{path.parent.name}, {options.steps} steps of {options.batch_size}"
     publish(path, title, rows, runs=runs)

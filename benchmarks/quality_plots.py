@@ -42,6 +42,33 @@ def plot_cost_quality(runs, costs, path):
     _finish(figure, axes, path)
 
 
+def plot_losses(runs, path):
+    """How far what is learned of the training data holds on others.
+
+    Losses on whole images, of training and of validation data, and the validation score
+    against the training loss: of two methods at the same training loss, the one with
+    the higher score has learned more that holds. Means over seeds.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name, mine in _by_method(runs).items():
+        steps = [point["step"] for point in mine[0]["curve"]]
+        training, validation, score = (
+            _curves(mine, key).mean(axis=0)
+            for key in ("whole training loss", "whole validation loss", "score")
+        )
+        (line,) = left.plot(steps, validation, marker="o", ms=3, label=name)
+        left.plot(steps, training, "--", color=line.get_color())
+        right.plot(training, score, marker="o", ms=3, color=line.get_color())
+    left.set(xlabel="training step", ylabel="loss on whole images")
+    left.set_title("validation (solid) and training data (dashed)", fontsize=10)
+    right.set(xlabel="loss on whole training images", ylabel=_label(runs))
+    right.set_title("score at equal training loss; time runs to the right", fontsize=10)
+    right.invert_xaxis()
+    right.grid(alpha=0.3)
+    right.spines[["top", "right"]].set_visible(False)
+    _finish(figure, left, path)
+
+
 def _by_method(runs):
     methods = {}
     for run in runs:
@@ -49,8 +76,8 @@ def _by_method(runs):
     return methods
 
 
-def _curves(runs):
-    return np.array([[point["score"] for point in run["curve"]] for run in runs])
+def _curves(runs, key="score"):
+    return np.array([[point[key] for point in run["curve"]] for run in runs])
 
 
 def _label(runs):

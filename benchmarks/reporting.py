@@ -71,11 +71,12 @@ def table(rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def mean_and_spread(values):
+def mean_and_spread(values, decimals=1):
     """The mean of some numbers, and their standard deviation if there are several."""
     values = list(values)
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
+    several = len(values) > 1
+    spread = f" ± {statistics.stdev(values):.{decimals}f}" if several else ""
+    return f"{statistics.fmean(values):.{decimals}f}{spread}"
 
 
 def write_json(path, **content):

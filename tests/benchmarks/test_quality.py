@@ -191,6 +191,13 @@ def test_the_command_reports_the_runs_of_all_processes(tmp_path, monkeypatch):
     table = json.loads((tmp_path / IMAGES.name / "chosen.json").read_text())
     assert [row["method"] for row in table["rows"]] == methods
     assert [row["training time / random"] for row in table["rows"]] == [1.0, 1.0]
+    none, random = table["rows"]
+    assert "whole training loss" in none
+    assert "masked training loss" not in none
+    assert "masked training cosine" in random
+    plots = {file.name for file in (tmp_path / IMAGES.name).glob("*.png")}
+    expected = ("learning-curves", "losses", "cost-quality")
+    assert plots == {f"chosen-{name}.png" for name in expected}
 
 
 def test_halves_share_no_sample(tmp_path):
