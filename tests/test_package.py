@@ -276,3 +276,15 @@ def test_the_source_distribution_holds_no_tests_or_images(distributions):
         *("CITATION.cff", "LICENSE", "NOTICE"),
     }
     assert sdist.stat().st_size < 1_000_000
+
+
+def test_after_a_release_the_installation_from_pypi_is_shown(tmp_path):
+    for path in (".ci/run", "docs/install.md"):
+        (tmp_path / path).parent.mkdir()
+        shutil.copy2(ROOT / path, tmp_path / path)
+    for _ in range(2):
+        subprocess.run([tmp_path / ".ci/run", "after_release"], check=True)
+        text = (tmp_path / "docs/install.md").read_text(encoding="utf-8")
+        assert "<!--" not in text
+        assert "-->" not in text
+        assert 'pip install "keras_cluster_mask[jax]"' in text

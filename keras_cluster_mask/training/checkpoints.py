@@ -177,8 +177,9 @@ class CheckpointFiles:
         return [path.rpartition("/")[2] for path in found]
 
     def _sync_folder(self):
-        # Otherwise a power cut may lose the new name, though not the file.
-        if _storage().is_address(self.folder):
+        # Otherwise a power cut may lose the new name, though not the file. Windows does
+        # not open folders.
+        if _storage().is_address(self.folder) or not hasattr(os, "O_DIRECTORY"):
             return
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:

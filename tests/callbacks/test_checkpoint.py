@@ -433,6 +433,24 @@ def test_the_best_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch)
 
 
 @pytest.mark.any_backend
+def test_a_checkpoint_is_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):
+    # As on Windows.
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    system_open = os.open
+
+    def open_file(path, *args, **options):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return system_open(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", open_file)
+    CheckpointFiles(tmp_path).write(1, {"array": np.arange(3)}, {"step": 1})
+    _, arrays, facts = CheckpointFiles(tmp_path).read_last()
+    assert facts["step"] == 1
+    np.testing.assert_array_equal(arrays["array"], np.arange(3))
+
+
+@pytest.mark.any_backend
 def test_a_folder_on_remote_storage_is_written_and_resumed_from(whole, shards):
     memory = fsspec.filesystem("memory")
     expected, history = whole
