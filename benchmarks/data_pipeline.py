@@ -6,12 +6,12 @@
 
 All read the same shards and cut the same part out of each image (90 to 100 % of the
 area, resized to 224 x 224 by bicubic interpolation). Each runs in a process of its own,
-in turn, several times over, after an epoch that is not counted. The limit decodes each
-image once, whole, and does nothing else, with a thread a core.
+in turn, several times over, after an epoch that is not counted. "JPEG decoding alone"
+is an upper bound: it decodes each image once, whole, with one thread per core.
 
-From the processor time of the workers and of their parent for each image follows the
-speed on larger machines. This is derived, not measured: a parent computes in one thread
-at a time, and all cores together do the rest.
+The speed on larger machines is derived from the processor time per image of the workers
+and of their parent; it is not measured. A parent computes in one thread at a time, and
+all cores together do the rest.
 
 Also: the memory of a worker process, if the script imports Keras at its top or when it
 needs it; the time to the first batch of 1,000 indexed shards, from the start of an

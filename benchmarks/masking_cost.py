@@ -4,10 +4,10 @@
     KERAS_BACKEND=jax python benchmarks/masking_cost.py --image-size 448 --no-step
     KERAS_BACKEND=jax python benchmarks/masking_cost.py --batch-size 8 --teacher
 
-Beside the `select` of every masking of the library stand a full similarity of all
-patches to all others with a sort (the way of the paper's released code), reading all
-pixels once (nothing that looks at pixels can be faster), and a training step of CLIP
-ViT-B/16 with half of the patches masked.
+The table has the `select` of every masking and, for comparison: a full similarity of
+all patches to all others with a sort (the way of the paper's released code), reading
+all pixels once (nothing that looks at pixels can be faster), and a training step of
+CLIP ViT-B/16 with half of the patches masked.
 
 `--teacher` adds `AttentiveMasking`, whose teacher is a ViT-B/16 too, the update of the
 teacher, which each step makes once whatever the batch, and a training step without

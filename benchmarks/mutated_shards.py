@@ -12,8 +12,8 @@ one, and a new one continues with the next. The counts must add up:
   many for the same reasons. What `convert` wrote is read back as it was.
 - A sample is lost if all of its bytes are still there and it is neither given, nor
   counted as broken, nor its shard counted as damaged.
-- A sample is silently wrong if it has not its own caption or image, although the file
-  still holds all of its bytes under its key, and nowhere anything else under this key.
+- A sample is silently wrong if its caption or image is not its own, although the file
+  still holds all bytes of the sample under its key, and nothing else under this key.
 """
 
 import collections

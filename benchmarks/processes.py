@@ -5,9 +5,9 @@
 
 Each process has a core and a thread of its own and `--batch-size` pairs of each batch.
 Runs of each kind alternate, since processes cannot be timed in turn within one program.
-Two processes that train apart show how much slower two busy cores are than one, with
-nothing exchanged. Two that train together also reduce as many bytes as there are
-gradients without a model around.
+Two processes that train apart show how much slower two busy cores are than one, without
+any exchange. Two that train together also time an all-reduce of the size of the
+gradients, without a model.
 """
 
 import argparse

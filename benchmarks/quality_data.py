@@ -177,7 +177,7 @@ class Data:
 
     @functools.cached_property
     def duplicates(self):
-        """Whether images with equal captions are partners of one another's."""
+        """Whether images with equal captions count as each other's partners."""
         captions = (
             texts
             for batch in self.evaluation("validation", CURVE_BATCHES)

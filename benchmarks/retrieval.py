@@ -81,7 +81,7 @@ def measure(name, items, width):
 
 
 def peak():
-    """MiB that this process has had in memory at most."""
+    """The peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

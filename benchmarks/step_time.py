@@ -65,7 +65,7 @@ def main():
 
 
 def table_row(name, setting, seconds, memory, peak):
-    """What is reported of a method at one batch size; columns that are unknown lack."""
+    """One row of the report, for a method and a batch size, with the known columns."""
     row = {
         "batch": setting.batch_size,
         "method": name,

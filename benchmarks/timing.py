@@ -1,4 +1,4 @@
-"""How benchmarks time: in turn, so that a machine whose speed drifts is fair to all."""
+"""Timing of functions in turn, so that drift of the machine affects all equally."""
 
 import gc
 import itertools

@@ -1,4 +1,4 @@
-"""Whether token ids are open_clip's, id for id, and how fast they come beside its.
+"""Compares token ids and speed with open_clip's tokenizer.
 
     python benchmarks/token_parity.py
     python benchmarks/token_parity.py --captions 3000

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Compare maskings
 #
-# Maskings that leave out the same number of patches cost the same, and differ in what is left.
-# This guide compares three: no masking, random masking
-# ([FLIP](https://arxiv.org/abs/2212.00794)) and
-# [cluster masking](https://arxiv.org/abs/2405.08815). It shows
+# Maskings that leave out the same number of patches cost nearly the same, except for
+# `AttentiveMasking`, which runs a teacher. They differ in the patches that they keep. This guide
+# compares [cluster masking](https://arxiv.org/abs/2405.08815) with random masking
+# ([FLIP](https://arxiv.org/abs/2212.00794)) and with whole images. It shows
 #
 # - what they keep of an image,
 # - statistics of their masks over a dataset,
@@ -54,8 +54,8 @@ def show(figure, name):
 # ## What they keep
 #
 # On photographs, random masking leaves a little of everything. Cluster masking leaves out the
-# sky, the table or the wall, and keeps most of what differs from them. In the next step the
-# anchors are others, and so are the patches.
+# sky, the table or the wall, and keeps most of what differs from them. Each step draws new anchors,
+# so the masks change.
 
 # %%
 names = "astronaut", "coffee", "chelsea", "rocket"

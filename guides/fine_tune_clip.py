@@ -125,8 +125,8 @@ results = {"before": kcm.evaluation.evaluate_retrieval(pretrained, test, verbose
 #
 # The learning rate warms up and falls again. Weights are not decayed: there are few steps, and
 # decay would only pull the model away from what it knows. The masked model reads a random half
-# of the patches; on a few hundred pairs random masking is the safe choice. The last epoch, at a
-# low rate, is on whole images, as the model will see them when it is used.
+# of the patches; on a few hundred pairs random masking is the safe choice. One more epoch follows on
+# whole images, at a low rate, because the model reads whole images when it is used.
 #
 # Masking halves the work of the image encoder, not that of the text encoder. At 36 patches both
 # are small; the larger the images, the larger the gain.
@@ -195,5 +195,5 @@ models["random half"].backbone.save_to_preset(RESULTS / "fine_tuned")
 # %% [markdown]
 # ## Next steps
 #
-# - `model.backbone.vision_encoder.trainable = False` before `compile` trains the text tower alone
-#   (LiT); `compile(..., learning_rate_multipliers={"image": 0.1})` trains it more slowly.
+# - `model.backbone.vision_encoder.trainable = False` before `compile` freezes the image tower (LiT).
+#   `compile(..., learning_rate_multipliers={"image": 0.1})` trains it at a tenth of the rate.

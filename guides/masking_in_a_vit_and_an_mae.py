@@ -116,9 +116,9 @@ for name, (masking, epochs) in runs.items():
 # %% [markdown]
 # ## A masked autoencoder
 #
-# Its decoder gets the encoded patches at their places, and a learned token in place of each other
-# patch. The masking is a function of its `noise`, so drawing the noise first makes the places
-# known:
+# Its decoder gets the encoded patches at their positions, and a learned token for every other patch.
+# A masking depends on its `noise`. To know the positions, draw the noise first and pass it to both
+# calls:
 #
 # - `masking.draw(batch, N)` draws the noise of a step,
 # - `masking.select(images, tokens, noise)` returns the indices of the patches that stay, and

@@ -37,10 +37,10 @@ FOLDER.mkdir(parents=True)
 # %% [markdown]
 # ## The program
 #
-# Three lines differ from training on one device: the program joins the processes, or makes the
-# model within a scope of the devices, before anything else is made. `batch_size` counts the pairs
-# on all devices together, so nothing else changes with their number: not the learning rate, not
-# the negatives, not the masks. `image_text_dataset` gives every process its own samples.
+# Only the function `devices` differs from training on one device. On torch it joins the processes;
+# on JAX and TensorFlow it returns the scope in which the model is made. `batch_size` counts the
+# pairs on all devices together, so nothing else changes with their number: not the learning rate,
+# not the negatives, not the masks. `image_text_dataset` gives every process its own samples.
 #
 # `Checkpoint` and `resume_from` let the run continue after a crash, on another number of devices
 # too. `if __name__ == "__main__"` lets `num_workers` start processes that decode images.
@@ -108,11 +108,13 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Start it
 #
+# `train.py` takes the number of devices, a folder for checkpoints and the folder of the shards.
+#
 # | backend | one machine | several machines |
 # | --- | --- | --- |
-# | torch | `torchrun --nproc-per-node=8 train.py` | the same on each, with `--nnodes`, `--node-rank` and `--rdzv-endpoint` |
-# | JAX | `python train.py` | `python train.py` on each, with `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID` set; the program calls `kcm.distribution.initialize()` first |
-# | TensorFlow | `python train.py` | not supported by Keras 3 |
+# | torch | `torchrun --nproc-per-node=8 train.py 8 run datasets/images` | the same on each, with `--nnodes`, `--node-rank` and `--rdzv-endpoint` |
+# | JAX | `python train.py 8 run datasets/images` | the same on each, with `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID` set, and `kcm.distribution.initialize()` at the top of `main` |
+# | TensorFlow | `python train.py 8 run datasets/images` | not supported by Keras 3 |
 #
 # `python -m keras_cluster_mask.data check SOURCE --workers 16` indexes large shards beforehand.
 
@@ -150,9 +152,9 @@ one, several = start(1, "one"), start(DEVICES, "several")
 # ## What to check
 #
 # **The losses are those of one device.** Run a few steps on one device and on all, with the same
-# seed. Losses and gradient norms agree to rounding, which grows a little from step to step. Devices
-# that did not see each other's texts would start near the logarithm of their own share of the
-# batch, here 3.5, and not above that of the whole batch, 4.2.
+# seed. Losses and gradient norms agree to rounding, which grows a little from step to step. If each
+# device compared only its own half of the batch, the loss would start near log(32) = 3.5. Over the
+# whole batch it starts above log(64) = 4.2.
 
 # %%
 for name in ("loss", "gradient_norm", "mask_ratio", "image_to_text_accuracy"):

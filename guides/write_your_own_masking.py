@@ -3,8 +3,8 @@
 #
 # A masking decides which patches of an image the encoder reads in training. To write one,
 # subclass `kcm.PatchMasking` and implement one method, `score`: the patches with the highest
-# scores stay. Random numbers, the exact number of patches, prefix tokens, several devices, and
-# saving are the work of the base class.
+# scores stay. The base class takes care of random numbers, the exact number of patches, prefix
+# tokens, several devices, and saving.
 #
 # The example suits drawings and products on a plain background, where random masking spends many
 # tokens on nothing. `ContentMasking` leaves out blank patches first, and of the others random
@@ -93,10 +93,10 @@ class ContentMasking(kcm.PatchMasking):
 # %% [markdown]
 # ## Look at the masks
 #
-# `plot_masks` shows several maskings with the same noise. It normalises nothing unless the
-# masking is part of a model, so the images are floats in [0, 1] here, and the limit on the
-# contrast is about four times as strict. A patch of a single colour counts as blank inside of an
-# object too, so `ContentMasking` prefers outlines and details.
+# `plot_masks` shows several maskings with the same noise. It does not normalise images unless the
+# masking is part of a model. So the images here are floats in [0, 1], where a contrast of 0.05
+# corresponds to about 0.2 on normalised images. A patch of a single colour inside an object also
+# counts as blank, so `ContentMasking` prefers outlines and details.
 
 # %%
 captions = kcm.data.read_captions(IMAGES / "train-*.tar")
