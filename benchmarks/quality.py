@@ -1,7 +1,7 @@
 """How good a model is after training with each method, at the same number of tokens.
 
     python benchmarks/quality.py                            # the repository's images
-    python benchmarks/quality.py --data DIR                 # labelled photographs
+    python benchmarks/quality.py --data DIR                 # labeled photographs
     python benchmarks/quality.py --data DIR --caption-key json.captions --study texts
     python benchmarks/quality.py --methods random "cluster, ratio 0.75" --seeds 1
     python benchmarks/quality.py --test                     # the test split, at the end

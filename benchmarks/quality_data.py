@@ -143,7 +143,7 @@ class Data:
     def scores(self, model, split):
         """Percentages: recall@10 both ways, or zero-shot accuracy and linear probe.
 
-        `"covered"` is the score on images of which a grey square hides a quarter.
+        `"covered"` is the score on images of which a gray square hides a quarter.
         """
         batches = self.evaluation(split)
         found = self._scores(model, batches)
@@ -195,7 +195,7 @@ class Data:
 
 
 def with_square(batch):
-    """The batch with a grey square, half as wide as an image, on each at random."""
+    """The batch with a gray square, half as wide as an image, on each at random."""
     rng = np.random.default_rng(len(batch["images"]))
     images = np.array(batch["images"])
     side = images.shape[1] // 2

@@ -138,7 +138,7 @@ CHANGES = {
     "12 tokens": {"short_context": 12},
     "first words": {"text_masking": lambda captions: None},
     "random words": {"text_masking": lambda captions: kcm.data.RandomTextMasking()},
-    "neighbouring words": {
+    "neighboring words": {
         "text_masking": lambda captions: kcm.data.BlockTextMasking(),
     },
     "rare words": {
@@ -192,7 +192,7 @@ def method_of(name):
 
 
 # Without the words that need NLTK.
-WORDS = ("first", "random", "neighbouring", "rare")
+WORDS = ("first", "random", "neighboring", "rare")
 STUDIES = {
     "images": tuple(PATCHES),
     "texts": (

@@ -43,11 +43,11 @@ def plot_cost_quality(runs, costs, path):
 
 
 def plot_losses(runs, path):
-    """Shows how each method generalises, the mean of all seeds.
+    """Shows how each method generalizes, the mean of all seeds.
 
     Losses on whole images of the training and the validation data, and the validation
     score against the training loss: of two methods at the same training loss, the one
-    with the higher score generalises better.
+    with the higher score generalizes better.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for name, mine in _by_method(runs).items():

@@ -37,8 +37,8 @@ ROWS = (
 # Name, number of devices, TFLOP/s of one in dense bfloat16, assumed price of an hour.
 HARDWARE = (("H100", 8, 989, 3.0), ("TPU v5e", 64, 197, 1.2), ("TPU v6e", 64, 918, 2.7))
 MEBIBYTE = 2**20
-# Machine code for a CPU, of which nothing is reported, is not optimised.
-UNOPTIMISED = (
+# Machine code for a CPU, of which nothing is reported, is not optimized.
+UNOPTIMIZED = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )
@@ -79,7 +79,7 @@ def main():
     rows = []
     for row in options.rows:
         command = [sys.executable, *sys.argv, "--row", json.dumps(row)]
-        flags = [os.environ.get("XLA_FLAGS", ""), *UNOPTIMISED]
+        flags = [os.environ.get("XLA_FLAGS", ""), *UNOPTIMIZED]
         flags += [f"--xla_force_host_platform_device_count={row['devices']}"]
         environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
         found = subprocess.run(

@@ -79,7 +79,7 @@ def main():
 
 
 def concept_graph(captions):
-    """Words that occur together, and frequent pairs of neighbours as concepts."""
+    """Words that occur together, and frequent pairs of neighbors as concepts."""
     words = map(byte_pairs.words_of, byte_pairs.clean_all(captions))
     counts = collections.Counter(itertools.chain(*map(itertools.pairwise, words)))
     pairs = {" ".join(pair): pair for pair, count in counts.items() if count >= 10}

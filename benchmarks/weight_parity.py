@@ -42,7 +42,7 @@ def random_model(name, seed):
 
 
 def batch(model, rows, seed):
-    """Normalised images, channels last, and token ids that end in the highest."""
+    """Normalized images, channels last, and token ids that end in the highest."""
     rng = np.random.default_rng(seed)
     side = model.visual.image_size[0]
     context, vocabulary = model.context_length, model.vocab_size

@@ -87,8 +87,8 @@ def measure(name, images, patch_size):
         A dictionary: `"kept"`, the share of the patches; `"contrast"`, the standard
         deviation within a kept patch in parts of that of all patches; `"look-alike"`,
         the similarity of a patch that is left out to the most similar one that stays;
-        `"hole"`, its distance to the nearest one that stays, in patches; `"colours"`,
-        the share of the variance between the mean colours of the patches that is known
+        `"hole"`, its distance to the nearest one that stays, in patches; `"colors"`,
+        the share of the variance between the mean colors of the patches that is known
         if each is taken from the nearest patch that stays.
     """
     keras.utils.set_random_seed(0)
@@ -146,7 +146,7 @@ def numbers(stays, patches, side):
         "contrast": np.nan if is_blank else contrast[stays].mean() / contrast.mean(),
         "look-alike": np.nan if is_whole else alike.max(axis=1).mean(),
         "hole": np.nan if is_whole else distances[gone].min(axis=1).mean(),
-        "colours": 1 - error / variance if variance else np.nan,
+        "colors": 1 - error / variance if variance else np.nan,
     }
 
 

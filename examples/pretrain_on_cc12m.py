@@ -130,7 +130,7 @@ def find_threshold(args, shards, tokenizer):
     search = kcm.ClusterMasking(
         args.patch_size, 0.5, min_mask_ratio=0.3, anchor_ratio=0.03, seed=args.seed
     )
-    # A model normalises images for its masking, here as in training; its size is free.
+    # A model normalizes images for its masking, here as in training; its size is free.
     backbone = kcm.models.clip_backbone(
         "tiny", args.image_size, patch_size=args.patch_size
     )

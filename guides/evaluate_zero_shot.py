@@ -97,7 +97,7 @@ NAMES = ["flag", "food", "sign", "face", "animal", "woman", "man", "plant", "com
 TEMPLATES = ["{}", "{}, symbol", "a {}", "flat drawing of a {}"]
 
 
-def labelled(split):
+def labeled(split):
     """Images whose caption names exactly one class, with their labels."""
     for batch in dataset(split):
         words = [set(re.split("[ ,]+", text.decode())) for text in batch["captions"]]
@@ -110,9 +110,9 @@ def labelled(split):
 
 prompts = NAMES, tokenizer, TEMPLATES
 zero_shot = kcm.evaluation.evaluate_zero_shot(
-    model, labelled("test"), *prompts, ks=(1, 2), verbose=0
+    model, labeled("test"), *prompts, ks=(1, 2), verbose=0
 )
-labels = np.concatenate([batch["labels"] for batch in labelled("test")])
+labels = np.concatenate([batch["labels"] for batch in labeled("test")])
 print(f"Always the most frequent class: {np.bincount(labels).max() / len(labels):.1%}")
 for name, value in zero_shot.items():
     print(f"{name:16} {value:.1%}")
@@ -121,7 +121,7 @@ for name, value in zero_shot.items():
 # A confusion matrix shows which classes it takes for which:
 
 # %%
-images = np.concatenate([batch["images"] for batch in labelled("test")])
+images = np.concatenate([batch["images"] for batch in labeled("test")])
 classifier = kcm.evaluation.zero_shot_classifier(model, *prompts, verbose=0)
 embeddings = kcm.evaluation.embed(model, images, verbose=0)["image_embeddings"]
 found = (embeddings @ np.asarray(classifier)).argmax(axis=1)
@@ -139,7 +139,7 @@ show(figure, "confusion")
 # images; the test images are used once, at the end.
 
 # %%
-train, test, validation = map(labelled, ("train", "test", "validation"))
+train, test, validation = map(labeled, ("train", "test", "validation"))
 probe = kcm.evaluation.evaluate_linear_probe(
     model, train, test, validation=validation, verbose=0
 )
@@ -168,7 +168,7 @@ model.load_weights(best)
 # %% [markdown]
 # ## Search
 #
-# Embeddings are L2-normalised, so an inner product is a cosine similarity. `IndexFlatIP` of faiss
+# Embeddings are L2-normalized, so an inner product is a cosine similarity. `IndexFlatIP` of faiss
 # is exact; `IndexIVFFlat` and `IndexHNSWFlat` are faster for millions of images. The first image
 # of each row is the query, and the others are the most similar ones.
 

@@ -6,7 +6,7 @@
 # makes each step cheaper.
 #
 # This guide adapts the model of the [first guide](pretrain_clip_with_cluster_masking.py), which
-# has seen coloured drawings, to an archive in black and white. Run it first, or set `PRESET`. This
+# has seen colored drawings, to an archive in black and white. Run it first, or set `PRESET`. This
 # guide shows how to
 #
 # - lay out photographs and captions of your own,

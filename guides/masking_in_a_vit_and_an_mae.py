@@ -168,7 +168,7 @@ history = autoencoder.fit(train_images, batch_size=64, epochs=EPOCHS)
 
 # %% [markdown]
 # Test images: what the encoder reads, what the decoder paints in place of the rest, and the image.
-# After so short a training it knows shapes and colours, and no details.
+# After so short a training it knows shapes and colors, and no details.
 
 
 # %%

@@ -170,7 +170,7 @@ for name, value in recall.items():
 # ## Search by words
 #
 # Embed the queries and rank all held-out images by their similarity to each. After a minute of
-# training the model knows kinds and colours, and few names.
+# training the model knows kinds and colors, and few names.
 
 # %%
 QUERIES = ["smiling face", "red heart", "green flag", "woman", "green plant", "clock"]

@@ -17,7 +17,7 @@ import nbconvert
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-# What terminals show as colours, and what progress bars write to go back.
+# What terminals show as colors, and what progress bars write to go back.
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\x08")
 
 

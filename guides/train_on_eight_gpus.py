@@ -39,8 +39,8 @@ FOLDER.mkdir(parents=True)
 #
 # Only the function `devices` differs from training on one device. On torch it joins the processes;
 # on JAX and TensorFlow it returns the scope in which the model is made. `batch_size` counts the
-# pairs on all devices together, so nothing else changes with their number: not the learning rate,
-# not the negatives, not the masks. `image_text_dataset` gives every process its own samples.
+# pairs of all devices, so nothing else changes with their number. `image_text_dataset` gives every
+# process its own samples.
 #
 # `Checkpoint` and `resume_from` let the run continue after a crash, on another number of devices
 # too. `if __name__ == "__main__"` lets `num_workers` start processes that decode images.
@@ -108,7 +108,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Start it
 #
-# `train.py` takes the number of devices, a folder for checkpoints and the folder of the shards.
+# The arguments: the number of devices, a folder for checkpoints, and the folder of the shards.
 #
 # | backend | one machine | several machines |
 # | --- | --- | --- |
@@ -130,7 +130,6 @@ def start(count, name):
     program, folder, images = map(str, files)
     environment = {
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count))),
-        # Virtual devices of JAX.
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {virtual}".strip(),
         # Threads of two processes on one CPU would wait for one another.
         "OMP_NUM_THREADS": "1",
@@ -152,9 +151,8 @@ one, several = start(1, "one"), start(DEVICES, "several")
 # ## What to check
 #
 # **The losses are those of one device.** Run a few steps on one device and on all, with the same
-# seed. Losses and gradient norms agree to rounding, which grows a little from step to step. If each
-# device compared only its own half of the batch, the loss would start near log(32) = 3.5. Over the
-# whole batch it starts above log(64) = 4.2.
+# seed. Losses and gradient norms agree to rounding. If each device compared only its own half of the
+# batch, the loss would start near log(32) = 3.5. Over the whole batch it starts above 4.2.
 
 # %%
 for name in ("loss", "gradient_norm", "mask_ratio", "image_to_text_accuracy"):

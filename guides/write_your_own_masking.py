@@ -45,7 +45,7 @@ def show(figure, name):
 # ## The score
 #
 # `score` gets the `noise` of a step, `(batch, N)` uniform random numbers, and the images as the
-# model normalised them. It returns `(batch, N)` scores. Patches of equal score are ranked by
+# model normalized them. It returns `(batch, N)` scores. Patches of equal score are ranked by
 # their noise, so a score of 0 for blank patches and of 1 for all others is enough: the budget is
 # filled with random patches that show something, and with random blank ones if there are too few.
 #
@@ -67,7 +67,7 @@ class ContentMasking(kcm.PatchMasking):
     Args:
         patch_size: Integer, in pixels.
         mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
-        contrast: Float. A patch is blank if the standard deviation of its normalised pixels
+        contrast: Float. A patch is blank if the standard deviation of its normalized pixels
             is at most this.
         **kwargs: Arguments of `kcm.PatchMasking`, such as `seed`.
     """
@@ -93,9 +93,9 @@ class ContentMasking(kcm.PatchMasking):
 # %% [markdown]
 # ## Look at the masks
 #
-# `plot_masks` shows several maskings with the same noise. It does not normalise images unless the
+# `plot_masks` shows several maskings with the same noise. It does not normalize images unless the
 # masking is part of a model. So the images here are floats in [0, 1], where a contrast of 0.05
-# corresponds to about 0.2 on normalised images. A patch of a single colour inside an object also
+# corresponds to about 0.2 on normalized images. A patch of a single color inside an object also
 # counts as blank, so `ContentMasking` prefers outlines and details.
 
 # %%

@@ -27,7 +27,7 @@ def softmax_contrastive_loss(
     logit_scale: Tensor | float,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The loss of CLIP: each image picks its text among all, and the reverse.
+    """The softmax loss of CLIP (InfoNCE), from images to texts and vice versa.
 
     Cross-entropy over the rows and over the columns of the matrix of scaled
     similarities, averaged. With labels, all pairs of equal label are positives
@@ -42,8 +42,8 @@ def softmax_contrastive_loss(
     ```
 
     Args:
-        image_embeddings: `(batch, d)` float tensor, L2-normalised.
-        text_embeddings: `(batch, d)` float tensor, L2-normalised.
+        image_embeddings: `(batch, d)` float tensor, L2-normalized.
+        text_embeddings: `(batch, d)` float tensor, L2-normalized.
         logit_scale: Scalar, the multiplicative scale (1 / temperature).
         labels: `(batch,)` or `(batch, k)` int tensor; pairs with equal rows
             are positives. By default each pair is its own class.
@@ -81,8 +81,8 @@ def sigmoid_contrastive_loss(
     ```
 
     Args:
-        image_embeddings: `(batch, d)` float tensor, L2-normalised.
-        text_embeddings: `(batch, d)` float tensor, L2-normalised.
+        image_embeddings: `(batch, d)` float tensor, L2-normalized.
+        text_embeddings: `(batch, d)` float tensor, L2-normalized.
         logit_scale: Scalar, the multiplicative scale (1 / temperature).
         logit_bias: Scalar, added to the scaled similarity. Starts at -10, since
             nearly all pairs are negatives.
@@ -107,8 +107,8 @@ def contrastive_accuracy(
     """How often the most similar partner in the batch is a right one.
 
     Args:
-        image_embeddings: `(batch, d)` float tensor, L2-normalised.
-        text_embeddings: `(batch, d)` float tensor, L2-normalised.
+        image_embeddings: `(batch, d)` float tensor, L2-normalized.
+        text_embeddings: `(batch, d)` float tensor, L2-normalized.
         labels: As in the losses.
 
     Returns:
@@ -175,8 +175,8 @@ def batch_loss(
     if num_blocks == 1:
         return compare_block(weights, (), 0, rows)[0]
     if num_rows % num_blocks:
-        # The last block is filled up with other rows, and what comes of these cut off.
-        # Rows of zeros would be positives of none, and their gradients NaN.
+        # Repeats the first rows to fill the last block, and cuts off their outputs.
+        # Rows of zeros would have no positives, and NaN gradients.
         missing = -num_rows % num_blocks
         rows = [ops.concatenate([x, x[:missing]]) for x in rows]
     outputs, _ = map_chunks(compare_block, num_blocks, weights, (), rows)
@@ -330,7 +330,7 @@ def _compare_all(image_embeddings, text_embeddings, labels):
     sizes = labels.shape[0], images.shape[0]
     if len(labels.shape) > 2 or (None not in sizes and sizes[0] != sizes[1]):
         raise ValueError(
-            "`labels` must have shape (batch,) or (batch, k), one row a pair. "
+            "`labels` must have shape (batch,) or (batch, k), one row per pair. "
             f"Received: labels.shape={tuple(labels.shape)}"
         )
     pairs = images, texts, labels

@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # On JAX most of the time goes into compiling. Models of a few thousand weights need no
-# optimised code, and what one process has compiled serves the others, and the next run.
+# optimized code, and what one process has compiled serves the others, and the next run.
 FLAGS = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
@@ -72,7 +72,7 @@ def _write_tar(path, files, mode="w"):
 
 @pytest.fixture
 def write_pairs(tmp_path, write_pairs_to):
-    """Writes a shard of `count` plain images; the grey level is the index."""
+    """Writes a shard of `count` plain images; the gray level is the index."""
 
     def write_pairs(name, start, count, broken=()):
         return write_pairs_to(tmp_path / name, start, count, broken)

@@ -260,7 +260,7 @@ def dino_encoder():
 
 
 def as_trained(model):
-    """The model with weights that no initialiser gives."""
+    """The model with weights that no initializer gives."""
     rng = np.random.default_rng(0)
     for weight in model.trainable_variables:
         weight.assign(rng.normal(size=weight.shape).astype("float32"))

@@ -102,7 +102,7 @@ def test_example_runs(name, code, tmp_path, monkeypatch):
     module_name = name
     while module_name not in documented_objects() or not _is_module(module_name):
         module_name = module_name.rpartition(".")[0]
-    # The package's public names, as an example of `kcm.data` uses its neighbours.
+    # The package's public names, as an example of `kcm.data` uses its neighbors.
     package = importlib.import_module(module_name.rpartition(".")[0] or module_name)
     scope = {**vars(package), **vars(importlib.import_module(module_name))}
     scope.update(kcm=kcm, keras=keras, np=np, __name__="example")

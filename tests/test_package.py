@@ -245,7 +245,7 @@ def package_files():
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_its_licence(distributions):
+def test_the_wheel_holds_the_package_and_its_license(distributions):
     info = f"keras_cluster_mask-{kcm.__version__}.dist-info/"
     with zipfile.ZipFile(distributions[1]) as wheel:
         names = {name for name in wheel.namelist() if not name.endswith("/")}

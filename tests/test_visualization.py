@@ -72,7 +72,7 @@ def test_maskings_are_compared_on_the_same_images_and_noise(images):
     maskings = {
         "at random": kcm.RandomMasking(0.5),
         "the same": kcm.RandomMasking(0.5, num_prefix_tokens=1),
-        "centre": kcm.CenteredMasking(0.5, grid=(2, 3)),
+        "center": kcm.CenteredMasking(0.5, grid=(2, 3)),
         "clusters": kcm.ClusterMasking(8, anchor_ratio=0.2, **last),
         "by threshold": kcm.ClusterMasking(
             8, min_mask_ratio=0.3, threshold=0.0, anchor_ratio=0.2, **last

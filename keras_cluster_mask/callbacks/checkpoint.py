@@ -33,11 +33,11 @@ class NonFiniteError(FloatingPointError):
 class Checkpoint(keras.callbacks.Callback):
     """Saves all the state of a training run, for `fit(..., resume_from=directory)`.
 
-    A checkpoint is one file, written beside its place and then renamed, so that a run
-    killed while it saves leaves the checkpoint before. It holds weights, optimizer,
-    averages, the learning rate's and a masking's step, the masking's threshold, all
-    seeds, the metrics of the running epoch, the history, and the position in the data.
-    `ContrastiveModel.fit` says what a resumed run does.
+    A checkpoint is one file. It is written under a temporary name and then renamed, so
+    a run killed while saving keeps the previous checkpoint. It holds the weights, the
+    optimizer, moving averages, the steps of the learning rate and the masking, the
+    threshold of the masking, all seeds, the metrics of the current epoch, the history,
+    and the position in the data. See `ContrastiveModel.fit` for resuming.
 
     Training waits while the state is copied to the host's memory. A thread writes the
     file while training continues, and the copy is held until it is written; the next
@@ -82,8 +82,8 @@ class Checkpoint(keras.callbacks.Callback):
     ```
 
     Args:
-        directory: str or path. The folder of this run's checkpoints: local, or an
-            address that fsspec knows, such as `"gs://bucket/run"`.
+        directory: str or path. The folder of this run's checkpoints: local, or a URL
+            that fsspec knows, such as `"gs://bucket/run"`.
         save_every: Integer, steps between checkpoints, or `"epoch"`. The end of an
             epoch is saved in any case.
         keep: Integer. How many of the last checkpoints are kept.

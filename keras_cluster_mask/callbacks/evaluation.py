@@ -156,7 +156,7 @@ class Retrieval(Evaluation):
         name: String. Distinguishes several callbacks: `name="coco"` writes
             `val_coco_image_to_text_recall@1`.
         prefix: String, the beginning of the names in the logs. Keras's callbacks
-            recognise validation by `"val_"`; use another for training data.
+            recognize validation by `"val_"`; use another for training data.
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with

@@ -22,11 +22,11 @@ from keras_cluster_mask.training.layers import all_layers
 class MaskImages(Periodic):
     """Shows in TensorBoard what a masking leaves out while a model trains.
 
-    Plots some images by `kcm.visualization.plot_masks` at the ends of epochs, with the
-    threshold, the weight of the tokens and the tokens that the model has at that time.
-    The noise is the same each time, so that plots of different epochs can be compared,
-    and the model's random state does not change. The plots are the run `masks` of the
-    folder. TensorFlow is not needed, on any backend.
+    Plots some images with `kcm.visualization.plot_masks` at the ends of epochs, using
+    the model's current threshold, `embedding_weight` and tokens. The noise is the same
+    each time, so plots of different epochs are comparable. The model's random state
+    does not change. The plots appear as the run `masks` in the folder. Writing them
+    does not need TensorFlow.
 
     With `every=n` these are the epochs n, 2n and so on, and the first and the last of a
     `fit`. With several processes the main one writes; give all the same callbacks.
@@ -48,7 +48,7 @@ class MaskImages(Periodic):
     ```
 
     Args:
-        images: `(images, H, W, C)` array, uint8 or normalised floats; or an iterable of
+        images: `(images, H, W, C)` array, uint8 or normalized floats; or an iterable of
             batches that holds them, see `kcm.masking.masking_statistics`.
         log_dir: str or path. The folder TensorBoard is started on.
         every: Integer. The number of epochs from one plot to the next.
@@ -170,9 +170,9 @@ def _encoder_of(model, masking):
         if isinstance(layer, MaskedEncoder) and layer.masking is masking:
             return layer
     raise ValueError(
-        "`MaskImages` finds the patches and tokens of a masking that "
-        "`kcm.with_masking` has put into an encoder. Received: "
-        f"masking={masking.name} of type {type(masking).__name__}, which is none"
+        "`masking` must be inside a `MaskedEncoder`: put it into the image encoder "
+        "with `kcm.with_masking`, or pass it to `from_backbone`. Received: "
+        f"masking={masking.name} of type {type(masking).__name__}"
     )
 
 

@@ -14,11 +14,11 @@ from keras_cluster_mask.models.masked_text_encoder import tokens_per_text
 class Throughput(keras.callbacks.Callback):
     """Reports the samples and tokens trained on per second.
 
-    Adds `samples_per_second` and `tokens_per_second` to the logs: in the progress bar
-    over the last steps, at the end of an epoch over all steps except the first, which
-    may include compilation. Samples are pairs, those of all devices together; tokens
-    are those that the encoders' blocks read: the patches that are kept and the class
-    token, of each view, and the text with its padding, or what a masking keeps of it.
+    Adds `samples_per_second` and `tokens_per_second` to the logs. The progress bar
+    shows the rates of the last steps. The end of an epoch reports the rates of all
+    steps except the first, which may include compilation. A sample is a pair; the pairs
+    of all devices count. Tokens are the inputs of the transformer blocks: the class
+    token and the kept patches of each view, and the kept text tokens with padding.
     Validation is not counted. Works for arrays and for datasets whose batches have a
     known size (`drop_remainder=True`); for other data nothing is reported.
 
@@ -86,7 +86,7 @@ class Throughput(keras.callbacks.Callback):
                 if not self._last:
                     self._before, self._first = self._first, now
                 self._last.append(now)
-            # Of a step that a later one has overtaken, the rates of that.
+            # If a later step has overtaken this one, these are the later step's rates.
             if logs is not None:
                 logs.update(self._rates(self._last[0], self._last[-1]))
 

@@ -6,7 +6,7 @@ import numbers
 
 from keras_cluster_mask.data.pairs import Pair
 
-# In object stores, runs of so many neighbours are read together, where a batch holds
+# In object stores, runs of so many neighbors are read together, where a batch holds
 # enough of them to be well mixed.
 BLOCK, RUNS = 64, 16
 CROP_SCALE = 0.4, 1.0
@@ -30,7 +30,7 @@ def is_positive(value):
 
 
 def check_fraction(name, value, or_zero=False):
-    """Raises an error for a value that is no share."""
+    """Raises an error for a value that is not a fraction."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1 or not (value or or_zero):
         raise ValueError(
@@ -102,8 +102,8 @@ def choose_block_size(block_size, batch_size, processes, remote):
         fitting = [n for n in range(1, batch_size + 1) if not runs % n and n <= runs]
         raise ValueError(
             "`block_size` must divide `batch_size`, and the number of processes must "
-            "divide the number of blocks in a batch: "
-            + (f"here 1 of {fitting} processes. " if not rest else "")
+            "divide the number of blocks in a batch"
+            + (f": use one of {fitting} processes. " if not rest else ". ")
             + f"Received: block_size={block_size}, batch_size={batch_size}, "
             f"{processes} processes"
         )
@@ -115,7 +115,7 @@ def check_weights(source, training, sampling):
     if not source or not all(map(is_positive, source.values())):
         raise ValueError(
             "`source` must be a dict from sources to positive weights. "
-            f"Received: {source!r}"
+            f"Received: source={source!r}"
         )
     if not training or sampling is not None:
         raise ValueError(

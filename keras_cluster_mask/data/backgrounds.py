@@ -12,7 +12,7 @@ def check_background(background):
     if not choices or not all(choice in CHOICES for choice in choices):
         raise ValueError(
             '`background` must be "white", "random", or a list of these. '
-            f"Received: {background!r}"
+            f"Received: background={background!r}"
         )
     return choices
 

@@ -56,7 +56,7 @@ def clean(text, name="texts"):
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     if not isinstance(text, str):
-        raise TypeError(f"`{name}` must be str or bytes. Received: {text!r}")
+        raise TypeError(f"`{name}` must be str or bytes. Received: {name}={text!r}")
     # Repair is slow, and plain ASCII without an entity needs none.
     if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -68,7 +68,7 @@ def clean_all(captions):
     if isinstance(captions, str | bytes) or not isinstance(captions, Iterable):
         raise ValueError(
             "`captions` must be an iterable of captions, not a single caption. "
-            f"Received: {captions!r}"
+            f"Received: captions={captions!r}"
         )
     return map(functools.partial(clean, name="captions"), captions)
 

@@ -49,7 +49,7 @@ class CaptionChoice:
             if not isinstance(each, str) or each.count("{}") != 1:
                 raise ValueError(
                     "`caption_template` must be str that hold {} exactly once, for the "
-                    f"caption. Received: {template!r}"
+                    f"caption. Received: caption_template={template!r}"
                 )
         self._templates = templates
         self._training = training

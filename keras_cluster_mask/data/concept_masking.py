@@ -30,18 +30,19 @@ class ConceptTextMasking(TextMasking):
     word: here a concept that is masked leaves the caption. We know of no measurement of
     this for CLIP.
 
-    A concept is one to four words that stay or leave together. Training has stages:
+    A concept is one to four words that are kept or dropped together. Training has
+    stages:
 
-    - In the first, only basic concepts may leave: those with the most neighbours in
-      `graph`, of which `captions` hold enough.
-    - In each later stage, the neighbours of the concepts before may leave, too.
-    - In the last, every concept and every other word may leave. It lasts to the end of
-      training; CCM starts again from the first stage.
+    - In the first, only basic concepts may be dropped: those with the most neighbors in
+      `graph` that occur often enough in `captions`.
+    - In each later stage, the neighbors of these concepts may be dropped, too.
+    - In the last, every concept and every other word may be dropped. It lasts to the
+      end of training; CCM starts again from the first stage.
 
-    Of captions that are too long, what may not leave yet stays as long as it fits, and
-    random ones of the rest fill the context. If even what may not leave is too long,
-    random ones of it stay. A word that is no concept may leave in the last stage only.
-    Where several concepts start with the same word of a caption, the longest counts.
+    In a caption that is too long, words that may not be dropped yet are kept first, and
+    random other words fill the context. If the former alone do not fit, a random part
+    of them is kept. A word outside all concepts can be dropped in the last stage only.
+    If several concepts start at the same word, the longest is used.
 
     An epoch is a pass over the samples of the dataset, whatever `steps_per_epoch` is.
 
@@ -66,9 +67,9 @@ class ConceptTextMasking(TextMasking):
             `"traffic light"`. `co_occurrence_graph` makes a stand-in from captions.
         captions: Iterable of str or bytes, those of the training data. A basic concept
             makes up more than 3e-5 of their words, as in CCM. Defaults to `None`: the
-            neighbours alone count.
+            neighbors alone count.
         num_basic: int. The maximum number of basic concepts. They are of the
-            `num_basic * 5 / 3` concepts with the most neighbours, as in CCM. Defaults
+            `num_basic * 5 / 3` concepts with the most neighbors, as in CCM. Defaults
             to `None`: 3,000, or a tenth of the concepts of the graph if that is less.
         num_stages: int, at least 2. Defaults to `4`, as in CCM.
         epochs_per_stage: int. The number of epochs of each stage but the last. Defaults
@@ -103,33 +104,33 @@ class ConceptTextMasking(TextMasking):
         self.epochs_per_stage = check_integer("epochs_per_stage", epochs_per_stage, 1)
         if num_basic is not None:
             num_basic = check_integer("num_basic", num_basic, 1)
-        neighbours = _neighbours(graph)
+        neighbors = _neighbors(graph)
         self.stage = None
-        self.stages = dict.fromkeys(neighbours, num_stages - 1)
+        self.stages = dict.fromkeys(neighbors, num_stages - 1)
         # From the first word of concepts of several words to the length of the longest.
         self._longest = {}
-        for words in map(str.split, neighbours):
+        for words in map(str.split, neighbors):
             if len(words) > 1:
                 longest = max(self._longest.get(words[0], 0), len(words))
                 self._longest[words[0]] = longest
-        basic = self._basic(neighbours, captions, num_basic)
-        for stage, concepts in enumerate(_growing(basic, neighbours, num_stages - 1)):
+        basic = self._basic(neighbors, captions, num_basic)
+        for stage, concepts in enumerate(_growing(basic, neighbors, num_stages - 1)):
             self.stages.update(dict.fromkeys(concepts, stage))
         first_stages = {*self.stages.values()} - {num_stages - 1}
         if num_stages > 2 and first_stages == {0}:
             raise ValueError(
                 "`graph` must relate basic concepts to others, or all stages but the "
                 "last are equal: pass a lower `num_basic`, or `num_stages=2`. Received:"
-                f" {len(neighbours)} concepts, {len(basic)} of them basic, without "
-                f"other neighbours; num_basic={num_basic}, num_stages={num_stages}"
+                f" {len(neighbors)} concepts, {len(basic)} of them basic, without "
+                f"other neighbors; num_basic={num_basic}, num_stages={num_stages}"
             )
 
-    def _basic(self, neighbours, captions, num_basic):
+    def _basic(self, neighbors, captions, num_basic):
         """The concepts of the first stage, a list."""
-        tenth = -(-len(neighbours) // CONCEPTS_PER_BASIC)
+        tenth = -(-len(neighbors) // CONCEPTS_PER_BASIC)
         number = num_basic or min(NUM_BASIC, tenth)
         # By name where degrees are equal, so that the order of the graph has no effect.
-        ranked = sorted(neighbours, key=lambda name: (-len(neighbours[name]), name))
+        ranked = sorted(neighbors, key=lambda name: (-len(neighbors[name]), name))
         pool = ranked[: int(number * POOL + 0.5)]
         if captions is not None:
             counts, total = collections.Counter(), 0
@@ -140,7 +141,7 @@ class ConceptTextMasking(TextMasking):
             pool = [name for name in pool if counts[name] > MIN_SHARE * total]
             if not pool:
                 raise ValueError(
-                    "`captions` must hold concepts with many neighbours in `graph`, as "
+                    "`captions` must hold concepts with many neighbors in `graph`, as "
                     "CLIP's tokenizer splits words, or no concept is basic: check the "
                     "spelling, pass a higher `num_basic`, or use "
                     f"`co_occurrence_graph(captions)`. Received: {total} words, and "
@@ -182,18 +183,18 @@ class ConceptTextMasking(TextMasking):
         self,
         words: Sequence[str],
         num_tokens: Sequence[int],
-        room: int,
+        num_tokens_left: int,
         generator: np.random.Generator,
     ) -> list[int]:
         """The words of the concepts that stay; see `TextMasking.keep_words`."""
         names, starts = self._units(words)
         if len(names) == len(words):
-            return super().keep_words(words, num_tokens, room, generator)
+            return super().keep_words(words, num_tokens, num_tokens_left, generator)
         before = [0, *itertools.accumulate(num_tokens)]
         sizes = [
             before[end] - before[first] for first, end in itertools.pairwise(starts)
         ]
-        kept = super().keep_words(names, sizes, room, generator)
+        kept = super().keep_words(names, sizes, num_tokens_left, generator)
         return [
             index for each in kept for index in range(starts[each], starts[each + 1])
         ]
@@ -202,7 +203,7 @@ class ConceptTextMasking(TextMasking):
         self,
         words: Sequence[str],
         num_tokens: Sequence[int],
-        room: int,
+        num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
         """Random scores of concepts and words, higher for those that may not leave.
@@ -232,7 +233,7 @@ def co_occurrence_graph(
 
     It is a stand-in for a graph of knowledge such as ConceptNet: two words are related
     if captions hold both more often than if they were independent, a positive pointwise
-    mutual information. Frequent words have the most neighbours, "a" and "the" among
+    mutual information. Frequent words have the most neighbors, "a" and "the" among
     them, and the second stage has almost all words of the graph.
 
     The time and memory grow with the number of pairs of words. Of millions of captions,
@@ -282,23 +283,23 @@ def co_occurrence_graph(
     return {word: sorted(graph[word]) for word in sorted(graph)}
 
 
-def _growing(basic, neighbours, number):
+def _growing(basic, neighbors, number):
     """Yields the concepts that each of some stages adds to those before."""
     known, new = set(), {*basic}
     for _ in range(number):
         known |= new
         yield new
-        new = {other for name in new for other in neighbours[name]} - known
+        new = {other for name in new for other in neighbors[name]} - known
 
 
-def _neighbours(graph):
-    """A graph as a dict from each concept to the set of its neighbours, both ways."""
+def _neighbors(graph):
+    """A graph as a dict from each concept to the set of its neighbors, both ways."""
     if not isinstance(graph, Mapping) or not graph:
         raise ValueError(
             "`graph` must be a dict from concepts to iterables of related concepts, "
             f"with at least one relation. Received: graph={graph!r}"
         )
-    neighbours, names = collections.defaultdict(set), {}
+    neighbors, names = collections.defaultdict(set), {}
 
     def name_of(concept):
         # What is no str may not be hashable.
@@ -314,18 +315,18 @@ def _neighbours(graph):
                 f"Received: {concept!r}: {related!r}"
             )
         name = name_of(concept)
-        # A concept without neighbours is one nevertheless, whose words stay together.
-        mine = neighbours[name]
+        # A concept without neighbors is one nevertheless, whose words stay together.
+        mine = neighbors[name]
         for other in map(name_of, related):
             if other != name:
                 mine.add(other)
-                neighbours[other].add(name)
-    if not any(neighbours.values()):
+                neighbors[other].add(name)
+    if not any(neighbors.values()):
         raise ValueError(
             "`graph` must have relations between concepts. Received: a graph of "
-            f"{len(neighbours)} concepts without edges"
+            f"{len(neighbors)} concepts without edges"
         )
-    return dict(neighbours)
+    return dict(neighbors)
 
 
 def _name(concept):
@@ -339,6 +340,6 @@ def _name(concept):
         raise ValueError(
             "`graph` must have concepts of one to four words, as CLIP's tokenizer "
             "splits captions, in lower case and with spaces in place of underscores: "
-            f"leave others out. Received: {concept!r}"
+            f"leave others out. Received: a graph with {concept!r}"
         )
     return " ".join(words)

@@ -45,7 +45,7 @@ def convert(
     the extension of their actual format. Consecutive rows of a table that name the same
     image become one sample. Broken samples are left out and counted; see `check`.
 
-    Each shard is written beside its place and renamed when it is complete. No file is
+    Each shard is written under a temporary name and renamed when complete. No file is
     replaced: to repeat an interrupted conversion, remove its shards.
 
     Example:
@@ -95,7 +95,7 @@ def convert(
         path = f"{before}{number}{after}"
         if files.exists(path):
             raise ValueError(
-                f"`to` must not exist yet: choose another name. Received: {path}"
+                f"`to` must not exist yet: choose another name. Received: to={path!r}"
             )
         return path
 

@@ -70,15 +70,18 @@ def image_text_dataset(
     by `KEY.txt`), TFRecord files, Parquet files, tables (CSV, TSV, JSON lines) that
     name image files, or folders of images. They are indexed when they are used for the
     first time: a small hidden file beside each shard holds the place of each sample.
-    `python -m keras_cluster_mask.data check SOURCE` does the same in several processes.
+    `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
+    processes.
 
     In training, the dataset is an endless stream. Each epoch is a new permutation of
     all samples, its last partial batch is carried over to the next, and each image is
     cropped at random. `len(dataset)` is the number of full batches in an epoch. Equal
     seeds give equal batches, whatever the number of processes and workers.
     `ContrastiveModel.fit` needs nothing else; for other models, pass
-    `steps_per_epoch=len(dataset)`. Otherwise each sample is read once, in the order of
-    the shards, with a center crop.
+    `steps_per_epoch=len(dataset)`.
+
+    With `training=False`, each sample is read once, in the order of the shards, with a
+    center crop.
 
     Samples without an image or a caption, with a duplicate key, or after the damage of
     a damaged shard are left out of the index. An image that does not decode, or that
@@ -89,8 +92,8 @@ def image_text_dataset(
     Images stay uint8: models scale them on the device. Their EXIF orientation is
     applied.
 
-    Order: samples of local files are shuffled one by one. Files at addresses are read
-    in runs of up to 64 neighbours, which stay together in a batch; see `block_size`.
+    Order: samples of local files are shuffled one by one. Files at URLs are read in
+    blocks of up to 64 consecutive samples, which stay in one batch; see `block_size`.
 
     Example:
 
@@ -184,20 +187,20 @@ def image_text_dataset(
             must be a `CLIPTokenizer`. It has no effect on `"captions"`, nor unless
             `training`: evaluation is never masked. Defaults to `None`: captions that
             are too long are truncated.
-        sampling: Which samples an epoch has: `ClusterSampling` or `FrequencyPruning`;
-            or a function of the number of samples and the number of an epoch, from 0,
-            that returns an int array of numbers of samples in the index, the same in
-            each process. They are shuffled, and no other sample is read. `len(dataset)`
-            counts the full batches of the epoch at its start, `steps_per_epoch` those
-            of an epoch of the mean length. Defaults to `None`: each sample once.
-        block_size: int. In training, runs of so many neighbours stay together and are
-            read together, which suits object stores and disks that turn. The
-            number of processes must divide `batch_size // block_size`. Defaults to
-            `None`: 1 for local files; at addresses the largest power of two up to 64
-            that leaves 16 runs in a batch.
-        process: pair of ints. The number of this process, from 0, and the number of
-            processes. Each process reads its rows of every batch, and nothing else. In
-            evaluation one may get a batch more than another.
+        sampling: The samples of each epoch: a `ClusterSampling`, a `FrequencyPruning`,
+            or a function of the number of samples and the epoch (from 0) that returns
+            an int array of sample indices, the same in each process. Only these
+            samples are read, in shuffled order. `len(dataset)` is the number of full
+            batches in the epoch that the dataset starts in. `steps_per_epoch` is that
+            number for an epoch of mean length. Defaults to `None`: each sample once.
+        block_size: int. In training, blocks of this many consecutive samples are read
+            together and stay in one batch, which suits object stores and hard disks.
+            The number of processes must divide `batch_size // block_size`. Defaults to
+            `None`: 1 for local files; for URLs the largest power of two up to 64 that
+            leaves 16 blocks in a batch.
+        process: pair of ints. The index of this process and the number of processes.
+            Each process reads only its rows of every batch. In evaluation, some
+            processes may get one batch more than others.
             Defaults to the values of JAX or `torch.distributed`; for evaluation on
             torch to `(0, 1)`, all samples in every process.
         num_workers: int. The number of worker processes. They are spawned, so that a
@@ -205,7 +208,7 @@ def image_text_dataset(
             process, which share a lock and decode at most about 3,000 images a second
             on any number of cores.
         index_dir: str or path. The folder of the index. Defaults to `None`: beside the
-            shards, or `~/.cache/keras_cluster_mask` for shards at addresses and in
+            shards, or `~/.cache/keras_cluster_mask` for shards at URLs and in
             folders that cannot be written to.
 
     Returns:
@@ -217,9 +220,10 @@ def image_text_dataset(
     Raises:
         FileNotFoundError: If a shard is missing.
         OSError: If a shard cannot be read.
-        ValueError: If an argument is invalid, if a shard cannot be read in any order,
-            or if there are fewer intact samples than one, or than a batch in training.
-        ImportError: If a package is not installed that reads the shards.
+        ValueError: If an argument is invalid, if a shard does not support random
+            access, if there is no intact sample, or if an epoch of training has fewer
+            samples than a batch.
+        ImportError: If a package that reads the shards is not installed.
     """
     import keras
 

@@ -53,10 +53,10 @@ def example_images(origin: str | None = None) -> pathlib.Path:
     shards: `train-*.tar` (3,223 images), `validation-*.tar` (433) and `test-*.tar`
     (346). Six photographs of 224 pixels lie in the folder `photographs` beside it.
 
-    In a clone of the repository these are the files of the clone. Elsewhere they are
-    downloaded once, 12 MB, to `~/.keras/datasets/keras_cluster_mask`, and each file
-    must have the SHA-256 hash of the one in the repository. Call it once before you
-    start several processes, which else download at the same time.
+    In a clone of the repository, this is the folder of the clone. Elsewhere, pass
+    `origin` or set `KCM_DATA_ORIGIN`: the files (12 MB) are downloaded once to
+    `~/.keras/datasets/keras_cluster_mask` and verified by their SHA-256 hashes. Call
+    this function once before you start several processes, so that only one downloads.
 
     Example:
 
@@ -67,19 +67,19 @@ def example_images(origin: str | None = None) -> pathlib.Path:
     ```
 
     Args:
-        origin: String. The address of a copy of the repository's folder `datasets`,
+        origin: String. The URL of a copy of the repository's folder `datasets`,
             such as `"https://example.org/datasets"`. It is used even in a clone.
-            `None`: the files of the clone; outside of one, the address in the
+            `None`: the files of the clone; outside of one, the URL in the
             environment variable `KCM_DATA_ORIGIN`.
 
     Returns:
         A `pathlib.Path`, the folder `images`.
 
     Raises:
-        FileNotFoundError: Outside of a clone, if no address is given.
+        FileNotFoundError: Outside of a clone, if no URL is given.
         OSError: If a file cannot be downloaded.
         ValueError: If a file differs from the one in the repository, or if `origin` is
-            no address.
+            not a URL.
     """
     datasets = REPOSITORY / "datasets"
     if origin is None and all((datasets / name).exists() for name in FILES):
@@ -88,22 +88,21 @@ def example_images(origin: str | None = None) -> pathlib.Path:
     address = os.environ.get(VARIABLE) or None if origin is None else origin
     if address is None:
         raise FileNotFoundError(
-            "`example_images` finds no folder `datasets` beside the package. Install "
-            "the package from a clone of the repository, `pip install -e .`, or pass "
-            "as `origin`, or in the environment variable "
-            f"{VARIABLE}, the address of a copy of that folder. "
+            "`origin` must be the URL of a copy of the repository's folder `datasets`, "
+            "as there is none beside the package: pass it, set the environment "
+            f"variable {VARIABLE}, or install from a clone, `pip install -e .`. "
             f"Received: origin={origin!r}"
         )
     if not isinstance(address, str) or "://" not in address:
         raise ValueError(
-            f"`{name}` must be an address such as 'https://example.org/datasets'. "
+            f"`{name}` must be a URL such as 'https://example.org/datasets'. "
             f"Received: {name}={address!r}"
         )
-    paths = [_download(address, *file) for file in FILES.items()]
+    paths = [_download(name, address, *file) for file in FILES.items()]
     return paths[0].parent
 
 
-def _download(address, name, sha256):
+def _download(argument, address, name, sha256):
     """The path of a file of the folder `datasets`, downloaded unless it is there."""
     # Imported here, as worker processes that read data do without Keras.
     import keras
@@ -120,13 +119,13 @@ def _download(address, name, sha256):
         )
     except ValueError as error:
         raise ValueError(
-            "`origin` must hold the files of the repository's folder `datasets`: "
-            f"{name} differs. Received: origin={address}"
+            f"`{argument}` must be the URL of the repository's folder `datasets`, but "
+            f"{name} differs from the original. Received: {argument}={address!r}"
         ) from error
     except Exception as error:
         # Keras raises no more specific exception for a failed download.
         raise OSError(
-            f"`origin` must be an address that can be downloaded from: {error}. "
-            f"Received: origin={address}"
+            f"`{argument}` must be a URL that can be downloaded from: {error}. "
+            f"Received: {argument}={address!r}"
         ) from error
     return pathlib.Path(path)

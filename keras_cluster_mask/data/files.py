@@ -13,7 +13,7 @@ import fsspec
 READ_AHEAD = 2**20
 # A range that cannot be read is read again after so many seconds.
 RETRY_AFTER = 0.1, 1.0, 5.0
-# Neighbours with at most so many bytes between them are read together.
+# Neighbors with at most so many bytes between them are read together.
 MAX_GAP = 2**16
 MAX_REQUEST = 2**26
 
@@ -39,11 +39,11 @@ def file_system(path, argument="source"):
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
         # fsspec names the package.
-        raise ImportError(f"{error}. Received: {argument} {path}") from error
+        raise ImportError(f"{error}. Received: {argument}={path!r}") from error
     except ValueError as error:
         raise ValueError(
-            f"`{argument}` must be at an address that fsspec knows: {error}. "
-            f"Received: {path}"
+            f"`{argument}` must be a path or URL that fsspec knows: {error}. "
+            f"Received: {argument}={path!r}"
         ) from error
 
 
@@ -116,7 +116,7 @@ def beside(path, name):
 
 
 def read_ranges(ranges):
-    """Reads parts of files, neighbours together.
+    """Reads parts of files, neighbors together.
 
     What cannot be read is read again a few times.
 

@@ -27,9 +27,9 @@ class FrequencyPruning:
     count for nothing. The pairs of the highest scores stay, the same in each epoch;
     among them are many short captions. Of several captions, the mean score counts.
 
-    Unless `fit` is called, `image_text_dataset` reads all captions when it is called,
-    in each process. For tar shards, TFRecord and Parquet files this reads the images,
-    too: for large ones, rather take the captions of their metadata.
+    Without `fit`, each process reads all captions when it calls `image_text_dataset`.
+    For tar shards, TFRecord and Parquet files, this reads the images too. For large
+    datasets, call `fit` with the captions from their metadata.
 
     Example:
 

@@ -146,11 +146,11 @@ def _in_eight_bits(image):
         image.load()
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        # 16 bits of grey. Pillow would clip all values above 255.
+        # 16 bits of gray. Pillow would clip all values above 255.
         levels = np.clip(np.asarray(image, "float32") / 257.0, 0.0, 255.0)
-        grey = Image.fromarray(np.round(levels).astype("uint8"))
-        grey.info.update({k: v for k, v in image.info.items() if k == "exif"})
-        return grey.convert("RGB")
+        gray = Image.fromarray(np.round(levels).astype("uint8"))
+        gray.info.update({k: v for k, v in image.info.items() if k == "exif"})
+        return gray.convert("RGB")
     clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
     return image.convert("RGBA" if clear or "transparency" in image.info else "RGB")
 

@@ -117,7 +117,7 @@ class Index:
                     yield Fault(shard.path, shard.glance(number, record), reason)
 
     def read(self, numbers, with_images=True):
-        """Reads samples in turn; neighbours in a shard together.
+        """Reads samples in turn; neighbors in a shard together.
 
         Args:
             numbers: Iterable of int, from 0 to `len(index) - 1`.

@@ -24,7 +24,7 @@ class Order:
     Args:
         num_samples: int.
         seed: int.
-        block_size: int. Runs of so many neighbours stay together, for storage in which
+        block_size: int. Runs of so many neighbors stay together, for storage in which
             many small reads are slow; the runs are shuffled and start elsewhere in each
             epoch. 1 shuffles single samples.
         sampling: Function of the number of samples and the epoch that returns an array

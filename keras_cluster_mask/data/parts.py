@@ -104,7 +104,7 @@ def read_part(path, digest=None):
         start = file.tell()
         length = file.seek(0, os.SEEK_END)
     if head.pop("version") != VERSION or head.pop("length") != length - start:
-        raise ValueError(f"{path} is no part of an index of this version.")
+        raise ValueError(f"{path} is not a part of an index of this version.")
     if digest not in (None, head["digest"]):
         raise ValueError(
             "`source` must not change while it is read: make the dataset again. "
@@ -171,7 +171,7 @@ def build_part(path, stamp, index_dir=None):
         `Part`.
 
     Raises:
-        NoRandomAccess: If the shard cannot be read in any order.
+        NoRandomAccess: If the shard does not support random access.
         OSError: If the shard cannot be read, or the part cannot be written.
     """
     if part := _find(path, stamp, index_dir):

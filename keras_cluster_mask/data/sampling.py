@@ -33,12 +33,12 @@ class ClusterSampling:
     the probability `r / n`, from a hash of its key, the epoch and `seed`: the same
     samples in all processes, and after a resume.
 
-    In small clusters `r` exceeds `n`. As in the official code, their samples then come
-    once, and an epoch is shorter than `T`. With `repeat` they come several times, and
-    its mean length is `T`. Epochs differ in length by chance: `len` of a dataset is the
-    number of batches of the epoch at its start, and `steps_per_epoch` that of an epoch
-    of the mean length. `ContrastiveModel.fit` trains for the latter number of steps in
-    each of its epochs, and no sample is lost between them.
+    In a small cluster, `r` can exceed `n`. As in the official code, each of its samples
+    then occurs once, and the epoch is shorter than `T`. With `repeat`, samples occur
+    several times, and the mean length of an epoch is `T`. Epochs differ in length by
+    chance: `len` of a dataset is the number of batches of the epoch at its start, and
+    `steps_per_epoch` that of an epoch of the mean length. `ContrastiveModel.fit` trains
+    for the latter number of steps in each epoch, and no sample is lost between epochs.
 
     A sampler holds 12 bytes for each key; a dataset with it, in each process and worker
     process, 12 bytes for each sample and 8 for each of the samples of two epochs.
@@ -58,13 +58,13 @@ class ClusterSampling:
         clusters: dict from the key of each sample to the number of its cluster. Keys
             are as in `dataset.keys` and, with `include_keys`, in batches; str or bytes.
             Samples that are not in the dataset count, too. Or a pair of the keys and
-            the numbers; or the path of a file, local or at an address, of `save` or of
+            the numbers; or the path of a file, local or at a URL, of `save` or of
             `np.savez(path, keys=keys, clusters=clusters)`.
         alpha: float from 0 to 1. With 0 all clusters give as many samples, with 1 all
             give the same share. Defaults to `0.2`.
         share: float, above 0 to 1. The length of an epoch, as a share of all samples.
             Defaults to `0.5`.
-        repeat: bool. Whether samples of small clusters come several times in an epoch.
+        repeat: bool. Whether samples of small clusters occur several times in an epoch.
             Defaults to `False`.
         seed: int. Defaults to `0`.
 
@@ -115,9 +115,10 @@ class ClusterSampling:
     ) -> Self:
         """Clusters embeddings by spherical k-means, with faiss.
 
-        Then centers are taken in turn, except those whose cosine similarity to one that
-        was taken is at least `merge_threshold`, and each sample is in the cluster of
-        the nearest. Save the result: processes that cluster by themselves may differ.
+        Centers are then visited in order. A center is dropped if its cosine similarity
+        to a kept center is at least `merge_threshold`. Each sample joins the cluster of
+        the nearest kept center. Save the result: clusters that each process computes
+        on its own may differ.
 
         Example:
 
@@ -180,15 +181,15 @@ class ClusterSampling:
         """Writes the clusters for `ClusterSampling(path)`.
 
         Args:
-            path: str or path, local or an address, such as `"clusters.npz"`. The file
-                holds hashes of the keys, in 16 bytes a sample. It is written beside
-                its place and renamed when it is complete.
+            path: str or path, local or a URL, such as `"clusters.npz"`. The file holds
+                hashes of the keys, in 16 bytes per sample. It is written under a
+                temporary name and renamed when it is complete.
         """
         with files.replacing(path) as file:
             np.savez(file, keys=self._hashes, clusters=self._names[self._clusters])
 
     def probability(self, key: str | bytes) -> float:
-        """The mean number of times that a sample comes in an epoch.
+        """The mean number of times that a sample occurs in an epoch.
 
         Args:
             key: str or bytes. The key of the sample.
@@ -199,7 +200,7 @@ class ClusterSampling:
         return float(self._copies[self._cluster(_hashes_of([key]), key)][0])
 
     def copies(self, key: str | bytes, epoch: int) -> int:
-        """The number of times that a sample comes in an epoch.
+        """The number of times that a sample occurs in an epoch.
 
         Args:
             key: str or bytes. The key of the sample.

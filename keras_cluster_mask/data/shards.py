@@ -57,14 +57,14 @@ def find_shards(source):
             raise ValueError(
                 "`source` must be a str or path, a list of them, a dict from them to "
                 "weights, or an object with `__len__` and `__getitem__`. "
-                f"Received: {source!r}"
+                f"Received: source={source!r}"
             )
         item = os.fspath(item)
         if item.startswith("pipe:"):
             raise ValueError(
-                "`source` must be shards that can be read in any order, not the output "
-                "of a command. Write it to files, or pass the address that the command "
-                f"reads, such as 's3://bucket/train-*.tar'. Received: {item}"
+                "`source` must be shards with random access, not the output of a "
+                "command. Write the output to files, or pass the URL that the command "
+                f"reads, such as 's3://bucket/train-*.tar'. Received: source={item!r}"
             )
         if not files.is_address(item):
             item = os.path.normpath(os.path.expanduser(item))
@@ -73,7 +73,9 @@ def find_shards(source):
                 path, info = _in_folder(path)
             shards[path] = stamp(info)
     if not shards:
-        raise ValueError(f"`source` must name at least one shard. Received: {source}")
+        raise ValueError(
+            f"`source` must name at least one shard. Received: source={source!r}"
+        )
     return dict(sorted(shards.items()))
 
 
@@ -146,7 +148,7 @@ def _expand_braces(pattern):
         if not is_range and "," not in body:
             raise ValueError(
                 "`source` must hold `{first..last}`, which counts upwards, or `{a,b}` "
-                f"between its braces. Received: {pattern}"
+                f"between its braces. Received: source={pattern!r}"
             )
     return list(braceexpand.braceexpand(pattern, escape=False))
 

@@ -85,8 +85,8 @@ class SkippedSamples:
         )
         if not self.max_share or self._are_many(count, total):
             raise ValueError(
-                f"{message}. `max_skipped` must allow this, or `source` must be "
-                f"mended. Received: max_skipped={self.max_share}"
+                f"{message}. Repair `source`, or pass a larger `max_skipped`. "
+                f"Received: max_skipped={self.max_share}"
             )
         # Of `image_text_dataset`, for its caller.
         warnings.warn(f"{message}. They are left out.", stacklevel=3)
@@ -106,7 +106,10 @@ class SkippedSamples:
         if first.details:
             message += f" ({first.details})"
         if not self.max_share:
-            raise ValueError(f"{message}. Received: max_skipped=0")
+            raise ValueError(
+                f"{message}. Repair `source`, or pass a `max_skipped` above 0. "
+                "Received: max_skipped=0"
+            )
         if not self._broken:
             warnings.warn(
                 f"{message}. It was skipped; others may follow without a warning, "
@@ -118,9 +121,10 @@ class SkippedSamples:
             self.add(fault)
         if self._are_many(self._broken, self._read):
             raise ValueError(
-                f"More than {self.max_share:.0%} of the samples are broken "
-                f"(`max_skipped`). Received: {self._broken} of the first {self._read}, "
-                f"{self.reasons()}"
+                f"More than {self.max_share:.0%} of the samples are broken. Repair "
+                "`source`, or pass a larger `max_skipped`. Received: max_skipped="
+                f"{self.max_share}, {self._broken} of the first {self._read} are "
+                f"broken, {self.reasons()}"
             )
 
     def _are_many(self, count, total):

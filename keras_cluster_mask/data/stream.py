@@ -124,7 +124,7 @@ class ImageTextDataset(grain.IterDataset):
         if self._num_workers:
             # Those that wait on both sides, one that is made, and one that is used.
             _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
-        # A run of neighbours is read as one.
+        # A run of neighbors is read as one.
         rows = max(CHUNK, getattr(self._samples.order, "block_size", 1))
         rows = min(rows, max(MAX_CHUNK // bytes_per_row, 1))
         per_batch = -(-self._samples.rows // rows)

@@ -18,8 +18,9 @@ def import_tensorflow(purpose):
         import tensorflow as tf
     except ImportError as error:
         raise ImportError(
-            f"{purpose} needs TensorFlow, which cannot be imported ({error}): "
-            "`pip install tensorflow`, or use `format='grain'`."
+            f"{purpose} needs TensorFlow: `pip install tensorflow`, or use "
+            "`format='grain'` and a tokenizer that is not a Keras layer, such as "
+            f"`CLIPTokenizer`. Received: {error}"
         ) from error
     import keras
 

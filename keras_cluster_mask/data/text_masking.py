@@ -162,7 +162,7 @@ class RandomTextMasking(TextMasking):
 
 
 class BlockTextMasking(TextMasking):
-    """Keeps a run of neighbouring words of captions that are too long (CLIPA).
+    """Keeps a run of neighboring words of captions that are too long (CLIPA).
 
     The first word of the run is drawn from those that leave enough tokens after them
     to fill the context. Where the next word does not fit, the nearest later words that
@@ -290,10 +290,10 @@ class FrequencyTextMasking(TextMasking):
             case. Defaults to `None`: `fit` counts them.
         threshold: float. A share of all words. Words that are less frequent have p = 0.
             Defaults to `1e-6`, as in the paper for CC12M.
-        unknown: `"keep"` or `"drop"`. What happens to words that are not in
-            `frequencies`. `"keep"`: they are as rare words, p = 0. `"drop"`: they leave
-            first, p = 1, and `fit` leaves out words that occur fewer than five times,
-            as in the released code. Defaults to `"keep"`.
+        unknown: `"keep"` or `"drop"`. How words outside `frequencies` are treated.
+            `"keep"`: like rare words, p = 0. `"drop"`: p = 1, so they are the most
+            likely to be dropped, and `fit` ignores words that occur fewer than five
+            times, as in the released code. Defaults to `"keep"`.
 
     Attributes:
         frequencies: dict from words to numbers, or None before `fit`.

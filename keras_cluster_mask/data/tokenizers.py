@@ -133,7 +133,7 @@ class CLIPTokenizer:
             raise ValueError(
                 "`path` must be a file written by `CLIPTokenizer.save`, or OpenAI's "
                 f"list of merges; this file is damaged or has another format ({error})."
-                f" Received: {path}"
+                f" Received: path={path!r}"
             ) from error
         if context_length is not None:
             config["context_length"] = context_length
@@ -220,7 +220,7 @@ class CLIPTokenizer:
         if vocabulary_size < 514:
             raise ValueError(
                 "`vocabulary_size` must be at least 514: two for each of the 256 bytes "
-                f"and two special tokens. Received: {vocabulary_size}"
+                f"and two special tokens. Received: vocabulary_size={vocabulary_size}"
             )
         merges = byte_pairs.learn_merges(captions, vocabulary_size, min_frequency)
         return cls(byte_pairs.clip_vocabulary(merges), merges, context_length)
@@ -230,7 +230,7 @@ class CLIPTokenizer:
 
         Args:
             path: str or path, for example `"tokenizer.json"`. The file is written
-                beside its place and renamed when it is complete.
+                under a temporary name and renamed when it is complete.
         """
         with files.replacing(path) as file:
             file.write(json.dumps({"format": FILE_FORMAT, **self._config()}).encode())

@@ -42,7 +42,7 @@ def check_tokenizer(tokenizer):
     if tokenizer is not None and not callable(tokenizer):
         raise ValueError(
             "`tokenizer` must be a callable from a list of bytes to ints, or None. "
-            f"Received: {tokenizer!r}"
+            f"Received: tokenizer={tokenizer!r}"
         )
 
 

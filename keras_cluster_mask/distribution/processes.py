@@ -120,7 +120,7 @@ def all_gather_object(value):
 
 
 def to_numpy(variable):
-    """A variable's value, whole even if devices share it."""
+    """The full value of a variable, even if it is sharded over devices."""
     if keras.backend.backend() == "jax" and not variable.value.is_fully_addressable:
         from jax.experimental import multihost_utils
 

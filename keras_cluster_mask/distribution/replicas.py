@@ -39,7 +39,7 @@ def batch_is_split(training):
 
 
 def rows_per_device(rows):
-    """How many of so many rows of a step one device has.
+    """The number of rows per device, of `rows` rows in a step.
 
     On JAX a step sees the rows of all devices.
     """

@@ -4,7 +4,7 @@ import keras
 
 
 def is_traced(value) -> bool:
-    """Whether the value of a variable, tensor or array is only known in a later run."""
+    """Whether a variable, tensor or array is symbolic, because a step is traced."""
     if isinstance(value, keras.KerasTensor):
         return True
     value = getattr(value, "value", value)

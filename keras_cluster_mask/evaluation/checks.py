@@ -34,7 +34,7 @@ def check_matrix(name, values):
 
 
 def check_embeddings(name, embeddings):
-    """Returns embeddings L2-normalised in float32; a row of zeros stays as it is."""
+    """Returns embeddings L2-normalized in float32; a row of zeros stays as it is."""
     embeddings = check_matrix(name, embeddings)
     # The squares of very large or small values would overflow or vanish.
     largest = np.maximum(embeddings.max(axis=1), -embeddings.min(axis=1))

@@ -70,7 +70,7 @@ def zero_shot_classifier(
     """Computes the weights of a linear classifier from the names of classes.
 
     `image_embeddings @ weights` are the scores of the classes. The name of each class
-    is put into all templates; the embeddings of these texts are averaged and normalised
+    is put into all templates; the embeddings of these texts are averaged and normalized
     (Radford et al., section 3.1.4).
 
     Example:
@@ -95,7 +95,7 @@ def zero_shot_classifier(
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
-        `(d, classes)` float32 array; its columns are L2-normalised.
+        `(d, classes)` float32 array; its columns are L2-normalized.
 
     Raises:
         ValueError: For a class without a name or without texts, and for a template
@@ -169,7 +169,7 @@ def evaluate_zero_shot(
     embedder = Embedder.of(model)
     class_names = list(class_names)
     weights, columns = _weights(embedder, class_names, tokenizer, templates, verbose)
-    found = embed(embedder, labelled(data, len(class_names)), verbose=verbose)
+    found = embed(embedder, labeled(data, len(class_names)), verbose=verbose)
     images = check_matrix("image_embeddings", found["image_embeddings"])
     labels = check_labels("labels", found["labels"], len(images), len(class_names))
     blocks = [slice(i, i + BLOCK) for i in range(0, len(images), BLOCK)]
@@ -178,7 +178,7 @@ def evaluate_zero_shot(
     return _accuracy(np.concatenate(ranks), labels, len(class_names), ks)
 
 
-def labelled(
+def labeled(
     data: Any, num_classes: int | None = None, name: str = "data"
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields only the images and labels of batches, and checks the labels."""

@@ -49,17 +49,17 @@ def embed(
             `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or
             a pair `(images, labels)`, or images alone; or one such dictionary, pair or
             array that holds all data. Images are `(batch, H, W, C)`, uint8 or
-            normalised floats.
+            normalized floats.
         tokenizer: A callable from a list of bytes to ints `(batch, length)`, such as
-            a `CLIPTokenizer`, or a tokenizer of open_clip or Hugging Face, which pads
-            and truncates to its own length, or to the model's if that is less or it
-            has none. It reads the `"captions"` of the batches: one an image, or a
-            tuple of several. `None` embeds their `"token_ids"`, if there are any.
+            a `CLIPTokenizer`; or a tokenizer of open_clip or Hugging Face, which pads
+            and truncates to its own length or the model's, whichever is shorter. It
+            reads the `"captions"` of the batches: one per image, or a tuple of several.
+            `None` embeds their `"token_ids"`, if there are any.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         A dictionary of arrays: `"image_embeddings"`, `(images, d)` float32,
-        L2-normalised; with texts also `"text_embeddings"`, `(texts, d)`, and
+        L2-normalized; with texts also `"text_embeddings"`, `(texts, d)`, and
         `"image_of_text"`, `(texts,)` int64, the row of the image that each text
         belongs to; and all other entries of the batches, such as `"labels"`.
 
@@ -132,7 +132,7 @@ def embed_texts(
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
-        `(texts, d)` float32 array, L2-normalised.
+        `(texts, d)` float32 array, L2-normalized.
 
     Raises:
         ValueError: For no texts, for another model, or for a tokenizer that lacks the

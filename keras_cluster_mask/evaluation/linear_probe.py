@@ -15,7 +15,7 @@ from keras_cluster_mask.evaluation.checks import (
 )
 from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,
-    labelled,
+    labeled,
 )
 from keras_cluster_mask.evaluation.embedding import Embedder, embed
 
@@ -178,7 +178,7 @@ def evaluate_linear_probe(
 ) -> dict[str, Any]:
     """Measures how well a logistic regression on image embeddings classifies.
 
-    The embeddings are the L2-normalised ones of the shared space. Radford et al. use
+    The embeddings are the L2-normalized ones of the shared space. Radford et al. use
     the features before the projection; pass such features to `linear_probe`.
 
     Example:
@@ -236,7 +236,7 @@ def evaluate_linear_probe(
     items = dict.fromkeys(given)
     for name, data in given.items():
         if data is not None or name != "validation":
-            found = embed(embedder, labelled(data, name=name), verbose=verbose)
+            found = embed(embedder, labeled(data, name=name), verbose=verbose)
             items[name] = found["image_embeddings"], found["labels"]
     train, test, validation = items.values()
     return linear_probe(*train, *test, validation, *options, seed, verbose)

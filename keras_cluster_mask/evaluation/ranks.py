@@ -22,8 +22,8 @@ def ranks_of_partners(images, texts, image_labels, text_labels, limit):
     only the similarity of the other queries is.
 
     Args:
-        images: `(images, d)` float32 array of L2-normalised rows.
-        texts: `(texts, d)` float32 array of L2-normalised rows.
+        images: `(images, d)` float32 array of L2-normalized rows.
+        texts: `(texts, d)` float32 array of L2-normalized rows.
         image_labels: `(images,)` array. Partners have the same label.
         text_labels: `(texts,)` array.
         limit: Integer. Ranks from here on may all be returned as the limit.

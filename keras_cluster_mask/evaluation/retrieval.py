@@ -43,8 +43,8 @@ def retrieval_recall(
     ```
 
     Args:
-        image_embeddings: `(images, d)` array. Rows are L2-normalised in float32.
-        text_embeddings: `(texts, d)` array. Rows are L2-normalised in float32.
+        image_embeddings: `(images, d)` array. Rows are L2-normalized in float32.
+        text_embeddings: `(texts, d)` array. Rows are L2-normalized in float32.
         image_labels: `(images,)` array. An image and a text with equal labels are
             partners: pass image ids for images with several captions, or the captions
             for images that share one. By default row i of one is the partner of row i
@@ -232,7 +232,7 @@ def caption_selection_accuracy(
 
     Args:
         image_embeddings: `(items, d)` array. Rows of all three arrays are
-            L2-normalised in float32.
+            L2-normalized in float32.
         caption_embeddings: `(items, d)` array. Row i is the caption of the image in
             row i.
         negative_embeddings: `(items, d)` array. Row i is its wrong caption.

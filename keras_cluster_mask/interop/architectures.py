@@ -12,7 +12,7 @@ from keras_cluster_mask.models.encoders import image_shape_of, write_text_epsilo
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.sizes import make_clip
 
-# Of all normalisations of a CLIP. keras_hub has 1e-6 in the last one of the text tower.
+# Of all normalizations of a CLIP. keras_hub has 1e-6 in the last one of the text tower.
 CLIP_EPSILON = 1e-5
 
 # Those that open_clip has, too.
@@ -175,7 +175,7 @@ def reasons_of_sizes(
 
 
 def reasons_of_pixels(where: str, mean: Any, std: Any) -> list[str]:
-    """Why pixels cannot be normalised by a mean and a deviation, one text a reason.
+    """Why pixels cannot be normalized by a mean and a deviation, one text a reason.
 
     Args:
         where: String, what comes before the names `mean` and `std` in a text.

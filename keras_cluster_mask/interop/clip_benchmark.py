@@ -205,11 +205,11 @@ class Adapter:
         """Embeds images.
 
         Args:
-            images: `(batch, 3, H, W)` tensor: uint8, or floats that are normalised, as
+            images: `(batch, 3, H, W)` tensor: uint8, or floats that are normalized, as
                 open_clip's transforms make them.
 
         Returns:
-            `(batch, d)` float32 tensor on the same device, L2-normalised.
+            `(batch, d)` float32 tensor on the same device, L2-normalized.
         """
         import torch
 
@@ -226,7 +226,7 @@ class Adapter:
             token_ids: `(batch, T)` int tensor.
 
         Returns:
-            `(batch, d)` float32 tensor on the same device, L2-normalised.
+            `(batch, d)` float32 tensor on the same device, L2-normalized.
         """
         return _embedded(self._embedder.texts, token_ids.int())
 
@@ -304,7 +304,7 @@ def _embedded(embed, inputs):
 def _pixels(image, image_size, resize):
     import torch
 
-    # uint8 takes a quarter of the memory. The model normalises on the device, by the
+    # uint8 takes a quarter of the memory. The model normalizes on the device, by the
     # statistics that it was trained with.
     pixels = torch.from_numpy(resize_image(image, image_size, resize))
     return pixels.permute(2, 0, 1).contiguous()

@@ -99,9 +99,9 @@ def load_hugging_face(
     as `Siglip2Model`, and those that keras_hub's backbones cannot compute. Weights of
     half precision become float32.
 
-    Resizing is for the data to follow: the images of SigLIP are squashed to a square
-    (`resize="squash"`), those of the others cropped. A warning says so if it is not a
-    center crop by bicubic interpolation.
+    Resize images in the dataset as in training: squash them for SigLIP
+    (`resize="squash"`), crop them for the others. A warning is issued if the model was
+    not trained with a center crop and bicubic interpolation.
 
     Example:
 
@@ -288,7 +288,7 @@ def _reasons_of_preprocessing(config, name, kind):
     if not config.get("do_rescale", True) or not is_255th:
         found.append(f"{name}: pixels are not divided by 255")
     if config.get("resample") not in (None, *INTERPOLATIONS):
-        found.append(f"{name}: resample={config['resample']!r} is no filter of PIL")
+        found.append(f"{name}: resample={config['resample']!r} is not a filter of PIL")
     return found + reasons_of_pixels(f"{name}: image_", *_pixels(config, kind))
 
 

@@ -39,15 +39,15 @@ _BLOCK = {
     "act_kwargs": ((None, {}), "the activation has arguments of its own"),
     "norm_kwargs": (
         (None, {}, {"eps": CLIP_EPSILON}),
-        f"the epsilon of the normalisations is not {CLIP_EPSILON}",
+        f"the epsilon of the normalizations is not {CLIP_EPSILON}",
     ),
     "block_type": ((None, "default"), "only 'default' is known"),
-    "qk_norm": (_OFF, "the attention normalises queries and keys"),
+    "qk_norm": (_OFF, "the attention normalizes queries and keys"),
     "scaled_cosine_attn": (_OFF, "the attention compares by the cosine"),
     "scale_heads": (_OFF, "the heads of the attention have scales"),
-    "scale_attn_inner": (_OFF, "the attention has a normalisation inside"),
-    "scale_attn": (_OFF, "the attention has a normalisation after it"),
-    "scale_fc": (_OFF, "the hidden layer has a normalisation"),
+    "scale_attn_inner": (_OFF, "the attention has a normalization inside"),
+    "scale_attn": (_OFF, "the attention has a normalization after it"),
+    "scale_fc": (_OFF, "the hidden layer has a normalization"),
 }
 _POOLS = "only class tokens of images and end tokens of texts are pooled"
 FIXED = {
@@ -55,7 +55,7 @@ FIXED = {
         **_BLOCK,
         "timm_model_name": ((None, ""), "the image tower is a model of timm"),
         "attentional_pool": (_OFF, "images are pooled by attention"),
-        "no_ln_pre": (_OFF, "the image tower has no normalisation before its blocks"),
+        "no_ln_pre": (_OFF, "the image tower has no normalization before its blocks"),
         "pos_embed_type": (("learnable",), "the positions are not learned"),
         "pool_type": (("tok",), _POOLS),
     },
@@ -71,14 +71,14 @@ FIXED = {
 }
 
 # What keys begin with that change no embedding: training, tokens, options of parts that
-# are refused, and the order of pooling and normalisation.
+# are refused, and the order of pooling and normalization.
 IGNORED = {
     "vision_cfg": ("attn_pooler_", "final_ln_after_pool", "patch_dropout", "timm_"),
     "text_cfg": ("eos_id", "final_ln_after_pool", "hf_", "pad_id", "tokenizer_"),
 }
 _LOSS = "init_logit_bias", "init_logit_scale", "nonscalar_logit_scale"
 TOP = "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", *_LOSS
-# How images are resized is for the data to follow.
+# How images are resized must be configured in the dataset.
 _RESIZING = "fill_color", "interpolation", "resize_mode"
 PREPROCESSING = "size", "mode", "mean", "std", *_RESIZING
 
@@ -264,7 +264,7 @@ def _reasons(model, preprocessing):
         for key in preprocessing.keys() - {*PREPROCESSING}
     ]
     if not is_positive(model["embed_dim"]):
-        found.append(f"embed_dim={model['embed_dim']!r} is no positive integer")
+        found.append(f"embed_dim={model['embed_dim']!r} is not a positive integer")
     for part in READ:
         found += _reasons_of_tower(part, model[part])
     if not found:
@@ -274,7 +274,7 @@ def _reasons(model, preprocessing):
 
 def _reasons_of_tower(part, given):
     if not isinstance(given, Mapping):
-        return [f"`{part}` is no dictionary"]
+        return [f"`{part}` is not a dictionary"]
     if isinstance(given.get("layers"), (list, tuple)):
         return [f"{part}.layers={given['layers']}: the image tower is a ResNet"]
     unknown = given.keys() - READ[part].keys() - FIXED[part].keys()

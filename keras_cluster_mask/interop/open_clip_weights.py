@@ -75,10 +75,10 @@ def load_open_clip(
     layer scales, or with another end token (`ViT-L-14-worldwide*`). Weights of half
     precision become float32.
 
-    A config says how images are resized, too. That is for the data to follow: a warning
-    says so if it is not a center crop by bicubic interpolation.
+    The config also states how images were resized. Resize them this way in the dataset.
+    A warning is issued for anything but a center crop with bicubic interpolation.
 
-    keras_hub cannot save the epsilon of the text tower's last normalisation. A saved
+    keras_hub cannot save the epsilon of the text tower's last normalization. A saved
     `ContrastiveModel` keeps it. A backbone or a tower that is saved by itself is loaded
     with keras_hub's 1e-6, which changes embeddings by about 1e-6.
 
@@ -106,7 +106,8 @@ def load_open_clip(
             be of another model. A named config says nothing of pixels: pass
             `pixel_mean` and `pixel_std` for weights that were not trained with CLIP's.
             OpenAI's weights need the names in `-quickgelu`.
-        activation: `"gelu"` or `"quick_gelu"`. Only, and required, without any config.
+        activation: `"gelu"` or `"quick_gelu"`. Required without a config, and not
+            allowed with one.
         num_heads: Integer, or a pair for the image and the text tower. Only without any
             config. Defaults to one for every 64 features, and to 16 in image towers
             wider than 1024, as in open_clip's own models.

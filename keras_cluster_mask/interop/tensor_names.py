@@ -1,13 +1,15 @@
 """Names of tensors in other libraries, and which weights of keras_hub they are.
 
-A table has a line for each tensor: its name, the axes of its shape, where keras_hub
-keeps it, and its layout in `state_dicts.LAYOUTS` unless that is "same". A number in a
-shape stands for itself. A path with braces is of several weights, which are stacked in
-one tensor.
+A table has one line per tensor: its name, the axes of its shape, the path of the
+variable in keras_hub, and its layout in `state_dicts.LAYOUTS` (default: "same"). A
+number among the axes is a fixed size. A path with braces names several variables, which
+are stacked in one tensor.
 
-Two other lines have a tower, or nothing, in place of axes. One whose path ends in a dot
-says how the names and the paths after it begin, and of which tower `width` and `hidden`
-are. One with a key of `PARTS` in place of a layout is all the tensors of that table.
+Two kinds of lines have a tower, or nothing, in place of the axes:
+
+- If the path ends in a dot, the line sets the prefix of the names and paths after it,
+  and the tower that `width` and `hidden` refer to.
+- If the last cell is a key of `PARTS`, the line stands for all tensors of that table.
 """
 
 import dataclasses

@@ -124,7 +124,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 @contextlib.contextmanager
 def _replacing(path):
-    """Opens a file beside its place, and moves it there once it is written."""
+    """Opens a file under a temporary name, and renames it once it is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:

@@ -11,11 +11,11 @@ from keras_cluster_mask.types import Tensor
 class AttentiveMasking(PatchMasking):
     """Keeps the patches that a teacher's class token attends to most.
 
-    The selection of A-CLIP. A teacher, an average of the encoder over the steps so far,
-    reads each whole image. The score of a patch is the attention that the teacher's
-    class token pays to it: the mean over all layers and heads, and over the square
-    block of patches that it lies in. Blocks stay whole, except for the last one, of
-    which random patches fill up the exact number.
+    The selection of A-CLIP. A teacher, an exponential moving average (EMA) of the
+    encoder, reads each whole image. The score of a patch is the attention of the
+    teacher's class token to it, averaged over all layers and heads and over the square
+    block that holds the patch. Blocks are kept whole, except for the last one: random
+    patches of it are kept to reach the exact number.
 
     The teacher is updated once in each step of training, after its images were read.
     At the start its attention is that of the encoder at that time, a random one for an
@@ -47,7 +47,7 @@ class AttentiveMasking(PatchMasking):
 
     Call arguments:
         tokens: `(batch, prefix + N, dim)` tensor, `N = (H / p) (W / p)`.
-        images: `(batch, H, W, C)` tensor (or channels first), normalised as for the
+        images: `(batch, H, W, C)` tensor (or channels first), normalized as for the
             encoder. `kcm.with_masking` passes those that the encoder reads.
         training: Python boolean. Tokens are left out only if it is true.
         noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
@@ -114,10 +114,10 @@ class AttentiveMasking(PatchMasking):
         blocks = tuple(side // self.block_size for side in grid)
         if any(side % count for side, count in zip(self.teacher.grid, blocks)):
             raise ValueError(
-                f"`teacher` must see a grid of which {blocks[0]} x {blocks[1]} blocks "
-                "have whole numbers of patches: choose its `image_size` so. Received: "
-                f"a teacher with a grid of {self.teacher.grid}, images with a grid of "
-                f"{grid}, block_size={self.block_size}"
+                "The grid of `teacher` must be divisible by the grid of blocks, "
+                f"{blocks[0]} x {blocks[1]}: pass another `image_size` to the teacher. "
+                f"Received: a teacher with a grid of {self.teacher.grid}, images with "
+                f"a grid of {grid}, block_size={self.block_size}"
             )
         return blocks
 

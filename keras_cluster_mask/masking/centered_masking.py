@@ -18,7 +18,7 @@ class CenteredMasking(PatchMasking):
     two-dimensional normal distribution at its position, and the patches of the highest
     scores stay. The grid spans -1 to 1 on both axes, and the distribution lies in its
     middle. With the default variance and half of 14 x 14 patches left out, each of the
-    four patches in the centre stays in more than 99.9 % of the images, and a patch on
+    four patches in the center stays in more than 99.9 % of the images, and a patch on
     the border in 33 % on average.
 
     If few patches stay, those near the border are practically never seen: with 16 of
@@ -36,7 +36,7 @@ class CenteredMasking(PatchMasking):
     Args:
         mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
         variance: Float > 0. The variance of the distribution on each axis. A smaller
-            one also has a higher density in the centre, and so less randomness.
+            one also has a higher density in the center, and so less randomness.
         grid: Tuple `(rows, columns)` of patches. `None` infers it from the number
             of patches and the size of the images, for square patches; where the layer
             is called without images, the grid is square.

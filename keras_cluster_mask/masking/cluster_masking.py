@@ -38,12 +38,12 @@ class ClusterMasking(SimilarityMasking):
 
     There are two modes:
 
-    - **Exact budget** (the default): clusters grow until exactly the share
-      `mask_ratio` of the patches is gone. Every image costs the same, shapes
+    - **Exact budget** (the default): clusters grow until exactly the fraction
+      `mask_ratio` of the patches is left out. Every image costs the same, shapes
       are static, no attention mask is needed, and any encoder works.
     - **Threshold** (`min_mask_ratio=beta`, the paper's): a patch is left out if
-      its similarity to an anchor exceeds `threshold`, so the share differs
-      between images; at least the share `beta` goes, which bounds the cost.
+      its similarity to an anchor exceeds `threshold`, so the fraction differs
+      between images. At least `beta` of the patches are left out, which fixes the cost.
       Set the threshold yourself or let `adapt` find it. Where an image loses
       more than `beta`, left-out patches fill up the batch as hidden padding,
       which no query attends to, by way of a Keras mask on the output.
@@ -223,7 +223,7 @@ class ClusterMasking(SimilarityMasking):
         The pixels' similarity to freshly drawn anchors is computed once per
         image; a bisection over the thresholds then finds the one whose mask
         ratio is nearest. Call it once the model is made: a `ContrastiveModel` around
-        the masking normalises uint8 images, here as in training.
+        the masking normalizes uint8 images, here as in training.
 
         Args:
             data: Images as an array, or an iterable of batches (a
@@ -290,10 +290,10 @@ class ClusterMasking(SimilarityMasking):
             probe_pixels(prepare_pixels), adapted
         ):
             raise ValueError(
-                f"The threshold of `{self.name}` was adapted to uint8 images that were "
-                "not normalised as this model does: make the model first, and then "
-                "call `adapt`. "
-                f"Received: threshold={float(ops.convert_to_numpy(self.threshold)):.4g}"
+                f"`adapt` of `{self.name}` saw uint8 images that were normalized "
+                "differently than in this model: make the model first, then call "
+                "`adapt` again. Received: threshold="
+                f"{float(ops.convert_to_numpy(self.threshold)):.4g}"
             )
         super().join(prepare_pixels)
 
@@ -343,8 +343,7 @@ class ClusterMasking(SimilarityMasking):
 def _check_reachable(mask_ratio, min_mask_ratio):
     if mask_ratio <= min_mask_ratio:
         raise ValueError(
-            "`mask_ratio` must be greater than `min_mask_ratio`: so much is left "
-            "out of every image whatever the threshold, at random where clusters "
-            f"are smaller. Received: mask_ratio={mask_ratio}, "
-            f"min_mask_ratio={min_mask_ratio}"
+            "`mask_ratio` must be greater than `min_mask_ratio`, which is left out of "
+            "every image at any threshold: lower `min_mask_ratio`. Received: "
+            f"mask_ratio={mask_ratio}, min_mask_ratio={min_mask_ratio}"
         )

@@ -11,7 +11,7 @@ context = threading.local()
 
 
 def part_of_batch(size, take):
-    """Within, maskings see only some rows of a larger batch.
+    """A context in which masking layers see only some rows of a larger batch.
 
     They draw the noise of the whole batch and take their own rows of it, so that a mask
     depends neither on the number of devices nor on that of micro-batches.
@@ -24,7 +24,9 @@ def part_of_batch(size, take):
 
 
 def views_of_image(count):
-    """Within, maskings make this number of views of each image, with masks of its own.
+    """A context in which masking layers make `count` views of each image.
+
+    Each view has a mask of its own.
 
     Args:
         count: Integer.
@@ -33,9 +35,9 @@ def views_of_image(count):
 
 
 def prefix_tokens(count):
-    """Within, maskings that were given no `num_prefix_tokens` take this number.
+    """A context that sets `num_prefix_tokens` of masking layers without their own.
 
-    So that one masking serves encoders with different prefixes.
+    One masking then serves encoders with different prefixes.
 
     Args:
         count: Integer, or `None` if it is not known.
@@ -44,7 +46,7 @@ def prefix_tokens(count):
 
 
 def fixed_scores(values):
-    """Within, some tokens have a score whatever the masking makes of them.
+    """A context that fixes the scores of some tokens, whatever the masking layer.
 
     Args:
         values: `(batch, N)` float tensor: `inf` for tokens that always stay, `-inf` for
@@ -54,9 +56,9 @@ def fixed_scores(values):
 
 
 def kept_patches():
-    """Within, the indices `(batch, K)` that maskings keep are added to a list.
+    """A context that yields a list of the indices `(batch, K)` of kept patches.
 
-    For what belongs to a patch besides its token. It yields the list.
+    For what belongs to a patch besides its token.
     """
     return _within("kept", [])
 

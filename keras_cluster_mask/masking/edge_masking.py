@@ -24,13 +24,13 @@ class EdgeMasking(SimilarityMasking):
     """Leaves out patches that look like those with the weakest edges.
 
     The masking of CLIP-PGS. In every training image a few patches become seeds: those
-    with the weakest edges. A patch whose similarity to a seed exceeds `threshold` is
-    masked. Exactly the share `mask_ratio` of the patches is left out: if fewer are
-    masked, others go at random too, and if more are, random ones of them stay.
+    with the weakest edges. A patch whose similarity to a seed exceeds `threshold` is a
+    candidate. Exactly the fraction `mask_ratio` of the patches is left out: random
+    candidates if there are too many, or all candidates and random others.
 
-    The edge map is computed on the grid of patches, from their mean grey levels: the
+    The edge map is computed on the grid of patches, from their mean gray levels: the
     magnitude of a 3 x 3 Sobel filter, scaled to [0, 1]. Beyond the border lies the mean
-    grey level of the image. Similarities are those of `ClusterMasking`. With
+    gray level of the image. Similarities are those of `ClusterMasking`. With
     `transport`, a doubly stochastic version of their non-negative part is added to
     them: 50 rounds of Sinkhorn's algorithm, columns before rows.
 
@@ -48,15 +48,15 @@ class EdgeMasking(SimilarityMasking):
         mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
         seed_ratio: Float in `[0, 1]`. The share of the patches that become
             seeds, at least one.
-        threshold: Float in `[-1, 1]`. The similarity above which a patch is masked.
-        edges: `"protect"`, `"released"` or `None`. `"protect"` takes the patches with
-            the weakest edges as seeds, and random ones of those where edges are equal.
-            So an image has nearly the same seeds in every step.
-            `"released"` does what the authors' released code amounts to: there
-            the edge map is one of rounding errors, since the mean of each patch was
-            subtracted before, and the highest values become seeds. Here these values
-            are drawn at random, and do not depend on the image. `None` takes the
-            patches of the smallest noise, as `ClusterMasking` does.
+        threshold: Float in `[-1, 1]`. The similarity above which a patch is a
+            candidate.
+        edges: `"protect"`, `"released"` or `None`. How seeds are chosen. `"protect"`
+            takes the patches with the weakest edges, ties at random, so an image has
+            nearly the same seeds in every step. `"released"` imitates the authors'
+            released code. There, the mean of each patch is subtracted first, so the
+            edge map holds rounding errors, and its highest values become seeds. Here,
+            seeds are drawn at random instead. `None` takes the patches of the smallest
+            noise, as `ClusterMasking` does.
         transport: Boolean. Whether the doubly stochastic similarity is added.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training
@@ -173,7 +173,7 @@ class EdgeMasking(SimilarityMasking):
 
 
 def edge_map(patches, grid):
-    """The strength of edges between patches, from their mean grey levels.
+    """The strength of edges between patches, from their mean gray levels.
 
     Args:
         patches: `(batch, N, n)` float32 tensor.
@@ -182,17 +182,17 @@ def edge_map(patches, grid):
     Returns:
         `(batch, N)` float32 tensor in `[0, 1]`, of multiples of 2^-12.
     """
-    grey = ops.mean(patches, axis=-1)
-    grey = ops.reshape(grey - ops.mean(grey, axis=-1, keepdims=True), (-1, *grid))
-    grey = ops.pad(grey, ((0, 0), (1, 1), (1, 1)))
-    x = grey[:, :, 2:] - grey[:, :, :-2]
-    y = grey[:, 2:] - grey[:, :-2]
+    gray = ops.mean(patches, axis=-1)
+    gray = ops.reshape(gray - ops.mean(gray, axis=-1, keepdims=True), (-1, *grid))
+    gray = ops.pad(gray, ((0, 0), (1, 1), (1, 1)))
+    x = gray[:, :, 2:] - gray[:, :, :-2]
+    y = gray[:, 2:] - gray[:, :-2]
     x = x[:, :-2] + 2.0 * x[:, 1:-1] + x[:, 2:]
     y = y[:, :, :-2] + 2.0 * y[:, :, 1:-1] + y[:, :, 2:]
     edges = ops.reshape(ops.sqrt(x * x + y * y), (-1, grid[0] * grid[1]))
     edges = edges - ops.min(edges, axis=-1, keepdims=True)
     # The floor is far above rounding errors, which else were the edges of an image that
-    # is the same grey everywhere.
+    # is the same gray everywhere.
     floor = ops.maximum(0.01 * ops.max(ops.abs(patches), axis=(1, 2)), 1e-12)
     strongest = ops.maximum(ops.max(edges, axis=-1), floor)
     return round_similarity(edges / strongest[:, None])

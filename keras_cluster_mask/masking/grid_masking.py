@@ -61,7 +61,7 @@ class GridMasking(PatchMasking):
             )
         if "mask_ratio" in kwargs:
             raise ValueError(
-                "`mask_ratio` is no argument of `GridMasking`, which leaves out "
+                "`mask_ratio` is not an argument of `GridMasking`, which leaves out "
                 "`1 - 1 / window**2` of the patches: pass `window`. "
                 f"Received: mask_ratio={kwargs['mask_ratio']}"
             )

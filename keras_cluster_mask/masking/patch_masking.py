@@ -33,13 +33,12 @@ class PatchMasking(keras.layers.Layer):
     embedding and before the first block. In training it keeps a part of the
     patch tokens of every image; at inference it returns its input untouched.
 
-    A strategy is a subclass with one method, `score`. It says which patches
-    matter: the highest-scoring ones stay, ties go to the patch with the larger
-    noise. A strategy with the attribute `hides_tokens = True` can also mask a
-    patch for good, by the score `-inf`: if such a patch has to fill up the fixed
-    number of tokens, it is hidden behind a Keras mask.
-    All randomness is one array of noise per step, so that a mask can be
-    repeated by handing in the noise.
+    A strategy is a subclass with one method, `score`. The highest-scoring patches are
+    kept; ties go to the patch with the larger noise. A strategy with the attribute
+    `hides_tokens = True` can score a patch `-inf`, so that it never has an influence.
+    If such a patch is needed to reach the fixed number of tokens, a Keras mask hides
+    it. One array of noise per step is the only randomness, so passing the same `noise`
+    repeats a mask.
 
     Example:
 
@@ -67,9 +66,9 @@ class PatchMasking(keras.layers.Layer):
         seed: Integer. Makes the noise repeatable.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
-    On JAX, a function of your own under `jax.jit` cannot update a layer. Pass `noise`
-    there, or use `masking.stateless_call`, which returns the new state; else every call
-    of the compiled function takes the same noise, of which a warning tells.
+    On JAX, a function of your own under `jax.jit` cannot update a layer: every call of
+    the compiled function would use the same noise, and a warning is issued. Pass
+    `noise`, or use `masking.stateless_call`, which returns the new state.
 
     Call arguments:
         tokens: `(batch, prefix + N, dim)` tensor of embedded tokens, the patch
@@ -130,7 +129,7 @@ class PatchMasking(keras.layers.Layer):
         self._num_prefix_tokens = num_prefix_tokens
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
-        # Whether `call` counts as a training step; a model around counts its own.
+        # Whether `call` counts as a training step; an enclosing model counts its own.
         self.counts_calls = True
         # A weight, since compiled steps can return values only through weights.
         self.last_mask_ratio = self.add_weight(
@@ -171,7 +170,7 @@ class PatchMasking(keras.layers.Layer):
             tokens: `(batch, prefix + N, dim)` tensor, or `None`.
 
         Returns:
-            `(batch, N)` float32 tensor. `-inf` masks a patch for good, if the
+            `(batch, N)` float32 tensor. A patch with `-inf` has no influence, if the
             strategy has `hides_tokens`.
         """
         raise NotImplementedError(
@@ -366,7 +365,7 @@ class PatchMasking(keras.layers.Layer):
         return ops.concatenate([prefix, kept], axis=1)
 
     def prepare_pixels(self, images: Tensor) -> Tensor:
-        """What becomes of images before they get here; set by the model around."""
+        """Normalizes images. An enclosing model replaces this method by its own."""
         return images
 
     def join(self, prepare_pixels: Callable[[Tensor], Tensor]) -> None:
@@ -383,8 +382,8 @@ class PatchMasking(keras.layers.Layer):
             probe_pixels(self.prepare_pixels), probe_pixels(prepare_pixels)
         ):
             raise ValueError(
-                f"`{self.name}` is part of another model, which normalises pixels "
-                "otherwise: use a masking of its own for each. "
+                f"`{self.name}` is part of another model, which normalizes pixels "
+                "differently: make a masking layer for each model. "
                 f"Received: masking={self.name}"
             )
         self.prepare_pixels = prepare_pixels

@@ -51,9 +51,9 @@ class MaskingStatistics:
             patches.
         patches_taken: `(N + 1,)` int64 array. How many anchors take 0, 1, ... N
             patches.
-        patches_taken_by_rank: `(anchors,)` float64 array. How many patches the
-            anchor takes that takes the most of its image, then the second and so
-            on, mean over images.
+        patches_taken_by_rank: `(anchors,)` float64 array. The anchors of each image are
+            ranked by how many patches they take, most first. Each entry is the number
+            of patches taken at that rank, averaged over images.
 
     The last four, and `surplus`, are `None` for a masking without clusters.
     """
@@ -138,7 +138,7 @@ def masking_statistics(
     does not change, its random state included: the noise is
     `np.random.default_rng(seed)`'s, `(images, N)` in the order of the images. So one
     seed gives the same masks in batches of any size and, except for rounding, on every
-    backend. Within a `ContrastiveModel` uint8 images are normalised as the model does.
+    backend. Within a `ContrastiveModel` uint8 images are normalized as the model does.
     `kcm.visualization.plot_masking_statistics` draws the result.
 
     Example:
@@ -153,8 +153,8 @@ def masking_statistics(
     ```
 
     Args:
-        masking: A `PatchMasking`. Clusters and anchors are measured of a
-            `ClusterMasking`; of any other, which patches are masked.
+        masking: A `PatchMasking`. For a `ClusterMasking`, clusters and anchors are
+            measured as well as masked patches.
         data: Images as an array, or an iterable of batches (a `tf.data.Dataset`, a
             `PyDataset`, a generator): arrays of images, dictionaries with the key
             `"images"`, or tuples whose first entry is one of these. All images

@@ -8,9 +8,9 @@ from keras_cluster_mask.models.encoders import TEXT_ENCODERS, copy_with
 def with_context_length(model: keras.Model, length: int) -> keras.Model:
     """Makes a copy of a text encoder that takes texts of another length.
 
-    All weights are copied but the positions, which are interpolated (linear, as
-    open_clip does). A stage of training on short texts costs less; the last one takes
-    the length that the model is to be used with. The given model is left as it is.
+    All weights are copied except the position embeddings, which are interpolated
+    linearly, as in open_clip. Training first on short texts costs less. Use the final
+    length in the last stage of training. The given model is not changed.
 
     Example:
 
@@ -23,7 +23,8 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
     Args:
         model: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or `SigLIPBackbone`, or
             the text encoder of one.
-        length: Integer, the most tokens of a text; of SigLIP, the tokens of each text.
+        length: Integer. The maximum number of tokens of a text; for SigLIP, the exact
+            number.
 
     Returns:
         A model of the same class with weights of its own, frozen where the given
@@ -52,8 +53,8 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
         )
     copy = copy_with(model, "text_encoder", {"max_sequence_length": length})
     for old, new in zip(model.weights, copy.weights):
-        # The table of positions alone has another shape, and its row numbers, which
-        # are as they should be.
+        # Only the position embeddings and position ids differ in shape. The ids of the
+        # copy are right already.
         if tuple(old.shape) == tuple(new.shape):
             new.assign(old)
         elif keras.backend.is_float_dtype(new.dtype):

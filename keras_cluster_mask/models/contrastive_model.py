@@ -43,13 +43,13 @@ class ContrastiveModel(DualEncoder):
     """Trains an image encoder and a text encoder on image-text pairs.
 
     Each image of a batch is compared with every text; the encoders learn to place an
-    image near its own text and far from the others. Compile it with an optimizer alone,
-    the loss is built in. Batches are dictionaries
+    image near its own text and far from the others. Compile the model with an optimizer
+    only: the loss is built in. Batches are dictionaries
     `{"images": (B, H, W, C), "token_ids": (B, T)}` without labels. uint8 images are
-    scaled and normalised on the device; others must be normalised. A further entry
-    `"sample_weight"`, `(B,)` floats, weights what each pair contributes to the loss,
-    which is still divided by the number of pairs, and to the accuracies; a pair of
-    weight 0 still is a negative of the others.
+    scaled and normalized on the device; float images must be normalized already. An
+    optional entry `"sample_weight"`, `(B,)` floats, weights the loss and the accuracies
+    of each pair. The loss is still divided by the number of pairs. A pair of weight 0
+    remains a negative for the other pairs.
 
     Example:
 
@@ -72,29 +72,30 @@ class ContrastiveModel(DualEncoder):
             a masking in it, if it is to train on parts of the images
             (`kcm.with_masking`).
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
-            features; with a masking of its own, if it is to train on parts of the
-            texts (`kcm.with_text_masking`). One of several inputs, such as
+            features. To train on parts of the texts, give it a masking layer of its own
+            (`kcm.with_text_masking`). A model with several inputs, such as
             `keras.Model(bert.inputs, bert.output["pooled_output"])` of a keras_hub
-            `BertBackbone`, takes them from the batch by their names. Of those that a
-            batch lacks, `"padding_mask"` is made: it hides ids of 0, and other zeros
-            are refused. `"segment_ids"` are 0.
+            `BertBackbone`, receives the entries of the batch with the same names. If
+            the batch has no `"padding_mask"`, ids of 0 are hidden as padding; an id of
+            0 before other ids raises an error. If it has no `"segment_ids"`, they are
+            all 0.
         loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
         projection_dim: Integer. The width of the common space, which a matrix maps
             each kind of features into. `None` takes the features as they are; they
             must have the same width.
-        micro_batch_size: Integer that divides the batch size. Trains on so many pairs
-            at a time, at the memory of a batch of that size, and yet compares each
-            pair with the whole batch: the gradients are those of the whole batch.
-            Costs a second pass through the encoders without gradients. `None` takes
-            the batch at once.
+        micro_batch_size: Integer that divides the batch size. Encodes this many pairs
+            at a time, with the memory of a batch of that size, and computes the loss on
+            the whole batch (gradient caching, as in GradCache). The gradients are those
+            of the whole batch. Costs a second forward pass through the encoders.
+            `None` encodes the batch at once.
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for
             sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale of the logits, 1 / temperature, never
             exceeds it.
-        duplicates: `"positive"` or `"negative"`. What an image and the text of another
-            image are if both have the same text. It affects the sigmoid loss and the
-            accuracies; the softmax loss is the same for texts with equal embeddings.
+        duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
+            positives or negatives of one another. Affects the sigmoid loss and the
+            accuracies. The softmax loss is the same for texts with equal embeddings.
         views: Integer. How many masked views of each image a step trains on, each with
             a mask of its own. The patches are embedded once and the text is encoded
             once; the rest of the image encoder works once for each view. Loss and
@@ -106,7 +107,7 @@ class ContrastiveModel(DualEncoder):
             are the same. The blocks of keras_hub are known; for other encoders, pass a
             list of the names of the layers that are blocks.
         pixel_mean: Three floats, by channel. uint8 images are scaled to [0, 1] and
-            normalised with this mean. Defaults to CLIP's. `None` passes images to the
+            normalized with this mean. Defaults to CLIP's. `None` passes images to the
             encoder unchanged.
         pixel_std: Three floats, by channel. Defaults to CLIP's.
         tokenizer_fingerprint: str, which identifies the tokenizer that the model was
@@ -368,7 +369,7 @@ class ContrastiveModel(DualEncoder):
         log_gradient_norm: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Chooses the optimizer and which weights it treats how.
+        """Configures the optimizer: learning rates, weight decay, gradient norm.
 
         Example:
 
@@ -435,19 +436,19 @@ class ContrastiveModel(DualEncoder):
     ) -> keras.callbacks.History:
         """Trains the model: `keras.Model.fit` with one argument more.
 
-        A run that was killed is continued by starting the same program again, if it
-        saves checkpoints and resumes from their folder. On one machine and in float32
-        it ends, bit for bit, at the weights of a run that was never interrupted. The
-        rest of an interrupted epoch is a Keras `fit` of its own: callbacks are told
-        that training begins and ends, and `CSVLogger` needs `append=True`. The returned
-        history holds all epochs, those before the interruption included.
+        To continue a killed run, start the same program again. It must save checkpoints
+        and pass their folder as `resume_from`. On one machine and in float32, the final
+        weights are bit-identical to those of an uninterrupted run. The rest of an
+        interrupted epoch is a separate Keras `fit`: `on_train_begin` and `on_train_end`
+        are called once more, and `CSVLogger` needs `append=True`. The returned history
+        holds all epochs, including those before the interruption.
 
         Arrays are trained on in full batches: the pairs that fill no batch are left
         out of an epoch, after the shuffle, with a warning.
 
-        An epoch of an `image_text_dataset` has as many steps as its samples fill
-        batches, `len(dataset)`; the samples left over come first in the next epoch. A
-        further `fit` continues where the last one ended.
+        An epoch of an `image_text_dataset` has `dataset.steps_per_epoch` steps, the
+        number of full batches. The remaining samples are carried over to the next
+        epoch. A further `fit` continues where the last one ended.
 
         Example:
 
@@ -468,13 +469,15 @@ class ContrastiveModel(DualEncoder):
         ```
 
         Args:
-            resume_from: str or path. A folder of a `kcm.callbacks.Checkpoint`, which
-                may be at an address such as `gs://`: training starts from its last
-                good checkpoint, from the beginning if there is none, and says which.
-                Or the path of one checkpoint, which must exist. Options of `compile`
-                that differ from the checkpoint's win, with a warning.
-            others: Those of `keras.Model.fit`, in its order. `steps_per_epoch`
-                continues through an `image_text_dataset` over the ends of its epochs.
+            resume_from: str or path. The folder of a `kcm.callbacks.Checkpoint`, local
+                or a URL such as `gs://bucket/run`. Training starts from the last good
+                checkpoint, or from the beginning if there is none, and prints which.
+                Or the path of one checkpoint, which must exist. If the options of
+                `compile` differ from the checkpoint's, the model's options are used,
+                with a warning.
+            others: The arguments of `keras.Model.fit`, in its order. With
+                `steps_per_epoch`, each epoch of `fit` continues in the
+                `image_text_dataset` where the last one ended.
 
         Returns:
             A `keras.callbacks.History`.

@@ -96,7 +96,7 @@ class DualEncoder(keras.Model):
         for masking in self.image_maskings:
             masking.join(self.normalize_pixels)
         for masking in text_maskings:
-            # Texts have no pixels that models could normalise differently.
+            # Texts have no pixels that models could normalize differently.
             masking.join(masking.prepare_pixels)
         # Nothing is left to build, unless an encoder learns its width when called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
@@ -106,12 +106,12 @@ class DualEncoder(keras.Model):
     # === From inputs to embeddings ===
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
-        """`(batch, d)` image features in the common space, before normalisation."""
+        """`(batch, d)` image features in the common space, before normalization."""
         features = call_encoder(self.image_encoder, images, training)
         return self.head.project_image(_check_features(self.image_encoder, features))
 
     def text_features(self, token_ids: Any, training: bool | None = None) -> Tensor:
-        """`(batch, d)` text features in the common space, before normalisation."""
+        """`(batch, d)` text features in the common space, before normalization."""
         features = call_encoder(self.text_encoder, token_ids, training)
         return self.head.project_text(_check_features(self.text_encoder, features))
 
@@ -119,11 +119,11 @@ class DualEncoder(keras.Model):
         """Embeds images.
 
         Args:
-            images: `(batch, H, W, C)` tensor, uint8 or normalised floats.
+            images: `(batch, H, W, C)` tensor, uint8 or normalized floats.
             training: Python boolean. Parts of the images are left out if true.
 
         Returns:
-            `(batch, d)` float32 tensor, L2-normalised. In training with several
+            `(batch, d)` float32 tensor, L2-normalized. In training with several
             `views`, `(batch, views, d)`.
         """
         if not is_traced(images):
@@ -142,7 +142,7 @@ class DualEncoder(keras.Model):
                 out if true.
 
         Returns:
-            `(batch, d)` float32 tensor, L2-normalised.
+            `(batch, d)` float32 tensor, L2-normalized.
 
         Raises:
             ValueError: For ids that the text encoder does not know, or a dictionary

@@ -1,6 +1,6 @@
 """What is known of keras_hub's encoders, and of encoders in general.
 
-keras_hub's classes are recognised by name, so that keras_hub need not be imported.
+keras_hub's classes are recognized by name, so that keras_hub need not be imported.
 """
 
 import keras
@@ -31,7 +31,7 @@ REFUSED = {
     "DepthAnythingNeck": "DepthAnything reads the whole grid; take its `image_encoder`",
     "Gemma3VisionEncoderBlock": f"Gemma 3 {_ONE_LAYER}",
     "Gemma4VisionEncoderBlock": f"Gemma 4 {_ONE_LAYER}",
-    "HierarchicalTransformerEncoder": "MiT merges neighbouring patches",
+    "HierarchicalTransformerEncoder": "MiT merges neighboring patches",
     "PARSeqDecoder": "PARSeq reads texts too; take its `image_encoder`",
     "PaliGemmaVitEncoder": f"PaliGemma {_ONE_LAYER}",
     "SAM3VisionEncoder": f"SAM 3 {_WINDOWS}",
@@ -275,7 +275,7 @@ def position_tables(embedding) -> tuple:
 
 
 def read_text_epsilon(backbone) -> float:
-    """The epsilon of the last normalisation of a CLIP backbone's text tower.
+    """The epsilon of the last normalization of a CLIP backbone's text tower.
 
     It is not in keras_hub's config, and open_clip's weights need another one than
     keras_hub's.

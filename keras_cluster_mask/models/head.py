@@ -12,10 +12,9 @@ INITIAL_LOGIT_BIAS = -10.0
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class ContrastiveHead(keras.layers.Layer):
-    """What lies between the features of two encoders and the loss.
+    """Projects the features of two encoders and scales their similarities to logits.
 
-    Projects features into a common space, and turns similarities of embeddings into the
-    loss, by a scale (1 / temperature) and, for the sigmoid loss, a bias. Part of a
+    The scale of the logits is 1 / temperature; the sigmoid loss adds a bias. Part of a
     `ContrastiveModel`, which makes it from its arguments.
 
     Args:
@@ -32,7 +31,7 @@ class ContrastiveHead(keras.layers.Layer):
         logit_bias: A variable to use instead of a new one.
         **kwargs: Arguments of `keras.layers.Layer`.
 
-    The configuration does not hold parts that were passed in: the model around saves
+    Parts that were passed in are not in the configuration: the enclosing model saves
     them.
 
     Attributes:
@@ -89,7 +88,8 @@ class ContrastiveHead(keras.layers.Layer):
             bias = initial_logit_bias if is_given else INITIAL_LOGIT_BIAS
             logit_bias = self._add_scalar("logit_bias", bias)
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
-        # Keeps the weight itself in range, so that it can return at once.
+        # Clips the weight itself, or it could drift far above the limit and would need
+        # many steps to return.
         self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
         self.built = True
 
@@ -118,12 +118,12 @@ class ContrastiveHead(keras.layers.Layer):
                 projection.build((None, width))
 
     def project_image(self, features: Tensor) -> Tensor:
-        """Features of images in the common space, not normalised."""
+        """Features of images in the common space, not normalized."""
         projection = self.image_projection
         return features if projection is None else projection(features)
 
     def project_text(self, features: Tensor) -> Tensor:
-        """Features of texts in the common space, not normalised."""
+        """Features of texts in the common space, not normalized."""
         projection = self.text_projection
         return features if projection is None else projection(features)
 

@@ -23,9 +23,9 @@ def with_image_size(
 ) -> keras.Model:
     """Makes a copy of a vision transformer that takes images of another size.
 
-    All weights are copied but the positions of the patches, which are interpolated
-    (bicubic, antialiased, as open_clip does); those of class tokens stay. The given
-    model is left as it is.
+    All weights are copied except the position embeddings of the patches, which are
+    interpolated (bicubic, antialiased, as in open_clip). Those of class tokens stay.
+    The given model is not changed.
 
     Example:
 
@@ -37,11 +37,11 @@ def with_image_size(
 
     Args:
         model: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or `SigLIPBackbone`, the
-            vision encoder of one, a `ViTBackbone` or a `DINOV2Backbone`. Of the last,
-            the positions that it computes with are interpolated, trained as they
-            are, rather than those of its checkpoint.
-        image_size: Integer or `(height, width)`, divisible by the patch size. All but
-            `ViTBackbone` take square images alone.
+            vision encoder of one, a `ViTBackbone` or a `DINOV2Backbone`. The latter has
+            two tables of positions: the one that it computes with is interpolated, not
+            the one of its checkpoint.
+        image_size: Integer or `(height, width)`, divisible by the patch size. Only
+            `ViTBackbone` supports images that are not square.
 
     Returns:
         A model of the same class with weights of its own, frozen where the given
@@ -110,7 +110,7 @@ def resize_positions(table, old_grid, new_grid):
     dim = table.shape[-1]
     prefix = table.shape[-2] - old_grid[0] * old_grid[1]
     first, patches = np.split(table, [prefix], axis=-2)
-    # With antialiasing, which two backends of three do bicubic alike only with.
+    # Antialiased: without it, bicubic resizing differs between backends.
     resized = ops.image.resize(
         patches.reshape(-1, *old_grid, dim).astype("float32"),
         new_grid,

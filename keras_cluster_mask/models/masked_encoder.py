@@ -166,7 +166,7 @@ class MaskedEncoder(keras.Model):
         """The tokens that the masking chooses among, as they are in inference.
 
         Args:
-            images: `(batch, H, W, C)` tensor, normalised.
+            images: `(batch, H, W, C)` tensor, normalized.
 
         Returns:
             `(batch, prefix + N, dim)` tensor.
@@ -292,7 +292,7 @@ def _run(blocks, visible, tokens, positions):
 
 
 class _RandomWeights(keras.StatelessScope):
-    """Within, weights have random values, made whenever one is read.
+    """A scope in which weights have random values, computed on each read.
 
     Random, since a zero weight (LayerScale, a fresh residual branch) would hide a leak
     that opens up later in training. Made when read, so that only one is in memory.

@@ -39,8 +39,9 @@ def with_text_masking(
     `encoder`; at inference both give the same output. For a keras_hub backbone of two
     towers, pass `text_masking` to `kcm.ContrastiveModel.from_backbone`.
 
-    Of a text of `T` tokens, `masking.num_kept(T)` stay, those that always stay
-    included. What is padding, and what leaving it out changes, depends on the encoder:
+    A text of `T` tokens keeps `masking.num_kept(T)` tokens, including those that always
+    stay. Which tokens are padding, and the effect of dropping them, depend on the
+    encoder:
 
     - CLIP and MetaCLIP 2 pool the end token, and padding is all that comes after it.
       Their attention is causal, so padding has no influence: with `padding_first`, a

@@ -24,7 +24,7 @@ from keras_cluster_mask.types import Tensor
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class MomentumEncoder(keras.layers.Layer):
-    """A copy of a vision transformer that follows it as a moving average.
+    """An exponential moving average (EMA) of a vision transformer, as a teacher.
 
     The teacher of `kcm.AttentiveMasking`. It is not trained. Each update moves its
     weights towards those of the encoder that it follows:
@@ -70,7 +70,7 @@ class MomentumEncoder(keras.layers.Layer):
         **kwargs: Arguments of `keras.layers.Layer`, such as `name`.
 
     Call arguments:
-        images: `(batch, H, W, C)` tensor, or channels first, normalised as for the
+        images: `(batch, H, W, C)` tensor, or channels first, normalized as for the
             encoder.
 
     Returns:
@@ -154,7 +154,7 @@ class MomentumEncoder(keras.layers.Layer):
         is not scaled up to a sum of 1.
 
         Args:
-            images: `(batch, H, W, C)` tensor, or channels first, normalised as for the
+            images: `(batch, H, W, C)` tensor, or channels first, normalized as for the
                 encoder.
 
         Returns:
@@ -202,8 +202,8 @@ class MomentumEncoder(keras.layers.Layer):
     def follow(self, encoder: keras.Model) -> None:
         """Chooses the encoder that `update` moves the teacher towards.
 
-        A teacher that follows a part of a model, such as the backbone in it, keeps
-        following it when the model is given.
+        If the teacher already follows `encoder` or a part of it, such as its backbone,
+        nothing changes.
 
         Args:
             encoder: A vision transformer whose weights have the shapes of the

@@ -14,7 +14,7 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
 def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
-    """Scales and normalises uint8 images; leaves others as they are.
+    """Scales and normalizes uint8 images; leaves others as they are.
 
     On the device, in the compiled step: uint8 takes a quarter of the memory and
     of the transfer of float32.
@@ -39,7 +39,7 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
         return images
     if dtype != "uint8":
         raise ValueError(
-            "`images` must be uint8, or floats normalised with the `pixel_mean` and "
+            "`images` must be uint8, or floats normalized with the `pixel_mean` and "
             "`pixel_std` of the model: pass pixels as `images.astype('uint8')`. "
             f"Received: images of type {dtype}"
         )
@@ -50,7 +50,7 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
 
 
 def check_statistics(mean, std):
-    """Raises an error unless pixels can be normalised with a mean and deviation."""
+    """Raises an error unless pixels can be normalized with a mean and deviation."""
     if mean is None:
         return
     for name, values in (("pixel_mean", mean), ("pixel_std", std)):
@@ -66,7 +66,7 @@ def check_statistics(mean, std):
 
 
 def pixel_range(mean, std):
-    """The values of a black and a white pixel once they are normalised.
+    """The values of a black and a white pixel once they are normalized.
 
     Returns:
         Two floats, those of the channels that reach furthest; `None` without a mean.
@@ -78,7 +78,7 @@ def pixel_range(mean, std):
 
 
 def restore_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
-    """The uint8 array of images that were normalised; uint8 images as they are.
+    """The uint8 array of images that were normalized; uint8 images as they are.
 
     Args:
         images: `(batch, H, W, C)` array, or channels first.

@@ -51,11 +51,10 @@ def text_inputs(encoder, given):
     """
     names = text_input_names(encoder)
     given = given if isinstance(given, dict) else {"token_ids": given}
-    unknown = sorted(given.keys() - {*names})
-    if unknown or "token_ids" not in given:
+    if given.keys() - {*names} or "token_ids" not in given:
         raise ValueError(
-            "`token_ids` must be token ids, or a dictionary of them and of further "
-            f"inputs of `{encoder.name}`, {names}; not of {unknown}. "
+            "`token_ids` must be an array of ids, or a dictionary that holds "
+            f"'token_ids' and only inputs of `{encoder.name}`: {names}. "
             f"Received: keys={sorted(given)}"
         )
     given = {name: ops.convert_to_tensor(value) for name, value in given.items()}

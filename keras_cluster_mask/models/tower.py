@@ -16,19 +16,18 @@ from keras_cluster_mask.types import Tensor
 class Tower(keras.Model):
     """Embeds images or texts, for inference.
 
-    `model.image_tower` and `model.text_tower` of a `ContrastiveModel` are made of its
-    weights and compute what `encode_image` and `encode_text` do, without a look at the
-    values of what they are given. Each is saved without the other, and exported for use
-    without Keras:
+    `model.image_tower` and `model.text_tower` of a `ContrastiveModel` share its weights
+    and compute what `encode_image` and `encode_text` do, without checking the values of
+    their inputs. Each can be saved separately, and exported for use without Keras:
 
     - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
       `tower.export("folder")`, then `loaded = tf.saved_model.load("folder")` and
       `loaded.serve(images)`;
     - on torch: `tower.export("tower.pt2", format="torch")`, then
-      `torch.export.load("tower.pt2").module()(images)`. The image tower of SigLIP
-      needs a batch size there, `dynamic_shapes=None, input_signature=[
-      keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`, as its pooling head
-      cannot be exported without.
+      `torch.export.load("tower.pt2").module()(images)`. The image tower of SigLIP needs
+      a fixed batch size, because its pooling head cannot be exported without one:
+      `dynamic_shapes=None, input_signature=[
+      keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`.
 
     Example:
 
@@ -43,18 +42,18 @@ class Tower(keras.Model):
     Args:
         encoder: A functional Keras model from images or token ids to `(batch, d)`
             features.
-        pixel_mean: Mean by channel that uint8 images are normalised with; `None` for
-            texts, and for images that are not normalised.
+        pixel_mean: Mean by channel that uint8 images are normalized with; `None` for
+            texts, and for images that are not normalized.
         pixel_std: Deviation by channel.
         data_format: `"channels_last"` or `"channels_first"`, of images.
         **kwargs: Arguments of `keras.Model`.
 
     Call arguments:
-        inputs: `(batch, H, W, C)` images, uint8 or normalised floats, or `(batch, T)`
+        inputs: `(batch, H, W, C)` images, uint8 or normalized floats, or `(batch, T)`
             token ids, or a dictionary of the inputs of a text encoder with several.
 
     Returns:
-        `(batch, d)` float32 embeddings, L2-normalised.
+        `(batch, d)` float32 embeddings, L2-normalized.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What one `fit` does: inputs, micro-batches, the loss, the optimizer, checkpoints."""
+"""The parts of `fit`: input checks, micro-batches, the optimizer, checkpoints."""

@@ -54,7 +54,7 @@ class CheckpointFiles:
     """Checkpoints `step-000000042.npz` in a folder, and `best.npz`.
 
     A reader, or a run that is killed at any moment, finds a whole file or none: each is
-    written beside its place and then renamed. Reading waits for what this process is
+    written under a temporary name, then renamed. Reading waits for what this process is
     still writing, and raises its errors.
 
     Args:

@@ -34,9 +34,9 @@ def find_blocks(model, names, known):
         missing = sorted(set(names) - {x.name for x in blocks})
     if missing:
         raise ValueError(
-            "`gradient_checkpointing=True` finds the layers of the classes "
-            f"{', '.join(known)}; for others pass a list of their names. Received: "
-            f"gradient_checkpointing={names!r}, and the model lacks "
+            "`gradient_checkpointing` must be a list of names of layers in the model, "
+            f"or True if the model has layers of the classes {', '.join(known)}. "
+            f"Received: gradient_checkpointing={names!r}, and the model lacks "
             f"{', '.join(missing)}"
         )
     return blocks
@@ -44,7 +44,7 @@ def find_blocks(model, names, known):
 
 @contextlib.contextmanager
 def checkpointed(blocks):
-    """Within, blocks recompute their activations for the gradients."""
+    """A context in which blocks recompute their activations for the gradients."""
     for block in blocks:
         if not isinstance(block.call, _Recomputed):
             block.call = _Recomputed(block)

@@ -8,10 +8,11 @@ from keras_cluster_mask.batches import as_array
 
 KEYS = ("images", "token_ids")
 LONELY = (
-    "A contrastive loss compares the pairs of a batch, so it needs at least two pairs."
+    "A batch must hold at least two pairs, because a contrastive loss compares the "
+    "pairs of a batch: use a larger `batch_size`."
 )
-# How often the brightest normalised pixel: images that were resized after they had been
-# normalised may exceed it, and pixels up to 255 exceed even this.
+# Non-negative float images above this multiple of the brightest normalized pixel are
+# unnormalized pixels. Resizing after normalization may exceed that pixel slightly.
 MARGIN = 3.0
 
 
@@ -27,7 +28,7 @@ class InputRules:
         zeros_are_padding: Boolean. Whether ids of 0 are hidden unless there is a
             `"padding_mask"`.
         pixel_range: Two floats, the values of a black and a white pixel once they are
-            normalised; `None` for a model that takes images as they are.
+            normalized; `None` for a model that takes images as they are.
     """
 
     keys: tuple[str, ...] = KEYS
@@ -46,7 +47,7 @@ class InputRules:
             looks_at_images: Boolean. Whether the values of images are checked.
 
         Returns:
-            Whether the values of images showed that they are normalised.
+            Whether the values of images showed that they are normalized.
         """
         lengths = {
             name: len(values)
@@ -112,7 +113,7 @@ class InputRules:
             )
 
     def check_images(self, images):
-        """Raises an error for `(batch, ...)` images that were not normalised.
+        """Raises an error for `(batch, ...)` images that were not normalized.
 
         Returns:
             Whether they have values that no pixels have.
@@ -127,12 +128,12 @@ class InputRules:
         black, white = self.pixel_range
         # No constant batch, and none with NaN, which compares as false.
         is_within = 0 <= low < high
-        # Unless normalised pixels are in [0, 1] themselves.
+        # Unless normalized pixels are in [0, 1] themselves.
         is_scaled = high <= 1 and black < 0
         if not (is_within and (is_scaled or high > MARGIN * white)):
             return low < 0
         raise ValueError(
-            "`images` must be uint8, or floats normalised with the `pixel_mean` and "
+            "`images` must be uint8, or floats normalized with the `pixel_mean` and "
             "`pixel_std` of the model; these floats look like pixels. Pass pixels as "
             "uint8, `(255 * images).astype('uint8')` if they are in [0, 1]; or make "
             "the model with `pixel_mean=None` if its encoder takes images as they are. "
@@ -147,7 +148,7 @@ class InputRules:
             return True
         if self.pixel_range is not None and name != "uint8":
             raise ValueError(
-                "`images` must be uint8, or floats normalised with the `pixel_mean` "
+                "`images` must be uint8, or floats normalized with the `pixel_mean` "
                 "and `pixel_std` of the model: pass pixels as "
                 f"`images.astype('uint8')`. Received: images of type {name}"
             )

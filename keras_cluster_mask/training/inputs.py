@@ -270,7 +270,8 @@ class _Check:
 
     def __init__(self, rules, training, collate=None):
         self.rules, self.training, self.collate = rules, training, collate
-        # A batch of bright images may look like pixels. If others do not, it is none.
+        # A batch of bright normalized images may look like pixels. Once a batch shows
+        # that the images are normalized, later batches are not checked.
         self.is_normalized = False
 
     def __call__(self, batch):

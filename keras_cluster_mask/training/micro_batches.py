@@ -26,7 +26,7 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
 
     - Maskings draw the noise of the whole batch; each chunk takes its rows.
     - Other seeds advance from chunk to chunk, so that no two share their dropout.
-    - Averages, such as a batch normalisation's or a masking's ratio, start from the
+    - Averages, such as a batch normalization's or a masking's ratio, start from the
       step's own state in every chunk and are averaged over chunks.
     - Counters, such as a masking's step, advance once.
 
@@ -88,7 +88,7 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
 
 @contextlib.contextmanager
 def rows_of_replica(inputs):
-    """Within, each replica masks its rows as they are masked in the global batch."""
+    """A context in which each replica masks its rows as in the global batch."""
     replicas = num_replicas()
     if replicas == 1:
         yield

@@ -17,8 +17,8 @@ from keras_cluster_mask.training.run_state import (
     write_state,
 )
 
-# How many steps may have begun that are not done. One that waits keeps the device busy;
-# each holds its batch on the device, so there must not be many.
+# The maximum number of steps on the device that have started but not finished. One that
+# waits keeps the device busy; each holds its batch on the device, so there are few.
 STEPS_AHEAD = 4
 
 

@@ -23,7 +23,7 @@ from keras_cluster_mask.masking.statistics import (
 )
 from keras_cluster_mask.types import Tensor
 
-LEFT_OUT = 0.88  # The grey of patches that are left out, on a scale of 0 to 1.
+LEFT_OUT = 0.88  # The gray of patches that are left out, on a scale of 0 to 1.
 
 
 def plot_masks(
@@ -37,12 +37,12 @@ def plot_masks(
     """Shows what a masking leaves out, or compares several on the same images.
 
     For one cluster masking, five images a row: the image; random masking at the same
-    budget; cluster masking; the clusters, coloured by anchor; and the similarity of
+    budget; cluster masking; the clusters, colored by anchor; and the similarity of
     each patch to the nearest anchor. Anchors are outlined. For any other masking, and
     for several, the image and the patches that each masking keeps.
 
     All maskings get the same noise. Within a `ContrastiveModel` uint8 images are
-    normalised as the model does, so the masks are those of its training. The random
+    normalized as the model does, so the masks are those of its training. The random
     state of a masking is left as it is.
 
     Example:
@@ -249,7 +249,7 @@ class _Grid:
         return np.where(self.spread(kept)[..., None], image, LEFT_OUT)
 
     def tint(self, image, colors):
-        """Colours the patches whose colour is not NaN, and pales the others."""
+        """Colors the patches whose color is not NaN, and pales the others."""
         colors = self.spread(colors)
         gray = image.mean(axis=-1, keepdims=True)
         tinted = 0.35 * gray + 0.65 * colors

@@ -29,7 +29,7 @@ def test_numbers_are_those_of_a_case_worked_out_by_hand():
             "look-alike": (1 + 0 + 0) / 3,
             "hole": (1 + 1 + 2**0.5) / 3,
             # The one that stays is 4 away from two of the four, their mean 2 from all.
-            "colours": 1 - 32 / 16,
+            "colors": 1 - 32 / 16,
         }
     )
 

@@ -488,10 +488,10 @@ def test_a_folder_on_remote_storage_is_written_and_resumed_from(whole, shards):
 
 @pytest.mark.any_backend
 def test_a_storage_that_is_not_known_is_named():
-    with pytest.raises(ValueError, match=r"`directory` must.*Received: nowhere://run"):
+    with pytest.raises(ValueError, match=r"`directory` must.*directory='nowhere://run"):
         kcm.callbacks.Checkpoint("nowhere://run")
     with pytest.raises(
-        ValueError, match=r"`resume_from` must.*Received: nowhere://run"
+        ValueError, match=r"`resume_from` must.*resume_from='nowhere://run"
     ):
         make_model().fit(pairs(), batch_size=4, resume_from="nowhere://run")
 

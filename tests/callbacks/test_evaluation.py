@@ -81,17 +81,17 @@ def dtype(request):
 
 
 def test_metrics_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
-    labelled = {"images": pairs(9, 2)["images"], "labels": np.arange(9) % 3}
+    labeled = {"images": pairs(9, 2)["images"], "labels": np.arange(9) % 3}
     model = without_averages()
     before = evaluate_retrieval(model, pairs(8, 1), ks=(1, 3), verbose=0)
     callbacks = [
         Retrieval(pairs(8, 1), ks=(1, 3)),
-        ZeroShot(labelled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2)),
+        ZeroShot(labeled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2)),
     ]
     _, history = fit(callbacks, model, validation_data=pairs(6, 3))
     after = evaluate_retrieval(model, pairs(8, 1), ks=(1, 3), verbose=0)
     zero_shot = evaluate_zero_shot(
-        model, labelled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2), verbose=0
+        model, labeled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2), verbose=0
     )
     expected = {
         **{f"val_{name}": [value] for name, value in after.items()},
@@ -130,7 +130,7 @@ def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name()
             (pairs(3)["images"], np.arange(3)),
             NAMES,
             tokenizer,
-            name="colours",
+            name="colors",
             ks=(1,),
         ),
     ]
@@ -139,8 +139,8 @@ def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name()
         "val_coco_image_to_text_recall@1",
         "val_coco_text_to_image_recall@1",
         "train_image_to_text_recall@2",
-        "val_colours_top_1",
-        "val_colours_mean_per_class",
+        "val_colors_top_1",
+        "val_colors_mean_per_class",
     }
 
 
@@ -203,8 +203,8 @@ def assert_trains_the_same(make, callbacks, **options):
 
 def test_training_is_bit_for_bit_the_same():
     # With dropout, noise for masks, a threshold that moves, averages, a schedule.
-    labelled = pairs(9, 2)["images"], np.arange(9) % 3
-    callbacks = [Retrieval(pairs(8, 1)), ZeroShot(labelled, NAMES, tokenizer)]
+    labeled = pairs(9, 2)["images"], np.arange(9) % 3
+    callbacks = [Retrieval(pairs(8, 1)), ZeroShot(labeled, NAMES, tokenizer)]
     assert_trains_the_same(make_model, callbacks, validation_data=pairs(6, 3))
 
 

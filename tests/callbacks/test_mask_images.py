@@ -131,14 +131,14 @@ def test_a_prefix_is_taken_from_the_encoder(tmp_path):
     assert len(written_images(tmp_path)) == 1
 
 
-def test_a_backbone_and_normalised_images_are_drawn(tmp_path):
+def test_a_backbone_and_normalized_images_are_drawn(tmp_path):
     backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
     masking = kcm.ClusterMasking(4, embedding_weight=0.5)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking)
     model.compile("sgd", **FAST)
     images = random_pairs(2)["images"]
-    normalised = ops.convert_to_numpy(masking.prepare_pixels(images))
-    for name, given in (("whole", images), ("floats", normalised)):
+    normalized = ops.convert_to_numpy(masking.prepare_pixels(images))
+    for name, given in (("whole", images), ("floats", normalized)):
         fit(model, [MaskImages(given, tmp_path / name)], epochs=1)
         ((_, image),) = written_images(tmp_path / name)
         figure = kcm.visualization.plot_masks(

@@ -22,7 +22,7 @@ def test_random_backgrounds_differ_and_follow_their_seed():
     np.testing.assert_array_equal(images, again)
     assert (images[:, 10:20, 10:20] == 255).all()
     assert len(np.unique(images.reshape(60, -1), axis=0)) == 60
-    # A third is plain. Textures change more between neighbours than gradients.
+    # A third is plain. Textures change more between neighbors than gradients.
     changes = np.abs(np.diff(images[:, 20:].astype(int), axis=2)).mean(axis=(1, 2, 3))
     assert 8 <= np.sum(changes == 0) <= 32
     assert 8 <= np.sum((changes > 0) & (changes < 8)) <= 36

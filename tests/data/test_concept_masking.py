@@ -181,7 +181,7 @@ def test_stages_grow_and_the_last_has_every_concept():
         *("cat", "tree", "snow", "red traffic light", "traffic light", "house", "on")
     }
     assert at[2] == {"red"}
-    # Those of the stages that are not reached before, and without any neighbour.
+    # Those of the stages that are not reached before, and without any neighbor.
     assert {"blue", "tree house", "rhododendron tree", "under"} <= at[3]
 
 
@@ -194,12 +194,12 @@ def test_relations_have_no_direction_and_their_order_has_no_effect():
     again = ConceptTextMasking(other, num_basic=NUM_BASIC)
     assert again.stages == MASKING.stages
     assert repr(again) == repr(MASKING)
-    # A concept that is related to itself has no more neighbours.
+    # A concept that is related to itself has no more neighbors.
     loop = {**GRAPH, "red": ["blue", "red"]}
     assert ConceptTextMasking(loop, num_basic=2).stages == MASKING.stages
 
 
-def test_basic_concepts_are_frequent_and_have_many_neighbours():
+def test_basic_concepts_are_frequent_and_have_many_neighbors():
     graph = {f"{a}{b}": [f"{a}{b}{c}" for c in "uvwxyz"] for a in "klm" for b in "opq"}
     rare = " ".join(["dog"] * 100_000 + ["ko", "kp", "kp", "kp"] + ["kq"] * 4)
     stages = ConceptTextMasking(graph, [rare], num_basic=6).stages
@@ -623,16 +623,19 @@ if __name__ == "__main__":
         ({"dog": ["dog"]}, "`graph` must have relations.*1 concepts without edges"),
         ({"dog": "cat"}, "`graph`.*iterables.*Received: 'dog': 'cat'"),
         ({"dog": 3}, "`graph`.*iterables.*Received: 'dog': 3"),
-        ({"Dog": ["cat"]}, "`graph`.*lower case.*Received: 'Dog'"),
-        ({"dog": ["Cat"]}, "`graph`.*lower case.*Received: 'Cat'"),
-        ({"traffic_light": ["dog"]}, "`graph`.*underscores.*Received: 'traffic_light'"),
-        ({"": ["dog"]}, "`graph`.*one to four words.*Received: ''"),
-        ({"a b c d e": ["dog"]}, "`graph`.*four words.*Received: 'a b c d e'"),
-        ({"dog": ["20051"]}, "`graph`.*four words.*Received: '20051'"),
-        ({" dog": ["cat"]}, "`graph`.*Received: ' dog'"),
-        ({"dog": [7]}, "`graph`.*Received: 7"),
-        ({"dog": [["cat"]]}, r"`graph`.*Received: \['cat'\]"),
-        ({b"dog": ["cat"]}, "`graph`.*Received: b'dog'"),
+        ({"Dog": ["cat"]}, "`graph`.*lower case.*a graph with 'Dog'"),
+        ({"dog": ["Cat"]}, "`graph`.*lower case.*a graph with 'Cat'"),
+        (
+            {"traffic_light": ["dog"]},
+            "underscores.*a graph with 'traffic_light'",
+        ),
+        ({"": ["dog"]}, "`graph`.*one to four words.*a graph with ''"),
+        ({"a b c d e": ["dog"]}, "`graph`.*four words.*a graph with 'a b c d e'"),
+        ({"dog": ["20051"]}, "`graph`.*four words.*a graph with '20051'"),
+        ({" dog": ["cat"]}, "`graph`.*a graph with ' dog'"),
+        ({"dog": [7]}, "`graph`.*a graph with 7"),
+        ({"dog": [["cat"]]}, r"`graph`.*a graph with \['cat'\]"),
+        ({b"dog": ["cat"]}, "`graph`.*a graph with b'dog'"),
     ],
 )
 def test_a_graph_without_concepts_or_relations_is_refused(graph, message):
@@ -666,7 +669,7 @@ def test_captions_without_basic_concepts_are_refused():
         ConceptTextMasking(GRAPH, ["a red boat", "house"], num_basic=1)
     with pytest.raises(ValueError, match=r"`captions`.*Received: 0 words"):
         ConceptTextMasking(GRAPH, [])
-    with pytest.raises(ValueError, match=r"`captions`.*Received: 'a dog'"):
+    with pytest.raises(ValueError, match=r"`captions`.*Received: captions='a dog'"):
         ConceptTextMasking(GRAPH, "a dog")
 
 
@@ -689,7 +692,7 @@ def test_captions_without_related_words_are_refused():
     # Words of all captions are independent.
     with pytest.raises(ValueError, match=r"`captions`.*20 captions with 2 words"):
         co_occurrence_graph(["a dog"] * 20)
-    with pytest.raises(ValueError, match=r"`captions`.*Received: 'a dog'"):
+    with pytest.raises(ValueError, match=r"`captions`.*Received: captions='a dog'"):
         co_occurrence_graph("a dog")
     with pytest.raises(ValueError, match=r"`min_count`.*Received: min_count=0"):
         co_occurrence_graph(["a dog"] * 20, min_count=0)

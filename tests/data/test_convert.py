@@ -217,7 +217,7 @@ def test_objects_are_converted(tmp_path, noise):
     result = convert(rows, tmp_path / "out.tar")
     assert pairs_of(result["shards"]) == [("0", noise(1), ("one", "two"))]
     assert (result["samples"], result["by_reason"]) == (1, {"no caption": 1})
-    with pytest.raises(ValueError, match=r"`source` must be.*Received: {'a': 1}"):
+    with pytest.raises(ValueError, match=r"`source` must be.*source={'a': 1}"):
         convert({"a": 1}, tmp_path / "weights.tar")
 
 

@@ -154,7 +154,7 @@ class Rows:
 
 @pytest.fixture
 def rows(encode, tmp_path):
-    """Ten samples, whose grey level is their number."""
+    """Ten samples, whose gray level is their number."""
 
     def rows(kind):
         made = []

@@ -86,7 +86,7 @@ def together(parts):
 
 
 def check_epochs(stream, num_samples=GOOD, broken=0):
-    """Each epoch is all good samples, and a neighbour for each broken one."""
+    """Each epoch is all good samples, and a neighbor for each broken one."""
     assert len(stream) >= EPOCHS * num_samples
     for number in range(EPOCHS):
         epoch = stream[number * num_samples : (number + 1) * num_samples]

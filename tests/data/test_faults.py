@@ -235,7 +235,7 @@ def test_errors_in_a_tensorflow_dataset_can_be_read(write_pairs, case):
         list(dataset)
 
 
-def test_a_run_of_neighbours_in_a_lost_shard_is_replaced_by_others(write_tar, encode):
+def test_a_run_of_neighbors_in_a_lost_shard_is_replaced_by_others(write_tar, encode):
     """All others of a run are lost with it, so others must come from elsewhere."""
     image = encode(np.zeros((4, 4, 3), "uint8"))
     paths = []

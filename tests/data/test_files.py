@@ -158,7 +158,7 @@ def unreliable():
     return system
 
 
-def test_neighbours_are_read_in_one_request(unreliable):
+def test_neighbors_are_read_in_one_request(unreliable):
     ranges = [("unreliable://a", start, start + 90) for start in range(0, 6400, 100)]
     found = files.read_ranges([*ranges[::2], *ranges[1::2]])
     assert found[1] == CONTENT[200:290]

@@ -77,7 +77,7 @@ def test_bmp_of_every_mode_is_decoded(mode, encode):
     )
 
 
-def test_sixteen_bits_of_grey_become_eight(encode):
+def test_sixteen_bits_of_gray_become_eight(encode):
     levels = np.arange(0, 65536, 256, dtype="uint16").reshape(16, 16)
     actual = whole(encode(levels))
     assert np.abs(actual[..., 0].astype(int) - levels / 257.0).max() <= 0.5
@@ -211,7 +211,7 @@ def test_the_center_crop_is_torchvisions(shape, size, encode):
 
 
 def test_the_center_crop_covers_a_size_that_is_not_square(encode):
-    # A grey level for each column, of which the middle half must remain.
+    # A gray level for each column, of which the middle half must remain.
     array = np.tile(np.arange(200, dtype="uint8")[None, :, None], (50, 1, 3))
     actual = cut(encode(array), (50, 100))
     np.testing.assert_array_equal(actual, array[:, 50:150])

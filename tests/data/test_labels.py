@@ -17,7 +17,7 @@ def make(source, tokenizer=None, **options):
 
 
 @pytest.fixture
-def labelled(write_tar, encode):
+def labeled(write_tar, encode):
     """Six images, labels 0, 1, 2, 0, 1, 2 in several fields."""
     files = []
     for index in range(6):
@@ -29,7 +29,7 @@ def labelled(write_tar, encode):
             (f"{index}.cls", b"%d\n" % label),
             (f"{index}.json", json.dumps(entries).encode()),
         ]
-    return write_tar("labelled.tar", files)
+    return write_tar("labeled.tar", files)
 
 
 def values(dataset, name):
@@ -45,8 +45,8 @@ def values(dataset, name):
         {"label_key": "json.label", "class_names": ["cat", "dog", "fox"]},
     ],
 )
-def test_labels_are_numbers_of_classes(labelled, options):
-    dataset = make(labelled, **options)
+def test_labels_are_numbers_of_classes(labeled, options):
+    dataset = make(labeled, **options)
     assert [*dataset.element_spec] == ["images", "labels"]
     assert values(dataset, "labels") == [0, 1, 2, 0, 1, 2]
     assert next(iter(dataset))["labels"].dtype == "int32"
@@ -122,19 +122,19 @@ def test_labels_can_be_names_of_folders(tmp_path, encode):
     assert values(dataset, "labels") == [1, 1, 0, 0]
 
 
-def test_samples_without_a_known_label_are_skipped_and_counted(labelled):
+def test_samples_without_a_known_label_are_skipped_and_counted(labeled):
     options = {"label_key": "json.name", "class_names": ["cat", "fox"]}
-    dataset = make(labelled, max_skipped=1.0, **options)
+    dataset = make(labeled, max_skipped=1.0, **options)
     with pytest.warns(UserWarning, match="unknown label"):
         assert values(dataset, "labels") == [0, 1, 0, 1]
     assert dataset.skipped.by_reason == {"unknown label": 2}
 
 
-def test_fields_that_no_sample_has_are_an_error(labelled):
+def test_fields_that_no_sample_has_are_an_error(labeled):
     with pytest.raises(ValueError, match=r"`label_key`, here \['label'\]"):
-        make(labelled, label_key="label")
+        make(labeled, label_key="label")
     with pytest.raises(ValueError, match=r"`caption_key`, here \['alt'\]"):
-        make(labelled, caption_key="alt", include_captions=True)
+        make(labeled, caption_key="alt", include_captions=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
@@ -146,22 +146,22 @@ def test_fields_that_no_sample_has_are_an_error(labelled):
         {"caption_key": "json.missing", "include_captions": True},
     ],
 )
-def test_entries_that_no_sample_has_are_an_error(labelled, options):
+def test_entries_that_no_sample_has_are_an_error(labeled, options):
     with pytest.raises(ValueError, match=r"label|caption"):
-        list(make(labelled, **options))
+        list(make(labeled, **options))
 
 
-def test_bad_class_names_are_errors(labelled):
+def test_bad_class_names_are_errors(labeled):
     with pytest.raises(ValueError, match=r"`class_names`.*Received: "):
-        make(labelled, label_key="cls", class_names=["a", "a"])
+        make(labeled, label_key="cls", class_names=["a", "a"])
     with pytest.raises(ValueError, match=r"`class_names`.*Received: "):
-        make(labelled, label_key="cls", class_names=["a", " "])
+        make(labeled, label_key="cls", class_names=["a", " "])
     with pytest.raises(ValueError, match=r"`label_key`.*Received: "):
-        make(labelled, class_names=["a", "b"])
+        make(labeled, class_names=["a", "b"])
 
 
-def test_images_need_no_captions_without_a_tokenizer(labelled):
-    dataset = make(labelled, include_keys=True)
+def test_images_need_no_captions_without_a_tokenizer(labeled):
+    dataset = make(labeled, include_keys=True)
     assert [*dataset.element_spec] == ["images", "keys"]
     assert values(dataset, "keys") == [b"%d" % index for index in range(6)]
 
@@ -183,15 +183,15 @@ def test_all_captions_of_an_image_are_tuples(write_tar, encode):
         make(shard, include_captions="every")
 
 
-def test_a_tf_dataset_holds_no_tuples_of_captions(labelled):
+def test_a_tf_dataset_holds_no_tuples_of_captions(labeled):
     pytest.importorskip("tensorflow")
     with pytest.raises(ValueError, match="`include_captions"):
-        make(labelled, caption_key="json.name", include_captions="all", format="tf")
+        make(labeled, caption_key="json.name", include_captions="all", format="tf")
 
 
-def test_a_tf_dataset_holds_labels(labelled):
+def test_a_tf_dataset_holds_labels(labeled):
     pytest.importorskip("tensorflow")
-    dataset = make(labelled, label_key="cls", format="tf")
+    dataset = make(labeled, label_key="cls", format="tf")
     assert [*dataset.element_spec] == ["images", "labels"]
     labels = [batch["labels"].numpy().tolist() for batch in dataset]
     assert labels == [[0, 1, 2, 0], [1, 2]]

@@ -55,12 +55,12 @@ def test_samples_are_shuffled_evenly():
         ends[order[9]] += 1
     # Five standard deviations of a binomial distribution.
     assert min(ends[number] for number in range(10)) > 100 - 5 * 9.5
-    # Neighbours do not stay together.
+    # Neighbors do not stay together.
     apart = np.diff(epoch(Order(1000, 0), 0))
     assert np.mean(np.abs(apart) == 1) < 0.02
 
 
-def test_blocks_keep_neighbours_together_and_start_elsewhere_in_each_epoch():
+def test_blocks_keep_neighbors_together_and_start_elsewhere_in_each_epoch():
     order = Order(100, 0, block_size=8)
     starts = []
     for number in range(4):

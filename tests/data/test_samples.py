@@ -202,7 +202,7 @@ def test_rows_of_a_batch_belong_together(write_pairs, training):
     dataset = make(shard, training, include_captions=True, horizontal_flip=True)
     for batch in take(dataset, 7):
         levels = [int(key) for key in batch["keys"]]
-        # The grey level of an image is its key.
+        # The gray level of an image is its key.
         assert (batch["images"] == np.reshape(levels, (-1, 1, 1, 1))).all()
         captions = [b"no %d" % level for level in levels]
         assert batch["captions"].tolist() == captions

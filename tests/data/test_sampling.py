@@ -139,7 +139,7 @@ def test_samples_are_drawn_anew_in_each_epoch_and_by_themselves():
     for epoch in range(6):
         masks[epoch, choose(20_000, epoch)] = 1
     masks[6, other.of_index(Keys(keys))(20_000, 0)] = 1
-    # Between epochs, between seeds, and between neighbours.
+    # Between epochs, between seeds, and between neighbors.
     np.testing.assert_allclose(np.corrcoef(masks), np.eye(7), atol=0.03)
     for mask in masks:
         assert abs(np.corrcoef(mask[1:], mask[:-1])[0, 1]) < 0.03
@@ -453,7 +453,9 @@ def test_files_without_clusters_are_refused(tmp_path):
             ClusterSampling(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         ClusterSampling(tmp_path / "missing.npz")
-    with pytest.raises(ValueError, match=r"`clusters` must be at.*nowhere://c.npz"):
+    with pytest.raises(
+        ValueError, match=r"`clusters` must be a path or URL.*nowhere://c.npz"
+    ):
         ClusterSampling("nowhere://c.npz")
 
 

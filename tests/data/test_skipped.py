@@ -201,7 +201,7 @@ def test_a_larger_share_than_allowed_ends_the_run(third_broken, training):
     assert len(take(make(third_broken, max_skipped=0.4, **options), 18)) == 18
     dataset = make(third_broken, max_skipped=0.2, **options)
     with pytest.raises(
-        ValueError, match=r"More than 20%.*`max_skipped`.*first 1\d\d\d,"
+        ValueError, match=r"More than 20%.*larger `max_skipped`.*of the first 1\d\d\d "
     ):
         take(dataset, 20)
 

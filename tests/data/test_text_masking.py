@@ -476,7 +476,7 @@ def test_a_table_without_counts_of_words_is_refused(table, message):
 def test_a_masking_without_a_table_asks_for_one(shard):
     with pytest.raises(ValueError, match=r"`frequencies`.*`fit.*Received: .*None"):
         make(shard, text_masking=FrequencyTextMasking())
-    with pytest.raises(ValueError, match=r"`captions`.*Received: 'a dog'"):
+    with pytest.raises(ValueError, match=r"`captions`.*Received: captions='a dog'"):
         FrequencyTextMasking().fit("a dog")
     with pytest.raises(ValueError, match=r"`captions`.*Received: 2 captions"):
         FrequencyTextMasking().fit(["", " "])

@@ -261,9 +261,9 @@ def test_a_copy_of_another_length_makes_the_same_tokens():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match=r"`vocabulary_size`.*Received: 513"):
+    with pytest.raises(ValueError, match=r"Received: vocabulary_size=513"):
         CLIPTokenizer.train(["a"], vocabulary_size=513)
-    with pytest.raises(ValueError, match=r"`captions`.*Received: 'a cat'"):
+    with pytest.raises(ValueError, match=r"Received: captions='a cat'"):
         CLIPTokenizer.train("a cat")
     with pytest.raises(ValueError, match=r"`context_length`.*Received.*_length=2"):
         CLIPTokenizer.train(["a"], context_length=2)
@@ -272,7 +272,7 @@ def test_wrong_arguments_are_named():
     for length in (0, 2):
         with pytest.raises(ValueError, match=rf"^`context_length`.*={length}$"):
             CLIPTokenizer.from_open_clip(length)
-    with pytest.raises(TypeError, match=r"`texts`.*Received: 3"):
+    with pytest.raises(TypeError, match=r"Received: texts=3"):
         CLIPTokenizer.train(["a"])(["a", 3])
     with pytest.raises(ValueError, match=r"`vocabulary` must contain"):
         CLIPTokenizer(["<end_of_text>", "<start_of_text>"], [])

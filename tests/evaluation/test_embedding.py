@@ -154,8 +154,8 @@ def test_smaller_batches_are_filled_up_so_that_few_sizes_are_compiled(
 
 
 @pytest.mark.any_backend
-def test_floats_that_are_not_normalised_are_an_error(model, pairs):
-    with pytest.raises(ValueError, match=r"normalised.*Received: .*float32.* 25\d"):
+def test_floats_that_are_not_normalized_are_an_error(model, pairs):
+    with pytest.raises(ValueError, match=r"normalized.*Received: .*float32.* 25\d"):
         embed(model, pairs["images"].astype("float32"), verbose=0)
 
 

@@ -39,7 +39,7 @@ def randomize(model):
 
 
 def batch(image_size=16, context=CONTEXT, vocabulary=VOCABULARY, rows=3):
-    """Normalised images, channels last, and token ids that end in the highest."""
+    """Normalized images, channels last, and token ids that end in the highest."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(rows, image_size, image_size, 3)).astype("float32")
     ids = rng.integers(1, vocabulary - 1, (rows, context)).astype("int32")
@@ -54,7 +54,7 @@ def ended_by(ids, end=2, highest=VOCABULARY - 1):
 
 
 def embeddings(model, images, ids):
-    """What a model of open_clip makes of a batch: two L2-normalised arrays."""
+    """What a model of open_clip makes of a batch: two L2-normalized arrays."""
     import torch
 
     with torch.no_grad():

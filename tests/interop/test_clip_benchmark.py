@@ -423,12 +423,12 @@ def test_the_adapter_embeds_as_the_model_does(kind):
     pairs = random_pairs(5)
     mean, std = (SIGLIP_MEAN, SIGLIP_STD) if kind == "siglip" else (CLIP_MEAN, CLIP_STD)
     channels_first = torch.tensor(pairs["images"]).permute(0, 3, 1, 2)
-    normalised = (channels_first / 255 - torch.tensor(mean)[:, None, None]) / (
+    normalized = (channels_first / 255 - torch.tensor(mean)[:, None, None]) / (
         torch.tensor(std)[:, None, None]
     )
     # What `encode_image` and `encode_text` return, which JAX takes long for uncompiled.
     expected = model.predict(pairs, verbose=0)
-    for images in (channels_first, normalised):
+    for images in (channels_first, normalized):
         found = adapter.encode_image(images)
         assert found.dtype == torch.float32
         np.testing.assert_allclose(found, expected["image_embeddings"], atol=2e-6)

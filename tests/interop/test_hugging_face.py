@@ -261,7 +261,7 @@ def test_a_model_saved_by_keras_computes_what_it_did(tmp_path, make):
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
-def test_pixels_are_normalised_as_the_files_say(folder, name):
+def test_pixels_are_normalized_as_the_files_say(folder, name):
     assert load_hugging_face(folder).pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
     config = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     if name == "processor_config.json":
@@ -288,7 +288,7 @@ def test_pixels_are_those_of_the_image_processor(folder):
 
 
 @pytest.mark.any_backend
-def test_pixels_that_are_only_scaled_are_not_normalised(folder):
+def test_pixels_that_are_only_scaled_are_not_normalized(folder):
     config = {"do_normalize": False, "rescale_factor": 1 / 255}
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     model = load_hugging_face(folder)

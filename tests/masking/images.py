@@ -54,7 +54,7 @@ def mosaic(rng, batch, rows, columns, patch_size, channels=3):
 
 
 def paper(rng, batch, rows, columns, patch_size, channels=3, levels=(0.0, 1.0)):
-    """Grey images whose every patch is flat, each at a level of its own."""
+    """Gray images whose every patch is flat, each at a level of its own."""
     height, width = patch_size
     level = rng.uniform(*levels, (batch, rows, columns, 1)).repeat(channels, axis=-1)
     images = level.repeat(height, axis=1).repeat(width, axis=2)

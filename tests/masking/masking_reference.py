@@ -65,7 +65,7 @@ def pairwise_similarity(images, patch_size, data_format="channels_last"):
     """Unrounded S of the pixels: (batch, N, N) (arXiv 2405.08815).
 
     The cosine of mean-free patches, measured in units of the contrast r of the image
-    and regularised by e, so that flat patches are alike and nothing is divided by 0.
+    and regularized by e, so that flat patches are alike and nothing is divided by 0.
     """
     x = patches(images, patch_size, data_format)
     e_squared = 1e-3**2 * x.shape[-1]
@@ -73,9 +73,9 @@ def pairwise_similarity(images, patch_size, data_format="channels_last"):
     similarity = []
     for image in x:
         r = max(np.std(image), 0.01 * np.max(np.abs(image)), 1e-12)
-        centred = (image - image.mean(axis=1, keepdims=True)) / r
-        squared_norm = np.sum(centred**2, axis=1)
-        dot = centred @ centred.T
+        centered = (image - image.mean(axis=1, keepdims=True)) / r
+        squared_norm = np.sum(centered**2, axis=1)
+        dot = centered @ centered.T
         norm_product = np.sqrt(
             (squared_norm[:, None] + e_squared) * (squared_norm[None, :] + e_squared)
         )
@@ -271,7 +271,7 @@ def _keep_highest(score, noise, K):
 def centered_score(noise, grid, variance):
     """Noise plus the density of a 2-D normal at each patch (GLIP, arXiv 2403.15837).
 
-    The centres of the outer patches lie at -1 and 1 on each axis, and those of a single
+    The centers of the outer patches lie at -1 and 1 on each axis, and those of a single
     row or column at 0.
     """
     y, x = np.meshgrid(
@@ -282,7 +282,7 @@ def centered_score(noise, grid, variance):
 
 
 def select_centered(noise, grid, mask_ratio, variance):
-    """Centred masking: the K patches of the highest score (arXiv 2403.15837)."""
+    """Centered masking: the K patches of the highest score (arXiv 2403.15837)."""
     noise = _float64(noise)
     K = kept_count(noise.shape[1], mask_ratio)
     return _keep_highest(centered_score(noise, grid, variance), noise, K)
@@ -377,9 +377,9 @@ def comparable_patches(
     x = patches(images, patch_size, data_format)
     r = np.maximum(x.std(axis=(1, 2)), 0.01 * np.abs(x).max(axis=(1, 2)))
     r = np.maximum(r, 1e-12)[:, None, None]
-    centred = (x - x.mean(axis=-1, keepdims=True)) / r
-    e = np.full((*centred.shape[:2], 1), 1e-3 * np.sqrt(x.shape[-1]))
-    pixels = _unit(np.concatenate([centred, e], axis=-1))
+    centered = (x - x.mean(axis=-1, keepdims=True)) / r
+    e = np.full((*centered.shape[:2], 1), 1e-3 * np.sqrt(x.shape[-1]))
+    pixels = _unit(np.concatenate([centered, e], axis=-1))
     if weight == 0.0:
         return pixels
     parts = [np.sqrt(1.0 - weight) * pixels, np.sqrt(weight) * _unit(_float64(tokens))]
@@ -419,16 +419,16 @@ def select_kmeans(labels, noise, mask_ratio):
 
 
 def edge_map(x, grid):
-    """Sobel edges of the mean grey levels of patches in [0, 1] (arXiv 2503.17080).
+    """Sobel edges of the mean gray levels of patches in [0, 1] (arXiv 2503.17080).
 
-    Beyond the border lies the mean grey level of the image.
+    Beyond the border lies the mean gray level of the image.
     """
     rows, columns = grid
     kernel = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     edges = np.zeros((len(x), rows, columns))
     for b, image in enumerate(x):
-        grey = image.mean(axis=-1)
-        padded = np.pad((grey - grey.mean()).reshape(rows, columns), 1)
+        gray = image.mean(axis=-1)
+        padded = np.pad((gray - gray.mean()).reshape(rows, columns), 1)
         for i in range(rows):
             for j in range(columns):
                 window = padded[i : i + 3, j : j + 3]

@@ -123,7 +123,7 @@ def test_keeps_tokens_of_whole_blocks_in_an_encoder():
     np.testing.assert_array_equal(indices, top_left[:, None] + [0, 1, 4, 5])
 
 
-def test_the_model_hands_normalised_pixels_to_the_teacher():
+def test_the_model_hands_normalized_pixels_to_the_teacher():
     backbone = tiny_clip()
     teacher = kcm.models.MomentumEncoder(backbone.vision_encoder)
     masking = kcm.AttentiveMasking(teacher, seed=1)
@@ -145,9 +145,9 @@ def test_the_model_hands_normalised_pixels_to_the_teacher():
     [
         ((4, 5), None, {}, "`block_size` must divide"),
         ((4, 4), None, {"block_size": 3}, "`block_size` must divide"),
-        ((4, 4), (3, 3), {}, "`teacher` must see a grid of which 2 x 2 blocks"),
-        ((4, 4), (2, 2), {"block_size": 1}, "`teacher` must see a grid"),
-        ((8, 8), (2, 2), {}, "choose its `image_size` so"),
+        ((4, 4), (3, 3), {}, "grid of `teacher`.*the grid of blocks, 2 x 2"),
+        ((4, 4), (2, 2), {"block_size": 1}, "grid of `teacher` must be divisible"),
+        ((8, 8), (2, 2), {}, "pass another `image_size`"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(grid, teacher_grid, options, message):

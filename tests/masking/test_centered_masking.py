@@ -29,7 +29,7 @@ def test_selects_as_the_reference_wherever_the_cut_is_clear(grid):
     assert left_out < 0.05 * total
 
 
-def test_keeps_the_centre_always_and_the_border_rarely():
+def test_keeps_the_center_always_and_the_border_rarely():
     masking = kcm.CenteredMasking(0.5, num_prefix_tokens=0, seed=0)
     indices, _ = numpy(*masking.select(tokens=np.zeros((4000, 196, 1), "float32")))
     assert indices.shape == (4000, 98)
@@ -47,13 +47,13 @@ def test_a_large_variance_is_nearly_random():
     assert_selects(masking, reference.select_random(noise, 0.5), noise=noise)
 
 
-def test_a_tiny_variance_keeps_the_centre_and_random_others():
+def test_a_tiny_variance_keeps_the_center_and_random_others():
     masking = kcm.CenteredMasking(0.5, variance=1e-9, grid=(3, 5))
     noise = draw_noise(np.random.default_rng(3), ROWS, 15)
     noise[:, 7] = 0.0
-    centre_first = noise.copy()
-    centre_first[:, 7] = 1.0
-    expected = reference.select_random(centre_first, 0.5)
+    center_first = noise.copy()
+    center_first[:, 7] = 1.0
+    expected = reference.select_random(center_first, 0.5)
     assert_selects(masking, expected, noise=noise)
 
 
@@ -65,7 +65,7 @@ def test_refuses_a_variance_that_is_not_finite_and_positive(variance):
 
 
 def test_sees_the_shape_of_the_images():
-    # 3 x 7 and 7 x 3 patches have other centres.
+    # 3 x 7 and 7 x 3 patches have other centers.
     noise = draw_noise(np.random.default_rng(4), ROWS, 21)
     for grid in [(3, 7), (7, 3)]:
         images = np.zeros((ROWS, grid[0] * 4, grid[1] * 4, 3), "uint8")

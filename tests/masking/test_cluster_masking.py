@@ -31,7 +31,7 @@ ROWS = 48
 GEOMETRIES = {
     "uint8": (24, 16, 3, 4, "uint8", "channels_last"),
     "float32_wide": (32, 48, 3, 8, "float32", "channels_last"),
-    "float16_grey": (24, 32, 1, (4, 8), "float16", "channels_last"),
+    "float16_gray": (24, 32, 1, (4, 8), "float16", "channels_last"),
     "float32_first": (48, 64, 4, (16, 8), "float32", "channels_first"),
     "bfloat16": (48, 32, 3, 8, "bfloat16", "channels_last"),
     "uint8_first": (64, 96, 3, 16, "uint8", "channels_first"),
@@ -618,7 +618,11 @@ class TestAdapt:
                 photographs(32, 48, ROWS),
                 "greater than `min_mask_ratio`",
             ),
-            ({}, np.full((ROWS, 32, 48, 3), 7, "uint8"), "No threshold leaves out"),
+            (
+                {},
+                np.full((ROWS, 32, 48, 3), 7, "uint8"),
+                "`mask_ratio` cannot be reached",
+            ),
             ({}, [], "at least one image"),
             ({}, np.zeros((0, 32, 48, 3), "uint8"), "at least one image"),
             ({}, 3, "must be arrays or an iterable"),
@@ -635,7 +639,7 @@ class TestAdapt:
     @pytest.mark.any_backend
     def test_failure_leaves_the_threshold_as_it_was(self):
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, threshold=0.25)
-        with pytest.raises(ValueError, match="No threshold"):
+        with pytest.raises(ValueError, match="cannot be reached"):
             masking.adapt(np.zeros((ROWS, 32, 48, 3), "uint8"))
         assert float(numpy(masking.threshold.value)) == 0.25
 

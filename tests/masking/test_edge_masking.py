@@ -67,7 +67,7 @@ def kept_edges(images, **options):
 
 
 def grain(levels, seed=2):
-    """Patches of noise, no two of them alike, on some grey levels (batch, h, w)."""
+    """Patches of noise, no two of them alike, on some gray levels (batch, h, w)."""
     batch, rows, columns = levels.shape
     rng = np.random.default_rng(seed)
     noise = rng.random((batch, 8 * rows, 8 * columns, 3))
@@ -92,7 +92,7 @@ def test_protect_keeps_strong_edges_of_photographs():
 @pytest.mark.parametrize("edges", ["protect", "released", None])
 def test_only_protect_depends_on_the_edges_of_the_image(edges):
     rng = np.random.default_rng(4)
-    # Other grey levels have other edges between them, and the patches are as alike.
+    # Other gray levels have other edges between them, and the patches are as alike.
     one, other = (grain(3.0 * rng.random((ROWS, 6, 4))) for _ in range(2))
     noise = draw_noise(rng, ROWS, 24)
     masking = kcm.EdgeMasking(8, seed_ratio=0.25, edges=edges)
@@ -112,11 +112,11 @@ def test_flat_images_keep_every_position_equally_often(edges, value):
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (6, 4), (1, 9), (2, 7)])
-def test_edges_are_those_of_a_sobel_filter_on_grey_levels(grid):
+def test_edges_are_those_of_a_sobel_filter_on_gray_levels(grid):
     patches = np.random.default_rng(5).random((8, grid[0] * grid[1], 12))
     got = numpy(edge_map(ops.convert_to_tensor(patches.astype("float32")), grid))
-    for edges, grey in zip(got, patches.mean(axis=-1).reshape(8, *grid)):
-        x, y = (ndimage.sobel(grey - grey.mean(), i, mode="constant") for i in (0, 1))
+    for edges, gray in zip(got, patches.mean(axis=-1).reshape(8, *grid)):
+        x, y = (ndimage.sobel(gray - gray.mean(), i, mode="constant") for i in (0, 1))
         expected = np.hypot(x, y).ravel()
         expected -= expected.min()
         np.testing.assert_allclose(edges, expected / expected.max(), atol=2.0**-12)

@@ -88,7 +88,7 @@ def test_keeps_a_part_of_one_cluster_at_most(mask_ratio):
 
 
 def test_alike_patches_leave_together():
-    # Of six kinds of tiles; flat ones are alike whatever their grey level.
+    # Of six kinds of tiles; flat ones are alike whatever their gray level.
     images = mosaic(np.random.default_rng(1), ROWS, 6, 4, (4, 4))
     pairwise = reference.round_similarity(reference.pairwise_similarity(images, 4))
     noise = draw_noise(np.random.default_rng(2), ROWS, 24)
@@ -102,7 +102,7 @@ def test_alike_patches_leave_together():
     assert np.all([len(set(row)) > 2 for row in score])
 
 
-def test_flat_patches_of_many_grey_levels_share_a_cluster():
+def test_flat_patches_of_many_gray_levels_share_a_cluster():
     # Rounding errors, here larger ones, must not decide which of several seeds.
     rng = np.random.default_rng(5)
     images = paper(rng, ROWS, 6, 4, (4, 4))

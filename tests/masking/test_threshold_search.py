@@ -46,7 +46,7 @@ def test_thresholds_lie_between_similarities():
 )
 def test_out_of_reach_says_what_is_within(mask_ratio, max_visible):
     similarities = random_similarities(1)
-    message = r"nearest shares within reach are .*Received: mask_ratio="
+    message = r"nearest ratios of any threshold are .*Received: mask_ratio="
     with pytest.raises(ValueError, match=message):
         find_threshold(similarities, mask_ratio, max_visible)
 
@@ -55,7 +55,7 @@ def test_misses_by_no_more_than_the_tolerance():
     # Each image all alike or all unlike: only 0, 0.5 and 1 - 1/N are within reach.
     similarities = np.repeat([[0.0], [0.5]], 10, axis=1).astype("float32")
     assert find_threshold(similarities, 0.45, 10) == pytest.approx(0.25, abs=0.26)
-    with pytest.raises(ValueError, match="No threshold"):
+    with pytest.raises(ValueError, match="cannot be reached"):
         find_threshold(similarities, 0.45 + 1.5 * TOLERANCE, 10)
 
 

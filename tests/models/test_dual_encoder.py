@@ -50,7 +50,7 @@ def test_projections_are_matrices_without_a_bias():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_bytes_and_normalised_floats_give_the_same_embeddings():
+def test_bytes_and_normalized_floats_give_the_same_embeddings():
     open_clip = pytest.importorskip("open_clip")
     model = small_model()
     images = random_pairs(4)["images"]

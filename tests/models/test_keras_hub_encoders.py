@@ -166,7 +166,7 @@ REASONS = {
     "DepthAnythingBackbone": (depth_anything, "take its `image_encoder`"),
     "Gemma3VisionEncoder": (gemma3, "in one layer"),
     "Gemma4VisionEncoder": (gemma4, "in one layer"),
-    "MiTBackbone": (mit, "merges neighbouring patches"),
+    "MiTBackbone": (mit, "merges neighboring patches"),
     "PARSeqBackbone": (parseq, "take its `image_encoder`"),
     "SAMBackbone": (sam, "within windows"),
     "SwinTransformerBackbone": (swin, "within windows"),

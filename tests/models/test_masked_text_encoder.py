@@ -246,7 +246,7 @@ def test_gradients_reach_the_tokens_that_stay_and_no_others():
 
     def loss():
         tokens = masked({"token_ids": ids}, training=True, noise=noise)
-        # The sum of a normalised token is constant.
+        # The sum of a normalized token is constant.
         return ops.sum(tokens[:, -1, :3]), tokens
 
     _, (found,) = value_and_gradients(loss, [positions])
@@ -351,7 +351,7 @@ def test_a_reloaded_model_leaves_out_the_same_tokens(padding_first, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_models_that_normalise_pixels_otherwise_may_share_a_masking_of_texts():
+def test_models_that_normalize_pixels_otherwise_may_share_a_masking_of_texts():
     masking = kcm.RandomMasking(0.5)
     for family in ("clip", "siglip"):
         model = kcm.ContrastiveModel.from_backbone(

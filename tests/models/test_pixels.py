@@ -1,4 +1,4 @@
-"""uint8 images are scaled and normalised, others come as they are."""
+"""uint8 images are scaled and normalized, others come as they are."""
 
 import keras
 import numpy as np
@@ -22,12 +22,12 @@ def test_the_statistics_are_those_clip_was_trained_with():
     assert constants.OPENAI_DATASET_STD == CLIP_STD
 
 
-def test_bytes_are_scaled_and_normalised_by_channel():
+def test_bytes_are_scaled_and_normalized_by_channel():
     images = bytes_of_images()
-    normalised = normalize_pixels(images)
-    assert keras.backend.standardize_dtype(normalised.dtype) == "float32"
+    normalized = normalize_pixels(images)
+    assert keras.backend.standardize_dtype(normalized.dtype) == "float32"
     np.testing.assert_allclose(
-        ops.convert_to_numpy(normalised),
+        ops.convert_to_numpy(normalized),
         (images / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD),
         atol=1e-5,
     )
@@ -43,7 +43,7 @@ def test_other_channel_counts_take_the_average_statistics(channels):
     )
 
 
-def test_channels_first_is_normalised_along_the_first_axis():
+def test_channels_first_is_normalized_along_the_first_axis():
     images = bytes_of_images()
     last = ops.convert_to_numpy(normalize_pixels(images))
     keras.config.set_image_data_format("channels_first")

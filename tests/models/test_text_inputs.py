@@ -72,7 +72,7 @@ def trained():
 
 
 def expected_embeddings(model, batch):
-    """What the text encoder returns for the inputs in its own order, normalised."""
+    """What the text encoder returns for the inputs in its own order, normalized."""
     names = [x.name for x in model.text_encoder.inputs]
     features = to_numpy(model.text_encoder([batch[name] for name in names]))
     return features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -237,7 +237,9 @@ def test_entries_that_the_text_encoder_does_not_take_are_refused(make):
     np.testing.assert_array_equal(
         to_numpy(found), to_numpy(model.encode_text(pairs["token_ids"]))
     )
-    with pytest.raises(ValueError, match=r"`token_ids`.*'padding_mask'.*Received:"):
+    with pytest.raises(
+        ValueError, match=r"`token_ids`.*Received: keys=.*'padding_mask'"
+    ):
         model.encode_text(without(pairs, "images", "segment_ids"))
     with pytest.raises(ValueError, match=r"`token_ids`.*Received: keys="):
         model.encode_text({"padding_mask": pairs["padding_mask"]})

@@ -1,4 +1,4 @@
-"""Images that were not normalised, and weights that fit no pairs, are refused."""
+"""Images that were not normalized, and weights that fit no pairs, are refused."""
 
 import keras
 import ml_dtypes
@@ -25,7 +25,7 @@ def pixels(high, dtype="float32"):
     return (high * rng.random((4, 16, 16, 3))).astype(dtype)
 
 
-UNNORMALISED = {
+UNNORMALIZED = {
     "to 1": pixels(1),
     "to 255": pixels(255),
     "float16": pixels(1, "float16"),
@@ -48,10 +48,10 @@ def model():
     return make_model()
 
 
-@pytest.mark.parametrize("kind", UNNORMALISED)
-def test_images_that_are_not_normalised_are_refused_everywhere(kind):
+@pytest.mark.parametrize("kind", UNNORMALIZED)
+def test_images_that_are_not_normalized_are_refused_everywhere(kind):
     tf = pytest.importorskip("tensorflow")
-    images = UNNORMALISED[kind]
+    images = UNNORMALIZED[kind]
     pairs = {**random_pairs(4), "images": images}
     dataset = tf.data.Dataset.from_tensor_slices(pairs).batch(4, drop_remainder=True)
     for call in (
@@ -82,13 +82,13 @@ def test_tensors_are_refused_as_arrays_are(model):
         random_images(4),
         np.zeros((4, 16, 16, 3), "float32"),
         np.full((4, 16, 16, 3), 0.5, "float32"),
-        # Bright, and a little beyond white from a resize after the normalisation.
+        # Bright, and a little beyond white from a resize after the normalization.
         2.0 + 0.4 * random_images(4).clip(0, 1),
         pixels(255, "uint8"),
     ],
-    ids=["normalised", "zeros", "constant", "bright", "uint8"],
+    ids=["normalized", "zeros", "constant", "bright", "uint8"],
 )
-def test_normalised_constant_and_uint8_images_pass(images, model):
+def test_normalized_constant_and_uint8_images_pass(images, model):
     embeddings = model.encode_image(images)
     assert embeddings.shape == (4, 16)
     model.evaluate({**random_pairs(4), "images": images}, verbose=0)
@@ -98,7 +98,7 @@ def test_normalised_constant_and_uint8_images_pass(images, model):
 @pytest.mark.parametrize("kind", ["to 1", "to 255", "int32"])
 def test_a_model_without_statistics_takes_images_as_they_are(kind):
     model = make_model(pixel_mean=None)
-    images = UNNORMALISED[kind]
+    images = UNNORMALIZED[kind]
     model.fit({**random_pairs(4), "images": images}, verbose=0)
     expected = ops.convert_to_numpy(model.image_encoder(images.astype("float32")))
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
@@ -117,7 +117,7 @@ def test_the_range_is_that_of_the_channels_that_reach_furthest():
 
 
 @pytest.mark.any_backend
-def test_floats_that_are_normalised_to_0_to_1_pass():
+def test_floats_that_are_normalized_to_0_to_1_pass():
     model = make_model(pixel_mean=(0.0, 0.0, 0.0), pixel_std=(1.0, 1.0, 1.0))
     images = (255 * pixels(1)).astype("uint8")
     found = model.encode_image(images / np.float32(255))
@@ -170,7 +170,7 @@ def test_ids_are_checked_when_texts_are_encoded():
         ("pixel_std", None),
     ],
 )
-def test_statistics_that_normalise_nothing_are_refused(name, value):
+def test_statistics_that_normalize_nothing_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"`{name}` must.*Received: {name}="):
         make_model(**{name: value})
 

@@ -130,7 +130,7 @@ def test_fit_ends_at_the_weights_of_whole_batches():
         assert history[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_a_batch_normalisation_remembers_the_whole_batch():
+def test_a_batch_normalization_remembers_the_whole_batch():
     # Deviations within chunks differ, but the mean of means is the batch's.
     pairs = random_pairs(BATCH)
     means = []

@@ -453,7 +453,7 @@ def test_the_ways_of_open_clip_to_clean_texts_are_different_tokenizers():
 
 
 @pytest.mark.any_backend
-def test_a_tokenizer_of_plain_words_alone_is_recognised_too(clip):
+def test_a_tokenizer_of_plain_words_alone_is_recognized_too(clip):
     def plain(texts):
         if not all(re.fullmatch(rb"[a-z ]*", text) for text in texts):
             raise KeyError("unknown letter")

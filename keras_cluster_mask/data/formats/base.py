@@ -66,8 +66,8 @@ class NoRandomAccess(ValueError):
     def __str__(self):
         path, kind = self.args
         return (
-            f"`source` must be shards that can be read in any order, but this is {kind}"
-            f". Received: {path}"
+            f"`source` must be shards with random access, but this is {kind}. "
+            f"Received: source={path!r}"
         )
 
 

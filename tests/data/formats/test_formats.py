@@ -66,7 +66,7 @@ def test_sources_that_name_nothing_are_refused(source):
 
 
 def test_the_output_of_a_command_is_refused_with_what_helps():
-    with pytest.raises(ValueError, match=r"address.*Received: pipe:cat a"):
+    with pytest.raises(ValueError, match=r"the URL.*Received: source='pipe:cat a"):
         list_shards("pipe:cat a.tar")
 
 
@@ -168,5 +168,5 @@ def test_the_package_that_opens_an_address_is_named(monkeypatch, address, packag
 
 
 def test_an_unknown_protocol_is_named():
-    with pytest.raises(ValueError, match=r"`source`.*nothing.*Received: nothing://a"):
+    with pytest.raises(ValueError, match=r"`source`.*nothing.*source='nothing://a"):
         list_shards("nothing://a/x.tar")
