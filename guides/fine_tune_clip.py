@@ -5,7 +5,7 @@
 # captions with words of their own. A few hundred pairs and some epochs adapt it, and masking
 # makes each step cheaper.
 #
-# This guide adapts the model of the [first guide](pretrain_clip_with_cluster_masking.py), which
+# This guide adapts the model of the [first guide](pretrain_clip.py), which
 # has seen colored drawings, to an archive in black and white. Run it first, or set `PRESET`. This
 # guide shows how to
 #

@@ -39,6 +39,7 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
         with_masking,
         with_text_masking,
     )
+    from keras_cluster_mask.recipe import Recipe, small_data_recipe
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "KMeansMasking",
     "PatchMasking",
     "RandomMasking",
+    "Recipe",
     "callbacks",
     "data",
     "distribution",
@@ -61,6 +63,7 @@ __all__ = [
     "losses",
     "masking",
     "models",
+    "small_data_recipe",
     "visualization",
     "with_masking",
     "with_text_masking",
@@ -74,7 +77,7 @@ if not TYPE_CHECKING:
         # Imported when first used: they need packages that `import keras` does not.
         # In a worker this finds all names.
         if name in __all__:
-            for module in ("masking", "models"):
+            for module in ("masking", "models", "recipe"):
                 module = importlib.import_module(f"{__name__}.{module}")
                 if name in module.__all__:
                     return getattr(module, name)

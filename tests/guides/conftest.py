@@ -41,4 +41,4 @@ def run_guide():
 def pretrained(run_guide, tmp_path_factory):
     """The folder of results of the first guide, and what it printed."""
     folder = tmp_path_factory.mktemp("pretrained")
-    return folder, run_guide("pretrain_clip_with_cluster_masking.py", folder)
+    return folder, run_guide("pretrain_clip.py", folder)

@@ -1,0 +1,79 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from tests.helpers import FAST, class_pairs, tiny_clip
+
+
+def rate_at(optimizer, step):
+    optimizer.iterations.assign(step)
+    return float(ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def expected_rate(step, steps, highest):
+    """A linear warm-up over a tenth of the steps, then half a cosine (NumPy)."""
+    warmup = steps // 10
+    if step < warmup:
+        return highest * step / warmup
+    return highest * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(9, 50), (1, 25), (1, 1)])
+def test_the_rate_warms_up_and_falls_to_zero(epochs, steps_per_epoch):
+    optimizer = kcm.small_data_recipe(epochs, steps_per_epoch, 2e-3).optimizer
+    steps = epochs * steps_per_epoch
+    for step in {0, 1, steps // 10, steps // 2, steps}:
+        expected = expected_rate(step, steps, 2e-3)
+        assert rate_at(optimizer, step) == pytest.approx(expected, abs=1e-8), step
+
+
+@pytest.mark.any_backend
+def test_half_of_the_patches_stay_unless_another_share_is_asked_for():
+    assert kcm.small_data_recipe(1, 10).masking.num_kept(64) == 32
+    assert kcm.small_data_recipe(1, 10, mask_ratio=0.25).masking.num_kept(64) == 48
+
+
+@pytest.mark.any_backend
+def test_texts_are_masked_in_long_trainings_except_at_their_end():
+    short = kcm.small_data_recipe(44, 10)
+    assert (short.text_masking, short.short_text_epochs) == (None, 0)
+    long = kcm.small_data_recipe(64, 10)
+    assert isinstance(long.text_masking, kcm.data.RandomTextMasking)
+    assert long.short_text_epochs == 56
+
+
+@pytest.mark.any_backend
+def test_a_seed_repeats_the_masks():
+    first, again, other = (
+        ops.convert_to_numpy(
+            kcm.small_data_recipe(1, 10, seed=seed).masking.draw(4, 16)
+        )
+        for seed in (7, 7, 8)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_a_model_learns_by_the_recipe():
+    keras.utils.set_random_seed(0)
+    recipe = kcm.small_data_recipe(30, 2, learning_rate=0.02, mask_ratio=0.25, seed=1)
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking=recipe.masking)
+    model.compile(recipe.optimizer, **FAST)
+    history = model.fit(class_pairs(16), batch_size=8, epochs=30, verbose=0)
+    first, last = history.history["loss"][0], history.history["loss"][-1]
+    assert last < 0.8 * first
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("argument", ["epochs", "steps_per_epoch"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "9"])
+def test_lengths_that_are_not_positive_integers_are_refused(argument, value):
+    lengths = {"epochs": 9, "steps_per_epoch": 50, argument: value}
+    message = (
+        rf"`{argument}` must be a positive integer. Received: {argument}={value!r}"
+    )
+    with pytest.raises(ValueError, match=message):
+        kcm.small_data_recipe(**lengths)
