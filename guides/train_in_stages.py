@@ -59,8 +59,8 @@ def dataset(source, image_size, context_length, training):
 #
 # Each stage has an image size, a context length, a mask ratio, a number of epochs and a learning
 # rate. The first stage takes most of the epochs. Its images have a quarter of the patches, and its
-# texts half of the tokens. The second one starts with a tenth of the learning rate, warms up
-# again, and leaves out 40 % of the patches.
+# texts half of the tokens. The second one has a tenth of the learning rate, which warms up again,
+# and leaves out 40 % of the patches. `small_data_recipe` makes the optimizer and the masking.
 #
 # A model of a new stage has a new optimizer. The temperature is a weight of the backbone, and so
 # it is carried over.
@@ -78,21 +78,11 @@ def train(backbone, stages):
         data = dataset(TRAIN, image_size, context_length, training=True)
         backbone = kcm.models.with_image_size(backbone, image_size)
         backbone = kcm.models.with_context_length(backbone, context_length)
-        masking = kcm.RandomMasking(mask_ratio) if mask_ratio else None
-        model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
-        model.compile(keras.optimizers.AdamW(schedule(learning_rate, epochs, data)))
+        recipe = kcm.small_data_recipe(epochs, len(data), learning_rate, mask_ratio)
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking=recipe.masking)
+        model.compile(recipe.optimizer)
         model.fit(data, epochs=epochs, verbose=2)
     return model
-
-
-def schedule(learning_rate, epochs, data):
-    steps = epochs * len(data)
-    return keras.optimizers.schedules.CosineDecay(
-        0.0,
-        decay_steps=steps - steps // 10,
-        warmup_target=learning_rate,
-        warmup_steps=steps // 10,
-    )
 
 
 # %% [markdown]
