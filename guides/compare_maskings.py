@@ -146,7 +146,7 @@ for name, make in MASKINGS.items():
 # says little about small differences: repeat it with several seeds, and on your own data. In
 # longer studies on photographs random masking was ahead of whole images in the same time, and
 # cluster masking about a point behind random masking
-# ([measurements](../docs/benchmarks/quality.md#photographs)).
+# ([measurements](../docs/benchmarks/quality.md)).
 
 # %%
 print(f"{'':10}{'seconds':>8}{'image to text':>16}{'text to image':>16}")
