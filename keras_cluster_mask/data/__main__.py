@@ -44,7 +44,7 @@ def _parser():
         nargs="+",
         metavar="SOURCE",
         help="tar or TFRecord files, tables, folders, or patterns such as "
-        "'train-{00000..00127}.tar'; also at addresses such as s3://",
+        "'train-{00000..00127}.tar'; also at URLs such as s3://",
     )
     both.add_argument(
         "--image-key",

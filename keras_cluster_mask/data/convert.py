@@ -59,7 +59,7 @@ def convert(
             `image_text_dataset`.
         to: str or path. `"shards/train-{00000}.tar"` writes shards with numbers of five
             digits; a name without braces, such as `"train.tar"`, is a single shard. May
-            be an address such as `"s3://bucket/train-{00000}.tar"`.
+            be a URL such as `"s3://bucket/train-{00000}.tar"`.
         samples_per_shard: int. Defaults to `10000`.
         image_size: int. Images whose shorter side is longer are resized to this shorter
             side, with their EXIF orientation applied, and written as JPEG of quality

@@ -19,7 +19,7 @@ MAX_REQUEST = 2**26
 
 
 def is_address(path):
-    """Whether a path is an address such as `"s3://bucket/a.tar"`."""
+    """Whether a path is a URL such as `"s3://bucket/a.tar"`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)) is not None
 
 
@@ -31,7 +31,7 @@ def file_system(path, argument="source"):
         argument: str. What errors call the path.
 
     Raises:
-        ImportError: If a package for the address is missing.
+        ImportError: If a package for the URL is missing.
         ValueError: If the protocol is unknown.
     """
     path = os.path.expanduser(os.fspath(path))

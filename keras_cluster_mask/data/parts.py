@@ -119,7 +119,7 @@ def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
     Args:
         shards: dict from the paths of shards to their stamps, as of `find_shards`.
         index_dir: str or path. The folder of the parts. Defaults to `None`: that of
-            each shard; or a cache folder, for shards at addresses and in folders that
+            each shard; or a cache folder, for shards at URLs and in folders that
             cannot be written to.
         num_workers: int. The number of processes that build parts; 0 for none.
         process: Pair of ints. The number of this process, and of all that build the

@@ -39,7 +39,7 @@ def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
 
     Raises:
         FileNotFoundError: If a file is missing, or if no file matches a pattern.
-        ImportError: If no installed package opens files at an address.
+        ImportError: If no installed package opens files at a URL.
     """
     return list(find_shards(source))
 

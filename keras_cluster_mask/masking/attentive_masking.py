@@ -36,7 +36,7 @@ class AttentiveMasking(PatchMasking):
             into, and follows from then on. A teacher at the image size of the encoder
             adds about a third to the cost of an unmasked step of the image encoder; at
             half the size, about a twelfth.
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         block_size: Integer. The sides of a block, in patches, which must divide those
             of the grid. The teacher must see one patch, or a whole number of them, for
             each block.

@@ -29,7 +29,7 @@ class BlockMasking(PatchMasking):
     ```
 
     Args:
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         grid: Tuple `(rows, columns)` of patches. `None` infers it from the number
             of patches and the size of the images, for square patches; where the layer
             is called without images, the grid is square.

@@ -34,7 +34,7 @@ class CenteredMasking(PatchMasking):
     ```
 
     Args:
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         variance: Float > 0. The variance of the distribution on each axis. A smaller
             one also has a higher density in the center, and so less randomness.
         grid: Tuple `(rows, columns)` of patches. `None` infers it from the number

@@ -63,7 +63,7 @@ class ClusterMasking(SimilarityMasking):
 
     Args:
         patch_size: Integer or tuple `(height, width)`, in pixels.
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out:
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out:
             exactly in budget mode, on average in threshold mode.
         min_mask_ratio: Float in `[0, 1)` or `None`. The least share of the
             patches left out of any image in threshold mode; `None` selects

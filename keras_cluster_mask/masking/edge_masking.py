@@ -45,7 +45,7 @@ class EdgeMasking(SimilarityMasking):
 
     Args:
         patch_size: Integer or tuple `(height, width)`, in pixels.
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         seed_ratio: Float in `[0, 1]`. The share of the patches that become
             seeds, at least one.
         threshold: Float in `[-1, 1]`. The similarity above which a patch is a

@@ -37,7 +37,7 @@ class KMeansMasking(SimilarityMasking):
 
     Args:
         patch_size: Integer or tuple `(height, width)`, in pixels.
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         num_clusters: Integer. How many clusters there are in an image; no more than it
             has patches. A patch that is equally similar to several centers joins the
             cluster that leaves first, so some clusters may be empty.

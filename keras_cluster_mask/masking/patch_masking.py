@@ -57,7 +57,7 @@ class PatchMasking(keras.layers.Layer):
     ```
 
     Args:
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         num_prefix_tokens: Integer. How many tokens before the patch tokens
             (class token, registers) always stay. `None` takes all tokens
             beyond the number of patches, for strategies that can tell that

@@ -20,7 +20,7 @@ class RandomMasking(PatchMasking):
     ```
 
     Args:
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         num_prefix_tokens: Integer. How many tokens before the patch tokens
             always stay, 1 for a class token. `kcm.with_masking` fills it in
             if it is `None`; a layer of your own model needs it.

@@ -30,7 +30,7 @@ class SimilarityMasking(PatchMasking):
 
     Args:
         patch_size: Integer or tuple `(height, width)`, in pixels.
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training
             steps. The weight of the tokens' cosine similarity against the

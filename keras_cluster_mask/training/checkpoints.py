@@ -58,7 +58,7 @@ class CheckpointFiles:
     still writing, and raises its errors.
 
     Args:
-        folder: str or path, local or an address such as `"gs://bucket/run"`. Made if it
+        folder: str or path, local or a URL such as `"gs://bucket/run"`. Made if it
             does not exist.
         keep: Integer, how many of the last are kept; `best` is kept besides.
     """
@@ -205,7 +205,7 @@ def read_resumable(path: str | os.PathLike):
     """The checkpoint to resume from, the same on all processes.
 
     Args:
-        path: A checkpoint, which must exist, or a folder; local or an address.
+        path: A checkpoint, which must exist, or a folder; local or a URL.
 
     Returns:
         A tuple `(path, arrays, facts)`, or `None` if the folder has no checkpoint.

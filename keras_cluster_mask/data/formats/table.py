@@ -20,7 +20,7 @@ class Table(Format):
     """Tables, whose columns are the fields.
 
     The names of image files are relative to the folder of the table, unless they are
-    absolute paths or addresses. The key of a sample is the value of its first column.
+    absolute paths or URLs. The key of a sample is the value of its first column.
     A broken row costs one sample.
 
     Args:
