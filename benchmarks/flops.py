@@ -82,7 +82,7 @@ def peak_tflops(accelerator):
     return PEAKS.get(accelerator)
 
 
-def utilisation(flops, seconds, peak):
+def utilization(flops, seconds, peak):
     """The share of a peak in TFLOP/s that so many operations in so long a time are."""
     return flops / seconds / (peak * 1e12)
 

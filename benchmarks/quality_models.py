@@ -39,13 +39,8 @@ def new_model(method, options, data, seed, steps):
     )
     if has_threshold(masking):
         masking.adapt(data.evaluation("train", 20))
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0,
-        decay_steps=steps - steps // 10,
-        warmup_target=options.learning_rate,
-        warmup_steps=steps // 10,
-    )
-    model.compile(new_optimizer(schedule))
+    recipe = kcm.small_data_recipe(PARTS, steps // PARTS, options.learning_rate)
+    model.compile(recipe.optimizer)
     return model
 
 

@@ -51,6 +51,8 @@ def plot_losses(runs, path):
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for name, mine in _by_method(runs).items():
+        if "whole training loss" not in mine[0]["curve"][0]:
+            continue
         steps = [point["step"] for point in mine[0]["curve"]]
         training, validation, score = (
             _curves(mine, key).mean(axis=0)

@@ -53,7 +53,7 @@ def arguments():
     add("--rows", nargs="+", type=json.loads, default=ROWS, help='{"devices": 8, ...}')
     add("--topology", help="of TPUs, such as v5e:16x16, instead of virtual devices")
     add("--derive", action="store_true", help="derive hours and cost instead")
-    add("--utilisation", type=float, default=0.35, help="share of the peak")
+    add("--utilization", type=float, default=0.35, help="share of the peak")
     add("--pairs", type=int, default=10_968_539, help="in the dataset")
     add("--epochs", type=int, default=32)
     add(
@@ -262,11 +262,11 @@ def lowered_step(model, distribution, batch):
 # === Hours and cost, from the floating-point operations ===
 
 
-def derive(method, devices, tflops, price, utilisation, pairs, epochs):
+def derive(method, devices, tflops, price, utilization, pairs, epochs):
     """Speed, time and cost of a training, from its arithmetic alone."""
     from clip_steps import Setting
 
-    speed = devices * tflops * 1e12 * utilisation / Setting().arithmetic(method)
+    speed = devices * tflops * 1e12 * utilization / Setting().arithmetic(method)
     hours = pairs * epochs / speed / 3600
     return {
         "images/s": round(speed),
@@ -284,7 +284,7 @@ def publish_derived(options):
             int(count),
             float(tflops),
             float(price),
-            options.utilisation,
+            options.utilization,
             options.pairs,
             options.epochs,
         )
@@ -294,10 +294,10 @@ def publish_derived(options):
     publish(
         f"{options.results}/scaling-derived.json",
         f"Derived: {options.pairs:,} pairs, {options.epochs} epochs, vit_b_16 at "
-        f"{options.utilisation:.0%} of the peak",
+        f"{options.utilization:.0%} of the peak",
         rows,
         hardware=hardware,
-        utilisation=options.utilisation,
+        utilization=options.utilization,
         pairs=options.pairs,
         epochs=options.epochs,
     )

@@ -19,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 from clip_steps import Setting, add_step_arguments, step_methods, training_steps
-from flops import peak_tflops, utilisation
+from flops import peak_tflops, utilization
 from reporting import card, machine, parser, publish
 from step_memory import memory_of
 from timing import fits, interleaved, ratio, release_memory
@@ -86,7 +86,7 @@ def table_row(name, setting, seconds, memory, peak):
         row["memory of a step (GiB)"] = f"{memory[name]:.2f}"
     if peak is not None:
         flops = setting.batch_size * setting.arithmetic(name)
-        row["utilisation"] = f"{utilisation(flops, step, peak):.1%}"
+        row["utilization"] = f"{utilization(flops, step, peak):.1%}"
     return row
 
 

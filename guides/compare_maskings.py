@@ -119,8 +119,7 @@ def train(masking):
     )
     model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     data = dataset("train", training=True, crop_scale=(0.6, 1.0))
-    schedule = keras.optimizers.schedules.CosineDecay(1.5e-3, EPOCHS * len(data))
-    model.compile(keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98))
+    model.compile(kcm.small_data_recipe(EPOCHS, len(data), 1.5e-3).optimizer)
     callbacks = [
         kcm.callbacks.Throughput(),
         kcm.callbacks.Retrieval(dataset("validation"), ks=10),

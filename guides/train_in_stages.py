@@ -55,7 +55,7 @@ def dataset(source, image_size, context_length, training):
 
 
 # %% [markdown]
-# ## The recipe
+# ## Stages
 #
 # Each stage has an image size, a context length, a mask ratio, a number of epochs and a learning
 # rate. The first stage takes most of the epochs. Its images have a quarter of the patches, and its
@@ -79,7 +79,8 @@ def train(backbone, stages):
         backbone = kcm.models.with_image_size(backbone, image_size)
         backbone = kcm.models.with_context_length(backbone, context_length)
         recipe = kcm.small_data_recipe(epochs, len(data), learning_rate, mask_ratio)
-        model = kcm.ContrastiveModel.from_backbone(backbone, masking=recipe.masking)
+        masking = recipe.masking if mask_ratio else None
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
         model.compile(recipe.optimizer)
         model.fit(data, epochs=epochs, verbose=2)
     return model

@@ -279,12 +279,15 @@ def test_the_source_distribution_holds_no_tests_or_images(distributions):
 
 
 def test_after_a_release_the_installation_from_pypi_is_shown(tmp_path):
-    for path in (".ci/run", "docs/install.md"):
-        (tmp_path / path).parent.mkdir()
-        shutil.copy2(ROOT / path, tmp_path / path)
+    before = "a\n<!-- after the first release\nb\n-->\nc\n<!-- d -->\n"
+    for path in (".ci/run", "README.md", "docs/install.md"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(before)
+        # Hidden, until a release has shown it.
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert path == ".ci/run" or 'pip install "keras_cluster_mask[jax]"' in text
+    shutil.copy2(ROOT / ".ci/run", tmp_path / ".ci/run")
     for _ in range(2):
         subprocess.run([tmp_path / ".ci/run", "after_release"], check=True)
-        text = (tmp_path / "docs/install.md").read_text(encoding="utf-8")
-        assert "<!--" not in text
-        assert "-->" not in text
-        assert 'pip install "keras_cluster_mask[jax]"' in text
+        for path in ("README.md", "docs/install.md"):
+            assert (tmp_path / path).read_text() == "a\nb\nc\n<!-- d -->\n"

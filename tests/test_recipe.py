@@ -40,9 +40,18 @@ def test_half_of_the_patches_stay_unless_another_share_is_asked_for():
 def test_texts_are_masked_in_long_trainings_except_at_their_end():
     short = kcm.small_data_recipe(44, 10)
     assert (short.text_masking, short.short_text_epochs) == (None, 0)
-    long = kcm.small_data_recipe(64, 10)
+    long = kcm.small_data_recipe(45, 10)
     assert isinstance(long.text_masking, kcm.data.RandomTextMasking)
-    assert long.short_text_epochs == 56
+    assert long.short_text_epochs == 39
+    assert kcm.small_data_recipe(64, 10).short_text_epochs == 56
+
+
+@pytest.mark.any_backend
+def test_the_optimizer_is_that_of_the_measurements():
+    optimizer = kcm.small_data_recipe(np.int64(1), np.int64(20)).optimizer
+    assert isinstance(optimizer, keras.optimizers.AdamW)
+    assert (optimizer.weight_decay, optimizer.beta_2) == (0.1, 0.98)
+    assert rate_at(optimizer, 2) == pytest.approx(1e-3)
 
 
 @pytest.mark.any_backend
@@ -77,3 +86,10 @@ def test_lengths_that_are_not_positive_integers_are_refused(argument, value):
     )
     with pytest.raises(ValueError, match=message):
         kcm.small_data_recipe(**lengths)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("value", [0, -1e-3, float("nan"), float("inf"), "1e-3", None])
+def test_a_rate_that_is_not_a_positive_number_is_refused(value):
+    with pytest.raises(ValueError, match=r"`learning_rate` must.*learning_rate="):
+        kcm.small_data_recipe(9, 50, value)

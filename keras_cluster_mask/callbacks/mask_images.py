@@ -170,8 +170,8 @@ def _encoder_of(model, masking):
         if isinstance(layer, MaskedEncoder) and layer.masking is masking:
             return layer
     raise ValueError(
-        "`masking` must be inside a `MaskedEncoder`: put it into the image encoder "
-        "with `kcm.with_masking`, or pass it to `from_backbone`. Received: "
+        "`MaskImages` needs a masking inside a `MaskedEncoder`: put it into the image "
+        "encoder with `kcm.with_masking`, or pass it to `from_backbone`. Received: "
         f"masking={masking.name} of type {type(masking).__name__}"
     )
 

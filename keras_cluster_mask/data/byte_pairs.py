@@ -56,7 +56,9 @@ def clean(text, name="texts"):
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     if not isinstance(text, str):
-        raise TypeError(f"`{name}` must be str or bytes. Received: {name}={text!r}")
+        raise TypeError(
+            f"`{name}` must be str or bytes. Received: {name} with {text!r}"
+        )
     # Repair is slow, and plain ASCII without an entity needs none.
     if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))

@@ -108,11 +108,11 @@ def _download(argument, address, name, sha256):
     import keras
 
     folder, file_name = name.split("/")
-    address = f"{address.rstrip('/')}/{name}"
+    url = f"{address.rstrip('/')}/{name}"
     try:
         path = keras.utils.get_file(
             file_name,
-            origin=address,
+            origin=url,
             file_hash=sha256,
             hash_algorithm="sha256",
             cache_subdir=f"datasets/keras_cluster_mask/{folder}",

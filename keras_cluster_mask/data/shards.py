@@ -32,7 +32,7 @@ def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
             `metadata.csv`, `.tsv` or `.jsonl`; a folder of images, which may have
             subfolders; a pattern with `*`, `?` or `[...]` for all existing files that
             match it; or a pattern with `{a,b}` or `{000..123}`, each of whose files
-            must exist. Each may be an address, such as `"s3://bucket/train-*.tar"`.
+            must exist. Each may be a URL, such as `"s3://bucket/train-*.tar"`.
 
     Returns:
         A sorted list of str without duplicates. A folder of images ends with `/`.

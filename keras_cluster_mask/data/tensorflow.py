@@ -3,13 +3,14 @@
 import contextlib
 
 
-def import_tensorflow(purpose):
+def import_tensorflow(purpose, remedy):
     """TensorFlow, which sees no GPU unless Keras uses it as its backend.
 
     It would take all memory of every GPU that another backend needs.
 
     Args:
         purpose: str, for the error.
+        remedy: str, what does without TensorFlow.
 
     Raises:
         ImportError: If TensorFlow is not installed.
@@ -18,9 +19,8 @@ def import_tensorflow(purpose):
         import tensorflow as tf
     except ImportError as error:
         raise ImportError(
-            f"{purpose} needs TensorFlow: `pip install tensorflow`, or use "
-            "`format='grain'` and a tokenizer that is not a Keras layer, such as "
-            f"`CLIPTokenizer`. Received: {error}"
+            f"{purpose} needs TensorFlow: `pip install tensorflow`, or use {remedy}. "
+            f"Received: {error}"
         ) from error
     import keras
 
@@ -39,7 +39,7 @@ def as_dataset(stream):
     Args:
         stream: `ImageTextDataset`, or `ArrayBatches`.
     """
-    tf = import_tensorflow("`format='tf'`")
+    tf = import_tensorflow("`format='tf'`", "`format='grain'`")
     if "captions" in stream.element_spec and stream.element_spec["captions"].dtype != (
         "string"
     ):

@@ -145,7 +145,7 @@ def _libraries(tokenizer):
 def _apply_layer(layer, captions):
     from keras_cluster_mask.data.tensorflow import import_tensorflow
 
-    tf = import_tensorflow("A Keras layer as a `tokenizer`")
+    tf = import_tensorflow("A Keras layer as a `tokenizer`", "a `CLIPTokenizer`")
     captions = tf.convert_to_tensor(captions, "string")
     # KerasHub's preprocessors of images and texts take a dict, those of texts strings.
     if "image_converter" in inspect.signature(type(layer)).parameters:

@@ -37,9 +37,9 @@ def with_image_size(
 
     Args:
         model: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or `SigLIPBackbone`, the
-            vision encoder of one, a `ViTBackbone` or a `DINOV2Backbone`. The latter has
-            two tables of positions: the one that it computes with is interpolated, not
-            the one of its checkpoint.
+            vision encoder of one, a `ViTBackbone` or a `DINOV2Backbone`. DINOv2 has two
+            tables of positions: the one that it computes with is interpolated, not the
+            one of its checkpoint.
         image_size: Integer or `(height, width)`, divisible by the patch size. Only
             `ViTBackbone` supports images that are not square.
 

@@ -228,7 +228,7 @@ def check_no_leak(name, blocks, num_prefix_tokens=0):
     """Raises if hidden tokens have an influence on what blocks return.
 
     Every layer of `blocks` is told to propagate Keras masks. Whether attention and
-    pooling honour them is tested by a call: tokens are changed where the mask hides
+    pooling honor them is tested by a call: tokens are changed where the mask hides
     them, and nothing visible may change with them.
 
     Args:
@@ -257,7 +257,7 @@ def check_no_leak(name, blocks, num_prefix_tokens=0):
             one, other = one[visible], other[visible]
         if not np.allclose(one, other, rtol=0, atol=1e-6 * max(1, np.abs(one).max())):
             raise ValueError(
-                f"`{name}` lets hidden tokens through: its layers do not honour Keras "
+                f"`{name}` lets hidden tokens through: its layers do not honor Keras "
                 "masks, so threshold masking with hidden padding would not hide "
                 "anything. Use an exact budget (`min_mask_ratio=None`), or let the "
                 "padding take part (`hide_padding=False`). "

@@ -1,4 +1,4 @@
-"""What is reported of a step: methods without enough memory, and utilisation."""
+"""What is reported of a step: methods without enough memory, and utilization."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import reporting
 import step_time
 from clip_steps import Setting
-from flops import PEAKS, peak_tflops, training_flops, utilisation
+from flops import PEAKS, peak_tflops, training_flops, utilization
 
 pytestmark = pytest.mark.slow
 BACKEND = keras.backend.backend()
@@ -94,28 +94,28 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
 
 
 @pytest.mark.any_backend
-def test_utilisation_is_the_arithmetic_over_the_time_and_the_peak():
+def test_utilization_is_the_arithmetic_over_the_time_and_the_peak():
     # Half of 989 TFLOP/s, for two seconds.
-    assert utilisation(989e12, 2.0, 989) == 0.5
+    assert utilization(989e12, 2.0, 989) == 0.5
     # open_clip publishes 41.09 GFLOP for the forward pass of a pair.
     seconds = {"none": [0.1, 0.1, 0.3]}
     setting = Setting(batch_size=256)
     row = step_time.table_row("none", setting, seconds, {"none": None}, 989.0)
     expected = 3 * 41.09e9 * 256 / 0.1 / 989e12
-    assert row["utilisation"] == f"{expected:.1%}" == "31.9%"
+    assert row["utilization"] == f"{expected:.1%}" == "31.9%"
     assert row["images/s"] == "2560"
     assert training_flops("vit_b_16") == pytest.approx(3 * 41.09e9, rel=1e-3)
 
 
 @pytest.mark.any_backend
-def test_a_card_that_is_not_known_has_no_utilisation():
+def test_a_card_that_is_not_known_has_no_utilization():
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
     # The same chip, slower, and a name that contains another.
     for name in ("NVIDIA H100 PCIe", "NVIDIA L40", None):
         assert peak_tflops(name) is None
     found = {"none": [1.0]}
     row = step_time.table_row("none", Setting(), found, {"none": 1.5}, None)
-    assert "utilisation" not in row
+    assert "utilization" not in row
     assert row["memory of a step (GiB)"] == "1.50"
 
 

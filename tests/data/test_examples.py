@@ -104,7 +104,7 @@ def test_a_file_that_differs_is_refused(server):
 def test_a_file_that_is_missing_is_named(server):
     address, folder, _ = server
     (folder / "photographs" / "rocket.jpg").unlink()
-    with pytest.raises(OSError, match=r"404 .*Received: origin='http.*/rocket.jpg'$"):
+    with pytest.raises(OSError, match=r"rocket.jpg: 404 .*Received: origin='http.*'$"):
         kcm.data.example_images(address)
 
 

@@ -272,7 +272,7 @@ def test_wrong_arguments_are_named():
     for length in (0, 2):
         with pytest.raises(ValueError, match=rf"^`context_length`.*={length}$"):
             CLIPTokenizer.from_open_clip(length)
-    with pytest.raises(TypeError, match=r"Received: texts=3"):
+    with pytest.raises(TypeError, match=r"Received: texts with 3"):
         CLIPTokenizer.train(["a"])(["a", 3])
     with pytest.raises(ValueError, match=r"`vocabulary` must contain"):
         CLIPTokenizer(["<end_of_text>", "<start_of_text>"], [])

@@ -100,12 +100,13 @@ def quickstart(in_folder):
             f"datasets/images/{split}-*.tar", tokenizer, 48, 64, training
         )
 
+    train = dataset("train", True)
     backbone = kcm.models.clip_backbone(
         "tiny", 48, tokenizer.vocabulary_size, tokenizer.context_length
     )
-    masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
-    model.compile("adam")
+    recipe = kcm.small_data_recipe(9, steps_per_epoch=len(train), learning_rate=1.5e-3)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking=recipe.masking)
+    model.compile(recipe.optimizer)
     return {
         "__name__": "__main__",
         "keras": keras,
@@ -113,10 +114,11 @@ def quickstart(in_folder):
         "kcm": kcm,
         "captions": captions,
         "tokenizer": tokenizer,
-        "train": dataset("train", True),
+        "train": train,
         "validation": dataset("validation", False),
         "test": dataset("test", False),
         "backbone": backbone,
-        "masking": masking,
+        "masking": recipe.masking,
+        "recipe": recipe,
         "model": model,
     }

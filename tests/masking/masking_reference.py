@@ -164,7 +164,7 @@ def _largest_noise_first(candidates, noise):
 
 
 def _cost(s, noise, softness):
-    """What budget mode minimises: s_j - softness * g_j, g_j a Gumbel variable."""
+    """What budget mode minimizes: s_j - softness * g_j, g_j a Gumbel variable."""
     if softness == 0.0:
         return s
     g = -np.log(-np.log(np.maximum(noise, SMALLEST_NOISE)))

@@ -78,7 +78,7 @@ def test_a_leaky_encoder_is_welcome_where_nothing_is_hidden(masking):
     assert masked(random_images(2), training=True).shape == (2, 16)
 
 
-def test_an_encoder_that_honours_masks_passes_with_its_weights_untouched():
+def test_an_encoder_that_honors_masks_passes_with_its_weights_untouched():
     encoder = functional_vit()
     before = [ops.convert_to_numpy(v).copy() for v in encoder.weights]
     masked = kcm.with_masking(encoder, kcm.ClusterMasking(4), "positions")
