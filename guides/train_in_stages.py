@@ -60,7 +60,7 @@ def dataset(source, image_size, context_length, training):
 # Each stage has an image size, a context length, a mask ratio, a number of epochs and a learning
 # rate. The first stage takes most of the epochs. Its images have a quarter of the patches, and its
 # texts half of the tokens. The second one has a tenth of the learning rate, which warms up again,
-# and leaves out 40 % of the patches. `small_data_recipe` makes the optimizer and the masking.
+# and leaves out 40 % of the patches. `small_data_recipe` makes the optimizer.
 #
 # A model of a new stage has a new optimizer. The temperature is a weight of the backbone, and so
 # it is carried over.
@@ -78,10 +78,9 @@ def train(backbone, stages):
         data = dataset(TRAIN, image_size, context_length, training=True)
         backbone = kcm.models.with_image_size(backbone, image_size)
         backbone = kcm.models.with_context_length(backbone, context_length)
-        recipe = kcm.small_data_recipe(epochs, len(data), learning_rate, mask_ratio)
-        masking = recipe.masking if mask_ratio else None
+        masking = kcm.RandomMasking(mask_ratio) if mask_ratio else None
         model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
-        model.compile(recipe.optimizer)
+        model.compile(kcm.small_data_recipe(epochs, len(data), learning_rate).optimizer)
         model.fit(data, epochs=epochs, verbose=2)
     return model
 

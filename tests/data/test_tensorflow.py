@@ -30,6 +30,6 @@ def test_a_tensorflow_that_is_in_use_is_left_as_it_is(monkeypatch):
 def test_a_missing_tensorflow_is_named_with_what_needs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(
-        ImportError, match="This test needs TensorFlow.*or use another one. Received"
+        ImportError, match=r"This test needs TensorFlow.*or use another one. Received"
     ):
         import_tensorflow("This test", "another one")
