@@ -34,6 +34,9 @@ from timing import interleaved
 
 import keras_cluster_mask as kcm
 
+# Of scores that are no percentages.
+DECIMALS = {"loss": 3}
+
 
 def arguments(given=None):
     parsed = parser(__doc__)
@@ -317,17 +320,25 @@ def report(runs, costs, options, path):
             scored = {seed: run[split] for seed, run in mine.items() if split in run}
             for score in next(iter(scored.values()), {}):
                 row[f"{split} {score}"] = mean_and_spread(
-                    found[score] for found in scored.values()
+                    (found[score] for found in scored.values()), DECIMALS.get(score, 1)
                 )
             # Of runs of one seed, which start from the same weights and read the same
             # crops in the same order.
-            gains = [
-                found["score"] - by_method["random"][seed][split]["score"]
-                for seed, found in scored.items()
-                if split in by_method.get("random", {}).get(seed, {})
-            ]
-            if gains:
-                row[f"{split} score - random's"] = mean_and_spread(gains)
+            random = {
+                seed: run[split]
+                for seed, run in by_method.get("random", {}).items()
+                if split in run
+            }
+            for score in ("score", "loss"):
+                gains = [
+                    found[score] - random[seed][score]
+                    for seed, found in scored.items()
+                    if score in found and score in random.get(seed, {})
+                ]
+                if gains:
+                    row[f"{split} {score} - random's"] = mean_and_spread(
+                        gains, DECIMALS.get(score, 1)
+                    )
         last = [run["curve"][-1] for run in mine.values()]
         for value in Shift.NAMES:
             if value in last[0]:

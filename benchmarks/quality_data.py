@@ -5,6 +5,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+from quality_shift import loss_at_best_temperature
 
 import keras_cluster_mask as kcm
 
@@ -143,12 +144,14 @@ class Data:
     def scores(self, model, split):
         """Percentages: recall@10 both ways, or zero-shot accuracy and linear probe.
 
-        `"covered"` is the score on images of which a gray square hides a quarter.
+        `"covered"` is the score on images of which a gray square hides a quarter, and
+        `"loss"` the contrastive loss at the best temperature.
         """
         batches = self.evaluation(split)
         found = self._scores(model, batches)
         covered = self._scores(model, [*map(with_square, batches)], probe=False)
-        return {**found, "covered": covered["score"]}
+        loss = loss_at_best_temperature(model, self.pairs(split))
+        return {**found, "covered": covered["score"], "loss": loss}
 
     def _scores(self, model, batches, probe=True):
         if self.classes is None:

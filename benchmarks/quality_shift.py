@@ -1,7 +1,10 @@
 """How training on parts of images differs from reading whole ones, in losses."""
 
+import math
+
 import keras
 import numpy as np
+import scipy.optimize
 from keras import ops
 from quality_methods import has_threshold
 
@@ -78,6 +81,38 @@ class Shift(keras.callbacks.Callback):
             kcm.losses.caption_labels(batch["token_ids"]),
         )
         return float(ops.stop_gradient(loss))
+
+
+def loss_at_best_temperature(model, pairs):
+    """The contrastive loss of a model, whatever its temperature.
+
+    Long trainings lower the temperature too far for data that is not trained on, so
+    their loss says little about the embeddings. This one does, and differs less between
+    seeds than a recall does.
+
+    Args:
+        model: A `ContrastiveModel`.
+        pairs: List of batches of pairs.
+    """
+    batches = []
+    for batch in pairs:
+        found = model(batch, training=False)
+        embeddings = found["image_embeddings"], found["text_embeddings"]
+        embeddings = [ops.convert_to_numpy(ops.stop_gradient(x)) for x in embeddings]
+        batches.append((*embeddings, kcm.losses.caption_labels(batch["token_ids"])))
+
+    def loss(log_scale):
+        scale = math.exp(log_scale)
+        losses = [
+            kcm.losses.softmax_contrastive_loss(images, texts, scale, labels)
+            for images, texts, labels in batches
+        ]
+        return float(np.mean([ops.convert_to_numpy(each) for each in losses]))
+
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=(0.0, math.log(100.0)), method="bounded"
+    )
+    return float(found.fun)
 
 
 def beside(masking, trained):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import quality
 from quality_data import IMAGES, splits, with_square
 from quality_methods import CHANGES, PATCHES, STUDIES, Method, method_of
-from quality_shift import Shift
+from quality_shift import Shift, loss_at_best_temperature
 
 import keras_cluster_mask as kcm
 
@@ -166,6 +166,43 @@ def test_masked_and_whole_images_have_one_loss_if_nothing_is_left_out():
     half = losses(0.5)
     assert half == losses(0.5)
     assert half["masked training cosine"] < 0.999
+
+
+def test_the_best_temperature_is_found_whatever_the_model_has():
+    """Against a grid of temperatures in NumPy."""
+    options = quality.arguments(SMALL)
+    data = quality.data_by_method(options)(method_of("none"))
+    pairs = data.pairs("validation")[:2]
+    found = []
+    for temperature in (0.02, 0.5):
+        keras.utils.set_random_seed(1)
+        backbone = kcm.models.clip_backbone("tiny", 16, 600, 10, patch_size=8)
+        model = kcm.ContrastiveModel.from_backbone(
+            backbone, initial_temperature=temperature
+        )
+        found.append(loss_at_best_temperature(model, pairs))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+    def loss(scale):
+        losses = []
+        for batch in pairs:
+            embeddings = model(batch, training=False)
+            images, texts = (
+                keras.ops.convert_to_numpy(keras.ops.stop_gradient(embeddings[key]))
+                for key in ("image_embeddings", "text_embeddings")
+            )
+            ids = np.asarray(batch["token_ids"])
+            same = (ids[:, None] == ids[None]).all(-1)
+            target = same / same.sum(axis=1, keepdims=True)
+            logits = scale * images @ texts.T
+            for each in (logits, logits.T):
+                each = each - each.max(axis=1, keepdims=True)
+                log_softmax = each - np.log(np.exp(each).sum(axis=1, keepdims=True))
+                losses.append(-(target * log_softmax).sum(axis=1).mean())
+        return np.mean(losses)
+
+    best = min(loss(scale) for scale in np.geomspace(1, 100, 200))
+    assert found[1] == pytest.approx(best, abs=1e-3)
 
 
 def test_a_threshold_is_known_where_the_last_part_masks_nothing(tmp_path):
