@@ -27,7 +27,12 @@ import keras
 from quality_data import IMAGES, Data
 from quality_methods import CHANGES, PATCHES, STUDIES, method_of
 from quality_models import PARTS, new_model, stages_of, start_of, tuning_of
-from quality_plots import plot_cost_quality, plot_learning_curves, plot_losses
+from quality_plots import (
+    plot_cost_quality,
+    plot_generalization,
+    plot_learning_curves,
+    plot_losses,
+)
 from quality_shift import Shift
 from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
@@ -103,6 +108,7 @@ def main():
     report(runs, costs, options, folder / f"{title}.json")
     plot_learning_curves(runs, folder / f"{title}-learning-curves.png")
     plot_losses(runs, folder / f"{title}-losses.png")
+    plot_generalization(runs, folder / f"{title}-generalization.png")
     if costs:
         plot_cost_quality(runs, costs, folder / f"{title}-cost-quality.png")
 

@@ -1,4 +1,13 @@
-"""The plots of `quality.py`."""
+"""The plots of `quality.py`.
+
+    python benchmarks/quality_plots.py A.json B.json PLOT.png
+
+plots how the runs of published tables generalize, such as those of two lengths.
+"""
+
+import json
+import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -43,32 +52,48 @@ def plot_cost_quality(runs, costs, path):
 
 
 def plot_losses(runs, path):
-    """Shows how each method generalizes, the mean of all seeds.
-
-    Losses on whole images of the training and the validation data, and the validation
-    score against the training loss: of two methods at the same training loss, the one
-    with the higher score generalizes better.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    """Losses on whole images of the training and the validation data, against steps."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name, mine in _by_method(runs).items():
         if "whole training loss" not in mine[0]["curve"][0]:
             continue
         steps = [point["step"] for point in mine[0]["curve"]]
-        training, validation, score = (
-            _curves(mine, key).mean(axis=0)
-            for key in ("whole training loss", "whole validation loss", "score")
-        )
-        (line,) = left.plot(steps, validation, marker="o", ms=3, label=name)
-        left.plot(steps, training, "--", color=line.get_color())
-        right.plot(training, score, marker="o", ms=3, color=line.get_color())
-    left.set(xlabel="training step", ylabel="loss on whole images")
-    left.set_title("validation (solid) and training data (dashed)", fontsize=10)
-    right.set(xlabel="loss on whole training images", ylabel=_label(runs))
-    right.set_title("score at equal training loss; time runs to the right", fontsize=10)
-    right.invert_xaxis()
-    right.grid(alpha=0.3)
-    right.spines[["top", "right"]].set_visible(False)
-    _finish(figure, left, path)
+        training = _curves(mine, "whole training loss").mean(axis=0)
+        validation = _curves(mine, "whole validation loss").mean(axis=0)
+        (line,) = axes.plot(steps, validation, marker="o", ms=3, label=name)
+        axes.plot(steps, training, "--", color=line.get_color())
+    axes.set(xlabel="training step", ylabel="loss on whole images")
+    axes.set_title("validation (solid) and training data (dashed)", fontsize=10)
+    _finish(figure, axes, path)
+
+
+def plot_generalization(runs, path):
+    """What is learned of the training data, and what of it holds for other data.
+
+    One point for each run, a line for each method from its shortest to its longest
+    training, through the means of its seeds.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for name, mine in _by_method(runs).items():
+        by_steps = {}
+        for run in mine:
+            last, scores = run["curve"][-1], run["validation"]
+            if "whole training loss" in last and "loss" in scores:
+                point = last["whole training loss"], scores["loss"]
+                by_steps.setdefault(run["steps"], []).append(point)
+        if not by_steps:
+            continue
+        means = [np.mean(by_steps[steps], axis=0) for steps in sorted(by_steps)]
+        (line,) = axes.plot(*np.transpose(means), lw=1, marker="o", ms=6, label=name)
+        points = np.concatenate(list(by_steps.values()))
+        axes.plot(*points.T, ".", ms=4, color=line.get_color(), alpha=0.5)
+    axes.set(xlabel="loss on training images", ylabel="loss on validation images")
+    axes.set_title(
+        "whole images, the second at the best temperature; training runs to the right",
+        fontsize=10,
+    )
+    axes.invert_xaxis()
+    _finish(figure, axes, path)
 
 
 def _by_method(runs):
@@ -94,3 +119,9 @@ def _finish(figure, axes, path):
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    *tables, target = sys.argv[1:]
+    published = [json.loads(Path(each).read_text())["runs"] for each in tables]
+    plot_generalization([run for runs in published for run in runs], target)

@@ -233,7 +233,7 @@ def test_the_command_reports_the_runs_of_all_processes(tmp_path, monkeypatch):
     assert "masked training loss" not in none
     assert "masked training cosine" in random
     plots = {file.name for file in (tmp_path / IMAGES.name).glob("*.png")}
-    expected = ("learning-curves", "losses", "cost-quality")
+    expected = ("learning-curves", "losses", "generalization", "cost-quality")
     assert plots == {f"chosen-{name}.png" for name in expected}
 
 
