@@ -84,7 +84,10 @@ def plot_generalization(runs, path):
         if not by_steps:
             continue
         means = [np.mean(by_steps[steps], axis=0) for steps in sorted(by_steps)]
-        (line,) = axes.plot(*np.transpose(means), lw=1, marker="o", ms=6, label=name)
+        label = name.replace("none", "whole images").replace(
+            "resized", "smaller images"
+        )
+        (line,) = axes.plot(*np.transpose(means), lw=1, marker="o", ms=6, label=label)
         points = np.concatenate(list(by_steps.values()))
         axes.plot(*points.T, ".", ms=4, color=line.get_color(), alpha=0.5)
     axes.set(xlabel="loss on training images", ylabel="loss on validation images")

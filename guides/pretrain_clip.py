@@ -126,10 +126,10 @@ validation, test = dataset(VALIDATION), dataset(TEST)
 # patch embedding. A pre-trained CLIP of keras_hub works in the same way.
 #
 # `small_data_recipe` gives the settings to start with on small data: a random half of the patches,
-# AdamW, and a learning rate that warms up and falls to zero. (From 45 epochs on, it also gives a
-# masking of texts.) For another masking, pass it to `from_backbone`:
-# `masking=kcm.ClusterMasking(PATCH_SIZE)`. The loss is built in: compile the model with an
-# optimizer alone.
+# AdamW, and a learning rate that warms up and falls to zero. (Its masking of texts is for
+# sentences; these captions are names of a few words.) For another masking, pass it to
+# `from_backbone`: `masking=kcm.ClusterMasking(PATCH_SIZE)`. The loss is built in: compile the
+# model with an optimizer alone.
 
 # %%
 recipe = kcm.small_data_recipe(EPOCHS, len(train), LEARNING_RATE, seed=1)

@@ -37,13 +37,11 @@ def test_half_of_the_patches_stay_unless_another_share_is_asked_for():
 
 
 @pytest.mark.any_backend
-def test_texts_are_masked_in_long_trainings_except_at_their_end():
-    short = kcm.small_data_recipe(44, 10)
-    assert (short.text_masking, short.short_text_epochs) == (None, 0)
-    long = kcm.small_data_recipe(45, 10)
-    assert isinstance(long.text_masking, kcm.data.RandomTextMasking)
-    assert long.short_text_epochs == 39
-    assert kcm.small_data_recipe(64, 10).short_text_epochs == 56
+def test_texts_are_masked_except_in_the_last_eighth():
+    for epochs, short in ((1, 0), (2, 1), (9, 8), (30, 26), (64, 56)):
+        recipe = kcm.small_data_recipe(epochs, 10)
+        assert recipe.short_text_epochs == short
+        assert isinstance(recipe.text_masking, kcm.data.RandomTextMasking)
 
 
 @pytest.mark.any_backend

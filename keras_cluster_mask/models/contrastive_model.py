@@ -448,7 +448,10 @@ class ContrastiveModel(DualEncoder):
 
         An epoch of an `image_text_dataset` has `dataset.steps_per_epoch` steps, the
         number of full batches. The remaining samples are carried over to the next
-        epoch. A further `fit` continues where the last one ended.
+        epoch. A further `fit`, and each epoch of `steps_per_epoch`, continues where the
+        last one ended.
+
+        Arguments other than `resume_from` are those of `keras.Model.fit`, in its order.
 
         Example:
 
@@ -475,9 +478,6 @@ class ContrastiveModel(DualEncoder):
                 Or the path of one checkpoint, which must exist. If the options of
                 `compile` differ from the checkpoint's, the model's options are used,
                 with a warning.
-            others: The arguments of `keras.Model.fit`, in its order. With
-                `steps_per_epoch`, each epoch of `fit` continues in the
-                `image_text_dataset` where the last one ended.
 
         Returns:
             A `keras.callbacks.History`.

@@ -76,7 +76,7 @@ def test_classes_are_judged_by_zero_shot_accuracy_and_a_linear_probe(tmp_path):
     write_colors(tmp_path / "data")
     options = [f"--data={tmp_path / 'data'}", "--learning-rate=0.002", "--steps=64"]
     found = run(tmp_path / "runs", *options, name="random")
-    assert set(found["validation"]) == {"score", "linear probe", "covered"}
+    assert set(found["validation"]) == {"score", "linear probe", "covered", "loss"}
     # Red and blue squares: chance is a half.
     assert found["validation"]["linear probe"] > 90
     assert found["validation"]["score"] > 90
