@@ -179,9 +179,10 @@ class CLIPTokenizer:
         Returns:
             A `CLIPTokenizer`.
         """
-        import keras_hub
+        # Imported here, as worker processes do without Keras.
+        from keras_cluster_mask.distribution.start_messages import import_keras_hub
 
-        source = keras_hub.models.CLIPTokenizer.from_preset(preset)
+        source = import_keras_hub().models.CLIPTokenizer.from_preset(preset)
         merges = [merge.split() for merge in source.merges if "#version:" not in merge]
         return cls(
             sorted(source.vocabulary, key=source.vocabulary.get),

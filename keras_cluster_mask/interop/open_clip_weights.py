@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.distribution.start_messages import import_keras_hub
 from keras_cluster_mask.interop.architectures import (
     ACTIVATIONS,
     Architecture,
@@ -202,8 +203,7 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
             patches all have position 0, which open_clip cannot represent.
     """
     # Imported here, as keras_hub takes seconds.
-    import keras_hub
-
+    keras_hub = import_keras_hub()
     backbone = getattr(model, "backbone", model)
     kinds = keras_hub.models.CLIPBackbone, keras_hub.models.MetaCLIP2Backbone
     if not isinstance(backbone, kinds):

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_cluster_mask.distribution.start_messages import import_keras_hub
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import data_format_of, image_shape_of
@@ -76,8 +77,7 @@ def _load(path):
             f"Received: model={path}"
         )
     # What is saved may need its classes.
-    import keras_hub
-
+    keras_hub = import_keras_hub()
     if path.is_dir():
         return keras_hub.models.Backbone.from_preset(str(path))
     if path.suffix != ".keras" or not zipfile.is_zipfile(path):

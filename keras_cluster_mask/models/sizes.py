@@ -1,5 +1,6 @@
 import keras
 
+from keras_cluster_mask.distribution.start_messages import import_keras_hub
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import number_positions
 
@@ -79,8 +80,7 @@ def make_clip(
 ):
     """A CLIP or, as `family`, "MetaCLIP2" or "SigLIP", of a shape as in `SIZES`."""
     # Imported here, as keras_hub takes seconds, and other parts do not need it.
-    import keras_hub
-
+    keras_hub = import_keras_hub()
     vision, text, backbone = (
         getattr(keras_hub.models, family + part)
         for part in ("VisionEncoder", "TextEncoder", "Backbone")

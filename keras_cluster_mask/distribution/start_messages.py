@@ -1,0 +1,46 @@
+"""Imports TensorFlow without messages, which no environment variable silences."""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+
+# Lines that absl logs for information, and the line before the first of them.
+INFORMATION = re.compile(rb"I\d{4} [\d:.]+ |WARNING: All log messages before absl::")
+
+
+@contextlib.contextmanager
+def without_start_messages():
+    """A context that keeps what TensorFlow logs for information off the screen.
+
+    All else that is written to stderr appears at the end of the context. With
+    `TF_CPP_MIN_LOG_LEVEL=0`, nothing is kept off.
+    """
+    try:
+        if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+            raise OSError
+        screen = os.dup(2)
+    except OSError:
+        # Also if stderr is closed.
+        yield
+        return
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+            file.seek(0)
+            rest = [line for line in file if not INFORMATION.match(line)]
+            os.write(2, b"".join(rest))
+
+
+def import_keras_hub():
+    """The package keras_hub, which imports TensorFlow on every backend."""
+    if "keras_hub" in sys.modules:
+        return sys.modules["keras_hub"]
+    with without_start_messages():
+        import keras_hub
+    return keras_hub
