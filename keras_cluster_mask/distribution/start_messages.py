@@ -17,12 +17,12 @@ def without_start_messages():
     All else that is written to stderr appears at the end of the context. With
     `TF_CPP_MIN_LOG_LEVEL=0`, nothing is kept off.
     """
-    try:
-        if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
-            raise OSError
-        screen = os.dup(2)
-    except OSError:
-        # Also if stderr is closed.
+    screen = None
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0":
+        # A program may have closed stderr.
+        with contextlib.suppress(OSError):
+            screen = os.dup(2)
+    if screen is None:
         yield
         return
     with tempfile.TemporaryFile() as file:

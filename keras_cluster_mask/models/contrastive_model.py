@@ -439,9 +439,9 @@ class ContrastiveModel(DualEncoder):
         To continue a killed run, start the same program again. It must save checkpoints
         and pass their folder as `resume_from`. On one machine and in float32, the final
         weights are bit-identical to those of an uninterrupted run. The rest of an
-        interrupted epoch is a separate Keras `fit`: `on_train_begin` and `on_train_end`
-        are called once more, and `CSVLogger` needs `append=True`. The returned history
-        holds all epochs, including those before the interruption.
+        interrupted epoch is a separate Keras `fit`, so `on_train_begin` and
+        `on_train_end` are called again. Give `CSVLogger` `append=True`. The returned
+        history holds all epochs, including those before the interruption.
 
         Arrays are trained on in full batches: the pairs that fill no batch are left
         out of an epoch, after the shuffle, with a warning.
