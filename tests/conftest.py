@@ -1,6 +1,7 @@
 """Imported by pytest before any test."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import os
@@ -35,8 +36,11 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, str(value))
 
-with contextlib.suppress(ImportError):
-    import torch  # noqa: F401  torch crashes under pytest if tensorflow came first
+# Both crash if tensorflow came first: torch under pytest, and triton, which torchvision
+# imports, with TensorFlow 2.20 and later (its issue 124205).
+for package in ("torch", "triton"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(package)
 
 
 @pytest.fixture(scope="session")

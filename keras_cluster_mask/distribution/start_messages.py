@@ -1,4 +1,4 @@
-"""Imports TensorFlow without messages, which no environment variable silences."""
+"""Imports keras_hub, and with it TensorFlow, quietly and in a safe order."""
 
 import contextlib
 import os
@@ -41,6 +41,11 @@ def import_keras_hub():
     """The package keras_hub, which imports TensorFlow on every backend."""
     if "keras_hub" in sys.modules:
         return sys.modules["keras_hub"]
+    if "tensorflow" not in sys.modules:
+        # TensorFlow 2.20 and 2.21 end a program that imports triton after them, as
+        # torchvision does (github.com/tensorflow/tensorflow/issues/124205).
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401
     with without_start_messages():
         import keras_hub
     return keras_hub

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -45,3 +47,18 @@ def test_a_program_without_stderr_goes_on(monkeypatch):
     monkeypatch.setattr(os, "dup", closed)
     with without_start_messages():
         pass
+
+
+def test_triton_is_imported_before_tensorflow(tmp_path):
+    # The other way around, the real one ends the program.
+    stand_in = "import sys; print('tensorflow' in sys.modules, end='')"
+    (tmp_path / "triton.py").write_text(stand_in)
+    module = "keras_cluster_mask.distribution.start_messages"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module} as start; start.import_keras_hub()"],
+        env={**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False"
