@@ -86,8 +86,14 @@ def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray
 
 
 def num_images(data: Any) -> int | None:
-    """The number of images in arrays; `None` for data that must be read to count."""
-    return _length(_dictionary(data)["images"]) if _is_whole(data) else None
+    """The number of images in arrays, or in an `image_text_dataset` for evaluation.
+
+    `None` for other data, which must be read to count. Those of a dataset that are
+    broken are counted, but not read.
+    """
+    if _is_whole(data):
+        return _length(_dictionary(data)["images"])
+    return getattr(getattr(data, "stream", None), "num_images", None)
 
 
 def _is_whole(data):

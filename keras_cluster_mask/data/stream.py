@@ -101,6 +101,13 @@ class ImageTextDataset(grain.IterDataset):
         samples = self._samples
         return max(int(samples.order.mean_length) // samples.batch_size, 1)
 
+    @property
+    def num_images(self) -> int | None:
+        """The images of this process, broken ones included. `None` in training."""
+        if self.training:
+            return None
+        return sum(len(self._samples.positions(batch)) for batch in range(len(self)))
+
     def keys(self, batch: int) -> list[str]:
         """The keys of the samples of a batch of this process, as a list of str."""
         pairs = self._samples.pairs(self._samples.positions(batch))

@@ -77,8 +77,9 @@ def embed(
         tokenizer = embedder.tokenizer(tokenizer)
     rows = {"image_embeddings": []}
     count = 0
-    total = num_images(data)
-    progress = keras.utils.Progbar(total, verbose=bool(verbose), unit_name="image")
+    progress = keras.utils.Progbar(
+        num_images(data), verbose=bool(verbose), unit_name="image"
+    )
     for batch in read_batches(data):
         size = len(batch["images"])
         if not size:
@@ -99,11 +100,10 @@ def embed(
         for name, values in found.items():
             rows.setdefault(name, []).append(values)
         count += size
-        progress.add(size)
+        progress.update(count, finalize=False)
     if not count:
         raise ValueError(f"`data` must hold at least one image. Received: data={data}")
-    if total is None:
-        progress.update(count, finalize=True)
+    progress.update(count, finalize=True)
     return {name: np.concatenate(values) for name, values in rows.items()}
 
 

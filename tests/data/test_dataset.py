@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_cluster_mask.batches import num_images
 from keras_cluster_mask.data import CLIPTokenizer, ImageTextDataset, image_text_dataset
 
 pytestmark = pytest.mark.any_backend
@@ -62,6 +63,14 @@ def test_evaluation_gives_every_sample_once_in_the_order_of_the_files(shards):
         assert batch["captions"].tolist() == captions
         assert batch["token_ids"].dtype == np.int32
         np.testing.assert_array_equal(batch["token_ids"], TOKENIZER(captions))
+
+
+def test_images_of_evaluation_are_counted_without_reading(shards):
+    assert num_images(make(shards, batch_size=32)) == 120
+    for index in range(2):
+        part = make(shards, batch_size=32, process=(index, 2))
+        assert num_images(part) == len(keys(part))
+    assert num_images(make(shards, True)) is None
 
 
 def test_training_mixes_the_samples_of_all_shards(shards):

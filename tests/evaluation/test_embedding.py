@@ -60,6 +60,14 @@ def test_arrays_and_batches_of_any_kind_give_the_embeddings_of_the_model(
         assert not {"images", "token_ids"} & {*found}
 
 
+def test_progress_ends_at_the_number_of_images(model, pairs, capsys):
+    for data, last in ((pairs, "70/70"), (in_batches(pairs, 30), "70/Unknown")):
+        embed(model, data, verbose=1)
+        *_, shown, end = capsys.readouterr().out.split("\n")
+        assert last in shown.split("\r")[-1]
+        assert not end
+
+
 def test_a_backbone_is_embedded_as_its_model(model, pairs, expected):
     assert_expected(embed(model.backbone, pairs, verbose=0), expected)
 
