@@ -27,6 +27,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # %matplotlib inline
+import random
 from pathlib import Path
 
 import keras
@@ -59,7 +60,9 @@ EPOCHS = int(os.environ.get("EPOCHS", 9))
 BATCH_SIZE = 64
 LEARNING_RATE = 1.5e-3
 
-keras.utils.set_random_seed(1)
+# The weights follow from this seed. `keras.utils.set_random_seed` would also set those of NumPy
+# and TensorFlow, and import TensorFlow.
+random.seed(1)
 RESULTS.mkdir(parents=True, exist_ok=True)
 print(f"Backend: {keras.backend.backend()}; results go to {RESULTS.resolve()}")
 
