@@ -100,6 +100,10 @@ PATCHES = {
     "random": Method(lambda p, r: kcm.RandomMasking(r)),
     "cluster": Method(lambda p, r: kcm.ClusterMasking(p, r)),
     "softer cluster": Method(lambda p, r: kcm.ClusterMasking(p, r, softness=0.3)),
+    # As many clusters in 64 patches as the paper has in 196.
+    "cluster of 6 anchors": Method(
+        lambda p, r: kcm.ClusterMasking(p, r, anchor_ratio=6 / 64)
+    ),
     "embedding cluster": Method(
         lambda p, r: kcm.ClusterMasking(p, r, embedding_weight=0.5)
     ),
