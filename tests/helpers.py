@@ -1,11 +1,14 @@
 """Minuscule models and data, and the one thing each backend does its own way."""
 
 import gc
+import importlib.metadata
 
 import keras
 import keras_hub
 import numpy as np
+import pytest
 from keras import ops
+from packaging.version import Version
 
 import keras_cluster_mask as kcm
 
@@ -511,3 +514,19 @@ def _loss_jax(model):
 
     weights = [v.value for v in model.trainable_variables]
     return loss, weights, [v.value for v in model.non_trainable_variables]
+
+
+def exported_for_tensorflow(tower, path, **options):
+    """The tower, written as a SavedModel and read by TensorFlow."""
+    tf = pytest.importorskip("tensorflow")
+    path = str(path)
+    # What these versions of JAX write, TensorFlow cannot run yet.
+    versions = [Version(importlib.metadata.version(x)) for x in ("jax", "tensorflow")]
+    if keras.backend.backend() == "jax" and (
+        versions[0] >= Version("0.11.2") and versions[1] < Version("2.22")
+    ):
+        with pytest.raises(RuntimeError, match="jax<0"):
+            tower.export(path, **options)
+        pytest.skip("TensorFlow is too old for JAX, and the export says so.")
+    tower.export(path, **options)
+    return tf.saved_model.load(path)

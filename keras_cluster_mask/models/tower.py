@@ -138,6 +138,9 @@ class Tower(keras.Model):
                 By default of uint8 images, or of int32 token ids. Needed on torch and
                 JAX if the text encoder does not say how long texts are.
             **kwargs: As in `keras.Model.export`.
+
+        Raises:
+            RuntimeError: If TensorFlow cannot run the SavedModel that JAX has written.
         """
         given = self.encoder.input
         if input_signature is None:
@@ -157,6 +160,8 @@ class Tower(keras.Model):
                 lambda x: {0: batch}, given
             )
         super().export(filepath, format, verbose, input_signature, **kwargs)
+        if format == "tf_saved_model" and keras.backend.backend() == "jax":
+            _check_that_tensorflow_runs(filepath, input_signature)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -173,3 +178,23 @@ class Tower(keras.Model):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
         return from_parts(cls, config, custom_objects)
+
+
+def _check_that_tensorflow_runs(path, signature):
+    """Raises if a SavedModel that JAX wrote is too new for TensorFlow."""
+    import jax
+    import tensorflow as tf
+
+    inputs = keras.tree.map_structure(
+        lambda spec: tf.zeros([size or 1 for size in spec.shape], spec.dtype), signature
+    )
+    loaded = tf.saved_model.load(path)
+    try:
+        loaded.serve(*inputs)
+    except tf.errors.OpError as error:
+        raise RuntimeError(
+            "`export` needs a TensorFlow that can run what JAX writes: install a "
+            'newer tensorflow, or "jax<0.11.2" for tensorflow 2.21, or export on '
+            f"another backend. Received: jax {jax.__version__} and tensorflow "
+            f"{tf.__version__}, which says of {os.fspath(path)!r}: {error.message}"
+        ) from error

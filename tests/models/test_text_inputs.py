@@ -11,6 +11,7 @@ from tests.helpers import (
     FAST,
     TRANSFORMER,
     VOCABULARY,
+    exported_for_tensorflow,
     image_mlp,
     options_of,
     random_pairs,
@@ -176,10 +177,8 @@ def test_the_text_tower_is_exported_for_batches_of_any_size(trained, tmp_path):
         found = serve({key: torch.tensor(value) for key, value in inputs.items()})
         found = found.detach().numpy()
     else:
-        tf = pytest.importorskip("tensorflow")
-        model.text_tower.export(path, **options)
-        loaded = tf.saved_model.load(path)
-        found = loaded.serve({k: tf.constant(v) for k, v in inputs.items()}).numpy()
+        loaded = exported_for_tensorflow(model.text_tower, path, **options)
+        found = loaded.serve(inputs).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models import Tower
 from tests.helpers import (
+    exported_for_tensorflow,
     functional_vit,
     random_images,
     random_pairs,
@@ -63,10 +64,7 @@ def exported(tower, path, **kwargs):
         tower.export(path, format="torch", verbose=False, **kwargs)
         module = torch.export.load(path).module()
         return lambda inputs: module(torch.tensor(inputs)).detach().numpy()
-    import tensorflow as tf
-
-    tower.export(path / "tower", verbose=False, **kwargs)
-    loaded = tf.saved_model.load(path / "tower")
+    loaded = exported_for_tensorflow(tower, path / "tower", verbose=False, **kwargs)
     return lambda inputs: loaded.serve(inputs).numpy()
 
 
@@ -96,6 +94,21 @@ def test_a_signature_exports_an_image_tower_for_normalized_floats(tmp_path):
     embed = exported(tower, tmp_path, input_signature=signature)
     images = random_images(4)
     np.testing.assert_allclose(embed(images), to_numpy(tower(images)), atol=1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Only JAX can be too new.")
+def test_a_tensorflow_that_cannot_run_the_export_is_an_error(tmp_path, monkeypatch):
+    tf = pytest.importorskip("tensorflow")
+
+    class TooNew:
+        def serve(self, inputs):
+            assert inputs.shape == (1, 16, 16, 3)
+            raise tf.errors.InvalidArgumentError(None, None, "unregistered operation")
+
+    monkeypatch.setattr(tf.saved_model, "load", lambda path: TooNew())
+    tower, _ = tower_of("own", "image")
+    with pytest.raises(RuntimeError, match=r"Received: jax .*unregistered operation"):
+        tower.export(tmp_path / "tower", verbose=False)
 
 
 def test_mixed_precision_reaches_the_encoder_unrounded():
