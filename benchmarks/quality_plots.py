@@ -1,8 +1,10 @@
 """The plots of `quality.py`.
 
-    python benchmarks/quality_plots.py A.json B.json PLOT.png
+    python benchmarks/quality_plots.py generalization PLOT.png RUNS.json RUNS.json
+    python benchmarks/quality_plots.py what-stays PLOT.png RUNS.json WHAT_STAYS.json
 
-plots how the runs of published tables generalize, such as those of two lengths.
+plot how the runs of published tables generalize, such as those of two lengths, and
+their losses against what `what_stays.py` says of their masks.
 """
 
 import json
@@ -14,6 +16,10 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+# Twenty colors, the strong ones first.
+COLORS = plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2]
+plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
 
 
 def plot_learning_curves(runs, path):
@@ -73,7 +79,7 @@ def plot_generalization(runs, path):
     One point for each run, a line for each method from its shortest to its longest
     training, through the means of its seeds.
     """
-    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
     for name, mine in _by_method(runs).items():
         by_steps = {}
         for run in mine:
@@ -99,6 +105,35 @@ def plot_generalization(runs, path):
     _finish(figure, axes, path)
 
 
+def plot_what_stays(runs, measured, path, kept=0.5):
+    """The loss after training against the colors that the patches that stay explain.
+
+    Args:
+        runs: Finished runs of `quality.py`.
+        measured: The rows of `what_stays.py`.
+        path: Of the image to write.
+        kept: Only of maskings that keep this share of the patches.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    by_method = _by_method(runs)
+    for row in measured:
+        mine = by_method.get(row["method"], ())
+        losses = [run["validation"]["loss"] for run in mine]
+        if losses and abs(row["kept"] - kept) < 0.01:
+            colors = np.full(len(losses), row["colors"])
+            name = f"{row['method']} ({len(losses)})"
+            axes.plot(colors, losses, "o", ms=5, alpha=0.7, label=name)
+    axes.set(
+        xlabel="share of the variance of the colors that the patches that stay explain",
+        ylabel="loss on validation images",
+    )
+    axes.set_title(
+        "one point for each run, their number in brackets; half of the patches stay",
+        fontsize=10,
+    )
+    _finish(figure, axes, path)
+
+
 def _by_method(runs):
     methods = {}
     for run in runs:
@@ -119,12 +154,22 @@ def _label(runs):
 def _finish(figure, axes, path):
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    _, labels = axes.get_legend_handles_labels()
+    many = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if len(labels) > 8 else {}
+    axes.legend(frameon=False, fontsize=8, **many)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def main():
+    plot, path, *files = sys.argv[1:]
+    results = [json.loads(Path(file).read_text()) for file in files]
+    if plot == "what-stays":
+        runs, masks = results
+        plot_what_stays(runs["runs"], masks["measured"], path)
+    else:
+        plot_generalization([run for found in results for run in found["runs"]], path)
+
+
 if __name__ == "__main__":
-    *tables, target = sys.argv[1:]
-    published = [json.loads(Path(each).read_text())["runs"] for each in tables]
-    plot_generalization([run for runs in published for run in runs], target)
+    main()
