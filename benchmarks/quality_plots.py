@@ -8,11 +8,11 @@ their losses against what `what_stays.py` says of their masks.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from reporting import parser
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -90,10 +90,9 @@ def plot_generalization(runs, path):
         if not by_steps:
             continue
         means = [np.mean(by_steps[steps], axis=0) for steps in sorted(by_steps)]
-        label = name.replace("none", "whole images").replace(
-            "resized", "smaller images"
+        (line,) = axes.plot(
+            *np.transpose(means), lw=1, marker="o", ms=6, label=_title(name)
         )
-        (line,) = axes.plot(*np.transpose(means), lw=1, marker="o", ms=6, label=label)
         points = np.concatenate(list(by_steps.values()))
         axes.plot(*points.T, ".", ms=4, color=line.get_color(), alpha=0.5)
     axes.set(xlabel="loss on training images", ylabel="loss on validation images")
@@ -105,33 +104,49 @@ def plot_generalization(runs, path):
     _finish(figure, axes, path)
 
 
-def plot_what_stays(runs, measured, path, kept=0.5):
-    """The loss after training against the colors that the patches that stay explain.
+def plot_what_stays(runs, measured, path):
+    """The loss after training against how well the patches that stay stand for others.
 
     Args:
         runs: Finished runs of `quality.py`.
-        measured: The rows of `what_stays.py`.
+        measured: The rows of `what_stays.py`, of which only those count that keep half
+            of the patches.
         path: Of the image to write.
-        kept: Only of maskings that keep this share of the patches.
     """
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure, both = plt.subplots(
+        1, 2, figsize=(9.5, 4.2), layout="constrained", sharey=True
+    )
     by_method = _by_method(runs)
-    for row in measured:
-        mine = by_method.get(row["method"], ())
-        losses = [run["validation"]["loss"] for run in mine]
-        if losses and abs(row["kept"] - kept) < 0.01:
-            colors = np.full(len(losses), row["colors"])
-            name = f"{row['method']} ({len(losses)})"
-            axes.plot(colors, losses, "o", ms=5, alpha=0.7, label=name)
-    axes.set(
-        xlabel="share of the variance of the colors that the patches that stay explain",
-        ylabel="loss on validation images",
+    titles = {
+        "look-alike": "similarity to the most similar patch that stays",
+        "colors": "share of the variance of colors explained",
+    }
+    for axes, (column, title) in zip(both, titles.items()):
+        for row in measured:
+            mine = by_method.get(row["method"], ())
+            losses = [run["validation"]["loss"] for run in mine]
+            if losses and abs(row["kept"] - 0.5) < 0.01:
+                name = f"{_title(row['method'])} ({len(losses)})"
+                values = np.full(len(losses), row[column])
+                axes.plot(values, losses, "o", ms=5, alpha=0.7, label=name)
+        axes.set(xlabel=title)
+    both[0].set(ylabel="loss on validation images")
+    both[0].grid(alpha=0.3)
+    both[0].spines[["top", "right"]].set_visible(False)
+    _finish(figure, both[1], path)
+
+
+def _title(method):
+    """The name of a method on the pages."""
+    recipe = "random, random words, 12 tokens, whole texts last"
+    return {
+        recipe: "the recipe: random, 10 random words",
+        "random, random words, whole texts last": "random, 6 random words",
+        "softer cluster": "cluster, softness 0.3",
+        "cluster of 6 anchors": "cluster, 6 anchors",
+    }.get(method, method.replace("none", "whole images")).replace(
+        "resized", "smaller images"
     )
-    axes.set_title(
-        "one point for each run, their number in brackets; half of the patches stay",
-        fontsize=10,
-    )
-    _finish(figure, axes, path)
 
 
 def _by_method(runs):
@@ -162,13 +177,18 @@ def _finish(figure, axes, path):
 
 
 def main():
-    plot, path, *files = sys.argv[1:]
-    results = [json.loads(Path(file).read_text()) for file in files]
-    if plot == "what-stays":
+    parsed = parser(__doc__)
+    parsed.add_argument("plot", choices=("generalization", "what-stays"))
+    parsed.add_argument("path", help="of the image to write")
+    parsed.add_argument("files", nargs="+", type=Path, help="JSON files of results")
+    options = parsed.parse_args()
+    results = [json.loads(file.read_text()) for file in options.files]
+    if options.plot == "what-stays":
         runs, masks = results
-        plot_what_stays(runs["runs"], masks["measured"], path)
+        plot_what_stays(runs["runs"], masks["measured"], options.path)
     else:
-        plot_generalization([run for found in results for run in found["runs"]], path)
+        runs = [run for found in results for run in found["runs"]]
+        plot_generalization(runs, options.path)
 
 
 if __name__ == "__main__":

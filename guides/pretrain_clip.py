@@ -60,8 +60,8 @@ EPOCHS = int(os.environ.get("EPOCHS", 9))
 BATCH_SIZE = 64
 LEARNING_RATE = 1.5e-3
 
-# The weights follow from this seed. `keras.utils.set_random_seed` would also set those of NumPy
-# and TensorFlow, and import TensorFlow.
+# Keras draws the seeds of weights from Python's generator. `keras.utils.set_random_seed` would also
+# seed NumPy and TensorFlow, and import TensorFlow.
 random.seed(1)
 RESULTS.mkdir(parents=True, exist_ok=True)
 print(f"Backend: {keras.backend.backend()}; results go to {RESULTS.resolve()}")

@@ -88,8 +88,8 @@ def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray
 def num_images(data: Any) -> int | None:
     """The number of images in arrays, or in an `image_text_dataset` for evaluation.
 
-    `None` for other data, which must be read to count. Those of a dataset that are
-    broken are counted, but not read.
+    Broken images of a dataset are included. `None` for other data, which must be read
+    to count.
     """
     if _is_whole(data):
         return _length(_dictionary(data)["images"])

@@ -520,13 +520,12 @@ def exported_for_tensorflow(tower, path, **options):
     """The tower, written as a SavedModel and read by TensorFlow."""
     tf = pytest.importorskip("tensorflow")
     path = str(path)
-    # What these versions of JAX write, TensorFlow cannot run yet.
-    versions = [Version(importlib.metadata.version(x)) for x in ("jax", "tensorflow")]
-    if keras.backend.backend() == "jax" and (
-        versions[0] >= Version("0.11.2") and versions[1] < Version("2.22")
-    ):
-        with pytest.raises(RuntimeError, match="jax<0"):
-            tower.export(path, **options)
-        pytest.skip("TensorFlow is too old for JAX, and the export says so.")
+    if keras.backend.backend() == "jax":
+        # What these versions of JAX write, TensorFlow 2.21 cannot run.
+        jax_version = Version(importlib.metadata.version("jax"))
+        if jax_version >= Version("0.11.2") and tf.__version__.startswith("2.21."):
+            with pytest.warns(UserWarning, match="cannot run"):
+                tower.export(path, **options)
+            pytest.skip("TensorFlow is too old for JAX, and the export says so.")
     tower.export(path, **options)
     return tf.saved_model.load(path)

@@ -2,6 +2,8 @@
 
 import contextlib
 
+from keras_cluster_mask.distribution.start_messages import import_triton_first
+
 
 def import_tensorflow(purpose, remedy):
     """TensorFlow, which sees no GPU unless Keras uses it as its backend.
@@ -15,6 +17,7 @@ def import_tensorflow(purpose, remedy):
     Raises:
         ImportError: If TensorFlow is not installed.
     """
+    import_triton_first()
     try:
         import tensorflow as tf
     except ImportError as error:

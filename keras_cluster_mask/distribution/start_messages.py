@@ -37,15 +37,23 @@ def without_start_messages():
             os.write(2, b"".join(rest))
 
 
+def import_triton_first():
+    """Imports triton, if it is installed, before TensorFlow is imported.
+
+    TensorFlow 2.20 and 2.21 end a program that imports triton after them, as
+    torchvision does (github.com/tensorflow/tensorflow/issues/124205).
+    """
+    if "tensorflow" not in sys.modules:
+        # A broken triton is a matter for those who use it.
+        with contextlib.suppress(Exception):
+            import triton  # noqa: F401
+
+
 def import_keras_hub():
     """The package keras_hub, which imports TensorFlow on every backend."""
     if "keras_hub" in sys.modules:
         return sys.modules["keras_hub"]
-    if "tensorflow" not in sys.modules:
-        # TensorFlow 2.20 and 2.21 end a program that imports triton after them, as
-        # torchvision does (github.com/tensorflow/tensorflow/issues/124205).
-        with contextlib.suppress(ImportError):
-            import triton  # noqa: F401
+    import_triton_first()
     with without_start_messages():
         import keras_hub
     return keras_hub

@@ -1,4 +1,5 @@
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -139,8 +140,8 @@ class Tower(keras.Model):
                 JAX if the text encoder does not say how long texts are.
             **kwargs: As in `keras.Model.export`.
 
-        Raises:
-            RuntimeError: If TensorFlow cannot run the SavedModel that JAX has written.
+        A SavedModel that JAX writes is run once, unless there are `jax2tf_kwargs`, with
+        a warning if this version of TensorFlow cannot.
         """
         given = self.encoder.input
         if input_signature is None:
@@ -160,8 +161,9 @@ class Tower(keras.Model):
                 lambda x: {0: batch}, given
             )
         super().export(filepath, format, verbose, input_signature, **kwargs)
-        if format == "tf_saved_model" and keras.backend.backend() == "jax":
-            _check_that_tensorflow_runs(filepath, input_signature)
+        is_by_jax = format == "tf_saved_model" and keras.backend.backend() == "jax"
+        if is_by_jax and "jax2tf_kwargs" not in kwargs:
+            _warn_unless_tensorflow_runs(filepath, input_signature)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -180,8 +182,8 @@ class Tower(keras.Model):
         return from_parts(cls, config, custom_objects)
 
 
-def _check_that_tensorflow_runs(path, signature):
-    """Raises if a SavedModel that JAX wrote is too new for TensorFlow."""
+def _warn_unless_tensorflow_runs(path, signature):
+    """Tries a SavedModel that JAX wrote, which may be too new for TensorFlow."""
     import jax
     import tensorflow as tf
 
@@ -192,9 +194,10 @@ def _check_that_tensorflow_runs(path, signature):
     try:
         loaded.serve(*inputs)
     except tf.errors.OpError as error:
-        raise RuntimeError(
-            "`export` needs a TensorFlow that can run what JAX writes: install a "
-            'newer tensorflow, or "jax<0.11.2" for tensorflow 2.21, or export on '
-            f"another backend. Received: jax {jax.__version__} and tensorflow "
-            f"{tf.__version__}, which says of {os.fspath(path)!r}: {error.message}"
-        ) from error
+        warnings.warn(
+            f"TensorFlow {tf.__version__} cannot run {os.fspath(path)!r}, which jax "
+            f"{jax.__version__} wrote: {error.message}. If it is to run with a "
+            'TensorFlow as old as this one, install "jax<0.11.2" and export again, or '
+            "export on another backend.",
+            stacklevel=3,
+        )

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
@@ -61,7 +63,15 @@ def test_arrays_and_batches_of_any_kind_give_the_embeddings_of_the_model(
 
 
 def test_progress_ends_at_the_number_of_images(model, pairs, capsys):
-    for data, last in ((pairs, "70/70"), (in_batches(pairs, 30), "70/Unknown")):
+    class WithTwoBroken(list):
+        stream = SimpleNamespace(num_images=72, training=False, tokenizer=None)
+
+    batches = in_batches(pairs, 30)
+    for data, last in (
+        (pairs, "70/70"),
+        (batches, "70/Unknown"),
+        (WithTwoBroken(batches), "70/72"),
+    ):
         embed(model, data, verbose=1)
         *_, shown, end = capsys.readouterr().out.split("\n")
         assert last in shown.split("\r")[-1]

@@ -97,7 +97,7 @@ def test_a_signature_exports_an_image_tower_for_normalized_floats(tmp_path):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="Only JAX can be too new.")
-def test_a_tensorflow_that_cannot_run_the_export_is_an_error(tmp_path, monkeypatch):
+def test_an_export_that_tensorflow_cannot_run_has_a_warning(tmp_path, monkeypatch):
     tf = pytest.importorskip("tensorflow")
 
     class TooNew:
@@ -107,7 +107,7 @@ def test_a_tensorflow_that_cannot_run_the_export_is_an_error(tmp_path, monkeypat
 
     monkeypatch.setattr(tf.saved_model, "load", lambda path: TooNew())
     tower, _ = tower_of("own", "image")
-    with pytest.raises(RuntimeError, match=r"Received: jax .*unregistered operation"):
+    with pytest.warns(UserWarning, match=r"cannot run .*: unregistered operation"):
         tower.export(tmp_path / "tower", verbose=False)
 
 
