@@ -137,6 +137,7 @@ def fit(
     try:
         history = _fit_from(model, keras_fit, run, validation, options, epochs)
     except BaseException as error:
+        run.undo_first_step()
         if (failed := writing_error()) is not None:
             error.add_note(f"A checkpoint could not be written either: {failed!r}")
         raise

@@ -8,6 +8,7 @@ import warnings
 import keras
 import numpy as np
 
+from keras_cluster_mask.distribution.first_step import FirstStep
 from keras_cluster_mask.distribution.processes import to_numpy
 from keras_cluster_mask.distribution.rng_state import read_rng_state, write_rng_state
 from keras_cluster_mask.training.run_state import (
@@ -49,6 +50,7 @@ class TrainingRun(keras.callbacks.Callback):
         self.epoch, self.step = data.origin[0], 0
         self.history = []
         self._seeks = False
+        self._first_step, self._has_begun = None, False
 
     def start(self, x):
         """Called before each of Keras's fits, with the data that it is given."""
@@ -58,9 +60,15 @@ class TrainingRun(keras.callbacks.Callback):
     def note_rng_state(self):
         """Called at the end of a step; on JAX and TensorFlow when it is compiled."""
 
+    def undo_first_step(self):
+        """Called if training fails: the model keeps its weights."""
+        if self._first_step is not None:
+            self._first_step.undo()
+
     def on_train_begin(self, logs=None):
         if self._seeks:
             self.data.seek(self.epoch, self.step)
+        self._first_step, self._has_begun = FirstStep(self.model), False
 
     def on_epoch_begin(self, epoch, logs=None):
         # A step may begin that has no batch, and so no end.
@@ -70,6 +78,9 @@ class TrainingRun(keras.callbacks.Callback):
         # Continues after a while, as a step that fails has no end either; Keras raises
         # its error after the next.
         self._slots.acquire(timeout=10)
+        if self._has_begun:
+            self._first_step = None
+        self._has_begun = True
 
     def on_train_batch_end(self, batch, logs=None):
         self._slots.release()

@@ -32,6 +32,30 @@ def test_arguments_have_the_order_of_keras():
     assert [epoch for epoch, logs in log if "val_loss" in logs] == [0, 1]
 
 
+def test_a_model_whose_first_step_fails_keeps_its_weights(monkeypatch):
+    model, pairs = compiled(), random_pairs(8)
+    model.fit(pairs, **FIT)
+    before = values([*model.weights, *model.optimizer.variables])
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "call", fails)
+        # Of another size, for which the step is compiled again.
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.fit(random_pairs(12), batch_size=6, verbose=0)
+    after = values([*model.weights, *model.optimizer.variables])
+    for one, other in zip(after, before):
+        np.testing.assert_array_equal(one, other)
+    expected = compiled()
+    for _ in range(2):
+        expected.fit(pairs, **FIT)
+    model.fit(pairs, **FIT)
+    for one, other in zip(values(model.weights), values(expected.weights)):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.any_backend
 def test_a_batch_size_of_zero_is_not_the_default():
     with pytest.raises(ValueError, match=r"two pairs.*Received: batch_size=0"):
