@@ -73,7 +73,7 @@ def plot_losses(runs, path):
     _finish(figure, axes, path)
 
 
-def plot_generalization(runs, path):
+def plot_generalization(runs, path, top=None):
     """What is learned of the training data, and what of it holds for other data.
 
     One point for each run, a line for each method from its shortest to its longest
@@ -101,6 +101,7 @@ def plot_generalization(runs, path):
         fontsize=10,
     )
     axes.invert_xaxis()
+    axes.set_ylim(top=top)
     _finish(figure, axes, path)
 
 
@@ -180,6 +181,7 @@ def main():
     parsed = parser(__doc__)
     parsed.add_argument("plot", choices=("generalization", "what-stays"))
     parsed.add_argument("path", help="of the image to write")
+    parsed.add_argument("--top", type=float, help="upper end of the generalization")
     parsed.add_argument("files", nargs="+", type=Path, help="JSON files of results")
     options = parsed.parse_args()
     results = [json.loads(file.read_text()) for file in options.files]
@@ -188,7 +190,7 @@ def main():
         plot_what_stays(runs["runs"], masks["measured"], options.path)
     else:
         runs = [run for found in results for run in found["runs"]]
-        plot_generalization(runs, options.path)
+        plot_generalization(runs, options.path, options.top)
 
 
 if __name__ == "__main__":
