@@ -50,7 +50,7 @@ class TrainingRun(keras.callbacks.Callback):
         self.epoch, self.step = data.origin[0], 0
         self.history = []
         self._seeks = False
-        self._first_step, self._has_begun = None, False
+        self._first_step = None
 
     def start(self, x):
         """Called before each of Keras's fits, with the data that it is given."""
@@ -68,7 +68,7 @@ class TrainingRun(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self._seeks:
             self.data.seek(self.epoch, self.step)
-        self._first_step, self._has_begun = FirstStep(self.model), False
+        self._first_step = FirstStep(self.model)
 
     def on_epoch_begin(self, epoch, logs=None):
         # A step may begin that has no batch, and so no end.
@@ -78,11 +78,9 @@ class TrainingRun(keras.callbacks.Callback):
         # Continues after a while, as a step that fails has no end either; Keras raises
         # its error after the next.
         self._slots.acquire(timeout=10)
-        if self._has_begun:
-            self._first_step = None
-        self._has_begun = True
 
     def on_train_batch_end(self, batch, logs=None):
+        self._first_step = None
         self._slots.release()
 
     def on_epoch_end(self, epoch, logs=None):
