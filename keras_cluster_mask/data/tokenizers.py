@@ -180,7 +180,7 @@ class CLIPTokenizer:
             A `CLIPTokenizer`.
         """
         # Imported here, as worker processes do without Keras.
-        from keras_cluster_mask.distribution.start_messages import import_keras_hub
+        from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
 
         source = import_keras_hub().models.CLIPTokenizer.from_preset(preset)
         merges = [merge.split() for merge in source.merges if "#version:" not in merge]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.distribution.start_messages import import_keras_hub
+from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
 from keras_cluster_mask.interop.architectures import (
     ACTIVATIONS,
     Architecture,

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from keras_cluster_mask.distribution.start_messages import without_start_messages
+from keras_cluster_mask.distribution.tensorflow_import import without_start_messages
 
 pytestmark = pytest.mark.any_backend
 
@@ -54,9 +54,9 @@ def test_triton_is_imported_before_tensorflow(tmp_path):
     stand_in = "import sys; print('tensorflow' in sys.modules, end='')"
     (tmp_path / "triton.py").write_text(stand_in)
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    module = "keras_cluster_mask.distribution.start_messages"
+    module = "keras_cluster_mask.distribution.tensorflow_import"
     done = subprocess.run(
-        [sys.executable, "-c", f"import {module} as start; start.import_keras_hub()"],
+        [sys.executable, "-c", f"import {module} as first; first.import_keras_hub()"],
         env={**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": paths},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Imports keras_hub, and with it TensorFlow, quietly and in a safe order."""
+"""Imports keras_hub and TensorFlow quietly and in a safe order."""
 
 import contextlib
 import os
