@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.gradient_buckets import GradientBuckets
+from keras_cluster_mask.distribution.start_values import keeping_weights
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.dual_encoder import DualEncoder
@@ -507,7 +508,7 @@ class ContrastiveModel(DualEncoder):
         **kwargs: Any,
     ) -> Any:
         x = evaluation_data(self, as_dictionary(x, y, sample_weight), steps)
-        with until_the_end(), self._evaluation():
+        with until_the_end(), keeping_weights(self), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
 
     def predict(
@@ -519,7 +520,7 @@ class ContrastiveModel(DualEncoder):
         **kwargs: Any,
     ) -> dict[str, np.ndarray]:
         x = evaluation_data(self, as_dictionary(x), steps)
-        with until_the_end():
+        with until_the_end(), keeping_weights(self):
             return super().predict(x, batch_size, verbose, steps, **kwargs)
 
     def train_on_batch(

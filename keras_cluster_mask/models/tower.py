@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import keras
 
+from keras_cluster_mask.distribution.start_values import keeping_weights
 from keras_cluster_mask.models.encoders import call_encoder, data_format_of
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.pixels import normalize_pixels
@@ -120,6 +121,11 @@ class Tower(keras.Model):
         else:
             inputs = text_inputs(self.encoder, inputs)
         return l2_normalize(call_encoder(self.encoder, inputs, training=False))
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        # The weights are those of a model that may be trained further.
+        with keeping_weights(self):
+            return super().predict(x, *args, **kwargs)
 
     def export(
         self,

@@ -8,9 +8,9 @@ import warnings
 import keras
 import numpy as np
 
-from keras_cluster_mask.distribution.first_step import FirstStep
 from keras_cluster_mask.distribution.processes import to_numpy
 from keras_cluster_mask.distribution.rng_state import read_rng_state, write_rng_state
+from keras_cluster_mask.distribution.start_values import StartValues
 from keras_cluster_mask.training.run_state import (
     describe,
     differences,
@@ -50,7 +50,7 @@ class TrainingRun(keras.callbacks.Callback):
         self.epoch, self.step = data.origin[0], 0
         self.history = []
         self._seeks = False
-        self._first_step = None
+        self._start_values = None
 
     def start(self, x):
         """Called before each of Keras's fits, with the data that it is given."""
@@ -62,13 +62,13 @@ class TrainingRun(keras.callbacks.Callback):
 
     def undo_first_step(self):
         """Called if training fails: the model keeps its weights."""
-        if self._first_step is not None:
-            self._first_step.undo()
+        if self._start_values is not None:
+            self._start_values.put_back()
 
     def on_train_begin(self, logs=None):
         if self._seeks:
             self.data.seek(self.epoch, self.step)
-        self._first_step = FirstStep(self.model)
+        self._start_values = StartValues(self.model)
 
     def on_epoch_begin(self, epoch, logs=None):
         # A step may begin that has no batch, and so no end.
@@ -80,7 +80,7 @@ class TrainingRun(keras.callbacks.Callback):
         self._slots.acquire(timeout=10)
 
     def on_train_batch_end(self, batch, logs=None):
-        self._first_step = None
+        self._start_values = None
         self._slots.release()
 
     def on_epoch_end(self, epoch, logs=None):
