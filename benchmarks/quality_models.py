@@ -49,12 +49,9 @@ def tuning_of(model, options, steps):
     whole = model.without_masking()
     rate = float(model.optimizer.learning_rate)
     schedule = keras.optimizers.schedules.PolynomialDecay(rate, steps // PARTS, 0.0)
-    whole.compile(new_optimizer(schedule))
+    config = model.optimizer.get_config() | {"learning_rate": schedule}
+    whole.compile(type(model.optimizer).from_config(config))
     return whole
-
-
-def new_optimizer(schedule):
-    return keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98)
 
 
 def start_of(options):
