@@ -137,17 +137,24 @@ def plot_what_stays(runs, measured, path):
     _finish(figure, both[1], path)
 
 
+# Parts of names, as the pages have them.
+TITLES = {
+    "none": "whole images",
+    "resized": "smaller images",
+    "softer cluster": "cluster, softness 0.3",
+    "cluster of 6 anchors": "cluster, 6 anchors",
+    "random words, 12 tokens, whole texts last": "10 random words",
+    "random words, whole texts last": "6 random words",
+    "rare words 1e-3, 12 tokens, whole texts last": "10 rare words",
+}
+
+
 def _title(method):
     """The name of a method on the pages."""
-    recipe = "random, random words, 12 tokens, whole texts last"
-    return {
-        recipe: "the recipe: random, 10 random words",
-        "random, random words, whole texts last": "random, 6 random words",
-        "softer cluster": "cluster, softness 0.3",
-        "cluster of 6 anchors": "cluster, 6 anchors",
-    }.get(method, method.replace("none", "whole images")).replace(
-        "resized", "smaller images"
-    )
+    for name, title in TITLES.items():
+        method = method.replace(name, title)
+    recipe = {"random, 10 random words": "the recipe: random, 10 random words"}
+    return recipe.get(method, method)
 
 
 def _by_method(runs):
@@ -182,6 +189,7 @@ def main():
     parsed.add_argument("plot", choices=("generalization", "what-stays"))
     parsed.add_argument("path", help="of the image to write")
     parsed.add_argument("--top", type=float, help="upper end of the generalization")
+    parsed.add_argument("--methods", nargs="+", help="of the generalization, not all")
     parsed.add_argument("files", nargs="+", type=Path, help="JSON files of results")
     options = parsed.parse_args()
     results = [json.loads(file.read_text()) for file in options.files]
@@ -190,6 +198,8 @@ def main():
         plot_what_stays(runs["runs"], masks["measured"], options.path)
     else:
         runs = [run for found in results for run in found["runs"]]
+        if options.methods:
+            runs = [x for x in runs if x["setting"]["method"] in options.methods]
         plot_generalization(runs, options.path, options.top)
 
 

@@ -51,6 +51,13 @@ def test_generalization_joins_the_lengths_of_a_method(monkeypatch, tmp_path):
     assert len(lines["whole images"]) == 1
 
 
+def test_generalization_may_show_some_methods_alone(monkeypatch, tmp_path):
+    options = (str(tmp_path / "plot.png"), RUNS, "--methods", "random", "k-means")
+    (lines,) = drawn(monkeypatch, tmp_path, "generalization", *options)
+    assert {"random", "k-means"} <= set(lines)
+    assert "cluster" not in lines
+
+
 def test_another_plot_is_refused(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         drawn(monkeypatch, tmp_path, "generalisation", "plot.png", RUNS)
