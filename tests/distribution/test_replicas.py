@@ -60,7 +60,8 @@ def run(out, how, *arguments, **environment):
         for rank in ranks
     ]
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        # Ends a program that hangs, not one on a busy machine.
+        errors = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
