@@ -143,8 +143,8 @@ for name, make in MASKINGS.items():
 #
 # Recall@10 on 346 test pairs has a 95 % interval of about ± 3 to 4 points, so one short run of each
 # says little about small differences: repeat it with several seeds, and on your own data. In
-# longer studies on photographs random masking was ahead of whole images in the same time, and
-# cluster masking about a point behind random masking
+# longer studies on photographs random masking was ahead of whole images in the same time, on
+# scenes together with fewer words. Cluster masking was behind random masking, or level with it
 # ([measurements](../docs/benchmarks/quality.md)).
 
 # %%
