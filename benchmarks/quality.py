@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -38,6 +39,7 @@ from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.models.sizes import SIZES
 
 # Of scores that are no percentages.
 DECIMALS = {"loss": 3}
@@ -59,7 +61,7 @@ def arguments(given=None):
     add("--seeds", type=int, default=3, help="runs of each method")
     add("--start-from", help="folder of a finished run, to fine-tune its weights")
     add("--half", type=int, choices=(0, 1), help="train on one half of the pairs")
-    add("--size", default="tiny", help="of the model, a size of `clip_backbone`")
+    add("--size", default="tiny", help="of `clip_backbone`, or as in 96x3")
     add("--image-size", type=int, default=48, help="side in pixels")
     add("--patch-size", type=int, default=6, help="side of a patch in pixels")
     add("--context-length", type=int, default=24, help="tokens of a whole text")
@@ -77,6 +79,11 @@ def arguments(given=None):
             method_of(name)
         except ValueError as error:
             parsed.error(str(error))
+    if options.size not in SIZES and not re.fullmatch(r"\d+x\d+", options.size):
+        parsed.error(
+            f"`--size` must be one of {list(SIZES)}, or a width and a number of "
+            f"layers, as in 96x3. Received: {options.size}"
+        )
     if options.steps % PARTS:
         parsed.error(f"`--steps` must be a multiple of 8. Received: {options.steps}")
     return options

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import quality
 from quality_data import IMAGES, splits, with_square
 from quality_methods import CHANGES, PATCHES, STUDIES, Method, method_of
+from quality_models import new_backbone
 from quality_shift import Shift, loss_at_best_temperature
 
 import keras_cluster_mask as kcm
@@ -208,6 +209,23 @@ def test_the_best_temperature_is_found_whatever_the_model_has():
 def test_a_threshold_is_known_where_the_last_part_masks_nothing(tmp_path):
     trained = run(tmp_path, name="threshold, whole images last")
     assert np.isfinite(trained["curve"][-1]["masked validation loss"])
+
+
+def test_a_size_may_be_a_width_and_a_number_of_layers(capsys):
+    data = types.SimpleNamespace(
+        image_size=16, tokenizer=types.SimpleNamespace(vocabulary_size=600)
+    )
+    tiny, same, larger = (
+        new_backbone(quality.arguments([*SMALL, f"--size={size}"]), data)
+        for size in ("tiny", "96x3", "192x6")
+    )
+    assert [w.shape for w in same.weights] == [w.shape for w in tiny.weights]
+    assert larger.vision_encoder.hidden_dim == 192
+    assert larger.vision_encoder.num_layers == 6
+    assert larger.text_encoder.num_layers == 2
+    with pytest.raises(SystemExit):
+        quality.arguments(["--size=huge"])
+    assert "Received: huge" in capsys.readouterr().err
 
 
 def test_the_command_reports_the_runs_of_all_processes(tmp_path, monkeypatch):
