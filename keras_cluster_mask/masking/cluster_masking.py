@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.batches import read_images
 from keras_cluster_mask.masking.selection import (
     anchor_count,
     check_range,
@@ -20,10 +21,7 @@ from keras_cluster_mask.masking.similarity import (
     round_similarity,
 )
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
-from keras_cluster_mask.masking.threshold_search import (
-    collect_similarities,
-    find_threshold,
-)
+from keras_cluster_mask.masking.threshold_search import find_threshold
 from keras_cluster_mask.types import Tensor
 
 
@@ -247,17 +245,16 @@ class ClusterMasking(SimilarityMasking):
         _check_reachable(self.mask_ratio, self.min_mask_ratio)
 
         self._adapted_pixels = None
-
-        def similarity_to_random_anchors(images):
+        similarities = []
+        for images in read_images(data, max_images):
+            images = ops.convert_to_tensor(images)
             if keras.backend.standardize_dtype(images.dtype) == "uint8":
                 self._adapted_pixels = probe_pixels(self.prepare_pixels)
             images = self.prepare_pixels(images)
             noise = self.draw(images.shape[0], self.count_patches(images))
-            return self.similarity_of_pixels(images, self.draw_anchors(noise))
-
-        similarities = collect_similarities(
-            data, similarity_to_random_anchors, max_images
-        )
+            found = self.similarity_of_pixels(images, self.draw_anchors(noise))
+            similarities.append(ops.convert_to_numpy(found))
+        similarities = np.concatenate(similarities)
         max_visible = self.num_kept(similarities.shape[1])
         self.threshold.assign(
             find_threshold(similarities, self.mask_ratio, max_visible)

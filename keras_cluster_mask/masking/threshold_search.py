@@ -1,31 +1,10 @@
 """The search for the threshold that leaves out a wanted share of the patches."""
 
 import numpy as np
-from keras import ops
 
-from keras_cluster_mask.batches import read_images
 from keras_cluster_mask.masking.similarity import STEPS
 
 TOLERANCE = 0.01
-
-
-def collect_similarities(data, similarity, max_images):
-    """Computes similarities for batch after batch of images.
-
-    Args:
-        data: As `read_images` takes it.
-        similarity: Function from `(batch, ...)` images to `(batch, N)` floats.
-        max_images: Integer. Stop reading after this many images.
-
-    Returns:
-        `(images, N)` float32 array.
-    """
-    return np.concatenate(
-        [
-            ops.convert_to_numpy(similarity(ops.convert_to_tensor(images)))
-            for images in read_images(data, max_images)
-        ]
-    )
 
 
 def find_threshold(similarities, mask_ratio, max_visible):

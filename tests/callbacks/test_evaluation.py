@@ -317,49 +317,6 @@ def test_the_best_model_is_saved_where_it_was_measured(small, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_file_names_may_hold_metrics(small, tmp_path):
-    path = str(tmp_path / ("{epoch}-{" + RECALL + ":.2f}.weights.h5"))
-    save = keras.callbacks.ModelCheckpoint(path, save_weights_only=True, mode="max")
-    log(small, Scripted([0.2, 0.5], every=3), save, epochs=3)
-    names = sorted(file.name for file in tmp_path.iterdir())
-    assert [name[:6] for name in names] == ["1-0.20", "2-0.20", "3-0.50"]
-
-
-@pytest.mark.any_backend
-def test_learning_rate_is_lowered_where_metrics_do_not_rise(small):
-    class Rates(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            rates.append(round(float(self.model.optimizer.learning_rate), 5))
-
-    rates = []
-    lower = keras.callbacks.ReduceLROnPlateau(
-        RECALL, mode="max", patience=2, factor=0.1
-    )
-    script = Scripted([0.2, 0.5, 0.4, 0.3], every=2)
-    small.optimizer.learning_rate = 1.0
-    log(small, script, lower, Rates(), epochs=6)
-    assert rates == [1.0, 1.0, 1.0, 0.1, 0.1, 0.01]
-
-
-@pytest.mark.any_backend
-def test_tensorboard_draws_the_metrics_as_validation(small, tmp_path):
-    pytest.importorskip("tensorflow")
-    accumulators = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
-    board = keras.callbacks.TensorBoard(tmp_path)
-    log(small, Scripted([0.1, 0.3, 0.2], every=2), board, epochs=3)
-    make_ndarray = pytest.importorskip("tensorboard.util.tensor_util").make_ndarray
-    events = accumulators.EventAccumulator(str(tmp_path / "validation"))
-    events.Reload()
-    drawn = [
-        (event.step, float(make_ndarray(event.tensor_proto)))
-        for event in events.Tensors("epoch_image_to_text_recall@1")
-    ]
-    np.testing.assert_allclose(drawn, [(0, 0.1), (1, 0.3), (2, 0.2)], rtol=1e-6)
-
-
-@pytest.mark.any_backend
 def test_the_progress_bar_shows_the_metrics_and_nothing_else_is_printed(capsys):
     fit([Retrieval(pairs(), ks=(12,), every=2)], epochs=3, verbose=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]

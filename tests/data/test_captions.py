@@ -1,13 +1,12 @@
 """Which captions an image has, and which of them is used."""
 
 import collections
-import itertools
 import json
 
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import image_text_dataset, read_captions
+from keras_cluster_mask.data import read_captions
 from keras_cluster_mask.data.captions import CaptionChoice
 from keras_cluster_mask.data.pairs import Pair, PairReader
 
@@ -74,18 +73,6 @@ def test_bytes_that_are_no_utf_8_are_replaced():
     )
 
 
-def test_captions_with_half_a_letter_reach_the_tokenizer(tmp_path, encode):
-    (tmp_path / "a.png").write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
-    line = '{"file_name": "a.png", "text": "half \\ud83d a letter"}'
-    (tmp_path / "metadata.jsonl").write_text(line)
-    options = {"include_captions": True, "format": "grain"}
-    (batch,) = image_text_dataset(tmp_path, tokenizer, 8, 1, False, **options)
-    (caption,) = batch["captions"]
-    assert caption.startswith(b"half ")
-    assert caption.endswith(b" a letter")
-    assert batch["token_ids"].tolist() == [[len(caption)]]
-
-
 # === Drawing ===
 
 
@@ -125,29 +112,6 @@ def test_captions_that_look_like_templates_are_not_changed():
 def test_templates_without_exactly_one_place_are_refused(template):
     with pytest.raises(ValueError, match=r"`caption_template`.*Received"):
         CaptionChoice(template, training=True)
-
-
-def test_over_epochs_an_image_has_each_of_its_captions(tmp_path, encode):
-    lines = []
-    for index in range(4):
-        (tmp_path / f"{index}.png").write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
-        captions = [f"{index} {n}" for n in range(3)]
-        lines.append(json.dumps({"image": f"{index}.png", "captions": captions}))
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    counts = collections.Counter()
-    options = {"include_captions": True, "include_keys": True, "format": "grain"}
-    dataset = image_text_dataset(tmp_path, tokenizer, 4, 4, True, seed=1, **options)
-    for batch in itertools.islice(dataset, 150):
-        for key, caption in zip(batch["keys"], batch["captions"]):
-            assert key[:1] == caption[:1]
-            counts[caption] += 1
-    assert len(counts) == 12
-    # Five deviations of a binomial of 150 and a third.
-    assert all(21 < count < 79 for count in counts.values())
-    evaluation = image_text_dataset(tmp_path, tokenizer, 4, 4, False, **options)
-    for _ in range(2):
-        (batch,) = evaluation
-        assert batch["captions"].tolist() == [b"%d 0" % index for index in range(4)]
 
 
 # === All of them ===

@@ -3,8 +3,6 @@
 import inspect
 import itertools
 import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -127,19 +125,6 @@ def test_other_fields_of_images_and_captions_can_be_named(write_tar, encode):
     shard = write_tar("x.tar", members)
     batch = take(make(shard, image_keys="mask.png", caption_key="caption"))[0]
     assert batch["captions"].tolist() == [b"yes"]
-
-
-def test_the_exif_orientation_is_applied(write_tar, encode):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    array = np.zeros((16, 16, 3), "uint8")
-    array[:8] = 255
-    content = encode(array, "JPEG", exif=exif)
-    image = take(make(write_tar("x.tar", [("1.jpg", content), ("1.txt", b"t")])))
-    # The upper half of the file is the right half of the image.
-    columns = image[0]["images"][0].mean(axis=(0, 2))
-    assert columns[2] < 10
-    assert columns[13] > 245
 
 
 # === Objects as sources ===
@@ -404,26 +389,3 @@ def test_the_documentation_names_each_argument():
     documented = inspect.getdoc(image_text_dataset)
     for name in inspect.signature(image_text_dataset).parameters:
         assert f"    {name}: " in documented
-
-
-@pytest.mark.slow
-def test_grain_batches_need_no_tensorflow(shards):
-    backend = "torch" if keras.backend.backend() == "torch" else "jax"
-    code = f"""
-import os, sys
-os.environ["KERAS_BACKEND"] = {backend!r}
-sys.modules["tensorflow"] = None
-from keras_cluster_mask import data
-tokenizer = data.CLIPTokenizer.train(["a cat"])
-assert tokenizer("a cat").shape == (1, 32)
-assert data.list_shards({str(shards[0])!r})
-dataset = data.image_text_dataset({str(shards[0])!r}, tokenizer, 8, 2, training=True)
-assert next(iter(dataset))["images"].shape == (2, 8, 8, 3)
-try:
-    data.image_text_dataset({str(shards[0])!r}, tokenizer, 8, 2, True, format="tf")
-except ImportError as error:
-    assert "needs TensorFlow" in str(error)
-else:
-    raise AssertionError
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

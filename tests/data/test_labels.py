@@ -112,16 +112,6 @@ def test_usual_labels_are_numbers(label):
         assert Labels("cls").of({"cls": value}) == (label, None)
 
 
-def test_labels_can_be_names_of_folders(tmp_path, encode):
-    for folder in ("dog", "cat"):
-        (tmp_path / folder).mkdir()
-        for index in range(2):
-            content = encode(np.zeros((8, 8, 3), "uint8"))
-            (tmp_path / folder / f"{index}.png").write_bytes(content)
-    dataset = make(tmp_path, label_key="folder", class_names=["dog", "cat"])
-    assert values(dataset, "labels") == [1, 1, 0, 0]
-
-
 def test_samples_without_a_known_label_are_skipped_and_counted(labeled):
     options = {"label_key": "json.name", "class_names": ["cat", "fox"]}
     dataset = make(labeled, max_skipped=1.0, **options)
@@ -181,12 +171,6 @@ def test_all_captions_of_an_image_are_tuples(write_tar, encode):
     ]
     with pytest.raises(ValueError, match=r"`include_captions`.*Received: .*'every'"):
         make(shard, include_captions="every")
-
-
-def test_a_tf_dataset_holds_no_tuples_of_captions(labeled):
-    pytest.importorskip("tensorflow")
-    with pytest.raises(ValueError, match="`include_captions"):
-        make(labeled, caption_key="json.name", include_captions="all", format="tf")
 
 
 def test_a_tf_dataset_holds_labels(labeled):

@@ -324,21 +324,3 @@ def test_a_program_that_ends_in_mid_pass_leaves_no_process(start, tmp_path):
 
 
 # === Forks ===
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_torch_data_loader_is_refused(run, workers):
-    pytest.importorskip("torch")
-    out = run(
-        f"""
-        import torch
-        loader = torch.utils.data.DataLoader(
-            make(source), batch_size=None, num_workers={workers}, timeout={10 * workers}
-        )
-        try:
-            next(iter(loader))
-        except TypeError:
-            print("refused")
-        """
-    )
-    assert out.split() == ["refused"]

@@ -92,20 +92,6 @@ def test_all_captions_of_an_image_are_a_tuple(several, training):
     )
 
 
-def test_templates_are_drawn_in_training_and_the_first_is_used_in_evaluation(
-    write_pairs,
-):
-    shard = write_pairs("a.tar", 0, 8)
-    options = {"caption_template": ["a {}!", "{}?"], "include_captions": True}
-    batches = take(make(shard, True, **options), 2 * 10)
-    drawn = {}
-    for key, caption in zip(column(batches, "keys"), column(batches, "captions")):
-        drawn.setdefault(int(key), set()).add(caption)
-    assert drawn == {i: {b"a no %d!" % i, b"no %d?" % i} for i in range(8)}
-    batches = take(make(shard, **options))
-    assert column(batches, "captions") == [b"a no %d!" % i for i in range(8)]
-
-
 @pytest.mark.parametrize("wrong", ["a photo", "{} and {}", ["{}", ""], [3]])
 def test_a_template_without_one_place_for_the_caption_is_refused(write_pairs, wrong):
     with pytest.raises(ValueError, match=r"`caption_template`.*Received"):

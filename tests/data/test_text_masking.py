@@ -1,10 +1,7 @@
 """Text maskings against their references, and in `image_text_dataset`."""
 
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -357,48 +354,6 @@ def test_processes_share_the_batches_of_one(shard):
     for batch, first, second in zip(whole, *shares):
         rows = np.concatenate([first["token_ids"], second["token_ids"]])
         np.testing.assert_array_equal(rows, batch["token_ids"])
-
-
-@pytest.mark.slow
-def test_batches_do_not_depend_on_workers(shard, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
-import itertools, sys
-import numpy as np
-from keras_cluster_mask.data import *
-
-
-def make(workers, masking):
-    tokenizer = CLIPTokenizer.train(["a red dog runs on the snow"] * 5, 600, 10)
-    return image_text_dataset(
-        sys.argv[1], tokenizer, 16, 8, True, format="grain", text_masking=masking,
-        num_workers=workers,
-    )
-
-
-if __name__ == "__main__":
-    for masking in (RandomTextMasking(), FrequencyTextMasking().fit(["a red dog"])):
-        batches = []
-        for workers in (0, 1):
-            iterator = iter(make(workers, masking))
-            batches.append([*itertools.islice(iterator, 5)])
-            iterator.close()
-        for first, second in zip(*batches):
-            np.testing.assert_array_equal(first["token_ids"], second["token_ids"])
-    print("equal")
-"""
-    )
-    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(program), str(shard)],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.stdout == "equal\n", done.stderr
 
 
 def test_a_tf_dataset_is_masked_as_well(shard):

@@ -480,13 +480,10 @@ def test_batches_of_any_size_are_taken():
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-@pytest.mark.parametrize("size", [(40, 23), (17, 61), (16, 16), (5, 9)])
-def test_the_transform_is_open_clips(mode, size, model, tokenizer):
+@pytest.mark.parametrize("size", [(40, 23), (5, 9)])
+def test_the_transform_is_open_clips(size, model, tokenizer):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 4), "uint8")
     image = Image.fromarray(pixels)
-    if mode != "RGBA":
-        image = image.convert("RGB").convert(mode)
     reference = open_clip.image_transform(16, False, CLIP_MEAN, CLIP_STD)(image)
     _, transform, _ = adapt(model, tokenizer)
     found = transform(image)

@@ -528,48 +528,6 @@ class TestAdapt:
         self.check_reached(masking, batches)
 
     @pytest.mark.any_backend
-    def test_takes_any_iterable_of_batches(self):
-        images = photographs(32, 48, ROWS)
-        batches = [images, images[::-1].copy()]
-
-        class Dataset(keras.utils.PyDataset):
-            def __len__(self):
-                return len(batches)
-
-            def __getitem__(self, index):
-                return {"images": batches[index]}
-
-        sources = {
-            "array": images,
-            "dictionary": {"images": images, "token_ids": np.zeros((ROWS, 4))},
-            "list": batches,
-            "generator": (batch for batch in batches),
-            "tuples": [(batch, np.zeros(ROWS)) for batch in batches],
-            "tuples of dictionaries": [({"images": b}, None) for b in batches],
-            "dictionaries": [{"images": batch, "token_ids": None} for batch in batches],
-            "tensors": [ops.convert_to_tensor(batch) for batch in batches],
-            "py_dataset": Dataset(),
-        }
-        for name, source in sources.items():
-            masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, seed=1)
-            masking.adapt(source)
-            threshold = float(numpy(masking.threshold.value))
-            assert np.isfinite(threshold), name
-            # The threshold shows which images were read.
-            noise = draw_noise(np.random.default_rng(23), ROWS, 24)
-            _, visible = numpy(*masking.select(images=images, noise=noise))
-            share = 1.0 - visible.sum(axis=1).mean() / 24
-            assert abs(share - 0.5) < 0.15, name
-
-    def test_takes_a_tensorflow_dataset_on_any_backend(self):
-        tf = pytest.importorskip("tensorflow")
-        images = photographs(32, 48, ROWS)
-        dataset = tf.data.Dataset.from_tensor_slices({"images": images}).batch(ROWS)
-        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, seed=1)
-        masking.adapt(dataset)
-        assert np.isfinite(numpy(masking.threshold.value))
-
-    @pytest.mark.any_backend
     def test_stops_an_endless_generator_at_max_images(self):
         batch, read = photographs(32, 48, ROWS), []
 

@@ -213,14 +213,6 @@ def test_stop_an_endless_generator_at_max_images():
     assert sum(read) == 12
 
 
-def test_take_a_tensorflow_dataset_on_any_backend():
-    tf = pytest.importorskip("tensorflow")
-    images = KINDS["textured"]()
-    dataset = tf.data.Dataset.from_tensor_slices({"images": images}).batch(4)
-    masking = cluster_masking()
-    assert_equal(statistics_of(masking, dataset), statistics_of(masking, images))
-
-
 class TestOtherMaskings:
     @pytest.mark.any_backend
     def test_random_masking_has_no_clusters(self):

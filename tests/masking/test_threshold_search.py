@@ -3,7 +3,6 @@ import pytest
 
 from keras_cluster_mask.masking.threshold_search import (
     TOLERANCE,
-    collect_similarities,
     find_threshold,
 )
 
@@ -57,29 +56,3 @@ def test_misses_by_no_more_than_the_tolerance():
     assert find_threshold(similarities, 0.45, 10) == pytest.approx(0.25, abs=0.26)
     with pytest.raises(ValueError, match="cannot be reached"):
         find_threshold(similarities, 0.45 + 1.5 * TOLERANCE, 10)
-
-
-def test_collects_in_order_up_to_max_images():
-    batches = [np.full((4, 2), float(i), "float32") for i in range(5)]
-    got = collect_similarities(batches, lambda x: x, max_images=10)
-    np.testing.assert_array_equal(got[:, 0], [0] * 4 + [1] * 4 + [2] * 2)
-
-
-def test_an_array_is_cut_into_batches():
-    sizes = []
-
-    def similarity(images):
-        sizes.append(images.shape[0])
-        return images
-
-    array = np.arange(300, dtype="float32").reshape(150, 2)
-    np.testing.assert_array_equal(collect_similarities(array, similarity, 1000), array)
-    assert max(sizes) <= 64
-
-
-def test_reads_no_batch_more_than_it_needs():
-    def batches():
-        yield np.zeros((4, 2), "float32")
-        raise AssertionError("read too far")
-
-    assert len(collect_similarities(batches(), lambda x: x, max_images=4)) == 4

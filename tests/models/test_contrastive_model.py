@@ -17,7 +17,6 @@ from tests.helpers import (
     TokenLog,
     class_pairs,
     image_mlp,
-    options_of,
     patch_mlp,
     random_images,
     random_pairs,
@@ -540,62 +539,6 @@ def test_a_call_in_training_without_a_threshold_is_an_error():
 # === Save and reload ===
 
 
-def test_a_reloaded_model_predicts_the_same_and_trains_on_the_same(tmp_path):
-    model = small_model(loss="sigmoid", projection_dim=5)
-    model.compile(optimizer=keras.optimizers.Adam(0.01), **FAST)
-    pairs = random_pairs(4)
-    one_step(model, pairs)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    found = loaded.predict(pairs, verbose=0)
-    for key, value in model.predict(pairs, verbose=0).items():
-        np.testing.assert_array_equal(found[key], value)
-
-    for one in (model, loaded):
-        assert int(ops.convert_to_numpy(one.optimizer.iterations)) == 1
-        one_step(one, pairs)
-    for one, other in zip(values(model.weights), values(loaded.weights)):
-        np.testing.assert_allclose(one, other, atol=1e-6)
-
-
-def test_a_generic_model_keeps_all_its_options(tmp_path):
-    model = masked_model(
-        kcm.RandomMasking(0.25, num_prefix_tokens=0),
-        loss="sigmoid",
-        projection_dim=5,
-        initial_temperature=0.2,
-        max_logit_scale=40.0,
-        duplicates="negative",
-        name="pairs",
-    )
-    model.head.logit_bias.assign(-3.0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert options_of(loaded) == options_of(model)
-    assert loaded.name == "pairs"
-    assert loaded.head.projection_dim == 5
-    assert float(ops.convert_to_numpy(loaded.head.logit_bias)) == -3.0
-    assert isinstance(loaded.maskings[0], kcm.RandomMasking)
-    pairs = random_pairs(3)
-    for one, other in zip(loaded(pairs).values(), model(pairs).values()):
-        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
-
-
-def test_threshold_and_step_survive_a_reload(tmp_path):
-    schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
-    masking = threshold_masking(threshold=0.07, embedding_weight=schedule)
-    model = masked_model(masking)
-    model.compile("sgd", **FAST)
-    model.fit(random_pairs(8), batch_size=4, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras").maskings[0]
-    assert int(ops.convert_to_numpy(loaded.step)) == 2
-    threshold = float(ops.convert_to_numpy(masking.threshold))
-    assert threshold != pytest.approx(0.07, abs=1e-6)
-    assert float(ops.convert_to_numpy(loaded.threshold)) == threshold
-    assert loaded.embedding_weight.get_config() == schedule.get_config()
-
-
 def test_only_training_steps_move_the_threshold_and_count_steps():
     schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
     masking = threshold_masking(threshold=0.07, embedding_weight=schedule)
@@ -672,16 +615,6 @@ def test_a_threshold_without_hidden_padding_keeps_its_mask_ratio(micro_batch_siz
     assert share == pytest.approx(0.5, abs=0.1)
 
 
-def test_the_seed_continues_after_a_reload(tmp_path):
-    model = masked_model(kcm.ClusterMasking(4, seed=3))
-    pairs = random_pairs(4)
-    model(pairs, training=True)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    one, other = (x(pairs, training=True)["image_embeddings"] for x in (model, loaded))
-    np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
-
-
 @pytest.mark.any_backend
 def test_a_masking_of_the_users_own_reloads(tmp_path):
     model = masked_model(HideByNoise(0.4, num_prefix_tokens=0))
@@ -742,29 +675,6 @@ def test_foreign_tokens_are_an_error_in_fit_evaluate_and_predict():
     ):
         with pytest.raises(ValueError, match=r"vocabulary.*Received: ids"):
             call()
-
-
-def test_foreign_tokens_are_an_error_in_a_dataset():
-    tf = pytest.importorskip("tensorflow")
-    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
-    model.compile(optimizer="sgd", **FAST)
-    bad = random_pairs(4)
-    bad["token_ids"] = bad["token_ids"] + 5
-    dataset = tf.data.Dataset.from_tensor_slices(bad).batch(4)
-    with pytest.raises(Exception, match=r"vocabulary"):
-        model.fit(dataset, verbose=0)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("key", ["images", "token_ids"])
-def test_a_dataset_without_one_of_its_keys_is_an_error(key):
-    tf = pytest.importorskip("tensorflow")
-    model = small_model()
-    model.compile(optimizer="sgd", **FAST)
-    part = {key: random_pairs(4)[key]}
-    dataset = tf.data.Dataset.from_tensor_slices(part).batch(4)
-    with pytest.raises(ValueError, match=r"missing.*Received:"):
-        model.fit(dataset, verbose=0)
 
 
 @pytest.mark.any_backend

@@ -24,7 +24,7 @@ from tests.helpers import (
     values,
 )
 
-FEW, MANY = 3, 20
+FEW, MANY = 6, 20
 
 
 def draw(case):
@@ -49,6 +49,8 @@ def draw(case):
         options["projection_dim"] = choose(None, 5)
     if masking not in (None, "attentive"):
         options["views"] = choose(1, 2)
+    options["initial_temperature"] = choose(0.05, 0.2)
+    options["max_logit_scale"] = choose(40.0, 100.0)
     return {
         "encoders": encoders,
         "dtype": choose("float32", "mixed_bfloat16"),
@@ -60,6 +62,7 @@ def draw(case):
         ],
         "optimizer": choose("adamw", "average", "momentum"),
         "multipliers": choose({}, {"image": 0.5}, {"image": 0.0, "text": 2.0}),
+        "log_gradient_norm": choose(True, False),
         "options": options,
         "mask texts": encoders != "own" and choose(True, False),
         "padding_first": choose(True, False),
@@ -105,6 +108,7 @@ def make_model(case):
     model.compile(
         make_optimizer(made["optimizer"]),
         learning_rate_multipliers=made["multipliers"],
+        log_gradient_norm=made["log_gradient_norm"],
         **FAST,
     )
     return model

@@ -104,32 +104,6 @@ def test_gradients_with_dropout_are_those_of_the_same_chunks_remembered():
     assert largest_error(found[1], expected[1]) < 1e-5
 
 
-@pytest.mark.slow
-def test_fit_ends_at_the_weights_of_whole_batches():
-    # Of CLIP itself, with a moving threshold, whose state is the step's and not the
-    # chunk's.
-    pairs = random_pairs(2 * BATCH)
-    results = []
-    for micro_batch_size in (None, 4):
-        keras.utils.set_random_seed(0)
-        schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
-        masking = kcm.ClusterMasking(
-            4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=schedule, seed=3
-        )
-        model = kcm.ContrastiveModel.from_backbone(
-            tiny_clip(), masking=masking, micro_batch_size=micro_batch_size
-        )
-        model.compile(keras.optimizers.SGD(0.05))
-        history = model.fit(**as_dataset(pairs, BATCH), epochs=2, verbose=0).history
-        assert int(ops.convert_to_numpy(masking.step)) == 4
-        results.append((values(model.variables), history))
-    (expected, expected_history), (found, history) = results
-    for one, other in zip(found, expected):
-        np.testing.assert_allclose(one, other, atol=2e-5)
-    for name, value in expected_history.items():
-        assert history[name] == pytest.approx(value, rel=1e-4), name
-
-
 def test_a_batch_normalization_remembers_the_whole_batch():
     # Deviations within chunks differ, but the mean of means is the batch's.
     pairs = random_pairs(BATCH)
@@ -338,11 +312,3 @@ def test_a_micro_batch_that_does_not_divide_the_batch_is_refused():
 def test_a_size_that_is_no_positive_integer_is_refused(value):
     with pytest.raises(ValueError, match=r"`micro_batch_size` must be.*Received:"):
         kcm.ContrastiveModel(image_mlp(), text_bag(), micro_batch_size=value)
-
-
-@pytest.mark.any_backend
-def test_micro_batches_survive_a_reload(tmp_path):
-    model = kcm.ContrastiveModel(image_mlp(), text_bag(), micro_batch_size=4)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.micro_batch_size == 4

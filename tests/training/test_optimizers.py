@@ -431,25 +431,6 @@ def test_a_loss_scale_optimizer_has_all_options_and_skipped_steps_do_not_count()
 # === Saving ===
 
 
-def test_options_survive_a_reload(tmp_path):
-    model = make_model()
-    model.compile(
-        adamw(),
-        learning_rate_multipliers={"image": 0.1},
-        log_gradient_norm=True,
-        steps_per_execution=1,
-        **FAST,
-    )
-    fit(model)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.get_compile_config() == model.get_compile_config()
-    one, other = fit(model), fit(loaded)
-    assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-6)
-    for x, y in zip(values(model.variables), values(loaded.variables)):
-        np.testing.assert_allclose(x, y, atol=1e-6)
-
-
 # === Keras ===
 
 
