@@ -1,12 +1,11 @@
 """The settings to start with on small data."""
 
 import dataclasses
-import math
-import numbers
 from typing import TYPE_CHECKING
 
 import keras
 
+from keras_cluster_mask.checks import check_integer, is_positive
 from keras_cluster_mask.masking import PatchMasking, RandomMasking
 
 if TYPE_CHECKING:
@@ -89,14 +88,9 @@ def small_data_recipe(
         ValueError: If `epochs` or `steps_per_epoch` is not a positive integer, or
             `learning_rate` is not a positive number.
     """
-    for name, value in {"epochs": epochs, "steps_per_epoch": steps_per_epoch}.items():
-        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not is_integer or value < 1:
-            raise ValueError(
-                f"`{name}` must be a positive integer. Received: {name}={value!r}"
-            )
-    is_number = isinstance(learning_rate, numbers.Real)
-    if not is_number or not 0 < learning_rate < math.inf:
+    epochs = check_integer("epochs", epochs)
+    steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch)
+    if not is_positive(learning_rate):
         raise ValueError(
             "`learning_rate` must be a positive number, the highest value of the "
             f"schedule. Received: learning_rate={learning_rate!r}"

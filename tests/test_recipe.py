@@ -80,7 +80,8 @@ def test_a_model_learns_by_the_recipe():
 def test_lengths_that_are_not_positive_integers_are_refused(argument, value):
     lengths = {"epochs": 9, "steps_per_epoch": 50, argument: value}
     message = (
-        rf"`{argument}` must be a positive integer. Received: {argument}={value!r}"
+        rf"`{argument}` must be an integer of at least 1. "
+        rf"Received: {argument}={value!r}"
     )
     with pytest.raises(ValueError, match=message):
         kcm.small_data_recipe(**lengths)

@@ -5,7 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_cluster_mask.callbacks.periodic import check_positive, model_of
+from keras_cluster_mask.callbacks.periodic import model_of
+from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution.processes import (
     all_gather_object,
     is_main_process,
@@ -113,23 +114,17 @@ class Checkpoint(keras.callbacks.Callback):
         mode: str | None = None,
     ):
         super().__init__()
-        if save_every != "epoch" and not (
-            isinstance(save_every, int) and save_every > 0
-        ):
-            raise ValueError(
-                "`save_every` must be 'epoch' or a positive integer. "
-                f"Received: save_every={save_every!r}"
-            )
-        if mode not in (None, "min", "max"):
-            raise ValueError(
-                f"`mode` must be 'min', 'max' or None. Received: mode={mode!r}"
-            )
+        if isinstance(save_every, str):
+            check_choice("save_every", save_every, ("epoch",))
+        else:
+            save_every = check_integer("save_every", save_every)
+        check_choice("mode", mode, (None, "min", "max"))
         if mode is not None and monitor is None:
             raise ValueError(
                 "`mode` needs `monitor`, the value that it says the best of. "
                 f"Received: mode={mode!r}, monitor=None"
             )
-        self.files = CheckpointFiles(directory, check_positive("keep", keep))
+        self.files = CheckpointFiles(directory, check_integer("keep", keep))
         self.save_every = save_every
         self.monitor = monitor
         self.sign = 1.0

@@ -8,7 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import read_images
-from keras_cluster_mask.callbacks.periodic import Periodic, check_positive
+from keras_cluster_mask.callbacks.periodic import Periodic
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.masking import ClusterMasking
 from keras_cluster_mask.masking.context import prefix_tokens
@@ -75,7 +76,7 @@ class MaskImages(Periodic):
         _import_tensorboard()
         self.images = images
         self.log_dir = log_dir
-        self.max_images = check_positive("max_images", max_images)
+        self.max_images = check_integer("max_images", max_images)
         self.seed = seed
         self._writer = None
 

@@ -2,14 +2,7 @@ from typing import Any
 
 import keras
 
-
-def check_positive(name, value):
-    """Returns a value, after a check that it is a positive integer."""
-    if not (isinstance(value, int) and value > 0):
-        raise ValueError(
-            f"`{name}` must be a positive integer. Received: {name}={value!r}"
-        )
-    return value
+from keras_cluster_mask.checks import check_integer
 
 
 def model_of(callback, attribute):
@@ -37,7 +30,7 @@ class Periodic(keras.callbacks.Callback):
 
     def __init__(self, every: int):
         super().__init__()
-        self.every = check_positive("every", every)
+        self.every = check_integer("every", every)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         model_of(self, "encode_image")

@@ -6,7 +6,8 @@ from typing import Any
 
 import keras
 
-from keras_cluster_mask.callbacks.periodic import check_positive, model_of
+from keras_cluster_mask.callbacks.periodic import model_of
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.models.encoders import tokens_per_image
 from keras_cluster_mask.models.masked_text_encoder import tokens_per_text
 
@@ -50,7 +51,7 @@ class Throughput(keras.callbacks.Callback):
 
     def __init__(self, window: int = 20):
         super().__init__()
-        self.window = check_positive("window", window)
+        self.window = check_integer("window", window)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         # Not before, as callbacks may be copied, and locks cannot be.

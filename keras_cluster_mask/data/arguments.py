@@ -1,9 +1,8 @@
 """Checks of the arguments of `image_text_dataset`."""
 
 import collections
-import math
-import numbers
 
+from keras_cluster_mask.checks import check_integer, is_positive
 from keras_cluster_mask.data.pairs import Pair
 
 # In object stores, runs of so many neighbors are read together, where a batch holds
@@ -12,42 +11,6 @@ BLOCK, RUNS = 64, 16
 CROP_SCALE = 0.4, 1.0
 # The samples that are read to see whether any has what is asked for.
 EXAMPLES = 8
-
-
-def check_choice(name, value, choices):
-    """Raises an error unless a value is one of some choices."""
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
-            f"Received: {name}={value!r}"
-        )
-
-
-def is_positive(value):
-    """Whether a value is a positive, finite number."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
-
-
-def check_fraction(name, value, or_zero=False):
-    """Raises an error for a value that is not a fraction."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1 or not (value or or_zero):
-        raise ValueError(
-            f"`{name}` must be a float from 0 to 1{'' if or_zero else ', not 0'}. "
-            f"Received: {name}={value!r}"
-        )
-
-
-def check_integer(name, value, at_least):
-    """The value as an int, if it is an integer that is large enough."""
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or value < at_least:
-        raise ValueError(
-            f"`{name}` must be an int of at least {at_least}. "
-            f"Received: {name}={value!r}"
-        )
-    return int(value)
 
 
 def check_crop_scale(crop_scale, resize):

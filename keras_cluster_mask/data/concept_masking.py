@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.arguments import check_integer
 from keras_cluster_mask.data.text_masking import TextMasking
 
 # Concepts of more words are not used by the source.

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.arguments import check_integer
 from keras_cluster_mask.data.check import (
     broken_samples,
     decode_all,

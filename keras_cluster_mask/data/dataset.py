@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from keras_cluster_mask.checks import check_choice, check_integer, check_range
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.arguments import (
-    check_choice,
     check_crop_scale,
-    check_fraction,
-    check_integer,
     check_process,
     check_samples,
     check_weights,
@@ -244,7 +242,7 @@ def image_text_dataset(
     check_choice("resize", resize, ("crop", "squash"))
     check_choice("include_captions", include_captions, (False, True, "all"))
     crop_scale = check_crop_scale(crop_scale, resize)
-    check_fraction("max_skipped", max_skipped, or_zero=True)
+    check_range("max_skipped", max_skipped, 0, 1)
     if class_names is not None and label_key is None:
         raise ValueError(
             "`class_names` need labels: pass the `label_key` of the field that holds "

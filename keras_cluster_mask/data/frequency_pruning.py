@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from keras_cluster_mask.checks import check_fraction
 from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.arguments import check_fraction
 from keras_cluster_mask.data.sampling import places_of, sorted_hashes
 from keras_cluster_mask.data.text_masking import discard_probability
 

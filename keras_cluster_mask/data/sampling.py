@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from keras_cluster_mask.checks import check_fraction, check_integer, check_range
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.arguments import check_fraction, check_integer
 from keras_cluster_mask.data.parts import hash_of
 
 # DynamiCS has about so many images in a cluster, before clusters are merged.
@@ -86,7 +86,7 @@ class ClusterSampling:
         repeat: bool = False,
         seed: int = 0,
     ):
-        check_fraction("alpha", alpha, or_zero=True)
+        check_range("alpha", alpha, 0, 1)
         check_fraction("share", share)
         self.alpha, self.share, self.repeat = alpha, share, bool(repeat)
         self.seed = check_integer("seed", seed, 0)

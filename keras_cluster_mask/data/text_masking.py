@@ -13,8 +13,9 @@ from typing import Self
 
 import numpy as np
 
+from keras_cluster_mask.checks import check_choice, is_positive
 from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.arguments import check_choice, is_positive, name_of
+from keras_cluster_mask.data.arguments import name_of
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 
 # The release of CLIPF counts words that are seen at least so often.

@@ -13,8 +13,8 @@ from typing import Self
 import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data import byte_pairs, files
-from keras_cluster_mask.data.arguments import check_integer
 from keras_cluster_mask.data.byte_pairs import END, START, WORD_END
 
 FILE_FORMAT = "keras_cluster_mask.CLIPTokenizer"

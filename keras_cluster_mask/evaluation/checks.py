@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_cluster_mask.batches import stream_of
-from keras_cluster_mask.data.arguments import check_integer
+from keras_cluster_mask.checks import check_integer
 
 
 def check_read_once(name, data):

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_cluster_mask.data.arguments import check_choice, check_integer, is_positive
+from keras_cluster_mask.checks import check_choice, check_integer, is_positive
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
     check_matrix,

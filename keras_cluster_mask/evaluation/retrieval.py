@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.batches import read_batches
-from keras_cluster_mask.data.arguments import check_choice
+from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.evaluation.checks import (
     check_embeddings,
     check_ks,

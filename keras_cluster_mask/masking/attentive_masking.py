@@ -3,6 +3,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.types import Tensor
 
@@ -88,13 +89,8 @@ class AttentiveMasking(PatchMasking):
                 "`teacher` must be a `kcm.models.MomentumEncoder`. "
                 f"Received: teacher={teacher} of type {type(teacher).__name__}"
             )
-        if not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(
-                "`block_size` must be an integer of at least 1. "
-                f"Received: block_size={block_size}"
-            )
         self.teacher = teacher
-        self.block_size = block_size
+        self.block_size = check_integer("block_size", block_size)
         self.patch_size = teacher.patch_size
         self.data_format = teacher.data_format
 

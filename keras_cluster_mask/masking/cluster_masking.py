@@ -7,10 +7,9 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import read_images
+from keras_cluster_mask.checks import check_integer, check_range, check_ratio
 from keras_cluster_mask.masking.selection import (
     anchor_count,
-    check_range,
-    check_ratio,
     kept_count,
     order_by_score,
     probe_pixels,
@@ -242,6 +241,7 @@ class ClusterMasking(SimilarityMasking):
                 "`min_mask_ratio` to select threshold mode. "
                 "Received: min_mask_ratio=None"
             )
+        check_integer("max_images", max_images)
         _check_reachable(self.mask_ratio, self.min_mask_ratio)
 
         self._adapted_pixels = None

@@ -3,11 +3,11 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_cluster_mask.checks import check_choice, check_range
 from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.masking.selection import (
     anchor_count,
-    check_range,
     order_by_score,
     second_draw,
 )
@@ -117,19 +117,12 @@ class EdgeMasking(SimilarityMasking):
         )
         check_range("seed_ratio", seed_ratio, 0, 1)
         check_range("threshold", threshold, -1, 1)
-        if edges not in ("protect", "released", None):
-            raise ValueError(
-                "`edges` must be 'protect', 'released' or None. "
-                f"Received: edges={edges}"
-            )
-        if not isinstance(transport, bool):
-            raise ValueError(
-                f"`transport` must be True or False. Received: transport={transport!r}"
-            )
+        check_choice("edges", edges, ("protect", "released", None))
+        check_choice("transport", transport, (True, False))
         self.seed_ratio = float(seed_ratio)
         self.threshold = float(threshold)
         self.edges = edges
-        self.transport = transport
+        self.transport = bool(transport)
         self.count_steps()
 
     @in_full_precision

@@ -3,6 +3,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.masking.patch_grid import standardize_grid
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.types import Tensor
@@ -55,10 +56,7 @@ class GridMasking(PatchMasking):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(
-                f"`window` must be an integer >= 1. Received: window={window}"
-            )
+        window = check_integer("window", window)
         if "mask_ratio" in kwargs:
             raise ValueError(
                 "`mask_ratio` is not an argument of `GridMasking`, which leaves out "

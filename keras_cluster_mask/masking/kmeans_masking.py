@@ -3,6 +3,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.masking.similarity import round_similarity
@@ -97,14 +98,8 @@ class KMeansMasking(SimilarityMasking):
             seed,
             **kwargs,
         )
-        counts = {"num_clusters": num_clusters, "iterations": iterations}
-        for name, count in counts.items():
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(
-                    f"`{name}` must be an integer >= 1. Received: {name}={count}"
-                )
-        self.num_clusters = num_clusters
-        self.iterations = iterations
+        self.num_clusters = check_integer("num_clusters", num_clusters)
+        self.iterations = check_integer("iterations", iterations)
         self.count_steps()
 
     @in_full_precision

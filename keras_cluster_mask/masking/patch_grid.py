@@ -4,6 +4,8 @@ import math
 
 import keras
 
+from keras_cluster_mask.checks import check_choice, is_integer
+
 
 def is_channels_first(data_format: str | None = None) -> bool:
     """Whether images are `(..., C, H, W)`; by default as Keras is configured."""
@@ -79,24 +81,20 @@ def _sides(shape, data_format):
 
 def standardize_patch_size(patch_size) -> tuple[int, int]:
     """The sides of a patch, `(height, width)`, from one integer or two."""
-    sides = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
+    sides = (patch_size,) * 2 if is_integer(patch_size) else patch_size
     if not _are_two_positive_integers(sides):
         raise ValueError(
             "`patch_size` must be a positive integer or a tuple of two. "
             f"Received: patch_size={patch_size}"
         )
-    return tuple(sides)
+    return tuple(map(int, sides))
 
 
 def standardize_data_format(data_format: str | None) -> str:
     """A data format as it is, or that which Keras is configured for."""
     if data_format is None:
         return keras.config.image_data_format()
-    if data_format not in ("channels_last", "channels_first"):
-        raise ValueError(
-            "`data_format` must be 'channels_last' or 'channels_first'. "
-            f"Received: data_format={data_format}"
-        )
+    check_choice("data_format", data_format, ("channels_last", "channels_first"))
     return data_format
 
 
@@ -109,12 +107,12 @@ def standardize_grid(grid) -> tuple[int, int] | None:
             "`grid` must be None or a tuple of two positive integers, "
             f"(rows, columns). Received: grid={grid}"
         )
-    return tuple(grid)
+    return tuple(map(int, grid))
 
 
 def _are_two_positive_integers(values):
     return (
         isinstance(values, (tuple, list))
         and len(values) == 2
-        and all(isinstance(value, int) and value > 0 for value in values)
+        and all(is_integer(value) and value > 0 for value in values)
     )

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.checks import check_integer, check_ratio
 from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.masking.context import context, report_kept
@@ -18,7 +19,6 @@ from keras_cluster_mask.masking.patch_grid import (
 )
 from keras_cluster_mask.masking.selection import (
     check_noise,
-    check_ratio,
     kept_count,
     order_by_score,
     probe_pixels,
@@ -118,15 +118,10 @@ class PatchMasking(keras.layers.Layer):
         kwargs.setdefault("autocast", False)
         super().__init__(**kwargs)
         check_ratio("mask_ratio", mask_ratio)
-        if num_prefix_tokens is not None and not (
-            isinstance(num_prefix_tokens, int) and num_prefix_tokens >= 0
-        ):
-            raise ValueError(
-                "`num_prefix_tokens` must be None or an integer >= 0. "
-                f"Received: num_prefix_tokens={num_prefix_tokens}"
-            )
         self.mask_ratio = float(mask_ratio)
-        self._num_prefix_tokens = num_prefix_tokens
+        self._num_prefix_tokens = check_integer(
+            "num_prefix_tokens", num_prefix_tokens, 0, or_none=True
+        )
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         # Whether `call` counts as a training step; an enclosing model counts its own.

@@ -37,20 +37,6 @@ def second_draw(noise):
     return scaled - ops.floor(scaled)
 
 
-def check_ratio(name, value):
-    """Raises unless `value` is a number in `[0, 1)`."""
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value}")
-
-
-def check_range(name, value, low, high):
-    """Raises unless `value` is a number in `[low, high]`."""
-    if not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(
-            f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value}"
-        )
-
-
 def anchor_count(num_patches, ratio):
     """How many of `num_patches` a share of `ratio` is, rounded up, at least 1."""
     return max(1, num_patches - int(num_patches * (1.0 - ratio) + 1e-6))

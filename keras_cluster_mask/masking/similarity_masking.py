@@ -4,13 +4,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_cluster_mask.checks import check_range
 from keras_cluster_mask.distribution.chunks import map_rows
 from keras_cluster_mask.masking.patch_grid import (
     standardize_data_format,
     standardize_patch_size,
 )
 from keras_cluster_mask.masking.patch_masking import PatchMasking
-from keras_cluster_mask.masking.selection import check_range
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
     pixel_similarity,

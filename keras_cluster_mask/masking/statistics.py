@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import num_images, read_images
+from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
 from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
@@ -176,15 +177,8 @@ def masking_statistics(
         ValueError: If the patch size, the tokens or the threshold that the masking
             needs are missing, or if there are no images or not all of one size.
     """
-    if verbose not in ("auto", 0, 1, 2):
-        raise ValueError(
-            f"`verbose` must be 'auto', 0, 1 or 2. Received: verbose={verbose}"
-        )
-    if max_images is not None and (not isinstance(max_images, int) or max_images < 1):
-        raise ValueError(
-            "`max_images` must be None or an integer >= 1. "
-            f"Received: max_images={max_images}"
-        )
+    check_choice("verbose", verbose, ("auto", 0, 1, 2))
+    check_integer("max_images", max_images, or_none=True)
     patch_size = patch_size_of(masking, patch_size)
     masking.check_ready()
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.models.encoders import TEXT_ENCODERS, copy_with
 
 
@@ -47,10 +48,7 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
             "SigLIPBackbone, or the text encoder of one. "
             f"Received: model={model} of type {type(model).__name__}"
         )
-    if not isinstance(length, int) or isinstance(length, bool) or length < 3:
-        raise ValueError(
-            f"`length` must be an integer of at least 3. Received: length={length!r}"
-        )
+    length = check_integer("length", length, 3)
     copy = copy_with(model, "text_encoder", {"max_sequence_length": length})
     for old, new in zip(model.weights, copy.weights):
         # Only the position embeddings and position ids differ in shape. The ids of the

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.gradient_buckets import GradientBuckets
 from keras_cluster_mask.distribution.start_values import keeping_weights
@@ -157,7 +158,7 @@ class ContrastiveModel(DualEncoder):
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
-        _check_options(duplicates, micro_batch_size)
+        check_choice("duplicates", duplicates, ("positive", "negative"))
         options = {
             "loss": loss,
             "projection_dim": projection_dim,
@@ -178,7 +179,9 @@ class ContrastiveModel(DualEncoder):
             pixel_std,
             **kwargs,
         )
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size = check_integer(
+            "micro_batch_size", micro_batch_size, or_none=True
+        )
         self.duplicates = duplicates
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.accuracy_metrics = [
@@ -665,18 +668,3 @@ class ContrastiveModel(DualEncoder):
             "dtype": self.head.dtype_policy.name,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
-
-
-def _check_options(duplicates, micro_batch_size):
-    if duplicates not in ("positive", "negative"):
-        raise ValueError(
-            "`duplicates` must be 'positive' or 'negative'. "
-            f"Received: duplicates={duplicates!r}"
-        )
-    if micro_batch_size is not None and not (
-        isinstance(micro_batch_size, int) and micro_batch_size > 0
-    ):
-        raise ValueError(
-            "`micro_batch_size` must be a positive integer or None. "
-            f"Received: micro_batch_size={micro_batch_size!r}"
-        )

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.context import views_of_image
@@ -90,8 +91,8 @@ class DualEncoder(keras.Model):
         self.image_maskings = _maskings(image_encoder)
         text_maskings = _maskings(text_encoder)
         _check_own_maskings(self.image_maskings, text_maskings)
+        self.views = check_integer("views", views)
         _check_views(views, self.image_maskings)
-        self.views = views
         self.maskings = [*self.image_maskings, *text_maskings]
         for masking in self.image_maskings:
             masking.join(self.normalize_pixels)
@@ -256,8 +257,6 @@ def _check_own_maskings(image_maskings, text_maskings):
 
 
 def _check_views(views, image_maskings):
-    if not isinstance(views, int) or isinstance(views, bool) or views < 1:
-        raise ValueError(f"`views` must be an integer >= 1. Received: views={views!r}")
     if views > 1 and len(image_maskings) != 1:
         raise ValueError(
             "`views` are masks of the same image, for which the image encoder needs "

@@ -4,6 +4,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.types import Tensor
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
@@ -184,11 +185,7 @@ def l2_normalize(features):
 
 
 def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale):
-    if loss not in INITIAL_TEMPERATURE:
-        raise ValueError(
-            f"`loss` must be one of {sorted(INITIAL_TEMPERATURE)}. "
-            f"Received: loss={loss!r}"
-        )
+    check_choice("loss", loss, tuple(INITIAL_TEMPERATURE))
     if initial_temperature is not None and initial_temperature <= 0:
         raise ValueError(
             "`initial_temperature` must be greater than 0. "

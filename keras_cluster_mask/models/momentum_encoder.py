@@ -5,8 +5,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.replicas import assign_equal
-from keras_cluster_mask.masking.selection import check_range
 from keras_cluster_mask.models.class_attention import ClassAttention
 from keras_cluster_mask.models.encoders import (
     call_encoder,
@@ -111,12 +111,16 @@ class MomentumEncoder(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         check_range("momentum", momentum, 0, 1)
         check_range("final_momentum", final_momentum, 0, 1)
-        _check_steps(steps, final_momentum)
+        if steps is None and final_momentum != 1:
+            raise ValueError(
+                "`final_momentum` needs `steps`, the number of updates after which it "
+                f"is reached. Received: final_momentum={final_momentum}, steps=None"
+            )
         if isinstance(encoder, dict):
             encoder = keras.saving.deserialize_keras_object(encoder)
         self.momentum = float(momentum)
         self.final_momentum = float(final_momentum)
-        self.steps = steps
+        self.steps = check_integer("steps", steps, or_none=True)
         self.image_size = image_size
         ClassAttention(encoder)
         copy = _copy(encoder, image_size)
@@ -368,19 +372,6 @@ def _copy(encoder, image_size):
         new.assign(old)
     number_positions(find_embedding_layer(copy))
     return copy
-
-
-def _check_steps(steps, final_momentum):
-    if steps is None:
-        if final_momentum != 1:
-            raise ValueError(
-                "`final_momentum` needs `steps`, the number of updates after which it "
-                f"is reached. Received: final_momentum={final_momentum}, steps=None"
-            )
-    elif not isinstance(steps, int) or steps < 1:
-        raise ValueError(
-            f"`steps` must be None or an integer of at least 1. Received: steps={steps}"
-        )
 
 
 def _sizes(encoder, weights):

@@ -1,5 +1,6 @@
 import keras
 
+from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import number_positions
@@ -113,10 +114,7 @@ def make_clip(
 
 def size_and_patch(size, image_size, patch_size):
     """The entry of `SIZES`, and the side of a patch; raises if they do not fit."""
-    if size not in SIZES:
-        raise ValueError(
-            f"`size` must be one of {list(SIZES)}. Received: size={size!r}"
-        )
+    check_choice("size", size, tuple(SIZES))
     patch_size = patch_size or SIZES[size]["patch"]
     if image_size % patch_size:
         raise ValueError(

@@ -396,7 +396,7 @@ def test_destinations_other_than_tar_files_are_refused(to, source, tmp_path):
 @pytest.mark.parametrize("name", ["samples_per_shard", "image_size"])
 def test_numbers_that_are_not_positive_are_refused(name, source, tmp_path):
     with pytest.raises(
-        ValueError, match=rf"`{name}` must be an int of at least 1. Received: .*0"
+        ValueError, match=rf"`{name}` must be an integer of at least 1. Received: .*0"
     ):
         convert(source, tmp_path / "out.tar", **{name: 0})
     assert not files.exists(tmp_path / "out.tar")

@@ -169,7 +169,7 @@ def test_zero_tokens_are_like_none_even_themselves():
         ({"threshold": None}, "`threshold` must be in"),
         ({"seed_ratio": -0.1}, "`seed_ratio` must be in"),
         ({"seed_ratio": 1.1}, "`seed_ratio` must be in"),
-        ({"transport": "no"}, "`transport` must be True or False"),
+        ({"transport": "no"}, "`transport` must be one of True, False"),
     ],
 )
 def test_refuses_what_it_cannot_do(options, message):

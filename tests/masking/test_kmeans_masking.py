@@ -152,6 +152,6 @@ def test_refuses_more_clusters_than_patches():
 @pytest.mark.parametrize("name", ["num_clusters", "iterations"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, "five", None])
 def test_refuses_counts_that_are_not_positive_integers(name, value):
-    message = rf"`{name}` must be an integer >= 1\. Received: {name}="
+    message = rf"`{name}` must be an integer of at least 1\. Received: {name}="
     with pytest.raises(ValueError, match=message):
         kcm.KMeansMasking(4, **{name: value})

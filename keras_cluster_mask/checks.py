@@ -1,0 +1,63 @@
+"""Checks of single arguments, which all rooms share."""
+
+import math
+import numbers
+from typing import Any
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a positive, finite number."""
+    return is_number(value) and 0 < value < math.inf
+
+
+def check_integer(
+    name: str, value: Any, at_least: int = 1, or_none: bool = False
+) -> int | None:
+    """The value as an int, if it is an integer that is large enough."""
+    if value is None and or_none:
+        return None
+    if not is_integer(value) or value < at_least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {at_least}"
+            f"{', or None' if or_none else ''}. Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raises an error unless a value is one of some choices."""
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raises an error unless a value is a number in `[low, high]`."""
+    if not is_number(value) or not low <= value <= high:
+        raise ValueError(
+            f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value!r}"
+        )
+
+
+def check_ratio(name: str, value: Any) -> None:
+    """Raises an error unless a value is a number in `[0, 1)`."""
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises an error unless a value is a number in `(0, 1]`."""
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be in (0, 1]. Received: {name}={value!r}")
