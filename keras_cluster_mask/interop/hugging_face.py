@@ -169,7 +169,7 @@ def load_hugging_face(
         activation=ACTIVATIONS[kind][text["hidden_act"]],
     )
     names = NAMES[kind]
-    found, _ = match(*read_state_dict(source, names), names, architecture.sizes)
+    found = match(*read_state_dict(source, names), names, architecture.sizes)
     backbone = architecture.make(dtype)
     for entry, array in found:
         entry.write(backbone, array)

@@ -1,7 +1,6 @@
 """CLIP models from and to weights of open_clip."""
 
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -11,11 +10,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
 from keras_cluster_mask.interop.architectures import (
-    ACTIVATIONS,
-    Architecture,
-    Tower,
     architecture_of_model,
-    is_positive,
     kind_of,
     warn_of_resizing,
 )
@@ -50,17 +45,11 @@ WEIGHT_FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 # Under which a file of safetensors holds its config.
 METADATA = "open_clip_config"
 
-# Heads of open_clip's transformers are 64 wide, except for image towers wider than 1024
-# (ViT-H, ViT-g, ViT-bigG, ViT-e), which have 16 heads all the same.
-HEAD_WIDTH, MAX_IMAGE_HEADS = 64, 16
-
 
 def load_open_clip(
     source: Any,
     config: Any = None,
     *,
-    activation: str | None = None,
-    num_heads: int | tuple[int, int] | None = None,
     dtype: Any = None,
     masking: PatchMasking | None = None,
     **kwargs: Any,
@@ -107,11 +96,6 @@ def load_open_clip(
             be of another model. A named config says nothing of pixels: pass
             `pixel_mean` and `pixel_std` for weights that were not trained with CLIP's.
             OpenAI's weights need the names in `-quickgelu`.
-        activation: `"gelu"` or `"quick_gelu"`. Required without a config, and not
-            allowed with one.
-        num_heads: Integer, or a pair for the image and the text tower. Only without any
-            config. Defaults to one for every 64 features, and to 16 in image towers
-            wider than 1024, as in open_clip's own models.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
         masking: A `PatchMasking` layer, or `None`.
         **kwargs: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
@@ -137,27 +121,19 @@ def load_open_clip(
     """
     source = find_weights(source, WEIGHT_FILES)
     config = _config_of_file(source) if config is None else config
-    architecture, needs_bias = None, False
-    if config is not None:
-        config, preprocessing, label = read_config(config)
-        _check_only_without_config(label, activation, num_heads)
-        architecture = architecture_of(config, preprocessing, label)
-        needs_bias = config.get("init_logit_bias") is not None
-        warn_of_resizing(*resizing_of(preprocessing))
-    elif activation not in ACTIVATIONS:
+    if config is None:
         raise ValueError(
-            "`activation` must be 'gelu', or 'quick_gelu' for OpenAI's weights and all "
-            "others of models in '-quickgelu'; or pass `config`, such as the path of "
-            f"an {OPEN_CLIP_CONFIG_FILE}, which says which. Weights do not. "
-            f"Received: activation={activation!r}, config=None"
+            "`config` must be the name of a config of open_clip, such as 'ViT-B-32', "
+            f"or the path of an {OPEN_CLIP_CONFIG_FILE}, for weights without one: they "
+            "do not say how many attention heads a model has, nor its activation. "
+            "Received: config=None"
         )
+    config, preprocessing, label = read_config(config)
+    architecture = architecture_of(config, preprocessing, label)
+    warn_of_resizing(*resizing_of(preprocessing))
     state, label = read_state_dict(source, OPEN_CLIP)
-    bias = _pop_bias(state, needs_bias, label)
-    if architecture is None:
-        found, sizes = match(state, label, OPEN_CLIP)
-        architecture = _guess(sizes, activation, num_heads)
-    else:
-        found, _ = match(state, label, NAMES[architecture.kind], architecture.sizes)
+    bias = _pop_bias(state, config.get("init_logit_bias") is not None, label)
+    found = match(state, label, NAMES[architecture.kind], architecture.sizes)
     backbone = architecture.make(dtype)
     for entry, array in found:
         entry.write(backbone, array)
@@ -297,16 +273,6 @@ def _config_of_file(source):
     return beside if beside.is_file() else None
 
 
-def _check_only_without_config(label, activation, num_heads):
-    for name, value in (("activation", activation), ("num_heads", num_heads)):
-        if value is not None:
-            raise ValueError(
-                f"`{name}` is only for weights without a config. It follows from the "
-                "config, which is in the file, beside it or in `config`; pass a "
-                f"changed one as `config`. Received: {name}={value!r}, with {label}"
-            )
-
-
 def _pop_bias(state, is_needed, label):
     """Takes the bias of a sigmoid loss out of a state dict, which may have none."""
     bias = state.pop("logit_bias", None)
@@ -324,29 +290,6 @@ def _pop_bias(state, is_needed, label):
             f"Received: {label}, with logit_bias={bias}"
         )
     return bias
-
-
-def _guess(sizes, activation, num_heads):
-    """The architecture of weights without a config."""
-    side = math.isqrt(sizes["positions"] - 1)
-    if side**2 + 1 != sizes["positions"]:
-        raise ValueError(
-            "`source` must be for square images: `visual.positional_embedding` holds "
-            "one position for the class token and a square number for patches. "
-            f"Received: {sizes['positions']} positions"
-        )
-    heads = _heads(num_heads, sizes["image_width"], sizes["text_width"])
-    towers = (
-        Tower(sizes[f"{x}_width"], sizes[f"{x}_layers"], n, sizes[f"{x}_hidden"])
-        for x, n in zip(("image", "text"), heads)
-    )
-    return Architecture(
-        "clip",
-        *towers,
-        image_size=side * sizes["patch"],
-        activation=activation,
-        **{x: sizes[x] for x in ("patch", "vocabulary", "context", "projection")},
-    )
 
 
 def _check_same(path, config):
@@ -368,20 +311,3 @@ def _check_same(path, config):
             "the weights there are no longer needed. "
             f"Received: path={str(path.parent)!r}"
         )
-
-
-def _heads(num_heads, *widths):
-    pair = num_heads if isinstance(num_heads, (tuple, list)) else (num_heads,) * 2
-    if num_heads is None and not any(width % HEAD_WIDTH for width in widths):
-        image, text = (width // HEAD_WIDTH for width in widths)
-        pair = min(image, MAX_IMAGE_HEADS), text
-    if len(pair) != 2 or not all(
-        is_positive(n) and width % n == 0 for n, width in zip(pair, widths)
-    ):
-        raise ValueError(
-            "`num_heads` must be an integer, or a pair for the image and the text "
-            "tower, that divides the towers' widths, and must be given for widths that "
-            f"are no multiples of {HEAD_WIDTH}; or pass `config`, which says it. "
-            f"Received: num_heads={num_heads}, widths {widths}"
-        )
-    return pair

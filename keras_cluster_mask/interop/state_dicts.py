@@ -1,6 +1,5 @@
 """State dicts: which of their tensors is which weight of a keras_hub backbone."""
 
-import collections
 import dataclasses
 import os
 import re
@@ -118,21 +117,19 @@ def match(
     state: dict[str, Any],
     label: str,
     names: TensorNames,
-    sizes: Mapping[str, int] | None = None,
-) -> tuple[Iterable, dict[str, int]]:
-    """Checks that a state dict is of a model, and reads its sizes.
+    sizes: Mapping[str, int],
+) -> Iterable:
+    """Checks that a state dict is of a model.
 
     Args:
         state: Dictionary from name to array or tensor.
         label: String, a description of the source for errors.
         names: The names of the library that wrote it.
-        sizes: The sizes that the model's config states, as they are returned. Read off
-            the tensors if there is no config.
+        sizes: The sizes that the model's config states: of the axes of weights, by the
+            names that `Entry.shape` has, and the numbers of blocks.
 
     Returns:
-        A tuple: an iterable of pairs of `Entry` and float32 array, and a dictionary
-        of the sizes of their axes, by the names that `Entry.shape` has, and of the
-        numbers of blocks.
+        An iterable of pairs of `Entry` and float32 array.
     """
     blocks_of = (re.compile(rf"{re.escape(x)}(\d+)\.") for _, x, _ in names.towers)
     blocks = [len({m[1] for m in map(x.match, state) if m}) for x in blocks_of]
@@ -143,24 +140,20 @@ def match(
             f"`source` must hold a {names.model}, of two transformers ({examples}). "
             f"Received: {label}, of {len(state)} entries such as {sorted(state)[:5]}"
         )
-    source_of_sizes = " of its config" if sizes else ""
-    if sizes:
-        blocks = sizes["image_layers"], sizes["text_layers"]
+    blocks = sizes["image_layers"], sizes["text_layers"]
     expected = entries(names, *blocks)
-    sizes = sizes or _sizes(expected, state)
     unexpected = state.keys() - {entry.name for entry in expected}
     faults = [_fault(entry, state, sizes) for entry in expected]
     faults += [f"unexpected: {n} {_text(_shape(state[n]))}" for n in unexpected]
     faults = sorted(filter(None, faults))
     if faults:
         raise ValueError(
-            f"`source` is not the {names.model}{source_of_sizes}, with {blocks[0]} "
+            f"`source` is not the {names.model} of its config, with {blocks[0]} "
             f"image blocks and {blocks[1]} text blocks. Received: {label}, with\n  "
             + "\n  ".join(faults)
         )
     # One at a time, as arrays of half precision double in size.
-    found = ((entry, as_float32(state[entry.name])) for entry in expected)
-    return found, {**sizes, "image_layers": blocks[0], "text_layers": blocks[1]}
+    return ((entry, as_float32(state[entry.name])) for entry in expected)
 
 
 def _fault(entry, state, sizes):
@@ -169,32 +162,19 @@ def _fault(entry, state, sizes):
     if entry.name not in state:
         return f"missing: {entry.name} {_text(expected)}"
     shape = _shape(state[entry.name])
-    is_known = shape is not None and len(shape) == len(expected)
-    if not is_known or any(y not in (x, None) for x, y in zip(shape, expected)):
+    if shape != expected:
         return f"wrong shape: {entry.name} {_text(shape)}, expected {_text(expected)}"
     if not np.isfinite(as_float32(state[entry.name])).all():
         return f"NaN or infinite: {entry.name}"
     return None
 
 
-def _sizes(expected, state):
-    """The size of each axis in most tensors, so that a wrong tensor stands out."""
-    votes = collections.defaultdict(collections.Counter)
-    for entry in expected:
-        shape = _shape(state.get(entry.name))
-        if shape is not None and len(shape) == len(entry.shape):
-            for axis, size in zip(entry.shape, shape):
-                votes[axis][size] += 1
-    return {axis: counter.most_common(1)[0][0] for axis, counter in votes.items()}
-
-
 def _size(axis, sizes):
-    """The size of an axis such as "width", "3*width" or "3"; `None` if not known."""
+    """The size of an axis such as "width", "3*width" or "3"."""
     if axis.isdigit():
         return int(axis)
     factor, _, name = axis.rpartition("*")
-    size = sizes.get(name)
-    return size if size is None or not factor else int(factor) * size
+    return int(factor or 1) * sizes[name]
 
 
 def _shape(value):
@@ -205,7 +185,7 @@ def _shape(value):
 def _text(shape):
     if shape is None:
         return "(no tensor)"
-    return "(" + ", ".join("?" if x is None else str(x) for x in shape) + ")"
+    return "(" + ", ".join(map(str, shape)) + ")"
 
 
 def as_float32(value) -> np.ndarray:

@@ -8,19 +8,25 @@ from keras_cluster_mask.interop import load_open_clip
 CONTEXT, VOCABULARY = 7, 40
 
 
-def tiny(quick_gelu=False, custom_text=False, head_width=64, **changes):
-    """A CLIP of open_clip with towers of different widths and depths."""
-    model = pytest.importorskip("open_clip.model")
-    vision = dict(
-        layers=2, width=128, head_width=head_width, patch_size=8, image_size=16
-    )
+def tiny_config(quick_gelu=False, **changes):
+    """The config of a CLIP with towers of different widths and depths."""
+    vision = dict(layers=2, width=128, head_width=64, patch_size=8, image_size=16)
     text = dict(
         context_length=CONTEXT, vocab_size=VOCABULARY, width=64, heads=1, layers=3
     )
+    return {
+        "embed_dim": 24,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": {**vision, **changes},
+        "text_cfg": text,
+    }
+
+
+def tiny(custom_text=False, **changes):
+    """The CLIP of open_clip with that config."""
+    model = pytest.importorskip("open_clip.model")
     kind = model.CustomTextCLIP if custom_text else model.CLIP
-    return randomize(
-        kind(24, {**vision, **changes}, text_cfg=text, quick_gelu=quick_gelu)
-    )
+    return randomize(kind(**tiny_config(**changes)))
 
 
 def randomize(model):
@@ -65,9 +71,9 @@ def embeddings(model, images, ids):
         )
 
 
-def load(source, activation="gelu", **options):
-    """Loads weights without a config, with heads of 64."""
-    return load_open_clip(source, activation=activation, **options)
+def load(source, **options):
+    """Loads weights of `tiny()`."""
+    return load_open_clip(source, tiny_config(), **options)
 
 
 def arrays(model):

@@ -98,7 +98,7 @@ def test_every_entry_that_does_not_fit_is_listed(reference):
         "unexpected: visual.resblocks.9.ls_1.gamma (128)",
         "wrong shape: ln_final.bias (5), expected (64)",
         "wrong shape: text_projection (24, 64), expected (64, 24)",
-        "wrong shape: token_embedding.weight (no tensor), expected (?, 64)",
+        "wrong shape: token_embedding.weight (no tensor), expected (40, 64)",
         "wrong shape: transformer.resblocks.0.attn.in_proj_weight (3, 64, 64), "
         "expected (192, 64)",
     ]
@@ -108,10 +108,9 @@ def test_every_entry_that_does_not_fit_is_listed(reference):
 def test_a_missing_block_is_listed_whole(reference):
     start = "transformer.resblocks.1."
     state = {name: x for name, x in reference.items() if not name.startswith(start)}
-    with pytest.raises(ValueError, match="2 text blocks") as error:
+    with pytest.raises(ValueError, match="3 text blocks") as error:
         load(state)
     assert str(error.value).count("missing: transformer.resblocks.1.") == 12
-    assert str(error.value).count("unexpected: transformer.resblocks.2.") == 12
 
 
 @pytest.mark.any_backend
@@ -135,13 +134,3 @@ def test_what_is_no_state_dict_is_refused(source):
         ValueError, match=r"a dictionary from names to tensors. Received"
     ):
         load(source)
-
-
-@pytest.mark.any_backend
-def test_images_must_be_square(reference):
-    positions = np.zeros((7, 128), "float32")
-    with pytest.raises(ValueError, match=r"square images.*Received: 7 positions"):
-        load({**reference, "visual.positional_embedding": positions})
-    patches = np.zeros((128, 3, 8, 4), "float32")
-    with pytest.raises(ValueError, match=r"wrong shape: visual.conv1.weight"):
-        load({**reference, "visual.conv1.weight": patches})
