@@ -231,10 +231,12 @@ class ContrastiveModel(DualEncoder):
 
         Returns:
             A `ContrastiveModel` with the attributes `backbone`, `masking` and
-            `text_masking`.
+            `text_masking`: a `kcm.models.CLIPContrastiveModel`,
+            `MetaCLIP2ContrastiveModel` or `SigLIPContrastiveModel`. Of a subclass of
+            one of them, whose `from_backbone` is called, a model of the subclass.
 
         Raises:
-            ValueError: For another backbone.
+            ValueError: For another backbone, or a subclass for another backbone.
         """
         known = ContrastiveModel.for_backbone
         names = [x.__name__ for x in type(backbone).__mro__ if x.__name__ in known]
@@ -244,7 +246,16 @@ class ContrastiveModel(DualEncoder):
                 f"{sorted(known)}. Received: "
                 f"backbone={backbone} of type {type(backbone).__name__}"
             )
-        return known[names[0]](
+        kind = known[names[0]]
+        if issubclass(cls, kind):
+            kind = cls
+        elif cls is not ContrastiveModel:
+            raise ValueError(
+                f"`from_backbone` of a subclass must be that of a `{kind.__name__}` "
+                f"for this backbone: derive `{cls.__name__}` from it. Received: "
+                f"backbone={backbone} of type {type(backbone).__name__}"
+            )
+        return kind(
             backbone,
             masking=masking,
             text_masking=text_masking,

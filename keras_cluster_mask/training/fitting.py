@@ -3,6 +3,7 @@
 import contextlib
 import os
 import types
+import warnings
 
 import keras
 from keras import ops
@@ -122,6 +123,8 @@ def fit(
     if found is not None:
         run.resume(model, found)
     _check_executions(model.steps_per_execution, data.steps_per_epoch, run.step)
+    if run.epoch < epochs:
+        _warn_of_rate_zero(model.optimizer)
     if resume_from is not None and options["verbose"]:
         if found is None:
             folder = os.fspath(resume_from)
@@ -277,6 +280,21 @@ def _check_executions(steps_per_execution, steps_per_epoch, step):
             "steps of the next one: pass another to `compile`, or `steps_per_epoch` to "
             f"`fit`. Received: steps_per_execution={steps_per_execution}, epochs of "
             f"{steps_per_epoch} steps{done}"
+        )
+
+
+def _warn_of_rate_zero(optimizer):
+    """Warns if nothing will be learned, as the schedule of a previous `fit` is over."""
+    if optimizer is None:
+        return
+    steps = int(ops.convert_to_numpy(optimizer.iterations))
+    # The first step of a warm-up has a rate of 0, too.
+    if steps and float(inner_optimizer(optimizer).learning_rate) == 0:
+        warnings.warn(
+            "The learning rate is 0, so this `fit` changes no weight unless a callback "
+            "sets another: after a schedule has ended, compile the model with a new "
+            f"optimizer. Received: an optimizer that has made {steps} steps",
+            stacklevel=4,
         )
 
 

@@ -277,3 +277,27 @@ def test_jax_compiles_a_step_once():
     if keras.backend.backend() == "jax":
         assert not model.head.logit_scale.value.weak_type
     assert keras.backend.standardize_dtype(model.head.logit_scale.dtype) == "float32"
+
+
+@pytest.mark.any_backend
+def test_a_subclass_makes_models_of_its_own_or_says_what_to_derive_it_from():
+    class Halved(kcm.models.CLIPContrastiveModel):
+        def compute_loss(self, *args, **kwargs):
+            return 0.5 * super().compute_loss(*args, **kwargs)
+
+    losses = []
+    for kind in (Halved, kcm.ContrastiveModel):
+        keras.utils.set_random_seed(0)
+        model = kind.from_backbone(tiny_clip(), kcm.RandomMasking(0.5, seed=1))
+        model.compile("sgd", **FAST)
+        history = model.fit(random_pairs(4), batch_size=4, verbose=0).history
+        losses.append(history["loss"][0])
+    assert losses[0] == pytest.approx(losses[1] / 2)
+
+    class Other(kcm.ContrastiveModel):
+        pass
+
+    for kind in (Other, kcm.models.SigLIPContrastiveModel):
+        message = rf"`CLIPContrastiveModel`.*derive `{kind.__name__}`.*Received: "
+        with pytest.raises(ValueError, match=message):
+            kind.from_backbone(tiny_clip())

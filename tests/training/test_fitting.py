@@ -351,3 +351,29 @@ def test_executions_that_do_not_divide_an_epoch_are_refused():
         model.fit(random_pairs(20), batch_size=4, verbose=0)
     model.fit(random_pairs(16), batch_size=4, epochs=2, verbose=0)
     assert int(model.optimizer.iterations) == 8
+
+
+@pytest.mark.any_backend
+def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwarn):
+    def compile_for_four_steps(model):
+        schedule = keras.optimizers.schedules.CosineDecay(
+            0.0, 3, warmup_target=0.1, warmup_steps=1
+        )
+        model.compile(keras.optimizers.SGD(schedule), **FAST)
+
+    model = small_model()
+    compile_for_four_steps(model)
+    model.fit(random_pairs(16), **FIT)
+    # The warm-up starts at 0, too.
+    assert not [x for x in recwarn if "rate is 0" in str(x.message)]
+    before = values(model.trainable_weights)
+    with pytest.warns(UserWarning, match=r"rate is 0.*Received.* made 4 steps"):
+        model.fit(random_pairs(8), **FIT)
+    for one, other in zip(values(model.trainable_weights), before):
+        np.testing.assert_array_equal(one, other)
+    compile_for_four_steps(model)
+    model.fit(random_pairs(8), **FIT)
+    assert any(
+        (one != other).any()
+        for one, other in zip(values(model.trainable_weights), before)
+    )
