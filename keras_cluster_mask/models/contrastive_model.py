@@ -304,6 +304,24 @@ class ContrastiveModel(DualEncoder):
         sample_weight: Tensor | None = None,
         training: bool = True,
     ) -> Tensor:
+        """Computes the loss of a batch, and updates the metrics and the maskings.
+
+        Override it to train on another loss, and call `super().compute_loss(...)` in
+        it.
+
+        Args:
+            x: The batch, a dictionary.
+            y: `None`.
+            y_pred: What `call` returned: a dictionary with `"image_embeddings"`,
+                `(batch, d)` or `(batch, views, d)`, and `"text_embeddings"`,
+                `(batch, d)`, L2-normalized.
+            sample_weight: `(batch,)` float tensor. Defaults to the batch's entry of
+                that name.
+            training: Boolean. Whether the batch is one of training.
+
+        Returns:
+            A scalar, the mean over the pairs.
+        """
         check_no_labels(y=y)
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:

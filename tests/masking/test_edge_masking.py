@@ -163,8 +163,8 @@ def test_zero_tokens_are_like_none_even_themselves():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"edges": "released "}, "`edges` must be 'protect', 'released' or None"),
-        ({"edges": True}, "`edges` must be 'protect', 'released' or None"),
+        ({"edges": "released "}, "`edges` must be one of 'protect', 'released', None"),
+        ({"edges": True}, "`edges` must be one of 'protect', 'released', None"),
         ({"threshold": 1.5}, "`threshold` must be in"),
         ({"threshold": None}, "`threshold` must be in"),
         ({"seed_ratio": -0.1}, "`seed_ratio` must be in"),

@@ -383,8 +383,8 @@ def test_an_encoder_without_a_known_class_token_is_refused(make):
         ({"momentum": 1.5}, "`momentum` must be in"),
         ({"final_momentum": -0.1}, "`final_momentum` must be in"),
         ({"final_momentum": 0.9}, "`final_momentum` needs `steps`"),
-        ({"steps": 0}, "`steps` must be None or an integer"),
-        ({"steps": 2.5}, "`steps` must be None or an integer"),
+        ({"steps": 0}, "`steps` must be an integer of at least 1, or None"),
+        ({"steps": 2.5}, "`steps` must be an integer of at least 1, or None"),
         ({"image_size": 10}, "`image_size` must be .* divisible by the patch size"),
     ],
 )
