@@ -85,13 +85,20 @@ def must_reduce_gradients() -> bool:
 def around_step(model, data):
     """The context of a training step: what a backend needs before and after it.
 
-    TensorFlow must wait for the data. On several processes of torch, gradients are
-    reduced as they are found; `reduce_gradients` waits for the rest.
+    TensorFlow must wait for the data. On torch, gradients must start from none: Keras
+    finds weights by their paths, and misses those that share theirs with others, such
+    as the weights of a teacher or of two towers without names. On several processes of
+    torch, gradients are reduced as they are found; `reduce_gradients` waits for the
+    rest.
     """
     # One context, since torch cannot compile two around a step.
     if keras.backend.backend() == "tensorflow":
         return _wait_for(data)
-    if keras.backend.backend() != "torch" or num_replicas() == 1:
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    for weight in model.trainable_weights:
+        weight.value.grad = None
+    if num_replicas() == 1:
         return contextlib.nullcontext()
     return model.gradient_buckets.filled([v.value for v in model.trainable_weights])
 

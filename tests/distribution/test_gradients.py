@@ -1,0 +1,40 @@
+"""What each step does with the gradients of the last one."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from tests.helpers import FAST, random_pairs, tiny_clip
+
+
+def unnamed_towers():
+    """keras_hub's towers without names: their weights have equal paths."""
+    sizes = dict(hidden_dim=16, num_layers=1, num_heads=2, intermediate_dim=32)
+    return keras_hub.models.CLIPBackbone(
+        keras_hub.models.CLIPVisionEncoder(
+            patch_size=4, image_shape=(16, 16, 3), **sizes
+        ),
+        keras_hub.models.CLIPTextEncoder(30, 16, max_sequence_length=6, **sizes),
+        projection_dim=8,
+    )
+
+
+@pytest.mark.parametrize("paths", ["of two towers", "of a teacher"])
+def test_each_step_starts_without_gradients_of_weights_with_equal_paths(paths):
+    if paths == "of two towers":
+        backbone, masking = unnamed_towers(), None
+    else:
+        backbone = tiny_clip()
+        teacher = kcm.models.MomentumEncoder(backbone.vision_encoder)
+        # It leaves out nothing, so masks do not change the gradients.
+        masking = kcm.AttentiveMasking(teacher, mask_ratio=0.0)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+    model.compile(keras.optimizers.SGD(0.0), log_gradient_norm=True, **FAST)
+    pairs = random_pairs(4)
+    norms = [
+        model.train_on_batch(pairs, return_dict=True)["gradient_norm"] for _ in range(3)
+    ]
+    # The metric is a mean over steps.
+    np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
