@@ -178,7 +178,7 @@ class Checkpoint(keras.callbacks.Callback):
         if name is None or run.skips_validation(epoch):
             return
         # A callback may report it at the end of some epochs, the first one included.
-        if not any(name in row["logs"] for row in run.history):
+        if not any(name in row["logs"] for row in [*run.history, *run.unfinished]):
             raise ValueError(
                 "`monitor` must be in the logs of an epoch: pass `validation_data` to "
                 "`fit`, and put a callback that reports it before `Checkpoint`. "
@@ -204,6 +204,7 @@ class Checkpoint(keras.callbacks.Callback):
             "epoch_step": run.step,
             "data_origin": run.data.origin,
             "history": history,
+            "unfinished": bool(run.unfinished),
             "description": {**describe(model), **run.data.describe()},
             "compiled": run.compiled,
         }

@@ -7,7 +7,12 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import read_images
-from keras_cluster_mask.checks import check_integer, check_range, check_ratio
+from keras_cluster_mask.checks import (
+    check_choice,
+    check_integer,
+    check_range,
+    check_ratio,
+)
 from keras_cluster_mask.masking.selection import (
     anchor_count,
     kept_count,
@@ -150,10 +155,17 @@ class ClusterMasking(SimilarityMasking):
                 "`softness` is for budget mode (min_mask_ratio=None). Received: "
                 f"softness={softness}, min_mask_ratio={min_mask_ratio}"
             )
+        check_choice("hide_padding", hide_padding, (True, False))
+        if not hide_padding and min_mask_ratio is None:
+            raise ValueError(
+                "`hide_padding` is for threshold mode, which `min_mask_ratio` selects; "
+                "in budget mode there is no padding. "
+                f"Received: hide_padding={hide_padding}, min_mask_ratio=None"
+            )
         self.min_mask_ratio = min_mask_ratio
         self.anchor_ratio = float(anchor_ratio)
         self.softness = float(softness)
-        self.hide_padding = hide_padding
+        self.hide_padding = bool(hide_padding)
 
         self.threshold = self.share_above = None
         # What became of the pixels of uint8 images that `adapt` saw.

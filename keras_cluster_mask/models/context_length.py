@@ -54,7 +54,8 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
         # Only the position embeddings and position ids differ in shape. The ids of the
         # copy are right already.
         if tuple(old.shape) == tuple(new.shape):
-            new.assign(old)
+            # On JAX it would be the same array, which a training step gives away.
+            new.assign(ops.copy(old))
         elif keras.backend.is_float_dtype(new.dtype):
             new.assign(_interpolated(old, length))
     return copy

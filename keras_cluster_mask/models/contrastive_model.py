@@ -474,7 +474,9 @@ class ContrastiveModel(DualEncoder):
         weights are bit-identical to those of an uninterrupted run. The rest of an
         interrupted epoch is a separate Keras `fit`, so `on_train_begin` and
         `on_train_end` are called again. Give `CSVLogger` `append=True`. The returned
-        history holds all epochs, including those before the interruption.
+        history holds all epochs, including those before the interruption. An epoch
+        within which a callback set `stop_training` continues, too; its report is then
+        of the rest of its steps.
 
         Arrays are trained on in full batches: the pairs that fill no batch are left
         out of an epoch, after the shuffle, with a warning.

@@ -7,10 +7,15 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
-from keras_cluster_mask.training.layers import freeze_parts, frozen_parts
+from keras_cluster_mask.training.layers import (
+    all_layers,
+    freeze_parts,
+    frozen_parts,
+)
 
 # The layers of vision transformers that return the embedded tokens. The last is that
 # of `ViTBackbone` and of `BLIP2VisionEncoder`.
@@ -210,11 +215,15 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
         with prefix_tokens(encoder.num_prefix_tokens):
             patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
         return tokens - patches + masking.num_kept(patches)
-    try:
-        layer = find_embedding_layer(encoder)
-    except ValueError:
+    if any(isinstance(x, PatchMasking) for x in all_layers(encoder)):
+        # A layer of the user's own model, which leaves out tokens behind the embedding.
         return None
-    return count_tokens(_stem(encoder, layer), image_shape)
+    try:
+        stem = _stem(encoder, find_embedding_layer(encoder))
+    except ValueError:
+        # Unknown, or shared with another model.
+        return None
+    return count_tokens(stem, image_shape)
 
 
 def as_pair(size) -> tuple[int, int]:

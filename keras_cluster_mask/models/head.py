@@ -191,6 +191,13 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
             "`initial_temperature` must be greater than 0. "
             f"Received: initial_temperature={initial_temperature}"
         )
+    if initial_temperature is not None and 1 / initial_temperature > max_logit_scale:
+        raise ValueError(
+            "`initial_temperature` must be at least 1 / `max_logit_scale`, below which "
+            "the temperature cannot fall. Received: "
+            f"initial_temperature={initial_temperature}, "
+            f"max_logit_scale={max_logit_scale}"
+        )
     if initial_logit_bias is not None and loss == "softmax":
         raise ValueError(
             "`initial_logit_bias` is for loss='sigmoid'. "

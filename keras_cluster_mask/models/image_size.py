@@ -90,7 +90,8 @@ def with_image_size(
         ids = np.arange(positions.shape[-2])[None]
         new_values[id(getattr(copied, "position_ids", None))] = ids
     for old, new in zip(model.weights, copy.weights):
-        new.assign(new_values.get(id(new), old))
+        # On JAX it would be the same array, which a training step gives away.
+        new.assign(ops.copy(new_values.get(id(new), old)))
     number_positions(copied)
     return copy
 

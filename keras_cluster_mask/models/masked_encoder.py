@@ -110,6 +110,12 @@ class MaskedEncoder(keras.Model):
                 "`masking` must be a `PatchMasking` layer. "
                 f"Received: masking={masking} of type {type(masking).__name__}"
             )
+        if any(isinstance(x, PatchMasking) for x in all_layers(encoder)):
+            raise ValueError(
+                "`encoder` must have no masking yet. Take that of a masked encoder "
+                "out of it, `masked.encoder`, to put in another. "
+                f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
+            )
         self.encoder = encoder
         self.masking = masking
         self.embedding_layer = find_embedding_layer(encoder, layer)

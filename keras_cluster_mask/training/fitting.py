@@ -188,9 +188,10 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         # On JAX, weights and averages are the same arrays now, which cannot be updated.
         for variable in model.trainable_variables:
             variable.assign(ops.copy(variable))
-    history.epoch = [row["epoch"] for row in run.history]
+    rows = [*run.history, *run.unfinished]
+    history.epoch = [row["epoch"] for row in rows]
     history.history = {}
-    for row in run.history:
+    for row in rows:
         for name, value in row["logs"].items():
             history.history.setdefault(name, []).append(value)
     return history
@@ -288,8 +289,11 @@ def _warn_of_rate_zero(optimizer):
     if optimizer is None:
         return
     steps = int(ops.convert_to_numpy(optimizer.iterations))
+    own = inner_optimizer(optimizer)
+    # A `MultiOptimizer` passes weights on to others.
+    rates = [float(each.learning_rate) for each in getattr(own, "optimizers", [own])]
     # The first step of a warm-up has a rate of 0, too.
-    if steps and float(inner_optimizer(optimizer).learning_rate) == 0:
+    if steps and rates and not any(rates):
         warnings.warn(
             "The learning rate is 0, so this `fit` changes no weight unless a callback "
             "sets another: after a schedule has ended, compile the model with a new "

@@ -40,7 +40,7 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
         # A `tf.data.Dataset` of tuples that hold a dictionary alone.
         x = x.map(lambda batch: batch)
     if isinstance(x, dict):
-        x = {name: values for name, values in x.items() if values is not None}
+        x = {name: _array_of(v) for name, v in x.items() if v is not None}
     if sample_weight is None:
         return x
     if not isinstance(x, dict) or SAMPLE_WEIGHT in x:
@@ -50,7 +50,13 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
             f"Received: sample_weight of type {type(sample_weight).__name__}, data of "
             f"type {type(x).__name__}"
         )
-    return {**x, SAMPLE_WEIGHT: sample_weight}
+    return {**x, SAMPLE_WEIGHT: _array_of(sample_weight)}
+
+
+def _array_of(values):
+    """A list of numbers as an array, which Keras takes; other values as they are."""
+    is_list = isinstance(values, list) and not holds_strings(values)
+    return np.asarray(values) if is_list else values
 
 
 def check_no_labels(**labels):

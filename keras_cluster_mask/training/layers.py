@@ -4,6 +4,8 @@ Keras has no public functions for the first two, so this file reads private attr
 of layers. Tests fail if a version of Keras changes them.
 """
 
+import warnings
+
 import keras
 
 
@@ -47,9 +49,10 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
 
     Returns:
         The indices of frozen layers, in the order of `all_layers`, and of frozen
-        weights, in that of `layer.weights`.
+        weights, in that of `layer.weights`; and how many there are of both.
     """
     return {
+        "of": [len(all_layers(layer)), len(layer.weights)],
         "layers": [i for i, x in enumerate(all_layers(layer)) if not x.trainable],
         "weights": [i for i, v in enumerate(layer.weights) if not v.trainable],
     }
@@ -57,6 +60,17 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
 
 def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
     """Makes a layer train the parts that `frozen_parts` found to be trained."""
+    found = [len(all_layers(layer)), len(layer.weights)]
+    if found != frozen["of"]:
+        # keras_hub merges the weights of LoRA when it saves a model.
+        if frozen["layers"] or frozen["weights"]:
+            warnings.warn(
+                "Which layers and weights were frozen is lost, as a model with LoRA is "
+                "saved with other weights than it has: freeze them again. Received: "
+                f"{found[1]} weights, saved from {frozen['of'][1]}",
+                stacklevel=3,
+            )
+        return
     # Layers pass it on to those in them, so first all, and then the exceptions.
     for _ in range(2):
         for index, part in enumerate(all_layers(layer)):

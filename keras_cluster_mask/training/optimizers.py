@@ -38,7 +38,15 @@ def configure(model):
         return
     own = inner_optimizer(optimizer)
     # A `MultiOptimizer` passes weights on to others.
-    for each in getattr(own, "optimizers", [own]):
+    parts = getattr(own, "optimizers", [own])
+    if not parts and not options["decay_vectors"]:
+        raise ValueError(
+            "`optimizer` must be a `MultiOptimizer` of a `keras.optimizers."
+            "OptimizerMap`, which lists its optimizers, so that they do not decay "
+            "biases and vectors; or pass `decay_vectors=True`. Received: "
+            "a `MultiOptimizer` of a function"
+        )
+    for each in parts:
         # An optimizer may be compiled again, with other options.
         for name in REPLACED:
             vars(each).pop(name, None)
@@ -151,6 +159,9 @@ class GradientNorm:
 
     def update_metric(self):
         """Counts a training step."""
+        if "norm" not in vars(self._step):
+            # Nothing is trained.
+            return
         # Held no longer than the step, as these may be values of a traced function.
         norm = vars(self._step).pop("norm")
         del self._step.gradients

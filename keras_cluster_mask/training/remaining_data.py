@@ -106,6 +106,11 @@ class RemainingData:
         rest = self._after(epoch, step)
         return not any(True for _ in itertools.islice(iter(rest), 1))
 
+    def has_more(self, epoch, step):
+        """Whether an epoch has batches after `step` steps, which can be read alone."""
+        can_be_read = self.stream is not None or hasattr(self.data, "skip")
+        return can_be_read and step > 0 and not self.is_over(epoch, step)
+
     def after(self, epoch, step):
         """The data of an epoch after `step` steps, and of those that follow."""
         self._start = epoch, step

@@ -38,6 +38,8 @@ class TrainingRun(keras.callbacks.Callback):
         epoch: Integer, the running epoch; between epochs, the next.
         step: Integer, the steps of it that were done before this Keras fit.
         history: List of a dictionary with `"epoch"` and `"logs"` for each epoch.
+        unfinished: List of such a dictionary for the epoch within which a callback has
+            stopped training, if it continues there; else empty.
     """
 
     # The end of a step is told in a thread, see `Throughput`.
@@ -48,7 +50,7 @@ class TrainingRun(keras.callbacks.Callback):
         self.data = data
         self.step_size = step_size
         self.epoch, self.step = data.origin[0], 0
-        self.history = []
+        self.history, self.unfinished = [], []
         self._seeks = False
         self._start_values = None
 
@@ -166,7 +168,8 @@ class ResumableRun(TrainingRun):
         self.epoch, self.step = facts["epoch"], facts["epoch_step"]
         self.total_steps, self.history = facts["step"], facts["history"]
         self.data.origin = tuple(facts["data_origin"])
-        self._metrics = arrays if self.step else None
+        # Those of an epoch that was reported are of its validation.
+        self._metrics = arrays if self.step and not facts["unfinished"] else None
 
     def start(self, x):
         super().start(x)
@@ -230,6 +233,11 @@ class ResumableRun(TrainingRun):
 
     def on_epoch_end(self, epoch, logs=None):
         self.count_steps()
+        if self.model.stop_training and self.data.has_more(epoch, self.step):
+            # A callback has stopped it within the epoch, where it continues.
+            self.unfinished = [{"epoch": epoch, "logs": {} if logs is None else logs}]
+            self.data.seek(epoch, self.step)
+            return
         super().on_epoch_end(epoch, logs)
         if self._before:
             # The rest of an interrupted epoch, which was a Keras fit of its own.

@@ -264,6 +264,41 @@ def test_arrays_in_order_and_other_datasets_resume_too(kind, tmp_path):
         assert_same_weights(found, expected)
 
 
+class StopWithin(keras.callbacks.Callback):
+    """Stops training as a time limit does, before a step."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if int(ops.convert_to_numpy(self.model.optimizer.iterations)) == 4:
+            self.model.stop_training = True
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_an_epoch_that_a_callback_stops_continues_where_it_was(
+    whole, shards, tmp_path, validates
+):
+    data, model = make_dataset(shards), make_model()
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, monitor=None)
+    validation_data = pairs() if validates else None
+    history = model.fit(
+        data,
+        epochs=3,
+        verbose=0,
+        validation_data=validation_data,
+        callbacks=[checkpoint, StopWithin()],
+    )
+    assert history.epoch == [0, 1]
+    found, history = run(
+        data, tmp_path, fit={"validation_data": validation_data}, model=make_model()
+    )
+    assert_same_weights(found, whole[0])
+    assert history.epoch == [0, 1, 2]
+    # Its report is of the rest alone.
+    expected = whole[1].history["loss"]
+    assert [x for x in history.history["loss"] if x not in expected] == [
+        history.history["loss"][1]
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("masking", ["threshold", "attentive"])
 def test_maskings_with_a_state_of_their_own_resume(masking, tmp_path):

@@ -773,6 +773,8 @@ class TestErrors:
             ({"threshold": 0.5}, "`threshold` needs `min_mask_ratio`"),
             ({"threshold": 1.5, "min_mask_ratio": 0.3}, "`threshold` must be in"),
             ({"softness": 0.1, "min_mask_ratio": 0.3}, "`softness` is for budget"),
+            ({"hide_padding": False}, "`hide_padding` is for threshold mode"),
+            ({"hide_padding": "no"}, "`hide_padding` must be one of True, False"),
             ({"softness": -0.1}, "`softness` must be in"),
             ({"anchor_ratio": 1.1}, "`anchor_ratio` must be in"),
             ({"anchor_ratio": -0.1}, "`anchor_ratio` must be in"),

@@ -8,6 +8,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.models import with_context_length
 from tests.helpers import (
     CONTEXT,
+    FAST,
     as_trained,
     image_mlp,
     random_pairs,
@@ -96,3 +97,21 @@ def test_what_cannot_be_done_is_refused():
     for length in (2, 9.0, True, None):
         with pytest.raises(ValueError, match=r"`length` must be.*Received: length="):
             with_context_length(tiny_clip(), length)
+
+
+def test_training_a_copy_leaves_the_model_as_it_was():
+    backbone = tiny_clip()
+    before = values(backbone.weights)
+    for copy in (
+        with_context_length(backbone, 5),
+        kcm.models.with_image_size(backbone, 24),
+    ):
+        model = kcm.ContrastiveModel.from_backbone(copy)
+        model.compile("sgd", **FAST)
+        shape = copy.vision_encoder.image_shape
+        images = np.random.default_rng(0).normal(size=(4, *shape)).astype("float32")
+        ids = random_pairs(4)["token_ids"][:, :5]
+        model.fit({"images": images, "token_ids": ids}, batch_size=4, verbose=0)
+        # On JAX, arrays of the step would have been deleted.
+        for one, other in zip(values(backbone.weights), before):
+            np.testing.assert_array_equal(one, other)

@@ -634,6 +634,7 @@ def test_a_masking_of_the_users_own_reloads(tmp_path):
         (dict(loss="hinge"), r"`loss` must.*Received: loss='hinge'"),
         (dict(duplicates="drop"), "`duplicates` must.*Received: duplicates='drop'"),
         (dict(initial_temperature=0.0), "`initial_temperature`.*Received:.*0"),
+        (dict(initial_temperature=0.002), "`max_logit_scale`.*Received:.*0.002"),
         (dict(initial_temperature=-1), "`initial_temperature`.*Received:.*-1"),
         (dict(max_logit_scale=0), "`max_logit_scale`.*Received:.*0"),
     ],

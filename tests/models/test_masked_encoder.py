@@ -525,3 +525,15 @@ def test_keras_hub_alone_reads_what_a_masked_encoder_trained(tmp_path):
     encoder.save_to_preset(str(tmp_path))
     loaded = keras_hub.models.ViTBackbone.from_preset(str(tmp_path))
     np.testing.assert_array_equal(to_numpy(loaded(images)), to_numpy(masked(images)))
+
+
+@pytest.mark.any_backend
+def test_an_encoder_that_has_a_masking_is_refused():
+    encoder = clip_vision_encoder()
+    masked = kcm.with_masking(encoder, kcm.RandomMasking(0.5))
+    around = keras.Model(encoder.input, masked(encoder.input)[:, 0])
+    for each in (masked, around):
+        with pytest.raises(ValueError, match=r"`encoder` must have no masking.*Recei"):
+            kcm.with_masking(each, kcm.RandomMasking(0.25))
+    again = kcm.with_masking(masked.encoder, kcm.RandomMasking(0.25))
+    assert again.masking.mask_ratio == 0.25

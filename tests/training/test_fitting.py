@@ -371,6 +371,12 @@ def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwar
         model.fit(random_pairs(8), **FIT)
     for one, other in zip(values(model.trainable_weights), before):
         np.testing.assert_array_equal(one, other)
+    # That of a `MultiOptimizer` is that of the optimizers in it.
+    several = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1))
+    model.compile(keras.optimizers.MultiOptimizer(several), **FAST)
+    for _ in range(2):
+        model.fit(random_pairs(8), **FIT)
+    before = values(model.trainable_weights)
     compile_for_four_steps(model)
     model.fit(random_pairs(8), **FIT)
     assert any(

@@ -5,7 +5,7 @@ import pytest
 
 from keras_cluster_mask.training.input_rules import InputRules
 from keras_cluster_mask.training.inputs import check_data, check_input
-from tests.helpers import VOCABULARY, random_pairs
+from tests.helpers import FAST, VOCABULARY, random_pairs, small_model
 
 pytestmark = pytest.mark.any_backend
 
@@ -114,3 +114,27 @@ def test_inputs_that_are_no_dictionary_are_an_error():
 def test_other_iterables_are_left_as_they_are():
     batches = iter([random_pairs(4)])
     assert check_data(batches, RULES) is batches
+
+
+def test_lists_of_numbers_are_arrays_everywhere():
+    pairs = random_pairs(8)
+    lists = {"images": pairs["images"], "token_ids": pairs["token_ids"].tolist()}
+    weights = np.linspace(0, 1, 8).tolist()
+    model = small_model()
+    model.compile("sgd", **FAST)
+    fit = dict(batch_size=4, sample_weight=weights, validation_data=lists, verbose=0)
+    assert len(model.fit(lists, **fit).history["val_loss"]) == 1
+    model.train_on_batch(lists)
+    found, expected = (
+        (model.evaluate(x, sample_weight=w, verbose=0), model.predict(x, verbose=0))
+        for x, w in ((lists, weights), (pairs, np.asarray(weights)))
+    )
+    assert found[0] == expected[0]
+    for name, value in expected[1].items():
+        np.testing.assert_array_equal(found[1][name], value)
+
+
+def test_weights_under_another_name_are_refused():
+    pairs = {**random_pairs(4), "sample_weights": np.zeros(4)}
+    with pytest.raises(ValueError, match=r"as 'sample_weight'.*Received: .*_weights"):
+        check_data(pairs, RULES)

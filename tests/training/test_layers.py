@@ -1,4 +1,5 @@
 import keras
+import pytest
 
 from keras_cluster_mask.training.layers import (
     all_layers,
@@ -63,3 +64,17 @@ def test_frozen_parts_are_frozen_in_a_layer_of_the_same_structure():
     found = [v.trainable for v in other.weights]
     assert found == [v.trainable for v in frozen.weights]
     assert sum(found) == 1
+
+
+def test_what_was_frozen_of_a_layer_with_other_weights_is_lost_with_a_warning():
+    layer = keras.layers.Dense(3, use_bias=False)
+    layer.build((None, 2))
+    frozen = frozen_parts(layer)
+    other = keras.layers.Dense(3)
+    other.build((None, 2))
+    freeze_parts(other, frozen)
+    assert other.trainable
+    layer.trainable = False
+    with pytest.warns(UserWarning, match=r"LoRA.*Received: 2 weights, saved from 1"):
+        freeze_parts(other, frozen_parts(layer))
+    assert other.trainable

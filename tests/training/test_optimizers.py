@@ -463,3 +463,20 @@ def test_keras_calls_the_methods_that_are_replaced():
     variable = keras.Variable(np.ones((2, 2), "float32"))
     optimizer.apply([keras.ops.ones((2, 2))], [variable])
     assert called == {"_backend_update_step", "_apply_weight_decay"}
+
+
+@pytest.mark.any_backend
+def test_optimizers_that_are_not_known_yet_are_refused_unless_they_decay_vectors():
+    model = make_model()
+    optimizer = keras.optimizers.MultiOptimizer(lambda v: keras.optimizers.SGD(0.1))
+    with pytest.raises(ValueError, match=r"OptimizerMap.*Received: .* of a function"):
+        model.compile(optimizer, **FAST)
+    model.compile(optimizer, decay_vectors=True, **FAST)
+
+
+def test_without_anything_to_train_the_norm_of_gradients_is_0():
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
+    model.backbone.trainable = False
+    model.compile("adam", log_gradient_norm=True, **FAST)
+    history = model.fit(random_pairs(4), batch_size=4, verbose=0).history
+    assert history["gradient_norm"] == [0.0]
