@@ -52,7 +52,7 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
         weights, in that of `layer.weights`; and how many there are of both.
     """
     return {
-        "of": [len(all_layers(layer)), len(layer.weights)],
+        "counts": [len(all_layers(layer)), len(layer.weights)],
         "layers": [i for i, x in enumerate(all_layers(layer)) if not x.trainable],
         "weights": [i for i, v in enumerate(layer.weights) if not v.trainable],
     }
@@ -61,13 +61,13 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
 def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
     """Makes a layer train the parts that `frozen_parts` found to be trained."""
     found = [len(all_layers(layer)), len(layer.weights)]
-    if found != frozen["of"]:
+    if found != frozen["counts"]:
         # keras_hub merges the weights of LoRA when it saves a model.
         if frozen["layers"] or frozen["weights"]:
             warnings.warn(
                 "Which layers and weights were frozen is lost, as a model with LoRA is "
                 "saved with other weights than it has: freeze them again. Received: "
-                f"{found[1]} weights, saved from {frozen['of'][1]}",
+                f"{found[1]} weights, saved from {frozen['counts'][1]}",
                 stacklevel=3,
             )
         return
