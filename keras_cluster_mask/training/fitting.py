@@ -291,7 +291,8 @@ def _warn_of_rate_zero(optimizer):
     steps = int(ops.convert_to_numpy(optimizer.iterations))
     own = inner_optimizer(optimizer)
     # A `MultiOptimizer` passes weights on to others.
-    rates = [float(each.learning_rate) for each in getattr(own, "optimizers", [own])]
+    optimizers = getattr(own, "optimizers", [own])
+    rates = [float(ops.convert_to_numpy(each.learning_rate)) for each in optimizers]
     # The first step of a warm-up has a rate of 0, too.
     if steps and rates and not any(rates):
         warnings.warn(
