@@ -6,27 +6,23 @@ import numpy as np
 TILE = 2040, 4096
 # Rows whose count is held in eight bits.
 ROWS = 255
-# How many items decide whether a query is hopeless.
-SAMPLE = 2048
 # Similarities of unit vectors count as equal within this distance: in 32 bits their
 # last digits depend on the order of a sum.
 TIE = 2.0**-22
 NEVER = np.iinfo("int64").max
 
 
-def ranks_of_partners(images, texts, image_labels, text_labels, limit):
+def ranks_of_partners(images, texts, image_labels, text_labels):
     """Counts the wrong partners ahead of the best right one, of each image and text.
 
     The similarity of all images to all texts is computed once for both directions, tile
-    by tile. If most queries have more than `limit` wrong partners ahead in a sample,
-    only the similarity of the other queries is.
+    by tile.
 
     Args:
         images: `(images, d)` float32 array of L2-normalized rows.
         texts: `(texts, d)` float32 array of L2-normalized rows.
         image_labels: `(images,)` array. Partners have the same label.
         text_labels: `(texts,)` array.
-        limit: Integer. Ranks from here on may all be returned as the limit.
 
     Returns:
         Two int64 arrays, `(images,)` and `(texts,)`.
@@ -44,59 +40,35 @@ def ranks_of_partners(images, texts, image_labels, text_labels, limit):
         _best(queries, items, *ranges) - TIE
         for queries, items, ranges in zip(sides, sides[::-1], right)
     ]
-    ranks = [np.full(len(each), limit) for each in sides]
-    open_ = [
-        np.flatnonzero(_may_be_below(limit, *each))
-        for each in zip(sides, sides[::-1], right, bounds)
-    ]
-    if sum(len(each) / len(side) for each, side in zip(open_, sides)) < 1:
-        for side, rows in enumerate(open_):
-            queries, items = sides[side], sides[1 - side]
-            ranges = [each[rows] for each in right[side]]
-            found = _count(queries[rows], items, *ranges, bounds[side][rows])
-            ranks[side][rows] = found[0]
-    else:
-        ranks = _count(*sides, *right[0], *bounds)
+    ranks = _count(*sides, right[0], *bounds)
     for each, (first, last), order in zip(ranks, right, orders):
         each[first == last] = NEVER
         each[order] = each.copy()
     return ranks
 
 
-def _count(rows, columns, first, last, row_bounds, column_bounds=None):
+def _count(rows, columns, right, row_bounds, column_bounds):
     """Counts the columns above the bound of each row, and the rows of each column.
 
-    Pairs of a row and one of the columns from its `first` to before its `last` do not
-    count. Without `column_bounds` only the counts of rows are computed.
+    Pairs of a row and one of its right columns do not count.
     """
     counts = [np.zeros(len(each), "int64") for each in (rows, columns)]
+    first, last = right
     for i in range(0, len(rows), TILE[0]):
         part = slice(i, i + TILE[0])
         for j in range(0, len(columns), TILE[1]):
             other = slice(j, j + TILE[1])
             similarity = rows[part] @ columns[other].T
             for row in np.flatnonzero((last[part] > j) & (first[part] < other.stop)):
-                right = slice(max(first[i + row] - j, 0), max(last[i + row] - j, 0))
-                similarity[row, right] = -np.inf
+                own = slice(max(first[i + row] - j, 0), max(last[i + row] - j, 0))
+                similarity[row, own] = -np.inf
             reached = similarity >= row_bounds[part, None]
             counts[0][part] += np.count_nonzero(reached, axis=1)
-            if column_bounds is None:
-                continue
             np.greater_equal(similarity, column_bounds[other], out=reached)
             for k in range(0, len(reached), ROWS):
                 some = reached[k : k + ROWS].view("uint8")
                 counts[1][other] += np.add.reduce(some, 0, dtype="uint8")
     return counts
-
-
-def _may_be_below(limit, queries, items, right, bounds):
-    """Whether a rank may be below the limit, by what is ahead in a sample."""
-    step = -(-len(items) // SAMPLE)
-    none = np.zeros(len(queries), "int64")
-    ahead, _ = _count(queries, items[::step], none, none, bounds)
-    # The right partners in the sample, whether or not they are ahead.
-    first, last = (-(-each // step) for each in right)
-    return ahead - (last - first) < limit
 
 
 def _ranges(codes, others):

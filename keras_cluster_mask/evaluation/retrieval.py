@@ -73,7 +73,7 @@ def retrieval_recall(
     image_labels, text_labels = _check_labels(
         len(images), len(texts), image_labels, text_labels
     )
-    ranks = ranks_of_partners(images, texts, image_labels, text_labels, max(ks))
+    ranks = ranks_of_partners(images, texts, image_labels, text_labels)
     return {
         f"{name}_recall@{k}": float(np.mean(each < k))
         for name, each in zip(("image_to_text", "text_to_image"), ranks)

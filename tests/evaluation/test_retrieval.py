@@ -40,17 +40,14 @@ def ranks_by_sorting(queries, items, query_labels, item_labels):
     return np.where(right.any(axis=1), right.argmax(axis=1), 10**6)
 
 
-# A sample finds out which queries are hopeless, most or few of them.
 @pytest.mark.any_backend
-@pytest.mark.parametrize("sample", [30, 150])
 @pytest.mark.parametrize("num_labels", [3, 40, 1000])
 @pytest.mark.parametrize("ks", [(1, 3), (1, 7, 205)])
 def test_tiles_and_labels_of_any_sizes_give_the_order_of_similarity(
-    num_labels, ks, sample, monkeypatch
+    num_labels, ks, monkeypatch
 ):
     monkeypatch.setattr(ranks, "TILE", (37, 50))
     monkeypatch.setattr(ranks, "ROWS", 11)
-    monkeypatch.setattr(ranks, "SAMPLE", sample)
     rng = np.random.default_rng(num_labels)
     # Of some labels there are many images and no text.
     image_labels = rng.integers(0, num_labels, 300)
