@@ -95,10 +95,9 @@ def plot_generalization(runs, path, top=None):
         )
         points = np.concatenate(list(by_steps.values()))
         axes.plot(*points.T, ".", ms=4, color=line.get_color(), alpha=0.5)
-    axes.set(xlabel="loss on training images", ylabel="loss on validation images")
-    axes.set_title(
-        "whole images, the second at the best temperature; training runs to the right",
-        fontsize=10,
+    axes.set(
+        xlabel="loss on training images, falling to the right",
+        ylabel="loss on validation images, at the best temperature",
     )
     axes.invert_xaxis()
     axes.set_ylim(top=top)
@@ -106,7 +105,7 @@ def plot_generalization(runs, path, top=None):
 
 
 def plot_what_stays(runs, measured, path):
-    """The loss after training against how well the patches that stay stand for others.
+    """The loss after training against how much the patches that stay resemble others.
 
     Args:
         runs: Finished runs of `quality.py`.
@@ -114,27 +113,26 @@ def plot_what_stays(runs, measured, path):
             of the patches.
         path: Of the image to write.
     """
-    figure, both = plt.subplots(
-        1, 2, figsize=(9.5, 4.2), layout="constrained", sharey=True
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    by_method, means = _by_method(runs), []
+    for row in measured:
+        mine = by_method.get(row["method"], ())
+        losses = [run["validation"]["loss"] for run in mine]
+        if losses and abs(row["kept"] - 0.5) < 0.01:
+            name = f"{_title(row['method'])} ({len(losses)})"
+            values = np.full(len(losses), row["look-alike"])
+            axes.plot(values, losses, "o", ms=5, alpha=0.7, label=name)
+            means.append((row["look-alike"], np.mean(losses)))
+    correlation = np.corrcoef(np.transpose(means))[0, 1]
+    axes.set(
+        xlabel="similarity of a masked patch to the most similar patch that stays",
+        ylabel="loss on validation images",
     )
-    by_method = _by_method(runs)
-    titles = {
-        "look-alike": "similarity to the most similar patch that stays",
-        "colors": "share of the variance of colors explained",
-    }
-    for axes, (column, title) in zip(both, titles.items()):
-        for row in measured:
-            mine = by_method.get(row["method"], ())
-            losses = [run["validation"]["loss"] for run in mine]
-            if losses and abs(row["kept"] - 0.5) < 0.01:
-                name = f"{_title(row['method'])} ({len(losses)})"
-                values = np.full(len(losses), row[column])
-                axes.plot(values, losses, "o", ms=5, alpha=0.7, label=name)
-        axes.set(xlabel=title)
-    both[0].set(ylabel="loss on validation images")
-    both[0].grid(alpha=0.3)
-    both[0].spines[["top", "right"]].set_visible(False)
-    _finish(figure, both[1], path)
+    axes.set_title(
+        f"correlation of the means of {len(means)} maskings: {correlation:.2f}",
+        fontsize=10,
+    )
+    _finish(figure, axes, path)
 
 
 # Parts of names, as the pages have them.
@@ -143,9 +141,9 @@ TITLES = {
     "resized": "smaller images",
     "softer cluster": "cluster, softness 0.3",
     "cluster of 6 anchors": "cluster, 6 anchors",
-    "random words, 12 tokens, whole texts last": "10 random words",
-    "random words, whole texts last": "6 random words",
-    "rare words 1e-3, 12 tokens, whole texts last": "10 rare words",
+    "random words, 12 tokens, whole texts last": "10 tokens",
+    "random words, whole texts last": "6 tokens",
+    "rare words 1e-3, 12 tokens, whole texts last": "10 tokens of rare words",
 }
 
 
@@ -153,7 +151,7 @@ def _title(method):
     """The name of a method on the pages."""
     for name, title in TITLES.items():
         method = method.replace(name, title)
-    recipe = {"random, 10 random words": "the recipe: random, 10 random words"}
+    recipe = {"random, 10 tokens": "the recipe: random, 10 tokens"}
     return recipe.get(method, method)
 
 

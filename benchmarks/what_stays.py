@@ -84,12 +84,10 @@ def measure(name, images, patch_size):
     """What the masks of a method leave of images, means over images.
 
     Returns:
-        A dictionary: `"kept"`, the share of the patches; `"contrast"`, the standard
-        deviation within a kept patch in parts of that of all patches; `"look-alike"`,
-        the similarity of a patch that is left out to the most similar one that stays;
-        `"hole"`, its distance to the nearest one that stays, in patches; `"colors"`,
-        the share of the variance between the mean colors of the patches that is known
-        if each is taken from the nearest patch that stays.
+        A dictionary: `"kept"`, the share of the patches; `"look-alike"`, the similarity
+        of a patch that is left out to the most similar one that stays; `"colors"`, the
+        share of the variance between the mean colors of the patches that is known if
+        each is taken from the nearest patch that stays.
     """
     keras.utils.set_random_seed(0)
     masking = PATCHES[name].new_masking(patch_size, None, None)
@@ -108,7 +106,7 @@ def measure(name, images, patch_size):
         np.put_along_axis(stays, indices, visible, axis=1)
         patches = cut(batch, patch_size)
         found += [numbers(*each, side) for each in zip(stays, patches)]
-    # A blank image has no contrast, and a mask may leave out nothing.
+    # A blank image has no variance, and a mask may leave out nothing.
     return {key: float(np.nanmean([x[key] for x in found])) for key in found[0]}
 
 
@@ -130,7 +128,6 @@ def numbers(stays, patches, side):
     """
     means = patches.mean(axis=1)
     patterns = (patches - means[:, None]).reshape(len(patches), -1)
-    contrast = patterns.std(axis=1)
     floor = 1e-3 * max(patches.std(), 1e-12)
     unit = patterns / np.maximum(np.linalg.norm(patterns, axis=1), floor)[:, None]
     places = np.stack(np.divmod(np.arange(len(patches)), side), axis=1)
@@ -139,13 +136,10 @@ def numbers(stays, patches, side):
     nearest = np.flatnonzero(stays)[distances.argmin(axis=1)]
     error = np.square(means - means[nearest]).sum()
     variance = np.square(means - means.mean(axis=0)).sum()
-    is_blank, is_whole = not contrast.any(), stays.all()
     alike = unit[gone] @ unit[stays].T
     return {
         "kept": stays.mean(),
-        "contrast": np.nan if is_blank else contrast[stays].mean() / contrast.mean(),
-        "look-alike": np.nan if is_whole else alike.max(axis=1).mean(),
-        "hole": np.nan if is_whole else distances[gone].min(axis=1).mean(),
+        "look-alike": alike.max(axis=1).mean() if gone.any() else np.nan,
         "colors": 1 - error / variance if variance else np.nan,
     }
 

@@ -12,7 +12,7 @@
 # This guide evaluates the model of the [first guide](pretrain_clip.py), so
 # run that before, or set `MODEL` and `TOKENIZER` to files of your own. Recall and accuracies
 # equal those of [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark) (except for ties). The
-# search needs [faiss](https://github.com/facebookresearch/faiss): `pip install -e ".[search]"`.
+# guide needs [faiss](https://github.com/facebookresearch/faiss): `pip install -e ".[search]"`.
 
 # %%
 import os

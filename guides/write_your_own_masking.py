@@ -49,9 +49,10 @@ def show(figure, name):
 # their noise, so a score of 0 for blank patches and of 1 for all others is enough: the budget is
 # filled with random patches that show something, and with random blank ones if there are too few.
 #
-# Three rules keep a masking right on every backend and on any number of devices:
+# Four rules keep a masking right on every backend and on any number of devices:
 #
 # - compute with `keras.ops`;
+# - take sizes from `ops.shape(noise)`: the batch size may be unknown when TensorFlow compiles;
 # - take all randomness from `noise`, and draw none of your own;
 # - score each image on its own, as a device sees only its part of the batch.
 #
@@ -81,7 +82,7 @@ class ContentMasking(kcm.PatchMasking):
         sides = (self.patch_size, self.patch_size)
         images = ops.cast(images, "float32")
         patches = ops.image.extract_patches(images, sides)  # (batch, rows, columns, n)
-        patches = ops.reshape(patches, (*noise.shape, -1, images.shape[-1]))
+        patches = ops.reshape(patches, (*ops.shape(noise), -1, images.shape[-1]))
         spread = ops.max(ops.std(patches, axis=2), axis=-1)  # (batch, N)
         return ops.cast(spread > self.contrast, "float32")
 

@@ -68,9 +68,9 @@ def sigmoid_contrastive_loss(
     logit_bias: Tensor | float,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The loss of SigLIP: each image-text pair is a yes-or-no question.
+    """The sigmoid loss of SigLIP: a binary classification of each image-text pair.
 
-    The sum of the binary cross-entropies of all pairs, over the batch size.
+    The sum of the binary cross-entropies of all pairs, divided by the batch size.
 
     Example:
 

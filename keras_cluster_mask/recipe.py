@@ -73,7 +73,7 @@ def small_data_recipe(
     texts (`docs/how_to/short_texts.md`).
 
     Args:
-        epochs: Integer. The passes over the data.
+        epochs: Integer, as `fit` takes it.
         steps_per_epoch: Integer. `dataset.steps_per_epoch` of an `image_text_dataset`,
             which is `len(dataset)` unless it has a `sampling`.
         learning_rate: Float. The highest learning rate.

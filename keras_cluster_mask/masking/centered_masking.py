@@ -13,7 +13,7 @@ from keras_cluster_mask.types import Tensor
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class CenteredMasking(PatchMasking):
-    """Leaves out random patches of every training image, those near the border first.
+    """Leaves out random patches of every training image, more often near the border.
 
     The masking of GLIP. The score of a patch is its noise plus the density of a
     two-dimensional normal distribution at its position, and the patches of the highest

@@ -41,7 +41,7 @@ class KMeansMasking(SimilarityMasking):
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         num_clusters: Integer. How many clusters there are in an image; no more than it
             has patches. A patch that is equally similar to several centers joins the
-            cluster that leaves first, so some clusters may be empty.
+            cluster that is dropped first, so some clusters may be empty.
         iterations: Integer. How often the centers move to the mean of their patches.
             The center of an empty cluster stays where it is.
         embedding_weight: Float in `[0, 1]`, or a

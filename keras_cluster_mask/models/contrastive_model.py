@@ -105,9 +105,10 @@ class ContrastiveModel(DualEncoder):
             as much as the whole image (A-CLIP).
         gradient_checkpointing: Boolean. Whether the transformer blocks of both encoders
             keep only their input in training, and recompute their activations for the
-            gradients. Costs about a third more time for much less memory; the results
-            are the same. The blocks of keras_hub are known; for other encoders, pass a
-            list of the names of the layers that are blocks.
+            gradients. Costs about a third more time. How much memory it saves
+            depends on the depth of the encoders and on the backend. The results are the
+            same. The blocks of keras_hub are known; for other encoders, pass a list of
+            the names of the layers that are blocks.
         pixel_mean: Three floats, by channel. uint8 images are scaled to [0, 1] and
             normalized with this mean. Defaults to CLIP's. `None` passes images to the
             encoder unchanged.
@@ -232,11 +233,12 @@ class ContrastiveModel(DualEncoder):
         Returns:
             A `ContrastiveModel` with the attributes `backbone`, `masking` and
             `text_masking`: a `kcm.models.CLIPContrastiveModel`,
-            `MetaCLIP2ContrastiveModel` or `SigLIPContrastiveModel`. Of a subclass of
-            one of them, whose `from_backbone` is called, a model of the subclass.
+            `MetaCLIP2ContrastiveModel` or `SigLIPContrastiveModel`. Called on a
+            subclass of one of these, it returns a model of that subclass.
 
         Raises:
-            ValueError: For another backbone, or a subclass for another backbone.
+            ValueError: If the backbone is not supported, or is of another kind than the
+                class that it is called on.
         """
         known = ContrastiveModel.for_backbone
         names = [x.__name__ for x in type(backbone).__mro__ if x.__name__ in known]
@@ -439,7 +441,7 @@ class ContrastiveModel(DualEncoder):
                 computes in float16.
 
         Raises:
-            ValueError: For a loss or metrics, a multiplier of something else than a
+            ValueError: For a loss or metrics, a multiplier for something other than a
                 tower, or an optimizer that has already been built to decay vectors.
         """
         check_no_losses(kwargs)
@@ -467,16 +469,16 @@ class ContrastiveModel(DualEncoder):
         resume_from: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        """Trains the model: `keras.Model.fit` with one argument more.
+        """Trains the model: `keras.Model.fit` with one additional argument.
 
         To continue a killed run, start the same program again. It must save checkpoints
         and pass their folder as `resume_from`. On one machine and in float32, the final
         weights are bit-identical to those of an uninterrupted run. The rest of an
         interrupted epoch is a separate Keras `fit`, so `on_train_begin` and
         `on_train_end` are called again. Give `CSVLogger` `append=True`. The returned
-        history holds all epochs, including those before the interruption. An epoch
-        within which a callback set `stop_training` continues, too; its report is then
-        of the rest of its steps.
+        history holds all epochs, including those before the interruption. If a
+        callback set `stop_training` within an epoch, that epoch is continued, and its
+        logs cover only the remaining steps.
 
         Arrays are trained on in full batches: the pairs that fill no batch are left
         out of an epoch, after the shuffle, with a warning.

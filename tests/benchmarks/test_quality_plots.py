@@ -32,15 +32,11 @@ def test_what_stays_has_a_point_for_each_run_on_half_of_the_patches(
 ):
     masks = str(RESULTS / "what_stays-flickr8k.json")
     path = str(tmp_path / "plot.png")
-    both = drawn(monkeypatch, tmp_path, "what-stays", path, RUNS, masks)
-    for lines in both:
-        assert len(lines["random (3)"]) == 3
-        assert len(lines["threshold (1)"]) == 1
-        # A quarter of the patches.
-        assert not any("grid" in name for name in lines)
-    # The losses are the same, beside what the masks leave.
-    assert (both[0]["random (3)"][:, 1] == both[1]["random (3)"][:, 1]).all()
-    assert (both[0]["random (3)"][:, 0] != both[1]["random (3)"][:, 0]).all()
+    (lines,) = drawn(monkeypatch, tmp_path, "what-stays", path, RUNS, masks)
+    assert len(lines["random (3)"]) == 3
+    assert len(lines["threshold (1)"]) == 1
+    # A quarter of the patches.
+    assert not any("grid" in name for name in lines)
 
 
 def test_generalization_joins_the_lengths_of_a_method(monkeypatch, tmp_path):
