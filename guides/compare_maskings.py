@@ -71,11 +71,10 @@ show(kcm.visualization.plot_masks(photographs, columns), "compared_masks")
 # %% [markdown]
 # ## Statistics of the masks
 #
-# The images of this dataset are objects on white, 48 pixels wide, and two anchors of each make
-# the clusters. `masking_statistics` describes the masks of a whole dataset. The similarity at the
-# cut says how well a masking suits the images. Near 1, similar patches fill the masked half (here
-# often white paper); near 0, the anchors have too few similar patches, and dissimilar ones are
-# masked too.
+# The images of this dataset are objects on white, 48 pixels wide, with two anchors each.
+# `masking_statistics` describes the masks of a whole dataset. The similarity at the cut says how
+# well a masking suits the images. Near 1, similar patches fill the masked half (here often white
+# paper); near 0, the anchors have too few similar patches, and dissimilar ones are masked too.
 
 # %%
 captions = kcm.data.read_captions(IMAGES / "train-*.tar")
@@ -143,8 +142,8 @@ for name, make in MASKINGS.items():
 #
 # Recall@10 on 346 test pairs has a 95 % interval of about ± 3 to 4 points, so one short run of each
 # says little about small differences: repeat it with several seeds, and on your own data. In
-# longer studies on photographs random masking was ahead of whole images in the same time, on
-# scenes together with fewer words. Cluster masking was behind random masking, or level with it
+# longer studies on photographs, random masking was ahead of whole images at equal time. On scenes,
+# this needed fewer words per caption as well. Cluster masking was behind random masking, or level with it
 # ([measurements](../docs/benchmarks/quality.md)).
 
 # %%

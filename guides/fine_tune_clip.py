@@ -39,7 +39,7 @@ import keras_cluster_mask as kcm
 # `PRESET` is a folder, here the one that the first guide saved, or the name of a CLIP, SigLIP or
 # MetaCLIP 2 of [KerasHub](https://keras.io/keras_hub/presets/), which is downloaded. For
 # `"clip_vit_base_patch32"` set `TOKENIZER = None`, which is CLIP's own vocabulary (from
-# `pip install open_clip_torch`), and `LEARNING_RATE = 1e-5`: large models are easily spoilt.
+# `pip install open_clip_torch`), and `LEARNING_RATE = 1e-5`: a high rate destroys what it knows.
 
 # %%
 RESULTS = Path(os.environ.get("RESULTS", "results"))
@@ -123,8 +123,8 @@ results = {"before": kcm.evaluation.evaluate_retrieval(pretrained, test, verbose
 # %% [markdown]
 # ## Fine-tune with and without masking
 #
-# The learning rate warms up and falls again. Weights are not decayed: there are few steps, and
-# decay would only pull the model away from what it knows. The masked model reads a random half
+# The learning rate warms up and falls again. There is no weight decay: in so few steps, it would
+# only pull the model away from its pre-trained weights. The masked model reads a random half
 # of the patches; on a few hundred pairs random masking is the safe choice. One more epoch follows on
 # whole images, at a low rate, because the model reads whole images when it is used.
 #

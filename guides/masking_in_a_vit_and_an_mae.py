@@ -7,7 +7,7 @@
 #
 # - a **classifier** on KerasHub's `ViTBackbone`, which trains faster on half of the patches;
 # - a **masked autoencoder** ([MAE](https://arxiv.org/abs/2111.06377)), which reads a quarter of
-#   the patches and learns to paint the others. It needs to know which patches stay.
+#   the patches and learns to reconstruct the others. It needs to know which patches stay.
 
 # %%
 import os
@@ -66,7 +66,7 @@ print(f"{len(train_images)} training images, {train_labels.mean():.0%} of them e
 # %% [markdown]
 # ## A classifier
 #
-# `with_masking` returns a model of the encoder's weights. It knows the encoders of KerasHub; for
+# `with_masking` returns a model that shares the encoder's weights. It knows the encoders of KerasHub; for
 # another Keras model name the layer that returns the embedded tokens. An epoch on half of the
 # patches takes about two thirds of the time here, so six of them fit into the time of four.
 
@@ -167,8 +167,8 @@ autoencoder.compile(keras.optimizers.AdamW(1e-3))
 history = autoencoder.fit(train_images, batch_size=64, epochs=EPOCHS)
 
 # %% [markdown]
-# Test images: what the encoder reads, what the decoder paints in place of the rest, and the image.
-# After so short a training it knows shapes and colors, and no details.
+# Test images: what the encoder reads, what the decoder reconstructs in place of the rest, and the image.
+# After such a short run it knows shapes and colors, and no details.
 
 
 # %%

@@ -77,13 +77,14 @@ def show(figure, name):
 # ## Masks
 #
 # Random masking leaves gaps everywhere. Cluster masking removes whole surfaces and keeps others
-# complete: the patches that are most similar to one of a few random anchors, outlined in red, are
-# left out, until half of them are. The last column is the similarity to the nearest anchor.
+# complete. A few random patches become anchors, outlined in red, and the patches most similar to
+# an anchor are left out until half of all are gone. The last column is the similarity to the
+# nearest anchor.
 #
 # On small data, models learned more from a random half
 # ([measurements](../docs/benchmarks/quality.md)), so this guide trains with random masking. The
-# gain of [cluster masking](https://arxiv.org/abs/2405.08815) is from 32 epochs of 12 million
-# pairs. The [guide to maskings](compare_maskings.py) compares them.
+# [paper](https://arxiv.org/abs/2405.08815) reports the gain of cluster masking after 32 epochs on
+# 12 million pairs. The [guide to maskings](compare_maskings.py) compares them.
 
 # %%
 names = "astronaut", "coffee", "chelsea", "rocket"
@@ -181,7 +182,7 @@ show(kcm.visualization.plot_retrieval(QUERIES, images, similarity, k=6), "search
 # %% [markdown]
 # ## Save
 #
-# `model.keras` continues to train with this library. The preset is the CLIP alone: keras_hub
+# With this library, `model.keras` can be loaded and trained further. The preset is the CLIP alone: keras_hub
 # loads it with `CLIPBackbone.from_preset(path)`, and does not need this library for that.
 
 # %%

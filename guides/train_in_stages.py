@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Train on small images and short texts first
 #
-# Most of a training can read small images and short texts. Only its last stage needs the size at
+# Most of training can use small images and short texts. Only its last stage needs the size at
 # which the model will be used: the patch embedding, the blocks and most of what they have learned
 # do not depend on it. This is the recipe of
 # [CLIPA](https://arxiv.org/abs/2305.07017), and of
@@ -86,7 +86,7 @@ def train(backbone, stages):
 
 
 # %% [markdown]
-# ## Compare it with a training at full size
+# ## Compare with training at full size
 #
 # Both models start from the same weights. The one at full size trains for half as many epochs,
 # which takes about as long on torch. JAX and TensorFlow compile each stage, which at this size

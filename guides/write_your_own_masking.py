@@ -181,6 +181,6 @@ print(f"largest difference of an embedding: {difference:.1e}")
 # %% [markdown]
 # ## Next steps
 #
-# - `hides_tokens = True` and a score of `-inf` mask a patch for good, so that images may keep
+# - With `hides_tokens = True`, a score of `-inf` excludes a patch from the step, so images may keep
 #   different numbers of patches; see `kcm.PatchMasking`.
 # - [Compare](compare_maskings.py) the masking with others at equal steps.

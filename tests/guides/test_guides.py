@@ -111,5 +111,5 @@ def test_training_in_stages_trains_both_models_and_evaluates_them(run_guide, tmp
 
 def test_the_recipe_of_stages_is_ten_lines():
     text = TEXTS["train_in_stages.py"]
-    recipe = text[text.index("def train(") : text.index("# ## Compare it")]
+    recipe = text[text.index("def train(") : text.index("# ## Compare with")]
     assert len(recipe.partition("# %%")[0].strip().splitlines()) <= 10
