@@ -28,7 +28,9 @@ def plot_learning_curves(runs, path):
     for name, mine in _by_method(runs).items():
         steps = [point["step"] for point in mine[0]["curve"]]
         scores = _curves(mine)
-        (line,) = axes.plot(steps, scores.mean(axis=0), marker="o", ms=3, label=name)
+        (line,) = axes.plot(
+            steps, scores.mean(axis=0), marker="o", ms=3, label=_title(name)
+        )
         axes.fill_between(
             steps,
             scores.min(0),
@@ -47,13 +49,15 @@ def plot_cost_quality(runs, costs, path):
     Times are steps times the cost of a step, measured in turn for all methods, so
     that what else the machine did during a run does not count.
     """
+    whole = costs["random"] * max(run["steps"] for run in runs)
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name, mine in _by_method(runs).items():
         if name not in costs:
             continue
-        seconds = [point["step"] * costs[name] / 1000 for point in mine[0]["curve"]]
-        axes.plot(seconds, _curves(mine).mean(axis=0), marker="o", ms=3, label=name)
-    axes.set(xlabel="training time (seconds)", ylabel=_label(runs))
+        times = [point["step"] * costs[name] / whole for point in mine[0]["curve"]]
+        scores = _curves(mine).mean(axis=0)
+        axes.plot(times, scores, marker="o", ms=3, label=_title(name))
+    axes.set(xlabel="training time (random masking: 1)", ylabel=_label(runs))
     _finish(figure, axes, path)
 
 
@@ -66,7 +70,7 @@ def plot_losses(runs, path):
         steps = [point["step"] for point in mine[0]["curve"]]
         training = _curves(mine, "whole training loss").mean(axis=0)
         validation = _curves(mine, "whole validation loss").mean(axis=0)
-        (line,) = axes.plot(steps, validation, marker="o", ms=3, label=name)
+        (line,) = axes.plot(steps, validation, marker="o", ms=3, label=_title(name))
         axes.plot(steps, training, "--", color=line.get_color())
     axes.set(xlabel="training step", ylabel="loss on whole images")
     axes.set_title("validation (solid) and training data (dashed)", fontsize=10)
