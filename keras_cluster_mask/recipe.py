@@ -49,7 +49,8 @@ def small_data_recipe(
       settings of the measurements; others were not compared.
 
     On 6,090 photographs with sentences, these maskings were ahead of whole images and
-    texts in the same time, and of cluster masking (`docs/benchmarks/quality.md`).
+    texts in the same time, and of cluster masking. They gained from training for 60
+    epochs in place of 30 (`docs/benchmarks/quality.md`).
 
     Example:
 
