@@ -169,7 +169,8 @@ class Checkpoint(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         # The run has counted the steps.
         self._check_loss()
-        value = self._value(logs or {})
+        # Of an epoch that a callback stopped, the rest is still to come.
+        value = math.inf if self._run().unfinished else self._value(logs or {})
         self._save(is_best=value < self._best)
         self._best = min(self._best, value)
         self._check_monitor(epoch, logs or {})

@@ -66,8 +66,8 @@ class Throughput(keras.callbacks.Callback):
             self._size.text_length,
         ):
             tokens = tokens_per_image(model.image_encoder, self._size.image_shape)
-            if tokens is not None:
-                texts = tokens_per_text(model.text_encoder, self._size.text_length)
+            texts = tokens_per_text(model.text_encoder, self._size.text_length)
+            if None not in (tokens, texts):
                 self._tokens = model.views * tokens + texts
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

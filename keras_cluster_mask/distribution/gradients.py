@@ -18,9 +18,10 @@ def prepare_replicas(model) -> None:
     """Gives all replicas the same weights before the first step of a `fit`.
 
     Raises:
-        ValueError: For a strategy under which Keras's `fit` does not work or in whose
-            scope a part of the model was not made, or if the processes of torch train
-            different weights.
+        ValueError: For a strategy or an option of `compile` with which Keras's `fit`
+            does not work on several devices, for a model of which a part was not made
+            in the scope of the strategy, or if the processes of torch train different
+            weights.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -42,6 +43,18 @@ def prepare_replicas(model) -> None:
                 for variable in model.variables
                 if not strategy.extended.variable_created_in_scope(variable.value)
             ]
+            for name, value in (
+                ("steps_per_execution", model.steps_per_execution),
+                (
+                    "gradient_accumulation_steps",
+                    getattr(model.optimizer, "gradient_accumulation_steps", None) or 1,
+                ),
+            ):
+                if value > 1:
+                    raise ValueError(
+                        f"`{name}` must be 1 on several devices of TensorFlow, where "
+                        f"Keras does not support more. Received: {name}={value}"
+                    )
         if outside:
             raise ValueError(
                 "All parts of a model, its masking too, must be made in the scope of "

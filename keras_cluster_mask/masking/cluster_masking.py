@@ -253,7 +253,7 @@ class ClusterMasking(SimilarityMasking):
                 "`min_mask_ratio` to select threshold mode. "
                 "Received: min_mask_ratio=None"
             )
-        check_integer("max_images", max_images)
+        check_integer("max_images", max_images, or_none=True)
         _check_reachable(self.mask_ratio, self.min_mask_ratio)
 
         self._adapted_pixels = None

@@ -3,7 +3,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.models.encoders import TEXT_ENCODERS, copy_with
+from keras_cluster_mask.models.encoders import TEXT_ENCODERS, check_no_lora, copy_with
 
 
 def with_context_length(model: keras.Model, length: int) -> keras.Model:
@@ -49,14 +49,13 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
             f"Received: model={model} of type {type(model).__name__}"
         )
     length = check_integer("length", length, 3)
+    check_no_lora("model", model)
     copy = copy_with(model, "text_encoder", {"max_sequence_length": length})
     for old, new in zip(model.weights, copy.weights):
         # Only the position embeddings and position ids differ in shape. The ids of the
         # copy are right already.
-        if tuple(old.shape) == tuple(new.shape):
-            # On JAX it would be the same array, which a training step gives away.
-            new.assign(ops.copy(old))
-        elif keras.backend.is_float_dtype(new.dtype):
+        has_changed = tuple(old.shape) != tuple(new.shape)
+        if has_changed and keras.backend.is_float_dtype(new.dtype):
             new.assign(_interpolated(old, length))
     return copy
 

@@ -379,6 +379,9 @@ class ContrastiveModel(DualEncoder):
         # The last moment before a step is compiled, at which values can be read.
         gradients.prepare_replicas(self)
         optimizers.use_global_gradients(self)
+        if self.built and self.optimizer and not self.optimizer.built:
+            # TensorFlow cannot make its variables in a step that XLA compiles.
+            self.optimizer.build(self.trainable_variables)
         for masking in self.maskings:
             masking.check_ready()
         return super().make_train_function(force)

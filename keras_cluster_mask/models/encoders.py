@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_cluster_mask.checks import is_integer
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import height_and_width
@@ -228,7 +229,8 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
 
 def as_pair(size) -> tuple[int, int]:
     """`(height, width)` from one integer or two."""
-    return (size,) * 2 if isinstance(size, int) else tuple(size)
+    sizes = (size,) * 2 if is_integer(size) else size
+    return tuple(int(x) if is_integer(x) else x for x in sizes)
 
 
 def _stem(encoder, layer):
@@ -298,9 +300,10 @@ def write_text_epsilon(backbone, epsilon: float):
 
 
 def copy_with(model, tower: str, changes: dict) -> keras.Model:
-    """A model of the same class, with fresh weights and a tower that is changed.
+    """A model of the same class with a tower that is changed.
 
-    What is frozen in the model is frozen in the copy.
+    What is frozen in the model is frozen in the copy. Weights are copied unless a shape
+    has changed.
 
     Args:
         model: A keras_hub backbone of two towers, or one of them alone.
@@ -315,4 +318,17 @@ def copy_with(model, tower: str, changes: dict) -> keras.Model:
         write_text_epsilon(copy, read_text_epsilon(model))
     # Configurations of keras_hub's encoders leave out what is frozen.
     freeze_parts(copy, frozen_parts(model))
+    for old, new in zip(model.weights, copy.weights):
+        if tuple(old.shape) == tuple(new.shape):
+            # On JAX it would be the same array, which a training step gives away.
+            new.assign(ops.copy(old))
     return copy
+
+
+def check_no_lora(name: str, model: keras.Model) -> None:
+    """Raises an error for a model with LoRA, which its configuration leaves out."""
+    if any(getattr(layer, "lora_enabled", False) for layer in all_layers(model)):
+        raise ValueError(
+            f"`{name}` must have no LoRA weights: enable LoRA in the copy, or save and "
+            f"load the model first, which merges them. Received: {name}={model.name}"
+        )

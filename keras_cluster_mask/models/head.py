@@ -4,7 +4,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_cluster_mask.checks import check_choice
+from keras_cluster_mask.checks import check_choice, is_positive
 from keras_cluster_mask.types import Tensor
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
@@ -186,12 +186,19 @@ def l2_normalize(features):
 
 def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale):
     check_choice("loss", loss, tuple(INITIAL_TEMPERATURE))
-    if initial_temperature is not None and initial_temperature <= 0:
+    if not is_positive(max_logit_scale):
+        raise ValueError(
+            "`max_logit_scale` must be greater than 0. "
+            f"Received: max_logit_scale={max_logit_scale}"
+        )
+    if initial_temperature is not None and not is_positive(initial_temperature):
         raise ValueError(
             "`initial_temperature` must be greater than 0. "
             f"Received: initial_temperature={initial_temperature}"
         )
-    if initial_temperature is not None and 1 / initial_temperature > max_logit_scale:
+    # Up to rounding, such as that of 1 / 49.
+    largest = max_logit_scale * (1 + 1e-6)
+    if initial_temperature is not None and 1 / initial_temperature > largest:
         raise ValueError(
             "`initial_temperature` must be at least 1 / `max_logit_scale`, below which "
             "the temperature cannot fall. Received: "
@@ -202,11 +209,6 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
         raise ValueError(
             "`initial_logit_bias` is for loss='sigmoid'. "
             f"Received: initial_logit_bias={initial_logit_bias}, loss='softmax'"
-        )
-    if max_logit_scale <= 0:
-        raise ValueError(
-            "`max_logit_scale` must be greater than 0. "
-            f"Received: max_logit_scale={max_logit_scale}"
         )
 
 

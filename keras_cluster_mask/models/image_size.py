@@ -8,6 +8,7 @@ from keras_cluster_mask.masking.patch_grid import (
 )
 from keras_cluster_mask.models.encoders import (
     as_pair,
+    check_no_lora,
     copy_with,
     data_format_of,
     find_embedding_layer,
@@ -79,6 +80,7 @@ def with_image_size(
     if size != old_size and "position_embedding_shape" in encoder.get_config():
         # DINOv2 would interpolate its positions whenever it is saved or loaded.
         changes["position_embedding_shape"] = new_shape
+    check_no_lora("model", model)
     copy = copy_with(model, "vision_encoder", changes)
     copied = find_embedding_layer(getattr(copy, "vision_encoder", copy))
 
@@ -89,9 +91,9 @@ def with_image_size(
         new_values = {id(table): positions for table in position_tables(copied)}
         ids = np.arange(positions.shape[-2])[None]
         new_values[id(getattr(copied, "position_ids", None))] = ids
-    for old, new in zip(model.weights, copy.weights):
-        # On JAX it would be the same array, which a training step gives away.
-        new.assign(ops.copy(new_values.get(id(new), old)))
+    for weight in copy.weights:
+        if id(weight) in new_values:
+            weight.assign(new_values[id(weight)])
     number_positions(copied)
     return copy
 

@@ -236,15 +236,21 @@ def special_tokens(family, ids):
     return ops.logical_or(positions == 0, positions == end), positions > end
 
 
-def tokens_per_text(encoder, length: int) -> int:
+def tokens_per_text(encoder, length: int) -> int | None:
     """How many tokens the blocks of an encoder read of a text in training.
 
     Args:
         encoder: A text encoder, masked or not.
         length: Integer, the number of tokens of a text.
+
+    Returns:
+        Integer; `None` if a masking is a layer of the user's own model.
     """
-    masked = [x for x in all_layers(encoder) if isinstance(x, MaskedTextEncoder)]
-    return masked[0].num_kept(length) if masked else length
+    layers = all_layers(encoder)
+    masked = [x for x in layers if isinstance(x, MaskedTextEncoder)]
+    if masked:
+        return masked[0].num_kept(length)
+    return None if any(isinstance(x, PatchMasking) for x in layers) else length
 
 
 def _at_positions(tokens, indices, length):

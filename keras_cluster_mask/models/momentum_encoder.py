@@ -10,6 +10,7 @@ from keras_cluster_mask.distribution.replicas import assign_equal
 from keras_cluster_mask.models.class_attention import ClassAttention
 from keras_cluster_mask.models.encoders import (
     call_encoder,
+    check_no_lora,
     copy_with,
     data_format_of,
     find_embedding_layer,
@@ -123,6 +124,7 @@ class MomentumEncoder(keras.layers.Layer):
         self.steps = check_integer("steps", steps, or_none=True)
         self.image_size = image_size
         ClassAttention(encoder)
+        check_no_lora("encoder", encoder)
         copy = _copy(encoder, image_size)
         attention = ClassAttention(copy)
         self.patch_size, self.grid = attention.patch_size, attention.grid
@@ -135,8 +137,6 @@ class MomentumEncoder(keras.layers.Layer):
         self._pairs = None
         for weight in copy.weights:
             weight.trainable = False
-            # On JAX a copy may share its buffers, of which a step takes each once.
-            weight.assign(ops.copy(weight))
         self.copied_weights = copy.weights
         self.step = self.add_weight(
             shape=(),
@@ -230,8 +230,8 @@ class MomentumEncoder(keras.layers.Layer):
                 )
             return
         pairs = self._match(encoder)
-        # In a function, since the encoder's weights are not this layer's.
-        self._pairs = lambda: pairs
+        # In functions, since the encoder and its weights are not this layer's.
+        self._pairs, self._followed = lambda: pairs, lambda: encoder
 
     def check_ready(self) -> None:
         """Raises if there is nothing that `update` can follow."""
@@ -241,6 +241,8 @@ class MomentumEncoder(keras.layers.Layer):
                 "masking into that encoder by `kcm.with_masking`, or call "
                 "`teacher.follow(encoder)`. Received: a teacher that follows no encoder"
             )
+        if self._pairs is not None:
+            check_no_lora("encoder", self._followed())
 
     def update(self) -> None:
         """Moves the weights towards those of the encoder that the teacher follows.
@@ -368,8 +370,6 @@ def _copy(encoder, image_size):
             "backbone itself, and call `teacher.follow(backbone)`. "
             f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
         ) from error
-    for old, new in zip(encoder.weights, copy.weights):
-        new.assign(old)
     number_positions(find_embedding_layer(copy))
     return copy
 

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.batches import stream_of
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.training import inputs
@@ -19,7 +20,7 @@ from keras_cluster_mask.training.checkpoints import (
     writing_error,
 )
 from keras_cluster_mask.training.micro_batches import check_micro_batches
-from keras_cluster_mask.training.optimizers import inner_optimizer
+from keras_cluster_mask.training.optimizers import optimizer_parts
 from keras_cluster_mask.training.progress_bar import ProgressBar
 from keras_cluster_mask.training.remaining_data import (
     RemainingData,
@@ -68,7 +69,12 @@ def fit(
         x, validation_data = _split(x, validation_split, validation_data)
         validation_split = 0.0
     validation_data = inputs.as_dictionary(validation_data)
-    batch_size = 32 if batch_size is None else batch_size
+    # An error says how many pairs a batch needs.
+    batch_size = check_integer(
+        "batch_size", 32 if batch_size is None else batch_size, 0
+    )
+    initial_epoch = check_integer("initial_epoch", initial_epoch, 0)
+    steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
     callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
     callbacks = [each for each in callbacks if each is not None]
     saves = [each for each in callbacks if getattr(each, "saves_training_state", False)]
@@ -123,7 +129,7 @@ def fit(
     if found is not None:
         run.resume(model, found)
     _check_executions(model.steps_per_execution, data.steps_per_epoch, run.step)
-    if run.epoch < epochs:
+    if model.compiled and run.epoch < epochs:
         _warn_of_rate_zero(model.optimizer)
     if resume_from is not None and options["verbose"]:
         if found is None:
@@ -184,7 +190,7 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         if run.history:
             # As at the end of the fit that finished the run.
             model.optimizer.finalize_variable_values(model.trainable_weights)
-    if getattr(inner_optimizer(model.optimizer), "use_ema", False):
+    if any(getattr(x, "use_ema", False) for x in optimizer_parts(model.optimizer)):
         # On JAX, weights and averages are the same arrays now, which cannot be updated.
         for variable in model.trainable_variables:
             variable.assign(ops.copy(variable))
@@ -289,15 +295,16 @@ def _warn_of_rate_zero(optimizer):
     if optimizer is None:
         return
     steps = int(ops.convert_to_numpy(optimizer.iterations))
-    own = inner_optimizer(optimizer)
-    # A `MultiOptimizer` passes weights on to others.
-    optimizers = getattr(own, "optimizers", [own])
-    rates = [float(ops.convert_to_numpy(each.learning_rate)) for each in optimizers]
+    rates = [
+        float(ops.convert_to_numpy(each.learning_rate))
+        for each in optimizer_parts(optimizer)
+    ]
     # The first step of a warm-up has a rate of 0, too.
     if steps and rates and not any(rates):
         warnings.warn(
-            "The learning rate is 0, so this `fit` changes no weight unless a callback "
-            "sets another: after a schedule has ended, compile the model with a new "
+            "The learning rate is 0 at the start of this `fit`, and no weight changes "
+            "unless its schedule or a callback raises it: after a schedule has ended, "
+            "compile the model with a new "
             f"optimizer. Received: an optimizer that has made {steps} steps",
             stacklevel=4,
         )

@@ -49,11 +49,6 @@ class InputRules:
         Returns:
             Whether the values of images showed that they are normalized.
         """
-        if "sample_weights" in batch:
-            raise ValueError(
-                "The weights of pairs must be in the batch as 'sample_weight'. "
-                f"Received: a batch with {sorted(batch)}"
-            )
         lengths = {
             name: len(values)
             for name, values in batch.items()

@@ -193,6 +193,11 @@ def check_keys(data, keys=KEYS):
             f"A batch must have the keys {' and '.join(map(repr, keys))}; "
             f"missing: {missing}. Received: keys={sorted(batch)}"
         )
+    if "sample_weights" in batch:
+        raise ValueError(
+            "The weights of pairs must be in the batch as 'sample_weight'. "
+            f"Received: keys={sorted(batch)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +290,8 @@ class _Check:
         given = as_dictionary(batch)
         check_input(given, self.rules.keys)
         self.check_values({k: v for k, v in given.items() if not holds_strings(v)})
-        return batch
+        # With lists as arrays.
+        return given if isinstance(batch, dict) else batch
 
     def check_values(self, arrays):
         """Checks a dictionary of arrays, of which images may be missing if uint8."""
@@ -319,7 +325,7 @@ class _CheckedBatches(keras.utils.PyDataset):
 def holds_strings(values) -> bool:
     """Whether an array or a list holds strings, such as names."""
     if isinstance(values, list):
-        values = np.asarray(values)
+        return any(isinstance(x, (str, bytes)) for x in keras.tree.flatten(values))
     return isinstance(values, np.ndarray) and values.dtype.kind in "SUO"
 
 

@@ -48,37 +48,59 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
     The configurations of attention layers and of keras_hub's encoders leave it out.
 
     Returns:
-        The indices of frozen layers, in the order of `all_layers`, and of frozen
-        weights, in that of `layer.weights`; and how many there are of both.
+        The indices of frozen layers, in the order of `all_layers`; those of weights
+        that are frozen in other layers, in the order of `layer.weights`; and how many
+        there are of both.
     """
+    trained = _weights_of_trained_layers(layer)
     return {
         "counts": [len(all_layers(layer)), len(layer.weights)],
         "layers": [i for i, x in enumerate(all_layers(layer)) if not x.trainable],
-        "weights": [i for i, v in enumerate(layer.weights) if not v.trainable],
+        "weights": [
+            i
+            for i, v in enumerate(layer.weights)
+            if id(v) in trained and not v.trainable
+        ],
     }
 
 
 def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
     """Makes a layer train the parts that `frozen_parts` found to be trained."""
     found = [len(all_layers(layer)), len(layer.weights)]
-    if found != frozen["counts"]:
-        # keras_hub merges the weights of LoRA when it saves a model.
-        if frozen["layers"] or frozen["weights"]:
-            warnings.warn(
-                "Which layers and weights were frozen is lost, as a model with LoRA is "
-                "saved with other weights than it has: freeze them again. Received: "
-                f"{found[1]} weights, saved from {frozen['counts'][1]}",
-                stacklevel=3,
-            )
-        return
-    # Layers pass it on to those in them, so first all, and then the exceptions.
-    for _ in range(2):
-        for index, part in enumerate(all_layers(layer)):
-            trainable = index not in frozen["layers"]
-            if part.trainable != trainable:
-                part.trainable = trainable
-    for index, weight in enumerate(layer.weights):
-        weight.trainable = index not in frozen["weights"]
+    has_layers, has_weights = (x == y for x, y in zip(found, frozen["counts"]))
+    if has_layers:
+        # Layers pass it on to those in them, so first all, and then the exceptions.
+        for _ in range(2):
+            for index, part in enumerate(all_layers(layer)):
+                trainable = index not in frozen["layers"]
+                if part.trainable != trainable:
+                    part.trainable = trainable
+    if has_layers and has_weights:
+        trained = _weights_of_trained_layers(layer)
+        for index, weight in enumerate(layer.weights):
+            if id(weight) in trained:
+                weight.trainable = index not in frozen["weights"]
+    lost = [
+        name
+        for name, has in (("layers", has_layers), ("weights", has_weights))
+        if frozen[name] and not has
+    ]
+    if lost:
+        # keras_hub merges the weights of LoRA when it saves a model, and layers of a
+        # subclassed encoder may be made only when it is called.
+        warnings.warn(
+            f"Which {' and '.join(lost)} were frozen is lost, as the model was saved "
+            "with others than it is made with: freeze them again. Received: "
+            f"{found[0]} layers and {found[1]} weights, saved from "
+            f"{frozen['counts'][0]} and {frozen['counts'][1]}",
+            stacklevel=3,
+        )
+
+
+def _weights_of_trained_layers(layer):
+    """The ids of all weights, but not of other state, in layers that are not frozen."""
+    layers = [x for x in all_layers(layer) if x.trainable]
+    return {id(v) for x in layers for v in x._trainable_variables}
 
 
 def from_parts(cls, config: dict, custom_objects: dict | None = None):

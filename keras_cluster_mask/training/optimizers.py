@@ -36,9 +36,7 @@ def configure(model):
     model.gradient_norm = GradientNorm(optimizer) if logs_norm else None
     if optimizer is None:
         return
-    own = inner_optimizer(optimizer)
-    # A `MultiOptimizer` passes weights on to others.
-    parts = getattr(own, "optimizers", [own])
+    own, parts = inner_optimizer(optimizer), optimizer_parts(optimizer)
     if not parts and not options["decay_vectors"]:
         raise ValueError(
             "`optimizer` must be a `MultiOptimizer` of a `keras.optimizers."
@@ -91,6 +89,12 @@ def inner_optimizer(optimizer):
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
+def optimizer_parts(optimizer):
+    """The optimizers that update weights: those of a `MultiOptimizer`, or one."""
+    own = inner_optimizer(optimizer)
+    return getattr(own, "optimizers", [own])
+
+
 # === Gradients of the global batch ===
 
 
@@ -104,7 +108,8 @@ def use_global_gradients(model):
     vars(optimizer).pop(name, None)
     if distribution.strategy_replicas(model) > 1:
         # They are summed before.
-        inner_optimizer(optimizer)._all_reduce_sum_gradients = list
+        for each in (inner_optimizer(optimizer), *optimizer_parts(optimizer)):
+            each._all_reduce_sum_gradients = list
     reduces = distribution.must_reduce_gradients()
     if not reduces and model.gradient_norm is None:
         return

@@ -5,6 +5,7 @@ import json
 import keras
 import numpy as np
 
+from keras_cluster_mask.checks import is_integer
 from keras_cluster_mask.distribution.processes import to_numpy
 from keras_cluster_mask.training.optimizers import inner_optimizer
 
@@ -176,5 +177,7 @@ def _readable(value):
         config = {k: _readable(v) for k, v in config.items() if k != "name"}
         arguments = ", ".join(f"{k}={v}" for k, v in config.items())
         return f"{value['class_name']}({arguments})"
+    if is_integer(value):
+        return int(value)
     # Keras keeps learning rates in float32.
     return float(f"{value:.7g}") if isinstance(value, (float, np.floating)) else value

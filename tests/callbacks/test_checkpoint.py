@@ -272,6 +272,22 @@ class StopWithin(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
+class Report(keras.callbacks.Callback):
+    """A score that rises with each epoch."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["score"] = float(epoch)
+
+
+@pytest.mark.any_backend
+def test_an_epoch_that_a_callback_stops_is_not_the_best_yet(shards, tmp_path):
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path, monitor="score", mode="max")
+    callbacks = [Report(), checkpoint, StopWithin()]
+    make_model().fit(make_dataset(shards), epochs=2, verbose=0, callbacks=callbacks)
+    _, facts = read_checkpoint(tmp_path / "best.npz")
+    assert (facts["epoch"], facts["epoch_step"]) == (1, 0)
+
+
 @pytest.mark.parametrize("validates", [False, True])
 def test_an_epoch_that_a_callback_stops_continues_where_it_was(
     whole, shards, tmp_path, validates

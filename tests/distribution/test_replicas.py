@@ -401,3 +401,62 @@ model.fit(data.batch(4, drop_remainder=True), verbose=0)
     message = error_of(code)
     assert "its masking too, must be made in the scope" in message
     assert "Received: ['cluster_masking/" in message
+
+
+TWO = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+virtual = tf.config.LogicalDeviceConfiguration()
+tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+import keras
+import numpy as np
+from tests.helpers import random_pairs, small_model
+pairs = random_pairs(8)
+data = tf.data.Dataset.from_tensor_slices(pairs).batch(8, drop_remainder=True)
+"""
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
+def test_a_multi_optimizer_updates_as_on_one_device():
+    code = (
+        TWO
+        + """
+def optimizer():
+    several = {".*bias": keras.optimizers.SGD(0.1)}
+    several = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), several)
+    return keras.optimizers.MultiOptimizer(several)
+
+single = small_model()
+single(pairs)
+start = single.get_weights()
+single.compile(optimizer())
+with strategy.scope():
+    model = small_model()
+    model(pairs)
+    model.set_weights(start)
+    model.compile(optimizer())
+for each in (single, model):
+    each.fit(data, verbose=0)
+for one, other, before in zip(single.get_weights(), model.get_weights(), start):
+    np.testing.assert_allclose(other - before, one - before, rtol=1e-3, atol=1e-6)
+print("equal")
+"""
+    )
+    done = run_code(code)
+    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
+def test_what_keras_does_not_support_on_several_devices_is_refused():
+    code = (
+        TWO
+        + """
+with strategy.scope():
+    model = small_model()
+    model(pairs)
+    model.compile("sgd", steps_per_execution=2)
+model.fit(data.repeat(2), verbose=0)
+"""
+    )
+    assert "must be 1 on several devices of TensorFlow" in error_of(code)

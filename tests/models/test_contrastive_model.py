@@ -305,6 +305,15 @@ def test_torch_can_compile_a_step(monkeypatch, tmp_path):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+def test_optimizers_with_moments_train_under_full_compilation():
+    if keras.backend.backend() == "torch":
+        pytest.skip("Compiling takes torch minutes.")
+    model = small_model()
+    model.compile("adam", jit_compile=True)
+    history = one_step(model, random_pairs(4), epochs=2)
+    assert history["loss"][1] < history["loss"][0]
+
+
 def test_a_masking_trains_under_full_compilation():
     # Compiling takes torch minutes.
     jit_compile = "auto" if keras.backend.backend() == "torch" else True
@@ -813,3 +822,12 @@ def test_the_projections_have_the_dtype_policy_of_the_model(tmp_path):
     for name, value in expected.items():
         assert value.dtype == "float32"
         np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.any_backend
+def test_the_lowest_temperature_may_be_the_initial_one():
+    for limit in (49, 100, 103, 197):
+        small_model(initial_temperature=1 / limit, max_logit_scale=limit)
+    for limit in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"`max_logit_scale` must.*Received"):
+            small_model(initial_temperature=0.07, max_logit_scale=limit)

@@ -167,6 +167,24 @@ def test_a_saved_teacher_continues_in_the_middle_of_its_schedule(tmp_path):
         assert one is not other
 
 
+@pytest.mark.any_backend
+def test_an_encoder_with_lora_is_neither_copied_nor_followed():
+    backbone = tiny_clip()
+    teacher = MomentumEncoder(backbone.vision_encoder, 0.5)
+    teacher.follow(backbone.vision_encoder)
+    backbone.enable_lora(2)
+    match = r"must have no LoRA weights.*Received: "
+    with pytest.raises(ValueError, match=match):
+        teacher.update()
+    for copy in (
+        lambda: MomentumEncoder(backbone.vision_encoder),
+        lambda: kcm.models.with_image_size(backbone, 8),
+        lambda: kcm.models.with_context_length(backbone, 5),
+    ):
+        with pytest.raises(ValueError, match=match):
+            copy()
+
+
 @pytest.mark.parametrize("family", ["CLIP", "DINOV2"])
 def test_positions_of_another_size_are_resized_in_each_update(family):
     encoder = moved(three_layers(family), 1)

@@ -383,3 +383,34 @@ def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwar
         (one != other).any()
         for one, other in zip(values(model.trainable_weights), before)
     )
+
+
+@pytest.mark.any_backend
+def test_a_model_that_is_not_compiled_is_refused_by_keras():
+    with pytest.raises(ValueError, match="compile"):
+        small_model().fit(random_pairs(8), **FIT)
+
+
+@pytest.mark.any_backend
+def test_sizes_may_be_integers_of_numpy(tmp_path):
+    model = small_model()
+    model.compile("sgd", **FAST)
+    model.fit(
+        random_pairs(8),
+        batch_size=np.int64(4),
+        steps_per_epoch=np.int64(2),
+        initial_epoch=np.int64(0),
+        verbose=0,
+        callbacks=[kcm.callbacks.Checkpoint(tmp_path)],
+    )
+
+
+def test_weights_can_be_updated_after_a_member_of_a_multi_optimizer_averaged_them():
+    model = small_model()
+    averaging = keras.optimizers.AdamW(0.01, use_ema=True)
+    towers = {".*image_mlp.*": keras.optimizers.SGD(0.01)}
+    several = keras.optimizers.OptimizerMap(averaging, towers)
+    model.compile(keras.optimizers.MultiOptimizer(several), **FAST)
+    for _ in range(2):
+        model.fit(random_pairs(8), **FIT)
+    assert int(model.optimizer.iterations) == 4

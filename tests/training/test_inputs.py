@@ -136,5 +136,21 @@ def test_lists_of_numbers_are_arrays_everywhere():
 
 def test_weights_under_another_name_are_refused():
     pairs = {**random_pairs(4), "sample_weights": np.zeros(4)}
-    with pytest.raises(ValueError, match=r"as 'sample_weight'.*Received: .*_weights"):
-        check_data(pairs, RULES)
+    tf = pytest.importorskip("tensorflow")
+    for data in (pairs, tf.data.Dataset.from_tensor_slices(pairs).batch(2)):
+        with pytest.raises(ValueError, match=r"as 'sample_weight'.*Received: .*_wei"):
+            check_data(data, RULES)
+
+
+def test_lists_of_strings_of_any_lengths_are_no_numbers():
+    captions = [["a"], ["b", "c"]]
+    pairs = {**random_pairs(2), "captions": captions}
+    assert set(check_data(pairs, RULES)) == {"images", "token_ids"}
+
+
+def test_lists_in_batches_of_a_generator_become_arrays():
+    pairs = random_pairs(2)
+    lists = {name: values.tolist() for name, values in pairs.items()}
+    (batch,) = check_data((x for x in [lists]), RULES)
+    for name, values in pairs.items():
+        np.testing.assert_array_equal(batch[name], values)

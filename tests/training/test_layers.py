@@ -66,15 +66,32 @@ def test_frozen_parts_are_frozen_in_a_layer_of_the_same_structure():
     assert sum(found) == 1
 
 
-def test_what_was_frozen_of_a_layer_with_other_weights_is_lost_with_a_warning():
+def test_frozen_layers_are_frozen_in_one_with_other_weights():
     layer = keras.layers.Dense(3, use_bias=False)
     layer.build((None, 2))
-    frozen = frozen_parts(layer)
-    other = keras.layers.Dense(3)
-    other.build((None, 2))
-    freeze_parts(other, frozen)
-    assert other.trainable
     layer.trainable = False
-    with pytest.warns(UserWarning, match=r"LoRA.*Received: 2 weights, saved from 1"):
+    # Not built yet, as a subclassed encoder is when it is loaded.
+    other = keras.layers.Dense(3)
+    freeze_parts(other, frozen_parts(layer))
+    other.build((None, 2))
+    assert not other.trainable_weights
+
+
+def test_weights_that_were_frozen_alone_are_lost_in_a_layer_with_others():
+    layer, other = keras.layers.Dense(3), keras.layers.Dense(3, use_bias=False)
+    for each in (layer, other):
+        each.build((None, 2))
+    layer.kernel.trainable = False
+    match = r"Which weights.*Received: 1 layers and 1 weights, saved from 1 and 2$"
+    with pytest.warns(UserWarning, match=match):
         freeze_parts(other, frozen_parts(layer))
-    assert other.trainable
+    assert other.kernel.trainable
+
+
+def test_state_is_neither_frozen_nor_trained():
+    # As that of a masking, with which a model that is not built yet has more weights.
+    nested = Nested()
+    nested.build((None, 2))
+    assert frozen_parts(nested)["weights"] == []
+    freeze_parts(nested, frozen_parts(nested))
+    assert not nested.norm.moving_mean.trainable
