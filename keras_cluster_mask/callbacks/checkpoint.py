@@ -60,9 +60,8 @@ class Checkpoint(keras.callbacks.Callback):
     `image_text_dataset` for training, and of data with an entry `"sample_id"` (strings
     or numbers). The run stops at the end of the epoch, before the next save, or after
     100 steps, whichever comes first, because a check of each step would make training
-    wait. A weight or a moment of the
-    optimizer that is NaN or infinite when it is to be saved stops it too. Nothing is
-    saved of such a step, or after it.
+    wait. A weight or a moment of the optimizer that is NaN or infinite when it is to be
+    saved stops it too. Nothing is saved of such a step, or after it.
 
     Example:
 

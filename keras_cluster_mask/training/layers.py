@@ -67,7 +67,8 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
 def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
     """Makes a layer train the parts that `frozen_parts` found to be trained."""
     found = [len(all_layers(layer)), len(layer.weights)]
-    has_layers, has_weights = (x == y for x, y in zip(found, frozen["counts"]))
+    has_layers = found[0] == frozen["counts"][0]
+    has_weights = found == frozen["counts"]
     if has_layers:
         # Layers pass it on to those in them, so first all, and then the exceptions.
         for _ in range(2):
@@ -75,7 +76,7 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
                 trainable = index not in frozen["layers"]
                 if part.trainable != trainable:
                     part.trainable = trainable
-    if has_layers and has_weights:
+    if has_weights:
         trained = _weights_of_trained_layers(layer)
         for index, weight in enumerate(layer.weights):
             if id(weight) in trained:

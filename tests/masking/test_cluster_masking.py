@@ -528,6 +528,16 @@ class TestAdapt:
         self.check_reached(masking, batches)
 
     @pytest.mark.any_backend
+    def test_reads_all_images_without_max_images(self):
+        images = np.random.default_rng(0).random((4, 16, 16, 3), dtype="float32")
+        found = []
+        for options in ({"max_images": None}, {}):
+            masking = kcm.ClusterMasking(4, 0.5, min_mask_ratio=0.3, seed=1)
+            masking.adapt(images, **options)
+            found.append(float(ops.convert_to_numpy(masking.threshold)))
+        assert found[0] == found[1]
+
+    @pytest.mark.any_backend
     def test_stops_an_endless_generator_at_max_images(self):
         batch, read = photographs(32, 48, ROWS), []
 

@@ -88,6 +88,17 @@ def test_weights_that_were_frozen_alone_are_lost_in_a_layer_with_others():
     assert other.kernel.trainable
 
 
+def test_weights_that_were_frozen_alone_are_lost_among_other_layers():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 2))
+    layer.kernel.trainable = False
+    other = keras.Sequential([keras.layers.Dense(3)])
+    other.build((None, 2))
+    with pytest.warns(UserWarning, match=r"Which weights.*Received: 3 layers and 2 we"):
+        freeze_parts(other, frozen_parts(layer))
+    assert len(other.trainable_weights) == 2
+
+
 def test_state_is_neither_frozen_nor_trained():
     # As that of a masking, with which a model that is not built yet has more weights.
     nested = Nested()
