@@ -82,7 +82,7 @@ def main(count, folder, images):
         masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5, seed=1)
         model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
         model.compile(keras.optimizers.AdamW(1e-3), log_gradient_norm=True)
-        checkpoint = kcm.callbacks.Checkpoint(folder, save_every=5)
+        checkpoint = kcm.callbacks.Checkpoint(folder)
         logs = model.fit(
             data,
             steps_per_epoch=5,

@@ -40,6 +40,7 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
         with_text_masking,
     )
     from keras_cluster_mask.recipe import Recipe, small_data_recipe
+    from keras_cluster_mask.training import TowerOptimizer, tower_optimizer
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "PatchMasking",
     "RandomMasking",
     "Recipe",
+    "TowerOptimizer",
     "callbacks",
     "data",
     "distribution",
@@ -64,6 +66,7 @@ __all__ = [
     "masking",
     "models",
     "small_data_recipe",
+    "tower_optimizer",
     "visualization",
     "with_masking",
     "with_text_masking",
@@ -77,7 +80,7 @@ if not TYPE_CHECKING:
         # Imported when first used: they need packages that `import keras` does not.
         # In a worker this finds all names.
         if name in __all__:
-            for module in ("masking", "models", "recipe"):
+            for module in ("masking", "models", "recipe", "training"):
                 module = importlib.import_module(f"{__name__}.{module}")
                 if name in module.__all__:
                     return getattr(module, name)

@@ -1,7 +1,6 @@
 import collections
 import threading
 import time
-import weakref
 from typing import Any
 
 import keras
@@ -57,9 +56,7 @@ class Throughput(keras.callbacks.Callback):
         # Not before, as callbacks may be copied, and locks cannot be.
         self._lock = threading.Lock()
         model = model_of(self, "training_run")
-        run = model.training_run
-        # The run holds the data, longer than a fit that is interrupted.
-        self._size, self._run = run.step_size, weakref.ref(run)
+        self._size = model.training_run.step_size
         self._tokens = None
         if self._size is not None and None not in (
             *self._size.image_shape,
@@ -71,16 +68,14 @@ class Throughput(keras.callbacks.Callback):
                 self._tokens = model.views * tokens + texts
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        # A resumed run may have done some steps of the epoch before.
-        self._done = self._run().step
         # Times at which so many steps were done.
-        self._first = (time.perf_counter(), self._done)
+        self._first = (time.perf_counter(), 0)
         self._last = collections.deque(maxlen=self.window + 1)
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        done = self._done + batch + 1
+        done = batch + 1
         with self._lock:
             if not self._last or done > self._last[-1][1]:
                 now = (time.perf_counter(), done)

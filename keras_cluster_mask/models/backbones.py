@@ -206,12 +206,6 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     def end_token_id(self) -> int | None:
         return self.backbone.text_pooler.eos_token_id
 
-    @property
-    def towers(self) -> dict[str, list[keras.layers.Layer]]:
-        towers = super().towers
-        towers["image"].append(self.backbone.vision_post_layer_norm)
-        return towers
-
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.image_encoder, images, training)
         pooled = self.backbone.vision_pooler(tokens)

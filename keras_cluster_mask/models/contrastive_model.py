@@ -28,7 +28,6 @@ from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import LONELY
 from keras_cluster_mask.training.inputs import (
     as_dictionary,
-    check_data,
     check_input,
     check_no_labels,
     check_no_losses,
@@ -371,8 +370,6 @@ class ContrastiveModel(DualEncoder):
             self.finite_steps.update_state(loss.result())
             if self.gradient_norm is not None:
                 self.gradient_norm.update_metric()
-            if self.training_run is not None:
-                self.training_run.note_rng_state()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def make_train_function(self, force: bool = False) -> Any:
@@ -402,35 +399,29 @@ class ContrastiveModel(DualEncoder):
         self,
         optimizer: str | keras.optimizers.Optimizer = "rmsprop",
         *,
-        learning_rate_multipliers: Mapping[str, float] | None = None,
         decay_vectors: bool = False,
         log_gradient_norm: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Configures the optimizer: learning rates, weight decay, gradient norm.
+        """Configures the optimizer, its weight decay, and the norm of gradients.
 
         Example:
 
         ```python
         backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
         model = kcm.ContrastiveModel.from_backbone(backbone)
-        # A pre-trained image tower is trained at a tenth of the rate.
         model.compile(
             keras.optimizers.AdamW(1e-3, weight_decay=0.2, global_clipnorm=1.0),
-            learning_rate_multipliers={"image": 0.1},
             log_gradient_norm=True,
         )
         ```
 
         Args:
-            optimizer: A Keras optimizer, or its name. Not a `Nadam` or
-                `MultiOptimizer` if there are `learning_rate_multipliers`. On torch,
-                `Adam` and `AdamW` use torch's fused kernel, and `global_clipnorm`
-                clips gradients in place.
-            learning_rate_multipliers: Dictionary of floats. Factors on the learning
-                rate, and on decoupled weight decay, by tower: `"image"` and `"text"`,
-                each with its projection. All other weights keep the rate. To freeze a
-                tower, set `encoder.trainable = False` before compiling.
+            optimizer: A Keras optimizer, or its name. `kcm.tower_optimizer` makes one
+                with a learning rate for each tower. To freeze a tower, set
+                `encoder.trainable = False` before compiling. On torch, `Adam` and
+                `AdamW` use torch's fused kernel, and `global_clipnorm` clips gradients
+                in place.
             decay_vectors: Boolean. Whether weight decay applies to biases and vectors
                 too, such as the scales of norms, class tokens and the temperature. By
                 default it applies to matrices alone, except for those that the
@@ -444,19 +435,15 @@ class ContrastiveModel(DualEncoder):
                 computes in float16.
 
         Raises:
-            ValueError: For a loss or metrics, a multiplier for something other than a
-                tower, or an optimizer that has already been built to decay vectors.
+            ValueError: For a loss or metrics, or an optimizer that has already been
+                built to decay vectors.
         """
         check_no_losses(kwargs)
-        multipliers = optimizers.check_multipliers(
-            learning_rate_multipliers or {}, self.towers
-        )
         optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
         super().compile(optimizer, **kwargs)
         self.optimizer_options = {
-            "learning_rate_multipliers": multipliers,
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),
         }
@@ -475,13 +462,11 @@ class ContrastiveModel(DualEncoder):
         """Trains the model: `keras.Model.fit` with one additional argument.
 
         To continue a killed run, start the same program again. It must save checkpoints
-        and pass their folder as `resume_from`. On one machine and in float32, the final
-        weights are bit-identical to those of an uninterrupted run. The rest of an
-        interrupted epoch is a separate Keras `fit`, so `on_train_begin` and
-        `on_train_end` are called again. Give `CSVLogger` `append=True`. The returned
-        history holds all epochs, including those before the interruption. If a
-        callback set `stop_training` within an epoch, that epoch is continued, and its
-        logs cover only the remaining steps.
+        and pass their folder as `resume_from`. Training continues with the epoch after
+        the last checkpoint: pass `steps_per_epoch` to make epochs, and what can be
+        lost, shorter. On one machine and in float32, the final weights are
+        bit-identical to those of an uninterrupted run. Give `CSVLogger` `append=True`.
+        The returned history holds all epochs, including those before the interruption.
 
         Arrays are trained on in full batches: the pairs that fill no batch are left
         out of an epoch, after the shuffle, with a warning.
@@ -515,9 +500,10 @@ class ContrastiveModel(DualEncoder):
             resume_from: str or path. The folder of a `kcm.callbacks.Checkpoint`, local
                 or a URL such as `gs://bucket/run`. Training starts from the last good
                 checkpoint, or from the beginning if there is none, and prints which.
-                Or the path of one checkpoint, which must exist. If the options of
-                `compile` differ from the checkpoint's, the model's options are used,
-                with a warning.
+                Or the path of one checkpoint, which must exist. The options of
+                `compile` may differ from those of the saved run and are used; a
+                learning rate that a callback had changed is restored, unless the rate
+                is another one than the saved run was started with.
 
         Returns:
             A `keras.callbacks.History`.
@@ -561,29 +547,6 @@ class ContrastiveModel(DualEncoder):
         x = evaluation_data(self, as_dictionary(x), steps)
         with until_the_end(), keeping_weights(self):
             return super().predict(x, batch_size, verbose, steps, **kwargs)
-
-    def train_on_batch(
-        self,
-        x: Any,
-        y: None = None,
-        sample_weight: Any = None,
-        class_weight: None = None,
-        return_dict: bool = False,
-    ) -> Any:
-        x = as_dictionary(x, y, sample_weight, class_weight)
-        x = check_data(x, self.input_rules, training=True)
-        return super().train_on_batch(x, return_dict=return_dict)
-
-    def test_on_batch(
-        self,
-        x: Any,
-        y: None = None,
-        sample_weight: Any = None,
-        return_dict: bool = False,
-    ) -> Any:
-        x = check_data(as_dictionary(x, y, sample_weight), self.input_rules)
-        with self._evaluation():
-            return super().test_on_batch(x, return_dict=return_dict)
 
     @contextlib.contextmanager
     def _evaluation(self):

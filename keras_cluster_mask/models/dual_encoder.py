@@ -228,17 +228,6 @@ class DualEncoder(keras.Model):
             pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
         )
 
-    @property
-    def towers(self) -> dict[str, list[keras.layers.Layer]]:
-        """The layers that make image and text embeddings, as lists by tower."""
-        towers = {
-            "image": [self.image_encoder, self.head.image_projection],
-            "text": [self.text_encoder, self.head.text_projection],
-        }
-        return {
-            name: [x for x in tower if x is not None] for name, tower in towers.items()
-        }
-
     def _blocks(self):
         return find_blocks(self, self.gradient_checkpointing, BLOCKS)
 

@@ -8,7 +8,7 @@ import numpy as np
 from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.distribution.processes import all_gather_object
 from keras_cluster_mask.training.input_rules import LONELY
-from keras_cluster_mask.training.inputs import SAMPLE_ID, holds_strings, sample_names
+from keras_cluster_mask.training.inputs import holds_strings
 
 
 class ArrayBatches:
@@ -40,7 +40,6 @@ class ArrayBatches:
         self._arrays = {
             name: as_array(values) for name, values in arrays.items() if not names[name]
         }
-        self._ids = arrays.get(SAMPLE_ID)
         self._shuffle = shuffle
         self.pairs = len(self._arrays["token_ids"])
         self.batch_size = min(batch_size, self.pairs)
@@ -108,12 +107,6 @@ class ArrayBatches:
         from keras_cluster_mask.data.tensorflow import as_dataset
 
         return as_dataset(self)
-
-    def keys(self, batch):
-        """The ids of the samples of a batch, as a list of str; empty if unknown."""
-        if self._ids is None:
-            return []
-        return sample_names(self._ids[row] for row in self._rows(batch))
 
     def _rows(self, batch):
         epoch, step = divmod(batch, len(self))

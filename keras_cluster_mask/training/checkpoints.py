@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import shutil
 import warnings
 import zipfile
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from keras_cluster_mask.distribution.processes import all_gather_object
 
-PREFIX, BEST, SUFFIX, PART = "step-", "best", ".npz", ".part"
+PREFIX, SUFFIX, PART = "epoch-", ".npz", ".part"
 
 # The thread that writes, for all folders, and what it was given to write.
 _WRITER = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
@@ -51,7 +50,7 @@ def writing_error() -> Exception | None:
 
 
 class CheckpointFiles:
-    """Checkpoints `step-000000042.npz` in a folder, and `best.npz`.
+    """Checkpoints `epoch-00042.npz` in a folder: after so many epochs.
 
     A reader, or a run that is killed at any moment, finds a whole file or none: each is
     written under a temporary name, then renamed. Reading waits for what this process is
@@ -60,7 +59,7 @@ class CheckpointFiles:
     Args:
         folder: str or path, local or a URL such as `"gs://bucket/run"`. Made if it
             does not exist.
-        keep: Integer, how many of the last are kept; `best` is kept besides.
+        keep: Integer, how many of the last are kept.
     """
 
     def __init__(self, folder, keep=1):
@@ -69,26 +68,18 @@ class CheckpointFiles:
         # What cannot be reached is better known before training.
         _storage().file_system(self.folder, "directory")
 
-    def start_writing(self, step, arrays, facts, is_best=False):
+    def start_writing(self, arrays, facts):
         """Writes a checkpoint in a thread, after those before, and returns at once.
 
         Args:
-            step: Integer, which names it.
             arrays: Dictionary of arrays, which must not change until it is written.
-            facts: Dictionary of JSON values.
-            is_best: Boolean. Whether it becomes the best one.
+            facts: Dictionary of JSON values, of which `"epoch"` names it.
         """
+        _WRITING.append(_WRITER.submit(self.write, arrays, facts))
 
-        def write():
-            path = self.write(step, arrays, facts)
-            if is_best:
-                self.mark_best(path)
-
-        _WRITING.append(_WRITER.submit(write))
-
-    def write(self, step, arrays, facts) -> str:
+    def write(self, arrays, facts) -> str:
         """Writes a checkpoint, then removes the oldest of more than `keep`."""
-        path = self._path(f"{PREFIX}{step:09}{SUFFIX}")
+        path = self._path(f"{PREFIX}{facts['epoch']:05}{SUFFIX}")
         arrays = dict(arrays)
         # NumPy's files do not know bfloat16.
         halves = [k for k, v in arrays.items() if v.dtype == ml_dtypes.bfloat16]
@@ -102,23 +93,6 @@ class CheckpointFiles:
             _remove(old)
         return path
 
-    def mark_best(self, path):
-        """Makes a written checkpoint the best one, without a second copy if it can."""
-        files, best = _storage(), self._path(f"{BEST}{SUFFIX}")
-        try:
-            if files.is_address(best):
-                system, name = files.file_system(path)
-                system.cp_file(name, files.file_system(best)[1])
-            else:
-                link = self._path(f".{BEST}.{os.getpid()}{PART}")
-                os.link(path, link)
-                os.replace(link, best)
-        except (OSError, NotImplementedError):
-            # FUSE, exFAT and many network disks have no hard links.
-            with files.open_file(path) as source, files.replacing(best) as file:
-                shutil.copyfileobj(source, file)
-        self._sync_folder()
-
     def paths(self) -> list[str]:
         """The checkpoints, from the oldest to the last."""
         finish_writing()
@@ -128,8 +102,8 @@ class CheckpointFiles:
         names = [x for x in self._names() if x.startswith(PREFIX)]
         return [self._path(x) for x in sorted(names) if x.endswith(SUFFIX)]
 
-    def last_step(self) -> int:
-        """The step of the last checkpoint, or -1."""
+    def last_epoch(self) -> int:
+        """The number of epochs before the last checkpoint, or -1."""
         paths = self.paths()
         if not paths:
             return -1
@@ -220,16 +194,16 @@ def read_resumable(path: str | os.PathLike):
         found = CheckpointFiles(path).read_last()
     else:
         found = (path, *read_checkpoint(path)) if files.exists(path) else None
-    steps = all_gather_object(-1 if found is None else found[2]["step"])
-    if is_file and -1 in steps:
+    epochs = all_gather_object(-1 if found is None else found[2]["epoch"])
+    if is_file and -1 in epochs:
         raise FileNotFoundError(
             "`resume_from` must be a checkpoint that exists, or a folder. "
             f"Received: resume_from={path}"
         )
-    if len({*steps}) > 1:
+    if len({*epochs}) > 1:
         raise ValueError(
             "`resume_from` must be a folder that all processes see. Received: "
-            f"resume_from={path}, last steps {steps} by process"
+            f"resume_from={path}, last epochs {epochs} by process"
         )
     return found
 

@@ -7,7 +7,7 @@ from keras_cluster_mask.distribution.replicas import all_gather
 
 
 class FiniteSteps(keras.metrics.Metric):
-    """Counts training steps, and those before the first loss that is NaN or infinite.
+    """Counts the steps of an epoch, and those before the first loss that is not finite.
 
     To look at the loss of each step, the program would have to wait for each step. This
     is read now and then instead, and still names the step. It is a metric because steps
@@ -16,7 +16,7 @@ class FiniteSteps(keras.metrics.Metric):
     All replicas count alike: a loss that is not finite on one of them is so for all.
 
     Attributes:
-        steps: Integer variable, the training steps since `restart`.
+        steps: Integer variable, the steps of the epoch.
         finite: Integer variable, those before the first loss that was not finite.
         loss: Float variable, the mean loss of an epoch up to that step; of the last
             step if all are finite.
@@ -38,7 +38,7 @@ class FiniteSteps(keras.metrics.Metric):
         """
         # On torch it is, unless `compute_loss` is overridden, the same already.
         loss = ops.mean(all_gather(ops.reshape(ops.cast(loss, "float32"), (1,))))
-        # Metrics may be reset; what is recorded here stays.
+        # The mean is reset if a callback resets the model's metrics; this stays.
         last = ops.convert_to_tensor(self.loss)
         loss = ops.where(ops.isfinite(last), loss, last)
         self.loss.assign(loss)
@@ -46,10 +46,10 @@ class FiniteSteps(keras.metrics.Metric):
         self.steps.assign_add(1)
 
     def reset_state(self):
-        """Does nothing: an epoch starts, or a callback resets the model's metrics."""
+        """Does nothing, as a callback may reset the model's metrics."""
 
     def restart(self):
-        """Starts to count from 0."""
+        """Starts to count an epoch."""
         super().reset_state()
 
     def result(self):

@@ -22,13 +22,11 @@ from keras_cluster_mask.training.checkpoints import (
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
 from keras_cluster_mask.training.progress_bar import ProgressBar
-from keras_cluster_mask.training.remaining_data import (
-    RemainingData,
+from keras_cluster_mask.training.training_data import (
+    TrainingData,
     check_same_everywhere,
 )
-from keras_cluster_mask.training.run_state import describe_compile
-from keras_cluster_mask.training.tokens import check_tokenizer_of
-from keras_cluster_mask.training.training_run import ResumableRun, TrainingRun
+from keras_cluster_mask.training.training_run import TrainingRun
 
 
 def fit(
@@ -65,7 +63,7 @@ def fit(
     """
     x = inputs.as_dictionary(x, y, sample_weight, class_weight)
     if isinstance(x, dict) and validation_split:
-        # Not by Keras, which would split the rest of an interrupted epoch again.
+        # Not by Keras, which splits arrays alone.
         x, validation_data = _split(x, validation_split, validation_data)
         validation_split = 0.0
     validation_data = inputs.as_dictionary(validation_data)
@@ -85,17 +83,9 @@ def fit(
         "validation_batch_size": validation_batch_size or batch_size,
         "validation_freq": validation_freq,
     }
-    validation = Validation(validation_data, callbacks, options)
-    inputs.check_ends(validation_data, validation_steps)
-    check_tokenizer_of(model, validation_data)
-    options["callbacks"] = callbacks
-    if hasattr(validation_data, "as_dataset"):
-        # Data of unknown length, which Keras would take as a generator: one pass.
-        options["callbacks"] = [validation, *callbacks]
-    else:
-        options["validation_data"] = inputs.check_data(
-            validation_data, model.input_rules
-        )
+    options["validation_data"] = inputs.evaluation_data(
+        model, validation_data, validation_steps, passes_once=False
+    )
 
     inputs.check_keys(x)
     pairs = None
@@ -119,16 +109,11 @@ def fit(
             steps_per_epoch = stream.steps_per_epoch
     if saves:
         _check_no_swaps(callbacks)
-    data = RemainingData(x, steps_per_epoch, initial_epoch, remembers_ids=bool(saves))
-    if resume_from is None and not saves:
-        run = TrainingRun(data, step_size)
-    else:
-        # Callbacks may change the learning rate once training has begun.
-        compiled = describe_compile(model)
-        run = ResumableRun(data, step_size, compiled, validation.is_skipped)
+    _check_executions(model.steps_per_execution, steps_per_epoch)
+    data = TrainingData(x, steps_per_epoch, initial_epoch)
+    run = TrainingRun(model, data, step_size)
     if found is not None:
         run.resume(model, found)
-    _check_executions(model.steps_per_execution, data.steps_per_epoch, run.step)
     if model.compiled and run.epoch < epochs:
         _warn_of_rate_zero(model.optimizer)
     if resume_from is not None and options["verbose"]:
@@ -136,15 +121,14 @@ def fit(
             folder = os.fspath(resume_from)
             print(f"No checkpoint in {folder}: starting from the beginning.")
         else:
-            place = f"epoch {run.epoch + 1}, step {run.step}"
-            print(f"Resuming from {found[0]}: {place}.")
+            print(f"Resuming from {found[0]}: epoch {run.epoch + 1}.")
     model.training_run = run
-    options["callbacks"] = [run, *options["callbacks"]]
+    options["callbacks"] = [run, *callbacks]
     bars = [x for x in callbacks if isinstance(x, keras.callbacks.ProgbarLogger)]
     if options["verbose"] and not bars:
         options["callbacks"].append(ProgressBar())
     try:
-        history = _fit_from(model, keras_fit, run, validation, options, epochs)
+        history = _fit_from(model, keras_fit, run, options, epochs)
     except BaseException as error:
         run.undo_first_step()
         if (failed := writing_error()) is not None:
@@ -155,37 +139,21 @@ def fit(
     return history
 
 
-def _fit_from(model, keras_fit, run, validation, options, epochs):
-    """Calls Keras's `fit` from where a run is to the end.
-
-    The rest of an interrupted epoch is a fit of its own, since Keras takes the number
-    of steps of the first epoch for all epochs.
-    """
-    history, data = None, run.data
-    while run.epoch < epochs:
-        if run.step and data.is_over(run.epoch, run.step):
-            # Saved after the last step of an epoch, before its report: where the length
-            # of data is unknown, Keras begins one step too many.
-            _end_epoch(model, run, validation, options["callbacks"], epochs)
-            if model.stop_training:
-                break
-            continue
-        last = run.epoch + 1 if run.step else epochs
-        x = data.after(run.epoch, run.step)
+def _fit_from(model, keras_fit, run, options, epochs):
+    """Calls Keras's `fit` from where a run is to the end."""
+    if run.epoch < epochs:
+        x = run.data.from_epoch(run.epoch)
         if isinstance(x, ArrayBatches):
             # They have been checked whole.
             x = inputs.stream_for_keras(x)
         else:
             x = inputs.check_data(x, model.input_rules, training=True)
-        given = dict(options, x=x, initial_epoch=run.epoch, epochs=last)
-        if data.steps_per_epoch is not None:
-            given["steps_per_epoch"] = data.steps_per_epoch - run.step
-        run.start(x)
-        history = _run(keras_fit, given)
-        if last == epochs or model.stop_training:
-            break
-        run.restore_weights()
-    if history is None:
+        if run.data.steps_per_epoch is not None:
+            options["steps_per_epoch"] = run.data.steps_per_epoch
+        history = _run(
+            keras_fit, dict(options, x=x, initial_epoch=run.epoch, epochs=epochs)
+        )
+    else:
         history = keras.callbacks.History()
         if run.history:
             # As at the end of the fit that finished the run.
@@ -194,10 +162,9 @@ def _fit_from(model, keras_fit, run, validation, options, epochs):
         # On JAX, weights and averages are the same arrays now, which cannot be updated.
         for variable in model.trainable_variables:
             variable.assign(ops.copy(variable))
-    rows = [*run.history, *run.unfinished]
-    history.epoch = [row["epoch"] for row in rows]
+    history.epoch = [row["epoch"] for row in run.history]
     history.history = {}
-    for row in rows:
+    for row in run.history:
         for name, value in row["logs"].items():
             history.history.setdefault(name, []).append(value)
     return history
@@ -213,80 +180,20 @@ def _run(keras_fit, options):
             options["x"].close()
 
 
-def _end_epoch(model, run, validation, callbacks, epochs):
-    """A fit without steps: the end of an epoch that was trained to its last step."""
-    if validation not in callbacks:
-        callbacks = [run, validation, *callbacks[1:]]
-    callbacks = keras.callbacks.CallbackList(
-        callbacks, model=model, epochs=epochs, steps=0, verbose=0
-    )
-    model.stop_training = False
-    run.start(run.data.data)
-    callbacks.on_train_begin()
-    callbacks.on_epoch_begin(run.epoch)
-    logs = model.get_metrics_result()
-    callbacks.on_epoch_end(run.epoch, dict(logs))
-    callbacks.on_train_end(logs)
-
-
-class Validation(keras.callbacks.Callback):
-    """Evaluates a model at the end of epochs, as Keras's `fit` does.
-
-    Args:
-        data: The validation data, or `None`.
-        callbacks: List of the callbacks that are told of it.
-        options: Dictionary of the other arguments of `fit` on validation.
-    """
-
-    def __init__(self, data, callbacks, options):
-        super().__init__()
-        self.data = data
-        self.callbacks = callbacks
-        self.every = options["validation_freq"]
-        self.options = {"steps": options["validation_steps"]}
-        if not hasattr(data, "element_spec"):
-            self.options["batch_size"] = options["validation_batch_size"]
-
-    def is_skipped(self, epoch):
-        """Whether there is data that is not evaluated at the end of this epoch."""
-        if isinstance(self.every, int):
-            return self.data is not None and (epoch + 1) % self.every != 0
-        return self.data is not None and epoch + 1 not in self.every
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self.data is None or self.is_skipped(epoch):
-            return
-        if logs is not None:
-            # Without parameters: the callbacks keep those of the fit.
-            callbacks = keras.callbacks.CallbackList(self.callbacks, model=self.model)
-            found = self.model.evaluate(
-                self.data,
-                verbose=0,
-                return_dict=True,
-                callbacks=callbacks,
-                **self.options,
-            )
-            logs.update({f"val_{name}": value for name, value in found.items()})
-
-
-def _check_executions(steps_per_execution, steps_per_epoch, step):
+def _check_executions(steps_per_execution, steps_per_epoch):
     """Raises if an epoch would end within an execution, which takes steps of the next.
 
     Args:
         steps_per_execution: Integer.
         steps_per_epoch: Integer, of data that continues over the ends of epochs, or
             `None`.
-        step: Integer, the steps of the first epoch that were done.
     """
-    if steps_per_epoch is None:
-        return
-    if steps_per_epoch % steps_per_execution or step % steps_per_execution:
-        done = f", of which {step} were done" if step else ""
+    if steps_per_epoch is not None and steps_per_epoch % steps_per_execution:
         raise ValueError(
             "`steps_per_execution` must divide the steps of an epoch, or it would take "
             "steps of the next one: pass another to `compile`, or `steps_per_epoch` to "
             f"`fit`. Received: steps_per_execution={steps_per_execution}, epochs of "
-            f"{steps_per_epoch} steps{done}"
+            f"{steps_per_epoch} steps"
         )
 
 

@@ -16,8 +16,6 @@ from keras_cluster_mask.training.input_rules import KEYS
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 SAMPLE_WEIGHT = "sample_weight"
-# An entry of batches that names their samples.
-SAMPLE_ID = "sample_id"
 
 
 def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
@@ -95,28 +93,30 @@ def sample_weights(batch, given=None):
     return ops.cast(weights, "float32")
 
 
-def evaluation_data(model, data, steps=None):
+def evaluation_data(model, data, steps=None, passes_once=True):
     """Data that is evaluated or predicted: checked, and as Keras takes it."""
     check_ends(data, steps)
     check_tokenizer_of(model, data)
-    return check_data(data, model.input_rules)
+    return check_data(data, model.input_rules, passes_once=passes_once)
 
 
-def check_data(data, rules, training=False):
+def check_data(data, rules, training=False, passes_once=True):
     """Checks data for a `ContrastiveModel`, and hands it over as Keras takes it.
 
     Arrays are checked whole. Other data gets a check of every batch, on the host, as
-    part of its pipeline. Strings, such as keys and captions, are left out of arrays,
-    of a `tf.data.Dataset` and of a stream of batches, as no model takes them.
+    part of its pipeline. Strings, such as keys and captions, are left out, as no model
+    takes them.
 
     Args:
         data: What the user passed as `x`, or as `validation_data`.
         rules: `InputRules` of the model.
         training: Boolean. Whether it is trained on.
+        passes_once: Boolean. Whether Keras passes over it once. It starts worker
+            processes once for a generator, and twice for a grain dataset.
 
     Returns:
         The data, with a check added where it has to run per batch. A stream becomes a
-        `tf.data.Dataset` on TensorFlow, else a generator: one pass.
+        `tf.data.Dataset` on TensorFlow, else a generator if there is one pass.
     """
     if isinstance(data, dict):
         check_keys(data, rules.keys)
@@ -127,7 +127,8 @@ def check_data(data, rules, training=False):
         data = check_data(data.as_dataset(), rules, training)
     elif hasattr(data, "as_dataset"):
         _check_spec(data, rules)
-        data = _generator(data, _Check(rules, training))
+        check = _Check(rules, training)
+        data = _generator(data, check) if passes_once else data.map(check)
     elif hasattr(data, "element_spec") and isinstance(data.element_spec, dict):
         _check_spec(data, rules)
         if any(spec.dtype == "string" for spec in data.element_spec.values()):
@@ -289,7 +290,8 @@ class _Check:
         batch = batch if self.collate is None else self.collate(batch)
         given = as_dictionary(batch)
         check_input(given, self.rules.keys)
-        self.check_values({k: v for k, v in given.items() if not holds_strings(v)})
+        given = {k: v for k, v in given.items() if not holds_strings(v)}
+        self.check_values(given)
         # With lists as arrays.
         return given if isinstance(batch, dict) else batch
 
@@ -327,11 +329,6 @@ def holds_strings(values) -> bool:
     if isinstance(values, list):
         return any(isinstance(x, (str, bytes)) for x in keras.tree.flatten(values))
     return isinstance(values, np.ndarray) and values.dtype.kind in "SUO"
-
-
-def sample_names(ids) -> list[str]:
-    """The ids of samples, bytes, strings or numbers, for people."""
-    return [x.decode() if isinstance(x, bytes) else str(x) for x in ids]
 
 
 def _without_strings(batch):

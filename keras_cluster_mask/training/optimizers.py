@@ -1,14 +1,13 @@
 """What an optimizer of a `ContrastiveModel` does beyond Keras's.
 
-Learning rates by tower, weight decay on matrices alone, gradients of the global batch,
-their norm, and updates in place on torch. Keras has no public hook for clipping, decay
-and the update within `apply`, so this file replaces methods of one optimizer instance,
-some of them private (`PRIVATE`). A test fails if a version of Keras lacks them.
+Weight decay on matrices alone, gradients of the global batch, their norm, and updates
+in place on torch. Keras has no public hook for clipping and the update within `apply`,
+so this file replaces methods of one optimizer instance, some of them private
+(`PRIVATE`). A test fails if a version of Keras lacks them.
 """
 
-import math
 import threading
-from functools import cache, partial
+from functools import partial
 from operator import is_
 
 import keras
@@ -19,14 +18,12 @@ from keras_cluster_mask.distribution import in_place_updates
 
 # Methods of `keras.optimizers.Optimizer` that are replaced on an instance or called.
 PRIVATE = (
-    "_apply_weight_decay",
     "_backend_update_step",
     "_clip_gradients",
-    "_get_current_learning_rate",
     "_get_variable_index",
     "_use_weight_decay",
 )
-REPLACED = "build", "_backend_update_step", "_apply_weight_decay", "_clip_gradients"
+REPLACED = "build", "_backend_update_step", "_clip_gradients"
 
 
 def configure(model):
@@ -36,7 +33,7 @@ def configure(model):
     model.gradient_norm = GradientNorm(optimizer) if logs_norm else None
     if optimizer is None:
         return
-    own, parts = inner_optimizer(optimizer), optimizer_parts(optimizer)
+    parts = optimizer_parts(optimizer)
     if not parts and not options["decay_vectors"]:
         raise ValueError(
             "`optimizer` must be a `MultiOptimizer` of a `keras.optimizers."
@@ -52,24 +49,6 @@ def configure(model):
             exclude_vectors_from_decay(each, model.trainable_variables)
         if in_place_updates.are_available():
             update_in_place(each, model.gradient_norm)
-    if options["learning_rate_multipliers"]:
-        multiply_learning_rate(own, partial(learning_rate_factors, model))
-
-
-def check_multipliers(multipliers: dict, towers) -> dict:
-    """`multipliers` with values as floats, checked."""
-    for name, factor in multipliers.items():
-        if name not in towers:
-            raise ValueError(
-                "`learning_rate_multipliers` must have towers as keys, of "
-                f"{sorted(towers)}. Received: {name!r}"
-            )
-        if not 0 <= factor < math.inf:
-            raise ValueError(
-                "`learning_rate_multipliers` must be finite and not negative. "
-                f"Received: {name!r}: {factor}"
-            )
-    return {name: float(factor) for name, factor in multipliers.items()}
 
 
 def with_loss_scaling(optimizer, layers):
@@ -263,75 +242,3 @@ def is_vector(variable) -> bool:
     while shape[:1] == [1]:
         shape = shape[1:]
     return len(shape) < 2 or "bias" in variable.name
-
-
-# === Learning rates ===
-
-
-def learning_rate_factors(model) -> dict[int, float]:
-    """The factors of weights other than 1, by the weights' ids."""
-    multipliers = model.optimizer_options["learning_rate_multipliers"]
-    return {
-        id(variable): factor
-        for name, factor in multipliers.items()
-        for layer in model.towers[name]
-        for variable in layer.weights
-        if factor != 1
-    }
-
-
-def multiply_learning_rate(optimizer, find_factors):
-    """Makes an optimizer update each weight at a learning rate of its own.
-
-    It still clips, averages and counts all weights at once.
-
-    Args:
-        optimizer: A Keras optimizer.
-        find_factors: Function without arguments that returns a dictionary of factors
-            by the variables' ids. Called once there are weights.
-    """
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
-        raise ValueError(
-            "`learning_rate_multipliers` do not work with `MultiOptimizer`: give its "
-            "optimizers the learning rates. "
-            f"Received: optimizer={optimizer.name}"
-        )
-    if isinstance(optimizer, keras.optimizers.Nadam):
-        raise ValueError(
-            "`learning_rate_multipliers` do not work with `Nadam`, whose momentum "
-            "would advance with every group of weights; use `AdamW`. "
-            f"Received: optimizer={optimizer.name}"
-        )
-    find_factors = cache(find_factors)
-    update, decay = optimizer._backend_update_step, optimizer._apply_weight_decay
-    current_learning_rate = optimizer._get_current_learning_rate
-
-    def groups(variables):
-        indices = {}
-        for index, variable in enumerate(variables):
-            factor = find_factors().get(id(variable), 1.0)
-            indices.setdefault(factor, []).append(index)
-        return indices.items()
-
-    def update_step(gradients, variables, learning_rate):
-        for factor, indices in groups(variables):
-            update(
-                [gradients[index] for index in indices],
-                [variables[index] for index in indices],
-                learning_rate * factor,
-            )
-
-    def apply_weight_decay(variables):
-        for factor, indices in groups(variables):
-            group = [variables[index] for index in indices]
-            # torch cannot decay an empty group.
-            if any(map(optimizer._use_weight_decay, group)):
-                optimizer._get_current_learning_rate = lambda factor=factor: (
-                    factor * current_learning_rate()
-                )
-                decay(group)
-        # On TensorFlow, the first replica does this for all.
-        vars(optimizer).pop("_get_current_learning_rate", None)
-
-    optimizer._backend_update_step = update_step
-    optimizer._apply_weight_decay = apply_weight_decay

@@ -122,7 +122,7 @@ def test_the_program_does_not_wait_for_steps(saves, tmp_path):
     throughput = NoteThreads()
     callbacks = [throughput]
     if saves:
-        callbacks.append(kcm.callbacks.Checkpoint(tmp_path, save_every=2))
+        callbacks.append(kcm.callbacks.Checkpoint(tmp_path))
     model = make_model()
     history = model.fit(pairs(32), batch_size=4, verbose=0, callbacks=callbacks).history
     assert throughput.threads

@@ -19,11 +19,17 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 
+PROGRAM = pathlib.Path(__file__)
 VOCABULARY, CONTEXT = 300, 9
 
 
 def make_model(
-    masking=None, dropout_seed=5, optimizer=None, masked_encoder=None, **options
+    masking=None,
+    dropout_seed=5,
+    optimizer=None,
+    masked_encoder=None,
+    views=1,
+    **options,
 ):
     """With all that has a state: dropout, a threshold that moves, EMA, a schedule."""
     keras.utils.set_random_seed(1)
@@ -51,7 +57,7 @@ def make_model(
     x = keras.layers.Embedding(VOCABULARY, 8)(ids)
     x = keras.layers.Dropout(0.1)(keras.layers.GlobalAveragePooling1D()(x))
     texts = keras.layers.Dense(masked_encoder.output.shape[-1])(x)
-    model = kcm.ContrastiveModel(masked_encoder, keras.Model(ids, texts))
+    model = kcm.ContrastiveModel(masked_encoder, keras.Model(ids, texts), views=views)
     if optimizer is None:
         schedule = keras.optimizers.schedules.CosineDecay(0.01, 40, warmup_steps=5)
         optimizer = keras.optimizers.AdamW(schedule, use_ema=True, ema_momentum=0.9)
@@ -83,6 +89,17 @@ def weights_of(model):
     }
 
 
+class StopAfter(keras.callbacks.Callback):
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps -= 1
+        if self.steps == 0:
+            raise KeyboardInterrupt
+
+
 class PrintSteps(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         print("step", flush=True)
@@ -111,7 +128,7 @@ if __name__ == "__main__":
         resume_from=folder,
         callbacks=[
             PrintSteps(),
-            kcm.callbacks.Checkpoint(folder, save_every=2, keep=2, monitor=None),
+            kcm.callbacks.Checkpoint(folder, keep=2),
         ],
     )
     np.savez(weights, **weights_of(model))

@@ -5,13 +5,13 @@
 writes weights, losses and metrics to OUT. `devices` uses two virtual devices of one
 process; `process` is one of two processes that the test starts; `model` uses four, of
 which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARDS=files
-it trains two epochs on these and saves to CHECKPOINT. With DIE_AT=n it ends itself
-before the n-th step of an epoch. With EVALUATE=whole it evaluates retrieval, with
-EVALUATE=share each process that of its own data, and draws masks to MASKS. With
-BAD_STEP=n the last image of the n-th step, which the second device gets, is not finite,
-and it saves to CHECKPOINT. With MASKING=all it trains a model with each kind of masking
-instead, and one of two views. With PLANS=all it trains a model in each way of `plans`
-instead, on torch. With FREEZE=rank that process alone freezes a tower.
+it trains three epochs on these, validates on HELD_OUT and saves to CHECKPOINT. With
+DIE_AT=n it ends itself before its n-th step. With EVALUATE=whole it evaluates
+retrieval, with EVALUATE=share each process that of its own data, and draws masks to
+MASKS. With BAD_STEP=n the last image of the n-th step, which the second device gets, is
+not finite, and it saves to CHECKPOINT. With MASKING=all it trains a model with each
+kind of masking instead, and one of two views. With PLANS=all it trains a model in each
+way of `plans` instead, on torch. With FREEZE=rank that process alone freezes a tower.
 """
 
 import os
@@ -93,11 +93,13 @@ def make_model(masking=None, **options):
 
 
 def compile_model(model):
-    model.compile(
-        keras.optimizers.SGD(0.05, weight_decay=0.1, global_clipnorm=1.0),
-        learning_rate_multipliers={"image": 0.5},
-        log_gradient_norm=True,
+    optimizer = kcm.tower_optimizer(
+        model,
+        keras.optimizers.SGD(0.05, weight_decay=0.1),
+        image=keras.optimizers.SGD(0.025, weight_decay=0.1),
+        global_clipnorm=1.0,
     )
+    model.compile(optimizer, log_gradient_norm=True)
 
 
 def fit_frozen(model, **fit):
@@ -155,8 +157,11 @@ def plans():
 
 
 class Die(keras.callbacks.Callback):
+    steps = 0
+
     def on_train_batch_begin(self, batch, logs=None):
-        if batch == int(os.environ["DIE_AT"]):
+        self.steps += 1
+        if self.steps == int(os.environ["DIE_AT"]):
             os._exit(7)
 
 
@@ -214,23 +219,24 @@ def tokenizer(captions):
 
 
 def train_on_shards(model, callbacks):
-    data = kcm.data.image_text_dataset(
-        os.environ["SHARDS"],
-        tokenizer,
-        image_size=16,
-        batch_size=BATCH,
-        training=True,
-        seed=3,
-    )
-    checkpoint = kcm.callbacks.Checkpoint(
-        os.environ["CHECKPOINT"], save_every=2, monitor=None
+    train, held_out = (
+        kcm.data.image_text_dataset(
+            os.environ[name],
+            tokenizer,
+            image_size=16,
+            batch_size=BATCH,
+            training=name == "SHARDS",
+            seed=3,
+        )
+        for name in ("SHARDS", "HELD_OUT")
     )
     return model.fit(
-        data,
+        train,
         verbose=0,
-        epochs=2,
+        epochs=3,
+        validation_data=held_out,
         resume_from=os.environ["CHECKPOINT"],
-        callbacks=[checkpoint, *callbacks],
+        callbacks=[kcm.callbacks.Checkpoint(os.environ["CHECKPOINT"]), *callbacks],
     )
 
 
@@ -266,7 +272,7 @@ if __name__ == "__main__":
         callbacks = [Die()] if "DIE_AT" in os.environ else []
         if "BAD_STEP" in os.environ:
             folder = os.environ["CHECKPOINT"]
-            callbacks.append(kcm.callbacks.Checkpoint(folder, 2, monitor=None))
+            callbacks.append(kcm.callbacks.Checkpoint(folder))
             fit = {"batch_size": fit["batch_size"], "shuffle": False}
         if "EVALUATE" in os.environ:
             evaluated = pairs() if os.environ["EVALUATE"] == "whole" else share

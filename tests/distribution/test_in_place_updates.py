@@ -9,7 +9,6 @@ from keras_cluster_mask.distribution import in_place_updates
 from keras_cluster_mask.training.optimizers import (
     GradientNorm,
     inner_optimizer,
-    multiply_learning_rate,
     update_in_place,
 )
 from tests.helpers import random_pairs, small_model, to_numpy, values
@@ -140,16 +139,6 @@ def test_updates_are_those_of_the_formula():
         np.testing.assert_allclose(to_numpy(variable), weight, rtol=1e-4, atol=1e-6)
 
 
-def test_weights_have_learning_rates_of_their_own():
-    results = []
-    for prepare in (in_place, lambda x: x):
-        variables, optimizer = make_variables(), prepare(AdamW(0.01, weight_decay=0.3))
-        factors = {id(variables[0]): 0.1, id(variables[2]): 0.0}
-        multiply_learning_rate(optimizer, lambda factors=factors: factors)
-        results.append(train(optimizer, variables))
-    assert_same_state(*results)
-
-
 def test_excluded_weights_do_not_decay():
     results = []
     for prepare in (in_place, lambda x: x):
@@ -275,16 +264,6 @@ def test_the_norm_that_is_reported_needs_no_memory_for_copies():
     norm, variables = GradientNorm(AdamW(0.01)), make_variables([(256, 512), (512,)])
     gradients = gradients_of_step(0, variables)
     assert allocated_by(lambda: norm.record(gradients)) < 0.01 * 4 * 256 * 512
-
-
-def test_sgd_of_keras_is_in_place_already():
-    shapes = [(256, 512), (512, 256)]
-    variables = make_variables(shapes)
-    optimizer, _ = train(OPTIMIZERS["nesterov"](), variables, range(1))
-    held = [*variables, *optimizer.variables]
-    before = [v.value.data_ptr() for v in held]
-    assert allocated(optimizer, variables) < 0.01 * 4 * sum(map(np.prod, shapes))
-    assert [v.value.data_ptr() for v in held] == before
 
 
 # === What Keras updates ===

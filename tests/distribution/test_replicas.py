@@ -191,11 +191,16 @@ def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
         files += [(f"{i:04}.png", encode(image)), (f"{i:04}.txt", b"no %d" % i)]
     write_tar("a.tar", files[: 2 * 27])
     write_tar("b.tar", files[2 * 27 :])
-    monkeypatch.setenv("SHARDS", str(tmp_path / "*.tar"))
+    # A ragged end, where the processes of JAX do not each need as many rows.
+    rows = 16 if (BACKEND, how) == ("jax", "process") else 19
+    held_out = write_tar("held_out.tar", files[: 2 * rows])
+    monkeypatch.setenv("HELD_OUT", str(held_out))
+    monkeypatch.setenv("SHARDS", str(tmp_path / "?.tar"))
     monkeypatch.setenv("CHECKPOINT", str(tmp_path / "single"))
     single = train(tmp_path / "single.npz", "single")
     monkeypatch.setenv("CHECKPOINT", str(tmp_path / "cut"))
-    for stop in ("3", "4"):
+    # Within the first epoch of five steps, and the second.
+    for stop in ("3", "8"):
         run(tmp_path / "none.npz", how, DIE_AT=stop)
     found = train(tmp_path / "out.npz", how)
     assert_equal_runs(found, single)
@@ -207,8 +212,8 @@ def test_a_loss_that_is_not_finite_stops_all_at_the_same_step(how, tmp_path):
     environment = {"BAD_STEP": "3", "CHECKPOINT": str(folder)}
     for code, errors in run(tmp_path / "out.npz", how, **environment):
         assert code != 0
-        assert "Received: loss=nan at step 3 (epoch 1, its step 3)" in errors
-    assert [path.name for path in folder.iterdir()] == ["step-000000002.npz"]
+        assert "Received: loss=nan at step 3 of epoch 1" in errors
+    assert not [*folder.iterdir()]
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")

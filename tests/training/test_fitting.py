@@ -62,15 +62,15 @@ def test_a_batch_size_of_zero_is_not_the_default():
         compiled().fit(random_pairs(8), batch_size=0, verbose=0)
 
 
-def checkpoint(folder, **options):
-    return kcm.callbacks.Checkpoint(folder, monitor=None, keep=9, **options)
+def checkpoint(folder):
+    return kcm.callbacks.Checkpoint(folder, keep=9)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Checkpoints of four steps, two an epoch."""
+    """Checkpoints of two epochs, each of two steps."""
     folder = tmp_path_factory.mktemp("run")
-    callbacks = [checkpoint(folder, save_every=1)]
+    callbacks = [checkpoint(folder)]
     compiled().fit(random_pairs(8), epochs=2, callbacks=callbacks, **FIT)
     return folder
 
@@ -95,7 +95,7 @@ def test_a_folder_resumes_from_its_last_checkpoint_and_says_which(folder, capsys
     model = compiled()
     history = model.fit(random_pairs(8), epochs=3, resume_from=folder, **options)
     printed = capsys.readouterr().out
-    assert "step-000000004.npz: epoch 3, step 0" in printed
+    assert "epoch-00002.npz: epoch 3." in printed
     assert "Epoch 3/3" in printed
     assert "Epoch 2/3" not in printed
     assert history.epoch == [0, 1, 2]
@@ -103,20 +103,17 @@ def test_a_folder_resumes_from_its_last_checkpoint_and_says_which(folder, capsys
 
 
 def test_a_file_resumes_from_that_checkpoint(folder):
-    # Of the middle of the first epoch, and of that of the second.
-    expected = compiled()
+    expected, model = compiled(), compiled()
     expected.fit(random_pairs(8), epochs=2, **FIT)
-    for step in (1, 3):
-        model = compiled()
-        path = folder / f"step-{step:09}.npz"
-        history = model.fit(random_pairs(8), epochs=2, resume_from=str(path), **FIT)
-        assert history.epoch == [0, 1]
-        for one, other in zip(values(model.weights), values(expected.weights)):
-            np.testing.assert_array_equal(one, other)
+    path = str(folder / "epoch-00001.npz")
+    history = model.fit(random_pairs(8), epochs=2, resume_from=path, **FIT)
+    assert history.epoch == [0, 1]
+    for one, other in zip(values(model.weights), values(expected.weights)):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_missing_file_is_an_error(folder):
-    path = folder / "step-000000099.npz"
+    path = folder / "epoch-00099.npz"
     with pytest.raises(FileNotFoundError, match=r"`resume_from` must.*Received:.*99"):
         compiled().fit(random_pairs(8), resume_from=path, **FIT)
 
@@ -129,9 +126,9 @@ def test_a_model_that_is_not_compiled_is_refused(folder):
 
 def test_a_run_from_the_beginning_does_not_write_among_later_checkpoints(folder):
     callbacks = [checkpoint(folder)]
-    for start in (None, folder / "step-000000002.npz"):
+    for start in (None, folder / "epoch-00001.npz"):
         with pytest.raises(
-            ValueError, match=r"`directory` must not.*Received:.*step 4"
+            ValueError, match=r"`directory` must not.*Received:.*of 2 epochs"
         ):
             compiled().fit(
                 random_pairs(8),
@@ -148,36 +145,6 @@ def test_averages_swapped_while_they_are_saved_are_refused(tmp_path):
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
     with pytest.raises(ValueError, match=r"swap_on_epoch=False.*Received: callbacks"):
         model.fit(random_pairs(8), callbacks=[swap, checkpoint(tmp_path)], **FIT)
-
-
-def test_callbacks_see_the_rest_of_an_epoch_as_a_fit_of_its_own(folder):
-    class Events(keras.callbacks.Callback):
-        def __init__(self):
-            super().__init__()
-            self.seen = []
-
-        def on_train_begin(self, logs=None):
-            self.seen.append("begin")
-
-        def on_epoch_end(self, epoch, logs=None):
-            self.seen.append(epoch)
-
-        def on_train_end(self, logs=None):
-            self.seen.append("end")
-
-    for step, expected in (
-        (1, ["begin", 0, "end", "begin", 1, 2, "end"]),
-        # The end of an epoch.
-        (2, ["begin", 1, 2, "end"]),
-        (3, ["begin", 1, "end", "begin", 2, "end"]),
-    ):
-        events = Events()
-        path = folder / f"step-{step:09}.npz"
-        model = compiled()
-        model.fit(
-            random_pairs(8), epochs=3, resume_from=path, callbacks=[events], **FIT
-        )
-        assert events.seen == expected
 
 
 def test_nothing_of_a_run_is_left_on_the_model():
@@ -227,13 +194,9 @@ def test_a_callback_that_stops_ends_a_resumed_run_too(folder):
         def on_epoch_end(self, epoch, logs=None):
             self.model.stop_training = True
 
-    for step, epochs in ((1, [0]), (2, [0, 1]), (3, [0, 1])):
-        path = folder / f"step-{step:09}.npz"
-        model = compiled()
-        history = model.fit(
-            random_pairs(8), epochs=4, resume_from=path, callbacks=[Stop()], **FIT
-        )
-        assert history.epoch == epochs
+    options = dict(epochs=4, resume_from=folder / "epoch-00001.npz", **FIT)
+    history = compiled().fit(random_pairs(8), callbacks=[Stop()], **options)
+    assert history.epoch == [0, 1]
 
 
 def test_averages_of_weights_can_be_trained_again():

@@ -251,7 +251,7 @@ def test_a_saved_model_refuses_the_same(tmp_path):
 )
 def test_arrays_that_make_no_pairs_are_refused(entries, message):
     pairs = {**random_pairs(4), **entries}
-    for call in ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch"):
+    for call in ("fit", "evaluate", "predict"):
         with pytest.raises(ValueError, match=rf"{message}"):
             getattr(make_model(), call)(pairs)
 
@@ -303,8 +303,6 @@ def test_weights_in_tuples_are_checked(weight):
     batch = (random_pairs(4), None, weight.astype("float32"))
     for call in (
         lambda model: model.fit((x for x in [batch]), verbose=0),
-        lambda model: model.test_on_batch(*batch),
-        lambda model: model.train_on_batch(*batch),
         lambda model: model.evaluate(batch[0], None, 4, 0, batch[2]),
     ):
         with pytest.raises(Exception, match=r"`sample_weight` must.*Received:"):

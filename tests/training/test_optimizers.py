@@ -1,4 +1,4 @@
-"""Learning rates by tower, what weight decay spares, and the gradients' norm."""
+"""What weight decay spares, and the norm of gradients."""
 
 import keras
 import numpy as np
@@ -16,7 +16,6 @@ from tests.helpers import (
     small_model,
     text_bag,
     tiny_clip,
-    tiny_siglip,
     to_numpy,
     values,
 )
@@ -79,175 +78,6 @@ def assert_same_weights(model, reference):
 
 def adamw(**kwargs):
     return keras.optimizers.AdamW(RATE, weight_decay=DECAY, epsilon=1e-12, **kwargs)
-
-
-def factors_of(model, multipliers):
-    towers = {
-        id(v): factor
-        for name, factor in multipliers.items()
-        for layer in model.towers[name]
-        for v in layer.weights
-    }
-    return [towers.get(id(v), 1.0) for v in model.trainable_variables]
-
-
-# === Learning rates by tower ===
-
-
-@pytest.mark.parametrize(
-    ("eager", "clip"),
-    [(True, 0.5), (False, 0.5), (False, None)],
-    ids=["eager", "compiled", "unclipped"],
-)
-def test_towers_learn_at_their_rates_as_in_parameter_groups_of_torch(eager, clip):
-    multipliers = {"image": 0.1, "text": 2.0}
-    model, reference = make_model(), make_model()
-    model.compile(
-        adamw(global_clipnorm=clip),
-        learning_rate_multipliers=multipliers,
-        decay_vectors=True,
-        log_gradient_norm=clip is not None,
-        run_eagerly=eager,
-    )
-    history = fit(model)
-    factors = factors_of(reference, multipliers)
-    assert sorted(set(factors)) == [0.1, 1.0, 2.0]
-    by_torch = ByTorch(reference, [RATE * f for f in factors], [DECAY] * 99, clip)
-    for pairs in batches():
-        by_torch.step(pairs)
-    assert_same_weights(model, reference)
-    if clip:
-        # It had something to do, by the norm of both towers together.
-        assert min(by_torch.norms) > clip
-        norm = np.mean(by_torch.norms)
-        assert history["gradient_norm"] == pytest.approx([norm], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda rate: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
-        lambda rate: keras.optimizers.Lion(rate, weight_decay=0.5),
-        lambda rate: keras.optimizers.AdamW(
-            keras.optimizers.schedules.CosineDecay(rate, 6), use_ema=True
-        ),
-        lambda rate: keras.optimizers.Adam(
-            rate, gradient_accumulation_steps=2, clipnorm=0.1
-        ),
-        lambda rate: keras.optimizers.Muon(rate),
-    ],
-    ids=["sgd", "lion", "schedule-ema", "accumulation", "muon"],
-)
-def test_all_towers_at_a_factor_are_an_optimizer_at_that_rate(make):
-    results = []
-    for rate, options in (
-        (0.002, {}),
-        (0.02, {"learning_rate_multipliers": {"image": 0.1, "text": 0.1}}),
-    ):
-        model = make_model()
-        # The temperature is of no tower.
-        model.head.logit_scale.trainable = False
-        model.compile(make(rate), **options, **FAST)
-        fit(model, epochs=2)
-        results.append(values(model.variables))
-    for one, other in zip(*results):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.any_backend
-def test_the_projections_of_clip_belong_to_their_towers():
-    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
-    towers = {
-        name: {id(v) for layer in layers for v in layer.weights}
-        for name, layers in model.towers.items()
-    }
-    assert not towers["image"] & towers["text"]
-    others = [
-        v.path
-        for v in model.trainable_variables
-        if id(v) not in towers["image"] | towers["text"]
-    ]
-    assert others == [model.head.logit_scale.path]
-    assert id(model.backbone.vision_projection.kernel) in towers["image"]
-    assert id(model.backbone.text_projection.kernel) in towers["text"]
-
-
-def test_an_optimizer_compiled_again_has_the_new_options_alone():
-    results = []
-    for first in ({"image": 0.1, "text": 3.0}, None):
-        optimizer = adamw()
-        model = make_model()
-        if first:
-            model.compile(optimizer, learning_rate_multipliers=first, **FAST)
-        model.compile(
-            optimizer,
-            learning_rate_multipliers={"image": 0.5},
-            decay_vectors=True,
-            **FAST,
-        )
-        fit(model)
-        results.append(values(model.variables))
-    for one, other in zip(*results):
-        np.testing.assert_array_equal(one, other)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("multipliers", "message"),
-    [
-        (
-            {"vision": 0.1},
-            r"towers as keys, of \['image', 'text'\]. Received: 'vision'",
-        ),
-        ({"image": -1.0}, "not negative. Received: 'image': -1.0"),
-        ({"text": float("nan")}, "finite"),
-    ],
-)
-def test_multipliers_that_make_no_sense_are_refused(multipliers, message):
-    with pytest.raises(ValueError, match=message):
-        make_model().compile("adamw", learning_rate_multipliers=multipliers)
-
-
-def test_the_towers_of_siglip_have_learning_rates_too():
-    model = kcm.ContrastiveModel.from_backbone(tiny_siglip())
-    model.compile(
-        keras.optimizers.SGD(0.1), learning_rate_multipliers={"image": 0.0}, **FAST
-    )
-    before = values(model.weights)
-    fit(model)
-    moved = {
-        name: any(
-            (old != new).any()
-            for old, new, weight in zip(before, values(model.weights), model.weights)
-            if any(weight is each for layer in layers for each in layer.weights)
-        )
-        for name, layers in model.towers.items()
-    }
-    assert moved == {"image": False, "text": True}
-
-
-@pytest.mark.any_backend
-def test_a_multi_optimizer_spares_vectors_and_has_rates_of_its_own():
-    inner = keras.optimizers.SGD(0.1, weight_decay=0.5)
-    rates = keras.optimizers.OptimizerMap(inner)
-    model = make_model()
-    with pytest.raises(ValueError, match="do not work with `MultiOptimizer`"):
-        model.compile(
-            keras.optimizers.MultiOptimizer(rates),
-            learning_rate_multipliers={"image": 0.5},
-        )
-    model.compile(keras.optimizers.MultiOptimizer(rates))
-    model.optimizer.build(model.trainable_variables)
-    decaying = [v for v in model.trainable_variables if inner._use_weight_decay(v)]
-    assert decaying
-    assert not any(map(is_vector, decaying))
-
-
-@pytest.mark.any_backend
-def test_nadam_is_refused_with_multipliers_only():
-    make_model().compile("nadam")
-    with pytest.raises(ValueError, match="do not work with `Nadam`"):
-        make_model().compile("nadam", learning_rate_multipliers={"image": 0.1})
 
 
 # === What decays ===
@@ -340,10 +170,8 @@ def test_a_frozen_tower_stays_as_it_is_while_the_other_learns(micro_batch_size):
     for each in (model, reference):
         each.image_encoder.trainable = False
     frozen = values(model.image_encoder.weights)
-    multipliers = {"image": 3.0, "text": 0.5}
     model.compile(
         adamw(use_ema=True, ema_momentum=0.0, global_clipnorm=0.5),
-        learning_rate_multipliers=multipliers,
         log_gradient_norm=True,
     )
     history = model.fit(
@@ -354,7 +182,7 @@ def test_a_frozen_tower_stays_as_it_is_while_the_other_learns(micro_batch_size):
     spared = [is_vector(v) for v in reference.trainable_variables]
     by_torch = ByTorch(
         reference,
-        [RATE * f for f in factors_of(reference, multipliers)],
+        [RATE] * len(spared),
         [0.0 if x else DECAY for x in spared],
         clip=0.5,
     )
@@ -405,18 +233,11 @@ def test_a_loss_scale_optimizer_has_all_options_and_skipped_steps_do_not_count()
             keras.optimizers.SGD(0.1, weight_decay=0.2), initial_scale=scale
         )
         model = make_model()
-        model.compile(
-            optimizer,
-            learning_rate_multipliers={"image": 0.0},
-            log_gradient_norm=True,
-        )
-        before = values(model.image_encoder.weights)
+        model.compile(optimizer, log_gradient_norm=True)
         # An epoch of one step, for the norm of each.
         history = fit(model, epochs=24 if scale > 2.0**20 else 1, steps=1)
         assert np.isfinite(history["gradient_norm"]).all()
         results.append(history["gradient_norm"])
-        for one, other in zip(values(model.image_encoder.weights), before):
-            np.testing.assert_array_equal(one, other)
         assert not any(
             optimizer.inner_optimizer._use_weight_decay(v)
             for v in model.trainable_variables
@@ -426,9 +247,6 @@ def test_a_loss_scale_optimizer_has_all_options_and_skipped_steps_do_not_count()
     assert skipping[0] == 0
     first = next(norm for norm in skipping if norm)
     assert first == pytest.approx(regular[0], rel=1e-5)
-
-
-# === Saving ===
 
 
 # === Keras ===
@@ -452,7 +270,7 @@ def test_keras_has_the_sum_over_replicas_that_is_replaced():
 def test_keras_calls_the_methods_that_are_replaced():
     called = set()
     optimizer = keras.optimizers.SGD(0.1, weight_decay=0.1)
-    for name in ("_backend_update_step", "_apply_weight_decay"):
+    for name in ("_backend_update_step", "_clip_gradients"):
         own = getattr(optimizer, name)
 
         def watched(*args, name=name, own=own):
@@ -462,7 +280,7 @@ def test_keras_calls_the_methods_that_are_replaced():
         setattr(optimizer, name, watched)
     variable = keras.Variable(np.ones((2, 2), "float32"))
     optimizer.apply([keras.ops.ones((2, 2))], [variable])
-    assert called == {"_backend_update_step", "_apply_weight_decay"}
+    assert called == {"_backend_update_step", "_clip_gradients"}
 
 
 @pytest.mark.any_backend

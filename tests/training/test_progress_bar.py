@@ -1,12 +1,12 @@
 """The progress bar, and steps that begin before others end."""
 
 import threading
-import types
 
 import keras
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.training.training_data import TrainingData
 from keras_cluster_mask.training.training_run import STEPS_AHEAD, TrainingRun
 from tests.helpers import FAST, random_pairs, small_model
 
@@ -49,7 +49,9 @@ def test_no_step_is_waited_for_whether_progress_is_shown_or_not(verbose):
 
 @pytest.mark.any_backend
 def test_few_steps_begin_before_others_end():
-    run = TrainingRun(types.SimpleNamespace(origin=(0, 0)), None)
+    model = small_model()
+    run = TrainingRun(model, TrainingData(None, None), None)
+    run.set_model(model)
     run.on_epoch_begin(0)
     for step in range(STEPS_AHEAD):
         run.on_train_batch_begin(step)

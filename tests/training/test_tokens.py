@@ -293,7 +293,7 @@ def test_the_callbacks_of_a_fit_refuse_another_tokenizer(shard):
 
 @pytest.mark.any_backend
 def test_a_checkpoint_of_another_tokenizer_is_refused(shard, tmp_path):
-    checkpoint = kcm.callbacks.Checkpoint(tmp_path, monitor=None)
+    checkpoint = kcm.callbacks.Checkpoint(tmp_path)
     model = make_clip()
     model.fit(stream(shard, make_tokenizer()), callbacks=[checkpoint], verbose=0)
     again = make_clip()

@@ -66,13 +66,16 @@ backbone = kcm.models.with_image_size(backbone, 336)
 model = kcm.ContrastiveModel.from_backbone(backbone, masking, views=2)
 assert_type(model, kcm.ContrastiveModel)
 model = kcm.ContrastiveModel.from_backbone(backbone, Middle(0.5), text_masking=None)
-model.compile(keras.optimizers.AdamW(1e-3), learning_rate_multipliers={"image": 0.1})
+optimizer = kcm.tower_optimizer(
+    model, keras.optimizers.AdamW(1e-3), image=keras.optimizers.AdamW(1e-4)
+)
+model.compile(optimizer, log_gradient_norm=True)
 history = model.fit(
     dataset,
     epochs=32,
     resume_from=pathlib.Path("run"),
     callbacks=[
-        kcm.callbacks.Checkpoint("run", save_every=500, monitor="val_loss"),
+        kcm.callbacks.Checkpoint("run", save_every=2),
         kcm.callbacks.Retrieval(dataset, tokenizer, ks=10),
         kcm.callbacks.ZeroShot(dataset, ["cat", "dog"], tokenizer),
         kcm.callbacks.MaskImages(dataset, "logs"),

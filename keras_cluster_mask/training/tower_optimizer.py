@@ -1,0 +1,128 @@
+"""An optimizer of its own for each tower."""
+
+import re
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.distribution import in_place_updates
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class TowerOptimizer(keras.optimizers.MultiOptimizer):
+    """A `MultiOptimizer` that clips the gradients of all its optimizers by one norm.
+
+    `kcm.tower_optimizer` makes one for a model.
+
+    Args:
+        optimizer_map: `keras.optimizers.OptimizerMap`.
+        global_clipnorm: Float. The largest L2 norm that the gradients of all weights
+            together may have. `None` does not clip.
+        **kwargs: Arguments of `keras.optimizers.MultiOptimizer`.
+    """
+
+    def __init__(
+        self,
+        optimizer_map: keras.optimizers.OptimizerMap,
+        global_clipnorm: float | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(optimizer_map, **kwargs)
+        self.global_clipnorm = global_clipnorm
+        if global_clipnorm is None:
+            return
+        for part in self.optimizers:
+            for name in ("global_clipnorm", "gradient_accumulation_steps"):
+                if getattr(part, name) is not None:
+                    raise ValueError(
+                        f"`{name}` must not be given to an optimizer of a tower: all "
+                        "gradients are clipped together, by the `global_clipnorm` of "
+                        "the `TowerOptimizer`, before each of its steps. "
+                        f"Received: {part.name} with {name}={getattr(part, name)}"
+                    )
+
+    def apply(self, grads, trainable_variables=None):
+        if self.global_clipnorm is not None:
+            grads = clip_by_global_norm(list(grads), self.global_clipnorm)
+        super().apply(grads, trainable_variables)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "global_clipnorm": self.global_clipnorm}
+
+
+def tower_optimizer(
+    model: keras.Model,
+    default: keras.optimizers.Optimizer,
+    image: keras.optimizers.Optimizer | None = None,
+    text: keras.optimizers.Optimizer | None = None,
+    global_clipnorm: float | None = None,
+) -> TowerOptimizer:
+    """Makes an optimizer that trains each tower with an optimizer of its own.
+
+    For pre-trained towers, which are trained at a lower rate than new weights. Keras's
+    callbacks that change a learning rate change that of each optimizer.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    optimizer = kcm.tower_optimizer(
+        model,
+        keras.optimizers.AdamW(1e-3, weight_decay=0.2),
+        image=keras.optimizers.AdamW(1e-4, weight_decay=0.2),
+        global_clipnorm=1.0,
+    )
+    model.compile(optimizer)
+    ```
+
+    Args:
+        model: A `ContrastiveModel`.
+        default: Keras optimizer of all other weights: projections, temperature, bias,
+            and a tower without an optimizer of its own.
+        image: Keras optimizer of the weights of `model.image_encoder`.
+        text: Keras optimizer of the weights of `model.text_encoder`.
+        global_clipnorm: Float. The largest L2 norm that the gradients of all weights
+            together may have. An optimizer's own `global_clipnorm` is of its weights
+            alone.
+
+    Returns:
+        A `TowerOptimizer`, a `keras.optimizers.MultiOptimizer`.
+
+    Raises:
+        ValueError: If weights of a tower share their paths with other weights, so that
+            they cannot be distinguished.
+    """
+    optimizers = {}
+    for name, encoder, optimizer in (
+        ("image", model.image_encoder, image),
+        ("text", model.text_encoder, text),
+    ):
+        if optimizer is None:
+            continue
+        own = {id(weight) for weight in encoder.weights}
+        paths = {weight.path for weight in encoder.weights}
+        others = {weight.path for weight in model.weights if id(weight) not in own}
+        if shared := sorted(paths & others):
+            raise ValueError(
+                f"`{name}` needs weights whose paths differ from those of all other "
+                "weights: give the layers of the encoders different names. "
+                f"Received: {shared[0]!r} twice"
+            )
+        optimizers["|".join(map(re.escape, sorted(paths)))] = optimizer
+    optimizer_map = keras.optimizers.OptimizerMap(default, optimizers)
+    return TowerOptimizer(optimizer_map, global_clipnorm)
+
+
+def clip_by_global_norm(gradients: list, max_norm: float) -> list:
+    """Gradients scaled down by one factor, to a norm of all of them together."""
+    given = [x for x in gradients if x is not None]
+    if in_place_updates.are_available() and in_place_updates.clip_by_global_norm(
+        given, max_norm
+    ):
+        return gradients
+    norm = ops.sqrt(sum(ops.sum(ops.square(ops.cast(x, "float32"))) for x in given))
+    # As in Keras, all become NaN if the norm is not finite.
+    scale = max_norm * ops.minimum(1.0 / norm, 1.0 / max_norm) + (norm - norm)
+    return [x if x is None else x * ops.cast(scale, x.dtype) for x in gradients]

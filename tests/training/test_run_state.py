@@ -1,0 +1,223 @@
+"""What of a saved run a new one takes over, and what must be equal."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from tests.callbacks.training_run import make_dataset, make_model
+from tests.helpers import (
+    FAST,
+    image_mlp,
+    random_pairs,
+    text_bag,
+    tiny_clip,
+    values,
+)
+
+
+def fit_epochs(folder, epochs, optimizer, callbacks=(), **options):
+    """Trains to the end of an epoch, from a checkpoint if there is one."""
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile(optimizer, **FAST, **options)
+    model.fit(
+        random_pairs(8),
+        batch_size=4,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        resume_from=folder,
+        callbacks=[*callbacks, kcm.callbacks.Checkpoint(folder)],
+    )
+    return model
+
+
+def decay(steps):
+    return keras.optimizers.schedules.CosineDecay(0.01, steps)
+
+
+# === The options of compile ===
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (dict(), dict(learning_rate=0.1)),
+        (dict(), dict(weight_decay=0.3)),
+        (dict(), dict(learning_rate=decay(9))),
+        (dict(learning_rate=decay(9)), dict()),
+        (dict(learning_rate=decay(9)), dict(learning_rate=decay(8))),
+    ],
+)
+def test_a_resumed_run_takes_the_options_that_it_is_given(before, after, tmp_path):
+    def optimizer(**options):
+        return keras.optimizers.AdamW(**{"learning_rate": 0.01, **options})
+
+    trained = fit_epochs(tmp_path, 1, optimizer(**before)).optimizer
+    resumed = fit_epochs(tmp_path, 1, optimizer(**after)).optimizer
+    expected = optimizer(**after)
+    assert resumed.get_config() == {**expected.get_config(), "name": resumed.name}
+    # The steps that were done count for a schedule too.
+    assert int(ops.convert_to_numpy(resumed.iterations)) == 2
+    moments = [
+        [x for x in values(each.variables) if x.ndim] for each in (trained, resumed)
+    ]
+    assert len(moments[0]) > 2
+    for found, given in zip(moments[1], moments[0], strict=True):
+        np.testing.assert_array_equal(found, given)
+
+
+def rate_of(model):
+    return float(ops.convert_to_numpy(model.optimizer.learning_rate))
+
+
+def halving():
+    return keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+
+
+def test_a_learning_rate_that_a_callback_changed_is_resumed(tmp_path):
+    def fit(epochs, learning_rate, *callbacks):
+        optimizer = keras.optimizers.Adam(learning_rate)
+        return rate_of(fit_epochs(tmp_path, epochs, optimizer, callbacks))
+
+    assert fit(2, 0.01, halving()) == pytest.approx(0.0025)
+    assert fit(2, 0.01) == pytest.approx(0.0025)
+    assert fit(3, 0.01, halving()) == pytest.approx(0.00125)
+    # Another one is the user's.
+    assert fit(4, 0.04, halving()) == pytest.approx(0.02)
+
+
+@pytest.mark.any_backend
+def test_a_learning_rate_that_was_changed_in_this_process_is_resumed(tmp_path):
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model.compile(keras.optimizers.Adam(0.01), **FAST)
+    fit = dict(batch_size=4, shuffle=False, verbose=0, resume_from=tmp_path)
+    for epochs in (1, 2):
+        callbacks = [halving(), kcm.callbacks.Checkpoint(tmp_path)]
+        model.fit(random_pairs(8), epochs=epochs, callbacks=callbacks, **fit)
+    assert rate_of(model) == pytest.approx(0.0025)
+    # In a new process.
+    resumed = fit_epochs(tmp_path, 2, keras.optimizers.Adam(0.01))
+    assert rate_of(resumed) == pytest.approx(0.0025)
+
+
+@pytest.mark.any_backend
+def test_learning_rates_of_several_optimizers_are_each_their_own(tmp_path):
+    def optimizer(learning_rate):
+        def select(variable):
+            if "bias" in variable.path:
+                return keras.optimizers.SGD(learning_rate)
+            return keras.optimizers.Adam(0.01)
+
+        return keras.optimizers.MultiOptimizer(select)
+
+    fit_epochs(tmp_path, 1, optimizer(0.1), decay_vectors=True)
+    resumed = fit_epochs(tmp_path, 1, optimizer(0.2), decay_vectors=True)
+    rates = [each.learning_rate for each in resumed.optimizer.optimizers]
+    rates = {round(float(ops.convert_to_numpy(rate)), 5) for rate in rates}
+    assert rates == {0.2, 0.01}
+
+
+def test_what_a_step_does_in_another_way_may_change(tmp_path):
+    def fit(folder, epochs, **options):
+        keras.utils.set_random_seed(0)
+        masking = kcm.RandomMasking(0.5, seed=3)
+        model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking, **options)
+        model.compile(keras.optimizers.SGD(0.1), **FAST)
+        checkpoint = kcm.callbacks.Checkpoint(folder)
+        fit = dict(batch_size=4, shuffle=False, verbose=0, callbacks=[checkpoint])
+        model.fit(random_pairs(8), epochs=epochs, resume_from=folder, **fit)
+        return values(model.weights)
+
+    expected = fit(tmp_path / "whole", 2)
+    fit(tmp_path / "resumed", 1)
+    changed = dict(micro_batch_size=2, gradient_checkpointing=True)
+    for one, other in zip(fit(tmp_path / "resumed", 2, **changed), expected):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+# === Refusals ===
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, write_pairs_to):
+    folder = tmp_path_factory.mktemp("shards")
+    return [
+        write_pairs_to(folder / "a.tar", 0, 16),
+        write_pairs_to(folder / "b.tar", 16, 11),
+        write_pairs_to(folder / "c.tar", 27, 3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(shards, tmp_path_factory):
+    """The checkpoint of an epoch."""
+    folder = tmp_path_factory.mktemp("saved")
+    callbacks = [kcm.callbacks.Checkpoint(folder)]
+    make_model().fit(make_dataset(shards[:2]), verbose=0, callbacks=callbacks)
+    return folder
+
+
+def refusal(saved, data, model=None):
+    with pytest.raises(ValueError, match=r"`resume_from` must.*Received:") as raised:
+        (model or make_model()).fit(data, epochs=2, verbose=0, resume_from=saved)
+    return str(raised.value)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"seed": 8}, "data.seed: 7 in the checkpoint, 8 in"),
+        ({"batch_size": 9}, "data.batch_size: 8 in the checkpoint, 9 in"),
+        ({"image_size": 24}, "data.image_size: [16, 16] in"),
+        ({"crop_scale": (0.9, 1.0)}, "data.crop_scale: [0.4, 1.0] in"),
+        ({"resize": "squash"}, "data.crop_scale: [0.4, 1.0] in"),
+        ({"block_size": 4}, "data.block_size: 1 in the checkpoint, 4 in"),
+    ],
+)
+def test_data_with_another_option_is_refused(options, field, shards, saved):
+    assert field in refusal(saved, make_dataset(shards[:2], **options))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("chosen", [[0, 1, 2], [0], [0, 2]])
+def test_other_shards_are_refused(chosen, shards, saved):
+    assert "data.index: " in refusal(saved, make_dataset([shards[i] for i in chosen]))
+
+
+def larger_model():
+    images, ids = keras.Input((16, 16, 3)), keras.Input((9,), dtype="int32")
+    model = kcm.ContrastiveModel(
+        keras.Model(images, keras.layers.GlobalAveragePooling2D()(images)),
+        keras.Model(
+            ids,
+            keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(300, 3)(ids)),
+        ),
+    )
+    model.compile("adamw")
+    return model
+
+
+def other_masking():
+    return kcm.ClusterMasking(
+        4, min_mask_ratio=0.25, threshold=0.1, anchor_ratio=0.2, hide_padding=False
+    )
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (larger_model, "number of variables"),
+        (lambda: make_model(optimizer="sgd"), "optimizer: 'AdamW' in the checkpoint"),
+        (
+            lambda: make_model(other_masking()),
+            "anchor_ratio: 0.03 in the checkpoint, 0.2 in",
+        ),
+        (lambda: make_model(views=2), "views: "),
+    ],
+)
+def test_another_model_is_refused(make, field, shards, saved):
+    assert field in refusal(saved, make_dataset(shards[:2]), make())

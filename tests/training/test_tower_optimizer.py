@@ -1,0 +1,167 @@
+"""Each tower has an optimizer of its own, and all gradients are clipped by one norm."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.training.optimizers import is_vector
+from keras_cluster_mask.training.tower_optimizer import clip_by_global_norm
+from tests.helpers import FAST, random_pairs, small_model, tiny_clip, to_numpy, values
+from tests.training.test_optimizers import (
+    BATCH,
+    DECAY,
+    RATE,
+    STEPS,
+    ByTorch,
+    assert_same_weights,
+    batches,
+    fit,
+    make_model,
+)
+
+
+def adamw(rate, **options):
+    options = {"weight_decay": DECAY, "epsilon": 1e-12, **options}
+    return keras.optimizers.AdamW(rate, **options)
+
+
+def rates_of(model, image, text, default):
+    towers = {id(v): image for v in model.image_encoder.weights}
+    towers |= {id(v): text for v in model.text_encoder.weights}
+    return [towers.get(id(v), default) for v in model.trainable_variables]
+
+
+@pytest.mark.parametrize(
+    ("eager", "clip"),
+    [(True, 0.5), (False, 0.5), (False, None)],
+    ids=["eager", "compiled", "unclipped"],
+)
+def test_towers_learn_at_their_rates_as_in_parameter_groups_of_torch(eager, clip):
+    model, reference = make_model(), make_model()
+    rates = {"image": RATE / 10, "text": 2 * RATE, "default": RATE}
+    optimizer = kcm.tower_optimizer(
+        model, **{k: adamw(rate) for k, rate in rates.items()}, global_clipnorm=clip
+    )
+    model.compile(
+        optimizer, decay_vectors=True, log_gradient_norm=True, run_eagerly=eager
+    )
+    history = fit(model)
+    rates = rates_of(reference, **rates)
+    assert len({*rates}) == 3
+    by_torch = ByTorch(reference, rates, [DECAY] * len(rates), clip)
+    for pairs in batches():
+        by_torch.step(pairs)
+    assert_same_weights(model, reference)
+    # It had something to do, by the norm of both towers together.
+    assert min(by_torch.norms) > (clip or 0)
+    norm = np.mean(by_torch.norms)
+    assert history["gradient_norm"] == pytest.approx([norm], rel=1e-5)
+
+
+def test_one_optimizer_for_each_part_is_one_for_all():
+    def make(rate):
+        schedule = keras.optimizers.schedules.CosineDecay(rate, STEPS)
+        return adamw(schedule, use_ema=True, ema_momentum=0.5)
+
+    results = []
+    for towers in (False, True):
+        model = make_model()
+        optimizer = make(0.02)
+        if towers:
+            optimizer = kcm.tower_optimizer(model, optimizer, make(0.02), make(0.02))
+        model.compile(optimizer, **FAST)
+        fit(model, epochs=2)
+        results.append(values(model.weights))
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.any_backend
+def test_each_optimizer_spares_vectors():
+    model = small_model(projection_dim=8)
+    parts = [adamw(0.1), adamw(0.1)]
+    model.compile(kcm.tower_optimizer(model, *parts))
+    model.optimizer.build(model.trainable_variables)
+    for variable in model.trainable_variables:
+        part = model.optimizer.optimizers[0]
+        for each in model.optimizer.optimizers:
+            if any(variable is v for v in each._trainable_variables):
+                part = each
+        assert part._use_weight_decay(variable) != is_vector(variable)
+
+
+def test_a_saved_model_trains_on_as_it_was(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
+    parts = [keras.optimizers.SGD(rate, momentum=0.9) for rate in (1e-1, 1e-2)]
+    model.compile(kcm.tower_optimizer(model, *parts, global_clipnorm=0.5), **FAST)
+    fit = dict(x=random_pairs(BATCH), batch_size=BATCH, verbose=0)
+    model.fit(**fit)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.global_clipnorm == 0.5
+    assert len(loaded.optimizer.optimizers) == 2
+    for each in (model, loaded):
+        each.fit(**fit)
+    for one, other in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=1e-6)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("max_norm", [0.1, 1e3])
+def test_clipping_is_that_of_keras(max_norm):
+    rng = np.random.default_rng(0)
+    given = [rng.normal(size=shape).astype("float32") for shape in ((3,), (2, 4))]
+    expected = [np.copy(x) for x in given]
+    scale = min(1, max_norm / np.sqrt(sum((x**2).sum() for x in given)))
+    gradients = [keras.ops.convert_to_tensor(x) for x in given]
+    found = clip_by_global_norm([gradients[0], None, gradients[1]], max_norm)
+    assert found.pop(1) is None
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(to_numpy(one), scale * other, rtol=1e-5)
+    # Wrong gradients are not hidden.
+    wrong = clip_by_global_norm([keras.ops.convert_to_tensor([np.inf, 1.0])], 1.0)
+    assert np.isnan(to_numpy(wrong[0])).all()
+
+
+@pytest.mark.any_backend
+def test_callbacks_change_the_learning_rate_of_each_optimizer():
+    model = small_model()
+    parts = [keras.optimizers.SGD(rate) for rate in (0.1, 0.2)]
+    model.compile(kcm.tower_optimizer(model, *parts), **FAST)
+    halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        "loss", factor=0.1, patience=1, min_delta=1e9
+    )
+    model.fit(random_pairs(4), epochs=2, verbose=0, callbacks=[halve, plateau])
+    rates = [float(to_numpy(part.learning_rate)) for part in parts]
+    np.testing.assert_allclose(rates, [0.1 / 40, 0.2 / 40], rtol=1e-6)
+
+
+# === Refusals ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "option", [{"global_clipnorm": 1.0}, {"gradient_accumulation_steps": 2}]
+)
+def test_what_would_be_done_for_each_tower_alone_is_refused(option):
+    model, (name,) = small_model(), option
+    image = keras.optimizers.SGD(0.1, **option)
+    with pytest.raises(ValueError, match=rf"`{name}` must.*Received: sgd\w* with"):
+        kcm.tower_optimizer(
+            model, keras.optimizers.SGD(0.1), image=image, global_clipnorm=1.0
+        )
+
+
+@pytest.mark.any_backend
+def test_towers_with_weights_of_the_same_paths_are_refused():
+    def encoder(shape):
+        inputs = keras.Input(shape)
+        flat = keras.layers.Flatten()(inputs)
+        return keras.Model(inputs, keras.layers.Dense(4, name="dense")(flat))
+
+    model = kcm.ContrastiveModel(encoder((8, 8, 3)), encoder((6,)))
+    with pytest.raises(ValueError, match=r"`image`.*Received: 'dense/\w+' twice"):
+        kcm.tower_optimizer(model, keras.optimizers.SGD(), keras.optimizers.SGD())
