@@ -130,9 +130,8 @@ class Checkpoint(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._check_loss()
         is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
-        if (is_last or (epoch + 1) % self.save_every == 0) and not (
-            self._run().is_partial
-        ):
+        is_due = is_last or (epoch + 1) % self.save_every == 0
+        if is_due and not self._run().is_partial:
             self._save()
 
     def _save(self):
