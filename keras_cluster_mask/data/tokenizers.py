@@ -279,12 +279,11 @@ class CLIPTokenizer:
         texts = [byte_pairs.clean(text) for text in texts]
         # As in the reference, a special token in a caption is that token, but only as a
         # word of its own.
-        by_words = keep_words or any(
-            t in text for t in self._specials for text in texts
-        )
+        has_special = any(t in text for t in self._specials for text in texts)
+        by_words = has_special or keep_words is not None
         if by_words:
             texts = [self._words(*each, keep_words) for each in enumerate(texts)]
-        rows = self._tokenizer.encode_batch_fast(texts, is_pretokenized=bool(by_words))
+        rows = self._tokenizer.encode_batch_fast(texts, is_pretokenized=by_words)
         rows = np.array([row.ids for row in rows], "int32")
         return rows.reshape(-1, self.context_length)
 

@@ -1,6 +1,5 @@
 """What goes wrong while files are read: nothing is lost without being counted."""
 
-import itertools
 import json
 import os
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files, image_text_dataset
+from tests.data.reading import keys, lengths, take
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -17,26 +17,11 @@ pytestmark = [
 TRAINING = pytest.mark.parametrize("training", [False, True])
 
 
-def tokenizer(captions):
-    return [[len(caption)] for caption in captions]
-
-
 def make(source, training=False, **options):
     arguments = {"include_keys": True, "include_captions": True, "batch_size": 5}
     arguments.update(seed=1, format="grain")
     arguments.update(options)
-    return image_text_dataset(source, tokenizer, 8, training=training, **arguments)
-
-
-def take(dataset, count=None):
-    iterator = iter(dataset)
-    batches = [*itertools.islice(iterator, count)]
-    iterator.close()
-    return batches
-
-
-def keys(dataset, count=None):
-    return [key.decode() for batch in take(dataset, count) for key in batch["keys"]]
+    return image_text_dataset(source, lengths, 8, training=training, **arguments)
 
 
 def numbers(*ranges):
@@ -131,26 +116,6 @@ def test_a_shard_that_is_truncated_later_loses_only_its_end(shards):
     os.truncate(shards[2], 4 * 512 * 5)
     assert keys(dataset) == numbers(range(25))
     assert dataset.skipped.by_reason == {"the shard cannot be read": 5}
-
-
-def test_what_fails_now_and_then_is_read_again(shards, storage):
-    dataset = make([f"storage://{shard}" for shard in shards], batch_size=1)
-    failed = set()
-    cat_file = storage.cat_file
-
-    def fail_once(self, path, start=None, end=None, **options):
-        if (path, start) not in failed:
-            failed.add((path, start))
-            raise ConnectionError("reset")
-        return cat_file(self, path, start, end, **options)
-
-    storage.cat_file = fail_once
-    try:
-        assert keys(dataset) == numbers(range(30))
-    finally:
-        storage.cat_file = cat_file
-    assert len(failed) == 30
-    assert dataset.skipped.count == 0
 
 
 # === Images that tables name ===

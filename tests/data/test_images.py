@@ -54,14 +54,6 @@ def test_a_transparent_palette_is_blended_with_white(encode):
         assert image[0, 0].tolist() == [255, 255, 255]
 
 
-def test_a_transparent_color_of_an_opaque_png_is_blended_with_white(encode):
-    array = np.zeros((4, 4, 3), "uint8")
-    array[0] = 7
-    image = whole(encode(array, transparency=(7, 7, 7)))
-    assert (image[0] == 255).all()
-    assert (image[1:] == 0).all()
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_of_every_mode_is_decoded(mode, encode):
     content = encode(Image.fromarray(smooth_image(50, 70)).convert(mode), "JPEG")
@@ -268,10 +260,6 @@ def test_the_ratio_is_relative_to_the_requested_size():
     np.testing.assert_allclose(width / height, 2, atol=0.01)
 
 
-def test_an_image_of_one_pixel_is_taken_as_a_whole():
-    np.testing.assert_array_equal(boxes((1, 1)), [[0, 0, 1, 1]] * len(DRAWS))
-
-
 def test_random_crops_follow_their_generator_and_flip_only_if_requested(encode):
     content = encode(smooth_image(40, 40))
     options = {"size": (16, 16), "training": True}
@@ -300,17 +288,6 @@ def test_reducing_a_jpeg_while_decoding_hardly_changes_a_pixel(size, encode):
     exact = np.array(exact).astype(int)
     quick = EncodedImage(content).part((37, 21, 400, 450), (64, 64)).astype(int)
     assert np.abs(quick - exact).mean() < 1
-
-
-def test_image_sizes_are_checked():
-    assert images.height_and_width(8) == (8, 8)
-    assert images.height_and_width([8, 16]) == (8, 16)
-    size = images.height_and_width(np.int64(8))
-    assert size == (8, 8)
-    assert {type(side) for side in size} == {int}
-    for wrong in (0, (8,), (8, -1), "8", 8.0, None, (8, 8.0)):
-        with pytest.raises(ValueError, match=r"`image_size`.*Received"):
-            images.height_and_width(wrong)
 
 
 # === Transforms ===

@@ -11,9 +11,8 @@ import threading
 
 import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
-from keras_cluster_mask.data import files, parts
+from keras_cluster_mask.data import parts
 from keras_cluster_mask.data.formats import NoRandomAccess
 from keras_cluster_mask.data.formats.tar import Tar
 from keras_cluster_mask.data.parts import build_parts, read_part
@@ -224,61 +223,7 @@ def test_a_server_that_sends_whole_files_only_is_refused(source):
         server.shutdown()
 
 
-class Unreliable(MemoryFileSystem):
-    """Files in memory, each of which cannot be opened for the first times."""
-
-    protocol = "unreliable"
-    store, pseudo_dirs, failures = {}, [""], {}
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.replace("unreliable://", "memory://"))
-
-    def _open(self, path, *args, **options):
-        if self.failures.get(path):
-            self.failures[path] -= 1
-            raise OSError("the connection was reset")
-        return super()._open(path, *args, **options)
-
-
-def test_a_remote_shard_that_cannot_be_read_is_read_again(source, monkeypatch):
-    monkeypatch.setattr(files, "RETRY_AFTER", (0.0, 0.0))
-    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
-    system = fsspec.filesystem("unreliable")
-    for path in find_shards(source):
-        system.put(path, f"/set/{os.path.basename(path)}")
-    system.failures.update({"/set/0.tar": 2, "/set/3.tar": 1})
-    remote = build("unreliable://set/*.tar")
-    assert [part.digest for part in remote] == [part.digest for part in build(source)]
-    assert set(system.failures.values()) == {0}
-    system.put(path, "/set/4.tar")
-    system.failures["/set/4.tar"] = 10
-    with pytest.raises(OSError, match="the connection was reset"):
-        build("unreliable://set/*.tar")
-
-
 # === What a part holds ===
-
-
-def test_parts_of_equal_shards_have_equal_digests(tmp_path, write_pairs):
-    same = [write_pairs("a.tar", 0, 3), write_pairs("b.tar", 0, 3)]
-    other = [write_pairs("c.tar", 0, 4), write_pairs("d.tar", 1, 3)]
-    digests = [part.digest for part in build([*same, *other])]
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
-
-
-def test_duplicate_keys_and_damage_are_kept(write_pairs, noise):
-    broken = [("0001.png", noise(0)), ("0001.txt", b"again"), ("3.png", noise(1))]
-    path = write_pairs("a.tar", 0, 3, broken)
-    # Without its end mark, more may have been lost.
-    path.write_bytes(path.read_bytes().rstrip(b"\0"))
-    (part,) = build(path)
-    assert part.layouts == [
-        [["png", "txt"], None, 3],
-        [["png", "txt"], "duplicate key", 1],
-    ]
-    assert part.damage == ["0001", "unexpected end of data"]
 
 
 def test_a_part_without_samples_is_no_error(write_tar, tmp_path):
