@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -165,19 +164,15 @@ def test_a_source_may_have_several_formats(tmp_path, write_pairs, encode):
     assert [pair.path for pair in pairs] == [f"{tmp_path}/a.png", "", "", ""]
 
 
-def test_shards_at_addresses_are_read(source, tmp_path, monkeypatch):
+def test_shards_at_addresses_are_read(source, tmp_path, monkeypatch, memory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    system = fsspec.filesystem("memory")
-    try:
-        for index in range(4):
-            system.put(f"{tmp_path}/{index}.tar", f"/read/{index}.tar")
-        local, remote = open_all(source), open_all("memory://read/*.tar")
-        assert remote.fingerprint == local.fingerprint
-        numbers = [8, 0, 4, 3]
-        pairs = [pair._replace(shard="") for pair in local.read(numbers)]
-        assert [pair._replace(shard="") for pair in remote.read(numbers)] == pairs
-    finally:
-        system.rm("/read", recursive=True)
+    for index in range(4):
+        memory.put(f"{tmp_path}/{index}.tar", f"/read/{index}.tar")
+    local, remote = open_all(source), open_all("memory://read/*.tar")
+    assert remote.fingerprint == local.fingerprint
+    numbers = [8, 0, 4, 3]
+    pairs = [pair._replace(shard="") for pair in local.read(numbers)]
+    assert [pair._replace(shard="") for pair in remote.read(numbers)] == pairs
 
 
 def test_more_shards_than_open_files_are_read(tmp_path, write_tar):

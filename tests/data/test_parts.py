@@ -3,19 +3,16 @@
 import concurrent.futures
 import functools
 import http.server
-import json
 import os
 import pathlib
-import pickle
 import threading
 
-import fsspec
 import pytest
 
-from keras_cluster_mask.data import parts
+from keras_cluster_mask.data import files, parts
 from keras_cluster_mask.data.formats import NoRandomAccess
 from keras_cluster_mask.data.formats.tar import Tar
-from keras_cluster_mask.data.parts import build_parts, read_part
+from keras_cluster_mask.data.parts import build_parts
 from keras_cluster_mask.data.shards import find_shards
 
 pytestmark = pytest.mark.any_backend
@@ -193,23 +190,37 @@ def test_no_place_to_write_is_an_error_that_names_the_argument(source, tmp_path)
         build(source, index_dir=tmp_path / "file" / "index")
 
 
-def test_shards_at_addresses_are_indexed_in_the_cache(source, cache, scanned):
-    system = fsspec.filesystem("memory")
+def test_shards_at_addresses_are_indexed_in_the_cache(source, cache, scanned, memory):
     local = list(find_shards(source))
     for path in local:
-        system.put(path, f"/indexed/{os.path.basename(path)}")
-    try:
-        remote = build("memory://indexed/*.tar")
-        assert all(part.path.startswith(str(cache)) for part in remote)
-        assert [part.digest for part in remote] == [p.digest for p in build(source)]
-        scanned.clear()
-        assert build("memory://indexed/*.tar") == remote
-        assert scanned == []
-        system.put(local[0], "/indexed/3.tar")
-        assert build("memory://indexed/*.tar")[3].digest == remote[0].digest
-        assert scanned == ["3.tar"]
-    finally:
-        system.rm("/indexed", recursive=True)
+        memory.put(path, f"/indexed/{os.path.basename(path)}")
+    remote = build("memory://indexed/*.tar")
+    assert all(part.path.startswith(str(cache)) for part in remote)
+    assert [part.digest for part in remote] == [p.digest for p in build(source)]
+    scanned.clear()
+    assert build("memory://indexed/*.tar") == remote
+    assert scanned == []
+    memory.put(local[0], "/indexed/3.tar")
+    assert build("memory://indexed/*.tar")[3].digest == remote[0].digest
+    assert scanned == ["3.tar"]
+
+
+def test_a_shard_that_cannot_be_opened_is_opened_again(source, monkeypatch):
+    monkeypatch.setattr(files, "RETRY_AFTER", (0.0, 0.0))
+    failures, open_file = [OSError(5, "reset")] * 2, files.open_file
+
+    def fails_twice(path, *arguments):
+        if path.endswith("0.tar") and failures:
+            raise failures.pop()
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr(files, "open_file", fails_twice)
+    assert [part.num_records for part in build(source)][::3] == [3, 3]
+    assert not failures
+    failures.extend([OSError(5, "reset")] * 10)
+    os.utime(source.replace("*", "0"), (1, 1))
+    with pytest.raises(OSError, match="reset"):
+        build(source)
 
 
 def test_a_server_that_sends_whole_files_only_is_refused(source):

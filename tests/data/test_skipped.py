@@ -128,19 +128,6 @@ def test_broken_samples_are_skipped_and_counted_in_each_pass(shard, training):
         }
 
 
-def test_passes_at_the_same_time_are_not_counted_together(shard):
-    dataset = make(shard)
-    first = iter(dataset)
-    next(first)
-    counted = dataset.skipped
-    with pytest.warns(UserWarning, match="skipped"):
-        assert sum(len(batch["images"]) for batch in dataset) == 31
-    with pytest.warns(UserWarning, match="skipped"):
-        assert [*first]
-    assert (dataset.skipped.count, counted.count) == (7, 7)
-    first.close()
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_without_any_tolerance_the_first_broken_sample_is_an_error(
     write_tar, encode, training

@@ -111,20 +111,6 @@ def test_a_seed_fixes_every_epoch_and_epochs_differ(shards):
     assert order != keys(take(make(shards, True, seed=4), 30))
 
 
-def test_a_sample_is_cropped_differently_in_each_epoch(shards):
-    batches = take(make(shards[2], True, crop_scale=(0.2, 0.8), batch_size=30), 2)
-    images = [dict(zip(batch["keys"], batch["images"])) for batch in batches]
-    assert len(images[0]) == 27
-    assert all((images[0][key] != images[1][key]).any() for key in images[0])
-
-
-def test_evaluation_is_the_same_each_time_even_with_random_backgrounds(shards):
-    dataset = make(shards, False)
-    first = take(dataset)
-    assert_same(first, take(dataset))
-    assert_same(first, take(make(shards, False)))
-
-
 # === Length and start ===
 
 
@@ -159,16 +145,6 @@ def test_an_iterator_gives_its_state_back(shards):
     iterator.set_state(state)
     assert [next(iterator)["keys"].tolist() for _ in range(3)] == expected
     iterator.close()
-
-
-def test_the_keys_of_a_batch_are_known_without_reading_it(shards):
-    parts = [make(shards[:2], True, process=(index, 2)) for index in range(2)]
-    for part in parts:
-        batches = take(part, 20)
-        for number in (0, 1, 19):
-            assert part.keys(number) == keys([batches[number]])
-    # The keys of broken samples are among them.
-    assert {"5", "15", "25"} < {*make(shards[2], True, batch_size=30).keys(0)}
 
 
 def test_batches_are_as_their_spec_says(shards):

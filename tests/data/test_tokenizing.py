@@ -87,12 +87,6 @@ def test_a_keras_layer_can_tokenize(shard, layer, format, training):
     assert training or [2, 3, 0, 0] in expected
 
 
-def test_a_keras_layer_tokenizes_the_first_of_all_captions(shard, layer):
-    batch = first(make(shard, layer, include_captions="all", include_keys=True))
-    assert batch["captions"][7] == (b"no 7",)
-    np.testing.assert_array_equal(batch["token_ids"][7], [2, 3, 0, 0])
-
-
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="ragged tensors are TensorFlow's"
 )
@@ -202,14 +196,3 @@ def test_a_dataset_takes_tokenizers_of_other_libraries(shard, format, hugging_fa
         assert dataset.element_spec["token_ids"].shape[1] == length
         expected = tokenize(tokenizer, list(batch["captions"]))
         np.testing.assert_array_equal(batch["token_ids"], expected)
-
-
-@pytest.mark.any_backend
-def test_a_preprocessor_of_bert_is_taken():
-    pytest.importorskip("tensorflow")
-    keras_hub = pytest.importorskip("keras_hub")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]
-    bert = keras_hub.models.BertTokenizer(vocabulary)
-    layer = keras_hub.models.BertTextClassifierPreprocessor(bert, sequence_length=5)
-    found = tokenize(layer, [b"a dog", b"a a a a dog"])
-    assert found.tolist() == [[2, 5, 6, 3, 0], [2, 5, 5, 5, 3]]

@@ -2,7 +2,6 @@ import csv
 import io
 import json
 
-import fsspec
 import pytest
 
 from keras_cluster_mask.data.formats import format_of
@@ -56,15 +55,6 @@ def scan():
             yield entry.key
 
     return scan
-
-
-@pytest.fixture
-def memory():
-    """A file system in memory, which is empty before and after a test."""
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture
