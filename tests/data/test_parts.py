@@ -3,8 +3,10 @@
 import concurrent.futures
 import functools
 import http.server
+import json
 import os
 import pathlib
+import pickle
 import threading
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from keras_cluster_mask.data import files, parts
 from keras_cluster_mask.data.formats import NoRandomAccess
 from keras_cluster_mask.data.formats.tar import Tar
-from keras_cluster_mask.data.parts import build_parts
+from keras_cluster_mask.data.parts import build_parts, read_part
 from keras_cluster_mask.data.shards import find_shards
 
 pytestmark = pytest.mark.any_backend
