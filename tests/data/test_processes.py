@@ -179,9 +179,11 @@ def members_of(group):
 
 
 # A terminal sends the signal to the whole group.
-@pytest.mark.parametrize("kill", [os.killpg, os.kill])
-@pytest.mark.parametrize(("workers", "training"), [(0, True), (2, False)])
-def test_control_c_ends_the_program(start, workers, training, kill):
+@pytest.mark.parametrize(
+    ("kill", "workers", "training"),
+    [(os.killpg, 0, True), (os.killpg, 2, False), (os.kill, 2, True)],
+)
+def test_control_c_ends_the_program(start, kill, workers, training):
     process = start(workers, training)
     kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=20)
