@@ -29,6 +29,8 @@ class CLIPTokenizer:
     has the highest id of the vocabulary: CLIP's text towers pool at
     `argmax(token_ids)`.
 
+    Letters that are newer than Unicode 16 may be split differently from open_clip.
+
     Use one of the constructors `from_open_clip`, `from_file`, `from_preset` or `train`
     in most cases. The tokenizer does not need TensorFlow.
 
