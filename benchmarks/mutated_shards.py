@@ -4,12 +4,12 @@
 
 Writes small shards of each format (tar, tar with long names, TFRecord, CSV, TSV, JSON
 lines, Parquet) and damages a copy of one in each round. The copy is read by `check`, in
-evaluation, and in an epoch of training; then `convert` writes it as a tar, which is
-read as well. One process does this for many shards; it ends if it takes too long for
-one, and a new one continues with the next. The counts must add up:
+evaluation, and in an epoch of training. One process does this for many shards; it ends
+if it takes too long for one, and a new one continues with the next. The counts must add
+up:
 
-- `check`, evaluation, training and `convert` find the same samples, and leave out as
-  many for the same reasons. What `convert` wrote is read back as it was.
+- `check`, evaluation and training find the same samples, and leave out as many for the
+  same reasons.
 - A sample is lost if all of its bytes are still there and it is neither given, nor
   counted as broken, nor its shard counted as damaged.
 - A sample is silently wrong if its caption or image is not its own, although the file
@@ -43,7 +43,7 @@ from PIL import Image
 from reporting import parser, publish
 from tqdm import tqdm
 
-from keras_cluster_mask.data import check, convert, image_text_dataset
+from keras_cluster_mask.data import check, image_text_dataset
 
 SAMPLES = 12
 SIZE = 24
@@ -370,7 +370,6 @@ def judge(base, other, content, path):
         expect(len(trained) == in_index, f"trained on {len(trained)} of {in_index}")
         expect({r.key for r in trained} == {r.key for r in rows}, "other keys trained")
         expect(reasons == skipped, f"skipped {skipped} in training, check: {checked}")
-    errors.extend(_convert(rows, checked, path))
 
     for row in rows:
         verdict = _verdict(base, samples, content, row)
@@ -388,27 +387,6 @@ def judge(base, other, content, path):
         # The key of a broken row may be unreadable.
         found["lost"] = max(missing - broken.count(None), 0)
     return found
-
-
-def _convert(rows, checked, path):
-    """What is wrong if the shard is converted and read again, a list of str."""
-    # Rows that follow each other with one image become one sample.
-    groups = itertools.groupby(rows, lambda row: row.path or id(row))
-    groups = [[*group] for _, group in groups]
-    expected = [(sum((r.captions for r in g), ()), g[0].image) for g in groups]
-    converted = convert(path, path.parent / "converted.tar")
-    if converted["by_reason"] != checked["by_reason"]:
-        return [f"convert left out {converted['by_reason']}, check: {checked}"]
-    if not expected:
-        return ["an empty shard was written"] if converted["shards"] else []
-    again, skipped, _ = read(converted["shards"][0])
-    if skipped or len(again) != len(expected) or converted["samples"] != len(expected):
-        return [f"{len(again)} of {len(expected)} were read back; skipped: {skipped}"]
-    return [
-        f"{row.key} was converted to {row.captions} from {captions}"
-        for row, (captions, image) in zip(again, expected)
-        if row.captions != captions or not np.array_equal(row.image, image)
-    ]
 
 
 def _verdict(base, samples, content, row):

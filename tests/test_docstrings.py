@@ -16,7 +16,6 @@ import keras_cluster_mask as kcm
 NEED_FILES = {
     "keras_cluster_mask.data.captions.read_captions",
     "keras_cluster_mask.data.check.check",
-    "keras_cluster_mask.data.convert.convert",
     "keras_cluster_mask.data.shards.list_shards",
     "keras_cluster_mask.interop.hugging_face.load_hugging_face",
 }

@@ -6,7 +6,6 @@ from keras_cluster_mask.data.concept_masking import (
     ConceptTextMasking,
     co_occurrence_graph,
 )
-from keras_cluster_mask.data.convert import convert
 from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.data.examples import example_images
 from keras_cluster_mask.data.frequency_pruning import FrequencyPruning
@@ -35,7 +34,6 @@ __all__ = [
     "SyntaxTextMasking",
     "check",
     "co_occurrence_graph",
-    "convert",
     "example_images",
     "image_text_dataset",
     "list_shards",

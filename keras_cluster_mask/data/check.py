@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from keras_cluster_mask.data import parts
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
-from keras_cluster_mask.data.index import Index, open_index
+from keras_cluster_mask.data.index import ObjectIndex, open_index
 from keras_cluster_mask.data.pairs import Fault, PairReader
 from keras_cluster_mask.data.skipped import MAX_EXAMPLES, SkippedSamples
 from keras_cluster_mask.data.stream import num_processors
@@ -64,43 +64,19 @@ def check(
     Raises:
         FileNotFoundError: If a shard is missing.
     """
-    reader = PairReader(image_keys, caption_key)
-    index = open_index(source, reader, index_dir, num_workers)
-    broken = broken_samples(index)
-    # What is wrong with the samples of an object shows when they are read.
-    if not decode and isinstance(index, Index):
-        return {"samples": len(index), **summary(broken)}
-
-    def function(pair):
-        if decode:
-            decode_all(EncodedImage(pair.image))
-
-    count = sum(1 for _ in intact_samples(index, function, broken, "check"))
-    return {"samples": count, **summary(broken)}
-
-
-def decode_all(image):
-    """Decodes an image to its last byte and discards the pixels.
-
-    Args:
-        image: `EncodedImage`.
-
-    Raises:
-        UnreadableImage: If it does not decode.
-    """
-    image.whole(TINY)
-
-
-def broken_samples(index):
-    """What an index left out, as `SkippedSamples` with the first of them."""
+    index = open_index(
+        source, PairReader(image_keys, caption_key), index_dir, num_workers
+    )
     broken = SkippedSamples([index])
     broken.samples.extend(itertools.islice(index.broken(), MAX_EXAMPLES))
-    return broken
-
-
-def summary(broken):
-    """The entries about broken samples in what the commands return."""
+    count = len(index)
+    # What is wrong with the samples of an object shows when they are read.
+    if decode or isinstance(index, ObjectIndex):
+        for fault in filter(None, _faults(index, decode)):
+            broken.add(fault)
+            count -= 1
     return {
+        "samples": count,
         "broken": broken.count,
         "by_reason": broken.by_reason,
         "by_shard": broken.by_shard,
@@ -108,40 +84,27 @@ def summary(broken):
     }
 
 
-def intact_samples(index, function, broken, progress):
-    """Applies a function to each sample in threads, in the order of the index.
+def _faults(index, decode):
+    """Reads all samples in threads; yields the `Fault` or `None` of each in order."""
 
-    Args:
-        index: `Index`.
-        function: Function of a `Pair`. May raise `UnreadableImage`.
-        broken: `SkippedSamples`, to which broken samples are added.
-        progress: str. The title of the progress bar.
-
-    Yields:
-        tuple: The `Pair` and what the function returned.
-    """
-
-    def apply(first):
+    def read(first):
         numbers = range(first, min(first + TOGETHER, len(index)))
-        return [one(sample) for sample in index.read(numbers)]
+        return [fault_of(sample) for sample in index.read(numbers)]
 
-    def one(sample):
+    def fault_of(sample):
         if isinstance(sample, Fault):
             return sample
         try:
-            return sample, function(sample)
+            if decode:
+                EncodedImage(sample.image).whole(TINY)
         except UnreadableImage as error:
             return Fault(sample.shard, sample.key, str(error))
 
     threads = num_processors()
     options = grain.ReadOptions(threads, AHEAD * threads)
-    groups = grain.MapDataset.range(0, len(index), TOGETHER).map(apply)
-    bar = tqdm(total=len(index), desc=progress, unit=" samples", delay=parts.SHORT)
+    groups = grain.MapDataset.range(0, len(index), TOGETHER).map(read)
+    bar = tqdm(total=len(index), desc="check", unit=" samples", delay=parts.SHORT)
     with bar, contextlib.closing(iter(groups.to_iter_dataset(options))) as groups:
         for group in groups:
             bar.update(len(group))
-            for sample in group:
-                if isinstance(sample, Fault):
-                    broken.add(sample)
-                else:
-                    yield sample
+            yield from group

@@ -80,12 +80,6 @@ class EncodedImage:
         width, height = self._image.size
         return (width, height) if self._orientation >= 5 else (height, width)
 
-    @property
-    def format(self):
-        """str. The format of the content, such as `"JPEG"`."""
-        # A JPEG of a camera that holds more images after the first.
-        return "JPEG" if self._image.format == "MPO" else self._image.format
-
     def whole(self, size):
         """The whole image, resized; see `part`."""
         return self.part((0, 0, *self.size), size)

@@ -15,7 +15,7 @@ IMAGE_KEYS = (
     # `path` is also the field of an image in a folder.
     *("image", "image/encoded", "file_name", "filepath", "image_path", "path"),
 )
-# `convert` writes all captions to `json.captions`, and the first one to `txt`.
+# All captions may be in `json.captions`, and the first one in `txt`.
 CAPTION_KEYS = (
     *("json.captions", "txt"),
     *("caption", "caption/raw", "captions", "text", "title"),

@@ -1,6 +1,5 @@
 """CLIP's tokenizer in Python."""
 
-import copy
 import functools
 import gzip
 import importlib.util
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data import byte_pairs, files
@@ -29,6 +28,8 @@ class CLIPTokenizer:
     with a start token, ends with an end token and is padded with zeros. The end token
     has the highest id of the vocabulary: CLIP's text towers pool at
     `argmax(token_ids)`.
+
+    Letters that are newer than Unicode 16 may be split differently from open_clip.
 
     Use one of the constructors `from_open_clip`, `from_file`, `from_preset` or `train`
     in most cases. The tokenizer does not need TensorFlow.
@@ -53,7 +54,6 @@ class CLIPTokenizer:
     Attributes:
         vocabulary_size: int. The number of token ids, and of embeddings that a text
             tower needs.
-        context_length: int. The length of every row of ids.
         start_token_id: int. The id of the start token.
         end_token_id: int. The id of the end token, the highest of all ids.
     """
@@ -70,31 +70,41 @@ class CLIPTokenizer:
         context_length = check_integer("context_length", context_length, 3)
         self._vocabulary = list(vocabulary)
         self._merges = [tuple(merge) for merge in merges]
-        self.context_length = context_length
-        self._start_token = start_token
-        self._end_token = end_token
-        self._ids = {token: index for index, token in enumerate(self._vocabulary)}
-        if len(self._ids) != len(self._vocabulary):
+        self._specials = start_token, end_token
+        ids = {token: index for index, token in enumerate(self._vocabulary)}
+        if len(ids) != len(self._vocabulary):
             raise ValueError(
                 "`vocabulary` must not contain duplicates. Received: "
-                f"{len(self._vocabulary)} tokens, {len(self._ids)} of them unique"
+                f"{len(self._vocabulary)} tokens, {len(ids)} of them unique"
             )
-        if start_token not in self._ids or self._vocabulary[-1] != end_token:
+        if start_token not in ids or self._vocabulary[-1] != end_token:
             raise ValueError(
                 f"`vocabulary` must contain {start_token!r} and end with "
                 f"{end_token!r}, so that the end token has the highest id. Received: "
                 f"...{self._vocabulary[-2:]}"
             )
         self.vocabulary_size = len(self._vocabulary)
-        self.start_token_id = self._ids[start_token]
-        self.end_token_id = self._ids[end_token]
+        self.start_token_id = ids[start_token]
+        self.end_token_id = ids[end_token]
         self._tokenizer = Tokenizer(
-            models.BPE(self._ids, self._merges, end_of_word_suffix=WORD_END)
+            models.BPE(ids, self._merges, end_of_word_suffix=WORD_END)
         )
         self._tokenizer.pre_tokenizer = byte_pairs.word_splitter(start_token, end_token)
-        self._decoder = decoders.ByteLevel()
+        self._tokenizer.decoder = decoders.ByteLevel()
+        self._tokenizer.add_special_tokens([start_token, end_token])
+        # Adds a token at each end.
+        self._tokenizer.post_processor = processors.BertProcessing(
+            (end_token, self.end_token_id), (start_token, self.start_token_id)
+        )
+        self._tokenizer.enable_truncation(context_length)
+        self._tokenizer.enable_padding(length=context_length, pad_id=0)
         # Words repeat, and the model makes an object of each token.
-        self._ids_of = functools.lru_cache(1 << 16)(self._ids_of)
+        self._size_of = functools.lru_cache(1 << 16)(self._size_of)
+
+    @property
+    def context_length(self) -> int:
+        """int. The length of every row of ids."""
+        return self._tokenizer.truncation["max_length"]
 
     @classmethod
     def from_file(
@@ -245,9 +255,7 @@ class CLIPTokenizer:
         Returns:
             A `CLIPTokenizer`.
         """
-        other = copy.copy(self)
-        other.context_length = check_integer("context_length", context_length, 3)
-        return other
+        return type(self)(**{**self._config(), "context_length": context_length})
 
     def __call__(
         self,
@@ -271,42 +279,33 @@ class CLIPTokenizer:
         """
         texts = [texts] if isinstance(texts, str | bytes) else texts
         texts = [byte_pairs.clean(text) for text in texts]
-        token_ids = np.zeros((len(texts), self.context_length), dtype="int32")
-        token_ids[:, 0] = self.start_token_id
-        num_tokens_left = self.context_length - 2
-        if keep_words is None:
-            encodings = self._tokenizer.encode_batch_fast(
-                texts, add_special_tokens=False
-            )
-        for index, text in enumerate(texts):
-            if keep_words or self._start_token in text or self._end_token in text:
-                words, tokens = self._words(text)
-                if keep_words and sum(map(len, tokens)) > num_tokens_left:
-                    sizes = [len(each) for each in tokens]
-                    kept = keep_words(index, words, sizes, num_tokens_left)
-                    tokens = [tokens[place] for place in kept]
-                ids = [i for each in tokens for i in each]
-            else:
-                ids = encodings[index].ids
-            ids = ids[:num_tokens_left]
-            row = token_ids[index]
-            row[1 : len(ids) + 1] = ids
-            row[len(ids) + 1] = self.end_token_id
-        return token_ids
+        # As in the reference, a special token in a caption is that token, but only as a
+        # word of its own.
+        has_special = any(t in text for t in self._specials for text in texts)
+        by_words = has_special or keep_words is not None
+        if by_words:
+            texts = [self._words(*each, keep_words) for each in enumerate(texts)]
+        rows = self._tokenizer.encode_batch_fast(texts, is_pretokenized=by_words)
+        rows = np.array([row.ids for row in rows], "int32")
+        return rows.reshape(-1, self.context_length)
 
-    def _words(self, text):
-        """The words of a text, and the token ids of each."""
+    def _words(self, index, text, keep_words):
+        """The words of a text, of which `keep_words` chooses if there are too many."""
         pieces = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
         words = [text[start:end] for _, (start, end) in pieces]
-        return words, [self._ids_of(piece) for piece, _ in pieces]
+        if keep_words is None:
+            return words
+        sizes = [self._size_of(piece) for piece, _ in pieces]
+        num_tokens_left = self.context_length - 2
+        if sum(sizes) <= num_tokens_left:
+            return words
+        kept = keep_words(index, words, sizes, num_tokens_left)
+        return [words[place] for place in kept]
 
-    def _ids_of(self, word):
-        """The token ids of a word in byte characters."""
-        # As in the reference, a special token in a caption is that token; the byte-pair
-        # model would split it into characters.
-        if word in (self._start_token, self._end_token):
-            return (self._ids[word],)
-        return tuple(token.id for token in self._tokenizer.model.tokenize(word))
+    def _size_of(self, word):
+        """The number of tokens of a word in byte characters."""
+        is_special = word in self._specials
+        return 1 if is_special else len(self._tokenizer.model.tokenize(word))
 
     def decode(self, ids: Sequence | np.ndarray) -> str | list[str]:
         """Converts token ids to text, with a space between any two words.
@@ -324,17 +323,15 @@ class CLIPTokenizer:
         ids = ids.tolist()
         if self.end_token_id in ids:
             ids = ids[: ids.index(self.end_token_id)]
-        tokens = [self._vocabulary[i] for i in ids if i != self.start_token_id]
-        words = "".join(tokens).split(WORD_END)
-        return " ".join(self._decoder.decode([word]) for word in words if word)
+        return self._tokenizer.decode(ids).replace(WORD_END, " ").strip()
 
     def _config(self):
         return {
             "vocabulary": self._vocabulary,
             "merges": self._merges,
             "context_length": self.context_length,
-            "start_token": self._start_token,
-            "end_token": self._end_token,
+            "start_token": self._specials[0],
+            "end_token": self._specials[1],
         }
 
     def __reduce__(self):

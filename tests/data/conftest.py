@@ -58,3 +58,12 @@ def storage(tmp_path, monkeypatch):
     monkeypatch.setattr(Storage, "_draws", random.Random(0))
     fsspec.register_implementation("storage", Storage, clobber=True)
     return Storage
+
+
+@pytest.fixture
+def memory():
+    """A file system in memory, which is empty before and after a test."""
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]

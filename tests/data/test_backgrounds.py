@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data.backgrounds import check_background, composite
+from keras_cluster_mask.data.backgrounds import composite
 
 pytestmark = pytest.mark.any_backend
 
@@ -39,9 +39,3 @@ def test_each_background_of_a_list_is_drawn_equally_often():
     white = np.sum((images == 255).all(axis=(1, 2, 3)))
     # Five standard deviations of a binomial distribution.
     assert 21 <= white <= 69
-
-
-def test_backgrounds_are_checked():
-    for wrong in ("black", (0, 0, 0), None, [], ["white", "black"]):
-        with pytest.raises(ValueError, match=r"`background`.*Received"):
-            check_background(wrong)

@@ -1,12 +1,8 @@
 import json
-import os
 
-import numpy as np
 import pytest
 
 from keras_cluster_mask.data import check, files
-from keras_cluster_mask.data.formats import NoRandomAccess
-from keras_cluster_mask.data.formats.tar import Tar
 
 pytestmark = pytest.mark.any_backend
 
@@ -110,60 +106,6 @@ def test_objects_are_checked_by_reading_them(noise):
 
 
 # === The index ===
-
-
-def test_an_interrupted_check_continues(write_pairs, monkeypatch):
-    source = [write_pairs(f"{index}.tar", 3 * index, 3) for index in range(5)]
-    scanned, scan = [], Tar.scan
-
-    def interrupted(self, path):
-        scanned.append(os.path.basename(path))
-        if len(scanned) == 4:
-            raise KeyboardInterrupt
-        yield from scan(self, path)
-
-    monkeypatch.setattr(Tar, "scan", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        check(source)
-    assert check(source)["samples"] == 15
-    assert scanned == [*("0.tar", "1.tar", "2.tar", "3.tar"), "3.tar", "4.tar"]
-
-
-@pytest.mark.slow
-def test_the_result_does_not_depend_on_the_number_of_processes(broken, write_pairs):
-    source = [broken, *(write_pairs(f"{n}.tar", 10 * n, 5) for n in range(1, 4))]
-    folders = [broken.parent / name for name in ("serial", "parallel")]
-    serial = check(source, decode=True, index_dir=folders[0])
-    parallel = check(source, decode=True, index_dir=folders[1], num_workers=2)
-    assert parallel == serial
-    assert serial["samples"] == 19
-    names = [sorted(os.listdir(folder)) for folder in folders]
-    assert names[0] == names[1]
-    assert len(names[0]) == 4
-
-
-def test_shards_that_have_changed_are_checked_again(write_pairs):
-    path = write_pairs("a.tar", 0, 3)
-    assert check(path)["samples"] == 3
-    write_pairs("a.tar", 0, 5)
-    assert check(path)["samples"] == 5
-
-
-def test_missing_and_compressed_shards_are_refused(tmp_path, write_tar):
-    with pytest.raises(FileNotFoundError, match=r"Received \(missing\)"):
-        check(tmp_path / "missing.tar")
-    with pytest.raises(NoRandomAccess, match="gunzip"):
-        check(write_tar("a.tar.gz", [("1.jpg", b"j")], "w:gz"))
-
-
-def test_images_are_decoded_in_any_format(tmp_path, encode):
-    image = np.arange(1200, dtype="uint8").reshape(20, 20, 3)
-    for ending in ("png", "jpg", "webp", "gif", "bmp"):
-        format = {"jpg": "JPEG"}.get(ending, ending.upper())
-        (tmp_path / f"1.{ending}").write_bytes(encode(image, format))
-    (tmp_path / "2.png").write_bytes(b"no image")
-    found = check(tmp_path, caption_key="path", decode=True)
-    assert (found["samples"], found["broken"]) == (5, 1)
 
 
 def test_of_a_broken_sample_only_its_start_is_read(write_tar, monkeypatch):

@@ -1,13 +1,12 @@
 """What goes wrong while files are read: nothing is lost without being counted."""
 
-import itertools
 import json
-import os
 
 import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files, image_text_dataset
+from tests.data.reading import keys, lengths, take
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -17,26 +16,11 @@ pytestmark = [
 TRAINING = pytest.mark.parametrize("training", [False, True])
 
 
-def tokenizer(captions):
-    return [[len(caption)] for caption in captions]
-
-
 def make(source, training=False, **options):
     arguments = {"include_keys": True, "include_captions": True, "batch_size": 5}
     arguments.update(seed=1, format="grain")
     arguments.update(options)
-    return image_text_dataset(source, tokenizer, 8, training=training, **arguments)
-
-
-def take(dataset, count=None):
-    iterator = iter(dataset)
-    batches = [*itertools.islice(iterator, count)]
-    iterator.close()
-    return batches
-
-
-def keys(dataset, count=None):
-    return [key.decode() for batch in take(dataset, count) for key in batch["keys"]]
+    return image_text_dataset(source, lengths, 8, training=training, **arguments)
 
 
 def numbers(*ranges):
@@ -104,16 +88,6 @@ def test_the_samples_of_a_shard_that_vanishes_are_replaced_by_others(shards):
         assert dataset.skipped.by_reason["the shard cannot be read"] >= 10
 
 
-def test_training_ends_with_an_error_if_all_shards_vanish(shards):
-    dataset = make(shards, True)
-    for shard in shards:
-        shard.unlink()
-    with pytest.raises(
-        RuntimeError, match=r"the shard cannot be read.*others of its batch"
-    ):
-        take(dataset, 2)
-
-
 @TRAINING
 def test_a_shard_that_is_replaced_is_refused(shards, write_pairs, training):
     dataset = make(shards, training)
@@ -124,33 +98,6 @@ def test_a_shard_that_is_replaced_is_refused(shards, write_pairs, training):
     assert sorted(keys(make(shards, training), 6)) == numbers(
         range(10), range(20, 30), range(50, 60)
     )
-
-
-def test_a_shard_that_is_truncated_later_loses_only_its_end(shards):
-    dataset = make(shards)
-    os.truncate(shards[2], 4 * 512 * 5)
-    assert keys(dataset) == numbers(range(25))
-    assert dataset.skipped.by_reason == {"the shard cannot be read": 5}
-
-
-def test_what_fails_now_and_then_is_read_again(shards, storage):
-    dataset = make([f"storage://{shard}" for shard in shards], batch_size=1)
-    failed = set()
-    cat_file = storage.cat_file
-
-    def fail_once(self, path, start=None, end=None, **options):
-        if (path, start) not in failed:
-            failed.add((path, start))
-            raise ConnectionError("reset")
-        return cat_file(self, path, start, end, **options)
-
-    storage.cat_file = fail_once
-    try:
-        assert keys(dataset) == numbers(range(30))
-    finally:
-        storage.cat_file = cat_file
-    assert len(failed) == 30
-    assert dataset.skipped.count == 0
 
 
 # === Images that tables name ===
@@ -191,18 +138,16 @@ def test_images_that_cannot_be_read_are_counted(folder, training):
     assert counted["no image"] == 1
 
 
-def test_images_at_addresses_are_read_beside_their_table(encode, tmp_path):
-    system = pytest.importorskip("fsspec").filesystem("memory")
+def test_images_at_addresses_are_read_beside_their_table(encode, tmp_path, memory):
     image = encode(np.full((4, 4, 3), 7, "uint8"))
-    system.pipe("/faults/a/1.png", image)
+    memory.pipe("/faults/a/1.png", image)
     lines = "file_name,text\na/1.png,one\nmissing.png,two\nmemory://faults/a/1.png,x\n"
-    system.pipe("/faults/metadata.csv", lines.encode())
+    memory.pipe("/faults/metadata.csv", lines.encode())
     dataset = make("memory://faults", index_dir=tmp_path / "index")
     (batch,) = take(dataset)
     assert batch["captions"].tolist() == [b"one", b"x"]
     assert (batch["images"] == 7).all()
     assert dataset.skipped.by_reason == {"the image file cannot be read": 1}
-    system.rm("/faults", recursive=True)
 
 
 @TRAINING

@@ -12,14 +12,6 @@ def no_pause(monkeypatch):
     monkeypatch.setattr(files, "RETRY_AFTER", (0.0, 0.0))
 
 
-@pytest.fixture
-def memory():
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-
-
 # === Writing ===
 
 
@@ -53,13 +45,6 @@ def test_a_failure_leaves_the_old_file(tmp_path):
         fail()
     assert names(tmp_path) == ["file"]
     assert path.read_bytes() == b"old"
-
-
-def test_a_name_without_a_folder_is_a_file_in_the_current_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with files.replacing("file") as file:
-        file.write(b"all")
-    assert names(tmp_path) == ["file"]
 
 
 def test_files_at_addresses_are_replaced(memory):

@@ -54,27 +54,15 @@ def test_a_transparent_palette_is_blended_with_white(encode):
         assert image[0, 0].tolist() == [255, 255, 255]
 
 
-def test_a_transparent_color_of_an_opaque_png_is_blended_with_white(encode):
-    array = np.zeros((4, 4, 3), "uint8")
-    array[0] = 7
-    image = whole(encode(array, transparency=(7, 7, 7)))
-    assert (image[0] == 255).all()
-    assert (image[1:] == 0).all()
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_of_every_mode_is_decoded(mode, encode):
-    content = encode(Image.fromarray(smooth_image(50, 70)).convert(mode), "JPEG")
+@pytest.mark.parametrize("format", ["JPEG", "BMP"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1"])
+def test_other_modes_and_formats_are_decoded_as_by_pillow(mode, format, encode):
+    if mode == ("P" if format == "JPEG" else "CMYK"):
+        pytest.skip("the format has no such mode")
+    image = Image.fromarray(smooth_image(21, 30)).convert(mode)
+    content = encode(image, format)
     expected = Image.open(io.BytesIO(content)).convert("RGB")
     np.testing.assert_array_equal(whole(content), np.array(expected))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
-def test_bmp_of_every_mode_is_decoded(mode, encode):
-    image = Image.fromarray(smooth_image(21, 30)).convert(mode)
-    np.testing.assert_array_equal(
-        whole(encode(image, "BMP")), np.array(image.convert("RGB"))
-    )
 
 
 def test_sixteen_bits_of_gray_become_eight(encode):
@@ -158,22 +146,15 @@ def test_huge_images_are_refused_before_they_are_decoded(encode):
         EncodedImage(bomb)
 
 
-def test_a_jpeg_that_is_reduced_while_it_is_decoded_may_be_larger(encode):
-    content = encode(smooth_image(200, 200), "JPEG")
-    assert cut(content, training=True, max_pixels=10_000).any()
-    with pytest.raises(UnreadableImage, match="too many pixels"):
-        cut(content, max_pixels=10_000)
-
-
 @pytest.mark.parametrize("options", [{}, {"training": True}, {"resize": "squash"}])
 def test_a_progressive_jpeg_counts_its_pixels_four_times(encode, options):
     content = encode(smooth_image(20, 30), "JPEG", progressive=True)
     assert cut(content, max_pixels=2400, **options).any()
     with pytest.raises(UnreadableImage, match="too many pixels"):
         cut(content, max_pixels=2399, **options)
-    # The same image with its coefficients in sequence.
+    # The same image with its coefficients in sequence, reduced while it is decoded.
     content = encode(smooth_image(20, 30), "JPEG")
-    assert cut(content, max_pixels=2399, **options).any()
+    assert cut(content, max_pixels=600, **options).any()
 
 
 def test_too_little_memory_is_no_damaged_image(encode, monkeypatch):
@@ -268,10 +249,6 @@ def test_the_ratio_is_relative_to_the_requested_size():
     np.testing.assert_allclose(width / height, 2, atol=0.01)
 
 
-def test_an_image_of_one_pixel_is_taken_as_a_whole():
-    np.testing.assert_array_equal(boxes((1, 1)), [[0, 0, 1, 1]] * len(DRAWS))
-
-
 def test_random_crops_follow_their_generator_and_flip_only_if_requested(encode):
     content = encode(smooth_image(40, 40))
     options = {"size": (16, 16), "training": True}
@@ -286,12 +263,6 @@ def test_random_crops_follow_their_generator_and_flip_only_if_requested(encode):
     assert 8 < flipped < 32
 
 
-def test_a_whole_image_of_the_right_size_is_unchanged(encode):
-    array = smooth_image(40, 40)
-    actual = EncodedImage(encode(array)).part((0, 0, 40, 40), (40, 40))
-    np.testing.assert_array_equal(actual, array)
-
-
 @pytest.mark.parametrize("size", [(700, 500), (1400, 1000)])
 def test_reducing_a_jpeg_while_decoding_hardly_changes_a_pixel(size, encode):
     content = encode(smooth_image(*size), "JPEG", quality=90)
@@ -300,17 +271,6 @@ def test_reducing_a_jpeg_while_decoding_hardly_changes_a_pixel(size, encode):
     exact = np.array(exact).astype(int)
     quick = EncodedImage(content).part((37, 21, 400, 450), (64, 64)).astype(int)
     assert np.abs(quick - exact).mean() < 1
-
-
-def test_image_sizes_are_checked():
-    assert images.height_and_width(8) == (8, 8)
-    assert images.height_and_width([8, 16]) == (8, 16)
-    size = images.height_and_width(np.int64(8))
-    assert size == (8, 8)
-    assert {type(side) for side in size} == {int}
-    for wrong in (0, (8,), (8, -1), "8", 8.0, None, (8, 8.0)):
-        with pytest.raises(ValueError, match=r"`image_size`.*Received"):
-            images.height_and_width(wrong)
 
 
 # === Transforms ===
@@ -352,16 +312,6 @@ def test_photographs_are_resized_as_by_pillow(name):
     difference = np.abs(actual.astype(int) - expected)
     assert difference.mean() < 0.3
     assert np.mean(difference > 1) < 0.01
-
-
-def test_transparent_images_are_resized_with_their_alpha():
-    array = np.random.default_rng(0).integers(0, 256, (20, 30, 4), "uint8")
-    image = Image.fromarray(array)
-    actual = images.resize(image, (8, 9), (0, 0, 30, 20))
-    assert actual.shape == (8, 9, 4)
-    np.testing.assert_array_equal(
-        actual, image.resize((9, 8), Image.Resampling.BICUBIC)
-    )
 
 
 def test_edges_between_pixels_make_no_border():

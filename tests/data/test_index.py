@@ -2,23 +2,17 @@
 
 import io
 import os
-import pathlib
 import pickle
-import subprocess
-import sys
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import SkippedSamples, files
+from keras_cluster_mask.data import SkippedSamples
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import Fault, Labels, PairReader
+from keras_cluster_mask.data.pairs import Labels, PairReader
 
 pytestmark = pytest.mark.any_backend
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -108,15 +102,6 @@ def test_a_pickle_holds_names_and_no_samples(tmp_path, write_tar):
     assert keys(index.read([1999, 0])) == ["1999", "0"]
 
 
-def test_a_table_is_pickled_by_its_name_too(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"png")
-    rows = "".join(f"a.png,caption {n}\n" for n in range(3000))
-    (tmp_path / "metadata.csv").write_text("file_name,caption\n" + rows)
-    content = pickle.dumps(open_all(tmp_path))
-    assert len(content) < 2000
-    assert next(pickle.loads(content).read([2999])).captions == ("caption 2999",)
-
-
 # === The fingerprint ===
 
 
@@ -148,16 +133,6 @@ def test_the_fingerprint_differs_if_samples_or_fields_differ(source, write_pairs
 # === Changes while it is used ===
 
 
-def test_a_shard_that_was_replaced_is_an_error_that_names_it(write_pairs):
-    path = write_pairs("a.tar", 0, 4)
-    index = open_all(path)
-    assert keys(index.read([2])) == ["0002"]
-    write_pairs("a.tar", 50, 4)
-    with pytest.raises(ValueError, match=r"must not change.*Received: .*/a\.tar"):
-        [*index.read([2])]
-    assert keys(open_all(path).read([2])) == ["0052"]
-
-
 def test_an_index_that_was_replaced_is_not_read_by_another_process(write_pairs):
     path = write_pairs("a.tar", 0, 4)
     content = pickle.dumps(open_all(path))
@@ -165,34 +140,6 @@ def test_an_index_that_was_replaced_is_not_read_by_another_process(write_pairs):
     open_all(path)
     with pytest.raises(ValueError, match=r"must not change.*Received: "):
         pickle.loads(content)
-
-
-def test_samples_that_cannot_be_read_are_faults(write_pairs, monkeypatch):
-    monkeypatch.setattr(files, "RETRY_AFTER", ())
-    first, second = write_pairs("a.tar", 0, 2), write_pairs("b.tar", 2, 2)
-    index = open_all([first, second])
-    first.unlink()
-    second.write_bytes(second.read_bytes()[: 512 * 5])
-    samples = [*index.read(range(4))]
-    assert [getattr(each, "reason", None) for each in samples] == [
-        *["the shard cannot be read"] * 2,
-        None,
-        "the shard cannot be read",
-    ]
-    assert [each.shard for each in samples] == [str(first)] * 2 + [str(second)] * 2
-    assert "No such file" in samples[0].details
-
-
-def test_image_files_that_cannot_be_read_are_faults(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"png")
-    table = tmp_path / "metadata.csv"
-    table.write_text("file_name,caption\na.png,one\nmissing.png,two\na.png,three\n")
-    index = open_all(tmp_path)
-    first, second, third = index.read([0, 1, 2])
-    assert first.image == third.image == b"png"
-    assert second[:3] == (str(table), "missing.png", "the image file cannot be read")
-    (second,) = index.read([1], with_images=False)
-    assert (second.captions, second.image) == (("two",), f"{tmp_path}/missing.png")
 
 
 # === Formats ===
@@ -217,57 +164,31 @@ def test_a_source_may_have_several_formats(tmp_path, write_pairs, encode):
     assert [pair.path for pair in pairs] == [f"{tmp_path}/a.png", "", "", ""]
 
 
-def test_images_of_a_folder_have_labels(tmp_path, encode):
-    for name in ("dog/1.png", "cat/1.png", "cat/2.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
-    labels = Labels("folder", ["dog", "cat"])
-    index = open_all(tmp_path, wants_caption=False, labels=labels)
-    pairs = index.read([0, 1, 2])
-    found = [(pair.key, pair.label, pair.image) for pair in pairs]
-    expected = [("cat/1.png", 1), ("cat/2.png", 1), ("dog/1.png", 0)]
-    assert found == [(key, label, key.encode()) for key, label in expected]
-
-
-def test_shards_at_addresses_are_read(source, tmp_path, monkeypatch):
+def test_shards_at_addresses_are_read(source, tmp_path, monkeypatch, memory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    system = fsspec.filesystem("memory")
-    try:
-        for index in range(4):
-            system.put(f"{tmp_path}/{index}.tar", f"/read/{index}.tar")
-        local, remote = open_all(source), open_all("memory://read/*.tar")
-        assert remote.fingerprint == local.fingerprint
-        numbers = [8, 0, 4, 3]
-        pairs = [pair._replace(shard="") for pair in local.read(numbers)]
-        assert [pair._replace(shard="") for pair in remote.read(numbers)] == pairs
-    finally:
-        system.rm("/read", recursive=True)
+    for index in range(4):
+        memory.put(f"{tmp_path}/{index}.tar", f"/read/{index}.tar")
+    local, remote = open_all(source), open_all("memory://read/*.tar")
+    assert remote.fingerprint == local.fingerprint
+    numbers = [8, 0, 4, 3]
+    pairs = [pair._replace(shard="") for pair in local.read(numbers)]
+    assert [pair._replace(shard="") for pair in remote.read(numbers)] == pairs
 
 
-PROGRAM = """
-import resource, sys
-from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import PairReader
-
-resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
-index = open_index(sys.argv[1], PairReader())
-print(len({pair.key for pair in index.read(range(len(index)))}))
-"""
-
-
-@pytest.mark.slow
 def test_more_shards_than_open_files_are_read(tmp_path, write_tar):
-    for index in range(400):
+    resource = pytest.importorskip("resource")
+    for index in range(200):
         write_tar(f"{index}.tar", [(f"{index}.jpg", b"j"), (f"{index}.txt", b"t")])
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, f"{tmp_path}/*.tar"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["400"]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Of open files, new ones get the lowest free number.
+    with open(tmp_path / "0.tar") as file:
+        lowest = file.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 100, limits[1]))
+    try:
+        index = open_all(f"{tmp_path}/*.tar")
+        assert len({*keys(index.read(range(200)))}) == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # === Objects ===
@@ -286,36 +207,6 @@ class Items:
 
     def __getitem__(self, number):
         return self._items[number]
-
-
-@pytest.mark.parametrize("wrap", [list, Items])
-def test_objects_with_items_are_sources(wrap, noise, tmp_path):
-    (tmp_path / "a.png").write_bytes(b"file")
-    pil_image = Image.new("RGB", (4, 4))
-    items = [
-        {"image": noise(0), "caption": "bytes", "__key__": "first"},
-        {"image": pil_image, "caption": ["one", "two"], "other": None},
-        {"image": {"bytes": None, "path": f"{tmp_path}/a.png"}, "caption": "c"},
-        {"image": {"bytes": b"in", "path": "x.png"}, "caption": "d", "__key__": 7},
-        {"image": None, "caption": "e"},
-        {"image": b"j", "caption": " "},
-    ]
-    index = open_all(wrap(items))
-    assert (len(index), SkippedSamples([index]).by_reason) == (6, {})
-    pairs = [*index.read(range(6))]
-    assert keys(pairs) == ["first", "1", "2", "7", "4", "5"]
-    assert [pair.image for pair in pairs[:4]] == [noise(0), pil_image, b"file", b"in"]
-    assert pairs[1].captions == ("one", "two")
-    name = wrap.__name__
-    assert pairs[4:] == [
-        Fault(name, "4", "no image"),
-        Fault(name, "5", "empty caption"),
-    ]
-
-
-def test_items_that_are_not_dicts_are_refused():
-    with pytest.raises(ValueError, match=r"`source`.*dicts.*Received: a tuple"):
-        [*open_all(Items([({"image": b"j"}, "caption")])).read([0])]
 
 
 def test_the_fingerprint_of_an_object_is_its_own():
@@ -340,8 +231,3 @@ def test_json_files_without_the_caption_do_not_count_as_captions(write_tar):
     assert len(nested) == 20
     with_other = PairReader(caption_key="json.caption")
     assert len(open_index(write_tar("c.tar", members), with_other)) == 0
-
-
-def test_a_folder_for_the_index_of_an_object_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`index_dir` is for files.*Received.*list"):
-        open_index([{"image": b"-", "caption": "a"}], PairReader(), tmp_path)

@@ -56,14 +56,16 @@ def test_labels_are_numbers_of_classes(labeled, options):
 def test_json_labels_that_are_not_whole_numbers(write_tar, encode):
     image = encode(np.zeros((8, 8, 3), "uint8"))
     files = []
-    for index, label in enumerate((1.0, True, 1.5, "2", None)):
-        content = json.dumps({"label": label}).encode()
+    # Python converts no number of five thousand digits.
+    labels = [b"1.0", b"true", b"1.5", b'"2"', b"null", b"9" * 5000]
+    for index, label in enumerate(labels):
+        content = b'{"label": %s}' % label
         files += [(f"{index}.png", image), (f"{index}.json", content)]
     shard = write_tar("odd.tar", files)
     dataset = make(shard, label_key="json.label", max_skipped=1.0)
     with pytest.warns(UserWarning, match="unknown label"):
         assert values(dataset, "labels") == [1, 2]
-    assert dataset.skipped.by_reason == {"unknown label": 2, "no label": 1}
+    assert dataset.skipped.by_reason == {"unknown label": 2, "no label": 2}
 
 
 @pytest.mark.parametrize(
@@ -90,25 +92,10 @@ def test_odd_labels_are_unknown_labels(label):
     assert Labels("cls", ["a", "b"]).of({"cls": label})[1] == "unknown label"
 
 
-def test_labels_of_five_thousand_digits_cost_their_samples(write_tar, encode):
-    image = encode(np.zeros((8, 8, 3), "uint8"))
-    # Python converts no number of so many digits, and JSON may hold one, too.
-    contents = {"1.cls": b"3", "2.cls": b"9" * 5000, "3.cls": b"4"}
-    contents["4.json"] = b'{"label": %s}' % (b"9" * 5000)
-    contents["5.json"] = b'{"label": 5}'
-    files = []
-    for name, content in contents.items():
-        files += [(f"{name[0]}.png", image), (name, content)]
-    shard = write_tar("long.tar", files)
-    dataset = make(shard, label_key=["cls", "json.label"], max_skipped=1.0)
-    with pytest.warns(UserWarning, match="label"):
-        assert values(dataset, "labels") == [3, 4, 5]
-    assert dataset.skipped.count == 2
-
-
 @pytest.mark.parametrize("label", [0, 7, 2**31 - 1])
 def test_usual_labels_are_numbers(label):
-    for value in (label, float(label), str(label), f" {label}\n".encode(), [label]):
+    numbers = [label, float(label), np.int64(label), np.float64(label)]
+    for value in (*numbers, str(label), f" {label}\n".encode(), [label]):
         assert Labels("cls").of({"cls": value}) == (label, None)
 
 
@@ -120,57 +107,17 @@ def test_samples_without_a_known_label_are_skipped_and_counted(labeled):
     assert dataset.skipped.by_reason == {"unknown label": 2}
 
 
-def test_fields_that_no_sample_has_are_an_error(labeled):
-    with pytest.raises(ValueError, match=r"`label_key`, here \['label'\]"):
-        make(labeled, label_key="label")
-    with pytest.raises(ValueError, match=r"`caption_key`, here \['alt'\]"):
-        make(labeled, caption_key="alt", include_captions=True)
-
-
 @pytest.mark.filterwarnings("ignore:.*skipped")
 @pytest.mark.parametrize(
     "options",
     [
         {"label_key": "json.missing"},
-        {"label_key": "json.name", "class_names": ["x", "y"]},
         {"caption_key": "json.missing", "include_captions": True},
     ],
 )
 def test_entries_that_no_sample_has_are_an_error(labeled, options):
-    with pytest.raises(ValueError, match=r"label|caption"):
-        list(make(labeled, **options))
-
-
-def test_bad_class_names_are_errors(labeled):
-    with pytest.raises(ValueError, match=r"`class_names`.*Received: "):
-        make(labeled, label_key="cls", class_names=["a", "a"])
-    with pytest.raises(ValueError, match=r"`class_names`.*Received: "):
-        make(labeled, label_key="cls", class_names=["a", " "])
-    with pytest.raises(ValueError, match=r"`label_key`.*Received: "):
-        make(labeled, class_names=["a", "b"])
-
-
-def test_images_need_no_captions_without_a_tokenizer(labeled):
-    dataset = make(labeled, include_keys=True)
-    assert [*dataset.element_spec] == ["images", "keys"]
-    assert values(dataset, "keys") == [b"%d" % index for index in range(6)]
-
-
-def test_all_captions_of_an_image_are_tuples(write_tar, encode):
-    image = encode(np.zeros((8, 8, 3), "uint8"))
-    files = []
-    for index, captions in enumerate((["a", "b"], ["c", "d"], ["e"])):
-        content = json.dumps({"captions": captions}).encode()
-        files += [(f"{index}.png", image), (f"{index}.json", content)]
-    shard = write_tar("several.tar", files)
-    dataset = make(shard, include_captions="all", caption_template="a {}.")
-    assert values(dataset, "captions") == [
-        (b"a a.", b"a b."),
-        (b"a c.", b"a d."),
-        (b"a e.",),
-    ]
-    with pytest.raises(ValueError, match=r"`include_captions`.*Received: .*'every'"):
-        make(shard, include_captions="every")
+    with pytest.raises(ValueError, match=rf"`{min(options)}`.*Received: "):
+        make(labeled, **options)
 
 
 def test_a_tf_dataset_holds_labels(labeled):
@@ -179,10 +126,3 @@ def test_a_tf_dataset_holds_labels(labeled):
     assert [*dataset.element_spec] == ["images", "labels"]
     labels = [batch["labels"].numpy().tolist() for batch in dataset]
     assert labels == [[0, 1, 2, 0], [1, 2]]
-
-
-def test_numbers_of_numpy_are_labels():
-    labels = Labels("label")
-    assert labels.of({"label": np.int64(3)}) == (3, None)
-    assert labels.of({"label": np.float32(2.0)}) == (2, None)
-    assert labels.of({"label": np.float32(2.5)})[1] == "unknown label"

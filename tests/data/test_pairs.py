@@ -84,9 +84,3 @@ def test_rows_of_one_image_are_all_kept(tmp_path):
     assert [pair.captions for pair in pairs] == [("one",), ("two",), ("one",)]
     assert [pair.path for pair in pairs] == [str(tmp_path / "a.png")] * 3
     assert faults == [("b.png", "more cells than columns")]
-
-
-def test_messages_name_what_is_wanted():
-    reader = PairReader("jpg", ["txt", "json.alt"])
-    assert "`image_keys`, here ['jpg']" in reader.wanted
-    assert "`caption_key`, here ['txt', 'json.alt']" in reader.wanted

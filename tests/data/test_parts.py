@@ -9,9 +9,7 @@ import pathlib
 import pickle
 import threading
 
-import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from keras_cluster_mask.data import files, parts
 from keras_cluster_mask.data.formats import NoRandomAccess
@@ -194,23 +192,37 @@ def test_no_place_to_write_is_an_error_that_names_the_argument(source, tmp_path)
         build(source, index_dir=tmp_path / "file" / "index")
 
 
-def test_shards_at_addresses_are_indexed_in_the_cache(source, cache, scanned):
-    system = fsspec.filesystem("memory")
+def test_shards_at_addresses_are_indexed_in_the_cache(source, cache, scanned, memory):
     local = list(find_shards(source))
     for path in local:
-        system.put(path, f"/indexed/{os.path.basename(path)}")
-    try:
-        remote = build("memory://indexed/*.tar")
-        assert all(part.path.startswith(str(cache)) for part in remote)
-        assert [part.digest for part in remote] == [p.digest for p in build(source)]
-        scanned.clear()
-        assert build("memory://indexed/*.tar") == remote
-        assert scanned == []
-        system.put(local[0], "/indexed/3.tar")
-        assert build("memory://indexed/*.tar")[3].digest == remote[0].digest
-        assert scanned == ["3.tar"]
-    finally:
-        system.rm("/indexed", recursive=True)
+        memory.put(path, f"/indexed/{os.path.basename(path)}")
+    remote = build("memory://indexed/*.tar")
+    assert all(part.path.startswith(str(cache)) for part in remote)
+    assert [part.digest for part in remote] == [p.digest for p in build(source)]
+    scanned.clear()
+    assert build("memory://indexed/*.tar") == remote
+    assert scanned == []
+    memory.put(local[0], "/indexed/3.tar")
+    assert build("memory://indexed/*.tar")[3].digest == remote[0].digest
+    assert scanned == ["3.tar"]
+
+
+def test_a_shard_that_cannot_be_opened_is_opened_again(source, monkeypatch):
+    monkeypatch.setattr(files, "RETRY_AFTER", (0.0, 0.0))
+    failures, open_file = [OSError(5, "reset")] * 2, files.open_file
+
+    def fails_twice(path, *arguments):
+        if path.endswith("0.tar") and failures:
+            raise failures.pop()
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr(files, "open_file", fails_twice)
+    assert [part.num_records for part in build(source)][::3] == [3, 3]
+    assert not failures
+    failures.extend([OSError(5, "reset")] * 10)
+    os.utime(source.replace("*", "0"), (1, 1))
+    with pytest.raises(OSError, match="reset"):
+        build(source)
 
 
 def test_a_server_that_sends_whole_files_only_is_refused(source):
@@ -224,61 +236,7 @@ def test_a_server_that_sends_whole_files_only_is_refused(source):
         server.shutdown()
 
 
-class Unreliable(MemoryFileSystem):
-    """Files in memory, each of which cannot be opened for the first times."""
-
-    protocol = "unreliable"
-    store, pseudo_dirs, failures = {}, [""], {}
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.replace("unreliable://", "memory://"))
-
-    def _open(self, path, *args, **options):
-        if self.failures.get(path):
-            self.failures[path] -= 1
-            raise OSError("the connection was reset")
-        return super()._open(path, *args, **options)
-
-
-def test_a_remote_shard_that_cannot_be_read_is_read_again(source, monkeypatch):
-    monkeypatch.setattr(files, "RETRY_AFTER", (0.0, 0.0))
-    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
-    system = fsspec.filesystem("unreliable")
-    for path in find_shards(source):
-        system.put(path, f"/set/{os.path.basename(path)}")
-    system.failures.update({"/set/0.tar": 2, "/set/3.tar": 1})
-    remote = build("unreliable://set/*.tar")
-    assert [part.digest for part in remote] == [part.digest for part in build(source)]
-    assert set(system.failures.values()) == {0}
-    system.put(path, "/set/4.tar")
-    system.failures["/set/4.tar"] = 10
-    with pytest.raises(OSError, match="the connection was reset"):
-        build("unreliable://set/*.tar")
-
-
 # === What a part holds ===
-
-
-def test_parts_of_equal_shards_have_equal_digests(tmp_path, write_pairs):
-    same = [write_pairs("a.tar", 0, 3), write_pairs("b.tar", 0, 3)]
-    other = [write_pairs("c.tar", 0, 4), write_pairs("d.tar", 1, 3)]
-    digests = [part.digest for part in build([*same, *other])]
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
-
-
-def test_duplicate_keys_and_damage_are_kept(write_pairs, noise):
-    broken = [("0001.png", noise(0)), ("0001.txt", b"again"), ("3.png", noise(1))]
-    path = write_pairs("a.tar", 0, 3, broken)
-    # Without its end mark, more may have been lost.
-    path.write_bytes(path.read_bytes().rstrip(b"\0"))
-    (part,) = build(path)
-    assert part.layouts == [
-        [["png", "txt"], None, 3],
-        [["png", "txt"], "duplicate key", 1],
-    ]
-    assert part.damage == ["0001", "unexpected end of data"]
 
 
 def test_a_part_without_samples_is_no_error(write_tar, tmp_path):

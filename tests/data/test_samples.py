@@ -1,18 +1,14 @@
 """What a batch holds: crops, captions, tokens, labels, keys and paths."""
 
-import itertools
 import json
-import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from keras_cluster_mask.data import image_text_dataset
 from keras_cluster_mask.data.samples import SampleError
+from tests.data.reading import column, lengths, take
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -20,25 +16,10 @@ pytestmark = [
 ]
 
 
-def tokenizer(captions):
-    return [[len(caption)] for caption in captions]
-
-
 def make(source, training=False, **options):
     arguments = {"batch_size": 4, "seed": 1, "format": "grain", "include_keys": True}
     arguments.update(options)
-    return image_text_dataset(source, tokenizer, 16, training=training, **arguments)
-
-
-def take(dataset, count=None):
-    iterator = iter(dataset)
-    batches = [*itertools.islice(iterator, count)]
-    iterator.close()
-    return batches
-
-
-def column(batches, name):
-    return [value for batch in batches for value in batch[name]]
+    return image_text_dataset(source, lengths, 16, training=training, **arguments)
 
 
 # === Captions ===
@@ -92,22 +73,6 @@ def test_all_captions_of_an_image_are_a_tuple(several, training):
     )
 
 
-@pytest.mark.parametrize("wrong", ["a photo", "{} and {}", ["{}", ""], [3]])
-def test_a_template_without_one_place_for_the_caption_is_refused(write_pairs, wrong):
-    with pytest.raises(ValueError, match=r"`caption_template`.*Received"):
-        make(write_pairs("a.tar", 0, 4), caption_template=wrong)
-
-
-def test_captions_of_any_letters_and_half_letters_are_kept(write_tar, noise):
-    caption = "日本語 😀 naïve \ud800"
-    members = [
-        ("1.png", noise(0)),
-        ("1.json", json.dumps({"captions": [caption]}).encode()),
-    ]
-    batch = take(make(write_tar("a.tar", members), include_captions=True))[0]
-    assert batch["captions"].tolist() == [caption.encode("utf-8", "surrogatepass")]
-
-
 # === Keys, paths, labels ===
 
 
@@ -142,46 +107,6 @@ def test_images_of_a_folder_have_paths_and_labels(folder):
     assert "token_ids" not in batches[0]
 
 
-@pytest.mark.slow
-def test_keys_are_utf_8_whatever_the_locale(write_tar, noise):
-    key = "caf\u00e9"
-    shard = write_tar("a.tar", [(f"{key}.png", noise(0)), (f"{key}.txt", b"a")])
-    program = """
-import sys
-from keras_cluster_mask.data import image_text_dataset
-dataset = image_text_dataset(
-    sys.argv[1], None, 16, 1, training=False, format="grain", include_keys=True
-)
-print(ascii([*next(iter(dataset))["keys"]]))
-"""
-    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(shard)],
-        env=os.environ | ascii_only | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.stdout == f"{[key.encode()]}\n", done.stderr
-
-
-def test_labels_in_shards_are_numbers(write_tar, noise):
-    members = []
-    for index in range(4):
-        members += [
-            (f"{index}.png", noise(index)),
-            (f"{index}.txt", b"t"),
-            (f"{index}.cls", b"%d" % (7 * index)),
-        ]
-    shard = write_tar("a.tar", members)
-    (batch,) = take(make(shard, label_key="cls", include_paths=True))
-    assert batch["labels"].tolist() == [0, 7, 14, 21]
-    # The images have no files of their own.
-    assert batch["paths"].tolist() == [b""] * 4
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_rows_of_a_batch_belong_together(write_pairs, training):
     shard = write_pairs("a.tar", 0, 30)
@@ -192,7 +117,7 @@ def test_rows_of_a_batch_belong_together(write_pairs, training):
         assert (batch["images"] == np.reshape(levels, (-1, 1, 1, 1))).all()
         captions = [b"no %d" % level for level in levels]
         assert batch["captions"].tolist() == captions
-        np.testing.assert_array_equal(batch["token_ids"], tokenizer(captions))
+        np.testing.assert_array_equal(batch["token_ids"], lengths(captions))
 
 
 # === Images ===
@@ -237,23 +162,6 @@ def test_transparent_images_have_the_background(write_tar, encode, training):
     assert len(np.unique(images, axis=0)) == 8
 
 
-def test_a_progressive_image_over_the_limit_is_skipped(write_tar, encode):
-    array = np.zeros((20, 20, 3), "uint8")
-    members = []
-    for index in range(4):
-        image = encode(array, "JPEG", progressive=index == 2)
-        members += [(f"{index}.jpg", image), (f"{index}.txt", b"t")]
-    shard = write_tar("a.tar", members)
-    for training in (True, False):
-        dataset = make(shard, training, max_image_pixels=1599)
-        keys = column(take(dataset, 1), "keys")
-        assert {*keys} == {b"0", b"1", b"3"}
-        assert len(keys) == 3 + training
-        assert dataset.skipped.by_reason == {"the image has too many pixels": 1}
-        dataset = make(shard, training, max_image_pixels=1600)
-        assert len({*column(take(dataset, 1), "keys")}) == 4
-
-
 def test_a_transform_changes_each_image(write_pairs):
     shard = write_pairs("a.tar", 0, 8)
 
@@ -289,17 +197,6 @@ def test_an_error_of_a_transform_ends_the_run_with_shard_and_key(
     for part in ("'0005'", str(shard), type(error).__name__, str(error.args[0])):
         assert part in message
     assert dataset.skipped.count == 0
-
-
-def test_too_little_memory_for_an_image_ends_the_run(write_pairs, monkeypatch):
-    def fail(*args):
-        raise MemoryError
-
-    dataset = make(write_pairs("a.tar", 0, 8))
-    monkeypatch.setattr(Image.Image, "load", fail)
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    with pytest.raises(RuntimeError, match=r"'0000' of the shard .*MemoryError"):
-        take(dataset)
 
 
 def test_an_error_can_be_pickled_to_leave_a_worker_process():

@@ -1,4 +1,3 @@
-import itertools
 import warnings
 
 import numpy as np
@@ -6,25 +5,15 @@ import pytest
 
 from keras_cluster_mask.data import SkippedSamples, image_text_dataset
 from keras_cluster_mask.data.pairs import Fault
+from tests.data.reading import lengths, take
 
 pytestmark = pytest.mark.any_backend
-
-
-def tokenizer(captions):
-    return [[len(caption)] for caption in captions]
 
 
 def make(source, training=False, **options):
     arguments = {"batch_size": 5, "format": "grain", "include_keys": True}
     arguments.update(options)
-    return image_text_dataset(source, tokenizer, 8, training=training, **arguments)
-
-
-def take(dataset, count):
-    iterator = iter(dataset)
-    batches = [*itertools.islice(iterator, count)]
-    iterator.close()
-    return batches
+    return image_text_dataset(source, lengths, 8, training=training, **arguments)
 
 
 def fault(key, reason="the image does not decode", shard="a.tar"):
@@ -44,6 +33,7 @@ def test_samples_are_counted_by_reason_and_by_shard():
     assert (skipped.count, skipped.by_reason) == (3, structural)
     with pytest.warns(UserWarning, match="'7' of the shard a.tar"):
         skipped.report([fault("7"), fault("8", shard="b.tar")], 10)
+    # Only the first is a warning, and a warning would be an error here.
     skipped.report([fault("9", "the shard cannot be read")], 10)
     assert skipped.by_reason == {
         "damaged shard": 1,
@@ -76,18 +66,6 @@ def test_only_the_first_hundred_samples_are_listed():
     skipped.report(faults[70:], 230)
     assert [each.key for each in skipped.samples] == [str(i) for i in range(100)]
     assert skipped.count == 300
-
-
-@pytest.mark.parametrize("count", [0, 1, 5])
-def test_only_the_first_is_a_warning(count):
-    skipped = SkippedSamples()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for number in range(count):
-            skipped.report([fault(str(number))], 5)
-    messages = [str(warning.message) for warning in caught]
-    assert len(messages) == min(count, 1)
-    assert all("'0' of the shard a.tar" in each for each in messages)
 
 
 # === Of a dataset ===
@@ -150,19 +128,6 @@ def test_broken_samples_are_skipped_and_counted_in_each_pass(shard, training):
         }
 
 
-def test_passes_at_the_same_time_are_not_counted_together(shard):
-    dataset = make(shard)
-    first = iter(dataset)
-    next(first)
-    counted = dataset.skipped
-    with pytest.warns(UserWarning, match="skipped"):
-        assert sum(len(batch["images"]) for batch in dataset) == 31
-    with pytest.warns(UserWarning, match="skipped"):
-        assert [*first]
-    assert (dataset.skipped.count, counted.count) == (7, 7)
-    first.close()
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_without_any_tolerance_the_first_broken_sample_is_an_error(
     write_tar, encode, training
@@ -212,9 +177,3 @@ def test_few_samples_say_little_about_the_share(write_pairs):
     dataset = make(write_pairs("x.tar", 0, 5, broken), max_skipped=0.01)
     assert sum(len(batch["images"]) for batch in dataset) == 5
     assert dataset.skipped.count == 900
-
-
-@pytest.mark.parametrize("max_skipped", [-0.1, 1.1])
-def test_a_share_that_is_not_one_is_refused(shard, max_skipped):
-    with pytest.raises(ValueError, match=rf"`max_skipped`.*={max_skipped}"):
-        make(shard, max_skipped=max_skipped)

@@ -1,6 +1,5 @@
 """Batches as a stream: its length, its start, and what it reads."""
 
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -18,6 +17,7 @@ from keras_cluster_mask.data import (
     image_text_dataset,
     stream,
 )
+from tests.data.reading import column, take
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -34,20 +34,8 @@ def make(source, training, **options):
     return image_text_dataset(source, TOKENIZER, 16, training=training, **arguments)
 
 
-def take(dataset, count=None):
-    """The first batches, as dicts of NumPy arrays."""
-    iterator = iter(dataset)
-    batches = [
-        {name: np.asarray(value) for name, value in batch.items()}
-        for batch in itertools.islice(iterator, count)
-    ]
-    if hasattr(iterator, "close"):
-        iterator.close()
-    return batches
-
-
 def keys(batches):
-    return [key.decode() for batch in batches for key in batch["keys"]]
+    return [key.decode() for key in column(batches, "keys")]
 
 
 def assert_same(first, second):
@@ -94,21 +82,18 @@ def test_training_batches_do_not_depend_on_the_number_of_processes(
     assert {len(key) for key in keys(expected)} == {1, 2, 4}
 
 
-@pytest.mark.parametrize("start", [0, 5])
-@pytest.mark.parametrize("options", [{}, {"data_format": "channels_first"}])
 @pytest.mark.parametrize("training", [True, False])
-def test_both_formats_give_the_same_batches(shards, training, options, start):
+def test_both_formats_give_the_same_batches(shards, training):
     pytest.importorskip("tensorflow")
     count = 26 if training else None
-    grain_dataset = make(shards, training, **options)
-    tf_dataset = make(shards, training, format="tf", **options)
-    for dataset in (grain_dataset, tf_dataset):
-        dataset.stream.start = start
-    assert len(tf_dataset) == len(grain_dataset) == (12 if training else 13)
-    first = take(grain_dataset, count)
-    assert len(first) == (26 if training else 13 - start)
-    assert_same(first, take(tf_dataset, count))
-    assert tf_dataset.skipped.by_reason == grain_dataset.skipped.by_reason
+    for options in ({}, {"data_format": "channels_first"}):
+        grain_dataset = make(shards, training, **options)
+        tf_dataset = make(shards, training, format="tf", **options)
+        assert len(tf_dataset) == len(grain_dataset) == (12 if training else 13)
+        first = take(grain_dataset, count)
+        assert len(first) == (26 if training else 13)
+        assert_same(first, take(tf_dataset, count))
+        assert tf_dataset.skipped.by_reason == grain_dataset.skipped.by_reason
 
 
 def test_batches_do_not_depend_on_how_much_is_read_together(shards, monkeypatch):
@@ -126,20 +111,6 @@ def test_a_seed_fixes_every_epoch_and_epochs_differ(shards):
     assert order != keys(take(make(shards, True, seed=4), 30))
 
 
-def test_a_sample_is_cropped_differently_in_each_epoch(shards):
-    batches = take(make(shards[2], True, crop_scale=(0.2, 0.8), batch_size=30), 2)
-    images = [dict(zip(batch["keys"], batch["images"])) for batch in batches]
-    assert len(images[0]) == 27
-    assert all((images[0][key] != images[1][key]).any() for key in images[0])
-
-
-def test_evaluation_is_the_same_each_time_even_with_random_backgrounds(shards):
-    dataset = make(shards, False)
-    first = take(dataset)
-    assert_same(first, take(dataset))
-    assert_same(first, take(make(shards, False)))
-
-
 # === Length and start ===
 
 
@@ -149,13 +120,6 @@ def test_training_is_endless_and_its_length_is_full_batches(shards):
     assert isinstance(dataset, grain.IterDataset)
     assert (len(dataset), dataset.num_samples, dataset.batch_size) == (3, 100, 30)
     assert [len(batch["images"]) for batch in take(dataset, 20)] == [30] * 20
-
-
-def test_evaluation_ends_with_a_partial_batch(write_pairs):
-    dataset = make(write_pairs("a.tar", 0, 70), False, batch_size=30)
-    assert len(dataset) == 3
-    assert [len(batch["images"]) for batch in take(dataset)] == [30, 30, 10]
-    assert str(dataset) == "ImageTextDataset(70 samples, 3 batches)"
 
 
 @pytest.mark.parametrize("format", ["grain", "tf"])
@@ -181,16 +145,6 @@ def test_an_iterator_gives_its_state_back(shards):
     iterator.set_state(state)
     assert [next(iterator)["keys"].tolist() for _ in range(3)] == expected
     iterator.close()
-
-
-def test_the_keys_of_a_batch_are_known_without_reading_it(shards):
-    parts = [make(shards[:2], True, process=(index, 2)) for index in range(2)]
-    for part in parts:
-        batches = take(part, 20)
-        for number in (0, 1, 19):
-            assert part.keys(number) == keys([batches[number]])
-    # The keys of broken samples are among them.
-    assert {"5", "15", "25"} < {*make(shards[2], True, batch_size=30).keys(0)}
 
 
 def test_batches_are_as_their_spec_says(shards):
@@ -228,13 +182,6 @@ def test_the_description_tells_other_data_and_other_orders(shards):
         assert other not in [describe(), *others[:number]]
 
 
-def test_moved_shards_are_the_same_data(shards, tmp_path):
-    before = make(shards, True).description
-    (tmp_path / "moved").mkdir()
-    moved = [shard.rename(tmp_path / "moved" / shard.name) for shard in shards]
-    assert make(moved, True).description == before
-
-
 # === What is read ===
 
 
@@ -259,7 +206,7 @@ def test_a_process_reads_no_more_than_its_share(write_tar, noise, storage):
     # Without what is read ahead.
     storage.requests.clear()
     for batch in range(len(dataset)):
-        dataset._samples.read(dataset._samples.positions(batch))
+        dataset.keys(batch)
     read = sum(last - first for _, first, last in storage.requests)
     assert total / processes * 0.95 < read <= 1.1 * total / processes
     # A run is one request.

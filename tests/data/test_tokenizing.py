@@ -4,6 +4,7 @@ import pytest
 
 from keras_cluster_mask.data import CLIPTokenizer, image_text_dataset
 from keras_cluster_mask.data.tokenizing import tokenize
+from tests.data.reading import keras_hub_tokenizer, take
 
 TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_length=9)
 
@@ -20,11 +21,7 @@ def make(source, tokenizer, **options):
 
 
 def first(dataset):
-    iterator = iter(dataset)
-    batch = {name: np.asarray(value) for name, value in next(iterator).items()}
-    if hasattr(iterator, "close"):
-        iterator.close()
-    return batch
+    return take(dataset, 1)[0]
 
 
 def test_any_callable_can_tokenize(shard):
@@ -52,7 +49,7 @@ def test_a_tokenizer_may_return_tensors(shard):
     ],
 )
 def test_a_tokenizer_that_returns_no_rows_is_an_error(shard, tokenizer):
-    with pytest.raises(Exception, match=r"`tokenizer` must return ints of shape"):
+    with pytest.raises(Exception, match=r"`tokenizer`.*Received: "):
         first(make(shard, tokenizer))
 
 
@@ -64,8 +61,7 @@ def test_an_error_of_a_tokenizer_is_raised(shard):
 def test_without_a_tokenizer_captions_are_not_needed(write_tar, noise):
     shard = write_tar("a.tar", [(f"{i}.png", noise(i)) for i in range(8)])
     batch = first(make(shard, None, include_captions=False))
-    assert sorted(batch) == ["images"]
-    assert len(batch["images"]) == 8
+    assert [*batch] == ["images"]
 
 
 @pytest.fixture
@@ -78,11 +74,10 @@ def layer():
 
 @pytest.mark.parametrize("format", ["grain", "tf"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("include", [True, False])
-def test_a_keras_layer_can_tokenize(shard, layer, format, training, include):
-    options = {"training": training, "format": format, "include_captions": include}
+def test_a_keras_layer_can_tokenize(shard, layer, format, training):
+    options = {"training": training, "format": format, "include_captions": False}
     dataset = make(shard, layer, include_keys=True, **options)
-    names = {"images", "token_ids", "keys"} | ({"captions"} if include else set())
+    names = {"images", "token_ids", "keys"}
     assert {*dataset.element_spec} == names
     batch = first(dataset)
     assert {*batch} == names
@@ -92,34 +87,24 @@ def test_a_keras_layer_can_tokenize(shard, layer, format, training, include):
     assert training or [2, 3, 0, 0] in expected
 
 
-def test_a_keras_layer_tokenizes_the_first_of_all_captions(shard, layer):
-    batch = first(make(shard, layer, include_captions="all", include_keys=True))
-    assert batch["captions"][7] == (b"no 7",)
-    np.testing.assert_array_equal(batch["token_ids"][7], [2, 3, 0, 0])
-
-
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="ragged tensors are TensorFlow's"
 )
 def test_a_keras_layer_of_rows_of_different_lengths_is_refused(shard):
     layer = keras.layers.TextVectorization(ragged=True)
     layer.adapt(["no no", "7"])
-    with pytest.raises(ValueError, match=r"`tokenizer` must return rows of equal"):
+    with pytest.raises(ValueError, match=r"`tokenizer`.*Received: "):
         first(make(shard, layer))
 
 
-def test_a_keras_hub_preprocessor_gives_the_ids_of_a_clip_tokenizer(shard):
+def test_a_keras_hub_preprocessor_gives_the_ids_of_a_clip_tokenizer(shard, tmp_path):
     pytest.importorskip("tensorflow")
     keras_hub = pytest.importorskip("keras_hub")
-    config = TOKENIZER._config()
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {names.get(t, t): i for i, t in enumerate(config["vocabulary"])}
-    merges = [" ".join(merge) for merge in config["merges"]]
-    tokenizer = keras_hub.models.CLIPTokenizer(vocabulary, merges)
+    tokenizer = keras_hub_tokenizer(TOKENIZER, tmp_path)
     preprocessor = keras_hub.models.CLIPPreprocessor(tokenizer, sequence_length=9)
     batch = first(make(shard, preprocessor))
     np.testing.assert_array_equal(batch["token_ids"], TOKENIZER(batch["captions"]))
-    with pytest.raises(ValueError, match="CLIPPreprocessor"):
+    with pytest.raises(ValueError, match=r"`tokenizer`.*Received: "):
         make(shard, tokenizer)
 
 
@@ -211,14 +196,3 @@ def test_a_dataset_takes_tokenizers_of_other_libraries(shard, format, hugging_fa
         assert dataset.element_spec["token_ids"].shape[1] == length
         expected = tokenize(tokenizer, list(batch["captions"]))
         np.testing.assert_array_equal(batch["token_ids"], expected)
-
-
-@pytest.mark.any_backend
-def test_a_preprocessor_of_bert_is_taken():
-    pytest.importorskip("tensorflow")
-    keras_hub = pytest.importorskip("keras_hub")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]
-    bert = keras_hub.models.BertTokenizer(vocabulary)
-    layer = keras_hub.models.BertTextClassifierPreprocessor(bert, sequence_length=5)
-    found = tokenize(layer, [b"a dog", b"a a a a dog"])
-    assert found.tolist() == [[2, 5, 6, 3, 0], [2, 5, 5, 5, 3]]

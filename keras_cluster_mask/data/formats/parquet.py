@@ -20,7 +20,8 @@ class Parquet(Format):
     `key`, `image_id` or `id`, or the number of the row.
 
     Parquet cannot read a single row: in an order that is shuffled row by row, a whole
-    group of rows is read for each sample. Use `block_size`, or `convert`.
+    group of rows is read for each sample. Use `block_size`, or write
+    tar shards.
     """
 
     unique_keys = False

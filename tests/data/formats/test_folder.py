@@ -75,8 +75,3 @@ def test_a_folder_at_an_address_is_read(memory, read_all):
     assert [key for key, _ in samples] == ["a/1.png", "b/1.png"]
     path = files.beside(shard, "a/1.png")
     assert memory.cat(path) == b"image"
-
-
-def test_a_folder_without_images_or_table_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"metadata\.csv.*Received a folder"):
-        find_shards(tmp_path)

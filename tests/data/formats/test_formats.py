@@ -1,5 +1,6 @@
-"""Which files a source names, and which format they have."""
+"""Which files a source names, and what all formats have in common."""
 
+import re
 import sys
 
 import fsspec
@@ -7,7 +8,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from keras_cluster_mask.data import list_shards
-from keras_cluster_mask.data.formats import format_of
+from keras_cluster_mask.data.formats import NoRandomAccess, format_of
+from tests.data.formats.conftest import ROWS
 
 pytestmark = pytest.mark.any_backend
 
@@ -48,28 +50,6 @@ def test_a_file_may_have_braces_in_its_name(tmp_path):
     assert names(tmp_path / "a{b}.tar") == ["a{b}.tar"]
 
 
-def test_missing_shards_are_named(folder):
-    with pytest.raises(FileNotFoundError, match=r"missing.*train-03\.tar"):
-        list_shards(f"{folder}/train-{{00..03}}.tar")
-    with pytest.raises(FileNotFoundError, match=r"pattern.*valid-\*\.tar"):
-        list_shards(folder / "valid-*.tar")
-    with pytest.raises(FileNotFoundError, match=r"Received a folder"):
-        list_shards(folder)
-
-
-@pytest.mark.parametrize(
-    "source", [[], "train-{2..0}.tar", "train-{a}.tar", 3, [None], [["a.tar"]]]
-)
-def test_sources_that_name_nothing_are_refused(source):
-    with pytest.raises((ValueError, TypeError), match=r"`source`.*Received: "):
-        list_shards(source)
-
-
-def test_the_output_of_a_command_is_refused_with_what_helps():
-    with pytest.raises(ValueError, match=r"the URL.*Received: source='pipe:cat a"):
-        list_shards("pipe:cat a.tar")
-
-
 def test_a_folder_is_represented_by_its_table(tmp_path):
     for name in ("manifest.jsonl", "metadata.tsv", "metadata.csv"):
         (tmp_path / name).touch()
@@ -92,32 +72,69 @@ def test_the_extension_decides_the_format():
     assert {path: type(format_of(path)).__name__ for path in formats} == formats
 
 
+# === All formats ===
+
+
+def texts(fields):
+    found = [fields[name] for name in ("image", "caption")]
+    return [x.decode() if isinstance(x, bytes) else x for x in found]
+
+
+def test_samples_are_read_from_a_file_and_an_address(shard, memory, read_all):
+    samples, faults = read_all(shard)
+    assert faults == []
+    assert [key for key, _ in samples] == ["k0", "k1", "k2"]
+    assert [texts(fields) for _, fields in samples] == [
+        [row["image"], row["caption"]] for row in ROWS
+    ]
+    memory.pipe(f"/set/{shard.name}", shard.read_bytes())
+    assert read_all(f"memory://set/{shard.name}") == (samples, [])
+
+
+def test_some_samples_are_read_in_any_order(shard):
+    path = str(shard)
+    format = format_of(path)
+    context = format.context(path)
+    entries = list(format.scan(path))
+    numbers = [2, 0, 0]
+    places = [(path, entries[n].offset, entries[n].size) for n in numbers]
+    samples = map(format.parse, format.read(places), numbers, [context] * 3)
+    expected = [(ROWS[n]["key"], ROWS[n]["caption"]) for n in numbers]
+    assert [(key, texts(fields)[1]) for key, fields in samples] == expected
+
+
+def test_a_missing_file_is_not_a_damaged_one(shard, scan):
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        list(scan(shard))
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.bz2", "x.tar", "x.tfrec.gz"])
+def test_compressed_files_are_refused(name, write_tar, request, scan):
+    if name == "x.tfrec.gz":
+        path = request.getfixturevalue("write_records")(name, [b"record"])
+    else:
+        path = write_tar(name, [("1.jpg", b"j")], f"w:{name[6:] or 'xz'}")
+    with pytest.raises(NoRandomAccess, match=rf"`source`.*Received: source='{path}'"):
+        list(scan(path))
+
+
 # === Addresses ===
 
 
 def test_shards_at_addresses_are_listed(memory):
     for index in range(3):
         memory.pipe(f"/tars/{index:02}.tar", b"content")
+    memory.pipe("/set/metadata.csv", b"file_name,text\na.png,a")
     every = ["00.tar", "01.tar", "02.tar"]
     assert names("memory://tars/*.tar") == every
     assert names("memory://tars/{00..02}.tar") == every
     assert names("memory://tars/0[12].tar") == every[1:]
     assert names(["memory://tars/00.tar", "memory://tars/{00,02}.tar"]) == every[::2]
+    assert names("memory://set") == ["metadata.csv"]
     for shard in list_shards("memory://tars/*.tar"):
         with fsspec.open(shard) as file:
             assert file.read() == b"content"
-    with pytest.raises(FileNotFoundError, match=r"missing.*memory://tars/03\.tar"):
-        list_shards("memory://tars/{00..03}.tar")
-    with pytest.raises(FileNotFoundError, match=r"pattern.*memory://no/\*\.tar"):
-        list_shards("memory://no/*.tar")
-
-
-def test_a_folder_at_an_address_is_represented_by_its_table(memory):
-    memory.pipe("/set/metadata.csv", b"file_name,text\na.png,a")
-    memory.pipe("/empty/other.txt", b"")
-    assert names("memory://set") == ["metadata.csv"]
-    with pytest.raises(FileNotFoundError, match=r"Received a folder.*memory:.*empty"):
-        list_shards("memory://empty")
 
 
 class CountingFileSystem(MemoryFileSystem):
@@ -156,17 +173,39 @@ def test_a_pattern_costs_a_listing_whatever_the_number_of_files(pattern):
     assert len(system.requests) < 6
 
 
+# === Refusals ===
+
+
 @pytest.mark.parametrize(
-    ("address", "package"),
-    [("s3://bucket/x.tar", "s3fs"), ("gs://bucket/x.tar", "gcsfs")],
+    ("source", "error", "received"),
+    [
+        ("train-{00..03}.tar", FileNotFoundError, "train-03.tar"),
+        ("valid-*.tar", FileNotFoundError, "valid-*.tar"),
+        (".", FileNotFoundError, "/"),
+        ("memory://tars/{00..03}.tar", FileNotFoundError, "memory://tars/00.tar"),
+        ("memory://no/*.tar", FileNotFoundError, "memory://no/*.tar"),
+        ("memory://empty", FileNotFoundError, "memory:///empty/"),
+        ("train-{2..0}.tar", ValueError, "train-{2..0}.tar"),
+        ("train-{a}.tar", ValueError, "train-{a}.tar"),
+        ("pipe:cat a.tar", ValueError, "pipe:cat a.tar"),
+        ("nothing://a/x.tar", ValueError, "nothing://a/x.tar"),
+        ([], ValueError, "[]"),
+        (3, ValueError, "3"),
+        ([None], ValueError, "[None]"),
+        ([["a.tar"]], ValueError, "[['a.tar']]"),
+    ],
 )
-def test_the_package_that_opens_an_address_is_named(monkeypatch, address, package):
+def test_what_is_no_shard_is_refused(
+    folder, memory, monkeypatch, source, error, received
+):
+    monkeypatch.chdir(folder)
+    memory.pipe("/empty/other.txt", b"")
+    with pytest.raises(error, match=rf"`source`.*Received.*{re.escape(received)}"):
+        list_shards(source)
+
+
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_the_package_that_opens_an_address_is_named(monkeypatch, protocol, package):
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"(?i)install {package}.*Received: .*{address}"
-    with pytest.raises(ImportError, match=message):
-        list_shards(address)
-
-
-def test_an_unknown_protocol_is_named():
-    with pytest.raises(ValueError, match=r"`source`.*nothing.*source='nothing://a"):
-        list_shards("nothing://a/x.tar")
+    with pytest.raises(ImportError, match=rf"{package}.*source='{protocol}://b"):
+        list_shards(f"{protocol}://b/x.tar")

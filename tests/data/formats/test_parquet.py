@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from keras_cluster_mask.data import SkippedSamples, files
-from keras_cluster_mask.data.formats import DamagedShard, format_of
+from keras_cluster_mask.data.formats import DamagedShard
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import Labels, PairReader
 
@@ -34,16 +34,6 @@ def test_rows_are_what_pyarrow_reads_whatever_the_groups(write, read_all, rows):
     path = write(columns, row_group_size=rows)
     expected = pq.read_table(path).to_pylist()
     assert read_all(path) == ([(row["id"], row) for row in expected], [])
-
-
-def test_rows_are_read_in_any_order(write):
-    path = str(write(COLUMNS, row_group_size=2))
-    format = format_of(path)
-    entries = list(format.scan(path))
-    numbers = [6, 0, 3, 3]
-    places = [(path, entries[i].offset, entries[i].size) for i in numbers]
-    rows = format.read(places)
-    assert [row["caption"] for row in rows] == ["no 6", "no 0", "no 3", "no 3"]
 
 
 def test_the_key_is_a_column_or_the_number_of_the_row(write, read_all):
@@ -83,16 +73,13 @@ def test_a_replaced_file_is_read_again(write):
     assert next(index.read([1])).captions == ("new 1",)
 
 
-def test_truncated_and_other_files_are_damaged(write, scan):
-    path = write(COLUMNS)
-    content = path.read_bytes()
-    for damaged in (content[:-50], content[50:], b"", b"text" * 100):
+def test_truncated_files_and_damaged_pages_are_damage(write, scan):
+    content = write(COLUMNS).read_bytes()
+    for damaged in (content[:-50], content[50:], b""):
+        path = write(COLUMNS)
         path.write_bytes(damaged)
         with pytest.raises(DamagedShard, match=r"x\.parquet is damaged"):
             list(scan(path))
-
-
-def test_damaged_pages_are_a_damaged_shard(write, scan):
     columns = {"image": [b"x" * 5000] * 50, "caption": ["a"] * 50}
     options = {"compression": "none", "use_dictionary": False}
     path = write(columns, row_group_size=10, **options)
@@ -103,12 +90,6 @@ def test_damaged_pages_are_a_damaged_shard(write, scan):
     with pytest.raises(DamagedShard, match=r"x\.parquet is damaged"):
         keys.extend(scan(path))
     assert keys == [f"{i:08}" for i in range(20)]
-
-
-def test_a_file_at_an_address_is_read(write, memory, read_all):
-    memory.pipe("/tables/x.parquet", write(COLUMNS, row_group_size=2).read_bytes())
-    samples, _ = read_all("memory://tables/x.parquet")
-    assert [fields["caption"] for _, fields in samples] == COLUMNS["caption"]
 
 
 def test_images_next_to_a_file_are_found(write, tmp_path):

@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats import DamagedShard, format_of
+from keras_cluster_mask.data.formats import DamagedShard
 
 pytestmark = pytest.mark.any_backend
 
@@ -21,23 +20,6 @@ TABLES = {
 }
 NO_CSV = "a row that is not CSV in UTF-8"
 NO_JSON = "a line that is not a JSON object"
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(name, content):
-        path = tmp_path / name
-        content = content if isinstance(content, bytes) else content.encode()
-        path.write_bytes(content)
-        return path
-
-    return write
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_a_row_is_a_sample_also_with_quotes_and_newlines(write, read_all, name):
-    expected = [("a/1.jpg", ROW), ("2.jpg", OTHER)]
-    assert read_all(write(name, TABLES[name])) == (expected, [])
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -70,16 +52,6 @@ def test_random_tables_are_read_as_python_writes_them(write, read_all):
         samples, faults = read_all(write(name, file.getvalue()))
         assert [list(row.values()) for _, row in samples] == rows
         assert faults == []
-
-
-@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
-def test_some_rows_are_read_without_the_others(write, name):
-    path = str(write(name, TABLES[name]))
-    format = format_of(path)
-    context = format.context(path)
-    entry = list(format.scan(path))[1]
-    (content,) = format.read([(path, entry.offset, entry.size)])
-    assert format.parse(content, 1, context) == ("2.jpg", OTHER)
 
 
 def test_a_row_may_be_short_but_not_wide(write, read_all):
@@ -187,19 +159,3 @@ def test_a_broken_first_line_is_damage(write, scan):
     for content in (b"\xff\xfe\n1,2\n", b'"a\nb,c\n', b"f,text\rold,Mac\r"):
         with pytest.raises(DamagedShard, match="at its start"):
             list(scan(write("x.csv", content)))
-
-
-# === Image files ===
-
-
-def test_names_of_files_are_relative_to_the_folder_of_the_table():
-    assert files.beside("/data/x.csv", "a/b.jpg") == "/data/a/b.jpg"
-    assert files.beside("x.csv", "a/b.jpg") == "a/b.jpg"
-    assert files.beside("memory://set/x.csv", "b.jpg") == "memory://set/b.jpg"
-    for absolute in ("/a/b.jpg", "s3://a/b.jpg"):
-        assert files.beside("/data/x.csv", absolute) == absolute
-
-
-def test_a_table_at_an_address_is_read(memory, read_all):
-    memory.pipe("/set/x.csv", TABLES["x.csv"].encode())
-    assert [row for _, row in read_all("memory://set/x.csv")[0]] == [ROW, OTHER]

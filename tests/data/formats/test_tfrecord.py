@@ -1,12 +1,8 @@
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data.formats import (
-    DamagedShard,
-    NoRandomAccess,
-    format_of,
-    tfrecord,
-)
+from keras_cluster_mask.data.formats import DamagedShard, tfrecord
+from tests.data.formats.conftest import record
 
 tf = pytest.importorskip("tensorflow")
 
@@ -16,35 +12,6 @@ pytestmark = pytest.mark.any_backend
 BEFORE, AFTER = 12, 4
 
 
-def record(**features):
-    """An example of bytes, ints and floats, or lists of them."""
-
-    def feature(value):
-        values = value if isinstance(value, list) else [value]
-        if values and isinstance(values[0], int):
-            return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
-        if values and isinstance(values[0], float):
-            return tf.train.Feature(float_list=tf.train.FloatList(value=values))
-        return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
-
-    made = {name: feature(value) for name, value in features.items()}
-    example = tf.train.Example(features=tf.train.Features(feature=made))
-    return example.SerializeToString()
-
-
-@pytest.fixture
-def write_records(tmp_path):
-    def write_records(name, records):
-        path = tmp_path / name
-        options = "GZIP" if name.endswith(".gz") else None
-        with tf.io.TFRecordWriter(str(path), options) as writer:
-            for each in records:
-                writer.write(each)
-        return path
-
-    return write_records
-
-
 RECORDS = [
     record(
         **{"image/encoded": b"%d" % i, "caption": b"no %d" % i, "__key__": b"k%d" % i}
@@ -52,19 +19,6 @@ RECORDS = [
     for i in range(5)
 ]
 KEYS = [f"k{i}" for i in range(5)]
-
-
-def test_an_example_is_a_sample_and_its_features_are_the_fields(
-    write_records, read_all
-):
-    samples, faults = read_all(write_records("x.tfrecord", RECORDS))
-    assert [key for key, _ in samples] == KEYS
-    assert samples[3][1] == {
-        "image/encoded": b"3",
-        "caption": b"no 3",
-        "__key__": b"k3",
-    }
-    assert faults == []
 
 
 def test_several_values_are_a_list_and_numbers_are_text(write_records, read_all):
@@ -136,13 +90,6 @@ def test_a_key_of_several_values_is_no_damage(write_records, read_all, value):
     assert fields["caption"] == b"c"
 
 
-def test_compressed_files_are_refused_with_what_helps(write_records, scan):
-    for name in ("x.tfrecord.gz", "x.tfrec.gz"):
-        path = write_records(name, RECORDS)
-        with pytest.raises(NoRandomAccess, match=rf"gunzip.*Received: source='{path}'"):
-            list(scan(path))
-
-
 def test_a_truncated_file_gives_its_intact_samples(write_records, scan):
     path = write_records("x.tfrecord", RECORDS)
     content = path.read_bytes()
@@ -195,23 +142,3 @@ def test_a_record_that_is_too_large_is_a_fault(write_records, read_all, monkeypa
     samples, faults = read_all(write_records("x.tfrecord", [*records, RECORDS[2]]))
     assert [key for key, _ in samples] == ["k0", "k2"]
     assert [fault for _, fault in faults] == ["file too large"]
-
-
-def test_a_missing_file_is_not_a_damaged_one(tmp_path, scan):
-    with pytest.raises(FileNotFoundError, match=r"x\.tfrecord"):
-        list(scan(tmp_path / "x.tfrecord"))
-
-
-def test_a_file_at_an_address_is_read(memory, write_records, read_all):
-    content = write_records("y.tfrecord", RECORDS).read_bytes()
-    memory.pipe("/records/x.tfrecord", content)
-    samples, _ = read_all("memory://records/x.tfrecord")
-    assert [key for key, _ in samples] == KEYS
-
-
-def test_some_records_are_read_without_the_others(write_records):
-    path = str(write_records("x.tfrecord", RECORDS))
-    format = format_of(path)
-    entries = list(format.scan(path))
-    places = [(path, entries[i].offset, entries[i].size) for i in (3, 0)]
-    assert format.read(places) == [RECORDS[3], RECORDS[0]]

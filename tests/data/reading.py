@@ -1,0 +1,51 @@
+"""How tests read a dataset, and what a `CLIPTokenizer` holds."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+
+def take(dataset, count=None):
+    """The first batches, or all, as dicts of NumPy arrays."""
+    iterator = iter(dataset)
+    batches = [
+        {name: np.asarray(value) for name, value in batch.items()}
+        for batch in itertools.islice(iterator, count)
+    ]
+    # That of a `tf.data.Dataset` closes itself.
+    if hasattr(iterator, "close"):
+        iterator.close()
+    return batches
+
+
+def column(batches, name):
+    return [value for batch in batches for value in batch[name]]
+
+
+def keys(dataset, count=None):
+    return [key.decode() for key in column(take(dataset, count), "keys")]
+
+
+def lengths(captions):
+    """A tokenizer of rows of one number, the length of the caption."""
+    return [[len(caption)] for caption in captions]
+
+
+def saved(tokenizer, folder):
+    """The arguments of a `CLIPTokenizer`."""
+    tokenizer.save(folder / "saved.json")
+    config = json.loads((folder / "saved.json").read_text())
+    del config["format"]
+    return config
+
+
+def keras_hub_tokenizer(tokenizer, folder):
+    """A `CLIPTokenizer` as KerasHub's, which names special tokens differently."""
+    keras_hub = pytest.importorskip("keras_hub")
+    config = saved(tokenizer, folder)
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(t, t): i for i, t in enumerate(config["vocabulary"])}
+    merges = [" ".join(merge) for merge in config["merges"]]
+    return keras_hub.models.CLIPTokenizer(vocabulary, merges)
