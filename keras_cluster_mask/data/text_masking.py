@@ -8,28 +8,60 @@ import collections
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 import numpy as np
 
 from keras_cluster_mask.checks import check_choice, is_positive
 from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.arguments import name_of
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 
 # The release of CLIPF counts words that are seen at least so often.
 MIN_COUNT = 5
-# Nouns, adjectives and verbs by the first letters of their Penn Treebank tags.
-TAG_PRIORITIES = {"NN": 0, "JJ": 1, "VB": 2}
 
 
 class TextMasking:
-    """The base class of text maskings, which differ in their scores alone.
+    """The base class of text maskings: which words of long captions stay.
 
-    Its words are those of CLIP's tokenizer, before byte-pair encoding: runs of letters,
-    single digits, endings of contractions, and runs of other characters.
+    A subclass implements `score`, one number for each word: the words of the highest
+    scores stay. It may override `keep_words`, to choose groups of words together, and
+    `of_epoch`, to change with the epoch. `examples/concept_curriculum.py` does both.
+
+    Words are those of CLIP's tokenizer, in lower case and before byte-pair encoding:
+    runs of letters, single digits, endings of contractions, and runs of other
+    characters. Take all randomness from the `generator`, so that processes, workers and
+    resumed runs mask alike. With `num_workers`, a masking must pickle. A run is resumed
+    only on data whose masking has an equal `repr`, so override `__repr__` in a subclass
+    with options.
+
+    Example:
+
+    ```python
+    class LongWords(kcm.data.TextMasking):
+        def score(self, words, num_tokens, num_tokens_left, generator):
+            return [len(word) for word in words]
+
+
+    tokenizer = kcm.data.CLIPTokenizer.train(["a dog runs in the snow"] * 2, 600, 5)
+    masking = LongWords()
+    generator = np.random.default_rng(0)
+    ids = masking.tokenize(tokenizer, ["a dog runs in the snow"], [generator])
+    print(tokenizer.decode(ids[0]))  # dog runs snow
+    ```
     """
+
+    @staticmethod
+    def split(caption: str | bytes) -> list[str]:
+        """The words of a caption, as `score` gets them.
+
+        Args:
+            caption: str or bytes.
+
+        Returns:
+            list of str, in lower case.
+        """
+        return byte_pairs.words_of(byte_pairs.clean(caption, "caption"))
 
     def score(
         self,
@@ -200,73 +232,6 @@ class BlockTextMasking(TextMasking):
         return [-i if i >= first else i - count - first for i in range(count)]
 
 
-class SyntaxTextMasking(TextMasking):
-    """Keeps nouns, then adjectives, then verbs, then other words (CLIPA).
-
-    Of words of one kind, the first in the caption stay, as in the official code. So
-    nothing is random, and a caption is masked alike in each epoch.
-
-    Example:
-
-    ```python
-    NOUNS = {"dog", "snow", "tree", "child"}
-
-
-    def tagger(words):
-        return ["NN" if word in NOUNS else "DT" for word in words]
-
-
-    tokenizer = kcm.data.CLIPTokenizer.train(["a dog runs in the snow"] * 2, 600, 4)
-    masking = kcm.data.SyntaxTextMasking(tagger)
-    ids = masking.tokenize(tokenizer, ["a dog runs in the snow"], [None])
-    print(tokenizer.decode(ids[0]))  # dog snow
-    ```
-
-    Args:
-        tagger: Function from a list of words to a list of as many tags, str. Nouns have
-            Penn Treebank tags that start with `"NN"`, adjectives with `"JJ"`, and verbs
-            with `"VB"`. For NLTK:
-            `def tagger(words): return [tag for _, tag in nltk.pos_tag(words)]`. With
-            `num_workers`, a function of a module, which can be sent to a process.
-
-    Raises:
-        ValueError: If `tagger` is not callable, or, when it is called, if it does not
-            return a tag for each word.
-
-    Reference:
-
-    - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
-    """
-
-    def __init__(self, tagger: Callable[[list[str]], Sequence[str]]):
-        if not callable(tagger):
-            raise ValueError(
-                "`tagger` must be a function from a list of words to a list of tags. "
-                f"Received: tagger={tagger!r}"
-            )
-        self.tagger = tagger
-
-    def score(
-        self,
-        words: Sequence[str],
-        num_tokens: Sequence[int],
-        num_tokens_left: int,
-        generator: np.random.Generator,
-    ) -> Sequence[float]:
-        """Scores by part of speech; see `TextMasking.score`."""
-        tags = self.tagger(words)
-        is_valid = isinstance(tags, list | tuple) and len(tags) == len(words)
-        if not is_valid or not all(isinstance(tag, str) for tag in tags):
-            raise ValueError(
-                "`tagger` must return a list with a tag, str, for each word. Received: "
-                f"{tags!r} for {len(words)} words, {words}"
-            )
-        return [-TAG_PRIORITIES.get(tag[:2], 3) for tag in tags]
-
-    def __repr__(self):
-        return f"SyntaxTextMasking(tagger={name_of(self.tagger)[0]})"
-
-
 class FrequencyTextMasking(TextMasking):
     """Leaves out frequent words of captions that are too long (CLIPF).
 
@@ -375,7 +340,7 @@ class FrequencyTextMasking(TextMasking):
         count = (self.frequencies or {}).get(word)
         if count is None:
             return float(self.unknown == "drop")
-        return discard_probability(count / self._total, self.threshold)
+        return max(0.0, 1 - math.sqrt(self.threshold * self._total / count))
 
     def score(
         self,
@@ -420,13 +385,8 @@ def check_text_masking(text_masking, tokenizer):
             "and `from_preset` have CLIP's tokens, `train` learns others. Received: "
             f"tokenizer={tokenizer!r}"
         )
-    # What is missing, and a tagger that does not work, shows before any sample is read.
+    # What is missing shows before any sample is read.
     text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))
-
-
-def discard_probability(frequency, threshold):
-    """word2vec's law: 0 for words up to the frequency `threshold`, and then up to 1."""
-    return max(0.0, 1 - math.sqrt(threshold / frequency))
 
 
 def _check_frequencies(frequencies):
