@@ -95,7 +95,7 @@ class Sampling:
         keys = list(probability)
         is_mapping = isinstance(probability, Mapping)
         copies = list(probability.values()) if is_mapping else np.ones(len(keys))
-        self._copies = _checked(copies, len(keys))
+        self._copies = _checked(copies, keys)
         # The copies of samples that are not among the keys; NaN is an error.
         self._default = np.nan if is_mapping else 0.0
         self._hashes = _hashes_of(keys)
@@ -111,7 +111,7 @@ class Sampling:
         hashes = _hashes_of(keys) if self._function else index.key_hashes()
         _check_unique(hashes, key_of, "source")
         if self._function:
-            copies = _checked(self._function(keys), len(keys))
+            copies = _checked(self._function(keys), keys)
         else:
             copies = self._look_up(hashes, key_of)
         mean_length = float(copies.sum())
@@ -158,16 +158,19 @@ def _draw(hashes, copies, seed, num_samples, epoch):
     return np.concatenate(chosen)
 
 
-def _checked(probability, count):
-    """Expected numbers of copies as an array, if they are valid."""
+def _checked(probability, keys):
+    """The expected copies of the samples with these keys as an array, if valid."""
     copies = np.array(probability)
-    is_numeric = copies.shape == (count,) and copies.dtype.kind in "biuf"
-    if count and not (is_numeric and (np.isfinite(copies) & (copies >= 0)).all()):
-        raise ValueError(
-            "`probability` must have one finite number of at least 0 for each key. "
-            f"Received: {probability!r} for {count} keys"
-        )
-    return copies.astype("float64")
+    if copies.shape != (len(keys),) or copies.dtype.kind not in "biuf":
+        received = f"{copies.dtype}, shape {copies.shape}, for {len(keys)} keys"
+    elif (wrong := np.flatnonzero(~(np.isfinite(copies) & (copies >= 0)))).size:
+        received = f"{copies[wrong[0]]} for the key {keys[wrong[0]]!r}"
+    else:
+        return copies.astype("float64")
+    raise ValueError(
+        "`probability` must have one finite number of at least 0 for each key. "
+        f"Received: {received}"
+    )
 
 
 def _hashes_of(keys):
