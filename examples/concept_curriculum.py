@@ -174,6 +174,8 @@ def main(args):
     # Of a small graph, a tenth of the concepts is basic.
     num_basic = min(args.num_basic, -(-len(graph) // 10))
     stages = find_stages(graph, words, num_basic, args.num_stages)
+    if 0 not in stages.values():
+        raise SystemExit("No concept is basic: check the graph and --num-basic.")
     counts = sorted(collections.Counter(stages.values()).items())
     print("New concepts of each stage:", dict(counts))
     epochs_per_stage = max(args.epochs // args.num_stages, 1)
