@@ -10,6 +10,8 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data import Sampling, image_text_dataset
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.parts import hash_of
 from tests.helpers import FAST, image_mlp, text_bag
 
@@ -330,6 +332,13 @@ def test_samples_that_are_missing_are_named(shards, sampling, message):
     name = "`(probability|sampling)`"
     with pytest.raises(ValueError, match=rf"{name}.*Received: .*{message}"):
         make(shards, Sampling(sampling), batch_size=16)
+
+
+def test_a_shard_without_its_keys_is_named(shards):
+    index = open_index(shards, PairReader())
+    shards[1].unlink()
+    with pytest.raises(OSError, match=r"b\.tar"):
+        Sampling(lambda keys: np.ones(len(keys))).of_index(index)
 
 
 @pytest.mark.parametrize("probability", [COPIES, [*COPIES], lambda keys: [1] * 8])
