@@ -12,7 +12,7 @@ pytestmark = pytest.mark.any_backend
 
 
 def reference(counts, target, alpha):
-    """Of a sample of each cluster, as in the official code but for its rounding."""
+    """Of a sample of each cluster, as in the official code without its rounding."""
     n = np.asarray(counts, float)
     return n**alpha / (n**alpha).sum() * target / n
 
