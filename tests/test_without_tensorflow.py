@@ -160,7 +160,7 @@ dataset = kcm.data.image_text_dataset(
     4,
     training=True,
     text_masking=kcm.data.RandomTextMasking(),
-    sampling=kcm.data.ClusterSampling({f"{i:04}": i % 2 for i in range(20)}, share=0.6),
+    sampling=kcm.data.Sampling({f"{i:04}": 0.6 for i in range(20)}),
 )
 held_out = kcm.data.image_text_dataset("PAIRS", tokenizer, 32, 4, training=False)
 model = kcm.ContrastiveModel.from_backbone(backbone, loss="sigmoid", micro_batch_size=2)

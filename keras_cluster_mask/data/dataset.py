@@ -23,6 +23,7 @@ from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.order import Mix, Order
 from keras_cluster_mask.data.pairs import Labels, PairReader
 from keras_cluster_mask.data.samples import Indexes, Samples
+from keras_cluster_mask.data.sampling import Sampling
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset, Spec
 from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
@@ -56,7 +57,7 @@ def image_text_dataset(
     max_image_pixels: int = MAX_PIXELS,
     max_skipped: float = 0.5,
     text_masking: TextMasking | None = None,
-    sampling: Any = None,
+    sampling: Sampling | Callable[[int, int], np.ndarray] | None = None,
     block_size: int | None = None,
     process: tuple[int, int] | None = None,
     num_workers: int = 0,
@@ -178,19 +179,18 @@ def image_text_dataset(
         max_skipped: float. The share of samples that may be broken, from 0 to 1, in the
             index and among those that are read. A larger share raises an error after
             1,000 samples; 0 raises it at the first. Defaults to `0.5`.
-        text_masking: A text masking for training: `RandomTextMasking`,
-            `BlockTextMasking`, `FrequencyTextMasking`, `SyntaxTextMasking` or
-            `ConceptTextMasking`. It chooses the words of captions, template included,
-            that have more tokens than the `context_length` of the `tokenizer`, which
-            must be a `CLIPTokenizer`. It has no effect on `"captions"`, nor unless
-            `training`: evaluation is never masked. Defaults to `None`: captions that
-            are too long are truncated.
-        sampling: The samples of each epoch: a `ClusterSampling`, a `FrequencyPruning`,
-            or a function of the number of samples and the epoch (from 0) that returns
-            an int array of sample indices, the same in each process. Only these
-            samples are read, in shuffled order. `len(dataset)` is the number of full
-            batches in the epoch that the dataset starts in. `steps_per_epoch` is that
-            number for an epoch of mean length. Defaults to `None`: each sample once.
+        text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
+            `BlockTextMasking` or `FrequencyTextMasking`. It chooses the words of
+            captions, template included, that have more tokens than the `context_length`
+            of the `tokenizer`, which must be a `CLIPTokenizer`. It has no effect on
+            `"captions"`, nor unless `training`: evaluation is never masked. Defaults to
+            `None`: captions that are too long are truncated.
+        sampling: The samples of each epoch: a `Sampling`, or a function of the number
+            of samples and the epoch (from 0) that returns an int array of sample
+            indices, the same in each process. Only these samples are read, in shuffled
+            order. `len(dataset)` is the number of full batches in the epoch that the
+            dataset starts in. `steps_per_epoch` is that number for an epoch of mean
+            length. Defaults to `None`: each sample once.
         block_size: int. In training, blocks of this many consecutive samples are read
             together and stay in one batch, which suits object stores and hard disks.
             The number of processes must divide `batch_size // block_size`. Defaults to
@@ -254,11 +254,11 @@ def image_text_dataset(
                 f"`{name}` is for training: evaluation reads each sample once, in "
                 f"order. Received: {name}={value!r}, training=False"
             )
-    is_sampler = hasattr(sampling, "of_index")
-    if not (sampling is None or callable(sampling) or is_sampler):
+    if not (sampling is None or callable(sampling) or isinstance(sampling, Sampling)):
         raise ValueError(
-            "`sampling` must be a `ClusterSampling`, a `FrequencyPruning`, or a "
-            f"function. Received: sampling={sampling!r}"
+            "`sampling` must be a `kcm.data.Sampling`, which takes a dict or keys, or "
+            "a function of the number of samples and the epoch. "
+            f"Received: sampling={sampling!r}"
         )
     check_tokenizer(tokenizer)
     if text_masking is not None:
@@ -284,7 +284,7 @@ def image_text_dataset(
     if training:
         remote = any(files.is_address(path) for each in indexes for path in each.paths)
         block_size = choose_block_size(block_size, batch_size, process[1], remote)
-        if is_sampler:
+        if isinstance(sampling, Sampling):
             sampling = sampling.of_index(index)
         orders = [
             Order(len(each), seed, block_size, sampling, source)

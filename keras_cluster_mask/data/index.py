@@ -106,6 +106,15 @@ class Index:
         of_shards = (s.part.records()["key"][s.intact()] for s in self._shards)
         return np.concatenate([np.empty(0, "u8"), *of_shards])
 
+    def keys(self):
+        """The keys of all samples, a list of str. Each sample is read."""
+        keys = []
+        for sample in self.read(range(len(self)), with_images=False):
+            if sample.key is None:
+                raise OSError(f"{sample.reason}: {sample.shard}: {sample.details}")
+            keys.append(sample.key)
+        return keys
+
     def broken(self):
         """Yields a `Fault` for each broken sample, whose key is read from its shard."""
         for shard in self._shards:
@@ -259,14 +268,17 @@ class ObjectIndex:
         return len(self._source)
 
     def key_hashes(self):
-        """See `Index.key_hashes`. Keys other than numbers are read with their samples.
+        """See `Index.key_hashes`."""
+        return np.fromiter(map(hash_of, self.keys()), "u8", len(self))
+
+    def keys(self):
+        """See `Index.keys`. Only keys other than numbers are read with their samples.
 
         The first sample shows whether there are any.
         """
-        keys = map(str, range(len(self)))
         if "__key__" in self.fields:
-            keys = (self._pair(number).key for number in range(len(self)))
-        return np.fromiter(map(hash_of, keys), "u8", len(self))
+            return [self._pair(number).key for number in range(len(self))]
+        return [*map(str, range(len(self)))]
 
     def broken(self):
         """Nothing: what is broken shows when it is read."""

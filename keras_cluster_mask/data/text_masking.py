@@ -4,32 +4,55 @@ A caption that fits into the context of the tokenizer is not masked. Of a longer
 the words of the highest scores stay whole and in order. Only if none fits, one is cut.
 """
 
-import collections
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Self
+from collections.abc import Sequence
 
 import numpy as np
 
-from keras_cluster_mask.checks import check_choice, is_positive
 from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.arguments import name_of
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
-
-# The release of CLIPF counts words that are seen at least so often.
-MIN_COUNT = 5
-# Nouns, adjectives and verbs by the first letters of their Penn Treebank tags.
-TAG_PRIORITIES = {"NN": 0, "JJ": 1, "VB": 2}
 
 
 class TextMasking:
-    """The base class of text maskings, which differ in their scores alone.
+    """The base class of text maskings: which words of long captions stay.
 
-    Its words are those of CLIP's tokenizer, before byte-pair encoding: runs of letters,
-    single digits, endings of contractions, and runs of other characters.
+    A subclass implements `score`, one number for each word: the words of the highest
+    scores stay. It may override `keep_words`, to choose groups of words together, and
+    `of_epoch`, to change with the epoch. `examples/concept_curriculum.py` does both.
+
+    Words are those of CLIP's tokenizer, in lower case and before byte-pair encoding:
+    runs of letters, single digits, endings of contractions, and runs of other
+    characters. Take all randomness from the `generator`, so that processes, workers and
+    resumed runs mask alike. With `num_workers`, a masking must pickle. A run is resumed
+    only on data whose masking has an equal `repr`, so override `__repr__` in a subclass
+    with options.
+
+    Example:
+
+    ```python
+    class LongWords(kcm.data.TextMasking):
+        def score(self, words, num_tokens, num_tokens_left, generator):
+            return [len(word) for word in words]
+
+
+    tokenizer = kcm.data.CLIPTokenizer.train(["a dog runs in the snow"] * 2, 600, 5)
+    masking = LongWords()
+    generator = np.random.default_rng(0)
+    ids = masking.tokenize(tokenizer, ["a dog runs in the snow"], [generator])
+    print(tokenizer.decode(ids[0]))  # dog runs snow
+    ```
     """
+
+    @staticmethod
+    def split(caption: str | bytes) -> list[str]:
+        """The words of a caption, as `score` gets them.
+
+        Args:
+            caption: str or bytes.
+
+        Returns:
+            list of str, in lower case.
+        """
+        return byte_pairs.words_of(byte_pairs.clean(caption, "caption"))
 
     def score(
         self,
@@ -200,212 +223,6 @@ class BlockTextMasking(TextMasking):
         return [-i if i >= first else i - count - first for i in range(count)]
 
 
-class SyntaxTextMasking(TextMasking):
-    """Keeps nouns, then adjectives, then verbs, then other words (CLIPA).
-
-    Of words of one kind, the first in the caption stay, as in the official code. So
-    nothing is random, and a caption is masked alike in each epoch.
-
-    Example:
-
-    ```python
-    NOUNS = {"dog", "snow", "tree", "child"}
-
-
-    def tagger(words):
-        return ["NN" if word in NOUNS else "DT" for word in words]
-
-
-    tokenizer = kcm.data.CLIPTokenizer.train(["a dog runs in the snow"] * 2, 600, 4)
-    masking = kcm.data.SyntaxTextMasking(tagger)
-    ids = masking.tokenize(tokenizer, ["a dog runs in the snow"], [None])
-    print(tokenizer.decode(ids[0]))  # dog snow
-    ```
-
-    Args:
-        tagger: Function from a list of words to a list of as many tags, str. Nouns have
-            Penn Treebank tags that start with `"NN"`, adjectives with `"JJ"`, and verbs
-            with `"VB"`. For NLTK:
-            `def tagger(words): return [tag for _, tag in nltk.pos_tag(words)]`. With
-            `num_workers`, a function of a module, which can be sent to a process.
-
-    Raises:
-        ValueError: If `tagger` is not callable, or, when it is called, if it does not
-            return a tag for each word.
-
-    Reference:
-
-    - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
-    """
-
-    def __init__(self, tagger: Callable[[list[str]], Sequence[str]]):
-        if not callable(tagger):
-            raise ValueError(
-                "`tagger` must be a function from a list of words to a list of tags. "
-                f"Received: tagger={tagger!r}"
-            )
-        self.tagger = tagger
-
-    def score(
-        self,
-        words: Sequence[str],
-        num_tokens: Sequence[int],
-        num_tokens_left: int,
-        generator: np.random.Generator,
-    ) -> Sequence[float]:
-        """Scores by part of speech; see `TextMasking.score`."""
-        tags = self.tagger(words)
-        is_valid = isinstance(tags, list | tuple) and len(tags) == len(words)
-        if not is_valid or not all(isinstance(tag, str) for tag in tags):
-            raise ValueError(
-                "`tagger` must return a list with a tag, str, for each word. Received: "
-                f"{tags!r} for {len(words)} words, {words}"
-            )
-        return [-TAG_PRIORITIES.get(tag[:2], 3) for tag in tags]
-
-    def __repr__(self):
-        return f"SyntaxTextMasking(tagger={name_of(self.tagger)[0]})"
-
-
-class FrequencyTextMasking(TextMasking):
-    """Leaves out frequent words of captions that are too long (CLIPF).
-
-    The score of a word `w` is `u - p(w)`: `u` is uniform in [0, 1), and
-    `p(w) = max(0, 1 - sqrt(threshold / f(w)))` grows with the share `f(w)` of the word
-    among all words, as in word2vec. So "a" and "the" mostly leave, and rare words stay.
-
-    Example:
-
-    ```python
-    captions = ["a dog runs in the snow", "the cat is on the mat", "a red boat"]
-    tokenizer = kcm.data.CLIPTokenizer.train(captions * 2, 600, 5)
-    masking = kcm.data.FrequencyTextMasking(threshold=0.06).fit(captions)
-    generator = np.random.default_rng(0)
-    ids = masking.tokenize(tokenizer, ["a dog runs in the snow"], [generator])
-    print(tokenizer.decode(ids[0]))  # three of the six words
-    ```
-
-    Args:
-        frequencies: dict from words to positive numbers: how often each occurs, which
-            is divided by the sum. Words are as CLIP's tokenizer splits them, in lower
-            case. Defaults to `None`: `fit` counts them.
-        threshold: float. A share of all words. Words that are less frequent have p = 0.
-            Defaults to `1e-6`, as in the paper for CC12M.
-        unknown: `"keep"` or `"drop"`. How words outside `frequencies` are treated.
-            `"keep"`: like rare words, p = 0. `"drop"`: p = 1, so they are the most
-            likely to be dropped, and `fit` ignores words that occur fewer than five
-            times, as in the released code. Defaults to `"keep"`.
-
-    Attributes:
-        frequencies: dict from words to numbers, or None before `fit`.
-
-    Raises:
-        ValueError: If an argument is invalid, or if no word is more frequent than
-            `threshold`, so that the masking would be random.
-
-    Reference:
-
-    - [Frequency Is What You Need: Word-frequency Masking Benefits Vision-Language
-      Model Pre-training](https://arxiv.org/abs/2412.16148)
-    """
-
-    def __init__(
-        self,
-        frequencies: Mapping[str, float] | None = None,
-        threshold: float = 1e-6,
-        unknown: str = "keep",
-    ):
-        check_choice("unknown", unknown, ("keep", "drop"))
-        if not is_positive(threshold):
-            raise ValueError(
-                "`threshold` must be a positive float, a share of all words. "
-                f"Received: threshold={threshold!r}"
-            )
-        self.threshold = float(threshold)
-        self.unknown = unknown
-        self.frequencies = None
-        if frequencies is not None:
-            _check_frequencies(frequencies)
-            self._set(frequencies)
-
-    def fit(self, captions: Iterable[str | bytes]) -> Self:
-        """Counts the words of captions, in place of the words that were given.
-
-        Args:
-            captions: Iterable of str or bytes, such as those of `read_captions`.
-
-        Returns:
-            The masking itself.
-        """
-        counts, number = collections.Counter(), 0
-        for caption in byte_pairs.clean_all(captions):
-            counts.update(byte_pairs.words_of(caption))
-            number += 1
-        least = MIN_COUNT if self.unknown == "drop" else 1
-        counts = {word: count for word, count in counts.items() if count >= least}
-        if not counts:
-            raise ValueError(
-                f"`captions` must hold words that occur at least {least} times. "
-                f"Received: {number} captions without any"
-            )
-        self._set(counts)
-        return self
-
-    def _set(self, frequencies):
-        self._total = math.fsum(frequencies.values())
-        highest = max(frequencies.values()) / self._total
-        if highest <= self.threshold:
-            raise ValueError(
-                "`threshold` must be less than the share of the most frequent word, or "
-                "words are masked at random, as by `RandomTextMasking`. Received: "
-                f"threshold={self.threshold}, a highest share of {highest:.3g}"
-            )
-        # Numbers of NumPy would not be written as JSON.
-        self.frequencies = {word: float(count) for word, count in frequencies.items()}
-
-    def probability(self, word: str) -> float:
-        """The number p that is subtracted from the random score of a word.
-
-        Args:
-            word: str, in lower case.
-
-        Returns:
-            float, from 0 to 1.
-        """
-        count = (self.frequencies or {}).get(word)
-        if count is None:
-            return float(self.unknown == "drop")
-        return discard_probability(count / self._total, self.threshold)
-
-    def score(
-        self,
-        words: Sequence[str],
-        num_tokens: Sequence[int],
-        num_tokens_left: int,
-        generator: np.random.Generator,
-    ) -> Sequence[float]:
-        """Random scores minus `probability`; see `TextMasking.score`."""
-        if self.frequencies is None:
-            raise ValueError(
-                "`frequencies` must be known before captions are masked: pass them, or "
-                "call `fit` with the captions of the training data, such as those of "
-                f"`kcm.data.read_captions`. Received: {self!r}"
-            )
-        draws = generator.random(len(words)).tolist()
-        return [u - self.probability(word) for u, word in zip(draws, words)]
-
-    def __repr__(self):
-        table = None
-        if self.frequencies is not None:
-            content = json.dumps(sorted(self.frequencies.items())).encode()
-            digest = hashlib.sha256(content).hexdigest()[:16]
-            table = f"<{len(self.frequencies)} words, {digest}>"
-        return (
-            f"FrequencyTextMasking(frequencies={table}, threshold={self.threshold}, "
-            f"unknown={self.unknown!r})"
-        )
-
-
 def check_text_masking(text_masking, tokenizer):
     """Raises an error unless a masking can mask the captions for a tokenizer."""
     if not isinstance(text_masking, TextMasking):
@@ -420,33 +237,5 @@ def check_text_masking(text_masking, tokenizer):
             "and `from_preset` have CLIP's tokens, `train` learns others. Received: "
             f"tokenizer={tokenizer!r}"
         )
-    # What is missing, and a tagger that does not work, shows before any sample is read.
+    # What is missing shows before any sample is read.
     text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))
-
-
-def discard_probability(frequency, threshold):
-    """word2vec's law: 0 for words up to the frequency `threshold`, and then up to 1."""
-    return max(0.0, 1 - math.sqrt(threshold / frequency))
-
-
-def _check_frequencies(frequencies):
-    """Raises an error unless all keys are words, and all values positive numbers."""
-    if not isinstance(frequencies, Mapping) or not frequencies:
-        raise ValueError(
-            "`frequencies` must be a dict from words to how often each occurs, with at "
-            f"least one word. Received: frequencies={frequencies!r}"
-        )
-    for word, count in frequencies.items():
-        if not is_positive(count):
-            raise ValueError(
-                "`frequencies` must be positive numbers: how often each word occurs. "
-                f"Received: {word!r}: {count!r}"
-            )
-        if not isinstance(word, str) or (
-            word != word.lower() or byte_pairs.words_of(word) != [word]
-        ):
-            raise ValueError(
-                "`frequencies` must have single words in lower case as keys, as CLIP's "
-                "tokenizer splits captions, or they have no effect: count them with "
-                f"`fit`. Received: {word!r}"
-            )

@@ -26,7 +26,7 @@ dataset = kcm.data.image_text_dataset(
     batch_size=256,
     training=True,
     text_masking=kcm.data.FrequencyTextMasking().fit(captions),
-    sampling=kcm.data.ClusterSampling("clusters.npz"),
+    sampling=kcm.data.Sampling({"a": 0.5, "b": 2}),
     max_skipped=0,
 )
 found = kcm.data.check(["a.tar", pathlib.Path("b.tar")], num_workers=8)

@@ -1,0 +1,107 @@
+"""DynamiCS against its reference, and that the program runs."""
+
+import dynamic_cluster_sampling as dynamics
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.data.parts import hash_of
+
+pytestmark = pytest.mark.any_backend
+
+
+def reference(counts, target, alpha):
+    """Of a sample of each cluster, as in the official code without its rounding."""
+    n = np.asarray(counts, float)
+    return n**alpha / (n**alpha).sum() * target / n
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("repeat", [False, True])
+def test_probabilities_equal_the_reference(alpha, share, repeat):
+    counts = [300, 70, 20, 3]
+    clusters = np.repeat([9, -2, 4, 0], counts)
+    expected = reference(counts, share * 393, alpha)
+    # The official code rounds the number of samples of each cluster.
+    rounded = np.round(expected * counts) / counts
+    assert (np.abs(rounded - expected) <= 0.5 / np.array(counts) + 1e-12).all()
+    expected = np.repeat(expected if repeat else np.minimum(expected, 1), counts)
+    mixed = np.random.default_rng(0).permutation(393)
+    found = dynamics.probabilities(clusters[mixed], alpha, share, repeat)
+    np.testing.assert_allclose(found, expected[mixed], rtol=1e-12)
+
+
+class Keys(list):
+    def key_hashes(self):
+        return np.array([hash_of(key) for key in self], "uint64")
+
+
+@pytest.mark.parametrize(
+    ("repeat", "samples", "share_of_target"),
+    [
+        (True, [24_400, 15_400, 9_700, 6_100], 1.0),
+        (False, [24_400, 10_000, 1_000, 100], 0.64),
+    ],
+)
+def test_an_epoch_has_the_samples_of_the_law_with_repeat_and_fewer_without(
+    repeat, samples, share_of_target
+):
+    sizes = [100_000, 10_000, 1_000, 100]
+    clusters = np.repeat(np.arange(4), sizes)
+    keys = Keys(f"{number:06}" for number in range(len(clusters)))
+    copies = dynamics.probabilities(clusters, 0.2, 0.5, repeat)
+    draw = kcm.data.Sampling(dict(zip(keys, copies))).of_index(keys)
+    chosen = [draw(len(keys), epoch) for epoch in range(4)]
+    for numbers in chosen:
+        found = len(numbers) / (0.5 * len(keys))
+        assert found == pytest.approx(share_of_target, abs=0.01)
+        assert repeat or len({*numbers.tolist()}) == len(numbers)
+    found = np.mean([np.bincount(clusters[numbers]) for numbers in chosen], axis=0)
+    np.testing.assert_allclose(found, samples, rtol=0.01)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.7, 1.0])
+def test_centers_are_merged_as_in_the_reference(threshold):
+    centers = np.random.default_rng(0).normal(size=(200, 6)).astype("float32")
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    kept = []
+    for center in centers:
+        if not kept or np.max(np.stack(kept) @ center) < threshold:
+            kept.append(center)
+    assert 1 < len(kept) <= 200
+    np.testing.assert_array_equal(dynamics.merge(centers, threshold), np.stack(kept))
+
+
+def test_planted_clusters_are_found():
+    pytest.importorskip("faiss")
+    generator = np.random.default_rng(0)
+    names = generator.permutation(np.repeat(np.arange(5), [1500, 700, 400, 300, 100]))
+    embeddings = generator.normal(size=(5, 64))[names]
+    embeddings += 0.2 * generator.normal(size=embeddings.shape)
+    embeddings *= generator.uniform(0.1, 10, (3000, 1))
+    found = dynamics.cluster(dynamics.normalized(embeddings), 16, 10, 0.7, 0)
+    assert len({*zip(found, names)}) == len({*found}) == 5
+
+
+def test_it_runs_in_a_tiny_setting(shard, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    keys = [
+        key
+        for batch in kcm.data.image_text_dataset(
+            shard, None, 8, 64, False, format="grain", include_keys=True
+        )
+        for key in batch["keys"]
+    ]
+    embeddings = np.eye(2)[np.arange(64) // 60]
+    np.savez(tmp_path / "e.npz", keys=np.array(keys, "S"), embeddings=embeddings)
+    flags = f"""--train={shard} --embeddings={tmp_path}/e.npz --num-clusters=2
+        --output={tmp_path}/p.npz --image-size=16 --batch-size=8 --epochs=1"""
+    model = dynamics.main(dynamics.parse(flags.split()))
+    assert isinstance(model, keras.Model)
+    content = np.load(tmp_path / "p.npz")
+    assert content["keys"].tolist() == keys
+    expected = np.minimum(reference([60, 4], 32, 0.2), 1)[np.arange(64) // 60]
+    np.testing.assert_allclose(content["probability"], expected)
+    assert "2 clusters. An epoch has 24 of 64" in capsys.readouterr().out
