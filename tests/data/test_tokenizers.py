@@ -3,7 +3,6 @@ import gzip
 import json
 import pickle
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from keras_cluster_mask.data import CLIPTokenizer, byte_pairs, read_captions
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import caption_kinds
+from tests.data import caption_kinds
 
 open_clip_tokenizer = pytest.importorskip("open_clip.tokenizer")
 
