@@ -14,9 +14,8 @@ and of their parent; it is not measured. A parent computes in one thread at a ti
 all cores together do the rest.
 
 Also: the memory of a worker process, if the script imports Keras at its top or when it
-needs it; the time to the first batch of 1,000 indexed shards, from the start of an
-epoch and at 90 % of it; and how far memory grows while 4,096 samples of 3.6 MB are
-shuffled, compared with small ones.
+needs it; and the time to the first batch of 1,000 indexed shards, from the start of an
+epoch and at 90 % of it.
 """
 
 import argparse
@@ -44,8 +43,6 @@ if os.environ.get("KERAS_AT_TOP"):
     import keras  # noqa: F401
 
 CROP = 0.9, 1.0
-# Bytes of a large image.
-LARGE = 3_600_000
 PARENT, CHILDREN = "parent (ms an image)", "workers (ms an image)"
 RSS, PSS = "RSS of a worker (MiB)", "PSS of a worker (MiB)"
 # Rows of the first table.
@@ -57,8 +54,6 @@ SPEEDS = LIMIT, NONE, ONE, TWO, TOP, RIVAL
 # Others.
 FIRST = "first batch of many shards (s)"
 LATE = "first batch at 90 % of an epoch (s)"
-SMALL_GROWTH = "growth of memory, small samples (MiB)"
-LARGE_GROWTH = "growth of memory, samples of 3.6 MB (MiB)"
 # Cores, and processes that train on them.
 MACHINES = (16, 1), (96, 1), (96, 8)
 
@@ -73,14 +68,11 @@ def main():
 
     import keras_cluster_mask as kcm
 
-    made = functools.partial(write_shards, options.shards)
-    data = options.data or made(
-        options.samples, options.short_side, options.samples // 10
+    data = options.data or write_shards(
+        options.shards, options.samples, options.short_side, options.samples // 10
     )
-    many = made(options.many * 16, 96, 16)
-    shuffled = options.shuffled, 96, options.shuffled // 8
-    small, large = made(*shuffled), made(*shuffled, image_bytes=LARGE)
-    others = {FIRST: many, LATE: many, SMALL_GROWTH: small, LARGE_GROWTH: large}
+    many = write_shards(options.shards, options.many * 16, 96, 16)
+    others = {FIRST: many, LATE: many}
     # Builds what is missing of the index.
     samples = {x: kcm.data.check(x)["samples"] for x in (data, *others.values())}
 
@@ -117,8 +109,7 @@ def main():
     publish(
         f"{options.results}/data_pipeline-{shards.parent.name}.json",
         f"{shards.parent.name}/{shards.name}, crops of {options.image_size} px, "
-        f"batches of {options.batch_size}; {options.many:,} shards; "
-        f"{options.shuffled:,} samples shuffled",
+        f"batches of {options.batch_size}; {options.many:,} shards",
         rows,
         derived=derived,
         rest=rest,
@@ -149,7 +140,6 @@ def arguments():
     add("--epochs", type=int, default=5, help="in a round")
     add("--rounds", type=int, default=3)
     add("--many", type=int, default=1000, help="shards for the time to the first batch")
-    add("--shuffled", type=int, default=4096, help="samples for the growth of memory")
     add("--shards", default="results/data_pipeline", help="folder for the shards")
     add("--results", default="results", help="folder for the JSON file")
     add("--row", help=argparse.SUPPRESS)
@@ -257,20 +247,6 @@ def first_batch(options, share=0.0):
     return {"value": time.perf_counter() - start}
 
 
-def growth(options):
-    """How far memory grows, at most, in an epoch and in the first eighth of it."""
-    batches = iter(dataset_of(options)())
-    # The peak is counted from here on.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before, peaks = mebibytes("self/status", "VmRSS"), []
-    steps = options.samples // options.batch_size
-    for count in (steps // 8, steps - steps // 8):
-        for _ in itertools.islice(batches, count):
-            pass
-        peaks.append(mebibytes("self/status", "VmHWM") - before)
-    return {"value": peaks[1], "in the first eighth": peaks[0]}
-
-
 def dataset_of(options, num_workers=0):
     """A function that makes the dataset, when all that it needs is imported."""
     import keras_cluster_mask as kcm
@@ -316,8 +292,6 @@ ROWS = {
     RIVAL: open_clip,
     FIRST: first_batch,
     LATE: functools.partial(first_batch, share=0.9),
-    SMALL_GROWTH: growth,
-    LARGE_GROWTH: growth,
 }
 
 

@@ -14,7 +14,6 @@ NAMES = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "retin
 SHAPES = (4 / 3, 3 / 4, 3 / 2, 1)
 TEXT = "a the photograph image of cat cup rocket stars woman eye red dark on in"
 WORDS = TEXT.split()
-BLOCK = tarfile.BLOCKSIZE
 
 
 def photographs(count, short_side, seed=0):
@@ -45,9 +44,7 @@ def photographs(count, short_side, seed=0):
         yield file.getvalue()
 
 
-def write_shards(
-    folder, samples, short_side, per_shard, different=200, image_bytes=None
-):
+def write_shards(folder, samples, short_side, per_shard, different=200):
     """Writes shards of `KEY.jpg`, `KEY.txt` and `KEY.json`, unless they are there.
 
     Args:
@@ -56,14 +53,11 @@ def write_shards(
         short_side: int. Pixels.
         per_shard: int.
         different: int. How many different images there are.
-        image_bytes: int. The size of each image file, which zeros fill up that take no
-            space on the disk; decoders do not read them. Defaults to `None`: no zeros.
 
     Returns:
         str, a pattern of the shards.
     """
-    size = f"-{image_bytes}bytes" if image_bytes else ""
-    folder = pathlib.Path(folder) / f"{samples}x{short_side}px{size}"
+    folder = pathlib.Path(folder) / f"{samples}x{short_side}px"
     pattern = f"{folder}/{{00000..{samples // per_shard - 1:05}}}.tar"
     if (folder / "complete").exists():
         return pattern
@@ -71,7 +65,7 @@ def write_shards(
     images = list(photographs(min(different, samples), short_side))
     generator = np.random.default_rng(1)
     for shard in tqdm(range(samples // per_shard), "write", unit=" shards"):
-        with open(folder / f"{shard:05}.tar", "wb") as file:
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as archive:
             for index in range(shard * per_shard, (shard + 1) * per_shard):
                 caption = " ".join(generator.choice(WORDS, generator.integers(5, 20)))
                 for ending, content in (
@@ -81,14 +75,6 @@ def write_shards(
                 ):
                     member = tarfile.TarInfo(f"{index:09}.{ending}")
                     member.size = len(content)
-                    if ending == "jpg" and image_bytes:
-                        member.size = image_bytes
-                    file.write(member.tobuf())
-                    file.write(content)
-                    # What a file skips reads as zeros and takes no space.
-                    rest = member.size - len(content) + -member.size % BLOCK
-                    file.seek(rest, io.SEEK_CUR)
-            # Two blocks of zeros are the end mark.
-            file.write(bytes(2 * BLOCK))
+                    archive.addfile(member, io.BytesIO(content))
     (folder / "complete").touch()
     return pattern

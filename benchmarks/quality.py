@@ -18,7 +18,6 @@ import functools
 import itertools
 import json
 import os
-import re
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -28,13 +27,6 @@ import keras
 from quality_data import IMAGES, Data
 from quality_methods import CHANGES, PATCHES, STUDIES, method_of
 from quality_models import PARTS, new_model, stages_of, start_of, tuning_of
-from quality_plots import (
-    plot_cost_quality,
-    plot_generalization,
-    plot_learning_curves,
-    plot_losses,
-)
-from quality_shift import Shift
 from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
 
@@ -60,8 +52,8 @@ def arguments(given=None):
     add("--results", default="results/quality", help="folder of runs and tables")
     add("--seeds", type=int, default=3, help="runs of each method")
     add("--start-from", help="folder of a finished run, to fine-tune its weights")
-    add("--half", type=int, choices=(0, 1), help="train on one half of the pairs")
-    add("--size", default="tiny", help="of `clip_backbone`, or as in 96x3")
+    add("--half", type=int, choices=(0, 1), help="train on every second shard")
+    add("--size", default="tiny", choices=SIZES, help="of `clip_backbone`")
     add("--image-size", type=int, default=48, help="side in pixels")
     add("--patch-size", type=int, default=6, help="side of a patch in pixels")
     add("--context-length", type=int, default=24, help="tokens of a whole text")
@@ -79,11 +71,6 @@ def arguments(given=None):
             method_of(name)
         except ValueError as error:
             parsed.error(str(error))
-    if options.size not in SIZES and not re.fullmatch(r"\d+x\d+", options.size):
-        parsed.error(
-            f"`--size` must be one of {list(SIZES)}, or a width and a number of "
-            f"layers, as in 96x3. Received: {options.size}"
-        )
     if options.steps % PARTS:
         parsed.error(f"`--steps` must be a multiple of 8. Received: {options.steps}")
     return options
@@ -113,11 +100,6 @@ def main():
         print("No run is finished yet.")
         return
     report(runs, costs, options, folder / f"{title}.json")
-    plot_learning_curves(runs, folder / f"{title}-learning-curves.png")
-    plot_losses(runs, folder / f"{title}-losses.png")
-    plot_generalization(runs, folder / f"{title}-generalization.png")
-    if costs:
-        plot_cost_quality(runs, costs, folder / f"{title}-cost-quality.png")
 
 
 @contextlib.contextmanager
@@ -176,7 +158,6 @@ def train(name, seed, options, data_of, costs, folder):
         cost = costs[without_equal_time(name)]
         steps = PARTS * round(steps * costs["random"] / cost / PARTS)
     model = new_model(method, options, data, seed, steps)
-    masking = model.masking
     result |= {"steps": steps, "curve": []}
     for stage, epochs in stages_of(method).items():
         if stage == "whole" and method.whole_images:
@@ -189,7 +170,6 @@ def train(name, seed, options, data_of, costs, folder):
             resume_from=place / stage,
             callbacks=[
                 data.callback(),
-                Shift(data, method, masking, options.patch_size, steps),
                 kcm.callbacks.Checkpoint(place / stage),
                 Show(f"{name}, seed {seed}, {stage}"),
             ],
@@ -198,7 +178,6 @@ def train(name, seed, options, data_of, costs, folder):
             logs = {key: values[index] for key, values in history.items()}
             step = (len(result["curve"]) + 1) * steps // PARTS
             point = {"step": step, "loss": logs["loss"], "score": score(logs)}
-            point |= {key: logs[key] for key in Shift.NAMES if key in logs}
             result["curve"].append(point)
     model.backbone.save_weights(weights)
     for split in ["validation"] + ["test"] * options.test:
@@ -267,10 +246,10 @@ def data_by_method(options):
 def cached_costs(path, names, options, data_of):
     """Milliseconds per step by method; measured only with `--costs`."""
     costs = json.loads(path.read_text())["milliseconds"] if path.exists() else {}
-    wanted = {"random", "none", *map(without_equal_time, names)} - set(costs)
+    wanted = {"random", *map(without_equal_time, names)} - set(costs)
     if wanted and options.costs:
         # `random` is measured each time, to compare measurements of different times.
-        found = measure_costs(sorted(wanted | {"random", "none"}), options, data_of)
+        found = measure_costs(sorted(wanted | {"random"}), options, data_of)
         unit = costs.get("random", found["random"]) / found["random"]
         costs.update({name: round(found[name] * unit, 1) for name in wanted})
         write_json(path, machine=machine(), milliseconds=costs)
@@ -352,10 +331,6 @@ def report(runs, costs, options, path):
                     row[f"{split} {score} - random's"] = mean_and_spread(
                         gains, DECIMALS.get(score, 1)
                     )
-        last = [run["curve"][-1] for run in mine.values()]
-        for value in Shift.NAMES:
-            if value in last[0]:
-                row[value] = mean_and_spread((point[value] for point in last), 2)
         rows.append(row)
     title = f"{path.parent.name}, {options.steps} steps of {options.batch_size}"
     publish(path, title, rows, runs=runs)

@@ -24,15 +24,11 @@ class Method:
             masking, or to `None`, which truncates. Texts are then cut to
             `short_context`. `None`: whole texts.
         short_context: Tokens of a masked text, `--short-context` if it is `None`.
-        token_masking: Function from the share of the tokens that stays to a masking
-            within the text encoder, where tokens keep their positions.
         whole_texts: Whether the last eighth of the training reads whole texts.
         whole_images: Whether the last eighth of the training reads whole images, with
             an optimizer of its own.
         image_scale: The side of the images that the model reads, over the full side.
         views: How many masked views of each image a step trains on.
-        sampling: Function from the embeddings of the training images, which are small
-            copies of them, and their keys to a sampling of the data.
         equal_time: Whether to train for as long as `random` takes, rather than for as
             many steps.
     """
@@ -42,12 +38,10 @@ class Method:
     mask_ratio: float = 0.5
     text_masking: Callable | None = None
     short_context: int | None = None
-    token_masking: Callable | None = None
     whole_texts: bool = False
     whole_images: bool = False
     image_scale: float = 1.0
     views: int = 1
-    sampling: Callable | None = None
     equal_time: bool = False
 
     def __post_init__(self):
@@ -55,11 +49,6 @@ class Method:
             raise ValueError(
                 "`short_context` and `whole_texts` must come with a `text_masking`, as "
                 f"texts are whole without it. Received: {self}"
-            )
-        if self.token_masking and self.ends_differently:
-            raise ValueError(
-                "`token_masking` must come without a last part of another kind, which "
-                f"would leave out no tokens. Received: {self}"
             )
 
     def new_masking(self, patch_size, encoder, steps):
@@ -121,18 +110,6 @@ PATCHES = {
 }
 
 
-def tagger(words):
-    import nltk  # With its tagger: nltk.download("averaged_perceptron_tagger_eng").
-
-    return [tag for _, tag in nltk.pos_tag(words)]
-
-
-def concepts(captions):
-    # A stage is a quarter of the 59 epochs on Flickr8k.
-    graph = kcm.data.co_occurrence_graph(captions)
-    return kcm.data.ConceptTextMasking(graph, captions, epochs_per_stage=15)
-
-
 # What else differs: the fields of `Method` that each change sets.
 CHANGES = {
     "ratio 0.25": {"mask_ratio": 0.25},
@@ -154,19 +131,8 @@ CHANGES = {
             threshold=1e-3
         ).fit(captions)
     },
-    "concepts": {"text_masking": concepts},
-    "nouns first": {
-        "text_masking": lambda captions: kcm.data.SyntaxTextMasking(tagger)
-    },
-    "tokens at their positions": {
-        "token_masking": lambda share: kcm.RandomMasking(1 - share)
-    },
     "whole texts last": {"whole_texts": True},
     "whole images last": {"whole_images": True},
-    "samples by clusters": {"sampling": kcm.data.ClusterSampling.from_embeddings},
-    "samples by words": {
-        "sampling": lambda embeddings, keys: kcm.data.FrequencyPruning(0.5)
-    },
     "equal time": {"equal_time": True},
 }
 
@@ -195,17 +161,12 @@ def method_of(name):
     return dataclasses.replace(PATCHES[patches], **fields)
 
 
-# Without the words that need NLTK.
 WORDS = ("first", "random", "neighboring", "rare")
 STUDIES = {
     "images": tuple(PATCHES),
     "texts": (
         "random",
-        "random, tokens at their positions",
         *(f"random, {words} words" for words in WORDS),
-        "random, concepts",
         *(f"random, {words} words, whole texts last" for words in WORDS),
-        "random, concepts, whole texts last",
     ),
-    "samples": ("random", "random, samples by clusters", "random, samples by words"),
 }

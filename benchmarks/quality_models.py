@@ -7,7 +7,6 @@ import keras
 from quality_methods import has_threshold
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.sizes import SIZES, make_clip
 
 # A run has so many parts; after each the model is scored and saved.
 PARTS = 8
@@ -23,42 +22,22 @@ def stages_of(method):
 def new_model(method, options, data, seed, steps):
     """A model with fresh weights, compiled; equal seeds give equal weights."""
     keras.utils.set_random_seed(seed)
-    backbone = new_backbone(options, data)
+    backbone = kcm.models.clip_backbone(
+        options.size,
+        image_size=data.image_size,
+        vocabulary_size=data.tokenizer.vocabulary_size,
+        context_length=options.context_length,
+        patch_size=options.patch_size,
+    )
     if options.start_from:
         backbone.load_weights(Path(options.start_from) / "backbone.weights.h5")
     masking = method.new_masking(options.patch_size, backbone.vision_encoder, steps)
-    share = options.short_context / options.context_length
-    token_masking = method.token_masking and method.token_masking(share)
-    model = kcm.ContrastiveModel.from_backbone(
-        backbone, masking, token_masking, views=method.views
-    )
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking, views=method.views)
     if has_threshold(masking):
         masking.adapt(data.evaluation("train", 20))
     recipe = kcm.small_data_recipe(PARTS, steps // PARTS, options.learning_rate)
     model.compile(recipe.optimizer)
     return model
-
-
-def new_backbone(options, data):
-    """Two towers, of a size by name or of a width and a number of layers."""
-    shape = {
-        "image_size": data.image_size,
-        "vocabulary_size": data.tokenizer.vocabulary_size,
-        "context_length": options.context_length,
-    }
-    if options.size in SIZES:
-        return kcm.models.clip_backbone(
-            options.size, **shape, patch_size=options.patch_size
-        )
-    width, layers = map(int, options.size.split("x"))
-    # As in "tiny", three heads, and a third of the layers in the text tower.
-    sizes = {
-        "patch": options.patch_size,
-        "image": (width, layers, 3),
-        "text": (width, max(1, layers // 3), 3),
-        "projection": width,
-    }
-    return make_clip(sizes, **shape, activation="gelu", dtype=None)
 
 
 def tuning_of(model, options, steps):

@@ -1,7 +1,6 @@
 """Timing of functions in turn, so that drift of the machine affects all equally."""
 
 import gc
-import itertools
 import statistics
 import time
 
@@ -30,30 +29,6 @@ def interleaved(functions, rounds, repeats=1):
                 function()
             seconds[name].append((time.perf_counter() - start) / repeats)
     return seconds
-
-
-class Clock(keras.callbacks.Callback):
-    """The times at which the steps of a `fit` are done, for which it waits.
-
-    Args:
-        after_first: Function without arguments, called once the first step is done.
-    """
-
-    def __init__(self, after_first=None):
-        super().__init__()
-        self.after_first = after_first
-        self.ends = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        # Turning it into a number waits for the step.
-        float(logs["loss"])
-        if not self.ends and self.after_first is not None:
-            self.after_first()
-        self.ends.append(time.perf_counter())
-
-    def seconds(self):
-        """Of each step after the first."""
-        return [b - a for a, b in itertools.pairwise(self.ends)]
 
 
 def ratio(seconds, name, to):

@@ -2,21 +2,14 @@ import io
 import json
 import sys
 import tarfile
-import types
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import quality
-from quality_data import IMAGES, splits, with_square
-from quality_methods import CHANGES, PATCHES, STUDIES, Method, method_of
-from quality_models import new_backbone
-from quality_shift import Shift, loss_at_best_temperature
+from PIL import Image
+from quality_data import IMAGES, loss_at_best_temperature, splits
+from quality_methods import CHANGES, PATCHES, STUDIES, method_of
 
 import keras_cluster_mask as kcm
 
@@ -31,6 +24,31 @@ def run(folder, *options, name=METHOD, costs=None):
     options = quality.arguments([*SMALL, *options])
     data_of = quality.data_by_method(options)
     return quality.train(name, 1, options, data_of, costs or {}, folder)
+
+
+def data_for(name, *options):
+    return quality.data_by_method(quality.arguments([*SMALL, *options]))(
+        method_of(name)
+    )
+
+
+def write_colors(folder, shards=1):
+    """Red squares and blue ones in turn; with two shards, each has a color."""
+    folder.mkdir()
+    counts = {"train": 64, "validation": 32, "test": 32}
+    for split, count in counts.items():
+        for number in range(shards):
+            with tarfile.open(folder / f"{split}-{number:05}.tar", "w") as shard:
+                for key in range(number, count, shards):
+                    color = ("red", "blue")[key % 2]
+                    image = io.BytesIO()
+                    Image.new("RGB", (16, 16), color).save(image, "PNG")
+                    caption = f"a {color} square".encode()
+                    for end, content in (("png", image.getvalue()), ("txt", caption)):
+                        entry = tarfile.TarInfo(f"{key:04}.{end}")
+                        entry.size = len(content)
+                        shard.addfile(entry, io.BytesIO(content))
+    return f"--data={folder}"
 
 
 def test_a_run_that_is_cut_off_ends_as_one_that_was_not(tmp_path, monkeypatch):
@@ -57,51 +75,41 @@ def test_a_run_that_is_cut_off_ends_as_one_that_was_not(tmp_path, monkeypatch):
         assert found == pytest.approx(expected)
     assert resumed["validation"] == pytest.approx(whole["validation"])
 
-    # A finished run is read, and one of other settings is never taken for it.
+    # A finished run is read, is scored on the test split without more training, and is
+    # never taken for one of other settings.
     monkeypatch.setattr(kcm.ContrastiveModel, "fit", None)
     assert run(tmp_path / "cut") == json.loads(json.dumps(resumed))
+    tested = run(tmp_path / "cut", "--test")
+    assert 0 <= tested.pop("test")["score"] <= 100
+    assert tested == json.loads(json.dumps(resumed))
     with pytest.raises(ValueError, match=r"same settings.*Received.*0\.002"):
         run(tmp_path / "cut", "--learning-rate=0.002")
 
 
-def test_a_finished_run_is_scored_on_the_test_split_without_more_training(tmp_path):
-    finished = run(tmp_path)
-    assert "test" not in finished
-    tested = run(tmp_path, "--test")
-    assert 0 <= tested["test"]["score"] <= 100
-    assert tested["curve"] == finished["curve"]
-    assert tested["validation"] == finished["validation"]
-
-
 def test_classes_are_judged_by_zero_shot_accuracy_and_a_linear_probe(tmp_path):
-    write_colors(tmp_path / "data")
-    options = [f"--data={tmp_path / 'data'}", "--learning-rate=0.002", "--steps=64"]
+    data = write_colors(tmp_path / "data")
+    options = [data, "--learning-rate=0.002", "--steps=64"]
     found = run(tmp_path / "runs", *options, name="random")
-    assert set(found["validation"]) == {"score", "linear probe", "covered", "loss"}
+    assert set(found["validation"]) == {"score", "linear probe", "loss"}
     # Red and blue squares: chance is a half.
     assert found["validation"]["linear probe"] > 90
     assert found["validation"]["score"] > 90
 
 
-def write_colors(folder):
-    folder.mkdir()
-    for split, count in {"train": 64, "validation": 32, "test": 32}.items():
-        with tarfile.open(folder / f"{split}-00000.tar", "w") as shard:
-            for number in range(count):
-                color = ("red", "blue")[number % 2]
-                image = io.BytesIO()
-                Image.new("RGB", (16, 16), color).save(image, "PNG")
-                for end, content in {
-                    "png": image.getvalue(),
-                    "txt": f"a {color} square".encode(),
-                }.items():
-                    entry = tarfile.TarInfo(f"{number:04}.{end}")
-                    entry.size = len(content)
-                    shard.addfile(entry, io.BytesIO(content))
+@pytest.mark.parametrize(
+    ("name", "masked"), [("attentive", [1]), ("threshold, whole images last", [1, 0])]
+)
+def test_stages_of_a_method_have_its_maskings(name, masked, tmp_path, monkeypatch):
+    maskings = []
+    fit = kcm.ContrastiveModel.fit
 
+    def noted(self, *args, **options):
+        maskings.append(len(self.image_maskings))
+        return fit(self, *args, **options)
 
-def test_a_masking_with_a_teacher_trains(tmp_path):
-    trained = run(tmp_path, name="attentive")
+    monkeypatch.setattr(kcm.ContrastiveModel, "fit", noted)
+    trained = run(tmp_path, name=name)
+    assert maskings == masked
     assert [point["step"] for point in trained["curve"]] == list(range(1, 9))
 
 
@@ -115,65 +123,40 @@ def test_methods_keep_the_share_of_the_patches_that_they_say():
             assert method.new_masking(6, encoder, 8).num_kept(64) == expected, name
     quarter = method_of("cluster, ratio 0.75").new_masking(6, encoder, 8)
     assert quarter.num_kept(64) == 16
-    masking = method_of("random, tokens at their positions").token_masking(8 / 24)
-    assert masking.num_kept(24) == 8
     assert all(method_of(name) for study in STUDIES.values() for name in study)
-    for name in (
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
         "random, some words",
         "none, ratio 0.75",
         "grid, ratio 0.25",
         "random, ratio 0.25, ratio 0.75",
         "random, 12 tokens",
         "random, whole texts last",
-        "random, tokens at their positions, whole images last",
-    ):
-        with pytest.raises(ValueError, match="Received"):
-            method_of(name)
+    ],
+)
+def test_a_method_whose_changes_have_no_effect_is_refused(name):
+    with pytest.raises(ValueError, match="Received"):
+        method_of(name)
 
 
-def test_the_last_part_may_read_whole_images(tmp_path, monkeypatch):
-    maskings = []
-    fit = kcm.ContrastiveModel.fit
-
-    def noted(self, *args, **options):
-        maskings.append(self.image_maskings)
-        return fit(self, *args, **options)
-
-    monkeypatch.setattr(kcm.ContrastiveModel, "fit", noted)
-    trained = run(tmp_path, name="cluster, whole images last")
-    assert [len(each) for each in maskings] == [1, 0]
-    assert [point["step"] for point in trained["curve"]] == list(range(1, 9))
-
-
-def losses(ratio, seed=1):
-    """Of a fresh model, with so many patches left out; `None`: no masking."""
-    masking = None if ratio is None else lambda *args: kcm.RandomMasking(ratio)
-    options = quality.arguments(SMALL)
-    data = quality.data_by_method(options)(method_of("random"))
-    model = quality.new_model(method_of("random"), options, data, seed, 8)
-    shift = Shift(data, Method(masking), model.masking, 8, 8)
-    shift.set_model(model)
-    return shift.measure()
-
-
-def test_masked_and_whole_images_have_one_loss_if_nothing_is_left_out():
-    assert set(losses(None)) == {name for name in Shift.NAMES if "whole" in name}
-    found = losses(0.0)
-    assert set(found) == set(Shift.NAMES)
-    for split in ("training", "validation"):
-        loss = found[f"masked {split} loss"]
-        assert loss == pytest.approx(found[f"whole {split} loss"], rel=1e-4)
-        assert found[f"masked {split} cosine"] == pytest.approx(1.0, abs=1e-4)
-    half = losses(0.5)
-    assert half == losses(0.5)
-    assert half["masked training cosine"] < 0.999
+def test_methods_that_cut_texts_train_on_short_ones_and_are_judged_by_whole_ones():
+    data = data_for("random")
+    for name in sorted(set(CHANGES) - {"12 tokens", "whole texts last"}):
+        method = method_of(f"random, {name}")
+        length = 4 if method.text_masking else 10
+        batch = next(iter(data.training(1, method, whole_texts=False)))
+        assert np.shape(batch["token_ids"]) == (16, length), name
+    batch = next(iter(data.training(1, method_of(METHOD), whole_texts=True)))
+    assert np.shape(batch["token_ids"]) == (16, 10)
+    assert data.tokenizer.context_length == 10
 
 
 def test_the_best_temperature_is_found_whatever_the_model_has():
     """Against a grid of temperatures in NumPy."""
-    options = quality.arguments(SMALL)
-    data = quality.data_by_method(options)(method_of("none"))
-    pairs = data.pairs("validation")[:2]
+    pairs = data_for("none").pairs("validation")[:2]
     found = []
     for temperature in (0.02, 0.5):
         keras.utils.set_random_seed(1)
@@ -206,70 +189,47 @@ def test_the_best_temperature_is_found_whatever_the_model_has():
     assert found[1] == pytest.approx(best, abs=1e-3)
 
 
-def test_a_threshold_is_known_where_the_last_part_masks_nothing(tmp_path):
-    trained = run(tmp_path, name="threshold, whole images last")
-    assert np.isfinite(trained["curve"][-1]["masked validation loss"])
-
-
-def test_a_size_may_be_a_width_and_a_number_of_layers(capsys):
-    data = types.SimpleNamespace(
-        image_size=16, tokenizer=types.SimpleNamespace(vocabulary_size=600)
-    )
-    tiny, same, larger = (
-        new_backbone(quality.arguments([*SMALL, f"--size={size}"]), data)
-        for size in ("tiny", "96x3", "192x6")
-    )
-    assert [w.shape for w in same.weights] == [w.shape for w in tiny.weights]
-    assert larger.vision_encoder.hidden_dim == 192
-    assert larger.vision_encoder.num_layers == 6
-    assert larger.text_encoder.num_layers == 2
-    with pytest.raises(SystemExit):
-        quality.arguments(["--size=huge"])
-    assert "Received: huge" in capsys.readouterr().err
-
-
 def test_the_command_reports_the_runs_of_all_processes(tmp_path, monkeypatch):
-    methods = ["none", "random"]
-    command = ["quality.py", *SMALL, f"--results={tmp_path}", "--seeds=1", "--methods"]
-    run(tmp_path / IMAGES.name, name="none")
-    monkeypatch.setattr(sys, "argv", [*command, *methods])
-    taken = quality.place_of("random", 1, tmp_path / IMAGES.name)
-    with quality.claim(taken):
+    methods = ["none", "random", "none, equal time"]
+    command = ["quality.py", *SMALL, f"--results={tmp_path}", "--seeds=1"]
+    folder = tmp_path / IMAGES.name
+
+    def table(*options):
+        monkeypatch.setattr(sys, "argv", [*command, *options])
         quality.main()
-    table = json.loads((tmp_path / IMAGES.name / "chosen.json").read_text())
-    assert [row["method"] for row in table["rows"]] == ["none"]
-    monkeypatch.setattr(sys, "argv", [*command, *methods, "--costs"])
+        return json.loads((folder / "chosen.json").read_text())["rows"]
+
+    run(folder, name="none")
+    # Another process has taken a run.
+    with quality.claim(quality.place_of("random", 1, folder)):
+        assert [row["method"] for row in table("--methods", *methods[:2])] == ["none"]
+    milliseconds = {"none": 1.0, "random": 0.5}
     monkeypatch.setattr(
-        quality, "interleaved", lambda steps, *_, **__: {key: [0.5] for key in steps}
+        quality,
+        "interleaved",
+        lambda steps, *_, **__: {key: [milliseconds[key[0]]] for key in steps},
     )
-    quality.main()
-    table = json.loads((tmp_path / IMAGES.name / "chosen.json").read_text())
-    assert [row["method"] for row in table["rows"]] == methods
-    assert [row["training time / random"] for row in table["rows"]] == [1.0, 1.0]
-    none, random = table["rows"]
-    assert "whole training loss" in none
-    assert "masked training loss" not in none
-    assert "masked training cosine" in random
-    plots = {file.name for file in (tmp_path / IMAGES.name).glob("*.png")}
-    expected = ("learning-curves", "losses", "generalization", "cost-quality")
-    assert plots == {f"chosen-{name}.png" for name in expected}
+    with pytest.raises(ValueError, match="--costs"):
+        table("--steps=16", "--methods", *methods)
+    command.append("--steps=16")
+    folder.rename(tmp_path / "of-8-steps")
+    rows = table("--costs", "--methods", *methods)
+    assert [row["method"] for row in rows] == methods
+    assert [row["steps"] for row in rows] == [16, 16, 8]
+    assert [row["training time / random"] for row in rows] == [2.0, 1.0, 1.0]
+    assert rows[1]["validation loss - random's"] == "0.000"
 
 
 def test_halves_share_no_sample(tmp_path):
-    write_colors(tmp_path / "data")
+    data = write_colors(tmp_path / "data", shards=2)
     seen = []
     for half in (0, 1):
-        options = [f"--data={tmp_path / 'data'}", f"--half={half}", *SMALL]
-        method = method_of("random")
-        data = quality.data_by_method(quality.arguments(options))(method)
-        batches = data.training(1, method, whole_texts=False)
-        # Samples of even numbers are red, others are blue.
+        batches = data_for("random", data, f"--half={half}").training(
+            1, method_of("random"), whole_texts=False
+        )
         (color,) = {tuple(image[0, 0] > 100) for image in next(iter(batches))["images"]}
-        pairs = data.pairs("training")
-        assert sum(len(batch["images"]) for batch in pairs) == 32
-        assert {tuple(x[0, 0] > 100) for x in pairs[0]["images"]} == {color}
         seen.append(color)
-    assert seen[0] != seen[1]
+    assert seen == [(True, False, False), (False, False, True)]
 
 
 def test_a_run_may_start_from_the_weights_of_another(tmp_path):
@@ -281,41 +241,6 @@ def test_a_run_may_start_from_the_weights_of_another(tmp_path):
     assert second["setting"]["start_from"]["method"] == "none"
     with pytest.raises(ValueError, match=r"--start-from.*vocabulary_size.*Received"):
         run(tmp_path / "third", *options, "--vocabulary-size=601")
-
-
-def test_a_square_hides_a_quarter_of_each_image():
-    images = np.zeros((3, 16, 16, 3), "uint8")
-    covered = with_square({"images": images, "captions": ["a"] * 3})
-    assert np.all((covered["images"] == 128).sum(axis=(1, 2, 3)) == 8 * 8 * 3)
-    assert not images.any()
-    assert covered["captions"] == ["a"] * 3
-
-
-def test_a_run_that_one_process_has_taken_is_no_other_process_s(tmp_path):
-    with quality.claim(tmp_path / "run") as mine:
-        assert mine
-        with quality.claim(tmp_path / "run") as also_mine:
-            assert not also_mine
-    with quality.claim(tmp_path / "run") as mine:
-        assert mine
-
-
-def test_methods_that_cut_texts_train_on_short_ones_and_are_judged_by_whole_ones(
-    monkeypatch,
-):
-    # NLTK's tagger is a file of its own, to be downloaded.
-    nltk = types.SimpleNamespace(pos_tag=lambda words: [(word, "NN") for word in words])
-    monkeypatch.setitem(sys.modules, "nltk", nltk)
-    options = quality.arguments(SMALL)
-    data = quality.data_by_method(options)(method_of("random"))
-    for name in sorted(set(CHANGES) - {"12 tokens", "whole texts last"}):
-        method = method_of(f"random, {name}")
-        length = 4 if method.text_masking else 10
-        batch = next(iter(data.training(1, method, whole_texts=False)))
-        assert np.shape(batch["token_ids"]) == (16, length), name
-    batch = next(iter(data.training(1, method_of(METHOD), whole_texts=True)))
-    assert np.shape(batch["token_ids"]) == (16, 10)
-    assert data.tokenizer.context_length == 10
 
 
 def test_a_folder_without_the_shards_it_takes_is_refused(tmp_path):

@@ -1,0 +1,183 @@
+"""Time and memory of training steps, at the smallest size."""
+
+import json
+import sys
+
+import keras
+import numpy as np
+import pytest
+import reporting
+import step_memory
+import step_time
+from clip_steps import MASKINGS, OPEN_CLIP, Setting, training_steps
+from flops import PEAKS, peak_tflops, training_flops, utilization
+
+pytestmark = pytest.mark.slow
+
+BACKEND = keras.backend.backend()
+NAME = "-".join(filter(None, (BACKEND, reporting.card())))
+
+
+def run(benchmark, monkeypatch, folder, *arguments):
+    """The JSON that a command writes."""
+    options = ["--size", "tiny", "--image-size", "32", "--results", str(folder)]
+    # As on the command line: `step_memory` starts itself again with these arguments.
+    monkeypatch.setattr(sys, "argv", [benchmark.__file__, *options, *arguments])
+    benchmark.main()
+    (path,) = folder.iterdir()
+    return path.name, json.loads(path.read_text())
+
+
+@pytest.mark.any_backend
+def test_tokens_and_arithmetic_are_those_of_each_method():
+    setting = Setting()
+    tokens = {name: setting.image_tokens(name) for name in (*MASKINGS, *OPEN_CLIP)}
+    assert tokens == {
+        "none": 196,
+        "random": 98,
+        "cluster": 98,
+        "threshold, beta 0.5": 98,
+        "threshold, beta 0.3": 137,
+        "resized": 100,
+        "random, two views": 196,
+        "open_clip, none": 196,
+        "open_clip, patch dropout 0.5": 98,
+    }
+    assert setting.side("resized") == 160
+    whole = setting.arithmetic("none")
+    assert setting.arithmetic("open_clip, none") == whole
+    for name in ("random", "cluster", "open_clip, patch dropout 0.5", "resized"):
+        assert setting.arithmetic(name) / whole == pytest.approx(0.57, abs=0.01)
+    assert setting.arithmetic("threshold, beta 0.3") / whole > 0.7
+
+
+def test_step_time_publishes_every_method(monkeypatch, tmp_path, capsys):
+    methods = ("--methods", "none", "threshold, beta 0.3", "resized")
+    options = ("--rounds", "2", "--batch-size", "4")
+    name, written = run(step_time, monkeypatch, tmp_path, *options, *methods)
+    assert name == f"step_time-{NAME}.json"
+    rows = {row["method"]: row for row in written["rows"]}
+    assert list(rows) == list(methods[1:])
+    assert rows["none"]["/ none"] == rows["none"]["arithmetic / none"] == "1.000"
+    assert [row["image tokens"] for row in rows.values()] == [16, 11, 9]
+    assert {len(found) for found in written["seconds"]["4"].values()} == {2}
+    assert str(tmp_path) not in json.dumps(written)
+    assert "| 4 | threshold, beta 0.3 | 11 |" in capsys.readouterr().out
+
+
+def test_step_memory_measures_each_method_in_a_process(monkeypatch, tmp_path):
+    options = ("--batch-size", "4", "--methods", "cluster")
+    name, written = run(step_memory, monkeypatch, tmp_path, *options)
+    assert name == f"step_memory-{BACKEND}.json"
+    (row,) = written["rows"]
+    assert (row["method"], row["image tokens"]) == ("cluster", 8)
+    # On a CPU libraries alone take more than 0.1 GiB; a tiny model never takes 4.
+    least = 0.0 if reporting.machine()["accelerator"] else 0.1
+    assert least < float(row["peak memory (GiB)"]) < 4.0
+
+
+# On whole images: other patches each time would hide that the loss falls.
+@pytest.mark.parametrize(
+    ("name", "size"), [("none", "tiny"), ("open_clip, none", "vit_s_16")]
+)
+def test_a_step_trains(name, size):
+    if name in OPEN_CLIP and BACKEND != "torch":
+        pytest.skip("open_clip runs on torch alone")
+    setting = Setting(size, image_size=32, batch_size=2)
+    step = training_steps([name], setting)[name]
+    first, second, third = (np.ravel(step())[0] for _ in range(3))
+    assert first > second > third
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Replaces the steps: that on whole images fails at more than 64 pairs."""
+    made = []
+
+    def training_steps(names, setting):
+        made.append((setting.batch_size, tuple(names)))
+
+        def step(name):
+            if name == "none" and setting.batch_size > 64:
+                raise_out_of_memory()
+
+        return {name: lambda name=name: step(name) for name in names}
+
+    monkeypatch.setattr(step_time, "training_steps", training_steps)
+    return made
+
+
+def raise_out_of_memory():
+    if BACKEND == "torch":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    if BACKEND == "jax":
+        import jax
+
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    import tensorflow as tf
+
+    raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
+
+
+def test_a_method_without_enough_memory_is_reported_and_the_others_are_timed(
+    made, monkeypatch, tmp_path
+):
+    methods = ("cluster", "none", "resized")
+    options = ("--batch-size", "64", "128", "--rounds", "2", "--methods", *methods)
+    _, written = run(step_time, monkeypatch, tmp_path, *options)
+    rows = {(row["batch"], row["method"]): row for row in written["rows"]}
+    assert list(rows) == [(size, name) for size in (64, 128) for name in methods]
+    failed = rows.pop((128, "none"))
+    assert failed["step (ms)"] == "out of memory"
+    assert "images/s" not in failed
+    assert all(isinstance(row["step (ms)"], int) for row in rows.values())
+    # Ratios only to what was timed.
+    assert ["/ none" in row for row in rows.values()] == [True] * 3 + [False] * 2
+    # Most tokens first; after the failure the others get models of their own.
+    assert made[1:] == [
+        (128, ("none", "resized", "cluster")),
+        (128, ("resized", "cluster")),
+    ]
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    def fail():
+        raise (RuntimeError if BACKEND == "torch" else ValueError)("no device")
+
+    monkeypatch.setattr(step_time, "training_steps", lambda *args: {"none": fail})
+    with pytest.raises((RuntimeError, ValueError), match="no device"):
+        step_time.steps_that_fit(["none"], Setting())
+
+
+@pytest.mark.any_backend
+def test_utilization_is_the_arithmetic_over_the_time_and_the_peak():
+    # Half of 989 TFLOP/s, for two seconds.
+    assert utilization(989e12, 2.0, 989) == 0.5
+    # open_clip publishes 41.09 GFLOP for the forward pass of a pair.
+    assert training_flops("vit_b_16") == pytest.approx(3 * 41.09e9, rel=1e-3)
+    seconds = {"none": [0.1, 0.1, 0.3]}
+    setting = Setting(batch_size=256)
+    row = step_time.table_row("none", setting, seconds, {"none": 1.5}, 989.0)
+    expected = 3 * 41.09e9 * 256 / 0.1 / 989e12
+    assert row["utilization"] == f"{expected:.1%}" == "31.9%"
+    assert row["images/s"] == "2560"
+    assert row["memory of a step (GiB)"] == "1.50"
+    row = step_time.table_row("none", setting, seconds, {"none": None}, None)
+    assert not {"utilization", "memory of a step (GiB)"} & set(row)
+
+
+@pytest.mark.any_backend
+def test_cards_are_known_and_files_named_by_their_full_names(monkeypatch):
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
+    # The same chip, slower, and a name that contains another.
+    for name in ("NVIDIA H100 PCIe", "NVIDIA L40", None):
+        assert peak_tflops(name) is None
+    names = {}
+    for name in (None, *PEAKS):
+        monkeypatch.setattr(reporting, "_accelerator", lambda name=name: name)
+        names[name] = reporting.card()
+    assert names["NVIDIA GeForce RTX 4090"] == "rtx-4090"
+    assert names[None] is None
+    assert len({*names.values()}) == len(names)
