@@ -41,13 +41,14 @@ def parse(arguments=None):
     add("--warmup-steps", type=int, default=2000, help="of a linear warm-up")
     add("--weight-decay", type=float, default=0.2, help="of matrices alone")
     add("--dtype", default="mixed_bfloat16", help="the dtype policy")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--saves", type=int, default=9, help="checkpoints in an epoch")
     add("--num-workers", type=int, default=0, help="that decode, for each process")
     add("--seed", type=int, default=1, help="of weights, masks, crops and order")
     args = parser.parse_args(arguments)
     args.results = args.results or Path("results", f"cc12m-{args.preset}")
-    args.steps_per_epoch = args.pairs // args.batch_size
-    args.steps = args.epochs * args.steps_per_epoch
+    # A checkpoint is written at the end of what `fit` takes for an epoch.
+    args.steps_per_save = args.pairs // args.batch_size // args.saves
+    args.steps = args.epochs * args.saves * args.steps_per_save
     if args.steps <= args.warmup_steps:
         parser.error(
             f"--warmup-steps must be less than the {args.steps} steps that --pairs, "
@@ -227,12 +228,12 @@ def main(args):
         model = make_model(args, masking, tokenizer.vocabulary_size)
         history = model.fit(
             train,
-            epochs=args.epochs,
-            steps_per_epoch=args.steps_per_epoch,
+            epochs=args.epochs * args.saves,
+            steps_per_epoch=args.steps_per_save,
             resume_from=folder,
             callbacks=[
                 kcm.callbacks.Throughput(),
-                kcm.callbacks.Checkpoint(folder, save_every=args.save_every),
+                kcm.callbacks.Checkpoint(folder),
             ],
             verbose=2,
         )

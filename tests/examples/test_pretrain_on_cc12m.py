@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 TINY = """--model=tiny --image-size=32 --patch-size=8 --context-length=16 --pairs=64
-    --batch-size=32 --epochs=2 --warmup-steps=2"""
+    --batch-size=32 --epochs=2 --saves=1 --warmup-steps=2"""
 
 
 def test_defaults_are_the_papers():
@@ -94,7 +94,7 @@ def test_flags_in_the_text_exist():
 
 def test_a_warm_up_longer_than_the_run_is_refused(capsys):
     with pytest.raises(SystemExit):
-        recipe.parse(["--pairs=2048", "--epochs=3"])
+        recipe.parse(["--pairs=2048", "--epochs=3", "--saves=1"])
     assert "less than the 3 steps" in capsys.readouterr().err
 
 
