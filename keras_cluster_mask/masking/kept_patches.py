@@ -69,10 +69,8 @@ def check_tokens_do_not_matter(masking, pixels, tokens, noise):
     """Raises if the masking chooses other patches for other tokens."""
     values = np.random.default_rng(0).normal(size=tokens.shape)
     other = ops.convert_to_tensor(values.astype("float32"))
-    kept, kept_of_other = (
-        kept_patches(masking, pixels, x, noise) for x in (tokens, other)
-    )
-    if np.any(kept != kept_of_other):
+    kept = [kept_patches(masking, pixels, each, noise) for each in (tokens, other)]
+    if np.any(kept[0] != kept[1]):
         _refuse_to_go_without_tokens(masking)
 
 

@@ -58,17 +58,6 @@ def test_noise_decides_within_a_block_alone():
     assert kcm.RandomMasking.is_random
 
 
-def test_keeps_what_the_class_token_attends_to():
-    encoder = vit_encoder()
-    teacher = kcm.models.MomentumEncoder(encoder)
-    masking = kcm.AttentiveMasking(teacher, 0.75, block_size=1)
-    images = random_images(6)
-    attention = numpy(teacher.attention(images))
-    indices, _ = numpy(*masking.select(images))
-    expected = np.sort(np.argsort(-attention, axis=1)[:, :4], axis=1)
-    np.testing.assert_array_equal(indices, expected)
-
-
 def test_keeps_tokens_of_whole_blocks_in_an_encoder():
     encoder = clip_vision_encoder()
     teacher = kcm.models.MomentumEncoder(encoder, image_size=8)

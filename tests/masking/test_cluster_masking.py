@@ -46,6 +46,23 @@ MODES = {
 }
 
 
+def bright_pixel():
+    """Black images with one bright pixel."""
+    images = np.zeros((ROWS, 32, 24, 3), "uint8")
+    images[:, 3, 2, 1] = 255
+    return images
+
+
+PLAIN = {
+    "mosaic": lambda: mosaic(np.random.default_rng(2), ROWS, 4, 6, (8, 4)),
+    "bright_pixel": bright_pixel,
+    **{
+        f"all_{value}": lambda value=value: np.full((ROWS, 32, 24, 3), value, "float32")
+        for value in (0.0, 0.1, 255.0, -3.0)
+    },
+}
+
+
 def reference_select(s, noise, options):
     """The selection of the reference from rounded similarities."""
     if options.get("min_mask_ratio") is None:
@@ -75,20 +92,13 @@ def clear_rows(s, noise, options):
     )
 
 
-def reference_similarity(images, patch_size, noise, options=None, **mix):
+def reference_similarity(images, patch_size, noise, options):
     """Unrounded and rounded highest similarity to the anchors of some noise."""
-    options = options or {}
     data_format = options.get("data_format", "channels_last")
     anchors = reference.anchors(noise, options.get("anchor_ratio", 0.03))
-    rounded = reference.mixed_similarity(images, patch_size, data_format, **mix)
     exact = reference.pairwise_similarity(images, patch_size, data_format)
-    if mix:
-        alike = reference.token_similarity(mix["tokens"])
-        exact = (1.0 - mix["weight"]) * exact + mix["weight"] * alike
-    return (
-        reference.highest_similarity(exact, anchors),
-        reference.highest_similarity(rounded, anchors),
-    )
+    rounded = reference.round_similarity(exact)
+    return tuple(reference.highest_similarity(x, anchors) for x in (exact, rounded))
 
 
 class TestSelectionEqualsReference:
@@ -112,22 +122,9 @@ class TestSelectionEqualsReference:
         assert compared > 0.7 * total
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_of_mosaics_always(self, mode):
-        rng = np.random.default_rng(2)
-        images = mosaic(rng, ROWS, 4, 6, (8, 4))
-        self.assert_equal_everywhere(images, (8, 4), MODES[mode])
-
-    @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("value", [0.0, 0.1, 255.0, -3.0])
-    def test_of_constant_images_always(self, mode, value):
-        images = np.full((ROWS, 32, 24, 3), value, "float32")
-        self.assert_equal_everywhere(images, (8, 4), MODES[mode])
-
-    @pytest.mark.parametrize("mode", MODES)
-    def test_of_black_images_with_one_bright_pixel_always(self, mode):
-        images = np.zeros((ROWS, 32, 24, 3), "uint8")
-        images[:, 3, 2, 1] = 255
-        self.assert_equal_everywhere(images, (8, 4), MODES[mode])
+    @pytest.mark.parametrize("kind", PLAIN)
+    def test_of_plain_images_always(self, kind, mode):
+        self.assert_equal_everywhere(PLAIN[kind](), (8, 4), MODES[mode])
 
     @pytest.mark.parametrize("levels", [(0.0, 1.0), (0.97, 1.0)])
     @pytest.mark.parametrize("patch_size", [(8, 8), (16, 16), (32, 32)])
@@ -142,7 +139,7 @@ class TestSelectionEqualsReference:
         images = photographs(64, 96, ROWS)
         noise = draw_noise(rng, ROWS, 24)
         options = {"mask_ratio": 0.5}
-        exact, rounded = reference_similarity(images, 16, noise)
+        exact, rounded = reference_similarity(images, 16, noise, options)
         rows = clear_rows(exact, noise, options)
         expected = reference_select(rounded, noise, options)
         masking = kcm.ClusterMasking(16)
@@ -220,26 +217,6 @@ class TestSimilarity:
         given = numpy(masking.similarity(images, self.anchors, tokens_of(3, 13)))
         np.testing.assert_array_equal(given, without)
 
-    def test_mix_selects_as_the_reference(self):
-        rng = np.random.default_rng(12)
-        images = textured(rng, ROWS, 32, 48, 3)
-        tokens = tokens_of(ROWS, 1 + 24, dim=32)
-        noise = draw_noise(rng, ROWS, 24)
-        options = {"mask_ratio": 0.5}
-        exact, rounded = reference_similarity(
-            images, 8, noise, tokens=tokens[:, 1:], weight=0.4
-        )
-        rows = clear_rows(exact, noise, options)
-        assert rows.mean() > 0.7
-        expected = reference_select(rounded, noise, options)
-        pixels_only = reference_select(
-            reference_similarity(images, 8, noise)[1], noise, options
-        )
-        assert np.any(pixels_only[0] != expected[0])
-        masking = kcm.ClusterMasking(8, embedding_weight=0.4)
-        inputs = {"images": images, "tokens": tokens, "noise": noise}
-        assert_selects(masking, expected, rows, **inputs)
-
 
 class TestAnchors:
     def test_are_the_patches_of_smallest_noise_and_masked_before_their_likes(self):
@@ -313,14 +290,6 @@ class TestThresholdMode:
         np.testing.assert_array_equal(visible.sum(axis=1), 1)
         masking(self.tokens, images=self.images, training=True)
         np.testing.assert_allclose(numpy(masking.last_mask_ratio), 23 / 24, atol=1e-6)
-
-    def test_nan_threshold_is_an_error_before_training_but_not_at_inference(self):
-        masking = self.masking(threshold=None)
-        masking(self.tokens, images=self.images)
-        with pytest.raises(ValueError, match=r"adapt[\s\S]*Received: threshold=nan"):
-            masking(self.tokens, images=self.images, training=True)
-        masking.threshold.assign(0.1)
-        masking(self.tokens, images=self.images, training=True)
 
 
 class TestAdapt:
@@ -442,8 +411,7 @@ class TestEmbeddingSchedule:
         )
         np.testing.assert_array_equal(got, expected)
 
-    @pytest.mark.parametrize("hide_padding", [True, False])
-    @pytest.mark.parametrize("start", [-0.3, 0.6])
+    @pytest.mark.parametrize(("start", "hide_padding"), [(-0.3, True), (0.6, False)])
     def test_threshold_follows_until_the_ratio_is_back_at_the_target(
         self, start, hide_padding
     ):

@@ -84,17 +84,6 @@ def test_protect_keeps_strong_edges_more_often_than_chance(transport):
     assert abs(kept_edges(images, edges=None, **options)) < 4.0
 
 
-@pytest.mark.parametrize("edges", ["protect", "released", None])
-def test_only_protect_depends_on_the_edges_of_the_image(edges):
-    rng = np.random.default_rng(4)
-    # Other gray levels have other edges between them, and the patches are as alike.
-    one, other = (grain(3.0 * rng.random((ROWS, 6, 4))) for _ in range(2))
-    noise = draw_noise(rng, ROWS, 24)
-    masking = kcm.EdgeMasking(8, seed_ratio=0.25, edges=edges)
-    one, other = (numpy(*masking.select(x, noise=noise))[0] for x in (one, other))
-    assert np.all(one == other) == (edges != "protect")
-
-
 @pytest.mark.parametrize("grid", [(3, 5), (6, 4), (1, 9), (2, 7)])
 def test_edges_are_those_of_a_sobel_filter_on_gray_levels(grid):
     patches = np.random.default_rng(5).random((8, grid[0] * grid[1], 12))

@@ -11,7 +11,6 @@ from tests.masking.images import (
     assert_selects,
     chi_square,
     draw_noise,
-    mosaic,
     numpy,
     paper,
     textured,
@@ -68,21 +67,6 @@ def test_selects_as_the_reference_wherever_every_assignment_is_clear():
         left_out, total = left_out + np.sum(~clear), total + ROWS
     assert total == 200
     assert left_out < 0.05 * total, f"{left_out} of {total} cases are not clear"
-
-
-def test_alike_patches_leave_together():
-    # Of six kinds of tiles; flat ones are alike whatever their gray level.
-    images = mosaic(np.random.default_rng(1), ROWS, 6, 4, (4, 4))
-    pairwise = reference.round_similarity(reference.pairwise_similarity(images, 4))
-    noise = draw_noise(np.random.default_rng(2), ROWS, 24)
-    masking = kcm.KMeansMasking(4, num_clusters=6)
-    score = numpy(masking.score(noise, images))
-    alike = pairwise == 1.0
-    assert alike.mean() > 0.1
-    same_cluster = score[:, :, None] == score[:, None, :]
-    assert same_cluster[alike].all()
-    # Not because there is but one cluster.
-    assert np.all([len(set(row)) > 2 for row in score])
 
 
 def test_flat_patches_of_many_gray_levels_share_a_cluster():
