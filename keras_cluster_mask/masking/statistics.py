@@ -10,9 +10,9 @@ import numpy as np
 
 from keras_cluster_mask.batches import num_images, read_images
 from keras_cluster_mask.checks import check_choice, check_integer
-from keras_cluster_mask.masking.kept_patches import (
+from keras_cluster_mask.masking.keep_mask import (
     check_tokens_do_not_matter,
-    kept_patches,
+    keep_mask,
     masking_inputs,
     patch_size_of,
 )
@@ -134,7 +134,7 @@ def masking_statistics(
                 "The images of `data` must all have one size. Received: batches of "
                 f"{first_grid} and of {grid} patches (rows, columns)"
             )
-        kept = kept_patches(masking, *inputs, noise)
+        kept = keep_mask(masking, *inputs, noise)
         ratios.append(kept.mean(axis=1, dtype="float32"))
         times_kept += kept.sum(axis=0)
         count += len(images)

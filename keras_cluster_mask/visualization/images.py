@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
-from keras_cluster_mask.masking.kept_patches import (
+from keras_cluster_mask.masking.keep_mask import (
     check_tokens_do_not_matter,
-    kept_patches,
+    keep_mask,
     masking_inputs,
     patch_size_of,
 )
@@ -94,7 +94,7 @@ def plot_masks(
         inputs = masking_inputs(each, images, grid.shape, embed)
         if embed is None:
             check_tokens_do_not_matter(each, *inputs, noise)
-        kept.append(kept_patches(each, *inputs, noise))
+        kept.append(keep_mask(each, *inputs, noise))
 
     shown = _for_display(images, data_format)
     if isinstance(masking, ClusterMasking):
@@ -138,7 +138,7 @@ def _common(name, maskings, standardize=str):
 
 def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
     at_random = RandomMasking(1 - masking.num_kept(grid.num_patches) / grid.num_patches)
-    random_kept = kept_patches(at_random, pixels, tokens, noise)
+    random_kept = keep_mask(at_random, pixels, tokens, noise)
     anchors = masking.draw_anchors(noise)
     to_anchors = ops.convert_to_numpy(
         masking.similarity_to_anchors(pixels, anchors, tokens)

@@ -103,7 +103,7 @@ class GrayAttention(keras.layers.Layer):
 
     def attention(self, images):
         gray = ops.mean(ops.cast(images, "float32"), axis=-1, keepdims=True)
-        sides = [side // count for side, count in zip(images.shape[1:3], self.grid)]
+        sides = tuple(s // count for s, count in zip(images.shape[1:3], self.grid))
         gray = ops.average_pool(gray, sides, sides, data_format="channels_last")
         return ops.reshape(gray, (images.shape[0], -1))
 

@@ -69,7 +69,7 @@ def check_tokens_do_not_matter(masking, pixels, tokens, noise):
     """Raises if the masking chooses other patches for other tokens."""
     values = np.random.default_rng(0).normal(size=tokens.shape)
     other = ops.convert_to_tensor(values.astype("float32"))
-    kept = [kept_patches(masking, pixels, each, noise) for each in (tokens, other)]
+    kept = [keep_mask(masking, pixels, each, noise) for each in (tokens, other)]
     if np.any(kept[0] != kept[1]):
         _refuse_to_go_without_tokens(masking)
 
@@ -81,7 +81,7 @@ def _refuse_to_go_without_tokens(masking):
     )
 
 
-def kept_patches(masking, pixels, tokens, noise):
+def keep_mask(masking, pixels, tokens, noise):
     """`(batch, N)` booleans, true for the patches that stay and are seen."""
     # The noise says how many tokens are patches.
     with prefix_tokens(tokens.shape[1] - noise.shape[1]):
