@@ -7,7 +7,7 @@
 # ([FLIP](https://arxiv.org/abs/2212.00794)) and with whole images. It shows
 #
 # - what they keep of an image,
-# - statistics of their masks over a dataset,
+# - where they keep patches, over a dataset,
 # - and what a small CLIP learns with each, from the same weights and in as many steps.
 #
 # It takes about two minutes on two CPU cores. Add a masking to `MASKINGS` to compare it, too;
@@ -69,12 +69,11 @@ columns = {
 show(kcm.visualization.plot_masks(photographs, columns), "compared_masks")
 
 # %% [markdown]
-# ## Statistics of the masks
+# ## Where they keep patches
 #
-# The images of this dataset are objects on white, 48 pixels wide, with two anchors each.
-# `masking_statistics` describes the masks of a whole dataset. The similarity at the cut says how
-# well a masking suits the images. Near 1, similar patches fill the masked half (here often white
-# paper); near 0, the anchors have too few similar patches, and dissimilar ones are masked too.
+# `masking_statistics` measures the share of the patches that is kept of each image, and how often
+# each position is kept. By default the share is the same for all images. The anchors of cluster
+# masking are random, so on this dataset no part of the image is kept much more often than another.
 
 # %%
 captions = kcm.data.read_captions(IMAGES / "train-*.tar")

@@ -123,8 +123,8 @@ show(kcm.visualization.plot_masks(images[:4] / 255.0, maskings), "own_masks")
 # ## Check the numbers
 #
 # A masking that keeps the wrong patches still trains, so check it on many images.
-# `masking_statistics` counts how often each position is masked. Here patches near the border are
-# masked most often, since the drawings are in the middle.
+# `masking_statistics` counts how often each position is kept. Here patches near the border are kept
+# least often, since the drawings are in the middle.
 #
 # A property of your own is worth a test, too: no blank patch may stay while one that shows
 # something is left out.

@@ -2,12 +2,10 @@
 
 from keras_cluster_mask.callbacks.checkpoint import Checkpoint, NonFiniteError
 from keras_cluster_mask.callbacks.evaluation import Retrieval, ZeroShot
-from keras_cluster_mask.callbacks.mask_images import MaskImages
 from keras_cluster_mask.callbacks.throughput import Throughput
 
 __all__ = [
     "Checkpoint",
-    "MaskImages",
     "NonFiniteError",
     "Retrieval",
     "Throughput",

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_cluster_mask.callbacks.periodic import model_of
+from keras_cluster_mask.callbacks.checks import model_of
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import (
     all_gather_object,

@@ -4,17 +4,21 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import read_batches
-from keras_cluster_mask.callbacks.periodic import Periodic
+from keras_cluster_mask.callbacks.checks import model_of
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import all_gather_object
 from keras_cluster_mask.types import Templates
 
 
-class Evaluation(Periodic):
-    """Writes metrics of data of its own into the logs of `fit`.
+class Evaluation(keras.callbacks.Callback):
+    """Writes metrics of data of its own into the logs of `fit`, every so many epochs.
+
+    The first and the last epoch of a `fit` are always among them.
 
     A subclass has one method, `evaluate`.
 
@@ -26,7 +30,8 @@ class Evaluation(Periodic):
     """
 
     def __init__(self, data: Any, every: int, name: str | None, prefix: str):
-        super().__init__(every)
+        super().__init__()
+        self.every = check_integer("every", every)
         if isinstance(data, collections.abc.Iterator):
             raise ValueError(
                 "`data` must be readable more than once: arrays, a dataset, or a "
@@ -52,10 +57,10 @@ class Evaluation(Periodic):
         raise NotImplementedError
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        super().on_train_begin(logs)
         from keras_cluster_mask.evaluation.embedding import Embedder
 
-        model = self.model
+        self._is_first = True
+        model = model_of(self, "encode_image")
         if self._embedder is None or self._embedder.model is not model:
             self._embedder = Embedder(model)
         batches = read_batches(self.data)
@@ -80,7 +85,9 @@ class Evaluation(Periodic):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
-        if self.is_due(epoch):
+        is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
+        is_first, self._is_first = self._is_first, False
+        if is_first or is_last or (epoch + 1) % self.every == 0:
             self._metrics = self._evaluate(logs.get("loss", 0.0))
         logs.update(self._metrics)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_cluster_mask.callbacks.periodic import model_of
+from keras_cluster_mask.callbacks.checks import model_of
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.models.encoders import tokens_per_image
 from keras_cluster_mask.models.masked_text_encoder import tokens_per_text

@@ -177,7 +177,6 @@ class ClusterMasking(SimilarityMasking):
             if self.embedding_weight != 0.0:
                 _check_reachable(self.mask_ratio, min_mask_ratio)
                 self.share_above = self._add_state("share_above", 0.0, "float32")
-        self.count_steps()
 
     # === The strategy ===
 

@@ -123,7 +123,6 @@ class EdgeMasking(SimilarityMasking):
         self.threshold = float(threshold)
         self.edges = edges
         self.transport = bool(transport)
-        self.count_steps()
 
     @in_full_precision
     def score(

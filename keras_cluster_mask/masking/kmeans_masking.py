@@ -100,7 +100,6 @@ class KMeansMasking(SimilarityMasking):
         )
         self.num_clusters = check_integer("num_clusters", num_clusters)
         self.iterations = check_integer("iterations", iterations)
-        self.count_steps()
 
     @in_full_precision
     def score(

@@ -1,6 +1,4 @@
-import contextlib
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,9 +64,8 @@ class PatchMasking(keras.layers.Layer):
         seed: Integer. Makes the noise repeatable.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
-    On JAX, a function of your own under `jax.jit` cannot update a layer: every call of
-    the compiled function would use the same noise, and a warning is issued. Pass
-    `noise`, or use `masking.stateless_call`, which returns the new state.
+    On JAX, a function of your own under `jax.jit` cannot update a layer, as with every
+    Keras layer that has state: use `masking.stateless_call`, which returns the new one.
 
     Call arguments:
         tokens: `(batch, prefix + N, dim)` tensor of embedded tokens, the patch
@@ -180,16 +177,8 @@ class PatchMasking(keras.layers.Layer):
         self, images: Tensor | None = None, tokens: Tensor | None = None
     ) -> int:
         """How many patches an image has: by its size, or by the number of tokens."""
-        if self.grid is not None:
-            return math.prod(self.grid)
-        if self.patch_size is not None:
-            if images is None:
-                raise ValueError(
-                    f"`{self.name}` needs the images that the tokens were made from: "
-                    "call it as `masking(tokens, images=images)`. Received: images=None"
-                )
-            patch_size = standardize_patch_size(self.patch_size)
-            return math.prod(grid_shape(images.shape, patch_size, self.data_format))
+        if self.grid is not None or self.patch_size is not None:
+            return math.prod(self.grid_shape(None, images))
         if tokens is None:
             raise ValueError(
                 f"`{self.name}` tells the number of patches from `tokens`. "
@@ -210,12 +199,12 @@ class PatchMasking(keras.layers.Layer):
         return tokens.shape[1] - self.num_prefix_tokens
 
     def grid_shape(
-        self, num_patches: int, images: Tensor | None = None
+        self, num_patches: int | None, images: Tensor | None = None
     ) -> tuple[int, int]:
         """The rows and columns of patches, for strategies that depend on position.
 
         Args:
-            num_patches: Integer, N.
+            num_patches: Integer, N. `None` where `grid` or `patch_size` is set.
             images: Images, or `None` if the layer was called without.
 
         Returns:
@@ -225,6 +214,11 @@ class PatchMasking(keras.layers.Layer):
         if self.grid is not None:
             return self.grid
         if self.patch_size is not None:
+            if images is None:
+                raise ValueError(
+                    f"`{self.name}` needs the images that the tokens were made from: "
+                    "call it as `masking(tokens, images=images)`. Received: images=None"
+                )
             patch_size = standardize_patch_size(self.patch_size)
             return grid_shape(images.shape, patch_size, self.data_format)
         shape = None if images is None else images.shape
@@ -242,10 +236,9 @@ class PatchMasking(keras.layers.Layer):
         Returns:
             `(batch_size, num_patches)` float32 tensor, uniform in `[0, 1)`.
         """
-        with self._without_traced_state():
-            return keras.random.uniform(
-                (batch_size, num_patches), dtype="float32", seed=self.seed_generator
-            )
+        return keras.random.uniform(
+            (batch_size, num_patches), dtype="float32", seed=self.seed_generator
+        )
 
     def select(
         self,
@@ -349,11 +342,10 @@ class PatchMasking(keras.layers.Layer):
         prefix = ops.repeat(prefix, len(scores), axis=0)
 
         share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
-        with self._without_traced_state():
-            self.last_mask_ratio.assign(1.0 - share)
-            self.observe(score)
-            if self.counts_calls:
-                self.advance()
+        self.last_mask_ratio.assign(1.0 - share)
+        self.observe(score)
+        if self.counts_calls:
+            self.advance()
         if self.hides_tokens:
             always = ops.ones_like(prefix[:, :, 0], dtype="bool")
             self._visible_tokens = ops.concatenate([always, visible], axis=1)
@@ -410,29 +402,6 @@ class PatchMasking(keras.layers.Layer):
         if not self._is_ready and not any(map(is_traced, self.variables)):
             self.check_ready()
             self._is_ready = True
-
-    @contextlib.contextmanager
-    def _without_traced_state(self):
-        """Restores state that a function of the user's own would be compiled into.
-
-        Where Keras compiles a step, it passes the state in and takes the new state out.
-        `jax.jit` does not know of the state: a value that only exists while it compiles
-        would stay behind, and every later call would fail.
-        """
-        known = [(v, v.value) for v in self.variables if not is_traced(v)]
-        yield
-        lost = [(v, value) for v, value in known if is_traced(v)]
-        for variable, value in lost:
-            variable.assign(value)
-        names = [v.name for v, _ in lost if v is not self.last_mask_ratio]
-        if names:
-            warnings.warn(
-                f"`{self.name}` is called in a function that `jax.jit` compiles, which "
-                f"cannot update its state: {', '.join(names)}. Each call of the "
-                "compiled function starts from the state of now, the noise included. "
-                "Pass `noise`, or use `stateless_call`, which returns the new state.",
-                stacklevel=4,
-            )
 
     def _check_prefix(self, num_tokens, num_patches):
         expected = self.num_prefix_tokens

@@ -65,14 +65,7 @@ class SimilarityMasking(PatchMasking):
             embedding_weight = float(embedding_weight)
         self.embedding_weight = embedding_weight
         self.step = None
-
-    def count_steps(self) -> None:
-        """Adds the weight `step` if `embedding_weight` is a schedule.
-
-        The last call of each `__init__`: a file holds the weights in the order in which
-        they were added, and `step` comes last.
-        """
-        if not isinstance(self.embedding_weight, float):
+        if not isinstance(embedding_weight, float):
             self.step = self._add_state("step", 0, "int32")
 
     def _add_state(self, name, value, dtype):

@@ -77,24 +77,6 @@ def pixel_range(mean, std):
     return float(np.min(-mean / std)), float(np.max((1.0 - mean) / std))
 
 
-def restore_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
-    """The uint8 array of images that were normalized; uint8 images as they are.
-
-    Args:
-        images: `(batch, H, W, C)` array, or channels first.
-        mean: See `normalize_pixels`. `None` takes images to be in [0, 255].
-        std: See `normalize_pixels`.
-        data_format: See `normalize_pixels`.
-    """
-    if images.dtype == np.uint8:
-        return images
-    if mean is None:
-        return np.clip(np.round(images), 0, 255).astype("uint8")
-    mean, std = _by_channel(images, mean, std, data_format)
-    pixels = 255.0 * (images.astype("float32") * std + mean)
-    return np.clip(np.round(pixels), 0, 255).astype("uint8")
-
-
 def _by_channel(images, mean, std, data_format):
     first = is_channels_first(data_format)
     mean, std = np.array(mean, "float32"), np.array(std, "float32")

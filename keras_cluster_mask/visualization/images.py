@@ -10,16 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
+from keras_cluster_mask.masking.keep_mask import (
+    check_tokens_do_not_matter,
+    keep_mask,
+    masking_inputs,
+    patch_size_of,
+)
 from keras_cluster_mask.masking.patch_grid import (
     grid_shape,
     is_channels_first,
     standardize_patch_size,
-)
-from keras_cluster_mask.masking.statistics import (
-    check_tokens_do_not_matter,
-    patch_size_of,
-    select_patches,
-    tokens_of,
 )
 from keras_cluster_mask.types import Tensor
 
@@ -88,12 +88,17 @@ def plot_masks(
     if noise is None:
         noise = np.random.default_rng(seed).random((len(images), grid.num_patches))
     noise = ops.convert_to_tensor(noise, dtype="float32")
-    inputs = [_inputs(each, images, grid, embed) for each in maskings]
-    kept = [_kept(each, *inputs[i], noise) for i, each in enumerate(maskings)]
+    kept = []
+    for each in maskings:
+        each.check_ready()
+        inputs = masking_inputs(each, images, grid.shape, embed)
+        if embed is None:
+            check_tokens_do_not_matter(each, *inputs, noise)
+        kept.append(keep_mask(each, *inputs, noise))
 
     shown = _for_display(images, data_format)
     if isinstance(masking, ClusterMasking):
-        return _plot_clusters(shown, grid, kept[0], masking, *inputs[0], noise)
+        return _plot_clusters(shown, grid, kept[0], masking, *inputs, noise)
     figure, axes = _axes(len(images), len(titles) + 1, ("image", *titles))
     for index, row in enumerate(axes):
         row[0].imshow(shown[index])
@@ -131,25 +136,9 @@ def _common(name, maskings, standardize=str):
     return values.pop() if values else None
 
 
-def _inputs(masking, images, grid, embed):
-    """The pixels and the tokens that a masking gets in training."""
-    if masking.grid not in (None, grid.shape):
-        raise ValueError(
-            f"`grid` of the {type(masking).__name__} must be that of the patches of "
-            f"`images`, {grid.shape}, or None. Received: grid={masking.grid}, "
-            f"images.shape={images.shape}, patch_size={grid.patch_size}"
-        )
-    masking.check_ready()
-    pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
-    tokens = tokens_of(pixels, masking, grid.shape, embed)
-    if tokens is not None and embed is None:
-        check_tokens_do_not_matter(masking, pixels, tokens, grid.shape)
-    return pixels, tokens
-
-
 def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
     at_random = RandomMasking(1 - masking.num_kept(grid.num_patches) / grid.num_patches)
-    random_kept = _kept(at_random, pixels, ops.zeros((*kept.shape, 1)), noise)
+    random_kept = keep_mask(at_random, pixels, tokens, noise)
     anchors = masking.draw_anchors(noise)
     to_anchors = ops.convert_to_numpy(
         masking.similarity_to_anchors(pixels, anchors, tokens)
@@ -221,16 +210,6 @@ def plot_retrieval(
             axis.imshow(shown[index])
             axis.set_title(f"{scores[index]:.2f}", fontsize=7, pad=2)
     return figure
-
-
-def _kept(masking, pixels, tokens, noise):
-    """`(batch, N)` booleans, true for the patches that stay and are seen."""
-    indices, visible = select_patches(masking, pixels, tokens, noise)
-    kept = np.zeros(tuple(noise.shape), dtype=bool)
-    np.put_along_axis(
-        kept, ops.convert_to_numpy(indices), ops.convert_to_numpy(visible), axis=1
-    )
-    return kept
 
 
 class _Grid:

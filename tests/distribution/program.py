@@ -7,11 +7,11 @@ process; `process` is one of two processes that the test starts; `model` uses fo
 which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARDS=files
 it trains three epochs on these, validates on HELD_OUT and saves to CHECKPOINT. With
 DIE_AT=n it ends itself before its n-th step. With EVALUATE=whole it evaluates
-retrieval, with EVALUATE=share each process that of its own data, and draws masks to
-MASKS. With BAD_STEP=n the last image of the n-th step, which the second device gets, is
-not finite, and it saves to CHECKPOINT. With MASKING=all it trains a model with each
-kind of masking instead, and one of two views. With PLANS=all it trains a model in each
-way of `plans` instead, on torch. With FREEZE=rank that process alone freezes a tower.
+retrieval, with EVALUATE=share each process that of its own data. With BAD_STEP=n the
+last image of the n-th step, which the second device gets, is not finite, and it saves
+to CHECKPOINT. With MASKING=all it trains a model with each kind of masking instead, and
+one of two views. With PLANS=all it trains a model in each way of `plans` instead, on
+torch. With FREEZE=rank that process alone freezes a tower.
 """
 
 import os
@@ -276,10 +276,7 @@ if __name__ == "__main__":
             fit = {"batch_size": fit["batch_size"], "shuffle": False}
         if "EVALUATE" in os.environ:
             evaluated = pairs() if os.environ["EVALUATE"] == "whole" else share
-            callbacks += [
-                kcm.callbacks.Retrieval(evaluated),
-                kcm.callbacks.MaskImages(pairs(), os.environ["MASKS"]),
-            ]
+            callbacks.append(kcm.callbacks.Retrieval(evaluated))
         arrays = {}
         for name, model in models.items():
             if "SHARDS" in os.environ:

@@ -1,10 +1,15 @@
-"""Images and noise that the masking tests share, all from seeded NumPy."""
+"""Images, noise and comparisons that the masking tests share, from seeded NumPy."""
 
 import keras
 import ml_dtypes
 import numpy as np
 from keras import ops
+from scipy import stats
 
+# Two backends must agree on a selection where the decision is clearer than this.
+CLEAR = 2.0**-11
+# The probability that `chi_square` finds less where all chances are equal.
+FALSE_ALARM = 1e-6
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
@@ -18,6 +23,16 @@ def draw_noise(rng, batch, num_patches):
     """Noise as `draw` makes it, without its ties: they would test the tie-break."""
     steps = np.stack([rng.permutation(2**16)[:num_patches] for _ in range(batch)])
     return (steps / 2**16).astype("float32")
+
+
+def tokens_of(batch, num_tokens, dim=6, dtype="float32", seed=0):
+    values = np.random.default_rng(seed).normal(size=(batch, num_tokens, dim))
+    return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+def ramp(steps=4):
+    """An `embedding_weight` from 0 to 1."""
+    return keras.optimizers.schedules.PolynomialDecay(0.0, steps, 1.0)
 
 
 def textured(rng, batch, height, width, channels, dtype="float32", fmt=None):
@@ -76,6 +91,35 @@ def photographs(height, width, count):
     return np.stack(crops)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class GrayAttention(keras.layers.Layer):
+    """A teacher that attends to bright pixels: a grid of gray levels of the images."""
+
+    patch_size, data_format = (4, 4), "channels_last"
+
+    def __init__(self, grid, **kwargs):
+        super().__init__(**kwargs)
+        self.grid = tuple(grid)
+
+    def attention(self, images):
+        gray = ops.mean(ops.cast(images, "float32"), axis=-1, keepdims=True)
+        sides = tuple(s // count for s, count in zip(images.shape[1:3], self.grid))
+        gray = ops.average_pool(gray, sides, sides, data_format="channels_last")
+        return ops.reshape(gray, (images.shape[0], -1))
+
+    def follow(self, encoder):
+        pass
+
+    def check_ready(self):
+        pass
+
+    def update(self):
+        pass
+
+    def get_config(self):
+        return {**super().get_config(), "grid": self.grid}
+
+
 def compiled_select(masking):
     """`masking.select` for given noise, compiled on JAX.
 
@@ -97,6 +141,15 @@ def assert_selects(masking, expected, rows=None, compiled=False, **inputs):
     rows = slice(None) if rows is None else rows
     np.testing.assert_array_equal(indices[rows], expected[0][rows])
     np.testing.assert_array_equal(visible[rows], expected[1][rows])
+
+
+def chi_square(counts, draws, kept):
+    """p-value of equal chances, of counts of `draws` times `kept` of all patches."""
+    num_patches = len(counts)
+    share = kept / num_patches
+    variance = draws * share * (1.0 - share) * num_patches / (num_patches - 1)
+    statistic = np.sum((counts - draws * share) ** 2) / variance
+    return stats.chi2.sf(statistic, num_patches - 1)
 
 
 def output_mask(tensor):

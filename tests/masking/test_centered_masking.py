@@ -3,8 +3,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from tests.masking import masking_reference as reference
-from tests.masking.images import assert_selects, draw_noise, numpy
-from tests.masking.test_cluster_masking import tokens_of
+from tests.masking.images import CLEAR, assert_selects, draw_noise, numpy
 
 ROWS = 48
 # Rows, columns. Odd, even, and not square.
@@ -20,7 +19,7 @@ def test_selects_as_the_reference_wherever_the_cut_is_clear(grid):
         noise = draw_noise(rng, ROWS, num_patches)
         score = reference.centered_score(noise, grid, variance)
         K = reference.kept_count(num_patches, mask_ratio)
-        clear = reference.gap_at_cut(-score, noise, K) > 2**-11
+        clear = reference.gap_at_cut(-score, noise, K) > CLEAR
         masking = kcm.CenteredMasking(mask_ratio, variance, grid=grid)
         expected = reference.select_centered(noise, grid, mask_ratio, variance)
         assert_selects(masking, expected, clear, noise=noise)
@@ -41,12 +40,6 @@ def test_keeps_the_center_always_and_the_border_rarely():
     assert abs(share[border].mean() - 0.327) < 0.005
 
 
-def test_a_large_variance_is_nearly_random():
-    masking = kcm.CenteredMasking(0.5, variance=1e4, grid=(4, 6))
-    noise = draw_noise(np.random.default_rng(2), ROWS, 24)
-    assert_selects(masking, reference.select_random(noise, 0.5), noise=noise)
-
-
 def test_a_tiny_variance_keeps_the_center_and_random_others():
     masking = kcm.CenteredMasking(0.5, variance=1e-9, grid=(3, 5))
     noise = draw_noise(np.random.default_rng(3), ROWS, 15)
@@ -60,18 +53,5 @@ def test_a_tiny_variance_keeps_the_center_and_random_others():
 @pytest.mark.any_backend
 @pytest.mark.parametrize("variance", [0, -0.2, float("nan"), float("inf"), "wide"])
 def test_refuses_a_variance_that_is_not_finite_and_positive(variance):
-    with pytest.raises(ValueError, match=r"`variance` must .*Received: variance="):
+    with pytest.raises(ValueError, match=r"`variance` .*Received: variance="):
         kcm.CenteredMasking(variance=variance)
-
-
-def test_sees_the_shape_of_the_images():
-    # 3 x 7 and 7 x 3 patches have other centers.
-    noise = draw_noise(np.random.default_rng(4), ROWS, 21)
-    for grid in [(3, 7), (7, 3)]:
-        images = np.zeros((ROWS, grid[0] * 4, grid[1] * 4, 3), "uint8")
-        masking = kcm.CenteredMasking(0.8, num_prefix_tokens=1)
-        score = reference.centered_score(noise, grid, 0.2)
-        clear = reference.gap_at_cut(-score, noise, 4) > 2**-11
-        expected = reference.select_centered(noise, grid, 0.8, 0.2)
-        inputs = dict(images=images, tokens=tokens_of(ROWS, 22), noise=noise)
-        assert_selects(masking, expected, clear, **inputs)

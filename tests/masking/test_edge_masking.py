@@ -7,13 +7,12 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.edge_masking import doubly_stochastic_rows, edge_map
 from tests.masking import masking_reference as reference
 from tests.masking.images import (
+    CLEAR,
     assert_selects,
     compiled_select,
     draw_noise,
     numpy,
-    photographs,
 )
-from tests.masking.test_cluster_masking import CLEAR, FALSE_ALARM, chi_square
 from tests.masking.test_kmeans_masking import GEOMETRIES, ROWS, case
 
 # With and without transport, of each way to take seeds.
@@ -85,32 +84,6 @@ def test_protect_keeps_strong_edges_more_often_than_chance(transport):
     assert abs(kept_edges(images, edges=None, **options)) < 4.0
 
 
-def test_protect_keeps_strong_edges_of_photographs():
-    assert kept_edges(photographs(64, 96, 100)) > 6.0
-
-
-@pytest.mark.parametrize("edges", ["protect", "released", None])
-def test_only_protect_depends_on_the_edges_of_the_image(edges):
-    rng = np.random.default_rng(4)
-    # Other gray levels have other edges between them, and the patches are as alike.
-    one, other = (grain(3.0 * rng.random((ROWS, 6, 4))) for _ in range(2))
-    noise = draw_noise(rng, ROWS, 24)
-    masking = kcm.EdgeMasking(8, seed_ratio=0.25, edges=edges)
-    one, other = (numpy(*masking.select(x, noise=noise))[0] for x in (one, other))
-    assert np.all(one == other) == (edges != "protect")
-
-
-@pytest.mark.parametrize("edges", ["protect", "released", None])
-@pytest.mark.parametrize("value", [0, 200])
-def test_flat_images_keep_every_position_equally_often(edges, value):
-    # Rounding errors are no edges, and neither is the border.
-    images = np.full((6000, 16, 16, 1), value, "uint8")
-    masking = kcm.EdgeMasking(4, 0.75, edges=edges, seed=3)
-    indices, _ = numpy(*masking.select(images=images))
-    counts = np.bincount(indices.ravel(), minlength=16)
-    assert chi_square(counts, 6000, 4) > FALSE_ALARM
-
-
 @pytest.mark.parametrize("grid", [(3, 5), (6, 4), (1, 9), (2, 7)])
 def test_edges_are_those_of_a_sobel_filter_on_gray_levels(grid):
     patches = np.random.default_rng(5).random((8, grid[0] * grid[1], 12))
@@ -161,17 +134,17 @@ def test_zero_tokens_are_like_none_even_themselves():
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("argument", "value"),
     [
-        ({"edges": "released "}, "`edges` must be one of 'protect', 'released', None"),
-        ({"edges": True}, "`edges` must be one of 'protect', 'released', None"),
-        ({"threshold": 1.5}, "`threshold` must be in"),
-        ({"threshold": None}, "`threshold` must be in"),
-        ({"seed_ratio": -0.1}, "`seed_ratio` must be in"),
-        ({"seed_ratio": 1.1}, "`seed_ratio` must be in"),
-        ({"transport": "no"}, "`transport` must be one of True, False"),
+        ("edges", "released "),
+        ("edges", True),
+        ("threshold", 1.5),
+        ("threshold", None),
+        ("seed_ratio", -0.1),
+        ("seed_ratio", 1.1),
+        ("transport", "no"),
     ],
 )
-def test_refuses_what_it_cannot_do(options, message):
-    with pytest.raises(ValueError, match=rf"{message}.* Received: "):
-        kcm.EdgeMasking(4, **options)
+def test_refuses_and_names_the_argument(argument, value):
+    with pytest.raises(ValueError, match=rf"`{argument}` .*Received: {argument}="):
+        kcm.EdgeMasking(4, **{argument: value})

@@ -7,9 +7,15 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.context import part_of_batch
 from keras_cluster_mask.masking.patch_grid import grid_of_square_patches
 from keras_cluster_mask.masking.selection import order_by_score, second_draw
-from tests.helpers import MASKINGS
-from tests.masking.images import draw_noise, dtype_of, numpy, output_mask
-from tests.masking.test_cluster_masking import FALSE_ALARM, chi_square, tokens_of
+from tests.masking.images import (
+    FALSE_ALARM,
+    chi_square,
+    draw_noise,
+    dtype_of,
+    numpy,
+    output_mask,
+    tokens_of,
+)
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -72,26 +78,11 @@ class TestStrategy:
         # What is not hidden has an influence, and is counted so.
         np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.2, atol=1e-6)
 
-    def test_does_not_hide_where_the_score_says_nothing(self):
-        masking = ByLength(0.5, num_prefix_tokens=1)
-        assert not masking.hides_tokens
-        assert output_mask(masking(tokens_of(2, 9), training=True)) is None
-
     @pytest.mark.any_backend
     def test_without_score_is_told_what_to_write(self):
         masking = kcm.PatchMasking(num_prefix_tokens=1)
         with pytest.raises(NotImplementedError, match="must implement `score"):
             masking.select(tokens=tokens_of(2, 9))
-
-    @pytest.mark.any_backend
-    def test_survives_its_config(self):
-        masking = ByLength(0.75, num_prefix_tokens=1, seed=3, name="longest")
-        revived = keras.saving.deserialize_keras_object(
-            keras.saving.serialize_keras_object(masking)
-        )
-        assert type(revived) is ByLength
-        assert revived.get_config() == masking.get_config()
-        assert revived.mask_ratio == 0.75
 
 
 class TestOrder:
@@ -113,53 +104,16 @@ class TestOrder:
         np.testing.assert_array_equal(got, [[1, 3, 2, 0]])
 
 
-class TestNoise:
-    def test_is_float32_of_shape_batch_patches_in_the_unit_interval(self):
-        masking = kcm.ClusterMasking(8, seed=0, dtype="mixed_bfloat16")
-        noise = masking.draw(100, 196)
-        assert dtype_of(noise) == "float32"
-        noise = numpy(noise)
-        assert noise.shape == (100, 196)
-        assert noise.min() >= 0.0
-        assert noise.max() < 1.0
-        assert abs(noise.mean() - 0.5) < 6 * np.sqrt(1 / 12 / noise.size)
-        # Full resolution: rounded to bfloat16 there would be a few hundred values.
-        assert len(np.unique(noise)) > 0.99 * noise.size
-
-    def test_differs_from_step_to_step_and_between_images(self):
-        masking = kcm.ClusterMasking(8, seed=0)
-        first, second = numpy(masking.draw(2, 16), masking.draw(2, 16))
-        assert np.any(first != second)
-        assert np.any(first[0] != first[1])
-
-    def test_of_the_same_seed_gives_the_same_masks(self):
-        tokens = tokens_of(4, 1 + 16)
-
-        def run(seed):
-            masking = kcm.RandomMasking(num_prefix_tokens=1, seed=seed)
-            return np.stack([numpy(masking(tokens, training=True)) for _ in range(3)])
-
-        np.testing.assert_array_equal(run(7), run(7))
-        assert np.any(run(7) != run(8))
-
-    def test_is_all_the_randomness_there_is(self):
-        tokens, images = tokens_of(4, 17), np.zeros((4, 32, 32, 3), "uint8")
-        noise = draw_noise(np.random.default_rng(1), 4, 16)
-        outputs = []
-        for seed in (1, 2):
-            masking = kcm.ClusterMasking(8, softness=0.5, seed=seed)
-            before = numpy(masking.seed_generator.state.value)
-            kept = masking(tokens, images=images, training=True, noise=noise)
-            outputs.append(numpy(kept))
-            after = numpy(masking.seed_generator.state.value)
-            np.testing.assert_array_equal(after, before)
-        np.testing.assert_array_equal(*outputs)
-
-    def test_inference_draws_none(self):
-        masking = kcm.RandomMasking(num_prefix_tokens=1, seed=1)
-        before = numpy(masking.seed_generator.state.value)
-        masking(tokens_of(2, 17))
-        np.testing.assert_array_equal(numpy(masking.seed_generator.state.value), before)
+def test_noise_is_float32_in_the_unit_interval_under_any_policy():
+    noise = kcm.RandomMasking(seed=0, dtype="mixed_bfloat16").draw(100, 196)
+    assert dtype_of(noise) == "float32"
+    noise = numpy(noise)
+    assert noise.shape == (100, 196)
+    assert noise.min() >= 0.0
+    assert noise.max() < 1.0
+    assert abs(noise.mean() - 0.5) < 6 * np.sqrt(1 / 12 / noise.size)
+    # Full resolution: rounded to bfloat16 there would be a few hundred values.
+    assert len(np.unique(noise)) > 0.99 * noise.size
 
 
 # Strategies that depend on position alone.
@@ -167,69 +121,50 @@ BY_POSITION = [kcm.CenteredMasking, kcm.GridMasking, kcm.BlockMasking]
 
 
 @pytest.mark.parametrize("strategy", BY_POSITION)
-class TestGrid:
-    @pytest.mark.parametrize("grid", [(2, 8), (8, 2), (4, 4)])
-    def test_is_inferred_from_the_size_of_the_images(self, strategy, grid):
-        images = np.zeros((4, grid[0] * 4, grid[1] * 4, 3), "uint8")
-        noise = draw_noise(np.random.default_rng(0), 4, 16)
-        tokens = tokens_of(4, 1 + 16)
-        inferred = strategy(num_prefix_tokens=1)
-        given = strategy(grid=grid)
-        inputs = dict(training=True, noise=noise)
-        np.testing.assert_array_equal(
-            numpy(inferred(tokens, images=images, **inputs)),
-            numpy(given(tokens, **inputs)),
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (4, 4)])
+def test_a_grid_is_inferred_from_the_size_of_the_images(strategy, grid):
+    noise, tokens = draw_noise(np.random.default_rng(0), 4, 16), tokens_of(4, 17)
+    images = np.zeros((4, grid[0] * 4, grid[1] * 4, 3), "uint8")
+    expected, _ = numpy(*strategy(grid=grid).select(noise=noise))
+    inferred = strategy(num_prefix_tokens=1)
+    found, _ = numpy(*inferred.select(images, tokens, noise))
+    np.testing.assert_array_equal(found, expected)
+    if grid == (4, 4):
+        # Without images it is square.
+        found, _ = numpy(*inferred.select(None, tokens, noise))
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("strategy", BY_POSITION)
+@pytest.mark.parametrize(
+    ("grid", "num_patches", "images", "message"),
+    [
+        *(
+            (None, n, images, "`grid` .*Received: grid=None")
+            for n, images in ((12, None), (16, (2, 16, 48, 3)), (12, (2, 16, 16, 3)))
+        ),
+        *(
+            (x, 16, None, "`grid` .*Received: grid=")
+            for x in (4, (4,), (4, 0), (4.0, 4), (1, 2, 3), "grid")
+        ),
+        ((4, 4), 20, None, r"`tokens` .*Received: tokens\.shape\[1\]=21"),
+    ],
+)
+def test_a_grid_that_does_not_fit_is_refused(
+    strategy, grid, num_patches, images, message
+):
+    images = None if images is None else np.zeros(images, "uint8")
+    with pytest.raises(ValueError, match=message):
+        strategy(grid=grid, num_prefix_tokens=1)(
+            tokens_of(2, 1 + num_patches), images=images, training=True
         )
 
-    def test_is_square_where_no_images_are_given(self, strategy):
-        noise = draw_noise(np.random.default_rng(1), 4, 16)
-        inferred, _ = strategy(num_prefix_tokens=1).select(
-            tokens=tokens_of(4, 17), noise=noise
-        )
-        given, _ = strategy(grid=(4, 4)).select(noise=noise)
-        np.testing.assert_array_equal(*numpy(inferred, given))
 
-    @pytest.mark.any_backend
-    @pytest.mark.parametrize(
-        ("num_patches", "images_shape"),
-        [(12, None), (16, (2, 16, 48, 3)), (12, (2, 16, 16, 3))],
-    )
-    def test_that_cannot_be_inferred_must_be_given(
-        self, strategy, num_patches, images_shape
-    ):
-        images = None if images_shape is None else np.zeros(images_shape, "uint8")
-        masking = strategy(num_prefix_tokens=1)
-        message = r"`grid` must be given.*Received: grid=None, num_patches=1[26], ima"
-        with pytest.raises(ValueError, match=message):
-            masking(tokens_of(2, 1 + num_patches), images=images, training=True)
-
-    @pytest.mark.any_backend
-    @pytest.mark.parametrize("grid", [4, (4,), (4, 0), (4.0, 4), (1, 2, 3), "grid"])
-    def test_that_is_not_two_numbers_is_refused(self, strategy, grid):
-        with pytest.raises(ValueError, match=r"`grid` must be .*Received: grid="):
-            strategy(grid=grid)
-
-    @pytest.mark.any_backend
-    def test_that_does_not_fit_the_tokens_is_refused(self, strategy):
-        masking = strategy(grid=(4, 4), num_prefix_tokens=1)
-        message = r"does not fit the image grid: expected 17.*tokens\.shape\[1\]=21"
-        with pytest.raises(ValueError, match=message):
-            masking(tokens_of(2, 21), training=True)
-
-    @pytest.mark.any_backend
-    def test_alone_does_not_say_how_many_images_there_are(self, strategy):
-        with pytest.raises(ValueError, match=r"`noise` must be given.*noise=None"):
-            strategy(grid=(4, 4)).select()
-
-    @pytest.mark.any_backend
-    def test_survives_the_config(self, strategy):
-        masking = strategy(grid=(4, 6), num_prefix_tokens=1, seed=3, name="by_position")
-        revived = keras.saving.deserialize_keras_object(
-            keras.saving.serialize_keras_object(masking)
-        )
-        assert type(revived) is strategy
-        assert revived.get_config() == masking.get_config()
-        assert revived.grid == (4, 6)
+@pytest.mark.any_backend
+def test_a_grid_alone_does_not_say_how_many_images_there_are():
+    with pytest.raises(ValueError, match=r"`noise` .*Received: noise=None"):
+        kcm.GridMasking(grid=(4, 4)).select()
 
 
 def test_a_second_draw_is_uniform_and_does_not_depend_on_the_first():
@@ -252,30 +187,14 @@ def test_a_grid_is_inferred_from_images_of_both_data_formats():
         grid_of_square_patches(8, (16, 32, 3))
 
 
-class TestMaskRatio:
-    @pytest.mark.parametrize("mask_ratio", [0.0, 0.25, 0.9])
-    def test_last_mask_ratio_is_what_was_left_out(self, mask_ratio):
-        masking = kcm.RandomMasking(mask_ratio, num_prefix_tokens=1)
-        masking(tokens_of(2, 1 + 20), training=True)
-        np.testing.assert_allclose(
-            numpy(masking.last_mask_ratio), mask_ratio, atol=1e-6
-        )
-
-    def test_zero_keeps_all_tokens_as_they_are(self):
-        masking = kcm.ClusterMasking(8, mask_ratio=0.0)
-        tokens = tokens_of(2, 17)
-        images = np.zeros((2, 32, 32, 3), "uint8")
-        kept = masking(tokens, images=images, training=True)
-        np.testing.assert_array_equal(numpy(kept), tokens)
-
-    def test_moves_in_a_compiled_step(self):
-        masking = kcm.RandomMasking(0.25, num_prefix_tokens=1)
-        inputs = keras.Input((17, 6))
-        tokens = masking(keras.layers.Dense(6)(inputs), training=True)
-        model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(tokens))
-        model.compile("sgd", "mse")
-        model.train_on_batch(tokens_of(2, 17), np.zeros((2, 6), "float32"))
-        np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.25, atol=1e-6)
+def test_last_mask_ratio_moves_in_a_compiled_step():
+    masking = kcm.RandomMasking(0.25, num_prefix_tokens=1)
+    inputs = keras.Input((17, 6))
+    tokens = masking(keras.layers.Dense(6)(inputs), training=True)
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(tokens))
+    model.compile("sgd", "mse")
+    model.train_on_batch(tokens_of(2, 17), np.zeros((2, 6), "float32"))
+    np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.25, atol=1e-6)
 
 
 def test_an_incoming_keras_mask_passes_inference():
@@ -310,6 +229,8 @@ def test_check_ready_waits_until_values_can_be_read():
         def call(self, tokens, training=None):
             return ops.mean(masking(tokens, images=images, training=training), axis=1)
 
+    # Inference needs no threshold.
+    masking(tokens_of(2, 17), images=images)
     model = Model()
     model.masking = masking
     model.compile("sgd", "mse")
@@ -320,61 +241,13 @@ def test_check_ready_waits_until_values_can_be_read():
         masking(tokens_of(2, 17), images=images, training=True)
 
 
-def jit(function):
-    return pytest.importorskip("jax").jit(function)
-
-
-needs_jax = pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="Others trace without side effects."
-)
-
-
-@needs_jax
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: kcm.RandomMasking(num_prefix_tokens=1, seed=1),
-        lambda: kcm.ClusterMasking(
-            8, min_mask_ratio=0.25, threshold=0.1, embedding_weight=0.5, seed=1
-        ),
-    ],
-)
-def test_a_function_that_jax_compiles_leaves_the_state_as_it_was(make):
-    masking, other = make(), make()
-    tokens, images = tokens_of(2, 17), np.zeros((2, 32, 32, 3), "float32")
-    before = [numpy(v.value) for v in masking.variables]
-    step = jit(lambda x: masking(x, images=images, training=True))
-    with pytest.warns(UserWarning, match=r"(?s)`jax.jit`.*`noise`"):
-        compiled = numpy(step(tokens))
-    with pytest.warns(UserWarning, match=r"seed_generator_state"):
-        jit(lambda x: x + masking.draw(2, 16))(np.zeros((2, 16), "float32"))
-    assert masking._visible_tokens is None
-    for value, variable in zip(before, masking.variables):
-        np.testing.assert_array_equal(numpy(variable.value), value)
-    eager = numpy(masking(tokens, images=images, training=True))
-    np.testing.assert_array_equal(
-        eager, numpy(other(tokens, images=images, training=True))
-    )
-    np.testing.assert_allclose(compiled, eager, atol=1e-6)
-
-
-@needs_jax
-def test_a_compiled_function_that_is_given_the_noise_needs_no_state(recwarn):
-    masking = kcm.RandomMasking(num_prefix_tokens=1, seed=1)
-    tokens = tokens_of(2, 17)
-    step = jit(lambda x, noise: masking(x, training=True, noise=noise))
-    for seed in (0, 1):
-        noise = draw_noise(np.random.default_rng(seed), 2, 16)
-        expected = numpy(masking(tokens, training=True, noise=noise))
-        np.testing.assert_array_equal(numpy(step(tokens, noise)), expected)
-    assert not [w for w in recwarn if "jax.jit" in str(w.message)]
-
-
-@needs_jax
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Of `jax.jit`.")
 def test_a_stateless_call_returns_the_state_of_a_compiled_function():
-    masking = kcm.RandomMasking(0.25, num_prefix_tokens=1, seed=1)
-    other = kcm.RandomMasking(0.25, num_prefix_tokens=1, seed=1)
-    step = jit(lambda *args: masking.stateless_call([], *args, training=True))
+    jax = pytest.importorskip("jax")
+    masking, other = (
+        kcm.RandomMasking(0.25, num_prefix_tokens=1, seed=1) for _ in range(2)
+    )
+    step = jax.jit(lambda *args: masking.stateless_call([], *args, training=True))
     state = [v.value for v in masking.non_trainable_variables]
     for _ in range(2):
         kept, state = step(state, tokens_of(2, 17))
@@ -383,27 +256,7 @@ def test_a_stateless_call_returns_the_state_of_a_compiled_function():
         )
 
 
-# === Rows of a batch ===
-
-
-@pytest.mark.parametrize("strategy", MASKINGS)
-def test_a_part_of_a_batch_is_masked_as_in_the_whole_batch(strategy):
-    images = np.random.default_rng(0).normal(size=(6, 16, 16, 3)).astype("float32")
-    tokens = tokens_of(6, 1 + 16)
-    maskings = []
-    for _ in range(2):
-        keras.utils.set_random_seed(0)
-        maskings.append(MASKINGS[strategy](num_prefix_tokens=1, seed=1))
-    masking, same = maskings
-    whole, _ = same.select(images, tokens)
-    with part_of_batch(6, lambda noise: noise[2:5]):
-        part, _ = masking.select(images[2:5], tokens[2:5])
-    np.testing.assert_array_equal(
-        ops.convert_to_numpy(part), ops.convert_to_numpy(whole)[2:5]
-    )
-
-
-def test_a_part_ends_with_its_block_even_after_an_error():
+def test_a_part_of_a_batch_ends_with_its_block_even_after_an_error():
     images = np.zeros((3, 16, 16, 3), "float32")
     with pytest.raises(RuntimeError), part_of_batch(6, lambda noise: noise[:1]):
         raise RuntimeError

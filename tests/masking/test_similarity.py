@@ -57,9 +57,10 @@ def test_flat_patches_are_alike_and_unlike_textured_ones():
     assert np.abs(got[one]).max() < 0.01
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e6])
-def test_pixel_similarity_is_finite_and_1_to_itself(scale):
-    images = scale * textured(np.random.default_rng(3), 8, 24, 16, 3)
+@pytest.mark.parametrize("offset", [0.0, 1.0, -1.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-12, 1e-4, 1.0, 1e6, 1e12])
+def test_pixel_similarity_is_finite_and_1_to_itself(scale, offset):
+    images = scale * (textured(np.random.default_rng(3), 8, 24, 16, 3) + offset)
     images[::2] = images[::2].mean()
     anchors = np.broadcast_to(np.arange(24, dtype="int32"), (8, 24)).copy()
     cut = library.extract_patches(tensor(images), (4, 4), "channels_last")

@@ -14,12 +14,14 @@ from tests.masking.images import (
     assert_selects,
     compiled_select,
     draw_noise,
-    dtype_of,
     numpy,
     photographs,
+    ramp,
     textured,
+    tokens_of,
 )
-from tests.masking.test_cluster_masking import ROWS, tokens_of
+
+ROWS = 32
 
 STRATEGIES = {
     "cluster": kcm.ClusterMasking,
@@ -30,10 +32,6 @@ STRATEGIES = {
     "edge": kcm.EdgeMasking,
 }
 BUDGET = [name for name in STRATEGIES if name != "threshold"]
-
-
-def ramp(steps=4):
-    return keras.optimizers.schedules.PolynomialDecay(0.0, steps, 1.0)
 
 
 # === Images ===
@@ -115,21 +113,6 @@ def test_data_format_defaults_to_the_configured_one(strategy):
     assert STRATEGIES[strategy](8).data_format == before
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_rows_of_a_batch_do_not_influence_one_another(strategy):
-    rng = np.random.default_rng(32)
-    images = photographs(32, 48, ROWS)
-    noise = draw_noise(rng, ROWS, 24)
-    half = ROWS // 2
-    others = np.concatenate([photographs(32, 48, ROWS + half)[ROWS:], images[:half]])
-    other_noise = np.concatenate([draw_noise(rng, half, 24), noise[:half]])
-    masking = STRATEGIES[strategy](8)
-    alone = numpy(*masking.select(images=images, noise=noise))
-    moved = numpy(*masking.select(images=others, noise=other_noise))
-    for before, after in zip(alone, moved):
-        np.testing.assert_array_equal(after[half:], before[:half])
-
-
 # === The mix of pixels and tokens ===
 
 
@@ -168,152 +151,34 @@ def test_step_advances_in_a_compiled_training_step(strategy):
     assert int(numpy(masking.step.value)) == 3
 
 
-@pytest.mark.parametrize("strategy", BUDGET)
-def test_masks_do_not_depend_on_the_dtype_policy(strategy):
-    noise = draw_noise(np.random.default_rng(21), ROWS, 24)
-    pixels = photographs(32, 48, ROWS).astype("float32") / 255
-    tokens = tokens_of(ROWS, 25)
-    plain, mixed = (
-        STRATEGIES[strategy](8, embedding_weight=0.5, dtype=policy)
-        for policy in ("float32", "mixed_bfloat16")
-    )
-    expected = numpy(*plain.select(pixels, tokens, noise))
-    for masking in (plain, mixed):
-        kept = masking(tokens, images=pixels, training=True, noise=noise)
-        assert dtype_of(kept) == "float32"
-        np.testing.assert_array_equal(numpy(kept)[:, 0], tokens[:, 0])
-        patches = np.take_along_axis(tokens[:, 1:], expected[0][:, :, None], axis=1)
-        np.testing.assert_array_equal(numpy(kept)[:, 1:], patches)
-
-
-@pytest.mark.parametrize("strategy", BUDGET)
-def test_gradients_reach_kept_tokens_alone(strategy):
-    images, tokens = photographs(32, 48, ROWS), tokens_of(ROWS, 25)
-    noise = draw_noise(np.random.default_rng(22), ROWS, 24)
-    masking = STRATEGIES[strategy](8, embedding_weight=0.5)
-    indices, _ = numpy(*masking.select(images, tokens, noise))
-    source = keras.Variable(tokens)
-
-    class Sum(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.masking, self.source = masking, source
-
-        def call(self, inputs, training=None):
-            images, noise = inputs
-            tokens = ops.convert_to_tensor(self.source)
-            return self.masking(tokens, images, training=training, noise=noise)
-
-    model = Sum()
-    model.compile(
-        keras.optimizers.SGD(1.0), loss=lambda _, kept: ops.mean(ops.sum(kept, 1))
-    )
-    model.train_on_batch([images, noise], np.zeros((ROWS, 13, 6), "float32"))
-    moved = numpy(source.value) != tokens
-    expected = np.zeros((ROWS, 25), bool)
-    expected[:, 0] = True
-    np.put_along_axis(expected, 1 + indices, True, axis=1)
-    np.testing.assert_array_equal(moved.all(axis=-1), expected)
-    np.testing.assert_array_equal(moved.any(axis=-1), expected)
-
-
-# === Configuration and errors ===
+# === Errors ===
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize("strategy", BUDGET)
 @pytest.mark.parametrize(
-    ("strategy", "extra"),
+    ("options", "images", "received"),
     [
-        ("cluster", {"anchor_ratio": 0.1, "softness": 0.4}),
-        ("cluster", {"min_mask_ratio": 0.3, "hide_padding": False}),
-        ("cluster", {"embedding_weight": 0.25}),
-        ("kmeans", {"num_clusters": 3, "iterations": 2}),
-        ("edge", {"seed_ratio": 0.2, "threshold": 0.3}),
-        ("edge", {"edges": None, "transport": False}),
-        *((name, {"embedding_weight": ramp()}) for name in BUDGET),
+        *(({"embedding_weight": x}, None, "embedding_weight") for x in (1.1, "linear")),
+        ({"data_format": "NHWC"}, None, "data_format"),
+        *(
+            ({"patch_size": x}, None, "patch_size")
+            for x in (0, (8, 8, 8), (8, -8), 8.0, "8", None)
+        ),
+        ({}, (2, 30, 32, 3), "height=30"),
+        ({}, (2, 32, 30, 3), "width=30"),
+        ({"data_format": "channels_first"}, (2, 3, 30, 32), "height=30"),
+        ({"data_format": "channels_first"}, (2, 3, 32, 30), "width=30"),
+        *(({}, x, "images.shape") for x in ((2, 32, 32), (2, 1, 32, 32, 3))),
+        ({}, None, "images"),
+        ({"embedding_weight": 0.5}, (2, 32, 32, 3), "tokens"),
     ],
 )
-def test_config_round_trip_keeps_every_argument(strategy, extra):
-    options = {
-        "patch_size": (8, 4),
-        "mask_ratio": 0.6,
-        "num_prefix_tokens": 2,
-        "data_format": "channels_first",
-        "seed": 7,
-        "name": "mask",
-        **extra,
-    }
-    masking = STRATEGIES[strategy](**options, dtype="mixed_bfloat16")
-    config = masking.get_config()
-    for key, value in options.items():
-        if key != "embedding_weight":
-            assert config[key] == value
-    for revived in (
-        type(masking).from_config(config),
-        keras.saving.deserialize_keras_object(
-            keras.saving.serialize_keras_object(masking)
-        ),
-    ):
-        assert type(revived) is type(masking)
-        assert revived.get_config() == config
-        assert revived.dtype_policy.name == "mixed_bfloat16"
-        assert type(revived.embedding_weight) is type(masking.embedding_weight)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("strategy", BUDGET)
-class TestErrors:
-    tokens = tokens_of(2, 1 + 16)
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"mask_ratio": 1.0}, "`mask_ratio` must be in"),
-            ({"embedding_weight": 1.1}, "`embedding_weight` must be in"),
-            ({"embedding_weight": "linear"}, "`embedding_weight` must be in"),
-            ({"data_format": "NHWC"}, "`data_format` must be"),
-            ({"patch_size": 0}, "`patch_size` must be"),
-            ({"patch_size": (8, 8, 8)}, "`patch_size` must be"),
-            ({"patch_size": (8, -8)}, "`patch_size` must be"),
-            ({"patch_size": 8.0}, "`patch_size` must be"),
-            ({"patch_size": "8"}, "`patch_size` must be"),
-            ({"patch_size": None}, "`patch_size` must be"),
-        ],
-    )
-    def test_of_arguments_name_them_and_what_was_received(
-        self, strategy, options, message
-    ):
-        with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
-            STRATEGIES[strategy](**{"patch_size": 8, **options})
-
-    @pytest.mark.parametrize(
-        ("shape", "data_format", "message"),
-        [
-            ((2, 30, 32, 3), "channels_last", "The height .*height=30"),
-            ((2, 32, 30, 3), "channels_last", "The width .*width=30"),
-            ((2, 3, 30, 32), "channels_first", "The height .*height=30"),
-            ((2, 3, 32, 30), "channels_first", "The width .*width=30"),
-            ((2, 32, 32), "channels_last", "rank 4"),
-            ((2, 1, 32, 32, 3), "channels_last", "rank 4"),
-        ],
-    )
-    def test_of_images_say_which_side_does_not_fit(
-        self, strategy, shape, data_format, message
-    ):
-        masking = STRATEGIES[strategy](8, data_format=data_format)
-        with pytest.raises(ValueError, match=rf"(?s){message}") as error:
-            masking(self.tokens, images=np.zeros(shape, "uint8"), training=True)
-        assert "Received: " in str(error.value)
-
-    def test_of_missing_images_name_the_layer(self, strategy):
-        masking = STRATEGIES[strategy](8, name="my_masking")
-        message = r"`my_masking` needs the images[\s\S]*Received: images=None"
-        with pytest.raises(ValueError, match=message):
-            masking(self.tokens, training=True)
-        with pytest.raises(ValueError, match=message):
-            masking.select()
-
-    def test_of_a_mix_without_tokens_say_so(self, strategy):
-        masking = STRATEGIES[strategy](8, embedding_weight=0.5)
-        with pytest.raises(ValueError, match=r"`tokens` must be[\s\S]*Received: "):
-            masking.select(images=photographs(32, 48, ROWS))
+def test_refuses_and_says_what_was_received(strategy, options, images, received):
+    images = None if images is None else np.zeros(images, "uint8")
+    name = received.split("=")[0].split(".")[0]
+    message = rf"(?s)`?{name}`? .*Received: {received}"
+    with pytest.raises(ValueError, match=message):
+        STRATEGIES[strategy](**{"patch_size": 8, **options}).select(
+            images, noise=np.zeros((2, 16), "float32")
+        )

@@ -1,0 +1,93 @@
+"""Which patches of given images a masking keeps, for statistics and plots."""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.masking.context import prefix_tokens
+from keras_cluster_mask.masking.patch_grid import standardize_patch_size
+
+
+def patch_size_of(masking, patch_size):
+    """The sides of a patch: the masking's own or, if it has none, the given ones."""
+    own = masking.patch_size
+    if own is None and patch_size is None:
+        raise ValueError(
+            f"`patch_size` must be given for a {type(masking).__name__}, which has "
+            "none of its own. Received: patch_size=None"
+        )
+    if own is None or patch_size is None:
+        return standardize_patch_size(own or patch_size)
+    patch_size = standardize_patch_size(patch_size)
+    if patch_size != standardize_patch_size(own):
+        raise ValueError(
+            "`patch_size` must be that of the masking, or None. Received: "
+            f"patch_size={patch_size}, masking.patch_size={own}"
+        )
+    return patch_size
+
+
+def masking_inputs(masking, images, grid, embed):
+    """The pixels and the tokens that a masking gets in training.
+
+    Args:
+        masking: A `PatchMasking`.
+        images: Array of images.
+        grid: Tuple `(rows, columns)` of their patches.
+        embed: Function from pixels to tokens. `None` makes zeros, which say how many
+            tokens there are.
+
+    Raises:
+        ValueError: If the masking has another grid, needs `embed`, or gets tokens from
+            it that do not fit.
+    """
+    if masking.grid not in (None, grid):
+        raise ValueError(
+            f"`grid` of the {type(masking).__name__} must be that of the patches of "
+            f"`images`, {grid}, or None. Received: grid={masking.grid}, "
+            f"images.shape={images.shape}"
+        )
+    pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
+    num_patches = math.prod(grid)
+    if embed is None:
+        # A schedule may start at 0, where tokens do not matter yet.
+        if getattr(masking, "embedding_weight", 0.0) != 0.0:
+            _refuse_to_go_without_tokens(masking)
+        num_tokens = (masking.num_prefix_tokens or 0) + num_patches
+        return pixels, ops.zeros((len(images), num_tokens, 1))
+    tokens = embed(pixels)
+    if len(tokens.shape) != 3 or tokens.shape[1] < num_patches:
+        raise ValueError(
+            "`embed` must return tokens (batch, prefix + N, dim) with "
+            f"N={num_patches} patches. Received: tokens.shape={tuple(tokens.shape)}"
+        )
+    return pixels, tokens
+
+
+def check_tokens_do_not_matter(masking, pixels, tokens, noise):
+    """Raises if the masking chooses other patches for other tokens."""
+    values = np.random.default_rng(0).normal(size=tokens.shape)
+    other = ops.convert_to_tensor(values.astype("float32"))
+    kept = [keep_mask(masking, pixels, each, noise) for each in (tokens, other)]
+    if np.any(kept[0] != kept[1]):
+        _refuse_to_go_without_tokens(masking)
+
+
+def _refuse_to_go_without_tokens(masking):
+    raise ValueError(
+        f"`embed` must be given, as the {type(masking).__name__} looks at tokens. "
+        "Received: embed=None"
+    )
+
+
+def keep_mask(masking, pixels, tokens, noise):
+    """`(batch, N)` booleans, true for the patches that stay and are seen."""
+    # The noise says how many tokens are patches.
+    with prefix_tokens(tokens.shape[1] - noise.shape[1]):
+        indices, visible = masking.select(pixels, tokens, noise)
+    kept = np.zeros(tuple(noise.shape), dtype=bool)
+    np.put_along_axis(
+        kept, ops.convert_to_numpy(indices), ops.convert_to_numpy(visible), axis=1
+    )
+    return kept

@@ -1,0 +1,329 @@
+"""What every masking must satisfy."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.masking.context import part_of_batch
+from tests.masking.images import (
+    FALSE_ALARM,
+    GrayAttention,
+    chi_square,
+    draw_noise,
+    dtype_of,
+    numpy,
+    output_mask,
+    photographs,
+    ramp,
+    tokens_of,
+)
+
+ROWS, N = 32, 24
+# 4 x 6 patches of 4 x 4 pixels.
+IMAGES = photographs(16, 24, ROWS)
+NOISE = draw_noise(np.random.default_rng(0), ROWS, N)
+
+
+def attentive(**options):
+    return kcm.AttentiveMasking(GrayAttention((4, 6)), **options)
+
+
+def by_threshold(**options):
+    options = {"min_mask_ratio": 0.3, "threshold": 0.14, **options}
+    return kcm.ClusterMasking(4, **options)
+
+
+# How a masking is made, and how many of the patches it keeps.
+STRATEGIES = {
+    "random": (kcm.RandomMasking, 12),
+    "centered": (kcm.CenteredMasking, 12),
+    "grid": (kcm.GridMasking, 6),
+    "block": (kcm.BlockMasking, 12),
+    "cluster": (lambda **options: kcm.ClusterMasking(4, **options), 12),
+    "soft": (lambda **options: kcm.ClusterMasking(4, softness=0.2, **options), 12),
+    "threshold": (by_threshold, 16),
+    "threshold_shown": (lambda **x: by_threshold(hide_padding=False, **x), 16),
+    "kmeans": (lambda **options: kcm.KMeansMasking(4, **options), 12),
+    "edge": (lambda **options: kcm.EdgeMasking(4, **options), 12),
+    "attentive": (attentive, 12),
+}
+SIMILARITY = ["cluster", "soft", "kmeans", "edge"]
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+def make(strategy, num_prefix_tokens=1, **options):
+    made, _ = STRATEGIES[strategy]
+    return made(num_prefix_tokens=num_prefix_tokens, **options)
+
+
+@every_strategy
+def test_keeps_tokens_in_their_order_behind_the_prefix(strategy):
+    num_kept = STRATEGIES[strategy][1]
+    for prefix, dtype in ((0, "float32"), (1, "float16"), (3, "bfloat16")):
+        masking = make(strategy, prefix)
+        tokens = tokens_of(ROWS, prefix + N, dtype=dtype)
+        kept = masking(tokens, images=IMAGES, training=True, noise=NOISE)
+        indices, visible = numpy(*masking.select(IMAGES, tokens, NOISE))
+        assert indices.shape == visible.shape == (ROWS, num_kept)
+        assert indices.dtype == np.int32
+        assert visible.dtype == bool
+        assert indices.min() >= 0
+        assert indices.max() < N
+        assert np.all(np.diff(indices, axis=1) > 0)
+
+        assert dtype_of(kept) == dtype
+        patches = np.take_along_axis(tokens[:, prefix:], indices[:, :, None], axis=1)
+        expected = np.concatenate([tokens[:, :prefix], patches], axis=1)
+        np.testing.assert_array_equal(
+            numpy(ops.cast(kept, "float32")), expected.astype("float32")
+        )
+        share = 1.0 - visible.sum(axis=1).mean() / N
+        np.testing.assert_allclose(numpy(masking.last_mask_ratio), share, atol=1e-6)
+        mask = output_mask(kept)
+        if strategy == "threshold":
+            assert mask[:, :prefix].all()
+            np.testing.assert_array_equal(mask[:, prefix:], visible)
+            assert not visible.all()
+        else:
+            assert mask is None
+            assert visible.all()
+
+
+@every_strategy
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_inference_returns_the_very_tokens_and_changes_nothing(strategy, policy):
+    masking = make(strategy, dtype=policy)
+    masking(tokens_of(ROWS, 1 + N), images=IMAGES, training=True)
+    before = [numpy(variable) for variable in masking.variables]
+    for dtype, training in itertools.product(("float16", "bfloat16"), (None, False)):
+        tokens = ops.convert_to_tensor(tokens_of(ROWS, 1 + N, dtype=dtype))
+        for out in (masking(tokens, training=training), masking(tokens, IMAGES)):
+            assert dtype_of(out) == dtype
+            np.testing.assert_array_equal(
+                *(numpy(ops.cast(x, "float32")) for x in (out, tokens))
+            )
+            assert output_mask(out) is None
+    for variable, value in zip(masking.variables, before):
+        np.testing.assert_array_equal(numpy(variable), value)
+
+
+@every_strategy
+def test_a_seed_repeats_the_masks_of_all_steps(strategy):
+    tokens = tokens_of(ROWS, 1 + N)
+
+    def run(seed):
+        masking = make(strategy, seed=seed)
+        steps = [masking(tokens, images=IMAGES, training=True) for _ in range(2)]
+        return np.stack([numpy(kept) for kept in steps])
+
+    one, again, other = run(7), run(7), run(8)
+    np.testing.assert_array_equal(one, again)
+    if make(strategy).is_random:
+        assert np.any(one != other)
+        assert np.any(one[0] != one[1])
+
+
+@every_strategy
+def test_noise_is_all_the_randomness_there_is(strategy):
+    tokens, outputs = tokens_of(ROWS, 1 + N), []
+    for seed in (1, 2):
+        masking = make(strategy, seed=seed)
+        before = numpy(masking.seed_generator.state)
+        kept = masking(tokens, images=IMAGES, training=True, noise=NOISE)
+        outputs.append(numpy(kept))
+        np.testing.assert_array_equal(numpy(masking.seed_generator.state), before)
+    np.testing.assert_array_equal(*outputs)
+
+
+@every_strategy
+def test_a_part_of_a_batch_is_masked_as_in_the_whole_batch(strategy):
+    tokens = tokens_of(ROWS, 1 + N)
+    whole = make(strategy, seed=1).select(IMAGES, tokens)
+    with part_of_batch(ROWS, lambda noise: noise[2:5]):
+        part = make(strategy, seed=1).select(IMAGES[2:5], tokens[2:5])
+    for found, expected in zip(numpy(*part), numpy(*whole)):
+        np.testing.assert_array_equal(found, expected[2:5])
+
+
+@pytest.mark.parametrize("strategy", [x for x in STRATEGIES if "threshold" not in x])
+def test_a_mask_ratio_of_zero_keeps_all_tokens(strategy):
+    options = {"window": 1} if strategy == "grid" else {"mask_ratio": 0.0}
+    tokens = tokens_of(ROWS, 1 + N)
+    masking = make(strategy, **options)
+    kept = masking(tokens, images=IMAGES, training=True)
+    np.testing.assert_array_equal(numpy(kept), tokens)
+
+
+@every_strategy
+def test_masks_do_not_depend_on_the_dtype_policy(strategy):
+    options = {"embedding_weight": 0.5} if strategy in SIMILARITY else {}
+    pixels = IMAGES.astype("float32") / 255.0
+    tokens = tokens_of(ROWS, 1 + N)
+    float32, mixed = (
+        make(strategy, dtype=policy, **options)
+        for policy in ("float32", "mixed_bfloat16")
+    )
+    for found, expected in zip(
+        mixed.select(pixels, tokens, NOISE), float32.select(pixels, tokens, NOISE)
+    ):
+        np.testing.assert_array_equal(*numpy(found, expected))
+
+
+@pytest.mark.any_backend
+@every_strategy
+def test_the_symbolic_output_has_the_dtype_of_the_tokens(strategy):
+    masking = make(strategy, dtype="mixed_bfloat16")
+    for dtype in ("float32", "bfloat16"):
+        tokens = keras.KerasTensor((ROWS, 1 + N, 6), dtype=dtype)
+        images = keras.KerasTensor(IMAGES.shape, dtype="uint8")
+        symbolic = masking(tokens, images=images, training=True)
+        assert dtype_of(symbolic) == dtype
+        assert symbolic.shape == (ROWS, None, 6)
+    shape = masking.compute_output_shape((None, 1 + N, 6), IMAGES.shape)
+    assert tuple(shape) == (None, None, 6)
+
+
+@pytest.mark.parametrize("strategy", ["random", *SIMILARITY])
+def test_gradients_reach_kept_tokens_alone(strategy):
+    options = {"embedding_weight": 0.5} if strategy in SIMILARITY else {}
+    masking = make(strategy, **options)
+    tokens = tokens_of(ROWS, 1 + N)
+    indices, _ = numpy(*masking.select(IMAGES, tokens, NOISE))
+    source = keras.Variable(tokens)
+
+    class Sum(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.masking, self.source = masking, source
+
+        def call(self, inputs, training=None):
+            images, noise = inputs
+            tokens = ops.convert_to_tensor(self.source)
+            return self.masking(tokens, images, training=training, noise=noise)
+
+    model = Sum()
+    model.compile(
+        keras.optimizers.SGD(1.0), loss=lambda _, kept: ops.mean(ops.sum(kept, 1))
+    )
+    model.train_on_batch([IMAGES, NOISE], np.zeros((ROWS, 13, 6), "float32"))
+    moved = numpy(source.value) != tokens
+    expected = np.zeros((ROWS, 1 + N), bool)
+    expected[:, 0] = True
+    np.put_along_axis(expected, 1 + indices, True, axis=1)
+    np.testing.assert_array_equal(moved.all(axis=-1), expected)
+    np.testing.assert_array_equal(moved.any(axis=-1), expected)
+
+
+@pytest.mark.parametrize(
+    ("masking", "kept"),
+    [
+        (kcm.RandomMasking(0.75, 0, seed=3), 4),
+        (kcm.GridMasking(2, num_prefix_tokens=0, seed=3), 4),
+        (kcm.ClusterMasking(4, 0.75, seed=3), 4),
+        (kcm.ClusterMasking(4, 0.5, softness=0.3, seed=3), 8),
+        (kcm.ClusterMasking(4, min_mask_ratio=0.75, threshold=0.5, seed=3), 1),
+        (kcm.ClusterMasking(4, min_mask_ratio=0.75, threshold=1.0, seed=3), 4),
+        (by_threshold(min_mask_ratio=0.75, hide_padding=False, seed=3), 4),
+        (kcm.KMeansMasking(4, 0.75, seed=3), 4),
+        *((kcm.EdgeMasking(4, 0.75, edges=x, seed=3), 4) for x in ("protect", None)),
+        (kcm.EdgeMasking(4, 0.75, edges="released", seed=3), 4),
+    ],
+)
+def test_flat_images_keep_every_position_equally_often(masking, kept):
+    # Where nothing tells patches apart, every position is as likely as another.
+    images = np.full((6000, 16, 16, 1), 200, "uint8")
+    images[::2] = 0
+    indices, visible = numpy(*masking.select(images, np.zeros((6000, 16, 1))))
+    np.testing.assert_array_equal(visible.sum(axis=1), kept)
+    counts = np.bincount(indices[visible], minlength=16)
+    assert chi_square(counts, 6000, kept) > FALSE_ALARM
+
+
+@pytest.mark.any_backend
+def test_the_test_of_positions_notices_a_preferred_one():
+    noise = np.random.default_rng(13).random((6000, 16))
+    noise[:, 0] += 0.1
+    counts = np.bincount(np.argsort(noise)[:, 12:].ravel(), minlength=16)
+    assert chi_square(counts, 6000, 4) < FALSE_ALARM
+
+
+IN_PIXELS = {"patch_size": (8, 4), "data_format": "channels_first", "mask_ratio": 0.6}
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        (kcm.RandomMasking, {"mask_ratio": 0.6}),
+        (kcm.CenteredMasking, {"variance": 0.3, "grid": (4, 6)}),
+        (kcm.GridMasking, {"window": 3, "grid": (3, 6)}),
+        (kcm.BlockMasking, {"mask_ratio": 0.6, "grid": (4, 6)}),
+        (kcm.ClusterMasking, {**IN_PIXELS, "anchor_ratio": 0.1, "softness": 0.4}),
+        (
+            kcm.ClusterMasking,
+            {
+                **IN_PIXELS,
+                "min_mask_ratio": 0.3,
+                "threshold": 0.25,
+                "hide_padding": False,
+            },
+        ),
+        (kcm.KMeansMasking, {**IN_PIXELS, "num_clusters": 3, "iterations": 2}),
+        (kcm.EdgeMasking, {**IN_PIXELS, "seed_ratio": 0.2, "threshold": 0.3}),
+        (kcm.EdgeMasking, {"patch_size": (8, 4), "edges": None, "transport": False}),
+        *(
+            (strategy, {"patch_size": (8, 4), "embedding_weight": weight})
+            for strategy in (kcm.ClusterMasking, kcm.KMeansMasking, kcm.EdgeMasking)
+            for weight in (0.25, ramp())
+        ),
+        (
+            kcm.AttentiveMasking,
+            {"teacher": GrayAttention((4, 6), name="teacher"), "block_size": 1},
+        ),
+    ],
+)
+def test_config_round_trip_keeps_every_argument(strategy, options):
+    options = {**options, "num_prefix_tokens": 2, "seed": 7, "name": "mask"}
+    masking = strategy(**options, dtype="mixed_bfloat16")
+    config = masking.get_config()
+    for key, value in options.items():
+        if not isinstance(value, keras.layers.Layer | type(ramp())):
+            assert config[key] == value
+    for revived in (
+        strategy.from_config(config),
+        keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(masking)
+        ),
+    ):
+        assert type(revived) is strategy
+        assert revived.get_config() == config
+        assert revived.dtype_policy.name == "mixed_bfloat16"
+        if "embedding_weight" in options:
+            weight = options["embedding_weight"]
+            assert type(revived.embedding_weight) is type(weight)
+
+
+@pytest.mark.any_backend
+@every_strategy
+@pytest.mark.parametrize(
+    ("options", "inputs", "argument"),
+    [
+        *(({"mask_ratio": x}, {}, "mask_ratio") for x in (1.0, -0.1, "half", None)),
+        ({"mask_ratio": float("nan")}, {}, "mask_ratio"),
+        *(({"num_prefix_tokens": x}, {}, "num_prefix_tokens") for x in (-1, 1.5)),
+        ({}, {"tokens": (2, N)}, "tokens"),
+        *(
+            ({}, {"noise": shape}, "noise")
+            for shape in ((2, N - 1), (2, N + 1), (N,), (2, N, 1), (3, N))
+        ),
+    ],
+)
+def test_refuses_and_names_the_argument(strategy, options, inputs, argument):
+    shapes = {"tokens": (2, 1 + N, 6), "noise": (2, N), **inputs}
+    inputs = {name: np.zeros(shape, "float32") for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=rf"`{argument}`[\s\S]*Received: "):
+        make(strategy, **options)(images=IMAGES[:2], training=True, **inputs)
