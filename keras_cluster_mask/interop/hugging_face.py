@@ -129,7 +129,8 @@ def load_hugging_face(
             with a list of all entries that are missing, unexpected, of a wrong shape,
             or not finite.
         FileNotFoundError: If a file does not exist.
-        ImportError: If a file other than `.safetensors` is read without torch.
+        ImportError: If a `.safetensors` file is read without safetensors, or another
+            one without torch.
 
     Reference:
         - [transformers](https://github.com/huggingface/transformers),
