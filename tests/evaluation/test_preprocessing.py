@@ -23,17 +23,18 @@ def test_an_image_becomes_its_center(size, image_size):
     assert abs(column - (size[1] - 1) / 2) <= 1
 
 
-@pytest.mark.parametrize("image_size", [(16, 16), (8, 24)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize(
+    ("image_size", "resize"),
+    # open_clip crops squares only.
+    [((16, 16), "crop"), ((16, 16), "squash"), ((8, 24), "squash")],
+)
 def test_images_become_those_of_open_clips_transforms(image_size, mode, resize):
     open_clip = pytest.importorskip("open_clip")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 23, 4), "uint8")
     image = Image.fromarray(pixels)
     if mode != "RGBA":
         image = image.convert("RGB").convert(mode)
-    if resize == "crop" and image_size[0] != image_size[1]:
-        pytest.skip("open_clip resizes by the longer side")
     transform = open_clip.image_transform(
         image_size,
         is_train=False,
