@@ -66,8 +66,8 @@ def retrieval_recall(
     texts = check_embeddings("text_embeddings", text_embeddings)
     if images.shape[1] != texts.shape[1]:
         raise ValueError(
-            "`image_embeddings` and `text_embeddings` must have the same width. Received: "
-            f"image_embeddings.shape={images.shape}, "
+            "`image_embeddings` and `text_embeddings` must have the same width. "
+            f"Received: image_embeddings.shape={images.shape}, "
             f"text_embeddings.shape={texts.shape}"
         )
     image_labels, text_labels = _check_labels(
