@@ -12,7 +12,8 @@
 # This guide evaluates the model of the [first guide](pretrain_clip.py), so
 # run that before, or set `MODEL` and `TOKENIZER` to files of your own. Recall and accuracies
 # equal those of [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark) (except for ties). The
-# guide needs [faiss](https://github.com/facebookresearch/faiss): `pip install -e ".[search]"`.
+# guide needs scikit-learn and [faiss](https://github.com/facebookresearch/faiss):
+# `pip install -e ".[probe,search]"`.
 
 # %%
 import os
@@ -190,10 +191,5 @@ show(figure, "similar")
 # %% [markdown]
 # ## Public benchmarks
 #
-# CLIP_benchmark's own code (`pip install clip-benchmark`) evaluates a Keras model:
-#
-# ```bash
-# python -m keras_cluster_mask.interop.clip_benchmark eval --model my_clip \
-#     --pretrained results/model.keras --tokenizer results/tokenizer.json \
-#     --dataset wds/vtab/cifar10 --dataset_root "wds_cifar10" --output result.json
-# ```
+# The page [Evaluate with CLIP_benchmark](../docs/how_to/clip_benchmark.md) evaluates a model on
+# the datasets of CLIP_benchmark.

@@ -17,11 +17,12 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def run(path, code):
+def run(path, code=None, *arguments):
     """Runs a program in a process of its own, and returns what it prints."""
-    path.write_text(textwrap.dedent(code))
+    if code is not None:
+        path.write_text(textwrap.dedent(code))
     done = subprocess.run(
-        [sys.executable, path],
+        [sys.executable, path, *arguments],
         env={
             **os.environ,
             "KERAS_BACKEND": keras.backend.backend(),
@@ -50,6 +51,12 @@ def test_it_brings_nothing_that_keras_does_not(tmp_path):
         """,
     )
     assert printed.splitlines()[-2:] == ["new: []", "True"]
+
+
+def test_training_retrieval_and_plots_need_no_extra(tmp_path, write_pairs):
+    program = pathlib.Path(__file__).with_name("without_extras.py")
+    printed = run(program, None, write_pairs("a.tar", 0, 16))
+    assert printed.split()[-1] == "done"
 
 
 @pytest.mark.skipif(

@@ -99,7 +99,7 @@ def zero_shot_classifier(
 
     Raises:
         ValueError: For a class without a name or without texts, and for a template
-            without a placeholder or with the same text for all names.
+            without a placeholder.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -240,8 +240,7 @@ def _prompts(class_names, templates):
             "the same name only the first is ever predicted.",
             stacklevel=4,
         )
-    is_mapping = isinstance(templates, Mapping)
-    if is_mapping:
+    if isinstance(templates, Mapping):
         prompts = [templates.get(name) or [] for name in names]
         prompts = [[x] if isinstance(x, str) else list(x) for x in prompts]
     else:
@@ -259,13 +258,6 @@ def _prompts(class_names, templates):
             raise ValueError(
                 "`templates` must hold a list of texts for each class, or functions "
                 f"that return a text. Received: {texts} for {name!r}"
-            )
-    for template, texts in zip(templates, zip(*prompts)):
-        # A dictionary may hold the same texts for two names.
-        if not is_mapping and len({*names}) > 1 and len({*texts}) == 1:
-            raise ValueError(
-                "`templates` must make texts that differ between names. Received: "
-                f"{template}, which makes {texts[0]!r} of all"
             )
     return prompts
 

@@ -1,13 +1,13 @@
 """Linear probe: the accuracy of a linear classifier on frozen features."""
 
-import warnings
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
+from tqdm import tqdm
 
-from keras_cluster_mask.checks import check_choice, check_integer, is_positive
+from keras_cluster_mask.checks import check_choice, check_fraction, check_range
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
     check_matrix,
@@ -19,12 +19,13 @@ from keras_cluster_mask.evaluation.classification import (
 )
 from keras_cluster_mask.evaluation.embedding import Embedder, embed
 
-# The candidates, eight strengths a decade; every sixteenth is tried first.
+# The candidates, eight strengths a decade, and the steps of the search among them.
 STRENGTHS = [10.0 ** (exponent / 8) for exponent in range(-48, 49)]
-COARSE = 16
-# In a search: the first seven, then two at a distance of 8, 4, 2 and 1.
-NUM_FITS = 7 + 2 * 4
-METRICS = "top_1", "mean_per_class"
+STEPS = 16, 8, 4, 2, 1
+# The largest gradient of a fit that has converged, times the number of classes.
+# scikit-learn minimizes the mean loss of all items, of which each class has its share:
+# at the default of 1e-4 a fit of a thousand classes stops where it starts.
+TOLERANCE = 1e-5
 
 
 def linear_probe(
@@ -43,11 +44,11 @@ def linear_probe(
     """Measures how well a logistic regression on frozen features classifies.
 
     The protocol of CLIP (Radford et al., appendix A.3): multinomial logistic
-    regression, fitted by scikit-learn's L-BFGS. The regularization strength is chosen
-    on validation data by a search from 1e-6 to 1e6: every second power of ten, then
-    around the best in smaller steps, down to an eighth of a decade. Of strengths with
-    equal scores the strongest is chosen. A final fit uses training and validation
-    data, and is evaluated on the test data, which nothing else depends on.
+    regression, fitted by scikit-learn's L-BFGS in 64 bits. The regularization strength
+    is chosen on validation data by a search from 1e-6 to 1e6: every second power of
+    ten, then around the best in smaller steps, down to an eighth of a decade. Of
+    strengths with equal scores the strongest is chosen. A final fit uses training and
+    validation data, and is evaluated on the test data, which nothing else depends on.
 
     Features are neither centered nor scaled, as in the paper: the search covers both
     embeddings of length 1 and larger features.
@@ -73,14 +74,13 @@ def linear_probe(
         test_labels: `(items,)` ints. Each class must occur in `train_labels`.
         validation: A pair `(features, labels)` to choose the strength on. `None` uses
             a validation split of the training data.
-        regularization: Float. The strength, 1 / `C` of scikit-learn: the factor of half
-            the squared weights beside the cross-entropy summed over items. `None`
-            searches for it.
+        regularization: Float in `[1e-6, 1e6]`. The strength, 1 / `C` of scikit-learn:
+            the factor of half the squared weights beside the cross-entropy summed over
+            items. `None` searches for it.
         metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
             the validation data that the search maximizes.
-        validation_split: Float up to 0.5. The share of the training data in the
-            validation split, stratified by class, and at least as many items as
-            classes. Classes of one item stay in training.
+        validation_split: Float in `(0, 1]`. The share of each class in the validation
+            split, rounded up to items, of which one stays in training.
         max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
         seed: Integer. The seed of the validation split.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
@@ -91,9 +91,10 @@ def linear_probe(
         `"regularization"`, the strength; `"validation"`, a dictionary from each
         strength that was tried to the metric on the validation data; and
         `"unconverged"`, a list of the strengths whose fits stopped at
-        `max_iterations`. If the final fit is one of them, a warning is issued.
+        `max_iterations`, of which scikit-learn warns too.
 
     Raises:
+        ImportError: If scikit-learn is not installed.
         ValueError: For features that are not finite or differ in width, for labels
             that do not fit them, for a single class, and for validation or test data
             of a class that the training data lacks.
@@ -102,65 +103,35 @@ def linear_probe(
         - [Learning Transferable Visual Models From Natural Language Supervision](
           https://arxiv.org/abs/2103.00020)
     """
-    _check_options(regularization, metric, validation_split, max_iterations)
+    _check_options(regularization, metric, validation_split)
     train = _check_items("train", train_features, train_labels)
     test = _check_items("test", test_features, test_labels, train)
-    classes = np.unique(train[1])
-    if len(classes) < 2:
-        raise ValueError(
-            "`train_labels` must hold at least two classes. "
-            f"Received: class {classes[0]} alone"
-        )
     if validation is not None:
-        if not isinstance(validation, tuple | list) or len(validation) != 2:
-            raise ValueError(
-                "`validation` must be a pair (features, labels). "
-                f"Received: {type(validation).__name__}"
-            )
         validation = _check_items("validation", *validation, train)
-    train, test, validation = (
-        items and (items[0], np.searchsorted(classes, items[1]))
-        for items in (train, test, validation)
-    )
-    total = NUM_FITS + 1 if regularization is None else 1
-    progress = keras.utils.Progbar(total, verbose=bool(verbose), unit_name="fit")
-    unconverged = set()
-
-    def fitted(items, strength):
-        classifier = _fit(*items, strength, max_iterations)
-        progress.add(1)
-        if not _has_converged(classifier):
-            unconverged.add(strength)
-        return classifier
-
-    strength, tried = regularization, {}
+    strength, tried, fits = regularization, {}, []
+    progress = tqdm(desc="Linear probe", unit=" fits", disable=not verbose)
     if strength is None:
         part, held_out = train, validation
         if validation is None:
-            part, held_out = _split(*train, validation_split, seed)
-
-        def score(strength):
-            scores = _class_scores(fitted(part, strength), held_out[0])
-            return classification_accuracy(scores, held_out[1])[metric]
-
-        strength, tried = search(score)
-        # At the ends of the range there is less to try.
-        progress.add(NUM_FITS - len(tried))
+            part, held_out = stratified_split(*train, validation_split, seed)
+        for step in STEPS:
+            for strength in next_strengths(tried, step):
+                fits.append(_fit(*part, strength, max_iterations))
+                tried[strength] = _accuracy(fits[-1], *held_out)[metric]
+                progress.update()
+        strength = best_strength(tried)
     if validation is not None:
         train = [np.concatenate(both) for both in zip(train, validation)]
-    classifier = fitted(train, strength)
-    if not _has_converged(classifier):
-        warnings.warn(
-            f"The final fit did not converge in {max_iterations} iterations "
-            f"(`max_iterations`) at a regularization of {strength:.3g}.",
-            stacklevel=2,
-        )
-    scores = _class_scores(classifier, test[0])
+    fits.append(_fit(*train, strength, max_iterations))
+    progress.update()
+    progress.close()
+    strengths = np.array([*tried, strength])
+    is_stopped = np.array([fit.n_iter_.max() for fit in fits]) >= max_iterations
     return {
-        **classification_accuracy(scores, test[1]),
+        **_accuracy(fits[-1], *test),
         "regularization": float(strength),
         "validation": dict(sorted(tried.items())),
-        "unconverged": sorted(unconverged),
+        "unconverged": np.unique(strengths[is_stopped]).tolist(),
     }
 
 
@@ -169,12 +140,8 @@ def evaluate_linear_probe(
     train: Any,
     test: Any,
     validation: Any = None,
-    regularization: float | None = None,
-    metric: str = "top_1",
-    validation_split: float = 0.2,
-    max_iterations: int = 1000,
-    seed: int = 0,
     verbose: str | int = "auto",
+    **options: Any,
 ) -> dict[str, Any]:
     """Measures how well a logistic regression on image embeddings classifies.
 
@@ -212,122 +179,99 @@ def evaluate_linear_probe(
         test: Data of the same kind.
         validation: Data of the same kind, to choose the regularization on. `None` uses
             a validation split of `train`.
-        regularization: See `linear_probe`.
-        metric: See `linear_probe`.
-        validation_split: See `linear_probe`.
-        max_iterations: See `linear_probe`.
-        seed: See `linear_probe`.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
+        **options: Options of `linear_probe`: `regularization`, `metric`,
+            `validation_split`, `max_iterations` and `seed`.
 
     Returns:
         A dictionary, as `linear_probe` returns it.
 
     Raises:
+        ImportError: If scikit-learn is not installed.
         ValueError: For data without labels, for an `image_text_dataset` with
             `training=True`, and as `linear_probe` does.
     """
-    options = regularization, metric, validation_split, max_iterations
     # Checked before embedding, which may take hours.
-    _check_options(*options)
+    _check_options(**options)
     given = {"train": train, "test": test, "validation": validation}
     for name, data in given.items():
         check_read_once(name, data)
-    embedder = Embedder.of(model)
-    items = dict.fromkeys(given)
+    embedder, items = Embedder.of(model), []
     for name, data in given.items():
         if data is not None or name != "validation":
             found = embed(embedder, labeled(data, name=name), verbose=verbose)
-            items[name] = found["image_embeddings"], found["labels"]
-    train, test, validation = items.values()
-    return linear_probe(*train, *test, validation, *options, seed, verbose)
+            items.append((found["image_embeddings"], found["labels"]))
+    train, test, *validation = items
+    return linear_probe(*train, *test, *validation, verbose=verbose, **options)
 
 
-def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """Searches for the strength with the highest score.
-
-    Seven strengths first, then those next to the best in smaller steps. Of equal scores
-    the one of the strongest regularization counts.
+def next_strengths(tried: dict[float, float], step: int) -> list[float]:
+    """The strengths to try next: all in steps, then those next to the best.
 
     Args:
-        score: Function of a strength.
-
-    Returns:
-        Tuple of the strength and a dictionary from all strengths tried to scores.
+        tried: Dictionary from strengths that were tried to scores.
+        step: Integer, the distance between strengths, in eighths of a decade.
     """
-    tried = {}
-    indices, step = range(0, len(STRENGTHS), COARSE), COARSE
-    while step:
-        for index in indices:
-            tried[index] = score(STRENGTHS[index])
-        peak = max(tried, key=lambda index: (tried[index], index))
-        step //= 2
-        around = peak - step, peak + step
-        indices = [index for index in around if 0 <= index < len(STRENGTHS)]
-    return STRENGTHS[peak], {STRENGTHS[index]: tried[index] for index in sorted(tried)}
+    if not tried:
+        return STRENGTHS[::step]
+    peak = STRENGTHS.index(best_strength(tried))
+    around = peak - step, peak + step
+    return [STRENGTHS[index] for index in around if 0 <= index < len(STRENGTHS)]
+
+
+def best_strength(tried: dict[float, float]) -> float:
+    """The strength with the highest score; of equal scores the strongest."""
+    return max(tried, key=lambda strength: (tried[strength], strength))
 
 
 def _fit(features, labels, strength, max_iterations):
-    """A `LogisticRegression`; `_has_converged` replaces its warning."""
-    # Imported here, as scikit-learn takes a second and only a probe needs it.
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    classifier = LogisticRegression(C=1 / strength, max_iter=max_iterations)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return classifier.fit(features, labels)
+    tolerance = TOLERANCE / len(np.unique(labels))
+    classifier = LogisticRegression(
+        C=1 / strength, tol=tolerance, max_iter=max_iterations
+    )
+    # In 32 bits a fit stops early, where the loss no longer changes.
+    return classifier.fit(features.astype("float64"), labels)
 
 
-def _has_converged(classifier):
-    return max(classifier.n_iter_) < classifier.max_iter
-
-
-def _class_scores(classifier, features):
-    """`(items, classes)` scores."""
+def _accuracy(classifier, features, labels):
     scores = classifier.decision_function(features)
     # Of two classes scikit-learn scores the second alone.
-    return scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1)
+    scores = scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1)
+    columns = np.searchsorted(classifier.classes_, labels)
+    return classification_accuracy(scores, columns)
 
 
-def _split(features, labels, share, seed):
-    """Two pairs of features and labels: for training, with all classes, and the rest.
-
-    Labels are ints from 0 without gaps.
-    """
-    from sklearn.model_selection import train_test_split
-
-    counts = np.bincount(labels)
-    # scikit-learn refuses to split a class of one item.
-    rows = np.flatnonzero(counts[labels] > 1)
-    if not len(rows):
+def stratified_split(features, labels, share, seed):
+    """Splits items into two pairs of features and labels: training and validation."""
+    held_out = np.zeros(len(labels), bool)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        held_out[rows[: min(math.ceil(share * len(rows)), len(rows) - 1)]] = True
+    if not held_out.any():
         raise ValueError(
             "`train_labels` must hold a class of two items or more for a validation "
             "split; pass `validation` or `regularization` otherwise. Received: "
             f"{len(labels)} classes of one item each"
         )
-    # At most a half leaves an item of each class in training.
-    size = max(round(share * len(rows)), np.count_nonzero(counts > 1))
-    size = min(size, len(rows) // 2)
-    _, validation = train_test_split(
-        rows, test_size=size, stratify=labels[rows], random_state=seed
-    )
-    held_out = np.isin(np.arange(len(labels)), validation)
     return tuple((features[part], labels[part]) for part in (~held_out, held_out))
 
 
-def _check_options(regularization, metric, validation_split, max_iterations):
-    if regularization is not None and not is_positive(regularization):
-        raise ValueError(
-            "`regularization` must be a positive float, or None to search for it. "
-            f"Received: regularization={regularization}"
-        )
-    check_choice("metric", metric, METRICS)
-    check_integer("max_iterations", max_iterations, 1)
-    if not 0 < validation_split <= 0.5:
-        raise ValueError(
-            "`validation_split` must be above 0 and at most 0.5. "
-            f"Received: validation_split={validation_split}"
-        )
+def _check_options(
+    regularization=None, metric="top_1", validation_split=0.2, max_iterations=0, seed=0
+):
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "A linear probe needs scikit-learn: `pip install scikit-learn`."
+        ) from error
+    if regularization is not None:
+        check_range("regularization", regularization, STRENGTHS[0], STRENGTHS[-1])
+    check_choice("metric", metric, ("top_1", "mean_per_class"))
+    check_fraction("validation_split", validation_split)
 
 
 def _check_items(name, features, labels, train=None):

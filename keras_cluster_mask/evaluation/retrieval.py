@@ -66,8 +66,8 @@ def retrieval_recall(
     texts = check_embeddings("text_embeddings", text_embeddings)
     if images.shape[1] != texts.shape[1]:
         raise ValueError(
-            "Image and text embeddings must have the same width. Received: "
-            f"image_embeddings.shape={images.shape}, "
+            "`image_embeddings` and `text_embeddings` must have the same width. "
+            f"Received: image_embeddings.shape={images.shape}, "
             f"text_embeddings.shape={texts.shape}"
         )
     image_labels, text_labels = _check_labels(
@@ -267,12 +267,6 @@ def _check_labels(num_images, num_texts, image_labels, text_labels):
     if text_labels is None:
         text_labels = image_labels
     image_labels, text_labels = np.asarray(image_labels), np.asarray(text_labels)
-    kinds = {labels.dtype.kind for labels in (image_labels, text_labels)}
-    if len(kinds) > 1 and not kinds <= {"S", "U"} and "O" not in kinds:
-        raise ValueError(
-            "`image_labels` and `text_labels` must be of the same kind. Received: "
-            f"{image_labels.dtype} and {text_labels.dtype}"
-        )
     given = {"image": (image_labels, num_images), "text": (text_labels, num_texts)}
     for part, (labels, count) in given.items():
         if labels.shape != (count,):

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from keras_cluster_mask.checks import is_integer, is_number, is_positive
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.encoders import image_shape_of, write_text_epsilon
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
@@ -129,19 +129,7 @@ def square(size: Any) -> int | None:
     """One integer from `n` or from `[n, n]`; `None` if it is neither."""
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    return size if is_positive(size) else None
-
-
-def is_positive(number: Any) -> bool:
-    """Whether it is an integer above 0."""
-    return isinstance(number, int) and is_finite(number) and number > 0
-
-
-def is_finite(number: Any) -> bool:
-    """Whether it is a finite number, and no bool."""
-    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-    # `math.isfinite` raises an error for an integer that no float can hold.
-    return is_number and abs(number) <= sys.float_info.max
+    return size if is_integer(size) and size > 0 else None
 
 
 def reasons_of_sizes(
@@ -159,11 +147,11 @@ def reasons_of_sizes(
     found = []
     for key in keys:
         value, kind = config[key], "positive integer"
-        is_right = is_positive(value)
+        is_right = is_integer(value) and value > 0
         if key in ("patch_size", "image_size"):
             is_right, kind = square(value) is not None, "size of a square"
         elif key == "mlp_ratio":
-            is_right, kind = is_finite(value) and value > 0, "positive number"
+            is_right, kind = is_positive(value), "positive number"
         if not is_right:
             found.append(f"{where}.{key}={value!r} is no {kind}")
     if not found and config[width] % config[divisor]:
@@ -182,17 +170,17 @@ def reasons_of_pixels(where: str, mean: Any, std: Any) -> list[str]:
         mean: What must be three finite numbers, by channel.
         std: What must be three finite numbers above 0, by channel.
     """
-
-    def is_right(values, lowest):
-        is_list = isinstance(values, (list, tuple)) and len(values) == 3
-        return is_list and all(is_finite(x) and x > lowest for x in values)
-
     found = []
-    if not is_right(mean, -math.inf):
+    if not _is_of_channels(mean):
         found.append(f"{where}mean={mean!r} is not three finite numbers")
-    if not is_right(std, 0):
+    if not _is_of_channels(std) or min(std) <= 0:
         found.append(f"{where}std={std!r} is not three finite numbers above 0")
     return found
+
+
+def _is_of_channels(values):
+    is_list = isinstance(values, (list, tuple)) and len(values) == 3
+    return is_list and all(is_number(x) and math.isfinite(x) for x in values)
 
 
 def warn_of_resizing(mode: str, interpolation: str) -> None:

@@ -5,12 +5,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from keras_cluster_mask.checks import is_number
 from keras_cluster_mask.interop.architectures import (
     CLIP_EPSILON,
     Architecture,
     Tower,
-    is_finite,
-    is_positive,
     reasons_of_pixels,
     reasons_of_sizes,
     square,
@@ -129,7 +128,8 @@ def load_hugging_face(
             with a list of all entries that are missing, unexpected, of a wrong shape,
             or not finite.
         FileNotFoundError: If a file does not exist.
-        ImportError: If a file other than `.safetensors` is read without torch.
+        ImportError: If a `.safetensors` file is read without safetensors, or another
+            one without torch.
 
     Reference:
         - [transformers](https://github.com/huggingface/transformers),
@@ -190,7 +190,7 @@ def _read_config(folder):
             f"`model_type` of {sorted(NAMES)}. `load_open_clip` reads models of "
             f"open_clip. Received: source={str(path)!r}, with model_type={kind!r}"
         )
-    text, vision = (_tower(config, kind, name, path) for name in DEFAULTS[kind])
+    text, vision = (_tower(config, kind, name) for name in DEFAULTS[kind])
     if kind == "siglip":
         # Nothing projects images.
         text["projection"] = text.get("projection_size") or text["hidden_size"]
@@ -204,18 +204,7 @@ def _read_config(folder):
         reasons.append(f"vision_config.num_channels={vision['num_channels']} is not 3")
     if vision["hidden_act"] != text["hidden_act"]:
         reasons.append("the towers differ in `hidden_act`")
-    end, size = text.get("eos_token_id"), text["vocab_size"]
-    ends = {
-        "clip": (OLD_END_ID, size - 1 if is_positive(size) else end),
-        "metaclip_2": (METACLIP_2_END_ID,),
-    }
-    if kind != "siglip":
-        if end not in ends[kind]:
-            reasons.append(
-                f"text_config.eos_token_id={end} is not {ends[kind][-1]}, the id at "
-                "which keras_hub pools texts"
-            )
-    else:
+    if kind == "siglip":
         if not vision["vision_use_head"]:
             reasons.append("vision_config.vision_use_head=False: images are not pooled")
         if text["projection"] != vision["hidden_size"]:
@@ -223,22 +212,24 @@ def _read_config(folder):
                 f"text_config.projection_size={text['projection']} is not the width of "
                 f"the image tower, {vision['hidden_size']}"
             )
+    elif not reasons:
+        ends = {
+            "clip": (OLD_END_ID, text["vocab_size"] - 1),
+            "metaclip_2": (METACLIP_2_END_ID,),
+        }[kind]
+        if text["eos_token_id"] not in ends:
+            reasons.append(
+                f"text_config.eos_token_id={text['eos_token_id']} is not {ends[-1]}, "
+                "the id at which keras_hub pools texts"
+            )
     return kind, text, vision, reasons
 
 
-def _tower(config, kind, name, path):
+def _tower(config, kind, name):
     # Old configs have a second dictionary, which transformers completes with defaults
     # and then prefers.
-    found = {}
-    for key in (name, f"{name}_dict"):
-        given = config.get(key)
-        if not isinstance(given, Mapping | None):
-            raise ValueError(
-                f"`source` must hold a {CONFIG_FILE} whose `{key}` is a dictionary. "
-                f"Received: source={str(path)!r}, with {key}={given!r}"
-            )
-        found = given or found
-    return {**DEFAULTS[kind][name], **found}
+    given = config.get(f"{name}_dict") or config.get(name) or {}
+    return {**DEFAULTS[kind][name], **given}
 
 
 def _reasons_of_tower(kind, name, tower):
@@ -269,23 +260,14 @@ def _read_preprocessing(folder):
     if path is None:
         return {}, None
     config = read_json("source", path)
-    if isinstance(config, Mapping):
-        config = config.get("image_processor", config)
-    if not isinstance(config, Mapping):
-        raise ValueError(
-            f"`source` must hold a {path.name} that is a dictionary, as is its "
-            f"`image_processor` if it has one. Received: source={str(path)!r}"
-        )
-    return config, path.name
+    return config.get("image_processor", config), path.name
 
 
 def _reasons_of_preprocessing(config, name, kind):
     """Why a model cannot be given the images that it was trained on."""
     found = []
-    factor = config.get("rescale_factor")
-    factor = 1 / 255 if factor is None else factor
-    is_255th = is_finite(factor) and abs(255 * factor - 1) < 1e-6
-    if not config.get("do_rescale", True) or not is_255th:
+    factor = config.get("rescale_factor") or 1 / 255
+    if not config.get("do_rescale", True) or abs(255 * factor - 1) > 1e-6:
         found.append(f"{name}: pixels are not divided by 255")
     if config.get("resample") not in (None, *INTERPOLATIONS):
         found.append(f"{name}: resample={config['resample']!r} is not a filter of PIL")
@@ -298,7 +280,7 @@ def _pixels(config, kind):
         return (0.0,) * 3, (1.0,) * 3
     given = config.get("image_mean"), config.get("image_std")
     found = (y if x is None else x for x, y in zip(given, PIXELS[kind]))
-    return tuple((x,) * 3 if is_finite(x) else x for x in found)
+    return tuple((x,) * 3 if is_number(x) else x for x in found)
 
 
 def _resizing(config, kind):

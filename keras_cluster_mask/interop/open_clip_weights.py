@@ -30,7 +30,6 @@ from keras_cluster_mask.interop.state_dicts import (
 from keras_cluster_mask.interop.tensor_names import OPEN_CLIP, OPEN_METACLIP_2
 from keras_cluster_mask.interop.weight_files import (
     find_weights,
-    read_metadata,
     write_text,
     write_weights,
 )
@@ -41,9 +40,6 @@ NAMES = {"clip": OPEN_CLIP, "metaclip_2": OPEN_METACLIP_2}
 
 # The files that open_clip writes into a folder.
 WEIGHT_FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
-
-# Under which a file of safetensors holds its config.
-METADATA = "open_clip_config"
 
 
 def load_open_clip(
@@ -113,8 +109,8 @@ def load_open_clip(
             of another model, with a list of all entries that are missing, unexpected,
             of a wrong shape, or not finite.
         FileNotFoundError: If a file does not exist.
-        ImportError: If a file other than `.safetensors` is read without torch; or if a
-            config is named without open_clip.
+        ImportError: If a `.safetensors` file is read without safetensors, or another
+            one without torch; or if a config is named without open_clip.
 
     Reference:
         - [open_clip](https://github.com/mlfoundations/open_clip), `CLIP` in `model.py`.
@@ -193,7 +189,7 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
         raise ValueError(
             "`model` must have a different position for each patch. In a CLIPBackbone "
             "made by keras_hub they are 0 until a checkpoint is loaded or "
-            "`ContrastiveModel.from_clip` numbers them. "
+            "`ContrastiveModel.from_backbone` numbers them. "
             f"Received: position ids {ids[:4].tolist()} and so on"
         )
     towers = backbone.vision_encoder, backbone.text_encoder
@@ -210,12 +206,12 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     """Writes the weights of a CLIP model and its config to files that open_clip reads.
 
     The config has what weights do not say: attention heads, activation, and the mean
-    and deviation of pixels. It is written into a file of safetensors, and into a file
-    beside the weights: `open_clip_config.json` for the names that open_clip reads,
+    and deviation of pixels. It is written into a file beside the weights:
+    `open_clip_config.json` for the names that open_clip reads,
     `open_clip_model.safetensors` and `open_clip_pytorch_model.bin`, and otherwise one
     named after the weights, such as `clip.pt.open_clip_config.json`. So a folder can
-    hold several models. The file of weights is written under a temporary name and
-    renamed once it is complete.
+    hold several models. Both files are written under a temporary name and renamed once
+    they are complete.
 
     Example:
 
@@ -236,7 +232,8 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     Raises:
         ValueError: For another model or another file extension; or if the
             `open_clip_config.json` to write exists and is of another model.
-        ImportError: If a file other than `.safetensors` is written without torch.
+        ImportError: If a `.safetensors` file is written without safetensors, or another
+            one without torch.
     """
     weights = open_clip_state_dict(model)
     bias = weights.get("logit_bias")
@@ -249,10 +246,9 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     is_kept = path.name in WEIGHT_FILES and beside.exists()
     if is_kept:
         _check_same(beside, config)
-    text = json.dumps(config, indent=2)
-    write_weights(path, weights, {"format": "pt", METADATA: text})
+    write_weights(path, weights)
     if not is_kept:
-        write_text(beside, text)
+        write_text(beside, json.dumps(config, indent=2))
 
 
 def _config_path(path):
@@ -266,9 +262,6 @@ def _config_of_file(source):
     """What `config` is of a file that says so itself, or `None`."""
     if not isinstance(source, (str, os.PathLike)):
         return None
-    text = read_metadata(source).get(METADATA)
-    if text is not None:
-        return json.loads(text)
     beside = _config_path(pathlib.Path(source).expanduser())
     return beside if beside.is_file() else None
 

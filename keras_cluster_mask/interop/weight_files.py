@@ -38,10 +38,9 @@ def read_weights(path: str | os.PathLike) -> Any:
             f"`source` must be a file that exists. Received: source={str(path)!r}"
         )
     if path.suffix in SAFETENSORS:
-        import safetensors.numpy
-
+        safetensors = _safetensors(path)
         with _read_errors(path):
-            return safetensors.numpy.load_file(path)
+            return safetensors.load_file(path)
     torch = _torch(path)
     version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
     if version < SAFE_TORCH:
@@ -52,21 +51,6 @@ def read_weights(path: str | os.PathLike) -> Any:
         )
     with _read_errors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """Reads the texts that a file of safetensors holds beside its arrays.
-
-    Args:
-        path: What `read_weights` takes. Other files hold none.
-    """
-    path = pathlib.Path(path).expanduser()
-    if path.suffix not in SAFETENSORS or not path.is_file():
-        return {}
-    import safetensors
-
-    with _read_errors(path), safetensors.safe_open(path, framework="numpy") as file:
-        return file.metadata() or {}
 
 
 def find_weights(source: Any, names: tuple[str, ...]) -> Any:
@@ -90,26 +74,19 @@ def find_weights(source: Any, names: tuple[str, ...]) -> Any:
     return found[0]
 
 
-def write_weights(
-    path: str | os.PathLike,
-    arrays: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays to a file, which appears only once it is complete.
 
     Args:
         path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`.
         arrays: Dictionary of NumPy arrays.
-        metadata: Dictionary of texts to write beside them, which only files of
-            safetensors can hold.
     """
     path = pathlib.Path(path).expanduser()
     _check_suffix("path", path)
     if path.suffix in SAFETENSORS:
-        import safetensors.numpy
-
+        safetensors = _safetensors(path)
         with _replacing(path) as file:
-            file.write(safetensors.numpy.save(arrays, metadata))
+            file.write(safetensors.save(arrays, {"format": "pt"}))
         return
     torch = _torch(path)
     with _replacing(path) as file:
@@ -164,6 +141,17 @@ def _read_errors(path):
                 'torch.jit.load(path, "cpu").state_dict(), "weights.pt")`.'
             )
         raise ValueError(f"`source` {reason} Received: source={str(path)!r}") from error
+
+
+def _safetensors(path):
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            ".safetensors files need safetensors: `pip install safetensors`. "
+            f"Received: {str(path)!r}"
+        ) from error
+    return safetensors.numpy
 
 
 def _torch(path):

@@ -121,10 +121,6 @@ def test_a_named_config_is_that_of_the_installed_open_clip():
         model, preprocessing, _ = read_config(name)
         assert preprocessing == {}
         assert model["vision_cfg"]["layers"] in (12, 24)
-    with pytest.raises(
-        ValueError, match=r"`config`.*ViT-B-32-quickgelu.*config='ViT-B-32-quick'"
-    ):
-        read_config("ViT-B-32-quick")
 
 
 @pytest.mark.any_backend
@@ -156,169 +152,94 @@ def test_weights_of_another_config_are_refused():
 
 
 @pytest.mark.any_backend
-def test_a_warning_says_that_images_are_not_cropped():
+def test_a_warning_says_that_images_were_resized_otherwise(recwarn):
     state = open_clip_model(CONFIG).state_dict()
-    config = {"model_cfg": CONFIG, "preprocess_cfg": {"resize_mode": "squash"}}
-    with pytest.warns(UserWarning, match="resize='squash'"):
-        load_open_clip(state, config)
-
-
-@pytest.mark.any_backend
-def test_a_warning_says_that_images_are_not_interpolated_as_here(recwarn):
-    state = open_clip_model(CONFIG).state_dict()
-    config = {"model_cfg": CONFIG, "preprocess_cfg": {"interpolation": "bilinear"}}
-    with pytest.warns(UserWarning, match=r"'bilinear' interpolation.*bicubic"):
-        load_open_clip(state, config)
+    for preprocessing, message in (
+        ({"resize_mode": "squash"}, "resize='squash'"),
+        ({"interpolation": "bilinear"}, "'bilinear' interpolation.*bicubic"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            load_open_clip(
+                state, {"model_cfg": CONFIG, "preprocess_cfg": preprocessing}
+            )
     recwarn.clear()
     for interpolation in (None, "bicubic", "random"):
-        config["preprocess_cfg"] = {"interpolation": interpolation}
-        load_open_clip(state, config)
+        preprocessing = {"interpolation": interpolation}
+        load_open_clip(state, {"model_cfg": CONFIG, "preprocess_cfg": preprocessing})
     assert not [x for x in recwarn if x.category is UserWarning]
 
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("mean", []),
-        ("mean", [0.5, 0.5]),
-        ("mean", ["0.5"] * 3),
-        ("mean", [0.5, 0.5, float("nan")]),
-        ("mean", [True] * 3),
-        ("mean", [0.5, 0.5, 10**400]),
-        ("mean", 0.5),
-        ("std", [0, 0, 0]),
-        ("std", [0.2, 0.2, -0.2]),
-        ("std", [0.2, 0.2, float("inf")]),
-    ],
-)
-def test_a_mean_or_deviation_that_is_none_is_refused(key, value):
-    above = " above 0" if key == "std" else ""
-    message = rf"preprocess_cfg.{key}=.* is not three finite numbers{above}.*Received: "
-    with pytest.raises(ValueError, match=message):
-        load_open_clip({}, {"model_cfg": CONFIG, "preprocess_cfg": {key: value}})
+# === What is refused ===
 
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize("value", [[1], "squash", 3, []])
-def test_a_preprocessing_that_is_no_dictionary_is_refused(value):
-    message = r"`config`.*`preprocess_cfg` is no dictionary.*Received: "
-    with pytest.raises(ValueError, match=message):
-        load_open_clip({}, {"model_cfg": CONFIG, "preprocess_cfg": value})
+def preprocessed(**preprocessing):
+    return {"model_cfg": CONFIG, "preprocess_cfg": preprocessing}
 
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("key", "value", "kind"),
-    [
-        ("text_cfg__heads", "8", "positive integer"),
-        ("text_cfg__width", 64.0, "positive integer"),
-        ("vision_cfg__mlp_ratio", "4", "positive number"),
-        ("vision_cfg__mlp_ratio", float("inf"), "positive number"),
-        ("vision_cfg__image_size", [16, 24], "size of a square"),
-    ],
-)
-def test_a_size_of_another_type_is_refused_by_name(key, value, kind):
-    name = key.replace("__", ".")
-    with pytest.raises(ValueError, match=rf"{name}=.* is no {kind}.*Received: "):
-        load_open_clip({}, changed(**{key: value}))
+CANNOT_BE_HELD = [
+    ("vision_cfg__timm_model_name", "vit_base_patch16_siglip_256"),
+    ("vision_cfg__layers", [3, 4, 6, 3]),
+    ("vision_cfg__attentional_pool", "parallel"),
+    ("vision_cfg__pool_type", "avg"),
+    ("vision_cfg__no_ln_pre", True),
+    ("vision_cfg__ls_init_value", 1e-4),
+    ("vision_cfg__pos_embed_type", "sin_cos_2d"),
+    ("vision_cfg__norm_kwargs", {"eps": 1e-6}),
+    ("vision_cfg__act_kwargs", {"approximate": "tanh"}),
+    ("vision_cfg__block_type", "custom"),
+    ("vision_cfg__qk_norm", True),
+    ("vision_cfg__image_size", [16, 24]),
+    ("vision_cfg__head_width", 25),
+    ("vision_cfg__mlp_ratio", float("inf")),
+    ("vision_cfg__unheard_of", None),
+    ("text_cfg__hf_model_name", "roberta-base"),
+    ("text_cfg__pool_type", "last"),
+    ("text_cfg__no_causal_mask", True),
+    ("text_cfg__embed_cls", True),
+    ("text_cfg__proj_bias", True),
+    ("text_cfg__proj_type", "none"),
+    ("text_cfg__heads", 5),
+    ("text_cfg__vocab_size", "many"),
+    ("multimodal_cfg", {}),
+    ("unheard_of", 1),
+    ("embed_dim", None),
+]
 
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("name", "config"),
     [
-        (3, "`config` must be the name"),
-        ({}, "`embed_dim`"),
-        ({"text_config": {}, "vision_config": {}}, "`load_hugging_face`"),
-        ({"model_cfg": None}, "`embed_dim`"),
+        ("config", 3),
+        ("config", "ViT-B-32-quick"),
+        ("embed_dim", {}),
+        ("load_hugging_face", {"text_config": {}, "vision_config": {}}),
+        *((key.rpartition("__")[2], changed(**{key: x})) for key, x in CANNOT_BE_HELD),
+        # keras_hub pools texts of MetaCLIP 2 at the id 2.
+        ("eos_id", changed(text_cfg__pool_type="eos", text_cfg__eos_id=1)),
+        ("size", preprocessed(size=32)),
+        ("mode", preprocessed(mode="L")),
+        ("mean", preprocessed(mean=[0.5, 0.5])),
+        ("mean", preprocessed(mean=[0.5, 0.5, float("nan")])),
+        ("mean", preprocessed(mean="0.5")),
+        ("std", preprocessed(std=[0.2, 0.2, -0.2])),
+        ("std", preprocessed(std=0.5)),
+        ("unheard_of", preprocessed(unheard_of=1)),
     ],
 )
-def test_what_is_no_config_is_refused(config, message):
-    with pytest.raises(ValueError, match=rf"{message}.*Received: config"):
+def test_bad_configs_are_refused_by_name(name, config):
+    with pytest.raises(ValueError, match=rf"\b{name}\b.*Received: config"):
         load_open_clip({}, config)
 
 
 @pytest.mark.any_backend
 def test_a_file_that_is_no_config_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"`config`.*Received: config=.*none"):
-        load_open_clip({}, tmp_path / "none.json")
-    with pytest.raises(FileNotFoundError, match="`config` must be a file"):
-        load_open_clip({}, tmp_path)
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"`config`.*Received: config="):
+            load_open_clip({}, path)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"`config`.*JSON.*Received: config=.*bad"):
         load_open_clip({}, tmp_path / "bad.json")
-
-
-# === What CLIP cannot hold ===
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("vision_cfg__timm_model_name", "vit_base_patch16_siglip_256"),
-        ("vision_cfg__layers", [3, 4, 6, 3]),
-        ("vision_cfg__attentional_pool", True),
-        ("vision_cfg__attentional_pool", "parallel"),
-        ("vision_cfg__pool_type", "avg"),
-        ("vision_cfg__no_ln_pre", True),
-        ("vision_cfg__ls_init_value", 1e-4),
-        ("vision_cfg__pos_embed_type", "sin_cos_2d"),
-        ("vision_cfg__norm_kwargs", {"eps": 1e-6}),
-        ("vision_cfg__act_kwargs", {"approximate": "tanh"}),
-        ("vision_cfg__block_type", "custom"),
-        ("vision_cfg__qk_norm", True),
-        ("vision_cfg__output_tokens", True),
-        ("vision_cfg__image_size", [16, 24]),
-        ("vision_cfg__image_size", None),
-        ("vision_cfg__head_width", 25),
-        ("vision_cfg__mlp_ratio", 0),
-        ("vision_cfg__unheard_of", None),
-        ("text_cfg__hf_model_name", "roberta-base"),
-        ("text_cfg__pool_type", "last"),
-        ("text_cfg__pool_type", "first"),
-        ("text_cfg__no_causal_mask", True),
-        ("text_cfg__embed_cls", True),
-        ("text_cfg__proj_bias", True),
-        ("text_cfg__proj_type", "none"),
-        ("text_cfg__scale_attn", True),
-        ("text_cfg__heads", 5),
-        ("text_cfg__vocab_size", "many"),
-        ("text_cfg__unheard_of", 1),
-        ("multimodal_cfg", {}),
-        ("unheard_of", 1),
-        ("embed_dim", None),
-    ],
-)
-def test_what_clip_cannot_hold_is_refused_by_name(key, value):
-    name = key.rpartition("__")[2]
-    with pytest.raises(ValueError, match=rf"does not: .*{name}.*Received: config with"):
-        load_open_clip({}, changed(**{key: value}))
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("size", 32),
-        ("mode", "L"),
-        ("mean", [0.5]),
-        ("std", 0.5),
-        ("unheard_of", 1),
-    ],
-)
-def test_preprocessing_that_cannot_be_followed_is_refused(key, value):
-    config = {"model_cfg": CONFIG, "preprocess_cfg": {key: value}}
-    with pytest.raises(ValueError, match=rf"preprocess_cfg\.{key}.*Received: config"):
-        load_open_clip({}, config)
-
-
-@pytest.mark.any_backend
-def test_texts_can_be_pooled_only_at_the_end_token_of_metaclip_2():
-    config = changed(text_cfg__pool_type="eos", text_cfg__eos_id=1)
-    with pytest.raises(ValueError, match=r"text_cfg.eos_id=1.*Received: config with"):
-        load_open_clip({}, config)
 
 
 @pytest.mark.any_backend
@@ -347,7 +268,7 @@ def test_every_option_of_open_clip_is_known_with_its_default():
             others -= ignored
         assert not others
         assert READ[part].items() <= defaults.items()
-        for key, (allowed, _) in FIXED[part].items():
+        for key, allowed in FIXED[part].items():
             assert defaults[key] in allowed, key
 
 
@@ -443,8 +364,6 @@ def test_a_saved_model_comes_back_as_it_was(tmp_path, suffix):
     reference = randomize(open_clip_model(CONFIG))
     model = load_open_clip(reference.state_dict(), config)
     save_open_clip(model, tmp_path / f"clip{suffix}")
-    if suffix == ".safetensors":  # which holds the config itself
-        (tmp_path / "clip.safetensors.open_clip_config.json").unlink()
     back = load_open_clip(tmp_path / f"clip{suffix}")
     assert back.pixel_mean == PREPROCESSING["mean"]
     assert back.pixel_std == PREPROCESSING["std"]
@@ -533,14 +452,13 @@ def test_weights_do_not_take_the_config_of_other_weights_in_their_folder(tmp_pat
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_folder_takes_several_models_and_a_file_is_replaced(tmp_path, suffix):
+def test_a_folder_takes_several_models_and_a_file_is_replaced(tmp_path):
     activations = {"a": "gelu", "b": "quick_gelu"}
     for name, activation in [("b", "gelu"), *activations.items()]:
         backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation=activation)
-        save_open_clip(backbone, tmp_path / f"{name}{suffix}")
+        save_open_clip(backbone, tmp_path / f"{name}.safetensors")
     for name, activation in activations.items():
-        model = load_open_clip(tmp_path / f"{name}{suffix}")
+        model = load_open_clip(tmp_path / f"{name}.safetensors")
         assert model.backbone.vision_encoder.intermediate_activation == activation
 
 

@@ -3,7 +3,6 @@
 import functools
 import itertools
 
-import google_crc32c
 from google.protobuf import (
     descriptor_pb2,
     descriptor_pool,
@@ -19,6 +18,11 @@ from keras_cluster_mask.data.formats.base import (
     Format,
     is_empty,
 )
+
+try:
+    import google_crc32c
+except ImportError:
+    google_crc32c = None
 
 KEYS = ("__key__", "key", "image/filename", "image/id")
 # The length of a record and its checksum come before it, and a checksum after it.
@@ -45,6 +49,11 @@ class TFRecord(Format):
     """
 
     def scan(self, path):
+        if google_crc32c is None:
+            raise ImportError(
+                "TFRecord files need google-crc32c: `pip install google-crc32c`. "
+                f"Received: {path}"
+            )
         key = None
         with files.open_file(path) as file:
             for number in itertools.count():
