@@ -34,11 +34,7 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
         PatchMasking,
         RandomMasking,
     )
-    from keras_cluster_mask.models import (
-        ContrastiveModel,
-        with_masking,
-        with_text_masking,
-    )
+    from keras_cluster_mask.models import ContrastiveModel, with_masking
     from keras_cluster_mask.recipe import Recipe, small_data_recipe
 
 __version__ = "0.1.0"
@@ -66,7 +62,6 @@ __all__ = [
     "small_data_recipe",
     "visualization",
     "with_masking",
-    "with_text_masking",
 ]
 
 

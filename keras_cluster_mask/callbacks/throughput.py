@@ -9,7 +9,6 @@ import keras
 from keras_cluster_mask.callbacks.periodic import model_of
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.models.encoders import tokens_per_image
-from keras_cluster_mask.models.masked_text_encoder import tokens_per_text
 
 
 class Throughput(keras.callbacks.Callback):
@@ -66,9 +65,8 @@ class Throughput(keras.callbacks.Callback):
             self._size.text_length,
         ):
             tokens = tokens_per_image(model.image_encoder, self._size.image_shape)
-            texts = tokens_per_text(model.text_encoder, self._size.text_length)
-            if None not in (tokens, texts):
-                self._tokens = model.views * tokens + texts
+            if tokens is not None:
+                self._tokens = model.views * tokens + self._size.text_length
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         # A resumed run may have done some steps of the epoch before.

@@ -193,7 +193,7 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
         raise ValueError(
             "`model` must have a different position for each patch. In a CLIPBackbone "
             "made by keras_hub they are 0 until a checkpoint is loaded or "
-            "`ContrastiveModel.from_clip` numbers them. "
+            "`ContrastiveModel.from_backbone` numbers them. "
             f"Received: position ids {ids[:4].tolist()} and so on"
         )
     towers = backbone.vision_encoder, backbone.text_encoder

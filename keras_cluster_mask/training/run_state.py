@@ -62,9 +62,6 @@ def describe(model) -> dict:
     for key, value in model.get_config().items():
         if key not in FREE_OPTIONS and not isinstance(value, dict):
             fields[key] = value
-    if hasattr(model.text_encoder, "padding_first"):
-        # Of a `MaskedTextEncoder`, whose masking does not know of padding.
-        fields["padding_first"] = model.text_encoder.padding_first
     for index, masking in enumerate(model.maskings):
         prefix = f"maskings[{index}]"
         fields[f"{prefix}.class"] = type(masking).__name__

@@ -136,7 +136,7 @@ def test_the_last_part_may_read_whole_images(tmp_path, monkeypatch):
     fit = kcm.ContrastiveModel.fit
 
     def noted(self, *args, **options):
-        maskings.append(self.image_maskings)
+        maskings.append(self.maskings)
         return fit(self, *args, **options)
 
     monkeypatch.setattr(kcm.ContrastiveModel, "fit", noted)

@@ -31,7 +31,6 @@ from tests.helpers import (
     random_pairs,
     text_bag,
     tiny_clip,
-    tiny_siglip,
     values,
 )
 
@@ -228,15 +227,6 @@ def test_samples_that_do_not_decode_do_not_shift_what_is_left(write_pairs, tmp_p
     assert_same_weights(found, expected)
 
 
-def masked_texts():
-    keras.utils.set_random_seed(1)
-    model = kcm.ContrastiveModel.from_backbone(
-        tiny_clip(), text_masking=kcm.RandomMasking(0.5, seed=3)
-    )
-    model.compile(keras.optimizers.SGD(0.1), **FAST)
-    return model
-
-
 def several_views(views=2):
     keras.utils.set_random_seed(1)
     model = kcm.ContrastiveModel.from_backbone(
@@ -246,15 +236,13 @@ def several_views(views=2):
     return model
 
 
-@pytest.mark.parametrize("kind", ["arrays", "dataset", "masked texts", "two views"])
+@pytest.mark.parametrize("kind", ["arrays", "dataset", "two views"])
 def test_arrays_in_order_and_other_datasets_resume_too(kind, tmp_path):
     import tensorflow as tf
 
     data, fit, make = pairs(), {"shuffle": False, "batch_size": 4}, make_model
     if kind == "dataset":
         data, fit = tf.data.Dataset.from_tensor_slices(data).batch(4), {}
-    if kind == "masked texts":
-        data, make = random_pairs(12), masked_texts
     if kind == "two views":
         data, make = random_pairs(12), several_views
     expected, _ = run(data, tmp_path / "whole", model=make(), fit=fit)
@@ -1101,21 +1089,6 @@ def test_a_checkpoint_of_another_masking_is_refused_by_field(tmp_path):
     )
     with pytest.raises(ValueError, match=r"anchor_ratio: 0.03 in the checkpoint, 0.2"):
         run(pairs(), tmp_path, model=make_model(masking), save_every="epoch")
-
-
-@pytest.mark.any_backend
-def test_a_checkpoint_of_texts_with_padding_masked_otherwise_is_refused(tmp_path):
-    def fit(padding_first):
-        texts = kcm.with_text_masking(
-            tiny_siglip().text_encoder, kcm.RandomMasking(0.5), padding_first
-        )
-        model = kcm.ContrastiveModel(image_mlp(), texts)
-        model.compile("sgd", **FAST)
-        run(random_pairs(8), tmp_path, model=model, fit={"epochs": 1})
-
-    fit(True)
-    with pytest.raises(ValueError, match=r"padding_first: True in the c.*, False in"):
-        fit(False)
 
 
 @pytest.mark.any_backend

@@ -96,21 +96,6 @@ def test_a_signature_exports_an_image_tower_for_normalized_floats(tmp_path):
     np.testing.assert_allclose(embed(images), to_numpy(tower(images)), atol=1e-5)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Only JAX can be too new.")
-def test_an_export_that_tensorflow_cannot_run_has_a_warning(tmp_path, monkeypatch):
-    tf = pytest.importorskip("tensorflow")
-
-    class TooNew:
-        def serve(self, inputs):
-            assert inputs.shape == (1, 16, 16, 3)
-            raise tf.errors.InvalidArgumentError(None, None, "unregistered operation")
-
-    monkeypatch.setattr(tf.saved_model, "load", lambda path: TooNew())
-    tower, _ = tower_of("own", "image")
-    with pytest.warns(UserWarning, match=r"cannot run .*: unregistered operation"):
-        tower.export(tmp_path / "tower", verbose=False)
-
-
 def test_mixed_precision_reaches_the_encoder_unrounded():
     # The encoder is float32, whatever the policy is when its tower is made.
     model = MODELS["own"]()

@@ -249,11 +249,6 @@ def test_views_without_a_masking_are_refused():
     message = r"`views` are masks .*with_masking.*Received: views=2, maskings=\[\]"
     with pytest.raises(ValueError, match=message):
         kcm.ContrastiveModel(image_mlp(), text_bag(), views=2)
-    text_masking = kcm.RandomMasking(0.5)
-    with pytest.raises(ValueError, match=message):
-        kcm.ContrastiveModel.from_backbone(
-            tiny_clip(), text_masking=text_masking, views=2
-        )
 
 
 @pytest.mark.any_backend
