@@ -236,6 +236,12 @@ def tiny_clip(dtype=None):
     return make_backbone("CLIP", dtype, projection_dim=16)
 
 
+def clip_with_lora():
+    backbone = tiny_clip()
+    backbone.enable_lora(2)
+    return backbone
+
+
 def tiny_siglip(dtype=None):
     return make_backbone("SigLIP", dtype)
 

@@ -149,24 +149,6 @@ def test_weights_count_in_both_directions(loss):
     np.testing.assert_allclose(to_numpy(ops.sum(found[0])), expected, rtol=1e-5)
 
 
-def test_no_array_has_an_entry_per_pair_of_the_batch(monkeypatch):
-    # Looked at where it is computed: every comparison of rows.
-    sizes = []
-    compare = losses.compare
-
-    def watched(rows, everything):
-        result = compare(rows, everything)
-        sizes.append(result[1].shape)
-        return result
-
-    monkeypatch.setattr(losses, "compare", watched)
-    monkeypatch.setattr(losses, "MAX_PAIRS", 40)
-    pair = [ops.convert_to_tensor(x) for x in embeddings()]
-    labels = ops.convert_to_tensor(LABELS)
-    batch_loss("softmax", [ops.convert_to_tensor(5.0)], *pair, labels)
-    assert {tuple(x) for x in sizes} == {(3, 12)}
-
-
 # === Captions as labels ===
 
 

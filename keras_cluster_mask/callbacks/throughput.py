@@ -18,7 +18,7 @@ class Throughput(keras.callbacks.Callback):
     shows the rates of the last steps. The end of an epoch reports the rates of all
     steps except the first, which may include compilation. A sample is a pair; the pairs
     of all devices count. Tokens are the inputs of the transformer blocks: the class
-    token and the kept patches of each view, and the kept text tokens with padding.
+    token and the kept patches of each view, and the text tokens with padding.
     Validation is not counted. Works for arrays and for datasets whose batches have a
     known size (`drop_remainder=True`); for other data nothing is reported.
 

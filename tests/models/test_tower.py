@@ -88,6 +88,7 @@ def test_an_exported_tower_takes_batches_of_any_size(kind, side, tmp_path):
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signature_exports_an_image_tower_for_normalized_floats(tmp_path):
     tower, _ = tower_of("own", "image")
     signature = [keras.InputSpec(shape=(None, 16, 16, 3), dtype="float32")]
