@@ -34,11 +34,7 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
         PatchMasking,
         RandomMasking,
     )
-    from keras_cluster_mask.models import (
-        ContrastiveModel,
-        with_masking,
-        with_text_masking,
-    )
+    from keras_cluster_mask.models import ContrastiveModel, with_masking
     from keras_cluster_mask.recipe import Recipe, small_data_recipe
     from keras_cluster_mask.training import TowerOptimizer, tower_optimizer
 
@@ -69,7 +65,6 @@ __all__ = [
     "tower_optimizer",
     "visualization",
     "with_masking",
-    "with_text_masking",
 ]
 
 

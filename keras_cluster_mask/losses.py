@@ -101,23 +101,6 @@ def sigmoid_contrastive_loss(
     return ops.mean(rows)
 
 
-def contrastive_accuracy(
-    image_embeddings: Tensor, text_embeddings: Tensor, labels: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """How often the most similar partner in the batch is a right one.
-
-    Args:
-        image_embeddings: `(batch, d)` float tensor, L2-normalized.
-        text_embeddings: `(batch, d)` float tensor, L2-normalized.
-        labels: As in the losses.
-
-    Returns:
-        A tuple of two scalars in `[0, 1]`: image to text, and text to image.
-    """
-    similarities, positives = _compare_all(image_embeddings, text_embeddings, labels)
-    return tuple(ops.mean(row_hits(x, positives)) for x in similarities)
-
-
 # === A batch in blocks of rows ===
 
 

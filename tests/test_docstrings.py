@@ -77,7 +77,6 @@ def test_there_are_examples_to_run():
         "sigmoid_contrastive_loss",
         "softmax_contrastive_loss",
         "with_masking",
-        "with_text_masking",
     }
 
 

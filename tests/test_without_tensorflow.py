@@ -117,9 +117,7 @@ backbone = kcm.models.with_image_size(backbone, 32)
 backbone = kcm.models.with_context_length(backbone, 6)
 tokenizer = tokenizer.with_context_length(6)
 masking = kcm.AttentiveMasking(kcm.models.MomentumEncoder(backbone.vision_encoder))
-model = kcm.ContrastiveModel.from_backbone(
-    backbone, masking, text_masking=kcm.RandomMasking(0.5)
-)
+model = kcm.ContrastiveModel.from_backbone(backbone, masking)
 model.compile("adam", log_gradient_norm=True)
 rng = np.random.default_rng(0)
 labels = np.arange(8) % 2

@@ -8,7 +8,6 @@ import keras
 from keras_cluster_mask.callbacks.checks import model_of
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.models.encoders import tokens_per_image
-from keras_cluster_mask.models.masked_text_encoder import tokens_per_text
 
 
 class Throughput(keras.callbacks.Callback):
@@ -18,7 +17,7 @@ class Throughput(keras.callbacks.Callback):
     shows the rates of the last steps. The end of an epoch reports the rates of all
     steps except the first, which may include compilation. A sample is a pair; the pairs
     of all devices count. Tokens are the inputs of the transformer blocks: the class
-    token and the kept patches of each view, and the kept text tokens with padding.
+    token and the kept patches of each view, and the text tokens with padding.
     Validation is not counted. Works for arrays and for datasets whose batches have a
     known size (`drop_remainder=True`); for other data nothing is reported.
 
@@ -63,9 +62,8 @@ class Throughput(keras.callbacks.Callback):
             self._size.text_length,
         ):
             tokens = tokens_per_image(model.image_encoder, self._size.image_shape)
-            texts = tokens_per_text(model.text_encoder, self._size.text_length)
-            if None not in (tokens, texts):
-                self._tokens = model.views * tokens + texts
+            if tokens is not None:
+                self._tokens = model.views * tokens + self._size.text_length
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         # Times at which so many steps were done.

@@ -45,16 +45,6 @@ def prefix_tokens(count):
     return _within("num_prefix_tokens", count)
 
 
-def fixed_scores(values):
-    """A context that fixes the scores of some tokens, whatever the masking layer.
-
-    Args:
-        values: `(batch, N)` float tensor: `inf` for tokens that always stay, `-inf` for
-            those that are left out first, 0 for those that the masking scores.
-    """
-    return _within("fixed_scores", values)
-
-
 def kept_patches():
     """A context that yields a list of the indices `(batch, K)` of kept patches.
 

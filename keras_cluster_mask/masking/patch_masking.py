@@ -293,9 +293,6 @@ class PatchMasking(keras.layers.Layer):
             noise = noise[:, None]
         noises = [noise[:, view] for view in range(noise.shape[1])]
         scores = [self._score_batch(noise, images, tokens) for noise in noises]
-        fixed = getattr(context, "fixed_scores", None)
-        if fixed is not None:
-            scores = [ops.where(fixed == 0, score, fixed) for score in scores]
         return scores, noises
 
     def _score_batch(self, noise, images, tokens):

@@ -12,10 +12,6 @@ from keras_cluster_mask.models.image_size import with_image_size
 from keras_cluster_mask.models.layout_map import clip_layout_map
 from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder, with_masking
-from keras_cluster_mask.models.masked_text_encoder import (
-    MaskedTextEncoder,
-    with_text_masking,
-)
 from keras_cluster_mask.models.momentum_encoder import MomentumEncoder
 from keras_cluster_mask.models.sizes import clip_backbone
 from keras_cluster_mask.models.tower import Tower
@@ -25,7 +21,6 @@ __all__ = [
     "ContrastiveHead",
     "ContrastiveModel",
     "MaskedEncoder",
-    "MaskedTextEncoder",
     "MetaCLIP2ContrastiveModel",
     "MomentumEncoder",
     "SigLIPContrastiveModel",
@@ -36,5 +31,4 @@ __all__ = [
     "with_context_length",
     "with_image_size",
     "with_masking",
-    "with_text_masking",
 ]

@@ -23,7 +23,6 @@ from keras_cluster_mask.models.head import (
     ContrastiveHead,
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
-from keras_cluster_mask.models.masked_text_encoder import with_text_masking
 from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
 from keras_cluster_mask.training.layers import frozen_parts
 from keras_cluster_mask.types import Tensor
@@ -42,15 +41,12 @@ class BackboneModel(ContrastiveModel):
         masking: A `PatchMasking` layer, or `None`.
         head: A `ContrastiveHead` of the same backbone to use, or `None`.
         parts: Dictionary of the backbone's parts that a new head consists of.
-        text_masking: A `PatchMasking` layer for texts, or `None`.
-        padding_first: Boolean. See `kcm.with_text_masking`.
         **kwargs: Arguments of `ContrastiveModel`, without the encoders and
             `projection_dim`.
 
     Attributes:
         backbone: The backbone that is trained.
-        masking: The masking of images, or `None`.
-        text_masking: The masking of texts, or `None`.
+        masking: The masking, or `None`.
     """
 
     def __init__(
@@ -59,8 +55,6 @@ class BackboneModel(ContrastiveModel):
         masking: PatchMasking | None,
         head: ContrastiveHead | None,
         parts: dict[str, Any],
-        text_masking: PatchMasking | None = None,
-        padding_first: bool = True,
         **kwargs: Any,
     ):
         if "dtype" in kwargs:
@@ -72,22 +66,12 @@ class BackboneModel(ContrastiveModel):
         number_positions(find_embedding_layer(encoder))
         if masking is not None:
             encoder = with_masking(encoder, masking)
-        text_encoder = backbone.text_encoder
-        if text_masking is not None:
-            text_encoder = with_text_masking(text_encoder, text_masking, padding_first)
-        elif not padding_first:
-            raise ValueError(
-                "`padding_first=False` needs a masking of texts: pass `text_masking`. "
-                f"Received: padding_first={padding_first}, text_masking=None"
-            )
         if head is None:
             options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
             head = ContrastiveHead(**options, **parts, name="head")
-        super().__init__(encoder, text_encoder, head=head, **kwargs)
+        super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
-        self.text_masking = text_masking
-        self.padding_first = padding_first
 
     def _options(self):
         options = super()._options()
@@ -95,21 +79,17 @@ class BackboneModel(ContrastiveModel):
         del options["dtype"], options["projection_dim"]
         return options
 
-    def _with_whole_encoders(self):
-        return type(self)(self.backbone, head=self.head, **self._whole_options())
+    def _with_whole_encoder(self):
+        options = {**self._options(), "views": 1}
+        return type(self)(self.backbone, head=self.head, **options)
 
     def get_config(self) -> dict[str, Any]:
-        config = {
+        return {
             **self._options(),
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "masking": keras.saving.serialize_keras_object(self.masking),
             "frozen": frozen_parts(self),
         }
-        if self.text_masking is not None:
-            # Only then, as checkpoints of models without one do not name it.
-            masking = keras.saving.serialize_keras_object(self.text_masking)
-            config.update(text_masking=masking, padding_first=self.padding_first)
-        return config
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")

@@ -19,7 +19,6 @@ from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
-from keras_cluster_mask.models.masked_text_encoder import MaskedTextEncoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.tower import Tower
 from keras_cluster_mask.training import layers, micro_batches, optimizers
@@ -73,8 +72,7 @@ class ContrastiveModel(DualEncoder):
             a masking in it, if it is to train on parts of the images
             (`kcm.with_masking`).
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
-            features. To train on parts of the texts, give it a masking layer of its own
-            (`kcm.with_text_masking`). A model with several inputs, such as
+            features. A model with several inputs, such as
             `keras.Model(bert.inputs, bert.output["pooled_output"])` of a keras_hub
             `BertBackbone`, receives the entries of the batch with the same names. If
             the batch has no `"padding_mask"`, ids of 0 are hidden as padding; an id of
@@ -189,7 +187,7 @@ class ContrastiveModel(DualEncoder):
             keras.metrics.Mean(name="text_to_image_accuracy"),
         ]
         self.temperature_metric = keras.metrics.Mean(name="temperature")
-        if self.image_maskings:
+        if self.maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
         self.finite_steps = FiniteSteps()
         self.gradient_buckets = GradientBuckets()
@@ -203,8 +201,6 @@ class ContrastiveModel(DualEncoder):
         cls,
         backbone: keras.Model,
         masking: PatchMasking | None = None,
-        text_masking: PatchMasking | None = None,
-        padding_first: bool = True,
         **kwargs: Any,
     ) -> "ContrastiveModel":
         """Makes a model from a keras_hub backbone of two towers.
@@ -219,10 +215,6 @@ class ContrastiveModel(DualEncoder):
                 `max_sequence_length` tokens and pools the last one: pad to the full
                 length with the end-of-text token, as SigLIP's tokenizer does.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
-            text_masking: A `PatchMasking` layer for texts, see
-                `kcm.with_text_masking`, or `None` to train on whole texts.
-            padding_first: Boolean. Whether `text_masking` leaves out padding before any
-                word.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
                 `projection_dim`. `loss` defaults to the backbone's own, and so do
                 `pixel_mean` and `pixel_std`. `initial_temperature=None` keeps the
@@ -230,10 +222,10 @@ class ContrastiveModel(DualEncoder):
                 sigmoid loss, start at 0.1, with a bias of -10.
 
         Returns:
-            A `ContrastiveModel` with the attributes `backbone`, `masking` and
-            `text_masking`: a `kcm.models.CLIPContrastiveModel`,
-            `MetaCLIP2ContrastiveModel` or `SigLIPContrastiveModel`. Called on a
-            subclass of one of these, it returns a model of that subclass.
+            A `ContrastiveModel` with the attributes `backbone` and `masking`: a
+            `kcm.models.CLIPContrastiveModel`, `MetaCLIP2ContrastiveModel` or
+            `SigLIPContrastiveModel`. Called on a subclass of one of these, it returns a
+            model of that subclass.
 
         Raises:
             ValueError: If the backbone is not supported, or is of another kind than the
@@ -256,16 +248,7 @@ class ContrastiveModel(DualEncoder):
                 f"for this backbone: derive `{cls.__name__}` from it. Received: "
                 f"backbone={backbone} of type {type(backbone).__name__}"
             )
-        return kind(
-            backbone,
-            masking=masking,
-            text_masking=text_masking,
-            padding_first=padding_first,
-            **kwargs,
-        )
-
-    from_clip = from_backbone
-    from_siglip = from_backbone
+        return kind(backbone, masking=masking, **kwargs)
 
     # === One step of training ===
 
@@ -354,10 +337,9 @@ class ContrastiveModel(DualEncoder):
             metric.update_state(values, sample_weight)
         self.temperature_metric.update_state(1.0 / weights[0])
         if training:
-            for masking in self.image_maskings:
+            for masking in self.maskings:
                 ratio = replicas.replica_mean(masking.last_mask_ratio)
                 self.mask_ratio_metric.update_state(ratio)
-            for masking in self.maskings:
                 masking.advance()
         return loss
 
@@ -563,7 +545,7 @@ class ContrastiveModel(DualEncoder):
         """A `Tower` from images to embeddings: what `encode_image` computes."""
         # Nothing is masked at inference, so the file of a tower needs no masking.
         is_masked = isinstance(self.image_encoder, MaskedEncoder)
-        return Tower.of_images(self._with_whole_encoders() if is_masked else self)
+        return Tower.of_images(self._with_whole_encoder() if is_masked else self)
 
     @functools.cached_property
     def text_tower(self) -> Tower:
@@ -571,11 +553,10 @@ class ContrastiveModel(DualEncoder):
 
         Of a text encoder with several inputs, it takes a dictionary of them.
         """
-        is_masked = isinstance(self.text_encoder, MaskedTextEncoder)
-        return Tower.of_texts(self._with_whole_encoders() if is_masked else self)
+        return Tower.of_texts(self)
 
     def without_masking(self) -> Self:
-        """Makes a model of the same weights that trains on whole images and texts.
+        """Makes a model of the same weights that trains on whole images.
 
         For the last epochs: a model pre-trained on parts of images improves by some
         training on whole ones. Encoders, projections, temperature and bias are shared,
@@ -595,34 +576,29 @@ class ContrastiveModel(DualEncoder):
             A model of the same class, to be compiled.
 
         Raises:
-            ValueError: If a masking was put into an encoder by other means than
-                `kcm.with_masking` and `kcm.with_text_masking`.
+            ValueError: If a masking was put into the image encoder by other means than
+                `kcm.with_masking`.
 
         Reference:
             - [Scaling Language-Image Pre-training via Masking](
               https://arxiv.org/abs/2212.00794) for unmasked tuning.
         """
-        whole = self._with_whole_encoders()
+        whole = self._with_whole_encoder()
         if whole.maskings:
             raise ValueError(
-                "Encoders must have their maskings from `kcm.with_masking` and "
-                "`kcm.with_text_masking`, which can remove them. Received: maskings "
+                "`image_encoder` must have its masking from `kcm.with_masking`, which "
+                "can remove it. Received: maskings "
                 f"{[masking.name for masking in whole.maskings]} of another kind"
             )
         return whole
 
-    def _with_whole_encoders(self):
-        """As `without_masking`, which refuses a masking that is still in an encoder."""
-        masked = MaskedEncoder, MaskedTextEncoder
-        encoders = self.image_encoder, self.text_encoder
-        return type(self)(
-            *(x.encoder if isinstance(x, masked) else x for x in encoders),
-            head=self.head,
-            **self._whole_options(),
-        )
-
-    def _whole_options(self):
-        return {**self._options(), "views": 1}
+    def _with_whole_encoder(self):
+        """As `without_masking`, which refuses a masking that is still in there."""
+        encoder = self.image_encoder
+        if isinstance(encoder, MaskedEncoder):
+            encoder = encoder.encoder
+        options = {**self._options(), "views": 1}
+        return type(self)(encoder, self.text_encoder, head=self.head, **options)
 
     # === Saving ===
 

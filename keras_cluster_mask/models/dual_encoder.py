@@ -51,8 +51,7 @@ class DualEncoder(keras.Model):
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
-        image_maskings: List of the `PatchMasking` layers in the image encoder.
-        maskings: List of those in both encoders.
+        maskings: List of the `PatchMasking` layers in the image encoder.
     """
 
     def __init__(
@@ -88,17 +87,12 @@ class DualEncoder(keras.Model):
             std=pixel_std,
             data_format=data_format_of(image_encoder),
         )
-        self.image_maskings = _maskings(image_encoder)
-        text_maskings = _maskings(text_encoder)
-        _check_own_maskings(self.image_maskings, text_maskings)
+        self.maskings = _maskings(image_encoder)
+        _check_no_maskings(text_encoder)
         self.views = check_integer("views", views)
-        _check_views(views, self.image_maskings)
-        self.maskings = [*self.image_maskings, *text_maskings]
-        for masking in self.image_maskings:
+        _check_views(views, self.maskings)
+        for masking in self.maskings:
             masking.join(self.normalize_pixels)
-        for masking in text_maskings:
-            # Texts have no pixels that models could normalize differently.
-            masking.join(masking.prepare_pixels)
         # Nothing is left to build, unless an encoder learns its width when called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
         if self.built:
@@ -139,8 +133,7 @@ class DualEncoder(keras.Model):
         Args:
             token_ids: `(batch, T)` int tensor, or a dictionary of such, if the text
                 encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
-            training: Python boolean. With a masking of texts, parts of them are left
-                out if true.
+            training: Python boolean, passed to the text encoder.
 
         Returns:
             `(batch, d)` float32 tensor, L2-normalized.
@@ -236,29 +229,30 @@ def _maskings(layer):
     return [x for x in all_layers(layer) if isinstance(x, PatchMasking)]
 
 
-def _check_own_maskings(image_maskings, text_maskings):
-    for masking in text_maskings:
-        if any(masking is x for x in image_maskings):
-            raise ValueError(
-                "`text_encoder` must have a masking of its own, as each remembers its "
-                f"noise and its mask ratio. Received: {masking.name} in both encoders"
-            )
+def _check_no_maskings(text_encoder):
+    found = _maskings(text_encoder)
+    if found:
+        raise ValueError(
+            "`text_encoder` must have no masking: mask the words of captions in the "
+            "data, by `text_masking` of `kcm.data.image_text_dataset`. Received: "
+            f"maskings {[masking.name for masking in found]}"
+        )
 
 
-def _check_views(views, image_maskings):
-    if views > 1 and len(image_maskings) != 1:
+def _check_views(views, maskings):
+    if views > 1 and len(maskings) != 1:
         raise ValueError(
             "`views` are masks of the same image, for which the image encoder needs "
             "one masking: put it there with `kcm.with_masking`, or pass `masking` to "
             f"`from_backbone`; or take `views=1`. Received: views={views}, maskings="
-            f"{[masking.name for masking in image_maskings]}"
+            f"{[masking.name for masking in maskings]}"
         )
-    if views > 1 and not image_maskings[0].is_random:
+    if views > 1 and not maskings[0].is_random:
         raise ValueError(
             "`views` must be 1 for a masking whose masks follow from the image, as all "
             "views would be alike: use another masking, such as `RandomMasking`. "
-            f"Received: views={views}, masking={image_maskings[0].name} of type "
-            f"{type(image_maskings[0]).__name__}"
+            f"Received: views={views}, masking={maskings[0].name} of type "
+            f"{type(maskings[0]).__name__}"
         )
 
 

@@ -69,7 +69,7 @@ BLOCKS = (
     "ViTEncoderBlock",
 )
 
-# Text encoders with a table of positions, whose pooled token is known.
+# Text encoders with a table of positions.
 TEXT_ENCODERS = "CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder"
 
 # The id at which `MetaCLIP2Backbone` pools texts. It saves no other.

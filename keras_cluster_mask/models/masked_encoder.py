@@ -13,7 +13,6 @@ from keras_cluster_mask.models.encoders import (
     call_encoder,
     count_prefix_tokens,
     count_tokens,
-    data_format_of,
     find_embedding_layer,
     image_shape_of,
     number_positions,
@@ -183,10 +182,6 @@ class MaskedEncoder(keras.Model):
     def stem(self) -> keras.Model:
         """The part of `encoder` from images to tokens, a model of shared weights."""
         return self._parts()[0]
-
-    @property
-    def data_format(self) -> str:
-        return data_format_of(self.encoder)
 
     @property
     def input(self) -> Any:

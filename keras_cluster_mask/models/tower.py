@@ -1,5 +1,4 @@
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -145,9 +144,6 @@ class Tower(keras.Model):
                 By default of uint8 images, or of int32 token ids. Needed on torch and
                 JAX if the text encoder does not say how long texts are.
             **kwargs: As in `keras.Model.export`.
-
-        A SavedModel that JAX writes is run once, unless there are `jax2tf_kwargs`, with
-        a warning if this version of TensorFlow cannot.
         """
         given = self.encoder.input
         if input_signature is None:
@@ -167,9 +163,6 @@ class Tower(keras.Model):
                 lambda x: {0: batch}, given
             )
         super().export(filepath, format, verbose, input_signature, **kwargs)
-        is_by_jax = format == "tf_saved_model" and keras.backend.backend() == "jax"
-        if is_by_jax and "jax2tf_kwargs" not in kwargs:
-            _warn_unless_tensorflow_runs(filepath, input_signature)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -186,24 +179,3 @@ class Tower(keras.Model):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
         return from_parts(cls, config, custom_objects)
-
-
-def _warn_unless_tensorflow_runs(path, signature):
-    """Tries a SavedModel that JAX wrote, which may be too new for TensorFlow."""
-    import jax
-    import tensorflow as tf
-
-    inputs = keras.tree.map_structure(
-        lambda spec: tf.zeros([size or 1 for size in spec.shape], spec.dtype), signature
-    )
-    loaded = tf.saved_model.load(path)
-    try:
-        loaded.serve(*inputs)
-    except tf.errors.OpError as error:
-        warnings.warn(
-            f"TensorFlow {tf.__version__} cannot run {os.fspath(path)!r}, which jax "
-            f"{jax.__version__} wrote: {error.message}. If it is to run with a "
-            'TensorFlow as old as this one, install "jax<0.11.2" and export again, or '
-            "export on another backend.",
-            stacklevel=3,
-        )

@@ -72,19 +72,6 @@ def test_an_epoch_counts_all_its_steps_but_the_first(monkeypatch):
 
 
 @pytest.mark.any_backend
-def test_of_a_masked_text_the_tokens_that_stay_count(monkeypatch):
-    model = kcm.ContrastiveModel.from_backbone(
-        tiny_clip(), kcm.RandomMasking(0.75), text_masking=kcm.RandomMasking(0.5)
-    )
-    model.compile("sgd", **FAST)
-    callbacks = [Clock(monkeypatch), kcm.callbacks.Throughput(), Rows()]
-    fit = dict(batch_size=4, verbose=0, callbacks=callbacks)
-    history = model.fit(random_pairs(24), **fit).history
-    # The class token and 4 of 16 patches, and 3 of 6 tokens of text.
-    assert history["tokens_per_second"] == [4.0 * (5 + 3)]
-
-
-@pytest.mark.any_backend
 def test_the_tokens_of_each_view_count(monkeypatch):
     model = kcm.ContrastiveModel.from_backbone(
         tiny_clip(), kcm.RandomMasking(0.75), views=2

@@ -71,20 +71,16 @@ def make_model(masking=None, **options):
         model = kcm.ContrastiveModel.from_backbone(
             tiny_clip(),
             masking,
-            text_masking=kcm.RandomMasking(0.5, seed=2),
             gradient_checkpointing=bool(micro_batch_size),
             **options,
         )
         # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
         return model
-    text_masking = kcm.RandomMasking(0.5, seed=2)
     if micro_batch_size:
         options["gradient_checkpointing"] = ["multi_head_attention"]
     model = kcm.ContrastiveModel(
-        masked_vit(masking),
-        kcm.with_text_masking(tiny_siglip().text_encoder, text_masking),
-        **options,
+        masked_vit(masking), tiny_siglip().text_encoder, **options
     )
     if os.environ.get("FREEZE") == os.environ.get("RANK", "0"):
         model.image_encoder.trainable = False

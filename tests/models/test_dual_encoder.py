@@ -78,20 +78,6 @@ def test_a_zero_feature_has_a_finite_embedding_and_gradient():
 
 
 @pytest.mark.any_backend
-def test_encoders_of_different_widths_need_a_projection():
-    with pytest.raises(ValueError, match=r"projection_dim.*Received: widths 12 and 16"):
-        kcm.ContrastiveModel(image_mlp(12), text_bag(16))
-
-
-@pytest.mark.any_backend
-def test_something_that_is_no_model_is_refused():
-    with pytest.raises(ValueError, match=r"`image_encoder` must.*Received:"):
-        kcm.ContrastiveModel(lambda x: x, text_bag())
-    with pytest.raises(ValueError, match=r"`text_encoder` must.*Received:"):
-        kcm.ContrastiveModel(image_mlp(), "text")
-
-
-@pytest.mark.any_backend
 def test_an_encoder_that_returns_tokens_is_refused():
     model = kcm.ContrastiveModel(functional_vit(pool=False), text_bag())
     with pytest.raises(ValueError, match=r"add a pooling.*Received: own_vit"):

@@ -5,7 +5,6 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models import with_context_length, with_image_size
 from keras_cluster_mask.models.encoders import tokens_per_image
-from keras_cluster_mask.models.masked_text_encoder import tokens_per_text
 from tests.helpers import tiny_clip, tiny_metaclip, tiny_siglip
 
 pytestmark = pytest.mark.any_backend
@@ -43,16 +42,6 @@ def test_what_is_frozen_is_frozen_in_a_copy(make):
         assert not copy.vision_encoder.trainable
 
 
-@pytest.mark.any_backend
-def test_what_a_masking_in_an_own_text_encoder_keeps_is_not_known():
-    ids = keras.Input((8,), dtype="int32")
-    tokens = keras.layers.Embedding(20, 4)(ids)
-    assert tokens_per_text(keras.Model(ids, tokens), 8) == 8
-    kept = kcm.RandomMasking(0.5, num_prefix_tokens=0)(tokens)
-    assert tokens_per_text(keras.Model(ids, kept), 8) is None
-
-
-@pytest.mark.any_backend
 def test_a_size_may_be_integers_of_numpy():
     for size in (np.int64(8), (np.int64(8), 8)):
         copy = with_image_size(tiny_clip(), size)

@@ -163,6 +163,7 @@ def test_the_model_and_the_text_tower_save_and_reload(trained, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_text_tower_is_exported_for_batches_of_any_size(trained, tmp_path):
     model, batch, expected = trained
     inputs = without(batch, "images")

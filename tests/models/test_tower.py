@@ -88,27 +88,13 @@ def test_an_exported_tower_takes_batches_of_any_size(kind, side, tmp_path):
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signature_exports_an_image_tower_for_normalized_floats(tmp_path):
     tower, _ = tower_of("own", "image")
     signature = [keras.InputSpec(shape=(None, 16, 16, 3), dtype="float32")]
     embed = exported(tower, tmp_path, input_signature=signature)
     images = random_images(4)
     np.testing.assert_allclose(embed(images), to_numpy(tower(images)), atol=1e-5)
-
-
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Only JAX can be too new.")
-def test_an_export_that_tensorflow_cannot_run_has_a_warning(tmp_path, monkeypatch):
-    tf = pytest.importorskip("tensorflow")
-
-    class TooNew:
-        def serve(self, inputs):
-            assert inputs.shape == (1, 16, 16, 3)
-            raise tf.errors.InvalidArgumentError(None, None, "unregistered operation")
-
-    monkeypatch.setattr(tf.saved_model, "load", lambda path: TooNew())
-    tower, _ = tower_of("own", "image")
-    with pytest.warns(UserWarning, match=r"cannot run .*: unregistered operation"):
-        tower.export(tmp_path / "tower", verbose=False)
 
 
 def test_mixed_precision_reaches_the_encoder_unrounded():

@@ -11,7 +11,6 @@ from tests.helpers import (
     MASKINGS,
     TokenLog,
     functional_vit,
-    image_mlp,
     random_images,
     random_noise,
     random_pairs,
@@ -158,22 +157,6 @@ def test_patches_and_texts_are_embedded_once():
     assert len(log.seen_tokens()) == 1
 
 
-def test_views_are_of_training_alone():
-    model, pairs = views_model(2), random_pairs(BATCH)
-    model.compile("sgd", **FAST)
-    assert model.predict(pairs, verbose=0)["image_embeddings"].shape == (BATCH, 16)
-    whole = model.without_masking()
-    assert whole.views == 1
-    whole.compile("sgd", **FAST)
-    found = model.evaluate(pairs, verbose=0, return_dict=True)
-    assert found == whole.evaluate(pairs, verbose=0, return_dict=True)
-    np.testing.assert_allclose(
-        numpy(model.image_tower(pairs["images"])),
-        numpy(model.encode_image(pairs["images"])),
-        atol=1e-6,
-    )
-
-
 def test_a_masking_within_a_model_of_ones_own_makes_views_too():
     images = keras.Input((16, 16, 3))
     x = keras.layers.Conv2D(16, 4, strides=4)(images)
@@ -231,37 +214,6 @@ def test_views_are_an_option_of_models_of_backbones():
         tiny_clip(), kcm.RandomMasking(0.5), views=2
     )
     assert model.get_config()["views"] == 2
-    assert model.without_masking().views == 1
     images = random_images(4)
     assert model.encode_image(images, training=True).shape == (4, 2, 16)
     assert model.encode_image(images).shape == (4, 16)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("views", [0, -1, 1.5, "2", True, None])
-def test_a_number_of_views_that_is_none_is_refused(views):
-    with pytest.raises(ValueError, match=r"`views` must be .*Received: views="):
-        views_model(views)
-
-
-@pytest.mark.any_backend
-def test_views_without_a_masking_are_refused():
-    message = r"`views` are masks .*with_masking.*Received: views=2, maskings=\[\]"
-    with pytest.raises(ValueError, match=message):
-        kcm.ContrastiveModel(image_mlp(), text_bag(), views=2)
-    text_masking = kcm.RandomMasking(0.5)
-    with pytest.raises(ValueError, match=message):
-        kcm.ContrastiveModel.from_backbone(
-            tiny_clip(), text_masking=text_masking, views=2
-        )
-
-
-@pytest.mark.any_backend
-def test_views_by_a_masking_that_follows_from_the_image_are_refused():
-    backbone = tiny_clip()
-    teacher = kcm.models.MomentumEncoder(backbone.vision_encoder)
-    message = r"`views` must be 1 for .*Received: views=2, masking=.*AttentiveMasking"
-    with pytest.raises(ValueError, match=message):
-        kcm.ContrastiveModel.from_backbone(
-            backbone, kcm.AttentiveMasking(teacher), views=2
-        )

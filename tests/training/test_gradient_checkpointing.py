@@ -36,7 +36,6 @@ MASKINGS = {
     "none": None,
     "budget": dict(mask_ratio=0.5),
     "threshold": dict(mask_ratio=0.5, min_mask_ratio=0.25, threshold=0.05),
-    "texts": dict(mask_ratio=0.5),
 }
 
 
@@ -104,8 +103,6 @@ def deep_clip(checkpointing, masking="none", num_layers=2, width=16, **kwargs):
     )
     if MASKINGS[masking]:
         kwargs["masking"] = kcm.ClusterMasking(4, seed=1, **MASKINGS[masking])
-    if masking == "texts":
-        kwargs["text_masking"] = kcm.RandomMasking(0.5, seed=2)
     return kcm.ContrastiveModel.from_backbone(
         make_backbone("CLIP", sizes=sizes, projection_dim=16),
         gradient_checkpointing=checkpointing,
@@ -156,7 +153,6 @@ def assert_same_steps(make, steps=2, tolerance=1e-5):
     [
         ("none", None),
         ("budget", 4),
-        ("texts", 4),
         ("threshold", None),
         ("threshold", 4),
     ],

@@ -36,13 +36,6 @@ def hidden_padding(**options):
 
 def make_model(masking=MASKINGS["cluster"], dropout=False, **kwargs):
     keras.utils.set_random_seed(0)
-    if masking == "texts":
-        return kcm.ContrastiveModel.from_backbone(
-            tiny_clip(),
-            masking=kcm.RandomMasking(0.5, seed=1),
-            text_masking=kcm.RandomMasking(0.5, seed=2),
-            **kwargs,
-        )
     mix = keras.layers.Dropout(0.3, seed=5) if dropout else None
     encoder = masked_vit(masking(num_prefix_tokens=0, seed=1), mix=mix)
     return kcm.ContrastiveModel(encoder, text_bag(), **kwargs)
@@ -76,7 +69,6 @@ def in_chunks_by_hand(model, num_chunks):
     [
         pytest.param(hidden_padding, "sigmoid", id="hidden_padding"),
         *(pytest.param(MASKINGS[name], "softmax", id=name) for name in MASKINGS),
-        ("texts", "softmax"),
         ("views", "softmax"),
     ],
 )

@@ -64,7 +64,7 @@ backbone = kcm.models.clip_backbone("vit_b_16", image_size=224, dtype="mixed_bfl
 backbone = kcm.models.with_image_size(backbone, 336)
 model = kcm.ContrastiveModel.from_backbone(backbone, masking, views=2)
 assert_type(model, kcm.ContrastiveModel)
-model = kcm.ContrastiveModel.from_backbone(backbone, Middle(0.5), text_masking=None)
+model = kcm.ContrastiveModel.from_backbone(backbone, Middle(0.5))
 optimizer = kcm.tower_optimizer(
     model, keras.optimizers.AdamW(1e-3), image=keras.optimizers.AdamW(1e-4)
 )

@@ -1,0 +1,448 @@
+"""ContrastiveModel.from_backbone: it trains the backbone itself."""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
+from tests.helpers import (
+    FAST,
+    VOCABULARY,
+    options_of,
+    random_images,
+    random_pairs,
+    tiny_clip,
+    tiny_metaclip,
+    tiny_siglip,
+    to_numpy,
+    values,
+)
+
+# Maker, class of the model, layer that has the temperature, pixel mean and deviation.
+KINDS = {
+    "clip": (
+        tiny_clip,
+        kcm.models.CLIPContrastiveModel,
+        "clip_head",
+        (CLIP_MEAN, CLIP_STD),
+    ),
+    "metaclip": (
+        tiny_metaclip,
+        kcm.models.MetaCLIP2ContrastiveModel,
+        "metaclip_2_head",
+        (CLIP_MEAN, CLIP_STD),
+    ),
+    "siglip": (
+        tiny_siglip,
+        kcm.models.SigLIPContrastiveModel,
+        "siglip_head",
+        (SIGLIP_MEAN, SIGLIP_MEAN),
+    ),
+}
+# The end token of MetaCLIP 2.
+END = 2
+
+
+def pairs_of(kind, count=8):
+    pairs = random_pairs(count)
+    if kind != "metaclip":
+        return pairs
+    # Texts of several lengths: words, the end token, padding by 1.
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, VOCABULARY, size=pairs["token_ids"].shape).astype("int32")
+    ids[:, 0] = 0
+    for row, length in enumerate(2 + np.arange(count) % (ids.shape[1] - 2)):
+        ids[row, length] = END
+        ids[row, length + 1 :] = 1
+    return {**pairs, "token_ids": ids}
+
+
+@functools.cache
+def train(kind):
+    """A backbone, the model that trained it, its pairs, and the weights before."""
+    make, _, head, _ = KINDS[kind]
+    keras.utils.set_random_seed(0)
+    backbone = make()
+    masking = kcm.ClusterMasking(4, mask_ratio=0.5, seed=1)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+    before = values(backbone.weights)
+    model.compile(optimizer=keras.optimizers.Adam(0.01), **FAST)
+    pairs = pairs_of(kind)
+    model.fit(pairs, batch_size=8, verbose=0)
+    return SimpleNamespace(
+        kind=kind,
+        backbone=backbone,
+        head=getattr(backbone, head),
+        model=model,
+        pairs=pairs,
+        before=before,
+    )
+
+
+@pytest.fixture(params=KINDS)
+def trained(request):
+    return train(request.param)
+
+
+@pytest.fixture
+def metaclip():
+    return train("metaclip")
+
+
+def scalar(value):
+    return float(ops.convert_to_numpy(value))
+
+
+def embeddings_of(backbone, inputs):
+    images = backbone.get_vision_embeddings(inputs["images"])
+    return [*map(to_numpy, (images, backbone.get_text_embeddings(inputs["token_ids"])))]
+
+
+# === All backbones ===
+
+
+def test_embeddings_logits_and_loss_are_the_backbones_own(trained):
+    model, backbone = trained.model, trained.backbone
+    pairs = {key: value[:4] for key, value in trained.pairs.items()}
+    mean, std = (np.array(x, "float32") for x in KINDS[trained.kind][3])
+    pixels = (pairs["images"].astype("float32") / 255 - mean) / std
+    inputs = {**pairs, "images": pixels}
+    found = model.predict(pairs, verbose=0)
+    for one, other in zip(found.values(), embeddings_of(backbone, inputs)):
+        other /= np.linalg.norm(other, axis=1, keepdims=True)
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    logits = scalar(model.head.scale) * np.dot(
+        found["image_embeddings"], found["text_embeddings"].T
+    )
+    expected = to_numpy(backbone(inputs)["vision_logits"])
+    if trained.kind == "siglip":
+        logits += scalar(model.head.logit_bias)
+        signs = 2.0 * np.eye(4) - 1.0
+        loss = np.logaddexp(0.0, -signs * expected).sum(axis=1).mean()
+    else:
+        totals = (np.log(np.exp(expected).sum(axis=axis)) for axis in (0, 1))
+        loss = np.mean([*totals]) - np.diag(expected).mean()
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    logs = model.evaluate(pairs, batch_size=4, verbose=0, return_dict=True)
+    assert logs["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_fit_trains_all_of_the_backbone(trained):
+    still = [
+        v.path
+        for v, old in zip(trained.backbone.weights, trained.before)
+        if v.trainable and np.array_equal(ops.convert_to_numpy(v), old)
+    ]
+    # A key's bias has no influence on a softmax over keys, except by rounding.
+    assert all("key" in path and "bias" in path for path in still), still
+
+
+@pytest.mark.any_backend
+def test_the_model_adds_the_weights_of_the_masking_and_nothing_else(trained):
+    backbone, model = trained.backbone, trained.model
+    assert len(model.weights) == len({id(v) for v in model.weights})
+    assert {id(v) for v in model.weights} == {id(v) for v in backbone.weights} | {
+        id(v) for v in model.masking.weights
+    }
+    assert model.head.logit_scale is trained.head.logit_scale
+    if trained.kind == "siglip":
+        assert model.head.logit_bias is trained.head.logit_bias
+
+
+def test_keras_hub_alone_reads_what_was_trained(trained, tmp_path):
+    backbone, model, pairs = trained.backbone, trained.model, trained.pairs
+    backbone.save_to_preset(str(tmp_path))
+    loaded = type(backbone).from_preset(str(tmp_path))
+    inputs = {**pairs, "images": random_images(8)}
+    for one, other in zip(*(embeddings_of(x, inputs) for x in (loaded, backbone))):
+        np.testing.assert_array_equal(one, other)
+    again = kcm.ContrastiveModel.from_backbone(loaded)
+    expected = model.predict(pairs, verbose=0)
+    for key, value in again.predict(pairs, verbose=0).items():
+        np.testing.assert_allclose(value, expected[key], atol=1e-6)
+    for one, other in zip(again.head.loss_weights, model.head.loss_weights):
+        assert scalar(one) == pytest.approx(scalar(other), rel=1e-6)
+
+
+def test_after_a_reload_a_fit_trains_the_reloaded_backbone(trained, tmp_path):
+    model, pairs = trained.model, trained.pairs
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded) is KINDS[trained.kind][1]
+    assert options_of(loaded) == options_of(model)
+    assert len(loaded.weights) == len(model.weights)
+    for key, value in model.predict(pairs, verbose=0).items():
+        np.testing.assert_array_equal(loaded.predict(pairs, verbose=0)[key], value)
+
+    scalars = [loaded.head.logit_scale, loaded.head.logit_bias]
+    scalars = [x for x in scalars if x is not None]
+    assert scalars[0] is getattr(loaded.backbone, KINDS[trained.kind][2]).logit_scale
+    inputs = {**pairs, "images": random_images(8)}
+
+    def state():
+        return [*embeddings_of(loaded.backbone, inputs), *values(scalars)]
+
+    before = state()
+    loaded.fit(pairs, batch_size=8, verbose=0)
+    for one, other in zip(before, state()):
+        assert np.abs(one - other).max() > 1e-4
+
+
+# === Precision ===
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_policy"), [("clip", False), ("clip", True), ("siglip", False)]
+)
+def test_mixed_precision_gives_float32_unit_vectors_and_a_float32_scale(
+    kind, by_policy
+):
+    if by_policy:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        backbone = KINDS[kind][0](None if by_policy else "mixed_bfloat16")
+        masking = kcm.ClusterMasking(4, seed=1)
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+        getattr(backbone, KINDS[kind][2]).logit_scale.assign(2.71828)
+        pairs = random_pairs(4)
+        model.compile(optimizer=keras.optimizers.SGD(0.0), **FAST)
+        for embeddings in model.predict(pairs, verbose=0).values():
+            assert embeddings.dtype == "float32"
+            lengths = np.linalg.norm(embeddings, axis=1)
+            np.testing.assert_allclose(lengths, 1.0, atol=1e-5)
+        history = model.fit(pairs, batch_size=4, verbose=0).history
+        temperature = math.exp(-np.float32(2.71828))
+        assert history["temperature"][0] == pytest.approx(temperature, rel=1e-6)
+        assert np.isfinite(history["loss"][0])
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+class Stop(Exception):
+    pass
+
+
+class SpyMasking(kcm.ClusterMasking):
+    """Keeps what it was given and what it selected, and ends the call there."""
+
+    def score(self, noise, images=None, tokens=None):
+        self.seen = keras.backend.standardize_dtype(images.dtype)
+        self.scores = super().score(noise, images, tokens)
+        raise Stop
+
+
+@pytest.mark.parametrize("by_policy", [False, True])
+def test_masks_are_those_of_full_precision_in_mixed_precision(by_policy):
+    # Two sorts of patches that only float32 can distinguish, far from 0.
+    rng = np.random.default_rng(0)
+    images = np.tile(rng.normal(size=(4, 4, 3)), (8, 4, 4, 1)) * 0.01 + 8.0
+    images = (images + 0.01 * rng.normal(size=images.shape)).astype("float32")
+
+    def scores(policy, dtype, images):
+        keras.config.set_dtype_policy(policy)
+        try:
+            masking = SpyMasking(4, seed=7, anchor_ratio=0.1)
+            model = kcm.ContrastiveModel.from_backbone(tiny_clip(dtype), masking)
+            with pytest.raises(Stop):
+                model({**random_pairs(8), "images": images}, training=True)
+        finally:
+            keras.config.set_dtype_policy("float32")
+        assert masking.seen == "float32"
+        return ops.convert_to_numpy(masking.scores)
+
+    full = scores("float32", None, images)
+    mixed = "mixed_bfloat16"
+    found = scores(*((mixed, None) if by_policy else ("float32", mixed)), images)
+    np.testing.assert_array_equal(found, full)
+    # And the images are such that rounding them first would have been seen.
+    rounded = to_numpy(ops.cast(images, "bfloat16"))
+    assert np.any(scores("float32", None, rounded) != full)
+
+
+# === Temperature and bias ===
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_temperature_is_the_backbones_unless_given(kind):
+    backbone = KINDS[kind][0]()
+    getattr(backbone, KINDS[kind][2]).logit_scale.assign(1.5)
+    kept = kcm.ContrastiveModel.from_backbone(backbone)
+    assert scalar(kept.head.scale) == pytest.approx(math.exp(1.5))
+    given = kcm.ContrastiveModel.from_backbone(backbone, initial_temperature=0.5)
+    assert scalar(given.head.scale) == pytest.approx(2.0)
+    if keras.backend.backend() == "jax":
+        # A Python number would change its type with the first step, and have the
+        # second compiled again.
+        assert not given.head.logit_scale.value.weak_type
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize(("temperature", "scale"), [(None, 10.0), (0.05, 20.0)])
+def test_a_sigmoid_loss_starts_where_siglip_did(kind, temperature, scale):
+    model = kcm.ContrastiveModel.from_backbone(
+        KINDS[kind][0](), loss="sigmoid", initial_temperature=temperature
+    )
+    found, bias = map(scalar, model.head.loss_weights)
+    assert found == pytest.approx(scale, rel=1e-6)
+    assert bias == -10.0
+    added = len(model.weights) - len(model.backbone.weights)
+    assert added == (kind == "clip")
+
+
+@pytest.mark.any_backend
+def test_a_siglip_that_was_trained_stays_where_it_is():
+    backbone = tiny_siglip()
+    backbone.siglip_head.logit_scale.assign(0.0)
+    backbone.siglip_head.logit_bias.assign(-3.0)
+    kept = kcm.ContrastiveModel.from_backbone(backbone)
+    assert [scalar(x) for x in kept.head.loss_weights] == [1.0, -3.0]
+
+
+def test_the_softmax_loss_leaves_the_bias_of_siglip_alone():
+    backbone = tiny_siglip()
+    backbone.siglip_head.logit_scale.assign(math.log(14.0))
+    model = kcm.ContrastiveModel.from_backbone(backbone, loss="softmax")
+    model.compile(optimizer=keras.optimizers.SGD(0.1), **FAST)
+    model.fit(random_pairs(4), batch_size=4, verbose=0)
+    assert scalar(backbone.siglip_head.logit_bias) == 0.0
+    assert scalar(model.head.scale) != pytest.approx(14.0, rel=1e-6)
+
+
+# === Positions of CLIP ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_a_fresh_clip_gets_its_patches_numbered_and_another_keeps_them(is_fresh):
+    backbone = tiny_clip()
+    ids = backbone.vision_encoder.embedding.position_ids
+    expected = np.arange(17)[None]
+    if is_fresh:
+        assert not ops.convert_to_numpy(ids).any()
+    else:
+        expected = expected[:, ::-1].copy()
+        ids.assign(expected)
+    kcm.ContrastiveModel.from_backbone(backbone)
+    np.testing.assert_array_equal(ops.convert_to_numpy(ids), expected)
+
+
+# === MetaCLIP 2: texts are pooled at the end token ===
+
+
+def without_end(pairs, row):
+    ids = pairs["token_ids"].copy()
+    ids[row][ids[row] == END] = 5
+    return {**pairs, "token_ids": ids}
+
+
+def test_what_follows_the_end_token_has_no_influence(metaclip):
+    model, ids = metaclip.model, metaclip.pairs["token_ids"].copy()
+    for row in ids:
+        rest = row[np.argmax(row == END) + 1 :]
+        rest[:] = [END, VOCABULARY - 1, 9, 9][: len(rest)]
+    assert np.any(ids != metaclip.pairs["token_ids"])
+    np.testing.assert_allclose(
+        to_numpy(model.encode_text(ids)),
+        to_numpy(model.encode_text(metaclip.pairs["token_ids"])),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.any_backend
+def test_the_norm_after_the_pooling_belongs_to_the_image_tower(metaclip):
+    of_towers = {
+        id(v)
+        for tower in metaclip.model.towers.values()
+        for layer in tower
+        for v in layer.trainable_variables
+    }
+    trained = metaclip.model.trainable_variables
+    rest = [v for v in trained if id(v) not in of_towers]
+    assert rest == [metaclip.head.logit_scale]
+
+
+def test_texts_without_the_end_token_are_refused_by_number(metaclip):
+    model, pairs = metaclip.model, metaclip.pairs
+    wrong = without_end(pairs, row=5)
+    for run in (
+        lambda: model.fit(wrong, batch_size=8, verbose=0),
+        lambda: model.fit(pairs, batch_size=8, validation_data=wrong, verbose=0),
+        lambda: model.evaluate(wrong, batch_size=8, verbose=0),
+        lambda: model.predict(wrong, verbose=0),
+        lambda: kcm.evaluation.embed(model, wrong, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=r"`token_ids`.*Received:.*row 5"):
+            run()
+    tf = pytest.importorskip("tensorflow")
+    dataset = tf.data.Dataset.from_tensor_slices(wrong).batch(4, drop_remainder=True)
+    with pytest.raises(Exception, match=r"`token_ids`.*end token, 2"):
+        model.fit(dataset, verbose=0)
+
+
+def test_unchecked_texts_without_the_end_token_have_no_embedding(metaclip):
+    ids = without_end(metaclip.pairs, row=5)["token_ids"]
+    found = to_numpy(metaclip.model.text_embeddings(ids))
+    np.testing.assert_array_equal(np.isnan(found).any(axis=1), np.arange(8) == 5)
+
+
+# === Subclasses and refusals ===
+
+
+class Other(kcm.ContrastiveModel):
+    pass
+
+
+class Halved(kcm.models.CLIPContrastiveModel):
+    def compute_loss(self, *args, **kwargs):
+        return 0.5 * super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.any_backend
+def test_a_subclass_makes_models_of_its_own():
+    losses = []
+    for kind in (Halved, kcm.ContrastiveModel):
+        keras.utils.set_random_seed(0)
+        model = kind.from_backbone(tiny_clip(), kcm.RandomMasking(0.5, seed=1))
+        model.compile("sgd", **FAST)
+        history = model.fit(random_pairs(4), batch_size=4, verbose=0).history
+        losses.append(history["loss"][0])
+    assert losses[0] == pytest.approx(losses[1] / 2)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("kind", "make", "options", "match"),
+    [
+        (None, lambda: tiny_clip().vision_encoder, {}, "`backbone`"),
+        (None, lambda: "clip_vit_base_patch16", {}, "`backbone`"),
+        (None, lambda: None, {}, "`backbone`"),
+        (None, tiny_clip, {"dtype": "mixed_bfloat16"}, "`dtype`"),
+        (Other, tiny_clip, {}, "derive `Other`"),
+        (KINDS["siglip"][1], tiny_clip, {}, "derive `SigLIPContrastiveModel`"),
+    ],
+)
+def test_what_fits_no_backbone_is_refused(kind, make, options, match):
+    with pytest.raises(ValueError, match=rf"{match}.*Received: "):
+        (kind or kcm.ContrastiveModel).from_backbone(make(), **options)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
+def test_arguments_that_a_given_head_defines_must_agree_with_it(make):
+    backbone = make()
+    own = {"max_logit_scale": 50.0}
+    head = kcm.ContrastiveModel.from_backbone(backbone, **own).head
+    other = "softmax" if head.loss == "sigmoid" else "sigmoid"
+    for name, value in {"max_logit_scale": 100.0, "loss": other}.items():
+        with pytest.raises(ValueError, match=rf"`{name}`.*Received: "):
+            kcm.ContrastiveModel.from_backbone(
+                backbone, head=head, **{**own, name: value}
+            )
+    assert kcm.ContrastiveModel.from_backbone(backbone, head=head, **own).head is head
