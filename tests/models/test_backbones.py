@@ -355,19 +355,6 @@ def test_what_follows_the_end_token_has_no_influence(metaclip):
     )
 
 
-@pytest.mark.any_backend
-def test_the_norm_after_the_pooling_belongs_to_the_image_tower(metaclip):
-    of_towers = {
-        id(v)
-        for tower in metaclip.model.towers.values()
-        for layer in tower
-        for v in layer.trainable_variables
-    }
-    trained = metaclip.model.trainable_variables
-    rest = [v for v in trained if id(v) not in of_towers]
-    assert rest == [metaclip.head.logit_scale]
-
-
 def test_texts_without_the_end_token_are_refused_by_number(metaclip):
     model, pairs = metaclip.model, metaclip.pairs
     wrong = without_end(pairs, row=5)

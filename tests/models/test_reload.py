@@ -61,19 +61,21 @@ def draw(case):
             choose(None, "temperature"),
         ],
         "optimizer": choose("adamw", "average", "momentum"),
-        "multipliers": choose({}, {"image": 0.5}, {"image": 0.0, "text": 2.0}),
+        "towers": choose((), ("image",), ("image", "text")),
         "log_gradient_norm": choose(True, False),
         "options": options,
     }
 
 
-def make_optimizer(kind):
+def make_optimizer(kind, scale=1.0, global_clipnorm=None):
     if kind == "adamw":
-        schedule = keras.optimizers.schedules.CosineDecay(0.01, 20)
-        return keras.optimizers.AdamW(schedule, weight_decay=0.1, global_clipnorm=1.0)
+        schedule = keras.optimizers.schedules.CosineDecay(0.01 * scale, 20)
+        return keras.optimizers.AdamW(
+            schedule, weight_decay=0.1, global_clipnorm=global_clipnorm
+        )
     if kind == "average":
-        return keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.9)
-    return keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True)
+        return keras.optimizers.Adam(0.01 * scale, use_ema=True, ema_momentum=0.9)
+    return keras.optimizers.SGD(0.05 * scale, momentum=0.9, nesterov=True)
 
 
 def make_model(case):
@@ -100,12 +102,14 @@ def make_model(case):
         keras.config.set_dtype_policy("float32")
     for part in made["frozen"]:
         freeze(model, part)
-    model.compile(
-        make_optimizer(made["optimizer"]),
-        learning_rate_multipliers=made["multipliers"],
-        log_gradient_norm=made["log_gradient_norm"],
-        **FAST,
-    )
+    kind, towers = made["optimizer"], made["towers"]
+    if towers:
+        parts = {name: make_optimizer(kind, scale=0.5) for name in towers}
+        default = make_optimizer(kind)
+        optimizer = kcm.tower_optimizer(model, default, **parts, global_clipnorm=1.0)
+    else:
+        optimizer = make_optimizer(kind, global_clipnorm=1.0)
+    model.compile(optimizer, log_gradient_norm=made["log_gradient_norm"], **FAST)
     return model
 
 
