@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution import in_place_updates
+from keras_cluster_mask.training.layers import state_variables
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -95,15 +96,17 @@ def tower_optimizer(
             they cannot be distinguished.
     """
     optimizers = {}
+    # What layers update themselves may have the same paths.
+    state = {id(variable) for variable in state_variables(model)}
     for name, encoder, optimizer in (
         ("image", model.image_encoder, image),
         ("text", model.text_encoder, text),
     ):
         if optimizer is None:
             continue
-        own = {id(weight) for weight in encoder.weights}
-        paths = {weight.path for weight in encoder.weights}
-        others = {weight.path for weight in model.weights if id(weight) not in own}
+        weights = [v for v in encoder.weights if id(v) not in state]
+        paths, own = {v.path for v in weights}, {*map(id, weights)}
+        others = {v.path for v in model.weights if id(v) not in own | state}
         if shared := sorted(paths & others):
             raise ValueError(
                 f"`{name}` needs weights whose paths differ from those of all other "
