@@ -1,4 +1,4 @@
-"""What `ContrastiveModel.fit` does before, between and after Keras's own `fit`."""
+"""Trains a `ContrastiveModel`: checks data, resumes, and calls Keras's own `fit`."""
 
 import contextlib
 import os
@@ -50,7 +50,10 @@ def fit(
     validation_batch_size=None,
     validation_freq=1,
 ):
-    """Trains a model, from a checkpoint on if there is one.
+    """Trains a model, from a checkpoint if there is one, in three parts.
+
+    The data is checked and made readable from any epoch; the run finds out where it
+    starts; then Keras's `fit` trains to the end.
 
     Args:
         model: A `ContrastiveModel`.
@@ -61,98 +64,43 @@ def fit(
     Returns:
         A `keras.callbacks.History`.
     """
-    x = inputs.as_dictionary(x, y, sample_weight, class_weight)
-    if isinstance(x, dict) and validation_split:
-        # Not by Keras, which splits arrays alone.
-        x, validation_data = _split(x, validation_split, validation_data)
-        validation_split = 0.0
-    validation_data = inputs.as_dictionary(validation_data)
-    # An error says how many pairs a batch needs.
+    # A batch size of 0 is refused with the number of pairs that a batch needs.
     batch_size = check_integer(
         "batch_size", 32 if batch_size is None else batch_size, 0
     )
-    initial_epoch = check_integer("initial_epoch", initial_epoch, 0)
-    steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
     callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
     callbacks = [each for each in callbacks if each is not None]
-    saves = [each for each in callbacks if getattr(each, "saves_training_state", False)]
-    options = {
-        "verbose": verbose if is_main_process() else 0,
+    verbose = verbose if is_main_process() else 0
+
+    # === The data ===
+    x = inputs.as_dictionary(x, y, sample_weight, class_weight)
+    if isinstance(x, dict) and validation_split:
+        # Keras splits arrays alone, and gets batches.
+        x, validation_data = _split(x, validation_split, validation_data)
+        validation_split = 0.0
+    validation = {
+        "validation_data": inputs.evaluation_data(
+            model,
+            inputs.as_dictionary(validation_data),
+            validation_steps,
+            passes_once=False,
+        ),
         "validation_split": validation_split,
         "validation_steps": validation_steps,
         "validation_batch_size": validation_batch_size or batch_size,
         "validation_freq": validation_freq,
     }
-    options["validation_data"] = inputs.evaluation_data(
-        model, validation_data, validation_steps, passes_once=False
+    data, shuffle = _prepare_data(
+        model, x, batch_size, shuffle, steps_per_epoch, initial_epoch
     )
 
-    inputs.check_keys(x)
-    pairs = None
-    if isinstance(x, dict):
-        model.input_rules.check(x)
-        x = ArrayBatches(x, batch_size, True if shuffle is None else shuffle)
-        pairs, shuffle = x.pairs, None
-    # Datasets have their own order; Keras warns of its default.
-    own_order = hasattr(x, "element_spec")
-    options["shuffle"] = not own_order if shuffle is None else shuffle
-    check_batch_size(model, inputs.rows_of(x), pairs)
-    step_size = inputs.StepSize.of(x)
-    if step_size is not None:
-        check_micro_batches(step_size.batch_size, model.micro_batch_size)
+    # === The run ===
+    run = _prepare_run(model, data, resume_from, callbacks, epochs, verbose)
 
-    found = None if resume_from is None else read_resumable(resume_from)
-    stream = stream_of(x)
-    if stream is not None:
-        check_same_everywhere(stream.description)
-        if steps_per_epoch is None:
-            steps_per_epoch = stream.steps_per_epoch
-    if saves:
-        _check_no_swaps(callbacks)
-    _check_executions(model.steps_per_execution, steps_per_epoch)
-    data = TrainingData(x, steps_per_epoch, initial_epoch)
-    run = TrainingRun(model, data, step_size)
-    if found is not None:
-        run.resume(model, found)
-    if model.compiled and run.epoch < epochs:
-        _warn_of_rate_zero(model.optimizer)
-    if resume_from is not None and options["verbose"]:
-        if found is None:
-            folder = os.fspath(resume_from)
-            print(f"No checkpoint in {folder}: starting from the beginning.")
-        else:
-            print(f"Resuming from {found[0]}: epoch {run.epoch + 1}.")
-    model.training_run = run
-    options["callbacks"] = [run, *callbacks]
-    bars = [x for x in callbacks if isinstance(x, keras.callbacks.ProgbarLogger)]
-    if options["verbose"] and not bars:
-        options["callbacks"].append(ProgressBar())
-    try:
-        history = _fit_from(model, keras_fit, run, options, epochs)
-    except BaseException as error:
-        run.undo_first_step()
-        if (failed := writing_error()) is not None:
-            error.add_note(f"A checkpoint could not be written either: {failed!r}")
-        raise
-    if saves:
-        finish_writing_everywhere()
-    return history
-
-
-def _fit_from(model, keras_fit, run, options, epochs):
-    """Calls Keras's `fit` from where a run is to the end."""
+    # === Training ===
     if run.epoch < epochs:
-        x = run.data.from_epoch(run.epoch)
-        if isinstance(x, ArrayBatches):
-            # They have been checked whole.
-            x = inputs.stream_for_keras(x)
-        else:
-            x = inputs.check_data(x, model.input_rules, training=True)
-        if run.data.steps_per_epoch is not None:
-            options["steps_per_epoch"] = run.data.steps_per_epoch
-        history = _run(
-            keras_fit, dict(options, x=x, initial_epoch=run.epoch, epochs=epochs)
-        )
+        options = {"epochs": epochs, "verbose": verbose, "shuffle": shuffle}
+        history = _train(model, keras_fit, run, callbacks, **options, **validation)
     else:
         history = keras.callbacks.History()
         if run.history:
@@ -170,14 +118,91 @@ def _fit_from(model, keras_fit, run, options, epochs):
     return history
 
 
-def _run(keras_fit, options):
-    has_steps = "steps_per_epoch" in options
+def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch):
+    """Checks training data.
+
+    Returns:
+        A tuple: the data as `TrainingData`, and whether Keras shuffles it.
+    """
+    initial_epoch = check_integer("initial_epoch", initial_epoch, 0)
+    steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
+    inputs.check_keys(x)
+    pairs = None
+    if isinstance(x, dict):
+        model.input_rules.check(x)
+        x = ArrayBatches(x, batch_size, True if shuffle is None else shuffle)
+        pairs, shuffle = x.pairs, None
+    if shuffle is None:
+        # Datasets have their own order, and Keras warns of its default.
+        shuffle = not hasattr(x, "element_spec")
+    check_batch_size(model, inputs.rows_of(x), pairs)
+    stream = stream_of(x)
+    if stream is not None:
+        check_same_everywhere(stream.description)
+        steps_per_epoch = steps_per_epoch or stream.steps_per_epoch
+    _check_executions(model.steps_per_execution, steps_per_epoch)
+    return TrainingData(x, steps_per_epoch, initial_epoch), shuffle
+
+
+def _prepare_run(model, data, resume_from, callbacks, epochs, verbose):
+    """Returns the `TrainingRun`, at the epoch of the checkpoint if there is one."""
+    step_size = inputs.StepSize.of(data.data)
+    if step_size is not None:
+        check_micro_batches(step_size.batch_size, model.micro_batch_size)
+    if _saves_state(callbacks):
+        _check_no_swaps(callbacks)
+    found = None if resume_from is None else read_resumable(resume_from)
+    run = TrainingRun(model, data, step_size)
+    if found is not None:
+        run.resume(model, found)
+    if model.compiled and run.epoch < epochs:
+        _warn_of_rate_zero(model.optimizer)
+    if resume_from is not None and verbose:
+        if found is None:
+            folder = os.fspath(resume_from)
+            print(f"No checkpoint in {folder}: starting from the beginning.")
+        else:
+            print(f"Resuming from {found[0]}: epoch {run.epoch + 1}.")
+    return run
+
+
+def _train(model, keras_fit, run, callbacks, **options):
+    """Calls Keras's `fit` from where a run is to the end, and returns its history."""
+    x = run.data.from_epoch(run.epoch)
+    if isinstance(x, ArrayBatches):
+        # They have been checked whole.
+        x = inputs.stream_for_keras(x)
+    else:
+        x = inputs.check_data(x, model.input_rules, training=True)
+    options["callbacks"] = [run, *callbacks]
+    bars = [isinstance(each, keras.callbacks.ProgbarLogger) for each in callbacks]
+    if options["verbose"] and not any(bars):
+        options["callbacks"].append(ProgressBar())
+    steps, no_end = run.data.steps_per_epoch, contextlib.nullcontext()
+    model.training_run = run
     try:
-        with contextlib.nullcontext() if has_steps else inputs.until_the_end():
-            return keras_fit(**options)
+        with inputs.until_the_end() if steps is None else no_end:
+            history = keras_fit(
+                x=x,
+                initial_epoch=run.epoch,
+                steps_per_epoch=steps,
+                **options,
+            )
+    except BaseException as error:
+        run.undo_first_step()
+        if (failed := writing_error()) is not None:
+            error.add_note(f"A checkpoint could not be written either: {failed!r}")
+        raise
     finally:
-        if isinstance(options["x"], types.GeneratorType):
-            options["x"].close()
+        if isinstance(x, types.GeneratorType):
+            x.close()
+    if _saves_state(callbacks):
+        finish_writing_everywhere()
+    return history
+
+
+def _saves_state(callbacks):
+    return any(getattr(each, "saves_training_state", False) for each in callbacks)
 
 
 def _check_executions(steps_per_execution, steps_per_epoch):

@@ -1,6 +1,7 @@
 """An optimizer of its own for each tower."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -8,6 +9,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution import in_place_updates
 from keras_cluster_mask.training.layers import state_variables
+from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -43,7 +45,11 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
                         f"Received: {part.name} with {name}={getattr(part, name)}"
                     )
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: Sequence[Tensor | None],
+        trainable_variables: Sequence[keras.Variable] | None = None,
+    ) -> None:
         if self.global_clipnorm is not None:
             grads = clip_by_global_norm(list(grads), self.global_clipnorm)
         super().apply(grads, trainable_variables)
