@@ -361,6 +361,7 @@ def test_the_norm_after_the_pooling_belongs_to_the_image_tower(metaclip):
     assert rest == [metaclip.head.logit_scale]
 
 
+@pytest.mark.any_backend
 def test_texts_without_the_end_token_are_refused_by_number(metaclip):
     model, pairs = metaclip.model, metaclip.pairs
     wrong = without_end(pairs, row=5)
