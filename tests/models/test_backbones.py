@@ -348,6 +348,7 @@ def test_what_follows_the_end_token_has_no_influence(metaclip):
     )
 
 
+@pytest.mark.any_backend
 def test_texts_without_the_end_token_are_refused_by_number(metaclip):
     model, pairs = metaclip.model, metaclip.pairs
     wrong = without_end(pairs, row=5)

@@ -99,16 +99,11 @@ def test_what_cannot_be_done_is_refused(make, length, name):
 def test_training_a_copy_leaves_the_model_as_it_was():
     backbone = tiny_clip()
     before = values(backbone.weights)
-    for copy in (
-        with_context_length(backbone, 5),
-        kcm.models.with_image_size(backbone, 24),
-    ):
-        model = kcm.ContrastiveModel.from_backbone(copy)
-        model.compile("sgd", **FAST)
-        shape = copy.vision_encoder.image_shape
-        images = np.random.default_rng(0).normal(size=(4, *shape)).astype("float32")
-        ids = random_pairs(4)["token_ids"][:, :5]
-        model.fit({"images": images, "token_ids": ids}, batch_size=4, verbose=0)
-        # On JAX, arrays of the step would have been deleted.
-        for one, other in zip(values(backbone.weights), before):
-            np.testing.assert_array_equal(one, other)
+    model = kcm.ContrastiveModel.from_backbone(with_context_length(backbone, 5))
+    model.compile("sgd", **FAST)
+    pairs = random_pairs(4)
+    pairs["token_ids"] = pairs["token_ids"][:, :5]
+    model.fit(pairs, batch_size=4, verbose=0)
+    # On JAX, arrays of the step would have been deleted.
+    for one, other in zip(values(backbone.weights), before):
+        np.testing.assert_array_equal(one, other)

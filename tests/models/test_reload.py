@@ -24,7 +24,7 @@ from tests.helpers import (
     values,
 )
 
-FEW, MANY = 6, 20
+FEW, MANY = 4, 20
 
 
 def draw(case):
