@@ -238,7 +238,7 @@ def _warn_of_rate_zero(optimizer):
             "unless its schedule or a callback raises it: after a schedule has ended, "
             "compile the model with a new "
             f"optimizer. Received: an optimizer that has made {steps} steps",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
