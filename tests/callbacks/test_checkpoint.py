@@ -169,10 +169,10 @@ def unknown_length():
     return data.filter(lambda batch: True)
 
 
-@pytest.mark.parametrize("kind", ["arrays", "shuffled arrays", "unknown length"])
+@pytest.mark.parametrize("kind", ["arrays", "unknown length"])
 def test_arrays_and_other_datasets_resume_with_an_epoch(kind, tmp_path):
     validation = {"validation_data": pairs(8, seed=1), "validation_batch_size": 4}
-    data, fit = pairs(), {"shuffle": "shuffled" in kind, "batch_size": 4, **validation}
+    data, fit = pairs(), {"shuffle": False, "batch_size": 4, **validation}
     if kind == "unknown length":
         data, fit = unknown_length(), validation
     expected, history = run(data, tmp_path / "whole", fit=fit)
