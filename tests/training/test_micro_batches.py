@@ -68,13 +68,13 @@ def in_chunks_by_hand(model, num_chunks):
     ("masking", "loss"),
     [
         pytest.param(hidden_padding, "sigmoid", id="hidden_padding"),
-        # The first follows tokens, the second has a teacher.
-        pytest.param(MASKINGS["cluster"], "softmax", id="cluster"),
+        # The first has a threshold that moves, the second a teacher.
+        pytest.param(MASKINGS["threshold"], "softmax", id="threshold"),
         pytest.param(MASKINGS["attentive"], "softmax", id="attentive"),
         *(
             pytest.param(MASKINGS[name], "softmax", id=name, marks=pytest.mark.slow)
             for name in MASKINGS
-            if name not in ("cluster", "attentive")
+            if name not in ("threshold", "attentive")
         ),
         ("views", "softmax"),
     ],
