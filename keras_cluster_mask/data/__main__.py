@@ -1,4 +1,4 @@
-"""The command `check`: `python -m keras_cluster_mask.data --help`."""
+"""Command-line interface: `python -m keras_cluster_mask.data --help`."""
 
 import argparse
 import json
@@ -13,11 +13,11 @@ def main(arguments=None):
     """Runs the command.
 
     Args:
-        arguments: list of str. Defaults to `None`: those of the program.
+        arguments: list of str. Defaults to `None`: those in `sys.argv`.
 
     Returns:
-        int. The exit status: 0, or 1 if a sample is broken. argparse ends the program
-        with 2 for an error.
+        int. The exit status: 0, or 1 if a sample is broken. argparse exits with 2 on an
+        error.
     """
     parser = argparse.ArgumentParser(prog="python -m keras_cluster_mask.data")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -34,7 +34,7 @@ def main(arguments=None):
     options = vars(parser.parse_args(arguments))
     del options["command"]
     path = options.pop("json")
-    # Pillow's warnings are about images that are counted as broken, or harmless.
+    # Pillow warns about images that are counted as broken anyway, or are harmless.
     warnings.filterwarnings("ignore", module="PIL")
     try:
         result = check(**options)
@@ -47,7 +47,7 @@ def main(arguments=None):
     for reason, count in result["by_reason"].items():
         print(f"{count:>12,}  {reason}")
     for sample in result["first_broken"][:10]:
-        # Keys may hold control characters.
+        # Keys may contain control characters.
         print("  ", sample["shard"], ascii(sample["key"]), sample["reason"])
     return 1 if result["broken"] else 0
 

@@ -1,20 +1,20 @@
-"""Checks of the arguments of `image_text_dataset`."""
+"""Checks the arguments of `image_text_dataset`."""
 
 import collections
 
 from keras_cluster_mask.checks import check_integer, is_positive
 from keras_cluster_mask.data.pairs import Pair
 
-# In object stores, runs of so many neighbors are read together, where a batch holds
-# enough of them to be well mixed.
+# The largest default block size for object stores, and the number of blocks that a
+# batch must contain to be well mixed.
 BLOCK, RUNS = 64, 16
 CROP_SCALE = 0.4, 1.0
-# The samples that are read to see whether any has what is asked for.
+# The number of samples that are read to check that they have the requested fields.
 EXAMPLES = 8
 
 
 def check_crop_scale(crop_scale, resize):
-    """The range of the area of random crops; None if there are none."""
+    """Checks and returns the range of the area of random crops; None for no crops."""
     if resize == "squash":
         if crop_scale is not None:
             raise ValueError(
@@ -34,7 +34,7 @@ def check_crop_scale(crop_scale, resize):
 
 
 def check_process(process, batch_size, training):
-    """The number of this process and the number of processes."""
+    """Returns the index of this process and the number of processes."""
     from keras_cluster_mask.distribution.processes import process_index_and_count
 
     if process is None:
@@ -54,7 +54,7 @@ def check_process(process, batch_size, training):
 
 
 def choose_block_size(block_size, batch_size, processes, remote):
-    """Checks `block_size`, or chooses it."""
+    """Checks `block_size`, or chooses a default."""
     if block_size is None:
         sizes = (BLOCK >> shift for shift in range(BLOCK.bit_length()))
         fitting = (n for n in sizes if not batch_size % n and batch_size >= n * RUNS)
@@ -74,7 +74,7 @@ def choose_block_size(block_size, batch_size, processes, remote):
 
 
 def check_weights(source, training, sampling):
-    """Checks a dict from sources to weights, and that it can be used."""
+    """Raises an error unless a dict from sources to weights is valid and supported."""
     if not source or not all(map(is_positive, source.values())):
         raise ValueError(
             "`source` must be a dict from sources to positive weights. "
@@ -88,13 +88,13 @@ def check_weights(source, training, sampling):
 
 
 def _few(index):
-    """A few samples of an index, without their image files."""
+    """Reads a few samples of an index, without their image files."""
     numbers = {len(index) * place // EXAMPLES for place in range(EXAMPLES)}
     return index.read(sorted(numbers) if len(index) else [], with_images=False)
 
 
 def name_of(function):
-    """What tells one function or object from another, as JSON can hold it."""
+    """Returns a JSON-compatible identifier of a function or object, or None."""
     named = function if hasattr(function, "__qualname__") else type(function)
     sizes = [
         getattr(function, name, None) for name in ("vocabulary_size", "context_length")
@@ -103,8 +103,8 @@ def name_of(function):
 
 
 def check_samples(indexes, skipped, reader):
-    """Raises an error unless there are samples with what is asked for."""
-    # What an entry holds, and which names classes have, is not in an index.
+    """Raises an error unless some samples have all requested fields."""
+    # An index has no field values, such as labels, so read a few samples.
     examples = [sample for index in indexes for sample in _few(index)]
     if any(isinstance(sample, Pair) for sample in examples):
         return

@@ -1,4 +1,4 @@
-"""The parts of CLIP's byte-pair encoding: cleaning, words, bytes and merges."""
+"""Building blocks of CLIP's byte-pair encoding: cleaning, words, bytes and merges."""
 
 import functools
 import html
@@ -10,8 +10,8 @@ import ftfy
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-# The characters that stand for the 256 bytes, in the order of OpenAI's vocabulary: the
-# printable Latin-1 characters stand for themselves, the rest follow from U+0100 on.
+# The characters that represent the 256 bytes, in the order of OpenAI's vocabulary:
+# printable Latin-1 characters represent themselves, and the rest start at U+0100.
 BYTE_CHARACTERS = [
     *map(chr, range(0x21, 0x7F)),
     *map(chr, range(0xA1, 0xAD)),
@@ -23,7 +23,7 @@ START = "<start_of_text>"
 END = "<end_of_text>"
 # OpenAI's file lists more merges than CLIP uses: 49,408 ids minus bytes and specials.
 CLIP_MERGES = 49408 - 2 * 256 - 2
-# The reference ignores case, so the long s matches an s.
+# The reference implementation ignores case, so the long s matches an s.
 ANY_S = r"[s\x{17F}]"
 # A word is the ending of a contraction, a run of letters, one digit, or a run of other
 # characters that are not white space. Ignoring case also drops U+0345, an accent whose
@@ -36,21 +36,21 @@ PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 
 
 def clean(text, name="texts"):
-    """Cleans a caption as CLIP does; `name` is the argument that it comes from."""
+    """Cleans a caption as CLIP does. Errors call the argument `name`."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     if not isinstance(text, str):
         raise TypeError(
             f"`{name}` must be str or bytes. Received: {name} with {text!r}"
         )
-    # Repair is slow, and plain ASCII without an entity needs none.
+    # Repair is slow, and plain ASCII without HTML entities does not need it.
     if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def clean_all(captions):
-    """Cleans each of an iterable of captions."""
+    """Cleans an iterable of captions lazily."""
     if isinstance(captions, str | bytes) or not isinstance(captions, Iterable):
         raise ValueError(
             "`captions` must be an iterable of captions, not a single caption. "
@@ -61,7 +61,7 @@ def clean_all(captions):
 
 @functools.cache
 def word_splitter(*special_tokens):
-    """Splits a clean caption into words, spelled in byte characters."""
+    """Returns a pre-tokenizer from a clean caption to words in byte characters."""
     specials = "|".join(re.escape(token) for token in special_tokens)
     specials = specials.replace("s", ANY_S)
     pattern = tokenizers.Regex(f"{specials}|{WORD_PATTERN}")
@@ -74,13 +74,13 @@ def word_splitter(*special_tokens):
 
 
 def words_of(text):
-    """The words of a clean caption, as a list of str."""
+    """Splits a clean caption into words, a list of str."""
     pieces = word_splitter(START, END).pre_tokenize_str(text)
     return [text[start:end] for _, (start, end) in pieces]
 
 
 def clip_vocabulary(merges):
-    """The vocabulary in OpenAI's order: bytes, final bytes, merges, start, end."""
+    """Returns the tokens in OpenAI's order: bytes, final bytes, merges, start, end."""
     return [
         *BYTE_CHARACTERS,
         *(character + WORD_END for character in BYTE_CHARACTERS),
@@ -101,8 +101,8 @@ def read_merges(text):
 
 def learn_merges(captions, vocabulary_size, min_frequency):
     """Learns the most frequent merges; the same captions give the same merges."""
-    # The trainer breaks ties by the numbers of the letters, which it takes from a
-    # randomized hash table unless they are special tokens.
+    # The trainer breaks ties by the ids of the letters. Unless the letters are special
+    # tokens, their ids depend on the order of a randomized hash table.
     letters = clip_vocabulary([])[:-2]
     learner = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.pre_tokenizer = word_splitter(START, END)

@@ -23,7 +23,7 @@ def read_captions(
     Args:
         source: str or path, or a list of them; see `list_shards`.
         caption_key: str or sequence of str. The field that holds captions; see
-            `image_text_dataset`. Defaults to `None`: the usual names.
+            `image_text_dataset`. Defaults to `None`: common names.
 
     Returns:
         List of str, in the order of the samples. Broken samples are left out.
@@ -37,8 +37,9 @@ class CaptionChoice:
     """Chooses one caption per sample and puts it into a template.
 
     Args:
-        template: str or sequence of str that hold `{}`, or None.
-        training: bool. Whether to draw captions and templates, or to take the first.
+        template: str or sequence of str that contain `{}`, or None.
+        training: bool. Whether to draw captions and templates at random, instead of
+            taking the first.
     """
 
     def __init__(self, template, training):
@@ -55,17 +56,17 @@ class CaptionChoice:
         self._training = training
 
     def __call__(self, pair, generator):
-        """The caption of a pair, bytes.
+        """Returns the caption of a pair, as bytes.
 
         Args:
             pair: `Pair`.
-            generator: `np.random.Generator`, which draws in training.
+            generator: `np.random.Generator`. Only used in training.
         """
         caption = self._drawn(pair.captions, generator)
         return _filled(self._drawn(self._templates, generator), caption)
 
     def all_of(self, pair):
-        """All captions of a pair, each in the first template, as a tuple of bytes."""
+        """Returns all captions in the first template, as a tuple of bytes."""
         return tuple(_filled(self._templates[0], text) for text in pair.captions)
 
     def _drawn(self, choices, generator):

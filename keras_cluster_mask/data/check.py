@@ -1,4 +1,4 @@
-"""`check`: indexes shards, counts samples and faults, and may decode all images."""
+"""Indexes shards, counts samples and faults, and optionally decodes all images."""
 
 import contextlib
 import itertools
@@ -15,9 +15,9 @@ from keras_cluster_mask.data.pairs import Fault, PairReader
 from keras_cluster_mask.data.skipped import MAX_EXAMPLES, SkippedSamples
 from keras_cluster_mask.data.stream import num_processors
 
-# The samples of a task, which are read together, and the tasks for each thread.
+# The number of samples that a task reads together, and of queued tasks per thread.
 TOGETHER, AHEAD = 16, 2
-# A JPEG that is reduced while it is decoded is still read to its last byte.
+# Decoding to a small size is fast, and still reads a JPEG to its last byte.
 TINY = 8, 8
 
 
@@ -34,9 +34,9 @@ def check(
 
     A sample is broken if it has no image or no caption, or if its key is a duplicate
     within the shard. A damaged shard counts as one broken sample, because the number of
-    samples after the damage is unknown. Shards that are indexed already and have not
-    changed are not read again, so that an interrupted check continues. What takes more
-    than a second shows a progress bar, unless `TQDM_DISABLE=1` is in the environment.
+    samples after the damage is unknown. Unchanged shards are not indexed again, so an
+    interrupted check can be resumed. A progress bar is shown after one second. Set the
+    environment variable `TQDM_DISABLE=1` to hide it.
 
     Example:
 
@@ -49,7 +49,7 @@ def check(
         source: str or path, or a list of them; see `list_shards`.
         image_keys: str or sequence of str; see `image_text_dataset`.
         caption_key: str or sequence of str; see `image_text_dataset`.
-        decode: bool. Whether to read and decode every image, too. Defaults to `False`.
+        decode: bool. Whether to also read and decode every image. Defaults to `False`.
         index_dir: str or path; see `image_text_dataset`.
         num_workers: int. The number of processes that build the index. A program that
             uses them needs `if __name__ == "__main__":`. Defaults to `0`: none.
@@ -58,8 +58,8 @@ def check(
         dict: `"samples"`, the number of intact samples; `"broken"`, the number of
         broken ones; `"by_reason"`, a dict from each reason to a count; `"by_shard"`, a
         dict from the names of shards with broken samples to such dicts; and
-        `"first_broken"`, 100 broken samples as dicts of `"shard"`, `"key"`, `"reason"`
-        and `"details"`.
+        `"first_broken"`, up to 100 broken samples as dicts of `"shard"`, `"key"`,
+        `"reason"` and `"details"`.
 
     Raises:
         FileNotFoundError: If a shard is missing.
@@ -70,7 +70,7 @@ def check(
     broken = SkippedSamples([index])
     broken.samples.extend(itertools.islice(index.broken(), MAX_EXAMPLES))
     count = len(index)
-    # What is wrong with the samples of an object shows when they are read.
+    # The samples of an object have no index, and must be read to find broken ones.
     if decode or isinstance(index, ObjectIndex):
         for fault in filter(None, _faults(index, decode)):
             broken.add(fault)
@@ -85,7 +85,7 @@ def check(
 
 
 def _faults(index, decode):
-    """Reads all samples in threads; yields the `Fault` or `None` of each in order."""
+    """Reads all samples in threads; yields a `Fault` or `None` for each, in order."""
 
     def read(first):
         numbers = range(first, min(first + TOGETHER, len(index)))

@@ -1,4 +1,4 @@
-"""`image_text_dataset`: from shards to batches for `fit` and evaluation."""
+"""Creates datasets of batches from shards, for `fit` and evaluation."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -63,35 +63,36 @@ def image_text_dataset(
     num_workers: int = 0,
     index_dir: str | os.PathLike | None = None,
 ) -> Any:
-    """Batches of images and token ids from shards, for `fit` and evaluation.
+    """Creates a dataset of batches of images and token ids from shards.
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
     by `KEY.txt`), TFRecord files, Parquet files, tables (CSV, TSV, JSON lines) that
-    name image files, or folders of images. They are indexed when they are used for the
-    first time: a small hidden file beside each shard holds the place of each sample.
+    name image files, or folders of images. They are indexed on first use: a small
+    hidden file next to each shard stores the position of each sample.
     `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
     processes.
 
     In training, the dataset is an endless stream. Each epoch is a new permutation of
-    all samples, its last partial batch is carried over to the next, and each image is
-    cropped at random. `len(dataset)` is the number of full batches in an epoch. Equal
-    seeds give equal batches, whatever the number of processes and workers.
-    `ContrastiveModel.fit` needs nothing else; for other models, pass
+    all samples. The last partial batch of an epoch is carried over to the next epoch.
+    Each image is cropped at random. `len(dataset)` is the number of full batches in an
+    epoch. The same seed gives the same batches with any number of processes and
+    workers. `ContrastiveModel.fit` needs no `steps_per_epoch`; for other models, pass
     `steps_per_epoch=len(dataset)`.
 
     With `training=False`, each sample is read once, in the order of the shards, with a
     center crop.
 
-    Samples without an image or a caption, with a duplicate key, or after the damage of
-    a damaged shard are left out of the index. An image that does not decode, or that
-    cannot be read after several attempts, is replaced in training by another of its
-    batch, so that the number of steps never depends on broken samples; in evaluation
-    it is left out. `dataset.skipped`, a `SkippedSamples`, counts both.
+    The index leaves out samples without an image or a caption, samples with a duplicate
+    key, and samples after the damage in a damaged shard. An image that cannot be
+    decoded, or cannot be read after several attempts, is replaced in training by
+    another image of the same batch, so the number of steps never depends on broken
+    samples. In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
+    both.
 
-    Images stay uint8: models scale them on the device. Their EXIF orientation is
+    Images stay uint8, and models scale them on the device. The EXIF orientation is
     applied.
 
-    Order: samples of local files are shuffled one by one. Files at URLs are read in
+    Training shuffles samples of local files one by one. Files at URLs are read in
     blocks of up to 64 consecutive samples, which stay in one batch; see `block_size`.
 
     Example:
@@ -121,33 +122,33 @@ def image_text_dataset(
         source: str or path, or a list of them: shards, folders, or patterns such as
             `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`; see
             `list_shards`. Or an object with `__len__` and `__getitem__` whose items are
-            dicts, such as a `Dataset` of the package `datasets`. Or a dict from any of
-            the former to a weight, which mixes them in these proportions.
-        tokenizer: A `CLIPTokenizer`; or any callable from a list of bytes to ints
-            `(batch, length)`; or a tokenizer of open_clip, or of Hugging Face, whose
-            rows are padded and truncated to its `model_max_length`; or a Keras layer,
-            such as a KerasHub `CLIPPreprocessor`, which does not clean captions, may
-            split numbers differently from CLIP, and needs TensorFlow. `None`: batches
-            have no `"token_ids"`, and samples need no caption.
+            dicts, such as a `Dataset` of the package `datasets`. Or a dict from several
+            of these to weights, which mixes them in these proportions.
+        tokenizer: A `CLIPTokenizer`; any callable from a list of bytes to ints
+            `(batch, length)`; a tokenizer of open_clip; a tokenizer of Hugging Face,
+            whose rows are padded and truncated to its `model_max_length`; or a Keras
+            layer, such as a KerasHub `CLIPPreprocessor`, which does not clean captions,
+            may split numbers differently from CLIP, and needs TensorFlow. With `None`,
+            batches have no `"token_ids"`, and samples need no caption.
         image_size: int or `(height, width)`, in pixels.
         batch_size: int. The global batch size, over all processes and devices.
         training: bool. Whether to shuffle, to repeat, and to take random crops.
         format: `"grain"` for a `grain.IterDataset` of NumPy arrays, or `"tf"` for a
             `tf.data.Dataset`. Defaults to `None`: `"tf"` on the TensorFlow backend,
             unless `include_captions="all"`; else `"grain"`.
-        seed: int. The order, crops and captions depend on it. Defaults to `0`.
+        seed: int. The random seed of the order, crops and captions. Defaults to `0`.
         image_keys: str or sequence of str. The field that holds the image: a file
-            extension in a tar, a feature of a TFRecord, or a column of a table with the
-            names of files. Of several, the first that a sample has is used. Defaults to
-            `None`: common names.
-        caption_key: str or sequence of str. The field that holds the caption; of
-            several, the first that is not empty. `"json.caption"` is the entry
-            `caption` of the file `KEY.json`. From a list of captions, one is drawn in
-            each epoch; evaluation uses the first. Defaults to `None`: `"txt"` and other
-            common names.
+            extension in a tar, a feature of a TFRecord, or a column of a table with
+            file names. If several are given, the first that a sample has is used.
+            Defaults to `None`: common names.
+        caption_key: str or sequence of str. The field that holds the caption. If
+            several are given, the first that is not empty is used. `"json.caption"` is
+            the entry `caption` of the file `KEY.json`. If the field is a list of
+            captions, one is drawn in each epoch; evaluation uses the first. Defaults to
+            `None`: `"txt"` and other common names.
         caption_template: str or sequence of str that contain `{}` for the caption, such
-            as `"a photo of a {}."`. Of several, one is drawn for each sample and epoch;
-            evaluation uses the first.
+            as `"a photo of a {}."`. If several are given, one is drawn for each sample
+            and epoch; evaluation uses the first.
         label_key: str or sequence of str. The field that holds the class, such as
             `"cls"`, `"json.label"` or, for images in a folder, `"folder"`, the name of
             the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
@@ -155,36 +156,36 @@ def image_text_dataset(
         class_names: sequence of str, for labels that are names: a label is the index of
             its name. Defaults to `None`: labels are numbers.
         resize: `"crop"`, random crops in training and CLIP's center crop in evaluation;
-            or `"squash"`, the whole image with its sides scaled to fit, as for SigLIP.
+            or `"squash"`, the whole image with a changed aspect ratio, as for SigLIP.
         crop_scale: pair of floats. The range of the area of random crops, as a fraction
-            of the image's area. Not for `resize="squash"`. Defaults to `None`:
-            `(0.4, 1.0)`.
+            of the image's area. Must be `None` for `resize="squash"`. Defaults to
+            `None`: `(0.4, 1.0)`.
         horizontal_flip: bool. Whether to flip half of the images in training. Not
             suitable for captions that say left or right. Defaults to `False`.
         background: The background of transparent images: `"white"`, `"random"` (plain
             colors, gradients and textures), or a list of these, from which one is drawn
             for each image.
         image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
-            `np.random.Generator`, that returns an image of the same shape and type.
-        include_captions: bool. Whether batches hold the `"captions"`, UTF-8 bytes; with
-            `"all"`, tuples of all captions of each image.
-        include_keys: bool. Whether batches hold the `"keys"` of the samples, bytes.
-        include_paths: bool. Whether batches hold the `"paths"` of the image files,
-            bytes; empty for images inside of shards.
+            `np.random.Generator`, that returns an image of the same shape and dtype.
+        include_captions: bool. Whether batches contain `"captions"`, UTF-8 bytes. With
+            `"all"`, they are tuples of all captions of each image.
+        include_keys: bool. Whether batches contain the `"keys"` of samples, bytes.
+        include_paths: bool. Whether batches contain the `"paths"` of the image files,
+            bytes; empty for images inside shards.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to `None`:
             `keras.config.image_data_format()`.
-        max_image_pixels: int. Images of more pixels count as broken. A JPEG is reduced
-            while it is decoded and may be larger, unless it is progressive: then its
-            pixels count four times. Defaults to 50 million.
-        max_skipped: float. The share of samples that may be broken, from 0 to 1, in the
-            index and among those that are read. A larger share raises an error after
-            1,000 samples; 0 raises it at the first. Defaults to `0.5`.
+        max_image_pixels: int. Images with more pixels count as broken. Reduced decoding
+            allows larger JPEGs in training, but each pixel of a progressive JPEG counts
+            as four. Defaults to 50 million.
+        max_skipped: float. The fraction of samples that may be broken, from 0 to 1, in
+            the index and among the samples read. A larger fraction raises an error
+            after 1,000 samples; 0 raises it at the first. Defaults to `0.5`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
-            `BlockTextMasking` or `FrequencyTextMasking`. It chooses the words of
-            captions, template included, that have more tokens than the `context_length`
-            of the `tokenizer`, which must be a `CLIPTokenizer`. It has no effect on
-            `"captions"`, nor unless `training`: evaluation is never masked. Defaults to
-            `None`: captions that are too long are truncated.
+            `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions, template
+            included, that have more tokens than the `context_length` of the
+            `tokenizer`, which must be a `CLIPTokenizer`. It does not change
+            `"captions"`, and evaluation is never masked. Defaults to `None`: captions
+            that are too long are truncated.
         sampling: The samples of each epoch: a `Sampling`, or a function of the number
             of samples and the epoch (from 0) that returns an int array of sample
             indices, the same in each process. Only these samples are read, in shuffled
@@ -192,20 +193,20 @@ def image_text_dataset(
             dataset starts in. `steps_per_epoch` is that number for an epoch of mean
             length. Defaults to `None`: each sample once.
         block_size: int. In training, blocks of this many consecutive samples are read
-            together and stay in one batch, which suits object stores and hard disks.
-            The number of processes must divide `batch_size // block_size`. Defaults to
-            `None`: 1 for local files; for URLs the largest power of two up to 64 that
-            leaves 16 blocks in a batch.
+            together and stay in one batch, which is faster on object stores and hard
+            disks. The number of processes must divide `batch_size // block_size`.
+            Defaults to `None`: 1 for local files; for URLs the largest power of two up
+            to 64 that leaves 16 blocks in a batch.
         process: pair of ints. The index of this process and the number of processes.
             Each process reads only its rows of every batch. In evaluation, some
-            processes may get one batch more than others.
-            Defaults to the values of JAX or `torch.distributed`; for evaluation on
-            torch to `(0, 1)`, all samples in every process.
-        num_workers: int. The number of worker processes. They are spawned, so that a
-            program needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
-            process, which share a lock and decode at most about 3,000 images a second
-            on any number of cores.
-        index_dir: str or path. The folder of the index. Defaults to `None`: beside the
+            processes may get one batch more than others. Defaults to the values of JAX
+            or `torch.distributed`; for evaluation on torch to `(0, 1)`, all samples in
+            every process.
+        num_workers: int. The number of worker processes. They are spawned, so a program
+            needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
+            process, which share the GIL and decode at most about 3,000 images per
+            second on any number of cores.
+        index_dir: str or path. The folder of the index. Defaults to `None`: next to the
             shards, or `~/.cache/keras_cluster_mask` for shards at URLs and in
             folders that cannot be written to.
 
@@ -213,7 +214,7 @@ def image_text_dataset(
         An `ImageTextDataset`, which is a `grain.IterDataset`, or a `tf.data.Dataset`,
         of dicts: `"images"`, uint8 `(batch, height, width, 3)` or channels first, and
         `"token_ids"`, int32 `(batch, length)`. Both have `len` and the attribute
-        `skipped`; what their methods return does not.
+        `skipped`; datasets that their methods return do not.
 
     Raises:
         FileNotFoundError: If a shard is missing.
@@ -226,7 +227,7 @@ def image_text_dataset(
     import keras
 
     if format is None:
-        # A `tf.data.Dataset` holds no tuples of captions.
+        # A `tf.data.Dataset` cannot hold tuples of captions.
         has_tuples = include_captions == "all"
         on_tensorflow = keras.backend.backend() == "tensorflow"
         format = "tf" if on_tensorflow and not has_tuples else "grain"

@@ -1,4 +1,4 @@
-"""The captioned images that come with the repository, for guides and first trials."""
+"""Captioned example images in the repository, for guides and first experiments."""
 
 import pathlib
 
@@ -6,13 +6,14 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / "datasets" / "images"
 
 
 def example_images() -> pathlib.Path:
-    """Gives the folder of the captioned images that the guides train on.
+    """Returns the folder of the captioned images that the guides train on.
 
-    4,002 emoji and drawings of 64 pixels with a short caption each, in WebDataset
-    shards: `train-*.tar` (3,223 images), `validation-*.tar` (433) and `test-*.tar`
-    (346). Six photographs of 224 pixels lie in the folder `photographs` beside it.
+    It contains 4,002 emoji and drawings of 64 pixels, each with a short caption, in
+    WebDataset shards: `train-*.tar` (3,223 images), `validation-*.tar` (433) and
+    `test-*.tar` (346). The folder `photographs` next to it contains six photographs of
+    224 pixels.
 
-    They are part of a clone of the repository, not of the installed package.
+    The images are part of a clone of the repository, not of the installed package.
 
     Example:
 
@@ -26,7 +27,7 @@ def example_images() -> pathlib.Path:
         A `pathlib.Path`, the folder `images`.
 
     Raises:
-        FileNotFoundError: Outside of a clone.
+        FileNotFoundError: If the package is not used from a clone.
     """
     if not FOLDER.exists():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Files anywhere, through fsspec: local, `s3://`, `gs://`, `memory://`, `http://`."""
+"""File access through fsspec: local, `s3://`, `gs://`, `memory://`, `http://`."""
 
 import contextlib
 import errno
@@ -9,26 +9,26 @@ import time
 
 import fsspec
 
-# The buffer of a file that is read from start to end, in bytes.
+# The buffer size for sequential reads, in bytes.
 READ_AHEAD = 2**20
-# A range that cannot be read is read again after so many seconds.
+# The pauses before a failed read is retried, in seconds.
 RETRY_AFTER = 0.1, 1.0, 5.0
-# Neighbors with at most so many bytes between them are read together.
+# Ranges at most `MAX_GAP` bytes apart are read in one request of limited size.
 MAX_GAP = 2**16
 MAX_REQUEST = 2**26
 
 
 def is_address(path):
-    """Whether a path is a URL such as `"s3://bucket/a.tar"`."""
+    """Returns whether a path is a URL such as `"s3://bucket/a.tar"`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)) is not None
 
 
 def file_system(path, argument="source"):
-    """The fsspec file system of a path, and the path within it.
+    """Returns the fsspec file system of a path, and the path within it.
 
     Args:
         path: str or path.
-        argument: str. What errors call the path.
+        argument: str. The name of the argument in error messages.
 
     Raises:
         ImportError: If a package for the URL is missing.
@@ -38,7 +38,7 @@ def file_system(path, argument="source"):
     try:
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
-        # fsspec names the package.
+        # The message of fsspec names the package.
         raise ImportError(f"{error}. Received: {argument}={path!r}") from error
     except ValueError as error:
         raise ValueError(
@@ -48,7 +48,7 @@ def file_system(path, argument="source"):
 
 
 def open_file(path, mode="rb"):
-    """Opens a binary file. Reading from start to end reads ahead.
+    """Opens a binary file, with read-ahead for sequential reads.
 
     Args:
         path: str or path.
@@ -62,10 +62,10 @@ def open_file(path, mode="rb"):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Opens a file that appears under its name when it is complete.
+    """Opens a file for atomic writing.
 
-    Readers see the old file or the new one, never a part, also after a crash or a power
-    cut. The content is written to a hidden file in the same folder and then renamed.
+    Readers see the old file or the complete new one, even after a crash or a power cut.
+    The content is written to a hidden file in the same folder, which is then renamed.
 
     Args:
         path: str or path.
@@ -96,7 +96,7 @@ def replacing(path):
 
 
 def exists(path):
-    """Whether a file or folder of this name exists."""
+    """Returns whether a file or folder of this name exists."""
     system, name = file_system(path)
     return system.exists(name)
 
@@ -108,7 +108,7 @@ def remove(path):
 
 
 def beside(path, name):
-    """A file name relative to the folder of another file, unless it is absolute."""
+    """Resolves a relative file name against the folder of another file."""
     if is_address(name) or os.path.isabs(name):
         return name
     folder, slash, _ = os.fspath(path).rpartition("/")
@@ -116,15 +116,15 @@ def beside(path, name):
 
 
 def read_ranges(ranges):
-    """Reads parts of files, neighbors together.
+    """Reads byte ranges of files, with nearby ranges in one request.
 
-    What cannot be read is read again a few times.
+    Failed reads are retried a few times.
 
     Args:
-        ranges: list of `(path, start, stop)`, in bytes; `None` as stop for the rest.
+        ranges: list of `(path, start, stop)`, in bytes. `None` as stop reads the rest.
 
     Returns:
-        list of bytes, or of the OSError for what cannot be read.
+        list of the bytes of each range, or the `OSError` if it cannot be read.
     """
     results, missing = [None] * len(ranges), range(len(ranges))
     for pause in (0.0, *RETRY_AFTER):
@@ -141,7 +141,7 @@ def read_ranges(ranges):
 
 
 def retried(read):
-    """What a function returns that may raise an OSError, after a few attempts."""
+    """Calls a function, and retries it a few times if it raises an `OSError`."""
     for pause in RETRY_AFTER:
         try:
             return read()
@@ -153,7 +153,7 @@ def retried(read):
 
 
 def _merged(ranges, places):
-    """Requests for ranges, each with the places of the ranges that it brings."""
+    """Merges ranges into requests, each with the indices of the ranges it covers."""
     requests = []
     for place in sorted(places, key=lambda place: (ranges[place][0], ranges[place][1])):
         path, start, stop = ranges[place]
@@ -178,7 +178,7 @@ def _part_of(reply, first, path, start, stop):
 
 
 def fetch(requests):
-    """What storage replies to requests for ranges, as bytes or errors.
+    """Requests ranges from the storage, and returns bytes or an error for each.
 
     A reply may be longer than its range.
     """
@@ -200,13 +200,13 @@ def _as_os_error(error):
         return error
     if isinstance(error, MemoryError):
         raise error
-    # No file can have such a name. The clients of object stores raise their own errors.
+    # A `ValueError` means an invalid name. Clients of object stores raise other errors.
     number = errno.EINVAL if isinstance(error, ValueError) else errno.EIO
     return OSError(number, str(error))
 
 
 def _may_pass(result):
-    """Whether a result is an error that may not occur again."""
+    """Returns whether a result is an error that a retry may resolve."""
     final = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
     numbers = errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP
     return (

@@ -1,4 +1,4 @@
-"""`FrequencyTextMasking`: frequent words of long captions leave first."""
+"""`FrequencyTextMasking`: drops frequent words of long captions first."""
 
 import collections
 import hashlib
@@ -13,16 +13,17 @@ from keras_cluster_mask.checks import check_choice, is_positive
 from keras_cluster_mask.data import byte_pairs
 from keras_cluster_mask.data.text_masking import TextMasking
 
-# The release of CLIPF counts words that are seen at least so often.
+# The minimum count of a word in the released code of CLIPF.
 MIN_COUNT = 5
 
 
 class FrequencyTextMasking(TextMasking):
-    """Leaves out frequent words of captions that are too long (CLIPF).
+    """Drops frequent words of captions that are too long (CLIPF).
 
     The score of a word `w` is `u - p(w)`: `u` is uniform in [0, 1), and
-    `p(w) = max(0, 1 - sqrt(threshold / f(w)))` grows with the share `f(w)` of the word
-    among all words, as in word2vec. So "a" and "the" mostly leave, and rare words stay.
+    `p(w) = max(0, 1 - sqrt(threshold / f(w)))` grows with the relative frequency
+    `f(w)` of the word, as in word2vec. Words such as "a" and "the" are mostly dropped,
+    and rare words are kept.
 
     Example:
 
@@ -36,11 +37,11 @@ class FrequencyTextMasking(TextMasking):
     ```
 
     Args:
-        frequencies: dict from words to positive numbers: how often each occurs, which
-            is divided by the sum. Words are as CLIP's tokenizer splits them, in lower
-            case. Defaults to `None`: `fit` counts them.
-        threshold: float. A share of all words. Words that are less frequent have p = 0.
-            Defaults to `1e-6`, as in the paper for CC12M.
+        frequencies: dict from words to positive numbers: counts or frequencies, which
+            are divided by their sum. Words are in lower case, as CLIP's tokenizer
+            splits them. Defaults to `None`: `fit` counts them.
+        threshold: float. A relative frequency. Less frequent words have p = 0. Defaults
+            to `1e-6`, as in the paper for CC12M.
         unknown: `"keep"` or `"drop"`. How words outside `frequencies` are treated.
             `"keep"`: like rare words, p = 0. `"drop"`: p = 1, so they are the most
             likely to be dropped, and `fit` ignores words that occur fewer than five
@@ -79,7 +80,7 @@ class FrequencyTextMasking(TextMasking):
             self._set(frequencies)
 
     def fit(self, captions: Iterable[str | bytes]) -> Self:
-        """Counts the words of captions, in place of the words that were given.
+        """Counts the words of captions, and replaces `frequencies`.
 
         Args:
             captions: Iterable of str or bytes, such as those of `read_captions`.
@@ -110,11 +111,11 @@ class FrequencyTextMasking(TextMasking):
                 "words are masked at random, as by `RandomTextMasking`. Received: "
                 f"threshold={self.threshold}, a highest share of {highest:.3g}"
             )
-        # Numbers of NumPy would not be written as JSON.
+        # NumPy numbers cannot be written as JSON.
         self.frequencies = {word: float(count) for word, count in frequencies.items()}
 
     def probability(self, word: str) -> float:
-        """The number p that is subtracted from the random score of a word.
+        """Returns the number p that is subtracted from the random score of a word.
 
         Args:
             word: str, in lower case.
@@ -134,7 +135,7 @@ class FrequencyTextMasking(TextMasking):
         num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
-        """Random scores minus `probability`; see `TextMasking.score`."""
+        """Returns random scores minus `probability`; see `TextMasking.score`."""
         if self.frequencies is None:
             raise ValueError(
                 "`frequencies` must be known before captions are masked: pass them, or "

@@ -1,4 +1,4 @@
-"""Decodes images, and cuts them to one size."""
+"""Decodes, crops and resizes images."""
 
 import dataclasses
 import io
@@ -13,11 +13,12 @@ from PIL import Image, ImageOps
 
 from keras_cluster_mask.data.backgrounds import composite
 
-# A pixel takes four bytes while an image is decoded: 200 MB.
+# Decoding takes four bytes per pixel: 200 MB.
 MAX_PIXELS = 50_000_000
-# A progressive JPEG holds all its coefficients, also when it is reduced.
+# The weight of a pixel of a progressive JPEG. Decoding keeps all coefficients in
+# memory, even if the image is reduced.
 PROGRESSIVE = 4
-# The random numbers that a crop, a background and a flip need.
+# The number of random numbers for a crop, a background and a flip.
 NUM_DRAWS = 6
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
@@ -25,7 +26,7 @@ _thread = threading.local()
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be read; the message is one of a few reasons."""
+    """An image that cannot be read. The message is one of a few fixed reasons."""
 
 
 def height_and_width(image_size):
@@ -46,11 +47,11 @@ def height_and_width(image_size):
 class EncodedImage:
     """An encoded image, decoded when a part of it is read.
 
-    JPEG, PNG, WebP, GIF and BMP in any color mode; of an animation, the first frame.
-    The EXIF orientation is applied.
+    Supports JPEG, PNG, WebP, GIF and BMP in any color mode, and the first frame of
+    animations. The EXIF orientation is applied.
 
     Args:
-        content: bytes, the file; or a `PIL.Image.Image`.
+        content: bytes of the file, or a `PIL.Image.Image`.
         max_pixels: int. The largest number of pixels that is decoded.
 
     Raises:
@@ -59,7 +60,7 @@ class EncodedImage:
 
     def __init__(self, content, max_pixels=MAX_PIXELS):
         try:
-            # An open image belongs to the user, and stays as it is.
+            # An open image belongs to the user, and must not be changed.
             self._is_own = not isinstance(content, Image.Image)
             self._image = Image.open(io.BytesIO(content)) if self._is_own else content
             self._orientation = _orientation(self._image)
@@ -81,11 +82,11 @@ class EncodedImage:
         return (width, height) if self._orientation >= 5 else (height, width)
 
     def whole(self, size):
-        """The whole image, resized; see `part`."""
+        """Returns the whole image, resized; see `part`."""
         return self.part((0, 0, *self.size), size)
 
     def part(self, box, size):
-        """A part of the image, resized.
+        """Returns a part of the image, resized.
 
         A JPEG that is much larger than needed is decoded at 1/2, 1/4 or 1/8 of its
         size, which is faster.
@@ -100,18 +101,18 @@ class EncodedImage:
         full = self.size
         wanted = [int(size[i] * full[i] / box[2 + i]) for i in range(2)]
         if self._is_own:
-            # Pillow takes a width and a height, before the orientation is applied.
+            # Pillow expects (width, height), before the orientation is applied.
             self._image.draft(None, wanted if self._orientation >= 5 else wanted[::-1])
         image = self.decoded()
         scale = [now / before for now, before in zip(image.size[::-1], full)]
         top, left = box[0] * scale[0], box[1] * scale[1]
-        # Rounding must not exceed the edge.
+        # Rounding must not move the box past the edge.
         bottom = min((box[0] + box[2]) * scale[0], image.size[1])
         right = min((box[1] + box[3]) * scale[1], image.size[0])
         return resize(image, size, (left, top, right, bottom))
 
     def decoded(self):
-        """The whole `PIL.Image.Image` as RGB or RGBA, with the orientation applied."""
+        """Returns a `PIL.Image.Image` in RGB or RGBA, with the orientation applied."""
         if max(math.prod(self._image.size), self._coefficients) > self._max_pixels:
             raise UnreadableImage("the image has too many pixels")
         try:
@@ -124,7 +125,7 @@ class EncodedImage:
 
 
 def _orientation(image):
-    """The EXIF orientation, 1 to 8; 1 if there is none."""
+    """Returns the EXIF orientation, 1 to 8; 1 if there is none."""
     if "exif" not in image.info and "xmp" not in image.info:
         return 1
     try:
@@ -135,12 +136,12 @@ def _orientation(image):
 
 
 def _in_eight_bits(image):
-    """An image as RGB, or as RGBA if it has transparency."""
+    """Converts an image to RGB, or to RGBA if it has transparency."""
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        # 16 bits of gray. Pillow would clip all values above 255.
+        # Scale 16-bit gray values: Pillow would clip all values above 255.
         levels = np.clip(np.asarray(image, "float32") / 257.0, 0.0, 255.0)
         gray = Image.fromarray(np.round(levels).astype("uint8"))
         gray.info.update({k: v for k, v in image.info.items() if k == "exif"})
@@ -152,9 +153,9 @@ def _in_eight_bits(image):
 def resize(image, size, box):
     """Resizes a part of an image by bicubic interpolation with antialiasing.
 
-    RGB images are resized by cykooz-resizer, whose vector instructions take a third of
-    Pillow's time. It sums rows and columns in a different order: one pixel in seven of
-    a photograph differs, mostly by one level.
+    RGB images are resized by cykooz-resizer, whose SIMD instructions take a third of
+    Pillow's time. It sums rows and columns in a different order, so one pixel in seven
+    of a photograph differs, mostly by one level.
 
     Args:
         image: `PIL.Image.Image`, RGB or RGBA.
@@ -182,7 +183,7 @@ def resize(image, size, box):
 
 
 def cut_middle(image, size):
-    """The center crop of CLIP's evaluation, equal to it in every pixel.
+    """Returns the center crop of CLIP's evaluation, identical in every pixel.
 
     The shorter side of the image is resized to fit `size`, and the longer side is
     cropped equally at both ends.
@@ -207,7 +208,7 @@ def cut_middle(image, size):
 
 
 def squash(image, size):
-    """The whole image as SigLIP's evaluation resizes it, equal in every pixel.
+    """Resizes the whole image as SigLIP's evaluation does, identical in every pixel.
 
     `EncodedImage.whole` is faster and differs by rounding.
 
@@ -224,10 +225,9 @@ def squash(image, size):
 def random_box(size, image_size, draws, scale=(0.4, 1.0), ratio=RATIO):
     """Draws the box of a random crop.
 
-    The area and the aspect ratio are drawn first (the ratio uniformly in its
-    logarithm), then the place. If a crop of this shape and area does not fit into the
-    image, its shape stays and its area is reduced, so that no crop is distorted beyond
-    `ratio`.
+    The area and the aspect ratio are drawn first (the ratio log-uniformly), then the
+    position. If the crop does not fit into the image, its area is reduced and its
+    aspect ratio is kept, so that no crop is distorted beyond `ratio`.
 
     Args:
         size: Pair of ints. Height and width of the image.
@@ -251,7 +251,7 @@ def random_box(size, image_size, draws, scale=(0.4, 1.0), ratio=RATIO):
         min(max(round(side * fit), 1), whole)
         for side, whole in zip(crop, (height, width))
     ]
-    # The places from 0 to size - crop are equally likely.
+    # The positions from 0 to size - crop are equally likely.
     top, left = (
         min(int(draw * (whole - side + 1)), whole - side)
         for draw, whole, side in zip(draws[2:4], (height, width), crop)
@@ -266,8 +266,8 @@ class Cutter:
     Args:
         image_size: Pair of ints. Height and width.
         training: bool. Whether crops and flips are random.
-        resize: `"crop"` or `"squash"`: a random crop in training and else the center
-            crop, or the whole image.
+        resize: `"crop"`, a random crop in training and a center crop in evaluation; or
+            `"squash"`, the whole image.
         crop_scale: Pair of floats. See `random_box`.
         horizontal_flip: bool. Whether to flip half of the images in training.
         background: See `composite`.
@@ -288,14 +288,14 @@ class Cutter:
         """Decodes and crops an image.
 
         Args:
-            content: bytes, the encoded image; or a `PIL.Image.Image`.
+            content: bytes of the encoded image, or a `PIL.Image.Image`.
             generator: `np.random.Generator`. Equal states give equal crops.
 
         Returns:
             uint8 array `(height, width, 3)`.
 
         Raises:
-            UnreadableImage: If it does not decode.
+            UnreadableImage: If the image cannot be decoded.
         """
         draws = generator.random(NUM_DRAWS)
         image = EncodedImage(content, self.max_pixels)

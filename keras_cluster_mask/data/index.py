@@ -1,4 +1,4 @@
-"""An index of samples: how many there are, and each of them by its number."""
+"""The index of a source: counts its samples, and reads any sample by its number."""
 
 import bisect
 import collections
@@ -18,25 +18,26 @@ from keras_cluster_mask.data.pairs import Fault, SampleError
 from keras_cluster_mask.data.parts import build_parts, hash_of
 from keras_cluster_mask.data.shards import find_shards
 
-# The number of shards with broken samples of which the intact ones are remembered.
+# The number of shards with broken samples whose intact samples are cached.
 REMEMBERED = 1024
-# What is read together, in bytes, and the bytes of a sample where they are not known.
+# The maximum size of samples that are read together, and the size that is assumed for
+# a sample of unknown size, in bytes.
 MAX_TOGETHER = 2**24
 GUESS = 2**20
-# What is read of a broken sample to learn its key.
+# The bytes that are read of a broken sample to find its key.
 GLANCE = 2**16
 
 
 def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
-    """Opens the index of a source, and builds what is missing.
+    """Opens the index of a source, and builds missing parts.
 
     Args:
         source: str or path, or a list of them; see `list_shards`. Or an object with
             `__len__` and `__getitem__` whose items are dicts.
         reader: `PairReader`.
-        index_dir: As for `build_parts`.
-        num_workers: As for `build_parts`.
-        process: As for `build_parts`.
+        index_dir: See `build_parts`.
+        num_workers: See `build_parts`.
+        process: See `build_parts`.
 
     Returns:
         `Index`, or `ObjectIndex` for an object.
@@ -57,11 +58,11 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
 
 
 class Index:
-    """The samples of shards, each of which can be read by its number.
+    """The samples of shards, with random access by number.
 
-    Samples have the order of the shards and of the samples in them. Those that lack an
-    image or a caption have no number, and are counted by `faults`. Reading is safe in
-    several threads. A pickle holds the names of files and not their content.
+    Intact samples are numbered in the order of the shards and of the samples in them.
+    Broken samples, such as those without an image or a caption, are counted in
+    `faults`. Reading is thread-safe. A pickle contains file names, but no content.
 
     Args:
         paths: list of str. The shards.
@@ -71,18 +72,18 @@ class Index:
     Attributes:
         paths: list of str. The shards.
         faults: dict from each shard with broken samples to a dict from reasons to
-            their numbers. A damaged shard counts as one, because the number of samples
+            counts. A damaged shard counts as one, because the number of samples
             after the damage is unknown.
-        damage: list of str, about each damaged shard.
-        fingerprint: str. Differs if the samples differ or other fields are read, but
-            not if files have been moved.
+        damage: list of str. A description of each damaged shard.
+        fingerprint: str. Changes with the samples and the fields that are read, but not
+            if files are moved.
     """
 
     def __init__(self, paths, parts, reader):
         self.paths, self._parts, self._reader = paths, parts, reader
         self._shards = [_Shard(path, p, reader) for path, p in zip(paths, parts)]
         counts = [shard.counts() for shard in self._shards]
-        # The number of the first sample of each shard, and the number of all samples.
+        # The number of the first sample of each shard, and the total number of samples.
         self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
         self.faults = {path: each for path, each in zip(paths, counts) if each}
         damaged = [(path, part) for path, part in zip(paths, parts) if part.damage]
@@ -102,12 +103,12 @@ class Index:
         return {name for p in self._parts for each in p.layouts for name in each[0]}
 
     def key_hashes(self):
-        """The hashes of the keys of all samples, as of `hash_of`, uint64 `(len,)`."""
+        """Returns the hash of each key, as a uint64 array `(len,)`; see `hash_of`."""
         of_shards = (s.part.records()["key"][s.intact()] for s in self._shards)
         return np.concatenate([np.empty(0, "u8"), *of_shards])
 
     def keys(self):
-        """The keys of all samples, a list of str. Each sample is read."""
+        """Reads all samples, and returns their keys, a list of str."""
         keys = []
         for sample in self.read(range(len(self)), with_images=False):
             if sample.key is None:
@@ -126,7 +127,7 @@ class Index:
                     yield Fault(shard.path, shard.glance(number, record), reason)
 
     def read(self, numbers, with_images=True):
-        """Reads samples in turn; neighbors in a shard together.
+        """Reads samples in order, and neighbors in a shard together.
 
         Args:
             numbers: Iterable of int, from 0 to `len(index) - 1`.
@@ -134,10 +135,10 @@ class Index:
 
         Yields:
             `Pair`, or `Fault` for a sample that cannot be read or turns out to be
-            broken. Few are in memory at a time.
+            broken. Only a few are in memory at a time.
 
         Raises:
-            ValueError: If a shard changed since it was indexed.
+            ValueError: If a shard has changed since it was indexed.
         """
         group, size = [], 0
         for place in map(self._find, numbers):
@@ -159,7 +160,7 @@ class Index:
         return self._reader.with_images(results) if with_images else results
 
     def _find(self, number):
-        """The `_Place` of a sample."""
+        """Returns the `_Place` of a sample."""
         which = bisect.bisect_right(self._starts, number) - 1
         shard, number = self._shards[which], number - self._starts[which]
         if any(shard.reasons):
@@ -187,7 +188,7 @@ class Index:
 
 
 class _Shard:
-    """A shard with its part.
+    """A shard and its part of the index.
 
     Args:
         path: str.
@@ -197,11 +198,11 @@ class _Shard:
 
     def __init__(self, path, part, reader):
         self.path, self.part, self.format = path, part, format_of(path)
-        # Of each layout, what is wrong with its samples, or None.
+        # For each layout, the reason why its samples are broken, or None.
         self.reasons = [reader.fault_of(*each[:2]) for each in part.layouts]
 
     def counts(self):
-        """How many samples are broken for each reason, and intact, under None."""
+        """Counts broken samples by reason, and intact samples under `None`."""
         counts = collections.Counter()
         for reason, (_, _, count) in zip(self.reasons, self.part.layouts):
             counts[reason] += count
@@ -210,12 +211,12 @@ class _Shard:
         return counts
 
     def intact(self):
-        """The numbers of the intact samples."""
+        """Returns the numbers of the intact samples in the shard."""
         is_intact = np.array([reason is None for reason in self.reasons], bool)
         return np.flatnonzero(is_intact[self.part.records()["layout"]])
 
     def place(self, number, record):
-        """The `_Place` of the sample of a record."""
+        """Returns the `_Place` of the sample of a record."""
         path, offset = self.path, int(record["offset"])
         if self.format.in_index:
             path, offset = self.part.path, offset + self.part.content_start
@@ -223,9 +224,9 @@ class _Shard:
         return _Place(self, number, span, int(record["key"]))
 
     def glance(self, number, record):
-        """The key of a sample, read from its start, or None."""
+        """Reads the key of a sample from its first bytes; None if that fails."""
         path, offset, size = self.place(number, record).span
-        # The first file of a tar has the key, and may be large.
+        # In a tar, the first header contains the key, and its file may be large.
         size = size if self.format.names_files else min(size, GLANCE)
         with contextlib.suppress(Exception):
             (content,) = self.format.read([(path, offset, size)])
@@ -233,7 +234,7 @@ class _Shard:
 
 
 class _Place(typing.NamedTuple):
-    """Where a sample is: its shard, its number in it, its bytes, and its hash."""
+    """The location of a sample: its shard, number in the shard, bytes and key hash."""
 
     shard: _Shard
     number: int
@@ -244,8 +245,8 @@ class _Place(typing.NamedTuple):
 class ObjectIndex:
     """The samples of an object with `__len__` and `__getitem__`.
 
-    The key of a sample is its entry `"__key__"`, or its number. What is wrong with a
-    sample shows when it is read. Has the methods and attributes of `Index`.
+    The key of a sample is its entry `"__key__"`, or its number. Broken samples are only
+    found when they are read. Has the methods and attributes of `Index`.
 
     Args:
         source: The object. Its items are dicts; an image is bytes, the name of a file,
@@ -272,16 +273,13 @@ class ObjectIndex:
         return np.fromiter(map(hash_of, self.keys()), "u8", len(self))
 
     def keys(self):
-        """See `Index.keys`. Only keys other than numbers are read with their samples.
-
-        The first sample shows whether there are any.
-        """
+        """See `Index.keys`. Samples are only read if the first one has `"__key__"`."""
         if "__key__" in self.fields:
             return [self._pair(number).key for number in range(len(self))]
         return [*map(str, range(len(self)))]
 
     def broken(self):
-        """Nothing: what is broken shows when it is read."""
+        """Yields nothing: broken samples are only found when they are read."""
         return iter(())
 
     def read(self, numbers, with_images=True):
@@ -293,7 +291,7 @@ class ObjectIndex:
     def _pair(self, number):
         try:
             sample = self._source[number]
-        # What Pillow raises where an object decodes its images.
+        # Pillow raises these if the object itself decodes its images.
         except (OSError, SyntaxError) as error:
             reason = "the sample cannot be read"
             return Fault(self.paths[0], str(number), reason, str(error))

@@ -9,30 +9,29 @@ import threading
 import grain
 import numpy as np
 
-# Of grain's shuffle, a cipher on the numbers; grain itself takes as many.
+# The rounds of grain's shuffle, a cipher on the numbers. grain also uses four.
 ROUNDS = 4
-# One thread at a time asks a sampler: what it returns may be large.
+# Only one thread at a time calls a sampler, because its result may be large.
 _lock = threading.RLock()
 
 
 class Order:
-    """An endless sequence of sample numbers: `order[position]`, computed when asked.
+    """An endless sequence of sample numbers, computed on demand: `order[position]`.
 
-    Each epoch is a permutation of its own. Nothing is stored but the numbers that a
-    sampler chooses.
+    Each epoch has its own permutation. Only the numbers that a sampler chooses are
+    stored.
 
     Args:
         num_samples: int.
         seed: int.
-        block_size: int. Runs of so many neighbors stay together, for storage in which
-            many small reads are slow; the runs are shuffled and start elsewhere in each
-            epoch. 1 shuffles single samples.
+        block_size: int. Runs of this many neighbors stay together, for storage on which
+            small reads are slow. Runs are shuffled, and begin at different samples in
+            each epoch. 1 shuffles single samples.
         sampling: Function of the number of samples and the epoch that returns an array
-            of the numbers of the samples of the epoch, some of which may be left out or
-            repeated; it must return the same in all processes. Defaults to `None`: each
-            sample once.
-        source: int. Orders of several sources with one seed need different numbers, or
-            the samples of equal numbers would meet.
+            of the sample numbers of the epoch. It may leave out and repeat samples, and
+            must return the same in all processes. Defaults to `None`: each sample once.
+        source: int. The number of the source. Several sources with the same seed need
+            different numbers, or they would be shuffled in the same way.
     """
 
     def __init__(self, num_samples, seed, block_size=1, sampling=None, source=0):
@@ -40,13 +39,13 @@ class Order:
         self.block_size = block_size
         self._seeds = seed, source
         self._sampling = sampling
-        # The position of the first sample of each epoch, as far as it is known.
+        # The position of the first sample of each epoch, for the known epochs.
         self._starts = [0]
-        # What `_epoch` found for the last two epochs.
+        # The results of `_epoch` for the last two epochs.
         self._known = {}
 
     def __len__(self):
-        # grain takes it as endless.
+        # grain treats this length as endless.
         return 2**62
 
     def __getitem__(self, position):
@@ -54,7 +53,7 @@ class Order:
         chosen, length, seed, shift = self._epoch(epoch)
         run, offset = divmod(place, self.block_size)
         last = length // self.block_size - 1
-        # Samples after the last whole run come last.
+        # Samples after the last full run stay at the end of the epoch.
         if run <= last:
             run = grain.experimental.index_shuffle(run, last, seed, ROUNDS)
             place = run * self.block_size + offset
@@ -62,22 +61,22 @@ class Order:
         return int(number if chosen is None else chosen[number])
 
     def length(self, epoch):
-        """The number of samples in an epoch."""
+        """Returns the number of samples in an epoch."""
         return self._epoch(epoch)[1]
 
     @property
     def mean_length(self):
-        """The mean number of samples in an epoch; of the first, if it is not known."""
+        """Mean number of samples in an epoch, or the number in the first if unknown."""
         mean = getattr(self._sampling, "mean_length", None)
         return self.length(0) if mean is None else mean
 
     def digest(self):
-        """A str that differs between samplers, from the numbers of the first epoch."""
+        """Returns a hash of the numbers of the first epoch, to compare samplers."""
         chosen = np.ascontiguousarray(self._epoch(0)[0], "<i8")
         return hashlib.blake2b(chosen, digest_size=8).hexdigest()
 
     def place(self, position):
-        """The epoch of a position, and the place in the epoch."""
+        """Returns the epoch of a position, and the position within the epoch."""
         if self._sampling is None:
             return divmod(position, self.num_samples)
         starts = self._starts
@@ -88,7 +87,7 @@ class Order:
         return epoch, position - starts[epoch]
 
     def _epoch(self, epoch):
-        """The chosen numbers or None, how many, and the seed and shift of the runs."""
+        """Returns the chosen numbers or None, the length, and the seed and shift."""
         with _lock:
             if epoch not in self._known:
                 self._known = dict([*self._known.items()][-1:])
@@ -96,7 +95,7 @@ class Order:
             return self._known[epoch]
 
     def _find(self, epoch):
-        """What `_epoch` returns, computed."""
+        """Computes the result of `_epoch`."""
         chosen, length = None, self.num_samples
         if self._sampling is not None:
             chosen = np.asarray(self._sampling(self.num_samples, epoch))
@@ -114,9 +113,9 @@ class Order:
 
 
 class Mix:
-    """Several orders, mixed by weight: `mix[position]` as for `Order`.
+    """Mixes several orders by weight: `mix[position]` works as for `Order`.
 
-    Each source is read in its own order, again and again. An epoch has as many samples
+    Each source is repeated endlessly, in its own order. An epoch has as many samples
     as all sources together.
 
     Args:
@@ -140,11 +139,11 @@ class Mix:
         return self._mixed[position]
 
     def place(self, position):
-        """The epoch of a position, and the place in the epoch."""
+        """Returns the epoch of a position, and the position within the epoch."""
         return divmod(position, self.num_samples)
 
     def length(self, epoch):
-        """The number of samples in an epoch."""
+        """Returns the number of samples in an epoch."""
         return self.num_samples
 
     @property

@@ -1,4 +1,4 @@
-"""Finds the image, the captions and the label of a sample, or what is wrong."""
+"""Finds the image, the captions and the label of a sample, or its fault."""
 
 import json
 import numbers
@@ -15,12 +15,12 @@ IMAGE_KEYS = (
     # `path` is also the field of an image in a folder.
     *("image", "image/encoded", "file_name", "filepath", "image_path", "path"),
 )
-# All captions may be in `json.captions`, and the first one in `txt`.
+# `json.captions` may hold all captions, and `txt` only the first one.
 CAPTION_KEYS = (
     *("json.captions", "txt"),
     *("caption", "caption/raw", "captions", "text", "title"),
 )
-# What is asked for, and by which argument.
+# The requested content, and the arguments that name its fields.
 ASKED = {
     "image": "an image (`image_keys`",
     "caption": "a caption that is not empty (`caption_key`",
@@ -32,12 +32,12 @@ class Pair(typing.NamedTuple):
     """An encoded image with its captions and label.
 
     Attributes:
-        image: bytes, or a `PIL.Image.Image`; until it is read, the name of the file.
+        image: bytes, or a `PIL.Image.Image`; the file name until it is read.
         captions: tuple of str. Not empty if captions are requested.
         key: str.
         shard: str.
         label: int, the class of the image; None if labels are not requested.
-        path: str, the file of the image; empty if it is inside of a shard.
+        path: str, the file of the image; empty if it is inside a shard.
     """
 
     image: typing.Any
@@ -54,7 +54,7 @@ class Fault(typing.NamedTuple):
     Attributes:
         shard: str.
         key: str, or None if it is unknown.
-        reason: str. One of a few, for counting.
+        reason: str. One of a few fixed reasons, for counting.
         details: str, or None if nothing more is known.
     """
 
@@ -65,7 +65,7 @@ class Fault(typing.NamedTuple):
 
 
 class SampleError(RuntimeError):
-    """A sample that ends a run.
+    """An error in a sample that ends the run.
 
     Args:
         shard: str.
@@ -83,10 +83,12 @@ class PairReader:
 
     Args:
         image_keys: str or sequence of str. The field that holds the image or the name
-            of its file; of several, the first that a sample has. `None`: common names.
+            of its file. If several are given, the first that a sample has is used.
+            `None`: common names.
         caption_key: str or sequence of str. The field that holds the caption or a list
-            of captions; of several, the first that is not empty. `"json.caption"` is
-            the entry `caption` of the field `json`. `None`: common names.
+            of captions. If several are given, the first that is not empty is used.
+            `"json.caption"` is the entry `caption` of the field `json`. `None`: common
+            names.
         wants_caption: bool. Whether samples without a caption are broken.
         labels: `Labels`, or None for no labels.
     """
@@ -98,7 +100,7 @@ class PairReader:
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
         self.labels = labels
         self._wants_caption = wants_caption
-        # The fields of which a sample must have one.
+        # A sample must have at least one of the fields of each kind.
         self._wanted = {"image": self.image_keys}
         if wants_caption:
             self._wanted["caption"] = self.caption_keys
@@ -107,20 +109,20 @@ class PairReader:
 
     @property
     def wanted(self):
-        """str. What a sample must hold, for error messages."""
+        """str. The content that a sample must have, for error messages."""
         wanted = self._wanted.items()
         return " and ".join(
             f"{ASKED[kind]}, here {list(keys)})" for kind, keys in wanted
         )
 
     def describe(self):
-        """What decides which samples are intact, as JSON can hold it."""
+        """Returns the settings that decide which samples are intact, as JSON values."""
         captions = list(self.caption_keys) if self._wants_caption else None
         labels = self.labels.describe() if self.labels else None
         return [list(self.image_keys), captions, labels]
 
     def fault_of(self, fields, fault=None):
-        """The fault of a sample as far as the names of its fields show it, or None."""
+        """Returns the fault that the names of a sample's fields reveal, or None."""
         if fault:
             return fault
         for kind, keys in self._wanted.items():
@@ -129,7 +131,7 @@ class PairReader:
         return None
 
     def pair(self, shard, key, fields, names_files=True):
-        """The `Pair` of a sample, or its `Fault`.
+        """Returns the `Pair` of a sample, or its `Fault`.
 
         Args:
             shard: str.
@@ -159,7 +161,7 @@ class PairReader:
         return Pair(image, captions, key, shard, label, path)
 
     def captions(self, fields):
-        """The captions of a sample and None, or no captions and what is wrong."""
+        """Returns the captions of a sample and None, or an empty tuple and a fault."""
         fault = "no caption"
         for key in self.caption_keys:
             value = _field(fields, key)
@@ -173,7 +175,7 @@ class PairReader:
         return (), fault
 
     def with_images(self, samples):
-        """Pairs with the content of their image files, which are read together.
+        """Reads the image files of pairs together, and adds their content.
 
         Args:
             samples: list of `Pair` and `Fault`.
@@ -195,8 +197,8 @@ class Labels:
     """Finds the class of a sample.
 
     Args:
-        label_key: str or sequence of str. The field that holds the label; of several,
-            the first that a sample has.
+        label_key: str or sequence of str. The field that holds the label. If several
+            are given, the first that a sample has is used.
         class_names: Sequence of str in which labels are looked up, or None if labels
             are numbers.
     """
@@ -214,11 +216,11 @@ class Labels:
                 )
 
     def describe(self):
-        """What decides the labels, as JSON can hold it."""
+        """Returns the settings that decide the labels, as JSON values."""
         return [list(self.keys), self._numbers]
 
     def of(self, sample):
-        """The label of a sample and None, or its invalid label and what is wrong."""
+        """Returns the label of a sample and None, or an invalid label and a fault."""
         found = (_field(sample, key) for key in self.keys)
         label = next((each for each in found if each is not None), None)
         if label is None:
@@ -231,24 +233,24 @@ class Labels:
             number = self._numbers.get(_text(label), -1)
         else:
             text = _text(label)
-            # Python converts no number of thousands of digits.
+            # Python does not convert strings of thousands of digits.
             number = int(text) if text.isdecimal() and len(text) < 20 else -1
         known = range(2**31 if self._numbers is None else len(self._numbers))
         return number, None if number in known else "unknown label"
 
 
 def _may_have(fields, key):
-    """Whether a sample with some fields may have a value for a key."""
+    """Returns whether a sample with these fields may have a value for a key."""
     field, _, entry = key.partition(".")
     if key in fields or not entry or field not in fields:
         return key in fields
-    # Whether the entries of this field are among the names.
+    # If true, `fields` contains all entries of this field.
     is_listed = entries_of(field) in fields
     return not is_listed or f"{field}.{entry.partition('.')[0]}" in fields
 
 
 def _field(sample, key):
-    """The value of a field, or of an entry in a JSON field; None if it is missing."""
+    """Returns the value of a field or of an entry in a JSON field, or None."""
     if key in sample:
         return sample[key]
     field, _, entries = key.partition(".")

@@ -1,7 +1,8 @@
 """The parts of an index: one file for each shard, which is built once.
 
 A part holds a line of JSON, then a record for each sample, then the contents of samples
-that no file holds. It does not depend on which fields are read as image and caption.
+that are stored in the index. It does not depend on which fields are read as image and
+caption.
 """
 
 import contextlib
@@ -20,20 +21,20 @@ from tqdm import tqdm
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats import DamagedShard, NoRandomAccess, format_of
 
-# A change of what a part holds needs a new number.
+# Increase this number when the format of parts changes.
 VERSION = 1
 RECORD = np.dtype(
     [
         ("offset", "<u8"),
         ("size", "<u8"),
-        # The hash of its key.
+        # The hash of the key.
         ("key", "<u8"),
-        # The number of its layout: its fields and its fault.
+        # The number of the layout: the fields and the fault.
         ("layout", "<u4"),
     ]
 )
 PACKED = struct.Struct("<QQQI")
-# More seconds than this are worth a progress bar.
+# The seconds before a progress bar is shown.
 SHORT = 1.0
 
 
@@ -45,11 +46,11 @@ class Part:
         path: str. The file of the part.
         stamp: str. The size and the date of the shard when it was indexed.
         digest: str. A hash of all records.
-        layouts: list of `(fields, fault, count)`: the names of the fields that some
-            samples have in common, the reason why they are broken or None, and the
-            number of such samples.
+        layouts: list of `(fields, fault, count)`: the names of the fields that these
+            samples have, the reason why they are broken or None, and the number of
+            these samples.
         damage: None, or `(last_key, reason)` of a shard that is damaged.
-        context: What `Format.parse` needs.
+        context: The result of `Format.context`, for `Format.parse`.
         start: int. The offset of the records in the file.
     """
 
@@ -70,7 +71,7 @@ class Part:
         return sum(count for _, _, count in self.layouts)
 
     def record(self, number):
-        """Reads a record. No file stays open: there may be more parts than allowed."""
+        """Reads a record. No file stays open, because there may be too many parts."""
         offset = self.start + number * RECORD.itemsize
         return np.fromfile(self.path, RECORD, 1, offset=offset)[0]
 
@@ -82,12 +83,12 @@ class Part:
 
     @property
     def content_start(self):
-        """int. The offset of the contents that the part itself holds."""
+        """int. The offset of the contents that are stored in the part."""
         return self.start + self.num_records * RECORD.itemsize
 
 
 def hash_of(key):
-    """The 64-bit hash of a key."""
+    """Returns the 64-bit hash of a key."""
     content = key.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
@@ -97,7 +98,7 @@ def read_part(path, digest=None):
 
     Args:
         path: str.
-        digest: str. What it must hold, or None for anything.
+        digest: str. The digest that the part must have, or None for any.
     """
     with open(path, "rb") as file:
         head = json.loads(file.readline())
@@ -114,16 +115,17 @@ def read_part(path, digest=None):
 
 
 def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
-    """The parts of shards, of which those that are missing or old are built.
+    """Returns the parts of shards, and builds missing and outdated ones.
 
     Args:
         shards: dict from the paths of shards to their stamps, as of `find_shards`.
-        index_dir: str or path. The folder of the parts. Defaults to `None`: that of
-            each shard; or a cache folder, for shards at URLs and in folders that
+        index_dir: str or path. The folder of the parts. Defaults to `None`: the folder
+            of each shard, or a cache folder for shards at URLs and in folders that
             cannot be written to.
         num_workers: int. The number of processes that build parts; 0 for none.
-        process: Pair of ints. The number of this process, and of all that build the
-            same parts. Each begins elsewhere, and takes what others have built.
+        process: Pair of ints. The index of this process, and the number of processes
+            that build the same parts. Each process starts at a different shard, and
+            uses the parts that others have built.
 
     Returns:
         list of `Part`.
@@ -158,14 +160,14 @@ def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
 
 
 def build_part(path, stamp, index_dir=None):
-    """Indexes a shard, unless another process has built its part meanwhile.
+    """Indexes a shard, unless another process has built its part in the meantime.
 
     Several processes may build the same part at the same time.
 
     Args:
         path: str. The shard.
         stamp: str.
-        index_dir: As for `build_parts`.
+        index_dir: See `build_parts`.
 
     Returns:
         `Part`.
@@ -183,7 +185,7 @@ def build_part(path, stamp, index_dir=None):
 
 
 def _scan(path, format):
-    """The first line of a part as a dict, its records, and its contents."""
+    """Scans a shard; returns the part's first line as a dict, records and contents."""
     if files.is_address(path) and not format.in_index:
         _check_ranges(path)
     records, content = bytearray(), bytearray()
@@ -219,7 +221,7 @@ def _scan(path, format):
 
 
 def _check_ranges(path):
-    """Raises an error for a web server that sends whole files only."""
+    """Raises an error if a web server does not support range requests."""
     reply = files.fetch([(path, 0, 1)])[0]
     if isinstance(reply, Exception):
         raise reply
@@ -229,7 +231,7 @@ def _check_ranges(path):
 
 
 def _find(path, stamp, index_dir):
-    """The part of a shard, or None if there is none or the shard has changed."""
+    """Returns the part of a shard, or None if it is missing or outdated."""
     for place in _places(path, index_dir):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             part = read_part(place)
@@ -239,7 +241,7 @@ def _find(path, stamp, index_dir):
 
 
 def _places(path, index_dir):
-    """The files that may hold the part of a shard, the preferred one first."""
+    """Returns the possible paths of the part of a shard, in order of preference."""
     name = path.rstrip("/").rpartition("/")[2]
     unique = f"{name[:100]}-{hash_of(path):016x}.index"
     if index_dir is not None:
@@ -252,7 +254,7 @@ def _places(path, index_dir):
 
 
 def _write(places, contents):
-    """Writes a part to the first place that can be written to; returns its path."""
+    """Writes a part to the first writable path, and returns this path."""
     for place in places:
         try:
             with files.replacing(place) as file:

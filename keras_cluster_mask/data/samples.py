@@ -1,4 +1,4 @@
-"""From positions to arrays: reads, decodes, crops and tokenizes samples."""
+"""Reads, decodes, crops and tokenizes samples."""
 
 import dataclasses
 import math
@@ -9,27 +9,27 @@ from keras_cluster_mask.data.images import UnreadableImage
 from keras_cluster_mask.data.pairs import Fault, SampleError
 from keras_cluster_mask.data.tokenizing import tokenize
 
-# A broken sample is replaced by the first intact one of so many others in its batch.
+# The number of other samples of the batch that may replace a broken sample.
 SUBSTITUTES = 64
-# How far apart they are, as a share of the batch: enough to be in different shards.
+# The distance between them, as a fraction of the batch, to reach different shards.
 DISTANCE = 0.618
-# The entry of a chunk with its broken samples.
+# The name of the entry of a chunk that lists its broken samples.
 FAULTS = "faults"
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Turns positions into arrays. Picklable, and safe in several threads.
+    """Turns positions into arrays. Picklable and thread-safe.
 
-    The random numbers of a sample depend on the seed and its position alone.
+    The random numbers of a sample depend only on the seed and its position.
 
     Args:
         index: `Index`, `ObjectIndex`, or `Indexes`.
-        order: `Order` or `Mix` in training; else a range, each sample once.
+        order: `Order` or `Mix` in training; a range of all samples in evaluation.
         seed: int.
         batch_size: int. The global batch size.
-        process: Pair of ints. The number of this process, and of all.
-        training: bool. Whether there are positions without end, and broken samples are
+        process: Pair of ints. The index of this process, and the number of processes.
+        training: bool. Whether positions are endless, and broken samples are
             replaced.
         cutter: `Cutter`.
         choose: `CaptionChoice`.
@@ -56,16 +56,16 @@ class Samples:
 
     @property
     def num_batches(self):
-        """int. All batches of evaluation."""
+        """int. The number of batches in evaluation."""
         return -(-len(self.index) // self.batch_size)
 
     @property
     def rows(self):
-        """int. The rows of this process in a full batch, rounded up."""
+        """int. The number of rows per process in a full batch, rounded up."""
         return -(-self.batch_size // self.process[1])
 
     def positions(self, batch):
-        """The range of the positions of this process in a batch."""
+        """Returns the range of the positions of this process in a batch."""
         first, count = batch * self.batch_size, self.batch_size
         if not self.training:
             count = max(min(count, len(self.index) - first), 0)
@@ -80,14 +80,14 @@ class Samples:
         return self.index.read([self.order[position] for position in positions])
 
     def read(self, positions):
-        """The arrays of a piece of a batch.
+        """Reads a chunk of a batch.
 
         Args:
             positions: Sequence of int.
 
         Returns:
-            dict of arrays with one row for each position, and of the list of `Fault`
-            under `FAULTS`. Broken samples are replaced in training, and left out in
+            dict of arrays with one row for each position, and a list of `Fault` under
+            `FAULTS`. Broken samples are replaced in training, and left out in
             evaluation.
         """
         faults, pairs, generators = [], [], []
@@ -102,7 +102,7 @@ class Samples:
                 pair, image = self._substitute(position, generator, pair)
             if image is not None:
                 images[len(pairs)] = image
-                # Its bytes may be large, and are not needed any more.
+                # Free the encoded image, which may be large.
                 pairs.append(pair._replace(image=None))
                 generators.append(generator)
         images = images[: len(pairs)]
@@ -112,22 +112,22 @@ class Samples:
         return {name: batch[name] for name in self.names} | {FAULTS: faults}
 
     def _image(self, pair, generator, faults):
-        """A pair with its cropped image, or its fault and None."""
+        """Returns a pair and its cropped image, or its fault and None."""
         if not isinstance(pair, Fault):
             try:
                 return pair, self.cutter(pair.image, generator)
             except UnreadableImage as error:
                 pair = Fault(pair.shard, pair.key, str(error))
-            # A transform of the user, or too little memory.
+            # Such as an error in the user's transform, or too little memory.
             except Exception as error:
                 raise SampleError(pair.shard, pair.key, repr(error)) from error
         faults.append(pair)
         return pair, None
 
     def _substitute(self, position, generator, fault):
-        """Another sample of the batch of a broken one.
+        """Returns another sample of the batch, to replace a broken one.
 
-        It depends on the batch alone, not on how processes share it.
+        It depends only on the batch, not on the number of processes.
         """
         start, size = position - position % self.batch_size, self.batch_size
         step = int(DISTANCE * size) + 1
@@ -135,12 +135,12 @@ class Samples:
             step += 1
         count = 1
         while count < min(SUBSTITUTES, size):
-            # Storage that fails takes long each time, so ever more are read at once.
+            # Failed reads are slow, so read twice as many samples in each round.
             several = range(count, min(2 * count, SUBSTITUTES, size))
             count = several.stop
             near = [start + (position + n * step) % size for n in several]
             for pair in self.pairs(near):
-                # A broken one is counted where it stands itself.
+                # A broken substitute is counted at its own position.
                 pair, image = self._image(pair, generator, [])
                 if image is not None:
                     return pair, image
@@ -172,7 +172,7 @@ class Samples:
 
 
 class Indexes:
-    """Several indexes, one after the other, as one.
+    """A concatenation of several indexes.
 
     Args:
         indexes: list of `Index` and `ObjectIndex`.
@@ -198,14 +198,14 @@ class Indexes:
 
 
 def _encoded(text):
-    # In UTF-8 whatever the locale, unlike `os.fsencode`.
+    # Always UTF-8; `os.fsencode` depends on the locale.
     return text.encode("utf-8", "surrogateescape")
 
 
 def _strings(values):
-    """An array with one entry of bytes, or a tuple of them, per sample."""
+    """Returns an object array of bytes, or of tuples of bytes, one per sample."""
     array = np.empty(len(values), object)
-    # One by one, because NumPy would take tuples of equal length as rows.
+    # One by one, because NumPy would convert tuples of equal length to rows.
     for index, value in enumerate(values):
         array[index] = value
     return array

@@ -1,4 +1,4 @@
-"""How often each sample occurs in an epoch, by its key."""
+"""`Sampling`: sets how often each sample occurs in an epoch, by its key."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -9,35 +9,35 @@ import numpy as np
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data.parts import hash_of
 
-# The samples that are drawn together.
+# The number of samples that are drawn at once.
 ROWS = 2**18
 
 
 class Sampling:
-    """Trains in each epoch on a part of the samples, or on some of them several times.
+    """Trains on a subset of the samples in each epoch, or repeats some of them.
 
     `probability` gives the expected number of copies of each sample in an epoch. A
     sample with a probability of 0.3 occurs in 30 % of all epochs, and one with 0 is
     never read. One with 2.3 occurs two or three times: `floor(2.3 + u)` times, where
-    `u` is uniform in [0, 1). Each sample is drawn independently of all others, by a
-    hash of its key, the epoch and `seed`. So all processes draw the same samples, with
-    any number of workers, and so does a resumed run.
+    `u` is uniform in [0, 1). Samples are drawn independently, by a hash of the key, the
+    epoch and `seed`. So all processes and resumed runs draw the same samples, with any
+    number of workers.
 
-    Epochs differ in length by chance: `len` of a dataset is the number of batches in
-    the epoch that it starts in, and `steps_per_epoch` that of an epoch of the mean
-    length. `ContrastiveModel.fit` trains for the latter number of steps in each epoch.
-    No sample is lost between epochs.
+    The length of an epoch is random. `len(dataset)` is the number of batches in the
+    epoch that the dataset starts in, and `dataset.steps_per_epoch` is the number in an
+    epoch of mean length. `ContrastiveModel.fit` trains for `steps_per_epoch` steps in
+    each epoch. No sample is lost between epochs.
 
-    A dictionary or keys cost no reading: the index of the shards has the hashes of all
-    keys. (Objects whose samples have `"__key__"` are read once.) A function needs the
-    keys themselves. Each process reads them once, when the dataset is made: it reads
-    all samples with their images, which it does not decode. This takes about 0.15 ms
-    per sample and the time of the storage, and about 100 bytes of memory for each key.
-    Where the keys are known elsewhere, such as in the metadata that img2dataset writes,
-    a dictionary is faster.
+    With a dictionary or keys, no samples are read, because the index of the shards has
+    the hashes of all keys. (Objects whose samples have `"__key__"` are read once.) A
+    function needs the keys themselves. Each process reads all samples once when the
+    dataset is created, with their images but without decoding them. This takes about
+    0.15 ms per sample plus the time of the storage, and about 100 bytes of memory per
+    key. If the keys are available elsewhere, such as in the metadata that img2dataset
+    writes, a dictionary is faster.
 
-    A dataset holds 16 bytes for each sample, in each process and worker process, and 8
-    for each of the samples of two epochs.
+    A dataset uses 16 bytes of memory per sample, in each process and worker process,
+    and 8 bytes per sample of two epochs.
 
     `examples/dynamic_cluster_sampling.py` (DynamiCS) and
     `examples/frequency_pruning.py` (WFPP) compute probabilities.
@@ -65,11 +65,11 @@ class Sampling:
 
     Args:
         probability: dict from the key of each sample, str or bytes, to a number of at
-            least 0. It must have all samples of the dataset, and may have others. Or an
-            iterable of keys, such as a list or an array: these samples occur once in
-            each epoch, and all others never. Or a function from the list of all keys,
-            str, to an array of as many numbers. Keys are as in `dataset.keys` and, with
-            `include_keys`, in batches.
+            least 0. It must contain all samples of the dataset, and may contain others.
+            Or an iterable of keys, such as a list or an array: these samples occur once
+            in each epoch, and all others never. Or a function from the list of all
+            keys, str, to an array of numbers of the same length. Keys are as in
+            `dataset.keys` and, with `include_keys`, in batches.
         seed: int. Defaults to `0`.
 
     Raises:
@@ -101,13 +101,13 @@ class Sampling:
         is_mapping = isinstance(probability, Mapping)
         copies = list(probability.values()) if is_mapping else np.ones(len(keys))
         self._copies = _checked(copies, keys)
-        # The copies of samples that are not among the keys; NaN is an error.
+        # The number of copies of samples whose key is missing; NaN means an error.
         self._default = np.nan if is_mapping else 0.0
         self._hashes = _hashes_of(keys)
         _check_unique(self._hashes, keys.__getitem__, "probability")
 
     def of_index(self, index: Any) -> Callable[[int, int], np.ndarray]:
-        """The function of an epoch that draws samples of an `Index`."""
+        """Returns a function that draws the samples of an `Index` for an epoch."""
 
         def key_of(number):
             return next(iter(index.read([int(number)], with_images=False))).key
@@ -131,7 +131,7 @@ class Sampling:
         return draw
 
     def _look_up(self, hashes, key_of):
-        """The copies of the samples with these hashes."""
+        """Returns the expected number of copies of the samples with these hashes."""
         copies = np.full(len(hashes), self._default)
         _, places, found = np.intersect1d(
             hashes, self._hashes, assume_unique=True, return_indices=True
@@ -149,11 +149,11 @@ class Sampling:
 
 
 def _draw(hashes, copies, seed, num_samples, epoch):
-    """The numbers of the samples of an epoch, copies included."""
+    """Draws the numbers of the samples of an epoch, copies included."""
     key = np.random.SeedSequence([seed, epoch]).generate_state(1, "u8")
     chosen = []
     for first in range(0, num_samples, ROWS):
-        # SplitMix64, which makes independent numbers of each seed and epoch.
+        # SplitMix64 gives independent numbers for each seed and epoch.
         bits = hashes[first : first + ROWS] ^ key
         bits = (bits ^ (bits >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> 27)) * np.uint64(0x94D049BB133111EB)
@@ -164,7 +164,7 @@ def _draw(hashes, copies, seed, num_samples, epoch):
 
 
 def _checked(probability, keys):
-    """The expected copies of the samples with these keys as an array, if valid."""
+    """Checks the expected number of copies of each key, and returns an array."""
     copies = np.array(probability)
     if copies.shape != (len(keys),) or copies.dtype.kind not in "biuf":
         received = f"{copies.dtype}, shape {copies.shape}, for {len(keys)} keys"
@@ -179,7 +179,7 @@ def _checked(probability, keys):
 
 
 def _hashes_of(keys):
-    """The hashes of keys, uint64."""
+    """Returns the hashes of keys, a uint64 array."""
     hashes = np.empty(len(keys), "u8")
     for number, key in enumerate(keys):
         if isinstance(key, bytes):

@@ -13,7 +13,7 @@ from keras_cluster_mask.data.formats.folder import images_in
 from keras_cluster_mask.data.formats.table import TABLES
 from keras_cluster_mask.data.parts import hash_of
 
-# The files whose size and date are asked for at the same time.
+# The number of parallel requests for the size and date of files.
 REQUESTS = 16
 
 
@@ -45,10 +45,10 @@ def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
 
 
 def find_shards(source):
-    """The shards of a source; see `list_shards`.
+    """Finds the shards of a source; see `list_shards`.
 
     Returns:
-        dict from the path of each shard to a str that differs if the shard changes.
+        dict from the path of each shard to a str that changes with the shard.
     """
     is_list = isinstance(source, list | tuple | set)
     shards = {}
@@ -80,7 +80,7 @@ def find_shards(source):
 
 
 def _in_folder(path):
-    """The table of a folder, or the folder itself, and its information."""
+    """Returns the table of a folder, or the folder itself, and its information."""
     path = path.rstrip("/") + "/"
     system, folder = files.file_system(path)
     infos = {info["name"].rpartition("/")[2]: info for info in system.ls(folder, True)}
@@ -99,15 +99,15 @@ def _in_folder(path):
 
 
 def expand(pattern):
-    """The files and folders that a pattern names, with what the file system says.
+    """Finds the files and folders that a pattern names, with their information.
 
-    Each folder is listed once, whatever the number of files.
+    Each folder is listed once, for any number of files.
 
     Args:
         pattern: str with `{a,b}`, `{000..123}`, `*`, `?` or `[...]`, or a name.
 
     Returns:
-        dict from each path to its information, a dict of fsspec.
+        dict from each path to its information, as fsspec returns it.
 
     Raises:
         FileNotFoundError: If a file is missing, or if no file matches.
@@ -117,7 +117,7 @@ def expand(pattern):
     # A file may have braces in its name.
     if "{" in pattern and not system.exists(whole):
         names = _expand_braces(pattern)
-    # What another program has written since does not show in a cache.
+    # A cached list lacks files that other programs have written since.
     system.invalidate_cache()
     paths = [files.file_system(name)[1] for name in names]
     listed = _listed(system, paths) if len(paths) > 1 else {}
@@ -154,10 +154,10 @@ def _expand_braces(pattern):
 
 
 def _listed(system, paths):
-    """The information on all files in the folders of paths, of those that list."""
+    """Lists the folders of paths where possible; returns the information by path."""
     infos = {}
     for folder in {path.rpartition("/")[0] for path in paths}:
-        # Web servers have no lists, and a pattern is no folder.
+        # Web servers cannot list folders, and a pattern is not a folder.
         with contextlib.suppress(OSError, NotImplementedError, ValueError):
             for info in system.ls(folder, detail=True):
                 if info.get("size") is not None:
@@ -166,12 +166,12 @@ def _listed(system, paths):
 
 
 def _matching(system, path):
-    """The file of a name, or all files that match a pattern."""
+    """Returns the file of a name, or all files that match a pattern."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return {path: system.info(path)}
     found = system.glob(path, detail=True)
     wants_hidden = path.rpartition("/")[2].startswith(".")
-    # Such as the index of a shard.
+    # Skip hidden files, such as the index of a shard.
     return {
         name: found[name]
         for name in sorted(found)
@@ -180,7 +180,7 @@ def _matching(system, path):
 
 
 def stamp(info):
-    """A str that differs if a file changes, from its size and its date or tag."""
+    """Returns a str that changes with a file, from its size and its date or ETag."""
     names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
     names += ("md5Hash", "created")
     version = next((info[name] for name in names if info.get(name)), "")

@@ -6,29 +6,29 @@ from collections.abc import Sequence
 from typing import Any
 
 MAX_EXAMPLES = 100
-# The share of skipped samples is checked after this many samples.
+# The fraction of broken samples is checked after this many samples.
 ENOUGH = 1000
 
 
 class SkippedSamples:
-    """The broken samples of a dataset, in its last pass.
+    """The broken samples in the last pass over a dataset.
 
-    What the index left out is known from the start and is the same in all processes.
-    Samples that turn out to be broken when they are read are added with the batch that
-    they were to be part of. Each iteration over a dataset starts with the counts of the
-    index, in a `SkippedSamples` of its own.
+    Samples that the index left out are counted from the start, and are the same in all
+    processes. Samples that turn out to be broken when they are read are added with
+    their batch. Each iteration over a dataset creates a new `SkippedSamples`, which
+    starts with the counts of the index.
 
     Args:
         indexes: list of `Index` and `ObjectIndex`.
-        max_share: float. The share of samples that may be broken.
+        max_share: float. The fraction of samples that may be broken.
 
     Attributes:
-        max_share: float. The share of samples that may be broken.
+        max_share: float. The fraction of samples that may be broken.
         by_reason: dict from the reason (str) to a count.
         by_shard: dict from the name of a shard to a dict from reasons to counts.
         samples: list of the first 100 samples that turned out to be broken, as `Fault`
             tuples of shard, key, reason and details.
-        details: list of str, about damaged shards.
+        details: list of str. The descriptions of damaged shards.
     """
 
     def __init__(self, indexes: Sequence[Any] = (), max_share: float = 1.0):
@@ -56,7 +56,7 @@ class SkippedSamples:
         return sum(counts.total() for counts in self._counts.values())
 
     def reasons(self) -> str:
-        """str. The reasons with their counts."""
+        """Returns the reasons with their counts."""
         return ", ".join(f"{reason}: {n}" for reason, n in self.by_reason.items())
 
     def add(self, fault: Any) -> None:
@@ -70,7 +70,7 @@ class SkippedSamples:
             self.samples.append(fault)
 
     def report_index(self, num_samples: int) -> None:
-        """Warns of what the index left out, or raises an error if it is too much.
+        """Warns about samples left out of the index, or raises an error for too many.
 
         Args:
             num_samples: int. The number of intact samples.
@@ -88,11 +88,11 @@ class SkippedSamples:
                 f"{message}. Repair `source`, or pass a larger `max_skipped`. "
                 f"Received: max_skipped={self.max_share}"
             )
-        # Of `image_text_dataset`, for its caller.
+        # Show the line that called `image_text_dataset`.
         warnings.warn(f"{message}. They are left out.", stacklevel=3)
 
     def report(self, faults: Sequence[Any], read: int) -> None:
-        """Counts the samples of a batch; warns of the first broken one.
+        """Counts the samples of a batch, and warns about the first broken one.
 
         Args:
             faults: list of `Fault`.

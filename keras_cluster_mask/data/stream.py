@@ -1,4 +1,4 @@
-"""Batches as a grain dataset that knows its length and starts anywhere."""
+"""A grain dataset of batches, which has a length and can start at any batch."""
 
 import copy
 import functools
@@ -19,46 +19,46 @@ from keras_cluster_mask.data.samples import FAULTS, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.tokenizing import is_layer, tokenize
 
-# What a process reads ahead, in bytes, and in batches.
+# The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
-# What a thread makes at a time, in rows of a batch, and in bytes.
+# The size of a chunk, which one thread reads, in rows of a batch and in bytes.
 CHUNK, MAX_CHUNK = 32, 2**24
-# More threads of one process wait for one another.
+# More threads in one process would wait for each other.
 MAX_THREADS = 16
 SHARED_MEMORY = "/dev/shm"
 
 
 class Spec(typing.NamedTuple):
-    """The shape, with `None` for unknown sizes, and the type of an array."""
+    """The shape, with `None` for unknown sizes, and the dtype of an array."""
 
     shape: tuple
     dtype: str
 
 
 class ImageTextDataset(grain.IterDataset):
-    """Batches of image-text pairs, as `image_text_dataset` makes them.
+    """A dataset of batches of image-text pairs; see `image_text_dataset`.
 
-    In training an endless stream; in evaluation each sample once.
+    It is an endless stream in training, and reads each sample once in evaluation.
 
     Args:
         samples: `Samples`.
-        tokenizer: What makes the token ids, or None.
-        num_workers: int. The number of processes that read; 0 for threads.
+        tokenizer: The tokenizer, or None.
+        num_workers: int. The number of worker processes; 0 for threads.
         skipped: `SkippedSamples` of the index.
         element_spec: dict from the name of each entry of a batch to its `Spec`.
-        description: dict. What decides which samples are in which batch.
+        description: dict. The settings that determine the samples of each batch.
 
     Attributes:
-        start: int. The batch with which an iteration starts. `ContrastiveModel.fit`
-            sets it to the batch after the last that it trained on.
+        start: int. The batch at which an iteration starts. `ContrastiveModel.fit` sets
+            it to the batch after the last one that it trained on.
         skipped: `SkippedSamples`. The broken samples of the last pass.
         batch_size: int. The global batch size.
-        num_samples: int. The number of intact samples, of which a sampler chooses those
-            of an epoch.
+        num_samples: int. The number of intact samples, from which a sampler may choose
+            those of an epoch.
         element_spec: dict from the name of each entry of a batch to its `Spec`.
-        description: dict of what decides which samples are in which batch. A run is
-            resumed on a dataset with an equal one only.
-        tokenizer: What makes the token ids, or None.
+        description: dict. The settings that determine the samples of each batch. A run
+            can only be resumed on a dataset with an equal `description`.
+        tokenizer: The tokenizer, or None.
     """
 
     def __init__(
@@ -84,11 +84,14 @@ class ImageTextDataset(grain.IterDataset):
 
     @property
     def stream(self) -> Self:
-        """The dataset itself; a `tf.data.Dataset` of its batches has it as well."""
+        """The dataset itself. Its `tf.data.Dataset` has this attribute, too."""
         return self
 
     def __len__(self) -> int:
-        """All batches of evaluation, or the full ones of the epoch at the start."""
+        """Returns the number of batches.
+
+        In training, these are the full batches of the epoch at `start`.
+        """
         samples = self._samples
         if not self.training:
             return samples.num_batches
@@ -97,24 +100,27 @@ class ImageTextDataset(grain.IterDataset):
 
     @property
     def steps_per_epoch(self) -> int:
-        """The full batches in an epoch of training of the mean length."""
+        """The number of full batches in a training epoch of mean length."""
         samples = self._samples
         return max(int(samples.order.mean_length) // samples.batch_size, 1)
 
     @property
     def num_images(self) -> int | None:
-        """The images of this process, broken ones included. `None` in training."""
+        """The number of images of this process, broken ones included.
+
+        `None` in training.
+        """
         if self.training:
             return None
         return sum(len(self._samples.positions(batch)) for batch in range(len(self)))
 
     def keys(self, batch: int) -> list[str]:
-        """The keys of the samples of a batch of this process, as a list of str."""
+        """Returns the keys of the samples of this process in a batch."""
         pairs = self._samples.pairs(self._samples.positions(batch))
         return [str(pair.key) for pair in pairs]
 
     def as_dataset(self) -> Any:
-        """The batches as a `tf.data.Dataset`, which starts at `start` as well."""
+        """Returns a `tf.data.Dataset` of the batches, which also starts at `start`."""
         from keras_cluster_mask.data.tensorflow import as_dataset
 
         return as_dataset(self)
@@ -123,19 +129,19 @@ class ImageTextDataset(grain.IterDataset):
         return _Iterator(self, self.batches(self.start))
 
     def batches(self, start: int) -> grain.IterDataset:
-        """The batches from the number `start` on, as grain makes them."""
+        """Returns a grain dataset of the batches from `start` on; see `finished`."""
         bytes_per_row = math.prod(self.element_spec["images"].shape[1:])
         bytes_per_batch = self._samples.rows * bytes_per_row
         ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
         workers = max(self._num_workers, 1)
         if self._num_workers:
-            # Those that wait on both sides, one that is made, and one that is used.
+            # Queued batches on both sides, one in progress, and one in use.
             _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
-        # A run of neighbors is read as one.
+        # Read a run of neighbors in one chunk.
         rows = max(CHUNK, getattr(self._samples.order, "block_size", 1))
         rows = min(rows, max(MAX_CHUNK // bytes_per_row, 1))
         per_batch = -(-self._samples.rows // rows)
-        # Each worker makes as many batches of evaluation; the last may be empty.
+        # All workers make the same number of evaluation batches; the last may be empty.
         turns = max(-(-(self._samples.num_batches - start) // workers), 0)
         chunks = 2**62 if self.training else turns * workers * per_batch
         read = functools.partial(_read_chunk, self._samples, start, workers, rows)
@@ -147,7 +153,7 @@ class ImageTextDataset(grain.IterDataset):
         dataset = grain.MapDataset.range(chunks).map(read).to_iter_dataset(options)
         dataset = dataset.batch(per_batch, batch_fn=_together)
         if self._num_workers:
-            # grain reads flags of its own, which few programs parse.
+            # grain reads its own absl flags, which few programs parse.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(
@@ -157,11 +163,11 @@ class ImageTextDataset(grain.IterDataset):
         return dataset
 
     def finished(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        """A batch with the token ids of a layer, which no worker process makes."""
+        """Adds the token ids of a Keras layer, which cannot run in worker processes."""
         if is_layer(self.tokenizer):
             captions = [c[0] if isinstance(c, tuple) else c for c in batch["captions"]]
             batch["token_ids"] = tokenize(self.tokenizer, captions)
-        # grain sorts the entries where they come from worker processes.
+        # Restore the order: grain sorts the entries of batches from worker processes.
         return {name: batch[name] for name in self.element_spec}
 
     def __str__(self):
@@ -169,7 +175,7 @@ class ImageTextDataset(grain.IterDataset):
 
 
 class _Iterator(grain.DatasetIterator):
-    """Counts broken samples, leaves out empty batches, and ends when it should."""
+    """Counts broken samples, skips empty batches, and closes the workers at the end."""
 
     def __init__(self, dataset, batches):
         super().__init__()
@@ -180,7 +186,7 @@ class _Iterator(grain.DatasetIterator):
 
     def _start(self, batch, batches):
         self._batch, self._batches = batch, [iter(batches)]
-        # Also at the end of the program, before the modules that it needs are gone.
+        # Also runs at exit, before the modules that it needs are unloaded.
         self._close = weakref.finalize(self, _close, self._batches)
 
     def __next__(self):
@@ -202,7 +208,7 @@ class _Iterator(grain.DatasetIterator):
             self._batch += 1
             rows = len(batch["images"])
             faults = batch.pop(FAULTS)
-            # In training, others have taken the places of broken samples.
+            # In training, broken samples have been replaced.
             left_out = 0 if self._dataset.training else len(faults)
             self._skipped.report(faults, rows + left_out)
             if rows:
@@ -225,7 +231,7 @@ def _close(iterators):
 
 
 def _end_with_parent(index, count):
-    """Ends a worker process when the process that started it is gone."""
+    """Ends a worker process when its parent process ends."""
 
     def wait():
         parent = multiprocessing.parent_process()
@@ -236,17 +242,17 @@ def _end_with_parent(index, count):
 
 
 def _read_chunk(samples, start, workers, size, number):
-    """Reads a piece of a batch.
+    """Reads a chunk of a batch.
 
-    grain deals the numbers to worker processes in turn. The pieces are arranged so that
-    all pieces of a batch are made by one worker, whatever their number.
+    grain distributes the numbers to worker processes in turn. Chunks are numbered so
+    that one worker reads all chunks of a batch, for any number of workers.
 
     Args:
         samples: `Samples`.
         start: int. The first batch.
-        workers: int.
-        size: int. The rows of a piece.
-        number: int. The number of the piece.
+        workers: int. The number of worker processes.
+        size: int. The number of rows of a chunk.
+        number: int. The number of the chunk.
     """
     turn, worker = divmod(number, workers)
     turn, chunk = divmod(turn, -(-samples.rows // size))
@@ -255,16 +261,16 @@ def _read_chunk(samples, start, workers, size, number):
 
 
 def _together(chunks):
-    """Pieces of a batch as one."""
+    """Concatenates the chunks of a batch."""
     faults = [fault for chunk in chunks for fault in chunk.pop(FAULTS)]
-    # Empty pieces do not know how long the rows of a tokenizer are.
+    # Empty chunks do not know the row length of the tokenizer.
     chunks = [chunk for chunk in chunks if len(chunk["images"])] or chunks[:1]
     arrays = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
     return {**arrays, FAULTS: faults}
 
 
 def _check_shared_memory(needed):
-    """Raises an error if batches do not fit into what processes share."""
+    """Raises an error if batches do not fit into shared memory."""
     if not os.path.isdir(SHARED_MEMORY):
         return
     free = shutil.disk_usage(SHARED_MEMORY).free
@@ -278,8 +284,8 @@ def _check_shared_memory(needed):
 
 
 def num_processors():
-    """The number of processors that this process may use."""
-    # Only Linux knows the processors that are assigned to a process.
+    """Returns the number of processors that this process may use."""
+    # Only Linux reports the processors that are assigned to a process.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What the data pipeline does with TensorFlow, which nothing else here imports."""
+"""The TensorFlow code of the data pipeline. Only this module imports TensorFlow."""
 
 import contextlib
 
@@ -6,13 +6,13 @@ from keras_cluster_mask.distribution.tensorflow_import import import_triton_firs
 
 
 def import_tensorflow(purpose, remedy):
-    """TensorFlow, which sees no GPU unless Keras uses it as its backend.
+    """Imports TensorFlow, without GPUs unless it is the Keras backend.
 
-    It would take all memory of every GPU that another backend needs.
+    It would otherwise take all GPU memory, which another backend needs.
 
     Args:
-        purpose: str, for the error.
-        remedy: str, what does without TensorFlow.
+        purpose: str. The feature that needs TensorFlow, for the error.
+        remedy: str. An alternative without TensorFlow, for the error.
 
     Raises:
         ImportError: If TensorFlow is not installed.
@@ -28,16 +28,16 @@ def import_tensorflow(purpose, remedy):
     import keras
 
     if keras.backend.backend() != "tensorflow":
-        # A TensorFlow that is in use already sees what the user has decided.
+        # If TensorFlow is already initialized, keep the devices that the user chose.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], "GPU")
     return tf
 
 
 def as_dataset(stream):
-    """The batches of a stream as a `tf.data.Dataset`.
+    """Returns the batches of a stream as a `tf.data.Dataset`.
 
-    Each iteration starts at the `start` that the stream has then.
+    Each iteration starts at the current `start` of the stream.
 
     Args:
         stream: `ImageTextDataset`, or `ArrayBatches`.
@@ -65,14 +65,14 @@ def as_dataset(stream):
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
     options = tf.data.Options()
     options.deterministic = True
-    # The samples come from Python, so `tf.distribute` has no files to distribute.
+    # The samples come from Python, so `tf.distribute` has no files to shard.
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
     )
-    # There is nothing to tune, and an epoch would wait up to a second for the tuner.
+    # Nothing needs autotuning, and an epoch would wait up to a second for it.
     options.autotune.enabled = False
     dataset = dataset.with_options(options).prefetch(1)
-    # TensorFlow gives no length to an endless stream.
+    # TensorFlow does not know the length of a dataset from a generator.
     members = {
         "__len__": lambda self: len(stream),
         "steps_per_epoch": property(lambda self: stream.steps_per_epoch),

@@ -1,7 +1,8 @@
-"""Text maskings: which words of a caption stay when it is too long.
+"""Text maskings, which choose the words to keep in captions that are too long.
 
-A caption that fits into the context of the tokenizer is not masked. Of a longer one,
-the words of the highest scores stay whole and in order. Only if none fits, one is cut.
+A caption that fits into the context length of the tokenizer is not masked. In a longer
+caption, the words with the highest scores are kept, whole and in order. If no word
+fits, one word is truncated.
 """
 
 from collections.abc import Sequence
@@ -13,18 +14,19 @@ from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 
 
 class TextMasking:
-    """The base class of text maskings: which words of long captions stay.
+    """Base class of text maskings, which choose the words to keep in long captions.
 
-    A subclass implements `score`, one number for each word: the words of the highest
-    scores stay. It may override `keep_words`, to choose groups of words together, and
-    `of_epoch`, to change with the epoch. `examples/concept_curriculum.py` does both.
+    A subclass implements `score`, which returns one number for each word. The words
+    with the highest scores are kept. A subclass may override `keep_words`, to choose
+    groups of words together, and `of_epoch`, to change with the epoch.
+    `examples/concept_curriculum.py` does both.
 
     Words are those of CLIP's tokenizer, in lower case and before byte-pair encoding:
     runs of letters, single digits, endings of contractions, and runs of other
-    characters. Take all randomness from the `generator`, so that processes, workers and
-    resumed runs mask alike. With `num_workers`, a masking must pickle. A run is resumed
-    only on data whose masking has an equal `repr`, so override `__repr__` in a subclass
-    with options.
+    characters. Draw all random numbers from `generator`, so that all processes, workers
+    and resumed runs mask in the same way. With `num_workers`, a masking must be
+    picklable. A run can only be resumed with a masking of equal `repr`, so override
+    `__repr__` in a subclass with options.
 
     Example:
 
@@ -44,7 +46,7 @@ class TextMasking:
 
     @staticmethod
     def split(caption: str | bytes) -> list[str]:
-        """The words of a caption, as `score` gets them.
+        """Splits a caption into words, as `score` receives them.
 
         Args:
             caption: str or bytes.
@@ -61,17 +63,17 @@ class TextMasking:
         num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
-        """The scores of the words of a caption that is too long.
+        """Computes the scores of the words of a caption that is too long.
 
         Args:
             words: list of str, in lower case.
             num_tokens: list of int. The number of tokens of each word.
-            num_tokens_left: int. The number of tokens that the words may have together.
+            num_tokens_left: int. The maximum number of tokens of all kept words.
             generator: `np.random.Generator` of the sample.
 
         Returns:
-            Sequence of float, one for each word. The highest stay; of equal ones, the
-            first in the caption.
+            Sequence of float, one for each word. Words with the highest scores are
+            kept; of equal scores, the first in the caption.
         """
         raise NotImplementedError
 
@@ -82,10 +84,11 @@ class TextMasking:
         num_tokens_left: int,
         generator: np.random.Generator,
     ) -> list[int]:
-        """The indices of the words that stay, in order.
+        """Returns the indices of the words to keep, in order.
 
-        Words are taken by score, each if its tokens still fit. If none fits, the word
-        of the highest score stays, and the tokenizer cuts it.
+        Words are taken from the highest score down, if their tokens still fit. If no
+        word fits, the word with the highest score is kept, and the tokenizer truncates
+        it.
 
         Args:
             words: See `score`.
@@ -109,7 +112,7 @@ class TextMasking:
         return sorted(kept or by_score[:1])
 
     def of_epoch(self, epoch: int) -> "TextMasking":
-        """The masking of an epoch: this one, unless a masking changes with time.
+        """Returns the masking of an epoch: by default, this masking in all epochs.
 
         Args:
             epoch: int, from 0. The number of the pass over the samples.
@@ -126,7 +129,7 @@ class TextMasking:
         generators: Sequence[np.random.Generator],
         epochs: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """The token ids of masked captions.
+        """Masks captions, and converts them to token ids.
 
         Args:
             tokenizer: `CLIPTokenizer`.
@@ -156,8 +159,9 @@ class TextMasking:
 class RandomTextMasking(TextMasking):
     """Keeps random words of captions that are too long (CLIPA).
 
-    The context of the tokenizer says how much stays. A tokenizer with half the context
-    keeps about half of the words of long captions, and the text tower costs half.
+    The context length of the tokenizer sets the number of words that are kept. Half the
+    context length keeps about half of the words of long captions, and halves the cost
+    of the text tower.
 
     Example:
 
@@ -181,7 +185,7 @@ class RandomTextMasking(TextMasking):
         num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
-        """Random scores; see `TextMasking.score`."""
+        """Returns random scores; see `TextMasking.score`."""
         return generator.random(len(words)).tolist()
 
 
@@ -189,8 +193,8 @@ class BlockTextMasking(TextMasking):
     """Keeps a run of neighboring words of captions that are too long (CLIPA).
 
     The first word of the run is drawn from those that leave enough tokens after them
-    to fill the context. Where the next word does not fit, the nearest later words that
-    fit fill the row, then the nearest earlier ones.
+    to fill the context. If the next word does not fit, the nearest later words that fit
+    fill the row, then the nearest earlier ones.
 
     Example:
 
@@ -214,7 +218,7 @@ class BlockTextMasking(TextMasking):
         num_tokens_left: int,
         generator: np.random.Generator,
     ) -> Sequence[float]:
-        """Scores that fall from the first word on; see `TextMasking.score`."""
+        """Returns scores that decrease along the run; see `TextMasking.score`."""
         last, left = len(words), 0
         while last and left < num_tokens_left:
             last -= 1
@@ -237,5 +241,5 @@ def check_text_masking(text_masking, tokenizer):
             "and `from_preset` have CLIP's tokens, `train` learns others. Received: "
             f"tokenizer={tokenizer!r}"
         )
-    # What is missing shows before any sample is read.
+    # Raise the errors of `score` before any sample is read.
     text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))

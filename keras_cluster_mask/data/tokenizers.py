@@ -29,7 +29,7 @@ class CLIPTokenizer:
     has the highest id of the vocabulary: CLIP's text towers pool at
     `argmax(token_ids)`.
 
-    Letters that are newer than Unicode 16 may be split differently from open_clip.
+    Letters newer than Unicode 16 may be split differently from open_clip.
 
     Use one of the constructors `from_open_clip`, `from_file`, `from_preset` or `train`
     in most cases. The tokenizer does not need TensorFlow.
@@ -66,7 +66,7 @@ class CLIPTokenizer:
         start_token: str = START,
         end_token: str = END,
     ):
-        # One token between start and end.
+        # At least one token fits between the start and end tokens.
         context_length = check_integer("context_length", context_length, 3)
         self._vocabulary = list(vocabulary)
         self._merges = [tuple(merge) for merge in merges]
@@ -92,13 +92,13 @@ class CLIPTokenizer:
         self._tokenizer.pre_tokenizer = byte_pairs.word_splitter(start_token, end_token)
         self._tokenizer.decoder = decoders.ByteLevel()
         self._tokenizer.add_special_tokens([start_token, end_token])
-        # Adds a token at each end.
+        # Adds the start and end tokens.
         self._tokenizer.post_processor = processors.BertProcessing(
             (end_token, self.end_token_id), (start_token, self.start_token_id)
         )
         self._tokenizer.enable_truncation(context_length)
         self._tokenizer.enable_padding(length=context_length, pad_id=0)
-        # Words repeat, and the model makes an object of each token.
+        # Cached because words repeat, and the model creates an object for each token.
         self._size_of = functools.lru_cache(1 << 16)(self._size_of)
 
     @property
@@ -110,7 +110,7 @@ class CLIPTokenizer:
     def from_file(
         cls, path: str | os.PathLike, context_length: int | None = None
     ) -> Self:
-        """Loads a tokenizer from a file of `save`, or from OpenAI's list of merges.
+        """Loads a tokenizer from a file saved by `save`, or OpenAI's list of merges.
 
         Args:
             path: str or path. A JSON file written by `save`, or
@@ -189,7 +189,7 @@ class CLIPTokenizer:
         Returns:
             A `CLIPTokenizer`.
         """
-        # Imported here, as worker processes do without Keras.
+        # Imported here because worker processes do not import Keras.
         from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
 
         source = import_keras_hub().models.CLIPTokenizer.from_preset(preset)
@@ -247,7 +247,7 @@ class CLIPTokenizer:
             file.write(json.dumps({"format": FILE_FORMAT, **self._config()}).encode())
 
     def with_context_length(self, context_length: int) -> Self:
-        """The same tokenizer with rows of another length, such as for a stage.
+        """Returns a copy with another context length, such as for a training stage.
 
         Args:
             context_length: int, at least 3.
@@ -270,7 +270,7 @@ class CLIPTokenizer:
             keep_words: Function that chooses the words of captions that are too long,
                 such as a text masking. Its arguments are the index of a text, its
                 words, the number of tokens of each, and the number of tokens between
-                start and end; it returns the indices of the words that stay, in order.
+                start and end; it returns the indices of the words to keep, in order.
                 Defaults to `None`: captions that are too long are truncated.
 
         Returns:
@@ -279,8 +279,8 @@ class CLIPTokenizer:
         """
         texts = [texts] if isinstance(texts, str | bytes) else texts
         texts = [byte_pairs.clean(text) for text in texts]
-        # As in the reference, a special token in a caption is that token, but only as a
-        # word of its own.
+        # As in the reference implementation, a special token in a caption keeps its id
+        # if it is a separate word.
         has_special = any(t in text for t in self._specials for text in texts)
         by_words = has_special or keep_words is not None
         if by_words:
@@ -290,7 +290,7 @@ class CLIPTokenizer:
         return rows.reshape(-1, self.context_length)
 
     def _words(self, index, text, keep_words):
-        """The words of a text, of which `keep_words` chooses if there are too many."""
+        """Splits a text into words, and applies `keep_words` if there are too many."""
         pieces = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
         words = [text[start:end] for _, (start, end) in pieces]
         if keep_words is None:
@@ -303,7 +303,7 @@ class CLIPTokenizer:
         return [words[place] for place in kept]
 
     def _size_of(self, word):
-        """The number of tokens of a word in byte characters."""
+        """Returns the number of tokens of a word in byte characters."""
         is_special = word in self._specials
         return 1 if is_special else len(self._tokenizer.model.tokenize(word))
 

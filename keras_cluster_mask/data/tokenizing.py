@@ -6,32 +6,33 @@ import threading
 
 import numpy as np
 
-# They differ in their lengths, and in their first and last words.
+# Texts of different lengths, with different first and last words.
 PROBES = (
     b"dog",
     b"two red boats on the sea",
     b"a child reads a book under a tall tree",
 )
-# What tokenizers treat differently: case, digits, punctuation, accents, symbols and
-# entities. They are short so that hardly any length truncates them.
+# Texts that tokenizers treat differently: case, digits, punctuation, accents, symbols
+# and entities. They are short, so that few context lengths truncate them.
 VARIANTS = tuple(
     text.encode()
     for text in ("Dog", "12", "3.5", "a, b", "dog's", "no!", "é", "€", "&amp;")
 )
-# Hugging Face writes a larger number where the length is not known.
+# Hugging Face uses a larger number if the length is unknown.
 MAX_LENGTH = 100_000
-# Hugging Face's tokenizers, which open_clip wraps, change when they are called.
+# Hugging Face tokenizers, which open_clip wraps, are not thread-safe: calls change
+# their settings.
 _padding = threading.Lock()
 
 
 def is_layer(tokenizer):
-    """Whether a tokenizer is a Keras layer."""
+    """Returns whether a tokenizer is a Keras layer."""
     keras = sys.modules.get("keras")
     return keras is not None and isinstance(tokenizer, keras.layers.Layer)
 
 
 def check_tokenizer(tokenizer):
-    """Raises an error for a layer that does not return rows of equal length."""
+    """Raises an error for a tokenizer that is not callable or returns ragged rows."""
     if is_layer(tokenizer) and hasattr(tokenizer, "end_token_id"):
         raise ValueError(
             "`tokenizer` must add a start and an end token and return rows of equal "
@@ -47,7 +48,7 @@ def check_tokenizer(tokenizer):
 
 
 def length_of(tokenizer):
-    """The length of the rows that a tokenizer returns, or None if it is not known."""
+    """Returns the length of the rows of a tokenizer, or None if it is unknown."""
     length = getattr(tokenizer, "context_length", None)
     if length is None and "transformers" in _libraries(tokenizer):
         length = tokenizer.model_max_length
@@ -56,7 +57,7 @@ def length_of(tokenizer):
 
 
 def tokenize(tokenizer, captions, context_length=None):
-    """The token ids of captions.
+    """Converts captions to token ids.
 
     Args:
         tokenizer: Callable from a list of bytes to ints, such as a `CLIPTokenizer`; a
@@ -74,7 +75,7 @@ def tokenize(tokenizer, captions, context_length=None):
     if is_layer(tokenizer):
         return _apply_layer(tokenizer, captions)
     token_ids = _call(tokenizer, captions, context_length)
-    # A tensor of some backend.
+    # Convert the tensors of any backend.
     if not isinstance(token_ids, np.ndarray | list | tuple):
         import keras
 
@@ -90,7 +91,7 @@ def tokenize(tokenizer, captions, context_length=None):
 
 
 def probe(tokenizer, context_length=None, texts=PROBES):
-    """The token ids of a few fixed texts, which show what a tokenizer does.
+    """Returns the token ids of a few fixed texts, which identify a tokenizer.
 
     Args:
         tokenizer: See `tokenize`.
@@ -98,14 +99,14 @@ def probe(tokenizer, context_length=None, texts=PROBES):
         texts: Sequence of bytes.
 
     Returns:
-        int32 array `(texts, length)`; `None` if the tokenizer does not take any text,
-        such as a table of the captions of a dataset.
+        int32 array `(texts, length)`; `None` if the tokenizer does not accept
+        arbitrary text, such as a lookup table of the captions of a dataset.
     """
     check_tokenizer(tokenizer)
     try:
         return tokenize(tokenizer, list(texts), context_length)
     except Exception:
-        # What is wrong with it shows on the captions.
+        # A broken tokenizer raises its error again on the captions.
         return None
 
 
@@ -135,9 +136,9 @@ def _call(tokenizer, captions, context_length):
 
 
 def _libraries(tokenizer):
-    """The packages that a tokenizer's function or class and its bases come from."""
+    """Returns the packages that define a tokenizer's function, or class and bases."""
     modules = {x.__module__ for x in type(tokenizer).__mro__}
-    # Of a function, its type says nothing.
+    # The type of a function does not tell its package.
     modules.add(getattr(tokenizer, "__module__", None) or "")
     return {module.split(".")[0] for module in modules}
 
@@ -147,7 +148,7 @@ def _apply_layer(layer, captions):
 
     tf = import_tensorflow("A Keras layer as a `tokenizer`", "a `CLIPTokenizer`")
     captions = tf.convert_to_tensor(captions, "string")
-    # KerasHub's preprocessors of images and texts take a dict, those of texts strings.
+    # KerasHub's image-text preprocessors take a dict, and text preprocessors strings.
     if "image_converter" in inspect.signature(type(layer)).parameters:
         token_ids = layer({"images": None, "prompts": captions})["token_ids"]
     else:

@@ -1,4 +1,4 @@
-"""The formats of shards, each in a file of this folder."""
+"""Formats of shards, one per module."""
 
 import re
 
@@ -16,7 +16,7 @@ from keras_cluster_mask.data.formats.tfrecord import TFRecord
 
 __all__ = ["DamagedShard", "Entry", "Format", "NoRandomAccess", "format_of"]
 
-# By the extension of a file; a file with any other name is read as a tar.
+# Formats by file extension. Files with any other name are read as tar files.
 FORMATS = {
     r"\.tfrec(ords?)?": TFRecord(),
     r"\.csv": Table(","),
@@ -29,7 +29,7 @@ FORMATS = {
 
 
 def format_of(path):
-    """The `Format` of a shard."""
+    """Returns the `Format` of a shard."""
     for ending, format in FORMATS.items():
         if re.search(f"({ending})$", path, re.IGNORECASE):
             return format

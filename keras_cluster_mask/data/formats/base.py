@@ -1,4 +1,4 @@
-"""What all formats have in common: they find samples once, and read any of them."""
+"""Base class of formats, which find the samples once and read any of them."""
 
 import typing
 
@@ -6,20 +6,21 @@ from keras_cluster_mask.data import files
 
 # The first bytes of gzip, bz2, xz, lzma and zstd files.
 COMPRESSED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00\x00\x80", b"\x28\xb5\x2f\xfd"
-# A damaged header may claim more than any image has and would fill the memory.
+# The maximum size of a file or record. A damaged header may claim a size that would
+# exhaust the memory.
 MAX_BYTES = 2**28
 
 
 class Entry(typing.NamedTuple):
-    """The place of a sample in its shard.
+    """The position of a sample in its shard.
 
     Attributes:
         key: str.
-        offset: int. The first byte of the sample.
-        size: int. The number of bytes.
-        fields: Collection of the names of the fields that are not empty.
+        offset: int. The first byte of the sample; for Parquet the row group.
+        size: int. The number of bytes; for Parquet the row in the group.
+        fields: Collection of str. The names of the fields that are not empty.
         fault: str, the reason why the sample is broken, or None.
-        content: bytes, if an index holds the sample because no file does.
+        content: bytes of a sample that is stored in the index, or None.
     """
 
     key: str
@@ -31,12 +32,12 @@ class Entry(typing.NamedTuple):
 
 
 def is_empty(value):
-    """Whether the value of a field counts as missing. Numbers do not."""
+    """Returns whether the value of a field counts as missing. Numbers never do."""
     return value is None or (hasattr(value, "__len__") and not len(value))
 
 
 def entries_of(field):
-    """The name that stands among the fields of a sample if the entries of one do."""
+    """Returns the marker that shows that the entries of a JSON field are listed."""
     return f"{field}."
 
 
@@ -56,11 +57,11 @@ class DamagedShard(ValueError):
 
 
 class NoRandomAccess(ValueError):
-    """A shard whose samples can be read from start to end only.
+    """A shard whose samples can only be read from start to end.
 
     Args:
         path: str.
-        kind: str. What it is, and what helps.
+        kind: str. A description of the file, and a remedy.
     """
 
     def __str__(self):
@@ -76,7 +77,7 @@ class Format:
 
     Attributes:
         unique_keys: bool. Whether a duplicate key in a shard is a fault.
-        in_index: bool. Whether an index holds the content of the samples.
+        in_index: bool. Whether the content of the samples is stored in the index.
         names_files: bool. Whether samples may hold the names of image files, which are
             relative to the folder of the shard.
     """
@@ -102,27 +103,27 @@ class Format:
         raise NotImplementedError
 
     def context(self, path):
-        """What `parse` needs to know of the whole shard, as JSON can hold it."""
+        """Returns the data on the whole shard that `parse` needs, as JSON values."""
         return None
 
     def read(self, places):
-        """Reads the content of samples of any shards.
+        """Reads the content of samples from any shards.
 
         Args:
-            places: list of tuples of a path, the offset and the size of a sample.
+            places: list of `(path, offset, size)`, one for each sample.
 
         Returns:
-            list of what `parse` takes, or of an error for what cannot be read.
+            list of the content for `parse`, or an error, for each sample.
         """
         return files.read_ranges([(path, at, at + size) for path, at, size in places])
 
     def parse(self, content, number, context):
-        """The key and the fields of a sample.
+        """Parses the key and the fields of a sample.
 
         Args:
-            content: bytes, or what `read` returned.
+            content: bytes, or another result of `read`.
             number: int. The number of the sample in its shard.
-            context: What the method `context` returned.
+            context: The result of the method `context`.
 
         Returns:
             tuple: The key, a str, and a dict from the name of a field to bytes, a str,

@@ -32,7 +32,7 @@ class Folder(Format):
 
 
 def images_in(path):
-    """The images of a folder and its subfolders, sorted, without hidden files.
+    """Lists the images of a folder and its subfolders, sorted, without hidden files.
 
     Args:
         path: str. A folder, which ends with a slash, or an image.

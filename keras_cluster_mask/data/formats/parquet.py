@@ -7,7 +7,7 @@ from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import DamagedShard, Entry, Format, is_empty
 
 KEYS = ("__key__", "key", "image_id", "id")
-# The groups of rows that are kept in memory. A group is read as a whole.
+# The number of row groups that are kept in memory. A group is read as a whole.
 OPEN_GROUPS = 4
 _reading = threading.Lock()
 
@@ -15,20 +15,19 @@ _reading = threading.Lock()
 class Parquet(Format):
     """Parquet files, whose columns are the fields. Needs pyarrow.
 
-    An image is a column of bytes, of the names of files, or of dicts of `"bytes"` and
-    `"path"`, as the package `datasets` writes them. The key is the column `__key__`,
-    `key`, `image_id` or `id`, or the number of the row.
+    The image column contains bytes, file names, or dicts of `"bytes"` and `"path"`, as
+    the package `datasets` writes them. The key is the column `__key__`, `key`,
+    `image_id` or `id`, or the row number.
 
-    Parquet cannot read a single row: in an order that is shuffled row by row, a whole
-    group of rows is read for each sample. Use `block_size`, or write
-    tar shards.
+    Parquet cannot read single rows. If samples are shuffled one by one, a whole row
+    group is read for each sample. Use `block_size`, or write tar shards.
     """
 
     unique_keys = False
     names_files = True
 
     def scan(self, path):
-        # An older file of this name may still be there.
+        # The cache may hold row groups of an older file of this name.
         _read_group.cache_clear()
         file = _open(path)
         number = 0
@@ -60,7 +59,7 @@ class Parquet(Format):
 
 
 def plain(value):
-    """A value of a column as other formats have it."""
+    """Converts a value of a column to the type that other formats use."""
     if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
         return value["path"] if value["bytes"] is None else value["bytes"]
     return value
@@ -77,12 +76,12 @@ def _open(path):
 
 
 def _intact(path, read, *arguments):
-    """What a function of pyarrow returns; raises `DamagedShard` where it fails."""
+    """Calls a function of pyarrow, and raises `DamagedShard` if it fails."""
     try:
         return read(*arguments)
     except MemoryError:
         raise
-    # pyarrow raises many kinds of errors, some of which are an OSError without number.
+    # pyarrow raises many kinds of errors, including `OSError` without an `errno`.
     except Exception as error:
         if getattr(error, "errno", None) is not None:
             raise
@@ -90,7 +89,7 @@ def _intact(path, read, *arguments):
 
 
 def _group(path, group):
-    # Threads that need the same group wait for it, and do not read it as well.
+    # The lock prevents threads from reading the same group twice.
     with _reading:
         return _read_group(path, group)
 

@@ -7,10 +7,10 @@ import json
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import DamagedShard, Entry, Format, is_empty
 
-# The names of the table of a folder; of several, the first stands for the folder.
+# The file names of the table of a folder, in order of preference.
 ENDINGS = "csv", "tsv", "jsonl"
 TABLES = [f"{name}.{end}" for name in ("metadata", "manifest") for end in ENDINGS]
-# Where a quote stays open, the search for its end stops after so many bytes.
+# The maximum size of a row in bytes. It limits the search for a closing quote.
 MAX_ROW = 2**20
 NO_CSV = "a row that is not CSV in UTF-8"
 NO_JSON = "a line that is not a JSON object"
@@ -21,19 +21,19 @@ class Table(Format):
 
     The names of image files are relative to the folder of the table, unless they are
     absolute paths or URLs. The key of a sample is the value of its first column.
-    A broken row costs one sample.
+    A broken row affects only one sample.
 
     Args:
         delimiter: str. The delimiter of cells; None for JSON lines.
     """
 
-    # A table may have one row for each caption of an image.
+    # A table may list an image once for each of its captions.
     unique_keys = False
     names_files = True
 
     def __init__(self, delimiter):
         self.delimiter = delimiter
-        # A caption may be longer than Python's limit.
+        # Captions may be longer than the default limit of the csv module.
         csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))
 
     def scan(self, path):
@@ -58,7 +58,7 @@ class Table(Format):
         return _key(row, number), {k: v for k, v in row.items() if v is not None}
 
     def _columns(self, path, file):
-        """The names in the first line of a table, and where its rows start."""
+        """Returns the column names of a table, and the offset of its first row."""
         if self.delimiter is None:
             return None, 0
         line = file.readline(MAX_ROW)
@@ -68,7 +68,7 @@ class Table(Format):
         return [name.strip() for name in row], len(line)
 
     def _rows(self, file, start):
-        """The offset and the bytes of each row; a broken row is one line."""
+        """Yields the offset and the bytes of each row. A broken row is one line."""
         taken = []
         while True:
             file.seek(start)
@@ -76,20 +76,20 @@ class Table(Format):
             first = next(_lines(file, taken), None)
             if first is None:
                 return
-            # Only a quote may hold a newline.
+            # Only a quoted cell may contain a newline.
             if self.delimiter is not None and b'"' in first:
                 _, fault = self._cells(itertools.chain([first], _lines(file, taken)))
                 if fault:
                     del taken[1:]
             yield start, b"".join(taken)
             start += sum(map(len, taken))
-            # A line that is too long is broken as a whole, and not kept as a whole.
+            # Skip the rest of a line that is too long, without keeping it in memory.
             while not taken[-1].endswith(b"\n") and (more := file.readline(MAX_ROW)):
                 taken[-1] = more
                 start += len(more)
 
     def _cells(self, lines):
-        """The cells of one row and None, or no cells and what is wrong."""
+        """Returns the cells of one row and None, or an empty list and a fault."""
         texts = (line.decode() for line in lines)
         reader = csv.reader(texts, delimiter=self.delimiter, strict=True)
         try:
@@ -98,7 +98,7 @@ class Table(Format):
             return [], NO_CSV
 
     def _row(self, content, columns):
-        """A row as a dict and None, or what is known of it and what is wrong."""
+        """Returns a row as a dict and None, or an incomplete row and a fault."""
         if len(content) > MAX_ROW:
             return {}, "a row of more than a mebibyte"
         if columns is None:
@@ -108,14 +108,14 @@ class Table(Format):
                 row = None
             return (row, None) if isinstance(row, dict) else ({}, NO_JSON)
         cells, fault = self._cells([content])
-        # A comma in a caption without quotes would truncate the caption.
+        # An unquoted comma in a caption would truncate the caption.
         if any(cells[len(columns) :]):
             cells, fault = cells[:1], "more cells than columns"
         return dict(zip(columns, cells)), fault
 
 
 def _lines(file, taken):
-    """Yields lines of a row, as many as a row may have, and adds them to a list."""
+    """Yields lines up to the maximum size of a row, and appends them to `taken`."""
     size = sum(map(len, taken))
     while size < MAX_ROW and (line := file.readline(MAX_ROW + 1)):
         taken.append(line)
@@ -124,6 +124,6 @@ def _lines(file, taken):
 
 
 def _key(row, number):
-    """The value of the first column, as valid UTF-8."""
+    """Returns the value of the first column, as valid UTF-8."""
     key = next(map(str, row.values()), f"row {number}")
     return key.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files, in which consecutive files of one name are a sample."""
+"""WebDataset shards: tar files in which consecutive files of one name form a sample."""
 
 import contextlib
 import io
@@ -20,14 +20,14 @@ from keras_cluster_mask.data.formats.base import (
 
 BLOCK = 512
 MAX_ENTRIES = 32
-# More than the zeros that fill the last record of a tar.
+# An upper bound of the zero padding at the end of a tar file.
 MAX_PADDING = 2**20
 
 
 class Tar(Format):
     """Tar files: `cat/07.jpg` and `cat/07.txt` are the sample `cat/07`.
 
-    A field is the part of a name after its first dot, in lower case.
+    The name of a field is the file name after its first dot, in lower case.
     """
 
     def scan(self, path):
@@ -48,7 +48,7 @@ class Tar(Format):
                     last = key
                 file.seek(archive.offset + BLOCK)
                 rest = file.read(MAX_PADDING + 1)
-                # A header that was overwritten with zeros looks like the end mark.
+                # A header overwritten with zeros looks like the end mark.
                 if rest.strip(b"\0") or len(rest) > MAX_PADDING:
                     raise tarfile.ReadError("a block of zeros comes before its end")
         except (OSError, NoRandomAccess):
@@ -67,17 +67,17 @@ class Tar(Format):
                 fields[field] = content[
                     member.offset_data : member.offset_data + member.size
                 ]
-            # There is no end mark.
+            # The bytes of one sample do not end with an end mark.
             if archive.offset >= len(content):
                 break
         return found, fields
 
 
 def _samples(archive, length):
-    """The key, the place and the sizes of the fields of each sample."""
+    """Yields the key, offset, size and field sizes of each sample."""
     sample = None
     while (member := archive.next()) is not None:
-        # The archive would keep every member in memory.
+        # Otherwise the archive would keep every member in memory.
         archive.members.clear()
         if archive.offset <= member.offset:
             raise tarfile.ReadError(f"{member.name} has an invalid size")
@@ -101,14 +101,14 @@ def _samples(archive, length):
 
 
 def _entries(content):
-    """The names of the entries of `KEY.json` that are not empty."""
+    """Returns the names of the entries of `KEY.json` that are not empty."""
     try:
         entries = json.loads(content)
     except (ValueError, RecursionError):
         entries = None
     entries = entries if isinstance(entries, dict) else {}
     names = [f"json.{name}" for name in entries if not is_empty(entries[name])]
-    # With more, nearly every sample might have names of its own.
+    # With more names, nearly every sample might need its own layout in the index.
     return [entries_of("json"), *names] if len(names) <= MAX_ENTRIES else []
 
 
@@ -117,8 +117,8 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
-        # A plain file with a short name, in a third of the time. Its dates and owner
-        # stay unread.
+        # A fast path for plain files with short names takes a third of the time. It
+        # does not read dates and owners.
         if buf[156:157] == tarfile.REGTYPE and not any(buf[345:346]):
             with contextlib.suppress(ValueError):
                 total = sum(buf) - sum(buf[148:156]) + 8 * ord(" ")
@@ -128,7 +128,7 @@ class _Header(tarfile.TarInfo):
                     return member
         return super().frombuf(buf, encoding, errors)
 
-    # tarfile takes a damaged or missing header as the end of the archive.
+    # tarfile treats a damaged or missing header as the end of the archive.
     @classmethod
     def fromtarfile(cls, archive):
         try:
@@ -143,12 +143,12 @@ class _Header(tarfile.TarInfo):
 
 
 def _is_elsewhere(member):
-    """Whether the bytes of a member are not its content: a link, or a sparse file."""
+    """Returns whether a member lacks its plain content: a link or a sparse file."""
     return member.islnk() or member.issym() or member.issparse()
 
 
 def _key_and_field(member):
-    """The key and the field of a member, or empty if it is no part of a sample."""
+    """Returns the key and field of a member, or empty strings if it is unrelated."""
     if not member.isfile():
         return "", ""
     folder, _, base = member.name.removeprefix("./").rpartition("/")

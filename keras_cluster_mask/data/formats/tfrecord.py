@@ -25,9 +25,9 @@ except ImportError:
     google_crc32c = None
 
 KEYS = ("__key__", "key", "image/filename", "image/id")
-# The length of a record and its checksum come before it, and a checksum after it.
+# The bytes before a record, its length and a checksum, and its checksum after it.
 BEFORE, AFTER = 12, 4
-# The messages of a `tf.train.Example`: their fields in order, with their types.
+# The protobuf messages of `tf.train.Example`: field names, in order, and types.
 MESSAGES = {
     "Example": {"features": ".Features"},
     "Features": {"feature": ".Entry"},
@@ -43,9 +43,9 @@ REPEATED = "Features", "Bytes", "Floats", "Ints"
 class TFRecord(Format):
     """TFRecord files, whose features are the fields. They are read without TensorFlow.
 
-    A feature with one value is this value, and one with several values is a list. The
-    key is the feature `__key__`, `key`, `image/filename` or `image/id`, or the number
-    of the record.
+    A feature with several values becomes a list, and a feature with one value becomes
+    this value. The key is the feature `__key__`, `key`, `image/filename` or `image/id`,
+    or the record number.
     """
 
     def scan(self, path):
@@ -94,13 +94,13 @@ class TFRecord(Format):
 
 def _is_intact(content, checksum):
     crc = google_crc32c.value(content)
-    # TFRecord files rotate checksums and add a constant.
+    # TFRecord files store masked checksums: rotated, plus a constant.
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     return masked == int.from_bytes(checksum, "little")
 
 
 def _value(feature):
-    # At most one of its fields is set.
+    # A feature has at most one of its fields set.
     values = [value for _, message in feature.ListFields() for value in message.value]
     values = [v if isinstance(v, bytes) else str(v) for v in values]
     return values[0] if len(values) == 1 else values
@@ -108,7 +108,7 @@ def _value(feature):
 
 @functools.cache
 def _example():
-    """The message `tf.train.Example`, in a pool of its own beside TensorFlow's."""
+    """Returns the class `tf.train.Example`, in a pool separate from TensorFlow's."""
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", syntax="proto3")
     for message_name, fields in MESSAGES.items():
         added = file.message_type.add(name=message_name)
