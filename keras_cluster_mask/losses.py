@@ -85,7 +85,7 @@ def sigmoid_contrastive_loss(
         image_embeddings: `(batch, d)` float tensor, L2-normalized.
         text_embeddings: `(batch, d)` float tensor, L2-normalized.
         logit_scale: Scalar, the multiplicative scale (1 / temperature).
-        logit_bias: Scalar, added to the scaled similarity. Starts at -10, since
+        logit_bias: Scalar, added to the scaled similarity. Starts at -10, because
             nearly all pairs are negatives.
         labels: `(batch,)` or `(batch, k)` int tensor; pairs with equal rows
             are positives. By default each pair is its own class.

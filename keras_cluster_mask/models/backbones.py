@@ -31,7 +31,7 @@ HEAD_OPTIONS = "loss", "initial_temperature", "initial_logit_bias", "max_logit_s
 
 
 class BackboneModel(ContrastiveModel):
-    """A `ContrastiveModel` around a keras_hub backbone of two towers.
+    """A `ContrastiveModel` around a two-tower keras_hub backbone.
 
     It adds no weights to the backbone, except a masking's few numbers and, for a
     sigmoid loss on a backbone without a bias, the bias.

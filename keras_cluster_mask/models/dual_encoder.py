@@ -196,7 +196,7 @@ class DualEncoder(keras.Model):
 
     @property
     def text_input_names(self) -> Sequence[str]:
-        """The entries of a batch that the text encoder takes."""
+        """The names of the batch entries that the text encoder takes."""
         return text_input_names(self.text_encoder)
 
     @property
@@ -206,7 +206,7 @@ class DualEncoder(keras.Model):
 
     @property
     def pools_highest_id(self) -> bool:
-        """Whether the text encoder pools at the highest token id, as CLIP's does."""
+        """True if the text encoder pools at the highest token id, as CLIP's does."""
         layers = all_layers(self.text_encoder)
         return any(type(layer).__name__ == "CLIPTextPooler" for layer in layers)
 

@@ -200,7 +200,7 @@ class MomentumEncoder(keras.layers.Layer):
 
     @property
     def is_constant(self) -> bool:
-        """Whether no update changes the teacher."""
+        """True if no update changes the teacher."""
         return self.momentum == 1 and (self.steps is None or self.final_momentum == 1)
 
     def follow(self, encoder: keras.Model) -> None:
