@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     # Type checkers and editors do not call `__getattr__`.
     from keras_cluster_mask import data, evaluation, interop, visualization
 
-# While Python looks for the module of `python -m`, it imports the packages around it.
+# `python -m` imports the parent packages while it looks for the module to run.
 _IS_COMMAND = sys.argv[:1] == ["-m"] and any(
     option == "-m" and module.startswith(f"{__name__}.")
     for option, module in itertools.pairwise(sys.orig_argv)
 )
 
-# A `.keras` file names classes, which are found only if they have been imported. A
-# spawned worker that reads data imports this package too, and does without Keras. So do
-# this package's own commands, each of which imports what it uses: those on data start
-# sooner so, and without messages of TensorFlow.
+# Import the classes that a `.keras` file can refer to, so that Keras finds them. Worker
+# processes that read data do not need Keras, nor do this package's own commands: they
+# import what they use, so data commands start faster and without TensorFlow's log
+# messages.
 _NEEDS_KERAS = not (_IS_COMMAND or multiprocessing.parent_process())
 if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
@@ -72,8 +72,8 @@ if not TYPE_CHECKING:
     # Hidden from type checkers, which then report names that do not exist.
 
     def __getattr__(name):
-        # Imported when first used: they need packages that `import keras` does not.
-        # In a worker this finds all names.
+        # Imported on first use, because these modules need packages that `import keras`
+        # does not. A worker process finds all names here.
         if name in __all__:
             for module in ("masking", "models", "recipe", "training"):
                 module = importlib.import_module(f"{__name__}.{module}")

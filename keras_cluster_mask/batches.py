@@ -1,4 +1,4 @@
-"""Batches of images, and of what belongs to them, from data of any kind."""
+"""Reads batches of images, with their captions or labels, from any kind of data."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,20 +14,21 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
 
     Args:
         data: Arrays, or an iterable of batches (a `tf.data.Dataset`, a `PyDataset`, a
-            list, a generator); of an endless `image_text_dataset` one epoch is read. A
+            list, a generator). An endless `image_text_dataset` is read for one epoch. A
             batch is a dictionary with the key `"images"`, a pair `(images, labels)`, or
-            images alone. One such dictionary, pair or array of images holds all data.
-        batch_size: Integer. The size of batches that are cut from arrays. Other data
-            keeps its own batches.
+            images alone. A single dictionary, pair or array of images is the whole
+            data.
+        batch_size: Integer. The batch size for arrays. Other data keeps its own
+            batches.
 
     Yields:
-        Dictionaries of NumPy arrays of equal lengths: `"images"`, of a pair also
+        Dictionaries of NumPy arrays of equal lengths: `"images"`, for a pair also
         `"labels"`, and all other entries. `"captions"` is an array of str or bytes, or
         an object array of sequences of them.
 
     Raises:
-        ValueError: If `data` is of another kind, if a batch has no images, or if its
-            entries have different lengths.
+        ValueError: If `data` has an unsupported type, if a batch has no images, or if
+            its entries have different lengths.
     """
     if _is_whole(data):
         whole = _dictionary(data)
@@ -35,7 +36,7 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
             yield _arrays({k: v[start : start + batch_size] for k, v in whole.items()})
         return
     if isinstance(data, keras.utils.PyDataset):
-        # Its own iterator never ends.
+        # A `PyDataset`'s own iterator never ends.
         batches = map(data.__getitem__, range(len(data)))
     else:
         try:
@@ -52,13 +53,13 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
 
 
 def stream_of(data: Any):
-    """The endless `ImageTextDataset` that data is or was made of, or `None`."""
+    """Returns the endless `ImageTextDataset` that provides the data, or `None`."""
     stream = getattr(data, "stream", None)
     return stream if getattr(stream, "training", False) else None
 
 
 def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray]:
-    """Reads the images of data batch by batch, at least one.
+    """Reads the images of data batch by batch.
 
     Args:
         data: As for `read_batches`.
@@ -66,10 +67,10 @@ def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray
             batch. `None` reads all.
 
     Yields:
-        Arrays of images `(batch, ...)`, none of them empty.
+        Non-empty arrays of images `(batch, ...)`.
 
     Raises:
-        ValueError: If there is no image in `data`, and as `read_batches` does.
+        ValueError: If there is no image in `data`, and in the cases of `read_batches`.
     """
     count = 0
     for batch in read_batches(data):
@@ -86,10 +87,10 @@ def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray
 
 
 def num_images(data: Any) -> int | None:
-    """The number of images in arrays, or in an `image_text_dataset` for evaluation.
+    """Returns the number of images, or `None` if the data must be read to count them.
 
-    Broken images of a dataset are included. `None` for other data, which must be read
-    to count.
+    The number is known for arrays, and for an `image_text_dataset` for evaluation,
+    where it includes broken images.
     """
     if _is_whole(data):
         return _length(_dictionary(data)["images"])
@@ -126,7 +127,7 @@ def _dictionary(batch):
 
 
 def _length(values):
-    """The number of rows of an array, a tensor or a list; `None` if it has none."""
+    """Returns the length of an array, a tensor or a list, or `None` if it has none."""
     if hasattr(values, "shape"):
         return values.shape[0] if len(values.shape) else None
     return len(values) if hasattr(values, "__len__") else None
@@ -140,15 +141,15 @@ def _arrays(batch):
 
 
 def as_array(values: Any) -> np.ndarray:
-    """A NumPy array of a list, an array, or a tensor of any backend."""
+    """Converts a list, an array, or a tensor of any backend to a NumPy array."""
     if ops.is_tensor(values):
         return ops.convert_to_numpy(values)
-    # A tensor of TensorFlow is no tensor to another backend.
+    # `ops.is_tensor` does not recognize TensorFlow tensors on another backend.
     return values.numpy() if hasattr(values, "numpy") else np.asarray(values)
 
 
 def _captions(values):
-    # NumPy would make a matrix of captions if each image has the same number of them.
+    # NumPy would make a 2D array if every image had the same number of captions.
     if hasattr(values, "shape"):
         values = as_array(values)
         if values.ndim == 1:

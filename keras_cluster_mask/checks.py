@@ -1,4 +1,4 @@
-"""Checks of single arguments, which all rooms share."""
+"""Argument checks that all subpackages share."""
 
 import math
 import numbers
@@ -6,24 +6,24 @@ from typing import Any
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer of Python or NumPy; True and False are none."""
+    """Returns whether a value is a Python or NumPy integer. Booleans are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number of Python or NumPy; True and False are none."""
+    """Returns whether a value is a Python or NumPy real number. Booleans are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a positive, finite number."""
+    """Returns whether a value is a positive, finite number."""
     return is_number(value) and 0 < value < math.inf
 
 
 def check_integer(
     name: str, value: Any, at_least: int = 1, or_none: bool = False
 ) -> int | None:
-    """The value as an int, if it is an integer that is large enough."""
+    """Returns a value as an int, or raises an error if it is invalid or too small."""
     if value is None and or_none:
         return None
     if not is_integer(value) or value < at_least:
@@ -35,7 +35,7 @@ def check_integer(
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
-    """Raises an error unless a value is one of some choices."""
+    """Raises an error unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, choices))}. "

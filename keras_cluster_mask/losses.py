@@ -1,9 +1,9 @@
 """Contrastive losses: pure functions on embeddings.
 
-A loss takes a batch of image embeddings and a batch of text embeddings, row i of
-one belonging to row i of the other, and compares every image with every text. It is
-the mean of what each pair contributes, so it can also be computed some rows at a
-time: `batch_loss` does so for a batch that is large, or spread over replicas.
+A loss takes a batch of image embeddings and a batch of text embeddings. Row i of both
+belongs to the same pair. The loss compares every image with every text. It is a mean
+over pairs, so it can also be computed a few rows at a time: `batch_loss` does so for a
+batch that is large, or split over replicas.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.distribution.replicas import all_gather, rows_per_device
 from keras_cluster_mask.types import Tensor
 
-# How many pairs a device compares at a time: 64 MiB a matrix, a handful of which are in
-# memory at once. A batch of 4,096 on one device is one block.
+# The number of comparisons that a device computes at a time. A matrix takes 64 MiB, and
+# a few are in memory at once. A batch of 4,096 on one device is one block.
 MAX_PAIRS = 2**24
 
 
@@ -27,11 +27,11 @@ def softmax_contrastive_loss(
     logit_scale: Tensor | float,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The softmax loss of CLIP (InfoNCE), from images to texts and vice versa.
+    """Computes the softmax loss of CLIP (InfoNCE), images to texts and vice versa.
 
-    Cross-entropy over the rows and over the columns of the matrix of scaled
-    similarities, averaged. With labels, all pairs of equal label are positives
-    of one another and share the target equally.
+    The loss is the mean of the cross-entropies over the rows and over the columns of
+    the matrix of scaled similarities. With labels, all pairs with equal labels are
+    positives of one another and share the target equally.
 
     Example:
 
@@ -68,9 +68,10 @@ def sigmoid_contrastive_loss(
     logit_bias: Tensor | float,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The sigmoid loss of SigLIP: a binary classification of each image-text pair.
+    """Computes the sigmoid loss of SigLIP: a binary classification of each pair.
 
-    The sum of the binary cross-entropies of all pairs, divided by the batch size.
+    The loss is the sum of the binary cross-entropies of all image-text pairs, divided
+    by the batch size.
 
     Example:
 
@@ -84,7 +85,7 @@ def sigmoid_contrastive_loss(
         image_embeddings: `(batch, d)` float tensor, L2-normalized.
         text_embeddings: `(batch, d)` float tensor, L2-normalized.
         logit_scale: Scalar, the multiplicative scale (1 / temperature).
-        logit_bias: Scalar, added to the scaled similarity. Starts at -10, since
+        logit_bias: Scalar, added to the scaled similarity. Starts at -10, because
             nearly all pairs are negatives.
         labels: `(batch,)` or `(batch, k)` int tensor; pairs with equal rows
             are positives. By default each pair is its own class.
@@ -101,7 +102,7 @@ def sigmoid_contrastive_loss(
     return ops.mean(rows)
 
 
-# === A batch in blocks of rows ===
+# === Loss of a batch, in blocks of rows ===
 
 
 def batch_loss(
@@ -115,21 +116,23 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compares each pair of a batch with all others, one block of rows at a time.
 
-    Only one block of the similarity matrix exists at a time; the blocks are recomputed
-    for the gradients. Each replica compares its own rows with the whole batch.
+    Only one block of the similarity matrix is in memory at a time. The backward pass
+    recomputes the blocks. Each replica compares its own rows with the whole batch.
 
     Args:
         loss: `"softmax"` or `"sigmoid"`.
         weights: List of scalars: the scale and, for the sigmoid loss, the bias.
         images: `(batch, d)` embeddings of this replica.
         texts: `(batch, d)` embeddings of this replica.
-        labels: `(batch,)` or `(batch, k)` int tensor; equal ones are positives.
+        labels: `(batch,)` or `(batch, k)` int tensor; pairs with equal labels are
+            positives.
         sample_weight: `(batch,)` floats, the weight of each pair in both directions.
-        is_split: Boolean. Whether replicas have different rows of one batch.
+        is_split: Boolean. Whether the batch is split over replicas.
 
     Returns:
-        A tuple of three `(batch,)` float32 tensors: weighted losses, and 1 where the
-        most similar text, and the most similar image, is a positive.
+        A tuple of three `(batch,)` float32 tensors: the weighted losses, 1 where the
+        most similar text is a positive, and 1 where the most similar image is a
+        positive.
     """
     rows = (images, texts, labels)
     if sample_weight is not None:
@@ -144,7 +147,7 @@ def batch_loss(
             if sample_weight is not None:
                 losses = losses * rows[3]
         else:
-            # A comparison belongs to the pairs of its image and of its text.
+            # A comparison has the mean weight of its image's pair and its text's pair.
             shares = None
             if sample_weight is not None:
                 shares = (rows[3][:, None] + batch[3][None]) / 2.0
@@ -158,8 +161,8 @@ def batch_loss(
     if num_blocks == 1:
         return compare_block(weights, (), 0, rows)[0]
     if num_rows % num_blocks:
-        # Repeats the first rows to fill the last block, and cuts off their outputs.
-        # Rows of zeros would have no positives, and NaN gradients.
+        # Pad the last block with the first rows, and drop their outputs. Rows of zeros
+        # would have no positives, and NaN gradients.
         missing = -num_rows % num_blocks
         rows = [ops.concatenate([x, x[:missing]]) for x in rows]
     outputs, _ = map_chunks(compare_block, num_blocks, weights, (), rows)
@@ -167,11 +170,11 @@ def batch_loss(
 
 
 def caption_labels(token_ids: Tensor) -> Tensor:
-    """Two numbers per caption that are equal for equal captions.
+    """Hashes captions, so that equal captions have equal labels.
 
-    A 64-bit hash: millions of pairs of captions are compared at a time, too many to
-    compare them token by token. Among 32,768 different captions, two have the same hash
-    with a probability of 3e-11.
+    A label is a 64-bit hash in two integers. Millions of pairs of captions are compared
+    at a time, too many to compare token by token. Among 32,768 different captions, two
+    have the same hash with a probability of 3e-11.
 
     Args:
         token_ids: `(batch, T)` int tensor.
@@ -181,7 +184,7 @@ def caption_labels(token_ids: Tensor) -> Tensor:
     """
     token_ids = ops.cast(token_ids, "int32")
     position = ops.arange(ops.shape(token_ids)[1], dtype="int32")
-    # The sum is blind to the order of positions, so each token is hashed with its own.
+    # The sum ignores the order of tokens, so each token is hashed with its position.
     placed = token_ids + _int32(0x9E3779B1) * position
     return ops.stack(
         [
@@ -201,7 +204,7 @@ def compare(
     Args:
         rows: Tuple of `(rows, d)` image embeddings, `(rows, d)` text embeddings and
             `(rows,)` or `(rows, k)` int labels.
-        everything: The same of the whole batch.
+        everything: The same for the whole batch.
 
     Returns:
         A tuple `((image_to_text, text_to_image), positives)` of `(rows, batch)`
@@ -209,8 +212,8 @@ def compare(
     """
     images, texts, labels = rows
     all_images, all_texts, all_labels = everything
-    # Float32 whatever the towers compute in: scaled by up to 100, a similarity in
-    # bfloat16 would be off by a third of a logit.
+    # Always use float32. Scaled by up to 100, a similarity in bfloat16 would be off by
+    # a third of a logit.
     images, texts, all_images, all_texts = (
         ops.cast(x, "float32") for x in (images, texts, all_images, all_texts)
     )
@@ -222,7 +225,7 @@ def compare(
 
 
 def positive_pairs(labels: Tensor, all_labels: Tensor) -> Tensor:
-    """`(rows, batch)` float32 matrix of 1 where labels are equal, else 0."""
+    """Returns a `(rows, batch)` float32 matrix: 1 where labels are equal, else 0."""
     labels, all_labels = (
         ops.convert_to_tensor(labels),
         ops.convert_to_tensor(all_labels),
@@ -238,7 +241,7 @@ def softmax_row_losses(
     positives: Tensor,
     logit_scale: Tensor | float,
 ) -> Tensor:
-    """What each pair contributes to the softmax loss.
+    """Computes the contribution of each pair to the softmax loss.
 
     Args:
         image_to_text: `(rows, batch)` similarities of the rows' images to all texts.
@@ -264,7 +267,7 @@ def sigmoid_row_losses(
     logit_bias: Tensor | float,
     shares: Tensor | None = None,
 ) -> Tensor:
-    """What the image of each pair contributes to the sigmoid loss.
+    """Computes the contribution of each pair's image to the sigmoid loss.
 
     Args:
         image_to_text: `(rows, batch)` similarities of the rows' images to all texts.
@@ -285,7 +288,7 @@ def sigmoid_row_losses(
 
 
 def row_hits(similarity: Tensor, positives: Tensor) -> Tensor:
-    """1 for each row whose most similar partner is a positive, else 0."""
+    """Returns 1 for each row whose most similar partner is a positive, else 0."""
     best = ops.expand_dims(ops.argmax(similarity, axis=1), -1)
     return ops.take_along_axis(positives, best, axis=1)[:, 0]
 
@@ -325,14 +328,14 @@ def _num_blocks(rows, batch):
         return 1
     rows = rows_per_device(rows)
     least = -(-rows // max(1, MAX_PAIRS // batch))
-    # A few more, if they divide the rows: nothing is filled up, and devices that share
-    # the rows evenly share the blocks evenly.
+    # Prefer a few more blocks if they divide the rows. Then no padding is needed, and
+    # devices that share the rows evenly also share the blocks evenly.
     return next((n for n in range(least, 2 * least) if rows % n == 0), least)
 
 
 def _scramble(x):
-    # The finaliser of MurmurHash3 (https://github.com/aappleby/smhasher): each bit of
-    # the input changes half the bits of the output. Products wrap around on purpose.
+    # The finalizer of MurmurHash3 (https://github.com/aappleby/smhasher): each bit of
+    # the input changes about half the bits of the output. Integer overflow is intended.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x = ops.bitwise_xor(x, ops.bitwise_right_shift(x, _int32(shift)))
         x = x * _int32(factor)

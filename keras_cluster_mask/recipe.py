@@ -1,4 +1,4 @@
-"""The settings to start with on small data."""
+"""Suggested settings for training on small data."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -16,14 +16,14 @@ __all__ = ["Recipe", "small_data_recipe"]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What `small_data_recipe` returns.
+    """The settings that `small_data_recipe` returns.
 
     Attributes:
         masking: The masking of images, for `ContrastiveModel.from_backbone`.
         optimizer: The optimizer, for `compile`.
         text_masking: The masking of texts, for `image_text_dataset`.
-        short_text_epochs: Integer. How many epochs to train with `text_masking`; the
-            rest is for whole texts.
+        short_text_epochs: Integer. The number of epochs to train with `text_masking`.
+            Train on whole texts in the remaining epochs.
     """
 
     masking: PatchMasking
@@ -39,18 +39,18 @@ def small_data_recipe(
     mask_ratio: float = 0.5,
     seed: int | None = None,
 ) -> Recipe:
-    """Gives the settings to start with, for thousands of pairs rather than millions.
+    """Returns suggested settings for thousands of pairs rather than millions.
 
-    - Images: a random half of the patches in each step, to the end.
-    - Sentences: random words, about four fifths of an average sentence, and whole texts
-      in the last eighth of the epochs. Names of a few words stay whole.
+    - Images: train on a random half of the patches in each step, until the end.
+    - Sentences: train on random words, about four fifths of an average sentence, and on
+      whole texts in the last eighth of the epochs. Names of a few words are not masked.
     - AdamW with a weight decay of 0.1 and a `beta_2` of 0.98. The learning rate warms
-      up in a tenth of the steps, and falls to zero along a half cosine. These are the
-      settings of the measurements; others were not compared.
+      up over the first tenth of the steps, then decays to zero with a cosine schedule.
+      The benchmarks use these settings and compare no others.
 
-    On 6,090 photographs with sentences, these maskings were ahead of whole images and
-    texts in the same time, and of cluster masking. They gained from training for 60
-    epochs in place of 30 (`docs/benchmarks/quality.md`).
+    On 6,090 photographs with sentences, these maskings gave better results than whole
+    images and texts in the same training time, and than cluster masking. Training for
+    60 epochs instead of 30 improved them further (`docs/benchmarks/quality.md`).
 
     Example:
 
@@ -67,23 +67,23 @@ def small_data_recipe(
     model.fit(pairs, batch_size=16, epochs=2)
     ```
 
-    The masking of texts takes effect where captions have more tokens than the tokenizer
-    keeps. For sentences of 13 tokens on average, and one more at each end, train on a
-    dataset with `tokenizer.with_context_length(12)` and
-    `text_masking=recipe.text_masking` for `recipe.short_text_epochs`, and then on whole
-    texts (`docs/how_to/short_texts.md`).
+    Text masking only affects captions with more tokens than the tokenizer keeps. For
+    sentences of 13 tokens on average, plus a start and an end token, train on a dataset
+    with `tokenizer.with_context_length(12)` and `text_masking=recipe.text_masking` for
+    `recipe.short_text_epochs` epochs, and then on whole texts
+    (`docs/how_to/short_texts.md`).
 
     Args:
         epochs: Integer, as `fit` takes it.
         steps_per_epoch: Integer. `dataset.steps_per_epoch` of an `image_text_dataset`,
             which is `len(dataset)` unless it has a `sampling`.
-        learning_rate: Float. The highest learning rate.
+        learning_rate: Float. The peak learning rate, at the end of the warmup.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        seed: Integer. Makes the masks of images repeatable. Those of texts follow the
-            seed of the dataset.
+        seed: Integer. The random seed of the image masks. Text masks depend on the seed
+            of the dataset.
 
     Returns:
-        A `Recipe`, for one model.
+        A `Recipe`. Use it for one model only.
 
     Raises:
         ValueError: If `epochs` or `steps_per_epoch` is not a positive integer, or
@@ -105,7 +105,7 @@ def small_data_recipe(
         warmup_steps=warmup_steps,
     )
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98)
-    # Imported here, as it needs packages that Keras does not.
+    # Imported here because it needs packages that Keras does not.
     from keras_cluster_mask.data import RandomTextMasking
 
     return Recipe(

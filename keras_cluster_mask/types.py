@@ -1,11 +1,11 @@
-"""Types that signatures name."""
+"""Types used in signatures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# A tensor of the backend, a NumPy array, or a Keras tensor while a model is made. They
-# have no class in common, and type checkers know none of them all.
+# A tensor of the backend, a NumPy array, or a symbolic Keras tensor. They share no base
+# class that a type checker could use.
 Tensor = Any
 
-# Formats or functions of a class's name; or whole sentences, by class.
+# Format strings or functions of a class name, or whole sentences by class name.
 Templates = str | Callable | Sequence[str | Callable] | Mapping[str, Sequence[str]]

@@ -1,4 +1,4 @@
-"""Which patches of a training image stay: one strategy a file, one base class."""
+"""Strategies that select which patches of a training image to keep."""
 
 from keras_cluster_mask.masking.attentive_masking import AttentiveMasking
 from keras_cluster_mask.masking.block_masking import BlockMasking

@@ -15,12 +15,12 @@ class AttentiveMasking(PatchMasking):
     The selection of A-CLIP. A teacher, an exponential moving average (EMA) of the
     encoder, reads each whole image. The score of a patch is the attention of the
     teacher's class token to it, averaged over all layers and heads and over the square
-    block that holds the patch. Blocks are kept whole, except for the last one: random
+    block that holds the patch. Whole blocks are kept, except the last one: random
     patches of it are kept to reach the exact number.
 
-    The teacher is updated once in each step of training, after its images were read.
-    At the start its attention is that of the encoder at that time, a random one for an
-    encoder that is trained from scratch.
+    The teacher is updated once per training step, after it has read the images. At the
+    start, its attention is that of the initial encoder, which is random if the encoder
+    is trained from scratch.
 
     Example:
 
@@ -34,22 +34,22 @@ class AttentiveMasking(PatchMasking):
 
     Args:
         teacher: A `kcm.models.MomentumEncoder` of the encoder that the masking is put
-            into, and follows from then on. A teacher at the image size of the encoder
-            adds about a third to the cost of an unmasked step of the image encoder; at
-            half the size, about a twelfth.
+            into. It follows that encoder from then on. A teacher at the image size of
+            the encoder adds about a third to the cost of an unmasked step of the image
+            encoder; at half the size, about a twelfth.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        block_size: Integer. The sides of a block, in patches, which must divide those
-            of the grid. The teacher must see one patch, or a whole number of them, for
-            each block.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            always stay. `None` takes all beyond the number of patches.
-        seed: Integer. Makes the noise repeatable.
+        block_size: Integer. The side of a block, in patches, which must divide both
+            sides of the grid. The teacher must see a whole number of patches per block,
+            at least one.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
+            are always kept. `None` infers it from the number of patches.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
         tokens: `(batch, prefix + N, dim)` tensor, `N = (H / p) (W / p)`.
         images: `(batch, H, W, C)` tensor (or channels first), normalized as for the
-            encoder. `kcm.with_masking` passes those that the encoder reads.
+            encoder. `kcm.with_masking` passes the images that the encoder reads.
         training: Python boolean. Tokens are left out only if it is true.
         noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
 
@@ -57,9 +57,9 @@ class AttentiveMasking(PatchMasking):
         `(batch, prefix + K, dim)` tensor of the same dtype as `tokens`.
 
     Raises:
-        ValueError: In a call, if blocks do not fill the grid of patches, or do not fit
-            the teacher's; if the images are missing; or in training, if the teacher
-            follows no encoder.
+        ValueError: When called, if blocks do not fill the grid of patches or do not fit
+            the teacher's grid, if the images are missing, or in training, if the
+            teacher follows no encoder.
 
     Reference:
         - [Attentive Mask CLIP](https://arxiv.org/abs/2212.08653)
@@ -67,7 +67,7 @@ class AttentiveMasking(PatchMasking):
           block than half, and no parts of blocks: 100 of 196 patches.
     """
 
-    # Masks follow from the image; noise decides among patches of one block alone.
+    # The image determines the mask. Noise only selects among patches of one block.
     is_random = False
 
     def __init__(
@@ -79,7 +79,7 @@ class AttentiveMasking(PatchMasking):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        # Else weights of the teacher would be read in half precision.
+        # Otherwise the teacher's weights would be read in half precision.
         kwargs.setdefault("dtype", "float32")
         super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
         if isinstance(teacher, dict):
@@ -128,13 +128,14 @@ class AttentiveMasking(PatchMasking):
 
     @property
     def own_variables(self) -> list[keras.Variable]:
-        # Keras saves the teacher's with the teacher.
+        # Keras saves the teacher's variables with the teacher.
         theirs = {id(v) for v in self.teacher.variables}
         return [v for v in self.variables if id(v) not in theirs]
 
     def settings(self) -> dict[str, Any]:
-        # The teacher's weights are compared by their shapes. The configuration of its
-        # encoder has names that are counted.
+        # The configuration of the teacher's encoder is omitted, because it contains
+        # numbered layer names. The shapes of the teacher's weights are compared
+        # instead.
         teacher = self.teacher.get_config()
         kept = ("momentum", "final_momentum", "steps", "image_size")
         return {**self.get_config(), "teacher": {key: teacher[key] for key in kept}}
@@ -151,13 +152,13 @@ class AttentiveMasking(PatchMasking):
 
 
 def block_means(values, grid, blocks, block_size):
-    """The mean over each block, repeated for all patches of the block.
+    """Computes the mean of each block, repeated for all patches of the block.
 
     Args:
         values: `(batch, rows * columns)` tensor, in row-major order.
         grid: `(rows, columns)` of the values.
-        blocks: `(rows, columns)` of blocks, of which `grid` is a multiple.
-        block_size: Integer, the sides of a block of the result.
+        blocks: `(rows, columns)` of blocks, which divide `grid`.
+        block_size: Integer, the side of a block of the result.
 
     Returns:
         `(batch, blocks * block_size ** 2)` tensor, in row-major order.

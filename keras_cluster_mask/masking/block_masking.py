@@ -16,9 +16,9 @@ class BlockMasking(PatchMasking):
 
     The block masking of CLIPA. The block is the smallest square that holds the patches
     to keep. All its positions in the image are equally likely, and everything outside
-    it is left out. Patches that the square holds beyond the number to keep are left out
-    at random. If a side of the grid is too short for the square, the block takes this
-    whole side and is no longer than needed on the other.
+    it is left out. If the block holds more patches than needed, random ones are left
+    out. If a side of the grid is too short for the square, the block spans this whole
+    side and is only as long as needed on the other.
 
     Example:
 
@@ -30,23 +30,23 @@ class BlockMasking(PatchMasking):
 
     Args:
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number
-            of patches and the size of the images, for square patches; where the layer
-            is called without images, the grid is square.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            always stay, 1 for a class token. `kcm.with_masking` fills it in
-            if it is `None`; a layer of your own model needs it.
-        seed: Integer. Makes the noise repeatable.
+        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number of
+            patches and the size of the images, assuming square patches. If the layer is
+            called without images, the grid is square.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
+            are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
+            sets it; a layer of your own model needs it.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-        ValueError: In a call, if the grid cannot be inferred.
+        ValueError: When called, if the grid cannot be inferred.
 
     Reference:
         - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
         - [Official code](https://github.com/UCSC-VLAA/CLIPA), which describes this
-          masking, a single block kept and the rest removed, but does not contain it.
-          It does not say which shape and position the block has.
+          masking (a single block is kept, the rest is removed) but does not implement
+          it. It does not specify the shape and position of the block.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class BlockMasking(PatchMasking):
         places_across = columns - width + 1
         num_places = (rows - height + 1) * places_across
         place = ops.cast(noise[:, :1] * num_places, "int32")
-        # Rounding can lift noise just below 1 to the number of places.
+        # Noise just below 1 can round up to the number of places.
         place = ops.minimum(place, num_places - 1)
         top, left = place // places_across, place % places_across
 
@@ -79,8 +79,8 @@ class BlockMasking(PatchMasking):
             ops.logical_and(y >= top, y < top + height),
             ops.logical_and(x >= left, x < left + width),
         )
-        # Not the noise itself: where the first patch lies in the block, its noise is
-        # small, since it drew that place.
+        # Do not use the noise itself. The noise of the first patch selects the place,
+        # so it is always small if the block contains that patch.
         return ops.where(is_inside, second_draw(noise), -1.0)
 
     def get_config(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class BlockMasking(PatchMasking):
 
 
 def _block_sides(rows, columns, num_kept):
-    """The height and width of the block, in patches."""
+    """Returns the height and width of the block, in patches."""
     side = math.isqrt(num_kept - 1) + 1
     if side > rows:
         return rows, math.ceil(num_kept / rows)

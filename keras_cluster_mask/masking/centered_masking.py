@@ -16,15 +16,15 @@ class CenteredMasking(PatchMasking):
     """Leaves out random patches of every training image, more often near the border.
 
     The masking of GLIP. The score of a patch is its noise plus the density of a
-    two-dimensional normal distribution at its position, and the patches of the highest
-    scores stay. The grid spans -1 to 1 on both axes, and the distribution lies in its
-    middle. With the default variance and half of 14 x 14 patches left out, each of the
-    four patches in the center stays in more than 99.9 % of the images, and a patch on
-    the border in 33 % on average.
+    two-dimensional normal distribution at its position, and the patches with the
+    highest scores are kept. The grid spans -1 to 1 on both axes, and the distribution
+    is centered on it. With the default variance and half of 14 x 14 patches left out,
+    each of the four patches in the center is kept in more than 99.9 % of the images,
+    and a patch on the border in 33 % on average.
 
-    If few patches stay, those near the border are practically never seen: with 16 of
-    14 x 14 patches, more than a third of the patches stayed in none of 100,000 draws.
-    GLIP trains on whole images for one more epoch.
+    If few patches are kept, those near the border are almost never seen: with 16 of 14
+    x 14 patches kept, more than a third of the patches were never kept in 100,000
+    draws. GLIP trains on whole images for one more epoch.
 
     Example:
 
@@ -37,26 +37,26 @@ class CenteredMasking(PatchMasking):
     Args:
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         variance: Float > 0. The variance of the distribution on each axis. A smaller
-            one also has a higher density in the center, and so less randomness.
-        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number
-            of patches and the size of the images, for square patches; where the layer
-            is called without images, the grid is square.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            always stay, 1 for a class token. `kcm.with_masking` fills it in
-            if it is `None`; a layer of your own model needs it.
-        seed: Integer. Makes the noise repeatable.
+            variance also means a higher density in the center, and so less randomness.
+        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number of
+            patches and the size of the images, assuming square patches. If the layer is
+            called without images, the grid is square.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
+            are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
+            sets it; a layer of your own model needs it.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-        ValueError: In a call, if the grid cannot be inferred.
+        ValueError: When called, if the grid cannot be inferred.
 
     Reference:
         - [Centered Masking for Language-Image Pre-Training](
           https://arxiv.org/abs/2403.15837)
-        - [Official code](https://github.com/MingliangLiang3/GLIP), whose `std` is the
-          variance here: it is passed as one. The code takes a square grid from one
-          side of the image. Here the grid has rows and columns of its own, and a
-          single row or column lies in the middle.
+        - [Official code](https://github.com/MingliangLiang3/GLIP), whose `std` is used
+          as a variance and corresponds to `variance` here. The code derives a square
+          grid from one side of the image. Here rows and columns may differ, and a
+          single row or column is in the middle.
     """
 
     def __init__(
@@ -93,5 +93,5 @@ class CenteredMasking(PatchMasking):
 
 
 def _axis(count):
-    """The coordinates of patches on one axis, from -1 to 1."""
+    """Returns the coordinates of patches on one axis, from -1 to 1."""
     return np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1)

@@ -31,7 +31,7 @@ from keras_cluster_mask.types import Tensor
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class ClusterMasking(SimilarityMasking):
-    """Leaves out clusters of look-alike patches of every training image.
+    """Leaves out clusters of similar patches of every training image.
 
     A few random patches become anchors. The patches most similar to an anchor
     form its cluster and are left out with it. Whole objects or surfaces are left
@@ -43,12 +43,12 @@ class ClusterMasking(SimilarityMasking):
     - **Exact budget** (the default): clusters grow until exactly the fraction
       `mask_ratio` of the patches is left out. Every image costs the same, shapes
       are static, no attention mask is needed, and any encoder works.
-    - **Threshold** (`min_mask_ratio=beta`, the paper's): a patch is left out if
-      its similarity to an anchor exceeds `threshold`, so the fraction differs
-      between images. At least `beta` of the patches are left out, which fixes the cost.
-      Set the threshold yourself or let `adapt` find it. Where an image loses
-      more than `beta`, left-out patches fill up the batch as hidden padding,
-      which no query attends to, by way of a Keras mask on the output.
+    - **Threshold** (`min_mask_ratio=beta`, the paper's): a patch is left out if its
+      similarity to an anchor exceeds `threshold`, so the fraction differs between
+      images. At least `beta` of the patches are left out, which fixes the cost. Set the
+      threshold yourself or let `adapt` find it. If an image loses more than `beta`,
+      some of its left-out patches are kept as padding. A Keras mask on the output hides
+      the padding, so that no query attends to it.
 
     Example:
 
@@ -67,32 +67,30 @@ class ClusterMasking(SimilarityMasking):
         patch_size: Integer or tuple `(height, width)`, in pixels.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out:
             exactly in budget mode, on average in threshold mode.
-        min_mask_ratio: Float in `[0, 1)` or `None`. The least share of the
-            patches left out of any image in threshold mode; `None` selects
-            budget mode.
-        threshold: Float. The similarity above which a patch joins a cluster,
-            in threshold mode. `None` leaves it to `adapt`.
-        anchor_ratio: Float in `[0, 1]`. The share of the patches that become
-            anchors, at least one.
+        min_mask_ratio: Float in `[0, 1)` or `None`. The minimum fraction of the patches
+            to leave out of every image in threshold mode; `None` selects budget mode.
+        threshold: Float. The similarity above which a patch joins a cluster, in
+            threshold mode. With `None`, `adapt` must set it.
+        anchor_ratio: Float in `[0, 1]`. The fraction of the patches that become
+            anchors, at least one patch.
         softness: Float >= 0. In budget mode, adds this much Gumbel noise to
             the similarities: 0 leaves out pure clusters, infinity random
             patches.
-        hide_padding: Boolean. In threshold mode, whether left-out patches that
-            fill up the batch are hidden. If false they are drawn at random and
-            take part, without an attention mask, as in effect in the authors'
-            released code.
+        hide_padding: Boolean. In threshold mode, whether the padding is hidden. If
+            false, it consists of random left-out patches and stays visible, without an
+            attention mask. This is the effect of the authors' released code.
         embedding_weight: Float in `[0, 1]`, or a
-            `keras.optimizers.schedules.LearningRateSchedule` over training
-            steps. The weight of the tokens' cosine similarity against the
-            pixels'. In threshold mode with a weight other than 0, every
-            training step moves the threshold by 0.05 times the difference
-            between the share of patches above it and `mask_ratio`, as the mix
-            changes what a threshold means.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            always stay. `None` takes all beyond the number of patches.
+            `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
+            weight of the tokens' cosine similarity; the pixels' similarity has the
+            rest, 1 minus this weight. In threshold mode with a weight other than 0,
+            every training step moves the threshold by 0.05 times the difference between
+            the fraction of patches above it and `mask_ratio`, because the same
+            threshold has another effect for another weight.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
+            are always kept. `None` infers it from the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `keras.config.image_data_format()`.
-        seed: Integer. Makes the noise repeatable.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -107,8 +105,8 @@ class ClusterMasking(SimilarityMasking):
         `(batch, prefix + K, dim)` tensor of the same dtype as `tokens`.
 
     Raises:
-        ValueError: If the images are missing or do not fit the patch size or
-            the tokens, or if it trains in threshold mode without a threshold.
+        ValueError: If the images are missing or do not fit the patch size or the
+            tokens, or in training, if the threshold of threshold mode is not set.
 
     Reference:
         - [Efficient Vision-Language Pre-training by Cluster Masking](
@@ -168,7 +166,7 @@ class ClusterMasking(SimilarityMasking):
         self.hide_padding = bool(hide_padding)
 
         self.threshold = self.share_above = None
-        # What became of the pixels of uint8 images that `adapt` saw.
+        # A few normalized test pixels, if `adapt` saw uint8 images.
         self._adapted_pixels = None
         self._given_threshold = threshold
         if min_mask_ratio is not None:
@@ -194,23 +192,24 @@ class ClusterMasking(SimilarityMasking):
 
         least_alike = order_by_score(-similarity, noise)[:, :1]
         is_least_alike = ops.arange(noise.shape[1], dtype="int32") == least_alike
-        # All visible patches tie, and so do all others: noise picks among them. Where
-        # all are above the threshold, the least alike stays.
+        # All patches up to the threshold tie, and so do all others, so noise selects
+        # among them. If all are above the threshold, the least similar patch stays
+        # visible.
         above = ops.where(is_least_alike, -1.0, -math.inf)
         return ops.where(similarity <= self.threshold, 0.0, above)
 
     def draw_anchors(self, noise: Tensor) -> Tensor:
-        """The anchors: `(batch, A)` indices of the patches of smallest noise."""
+        """Returns the anchors: `(batch, A)` indices of patches with smallest noise."""
         return ops.argsort(noise, axis=-1)[:, : self.num_anchors(noise.shape[1])]
 
     def num_anchors(self, num_patches: int) -> int:
-        """How many of `num_patches` become anchors, at least 1."""
+        """Returns how many of `num_patches` become anchors, at least 1."""
         return anchor_count(num_patches, self.anchor_ratio)
 
     def similarity(
         self, images: Tensor, anchors: Tensor, tokens: Tensor | None = None
     ) -> Tensor:
-        """The highest similarity of each patch to any of the anchors.
+        """Computes the highest similarity of each patch to any of the anchors.
 
         Args:
             images: `(batch, H, W, C)` tensor, or channels first.
@@ -226,12 +225,12 @@ class ClusterMasking(SimilarityMasking):
         )
 
     def adapt(self, data: Any, max_images: int = 10_000) -> None:
-        """Sets `threshold` so that `mask_ratio` is reached on average over data.
+        """Sets `threshold` so that the average mask ratio over data is `mask_ratio`.
 
-        The pixels' similarity to freshly drawn anchors is computed once per
-        image; a bisection over the thresholds then finds the one whose mask
-        ratio is nearest. Call it once the model is made: a `ContrastiveModel` around
-        the masking normalizes uint8 images, here as in training.
+        The pixels' similarity to newly drawn anchors is computed once per image. A
+        bisection then finds the threshold whose mask ratio is nearest. Call `adapt`
+        after you make the model: a `ContrastiveModel` around the masking normalizes
+        uint8 images, here as in training.
 
         Args:
             data: Images as an array, or an iterable of batches (a
@@ -241,9 +240,9 @@ class ClusterMasking(SimilarityMasking):
             max_images: Integer. Stop reading after this many images.
 
         Raises:
-            ValueError: In budget mode, for data without images, and if no
-                threshold comes within 0.01 of `mask_ratio`, as for a target
-                of `min_mask_ratio` or less, or for images that are all alike.
+            ValueError: In budget mode, for data without images, or if no threshold
+                comes within 0.01 of `mask_ratio`. That is the case if `mask_ratio` is
+                not greater than `min_mask_ratio`, or if all images are alike.
         """
         if self.threshold is None:
             raise ValueError(
@@ -272,11 +271,11 @@ class ClusterMasking(SimilarityMasking):
         )
 
     def similarity_of_pixels(self, images: Tensor, anchors: Tensor) -> Tensor:
-        """As `similarity`, of the pixels alone whatever `embedding_weight` is."""
+        """Computes `similarity` from the pixels alone, ignoring `embedding_weight`."""
         patches = extract_patches(images, self.patch_size, self.data_format)
         return round_similarity(ops.max(pixel_similarity(patches, anchors), axis=1))
 
-    # === What differs from the base class ===
+    # === Overrides of the base class ===
 
     def call(
         self,
@@ -287,8 +286,8 @@ class ClusterMasking(SimilarityMasking):
     ) -> Tensor:
         kept = super().call(tokens, images, training, noise)
         if training and self.threshold is not None:
-            # A compiled step of a model that does not call `check_ready` cannot
-            # raise on a value: an unset threshold turns its loss to NaN at once.
+            # A compiled step cannot raise an error on a value. If the model does not
+            # call `check_ready`, an unset threshold makes its loss NaN at once.
             kept = kept + ops.cast(0.0 * self.threshold, kept.dtype)
         return kept
 
@@ -315,7 +314,7 @@ class ClusterMasking(SimilarityMasking):
 
     def observe(self, score: Tensor) -> None:
         if self.share_above is not None:
-            # Before masked patches return to fill up the fixed number of tokens.
+            # Measured before left-out patches are added as padding.
             above = ops.cast(score < 0.0, "float32")
             self.share_above.assign(ops.mean(above))
 

@@ -1,20 +1,21 @@
-"""What a model tells the maskings in it, around a call.
+"""Context that a model passes to the maskings in it during a call.
 
-Layers lie between the two, and pass on no arguments that they do not know.
+It replaces call arguments: the layers between the two forward only arguments that they
+know.
 """
 
 import contextlib
 import threading
 
-# Per thread, as TensorFlow traces the step of each replica in a thread of its own.
+# Thread-local, because TensorFlow traces the step of each replica in its own thread.
 context = threading.local()
 
 
 def part_of_batch(size, take):
-    """A context in which masking layers see only some rows of a larger batch.
+    """Returns a context in which masking layers see only some rows of a larger batch.
 
-    They draw the noise of the whole batch and take their own rows of it, so that a mask
-    depends neither on the number of devices nor on that of micro-batches.
+    They draw the noise of the whole batch and take their own rows of it, so a mask does
+    not depend on the number of devices or micro-batches.
 
     Args:
         size: Integer, the number of images in the whole batch.
@@ -24,9 +25,9 @@ def part_of_batch(size, take):
 
 
 def views_of_image(count):
-    """A context in which masking layers make `count` views of each image.
+    """Returns a context in which masking layers make `count` views of each image.
 
-    Each view has a mask of its own.
+    Each view has its own mask.
 
     Args:
         count: Integer.
@@ -35,9 +36,9 @@ def views_of_image(count):
 
 
 def prefix_tokens(count):
-    """A context that sets `num_prefix_tokens` of masking layers without their own.
+    """Returns a context that sets `num_prefix_tokens` of layers without their own.
 
-    One masking then serves encoders with different prefixes.
+    One masking layer then works in encoders with different prefixes.
 
     Args:
         count: Integer, or `None` if it is not known.
@@ -46,15 +47,15 @@ def prefix_tokens(count):
 
 
 def kept_patches():
-    """A context that yields a list of the indices `(batch, K)` of kept patches.
+    """Returns a context that yields a list of the `(batch, K)` indices of kept patches.
 
-    For what belongs to a patch besides its token.
+    Used to select other data of the patches, such as rotary positions.
     """
     return _within("kept", [])
 
 
 def report_kept(indices):
-    """Adds what a masking keeps to the list of `kept_patches` around it, if any."""
+    """Adds the indices of kept patches to the list of `kept_patches`, if any."""
     kept = getattr(context, "kept", None)
     if kept is not None:
         kept.append(indices)

@@ -26,13 +26,13 @@ class EdgeMasking(SimilarityMasking):
     The masking of CLIP-PGS. In every training image a few patches become seeds: those
     with the weakest edges. A patch whose similarity to a seed exceeds `threshold` is a
     candidate. Exactly the fraction `mask_ratio` of the patches is left out: random
-    candidates if there are too many, or all candidates and random others.
+    candidates if there are too many, else all candidates and random other patches.
 
-    The edge map is computed on the grid of patches, from their mean gray levels: the
-    magnitude of a 3 x 3 Sobel filter, scaled to [0, 1]. Beyond the border lies the mean
-    gray level of the image. Similarities are those of `ClusterMasking`. With
-    `transport`, a doubly stochastic version of their non-negative part is added to
-    them: 50 rounds of Sinkhorn's algorithm, columns before rows.
+    The edge map is the magnitude of a 3 x 3 Sobel filter on the mean gray levels of the
+    patches, scaled to [0, 1]. The border is padded with the mean gray level of the
+    image. Similarities are computed as in `ClusterMasking`. With `transport`, a doubly
+    stochastic version of their non-negative part is added to them. It results from 50
+    rounds of Sinkhorn's algorithm, columns before rows.
 
     Example:
 
@@ -46,27 +46,27 @@ class EdgeMasking(SimilarityMasking):
     Args:
         patch_size: Integer or tuple `(height, width)`, in pixels.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        seed_ratio: Float in `[0, 1]`. The share of the patches that become
-            seeds, at least one.
+        seed_ratio: Float in `[0, 1]`. The fraction of the patches that become seeds, at
+            least one patch.
         threshold: Float in `[-1, 1]`. The similarity above which a patch is a
             candidate.
-        edges: `"protect"`, `"released"` or `None`. How seeds are chosen. `"protect"`
+        edges: `"protect"`, `"released"` or `None`. The choice of seeds. `"protect"`
             takes the patches with the weakest edges, ties at random, so an image has
             nearly the same seeds in every step. `"released"` imitates the authors'
             released code. There, the mean of each patch is subtracted first, so the
             edge map holds rounding errors, and its highest values become seeds. Here,
-            seeds are drawn at random instead. `None` takes the patches of the smallest
-            noise, as `ClusterMasking` does.
-        transport: Boolean. Whether the doubly stochastic similarity is added.
+            seeds are drawn at random instead. `None` takes the patches with the
+            smallest noise, as `ClusterMasking` does.
+        transport: Boolean. Whether to add the doubly stochastic similarity.
         embedding_weight: Float in `[0, 1]`, or a
-            `keras.optimizers.schedules.LearningRateSchedule` over training
-            steps. The weight of the tokens' cosine similarity against the
-            pixels'. CLIP-PGS moves it from 0 to 1, linearly.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            always stay. `None` takes all beyond the number of patches.
+            `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
+            weight of the tokens' cosine similarity; the pixels' similarity has the
+            rest, 1 minus this weight. CLIP-PGS increases it linearly from 0 to 1.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
+            are always kept. `None` infers it from the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `keras.config.image_data_format()`.
-        seed: Integer. Makes the noise repeatable.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -88,8 +88,8 @@ class EdgeMasking(SimilarityMasking):
         - [Seeing What Matters: Empowering CLIP with Patch Generation-to-Selection](
           https://arxiv.org/abs/2503.17080)
         - [Official code](https://github.com/clip-pgs/CLIP-PGS). Its Sinkhorn iteration
-          divides by both sums at once and takes negative similarities too, and its
-          edge map is padded by 0.
+          divides by both sums at once and also uses negative similarities, and its edge
+          map is padded with 0.
     """
 
     def __init__(
@@ -139,15 +139,16 @@ class EdgeMasking(SimilarityMasking):
         return ops.where(above > 0.0, -1.0, 0.0)
 
     def draw_seeds(self, noise: Tensor, images: Tensor) -> Tensor:
-        """The seeds: `(batch, A)` indices, those that are taken first in front."""
+        """Returns the `(batch, A)` indices of the seeds, in order of preference."""
         preferred = ops.zeros_like(noise)
         if self.edges == "released":
             preferred = second_draw(noise)
         elif self.edges == "protect":
             patches = extract_patches(images, self.patch_size, self.data_format)
             preferred = -edge_map(patches, self.grid_shape(noise.shape[1], images))
-        # Smaller noise first, since masked patches of larger noise may stay: not those
-        # that were seeds for their noise alone.
+        # Ties go to the smaller noise. If there are too many candidates, those with the
+        # larger noise are kept, and a patch that is a seed only because of its noise is
+        # left out.
         count = anchor_count(noise.shape[1], self.seed_ratio)
         return order_by_score(preferred, -noise)[:, :count]
 
@@ -165,14 +166,14 @@ class EdgeMasking(SimilarityMasking):
 
 
 def edge_map(patches, grid):
-    """The strength of edges between patches, from their mean gray levels.
+    """Computes the strength of edges between patches, from their mean gray levels.
 
     Args:
         patches: `(batch, N, n)` float32 tensor.
         grid: Tuple `(rows, columns)` of patches.
 
     Returns:
-        `(batch, N)` float32 tensor in `[0, 1]`, of multiples of 2^-12.
+        `(batch, N)` float32 tensor of multiples of 2^-12 in `[0, 1]`.
     """
     gray = ops.mean(patches, axis=-1)
     gray = ops.reshape(gray - ops.mean(gray, axis=-1, keepdims=True), (-1, *grid))
@@ -183,27 +184,30 @@ def edge_map(patches, grid):
     y = y[:, :, :-2] + 2.0 * y[:, :, 1:-1] + y[:, :, 2:]
     edges = ops.reshape(ops.sqrt(x * x + y * y), (-1, grid[0] * grid[1]))
     edges = edges - ops.min(edges, axis=-1, keepdims=True)
-    # The floor is far above rounding errors, which else were the edges of an image that
-    # is the same gray everywhere.
+    # The floor is far above rounding errors, which would otherwise become the edges of
+    # a uniformly gray image.
     floor = ops.maximum(0.01 * ops.max(ops.abs(patches), axis=(1, 2)), 1e-12)
     strongest = ops.maximum(ops.max(edges, axis=-1), floor)
     return round_similarity(edges / strongest[:, None])
 
 
 def doubly_stochastic_rows(similarity, seeds):
-    """Some rows of the similarities after Sinkhorn's algorithm.
+    """Computes some rows of the similarities after Sinkhorn's algorithm.
 
     Args:
-        similarity: `(batch, N, N)` float32 tensor. What is negative counts as 0.
-        seeds: `(batch, A)` int tensor, which rows.
+        similarity: `(batch, N, N)` float32 tensor. Negative values count as 0.
+        seeds: `(batch, A)` int tensor, the indices of the rows.
 
     Returns:
-        `(batch, A, N)` float32 tensor. Of all N rows, rows and columns add up to 1.
+        `(batch, A, N)` float32 tensor. In the matrix of all N rows, rows and columns
+        sum to 1.
     """
-    # Not 0, as a factor of a patch that is like none, not even itself, would overflow.
+    # Not 0: the factor of a patch without any similarity, even to itself, would
+    # overflow.
     similarity = ops.maximum(similarity, 1e-12)
 
-    # Factors of rows and columns, as dividing the matrix would write it all each time.
+    # Update factors of rows and columns. Dividing the matrix would rewrite it each
+    # time.
     def rescale(_, factors):
         row, column = factors
         sums = column * ops.einsum("bi,bij->bj", row, similarity)

@@ -14,8 +14,8 @@ class GridMasking(PatchMasking):
     """Keeps one random patch of every window of patches.
 
     The grid masking of CLIPA. Windows of `window` x `window` patches tile every
-    training image, and each keeps exactly one patch: a quarter of the patches stay at
-    the default of 2 x 2, and every part of the image is seen.
+    training image, and each keeps exactly one patch. With the default of 2 x 2, a
+    quarter of the patches is kept, and every part of the image is seen.
 
     Example:
 
@@ -26,26 +26,26 @@ class GridMasking(PatchMasking):
     ```
 
     Args:
-        window: Integer. The side of a window in patches. It sets the share of the
+        window: Integer. The side of a window in patches. It sets the fraction of the
             patches to leave out, `1 - 1 / window**2`, so there is no `mask_ratio`.
         grid: Tuple `(rows, columns)` of patches, multiples of `window`. `None` infers
-            it from the number of patches and the size of the images, for square
-            patches; where the layer is called without images, the grid is square.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            always stay, 1 for a class token. `kcm.with_masking` fills it in
-            if it is `None`; a layer of your own model needs it.
-        seed: Integer. Makes the noise repeatable.
+            it from the number of patches and the size of the images, assuming square
+            patches. If the layer is called without images, the grid is square.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
+            are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
+            sets it; a layer of your own model needs it.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-        ValueError: In a call, if the grid cannot be inferred, or if `window` does not
+        ValueError: When called, if the grid cannot be inferred, or if `window` does not
             divide it.
 
     Reference:
         - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
         - [Official code](https://github.com/UCSC-VLAA/CLIPA), which describes this
-          masking but does not contain it. It does not say whether all
-          windows keep the same position; here each draws its own.
+          masking but does not implement it. It does not specify if all windows keep the
+          same position; here each draws its own.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class GridMasking(PatchMasking):
         windows = ops.reshape(noise, (-1, down, side, across, side))
         windows = ops.transpose(windows, (0, 1, 3, 2, 4))
         windows = ops.reshape(windows, (-1, down, across, side * side))
-        # By index and not by value, as equal noise would keep two patches of a window.
+        # Select by index, not by value: equal noise would keep two patches of a window.
         is_kept = ops.one_hot(ops.argmax(windows, axis=-1), side * side)
         is_kept = ops.reshape(is_kept, (-1, down, across, side, side))
         is_kept = ops.transpose(is_kept, (0, 1, 3, 2, 4))

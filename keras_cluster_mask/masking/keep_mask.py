@@ -1,4 +1,4 @@
-"""Which patches of given images a masking keeps, for statistics and plots."""
+"""Computes which patches a masking keeps, for statistics and plots."""
 
 import math
 
@@ -10,7 +10,7 @@ from keras_cluster_mask.masking.patch_grid import standardize_patch_size
 
 
 def patch_size_of(masking, patch_size):
-    """The sides of a patch: the masking's own or, if it has none, the given ones."""
+    """Returns the patch size of the masking or, if it has none, the given one."""
     own = masking.patch_size
     if own is None and patch_size is None:
         raise ValueError(
@@ -29,18 +29,18 @@ def patch_size_of(masking, patch_size):
 
 
 def masking_inputs(masking, images, grid, embed):
-    """The pixels and the tokens that a masking gets in training.
+    """Returns the pixels and the tokens that a masking gets in training.
 
     Args:
         masking: A `PatchMasking`.
         images: Array of images.
         grid: Tuple `(rows, columns)` of their patches.
-        embed: Function from pixels to tokens. `None` makes zeros, which say how many
-            tokens there are.
+        embed: Function from pixels to tokens. `None` uses zeros, which define only the
+            number of tokens.
 
     Raises:
-        ValueError: If the masking has another grid, needs `embed`, or gets tokens from
-            it that do not fit.
+        ValueError: If the masking has another grid or needs `embed`, or if `embed`
+            returns tokens of a wrong shape.
     """
     if masking.grid not in (None, grid):
         raise ValueError(
@@ -51,7 +51,7 @@ def masking_inputs(masking, images, grid, embed):
     pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
     num_patches = math.prod(grid)
     if embed is None:
-        # A schedule may start at 0, where tokens do not matter yet.
+        # A schedule may start at 0, where tokens have no influence yet.
         if getattr(masking, "embedding_weight", 0.0) != 0.0:
             _refuse_to_go_without_tokens(masking)
         num_tokens = (masking.num_prefix_tokens or 0) + num_patches
@@ -66,7 +66,7 @@ def masking_inputs(masking, images, grid, embed):
 
 
 def check_tokens_do_not_matter(masking, pixels, tokens, noise):
-    """Raises if the masking chooses other patches for other tokens."""
+    """Raises an error if the masking selects other patches for other tokens."""
     values = np.random.default_rng(0).normal(size=tokens.shape)
     other = ops.convert_to_tensor(values.astype("float32"))
     kept = [keep_mask(masking, pixels, each, noise) for each in (tokens, other)]
@@ -82,8 +82,8 @@ def _refuse_to_go_without_tokens(masking):
 
 
 def keep_mask(masking, pixels, tokens, noise):
-    """`(batch, N)` booleans, true for the patches that stay and are seen."""
-    # The noise says how many tokens are patches.
+    """Returns `(batch, N)` booleans, true for patches that are kept and visible."""
+    # The shape of the noise defines the number of patches.
     with prefix_tokens(tokens.shape[1] - noise.shape[1]):
         indices, visible = masking.select(pixels, tokens, noise)
     kept = np.zeros(tuple(noise.shape), dtype=bool)

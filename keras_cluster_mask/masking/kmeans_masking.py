@@ -10,22 +10,24 @@ from keras_cluster_mask.masking.similarity import round_similarity
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.types import Tensor
 
-# The least squared length of a sum of patches that is a direction rather than rounding.
+# The minimum squared length of a sum of patches. Below it, rounding errors determine
+# the direction of the sum.
 SHORTEST = 1e-4
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class KMeansMasking(SimilarityMasking):
-    """Leaves out whole clusters of k-means, in random order, of every training image.
+    """Leaves out whole k-means clusters of every training image, in random order.
 
-    The alternative to random anchors that the paper on cluster masking compares with.
-    The patches of each image are clustered by spherical k-means, whose first centers
-    are random patches. Whole clusters leave in random order until exactly the share
-    `mask_ratio` of the patches is gone; of the last one, random patches stay.
+    The cluster masking paper compares random anchors with this alternative. Spherical
+    k-means, initialized with random patches, clusters the patches of each image. Whole
+    clusters are left out in random order until exactly the fraction `mask_ratio` of the
+    patches is left out. Random patches of the last cluster are kept.
 
-    Patches are compared as `ClusterMasking` does it: without their means, and with a
-    floor under their contrast, so that flat patches (paper, sky) are alike and share a
-    cluster. By a plain cosine, rounding errors would decide on the cluster of each.
+    Patches are compared as in `ClusterMasking`: without their means, and with a floor
+    under their contrast, so that flat patches (paper, sky) are similar and share a
+    cluster. With a plain cosine similarity, rounding errors would decide the clusters
+    of flat patches.
 
     Example:
 
@@ -39,20 +41,20 @@ class KMeansMasking(SimilarityMasking):
     Args:
         patch_size: Integer or tuple `(height, width)`, in pixels.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        num_clusters: Integer. How many clusters there are in an image; no more than it
-            has patches. A patch that is equally similar to several centers joins the
-            cluster that is dropped first, so some clusters may be empty.
-        iterations: Integer. How often the centers move to the mean of their patches.
-            The center of an empty cluster stays where it is.
+        num_clusters: Integer. The number of clusters per image, at most the number of
+            patches. A patch that is equally similar to several centers joins the
+            cluster that is left out first, so some clusters may be empty.
+        iterations: Integer. The number of times that the centers move to the mean of
+            their patches. The center of an empty cluster stays where it is.
         embedding_weight: Float in `[0, 1]`, or a
-            `keras.optimizers.schedules.LearningRateSchedule` over training
-            steps. The weight of the tokens' cosine similarity against the
-            pixels'.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            always stay. `None` takes all beyond the number of patches.
+            `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
+            weight of the tokens' cosine similarity; the pixels' similarity has the
+            rest, 1 minus this weight.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
+            are always kept. `None` infers it from the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `keras.config.image_data_format()`.
-        seed: Integer. Makes the noise repeatable.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -67,8 +69,8 @@ class KMeansMasking(SimilarityMasking):
         `(batch, prefix + K, dim)` tensor of the same dtype as `tokens`.
 
     Raises:
-        ValueError: If the images are missing or do not fit the patch size or
-            the tokens; or if they have fewer patches than there are clusters.
+        ValueError: If the images are missing, do not fit the patch size or the tokens,
+            or have fewer patches than there are clusters.
 
     Reference:
         - [Efficient Vision-Language Pre-training by Cluster Masking](
@@ -112,8 +114,8 @@ class KMeansMasking(SimilarityMasking):
                 "fewer clusters, or smaller patches. Received: num_clusters="
                 f"{num_clusters}, {num_patches} patches"
             )
-        # All that k-means needs of the patches are their similarities, which are fewer
-        # numbers than their pixels.
+        # K-means needs only the similarities of the patches, which are fewer numbers
+        # than their pixels.
         similarity = self.similarity_to_anchors(images, None, tokens)
         first = ops.argsort(noise, axis=-1)[:, :num_clusters]
 
@@ -124,12 +126,12 @@ class KMeansMasking(SimilarityMasking):
             to_sums = ops.matmul(members, similarity)
             length = ops.sum(members * to_sums, axis=-1, keepdims=True)
             to_means = to_sums * ops.rsqrt(ops.maximum(length, SHORTEST))
-            # An empty cluster, or patches that cancel out, have no mean.
+            # An empty cluster, or one whose patches cancel out, has no mean.
             return ops.where(length > SHORTEST, round_similarity(to_means), to_centers)
 
         to_centers = round_similarity(take_rows(similarity, first))
         to_centers = ops.fori_loop(0, self.iterations, move, to_centers)
-        # The clusters are in the order of their first centers' noise, a random one.
+        # Clusters are in the order of their first centers' noise, which is random.
         return ops.cast(ops.argmax(to_centers, axis=1), "float32")
 
     def get_config(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where the axes of images are, and how many patches they have."""
+"""Helpers for the data format of images and for their grid of patches."""
 
 import math
 
@@ -8,19 +8,19 @@ from keras_cluster_mask.checks import check_choice, is_integer
 
 
 def is_channels_first(data_format: str | None = None) -> bool:
-    """Whether images are `(..., C, H, W)`; by default as Keras is configured."""
+    """Returns whether images are `(..., C, H, W)`. Defaults to Keras's setting."""
     return (data_format or keras.config.image_data_format()) == "channels_first"
 
 
 def height_and_width(shape: tuple, data_format: str | None = None) -> tuple:
-    """The sides of images, from a shape with or without the batch."""
+    """Returns the height and width of a shape with or without the batch."""
     return shape[-2:] if is_channels_first(data_format) else shape[-3:-1]
 
 
 def grid_shape(
     shape: tuple, patch_size: tuple[int, int], data_format: str | None = None
 ) -> tuple[int, int]:
-    """The rows and columns of patches of each image.
+    """Returns the rows and columns of patches of each image.
 
     Args:
         shape: The shape of a batch of images.
@@ -28,8 +28,8 @@ def grid_shape(
         data_format: `"channels_last"`, `"channels_first"` or `None`.
 
     Raises:
-        ValueError: If the shape has no four axes, or a side is not known or not
-            divisible by that of a patch.
+        ValueError: If the shape does not have four axes, or a side is unknown or not
+            divisible by the patch size.
     """
     sides, shape = _sides(shape, data_format), tuple(shape)
     for name, side, patch in zip(("height", "width"), sides, patch_size):
@@ -45,16 +45,16 @@ def grid_shape(
 def grid_of_square_patches(
     num_patches: int, shape: tuple | None = None, data_format: str | None = None
 ) -> tuple[int, int]:
-    """The rows and columns of square patches, from their number.
+    """Infers the rows and columns of square patches from their number.
 
     Args:
-        num_patches: Integer, the patches of an image.
+        num_patches: Integer, the number of patches of an image.
         shape: The shape of a batch of images. `None` assumes square images.
         data_format: `"channels_last"`, `"channels_first"` or `None`.
 
     Raises:
-        ValueError: If a side of the images is not known, or if so many square patches
-            do not fill them.
+        ValueError: If a side of the images is unknown, or if that number of square
+            patches does not fill them.
     """
     height, width = (1, 1) if shape is None else _sides(shape, data_format)
     if None not in (height, width):
@@ -80,7 +80,7 @@ def _sides(shape, data_format):
 
 
 def standardize_patch_size(patch_size) -> tuple[int, int]:
-    """The sides of a patch, `(height, width)`, from one integer or two."""
+    """Returns the patch size `(height, width)`, from one integer or two."""
     sides = (patch_size,) * 2 if is_integer(patch_size) else patch_size
     if not _are_two_positive_integers(sides):
         raise ValueError(
@@ -91,7 +91,7 @@ def standardize_patch_size(patch_size) -> tuple[int, int]:
 
 
 def standardize_data_format(data_format: str | None) -> str:
-    """A data format as it is, or that which Keras is configured for."""
+    """Returns a data format, by default the one that Keras is configured for."""
     if data_format is None:
         return keras.config.image_data_format()
     check_choice("data_format", data_format, ("channels_last", "channels_first"))
@@ -99,7 +99,7 @@ def standardize_data_format(data_format: str | None) -> str:
 
 
 def standardize_grid(grid) -> tuple[int, int] | None:
-    """`(rows, columns)` of patches as a tuple, or `None`."""
+    """Returns `(rows, columns)` of patches as a tuple, or `None`."""
     if grid is None:
         return None
     if not _are_two_positive_integers(grid):

@@ -27,16 +27,16 @@ from keras_cluster_mask.types import Tensor
 class PatchMasking(keras.layers.Layer):
     """Base class of layers that leave out image patches while training.
 
-    The layer sits in a vision transformer after the patch and position
-    embedding and before the first block. In training it keeps a part of the
-    patch tokens of every image; at inference it returns its input untouched.
+    The layer sits in a vision transformer after the patch and position embedding and
+    before the first block. In training it keeps some of the patch tokens of every
+    image; at inference it returns its input unchanged.
 
     A strategy is a subclass with one method, `score`. The highest-scoring patches are
     kept; ties go to the patch with the larger noise. A strategy with the attribute
     `hides_tokens = True` can score a patch `-inf`, so that it never has an influence.
     If such a patch is needed to reach the fixed number of tokens, a Keras mask hides
     it. One array of noise per step is the only randomness, so passing the same `noise`
-    repeats a mask.
+    reproduces a mask.
 
     Example:
 
@@ -56,30 +56,28 @@ class PatchMasking(keras.layers.Layer):
 
     Args:
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            (class token, registers) always stay. `None` takes all tokens
-            beyond the number of patches, for strategies that can tell that
-            number from the images; in an encoder of `kcm.with_masking`, the
-            number that the encoder has.
-        seed: Integer. Makes the noise repeatable.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens (class
+            token, registers), which are always kept. `None` infers it from the number
+            of patches, for strategies that know that number from the images. In an
+            encoder of `kcm.with_masking`, `None` uses the encoder's number.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
-    On JAX, a function of your own under `jax.jit` cannot update a layer, as with every
-    Keras layer that has state: use `masking.stateless_call`, which returns the new one.
+    On JAX, your own function under `jax.jit` cannot update the state of a Keras layer:
+    use `masking.stateless_call`, which returns the new state.
 
     Call arguments:
         tokens: `(batch, prefix + N, dim)` tensor of embedded tokens, the patch
             tokens in row-major order of the image grid.
-        images: Images the tokens were made from, for strategies that look at
-            pixels.
+        images: Images the tokens were made from, for strategies that use pixels.
         training: Python boolean. Tokens are left out only if it is true.
         noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given. Or
-            `(batch, v, N)` for `v` views: so many masks of each image.
+            `(batch, v, N)` for `v` views, which are `v` masks of each image.
 
     Returns:
-        `(batch, prefix + K, dim)` tensor of kept tokens in their old order, of
-        the same dtype. With hidden tokens among them it carries a Keras mask.
-        Of `v` views it has `batch * v` rows, the views of an image one after another.
+        `(batch, prefix + K, dim)` tensor of kept tokens in their original order and
+        dtype. If some of them are hidden, it carries a Keras mask. For `v` views it has
+        `batch * v` rows, with the views of an image in consecutive rows.
 
     Reference:
         - [Scaling Language-Image Pre-training via Masking](
@@ -87,16 +85,16 @@ class PatchMasking(keras.layers.Layer):
           image-text training.
     """
 
-    # Whether a score of -inf hides a token that fills up the fixed number of tokens.
-    # Hiding needs an attention mask; a strategy without such scores needs none.
+    # True if a score of -inf hides a token that is kept as padding. Hiding needs an
+    # attention mask; a strategy without such scores does not.
     hides_tokens = False
 
-    # Whether a second view of an image would be masked otherwise: false for a strategy
-    # whose masks follow from the image.
+    # True if the views of an image have different masks. False if the image determines
+    # its mask.
     is_random = True
 
-    # For strategies that see images: an integer or `(height, width)` in pixels, and the
-    # order of axes.
+    # For strategies that use images: an integer or `(height, width)` in pixels, and the
+    # data format.
     patch_size: int | tuple[int, int] | None = None
     data_format: str | None = None
 
@@ -121,9 +119,10 @@ class PatchMasking(keras.layers.Layer):
         )
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
-        # Whether `call` counts as a training step; an enclosing model counts its own.
+        # True if `call` counts as a training step. An enclosing model counts steps
+        # itself.
         self.counts_calls = True
-        # A weight, since compiled steps can return values only through weights.
+        # A weight, because compiled steps can return values only through weights.
         self.last_mask_ratio = self.add_weight(
             shape=(),
             initializer="zeros",
@@ -140,7 +139,7 @@ class PatchMasking(keras.layers.Layer):
 
     @property
     def num_prefix_tokens(self) -> int | None:
-        """The number that was given; if none was, that of the encoder around a call."""
+        """The given number or, if it is `None`, that of the encoder during a call."""
         if self._num_prefix_tokens is not None:
             return self._num_prefix_tokens
         return getattr(context, "num_prefix_tokens", None)
@@ -149,12 +148,12 @@ class PatchMasking(keras.layers.Layer):
     def num_prefix_tokens(self, value: int | None) -> None:
         self._num_prefix_tokens = value
 
-    # === What a strategy defines ===
+    # === Methods that a strategy defines ===
 
     def score(
         self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
     ) -> Tensor:
-        """Scores every patch; the highest-scoring patches stay.
+        """Scores every patch; the highest-scoring patches are kept.
 
         Args:
             noise: `(batch, N)` float32 tensor in `[0, 1)`.
@@ -170,13 +169,13 @@ class PatchMasking(keras.layers.Layer):
         )
 
     def num_kept(self, num_patches: int) -> int:
-        """How many patches stay of `num_patches`, an integer of at least 1."""
+        """Returns how many of `num_patches` patches are kept, at least 1."""
         return kept_count(num_patches, self.mask_ratio)
 
     def count_patches(
         self, images: Tensor | None = None, tokens: Tensor | None = None
     ) -> int:
-        """How many patches an image has: by its size, or by the number of tokens."""
+        """Returns the number of patches of an image, from its size or the tokens."""
         if self.grid is not None or self.patch_size is not None:
             return math.prod(self.grid_shape(None, images))
         if tokens is None:
@@ -201,15 +200,15 @@ class PatchMasking(keras.layers.Layer):
     def grid_shape(
         self, num_patches: int | None, images: Tensor | None = None
     ) -> tuple[int, int]:
-        """The rows and columns of patches, for strategies that depend on position.
+        """Returns the rows and columns of patches, for strategies that use positions.
 
         Args:
-            num_patches: Integer, N. `None` where `grid` or `patch_size` is set.
+            num_patches: Integer, N. Can be `None` if `grid` or `patch_size` is set.
             images: Images, or `None` if the layer was called without.
 
         Returns:
-            A tuple of two integers: `grid` or, if it was not given, what follows from
-            the size of the images. Without images the grid is square.
+            A tuple of two integers: `grid` or, if it was not given, the grid that the
+            size of the images implies. Without images the grid is square.
         """
         if self.grid is not None:
             return self.grid
@@ -224,10 +223,10 @@ class PatchMasking(keras.layers.Layer):
         shape = None if images is None else images.shape
         return grid_of_square_patches(num_patches, shape, self.data_format)
 
-    # === What every strategy shares ===
+    # === Shared by all strategies ===
 
     def draw(self, batch_size: int, num_patches: int) -> Tensor:
-        """Draws the noise of one step, the only randomness there is.
+        """Draws the noise of one step, the only source of randomness.
 
         Args:
             batch_size: Integer, the number of images in the global batch, or of views.
@@ -246,20 +245,19 @@ class PatchMasking(keras.layers.Layer):
         tokens: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Selects the patches that stay.
+        """Selects the patches to keep.
 
         Args:
-            images: Images, for strategies that look at pixels.
-            tokens: `(batch, prefix + N, dim)` tensor, for strategies that look
-                at tokens or count them.
+            images: Images, for strategies that use pixels.
+            tokens: `(batch, prefix + N, dim)` tensor, for strategies that use or count
+                tokens.
             noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given. Or
                 `(batch, v, N)` for `v` views.
 
         Returns:
-            A tuple `(indices, visible)`: `(batch, K)` int32 patch indices in
-            ascending order, and `(batch, K)` booleans that are false for a
-            patch that only fills up and must have no influence. Both are
-            `(batch, v, K)` for `v` views.
+            A tuple `(indices, visible)`: `(batch, K)` int32 patch indices in ascending
+            order, and `(batch, K)` booleans that are false for padding, which must have
+            no influence. Both are `(batch, v, K)` for `v` views.
         """
         scores, noises = self._score_patches(images, tokens, noise)
         selected = self._keep_best(_merge_views(scores), _merge_views(noises))
@@ -269,7 +267,7 @@ class PatchMasking(keras.layers.Layer):
         return tuple(ops.reshape(x, shape) for x in selected)
 
     def _score_patches(self, images, tokens, noise):
-        """Lists of the scores and of the noise of each view, `(batch, N)` tensors."""
+        """Returns scores and noises: two lists with a `(batch, N)` tensor per view."""
         images = None if images is None else ops.convert_to_tensor(images)
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
         num_patches = self.count_patches(images, tokens)
@@ -283,7 +281,7 @@ class PatchMasking(keras.layers.Layer):
             part = getattr(context, "part", None)
             views = getattr(context, "views", None) or 1
             size, take = part or (ops.shape(inputs)[0], lambda x: x)
-            # A view counts as an image for `draw`, which a strategy may override.
+            # `draw`, which a strategy may override, treats each view as an image.
             noise = self.draw(size * views, num_patches)
             noise = take(ops.reshape(noise, (-1, views, num_patches)))
         noise = ops.convert_to_tensor(noise, dtype="float32")
@@ -331,7 +329,7 @@ class PatchMasking(keras.layers.Layer):
         indices, visible = self._keep_best(score, noise)
         report_kept(indices)
         prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
-        # All views of an image are taken from its row, on the device that holds it.
+        # Gather all views of an image from its row, on the device that holds the row.
         num_kept, dim = indices.shape[1], tokens.shape[2]
         of_image = ops.reshape(indices, (-1, len(scores) * num_kept))
         kept = take_rows(patches, of_image)
@@ -349,17 +347,18 @@ class PatchMasking(keras.layers.Layer):
         return ops.concatenate([prefix, kept], axis=1)
 
     def prepare_pixels(self, images: Tensor) -> Tensor:
-        """Normalizes images. An enclosing model replaces this method by its own."""
+        """Normalizes images. An enclosing model replaces this method with its own."""
         return images
 
     def join(self, prepare_pixels: Callable[[Tensor], Tensor]) -> None:
-        """Called by a model that the masking becomes a part of.
+        """Connects the masking to a model. The model calls this method.
 
-        From then on only the training steps of the model count as steps, and not every
+        From then on, only the training steps of the model count as steps, not every
         call with `training=True`.
 
         Args:
-            prepare_pixels: Function that the model applies to images before.
+            prepare_pixels: Function that the model applies to images before the
+                masking.
         """
         is_joined = not self.counts_calls
         if is_joined and not np.array_equal(
@@ -374,28 +373,28 @@ class PatchMasking(keras.layers.Layer):
         self.counts_calls = False
 
     def enter(self, encoder: keras.Model) -> None:
-        """Called by a `MaskedEncoder` that the masking is put into.
+        """Connects the masking to an encoder. `MaskedEncoder` calls this method.
 
         Args:
             encoder: The encoder whose tokens are left out.
         """
 
     def check_ready(self) -> None:
-        """Raises if the layer cannot train yet. Reads values, so call it eagerly."""
+        """Raises an error if the layer cannot train yet. Must be called eagerly."""
 
     def observe(self, score: Tensor) -> None:
-        """Called in training with the scores, for strategies that keep state.
+        """Receives the scores in training, for strategies that keep state.
 
         Args:
             score: `(batch, N)` tensor that `score` returned.
         """
 
     def advance(self) -> None:
-        """Moves state on by one training step, for strategies that keep state."""
+        """Advances state by one training step, for strategies that keep state."""
 
     def _check_ready_once(self):
-        # Once, since reading a value makes an accelerator wait. In a compiled step
-        # nothing can be read; `ContrastiveModel` checks before it compiles one.
+        # Check only once, because reading a value makes an accelerator wait. A compiled
+        # step cannot read values; `ContrastiveModel` checks before it compiles one.
         if not self._is_ready and not any(map(is_traced, self.variables)):
             self.check_ready()
             self._is_ready = True
@@ -418,7 +417,7 @@ class PatchMasking(keras.layers.Layer):
     def compute_mask(
         self, inputs: Tensor, previous_mask: Tensor | None = None
     ) -> Tensor | None:
-        # Stored by `call`, since Keras passes only the input to this method.
+        # Stored by `call`, because Keras passes only the input to this method.
         visible, self._visible_tokens = self._visible_tokens, None
         return previous_mask if visible is None else visible
 
@@ -428,8 +427,8 @@ class PatchMasking(keras.layers.Layer):
         images_shape: Sequence[int | None] | None = None,
         noise_shape: Sequence[int | None] | None = None,
     ) -> tuple[int | None, ...]:
-        # None in both modes: how many tokens leave depends on `training`, and so does
-        # whether there are several views.
+        # The number of tokens is None, because it depends on `training`. So is the
+        # number of rows if there may be several views.
         has_views = noise_shape is not None and len(noise_shape) == 3
         return (None if has_views else tokens_shape[0], None, tokens_shape[2])
 
@@ -440,19 +439,20 @@ class PatchMasking(keras.layers.Layer):
         training: bool | None = None,
         noise: Tensor | None = None,
     ) -> keras.KerasTensor:
-        # The tokens' dtype, whatever the policy's: nothing is computed with them.
+        # Tokens keep their dtype under any policy, because nothing is computed with
+        # them.
         noise_shape = getattr(noise, "shape", None)
         shape = self.compute_output_shape(tokens.shape, noise_shape=noise_shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)
 
     @property
     def own_variables(self) -> list[keras.Variable]:
-        """What the layer saves: all its variables but those of layers in it."""
+        """The variables that the layer itself saves, without those of sublayers."""
         return self.variables
 
     def save_own_variables(self, store: Any) -> None:
-        # Keras's own way leaves out the state of the seed generator, and the masks
-        # of a reloaded model would start over.
+        # Keras's own method omits the state of the seed generator, so the masks of a
+        # reloaded model would start over.
         for index, variable in enumerate(self.own_variables):
             store[str(index)] = variable
 
@@ -461,7 +461,7 @@ class PatchMasking(keras.layers.Layer):
             variable.assign(store[str(index)])
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must fit besides variables: a dictionary of JSON values."""
+        """Returns the settings that a checkpoint must match, as a JSON dictionary."""
         return self.get_config()
 
     def get_config(self) -> dict[str, Any]:
@@ -477,7 +477,7 @@ class PatchMasking(keras.layers.Layer):
 
 
 def _merge_views(views):
-    """`(batch, ...)` tensors as one of `(batch * views, ...)`, by image."""
+    """Merges `(batch, ...)` tensors of views into `(batch * views, ...)`, by image."""
     if len(views) == 1:
         return views[0]
     merged = ops.stack(views, axis=1)

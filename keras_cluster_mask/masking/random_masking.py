@@ -21,10 +21,10 @@ class RandomMasking(PatchMasking):
 
     Args:
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            always stay, 1 for a class token. `kcm.with_masking` fills it in
-            if it is `None`; a layer of your own model needs it.
-        seed: Integer. Makes the noise repeatable.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
+            are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
+            sets it; a layer of your own model needs it.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Reference:

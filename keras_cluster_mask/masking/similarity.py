@@ -1,7 +1,7 @@
-"""How alike image patches are, as pure functions.
+"""Pure functions that compute the similarity of image patches.
 
-Similarities are float32 whatever the dtype policy, and rounded to multiples of
-1 / STEPS, so that rounding noise of one backend or another decides nothing.
+Similarities are float32 under any dtype policy. They are rounded to multiples of 1 /
+STEPS, so that rounding errors, which differ between backends, do not change a mask.
 """
 
 from keras import ops
@@ -31,7 +31,7 @@ def extract_patches(images, patch_size, data_format):
     _, height, width, channels = images.shape
     p, q = patch_size
     rows, columns = height // p, width // q
-    # The batch may be unknown to a tracing backend, so it is the axis left open.
+    # The batch size may be unknown while tracing, so this axis is -1.
     x = ops.reshape(ops.cast(images, "float32"), (-1, rows, p, columns, q, channels))
     x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
     return ops.reshape(x, (-1, rows * columns, p * q * channels))
@@ -39,11 +39,11 @@ def extract_patches(images, patch_size, data_format):
 
 @in_full_precision
 def pixel_similarity(patches, anchors=None):
-    """Similarity of every patch to the anchor patches of its image.
+    """Computes the similarity of every patch to the anchor patches of its image.
 
-    Patches are compared without their means, in units of the image's own
-    contrast. A floor under the contrast makes flat patches (paper, sky) alike
-    to one another and unlike textured ones, and never NaN.
+    Patches are compared without their means, in units of the image's contrast. A floor
+    under the contrast makes flat patches (paper, sky) similar to one another and not to
+    textured ones, and prevents NaN.
 
     Args:
         patches: `(batch, N, n)` float32 tensor.
@@ -56,14 +56,14 @@ def pixel_similarity(patches, anchors=None):
         - [Efficient Vision-Language Pre-training by Cluster Masking](
           https://arxiv.org/abs/2405.08815)
     """
-    # Every pass that writes all pixels costs more than all products with the anchors,
-    # so they are written once: without their patch's mean.
+    # Every pass that writes all pixels costs more than all products with the anchors.
+    # So the pixels are written only once, when the mean of each patch is subtracted.
     size = patches.shape[-1]
     means = ops.mean(patches, axis=-1, keepdims=True)
     centered = patches - means
-    # The mean of hundreds of pixels has a rounding error that on a flat patch would
-    # exceed the floor below. The rest is small, so its own mean is exact enough. It is
-    # subtracted from the anchors, and so from the products, and from energies.
+    # The mean of hundreds of pixels has a rounding error, which would exceed the floor
+    # below on a flat patch. The centered pixels are small, so their mean is exact
+    # enough to correct it: in the anchors, and so in the products, and in the energies.
     rest = ops.mean(centered, axis=-1, keepdims=True)
     energy = ops.einsum("bnk,bnk->bn", centered, centered)
     energy = ops.maximum(energy - size * ops.square(rest[:, :, 0]), 0.0)
@@ -79,19 +79,19 @@ def pixel_similarity(patches, anchors=None):
         ops.max(patches, axis=(1, 2)), -ops.min(patches, axis=(1, 2))
     )[:, None]
     contrast = ops.maximum(ops.maximum(ops.sqrt(variance), 0.01 * largest), 1e-12)
-    # The floor e = 1e-3 sqrt(n) of a patch in units of the contrast, squared and
-    # scaled back to pixel units: this spares a division of every pixel.
+    # The floor e = 1e-3 sqrt(n) of a patch in units of the contrast, squared and scaled
+    # back to pixel units. This avoids dividing every pixel.
     floor = 1e-6 * size * ops.square(contrast)
 
     inverse_norm = ops.rsqrt(energy + floor)
-    # Two factors in turn: their product can underflow where the image is black.
+    # Multiply by one factor at a time: their product can underflow in a black image.
     similarity = (products + floor[:, :, None]) * inverse_norm[:, None, :]
     return similarity * _rows(inverse_norm[:, :, None], anchors)
 
 
 @in_full_precision
 def token_similarity(tokens, anchors=None):
-    """Cosine similarity of every patch token to the anchors' tokens.
+    """Computes the cosine similarity of every patch token to the anchors' tokens.
 
     Args:
         tokens: `(batch, N, dim)` tensor of patch tokens, without prefix. No
@@ -108,12 +108,12 @@ def token_similarity(tokens, anchors=None):
 
 
 def _rows(values, anchors):
-    """The rows `(batch, A, ...)` of the anchors, or all rows."""
+    """Returns the rows `(batch, A, ...)` of the anchors, or all rows."""
     return values if anchors is None else take_rows(values, anchors)
 
 
 def round_similarity(similarity):
     """Rounds to multiples of 1 / STEPS, at most 1."""
-    # Through integers, since a sort may tell -0.0 from 0.0.
+    # Convert to integers and back, because a sort may distinguish -0.0 from 0.0.
     steps = ops.cast(ops.round(similarity * STEPS), "int32")
     return ops.cast(ops.minimum(steps, STEPS), "float32") / STEPS

@@ -18,8 +18,8 @@ from keras_cluster_mask.masking.similarity import (
 )
 from keras_cluster_mask.types import Tensor
 
-# How many pixels, or similarities, are in memory at a time on torch: 256 MiB, and a few
-# copies of them. At 224 x 224 pixels it is those of 445 images.
+# The number of pixels, or similarities, in memory at a time on torch: 256 MiB, and a
+# few copies. That is 445 images of 224 x 224 pixels.
 MAX_VALUES = 2**26
 
 
@@ -32,14 +32,14 @@ class SimilarityMasking(PatchMasking):
         patch_size: Integer or tuple `(height, width)`, in pixels.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         embedding_weight: Float in `[0, 1]`, or a
-            `keras.optimizers.schedules.LearningRateSchedule` over training
-            steps. The weight of the tokens' cosine similarity against the
-            pixels'.
-        num_prefix_tokens: Integer. How many tokens before the patch tokens
-            always stay. `None` takes all beyond the number of patches.
+            `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
+            weight of the tokens' cosine similarity; the pixels' similarity has the
+            rest, 1 minus this weight.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
+            are always kept. `None` infers it from the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `keras.config.image_data_format()`.
-        seed: Integer. Makes the noise repeatable.
+        seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
@@ -80,7 +80,7 @@ class SimilarityMasking(PatchMasking):
         )
 
     def _score_batch(self, noise, images, tokens):
-        # No image depends on others.
+        # Images do not depend on one another, so they can be scored a few at a time.
         values = max(math.prod(images.shape[1:]), noise.shape[1] ** 2)
         max_rows = max(1, MAX_VALUES // values)
         return map_rows(self.score, max_rows, [noise, images, tokens])
@@ -88,7 +88,7 @@ class SimilarityMasking(PatchMasking):
     def similarity_to_anchors(
         self, images: Tensor, anchors: Tensor | None, tokens: Tensor | None = None
     ) -> Tensor:
-        """The similarity of each patch to each anchor.
+        """Computes the similarity of each patch to each anchor.
 
         Args:
             images: `(batch, H, W, C)` tensor, or channels first.

@@ -1,4 +1,4 @@
-"""How much a masking keeps of the images of a dataset, and where."""
+"""Statistics of the patches that a masking keeps in a dataset."""
 
 import dataclasses
 import math
@@ -23,16 +23,15 @@ from keras_cluster_mask.types import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaskingStatistics:
-    """What `masking_statistics` found; `print` it for a table.
+    """The result of `masking_statistics`. Use `print` to show it as a table.
 
-    A patch that is kept as hidden padding does not count as kept, as it has no
-    influence.
+    A patch that is kept as hidden padding does not count, because it has no influence.
 
     Attributes:
-        keep_ratio: `(images,)` float32 array. The share of the patches of each image
-            that is kept.
-        kept_by_position: `(rows, columns)` float64 array. The share of the images in
-            which the patch at this place of the grid is kept.
+        keep_ratio: `(images,)` float32 array. The fraction of the patches that is kept,
+            for each image.
+        kept_by_position: `(rows, columns)` float64 array. The fraction of the images in
+            which the patch at each grid position is kept.
     """
 
     keep_ratio: np.ndarray
@@ -63,14 +62,14 @@ def masking_statistics(
     seed: int | None = 0,
     verbose: str | int = "auto",
 ) -> MaskingStatistics:
-    """Measures how much a masking keeps of the images of a dataset, and where.
+    """Measures how many patches a masking keeps in the images of a dataset, and where.
 
-    One pass over the data, which keeps only sums and a number per image. The masking
-    does not change, its random state included: the noise is
-    `np.random.default_rng(seed)`'s, `(images, N)` in the order of the images. So one
-    seed gives the same masks in batches of any size and, except for rounding, on every
-    backend. Within a `ContrastiveModel` uint8 images are normalized as the model does.
-    `kcm.visualization.plot_masking_statistics` draws the result.
+    The function reads the data once and stores only sums and one number per image. It
+    does not change the masking or its random state: the noise comes from
+    `np.random.default_rng(seed)`, `(images, N)` in the order of the images. So one seed
+    gives the same masks for any batch size and, except for rounding, on every backend.
+    If the masking is part of a `ContrastiveModel`, uint8 images are normalized as in
+    the model. `kcm.visualization.plot_masking_statistics` draws the result.
 
     Example:
 
@@ -87,15 +86,15 @@ def masking_statistics(
         masking: A `PatchMasking`.
         data: Images as an array, or an iterable of batches (a `tf.data.Dataset`, a
             `PyDataset`, a generator): arrays of images, dictionaries with the key
-            `"images"`, or tuples whose first entry is one of these. All images
-            have one size.
-        patch_size: Integer or tuple `(height, width)`, in pixels. `None` takes
-            that of the masking; a masking without one, as `RandomMasking`, needs
-            it.
+            `"images"`, or tuples whose first entry is one of these. All images must
+            have the same size.
+        patch_size: Integer or tuple `(height, width)`, in pixels. `None` uses that of
+            the masking. Required for a masking without one, such as `RandomMasking`.
         embed: Function from a batch of images, a tensor, to its embedded tokens
-            `(batch, prefix + N, dim)`. Needed by a masking that looks at tokens.
+            `(batch, prefix + N, dim)`. Required for a masking that uses tokens.
         max_images: Integer. Stop reading after this many images; `None` reads all.
-        seed: Integer, for the noise, or `None` for noise that differs every time.
+        seed: Integer, the random seed of the noise. `None` gives different noise every
+            time.
         verbose: `"auto"`, 0, 1 or 2. 0 is silent, 1 a progress bar, 2 one line at
             the end; `"auto"` is 1.
 
@@ -104,7 +103,7 @@ def masking_statistics(
 
     Raises:
         ValueError: If the patch size, the tokens or the threshold that the masking
-            needs are missing, or if there are no images or not all of one size.
+            needs are missing, if there are no images, or if images differ in size.
     """
     check_choice("verbose", verbose, ("auto", 0, 1, 2))
     check_integer("max_images", max_images, or_none=True)

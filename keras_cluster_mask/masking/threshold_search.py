@@ -1,4 +1,4 @@
-"""The search for the threshold that leaves out a wanted share of the patches."""
+"""Finds the threshold that leaves out a given fraction of the patches."""
 
 import numpy as np
 
@@ -8,16 +8,16 @@ TOLERANCE = 0.01
 
 
 def find_threshold(similarities, mask_ratio, max_visible):
-    """Finds the threshold whose mean mask ratio is nearest to the wanted one.
+    """Finds the threshold whose mean mask ratio is nearest to the given one.
 
-    Similarities are multiples of `1 / STEPS`, so there are `2 STEPS + 1`
-    thresholds that differ, half a step above each. The mask ratio falls as the
-    threshold rises, and bisection visits at most 14 of them.
+    Similarities are multiples of `1 / STEPS`, so there are `2 STEPS + 1` different
+    thresholds, half a step above each multiple. The mask ratio falls as the threshold
+    rises, so a bisection tests at most 14 of them.
 
     Args:
         similarities: `(images, N)` array.
-        mask_ratio: Float, the share of patches wanted out on average.
-        max_visible: Integer. At most this many patches of an image stay.
+        mask_ratio: Float, the fraction of patches to leave out on average.
+        max_visible: Integer. The maximum number of patches that are kept per image.
 
     Returns:
         The threshold, a float.
@@ -33,7 +33,7 @@ def find_threshold(similarities, mask_ratio, max_visible):
         visible = np.sum(similarities <= threshold(step), axis=1)
         return 1 - np.mean(np.clip(visible, 1, max_visible)) / similarities.shape[1]
 
-    # The invariant: `low` leaves out too much or just enough, `high` less.
+    # Invariant: `low` leaves out at least `mask_ratio`, and `high` less.
     low, high = -STEPS - 1, STEPS
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Encoders with a masking, and the models that train them."""
+"""Image encoders with patch masking, and models that train them."""
 
 from keras_cluster_mask.models.backbones import (
     CLIPContrastiveModel,

@@ -31,16 +31,16 @@ HEAD_OPTIONS = "loss", "initial_temperature", "initial_logit_bias", "max_logit_s
 
 
 class BackboneModel(ContrastiveModel):
-    """A `ContrastiveModel` around a keras_hub backbone of two towers.
+    """A `ContrastiveModel` around a two-tower keras_hub backbone.
 
-    It adds no weights to the backbone except for a masking's few numbers and, for a
-    sigmoid loss on a backbone without, the bias.
+    It adds no weights to the backbone, except a masking's few numbers and, for a
+    sigmoid loss on a backbone without a bias, the bias.
 
     Args:
         backbone: A keras_hub backbone.
         masking: A `PatchMasking` layer, or `None`.
-        head: A `ContrastiveHead` of the same backbone to use, or `None`.
-        parts: Dictionary of the backbone's parts that a new head consists of.
+        head: A `ContrastiveHead` of the same backbone to share, or `None`.
+        parts: Dictionary of the backbone's parts for a new head.
         **kwargs: Arguments of `ContrastiveModel`, without the encoders and
             `projection_dim`.
 
@@ -75,7 +75,7 @@ class BackboneModel(ContrastiveModel):
 
     def _options(self):
         options = super()._options()
-        # The backbone has them.
+        # The backbone defines these.
         del options["dtype"], options["projection_dim"]
         return options
 
@@ -101,9 +101,9 @@ class CLIPContrastiveModel(BackboneModel):
         **kwargs: See `ContrastiveModel.from_backbone`, which makes this model.
     """
 
-    # The layer of the backbone that has the temperature.
+    # The layer of the backbone that holds the temperature.
     scale_owner = "clip_head"
-    # In `text_features`.
+    # `text_features` pools there.
     pools_highest_id = True
 
     def __init__(
@@ -128,7 +128,7 @@ class CLIPContrastiveModel(BackboneModel):
             )
         options = dict(loss=loss, initial_temperature=initial_temperature)
         super().__init__(backbone, masking, head, parts, **options, **kwargs)
-        # It takes the class token, which is never hidden.
+        # The pooler takes the class token, which is never hidden.
         backbone.vision_pooler.supports_masking = True
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
@@ -137,15 +137,15 @@ class CLIPContrastiveModel(BackboneModel):
 
     def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.text_encoder, token_ids, training)
-        # The backbone's `text_pooler` takes the token by an index, which torch exports
-        # only for one batch size.
+        # The backbone's `text_pooler` takes the token by index, which torch can export
+        # only for a fixed batch size.
         end = self.end_of_text(token_ids)[:, None]
         end = ops.equal(ops.arange(ops.shape(tokens)[1], dtype=end.dtype), end)
         pooled = ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
         return self.head.project_text(pooled)
 
     def end_of_text(self, token_ids: Tensor) -> Tensor:
-        """The index of the end token in each text: CLIP's has the highest id."""
+        """Returns the index of the end token in each text, which has the highest id."""
         return ops.argmax(token_ids, axis=-1)
 
     def get_config(self) -> dict[str, Any]:
@@ -167,9 +167,9 @@ class CLIPContrastiveModel(BackboneModel):
 class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     """A `ContrastiveModel` around a keras_hub MetaCLIP 2 backbone.
 
-    A text is pooled at its first end token, whose id the backbone knows. Texts without
-    one are refused by `fit`, `evaluate`, `predict` and `kcm.evaluation`; elsewhere
-    their embedding is NaN.
+    A text is pooled at its first end token, whose id the backbone defines. For a text
+    without one, `fit`, `evaluate`, `predict` and `kcm.evaluation` raise an error;
+    elsewhere its embedding is NaN.
 
     Args:
         backbone: A `keras_hub.models.MetaCLIP2Backbone`.
@@ -193,13 +193,13 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
 
     def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
         features = super().text_features(token_ids, training)
-        # Without an end token the backbone would take the first token of a text. NaN
-        # shows in the loss of data that cannot be checked beforehand.
+        # Without an end token the backbone would pool the first token of a text. If the
+        # data cannot be checked beforehand, the NaN shows in the loss.
         has_end = ops.any(ops.equal(token_ids, self.end_token_id), axis=-1)
         return ops.where(has_end[:, None], features, math.nan)
 
     def end_of_text(self, token_ids: Tensor) -> Tensor:
-        """The index of the first end token in each text."""
+        """Returns the index of the first end token in each text."""
         is_end = ops.equal(token_ids, self.end_token_id)
         return ops.argmax(ops.cast(is_end, "int32"), axis=-1)
 
@@ -229,8 +229,8 @@ class SigLIPContrastiveModel(BackboneModel):
     ):
         own, parts = backbone.siglip_head, {}
         if head is None:
-            # keras_hub starts at a scale of 1 and a bias of 0, from where a model would
-            # first have to learn that nearly all pairs are negatives.
+            # keras_hub starts at a scale of 1 and a bias of 0. From there, a model
+            # would first have to learn that nearly all pairs are negatives.
             scalars = own.logit_scale, own.logit_bias
             if not any(ops.convert_to_numpy(v) for v in scalars):
                 own.logit_scale.assign(-math.log(INITIAL_TEMPERATURE["sigmoid"]))
@@ -263,10 +263,10 @@ ContrastiveModel.for_backbone.update(
 
 
 def _prepared(scalar, temperature=None):
-    """A scale or bias of keras_hub's, set to an initial temperature if given."""
+    """Prepares a keras_hub scale or bias, and sets an initial temperature if given."""
     if temperature is not None and temperature > 0:
         scalar.assign(-math.log(temperature))
-    # keras_hub's start from a Python number, a type of its own to JAX, which would
-    # compile the second step again.
+    # keras_hub initializes it with a Python number, which is weakly typed on JAX. The
+    # second step would be compiled again.
     scalar.assign(np.array(ops.convert_to_numpy(scalar)))
     return scalar

@@ -1,4 +1,4 @@
-"""How much the class token of a vision transformer attends to each patch."""
+"""Attention of a vision transformer's class token to each patch."""
 
 import operator
 
@@ -16,8 +16,9 @@ from keras_cluster_mask.models.encoders import (
     image_shape_of,
 )
 
-# The blocks of keras_hub's vision transformers with a class token, by their class: the
-# norm before the attention, and the `keras.layers.MultiHeadAttention`.
+# Blocks of keras_hub's vision transformers with a class token. By the name of their
+# class, the attributes with the norm before the attention and the
+# `keras.layers.MultiHeadAttention`.
 ATTENTIONS = {
     "CLIPEncoderLayer": ("layer_norm_1", "attention"),
     "DINOV2Layer": ("norm1", "attention.attention"),
@@ -26,7 +27,8 @@ ATTENTIONS = {
     "ViTEncoderBlock": ("layer_norm_1", "mha"),
 }
 
-# Layers that hold all blocks of an encoder, in the order in which they run.
+# Layers that hold all blocks of an encoder, and the attribute that lists the blocks in
+# the order in which they run.
 HOLDERS = {
     "DINOV2Encoder": "layers",
     "DeiTEncoder": "encoder_layers",
@@ -37,9 +39,9 @@ HOLDERS = {
 class ClassAttention:
     """Attention of the class token to the patches: mean over all layers and heads.
 
-    Each block runs as it is. Beside it, the query of the class token and the keys of
-    all tokens are computed with the block's own layers. The last block does not run,
-    only its query and its keys.
+    Each block runs unchanged. In addition, the block's own layers compute the query of
+    the class token and the keys of all tokens. For the last block, only the query and
+    the keys are computed.
 
     Args:
         encoder: A vision transformer, see `kcm.models.MomentumEncoder`.
@@ -48,10 +50,10 @@ class ClassAttention:
         patch_size: Tuple `(height, width)`, in pixels.
         image_size: Tuple `(height, width)`, in pixels.
         grid: Tuple `(rows, columns)` of patches.
-        num_prefix_tokens: Integer, how many tokens come before the patches.
+        num_prefix_tokens: Integer, the number of tokens before the patches.
 
     Raises:
-        ValueError: If the encoder is not one with a class token and a known attention.
+        ValueError: If the encoder has no class token, or its attention is not known.
     """
 
     def __init__(self, encoder):
@@ -73,21 +75,20 @@ class ClassAttention:
             raise ValueError(f"{_wanted()} {_received(encoder)}, without a class token")
 
     def __call__(self, images):
-        """The attention of the class token in inference.
+        """Computes the attention of the class token in inference mode.
 
         Args:
             images: `(batch, H, W, C)` tensor of `image_size`, or channels first.
 
         Returns:
             `(batch, N)` float32 tensor. The attention to the class token itself and to
-            other tokens that are no patches is left out, so that it adds up to less
-            than 1.
+            other non-patch tokens is dropped, so the sum is less than 1.
         """
         tokens = call_encoder(self.stem, images, training=False)
         attention = attention_of_block(self.blocks[0], tokens)
         for before, block in zip(self.blocks, self.blocks[1:]):
             tokens = before(tokens, training=False)
-            # DeiT's returns its attention scores too, as `None`.
+            # DeiT's block also returns its attention scores, as `None`.
             tokens = tokens[0] if isinstance(tokens, tuple) else tokens
             attention = attention + attention_of_block(block, tokens)
         return attention[:, self.num_prefix_tokens :] / len(self.blocks)
@@ -95,7 +96,7 @@ class ClassAttention:
 
 @in_full_precision
 def attention_of_block(block, tokens):
-    """The attention of the first token to all, the mean over a block's heads.
+    """Computes the first token's attention to all tokens, as the mean over the heads.
 
     Args:
         block: A block of a class in `ATTENTIONS`.
@@ -115,7 +116,7 @@ def attention_of_block(block, tokens):
 
 
 def _blocks(layer):
-    """The blocks that a layer of an encoder is or holds, not those within a model."""
+    """Returns the blocks that a layer is or holds, except those in a nested model."""
     name = type(layer).__name__
     return [layer] if name in ATTENTIONS else getattr(layer, HOLDERS.get(name, ""), [])
 

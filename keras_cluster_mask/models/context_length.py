@@ -7,10 +7,10 @@ from keras_cluster_mask.models.encoders import TEXT_ENCODERS, check_no_lora, cop
 
 
 def with_context_length(model: keras.Model, length: int) -> keras.Model:
-    """Makes a copy of a text encoder that takes texts of another length.
+    """Copies a text encoder for texts of another length.
 
     All weights are copied except the position embeddings, which are interpolated
-    linearly, as in open_clip. Training first on short texts costs less. Use the final
+    linearly, as in open_clip. Training on short texts first costs less; use the final
     length in the last stage of training. The given model is not changed.
 
     Example:
@@ -28,12 +28,12 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
             number.
 
     Returns:
-        A model of the same class with weights of its own, frozen where the given
-        model's are.
+        A model of the same class with its own weights. Layers that are frozen in the
+        given model are frozen in it too.
 
     Raises:
-        ValueError: For another model, or a length of less than 3: a word between a
-            start and an end token.
+        ValueError: For an unsupported model, or a length below 3 (a start token, a word
+            and an end token).
 
     Reference:
         - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
@@ -53,7 +53,7 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
     copy = copy_with(model, "text_encoder", {"max_sequence_length": length})
     for old, new in zip(model.weights, copy.weights):
         # Only the position embeddings and position ids differ in shape. The ids of the
-        # copy are right already.
+        # copy are already correct.
         has_changed = tuple(old.shape) != tuple(new.shape)
         if has_changed and keras.backend.is_float_dtype(new.dtype):
             new.assign(_interpolated(old, length))
@@ -61,7 +61,7 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
 
 
 def _interpolated(table, length):
-    """`(length, dim)` positions from `(old length, dim)`, each at its center."""
+    """Interpolates `(old length, dim)` positions to `(length, dim)`, at centers."""
     table = ops.convert_to_numpy(ops.cast(table, "float32"))
     old = np.arange(len(table))
     places = (np.arange(length) + 0.5) * len(table) / length - 0.5

@@ -1,4 +1,4 @@
-"""The model that is trained on image-text pairs."""
+"""The model for contrastive training on image-text pairs."""
 
 import contextlib
 import functools
@@ -68,9 +68,8 @@ class ContrastiveModel(DualEncoder):
     ```
 
     Args:
-        image_encoder: A Keras model from images to `(batch, d)` features; with
-            a masking in it, if it is to train on parts of the images
-            (`kcm.with_masking`).
+        image_encoder: A Keras model from images to `(batch, d)` features. To train on
+            parts of the images, insert a masking with `kcm.with_masking`.
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
             features. A model with several inputs, such as
             `keras.Model(bert.inputs, bert.output["pooled_output"])` of a keras_hub
@@ -79,13 +78,13 @@ class ContrastiveModel(DualEncoder):
             0 before other ids raises an error. If it has no `"segment_ids"`, they are
             all 0.
         loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
-        projection_dim: Integer. The width of the common space, which a matrix maps
-            each kind of features into. `None` takes the features as they are; they
-            must have the same width.
+        projection_dim: Integer. The width of the shared embedding space. A linear
+            projection maps the features of each encoder into it. `None` uses the
+            features without a projection; they must have the same width.
         micro_batch_size: Integer that divides the batch size. Encodes this many pairs
             at a time, with the memory of a batch of that size, and computes the loss on
-            the whole batch (gradient caching, as in GradCache). The gradients are those
-            of the whole batch. Costs a second forward pass through the encoders.
+            the whole batch (gradient caching, as in GradCache). The gradients equal
+            those of the whole batch. Costs a second forward pass through the encoders.
             `None` encodes the batch at once.
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for
             sigmoid.
@@ -95,35 +94,35 @@ class ContrastiveModel(DualEncoder):
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
-        views: Integer. How many masked views of each image a step trains on, each with
-            a mask of its own. The patches are embedded once and the text is encoded
-            once; the rest of the image encoder works once for each view. Loss and
-            metrics are means over the views. Two views of half the patches cost about
-            as much as the whole image (A-CLIP).
+        views: Integer. The number of masked views of each image in a step, each with
+            its own mask. The patches are embedded once and the text is encoded once;
+            the rest of the image encoder runs once per view. Loss and metrics are means
+            over the views. Two views of half the patches cost about as much as the
+            whole image (A-CLIP).
         gradient_checkpointing: Boolean. Whether the transformer blocks of both encoders
-            keep only their input in training, and recompute their activations for the
-            gradients. Costs about a third more time. How much memory it saves
-            depends on the depth of the encoders and on the backend. The results are the
-            same. The blocks of keras_hub are known; for other encoders, pass a list of
-            the names of the layers that are blocks.
-        pixel_mean: Three floats, by channel. uint8 images are scaled to [0, 1] and
+            store only their input in training, and recompute their activations in the
+            backward pass. Costs about a third more time. The memory saved depends on
+            the depth of the encoders and on the backend. The results are the same.
+            keras_hub's blocks are recognized; for other encoders, pass a list of the
+            names of the layers that are blocks.
+        pixel_mean: Three floats, one per channel. uint8 images are scaled to [0, 1] and
             normalized with this mean. Defaults to CLIP's. `None` passes images to the
             encoder unchanged.
-        pixel_std: Three floats, by channel. Defaults to CLIP's.
-        tokenizer_fingerprint: str, which identifies the tokenizer that the model was
-            trained with. `None` until the first `fit` on an `image_text_dataset`. Later
-            fits and evaluations refuse another tokenizer, unless the attribute of this
-            name is set to `None`.
-        head: A `ContrastiveHead` to use, such as another model's, instead of one made
-            from the arguments above, which must be the same. Not saved: a loaded model
-            has its own.
+        pixel_std: Three floats, one per channel. Defaults to CLIP's.
+        tokenizer_fingerprint: String that identifies the tokenizer that the model was
+            trained with. `None` until the first `fit` on an `image_text_dataset`.
+            Afterwards, `fit` and `evaluate` raise an error for another tokenizer,
+            unless you set the attribute of this name to `None`.
+        head: A `ContrastiveHead` to share, such as another model's. Its options must
+            equal the arguments above. By default, a new head is made from them. Sharing
+            is not saved: a loaded model has its own head.
         dtype: The dtype policy of the projections. Encoders have their own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Metrics in training: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy`
     within the batch, `temperature`, and, with a masking of images, `mask_ratio`: the
-    share of patches that had no influence. `compile` adds `gradient_norm` if asked.
-    Evaluation has neither of the last two.
+    fraction of patches that had no influence. `compile(log_gradient_norm=True)` adds
+    `gradient_norm`. Evaluation reports neither `mask_ratio` nor `gradient_norm`.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -133,7 +132,7 @@ class ContrastiveModel(DualEncoder):
         - [Attentive Mask CLIP](https://arxiv.org/abs/2212.08653) for several views.
     """
 
-    # Classes for backbones, by the name of the backbone's class. Filled by them.
+    # Model classes by the name of the backbone's class. `backbones.py` fills it.
     for_backbone = {}
 
     def __init__(
@@ -203,10 +202,10 @@ class ContrastiveModel(DualEncoder):
         masking: PatchMasking | None = None,
         **kwargs: Any,
     ) -> "ContrastiveModel":
-        """Makes a model from a keras_hub backbone of two towers.
+        """Makes a model from a two-tower keras_hub backbone.
 
-        The model trains the backbone itself, its projections, temperature and bias
-        included: after `fit`, `backbone.save_to_preset` saves what was learned.
+        The model trains the backbone itself, including its projections, temperature and
+        bias. After `fit`, `backbone.save_to_preset` saves the trained weights.
 
         Args:
             backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
@@ -228,8 +227,8 @@ class ContrastiveModel(DualEncoder):
             model of that subclass.
 
         Raises:
-            ValueError: If the backbone is not supported, or is of another kind than the
-                class that it is called on.
+            ValueError: If the backbone is not supported, or does not match the class
+                that the method is called on.
         """
         known = ContrastiveModel.for_backbone
         names = [x.__name__ for x in type(backbone).__mro__ if x.__name__ in known]
@@ -268,11 +267,11 @@ class ContrastiveModel(DualEncoder):
         return embeddings
 
     def train_step(self, *args: Any) -> Any:
-        """One step of training, on every backend.
+        """Runs one training step, on every backend.
 
-        Keras passes `(data)` on TensorFlow and torch and `(state, data)` on
-        JAX; gradients and updates are Keras's own. Override `compute_loss` to
-        train on another loss.
+        Keras passes `(data)` on TensorFlow and torch and `(state, data)` on JAX, and
+        computes the gradients and updates. Override `compute_loss` to train on another
+        loss.
         """
         with gradients.around_step(self, args):
             results = super().train_step(*args)
@@ -290,18 +289,18 @@ class ContrastiveModel(DualEncoder):
     ) -> Tensor:
         """Computes the loss of a batch, and updates the metrics and the maskings.
 
-        Override it to train on another loss, and call `super().compute_loss(...)` in
-        it.
+        To train on another loss, override this method and call
+        `super().compute_loss(...)` in it.
 
         Args:
             x: The batch, a dictionary.
             y: `None`.
-            y_pred: What `call` returned: a dictionary with `"image_embeddings"`,
+            y_pred: The output of `call`: a dictionary with `"image_embeddings"`,
                 `(batch, d)` or `(batch, views, d)`, and `"text_embeddings"`,
                 `(batch, d)`, L2-normalized.
             sample_weight: `(batch,)` float tensor. Defaults to the batch's entry of
                 that name.
-            training: Boolean. Whether the batch is one of training.
+            training: Boolean. Whether this is a training step.
 
         Returns:
             A scalar, the mean over the pairs.
@@ -317,7 +316,8 @@ class ContrastiveModel(DualEncoder):
             labels = ops.arange(ops.shape(images)[0])
         weights, is_split = self.head.loss_weights, replicas.batch_is_split(training)
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
-        # Of each view, what the pairs contribute to the loss and to the accuracies.
+        # For each view, the contributions of the pairs to the loss and to the
+        # accuracies.
         by_view = [
             batch_loss(
                 self.head.loss, weights, view, texts, labels, sample_weight, is_split
@@ -347,7 +347,7 @@ class ContrastiveModel(DualEncoder):
         self, x: Any, y: Any, y_pred: Any, sample_weight: Tensor | None = None
     ) -> dict[str, Any]:
         if not self.is_evaluating:
-            # The end of a training step, on every backend.
+            # This is the end of a training step on every backend.
             (loss,) = (each for each in self.metrics if each.name == "loss")
             self.finite_steps.update_state(loss.result())
             if self.gradient_norm is not None:
@@ -355,11 +355,12 @@ class ContrastiveModel(DualEncoder):
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def make_train_function(self, force: bool = False) -> Any:
-        # The last moment before a step is compiled, at which values can be read.
+        # Values can be read here for the last time before the step is compiled.
         gradients.prepare_replicas(self)
         optimizers.use_global_gradients(self)
         if self.built and self.optimizer and not self.optimizer.built:
-            # TensorFlow cannot make its variables in a step that XLA compiles.
+            # TensorFlow cannot create the optimizer's variables in a step that XLA
+            # compiles.
             self.optimizer.build(self.trainable_variables)
         for masking in self.maskings:
             masking.check_ready()
@@ -369,10 +370,10 @@ class ContrastiveModel(DualEncoder):
     def metrics(self) -> list[keras.metrics.Metric]:
         metrics = [x for x in super().metrics if x is not self.finite_steps]
         if self.is_evaluating:
-            # Evaluation has no gradients, and masks nothing.
+            # Evaluation computes no gradients and masks no patches.
             return [x for x in metrics if x.name != "mask_ratio"]
         norm = self.gradient_norm
-        # In the order of the logs, which do not show the last.
+        # In the order of the logs. `finite_steps` is not logged.
         return [*metrics, *([] if norm is None else [norm.metric]), self.finite_steps]
 
     # === Compile, fit, evaluate, predict ===
@@ -385,7 +386,7 @@ class ContrastiveModel(DualEncoder):
         log_gradient_norm: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Configures the optimizer, its weight decay, and the norm of gradients.
+        """Configures the optimizer, its weight decay, and the gradient norm metric.
 
         Example:
 
@@ -404,21 +405,21 @@ class ContrastiveModel(DualEncoder):
                 `encoder.trainable = False` before compiling. On torch, `Adam` and
                 `AdamW` use torch's fused kernel, and `global_clipnorm` clips gradients
                 in place.
-            decay_vectors: Boolean. Whether weight decay applies to biases and vectors
-                too, such as the scales of norms, class tokens and the temperature. By
-                default it applies to matrices alone, except for those that the
-                optimizer excludes already.
+            decay_vectors: Boolean. Whether weight decay also applies to biases and
+                other vectors, such as the scales of normalization layers, class tokens
+                and the temperature. By default it applies only to matrices, except
+                those that the optimizer already excludes.
             log_gradient_norm: Boolean. Whether `fit` reports `gradient_norm`: the L2
-                norm of the gradients of all weights and of the whole batch before they
-                are clipped, as the mean over the steps of an epoch. Steps that a
+                norm of the gradients of all weights for the whole batch, before
+                clipping, averaged over the steps of an epoch. Steps that a
                 `LossScaleOptimizer` skips do not count.
             **kwargs: Arguments of `keras.Model.compile`, without losses and metrics,
                 which are built in. `auto_scale_loss` scales the loss if an encoder
                 computes in float16.
 
         Raises:
-            ValueError: For a loss or metrics, or an optimizer that has already been
-                built to decay vectors.
+            ValueError: If a loss or metrics are passed, or if the optimizer has already
+                been built to decay vectors.
         """
         check_no_losses(kwargs)
         optimizer = keras.optimizers.get(optimizer)
@@ -441,22 +442,23 @@ class ContrastiveModel(DualEncoder):
         resume_from: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        """Trains the model: `keras.Model.fit` with one additional argument.
+        """Trains the model, like `keras.Model.fit` with one additional argument.
 
-        To continue a killed run, start the same program again. It must save checkpoints
-        and pass their folder as `resume_from`. Training continues with the epoch after
-        the last checkpoint: pass `steps_per_epoch` to make epochs, and what can be
-        lost, shorter. On one machine and in float32, the final weights are
-        bit-identical to those of an uninterrupted run. Give `CSVLogger` `append=True`.
-        The returned history holds all epochs, including those before the interruption.
+        To resume a killed run, start the same program again. It must save checkpoints
+        and pass their folder as `resume_from`. Training resumes with the epoch after
+        the last checkpoint. Pass `steps_per_epoch` for shorter epochs, so that less
+        training can be lost. On one machine and in float32, the final weights are
+        bit-identical to those of an uninterrupted run. If you use `CSVLogger`, pass it
+        `append=True`. The returned history holds all epochs, including those before the
+        interruption.
 
-        Arrays are trained on in full batches: the pairs that fill no batch are left
-        out of an epoch, after the shuffle, with a warning.
+        Training on arrays uses only full batches. The remaining pairs, after shuffling,
+        are dropped from the epoch with a warning.
 
         An epoch of an `image_text_dataset` has `dataset.steps_per_epoch` steps, the
         number of full batches. The remaining samples are carried over to the next
-        epoch. A further `fit`, and each epoch of `steps_per_epoch`, continues where the
-        last one ended.
+        epoch. Another call of `fit`, and each epoch of `steps_per_epoch` steps,
+        continues where the last one ended.
 
         Arguments other than `resume_from` are those of `keras.Model.fit`, in its order.
 
@@ -481,11 +483,11 @@ class ContrastiveModel(DualEncoder):
         Args:
             resume_from: str or path. The folder of a `kcm.callbacks.Checkpoint`, local
                 or a URL such as `gs://bucket/run`. Training starts from the last good
-                checkpoint, or from the beginning if there is none, and prints which.
-                Or the path of one checkpoint, which must exist. The options of
-                `compile` may differ from those of the saved run and are used; a
-                learning rate that a callback had changed is restored, unless the rate
-                is another one than the saved run was started with.
+                checkpoint, or from the beginning if there is none, and prints which. It
+                can also be the path of one checkpoint, which must exist. The options of
+                `compile` may differ from those of the saved run; the new ones are used.
+                A learning rate that a callback changed is restored, unless you compile
+                with another rate than the saved run started with.
 
         Returns:
             A `keras.callbacks.History`.
@@ -538,29 +540,30 @@ class ContrastiveModel(DualEncoder):
         finally:
             self.is_evaluating = False
 
-    # === Other models of the same weights ===
+    # === Other models that share the weights ===
 
     @functools.cached_property
     def image_tower(self) -> Tower:
-        """A `Tower` from images to embeddings: what `encode_image` computes."""
-        # Nothing is masked at inference, so the file of a tower needs no masking.
+        """A `Tower` that embeds images, as `encode_image` does."""
+        # Nothing is masked at inference, so a saved tower needs no masking.
         is_masked = isinstance(self.image_encoder, MaskedEncoder)
         return Tower.of_images(self._with_whole_encoder() if is_masked else self)
 
     @functools.cached_property
     def text_tower(self) -> Tower:
-        """A `Tower` from token ids to embeddings: what `encode_text` computes.
+        """A `Tower` that embeds token ids, as `encode_text` does.
 
-        Of a text encoder with several inputs, it takes a dictionary of them.
+        If the text encoder has several inputs, the tower takes a dictionary of them.
         """
         return Tower.of_texts(self)
 
     def without_masking(self) -> Self:
-        """Makes a model of the same weights that trains on whole images.
+        """Makes a model with the same weights that trains on whole images.
 
-        For the last epochs: a model pre-trained on parts of images improves by some
-        training on whole ones. Encoders, projections, temperature and bias are shared,
-        so training one trains the other; only the optimizer is new.
+        Use it for the last epochs: a model pre-trained on parts of images improves with
+        some training on whole images. The models share encoders, projections,
+        temperature and bias, so training one trains the other. Only the optimizer is
+        new.
 
         Example:
 
@@ -576,8 +579,8 @@ class ContrastiveModel(DualEncoder):
             A model of the same class, to be compiled.
 
         Raises:
-            ValueError: If a masking was put into the image encoder by other means than
-                `kcm.with_masking`.
+            ValueError: If the image encoder has a masking that `kcm.with_masking` did
+                not insert.
 
         Reference:
             - [Scaling Language-Image Pre-training via Masking](
@@ -593,7 +596,7 @@ class ContrastiveModel(DualEncoder):
         return whole
 
     def _with_whole_encoder(self):
-        """As `without_masking`, which refuses a masking that is still in there."""
+        """Makes the model of `without_masking`, without checking for other maskings."""
         encoder = self.image_encoder
         if isinstance(encoder, MaskedEncoder):
             encoder = encoder.encoder
@@ -607,7 +610,7 @@ class ContrastiveModel(DualEncoder):
         return {**config, **self.optimizer_options} if config else config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        # Keras's own is for models that do not override `compile`.
+        # Keras's own method does not support models that override `compile`.
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
@@ -627,9 +630,9 @@ class ContrastiveModel(DualEncoder):
         return layers.from_parts(cls, config, custom_objects)
 
     def _options(self):
-        """The constructor's arguments that models for backbones take too."""
+        """Returns the constructor arguments that backbone models also take."""
         names = self.gradient_checkpointing
-        # Only then, as checkpoints of models of one view do not name it.
+        # Omitted for one view, because checkpoints of such models do not contain it.
         views = {"views": self.views} if self.views > 1 else {}
         return {
             "name": self.name,

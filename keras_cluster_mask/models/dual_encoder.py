@@ -1,4 +1,4 @@
-"""Images and texts as embeddings in a common space."""
+"""Embeds images and texts in a shared space."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -38,16 +38,16 @@ from keras_cluster_mask.types import Tensor
 
 
 class DualEncoder(keras.Model):
-    """Embeds images and texts: what `ContrastiveModel` trains.
+    """Embeds images and texts. The base class of `ContrastiveModel`.
 
     Args:
         image_encoder: A Keras model from images to `(batch, d)` features.
         text_encoder: A Keras model from token ids to `(batch, d)` features.
         head: A `ContrastiveHead`, which projects both kinds of features.
-        views: Integer. How many masks of each image there are in training.
+        views: Integer. The number of masks of each image in training.
         gradient_checkpointing: Boolean, or a list of names of layers.
-        pixel_mean: Three floats, by channel, or `None`.
-        pixel_std: Three floats, by channel.
+        pixel_mean: Three floats, one per channel, or `None`.
+        pixel_std: Three floats, one per channel.
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
@@ -65,9 +65,9 @@ class DualEncoder(keras.Model):
         pixel_std: Sequence[float],
         **kwargs: Any,
     ):
-        # Each part casts for itself. With a mixed policy of its own, the model would
-        # have all weights cast that it passes to micro-batches; and a masking must see
-        # pixels in full precision.
+        # Each part casts its own inputs. With a mixed policy, the model would cast all
+        # weights that it passes to micro-batches. A masking must see pixels in full
+        # precision.
         super().__init__(dtype="float32", **kwargs)
         self.autocast = False
         _check_encoder("image_encoder", image_encoder)
@@ -93,7 +93,7 @@ class DualEncoder(keras.Model):
         _check_views(views, self.maskings)
         for masking in self.maskings:
             masking.join(self.normalize_pixels)
-        # Nothing is left to build, unless an encoder learns its width when called.
+        # Everything is built, unless an encoder learns its width when it is called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
         if self.built:
             self._blocks()
@@ -101,12 +101,12 @@ class DualEncoder(keras.Model):
     # === From inputs to embeddings ===
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
-        """`(batch, d)` image features in the common space, before normalization."""
+        """Computes `(batch, d)` image features in the shared space, not normalized."""
         features = call_encoder(self.image_encoder, images, training)
         return self.head.project_image(_check_features(self.image_encoder, features))
 
     def text_features(self, token_ids: Any, training: bool | None = None) -> Tensor:
-        """`(batch, d)` text features in the common space, before normalization."""
+        """Computes `(batch, d)` text features in the shared space, not normalized."""
         features = call_encoder(self.text_encoder, token_ids, training)
         return self.head.project_text(_check_features(self.text_encoder, features))
 
@@ -115,7 +115,8 @@ class DualEncoder(keras.Model):
 
         Args:
             images: `(batch, H, W, C)` tensor, uint8 or normalized floats.
-            training: Python boolean. Parts of the images are left out if true.
+            training: Python boolean. If true, the masking leaves out parts of the
+                images.
 
         Returns:
             `(batch, d)` float32 tensor, L2-normalized. In training with several
@@ -131,7 +132,7 @@ class DualEncoder(keras.Model):
         """Embeds texts.
 
         Args:
-            token_ids: `(batch, T)` int tensor, or a dictionary of such, if the text
+            token_ids: `(batch, T)` int tensor, or a dictionary of tensors if the text
                 encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
             training: Python boolean, passed to the text encoder.
 
@@ -139,8 +140,8 @@ class DualEncoder(keras.Model):
             `(batch, d)` float32 tensor, L2-normalized.
 
         Raises:
-            ValueError: For ids that the text encoder does not know, or a dictionary
-                that it cannot be called on.
+            ValueError: If the ids are not valid for the text encoder, or the dictionary
+                does not match its inputs.
         """
         given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
         if "token_ids" in given and not is_traced(given["token_ids"]):
@@ -148,10 +149,11 @@ class DualEncoder(keras.Model):
             self.input_rules.check_ids(given["token_ids"], has_mask)
         return self.text_embeddings(token_ids, training)
 
-    # Those that follow check no values, since data is checked before it is trained on.
+    # The following methods do not check values, because `fit` checks data before
+    # training.
 
     def image_embeddings(self, images: Tensor, training: bool | None = None) -> Tensor:
-        """As `encode_image`."""
+        """Embeds images as `encode_image` does, without checking values."""
         pixels = self.normalize_pixels(images)
         views = self.views if training else 1
         with views_of_image(views):
@@ -165,7 +167,7 @@ class DualEncoder(keras.Model):
     def text_embeddings(
         self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
     ) -> Tensor:
-        """As `encode_text`."""
+        """Embeds texts as `encode_text` does, without checking values."""
         inputs = text_inputs(self.text_encoder, token_ids)
         return l2_normalize(self.text_features(inputs, training))
 
@@ -180,37 +182,37 @@ class DualEncoder(keras.Model):
                 "text_embeddings": self.text_embeddings(texts, training),
             }
 
-    # === What the encoders take ===
+    # === Inputs of the encoders ===
 
     @property
     def vocabulary_size(self) -> int | None:
-        """The number of token ids the text encoder knows, or `None`."""
+        """The vocabulary size of the text encoder, or `None` if unknown."""
         return getattr(self.text_encoder, "vocabulary_size", None)
 
     @property
     def context_length(self) -> int | None:
-        """The most tokens of a text that the text encoder takes, or `None`."""
+        """The maximum number of tokens of a text, or `None` if unknown."""
         return context_length_of(self.text_encoder)
 
     @property
     def text_input_names(self) -> Sequence[str]:
-        """The entries of a batch that the text encoder takes."""
+        """The names of the batch entries that the text encoder takes."""
         return text_input_names(self.text_encoder)
 
     @property
     def end_token_id(self) -> int | None:
-        """The id that every text must hold since it is pooled there, or `None`."""
+        """The id of the token that texts are pooled at and must contain, or `None`."""
         return None
 
     @property
     def pools_highest_id(self) -> bool:
-        """Whether the text encoder pools at the highest token id, as CLIP's does."""
+        """True if the text encoder pools at the highest token id, as CLIP's does."""
         layers = all_layers(self.text_encoder)
         return any(type(layer).__name__ == "CLIPTextPooler" for layer in layers)
 
     @property
     def input_rules(self) -> InputRules:
-        """What images and token ids must be like, an `InputRules`."""
+        """The `InputRules` for images and token ids."""
         texts = [name for name in self.text_input_names if name not in MADE]
         return InputRules(
             keys=("images", *texts),

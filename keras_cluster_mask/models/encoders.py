@@ -1,6 +1,6 @@
-"""What is known of keras_hub's encoders, and of encoders in general.
+"""Facts about keras_hub's encoders, and helpers for any encoder.
 
-keras_hub's classes are recognized by name, so that keras_hub need not be imported.
+keras_hub's classes are recognized by name, to avoid importing keras_hub.
 """
 
 import keras
@@ -18,8 +18,8 @@ from keras_cluster_mask.training.layers import (
     frozen_parts,
 )
 
-# The layers of vision transformers that return the embedded tokens. The last is that
-# of `ViTBackbone` and of `BLIP2VisionEncoder`.
+# Layers of vision transformers that return the embedded tokens. `ViTBackbone` and
+# `BLIP2VisionEncoder` use the last one.
 EMBEDDINGS = (
     "CLIPVisionEmbedding",
     "DINOV2Embedding",
@@ -30,7 +30,7 @@ EMBEDDINGS = (
     "ViTPatchingAndEmbedding",
 )
 
-# Layers of vision transformers that no token can be taken from, and why.
+# Layers that need all tokens, with the reason. Their encoders cannot be masked.
 _WINDOWS = "attends within windows of the whole grid"
 _ONE_LAYER = "embeds patches and encodes them in one layer"
 REFUSED = {
@@ -46,8 +46,8 @@ REFUSED = {
     "WindowedTransformerEncoder": f"ViTDet, and SAM with it, {_WINDOWS}",
 }
 
-# Vision transformers whose images can be resized: config, positions and patch size are
-# known.
+# Vision transformers that `with_image_size` supports: config, positions and patch size
+# are known.
 RESIZABLE = (
     "CLIPVisionEncoder",
     "DINOV2Backbone",
@@ -69,17 +69,18 @@ BLOCKS = (
     "ViTEncoderBlock",
 )
 
-# Text encoders with a table of positions.
+# Text encoders with a table of position embeddings.
 TEXT_ENCODERS = "CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder"
 
-# The id at which `MetaCLIP2Backbone` pools texts. It saves no other.
+# The token id at which `MetaCLIP2Backbone` pools texts. keras_hub does not save another
+# id.
 METACLIP_2_END_ID = 2
 
 # === Any encoder ===
 
 
 def call_encoder(encoder, value, training):
-    """Calls an encoder on a tensor, or on a dictionary of several inputs by name."""
+    """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
     inputs = getattr(encoder, "input", None)
     if isinstance(value, dict):
         if not isinstance(inputs, dict):
@@ -91,13 +92,13 @@ def call_encoder(encoder, value, training):
 
 
 def image_shape_of(encoder) -> tuple | None:
-    """The shape of the images that an encoder takes, without the batch, or `None`."""
+    """Returns the shape of an encoder's images, without the batch, or `None`."""
     given = getattr(encoder, "input", None)
     return None if given is None else tuple(tree.flatten(given)[0].shape[1:])
 
 
 def context_length_of(encoder) -> int | None:
-    """The most tokens of a text that an encoder takes; `None` if it does not say."""
+    """Returns the maximum number of tokens of a text, or `None` if unknown."""
     length = getattr(encoder, "max_sequence_length", None)
     given = getattr(encoder, "input", None)
     if length is None and given is not None:
@@ -107,17 +108,17 @@ def context_length_of(encoder) -> int | None:
 
 
 def data_format_of(encoder) -> str:
-    """`"channels_last"` or `"channels_first"`: in which order an encoder has axes."""
+    """Returns an encoder's data format, `"channels_last"` or `"channels_first"`."""
     return _first_data_format(encoder) or keras.config.image_data_format()
 
 
 def knows_image_size(encoder) -> bool:
-    """Whether an encoder is one that `with_image_size` can make for another size."""
+    """Returns whether `with_image_size` supports an encoder."""
     return any(x.__name__ in RESIZABLE for x in type(encoder).__mro__)
 
 
 def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer:
-    """The layer of `encoder` whose output are the embedded tokens."""
+    """Returns the layer of `encoder` that outputs the embedded tokens."""
     if not isinstance(encoder, keras.Model) or not encoder.built:
         raise ValueError(
             "`encoder` must be a built functional Keras model. "
@@ -145,28 +146,28 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
 
 
 def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
-    """Splits an encoder behind a layer into two models that share its weights.
+    """Splits an encoder after a layer into two models that share its weights.
 
     Args:
         encoder: A functional Keras model.
         layer: The layer that returns the tokens.
 
     Returns:
-        A tuple `(stem, blocks)` of models: images to tokens, and
+        A tuple `(stem, blocks)` of models. `stem` maps images to tokens. `blocks` maps
         `(batch, any number of tokens, dim)` to the encoder's output. With rotary
-        positions, the second takes a list: tokens, and the positions of each image's
-        patches, `(batch, patches, width)` for each of `rotary_tables`.
+        positions, `blocks` takes a list: the tokens, and the positions of each image's
+        patches, `(batch, patches, width)`, for each of `rotary_tables`.
     """
     tokens, tables = layer.output, rotary_tables(encoder)
     try:
         blocks = keras.Model([tokens, *tables] if tables else tokens, encoder.output)
     except ValueError as error:
         raise ValueError(
-            "`layer` must be passed by all paths from the images to the output. "
+            "`layer` must be on every path from the images to the output. "
             f"Received: layer={layer.name!r}, encoder={encoder.name}"
         ) from error
-    # This model insists on the full number of tokens. Cloned on an open token axis,
-    # from the same layers, it takes any number.
+    # This model requires the full number of tokens. A clone from the same layers, with
+    # an unknown token axis, takes any number.
     inputs = [
         keras.Input((None, x.shape[-1]), dtype=x.dtype) for x in (tokens, *tables)
     ]
@@ -179,8 +180,8 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
 
 
 def count_tokens(stem, image_shape: tuple) -> int:
-    """How many tokens a stem of `split_at` makes of an image, prefix included."""
-    # By a call, since some embedding layers declare a shape that is off by one.
+    """Returns the number of tokens per image from a stem, including the prefix."""
+    # Call the stem, because some embedding layers declare a shape that is off by one.
     inputs = tree.map_structure(
         lambda x: ops.zeros((1, *image_shape), x.dtype), stem.input
     )
@@ -188,7 +189,7 @@ def count_tokens(stem, image_shape: tuple) -> int:
 
 
 def count_prefix_tokens(encoder, stem) -> int | None:
-    """How many tokens of an encoder are no patches, or `None` if it is not known."""
+    """Returns the number of tokens that are not patches, or `None` if unknown."""
     patch_size, shape = getattr(encoder, "patch_size", None), image_shape_of(encoder)
     for table in rotary_tables(encoder)[:1]:
         return count_tokens(stem, shape) - table.shape[0]
@@ -200,14 +201,14 @@ def count_prefix_tokens(encoder, stem) -> int | None:
 
 
 def tokens_per_image(encoder, image_shape: tuple) -> int | None:
-    """How many tokens the blocks of an encoder read of an image in training.
+    """Returns the number of tokens per image that an encoder's blocks see in training.
 
     Args:
         encoder: A vision transformer, masked or not.
         image_shape: tuple of ints, without the batch.
 
     Returns:
-        Integer; `None` if the encoder's tokens are not known.
+        Integer, or `None` if it is not known.
     """
     masking, stem = getattr(encoder, "masking", None), getattr(encoder, "stem", None)
     if masking is not None and stem is not None:
@@ -217,18 +218,18 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
             patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
         return tokens - patches + masking.num_kept(patches)
     if any(isinstance(x, PatchMasking) for x in all_layers(encoder)):
-        # A layer of the user's own model, which leaves out tokens behind the embedding.
+        # A layer of the user's own model, which leaves out tokens after the embedding.
         return None
     try:
         stem = _stem(encoder, find_embedding_layer(encoder))
     except ValueError:
-        # Unknown, or shared with another model.
+        # The layer is unknown, or shared with another model.
         return None
     return count_tokens(stem, image_shape)
 
 
 def as_pair(size) -> tuple[int, int]:
-    """`(height, width)` from one integer or two."""
+    """Returns `(height, width)` from one integer or two."""
     sizes = (size,) * 2 if is_integer(size) else size
     return tuple(int(x) if is_integer(x) else x for x in sizes)
 
@@ -238,7 +239,7 @@ def _stem(encoder, layer):
 
 
 def _first_data_format(layer):
-    """That of the first layer that has one: it reads the images."""
+    """Returns the data format of the first layer that has one: it reads the images."""
     found = getattr(layer, "data_format", None)
     for part in getattr(layer, "layers", ()):
         found = found or _first_data_format(part)
@@ -249,7 +250,7 @@ def _makes_tokens(layer):
     try:
         return len(layer.output.shape) == 3
     except (AttributeError, ValueError):
-        # Several outputs, or the layer is called more than once.
+        # The layer has several outputs, or is called more than once.
         return False
 
 
@@ -257,7 +258,7 @@ def _makes_tokens(layer):
 
 
 def number_positions(embedding):
-    """Gives every patch its own position where keras_hub has left all at 0.
+    """Gives every patch its own position id if keras_hub left all of them at 0.
 
     `CLIPVisionEmbedding` creates its position ids as zeros and relies on a checkpoint
     to set them, so in an encoder built from scratch all patches would share a position.
@@ -268,47 +269,47 @@ def number_positions(embedding):
 
 
 def read_positions(embedding) -> np.ndarray:
-    """The position embeddings of all tokens, `(..., prefix + N, dim)` float32."""
+    """Returns all position embeddings, `(..., prefix + N, dim)` float32."""
     table = ops.convert_to_numpy(ops.cast(position_tables(embedding)[-1], "float32"))
     ids = ops.convert_to_numpy(getattr(embedding, "position_ids", [0]))
-    # All at 0 in a CLIP whose positions have not been numbered yet.
+    # The ids are all 0 in a CLIP encoder before `number_positions`.
     return table[ids[0]] if np.any(ids) else table
 
 
 def position_tables(embedding) -> tuple:
-    """The weights with position embeddings; the last one is used in computation."""
+    """Returns the position embedding weights. The last one is used in computation."""
     if hasattr(embedding, "interpolated_position_embeddings"):
         return embedding.position_embeddings, embedding.interpolated_position_embeddings
     return (embedding.position_embedding.embeddings,)
 
 
-# === What keras_hub's CLIP does not save, and copies of its models ===
+# === Unsaved settings of keras_hub's CLIP, and copies of models ===
 
 
 def read_text_epsilon(backbone) -> float:
-    """The epsilon of the last normalization of a CLIP backbone's text tower.
+    """Returns the epsilon of the last normalization of a CLIP text encoder.
 
-    It is not in keras_hub's config, and open_clip's weights need another one than
-    keras_hub's.
+    keras_hub's config omits it, and open_clip's weights need another value than
+    keras_hub's default.
     """
     return backbone.text_encoder.layer_norm.epsilon
 
 
 def write_text_epsilon(backbone, epsilon: float):
-    """Sets what `read_text_epsilon` reads."""
+    """Sets the value that `read_text_epsilon` returns."""
     backbone.text_encoder.layer_norm.epsilon = epsilon
 
 
 def copy_with(model, tower: str, changes: dict) -> keras.Model:
-    """A model of the same class with a tower that is changed.
+    """Copies a model with changes in the configuration of one tower.
 
-    What is frozen in the model is frozen in the copy. Weights are copied unless a shape
-    has changed.
+    Layers that are frozen in the model are frozen in the copy. Weights are copied
+    unless their shape has changed.
 
     Args:
         model: A keras_hub backbone of two towers, or one of them alone.
         tower: `"vision_encoder"` or `"text_encoder"`.
-        changes: Dictionary, what is changed in the tower's configuration.
+        changes: Dictionary of changes in the tower's configuration.
     """
     config = model.get_config()
     changed = config[tower]["config"] if hasattr(model, tower) else config
@@ -316,17 +317,18 @@ def copy_with(model, tower: str, changes: dict) -> keras.Model:
     copy = type(model).from_config(config)
     if hasattr(model, "clip_head"):
         write_text_epsilon(copy, read_text_epsilon(model))
-    # Configurations of keras_hub's encoders leave out what is frozen.
+    # The configurations of keras_hub's encoders omit which layers are frozen.
     freeze_parts(copy, frozen_parts(model))
     for old, new in zip(model.weights, copy.weights):
         if tuple(old.shape) == tuple(new.shape):
-            # On JAX it would be the same array, which a training step gives away.
+            # Without `ops.copy`, both would share an array on JAX, which a training
+            # step donates.
             new.assign(ops.copy(old))
     return copy
 
 
 def check_no_lora(name: str, model: keras.Model) -> None:
-    """Raises an error for a model with LoRA, which its configuration leaves out."""
+    """Raises an error for a model with LoRA, which its configuration omits."""
     if any(getattr(layer, "lora_enabled", False) for layer in all_layers(model)):
         raise ValueError(
             f"`{name}` must have no LoRA weights: enable LoRA in the copy, or save and "

@@ -15,13 +15,13 @@ INITIAL_LOGIT_BIAS = -10.0
 class ContrastiveHead(keras.layers.Layer):
     """Projects the features of two encoders and scales their similarities to logits.
 
-    The scale of the logits is 1 / temperature; the sigmoid loss adds a bias. Part of a
-    `ContrastiveModel`, which makes it from its arguments.
+    The scale of the logits is 1 / temperature; the sigmoid loss adds a bias. A
+    `ContrastiveModel` makes its head from its own arguments.
 
     Args:
         loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
-        projection_dim: Integer, the width of the common space. `None` takes the
-            features as they are.
+        projection_dim: Integer, the width of the shared embedding space. `None` uses
+            the features without a projection.
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale never exceeds it.
@@ -32,8 +32,8 @@ class ContrastiveHead(keras.layers.Layer):
         logit_bias: A variable to use instead of a new one.
         **kwargs: Arguments of `keras.layers.Layer`.
 
-    Parts that were passed in are not in the configuration: the enclosing model saves
-    them.
+    The configuration does not contain parts that were passed in: the enclosing model
+    saves them.
 
     Attributes:
         image_projection: Layer or `None`.
@@ -62,7 +62,7 @@ class ContrastiveHead(keras.layers.Layer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        # Projections cast for themselves.
+        # Projections cast their own inputs.
         self.autocast = False
         _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale)
         self.loss = loss
@@ -89,7 +89,7 @@ class ContrastiveHead(keras.layers.Layer):
             bias = initial_logit_bias if is_given else INITIAL_LOGIT_BIAS
             logit_bias = self._add_scalar("logit_bias", bias)
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
-        # Clips the weight itself, or it could drift far above the limit and would need
+        # Clip the weight itself. Otherwise it could drift far above the limit and need
         # many steps to return.
         self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
         self.built = True
@@ -114,37 +114,37 @@ class ContrastiveHead(keras.layers.Layer):
             )
         projections = self.image_projection, self.text_projection
         for projection, width in zip(projections, widths):
-            # Those of a backbone, or of a head that is used again, are built.
+            # Projections of a backbone or of a shared head are already built.
             if projection is not None and not projection.built:
                 projection.build((None, width))
 
     def project_image(self, features: Tensor) -> Tensor:
-        """Features of images in the common space, not normalized."""
+        """Maps image features into the shared space, without normalization."""
         projection = self.image_projection
         return features if projection is None else projection(features)
 
     def project_text(self, features: Tensor) -> Tensor:
-        """Features of texts in the common space, not normalized."""
+        """Maps text features into the shared space, without normalization."""
         projection = self.text_projection
         return features if projection is None else projection(features)
 
     @property
     def scale(self) -> Tensor:
         """The scale of the logits, 1 / temperature, at most `max_logit_scale`."""
-        # The clip passes gradients, so that a scale above the limit (of averaged or
-        # loaded weights) is still trained back.
+        # The clip is a straight-through estimator: gradients can still lower a scale
+        # above the limit (from averaged or loaded weights).
         log_scale = ops.cast(ops.convert_to_tensor(self.logit_scale), "float32")
         clipped = ops.minimum(log_scale, math.log(self.max_logit_scale))
         return ops.exp(log_scale + ops.stop_gradient(clipped - log_scale))
 
     @property
     def loss_weights(self) -> list[Tensor]:
-        """What `losses.batch_loss` takes: the scale and, if there is one, the bias."""
+        """The weights for `losses.batch_loss`: the scale and, if any, the bias."""
         scale = self.scale
         return [scale] if self.logit_bias is None else [scale, self.logit_bias]
 
     def check_options(self, options: dict) -> None:
-        """Raises an error for options that are not those of this head."""
+        """Raises an error for options that differ from this head's."""
         for name, value in options.items():
             if self.options[name] != value:
                 raise ValueError(
@@ -154,7 +154,7 @@ class ContrastiveHead(keras.layers.Layer):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments that a `ContrastiveModel` takes too, by name."""
+        """The arguments that a `ContrastiveModel` also takes, by name."""
         return {
             "loss": self.loss,
             "projection_dim": self.projection_dim,
@@ -177,7 +177,7 @@ class ContrastiveHead(keras.layers.Layer):
 
 
 def l2_normalize(features):
-    """Float32 rows of length 1, with a finite gradient at 0."""
+    """Scales rows to length 1 in float32, with a finite gradient at 0."""
     # `keras.ops.normalize` has a NaN gradient at a zero vector on JAX and torch.
     x = ops.cast(features, "float32")
     length = ops.sum(ops.square(x), axis=-1, keepdims=True)
@@ -196,7 +196,7 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
             "`initial_temperature` must be greater than 0. "
             f"Received: initial_temperature={initial_temperature}"
         )
-    # Up to rounding, such as that of 1 / 49.
+    # Allow for rounding errors, such as in 1 / 49.
     largest = max_logit_scale * (1 + 1e-6)
     if initial_temperature is not None and 1 / initial_temperature > largest:
         raise ValueError(

@@ -22,11 +22,11 @@ from keras_cluster_mask.models.encoders import (
 def with_image_size(
     model: keras.Model, image_size: int | tuple[int, int]
 ) -> keras.Model:
-    """Makes a copy of a vision transformer that takes images of another size.
+    """Copies a vision transformer for images of another size.
 
     All weights are copied except the position embeddings of the patches, which are
-    interpolated (bicubic, antialiased, as in open_clip). Those of class tokens stay.
-    The given model is not changed.
+    interpolated (bicubic, antialiased, as in open_clip). The position embeddings of
+    class tokens are copied. The given model is not changed.
 
     Example:
 
@@ -39,17 +39,18 @@ def with_image_size(
     Args:
         model: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or `SigLIPBackbone`, the
             vision encoder of one, a `ViTBackbone` or a `DINOV2Backbone`. DINOv2 has two
-            tables of positions: the one that it computes with is interpolated, not the
+            tables of positions: the table used in computation is interpolated, not the
             one of its checkpoint.
         image_size: Integer or `(height, width)`, divisible by the patch size. Only
             `ViTBackbone` supports images that are not square.
 
     Returns:
-        A model of the same class with weights of its own, frozen where the given
-        model's are.
+        A model of the same class with its own weights. Layers that are frozen in the
+        given model are frozen in it too.
 
     Raises:
-        ValueError: For another model, or a size that patches do not tile.
+        ValueError: For an unsupported model, or a size that is not divisible by the
+            patch size.
 
     Reference:
         - [open_clip](https://github.com/mlfoundations/open_clip), `resize_pos_embed`.
@@ -75,10 +76,10 @@ def with_image_size(
 
     first = is_channels_first(data_format)
     new_shape = (shape[0], *size) if first else (*size, shape[2])
-    # keras_hub leaves out the format.
+    # keras_hub's config omits the data format.
     changes = {"data_format": data_format, "image_shape": new_shape}
     if size != old_size and "position_embedding_shape" in encoder.get_config():
-        # DINOv2 would interpolate its positions whenever it is saved or loaded.
+        # Otherwise DINOv2 would interpolate its positions on every save and load.
         changes["position_embedding_shape"] = new_shape
     check_no_lora("model", model)
     copy = copy_with(model, "vision_encoder", changes)
@@ -103,7 +104,7 @@ def resize_positions(table, old_grid, new_grid):
 
     Args:
         table: `(..., prefix + rows * columns, dim)` NumPy array, row-major; the prefix
-            is kept as it is.
+            is copied unchanged.
         old_grid: `(rows, columns)`.
         new_grid: `(rows, columns)`.
 
@@ -113,7 +114,7 @@ def resize_positions(table, old_grid, new_grid):
     dim = table.shape[-1]
     prefix = table.shape[-2] - old_grid[0] * old_grid[1]
     first, patches = np.split(table, [prefix], axis=-2)
-    # Antialiased: without it, bicubic resizing differs between backends.
+    # Without antialiasing, bicubic resizing differs between backends.
     resized = ops.image.resize(
         patches.reshape(-1, *old_grid, dim).astype("float32"),
         new_grid,

@@ -1,7 +1,7 @@
 import keras
 
-# The first matrix of an attention or an MLP is sharded on its outputs (heads, hidden
-# units), the last one on its inputs: one all-reduce each.
+# The first matrix of an attention or MLP is sharded over its outputs (heads, hidden
+# units), the last one over its inputs. Each attention or MLP then needs one all-reduce.
 LAYOUTS = {
     r"attention/(query|key|value)/kernel": (None, "model", None),
     r"attention/(query|key|value)/bias": ("model", None),
@@ -15,12 +15,13 @@ LAYOUTS = {
 def clip_layout_map(
     device_mesh: keras.distribution.DeviceMesh, axis: str = "model"
 ) -> keras.distribution.LayoutMap:
-    """The layout of a CLIP model's weights on devices that share a model.
+    """Makes a layout map that shards the weights of a CLIP model over devices.
 
-    For models that do not fit one device: attention heads and hidden units of both
-    towers' blocks are sharded over the devices along one axis of the mesh. All other
-    weights, which are few, are replicated. Works on JAX, the backend on which Keras has
-    `ModelParallel`. The model must be made after the distribution is set.
+    Use it for models that do not fit on one device (tensor parallelism). The attention
+    heads and hidden units in the blocks of both towers are sharded over the devices
+    along one axis of the mesh. All other weights, which are few, are replicated. Works
+    on JAX, the only backend where Keras has `ModelParallel`. Make the model after you
+    set the distribution.
 
     Example:
 
@@ -63,6 +64,6 @@ def clip_layout_map(
     layouts = keras.distribution.LayoutMap(device_mesh)
     for path, layout in LAYOUTS.items():
         named = tuple(axis if each == "model" else each for each in layout)
-        # Whatever the encoder's name, which comes first.
+        # The path begins with the encoder's name, which may be any.
         layouts[rf".*encoder_block_\d+/{path}"] = named
     return layouts

@@ -1,4 +1,4 @@
-"""A `ContrastiveModel` from what users have at hand: a file, a folder, a backbone."""
+"""Makes a `ContrastiveModel` from a file, a folder or a backbone."""
 
 import os
 import pathlib
@@ -14,19 +14,19 @@ from keras_cluster_mask.models.encoders import data_format_of, image_shape_of
 
 
 def as_contrastive_model(model: Any) -> ContrastiveModel:
-    """The model itself, or one made of a backbone or read from a file.
+    """Returns the model itself, or one made from a backbone or read from a file.
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of a file that `save` wrote of one of them or
-            of the folder of a keras_hub preset.
+            `SigLIPBackbone`, or a path: a file that `save` of one of these wrote, or
+            the folder of a keras_hub preset.
 
     Returns:
         A `ContrastiveModel`.
 
     Raises:
-        FileNotFoundError: If there is no model at the path.
-        ValueError: For another model or file.
+        FileNotFoundError: If the path does not exist.
+        ValueError: For an unsupported model or file.
     """
     if isinstance(model, str | os.PathLike):
         model = _load(model)
@@ -43,7 +43,7 @@ def as_contrastive_model(model: Any) -> ContrastiveModel:
 
 
 def image_size_of(model: Any) -> tuple[int | None, int | None]:
-    """The size of the images that a model takes.
+    """Returns the size of the images that a model takes.
 
     Example:
 
@@ -54,11 +54,11 @@ def image_size_of(model: Any) -> tuple[int | None, int | None]:
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of one that was saved.
+            `SigLIPBackbone`, or the path of a saved one.
 
     Returns:
-        `(height, width)`, each `None` where the image encoder takes any or does not
-        say.
+        `(height, width)`. Each is `None` if the image encoder accepts any size or does
+        not define one.
     """
     encoder = as_contrastive_model(model).image_encoder
     shape = image_shape_of(encoder)
@@ -76,7 +76,7 @@ def _load(path):
             "`model` must be the path of a file or folder that is there. "
             f"Received: model={path}"
         )
-    # What is saved may need its classes.
+    # The saved model may need keras_hub's classes.
     keras_hub = import_keras_hub()
     if path.is_dir():
         return keras_hub.models.Backbone.from_preset(str(path))

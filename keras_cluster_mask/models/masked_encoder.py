@@ -1,4 +1,4 @@
-"""A vision transformer with a masking in it."""
+"""A vision transformer with patch masking."""
 
 import zlib
 from typing import Any, Self
@@ -50,10 +50,10 @@ def with_masking(
             `CLIPVisionEncoder`, `MetaCLIP2VisionEncoder`, `SigLIPVisionEncoder` (also
             SigLIP 2), `ViTBackbone`, `DeiTBackbone`, `DINOV2Backbone`,
             `DINOV3Backbone` or `BLIP2VisionEncoder`, or a model of your own.
-        masking: A `PatchMasking` layer. It is left as it is, so it may be in other
-            encoders too, which may have other prefix tokens.
-        layer: String. The name of the layer whose output are the embedded
-            tokens, `(batch, tokens, dim)`. Known for the encoders above.
+        masking: A `PatchMasking` layer. It is not modified, so it can be used in
+            several encoders, which may have different prefix tokens.
+        layer: String. The name of the layer that outputs the embedded tokens,
+            `(batch, tokens, dim)`. Not needed for the encoders above.
 
     Returns:
         A `MaskedEncoder`, a Keras model with the inputs and outputs of
@@ -61,16 +61,16 @@ def with_masking(
 
     Raises:
         ValueError: If the layer is unknown (the candidates are listed), if the encoder
-            is one that cannot leave out tokens (the reason is given), if the masking
-            was given another `num_prefix_tokens` than the encoder has, or if it hides
-            tokens behind a Keras mask and the encoder lets them through.
+            cannot leave out tokens (the reason is given), if `num_prefix_tokens` of the
+            masking differs from the encoder's number, or if the masking hides tokens
+            with a Keras mask that the encoder does not honor.
     """
     return MaskedEncoder(encoder, masking, layer)
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class MaskedEncoder(keras.Model):
-    """A vision transformer with a masking in it. Made by `kcm.with_masking`.
+    """A vision transformer with patch masking, made by `kcm.with_masking`.
 
     Args:
         encoder: A functional Keras model from images to anything.
@@ -79,18 +79,19 @@ class MaskedEncoder(keras.Model):
         **kwargs: Arguments of `keras.Model`.
 
     Call arguments:
-        inputs: Images, or a dictionary of them, as `encoder` takes them.
+        inputs: Images, in the form that `encoder` takes: a tensor, or a dictionary with
+            it.
         training: Python boolean. Patches are left out only if it is true.
         noise: `(batch, N)` float32 tensor for the masking. Drawn if not given. Or
             `(batch, v, N)` for `v` views of each image: the patches are embedded once,
-            and the output has `batch * v` rows, the views of an image one after
-            another.
+            and the output has `batch * v` rows, with the views of an image in
+            consecutive rows.
 
     Attributes:
         encoder: The encoder, which shares its weights with this model.
         masking: The masking.
-        num_prefix_tokens: Integer, how many tokens of the encoder are no patches;
-            `None` if neither the encoder nor the masking says so.
+        num_prefix_tokens: Integer, the number of tokens of the encoder that are not
+            patches; `None` if neither the encoder nor the masking defines it.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class MaskedEncoder(keras.Model):
     ):
         kwargs.setdefault("name", f"masked_{encoder.name}")
         super().__init__(**kwargs)
-        # The masking must see the pixels unchanged; the encoder casts for itself.
+        # The masking must see the pixels unchanged; the encoder casts its own inputs.
         self.autocast = False
         if not isinstance(masking, PatchMasking):
             raise ValueError(
@@ -119,8 +120,8 @@ class MaskedEncoder(keras.Model):
         self.masking = masking
         self.embedding_layer = find_embedding_layer(encoder, layer)
         number_positions(self.embedding_layer)
-        # In a function rather than in attributes: Keras would track and save the
-        # parts, and every weight a second time with them.
+        # Stored in a closure: Keras would track attributes, and save every weight
+        # twice.
         stem, blocks = split_at(encoder, self.embedding_layer)
         self._parts = lambda: (stem, blocks)
         tables = rotary_tables(encoder)
@@ -141,12 +142,12 @@ class MaskedEncoder(keras.Model):
         self.built = True
 
     def _count_always_visible(self, stem):
-        """How many tokens are never hidden, as far as it is known."""
+        """Returns the number of tokens that are never hidden, as far as it is known."""
         shape, masking = image_shape_of(self.encoder), self.masking
         if self.num_prefix_tokens is not None:
             return self.num_prefix_tokens
         if masking.patch_size is None or None in shape:
-            # A class token, which most have.
+            # Assume a class token, which most encoders have.
             return 1
         patches = masking.count_patches(ops.zeros((1, *shape)))
         return max(0, count_tokens(stem, shape) - patches)
@@ -168,7 +169,7 @@ class MaskedEncoder(keras.Model):
         return blocks(tokens, training=True)
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """The tokens that the masking chooses among, as they are in inference.
+        """Computes the tokens that the masking selects from, in inference mode.
 
         Args:
             images: `(batch, H, W, C)` tensor, normalized.
@@ -180,7 +181,7 @@ class MaskedEncoder(keras.Model):
 
     @property
     def stem(self) -> keras.Model:
-        """The part of `encoder` from images to tokens, a model of shared weights."""
+        """The part of `encoder` from images to tokens, with shared weights."""
         return self._parts()[0]
 
     @property
@@ -213,7 +214,8 @@ class MaskedEncoder(keras.Model):
 # === Hidden tokens ===
 
 
-# Which patches are visible in the samples of the probe. Every patch is hidden in one.
+# The visible patches in each sample of the test batch. Every patch is hidden in at
+# least one sample.
 VISIBLE = np.array(
     [
         [1, 0, 1, 0, 1, 0, 1, 0],
@@ -226,21 +228,20 @@ VISIBLE = np.array(
 
 
 def check_no_leak(name, blocks, num_prefix_tokens=0):
-    """Raises if hidden tokens have an influence on what blocks return.
+    """Raises an error if hidden tokens influence the output of `blocks`.
 
-    Every layer of `blocks` is told to propagate Keras masks. Whether attention and
-    pooling honor them is tested by a call: tokens are changed where the mask hides
-    them, and nothing visible may change with them.
+    Makes every layer of `blocks` propagate Keras masks. Then tests that attention and
+    pooling honor them: if hidden tokens change, no visible output may change.
 
     Args:
         name: String, the encoder's name for the error message.
-        blocks: A functional Keras model of `(batch, tokens, dim)` tokens, and of
-            positions, if `split_at` made it so.
-        num_prefix_tokens: Integer, how many tokens come before the patches and are
+        blocks: A functional Keras model with the input `(batch, tokens, dim)`, and
+            positions if `split_at` added them.
+        num_prefix_tokens: Integer, the number of tokens before the patches, which are
             never hidden.
 
     Raises:
-        ValueError: If anything visible changes.
+        ValueError: If a visible output changes.
     """
     _propagate_masks(blocks)
     visible = np.pad(VISIBLE, [(0, 0), (num_prefix_tokens, 0)], constant_values=True)
@@ -270,8 +271,8 @@ def check_no_leak(name, blocks, num_prefix_tokens=0):
 def _propagate_masks(blocks):
     for layer in all_layers(blocks):
         layer.supports_masking = True
-    # A mask of tokens means nothing for pooled features: losses would take it for
-    # sample weights.
+    # A token mask has no meaning for pooled features: losses would use it as sample
+    # weights.
     for layer in (blocks, *blocks.layers):
         if any(len(x.shape) != 3 for x in tree.flatten(layer.output)):
             layer.compute_mask = _no_mask
@@ -282,7 +283,7 @@ def _no_mask(inputs, previous_mask=None):
 
 
 def _run(blocks, visible, tokens, positions):
-    # In the dtype of the blocks: a cast would lose the mask.
+    # Use the dtype of the blocks, because a cast would lose the mask.
     tokens, *positions = (
         ops.convert_to_tensor(x, dtype=y.dtype)
         for x, y in zip([tokens, *positions], blocks.inputs)
@@ -295,14 +296,14 @@ def _run(blocks, visible, tokens, positions):
 class _RandomWeights(keras.StatelessScope):
     """A scope in which weights have random values, computed on each read.
 
-    Random, since a zero weight (LayerScale, a fresh residual branch) would hide a leak
-    that opens up later in training. Made when read, so that only one is in memory.
+    A zero weight (LayerScale, a fresh residual branch) would hide a leak that appears
+    later in training. Only one random weight is in memory at a time.
     """
 
     def __init__(self):
         super().__init__()
-        # Repeated for larger weights, as numbers of a generator take ten times as
-        # long. A prime number of them, so that rows differ.
+        # Larger weights repeat these values, because generating all of them takes ten
+        # times as long. Their number is prime, so that rows differ.
         rng = np.random.default_rng(0)
         self.values = 0.1 * rng.standard_normal(65_537, "float32")
 
@@ -310,10 +311,10 @@ class _RandomWeights(keras.StatelessScope):
         value = super().get_current_value(variable)
         if value is not None or not keras.backend.is_float_dtype(variable.dtype):
             return value
-        # The same in each run of a model.
+        # The values are the same in each call of a model.
         start = zlib.crc32(variable.path.encode()) % len(self.values)
         value = np.resize(np.roll(self.values, start), variable.shape)
         if not variable.trainable:
-            # It may be a variance.
+            # It may be a variance, which must be positive.
             value = np.abs(value) + 0.01
         return ops.convert_to_tensor(value, dtype=variable.dtype)

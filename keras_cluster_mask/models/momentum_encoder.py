@@ -33,13 +33,13 @@ class MomentumEncoder(keras.layers.Layer):
         teacher = momentum * teacher + (1 - momentum) * encoder
 
     The momentum is constant, or rises from `momentum` to `final_momentum` along a half
-    cosine over `steps` updates. Weights are averaged in float32, whatever the encoder
-    computes in. All layers run as at inference.
+    cosine over `steps` updates. Weights are averaged in float32, whatever the compute
+    dtype of the encoder. All layers run in inference mode.
 
     The teacher starts with the weights that `encoder` has when the teacher is made. It
     follows the encoder that its masking is put into, by `kcm.with_masking` or
     `kcm.ContrastiveModel.from_backbone`, or the one given to `follow`. That encoder is
-    no part of it: a saved teacher holds its own weights alone.
+    not part of the teacher: a saved teacher contains only its own weights.
 
     Example:
 
@@ -67,7 +67,7 @@ class MomentumEncoder(keras.layers.Layer):
         image_size: Integer or `(height, width)` in pixels, divisible by the patch size.
             The teacher reads images resized to it (bilinear, antialiased), with
             position embeddings resized as by `kcm.models.with_image_size`. Half the
-            size costs about a quarter. `None` reads images as they are.
+            size costs about a quarter as much. `None` does not resize images.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name`.
 
     Call arguments:
@@ -75,11 +75,11 @@ class MomentumEncoder(keras.layers.Layer):
             encoder.
 
     Returns:
-        What the encoder returns at inference, without gradients.
+        The output of the encoder at inference, without gradients.
 
     Attributes:
         patch_size: Tuple `(height, width)`, in pixels.
-        grid: Tuple `(rows, columns)`, the patches that the teacher sees.
+        grid: Tuple `(rows, columns)`, the grid of patches that the teacher sees.
         step: Integer weight, the number of updates so far.
 
     Raises:
@@ -94,8 +94,8 @@ class MomentumEncoder(keras.layers.Layer):
           updates before each forward pass.
     """
 
-    # Each replica computes the same update of the same weights, so that nothing is
-    # averaged over replicas.
+    # Each replica computes the same update of the same weights, so no averaging over
+    # replicas is needed.
     equal_on_replicas = True
 
     def __init__(
@@ -107,7 +107,7 @@ class MomentumEncoder(keras.layers.Layer):
         image_size: int | tuple[int, int] | None = None,
         **kwargs: Any,
     ):
-        # Weights are read and written in the precision that they have.
+        # Weights are read and written in their own dtype.
         kwargs.setdefault("dtype", "float32")
         super().__init__(autocast=False, **kwargs)
         check_range("momentum", momentum, 0, 1)
@@ -129,9 +129,9 @@ class MomentumEncoder(keras.layers.Layer):
         attention = ClassAttention(copy)
         self.patch_size, self.grid = attention.patch_size, attention.grid
         self.data_format = data_format_of(copy)
-        # In functions rather than in attributes, so that the copy's layers are no
-        # layers of this one: nothing makes them trainable, no block of them is taken
-        # for one of the encoder, and each weight is saved once.
+        # Stored in closures, so that Keras does not track the copy's layers as
+        # sublayers. Then they stay frozen, their blocks are not mistaken for blocks of
+        # the encoder, and each weight is saved once.
         self._copy = lambda: copy
         self._class_attention = lambda: attention
         self._pairs = None
@@ -148,14 +148,14 @@ class MomentumEncoder(keras.layers.Layer):
         )
         self.built = True
 
-    # === What the teacher sees ===
+    # === Attention and output of the teacher ===
 
     def attention(self, images: Tensor) -> Tensor:
-        """How much the class token attends to each patch.
+        """Computes how much the class token attends to each patch.
 
-        The mean over all layers and heads of the softmax attention. The columns of the
-        class token and of other tokens that are no patches are left out, and the rest
-        is not scaled up to a sum of 1.
+        This is the mean of the softmax attention over all layers and heads. The columns
+        of the class token and of other non-patch tokens are dropped. The rest is not
+        rescaled to a sum of 1.
 
         Args:
             images: `(batch, H, W, C)` tensor, or channels first, normalized as for the
@@ -196,27 +196,27 @@ class MomentumEncoder(keras.layers.Layer):
             )
         return images
 
-    # === What the teacher follows ===
+    # === Updates of the teacher ===
 
     @property
     def is_constant(self) -> bool:
-        """Whether no update changes the teacher."""
+        """True if no update changes the teacher."""
         return self.momentum == 1 and (self.steps is None or self.final_momentum == 1)
 
     def follow(self, encoder: keras.Model) -> None:
-        """Chooses the encoder that `update` moves the teacher towards.
+        """Sets the encoder that `update` moves the teacher towards.
 
         If the teacher already follows `encoder` or a part of it, such as its backbone,
         nothing changes.
 
         Args:
             encoder: A vision transformer whose weights have the shapes of the
-                teacher's, in the same order. Positions may be those of another image
-                size.
+                teacher's, in the same order. Position embeddings may be for another
+                image size.
 
         Raises:
-            ValueError: If the weights do not agree, or the teacher follows other
-                weights already.
+            ValueError: If the weights do not match, or the teacher already follows
+                other weights.
         """
         if self.is_constant:
             return
@@ -230,11 +230,11 @@ class MomentumEncoder(keras.layers.Layer):
                 )
             return
         pairs = self._match(encoder)
-        # In functions, since the encoder and its weights are not this layer's.
+        # Stored in closures, because the encoder is not a sublayer.
         self._pairs, self._followed = lambda: pairs, lambda: encoder
 
     def check_ready(self) -> None:
-        """Raises if there is nothing that `update` can follow."""
+        """Raises an error if `update` has no encoder to follow, or one with LoRA."""
         if self._pairs is None and not self.is_constant:
             raise ValueError(
                 f"`{self.name}` must follow the encoder that is trained. Put its "
@@ -261,7 +261,7 @@ class MomentumEncoder(keras.layers.Layer):
         self.step.assign(self.step + 1)
 
     def _share_of_encoder(self):
-        """1 - momentum, without the rounding of a number close to 1."""
+        """Returns `1 - momentum`, without the rounding of a number close to 1."""
         if self.steps is None:
             return 1.0 - self.momentum
         progress = ops.minimum(ops.cast(self.step, "float32") / self.steps, 1.0)
@@ -270,12 +270,12 @@ class MomentumEncoder(keras.layers.Layer):
         return last + (self.final_momentum - self.momentum) * rest
 
     def _match(self, encoder):
-        """Triples: own weight, weight to follow, and the matrix to resize it by."""
+        """Returns triples: own weight, followed weight, resize matrix or `None`."""
         own, theirs = self.copied_weights, encoder.weights
         tables, pairs = self._resized_tables(encoder), []
         for target, source in zip(own, theirs):
             if not keras.backend.is_float_dtype(target.dtype):
-                # Such as the numbers of positions.
+                # Such as position ids.
                 continue
             source, resize = tables.get(id(target), (source, None))
             if resize is None and target.shape != source.shape:
@@ -293,7 +293,7 @@ class MomentumEncoder(keras.layers.Layer):
         )
 
     def _resized_tables(self, encoder):
-        """The weight to follow and the matrix, for each table of positions."""
+        """Returns the followed weight and the resize matrix, by id of own table."""
         if self.image_size is None:
             return {}
         old_grid = ClassAttention(encoder).grid
@@ -320,10 +320,10 @@ class MomentumEncoder(keras.layers.Layer):
 
 
 class _Beside(keras.layers.Layer):
-    """Calls a function that runs layers in inference, beside a training step.
+    """Calls a function that runs layers in inference mode, during a training step.
 
-    Keras has layers without a `training` argument take that of the layer called last,
-    so the value of the layers around is restored.
+    In Keras, a layer that gets no `training` argument uses the value of the last call.
+    This layer restores the value of the training step.
     """
 
     def __init__(self, function):
@@ -338,7 +338,7 @@ class _Beside(keras.layers.Layer):
 
 
 def _copy(encoder, image_size):
-    """A model of the same kind and weights, for images of `image_size` if given."""
+    """Copies an encoder and its weights, for images of `image_size` if given."""
     if any(
         keras.backend.is_float_dtype(v.dtype) and v.dtype != "float32"
         for v in encoder.weights
@@ -358,7 +358,7 @@ def _copy(encoder, image_size):
             f"know. Received: image_size={image_size}, encoder={encoder.name} of type "
             f"{type(encoder).__name__}"
         )
-    # keras_hub's configurations leave out the format.
+    # keras_hub's configs omit the data format.
     is_backbone = hasattr(encoder, "image_shape")
     changes = {"data_format": data_format_of(encoder)} if is_backbone else {}
     try:

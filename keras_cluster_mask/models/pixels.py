@@ -14,21 +14,21 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
 def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
-    """Scales and normalizes uint8 images; leaves others as they are.
+    """Scales and normalizes uint8 images, and returns float images unchanged.
 
-    On the device, in the compiled step: uint8 takes a quarter of the memory and
-    of the transfer of float32.
+    This runs on the device, in the compiled step, because uint8 takes a quarter of the
+    memory and of the transfer of float32.
 
     Args:
         images: `(batch, H, W, C)` tensor, or channels first.
-        mean: Three floats, by channel. Their average is taken if there are not three
-            channels. `None` returns all images as they are.
-        std: Three floats, by channel, averaged as `mean` is.
+        mean: Three floats, one per channel. Their average is used if there are not
+            three channels. `None` returns all images unchanged.
+        std: Three floats, one per channel, averaged like `mean`.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `keras.config.image_data_format()`.
 
     Returns:
-        A float32 tensor for uint8 images; any other tensor untouched.
+        A float32 tensor for uint8 images; any other tensor unchanged.
 
     Raises:
         ValueError: For integers other than uint8, whose range is not known.
@@ -44,13 +44,13 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
             f"Received: images of type {dtype}"
         )
     mean, std = _by_channel(images, mean, std, data_format)
-    # Tensors, since torch cannot export a model that computes with NumPy arrays.
+    # Use tensors, because torch cannot export a model that computes with NumPy arrays.
     mean, std = ops.convert_to_tensor(mean), ops.convert_to_tensor(std)
     return (ops.cast(images, "float32") / 255.0 - mean) / std
 
 
 def check_statistics(mean, std):
-    """Raises an error unless pixels can be normalized with a mean and deviation."""
+    """Raises an error unless a mean and a standard deviation can normalize pixels."""
     if mean is None:
         return
     for name, values in (("pixel_mean", mean), ("pixel_std", std)):
@@ -66,10 +66,10 @@ def check_statistics(mean, std):
 
 
 def pixel_range(mean, std):
-    """The values of a black and a white pixel once they are normalized.
+    """Returns the values of a black and a white pixel after normalization.
 
     Returns:
-        Two floats, those of the channels that reach furthest; `None` without a mean.
+        Two floats, the lowest and the highest of all channels; `None` without a mean.
     """
     if mean is None:
         return None

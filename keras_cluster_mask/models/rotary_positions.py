@@ -1,13 +1,14 @@
-"""DINOv3's blocks, on images that keep different patches."""
+"""Rotary positions of DINOv3, for images that keep different patches."""
 
 import keras
 from keras import ops, tree
 
 
 def rotary_tables(encoder) -> list:
-    """The tables of rotary positions of a functional encoder, symbolic `(N, width)`.
+    """Returns an encoder's tables of rotary positions, symbolic `(N, width)` tensors.
 
-    DINOv3 computes them from the size of the images; other encoders have none.
+    The encoder must be functional. DINOv3 computes the tables from the size of the
+    images; other encoders have none.
     """
     name = "DINOV3RopePositionEmbedding"
     layers = [layer for layer in encoder.layers if type(layer).__name__ == name]
@@ -15,15 +16,15 @@ def rotary_tables(encoder) -> list:
 
 
 def own_positions(layer):
-    """A layer that takes positions by image instead of a table, if it takes a table."""
+    """Wraps a layer with a table of positions, so that it takes positions per image."""
     return RotaryByImage(layer) if type(layer).__name__ == "DINOV3Encoder" else layer
 
 
 class RotaryByImage(keras.layers.Layer):
-    """Runs DINOv3's blocks with rotary positions of its own for each image.
+    """Runs DINOv3's blocks with separate rotary positions for each image.
 
     DINOv3's attention takes one table for the whole batch. Here each image is a batch
-    of one, and Keras vectorizes over them.
+    of one, and Keras vectorizes over the images.
 
     Args:
         encoder: A keras_hub `DINOV3Encoder`, which shares its weights.
@@ -37,7 +38,7 @@ class RotaryByImage(keras.layers.Layer):
 
     def __init__(self, encoder):
         super().__init__(name=f"{encoder.name}_by_image")
-        # The blocks cast for themselves.
+        # The blocks cast their own inputs.
         self.autocast = False
         if encoder.attention_dropout or encoder.drop_path_rate:
             raise ValueError(
@@ -82,7 +83,7 @@ class RotaryByImage(keras.layers.Layer):
         return ops.vectorized_map(one_image, given)
 
     def compute_output_spec(self, tokens, *args, **kwargs):
-        # One for each output: Keras identifies tensors by their identity.
+        # Make a new tensor for each output, because Keras identifies tensors by `id`.
         def output():
             return keras.KerasTensor(tokens.shape, dtype=tokens.dtype)
 

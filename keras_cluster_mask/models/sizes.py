@@ -5,9 +5,9 @@ from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import number_positions
 
-# Widths, depths and heads of the two towers. All but the first are those of
+# Widths, depths and heads of the two towers. All sizes except "tiny" are those of
 # open_clip's model configurations of the same names
-# (https://github.com/mlfoundations/open_clip); ViT-B/16 is the paper's.
+# (https://github.com/mlfoundations/open_clip). The paper uses ViT-B/16.
 SIZES = {
     "tiny": dict(patch=8, image=(96, 3, 3), text=(96, 1, 3), projection=96),
     "vit_s_16": dict(patch=16, image=(384, 12, 6), text=(384, 12, 6), projection=384),
@@ -31,7 +31,7 @@ def clip_backbone(
     activation: str = "gelu",
     dtype: str | keras.DTypePolicy | None = None,
 ) -> keras.Model:
-    """Makes a CLIP model with fresh weights, by size.
+    """Makes a CLIP model of a given size, with random weights.
 
     Example:
 
@@ -46,8 +46,8 @@ def clip_backbone(
         image_size: Integer. The side of the square images in pixels.
         vocabulary_size: Integer. The tokenizer's number of ids; 49,408 for
             CLIP's vocabulary.
-        context_length: Integer. The largest number of tokens of a text.
-        patch_size: Integer. Defaults to the size's own: 8 for `"tiny"`, else the
+        context_length: Integer. The maximum number of tokens of a text.
+        patch_size: Integer. Defaults to that of the size: 8 for `"tiny"`, else the
             number in its name.
         activation: `"gelu"`, or `"quick_gelu"` as in OpenAI's weights.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
@@ -79,15 +79,16 @@ def make_clip(
     dtype,
     family="CLIP",
 ):
-    """A CLIP or, as `family`, "MetaCLIP2" or "SigLIP", of a shape as in `SIZES`."""
-    # Imported here, as keras_hub takes seconds, and other parts do not need it.
+    """Makes a CLIP, or the `family` "MetaCLIP2" or "SigLIP", shaped as in `SIZES`."""
+    # Imported here, because importing keras_hub takes seconds and other functions do
+    # not need it.
     keras_hub = import_keras_hub()
     vision, text, backbone = (
         getattr(keras_hub.models, family + part)
         for part in ("VisionEncoder", "TextEncoder", "Backbone")
     )
     projection = {"projection_dim": shape["projection"]}
-    # SigLIP projects texts alone, in their tower.
+    # SigLIP projects only texts, in the text tower.
     of_text, of_both = (projection, {}) if family == "SigLIP" else ({}, projection)
     vision_encoder = vision(
         patch_size=shape["patch"],
@@ -113,7 +114,7 @@ def make_clip(
 
 
 def size_and_patch(size, image_size, patch_size):
-    """The entry of `SIZES`, and the side of a patch; raises if they do not fit."""
+    """Returns the entry of `SIZES` and the patch size, or raises if they do not fit."""
     check_choice("size", size, tuple(SIZES))
     patch_size = patch_size or SIZES[size]["patch"]
     if image_size % patch_size:
@@ -137,7 +138,7 @@ def _tower(shape, activation, dtype):
 
 
 def image_shape(side):
-    """The shape of square images in the order of axes that Keras is set to."""
+    """Returns the shape of square images, in the data format that Keras is set to."""
     if is_channels_first():
         return (3, side, side)
     return (side, side, 3)

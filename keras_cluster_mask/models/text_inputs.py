@@ -1,17 +1,17 @@
-"""The inputs of a text encoder: token ids, and whatever else it takes."""
+"""Inputs of a text encoder: token ids and, for some encoders, further tensors."""
 
 from keras import ops, tree
 
-# Inputs that are made where they are not given.
+# Inputs that are created if they are not given.
 MADE = "padding_mask", "segment_ids"
 
 
 def text_input_names(encoder) -> list[str]:
-    """The names of a text encoder's inputs.
+    """Returns the names of a text encoder's inputs.
 
     Args:
-        encoder: A Keras model. Its only input may have any name; of several, one must
-            be `"token_ids"`.
+        encoder: A Keras model. A single input may have any name. If there are several,
+            one must be named `"token_ids"`.
 
     Returns:
         A list of str.
@@ -33,11 +33,11 @@ def text_input_names(encoder) -> list[str]:
 
 
 def text_inputs(encoder, given):
-    """What a text encoder is called on: ids, or a dictionary of all its inputs.
+    """Returns the inputs to call a text encoder on: ids, or a dictionary of inputs.
 
-    Of a BERT, what is not given is made. A `"padding_mask"` hides ids of 0, which
-    tokenizers pad with; `InputRules` finds zeros that are no padding.
-    `"segment_ids"` are 0: a caption is one segment.
+    For a BERT encoder, missing inputs are created. The `"padding_mask"` hides ids of 0,
+    which tokenizers use for padding; `InputRules` detects zeros that are not padding.
+    The `"segment_ids"` are 0, because a caption is one segment.
 
     Args:
         encoder: A Keras model.
@@ -47,7 +47,7 @@ def text_inputs(encoder, given):
         A tensor, or a dictionary of tensors.
 
     Raises:
-        ValueError: If the encoder lacks an input of a name, or an input is missing.
+        ValueError: If the encoder has no input of a given name, or an input is missing.
     """
     names = text_input_names(encoder)
     given = given if isinstance(given, dict) else {"token_ids": given}

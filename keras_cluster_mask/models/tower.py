@@ -18,8 +18,9 @@ class Tower(keras.Model):
     """Embeds images or texts, for inference.
 
     `model.image_tower` and `model.text_tower` of a `ContrastiveModel` share its weights
-    and compute what `encode_image` and `encode_text` do, without checking the values of
-    their inputs. Each can be saved separately, and exported for use without Keras:
+    and compute the same as `encode_image` and `encode_text`, but do not check the
+    values of their inputs. Each can be saved separately, and exported for use without
+    Keras:
 
     - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
       `tower.export("folder")`, then `loaded = tf.saved_model.load("folder")` and
@@ -43,15 +44,16 @@ class Tower(keras.Model):
     Args:
         encoder: A functional Keras model from images or token ids to `(batch, d)`
             features.
-        pixel_mean: Mean by channel that uint8 images are normalized with; `None` for
+        pixel_mean: Mean of each channel, used to normalize uint8 images. `None` for
             texts, and for images that are not normalized.
-        pixel_std: Deviation by channel.
-        data_format: `"channels_last"` or `"channels_first"`, of images.
+        pixel_std: Standard deviation of each channel.
+        data_format: `"channels_last"` or `"channels_first"` for images, `None` for
+            texts.
         **kwargs: Arguments of `keras.Model`.
 
     Call arguments:
         inputs: `(batch, H, W, C)` images, uint8 or normalized floats, or `(batch, T)`
-            token ids, or a dictionary of the inputs of a text encoder with several.
+            token ids, or a dictionary of inputs if the text encoder has several.
 
     Returns:
         `(batch, d)` float32 embeddings, L2-normalized.
@@ -66,7 +68,7 @@ class Tower(keras.Model):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        # The layers of the encoder cast for themselves.
+        # The layers of the encoder cast their own inputs.
         self.autocast = encoder.autocast = False
         self.encoder = encoder
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
@@ -75,7 +77,7 @@ class Tower(keras.Model):
 
     @classmethod
     def of_images(cls, model: keras.Model) -> Self:
-        """The tower of the images of a `ContrastiveModel` without a masking."""
+        """Makes the image tower of a `ContrastiveModel` without a masking."""
         return cls._of(
             model.image_encoder,
             model.image_features,
@@ -87,13 +89,13 @@ class Tower(keras.Model):
 
     @classmethod
     def of_texts(cls, model: keras.Model) -> Self:
-        """The tower of the texts of a `ContrastiveModel`."""
+        """Makes the text tower of a `ContrastiveModel`."""
         return cls._of(model.text_encoder, model.text_features, name="text_tower")
 
     @classmethod
     def _of(cls, encoder, features, **kwargs):
-        # Some encoders have no input, and Keras's AttributeError would make torch say
-        # that the attribute `image_tower` is missing.
+        # Some encoders have no `input`. After Keras's AttributeError, torch would
+        # report that the attribute `image_tower` is missing.
         given = getattr(encoder, "input", None)
         if given is None:
             raise ValueError(
@@ -122,7 +124,7 @@ class Tower(keras.Model):
         return l2_normalize(call_encoder(self.encoder, inputs, training=False))
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        # The weights are those of a model that may be trained further.
+        # The weights belong to a model that may be trained further.
         with keeping_weights(self):
             return super().predict(x, *args, **kwargs)
 
@@ -134,15 +136,15 @@ class Tower(keras.Model):
         input_signature: list | None = None,
         **kwargs: Any,
     ) -> None:
-        """Exports the tower, for batches of any size.
+        """Exports the tower for batches of any size.
 
         Args:
             filepath: Path of the folder or file to write.
             format: As in `keras.Model.export`.
             verbose: As in `keras.Model.export`.
-            input_signature: List of one `keras.InputSpec`, or of a dictionary of them.
-                By default of uint8 images, or of int32 token ids. Needed on torch and
-                JAX if the text encoder does not say how long texts are.
+            input_signature: List of one `keras.InputSpec`, or of one dictionary of
+                them. Defaults to uint8 images or int32 token ids. Required on torch and
+                JAX if the text encoder does not define the length of texts.
             **kwargs: As in `keras.Model.export`.
         """
         given = self.encoder.input
@@ -157,7 +159,7 @@ class Tower(keras.Model):
         if format == "torch" and "dynamic_shapes" not in kwargs:
             import torch
 
-            # Keras would export for single images otherwise.
+            # By default, Keras would export for a batch size of 1.
             batch = torch.export.Dim("batch")
             kwargs["dynamic_shapes"] = keras.tree.map_structure(
                 lambda x: {0: batch}, given

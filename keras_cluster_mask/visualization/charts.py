@@ -1,4 +1,4 @@
-"""Charts of training runs and of the statistics of maskings."""
+"""Charts of training runs and of masking statistics."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from keras_cluster_mask.checks import is_integer
 from keras_cluster_mask.masking import MaskingStatistics
 
-# The metrics of each panel, and how they are called in it.
+# The metrics of each panel, and their labels in it.
 PANELS = {
     "contrastive loss": {"loss": "loss"},
     "accuracy within the batch": {
@@ -23,19 +23,20 @@ def plot_history(
     history: keras.callbacks.History | Mapping[str, Sequence[float]],
     validation_freq: int | Sequence[int] = 1,
 ) -> Figure:
-    """Shows the curves of a training run: loss, and accuracy within the batch.
+    """Plots the curves of a training run: loss, and accuracy within the batch.
 
     Args:
         history: The `keras.callbacks.History` that the `fit` of a `ContrastiveModel`
             returned, or its dictionary.
-        validation_freq: Integer, or a list of epochs from 1, as it was given to `fit`.
+        validation_freq: Integer, or a list of epochs counted from 1, as passed to
+            `fit`.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: For a history that lacks the metrics of a `ContrastiveModel`, and if
-            there were other numbers of validations than `validation_freq` says.
+        ValueError: If the history lacks the metrics of a `ContrastiveModel`, or if the
+            number of validations does not match `validation_freq`.
     """
     logs = getattr(history, "history", history)
     names = {name for labels in PANELS.values() for name in labels}
@@ -49,7 +50,7 @@ def plot_history(
     axes = figure.subplots(1, 2)
     for axis, (title, labels) in zip(axes, PANELS.items()):
         for name, label in labels.items():
-            # A curve of one epoch is a point.
+            # Use a marker, because the curve of a single epoch is a point.
             style = {"marker": "."}
             (line,) = axis.plot(epochs, logs[name], label=f"{label}, training", **style)
             values = logs.get(f"val_{name}", ())
@@ -67,7 +68,7 @@ def plot_history(
 
 
 def _validation_epochs(epochs, count, freq):
-    """The epochs, from 1, that were followed by a validation."""
+    """Returns the epochs, counted from 1, that were followed by a validation."""
     is_due = np.isin(epochs, freq)
     if is_integer(freq) and freq > 0:
         is_due = epochs % freq == 0
@@ -81,10 +82,10 @@ def _validation_epochs(epochs, count, freq):
 
 
 def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
-    """Shows how much a masking keeps of the images of a dataset, and where.
+    """Plots how many patches a masking keeps in the images of a dataset, and where.
 
-    A histogram of the share that is kept of each image, and how often each position
-    is kept.
+    The figure has a histogram of the fraction that is kept of each image, and a map of
+    how often each position is kept.
 
     Example:
 
@@ -97,13 +98,13 @@ def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
     ```
 
     Args:
-        statistics: What `kcm.masking.masking_statistics` returned.
+        statistics: The result of `kcm.masking.masking_statistics`.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: If `statistics` is something else.
+        ValueError: If `statistics` has another type.
     """
     if not isinstance(statistics, MaskingStatistics):
         raise ValueError(
@@ -118,7 +119,8 @@ def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
 
 
 def _plot_ratios(axis, values):
-    # Bins lie around multiples of their width, as ratios often are such numbers.
+    # Bins are centered on multiples of their width, because ratios often are such
+    # numbers.
     edges = (np.arange(42) - 0.5) / 40
     axis.hist(values, edges, weights=np.full(len(values), 1 / len(values)))
     axis.axvline(
@@ -132,7 +134,8 @@ def _plot_ratios(axis, values):
 
 
 def _plot_positions(axis, kept):
-    # A range of 0.2 at least, or a few images too many would look like a pattern.
+    # Use a range of at least 0.2. Otherwise a difference of a few images would look
+    # like a pattern.
     middle = (kept.min() + kept.max()) / 2
     reach = max(0.1, kept.max() - middle)
     shown = axis.imshow(kept, cmap="viridis", vmin=middle - reach, vmax=middle + reach)

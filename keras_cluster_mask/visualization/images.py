@@ -1,4 +1,4 @@
-"""Plots that show images: what maskings leave of them, and results of retrieval."""
+"""Plots of masked images and of retrieval results."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from keras_cluster_mask.masking.patch_grid import (
 )
 from keras_cluster_mask.types import Tensor
 
-LEFT_OUT = 0.88  # The gray of patches that are left out, on a scale of 0 to 1.
+LEFT_OUT = 0.88  # The gray level of left-out patches, in [0, 1].
 
 
 def plot_masks(
@@ -34,16 +34,16 @@ def plot_masks(
     patch_size: int | tuple[int, int] | None = None,
     embed: Callable[[Tensor], Tensor] | None = None,
 ) -> Figure:
-    """Shows what a masking leaves out, or compares several on the same images.
+    """Plots what a masking leaves out, or compares several on the same images.
 
-    For one cluster masking, five images a row: the image; random masking at the same
-    budget; cluster masking; the clusters, colored by anchor; and the similarity of
-    each patch to the nearest anchor. Anchors are outlined. For any other masking, and
-    for several, the image and the patches that each masking keeps.
+    For one cluster masking, each row has five plots: the image; random masking at the
+    same budget; cluster masking; the clusters, colored by anchor; and the similarity of
+    each patch to the nearest anchor. Anchors are outlined. For any other masking, or
+    for several, each row has the image and the patches that each masking keeps.
 
-    All maskings get the same noise. Within a `ContrastiveModel` uint8 images are
-    normalized as the model does, so the masks are those of its training. The random
-    state of a masking is left as it is.
+    All maskings get the same noise. If a masking is part of a `ContrastiveModel`, uint8
+    images are normalized as in the model, so the masks are those of its training. The
+    random state of a masking does not change.
 
     Example:
 
@@ -57,17 +57,18 @@ def plot_masks(
     ```
 
     Args:
-        images: `(batch, H, W, C)` array, uint8, or floats in `[0, 1]`. A row
-            of the figure each.
-        masking: A `PatchMasking`. Or several, a column of the figure each: a dictionary
-            from titles, of one line or more, to maskings, or a list, which takes the
-            names of their classes as titles.
+        images: `(batch, H, W, C)` array, uint8, or floats in `[0, 1]`. Each is a row of
+            the figure.
+        masking: A `PatchMasking`. Or several, each a column of the figure: a dictionary
+            from titles, of one or more lines, to maskings, or a list, with the class
+            names as titles.
         noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
-        seed: Integer, for the noise.
-        patch_size: As in `kcm.masking.masking_statistics`: needed if no masking has
-            one, as `RandomMasking`. All maskings have the same.
-        embed: As in `kcm.masking.masking_statistics`: needed if a masking looks at
-            tokens, such as the `embed_patches` of what `kcm.with_masking` returns.
+        seed: Integer, the random seed of the noise.
+        patch_size: As in `kcm.masking.masking_statistics`: required if no masking has
+            one, such as `RandomMasking`. All maskings must have the same.
+        embed: As in `kcm.masking.masking_statistics`: required if a masking uses
+            tokens, for example `embed_patches` of the model that `kcm.with_masking`
+            returns.
 
     Returns:
         A `matplotlib.figure.Figure`; save it with `figure.savefig(path)`.
@@ -108,7 +109,7 @@ def plot_masks(
 
 
 def _titles_and_maskings(masking):
-    """The titles and the maskings of the columns, for one masking or several."""
+    """Returns the titles and the maskings of the columns."""
     titles, maskings = None, masking
     if isinstance(masking, PatchMasking):
         maskings = [masking]
@@ -124,7 +125,7 @@ def _titles_and_maskings(masking):
 
 
 def _common(name, maskings, standardize=str):
-    """The one value of an attribute in the maskings that have one, or `None`."""
+    """Returns the common value of an attribute of the maskings, or `None`."""
     values = [getattr(each, name) for each in maskings]
     values = {standardize(value) for value in values if value is not None}
     if len(values) > 1:
@@ -170,7 +171,7 @@ def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
 def plot_retrieval(
     queries: Sequence[str], images: np.ndarray, similarity: np.ndarray, k: int = 5
 ) -> Figure:
-    """Shows the images that match text queries best.
+    """Plots the images that match text queries best.
 
     Example:
 
@@ -181,16 +182,16 @@ def plot_retrieval(
     ```
 
     Args:
-        queries: List of strings, a row of the figure each.
+        queries: List of strings, each a row of the figure.
         images: `(images, H, W, C)` array, uint8, or floats in `[0, 1]`.
         similarity: `(queries, images)` array.
-        k: Integer. How many images to show per query.
+        k: Integer. The number of images to show per query.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: If `similarity` has another shape.
+        ValueError: If `similarity` has a wrong shape.
     """
     similarity = np.asarray(similarity)
     if similarity.shape != (len(queries), len(images)):
@@ -213,7 +214,7 @@ def plot_retrieval(
 
 
 class _Grid:
-    """The patch grid of an image, and drawing on it."""
+    """The patch grid of an image, with methods to draw on it."""
 
     def __init__(self, shape, patch_size):
         self.shape, self.patch_size = shape, patch_size
@@ -228,7 +229,7 @@ class _Grid:
         return np.where(self.spread(kept)[..., None], image, LEFT_OUT)
 
     def tint(self, image, colors):
-        """Colors the patches whose color is not NaN, and pales the others."""
+        """Colors the patches whose color is not NaN, and lightens the others."""
         colors = self.spread(colors)
         gray = image.mean(axis=-1, keepdims=True)
         tinted = 0.35 * gray + 0.65 * colors
@@ -244,7 +245,7 @@ class _Grid:
 
 
 def _for_display(images, data_format=None):
-    """Floats in `[0, 1]`, channels last, three of them."""
+    """Converts images to floats in `[0, 1]` with three channels, channels last."""
     if is_channels_first(data_format):
         images = np.moveaxis(images, 1, -1)
     if images.dtype == np.uint8:
@@ -255,7 +256,7 @@ def _for_display(images, data_format=None):
 
 
 def _axes(rows, columns, titles=(), size=2.1, left=0.0):
-    """A figure of images, with titles of the columns."""
+    """Makes a figure with axes for images and titles of the columns."""
     figure = Figure(
         figsize=(left + columns * size + 0.2, rows * size + 0.3), layout="constrained"
     )
