@@ -122,13 +122,13 @@ class Retrieval(Evaluation):
     without metrics as the best one. A repeated metric does not count as an improvement.
     Patience is counted in epochs: give `EarlyStopping` a multiple of n.
 
-    Nothing is masked. The weights are those at the end of the epoch, as in Keras's own
+    Masking is off. The weights are those at the end of the epoch, as in Keras's own
     validation. With `use_ema=True` these are not the averages, which `fit` assigns when
     it ends; to evaluate the averages, put
     `keras.callbacks.SwapEMAWeights(swap_on_epoch=True)` before this callback. Training
-    is, bit for bit, the same as without the callback. The first batch is evaluated
-    before training, to find errors early. An epoch whose loss is not finite is not
-    evaluated; its metrics are NaN.
+    is bit for bit the same as without the callback. The first batch is evaluated before
+    training, to find errors early. An epoch whose loss is not finite is not evaluated;
+    its metrics are NaN.
 
     With several processes, each evaluates all data, and the logs get the metrics of the
     main process. Give all of them the same callbacks and the same, complete data: on

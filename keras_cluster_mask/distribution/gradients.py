@@ -36,7 +36,8 @@ def prepare_replicas(model) -> None:
             )
         outside = []
         if strategy.num_replicas_in_sync > 1:
-            # Every replica would update such a variable in each step.
+            # Every replica would update a variable made outside of the scope in each
+            # step.
             outside = [
                 variable.path
                 for variable in model.variables

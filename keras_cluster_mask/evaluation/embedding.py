@@ -25,7 +25,7 @@ def embed(
     """Embeds a dataset batch by batch.
 
     The data may be larger than memory: only embeddings, labels, keys and captions are
-    kept. Nothing is masked.
+    kept. Masking is off.
 
     Example:
 

@@ -95,9 +95,9 @@ def linear_probe(
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: For features that are not finite or differ in width, for labels
-            that do not fit them, for a single class, and for validation or test data
-            of a class that the training data lacks.
+        ValueError: For features that are not finite or differ in width, for labels that
+            do not match them, for a single class, and for validation or test data with
+            a class that the training data lacks.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](

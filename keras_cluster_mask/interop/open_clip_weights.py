@@ -173,8 +173,8 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
         A dictionary from name to float32 NumPy array, a copy of the weight.
 
     Raises:
-        ValueError: For another model; or for a backbone made by keras_hub itself whose
-            patches all have position 0, which open_clip cannot represent.
+        ValueError: For an unsupported model; or for a backbone made by keras_hub itself
+            whose patches all have position 0, which open_clip cannot represent.
     """
     # Imported here, since importing keras_hub takes seconds.
     keras_hub = import_keras_hub()
@@ -232,7 +232,7 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
             `.pt`, `.pth` or `.bin`.
 
     Raises:
-        ValueError: For another model or another file extension; or if the
+        ValueError: For an unsupported model or file extension; or if the
             `open_clip_config.json` to write exists and belongs to another model.
         ImportError: If a `.safetensors` file is written without safetensors, or another
             one without torch.

@@ -156,7 +156,7 @@ class GradientNorm:
         self.metric.update_state(ops.where(counts > 0, norm, 0.0), counts)
 
 
-# === Updates in place ===
+# === In-place updates ===
 
 
 def update_in_place(optimizer, norm=None):
