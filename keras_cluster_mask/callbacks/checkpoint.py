@@ -17,44 +17,42 @@ from keras_cluster_mask.training.checkpoints import (
 )
 from keras_cluster_mask.training.run_state import find_non_finite, read_state
 
-# A loss that is not finite is noticed after so many steps at the latest. To look after
-# each step would keep the device waiting.
+# A non-finite loss is noticed after at most this many steps. Checking each step would
+# keep the device waiting.
 CHECK_EVERY = 100
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss, or a weight, is NaN or infinite: training cannot continue."""
+    """Raised if the loss or a weight is NaN or infinite: training cannot continue."""
 
 
 class Checkpoint(keras.callbacks.Callback):
     """Saves all the state of a training run, for `fit(..., resume_from=directory)`.
 
-    A checkpoint is written at the end of an epoch. `fit(..., steps_per_epoch=500)` says
-    how long an epoch of an endless dataset is, so a killed run loses at most so many
-    steps.
+    A checkpoint is written at the end of an epoch. For an endless dataset,
+    `fit(..., steps_per_epoch=500)` sets the length of an epoch, so a killed run loses
+    at most that many steps.
 
     A checkpoint is one file. It is written under a temporary name and then renamed, so
     a run killed while saving keeps the previous checkpoint. It holds the weights, the
-    optimizer, moving averages, the steps of the learning rate and the masking, the
-    threshold of the masking, all seeds, the history, and the position in the data. See
-    `ContrastiveModel.fit` for resuming. To keep the best model, use
+    optimizer state, moving averages, the steps of the learning rate and the masking,
+    the threshold of the masking, all random seeds, the history, and the position in the
+    data. See `ContrastiveModel.fit` for resuming. To keep the best model, use
     `keras.callbacks.ModelCheckpoint` as well.
 
-    Training waits while the state is copied to the host's memory. A thread writes the
-    file while training continues, and the copy is held until it is written; the next
-    save waits for that, and so does the end of `fit`. There is never more than one
-    copy.
+    Training waits while the state is copied to host memory. A background thread writes
+    the file while training continues. The next save and the end of `fit` wait until it
+    is written, so there is never more than one copy.
 
-    An `image_text_dataset` continues with the next batch, also with another number of
-    workers or processes; other data, seeds or options are refused. Each epoch of other
-    data is a pass over it. The state of other callbacks is not saved. An epoch that a
-    callback stops before its end is not saved either.
+    An `image_text_dataset` resumes at the next batch, even with another number of
+    workers or processes; other data, seeds or options are refused. For other data, each
+    epoch is a pass over it. The state of other callbacks is not saved. An epoch that a
+    callback stops early is not saved either.
 
-    A loss that is NaN or infinite stops the run with an error that names the step and
-    the last checkpoint. The run stops at the end of the epoch or after 100 steps,
-    whichever comes first, because a check of each step would make training wait. A
-    weight or a moment of the optimizer that is NaN or infinite when it is to be saved
-    stops it too. Nothing is saved of such an epoch.
+    A NaN or infinite loss stops the run with an error that names the step and the last
+    checkpoint. The run stops at the end of the epoch or after 100 steps, whichever
+    comes first, because checking each step would make training wait. A NaN or infinite
+    weight or optimizer moment at a save stops the run too. Such an epoch is not saved.
 
     Example:
 
@@ -78,19 +76,20 @@ class Checkpoint(keras.callbacks.Callback):
     Args:
         directory: str or path. The folder of this run's checkpoints: local, or a URL
             that fsspec knows, such as `"gs://bucket/run"`.
-        save_every: Integer, in epochs. The last epoch is saved in any case.
-        keep: Integer. How many of the last checkpoints are kept.
+        save_every: Integer, the number of epochs between checkpoints. The last epoch is
+            always saved.
+        keep: Integer. The number of latest checkpoints to keep.
 
     Raises:
         ValueError: From `fit`, if the folder holds later checkpoints than the run
-            resumes from, or if the data could not be resumed.
+            resumes from, or if the data cannot be resumed.
         OSError: From `fit`, at the next save or at its end, if a file cannot be
             written.
         NonFiniteError: From `fit`, if the loss, a weight or the optimizer's state is
             NaN or infinite.
     """
 
-    # Tells `fit` that the end of training waits for files.
+    # Makes `fit` wait at its end until files are written.
     saves_training_state = True
 
     def __init__(
@@ -103,7 +102,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         run = model_of(self, "training_run").training_run
         run.data.check_resumable()
-        # All processes raise the error, though a file may not be seen by all of them.
+        # All processes raise the error, even if some do not see the file.
         last = max(all_gather_object(self.files.last_epoch()))
         if last > run.epoch:
             raise ValueError(
@@ -112,7 +111,8 @@ class Checkpoint(keras.callbacks.Callback):
                 f"Received: directory={self.files.folder}, with a checkpoint of "
                 f"{last} epochs; the run starts after {run.epoch}"
             )
-        # The run holds the data, longer than a fit that is interrupted.
+        # A weak reference: the run holds the data, which would stay in memory after an
+        # interrupted `fit`.
         self._run = weakref.ref(run)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -121,8 +121,8 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        # Not at the end of a batch: Keras waits for each step if a callback wants to
-        # know of that. The steps before this batch may still be running.
+        # Not in `on_train_batch_end`: Keras waits for each step if a callback overrides
+        # it. The steps before this batch may still be running.
         if batch >= self._next_check:
             self._next_check = batch + CHECK_EVERY
             self._check_loss()
@@ -138,7 +138,7 @@ class Checkpoint(keras.callbacks.Callback):
         run, model = self._run(), self.model
         # One copy at a time.
         finish_writing_everywhere()
-        # By all processes, which may share the weights.
+        # In all processes, since the weights may be sharded over them.
         state = read_state(model)
         self._check_state(state)
         if is_main_process():
@@ -150,16 +150,16 @@ class Checkpoint(keras.callbacks.Callback):
             self._stop("The loss", f"loss={loss} at step {finite + 1}")
 
     def _check_state(self, state):
-        """Finite weights may be infinite after an update at a finite loss."""
+        """Raises an error for NaN or infinity, possible even if the loss is finite."""
         path = find_non_finite(self.model, state)
-        # All processes stop, or the others would wait for one that has.
+        # All processes must stop, or the others would wait for one that has stopped.
         if any(all_gather_object(int(path is not None))):
             path = path or "a weight of another process"
             self._stop("The weights and the optimizer's state", f"{path} at the end")
 
     def _stop(self, what, found):
         failed = writing_error()
-        # The others list the folder once the main process has written.
+        # The other processes list the folder after the main process has written to it.
         all_gather_object(0)
         last = self.files.paths()
         error = NonFiniteError(

@@ -1,7 +1,8 @@
 def model_of(callback, attribute):
-    """The model of a callback, after a check that it has what a `ContrastiveModel` has.
+    """Returns the model of a callback, after checking that it is a `ContrastiveModel`.
 
-    To be asked for once: each access makes JAX copy the weights back to the model.
+    Call it once: on JAX, each access to `callback.model` copies the weights back to the
+    model.
     """
     model = callback.model
     if getattr(model, attribute, None) is None:

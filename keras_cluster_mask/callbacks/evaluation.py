@@ -16,17 +16,17 @@ from keras_cluster_mask.types import Templates
 
 
 class Evaluation(keras.callbacks.Callback):
-    """Writes metrics of data of its own into the logs of `fit`, every so many epochs.
+    """Evaluates data every few epochs, and adds the metrics to the logs of `fit`.
 
-    The first and the last epoch of a `fit` are always among them.
+    The first and the last epoch of a `fit` are always evaluated.
 
-    A subclass has one method, `evaluate`.
+    Subclasses implement `evaluate`.
 
     Args:
-        data: What is evaluated, read again each time.
-        every: Integer, in epochs.
-        name: String or `None`, between the prefix and the metric in the logs.
-        prefix: String, the beginning of the names in the logs.
+        data: The data to evaluate, read again each time.
+        every: Integer, the number of epochs between evaluations.
+        name: String or `None`, between the prefix and the metric's name in the logs.
+        prefix: String, the start of the names in the logs.
     """
 
     def __init__(self, data: Any, every: int, name: str | None, prefix: str):
@@ -48,11 +48,11 @@ class Evaluation(keras.callbacks.Callback):
         self._embedder = None
 
     def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
-        """The metrics of some data as a dictionary of floats.
+        """Returns the metrics of some data as a dictionary of floats.
 
         Args:
             embedder: An `Embedder` of the model.
-            data: What was given, or a list of some of its batches.
+            data: The callback's data, or a list of some of its batches.
         """
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ class Evaluation(keras.callbacks.Callback):
                 f"`data` must hold at least one image. Received: data={self.data}"
             )
         _check_same_everywhere(batch["images"])
-        # Finds what is wrong with the data now rather than after an epoch.
+        # Evaluate one batch now, to find errors in the data before the first epoch.
         metrics = self._named(self.evaluate(self._embedder, [batch]))
         # Keras passes one dictionary to all callbacks.
         known = {} if logs is None else logs
@@ -92,12 +92,13 @@ class Evaluation(keras.callbacks.Callback):
         logs.update(self._metrics)
 
     def _evaluate(self, loss):
-        # Another callback may be about to stop a training that has failed.
+        # Training has failed, and another callback may be about to stop it.
         if not math.isfinite(loss):
             return dict.fromkeys(self._metrics, math.nan)
         _copy_values(self.model.trainable_variables)
         metrics = self._named(self.evaluate(self._embedder, self.data))
-        # Devices round differently, and all processes must stop at the same epoch.
+        # Use the metrics of the main process: devices round differently, and all
+        # processes must stop at the same epoch.
         of_main_process = all_gather_object(np.array([*metrics.values()]))[0]
         return dict(zip(metrics, map(float, of_main_process)))
 
@@ -107,31 +108,31 @@ class Evaluation(keras.callbacks.Callback):
 
 
 class Retrieval(Evaluation):
-    """Measures retrieval while a model trains: `kcm.evaluation.evaluate_retrieval`.
+    """Computes retrieval metrics during `fit`, by `kcm.evaluation.evaluate_retrieval`.
 
-    Adds `val_image_to_text_recall@1` and so on to the logs at the end of an epoch: for
-    the progress bar, for the `History` that `fit` returns, and for all callbacks after
-    it in the list. Put it before `keras.callbacks.ModelCheckpoint`, `EarlyStopping`,
-    `CSVLogger`, `TensorBoard` and `kcm.callbacks.Checkpoint`, and pass `mode="max"` to
-    those that monitor a recall.
+    Adds `val_image_to_text_recall@1` and the other metrics to the logs at the end of an
+    epoch: for the progress bar, for the `History` that `fit` returns, and for all
+    callbacks after it in the list. Put it before `keras.callbacks.ModelCheckpoint`,
+    `EarlyStopping`, `CSVLogger`, `TensorBoard` and `kcm.callbacks.Checkpoint`, and pass
+    `mode="max"` to those that monitor a recall.
 
-    With `every=n` the epochs n, 2n and so on are evaluated, and the first and the last
-    of a `fit`. In between the logs repeat the last metrics, since Keras's callbacks do
-    not expect gaps: `ModelCheckpoint` would save an epoch without metrics as the best
-    one. A repeated metric is no improvement to any of them. Patience is counted in
-    epochs: give `EarlyStopping` a multiple of n.
+    With `every=n`, the epochs n, 2n and so on are evaluated, and also the first and the
+    last epoch of a `fit`. In other epochs the logs repeat the last metrics, since
+    Keras's callbacks do not support missing ones: `ModelCheckpoint` would save an epoch
+    without metrics as the best one. A repeated metric does not count as an improvement.
+    Patience is counted in epochs: give `EarlyStopping` a multiple of n.
 
-    Nothing is masked. The weights are those at the end of the epoch, as in Keras's own
+    Masking is off. The weights are those at the end of the epoch, as in Keras's own
     validation. With `use_ema=True` these are not the averages, which `fit` assigns when
     it ends; to evaluate the averages, put
     `keras.callbacks.SwapEMAWeights(swap_on_epoch=True)` before this callback. Training
-    is, bit for bit, the same as without the callback. The first batch is evaluated
-    before training, to find errors early. An epoch whose loss is not finite is not
-    evaluated; its metrics are NaN.
+    is bit for bit the same as without the callback. The first batch is evaluated before
+    training, to find errors early. An epoch whose loss is not finite is not evaluated;
+    its metrics are NaN.
 
-    With several processes each evaluates all data, and the metrics are those of the
-    main one. Give all of them the same callbacks and the same, whole data: on JAX an
-    `image_text_dataset(..., process=(0, 1))`.
+    With several processes, each evaluates all data, and the logs get the metrics of the
+    main process. Give all of them the same callbacks and the same, complete data: on
+    JAX an `image_text_dataset(..., process=(0, 1))`.
 
     Example:
 
@@ -155,21 +156,21 @@ class Retrieval(Evaluation):
 
     Args:
         data: See `kcm.evaluation.embed`. Batches hold `"images"`, and `"token_ids"` or,
-            for a `tokenizer`, `"captions"`. Read again in each evaluation.
+            with a `tokenizer`, `"captions"`. Read again in each evaluation.
         tokenizer: See `kcm.evaluation.embed`.
-        every: Integer. How many epochs there are from one evaluation to the next.
+        every: Integer. The number of epochs between evaluations.
         ks: See `kcm.evaluation.retrieval_recall`.
         duplicates: See `kcm.evaluation.evaluate_retrieval`.
         name: String. Distinguishes several callbacks: `name="coco"` writes
             `val_coco_image_to_text_recall@1`.
-        prefix: String, the beginning of the names in the logs. Keras's callbacks
-            recognize validation by `"val_"`; use another for training data.
+        prefix: String, the start of the names in the logs. Keras's callbacks recognize
+            validation metrics by `"val_"`; use another prefix for training data.
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
             `training=True`. From `fit`, before it trains: for data without texts or
             images, data that differs between processes, callbacks that write the same
-            metrics, and another model than a `ContrastiveModel`.
+            metrics, or a model that is not a `ContrastiveModel`.
     """
 
     def __init__(
@@ -196,11 +197,11 @@ class Retrieval(Evaluation):
 
 
 class ZeroShot(Evaluation):
-    """Measures zero-shot classification while a model trains.
+    """Computes the accuracy of zero-shot classification during `fit`.
 
     Adds `val_zero_shot_top_1` and the other metrics of
     `kcm.evaluation.evaluate_zero_shot` to the logs. See `kcm.callbacks.Retrieval` for
-    its place among callbacks, epochs without evaluation, weights and processes.
+    the order of callbacks, epochs without evaluation, weights and processes.
 
     Example:
 
@@ -220,23 +221,23 @@ class ZeroShot(Evaluation):
     ```
 
     Args:
-        data: See `kcm.evaluation.embed`. Batches hold `"images"` and `"labels"`, the
-            places of their classes in `class_names`. Read again in each evaluation.
+        data: See `kcm.evaluation.embed`. Batches hold `"images"` and `"labels"`,
+            indices into `class_names`. Read again in each evaluation.
         class_names: List of str.
         tokenizer: See `kcm.evaluation.embed`.
         templates: See `kcm.evaluation.zero_shot_classifier`.
-        every: Integer. How many epochs there are from one evaluation to the next.
+        every: Integer. The number of epochs between evaluations.
         ks: See `kcm.evaluation.classification_accuracy`.
         name: String, or `None`. Distinguishes several callbacks: `name="cifar10"`
             writes `val_cifar10_top_1`.
-        prefix: String, the beginning of the names in the logs.
+        prefix: String, the start of the names in the logs.
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
-            `training=True`. From `fit`, before it trains: for what
-            `kcm.evaluation.evaluate_zero_shot` does not take, data that differs between
-            processes, callbacks that write the same metrics, and another model than a
-            `ContrastiveModel`.
+            `training=True`. From `fit`, before it trains: for arguments that
+            `kcm.evaluation.evaluate_zero_shot` does not accept, data that differs
+            between processes, callbacks that write the same metrics, or a model that is
+            not a `ContrastiveModel`.
     """
 
     def __init__(
@@ -271,18 +272,18 @@ class ZeroShot(Evaluation):
 
 
 def _copy_values(variables):
-    """Gives variables values that no other variable shares.
+    """Copies the values of variables, so that no other variable shares their memory.
 
-    On JAX, prediction overwrites weights in place, and with them the averages that
-    `SwapEMAWeights` has made the same arrays.
+    On JAX, prediction overwrites weights in-place. After `SwapEMAWeights` these may be
+    the same arrays as the averages.
     """
     for variable in variables:
         variable.assign(ops.copy(variable))
 
 
 def _check_same_everywhere(images):
-    """Raises if processes have different data: metrics would be those of a part."""
-    # 31 bits, as JAX's integers have no more.
+    """Raises an error if processes have different data, or parts of it."""
+    # 31 bits, since JAX's integers have no more.
     checksums = all_gather_object(zlib.crc32(np.ascontiguousarray(images)) >> 1)
     if len({*checksums}) > 1:
         raise ValueError(

@@ -11,15 +11,15 @@ from keras_cluster_mask.models.encoders import tokens_per_image
 
 
 class Throughput(keras.callbacks.Callback):
-    """Reports the samples and tokens trained on per second.
+    """Logs the number of training samples and tokens per second.
 
     Adds `samples_per_second` and `tokens_per_second` to the logs. The progress bar
     shows the rates of the last steps. The end of an epoch reports the rates of all
     steps except the first, which may include compilation. A sample is a pair; the pairs
     of all devices count. Tokens are the inputs of the transformer blocks: the class
-    token and the kept patches of each view, and the text tokens with padding.
-    Validation is not counted. Works for arrays and for datasets whose batches have a
-    known size (`drop_remainder=True`); for other data nothing is reported.
+    token and the kept patches of each view, and the text tokens including padding.
+    Validation is not counted. This works for arrays and for datasets whose batches have
+    a known size (`drop_remainder=True`); for other data nothing is reported.
 
     Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`. It
     does not make the program wait for steps.
@@ -42,9 +42,9 @@ class Throughput(keras.callbacks.Callback):
         window: Integer. The number of steps that the progress bar averages over.
     """
 
-    # `async_safe` is public in Keras, but not documented: where the backend allows,
-    # `on_train_batch_end` is called in a thread, once the step is done, and the program
-    # does not wait. Threads may overtake one another. A subclass inherits this.
+    # `async_safe` is public in Keras but undocumented. Where the backend allows, Keras
+    # calls `on_train_batch_end` in a background thread once the step is done, and the
+    # program does not wait. Calls may come out of order. Subclasses inherit this.
     async_safe = True
 
     def __init__(self, window: int = 20):
@@ -52,7 +52,7 @@ class Throughput(keras.callbacks.Callback):
         self.window = check_integer("window", window)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        # Not before, as callbacks may be copied, and locks cannot be.
+        # Not in `__init__`, since callbacks may be copied, and locks cannot be.
         self._lock = threading.Lock()
         model = model_of(self, "training_run")
         self._size = model.training_run.step_size
@@ -66,7 +66,7 @@ class Throughput(keras.callbacks.Callback):
                 self._tokens = model.views * tokens + self._size.text_length
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        # Times at which so many steps were done.
+        # Pairs of a time and the number of steps done by then.
         self._first = (time.perf_counter(), 0)
         self._last = collections.deque(maxlen=self.window + 1)
 
@@ -80,7 +80,7 @@ class Throughput(keras.callbacks.Callback):
                 if not self._last:
                     self._before, self._first = self._first, now
                 self._last.append(now)
-            # If a later step has overtaken this one, these are the later step's rates.
+            # If a later step was reported first, these are its rates.
             if logs is not None:
                 logs.update(self._rates(self._last[0], self._last[-1]))
 
@@ -93,7 +93,7 @@ class Throughput(keras.callbacks.Callback):
         if self._size is None:
             return {}
         if start == end:
-            # An epoch of one step: its whole time.
+            # An epoch of one step: use its whole time.
             start = self._before
         samples = (end[1] - start[1]) * self._size.batch_size
         rate = samples / max(end[0] - start[0], 1e-9)

@@ -1,4 +1,4 @@
-"""What differs between backends: chunks of a batch, and batches over many devices.
+"""Backend-specific code: batches in chunks, and batches over several devices.
 
 The rest of the library is written once, in `keras.ops`. Only the backend in use is
 imported.

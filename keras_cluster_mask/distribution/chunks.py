@@ -1,4 +1,4 @@
-"""Work on a batch in chunks, and functions recomputed for their gradients."""
+"""Runs functions on a batch in chunks, and recomputes them in the backward pass."""
 
 import keras
 from keras import ops, tree
@@ -7,20 +7,21 @@ from keras import ops, tree
 def map_chunks(function, num_chunks, weights, state, rows):
     """Runs a function on one chunk of rows after another.
 
-    The activations of a chunk are recomputed for its gradients, so that only those of
-    one chunk are in memory at a time. Chunk `i` of `n` consists of the rows
-    `i, i + n, i + 2 n, ...`: if consecutive rows lie on different devices, every chunk
-    occupies all of them.
+    The activations of a chunk are recomputed in the backward pass, so that only those
+    of one chunk are in memory at a time. Chunk `i` of `n` consists of the rows
+    `i, i + n, i + 2 n, ...`: if consecutive rows are on different devices, every chunk
+    uses all of them.
 
     Args:
         function: `function(weights, state, index, rows) -> (outputs, state)`. It must
-            take all that it differentiates from its arguments, and its first output
+            receive everything that it differentiates as arguments, and its first output
             must be a float.
         num_chunks: Integer that divides the number of rows.
         weights: Structure of tensors, the same for all chunks. Their gradients are
-            computed, so the function should know frozen values without them.
-        state: Structure of tensors passed from chunk to chunk, without gradients.
-        rows: Structure of tensors `(batch, ...)`, of which each chunk gets its part.
+            computed, so frozen values should be captured by the function instead.
+        state: Structure of tensors that is passed from chunk to chunk, without
+            gradients.
+        rows: Structure of tensors `(batch, ...)`. Each chunk gets its part.
 
     Returns:
         A tuple: the outputs, stacked over chunks along a new first axis, and the last
@@ -50,10 +51,10 @@ def map_chunks(function, num_chunks, weights, state, rows):
 
 
 def _map_chunks_on_tensorflow(function, num_chunks, weights, state, rows):
-    """`map_chunks` as a loop forward and a loop backward.
+    """Implements `map_chunks` by a forward loop and a backward loop.
 
-    A loop in Python would copy the function into the graph for each chunk, and the
-    gradient that TensorFlow makes of a loop would hold the activations of all chunks.
+    A Python loop would copy the function into the graph for each chunk, and
+    TensorFlow's own gradient of a loop would hold the activations of all chunks.
     """
     import tensorflow as tf
 
@@ -116,7 +117,7 @@ def _map_chunks_on_tensorflow(function, num_chunks, weights, state, rows):
 
 
 def _scan(function, carry, length):
-    """As `jax.lax.scan`, of `function(index, carry) -> (outputs, carry)`."""
+    """Works like `jax.lax.scan`, with `function(index, carry) -> (outputs, carry)`."""
     import tensorflow as tf
 
     of_carry, of_outputs = tree.map_structure(lambda x: None, carry), []
@@ -131,12 +132,12 @@ def _scan(function, carry, length):
         columns = [column.write(index, x) for column, x in zip(columns, outputs)]
         return index + 1, tree.flatten(after), columns
 
-    # The first step is outside of the loop: it shows the shapes of the outputs.
+    # The first step runs outside of the loop, to find the shapes of the outputs.
     _, carry, columns = tf.while_loop(
         lambda index, *_: index < length,
         step,
         step(tf.constant(0), tree.flatten(carry)),
-        # Steps at the same time would have their activations in memory together.
+        # Parallel steps would hold their activations in memory at the same time.
         parallel_iterations=1,
     )
     columns = [column.stack() for column in columns]
@@ -151,15 +152,15 @@ def _is_float(x):
 
 
 def recompute(function, *arguments):
-    """Runs a function, and recomputes it for its gradients: gradient checkpointing.
+    """Runs a function with gradient checkpointing: the backward pass recomputes it.
 
     Args:
-        function: `function(*arguments)`. It must take all that it differentiates from
-            its arguments, and its first output must be a float.
-        *arguments: Structures of tensors or variables; it is passed tensors.
+        function: `function(*arguments)`. It must receive everything that it
+            differentiates as arguments, and its first output must be a float.
+        *arguments: Structures of tensors or variables. The function receives tensors.
 
     Returns:
-        What the function returns, a structure of tensors.
+        The output of the function, a structure of tensors.
     """
     arguments = tree.map_structure(as_tensor, arguments)
     bools = [
@@ -168,7 +169,7 @@ def recompute(function, *arguments):
     ]
     structure = []
 
-    # Flat lists of tensors, since `tf.recompute_grad` takes nothing else; nor bools.
+    # `tf.recompute_grad` takes only flat lists of tensors, and no bools.
     def flat_function(*flat):
         flat = [ops.cast(x, "bool") if y else x for x, y in zip(flat, bools)]
         outputs = function(*tree.pack_sequence_as(arguments, flat))
@@ -182,14 +183,15 @@ def recompute(function, *arguments):
 
 
 def map_rows(function, max_rows, rows):
-    """Runs a function on some rows of a batch after others, on torch.
+    """Runs a function on blocks of rows of a batch, one after another, on torch.
 
-    There each operation runs alone, and all intermediate results of a large batch would
-    be in memory. XLA, on the other backends, has a plan of its own.
+    torch runs each operation by itself, so all intermediate results of a large batch
+    would be in memory. On the other backends XLA plans the use of memory.
 
     Args:
-        function: `function(*rows) -> outputs`, by which no row depends on another.
-        max_rows: Integer. How many rows at a time.
+        function: `function(*rows) -> outputs`, in which rows do not depend on each
+            other.
+        max_rows: Integer. The maximum number of rows at a time.
         rows: List of tensors `(batch, ...)` or `None`.
 
     Returns:
@@ -206,19 +208,19 @@ def map_rows(function, max_rows, rows):
 
 
 def merge_chunks(x):
-    """`(chunks, rows of a chunk, ...)` to `(batch, ...)`, in the order of the batch."""
+    """Reshapes `(chunks, rows, ...)` to `(batch, ...)`, in the order of the batch."""
     x = ops.swapaxes(x, 0, 1)
     return ops.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
 
 
 def take_chunk(x, index, num_chunks):
-    """The rows of one chunk, see `map_chunks`."""
+    """Returns the rows of one chunk, see `map_chunks`."""
     split = ops.reshape(x, (x.shape[0] // num_chunks, num_chunks, *x.shape[1:]))
     return split[:, index]
 
 
 def as_tensor(x):
-    """The value that a variable or tensor has now."""
+    """Returns the current value of a variable or tensor."""
     x = x.value if isinstance(x, keras.Variable) else ops.convert_to_tensor(x)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

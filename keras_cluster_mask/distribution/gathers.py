@@ -1,16 +1,16 @@
-"""Rows of a batch of tensors, gathered in the way that is fast on each backend."""
+"""Gathers rows of tensors in the way that is fast on each backend."""
 
 import keras
 from keras import ops
 
 
 def take_rows(values, indices):
-    """The rows of each tensor of a batch that its own indices name.
+    """Gathers rows of each sample in a batch, by indices for each sample.
 
-    It equals `ops.take_along_axis(values, indices[..., None], axis=1)`. TensorFlow and
-    torch would read one number for each index and column; here they read whole rows,
-    and add whole rows in the gradient. JAX reads rows already, and keeps them on the
-    device that holds their part of the batch.
+    It equals `ops.take_along_axis(values, indices[..., None], axis=1)`. With that,
+    TensorFlow and torch would read one number for each index and column. Here they read
+    whole rows, and add whole rows in the gradient. JAX already reads rows, and keeps
+    them on the device that holds their part of the batch.
 
     Args:
         values: `(batch, N, ...)` tensor.

@@ -1,9 +1,9 @@
-"""Gradients that processes of torch average while the backward pass still runs.
+"""Averages gradients over torch processes while the backward pass still runs.
 
-Most of the time of a reduction is then hidden behind the rest of the backward pass, and
-a few large reductions take less time than one for each weight.
-`torch.nn.parallel.DistributedDataParallel` does the same, but must see in its forward
-pass all weights that the loss depends on: Keras computes the loss after it.
+The rest of the backward pass hides most of the time of a reduction, and a few large
+reductions take less time than one for each weight.
+`torch.nn.parallel.DistributedDataParallel` does the same, but its forward pass must use
+all weights that the loss depends on, and Keras computes the loss after it.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ BUCKET_BYTES = 25 * 2**20
 class GradientBuckets:
     """Averages gradients over all processes, in buckets that the backward pass fills.
 
-    A bucket is one tensor with the gradients of several weights, which become views of
-    it: there is one copy of them. The order of weights in the buckets is that in which
-    the first step of the first process found their gradients. A bucket that is full
-    waits for those before it, so all processes reduce in the same order.
+    A bucket is one tensor that holds the gradients of several weights. The gradients
+    become views of it, so there is only one copy of them. Buckets order the weights as
+    the first step of the first process found their gradients. A full bucket waits for
+    those before it, so all processes reduce in the same order.
 
-    The gradient of a weight that one process has none for is 0 there. Only if no
-    process has one, there is none.
+    If a process has no gradient for a weight, its gradient counts as 0. If no process
+    has one, the result is `None`.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class GradientBuckets:
 
     @contextlib.contextmanager
     def filled(self, weights: list):
-        """A context of one training step, in which the backward pass fills the buckets.
+        """A context for a training step, in which the backward pass fills the buckets.
 
         Args:
             weights: List of torch parameters, the same on all processes.
@@ -52,15 +52,15 @@ class GradientBuckets:
             self.order = all_gather_object([*step.found])[0]
 
     def reduce(self, gradients: list, weights: list) -> list:
-        """Waits for the mean over all processes.
+        """Waits for the mean gradients over all processes.
 
         Args:
-            gradients: List of this process's gradients, `None` for a weight without.
-                Not needed of those that are in a bucket already.
-            weights: List of the torch parameters that they are of.
+            gradients: List of this process's gradients, `None` for a weight without
+                one. Gradients that are already in a bucket are ignored.
+            weights: List of the torch parameters that the gradients belong to.
 
         Returns:
-            A list of gradients, `None` for a weight that no process has one for.
+            A list of gradients, `None` for a weight without a gradient in any process.
         """
         step = self.step
         if step is None or not _are_same(weights, step.weights):
@@ -73,14 +73,14 @@ class _Step:
 
     Args:
         weights: List of torch parameters.
-        order: Iterable of their indices, in the order in which they fill the buckets.
+        order: Iterable of weight indices, in the order in which they fill the buckets.
     """
 
     def __init__(self, weights, order):
         self.weights = weights
         self.buckets, self.bucket_of = [], {}
         self.num_started = 0
-        # The indices in the order in which gradients were found.
+        # Gradients by index, in the order in which they were found.
         self.found = {}
         for index in order:
             weight = weights[index]
@@ -144,23 +144,23 @@ class _Bucket:
 
     def add(self, index, weight):
         self.places[index] = slice(self.size, self.size + weight.numel()), weight.shape
-        # Kernels for many tensors are faster on those at multiples of 16 bytes.
+        # Multi-tensor kernels are faster on tensors at multiples of 16 bytes.
         step = max(1, 16 // weight.element_size())
         self.size += -(-weight.numel() // step) * step
         self.missing.add(index)
 
     def put(self, index, gradient):
-        """Stores this process's part of the mean of a gradient; returns its view."""
+        """Stores this process's share of the mean of a gradient; returns its view."""
         import torch
 
         self.missing.remove(index)
         return torch.div(gradient, num_replicas(), out=self._view(index))
 
     def start(self):
-        """Starts to add up what all processes have."""
+        """Starts the sum over all processes in the background."""
         for index in self.missing:
             self._view(index).zero_()
-        # Behind the gradients, how many processes have each.
+        # After the gradients, the bucket holds the number of processes that have each.
         counts = self.flat[self.size :].fill_(1.0)
         for position, index in enumerate(self.places):
             if index in self.missing:
@@ -168,14 +168,14 @@ class _Bucket:
         self.work = torch_distributed().all_reduce(self.flat, async_op=True)
 
     def finish(self):
-        """Waits for the sum; returns, by index, what this process had no gradient of.
+        """Waits for the sum; returns the gradients that this process lacked, by index.
 
-        That is a view or, if no process has a gradient, `None`.
+        A gradient is a view or, if no process has it, `None`.
         """
         self.work.wait()
         if not self.missing:
             return {}
-        # Read only now, since a GPU would have to be waited for.
+        # Read only now, since this waits for the GPU.
         counts = dict(zip(self.places, self.flat[self.size :].tolist()))
         return {i: self._view(i) if counts[i] else None for i in self.missing}
 
@@ -183,8 +183,8 @@ class _Bucket:
         import torch
 
         if self.flat is None:
-            # Once there is a gradient for it, so that of the sums of a backward pass
-            # that ends in all weights at a time there is not a second copy.
+            # Allocated with the first gradient, so that a backward pass that finds all
+            # gradients at its end does not hold a second copy of all of them.
             size = self.size + len(self.places)
             self.flat = torch.empty(size, dtype=self.dtype, device=self.device)
         place, shape = self.places[index]

@@ -1,4 +1,4 @@
-"""Gradients of the global batch, and what `fit` must check about devices before."""
+"""Gradients of the global batch, and the checks of devices before `fit`."""
 
 import contextlib
 import itertools
@@ -18,10 +18,9 @@ def prepare_replicas(model) -> None:
     """Gives all replicas the same weights before the first step of a `fit`.
 
     Raises:
-        ValueError: For a strategy or an option of `compile` with which Keras's `fit`
-            does not work on several devices, for a model of which a part was not made
-            in the scope of the strategy, or if the processes of torch train different
-            weights.
+        ValueError: If Keras's `fit` does not support the strategy or an option of
+            `compile` on several devices, if a part of the model was not made in the
+            scope of the strategy, or if the torch processes train different weights.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -37,7 +36,8 @@ def prepare_replicas(model) -> None:
             )
         outside = []
         if strategy.num_replicas_in_sync > 1:
-            # Every replica would update such a variable in each step.
+            # Every replica would update a variable made outside of the scope in each
+            # step.
             outside = [
                 variable.path
                 for variable in model.variables
@@ -63,7 +63,7 @@ def prepare_replicas(model) -> None:
             )
     elif keras.backend.backend() == "torch" and num_replicas() > 1:
         trained = all_gather_object(
-            # Not by name: Keras counts the layers that a process has made.
+            # Not by name, since Keras numbers the layers that a process has made.
             [(tuple(v.shape), str(v.dtype)) for v in model.trainable_weights]
         )
         if any(weights != trained[0] for weights in trained):
@@ -80,28 +80,28 @@ def prepare_replicas(model) -> None:
 
 
 def strategy_replicas(model) -> int:
-    """How many replicas a model's TensorFlow strategy has; 1 on other backends."""
+    """Returns the replicas of a model's TensorFlow strategy; 1 on other backends."""
     if keras.backend.backend() != "tensorflow":
         return 1
     return model.distribute_strategy.num_replicas_in_sync
 
 
 def must_reduce_gradients() -> bool:
-    """Whether Keras's own gradients are not those of the global batch.
+    """Returns whether Keras's own gradients differ from those of the global batch.
 
-    Keras clips each replica's gradients before it sums them on TensorFlow, and does not
-    reduce them at all on torch.
+    On TensorFlow, Keras clips each replica's gradients before it sums them. On torch,
+    it does not reduce them.
     """
     return keras.backend.backend() == "tensorflow" or num_replicas() > 1
 
 
 def around_step(model, data):
-    """The context of a training step: what a backend needs before and after it.
+    """Returns the context in which a backend must run a training step.
 
-    TensorFlow must wait for the data. On torch, gradients must start from none: Keras
+    TensorFlow must wait for the data. On torch, old gradients must be removed: Keras
     finds weights by their paths, and misses those that share theirs with others, such
-    as the weights of a teacher or of two towers without names. On several processes of
-    torch, gradients are reduced as they are found; `reduce_gradients` waits for the
+    as the weights of a teacher or of two towers without names. With several torch
+    processes, gradients are reduced as they are found; `reduce_gradients` waits for the
     rest.
     """
     # One context, since torch cannot compile two around a step.
@@ -117,18 +117,19 @@ def around_step(model, data):
 
 
 def reduce_gradients(model, gradients: list, variables: list) -> list:
-    """The gradients of the global batch from those of this replica.
+    """Computes the gradients of the global batch from those of this replica.
 
     Args:
         model: The model that trains.
         gradients: List of tensors, `None` for a variable without a gradient.
-        variables: List of the variables that they are of.
+        variables: List of the variables that the gradients belong to.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        # Keras squares the contributions of a repeated token before it sums them, so
-        # norms and the second moments of Adam would be wrong: make gradients dense.
+        # Make gradients dense. In sparse ones Keras squares the contributions of a
+        # repeated token before it sums them, so norms and Adam's second moments would
+        # be wrong.
         given = [tf.convert_to_tensor(x) for x in gradients if x is not None]
         replica = tensorflow_replica()
         if replica is not None:
@@ -141,16 +142,16 @@ def reduce_gradients(model, gradients: list, variables: list) -> list:
 
 
 def apply_method() -> str:
-    """The method of an optimizer that Keras's training step calls."""
+    """Returns the name of the optimizer method that Keras's training step calls."""
     return "stateless_apply" if keras.backend.backend() == "jax" else "apply"
 
 
 def check_batch_size(model, batch_size: int | None, pairs: int | None = None) -> None:
-    """Raises if the replicas cannot share batches of a size.
+    """Raises an error if the replicas cannot share batches of this size.
 
     Args:
         model: A compiled model.
-        batch_size: Integer or `None`, the rows of this process.
+        batch_size: Integer or `None`, the batch size of this process.
         pairs: Integer or `None`, the number of pairs in this process's arrays.
     """
     if keras.backend.backend() == "torch":
@@ -172,10 +173,11 @@ def check_batch_size(model, batch_size: int | None, pairs: int | None = None) ->
 
 
 def _wait_for(data):
-    """A context in which operations run only once the data is there.
+    """A context in which operations run only after the data is available.
 
     When a TensorFlow step reaches the end of a dataset, operations that do not depend
-    on the batch would still run: counters of steps and metrics would advance by one.
+    on the batch would still run, and counters of steps and metrics would advance by
+    one.
     """
     import tensorflow as tf
 

@@ -1,9 +1,9 @@
-"""Updates of weights in place on torch, where Keras's take copies of all of them.
+"""In-place weight updates on torch, without the copies that Keras makes.
 
-Keras's clipping copies all gradients, and its Adam makes four more tensors of the size
-of the model and reads the weights and moments a dozen times. torch has a kernel that
-reads and writes each once. State stays in Keras's own variables, so checkpoints do not
-depend on which of them made the update.
+Keras's clipping copies all gradients, and its Adam creates four temporary tensors of
+the size of the model and reads the weights and moments a dozen times. torch has a fused
+kernel that reads and writes each once. State stays in Keras's own variables, so
+checkpoints do not depend on which code made the update.
 """
 
 import math
@@ -13,19 +13,19 @@ from keras import ops
 
 
 def are_available() -> bool:
-    """Whether this backend updates tensors in place."""
+    """Returns whether this backend updates tensors in-place."""
     return keras.backend.backend() == "torch"
 
 
 def global_norm(gradients: list):
-    """The L2 norm of all gradients together, without copies of them.
+    """Computes the L2 norm of all gradients together, without copying them.
 
     Args:
         gradients: List of tensors.
 
     Returns:
-        A scalar torch tensor. `None` on other backends, and for gradients that kernels
-        for many tensors cannot work on.
+        A scalar torch tensor. `None` on other backends, and for gradients that
+        multi-tensor kernels do not support.
     """
     if not are_available() or not can_update(gradients):
         return None
@@ -36,35 +36,35 @@ def global_norm(gradients: list):
 
 
 def clip_by_global_norm(gradients: list, max_norm: float, norm=None) -> bool:
-    """Scales gradients down in place to a norm, all by the same factor.
+    """Scales all gradients in-place by one factor, to a norm of at most `max_norm`.
 
     Args:
         gradients: List of torch tensors.
-        max_norm: Float. The largest L2 norm that all gradients together may have. If
-            their norm is not finite, all become NaN, as in Keras.
-        norm: Scalar tensor. Their `global_norm`, if it is known.
+        max_norm: Float. The maximum L2 norm of all gradients together. If their norm is
+            not finite, all become NaN, as in Keras.
+        norm: Scalar tensor, the `global_norm` of the gradients, if it is known.
 
     Returns:
-        Whether it could. If not, nothing was changed.
+        Whether the gradients could be clipped. If not, nothing was changed.
     """
     import torch
 
-    # A tensor given twice would be scaled twice.
+    # A tensor that is passed twice would be scaled twice.
     if len({*map(id, gradients)}) < len(gradients) or not can_update(gradients):
         return False
     with torch.no_grad():
         norm = global_norm(gradients) if norm is None else norm
-        # No condition on a value, for which a GPU would have to be waited for.
+        # No branch on the norm, which would make the program wait for the GPU.
         scale = max_norm * torch.minimum(1 / norm, torch.ones_like(norm) / max_norm)
         torch._foreach_mul_(gradients, scale + (norm - norm))
     return True
 
 
 def can_update(*lists) -> bool:
-    """Whether kernels for many tensors can work on all tensors of some lists.
+    """Returns whether multi-tensor kernels support all tensors of some lists.
 
-    They must be on one device, in float32 and in row-major order: the kernel for a CPU
-    does not look at strides.
+    They must be on one device, in float32 and in row-major order: the CPU kernel
+    ignores strides.
     """
     import torch
 
@@ -81,14 +81,14 @@ def can_update(*lists) -> bool:
 
 
 def adam(optimizer, weights, gradients, moments, learning_rate) -> None:
-    """The update of `keras.optimizers.Adam` and `AdamW`, without their weight decay.
+    """Applies the update of `keras.optimizers.Adam` and `AdamW` without weight decay.
 
     Args:
-        optimizer: The optimizer, for its options and its number of updates.
-        weights: List of torch tensors for which `can_update` is true. Updated.
+        optimizer: The optimizer, for its options and its iteration count.
+        weights: List of torch tensors for which `can_update` is true. Updated in-place.
         gradients: List of torch tensors, in the same order.
         moments: Lists of torch tensors: first moments, second moments and, for AMSGrad,
-            the largest second moments. Updated too.
+            the largest second moments. Updated in-place too.
         learning_rate: Float or scalar.
     """
     import torch
@@ -102,9 +102,9 @@ def adam(optimizer, weights, gradients, moments, learning_rate) -> None:
         )
         rate = ops.cast(learning_rate, "float32")
         rate = rate * ops.sqrt(1 - power_2) / (1 - power_1)
-        # Keras adds epsilon to moments before they are corrected for their start at
-        # zero, and torch after. After infinitely many steps torch corrects nothing, so
-        # the correction is in the rate, as in Keras.
+        # Keras adds epsilon to the moments before their bias correction, torch after
+        # it. After infinitely many steps torch corrects nothing, so the correction is
+        # in the learning rate, as in Keras.
         steps = torch.full((len(weights),), math.inf, device=weights[0].device)
         adam(
             weights,
@@ -116,7 +116,7 @@ def adam(optimizer, weights, gradients, moments, learning_rate) -> None:
             amsgrad=len(moments) == 3,
             beta1=optimizer.beta_1,
             beta2=optimizer.beta_2,
-            # A tensor, as its value would have to be waited for.
+            # A tensor, since reading its value would wait for the device.
             lr=rate,
             weight_decay=0.0,
             eps=optimizer.epsilon,

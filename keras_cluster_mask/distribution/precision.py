@@ -1,4 +1,4 @@
-"""Products of matrices in the precision of their dtype."""
+"""Matrix products in the precision of their dtype."""
 
 import contextlib
 import functools
@@ -7,12 +7,13 @@ import keras
 
 
 def in_full_precision(function):
-    """Decorates a function whose products of float32 matrices must be float32's.
+    """Decorates a function to compute float32 matrix products in full precision.
 
-    By default JAX multiplies them in bfloat16 on TPUs and in TF32 on GPUs. Similarities
-    that are scaled by up to 100, or that decide which of two patches stays, need more.
-    The gradients of the products are computed in the same precision. torch's default is
-    full precision. TensorFlow has one setting for a whole program, which is the user's:
+    By default JAX computes them in bfloat16 on TPUs and in TF32 on GPUs. That is too
+    imprecise for similarities that are scaled by up to 100, or that decide which of two
+    patches is kept. The gradients of the products use the same precision. torch uses
+    full precision by default. TensorFlow has a single setting for the whole program,
+    which is left to the user:
     `tf.config.experimental.enable_tensor_float_32_execution(False)` for GPUs.
     """
 

@@ -14,20 +14,20 @@ from keras_cluster_mask.distribution.replicas import (
     torch_distributed,
 )
 
-# JAX gives up a process after so many seconds without a heartbeat. torch waits so many
-# seconds for the others, which may be writing or filling a buffer: the connection to a
-# process that has died breaks at once.
+# Seconds without a heartbeat after which JAX gives up a process, and seconds that torch
+# waits for other processes, which may be writing or filling a buffer. torch notices a
+# process that has died at once, as the connection breaks.
 HEARTBEAT, TIMEOUT = 25, 600
 
 
 def initialize() -> None:
-    """Joins the processes of one training run. Call it first thing in the program.
+    """Joins the processes of one training run. Call it at the start of the program.
 
-    On torch the program is started by `torchrun` on every GPU; each process takes the
-    GPU of its local rank, or the CPU where there is none. On JAX it is
+    On torch, start the program by `torchrun`, with one process per GPU; each process
+    uses the GPU of its local rank, or the CPU if there is none. On JAX this calls
     `keras.distribution.initialize`, which reads the environment variables
     `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID`; afterwards
-    choose a `keras.distribution.DataParallel(auto_shard_dataset=False)`. If a process
+    set a `keras.distribution.DataParallel(auto_shard_dataset=False)`. If a process
     dies, the others end with an error within a minute.
 
     Raises:
@@ -37,7 +37,7 @@ def initialize() -> None:
     if backend == "jax":
         import jax
 
-        # Keras passes on no time limits, and JAX's own let the others wait longer.
+        # Keras does not pass a timeout, and JAX's default makes the others wait longer.
         join = jax.distributed.initialize
         jax.distributed.initialize = functools.partial(
             join, heartbeat_timeout_seconds=HEARTBEAT
@@ -72,7 +72,7 @@ def initialize() -> None:
 
 
 def _leave():
-    """Ends the threads of gloo, which would else abort a process that is done."""
+    """Ends the threads of gloo, which would otherwise abort a process that exits."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -80,7 +80,7 @@ def _leave():
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that prints and writes files."""
+    """Returns whether this process is the one that prints and writes files."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -89,10 +89,10 @@ def is_main_process() -> bool:
 
 
 def process_index_and_count(training):
-    """The index of this process and the number that share the data, a tuple of ints.
+    """Returns the index of this process and the number that share the data, as ints.
 
-    In evaluation each process of torch reads everything: shares of different sizes
-    would leave some waiting for the others.
+    In evaluation each torch process reads all data: with shards of different sizes,
+    some processes would wait for the others.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -104,7 +104,7 @@ def process_index_and_count(training):
 
 
 def all_gather_object(value):
-    """The values of all processes, as a list; waits for all."""
+    """Gathers the values of all processes in a list; waits for all processes."""
     if keras.backend.backend() == "torch" and num_replicas() > 1:
         values = [None] * num_replicas()
         torch_distributed().all_gather_object(values, value)
@@ -120,7 +120,7 @@ def all_gather_object(value):
 
 
 def to_numpy(variable):
-    """The full value of a variable, even if it is sharded over devices."""
+    """Returns the full value of a variable, even if it is sharded over devices."""
     if keras.backend.backend() == "jax" and not variable.value.is_fully_addressable:
         from jax.experimental import multihost_utils
 

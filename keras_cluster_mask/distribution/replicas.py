@@ -1,6 +1,6 @@
-"""Replicas of one model that train together, each with its rows of the batch.
+"""Data parallel replicas of one model, each with its rows of the batch.
 
-JAX sees the global batch whatever the number of devices, so there is one replica there;
+A JAX step sees the global batch whatever the number of devices, so it has one replica.
 TensorFlow and torch run the same step on every replica.
 """
 
@@ -11,7 +11,7 @@ from keras import ops
 
 
 def num_replicas() -> int:
-    """How many replicas train together, each with its rows of the batch."""
+    """Returns the number of replicas that train together on the rows of a batch."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         context = tensorflow_replica()
@@ -22,7 +22,7 @@ def num_replicas() -> int:
 
 
 def replica_index():
-    """The index of this replica."""
+    """Returns the index of this replica."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         context = tensorflow_replica()
@@ -33,13 +33,13 @@ def replica_index():
 
 
 def batch_is_split(training):
-    """Whether several replicas have different rows of one batch."""
+    """Returns whether several replicas have different rows of one batch."""
     alone = keras.backend.backend() == "torch" and not training
     return num_replicas() > 1 and not alone
 
 
 def rows_per_device(rows):
-    """The number of rows per device, of `rows` rows in a step.
+    """Returns the number of rows per device in a step of `rows` rows.
 
     On JAX a step sees the rows of all devices.
     """
@@ -51,7 +51,7 @@ def rows_per_device(rows):
 
 
 def all_gather(x):
-    """The rows of all replicas, in their order, from those of this one.
+    """Gathers the rows of all replicas, in the order of replicas.
 
     Gradients flow back to the replica that a row came from.
 
@@ -73,7 +73,7 @@ def all_gather(x):
 
 
 def local_rows(x):
-    """The rows of this replica, from those of the global batch."""
+    """Returns this replica's rows of the global batch."""
     replicas = num_replicas()
     if replicas == 1:
         return x
@@ -83,10 +83,11 @@ def local_rows(x):
 
 
 def local_loss(loss):
-    """A replica's loss, whose gradients and reported value are those of the batch.
+    """Adjusts a replica's loss so that gradients and logs are those of the batch.
 
-    Keras expects replicas' losses to add up on TensorFlow, where it averages what it
-    reports; on torch gradients are averaged here, and what is reported is left alone.
+    On TensorFlow, Keras sums the losses of replicas, and averages the values that it
+    reports. On torch, gradients are averaged in this package, and reported values are
+    not.
     """
     replicas = num_replicas()
     if replicas == 1:
@@ -97,14 +98,14 @@ def local_loss(loss):
 
 
 def replica_mean(x):
-    """The mean over all replicas, where Keras's metrics see one replica alone."""
+    """Averages over all replicas where Keras's metrics see one replica only."""
     if keras.backend.backend() != "torch" or num_replicas() == 1:
         return x
     return ops.mean(all_gather(ops.stop_gradient(x)[None]), axis=0)
 
 
 def metric_rows(x):
-    """The rows that a metric must see: all where Keras's see one replica alone."""
+    """Gathers rows for a metric where Keras's metrics see one replica only."""
     if x is None or keras.backend.backend() != "torch":
         return x
     return all_gather(ops.stop_gradient(x))
@@ -113,7 +114,7 @@ def metric_rows(x):
 def all_reduce_mean(variables):
     """Sets float variables to their mean over all replicas.
 
-    Only torch needs it: TensorFlow aggregates variables when they are assigned.
+    Only torch needs this: TensorFlow aggregates variables on assignment.
     """
     if keras.backend.backend() == "torch" and num_replicas() > 1:
         for variable in variables:
@@ -122,10 +123,10 @@ def all_reduce_mean(variables):
 
 
 def assign_equal(variable, value):
-    """Assigns a value that every replica has computed, the same on each.
+    """Assigns a value that every replica has computed equally.
 
-    TensorFlow refuses it where a variable has no rule of how to aggregate the values of
-    replicas, as the weights of Keras's layers have none.
+    TensorFlow refuses this for a variable without a rule to aggregate the values of
+    replicas, such as the weights of Keras's layers.
     """
     tensorflow = keras.backend.backend() == "tensorflow"
     replica = tensorflow_replica() if tensorflow else None
@@ -141,7 +142,7 @@ def assign_equal(variable, value):
 
 
 def tensorflow_replica():
-    """The context of a replica of several, or `None`."""
+    """Returns the context of this replica if there are several, or `None`."""
     import tensorflow as tf
 
     if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
@@ -152,7 +153,7 @@ def tensorflow_replica():
 
 @functools.cache
 def _torch_gather():
-    """An `all_gather` with gradients: torch deprecates its own, without a successor."""
+    """A differentiable `all_gather`: torch deprecates its own, without a successor."""
     import torch
 
     class Gather(torch.autograd.Function):
@@ -172,7 +173,7 @@ def _torch_gather():
 
 
 def torch_distributed():
-    """`torch.distributed` if processes train together, or `None`."""
+    """Returns `torch.distributed` if processes train together, or `None`."""
     import torch
 
     distributed = torch.distributed

@@ -1,11 +1,11 @@
-"""Random state outside of Keras: torch's global generators."""
+"""The random state outside of Keras: torch's global generators."""
 
 import keras
 import numpy as np
 
 
 def read_rng_state() -> dict[str, np.ndarray]:
-    """The state of the generators that layers without a seed draw from."""
+    """Returns the state of the generators that layers without a seed draw from."""
     if keras.backend.backend() != "torch":
         return {}
     import torch
@@ -17,7 +17,7 @@ def read_rng_state() -> dict[str, np.ndarray]:
 
 
 def write_rng_state(state: dict[str, np.ndarray]) -> None:
-    """Restores arrays of `read_rng_state`."""
+    """Restores the arrays of `read_rng_state`."""
     for name, value in state.items():
         import torch
 

@@ -1,4 +1,4 @@
-"""Keeps the weights of a model whose training or evaluation fails."""
+"""Restores the weights of a model if its training or evaluation fails."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ import keras
 
 
 class StartValues:
-    """The values of a model's variables before Keras takes them out.
+    """The values of a model's variables before Keras removes them.
 
-    On JAX, Keras takes the values out of the variables while it trains or evaluates.
-    Where the first step fails, it does not put them back, and the variables would start
-    from new random values.
+    On JAX, Keras removes the values of variables while it trains or evaluates. If the
+    first step fails, it does not restore them, and the variables would get new random
+    values.
 
     Args:
         model: A built `keras.Model`.
@@ -26,19 +26,19 @@ class StartValues:
             self._values = [(variable, variable.value) for variable in variables]
 
     def put_back(self) -> None:
-        """Gives the variables their values."""
+        """Restores the values of the variables."""
         for variable, value in self._values:
-            # A step that began to run may have used the memory of its inputs.
+            # A step that started to run may have reused the memory of its inputs.
             if not value.is_deleted():
                 variable.assign(value)
 
 
 @contextlib.contextmanager
 def keeping_weights(model: keras.Model) -> Iterator[None]:
-    """A context in which a model is evaluated, and keeps its weights if that fails.
+    """A context in which a model keeps its weights if its evaluation fails.
 
-    Keras's `fit` puts back the values of the last step that ended, and needs
-    `StartValues` for its first step alone; its `evaluate` and `predict` put back none.
+    Keras's `fit` restores the values of the last step that ended, and needs
+    `StartValues` only for its first step. Its `evaluate` and `predict` restore none.
     """
     start = StartValues(model)
     try:

@@ -1,10 +1,10 @@
-"""Whether values can be read, or a step is only being compiled."""
+"""Tells whether a value is symbolic because a step is being traced."""
 
 import keras
 
 
 def is_traced(value) -> bool:
-    """Whether a variable, tensor or array is symbolic, because a step is traced."""
+    """Returns whether a variable, tensor or array is symbolic, as in a traced step."""
     if isinstance(value, keras.KerasTensor):
         return True
     value = getattr(value, "value", value)
@@ -24,7 +24,7 @@ def is_traced(value) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
     try:
-        # In a transform of `torch.func` a tensor has no memory of its own.
+        # In a transform of `torch.func` a tensor has no memory.
         value.data_ptr()
     except RuntimeError:
         return True

@@ -1,4 +1,4 @@
-"""Judging a model: retrieval, zero-shot classification, linear probe."""
+"""Evaluation of a model: retrieval, zero-shot classification, linear probe."""
 
 from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,

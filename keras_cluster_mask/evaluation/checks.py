@@ -7,7 +7,7 @@ from keras_cluster_mask.checks import check_integer
 
 
 def check_read_once(name, data):
-    """Raises an error for a dataset for training: endless, and cropped at random."""
+    """Raises an error for a dataset for training: endless and randomly cropped."""
     if stream_of(data) is not None:
         raise ValueError(
             f"`{name}` must hold each image once, without random crops: pass "
@@ -34,9 +34,9 @@ def check_matrix(name, values):
 
 
 def check_embeddings(name, embeddings):
-    """Returns embeddings L2-normalized in float32; a row of zeros stays as it is."""
+    """Returns embeddings L2-normalized in float32; rows of zeros stay zero."""
     embeddings = check_matrix(name, embeddings)
-    # The squares of very large or small values would overflow or vanish.
+    # The squares of very large or small values would overflow or underflow.
     largest = np.maximum(embeddings.max(axis=1), -embeddings.min(axis=1))
     embeddings = embeddings / np.where(largest, largest, 1)[:, None]
     lengths = np.sqrt(np.einsum("id,id->i", embeddings, embeddings, dtype="float64"))

@@ -19,7 +19,7 @@ from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
 from keras_cluster_mask.types import Templates
 
 TEMPLATES = ("a photo of a {}.",)
-# Images whose scores for all classes are held in memory at a time.
+# The number of images whose scores are in memory at a time.
 BLOCK = 1024
 
 
@@ -30,7 +30,7 @@ def classification_accuracy(
 ) -> dict[str, float]:
     """Computes how often the right class is among the k highest scores.
 
-    Of classes with equal scores the first ranks ahead, as with `argmax`.
+    If classes have equal scores, the first ranks ahead, as with `argmax`.
 
     Example:
 
@@ -69,9 +69,9 @@ def zero_shot_classifier(
 ) -> np.ndarray:
     """Computes the weights of a linear classifier from the names of classes.
 
-    `image_embeddings @ weights` are the scores of the classes. The name of each class
-    is put into all templates; the embeddings of these texts are averaged and normalized
-    (Radford et al., section 3.1.4).
+    The scores of the classes are `image_embeddings @ weights`. The name of each class
+    is inserted in all templates; the embeddings of these texts are averaged and
+    normalized (Radford et al., section 3.1.4).
 
     Example:
 
@@ -87,9 +87,9 @@ def zero_shot_classifier(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of one that was saved.
-        class_names: List of str. A warning names duplicates, whose weights are equal.
+        class_names: List of str. Duplicates have equal weights, and cause a warning.
         tokenizer: See `embed`.
-        templates: A str with one `{}` or `{c}` as the placeholder of the name, or a
+        templates: A str with one `{}` or `{c}` as the placeholder for the name, or a
             function from the name to a text, or a list of these; or a dictionary from
             each name to a list of texts.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
@@ -120,9 +120,9 @@ def evaluate_zero_shot(
 ) -> dict[str, float]:
     """Computes the accuracy of zero-shot classification.
 
-    The metrics are those of clip_benchmark. Of classes with the same name, such as the
-    two cranes of ImageNet, the first one is predicted: images of the others count as
-    wrong in top-1, and as right in top-5 if it is among the five.
+    The metrics are those of clip_benchmark. If classes have the same name, such as the
+    two cranes of ImageNet, only the first is predicted: images of the others count as
+    wrong in top-1, and as right in top-5 if their class is among the five.
 
     Example:
 
@@ -173,7 +173,7 @@ def evaluate_zero_shot(
     images = check_matrix("image_embeddings", found["image_embeddings"])
     labels = check_labels("labels", found["labels"], len(images), len(class_names))
     blocks = [slice(i, i + BLOCK) for i in range(0, len(images), BLOCK)]
-    # Rounding must not decide between columns that are equal.
+    # Equal columns are computed once, so that rounding cannot decide between them.
     ranks = [_ranks((images[b] @ weights)[:, columns], labels[b]) for b in blocks]
     return _accuracy(np.concatenate(ranks), labels, len(class_names), ks)
 
@@ -194,7 +194,7 @@ def labeled(
 
 
 def _ranks(scores, labels):
-    """The number of classes ahead of the right one, of each item."""
+    """Returns the number of classes ahead of the right one, for each item."""
     right = np.take_along_axis(scores, labels[:, None], axis=1)
     is_before = np.arange(scores.shape[1]) < labels[:, None]
     return np.count_nonzero((scores > right) | (scores == right) & is_before, axis=1)
@@ -210,7 +210,7 @@ def _accuracy(ranks, labels, num_classes, ks):
 
 
 def _weights(model, class_names, tokenizer, templates, verbose):
-    """The weights of classes with different texts, and the column of each class."""
+    """Returns the weights of classes with different texts, and each class's column."""
     prompts = [tuple(each) for each in _prompts(class_names, templates)]
     places = {each: place for place, each in enumerate(dict.fromkeys(prompts))}
     texts = [text for each in places for text in each]
@@ -223,7 +223,7 @@ def _weights(model, class_names, tokenizer, templates, verbose):
 
 
 def _prompts(class_names, templates):
-    """The texts of each class."""
+    """Returns the texts of each class."""
     names = list(class_names)
     nameless = [
         i for i, x in enumerate(names) if not isinstance(x, str) or not x.strip()
@@ -263,7 +263,7 @@ def _prompts(class_names, templates):
 
 
 def _as_function(template):
-    """A template as a function of the name; `None` without a placeholder."""
+    """Returns a template as a function of the name; `None` without a placeholder."""
     if callable(template):
         return template
     for place in ("{}", "{c}"):

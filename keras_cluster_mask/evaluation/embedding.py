@@ -1,4 +1,4 @@
-"""Embeddings of a dataset."""
+"""Computes the embeddings of a dataset."""
 
 import functools
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from keras_cluster_mask.evaluation.checks import check_read_once
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
 
-# Texts embedded at a time.
+# The number of texts embedded at a time.
 BATCH_SIZE = 64
-# The most rows given to a model at a time.
+# The maximum number of rows passed to a model at a time.
 MAX_SIZE = 1024
 
 
@@ -25,7 +25,7 @@ def embed(
     """Embeds a dataset batch by batch.
 
     The data may be larger than memory: only embeddings, labels, keys and captions are
-    kept. Nothing is masked.
+    kept. Masking is off.
 
     Example:
 
@@ -65,7 +65,7 @@ def embed(
 
     Raises:
         ValueError: For data without images, for an `image_text_dataset` with
-            `training=True`, for another model, or for a tokenizer that lacks the
+            `training=True`, for an unsupported model, or for a tokenizer that lacks the
             special tokens that the model's text tower needs.
     """
     check_read_once("data", data)
@@ -135,8 +135,8 @@ def embed_texts(
         `(texts, d)` float32 array, L2-normalized.
 
     Raises:
-        ValueError: For no texts, for another model, or for a tokenizer that lacks the
-            special tokens that the model's text tower needs.
+        ValueError: For no texts, for an unsupported model, or for a tokenizer that
+            lacks the special tokens that the model's text tower needs.
     """
     if isinstance(texts, str | bytes) or not len(texts):
         raise ValueError(
@@ -154,10 +154,10 @@ def embed_texts(
 
 
 class Embedder:
-    """The towers of a model, compiled for batches of few sizes.
+    """Embeds images and texts with a model, compiled for a few batch sizes.
 
-    It reads the current weights of the model in each call, so one embedder serves a
-    whole training run.
+    It reads the model's current weights in each call, so one embedder serves a whole
+    training run.
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
@@ -175,13 +175,14 @@ class Embedder:
         return model if isinstance(model, cls) else cls(model)
 
     def tokenizer(self, tokenizer):
-        """A function from texts to token ids, after a check that it suits the model."""
+        """Returns a function from texts to token ids, after checking the tokenizer."""
         if tokenizer is None:
             raise ValueError(
                 "`tokenizer` must be a callable from a list of bytes to ints, such as "
                 "a `CLIPTokenizer`. Received: tokenizer=None"
             )
-        # Its own length is that of training, which the tower's may exceed.
+        # The tokenizer's own length is the one used in training, which may be shorter
+        # than the text tower's.
         lengths = length_of(tokenizer), self.model.context_length
         length = min((x for x in lengths if x is not None), default=None)
         check_tokenizer(self.model, tokenizer, length)
@@ -224,10 +225,10 @@ class Embedder:
 
 
 class _Encoder(keras.Model):
-    """A method of a model as a model, which Keras compiles."""
+    """Wraps a method of a model as a model, so that Keras compiles it."""
 
     def __init__(self, function):
-        # Keras's own choice would start with an underscore, which TensorFlow refuses.
+        # Keras's default name would start with an underscore, which TensorFlow refuses.
         super().__init__(name=function.__name__)
         self.autocast = False
         self.source = function.__self__
@@ -239,8 +240,8 @@ class _Encoder(keras.Model):
         return self.function(inputs, training=False)
 
     def size_for(self, count):
-        """The size of the batch that this number of rows is padded to."""
-        # Each size is compiled, so one that exists also serves a quarter of it.
+        """Returns the batch size to which this number of rows is padded."""
+        # Each size is compiled, so an existing one is reused down to a quarter of it.
         fitting = [size for size in self.sizes if count <= size <= 4 * max(count, 1)]
         if not fitting:
             fitting = [count if count > 8 else 1 << max(count - 1, 0).bit_length()]
@@ -249,7 +250,7 @@ class _Encoder(keras.Model):
 
 
 def _texts_of(batch):
-    """The captions of a batch in one list, and the row of the image of each."""
+    """Returns the captions of a batch in one list, and the row of each one's image."""
     if "captions" not in batch:
         raise ValueError(
             "With a `tokenizer`, `data` must hold 'captions': pass "

@@ -19,12 +19,12 @@ from keras_cluster_mask.evaluation.classification import (
 )
 from keras_cluster_mask.evaluation.embedding import Embedder, embed
 
-# The candidates, eight strengths a decade, and the steps of the search among them.
+# The candidate strengths, eight per decade, and the step sizes of the search.
 STRENGTHS = [10.0 ** (exponent / 8) for exponent in range(-48, 49)]
 STEPS = 16, 8, 4, 2, 1
-# The largest gradient of a fit that has converged, times the number of classes.
-# scikit-learn minimizes the mean loss of all items, of which each class has its share:
-# at the default of 1e-4 a fit of a thousand classes stops where it starts.
+# The largest gradient of a converged fit, times the number of classes. scikit-learn
+# minimizes the mean loss over items, so gradients shrink with the number of classes:
+# with the default of 1e-4, a fit of a thousand classes stops where it starts.
 TOLERANCE = 1e-5
 
 
@@ -41,14 +41,14 @@ def linear_probe(
     seed: int = 0,
     verbose: str | int = "auto",
 ) -> dict[str, Any]:
-    """Measures how well a logistic regression on frozen features classifies.
+    """Computes the accuracy of a logistic regression on frozen features.
 
-    The protocol of CLIP (Radford et al., appendix A.3): multinomial logistic
-    regression, fitted by scikit-learn's L-BFGS in 64 bits. The regularization strength
-    is chosen on validation data by a search from 1e-6 to 1e6: every second power of
-    ten, then around the best in smaller steps, down to an eighth of a decade. Of
-    strengths with equal scores the strongest is chosen. A final fit uses training and
-    validation data, and is evaluated on the test data, which nothing else depends on.
+    This is the protocol of CLIP (Radford et al., appendix A.3): multinomial logistic
+    regression, fitted by scikit-learn's L-BFGS in float64. The regularization strength
+    is chosen on validation data by a search from 1e-6 to 1e6: first every second power
+    of ten, then smaller steps around the best, down to an eighth of a decade. If scores
+    are equal, the largest strength is chosen. A final fit uses training and validation
+    data, and is evaluated on the test data, which nothing else depends on.
 
     Features are neither centered nor scaled, as in the paper: the search covers both
     embeddings of length 1 and larger features.
@@ -74,30 +74,30 @@ def linear_probe(
         test_labels: `(items,)` ints. Each class must occur in `train_labels`.
         validation: A pair `(features, labels)` to choose the strength on. `None` uses
             a validation split of the training data.
-        regularization: Float in `[1e-6, 1e6]`. The strength, 1 / `C` of scikit-learn:
-            the factor of half the squared weights beside the cross-entropy summed over
-            items. `None` searches for it.
+        regularization: Float in `[1e-6, 1e6]`. The strength, scikit-learn's 1 / `C`:
+            half the sum of squared weights is multiplied by it and added to the
+            cross-entropy summed over items. `None` searches for it.
         metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
             the validation data that the search maximizes.
         validation_split: Float in `(0, 1]`. The share of each class in the validation
-            split, rounded up to items, of which one stays in training.
+            split, rounded up to items. At least one item of each class stays in
+            training.
         max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
         seed: Integer. The seed of the validation split.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         A dictionary: `"top_1"`, with more than five classes `"top_5"`, and
-        `"mean_per_class"`, floats in `[0, 1]` on the test data;
-        `"regularization"`, the strength; `"validation"`, a dictionary from each
-        strength that was tried to the metric on the validation data; and
-        `"unconverged"`, a list of the strengths whose fits stopped at
-        `max_iterations`, of which scikit-learn warns too.
+        `"mean_per_class"`, floats in `[0, 1]` on the test data; `"regularization"`, the
+        strength; `"validation"`, a dictionary from each strength that was tried to the
+        metric on the validation data; and `"unconverged"`, a list of the strengths
+        whose fits stopped at `max_iterations`, about which scikit-learn warns too.
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: For features that are not finite or differ in width, for labels
-            that do not fit them, for a single class, and for validation or test data
-            of a class that the training data lacks.
+        ValueError: For features that are not finite or differ in width, for labels that
+            do not match them, for a single class, and for validation or test data with
+            a class that the training data lacks.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -143,7 +143,7 @@ def evaluate_linear_probe(
     verbose: str | int = "auto",
     **options: Any,
 ) -> dict[str, Any]:
-    """Measures how well a logistic regression on image embeddings classifies.
+    """Computes the accuracy of a logistic regression on image embeddings.
 
     The embeddings are the L2-normalized ones of the shared space. Radford et al. use
     the features before the projection; pass such features to `linear_probe`.
@@ -206,10 +206,10 @@ def evaluate_linear_probe(
 
 
 def next_strengths(tried: dict[float, float], step: int) -> list[float]:
-    """The strengths to try next: all in steps, then those next to the best.
+    """Returns the strengths to try next: every `step`-th, then those next to the best.
 
     Args:
-        tried: Dictionary from strengths that were tried to scores.
+        tried: Dictionary from the strengths that were tried to scores.
         step: Integer, the distance between strengths, in eighths of a decade.
     """
     if not tried:
@@ -220,7 +220,7 @@ def next_strengths(tried: dict[float, float], step: int) -> list[float]:
 
 
 def best_strength(tried: dict[float, float]) -> float:
-    """The strength with the highest score; of equal scores the strongest."""
+    """Returns the strength with the highest score; among equal scores the largest."""
     return max(tried, key=lambda strength: (tried[strength], strength))
 
 
@@ -231,13 +231,13 @@ def _fit(features, labels, strength, max_iterations):
     classifier = LogisticRegression(
         C=1 / strength, tol=tolerance, max_iter=max_iterations
     )
-    # In 32 bits a fit stops early, where the loss no longer changes.
+    # In float32 a fit stops early, where rounding hides changes of the loss.
     return classifier.fit(features.astype("float64"), labels)
 
 
 def _accuracy(classifier, features, labels):
     scores = classifier.decision_function(features)
-    # Of two classes scikit-learn scores the second alone.
+    # With two classes, scikit-learn scores only the second.
     scores = scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1)
     columns = np.searchsorted(classifier.classes_, labels)
     return classification_accuracy(scores, columns)

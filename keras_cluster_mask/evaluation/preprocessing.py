@@ -1,4 +1,4 @@
-"""What evaluation does to one image, and to texts, before a model sees them."""
+"""Preprocesses images and texts for evaluation."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ def resize_image(
 ) -> np.ndarray:
     """Resizes an image as open_clip's evaluation transforms do.
 
-    Bicubic, antialiased.
+    Interpolation is bicubic and antialiased.
 
     Args:
         image: `PIL.Image.Image` of any mode.
@@ -27,15 +27,15 @@ def resize_image(
         `(height, width, 3)` uint8 array.
     """
     fitted = (squash if resize == "squash" else cut_middle)(image, image_size)
-    # In this order, in which open_clip treats palettes and transparency too.
+    # Converted last, as in open_clip, which matters for palettes and transparency.
     return np.array(fitted.convert("RGB"))
 
 
 def clip_tokenizer(context_length: int | None = None) -> Callable:
-    """CLIP's own tokenizer, whose vocabulary comes with open_clip.
+    """Returns CLIP's tokenizer, whose vocabulary is installed with open_clip.
 
     Args:
-        context_length: Integer, the length that the model's text encoder takes; `None`
+        context_length: Integer, the context length of the model's text encoder; `None`
             if it takes any.
     """
     return CLIPTokenizer.from_open_clip(context_length or 77)

@@ -1,19 +1,19 @@
-"""The ranks of right partners, among all images or all texts."""
+"""The ranks of matching items, among all images or all texts."""
 
 import numpy as np
 
-# The part of the similarity matrix that is held in memory at a time.
+# The shape of the part of the similarity matrix that is in memory at a time.
 TILE = 2040, 4096
-# Rows whose count is held in eight bits.
+# The maximum number of rows that are counted in 8 bits.
 ROWS = 255
-# Similarities of unit vectors count as equal within this distance: in 32 bits their
+# Similarities of unit vectors count as equal within this distance: in float32 their
 # last digits depend on the order of a sum.
 TIE = 2.0**-22
 NEVER = np.iinfo("int64").max
 
 
 def ranks_of_partners(images, texts, image_labels, text_labels):
-    """Counts the wrong partners ahead of the best right one, of each image and text.
+    """Counts the wrong items ahead of the best match of each image and each text.
 
     The similarity of all images to all texts is computed once for both directions, tile
     by tile.
@@ -21,13 +21,13 @@ def ranks_of_partners(images, texts, image_labels, text_labels):
     Args:
         images: `(images, d)` float32 array of L2-normalized rows.
         texts: `(texts, d)` float32 array of L2-normalized rows.
-        image_labels: `(images,)` array. Partners have the same label.
+        image_labels: `(images,)` array. Items match if their labels are equal.
         text_labels: `(texts,)` array.
 
     Returns:
         Two int64 arrays, `(images,)` and `(texts,)`.
     """
-    # Right partners are next to one another in the order of labels.
+    # In the order of labels, the matches of an item are consecutive.
     labels = np.concatenate([image_labels, text_labels])
     codes = np.unique(labels, return_inverse=True)[1].reshape(-1)
     codes = codes[: len(images)], codes[len(images) :]
@@ -48,9 +48,9 @@ def ranks_of_partners(images, texts, image_labels, text_labels):
 
 
 def _count(rows, columns, right, row_bounds, column_bounds):
-    """Counts the columns above the bound of each row, and the rows of each column.
+    """Counts the columns that reach the bound of each row, and vice versa.
 
-    Pairs of a row and one of its right columns do not count.
+    Matching pairs are not counted.
     """
     counts = [np.zeros(len(each), "int64") for each in (rows, columns)]
     first, last = right
@@ -72,12 +72,12 @@ def _count(rows, columns, right, row_bounds, column_bounds):
 
 
 def _ranges(codes, others):
-    """Where the items of each code begin and end among others; both are sorted."""
+    """Returns where each code begins and ends among others; both are sorted."""
     return [np.searchsorted(others, codes, side) for side in ("left", "right")]
 
 
 def _best(queries, items, first, last):
-    """The highest similarity of each query to one of its own range of items."""
+    """Returns the highest similarity of each query to the items in its range."""
     best = np.full(len(queries), -np.inf, "float32")
     changes = np.diff(first, prepend=-1) | np.diff(last, prepend=-1)
     starts = np.flatnonzero(changes)

@@ -28,9 +28,9 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Computes the recall of image-to-text and text-to-image retrieval.
 
-    Recall@k is the share of queries with a right partner among the k most similar
-    items. A wrong partner that is as similar as the best right one, to the rounding of
-    32 bits, ranks ahead of it. So a model that embeds everything alike scores 0.
+    Recall@k is the share of queries with a match among the k most similar items. A
+    wrong item that is as similar as the best match, up to float32 rounding, ranks ahead
+    of it. So a model that embeds everything alike scores 0.
 
     Example:
 
@@ -45,10 +45,9 @@ def retrieval_recall(
     Args:
         image_embeddings: `(images, d)` array. Rows are L2-normalized in float32.
         text_embeddings: `(texts, d)` array. Rows are L2-normalized in float32.
-        image_labels: `(images,)` array. An image and a text with equal labels are
-            partners: pass image ids for images with several captions, or the captions
-            for images that share one. By default row i of one is the partner of row i
-            of the other.
+        image_labels: `(images,)` array. An image and a text with equal labels match:
+            pass image ids for images with several captions, or the captions for images
+            that share one. By default, row i of the images matches row i of the texts.
         text_labels: `(texts,)` array. Defaults to `image_labels`.
         ks: Integer or integers, the numbers of retrieved items.
 
@@ -57,9 +56,9 @@ def retrieval_recall(
         `image_to_text_recall@k` and `text_to_image_recall@k` for each k.
 
     Raises:
-        ValueError: For embeddings that do not fit each other or their labels, for NaN
-            embeddings, and for texts without an image. An image without a text counts
-            as a miss.
+        ValueError: For embeddings whose shapes do not match each other or the labels,
+            for NaN embeddings, and for texts without an image. An image without a text
+            counts as a miss.
     """
     ks = check_ks(ks)
     images = check_embeddings("image_embeddings", image_embeddings)
@@ -116,12 +115,12 @@ def evaluate_retrieval(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of one that was saved.
-        data: See `embed`. Batches hold `"images"`, and `"token_ids"` or, for a
-            `tokenizer`, `"captions"`. The partner of a text is the image in its row.
+        data: See `embed`. Batches hold `"images"`, and `"token_ids"` or, with a
+            `tokenizer`, `"captions"`. A text matches the image in its row.
         tokenizer: See `embed`.
         ks: See `retrieval_recall`.
-        duplicates: `"negative"`, as is usual, or `"positive"`: a text is a partner of
-            all images with an equal text. For data with one text an image.
+        duplicates: `"negative"`, as is usual, or `"positive"`: a text matches all
+            images with an equal text. For data with one text per image.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -129,7 +128,7 @@ def evaluate_retrieval(
 
     Raises:
         ValueError: For data without texts, for an `image_text_dataset` with
-            `training=True`, and for `duplicates="positive"` with several texts an
+            `training=True`, and for `duplicates="positive"` with several texts per
             image.
     """
     check_choice("duplicates", duplicates, ("negative", "positive"))
@@ -155,7 +154,7 @@ def evaluate_retrieval(
 
 
 def _with_texts(data, keys, number):
-    """Yields the images and texts of batches, and if asked a number for each text."""
+    """Yields the images and texts of batches, and optionally a number for each text."""
     key, numbers = keys[0], {}
     for batch in read_batches(data):
         if key not in batch:
@@ -216,10 +215,10 @@ def caption_selection_accuracy(
     caption_embeddings: np.ndarray,
     negative_embeddings: np.ndarray,
 ) -> float:
-    """How often an image is more similar to its caption than to a wrong one.
+    """Computes how often an image is more similar to its caption than to a wrong one.
 
-    Captions with equal similarities, to the rounding of 32 bits, count as a failure.
-    So a model that embeds all texts, or all texts of the same words, alike scores 0.
+    Captions with equal similarities, up to float32 rounding, count as a failure. So a
+    model that embeds all texts, or all texts with the same words, alike scores 0.
     SugarCrepe is evaluated this way; `kcm.interop.clip_benchmark` runs it.
 
     Example:

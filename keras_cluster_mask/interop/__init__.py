@@ -1,4 +1,4 @@
-"""Models and weights to and from other libraries."""
+"""Conversion of models and weights from and to other libraries."""
 
 from keras_cluster_mask.interop import clip_benchmark
 from keras_cluster_mask.interop.hugging_face import load_hugging_face

@@ -1,4 +1,4 @@
-"""What a config says of a model of two transformers, beside its weights."""
+"""The architecture of a two-tower model, which its weights alone do not determine."""
 
 import dataclasses
 import math
@@ -12,13 +12,14 @@ from keras_cluster_mask.models.encoders import image_shape_of, write_text_epsilo
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.sizes import make_clip
 
-# Of all normalizations of a CLIP. keras_hub has 1e-6 in the last one of the text tower.
+# The epsilon of all layer normalizations of CLIP. keras_hub uses 1e-6 in the last one
+# of the text tower.
 CLIP_EPSILON = 1e-5
 
-# Those that open_clip has, too.
+# The activations that open_clip has too.
 ACTIVATIONS = "gelu", "quick_gelu"
 
-# What keras_hub's classes of each kind begin with.
+# The prefixes of keras_hub's class names, by kind of model.
 FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaCLIP2", "siglip": "SigLIP"}
 
 
@@ -33,18 +34,18 @@ class Tower(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A model's shape, activation and preprocessing.
+    """The shape, activation and preprocessing of a model.
 
     Attributes:
         kind: Key of `FAMILIES`.
-        image: `Tower` of images.
-        text: `Tower` of texts.
+        image: `Tower`, the image tower.
+        text: `Tower`, the text tower.
         patch: Integer, the side of a patch in pixels.
         image_size: Integer, the side of an image in pixels.
         vocabulary: Integer, the number of token ids.
-        context: Integer, the largest number of tokens of a text.
+        context: Integer, the maximum number of tokens per text.
         projection: Integer, the width of embeddings.
-        activation: String, keras_hub's name of it.
+        activation: String, its name in keras_hub.
         pixel_mean: Three floats, by channel.
         pixel_std: Three floats, by channel.
     """
@@ -63,7 +64,7 @@ class Architecture:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of the axes of tensors, as `state_dicts.match` names them."""
+        """The sizes of the axes of tensors, by their names in `state_dicts.match`."""
         names = "patch", "vocabulary", "context", "projection"
         sizes = {name: getattr(self, name) for name in names}
         # SigLIP has no class token.
@@ -75,7 +76,7 @@ class Architecture:
         return sizes
 
     def make(self, dtype: Any = None) -> Any:
-        """A keras_hub backbone with fresh weights."""
+        """Creates a keras_hub backbone with new weights."""
         lengths = self.image_size, self.vocabulary, self.context
         family = FAMILIES[self.kind]
         backbone = make_clip(vars(self), *lengths, self.activation, dtype, family)
@@ -85,7 +86,7 @@ class Architecture:
 
 
 def architecture_of_model(model: Any) -> Architecture:
-    """The architecture of a CLIP or MetaCLIP 2 backbone, or of a model of one."""
+    """Returns the architecture of a CLIP or MetaCLIP 2 backbone, or of its model."""
     backbone = getattr(model, "backbone", model)
     image, text = backbone.vision_encoder, backbone.text_encoder
     activations = image.intermediate_activation, text.intermediate_activation
@@ -108,7 +109,7 @@ def architecture_of_model(model: Any) -> Architecture:
         kind_of(backbone),
         *towers,
         patch=image.patch_size,
-        # In the middle in either order of axes, as images are square.
+        # The second axis is a side in both data formats, and images are square.
         image_size=image_shape_of(image)[1],
         vocabulary=text.vocabulary_size,
         context=text.max_sequence_length,
@@ -120,13 +121,13 @@ def architecture_of_model(model: Any) -> Architecture:
 
 
 def kind_of(backbone: Any) -> str:
-    """`"clip"` or `"metaclip_2"`, of a backbone that is either."""
-    # By what only one of them has.
+    """Returns `"clip"` or `"metaclip_2"` for a backbone of either kind."""
+    # Only MetaCLIP 2 has this attribute.
     return "metaclip_2" if hasattr(backbone, "metaclip_2_head") else "clip"
 
 
 def square(size: Any) -> int | None:
-    """One integer from `n` or from `[n, n]`; `None` if it is neither."""
+    """Returns one integer for `n` or `[n, n]`; `None` for anything else."""
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     return size if is_integer(size) and size > 0 else None
@@ -135,13 +136,13 @@ def square(size: Any) -> int | None:
 def reasons_of_sizes(
     where: str, config: Mapping, keys: Iterable[str], divisor: str, width: str
 ) -> list[str]:
-    """Why the sizes in a config cannot be those of a tower, one text a reason.
+    """Lists why the sizes in a config cannot be those of a tower, one text per reason.
 
     Args:
         where: String, the name of the config.
         config: Dictionary.
         keys: The keys of sizes.
-        divisor: The key of what must divide the width.
+        divisor: The key of the size that must divide the width.
         width: The key of the width.
     """
     found = []
@@ -163,12 +164,12 @@ def reasons_of_sizes(
 
 
 def reasons_of_pixels(where: str, mean: Any, std: Any) -> list[str]:
-    """Why pixels cannot be normalized by a mean and a deviation, one text a reason.
+    """Lists why a mean and a deviation cannot normalize pixels, one text per reason.
 
     Args:
-        where: String, what comes before the names `mean` and `std` in a text.
-        mean: What must be three finite numbers, by channel.
-        std: What must be three finite numbers above 0, by channel.
+        where: String, the text before the names `mean` and `std` in a reason.
+        mean: The value to check; valid are three finite numbers, by channel.
+        std: The value to check; valid are three finite numbers above 0, by channel.
     """
     found = []
     if not _is_of_channels(mean):
@@ -184,11 +185,11 @@ def _is_of_channels(values):
 
 
 def warn_of_resizing(mode: str, interpolation: str) -> None:
-    """Warns the caller's caller if images are not to be resized as by default.
+    """Warns the caller's caller if images need a resizing other than the default.
 
     Args:
-        mode: String, open_clip's name of how images become square.
-        interpolation: String, the filter.
+        mode: String, open_clip's name for the way in which images become square.
+        interpolation: String, the interpolation filter.
     """
     if mode != "shortest":
         remedy = "Pass resize='squash' to `image_text_dataset`."

@@ -1,6 +1,6 @@
-"""Models as clip_benchmark takes them, which evaluates open_clip's models.
+"""Evaluates Keras models with clip_benchmark, which is made for open_clip's models.
 
-Its metrics and datasets evaluate a Keras model, on any backend:
+Its metrics and datasets work with a Keras model, on any backend:
 
 ```python
 from clip_benchmark.metrics import zeroshot_classification
@@ -16,9 +16,10 @@ weights.shape  # (96, 2)
 
 - Pass `amp=False`. A Keras model computes in the precision of its own dtype policy, and
   half precision would only round the scores of classes.
-- On JAX and TensorFlow load data without workers (`num_workers=0`). Workers are forked,
-  and a forked process can wait forever for a lock that a thread of theirs holds.
-- On a GPU set `TF_FORCE_GPU_ALLOW_GROWTH=true` for TensorFlow, which otherwise takes
+- On JAX and TensorFlow, load data without workers (`num_workers=0`). Workers are
+  forked, and a forked process can wait forever for a lock that one of the backend's
+  threads holds.
+- On a GPU, set `TF_FORCE_GPU_ALLOW_GROWTH=true` for TensorFlow, which otherwise takes
   all memory: clip_benchmark's own tensors are torch's and need some too.
 
 Reference:
@@ -39,24 +40,24 @@ from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.types import Tensor
 
-# torch is imported in functions only: `adapt` says what to install without it.
+# torch is imported in functions only, so that `adapt` can say what to install.
 
 
 def adapt(
     model: Any, tokenizer: Any = None, resize: str = "crop"
 ) -> tuple["Adapter", Callable, Callable]:
-    """Makes what clip_benchmark needs to evaluate a model.
+    """Adapts a model, its images and its texts to clip_benchmark.
 
     The three results can be passed to any of clip_benchmark's functions, and to other
-    evaluations that are written for open_clip's models. Accuracies of clip_benchmark
-    need `repaired` on NumPy 2.4 and later.
+    evaluations that are written for open_clip's models. With NumPy 2.4 and later, the
+    accuracies of clip_benchmark need `repaired`.
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of a file that `save` wrote of one of them or
-            of the folder of a keras_hub preset.
-        tokenizer: See `kcm.evaluation.embed`. SigLIP and MetaCLIP 2 need their own. By
-            default CLIP's.
+            `SigLIPBackbone`, or the path of a file with one of them that `save` wrote,
+            or the path of a folder with a keras_hub preset.
+        tokenizer: See `kcm.evaluation.embed`. Defaults to CLIP's tokenizer; SigLIP and
+            MetaCLIP 2 need their own.
         resize: `"crop"`, as open_clip does for CLIP, or `"squash"`, as it does for
             SigLIP.
 
@@ -68,8 +69,8 @@ def adapt(
     Raises:
         FileNotFoundError: If there is no model at the path.
         ImportError: If clip_benchmark is not installed.
-        ValueError: For another model or file, for another value of `resize`, or if the
-            tokenizer is not the model's.
+        ValueError: For an unsupported model or file, for another value of `resize`, or
+            if the tokenizer does not match the model.
     """
     _import("clip_benchmark")
     check_choice("resize", resize, ("crop", "squash"))
@@ -95,8 +96,8 @@ def adapt(
 def repaired() -> Iterator[None]:
     """Lets clip_benchmark compute accuracies with NumPy 2.4 and later.
 
-    clip_benchmark takes arrays of one element for numbers, which NumPy has come to
-    refuse. It is changed within the context only.
+    clip_benchmark converts arrays of one element to numbers, which NumPy no longer
+    allows. It is patched within the context only.
 
     Example:
 
@@ -120,11 +121,11 @@ def repaired() -> Iterator[None]:
 class Adapter:
     """A `ContrastiveModel` that takes and returns torch tensors, as open_clip's do.
 
-    It embeds by Keras's compiled inference, without gradients, and in the precision of
+    It embeds with Keras's compiled inference, without gradients, in the precision of
     the model's dtype policy: `torch.autocast` has no influence.
 
     Args:
-        model: What `adapt` takes.
+        model: A model that `adapt` takes.
     """
 
     def __init__(self, model: Any):
@@ -162,11 +163,11 @@ class Adapter:
         return _embedded(self.embedder.texts, token_ids.int())
 
     def eval(self) -> Self:
-        """Returns itself: it is for inference only."""
+        """Returns itself, since it is for inference only."""
         return self
 
     def to(self, device: Any) -> Self:
-        """Returns itself: Keras has placed the model already.
+        """Returns itself, since Keras has already placed the model.
 
         Args:
             device: Ignored.
@@ -177,7 +178,7 @@ class Adapter:
 def _embedded(embed, inputs):
     import torch
 
-    # On torch, Keras's own layers would be rounded.
+    # On torch, autocast would round the results of Keras's layers.
     with torch.autocast(inputs.device.type, enabled=False):
         embeddings = embed(inputs.detach().cpu().numpy())
     return torch.tensor(embeddings, device=inputs.device)
@@ -186,8 +187,8 @@ def _embedded(embed, inputs):
 def _pixels(image, image_size, resize):
     import torch
 
-    # uint8 takes a quarter of the memory. The model normalizes on the device, by the
-    # statistics that it was trained with.
+    # uint8 takes a quarter of the memory. The model normalizes on the device, with its
+    # own mean and deviation.
     pixels = torch.from_numpy(resize_image(image, image_size, resize))
     return pixels.permute(2, 0, 1).contiguous()
 
@@ -200,7 +201,7 @@ def _text_ids(texts, tokenize):
 
 
 def _import(name):
-    """Imports a module of clip_benchmark's, which brings torch too."""
+    """Imports a module of clip_benchmark, which imports torch too."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

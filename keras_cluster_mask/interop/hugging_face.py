@@ -1,4 +1,4 @@
-"""CLIP, MetaCLIP 2 and SigLIP models from weights of Hugging Face's transformers."""
+"""Loads CLIP, MetaCLIP 2 and SigLIP models of Hugging Face's transformers."""
 
 import os
 import pathlib
@@ -27,11 +27,11 @@ from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
 # The files that transformers writes into a folder.
 WEIGHT_FILES = "model.safetensors", "pytorch_model.bin"
 CONFIG_FILE = "config.json"
-# Newer versions write the second, which holds the first under "image_processor".
+# Newer versions write the second file, which holds the first under "image_processor".
 PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
 
-# Defaults of transformers' configs, which leave out what has its default. These are in
-# the order of `Tower`.
+# Defaults of transformers' configs, which omit entries with default values. These are
+# in the order of `Tower`.
 _TOWER = dict(
     hidden_size=768,
     num_hidden_layers=12,
@@ -63,12 +63,12 @@ PIXELS = {
     "siglip": (SIGLIP_MEAN, SIGLIP_MEAN),
 }
 
-# Filters of PIL by their numbers, as `resample` says them.
+# PIL's filters by the numbers that `resample` uses.
 INTERPOLATIONS = dict(
     enumerate(["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"])
 )
 
-# keras_hub's names of transformers' activations.
+# keras_hub's names for transformers' activations.
 _PLAIN = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 _TANH = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_approximate")
 ACTIVATIONS = {
@@ -77,7 +77,8 @@ ACTIVATIONS = {
     "siglip": {"gelu": "gelu", **_TANH},
 }
 
-# The id that old configs of CLIP state by mistake; transformers then pools the highest.
+# The end token's id that old CLIP configs state by mistake. transformers then pools at
+# the highest id.
 OLD_END_ID = 2
 
 
@@ -88,15 +89,15 @@ def load_hugging_face(
     masking: PatchMasking | None = None,
     **kwargs: Any,
 ) -> ContrastiveModel:
-    """Loads a CLIP, MetaCLIP 2 or SigLIP model that transformers has saved.
+    """Loads a CLIP, MetaCLIP 2 or SigLIP model saved by transformers.
 
     Reads the files that `save_pretrained` of `CLIPModel`, `MetaClip2Model` and
     `SiglipModel` writes, and those of a downloaded model, without transformers. Sizes,
-    attention heads and activation follow from `config.json`, and the mean and deviation
-    of pixels from `preprocessor_config.json` or `processor_config.json`; without either
-    they are those of the kind of model. Other models of transformers are refused, such
-    as `Siglip2Model`, and those that keras_hub's backbones cannot compute. Weights of
-    half precision become float32.
+    attention heads and activation are read from `config.json`, and the mean and
+    deviation of pixels from `preprocessor_config.json` or `processor_config.json`;
+    without either file, they are the defaults for the kind of model. Other models of
+    transformers, such as `Siglip2Model`, and models that keras_hub's backbones cannot
+    compute are refused. Half-precision weights become float32.
 
     Resize images in the dataset as in training: squash them for SigLIP
     (`resize="squash"`), crop them for the others. A warning is issued if the model was
@@ -112,8 +113,8 @@ def load_hugging_face(
 
     Args:
         source: Path of a folder with `model.safetensors` (read without torch) or
-            `pytorch_model.bin`, and `config.json`; or of the file of weights in such a
-            folder.
+            `pytorch_model.bin`, and `config.json`; or path of the file of weights in
+            such a folder.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
         masking: A `PatchMasking` layer, or `None`.
         **kwargs: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
@@ -123,10 +124,10 @@ def load_hugging_face(
         `MetaCLIP2Backbone` or `SigLIPBackbone`.
 
     Raises:
-        ValueError: If a file cannot be read or holds Python code; if the config
-            describes another model, with the reasons; or if the weights do not fit it,
-            with a list of all entries that are missing, unexpected, of a wrong shape,
-            or not finite.
+        ValueError: If a file cannot be read or contains Python code; if the config
+            describes an unsupported model, with the reasons; or if the weights do not
+            match it, with a list of all entries that are missing, unexpected, of a
+            wrong shape, or not finite.
         FileNotFoundError: If a file does not exist.
         ImportError: If a `.safetensors` file is read without safetensors, or another
             one without torch.
@@ -180,7 +181,7 @@ def load_hugging_face(
 
 
 def _read_config(folder):
-    """A model's kind, the configs of its two towers, and why it cannot be loaded."""
+    """Returns a model's kind, its two tower configs, and why it cannot be loaded."""
     path = folder / CONFIG_FILE
     config = read_json("source", path)
     kind = config.get("model_type") if isinstance(config, Mapping) else None
@@ -192,7 +193,7 @@ def _read_config(folder):
         )
     text, vision = (_tower(config, kind, name) for name in DEFAULTS[kind])
     if kind == "siglip":
-        # Nothing projects images.
+        # SigLIP has no image projection.
         text["projection"] = text.get("projection_size") or text["hidden_size"]
     else:
         text["projection"] = config.get("projection_dim", 512)
@@ -226,8 +227,8 @@ def _read_config(folder):
 
 
 def _tower(config, kind, name):
-    # Old configs have a second dictionary, which transformers completes with defaults
-    # and then prefers.
+    # Old configs have a second dictionary. transformers fills it with defaults and then
+    # prefers it.
     given = config.get(f"{name}_dict") or config.get(name) or {}
     return {**DEFAULTS[kind][name], **given}
 
@@ -239,7 +240,7 @@ def _reasons_of_tower(kind, name, tower):
     found = reasons_of_sizes(
         name, tower, [*_TOWER, *sizes], "num_attention_heads", "hidden_size"
     )
-    # A list, as a value that cannot be hashed is not found in it either.
+    # A list, since unhashable values can be searched for in it too.
     activations = [*ACTIVATIONS[kind]]
     if tower["hidden_act"] not in activations:
         found.append(
@@ -254,7 +255,7 @@ def _reasons_of_tower(kind, name, tower):
 
 
 def _read_preprocessing(folder):
-    """What is done with images, and the name of the file that says it."""
+    """Returns the image preprocessing, and the name of the file that states it."""
     paths = [folder / name for name in PREPROCESSING_FILES]
     path = next(filter(pathlib.Path.is_file, paths), None)
     if path is None:
@@ -264,7 +265,7 @@ def _read_preprocessing(folder):
 
 
 def _reasons_of_preprocessing(config, name, kind):
-    """Why a model cannot be given the images that it was trained on."""
+    """Lists why images cannot be preprocessed as in the model's training."""
     found = []
     factor = config.get("rescale_factor") or 1 / 255
     if not config.get("do_rescale", True) or abs(255 * factor - 1) > 1e-6:
@@ -275,7 +276,7 @@ def _reasons_of_preprocessing(config, name, kind):
 
 
 def _pixels(config, kind):
-    """The mean and deviation of pixels, each of which may be one number."""
+    """Returns the mean and deviation by channel; a config may state single numbers."""
     if not config.get("do_normalize", True):
         return (0.0,) * 3, (1.0,) * 3
     given = config.get("image_mean"), config.get("image_std")
@@ -284,7 +285,7 @@ def _pixels(config, kind):
 
 
 def _resizing(config, kind):
-    """How images are resized, in open_clip's words."""
+    """Returns the resize mode and the interpolation, under open_clip's names."""
     size, resample = config.get("size"), config.get("resample")
     has_height = isinstance(size, Mapping) and "height" in size
     return (

@@ -1,4 +1,4 @@
-"""Model configs of open_clip: read, written, or refused with the reasons."""
+"""Reads and writes model configs of open_clip, or refuses them with the reasons."""
 
 import importlib.util
 import json
@@ -19,17 +19,19 @@ from keras_cluster_mask.interop.architectures import (
 from keras_cluster_mask.models.encoders import METACLIP_2_END_ID
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 
-# The name of the file that open_clip keeps beside a model's weights.
+# The file that open_clip writes beside a model's weights.
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
-# Defaults of what is read, as in open_clip's `CLIPVisionCfg` and `CLIPTextCfg`.
+# The entries that are read, with the defaults of open_clip's `CLIPVisionCfg` and
+# `CLIPTextCfg`.
 _BOTH = dict(layers=12, mlp_ratio=4.0)
 READ = {
     "vision_cfg": dict(_BOTH, width=768, head_width=64, patch_size=16, image_size=224),
     "text_cfg": dict(_BOTH, width=512, heads=8, context_length=77, vocab_size=49408),
 }
 
-# What keras_hub's models are in only one way: the values that mean that way.
+# Entries for which keras_hub's models support one behavior only, with the values that
+# select it.
 _OFF = None, False
 _BLOCK = {
     "ls_init_value": (None,),
@@ -60,28 +62,28 @@ FIXED = {
     },
 }
 
-# What keys begin with that change no embedding: training, tokens, options of parts that
-# are refused, and the order of pooling and normalization.
+# Prefixes of keys that do not affect embeddings: training, tokens, options of parts
+# that are refused, and the order of pooling and normalization.
 IGNORED = {
     "vision_cfg": ("attn_pooler_", "final_ln_after_pool", "patch_dropout", "timm_"),
     "text_cfg": ("eos_id", "final_ln_after_pool", "hf_", "pad_id", "tokenizer_"),
 }
 _LOSS = "init_logit_bias", "init_logit_scale", "nonscalar_logit_scale"
 TOP = "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", *_LOSS
-# How images are resized must be configured in the dataset.
+# Resizing must be configured in the dataset.
 _RESIZING = "fill_color", "interpolation", "resize_mode"
 PREPROCESSING = "size", "mode", "mean", "std", *_RESIZING
 
 
 def read_config(config: Any) -> tuple[dict, dict, str]:
-    """The config of a model, from wherever it is.
+    """Reads the config of a model by its name, from a file or from a dictionary.
 
     Args:
         config: The name of a config of open_clip, the path of a `.json` file, or a
             dictionary, as `load_open_clip` takes it.
 
     Returns:
-        A tuple: the dictionary of the model, that of the preprocessing, and a
+        A tuple: the dictionary of the model, the dictionary of the preprocessing, and a
         description for errors.
     """
     if isinstance(config, Mapping):
@@ -112,7 +114,7 @@ def read_config(config: Any) -> tuple[dict, dict, str]:
 
 
 def architecture_of(model: dict, preprocessing: dict, label: str) -> Architecture:
-    """What a config of open_clip says of a model, if keras_hub can hold it.
+    """Returns the architecture in an open_clip config, if keras_hub supports it.
 
     Args:
         model: The dictionary of the model, as `read_config` returns it.
@@ -120,7 +122,7 @@ def architecture_of(model: dict, preprocessing: dict, label: str) -> Architectur
         label: A description of the config for errors.
 
     Raises:
-        ValueError: With every reason why it cannot.
+        ValueError: If it does not, with all reasons.
     """
     reasons = _reasons(model, preprocessing)
     if reasons:
@@ -151,15 +153,15 @@ def architecture_of(model: dict, preprocessing: dict, label: str) -> Architectur
 
 
 def resizing_of(preprocessing: dict) -> tuple[str, str]:
-    """How images are resized for evaluation: the mode and the interpolation."""
+    """Returns the resize mode and the interpolation for evaluation."""
     interpolation = preprocessing.get("interpolation") or "bicubic"
-    # In evaluation open_clip takes the second for the first.
+    # In evaluation open_clip uses bicubic interpolation for "random".
     interpolation = "bicubic" if interpolation == "random" else interpolation
     return preprocessing.get("resize_mode") or "shortest", interpolation
 
 
 def config_of(architecture: Architecture, logit_bias: float | None) -> dict:
-    """The config that open_clip makes the same model from.
+    """Returns the config from which open_clip makes the same model.
 
     Args:
         architecture: An `Architecture`.
@@ -200,7 +202,7 @@ def config_of(architecture: Architecture, logit_bias: float | None) -> dict:
 
 
 def read_json(argument: str, path: str | os.PathLike) -> Any:
-    """Reads a JSON file that an argument names."""
+    """Reads the JSON file that an argument names."""
     path = pathlib.Path(path).expanduser()
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -217,7 +219,7 @@ def read_json(argument: str, path: str | os.PathLike) -> Any:
 
 
 def _read_named(name):
-    # Found without importing it, which takes torch and seconds.
+    # The package is not imported, since that needs torch and takes seconds.
     package = importlib.util.find_spec("open_clip")
     if package is None:
         raise ImportError(
@@ -239,7 +241,7 @@ def _read_named(name):
 
 
 def _reasons(model, preprocessing):
-    """Why a config cannot be followed, one text a reason."""
+    """Lists why a config is not supported, one text per reason."""
     found = [f"unknown key `{key}`" for key in model.keys() - {*TOP}]
     found += [
         f"unknown key `preprocess_cfg.{key}`"
@@ -291,12 +293,12 @@ def _reasons_of_images(vision, preprocessing):
 
 
 def _pixels(preprocessing):
-    """The mean and deviation of pixels, which are CLIP's where they are not given."""
+    """Returns the mean and deviation of pixels, by default CLIP's."""
     mean, std = preprocessing.get("mean"), preprocessing.get("std")
     return CLIP_MEAN if mean is None else mean, CLIP_STD if std is None else std
 
 
 def _ratio(hidden, width):
-    """The `mlp_ratio` from which open_clip computes `hidden`, which it rounds down."""
+    """Returns the `mlp_ratio` from which open_clip computes `hidden`, rounding down."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -1,4 +1,4 @@
-"""CLIP models from and to weights of open_clip."""
+"""Loads CLIP models from weights of open_clip, and saves them as such."""
 
 import json
 import os
@@ -52,17 +52,18 @@ def load_open_clip(
 ) -> ContrastiveModel:
     """Loads a CLIP model from the weights of an open_clip checkpoint.
 
-    Weights alone do not say how they are used: attention heads, activation, pooling and
-    the mean and deviation of pixels are in the model's config. What keras_hub's
-    `CLIPBackbone` and `MetaCLIP2Backbone` cannot compute is refused with the reason. Of
-    the 144 configs of open_clip 3.3.0, 36 are loaded: the plain `ViT-*` models, and 5
-    of the 7 of MetaCLIP 2 (`*-worldwide*`). The others have towers of timm or
+    Weights alone do not determine a model: attention heads, activation, pooling and the
+    mean and deviation of pixels are in its config. Models that keras_hub's
+    `CLIPBackbone` and `MetaCLIP2Backbone` cannot compute are refused with the reasons.
+    Of the 144 configs of open_clip 3.3.0, 36 are supported: the plain `ViT-*` models,
+    and 5 of the 7 MetaCLIP 2 models (`*-worldwide*`). The others have towers of timm or
     transformers, are ResNets or CoCa, or are ViTs with average pooling (CLIPA), with
-    layer scales, or with another end token (`ViT-L-14-worldwide*`). Weights of half
-    precision become float32.
+    layer scale, or with another end token (`ViT-L-14-worldwide*`). Half-precision
+    weights become float32.
 
-    The config also states how images were resized. Resize them this way in the dataset.
-    A warning is issued for anything but a center crop with bicubic interpolation.
+    The config also states how images were resized. Resize them the same way in the
+    dataset. A warning is issued for anything except a center crop with bicubic
+    interpolation.
 
     keras_hub cannot save the epsilon of the text tower's last normalization. A saved
     `ContrastiveModel` keeps it. A backbone or a tower that is saved by itself is loaded
@@ -84,14 +85,15 @@ def load_open_clip(
             array or tensor. Files and dictionaries may hold the state dict under
             `"state_dict"`, as open_clip's training writes it, with the prefixes of
             `DistributedDataParallel` (`module.`) or of `CustomTextCLIP` (`text.`).
-        config: The name of a config of the installed open_clip
+        config: The name of a config in the installed open_clip
             (`"ViT-B-32-quickgelu"`), the path of an `open_clip_config.json`, or such a
-            dictionary. Defaults to the config that `save_open_clip` has written with
-            the file. For the two names of files above it is the folder's
-            `open_clip_config.json`; files of other names do not use that one, which may
-            be of another model. A named config says nothing of pixels: pass
-            `pixel_mean` and `pixel_std` for weights that were not trained with CLIP's.
-            OpenAI's weights need the names in `-quickgelu`.
+            dictionary. Defaults to the config that `save_open_clip` wrote with the
+            file. For the two file names above, it is the folder's
+            `open_clip_config.json`; files with other names do not use that one, which
+            may belong to another model. A named config does not state the mean and
+            deviation of pixels: pass `pixel_mean` and `pixel_std` for weights that were
+            not trained with CLIP's. OpenAI's weights need the names that end in
+            `-quickgelu`.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
         masking: A `PatchMasking` layer, or `None`.
         **kwargs: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
@@ -104,13 +106,13 @@ def load_open_clip(
         `MetaCLIP2Backbone` if the config pools texts at the id of the end token.
 
     Raises:
-        ValueError: If the file cannot be read or holds Python code; if the config
-            describes a model that keras_hub cannot hold; or if the weights are
-            of another model, with a list of all entries that are missing, unexpected,
-            of a wrong shape, or not finite.
+        ValueError: If the file cannot be read or contains Python code; if the config
+            describes a model that keras_hub does not support; or if the weights do not
+            match it, with a list of all entries that are missing, unexpected, of a
+            wrong shape, or not finite.
         FileNotFoundError: If a file does not exist.
         ImportError: If a `.safetensors` file is read without safetensors, or another
-            one without torch; or if a config is named without open_clip.
+            one without torch; or if a config is given by name without open_clip.
 
     Reference:
         - [open_clip](https://github.com/mlfoundations/open_clip), `CLIP` in `model.py`.
@@ -149,10 +151,10 @@ def load_open_clip(
 def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
     """Returns the weights of a CLIP model under open_clip's names.
 
-    Convert the arrays to tensors for `load_state_dict` of a model of open_clip. A state
-    dict holds neither heads nor activation, which `save_open_clip` writes too. All
-    epsilons of open_clip are 1e-5; in a backbone that is not from `load_open_clip` the
-    text tower's last one is 1e-6.
+    Convert the arrays to tensors for `load_state_dict` of an open_clip model. A state
+    dict contains neither the number of heads nor the activation, which `save_open_clip`
+    writes too. All epsilons of open_clip are 1e-5; in a backbone that is not from
+    `load_open_clip`, the text tower's last one is 1e-6.
 
     Example:
 
@@ -165,16 +167,16 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
     Args:
         model: A `keras_hub.models.CLIPBackbone` or `MetaCLIP2Backbone`, or a
             `ContrastiveModel` of one. The bias of its sigmoid loss, if it has one,
-            becomes `logit_bias`, which open_clip knows too (`init_logit_bias`).
+            becomes `logit_bias`, which open_clip supports too (`init_logit_bias`).
 
     Returns:
         A dictionary from name to float32 NumPy array, a copy of the weight.
 
     Raises:
-        ValueError: For another model; or for a backbone made by keras_hub itself whose
-            patches all have position 0, which open_clip cannot represent.
+        ValueError: For an unsupported model; or for a backbone made by keras_hub itself
+            whose patches all have position 0, which open_clip cannot represent.
     """
-    # Imported here, as keras_hub takes seconds.
+    # Imported here, since importing keras_hub takes seconds.
     keras_hub = import_keras_hub()
     backbone = getattr(model, "backbone", model)
     kinds = keras_hub.models.CLIPBackbone, keras_hub.models.MetaCLIP2Backbone
@@ -205,8 +207,8 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
 def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     """Writes the weights of a CLIP model and its config to files that open_clip reads.
 
-    The config has what weights do not say: attention heads, activation, and the mean
-    and deviation of pixels. It is written into a file beside the weights:
+    The config states what the weights do not: attention heads, activation, and the mean
+    and deviation of pixels. It is written to a file beside the weights:
     `open_clip_config.json` for the names that open_clip reads,
     `open_clip_model.safetensors` and `open_clip_pytorch_model.bin`, and otherwise one
     named after the weights, such as `clip.pt.open_clip_config.json`. So a folder can
@@ -224,14 +226,14 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     open_clip then loads the folder: `open_clip.create_model("local-dir:clip")`.
 
     Args:
-        model: What `open_clip_state_dict` takes. A backbone by itself has the mean and
-            deviation of CLIP.
+        model: A model that `open_clip_state_dict` takes. A backbone by itself is saved
+            with the mean and deviation of CLIP.
         path: str or path that ends in `.safetensors` (written without torch), or in
             `.pt`, `.pth` or `.bin`.
 
     Raises:
-        ValueError: For another model or another file extension; or if the
-            `open_clip_config.json` to write exists and is of another model.
+        ValueError: For an unsupported model or file extension; or if the
+            `open_clip_config.json` to write exists and belongs to another model.
         ImportError: If a `.safetensors` file is written without safetensors, or another
             one without torch.
     """
@@ -242,7 +244,8 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     )
     path = pathlib.Path(path).expanduser()
     beside = _config_path(path)
-    # It may be of other weights in the folder, and say more than what is written here.
+    # An existing config may belong to other weights in the folder, and hold more
+    # entries than the one written here.
     is_kept = path.name in WEIGHT_FILES and beside.exists()
     if is_kept:
         _check_same(beside, config)
@@ -252,14 +255,14 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
 
 
 def _config_path(path):
-    """The path of the file that holds the config of a file of weights."""
-    # Any other name could be that of another model's weights in the same folder.
+    """Returns the path of the config that belongs to a file of weights."""
+    # With any other name of the weights, the folder may hold several models.
     prefix = "" if path.name in WEIGHT_FILES else f"{path.name}."
     return path.with_name(f"{prefix}{OPEN_CLIP_CONFIG_FILE}")
 
 
 def _config_of_file(source):
-    """What `config` is of a file that says so itself, or `None`."""
+    """Returns the path of the config that was saved with a file, or `None`."""
     if not isinstance(source, (str, os.PathLike)):
         return None
     beside = _config_path(pathlib.Path(source).expanduser())
@@ -267,7 +270,7 @@ def _config_of_file(source):
 
 
 def _pop_bias(state, is_needed, label):
-    """Takes the bias of a sigmoid loss out of a state dict, which may have none."""
+    """Removes the bias of a sigmoid loss from a state dict; returns it or `None`."""
     bias = state.pop("logit_bias", None)
     if bias is None:
         if is_needed:
@@ -286,7 +289,7 @@ def _pop_bias(state, is_needed, label):
 
 
 def _check_same(path, config):
-    """Checks that the config in a folder, which may say more, is of the same model."""
+    """Raises an error if a folder's config, which may say more, is of another model."""
 
     def essence(config):
         model, preprocessing, label = read_config(config)

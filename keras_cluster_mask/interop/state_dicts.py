@@ -1,4 +1,4 @@
-"""State dicts: which of their tensors is which weight of a keras_hub backbone."""
+"""Maps the tensors of state dicts to the weights of a keras_hub backbone."""
 
 import dataclasses
 import os
@@ -12,8 +12,9 @@ from keras import ops
 from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
 
-# From a variable of keras_hub to a tensor, and back up to a last `reshape`. Matrices
-# are (out, in) in torch and (in, out) in Keras, which cuts either side into heads.
+# Functions from a keras_hub variable to a tensor, and back up to a final `reshape`.
+# Matrices are (out, in) in torch and (in, out) in Keras, which splits one of the sides
+# into heads.
 LAYOUTS = {
     "same": (lambda x: x, lambda x: x),
     "matrix": (lambda x: x.T, lambda x: x.T),
@@ -29,13 +30,13 @@ LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of a state dict, and what it is in keras_hub.
+    """An entry of a state dict, and the keras_hub variables that it corresponds to.
 
     Attributes:
         name: String, the entry's name.
         shape: tuple of strings, the names of its axes; a number stands for itself.
         layout: Key of `LAYOUTS`.
-        path: String. Where the variable is in a backbone, or several of them.
+        path: String, the path of the variable in a backbone, or of several variables.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Entry:
         return np.array(array, "float32", order="C")
 
     def write(self, backbone, array):
-        """Sets the variables of a backbone to an entry's `array`."""
+        """Assigns an entry's `array` to the variables of a backbone."""
         _, convert = LAYOUTS[self.layout]
         variables = self._variables(backbone)
         parts = [array] if len(variables) == 1 else np.split(array, len(variables))
@@ -77,7 +78,7 @@ def entries(names: TensorNames, image_layers: int, text_layers: int) -> list[Ent
 
 
 def read_state_dict(source: Any, names: TensorNames) -> tuple[dict[str, Any], str]:
-    """The weights of a checkpoint, without what wraps them.
+    """Reads the state dict of a checkpoint, without what wraps it.
 
     Args:
         source: Path of a file of weights, or a state dict.
@@ -100,13 +101,13 @@ def read_state_dict(source: Any, names: TensorNames) -> tuple[dict[str, Any], st
             f"tensors. Received: {label}"
         )
     state = dict(source)
-    # What torch's DistributedDataParallel puts before every name.
+    # torch's DistributedDataParallel adds this prefix to all names.
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): x for name, x in state.items()}
     # open_clip's `CustomTextCLIP` keeps the same text tower one level deeper.
     if "text.token_embedding.weight" in state:
         state = {name.removeprefix("text."): x for name, x in state.items()}
-    # Some checkpoints hold an array of one element.
+    # Some checkpoints store these as arrays of one element.
     for name in ("logit_scale", "logit_bias"):
         if getattr(state.get(name), "shape", None) == (1,):
             state[name] = state[name][0]
@@ -119,17 +120,17 @@ def match(
     names: TensorNames,
     sizes: Mapping[str, int],
 ) -> Iterable:
-    """Checks that a state dict is of a model.
+    """Checks that a state dict matches a model, and returns its entries.
 
     Args:
         state: Dictionary from name to array or tensor.
         label: String, a description of the source for errors.
         names: The names of the library that wrote it.
-        sizes: The sizes that the model's config states: of the axes of weights, by the
-            names that `Entry.shape` has, and the numbers of blocks.
+        sizes: The sizes that the model's config states: the sizes of axes, by the names
+            in `Entry.shape`, and the numbers of blocks.
 
     Returns:
-        An iterable of pairs of `Entry` and float32 array.
+        An iterable of pairs of an `Entry` and a float32 array.
     """
     blocks_of = (re.compile(rf"{re.escape(x)}(\d+)\.") for _, x, _ in names.towers)
     blocks = [len({m[1] for m in map(x.match, state) if m}) for x in blocks_of]
@@ -152,7 +153,7 @@ def match(
             f"image blocks and {blocks[1]} text blocks. Received: {label}, with\n  "
             + "\n  ".join(faults)
         )
-    # One at a time, as arrays of half precision double in size.
+    # Convert one at a time, since half-precision arrays double in size.
     return ((entry, as_float32(state[entry.name])) for entry in expected)
 
 
@@ -170,7 +171,7 @@ def _fault(entry, state, sizes):
 
 
 def _size(axis, sizes):
-    """The size of an axis such as "width", "3*width" or "3"."""
+    """Returns the size of an axis such as "width", "3*width" or "3"."""
     if axis.isdigit():
         return int(axis)
     factor, _, name = axis.rpartition("*")
@@ -189,9 +190,9 @@ def _text(shape):
 
 
 def as_float32(value) -> np.ndarray:
-    """An array or a tensor of whatever precision as a float32 array."""
+    """Converts an array or a tensor of any precision to a float32 array."""
     if hasattr(value, "detach"):
-        # NumPy can read no tensor of torch on a GPU, or in bfloat16.
+        # NumPy cannot read torch tensors on a GPU or in bfloat16.
         value = value.detach().cpu().float().numpy()
     return np.asarray(value).astype("float32", copy=False)
 

@@ -1,4 +1,4 @@
-"""Names of tensors in other libraries, and which weights of keras_hub they are.
+"""Maps the names of tensors in other libraries to the weights of keras_hub.
 
 A table has one line per tensor: its name, the axes of its shape, the path of the
 variable in keras_hub, and its layout in `state_dicts.LAYOUTS` (default: "same"). A
@@ -20,7 +20,7 @@ PARTS = {
         .weight | width | .gamma
         .bias | width | .beta
     """,
-    # In torch's attention the first three matrices are one tensor.
+    # torch's attention stacks the query, key and value matrices in one tensor.
     "stacked attention": """
         .in_proj_weight | 3*width width | .{query,key,value}_dense.kernel | to heads
         .in_proj_bias | 3*width | .{query,key,value}_dense.bias | bias of heads
@@ -42,15 +42,15 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorNames:
-    """How a library names the tensors of a model of two transformers.
+    """The names that a library uses for the tensors of a two-tower model.
 
     Attributes:
-        model: String, what the library calls the model.
-        tensors: String, the table of those outside the transformer blocks.
-        block: String, the table of those of a block.
-        towers: tuple of tuples: tower, the start of its blocks' names, and the path of
-            their list in keras_hub.
-        harmless: frozenset of names that are no weights.
+        model: String, the library's name for the model.
+        tensors: String, the table of tensors outside the transformer blocks.
+        block: String, the table of tensors in a block.
+        towers: tuple of tuples: tower, the prefix of its blocks' names, and the path of
+            the list of blocks in keras_hub.
+        harmless: frozenset of entry names that are not weights.
     """
 
     model: str
@@ -61,13 +61,13 @@ class TensorNames:
 
 
 def rows(table: str, tower: str = "", name: str = "", path: str = "") -> list[tuple]:
-    """The name, axes, layout and path of each tensor in a table.
+    """Returns the name, axes, layout and path of each tensor in a table.
 
     Args:
-        table: String, as the text at the top of this file says.
-        tower: `"image"` or `"text"`, of which `width` and `hidden` are.
-        name: String, what all names begin with.
-        path: String, what all paths begin with.
+        table: String, in the format described at the top of this file.
+        tower: `"image"` or `"text"`, the tower that `width` and `hidden` refer to.
+        name: String, the prefix of all names.
+        path: String, the prefix of all paths.
     """
     found, start = [], (name, path)
     for line in filter(str.strip, table.splitlines()):
@@ -85,7 +85,7 @@ def rows(table: str, tower: str = "", name: str = "", path: str = "") -> list[tu
 
 
 def _of_metaclip_2(names, model):
-    """The same names where keras_hub has a MetaCLIP 2."""
+    """Returns the same names with the paths of keras_hub's MetaCLIP 2."""
     tensors = names.tensors.replace("clip_head.", "metaclip_2_head.")
     tensors = tensors.replace("vision_encoder.layer_norm ", "vision_post_layer_norm ")
     return dataclasses.replace(names, model=model, tensors=tensors)
@@ -123,7 +123,7 @@ mlp.c_proj.bias | width | dense_2.bias
         ("image", "visual.transformer.resblocks.", "vision_encoder.encoder_layers."),
         ("text", "transformer.resblocks.", "text_encoder.encoder_layers."),
     ),
-    # What older CLIPs have in their state dict beside weights.
+    # Entries in the state dicts of older CLIP models that are not weights.
     harmless=frozenset(
         ("attn_mask", "input_resolution", "context_length", "vocab_size")
     ),
@@ -198,7 +198,7 @@ head.bias | projection | head.bias
 {_EMBEDDINGS}
 position_embedding.weight | context width | position_embedding.embeddings
 """,
-    # keras_hub has the same blocks under the names of transformers.
+    # keras_hub's SigLIP has the same blocks under the names of transformers.
     block=CLIP.block.replace("layer_norm_", "layer_norm")
     .replace("| attention |", "| self_attn |")
     .replace("dense_", "mlp.fc"),

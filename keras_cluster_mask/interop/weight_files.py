@@ -1,4 +1,4 @@
-"""Files of named arrays: safetensors, and torch's."""
+"""Reads and writes files of weights in the formats of safetensors and torch."""
 
 import contextlib
 import os
@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin")
-# In versions before, `weights_only` does not keep a file from running code:
-# CVE-2025-32434 (before 2.6) and CVE-2026-24747 (before 2.10).
+# In earlier versions, a file can run code in spite of `weights_only`: CVE-2025-32434
+# (before 2.6) and CVE-2026-24747 (before 2.10).
 SAFE_TORCH = 2, 10
 
 
 def read_weights(path: str | os.PathLike) -> Any:
-    """Reads what is in a file of weights, without running code that is in it.
+    """Reads a file of weights, without running code that is in it.
 
     Args:
         path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`.
 
     Returns:
-        A dictionary of NumPy arrays; of a file of torch's, whatever object it holds.
+        A dictionary of NumPy arrays for safetensors; the object in the file for torch.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImportError: For a file of torch's, without torch or with a version whose
-            reader is not safe.
-        ValueError: If the file is damaged, of another kind, or holds code.
+        ImportError: For a torch file, without torch or with a version whose reader is
+            not safe.
+        ValueError: If the file is damaged, of another kind, or contains code.
     """
     path = pathlib.Path(path).expanduser()
     _check_suffix("source", path)
@@ -54,11 +54,11 @@ def read_weights(path: str | os.PathLike) -> Any:
 
 
 def find_weights(source: Any, names: tuple[str, ...]) -> Any:
-    """The file of weights in a folder; any other source as it is.
+    """Returns the file of weights in a folder; any other source as it is.
 
     Args:
         source: Path of a folder or of a file, or a state dict.
-        names: The names that the file may have, the first found is taken.
+        names: The possible names of the file. The first one found is used.
     """
     if not isinstance(source, (str, os.PathLike)):
         return source
@@ -114,18 +114,18 @@ def _replacing(path):
 
 @contextlib.contextmanager
 def _read_errors(path):
-    """Says why a file cannot be read."""
+    """Raises an error that says why a file cannot be read."""
     try:
         yield
     except (PermissionError, MemoryError):
         raise
     except Exception as error:
-        # Bytes that are no pickle raise errors of any kind in torch's reader.
+        # torch's reader raises errors of any type for bytes that are not a pickle.
         reason = (
             "cannot be read: the file is truncated, damaged or of another kind "
             f"({type(error).__name__}: {str(error).splitlines()[:1]})."
         )
-        # torch's message ends in the advice to read such files anyway.
+        # torch's own message recommends reading such files anyway.
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             reason = (
                 "holds Python objects other than tensors, and reading those can run "
@@ -155,7 +155,7 @@ def _safetensors(path):
 
 
 def _torch(path):
-    # Files of safetensors are read without it.
+    # Imported here, since safetensors files are read without torch.
     try:
         import torch
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Arrays in memory as a stream of full batches, as an `image_text_dataset` is one."""
+"""A stream of full batches from arrays in memory."""
 
 import warnings
 
@@ -12,21 +12,21 @@ from keras_cluster_mask.training.inputs import holds_strings
 
 
 class ArrayBatches:
-    """Full batches of arrays, epoch after epoch without end.
+    """Full batches from arrays, as an endless stream of epochs.
 
-    Keras also trains on the last, partial batch, but the loss depends on the batch
-    size. And it draws an order that a resumed run cannot repeat. Here the order of an
-    epoch depends on a seed alone. The last partial batch is dropped after the shuffle,
-    so each epoch leaves out other pairs.
+    Keras also trains on the last partial batch, although the loss depends on the batch
+    size, and draws an order that a resumed run cannot repeat. Here the order of an
+    epoch depends only on a seed. The last partial batch is dropped after the shuffle,
+    so each epoch leaves out different pairs.
 
     Args:
-        arrays: Dictionary of arrays of equal lengths, of pairs.
-        batch_size: Integer. Fewer pairs are one batch.
+        arrays: Dictionary of arrays with one row per pair.
+        batch_size: Integer. If there are fewer pairs, they form one batch.
         shuffle: Boolean.
 
     Attributes:
-        start: Integer, the batch with which a pass starts.
-        shuffle_seed: Integer, what the orders depend on.
+        start: Integer, the batch at which a pass starts.
+        shuffle_seed: Integer, the random seed of the order of each epoch.
     """
 
     training = True
@@ -56,21 +56,21 @@ class ArrayBatches:
                 f"left out, {which}.",
                 stacklevel=2,
             )
-        # NumPy's own generator follows `keras.utils.set_random_seed`. All processes
-        # must resume with the seed of the one that saves.
+        # `keras.utils.set_random_seed` seeds NumPy's global generator. All processes
+        # use the seed of the main process, which saves it.
         self.shuffle_seed = all_gather_object(int(np.random.randint(2**31)))[0]
         self.start = 0
-        # Of the running epoch.
+        # The key of the current epoch, and the order of its pairs.
         self._order = None, None
 
     @property
     def stream(self):
-        """The batches themselves; a `tf.data.Dataset` made of them has them as well."""
+        """This stream. A `tf.data.Dataset` made from it has the same attribute."""
         return self
 
     @property
     def element_spec(self):
-        """The shape and type of each entry of a batch, by name."""
+        """The shape and dtype of each entry of a batch, by name."""
         return {
             name: keras.InputSpec(
                 dtype=str(array.dtype), shape=(self.batch_size, *array.shape[1:])
@@ -80,7 +80,7 @@ class ArrayBatches:
 
     @property
     def description(self):
-        """What must be the same for a run to be resumed."""
+        """The settings that must be the same when a run is resumed."""
         return {
             "data.pairs": self.pairs,
             "data.batch_size": self.batch_size,
@@ -92,7 +92,7 @@ class ArrayBatches:
 
     @property
     def steps_per_epoch(self):
-        """The full batches in each epoch."""
+        """The number of full batches in each epoch."""
         return len(self)
 
     def __iter__(self):
@@ -103,7 +103,7 @@ class ArrayBatches:
             batch += 1
 
     def as_dataset(self):
-        """The batches as a `tf.data.Dataset`, which starts at `start` as well."""
+        """Returns the batches as a `tf.data.Dataset`, which also starts at `start`."""
         from keras_cluster_mask.data.tensorflow import as_dataset
 
         return as_dataset(self)

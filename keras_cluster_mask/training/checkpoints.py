@@ -1,4 +1,4 @@
-"""Checkpoints: files with the state of a training run, local or anywhere."""
+"""Checkpoint files with the state of a training run, on local or remote storage."""
 
 import concurrent.futures
 import contextlib
@@ -14,16 +14,17 @@ from keras_cluster_mask.distribution.processes import all_gather_object
 
 PREFIX, SUFFIX, PART = "epoch-", ".npz", ".part"
 
-# The thread that writes, for all folders, and what it was given to write.
+# The background thread that writes to all folders, and its pending writes.
 _WRITER = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
 _WRITING = []
 
 
 def finish_writing():
-    """Waits until the checkpoints that are being written, to any folder, are there.
+    """Waits until all pending checkpoints, in any folder, are written.
 
     Raises:
-        OSError: Or what else was raised by the thread that writes.
+        OSError: If a file cannot be written. Other errors of the background thread are
+            raised too.
     """
     while _WRITING:
         concurrent.futures.wait(_WRITING[:1])
@@ -31,7 +32,7 @@ def finish_writing():
 
 
 def finish_writing_everywhere():
-    """`finish_writing` by all processes, which all raise an error if one does."""
+    """Calls `finish_writing` in all processes, which all raise an error if one does."""
     error = writing_error()
     if any(all_gather_object(int(error is not None))):
         raise error or OSError(
@@ -41,7 +42,7 @@ def finish_writing_everywhere():
 
 
 def writing_error() -> Exception | None:
-    """Waits as `finish_writing` does, and returns its error."""
+    """Waits like `finish_writing`, and returns its error or `None`."""
     try:
         finish_writing()
     except Exception as error:
@@ -50,38 +51,38 @@ def writing_error() -> Exception | None:
 
 
 class CheckpointFiles:
-    """Checkpoints `epoch-00042.npz` in a folder: after so many epochs.
+    """Checkpoints in a folder, named after the epochs trained: `epoch-00042.npz`.
 
-    A reader, or a run that is killed at any moment, finds a whole file or none: each is
-    written under a temporary name, then renamed. Reading waits for what this process is
-    still writing, and raises its errors.
+    Each file is written under a temporary name and then renamed, so a reader or a
+    killed run finds a complete file or none. Reading waits for this process's pending
+    writes, and raises their errors.
 
     Args:
-        folder: str or path, local or a URL such as `"gs://bucket/run"`. Made if it
+        folder: str or path, local or a URL such as `"gs://bucket/run"`. Created if it
             does not exist.
-        keep: Integer, how many of the last are kept.
+        keep: Integer, the number of latest checkpoints to keep.
     """
 
     def __init__(self, folder, keep=1):
         self.folder = os.path.expanduser(os.fspath(folder)).rstrip("/")
         self.keep = keep
-        # What cannot be reached is better known before training.
+        # Fail before training if the storage cannot be reached.
         _storage().file_system(self.folder, "directory")
 
     def start_writing(self, arrays, facts):
-        """Writes a checkpoint in a thread, after those before, and returns at once.
+        """Writes a checkpoint in the background, after pending ones; returns at once.
 
         Args:
             arrays: Dictionary of arrays, which must not change until it is written.
-            facts: Dictionary of JSON values, of which `"epoch"` names it.
+            facts: Dictionary of JSON values. Its `"epoch"` names the file.
         """
         _WRITING.append(_WRITER.submit(self.write, arrays, facts))
 
     def write(self, arrays, facts) -> str:
-        """Writes a checkpoint, then removes the oldest of more than `keep`."""
+        """Writes a checkpoint, then removes the oldest ones beyond `keep`."""
         path = self._path(f"{PREFIX}{facts['epoch']:05}{SUFFIX}")
         arrays = dict(arrays)
-        # NumPy's files do not know bfloat16.
+        # NumPy's files do not support bfloat16.
         halves = [k for k, v in arrays.items() if v.dtype == ml_dtypes.bfloat16]
         arrays.update({key: arrays[key].view("uint16") for key in halves})
         facts = json.dumps({**facts, "bfloat16": halves})
@@ -94,7 +95,7 @@ class CheckpointFiles:
         return path
 
     def paths(self) -> list[str]:
-        """The checkpoints, from the oldest to the last."""
+        """Returns the paths of the checkpoints, from oldest to newest."""
         finish_writing()
         return self._paths()
 
@@ -103,14 +104,14 @@ class CheckpointFiles:
         return [self._path(x) for x in sorted(names) if x.endswith(SUFFIX)]
 
     def last_epoch(self) -> int:
-        """The number of epochs before the last checkpoint, or -1."""
+        """Returns the number of epochs of the last checkpoint, or -1 without one."""
         paths = self.paths()
         if not paths:
             return -1
         return int(paths[-1].rpartition(PREFIX)[2].removesuffix(SUFFIX))
 
     def read_last(self):
-        """The last checkpoint that can be read: `(path, arrays, facts)`, or `None`.
+        """Reads the last intact checkpoint: `(path, arrays, facts)`, or `None`.
 
         Damaged files are renamed, with a warning.
         """
@@ -122,7 +123,7 @@ class CheckpointFiles:
             try:
                 return path, *read_checkpoint(path)
             except FileNotFoundError:
-                # Another process has found it damaged, and renamed it.
+                # Another process found it damaged, and renamed it.
                 continue
             except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 system, name = _storage().file_system(path)
@@ -140,9 +141,9 @@ class CheckpointFiles:
         return f"{self.folder}/{name}"
 
     def _names(self):
-        """The names of all files in the folder."""
+        """Returns the names of all files in the folder."""
         system, folder = _storage().file_system(self.folder)
-        # Clients of object stores remember what they have listed.
+        # Clients of object stores cache listings.
         system.invalidate_cache(folder)
         try:
             found = system.ls(folder, detail=False)
@@ -151,8 +152,7 @@ class CheckpointFiles:
         return [path.rpartition("/")[2] for path in found]
 
     def _sync_folder(self):
-        # Otherwise a power cut may lose the new name, though not the file. Windows does
-        # not open folders.
+        # Without this, a power loss may undo the renaming. Windows cannot open folders.
         if _storage().is_address(self.folder) or not hasattr(os, "O_DIRECTORY"):
             return
         descriptor = os.open(self.folder, os.O_RDONLY)
@@ -163,7 +163,7 @@ class CheckpointFiles:
 
 
 def read_checkpoint(path) -> tuple[dict, dict]:
-    """The arrays and the facts of a checkpoint."""
+    """Reads the arrays and the facts of a checkpoint."""
     with (
         _storage().open_file(path) as content,
         np.load(content, allow_pickle=False) as file,
@@ -176,10 +176,10 @@ def read_checkpoint(path) -> tuple[dict, dict]:
 
 
 def read_resumable(path: str | os.PathLike):
-    """The checkpoint to resume from, the same on all processes.
+    """Reads the checkpoint to resume from, the same one in all processes.
 
     Args:
-        path: A checkpoint, which must exist, or a folder; local or a URL.
+        path: Path or URL of a checkpoint, which must exist, or of a folder.
 
     Returns:
         A tuple `(path, arrays, facts)`, or `None` if the folder has no checkpoint.
@@ -187,7 +187,7 @@ def read_resumable(path: str | os.PathLike):
     files, path = _storage(), os.path.expanduser(os.fspath(path)).rstrip("/")
     files.file_system(path, "resume_from")
     is_file = path.endswith(SUFFIX) or files.exists(f"{path}{SUFFIX}")
-    # The first process may still be writing what all are to read.
+    # The main process may still be writing the checkpoint that all processes read.
     finish_writing()
     all_gather_object(0)
     if not is_file:
@@ -215,7 +215,7 @@ def _remove(path):
 
 
 def _storage():
-    # Imported when it is used, as it brings packages that Keras does not.
+    # Imported when used, since it needs packages that Keras does not.
     from keras_cluster_mask.data import files
 
     return files

@@ -1,4 +1,4 @@
-"""A count of steps on the device, which tells where a loss stopped being finite."""
+"""Counts steps on the device, to find the first loss that is not finite."""
 
 import keras
 from keras import ops
@@ -7,19 +7,20 @@ from keras_cluster_mask.distribution.replicas import all_gather
 
 
 class FiniteSteps(keras.metrics.Metric):
-    """Counts the steps of an epoch, and those before the first loss that is not finite.
+    """Counts the steps of an epoch, and the steps before the first non-finite loss.
 
-    To look at the loss of each step, the program would have to wait for each step. This
-    is read now and then instead, and still names the step. It is a metric because steps
-    update metrics on every backend, but the logs do not show it.
+    Checking the loss of each step would make the program wait for each step. These
+    counters are read only occasionally, and still identify the step. This is a metric
+    because steps update metrics on every backend, but the logs do not show it.
 
-    All replicas count alike: a loss that is not finite on one of them is so for all.
+    All replicas count the same: a loss that is not finite on one replica counts for
+    all.
 
     Attributes:
-        steps: Integer variable, the steps of the epoch.
-        finite: Integer variable, those before the first loss that was not finite.
-        loss: Float variable, the mean loss of an epoch up to that step; of the last
-            step if all are finite.
+        steps: Integer variable, the number of steps in the epoch.
+        finite: Integer variable, the number of steps before the first non-finite loss.
+        loss: Float variable, the mean loss of the epoch up to the step with the first
+            non-finite loss, or up to the last step if all are finite.
     """
 
     def __init__(self, name="finite_steps"):
@@ -33,12 +34,13 @@ class FiniteSteps(keras.metrics.Metric):
         """Counts a step.
 
         Args:
-            loss: Scalar, the mean loss of the steps of an epoch. It stays NaN or
-                infinite from the first step on whose loss is.
+            loss: Scalar, the mean loss of the epoch so far. It stays NaN or infinite
+                after the first step with a NaN or infinite loss.
         """
-        # On torch it is, unless `compute_loss` is overridden, the same already.
+        # On torch it is already the same unless `compute_loss` is overridden.
         loss = ops.mean(all_gather(ops.reshape(ops.cast(loss, "float32"), (1,))))
-        # The mean is reset if a callback resets the model's metrics; this stays.
+        # A callback that resets the model's metrics also resets the mean loss, so a
+        # non-finite value is kept here.
         last = ops.convert_to_tensor(self.loss)
         loss = ops.where(ops.isfinite(last), loss, last)
         self.loss.assign(loss)
@@ -46,18 +48,18 @@ class FiniteSteps(keras.metrics.Metric):
         self.steps.assign_add(1)
 
     def reset_state(self):
-        """Does nothing, as a callback may reset the model's metrics."""
+        """Does nothing, since a callback may reset the model's metrics."""
 
     def restart(self):
-        """Starts to count an epoch."""
+        """Starts counting a new epoch."""
         super().reset_state()
 
     def result(self):
-        """No entry of the logs."""
+        """Returns no entries for the logs."""
         return {}
 
     def read(self):
-        """Waits for the device: `(steps, finite, loss)`, two integers and a float."""
+        """Waits for the device; returns `(steps, finite, loss)` as Python numbers."""
         steps, finite, loss = map(
             ops.convert_to_numpy, (self.steps, self.finite, self.loss)
         )

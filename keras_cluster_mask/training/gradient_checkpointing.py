@@ -1,4 +1,4 @@
-"""Gradient checkpointing: transformer blocks that keep only their input."""
+"""Gradient checkpointing: transformer blocks that store only their inputs."""
 
 import contextlib
 
@@ -10,18 +10,18 @@ from keras_cluster_mask.training.layers import all_layers, state_variables
 
 
 def find_blocks(model, names, known):
-    """The layers of a model that gradient checkpointing applies to.
+    """Returns the layers of a model that use gradient checkpointing.
 
     Args:
         model: A Keras model.
-        names: Boolean, or a list of names of layers.
-        known: Names of the classes that are blocks, for `True`.
+        names: Boolean, or a list of layer names.
+        known: The class names of the blocks that `True` selects.
 
     Returns:
         A list of layers.
 
     Raises:
-        ValueError: If there is none, or none of a name.
+        ValueError: If there is no such layer, or none with one of the names.
     """
     if not names:
         return []
@@ -44,11 +44,12 @@ def find_blocks(model, names, known):
 
 @contextlib.contextmanager
 def checkpointed(blocks):
-    """A context in which blocks recompute their activations for the gradients."""
+    """A context in which blocks recompute their activations in the backward pass."""
     for block in blocks:
         if not isinstance(block.call, _Recomputed):
             block.call = _Recomputed(block)
-        # TensorFlow runs replicas in threads, which enter one after the other.
+        # TensorFlow runs replicas in threads, which enter the context one after
+        # another.
         block.call.users += 1
     try:
         yield
@@ -60,7 +61,7 @@ def checkpointed(blocks):
 
 
 class _Recomputed:
-    """The `call` of a block that is recomputed for its gradients."""
+    """The `call` of a block that is recomputed in the backward pass."""
 
     def __init__(self, block):
         self.block = block
@@ -71,8 +72,8 @@ class _Recomputed:
     def __call__(self, tokens, *args, **kwargs):
         if self.inside:
             return self.own_call(tokens, *args, **kwargs)
-        # Passed on even by a block without such an argument. While the block is
-        # recomputed, no model around it is being called that would pass it.
+        # Passed even to a block without this argument, for the layers in it: during
+        # recomputation, no outer model call provides it.
         kwargs.setdefault("training", True)
         given = tree.flatten((args, kwargs))
         tensors = {i: x for i, x in enumerate(given) if ops.is_tensor(x)}
@@ -103,8 +104,8 @@ class _Recomputed:
         for mask in masks:
             tokens = PutMask()(tokens, mask=mask)
         block = self.block
-        # All of `__call__`, which handles `training` and the dtype policy, except for
-        # the regularizer, which the call around this one adds.
+        # Use `__call__`, which handles `training` and the dtype policy, but without the
+        # activity regularizer, which the outer call adds.
         regularizer, block.activity_regularizer = block.activity_regularizer, None
         self.inside = True
         try:
@@ -115,12 +116,12 @@ class _Recomputed:
 
 
 class _WithMask(keras.layers.Layer):
-    """Calls a function on tokens and the Keras mask that they carry, if any."""
+    """Calls a function on tokens and their Keras mask, if any."""
 
     def __init__(self, function):
         super().__init__(name="with_mask")
         self.function = function
-        # Weights are passed in the precision they have.
+        # Weights keep their dtype when the function reads them.
         self.autocast = False
         self.supports_masking = True
 
@@ -132,7 +133,7 @@ class _WithMask(keras.layers.Layer):
 
 
 class PutMask(keras.layers.Layer):
-    """Lets tokens carry a Keras mask."""
+    """Attaches a Keras mask to tokens."""
 
     def __init__(self):
         super().__init__(name="put_mask")
@@ -147,17 +148,17 @@ class PutMask(keras.layers.Layer):
 
 
 def call_statelessly(function, variables, values):
-    """Calls a function as if variables had other values, and does not change them.
+    """Calls a function with other values of variables, without assigning them.
 
     Args:
         function: Function without arguments that calls layers.
         variables: List of all variables of the layers.
-        values: List of tensors, one for each.
+        values: List of tensors, one for each variable.
 
     Returns:
-        A tuple: what the function returns; a list with the loss that layers added, if
-        any did; and a list of the new values of the variables, `None` for those that
-        were not assigned.
+        A tuple: the output of the function; a list with the loss that layers added,
+        empty if there is none; and a list of the new values of the variables, `None`
+        for those that were not assigned.
     """
     mapping = list(zip(variables, values))
     with keras.StatelessScope(mapping, collect_losses=True) as scope:
@@ -169,10 +170,10 @@ def call_statelessly(function, variables, values):
 
 
 def snapshot(layer, variables):
-    """The current values of variables, unaffected by later assignments.
+    """Returns the current values of variables, unaffected by later assignments.
 
-    Weights are not copied, frozen or not: nothing assigns them before the gradients are
-    known, and they may be large.
+    Weights, frozen or not, are not copied: they may be large, and nothing assigns them
+    before the gradients are computed.
     """
     weights = {id(v) for v in layer.weights} - {id(v) for v in state_variables(layer)}
     return [v if id(v) in weights else ops.copy(v) for v in variables]

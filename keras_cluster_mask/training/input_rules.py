@@ -1,4 +1,4 @@
-"""What batches must be like for a model: checked on the host, before it sees them."""
+"""Rules for the batches of a model, checked on the host before the model runs."""
 
 import dataclasses
 
@@ -11,24 +11,24 @@ LONELY = (
     "A batch must hold at least two pairs, because a contrastive loss compares the "
     "pairs of a batch: use a larger `batch_size`."
 )
-# Non-negative float images above this multiple of the brightest normalized pixel are
-# unnormalized pixels. Resizing after normalization may exceed that pixel slightly.
+# Non-negative float images above this multiple of the brightest normalized pixel count
+# as unnormalized. Resizing after normalization may exceed that pixel slightly.
 MARGIN = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class InputRules:
-    """What images, token ids and weights a model can use.
+    """Checks that a model can use the images, token ids and weights of a batch.
 
     Attributes:
-        keys: Tuple of the entries that a batch must have.
-        context_length: Integer, the most token ids of a text, or `None`.
-        vocabulary_size: Integer, the number of token ids, or `None` if it is not known.
-        end_token_id: Integer, the id that every text must hold, or `None`.
-        zeros_are_padding: Boolean. Whether ids of 0 are hidden unless there is a
-            `"padding_mask"`.
-        pixel_range: Two floats, the values of a black and a white pixel once they are
-            normalized; `None` for a model that takes images as they are.
+        keys: Tuple of str, the entries that a batch must have.
+        context_length: Integer, the maximum number of token ids per text, or `None`.
+        vocabulary_size: Integer, the number of token ids, or `None` if unknown.
+        end_token_id: Integer, the id that every text must contain, or `None`.
+        zeros_are_padding: Boolean. Whether ids of 0 are masked as padding if there is
+            no `"padding_mask"`.
+        pixel_range: Two floats, the values of a black and a white pixel after
+            normalization; `None` for a model that takes images as they are.
     """
 
     keys: tuple[str, ...] = KEYS
@@ -39,15 +39,15 @@ class InputRules:
     pixel_range: tuple[float, float] | None = None
 
     def check(self, batch, training=False, looks_at_images=True) -> bool:
-        """Raises an error for a batch that the model could not use.
+        """Raises an error if the model cannot use a batch.
 
         Args:
             batch: Dictionary of arrays. Images may be missing if they are uint8.
-            training: Boolean. Whether it is trained on.
-            looks_at_images: Boolean. Whether the values of images are checked.
+            training: Boolean. Whether the batch is for training.
+            looks_at_images: Boolean. Whether to check the values of images.
 
         Returns:
-            Whether the values of images showed that they are normalized.
+            Whether the values of images show that they are normalized.
         """
         lengths = {
             name: len(values)
@@ -71,11 +71,11 @@ class InputRules:
         return self.check_images(batch["images"])
 
     def check_ids(self, ids, has_mask=False):
-        """Raises an error for token ids that a text encoder cannot take.
+        """Raises an error if a text encoder cannot take the token ids.
 
         Args:
             ids: `(batch, T)` ints.
-            has_mask: Boolean. Whether a mask says which are padding.
+            has_mask: Boolean. Whether the batch has a padding mask.
         """
         ids = as_array(ids)
         longest = self.context_length
@@ -113,10 +113,10 @@ class InputRules:
             )
 
     def check_images(self, images):
-        """Raises an error for `(batch, ...)` images that were not normalized.
+        """Raises an error for `(batch, ...)` images that are not normalized.
 
         Returns:
-            Whether they have values that no pixels have.
+            Whether they have values that pixels cannot have.
         """
         images = images if hasattr(images, "dtype") else as_array(images)
         if self.pixel_range is None or not self.check_type(images):
@@ -126,9 +126,9 @@ class InputRules:
             return False
         low, high = float(images.min()), float(images.max())
         black, white = self.pixel_range
-        # No constant batch, and none with NaN, which compares as false.
+        # False for a constant batch, and for one with NaN.
         is_within = 0 <= low < high
-        # Unless normalized pixels are in [0, 1] themselves.
+        # Not if normalized pixels themselves may lie in [0, 1].
         is_scaled = high <= 1 and black < 0
         if not (is_within and (is_scaled or high > MARGIN * white)):
             return low < 0
@@ -141,8 +141,8 @@ class InputRules:
         )
 
     def check_type(self, images) -> bool:
-        """Raises an error for integers other than uint8; says if images are floats."""
-        # A word, as NumPy, Keras and TensorFlow have types of their own.
+        """Rejects integers other than uint8; returns whether images are floats."""
+        # The name of the dtype, since NumPy, torch and TensorFlow have different types.
         name = str(getattr(images.dtype, "name", images.dtype)).split(".")[-1]
         if "float" in name:
             return True
@@ -165,7 +165,7 @@ def _raise_for_rows(wrong, message):
 
 
 def check_weights(weights, pairs: int):
-    """Raises an error for weights of rows that could not be used."""
+    """Raises an error if sample weights cannot be used."""
     weights = as_array(weights)
     if weights.shape != (pairs,) or not np.all(np.isfinite(weights) & (weights >= 0)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Checks of what `fit`, `evaluate` and `predict` are given, before they start."""
+"""Checks the data passed to `fit`, `evaluate` and `predict` before they start."""
 
 import contextlib
 import copy
@@ -19,12 +19,13 @@ SAMPLE_WEIGHT = "sample_weight"
 
 
 def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
-    """Arrays, and the weights of their rows, as one dictionary; other data as it is.
+    """Merges arrays and their sample weights into one dictionary.
 
     Args:
-        x: Data, or a tuple of data and of what may follow it in Keras.
+        x: Data, or a tuple of data and the labels and sample weights after it, as in
+            Keras. Data other than arrays is returned as it is.
         y: Must be `None`.
-        sample_weight: `(pairs,)` floats, of arrays.
+        sample_weight: `(pairs,)` floats, for arrays only.
         class_weight: Must be `None`.
     """
     if isinstance(x, tuple) and x and isinstance(x[0], dict):
@@ -35,7 +36,7 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
     check_no_labels(y=y, class_weight=class_weight)
     spec = getattr(x, "element_spec", None)
     if isinstance(spec, tuple) and len(spec) == 1 and isinstance(spec[0], dict):
-        # A `tf.data.Dataset` of tuples that hold a dictionary alone.
+        # A `tf.data.Dataset` of one-element tuples, each with a dictionary.
         x = x.map(lambda batch: batch)
     if isinstance(x, dict):
         x = {name: _array_of(v) for name, v in x.items() if v is not None}
@@ -52,13 +53,13 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
 
 
 def _array_of(values):
-    """A list of numbers as an array, which Keras takes; other values as they are."""
+    """Converts a list of numbers to an array; returns other values as they are."""
     is_list = isinstance(values, list) and not holds_strings(values)
     return np.asarray(values) if is_list else values
 
 
 def check_no_labels(**labels):
-    """Raises an error for labels, which a contrastive loss has no use for."""
+    """Raises an error for labels, which a contrastive loss does not use."""
     for name, value in labels.items():
         if value is not None:
             raise ValueError(
@@ -69,7 +70,7 @@ def check_no_labels(**labels):
 
 
 def check_no_losses(options: dict):
-    """Raises an error for arguments of `compile` that the model decides itself."""
+    """Raises an error for `compile` arguments that the model sets itself."""
     for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
         if options.get(name) is not None:
             raise ValueError(
@@ -80,8 +81,8 @@ def check_no_losses(options: dict):
 
 
 def sample_weights(batch, given=None):
-    """The weights of the rows of a batch as `(batch,)` float32, or `None`."""
-    # Keras passes on its own argument only with labels, and of single batches.
+    """Returns the sample weights of a batch as `(batch,)` float32, or `None`."""
+    # Keras passes its own argument only with labels, or for a single batch.
     weights = batch.get(SAMPLE_WEIGHT) if given is None else given
     if weights is None:
         return None
@@ -94,29 +95,30 @@ def sample_weights(batch, given=None):
 
 
 def evaluation_data(model, data, steps=None, passes_once=True):
-    """Data that is evaluated or predicted: checked, and as Keras takes it."""
+    """Checks data for evaluation or prediction, and prepares it for Keras."""
     check_ends(data, steps)
     check_tokenizer_of(model, data)
     return check_data(data, model.input_rules, passes_once=passes_once)
 
 
 def check_data(data, rules, training=False, passes_once=True):
-    """Checks data for a `ContrastiveModel`, and hands it over as Keras takes it.
+    """Checks data for a `ContrastiveModel`, and prepares it for Keras.
 
-    Arrays are checked whole. Other data gets a check of every batch, on the host, as
-    part of its pipeline. Strings, such as keys and captions, are left out, as no model
-    takes them.
+    Arrays are checked as a whole. For other data, a check of every batch is added to
+    the pipeline, on the host. Strings, such as keys and captions, are removed, since
+    models do not take them.
 
     Args:
-        data: What the user passed as `x`, or as `validation_data`.
-        rules: `InputRules` of the model.
-        training: Boolean. Whether it is trained on.
-        passes_once: Boolean. Whether Keras passes over it once. It starts worker
-            processes once for a generator, and twice for a grain dataset.
+        data: The user's `x` or `validation_data`.
+        rules: The `InputRules` of the model.
+        training: Boolean. Whether the data is for training.
+        passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
+            starts worker processes once for a generator, and twice for a grain dataset.
 
     Returns:
         The data, with a check added where it has to run per batch. A stream becomes a
-        `tf.data.Dataset` on TensorFlow, else a generator if there is one pass.
+        `tf.data.Dataset` on TensorFlow; on other backends, it becomes a generator if
+        there is a single pass.
     """
     if isinstance(data, dict):
         check_keys(data, rules.keys)
@@ -140,7 +142,7 @@ def check_data(data, rules, training=False, passes_once=True):
     elif isinstance(data, keras.utils.PyDataset):
         data = _CheckedBatches(data, _Check(rules, training))
     elif hasattr(data, "collate_fn"):
-        # A loader of torch's; the user's own is left as it is.
+        # A torch `DataLoader`. The copy leaves the user's own unchanged.
         data = copy.copy(data)
         data.collate_fn = _Check(rules, training, data.collate_fn)
     elif any(x.__module__.split(".")[0] == "grain" for x in type(data).__mro__):
@@ -149,7 +151,7 @@ def check_data(data, rules, training=False, passes_once=True):
 
 
 def stream_for_keras(stream):
-    """A stream as Keras takes it: a `tf.data.Dataset`, or a generator of one pass."""
+    """Converts a stream to a `tf.data.Dataset` or to a single-pass generator."""
     if keras.backend.backend() == "tensorflow":
         return stream.as_dataset()
     return _generator(stream)
@@ -184,7 +186,7 @@ def check_input(inputs, keys=KEYS):
 
 
 def check_keys(data, keys=KEYS):
-    """Checks the keys of a batch, or of data as far as they are known."""
+    """Checks the keys of a batch, or of a dataset whose keys are known."""
     batch = getattr(data, "element_spec", data)
     if not isinstance(batch, dict):
         return
@@ -203,12 +205,12 @@ def check_keys(data, keys=KEYS):
 
 @dataclasses.dataclass(frozen=True)
 class StepSize:
-    """What a step trains on, as far as it is known in advance.
+    """The size of a training step's batch, as far as it is known in advance.
 
     Attributes:
-        batch_size: Integer, the pairs of a step on all devices together.
-        image_shape: tuple of the shape of an image, with `None` for unknown sides.
-        text_length: Integer or `None`, the tokens of a text.
+        batch_size: Integer, the number of pairs per step on all devices together.
+        image_shape: tuple, the shape of an image, with `None` for unknown sides.
+        text_length: Integer or `None`, the number of tokens per text.
     """
 
     batch_size: int
@@ -217,7 +219,7 @@ class StepSize:
 
     @classmethod
     def of(cls, data):
-        """The step size of training data, or `None` if it is not known."""
+        """Returns the step size of training data, or `None` if it is unknown."""
         rows = rows_of(data)
         if rows is None:
             return None
@@ -231,7 +233,7 @@ class StepSize:
 
 
 def rows_of(data) -> int | None:
-    """The rows of a batch of data with an `element_spec`, or `None` if unknown."""
+    """Returns the rows per batch of data with an `element_spec`, or `None`."""
     spec = getattr(data, "element_spec", None)
     return spec["token_ids"].shape[0] if isinstance(spec, dict) else None
 
@@ -247,15 +249,16 @@ def _generator(stream, check=None):
         for batch in batches:
             if check is not None:
                 check(batch)
-            # Keras takes tuples alone from generators.
+            # Keras accepts only tuples from generators.
             yield ({name: batch[name] for name in names},)
 
 
 def _checked(batch, rules, training):
-    # Only reached with a `tf.data.Dataset`, so tensorflow is installed.
+    # Called only for a `tf.data.Dataset`, so tensorflow is installed.
     import tensorflow as tf
 
-    # Not what can be told from the type alone, as copies take time.
+    # Images that are not floats are checked by their type alone, since copies take
+    # time.
     names = {*KEYS, SAMPLE_WEIGHT, "padding_mask"} & batch.keys()
     if not batch["images"].dtype.is_floating:
         names.remove("images")
@@ -272,12 +275,12 @@ def _checked(batch, rules, training):
 
 
 class _Check:
-    """Checks one batch after another, and passes them on.
+    """Checks batches one after another, and returns them.
 
     Args:
-        rules: `InputRules` of the model.
-        training: Boolean. Whether it is trained on.
-        collate: Function that makes the batch of what is passed, or `None`.
+        rules: The `InputRules` of the model.
+        training: Boolean. Whether the batches are for training.
+        collate: Function that makes a batch from its input, or `None`.
     """
 
     def __init__(self, rules, training, collate=None):
@@ -292,11 +295,11 @@ class _Check:
         check_input(given, self.rules.keys)
         given = {k: v for k, v in given.items() if not holds_strings(v)}
         self.check_values(given)
-        # With lists as arrays.
+        # In `given`, lists have become arrays.
         return given if isinstance(batch, dict) else batch
 
     def check_values(self, arrays):
-        """Checks a dictionary of arrays, of which images may be missing if uint8."""
+        """Checks a dictionary of arrays. Images may be missing if they are uint8."""
         if self.rules.check(arrays, self.training, not self.is_normalized):
             self.is_normalized = True
 
@@ -325,7 +328,7 @@ class _CheckedBatches(keras.utils.PyDataset):
 
 
 def holds_strings(values) -> bool:
-    """Whether an array or a list holds strings, such as names."""
+    """Returns whether an array or a list holds strings, such as names."""
     if isinstance(values, list):
         return any(isinstance(x, (str, bytes)) for x in keras.tree.flatten(values))
     return isinstance(values, np.ndarray) and values.dtype.kind in "SUO"

@@ -1,7 +1,7 @@
-"""The layers, variables and configuration of the parts of a model.
+"""Lists nested layers and variables, and saves and restores which are frozen.
 
-Keras has no public functions for the first two, so this file reads private attributes
-of layers. Tests fail if a version of Keras changes them.
+Keras has no public functions to list nested layers and the variables that they created,
+so this file reads private attributes. Tests fail if a version of Keras changes them.
 """
 
 import warnings
@@ -10,28 +10,29 @@ import keras
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """A layer and all layers in it, at any depth, each once.
+    """Returns a layer and all layers nested in it, each once.
 
-    `keras.Model.layers` lists the layers of a model, but not those of a layer.
+    `keras.Model.layers` lists the layers of a model, but not the layers inside those.
     """
     return list(layer._flatten_layers())
 
 
 def state_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """What layers update outside of the optimizer: averages, counters, thresholds.
+    """Returns variables that layers update: averages, counters, thresholds.
 
-    Seeds and frozen weights are left out. Keras lists frozen weights among the public
-    `non_trainable_variables`, so the list is read that each layer keeps of the
-    variables it created as non-trainable.
+    Seeds and frozen weights are excluded. Keras's public `non_trainable_variables`
+    includes frozen weights, so this function reads each layer's private list of the
+    variables that it created as non-trainable.
     """
     return [v for x in all_layers(layer) for v in x._non_trainable_variables]
 
 
 def averaged_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The state that replicas update from their own rows, and must average.
+    """Returns the variables that each replica updates from its own rows.
 
-    All of `state_variables` in floats, except for that of layers with the attribute
-    `equal_on_replicas`, which is computed from what is equal on all replicas.
+    They must be averaged over replicas. These are the float `state_variables`, except
+    those of layers with the attribute `equal_on_replicas`, whose updates are equal on
+    all replicas.
     """
     return [
         v
@@ -43,14 +44,14 @@ def averaged_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
 
 
 def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
-    """What of a layer is not trained, for its configuration.
+    """Returns which parts of a layer are frozen, for its configuration.
 
-    The configurations of attention layers and of keras_hub's encoders leave it out.
+    The configurations of attention layers and of keras_hub's encoders omit this.
 
     Returns:
-        The indices of frozen layers, in the order of `all_layers`; those of weights
-        that are frozen in other layers, in the order of `layer.weights`; and how many
-        there are of both.
+        A dictionary: the indices of frozen layers, in the order of `all_layers`; the
+        indices of weights that are frozen in other layers, in the order of
+        `layer.weights`; and the numbers of all layers and all weights.
     """
     trained = _weights_of_trained_layers(layer)
     return {
@@ -65,12 +66,12 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
 
 
 def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
-    """Makes a layer train the parts that `frozen_parts` found to be trained."""
+    """Freezes the parts of a layer that `frozen_parts` listed, and only those."""
     found = [len(all_layers(layer)), len(layer.weights)]
     has_layers = found[0] == frozen["counts"][0]
     has_weights = found == frozen["counts"]
     if has_layers:
-        # Layers pass it on to those in them, so first all, and then the exceptions.
+        # Setting `trainable` also sets it on nested layers, so a second pass is needed.
         for _ in range(2):
             for index, part in enumerate(all_layers(layer)):
                 trainable = index not in frozen["layers"]
@@ -87,8 +88,8 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
         if frozen[name] and not has
     ]
     if lost:
-        # keras_hub merges the weights of LoRA when it saves a model, and layers of a
-        # subclassed encoder may be made only when it is called.
+        # keras_hub merges LoRA weights when it saves a model, and a subclassed encoder
+        # may create its layers only when it is called.
         warnings.warn(
             f"Which {' and '.join(lost)} were frozen is lost, as the model was saved "
             "with others than it is made with: freeze them again. Received: "
@@ -99,18 +100,18 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
 
 
 def _weights_of_trained_layers(layer):
-    """The ids of all weights, but not of other state, in layers that are not frozen."""
+    """Returns the ids of the weights, without other state, of unfrozen layers."""
     layers = [x for x in all_layers(layer) if x.trainable]
     return {id(v) for x in layers for v in x._trainable_variables}
 
 
 def from_parts(cls, config: dict, custom_objects: dict | None = None):
-    """Makes a layer of a class from a configuration that holds other layers.
+    """Creates a layer from a configuration that contains other layers.
 
     Args:
-        cls: The class.
-        config: Dictionary of the arguments, of which dictionaries are those of layers
-            and models; and what `frozen_parts` returned as `"frozen"`.
+        cls: The class of the layer.
+        config: Dictionary of the arguments. Its dictionaries are configurations of
+            layers and models, except for `"frozen"`, the result of `frozen_parts`.
         custom_objects: As in `keras.saving.deserialize_keras_object`.
     """
     config = dict(config)

@@ -1,4 +1,4 @@
-"""Embeds a batch some rows at a time, with the result of embedding it at once."""
+"""Embeds a batch in micro-batches, with the same result as embedding it at once."""
 
 import contextlib
 
@@ -20,24 +20,24 @@ from keras_cluster_mask.training.gradient_checkpointing import (
 
 
 def embed_in_micro_batches(model, inputs, micro_batch_size):
-    """The embeddings of a training batch, with the activations of one chunk in memory.
+    """Embeds a training batch with the activations of one chunk in memory at a time.
 
-    State is updated as by one large batch:
+    State is updated as by a single large batch:
 
-    - Maskings draw the noise of the whole batch; each chunk takes its rows.
-    - Other seeds advance from chunk to chunk, so that no two share their dropout.
-    - Averages, such as a batch normalization's or a masking's ratio, start from the
-      step's own state in every chunk and are averaged over chunks.
+    - Maskings draw the noise for the whole batch; each chunk takes its rows.
+    - Other seeds advance from chunk to chunk, so that chunks differ in dropout.
+    - Averages, such as batch normalization statistics or a masking's ratio, start from
+      the same state in every chunk and are averaged over chunks.
     - Counters, such as a masking's step, advance once.
 
     Args:
-        model: `ContrastiveModel`.
-        inputs: Dictionary of a batch.
+        model: A `ContrastiveModel`.
+        inputs: Dictionary, a batch.
         micro_batch_size: Integer.
 
     Returns:
         A tuple: a dictionary of embeddings `(batch, d)`, and a list with the loss that
-        layers added, if any did.
+        layers added, empty if there is none.
     """
     taken = ("images", *model.text_input_names)
     rows = inputs["token_ids"].shape[0]
@@ -64,7 +64,7 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
                 [*values, *seed_values],
             )
         after, seeds_after = after[: len(values)], after[len(values) :]
-        # Only what was assigned: frozen weights would be stacked too.
+        # Keep only assigned values, or frozen weights would be stacked over chunks too.
         updated[:] = [v for v, x in zip(variables, after) if x is not None]
         assigned = [x for x in after if x is not None]
         seed_values = [y if x is None else x for x, y in zip(seeds_after, seed_values)]
@@ -88,7 +88,7 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
 
 @contextlib.contextmanager
 def rows_of_replica(inputs):
-    """A context in which each replica masks its rows as in the global batch."""
+    """A context in which a replica's rows get the same masks as in the global batch."""
     replicas = num_replicas()
     if replicas == 1:
         yield
@@ -99,7 +99,7 @@ def rows_of_replica(inputs):
 
 
 def _seeds(model):
-    """The states of all seed generators except the maskings'."""
+    """Returns the states of all seed generators except those of maskings."""
     excluded = {id(v) for v in model.weights}
     excluded.update(id(masking.seed_generator.state) for masking in model.maskings)
     return [v for v in model.non_trainable_variables if id(v) not in excluded]
@@ -125,7 +125,7 @@ def _num_chunks(rows, replicas, micro_batch_size):
 
 
 def check_micro_batches(batch_size: int, micro_batch_size: int | None):
-    """Raises an error for a batch that micro-batches do not divide."""
+    """Raises an error if the micro-batch size does not divide the batch size."""
     if micro_batch_size is not None and batch_size % micro_batch_size:
         raise ValueError(
             "`micro_batch_size` must divide the batch size. Received: "

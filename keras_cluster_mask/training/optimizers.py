@@ -1,9 +1,9 @@
-"""What an optimizer of a `ContrastiveModel` does beyond Keras's.
+"""Extends the Keras optimizer of a `ContrastiveModel`.
 
-Weight decay on matrices alone, gradients of the global batch, their norm, and updates
-in place on torch. Keras has no public hook for clipping and the update within `apply`,
-so this file replaces methods of one optimizer instance, some of them private
-(`PRIVATE`). A test fails if a version of Keras lacks them.
+The optimizer decays only matrices, applies the gradients of the global batch, records
+their norm, and updates weights in-place on torch. Keras has no public hook for clipping
+and the update within `apply`, so this file replaces methods of one optimizer instance,
+some of them private (`PRIVATE`). A test fails if a version of Keras lacks them.
 """
 
 import threading
@@ -27,7 +27,7 @@ REPLACED = "build", "_backend_update_step", "_clip_gradients"
 
 
 def configure(model):
-    """Sets what a compiled optimizer does to which weights, by `optimizer_options`."""
+    """Applies the model's `optimizer_options` to its compiled optimizer."""
     optimizer, options = model.optimizer, model.optimizer_options
     logs_norm = options["log_gradient_norm"]
     model.gradient_norm = GradientNorm(optimizer) if logs_norm else None
@@ -52,9 +52,9 @@ def configure(model):
 
 
 def with_loss_scaling(optimizer, layers):
-    """An optimizer that scales the loss, if a layer computes in float16.
+    """Adds loss scaling to an optimizer if a layer computes in float16.
 
-    Keras looks at the model's own policy alone, and towers have theirs.
+    Keras checks only the model's own dtype policy, but each tower has its own.
     """
     if optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer
@@ -64,12 +64,12 @@ def with_loss_scaling(optimizer, layers):
 
 
 def inner_optimizer(optimizer):
-    """The optimizer that updates weights, inside of a `LossScaleOptimizer`."""
+    """Returns the optimizer that updates weights, without its `LossScaleOptimizer`."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def optimizer_parts(optimizer):
-    """The optimizers that update weights: those of a `MultiOptimizer`, or one."""
+    """Lists the optimizers that update weights: one, or those of a `MultiOptimizer`."""
     own = inner_optimizer(optimizer)
     return getattr(own, "optimizers", [own])
 
@@ -78,7 +78,7 @@ def optimizer_parts(optimizer):
 
 
 def use_global_gradients(model):
-    """Makes the optimizer apply the gradients of the global batch, and see their norm.
+    """Makes the optimizer apply and record the gradients of the global batch.
 
     Gradients are reduced before they are clipped, so that all replicas clip alike.
     """
@@ -86,7 +86,7 @@ def use_global_gradients(model):
     name = distribution.apply_method()
     vars(optimizer).pop(name, None)
     if distribution.strategy_replicas(model) > 1:
-        # They are summed before.
+        # They are already summed, so Keras must not sum them again.
         for each in (inner_optimizer(optimizer), *optimizer_parts(optimizer)):
             each._all_reduce_sum_gradients = list
     reduces = distribution.must_reduce_gradients()
@@ -117,36 +117,37 @@ class GradientNorm:
     def __init__(self, optimizer):
         self.optimizer = optimizer
         self.metric = keras.metrics.Mean(name="gradient_norm")
-        # TensorFlow runs the step of each replica in a thread of its own.
+        # TensorFlow runs the step of each replica in its own thread.
         self._step = threading.local()
 
     def record(self, gradients):
-        """Called with the gradients of the global batch before they are applied."""
+        """Records the gradients of the global batch before they are applied."""
         gradients = [x for x in gradients if x is not None]
         scale, norm = self.optimizer.scale_loss(1.0), None
         if isinstance(scale, float) and scale == 1.0:
             norm = in_place_updates.global_norm(gradients)
         if norm is None:
-            # Unscaled first, as squares of scaled gradients may overflow.
+            # Unscaled first, since the squares of scaled gradients may overflow.
             unscaled = (ops.cast(x, "float32") / scale for x in gradients)
             norm = ops.sqrt(sum(ops.sum(ops.square(x)) for x in unscaled))
         self._step.norm, self._step.gradients = norm, gradients
 
     def of(self, gradients):
-        """The norm of the very gradients that were recorded, and `None` for others.
+        """Returns the norm of the recorded gradients, and `None` for other gradients.
 
-        Those that are unscaled or accumulated after `record` are others.
+        Gradients that are unscaled or accumulated after `record` are other gradients.
         """
         recorded = vars(self._step).get("gradients", ())
         same = len(recorded) == len(gradients) and all(map(is_, recorded, gradients))
         return self._step.norm if same else None
 
     def update_metric(self):
-        """Counts a training step."""
+        """Adds the norm of a training step to the metric."""
         if "norm" not in vars(self._step):
-            # Nothing is trained.
+            # No weight is trained.
             return
-        # Held no longer than the step, as these may be values of a traced function.
+        # Removed after the step, since these may be symbolic tensors of a traced
+        # function.
         norm = vars(self._step).pop("norm")
         del self._step.gradients
         counts = ops.ones_like(norm)
@@ -155,21 +156,22 @@ class GradientNorm:
         self.metric.update_state(ops.where(counts > 0, norm, 0.0), counts)
 
 
-# === Updates in place ===
+# === In-place updates ===
 
 
 def update_in_place(optimizer, norm=None):
-    """Makes an optimizer clip by the global norm, and Adam update, in place on torch.
+    """Makes global-norm clipping and Adam updates run in-place on torch.
 
-    The results are Keras's up to rounding, in Keras's variables. Gradients are clipped
-    where they are. All else that `apply` does stays Keras's own: decay, accumulation,
-    averages, constraints. So does the update of other optimizers, of which SGD's is in
-    place already, and that of all weights if one is not float32.
+    The results equal Keras's up to rounding, and are stored in Keras's variables.
+    Gradients are clipped in-place. The rest of `apply` stays Keras's own: decay,
+    accumulation, averages, constraints. Keras also performs the update if a weight is
+    not float32, and for optimizers other than Adam and AdamW. Its update of SGD is
+    already in-place.
 
     Args:
         optimizer: A Keras optimizer.
-        norm: The `GradientNorm` that gradients are recorded by before, if any: what it
-            has computed is not computed a second time to clip them.
+        norm: The `GradientNorm` that records the gradients beforehand, if any. Clipping
+            then reuses its norm.
     """
     clip, update = optimizer._clip_gradients, optimizer._backend_update_step
 
@@ -199,7 +201,7 @@ def update_in_place(optimizer, norm=None):
 
     if type(optimizer)._clip_gradients is keras.optimizers.Optimizer._clip_gradients:
         optimizer._clip_gradients = clip_gradients
-    # Subclasses may update in a way of their own.
+    # Subclasses may override the update.
     adams = keras.optimizers.Adam(name="adam"), keras.optimizers.AdamW(name="adamw")
     if type(optimizer) in map(type, adams):
         optimizer._backend_update_step = update_step
@@ -209,11 +211,11 @@ def update_in_place(optimizer, norm=None):
 
 
 def exclude_vectors_from_decay(optimizer, variables):
-    """Excludes biases and vectors from weight decay, once the optimizer is built.
+    """Excludes biases and vectors from weight decay when the optimizer is built.
 
     Args:
         optimizer: A Keras optimizer.
-        variables: The variables that it has been built with, if it has.
+        variables: The variables that the optimizer was built with, if it was built.
     """
     if optimizer.built:
         decaying = [v for v in variables if optimizer._use_weight_decay(v)]
@@ -227,7 +229,8 @@ def exclude_vectors_from_decay(optimizer, variables):
     build = optimizer.build
 
     def exclude_and_build(variables):
-        # Includes those that the user excluded, which Keras would forget.
+        # Includes the variables that the user excluded, since Keras would replace that
+        # list.
         optimizer.exclude_from_weight_decay(
             [v for v in variables if is_vector(v) or not optimizer._use_weight_decay(v)]
         )
@@ -237,7 +240,10 @@ def exclude_vectors_from_decay(optimizer, variables):
 
 
 def is_vector(variable) -> bool:
-    """Whether a weight is a bias, a scalar or, without leading ones, a vector."""
+    """Returns whether a weight is a bias, a scalar or a vector.
+
+    Leading axes of size 1 are ignored.
+    """
     shape = [*variable.shape]
     while shape[:1] == [1]:
         shape = shape[1:]

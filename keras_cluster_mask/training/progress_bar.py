@@ -1,4 +1,4 @@
-"""Keras's progress bar, for which no step has to be waited for."""
+"""Keras's progress bar, without waiting for each step."""
 
 import threading
 
@@ -6,7 +6,7 @@ import keras
 
 
 class ProgressBar(keras.callbacks.ProgbarLogger):
-    """Shows the steps that are done, while the program prepares those that follow."""
+    """Shows finished steps while the program prepares the next ones."""
 
     # See `Throughput`.
     async_safe = True
@@ -17,6 +17,6 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
 
     def on_train_batch_end(self, batch, logs=None):
         with self._lock:
-            # A later step may have overtaken this one.
+            # A later step may have been reported first.
             if batch >= self.seen:
                 super().on_train_batch_end(batch, logs)

@@ -1,4 +1,4 @@
-"""The state of a training run as arrays, and what a checkpoint of it must fit."""
+"""Reads and writes the state of a training run, and describes it for checkpoints."""
 
 import json
 
@@ -8,14 +8,14 @@ import numpy as np
 from keras_cluster_mask.distribution.processes import to_numpy
 from keras_cluster_mask.training.optimizers import optimizer_parts
 
-# What a layer's configuration says without an effect on what is computed.
+# Entries of a layer's configuration that do not affect what it computes.
 INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
-# What may differ between a run and its continuation.
+# Options that may change when a run is resumed.
 FREE_OPTIONS = ("name", "micro_batch_size", "gradient_checkpointing")
 
 
 def read_state(model) -> dict[str, np.ndarray]:
-    """Weights, seeds, learning rates and the optimizer's state as NumPy arrays."""
+    """Returns weights, seeds, learning rates and optimizer state as NumPy arrays."""
     variables = {
         f"{group}/{index}": variable
         for group, variables in _groups(model).items()
@@ -26,35 +26,35 @@ def read_state(model) -> dict[str, np.ndarray]:
 
 
 def write_state(model, state):
-    """Assigns arrays of `read_state`, except for the learning rates."""
+    """Assigns the arrays of `read_state`, except for the learning rates."""
     for group, variables in _groups(model).items():
         for index, variable in enumerate(variables):
             variable.assign(state[f"{group}/{index}"])
 
 
 def learning_rates(model) -> dict[str, float]:
-    """The learning rates of a model's optimizers, without those of schedules."""
+    """Returns the learning rates of a model's optimizers, except those of schedules."""
     if not model.compiled or model.optimizer is None:
         return {}
     return {key: float(to_numpy(v)) for key, v in _learning_rates(model).items()}
 
 
 def restore_learning_rates(model, state, first_rates) -> dict[str, float]:
-    """Assigns the learning rates of a checkpoint that callbacks have changed.
+    """Restores learning rates that callbacks changed during the saved run.
 
     A rate that the user has changed since then is kept.
 
     Args:
         model: A `ContrastiveModel`.
         state: Arrays of `read_state`.
-        first_rates: What `learning_rates` returned at the start of the saved run.
+        first_rates: The result of `learning_rates` at the start of the saved run.
 
     Returns:
-        The same of the continued run, without what callbacks have changed.
+        The same dictionary for the resumed run, without changes by callbacks.
     """
     found = learning_rates(model)
     for key, variable in _learning_rates(model).items():
-        # In the process of the saved run, it still has the value of the callback.
+        # If the saved run was in this process, the rate still has the callback's value.
         if key in state and found[key] in (first_rates[key], float(state[key])):
             variable.assign(state[key])
             found[key] = first_rates[key]
@@ -62,7 +62,7 @@ def restore_learning_rates(model, state, first_rates) -> dict[str, float]:
 
 
 def find_non_finite(model, state) -> str | None:
-    """The path of a variable whose saved value is NaN or infinite, or `None`."""
+    """Returns the path of a variable with a NaN or infinite saved value, or `None`."""
     for group in ("model", "optimizer"):
         for index, variable in enumerate(_groups(model)[group]):
             if not np.isfinite(state[f"{group}/{index}"]).all():
@@ -71,7 +71,7 @@ def find_non_finite(model, state) -> str | None:
 
 
 def describe(model) -> dict:
-    """What a checkpoint must fit: a flat dictionary of JSON values by field."""
+    """Returns the settings that a checkpoint must match, as a flat JSON dictionary."""
     fields = {}
     for group, variables in _groups(model).items():
         fields[f"{group}.number of variables"] = len(variables)
@@ -92,8 +92,9 @@ def describe(model) -> dict:
 
 
 def differences(saved: dict, wanted: dict) -> list[str]:
-    """How two descriptions differ, a line for each field that does."""
-    # As they are read from a file, and without names, which count Keras's layers.
+    """Lists the fields in which two descriptions differ, one line per field."""
+    # Compare JSON values, and leave out the paths, in which Keras numbers the layers of
+    # a process.
     saved, wanted = (
         {field.split(" (")[0]: value for field, value in fields.items()}
         for fields in (saved, json.loads(json.dumps(wanted)))
@@ -115,9 +116,9 @@ def _groups(model):
 
 
 def _learning_rates(model):
-    """The learning rates that are variables, by their keys in `read_state`."""
+    """Returns the learning rates that are variables, by their keys in `read_state`."""
     if model.built and not model.optimizer.built:
-        # A `MultiOptimizer` of a function does not know its optimizers before.
+        # A `MultiOptimizer` made from a function has no optimizers until it is built.
         model.optimizer.build(model.trainable_variables)
     rates = [part.learning_rate for part in optimizer_parts(model.optimizer)]
     return {

@@ -1,29 +1,30 @@
-"""Whether a tokenizer suits a model: its text tower, and the one of its training."""
+"""Checks that a tokenizer matches the text tower and the training of a model."""
 
 import contextlib
 import hashlib
 
 import numpy as np
 
-# Tokens of a text that a fingerprint holds.
+# The number of tokens of each text that a fingerprint depends on.
 NUM_TOKENS = 6
 
 
 def check_tokenizer(model, tokenizer, context_length=None):
-    """Raises an error for a tokenizer that does not suit a model.
+    """Raises an error if a tokenizer does not match a model.
 
-    It is applied to a few fixed texts. The model must have been trained with it or
-    with none that is known, and its text tower must find the special tokens it needs.
+    The tokenizer is applied to a few fixed texts. It must be the one that the model was
+    trained with, if that is known, and must add the special tokens that the text tower
+    needs.
 
     Args:
         model: A `ContrastiveModel`.
         tokenizer: See `image_text_dataset`.
-        context_length: Integer, the length of the rows of a tokenizer that can make
-            rows of any length. `None`: its own.
+        context_length: Integer, the length of token rows, for a tokenizer that supports
+            any length. `None` uses the tokenizer's own length.
 
     Returns:
-        str, the fingerprint of the tokenizer; `None` if it takes no other texts than
-        those of a dataset.
+        str, the fingerprint of the tokenizer; `None` if the tokenizer accepts only the
+        texts of its dataset.
     """
     # Imported here: it needs packages that `import keras` does not.
     from keras_cluster_mask.data.tokenizing import VARIANTS, probe
@@ -49,11 +50,11 @@ def check_tokenizer(model, tokenizer, context_length=None):
             f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} at "
             f"{ids.argmax(1).tolist()}, for three sentences"
         )
-    # Shorter rows would not hold all that a fingerprint is made of.
+    # Shorter rows would not hold all tokens that the fingerprint depends on.
     length = max(ids.shape[1], NUM_TOKENS + 2)
     if hasattr(tokenizer, "with_context_length"):
         tokenizer = tokenizer.with_context_length(length)
-    # A tokenizer of a small vocabulary may take plain words only.
+    # A tokenizer with a small vocabulary may support plain words only.
     variants = probe(tokenizer, length, VARIANTS)
     found = _fingerprint(model, probe(tokenizer, length), variants)
     expected = model.tokenizer_fingerprint
@@ -68,7 +69,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
 
 
 def check_tokenizer_of(model, data):
-    """As `check_tokenizer`, for the tokenizer of an `image_text_dataset`, if any."""
+    """Calls `check_tokenizer` for the tokenizer of an `image_text_dataset`, if any."""
     stream = getattr(data, "stream", None)
     tokenizer = getattr(stream, "tokenizer", None)
     return None if tokenizer is None else check_tokenizer(model, tokenizer)
@@ -76,9 +77,10 @@ def check_tokenizer_of(model, data):
 
 @contextlib.contextmanager
 def remembered_tokenizer(model, data):
-    """Stores the fingerprint of the tokenizer of training data with a model.
+    """A context that stores the fingerprint of the training data's tokenizer.
 
-    Not if an error ends the first epoch, after which other data may be tried.
+    If an error ends the first epoch, the previous fingerprint is restored, so that
+    other data can be tried.
     """
     before = model.tokenizer_fingerprint
     model.tokenizer_fingerprint = check_tokenizer_of(model, data) or before
@@ -91,7 +93,7 @@ def remembered_tokenizer(model, data):
 
 
 def _fingerprint(model, *ids):
-    """Hashes what the text tower of a model sees of the ids of fixed texts."""
+    """Hashes the token ids of fixed texts, as far as the text tower reads them."""
     rows = []
     for part in ids:
         if part is None:
@@ -100,26 +102,28 @@ def _fingerprint(model, *ids):
             if end is None:
                 rows.append(row.tolist())
             else:
-                # It is causal: what follows the token at which it pools has no
-                # influence. Another length truncates the same texts elsewhere.
+                # The text tower is causal, so ids after the pooled token have no
+                # influence. Only the first ids count, since another length truncates
+                # the same texts at another place.
                 rows.append([*row[: min(end, NUM_TOKENS)].tolist(), int(row[end])])
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
 def _pooled_at(model, ids):
-    """The column at which a text tower pools each row; `None` if it reads all."""
+    """Returns the column at which each row is pooled; `None` if the tower reads all."""
     if model.end_token_id is not None:
         return np.argmax(ids == model.end_token_id, axis=1)
     return ids.argmax(axis=1) if model.pools_highest_id else [None] * len(ids)
 
 
 def _has_special_tokens(ids):
-    """Whether sentences begin alike, and end in the highest id."""
+    """Returns whether sentences start with the same id and end with the highest id."""
     ends = ids.argmax(axis=1)
     same = [len(np.unique(tokens)) == 1 for tokens in (ids[:, 0], ids.max(axis=1))]
-    # Any words come before the end token, all that follows it is padding.
+    # Only padding, all of one id, may follow the end token.
     after = np.concatenate([row[end + 1 :] for row, end in zip(ids, ends)])
-    # The first is one word: what repeats before its end token fills up the row.
+    # The first text is a single word, so ids that repeat before its end token are
+    # padding.
     is_filled = ends[0] > 1 and ids[0, ends[0] - 1] == ids[0, ends[0] - 2]
     return bool(
         all(same) and ends.all() and len(np.unique(after)) <= 1 and not is_filled

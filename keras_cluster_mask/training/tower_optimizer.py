@@ -1,4 +1,4 @@
-"""An optimizer of its own for each tower."""
+"""A separate optimizer for each tower."""
 
 import re
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from keras_cluster_mask.types import Tensor
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class TowerOptimizer(keras.optimizers.MultiOptimizer):
-    """A `MultiOptimizer` that clips the gradients of all its optimizers by one norm.
+    """A `MultiOptimizer` that clips all gradients by their global norm.
 
-    `kcm.tower_optimizer` makes one for a model.
+    `kcm.tower_optimizer` creates one for a model.
 
     Args:
         optimizer_map: `keras.optimizers.OptimizerMap`.
-        global_clipnorm: Float. The largest L2 norm that the gradients of all weights
-            together may have. `None` does not clip.
+        global_clipnorm: Float. The maximum L2 norm of the gradients of all weights
+            together. `None` disables clipping.
         **kwargs: Arguments of `keras.optimizers.MultiOptimizer`.
     """
 
@@ -65,10 +65,10 @@ def tower_optimizer(
     text: keras.optimizers.Optimizer | None = None,
     global_clipnorm: float | None = None,
 ) -> TowerOptimizer:
-    """Makes an optimizer that trains each tower with an optimizer of its own.
+    """Creates an optimizer that trains each tower with a separate optimizer.
 
-    For pre-trained towers, which are trained at a lower rate than new weights. Keras's
-    callbacks that change a learning rate change that of each optimizer.
+    Use it to train pre-trained towers at a lower rate than new weights. Keras callbacks
+    that change the learning rate change the rate of each optimizer.
 
     Example:
 
@@ -86,23 +86,22 @@ def tower_optimizer(
 
     Args:
         model: A `ContrastiveModel`.
-        default: Keras optimizer of all other weights: projections, temperature, bias,
-            and a tower without an optimizer of its own.
-        image: Keras optimizer of the weights of `model.image_encoder`.
-        text: Keras optimizer of the weights of `model.text_encoder`.
-        global_clipnorm: Float. The largest L2 norm that the gradients of all weights
-            together may have. An optimizer's own `global_clipnorm` is of its weights
-            alone.
+        default: Keras optimizer for all other weights: projections, temperature, bias,
+            and a tower without its own optimizer.
+        image: Keras optimizer for the weights of `model.image_encoder`.
+        text: Keras optimizer for the weights of `model.text_encoder`.
+        global_clipnorm: Float. The maximum L2 norm of the gradients of all weights
+            together. An optimizer's own `global_clipnorm` covers its weights only.
 
     Returns:
         A `TowerOptimizer`, a `keras.optimizers.MultiOptimizer`.
 
     Raises:
-        ValueError: If weights of a tower share their paths with other weights, so that
+        ValueError: If weights of a tower have the same paths as other weights, so that
             they cannot be distinguished.
     """
     optimizers = {}
-    # What layers update themselves may have the same paths.
+    # Variables that layers update themselves may have the same paths.
     state = {id(variable) for variable in state_variables(model)}
     for name, encoder, optimizer in (
         ("image", model.image_encoder, image),
@@ -125,7 +124,7 @@ def tower_optimizer(
 
 
 def clip_by_global_norm(gradients: list, max_norm: float) -> list:
-    """Gradients scaled down by one factor, to a norm of all of them together."""
+    """Scales all gradients by one factor, to a global norm of at most `max_norm`."""
     given = [x for x in gradients if x is not None]
     if in_place_updates.are_available() and in_place_updates.clip_by_global_norm(
         given, max_norm

@@ -20,22 +20,21 @@ def check_same_everywhere(description):
 
 
 class TrainingData:
-    """Training data, which a resumed run reads from the start of an epoch.
+    """Training data that a resumed run reads from the start of an epoch.
 
-    A stream, of arrays or an `image_text_dataset`, starts with any batch. Each epoch of
-    other data is a pass over it; with `steps_per_epoch`, a `tf.data.Dataset` skips what
-    the epochs before have read.
+    A stream, from arrays or `image_text_dataset`, can start with any batch. For other
+    data, each epoch is a pass over it; with `steps_per_epoch`, a `tf.data.Dataset`
+    skips the batches of earlier epochs.
 
     Args:
-        data: What is passed to `fit`; arrays as `ArrayBatches`.
-        steps_per_epoch: Integer, of data that continues over the ends of epochs, or
-            `None`.
-        first_epoch: Integer, the first epoch that is trained.
+        data: The data passed to `fit`, with arrays as `ArrayBatches`.
+        steps_per_epoch: Integer, for data that continues across epochs, or `None`.
+        first_epoch: Integer, the first epoch to train.
 
     Attributes:
-        origin: A tuple of integers: an epoch; how many batches of the data lie before
-            its first step, as a stream continues where the last `fit` on it ended; and,
-            of arrays, the seed of their order.
+        origin: A tuple of integers: an epoch; the number of batches before its first
+            step, since a stream continues where the last `fit` on it ended; and, for
+            arrays, the seed of their order.
     """
 
     def __init__(self, data, steps_per_epoch, first_epoch=0):
@@ -61,7 +60,7 @@ class TrainingData:
 
     @property
     def description(self) -> dict:
-        """What must be the same for a run to be resumed."""
+        """The settings that must be the same when a run is resumed."""
         return {
             **({} if self.stream is None else self.stream.description),
             "data.steps_per_epoch": self.steps_per_epoch,
@@ -69,11 +68,11 @@ class TrainingData:
 
     @property
     def has_known_order(self) -> bool:
-        """Whether the order of samples is the data's own, and not drawn by a loader."""
+        """True if the data defines the order of samples, not a loader that draws it."""
         return hasattr(self.data, "element_spec")
 
     def check_resumable(self):
-        """Raises an error if the start of an epoch could not be found again."""
+        """Raises an error if the data cannot be read from the start of an epoch."""
         if self.stream is not None or hasattr(self.data, "skip"):
             return
         if self.steps_per_epoch is not None:
@@ -85,12 +84,12 @@ class TrainingData:
             )
 
     def seek(self, epoch):
-        """Makes the next pass over a stream start with an epoch."""
+        """Makes the next pass over a stream start at an epoch."""
         if self.stream is not None:
             self.stream.start = self._batches_before(epoch)
 
     def from_epoch(self, epoch):
-        """The data from the start of an epoch on."""
+        """Returns the data from the start of an epoch."""
         if self.stream is not None:
             self.seek(epoch)
         elif self.steps_per_epoch is not None and epoch > self.first_epoch:

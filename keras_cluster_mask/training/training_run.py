@@ -1,4 +1,4 @@
-"""Where a `fit` is, and how it resumes from a checkpoint."""
+"""Tracks the progress of `fit`, and resumes it from a checkpoint."""
 
 import threading
 from typing import Any
@@ -15,15 +15,15 @@ from keras_cluster_mask.training.run_state import (
     write_state,
 )
 
-# The maximum number of steps on the device that have started but not finished. One that
-# waits keeps the device busy; each holds its batch on the device, so there are few.
+# The maximum number of steps that have started on the device but not finished. Queued
+# steps keep the device busy, but each holds its batch in device memory.
 STEPS_AHEAD = 4
 
 
 class TrainingRun(keras.callbacks.Callback):
-    """Where a `fit` is. The first callback of every `fit` of a `ContrastiveModel`.
+    """Tracks the progress of `fit`, as the first callback of a `ContrastiveModel`.
 
-    Steps begin while others still run, but only a few.
+    It also lets steps start while earlier ones run, but limits their number.
 
     Args:
         model: A `ContrastiveModel`.
@@ -33,15 +33,14 @@ class TrainingRun(keras.callbacks.Callback):
     Attributes:
         data: `TrainingData`.
         step_size: `StepSize` or `None`.
-        epoch: Integer, the running epoch; between epochs, the next.
-        history: List of a dictionary with `"epoch"` and `"logs"` for each epoch.
-        is_partial: Boolean. Whether a callback has stopped the last epoch before its
-            end.
+        epoch: Integer, the current epoch; between epochs, the next one.
+        history: List with a dictionary of `"epoch"` and `"logs"` for each epoch.
+        is_partial: Boolean. Whether a callback stopped the last epoch early.
         rng_state: Dictionary of arrays, the random state at the end of the last epoch.
-        first_rates: List of floats, the learning rates with which the run started.
+        first_rates: Dictionary of floats, the learning rates at the start of the run.
     """
 
-    # The end of a step is told in a thread, see `Throughput`.
+    # Keras reports the end of a step in a background thread, see `Throughput`.
     async_safe = True
 
     def __init__(self, model, data, step_size):
@@ -56,7 +55,7 @@ class TrainingRun(keras.callbacks.Callback):
         self._start_values = None
 
     def facts(self, model) -> dict[str, Any]:
-        """What a checkpoint holds besides arrays, as a dictionary of JSON values."""
+        """Returns the part of a checkpoint without arrays, as JSON values."""
         return {
             "epoch": self.epoch,
             "data_origin": self.data.origin,
@@ -69,7 +68,7 @@ class TrainingRun(keras.callbacks.Callback):
         }
 
     def resume(self, model, found):
-        """Continues from a checkpoint, as `read_resumable` returns it."""
+        """Resumes from a checkpoint that `read_resumable` returned."""
         if not model.built or not model.compiled:
             raise ValueError(
                 "`resume_from` needs a compiled and built model: compile it with an "
@@ -92,7 +91,7 @@ class TrainingRun(keras.callbacks.Callback):
         self.data.origin = tuple(facts["data_origin"])
 
     def undo_first_step(self):
-        """Called if training fails: the model keeps its weights."""
+        """Restores the weights if training failed in its first step."""
         if self._start_values is not None:
             self._start_values.put_back()
 
@@ -101,18 +100,19 @@ class TrainingRun(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.model.finite_steps.restart()
-        # A step that has no batch begins, but does not end.
+        # Keras begins a step before it knows whether there is another batch, so the
+        # last one of an epoch does not end. Each epoch gets new slots.
         self._slots = threading.Semaphore(STEPS_AHEAD)
 
     def on_train_batch_begin(self, batch, logs=None):
-        # Data loaders draw from the generators that layers without a seed draw from.
-        # How often they do between two epochs depends on where a run was interrupted,
-        # so these draws are undone; but a shuffle would repeat its order.
+        # Data loaders and unseeded layers draw from the same generators. The number of
+        # draws between two epochs depends on where a run was interrupted, so they are
+        # undone, except for a loader that shuffles: it would repeat its order.
         if batch == 0 and self.data.has_known_order:
             write_rng_state(self.rng_state)
         self._last = batch
-        # Continues after a while, as a step that fails does not end either; Keras
-        # raises its error after the next.
+        # With a timeout, since a step that fails does not end either; Keras raises its
+        # error after the next step.
         self._slots.acquire(timeout=10)
 
     def on_train_batch_end(self, batch, logs=None):
