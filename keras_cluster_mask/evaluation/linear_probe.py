@@ -266,7 +266,7 @@ def _check_options(
         import sklearn  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "A linear probe needs scikit-learn: `pip install scikit-learn`."
+            "A linear probe needs the extra `probe`: `pip install scikit-learn`."
         ) from error
     if regularization is not None:
         check_range("regularization", regularization, STRENGTHS[0], STRENGTHS[-1])
