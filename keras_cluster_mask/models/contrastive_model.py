@@ -1,45 +1,33 @@
 """The model for contrastive training on image-text pairs."""
 
-import contextlib
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_choice, check_integer
-from keras_cluster_mask.distribution import gradients, replicas
-from keras_cluster_mask.distribution.gradient_buckets import GradientBuckets
-from keras_cluster_mask.distribution.start_values import keeping_weights
+from keras_cluster_mask.distribution import replicas
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.tower import Tower
-from keras_cluster_mask.training import layers, micro_batches, optimizers
-from keras_cluster_mask.training.finite_steps import FiniteSteps
-from keras_cluster_mask.training.fitting import fit
+from keras_cluster_mask.models.trainer import ContrastiveTrainer
+from keras_cluster_mask.training import layers, micro_batches
 from keras_cluster_mask.training.input_rules import LONELY
 from keras_cluster_mask.training.inputs import (
-    as_dictionary,
     check_input,
     check_no_labels,
-    check_no_losses,
-    evaluation_data,
     sample_weights,
-    until_the_end,
 )
-from keras_cluster_mask.training.tokens import remembered_tokenizer
 from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class ContrastiveModel(DualEncoder):
+class ContrastiveModel(ContrastiveTrainer):
     """Trains an image encoder and a text encoder on image-text pairs.
 
     Each image of a batch is compared with every text; the encoders learn to place an
@@ -188,12 +176,6 @@ class ContrastiveModel(DualEncoder):
         self.temperature_metric = keras.metrics.Mean(name="temperature")
         if self.maskings:
             self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
-        self.finite_steps = FiniteSteps()
-        self.gradient_buckets = GradientBuckets()
-        # Set by `compile`, and while `fit` and `evaluate` run.
-        self.gradient_norm = None
-        self.training_run = None
-        self.is_evaluating = False
 
     @classmethod
     def from_backbone(
@@ -266,19 +248,6 @@ class ContrastiveModel(DualEncoder):
         self.add_loss(extra_losses)
         return embeddings
 
-    def train_step(self, *args: Any) -> Any:
-        """Runs one training step, on every backend.
-
-        Keras passes `(data)` on TensorFlow and torch and `(state, data)` on JAX, and
-        computes the gradients and updates. Override `compute_loss` to train on another
-        loss.
-        """
-        with gradients.around_step(self, args):
-            results = super().train_step(*args)
-        if replicas.num_replicas() > 1:
-            replicas.all_reduce_mean(layers.averaged_variables(self))
-        return results
-
     def compute_loss(
         self,
         x: Any = None,
@@ -342,203 +311,6 @@ class ContrastiveModel(DualEncoder):
                 self.mask_ratio_metric.update_state(ratio)
                 masking.advance()
         return loss
-
-    def compute_metrics(
-        self, x: Any, y: Any, y_pred: Any, sample_weight: Tensor | None = None
-    ) -> dict[str, Any]:
-        if not self.is_evaluating:
-            # This is the end of a training step on every backend.
-            (loss,) = (each for each in self.metrics if each.name == "loss")
-            self.finite_steps.update_state(loss.result())
-            if self.gradient_norm is not None:
-                self.gradient_norm.update_metric()
-        return super().compute_metrics(x, y, y_pred, sample_weight)
-
-    def make_train_function(self, force: bool = False) -> Any:
-        # Values can be read here for the last time before the step is compiled.
-        gradients.prepare_replicas(self)
-        optimizers.use_global_gradients(self)
-        if self.built and self.optimizer and not self.optimizer.built:
-            # TensorFlow cannot create the optimizer's variables in a step that XLA
-            # compiles.
-            self.optimizer.build(self.trainable_variables)
-        for masking in self.maskings:
-            masking.check_ready()
-        return super().make_train_function(force)
-
-    @property
-    def metrics(self) -> list[keras.metrics.Metric]:
-        metrics = [x for x in super().metrics if x is not self.finite_steps]
-        if self.is_evaluating:
-            # Evaluation computes no gradients and masks no patches.
-            return [x for x in metrics if x.name != "mask_ratio"]
-        norm = self.gradient_norm
-        # In the order of the logs. `finite_steps` is not logged.
-        return [*metrics, *([] if norm is None else [norm.metric]), self.finite_steps]
-
-    # === Compile, fit, evaluate, predict ===
-
-    def compile(
-        self,
-        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
-        *,
-        decay_vectors: bool = False,
-        log_gradient_norm: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Configures the optimizer, its weight decay, and the gradient norm metric.
-
-        Example:
-
-        ```python
-        backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-        model = kcm.ContrastiveModel.from_backbone(backbone)
-        model.compile(
-            keras.optimizers.AdamW(1e-3, weight_decay=0.2, global_clipnorm=1.0),
-            log_gradient_norm=True,
-        )
-        ```
-
-        Args:
-            optimizer: A Keras optimizer, or its name. `kcm.tower_optimizer` makes one
-                with a learning rate for each tower. To freeze a tower, set
-                `encoder.trainable = False` before compiling. On torch, `Adam` and
-                `AdamW` use torch's fused kernel, and `global_clipnorm` clips gradients
-                in place.
-            decay_vectors: Boolean. Whether weight decay also applies to biases and
-                other vectors, such as the scales of normalization layers, class tokens
-                and the temperature. By default it applies only to matrices, except
-                those that the optimizer already excludes.
-            log_gradient_norm: Boolean. Whether `fit` reports `gradient_norm`: the L2
-                norm of the gradients of all weights for the whole batch, before
-                clipping, averaged over the steps of an epoch. Steps that a
-                `LossScaleOptimizer` skips do not count.
-            **kwargs: Arguments of `keras.Model.compile`, without losses and metrics,
-                which are built in. `auto_scale_loss` scales the loss if an encoder
-                computes in float16.
-
-        Raises:
-            ValueError: If a loss or metrics are passed, or if the optimizer has already
-                been built to decay vectors.
-        """
-        check_no_losses(kwargs)
-        optimizer = keras.optimizers.get(optimizer)
-        if kwargs.get("auto_scale_loss", True):
-            optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
-        super().compile(optimizer, **kwargs)
-        self.optimizer_options = {
-            "decay_vectors": bool(decay_vectors),
-            "log_gradient_norm": bool(log_gradient_norm),
-        }
-        optimizers.configure(self)
-
-    def fit(
-        self,
-        x: Any = None,
-        y: None = None,
-        batch_size: int | None = None,
-        epochs: int = 1,
-        *args: Any,
-        resume_from: str | os.PathLike | None = None,
-        **kwargs: Any,
-    ) -> keras.callbacks.History:
-        """Trains the model, like `keras.Model.fit` with one additional argument.
-
-        To resume a killed run, start the same program again. It must save checkpoints
-        and pass their folder as `resume_from`. Training resumes with the epoch after
-        the last checkpoint. Pass `steps_per_epoch` for shorter epochs, so that less
-        training can be lost. On one machine and in float32, the final weights are
-        bit-identical to those of an uninterrupted run. If you use `CSVLogger`, pass it
-        `append=True`. The returned history holds all epochs, including those before the
-        interruption.
-
-        Training on arrays uses only full batches. The remaining pairs, after shuffling,
-        are dropped from the epoch with a warning.
-
-        An epoch of an `image_text_dataset` has `dataset.steps_per_epoch` steps, the
-        number of full batches. The remaining samples are carried over to the next
-        epoch. Another call of `fit`, and each epoch of `steps_per_epoch` steps,
-        continues where the last one ended.
-
-        Arguments other than `resume_from` are those of `keras.Model.fit`, in its order.
-
-        Example:
-
-        ```python
-        backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-        model = kcm.ContrastiveModel.from_backbone(backbone)
-        model.compile(optimizer="adam")
-        batch = {
-            "images": np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8"),
-            "token_ids": np.random.randint(1, 100, (8, 12)).astype("int32"),
-        }
-        model.fit(
-            batch,
-            batch_size=4,
-            resume_from="run",
-            callbacks=[kcm.callbacks.Checkpoint("run")],
-        )
-        ```
-
-        Args:
-            resume_from: str or path. The folder of a `kcm.callbacks.Checkpoint`, local
-                or a URL such as `gs://bucket/run`. Training starts from the last good
-                checkpoint, or from the beginning if there is none, and prints which. It
-                can also be the path of one checkpoint, which must exist. The options of
-                `compile` may differ from those of the saved run; the new ones are used.
-                A learning rate that a callback changed is restored, unless you compile
-                with another rate than the saved run started with.
-
-        Returns:
-            A `keras.callbacks.History`.
-
-        Raises:
-            FileNotFoundError: If `resume_from` is a checkpoint that does not exist.
-            ValueError: If the checkpoint is of another model, masking, optimizer,
-                tokenizer or data seed; the differences are listed. If the tokenizer of
-                an `image_text_dataset` is not the one that the model was trained with,
-                or lacks the special tokens that the text encoder needs.
-        """
-        args = (x, y, batch_size, epochs, *args)
-        try:
-            with remembered_tokenizer(self, x):
-                return fit(self, super().fit, resume_from, *args, **kwargs)
-        finally:
-            self.training_run = None
-
-    def evaluate(
-        self,
-        x: Any = None,
-        y: None = None,
-        batch_size: int | None = None,
-        verbose: str | int = "auto",
-        sample_weight: Any = None,
-        steps: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        x = evaluation_data(self, as_dictionary(x, y, sample_weight), steps)
-        with until_the_end(), keeping_weights(self), self._evaluation():
-            return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
-
-    def predict(
-        self,
-        x: Any,
-        batch_size: int | None = None,
-        verbose: str | int = "auto",
-        steps: int | None = None,
-        **kwargs: Any,
-    ) -> dict[str, np.ndarray]:
-        x = evaluation_data(self, as_dictionary(x), steps)
-        with until_the_end(), keeping_weights(self):
-            return super().predict(x, batch_size, verbose, steps, **kwargs)
-
-    @contextlib.contextmanager
-    def _evaluation(self):
-        self.is_evaluating = True
-        try:
-            yield
-        finally:
-            self.is_evaluating = False
 
     # === Other models that share the weights ===
 
@@ -604,16 +376,6 @@ class ContrastiveModel(DualEncoder):
         return type(self)(encoder, self.text_encoder, head=self.head, **options)
 
     # === Saving ===
-
-    def get_compile_config(self) -> dict[str, Any] | None:
-        config = super().get_compile_config()
-        return {**config, **self.optimizer_options} if config else config
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        # Keras's own method does not support models that override `compile`.
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None and self.built:
-            self.optimizer.build(self.trainable_variables)
 
     def get_config(self) -> dict[str, Any]:
         return {
