@@ -196,4 +196,4 @@ models["random half"].backbone.save_to_preset(RESULTS / "fine_tuned")
 # ## Next steps
 #
 # - `model.backbone.vision_encoder.trainable = False` before `compile` freezes the image tower (LiT).
-#   `kcm.tower_optimizer(model, AdamW(1e-3), image=AdamW(1e-4))` trains it at a tenth of the rate.
+#   `kcm.TowerOptimizer(AdamW(1e-3), image=AdamW(1e-4))` trains it at a tenth of the rate.

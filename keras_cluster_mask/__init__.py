@@ -36,7 +36,7 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     )
     from keras_cluster_mask.models import ContrastiveModel, with_masking
     from keras_cluster_mask.recipe import Recipe, small_data_recipe
-    from keras_cluster_mask.training import TowerOptimizer, tower_optimizer
+    from keras_cluster_mask.training import TowerOptimizer
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,6 @@ __all__ = [
     "masking",
     "models",
     "small_data_recipe",
-    "tower_optimizer",
     "visualization",
     "with_masking",
 ]

@@ -113,8 +113,8 @@ class ContrastiveTrainer(DualEncoder):
         ```
 
         Args:
-            optimizer: A Keras optimizer, or its name. `kcm.tower_optimizer` makes one
-                with a learning rate for each tower. To freeze a tower, set
+            optimizer: A Keras optimizer, or its name. A `kcm.TowerOptimizer` has a
+                learning rate for each tower. To freeze a tower, set
                 `encoder.trainable = False` before compiling. On torch, `Adam` and
                 `AdamW` use torch's fused kernel, and `global_clipnorm` clips gradients
                 in place.

@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution import gradients as distribution
 from keras_cluster_mask.distribution import in_place_updates
+from keras_cluster_mask.training.tower_optimizer import TowerOptimizer
 
 # Methods of `keras.optimizers.Optimizer` that are replaced on an instance or called.
 PRIVATE = (
@@ -41,6 +42,9 @@ def configure(model):
             "biases and vectors; or pass `decay_vectors=True`. Received: "
             "a `MultiOptimizer` of a function"
         )
+    own = inner_optimizer(optimizer)
+    if isinstance(own, TowerOptimizer):
+        own.towers.bind({"image": model.image_encoder, "text": model.text_encoder})
     for each in parts:
         # An optimizer may be compiled again, with other options.
         for name in REPLACED:

@@ -1,49 +1,65 @@
-"""A separate optimizer for each tower."""
+"""A Keras optimizer with an optimizer of its own for each tower."""
 
-import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 from keras import ops
 
 from keras_cluster_mask.distribution import in_place_updates
-from keras_cluster_mask.training.layers import state_variables
 from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class TowerOptimizer(keras.optimizers.MultiOptimizer):
-    """A `MultiOptimizer` that clips all gradients by their global norm.
+    """Trains each tower of a `ContrastiveModel` with an optimizer of its own.
 
-    `kcm.tower_optimizer` creates one for a model.
+    Use it to train pre-trained towers at a lower rate than new weights. Keras's
+    callbacks that change a learning rate change that of each optimizer.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    optimizer = kcm.TowerOptimizer(
+        keras.optimizers.AdamW(1e-3, weight_decay=0.2),
+        image=keras.optimizers.AdamW(1e-4, weight_decay=0.2),
+        global_clipnorm=1.0,
+    )
+    model.compile(optimizer)
+    ```
 
     Args:
-        optimizer_map: `keras.optimizers.OptimizerMap`.
-        global_clipnorm: Float. The maximum L2 norm of the gradients of all weights
-            together. `None` disables clipping.
+        default: Keras optimizer of all other weights: projections, temperature, bias,
+            and a tower without an optimizer of its own.
+        image: Keras optimizer of the weights of `model.image_encoder`.
+        text: Keras optimizer of the weights of `model.text_encoder`.
+        global_clipnorm: Float. The largest L2 norm that the gradients of all weights
+            together may have. `None` does not clip. The `global_clipnorm` of one of
+            the optimizers clips the gradients of its own weights.
         **kwargs: Arguments of `keras.optimizers.MultiOptimizer`.
+
+    Raises:
+        ValueError: If an optimizer clips or accumulates gradients itself, and there is
+            a `global_clipnorm`.
     """
 
     def __init__(
         self,
-        optimizer_map: keras.optimizers.OptimizerMap,
+        default: keras.optimizers.Optimizer,
+        image: keras.optimizers.Optimizer | None = None,
+        text: keras.optimizers.Optimizer | None = None,
         global_clipnorm: float | None = None,
         **kwargs: Any,
     ):
-        super().__init__(optimizer_map, **kwargs)
+        towers = _Towers(default, {"image": image, "text": text})
+        super().__init__(towers, **kwargs)
+        self.towers = towers
         self.global_clipnorm = global_clipnorm
-        if global_clipnorm is None:
-            return
-        for part in self.optimizers:
-            for name in ("global_clipnorm", "gradient_accumulation_steps"):
-                if getattr(part, name) is not None:
-                    raise ValueError(
-                        f"`{name}` must not be given to an optimizer of a tower: all "
-                        "gradients are clipped together, by the `global_clipnorm` of "
-                        "the `TowerOptimizer`, before each of its steps. "
-                        f"Received: {part.name} with {name}={getattr(part, name)}"
-                    )
+        if global_clipnorm is not None:
+            for part in self.optimizers:
+                _check_leaves_gradients_alone(part)
 
     def apply(
         self,
@@ -55,76 +71,77 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         super().apply(grads, trainable_variables)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "global_clipnorm": self.global_clipnorm}
+        parts = {"default": self.towers.default_optimizer, **self.towers}
+        return {
+            **{k: keras.saving.serialize_keras_object(v) for k, v in parts.items()},
+            "global_clipnorm": self.global_clipnorm,
+            "loss_scale_factor": self.loss_scale_factor,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
+        parts = {
+            name: keras.saving.deserialize_keras_object(part, custom_objects)
+            for name, part in config.items()
+            if name in ("default", "image", "text")
+        }
+        return cls(**{**config, **parts})
 
 
-def tower_optimizer(
-    model: keras.Model,
-    default: keras.optimizers.Optimizer,
-    image: keras.optimizers.Optimizer | None = None,
-    text: keras.optimizers.Optimizer | None = None,
-    global_clipnorm: float | None = None,
-) -> TowerOptimizer:
-    """Creates an optimizer that trains each tower with a separate optimizer.
+class _Towers(keras.optimizers.OptimizerMap):
+    """Maps variables to optimizers by the tower that they belong to.
 
-    Use it to train pre-trained towers at a lower rate than new weights. Keras callbacks
-    that change the learning rate change the rate of each optimizer.
-
-    Example:
-
-    ```python
-    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    model = kcm.ContrastiveModel.from_backbone(backbone)
-    optimizer = kcm.tower_optimizer(
-        model,
-        keras.optimizers.AdamW(1e-3, weight_decay=0.2),
-        image=keras.optimizers.AdamW(1e-4, weight_decay=0.2),
-        global_clipnorm=1.0,
-    )
-    model.compile(optimizer)
-    ```
+    Not by path: weights of two towers may have the same, and a reload may change them.
 
     Args:
-        model: A `ContrastiveModel`.
-        default: Keras optimizer for all other weights: projections, temperature, bias,
-            and a tower without its own optimizer.
-        image: Keras optimizer for the weights of `model.image_encoder`.
-        text: Keras optimizer for the weights of `model.text_encoder`.
-        global_clipnorm: Float. The maximum L2 norm of the gradients of all weights
-            together. An optimizer's own `global_clipnorm` covers its weights only.
-
-    Returns:
-        A `TowerOptimizer`, a `keras.optimizers.MultiOptimizer`.
-
-    Raises:
-        ValueError: If weights of a tower have the same paths as other weights, so that
-            they cannot be distinguished.
+        default: Keras optimizer.
+        optimizers: Dictionary of Keras optimizers, or `None`, by tower.
     """
-    optimizers = {}
-    # Variables that layers update themselves may have the same paths.
-    state = {id(variable) for variable in state_variables(model)}
-    for name, encoder, optimizer in (
-        ("image", model.image_encoder, image),
-        ("text", model.text_encoder, text),
-    ):
-        if optimizer is None:
-            continue
-        weights = [v for v in encoder.weights if id(v) not in state]
-        paths, own = {v.path for v in weights}, {*map(id, weights)}
-        others = {v.path for v in model.weights if id(v) not in own | state}
-        if shared := sorted(paths & others):
+
+    def __init__(self, default, optimizers):
+        super().__init__(
+            default, {k: v for k, v in optimizers.items() if v is not None}
+        )
+        self.bind({})
+
+    def bind(self, encoders):
+        """Takes the encoders of a model, a dictionary by tower, when it is compiled."""
+        self._encoders, self._towers = encoders, None
+
+    def __call__(self, variable):
+        if not self._encoders:
             raise ValueError(
-                f"`{name}` needs weights whose paths differ from those of all other "
-                "weights: give the layers of the encoders different names. "
-                f"Received: {shared[0]!r} twice"
+                "A `TowerOptimizer` needs a `ContrastiveModel`, whose `compile` tells "
+                f"it which weights are of which tower. Received: {variable.path}"
             )
-        optimizers["|".join(map(re.escape, sorted(paths)))] = optimizer
-    optimizer_map = keras.optimizers.OptimizerMap(default, optimizers)
-    return TowerOptimizer(optimizer_map, global_clipnorm)
+        if self._towers is None:
+            # Once all weights exist, which an encoder may create when it is called.
+            self._towers = {
+                id(weight): name
+                for name in self
+                for weight in self._encoders[name].weights
+            }
+        name = self._towers.get(id(variable))
+        return self.default_optimizer if name is None else self[name]
+
+
+def _check_leaves_gradients_alone(optimizer):
+    for name in ("global_clipnorm", "gradient_accumulation_steps"):
+        value = getattr(optimizer, name)
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must not be given to an optimizer of a tower: all gradients "
+                "are clipped together, by the `global_clipnorm` of the "
+                "`TowerOptimizer`, before each of its steps. "
+                f"Received: {optimizer.name} with {name}={value}"
+            )
 
 
 def clip_by_global_norm(gradients: list, max_norm: float) -> list:
-    """Scales all gradients by one factor, to a global norm of at most `max_norm`."""
+    """Scales gradients down by one factor, to a norm of all of them together."""
     given = [x for x in gradients if x is not None]
     if in_place_updates.are_available() and in_place_updates.clip_by_global_norm(
         given, max_norm

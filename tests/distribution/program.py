@@ -89,8 +89,7 @@ def make_model(masking=None, **options):
 
 
 def compile_model(model):
-    optimizer = kcm.tower_optimizer(
-        model,
+    optimizer = kcm.TowerOptimizer(
         keras.optimizers.SGD(0.05, weight_decay=0.1),
         image=keras.optimizers.SGD(0.025, weight_decay=0.1),
         global_clipnorm=1.0,

@@ -106,7 +106,7 @@ def make_model(case):
     if towers:
         parts = {name: make_optimizer(kind, scale=0.5) for name in towers}
         default = make_optimizer(kind)
-        optimizer = kcm.tower_optimizer(model, default, **parts, global_clipnorm=1.0)
+        optimizer = kcm.TowerOptimizer(default, **parts, global_clipnorm=1.0)
     else:
         optimizer = make_optimizer(kind, global_clipnorm=1.0)
     model.compile(optimizer, log_gradient_norm=made["log_gradient_norm"], **FAST)

@@ -40,8 +40,8 @@ def rates_of(model, image, text, default):
 def test_towers_learn_at_their_rates_as_in_parameter_groups_of_torch(eager, clip):
     model, reference = make_model(), make_model()
     rates = {"image": RATE / 10, "text": 2 * RATE, "default": RATE}
-    optimizer = kcm.tower_optimizer(
-        model, **{k: adamw(rate) for k, rate in rates.items()}, global_clipnorm=clip
+    optimizer = kcm.TowerOptimizer(
+        **{k: adamw(rate) for k, rate in rates.items()}, global_clipnorm=clip
     )
     model.compile(
         optimizer, decay_vectors=True, log_gradient_norm=True, run_eagerly=eager
@@ -69,7 +69,7 @@ def test_one_optimizer_for_each_part_is_one_for_all():
         model = make_model()
         optimizer = make(0.02)
         if towers:
-            optimizer = kcm.tower_optimizer(model, optimizer, make(0.02), make(0.02))
+            optimizer = kcm.TowerOptimizer(optimizer, make(0.02), make(0.02))
         model.compile(optimizer, **FAST)
         fit(model, epochs=2)
         results.append(values(model.weights))
@@ -80,22 +80,39 @@ def test_one_optimizer_for_each_part_is_one_for_all():
 @pytest.mark.any_backend
 def test_each_optimizer_spares_vectors():
     model = small_model(projection_dim=8)
-    parts = [adamw(0.1), adamw(0.1)]
-    model.compile(kcm.tower_optimizer(model, *parts))
+    model.compile(kcm.TowerOptimizer(adamw(0.1), adamw(0.1), adamw(0.1)))
     model.optimizer.build(model.trainable_variables)
     for variable in model.trainable_variables:
-        part = model.optimizer.optimizers[0]
-        for each in model.optimizer.optimizers:
-            if any(variable is v for v in each._trainable_variables):
-                part = each
+        part = model.optimizer.towers(variable)
         assert part._use_weight_decay(variable) != is_vector(variable)
+
+
+@pytest.mark.any_backend
+def test_towers_may_have_weights_of_the_same_paths():
+    def encoder(shape):
+        inputs = keras.Input(shape)
+        flat = keras.layers.Flatten()(inputs)
+        return keras.Model(inputs, keras.layers.Dense(4, name="dense")(flat))
+
+    model = kcm.ContrastiveModel(encoder((8, 8, 3)), encoder((6,)))
+    assert model.image_encoder.weights[0].path == model.text_encoder.weights[0].path
+    still, moving = keras.optimizers.SGD(0.0), keras.optimizers.SGD(0.1)
+    model.compile(kcm.TowerOptimizer(still, image=moving), **FAST)
+    before = values(model.weights)
+    pairs = random_pairs(4)
+    pairs["images"] = pairs["images"][:, :8, :8]
+    model.fit(pairs, verbose=0)
+    image = {id(v) for v in model.image_encoder.weights}
+    for old, weight in zip(before, model.weights):
+        moved = bool((old != to_numpy(weight)).any())
+        assert moved == (id(weight) in image), weight.path
 
 
 def test_a_saved_model_trains_on_as_it_was(tmp_path):
     keras.utils.set_random_seed(0)
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     parts = [keras.optimizers.SGD(rate, momentum=0.9) for rate in (1e-1, 1e-2)]
-    model.compile(kcm.tower_optimizer(model, *parts, global_clipnorm=0.5), **FAST)
+    model.compile(kcm.TowerOptimizer(*parts, global_clipnorm=0.5), **FAST)
     fit = dict(x=random_pairs(BATCH), batch_size=BATCH, verbose=0)
     model.fit(**fit)
     model.save(tmp_path / "model.keras")
@@ -129,7 +146,7 @@ def test_clipping_is_that_of_keras(max_norm):
 def test_callbacks_change_the_learning_rate_of_each_optimizer():
     model = small_model()
     parts = [keras.optimizers.SGD(rate) for rate in (0.1, 0.2)]
-    model.compile(kcm.tower_optimizer(model, *parts), **FAST)
+    model.compile(kcm.TowerOptimizer(*parts), **FAST)
     halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
     plateau = keras.callbacks.ReduceLROnPlateau(
         "loss", factor=0.1, patience=1, min_delta=1e9
@@ -147,21 +164,15 @@ def test_callbacks_change_the_learning_rate_of_each_optimizer():
     "option", [{"global_clipnorm": 1.0}, {"gradient_accumulation_steps": 2}]
 )
 def test_what_would_be_done_for_each_tower_alone_is_refused(option):
-    model, (name,) = small_model(), option
+    (name,) = option
     image = keras.optimizers.SGD(0.1, **option)
     with pytest.raises(ValueError, match=rf"`{name}` must.*Received: sgd\w* with"):
-        kcm.tower_optimizer(
-            model, keras.optimizers.SGD(0.1), image=image, global_clipnorm=1.0
-        )
+        kcm.TowerOptimizer(keras.optimizers.SGD(0.1), image=image, global_clipnorm=1.0)
 
 
 @pytest.mark.any_backend
-def test_towers_with_weights_of_the_same_paths_are_refused():
-    def encoder(shape):
-        inputs = keras.Input(shape)
-        flat = keras.layers.Flatten()(inputs)
-        return keras.Model(inputs, keras.layers.Dense(4, name="dense")(flat))
-
-    model = kcm.ContrastiveModel(encoder((8, 8, 3)), encoder((6,)))
-    with pytest.raises(ValueError, match=r"`image`.*Received: 'dense/\w+' twice"):
-        kcm.tower_optimizer(model, keras.optimizers.SGD(), keras.optimizers.SGD())
+def test_another_model_than_a_contrastive_one_is_refused():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(kcm.TowerOptimizer(adamw(0.1), adamw(0.1)), "mse")
+    with pytest.raises(ValueError, match=r"needs a `ContrastiveModel`.*Received: "):
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)

@@ -65,8 +65,8 @@ backbone = kcm.models.with_image_size(backbone, 336)
 model = kcm.ContrastiveModel.from_backbone(backbone, masking, views=2)
 assert_type(model, kcm.ContrastiveModel)
 model = kcm.ContrastiveModel.from_backbone(backbone, Middle(0.5))
-optimizer = kcm.tower_optimizer(
-    model, keras.optimizers.AdamW(1e-3), image=keras.optimizers.AdamW(1e-4)
+optimizer = kcm.TowerOptimizer(
+    keras.optimizers.AdamW(1e-3), image=keras.optimizers.AdamW(1e-4)
 )
 model.compile(optimizer, log_gradient_norm=True)
 history = model.fit(
