@@ -104,7 +104,7 @@ def test_stages_of_a_method_have_its_maskings(name, masked, tmp_path, monkeypatc
     fit = kcm.ContrastiveModel.fit
 
     def noted(self, *args, **options):
-        maskings.append(len(self.image_maskings))
+        maskings.append(len(self.maskings))
         return fit(self, *args, **options)
 
     monkeypatch.setattr(kcm.ContrastiveModel, "fit", noted)

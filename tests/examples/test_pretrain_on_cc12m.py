@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+TEXT = TEXT.partition("\n## pretrain_on_cc12m.py\n")[2]
 TINY = """--model=tiny --image-size=32 --patch-size=8 --context-length=16 --pairs=64
     --batch-size=32 --epochs=2 --saves=1 --warmup-steps=2"""
 
