@@ -36,13 +36,10 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         image: Keras optimizer of the weights of `model.image_encoder`.
         text: Keras optimizer of the weights of `model.text_encoder`.
         global_clipnorm: Float. The largest L2 norm that the gradients of all weights
-            together may have. `None` does not clip. The `global_clipnorm` of one of
-            the optimizers clips the gradients of its own weights.
+            together may have in a step. `None` does not clip. What the optimizers do
+            with gradients follows: the `global_clipnorm` of one of them clips those of
+            its own weights, and `gradient_accumulation_steps` adds up clipped ones.
         **kwargs: Arguments of `keras.optimizers.MultiOptimizer`.
-
-    Raises:
-        ValueError: If an optimizer clips or accumulates gradients itself, and there is
-            a `global_clipnorm`.
     """
 
     def __init__(
@@ -57,9 +54,6 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         super().__init__(towers, **kwargs)
         self.towers = towers
         self.global_clipnorm = global_clipnorm
-        if global_clipnorm is not None:
-            for part in self.optimizers:
-                _check_leaves_gradients_alone(part)
 
     def apply(
         self,
@@ -126,18 +120,6 @@ class _Towers(keras.optimizers.OptimizerMap):
             }
         name = self._towers.get(id(variable))
         return self.default_optimizer if name is None else self[name]
-
-
-def _check_leaves_gradients_alone(optimizer):
-    for name in ("global_clipnorm", "gradient_accumulation_steps"):
-        value = getattr(optimizer, name)
-        if value is not None:
-            raise ValueError(
-                f"`{name}` must not be given to an optimizer of a tower: all gradients "
-                "are clipped together, by the `global_clipnorm` of the "
-                "`TowerOptimizer`, before each of its steps. "
-                f"Received: {optimizer.name} with {name}={value}"
-            )
 
 
 def clip_by_global_norm(gradients: list, max_norm: float) -> list:

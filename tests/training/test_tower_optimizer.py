@@ -156,20 +156,6 @@ def test_callbacks_change_the_learning_rate_of_each_optimizer():
     np.testing.assert_allclose(rates, [0.1 / 40, 0.2 / 40], rtol=1e-6)
 
 
-# === Refusals ===
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    "option", [{"global_clipnorm": 1.0}, {"gradient_accumulation_steps": 2}]
-)
-def test_what_would_be_done_for_each_tower_alone_is_refused(option):
-    (name,) = option
-    image = keras.optimizers.SGD(0.1, **option)
-    with pytest.raises(ValueError, match=rf"`{name}` must.*Received: sgd\w* with"):
-        kcm.TowerOptimizer(keras.optimizers.SGD(0.1), image=image, global_clipnorm=1.0)
-
-
 @pytest.mark.any_backend
 def test_another_model_than_a_contrastive_one_is_refused():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
