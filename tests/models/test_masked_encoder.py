@@ -343,8 +343,8 @@ def masked_clip(around=False):
             None,
             "`encoder`",
         ),
-        (lambda: bypassed("tokens"), kcm.ClusterMasking(4), "positions", "all paths"),
-        (lambda: bypassed("images"), kcm.ClusterMasking(4), "positions", "all paths"),
+        (lambda: bypassed("tokens"), kcm.ClusterMasking(4), "positions", "every path"),
+        (lambda: bypassed("images"), kcm.ClusterMasking(4), "positions", "every path"),
         (masked_clip, kcm.RandomMasking(0.25), None, "`encoder` must have no masking"),
         (
             lambda: masked_clip(around=True),
