@@ -59,22 +59,6 @@ def test_training_retrieval_and_plots_need_no_extra(tmp_path, write_pairs):
     assert printed.split()[-1] == "done"
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() == "tensorflow", reason="Keras imports TensorFlow"
-)
-def test_making_a_model_writes_nothing(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import keras_cluster_mask as kcm\n"
-        "kcm.models.clip_backbone('tiny', 32, vocabulary_size=100)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, program], env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 def test_a_saved_model_loads_in_a_program_that_imports_only_the_package(tmp_path):
     model = kcm.ContrastiveModel.from_backbone(tiny_clip(), kcm.ClusterMasking(4))
     pairs = random_pairs(3)
