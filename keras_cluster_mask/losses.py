@@ -8,7 +8,6 @@ batch that is large, or split over replicas.
 
 from collections.abc import Sequence
 
-import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
@@ -19,6 +18,15 @@ from keras_cluster_mask.types import Tensor
 # The number of comparisons that a device computes at a time. A matrix takes 64 MiB, and
 # a few are in memory at once. A batch of 4,096 on one device is one block.
 MAX_PAIRS = 2**24
+
+# Constants of the hash of captions, as signed numbers.
+HASH_STEP = 0x9E3779B1 - 2**32
+HASH_KEYS = (0x243F6A88, 0x85A308D3 - 2**32)
+HASH_ROUNDS = (
+    (16, 0x85EBCA6B - 2**32),
+    (13, 0xC2B2AE35 - 2**32),
+    (16, 1),
+)
 
 
 def softmax_contrastive_loss(
@@ -185,14 +193,9 @@ def caption_labels(token_ids: Tensor) -> Tensor:
     token_ids = ops.cast(token_ids, "int32")
     position = ops.arange(ops.shape(token_ids)[1], dtype="int32")
     # The sum ignores the order of tokens, so each token is hashed with its position.
-    placed = token_ids + _int32(0x9E3779B1) * position
-    return ops.stack(
-        [
-            ops.sum(_scramble(ops.bitwise_xor(placed, _int32(key))), axis=1)
-            for key in (0x243F6A88, 0x85A308D3)
-        ],
-        axis=1,
-    )
+    placed = token_ids + HASH_STEP * position
+    hashes = [_scramble(ops.bitwise_xor(placed, key)) for key in HASH_KEYS]
+    return ops.stack([ops.sum(x, axis=1) for x in hashes], axis=1)
 
 
 @in_full_precision
@@ -336,11 +339,6 @@ def _num_blocks(rows, batch):
 def _scramble(x):
     # The finalizer of MurmurHash3 (https://github.com/aappleby/smhasher): each bit of
     # the input changes about half the bits of the output. Integer overflow is intended.
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        x = ops.bitwise_xor(x, ops.bitwise_right_shift(x, _int32(shift)))
-        x = x * _int32(factor)
+    for shift, factor in HASH_ROUNDS:
+        x = ops.bitwise_xor(x, ops.bitwise_right_shift(x, shift)) * factor
     return x
-
-
-def _int32(number):
-    return int(np.array(number, "uint32").astype("int32"))

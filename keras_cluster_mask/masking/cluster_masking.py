@@ -13,18 +13,22 @@ from keras_cluster_mask.checks import (
     check_range,
     check_ratio,
 )
+from keras_cluster_mask.masking.patch_masking import probe_pixels
 from keras_cluster_mask.masking.selection import (
     anchor_count,
+    count_patches,
     kept_count,
     order_by_score,
-    probe_pixels,
 )
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
     pixel_similarity,
     round_similarity,
 )
-from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
+from keras_cluster_mask.masking.similarity_masking import (
+    SimilarityMasking,
+    few_images_at_a_time,
+)
 from keras_cluster_mask.masking.threshold_search import find_threshold
 from keras_cluster_mask.types import Tensor
 
@@ -178,6 +182,7 @@ class ClusterMasking(SimilarityMasking):
 
     # === The strategy ===
 
+    @few_images_at_a_time
     def score(
         self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
     ) -> Tensor:
@@ -261,7 +266,7 @@ class ClusterMasking(SimilarityMasking):
             if keras.backend.standardize_dtype(images.dtype) == "uint8":
                 self._adapted_pixels = probe_pixels(self.prepare_pixels)
             images = self.prepare_pixels(images)
-            noise = self.draw(images.shape[0], self.count_patches(images))
+            noise = self.draw(images.shape[0], count_patches(self, images))
             found = self.similarity_of_pixels(images, self.draw_anchors(noise))
             similarities.append(ops.convert_to_numpy(found))
         similarities = np.concatenate(similarities)
@@ -277,19 +282,19 @@ class ClusterMasking(SimilarityMasking):
 
     # === Overrides of the base class ===
 
-    def call(
+    def keep(
         self,
         tokens: Tensor,
         images: Tensor | None = None,
-        training: bool | None = None,
         noise: Tensor | None = None,
-    ) -> Tensor:
-        kept = super().call(tokens, images, training, noise)
-        if training and self.threshold is not None:
+        num_prefix: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        kept, *rest = super().keep(tokens, images, noise, num_prefix)
+        if self.threshold is not None:
             # A compiled step cannot raise an error on a value. If the model does not
             # call `check_ready`, an unset threshold makes its loss NaN at once.
             kept = kept + ops.cast(0.0 * self.threshold, kept.dtype)
-        return kept
+        return kept, *rest
 
     def join(self, prepare_pixels: Callable[[Tensor], Tensor]) -> None:
         adapted = self._adapted_pixels

@@ -12,7 +12,10 @@ from keras_cluster_mask.masking.selection import (
     second_draw,
 )
 from keras_cluster_mask.masking.similarity import extract_patches, round_similarity
-from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
+from keras_cluster_mask.masking.similarity_masking import (
+    SimilarityMasking,
+    few_images_at_a_time,
+)
 from keras_cluster_mask.types import Tensor
 
 SINKHORN_ROUNDS = 50
@@ -124,6 +127,7 @@ class EdgeMasking(SimilarityMasking):
         self.edges = edges
         self.transport = bool(transport)
 
+    @few_images_at_a_time
     @in_full_precision
     def score(
         self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None

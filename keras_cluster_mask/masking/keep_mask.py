@@ -5,7 +5,6 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import standardize_patch_size
 
 
@@ -83,9 +82,7 @@ def _refuse_to_go_without_tokens(masking):
 
 def keep_mask(masking, pixels, tokens, noise):
     """Returns `(batch, N)` booleans, true for patches that are kept and visible."""
-    # The shape of the noise defines the number of patches.
-    with prefix_tokens(tokens.shape[1] - noise.shape[1]):
-        indices, visible = masking.select(pixels, tokens, noise)
+    indices, visible = masking.select(pixels, tokens, noise)
     kept = np.zeros(tuple(noise.shape), dtype=bool)
     np.put_along_axis(
         kept, ops.convert_to_numpy(indices), ops.convert_to_numpy(visible), axis=1

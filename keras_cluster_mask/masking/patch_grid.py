@@ -1,4 +1,4 @@
-"""Helpers for the data format of images and for their grid of patches."""
+"""The grid of patches of an image: its rows and columns, and counts of patches."""
 
 import math
 
@@ -67,6 +67,22 @@ def grid_of_square_patches(
         f"{num_patches} square patches and {image}. Received: grid=None, "
         f"num_patches={num_patches}, images.shape={shape and tuple(shape)}"
     )
+
+
+def grid_of_masking(masking, num_patches: int | None, images=None) -> tuple[int, int]:
+    """Returns the rows and columns of a masking's patches, see its `grid_shape`."""
+    if masking.grid is not None:
+        return masking.grid
+    if masking.patch_size is None:
+        shape = None if images is None else images.shape
+        return grid_of_square_patches(num_patches, shape, masking.data_format)
+    if images is None:
+        raise ValueError(
+            f"`{masking.name}` needs the images that the tokens were made from: "
+            "call it as `masking(tokens, images=images)`. Received: images=None"
+        )
+    patch_size = standardize_patch_size(masking.patch_size)
+    return grid_shape(images.shape, patch_size, masking.data_format)
 
 
 def _sides(shape, data_format):

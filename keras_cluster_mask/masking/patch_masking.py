@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,17 +8,13 @@ from keras import ops
 from keras_cluster_mask.checks import check_integer, check_ratio
 from keras_cluster_mask.distribution.gathers import take_rows
 from keras_cluster_mask.distribution.tracing import is_traced
-from keras_cluster_mask.masking.context import context, report_kept
-from keras_cluster_mask.masking.patch_grid import (
-    grid_of_square_patches,
-    grid_shape,
-    standardize_patch_size,
-)
+from keras_cluster_mask.masking.patch_grid import grid_of_masking
 from keras_cluster_mask.masking.selection import (
-    check_noise,
+    best_patches,
+    count_patches,
     kept_count,
-    order_by_score,
-    probe_pixels,
+    noise_by_view,
+    split_tokens,
 )
 from keras_cluster_mask.types import Tensor
 
@@ -114,7 +109,7 @@ class PatchMasking(keras.layers.Layer):
         super().__init__(**kwargs)
         check_ratio("mask_ratio", mask_ratio)
         self.mask_ratio = float(mask_ratio)
-        self._num_prefix_tokens = check_integer(
+        self.num_prefix_tokens = check_integer(
             "num_prefix_tokens", num_prefix_tokens, 0, or_none=True
         )
         self.seed = seed
@@ -134,19 +129,7 @@ class PatchMasking(keras.layers.Layer):
         )
         self.supports_masking = True
         self.built = True
-        self._visible_tokens = None
         self._is_ready = False
-
-    @property
-    def num_prefix_tokens(self) -> int | None:
-        """The given number or, if it is `None`, that of the encoder during a call."""
-        if self._num_prefix_tokens is not None:
-            return self._num_prefix_tokens
-        return getattr(context, "num_prefix_tokens", None)
-
-    @num_prefix_tokens.setter
-    def num_prefix_tokens(self, value: int | None) -> None:
-        self._num_prefix_tokens = value
 
     # === Methods that a strategy defines ===
 
@@ -172,31 +155,6 @@ class PatchMasking(keras.layers.Layer):
         """Returns how many of `num_patches` patches are kept, at least 1."""
         return kept_count(num_patches, self.mask_ratio)
 
-    def count_patches(
-        self, images: Tensor | None = None, tokens: Tensor | None = None
-    ) -> int:
-        """Returns the number of patches of an image, from its size or the tokens."""
-        if self.grid is not None or self.patch_size is not None:
-            return math.prod(self.grid_shape(None, images))
-        if tokens is None:
-            raise ValueError(
-                f"`{self.name}` tells the number of patches from `tokens`. "
-                "Received: tokens=None"
-            )
-        if self.num_prefix_tokens is None:
-            raise ValueError(
-                f"`{self.name}` sees no image grid and cannot tell prefix tokens from "
-                "patch tokens. Pass `num_prefix_tokens`, 1 for a class token. "
-                "Received: num_prefix_tokens=None"
-            )
-        if tokens.shape[1] is None or tokens.shape[1] <= self.num_prefix_tokens:
-            raise ValueError(
-                "`tokens` must have a known length greater than "
-                f"num_prefix_tokens={self.num_prefix_tokens}. "
-                f"Received: tokens.shape={tuple(tokens.shape)}"
-            )
-        return tokens.shape[1] - self.num_prefix_tokens
-
     def grid_shape(
         self, num_patches: int | None, images: Tensor | None = None
     ) -> tuple[int, int]:
@@ -210,18 +168,7 @@ class PatchMasking(keras.layers.Layer):
             A tuple of two integers: `grid` or, if it was not given, the grid that the
             size of the images implies. Without images the grid is square.
         """
-        if self.grid is not None:
-            return self.grid
-        if self.patch_size is not None:
-            if images is None:
-                raise ValueError(
-                    f"`{self.name}` needs the images that the tokens were made from: "
-                    "call it as `masking(tokens, images=images)`. Received: images=None"
-                )
-            patch_size = standardize_patch_size(self.patch_size)
-            return grid_shape(images.shape, patch_size, self.data_format)
-        shape = None if images is None else images.shape
-        return grid_of_square_patches(num_patches, shape, self.data_format)
+        return grid_of_masking(self, num_patches, images)
 
     # === Shared by all strategies ===
 
@@ -259,49 +206,69 @@ class PatchMasking(keras.layers.Layer):
             order, and `(batch, K)` booleans that are false for padding, which must have
             no influence. Both are `(batch, v, K)` for `v` views.
         """
-        scores, noises = self._score_patches(images, tokens, noise)
-        selected = self._keep_best(_merge_views(scores), _merge_views(noises))
-        if np.ndim(noise) != 3:
-            return selected
-        shape = (-1, len(scores), selected[0].shape[1])
-        return tuple(ops.reshape(x, shape) for x in selected)
-
-    def _score_patches(self, images, tokens, noise):
-        """Returns scores and noises: two lists with a `(batch, N)` tensor per view."""
         images = None if images is None else ops.convert_to_tensor(images)
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
-        num_patches = self.count_patches(images, tokens)
-        inputs = tokens if images is None else images
-        if inputs is None and noise is None:
-            raise ValueError(
-                "`noise` must be given where neither `images` nor `tokens` tell the "
-                "number of images. Received: noise=None"
-            )
-        if noise is None:
-            part = getattr(context, "part", None)
-            views = getattr(context, "views", None) or 1
-            size, take = part or (ops.shape(inputs)[0], lambda x: x)
-            # `draw`, which a strategy may override, treats each view as an image.
-            noise = self.draw(size * views, num_patches)
-            noise = take(ops.reshape(noise, (-1, views, num_patches)))
-        noise = ops.convert_to_tensor(noise, dtype="float32")
-        batch_size = None if inputs is None else inputs.shape[0]
-        check_noise(noise, batch_size, num_patches)
-        if len(noise.shape) == 2:
-            noise = noise[:, None]
-        noises = [noise[:, view] for view in range(noise.shape[1])]
-        scores = [self._score_batch(noise, images, tokens) for noise in noises]
-        return scores, noises
+        if noise is not None and self.grid is None and self.patch_size is None:
+            num_patches = noise.shape[-1]
+        else:
+            num_patches = count_patches(self, images, tokens)
+        noises = noise_by_view(self, noise, images, tokens, num_patches)
+        selected = best_patches(self, images, tokens, noises)[:2]
+        if np.ndim(noise) != 3:
+            return selected
+        shape = (-1, len(noises), selected[0].shape[1])
+        return tuple(ops.reshape(x, shape) for x in selected)
 
-    def _score_batch(self, noise, images, tokens):
-        return self.score(noise, images, tokens)
+    def keep(
+        self,
+        tokens: Tensor,
+        images: Tensor | None = None,
+        noise: Tensor | None = None,
+        num_prefix: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Leaves out patch tokens, as `call` does in training.
 
-    def _keep_best(self, score, noise):
-        best = order_by_score(score, noise)[:, : self.num_kept(score.shape[1])]
-        indices = ops.sort(best, axis=-1)
-        if not self.hides_tokens:
-            return indices, ops.ones_like(indices, dtype="bool")
-        return indices, ops.take_along_axis(score, indices, axis=1) > -math.inf
+        Args:
+            tokens: `(batch, prefix + N, dim)` tensor.
+            images: Images, for strategies that use pixels.
+            noise: `(batch, N)` or `(batch, v, N)` float32 tensor. Drawn if not given.
+            num_prefix: Integer, the number of tokens before the patch tokens. `None`
+                uses `num_prefix_tokens`.
+
+        Returns:
+            A tuple `(tokens, visible, indices)`: the kept tokens, `(batch, prefix + K,
+            dim)`; `(batch, prefix + K)` booleans, false for hidden tokens, or `None` if
+            the strategy hides none; and the `(batch, K)` indices of the kept patches.
+            For `v` views they have `batch * v` rows.
+        """
+        # Check only once, because reading a value makes an accelerator wait. A compiled
+        # step cannot read values; `ContrastiveModel` checks before it compiles one.
+        if not self._is_ready and not any(map(is_traced, self.variables)):
+            self.check_ready()
+            self._is_ready = True
+        if num_prefix is None:
+            num_prefix = self.num_prefix_tokens
+        num_prefix, num_patches = split_tokens(self, tokens, images, num_prefix)
+        noises = noise_by_view(self, noise, images, tokens, num_patches)
+        indices, visible, score = best_patches(self, images, tokens, noises)
+        # Gather all views of an image from its row, on the device that holds the row.
+        views, num_kept = len(noises), indices.shape[1]
+        of_image = ops.reshape(indices, (-1, views * num_kept))
+        kept = take_rows(tokens[:, num_prefix:], of_image)
+        kept = ops.reshape(kept, (-1, num_kept, tokens.shape[2]))
+        prefix = ops.repeat(tokens[:, :num_prefix], views, axis=0)
+
+        share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
+        self.last_mask_ratio.assign(1.0 - share)
+        self.observe(score)
+        if self.counts_calls:
+            self.advance()
+        if self.hides_tokens:
+            always = ops.ones_like(prefix[:, :, 0], dtype="bool")
+            visible = ops.concatenate([always, visible], axis=1)
+        else:
+            visible = None
+        return ops.concatenate([prefix, kept], axis=1), visible, indices
 
     def call(
         self,
@@ -316,35 +283,11 @@ class PatchMasking(keras.layers.Layer):
                 "`tokens` must have shape (batch, tokens, dim). "
                 f"Received: tokens.shape={tuple(tokens.shape)}"
             )
-        self._visible_tokens = None
         if not training:
             return tokens
-
-        self._check_ready_once()
         images = None if images is None else ops.convert_to_tensor(images)
-        num_patches = self.count_patches(images, tokens)
-        num_prefix = self._check_prefix(tokens.shape[1], num_patches)
-        scores, noises = self._score_patches(images, tokens, noise)
-        score, noise = _merge_views(scores), _merge_views(noises)
-        indices, visible = self._keep_best(score, noise)
-        report_kept(indices)
-        prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
-        # Gather all views of an image from its row, on the device that holds the row.
-        num_kept, dim = indices.shape[1], tokens.shape[2]
-        of_image = ops.reshape(indices, (-1, len(scores) * num_kept))
-        kept = take_rows(patches, of_image)
-        kept = ops.reshape(kept, (-1, num_kept, dim))
-        prefix = ops.repeat(prefix, len(scores), axis=0)
-
-        share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
-        self.last_mask_ratio.assign(1.0 - share)
-        self.observe(score)
-        if self.counts_calls:
-            self.advance()
-        if self.hides_tokens:
-            always = ops.ones_like(prefix[:, :, 0], dtype="bool")
-            self._visible_tokens = ops.concatenate([always, visible], axis=1)
-        return ops.concatenate([prefix, kept], axis=1)
+        tokens, visible, _ = self.keep(tokens, images, noise)
+        return tokens if visible is None else PutMask()(tokens, mask=visible)
 
     def prepare_pixels(self, images: Tensor) -> Tensor:
         """Normalizes images. An enclosing model replaces this method with its own."""
@@ -392,34 +335,7 @@ class PatchMasking(keras.layers.Layer):
     def advance(self) -> None:
         """Advances state by one training step, for strategies that keep state."""
 
-    def _check_ready_once(self):
-        # Check only once, because reading a value makes an accelerator wait. A compiled
-        # step cannot read values; `ContrastiveModel` checks before it compiles one.
-        if not self._is_ready and not any(map(is_traced, self.variables)):
-            self.check_ready()
-            self._is_ready = True
-
-    def _check_prefix(self, num_tokens, num_patches):
-        expected = self.num_prefix_tokens
-        prefix = None if num_tokens is None else num_tokens - num_patches
-        if prefix is None or prefix < 0 or expected not in (None, prefix):
-            wanted = num_patches + (expected or 0)
-            raise ValueError(
-                "`tokens` does not fit the image grid: expected "
-                f"{'at least ' if expected is None else ''}{wanted} tokens "
-                f"({num_patches} patches, num_prefix_tokens={expected}), found "
-                f"{num_tokens}. Received: tokens.shape[1]={num_tokens}"
-            )
-        return prefix
-
     # === Keras ===
-
-    def compute_mask(
-        self, inputs: Tensor, previous_mask: Tensor | None = None
-    ) -> Tensor | None:
-        # Stored by `call`, because Keras passes only the input to this method.
-        visible, self._visible_tokens = self._visible_tokens, None
-        return previous_mask if visible is None else visible
 
     def compute_output_shape(
         self,
@@ -469,16 +385,26 @@ class PatchMasking(keras.layers.Layer):
         config.update(
             {
                 "mask_ratio": self.mask_ratio,
-                "num_prefix_tokens": self._num_prefix_tokens,
+                "num_prefix_tokens": self.num_prefix_tokens,
                 "seed": self.seed,
             }
         )
         return config
 
 
-def _merge_views(views):
-    """Merges `(batch, ...)` tensors of views into `(batch * views, ...)`, by image."""
-    if len(views) == 1:
-        return views[0]
-    merged = ops.stack(views, axis=1)
-    return ops.reshape(merged, (-1, *merged.shape[2:]))
+class PutMask(keras.layers.Layer):
+    """Attaches a Keras mask to tokens."""
+
+    def __init__(self):
+        super().__init__(name="put_mask")
+        self.autocast = False
+        self.supports_masking = True
+
+    def call(self, tokens, mask):
+        return tokens
+
+
+def probe_pixels(prepare_pixels):
+    """Applies a function to a few uint8 pixels, to compare it with other functions."""
+    pixels = np.arange(27, dtype="uint8").reshape(1, 3, 3, 3)
+    return ops.convert_to_numpy(prepare_pixels(ops.convert_to_tensor(pixels)))

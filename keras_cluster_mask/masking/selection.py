@@ -1,7 +1,180 @@
-"""Functions, shared by strategies, that select patches by scores, noise and ratios."""
+"""Selects the patches that are kept, by the noise of a step and a strategy's scores.
 
-import numpy as np
+A model passes the rows of the batch and the number of views to the maskings in it by a
+context. It replaces call arguments: the layers between the two forward only arguments
+that they know.
+"""
+
+import contextlib
+import math
+import threading
+
 from keras import ops
+
+from keras_cluster_mask.masking.patch_grid import grid_of_masking
+
+# Thread-local, because TensorFlow traces the step of each replica in its own thread.
+_context = threading.local()
+
+
+def part_of_batch(size, take):
+    """Returns a context in which masking layers see only some rows of a larger batch.
+
+    They draw the noise of the whole batch and take their own rows of it, so a mask does
+    not depend on the number of devices or micro-batches.
+
+    Args:
+        size: Integer, the number of images in the whole batch.
+        take: Function from a `(size, ...)` tensor to the rows that are seen.
+    """
+    return _within("part", (size, take))
+
+
+def views_of_image(count):
+    """Returns a context in which masking layers make `count` views of each image.
+
+    Each view has its own mask.
+
+    Args:
+        count: Integer.
+    """
+    return _within("views", count)
+
+
+@contextlib.contextmanager
+def _within(name, value):
+    before = getattr(_context, name, None)
+    setattr(_context, name, value)
+    try:
+        yield value
+    finally:
+        setattr(_context, name, before)
+
+
+def count_patches(masking, images=None, tokens=None) -> int:
+    """Returns the number of patches of an image, from its size or from its tokens."""
+    if masking.grid is not None or masking.patch_size is not None:
+        return math.prod(grid_of_masking(masking, None, images))
+    if tokens is None:
+        raise ValueError(
+            f"`{masking.name}` tells the number of patches from `tokens`. "
+            "Received: tokens=None"
+        )
+    return split_tokens(masking, tokens, images, masking.num_prefix_tokens)[1]
+
+
+def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, int]:
+    """Returns how many tokens of an image are before the patches, and how many patches.
+
+    Args:
+        masking: A `PatchMasking`.
+        tokens: `(batch, prefix + N, dim)` tensor.
+        images: The images of the tokens, or `None`.
+        num_prefix: The number of tokens before the patches, if it is known.
+
+    Raises:
+        ValueError: If the number is not known and does not follow from the images, or
+            if the tokens do not fit it.
+    """
+    num_tokens = tokens.shape[1]
+    if masking.grid is not None or masking.patch_size is not None:
+        num_patches = math.prod(grid_of_masking(masking, None, images))
+        prefix = None if num_tokens is None else num_tokens - num_patches
+        if prefix is None or prefix < 0 or num_prefix not in (None, prefix):
+            raise ValueError(
+                "`tokens` does not fit the image grid: expected "
+                f"{'at least ' if num_prefix is None else ''}"
+                f"{num_patches + (num_prefix or 0)} tokens ({num_patches} patches, "
+                f"num_prefix_tokens={num_prefix}), found {num_tokens}. "
+                f"Received: tokens.shape[1]={num_tokens}"
+            )
+        return prefix, num_patches
+    if num_prefix is None:
+        raise ValueError(
+            f"`{masking.name}` sees no image grid and cannot tell prefix tokens from "
+            "patch tokens. Pass `num_prefix_tokens`, 1 for a class token. "
+            "Received: num_prefix_tokens=None"
+        )
+    if num_tokens is None or num_tokens <= num_prefix:
+        raise ValueError(
+            "`tokens` must have a known length greater than "
+            f"num_prefix_tokens={num_prefix}. "
+            f"Received: tokens.shape={tuple(tokens.shape)}"
+        )
+    return num_prefix, num_tokens - num_prefix
+
+
+def kept_count(num_patches, ratio):
+    """Returns how many of `num_patches` are kept if `ratio` is left out, at least 1."""
+    # 1e-6 corrects products such as 10 * (1 - 0.9) = 0.99999...
+    return max(1, int(num_patches * (1.0 - ratio) + 1e-6))
+
+
+def anchor_count(num_patches, ratio):
+    """Returns the fraction `ratio` of `num_patches`, rounded up, at least 1."""
+    return max(1, num_patches - int(num_patches * (1.0 - ratio) + 1e-6))
+
+
+def noise_by_view(masking, noise, images, tokens, num_patches):
+    """Checks the noise of a call, or draws it.
+
+    Args:
+        masking: A `PatchMasking`.
+        noise: `(batch, N)` or `(batch, v, N)` tensor, or `None`.
+        images: Images, or `None`.
+        tokens: `(batch, prefix + N, dim)` tensor, or `None`.
+        num_patches: Integer, N.
+
+    Returns:
+        A list with the `(batch, N)` float32 tensor of each view.
+    """
+    inputs = tokens if images is None else images
+    if noise is not None:
+        noise = ops.convert_to_tensor(noise, dtype="float32")
+        _check_noise(noise, None if inputs is None else inputs.shape[0], num_patches)
+        return [noise] if len(noise.shape) == 2 else ops.unstack(noise, axis=1)
+    if inputs is None:
+        raise ValueError(
+            "`noise` must be given where neither `images` nor `tokens` tell the "
+            "number of images. Received: noise=None"
+        )
+    views = getattr(_context, "views", None) or 1
+    part = getattr(_context, "part", None)
+    size, take = part or (ops.shape(inputs)[0], lambda x: x)
+    # `draw`, which a strategy may override, treats each view as an image.
+    noise = masking.draw(size * views, num_patches)
+    noise = take(ops.reshape(noise, (-1, views, num_patches)))
+    return ops.unstack(noise, axis=1)
+
+
+def best_patches(masking, images, tokens, noises):
+    """Returns the patches with the highest scores.
+
+    Args:
+        masking: A `PatchMasking`.
+        images: Images, or `None`.
+        tokens: `(batch, prefix + N, dim)` tensor, or `None`.
+        noises: List of `(batch, N)` tensors, one per view.
+
+    Returns:
+        A tuple: `(batch * v, K)` int32 indices in ascending order, `(batch * v, K)`
+        booleans that are false for hidden padding, and the `(batch * v, N)` scores. The
+        views of an image are in consecutive rows.
+    """
+    scores = [masking.score(noise, images, tokens) for noise in noises]
+    score, noise = scores[0], noises[0]
+    num_patches = noise.shape[1]
+    if len(noises) > 1:
+        score, noise = (
+            ops.reshape(ops.stack(x, axis=1), (-1, num_patches))
+            for x in (scores, noises)
+        )
+    best = order_by_score(score, noise)[:, : masking.num_kept(num_patches)]
+    indices = ops.sort(best, axis=-1)
+    if not masking.hides_tokens:
+        return indices, ops.ones_like(indices, dtype="bool"), score
+    visible = ops.take_along_axis(score, indices, axis=1) > -math.inf
+    return indices, visible, score
 
 
 def order_by_score(score, noise):
@@ -37,18 +210,7 @@ def second_draw(noise):
     return scaled - ops.floor(scaled)
 
 
-def anchor_count(num_patches, ratio):
-    """Returns the fraction `ratio` of `num_patches`, rounded up, at least 1."""
-    return max(1, num_patches - int(num_patches * (1.0 - ratio) + 1e-6))
-
-
-def kept_count(num_patches, ratio):
-    """Returns how many of `num_patches` are kept if `ratio` is left out, at least 1."""
-    # 1e-6 corrects products such as 10 * (1 - 0.9) = 0.99999...
-    return max(1, int(num_patches * (1.0 - ratio) + 1e-6))
-
-
-def check_noise(noise, batch_size, num_patches):
+def _check_noise(noise, batch_size, num_patches):
     """Raises an error unless `noise` has one value per patch of each image or view."""
     shape = tuple(noise.shape)
     fits = len(shape) in (2, 3) and shape[-1] == num_patches and 0 not in shape[1:]
@@ -58,9 +220,3 @@ def check_noise(noise, batch_size, num_patches):
             f"value a patch, or ({batch_size or 'batch'}, views, {num_patches}). "
             f"Received: noise.shape={shape}"
         )
-
-
-def probe_pixels(prepare_pixels):
-    """Applies a function to a few uint8 pixels, to compare it with other functions."""
-    pixels = np.arange(27, dtype="uint8").reshape(1, 3, 3, 3)
-    return ops.convert_to_numpy(prepare_pixels(ops.convert_to_tensor(pixels)))

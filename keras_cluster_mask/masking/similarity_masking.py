@@ -1,3 +1,4 @@
+import functools
 import math
 from typing import Any
 
@@ -21,6 +22,20 @@ from keras_cluster_mask.types import Tensor
 # The number of pixels, or similarities, in memory at a time on torch: 256 MiB, and a
 # few copies. That is 445 images of 224 x 224 pixels.
 MAX_VALUES = 2**26
+
+
+def few_images_at_a_time(score):
+    """Makes a method `score` compare the patches of a few images at a time on torch."""
+
+    @functools.wraps(score)
+    def score_all(self, noise, images=None, tokens=None):
+        # Images do not depend on one another.
+        values = max(math.prod(images.shape[1:]), noise.shape[1] ** 2)
+        max_rows = max(1, MAX_VALUES // values)
+        score_rows = functools.partial(score, self)
+        return map_rows(score_rows, max_rows, [noise, images, tokens])
+
+    return score_all
 
 
 class SimilarityMasking(PatchMasking):
@@ -79,12 +94,6 @@ class SimilarityMasking(PatchMasking):
             name=name,
         )
 
-    def _score_batch(self, noise, images, tokens):
-        # Images do not depend on one another, so they can be scored a few at a time.
-        values = max(math.prod(images.shape[1:]), noise.shape[1] ** 2)
-        max_rows = max(1, MAX_VALUES // values)
-        return map_rows(self.score, max_rows, [noise, images, tokens])
-
     def similarity_to_anchors(
         self, images: Tensor, anchors: Tensor | None, tokens: Tensor | None = None
     ) -> Tensor:
@@ -99,7 +108,6 @@ class SimilarityMasking(PatchMasking):
         Returns:
             `(batch, A, N)` float32 tensor in `[-1, 1]`, not yet rounded.
         """
-        num_patches = self.count_patches(images, tokens)
         if anchors is not None:
             anchors = ops.convert_to_tensor(anchors, dtype="int32")
         patches = extract_patches(images, self.patch_size, self.data_format)
@@ -113,7 +121,7 @@ class SimilarityMasking(PatchMasking):
             weight = self.embedding_weight
             if self.step is not None:
                 weight = ops.clip(ops.cast(weight(self.step), "float32"), 0.0, 1.0)
-            tokens = tokens[:, tokens.shape[1] - num_patches :]
+            tokens = tokens[:, tokens.shape[1] - patches.shape[1] :]
             alike = token_similarity(tokens, anchors)
             similarity = (1.0 - weight) * similarity + weight * alike
         return similarity

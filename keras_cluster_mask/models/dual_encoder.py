@@ -1,5 +1,6 @@
 """Embeds images and texts in a shared space."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from keras import ops
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.tracing import is_traced
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.context import views_of_image
+from keras_cluster_mask.masking.selection import views_of_image
 from keras_cluster_mask.models.encoders import (
     BLOCKS,
     call_encoder,
@@ -95,7 +96,7 @@ class DualEncoder(keras.Model):
             masking.join(self.normalize_pixels)
         # Everything is built, unless an encoder learns its width when it is called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
-        if self.built:
+        if self.built and gradient_checkpointing:
             self._blocks()
 
     # === From inputs to embeddings ===
@@ -155,14 +156,12 @@ class DualEncoder(keras.Model):
     def image_embeddings(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Embeds images as `encode_image` does, without checking values."""
         pixels = self.normalize_pixels(images)
-        views = self.views if training else 1
-        with views_of_image(views):
+        if self.views == 1 or not training:
+            return l2_normalize(self.image_features(pixels, training))
+        with views_of_image(self.views):
             embeddings = l2_normalize(self.image_features(pixels, training))
-        if views == 1:
-            return embeddings
-        return ops.reshape(
-            embeddings, (ops.shape(pixels)[0], views, embeddings.shape[-1])
-        )
+        shape = ops.shape(pixels)[0], self.views, embeddings.shape[-1]
+        return ops.reshape(embeddings, shape)
 
     def text_embeddings(
         self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
@@ -176,7 +175,10 @@ class DualEncoder(keras.Model):
     ) -> dict[str, Tensor]:
         """Embeds a batch, or a micro-batch, of images and texts."""
         texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
-        with checkpointed(self._blocks() if training else []):
+        recomputed = contextlib.nullcontext()
+        if training and self.gradient_checkpointing:
+            recomputed = checkpointed(self._blocks())
+        with recomputed:
             return {
                 "image_embeddings": self.image_embeddings(inputs["images"], training),
                 "text_embeddings": self.text_embeddings(texts, training),

@@ -9,8 +9,8 @@ from keras import ops, tree
 
 from keras_cluster_mask.checks import is_integer
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.context import prefix_tokens
 from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.masking.selection import split_tokens
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.training.layers import (
     all_layers,
@@ -213,10 +213,11 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
     masking, stem = getattr(encoder, "masking", None), getattr(encoder, "stem", None)
     if masking is not None and stem is not None:
         tokens = count_tokens(stem, image_shape)
-        images = ops.zeros((1, *image_shape))
-        with prefix_tokens(encoder.num_prefix_tokens):
-            patches = masking.count_patches(images, ops.zeros((1, tokens, 1)))
-        return tokens - patches + masking.num_kept(patches)
+        images, embedded = ops.zeros((1, *image_shape)), ops.zeros((1, tokens, 1))
+        prefix, patches = split_tokens(
+            masking, embedded, images, encoder.num_prefix_tokens
+        )
+        return prefix + masking.num_kept(patches)
     if any(isinstance(x, PatchMasking) for x in all_layers(encoder)):
         # A layer of the user's own model, which leaves out tokens after the embedding.
         return None

@@ -8,7 +8,8 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.context import kept_patches, prefix_tokens
+from keras_cluster_mask.masking.patch_masking import PutMask
+from keras_cluster_mask.masking.selection import count_patches
 from keras_cluster_mask.models.encoders import (
     call_encoder,
     count_prefix_tokens,
@@ -19,7 +20,6 @@ from keras_cluster_mask.models.encoders import (
     split_at,
 )
 from keras_cluster_mask.models.rotary_positions import rotary_tables
-from keras_cluster_mask.training.gradient_checkpointing import PutMask
 from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
 from keras_cluster_mask.types import Tensor
 
@@ -149,7 +149,7 @@ class MaskedEncoder(keras.Model):
         if masking.patch_size is None or None in shape:
             # Assume a class token, which most encoders have.
             return 1
-        patches = masking.count_patches(ops.zeros((1, *shape)))
+        patches = count_patches(masking, ops.zeros((1, *shape)))
         return max(0, count_tokens(stem, shape) - patches)
 
     def call(
@@ -160,12 +160,15 @@ class MaskedEncoder(keras.Model):
         stem, blocks = self._parts()
         tokens = stem(inputs, training=True)
         (images,) = tree.flatten(inputs)
-        with prefix_tokens(self.num_prefix_tokens), kept_patches() as kept:
-            tokens = self.masking(tokens, images=images, training=True, noise=noise)
+        tokens, visible, indices = self.masking.keep(
+            tokens, images, noise, self.num_prefix_tokens
+        )
+        if visible is not None:
+            tokens = PutMask()(tokens, mask=visible)
         positions = self._positions()
         if positions is not None:
             tables = positions(inputs)
-            tokens = [tokens, *(ops.take(table, kept[0], axis=0) for table in tables)]
+            tokens = [tokens, *(ops.take(table, indices, axis=0) for table in tables)]
         return blocks(tokens, training=True)
 
     def embed_patches(self, images: Tensor) -> Tensor:

@@ -2,8 +2,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.masking.patch_grid import is_channels_first
-
 # Channel statistics that OpenAI trained CLIP with, for values in [0, 1]
 # (https://github.com/openai/CLIP, clip/clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -43,9 +41,15 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
             "`pixel_std` of the model: pass pixels as `images.astype('uint8')`. "
             f"Received: images of type {dtype}"
         )
-    mean, std = _by_channel(images, mean, std, data_format)
+    format_ = data_format or keras.config.image_data_format()
+    axis = 1 if format_ == "channels_first" else -1
+    shape = [1, 1, 1, 1]
+    shape[axis] = 3
+    values = np.array([mean, std], "float32")
+    if images.shape[axis] != 3:
+        shape[axis], values = 1, values.mean(axis=1)
     # Use tensors, because torch cannot export a model that computes with NumPy arrays.
-    mean, std = ops.convert_to_tensor(mean), ops.convert_to_tensor(std)
+    mean, std = (ops.convert_to_tensor(np.reshape(x, shape)) for x in values)
     return (ops.cast(images, "float32") / 255.0 - mean) / std
 
 
@@ -75,13 +79,3 @@ def pixel_range(mean, std):
         return None
     mean, std = np.array(mean), np.array(std)
     return float(np.min(-mean / std)), float(np.max((1.0 - mean) / std))
-
-
-def _by_channel(images, mean, std, data_format):
-    first = is_channels_first(data_format)
-    mean, std = np.array(mean, "float32"), np.array(std, "float32")
-    if images.shape[1 if first else -1] != 3:
-        mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
-    if first:
-        mean, std = mean[:, None, None], std[:, None, None]
-    return mean, std

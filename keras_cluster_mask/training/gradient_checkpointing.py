@@ -6,6 +6,7 @@ import keras
 from keras import ops, tree
 
 from keras_cluster_mask.distribution.chunks import recompute
+from keras_cluster_mask.masking.patch_masking import PutMask
 from keras_cluster_mask.training.layers import all_layers, state_variables
 
 
@@ -130,18 +131,6 @@ class _WithMask(keras.layers.Layer):
 
     def compute_mask(self, inputs, previous_mask=None):
         return None
-
-
-class PutMask(keras.layers.Layer):
-    """Attaches a Keras mask to tokens."""
-
-    def __init__(self):
-        super().__init__(name="put_mask")
-        self.autocast = False
-        self.supports_masking = True
-
-    def call(self, tokens, mask):
-        return tokens
 
 
 # === Layers as functions of their variables ===

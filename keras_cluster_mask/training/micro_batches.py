@@ -12,7 +12,7 @@ from keras_cluster_mask.distribution.chunks import (
     take_chunk,
 )
 from keras_cluster_mask.distribution.replicas import local_rows, num_replicas
-from keras_cluster_mask.masking.context import part_of_batch
+from keras_cluster_mask.masking.selection import part_of_batch
 from keras_cluster_mask.training.gradient_checkpointing import (
     call_statelessly,
     snapshot,

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.masking.context import part_of_batch
+from keras_cluster_mask.masking.selection import part_of_batch
 from tests.masking.images import (
     FALSE_ALARM,
     GrayAttention,

@@ -1,3 +1,5 @@
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -111,7 +113,7 @@ class TestSelectionEqualsReference:
             options = {**options, "data_format": data_format}
             images = textured(rng, ROWS, height, width, channels, dtype, data_format)
             masking = kcm.ClusterMasking(patch_size, **options)
-            noise = draw_noise(rng, ROWS, masking.count_patches(images))
+            noise = draw_noise(rng, ROWS, math.prod(masking.grid_shape(None, images)))
             exact, rounded = reference_similarity(images, patch_size, noise, options)
             rows = clear_rows(exact, noise, options)
             expected = reference_select(rounded, noise, options)
@@ -149,7 +151,9 @@ class TestSelectionEqualsReference:
     def assert_equal_everywhere(self, images, patch_size, options):
         rng = np.random.default_rng(5)
         masking = kcm.ClusterMasking(patch_size, **options)
-        noise = draw_noise(rng, len(images), masking.count_patches(images))
+        noise = draw_noise(
+            rng, len(images), math.prod(masking.grid_shape(None, images))
+        )
         exact, rounded = reference_similarity(images, patch_size, noise, options)
         rows = None
         if options.get("softness"):

@@ -4,9 +4,12 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.masking.context import part_of_batch
 from keras_cluster_mask.masking.patch_grid import grid_of_square_patches
-from keras_cluster_mask.masking.selection import order_by_score, second_draw
+from keras_cluster_mask.masking.selection import (
+    order_by_score,
+    part_of_batch,
+    second_draw,
+)
 from tests.masking.images import (
     FALSE_ALARM,
     chi_square,

@@ -85,20 +85,20 @@ def test_a_large_batch_is_compared_in_blocks_with_the_same_result(
     masking = STRATEGIES[strategy](8, embedding_weight=0.3, num_prefix_tokens=1)
     inputs = {"images": images, "noise": noise, "tokens": tokens_of(7, 25)}
     expected = numpy(*masking.select(**inputs))
-    score, sizes = masking.score, []
+    compare, sizes = masking.similarity_to_anchors, []
 
-    def watched(noise, images, tokens):
-        sizes.append((noise.shape[0], images.shape[0], tokens.shape[0]))
-        return score(noise, images, tokens)
+    def watched(images, anchors, tokens):
+        sizes.append((images.shape[0], tokens.shape[0]))
+        return compare(images, anchors, tokens)
 
-    masking.score = watched
+    masking.similarity_to_anchors = watched
     monkeypatch.setattr(similarity_masking, "MAX_VALUES", 3 * 32 * 48 * 3 + 1)
     for found, other in zip(numpy(*masking.select(**inputs)), expected, strict=True):
         np.testing.assert_array_equal(found, other)
     # Compiled code has a plan of its own for memory.
-    blocks = [(3, 3, 3), (3, 3, 3), (1, 1, 1)]
+    blocks = [(3, 3), (3, 3), (1, 1)]
     on_torch = keras.backend.backend() == "torch"
-    assert sizes == views * (blocks if on_torch else [(7, 7, 7)])
+    assert sizes == views * (blocks if on_torch else [(7, 7)])
 
 
 @pytest.mark.any_backend

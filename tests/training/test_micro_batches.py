@@ -8,7 +8,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
-from keras_cluster_mask.masking.context import part_of_batch
+from keras_cluster_mask.masking.selection import part_of_batch
 from tests.helpers import (
     FAST,
     MASKINGS,
