@@ -41,8 +41,8 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
             "`pixel_std` of the model: pass pixels as `images.astype('uint8')`. "
             f"Received: images of type {dtype}"
         )
-    format_ = data_format or keras.config.image_data_format()
-    axis = 1 if format_ == "channels_first" else -1
+    data_format = data_format or keras.config.image_data_format()
+    axis = 1 if data_format == "channels_first" else -1
     shape = [1, 1, 1, 1]
     shape[axis] = 3
     values = np.array([mean, std], "float32")
