@@ -7,8 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_ratio
-from keras_cluster_mask.distribution.gathers import take_rows
-from keras_cluster_mask.distribution.tracing import is_traced
+from keras_cluster_mask.distribution.backends import is_traced, take_rows
 from keras_cluster_mask.masking.context import context, report_kept
 from keras_cluster_mask.masking.patch_grid import (
     grid_of_square_patches,

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.distribution.tracing import is_traced
+from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.context import views_of_image
 from keras_cluster_mask.models.encoders import (

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.distribution import gradients, replicas
+from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.distribution.gradient_buckets import GradientBuckets
-from keras_cluster_mask.distribution.start_values import keeping_weights
 from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.training import layers, optimizers
 from keras_cluster_mask.training.finite_steps import FiniteSteps

@@ -5,8 +5,11 @@ from typing import Any
 
 import keras
 
-from keras_cluster_mask.distribution.rng_state import read_rng_state, write_rng_state
-from keras_cluster_mask.distribution.start_values import StartValues
+from keras_cluster_mask.distribution.backends import (
+    StartValues,
+    read_rng_state,
+    write_rng_state,
+)
 from keras_cluster_mask.training.run_state import (
     describe,
     differences,
