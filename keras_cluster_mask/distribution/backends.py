@@ -156,6 +156,16 @@ def keeping_weights(model: keras.Model) -> Iterator[None]:
         raise
 
 
+def copy_values(variables) -> None:
+    """Copies the values of variables, so that no other variable shares their memory.
+
+    On JAX, prediction and training overwrite weights in-place. After averages were
+    assigned to weights, these may be the same arrays as the averages.
+    """
+    for variable in variables:
+        variable.assign(ops.copy(variable))
+
+
 # === Imports ===
 
 

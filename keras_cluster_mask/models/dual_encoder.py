@@ -1,5 +1,6 @@
 """Embeds images and texts in a shared space."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -176,7 +177,8 @@ class DualEncoder(keras.Model):
     ) -> dict[str, Tensor]:
         """Embeds a batch, or a micro-batch, of images and texts."""
         texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
-        with checkpointed(self._blocks() if training else []):
+        recomputes = training and self.gradient_checkpointing
+        with checkpointed(self._blocks()) if recomputes else contextlib.nullcontext():
             return {
                 "image_embeddings": self.image_embeddings(inputs["images"], training),
                 "text_embeddings": self.text_embeddings(texts, training),

@@ -206,6 +206,7 @@ def test_the_norm_is_reported_in_training_if_asked_for_and_never_in_evaluation()
         assert ("gradient_norm" in history) == log
         assert "val_gradient_norm" not in history
         assert "gradient_norm" not in model.evaluate(pairs, verbose=0, return_dict=True)
+        assert "gradient_norm" not in model.test_on_batch(pairs, return_dict=True)
 
 
 @pytest.mark.parametrize("scaling", ["factor", "optimizer"])
