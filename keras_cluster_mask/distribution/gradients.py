@@ -73,15 +73,6 @@ def strategy_replicas(model) -> int:
     return model.distribute_strategy.num_replicas_in_sync
 
 
-def must_reduce_gradients() -> bool:
-    """Returns whether Keras's own gradients differ from those of the global batch.
-
-    On TensorFlow, Keras clips each replica's gradients before it sums them. On torch,
-    it does not reduce them.
-    """
-    return keras.backend.backend() == "tensorflow" or num_replicas() > 1
-
-
 def waits_for_data(train_step):
     """Decorates a training step, so that on TensorFlow it runs after the data arrives.
 
@@ -129,30 +120,6 @@ def over_processes(train_function, model, averaged):
     return wrapped
 
 
-def reduce_gradients(gradients: list, variables: list) -> list:
-    """Computes the gradients of the global batch from those of this replica.
-
-    Args:
-        gradients: List of tensors, `None` for a variable without a gradient.
-        variables: List of the variables that the gradients belong to.
-    """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        # Make gradients dense. In sparse ones Keras squares the contributions of a
-        # repeated token before it sums them, so norms and Adam's second moments would
-        # be wrong.
-        given = [tf.convert_to_tensor(x) for x in gradients if x is not None]
-        replica = tensorflow_replica()
-        if replica is not None:
-            given = replica.all_reduce(tf.distribute.ReduceOp.SUM, given)
-        reduced = iter(given)
-        return [x if x is None else next(reduced) for x in gradients]
-    if num_replicas() == 1:
-        return gradients
-    return data_parallel.reduce_gradients(gradients, [v.value for v in variables])
-
-
 def global_norm(gradients: list, scale=1.0):
     """Computes the L2 norm of all gradients together, each divided by a scale."""
     if (
@@ -186,9 +153,67 @@ def update_in_place(optimizer) -> None:
         in_place_updates.update_in_place(optimizer)
 
 
-def apply_method() -> str:
-    """Returns the name of the optimizer method that Keras's training step calls."""
-    return "stateless_apply" if keras.backend.backend() == "jax" else "apply"
+def apply_global_gradients(model, optimizers, record=None) -> None:
+    """Makes the optimizer of a model apply the gradients of the global batch.
+
+    On TensorFlow, Keras clips each replica's gradients before it sums them. On torch,
+    it does not reduce them. Here they are reduced first, so that all replicas clip
+    alike.
+
+    Args:
+        model: A compiled `keras.Model`.
+        optimizers: List of the optimizers that its optimizer consists of.
+        record: Function that is called with the gradients before they are applied.
+    """
+    optimizer, backend = model.optimizer, keras.backend.backend()
+    # The method that Keras's training step calls.
+    name = "stateless_apply" if backend == "jax" else "apply"
+    vars(optimizer).pop(name, None)
+    apply = getattr(optimizer, name)
+
+    def reduce_and_apply(gradients, variables=None):
+        reduced = model.trainable_weights if variables is None else variables
+        gradients = reduce_gradients(list(gradients), reduced)
+        if record is not None:
+            record(gradients)
+        return apply(gradients, variables)
+
+    def record_and_apply(optimizer_variables, gradients, variables):
+        with keras.StatelessScope([*zip(optimizer.variables, optimizer_variables)]):
+            record(gradients)
+        return apply(optimizer_variables, gradients, variables)
+
+    if strategy_replicas(model) > 1:
+        # They are already summed, so Keras must not sum them again.
+        for each in optimizers:
+            each._all_reduce_sum_gradients = list
+    if backend == "tensorflow" or num_replicas() > 1 or record is not None:
+        wrapped = record_and_apply if backend == "jax" else reduce_and_apply
+        setattr(optimizer, name, wrapped)
+
+
+def reduce_gradients(gradients: list, variables: list) -> list:
+    """Computes the gradients of the global batch from those of this replica.
+
+    Args:
+        gradients: List of tensors, `None` for a variable without a gradient.
+        variables: List of the variables that the gradients belong to.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Make gradients dense. In sparse ones Keras squares the contributions of a
+        # repeated token before it sums them, so norms and Adam's second moments would
+        # be wrong.
+        given = [tf.convert_to_tensor(x) for x in gradients if x is not None]
+        replica = tensorflow_replica()
+        if replica is not None:
+            given = replica.all_reduce(tf.distribute.ReduceOp.SUM, given)
+        reduced = iter(given)
+        return [x if x is None else next(reduced) for x in gradients]
+    if num_replicas() == 1:
+        return gradients
+    return data_parallel.reduce_gradients(gradients, [v.value for v in variables])
 
 
 def check_batch_size(model, batch_size: int | None, pairs: int | None = None) -> None:

@@ -63,7 +63,12 @@ class ContrastiveTrainer(DualEncoder):
     def make_train_function(self, force: bool = False) -> Any:
         # Values can be read here for the last time before the step is compiled.
         gradients.prepare_replicas(self)
-        optimizers.use_global_gradients(self.optimizer, self, self.gradient_norm)
+        norm, parts = self.gradient_norm, optimizers.optimizer_parts(self.optimizer)
+        gradients.apply_global_gradients(
+            self,
+            [optimizers.inner_optimizer(self.optimizer), *parts],
+            None if norm is None else norm.record,
+        )
         if self.built and self.optimizer and not self.optimizer.built:
             # TensorFlow cannot create the optimizer's variables in a step that XLA
             # compiles.

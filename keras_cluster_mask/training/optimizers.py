@@ -1,9 +1,8 @@
-"""Extends the Keras optimizer of a `ContrastiveModel`.
+"""Options of the Keras optimizer of a `ContrastiveModel`: weight decay, loss scaling.
 
-The optimizer decays only matrices, applies the gradients of the global batch, records
-their norm, and updates weights in-place on torch. Keras has no hooks for this, so
-methods of one optimizer instance are replaced, some of them private (`PRIVATE`). A test
-fails if a version of Keras lacks them.
+Keras has no hooks for what `ContrastiveModel.compile` adds to an optimizer, so methods
+of one instance are replaced, here and by `distribution`, some of them private
+(`PRIVATE`). A test fails if a version of Keras lacks them.
 """
 
 import keras
@@ -13,6 +12,7 @@ from keras_cluster_mask.training.tower_optimizer import TowerOptimizer
 
 # Methods of `keras.optimizers.Optimizer` that are replaced on an instance or called.
 PRIVATE = (
+    "_apply_weight_decay",
     "_backend_update_step",
     "_clip_gradients",
     "_get_variable_index",
@@ -72,46 +72,6 @@ def optimizer_parts(optimizer):
     return getattr(own, "optimizers", [own])
 
 
-# === Gradients of the global batch ===
-
-
-def use_global_gradients(optimizer, model, gradient_norm):
-    """Makes an optimizer apply and record the gradients of the global batch.
-
-    Gradients are reduced before they are clipped, so that all replicas clip alike.
-
-    Args:
-        optimizer: The compiled optimizer of a model.
-        model: The `ContrastiveModel`.
-        gradient_norm: `GradientNorm` or `None`.
-    """
-    # The method that Keras's training step calls.
-    name = distribution.apply_method()
-    vars(optimizer).pop(name, None)
-    if distribution.strategy_replicas(model) > 1:
-        # They are already summed, so Keras must not sum them again.
-        for each in (inner_optimizer(optimizer), *optimizer_parts(optimizer)):
-            each._all_reduce_sum_gradients = list
-    if gradient_norm is None and not distribution.must_reduce_gradients():
-        return
-    apply = getattr(optimizer, name)
-
-    def reduce_and_apply(gradients, variables=None):
-        reduced = model.trainable_weights if variables is None else variables
-        gradients = distribution.reduce_gradients(list(gradients), reduced)
-        if gradient_norm is not None:
-            gradient_norm.record(gradients)
-        return apply(gradients, variables)
-
-    def record_and_apply(optimizer_variables, gradients, variables):
-        with keras.StatelessScope(zip(optimizer.variables, optimizer_variables)):
-            gradient_norm.record(gradients)
-        return apply(optimizer_variables, gradients, variables)
-
-    is_stateless = name == "stateless_apply"
-    setattr(optimizer, name, record_and_apply if is_stateless else reduce_and_apply)
-
-
 # === Weight decay ===
 
 
@@ -140,6 +100,9 @@ def exclude_vectors_from_decay(optimizer, variables):
             [v for v in variables if is_vector(v) or not optimizer._use_weight_decay(v)]
         )
         build(variables)
+        if not any(map(optimizer._use_weight_decay, variables)):
+            # Keras's own fails on torch if no weight decays.
+            optimizer._apply_weight_decay = lambda variables: None
 
     optimizer.build = exclude_and_build
 

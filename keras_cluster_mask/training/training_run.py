@@ -36,8 +36,8 @@ class RunCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self.run is None:
             raise ValueError(
-                f"`{type(self).__name__}` works with the `fit` of a "
-                f"`ContrastiveModel`. Received: a {type(self.model).__name__}"
+                f"`{type(self).__name__}` must be in the `callbacks` of the `fit` of a "
+                f"`ContrastiveModel`. Received: `fit` of a {type(self.model).__name__}"
             )
 
 

@@ -37,11 +37,9 @@ def update_in_place(optimizer):
 
     def clip_gradients(gradients):
         max_norm = optimizer.global_clipnorm or 0.0
-        if (
-            max_norm > 0
-            and not optimizer.clipnorm
-            and clip_by_global_norm(gradients, max_norm)
-        ):
+        # In Keras, a `clipnorm` that is set later comes first.
+        in_place = max_norm > 0 and not optimizer.clipnorm
+        if in_place and clip_by_global_norm(gradients, max_norm):
             return gradients
         return clip(gradients)
 
@@ -57,7 +55,11 @@ def update_in_place(optimizer):
         else:
             update(gradients, variables, learning_rate)
 
-    if type(optimizer)._clip_gradients is keras.optimizers.Optimizer._clip_gradients:
+    base = keras.optimizers.Optimizer
+    if (
+        optimizer.global_clipnorm
+        and type(optimizer)._clip_gradients is base._clip_gradients
+    ):
         optimizer._clip_gradients = clip_gradients
     # Subclasses may override the update.
     adams = keras.optimizers.Adam(name="adam"), keras.optimizers.AdamW(name="adamw")
