@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from keras import ops
 
+from keras_cluster_mask.distribution.backends import in_full_precision
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
-from keras_cluster_mask.distribution.precision import in_full_precision
 from keras_cluster_mask.distribution.replicas import all_gather, rows_per_device
 from keras_cluster_mask.types import Tensor
 

@@ -1,10 +1,8 @@
 import os
-import weakref
 from typing import Any
 
 import keras
 
-from keras_cluster_mask.callbacks.checks import model_of
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import (
     all_gather_object,
@@ -16,6 +14,7 @@ from keras_cluster_mask.training.checkpoints import (
     writing_error,
 )
 from keras_cluster_mask.training.run_state import find_non_finite, read_state
+from keras_cluster_mask.training.training_run import RunCallback
 
 # A non-finite loss is noticed after at most this many steps. Checking each step would
 # keep the device waiting.
@@ -26,7 +25,7 @@ class NonFiniteError(FloatingPointError):
     """Raised if the loss or a weight is NaN or infinite: training cannot continue."""
 
 
-class Checkpoint(keras.callbacks.Callback):
+class Checkpoint(RunCallback):
     """Saves all the state of a training run, for `fit(..., resume_from=directory)`.
 
     A checkpoint is written at the end of an epoch. For an endless dataset,
@@ -89,9 +88,6 @@ class Checkpoint(keras.callbacks.Callback):
             NaN or infinite.
     """
 
-    # Makes `fit` wait at its end until files are written.
-    saves_training_state = True
-
     def __init__(
         self, directory: str | os.PathLike, save_every: int = 1, keep: int = 3
     ):
@@ -100,8 +96,10 @@ class Checkpoint(keras.callbacks.Callback):
         self.save_every = check_integer("save_every", save_every)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        run = model_of(self, "training_run").training_run
+        super().on_train_begin(logs)
+        run = self.run
         run.data.check_resumable()
+        self._check_no_swaps()
         # All processes raise the error, even if some do not see the file.
         last = max(all_gather_object(self.files.last_epoch()))
         if last > run.epoch:
@@ -111,9 +109,6 @@ class Checkpoint(keras.callbacks.Callback):
                 f"Received: directory={self.files.folder}, with a checkpoint of "
                 f"{last} epochs; the run starts after {run.epoch}"
             )
-        # A weak reference: the run holds the data, which would stay in memory after an
-        # interrupted `fit`.
-        self._run = weakref.ref(run)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch, self._next_check = epoch, CHECK_EVERY
@@ -131,11 +126,11 @@ class Checkpoint(keras.callbacks.Callback):
         self._check_loss()
         is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
         is_due = is_last or (epoch + 1) % self.save_every == 0
-        if is_due and not self._run().is_partial:
+        if is_due and not self.run.is_partial:
             self._save()
 
     def _save(self):
-        run, model = self._run(), self.model
+        run, model = self.run, self.model
         # One copy at a time.
         finish_writing_everywhere()
         # In all processes, since the weights may be sharded over them.
@@ -143,6 +138,20 @@ class Checkpoint(keras.callbacks.Callback):
         self._check_state(state)
         if is_main_process():
             self.files.start_writing({**state, **run.rng_state}, run.facts(model))
+
+    def _check_no_swaps(self):
+        swaps = [
+            x
+            for x in self.run.callbacks
+            if isinstance(x, keras.callbacks.SwapEMAWeights) and x.swap_on_epoch
+        ]
+        if swaps:
+            raise ValueError(
+                "`callbacks` must not hold a `Checkpoint` together with "
+                "`SwapEMAWeights(swap_on_epoch=True)`, which exchanges weights and "
+                "averages while they are saved: pass `swap_on_epoch=False`. Received: "
+                f"callbacks of types {[type(x).__name__ for x in self.run.callbacks]}"
+            )
 
     def _check_loss(self):
         steps, finite, loss = self.model.finite_steps.read()

@@ -4,18 +4,17 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
-from keras import ops
 
 from keras_cluster_mask.batches import read_batches
-from keras_cluster_mask.callbacks.checks import model_of
 from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.training.training_run import RunCallback
 from keras_cluster_mask.types import Templates
 
 
-class Evaluation(keras.callbacks.Callback):
+class Evaluation(RunCallback):
     """Evaluates data every few epochs, and adds the metrics to the logs of `fit`.
 
     The first and the last epoch of a `fit` are always evaluated.
@@ -59,8 +58,10 @@ class Evaluation(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         from keras_cluster_mask.evaluation.embedding import Embedder
 
+        super().on_train_begin(logs)
         self._is_first = True
-        model = model_of(self, "encode_image")
+        # Once: on JAX, each access to `model` copies the weights back to the model.
+        model = self.model
         if self._embedder is None or self._embedder.model is not model:
             self._embedder = Embedder(model)
         batches = read_batches(self.data)
@@ -95,7 +96,7 @@ class Evaluation(keras.callbacks.Callback):
         # Training has failed, and another callback may be about to stop it.
         if not math.isfinite(loss):
             return dict.fromkeys(self._metrics, math.nan)
-        _copy_values(self.model.trainable_variables)
+        copy_values(self.model.trainable_variables)
         metrics = self._named(self.evaluate(self._embedder, self.data))
         # Use the metrics of the main process: devices round differently, and all
         # processes must stop at the same epoch.
@@ -269,16 +270,6 @@ class ZeroShot(Evaluation):
             self.ks,
             verbose=0,
         )
-
-
-def _copy_values(variables):
-    """Copies the values of variables, so that no other variable shares their memory.
-
-    On JAX, prediction overwrites weights in-place. After `SwapEMAWeights` these may be
-    the same arrays as the averages.
-    """
-    for variable in variables:
-        variable.assign(ops.copy(variable))
 
 
 def _check_same_everywhere(images):

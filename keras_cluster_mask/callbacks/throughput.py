@@ -3,14 +3,12 @@ import threading
 import time
 from typing import Any
 
-import keras
-
-from keras_cluster_mask.callbacks.checks import model_of
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.models.encoders import tokens_per_image
+from keras_cluster_mask.training.training_run import RunCallback
 
 
-class Throughput(keras.callbacks.Callback):
+class Throughput(RunCallback):
     """Logs the number of training samples and tokens per second.
 
     Adds `samples_per_second` and `tokens_per_second` to the logs. The progress bar
@@ -52,10 +50,12 @@ class Throughput(keras.callbacks.Callback):
         self.window = check_integer("window", window)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        super().on_train_begin(logs)
         # Not in `__init__`, since callbacks may be copied, and locks cannot be.
         self._lock = threading.Lock()
-        model = model_of(self, "training_run")
-        self._size = model.training_run.step_size
+        # Once: on JAX, each access to `model` copies the weights back to the model.
+        model = self.model
+        self._size = self.run.step_size
         self._tokens = None
         if self._size is not None and None not in (
             *self._size.image_shape,

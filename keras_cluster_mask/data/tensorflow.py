@@ -2,7 +2,7 @@
 
 import contextlib
 
-from keras_cluster_mask.distribution.tensorflow_import import import_triton_first
+from keras_cluster_mask.distribution.backends import import_triton_first
 
 
 def import_tensorflow(purpose, remedy):

@@ -190,7 +190,7 @@ class CLIPTokenizer:
             A `CLIPTokenizer`.
         """
         # Imported here because worker processes do not import Keras.
-        from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
+        from keras_cluster_mask.distribution.backends import import_keras_hub
 
         source = import_keras_hub().models.CLIPTokenizer.from_preset(preset)
         merges = [merge.split() for merge in source.merges if "#version:" not in merge]

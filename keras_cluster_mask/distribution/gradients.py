@@ -1,17 +1,18 @@
 """Gradients of the global batch, and the checks of devices before `fit`."""
 
-import contextlib
-import itertools
+import functools
 
 import keras
-from keras import tree
+from keras import ops, tree
 
 from keras_cluster_mask.distribution.processes import all_gather_object
-from keras_cluster_mask.distribution.replicas import (
-    num_replicas,
-    tensorflow_replica,
-    torch_distributed,
-)
+from keras_cluster_mask.distribution.replicas import num_replicas, tensorflow_replica
+
+if keras.backend.backend() == "torch":
+    from keras_cluster_mask.distribution.missing_in_keras import (
+        data_parallel,
+        in_place_updates,
+    )
 
 
 def prepare_replicas(model) -> None:
@@ -34,49 +35,35 @@ def prepare_replicas(model) -> None:
                 "set_distribution(keras.distribution.DataParallel())`. "
                 f"Received: strategy={type(strategy).__name__}"
             )
-        outside = []
         if strategy.num_replicas_in_sync > 1:
-            # Every replica would update a variable made outside of the scope in each
-            # step.
-            outside = [
-                variable.path
-                for variable in model.variables
-                if not strategy.extended.variable_created_in_scope(variable.value)
-            ]
-            for name, value in (
-                ("steps_per_execution", model.steps_per_execution),
-                (
-                    "gradient_accumulation_steps",
-                    getattr(model.optimizer, "gradient_accumulation_steps", None) or 1,
-                ),
-            ):
-                if value > 1:
-                    raise ValueError(
-                        f"`{name}` must be 1 on several devices of TensorFlow, where "
-                        f"Keras does not support more. Received: {name}={value}"
-                    )
-        if outside:
-            raise ValueError(
-                "All parts of a model, its masking too, must be made in the scope of "
-                f"the strategy. Received: {outside[:3]}, {len(outside)} variables made "
-                f"outside of the scope of {type(strategy).__name__}"
-            )
+            _check_strategy(strategy, model)
     elif keras.backend.backend() == "torch" and num_replicas() > 1:
-        trained = all_gather_object(
-            # Not by name, since Keras numbers the layers that a process has made.
-            [(tuple(v.shape), str(v.dtype)) for v in model.trainable_weights]
-        )
-        if any(weights != trained[0] for weights in trained):
-            columns = itertools.zip_longest(*trained)
-            first = next(x for x in columns if len({*x}) > 1)
+        data_parallel.check_and_broadcast(model)
+
+
+def _check_strategy(strategy, model):
+    accumulated = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
+    for name, value in (
+        ("steps_per_execution", model.steps_per_execution),
+        ("gradient_accumulation_steps", accumulated),
+    ):
+        if value > 1:
             raise ValueError(
-                "All processes must train the same weights: make the same model, and "
-                "freeze the same layers, in each. Received: numbers of trainable "
-                f"weights {[*map(len, trained)]} by process; the first that differ "
-                f"are {[*first]}"
+                f"`{name}` must be 1 on several devices of TensorFlow, where Keras "
+                f"does not support more. Received: {name}={value}"
             )
-        for variable in [*model.variables, *model.optimizer.variables]:
-            torch_distributed().broadcast(variable.value.data, src=0)
+    # Every replica would update a variable made outside of the scope in each step.
+    outside = [
+        variable.path
+        for variable in model.variables
+        if not strategy.extended.variable_created_in_scope(variable.value)
+    ]
+    if outside:
+        raise ValueError(
+            "All parts of a model, its masking too, must be made in the scope of "
+            f"the strategy. Received: {outside[:3]}, {len(outside)} variables made "
+            f"outside of the scope of {type(strategy).__name__}"
+        )
 
 
 def strategy_replicas(model) -> int:
@@ -86,41 +73,129 @@ def strategy_replicas(model) -> int:
     return model.distribute_strategy.num_replicas_in_sync
 
 
-def must_reduce_gradients() -> bool:
-    """Returns whether Keras's own gradients differ from those of the global batch.
+def waits_for_data(train_step):
+    """Decorates a training step, so that on TensorFlow it runs after the data arrives.
+
+    When a TensorFlow step reaches the end of a dataset, operations that do not depend
+    on the batch would still run, and counters of steps and metrics would advance by
+    one.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return train_step
+
+    @functools.wraps(train_step)
+    def wrapped(self, *data):
+        import tensorflow as tf
+
+        tensors = [x for x in tree.flatten(data) if x is not None]
+        with tf.control_dependencies(tensors):
+            return train_step(self, *data)
+
+    return wrapped
+
+
+def over_processes(train_function, model, averaged):
+    """Wraps a new train function of Keras as torch needs it.
+
+    Old gradients must be removed: Keras finds weights by their paths, and misses those
+    that share theirs with others, such as the weights of a teacher or of two towers
+    without names. With several processes, see `data_parallel`.
+
+    Args:
+        train_function: Keras's train function.
+        model: The `keras.Model` that it trains.
+        averaged: List of the variables that each replica updates from its own rows.
+    """
+    if keras.backend.backend() != "torch":
+        return train_function
+    if num_replicas() > 1:
+        train_function = data_parallel.data_parallel(train_function, model, averaged)
+
+    @functools.wraps(train_function)
+    def wrapped(data):
+        for weight in model.trainable_weights:
+            weight.value.grad = None
+        return train_function(data)
+
+    return wrapped
+
+
+def global_norm(gradients: list, scale=1.0):
+    """Computes the L2 norm of all gradients together, each divided by a scale."""
+    if (
+        keras.backend.backend() == "torch"
+        and isinstance(scale, float)
+        and scale == 1.0
+        and in_place_updates.can_update(gradients)
+    ):
+        return in_place_updates.global_norm(gradients)
+    # Divided first, since the squares of scaled gradients may overflow.
+    unscaled = (ops.cast(x, "float32") / scale for x in gradients)
+    return ops.sqrt(sum(ops.sum(ops.square(x)) for x in unscaled))
+
+
+def clip_by_global_norm(gradients: list, max_norm: float) -> list:
+    """Scales gradients down by one factor, to a norm of all of them together."""
+    given = [x for x in gradients if x is not None]
+    if keras.backend.backend() == "torch" and in_place_updates.clip_by_global_norm(
+        given, max_norm
+    ):
+        return gradients
+    norm = global_norm(given)
+    # As in Keras, all become NaN if the norm is not finite.
+    scale = max_norm * ops.minimum(1.0 / norm, 1.0 / max_norm) + (norm - norm)
+    return [x if x is None else x * ops.cast(scale, x.dtype) for x in gradients]
+
+
+def update_in_place(optimizer) -> None:
+    """Makes an optimizer update in-place on torch, see `in_place_updates`."""
+    if keras.backend.backend() == "torch":
+        in_place_updates.update_in_place(optimizer)
+
+
+def apply_global_gradients(model, optimizers, record=None) -> None:
+    """Makes the optimizer of a model apply the gradients of the global batch.
 
     On TensorFlow, Keras clips each replica's gradients before it sums them. On torch,
-    it does not reduce them.
+    it does not reduce them. Here they are reduced first, so that all replicas clip
+    alike.
+
+    Args:
+        model: A compiled `keras.Model`.
+        optimizers: List of the optimizers that its optimizer consists of.
+        record: Function that is called with the gradients before they are applied.
     """
-    return keras.backend.backend() == "tensorflow" or num_replicas() > 1
+    optimizer, backend = model.optimizer, keras.backend.backend()
+    # The method that Keras's training step calls.
+    name = "stateless_apply" if backend == "jax" else "apply"
+    vars(optimizer).pop(name, None)
+    apply = getattr(optimizer, name)
+
+    def reduce_and_apply(gradients, variables=None):
+        reduced = model.trainable_weights if variables is None else variables
+        gradients = reduce_gradients(list(gradients), reduced)
+        if record is not None:
+            record(gradients)
+        return apply(gradients, variables)
+
+    def record_and_apply(optimizer_variables, gradients, variables):
+        with keras.StatelessScope([*zip(optimizer.variables, optimizer_variables)]):
+            record(gradients)
+        return apply(optimizer_variables, gradients, variables)
+
+    if strategy_replicas(model) > 1:
+        # They are already summed, so Keras must not sum them again.
+        for each in optimizers:
+            each._all_reduce_sum_gradients = list
+    if backend == "tensorflow" or num_replicas() > 1 or record is not None:
+        wrapped = record_and_apply if backend == "jax" else reduce_and_apply
+        setattr(optimizer, name, wrapped)
 
 
-def around_step(model, data):
-    """Returns the context in which a backend must run a training step.
-
-    TensorFlow must wait for the data. On torch, old gradients must be removed: Keras
-    finds weights by their paths, and misses those that share theirs with others, such
-    as the weights of a teacher or of two towers without names. With several torch
-    processes, gradients are reduced as they are found; `reduce_gradients` waits for the
-    rest.
-    """
-    # One context, since torch cannot compile two around a step.
-    if keras.backend.backend() == "tensorflow":
-        return _wait_for(data)
-    if keras.backend.backend() != "torch":
-        return contextlib.nullcontext()
-    for weight in model.trainable_weights:
-        weight.value.grad = None
-    if num_replicas() == 1:
-        return contextlib.nullcontext()
-    return model.gradient_buckets.filled([v.value for v in model.trainable_weights])
-
-
-def reduce_gradients(model, gradients: list, variables: list) -> list:
+def reduce_gradients(gradients: list, variables: list) -> list:
     """Computes the gradients of the global batch from those of this replica.
 
     Args:
-        model: The model that trains.
         gradients: List of tensors, `None` for a variable without a gradient.
         variables: List of the variables that the gradients belong to.
     """
@@ -138,12 +213,7 @@ def reduce_gradients(model, gradients: list, variables: list) -> list:
         return [x if x is None else next(reduced) for x in gradients]
     if num_replicas() == 1:
         return gradients
-    return model.gradient_buckets.reduce(gradients, [v.value for v in variables])
-
-
-def apply_method() -> str:
-    """Returns the name of the optimizer method that Keras's training step calls."""
-    return "stateless_apply" if keras.backend.backend() == "jax" else "apply"
+    return data_parallel.reduce_gradients(gradients, [v.value for v in variables])
 
 
 def check_batch_size(model, batch_size: int | None, pairs: int | None = None) -> None:
@@ -170,15 +240,3 @@ def check_batch_size(model, batch_size: int | None, pairs: int | None = None) ->
             f"drop_remainder=True)`. Received: batch_size={batch_size}, {replicas} "
             "replicas"
         )
-
-
-def _wait_for(data):
-    """A context in which operations run only after the data is available.
-
-    When a TensorFlow step reaches the end of a dataset, operations that do not depend
-    on the batch would still run, and counters of steps and metrics would advance by
-    one.
-    """
-    import tensorflow as tf
-
-    return tf.control_dependencies([x for x in tree.flatten(data) if x is not None])

@@ -8,11 +8,7 @@ import os
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.replicas import (
-    num_replicas,
-    replica_index,
-    torch_distributed,
-)
+from keras_cluster_mask.distribution.replicas import num_replicas, replica_index
 
 # Seconds without a heartbeat after which JAX gives up a process, and seconds that torch
 # waits for other processes, which may be writing or filling a buffer. torch notices a
@@ -106,8 +102,10 @@ def process_index_and_count(training):
 def all_gather_object(value):
     """Gathers the values of all processes in a list; waits for all processes."""
     if keras.backend.backend() == "torch" and num_replicas() > 1:
+        from torch import distributed
+
         values = [None] * num_replicas()
-        torch_distributed().all_gather_object(values, value)
+        distributed.all_gather_object(values, value)
         return values
     if keras.backend.backend() == "jax":
         import jax

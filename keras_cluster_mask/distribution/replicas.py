@@ -4,10 +4,13 @@ A JAX step sees the global batch whatever the number of devices, so it has one r
 TensorFlow and torch run the same step on every replica.
 """
 
-import functools
-
 import keras
 from keras import ops
+
+if keras.backend.backend() == "torch":
+    from torch import distributed
+
+    from keras_cluster_mask.distribution.missing_in_keras import data_parallel
 
 
 def num_replicas() -> int:
@@ -16,8 +19,8 @@ def num_replicas() -> int:
     if backend == "tensorflow":
         context = tensorflow_replica()
         return 1 if context is None else context.num_replicas_in_sync
-    if backend == "torch" and torch_distributed() is not None:
-        return torch_distributed().get_world_size()
+    if backend == "torch" and distributed.is_available():
+        return distributed.get_world_size() if distributed.is_initialized() else 1
     return 1
 
 
@@ -27,8 +30,8 @@ def replica_index():
     if backend == "tensorflow":
         context = tensorflow_replica()
         return 0 if context is None else context.replica_id_in_sync_group
-    if backend == "torch" and torch_distributed() is not None:
-        return torch_distributed().get_rank()
+    if backend == "torch" and distributed.is_available():
+        return distributed.get_rank() if distributed.is_initialized() else 0
     return 0
 
 
@@ -69,7 +72,7 @@ def all_gather(x):
         rows = None if x.shape[0] is None else num_replicas() * x.shape[0]
         gathered = tensorflow_replica().all_gather(x, axis=0)
         return tf.ensure_shape(gathered, (rows, *x.shape[1:]))
-    return _torch_gather()(x)
+    return data_parallel.Gather.apply(x)
 
 
 def local_rows(x):
@@ -111,17 +114,6 @@ def metric_rows(x):
     return all_gather(ops.stop_gradient(x))
 
 
-def all_reduce_mean(variables):
-    """Sets float variables to their mean over all replicas.
-
-    Only torch needs this: TensorFlow aggregates variables on assignment.
-    """
-    if keras.backend.backend() == "torch" and num_replicas() > 1:
-        for variable in variables:
-            torch_distributed().all_reduce(variable.value.data)
-            variable.value.data /= num_replicas()
-
-
 def assign_equal(variable, value):
     """Assigns a value that every replica has computed equally.
 
@@ -149,33 +141,3 @@ def tensorflow_replica():
         return None
     context = tf.distribute.get_replica_context()
     return context if context.num_replicas_in_sync > 1 else None
-
-
-@functools.cache
-def _torch_gather():
-    """A differentiable `all_gather`: torch deprecates its own, without a successor."""
-    import torch
-
-    class Gather(torch.autograd.Function):
-        @staticmethod
-        def forward(context, x):
-            parts = [torch.empty_like(x) for _ in range(num_replicas())]
-            torch.distributed.all_gather(parts, x.contiguous())
-            return torch.cat(parts)
-
-        @staticmethod
-        def backward(context, gradient):
-            gradient = gradient.contiguous()
-            torch.distributed.all_reduce(gradient)
-            return local_rows(gradient)
-
-    return Gather.apply
-
-
-def torch_distributed():
-    """Returns `torch.distributed` if processes train together, or `None`."""
-    import torch
-
-    distributed = torch.distributed
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed if ready else None

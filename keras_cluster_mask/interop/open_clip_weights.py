@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
+from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.interop.architectures import (
     architecture_of_model,
     kind_of,

@@ -6,8 +6,7 @@ STEPS, so that rounding errors, which differ between backends, do not change a m
 
 from keras import ops
 
-from keras_cluster_mask.distribution.gathers import take_rows
-from keras_cluster_mask.distribution.precision import in_full_precision
+from keras_cluster_mask.distribution.backends import in_full_precision, take_rows
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 
 STEPS = 2**12

@@ -5,7 +5,7 @@ import operator
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.precision import in_full_precision
+from keras_cluster_mask.distribution.backends import in_full_precision
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,

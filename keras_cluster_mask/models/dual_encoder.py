@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.distribution.tracing import is_traced
+from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import views_of_image
 from keras_cluster_mask.models.encoders import (
@@ -175,10 +175,8 @@ class DualEncoder(keras.Model):
     ) -> dict[str, Tensor]:
         """Embeds a batch, or a micro-batch, of images and texts."""
         texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
-        recomputed = contextlib.nullcontext()
-        if training and self.gradient_checkpointing:
-            recomputed = checkpointed(self._blocks())
-        with recomputed:
+        recomputes = training and self.gradient_checkpointing
+        with checkpointed(self._blocks()) if recomputes else contextlib.nullcontext():
             return {
                 "image_embeddings": self.image_embeddings(inputs["images"], training),
                 "text_embeddings": self.text_embeddings(texts, training),

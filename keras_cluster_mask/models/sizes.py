@@ -1,7 +1,7 @@
 import keras
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
+from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import number_positions
 

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 import keras
 
-from keras_cluster_mask.distribution.start_values import keeping_weights
+from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.models.encoders import call_encoder, data_format_of
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.pixels import normalize_pixels

@@ -2,17 +2,16 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_cluster_mask.distribution import gradients, replicas
-from keras_cluster_mask.distribution.gradient_buckets import GradientBuckets
-from keras_cluster_mask.distribution.start_values import keeping_weights
+from keras_cluster_mask.distribution import gradients
+from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.training import layers, optimizers
-from keras_cluster_mask.training.finite_steps import FiniteSteps
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.inputs import (
     as_dictionary,
@@ -20,7 +19,7 @@ from keras_cluster_mask.training.inputs import (
     evaluation_data,
     until_the_end,
 )
-from keras_cluster_mask.training.tokens import remembered_tokenizer
+from keras_cluster_mask.training.step_metrics import FiniteSteps, GradientNorm
 from keras_cluster_mask.types import Tensor
 
 
@@ -35,14 +34,12 @@ class ContrastiveTrainer(DualEncoder):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.finite_steps = FiniteSteps()
-        self.gradient_buckets = GradientBuckets()
-        # Set by `compile`, and while `fit` and `evaluate` run.
-        self.gradient_norm = None
-        self.training_run = None
-        self.is_evaluating = False
+        self.gradient_norm: GradientNorm | None = None
+        self._is_evaluating = False
 
     # === One step ===
 
+    @gradients.waits_for_data
     def train_step(self, *args: Any) -> Any:
         """Runs one training step, on every backend.
 
@@ -50,16 +47,12 @@ class ContrastiveTrainer(DualEncoder):
         computes the gradients and updates. Override `compute_loss` to train on another
         loss.
         """
-        with gradients.around_step(self, args):
-            results = super().train_step(*args)
-        if replicas.num_replicas() > 1:
-            replicas.all_reduce_mean(layers.averaged_variables(self))
-        return results
+        return super().train_step(*args)
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Tensor | None = None
     ) -> dict[str, Any]:
-        if not self.is_evaluating:
+        if not self._is_evaluating:
             # This is the end of a training step on every backend.
             (loss,) = (each for each in self.metrics if each.name == "loss")
             self.finite_steps.update_state(loss.result())
@@ -70,19 +63,30 @@ class ContrastiveTrainer(DualEncoder):
     def make_train_function(self, force: bool = False) -> Any:
         # Values can be read here for the last time before the step is compiled.
         gradients.prepare_replicas(self)
-        optimizers.use_global_gradients(self)
+        norm, parts = self.gradient_norm, optimizers.optimizer_parts(self.optimizer)
+        gradients.apply_global_gradients(
+            self,
+            [optimizers.inner_optimizer(self.optimizer), *parts],
+            None if norm is None else norm.record,
+        )
         if self.built and self.optimizer and not self.optimizer.built:
             # TensorFlow cannot create the optimizer's variables in a step that XLA
             # compiles.
             self.optimizer.build(self.trainable_variables)
         for masking in self.maskings:
             masking.check_ready()
-        return super().make_train_function(force)
+        before = self.train_function
+        super().make_train_function(force)
+        if self.train_function is not before:
+            self.train_function = gradients.over_processes(
+                self.train_function, self, layers.averaged_variables(self)
+            )
+        return self.train_function
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         metrics = [x for x in super().metrics if x is not self.finite_steps]
-        if self.is_evaluating:
+        if self._is_evaluating:
             # Evaluation computes no gradients and masks no patches.
             return [x for x in metrics if x.name != "mask_ratio"]
         norm = self.gradient_norm
@@ -143,7 +147,9 @@ class ContrastiveTrainer(DualEncoder):
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),
         }
-        optimizers.configure(self)
+        self.gradient_norm = GradientNorm(optimizer) if log_gradient_norm else None
+        if optimizer is not None:
+            optimizers.configure(optimizer, self, decay_vectors)
 
     def fit(
         self,
@@ -213,11 +219,7 @@ class ContrastiveTrainer(DualEncoder):
                 or lacks the special tokens that the text encoder needs.
         """
         args = (x, y, batch_size, epochs, *args)
-        try:
-            with remembered_tokenizer(self, x):
-                return fit(self, super().fit, resume_from, *args, **kwargs)
-        finally:
-            self.training_run = None
+        return fit(self, super().fit, resume_from, *args, **kwargs)
 
     def evaluate(
         self,
@@ -245,13 +247,17 @@ class ContrastiveTrainer(DualEncoder):
         with until_the_end(), keeping_weights(self):
             return super().predict(x, batch_size, verbose, steps, **kwargs)
 
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluation():
+            return super().test_on_batch(*args, **kwargs)
+
     @contextlib.contextmanager
-    def _evaluation(self):
-        self.is_evaluating = True
+    def _evaluation(self) -> Iterator[None]:
+        self._is_evaluating = True
         try:
             yield
         finally:
-            self.is_evaluating = False
+            self._is_evaluating = False
 
     # === Saving ===
 

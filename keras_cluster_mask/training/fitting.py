@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.training import inputs
@@ -21,12 +22,12 @@ from keras_cluster_mask.training.checkpoints import (
 )
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
-from keras_cluster_mask.training.progress_bar import ProgressBar
+from keras_cluster_mask.training.tokens import remembered_tokenizer
 from keras_cluster_mask.training.training_data import (
     TrainingData,
     check_same_everywhere,
 )
-from keras_cluster_mask.training.training_run import TrainingRun
+from keras_cluster_mask.training.training_run import ProgressBar, TrainingRun
 
 
 def fit(
@@ -78,38 +79,39 @@ def fit(
         # Keras splits arrays alone, and gets batches.
         x, validation_data = _split(x, validation_split, validation_data)
         validation_split = 0.0
-    validation = {
-        "validation_data": inputs.evaluation_data(
-            model,
-            inputs.as_dictionary(validation_data),
-            validation_steps,
-            passes_once=False,
-        ),
-        "validation_split": validation_split,
-        "validation_steps": validation_steps,
-        "validation_batch_size": validation_batch_size or batch_size,
-        "validation_freq": validation_freq,
-    }
     data, shuffle = _prepare_data(
         model, x, batch_size, shuffle, steps_per_epoch, initial_epoch
     )
 
     # === The run ===
-    run = _prepare_run(model, data, resume_from, callbacks, epochs, verbose)
+    run = TrainingRun(model, data, inputs.StepSize.of(data.data), callbacks)
+    with remembered_tokenizer(model, x, run):
+        validation = {
+            "validation_data": inputs.evaluation_data(
+                model,
+                inputs.as_dictionary(validation_data),
+                validation_steps,
+                passes_once=False,
+            ),
+            "validation_split": validation_split,
+            "validation_steps": validation_steps,
+            "validation_batch_size": validation_batch_size or batch_size,
+            "validation_freq": validation_freq,
+        }
+        _resume(run, model, resume_from, verbose)
 
-    # === Training ===
-    if run.epoch < epochs:
-        options = {"epochs": epochs, "verbose": verbose, "shuffle": shuffle}
-        history = _train(model, keras_fit, run, callbacks, **options, **validation)
-    else:
-        history = keras.callbacks.History()
-        if run.history:
-            # As at the end of the fit that finished the run.
-            model.optimizer.finalize_variable_values(model.trainable_weights)
+        # === Training ===
+        if run.epoch < epochs:
+            options = {"epochs": epochs, "verbose": verbose, "shuffle": shuffle}
+            history = _train(model, keras_fit, run, **options, **validation)
+        else:
+            history = keras.callbacks.History()
+            if run.history:
+                # As at the end of the fit that finished the run.
+                model.optimizer.finalize_variable_values(model.trainable_weights)
     if any(getattr(x, "use_ema", False) for x in optimizer_parts(model.optimizer)):
-        # On JAX, weights and averages are the same arrays now, which cannot be updated.
-        for variable in model.trainable_variables:
-            variable.assign(ops.copy(variable))
+        # Weights and averages are the same arrays now.
+        copy_values(model.trainable_variables)
     history.epoch = [row["epoch"] for row in run.history]
     history.history = {}
     for row in run.history:
@@ -144,44 +146,39 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     return TrainingData(x, steps_per_epoch, initial_epoch), shuffle
 
 
-def _prepare_run(model, data, resume_from, callbacks, epochs, verbose):
-    """Returns the `TrainingRun`, at the epoch of the checkpoint if there is one."""
-    step_size = inputs.StepSize.of(data.data)
-    if step_size is not None:
-        check_micro_batches(step_size.batch_size, model.micro_batch_size)
-    if _saves_state(callbacks):
-        _check_no_swaps(callbacks)
-    found = None if resume_from is None else read_resumable(resume_from)
-    run = TrainingRun(model, data, step_size)
+def _resume(run, model, resume_from, verbose):
+    """Resumes a run from a checkpoint, if there is one."""
+    if run.step_size is not None:
+        check_micro_batches(run.step_size.batch_size, model.micro_batch_size)
+    if resume_from is None:
+        return
+    found = read_resumable(resume_from)
     if found is not None:
         run.resume(model, found)
-    if model.compiled and run.epoch < epochs:
-        _warn_of_rate_zero(model.optimizer)
-    if resume_from is not None and verbose:
-        if found is None:
-            folder = os.fspath(resume_from)
-            print(f"No checkpoint in {folder}: starting from the beginning.")
-        else:
-            print(f"Resuming from {found[0]}: epoch {run.epoch + 1}.")
-    return run
+    if verbose and found is None:
+        folder = os.fspath(resume_from)
+        print(f"No checkpoint in {folder}: starting from the beginning.")
+    elif verbose:
+        print(f"Resuming from {found[0]}: epoch {run.epoch + 1}.")
 
 
-def _train(model, keras_fit, run, callbacks, **options):
+def _train(model, keras_fit, run, **options):
     """Calls Keras's `fit` from where a run is to the end, and returns its history."""
+    if model.compiled:
+        _warn_of_rate_zero(model.optimizer)
     x = run.data.from_epoch(run.epoch)
     if isinstance(x, ArrayBatches):
         # They have been checked whole.
         x = inputs.stream_for_keras(x)
     else:
         x = inputs.check_data(x, model.input_rules, training=True)
-    options["callbacks"] = [run, *callbacks]
-    bars = [isinstance(each, keras.callbacks.ProgbarLogger) for each in callbacks]
+    options["callbacks"] = [run, *run.callbacks]
+    bars = [isinstance(each, keras.callbacks.ProgbarLogger) for each in run.callbacks]
     if options["verbose"] and not any(bars):
         options["callbacks"].append(ProgressBar())
     steps, no_end = run.data.steps_per_epoch, contextlib.nullcontext()
-    model.training_run = run
     try:
-        with inputs.until_the_end() if steps is None else no_end:
+        with run.followed(), inputs.until_the_end() if steps is None else no_end:
             history = keras_fit(
                 x=x,
                 initial_epoch=run.epoch,
@@ -189,20 +186,14 @@ def _train(model, keras_fit, run, callbacks, **options):
                 **options,
             )
     except BaseException as error:
-        run.undo_first_step()
         if (failed := writing_error()) is not None:
             error.add_note(f"A checkpoint could not be written either: {failed!r}")
         raise
     finally:
         if isinstance(x, types.GeneratorType):
             x.close()
-    if _saves_state(callbacks):
-        finish_writing_everywhere()
+    finish_writing_everywhere()
     return history
-
-
-def _saves_state(callbacks):
-    return any(getattr(each, "saves_training_state", False) for each in callbacks)
 
 
 def _check_executions(steps_per_execution, steps_per_epoch):
@@ -240,17 +231,6 @@ def _warn_of_rate_zero(optimizer):
             f"optimizer. Received: an optimizer that has made {steps} steps",
             stacklevel=5,
         )
-
-
-def _check_no_swaps(callbacks):
-    for each in callbacks:
-        if isinstance(each, keras.callbacks.SwapEMAWeights) and each.swap_on_epoch:
-            raise ValueError(
-                "`callbacks` must not hold a `Checkpoint` together with "
-                "`SwapEMAWeights(swap_on_epoch=True)`, which exchanges weights and "
-                "averages while they are saved: pass `swap_on_epoch=False`. "
-                f"Received: callbacks of types {[type(x).__name__ for x in callbacks]}"
-            )
 
 
 def _split(x, validation_split, validation_data):

@@ -76,18 +76,18 @@ def check_tokenizer_of(model, data):
 
 
 @contextlib.contextmanager
-def remembered_tokenizer(model, data):
+def remembered_tokenizer(model, data, run):
     """A context that stores the fingerprint of the training data's tokenizer.
 
-    If an error ends the first epoch, the previous fingerprint is restored, so that
-    other data can be tried.
+    If an error ends the first epoch of a `TrainingRun`, the previous fingerprint is
+    restored, so that other data can be tried.
     """
     before = model.tokenizer_fingerprint
     model.tokenizer_fingerprint = check_tokenizer_of(model, data) or before
     try:
         yield
     except Exception:
-        if not getattr(model.training_run, "history", None):
+        if not run.history:
             model.tokenizer_fingerprint = before
         raise
 

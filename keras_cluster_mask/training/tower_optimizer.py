@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
-from keras import ops
 
-from keras_cluster_mask.distribution import in_place_updates
+from keras_cluster_mask.distribution.gradients import clip_by_global_norm
 from keras_cluster_mask.types import Tensor
 
 
@@ -120,16 +119,3 @@ class _Towers(keras.optimizers.OptimizerMap):
             }
         name = self._towers.get(id(variable))
         return self.default_optimizer if name is None else self[name]
-
-
-def clip_by_global_norm(gradients: list, max_norm: float) -> list:
-    """Scales gradients down by one factor, to a norm of all of them together."""
-    given = [x for x in gradients if x is not None]
-    if in_place_updates.are_available() and in_place_updates.clip_by_global_norm(
-        given, max_norm
-    ):
-        return gradients
-    norm = ops.sqrt(sum(ops.sum(ops.square(ops.cast(x, "float32"))) for x in given))
-    # As in Keras, all become NaN if the norm is not finite.
-    scale = max_norm * ops.minimum(1.0 / norm, 1.0 / max_norm) + (norm - norm)
-    return [x if x is None else x * ops.cast(scale, x.dtype) for x in gradients]

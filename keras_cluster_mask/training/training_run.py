@@ -1,12 +1,16 @@
-"""Tracks the progress of `fit`, and resumes it from a checkpoint."""
+"""Callbacks of every `fit`: tracks and resumes a run, and shows its progress."""
 
+import contextlib
 import threading
 from typing import Any
 
 import keras
 
-from keras_cluster_mask.distribution.rng_state import read_rng_state, write_rng_state
-from keras_cluster_mask.distribution.start_values import StartValues
+from keras_cluster_mask.distribution.backends import (
+    StartValues,
+    read_rng_state,
+    write_rng_state,
+)
 from keras_cluster_mask.training.run_state import (
     describe,
     differences,
@@ -20,6 +24,23 @@ from keras_cluster_mask.training.run_state import (
 STEPS_AHEAD = 4
 
 
+class RunCallback(keras.callbacks.Callback):
+    """A callback for the `fit` of a `ContrastiveModel`.
+
+    Attributes:
+        run: `TrainingRun`, which `fit` sets until it ends: a run holds the data.
+    """
+
+    run = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        if self.run is None:
+            raise ValueError(
+                f"`{type(self).__name__}` must be in the `callbacks` of the `fit` of a "
+                f"`ContrastiveModel`. Received: `fit` of a {type(self.model).__name__}"
+            )
+
+
 class TrainingRun(keras.callbacks.Callback):
     """Tracks the progress of `fit`, as the first callback of a `ContrastiveModel`.
 
@@ -29,10 +50,12 @@ class TrainingRun(keras.callbacks.Callback):
         model: A `ContrastiveModel`.
         data: `TrainingData`, which knows the first epoch.
         step_size: `StepSize` or `None`.
+        callbacks: List of the other callbacks.
 
     Attributes:
         data: `TrainingData`.
         step_size: `StepSize` or `None`.
+        callbacks: List of the other callbacks.
         epoch: Integer, the current epoch; between epochs, the next one.
         history: List with a dictionary of `"epoch"` and `"logs"` for each epoch.
         is_partial: Boolean. Whether a callback stopped the last epoch early.
@@ -43,10 +66,11 @@ class TrainingRun(keras.callbacks.Callback):
     # Keras reports the end of a step in a background thread, see `Throughput`.
     async_safe = True
 
-    def __init__(self, model, data, step_size):
+    def __init__(self, model, data, step_size, callbacks=()):
         super().__init__()
         self.data = data
         self.step_size = step_size
+        self.callbacks = callbacks
         self.epoch = data.first_epoch
         self.history = []
         self.is_partial = False
@@ -90,10 +114,24 @@ class TrainingRun(keras.callbacks.Callback):
         self.epoch, self.history = facts["epoch"], facts["history"]
         self.data.origin = tuple(facts["data_origin"])
 
-    def undo_first_step(self):
-        """Restores the weights if training failed in its first step."""
-        if self._start_values is not None:
-            self._start_values.put_back()
+    @contextlib.contextmanager
+    def followed(self):
+        """A context in which callbacks know the run.
+
+        If training fails in its first step, the weights are restored.
+        """
+        followers = [x for x in self.callbacks if isinstance(x, RunCallback)]
+        for each in followers:
+            each.run = self
+        try:
+            yield
+        except BaseException:
+            if self._start_values is not None:
+                self._start_values.put_back()
+            raise
+        finally:
+            for each in followers:
+                each.run = None
 
     def on_train_begin(self, logs=None):
         self._start_values = StartValues(self.model)
@@ -128,3 +166,20 @@ class TrainingRun(keras.callbacks.Callback):
         self.epoch = epoch + 1
         self.data.seek(self.epoch)
         self.rng_state = read_rng_state()
+
+
+class ProgressBar(keras.callbacks.ProgbarLogger):
+    """Shows finished steps while the program prepares the next ones."""
+
+    # See `Throughput`.
+    async_safe = True
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._lock = threading.Lock()
+
+    def on_train_batch_end(self, batch, logs=None):
+        with self._lock:
+            # A later step may have been reported first.
+            if batch >= self.seen:
+                super().on_train_batch_end(batch, logs)

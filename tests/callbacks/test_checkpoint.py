@@ -567,16 +567,3 @@ def test_an_epoch_of_data_that_is_not_found_again_is_refused(tmp_path):
     data = ((x,) for x in [pairs()])
     with pytest.raises(ValueError, match=r"Received: steps_per_epoch=2, data of"):
         run(data, tmp_path, fit={"steps_per_epoch": 2})
-
-
-@pytest.mark.any_backend
-def test_another_model_than_a_contrastive_one_is_refused(tmp_path):
-    model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=r"ContrastiveModel.*Received: a Sequential"):
-        model.fit(
-            np.ones((4, 2)),
-            np.ones((4, 1)),
-            verbose=0,
-            callbacks=[kcm.callbacks.Checkpoint(tmp_path)],
-        )

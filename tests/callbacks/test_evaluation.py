@@ -408,16 +408,6 @@ def test_what_cannot_be_evaluated_is_an_error_before_training(make, message):
     assert steps.count == 0
 
 
-@pytest.mark.any_backend
-def test_another_model_than_a_contrastive_one_is_refused():
-    model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=r"`Retrieval` works.*Received: a Sequential"):
-        model.fit(
-            np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[Retrieval(pairs())]
-        )
-
-
 def test_one_callback_serves_one_fit_after_another_and_other_models():
     retrieval = Retrieval(pairs(8, 1))
     model, _ = fit([retrieval])

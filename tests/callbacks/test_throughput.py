@@ -207,16 +207,3 @@ def test_it_can_be_copied():
 def test_a_wrong_window_is_named():
     with pytest.raises(ValueError, match=r"`window`.*Received: window=0"):
         kcm.callbacks.Throughput(window=0)
-
-
-@pytest.mark.any_backend
-def test_another_model_than_a_contrastive_one_is_refused():
-    model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=r"ContrastiveModel.*Received: a Sequential"):
-        model.fit(
-            np.ones((4, 2)),
-            np.ones((4, 1)),
-            verbose=0,
-            callbacks=[kcm.callbacks.Throughput()],
-        )

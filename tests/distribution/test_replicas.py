@@ -220,7 +220,7 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 virtual = tf.config.LogicalDeviceConfiguration()
 tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-from keras_cluster_mask.training.finite_steps import FiniteSteps
+from keras_cluster_mask.training.step_metrics import FiniteSteps
 with strategy.scope():
     record = FiniteSteps()
 for bad in (0, 1):

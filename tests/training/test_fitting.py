@@ -147,10 +147,10 @@ def test_averages_swapped_while_they_are_saved_are_refused(tmp_path):
         model.fit(random_pairs(8), callbacks=[swap, checkpoint(tmp_path)], **FIT)
 
 
-def test_nothing_of_a_run_is_left_on_the_model():
-    model = compiled()
-    model.fit(random_pairs(8), **FIT)
-    assert model.training_run is None
+def test_nothing_of_a_run_is_left_on_its_callbacks(tmp_path):
+    model, callbacks = compiled(), [checkpoint(tmp_path), kcm.callbacks.Throughput()]
+    model.fit(random_pairs(8), callbacks=callbacks, **FIT)
+    assert [each.run for each in callbacks] == [None, None]
 
 
 # === What is not resumed is Keras's own ===

@@ -144,6 +144,21 @@ def test_what_an_optimizer_excludes_already_stays_excluded():
     assert all(v is not kept for v in decaying)
 
 
+def test_an_optimizer_of_vectors_alone_decays_nothing():
+    trained = []
+    for decay in (None, 0.5):
+        model = make_model()
+        model.image_encoder.trainable = model.text_encoder.trainable = False
+        model.head.image_projection.trainable = False
+        model.head.text_projection.trainable = False
+        model.compile(keras.optimizers.SGD(RATE, weight_decay=decay), **FAST)
+        fit(model, steps=1)
+        trained.append(values(model.trainable_variables))
+    assert trained[0]
+    for one, other in zip(*trained):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.any_backend
 def test_an_optimizer_built_to_decay_vectors_is_refused():
     model = make_model()
@@ -206,6 +221,7 @@ def test_the_norm_is_reported_in_training_if_asked_for_and_never_in_evaluation()
         assert ("gradient_norm" in history) == log
         assert "val_gradient_norm" not in history
         assert "gradient_norm" not in model.evaluate(pairs, verbose=0, return_dict=True)
+        assert "gradient_norm" not in model.test_on_batch(pairs, return_dict=True)
 
 
 @pytest.mark.parametrize("scaling", ["factor", "optimizer"])

@@ -1,8 +1,11 @@
-"""Counts steps on the device, to find the first loss that is not finite."""
+"""Metrics of training steps: finite losses, and the norm of gradients."""
+
+import threading
 
 import keras
 from keras import ops
 
+from keras_cluster_mask.distribution.gradients import global_norm
 from keras_cluster_mask.distribution.replicas import all_gather
 
 
@@ -64,3 +67,30 @@ class FiniteSteps(keras.metrics.Metric):
             ops.convert_to_numpy, (self.steps, self.finite, self.loss)
         )
         return int(steps), int(finite), float(loss)
+
+
+class GradientNorm:
+    """The L2 norm of the gradients of a step, averaged over steps."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.metric = keras.metrics.Mean(name="gradient_norm")
+        # TensorFlow runs the step of each replica in its own thread.
+        self._step = threading.local()
+
+    def record(self, gradients):
+        """Records the gradients of the global batch before they are applied."""
+        gradients = [x for x in gradients if x is not None]
+        self._step.norm = global_norm(gradients, self.optimizer.scale_loss(1.0))
+
+    def update_metric(self):
+        """Adds the norm of a training step to the metric."""
+        if "norm" not in vars(self._step):
+            # No weight is trained.
+            return
+        # Removed, since it may be a symbolic tensor of a traced function.
+        norm = vars(self._step).pop("norm")
+        counts = ops.ones_like(norm)
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            counts = ops.cast(ops.isfinite(norm), norm.dtype)
+        self.metric.update_state(ops.where(counts > 0, norm, 0.0), counts)

@@ -1,8 +1,9 @@
-"""The progress bar, and steps that begin before others end."""
+"""Steps that begin before others end, the progress bar, and other models."""
 
 import threading
 
 import keras
+import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
@@ -70,3 +71,22 @@ def test_progress_shows_all_steps_and_metrics(capsys):
     for text in ("Epoch 2/2", "20/20", "loss:", "samples_per_second:"):
         assert text in shown
     assert shown.count("\n") == 4
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: kcm.callbacks.Throughput(),
+        lambda folder: kcm.callbacks.Checkpoint(folder),
+        lambda folder: kcm.callbacks.Retrieval(random_pairs(4)),
+    ],
+    ids=["Throughput", "Checkpoint", "Retrieval"],
+)
+def test_callbacks_refuse_the_fit_of_another_model(make, tmp_path):
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    callback = make(tmp_path)
+    message = f"`{type(callback).__name__}` must be in.*Received: `fit` of a Sequential"
+    with pytest.raises(ValueError, match=message):
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[callback])

@@ -1,18 +1,106 @@
-"""Averages gradients over torch processes while the backward pass still runs.
+"""Data parallel training with torch processes.
 
-The rest of the backward pass hides most of the time of a reduction, and a few large
-reductions take less time than one for each weight.
+`keras.distribution.DataParallel` supports JAX alone. Once it supports torch, delete
+this file, and the calls of it in `replicas.py` and `gradients.py`.
+
+Gradients are averaged while the backward pass still runs. It hides most of the time of
+a reduction, and a few large reductions take less time than one for each weight.
 `torch.nn.parallel.DistributedDataParallel` does the same, but its forward pass must use
 all weights that the loss depends on, and Keras computes the loss after it.
 """
 
 import contextlib
+import functools
+import itertools
 from operator import is_
 
-from keras_cluster_mask.distribution.processes import all_gather_object
-from keras_cluster_mask.distribution.replicas import num_replicas, torch_distributed
+import torch
+from torch import distributed
 
 BUCKET_BYTES = 25 * 2**20
+
+
+def check_and_broadcast(model) -> None:
+    """Gives all processes the weights of the first one.
+
+    Raises:
+        ValueError: If the processes train different weights.
+    """
+    trained = [None] * distributed.get_world_size()
+    distributed.all_gather_object(
+        trained,
+        # Not by name, since Keras numbers the layers that a process has made.
+        [(tuple(v.shape), str(v.dtype)) for v in model.trainable_weights],
+    )
+    if any(weights != trained[0] for weights in trained):
+        columns = itertools.zip_longest(*trained)
+        first = next(x for x in columns if len({*x}) > 1)
+        raise ValueError(
+            "All processes must train the same weights: make the same model, and "
+            "freeze the same layers, in each. Received: numbers of trainable "
+            f"weights {[*map(len, trained)]} by process; the first that differ "
+            f"are {[*first]}"
+        )
+    for variable in [*model.variables, *model.optimizer.variables]:
+        distributed.broadcast(variable.value.data, src=0)
+
+
+def data_parallel(function, model, averaged):
+    """Wraps the train function of a model, so that it trains as all processes do.
+
+    Args:
+        function: Keras's train function.
+        model: The `keras.Model` that it trains.
+        averaged: List of the variables that each process updates from its own rows.
+    """
+    buckets = GradientBuckets()
+
+    @functools.wraps(function)
+    def train_function(data):
+        with buckets.filled([v.value for v in model.trainable_weights]):
+            logs = function(data)
+        for variable in averaged:
+            distributed.all_reduce(variable.value.data)
+            variable.value.data /= distributed.get_world_size()
+        return logs
+
+    return train_function
+
+
+class Gather(torch.autograd.Function):
+    """A differentiable `all_gather`: torch deprecates its own, without a successor."""
+
+    @staticmethod
+    def forward(context, x):
+        parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient):
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+# === Gradients ===
+
+
+def reduce_gradients(gradients: list, weights: list) -> list:
+    """Waits for the mean gradients over all processes.
+
+    Args:
+        gradients: List of this process's gradients, `None` for a weight without
+            one. Gradients that are already in a bucket are ignored.
+        weights: List of the torch parameters that the gradients belong to.
+
+    Returns:
+        A list of gradients, `None` for a weight without a gradient in any process.
+    """
+    step = _Step.running
+    if step is None or not _are_same(weights, step.weights):
+        step = _Step(weights, reversed(range(len(weights))))
+    return step.reduce(gradients)
 
 
 class GradientBuckets:
@@ -28,7 +116,7 @@ class GradientBuckets:
     """
 
     def __init__(self):
-        self.weights, self.order, self.step = [], None, None
+        self.weights, self.order = [], None
 
     @contextlib.contextmanager
     def filled(self, weights: list):
@@ -41,31 +129,17 @@ class GradientBuckets:
             self.weights, self.order = weights, None
         step = _Step(weights, self.order or reversed(range(len(weights))))
         handles = step.add_hooks()
-        self.step = step
+        _Step.running = step
         try:
-            yield
+            yield step
         finally:
-            self.step = None
+            _Step.running = None
             for handle in handles:
                 handle.remove()
         if self.order is None and len(step.found) == len(weights):
-            self.order = all_gather_object([*step.found])[0]
-
-    def reduce(self, gradients: list, weights: list) -> list:
-        """Waits for the mean gradients over all processes.
-
-        Args:
-            gradients: List of this process's gradients, `None` for a weight without
-                one. Gradients that are already in a bucket are ignored.
-            weights: List of the torch parameters that the gradients belong to.
-
-        Returns:
-            A list of gradients, `None` for a weight without a gradient in any process.
-        """
-        step = self.step
-        if step is None or not _are_same(weights, step.weights):
-            step = _Step(weights, reversed(range(len(weights))))
-        return step.reduce(gradients)
+            order = [[*step.found]]
+            distributed.broadcast_object_list(order, src=0)
+            self.order = order[0]
 
 
 class _Step:
@@ -74,7 +148,12 @@ class _Step:
     Args:
         weights: List of torch parameters.
         order: Iterable of weight indices, in the order in which they fill the buckets.
+
+    Attributes:
+        running: The step that this process is in, or `None`.
     """
+
+    running = None
 
     def __init__(self, weights, order):
         self.weights = weights
@@ -151,10 +230,8 @@ class _Bucket:
 
     def put(self, index, gradient):
         """Stores this process's share of the mean of a gradient; returns its view."""
-        import torch
-
         self.missing.remove(index)
-        return torch.div(gradient, num_replicas(), out=self._view(index))
+        return torch.div(gradient, distributed.get_world_size(), out=self._view(index))
 
     def start(self):
         """Starts the sum over all processes in the background."""
@@ -165,7 +242,7 @@ class _Bucket:
         for position, index in enumerate(self.places):
             if index in self.missing:
                 counts[position] = 0.0
-        self.work = torch_distributed().all_reduce(self.flat, async_op=True)
+        self.work = distributed.all_reduce(self.flat, async_op=True)
 
     def finish(self):
         """Waits for the sum; returns the gradients that this process lacked, by index.
@@ -180,8 +257,6 @@ class _Bucket:
         return {i: self._view(i) if counts[i] else None for i in self.missing}
 
     def _view(self, index):
-        import torch
-
         if self.flat is None:
             # Allocated with the first gradient, so that a backward pass that finds all
             # gradients at its end does not hold a second copy of all of them.

@@ -7,17 +7,20 @@ import contextlib
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import torch
 from torch import distributed
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.distribution import gradient_buckets
-from keras_cluster_mask.distribution.gradient_buckets import GradientBuckets
+from keras_cluster_mask.distribution.missing_in_keras import data_parallel
+from keras_cluster_mask.distribution.missing_in_keras.data_parallel import (
+    GradientBuckets,
+    reduce_gradients,
+)
 
 # One weight of 16 x 16 fills a bucket.
-gradient_buckets.BUCKET_BYTES = 1024
+data_parallel.BUCKET_BYTES = 1024
 
 
 def weights_of(*shapes, dtype=torch.float32):
@@ -31,10 +34,10 @@ def reduced(weights, loss, buckets=None):
     for weight in weights:
         weight.grad = None
     buckets = buckets or GradientBuckets()
-    with buckets.filled(weights):
+    with buckets.filled(weights) as step:
         loss.backward()
         gradients = [weight.grad for weight in weights]
-        return buckets.step, buckets.reduce(gradients, weights)
+        return step, reduce_gradients(gradients, weights)
 
 
 def mean_of(loss_of, weights):
@@ -80,14 +83,13 @@ def reductions_start_before_the_backward_pass_ends(rank):
     x = torch.ones(2, 16, requires_grad=True)
     started = []
     y = torch.tanh(x @ weights[0])
-    y.register_hook(lambda _: started.append(buckets.step.num_started))
+    y.register_hook(lambda _: started.append(step.num_started))
     for weight in weights[1:]:
         y = torch.tanh(y @ weight)
-    buckets = GradientBuckets()
-    with buckets.filled(weights):
+    with GradientBuckets().filled(weights) as step:
         y.sum().backward()
         assert started == [3]
-        buckets.reduce([weight.grad for weight in weights], weights)
+        reduce_gradients([weight.grad for weight in weights], weights)
 
 
 def the_second_step_reduces_in_the_order_in_which_the_first_process_found(rank):
@@ -138,7 +140,7 @@ def a_weight_without_gradient_in_one_process_counts_as_0_there(rank):
 def gradients_of_other_passes_are_reduced_too(rank):
     weights = weights_of((4,), (16, 16))
     gradients = [torch.full_like(w, 1.0 + rank) for w in weights]
-    found = GradientBuckets().reduce(gradients, weights)
+    found = reduce_gradients(gradients, weights)
     assert_equal(found, [torch.full_like(w, 1.5) for w in weights])
     # Without hooks, a backward pass is none of their concern.
     assert_equal(found, reduced(weights, sum(1.5 * w.sum() for w in weights))[1])
@@ -155,26 +157,24 @@ def weights_of_several_dtypes_are_reduced(rank):
 def hooks_are_removed_when_a_step_fails(rank):
     weights = weights_of((4,))
     buckets = GradientBuckets()
-    with contextlib.suppress(KeyboardInterrupt), buckets.filled(weights):
-        step = buckets.step
+    with contextlib.suppress(KeyboardInterrupt), buckets.filled(weights) as step:
         raise KeyboardInterrupt
     (weights[0] * (1 + rank)).sum().backward()
     assert_equal([weights[0].grad], [torch.full((4,), 1.0 + rank)])
     assert step.num_started == 0
-    assert buckets.step is None
+    assert step.running is None
 
 
 def a_second_backward_pass_in_a_step_is_an_error(rank):
     weights = weights_of((4,))
-    buckets = GradientBuckets()
     message = None
-    with buckets.filled(weights):
+    with GradientBuckets().filled(weights):
         weights[0].sum().backward()
         try:
             weights[0].sum().backward()
         except RuntimeError as error:
             message = str(error)
-        buckets.reduce([None], weights)
+        reduce_gradients([None], weights)
     assert "Received: a second gradient of a weight of shape (4,)" in message
 
 

@@ -1,5 +1,8 @@
 """In-place weight updates on torch, without the copies that Keras makes.
 
+Once Keras clips gradients in-place and updates by a fused kernel in its `Adam` and
+`AdamW` on torch, delete this file, and the calls of it in `gradients.py`.
+
 Keras's clipping copies all gradients, and its Adam creates four temporary tensors of
 the size of the model and reads the weights and moments a dozen times. torch has a fused
 kernel that reads and writes each once. State stays in Keras's own variables, so
@@ -9,51 +12,87 @@ checkpoints do not depend on which code made the update.
 import math
 
 import keras
+import torch
 from keras import ops
+from torch.optim import adam as torch_adam
 
 
-def are_available() -> bool:
-    """Returns whether this backend updates tensors in-place."""
-    return keras.backend.backend() == "torch"
+def update_in_place(optimizer):
+    """Makes global-norm clipping and Adam updates run in-place.
+
+    The results equal Keras's up to rounding, and are stored in Keras's variables.
+    Gradients are clipped in-place. The rest of `apply` stays Keras's own: decay,
+    accumulation, averages, constraints. Keras also performs the update if a weight is
+    not float32, and for optimizers other than Adam and AdamW. Its update of SGD is
+    already in-place.
+
+    Keras has no public hook for clipping and the update within `apply`, so two private
+    methods of one optimizer are replaced. A test fails if a version of Keras lacks
+    them.
+
+    Args:
+        optimizer: A Keras optimizer.
+    """
+    clip, update = optimizer._clip_gradients, optimizer._backend_update_step
+
+    def clip_gradients(gradients):
+        max_norm = optimizer.global_clipnorm or 0.0
+        # In Keras, a `clipnorm` that is set later comes first.
+        in_place = max_norm > 0 and not optimizer.clipnorm
+        if in_place and clip_by_global_norm(gradients, max_norm):
+            return gradients
+        return clip(gradients)
+
+    def update_step(gradients, variables, learning_rate):
+        indices = [optimizer._get_variable_index(v) for v in variables]
+        slots = [optimizer._momentums, optimizer._velocities]
+        if optimizer.amsgrad:
+            slots.append(optimizer._velocity_hats)
+        weights = [v.value for v in variables]
+        moments = [[slot[i].value for i in indices] for slot in slots]
+        if can_update(weights, gradients, *moments):
+            adam(optimizer, weights, gradients, moments, learning_rate)
+        else:
+            update(gradients, variables, learning_rate)
+
+    base = keras.optimizers.Optimizer
+    if (
+        optimizer.global_clipnorm
+        and type(optimizer)._clip_gradients is base._clip_gradients
+    ):
+        optimizer._clip_gradients = clip_gradients
+    # Subclasses may override the update.
+    adams = keras.optimizers.Adam(name="adam"), keras.optimizers.AdamW(name="adamw")
+    if type(optimizer) in map(type, adams):
+        optimizer._backend_update_step = update_step
 
 
 def global_norm(gradients: list):
     """Computes the L2 norm of all gradients together, without copying them.
 
     Args:
-        gradients: List of tensors.
-
-    Returns:
-        A scalar torch tensor. `None` on other backends, and for gradients that
-        multi-tensor kernels do not support.
+        gradients: List of torch tensors for which `can_update` is true.
     """
-    if not are_available() or not can_update(gradients):
-        return None
-    import torch
-
     with torch.no_grad():
         return torch.nn.utils.get_total_norm(gradients)
 
 
-def clip_by_global_norm(gradients: list, max_norm: float, norm=None) -> bool:
+def clip_by_global_norm(gradients: list, max_norm: float) -> bool:
     """Scales all gradients in-place by one factor, to a norm of at most `max_norm`.
 
     Args:
         gradients: List of torch tensors.
         max_norm: Float. The maximum L2 norm of all gradients together. If their norm is
             not finite, all become NaN, as in Keras.
-        norm: Scalar tensor, the `global_norm` of the gradients, if it is known.
 
     Returns:
         Whether the gradients could be clipped. If not, nothing was changed.
     """
-    import torch
-
     # A tensor that is passed twice would be scaled twice.
     if len({*map(id, gradients)}) < len(gradients) or not can_update(gradients):
         return False
     with torch.no_grad():
-        norm = global_norm(gradients) if norm is None else norm
+        norm = global_norm(gradients)
         # No branch on the norm, which would make the program wait for the GPU.
         scale = max_norm * torch.minimum(1 / norm, torch.ones_like(norm) / max_norm)
         torch._foreach_mul_(gradients, scale + (norm - norm))
@@ -66,8 +105,6 @@ def can_update(*lists) -> bool:
     They must be on one device, in float32 and in row-major order: the CPU kernel
     ignores strides.
     """
-    import torch
-
     tensors = [x for each in lists for x in each]
     return all(
         isinstance(x, torch.Tensor)
@@ -91,9 +128,6 @@ def adam(optimizer, weights, gradients, moments, learning_rate) -> None:
             the largest second moments. Updated in-place too.
         learning_rate: Float or scalar.
     """
-    import torch
-    from torch.optim.adam import adam
-
     with torch.no_grad():
         step = ops.cast(optimizer.iterations + 1, "float32")
         power_1, power_2 = (
@@ -106,7 +140,7 @@ def adam(optimizer, weights, gradients, moments, learning_rate) -> None:
         # it. After infinitely many steps torch corrects nothing, so the correction is
         # in the learning rate, as in Keras.
         steps = torch.full((len(weights),), math.inf, device=weights[0].device)
-        adam(
+        torch_adam.adam(
             weights,
             gradients,
             *moments,

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_cluster_mask.training.finite_steps import FiniteSteps
+from keras_cluster_mask.training.step_metrics import FiniteSteps
 from tests.helpers import FAST, random_pairs, small_model
 
 
@@ -52,6 +52,7 @@ def test_training_counts_its_steps_and_evaluation_none():
         validation_data=random_pairs(8),
     )
     model.evaluate(random_pairs(8), batch_size=4, verbose=0)
+    model.test_on_batch(random_pairs(4))
     steps, finite, _ = model.finite_steps.read()
     # Of the last epoch.
     assert (steps, finite) == (3, 3)

@@ -1,0 +1,189 @@
+"""Small differences between the backends, each behind one function."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+from keras import ops
+
+# === Operations ===
+
+
+def in_full_precision(function):
+    """Decorates a function to compute float32 matrix products in full precision.
+
+    By default JAX computes them in bfloat16 on TPUs and in TF32 on GPUs. That is too
+    imprecise for similarities that are scaled by up to 100, or that decide which of two
+    patches is kept. The gradients of the products use the same precision. torch uses
+    full precision by default. TensorFlow has a single setting for the whole program,
+    which is left to the user:
+    `tf.config.experimental.enable_tensor_float_32_execution(False)` for GPUs.
+    """
+    if keras.backend.backend() != "jax":
+        return function
+    import jax
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def take_rows(values, indices):
+    """Gathers rows of each sample in a batch, by indices for each sample.
+
+    It equals `ops.take_along_axis(values, indices[..., None], axis=1)`. With that,
+    TensorFlow and torch would read one number for each index and column. Here they read
+    whole rows, and add whole rows in the gradient. JAX already reads rows, and keeps
+    them on the device that holds their part of the batch.
+
+    Args:
+        values: `(batch, N, ...)` tensor.
+        indices: `(batch, K)` int tensor, from 0 to N - 1.
+
+    Returns:
+        `(batch, K, ...)` tensor.
+    """
+    if keras.backend.backend() == "jax":
+        for axis in range(2, len(values.shape)):
+            indices = ops.expand_dims(indices, axis)
+        return ops.take_along_axis(values, indices, axis=1)
+    shape, num_indices = values.shape[1:], indices.shape[1]
+    first = ops.arange(ops.shape(indices)[0], dtype="int32")[:, None] * shape[0]
+    rows = ops.reshape(ops.cast(indices, "int32") + first, (-1,))
+    taken = ops.take(ops.reshape(values, (-1, *shape[1:])), rows, axis=0)
+    return ops.reshape(taken, (-1, num_indices, *shape[1:]))
+
+
+def is_traced(value) -> bool:
+    """Returns whether a variable, tensor or array is symbolic, as in a traced step."""
+    if isinstance(value, keras.KerasTensor):
+        return True
+    value = getattr(value, "value", value)
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return isinstance(value, jax.core.Tracer)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.inside_function()
+    import torch
+
+    if torch.compiler.is_compiling():
+        return True
+    if not isinstance(value, torch.Tensor):
+        return False
+    try:
+        # In a transform of `torch.func` a tensor has no memory.
+        value.data_ptr()
+    except RuntimeError:
+        return True
+    return value.is_meta
+
+
+# === State of a program ===
+
+
+def read_rng_state() -> dict[str, np.ndarray]:
+    """Returns the state of the generators that layers without a seed draw from."""
+    if keras.backend.backend() != "torch":
+        return {}
+    import torch
+
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {f"generators/{name}": value.numpy() for name, value in state.items()}
+
+
+def write_rng_state(state: dict[str, np.ndarray]) -> None:
+    """Restores the arrays of `read_rng_state`."""
+    for name, value in state.items():
+        import torch
+
+        write = {"torch": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+        write[name.removeprefix("generators/")](torch.from_numpy(value.copy()))
+
+
+class StartValues:
+    """The values of a model's variables before Keras removes them.
+
+    On JAX, Keras removes the values of variables while it trains or evaluates. If the
+    first step fails, it does not restore them, and the variables would get new random
+    values.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._values = []
+        if keras.backend.backend() == "jax":
+            variables = [*model.variables, *model.metrics_variables]
+            if (optimizer := getattr(model, "optimizer", None)) is not None:
+                variables += optimizer.variables
+            self._values = [(variable, variable.value) for variable in variables]
+
+    def put_back(self) -> None:
+        """Restores the values of the variables."""
+        for variable, value in self._values:
+            # A step that started to run may have reused the memory of its inputs.
+            if not value.is_deleted():
+                variable.assign(value)
+
+
+@contextlib.contextmanager
+def keeping_weights(model: keras.Model) -> Iterator[None]:
+    """A context in which a model keeps its weights if its evaluation fails.
+
+    Keras's `fit` restores the values of the last step that ended, and needs
+    `StartValues` only for its first step. Its `evaluate` and `predict` restore none.
+    """
+    start = StartValues(model)
+    try:
+        yield
+    except BaseException:
+        if keras.backend.backend() == "jax":
+            model.jax_state_sync()
+        start.put_back()
+        raise
+
+
+def copy_values(variables) -> None:
+    """Copies the values of variables, so that no other variable shares their memory.
+
+    On JAX, prediction and training overwrite weights in-place. After averages were
+    assigned to weights, these may be the same arrays as the averages.
+    """
+    for variable in variables:
+        variable.assign(ops.copy(variable))
+
+
+# === Imports ===
+
+
+def import_triton_first():
+    """Imports triton, if it is installed, before TensorFlow is imported.
+
+    TensorFlow 2.20 and 2.21 crash a program that imports triton after them, as
+    torchvision does (github.com/tensorflow/tensorflow/issues/124205).
+    """
+    if "tensorflow" not in sys.modules:
+        # A broken triton must not affect programs that do not use it.
+        with contextlib.suppress(Exception):
+            import triton  # noqa: F401
+
+
+def import_keras_hub():
+    """Returns the package keras_hub, which imports TensorFlow on every backend."""
+    import_triton_first()
+    import keras_hub
+
+    return keras_hub
