@@ -1,6 +1,7 @@
 """Trains a `ContrastiveModel`: checks data, resumes, and calls Keras's own `fit`."""
 
 import contextlib
+import dataclasses
 import os
 import types
 import warnings
@@ -8,25 +9,24 @@ import warnings
 import keras
 from keras import ops
 
-from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
-from keras_cluster_mask.training import inputs
-from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.checkpoints import (
     finish_writing_everywhere,
     read_resumable,
     writing_error,
 )
+from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
-from keras_cluster_mask.training.progress_bar import ProgressBar
 from keras_cluster_mask.training.training_data import (
     TrainingData,
-    check_same_everywhere,
+    evaluation_data,
+    reader_of,
+    until_the_end,
 )
-from keras_cluster_mask.training.training_run import TrainingRun
+from keras_cluster_mask.training.training_run import ProgressBar, TrainingRun
 
 
 def fit(
@@ -73,17 +73,14 @@ def fit(
     verbose = verbose if is_main_process() else 0
 
     # === The data ===
-    x = inputs.as_dictionary(x, y, sample_weight, class_weight)
+    x = as_dictionary(x, y, sample_weight, class_weight)
     if isinstance(x, dict) and validation_split:
         # Keras splits arrays alone, and gets batches.
         x, validation_data = _split(x, validation_split, validation_data)
         validation_split = 0.0
     validation = {
-        "validation_data": inputs.evaluation_data(
-            model,
-            inputs.as_dictionary(validation_data),
-            validation_steps,
-            passes_once=False,
+        "validation_data": evaluation_data(
+            model, validation_data, steps=validation_steps, passes_once=False
         ),
         "validation_split": validation_split,
         "validation_steps": validation_steps,
@@ -126,33 +123,25 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     """
     initial_epoch = check_integer("initial_epoch", initial_epoch, 0)
     steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
-    inputs.check_keys(x)
-    pairs = None
-    if isinstance(x, dict):
-        model.input_rules.check(x)
-        x = ArrayBatches(x, batch_size, True if shuffle is None else shuffle)
-        pairs, shuffle = x.pairs, None
-    if shuffle is None:
-        # Datasets have their own order, and Keras warns of its default.
-        shuffle = not hasattr(x, "element_spec")
-    check_batch_size(model, inputs.rows_of(x), pairs)
-    stream = stream_of(x)
-    if stream is not None:
-        check_same_everywhere(stream.description)
-        steps_per_epoch = steps_per_epoch or stream.steps_per_epoch
-    _check_executions(model.steps_per_execution, steps_per_epoch)
-    return TrainingData(x, steps_per_epoch, initial_epoch), shuffle
+    rules = dataclasses.replace(model.input_rules, training=True)
+    reader = reader_of(x, rules, batch_size, shuffle)
+    data = TrainingData(reader, steps_per_epoch, initial_epoch)
+    check_batch_size(model, data.rows, data.description.get("data.pairs"))
+    check_micro_batches(data.batch_size, model.micro_batch_size)
+    data.check_same_everywhere()
+    _check_executions(model.steps_per_execution, data.steps_per_epoch)
+    if shuffle is None or isinstance(x, dict):
+        # Arrays are shuffled already. For other data Keras would warn of its default.
+        shuffle = isinstance(x, keras.utils.PyDataset)
+    return data, shuffle
 
 
 def _prepare_run(model, data, resume_from, callbacks, epochs, verbose):
     """Returns the `TrainingRun`, at the epoch of the checkpoint if there is one."""
-    step_size = inputs.StepSize.of(data.data)
-    if step_size is not None:
-        check_micro_batches(step_size.batch_size, model.micro_batch_size)
     if _saves_state(callbacks):
         _check_no_swaps(callbacks)
     found = None if resume_from is None else read_resumable(resume_from)
-    run = TrainingRun(model, data, step_size)
+    run = TrainingRun(model, data)
     if found is not None:
         run.resume(model, found)
     if model.compiled and run.epoch < epochs:
@@ -168,12 +157,7 @@ def _prepare_run(model, data, resume_from, callbacks, epochs, verbose):
 
 def _train(model, keras_fit, run, callbacks, **options):
     """Calls Keras's `fit` from where a run is to the end, and returns its history."""
-    x = run.data.from_epoch(run.epoch)
-    if isinstance(x, ArrayBatches):
-        # They have been checked whole.
-        x = inputs.stream_for_keras(x)
-    else:
-        x = inputs.check_data(x, model.input_rules, training=True)
+    x = run.data.from_step(run.data.steps_before(run.epoch))
     options["callbacks"] = [run, *callbacks]
     bars = [isinstance(each, keras.callbacks.ProgbarLogger) for each in callbacks]
     if options["verbose"] and not any(bars):
@@ -181,7 +165,7 @@ def _train(model, keras_fit, run, callbacks, **options):
     steps, no_end = run.data.steps_per_epoch, contextlib.nullcontext()
     model.training_run = run
     try:
-        with inputs.until_the_end() if steps is None else no_end:
+        with until_the_end() if steps is None else no_end:
             history = keras_fit(
                 x=x,
                 initial_epoch=run.epoch,

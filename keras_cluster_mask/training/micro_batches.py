@@ -1,7 +1,5 @@
 """Embeds a batch in micro-batches, with the same result as embedding it at once."""
 
-import contextlib
-
 import keras
 from keras import ops
 
@@ -86,18 +84,6 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
     return embeddings, [ops.mean(values) for values in extra_losses]
 
 
-@contextlib.contextmanager
-def rows_of_replica(inputs):
-    """A context in which a replica's rows get the same masks as in the global batch."""
-    replicas = num_replicas()
-    if replicas == 1:
-        yield
-        return
-    rows = inputs["token_ids"].shape[0]
-    with part_of_batch(rows * replicas, local_rows):
-        yield
-
-
 def _seeds(model):
     """Returns the states of all seed generators except those of maskings."""
     excluded = {id(v) for v in model.weights}
@@ -124,9 +110,9 @@ def _num_chunks(rows, replicas, micro_batch_size):
     return batch_size // micro_batch_size
 
 
-def check_micro_batches(batch_size: int, micro_batch_size: int | None):
-    """Raises an error if the micro-batch size does not divide the batch size."""
-    if micro_batch_size is not None and batch_size % micro_batch_size:
+def check_micro_batches(batch_size: int | None, micro_batch_size: int | None):
+    """Raises an error if the micro-batch size does not divide a known batch size."""
+    if batch_size and micro_batch_size and batch_size % micro_batch_size:
         raise ValueError(
             "`micro_batch_size` must divide the batch size. Received: "
             f"micro_batch_size={micro_batch_size}, a batch of {batch_size}"

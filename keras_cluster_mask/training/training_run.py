@@ -28,11 +28,9 @@ class TrainingRun(keras.callbacks.Callback):
     Args:
         model: A `ContrastiveModel`.
         data: `TrainingData`, which knows the first epoch.
-        step_size: `StepSize` or `None`.
 
     Attributes:
         data: `TrainingData`.
-        step_size: `StepSize` or `None`.
         epoch: Integer, the current epoch; between epochs, the next one.
         history: List with a dictionary of `"epoch"` and `"logs"` for each epoch.
         is_partial: Boolean. Whether a callback stopped the last epoch early.
@@ -43,10 +41,9 @@ class TrainingRun(keras.callbacks.Callback):
     # Keras reports the end of a step in a background thread, see `Throughput`.
     async_safe = True
 
-    def __init__(self, model, data, step_size):
+    def __init__(self, model, data):
         super().__init__()
         self.data = data
-        self.step_size = step_size
         self.epoch = data.first_epoch
         self.history = []
         self.is_partial = False
@@ -107,8 +104,9 @@ class TrainingRun(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         # Data loaders and unseeded layers draw from the same generators. The number of
         # draws between two epochs depends on where a run was interrupted, so they are
-        # undone, except for a loader that shuffles: it would repeat its order.
-        if batch == 0 and self.data.has_known_order:
+        # undone, except for a loader that shuffles: it would repeat its order. The
+        # batches of a loader are not known before they are read.
+        if batch == 0 and self.data.spec is not None:
             write_rng_state(self.rng_state)
         self._last = batch
         # With a timeout, since a step that fails does not end either; Keras raises its
@@ -126,5 +124,21 @@ class TrainingRun(keras.callbacks.Callback):
         # Later callbacks add to these logs.
         self.history.append({"epoch": epoch, "logs": {} if logs is None else logs})
         self.epoch = epoch + 1
-        self.data.seek(self.epoch)
+        self.data.seek(self.data.steps_before(self.epoch))
         self.rng_state = read_rng_state()
+
+
+class ProgressBar(keras.callbacks.ProgbarLogger):
+    """Shows finished steps while the program prepares the next ones."""
+
+    async_safe = True
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._lock = threading.Lock()
+
+    def on_train_batch_end(self, batch, logs=None):
+        with self._lock:
+            # A later step may have been reported first.
+            if batch >= self.seen:
+                super().on_train_batch_end(batch, logs)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training.arrays import ArrayBatches
+from keras_cluster_mask.training.training_data import ArrayBatches
 from tests.helpers import FAST, TokenLog, image_mlp, random_pairs, text_bag
 
 

@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.training.input_rules import InputRules
-from keras_cluster_mask.training.inputs import check_data, check_input
+from keras_cluster_mask.training.training_data import reader_of
 from tests.helpers import FAST, VOCABULARY, random_pairs, small_model
 
 pytestmark = pytest.mark.any_backend
 
 RULES = InputRules(vocabulary_size=VOCABULARY)
+
+
+def check_data(data, rules):
+    return reader_of(data, rules).for_keras()
 
 
 def dataset_of(pairs, batch_size=4):
@@ -34,13 +38,14 @@ def test_strings_are_left_out_since_no_model_takes_them():
     assert {*found} == expected
     dataset = tf.data.Dataset.from_tensor_slices(named).batch(2)
     assert {*check_data(dataset, RULES).element_spec} == expected
-    (batch,) = check_data((x for x in [named]), RULES)
+    ((batch,),) = check_data((x for x in [named]), RULES)
     assert {*batch} == expected
 
 
 def test_good_arrays_come_back_as_they_are():
     pairs = random_pairs(8)
-    assert check_data(pairs, RULES) is pairs
+    for name, values in check_data(pairs, RULES).items():
+        assert values is pairs[name]
     # The largest and the smallest id there are.
     for value in (0, VOCABULARY - 1):
         check_data(with_id(value), RULES)
@@ -86,7 +91,7 @@ def test_zeros_that_are_no_padding_are_an_error_without_a_mask():
         with pytest.raises(Exception, match=message):
             list(check_data(dataset_of(wrong), rules))
         masked = {**wrong, "padding_mask": np.ones((8, 6), "int32")}
-        assert check_data(masked, rules) is masked
+        assert {*check_data(masked, rules)} == {*masked}
         assert len(list(check_data(dataset_of(masked), rules))) == 2
 
 
@@ -102,20 +107,6 @@ def test_a_missing_key_is_named(key):
     for data in (pairs, dataset_of(pairs)):
         with pytest.raises(ValueError, match=rf"missing: .'{key}'.*Received:.*somethi"):
             check_data(data, RULES)
-    with pytest.raises(ValueError, match=rf"missing: .'{key}'.*Received:.*somethi"):
-        check_input(pairs)
-
-
-def test_inputs_that_are_no_dictionary_are_an_error():
-    pairs = random_pairs(4)
-    for inputs in ((pairs["images"], pairs["token_ids"]), pairs["images"]):
-        with pytest.raises(ValueError, match=r"must be a dictionary.*Received:"):
-            check_input(inputs)
-
-
-def test_other_iterables_are_left_as_they_are():
-    batches = iter([random_pairs(4)])
-    assert check_data(batches, RULES) is batches
 
 
 def test_lists_of_numbers_are_arrays_everywhere():
@@ -152,6 +143,6 @@ def test_lists_of_strings_of_any_lengths_are_no_numbers():
 def test_lists_in_batches_of_a_generator_become_arrays():
     pairs = random_pairs(2)
     lists = {name: values.tolist() for name, values in pairs.items()}
-    (batch,) = check_data((x for x in [lists]), RULES)
+    ((batch,),) = check_data((x for x in [lists]), RULES)
     for name, values in pairs.items():
         np.testing.assert_array_equal(batch[name], values)
