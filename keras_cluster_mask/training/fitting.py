@@ -127,7 +127,8 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     reader = reader_of(x, rules, batch_size, shuffle)
     data = TrainingData(reader, steps_per_epoch, initial_epoch)
     check_batch_size(model, data.rows, data.description.get("data.pairs"))
-    check_micro_batches(data.batch_size, model.micro_batch_size)
+    if data.batch_size and model.micro_batch_size:
+        check_micro_batches(data.batch_size, model.micro_batch_size)
     data.check_same_everywhere()
     _check_executions(model.steps_per_execution, data.steps_per_epoch)
     if shuffle is None or isinstance(x, dict):

@@ -100,20 +100,16 @@ def _num_chunks(rows, replicas, micro_batch_size):
             f"micro_batch_size={micro_batch_size}"
         )
     batch_size = rows * replicas
-    check_micro_batches(batch_size, micro_batch_size)
-    if micro_batch_size % replicas:
-        raise ValueError(
-            "`micro_batch_size` counts pairs on all replicas together, whose number "
-            f"must divide it. Received: micro_batch_size={micro_batch_size}, "
-            f"{replicas} replicas"
-        )
+    check_micro_batches(batch_size, micro_batch_size, replicas)
     return batch_size // micro_batch_size
 
 
-def check_micro_batches(batch_size: int | None, micro_batch_size: int | None):
-    """Raises an error if the micro-batch size does not divide a known batch size."""
-    if batch_size and micro_batch_size and batch_size % micro_batch_size:
+def check_micro_batches(batch_size: int, micro_batch_size: int, replicas: int = 1):
+    """Raises an error if the replicas cannot share micro-batches of this size."""
+    if batch_size % micro_batch_size or micro_batch_size % replicas:
         raise ValueError(
-            "`micro_batch_size` must divide the batch size. Received: "
-            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}"
+            "`micro_batch_size` must divide the batch size, and be divisible by the "
+            "number of replicas, since it counts their pairs together. Received: "
+            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}, "
+            f"{replicas} replicas"
         )

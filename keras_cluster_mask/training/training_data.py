@@ -47,20 +47,16 @@ class TrainingData:
         self.reader = reader
         self.spec = reader.spec
         self.stream = reader.stream
-        self.steps_per_epoch = steps_per_epoch or getattr(
-            self.stream, "steps_per_epoch", None
-        )
+        default = getattr(self.stream, "steps_per_epoch", None)
+        self.steps_per_epoch = steps_per_epoch or default
         self.first_epoch = first_epoch
         self._first_batch = getattr(self.stream, "start", 0)
 
     @property
     def origin(self) -> tuple[int, ...]:
         seed = getattr(self.stream, "shuffle_seed", None)
-        return (
-            self.first_epoch,
-            self._first_batch,
-            *([] if seed is None else [seed]),
-        )
+        origin = self.first_epoch, self._first_batch
+        return origin if seed is None else (*origin, seed)
 
     @origin.setter
     def origin(self, origin):
@@ -102,7 +98,8 @@ class TrainingData:
 
     def check_resumable(self):
         """Raises an error if the data cannot be read from the start of an epoch."""
-        if self.steps_per_epoch is not None and not self.reader.starts_anywhere:
+        can_start = self.stream is not None or self.reader.can_skip
+        if self.steps_per_epoch is not None and not can_start:
             raise ValueError(
                 "`steps_per_epoch` needs data that can be read from the end of an "
                 "epoch on: an `image_text_dataset` or another `tf.data.Dataset`. "
@@ -175,7 +172,6 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
             starts worker processes once for a generator, and twice for a grain dataset.
     """
-    on_tensorflow = keras.backend.backend() == "tensorflow"
     if isinstance(data, dict):
         # Arrays are checked once, as a whole.
         (data,) = rules.check(data)
@@ -183,11 +179,15 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
             return Reader(data, None)
         shuffle = True if shuffle is None else shuffle
         data, rules = ArrayBatches(data, batch_size, shuffle), None
-    if hasattr(data, "as_dataset") and on_tensorflow:
-        data = data.as_dataset()
-    packages = {each.__module__.split(".")[0] for each in type(data).__mro__}
-    if hasattr(data, "as_dataset") and passes_once:
+    is_stream = hasattr(data, "stream") and data.stream is data
+    if is_stream and keras.backend.backend() == "tensorflow":
+        # Imported here: it needs packages that `import keras` does not.
+        from keras_cluster_mask.data.tensorflow import as_dataset
+
+        return _TensorFlowDataset(as_dataset(data), rules)
+    if is_stream and passes_once:
         return _Stream(data, rules)
+    packages = {each.__module__.split(".")[0] for each in type(data).__mro__}
     if "grain" in packages and hasattr(data, "map"):
         return _GrainDataset(data, rules)
     if hasattr(data, "element_spec"):
@@ -217,14 +217,15 @@ class Reader:
         spec: Dictionary with the shape and dtype of each entry of a batch; `None` if
             they are not known before a batch is read.
         stream: The endless stream that the data is from, or `None`.
-        starts_anywhere: Boolean. Whether a pass can start with any batch.
+        can_skip: Boolean. Whether other data can start with any batch.
     """
+
+    can_skip = False
 
     def __init__(self, data, rules):
         self.data, self.rules = data, rules
         self.spec = getattr(data, "element_spec", None)
         self.stream = stream_of(data)
-        self.starts_anywhere = self.stream is not None
         if self.spec is not None and rules is not None:
             rules.check_keys(self.spec)
             rules.check_type(self.spec["images"])
@@ -249,11 +250,12 @@ class _GrainDataset(Reader):
 
 
 class _TensorFlowDataset(Reader):
+    can_skip = True
+
     def __init__(self, data, rules):
         if not isinstance(data.element_spec, dict):
             data = data.map(lambda *batch: as_dictionary(batch))
         super().__init__(data, rules)
-        self.starts_anywhere = True
 
     def for_keras(self, skip=0):
         data = self.data.skip(skip) if skip else self.data
@@ -270,9 +272,9 @@ class _TensorFlowDataset(Reader):
         # Images that are not floats are checked by their type alone, since copies take
         # time.
         names = {*KEYS, "sample_weight", "padding_mask"} & batch.keys()
-        names = sorted(
-            names if batch["images"].dtype.is_floating else names - {"images"}
-        )
+        if not batch["images"].dtype.is_floating:
+            names.remove("images")
+        names = sorted(names)
         done = tf.numpy_function(check_arrays, [batch[name] for name in names], "bool")
         with tf.control_dependencies([done]):
             return {**batch, "token_ids": tf.identity(batch["token_ids"])}
@@ -401,9 +403,3 @@ class ArrayBatches:
                 rows = order[first * self._batch_size : (first + 1) * self._batch_size]
                 yield {name: array[rows] for name, array in self._arrays.items()}
             epoch, step = epoch + 1, 0
-
-    def as_dataset(self):
-        """Returns the batches as a `tf.data.Dataset`, which also starts at `start`."""
-        from keras_cluster_mask.data.tensorflow import as_dataset
-
-        return as_dataset(self)
