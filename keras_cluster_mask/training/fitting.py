@@ -87,16 +87,14 @@ def fit(
         "validation_batch_size": validation_batch_size or batch_size,
         "validation_freq": validation_freq,
     }
-    data, shuffle = _prepare_data(
-        model, x, batch_size, shuffle, steps_per_epoch, initial_epoch
-    )
+    data = _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
 
     # === The run ===
     run = _prepare_run(model, data, resume_from, callbacks, epochs, verbose)
 
     # === Training ===
     if run.epoch < epochs:
-        options = {"epochs": epochs, "verbose": verbose, "shuffle": shuffle}
+        options = {"epochs": epochs, "verbose": verbose}
         history = _train(model, keras_fit, run, callbacks, **options, **validation)
     else:
         history = keras.callbacks.History()
@@ -116,11 +114,7 @@ def fit(
 
 
 def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch):
-    """Checks training data.
-
-    Returns:
-        A tuple: the data as `TrainingData`, and whether Keras shuffles it.
-    """
+    """Checks training data, and returns it as `TrainingData`."""
     initial_epoch = check_integer("initial_epoch", initial_epoch, 0)
     steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
     rules = dataclasses.replace(model.input_rules, training=True)
@@ -131,10 +125,7 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
         check_micro_batches(data.batch_size, model.micro_batch_size)
     data.check_same_everywhere()
     _check_executions(model.steps_per_execution, data.steps_per_epoch)
-    if shuffle is None or isinstance(x, dict):
-        # Arrays are shuffled already. For other data Keras would warn of its default.
-        shuffle = isinstance(x, keras.utils.PyDataset)
-    return data, shuffle
+    return data
 
 
 def _prepare_run(model, data, resume_from, callbacks, epochs, verbose):
@@ -171,6 +162,7 @@ def _train(model, keras_fit, run, callbacks, **options):
                 x=x,
                 initial_epoch=run.epoch,
                 steps_per_epoch=steps,
+                shuffle=run.data.reader.shuffle,
                 **options,
             )
     except BaseException as error:

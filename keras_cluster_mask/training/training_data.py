@@ -1,4 +1,20 @@
-"""Data of any kind, as Keras reads it: checked, and in training from any step on."""
+"""Data of any kind, as Keras reads it: checked, and in training from any step on.
+
+`reader_of` is the only function that depends on the kind of data:
+
+| Data | Batch size known from | Starts at any step | Checked |
+| --- | --- | --- | --- |
+| arrays | the argument `batch_size` | yes | once, before training |
+| `image_text_dataset` | the dataset | yes | keys before training, each batch |
+| `tf.data.Dataset` | full batches | yes, by `skip` | keys before training, each batch |
+| grain dataset | - | no | each batch |
+| `PyDataset` | - | no | each batch |
+| `DataLoader` of torch | - | no | each batch |
+| generator | - | no | each batch |
+
+Values of images are checked until a batch shows that they are normalized. Other data
+than streams and `tf.data.Dataset`s starts at an epoch if each epoch is a pass over it.
+"""
 
 import contextlib
 import copy
@@ -168,7 +184,8 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         data: The user's data, from `as_dictionary`.
         rules: The `InputRules` for its batches.
         batch_size: Integer, the batch size of arrays in training.
-        shuffle: Boolean, whether to shuffle arrays in training. `None` shuffles.
+        shuffle: Boolean, whether to shuffle arrays in training, or the batches of a
+            `PyDataset`. `None` shuffles.
         passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
             starts worker processes once for a generator, and twice for a grain dataset.
     """
@@ -176,34 +193,36 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         # Arrays are checked once, as a whole.
         (data,) = rules.check(data)
         if not rules.training:
-            return Reader(data, None)
-        shuffle = True if shuffle is None else shuffle
-        data, rules = ArrayBatches(data, batch_size, shuffle), None
+            return Reader(data, None, False)
+        data = ArrayBatches(data, batch_size, True if shuffle is None else shuffle)
+        rules, shuffle = None, False
     is_stream = hasattr(data, "stream") and data.stream is data
     if is_stream and keras.backend.backend() == "tensorflow":
         # Imported here: it needs packages that `import keras` does not.
         from keras_cluster_mask.data.tensorflow import as_dataset
 
-        return _TensorFlowDataset(as_dataset(data), rules)
-    if is_stream and passes_once:
-        return _Stream(data, rules)
+        data, is_stream = as_dataset(data), False
     packages = {each.__module__.split(".")[0] for each in type(data).__mro__}
-    if "grain" in packages and hasattr(data, "map"):
-        return _GrainDataset(data, rules)
-    if hasattr(data, "element_spec"):
-        return _TensorFlowDataset(data, rules)
-    if isinstance(data, types.GeneratorType):
-        return _Generator(data, rules)
-    if isinstance(data, keras.utils.PyDataset):
-        return _PyDataset(data, rules)
-    if hasattr(data, "collate_fn"):
-        return _TorchLoader(data, rules)
-    raise ValueError(
-        "`x` and `validation_data` must be a dictionary of arrays, an "
-        "`image_text_dataset`, a `tf.data.Dataset`, a grain dataset, a `PyDataset`, a "
-        "`DataLoader` of torch, or a generator of batches. "
-        f"Received: data of type {type(data).__name__}"
-    )
+    if is_stream and passes_once:
+        kind = _Stream
+    elif "grain" in packages and hasattr(data, "map"):
+        kind = _GrainDataset
+    elif hasattr(data, "element_spec"):
+        kind = _TensorFlowDataset
+    elif isinstance(data, types.GeneratorType):
+        kind = _Generator
+    elif isinstance(data, keras.utils.PyDataset):
+        kind = _PyDataset
+    elif hasattr(data, "collate_fn"):
+        kind = _TorchLoader
+    else:
+        raise ValueError(
+            "`x` and `validation_data` must be a dictionary of arrays, an "
+            "`image_text_dataset`, a `tf.data.Dataset`, a grain dataset, a "
+            "`PyDataset`, a `DataLoader` of torch, or a generator of batches. "
+            f"Received: data of type {type(data).__name__}"
+        )
+    return kind(data, rules, shuffle)
 
 
 class Reader:
@@ -212,18 +231,23 @@ class Reader:
     Args:
         data: The data.
         rules: `InputRules`, or `None` for arrays, which have been checked.
+        shuffle: Boolean, or `None` for the default of the kind.
 
     Attributes:
         spec: Dictionary with the shape and dtype of each entry of a batch; `None` if
             they are not known before a batch is read.
         stream: The endless stream that the data is from, or `None`.
         can_skip: Boolean. Whether other data can start with any batch.
+        shuffle: Boolean. Whether Keras must shuffle the data. It warns if it cannot.
     """
 
     can_skip = False
+    shuffle = False
 
-    def __init__(self, data, rules):
+    def __init__(self, data, rules, shuffle):
         self.data, self.rules = data, rules
+        if shuffle is not None:
+            self.shuffle = shuffle
         self.spec = getattr(data, "element_spec", None)
         self.stream = stream_of(data)
         if self.spec is not None and rules is not None:
@@ -252,10 +276,10 @@ class _GrainDataset(Reader):
 class _TensorFlowDataset(Reader):
     can_skip = True
 
-    def __init__(self, data, rules):
+    def __init__(self, data, rules, shuffle):
         if not isinstance(data.element_spec, dict):
             data = data.map(lambda *batch: as_dictionary(batch))
-        super().__init__(data, rules)
+        super().__init__(data, rules, shuffle)
 
     def for_keras(self, skip=0):
         data = self.data.skip(skip) if skip else self.data
@@ -287,6 +311,8 @@ class _Generator(Reader):
 
 
 class _PyDataset(Reader):
+    shuffle = True
+
     def for_keras(self):
         return _CheckedBatches(self.data, self.rules.check)
 
