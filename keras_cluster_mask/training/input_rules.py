@@ -26,8 +26,8 @@ MARGIN = 3.0
 class InputRules:
     """Checks that a model can use the images, token ids and weights of batches.
 
-    Each rule stands here alone. A step checks only what a user can pass to the model
-    directly, and cannot see values.
+    Data is checked before it reaches a step. Calls of the model check only the form of
+    a batch, since a user may pass one directly.
 
     Attributes:
         keys: Tuple of str, the entries that a batch must have.

@@ -44,7 +44,7 @@ from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 
 class TrainingData:
-    """Training data that a resumed run reads from the step at which it was interrupted.
+    """Training data that can be read from any step on, as a resumed run does.
 
     Args:
         reader: The `Reader` of the data.
