@@ -384,22 +384,6 @@ def logged(rows, **options):
     return model, log
 
 
-def test_fit_trains_on_full_batches_alone():
-    model, log = logged(rows=4)
-    with pytest.warns(UserWarning, match="2 of 10 pairs"):
-        model.fit(numbered(10), batch_size=4, epochs=3, verbose=0)
-    seen = log.seen_tokens().reshape(3, 8)
-    assert {len({*epoch}) for epoch in seen} == {8}
-    assert np.any(seen[0] != seen[1])
-    assert int(model.optimizer.iterations) == 6
-
-
-def test_fit_on_less_than_a_batch_trains_on_what_there_is():
-    model, log = logged(rows=6)
-    model.fit(numbered(6), epochs=2, verbose=0)
-    assert [{*epoch} for epoch in log.seen_tokens()] == [{*range(6)}] * 2
-
-
 @pytest.mark.any_backend
 def test_a_micro_batch_that_does_not_divide_fails_before_the_first_step():
     model, _ = logged(rows=6, micro_batch_size=4)
