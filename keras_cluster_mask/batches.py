@@ -117,13 +117,19 @@ def _dictionary(batch):
             "A batch of `data` must have the key 'images'. "
             f"Received: keys={sorted(batch)}"
         )
+    check_equal_lengths(batch)
+    return batch
+
+
+def check_equal_lengths(batch: dict[str, Any]) -> None:
+    """Raises an error unless all entries of a batch have one row per image."""
     lengths = {name: _length(values) for name, values in batch.items()}
     if len({*lengths.values()}) > 1:
         raise ValueError(
-            "The entries of a batch of `data` must have equal lengths. Received: "
+            "All entries of a batch, and all arrays, must have equal lengths. "
+            "Received: "
             + ", ".join(f"{name} of {length}" for name, length in lengths.items())
         )
-    return batch
 
 
 def _length(values):

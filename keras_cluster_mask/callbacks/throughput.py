@@ -5,6 +5,7 @@ from typing import Any
 
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.models.encoders import tokens_per_image
+from keras_cluster_mask.training.input_rules import KEYS
 from keras_cluster_mask.training.training_run import RunCallback
 
 
@@ -54,16 +55,16 @@ class Throughput(RunCallback):
         # Not in `__init__`, since callbacks may be copied, and locks cannot be.
         self._lock = threading.Lock()
         # Once: on JAX, each access to `model` copies the weights back to the model.
-        model = self.model
-        self._size = self.run.step_size
+        model, data = self.model, self.run.data
+        self._batch_size = data.batch_size
         self._tokens = None
-        if self._size is not None and None not in (
-            *self._size.image_shape,
-            self._size.text_length,
-        ):
-            tokens = tokens_per_image(model.image_encoder, self._size.image_shape)
+        if self._batch_size is None:
+            return
+        images, ids = (tuple(data.spec[key].shape[1:]) for key in KEYS)
+        if None not in (*images, *ids):
+            tokens = tokens_per_image(model.image_encoder, images)
             if tokens is not None:
-                self._tokens = model.views * tokens + self._size.text_length
+                self._tokens = model.views * tokens + ids[0]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         # Pairs of a time and the number of steps done by then.
@@ -90,12 +91,12 @@ class Throughput(RunCallback):
         logs.update(self._rates(self._first, self._last[-1]))
 
     def _rates(self, start, end):
-        if self._size is None:
+        if self._batch_size is None:
             return {}
         if start == end:
             # An epoch of one step: use its whole time.
             start = self._before
-        samples = (end[1] - start[1]) * self._size.batch_size
+        samples = (end[1] - start[1]) * self._batch_size
         rate = samples / max(end[0] - start[0], 1e-9)
         rates = {"samples_per_second": rate}
         if self._tokens is not None:

@@ -11,17 +11,19 @@ from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.masking.context import part_of_batch
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.tower import Tower
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training import layers, micro_batches
-from keras_cluster_mask.training.input_rules import LONELY
-from keras_cluster_mask.training.inputs import (
-    check_input,
-    check_no_labels,
-    sample_weights,
+from keras_cluster_mask.training.input_rules import (
+    KEYS,
+    LONELY,
+    NO_LABELS,
+    as_weights,
+    check_unused,
 )
 from keras_cluster_mask.types import Tensor
 
@@ -236,17 +238,22 @@ class ContrastiveModel(ContrastiveTrainer):
     def call(
         self, inputs: Mapping[str, Tensor], training: bool | None = None
     ) -> dict[str, Tensor]:
-        check_input(inputs)
-        if not training:
-            return self.embed(inputs, training)
-        if not self.micro_batch_size:
-            with micro_batches.rows_of_replica(inputs):
+        # `fit`, `evaluate` and `predict` check their data before the model sees it.
+        is_batch = isinstance(inputs, dict) and inputs.keys() >= {*KEYS}
+        if not is_batch or "sample_weights" in inputs:
+            self.input_rules.check_keys(inputs)
+        if training and self.micro_batch_size:
+            embeddings, extra_losses = micro_batches.embed_in_micro_batches(
+                self, inputs, self.micro_batch_size
+            )
+            self.add_loss(extra_losses)
+            return embeddings
+        if training and replicas.num_replicas() > 1:
+            # A replica's rows get the same masks as in the global batch.
+            rows = inputs["token_ids"].shape[0] * replicas.num_replicas()
+            with part_of_batch(rows, replicas.local_rows):
                 return self.embed(inputs, training)
-        embeddings, extra_losses = micro_batches.embed_in_micro_batches(
-            self, inputs, self.micro_batch_size
-        )
-        self.add_loss(extra_losses)
-        return embeddings
+        return self.embed(inputs, training)
 
     def compute_loss(
         self,
@@ -274,11 +281,16 @@ class ContrastiveModel(ContrastiveTrainer):
         Returns:
             A scalar, the mean over the pairs.
         """
-        check_no_labels(y=y)
+        if y is not None:
+            check_unused(NO_LABELS, y=y)
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
             raise ValueError(f"{LONELY} Received: a batch of 1")
-        sample_weight = sample_weights(x, sample_weight)
+        if sample_weight is None:
+            # Keras passes its own argument only for a single batch.
+            sample_weight = x.get("sample_weight")
+        if sample_weight is not None:
+            sample_weight = as_weights(sample_weight)
         if self.duplicates == "positive":
             labels = caption_labels(x["token_ids"])
         else:

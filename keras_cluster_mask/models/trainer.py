@@ -13,13 +13,9 @@ from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.training import layers, optimizers
 from keras_cluster_mask.training.fitting import fit
-from keras_cluster_mask.training.inputs import (
-    as_dictionary,
-    check_no_losses,
-    evaluation_data,
-    until_the_end,
-)
+from keras_cluster_mask.training.input_rules import check_unused
 from keras_cluster_mask.training.step_metrics import FiniteSteps, GradientNorm
+from keras_cluster_mask.training.training_data import evaluation_data, until_the_end
 from keras_cluster_mask.types import Tensor
 
 
@@ -138,7 +134,12 @@ class ContrastiveTrainer(DualEncoder):
             ValueError: If a loss or metrics are passed, or if the optimizer has already
                 been built to decay vectors.
         """
-        check_no_losses(kwargs)
+        built_in = ("loss", "loss_weights", "metrics", "weighted_metrics")
+        check_unused(
+            "the loss is the argument `loss` of the model, and the metrics are built "
+            "in.",
+            **{name: kwargs.get(name) for name in built_in},
+        )
         optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
@@ -231,7 +232,7 @@ class ContrastiveTrainer(DualEncoder):
         steps: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        x = evaluation_data(self, as_dictionary(x, y, sample_weight), steps)
+        x = evaluation_data(self, x, y, sample_weight, steps)
         with until_the_end(), keeping_weights(self), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
 
@@ -243,7 +244,7 @@ class ContrastiveTrainer(DualEncoder):
         steps: int | None = None,
         **kwargs: Any,
     ) -> dict[str, np.ndarray]:
-        x = evaluation_data(self, as_dictionary(x), steps)
+        x = evaluation_data(self, x, steps=steps)
         with until_the_end(), keeping_weights(self):
             return super().predict(x, batch_size, verbose, steps, **kwargs)
 

@@ -1,6 +1,7 @@
 """Trains a `ContrastiveModel`: checks data, resumes, and calls Keras's own `fit`."""
 
 import contextlib
+import dataclasses
 import os
 import types
 import warnings
@@ -8,24 +9,24 @@ import warnings
 import keras
 from keras import ops
 
-from keras_cluster_mask.batches import stream_of
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
-from keras_cluster_mask.training import inputs
-from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.checkpoints import (
     finish_writing_everywhere,
     read_resumable,
     writing_error,
 )
+from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
 from keras_cluster_mask.training.tokens import remembered_tokenizer
 from keras_cluster_mask.training.training_data import (
     TrainingData,
-    check_same_everywhere,
+    evaluation_data,
+    reader_of,
+    until_the_end,
 )
 from keras_cluster_mask.training.training_run import ProgressBar, TrainingRun
 
@@ -74,24 +75,19 @@ def fit(
     verbose = verbose if is_main_process() else 0
 
     # === The data ===
-    x = inputs.as_dictionary(x, y, sample_weight, class_weight)
+    x = as_dictionary(x, y, sample_weight, class_weight)
     if isinstance(x, dict) and validation_split:
         # Keras splits arrays alone, and gets batches.
         x, validation_data = _split(x, validation_split, validation_data)
         validation_split = 0.0
-    data, shuffle = _prepare_data(
-        model, x, batch_size, shuffle, steps_per_epoch, initial_epoch
-    )
+    data = _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
 
     # === The run ===
-    run = TrainingRun(model, data, inputs.StepSize.of(data.data), callbacks)
+    run = TrainingRun(model, data, callbacks)
     with remembered_tokenizer(model, x, run):
         validation = {
-            "validation_data": inputs.evaluation_data(
-                model,
-                inputs.as_dictionary(validation_data),
-                validation_steps,
-                passes_once=False,
+            "validation_data": evaluation_data(
+                model, validation_data, steps=validation_steps, passes_once=False
             ),
             "validation_split": validation_split,
             "validation_steps": validation_steps,
@@ -102,7 +98,7 @@ def fit(
 
         # === Training ===
         if run.epoch < epochs:
-            options = {"epochs": epochs, "verbose": verbose, "shuffle": shuffle}
+            options = {"epochs": epochs, "verbose": verbose}
             history = _train(model, keras_fit, run, **options, **validation)
         else:
             history = keras.callbacks.History()
@@ -121,35 +117,22 @@ def fit(
 
 
 def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch):
-    """Checks training data.
-
-    Returns:
-        A tuple: the data as `TrainingData`, and whether Keras shuffles it.
-    """
+    """Checks training data, and returns it as `TrainingData`."""
     initial_epoch = check_integer("initial_epoch", initial_epoch, 0)
     steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
-    inputs.check_keys(x)
-    pairs = None
-    if isinstance(x, dict):
-        model.input_rules.check(x)
-        x = ArrayBatches(x, batch_size, True if shuffle is None else shuffle)
-        pairs, shuffle = x.pairs, None
-    if shuffle is None:
-        # Datasets have their own order, and Keras warns of its default.
-        shuffle = not hasattr(x, "element_spec")
-    check_batch_size(model, inputs.rows_of(x), pairs)
-    stream = stream_of(x)
-    if stream is not None:
-        check_same_everywhere(stream.description)
-        steps_per_epoch = steps_per_epoch or stream.steps_per_epoch
-    _check_executions(model.steps_per_execution, steps_per_epoch)
-    return TrainingData(x, steps_per_epoch, initial_epoch), shuffle
+    rules = dataclasses.replace(model.input_rules, training=True)
+    reader = reader_of(x, rules, batch_size, shuffle)
+    data = TrainingData(reader, steps_per_epoch, initial_epoch)
+    check_batch_size(model, data.rows, data.description.get("data.pairs"))
+    if data.batch_size and model.micro_batch_size:
+        check_micro_batches(data.batch_size, model.micro_batch_size)
+    data.check_same_everywhere()
+    _check_executions(model.steps_per_execution, data.steps_per_epoch)
+    return data
 
 
 def _resume(run, model, resume_from, verbose):
     """Resumes a run from a checkpoint, if there is one."""
-    if run.step_size is not None:
-        check_micro_batches(run.step_size.batch_size, model.micro_batch_size)
     if resume_from is None:
         return
     found = read_resumable(resume_from)
@@ -166,23 +149,19 @@ def _train(model, keras_fit, run, **options):
     """Calls Keras's `fit` from where a run is to the end, and returns its history."""
     if model.compiled:
         _warn_of_rate_zero(model.optimizer)
-    x = run.data.from_epoch(run.epoch)
-    if isinstance(x, ArrayBatches):
-        # They have been checked whole.
-        x = inputs.stream_for_keras(x)
-    else:
-        x = inputs.check_data(x, model.input_rules, training=True)
+    x = run.data.from_step(run.data.steps_before(run.epoch))
     options["callbacks"] = [run, *run.callbacks]
     bars = [isinstance(each, keras.callbacks.ProgbarLogger) for each in run.callbacks]
     if options["verbose"] and not any(bars):
         options["callbacks"].append(ProgressBar())
     steps, no_end = run.data.steps_per_epoch, contextlib.nullcontext()
     try:
-        with run.followed(), inputs.until_the_end() if steps is None else no_end:
+        with run.followed(), until_the_end() if steps is None else no_end:
             history = keras_fit(
                 x=x,
                 initial_epoch=run.epoch,
                 steps_per_epoch=steps,
+                shuffle=run.data.reader.shuffle,
                 **options,
             )
     except BaseException as error:

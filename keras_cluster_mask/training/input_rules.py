@@ -2,23 +2,32 @@
 
 import dataclasses
 
+import keras
 import numpy as np
+from keras import ops
 
-from keras_cluster_mask.batches import as_array
+from keras_cluster_mask.batches import as_array, check_equal_lengths
 
 KEYS = ("images", "token_ids")
 LONELY = (
     "A batch must hold at least two pairs, because a contrastive loss compares the "
     "pairs of a batch: use a larger `batch_size`."
 )
+NO_LABELS = (
+    "a contrastive loss needs no labels. To weight pairs, put 'sample_weight' into the "
+    "batches."
+)
 # Non-negative float images above this multiple of the brightest normalized pixel count
 # as unnormalized. Resizing after normalization may exceed that pixel slightly.
 MARGIN = 3.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class InputRules:
-    """Checks that a model can use the images, token ids and weights of a batch.
+    """Checks that a model can use the images, token ids and weights of batches.
+
+    Data is checked before it reaches a step. Calls of the model check only the form of
+    a batch, since a user may pass one directly.
 
     Attributes:
         keys: Tuple of str, the entries that a batch must have.
@@ -29,6 +38,9 @@ class InputRules:
             no `"padding_mask"`.
         pixel_range: Two floats, the values of a black and a white pixel after
             normalization; `None` for a model that takes images as they are.
+        training: Boolean. Whether the batches are for training.
+        is_normalized: Boolean. Whether an earlier batch showed that images are
+            normalized.
     """
 
     keys: tuple[str, ...] = KEYS
@@ -37,38 +49,73 @@ class InputRules:
     end_token_id: int | None = None
     zeros_are_padding: bool = False
     pixel_range: tuple[float, float] | None = None
+    training: bool = False
+    is_normalized: bool = False
 
-    def check(self, batch, training=False, looks_at_images=True) -> bool:
-        """Raises an error if the model cannot use a batch.
+    def check(self, batch) -> tuple:
+        """Checks a batch, and returns it in the form that Keras takes from any data.
+
+        Args:
+            batch: See `as_dictionary`.
+
+        Returns:
+            A tuple of one dictionary, without strings, such as keys and captions, since
+            models do not take them.
+        """
+        batch = as_dictionary(batch)
+        self.check_keys(batch)
+        batch = without_strings(batch)
+        self.check_values(batch)
+        return (batch,)
+
+    def check_keys(self, batch):
+        """Raises an error if a batch does not have the entries that it must have.
+
+        Args:
+            batch: Dictionary, from the names of the entries to anything.
+        """
+        if not isinstance(batch, dict):
+            raise ValueError(
+                "`inputs`, and each batch of data, must be a dictionary with the keys "
+                f"{' and '.join(map(repr, self.keys))}. "
+                f"Received: one of type {type(batch).__name__}"
+            )
+        missing = [key for key in self.keys if key not in batch]
+        if missing:
+            raise ValueError(
+                f"A batch must have the keys {' and '.join(map(repr, self.keys))}; "
+                f"missing: {missing}. Received: keys={sorted(batch)}"
+            )
+        if "sample_weights" in batch:
+            raise ValueError(
+                "The weights of pairs must be in the batch as 'sample_weight'. "
+                f"Received: keys={sorted(batch)}"
+            )
+
+    def check_values(self, batch):
+        """Raises an error if the model cannot use the values of a batch.
 
         Args:
             batch: Dictionary of arrays. Images may be missing if they are uint8.
-            training: Boolean. Whether the batch is for training.
-            looks_at_images: Boolean. Whether to check the values of images.
-
-        Returns:
-            Whether the values of images show that they are normalized.
         """
-        lengths = {
-            name: len(values)
-            for name, values in batch.items()
-            if name != "sample_weight" and getattr(values, "shape", None) != ()
-        }
-        if len({*lengths.values()}) > 1:
-            raise ValueError(
-                "All entries of a batch, and all arrays, must have equal lengths. "
-                "Received: "
-                + ", ".join(f"{name} of {length}" for name, length in lengths.items())
-            )
+        # Weights have a rule of their own, and scalars belong to no pair.
+        check_equal_lengths(
+            {
+                name: values
+                for name, values in batch.items()
+                if name != "sample_weight" and getattr(values, "shape", None) != ()
+            }
+        )
         self.check_ids(batch["token_ids"], has_mask="padding_mask" in batch)
         rows = len(batch["token_ids"])
         if "sample_weight" in batch:
             check_weights(batch["sample_weight"], rows)
-        if training and rows < 2:
+        if self.training and rows < 2:
             raise ValueError(f"{LONELY} Received: a batch of {rows}")
-        if "images" not in batch or not looks_at_images:
-            return False
-        return self.check_images(batch["images"])
+        # A batch of bright normalized images may look like pixels. Once a batch shows
+        # that the images are normalized, those of later batches are not checked.
+        if "images" in batch and not self.is_normalized:
+            self.is_normalized = self.check_images(batch["images"])
 
     def check_ids(self, ids, has_mask=False):
         """Raises an error if a text encoder cannot take the token ids.
@@ -172,3 +219,69 @@ def check_weights(weights, pairs: int):
             f"`sample_weight` must hold {pairs} finite numbers of at least 0, one a "
             f"pair. Received: sample_weight={weights}"
         )
+
+
+def as_weights(weights):
+    """Returns the sample weights of a step as `(batch,)` float32."""
+    if len(weights.shape) != 1:
+        raise ValueError(
+            "`sample_weight` must have shape (batch,). "
+            f"Received: sample_weight.shape={tuple(weights.shape)}"
+        )
+    return ops.cast(weights, "float32")
+
+
+def check_unused(reason, **arguments):
+    """Raises an error for arguments that would have no effect."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be None: {reason} "
+                f"Received: {name} of type {type(value).__name__}"
+            )
+
+
+def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
+    """Merges arrays, or a batch, and their sample weights into one dictionary.
+
+    Args:
+        x: Data, or a tuple of data and the labels and sample weights after it, as in
+            Keras. Data other than arrays is returned as it is.
+        y: Must be `None`.
+        sample_weight: `(pairs,)` floats, for arrays only.
+        class_weight: Must be `None`.
+    """
+    if isinstance(x, tuple | list) and x and isinstance(x[0], dict):
+        x, own_y, own_weight, *_ = [*x, None, None]
+        y = own_y if y is None else y
+        sample_weight = own_weight if sample_weight is None else sample_weight
+    check_unused(NO_LABELS, y=y, class_weight=class_weight)
+    if sample_weight is not None:
+        if not isinstance(x, dict) or "sample_weight" in x:
+            raise ValueError(
+                "`sample_weight` is for arrays; other data holds the weights of its "
+                "rows in its batches, under the key 'sample_weight'. Received: "
+                f"sample_weight of type {type(sample_weight).__name__}, data of type "
+                f"{type(x).__name__}"
+            )
+        x = {**x, "sample_weight": sample_weight}
+    if not isinstance(x, dict):
+        return x
+    return {
+        name: np.asarray(v) if isinstance(v, list) and not _holds_strings(v) else v
+        for name, v in x.items()
+        if v is not None
+    }
+
+
+def without_strings(batch):
+    """Returns a batch without the entries that no model takes."""
+    return {name: v for name, v in batch.items() if not _holds_strings(v)}
+
+
+def _holds_strings(values):
+    if isinstance(values, list):
+        return any(isinstance(x, str | bytes) for x in keras.tree.flatten(values))
+    dtype = getattr(values, "dtype", None)
+    # TensorFlow's dtype has no `kind`, but equals its name.
+    return dtype == "string" or getattr(dtype, "kind", None) in ("S", "U", "O")

@@ -1,7 +1,5 @@
 """Embeds a batch in micro-batches, with the same result as embedding it at once."""
 
-import contextlib
-
 import keras
 from keras import ops
 
@@ -86,18 +84,6 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
     return embeddings, [ops.mean(values) for values in extra_losses]
 
 
-@contextlib.contextmanager
-def rows_of_replica(inputs):
-    """A context in which a replica's rows get the same masks as in the global batch."""
-    replicas = num_replicas()
-    if replicas == 1:
-        yield
-        return
-    rows = inputs["token_ids"].shape[0]
-    with part_of_batch(rows * replicas, local_rows):
-        yield
-
-
 def _seeds(model):
     """Returns the states of all seed generators except those of maskings."""
     excluded = {id(v) for v in model.weights}
@@ -114,20 +100,16 @@ def _num_chunks(rows, replicas, micro_batch_size):
             f"micro_batch_size={micro_batch_size}"
         )
     batch_size = rows * replicas
-    check_micro_batches(batch_size, micro_batch_size)
-    if micro_batch_size % replicas:
-        raise ValueError(
-            "`micro_batch_size` counts pairs on all replicas together, whose number "
-            f"must divide it. Received: micro_batch_size={micro_batch_size}, "
-            f"{replicas} replicas"
-        )
+    check_micro_batches(batch_size, micro_batch_size, replicas)
     return batch_size // micro_batch_size
 
 
-def check_micro_batches(batch_size: int, micro_batch_size: int | None):
-    """Raises an error if the micro-batch size does not divide the batch size."""
-    if micro_batch_size is not None and batch_size % micro_batch_size:
+def check_micro_batches(batch_size: int, micro_batch_size: int, replicas: int = 1):
+    """Raises an error if the replicas cannot share micro-batches of this size."""
+    if batch_size % micro_batch_size or micro_batch_size % replicas:
         raise ValueError(
-            "`micro_batch_size` must divide the batch size. Received: "
-            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}"
+            "`micro_batch_size` must divide the batch size, and be divisible by the "
+            "number of replicas, since it counts their pairs together. Received: "
+            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}, "
+            f"{replicas} replicas"
         )

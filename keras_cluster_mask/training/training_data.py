@@ -1,62 +1,95 @@
-"""Training data that can be read from the start of any epoch."""
+"""Data of any kind, as Keras reads it: checked, and in training from any step on.
 
-import hashlib
+`reader_of` is the only function that depends on the kind of data:
+
+| Data | Batch size known from | Starts at any step | Checked |
+| --- | --- | --- | --- |
+| arrays | the argument `batch_size` | yes | once, before training |
+| `image_text_dataset` | the dataset | yes | keys before training, each batch |
+| `tf.data.Dataset` | full batches | yes, by `skip` | keys before training, each batch |
+| grain dataset | - | no | each batch |
+| `PyDataset` | - | no | each batch |
+| `DataLoader` of torch | - | no | each batch |
+| generator | - | no | each batch |
+
+Values of images are checked until a batch shows that they are normalized. Other data
+than streams and `tf.data.Dataset`s starts at an epoch if each epoch is a pass over it.
+"""
+
+import contextlib
+import copy
+import functools
 import json
+import types
+import warnings
+import zlib
 
-from keras_cluster_mask.batches import stream_of
-from keras_cluster_mask.distribution.processes import all_gather_object
+import keras
+import numpy as np
 
+from keras_cluster_mask.batches import as_array, stream_of
+from keras_cluster_mask.distribution.processes import (
+    all_gather_object,
+    process_index_and_count,
+)
+from keras_cluster_mask.training.input_rules import (
+    KEYS,
+    LONELY,
+    as_dictionary,
+    without_strings,
+)
+from keras_cluster_mask.training.tokens import check_tokenizer_of
 
-def check_same_everywhere(description):
-    """Raises an error unless all processes read the same data in the same order."""
-    content = json.dumps(description, sort_keys=True).encode()
-    number = int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "big")
-    if len({*all_gather_object(number >> 1)}) > 1:
-        raise ValueError(
-            "`x` must be the same data, in the same order, in all processes: check "
-            "that all see the same shards, and pass the same `seed`. Received here: "
-            f"{description}"
-        )
+# === The data of `fit`, `evaluate` and `predict` ===
 
 
 class TrainingData:
-    """Training data that a resumed run reads from the start of an epoch.
-
-    A stream, from arrays or `image_text_dataset`, can start with any batch. For other
-    data, each epoch is a pass over it; with `steps_per_epoch`, a `tf.data.Dataset`
-    skips the batches of earlier epochs.
+    """Training data that can be read from any step on, as a resumed run does.
 
     Args:
-        data: The data passed to `fit`, with arrays as `ArrayBatches`.
+        reader: The `Reader` of the data.
         steps_per_epoch: Integer, for data that continues across epochs, or `None`.
+            Defaults to that of a stream. If it is `None`, each epoch is a pass.
         first_epoch: Integer, the first epoch to train.
 
     Attributes:
         origin: A tuple of integers: an epoch; the number of batches before its first
             step, since a stream continues where the last `fit` on it ended; and, for
             arrays, the seed of their order.
+        spec: See `Reader`.
     """
 
-    def __init__(self, data, steps_per_epoch, first_epoch=0):
-        self.data = data
-        self.steps_per_epoch = steps_per_epoch
-        self.stream = stream_of(data)
-        self._origin = first_epoch, 0 if self.stream is None else self.stream.start
-
-    @property
-    def first_epoch(self) -> int:
-        return self._origin[0]
+    def __init__(self, reader, steps_per_epoch=None, first_epoch=0):
+        self.reader = reader
+        self.spec = reader.spec
+        self.stream = reader.stream
+        default = getattr(self.stream, "steps_per_epoch", None)
+        self.steps_per_epoch = steps_per_epoch or default
+        self.first_epoch = first_epoch
+        self._first_batch = getattr(self.stream, "start", 0)
 
     @property
     def origin(self) -> tuple[int, ...]:
         seed = getattr(self.stream, "shuffle_seed", None)
-        return self._origin if seed is None else (*self._origin, seed)
+        origin = self.first_epoch, self._first_batch
+        return origin if seed is None else (*origin, seed)
 
     @origin.setter
     def origin(self, origin):
-        self._origin = tuple(origin[:2])
-        if len(origin) > 2:
-            self.stream.shuffle_seed = origin[2]
+        self.first_epoch, self._first_batch, *seed = origin
+        if seed:
+            (self.stream.shuffle_seed,) = seed
+
+    @property
+    def rows(self) -> int | None:
+        """The number of pairs that this process reads per step, or `None`."""
+        return None if self.spec is None else self.spec["token_ids"].shape[0]
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of pairs per step on all devices, or `None` if it is unknown."""
+        _, processes = process_index_and_count(training=True)
+        return None if self.rows is None else self.rows * processes
 
     @property
     def description(self) -> dict:
@@ -66,37 +99,333 @@ class TrainingData:
             "data.steps_per_epoch": self.steps_per_epoch,
         }
 
-    @property
-    def has_known_order(self) -> bool:
-        """True if the data defines the order of samples, not a loader that draws it."""
-        return hasattr(self.data, "element_spec")
+    def check_same_everywhere(self):
+        """Raises an error unless all processes read the same stream."""
+        if self.stream is None:
+            return
+        content = json.dumps(self.stream.description, sort_keys=True).encode()
+        # 31 bits, since JAX's integers have no more.
+        if len({*all_gather_object(zlib.crc32(content) >> 1)}) > 1:
+            raise ValueError(
+                "`x` must be the same data, in the same order, in all processes: check "
+                "that all see the same shards, and pass the same `seed`. Received "
+                f"here: {self.stream.description}"
+            )
 
     def check_resumable(self):
         """Raises an error if the data cannot be read from the start of an epoch."""
-        if self.stream is not None or hasattr(self.data, "skip"):
-            return
-        if self.steps_per_epoch is not None:
+        can_start = self.stream is not None or self.reader.can_skip
+        if self.steps_per_epoch is not None and not can_start:
             raise ValueError(
                 "`steps_per_epoch` needs data that can be read from the end of an "
                 "epoch on: an `image_text_dataset` or another `tf.data.Dataset`. "
                 f"Received: steps_per_epoch={self.steps_per_epoch}, data of type "
-                f"{type(self.data).__name__}"
+                f"{type(self.reader.data).__name__}"
             )
 
-    def seek(self, epoch):
-        """Makes the next pass over a stream start at an epoch."""
-        if self.stream is not None:
-            self.stream.start = self._batches_before(epoch)
+    def steps_before(self, epoch) -> int:
+        """Returns the first step of an epoch, for `seek` and `from_step`."""
+        return (epoch - self.first_epoch) * (self.steps_per_epoch or 0)
 
-    def from_epoch(self, epoch):
-        """Returns the data from the start of an epoch."""
+    def seek(self, step):
+        """Makes the next pass over a stream start at a step."""
         if self.stream is not None:
-            self.seek(epoch)
-        elif self.steps_per_epoch is not None and epoch > self.first_epoch:
+            self.stream.start = self._first_batch + step
+
+    def from_step(self, step):
+        """Returns the data for Keras, from a step of the first epoch, or later, on."""
+        self.seek(step)
+        if step and self.stream is None:
             self.check_resumable()
-            return self.data.skip(self._batches_before(epoch))
+            return self.reader.for_keras(skip=step)
+        return self.reader.for_keras()
+
+
+def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_once=True):
+    """Returns data for evaluation or prediction, for Keras.
+
+    Args:
+        model: A `ContrastiveModel`.
+        x: The user's data, or `None`.
+        y: Must be `None`.
+        sample_weight: `(pairs,)` floats, for arrays only.
+        steps: Integer, the number of batches to read, or `None` for all.
+        passes_once: See `reader_of`.
+    """
+    data = as_dictionary(x, y, sample_weight)
+    if data is None:
+        return None
+    if steps is None and stream_of(data) is not None:
+        raise ValueError(
+            "Data that is evaluated or predicted must end: pass `training=False` to "
+            "`image_text_dataset`, or `steps`. "
+            f"Received: an endless {type(data).__name__}"
+        )
+    check_tokenizer_of(model, data)
+    rules = model.input_rules
+    return reader_of(data, rules, passes_once=passes_once).for_keras()
+
+
+@contextlib.contextmanager
+def until_the_end():
+    """Suppresses Keras's warning at the end of data of unknown length."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Your input ran out of data", UserWarning)
+        yield
+
+
+# === The kinds of data ===
+
+
+def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
+    """Returns the `Reader` of data; nothing else depends on the kind of data.
+
+    Args:
+        data: The user's data, from `as_dictionary`.
+        rules: The `InputRules` for its batches.
+        batch_size: Integer, the batch size of arrays in training.
+        shuffle: Boolean, whether to shuffle arrays in training, or the batches of a
+            `PyDataset`. `None` shuffles.
+        passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
+            starts worker processes once for a generator, and twice for a grain dataset.
+    """
+    if isinstance(data, dict):
+        # Arrays are checked once, as a whole.
+        (data,) = rules.check(data)
+        if not rules.training:
+            return Reader(data, None, False)
+        data = ArrayBatches(data, batch_size, True if shuffle is None else shuffle)
+        rules, shuffle = None, False
+    is_stream = hasattr(data, "stream") and data.stream is data
+    if is_stream and keras.backend.backend() == "tensorflow":
+        # Imported here: it needs packages that `import keras` does not.
+        from keras_cluster_mask.data.tensorflow import as_dataset
+
+        data, is_stream = as_dataset(data), False
+    packages = {each.__module__.split(".")[0] for each in type(data).__mro__}
+    if is_stream and passes_once:
+        kind = _Stream
+    elif "grain" in packages and hasattr(data, "map"):
+        kind = _GrainDataset
+    elif hasattr(data, "element_spec"):
+        kind = _TensorFlowDataset
+    elif isinstance(data, types.GeneratorType):
+        kind = _Generator
+    elif isinstance(data, keras.utils.PyDataset):
+        kind = _PyDataset
+    elif hasattr(data, "collate_fn"):
+        kind = _TorchLoader
+    else:
+        raise ValueError(
+            "`x` and `validation_data` must be a dictionary of arrays, an "
+            "`image_text_dataset`, a `tf.data.Dataset`, a grain dataset, a "
+            "`PyDataset`, a `DataLoader` of torch, or a generator of batches. "
+            f"Received: data of type {type(data).__name__}"
+        )
+    return kind(data, rules, shuffle)
+
+
+class Reader:
+    """Data of one kind. `for_keras` returns it with a check of each batch added.
+
+    Args:
+        data: The data.
+        rules: `InputRules`, or `None` for arrays, which have been checked.
+        shuffle: Boolean, or `None` for the default of the kind.
+
+    Attributes:
+        spec: Dictionary with the shape and dtype of each entry of a batch; `None` if
+            they are not known before a batch is read.
+        stream: The endless stream that the data is from, or `None`.
+        can_skip: Boolean. Whether other data can start with any batch.
+        shuffle: Boolean. Whether Keras must shuffle the data. It warns if it cannot.
+    """
+
+    can_skip = False
+    shuffle = False
+
+    def __init__(self, data, rules, shuffle):
+        self.data, self.rules = data, rules
+        if shuffle is not None:
+            self.shuffle = shuffle
+        self.spec = getattr(data, "element_spec", None)
+        self.stream = stream_of(data)
+        if self.spec is not None and rules is not None:
+            rules.check_keys(self.spec)
+            rules.check_type(self.spec["images"])
+
+    def for_keras(self):
+        # Arrays for evaluation, which Keras makes batches of.
         return self.data
 
-    def _batches_before(self, epoch):
-        first_epoch, before = self._origin
-        return before + (epoch - first_epoch) * self.steps_per_epoch
+
+class _Stream(Reader):
+    """An `ImageTextDataset`, or `ArrayBatches`, for a single pass."""
+
+    def for_keras(self):
+        with contextlib.closing(iter(self.data)) as batches:
+            for batch in batches:
+                yield (batch,) if self.rules is None else self.rules.check(batch)
+
+
+class _GrainDataset(Reader):
+    def for_keras(self):
+        return self.data.map(self.rules.check)
+
+
+class _TensorFlowDataset(Reader):
+    can_skip = True
+
+    def __init__(self, data, rules, shuffle):
+        if not isinstance(data.element_spec, dict):
+            data = data.map(lambda *batch: as_dictionary(batch))
+        super().__init__(data, rules, shuffle)
+
+    def for_keras(self, skip=0):
+        data = self.data.skip(skip) if skip else self.data
+        return data if self.rules is None else data.map(self._checked)
+
+    def _checked(self, batch):
+        import tensorflow as tf
+
+        def check_arrays(*arrays):
+            self.rules.check_values(dict(zip(names, arrays)))
+            return np.False_
+
+        batch = without_strings(batch)
+        # Images that are not floats are checked by their type alone, since copies take
+        # time.
+        names = {*KEYS, "sample_weight", "padding_mask"} & batch.keys()
+        if not batch["images"].dtype.is_floating:
+            names.remove("images")
+        names = sorted(names)
+        done = tf.numpy_function(check_arrays, [batch[name] for name in names], "bool")
+        with tf.control_dependencies([done]):
+            return {**batch, "token_ids": tf.identity(batch["token_ids"])}
+
+
+class _Generator(Reader):
+    def for_keras(self):
+        # Keras reads only generators, and no other iterators.
+        return (self.rules.check(batch) for batch in self.data)
+
+
+class _PyDataset(Reader):
+    shuffle = True
+
+    def for_keras(self):
+        return _CheckedBatches(self.data, self.rules.check)
+
+
+class _CheckedBatches(keras.utils.PyDataset):
+    def __init__(self, data, check):
+        super().__init__(
+            workers=data.workers,
+            use_multiprocessing=data.use_multiprocessing,
+            max_queue_size=data.max_queue_size,
+        )
+        self.data, self.check = data, check
+
+    @property
+    def num_batches(self):
+        return self.data.num_batches
+
+    def __getitem__(self, index):
+        return self.check(self.data[index])
+
+    def on_epoch_begin(self):
+        self.data.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self.data.on_epoch_end()
+
+
+class _TorchLoader(Reader):
+    def for_keras(self):
+        # The copy leaves the user's own unchanged.
+        loader = copy.copy(self.data)
+        loader.collate_fn = functools.partial(_collate, self.rules, loader.collate_fn)
+        return loader
+
+
+def _collate(rules, collate, samples):
+    return rules.check(collate(samples))
+
+
+class ArrayBatches:
+    """Full batches from arrays, as an endless stream of epochs.
+
+    Keras also trains on the last partial batch, although the loss depends on the batch
+    size, and draws an order that a resumed run cannot repeat. Here the order of an
+    epoch depends only on a seed. The last partial batch is dropped after the shuffle,
+    so each epoch leaves out different pairs.
+
+    Args:
+        arrays: Dictionary of arrays with one row per pair.
+        batch_size: Integer. If there are fewer pairs, they form one batch.
+        shuffle: Boolean.
+
+    Attributes:
+        start: Integer, the batch at which a pass starts.
+        shuffle_seed: Integer, the random seed of the order of each epoch.
+        element_spec: Dictionary with the shape and dtype of each entry of a batch.
+        description: The settings that must be the same when a run is resumed.
+        steps_per_epoch: Integer, the number of full batches in each epoch.
+    """
+
+    training = True
+
+    def __init__(self, arrays, batch_size, shuffle=True):
+        if not isinstance(shuffle, bool):
+            raise ValueError(
+                f"`shuffle` must be True or False. Received: shuffle={shuffle!r}"
+            )
+        self._arrays = {name: as_array(values) for name, values in arrays.items()}
+        self._shuffle = shuffle
+        self._pairs = pairs = len(self._arrays["token_ids"])
+        self._batch_size = min(batch_size, pairs)
+        if self._batch_size < 2:
+            raise ValueError(
+                f"{LONELY} Received: batch_size={batch_size}, arrays of {pairs} pairs"
+            )
+        self.steps_per_epoch, rest = divmod(pairs, self._batch_size)
+        if rest:
+            which = "others in each epoch" if shuffle else "the same in each epoch"
+            warnings.warn(
+                f"{rest} of {pairs} pairs fill no batch of {batch_size} and are left "
+                f"out, {which}.",
+                stacklevel=2,
+            )
+        self.element_spec = {
+            name: keras.InputSpec(str(x.dtype), (self._batch_size, *x.shape[1:]))
+            for name, x in self._arrays.items()
+        }
+        self.description = {
+            "data.pairs": pairs,
+            "data.batch_size": self._batch_size,
+            "data.shuffle": shuffle,
+        }
+        # `keras.utils.set_random_seed` seeds NumPy's global generator. All processes
+        # use the seed of the main process, which saves it.
+        self.shuffle_seed = all_gather_object(int(np.random.randint(2**31)))[0]
+        self.start = 0
+
+    @property
+    def stream(self):
+        """This stream. A `tf.data.Dataset` made from it has the same attribute."""
+        return self
+
+    def __len__(self):
+        return self.steps_per_epoch
+
+    def __iter__(self):
+        epoch, step = divmod(self.start, self.steps_per_epoch)
+        while True:
+            order = np.arange(self._pairs)
+            if self._shuffle:
+                rng = np.random.default_rng([self.shuffle_seed, epoch])
+                order = rng.permutation(self._pairs)
+            for first in range(step, self.steps_per_epoch):
+                rows = order[first * self._batch_size : (first + 1) * self._batch_size]
+                yield {name: array[rows] for name, array in self._arrays.items()}
+            epoch, step = epoch + 1, 0

@@ -49,12 +49,10 @@ class TrainingRun(keras.callbacks.Callback):
     Args:
         model: A `ContrastiveModel`.
         data: `TrainingData`, which knows the first epoch.
-        step_size: `StepSize` or `None`.
         callbacks: List of the other callbacks.
 
     Attributes:
         data: `TrainingData`.
-        step_size: `StepSize` or `None`.
         callbacks: List of the other callbacks.
         epoch: Integer, the current epoch; between epochs, the next one.
         history: List with a dictionary of `"epoch"` and `"logs"` for each epoch.
@@ -66,10 +64,9 @@ class TrainingRun(keras.callbacks.Callback):
     # Keras reports the end of a step in a background thread, see `Throughput`.
     async_safe = True
 
-    def __init__(self, model, data, step_size, callbacks=()):
+    def __init__(self, model, data, callbacks=()):
         super().__init__()
         self.data = data
-        self.step_size = step_size
         self.callbacks = callbacks
         self.epoch = data.first_epoch
         self.history = []
@@ -145,8 +142,9 @@ class TrainingRun(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         # Data loaders and unseeded layers draw from the same generators. The number of
         # draws between two epochs depends on where a run was interrupted, so they are
-        # undone, except for a loader that shuffles: it would repeat its order.
-        if batch == 0 and self.data.has_known_order:
+        # undone, except for a loader that shuffles: it would repeat its order. The
+        # batches of a loader are not known before they are read.
+        if batch == 0 and self.data.spec is not None:
             write_rng_state(self.rng_state)
         self._last = batch
         # With a timeout, since a step that fails does not end either; Keras raises its
@@ -164,7 +162,7 @@ class TrainingRun(keras.callbacks.Callback):
         # Later callbacks add to these logs.
         self.history.append({"epoch": epoch, "logs": {} if logs is None else logs})
         self.epoch = epoch + 1
-        self.data.seek(self.epoch)
+        self.data.seek(self.data.steps_before(self.epoch))
         self.rng_state = read_rng_state()
 
 

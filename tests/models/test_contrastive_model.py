@@ -648,22 +648,6 @@ def test_a_batch_of_one_cannot_train_but_be_evaluated():
 
 
 @pytest.mark.any_backend
-def test_foreign_tokens_are_an_error_in_fit_evaluate_and_predict():
-    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
-    model.compile(optimizer="sgd", **FAST)
-    good, bad = random_pairs(4), random_pairs(4)
-    bad["token_ids"] = bad["token_ids"] + 5
-    for call in (
-        lambda: model.fit(bad, verbose=0),
-        lambda: model.fit(good, validation_data=bad, verbose=0),
-        lambda: model.evaluate(bad, verbose=0),
-        lambda: model.predict(bad, verbose=0),
-    ):
-        with pytest.raises(ValueError, match=r"vocabulary.*Received:"):
-            call()
-
-
-@pytest.mark.any_backend
 def test_labels_are_refused():
     model = small_model()
     model.compile("sgd", **FAST)
@@ -683,7 +667,7 @@ def test_labels_are_refused():
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["loss", "metrics", "weighted_metrics"])
 def test_losses_and_metrics_are_refused(name):
-    with pytest.raises(ValueError, match=rf"`{name}` must not be.*Received:"):
+    with pytest.raises(ValueError, match=rf"`{name}` must be None.*Received:"):
         small_model().compile("sgd", **{name: ["mse"]})
 
 

@@ -11,11 +11,92 @@ from keras_cluster_mask.models.pixels import pixel_range
 from keras_cluster_mask.training.input_rules import InputRules
 from tests.helpers import (
     FAST,
+    VOCABULARY,
     random_images,
     random_pairs,
     small_model,
     tiny_clip,
 )
+
+RULES = InputRules(
+    context_length=6,
+    vocabulary_size=VOCABULARY,
+    end_token_id=VOCABULARY - 1,
+    zeros_are_padding=True,
+    training=True,
+)
+
+
+def with_ids(column, value, dtype="int32"):
+    """A batch in which one id of row 2 is another."""
+    ids = random_pairs(4)["token_ids"].astype(dtype)
+    ids[:, 0] = 1
+    ids[2, column] = value
+    return {"token_ids": ids}
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"images": random_images(5)}, "equal lengths.*images of 5, token_ids of 4"),
+        ({"labels": np.arange(3)}, "equal lengths.*labels of 3"),
+        ({"sample_weights": np.ones(4)}, "as 'sample_weight'.*'sample_weights'"),
+        (with_ids(1, 0.7, "float64"), "`token_ids` must be integers.*of type float64"),
+        (with_ids(1, np.nan, "float32"), "`token_ids` must be integers.*type float32"),
+        ({"token_ids": np.ones((4, 6, 1), "int32")}, r"integers.*shape \(4, 6, 1\)"),
+        ({"token_ids": np.ones((4, 7), "int32")}, "of at most 6 columns.*Received:"),
+        (
+            with_ids(1, VOCABULARY),
+            r"vocabulary, \[0, 30\).*Received: ids from .* to 30",
+        ),
+        (with_ids(1, -1), r"vocabulary, \[0, 30\).*Received: ids from -1"),
+        (with_ids(-1, 3), "the end token, 29.*Received: 1 such rows, .* row 2"),
+        (with_ids(0, 0), "`padding_mask` must be in.*Received: 1 such rows, .* row 2"),
+        (with_ids(3, 0), "`padding_mask` must be in.*Received: 1 such rows, .* row 2"),
+        ({"sample_weight": np.ones(5)}, "`sample_weight` must hold 4.*Received:"),
+        ({"sample_weight": np.ones((4, 1))}, "`sample_weight` must hold 4.*Received:"),
+        ({"sample_weight": -np.ones(4)}, "`sample_weight` must hold 4.*Received:"),
+        ({"sample_weight": np.full(4, np.nan)}, "`sample_weight` must.*Received:"),
+        (
+            {"images": random_images(1), "token_ids": with_ids(1, 2)["token_ids"][:1]},
+            "at least two pairs.*Received: a batch of 1",
+        ),
+    ],
+)
+def test_a_batch_that_breaks_a_rule_is_refused(entries, message):
+    good = {**random_pairs(4), **with_ids(1, 2)}
+    assert RULES.check(good)[0].keys() == good.keys()
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        RULES.check({**good, **entries})
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "entries",
+    [
+        with_ids(-2, VOCABULARY - 1),
+        with_ids(1, 7, "uint8"),
+        with_ids(1, 7, "int64"),
+        # With a mask, zeros may be anywhere.
+        {**with_ids(3, 0), "padding_mask": np.ones((4, 6), "int32")},
+        {"labels": np.arange(4), "scale": np.float32(3)},
+    ],
+)
+def test_a_batch_within_the_rules_is_returned_as_it_is(entries):
+    given = {**random_pairs(4), **with_ids(1, 2), **entries}
+    (batch,) = RULES.check(given)
+    assert batch.keys() == given.keys()
+    for name, values in given.items():
+        assert batch[name] is values
+
+
+@pytest.mark.any_backend
+def test_without_a_known_vocabulary_ids_pass():
+    InputRules().check({**random_pairs(4), **with_ids(1, 10_000)})
+
+
+# === Images ===
 
 REFUSED = r"`images` must be uint8.*Received: images of type"
 
@@ -48,30 +129,21 @@ def model():
     return make_model()
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", UNNORMALIZED)
 def test_images_that_are_not_normalized_are_refused_everywhere(model, kind):
-    tf = pytest.importorskip("tensorflow")
     images = UNNORMALIZED[kind]
     pairs = {**random_pairs(4), "images": images}
-    dataset = tf.data.Dataset.from_tensor_slices(pairs).batch(4, drop_remainder=True)
     for call in (
-        lambda: model.fit(pairs, verbose=0),
         lambda: model.fit(random_pairs(4), validation_data=pairs, verbose=0),
-        lambda: model.fit(dataset, verbose=0),
-        lambda: model.evaluate(pairs, verbose=0),
         lambda: model.predict(pairs, verbose=0),
         lambda: model.encode_image(images),
+        lambda: model.encode_image(ops.convert_to_tensor(images)),
         lambda: kcm.evaluation.embed(model, images, verbose=0),
     ):
-        with pytest.raises(Exception, match=REFUSED):
-            call()
-
-
-@pytest.mark.any_backend
-def test_tensors_are_refused_as_arrays_are(model):
-    for high in (1, 255):
         with pytest.raises(ValueError, match=REFUSED):
-            model.encode_image(ops.convert_to_tensor(pixels(high)))
+            call()
+    assert int(model.optimizer.iterations) == 0
 
 
 @pytest.mark.any_backend
@@ -174,61 +246,6 @@ def test_statistics_that_normalize_nothing_are_refused(name, value):
         make_model(**{name: value})
 
 
-class Batches(keras.utils.PyDataset):
-    def __init__(self, pairs):
-        super().__init__()
-        self.pairs, self.begun = pairs, 0
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return (self.pairs,)
-
-    def on_epoch_begin(self):
-        self.begun += 1
-
-
-class Pairs(list):
-    """A dataset of torch's."""
-
-
-def loader(pairs):
-    if keras.backend.backend() != "torch":
-        pytest.skip("Keras takes dictionaries from torch's loaders on torch alone.")
-    data = pytest.importorskip("torch.utils.data")
-    rows = Pairs({k: v[i] for k, v in pairs.items()} for i in range(8))
-    return data.DataLoader(rows, batch_size=4)
-
-
-def doubled(pairs):
-    return {name: np.concatenate([x, x]) for name, x in pairs.items()}
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda pairs: ((pairs,) for _ in range(2)),
-        Batches,
-        lambda pairs: loader(doubled(pairs)),
-    ],
-    ids=["generator", "PyDataset", "DataLoader"],
-)
-def test_batches_of_other_iterables_are_checked_too(make, model):
-    for bad, message in (
-        ({"images": pixels(1)}, REFUSED),
-        ({"sample_weight": -np.ones(4, "float32")}, "`sample_weight` must"),
-    ):
-        with pytest.raises(Exception, match=message):
-            make_model().fit(make({**random_pairs(4), **bad}), verbose=0)
-    before = int(model.optimizer.iterations)
-    data = make(random_pairs(4))
-    model.fit(data, verbose=0)
-    assert int(model.optimizer.iterations) == before + 2
-    if isinstance(data, Batches):
-        assert data.begun > 0
-
-
 @pytest.mark.any_backend
 def test_a_saved_model_refuses_the_same(tmp_path):
     model = make_model(pixel_std=(0.1, 0.1, 0.1))
@@ -238,80 +255,50 @@ def test_a_saved_model_refuses_the_same(tmp_path):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ({"images": random_images(5)}, "equal lengths.*images of 5, token_ids of 4"),
-        ({"labels": np.arange(3)}, "equal lengths.*labels of 3"),
-        ({"token_ids": 0.7 + np.ones((4, 6))}, "integers.*of type float64"),
-        ({"token_ids": np.full((4, 6), np.nan)}, "integers.*of type float64"),
-        ({"token_ids": np.ones((4, 6, 1), "int32")}, r"integers.*shape \(4, 6, 1\)"),
-        ({"token_ids": np.ones((4, 7), "int32")}, "of at most 6 columns"),
-    ],
-)
-def test_arrays_that_make_no_pairs_are_refused(entries, message):
-    pairs = {**random_pairs(4), **entries}
-    for call in ("fit", "evaluate", "predict"):
-        with pytest.raises(ValueError, match=rf"{message}"):
-            getattr(make_model(), call)(pairs)
-
-
-def test_entries_that_are_none_are_left_out(model):
-    pairs = {**random_pairs(4), "labels": None}
-    assert np.isfinite(model.fit(pairs, verbose=0).history["loss"]).all()
-
-
-@pytest.mark.any_backend
-def test_a_bright_batch_among_others_is_no_batch_of_pixels():
-    # Of SigLIP's statistics, [0, 1] is the upper half of what there is.
-    model = make_model(pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5))
-    images = 2 * pixels(1) - 1
-    images[2:] = np.abs(images[2:])
-    pairs = {**random_pairs(4), "images": images}
-    model.fit(pairs, batch_size=2, shuffle=False, verbose=0)
-    batches = [{k: v[i : i + 2] for k, v in pairs.items()} for i in (0, 2)]
-    model.fit(((batch,) for batch in batches), verbose=0)
-    with pytest.raises(Exception, match=REFUSED):
-        make_model().fit(((batch,) for batch in batches[::-1]), verbose=0)
-
-
-def test_a_dataset_of_tuples_is_checked_too():
-    tf = pytest.importorskip("tensorflow")
-    pairs = {**random_pairs(4), "images": pixels(1)}
-    data = tf.data.Dataset.from_tensor_slices((pairs,)).batch(4, drop_remainder=True)
-    for call in ("fit", "evaluate", "predict"):
-        with pytest.raises(Exception, match=REFUSED):
-            getattr(make_model(), call)(data, verbose=0)
-
-
-def test_a_grain_dataset_is_checked_too():
-    grain = pytest.importorskip("grain")
-    for images, message in ((pixels(1), REFUSED), (random_images(4), None)):
-        rows = {**random_pairs(4), "images": images}
-        rows = [{k: v[i] for k, v in rows.items()} for i in range(4)]
-        data = grain.MapDataset.source(rows).batch(4)
-        model = make_model()
-        if message is None:
-            assert np.isfinite(model.fit(data, verbose=0).history["loss"]).all()
-        else:
-            with pytest.raises(Exception, match=message):
-                model.fit(data, verbose=0)
-
-
-@pytest.mark.parametrize("weight", [np.ones((5, 1)), -np.ones(4)])
-def test_weights_in_tuples_are_checked(weight):
-    batch = (random_pairs(4), None, weight.astype("float32"))
-    for call in (
-        lambda model: model.fit((x for x in [batch]), verbose=0),
-        lambda model: model.evaluate(batch[0], None, 4, 0, batch[2]),
-    ):
-        with pytest.raises(Exception, match=r"`sample_weight` must.*Received:"):
-            call(make_model())
-
-
-@pytest.mark.any_backend
 def test_a_split_beside_validation_data_is_refused(model):
     with pytest.raises(ValueError, match=r"`validation_split` must be 0.*Received:"):
         model.fit(
             random_pairs(8), validation_split=0.5, validation_data=random_pairs(4)
         )
+
+
+# === Batches passed to the model directly ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([*random_pairs(4).values()], "must be a dictionary.*Received: .*list"),
+        (random_pairs(4)["images"], "must be a dictionary.*Received: one of type"),
+        ({"images": random_images(4)}, r"missing: \['token_ids'\]. Received: keys="),
+        ({**random_pairs(4), "sample_weights": np.ones(4)}, "as 'sample_weight'"),
+    ],
+)
+def test_inputs_that_make_no_batch_are_refused_by_the_model(model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model(inputs)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (4, {"y": np.arange(4)}, "`y` must be None.*Received: y of type"),
+        (4, {"sample_weight": np.ones((4, 1))}, r"shape \(batch,\).*Received: .*4, 1"),
+        (1, {}, "at least two pairs.*Received: a batch of 1"),
+    ],
+)
+def test_a_single_step_refuses_what_it_cannot_train_on(model, count, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.train_on_batch(random_pairs(count), **options)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_weights_of_a_single_step_are_an_argument_or_an_entry(model):
+    pairs, weights = random_pairs(4), np.array([0, 2, 1, 0.5], "float32")
+    expected = model.evaluate(pairs, sample_weight=weights, verbose=0)
+    for found in (
+        model.test_on_batch(pairs, sample_weight=weights),
+        model.test_on_batch({**pairs, "sample_weight": weights}),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -9,6 +9,10 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
 from keras_cluster_mask.masking.selection import part_of_batch
+from keras_cluster_mask.training.micro_batches import (
+    check_micro_batches,
+    embed_in_micro_batches,
+)
 from tests.helpers import (
     FAST,
     MASKINGS,
@@ -304,6 +308,22 @@ def test_a_micro_batch_that_does_not_divide_the_batch_is_refused():
         model(random_pairs(BATCH), training=True)
     # Evaluation does not need micro-batches.
     assert model(random_pairs(BATCH))["image_embeddings"].shape[0] == BATCH
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("sizes", [(12, 5, 1), (12, 3, 2)])
+def test_micro_batches_that_replicas_cannot_share_are_refused(sizes):
+    check_micro_batches(12, 4, 2)
+    with pytest.raises(ValueError, match=r"`micro_batch_size` must divide.*Received:"):
+        check_micro_batches(*sizes)
+
+
+@pytest.mark.any_backend
+def test_a_batch_of_unknown_size_is_refused():
+    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    batch = {"token_ids": keras.Input((6,), dtype="int32")}
+    with pytest.raises(ValueError, match=r"batch size that is known.*Received: .*=4"):
+        embed_in_micro_batches(model, batch, 4)
 
 
 @pytest.mark.any_backend

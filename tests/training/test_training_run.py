@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training.training_data import TrainingData
+from keras_cluster_mask.training.training_data import Reader, TrainingData
 from keras_cluster_mask.training.training_run import STEPS_AHEAD, TrainingRun
 from tests.helpers import FAST, random_pairs, small_model
 
@@ -51,7 +51,7 @@ def test_no_step_is_waited_for_whether_progress_is_shown_or_not(verbose):
 @pytest.mark.any_backend
 def test_few_steps_begin_before_others_end():
     model = small_model()
-    run = TrainingRun(model, TrainingData(None, None), None)
+    run = TrainingRun(model, TrainingData(Reader(None, None, None)))
     run.set_model(model)
     run.on_epoch_begin(0)
     for step in range(STEPS_AHEAD):

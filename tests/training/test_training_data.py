@@ -1,0 +1,423 @@
+"""Data of every kind is checked before it trains, and arrays can be resumed."""
+
+import collections
+import contextlib
+import itertools
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.batches import as_array
+from keras_cluster_mask.training import training_data
+from keras_cluster_mask.training.input_rules import InputRules, as_dictionary
+from keras_cluster_mask.training.training_data import (
+    ArrayBatches,
+    TrainingData,
+    reader_of,
+)
+from tests.helpers import (
+    FAST,
+    VOCABULARY,
+    TokenLog,
+    image_mlp,
+    random_pairs,
+    small_model,
+    text_bag,
+)
+
+BACKEND = keras.backend.backend()
+
+# === The kinds of data ===
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, batches):
+        super().__init__()
+        self.batches, self.begun = batches, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return (self.batches[index],)
+
+    def on_epoch_begin(self):
+        self.begun += 1
+
+
+def split(pairs, size=4):
+    starts = range(0, len(pairs["images"]), size)
+    return [{k: v[i : i + size] for k, v in pairs.items()} for i in starts]
+
+
+def tf_dataset(data):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(data).batch(4, drop_remainder=True)
+
+
+def grain_dataset(pairs):
+    grain = pytest.importorskip("grain")
+    return grain.MapDataset.source(split(pairs, 1)).map(
+        lambda row: {name: values[0] for name, values in row.items()}
+    )
+
+
+def loader(pairs):
+    if BACKEND != "torch":
+        pytest.skip("Keras takes dictionaries from torch's loaders on torch alone.")
+    from torch.utils.data import DataLoader
+
+    rows = [{k: v[0] for k, v in row.items()} for row in split(pairs, 1)]
+    return DataLoader(rows, batch_size=4)
+
+
+# Each makes data of two batches from eight pairs.
+KINDS = {
+    "arrays": lambda pairs: pairs,
+    "tf.data": tf_dataset,
+    "tf.data of tuples": lambda pairs: tf_dataset((pairs,)),
+    "grain": lambda pairs: grain_dataset(pairs).batch(4),
+    "PyDataset": lambda pairs: Batches(split(pairs)),
+    "DataLoader": loader,
+    "generator": lambda pairs: ((batch,) for batch in split(pairs)),
+    "generator of dictionaries": lambda pairs: (batch for batch in split(pairs)),
+}
+
+every_kind = pytest.mark.parametrize("kind", list(KINDS))
+
+
+def read(data, **rules):
+    """The batches that Keras reads in training, as dictionaries."""
+    rules = InputRules(vocabulary_size=VOCABULARY, training=True, **rules)
+    reader = reader_of(as_dictionary(data), rules, batch_size=4, shuffle=False)
+    data = reader.for_keras()
+    if isinstance(data, keras.utils.PyDataset):
+        data = map(data.__getitem__, range(data.num_batches))
+    batches = itertools.islice(data, 2)
+    return [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+
+
+@every_kind
+def test_checked_batches_are_those_of_the_data(kind):
+    pairs = {**random_pairs(8), "sample_weight": np.linspace(0, 1, 8, dtype="float32")}
+    # A wide type, and an entry that no model takes.
+    pairs["token_ids"] = pairs["token_ids"].astype("int64")
+    pairs["label"] = np.arange(8)
+    found = read(KINDS[kind](pairs))
+    for batch, expected in zip(found, split(pairs), strict=True):
+        assert {*batch} == {*expected}
+        for name, values in expected.items():
+            np.testing.assert_array_equal(as_array(batch[name]), values)
+            assert as_array(batch[name]).dtype == values.dtype
+
+
+@every_kind
+def test_a_bad_batch_of_any_kind_is_refused(kind):
+    pairs = random_pairs(8)
+    ids, weights = pairs["token_ids"].copy(), np.ones(8, "float32")
+    # In the second batch.
+    ids[5, 3], weights[6] = VOCABULARY, np.nan
+    floats = np.random.default_rng(0).random((8, 16, 16, 3)).astype("float32")
+    for entries, message in (
+        ({"token_ids": ids}, r"vocabulary, \[0, 30\)"),
+        ({"sample_weight": weights}, "`sample_weight` must"),
+        ({"images": floats}, "`images` must"),
+        ({"images": pairs["images"].astype("int32")}, "`images` must"),
+        ({"sample_weights": weights}, "as 'sample_weight'"),
+    ):
+        with pytest.raises(Exception, match=message):
+            read(KINDS[kind]({**pairs, **entries}), pixel_range=(-2.0, 2.0))
+    without = {"images": pairs["images"], "texts": ids}
+    with pytest.raises(Exception, match=r"missing: .'token_ids'.*Received:.*texts"):
+        read(KINDS[kind](without))
+
+
+@every_kind
+def test_data_of_any_kind_trains_and_is_refused_in_fit(kind):
+    pairs, model = random_pairs(8), small_model()
+    model.compile("sgd", **FAST)
+    data = KINDS[kind](pairs)
+    model.fit(data, batch_size=4, verbose=0)
+    assert int(model.optimizer.iterations) == 2
+    if isinstance(data, Batches):
+        assert data.begun > 0
+    pairs["images"] = pairs["images"] / np.float32(255)
+    for call in (model.fit, model.evaluate, model.predict):
+        with pytest.raises(Exception, match="`images` must be uint8"):
+            call(KINDS[kind](pairs), verbose=0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        np.zeros((4, 16, 16, 3)),
+        [random_pairs(4)["images"]],
+        iter([random_pairs(4)]),
+    ],
+)
+def test_data_of_no_known_kind_is_refused(data):
+    model = small_model()
+    model.compile("sgd", **FAST)
+    with pytest.raises(ValueError, match=r"`x` and `validation_data` must.*Received:"):
+        model.fit(data, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_batches_must_be_dictionaries():
+    images = random_pairs(4)["images"]
+    for data in ((x for x in [(images,)]), tf_dataset((images, images))):
+        with pytest.raises(
+            ValueError, match=r"must be a dictionary.*Received: .*tuple"
+        ):
+            read(data)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("labels", "weights", "message"),
+    [
+        (np.arange(4), None, r"`y` must be None.*Received: y of type"),
+        (None, np.ones((5, 1), "float32"), r"`sample_weight` must.*Received:"),
+        (None, -np.ones(4, "float32"), r"`sample_weight` must.*Received:"),
+    ],
+)
+def test_labels_and_weights_in_tuples_are_checked(labels, weights, message):
+    batch = (random_pairs(4), labels, weights)
+    for data in (batch, (x for x in [batch]), (x for x in [[*batch]])):
+        with pytest.raises(ValueError, match=message):
+            read(data)
+    dataset = tf_dataset(batch[0]).map(lambda x: (x, labels, weights))
+    with pytest.raises(Exception, match=message):
+        read(dataset)
+
+
+@pytest.mark.any_backend
+def test_weights_in_tuples_are_those_of_the_batch():
+    pairs, weights = random_pairs(4), np.linspace(0, 1, 4)
+    for data in ((x for x in [(pairs, None, weights)]), [pairs, None, weights]):
+        np.testing.assert_array_equal(read(data)[0]["sample_weight"], weights)
+    message = r"`sample_weight` is for arrays.*Received: sample_weight of type"
+    for data in (Batches([pairs]), {**pairs, "sample_weight": weights}):
+        with pytest.raises(ValueError, match=message):
+            as_dictionary(data, sample_weight=weights)
+
+
+@pytest.mark.any_backend
+def test_strings_are_left_out_since_no_model_takes_them():
+    pairs = random_pairs(4)
+    names = {
+        "sample_id": np.array(list("abcd")),
+        "keys": list("abcd"),
+        "captions": [["a"], ["b", "c"], ["d"], ["e"]],
+        "nothing": None,
+    }
+    for data in ({**pairs, **names}, (x for x in [{**pairs, **names}])):
+        assert {*read(data)[0]} == {*pairs}
+    data = tf_dataset({**pairs, "sample_id": names["sample_id"]})
+    assert {*read(data)[0]} == {*pairs}
+
+
+def test_lists_of_numbers_are_arrays_everywhere():
+    pairs, weights = random_pairs(8), np.linspace(0, 1, 8).tolist()
+    lists = {**pairs, "token_ids": pairs["token_ids"].tolist()}
+    model = small_model()
+    model.compile("sgd", **FAST)
+    fit = dict(batch_size=4, sample_weight=weights, validation_data=lists, verbose=0)
+    assert len(model.fit(lists, **fit).history["val_loss"]) == 1
+    (batch,) = read(x for x in [lists])
+    np.testing.assert_array_equal(batch["token_ids"], pairs["token_ids"])
+    found, expected = (
+        (model.evaluate(x, sample_weight=w, verbose=0), model.predict(x, verbose=0))
+        for x, w in ((lists, weights), (pairs, np.asarray(weights)))
+    )
+    assert found[0] == expected[0]
+    for name, value in expected[1].items():
+        np.testing.assert_array_equal(found[1][name], value)
+
+
+@pytest.mark.any_backend
+def test_a_bright_batch_after_a_normalized_one_is_no_batch_of_pixels():
+    rng, pairs = np.random.default_rng(0), random_pairs(8)
+    images = 2 * rng.random(pairs["images"].shape, "float32") - 1
+    images[4:] = np.abs(images[4:])
+    batches = split({**pairs, "images": images})
+    assert len(read((x for x in batches), pixel_range=(-1.0, 1.0))) == 2
+    with pytest.raises(ValueError, match="`images` must be uint8"):
+        read((x for x in batches[::-1]), pixel_range=(-1.0, 1.0))
+
+
+@pytest.mark.any_backend
+def test_arrays_are_checked_once_and_steps_check_nothing(monkeypatch):
+    entered = collections.Counter()
+    for name in ("check_keys", "check_values"):
+        method = getattr(InputRules, name)
+        monkeypatch.setattr(
+            InputRules,
+            name,
+            lambda *args, n=name, m=method: entered.update([n]) or m(*args),
+        )
+    model = small_model()
+    model.compile("sgd", run_eagerly=BACKEND != "jax")
+    model.fit(random_pairs(8), batch_size=2, epochs=2, verbose=0)
+    assert entered == {"check_keys": 1, "check_values": 1}
+
+
+@pytest.mark.any_backend
+def test_a_stream_that_differs_between_processes_is_refused(monkeypatch):
+    data = TrainingData(reader_of(random_pairs(8), InputRules(training=True), 4))
+    data.check_same_everywhere()
+    monkeypatch.setattr(training_data, "all_gather_object", lambda x: [x, x + 1])
+    with pytest.raises(ValueError, match=r"`x` must be the same.*Received here: .*8"):
+        data.check_same_everywhere()
+
+
+# === Full batches of arrays ===
+
+
+def numbered(count):
+    pairs = random_pairs(count)
+    pairs["token_ids"][:] = np.arange(count)[:, None]
+    return pairs
+
+
+def rows_of(batches, count):
+    """The first ids of some batches, `(count, batch_size)`."""
+    batches = itertools.islice(iter(batches), count)
+    return np.array([batch["token_ids"][:, 0] for batch in batches])
+
+
+def batches_of(count, batch_size, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ArrayBatches(numbered(count), batch_size, **options)
+
+
+@pytest.mark.any_backend
+def test_each_epoch_has_each_pair_once_in_another_order():
+    rows = rows_of(batches_of(12, 4), 6).reshape(2, 12)
+    for epoch in rows:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(12))
+    assert np.any(rows[0] != rows[1])
+    assert np.any(rows[0] != np.arange(12))
+
+
+@pytest.mark.any_backend
+def test_without_a_shuffle_the_order_is_that_of_the_arrays():
+    rows = rows_of(batches_of(10, 4, shuffle=False), 4)
+    np.testing.assert_array_equal(rows.reshape(2, 8), [np.arange(8)] * 2)
+
+
+@pytest.mark.any_backend
+def test_other_pairs_are_left_out_in_each_epoch_with_one_warning():
+    with pytest.warns(UserWarning, match="3 of 11 pairs fill no batch of 4") as found:
+        batches = ArrayBatches(numbered(11), 4)
+    assert len(found) == 1
+    rows = rows_of(batches, 2 * 20).reshape(20, 8)
+    assert {len({*epoch}) for epoch in rows} == {8}
+    assert {*rows.ravel()} == {*range(11)}
+
+
+@pytest.mark.any_backend
+def test_fewer_pairs_than_a_batch_are_one_batch():
+    batches = ArrayBatches(numbered(5), 32)
+    assert len(batches) == 1
+    assert batches.element_spec["images"].shape == (5, 16, 16, 3)
+    assert {*rows_of(batches, 1)[0]} == {*range(5)}
+
+
+@pytest.mark.any_backend
+def test_the_order_follows_the_seed_of_keras():
+    found = []
+    for seed in (1, 1, 2):
+        keras.utils.set_random_seed(seed)
+        found.append(rows_of(batches_of(20, 4), 5))
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.any(found[0] != found[2])
+
+
+@pytest.mark.any_backend
+def test_a_pass_starts_with_any_batch():
+    batches = batches_of(11, 4)
+    expected = rows_of(batches, 7)
+    for start in (1, 2, 5):
+        batches.start = start
+        np.testing.assert_array_equal(rows_of(batches, 7 - start), expected[start:])
+
+
+@pytest.mark.any_backend
+def test_an_order_is_drawn_once_an_epoch(monkeypatch):
+    batches = batches_of(40, 4)
+    drawn = []
+    make = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda x: drawn.append(x) or make(x))
+    rows_of(batches, 20)
+    assert len(drawn) == 2
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("count", "batch_size", "options", "message"),
+    [
+        (1, 4, {}, "two pairs.*Received: batch_size=4, arrays of 1 pairs"),
+        (8, 1, {}, "two pairs.*Received: batch_size=1, arrays of 8 pairs"),
+        (8, 4, {"shuffle": "batch"}, "`shuffle` must.*Received: shuffle='batch'"),
+    ],
+)
+def test_arrays_that_make_no_batches_are_refused(count, batch_size, options, message):
+    with pytest.raises(ValueError, match=message):
+        ArrayBatches(numbered(count), batch_size, **options)
+
+
+# === In fit ===
+
+
+def logged(rows, **options):
+    """A model that remembers the first token of each row that it is trained on."""
+    log, ids = TokenLog(16, rows), keras.Input((6,), dtype="int32")
+    text_encoder = keras.Model(ids, text_bag()(log(ids)))
+    model = kcm.ContrastiveModel(image_mlp(), text_encoder, **options)
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    return model, log
+
+
+@pytest.mark.any_backend
+def test_a_micro_batch_that_does_not_divide_fails_before_the_first_step():
+    model, _ = logged(rows=6, micro_batch_size=4)
+    begun = []
+    callback = keras.callbacks.LambdaCallback(on_train_begin=begun.append)
+    with pytest.raises(ValueError, match=r"`micro_batch_size` must.*a batch of 6"):
+        model.fit(numbered(6), batch_size=6, verbose=0, callbacks=[callback])
+    assert not begun
+
+
+def test_a_run_that_was_stopped_resumes_in_its_shuffled_order(tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    def fit(*callbacks):
+        model, log = logged(rows=4)
+        with contextlib.suppress(KeyboardInterrupt):
+            model.fit(
+                numbered(16),
+                batch_size=4,
+                epochs=2,
+                verbose=0,
+                resume_from=tmp_path,
+                callbacks=[kcm.callbacks.Checkpoint(tmp_path), *callbacks],
+            )
+        return log.seen_tokens().ravel()
+
+    keras.utils.set_random_seed(5)
+    expected = rows_of(ArrayBatches(numbered(16), 4), 8).ravel()
+    keras.utils.set_random_seed(5)
+    np.testing.assert_array_equal(fit(Stop()), expected[:16])
+    # What was seen is part of the model's state.
+    keras.utils.set_random_seed(6)
+    np.testing.assert_array_equal(fit(), expected)
+    assert np.any(expected[:16] != expected[16:])
