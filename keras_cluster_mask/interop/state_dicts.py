@@ -3,14 +3,21 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
+from keras_cluster_mask.models.architecture import Architecture
+from keras_cluster_mask.models.encoders import write_text_epsilon
+
+# The epsilon of all layer normalizations of CLIP. keras_hub uses 1e-6 in the last one
+# of the text tower.
+CLIP_EPSILON = 1e-5
 
 # Functions from a keras_hub variable to a tensor, and back up to a final `reshape`.
 # Matrices are (out, in) in torch and (in, out) in Keras, which splits one of the sides
@@ -60,6 +67,15 @@ class Entry:
         for variable, part in zip(variables, parts):
             variable.assign(convert(part).reshape(variable.shape))
 
+    def sizes(self, architecture):
+        """Returns the sizes of the axes, which are named "width", "3*width" or "3"."""
+        sizes = []
+        for axis in self.shape:
+            factor, _, name = axis.rpartition("*")
+            size = int(name) if name.isdigit() else getattr(architecture, name)
+            sizes.append(int(factor or 1) * size)
+        return tuple(sizes)
+
     def _variables(self, backbone):
         before, *braces = re.split("[{}]", self.path)
         if not braces:
@@ -68,11 +84,11 @@ class Entry:
         return [_find(backbone, before + name + after) for name in names.split(",")]
 
 
-def entries(names: TensorNames, image_layers: int, text_layers: int) -> list[Entry]:
-    """Lists all entries of a model whose towers have these numbers of blocks."""
+def entries(names: TensorNames, architecture: Architecture) -> list[Entry]:
+    """Lists all entries of a model of this architecture."""
     found = rows(names.tensors)
-    for (tower, name, path), layers in zip(names.towers, (image_layers, text_layers)):
-        for i in range(layers):
+    for tower, name, path in names.towers:
+        for i in range(getattr(architecture, f"{tower}_layers")):
             found += rows(names.block, tower, f"{name}{i}.", f"{path}{i}.")
     return [Entry(name, tuple(axes.split()), *rest) for name, axes, *rest in found]
 
@@ -114,23 +130,22 @@ def read_state_dict(source: Any, names: TensorNames) -> tuple[dict[str, Any], st
     return {k: x for k, x in state.items() if k not in names.harmless}, label
 
 
-def match(
+def read_backbone(
     state: dict[str, Any],
     label: str,
     names: TensorNames,
-    sizes: Mapping[str, int],
-) -> Iterable:
-    """Checks that a state dict matches a model, and returns its entries.
+    architecture: Architecture,
+    dtype: Any,
+) -> keras.Model:
+    """Makes a backbone with the weights of a state dict, or raises an error.
 
     Args:
         state: Dictionary from name to array or tensor.
         label: String, a description of the source for errors.
         names: The names of the library that wrote it.
-        sizes: The sizes that the model's config states: the sizes of axes, by the names
-            in `Entry.shape`, and the numbers of blocks.
-
-    Returns:
-        An iterable of pairs of an `Entry` and a float32 array.
+        architecture: The `Architecture` that the model's config states. The names in
+            `Entry.shape` are its attributes.
+        dtype: A dtype policy for the computations.
     """
     blocks_of = (re.compile(rf"{re.escape(x)}(\d+)\.") for _, x, _ in names.towers)
     blocks = [len({m[1] for m in map(x.match, state) if m}) for x in blocks_of]
@@ -141,25 +156,29 @@ def match(
             f"`source` must hold a {names.model}, of two transformers ({examples}). "
             f"Received: {label}, of {len(state)} entries such as {sorted(state)[:5]}"
         )
-    blocks = sizes["image_layers"], sizes["text_layers"]
-    expected = entries(names, *blocks)
+    expected = entries(names, architecture)
     unexpected = state.keys() - {entry.name for entry in expected}
-    faults = [_fault(entry, state, sizes) for entry in expected]
+    faults = [_fault(entry, state, architecture) for entry in expected]
     faults += [f"unexpected: {n} {_text(_shape(state[n]))}" for n in unexpected]
     faults = sorted(filter(None, faults))
     if faults:
         raise ValueError(
-            f"`source` is not the {names.model} of its config, with {blocks[0]} "
-            f"image blocks and {blocks[1]} text blocks. Received: {label}, with\n  "
-            + "\n  ".join(faults)
+            f"`source` is not the {names.model} of its config, with "
+            f"{architecture.image_layers} image blocks and {architecture.text_layers} "
+            f"text blocks. Received: {label}, with\n  " + "\n  ".join(faults)
         )
-    # Convert one at a time, since half-precision arrays double in size.
-    return ((entry, as_float32(state[entry.name])) for entry in expected)
+    backbone = architecture.make(dtype)
+    if architecture.family != "SigLIP":
+        write_text_epsilon(backbone, CLIP_EPSILON)
+    for entry in expected:
+        # Converted one at a time, since half-precision arrays double in size.
+        entry.write(backbone, as_float32(state[entry.name]))
+    return backbone
 
 
-def _fault(entry, state, sizes):
+def _fault(entry, state, architecture):
     """Describes what is wrong with an entry of a state dict; `None` if nothing is."""
-    expected = tuple(_size(axis, sizes) for axis in entry.shape)
+    expected = entry.sizes(architecture)
     if entry.name not in state:
         return f"missing: {entry.name} {_text(expected)}"
     shape = _shape(state[entry.name])
@@ -168,14 +187,6 @@ def _fault(entry, state, sizes):
     if not np.isfinite(as_float32(state[entry.name])).all():
         return f"NaN or infinite: {entry.name}"
     return None
-
-
-def _size(axis, sizes):
-    """Returns the size of an axis such as "width", "3*width" or "3"."""
-    if axis.isdigit():
-        return int(axis)
-    factor, _, name = axis.rpartition("*")
-    return int(factor or 1) * sizes[name]
 
 
 def _shape(value):

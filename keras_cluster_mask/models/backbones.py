@@ -24,6 +24,7 @@ from keras_cluster_mask.models.head import (
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
+from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.layers import frozen_parts
 from keras_cluster_mask.types import Tensor
 
@@ -72,6 +73,7 @@ class BackboneModel(ContrastiveModel):
         super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
+        self.text_family = text_family_of(backbone)
 
     def _options(self):
         options = super()._options()
@@ -103,8 +105,6 @@ class CLIPContrastiveModel(BackboneModel):
 
     # The layer of the backbone that holds the temperature.
     scale_owner = "clip_head"
-    # `text_features` pools there.
-    pools_highest_id = True
 
     def __init__(
         self,
@@ -139,14 +139,10 @@ class CLIPContrastiveModel(BackboneModel):
         tokens = call_encoder(self.text_encoder, token_ids, training)
         # The backbone's `text_pooler` takes the token by index, which torch can export
         # only for a fixed batch size.
-        end = self.end_of_text(token_ids)[:, None]
+        end = self.text_family.pooled_at(token_ids)[:, None]
         end = ops.equal(ops.arange(ops.shape(tokens)[1], dtype=end.dtype), end)
         pooled = ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
         return self.head.project_text(pooled)
-
-    def end_of_text(self, token_ids: Tensor) -> Tensor:
-        """Returns the index of the end token in each text, which has the highest id."""
-        return ops.argmax(token_ids, axis=-1)
 
     def get_config(self) -> dict[str, Any]:
         epsilon = read_text_epsilon(self.backbone)
@@ -180,11 +176,6 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     """
 
     scale_owner = "metaclip_2_head"
-    pools_highest_id = False
-
-    @property
-    def end_token_id(self) -> int | None:
-        return self.backbone.text_pooler.eos_token_id
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.image_encoder, images, training)
@@ -195,13 +186,9 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
         features = super().text_features(token_ids, training)
         # Without an end token the backbone would pool the first token of a text. If the
         # data cannot be checked beforehand, the NaN shows in the loss.
-        has_end = ops.any(ops.equal(token_ids, self.end_token_id), axis=-1)
+        is_end = ops.equal(token_ids, self.text_family.end_id)
+        has_end = ops.any(is_end, axis=-1)
         return ops.where(has_end[:, None], features, math.nan)
-
-    def end_of_text(self, token_ids: Tensor) -> Tensor:
-        """Returns the index of the first end token in each text."""
-        is_end = ops.equal(token_ids, self.end_token_id)
-        return ops.argmax(ops.cast(is_end, "int32"), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")

@@ -14,7 +14,7 @@ from keras_cluster_mask.interop import (
     open_clip_state_dict,
     save_open_clip,
 )
-from keras_cluster_mask.models.sizes import SIZES
+from keras_cluster_mask.models.architecture import SIZES, Architecture
 from tests.interop.open_clip_models import (
     arrays,
     batch,
@@ -102,14 +102,7 @@ def test_vit_b_32_agrees(draw_nothing):
     reference = randomize(open_clip.create_model("ViT-B-32", pretrained=None))
     model = load_open_clip(reference.state_dict(), "ViT-B-32")
     backbone = model.backbone
-    size = SIZES["vit_b_32"]
-    for tower, key in (
-        (backbone.vision_encoder, "image"),
-        (backbone.text_encoder, "text"),
-    ):
-        assert (tower.hidden_dim, tower.num_layers, tower.num_heads) == size[key]
-    assert backbone.projection_dim == size["projection"]
-    assert backbone.vision_encoder.patch_size == size["patch"]
+    assert Architecture.of(backbone) == SIZES["vit_b_32"]
     images, ids = batch(224, 77, 49408, rows=2)
     expected = embeddings(reference, images, ids)
     for ours, theirs in zip(our_embeddings(model, images, ids), expected):
