@@ -4,12 +4,10 @@ import json
 import math
 import os
 import pathlib
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from keras_cluster_mask.checks import is_integer, is_number, is_positive
-from keras_cluster_mask.models.architecture import Architecture
 
 
 class Entry(NamedTuple):
@@ -115,23 +113,3 @@ def read_json(argument: str, path: str | os.PathLike) -> Any:
             f"`{argument}` must be a file of JSON ({error}). "
             f"Received: {argument}={str(path)!r}"
         ) from error
-
-
-def warn_of_resizing(architecture: Architecture) -> None:
-    """Warns the caller's caller if images need a resizing other than the default."""
-    mode, interpolation = architecture.resize_mode, architecture.interpolation
-    if mode != "shortest":
-        remedy = "Pass resize='squash' to `image_text_dataset`."
-        if mode != "squash":
-            remedy = "`image_text_dataset` cannot do that."
-        warnings.warn(
-            f"The model was trained on images resized by {mode!r}, not by a center "
-            f"crop. {remedy}",
-            stacklevel=3,
-        )
-    if interpolation != "bicubic":
-        warnings.warn(
-            f"The model was trained on images resized by {interpolation!r} "
-            "interpolation. `image_text_dataset` resizes by bicubic interpolation.",
-            stacklevel=3,
-        )

@@ -18,9 +18,8 @@ from keras_cluster_mask.interop.configs import (
     flatten,
     read_entries,
     read_json,
-    warn_of_resizing,
 )
-from keras_cluster_mask.interop.state_dicts import read_backbone, read_state_dict
+from keras_cluster_mask.interop.state_dicts import load_model
 from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
 from keras_cluster_mask.interop.weight_files import find_weights
 from keras_cluster_mask.masking import PatchMasking
@@ -161,16 +160,9 @@ def load_hugging_face(
             "`source` must be the path of a folder or of a file. "
             f"Received: source of type {type(source).__name__}"
         )
-    if not pathlib.Path(source).expanduser().exists():
-        raise FileNotFoundError(
-            "`source` must be a folder or a file that exists. "
-            "`huggingface_hub.snapshot_download` downloads a model by its name. "
-            f"Received: source={os.fspath(source)!r}"
-        )
     source = find_weights(source, WEIGHT_FILES)
-    folder = pathlib.Path(source).expanduser().parent
-    fields, reasons = _read_config(folder / CONFIG_FILE)
-    of_images, more_reasons = _read_preprocessing(folder, fields["family"])
+    fields, reasons = _read_config(source.parent / CONFIG_FILE)
+    of_images, more_reasons = _read_preprocessing(source.parent, fields["family"])
     if reasons or more_reasons:
         raise ValueError(
             "`source` must hold a model that keras_hub's backbones can hold, "
@@ -179,15 +171,7 @@ def load_hugging_face(
         )
     architecture = Architecture(**fields, **of_images)
     names = NAMES[architecture.family]
-    state, label = read_state_dict(source, names)
-    backbone = read_backbone(state, label, names, architecture, dtype)
-    warn_of_resizing(architecture)
-    options = {
-        "pixel_mean": architecture.pixel_mean,
-        "pixel_std": architecture.pixel_std,
-        **kwargs,
-    }
-    return ContrastiveModel.from_backbone(backbone, masking=masking, **options)
+    return load_model(source, names, architecture, dtype, masking, kwargs)
 
 
 def _read_config(path):
@@ -211,6 +195,7 @@ def _read_config(path):
     if len(activations) > 1:
         reasons.append("the towers differ in `hidden_act`")
     if family == "SigLIP":
+        fields["loss"] = "sigmoid"
         # SigLIP has no image projection.
         width = given.get("text_config.projection_size") or fields["text_width"]
         fields["projection"] = width

@@ -121,27 +121,24 @@ def read_config(config: Any) -> Architecture:
             "`config` must be the name of a config of open_clip, the path of a .json "
             f"file, or a dictionary. Received: config={config!r}"
         )
-    preprocessing = None
-    if isinstance(config, Mapping) and "model_cfg" in config:
-        preprocessing, config = config.get("preprocess_cfg"), config["model_cfg"]
-    preprocessing = {} if preprocessing is None else preprocessing
-    if isinstance(config, Mapping):
-        config = {**config, "preprocess_cfg": preprocessing}
-    is_whole = isinstance(config, Mapping) and "embed_dim" in config
-    if not is_whole or not all(isinstance(config.get(x), Mapping) for x in PARTS):
+    whole = {"model_cfg": config, **config} if isinstance(config, Mapping) else {}
+    model, preprocessing = whole.get("model_cfg"), whole.get("preprocess_cfg") or {}
+    # open_clip writes null for what has the default.
+    preprocessing = {k: x for k, x in preprocessing.items() if x is not None}
+    if isinstance(model, Mapping):
+        model = {**model, "preprocess_cfg": preprocessing}
+    if (
+        not isinstance(model, Mapping)
+        or "embed_dim" not in model
+        or not all(isinstance(model.get(part), Mapping) for part in PARTS)
+    ):
         raise ValueError(
             "`config` must be as open_clip writes it, with `embed_dim` and the "
             "dictionaries `vision_cfg` and `text_cfg`, or with these under "
             "`model_cfg`. `load_hugging_face` reads models of transformers. "
             f"Received: {label}"
         )
-    given = flatten(config, PARTS)
-    # Of the preprocessing, open_clip writes null for what has the default.
-    given = {
-        key: value
-        for key, value in given.items()
-        if value is not None or not str(key).startswith("preprocess_cfg.")
-    }
+    given = flatten(model, PARTS)
     fields, reasons = read_entries(given, READ | FIXED, DIVISORS)
     reasons += _other_reasons(given, fields)
     if reasons:

@@ -9,18 +9,12 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution.tensorflow_import import import_keras_hub
-from keras_cluster_mask.interop.configs import warn_of_resizing
 from keras_cluster_mask.interop.open_clip_configs import (
     OPEN_CLIP_CONFIG_FILE,
     read_config,
     write_config,
 )
-from keras_cluster_mask.interop.state_dicts import (
-    as_float32,
-    entries,
-    read_backbone,
-    read_state_dict,
-)
+from keras_cluster_mask.interop.state_dicts import entries, load_model
 from keras_cluster_mask.interop.tensor_names import OPEN_CLIP, OPEN_METACLIP_2
 from keras_cluster_mask.interop.weight_files import (
     find_weights,
@@ -122,22 +116,8 @@ def load_open_clip(
             "Received: config=None"
         )
     architecture = read_config(config)
-    warn_of_resizing(architecture)
     names = NAMES[architecture.family]
-    state, label = read_state_dict(source, names)
-    bias = _pop_bias(state, architecture.loss == "sigmoid", label)
-    backbone = read_backbone(state, label, names, architecture, dtype)
-    options = {
-        "loss": "softmax" if bias is None else "sigmoid",
-        "pixel_mean": architecture.pixel_mean,
-        "pixel_std": architecture.pixel_std,
-        **kwargs,
-    }
-    model = ContrastiveModel.from_backbone(backbone, masking=masking, **options)
-    is_given = options.get("initial_logit_bias") is not None
-    if bias is not None and model.head.logit_bias is not None and not is_given:
-        model.head.logit_bias.assign(bias)
-    return model
+    return load_model(source, names, architecture, dtype, masking, kwargs)
 
 
 def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
@@ -188,11 +168,7 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
         )
     architecture = Architecture.of(model)
     table = entries(NAMES[architecture.family], architecture)
-    weights = {entry.name: entry.read(backbone) for entry in table}
-    if architecture.loss == "sigmoid":
-        bias = ops.convert_to_numpy(model.head.logit_bias)
-        weights["logit_bias"] = np.array(bias, "float32")
-    return weights
+    return {entry.name: entry.read(model) for entry in table}
 
 
 def save_open_clip(model: Any, path: str | os.PathLike) -> None:
@@ -257,25 +233,6 @@ def _config_of_file(source):
         return None
     beside = _config_path(pathlib.Path(source).expanduser())
     return beside if beside.is_file() else None
-
-
-def _pop_bias(state, is_needed, label):
-    """Removes the bias of a sigmoid loss from a state dict; returns it or `None`."""
-    bias = state.pop("logit_bias", None)
-    if bias is None:
-        if is_needed:
-            raise ValueError(
-                "`source` must hold the `logit_bias` of the sigmoid loss, as "
-                f"`init_logit_bias` in the config says. Received: {label}"
-            )
-        return None
-    bias = as_float32(bias)
-    if bias.shape != () or not np.isfinite(bias):
-        raise ValueError(
-            "`source` must hold one finite number as `logit_bias`. "
-            f"Received: {label}, with logit_bias={bias}"
-        )
-    return bias
 
 
 def _check_same(path, architecture):
