@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 
 from keras_cluster_mask.checks import is_integer, is_number, is_positive
 
+# The epsilon of all layer normalizations of CLIP. keras_hub uses 1e-6 in the last one
+# of the text tower.
+CLIP_EPSILON = 1e-5
+
 
 class Entry(NamedTuple):
     """An entry of a config.
@@ -16,17 +20,23 @@ class Entry(NamedTuple):
     Attributes:
         field: String, the field of `Architecture` that the entry sets, if any.
         default: The value of a config without the entry.
-        rule: Key of `RULES`, or a tuple of the supported values.
+        rule: Key of `RULES`; or a tuple of the supported values, or a dictionary from
+            them to the values of the field.
     """
 
     field: str | None
     default: Any
-    rule: str | tuple
+    rule: str | tuple | dict
 
 
 def fixed(*values: Any) -> Entry:
-    """Returns an entry of which keras_hub's models support these values only."""
+    """Returns an entry for which keras_hub supports only these values."""
     return Entry(None, values[0], values)
+
+
+def choice(field: str, values: dict) -> Entry:
+    """Returns an entry whose values stand for values of a field, first the default."""
+    return Entry(field, next(iter(values)), values)
 
 
 def side_of(size: Any) -> int | None:
@@ -36,20 +46,22 @@ def side_of(size: Any) -> int | None:
     return size if is_integer(size) and size > 0 else None
 
 
-def _is_of_channels(values):
+def _channels(values):
     is_list = isinstance(values, (list, tuple)) and len(values) == 3
-    return is_list and all(is_number(x) and math.isfinite(x) for x in values)
+    is_right = is_list and all(is_number(x) and math.isfinite(x) for x in values)
+    return tuple(map(float, values)) if is_right else None
 
 
-# The kinds of values, by what an error says about others.
+# Functions from the value of an entry to that of a field, or to `None` if the value is
+# of another kind than their names say.
 INTEGER, SIDE, RATIO = "a positive integer", "the size of a square", "a positive number"
 MEAN, STD = "three finite numbers", "three finite numbers above 0"
 RULES = {
-    INTEGER: lambda x: is_integer(x) and x > 0,
+    INTEGER: lambda x: x if is_integer(x) and x > 0 else None,
     SIDE: side_of,
-    RATIO: is_positive,
-    MEAN: _is_of_channels,
-    STD: lambda x: _is_of_channels(x) and min(x) > 0,
+    RATIO: lambda x: x if is_positive(x) else None,
+    MEAN: _channels,
+    STD: lambda x: y if (y := _channels(x)) and min(y) > 0 else None,
 }
 
 
@@ -62,9 +74,7 @@ def flatten(config: Mapping, parts: tuple[str, ...]) -> dict:
 
 
 def read_entries(
-    given: Mapping[str, Any],
-    entries: Mapping[str, Entry],
-    divisors: Mapping[str, str],
+    given: Mapping[str, Any], entries: Mapping[str, Entry], divisors: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Reads the entries of a config, and checks each of them.
 
@@ -78,24 +88,27 @@ def read_entries(
         A tuple: a dictionary of values by their fields in `Architecture`; and a list of
         the reasons why the config is not supported, one text per entry.
     """
-    values = {key: given.get(key, entry.default) for key, entry in entries.items()}
-    reasons = []
-    for key, (_, _, rule) in entries.items():
-        is_choice = isinstance(rule, tuple)
-        if not (values[key] in rule if is_choice else RULES[rule](values[key])):
-            rule = f"one of {[*rule]}" if is_choice else rule
-            reasons.append(f"{key}={values[key]!r} is not {rule}")
+    values, reasons = {}, []
+    for key, (_, default, rule) in entries.items():
+        value = values[key] = given.get(key, default)
+        if isinstance(rule, str):
+            values[key] = RULES[rule](value)
+            is_right = values[key] is not None
+        else:
+            # Unhashable values can be searched for in a list only.
+            is_right = value in [*rule]
+            if is_right and isinstance(rule, dict):
+                values[key] = rule[value]
+        if not is_right:
+            kind = rule if isinstance(rule, str) else f"one of {[*rule]}"
+            reasons.append(f"{key}={value!r} is not {kind}")
     if not reasons:
         reasons = [
             f"{divisor}={values[divisor]} does not divide {key}={values[key]}"
             for key, divisor in divisors.items()
             if values[key] % values[divisor]
         ]
-    fields = {x.field: values[key] for key, x in entries.items() if x.field}
-    for name in ("patch", "image_size"):
-        if name in fields:
-            fields[name] = side_of(fields[name])
-    return fields, reasons
+    return {x.field: values[key] for key, x in entries.items() if x.field}, reasons
 
 
 def read_json(argument: str, path: str | os.PathLike) -> Any:

@@ -9,11 +9,13 @@ from PIL import Image
 
 from keras_cluster_mask.checks import is_number
 from keras_cluster_mask.interop.configs import (
+    CLIP_EPSILON,
     INTEGER,
     MEAN,
     SIDE,
     STD,
     Entry,
+    choice,
     fixed,
     flatten,
     read_entries,
@@ -43,12 +45,7 @@ PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
 FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaCLIP2", "siglip": "SigLIP"}
 NAMES = {"CLIP": CLIP, "MetaCLIP2": METACLIP_2, "SigLIP": SIGLIP}
 
-# The names of activations in keras_hub.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_approximate"),
-}
+INTERPOLATIONS = {int(x): x.name.lower() for x in Image.Resampling}
 # The end token's id that old CLIP configs state by mistake. transformers then pools at
 # the highest id.
 OLD_END_ID = 2
@@ -62,7 +59,7 @@ def _tower(part, tower, sizes, activations, epsilon):
         f"{part}.num_hidden_layers": Entry(f"{tower}_layers", layers, INTEGER),
         f"{part}.num_attention_heads": Entry(f"{tower}_heads", heads, INTEGER),
         f"{part}.intermediate_size": Entry(f"{tower}_hidden", hidden, INTEGER),
-        f"{part}.hidden_act": Entry("activation", activations[0], activations),
+        f"{part}.hidden_act": choice("activation", activations),
         f"{part}.layer_norm_eps": fixed(epsilon),
     }
 
@@ -70,8 +67,9 @@ def _tower(part, tower, sizes, activations, epsilon):
 # The entries of configs, with the defaults of transformers, which omits entries with
 # default values.
 _BASE = 768, 12, 12, 3072
-_CLIP = ("quick_gelu", "gelu"), 1e-5
-_SIGLIP = ("gelu_pytorch_tanh", "gelu_new", "gelu"), 1e-6
+_TANH = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_approximate")
+_CLIP = {"quick_gelu": "quick_gelu", "gelu": "gelu"}, CLIP_EPSILON
+_SIGLIP = {**_TANH, "gelu": "gelu"}, 1e-6
 _BOTH = {
     "vision_config.num_channels": fixed(3),
     "vision_config.image_size": Entry("image_size", 224, SIDE),
@@ -191,8 +189,8 @@ def _read_config(path):
     family = FAMILIES[kind]
     fields, reasons = read_entries(given, ENTRIES[family], DIVISORS)
     default = ENTRIES[family]["text_config.hidden_act"].default
-    activations = {given.get(f"{part}.hidden_act", default) for part in PARTS}
-    if len(activations) > 1:
+    activations = [given.get(f"{part}.hidden_act", default) for part in PARTS]
+    if activations[0] != activations[1]:
         reasons.append("the towers differ in `hidden_act`")
     if family == "SigLIP":
         fields["loss"] = "sigmoid"
@@ -214,8 +212,7 @@ def _read_config(path):
                 f"text_config.eos_token_id={end} is not {ends[-1]}, the id at which "
                 "keras_hub pools texts"
             )
-    activation = ACTIVATIONS.get(fields["activation"])
-    return {**fields, "activation": activation, "family": family}, reasons
+    return {**fields, "family": family}, reasons
 
 
 def _read_preprocessing(folder, family):
@@ -236,14 +233,11 @@ def _read_preprocessing(folder, family):
         "do_rescale": fixed(True),
         "image_mean": Entry("pixel_mean", mean, MEAN),
         "image_std": Entry("pixel_std", std, STD),
-        "resample": Entry("interpolation", 3, tuple(map(int, Image.Resampling))),
+        "resample": Entry("interpolation", 3, INTERPOLATIONS),
     }
     fields, reasons = read_entries(given, entries, {})
     if abs(255 * given.get("rescale_factor", 1 / 255) - 1) > 1e-6:
         reasons.append("rescale_factor: pixels are not divided by 255")
-    if not reasons:
-        resample = Image.Resampling(fields["interpolation"])
-        fields["interpolation"] = resample.name.lower()
     size = given.get("size")
     has_height = isinstance(size, Mapping) and "height" in size
     fields["resize_mode"] = "squash" if has_height or is_siglip else "shortest"

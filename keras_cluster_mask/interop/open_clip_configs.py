@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_cluster_mask.interop.configs import (
+    CLIP_EPSILON,
     INTEGER,
     MEAN,
     RATIO,
     SIDE,
     STD,
     Entry,
+    choice,
     fixed,
     flatten,
     read_entries,
@@ -26,14 +28,13 @@ from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 # The file that open_clip writes beside a model's weights.
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
-# The values of two entries and the values of fields that they stand for.
-ACTIVATIONS = {False: "gelu", True: "quick_gelu"}
-POOLINGS = {"argmax": "CLIP", "eos": "MetaCLIP2"}
+ACTIVATIONS = {False: "gelu", None: "gelu", True: "quick_gelu"}
+FAMILIES = {"argmax": "CLIP", "eos": "MetaCLIP2"}
 
 # The entries that are read and written, with open_clip's defaults.
 READ = {
     "embed_dim": Entry("projection", None, INTEGER),
-    "quick_gelu": Entry("activation", False, (*ACTIVATIONS, None)),
+    "quick_gelu": choice("activation", ACTIVATIONS),
     "vision_cfg.image_size": Entry("image_size", 224, SIDE),
     "vision_cfg.patch_size": Entry("patch", 16, SIDE),
     "vision_cfg.width": Entry("image_width", 768, INTEGER),
@@ -46,34 +47,30 @@ READ = {
     "text_cfg.layers": Entry("text_layers", 12, INTEGER),
     "text_cfg.heads": Entry("text_heads", 8, INTEGER),
     "text_cfg.mlp_ratio": Entry("text_hidden", 4.0, RATIO),
-    "text_cfg.pool_type": Entry("family", "argmax", tuple(POOLINGS)),
+    "text_cfg.pool_type": choice("family", FAMILIES),
     "preprocess_cfg.mean": Entry("pixel_mean", CLIP_MEAN, MEAN),
     "preprocess_cfg.std": Entry("pixel_std", CLIP_STD, STD),
 }
 
-# The entries of which keras_hub's models support some values only.
-_OFF = fixed(False, None)
+# Options that keras_hub's models do not have, and other entries of which they support
+# some values only.
+_OFF = fixed(None, False, "", {})
+_OF_VISION = "attentional_pool", "no_ln_pre", "timm_model_name"
+_OF_TEXT = "embed_cls", "hf_model_name", "no_causal_mask", "proj_bias"
 _BLOCK = {
-    "ls_init_value": fixed(None),
-    "act_kwargs": fixed(None, {}),
-    "norm_kwargs": fixed(None, {}, {"eps": 1e-5}),
+    **dict.fromkeys(("act_kwargs", "ls_init_value", "output_tokens", "qk_norm"), _OFF),
+    **dict.fromkeys(("scale_attn", "scale_attn_inner", "scale_fc"), _OFF),
+    **dict.fromkeys(("scale_heads", "scaled_cosine_attn"), _OFF),
     "block_type": fixed(None, "default"),
-    **dict.fromkeys(("output_tokens", "qk_norm", "scaled_cosine_attn"), _OFF),
-    **dict.fromkeys(("scale_heads", "scale_attn_inner", "scale_attn"), _OFF),
-    "scale_fc": _OFF,
+    "norm_kwargs": fixed(None, {}, {"eps": CLIP_EPSILON}),
 }
+_VISION = {**_BLOCK, **dict.fromkeys(_OF_VISION, _OFF)}
+_TEXT = {**_BLOCK, **dict.fromkeys(_OF_TEXT, _OFF)}
 FIXED = {
-    **{f"vision_cfg.{key}": entry for key, entry in _BLOCK.items()},
-    **{f"text_cfg.{key}": entry for key, entry in _BLOCK.items()},
-    "vision_cfg.timm_model_name": fixed(None, ""),
-    "vision_cfg.attentional_pool": _OFF,
-    "vision_cfg.no_ln_pre": _OFF,
-    "vision_cfg.pos_embed_type": fixed("learnable"),
+    **{f"vision_cfg.{key}": entry for key, entry in _VISION.items()},
+    **{f"text_cfg.{key}": entry for key, entry in _TEXT.items()},
     "vision_cfg.pool_type": fixed("tok"),
-    "text_cfg.hf_model_name": fixed(None, ""),
-    "text_cfg.embed_cls": _OFF,
-    "text_cfg.no_causal_mask": _OFF,
-    "text_cfg.proj_bias": _OFF,
+    "vision_cfg.pos_embed_type": fixed("learnable"),
     "text_cfg.proj_type": fixed("linear"),
     "preprocess_cfg.mode": fixed("RGB"),
 }
@@ -108,13 +105,12 @@ def read_config(config: Any) -> Architecture:
         ValueError: If there is no such config, or if keras_hub does not support its
             model, with all reasons.
     """
+    label = f"config={config!r}"
     if isinstance(config, Mapping):
         label = f"config with the keys {sorted(map(str, config))}"
     elif isinstance(config, os.PathLike) or str(config).endswith(".json"):
-        label = f"config={os.fspath(config)!r}"
         config = read_json("config", config)
     elif isinstance(config, str):
-        label = f"config={config!r}"
         config = _read_named(config)
     else:
         raise ValueError(
@@ -152,11 +148,7 @@ def read_config(config: Any) -> Architecture:
         image_heads=fields["image_width"] // fields["image_heads"],
         image_hidden=int(fields["image_width"] * fields["image_hidden"]),
         text_hidden=int(fields["text_width"] * fields["text_hidden"]),
-        activation=ACTIVATIONS[bool(fields["activation"])],
-        family=POOLINGS[fields["family"]],
         loss="softmax" if given.get("init_logit_bias") is None else "sigmoid",
-        pixel_mean=tuple(fields["pixel_mean"]),
-        pixel_std=tuple(fields["pixel_std"]),
         resize_mode=given.get("preprocess_cfg.resize_mode", "shortest"),
         # In evaluation open_clip uses bicubic interpolation for "random".
         interpolation="bicubic" if interpolation == "random" else interpolation,
@@ -174,7 +166,7 @@ def _other_reasons(given, fields):
     ]
     end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
     end = given.get("text_cfg.eos_id", end_id)
-    if fields["family"] == "eos" and end != end_id:
+    if fields["family"] == "MetaCLIP2" and end != end_id:
         reasons.append(
             f"text_cfg.eos_id={end}: keras_hub's `MetaCLIP2Backbone` pools texts at "
             f"the id {end_id}"
@@ -194,11 +186,11 @@ def write_config(architecture: Architecture, logit_bias: float | None) -> dict:
     """
     if architecture.activation not in ACTIVATIONS.values():
         raise ValueError(
-            "`model` must have the same activation as a model of open_clip, 'gelu' or "
-            f"'quick_gelu'. Received: activation {architecture.activation!r}"
+            "`model` must have an activation of open_clip, 'gelu' or 'quick_gelu'. "
+            f"Received: activation {architecture.activation!r}"
         )
-    image_width, text_width = architecture.image_width, architecture.text_width
     entries = {key: getattr(architecture, x.field) for key, x in READ.items()}
+    image_width, text_width = architecture.image_width, architecture.text_width
     entries.update(
         {
             "quick_gelu": architecture.activation == "quick_gelu",

@@ -10,16 +10,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.interop.configs import CLIP_EPSILON
 from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
 from keras_cluster_mask.models.encoders import write_text_epsilon
-
-# The epsilon of all layer normalizations of CLIP. keras_hub uses 1e-6 in the last one
-# of the text tower.
-CLIP_EPSILON = 1e-5
 
 # The bias of a sigmoid loss, which is not in a CLIP backbone but in the model.
 BIAS = "head.logit_bias"

@@ -37,16 +37,15 @@ def read_weights(path: str | os.PathLike) -> Any:
     if path.suffix in SAFETENSORS:
         with _read_errors(path):
             return library.load_file(path)
-    torch = library
-    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    version = tuple(map(int, re.findall(r"\d+", library.__version__)[:2]))
     if version < SAFE_TORCH:
         raise ImportError(
             f"`source` is a {path.suffix} file, which can run code when torch before "
             "2.10 reads it: `pip install -U torch`, or pass a .safetensors file. "
-            f"Received: source={str(path)!r}, torch {torch.__version__}"
+            f"Received: source={str(path)!r}, torch {library.__version__}"
         )
     with _read_errors(path):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return library.load(path, map_location="cpu", weights_only=True)
 
 
 def find_weights(source: Any, names: tuple[str, ...]) -> Any:

@@ -467,5 +467,5 @@ def test_open_clip_computes_the_hidden_width_from_the_ratio_written(width, hidde
 @pytest.mark.any_backend
 def test_a_model_that_open_clip_cannot_hold_is_not_saved(tmp_path):
     backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation="relu")
-    with pytest.raises(ValueError, match=r"same activation.*Received: activation"):
+    with pytest.raises(ValueError, match=r"`model`.*activation.*Received: activation"):
         save_open_clip(backbone, tmp_path / "clip.safetensors")

@@ -123,9 +123,7 @@ def test_a_missing_block_is_listed_whole(reference):
     ],
 )
 def test_what_is_no_clip_is_said_to_be_none(state):
-    with pytest.raises(
-        ValueError, match=r"is not the CLIP of.*Received: source of"
-    ):
+    with pytest.raises(ValueError, match=r"is not the CLIP of.*Received: source of"):
         load(state)
 
 
