@@ -241,4 +241,4 @@ def _read_preprocessing(folder, family):
     size = given.get("size")
     has_height = isinstance(size, Mapping) and "height" in size
     fields["resize_mode"] = "squash" if has_height or is_siglip else "shortest"
-    return fields, [f"{path and path.name}: {reason}" for reason in reasons]
+    return fields, [f"{path.name}: {reason}" for reason in reasons]

@@ -46,7 +46,7 @@ LAYOUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """An entry of a state dict, and the keras_hub variables that it corresponds to.
 
     Attributes:
@@ -95,16 +95,17 @@ class Entry:
         return [_find(model, before + name + after) for name in names.split(",")]
 
 
-def entries(names: TensorNames, architecture: Architecture) -> list[Entry]:
+def entries(names: TensorNames, architecture: Architecture) -> list[TensorEntry]:
     """Lists all entries of a model of this architecture."""
     found = rows(names.tensors)
     for tower, name in names.towers.items():
         path = f"{ENCODERS[tower]}.encoder_layers."
         for i in range(getattr(architecture, f"{tower}_layers")):
             found += rows(names.block, tower, f"{name}{i}.", f"{path}{i}.")
-    if architecture.loss == "sigmoid" and architecture.family != "SigLIP":
-        found.append(("logit_bias", "", "same", BIAS))
-    return [Entry(name, tuple(axes.split()), *rest) for name, axes, *rest in found]
+    found = [
+        TensorEntry(name, tuple(axes.split()), *rest) for name, axes, *rest in found
+    ]
+    return [x for x in found if x.path != BIAS or architecture.loss == "sigmoid"]
 
 
 def load_model(
@@ -143,18 +144,19 @@ def load_model(
     backbone = architecture.make(dtype)
     if architecture.family != "SigLIP":
         write_text_epsilon(backbone, CLIP_EPSILON)
+    for entry in expected:
+        if entry.path != BIAS:
+            # Converted one at a time, since half-precision arrays double in size.
+            entry.write(backbone, as_float32(state[entry.name]))
     fields = "loss", "pixel_mean", "pixel_std"
     options = {name: getattr(architecture, name) for name in fields} | options
     model = ContrastiveModel.from_backbone(backbone, masking=masking, **options)
-    # These are set last, because `from_backbone` starts a sigmoid loss at its own.
-    is_given = {
-        "logit_scale": options.get("initial_temperature") is not None,
-        "logit_bias": options.get("initial_logit_bias") is not None
-        or model.head.logit_bias is None,
-    }
+    # `from_backbone` starts a sigmoid loss at another temperature and bias.
+    initial = {"logit_scale": "initial_temperature", "logit_bias": "initial_logit_bias"}
+    has_bias = model.head.logit_bias is not None
     for entry in expected:
-        if not is_given.get(entry.name):
-            # Converted one at a time, since half-precision arrays double in size.
+        is_open = entry.name in initial and options.get(initial[entry.name]) is None
+        if is_open and (has_bias or entry.path != BIAS):
             entry.write(model, as_float32(state[entry.name]))
     return model
 

@@ -95,6 +95,7 @@ OPEN_CLIP = TensorNames(
     model="CLIP of open_clip",
     tensors="""
 logit_scale | | clip_head.logit_scale
+logit_bias | | head.logit_bias
 visual.proj | image_width projection | vision_projection.kernel
 text_projection | text_width projection | text_projection.kernel
 visual.ln_pre | image | vision_encoder.pre_layer_norm | norm
