@@ -7,7 +7,7 @@ import numpy as np
 from flops import training_flops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.sizes import SIZES
+from keras_cluster_mask.models.architecture import SIZES
 
 VOCABULARY_SIZE, CONTEXT_LENGTH = 49408, 77
 
@@ -66,7 +66,7 @@ class Setting:
 
     @property
     def patch_size(self):
-        return SIZES[self.size]["patch"]
+        return SIZES[self.size].patch
 
     def side(self, name):
         """The side of the images that a method reads, in pixels."""

@@ -2,7 +2,7 @@
 
 from keras_cluster_mask.masking import AttentiveMasking
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
-from keras_cluster_mask.models.sizes import size_and_patch
+from keras_cluster_mask.models.architecture import architecture_of_size
 
 # Dense bfloat16, from the vendor's data sheets, in TFLOP/s. A name is that which the
 # driver gives, since a card of the same chip may be slower: an H100 for PCIe is.
@@ -54,16 +54,16 @@ def training_flops(
         ValueError: For an unknown size, or if the patch size does not divide the
             image size.
     """
-    shape, patch_size = size_and_patch(size, image_size, patch_size)
-    patches, pixels = (image_size // patch_size) ** 2, 3 * patch_size**2
+    shape = architecture_of_size(size, image_size, patch_size)
+    patches, pixels = (image_size // shape.patch) ** 2, 3 * shape.patch**2
     kept = patches if masking is None else masking.num_kept(patches)
-    image_width, image_layers, _ = shape["image"]
-    text_width, text_layers, _ = shape["text"]
+    image_width, image_layers = shape.image_width, shape.image_layers
+    text_width = shape.text_width
     forward = (
         2 * patches * pixels * image_width  # All patches are embedded, then some left.
         + views * _blocks(1 + kept, image_width, image_layers)
-        + _blocks(context_length, text_width, text_layers)
-        + 2 * (views * image_width + text_width) * shape["projection"]
+        + _blocks(context_length, text_width, shape.text_layers)
+        + 2 * (views * image_width + text_width) * shape.projection
     )
     comparing = 0
     if isinstance(masking, SimilarityMasking):

@@ -9,24 +9,12 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import import_keras_hub
-from keras_cluster_mask.interop.architectures import (
-    architecture_of_model,
-    kind_of,
-    warn_of_resizing,
-)
 from keras_cluster_mask.interop.open_clip_configs import (
     OPEN_CLIP_CONFIG_FILE,
-    architecture_of,
-    config_of,
     read_config,
-    resizing_of,
+    write_config,
 )
-from keras_cluster_mask.interop.state_dicts import (
-    as_float32,
-    entries,
-    match,
-    read_state_dict,
-)
+from keras_cluster_mask.interop.state_dicts import entries, load_model
 from keras_cluster_mask.interop.tensor_names import OPEN_CLIP, OPEN_METACLIP_2
 from keras_cluster_mask.interop.weight_files import (
     find_weights,
@@ -35,8 +23,9 @@ from keras_cluster_mask.interop.weight_files import (
 )
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
+from keras_cluster_mask.models.architecture import Architecture
 
-NAMES = {"clip": OPEN_CLIP, "metaclip_2": OPEN_METACLIP_2}
+NAMES = {"CLIP": OPEN_CLIP, "MetaCLIP2": OPEN_METACLIP_2}
 
 # The files that open_clip writes into a folder.
 WEIGHT_FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
@@ -126,26 +115,9 @@ def load_open_clip(
             "do not say how many attention heads a model has, nor its activation. "
             "Received: config=None"
         )
-    config, preprocessing, label = read_config(config)
-    architecture = architecture_of(config, preprocessing, label)
-    warn_of_resizing(*resizing_of(preprocessing))
-    state, label = read_state_dict(source, OPEN_CLIP)
-    bias = _pop_bias(state, config.get("init_logit_bias") is not None, label)
-    found = match(state, label, NAMES[architecture.kind], architecture.sizes)
-    backbone = architecture.make(dtype)
-    for entry, array in found:
-        entry.write(backbone, array)
-    options = {
-        "loss": "softmax" if bias is None else "sigmoid",
-        "pixel_mean": architecture.pixel_mean,
-        "pixel_std": architecture.pixel_std,
-        **kwargs,
-    }
-    model = ContrastiveModel.from_backbone(backbone, masking=masking, **options)
-    is_given = options.get("initial_logit_bias") is not None
-    if bias is not None and model.head.logit_bias is not None and not is_given:
-        model.head.logit_bias.assign(bias)
-    return model
+    architecture = read_config(config)
+    names = NAMES[architecture.family]
+    return load_model(source, names, architecture, dtype, masking, kwargs)
 
 
 def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
@@ -194,14 +166,9 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
             "`ContrastiveModel.from_backbone` numbers them. "
             f"Received: position ids {ids[:4].tolist()} and so on"
         )
-    towers = backbone.vision_encoder, backbone.text_encoder
-    table = entries(NAMES[kind_of(backbone)], *(tower.num_layers for tower in towers))
-    weights = {entry.name: entry.read(backbone) for entry in table}
-    head = getattr(model, "head", None)
-    if head is not None and head.logit_bias is not None:
-        bias = ops.convert_to_numpy(head.logit_bias)
-        weights["logit_bias"] = np.array(bias, "float32")
-    return weights
+    architecture = Architecture.of(model)
+    table = entries(NAMES[architecture.family], architecture)
+    return {entry.name: entry.read(model) for entry in table}
 
 
 def save_open_clip(model: Any, path: str | os.PathLike) -> None:
@@ -239,16 +206,15 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     """
     weights = open_clip_state_dict(model)
     bias = weights.get("logit_bias")
-    config = config_of(
-        architecture_of_model(model), None if bias is None else float(bias)
-    )
+    architecture = Architecture.of(model)
+    config = write_config(architecture, None if bias is None else float(bias))
     path = pathlib.Path(path).expanduser()
     beside = _config_path(path)
     # An existing config may belong to other weights in the folder, and hold more
     # entries than the one written here.
     is_kept = path.name in WEIGHT_FILES and beside.exists()
     if is_kept:
-        _check_same(beside, config)
+        _check_same(beside, architecture)
     write_weights(path, weights)
     if not is_kept:
         write_text(beside, json.dumps(config, indent=2))
@@ -269,35 +235,10 @@ def _config_of_file(source):
     return beside if beside.is_file() else None
 
 
-def _pop_bias(state, is_needed, label):
-    """Removes the bias of a sigmoid loss from a state dict; returns it or `None`."""
-    bias = state.pop("logit_bias", None)
-    if bias is None:
-        if is_needed:
-            raise ValueError(
-                "`source` must hold the `logit_bias` of the sigmoid loss, as "
-                f"`init_logit_bias` in the config says. Received: {label}"
-            )
-        return None
-    bias = as_float32(bias)
-    if bias.shape != () or not np.isfinite(bias):
-        raise ValueError(
-            "`source` must hold one finite number as `logit_bias`. "
-            f"Received: {label}, with logit_bias={bias}"
-        )
-    return bias
-
-
-def _check_same(path, config):
+def _check_same(path, architecture):
     """Raises an error if a folder's config, which may say more, is of another model."""
-
-    def essence(config):
-        model, preprocessing, label = read_config(config)
-        has_bias = model.get("init_logit_bias") is not None
-        return architecture_of(model, preprocessing, label), has_bias
-
     try:
-        is_same = essence(path) == essence(config)
+        is_same = read_config(path) == architecture
     except ValueError:
         is_same = False
     if not is_same:

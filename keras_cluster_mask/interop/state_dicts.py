@@ -3,14 +3,31 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.interop.configs import CLIP_EPSILON
 from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
+from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.models import ContrastiveModel
+from keras_cluster_mask.models.architecture import Architecture
+from keras_cluster_mask.models.encoders import write_text_epsilon
+
+# The bias of a sigmoid loss, which is not in a CLIP backbone but in the model.
+BIAS = "head.logit_bias"
+ENCODERS = {"image": "vision_encoder", "text": "text_encoder"}
+
+# Entries in state dicts of older models that are not weights.
+BUFFERS = {
+    *("attn_mask", "input_resolution", "context_length", "vocab_size"),
+    "vision_model.embeddings.position_ids",
+    "text_model.embeddings.position_ids",
+}
 
 # Functions from a keras_hub variable to a tensor, and back up to a final `reshape`.
 # Matrices are (out, in) in torch and (in, out) in Keras, which splits one of the sides
@@ -29,14 +46,15 @@ LAYOUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """An entry of a state dict, and the keras_hub variables that it corresponds to.
 
     Attributes:
         name: String, the entry's name.
         shape: tuple of strings, the names of its axes; a number stands for itself.
         layout: Key of `LAYOUTS`.
-        path: String, the path of the variable in a backbone, or of several variables.
+        path: String, the path of the variable in a backbone, or of several variables;
+            or `BIAS`.
     """
 
     name: str
@@ -44,52 +62,109 @@ class Entry:
     layout: str
     path: str
 
-    def read(self, backbone):
-        """Reads the entry from a backbone as a new float32 array."""
+    def read(self, model):
+        """Reads the entry from a backbone or its model as a new float32 array."""
         convert, _ = LAYOUTS[self.layout]
-        parts = [convert(ops.convert_to_numpy(v)) for v in self._variables(backbone)]
+        parts = [convert(ops.convert_to_numpy(v)) for v in self._variables(model)]
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         # Always a copy: torch returns the memory of the variable itself.
         return np.array(array, "float32", order="C")
 
-    def write(self, backbone, array):
-        """Assigns an entry's `array` to the variables of a backbone."""
+    def write(self, model, array):
+        """Assigns an entry's `array` to the variables of a model."""
         _, convert = LAYOUTS[self.layout]
-        variables = self._variables(backbone)
+        variables = self._variables(model)
         parts = [array] if len(variables) == 1 else np.split(array, len(variables))
         for variable, part in zip(variables, parts):
             variable.assign(convert(part).reshape(variable.shape))
 
-    def _variables(self, backbone):
+    def sizes(self, architecture):
+        """Returns the sizes of the axes, which are named "width", "3*width" or "3"."""
+        sizes = []
+        for axis in self.shape:
+            factor, _, name = axis.rpartition("*")
+            size = int(name) if name.isdigit() else getattr(architecture, name)
+            sizes.append(int(factor or 1) * size)
+        return tuple(sizes)
+
+    def _variables(self, model):
         before, *braces = re.split("[{}]", self.path)
         if not braces:
-            return [_find(backbone, before)]
+            return [_find(model, before)]
         names, after = braces
-        return [_find(backbone, before + name + after) for name in names.split(",")]
+        return [_find(model, before + name + after) for name in names.split(",")]
 
 
-def entries(names: TensorNames, image_layers: int, text_layers: int) -> list[Entry]:
-    """Lists all entries of a model whose towers have these numbers of blocks."""
+def entries(names: TensorNames, architecture: Architecture) -> list[TensorEntry]:
+    """Lists all entries of a model of this architecture."""
     found = rows(names.tensors)
-    for (tower, name, path), layers in zip(names.towers, (image_layers, text_layers)):
-        for i in range(layers):
+    for tower, name in names.towers.items():
+        path = f"{ENCODERS[tower]}.encoder_layers."
+        for i in range(getattr(architecture, f"{tower}_layers")):
             found += rows(names.block, tower, f"{name}{i}.", f"{path}{i}.")
-    return [Entry(name, tuple(axes.split()), *rest) for name, axes, *rest in found]
+    found = [
+        TensorEntry(name, tuple(axes.split()), *rest) for name, axes, *rest in found
+    ]
+    return [x for x in found if x.path != BIAS or architecture.loss == "sigmoid"]
 
 
-def read_state_dict(source: Any, names: TensorNames) -> tuple[dict[str, Any], str]:
-    """Reads the state dict of a checkpoint, without what wraps it.
+def load_model(
+    source: Any,
+    names: TensorNames,
+    architecture: Architecture,
+    dtype: Any,
+    masking: PatchMasking | None,
+    options: dict[str, Any],
+) -> ContrastiveModel:
+    """Makes a model with the weights of a checkpoint, or raises an error.
 
     Args:
         source: Path of a file of weights, or a state dict.
         names: The names of the library that wrote it.
-
-    Returns:
-        A tuple of a dictionary from name to array or tensor, and of a description of
-        the source for errors.
+        architecture: The `Architecture` that the model's config states.
+        dtype: A dtype policy for the computations.
+        masking: A `PatchMasking` layer, or `None`.
+        options: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
     """
+    state, label = _read_state_dict(source)
+    if "logit_bias" in state:
+        architecture = dataclasses.replace(architecture, loss="sigmoid")
+    expected = entries(names, architecture)
+    unexpected = state.keys() - {entry.name for entry in expected}
+    faults = [_fault(entry, state, architecture) for entry in expected]
+    faults += [f"unexpected: {name} {_shape(state[name])}" for name in unexpected]
+    faults = sorted(filter(None, faults))
+    if faults:
+        raise ValueError(
+            f"`source` is not the {names.model} of its config, with "
+            f"{architecture.image_layers} image blocks and {architecture.text_layers} "
+            f"text blocks. Received: {label}, with\n  " + "\n  ".join(faults)
+        )
+    _warn_of_resizing(architecture)
+    backbone = architecture.make(dtype)
+    if architecture.family != "SigLIP":
+        write_text_epsilon(backbone, CLIP_EPSILON)
+    for entry in expected:
+        if entry.path != BIAS:
+            # Converted one at a time, since half-precision arrays double in size.
+            entry.write(backbone, as_float32(state[entry.name]))
+    fields = "loss", "pixel_mean", "pixel_std"
+    options = {name: getattr(architecture, name) for name in fields} | options
+    model = ContrastiveModel.from_backbone(backbone, masking=masking, **options)
+    # `from_backbone` starts a sigmoid loss at another temperature and bias.
+    initial = {"logit_scale": "initial_temperature", "logit_bias": "initial_logit_bias"}
+    has_bias = model.head.logit_bias is not None
+    for entry in expected:
+        is_open = entry.name in initial and options.get(initial[entry.name]) is None
+        if is_open and (has_bias or entry.path != BIAS):
+            entry.write(model, as_float32(state[entry.name]))
+    return model
+
+
+def _read_state_dict(source):
+    """Returns a checkpoint's state dict without what wraps it, and a description."""
     label = f"source of type {type(source).__name__}"
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, os.PathLike):
         label = f"source={os.fspath(source)!r}"
         source = read_weights(source)
     # open_clip's training writes the weights beside the optimizer's state.
@@ -111,82 +186,24 @@ def read_state_dict(source: Any, names: TensorNames) -> tuple[dict[str, Any], st
     for name in ("logit_scale", "logit_bias"):
         if getattr(state.get(name), "shape", None) == (1,):
             state[name] = state[name][0]
-    return {k: x for k, x in state.items() if k not in names.harmless}, label
+    return {k: x for k, x in state.items() if k not in BUFFERS}, label
 
 
-def match(
-    state: dict[str, Any],
-    label: str,
-    names: TensorNames,
-    sizes: Mapping[str, int],
-) -> Iterable:
-    """Checks that a state dict matches a model, and returns its entries.
-
-    Args:
-        state: Dictionary from name to array or tensor.
-        label: String, a description of the source for errors.
-        names: The names of the library that wrote it.
-        sizes: The sizes that the model's config states: the sizes of axes, by the names
-            in `Entry.shape`, and the numbers of blocks.
-
-    Returns:
-        An iterable of pairs of an `Entry` and a float32 array.
-    """
-    blocks_of = (re.compile(rf"{re.escape(x)}(\d+)\.") for _, x, _ in names.towers)
-    blocks = [len({m[1] for m in map(x.match, state) if m}) for x in blocks_of]
-    if not all(blocks):
-        first, *_ = rows(names.block)[0]
-        examples = ", ".join(f"`{start}0.{first}`" for _, start, _ in names.towers)
-        raise ValueError(
-            f"`source` must hold a {names.model}, of two transformers ({examples}). "
-            f"Received: {label}, of {len(state)} entries such as {sorted(state)[:5]}"
-        )
-    blocks = sizes["image_layers"], sizes["text_layers"]
-    expected = entries(names, *blocks)
-    unexpected = state.keys() - {entry.name for entry in expected}
-    faults = [_fault(entry, state, sizes) for entry in expected]
-    faults += [f"unexpected: {n} {_text(_shape(state[n]))}" for n in unexpected]
-    faults = sorted(filter(None, faults))
-    if faults:
-        raise ValueError(
-            f"`source` is not the {names.model} of its config, with {blocks[0]} "
-            f"image blocks and {blocks[1]} text blocks. Received: {label}, with\n  "
-            + "\n  ".join(faults)
-        )
-    # Convert one at a time, since half-precision arrays double in size.
-    return ((entry, as_float32(state[entry.name])) for entry in expected)
-
-
-def _fault(entry, state, sizes):
+def _fault(entry, state, architecture):
     """Describes what is wrong with an entry of a state dict; `None` if nothing is."""
-    expected = tuple(_size(axis, sizes) for axis in entry.shape)
+    expected = entry.sizes(architecture)
     if entry.name not in state:
-        return f"missing: {entry.name} {_text(expected)}"
+        return f"missing: {entry.name} {expected}"
     shape = _shape(state[entry.name])
     if shape != expected:
-        return f"wrong shape: {entry.name} {_text(shape)}, expected {_text(expected)}"
+        return f"wrong shape: {entry.name} {shape}, expected {expected}"
     if not np.isfinite(as_float32(state[entry.name])).all():
         return f"NaN or infinite: {entry.name}"
     return None
 
 
-def _size(axis, sizes):
-    """Returns the size of an axis such as "width", "3*width" or "3"."""
-    if axis.isdigit():
-        return int(axis)
-    factor, _, name = axis.rpartition("*")
-    return int(factor or 1) * sizes[name]
-
-
 def _shape(value):
-    shape = getattr(value, "shape", None)
-    return None if shape is None else tuple(shape)
-
-
-def _text(shape):
-    if shape is None:
-        return "(no tensor)"
-    return "(" + ", ".join(map(str, shape)) + ")"
+    return tuple(value.shape) if hasattr(value, "shape") else "(no tensor)"
 
 
 def as_float32(value) -> np.ndarray:
@@ -197,8 +214,22 @@ def as_float32(value) -> np.ndarray:
     return np.asarray(value).astype("float32", copy=False)
 
 
-def _find(backbone, path):
-    found = backbone
+def _find(model, path):
+    # A model's `head` has the bias, which CLIP's backbone lacks.
+    found = model if path == BIAS else getattr(model, "backbone", model)
     for part in path.split("."):
         found = found[int(part)] if part.isdigit() else getattr(found, part)
     return found
+
+
+def _warn_of_resizing(architecture):
+    """Warns the user if images need a resizing other than the default."""
+    mode, interpolation = architecture.resize_mode, architecture.interpolation
+    if (mode, interpolation) != ("shortest", "bicubic"):
+        warnings.warn(
+            f"The model was trained on images resized by {mode!r} with "
+            f"{interpolation!r} interpolation. `image_text_dataset` resizes by "
+            "'shortest' and a center crop, or with resize='squash' by 'squash', "
+            "always with bicubic interpolation.",
+            stacklevel=4,
+        )

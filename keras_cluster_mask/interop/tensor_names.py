@@ -48,16 +48,14 @@ class TensorNames:
         model: String, the library's name for the model.
         tensors: String, the table of tensors outside the transformer blocks.
         block: String, the table of tensors in a block.
-        towers: tuple of tuples: tower, the prefix of its blocks' names, and the path of
-            the list of blocks in keras_hub.
-        harmless: frozenset of entry names that are not weights.
+        towers: Dictionary from `"image"` and `"text"` to the prefix of the names of the
+            tower's blocks.
     """
 
     model: str
     tensors: str
     block: str
-    towers: tuple
-    harmless: frozenset
+    towers: dict[str, str]
 
 
 def rows(table: str, tower: str = "", name: str = "", path: str = "") -> list[tuple]:
@@ -97,6 +95,7 @@ OPEN_CLIP = TensorNames(
     model="CLIP of open_clip",
     tensors="""
 logit_scale | | clip_head.logit_scale
+logit_bias | | head.logit_bias
 visual.proj | image_width projection | vision_projection.kernel
 text_projection | text_width projection | text_projection.kernel
 visual.ln_pre | image | vision_encoder.pre_layer_norm | norm
@@ -119,14 +118,10 @@ mlp.c_fc.bias | hidden | dense_1.bias
 mlp.c_proj.weight | width hidden | dense_2.kernel | matrix
 mlp.c_proj.bias | width | dense_2.bias
 """,
-    towers=(
-        ("image", "visual.transformer.resblocks.", "vision_encoder.encoder_layers."),
-        ("text", "transformer.resblocks.", "text_encoder.encoder_layers."),
-    ),
-    # Entries in the state dicts of older CLIP models that are not weights.
-    harmless=frozenset(
-        ("attn_mask", "input_resolution", "context_length", "vocab_size")
-    ),
+    towers={
+        "image": "visual.transformer.resblocks.",
+        "text": "transformer.resblocks.",
+    },
 )
 
 OPEN_METACLIP_2 = _of_metaclip_2(OPEN_CLIP, "MetaCLIP 2 of open_clip")
@@ -140,11 +135,10 @@ patch_embedding.weight | width 3 patch patch | patch_embedding.kernel | convolut
 text_model.embeddings. | text | text_encoder.embedding.
 token_embedding.weight | vocabulary width | token_embedding.embeddings
 """
-_TOWERS = (
-    ("image", "vision_model.encoder.layers.", "vision_encoder.encoder_layers."),
-    ("text", "text_model.encoder.layers.", "text_encoder.encoder_layers."),
-)
-_BUFFERS = frozenset(f"{x}_model.embeddings.position_ids" for x in ("vision", "text"))
+_TOWERS = {
+    "image": "vision_model.encoder.layers.",
+    "text": "text_model.encoder.layers.",
+}
 
 CLIP = TensorNames(
     model="CLIPModel of transformers",
@@ -171,7 +165,6 @@ mlp.fc2.weight | width hidden | dense_2.kernel | matrix
 mlp.fc2.bias | width | dense_2.bias
 """,
     towers=_TOWERS,
-    harmless=_BUFFERS,
 )
 
 METACLIP_2 = _of_metaclip_2(CLIP, "MetaClip2Model of transformers")
@@ -203,5 +196,4 @@ position_embedding.weight | context width | position_embedding.embeddings
     .replace("| attention |", "| self_attn |")
     .replace("dense_", "mlp.fc"),
     towers=_TOWERS,
-    harmless=_BUFFERS,
 )

@@ -1,6 +1,7 @@
 """Reads and writes files of weights in the formats of safetensors and torch."""
 
 import contextlib
+import importlib
 import os
 import pathlib
 import pickle
@@ -26,52 +27,49 @@ def read_weights(path: str | os.PathLike) -> Any:
         A dictionary of NumPy arrays for safetensors; the object in the file for torch.
 
     Raises:
-        FileNotFoundError: If there is no such file.
         ImportError: For a torch file, without torch or with a version whose reader is
             not safe.
         ValueError: If the file is damaged, of another kind, or contains code.
     """
     path = pathlib.Path(path).expanduser()
     _check_suffix("source", path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`source` must be a file that exists. Received: source={str(path)!r}"
-        )
+    library = _library(path)
     if path.suffix in SAFETENSORS:
-        safetensors = _safetensors(path)
         with _read_errors(path):
-            return safetensors.load_file(path)
-    torch = _torch(path)
-    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+            return library.load_file(path)
+    version = tuple(map(int, re.findall(r"\d+", library.__version__)[:2]))
     if version < SAFE_TORCH:
         raise ImportError(
             f"`source` is a {path.suffix} file, which can run code when torch before "
             "2.10 reads it: `pip install -U torch`, or pass a .safetensors file. "
-            f"Received: source={str(path)!r}, torch {torch.__version__}"
+            f"Received: source={str(path)!r}, torch {library.__version__}"
         )
     with _read_errors(path):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return library.load(path, map_location="cpu", weights_only=True)
 
 
 def find_weights(source: Any, names: tuple[str, ...]) -> Any:
-    """Returns the file of weights in a folder; any other source as it is.
+    """Returns the path of a file of weights; a state dict as it is.
 
     Args:
-        source: Path of a folder or of a file, or a state dict.
-        names: The possible names of the file. The first one found is used.
+        source: Path of a file or of a folder, or a state dict.
+        names: The possible names of the file in a folder. The first one found is used.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
     """
     if not isinstance(source, (str, os.PathLike)):
         return source
-    folder = pathlib.Path(source).expanduser()
-    if not folder.is_dir():
-        return source
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
+    path = pathlib.Path(source).expanduser()
+    paths = [path / name for name in names] if path.is_dir() else [path]
+    found = next(filter(pathlib.Path.is_file, paths), None)
+    if found is None:
         raise FileNotFoundError(
-            f"`source` must be a file, or a folder with one of {[*names]}. "
-            f"Received: source={os.fspath(source)!r}"
+            f"`source` must be a file that exists, or a folder with one of {[*names]}. "
+            "`huggingface_hub.snapshot_download` downloads a model by its name. "
+            f"Received: source={str(path)!r}"
         )
-    return found[0]
+    return found
 
 
 def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
@@ -83,14 +81,13 @@ def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> 
     """
     path = pathlib.Path(path).expanduser()
     _check_suffix("path", path)
-    if path.suffix in SAFETENSORS:
-        safetensors = _safetensors(path)
-        with _replacing(path) as file:
-            file.write(safetensors.save(arrays, {"format": "pt"}))
-        return
-    torch = _torch(path)
+    library = _library(path)
     with _replacing(path) as file:
-        torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, file)
+        if path.suffix in SAFETENSORS:
+            file.write(library.save(arrays, {"format": "pt"}))
+        else:
+            tensors = {key: library.from_numpy(x) for key, x in arrays.items()}
+            library.save(tensors, file)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -143,27 +140,17 @@ def _read_errors(path):
         raise ValueError(f"`source` {reason} Received: source={str(path)!r}") from error
 
 
-def _safetensors(path):
+def _library(path):
+    """Imports the library of a file's format, since each works without the other."""
+    is_torch = path.suffix in TORCH
     try:
-        import safetensors.numpy
+        return importlib.import_module("torch" if is_torch else "safetensors.numpy")
     except ImportError as error:
+        name = "torch" if is_torch else "safetensors"
         raise ImportError(
-            ".safetensors files need safetensors: `pip install safetensors`. "
+            f"{path.suffix} files need {name}: `pip install {name}`. "
             f"Received: {str(path)!r}"
         ) from error
-    return safetensors.numpy
-
-
-def _torch(path):
-    # Imported here, since safetensors files are read without torch.
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"{path.suffix} files need torch (`pip install torch`); .safetensors files "
-            f"do not. Received: {str(path)!r}"
-        ) from error
-    return torch
 
 
 def _check_suffix(argument, path):

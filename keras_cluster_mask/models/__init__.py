@@ -1,5 +1,6 @@
 """Image encoders with patch masking, and models that train them."""
 
+from keras_cluster_mask.models.architecture import clip_backbone
 from keras_cluster_mask.models.backbones import (
     CLIPContrastiveModel,
     MetaCLIP2ContrastiveModel,
@@ -13,7 +14,6 @@ from keras_cluster_mask.models.layout_map import clip_layout_map
 from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder, with_masking
 from keras_cluster_mask.models.momentum_encoder import MomentumEncoder
-from keras_cluster_mask.models.sizes import clip_backbone
 from keras_cluster_mask.models.tower import Tower
 
 __all__ = [

@@ -1,7 +1,6 @@
 """A `ContrastiveModel` for each kind of keras_hub backbone."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
@@ -24,6 +23,7 @@ from keras_cluster_mask.models.head import (
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
+from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.layers import frozen_parts
 from keras_cluster_mask.types import Tensor
 
@@ -40,7 +40,6 @@ class BackboneModel(ContrastiveModel):
         backbone: A keras_hub backbone.
         masking: A `PatchMasking` layer, or `None`.
         head: A `ContrastiveHead` of the same backbone to share, or `None`.
-        parts: Dictionary of the backbone's parts for a new head.
         **kwargs: Arguments of `ContrastiveModel`, without the encoders and
             `projection_dim`.
 
@@ -49,12 +48,14 @@ class BackboneModel(ContrastiveModel):
         masking: The masking, or `None`.
     """
 
+    # Arguments with other defaults than in `ContrastiveModel`.
+    defaults: dict[str, Any] = {}
+
     def __init__(
         self,
         backbone: keras.Model,
-        masking: PatchMasking | None,
-        head: ContrastiveHead | None,
-        parts: dict[str, Any],
+        masking: PatchMasking | None = None,
+        head: ContrastiveHead | None = None,
         **kwargs: Any,
     ):
         if "dtype" in kwargs:
@@ -66,12 +67,26 @@ class BackboneModel(ContrastiveModel):
         number_positions(find_embedding_layer(encoder))
         if masking is not None:
             encoder = with_masking(encoder, masking)
+        kwargs = {**self.defaults, **kwargs}
         if head is None:
             options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
+            parts = self.head_parts(backbone, **options)
             head = ContrastiveHead(**options, **parts, name="head")
         super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
+        self.text_family = text_family_of(backbone)
+
+    @classmethod
+    def head_parts(cls, backbone: keras.Model, **options: Any) -> dict[str, Any]:
+        """Returns the layers and weights of a backbone that a new head shares.
+
+        Args:
+            backbone: The backbone. Its temperature and bias are set if the options say
+                so.
+            **options: Arguments of `ContrastiveHead`.
+        """
+        raise NotImplementedError
 
     def _options(self):
         options = super()._options()
@@ -103,33 +118,23 @@ class CLIPContrastiveModel(BackboneModel):
 
     # The layer of the backbone that holds the temperature.
     scale_owner = "clip_head"
-    # `text_features` pools there.
-    pools_highest_id = True
 
-    def __init__(
-        self,
-        backbone: keras.Model,
-        masking: PatchMasking | None = None,
-        loss: str = "softmax",
-        initial_temperature: float | None = None,
-        head: ContrastiveHead | None = None,
-        **kwargs: Any,
-    ):
-        parts = {}
-        if head is None:
-            temperature = initial_temperature
-            if temperature is None and loss == "sigmoid":
-                temperature = INITIAL_TEMPERATURE[loss]
-            logit_scale = getattr(backbone, self.scale_owner).logit_scale
-            parts = dict(
-                image_projection=backbone.vision_projection,
-                text_projection=backbone.text_projection,
-                logit_scale=_prepared(logit_scale, temperature),
-            )
-        options = dict(loss=loss, initial_temperature=initial_temperature)
-        super().__init__(backbone, masking, head, parts, **options, **kwargs)
+    def __init__(self, backbone: keras.Model, *args: Any, **kwargs: Any):
+        super().__init__(backbone, *args, **kwargs)
         # The pooler takes the class token, which is never hidden.
         backbone.vision_pooler.supports_masking = True
+
+    @classmethod
+    def head_parts(cls, backbone: keras.Model, **options: Any) -> dict[str, Any]:
+        temperature = options.get("initial_temperature")
+        if temperature is None and options.get("loss") == "sigmoid":
+            temperature = INITIAL_TEMPERATURE["sigmoid"]
+        logit_scale = getattr(backbone, cls.scale_owner).logit_scale
+        return dict(
+            image_projection=backbone.vision_projection,
+            text_projection=backbone.text_projection,
+            logit_scale=_prepared(logit_scale, temperature),
+        )
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.image_encoder, images, training)
@@ -139,14 +144,10 @@ class CLIPContrastiveModel(BackboneModel):
         tokens = call_encoder(self.text_encoder, token_ids, training)
         # The backbone's `text_pooler` takes the token by index, which torch can export
         # only for a fixed batch size.
-        end = self.end_of_text(token_ids)[:, None]
+        end = self.text_family.pooled_at(token_ids)[:, None]
         end = ops.equal(ops.arange(ops.shape(tokens)[1], dtype=end.dtype), end)
         pooled = ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
         return self.head.project_text(pooled)
-
-    def end_of_text(self, token_ids: Tensor) -> Tensor:
-        """Returns the index of the end token in each text, which has the highest id."""
-        return ops.argmax(token_ids, axis=-1)
 
     def get_config(self) -> dict[str, Any]:
         epsilon = read_text_epsilon(self.backbone)
@@ -180,11 +181,6 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     """
 
     scale_owner = "metaclip_2_head"
-    pools_highest_id = False
-
-    @property
-    def end_token_id(self) -> int | None:
-        return self.backbone.text_pooler.eos_token_id
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.image_encoder, images, training)
@@ -195,13 +191,9 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
         features = super().text_features(token_ids, training)
         # Without an end token the backbone would pool the first token of a text. If the
         # data cannot be checked beforehand, the NaN shows in the loss.
-        has_end = ops.any(ops.equal(token_ids, self.end_token_id), axis=-1)
+        is_end = ops.equal(token_ids, self.text_family.end_id)
+        has_end = ops.any(is_end, axis=-1)
         return ops.where(has_end[:, None], features, math.nan)
-
-    def end_of_text(self, token_ids: Tensor) -> Tensor:
-        """Returns the index of the first end token in each text."""
-        is_end = ops.equal(token_ids, self.end_token_id)
-        return ops.argmax(ops.cast(is_end, "int32"), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -215,43 +207,23 @@ class SigLIPContrastiveModel(BackboneModel):
         **kwargs: See `ContrastiveModel.from_backbone`, which makes this model.
     """
 
-    def __init__(
-        self,
-        backbone: keras.Model,
-        masking: PatchMasking | None = None,
-        loss: str = "sigmoid",
-        initial_temperature: float | None = None,
-        initial_logit_bias: float | None = None,
-        pixel_mean: Sequence[float] | None = SIGLIP_MEAN,
-        pixel_std: Sequence[float] = SIGLIP_STD,
-        head: ContrastiveHead | None = None,
-        **kwargs: Any,
-    ):
-        own, parts = backbone.siglip_head, {}
-        if head is None:
-            # keras_hub starts at a scale of 1 and a bias of 0. From there, a model
-            # would first have to learn that nearly all pairs are negatives.
-            scalars = own.logit_scale, own.logit_bias
-            if not any(ops.convert_to_numpy(v) for v in scalars):
-                own.logit_scale.assign(-math.log(INITIAL_TEMPERATURE["sigmoid"]))
-                own.logit_bias.assign(INITIAL_LOGIT_BIAS)
-            if initial_logit_bias is not None and loss == "sigmoid":
-                own.logit_bias.assign(initial_logit_bias)
-            parts = dict(
-                logit_scale=_prepared(own.logit_scale, initial_temperature),
-                logit_bias=_prepared(own.logit_bias),
-            )
-        super().__init__(
-            backbone,
-            masking,
-            head,
-            parts,
-            loss=loss,
-            initial_temperature=initial_temperature,
-            initial_logit_bias=initial_logit_bias,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-            **kwargs,
+    defaults = {"loss": "sigmoid", "pixel_mean": SIGLIP_MEAN, "pixel_std": SIGLIP_STD}
+
+    @classmethod
+    def head_parts(cls, backbone: keras.Model, **options: Any) -> dict[str, Any]:
+        scalars = backbone.siglip_head
+        logit_scale, logit_bias = scalars.logit_scale, scalars.logit_bias
+        # keras_hub starts at a scale of 1 and a bias of 0. From there, a model would
+        # first have to learn that nearly all pairs are negatives.
+        if not any(ops.convert_to_numpy(v) for v in (logit_scale, logit_bias)):
+            logit_scale.assign(-math.log(INITIAL_TEMPERATURE["sigmoid"]))
+            logit_bias.assign(INITIAL_LOGIT_BIAS)
+        initial_bias = options.get("initial_logit_bias")
+        if initial_bias is not None and options["loss"] == "sigmoid":
+            logit_bias.assign(initial_bias)
+        return dict(
+            logit_scale=_prepared(logit_scale, options.get("initial_temperature")),
+            logit_bias=_prepared(logit_bias),
         )
 
 

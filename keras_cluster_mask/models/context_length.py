@@ -3,7 +3,8 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.models.encoders import TEXT_ENCODERS, check_no_lora, copy_with
+from keras_cluster_mask.models.encoders import check_no_lora, copy_with
+from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 
 def with_context_length(model: keras.Model, length: int) -> keras.Model:
@@ -42,7 +43,7 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
           `resize_text_pos_embed`.
     """
     encoder = getattr(model, "text_encoder", model)
-    if type(encoder).__name__ not in TEXT_ENCODERS:
+    if type(encoder).__name__ not in {f"{x}TextEncoder" for x in TEXT_FAMILIES}:
         raise ValueError(
             "`model` must be a keras_hub CLIPBackbone, MetaCLIP2Backbone or "
             "SigLIPBackbone, or the text encoder of one. "

@@ -11,7 +11,7 @@ from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
 from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.context import part_of_batch
+from keras_cluster_mask.masking.selection import part_of_batch
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD

@@ -24,8 +24,9 @@ from keras_cluster_mask.models.pixels import (
     normalize_pixels,
     pixel_range,
 )
-from keras_cluster_mask.models.text_inputs import (
+from keras_cluster_mask.models.text_families import (
     MADE,
+    text_family_of,
     text_input_names,
     text_inputs,
 )
@@ -53,6 +54,9 @@ class DualEncoder(keras.Model):
 
     Attributes:
         maskings: List of the `PatchMasking` layers in the image encoder.
+        text_input_names: Tuple of str, the entries of a batch that the text encoder
+            takes.
+        text_family: The `TextFamily` of the text encoder.
     """
 
     def __init__(
@@ -73,7 +77,8 @@ class DualEncoder(keras.Model):
         self.autocast = False
         _check_encoder("image_encoder", image_encoder)
         _check_encoder("text_encoder", text_encoder)
-        text_input_names(text_encoder)
+        self.text_input_names = text_input_names(text_encoder)
+        self.text_family = text_family_of(text_encoder)
         check_statistics(pixel_mean, pixel_std)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
@@ -167,14 +172,17 @@ class DualEncoder(keras.Model):
         self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
     ) -> Tensor:
         """Embeds texts as `encode_text` does, without checking values."""
-        inputs = text_inputs(self.text_encoder, token_ids)
-        return l2_normalize(self.text_features(inputs, training))
+        if isinstance(token_ids, dict) or len(self.text_input_names) > 1:
+            token_ids = text_inputs(self.text_input_names, self.text_family, token_ids)
+        return l2_normalize(self.text_features(token_ids, training))
 
     def embed(
         self, inputs: Mapping[str, Tensor], training: bool | None = None
     ) -> dict[str, Tensor]:
         """Embeds a batch, or a micro-batch, of images and texts."""
-        texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
+        texts = inputs["token_ids"]
+        if len(self.text_input_names) > 1:
+            texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
         recomputes = training and self.gradient_checkpointing
         with checkpointed(self._blocks()) if recomputes else contextlib.nullcontext():
             return {
@@ -195,31 +203,16 @@ class DualEncoder(keras.Model):
         return context_length_of(self.text_encoder)
 
     @property
-    def text_input_names(self) -> Sequence[str]:
-        """The names of the batch entries that the text encoder takes."""
-        return text_input_names(self.text_encoder)
-
-    @property
-    def end_token_id(self) -> int | None:
-        """The id of the token that texts are pooled at and must contain, or `None`."""
-        return None
-
-    @property
-    def pools_highest_id(self) -> bool:
-        """True if the text encoder pools at the highest token id, as CLIP's does."""
-        layers = all_layers(self.text_encoder)
-        return any(type(layer).__name__ == "CLIPTextPooler" for layer in layers)
-
-    @property
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
-        texts = [name for name in self.text_input_names if name not in MADE]
+        names, family = self.text_input_names, self.text_family
+        texts = [name for name in names if name not in MADE]
         return InputRules(
             keys=("images", *texts),
             context_length=self.context_length,
             vocabulary_size=self.vocabulary_size,
-            end_token_id=self.end_token_id,
-            zeros_are_padding="padding_mask" in self.text_input_names,
+            end_token_id=family.end_id,
+            padding_id=family.padding_id if "padding_mask" in names else None,
             pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
         )
 

@@ -69,13 +69,6 @@ BLOCKS = (
     "ViTEncoderBlock",
 )
 
-# Text encoders with a table of position embeddings.
-TEXT_ENCODERS = "CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder"
-
-# The token id at which `MetaCLIP2Backbone` pools texts. keras_hub does not save another
-# id.
-METACLIP_2_END_ID = 2
-
 # === Any encoder ===
 
 

@@ -8,7 +8,11 @@ from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.models.encoders import call_encoder, data_format_of
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.pixels import normalize_pixels
-from keras_cluster_mask.models.text_inputs import text_inputs
+from keras_cluster_mask.models.text_families import (
+    text_family_of,
+    text_input_names,
+    text_inputs,
+)
 from keras_cluster_mask.training.layers import from_parts, frozen_parts
 from keras_cluster_mask.types import Tensor
 
@@ -120,7 +124,8 @@ class Tower(keras.Model):
                 inputs, self.pixel_mean, self.pixel_std, self.data_format
             )
         else:
-            inputs = text_inputs(self.encoder, inputs)
+            names, family = text_input_names(self.encoder), text_family_of(self.encoder)
+            inputs = text_inputs(names, family, inputs)
         return l2_normalize(call_encoder(self.encoder, inputs, training=False))
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -34,8 +34,8 @@ class InputRules:
         context_length: Integer, the maximum number of token ids per text, or `None`.
         vocabulary_size: Integer, the number of token ids, or `None` if unknown.
         end_token_id: Integer, the id that every text must contain, or `None`.
-        zeros_are_padding: Boolean. Whether ids of 0 are masked as padding if there is
-            no `"padding_mask"`.
+        padding_id: Integer, the id that is hidden as padding if there is no
+            `"padding_mask"`, or `None`.
         pixel_range: Two floats, the values of a black and a white pixel after
             normalization; `None` for a model that takes images as they are.
         training: Boolean. Whether the batches are for training.
@@ -47,7 +47,7 @@ class InputRules:
     context_length: int | None = None
     vocabulary_size: int | None = None
     end_token_id: int | None = None
-    zeros_are_padding: bool = False
+    padding_id: int | None = None
     pixel_range: tuple[float, float] | None = None
     training: bool = False
     is_normalized: bool = False
@@ -151,12 +151,14 @@ class InputRules:
                 f"`token_ids` must hold the end token, {self.end_token_id}, in every "
                 "row: texts are pooled there. Truncate texts before it is added.",
             )
-        if self.zeros_are_padding and not has_mask:
-            inner = (ids[:, :-1] == 0) & (ids[:, 1:] != 0)
+        if self.padding_id is not None and not has_mask:
+            is_padding = ids == self.padding_id
+            inner = is_padding[:, :-1] & ~is_padding[:, 1:]
             _raise_for_rows(
-                np.any(inner, axis=1) | np.any(ids[:, :1] == 0, axis=1),
-                "`padding_mask` must be in the batch, since some ids of 0 are not at "
-                "the end of a text: without a mask, all are hidden as padding.",
+                np.any(inner, axis=1) | np.any(is_padding[:, :1], axis=1),
+                f"`padding_mask` must be in the batch, since some ids of "
+                f"{self.padding_id} are not at the end of a text: without a mask, all "
+                "are hidden as padding.",
             )
 
     def check_images(self, images):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 
 import numpy as np
+from keras import ops
 
 # The number of tokens of each text that a fingerprint depends on.
 NUM_TOKENS = 6
@@ -40,7 +41,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
             f"Received: tokenizer={tokenizer}, which returns ids of shape {ids.shape}"
         )
     model.input_rules.check_ids(ids)
-    if model.pools_highest_id and not _has_special_tokens(ids):
+    if model.text_family.pooling == "highest id" and not _has_special_tokens(ids):
         raise ValueError(
             "`tokenizer` must add a start token to each text, and an end token that "
             "has the highest id, at which a CLIP text encoder pools. Pass a "
@@ -98,7 +99,9 @@ def _fingerprint(model, *ids):
     for part in ids:
         if part is None:
             continue
-        for row, end in zip(part, _pooled_at(model, part)):
+        ends = model.text_family.pooled_at(part)
+        ends = [None] * len(part) if ends is None else ops.convert_to_numpy(ends)
+        for row, end in zip(part, ends):
             if end is None:
                 rows.append(row.tolist())
             else:
@@ -107,13 +110,6 @@ def _fingerprint(model, *ids):
                 # the same texts at another place.
                 rows.append([*row[: min(end, NUM_TOKENS)].tolist(), int(row[end])])
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-
-
-def _pooled_at(model, ids):
-    """Returns the column at which each row is pooled; `None` if the tower reads all."""
-    if model.end_token_id is not None:
-        return np.argmax(ids == model.end_token_id, axis=1)
-    return ids.argmax(axis=1) if model.pools_highest_id else [None] * len(ids)
 
 
 def _has_special_tokens(ids):

@@ -5,7 +5,7 @@ import pytest
 from flops import training_flops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.sizes import SIZES
+from keras_cluster_mask.models.architecture import SIZES
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 

@@ -93,10 +93,10 @@ def test_every_entry_that_does_not_fit_is_listed(reference):
     assert lines[0].endswith("Received: source of type dict, with")
     assert [line.strip() for line in lines[1:]] == [
         "NaN or infinite: positional_embedding",
-        "missing: transformer.resblocks.1.mlp.c_fc.bias (256)",
-        "missing: visual.ln_pre.weight (128)",
-        "unexpected: visual.resblocks.9.ls_1.gamma (128)",
-        "wrong shape: ln_final.bias (5), expected (64)",
+        "missing: transformer.resblocks.1.mlp.c_fc.bias (256,)",
+        "missing: visual.ln_pre.weight (128,)",
+        "unexpected: visual.resblocks.9.ls_1.gamma (128,)",
+        "wrong shape: ln_final.bias (5,), expected (64,)",
         "wrong shape: text_projection (24, 64), expected (64, 24)",
         "wrong shape: token_embedding.weight (no tensor), expected (40, 64)",
         "wrong shape: transformer.resblocks.0.attn.in_proj_weight (3, 64, 64), "
@@ -123,7 +123,7 @@ def test_a_missing_block_is_listed_whole(reference):
     ],
 )
 def test_what_is_no_clip_is_said_to_be_none(state):
-    with pytest.raises(ValueError, match=r"of two transformers.*Received: source of"):
+    with pytest.raises(ValueError, match=r"is not the CLIP of.*Received: source of"):
         load(state)
 
 

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_cluster_mask.models import clip_backbone
-from keras_cluster_mask.models.sizes import SIZES
+from keras_cluster_mask.models.architecture import SIZES
 
 pytestmark = pytest.mark.any_backend
 
@@ -23,7 +23,7 @@ def test_tiny_takes_the_images_texts_and_patches_it_is_told_to():
     assert backbone.text_encoder.vocabulary_size == 30
     images = np.zeros((2, 16, 16, 3), "float32")
     ids = np.ones((2, 6), "int32")
-    width = SIZES["tiny"]["projection"]
+    width = SIZES["tiny"].projection
     assert tuple(backbone.get_vision_embeddings(images).shape) == (2, width)
     assert tuple(backbone.get_text_embeddings(ids).shape) == (2, width)
     ids = backbone.vision_encoder.embedding.position_ids
@@ -49,10 +49,14 @@ def test_widths_and_depths_are_those_of_open_clip(size):
     config = open_clip.get_model_config(f"ViT-{letter.upper()}-{patch}")
     vision, text, shape = config["vision_cfg"], config["text_cfg"], SIZES[size]
     # open_clip's heads of the image tower are 64 wide.
-    assert shape["image"] == (vision["width"], vision["layers"], vision["width"] // 64)
-    assert shape["text"] == (text["width"], text["layers"], text["heads"])
-    assert shape["projection"] == config["embed_dim"]
-    assert shape["patch"] == vision["patch_size"] == int(patch)
+    width, layers, heads = vision["width"], vision["layers"], vision["width"] // 64
+    found = shape.image_width, shape.image_layers, shape.image_heads
+    assert found == (width, layers, heads)
+    found = shape.text_width, shape.text_layers, shape.text_heads
+    assert found == (text["width"], text["layers"], text["heads"])
+    assert (shape.image_hidden, shape.text_hidden) == (4 * width, 4 * text["width"])
+    assert shape.projection == config["embed_dim"]
+    assert shape.patch == vision["patch_size"] == int(patch)
 
 
 def test_vit_b_16_has_as_many_weights_as_open_clips(monkeypatch):

@@ -1,4 +1,4 @@
-"""Text encoders with several inputs, such as BERT's, in a ContrastiveModel."""
+"""Text encoders by family, and those with several inputs, in a ContrastiveModel."""
 
 import keras
 import keras_hub
@@ -17,9 +17,60 @@ from tests.helpers import (
     random_pairs,
     text_bag,
     tiny_clip,
+    tiny_metaclip,
+    tiny_siglip,
     to_numpy,
     values,
 )
+
+
+def pooling_encoder(backbone):
+    """An own text encoder: that of a backbone, and the backbone's pooling layer."""
+    encoder = backbone.text_encoder
+    tokens, ids = encoder.output, encoder.inputs[0]
+    return keras.Model(encoder.input, backbone.text_pooler(tokens, ids), name="own")
+
+
+END = VOCABULARY - 1
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("make", "end", "pooled"),
+    [
+        (tiny_clip, END, 3),
+        (tiny_metaclip, 2, 3),
+        (tiny_siglip, 1, None),
+        (lambda: pooling_encoder(tiny_clip()), END, 3),
+        (lambda: pooling_encoder(tiny_metaclip()), 2, 3),
+        (text_bag, END, None),
+    ],
+    ids=["clip", "metaclip", "siglip", "own clip", "own metaclip", "own"],
+)
+def test_a_text_is_read_up_to_the_token_that_its_family_pools(make, end, pooled):
+    encoder = make()
+    if hasattr(encoder, "text_encoder"):
+        model = kcm.ContrastiveModel.from_backbone(encoder)
+    else:
+        model = kcm.ContrastiveModel(image_mlp(), encoder)
+    ids = np.array([[20, 5, 9, end, 7, 3]], "int32")
+    found = model.text_family.pooled_at(ids)
+    assert (found if found is None else to_numpy(found).tolist()) == (
+        pooled if pooled is None else [pooled]
+    )
+    expected = to_numpy(model.encode_text(ids))
+    for column in (0, 1, 2, 4, 5):
+        other = ids.copy()
+        other[0, column] = 11
+        change = np.abs(to_numpy(model.encode_text(other)) - expected).max()
+        assert (change > 1e-6) == (pooled is None or column < pooled), column
+
+
+@pytest.mark.any_backend
+def test_an_own_encoder_that_pools_at_an_end_token_needs_one():
+    model = kcm.ContrastiveModel(image_mlp(), pooling_encoder(tiny_metaclip()))
+    with pytest.raises(ValueError, match=r"the end token, 2, in every row.*Received:"):
+        model.encode_text(np.full((3, CONTEXT), 5))
 
 
 def bert(as_list=True):

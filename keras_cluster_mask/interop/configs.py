@@ -1,0 +1,128 @@
+"""Reads the configs of other libraries into the fields of an `Architecture`."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from keras_cluster_mask.checks import is_integer, is_number, is_positive
+
+# The epsilon of all layer normalizations of CLIP. keras_hub uses 1e-6 in the last one
+# of the text tower.
+CLIP_EPSILON = 1e-5
+
+
+class Entry(NamedTuple):
+    """An entry of a config.
+
+    Attributes:
+        field: String, the field of `Architecture` that the entry sets, if any.
+        default: The value of a config without the entry.
+        rule: Key of `RULES`; or a tuple of the supported values, or a dictionary from
+            them to the values of the field.
+    """
+
+    field: str | None
+    default: Any
+    rule: str | tuple | dict
+
+
+def fixed(*values: Any) -> Entry:
+    """Returns an entry for which keras_hub supports only these values."""
+    return Entry(None, values[0], values)
+
+
+def choice(field: str, values: dict) -> Entry:
+    """Returns an entry whose values stand for values of a field, first the default."""
+    return Entry(field, next(iter(values)), values)
+
+
+def side_of(size: Any) -> int | None:
+    """Returns one integer for `n` or `[n, n]`; `None` for anything else."""
+    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    return size if is_integer(size) and size > 0 else None
+
+
+def _channels(values):
+    is_list = isinstance(values, (list, tuple)) and len(values) == 3
+    is_right = is_list and all(is_number(x) and math.isfinite(x) for x in values)
+    return tuple(map(float, values)) if is_right else None
+
+
+# Functions from the value of an entry to that of a field, or to `None` if the value is
+# of another kind than their names say.
+INTEGER, SIDE, RATIO = "a positive integer", "the size of a square", "a positive number"
+MEAN, STD = "three finite numbers", "three finite numbers above 0"
+RULES = {
+    INTEGER: lambda x: x if is_integer(x) and x > 0 else None,
+    SIDE: side_of,
+    RATIO: lambda x: x if is_positive(x) else None,
+    MEAN: _channels,
+    STD: lambda x: y if (y := _channels(x)) and min(y) > 0 else None,
+}
+
+
+def flatten(config: Mapping, parts: tuple[str, ...]) -> dict:
+    """Returns all entries of a config: those of its parts are named `part.name`."""
+    entries = {key: value for key, value in config.items() if key not in parts}
+    for part in parts:
+        entries.update({f"{part}.{key}": x for key, x in config[part].items()})
+    return entries
+
+
+def read_entries(
+    given: Mapping[str, Any], entries: Mapping[str, Entry], divisors: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads the entries of a config, and checks each of them.
+
+    Args:
+        given: Dictionary, the flattened config.
+        entries: Dictionary of the entries that are supported.
+        divisors: Dictionary from the name of an entry to that of another one, which
+            must divide it.
+
+    Returns:
+        A tuple: a dictionary of values by their fields in `Architecture`; and a list of
+        the reasons why the config is not supported, one text per entry.
+    """
+    values, reasons = {}, []
+    for key, (_, default, rule) in entries.items():
+        value = values[key] = given.get(key, default)
+        if isinstance(rule, str):
+            values[key] = RULES[rule](value)
+            is_right = values[key] is not None
+        else:
+            # Unhashable values can be searched for in a list only.
+            is_right = value in [*rule]
+            if is_right and isinstance(rule, dict):
+                values[key] = rule[value]
+        if not is_right:
+            kind = rule if isinstance(rule, str) else f"one of {[*rule]}"
+            reasons.append(f"{key}={value!r} is not {kind}")
+    if not reasons:
+        reasons = [
+            f"{divisor}={values[divisor]} does not divide {key}={values[key]}"
+            for key, divisor in divisors.items()
+            if values[key] % values[divisor]
+        ]
+    return {x.field: values[key] for key, x in entries.items() if x.field}, reasons
+
+
+def read_json(argument: str, path: str | os.PathLike) -> Any:
+    """Reads the JSON file that an argument names."""
+    path = pathlib.Path(path).expanduser()
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(
+            f"`{argument}` must be a file that exists. "
+            f"Received: {argument}={str(path)!r}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"`{argument}` must be a file of JSON ({error}). "
+            f"Received: {argument}={str(path)!r}"
+        ) from error
