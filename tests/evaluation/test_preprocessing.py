@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.evaluation.preprocessing import resize_image
+from keras_cluster_mask.evaluation.embedding import resize_image
 
 pytestmark = pytest.mark.any_backend
 

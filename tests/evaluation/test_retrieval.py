@@ -8,7 +8,7 @@ from keras_cluster_mask.evaluation import (
     embed,
     embed_texts,
     evaluate_retrieval,
-    ranks,
+    retrieval,
     retrieval_recall,
 )
 from tests.helpers import random_pairs
@@ -46,8 +46,8 @@ def ranks_by_sorting(queries, items, query_labels, item_labels):
 def test_tiles_and_labels_of_any_sizes_give_the_order_of_similarity(
     num_labels, ks, monkeypatch
 ):
-    monkeypatch.setattr(ranks, "TILE", (37, 50))
-    monkeypatch.setattr(ranks, "ROWS", 11)
+    monkeypatch.setattr(retrieval, "TILE", (37, 50))
+    monkeypatch.setattr(retrieval, "ROWS", 11)
     rng = np.random.default_rng(num_labels)
     # Of some labels there are many images and no text.
     image_labels = rng.integers(0, num_labels, 300)
