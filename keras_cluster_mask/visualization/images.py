@@ -10,16 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
-from keras_cluster_mask.masking.keep_mask import (
-    check_tokens_do_not_matter,
-    keep_mask,
-    masking_inputs,
-    patch_size_of,
-)
 from keras_cluster_mask.masking.patch_grid import (
     grid_shape,
     is_channels_first,
     standardize_patch_size,
+)
+from keras_cluster_mask.masking.statistics import (
+    check_tokens_do_not_matter,
+    keep_mask,
+    masking_inputs,
+    patch_size_of,
 )
 from keras_cluster_mask.types import Tensor
 
