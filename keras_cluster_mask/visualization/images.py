@@ -113,7 +113,7 @@ def _titles_and_maskings(masking):
     titles, maskings = None, masking
     if isinstance(masking, PatchMasking):
         maskings = [masking]
-    elif isinstance(masking, dict):
+    elif isinstance(masking, Mapping):
         titles, maskings = [*masking], [*masking.values()]
     is_list = isinstance(maskings, list | tuple) and len(maskings) > 0
     if not is_list or not all(isinstance(each, PatchMasking) for each in maskings):
