@@ -103,7 +103,7 @@ def masking_statistics(
     """
     check_choice("verbose", verbose, ("auto", 0, 1, 2))
     check_integer("max_images", max_images, or_none=True)
-    patch_size = patch_size_of(masking, patch_size)
+    patch_size = patch_size_of([masking], patch_size)
     masking.check_ready()
     rng = np.random.default_rng(seed)
     expected = num_images(data)
@@ -145,23 +145,23 @@ def masking_statistics(
 # === The patches that a masking keeps ===
 
 
-def patch_size_of(masking, patch_size):
-    """Returns the patch size of the masking or, if it has none, the given one."""
-    own = masking.patch_size
-    if own is None and patch_size is None:
-        raise ValueError(
-            f"`patch_size` must be given for a {type(masking).__name__}, which has "
-            "none of its own. Received: patch_size=None"
-        )
-    if own is None or patch_size is None:
-        return standardize_patch_size(own or patch_size)
-    patch_size = standardize_patch_size(patch_size)
-    if patch_size != standardize_patch_size(own):
-        raise ValueError(
-            "`patch_size` must be that of the masking, or None. Received: "
-            f"patch_size={patch_size}, masking.patch_size={own}"
-        )
-    return patch_size
+def patch_size_of(maskings, patch_size):
+    """Returns the common patch size of maskings: their own or, if given, `patch_size`.
+
+    Raises:
+        ValueError: If none of them has a patch size and none is given, or if they
+            differ.
+    """
+    given = [patch_size, *(each.patch_size for each in maskings)]
+    sizes = {standardize_patch_size(size) for size in given if size is not None}
+    if len(sizes) == 1:
+        return sizes.pop()
+    names = [type(each).__name__ for each in maskings]
+    raise ValueError(
+        "`patch_size` must be given if no masking has one, and must otherwise be None "
+        f"or that of every masking. Received: patch_size={patch_size}, "
+        + ", ".join(f"{name}.patch_size={x}" for name, x in zip(names, given[1:]))
+    )
 
 
 def masking_inputs(masking, images, grid, embed):

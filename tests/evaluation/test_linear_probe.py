@@ -59,7 +59,7 @@ def searched():
 
 @pytest.fixture
 def fits(monkeypatch):
-    """What scikit-learn is given to fit."""
+    """The strength and the features of each fit of scikit-learn."""
     given = []
     fit = LogisticRegression.fit
 

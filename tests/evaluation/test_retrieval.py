@@ -74,7 +74,7 @@ def test_embeddings_that_are_equal_up_to_rounding_score_0():
     )
     assert len(np.unique(images @ texts.T)) > 20
     assert set(retrieval_recall(images, texts).values()) == {0.0}
-    # What differs by more does not.
+    # A larger difference decides.
     images = random_embeddings(50, 64)
     texts = images + 2e-3 * random_embeddings(50, 64, seed=1)
     assert retrieval_recall(images, texts, ks=1)["image_to_text_recall@1"] == 1.0
