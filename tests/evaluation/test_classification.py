@@ -198,6 +198,8 @@ def test_bad_names_and_templates_are_refused_by_name(
 ):
     with pytest.raises(ValueError, match=rf"`{argument}`.*Received: "):
         zero_shot_classifier(model, names, tokenizer, templates)
+    with pytest.raises(ValueError, match=rf"`{argument}`.*Received: "):
+        evaluate_zero_shot(model, [], names, tokenizer, templates)
 
 
 @pytest.mark.any_backend
