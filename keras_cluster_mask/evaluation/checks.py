@@ -1,9 +1,16 @@
-"""Checks of embeddings, labels and numbers."""
+"""Checks of data, embeddings, labels and numbers."""
 
 import numpy as np
 
-from keras_cluster_mask.batches import stream_of
+from keras_cluster_mask.batches import read_batches, stream_of
 from keras_cluster_mask.checks import check_integer
+
+# How to get data with an entry that is missing.
+REMEDIES = {
+    "captions": "pass `include_captions=True` to `image_text_dataset`",
+    "labels": "pass `label_key` to `image_text_dataset`",
+    "token_ids": "pass a `tokenizer` to `image_text_dataset`, or one here for captions",
+}
 
 
 def check_read_once(name, data):
@@ -14,6 +21,46 @@ def check_read_once(name, data):
             "`training=False` to `image_text_dataset`. "
             f"Received: {name}={data}, a dataset for training"
         )
+
+
+def check_entry(name, batch, key):
+    """Raises an error for a batch without an entry, and says how to get it."""
+    if key not in batch:
+        raise ValueError(
+            f"`{name}` must hold {key!r}: {REMEDIES[key]}. "
+            f"Received: a batch with {sorted(batch)}"
+        )
+
+
+def read_entries(name, data, keys):
+    """Reads only the images and some other entries of batches.
+
+    Args:
+        name: String, the name of the argument in errors.
+        data: See `embed`. A dataset for training is refused before anything is read.
+        keys: List of str. The first must be in each batch.
+
+    Returns:
+        An iterator of dictionaries of arrays.
+    """
+    check_read_once(name, data)
+
+    def select(batch):
+        check_entry(name, batch, keys[0])
+        return {key: batch[key] for key in ("images", *keys) if key in batch}
+
+    return map(select, read_batches(data))
+
+
+def read_labeled(name, data, num_classes=None):
+    """Reads only the images and labels of batches, after a check of the labels."""
+
+    def check(batch):
+        count = len(batch["images"])
+        labels = check_labels("labels", batch["labels"], count, num_classes)
+        return {**batch, "labels": labels}
+
+    return map(check, read_entries(name, data, ["labels"]))
 
 
 def check_matrix(name, values):
@@ -33,22 +80,10 @@ def check_matrix(name, values):
     return values
 
 
-def check_embeddings(name, embeddings):
-    """Returns embeddings L2-normalized in float32; rows of zeros stay zero."""
-    embeddings = check_matrix(name, embeddings)
-    # The squares of very large or small values would overflow or underflow.
-    largest = np.maximum(embeddings.max(axis=1), -embeddings.min(axis=1))
-    embeddings = embeddings / np.where(largest, largest, 1)[:, None]
-    lengths = np.sqrt(np.einsum("id,id->i", embeddings, embeddings, dtype="float64"))
-    embeddings /= np.where(lengths, lengths, 1)[:, None].astype("float32")
-    return embeddings
-
-
 def check_ks(ks):
     """Returns ks as a tuple of ints, after a check that they are positive integers."""
-    given = ks.tolist() if hasattr(ks, "tolist") else ks
-    given = given if isinstance(given, tuple | list | range) else (given,)
-    return tuple(check_integer("ks", k, 1) for k in given or [given])
+    given = np.ravel(np.asarray(ks, dtype=object)).tolist()
+    return tuple(check_integer("ks", k) for k in given or [ks])
 
 
 def check_labels(name, labels, num_items, num_classes=None):

@@ -3,17 +3,16 @@
 import collections
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.evaluation.checks import (
     check_ks,
     check_labels,
     check_matrix,
-    check_read_once,
+    read_labeled,
 )
 from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
 from keras_cluster_mask.types import Templates
@@ -105,7 +104,8 @@ def zero_shot_classifier(
         - [Learning Transferable Visual Models From Natural Language Supervision](
           https://arxiv.org/abs/2103.00020)
     """
-    weights, columns = _weights(model, class_names, tokenizer, templates, verbose)
+    prompts = _prompts(class_names, templates)
+    weights, columns = _weights(model, prompts, tokenizer, verbose)
     return weights[:, columns]
 
 
@@ -165,32 +165,17 @@ def evaluate_zero_shot(
             out of range, and for an `image_text_dataset` with `training=True`.
     """
     ks = check_ks(ks)
-    check_read_once("data", data)
+    prompts = _prompts(class_names, templates)
+    batches = read_labeled("data", data, len(prompts))
     embedder = Embedder.of(model)
-    class_names = list(class_names)
-    weights, columns = _weights(embedder, class_names, tokenizer, templates, verbose)
-    found = embed(embedder, labeled(data, len(class_names)), verbose=verbose)
+    weights, columns = _weights(embedder, prompts, tokenizer, verbose)
+    found = embed(embedder, batches, verbose=verbose)
     images = check_matrix("image_embeddings", found["image_embeddings"])
-    labels = check_labels("labels", found["labels"], len(images), len(class_names))
+    labels = found["labels"]
     blocks = [slice(i, i + BLOCK) for i in range(0, len(images), BLOCK)]
     # Equal columns are computed once, so that rounding cannot decide between them.
     ranks = [_ranks((images[b] @ weights)[:, columns], labels[b]) for b in blocks]
-    return _accuracy(np.concatenate(ranks), labels, len(class_names), ks)
-
-
-def labeled(
-    data: Any, num_classes: int | None = None, name: str = "data"
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields only the images and labels of batches, and checks the labels."""
-    for batch in read_batches(data):
-        if "labels" not in batch:
-            raise ValueError(
-                f"`{name}` must hold 'labels': pass `label_key` to "
-                "`image_text_dataset`. "
-                f"Received: a batch with {sorted(batch)}"
-            )
-        check_labels("labels", batch["labels"], len(batch["images"]), num_classes)
-        yield {key: batch[key] for key in ("images", "labels")}
+    return _accuracy(np.concatenate(ranks), labels, len(prompts), ks)
 
 
 def _ranks(scores, labels):
@@ -209,9 +194,8 @@ def _accuracy(ranks, labels, num_classes, ks):
     }
 
 
-def _weights(model, class_names, tokenizer, templates, verbose):
+def _weights(model, prompts, tokenizer, verbose):
     """Returns the weights of classes with different texts, and each class's column."""
-    prompts = [tuple(each) for each in _prompts(class_names, templates)]
     places = {each: place for place, each in enumerate(dict.fromkeys(prompts))}
     texts = [text for each in places for text in each]
     embeddings = embed_texts(model, texts, tokenizer, verbose)
@@ -223,7 +207,7 @@ def _weights(model, class_names, tokenizer, templates, verbose):
 
 
 def _prompts(class_names, templates):
-    """Returns the texts of each class."""
+    """Returns the texts of each class, as tuples."""
     names = list(class_names)
     nameless = [
         i for i, x in enumerate(names) if not isinstance(x, str) or not x.strip()
@@ -238,35 +222,32 @@ def _prompts(class_names, templates):
         warnings.warn(
             f"`class_names` holds {sorted(twice)[:5]} more than once: of classes with "
             "the same name only the first is ever predicted.",
-            stacklevel=4,
+            stacklevel=3,
         )
     if isinstance(templates, Mapping):
-        prompts = [templates.get(name) or [] for name in names]
-        prompts = [[x] if isinstance(x, str) else list(x) for x in prompts]
+        prompts = [templates.get(name) or () for name in names]
+        prompts = [(x,) if isinstance(x, str) else tuple(x) for x in prompts]
     else:
         is_several = isinstance(templates, Iterable) and not isinstance(templates, str)
-        templates = list(templates) if is_several else [templates]
-        functions = [_as_function(template) for template in templates]
-        if not functions or None in functions:
-            raise ValueError(
-                "`templates` must be str with one {}, the placeholder of the class "
-                f"name, or functions of the name. Received: templates={templates!r}"
-            )
-        prompts = [[function(name) for function in functions] for name in names]
+        functions = list(map(_as_function, templates if is_several else [templates]))
+        prompts = [tuple(function(name) for function in functions) for name in names]
     for name, texts in zip(names, prompts):
         if not texts or not all(isinstance(x, str) and x for x in texts):
             raise ValueError(
-                "`templates` must hold a list of texts for each class, or functions "
-                f"that return a text. Received: {texts} for {name!r}"
+                "`templates` must hold at least one text for each class, or functions "
+                f"that return a text. Received: {list(texts)} for {name!r}"
             )
     return prompts
 
 
 def _as_function(template):
-    """Returns a template as a function of the name; `None` without a placeholder."""
+    """Returns a template as a function of the name."""
     if callable(template):
         return template
     for place in ("{}", "{c}"):
         if isinstance(template, str) and template.count(place) == 1:
             return functools.partial(template.replace, place)
-    return None
+    raise ValueError(
+        "`templates` must be str with one {}, the placeholder of the class name, or "
+        f"functions of the name. Received: {template!r}"
+    )

@@ -1,15 +1,18 @@
 """Computes the embeddings of a dataset."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+from PIL import Image
 
 from keras_cluster_mask.batches import num_images, read_batches
+from keras_cluster_mask.data.images import cut_middle, squash
+from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.data.tokenizing import length_of, tokenize
-from keras_cluster_mask.evaluation.checks import check_read_once
+from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
 
@@ -251,12 +254,7 @@ class _Encoder(keras.Model):
 
 def _texts_of(batch):
     """Returns the captions of a batch in one list, and the row of each one's image."""
-    if "captions" not in batch:
-        raise ValueError(
-            "With a `tokenizer`, `data` must hold 'captions': pass "
-            "`include_captions=True` to `image_text_dataset`. Received: a batch with "
-            f"the keys {sorted(batch)}"
-        )
+    check_entry("data", batch, "captions")
     rows = [[x] if isinstance(x, str | bytes) else x for x in batch["captions"]]
     owners = np.repeat(np.arange(len(rows)), [len(captions) for captions in rows])
     return [_encoded(text) for captions in rows for text in captions], owners
@@ -264,3 +262,35 @@ def _texts_of(batch):
 
 def _encoded(text):
     return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+
+
+def resize_image(
+    image: Image.Image, image_size: tuple[int, int], resize: str = "crop"
+) -> np.ndarray:
+    """Resizes an image as open_clip's evaluation transforms do.
+
+    Interpolation is bicubic and antialiased.
+
+    Args:
+        image: `PIL.Image.Image` of any mode.
+        image_size: `(height, width)`.
+        resize: `"crop"`: the image is resized until it covers `image_size`, and its
+            center is cropped, as for CLIP. `"squash"`: the whole image is resized to
+            `image_size`, as for SigLIP.
+
+    Returns:
+        `(height, width, 3)` uint8 array.
+    """
+    fitted = (squash if resize == "squash" else cut_middle)(image, image_size)
+    # Converted last, as in open_clip, which matters for palettes and transparency.
+    return np.array(fitted.convert("RGB"))
+
+
+def clip_tokenizer(context_length: int | None = None) -> Callable:
+    """Returns CLIP's tokenizer, whose vocabulary is installed with open_clip.
+
+    Args:
+        context_length: Integer, the context length of the model's text encoder; `None`
+            if it takes any.
+    """
+    return CLIPTokenizer.from_open_clip(context_length or 77)

@@ -11,12 +11,9 @@ from keras_cluster_mask.checks import check_choice, check_fraction, check_range
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
     check_matrix,
-    check_read_once,
+    read_labeled,
 )
-from keras_cluster_mask.evaluation.classification import (
-    classification_accuracy,
-    labeled,
-)
+from keras_cluster_mask.evaluation.classification import classification_accuracy
 from keras_cluster_mask.evaluation.embedding import Embedder, embed
 
 # The candidate strengths, eight per decade, and the step sizes of the search.
@@ -193,14 +190,13 @@ def evaluate_linear_probe(
     """
     # Checked before embedding, which may take hours.
     _check_options(**options)
-    given = {"train": train, "test": test, "validation": validation}
-    for name, data in given.items():
-        check_read_once(name, data)
-    embedder, items = Embedder.of(model), []
-    for name, data in given.items():
-        if data is not None or name != "validation":
-            found = embed(embedder, labeled(data, name=name), verbose=verbose)
-            items.append((found["image_embeddings"], found["labels"]))
+    given = {"train": train, "test": test}
+    if validation is not None:
+        given["validation"] = validation
+    parts = [read_labeled(name, data) for name, data in given.items()]
+    embedder = Embedder.of(model)
+    found = [embed(embedder, batches, verbose=verbose) for batches in parts]
+    items = [(each["image_embeddings"], each["labels"]) for each in found]
     train, test, *validation = items
     return linear_probe(*train, *test, *validation, verbose=verbose, **options)
 

@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.batches import read_batches
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.evaluation.checks import (
-    check_embeddings,
-    check_ks,
-    check_read_once,
-)
+from keras_cluster_mask.evaluation.checks import check_ks, check_matrix, read_entries
 from keras_cluster_mask.evaluation.embedding import Embedder, embed
-from keras_cluster_mask.evaluation.ranks import TIE, ranks_of_partners
 from keras_cluster_mask.training.tokens import check_tokenizer_of
+
+# The shape of the part of the similarity matrix that is in memory at a time.
+TILE = 2040, 4096
+# The maximum number of rows that are counted in 8 bits.
+ROWS = 255
+# Similarities of unit vectors count as equal within this distance: in float32 their
+# last digits depend on the order of a sum.
+TIE = 2.0**-22
+NEVER = np.iinfo("int64").max
 
 
 def retrieval_recall(
@@ -61,15 +64,15 @@ def retrieval_recall(
             counts as a miss.
     """
     ks = check_ks(ks)
-    images = check_embeddings("image_embeddings", image_embeddings)
-    texts = check_embeddings("text_embeddings", text_embeddings)
+    images = _normalized("image_embeddings", image_embeddings)
+    texts = _normalized("text_embeddings", text_embeddings)
     if images.shape[1] != texts.shape[1]:
         raise ValueError(
             "`image_embeddings` and `text_embeddings` must have the same width. "
             f"Received: image_embeddings.shape={images.shape}, "
             f"text_embeddings.shape={texts.shape}"
         )
-    image_labels, text_labels = _check_labels(
+    image_labels, text_labels = _match_labels(
         len(images), len(texts), image_labels, text_labels
     )
     ranks = ranks_of_partners(images, texts, image_labels, text_labels)
@@ -133,13 +136,14 @@ def evaluate_retrieval(
     """
     check_choice("duplicates", duplicates, ("negative", "positive"))
     ks = check_ks(ks)
-    check_read_once("data", data)
     embedder = Embedder.of(model)
     keys = ["captions"]
     if tokenizer is None:
-        check_tokenizer_of(embedder.model, data)
         keys = ["token_ids", *embedder.model.text_input_names]
-    batches = _with_texts(data, keys, duplicates == "positive")
+        check_tokenizer_of(embedder.model, data)
+    batches = read_entries("data", data, keys)
+    if duplicates == "positive":
+        batches = _numbered(batches, keys[0])
     found = embed(embedder, batches, tokenizer, verbose)
     images, texts = found["image_embeddings"], found["text_embeddings"]
     image_labels, text_labels = np.arange(len(images)), found["image_of_text"]
@@ -153,22 +157,13 @@ def evaluate_retrieval(
     return retrieval_recall(images, texts, image_labels, text_labels, ks)
 
 
-def _with_texts(data, keys, number):
-    """Yields the images and texts of batches, and optionally a number for each text."""
-    key, numbers = keys[0], {}
-    for batch in read_batches(data):
-        if key not in batch:
-            raise ValueError(
-                "`data` must hold texts: 'token_ids', or 'captions' and a `tokenizer`. "
-                f"Received: a batch with {sorted(batch)}, and "
-                + ("no tokenizer" if key == "token_ids" else "a tokenizer")
-            )
-        wanted = {name: batch[name] for name in ("images", *keys) if name in batch}
-        if number:
-            texts = (x if isinstance(x, str | bytes) else tuple(x) for x in batch[key])
-            found = [numbers.setdefault(text, len(numbers)) for text in texts]
-            wanted["text_numbers"] = np.array(found)
-        yield wanted
+def _numbered(batches, key):
+    """Adds a number to each text of batches, the same for equal texts."""
+    numbers = {}
+    for batch in batches:
+        texts = (x if isinstance(x, str | bytes) else tuple(x) for x in batch[key])
+        found = [numbers.setdefault(text, len(numbers)) for text in texts]
+        yield {**batch, "text_numbers": np.array(found)}
 
 
 def chance_recall(
@@ -192,7 +187,7 @@ def chance_recall(
     """
     ks = check_ks(ks)
     num_texts = num_images if num_texts is None else num_texts
-    image_labels, text_labels = _check_labels(
+    image_labels, text_labels = _match_labels(
         num_images, num_texts, image_labels, text_labels
     )
     chances = {}
@@ -246,9 +241,9 @@ def caption_selection_accuracy(
         - [SugarCrepe: Fixing Hackable Benchmarks for Vision-Language Compositionality](
           https://arxiv.org/abs/2306.14610)
     """
-    images = check_embeddings("image_embeddings", image_embeddings)
-    captions = check_embeddings("caption_embeddings", caption_embeddings)
-    negatives = check_embeddings("negative_embeddings", negative_embeddings)
+    images = _normalized("image_embeddings", image_embeddings)
+    captions = _normalized("caption_embeddings", caption_embeddings)
+    negatives = _normalized("negative_embeddings", negative_embeddings)
     if not images.shape == captions.shape == negatives.shape:
         raise ValueError(
             "The embeddings must have one shape. Received: "
@@ -260,7 +255,8 @@ def caption_selection_accuracy(
     return float(np.mean(margins > TIE))
 
 
-def _check_labels(num_images, num_texts, image_labels, text_labels):
+def _match_labels(num_images, num_texts, image_labels, text_labels):
+    """Returns the labels or their defaults, after a check that texts have images."""
     if image_labels is None:
         image_labels = np.arange(num_images)
     if text_labels is None:
@@ -281,3 +277,98 @@ def _check_labels(num_images, num_texts, image_labels, text_labels):
             f"{text_labels[lost[:5]].tolist()}"
         )
     return image_labels, text_labels
+
+
+def _normalized(name, embeddings):
+    """Returns embeddings L2-normalized in float32; rows of zeros stay zero."""
+    embeddings = check_matrix(name, embeddings)
+    # The squares of very large or small values would overflow or underflow.
+    largest = np.maximum(embeddings.max(axis=1), -embeddings.min(axis=1))
+    embeddings = embeddings / np.where(largest, largest, 1)[:, None]
+    lengths = np.sqrt(np.einsum("id,id->i", embeddings, embeddings, dtype="float64"))
+    embeddings /= np.where(lengths, lengths, 1)[:, None].astype("float32")
+    return embeddings
+
+
+# === Ranks of the matches among all images or all texts ===
+
+
+def ranks_of_partners(images, texts, image_labels, text_labels):
+    """Counts the wrong items ahead of the best match of each image and each text.
+
+    The similarity of all images to all texts is computed once for both directions, tile
+    by tile.
+
+    Args:
+        images: `(images, d)` float32 array of L2-normalized rows.
+        texts: `(texts, d)` float32 array of L2-normalized rows.
+        image_labels: `(images,)` array. Items match if their labels are equal.
+        text_labels: `(texts,)` array.
+
+    Returns:
+        Two int64 arrays, `(images,)` and `(texts,)`.
+    """
+    # In the order of labels, the matches of an item are consecutive.
+    labels = np.concatenate([image_labels, text_labels])
+    codes = np.unique(labels, return_inverse=True)[1].reshape(-1)
+    codes = codes[: len(images)], codes[len(images) :]
+    orders = [np.argsort(each, kind="stable") for each in codes]
+    sides = [each[order] for each, order in zip((images, texts), orders)]
+    codes = [each[order] for each, order in zip(codes, orders)]
+    right = [_ranges(*codes), _ranges(*codes[::-1])]
+
+    bounds = [
+        _best(queries, items, *ranges) - TIE
+        for queries, items, ranges in zip(sides, sides[::-1], right)
+    ]
+    ranks = _count(*sides, right[0], *bounds)
+    for each, (first, last), order in zip(ranks, right, orders):
+        each[first == last] = NEVER
+        each[order] = each.copy()
+    return ranks
+
+
+def _count(rows, columns, right, row_bounds, column_bounds):
+    """Counts the columns that reach the bound of each row, and vice versa.
+
+    Matching pairs are not counted.
+    """
+    counts = [np.zeros(len(each), "int64") for each in (rows, columns)]
+    first, last = right
+    for i in range(0, len(rows), TILE[0]):
+        part = slice(i, i + TILE[0])
+        for j in range(0, len(columns), TILE[1]):
+            other = slice(j, j + TILE[1])
+            similarity = rows[part] @ columns[other].T
+            for row in np.flatnonzero((last[part] > j) & (first[part] < other.stop)):
+                own = slice(max(first[i + row] - j, 0), max(last[i + row] - j, 0))
+                similarity[row, own] = -np.inf
+            reached = similarity >= row_bounds[part, None]
+            counts[0][part] += np.count_nonzero(reached, axis=1)
+            np.greater_equal(similarity, column_bounds[other], out=reached)
+            for k in range(0, len(reached), ROWS):
+                some = reached[k : k + ROWS].view("uint8")
+                counts[1][other] += np.add.reduce(some, 0, dtype="uint8")
+    return counts
+
+
+def _ranges(codes, others):
+    """Returns where each code begins and ends among others; both are sorted."""
+    return [np.searchsorted(others, codes, side) for side in ("left", "right")]
+
+
+def _best(queries, items, first, last):
+    """Returns the highest similarity of each query to the items in its range."""
+    best = np.full(len(queries), -np.inf, "float32")
+    changes = np.diff(first, prepend=-1) | np.diff(last, prepend=-1)
+    starts = np.flatnonzero(changes)
+    for start, stop in zip(starts, [*starts[1:], len(queries)]):
+        right = items[first[start] : last[start]].T
+        if not right.size:
+            continue
+        for i in range(start, stop, TILE[0]):
+            rows = slice(i, min(i + TILE[0], stop))
+            for j in range(0, right.shape[1], TILE[1]):
+                highest = np.max(queries[rows] @ right[:, j : j + TILE[1]], axis=1)
+                np.maximum(best[rows], highest, out=best[rows])
+    return best

@@ -33,8 +33,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.evaluation.embedding import Embedder
-from keras_cluster_mask.evaluation.preprocessing import clip_tokenizer, resize_image
+from keras_cluster_mask.evaluation.embedding import (
+    Embedder,
+    clip_tokenizer,
+    resize_image,
+)
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.loading import image_size_of

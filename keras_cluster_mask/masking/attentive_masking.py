@@ -141,14 +141,11 @@ class AttentiveMasking(PatchMasking):
         return {**self.get_config(), "teacher": {key: teacher[key] for key in kept}}
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            {
-                "teacher": keras.saving.serialize_keras_object(self.teacher),
-                "block_size": self.block_size,
-            }
-        )
-        return config
+        return {
+            **super().get_config(),
+            "teacher": keras.saving.serialize_keras_object(self.teacher),
+            "block_size": self.block_size,
+        }
 
 
 def block_means(values, grid, blocks, block_size):

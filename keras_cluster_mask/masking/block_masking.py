@@ -84,9 +84,7 @@ class BlockMasking(PatchMasking):
         return ops.where(is_inside, second_draw(noise), -1.0)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config["grid"] = self.grid
-        return config
+        return {**super().get_config(), "grid": self.grid}
 
 
 def _block_sides(rows, columns, num_kept):

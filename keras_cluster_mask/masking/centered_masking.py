@@ -87,9 +87,7 @@ class CenteredMasking(PatchMasking):
         return noise + ops.convert_to_tensor(density, dtype="float32")
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update({"variance": self.variance, "grid": self.grid})
-        return config
+        return {**super().get_config(), "variance": self.variance, "grid": self.grid}
 
 
 def _axis(count):

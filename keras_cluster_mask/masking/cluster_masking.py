@@ -22,6 +22,7 @@ from keras_cluster_mask.masking.selection import (
 )
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
+    find_threshold,
     pixel_similarity,
     round_similarity,
 )
@@ -29,7 +30,6 @@ from keras_cluster_mask.masking.similarity_masking import (
     SimilarityMasking,
     few_images_at_a_time,
 )
-from keras_cluster_mask.masking.threshold_search import find_threshold
 from keras_cluster_mask.types import Tensor
 
 
@@ -141,29 +141,8 @@ class ClusterMasking(SimilarityMasking):
             seed,
             **kwargs,
         )
-        if min_mask_ratio is not None:
-            check_ratio("min_mask_ratio", min_mask_ratio)
         check_range("anchor_ratio", anchor_ratio, 0, 1)
-        check_range("softness", softness, 0, math.inf)
-        if threshold is not None:
-            check_range("threshold", threshold, -1, 1)
-            if min_mask_ratio is None:
-                raise ValueError(
-                    "`threshold` needs `min_mask_ratio`, which selects threshold "
-                    f"mode. Received: threshold={threshold}, min_mask_ratio=None"
-                )
-        if softness and min_mask_ratio is not None:
-            raise ValueError(
-                "`softness` is for budget mode (min_mask_ratio=None). Received: "
-                f"softness={softness}, min_mask_ratio={min_mask_ratio}"
-            )
-        check_choice("hide_padding", hide_padding, (True, False))
-        if not hide_padding and min_mask_ratio is None:
-            raise ValueError(
-                "`hide_padding` is for threshold mode, which `min_mask_ratio` selects; "
-                "in budget mode there is no padding. "
-                f"Received: hide_padding={hide_padding}, min_mask_ratio=None"
-            )
+        _check_mode(min_mask_ratio, threshold, softness, hide_padding)
         self.min_mask_ratio = min_mask_ratio
         self.anchor_ratio = float(anchor_ratio)
         self.softness = float(softness)
@@ -339,17 +318,39 @@ class ClusterMasking(SimilarityMasking):
             )
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            {
-                "min_mask_ratio": self.min_mask_ratio,
-                "threshold": self._given_threshold,
-                "anchor_ratio": self.anchor_ratio,
-                "softness": self.softness,
-                "hide_padding": self.hide_padding,
-            }
-        )
-        return config
+        return {
+            **super().get_config(),
+            "min_mask_ratio": self.min_mask_ratio,
+            "threshold": self._given_threshold,
+            "anchor_ratio": self.anchor_ratio,
+            "softness": self.softness,
+            "hide_padding": self.hide_padding,
+        }
+
+
+def _check_mode(min_mask_ratio, threshold, softness, hide_padding):
+    """Checks the options of budget mode, and of threshold mode."""
+    check_range("softness", softness, 0, math.inf)
+    check_choice("hide_padding", hide_padding, (True, False))
+    if threshold is not None:
+        check_range("threshold", threshold, -1, 1)
+    if min_mask_ratio is not None:
+        check_ratio("min_mask_ratio", min_mask_ratio)
+        if softness:
+            raise ValueError(
+                "`softness` is for budget mode (min_mask_ratio=None). Received: "
+                f"softness={softness}, min_mask_ratio={min_mask_ratio}"
+            )
+        return
+    for name, value, default in (
+        ("threshold", threshold, None),
+        ("hide_padding", hide_padding, True),
+    ):
+        if value != default:
+            raise ValueError(
+                f"`{name}` is for threshold mode, which `min_mask_ratio` selects. "
+                f"Received: {name}={value}, min_mask_ratio=None"
+            )
 
 
 def _check_reachable(mask_ratio, min_mask_ratio):

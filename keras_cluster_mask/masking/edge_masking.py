@@ -156,16 +156,13 @@ class EdgeMasking(SimilarityMasking):
         return order_by_score(preferred, -noise)[:, :count]
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            {
-                "seed_ratio": self.seed_ratio,
-                "threshold": self.threshold,
-                "edges": self.edges,
-                "transport": self.transport,
-            }
-        )
-        return config
+        return {
+            **super().get_config(),
+            "seed_ratio": self.seed_ratio,
+            "threshold": self.threshold,
+            "edges": self.edges,
+            "transport": self.transport,
+        }
 
 
 def edge_map(patches, grid):

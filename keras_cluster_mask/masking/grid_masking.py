@@ -90,5 +90,4 @@ class GridMasking(PatchMasking):
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["mask_ratio"]
-        config.update({"window": self.window, "grid": self.grid})
-        return config
+        return {**config, "window": self.window, "grid": self.grid}

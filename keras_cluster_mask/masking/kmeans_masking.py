@@ -138,8 +138,8 @@ class KMeansMasking(SimilarityMasking):
         return ops.cast(ops.argmax(to_centers, axis=1), "float32")
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            {"num_clusters": self.num_clusters, "iterations": self.iterations}
-        )
-        return config
+        return {
+            **super().get_config(),
+            "num_clusters": self.num_clusters,
+            "iterations": self.iterations,
+        }

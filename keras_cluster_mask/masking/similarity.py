@@ -1,15 +1,20 @@
-"""Pure functions that compute the similarity of image patches.
+"""Pure functions that compute the similarity of image patches, and its threshold.
 
 Similarities are float32 under any dtype policy. They are rounded to multiples of 1 /
 STEPS, so that rounding errors, which differ between backends, do not change a mask.
 """
 
+import bisect
+
+import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import in_full_precision, take_rows
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 
 STEPS = 2**12
+# The largest error of a mask ratio that a threshold may have.
+TOLERANCE = 0.01
 
 
 def extract_patches(images, patch_size, data_format):
@@ -116,3 +121,45 @@ def round_similarity(similarity):
     # Convert to integers and back, because a sort may distinguish -0.0 from 0.0.
     steps = ops.cast(ops.round(similarity * STEPS), "int32")
     return ops.cast(ops.minimum(steps, STEPS), "float32") / STEPS
+
+
+def find_threshold(similarities, mask_ratio, max_visible):
+    """Finds the threshold whose mean mask ratio is nearest to the given one.
+
+    Similarities are multiples of `1 / STEPS`, so there are `2 STEPS + 1` different
+    thresholds, half a step above each multiple. The mask ratio falls as the threshold
+    rises, so a bisection tests at most 14 of them.
+
+    Args:
+        similarities: `(images, N)` array.
+        mask_ratio: Float, the fraction of patches to leave out on average.
+        max_visible: Integer. The maximum number of patches that are kept per image.
+
+    Returns:
+        The threshold, a float.
+
+    Raises:
+        ValueError: If no threshold comes within `TOLERANCE`.
+    """
+
+    def threshold(step):
+        return (step + 0.5) / STEPS
+
+    def ratio(step):
+        visible = np.sum(similarities <= threshold(step), axis=1)
+        return 1 - np.mean(np.clip(visible, 1, max_visible)) / similarities.shape[1]
+
+    # The first step that leaves out less than `mask_ratio`, and the one before.
+    steps = range(-STEPS, STEPS)
+    first = bisect.bisect(steps, False, key=lambda step: ratio(step) < mask_ratio)
+    low, high = first - STEPS - 1, first - STEPS
+    best = min(low, high, key=lambda step: abs(ratio(step) - mask_ratio))
+    if abs(ratio(best) - mask_ratio) > TOLERANCE:
+        raise ValueError(
+            "`mask_ratio` cannot be reached on average with these images. The nearest "
+            f"ratios of any threshold are {ratio(low):.3f} and {ratio(high):.3f}: pass "
+            "one of them, pass more images, or set `threshold` yourself. Received: "
+            f"mask_ratio={mask_ratio}, {len(similarities)} images with "
+            f"{similarities.shape[1]} patches"
+        )
+    return min(max(threshold(best), -1.0), 1.0)

@@ -131,15 +131,10 @@ class SimilarityMasking(PatchMasking):
             self.step.assign_add(1)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        weight = self.embedding_weight
-        if not isinstance(weight, float):
-            weight = keras.saving.serialize_keras_object(weight)
-        config.update(
-            {
-                "patch_size": self.patch_size,
-                "embedding_weight": weight,
-                "data_format": self.data_format,
-            }
-        )
-        return config
+        weight = keras.saving.serialize_keras_object(self.embedding_weight)
+        return {
+            **super().get_config(),
+            "patch_size": self.patch_size,
+            "embedding_weight": weight,
+            "data_format": self.data_format,
+        }

@@ -1,4 +1,4 @@
-"""Statistics of the patches that a masking keeps in a dataset."""
+"""Computes which patches a masking keeps, and statistics of them in a dataset."""
 
 import dataclasses
 import math
@@ -7,16 +7,11 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_cluster_mask.batches import num_images, read_images
 from keras_cluster_mask.checks import check_choice, check_integer
-from keras_cluster_mask.masking.keep_mask import (
-    check_tokens_do_not_matter,
-    keep_mask,
-    masking_inputs,
-    patch_size_of,
-)
-from keras_cluster_mask.masking.patch_grid import grid_shape
+from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.types import Tensor
 
@@ -107,7 +102,7 @@ def masking_statistics(
     """
     check_choice("verbose", verbose, ("auto", 0, 1, 2))
     check_integer("max_images", max_images, or_none=True)
-    patch_size = patch_size_of(masking, patch_size)
+    patch_size = patch_size_of([masking], patch_size)
     masking.check_ready()
     rng = np.random.default_rng(seed)
     expected = num_images(data)
@@ -144,3 +139,88 @@ def masking_statistics(
         keep_ratio=np.concatenate(ratios),
         kept_by_position=(times_kept / count).reshape(first_grid),
     )
+
+
+# === The patches that a masking keeps ===
+
+
+def patch_size_of(maskings, patch_size):
+    """Returns the common patch size of maskings: their own or, if given, `patch_size`.
+
+    Raises:
+        ValueError: If none of them has a patch size and none is given, or if they
+            differ.
+    """
+    given = [patch_size, *(each.patch_size for each in maskings)]
+    sizes = {standardize_patch_size(size) for size in given if size is not None}
+    if len(sizes) == 1:
+        return sizes.pop()
+    names = [type(each).__name__ for each in maskings]
+    raise ValueError(
+        "`patch_size` must be given if no masking has one, and must otherwise be None "
+        f"or that of every masking. Received: patch_size={patch_size}, "
+        + ", ".join(f"{name}.patch_size={x}" for name, x in zip(names, given[1:]))
+    )
+
+
+def masking_inputs(masking, images, grid, embed):
+    """Returns the pixels and the tokens that a masking gets in training.
+
+    Args:
+        masking: A `PatchMasking`.
+        images: Array of images.
+        grid: Tuple `(rows, columns)` of their patches.
+        embed: Function from pixels to tokens. `None` uses zeros, which define only the
+            number of tokens.
+
+    Raises:
+        ValueError: If the masking has another grid or needs `embed`, or if `embed`
+            returns tokens of a wrong shape.
+    """
+    if masking.grid not in (None, grid):
+        raise ValueError(
+            f"`grid` of the {type(masking).__name__} must be that of the patches of "
+            f"`images`, {grid}, or None. Received: grid={masking.grid}, "
+            f"images.shape={images.shape}"
+        )
+    pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
+    num_patches = math.prod(grid)
+    if embed is None:
+        # A schedule may start at 0, where tokens have no influence yet.
+        if getattr(masking, "embedding_weight", 0.0) != 0.0:
+            _refuse_to_go_without_tokens(masking)
+        num_tokens = (masking.num_prefix_tokens or 0) + num_patches
+        return pixels, ops.zeros((len(images), num_tokens, 1))
+    tokens = embed(pixels)
+    if len(tokens.shape) != 3 or tokens.shape[1] < num_patches:
+        raise ValueError(
+            "`embed` must return tokens (batch, prefix + N, dim) with "
+            f"N={num_patches} patches. Received: tokens.shape={tuple(tokens.shape)}"
+        )
+    return pixels, tokens
+
+
+def check_tokens_do_not_matter(masking, pixels, tokens, noise):
+    """Raises an error if the masking selects other patches for other tokens."""
+    values = np.random.default_rng(0).normal(size=tokens.shape)
+    other = ops.convert_to_tensor(values.astype("float32"))
+    kept = [keep_mask(masking, pixels, each, noise) for each in (tokens, other)]
+    if np.any(kept[0] != kept[1]):
+        _refuse_to_go_without_tokens(masking)
+
+
+def _refuse_to_go_without_tokens(masking):
+    raise ValueError(
+        f"`embed` must be given, as the {type(masking).__name__} looks at tokens. "
+        "Received: embed=None"
+    )
+
+
+def keep_mask(masking, pixels, tokens, noise):
+    """Returns `(batch, N)` booleans, true for patches that are kept and visible."""
+    indices, visible = masking.select(pixels, tokens, noise)
+    kept = np.zeros(tuple(noise.shape), dtype=bool)
+    np.put_along_axis(
+        kept, ops.convert_to_numpy(indices), ops.convert_to_numpy(visible), axis=1
+    )
+    return kept

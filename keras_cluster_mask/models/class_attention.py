@@ -47,6 +47,7 @@ class ClassAttention:
         encoder: A vision transformer, see `kcm.models.MomentumEncoder`.
 
     Attributes:
+        encoder: The vision transformer.
         patch_size: Tuple `(height, width)`, in pixels.
         image_size: Tuple `(height, width)`, in pixels.
         grid: Tuple `(rows, columns)` of patches.
@@ -57,13 +58,14 @@ class ClassAttention:
     """
 
     def __init__(self, encoder):
-        if not isinstance(encoder, keras.Model) or not encoder.built:
-            raise ValueError(f"{_wanted()} {_received(encoder)}")
-        embeddings = [x for x in encoder.layers if type(x).__name__ in EMBEDDINGS]
-        found = [(x, block) for x in encoder.layers for block in _blocks(x)]
-        shape = image_shape_of(encoder)
-        if not embeddings or not found or shape is None or None in shape:
-            raise ValueError(f"{_wanted()} {_received(encoder)}")
+        is_built = isinstance(encoder, keras.Model) and encoder.built
+        layers = encoder.layers if is_built else []
+        embeddings = [x for x in layers if type(x).__name__ in EMBEDDINGS]
+        found = [(x, block) for x in layers for block in _blocks(x)]
+        shape = image_shape_of(encoder) if embeddings and found else None
+        if shape is None or None in shape:
+            raise _refusal(encoder)
+        self.encoder = encoder
         self.blocks = [block for _, block in found]
         self.image_size = height_and_width(shape, data_format_of(encoder))
         self.patch_size = as_pair(embeddings[0].patch_size)
@@ -72,7 +74,7 @@ class ClassAttention:
         rows, columns = self.grid
         self.num_prefix_tokens = count_tokens(self.stem, shape) - rows * columns
         if self.num_prefix_tokens < 1:
-            raise ValueError(f"{_wanted()} {_received(encoder)}, without a class token")
+            raise _refusal(encoder)
 
     def __call__(self, images):
         """Computes the attention of the class token in inference mode.
@@ -121,15 +123,11 @@ def _blocks(layer):
     return [layer] if name in ATTENTIONS else getattr(layer, HOLDERS.get(name, ""), [])
 
 
-def _wanted():
-    return (
+def _refusal(encoder):
+    return ValueError(
         "`encoder` must be a vision transformer with a class token whose attention is "
         "known: keras_hub's CLIPVisionEncoder, MetaCLIP2VisionEncoder, ViTBackbone, "
         "DeiTBackbone or DINOV2Backbone, or a functional model around one. SigLIP has "
-        "no class token."
+        f"no class token. Received: encoder={getattr(encoder, 'name', encoder)} of "
+        f"type {type(encoder).__name__}"
     )
-
-
-def _received(encoder):
-    name = getattr(encoder, "name", encoder)
-    return f"Received: encoder={name} of type {type(encoder).__name__}"

@@ -85,16 +85,14 @@ def with_image_size(
     copy = copy_with(model, "vision_encoder", changes)
     copied = find_embedding_layer(getattr(copy, "vision_encoder", copy))
 
-    new_values = {}
     if size != old_size:
         grids = [tuple(s // p for s, p in zip(x, patch)) for x in (old_size, size)]
         positions = resize_positions(read_positions(embedding), *grids)
-        new_values = {id(table): positions for table in position_tables(copied)}
-        ids = np.arange(positions.shape[-2])[None]
-        new_values[id(getattr(copied, "position_ids", None))] = ids
-    for weight in copy.weights:
-        if id(weight) in new_values:
-            weight.assign(new_values[id(weight)])
+        for table in position_tables(copied):
+            table.assign(positions)
+        ids = getattr(copied, "position_ids", None)
+        if isinstance(ids, keras.Variable):
+            ids.assign(np.arange(positions.shape[-2])[None])
     number_positions(copied)
     return copy
 

@@ -1,4 +1,5 @@
 import math
+import types
 from typing import Any
 
 import keras
@@ -125,19 +126,17 @@ class MomentumEncoder(keras.layers.Layer):
         self.image_size = image_size
         ClassAttention(encoder)
         check_no_lora("encoder", encoder)
-        copy = _copy(encoder, image_size)
-        attention = ClassAttention(copy)
-        self.patch_size, self.grid = attention.patch_size, attention.grid
-        self.data_format = data_format_of(copy)
-        # Stored in closures, so that Keras does not track the copy's layers as
-        # sublayers. Then they stay frozen, their blocks are not mistaken for blocks of
-        # the encoder, and each weight is saved once.
-        self._copy = lambda: copy
-        self._class_attention = lambda: attention
-        self._pairs = None
-        for weight in copy.weights:
+        # These hold the copy and the followed encoder in objects that Keras does not
+        # look into, so that their layers are no sublayers. Then the copy's layers stay
+        # frozen, its blocks are not mistaken for blocks of the encoder, and each weight
+        # is saved once.
+        self._attention = ClassAttention(_copy(encoder, image_size))
+        self._followed = None
+        self.patch_size, self.grid = self._attention.patch_size, self._attention.grid
+        self.data_format = data_format_of(self._attention.encoder)
+        for weight in self._attention.encoder.weights:
             weight.trainable = False
-        self.copied_weights = copy.weights
+        self.copied_weights = self._attention.encoder.weights
         self.step = self.add_weight(
             shape=(),
             initializer="zeros",
@@ -165,24 +164,34 @@ class MomentumEncoder(keras.layers.Layer):
             `(batch, N)` float32 tensor without gradients, N patches of `grid` in
             row-major order.
         """
-        return self._beside(self._class_attention(), images)
+        return self._beside(self._attention, images)
 
     def call(self, images: Tensor, training: bool | None = None) -> Any:
-        copy = self._copy()
+        copy = self._attention.encoder
         return self._beside(lambda x: call_encoder(copy, x, False), images)
 
     def _beside(self, function, images):
+        """Calls a function that runs layers in inference mode, in a training step."""
+
+        # In Keras, a layer that gets no `training` argument uses the value of the last
+        # call. So the value of the step is restored.
+        def beside(images, training=None):
+            outputs = function(images)
+            restore = keras.layers.Identity(name="restore", **options)
+            restore(images, training=training)
+            return outputs
+
+        options = {"autocast": False, "dtype": "float32"}
         images = ops.stop_gradient(self._resized(ops.convert_to_tensor(images)))
-        outputs = _Beside(function)(images)
+        outputs = keras.layers.Lambda(beside, name="beside", **options)(images)
         return keras.tree.map_structure(ops.stop_gradient, outputs)
 
     def _resized(self, images):
-        expected = image_shape_of(self._copy())
-        size = self._class_attention().image_size
+        expected = image_shape_of(self._attention.encoder)
         if self.image_size is not None:
             images = ops.image.resize(
                 ops.cast(images, "float32"),
-                size,
+                self._attention.image_size,
                 interpolation="bilinear",
                 antialias=True,
                 data_format=self.data_format,
@@ -220,29 +229,29 @@ class MomentumEncoder(keras.layers.Layer):
         """
         if self.is_constant:
             return
-        if self._pairs is not None:
-            theirs = {id(v) for v in encoder.weights}
-            if any(id(source) not in theirs for _, source, _ in self._pairs()):
-                raise ValueError(
-                    f"`{self.name}` follows another encoder already: make a "
-                    "`MomentumEncoder`, and a masking, for each encoder. "
-                    f"Received: encoder={encoder.name}"
-                )
+        if self._followed is None:
+            pairs = self._match(encoder)
+            self._followed = types.SimpleNamespace(encoder=encoder, pairs=pairs)
             return
-        pairs = self._match(encoder)
-        # Stored in closures, because the encoder is not a sublayer.
-        self._pairs, self._followed = lambda: pairs, lambda: encoder
+        theirs = {id(v) for v in encoder.weights}
+        if any(id(source) not in theirs for _, source, _ in self._followed.pairs):
+            raise ValueError(
+                f"`{self.name}` follows another encoder already: make a "
+                "`MomentumEncoder`, and a masking, for each encoder. "
+                f"Received: encoder={encoder.name}"
+            )
 
     def check_ready(self) -> None:
         """Raises an error if `update` has no encoder to follow, or one with LoRA."""
-        if self._pairs is None and not self.is_constant:
+        if self.is_constant:
+            return
+        if self._followed is None:
             raise ValueError(
                 f"`{self.name}` must follow the encoder that is trained. Put its "
                 "masking into that encoder by `kcm.with_masking`, or call "
                 "`teacher.follow(encoder)`. Received: a teacher that follows no encoder"
             )
-        if self._pairs is not None:
-            check_no_lora("encoder", self._followed())
+        check_no_lora("encoder", self._followed.encoder)
 
     def update(self) -> None:
         """Moves the weights towards those of the encoder that the teacher follows.
@@ -252,7 +261,7 @@ class MomentumEncoder(keras.layers.Layer):
         self.check_ready()
         if not self.is_constant:
             share = self._share_of_encoder()
-            for target, source, resize in self._pairs():
+            for target, source, resize in self._followed.pairs:
                 new = ops.stop_gradient(ops.cast(source, "float32"))
                 if resize is not None:
                     new = ops.matmul(resize, new)
@@ -272,23 +281,23 @@ class MomentumEncoder(keras.layers.Layer):
     def _match(self, encoder):
         """Returns triples: own weight, followed weight, resize matrix or `None`."""
         own, theirs = self.copied_weights, encoder.weights
-        tables, pairs = self._resized_tables(encoder), []
-        for target, source in zip(own, theirs):
-            if not keras.backend.is_float_dtype(target.dtype):
-                # Such as position ids.
-                continue
-            source, resize = tables.get(id(target), (source, None))
-            if resize is None and target.shape != source.shape:
-                break
-            pairs.append((target, source, resize))
-        else:
-            if len(own) == len(theirs):
-                return pairs
+        tables = self._resized_tables(encoder)
+        # Other weights, such as position ids, do not change.
+        pairs = [
+            (target, *tables.get(id(target), (source, None)))
+            for target, source in zip(own, theirs)
+            if keras.backend.is_float_dtype(target.dtype)
+        ]
+        if len(own) == len(theirs) and all(
+            resize is not None or target.shape == source.shape
+            for target, source, resize in pairs
+        ):
+            return pairs
         raise ValueError(
             "`teacher` must be a copy of the encoder that it is to follow, of the same "
             "shapes: make it by `MomentumEncoder(encoder)` of that encoder, or call "
             "`teacher.follow` on the part of the encoder that it was made of. "
-            f"Received: {_sizes(self._copy(), own)} in the teacher, "
+            f"Received: {_sizes(self._attention.encoder, own)} in the teacher, "
             f"{_sizes(encoder, theirs)} in the encoder"
         )
 
@@ -302,39 +311,18 @@ class MomentumEncoder(keras.layers.Layer):
         source = position_tables(find_embedding_layer(encoder))[-1]
         table = np.eye(source.shape[-2], dtype="float32")
         resize = resize_positions(table, old_grid, self.grid)
-        tables = position_tables(find_embedding_layer(self._copy()))
+        tables = position_tables(find_embedding_layer(self._attention.encoder))
         return {id(table): (source, resize) for table in tables}
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            {
-                "encoder": keras.saving.serialize_keras_object(self._copy()),
-                "momentum": self.momentum,
-                "final_momentum": self.final_momentum,
-                "steps": self.steps,
-                "image_size": self.image_size,
-            }
-        )
-        return config
-
-
-class _Beside(keras.layers.Layer):
-    """Calls a function that runs layers in inference mode, during a training step.
-
-    In Keras, a layer that gets no `training` argument uses the value of the last call.
-    This layer restores the value of the training step.
-    """
-
-    def __init__(self, function):
-        super().__init__(autocast=False, dtype="float32", name="beside")
-        self.function = lambda x: function(x)
-
-    def call(self, images, training=None):
-        outputs = self.function(images)
-        restore = keras.layers.Identity(autocast=False, dtype="float32", name="restore")
-        restore(images, training=training)
-        return outputs
+        return {
+            **super().get_config(),
+            "encoder": keras.saving.serialize_keras_object(self._attention.encoder),
+            "momentum": self.momentum,
+            "final_momentum": self.final_momentum,
+            "steps": self.steps,
+            "image_size": self.image_size,
+        }
 
 
 def _copy(encoder, image_size):
@@ -349,9 +337,8 @@ def _copy(encoder, image_size):
             f"'mixed_bfloat16'. Received: encoder={encoder.name}, dtype="
             f"{encoder.dtype_policy.name}"
         )
-    if knows_image_size(encoder):
-        size = ClassAttention(encoder).image_size if image_size is None else image_size
-        return with_image_size(encoder, size)
+    if image_size is not None and knows_image_size(encoder):
+        return with_image_size(encoder, image_size)
     if image_size is not None:
         raise ValueError(
             "`image_size` must be None for an encoder that `with_image_size` does not "

@@ -10,16 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
-from keras_cluster_mask.masking.keep_mask import (
+from keras_cluster_mask.masking.patch_grid import grid_shape, is_channels_first
+from keras_cluster_mask.masking.statistics import (
     check_tokens_do_not_matter,
     keep_mask,
     masking_inputs,
     patch_size_of,
-)
-from keras_cluster_mask.masking.patch_grid import (
-    grid_shape,
-    is_channels_first,
-    standardize_patch_size,
 )
 from keras_cluster_mask.types import Tensor
 
@@ -80,11 +76,8 @@ def plot_masks(
     """
     titles, maskings = _titles_and_maskings(masking)
     images = np.asarray(images)
-    own_patch_size = _common("patch_size", maskings, standardize_patch_size)
-    patch_size = own_patch_size if patch_size is None else patch_size
-    for each in maskings:
-        patch_size = patch_size_of(each, patch_size)
-    data_format = _common("data_format", maskings)
+    patch_size = patch_size_of(maskings, patch_size)
+    data_format = _common_data_format(maskings)
     grid = _Grid(grid_shape(images.shape, patch_size, data_format), patch_size)
     if noise is None:
         noise = np.random.default_rng(seed).random((len(images), grid.num_patches))
@@ -113,7 +106,7 @@ def _titles_and_maskings(masking):
     titles, maskings = None, masking
     if isinstance(masking, PatchMasking):
         maskings = [masking]
-    elif isinstance(masking, dict):
+    elif isinstance(masking, Mapping):
         titles, maskings = [*masking], [*masking.values()]
     is_list = isinstance(maskings, list | tuple) and len(maskings) > 0
     if not is_list or not all(isinstance(each, PatchMasking) for each in maskings):
@@ -124,17 +117,16 @@ def _titles_and_maskings(masking):
     return titles or [type(each).__name__ for each in maskings], maskings
 
 
-def _common(name, maskings, standardize=str):
-    """Returns the common value of an attribute of the maskings, or `None`."""
-    values = [getattr(each, name) for each in maskings]
-    values = {standardize(value) for value in values if value is not None}
-    if len(values) > 1:
+def _common_data_format(maskings):
+    """Returns the data format of the maskings, or `None` if they have none."""
+    formats = {x.data_format for x in maskings if x.data_format is not None}
+    if len(formats) > 1:
         raise ValueError(
-            f"`masking` must be maskings of one `{name}`, as they are compared on the "
-            f"same patches: plot the others separately. Received: {name}s of "
-            f"{' and '.join(map(repr, sorted(values)))}"
+            "`masking` must be maskings of one `data_format`, as they are compared on "
+            "the same images: plot the others separately. "
+            f"Received: data_formats {sorted(formats)}"
         )
-    return values.pop() if values else None
+    return formats.pop() if formats else None
 
 
 def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):

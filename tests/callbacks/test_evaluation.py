@@ -388,8 +388,8 @@ class Steps(keras.callbacks.Callback):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Retrieval(pairs()["images"]), "`data` must hold texts"),
-        (lambda: Retrieval(pairs(), tokenizer), "`data` must hold texts"),
+        (lambda: Retrieval(pairs()["images"]), "`data` must hold .token_ids."),
+        (lambda: Retrieval(pairs(), tokenizer), "`data` must hold .captions."),
         (lambda: Retrieval([]), "`data` must hold at least one image"),
         (lambda: Retrieval(pairs(), duplicates="no"), "`duplicates`"),
         (lambda: ZeroShot(pairs(), NAMES, tokenizer), "`data` must hold 'labels'"),

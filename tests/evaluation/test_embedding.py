@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import (
@@ -13,7 +14,7 @@ from keras_cluster_mask.evaluation import (
     evaluate_retrieval,
     evaluate_zero_shot,
 )
-from keras_cluster_mask.evaluation.embedding import Embedder
+from keras_cluster_mask.evaluation.embedding import Embedder, resize_image
 from tests.helpers import random_pairs
 
 
@@ -165,6 +166,34 @@ def test_few_sizes_of_batches_are_compiled(model, pairs, expected, monkeypatch):
     monkeypatch.setattr("keras_cluster_mask.evaluation.embedding.MAX_SIZE", 32)
     assert embedder.images(pairs["images"]).shape == (70, 96)
     assert sizes[-3:] == [64, 64, 8]
+
+
+# === Images of clip_benchmark ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+@pytest.mark.parametrize(
+    ("image_size", "resize"),
+    # open_clip crops squares only.
+    [((16, 16), "crop"), ((8, 24), "squash")],
+)
+def test_images_become_those_of_open_clips_transforms(image_size, mode, resize):
+    open_clip = pytest.importorskip("open_clip")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 23, 4), "uint8")
+    image = Image.fromarray(pixels)
+    if mode != "RGBA":
+        image = image.convert("RGB").convert(mode)
+    transform = open_clip.image_transform(
+        image_size,
+        is_train=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        resize_mode={"crop": "shortest", "squash": "squash"}[resize],
+    )
+    expected = (255 * transform(image)).round().numpy().transpose(1, 2, 0)
+    found = resize_image(image, image_size, resize)
+    np.testing.assert_array_equal(found, expected)
 
 
 # === Bad input ===

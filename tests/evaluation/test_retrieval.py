@@ -8,7 +8,7 @@ from keras_cluster_mask.evaluation import (
     embed,
     embed_texts,
     evaluate_retrieval,
-    ranks,
+    retrieval,
     retrieval_recall,
 )
 from tests.helpers import random_pairs
@@ -46,8 +46,8 @@ def ranks_by_sorting(queries, items, query_labels, item_labels):
 def test_tiles_and_labels_of_any_sizes_give_the_order_of_similarity(
     num_labels, ks, monkeypatch
 ):
-    monkeypatch.setattr(ranks, "TILE", (37, 50))
-    monkeypatch.setattr(ranks, "ROWS", 11)
+    monkeypatch.setattr(retrieval, "TILE", (37, 50))
+    monkeypatch.setattr(retrieval, "ROWS", 11)
     rng = np.random.default_rng(num_labels)
     # Of some labels there are many images and no text.
     image_labels = rng.integers(0, num_labels, 300)
@@ -63,13 +63,9 @@ def test_tiles_and_labels_of_any_sizes_give_the_order_of_similarity(
 
 
 @pytest.mark.any_backend
-def test_a_model_that_embeds_everything_alike_scores_0():
+def test_embeddings_that_are_equal_up_to_rounding_score_0():
     same = np.ones((20, 4), dtype="float32") / 2
     assert set(retrieval_recall(same, same).values()) == {0.0}
-
-
-@pytest.mark.any_backend
-def test_embeddings_that_differ_by_rounding_alone_tie():
     # All images alike, all texts alike, and these unlike those: there are many numbers
     # of 32 bits around a low similarity.
     images, texts = (
@@ -78,7 +74,7 @@ def test_embeddings_that_differ_by_rounding_alone_tie():
     )
     assert len(np.unique(images @ texts.T)) > 20
     assert set(retrieval_recall(images, texts).values()) == {0.0}
-    # What differs by more does not.
+    # A larger difference decides.
     images = random_embeddings(50, 64)
     texts = images + 2e-3 * random_embeddings(50, 64, seed=1)
     assert retrieval_recall(images, texts, ks=1)["image_to_text_recall@1"] == 1.0
@@ -111,10 +107,12 @@ def test_chance_is_what_random_embeddings_reach():
 
 
 @pytest.mark.any_backend
-def test_chance_of_distinct_pairs_is_k_over_n():
+def test_chance_of_distinct_pairs_is_k_over_n_and_without_a_partner_0():
     chance = chance_recall(346)
     assert chance["image_to_text_recall@10"] == pytest.approx(10 / 346)
     assert chance_recall(5)["text_to_image_recall@10"] == 1.0
+    chance = chance_recall(3, 3, [0, 1, 2], [0, 1, 1], ks=(1, 10))
+    assert chance["image_to_text_recall@10"] == pytest.approx(2 / 3)
 
 
 def test_a_data_set_is_embedded_and_compared(model):
@@ -160,12 +158,6 @@ def test_equal_texts_count_as_one_if_asked_to(model, tokenizer):
         model, data, tokenizer, ks=(1,), duplicates="positive", verbose=0
     )
     assert set(found.values()) == {1.0}
-
-
-@pytest.mark.any_backend
-def test_chance_of_a_query_without_a_partner_is_nothing():
-    chance = chance_recall(3, 3, [0, 1, 2], [0, 1, 1], ks=(1, 10))
-    assert chance["image_to_text_recall@10"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.any_backend

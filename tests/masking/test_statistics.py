@@ -50,7 +50,7 @@ def test_are_those_of_what_is_selected(mode):
     np.testing.assert_allclose(found.keep_ratio, [len(x) / N for x in seen], rtol=1e-6)
     times = np.bincount(np.concatenate(seen), minlength=N).reshape(4, 6)
     np.testing.assert_allclose(found.kept_by_position, times / IMAGES)
-    # What a step of training reports.
+    # The same as a training step reports.
     tokens = np.zeros((IMAGES, 1 + N, 4), "float32")
     masking(tokens, images=PIXELS, training=True, noise=noise)
     reported = 1.0 - float(numpy(masking.last_mask_ratio))
