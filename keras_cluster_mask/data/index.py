@@ -307,6 +307,32 @@ class ObjectIndex:
         return self._reader.pair(self.paths[0], key, fields)
 
 
+class Indexes:
+    """A concatenation of several indexes.
+
+    Args:
+        indexes: list of `Index` and `ObjectIndex`.
+    """
+
+    def __init__(self, indexes):
+        self.indexes = indexes
+        self._starts = np.cumsum([0, *map(len, indexes)])
+
+    def __len__(self):
+        return int(self._starts[-1])
+
+    def read(self, numbers):
+        """Yields samples; see `Index.read`."""
+        numbers = np.asarray(numbers)
+        which = np.searchsorted(self._starts, numbers, side="right") - 1
+        readers = {
+            i: self.indexes[i].read((numbers[which == i] - self._starts[i]).tolist())
+            for i in np.unique(which)
+        }
+        for index in which:
+            yield next(readers[index])
+
+
 def _digest(content):
     content = json.dumps(content).encode()
     return hashlib.blake2b(content, digest_size=16).hexdigest()

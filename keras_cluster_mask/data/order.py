@@ -71,7 +71,12 @@ class Order:
         return self.length(0) if mean is None else mean
 
     def digest(self):
-        """Returns a hash of the numbers of the first epoch, to compare samplers."""
+        """Returns a hash of the numbers that a sampler chooses for the first epoch.
+
+        It is `None` without a sampler.
+        """
+        if self._sampling is None:
+            return None
         chosen = np.ascontiguousarray(self._epoch(0)[0], "<i8")
         return hashlib.blake2b(chosen, digest_size=8).hexdigest()
 
@@ -126,7 +131,6 @@ class Mix:
     def __init__(self, orders, weights):
         firsts = itertools.accumulate((o.num_samples for o in orders[:-1]), initial=0)
         self.num_samples = sum(order.num_samples for order in orders)
-        self.block_size = max(order.block_size for order in orders)
         self._mixed = grain.MapDataset.mix(
             [
                 grain.MapDataset.source(order).map(functools.partial(_shifted, first))
@@ -150,6 +154,9 @@ class Mix:
     def mean_length(self):
         """The mean number of samples in an epoch."""
         return self.num_samples
+
+    def digest(self):
+        """Returns `None`: a mix has no samplers."""
 
 
 def _shifted(first, number):
