@@ -54,7 +54,8 @@ class Captions:
         training: bool. Whether to draw captions and templates at random, instead of
             taking the first, and to mask captions.
         caption_template: str or sequence of str that contain `{}`, or None.
-        text_masking: `TextMasking` of captions that are too long, or None.
+        text_masking: `TextMasking` of captions that are too long, or None; `None` as an
+            attribute in evaluation.
         include_captions: bool, or `"all"`. Whether batches contain the captions.
     """
 
@@ -77,6 +78,7 @@ class Captions:
                 )
         if self.text_masking is not None:
             check_text_masking(self.text_masking, self.tokenizer)
+            self.text_masking = self.text_masking if self.training else None
         self.has_layer = is_layer(self.tokenizer)
         # Whether samples need a caption.
         self.are_read = self.tokenizer is not None or bool(self.include_captions)
@@ -89,15 +91,15 @@ class Captions:
     @property
     def description(self):
         """dict. The settings that a resumed run must share."""
-        sizes = (
-            getattr(self.tokenizer, name, None)
-            for name in ("vocabulary_size", "context_length")
-        )
-        masking = self.text_masking if self.training else None
+        tokenizer, masking = self.tokenizer, self.text_masking
+        sizes = "vocabulary_size", "context_length"
         return {
             "data.caption_template": repr(self.caption_template),
-            "data.tokenizer": self.tokenizer and [name_of(self.tokenizer), *sizes],
-            "data.text_masking": masking and repr(masking),
+            "data.tokenizer": [
+                name_of(tokenizer),
+                *(getattr(tokenizer, size, None) for size in sizes),
+            ],
+            "data.text_masking": None if masking is None else repr(masking),
         }
 
     def batch(self, pairs, generators, epochs):
@@ -116,7 +118,7 @@ class Captions:
             batch["captions"] = strings(map(self.all_of, pairs) if is_all else chosen)
         if self.has_layer or self.tokenizer is None:
             return batch
-        if self.training and self.text_masking is not None:
+        if self.text_masking is not None:
             mask = self.text_masking.tokenize
             batch["token_ids"] = mask(self.tokenizer, chosen, generators, epochs)
         else:

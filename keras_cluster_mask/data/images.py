@@ -256,7 +256,7 @@ class Images:
             `"squash"`, the whole image.
         crop_scale: Pair of floats. See `random_box`.
         horizontal_flip: bool. Whether to flip half of the images in training.
-        background: See `composite`.
+        background: str, or list of str; a list as an attribute. See `composite`.
         image_transform: Function of an image and a `np.random.Generator`, or None.
         max_image_pixels: int. See `EncodedImage`.
         data_format: `"channels_last"` or `"channels_first"`, for batches.
@@ -288,7 +288,7 @@ class Images:
         self.max_image_pixels = check_integer(
             "max_image_pixels", self.max_image_pixels, 1
         )
-        check_background(self.background)
+        self.background = check_background(self.background)
         if self.resize == "squash":
             if self.crop_scale is not None:
                 raise ValueError(

@@ -102,7 +102,9 @@ class Reading:
         """Returns the index of this process and the number of processes."""
         from keras_cluster_mask.distribution.processes import process_index_and_count
 
-        process = self.process or process_index_and_count(self.training)
+        process = self.process
+        if process is None:
+            process = process_index_and_count(self.training)
         index, count = process
         if not 0 <= index < count:
             raise ValueError(
@@ -152,11 +154,8 @@ class Reading:
 
     def _checked_block_size(self):
         """Checks `block_size`, or chooses a default."""
-        block_size, batch_size, processes = (
-            self.block_size,
-            self.batch_size,
-            self.process[1],
-        )
+        block_size, batch_size = self.block_size, self.batch_size
+        processes = self.process[1]
         if block_size is None:
             paths = [path for index in self.indexes for path in index.paths]
             largest = BLOCK if any(map(files.is_address, paths)) else 1

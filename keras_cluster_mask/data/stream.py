@@ -96,31 +96,33 @@ class ImageTextDataset(grain.IterDataset):
         return as_dataset(self)
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _Iterator(self)
+        return _Iterator(self, *self.batches(self.start))
 
-    def batches(self, threads: "Threads", start: int) -> grain.IterDataset:
-        """Returns a grain dataset of the batches from `start` on; see `finished`.
+    def batches(self, start: int) -> tuple[grain.IterDataset, "Threads"]:
+        """Returns a grain dataset of the batches from `start` on, and its threads.
 
-        Each element is a batch, whose rows `threads` read and decode.
+        Each element is a batch, whose rows the threads read and decode. See `finished`.
         """
         rows, workers = self._reading.rows, self._reading.num_workers
         bytes_per_batch = rows * math.prod(self.element_spec["images"].shape[1:])
         ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
         stop = 2**62 if self.training else max(len(self), start)
+        count = min(num_processors() // max(workers, 1), MAX_THREADS)
+        threads = Threads(max(count, 1))
         read = functools.partial(self._samples.read, threads)
         # A batch begins as soon as there are free threads, before the last one is done.
         options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         dataset = grain.MapDataset.range(start, stop).map(read)
         dataset = dataset.to_iter_dataset(options)
         if not workers:
-            return dataset
+            return dataset, threads
         # Queued batches on both sides, one in progress, and one in use.
         _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
         # grain reads its own absl flags, which few programs parse.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
-        return dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
+        return dataset.mp_prefetch(options, worker_init_fn=_end_with_parent), threads
 
     def finished(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """Adds the token ids of a Keras layer, which cannot run in worker processes."""
@@ -154,18 +156,15 @@ class Threads(futures.ThreadPoolExecutor):
 class _Iterator(grain.DatasetIterator):
     """Counts broken samples, skips empty batches, and closes the workers at the end."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, batches, threads):
         super().__init__()
         self._dataset = dataset
         self._skipped = dataset.skipped = copy.deepcopy(dataset._reading.skipped)
         self._pid = os.getpid()
-        self._start(dataset.start)
+        self._start(dataset.start, batches, threads)
 
-    def _start(self, batch):
-        self._batch = batch
-        workers = max(self._dataset._reading.num_workers, 1)
-        threads = Threads(max(min(num_processors() // workers, MAX_THREADS), 1))
-        self._batches = [iter(self._dataset.batches(threads, batch))]
+    def _start(self, batch, batches, threads):
+        self._batch, self._batches = batch, [iter(batches)]
         # Also runs at exit, before the modules that it needs are unloaded.
         self._close = weakref.finalize(self, _close, self._batches, threads)
 
@@ -203,12 +202,13 @@ class _Iterator(grain.DatasetIterator):
 
     def set_state(self, state):
         self._close()
-        self._start(state["batch"])
+        self._start(state["batch"], *self._dataset.batches(state["batch"]))
 
 
 def _close(iterators, threads):
-    iterators.pop().close()
+    # The batches in progress are not finished.
     threads.shutdown(wait=False, cancel_futures=True)
+    iterators.pop().close()
 
 
 def _end_with_parent(index, count):
