@@ -117,8 +117,8 @@ class Order:
         return chosen, length, int(seed), shift
 
 
-class Mix:
-    """Mixes several orders by weight: `mix[position]` works as for `Order`.
+class Mix(Order):
+    """Mixes several orders by weight.
 
     Each source is repeated endlessly, in its own order. An epoch has as many samples
     as all sources together.
@@ -129,34 +129,18 @@ class Mix:
     """
 
     def __init__(self, orders, weights):
-        firsts = itertools.accumulate((o.num_samples for o in orders[:-1]), initial=0)
-        self.num_samples = sum(order.num_samples for order in orders)
+        counts = [order.num_samples for order in orders]
+        super().__init__(sum(counts), seed=0)
         self._mixed = grain.MapDataset.mix(
             [
                 grain.MapDataset.source(order).map(functools.partial(_shifted, first))
-                for order, first in zip(orders, firsts)
+                for order, first in zip(orders, itertools.accumulate([0, *counts]))
             ],
             weights,
         )
 
     def __getitem__(self, position):
         return self._mixed[position]
-
-    def place(self, position):
-        """Returns the epoch of a position, and the position within the epoch."""
-        return divmod(position, self.num_samples)
-
-    def length(self, epoch):
-        """Returns the number of samples in an epoch."""
-        return self.num_samples
-
-    @property
-    def mean_length(self):
-        """The mean number of samples in an epoch."""
-        return self.num_samples
-
-    def digest(self):
-        """Returns `None`: a mix has no samplers."""
 
 
 def _shifted(first, number):

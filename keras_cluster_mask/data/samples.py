@@ -11,8 +11,8 @@ from keras_cluster_mask.data.pairs import Fault, SampleError
 from keras_cluster_mask.data.reading import Reading
 from keras_cluster_mask.data.tokenizing import length_of
 
-# The largest number of rows of a batch that one thread reads together.
-TOGETHER = 32
+# The smallest and the largest number of rows of a batch that one thread reads together.
+TOGETHER = 8, 32
 # The name of the entry of a batch that lists its broken samples.
 FAULTS = "faults"
 
@@ -81,10 +81,9 @@ class Samples:
             replaced in training, and left out in evaluation.
         """
         positions = self.reading.positions(batch)
-        size = min(-(-len(positions) // threads.count), TOGETHER)
+        size = int(np.clip(-(-len(positions) // threads.count), *TOGETHER))
         # A block of neighbors is one request.
-        block = self.reading.block_size or 1
-        size = max(-(-size // block), 1) * block
+        size += -size % (self.reading.block_size or 1)
         groups = [positions[i : i + size] for i in range(0, len(positions), size)]
         results = [*threads.map(self._read, groups)]
         rows = [row for found, _ in results for row in found]

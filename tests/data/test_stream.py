@@ -99,7 +99,7 @@ def test_both_formats_give_the_same_batches(shards, training):
 
 def test_batches_do_not_depend_on_how_much_is_read_together(shards, monkeypatch):
     expected = take(make(shards, True, batch_size=40), 6)
-    monkeypatch.setattr(samples, "TOGETHER", 7)
+    monkeypatch.setattr(samples, "TOGETHER", (7, 7))
     monkeypatch.setattr(files, "MAX_GAP", -1)
     assert_same(take(make(shards, True, batch_size=40), 6), expected)
 
