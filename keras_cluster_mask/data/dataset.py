@@ -111,7 +111,7 @@ def image_text_dataset(
             `list_shards`. Or an object with `__len__` and `__getitem__` whose items are
             dicts, such as a `Dataset` of the package `datasets`. Or a dict from several
             of these to weights, which mixes them in these proportions.
-        tokenizer: A `CLIPTokenizer`; any callable from a list of str to ints
+        tokenizer: A `CLIPTokenizer`; any callable from a list of bytes to ints
             `(batch, length)`; a tokenizer of open_clip; a tokenizer of Hugging Face,
             whose rows are padded and truncated to its `model_max_length`; or a Keras
             layer, such as a KerasHub `CLIPPreprocessor`, which does not clean captions,

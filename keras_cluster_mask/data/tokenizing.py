@@ -8,13 +8,16 @@ import numpy as np
 
 # Texts of different lengths, with different first and last words.
 PROBES = (
-    "dog",
-    "two red boats on the sea",
-    "a child reads a book under a tall tree",
+    b"dog",
+    b"two red boats on the sea",
+    b"a child reads a book under a tall tree",
 )
 # Texts that tokenizers treat differently: case, digits, punctuation, accents, symbols
 # and entities. They are short, so that few context lengths truncate them.
-VARIANTS = "Dog", "12", "3.5", "a, b", "dog's", "no!", "é", "€", "&amp;"
+VARIANTS = tuple(
+    text.encode()
+    for text in ("Dog", "12", "3.5", "a, b", "dog's", "no!", "é", "€", "&amp;")
+)
 # Hugging Face uses a larger number if the length is unknown.
 MAX_LENGTH = 100_000
 # Hugging Face tokenizers, which open_clip wraps, are not thread-safe: calls change
@@ -39,7 +42,7 @@ def check_tokenizer(tokenizer):
         )
     if tokenizer is not None and not callable(tokenizer):
         raise ValueError(
-            "`tokenizer` must be a callable from a list of str to ints, or None. "
+            "`tokenizer` must be a callable from a list of bytes to ints, or None. "
             f"Received: tokenizer={tokenizer!r}"
         )
 
@@ -57,9 +60,9 @@ def tokenize(tokenizer, captions, context_length=None):
     """Converts captions to token ids.
 
     Args:
-        tokenizer: Callable from a list of str to ints, such as a `CLIPTokenizer`; a
-            tokenizer of open_clip or Hugging Face; or a Keras layer, which runs on
-            TensorFlow.
+        tokenizer: Callable from a list of bytes to ints, such as a `CLIPTokenizer`; a
+            tokenizer of open_clip or Hugging Face, which takes str; or a Keras layer,
+            which runs on TensorFlow.
         captions: list of bytes, or of str.
         context_length: int. The length of the rows of a tokenizer of open_clip or
             Hugging Face. `None`: its own.
@@ -93,7 +96,7 @@ def probe(tokenizer, context_length=None, texts=PROBES):
     Args:
         tokenizer: See `tokenize`.
         context_length: See `tokenize`.
-        texts: Sequence of str.
+        texts: Sequence of bytes.
 
     Returns:
         int32 array `(texts, length)`; `None` if the tokenizer does not accept
@@ -109,13 +112,13 @@ def probe(tokenizer, context_length=None, texts=PROBES):
 
 def _call(tokenizer, captions, context_length):
     """Calls a tokenizer as its library does."""
+    libraries = _libraries(tokenizer)
+    if not libraries & {"open_clip", "transformers"}:
+        return tokenizer(captions)
     texts = [
         text.decode("utf-8", "replace") if isinstance(text, bytes) else text
         for text in captions
     ]
-    libraries = _libraries(tokenizer)
-    if not libraries & {"open_clip", "transformers"}:
-        return tokenizer(texts)
     length = context_length or length_of(tokenizer)
     if "open_clip" in libraries:
         with _padding:
