@@ -45,7 +45,7 @@ class Reading:
         max_skipped: float.
 
     Attributes:
-        index: `Indexes`.
+        index: `Index`, `ObjectIndex`, or `Indexes` of several sources.
         order: `Order` or `Mix` in training; a range of all samples in evaluation.
         skipped: `SkippedSamples` of the index.
     """
