@@ -3,10 +3,9 @@
 from keras_cluster_mask.data.captions import read_captions
 from keras_cluster_mask.data.check import check
 from keras_cluster_mask.data.dataset import image_text_dataset
-from keras_cluster_mask.data.examples import example_images
 from keras_cluster_mask.data.frequency_masking import FrequencyTextMasking
 from keras_cluster_mask.data.sampling import Sampling
-from keras_cluster_mask.data.shards import list_shards
+from keras_cluster_mask.data.shards import example_images, list_shards
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.stream import ImageTextDataset
 from keras_cluster_mask.data.text_masking import (

@@ -7,7 +7,7 @@ CHOICES = "white", "random"
 
 
 def check_background(background):
-    """Checks `background`, and returns a list of `CHOICES`."""
+    """Checks `background`, and returns a list of `CHOICES`, for `composite`."""
     choices = background if isinstance(background, list) else [background]
     if not choices or not all(choice in CHOICES for choice in choices):
         raise ValueError(
@@ -17,7 +17,7 @@ def check_background(background):
     return choices
 
 
-def composite(image, background="white", seed=0):
+def composite(image, choices, seed=0):
     """Blends a transparent image with a background.
 
     With one plain color behind every cut-out object, a model may learn the color;
@@ -25,16 +25,14 @@ def composite(image, background="white", seed=0):
 
     Args:
         image: uint8 array `(height, width, 4)`. The last channel is alpha.
-        background: `"white"`, or `"random"`: a plain color, a gradient or a texture,
-            with equal probability. From a list of these, one is drawn with equal
-            probability.
+        choices: list of `"white"` and `"random"`, from which one is drawn with equal
+            probability. `"random"` is a plain color, a gradient or a texture.
         seed: int. Equal seeds give equal backgrounds.
 
     Returns:
         uint8 array `(height, width, 3)`.
     """
     generator = np.random.default_rng(seed)
-    choices = check_background(background)
     choice = choices[generator.integers(len(choices))]
     is_random = choice == "random"
     back = random_background(image.shape[:2], generator) if is_random else 255.0

@@ -1,10 +1,22 @@
-"""Reads all captions of a source, and chooses one caption per sample."""
+"""The captions of a source, and the caption and token ids of each sample of a batch."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+
+from keras_cluster_mask.checks import check_choice
+from keras_cluster_mask.data.images import name_of
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
+from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
+from keras_cluster_mask.data.tokenizing import (
+    check_tokenizer,
+    is_layer,
+    tokenize,
+)
 
 
 def read_captions(
@@ -33,29 +45,87 @@ def read_captions(
     return [text for each in samples for text in getattr(each, "captions", ())]
 
 
-class CaptionChoice:
-    """Chooses one caption per sample and puts it into a template.
+@dataclasses.dataclass
+class Captions:
+    """Chooses a caption for each sample, and tokenizes it. See `image_text_dataset`.
 
     Args:
-        template: str or sequence of str that contain `{}`, or None.
+        tokenizer: The tokenizer, or None.
         training: bool. Whether to draw captions and templates at random, instead of
-            taking the first.
+            taking the first, and to mask captions.
+        caption_template: str or sequence of str that contain `{}`, or None.
+        text_masking: `TextMasking` of captions that are too long, or None; `None` as an
+            attribute in evaluation.
+        include_captions: bool, or `"all"`. Whether batches contain the captions.
     """
 
-    def __init__(self, template, training):
-        templates = (
-            [template] if isinstance(template, str) else list(template or ["{}"])
-        )
-        for each in templates:
+    tokenizer: Any
+    training: bool
+    caption_template: str | Sequence[str] | None = None
+    text_masking: TextMasking | None = None
+    include_captions: bool | str = False
+
+    def __post_init__(self):
+        check_choice("include_captions", self.include_captions, (False, True, "all"))
+        check_tokenizer(self.tokenizer)
+        template = self.caption_template
+        self.templates = [template] if isinstance(template, str) else template or ["{}"]
+        for each in self.templates:
             if not isinstance(each, str) or each.count("{}") != 1:
                 raise ValueError(
                     "`caption_template` must be str that hold {} exactly once, for the "
                     f"caption. Received: caption_template={template!r}"
                 )
-        self._templates = templates
-        self._training = training
+        if self.text_masking is not None:
+            check_text_masking(self.text_masking, self.tokenizer)
+            self.text_masking = self.text_masking if self.training else None
+        self.has_layer = is_layer(self.tokenizer)
+        # Whether samples need a caption.
+        self.are_read = self.tokenizer is not None or bool(self.include_captions)
 
-    def __call__(self, pair, generator):
+    def __getstate__(self):
+        # A Keras layer runs in the main process; worker processes do not import Keras.
+        tokenizer = None if self.has_layer else self.tokenizer
+        return {**vars(self), "tokenizer": tokenizer}
+
+    @property
+    def description(self):
+        """dict. The settings that a resumed run must share."""
+        tokenizer, masking = self.tokenizer, self.text_masking
+        sizes = "vocabulary_size", "context_length"
+        return {
+            "data.caption_template": repr(self.caption_template),
+            "data.tokenizer": [
+                name_of(tokenizer),
+                *(getattr(tokenizer, size, None) for size in sizes),
+            ],
+            "data.text_masking": None if masking is None else repr(masking),
+        }
+
+    def batch(self, pairs, generators, epochs):
+        """Returns the entries of a batch; the token ids of a layer are still missing.
+
+        Args:
+            pairs: list of `Pair`.
+            generators: list of `np.random.Generator`, one for each pair.
+            epochs: list of int. The epoch of each pair in training.
+        """
+        if not self.are_read:
+            return {}
+        batch, chosen = {}, [*map(self.choose, pairs, generators)]
+        if self.include_captions or self.has_layer:
+            is_all = self.include_captions == "all"
+            batch["captions"] = strings(map(self.all_of, pairs) if is_all else chosen)
+        if self.has_layer or self.tokenizer is None:
+            return batch
+        if self.text_masking is not None:
+            mask = self.text_masking.tokenize
+            batch["token_ids"] = mask(self.tokenizer, chosen, generators, epochs)
+        else:
+            batch["token_ids"] = tokenize(self.tokenizer, chosen)
+        return batch
+
+    def choose(self, pair, generator):
         """Returns the caption of a pair, as bytes.
 
         Args:
@@ -63,17 +133,27 @@ class CaptionChoice:
             generator: `np.random.Generator`. Only used in training.
         """
         caption = self._drawn(pair.captions, generator)
-        return _filled(self._drawn(self._templates, generator), caption)
+        return _filled(self._drawn(self.templates, generator), caption)
 
     def all_of(self, pair):
         """Returns all captions in the first template, as a tuple of bytes."""
-        return tuple(_filled(self._templates[0], text) for text in pair.captions)
+        return tuple(_filled(self.templates[0], text) for text in pair.captions)
 
     def _drawn(self, choices, generator):
-        if self._training and len(choices) > 1:
+        if self.training and len(choices) > 1:
             return choices[int(generator.integers(len(choices)))]
         return choices[0]
 
 
 def _filled(template, caption):
     return template.replace("{}", caption).encode("utf-8", "surrogatepass")
+
+
+def strings(values):
+    """Returns an object array of bytes, or of tuples of bytes, one per sample."""
+    values = list(values)
+    array = np.empty(len(values), object)
+    # One by one, because NumPy would convert tuples of equal length to rows.
+    for index, value in enumerate(values):
+        array[index] = value
+    return array

@@ -1,33 +1,20 @@
 """Creates datasets of batches from shards, for `fit` and evaluation."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.checks import check_choice, check_integer, check_range
-from keras_cluster_mask.data import files
-from keras_cluster_mask.data.arguments import (
-    check_crop_scale,
-    check_process,
-    check_samples,
-    check_weights,
-    choose_block_size,
-    name_of,
-)
-from keras_cluster_mask.data.backgrounds import check_background
-from keras_cluster_mask.data.captions import CaptionChoice
-from keras_cluster_mask.data.images import MAX_PIXELS, Cutter, height_and_width
-from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.order import Mix, Order
-from keras_cluster_mask.data.pairs import Labels, PairReader
-from keras_cluster_mask.data.samples import Indexes, Samples
+from keras_cluster_mask.checks import check_choice
+from keras_cluster_mask.data.captions import Captions
+from keras_cluster_mask.data.images import MAX_PIXELS, Images
+from keras_cluster_mask.data.pairs import PairReader
+from keras_cluster_mask.data.reading import Reading
+from keras_cluster_mask.data.samples import Samples
 from keras_cluster_mask.data.sampling import Sampling
-from keras_cluster_mask.data.skipped import SkippedSamples
-from keras_cluster_mask.data.stream import ImageTextDataset, Spec
-from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
-from keras_cluster_mask.data.tokenizing import check_tokenizer, is_layer, length_of
+from keras_cluster_mask.data.stream import ImageTextDataset
+from keras_cluster_mask.data.text_masking import TextMasking
 
 
 def image_text_dataset(
@@ -232,143 +219,36 @@ def image_text_dataset(
         on_tensorflow = keras.backend.backend() == "tensorflow"
         format = "tf" if on_tensorflow and not has_tuples else "grain"
     check_choice("format", format, ("grain", "tf"))
-    image_size = height_and_width(image_size)
-    batch_size = check_integer("batch_size", batch_size, 1)
-    seed = check_integer("seed", seed, 0)
-    num_workers = check_integer("num_workers", num_workers, 0)
-    max_image_pixels = check_integer("max_image_pixels", max_image_pixels, 1)
-    check_background(background)
-    data_format = data_format or keras.config.image_data_format()
-    check_choice("data_format", data_format, ("channels_last", "channels_first"))
-    check_choice("resize", resize, ("crop", "squash"))
-    check_choice("include_captions", include_captions, (False, True, "all"))
-    crop_scale = check_crop_scale(crop_scale, resize)
-    check_range("max_skipped", max_skipped, 0, 1)
-    if class_names is not None and label_key is None:
-        raise ValueError(
-            "`class_names` need labels: pass the `label_key` of the field that holds "
-            f"them. Received: class_names={class_names}, label_key=None"
-        )
-    for name, value in (("sampling", sampling), ("block_size", block_size)):
-        if value is not None and not training:
-            raise ValueError(
-                f"`{name}` is for training: evaluation reads each sample once, in "
-                f"order. Received: {name}={value!r}, training=False"
-            )
-    if not (sampling is None or callable(sampling) or isinstance(sampling, Sampling)):
-        raise ValueError(
-            "`sampling` must be a `kcm.data.Sampling`, which takes a dict or keys, or "
-            "a function of the number of samples and the epoch. "
-            f"Received: sampling={sampling!r}"
-        )
-    check_tokenizer(tokenizer)
-    if text_masking is not None:
-        check_text_masking(text_masking, tokenizer)
-        text_masking = text_masking if training else None
-    process = check_process(process, batch_size, training)
-    reader = PairReader(
-        image_keys,
-        caption_key,
-        wants_caption=bool(tokenizer is not None or include_captions),
-        labels=None if label_key is None else Labels(label_key, class_names),
+    images = Images(
+        image_size,
+        training,
+        resize,
+        crop_scale,
+        horizontal_flip,
+        background,
+        image_transform,
+        max_image_pixels,
+        data_format or keras.config.image_data_format(),
     )
-    sources, weights = [source], None
-    if isinstance(source, Mapping):
-        sources, weights = list(source), list(source.values())
-        check_weights(source, training, sampling)
-    indexes = [open_index(each, reader, index_dir, process=process) for each in sources]
-    skipped = SkippedSamples(indexes, max_skipped)
-    check_samples(indexes, skipped, reader)
-    index = indexes[0] if len(indexes) == 1 else Indexes(indexes)
-    skipped.report_index(len(index))
-    order = range(len(index))
-    if training:
-        remote = any(files.is_address(path) for each in indexes for path in each.paths)
-        block_size = choose_block_size(block_size, batch_size, process[1], remote)
-        if isinstance(sampling, Sampling):
-            sampling = sampling.of_index(index)
-        orders = [
-            Order(len(each), seed, block_size, sampling, source)
-            for source, each in enumerate(indexes)
-        ]
-        order = orders[0] if weights is None else Mix(orders, weights)
-        if order.length(0) < batch_size:
-            raise ValueError(
-                "`batch_size` must not exceed the number of samples in an epoch, all "
-                "of `source` or those that `sampling` chooses, because training uses "
-                f"full batches only. Received: batch_size={batch_size}, "
-                f"{order.length(0)} samples"
-            )
-
-    rows = batch_size // process[1] if training else None
-    channels_first = data_format == "channels_first"
-    shape = (3, *image_size) if channels_first else (*image_size, 3)
-    all_captions = include_captions == "all"
-    text = Spec((rows,), "string")
-    captions = Spec((rows,), "object") if all_captions else text
-    token_ids = Spec((rows, length_of(tokenizer)), "int32")
-    specs = {
-        "images": Spec((rows, *shape), "uint8"),
-        "token_ids": tokenizer is not None and token_ids,
-        "captions": include_captions and captions,
-        "keys": include_keys and text,
-        "paths": include_paths and text,
-        "labels": label_key is not None and Spec((rows,), "int32"),
-    }
-    element_spec = {name: spec for name, spec in specs.items() if spec}
-    names = {*element_spec}
-    # Layers cannot be sent to a worker process.
-    has_layer = is_layer(tokenizer)
-    if has_layer:
-        names = names - {"token_ids"} | {"captions"}
-    samples = Samples(
-        index=index,
-        order=order,
-        seed=seed,
-        batch_size=batch_size,
-        process=process,
-        training=training,
-        cutter=Cutter(
-            image_size,
-            training,
-            resize,
-            crop_scale,
-            horizontal_flip,
-            background,
-            image_transform,
-            max_image_pixels,
-        ),
-        choose=CaptionChoice(caption_template, training),
-        tokenizer=None if has_layer else tokenizer,
-        names=names,
-        all_captions=all_captions,
-        channels_first=channels_first,
-        text_masking=text_masking,
+    captions = Captions(
+        tokenizer, training, caption_template, text_masking, include_captions
     )
-    dataset = ImageTextDataset(
-        samples,
-        tokenizer,
+    fields = PairReader(
+        image_keys, caption_key, captions.are_read, label_key, class_names
+    )
+    reading = Reading(
+        source,
+        fields,
+        batch_size,
+        training,
+        seed,
+        sampling,
+        block_size,
+        process,
         num_workers,
-        skipped,
-        element_spec,
-        {
-            "data.shards": sum(len(each.paths) for each in indexes),
-            "data.samples": len(index),
-            "data.index": [each.fingerprint for each in indexes],
-            "data.weights": weights and [float(weight) for weight in weights],
-            "data.batch_size": batch_size,
-            "data.seed": seed,
-            "data.block_size": block_size,
-            "data.sampling": None if sampling is None else order.digest(),
-            "data.image_size": list(image_size),
-            "data.crop_scale": crop_scale and [float(bound) for bound in crop_scale],
-            "data.horizontal_flip": bool(horizontal_flip),
-            "data.caption_template": repr(caption_template),
-            "data.background": repr(background),
-            "data.max_image_pixels": max_image_pixels,
-            "data.image_transform": name_of(image_transform),
-            "data.tokenizer": name_of(tokenizer),
-            "data.text_masking": text_masking and repr(text_masking),
-        },
+        index_dir,
+        max_skipped,
     )
+    samples = Samples(images, captions, reading, include_keys, include_paths)
+    dataset = ImageTextDataset(samples)
     return dataset.as_dataset() if format == "tf" else dataset

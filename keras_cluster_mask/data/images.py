@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import math
-import numbers
 import threading
 from collections.abc import Callable
 
@@ -11,7 +10,8 @@ import cykooz_resizer as simd
 import numpy as np
 from PIL import Image, ImageOps
 
-from keras_cluster_mask.data.backgrounds import composite
+from keras_cluster_mask.checks import check_choice, check_integer, is_integer
+from keras_cluster_mask.data.backgrounds import check_background, composite
 
 # Decoding takes four bytes per pixel: 200 MB.
 MAX_PIXELS = 50_000_000
@@ -20,6 +20,7 @@ MAX_PIXELS = 50_000_000
 PROGRESSIVE = 4
 # The number of random numbers for a crop, a background and a flip.
 NUM_DRAWS = 6
+CROP_SCALE = 0.4, 1.0
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
 _thread = threading.local()
@@ -27,21 +28,6 @@ _thread = threading.local()
 
 class UnreadableImage(ValueError):
     """An image that cannot be read. The message is one of a few fixed reasons."""
-
-
-def height_and_width(image_size):
-    """Checks `image_size`, an int or a pair of ints, and returns a pair."""
-    is_int = isinstance(image_size, numbers.Integral)
-    size = (image_size, image_size) if is_int else image_size
-    size = tuple(size) if isinstance(size, tuple | list) else ()
-    if len(size) != 2 or not all(
-        isinstance(n, numbers.Integral) and n > 0 for n in size
-    ):
-        raise ValueError(
-            "`image_size` must be a positive int, or a pair of them (height, width). "
-            f"Received: image_size={image_size!r}"
-        )
-    return int(size[0]), int(size[1])
 
 
 class EncodedImage:
@@ -222,7 +208,7 @@ def squash(image, size):
     return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
-def random_box(size, image_size, draws, scale=(0.4, 1.0), ratio=RATIO):
+def random_box(size, image_size, draws, scale=CROP_SCALE, ratio=RATIO):
     """Draws the box of a random crop.
 
     The area and the aspect ratio are drawn first (the ratio log-uniformly), then the
@@ -259,30 +245,91 @@ def random_box(size, image_size, draws, scale=(0.4, 1.0), ratio=RATIO):
     return top, left, *crop
 
 
-@dataclasses.dataclass(frozen=True)
-class Cutter:
-    """Turns encoded images into arrays of one size.
+@dataclasses.dataclass
+class Images:
+    """Turns encoded images into arrays of one size. See `image_text_dataset`.
 
     Args:
-        image_size: Pair of ints. Height and width.
+        image_size: int, or pair of ints. Height and width; a pair as an attribute.
         training: bool. Whether crops and flips are random.
         resize: `"crop"`, a random crop in training and a center crop in evaluation; or
             `"squash"`, the whole image.
         crop_scale: Pair of floats. See `random_box`.
         horizontal_flip: bool. Whether to flip half of the images in training.
-        background: See `composite`.
-        transform: Function of an image and a `np.random.Generator`, or None.
-        max_pixels: int. See `EncodedImage`.
+        background: str, or list of str; a list as an attribute. See `composite`.
+        image_transform: Function of an image and a `np.random.Generator`, or None.
+        max_image_pixels: int. See `EncodedImage`.
+        data_format: `"channels_last"` or `"channels_first"`, for batches.
     """
 
-    image_size: tuple
+    image_size: int | tuple
     training: bool
     resize: str = "crop"
-    crop_scale: tuple = (0.4, 1.0)
+    crop_scale: tuple | None = None
     horizontal_flip: bool = False
-    background: object = "white"
-    transform: Callable | None = None
-    max_pixels: int = MAX_PIXELS
+    background: str | list = "white"
+    image_transform: Callable | None = None
+    max_image_pixels: int = MAX_PIXELS
+    data_format: str = "channels_last"
+
+    def __post_init__(self):
+        is_one = is_integer(self.image_size)
+        size = (self.image_size,) * 2 if is_one else self.image_size
+        is_pair = isinstance(size, tuple | list) and len(size) == 2
+        if not is_pair or not all(is_integer(side) and side > 0 for side in size):
+            raise ValueError(
+                "`image_size` must be a positive int, or a pair of them (height, "
+                f"width). Received: image_size={self.image_size!r}"
+            )
+        self.image_size = int(size[0]), int(size[1])
+        check_choice("resize", self.resize, ("crop", "squash"))
+        formats = "channels_last", "channels_first"
+        check_choice("data_format", self.data_format, formats)
+        self.max_image_pixels = check_integer(
+            "max_image_pixels", self.max_image_pixels, 1
+        )
+        self.background = check_background(self.background)
+        if self.resize == "squash":
+            if self.crop_scale is not None:
+                raise ValueError(
+                    "`crop_scale` must be None where images are squashed, which crops "
+                    'nothing: pass `resize="crop"` for random crops. '
+                    f"Received: crop_scale={self.crop_scale}, resize='squash'"
+                )
+            return
+        scale = CROP_SCALE if self.crop_scale is None else self.crop_scale
+        is_pair = isinstance(scale, tuple | list) and len(scale) == 2
+        if not is_pair or not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(
+                "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
+                f"Received: crop_scale={scale}"
+            )
+        self.crop_scale = scale
+
+    @property
+    def shape(self):
+        """The shape of an image in a batch."""
+        is_first = self.data_format == "channels_first"
+        return (3, *self.image_size) if is_first else (*self.image_size, 3)
+
+    @property
+    def description(self):
+        """dict. The settings that a resumed run must share."""
+        return {
+            "data.image_size": list(self.image_size),
+            "data.crop_scale": self.crop_scale and [*map(float, self.crop_scale)],
+            "data.horizontal_flip": bool(self.horizontal_flip),
+            "data.background": repr(self.background),
+            "data.max_image_pixels": self.max_image_pixels,
+            "data.image_transform": name_of(self.image_transform),
+        }
+
+    def batch(self, images):
+        """Returns the array of a batch, from a list of images of `__call__`."""
+        array = np.array(images, "uint8").reshape(-1, *self.image_size, 3)
+        if self.data_format == "channels_first":
+            array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+        return array
 
     def __call__(self, content, generator):
         """Decodes and crops an image.
@@ -298,7 +345,7 @@ class Cutter:
             UnreadableImage: If the image cannot be decoded.
         """
         draws = generator.random(NUM_DRAWS)
-        image = EncodedImage(content, self.max_pixels)
+        image = EncodedImage(content, self.max_image_pixels)
         if not self.training:
             fit = squash if self.resize == "squash" else cut_middle
             part = np.asarray(fit(image.decoded(), self.image_size))
@@ -311,12 +358,21 @@ class Cutter:
             part = composite(part, self.background, seed=int(draws[4] * 2**53))
         if self.training and self.horizontal_flip and draws[5] < 0.5:
             part = part[:, ::-1]
-        if self.transform is None:
+        if self.image_transform is None:
             return part
-        changed = np.asarray(self.transform(part, generator))
+        changed = np.asarray(self.image_transform(part, generator))
         if changed.shape != part.shape or changed.dtype != part.dtype:
             raise ValueError(
                 "`image_transform` must return an image of the shape and type that it "
                 f"gets, uint8 {part.shape}. Received: {changed.dtype} {changed.shape}"
             )
         return changed
+
+
+def name_of(function):
+    """Returns the name of a function, or of the class of an object, for descriptions.
+
+    `None` has none.
+    """
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return None if function is None else named.__qualname__

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import itertools
 import json
-import typing
 from collections.abc import Mapping
 
 import numpy as np
@@ -121,10 +120,10 @@ class Index:
         for shard in self._shards:
             if damage := shard.part.damage:
                 yield Fault(shard.path, damage[0], "damaged shard", damage[1])
-            records = shard.part.records() if any(shard.reasons) else ()
-            for number, record in enumerate(records):
-                if reason := shard.reasons[record["layout"]]:
-                    yield Fault(shard.path, shard.glance(number, record), reason)
+            layouts = shard.part.records()["layout"] if any(shard.reasons) else ()
+            for number, layout in enumerate(layouts):
+                if reason := shard.reasons[layout]:
+                    yield Fault(shard.path, shard.glance(number), reason)
 
     def read(self, numbers, with_images=True):
         """Reads samples in order, and neighbors in a shard together.
@@ -142,8 +141,9 @@ class Index:
         """
         group, size = [], 0
         for place in map(self._find, numbers):
-            has_more = place.shard.format.names_files and with_images
-            of_sample = GUESS if has_more else place.span[2]
+            shard, _, entry = place
+            has_more = shard.format.names_files and with_images
+            of_sample = GUESS if has_more else entry.size
             if group and size + of_sample > MAX_TOGETHER:
                 yield from self._read(group, with_images)
                 group, size = [], 0
@@ -153,28 +153,30 @@ class Index:
 
     def _read(self, places, with_images):
         results = []
-        for format, group in itertools.groupby(places, lambda each: each.shard.format):
+        for format, group in itertools.groupby(places, lambda each: each[0].format):
             group = [*group]
-            contents = format.read([place.span for place in group])
-            results.extend(map(self._pair, group, contents))
+            contents = format.read([shard.span(entry) for shard, _, entry in group])
+            results.extend(
+                self._pair(*place, content) for place, content in zip(group, contents)
+            )
         return self._reader.with_images(results) if with_images else results
 
     def _find(self, number):
-        """Returns the `_Place` of a sample."""
+        """Returns the shard of a sample, its number there, and its `Entry`."""
         which = bisect.bisect_right(self._starts, number) - 1
         shard, number = self._shards[which], number - self._starts[which]
         if any(shard.reasons):
             number = int(self._intact(shard)[number])
-        return shard.place(number, shard.part.record(number))
+        return shard, number, shard.part.entry(number)
 
-    def _pair(self, place, content):
-        path, format = place.shard.path, place.shard.format
+    def _pair(self, shard, number, entry, content):
+        path, format = shard.path, shard.format
         if isinstance(content, Exception):
             return Fault(path, None, "the shard cannot be read", str(content))
         reason = "another sample is in its place"
         try:
-            key, fields = format.parse(content, place.number, place.shard.part.context)
-            same = hash_of(key) == place.key
+            key, fields = format.parse(content, number, shard.part.context)
+            same = hash_of(key) == entry.key
         except MemoryError:
             raise
         except Exception as error:
@@ -182,7 +184,7 @@ class Index:
         if not same:
             raise ValueError(
                 "`source` must not change while it is read: make the dataset again. "
-                f"Received: {path}, sample {place.number} of its index: {reason}"
+                f"Received: {path}, sample {number} of its index: {reason}"
             )
         return self._reader.pair(path, key, fields, format.names_files)
 
@@ -215,31 +217,21 @@ class _Shard:
         is_intact = np.array([reason is None for reason in self.reasons], bool)
         return np.flatnonzero(is_intact[self.part.records()["layout"]])
 
-    def place(self, number, record):
-        """Returns the `_Place` of the sample of a record."""
-        path, offset = self.path, int(record["offset"])
+    def span(self, entry):
+        """Returns the file, the offset and the size of the content of a sample."""
         if self.format.in_index:
-            path, offset = self.part.path, offset + self.part.content_start
-        span = path, offset, int(record["size"])
-        return _Place(self, number, span, int(record["key"]))
+            part = self.part
+            return part.path, part.content_start + entry.offset, entry.size
+        return self.path, entry.offset, entry.size
 
-    def glance(self, number, record):
+    def glance(self, number):
         """Reads the key of a sample from its first bytes; None if that fails."""
-        path, offset, size = self.place(number, record).span
+        path, offset, size = self.span(self.part.entry(number))
         # In a tar, the first header contains the key, and its file may be large.
         size = size if self.format.names_files else min(size, GLANCE)
         with contextlib.suppress(Exception):
             (content,) = self.format.read([(path, offset, size)])
             return self.format.parse(content, number, self.part.context)[0]
-
-
-class _Place(typing.NamedTuple):
-    """The location of a sample: its shard, number in the shard, bytes and key hash."""
-
-    shard: _Shard
-    number: int
-    span: tuple
-    key: int
 
 
 class ObjectIndex:
@@ -305,6 +297,32 @@ class ObjectIndex:
         fields = {k: plain(v) for k, v in sample.items() if v is not None}
         key = str(fields.pop("__key__", number))
         return self._reader.pair(self.paths[0], key, fields)
+
+
+class Indexes:
+    """A concatenation of several indexes.
+
+    Args:
+        indexes: list of `Index` and `ObjectIndex`.
+    """
+
+    def __init__(self, indexes):
+        self.indexes = indexes
+        self._starts = np.cumsum([0, *map(len, indexes)])
+
+    def __len__(self):
+        return int(self._starts[-1])
+
+    def read(self, numbers):
+        """Yields samples; see `Index.read`."""
+        numbers = np.asarray(numbers)
+        which = np.searchsorted(self._starts, numbers, side="right") - 1
+        readers = {
+            i: self.indexes[i].read((numbers[which == i] - self._starts[i]).tolist())
+            for i in np.unique(which)
+        }
+        for index in which:
+            yield next(readers[index])
 
 
 def _digest(content):

@@ -71,7 +71,12 @@ class Order:
         return self.length(0) if mean is None else mean
 
     def digest(self):
-        """Returns a hash of the numbers of the first epoch, to compare samplers."""
+        """Returns a hash of the numbers that a sampler chooses for the first epoch.
+
+        It is `None` without a sampler.
+        """
+        if self._sampling is None:
+            return None
         chosen = np.ascontiguousarray(self._epoch(0)[0], "<i8")
         return hashlib.blake2b(chosen, digest_size=8).hexdigest()
 
@@ -112,8 +117,8 @@ class Order:
         return chosen, length, int(seed), shift
 
 
-class Mix:
-    """Mixes several orders by weight: `mix[position]` works as for `Order`.
+class Mix(Order):
+    """Mixes several orders by weight.
 
     Each source is repeated endlessly, in its own order. An epoch has as many samples
     as all sources together.
@@ -124,32 +129,18 @@ class Mix:
     """
 
     def __init__(self, orders, weights):
-        firsts = itertools.accumulate((o.num_samples for o in orders[:-1]), initial=0)
-        self.num_samples = sum(order.num_samples for order in orders)
-        self.block_size = max(order.block_size for order in orders)
+        counts = [order.num_samples for order in orders]
+        super().__init__(sum(counts), seed=0)
         self._mixed = grain.MapDataset.mix(
             [
                 grain.MapDataset.source(order).map(functools.partial(_shifted, first))
-                for order, first in zip(orders, firsts)
+                for order, first in zip(orders, itertools.accumulate([0, *counts]))
             ],
             weights,
         )
 
     def __getitem__(self, position):
         return self._mixed[position]
-
-    def place(self, position):
-        """Returns the epoch of a position, and the position within the epoch."""
-        return divmod(position, self.num_samples)
-
-    def length(self, epoch):
-        """Returns the number of samples in an epoch."""
-        return self.num_samples
-
-    @property
-    def mean_length(self):
-        """The mean number of samples in an epoch."""
-        return self.num_samples
 
 
 def _shifted(first, number):

@@ -90,22 +90,34 @@ class PairReader:
             `"json.caption"` is the entry `caption` of the field `json`. `None`: common
             names.
         wants_caption: bool. Whether samples without a caption are broken.
-        labels: `Labels`, or None for no labels.
+        label_key: See `Labels`. `None`: no labels.
+        class_names: See `Labels`.
     """
 
     def __init__(
-        self, image_keys=None, caption_key=None, wants_caption=True, labels=None
+        self,
+        image_keys=None,
+        caption_key=None,
+        wants_caption=True,
+        label_key=None,
+        class_names=None,
     ):
+        if class_names is not None and label_key is None:
+            raise ValueError(
+                "`class_names` need labels: pass the `label_key` of the field that "
+                f"holds them. Received: class_names={class_names}, label_key=None"
+            )
         self.image_keys = _several(image_keys, IMAGE_KEYS)
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
-        self.labels = labels
+        has_labels = label_key is not None
+        self.labels = Labels(label_key, class_names) if has_labels else None
         self._wants_caption = wants_caption
         # A sample must have at least one of the fields of each kind.
         self._wanted = {"image": self.image_keys}
         if wants_caption:
             self._wanted["caption"] = self.caption_keys
-        if labels:
-            self._wanted["label"] = labels.keys
+        if self.labels:
+            self._wanted["label"] = self.labels.keys
 
     @property
     def wanted(self):

@@ -19,7 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats import DamagedShard, NoRandomAccess, format_of
+from keras_cluster_mask.data.formats import (
+    DamagedShard,
+    Entry,
+    NoRandomAccess,
+    format_of,
+)
 
 # Increase this number when the format of parts changes.
 VERSION = 1
@@ -27,7 +32,7 @@ RECORD = np.dtype(
     [
         ("offset", "<u8"),
         ("size", "<u8"),
-        # The hash of the key.
+        # An `Entry`, with the hash of the key.
         ("key", "<u8"),
         # The number of the layout: the fields and the fault.
         ("layout", "<u4"),
@@ -70,10 +75,15 @@ class Part:
         """int. The number of samples, broken ones included."""
         return sum(count for _, _, count in self.layouts)
 
-    def record(self, number):
-        """Reads a record. No file stays open, because there may be too many parts."""
-        offset = self.start + number * RECORD.itemsize
-        return np.fromfile(self.path, RECORD, 1, offset=offset)[0]
+    def entry(self, number):
+        """Reads the `Entry` of a sample, with the hash of its key.
+
+        No file stays open, because there may be too many parts.
+        """
+        at = self.start + number * RECORD.itemsize
+        record = np.fromfile(self.path, RECORD, 1, offset=at)[0]
+        offset, size, key, layout = record.tolist()
+        return Entry(key, offset, size, *self.layouts[layout][:2])
 
     def records(self):
         """Maps the records into memory."""

@@ -68,8 +68,8 @@ class Sampling:
             least 0. It must contain all samples of the dataset, and may contain others.
             Or an iterable of keys, such as a list or an array: these samples occur once
             in each epoch, and all others never. Or a function from the list of all
-            keys, str, to an array of numbers of the same length. Keys are as in
-            `dataset.keys` and, with `include_keys`, in batches.
+            keys, str, to an array of numbers of the same length. Keys are those that
+            batches contain with `include_keys`.
         seed: int. Defaults to `0`.
 
     Raises:

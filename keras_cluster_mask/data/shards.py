@@ -1,7 +1,8 @@
-"""Finds the shards that a source names."""
+"""Finds the shards that a source names, and the example images."""
 
 import contextlib
 import os
+import pathlib
 import re
 from collections.abc import Sequence
 from concurrent import futures
@@ -15,6 +16,7 @@ from keras_cluster_mask.data.parts import hash_of
 
 # The number of parallel requests for the size and date of files.
 REQUESTS = 16
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "datasets" / "images"
 
 
 def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
@@ -116,7 +118,7 @@ def expand(pattern):
     names = [pattern]
     # A file may have braces in its name.
     if "{" in pattern and not system.exists(whole):
-        names = _expand_braces(pattern)
+        names = list(braceexpand.braceexpand(pattern, escape=False))
     # A cached list lacks files that other programs have written since.
     system.invalidate_cache()
     paths = [files.file_system(name)[1] for name in names]
@@ -139,18 +141,6 @@ def expand(pattern):
     if not files.is_address(pattern):
         return found
     return {system.unstrip_protocol(path): info for path, info in found.items()}
-
-
-def _expand_braces(pattern):
-    for body in re.findall(r"\{([^{}]*)\}", pattern):
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-        is_range = numbers and int(numbers[1]) <= int(numbers[2])
-        if not is_range and "," not in body:
-            raise ValueError(
-                "`source` must hold `{first..last}`, which counts upwards, or `{a,b}` "
-                f"between its braces. Received: source={pattern!r}"
-            )
-    return list(braceexpand.braceexpand(pattern, escape=False))
 
 
 def _listed(system, paths):
@@ -185,3 +175,35 @@ def stamp(info):
     names += ("md5Hash", "created")
     version = next((info[name] for name in names if info.get(name)), "")
     return f"{info.get('size')} {version}"
+
+
+def example_images() -> pathlib.Path:
+    """Returns the folder of the captioned images that the guides train on.
+
+    It contains 4,002 emoji and drawings of 64 pixels, each with a short caption, in
+    WebDataset shards: `train-*.tar` (3,223 images), `validation-*.tar` (433) and
+    `test-*.tar` (346). The folder `photographs` next to it contains six photographs of
+    224 pixels.
+
+    The images are part of a clone of the repository, not of the installed package.
+
+    Example:
+
+    ```python
+    folder = kcm.data.example_images()
+    captions = kcm.data.read_captions(folder / "test-*.tar")
+    print(len(captions), captions[0])
+    ```
+
+    Returns:
+        A `pathlib.Path`, the folder `images`.
+
+    Raises:
+        FileNotFoundError: If the package is not used from a clone.
+    """
+    if not EXAMPLES.exists():
+        raise FileNotFoundError(
+            "`example_images` needs a clone of the repository: install the package "
+            f"from one, `pip install -e .`. Received: no folder {EXAMPLES}"
+        )
+    return EXAMPLES

@@ -89,7 +89,7 @@ class SkippedSamples:
                 f"Received: max_skipped={self.max_share}"
             )
         # Show the line that called `image_text_dataset`.
-        warnings.warn(f"{message}. They are left out.", stacklevel=3)
+        warnings.warn(f"{message}. They are left out.", stacklevel=5)
 
     def report(self, faults: Sequence[Any], read: int) -> None:
         """Counts the samples of a batch, and warns about the first broken one.

@@ -7,8 +7,8 @@ import multiprocessing.connection
 import os
 import shutil
 import threading
-import typing
 import weakref
+from concurrent import futures
 from typing import Any, Self
 
 import grain
@@ -16,23 +16,13 @@ import numpy as np
 from absl import flags
 
 from keras_cluster_mask.data.samples import FAULTS, Samples
-from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.tokenizing import is_layer, tokenize
 
 # The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
-# The size of a chunk, which one thread reads, in rows of a batch and in bytes.
-CHUNK, MAX_CHUNK = 32, 2**24
 # More threads in one process would wait for each other.
 MAX_THREADS = 16
 SHARED_MEMORY = "/dev/shm"
-
-
-class Spec(typing.NamedTuple):
-    """The shape, with `None` for unknown sizes, and the dtype of an array."""
-
-    shape: tuple
-    dtype: str
 
 
 class ImageTextDataset(grain.IterDataset):
@@ -42,11 +32,6 @@ class ImageTextDataset(grain.IterDataset):
 
     Args:
         samples: `Samples`.
-        tokenizer: The tokenizer, or None.
-        num_workers: int. The number of worker processes; 0 for threads.
-        skipped: `SkippedSamples` of the index.
-        element_spec: dict from the name of each entry of a batch to its `Spec`.
-        description: dict. The settings that determine the samples of each batch.
 
     Attributes:
         start: int. The batch at which an iteration starts. `ContrastiveModel.fit` sets
@@ -61,26 +46,18 @@ class ImageTextDataset(grain.IterDataset):
         tokenizer: The tokenizer, or None.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        tokenizer: Any,
-        num_workers: int,
-        skipped: SkippedSamples,
-        element_spec: dict[str, Spec],
-        description: dict[str, Any],
-    ):
+    def __init__(self, samples: Samples):
         super().__init__()
+        reading = samples.reading
         self.start = 0
-        self.skipped = self._left_out = skipped
-        self.batch_size = samples.batch_size
-        self.num_samples = len(samples.index)
-        self.training = samples.training
-        self.element_spec = element_spec
-        self.description = description
-        self.tokenizer = tokenizer
-        self._samples = samples
-        self._num_workers = num_workers
+        self.skipped = reading.skipped
+        self.batch_size = reading.batch_size
+        self.num_samples = len(reading.index)
+        self.training = reading.training
+        self.element_spec = samples.element_spec
+        self.description = samples.description
+        self.tokenizer = samples.captions.tokenizer
+        self._samples, self._reading = samples, reading
 
     @property
     def stream(self) -> Self:
@@ -92,17 +69,15 @@ class ImageTextDataset(grain.IterDataset):
 
         In training, these are the full batches of the epoch at `start`.
         """
-        samples = self._samples
         if not self.training:
-            return samples.num_batches
-        epoch, _ = samples.order.place(self.start * samples.batch_size)
-        return samples.order.length(epoch) // samples.batch_size
+            return self._reading.num_batches
+        epoch, _ = self._reading.order.place(self.start * self.batch_size)
+        return self._reading.order.length(epoch) // self.batch_size
 
     @property
     def steps_per_epoch(self) -> int:
         """The number of full batches in a training epoch of mean length."""
-        samples = self._samples
-        return max(int(samples.order.mean_length) // samples.batch_size, 1)
+        return max(int(self._reading.order.mean_length) // self.batch_size, 1)
 
     @property
     def num_images(self) -> int | None:
@@ -112,12 +87,7 @@ class ImageTextDataset(grain.IterDataset):
         """
         if self.training:
             return None
-        return sum(len(self._samples.positions(batch)) for batch in range(len(self)))
-
-    def keys(self, batch: int) -> list[str]:
-        """Returns the keys of the samples of this process in a batch."""
-        pairs = self._samples.pairs(self._samples.positions(batch))
-        return [str(pair.key) for pair in pairs]
+        return sum(len(self._reading.positions(batch)) for batch in range(len(self)))
 
     def as_dataset(self) -> Any:
         """Returns a `tf.data.Dataset` of the batches, which also starts at `start`."""
@@ -126,41 +96,33 @@ class ImageTextDataset(grain.IterDataset):
         return as_dataset(self)
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _Iterator(self, self.batches(self.start))
+        return _Iterator(self, *self.batches(self.start))
 
-    def batches(self, start: int) -> grain.IterDataset:
-        """Returns a grain dataset of the batches from `start` on; see `finished`."""
-        bytes_per_row = math.prod(self.element_spec["images"].shape[1:])
-        bytes_per_batch = self._samples.rows * bytes_per_row
+    def batches(self, start: int) -> tuple[grain.IterDataset, "Threads"]:
+        """Returns a grain dataset of the batches from `start` on, and its threads.
+
+        Each element is a batch, whose rows the threads read and decode. See `finished`.
+        """
+        rows, workers = self._reading.rows, self._reading.num_workers
+        bytes_per_batch = rows * math.prod(self.element_spec["images"].shape[1:])
         ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
-        workers = max(self._num_workers, 1)
-        if self._num_workers:
-            # Queued batches on both sides, one in progress, and one in use.
-            _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
-        # Read a run of neighbors in one chunk.
-        rows = max(CHUNK, getattr(self._samples.order, "block_size", 1))
-        rows = min(rows, max(MAX_CHUNK // bytes_per_row, 1))
-        per_batch = -(-self._samples.rows // rows)
-        # All workers make the same number of evaluation batches; the last may be empty.
-        turns = max(-(-(self._samples.num_batches - start) // workers), 0)
-        chunks = 2**62 if self.training else turns * workers * per_batch
-        read = functools.partial(_read_chunk, self._samples, start, workers, rows)
-        threads = max(min(num_processors() // workers, MAX_THREADS), 1)
-        options = grain.ReadOptions(
-            num_threads=threads,
-            prefetch_buffer_size=max(ahead * per_batch, 2 * threads),
-        )
-        dataset = grain.MapDataset.range(chunks).map(read).to_iter_dataset(options)
-        dataset = dataset.batch(per_batch, batch_fn=_together)
-        if self._num_workers:
-            # grain reads its own absl flags, which few programs parse.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(
-                workers, per_worker_buffer_size=ahead
-            )
-            dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
-        return dataset
+        stop = 2**62 if self.training else max(len(self), start)
+        count = min(num_processors() // max(workers, 1), MAX_THREADS)
+        threads = Threads(max(count, 1))
+        read = functools.partial(self._samples.read, threads)
+        # A batch begins as soon as there are free threads, before the last one is done.
+        options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+        dataset = grain.MapDataset.range(start, stop).map(read)
+        dataset = dataset.to_iter_dataset(options)
+        if not workers:
+            return dataset, threads
+        # Queued batches on both sides, one in progress, and one in use.
+        _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
+        # grain reads its own absl flags, which few programs parse.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
+        return dataset.mp_prefetch(options, worker_init_fn=_end_with_parent), threads
 
     def finished(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """Adds the token ids of a Keras layer, which cannot run in worker processes."""
@@ -174,20 +136,37 @@ class ImageTextDataset(grain.IterDataset):
         return f"ImageTextDataset({self.num_samples} samples, {len(self)} batches)"
 
 
+class Threads(futures.ThreadPoolExecutor):
+    """Threads that read and decode the rows of batches.
+
+    A copy in another process has its own threads.
+
+    Args:
+        count: int. The number of threads.
+    """
+
+    def __init__(self, count):
+        super().__init__(count, "read samples")
+        self.count = count
+
+    def __reduce__(self):
+        return Threads, (self.count,)
+
+
 class _Iterator(grain.DatasetIterator):
     """Counts broken samples, skips empty batches, and closes the workers at the end."""
 
-    def __init__(self, dataset, batches):
+    def __init__(self, dataset, batches, threads):
         super().__init__()
         self._dataset = dataset
-        self._skipped = dataset.skipped = copy.deepcopy(dataset._left_out)
+        self._skipped = dataset.skipped = copy.deepcopy(dataset._reading.skipped)
         self._pid = os.getpid()
-        self._start(dataset.start, batches)
+        self._start(dataset.start, batches, threads)
 
-    def _start(self, batch, batches):
+    def _start(self, batch, batches, threads):
         self._batch, self._batches = batch, [iter(batches)]
         # Also runs at exit, before the modules that it needs are unloaded.
-        self._close = weakref.finalize(self, _close, self._batches)
+        self._close = weakref.finalize(self, _close, self._batches, threads)
 
     def __next__(self):
         if os.getpid() != self._pid:
@@ -223,10 +202,12 @@ class _Iterator(grain.DatasetIterator):
 
     def set_state(self, state):
         self._close()
-        self._start(state["batch"], self._dataset.batches(state["batch"]))
+        self._start(state["batch"], *self._dataset.batches(state["batch"]))
 
 
-def _close(iterators):
+def _close(iterators, threads):
+    # The batches in progress are not finished.
+    threads.shutdown(wait=False, cancel_futures=True)
     iterators.pop().close()
 
 
@@ -239,34 +220,6 @@ def _end_with_parent(index, count):
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True, name="wait for parent").start()
-
-
-def _read_chunk(samples, start, workers, size, number):
-    """Reads a chunk of a batch.
-
-    grain distributes the numbers to worker processes in turn. Chunks are numbered so
-    that one worker reads all chunks of a batch, for any number of workers.
-
-    Args:
-        samples: `Samples`.
-        start: int. The first batch.
-        workers: int. The number of worker processes.
-        size: int. The number of rows of a chunk.
-        number: int. The number of the chunk.
-    """
-    turn, worker = divmod(number, workers)
-    turn, chunk = divmod(turn, -(-samples.rows // size))
-    positions = samples.positions(start + turn * workers + worker)
-    return samples.read(positions[chunk * size : (chunk + 1) * size])
-
-
-def _together(chunks):
-    """Concatenates the chunks of a batch."""
-    faults = [fault for chunk in chunks for fault in chunk.pop(FAULTS)]
-    # Empty chunks do not know the row length of the tokenizer.
-    chunks = [chunk for chunk in chunks if len(chunk["images"])] or chunks[:1]
-    arrays = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
-    return {**arrays, FAULTS: faults}
 
 
 def _check_shared_memory(needed):

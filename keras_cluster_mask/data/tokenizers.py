@@ -125,20 +125,19 @@ class CLIPTokenizer:
             ValueError: If the file is damaged or has another format, or if
                 `context_length` is invalid.
         """
-        if context_length is not None:
-            check_integer("context_length", context_length, 3)
         content = pathlib.Path(path).expanduser().read_bytes()
         try:
             if content.startswith(b"\x1f\x8b"):
                 content = gzip.decompress(content)
             text = content.decode("utf-8")
-            if not text.lstrip().startswith("{"):
+            if text.lstrip().startswith("{"):
+                config = json.loads(text)
+                if config.pop("format", None) != FILE_FORMAT:
+                    raise ValueError("not written by `CLIPTokenizer.save`")
+            else:
                 merges = byte_pairs.read_merges(text)
                 vocabulary = byte_pairs.clip_vocabulary(merges)
-                return cls(vocabulary, merges, context_length or 77)
-            config = json.loads(text)
-            if config.pop("format", None) != FILE_FORMAT:
-                raise ValueError("not written by `CLIPTokenizer.save`")
+                config = {"vocabulary": vocabulary, "merges": merges}
         except (ValueError, EOFError, gzip.BadGzipFile) as error:
             raise ValueError(
                 "`path` must be a file written by `CLIPTokenizer.save`, or OpenAI's "

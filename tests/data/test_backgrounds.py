@@ -10,15 +10,15 @@ def test_white_is_blended_by_alpha():
     image = np.zeros((1, 3, 4), "uint8")
     image[0, :, 0] = 255
     image[0, :, 3] = [0, 51, 255]
-    actual = composite(image, "white")
+    actual = composite(image, ["white"])
     assert actual[0].tolist() == [[255, 255, 255], [255, 204, 204], [255, 0, 0]]
 
 
 def test_random_backgrounds_differ_and_follow_their_seed():
     image = np.zeros((48, 40, 4), "uint8")
     image[10:20, 10:20] = 255
-    images = np.stack([composite(image, "random", number) for number in range(60)])
-    again = np.stack([composite(image, "random", number) for number in range(60)])
+    images = np.stack([composite(image, ["random"], number) for number in range(60)])
+    again = np.stack([composite(image, ["random"], number) for number in range(60)])
     np.testing.assert_array_equal(images, again)
     assert (images[:, 10:20, 10:20] == 255).all()
     assert len(np.unique(images.reshape(60, -1), axis=0)) == 60

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import read_captions
-from keras_cluster_mask.data.captions import CaptionChoice
+from keras_cluster_mask.data.captions import Captions
 from keras_cluster_mask.data.pairs import Pair, PairReader
 
 pytestmark = pytest.mark.any_backend
@@ -76,7 +76,7 @@ PAIRS = [Pair(b"", ("a", "b", "c"), "1", "x"), Pair(b"", ("d",), "2", "x")]
 
 
 def test_in_training_each_caption_and_template_is_drawn_equally_often():
-    choose = CaptionChoice(["{}", "a photo of {}."], training=True)
+    choose = Captions(None, True, ["{}", "a photo of {}."]).choose
     generator = np.random.default_rng(0)
     counts = collections.Counter(
         choose(pair, generator) for _ in range(3000) for pair in PAIRS
@@ -91,16 +91,17 @@ def test_in_training_each_caption_and_template_is_drawn_equally_often():
 
 
 def test_in_evaluation_the_first_caption_and_template_are_taken():
-    choose = CaptionChoice(("this is {}", "{}"), training=False)
-    assert [choose(pair, None) for pair in PAIRS] == [b"this is a", b"this is d"]
-    assert CaptionChoice(None, training=False)(PAIRS[0], None) == b"a"
+    captions = Captions(None, False, ("this is {}", "{}"))
+    chosen = [captions.choose(pair, None) for pair in PAIRS]
+    assert chosen == [b"this is a", b"this is d"]
+    assert Captions(None, False).choose(PAIRS[0], None) == b"a"
     expected = (b"this is a", b"this is b", b"this is c")
-    assert choose.all_of(PAIRS[0]) == expected
+    assert captions.all_of(PAIRS[0]) == expected
 
 
 def test_captions_like_templates_and_half_letters_are_not_changed():
     pair = Pair(b"", ("{} {0} %s {x} \ud800",), "1", "x")
-    choose = CaptionChoice("{x} {}!", training=True)
+    choose = Captions(None, True, "{x} {}!").choose
     assert choose(pair, np.random.default_rng(0)) == b"{x} {} {0} %s {x} \xed\xa0\x80!"
 
 

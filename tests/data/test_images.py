@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from keras_cluster_mask.data import images
-from keras_cluster_mask.data.images import Cutter, EncodedImage, UnreadableImage
+from keras_cluster_mask.data.images import EncodedImage, Images, UnreadableImage
 
 pytestmark = pytest.mark.any_backend
 
@@ -13,7 +13,7 @@ DRAWS = np.random.default_rng(0).random((200, images.NUM_DRAWS))
 
 
 def cut(content, size=(8, 8), training=False, seed=0, **options):
-    return Cutter(size, training, **options)(content, np.random.default_rng(seed))
+    return Images(size, training, **options)(content, np.random.default_rng(seed))
 
 
 def smooth_image(height, width, channels=3, seed=0):
@@ -136,7 +136,7 @@ def test_damaged_images_are_unreadable(encode):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_huge_images_are_refused_before_they_are_decoded(encode):
-    options = {"training": True, "max_pixels": 1000}
+    options = {"training": True, "max_image_pixels": 1000}
     cut(encode(np.zeros((25, 40), "uint8")), **options)
     with pytest.raises(UnreadableImage, match="too many pixels"):
         cut(encode(np.zeros((26, 40), "uint8")), **options)
@@ -149,12 +149,12 @@ def test_huge_images_are_refused_before_they_are_decoded(encode):
 @pytest.mark.parametrize("options", [{}, {"training": True}, {"resize": "squash"}])
 def test_a_progressive_jpeg_counts_its_pixels_four_times(encode, options):
     content = encode(smooth_image(20, 30), "JPEG", progressive=True)
-    assert cut(content, max_pixels=2400, **options).any()
+    assert cut(content, max_image_pixels=2400, **options).any()
     with pytest.raises(UnreadableImage, match="too many pixels"):
-        cut(content, max_pixels=2399, **options)
+        cut(content, max_image_pixels=2399, **options)
     # The same image with its coefficients in sequence, reduced while it is decoded.
     content = encode(smooth_image(20, 30), "JPEG")
-    assert cut(content, max_pixels=600, **options).any()
+    assert cut(content, max_image_pixels=600, **options).any()
 
 
 def test_too_little_memory_is_no_damaged_image(encode, monkeypatch):
@@ -284,17 +284,17 @@ def test_a_transform_gets_the_crop_and_a_generator_that_follows_the_seed(encode)
 
     for training in (False, True):
         plain = cut(content, training=training).astype(int)
-        changed = cut(content, training=training, transform=transform)
+        changed = cut(content, training=training, image_transform=transform)
         assert changed.dtype == "uint8"
         assert len(np.unique(changed - plain // 2)) == 1
-        again = cut(content, training=training, transform=transform)
+        again = cut(content, training=training, image_transform=transform)
         np.testing.assert_array_equal(changed, again)
 
 
 @pytest.mark.parametrize("change", [lambda i, _: i[1:], lambda i, _: i / 255.0])
 def test_a_transform_that_returns_another_shape_or_type_is_an_error(encode, change):
     with pytest.raises(ValueError, match=r"`image_transform` must return.*Received"):
-        cut(encode(smooth_image(8, 8)), transform=change)
+        cut(encode(smooth_image(8, 8)), image_transform=change)
 
 
 # === Resizing ===

@@ -10,7 +10,7 @@ from PIL import Image
 
 from keras_cluster_mask.data import SkippedSamples
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import Labels, PairReader
+from keras_cluster_mask.data.pairs import PairReader
 
 pytestmark = pytest.mark.any_backend
 
@@ -87,7 +87,7 @@ def test_what_is_broken_depends_on_the_fields_that_are_wanted(source):
     index = open_all(source, caption_key="alt")
     assert (len(index), index.fields) == (0, {"png", "txt"})
     assert SkippedSamples([index]).by_reason["no caption"] == 11
-    index = open_all(source, wants_caption=False, labels=Labels("json.label"))
+    index = open_all(source, wants_caption=False, label_key="json.label")
     assert SkippedSamples([index]).by_reason["no label"] == 11
 
 
@@ -122,7 +122,7 @@ def test_the_fingerprint_differs_if_samples_or_fields_differ(source, write_pairs
         open_all(source, caption_key="alt"),
         open_all(source, image_keys="jpg"),
         open_all(source, wants_caption=False),
-        open_all(source, labels=Labels("json.label")),
+        open_all(source, label_key="json.label"),
     ]
     write_pairs("3.tar", 21, 2)
     others.append(open_all(source))

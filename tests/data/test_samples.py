@@ -218,11 +218,11 @@ def broken_tar(write_tar, noise, broken, count=24):
 
 def test_training_replaces_a_broken_sample_by_another_of_its_batch(write_tar, noise):
     broken = {3, 4, 5, 20}
+    expected = take(make(broken_tar(write_tar, noise, {}), True, batch_size=8), 9)
     dataset = make(broken_tar(write_tar, noise, broken), True, batch_size=8)
     replaced = 0
-    for number, batch in enumerate(take(dataset, 9)):
-        keys = [key.decode() for key in batch["keys"]]
-        wanted = dataset.keys(number)
+    for batch, intact in zip(take(dataset, 9), expected, strict=True):
+        keys, wanted = batch["keys"].tolist(), intact["keys"].tolist()
         assert {*keys} == {key for key in wanted if int(key) not in broken}
         replaced += sum(key != want for key, want in zip(keys, wanted))
         # The rows that are intact keep their places.

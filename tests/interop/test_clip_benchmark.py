@@ -17,7 +17,7 @@ from clip_benchmark.metrics import (
 from PIL import Image
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data.images import Cutter
+from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.interop.clip_benchmark import adapt, repaired
 from keras_cluster_mask.models.pixels import (
     CLIP_MEAN,
@@ -69,7 +69,7 @@ def photos(count):
 
 def our_images(count, resize="crop"):
     """The same images as our own pipeline for evaluation makes them."""
-    cut = Cutter((16, 16), training=False, resize=resize)
+    cut = Images((16, 16), training=False, resize=resize)
     cropped = []
     for photo in photos(count):
         file = io.BytesIO()

@@ -15,7 +15,7 @@ class Entry(typing.NamedTuple):
     """The position of a sample in its shard.
 
     Attributes:
-        key: str.
+        key: str; in an index its hash, an int.
         offset: int. The first byte of the sample; for Parquet the row group.
         size: int. The number of bytes; for Parquet the row in the group.
         fields: Collection of str. The names of the fields that are not empty.
@@ -23,7 +23,7 @@ class Entry(typing.NamedTuple):
         content: bytes of a sample that is stored in the index, or None.
     """
 
-    key: str
+    key: str | int
     offset: int
     size: int
     fields: typing.Collection

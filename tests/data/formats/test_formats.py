@@ -1,5 +1,6 @@
 """Which files a source names, and what all formats have in common."""
 
+import pathlib
 import re
 import sys
 
@@ -7,7 +8,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from keras_cluster_mask.data import list_shards
+from keras_cluster_mask.data import example_images, list_shards, shards
 from keras_cluster_mask.data.formats import NoRandomAccess, format_of
 from tests.data.formats.conftest import ROWS
 
@@ -185,8 +186,8 @@ def test_a_pattern_costs_a_listing_whatever_the_number_of_files(pattern):
         ("memory://tars/{00..03}.tar", FileNotFoundError, "memory://tars/00.tar"),
         ("memory://no/*.tar", FileNotFoundError, "memory://no/*.tar"),
         ("memory://empty", FileNotFoundError, "memory:///empty/"),
-        ("train-{2..0}.tar", ValueError, "train-{2..0}.tar"),
-        ("train-{a}.tar", ValueError, "train-{a}.tar"),
+        ("train-{2..0}.tar", FileNotFoundError, "train-2.tar"),
+        ("train-{a}.tar", FileNotFoundError, "train-{a}.tar"),
         ("pipe:cat a.tar", ValueError, "pipe:cat a.tar"),
         ("nothing://a/x.tar", ValueError, "nothing://a/x.tar"),
         ([], ValueError, "[]"),
@@ -209,3 +210,18 @@ def test_the_package_that_opens_an_address_is_named(monkeypatch, protocol, packa
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"{package}.*source='{protocol}://b"):
         list_shards(f"{protocol}://b/x.tar")
+
+
+# === The example images ===
+
+
+def test_example_images_are_the_folder_of_the_clone():
+    folder = pathlib.Path(__file__).parents[3] / "datasets" / "images"
+    assert example_images() == folder
+    assert len(list_shards(folder / "train-*.tar")) == 4
+
+
+def test_example_images_outside_of_a_clone_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "EXAMPLES", tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match=r"pip install -e .*Received: .*images"):
+        example_images()

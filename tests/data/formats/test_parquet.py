@@ -5,7 +5,7 @@ import pytest
 from keras_cluster_mask.data import SkippedSamples, files
 from keras_cluster_mask.data.formats import DamagedShard
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import Labels, PairReader
+from keras_cluster_mask.data.pairs import PairReader
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -57,7 +57,7 @@ def test_images_as_the_package_datasets_writes_them(write, read_all):
 
 def test_the_class_zero_is_a_label(write):
     columns = {**COLUMNS, "label": [0, 1, 2, 0, 1, None, 0]}
-    reader = PairReader(wants_caption=False, labels=Labels("label"))
+    reader = PairReader(wants_caption=False, label_key="label")
     index = open_index(write(columns), reader)
     assert SkippedSamples([index]).by_reason == {"no label": 1}
     labels = [pair.label for pair in index.read(range(len(index)))]
