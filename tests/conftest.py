@@ -42,6 +42,15 @@ for package in ("torch", "triton"):
     with contextlib.suppress(ImportError):
         importlib.import_module(package)
 
+if importlib.import_module("keras").backend.backend() == "tensorflow":
+    # A second device, for the tests of strategies; none comes once the first is used.
+    from tensorflow import config
+
+    config.set_logical_device_configuration(
+        config.list_physical_devices("CPU")[0],
+        [config.LogicalDeviceConfiguration()] * 2,
+    )
+
 
 @pytest.fixture(scope="session")
 def encode():
