@@ -12,6 +12,8 @@ import pytest
 
 import keras_cluster_mask as kcm
 
+pytestmark = pytest.mark.any_backend
+
 # Their examples read files that a reader has and this test has not.
 NEED_FILES = {
     "keras_cluster_mask.data.captions.read_captions",
@@ -19,10 +21,6 @@ NEED_FILES = {
     "keras_cluster_mask.data.shards.list_shards",
     "keras_cluster_mask.interop.hugging_face.load_hugging_face",
 }
-# Their examples compute with Keras; those of other modules run once.
-BY_BACKEND = tuple(
-    f"keras_cluster_mask.{module}" for module in ("losses", "masking", "models")
-)
 
 
 def documented_objects():
@@ -51,13 +49,9 @@ def examples():
             r"^( *)```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE
         )
         for index, (_, code) in enumerate(blocks):
-            marks = () if name.startswith(BY_BACKEND) else pytest.mark.any_backend
-            yield pytest.param(
-                name, textwrap.dedent(code), id=f"{name}-{index}", marks=marks
-            )
+            yield pytest.param(name, textwrap.dedent(code), id=f"{name}-{index}")
 
 
-@pytest.mark.any_backend
 def test_there_are_examples_to_run():
     names = {parameter.values[0].rsplit(".", 1)[-1] for parameter in examples()}
     assert names >= {
@@ -80,20 +74,6 @@ def test_there_are_examples_to_run():
     }
 
 
-@pytest.fixture
-def eager():
-    """TensorFlow's functions run uncompiled; compiling takes most of their time."""
-    if keras.backend.backend() != "tensorflow":
-        yield
-        return
-    import tensorflow as tf
-
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(("name", "code"), examples())
 def test_example_runs(name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

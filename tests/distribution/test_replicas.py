@@ -22,6 +22,8 @@ KINDS = {
     "tensorflow": ["devices"],
     "torch": ["process"],
 }[BACKEND]
+# Processes of JAX train as devices of one do, and do more.
+MOST = KINDS[-1:]
 
 
 def free_port():
@@ -93,9 +95,11 @@ def single(tmp_path_factory):
 
 @pytest.mark.parametrize("micro_batches", [[], ["4"]], ids=["whole", "micro"])
 @pytest.mark.parametrize("how", KINDS)
-def test_two_train_as_one(single, how, micro_batches, tmp_path):
-    # With a threshold that moves, gradients that are clipped, equal captions on both.
+def test_two_train_and_evaluate_as_one(single, how, micro_batches, tmp_path):
+    # With a threshold that moves, gradients that are clipped, equal captions on both;
+    # retrieval of all pairs after an epoch.
     found = train(tmp_path / "out.npz", how, *micro_batches)
+    assert len([name for name in single if "recall" in name]) == 6
     assert found.keys() == single.keys()
     assert np.isfinite(single["history/loss"]).all()
     assert_equal_runs(found, single)
@@ -127,25 +131,12 @@ def test_processes_that_train_different_weights_are_refused(tmp_path, monkeypatc
         assert "Received: numbers of trainable weights [" in errors
 
 
-@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("how", MOST)
 def test_two_train_as_one_with_every_masking(how, tmp_path, monkeypatch):
     monkeypatch.setenv("MASKING", "all")
     single = train(tmp_path / "single.npz", "single")
     assert {name.split("/")[0] for name in single} == {*MASKINGS, "views"}
     assert_equal_runs(train(tmp_path / "out.npz", how), single)
-
-
-@pytest.mark.parametrize("how", KINDS)
-def test_two_evaluate_all_of_the_data_as_one_while_they_train(
-    how, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("EVALUATE", "whole")
-    single = train(tmp_path / "single.npz", "single")
-    found = train(tmp_path / "out.npz", how)
-    names = [name for name in single if "recall" in name]
-    assert len(names) == 6
-    for name in names:
-        np.testing.assert_allclose(found[name], single[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.skipif("process" not in KINDS, reason="One process has all the devices.")
@@ -156,7 +147,7 @@ def test_shares_of_the_data_are_not_evaluated(tmp_path, monkeypatch):
         assert "`data` must be the same, and whole, in each process" in errors
 
 
-@pytest.mark.parametrize("how", [x for x in KINDS if x == "process"] or KINDS)
+@pytest.mark.parametrize("how", MOST)
 def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
     how, write_tar, encode, tmp_path, monkeypatch
 ):
@@ -177,9 +168,8 @@ def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
     monkeypatch.setenv("CHECKPOINT", str(tmp_path / "single"))
     single = train(tmp_path / "single.npz", "single")
     monkeypatch.setenv("CHECKPOINT", str(tmp_path / "cut"))
-    # Within the first epoch of five steps, and the second.
-    for stop in ("3", "8"):
-        run(tmp_path / "none.npz", how, DIE_AT=stop)
+    # Within the second epoch of five steps.
+    run(tmp_path / "none.npz", how, DIE_AT="8")
     found = train(tmp_path / "out.npz", how)
     assert_equal_runs(found, single)
 
