@@ -56,7 +56,7 @@ FEW_IMAGES = {
     "train-00000": 160,
     "train-00001": 32,
     "validation-00000": 64,
-    "test-00000": 96,
+    "test-00000": 346,
 }
 
 
