@@ -28,9 +28,9 @@ LOSSES = {
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
-def embeddings(seed=0, batch=BATCH):
-    pair = np.random.default_rng(seed).normal(size=(2, batch, WIDTH))
-    pair[1] += 0.5 * pair[0]
+def embeddings(seed=0, batch=BATCH, width=WIDTH, alike=0.5):
+    pair = np.random.default_rng(seed).normal(size=(2, batch, width))
+    pair[1] += alike * pair[0]
     pair /= np.linalg.norm(pair, axis=-1, keepdims=True)
     return pair.astype("float32")
 
@@ -158,6 +158,10 @@ def test_shapes_that_do_not_fit_are_refused(loss, match):
 # === Blocks of rows ===
 
 
+def unlike(batch=BATCH):
+    return embeddings(batch=batch, width=8, alike=0.0)
+
+
 @pytest.fixture
 def blocks(monkeypatch):
     """The numbers of rows that are compared at a time."""
@@ -182,7 +186,7 @@ def test_any_block_size_gives_the_loss_and_accuracies_of_the_matrix(
     block_size, monkeypatch
 ):
     monkeypatch.setattr(losses, "MAX_PAIRS", BATCH * block_size)
-    images, texts = embeddings()
+    images, texts = unlike()
     labels = LABELS["flat"]
     found, *accuracies = in_blocks("softmax", images, texts, labels)
     assert all(x.shape == (BATCH,) for x in (found, *accuracies))
@@ -201,7 +205,7 @@ def test_a_batch_without_divisors_is_compared_in_large_blocks(
     loss, rows, blocks, monkeypatch
 ):
     weight = np.linspace(0.0, 2.0, rows).astype("float32")
-    inputs = *embeddings(batch=rows), np.arange(rows) // 2, weight
+    inputs = *unlike(rows), np.arange(rows) // 2, weight
     expected = in_blocks(loss, *inputs)
     blocks.clear()
     monkeypatch.setattr(losses, "MAX_PAIRS", 4 * rows)
@@ -217,7 +221,7 @@ def test_a_batch_without_divisors_is_compared_in_large_blocks(
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_block_is_as_large_as_each_device_can_compare(devices, blocks, monkeypatch):
     monkeypatch.setattr(losses, "MAX_PAIRS", 12 * 3)
-    pair, labels = embeddings(), LABELS["flat"]
+    pair, labels = unlike(), LABELS["flat"]
     distribution = keras.distribution.DataParallel(
         devices=[f"cpu:{index}" for index in range(devices)]
     )
@@ -233,7 +237,7 @@ def test_a_block_is_as_large_as_each_device_can_compare(devices, blocks, monkeyp
 def test_rows_that_fill_up_a_block_have_no_part_in_gradients(loss, monkeypatch):
     ids = np.random.default_rng(0).integers(0, 30, (11, 5))
     labels = caption_labels(ops.convert_to_tensor(ids))
-    variables = [keras.Variable(x) for x in embeddings(batch=11)]
+    variables = [keras.Variable(x) for x in unlike(11)]
 
     def gradients():
         def fn():
@@ -252,7 +256,7 @@ def test_rows_that_fill_up_a_block_have_no_part_in_gradients(loss, monkeypatch):
 
 @each_loss
 def test_weights_count_in_both_directions(loss):
-    pair, labels = embeddings(), LABELS["flat"]
+    pair, labels = unlike(), LABELS["flat"]
     weight = np.array([0, 1, 2, 0.5, 1, 0, 3, 1, 1, 0.25, 1, 2])
     found, *_ = in_blocks(loss, *pair, labels, weight.astype("float32"))
     expected = reference(loss, pair, labels=labels, weight=weight)
