@@ -27,7 +27,8 @@ with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # Later versions do not know this flag, and end the program for it.
         FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+ROOT = pathlib.Path(__file__).parents[1]
+CACHE = ROOT / ".pytest_cache" / "jax"
 for name, value in {
     "XLA_FLAGS": " ".join(FLAGS),
     "JAX_COMPILATION_CACHE_DIR": CACHE,
@@ -42,6 +43,22 @@ for package in ("torch", "triton"):
     with contextlib.suppress(ImportError):
         importlib.import_module(package)
 
+if importlib.import_module("keras").backend.backend() == "tensorflow":
+    # A second device, for the tests of strategies; none comes once the first is used.
+    from tensorflow import config
+
+    config.set_logical_device_configuration(
+        config.list_physical_devices("CPU")[0],
+        [config.LogicalDeviceConfiguration()] * 2,
+    )
+
+FEW_IMAGES = {
+    "train-00000": 160,
+    "train-00001": 32,
+    "validation-00000": 64,
+    "test-00000": 346,
+}
+
 
 @pytest.fixture(scope="session")
 def encode():
@@ -55,23 +72,27 @@ def encode():
     return encode
 
 
-@pytest.fixture
-def write_tar(tmp_path):
+@pytest.fixture(scope="session")
+def write_tar_to():
     """Writes files, pairs of name and content, into a tar; returns its path."""
 
+    def write_tar_to(path, files, mode="w"):
+        with tarfile.open(path, mode) as archive:
+            for name, content in files:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return path
+
+    return write_tar_to
+
+
+@pytest.fixture
+def write_tar(tmp_path, write_tar_to):
     def write_tar(name, files, mode="w"):
-        return _write_tar(tmp_path / name, files, mode)
+        return write_tar_to(tmp_path / name, files, mode)
 
     return write_tar
-
-
-def _write_tar(path, files, mode="w"):
-    with tarfile.open(path, mode) as archive:
-        for member_name, content in files:
-            member = tarfile.TarInfo(member_name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.fixture
@@ -85,7 +106,7 @@ def write_pairs(tmp_path, write_pairs_to):
 
 
 @pytest.fixture(scope="session")
-def write_pairs_to(encode):
+def write_pairs_to(encode, write_tar_to):
     def write_pairs_to(path, start, count, broken=()):
         files = []
         for index in range(start, start + count):
@@ -94,6 +115,34 @@ def write_pairs_to(encode):
                 (f"{index:04}.png", image),
                 (f"{index:04}.txt", b"no %d" % index),
             ]
-        return _write_tar(path, [*files, *broken])
+        return write_tar_to(path, [*files, *broken])
 
     return write_pairs_to
+
+
+@pytest.fixture(scope="session")
+def copy_pairs(write_tar_to):
+    """Copies the first pairs of a shard of the repository; returns the path."""
+    from keras_cluster_mask.data.index import open_index
+    from keras_cluster_mask.data.pairs import PairReader
+
+    def copy_pairs(shard, path, count):
+        files = []
+        source = ROOT / "datasets" / "images" / f"{shard}.tar"
+        for pair in open_index(source, PairReader()).read(range(count)):
+            files.append((f"{pair.key}.webp", pair.image))
+            files.append((f"{pair.key}.txt", pair.captions[0].encode()))
+        return write_tar_to(path, files)
+
+    return copy_pairs
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory, copy_pairs):
+    """The folders of `datasets` with few images in place of all."""
+    folder = tmp_path_factory.mktemp("datasets")
+    (folder / "images").mkdir()
+    (folder / "photographs").symlink_to(ROOT / "datasets" / "photographs")
+    for shard, count in FEW_IMAGES.items():
+        copy_pairs(shard, folder / "images" / f"{shard}.tar", count)
+    return folder

@@ -2,6 +2,10 @@
 
 import gc
 import importlib.metadata
+import os
+import pathlib
+import subprocess
+import sys
 
 import keras
 import keras_hub
@@ -12,6 +16,7 @@ from packaging.version import Version
 
 import keras_cluster_mask as kcm
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 VOCABULARY = 30
 CONTEXT = 6
 # Compiling one step takes JAX less time than compiling its operations one by one.
@@ -21,6 +26,31 @@ FAST = {"run_eagerly": keras.backend.backend() != "jax"}
 def options_of(model):
     """The configuration of a model without those of its parts."""
     return {k: v for k, v in model.get_config().items() if not isinstance(v, dict)}
+
+
+def run_program(*command, **environment):
+    """Runs a program in a process of its own; returns what it prints.
+
+    Args:
+        *command: The path of the program from the root of the repository, or `"-m"` and
+            the name of a module; and its arguments.
+        **environment: Variables. The backend is that of the tests.
+    """
+    program, *arguments = command
+    done = subprocess.run(
+        [sys.executable, program if program == "-m" else ROOT / program, *arguments],
+        env={
+            **os.environ,
+            "KERAS_BACKEND": keras.backend.backend(),
+            "PYTHONPATH": str(ROOT),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 # === Data ===

@@ -133,10 +133,7 @@ def test_reading_stops_at_max_images(max_images, batches):
     found = np.concatenate([*read_images(endless(), max_images)])
     assert len(found) == max_images
     assert len(read) == batches
-
-
-@pytest.mark.any_backend
-def test_max_images_may_be_more_than_there_are():
+    # There may be fewer.
     assert sum(map(len, read_images(IMAGES, max_images=1000))) == 70
 
 

@@ -12,6 +12,8 @@ import pytest
 
 import keras_cluster_mask as kcm
 
+pytestmark = pytest.mark.any_backend
+
 # Their examples read files that a reader has and this test has not.
 NEED_FILES = {
     "keras_cluster_mask.data.captions.read_captions",
@@ -19,90 +21,47 @@ NEED_FILES = {
     "keras_cluster_mask.data.shards.list_shards",
     "keras_cluster_mask.interop.hugging_face.load_hugging_face",
 }
-# Their examples compute with Keras; those of other modules run once.
-BY_BACKEND = tuple(
-    f"keras_cluster_mask.{module}" for module in ("losses", "masking", "models")
-)
 
 
 def documented_objects():
-    """Pairs of a dotted name and a docstring, of all that is defined in the package."""
-    found = {}
+    """Triples of a module, a dotted name and a docstring, of the whole package."""
     for info in pkgutil.walk_packages(kcm.__path__, kcm.__name__ + "."):
         module = importlib.import_module(info.name)
-        found[info.name] = module.__doc__
+        yield module, info.name, module.__doc__
         for name, value in vars(module).items():
             if name.startswith("_") or getattr(value, "__module__", "") != info.name:
                 continue
             if not inspect.isclass(value) and not inspect.isfunction(value):
                 continue
-            found[f"{info.name}.{name}"] = value.__doc__
+            yield module, f"{info.name}.{name}", value.__doc__
             for method_name, method in vars(value).items():
                 method = getattr(method, "__func__", method)
                 if inspect.isfunction(method) and not method_name.startswith("_"):
-                    found[f"{info.name}.{name}.{method_name}"] = method.__doc__
-    return found
+                    yield module, f"{info.name}.{name}.{method_name}", method.__doc__
 
 
 def examples():
-    for name, docstring in documented_objects().items():
+    for module, name, docstring in documented_objects():
         text = inspect.cleandoc(docstring or "")
         blocks = re.findall(
             r"^( *)```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE
         )
         for index, (_, code) in enumerate(blocks):
-            marks = () if name.startswith(BY_BACKEND) else pytest.mark.any_backend
-            yield pytest.param(
-                name, textwrap.dedent(code), id=f"{name}-{index}", marks=marks
-            )
+            code = textwrap.dedent(code)
+            yield pytest.param(module, name, code, id=f"{name}-{index}")
 
 
-@pytest.mark.any_backend
-def test_there_are_examples_to_run():
-    names = {parameter.values[0].rsplit(".", 1)[-1] for parameter in examples()}
-    assert names >= {
-        "AttentiveMasking",
-        "BlockMasking",
-        "CenteredMasking",
-        "ClusterMasking",
-        "ContrastiveModel",
-        "EdgeMasking",
-        "GridMasking",
-        "KMeansMasking",
-        "MomentumEncoder",
-        "PatchMasking",
-        "RandomMasking",
-        "masking_statistics",
-        "plot_masking_statistics",
-        "sigmoid_contrastive_loss",
-        "softmax_contrastive_loss",
-        "with_masking",
-    }
+def test_public_classes_have_examples_to_run():
+    names = {parameter.values[1].rpartition(".")[2] for parameter in examples()}
+    assert names >= {name for name in kcm.__all__ if name[0].isupper()} - {"Recipe"}
 
 
-@pytest.fixture
-def eager():
-    """TensorFlow's functions run uncompiled; compiling takes most of their time."""
-    if keras.backend.backend() != "tensorflow":
-        yield
-        return
-    import tensorflow as tf
-
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
-@pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize(("name", "code"), examples())
-def test_example_runs(name, code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("module", "name", "code"), examples())
+def test_example_runs(module, name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module_name = name
-    while module_name not in documented_objects() or not _is_module(module_name):
-        module_name = module_name.rpartition(".")[0]
     # The package's public names, as an example of `kcm.data` uses its neighbors.
-    package = importlib.import_module(module_name.rpartition(".")[0] or module_name)
-    scope = {**vars(package), **vars(importlib.import_module(module_name))}
+    package = importlib.import_module(module.__name__.rpartition(".")[0])
+    scope = {**vars(package), **vars(module)}
     scope.update(kcm=kcm, keras=keras, np=np, __name__="example")
     if "keras_hub" in code:
         scope["keras_hub"] = pytest.importorskip("keras_hub")
@@ -111,10 +70,3 @@ def test_example_runs(name, code, tmp_path, monkeypatch):
             exec(code, scope)
         return
     exec(code, scope)
-
-
-def _is_module(name):
-    try:
-        return inspect.ismodule(importlib.import_module(name))
-    except ModuleNotFoundError:
-        return False

@@ -1,3 +1,5 @@
+"""Contrastive losses: their formulas, in blocks of rows, and labels of captions."""
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -5,150 +7,134 @@ import pytest
 from keras import ops
 
 from keras_cluster_mask import losses
+from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.models.head import l2_normalize
+from tests.helpers import to_numpy, value_and_gradients
 
 BATCH, WIDTH = 12, 16
-
-
-def embeddings(seed=0, batch=BATCH, width=WIDTH):
-    rng = np.random.default_rng(seed)
-    pair = rng.normal(size=(2, batch, width))
-    pair[1] += 0.5 * pair[0]
-    pair /= np.linalg.norm(pair, axis=-1, keepdims=True)
-    return pair.astype("float32")
-
-
-def log_softmax(x):
-    x = x - x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-
-
-def positives_of(labels, batch=BATCH):
-    if labels is None:
-        return np.eye(batch)
-    labels = np.asarray(labels).reshape(batch, -1)
-    return (labels[:, None] == labels[None]).all(axis=-1).astype("float64")
-
-
-def softmax_reference(images, texts, scale, labels=None):
-    logits = scale * images.astype("float64") @ texts.astype("float64").T
-    positives = positives_of(labels, len(images))
-    targets = positives / positives.sum(axis=1, keepdims=True)
-    rows = -(targets * log_softmax(logits)).sum(axis=1).mean()
-    columns = -(targets * log_softmax(logits.T)).sum(axis=1).mean()
-    return (rows + columns) / 2
-
-
-def sigmoid_reference(images, texts, scale, bias, labels=None):
-    logits = scale * images.astype("float64") @ texts.astype("float64").T + bias
-    signs = 2 * positives_of(labels, len(images)) - 1
-    return np.logaddexp(0.0, -signs * logits).sum() / len(images)
-
-
+SCALE, BIAS = 14.3, -5.0
 LABELS = {
     "none": None,
     "flat": np.array([0, 1, 2, 0, 4, 5, 1, 0, 8, 9, 10, 11], "int32"),
     "rows": np.random.default_rng(1).integers(0, 2, (BATCH, 3)).astype("int32"),
     "all_equal": np.zeros(BATCH, "int32"),
 }
+LOSSES = {
+    "softmax": lambda images, texts, scale, bias, labels=None: (
+        losses.softmax_contrastive_loss(images, texts, scale, labels)
+    ),
+    "sigmoid": losses.sigmoid_contrastive_loss,
+}
+each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
+def embeddings(seed=0, batch=BATCH, width=WIDTH, alike=0.5):
+    pair = np.random.default_rng(seed).normal(size=(2, batch, width))
+    pair[1] += alike * pair[0]
+    pair /= np.linalg.norm(pair, axis=-1, keepdims=True)
+    return pair.astype("float32")
+
+
+def positives_of(labels, batch):
+    if labels is None:
+        return np.eye(batch)
+    labels = np.asarray(labels).reshape(batch, -1)
+    return (labels[:, None] == labels[None]).all(axis=-1).astype("float64")
+
+
+def reference(loss, pair, scale=SCALE, bias=BIAS, labels=None, weight=None):
+    """The sum over rows and columns of one matrix by their weights, or the mean."""
+    images, texts = (x.astype("float64") for x in pair)
+    positives = positives_of(labels, len(images))
+    if weight is None:
+        weight = np.full(len(images), 1 / len(images))
+    logits = scale * images @ texts.T
+    if loss == "softmax":
+        targets = positives / positives.sum(axis=1, keepdims=True)
+
+        def direction(logits):
+            total = np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            return -(targets * (logits - total)).sum(axis=1) @ weight
+
+    else:
+        logits += bias
+
+        def direction(logits):
+            terms = np.logaddexp(0, np.where(positives, -logits, logits))
+            return terms.sum(axis=1) @ weight
+
+    return (direction(logits) + direction(logits.T)) / 2
+
+
+# === Formulas ===
+
+
+@each_loss
 @pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-def test_softmax_is_the_plain_formula(labels, scale):
-    images, texts = embeddings()
-    got = losses.softmax_contrastive_loss(images, texts, scale, LABELS[labels])
-    expected = softmax_reference(images, texts, scale, LABELS[labels])
-    np.testing.assert_allclose(ops.convert_to_numpy(got), expected, rtol=2e-5)
+@pytest.mark.parametrize(("scale", "bias"), [(1.0, 0.0), (14.3, -10.0), (100.0, -20.0)])
+def test_a_loss_is_the_plain_formula(loss, labels, scale, bias):
+    pair, labels = embeddings(), LABELS[labels]
+    found = to_numpy(LOSSES[loss](*pair, scale, bias, labels))
+    expected = reference(loss, pair, scale, bias, labels)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
-@pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize(("scale", "bias"), [(1.0, 0.0), (10.0, -10.0), (100.0, -20.0)])
-def test_sigmoid_is_the_plain_formula(labels, scale, bias):
-    images, texts = embeddings()
-    got = losses.sigmoid_contrastive_loss(images, texts, scale, bias, LABELS[labels])
-    expected = sigmoid_reference(images, texts, scale, bias, LABELS[labels])
-    np.testing.assert_allclose(ops.convert_to_numpy(got), expected, rtol=2e-5)
-
-
+@pytest.mark.any_backend
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_are_those_of_open_clip(seed):
     torch = pytest.importorskip("torch")
     open_clip = pytest.importorskip("open_clip.loss")
-    images, texts = embeddings(seed)
-    pair = torch.tensor(images), torch.tensor(texts)
-    softmax = losses.softmax_contrastive_loss(images, texts, 14.3)
-    expected = float(open_clip.ClipLoss()(*pair, 14.3))
-    np.testing.assert_allclose(ops.convert_to_numpy(softmax), expected, rtol=1e-5)
-    sigmoid = losses.sigmoid_contrastive_loss(images, texts, 10.0, -10.0)
-    expected = float(open_clip.SigLipLoss()(*pair, 10.0, -10.0))
-    np.testing.assert_allclose(ops.convert_to_numpy(sigmoid), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_computed_in_float32(dtype):
-    half = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
-    images, texts = (x.astype(half) for x in embeddings())
-    exact = images.astype("float32"), texts.astype("float32")
-    softmax = losses.softmax_contrastive_loss(images, texts, 100.0)
-    sigmoid = losses.sigmoid_contrastive_loss(images, texts, 100.0, -10.0)
-    for got, expected in (
-        (softmax, softmax_reference(*exact, 100.0)),
-        (sigmoid, sigmoid_reference(*exact, 100.0, -10.0)),
+    pair = embeddings(seed)
+    tensors = [torch.tensor(x) for x in pair]
+    for loss, expected in (
+        ("softmax", open_clip.ClipLoss()(*tensors, SCALE)),
+        ("sigmoid", open_clip.SigLipLoss()(*tensors, SCALE, BIAS)),
     ):
-        assert keras.backend.standardize_dtype(got.dtype) == "float32"
-        assert got.shape == ()
-        np.testing.assert_allclose(ops.convert_to_numpy(got), expected, rtol=2e-5)
+        found = to_numpy(LOSSES[loss](*pair, SCALE, BIAS))
+        np.testing.assert_allclose(found, float(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@each_loss
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_computed_in_float32(loss, dtype):
+    half = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+    pair = embeddings().astype(half)
+    found = LOSSES[loss](*pair, 100.0, -10.0)
+    assert keras.backend.standardize_dtype(found.dtype) == "float32"
+    assert found.shape == ()
+    expected = reference(loss, pair.astype("float32"), 100.0, -10.0)
+    np.testing.assert_allclose(to_numpy(found), expected, rtol=2e-5)
+
+
+@each_loss
 @pytest.mark.parametrize("labels", ["none", "flat"])
 def test_gradients_are_finite_even_at_zero_vectors_and_right(loss, labels):
     images, texts = embeddings()
     images[0], texts[3] = 0.0, 0.0
+    variables = [keras.Variable(x) for x in (images, texts)]
 
-    class Pair(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.images = self.add_weight(shape=images.shape, name="images")
-            self.texts = self.add_weight(shape=texts.shape, name="texts")
-            self.images.assign(images)
-            self.texts.assign(texts)
+    def fn():
+        pair = [l2_normalize(variable.value) for variable in variables]
+        value = LOSSES[loss](*pair, SCALE, BIAS, LABELS[labels])
+        return value, value
 
-        def call(self, inputs):
-            pair = (
-                l2_normalize(ops.convert_to_tensor(x))
-                for x in (self.images, self.texts)
-            )
-            if loss == "softmax":
-                value = losses.softmax_contrastive_loss(*pair, 20.0, LABELS[labels])
-            else:
-                value = losses.sigmoid_contrastive_loss(
-                    *pair, 10.0, -10.0, LABELS[labels]
-                )
-            return value + 0.0 * ops.sum(inputs)
+    def expected(images):
+        pair = (x.astype("float64") for x in (images, texts))
+        pair = [
+            x / np.sqrt(np.maximum((x * x).sum(axis=-1, keepdims=True), 1e-12))
+            for x in pair
+        ]
+        return reference(loss, pair, labels=LABELS[labels])
 
-    def reference(images):
-        def normalize(x):
-            return x / np.sqrt(np.maximum((x * x).sum(axis=-1, keepdims=True), 1e-12))
-
-        pair = normalize(images.astype("float64")), normalize(texts.astype("float64"))
-        if loss == "softmax":
-            return softmax_reference(*pair, 20.0, LABELS[labels])
-        return sigmoid_reference(*pair, 10.0, -10.0, LABELS[labels])
-
-    model = Pair()
-    model.compile(keras.optimizers.SGD(1.0), loss=lambda _, value: value)
-    model.train_on_batch(np.zeros((1, 1), "float32"), np.zeros((1,), "float32"))
-    for weight in model.weights[:2]:
-        assert np.isfinite(ops.convert_to_numpy(weight.value)).all()
-    gradient = images - ops.convert_to_numpy(model.images.value)
-    assert np.abs(gradient[0]).max() > 0.0
+    _, gradients = value_and_gradients(fn, variables)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert np.abs(gradients[0][0]).max() > 0.0
     for row, column in ((1, 0), (5, 3), (11, 15)):
         shift = np.zeros(images.shape)
         shift[row, column] = 1e-5
-        numeric = (reference(images + shift) - reference(images - shift)) / 2e-5
-        np.testing.assert_allclose(gradient[row, column], numeric, atol=1e-4, rtol=1e-3)
+        numeric = (expected(images + shift) - expected(images - shift)) / 2e-5
+        found = gradients[0][row, column]
+        np.testing.assert_allclose(found, numeric, atol=1e-4, rtol=1e-3)
 
 
 SHAPES = {
@@ -161,12 +147,150 @@ SHAPES = {
 
 
 @pytest.mark.any_backend
+@each_loss
 @pytest.mark.parametrize("match", SHAPES)
-def test_shapes_that_do_not_fit_are_refused(match):
+def test_shapes_that_do_not_fit_are_refused(loss, match):
     images, texts, *labels = (np.ones(shape, "float32") for shape in SHAPES[match])
-    for loss in (
-        lambda: losses.softmax_contrastive_loss(images, texts, 1.0, *labels),
-        lambda: losses.sigmoid_contrastive_loss(images, texts, 1.0, 0.0, *labels),
-    ):
-        with pytest.raises(ValueError, match=rf"{match}.*Received: .*shape="):
-            loss()
+    with pytest.raises(ValueError, match=rf"{match}.*Received: .*shape="):
+        LOSSES[loss](images, texts, 1.0, 0.0, *labels)
+
+
+# === Blocks of rows ===
+
+
+def unlike(batch=BATCH):
+    return embeddings(batch=batch, width=8, alike=0.0)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """The numbers of rows that are compared at a time."""
+    found, compare = [], losses.compare
+
+    def watched(block, everything):
+        found.append(block[0].shape[0])
+        return compare(block, everything)
+
+    monkeypatch.setattr(losses, "compare", watched)
+    return found
+
+
+def in_blocks(loss, *arrays):
+    scalars = [SCALE] if loss == "softmax" else [SCALE, BIAS]
+    tensors = [ops.convert_to_tensor(x) for x in (*scalars, *arrays)]
+    return batch_loss(loss, tensors[: len(scalars)], *tensors[len(scalars) :])
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 5, 12])
+def test_any_block_size_gives_the_loss_and_accuracies_of_the_matrix(
+    block_size, monkeypatch
+):
+    monkeypatch.setattr(losses, "MAX_PAIRS", BATCH * block_size)
+    images, texts = unlike()
+    labels = LABELS["flat"]
+    found, *accuracies = in_blocks("softmax", images, texts, labels)
+    assert all(x.shape == (BATCH,) for x in (found, *accuracies))
+    expected = losses.softmax_contrastive_loss(images, texts, SCALE, labels)
+    np.testing.assert_allclose(to_numpy(found).mean(), to_numpy(expected), rtol=1e-6)
+    positives = positives_of(labels, BATCH)
+    for found, similarity in zip(accuracies, (images @ texts.T, texts @ images.T)):
+        right = positives[np.arange(BATCH), similarity.argmax(axis=1)]
+        assert to_numpy(found).mean() == pytest.approx(right.mean())
+        assert 0 < right.mean() < 1
+
+
+@each_loss
+@pytest.mark.parametrize("rows", [7, 11, 13])
+def test_a_batch_without_divisors_is_compared_in_large_blocks(
+    loss, rows, blocks, monkeypatch
+):
+    weight = np.linspace(0.0, 2.0, rows).astype("float32")
+    inputs = *unlike(rows), np.arange(rows) // 2, weight
+    expected = in_blocks(loss, *inputs)
+    blocks.clear()
+    monkeypatch.setattr(losses, "MAX_PAIRS", 4 * rows)
+    found = in_blocks(loss, *inputs)
+    assert {*blocks} <= {3, 4}
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-6)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="elsewhere a step sees its own rows"
+)
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_block_is_as_large_as_each_device_can_compare(devices, blocks, monkeypatch):
+    monkeypatch.setattr(losses, "MAX_PAIRS", 12 * 3)
+    pair, labels = unlike(), LABELS["flat"]
+    distribution = keras.distribution.DataParallel(
+        devices=[f"cpu:{index}" for index in range(devices)]
+    )
+    with distribution.scope():
+        found = in_blocks("softmax", *pair, labels)
+    # Three rows of each device at a time: each further block is a round of collectives.
+    assert {*blocks} == {min(12, 3 * devices)}
+    expected = losses.softmax_contrastive_loss(*pair, SCALE, labels)
+    np.testing.assert_allclose(ops.mean(found[0]), expected, rtol=1e-6)
+
+
+@each_loss
+def test_rows_that_fill_up_a_block_have_no_part_in_gradients(loss, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 30, (11, 5))
+    labels = caption_labels(ops.convert_to_tensor(ids))
+    variables = [keras.Variable(x) for x in unlike(11)]
+
+    def gradients():
+        def fn():
+            pair = [variable.value for variable in variables]
+            total = ops.sum(in_blocks(loss, *pair, labels)[0])
+            return total, total
+
+        return value_and_gradients(fn, variables)[1]
+
+    expected = gradients()
+    monkeypatch.setattr(losses, "MAX_PAIRS", 4 * 11)
+    for one, other in zip(gradients(), expected):
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@each_loss
+def test_weights_count_in_both_directions(loss):
+    pair, labels = unlike(), LABELS["flat"]
+    weight = np.array([0, 1, 2, 0.5, 1, 0, 3, 1, 1, 0.25, 1, 2])
+    found, *_ = in_blocks(loss, *pair, labels, weight.astype("float32"))
+    expected = reference(loss, pair, labels=labels, weight=weight)
+    np.testing.assert_allclose(to_numpy(ops.sum(found)), expected, rtol=1e-5)
+
+
+# === Captions as labels ===
+
+
+def labels_of(ids):
+    return np.array(ops.convert_to_numpy(caption_labels(ids)))
+
+
+def test_captions_have_equal_labels_exactly_if_they_are_equal():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 3, size=(400, 5)).astype("int32")
+    labels = labels_of(ids)
+    assert labels.shape == (400, 2)
+    same = positives_of(ids, 400)
+    assert 400 < same.sum() < 400**2
+    np.testing.assert_array_equal(positives_of(labels, 400), same)
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_labels_of_captions_that_hardly_differ_do_not_collide(column):
+    # One token changed, two tokens swapped, moved by one place, large ids.
+    base = np.zeros((1, 77), "int32")
+    changed = np.repeat(base, 49408, axis=0)
+    changed[:, 5] = np.arange(49408)
+    swapped = np.repeat(base, 76, axis=0)
+    swapped[np.arange(76), np.arange(76)] = 320
+    swapped[np.arange(76), np.arange(76) + 1] = 640
+    moved = np.roll(swapped, 2, axis=1)
+    ids = np.unique(np.concatenate([changed, swapped, moved, 49407 - changed]), axis=0)
+    labels = labels_of(ids)[:, column]
+    # Of n^2 / 2 pairs one in 2^32 may share one of the two numbers.
+    assert len(ids) - len(np.unique(labels)) <= 6

@@ -6,6 +6,8 @@ from keras import ops
 import keras_cluster_mask as kcm
 from tests.helpers import FAST, class_pairs, tiny_clip
 
+pytestmark = pytest.mark.any_backend
+
 
 def rate_at(optimizer, step):
     optimizer.iterations.assign(step)
@@ -20,7 +22,6 @@ def expected_rate(step, steps, highest):
     return highest * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(9, 50), (1, 25), (1, 1)])
 def test_the_rate_warms_up_and_falls_to_zero(epochs, steps_per_epoch):
     optimizer = kcm.small_data_recipe(epochs, steps_per_epoch, 2e-3).optimizer
@@ -30,13 +31,11 @@ def test_the_rate_warms_up_and_falls_to_zero(epochs, steps_per_epoch):
         assert rate_at(optimizer, step) == pytest.approx(expected, abs=1e-8), step
 
 
-@pytest.mark.any_backend
 def test_half_of_the_patches_stay_unless_another_share_is_asked_for():
     assert kcm.small_data_recipe(1, 10).masking.num_kept(64) == 32
     assert kcm.small_data_recipe(1, 10, mask_ratio=0.25).masking.num_kept(64) == 48
 
 
-@pytest.mark.any_backend
 def test_texts_are_masked_except_in_the_last_eighth():
     for epochs, short in ((1, 0), (2, 1), (9, 8), (30, 26), (64, 56)):
         recipe = kcm.small_data_recipe(epochs, 10)
@@ -44,7 +43,6 @@ def test_texts_are_masked_except_in_the_last_eighth():
         assert isinstance(recipe.text_masking, kcm.data.RandomTextMasking)
 
 
-@pytest.mark.any_backend
 def test_the_optimizer_is_that_of_the_measurements():
     optimizer = kcm.small_data_recipe(np.int64(1), np.int64(20)).optimizer
     assert isinstance(optimizer, keras.optimizers.AdamW)
@@ -52,7 +50,6 @@ def test_the_optimizer_is_that_of_the_measurements():
     assert rate_at(optimizer, 2) == pytest.approx(1e-3)
 
 
-@pytest.mark.any_backend
 def test_a_seed_repeats_the_masks():
     first, again, other = (
         ops.convert_to_numpy(
@@ -74,7 +71,6 @@ def test_a_model_learns_by_the_recipe():
     assert last < 0.8 * first
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("argument", "value"),
     [

@@ -1,7 +1,5 @@
-import io
 import json
 import sys
-import tarfile
 
 import keras
 import numpy as np
@@ -32,23 +30,24 @@ def data_for(name, *options):
     )
 
 
-def write_colors(folder, shards=1):
+@pytest.fixture
+def write_colors(write_tar, encode):
     """Red squares and blue ones in turn; with two shards, each has a color."""
-    folder.mkdir()
-    counts = {"train": 64, "validation": 32, "test": 32}
-    for split, count in counts.items():
-        for number in range(shards):
-            with tarfile.open(folder / f"{split}-{number:05}.tar", "w") as shard:
+
+    def write_colors(shards=1):
+        counts = {"train": 64, "validation": 32, "test": 32}
+        for split, count in counts.items():
+            for number in range(shards):
+                files = []
                 for key in range(number, count, shards):
                     color = ("red", "blue")[key % 2]
-                    image = io.BytesIO()
-                    Image.new("RGB", (16, 16), color).save(image, "PNG")
+                    image = encode(Image.new("RGB", (16, 16), color))
                     caption = f"a {color} square".encode()
-                    for end, content in (("png", image.getvalue()), ("txt", caption)):
-                        entry = tarfile.TarInfo(f"{key:04}.{end}")
-                        entry.size = len(content)
-                        shard.addfile(entry, io.BytesIO(content))
-    return f"--data={folder}"
+                    files += [(f"{key:04}.png", image), (f"{key:04}.txt", caption)]
+                shard = write_tar(f"{split}-{number:05}.tar", files)
+        return f"--data={shard.parent}"
+
+    return write_colors
 
 
 def test_a_run_that_is_cut_off_ends_as_one_that_was_not(tmp_path, monkeypatch):
@@ -86,8 +85,10 @@ def test_a_run_that_is_cut_off_ends_as_one_that_was_not(tmp_path, monkeypatch):
         run(tmp_path / "cut", "--learning-rate=0.002")
 
 
-def test_classes_are_judged_by_zero_shot_accuracy_and_a_linear_probe(tmp_path):
-    data = write_colors(tmp_path / "data")
+def test_classes_are_judged_by_zero_shot_accuracy_and_a_linear_probe(
+    tmp_path, write_colors
+):
+    data = write_colors()
     options = [data, "--learning-rate=0.002", "--steps=64"]
     found = run(tmp_path / "runs", *options, name="random")
     assert set(found["validation"]) == {"score", "linear probe", "loss"}
@@ -220,8 +221,8 @@ def test_the_command_reports_the_runs_of_all_processes(tmp_path, monkeypatch):
     assert rows[1]["validation loss - random's"] == "0.000"
 
 
-def test_halves_share_no_sample(tmp_path):
-    data = write_colors(tmp_path / "data", shards=2)
+def test_halves_share_no_sample(write_colors):
+    data = write_colors(shards=2)
     seen = []
     for half in (0, 1):
         batches = data_for("random", data, f"--half={half}").training(

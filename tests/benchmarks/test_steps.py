@@ -51,6 +51,7 @@ def test_tokens_and_arithmetic_are_those_of_each_method():
     assert setting.arithmetic("threshold, beta 0.3") / whole > 0.7
 
 
+@pytest.mark.any_backend
 def test_step_time_publishes_every_method(monkeypatch, tmp_path, capsys):
     methods = ("--methods", "none", "threshold, beta 0.3", "resized")
     options = ("--rounds", "2", "--batch-size", "4")
@@ -65,6 +66,7 @@ def test_step_time_publishes_every_method(monkeypatch, tmp_path, capsys):
     assert "| 4 | threshold, beta 0.3 | 11 |" in capsys.readouterr().out
 
 
+@pytest.mark.any_backend
 def test_step_memory_measures_each_method_in_a_process(monkeypatch, tmp_path):
     options = ("--batch-size", "4", "--methods", "cluster")
     name, written = run(step_memory, monkeypatch, tmp_path, *options)

@@ -22,6 +22,8 @@ KINDS = {
     "tensorflow": ["devices"],
     "torch": ["process"],
 }[BACKEND]
+# Processes of JAX train as devices of one do, and do more.
+MOST = KINDS[-1:]
 
 
 def free_port():
@@ -86,23 +88,6 @@ def assert_equal_runs(found, single):
         )
 
 
-def run_code(code):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PROGRAM.parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def error_of(code):
-    """The last line that a program which must fail prints."""
-    done = run_code(code)
-    assert done.returncode != 0
-    return done.stderr.strip().splitlines()[-1]
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     return train(tmp_path_factory.mktemp("single") / "out.npz", "single")
@@ -110,9 +95,11 @@ def single(tmp_path_factory):
 
 @pytest.mark.parametrize("micro_batches", [[], ["4"]], ids=["whole", "micro"])
 @pytest.mark.parametrize("how", KINDS)
-def test_two_train_as_one(single, how, micro_batches, tmp_path):
-    # With a threshold that moves, gradients that are clipped, equal captions on both.
+def test_two_train_and_evaluate_as_one(single, how, micro_batches, tmp_path):
+    # With a threshold that moves, gradients that are clipped, equal captions on both;
+    # retrieval of all pairs after an epoch.
     found = train(tmp_path / "out.npz", how, *micro_batches)
+    assert len([name for name in single if "recall" in name]) == 6
     assert found.keys() == single.keys()
     assert np.isfinite(single["history/loss"]).all()
     assert_equal_runs(found, single)
@@ -144,25 +131,12 @@ def test_processes_that_train_different_weights_are_refused(tmp_path, monkeypatc
         assert "Received: numbers of trainable weights [" in errors
 
 
-@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("how", MOST)
 def test_two_train_as_one_with_every_masking(how, tmp_path, monkeypatch):
     monkeypatch.setenv("MASKING", "all")
     single = train(tmp_path / "single.npz", "single")
     assert {name.split("/")[0] for name in single} == {*MASKINGS, "views"}
     assert_equal_runs(train(tmp_path / "out.npz", how), single)
-
-
-@pytest.mark.parametrize("how", KINDS)
-def test_two_evaluate_all_of_the_data_as_one_while_they_train(
-    how, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("EVALUATE", "whole")
-    single = train(tmp_path / "single.npz", "single")
-    found = train(tmp_path / "out.npz", how)
-    names = [name for name in single if "recall" in name]
-    assert len(names) == 6
-    for name in names:
-        np.testing.assert_allclose(found[name], single[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.skipif("process" not in KINDS, reason="One process has all the devices.")
@@ -173,7 +147,7 @@ def test_shares_of_the_data_are_not_evaluated(tmp_path, monkeypatch):
         assert "`data` must be the same, and whole, in each process" in errors
 
 
-@pytest.mark.parametrize("how", [x for x in KINDS if x == "process"] or KINDS)
+@pytest.mark.parametrize("how", MOST)
 def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
     how, write_tar, encode, tmp_path, monkeypatch
 ):
@@ -194,9 +168,8 @@ def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
     monkeypatch.setenv("CHECKPOINT", str(tmp_path / "single"))
     single = train(tmp_path / "single.npz", "single")
     monkeypatch.setenv("CHECKPOINT", str(tmp_path / "cut"))
-    # Within the first epoch of five steps, and the second.
-    for stop in ("3", "8"):
-        run(tmp_path / "none.npz", how, DIE_AT=stop)
+    # Within the second epoch of five steps.
+    run(tmp_path / "none.npz", how, DIE_AT="8")
     found = train(tmp_path / "out.npz", how)
     assert_equal_runs(found, single)
 
@@ -209,35 +182,6 @@ def test_a_loss_that_is_not_finite_stops_all_at_the_same_step(how, tmp_path):
         assert code != 0
         assert "Received: loss=nan at step 3 of epoch 1" in errors
     assert not folder.exists()
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
-def test_a_loss_that_is_not_finite_on_one_replica_counts_for_all():
-    code = """
-import numpy as np
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-virtual = tf.config.LogicalDeviceConfiguration()
-tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-from keras_cluster_mask.training.step_metrics import FiniteSteps
-with strategy.scope():
-    record = FiniteSteps()
-for bad in (0, 1):
-    record.restart()
-    for step in range(4):
-        losses = [np.nan if step == 2 and i == bad else 1.0 for i in range(2)]
-        values = strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(losses[context.replica_id_in_sync_group])
-        )
-        strategy.run(record.update_state, args=(values,))
-    steps, finite, loss = record.read()
-    assert (steps, finite) == (4, 2), (steps, finite)
-    assert np.isnan(loss)
-print("equal")
-"""
-    done = run_code(code)
-    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras shares models on JAX alone.")
@@ -270,193 +214,3 @@ def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path):
     assert survivor.returncode != 0
     assert not out.exists()
     assert any(word in errors.lower() for word in ("peer", "connection", "gloo"))
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
-def test_several_machines_of_tensorflow_are_refused_with_another_way():
-    code = """
-import tensorflow as tf
-strategy = tf.distribute.MultiWorkerMirroredStrategy()
-import keras_cluster_mask as kcm
-from tests.helpers import image_mlp, random_pairs, text_bag
-with strategy.scope():
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
-    model.compile("sgd")
-    model.fit(random_pairs(4), verbose=0)
-"""
-    message = error_of(code)
-    assert "keras.distribution.initialize()" in message
-    assert "Received: strategy=" in message
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
-@pytest.mark.parametrize("format", ["tf", "grain"])
-def test_replicas_see_each_batch_of_a_stream_once_and_in_order(format, write_pairs):
-    shard = write_pairs("a.tar", 0, 14)
-    code = f"""
-import itertools
-import keras
-import numpy as np
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-virtual = tf.config.LogicalDeviceConfiguration()
-tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-import keras_cluster_mask as kcm
-from tests.helpers import TokenLog, image_mlp, text_bag
-
-def number_as_token(captions):
-    return np.array([[int(x.split()[1])] * 6 for x in captions], "int32")
-
-def stream(format):
-    return kcm.data.image_text_dataset(
-        {str(shard)!r}, number_as_token, 16, 4, training=True, format=format
-    )
-
-with strategy.scope():
-    log, ids = TokenLog(14, rows=4), keras.Input((6,), dtype="int32")
-    model = kcm.ContrastiveModel(image_mlp(), keras.Model(ids, text_bag()(log(ids))))
-    model.compile("sgd")
-data = stream({format!r})
-model.fit(data, epochs=3, verbose=0)
-model.fit(data, steps_per_epoch=5, verbose=0)
-batches = itertools.islice(stream("grain"), 14)
-expected = [batch["token_ids"][:, 0] for batch in batches]
-np.testing.assert_array_equal(log.seen_tokens(), expected)
-print("equal")
-"""
-    done = run_code(code)
-    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
-def test_replicas_without_rows_count_for_nothing_in_evaluation():
-    code = """
-import numpy as np
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-virtual = tf.config.LogicalDeviceConfiguration()
-tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-import keras_cluster_mask as kcm
-from tests.helpers import image_mlp, random_pairs, text_bag
-one = kcm.ContrastiveModel(image_mlp(), text_bag())
-one.compile("sgd")
-with strategy.scope():
-    two = kcm.ContrastiveModel(image_mlp(), text_bag())
-    two.compile("sgd")
-two.set_weights(one.get_weights())
-for count in (9, 11, 8):
-    pairs = random_pairs(count)
-    for weights in ({}, {"sample_weight": np.linspace(0, 2, count, dtype="float32")}):
-        data = tf.data.Dataset.from_tensor_slices({**pairs, **weights}).batch(8)
-        found, expected = (x.evaluate(data, verbose=0) for x in (two, one))
-        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(count))
-print("equal")
-"""
-    done = run_code(code)
-    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
-@pytest.mark.parametrize(("full", "size"), [("True", "3"), ("False", "None")])
-def test_batches_that_replicas_cannot_share_are_refused(full, size):
-    code = f"""
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-virtual = tf.config.LogicalDeviceConfiguration()
-tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-import keras_cluster_mask as kcm
-from tests.helpers import image_mlp, random_pairs, text_bag
-with strategy.scope():
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
-    model.compile("sgd")
-data = tf.data.Dataset.from_tensor_slices(random_pairs(6))
-data = data.batch(3, drop_remainder={full})
-model.fit(data, verbose=0)
-"""
-    message = error_of(code)
-    assert "must divide the batch size" in message
-    assert f"Received: batch_size={size}, 2 replicas" in message
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
-def test_a_masking_made_outside_of_the_scope_is_refused():
-    code = """
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-virtual = tf.config.LogicalDeviceConfiguration()
-tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-import keras_cluster_mask as kcm
-from tests.helpers import random_pairs, tiny_clip
-masking = kcm.ClusterMasking(4, embedding_weight=0.5)
-with strategy.scope():
-    model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
-    model.compile("sgd")
-data = tf.data.Dataset.from_tensor_slices(random_pairs(4))
-model.fit(data.batch(4, drop_remainder=True), verbose=0)
-"""
-    message = error_of(code)
-    assert "its masking too, must be made in the scope" in message
-    assert "Received: ['cluster_masking/" in message
-
-
-TWO = """
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-virtual = tf.config.LogicalDeviceConfiguration()
-tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-import keras
-import numpy as np
-from tests.helpers import random_pairs, small_model
-pairs = random_pairs(8)
-data = tf.data.Dataset.from_tensor_slices(pairs).batch(8, drop_remainder=True)
-"""
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
-def test_a_multi_optimizer_updates_as_on_one_device():
-    code = (
-        TWO
-        + """
-def optimizer():
-    several = {".*bias": keras.optimizers.SGD(0.1)}
-    several = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), several)
-    return keras.optimizers.MultiOptimizer(several)
-
-single = small_model()
-single(pairs)
-start = single.get_weights()
-single.compile(optimizer())
-with strategy.scope():
-    model = small_model()
-    model(pairs)
-    model.set_weights(start)
-    model.compile(optimizer())
-for each in (single, model):
-    each.fit(data, verbose=0)
-for one, other, before in zip(single.get_weights(), model.get_weights(), start):
-    np.testing.assert_allclose(other - before, one - before, rtol=1e-3, atol=1e-6)
-print("equal")
-"""
-    )
-    done = run_code(code)
-    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="A strategy of TensorFlow's.")
-def test_what_keras_does_not_support_on_several_devices_is_refused():
-    code = (
-        TWO
-        + """
-with strategy.scope():
-    model = small_model()
-    model(pairs)
-    model.compile("sgd", steps_per_execution=2)
-model.fit(data.repeat(2), verbose=0)
-"""
-    )
-    assert "must be 1 on several devices of TensorFlow" in error_of(code)

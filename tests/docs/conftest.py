@@ -1,9 +1,7 @@
 """Shared by the tests of the documentation: a reader's folder, and the quickstart."""
 
-import io
 import json
 import pathlib
-import tarfile
 
 import keras
 import numpy as np
@@ -11,12 +9,9 @@ import pytest
 from PIL import Image
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import PairReader
 
 ROOT = pathlib.Path(__file__).parents[2]
-IMAGES = ROOT / "datasets" / "images" / "test-00000.tar"
-# How many held-out images each shard has in place of those of the repository.
+# How many images each shard has in place of those of the repository.
 SHARDS = {
     "train-00000": 64,
     "train-00001": 16,
@@ -26,21 +21,19 @@ SHARDS = {
 
 
 @pytest.fixture(scope="session")
-def folder_of_data(tmp_path_factory):
+def folder_of_data(tmp_path_factory, copy_pairs, encode, write_tar_to):
     """The data that pages name: small, in the places of large."""
     folder = tmp_path_factory.mktemp("docs")
     shards = folder / "datasets" / "images"
     shards.mkdir(parents=True)
     (folder / "datasets" / "photographs").symlink_to(ROOT / "datasets" / "photographs")
-    pairs = open_index(IMAGES, PairReader()).read(range(sum(SHARDS.values())))
     for name, count in SHARDS.items():
-        files = []
-        for _, pair in zip(range(count), pairs):
-            files.append((f"{pair.key}.webp", pair.image))
-            files.append((f"{pair.key}.txt", pair.captions[0].encode()))
-        write_tar(shards / f"{name}.tar", files)
+        copy_pairs(name, shards / f"{name}.tar", count)
     for name in ("shards", "cc12m", "own"):
         (folder / name).symlink_to(shards)
+
+    def encoded(red):
+        return encode(Image.new("RGB", (60, 48), (red, 0, 0)))
 
     several = [
         (f"{i}.{kind}", content)
@@ -50,7 +43,7 @@ def folder_of_data(tmp_path_factory):
             ("json", json.dumps({"captions": [f"a {i}", f"the {i}"]}).encode()),
         )
     ]
-    write_tar(shards / "coco-00000.tar", several)
+    write_tar_to(shards / "coco-00000.tar", several)
     table = folder / "photos" / "table.tsv"
     table.parent.mkdir()
     lines = ["photo_file\talt_text", *(f"{i}.png\tnumber {i}" for i in range(8))]
@@ -64,20 +57,6 @@ def folder_of_data(tmp_path_factory):
             for i in range(6):
                 (of_class / f"{i}.png").write_bytes(encoded(80 * place + i))
     return folder
-
-
-def encoded(red):
-    file = io.BytesIO()
-    Image.new("RGB", (60, 48), (red, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path, files):
-    with tarfile.open(path, "w") as archive:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
 
 
 @pytest.fixture

@@ -31,8 +31,6 @@ SHAPE = re.compile(
 FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 # Other tests run this page. Those of guides are made by running the guides.
 ELSEWHERE = {"docs/which_masking.md"}
-# What a newcomer runs first.
-ON_EACH_BACKEND = {"docs/quickstart.md"}
 GUIDES = DOCS / "guides"
 
 
@@ -50,8 +48,7 @@ def pages_with_code():
     for page in all_pages():
         text = read(page)
         if "```python" in text and page not in ELSEWHERE:
-            differs = page in ON_EACH_BACKEND or "<!-- backend:" in text
-            marks = () if differs else pytest.mark.any_backend
+            marks = () if "<!-- backend:" in text else pytest.mark.any_backend
             yield pytest.param(page, id=page, marks=marks)
 
 

@@ -1,38 +1,23 @@
 """Shared by the tests of the guides: a guide run as a program, with little training."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
-import keras
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.helpers import run_program
 
 
 @pytest.fixture(scope="session")
-def run_guide():
-    """Runs a guide with its results in a folder; returns what it prints."""
+def run_guide(few_images):
+    """Runs a guide on few images, with its results in a folder; returns its output."""
 
-    def run_guide(name, results, **settings):
-        done = subprocess.run(
-            [sys.executable, ROOT / "guides" / name],
-            env={
-                **os.environ,
-                **settings,
-                "EPOCHS": "1",
-                "KERAS_BACKEND": keras.backend.backend(),
-                "MPLBACKEND": "agg",
-                "RESULTS": str(results),
-                "PYTHONPATH": str(ROOT),
-            },
-            capture_output=True,
-            text=True,
-            timeout=600,
+    def run_guide(name, results):
+        return run_program(
+            "tests/guides/program.py",
+            f"guides/{name}",
+            few_images / "images",
+            EPOCHS="1",
+            MPLBACKEND="agg",
+            RESULTS=str(results),
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
 
     return run_guide
 

@@ -132,6 +132,17 @@ def compiled_select(masking):
     return jax.jit(masking.select)
 
 
+def compiled_step(masking):
+    """A compiled step that trains a dense layer before a masking of 24 patches."""
+    tokens, images = keras.Input((25, 6)), keras.Input((32, 48, 3))
+    kept = masking(keras.layers.Dense(6)(tokens), images=images, training=True)
+    pooled = keras.layers.GlobalAveragePooling1D()(kept)
+    model = keras.Model((tokens, images), pooled)
+    model.compile("sgd", "mse")
+    inputs = [tokens_of(48, 25), photographs(32, 48, 48).astype("float32")]
+    return lambda: model.train_on_batch(inputs, np.zeros((48, 6), "float32"))
+
+
 def assert_selects(masking, expected, rows=None, compiled=False, **inputs):
     """Asserts that `select` gives the expected selection, in the rows that count."""
     select = compiled_select(masking) if compiled else masking.select

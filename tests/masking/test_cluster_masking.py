@@ -10,6 +10,7 @@ from tests.masking import masking_reference as reference
 from tests.masking.images import (
     CLEAR,
     assert_selects,
+    compiled_step,
     draw_noise,
     dtype_of,
     mosaic,
@@ -202,6 +203,8 @@ class TestSimilarity:
         rng = np.random.default_rng(9)
         images = textured(rng, 3, 24, 32, 3)
         tokens = tokens_of(3, prefix + 12)
+        # A token of zeros is like none, not even itself.
+        tokens[:, prefix + 3] = 0.0
         anchors = np.array([[0, 3], [5, 1], [11, 4]], "int32")
         masking = kcm.ClusterMasking(8, embedding_weight=weight)
         mixed = reference.mixed_similarity(
@@ -313,8 +316,7 @@ class TestAdapt:
         assert abs(ratios.mean() - masking.mask_ratio) < 0.01 + error
 
     @pytest.mark.parametrize(
-        ("mask_ratio", "dtype"),
-        [(0.3, "uint8"), (0.5, "uint8"), (0.7, "uint8"), (0.5, "float32")],
+        ("mask_ratio", "dtype"), [(0.3, "uint8"), (0.7, "float32")]
     )
     def test_reaches_the_target_on_photographs(self, mask_ratio, dtype):
         images = photographs(32, 48, 20 * ROWS)
@@ -361,16 +363,11 @@ class TestAdapt:
     def test_replaces_the_threshold_that_a_built_model_uses(self):
         images = photographs(32, 48, ROWS)
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, threshold=-1.0, seed=1)
-        inputs = keras.Input((25, 6)), keras.Input((32, 48, 3))
-        tokens = masking(inputs[0], images=inputs[1], training=True)
-        pooled = keras.layers.GlobalAveragePooling1D()(tokens)
-        model = keras.Model(inputs, pooled)
-        model.compile("sgd", "mse")
-        data = [tokens_of(ROWS, 25), images.astype("float32")]
-        model.train_on_batch(data, np.zeros((ROWS, 6), "float32"))
+        step = compiled_step(masking)
+        step()
         assert numpy(masking.last_mask_ratio) > 0.9
         masking.adapt(images)
-        model.train_on_batch(data, np.zeros((ROWS, 6), "float32"))
+        step()
         assert abs(numpy(masking.last_mask_ratio) - 0.5) < 0.15
 
     @pytest.mark.any_backend
@@ -415,7 +412,7 @@ class TestEmbeddingSchedule:
         )
         np.testing.assert_array_equal(got, expected)
 
-    @pytest.mark.parametrize(("start", "hide_padding"), [(-0.3, True), (0.6, False)])
+    @pytest.mark.parametrize(("start", "hide_padding"), [(-0.15, True), (0.2, False)])
     def test_threshold_follows_until_the_ratio_is_back_at_the_target(
         self, start, hide_padding
     ):
@@ -432,7 +429,7 @@ class TestEmbeddingSchedule:
         )
         tokens = tokens_of(ROWS, 1 + 24, dim=16)
         shares, ratios, thresholds = [], [], [start]
-        for _ in range(80):
+        for _ in range(45):
             noise = masking.draw(ROWS, 24)
             anchors = masking.draw_anchors(noise)
             similarity = numpy(masking.similarity(images, anchors, tokens))
@@ -470,31 +467,6 @@ class TestEmbeddingSchedule:
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.1, threshold=-0.5)
         masking(tokens_of(ROWS, 25), images=photographs(32, 48, ROWS), training=True)
         assert float(numpy(masking.threshold.value)) == -0.5
-
-
-def test_a_saved_model_masks_as_before(tmp_path):
-    images = photographs(32, 48, ROWS)
-    masking = kcm.ClusterMasking(
-        8, min_mask_ratio=0.2, embedding_weight=ramp(9), seed=1
-    )
-    masking.adapt(images)
-    inputs = keras.Input((25, 6)), keras.Input((32, 48, 3)), keras.Input((24,))
-    kept = masking(inputs[0], images=inputs[1], training=True, noise=inputs[2])
-    model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(kept))
-    noise = draw_noise(np.random.default_rng(28), ROWS, 24)
-    data = [tokens_of(ROWS, 25), images.astype("float32"), noise]
-    masking.step.assign(3)
-    model.save(tmp_path / "model.keras")
-    # Calling moves step and threshold, so what was saved is noted first.
-    threshold = float(numpy(masking.threshold.value))
-    expected = numpy(model([ops.convert_to_tensor(x) for x in data]))
-    assert not np.allclose(expected, data[0].mean(axis=1), atol=0.1)
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    (again,) = (x for x in loaded.layers if isinstance(x, kcm.ClusterMasking))
-    assert float(numpy(again.threshold.value)) == threshold
-    assert int(numpy(again.step.value)) == 3
-    got = numpy(loaded([ops.convert_to_tensor(x) for x in data]))
-    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 @pytest.mark.any_backend

@@ -4,7 +4,7 @@ from keras import ops
 from scipy import ndimage
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.masking.edge_masking import doubly_stochastic_rows, edge_map
+from keras_cluster_mask.masking.edge_masking import edge_map
 from tests.masking import masking_reference as reference
 from tests.masking.images import (
     CLEAR,
@@ -103,20 +103,6 @@ def test_rounding_errors_are_no_edges():
     assert len(np.unique(patches.mean(axis=-1))) > 1
     got = numpy(edge_map(ops.convert_to_tensor(patches), (6, 4)))
     np.testing.assert_array_equal(got, 0.0)
-
-
-def test_transport_is_sinkhorns_algorithm_on_what_is_not_negative():
-    images, noise, _ = case(*GEOMETRIES[0], seed=8)
-    similarity = reference.pairwise_similarity(images, 4)
-    assert similarity.min() < -0.1
-    expected = reference.sinkhorn(similarity)
-    np.testing.assert_allclose(expected.sum(axis=1), 1.0, atol=0.01)
-    np.testing.assert_allclose(expected.sum(axis=2), 1.0, atol=0.01)
-    seeds = np.argsort(noise, axis=1)[:, :3].astype("int32")
-    tensors = ops.convert_to_tensor(similarity.astype("float32")), seeds
-    got = numpy(doubly_stochastic_rows(*map(ops.convert_to_tensor, tensors)))
-    expected = np.take_along_axis(expected, seeds[:, :, None], axis=1)
-    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_zero_tokens_are_like_none_even_themselves():

@@ -7,12 +7,12 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.patch_grid import grid_of_square_patches
 from keras_cluster_mask.masking.selection import (
     order_by_score,
-    part_of_batch,
     second_draw,
 )
 from tests.masking.images import (
     FALSE_ALARM,
     chi_square,
+    compiled_step,
     draw_noise,
     dtype_of,
     numpy,
@@ -192,11 +192,7 @@ def test_a_grid_is_inferred_from_images_of_both_data_formats():
 
 def test_last_mask_ratio_moves_in_a_compiled_step():
     masking = kcm.RandomMasking(0.25, num_prefix_tokens=1)
-    inputs = keras.Input((17, 6))
-    tokens = masking(keras.layers.Dense(6)(inputs), training=True)
-    model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(tokens))
-    model.compile("sgd", "mse")
-    model.train_on_batch(tokens_of(2, 17), np.zeros((2, 6), "float32"))
+    compiled_step(masking)()
     np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.25, atol=1e-6)
 
 
@@ -257,11 +253,3 @@ def test_a_stateless_call_returns_the_state_of_a_compiled_function():
         np.testing.assert_array_equal(
             numpy(kept), numpy(other(tokens_of(2, 17), training=True))
         )
-
-
-def test_a_part_of_a_batch_ends_with_its_block_even_after_an_error():
-    images = np.zeros((3, 16, 16, 3), "float32")
-    with pytest.raises(RuntimeError), part_of_batch(6, lambda noise: noise[:1]):
-        raise RuntimeError
-    indices, _ = kcm.ClusterMasking(4, seed=1).select(images)
-    assert indices.shape[0] == 3

@@ -4,25 +4,13 @@ from keras import ops
 
 from keras_cluster_mask.masking import similarity as library
 from tests.masking import masking_reference as reference
-from tests.masking.images import dtype_of, mosaic, numpy, textured
+from tests.masking.images import mosaic, numpy, textured
 
 TOLERANCE = 2.0**-12 + 1e-6
 
 
 def tensor(array):
     return ops.convert_to_tensor(array)
-
-
-@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("patch_size", [(4, 4), (4, 8), (12, 2)])
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_patches_are_cut_row_by_row(data_format, patch_size, dtype):
-    images = textured(np.random.default_rng(0), 8, 24, 16, 3, dtype, data_format)
-    patches = library.extract_patches(tensor(images), patch_size, data_format)
-    assert dtype_of(patches) == "float32"
-    np.testing.assert_array_equal(
-        numpy(patches), reference.patches(images, patch_size, data_format)
-    )
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "float16", "bfloat16"])
@@ -68,18 +56,6 @@ def test_pixel_similarity_is_finite_and_1_to_itself(scale, offset):
     assert np.isfinite(got).all()
     own = np.diagonal(got, axis1=1, axis2=2)
     np.testing.assert_allclose(own, 1.0, atol=1e-5)
-
-
-def test_token_similarity_is_the_cosine_and_0_for_zero_tokens():
-    rng = np.random.default_rng(4)
-    tokens = rng.normal(size=(8, 24, 6)).astype("float32")
-    tokens[:, 3] = 0.0
-    anchors = np.tile(np.array([3, 0, 7, 9, 23], "int32"), (8, 1))
-    got = numpy(library.token_similarity(tensor(tokens), tensor(anchors)))
-    pairwise = reference.token_similarity(tokens)
-    expected = np.take_along_axis(pairwise, anchors[:, :, None], axis=1)
-    np.testing.assert_allclose(got, expected, atol=1e-5)
-    np.testing.assert_array_equal(got[:, 0], 0.0)
 
 
 def test_rounding_is_to_multiples_of_the_step_at_most_1_without_minus_zero():

@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import keras
@@ -85,16 +86,9 @@ def test_look_at_images_as_the_model_prepares_them():
 
 @pytest.mark.any_backend
 def test_stop_an_endless_generator_at_max_images():
-    read = []
-
-    def endless():
-        while True:
-            read.append(4)
-            yield {"images": PIXELS[:4]}
-
-    found = statistics_of(cluster_masking(), endless(), max_images=10)
+    endless = itertools.repeat({"images": PIXELS[:4]})
+    found = statistics_of(cluster_masking(), endless, max_images=10)
     assert len(found.keep_ratio) == 10
-    assert sum(read) == 12
 
 
 class Dimmest(kcm.PatchMasking):

@@ -1,0 +1,173 @@
+"""Strategies of TensorFlow: two devices of one process, and several machines."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.training.step_metrics import FiniteSteps
+from tests.helpers import (
+    TokenLog,
+    image_mlp,
+    random_pairs,
+    run_program,
+    small_model,
+    text_bag,
+    tiny_clip,
+)
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="strategies of TensorFlow"
+)
+
+
+@pytest.fixture(scope="module")
+def strategy():
+    """Two devices, of which `tests/conftest.py` sets up the second.
+
+    One for all tests: a second strategy's collective operations have the first one's
+    numbers.
+    """
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def as_dataset(data, batch_size=8, drop_remainder=True):
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(data)
+    return dataset.batch(batch_size, drop_remainder=drop_remainder)
+
+
+def test_a_loss_that_is_not_finite_on_one_replica_counts_for_all(strategy):
+    import tensorflow as tf
+
+    with strategy.scope():
+        record = FiniteSteps()
+    for bad in (0, 1):
+        record.restart()
+        for step in range(4):
+            losses = [np.nan if step == 2 and i == bad else 1.0 for i in range(2)]
+            values = strategy.experimental_distribute_values_from_function(
+                lambda context, losses=losses: tf.constant(
+                    losses[context.replica_id_in_sync_group]
+                )
+            )
+            strategy.run(record.update_state, args=(values,))
+        steps, finite, loss = record.read()
+        assert (steps, finite) == (4, 2)
+        assert np.isnan(loss)
+
+
+@pytest.mark.parametrize("format", ["tf", "grain"])
+def test_replicas_see_each_batch_of_a_stream_once_and_in_order(
+    format, strategy, write_pairs
+):
+    shard = write_pairs("a.tar", 0, 14)
+
+    def number_as_token(captions):
+        return np.array([[int(x.split()[1])] * 6 for x in captions], "int32")
+
+    def stream(format):
+        return kcm.data.image_text_dataset(
+            shard, number_as_token, 16, 4, training=True, format=format
+        )
+
+    with strategy.scope():
+        log, ids = TokenLog(14, rows=4), keras.Input((6,), dtype="int32")
+        text_encoder = keras.Model(ids, text_bag()(log(ids)))
+        model = kcm.ContrastiveModel(image_mlp(), text_encoder)
+        model.compile("sgd")
+    data = stream(format)
+    model.fit(data, epochs=3, verbose=0)
+    model.fit(data, steps_per_epoch=5, verbose=0)
+    batches = itertools.islice(stream("grain"), 14)
+    expected = [batch["token_ids"][:, 0] for batch in batches]
+    np.testing.assert_array_equal(log.seen_tokens(), expected)
+
+
+def test_replicas_without_rows_count_for_nothing_in_evaluation(strategy):
+    one = small_model()
+    one.compile("sgd")
+    with strategy.scope():
+        two = small_model()
+        two.compile("sgd")
+    two.set_weights(one.get_weights())
+    for count in (9, 11):
+        weight = np.linspace(0, 2, count, dtype="float32")
+        for weights in ({}, {"sample_weight": weight}):
+            data = as_dataset(random_pairs(count) | weights, drop_remainder=False)
+            found, expected = (x.evaluate(data, verbose=0) for x in (two, one))
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(count))
+
+
+def test_a_multi_optimizer_updates_as_on_one_device(strategy):
+    def optimizer():
+        several = {".*bias": keras.optimizers.SGD(0.1)}
+        several = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), several)
+        return keras.optimizers.MultiOptimizer(several)
+
+    pairs = random_pairs(8)
+    single = small_model()
+    single(pairs)
+    start = single.get_weights()
+    single.compile(optimizer())
+    with strategy.scope():
+        model = small_model()
+        model(pairs)
+        model.set_weights(start)
+        model.compile(optimizer())
+    for each in (single, model):
+        each.fit(as_dataset(pairs), verbose=0)
+    for one, other, before in zip(single.get_weights(), model.get_weights(), start):
+        np.testing.assert_allclose(other - before, one - before, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        *(
+            (
+                {},
+                lambda full=full: as_dataset(random_pairs(6), 3, full),
+                "must divide the batch size[^$]*"
+                f"Received: batch_size={size}, 2 replicas",
+            )
+            for full, size in ((True, 3), (False, None))
+        ),
+        (
+            {"steps_per_execution": 2},
+            lambda: as_dataset(random_pairs(16)),
+            "must be 1 on several devices of TensorFlow",
+        ),
+    ],
+)
+def test_what_replicas_cannot_do_is_refused(options, data, message, strategy):
+    with strategy.scope():
+        model = small_model()
+        model(random_pairs(8))
+        model.compile("sgd", **options)
+    with pytest.raises(ValueError, match=message):
+        model.fit(data(), verbose=0)
+
+
+def test_a_masking_made_outside_of_the_scope_is_refused(strategy):
+    masking = kcm.ClusterMasking(4, embedding_weight=0.5)
+    with strategy.scope():
+        model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
+        model.compile("sgd")
+    message = (
+        r"its masking too, must be made in the scope[\s\S]*Received: \['cluster_masking"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.fit(as_dataset(random_pairs(4), 4), verbose=0)
+
+
+@pytest.mark.slow
+def test_several_machines_are_refused_with_another_way():
+    printed = run_program("tests/distribution/machines_program.py")
+    assert "keras.distribution.initialize()" in printed
+    assert "Received: strategy=" in printed

@@ -1,0 +1,116 @@
+"""Uses every room of the library once.
+
+    python all_rooms.py SHARD RECORDS
+
+Writes to the current folder, and prints what else is to be compared.
+"""
+
+import pathlib
+import sys
+
+import keras
+import numpy as np
+from PIL import Image
+
+import keras_cluster_mask as kcm
+
+NAMES = ["cat", "dog"]
+
+
+def make_model():
+    tokenizer = kcm.data.CLIPTokenizer.train(NAMES, 600, context_length=8)
+    backbone = kcm.models.clip_backbone(
+        "tiny", 16, tokenizer.vocabulary_size, context_length=8
+    )
+    backbone = kcm.models.with_image_size(backbone, 32)
+    backbone = kcm.models.with_context_length(backbone, 6)
+    masking = kcm.AttentiveMasking(kcm.models.MomentumEncoder(backbone.vision_encoder))
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+    model.compile("adam", log_gradient_norm=True)
+    return model, backbone, tokenizer.with_context_length(6)
+
+
+def train_on_arrays(model, tokenizer):
+    rng = np.random.default_rng(0)
+    labels = np.arange(8) % 2
+    images = rng.integers(0, 256, size=(8, 32, 32, 3)).astype("uint8")
+    pairs = {"images": images, "token_ids": tokenizer([NAMES[x] for x in labels])}
+    classes = (images, labels)
+    fit = dict(batch_size=4, verbose=0, resume_from="run")
+    callbacks = [
+        kcm.callbacks.Throughput(),
+        kcm.callbacks.ZeroShot(classes, NAMES, tokenizer),
+        kcm.callbacks.Checkpoint("run"),
+    ]
+    model.fit(pairs, callbacks=callbacks, **fit)
+    history = model.fit(pairs, epochs=2, **fit)
+    assert len(history.history["loss"]) == 2
+    kcm.visualization.plot_history(history).savefig("history.png")
+    masking = kcm.ClusterMasking(8)
+    statistics = kcm.masking.masking_statistics(masking, images, verbose=0)
+    kcm.visualization.plot_masking_statistics(statistics).savefig("statistics.png")
+    return pairs, classes
+
+
+def save_and_load(model, tokenizer, pairs, classes):
+    model.save("model.keras")
+    model.text_tower.save("tower.keras")
+    loaded = keras.saving.load_model("model.keras")
+    before, after = (x.predict(pairs, verbose=0) for x in (model, loaded))
+    for key, values in before.items():
+        np.testing.assert_array_equal(values, after[key])
+    probe = kcm.evaluation.evaluate_linear_probe(
+        "model.keras", classes, classes, regularization=1.0, verbose=0
+    )
+    assert 0 <= probe["top_1"] <= 1
+    texts = kcm.evaluation.embed_texts(loaded, NAMES, tokenizer, verbose=0)
+    assert texts.shape == (2, 96)
+    kcm.interop.save_open_clip(model, "clip.safetensors")
+    again = kcm.interop.load_open_clip("clip.safetensors")
+    assert again.backbone.count_params() == model.backbone.count_params()
+    assert kcm.distribution.is_main_process()
+    assert kcm.distribution.num_replicas() == 1
+
+
+def train_on_shards(backbone, tokenizer, shard):
+    dataset = kcm.data.image_text_dataset(
+        shard,
+        tokenizer,
+        32,
+        4,
+        training=True,
+        text_masking=kcm.data.RandomTextMasking(),
+        sampling=kcm.data.Sampling({f"{i:04}": 0.6 for i in range(20)}),
+    )
+    held_out = kcm.data.image_text_dataset(shard, tokenizer, 32, 4, training=False)
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, loss="sigmoid", micro_batch_size=2
+    )
+    model.compile("adam")
+    history = model.fit(dataset, validation_data=held_out, verbose=0)
+    assert len(history.history["val_loss"]) == 1
+    assert model.predict(held_out, verbose=0)["text_embeddings"].shape == (20, 96)
+
+
+def read_files(shard, records):
+    try:
+        kcm.data.image_text_dataset(
+            shard, lambda texts: [[1]] * len(texts), 8, 2, training=False, format="tf"
+        )
+    except ImportError as error:
+        print("refused:", error)
+    folder = pathlib.Path("photographs")
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (folder / "metadata.csv").write_text("file_name,caption\na.png,black\n")
+    print("intact:", kcm.data.check(folder)["samples"])
+    print(kcm.data.read_captions(records))
+
+
+if __name__ == "__main__":
+    shard, records = sys.argv[1:]
+    model, backbone, tokenizer = make_model()
+    pairs, classes = train_on_arrays(model, tokenizer)
+    save_and_load(model, tokenizer, pairs, classes)
+    train_on_shards(backbone, tokenizer, shard)
+    read_files(shard, records)

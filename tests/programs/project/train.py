@@ -1,0 +1,3 @@
+import sys
+
+print("keras" in sys.modules)
