@@ -9,6 +9,7 @@ from keras_cluster_mask.checks import check_integer, check_ratio
 from keras_cluster_mask.distribution.backends import is_traced, take_rows
 from keras_cluster_mask.masking.patch_grid import grid_of_masking
 from keras_cluster_mask.masking.selection import (
+    PutMask,
     best_patches,
     count_patches,
     kept_count,
@@ -389,18 +390,6 @@ class PatchMasking(keras.layers.Layer):
             }
         )
         return config
-
-
-class PutMask(keras.layers.Layer):
-    """Attaches a Keras mask to tokens."""
-
-    def __init__(self):
-        super().__init__(name="put_mask")
-        self.autocast = False
-        self.supports_masking = True
-
-    def call(self, tokens, mask):
-        return tokens
 
 
 def probe_pixels(prepare_pixels):

@@ -9,6 +9,7 @@ import contextlib
 import math
 import threading
 
+import keras
 from keras import ops
 
 from keras_cluster_mask.masking.patch_grid import grid_of_masking
@@ -175,6 +176,18 @@ def best_patches(masking, images, tokens, noises):
         return indices, ops.ones_like(indices, dtype="bool"), score
     visible = ops.take_along_axis(score, indices, axis=1) > -math.inf
     return indices, visible, score
+
+
+class PutMask(keras.layers.Layer):
+    """Attaches a Keras mask to tokens."""
+
+    def __init__(self):
+        super().__init__(name="put_mask")
+        self.autocast = False
+        self.supports_masking = True
+
+    def call(self, tokens, mask):
+        return tokens
 
 
 def order_by_score(score, noise):

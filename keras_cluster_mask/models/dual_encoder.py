@@ -1,9 +1,9 @@
 """Embeds images and texts in a shared space."""
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import keras
 from keras import ops
@@ -19,6 +19,7 @@ from keras_cluster_mask.models.encoders import (
     data_format_of,
 )
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
+from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import (
     check_statistics,
     normalize_pixels,
@@ -30,6 +31,7 @@ from keras_cluster_mask.models.text_families import (
     text_input_names,
     text_inputs,
 )
+from keras_cluster_mask.models.tower import Tower
 from keras_cluster_mask.training.gradient_checkpointing import (
     checkpointed,
     find_blocks,
@@ -87,7 +89,7 @@ class DualEncoder(keras.Model):
         self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
         self.head = head
         self.head.build_projections(_width(image_encoder), _width(text_encoder))
-        self.normalize_pixels = partial(
+        self.normalize_pixels = functools.partial(
             normalize_pixels,
             mean=pixel_mean,
             std=pixel_std,
@@ -218,6 +220,69 @@ class DualEncoder(keras.Model):
 
     def _blocks(self):
         return find_blocks(self, self.gradient_checkpointing, BLOCKS)
+
+    # === Other models that share the weights ===
+
+    @functools.cached_property
+    def image_tower(self) -> Tower:
+        """A `Tower` that embeds images, as `encode_image` does."""
+        # Nothing is masked at inference, so a saved tower needs no masking.
+        is_masked = isinstance(self.image_encoder, MaskedEncoder)
+        return Tower.of_images(self._with_whole_encoder() if is_masked else self)
+
+    @functools.cached_property
+    def text_tower(self) -> Tower:
+        """A `Tower` that embeds token ids, as `encode_text` does.
+
+        If the text encoder has several inputs, the tower takes a dictionary of them.
+        """
+        return Tower.of_texts(self)
+
+    def without_masking(self) -> Self:
+        """Makes a model with the same weights that trains on whole images.
+
+        Use it for the last epochs: a model pre-trained on parts of images improves with
+        some training on whole images. The models share encoders, projections,
+        temperature and bias, so training one trains the other. Only the optimizer is
+        new.
+
+        Example:
+
+        ```python
+        backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+        model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+        # model.compile(...), model.fit(...), and then:
+        whole = model.without_masking()
+        whole.compile(optimizer=keras.optimizers.AdamW(1e-5))
+        ```
+
+        Returns:
+            A model of the same class, to be compiled.
+
+        Raises:
+            ValueError: If the image encoder has a masking that `kcm.with_masking` did
+                not insert.
+
+        Reference:
+            - [Scaling Language-Image Pre-training via Masking](
+              https://arxiv.org/abs/2212.00794) for unmasked tuning.
+        """
+        whole = self._with_whole_encoder()
+        if whole.maskings:
+            raise ValueError(
+                "`image_encoder` must have its masking from `kcm.with_masking`, which "
+                "can remove it. Received: maskings "
+                f"{[masking.name for masking in whole.maskings]} of another kind"
+            )
+        return whole
+
+    def _with_whole_encoder(self):
+        """Makes the model of `without_masking`, without checking for other maskings."""
+        encoder = self.image_encoder
+        if isinstance(encoder, MaskedEncoder):
+            encoder = encoder.encoder
+        options = {**self._options(), "views": 1}
+        return type(self)(encoder, self.text_encoder, head=self.head, **options)
 
 
 def _maskings(layer):

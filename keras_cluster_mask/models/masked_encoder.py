@@ -8,8 +8,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.patch_masking import PutMask
-from keras_cluster_mask.masking.selection import count_patches
+from keras_cluster_mask.masking.selection import PutMask, count_patches
 from keras_cluster_mask.models.encoders import (
     call_encoder,
     count_prefix_tokens,

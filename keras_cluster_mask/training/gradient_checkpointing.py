@@ -6,7 +6,7 @@ import keras
 from keras import ops, tree
 
 from keras_cluster_mask.distribution.chunks import recompute
-from keras_cluster_mask.masking.patch_masking import PutMask
+from keras_cluster_mask.masking.selection import PutMask
 from keras_cluster_mask.training.layers import all_layers, state_variables
 
 
