@@ -27,7 +27,7 @@ from keras_cluster_mask.interop.weight_files import find_weights
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
-from keras_cluster_mask.models.pixels import (
+from keras_cluster_mask.models.inputs import (
     CLIP_MEAN,
     CLIP_STD,
     SIGLIP_MEAN,

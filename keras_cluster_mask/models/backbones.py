@@ -10,7 +10,6 @@ from keras import ops
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import (
-    call_encoder,
     find_embedding_layer,
     number_positions,
     read_text_epsilon,
@@ -21,8 +20,12 @@ from keras_cluster_mask.models.head import (
     INITIAL_TEMPERATURE,
     ContrastiveHead,
 )
+from keras_cluster_mask.models.inputs import (
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    call_encoder,
+)
 from keras_cluster_mask.models.masked_encoder import with_masking
-from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
 from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.layers import frozen_parts
 from keras_cluster_mask.types import Tensor

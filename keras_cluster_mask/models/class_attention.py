@@ -10,11 +10,11 @@ from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
     as_pair,
-    call_encoder,
     count_tokens,
     data_format_of,
     image_shape_of,
 )
+from keras_cluster_mask.models.inputs import call_encoder
 
 # Blocks of keras_hub's vision transformers with a class token. By the name of their
 # class, the attributes with the norm before the attention and the

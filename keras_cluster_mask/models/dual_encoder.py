@@ -14,23 +14,21 @@ from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import views_of_image
 from keras_cluster_mask.models.encoders import (
     BLOCKS,
-    call_encoder,
     context_length_of,
     data_format_of,
 )
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
-from keras_cluster_mask.models.masked_encoder import MaskedEncoder
-from keras_cluster_mask.models.pixels import (
+from keras_cluster_mask.models.inputs import (
+    MADE,
+    call_encoder,
     check_statistics,
     normalize_pixels,
     pixel_range,
-)
-from keras_cluster_mask.models.text_families import (
-    MADE,
-    text_family_of,
     text_input_names,
     text_inputs,
 )
+from keras_cluster_mask.models.masked_encoder import MaskedEncoder
+from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.models.tower import Tower
 from keras_cluster_mask.training.gradient_checkpointing import (
     checkpointed,

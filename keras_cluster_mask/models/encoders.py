@@ -72,18 +72,6 @@ BLOCKS = (
 # === Any encoder ===
 
 
-def call_encoder(encoder, value, training):
-    """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
-    inputs = getattr(encoder, "input", None)
-    if isinstance(value, dict):
-        if not isinstance(inputs, dict):
-            value = [value[x.name] for x in tree.flatten(inputs)]
-            value = tree.pack_sequence_as(inputs, value)
-    elif isinstance(inputs, dict) and len(inputs) == 1:
-        value = dict.fromkeys(inputs, value)
-    return encoder(value, training=training)
-
-
 def image_shape_of(encoder) -> tuple | None:
     """Returns the shape of an encoder's images, without the batch, or `None`."""
     given = getattr(encoder, "input", None)

@@ -10,7 +10,6 @@ from keras import ops, tree
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import PutMask, count_patches
 from keras_cluster_mask.models.encoders import (
-    call_encoder,
     count_prefix_tokens,
     count_tokens,
     find_embedding_layer,
@@ -18,6 +17,7 @@ from keras_cluster_mask.models.encoders import (
     number_positions,
     split_at,
 )
+from keras_cluster_mask.models.inputs import call_encoder
 from keras_cluster_mask.models.rotary_positions import rotary_tables
 from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
 from keras_cluster_mask.types import Tensor

@@ -10,7 +10,6 @@ from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.replicas import assign_equal
 from keras_cluster_mask.models.class_attention import ClassAttention
 from keras_cluster_mask.models.encoders import (
-    call_encoder,
     check_no_lora,
     copy_with,
     data_format_of,
@@ -21,6 +20,7 @@ from keras_cluster_mask.models.encoders import (
     position_tables,
 )
 from keras_cluster_mask.models.image_size import resize_positions, with_image_size
+from keras_cluster_mask.models.inputs import call_encoder
 from keras_cluster_mask.types import Tensor
 
 

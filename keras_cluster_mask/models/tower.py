@@ -5,14 +5,15 @@ from typing import Any, Self
 import keras
 
 from keras_cluster_mask.distribution.backends import keeping_weights
-from keras_cluster_mask.models.encoders import call_encoder, data_format_of
+from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.head import l2_normalize
-from keras_cluster_mask.models.pixels import normalize_pixels
-from keras_cluster_mask.models.text_families import (
-    text_family_of,
+from keras_cluster_mask.models.inputs import (
+    call_encoder,
+    normalize_pixels,
     text_input_names,
     text_inputs,
 )
+from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.layers import from_parts, frozen_parts
 from keras_cluster_mask.types import Tensor
 

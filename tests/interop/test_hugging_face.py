@@ -243,7 +243,7 @@ def test_the_model_takes_the_options_of_from_backbone(folder):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
 def test_pixels_are_normalized_as_the_files_say(folder, name):
-    assert load_hugging_face(folder).pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
+    assert load_hugging_face(folder).pixel_mean == [*kcm.models.inputs.CLIP_MEAN]
     config = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     if name == "processor_config.json":
         config = {"image_processor": config}

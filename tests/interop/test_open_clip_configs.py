@@ -105,7 +105,7 @@ def test_a_config_says_heads_activation_and_pixels(tmp_path, where):
     assert model.backbone.vision_encoder.num_heads == 4
     assert model.backbone.text_encoder.num_heads == 4
     if where == "model only":
-        assert model.pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
+        assert model.pixel_mean == [*kcm.models.inputs.CLIP_MEAN]
     else:
         assert model.pixel_mean == PREPROCESSING["mean"]
         assert model.pixel_std == PREPROCESSING["std"]

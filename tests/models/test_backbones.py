@@ -10,7 +10,11 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
+from keras_cluster_mask.models.inputs import (
+    CLIP_MEAN,
+    CLIP_STD,
+    SIGLIP_MEAN,
+)
 from tests.helpers import (
     FAST,
     VOCABULARY,

@@ -6,7 +6,11 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, normalize_pixels
+from keras_cluster_mask.models.inputs import (
+    CLIP_MEAN,
+    CLIP_STD,
+    normalize_pixels,
+)
 from tests.helpers import text_bag, to_numpy
 
 

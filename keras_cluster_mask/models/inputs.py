@@ -1,0 +1,172 @@
+"""The inputs of encoders: normalized pixels, token ids, and how they are passed."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from keras_cluster_mask.models.text_families import TextFamily
+
+# Inputs that are made from the token ids if a batch does not hold them.
+MADE = "padding_mask", "segment_ids"
+
+# Channel statistics that OpenAI trained CLIP with, for values in [0, 1]
+# (https://github.com/openai/CLIP, clip/clip.py).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# SigLIP's images are in [-1, 1] (https://github.com/google-research/big_vision,
+# `value_range(-1, 1)` in its configurations).
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+
+
+def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
+    """Scales and normalizes uint8 images, and returns float images unchanged.
+
+    This runs on the device, in the compiled step, because uint8 takes a quarter of the
+    memory and of the transfer of float32.
+
+    Args:
+        images: `(batch, H, W, C)` tensor, or channels first.
+        mean: Three floats, one per channel. Their average is used if there are not
+            three channels. `None` returns all images unchanged.
+        std: Three floats, one per channel, averaged like `mean`.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to
+            `keras.config.image_data_format()`.
+
+    Returns:
+        A float32 tensor for uint8 images; any other tensor unchanged.
+
+    Raises:
+        ValueError: For integers other than uint8, whose range is not known.
+    """
+    images = ops.convert_to_tensor(images)
+    dtype = keras.backend.standardize_dtype(images.dtype)
+    if mean is None or keras.backend.is_float_dtype(dtype):
+        return images
+    if dtype != "uint8":
+        raise ValueError(
+            "`images` must be uint8, or floats normalized with the `pixel_mean` and "
+            "`pixel_std` of the model: pass pixels as `images.astype('uint8')`. "
+            f"Received: images of type {dtype}"
+        )
+    data_format = data_format or keras.config.image_data_format()
+    axis = 1 if data_format == "channels_first" else -1
+    shape = [1, 1, 1, 1]
+    shape[axis] = 3
+    values = np.array([mean, std], "float32")
+    if images.shape[axis] != 3:
+        shape[axis], values = 1, values.mean(axis=1)
+    # Use tensors, because torch cannot export a model that computes with NumPy arrays.
+    mean, std = (ops.convert_to_tensor(np.reshape(x, shape)) for x in values)
+    return (ops.cast(images, "float32") / 255.0 - mean) / std
+
+
+def check_statistics(mean, std):
+    """Raises an error unless a mean and a standard deviation can normalize pixels."""
+    if mean is None:
+        return
+    for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+        values = np.array(values, "float64")
+        if values.shape != (3,) or not np.all(np.isfinite(values)):
+            raise ValueError(
+                f"`{name}` must be three finite numbers. Received: {name}={values}"
+            )
+    if np.min(std) <= 0:
+        raise ValueError(
+            f"`pixel_std` must be greater than 0. Received: pixel_std={std}"
+        )
+
+
+def pixel_range(mean, std):
+    """Returns the values of a black and a white pixel after normalization.
+
+    Returns:
+        Two floats, the lowest and the highest of all channels; `None` without a mean.
+    """
+    if mean is None:
+        return None
+    mean, std = np.array(mean), np.array(std)
+    return float(np.min(-mean / std)), float(np.max((1.0 - mean) / std))
+
+
+# === Texts ===
+
+
+def text_input_names(encoder: keras.layers.Layer) -> tuple[str, ...]:
+    """Returns the names of a text encoder's inputs.
+
+    Args:
+        encoder: A Keras model. A single input may have any name. If there are several,
+            one must be named `"token_ids"`.
+
+    Returns:
+        A tuple of str.
+
+    Raises:
+        ValueError: If none of several inputs is `"token_ids"`.
+    """
+    inputs = getattr(encoder, "input", None)
+    names = tuple(inputs) if isinstance(inputs, dict) else ()
+    names = names or tuple(x.name for x in tree.flatten(inputs) if x is not None)
+    if len(names) < 2:
+        return ("token_ids",)
+    if "token_ids" not in names:
+        raise ValueError(
+            "`text_encoder` must have one input, or inputs that are named as the "
+            "entries of a batch, 'token_ids' among them. "
+            f"Received: inputs {[*names]}"
+        )
+    return names
+
+
+def text_inputs(names: tuple[str, ...], family: TextFamily, given: Any) -> Any:
+    """Returns the inputs to call a text encoder on: ids, or a dictionary of inputs.
+
+    For a BERT encoder, missing inputs are made from the ids. The `"padding_mask"` hides
+    padding; `InputRules` refuses ids of padding between others. The `"segment_ids"` are
+    0, because a caption is one segment.
+
+    Args:
+        names: The names of the encoder's inputs.
+        family: The family of the encoder.
+        given: `(batch, T)` token ids, or a dictionary of inputs by name.
+
+    Returns:
+        A tensor, or a dictionary of tensors.
+
+    Raises:
+        ValueError: If an input is missing, or the encoder does not have it.
+    """
+    given = given if isinstance(given, dict) else {"token_ids": given}
+    inputs = {name: ops.convert_to_tensor(value) for name, value in given.items()}
+    if "token_ids" in inputs:
+        ids = inputs["token_ids"]
+        if "padding_mask" in names and "padding_mask" not in inputs:
+            is_word = ops.not_equal(ids, family.padding_id)
+            inputs["padding_mask"] = ops.cast(is_word, "int32")
+        if "segment_ids" in names and "segment_ids" not in inputs:
+            inputs["segment_ids"] = ops.zeros_like(ids)
+    if inputs.keys() != {*names}:
+        missing = [name for name in names if name not in inputs]
+        raise ValueError(
+            "`token_ids` must be an array of ids, or a dictionary of the inputs of the "
+            f"text encoder, {[*names]}; missing: {missing}. "
+            f"Received: keys={sorted(given)}"
+        )
+    return inputs if len(names) > 1 else ids
+
+
+# === Calls ===
+
+
+def call_encoder(encoder, value, training):
+    """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
+    inputs = getattr(encoder, "input", None)
+    if isinstance(value, dict):
+        if not isinstance(inputs, dict):
+            value = [value[x.name] for x in tree.flatten(inputs)]
+            value = tree.pack_sequence_as(inputs, value)
+    elif isinstance(inputs, dict) and len(inputs) == 1:
+        value = dict.fromkeys(inputs, value)
+    return encoder(value, training=training)
