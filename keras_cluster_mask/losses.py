@@ -224,18 +224,11 @@ def compare(
         ops.matmul(images, ops.transpose(all_texts)),
         ops.matmul(texts, ops.transpose(all_images)),
     )
-    return similarities, positive_pairs(labels, all_labels)
-
-
-def positive_pairs(labels: Tensor, all_labels: Tensor) -> Tensor:
-    """Returns a `(rows, batch)` float32 matrix: 1 where labels are equal, else 0."""
-    labels, all_labels = (
-        ops.convert_to_tensor(labels),
-        ops.convert_to_tensor(all_labels),
-    )
+    labels, all_labels = map(ops.convert_to_tensor, (labels, all_labels))
     if len(labels.shape) == 1:
         labels, all_labels = labels[:, None], all_labels[:, None]
-    return ops.cast(ops.all(labels[:, None] == all_labels[None], axis=-1), "float32")
+    positives = ops.all(labels[:, None] == all_labels[None], axis=-1)
+    return similarities, ops.cast(positives, "float32")
 
 
 def softmax_row_losses(

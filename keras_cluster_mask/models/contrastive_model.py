@@ -319,7 +319,9 @@ class ContrastiveModel(ContrastiveTrainer):
         self.temperature_metric.update_state(1.0 / weights[0])
         if training:
             for masking in self.maskings:
-                ratio = replicas.replica_mean(masking.last_mask_ratio)
+                ratio = masking.last_mask_ratio
+                if is_split:
+                    ratio = replicas.replica_mean(ratio)
                 self.mask_ratio_metric.update_state(ratio)
                 masking.advance()
         return loss
