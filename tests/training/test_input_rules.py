@@ -22,7 +22,7 @@ RULES = InputRules(
     context_length=6,
     vocabulary_size=VOCABULARY,
     end_token_id=VOCABULARY - 1,
-    zeros_are_padding=True,
+    padding_id=0,
     training=True,
 )
 
