@@ -12,9 +12,9 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.training import training_data
+from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.input_rules import InputRules, as_dictionary
 from keras_cluster_mask.training.training_data import (
-    ArrayBatches,
     TrainingData,
     reader_of,
 )

@@ -1,0 +1,89 @@
+"""Training on arrays: full batches, in an order that a resumed run repeats."""
+
+import warnings
+
+import keras
+import numpy as np
+
+from keras_cluster_mask.batches import as_array
+from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.training.input_rules import LONELY
+
+
+class ArrayBatches:
+    """Full batches from arrays, as an endless stream of epochs.
+
+    Keras also trains on the last partial batch, although the loss depends on the batch
+    size, and draws an order that a resumed run cannot repeat. Here the order of an
+    epoch depends only on a seed. The last partial batch is dropped after the shuffle,
+    so each epoch leaves out different pairs.
+
+    Args:
+        arrays: Dictionary of arrays with one row per pair.
+        batch_size: Integer. If there are fewer pairs, they form one batch.
+        shuffle: Boolean.
+
+    Attributes:
+        start: Integer, the batch at which a pass starts.
+        shuffle_seed: Integer, the random seed of the order of each epoch.
+        element_spec: Dictionary with the shape and dtype of each entry of a batch.
+        description: The settings that must be the same when a run is resumed.
+        steps_per_epoch: Integer, the number of full batches in each epoch.
+    """
+
+    training = True
+
+    def __init__(self, arrays, batch_size, shuffle=True):
+        if not isinstance(shuffle, bool):
+            raise ValueError(
+                f"`shuffle` must be True or False. Received: shuffle={shuffle!r}"
+            )
+        self._arrays = {name: as_array(values) for name, values in arrays.items()}
+        self._shuffle = shuffle
+        self._pairs = pairs = len(self._arrays["token_ids"])
+        self._batch_size = min(batch_size, pairs)
+        if self._batch_size < 2:
+            raise ValueError(
+                f"{LONELY} Received: batch_size={batch_size}, arrays of {pairs} pairs"
+            )
+        self.steps_per_epoch, rest = divmod(pairs, self._batch_size)
+        if rest:
+            which = "others in each epoch" if shuffle else "the same in each epoch"
+            warnings.warn(
+                f"{rest} of {pairs} pairs fill no batch of {batch_size} and are left "
+                f"out, {which}.",
+                stacklevel=2,
+            )
+        self.element_spec = {
+            name: keras.InputSpec(str(x.dtype), (self._batch_size, *x.shape[1:]))
+            for name, x in self._arrays.items()
+        }
+        self.description = {
+            "data.pairs": pairs,
+            "data.batch_size": self._batch_size,
+            "data.shuffle": shuffle,
+        }
+        # `keras.utils.set_random_seed` seeds NumPy's global generator. All processes
+        # use the seed of the main process, which saves it.
+        self.shuffle_seed = all_gather_object(int(np.random.randint(2**31)))[0]
+        self.start = 0
+
+    @property
+    def stream(self):
+        """This stream. A `tf.data.Dataset` made from it has the same attribute."""
+        return self
+
+    def __len__(self):
+        return self.steps_per_epoch
+
+    def __iter__(self):
+        epoch, step = divmod(self.start, self.steps_per_epoch)
+        while True:
+            order = np.arange(self._pairs)
+            if self._shuffle:
+                rng = np.random.default_rng([self.shuffle_seed, epoch])
+                order = rng.permutation(self._pairs)
+            for first in range(step, self.steps_per_epoch):
+                rows = order[first * self._batch_size : (first + 1) * self._batch_size]
+                yield {name: array[rows] for name, array in self._arrays.items()}
+            epoch, step = epoch + 1, 0
