@@ -56,6 +56,16 @@ def folder_of_data(tmp_path_factory, copy_pairs, encode, write_tar_to):
             of_class.mkdir(parents=True)
             for i in range(6):
                 (of_class / f"{i}.png").write_bytes(encoded(80 * place + i))
+    # As clip_benchmark's command writes it.
+    flowers = folder / "wds_flowers" / "test"
+    flowers.mkdir(parents=True)
+    images = [(f"{i}.png", encoded(40 * i)) for i in range(6)]
+    labels = [(f"{i}.cls", b"%d" % (i % 3)) for i in range(6)]
+    write_tar_to(flowers / "0.tar", sorted(images + labels))
+    (flowers / "nshards.txt").write_text("1")
+    (flowers.parent / "classnames.txt").write_text("daisy\nrose\ntulip")
+    templates = flowers.parent / "zeroshot_classification_templates.txt"
+    templates.write_text("a photo of a {c}.")
     return folder
 
 
