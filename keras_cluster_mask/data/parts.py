@@ -32,7 +32,7 @@ RECORD = np.dtype(
     [
         ("offset", "<u8"),
         ("size", "<u8"),
-        # An `Entry`, with the hash of the key.
+        # The hash of the key.
         ("key", "<u8"),
         # The number of the layout: the fields and the fault.
         ("layout", "<u4"),

@@ -214,11 +214,6 @@ class Reading:
         """int. The number of rows per process in a full batch, rounded up."""
         return -(-self.batch_size // self.process[1])
 
-    @property
-    def num_batches(self):
-        """int. The number of batches in evaluation."""
-        return -(-len(self.index) // self.batch_size)
-
     def positions(self, batch):
         """Returns the range of the positions of this process in a batch."""
         first, count = batch * self.batch_size, self.batch_size

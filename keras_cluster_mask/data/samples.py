@@ -49,18 +49,17 @@ class Samples:
         """dict from the name of each entry of a batch to its `Spec`."""
         reading, captions = self.reading, self.captions
         rows = reading.rows if reading.training else None
-        text, has_tuples = Spec((rows,), "string"), captions.include_captions == "all"
+        included, text = captions.include_captions, Spec((rows,), "string")
+        of_captions = Spec((rows,), "object") if included == "all" else text
         token_ids = Spec((rows, length_of(captions.tokenizer)), "int32")
         specs = {
             "images": Spec((rows, *self.images.shape), "uint8"),
             "token_ids": captions.tokenizer is not None and token_ids,
-            "captions": Spec((rows,), "object") if has_tuples else text,
+            "captions": included and of_captions,
             "keys": self.include_keys and text,
             "paths": self.include_paths and text,
             "labels": reading.fields.labels and Spec((rows,), "int32"),
         }
-        if not captions.include_captions:
-            del specs["captions"]
         return {name: spec for name, spec in specs.items() if spec}
 
     @property

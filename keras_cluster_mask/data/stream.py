@@ -70,7 +70,7 @@ class ImageTextDataset(grain.IterDataset):
         In training, these are the full batches of the epoch at `start`.
         """
         if not self.training:
-            return self._reading.num_batches
+            return -(-self.num_samples // self.batch_size)
         epoch, _ = self._reading.order.place(self.start * self.batch_size)
         return self._reading.order.length(epoch) // self.batch_size
 

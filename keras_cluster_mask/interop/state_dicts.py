@@ -151,12 +151,13 @@ def load_model(
     fields = "loss", "pixel_mean", "pixel_std"
     options = {name: getattr(architecture, name) for name in fields} | options
     model = ContrastiveModel.from_backbone(backbone, masking=masking, **options)
-    # `from_backbone` starts a sigmoid loss at another temperature and bias.
+    # `from_backbone` starts a sigmoid loss at another temperature and bias, which only
+    # weights of the same loss replace.
     initial = {"logit_scale": "initial_temperature", "logit_bias": "initial_logit_bias"}
-    has_bias = model.head.logit_bias is not None
+    is_same_loss = model.head.loss == architecture.loss
     for entry in expected:
         is_open = entry.name in initial and options.get(initial[entry.name]) is None
-        if is_open and (has_bias or entry.path != BIAS):
+        if is_same_loss and is_open:
             entry.write(model, as_float32(state[entry.name]))
     return model
 

@@ -270,3 +270,12 @@ def test_open_clips_temperature_and_bias_are_loaded_whatever_their_shape():
         assert float(ops.convert_to_numpy(model.head.scale)) == pytest.approx(2.0)
         model = load(loss="softmax")
         assert model.head.logit_bias is None
+
+
+@pytest.mark.any_backend
+def test_softmax_weights_start_a_sigmoid_loss_as_a_backbone_does(tmp_path):
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
+    save_open_clip(backbone, tmp_path / "clip.safetensors")
+    model = load_open_clip(tmp_path / "clip.safetensors", loss="sigmoid")
+    assert float(ops.convert_to_numpy(model.head.scale)) == pytest.approx(10.0)
+    assert float(ops.convert_to_numpy(model.head.logit_bias)) == -10.0
