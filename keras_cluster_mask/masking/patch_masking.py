@@ -208,10 +208,14 @@ class PatchMasking(keras.layers.Layer):
         """
         images = None if images is None else ops.convert_to_tensor(images)
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
-        if noise is not None and self.grid is None and self.patch_size is None:
-            num_patches = noise.shape[-1]
-        else:
+        if noise is not None:
+            noise = ops.convert_to_tensor(noise, dtype="float32")
+        sees_grid = self.grid is not None or self.patch_size is not None
+        knows_prefix = tokens is not None and self.num_prefix_tokens is not None
+        if noise is None or sees_grid or knows_prefix:
             num_patches = count_patches(self, images, tokens)
+        else:
+            num_patches = noise.shape[-1]
         noises = noise_by_view(self, noise, images, tokens, num_patches)
         selected = best_patches(self, images, tokens, noises)[:2]
         if np.ndim(noise) != 3:

@@ -153,7 +153,7 @@ class DualEncoder(keras.Model):
         if "token_ids" in given and not is_traced(given["token_ids"]):
             has_mask = "padding_mask" in given
             self.input_rules.check_ids(given["token_ids"], has_mask)
-        return self.text_embeddings(token_ids, training)
+        return self.text_embeddings(given, training)
 
     # The following methods do not check values, because `fit` checks data before
     # training.

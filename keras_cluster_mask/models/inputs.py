@@ -51,12 +51,10 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
             f"Received: images of type {dtype}"
         )
     data_format = data_format or keras.config.image_data_format()
-    axis = 1 if data_format == "channels_first" else -1
-    shape = [1, 1, 1, 1]
-    shape[axis] = 3
+    axis, shape = (1, (-1, 1, 1)) if data_format == "channels_first" else (-1, -1)
     values = np.array([mean, std], "float32")
     if images.shape[axis] != 3:
-        shape[axis], values = 1, values.mean(axis=1)
+        values = values.mean(axis=1, keepdims=True)
     # Use tensors, because torch cannot export a model that computes with NumPy arrays.
     mean, std = (ops.convert_to_tensor(np.reshape(x, shape)) for x in values)
     return (ops.cast(images, "float32") / 255.0 - mean) / std

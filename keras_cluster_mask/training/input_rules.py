@@ -114,8 +114,13 @@ class InputRules:
             raise ValueError(f"{LONELY} Received: a batch of {rows}")
         # A batch of bright normalized images may look like pixels. Once a batch shows
         # that the images are normalized, those of later batches are not checked.
-        if "images" in batch and not self.is_normalized:
-            self.is_normalized = self.check_images(batch["images"])
+        # Never set back to False: batches may be checked in several threads.
+        if (
+            "images" in batch
+            and not self.is_normalized
+            and self.check_images(batch["images"])
+        ):
+            self.is_normalized = True
 
     def check_ids(self, ids, has_mask=False):
         """Raises an error if a text encoder cannot take the token ids.

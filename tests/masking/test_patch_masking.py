@@ -170,6 +170,16 @@ def test_a_grid_alone_does_not_say_how_many_images_there_are():
         kcm.GridMasking(grid=(4, 4)).select()
 
 
+@pytest.mark.parametrize("views", [(), (2,)])
+def test_noise_of_another_number_of_patches_is_refused(views):
+    masking, tokens = kcm.RandomMasking(0.5, num_prefix_tokens=1), tokens_of(2, 17)
+    wrong, right = (np.zeros((2, *views, n), "float32") for n in (10, 16))
+    with pytest.raises(ValueError, match=r"`noise` .*Received: noise.shape="):
+        masking.select(tokens=tokens, noise=wrong)
+    indices, _ = masking.select(tokens=tokens, noise=right.tolist())
+    assert tuple(indices.shape) == (2, *views, 8)
+
+
 def test_a_second_draw_is_uniform_and_does_not_depend_on_the_first():
     noise = kcm.RandomMasking(0.5, 0, seed=6).draw(1000, 64)
     first, second = numpy(noise, second_draw(noise))

@@ -141,6 +141,11 @@ TWO_SIZES = [np.zeros((2, 16, 24, 3)), np.zeros((2, 24, 16, 3))]
         (kcm.RandomMasking(0.5, num_prefix_tokens=1), {}, "`patch_size` "),
         (kcm.BlockMasking(grid=(6, 4)), {"patch_size": 4}, "`grid` "),
         (Dimmest(0.5, num_prefix_tokens=0), {"patch_size": 4}, "`embed` "),
+        (
+            kcm.RandomMasking(0.5, num_prefix_tokens=1),
+            {"patch_size": 4, "embed": lambda x: np.zeros((len(x), 26, 8), "float32")},
+            "`noise` ",
+        ),
         *(
             (strategy(4, embedding_weight=weight), {}, "`embed` ")
             for strategy in (kcm.ClusterMasking, kcm.KMeansMasking, kcm.EdgeMasking)

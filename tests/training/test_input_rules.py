@@ -231,6 +231,13 @@ def test_ids_are_checked_when_texts_are_encoded():
         model.encode_text(np.full((2, 6), 30))
 
 
+def test_ids_may_be_lists():
+    model, ids = make_model(), random_pairs(2)["token_ids"]
+    np.testing.assert_array_equal(
+        *(ops.convert_to_numpy(model.encode_text(x)) for x in (ids.tolist(), ids))
+    )
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("name", "value"),
