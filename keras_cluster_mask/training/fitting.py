@@ -13,6 +13,7 @@ from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
+from keras_cluster_mask.distribution.replicas import num_replicas
 from keras_cluster_mask.training.checkpoints import (
     finish_writing_everywhere,
     read_resumable,
@@ -125,7 +126,7 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     data = TrainingData(reader, steps_per_epoch, initial_epoch)
     check_batch_size(model, data.rows, data.description.get("data.pairs"))
     if data.batch_size and model.micro_batch_size:
-        check_micro_batches(data.batch_size, model.micro_batch_size)
+        check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
     data.check_same_everywhere()
     _check_executions(model.steps_per_execution, data.steps_per_epoch)
     return data
