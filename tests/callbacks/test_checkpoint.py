@@ -16,14 +16,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.checkpoints import CheckpointFiles
-from tests.helpers import (
-    FAST,
-    MASKINGS,
-    image_mlp,
-    masked_vit,
-    random_pairs,
-    text_bag,
-)
+from tests.helpers import FAST, MASKINGS, masked_vit, random_pairs, small_model
 
 from .training_run import (
     PROGRAM,
@@ -260,7 +253,7 @@ def test_every_so_many_epochs_and_the_last_are_saved(
 
 
 def small(**options):
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model = small_model()
     model.compile(keras.optimizers.SGD(0.01), **FAST, **options)
     return model
 
