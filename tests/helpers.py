@@ -306,6 +306,16 @@ def as_trained(model):
     return model
 
 
+def draw_nothing(monkeypatch):
+    """Drawing 150 million numbers, only to count or replace them, takes long."""
+
+    def zeros(initializer, shape, dtype=None, **kwargs):
+        return ops.zeros(shape, dtype=dtype)
+
+    for name in ("GlorotUniform", "RandomNormal", "RandomUniform", "TruncatedNormal"):
+        monkeypatch.setattr(getattr(keras.initializers, name), "__call__", zeros)
+
+
 # === Logs ===
 
 
@@ -371,6 +381,12 @@ def to_numpy(x):
 
 def values(variables):
     return [np.array(ops.convert_to_numpy(v)) for v in variables]
+
+
+def assert_same_values(found, expected):
+    """Of variables or arrays, to the last bit."""
+    for one, other in zip(values(found), values(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def compiled(fn):
@@ -552,14 +568,29 @@ def _loss_jax(model):
     return loss, weights, [v.value for v in model.non_trainable_variables]
 
 
-def exported_for_tensorflow(tower, path, **options):
+def exported(tower, folder, **options):
+    """A function from arrays to arrays, of the tower written and read without Keras."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        path = str(folder / "tower.pt2")
+        tower.export(path, format="torch", verbose=False, **options)
+        module = torch.export.load(path).module()
+
+        def serve(inputs):
+            return module(keras.tree.map_structure(torch.tensor, inputs)).detach()
+    else:
+        serve = _exported_for_tensorflow(tower, str(folder / "tower"), **options).serve
+    return lambda inputs: serve(inputs).numpy()
+
+
+def _exported_for_tensorflow(tower, path, **options):
     """The tower, written as a SavedModel and read by TensorFlow."""
     tf = pytest.importorskip("tensorflow")
-    path = str(path)
     if keras.backend.backend() == "jax":
         # What these versions of JAX write, TensorFlow 2.21 cannot run.
         jax_version = Version(importlib.metadata.version("jax"))
         if jax_version >= Version("0.11.2") and tf.__version__.startswith("2.21."):
             pytest.skip("TensorFlow is too old for JAX.")
-    tower.export(path, **options)
+    tower.export(path, verbose=False, **options)
     return tf.saved_model.load(path)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import gc
-import threading
 import time
 import weakref
 
@@ -14,17 +13,9 @@ import pytest
 import keras_cluster_mask as kcm
 from tests.helpers import FAST, random_pairs, tiny_clip
 
-from .training_run import make_model
+from .training_run import make_model, pairs
 
 BACKEND = keras.backend.backend()
-
-
-def pairs(count):
-    rng = np.random.default_rng(0)
-    return {
-        "images": rng.integers(0, 256, size=(count, 16, 16, 3)).astype("uint8"),
-        "token_ids": rng.integers(1, 300, size=(count, 9)).astype("int32"),
-    }
 
 
 class Clock(keras.callbacks.Callback):
@@ -88,34 +79,6 @@ def test_the_tokens_of_each_view_count(monkeypatch):
 def test_one_step_counts_with_all_its_time(monkeypatch):
     history, _ = fit(monkeypatch, 4)
     np.testing.assert_allclose(history["samples_per_second"], [4 / 60])
-
-
-class NoteThreads(kcm.callbacks.Throughput):
-    """Notes the threads in which steps end, and what the progress bar gets to see."""
-
-    def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
-        self.threads, self.names = set(), set()
-
-    def on_train_batch_end(self, batch, logs=None):
-        super().on_train_batch_end(batch, logs)
-        self.threads.add(threading.current_thread())
-        self.names |= logs.keys()
-
-
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras waits there in any case.")
-@pytest.mark.parametrize("saves", [False, True], ids=["alone", "with a checkpoint"])
-def test_the_program_does_not_wait_for_steps(saves, tmp_path):
-    throughput = NoteThreads()
-    callbacks = [throughput]
-    if saves:
-        callbacks.append(kcm.callbacks.Checkpoint(tmp_path))
-    model = make_model()
-    history = model.fit(pairs(32), batch_size=4, verbose=0, callbacks=callbacks).history
-    assert throughput.threads
-    assert threading.main_thread() not in throughput.threads
-    assert {"loss", "samples_per_second"} <= throughput.names
-    assert history["samples_per_second"][0] > 0
 
 
 @pytest.mark.any_backend

@@ -89,6 +89,19 @@ def weights_of(model):
     }
 
 
+def pairs(count=12, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, VOCABULARY, size=(count, CONTEXT)).astype("int32")
+    images = rng.integers(0, 256, size=(count, 16, 16, 3)).astype("uint8")
+    return {"images": images, "token_ids": ids}
+
+
+def assert_same_weights(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
 class StopAfter(keras.callbacks.Callback):
     def __init__(self, steps):
         super().__init__()

@@ -1,12 +1,12 @@
 """CLIP backbones by size."""
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_cluster_mask.models import clip_backbone
 from keras_cluster_mask.models.architecture import SIZES
+from tests.helpers import draw_nothing
 
 pytestmark = pytest.mark.any_backend
 
@@ -68,13 +68,7 @@ def test_vit_b_16_has_as_many_weights_as_open_clips(monkeypatch):
     expected = sum(p.numel() for p in reference.parameters())
     # keras_hub has a bias, a class token and a position vector wherever open_clip
     # has one, and nothing else that learns.
-    for name in ("GlorotUniform", "RandomNormal", "RandomUniform", "TruncatedNormal"):
-        # Drawing 150 million numbers, only to count them, takes long.
-        monkeypatch.setattr(getattr(keras.initializers, name), "__call__", _zeros)
+    draw_nothing(monkeypatch)
     weights = clip_backbone("vit_b_16").trainable_variables
     trainable = sum(int(np.prod(v.shape)) for v in weights)
     assert trainable == expected
-
-
-def _zeros(initializer, shape, dtype=None, **kwargs):
-    return ops.zeros(shape, dtype=dtype)

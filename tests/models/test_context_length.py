@@ -10,6 +10,7 @@ from tests.helpers import (
     CONTEXT,
     FAST,
     as_trained,
+    assert_same_values,
     clip_with_lora,
     image_mlp,
     random_pairs,
@@ -65,10 +66,8 @@ def test_all_other_weights_are_copied_and_the_model_is_left_as_it_is(kind):
         if id(new) not in changed and tuple(old.shape) == tuple(new.shape):
             np.testing.assert_array_equal(*values([old, new]))
     same = with_context_length(model, CONTEXT)
-    for one, other in zip(values(same.weights), before, strict=True):
-        np.testing.assert_array_equal(one, other)
-    for one, other in zip(values(model.weights), before):
-        np.testing.assert_array_equal(one, other)
+    assert_same_values(same.weights, before)
+    assert_same_values(model.weights, before)
 
 
 @pytest.mark.any_backend
@@ -105,5 +104,4 @@ def test_training_a_copy_leaves_the_model_as_it_was():
     pairs["token_ids"] = pairs["token_ids"][:, :5]
     model.fit(pairs, batch_size=4, verbose=0)
     # On JAX, arrays of the step would have been deleted.
-    for one, other in zip(values(backbone.weights), before):
-        np.testing.assert_array_equal(one, other)
+    assert_same_values(backbone.weights, before)

@@ -15,6 +15,7 @@ from tests.helpers import (
     FAST,
     HideByNoise,
     TokenLog,
+    assert_same_values,
     attentive,
     class_pairs,
     class_token_vit,
@@ -92,8 +93,9 @@ def fitted():
 # === Embeddings ===
 
 
-def test_predict_takes_a_ragged_last_batch_and_a_batch_of_one(fitted):
+def test_a_ragged_last_batch_is_predicted_and_a_batch_of_one_is_evaluated(fitted):
     model, _, _ = fitted
+    assert np.isfinite(model.evaluate(random_pairs(1), verbose=0)).all()
     pairs = random_pairs(5)
     whole = {key: to_numpy(value) for key, value in model(pairs).items()}
     for batch_size in (2, 5):
@@ -107,13 +109,15 @@ def test_predict_takes_a_ragged_last_batch_and_a_batch_of_one(fitted):
 # === The loss ===
 
 
+@pytest.mark.parametrize("initial_temperature", [None, 0.5])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_the_loss_of_a_step_is_the_one_written_out(kind):
-    model = small_model(loss=kind)
+def test_the_loss_of_a_step_is_the_one_written_out(kind, initial_temperature):
+    model = small_model(loss=kind, initial_temperature=initial_temperature)
     model.compile(optimizer=keras.optimizers.SGD(0.1), **FAST)
     pairs = random_pairs(6)
     embeddings = {key: to_numpy(value) for key, value in model(pairs).items()}
-    temperature = 0.07 if kind == "softmax" else 0.1
+    default = 0.07 if kind == "softmax" else 0.1
+    temperature = initial_temperature or default
     expected = numpy_loss(embeddings, 1 / temperature, kind)
     evaluated = model.evaluate(pairs, batch_size=6, verbose=0, return_dict=True)
     history = one_step(model, pairs)
@@ -205,14 +209,6 @@ def test_averaged_weights_never_use_a_scale_above_its_limit():
     assert min(history["temperature"]) >= 1 / 20.0 * (1 - 1e-5)
 
 
-def test_the_initial_temperature_is_the_one_asked_for():
-    for kind, default in (("softmax", 0.07), ("sigmoid", 0.1)):
-        for given in (None, 0.5):
-            model = small_model(loss=kind, initial_temperature=given)
-            scale = float(ops.convert_to_numpy(model.head.scale))
-            assert scale == pytest.approx(1 / (given or default), rel=1e-5)
-
-
 # === Training ===
 
 
@@ -235,12 +231,6 @@ def test_fit_reports_exactly_the_promised_metrics(fitted):
     assert history["val_loss"][-1] == pytest.approx(evaluated["loss"], rel=1e-4)
     # The budget keeps 12 of 16 patches.
     assert history["mask_ratio"] == pytest.approx([1 - 12 / 16] * 30)
-
-
-def test_without_a_masking_there_is_no_mask_ratio():
-    model = small_model()
-    model.compile(optimizer="sgd", **FAST)
-    assert set(one_step(model, random_pairs(4))) == METRICS
 
 
 def test_the_mask_ratio_of_a_threshold_is_the_share_without_influence():
@@ -479,8 +469,7 @@ def test_training_without_a_threshold_is_an_error_and_after_adapt_it_trains(eage
     ):
         with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
             train()
-    for old, new in zip(before, values(model.weights)):
-        np.testing.assert_array_equal(old, new)
+    assert_same_values(before, model.weights)
     if eager == FAST["run_eagerly"]:
         model.maskings[0].adapt(pairs["images"])
         assert np.isfinite(one_step(model, pairs)["loss"]).all()
@@ -638,15 +627,6 @@ def test_what_makes_no_model_is_refused_by_name(make, match):
         make()
 
 
-def test_a_batch_of_one_cannot_train_but_be_evaluated():
-    model = small_model()
-    model.compile(optimizer="sgd", **FAST)
-    batches = ((pairs,) for pairs in [random_pairs(1)])
-    with pytest.raises(Exception, match=r"at least two pairs.*Received:"):
-        model.fit(batches, verbose=0)
-    assert np.isfinite(model.evaluate(random_pairs(1), verbose=0)).all()
-
-
 @pytest.mark.any_backend
 def test_labels_are_refused():
     model = small_model()
@@ -716,8 +696,7 @@ def test_a_batch_of_weights_of_0_has_a_loss_of_0_and_changes_nothing(loss):
     before = values(model.trainable_variables)
     logs = one_step(model, {**random_pairs(4), "sample_weight": np.zeros(4)})
     assert logs["loss"] == logs["image_to_text_accuracy"] == [0.0]
-    for one, other in zip(values(model.trainable_variables), before):
-        np.testing.assert_array_equal(one, other)
+    assert_same_values(model.trainable_variables, before)
 
 
 def test_a_dataset_trains_and_evaluates_as_arrays_do_with_its_weights():

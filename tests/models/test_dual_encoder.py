@@ -50,20 +50,6 @@ def test_projections_are_matrices_without_a_bias():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_bytes_and_normalized_floats_give_the_same_embeddings():
-    open_clip = pytest.importorskip("open_clip")
-    model = small_model()
-    images = random_pairs(4)["images"]
-    mean = np.array(open_clip.constants.OPENAI_DATASET_MEAN, "float32")
-    std = np.array(open_clip.constants.OPENAI_DATASET_STD, "float32")
-    floats = (images.astype("float32") / 255.0 - mean) / std
-    np.testing.assert_allclose(
-        to_numpy(model.encode_image(images)),
-        to_numpy(model.encode_image(floats)),
-        atol=1e-5,
-    )
-
-
 def test_a_zero_feature_has_a_finite_embedding_and_gradient():
     model = small_model()
     kernel = model.image_encoder.layers[-1].kernel

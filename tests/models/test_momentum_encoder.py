@@ -16,6 +16,7 @@ from keras_cluster_mask.training.layers import (
 )
 from tests.helpers import (
     FAST,
+    VIT,
     clip_vision_encoder,
     clip_with_lora,
     deit_encoder,
@@ -35,17 +36,13 @@ MomentumEncoder = kcm.models.MomentumEncoder
 
 def three_layers(family):
     """A small encoder of a family: 16 x 16 pixels, patches of 4 x 4."""
-    common = dict(
-        num_layers=3, num_heads=2, hidden_dim=16, patch_size=4, image_shape=(16, 16, 3)
-    )
+    sizes = dict(VIT, num_layers=3, image_shape=(16, 16, 3))
     if family == "ViT":
-        return keras_hub.models.ViTBackbone(**common, mlp_dim=32)
-    common["intermediate_dim"] = 32
+        sizes["mlp_dim"] = sizes.pop("intermediate_dim")
     if family == "DINOV2":
-        return keras_hub.models.DINOV2Backbone(**common, num_register_tokens=2)
-    if family == "DeiT":
-        return keras_hub.models.DeiTBackbone(**common)
-    return getattr(keras_hub.models, f"{family}VisionEncoder")(**common)
+        sizes["num_register_tokens"] = 2
+    part = "VisionEncoder" if "CLIP" in family else "Backbone"
+    return getattr(keras_hub.models, family + part)(**sizes)
 
 
 def moved(encoder, seed):

@@ -13,6 +13,7 @@ from keras_cluster_mask.training.layers import all_layers
 from tests.helpers import (
     FAST,
     MASKINGS,
+    assert_same_values,
     functional_vit,
     masked_vit,
     options_of,
@@ -21,7 +22,6 @@ from tests.helpers import (
     tiny_clip,
     tiny_siglip,
     to_numpy,
-    values,
 )
 
 # With two rounds, each masking is drawn with encoders that it fits.
@@ -131,12 +131,6 @@ def freeze(model, part):
         model.head.logit_scale.trainable = False
 
 
-def assert_same_values(found, expected):
-    assert len(found) == len(expected)
-    for one, other in zip(values(found), values(expected)):
-        np.testing.assert_array_equal(one, other)
-
-
 def paths(variables):
     # The first name is that of the whole, and Keras counts weights without a name.
     names = [variable.path.split("/", 1)[-1] for variable in variables]
@@ -165,6 +159,7 @@ def test_a_reloaded_model_is_the_same_and_trains_on_the_same(case, tmp_path):
 
     assert options_of(loaded) == options_of(model), draw(case)
     assert loaded.optimizer_options == model.optimizer_options
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
     for one, other in zip(all_layers(loaded), all_layers(model), strict=True):
         assert type(one) is type(other)
         # That of a whole has no effect, as the layers in it have their own.

@@ -11,7 +11,7 @@ from tests.helpers import (
     FAST,
     TRANSFORMER,
     VOCABULARY,
-    exported_for_tensorflow,
+    exported,
     image_mlp,
     options_of,
     random_pairs,
@@ -173,14 +173,6 @@ def test_a_missing_mask_hides_zeros_and_missing_segments_are_zeros(trained):
     assert model.evaluate(bare, batch_size=8, verbose=0)[0] == pytest.approx(loss)
 
 
-def test_padding_has_no_influence(trained):
-    model, batch, expected = trained
-    hidden = batch["padding_mask"] == 0
-    ids = np.where(hidden, 7, batch["token_ids"])
-    found = model.encode_text({"token_ids": ids, "padding_mask": batch["padding_mask"]})
-    np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
-
-
 def test_a_dataset_and_its_validation_train():
     tf = pytest.importorskip("tensorflow")
     dataset = tf.data.Dataset.from_tensor_slices(texts(8)).batch(4, drop_remainder=True)
@@ -218,20 +210,10 @@ def test_the_model_and_the_text_tower_save_and_reload(trained, tmp_path):
 def test_the_text_tower_is_exported_for_batches_of_any_size(trained, tmp_path):
     model, batch, expected = trained
     inputs = without(batch, "images")
-    path = str(tmp_path / "tower.pt2")
     spec = keras.InputSpec(shape=(None, CONTEXT), dtype="int32")
-    options = {"input_signature": [dict.fromkeys(inputs, spec)], "verbose": 0}
-    if keras.backend.backend() == "torch":
-        import torch
-
-        model.text_tower.export(path, format="torch", **options)
-        serve = torch.export.load(path).module()
-        found = serve({key: torch.tensor(value) for key, value in inputs.items()})
-        found = found.detach().numpy()
-    else:
-        loaded = exported_for_tensorflow(model.text_tower, path, **options)
-        found = loaded.serve(inputs).numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    signature = [dict.fromkeys(inputs, spec)]
+    embed_texts = exported(model.text_tower, tmp_path, input_signature=signature)
+    np.testing.assert_allclose(embed_texts(inputs), expected, atol=1e-5)
 
 
 # === Wrong input ===

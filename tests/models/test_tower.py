@@ -8,7 +8,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models import Tower
 from tests.helpers import (
-    exported_for_tensorflow,
+    exported,
     functional_vit,
     random_images,
     random_pairs,
@@ -53,19 +53,6 @@ def test_a_tower_is_saved_and_reloaded_alone(kind, side, tmp_path):
     if side == "image":
         floats = random_images(4)
         np.testing.assert_array_equal(to_numpy(loaded(floats)), to_numpy(tower(floats)))
-
-
-def exported(tower, path, **kwargs):
-    """A function from arrays to arrays, of the tower written and read without Keras."""
-    if keras.backend.backend() == "torch":
-        import torch
-
-        path = str(path / "tower.pt2")
-        tower.export(path, format="torch", verbose=False, **kwargs)
-        module = torch.export.load(path).module()
-        return lambda inputs: module(torch.tensor(inputs)).detach().numpy()
-    loaded = exported_for_tensorflow(tower, path / "tower", verbose=False, **kwargs)
-    return lambda inputs: loaded.serve(inputs).numpy()
 
 
 @pytest.mark.slow

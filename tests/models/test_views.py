@@ -15,7 +15,6 @@ from tests.helpers import (
     random_noise,
     random_pairs,
     text_bag,
-    tiny_clip,
     to_numpy,
     vit_encoder,
 )
@@ -206,14 +205,3 @@ def test_a_strategy_with_noise_of_its_own_draws_it_for_each_view():
     assert not np.array_equal(*seen)
     for noise in seen:
         np.testing.assert_allclose(np.sort(noise), np.tile(np.arange(N) / N, (6, 1)))
-
-
-@pytest.mark.any_backend
-def test_views_are_an_option_of_models_of_backbones():
-    model = kcm.ContrastiveModel.from_backbone(
-        tiny_clip(), kcm.RandomMasking(0.5), views=2
-    )
-    assert model.get_config()["views"] == 2
-    images = random_images(4)
-    assert model.encode_image(images, training=True).shape == (4, 2, 16)
-    assert model.encode_image(images).shape == (4, 16)

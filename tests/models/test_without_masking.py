@@ -7,6 +7,7 @@ import pytest
 import keras_cluster_mask as kcm
 from tests.helpers import (
     FAST,
+    assert_same_values,
     functional_vit,
     options_of,
     random_images,
@@ -97,8 +98,7 @@ def test_an_unmasked_model_saves_and_reloads_alone(make, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "whole.keras")
     assert not loaded.maskings
     assert options_of(loaded) == options_of(whole)
-    for one, other in zip(values(whole.weights), values(loaded.weights)):
-        np.testing.assert_array_equal(one, other)
+    assert_same_values(whole.weights, loaded.weights)
 
 
 @pytest.mark.any_backend
@@ -156,7 +156,6 @@ def test_a_model_that_gave_its_towers_away_saves_as_before(make, tmp_path):
     expected = model.image_tower.predict(images, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    for one, other in zip(values(model.variables), values(loaded.variables)):
-        np.testing.assert_array_equal(one, other)
+    assert_same_values(model.variables, loaded.variables)
     found = loaded.image_tower.predict(images, verbose=0)
     np.testing.assert_array_equal(found, expected)

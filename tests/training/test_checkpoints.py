@@ -40,16 +40,6 @@ def test_a_file_gives_back_its_arrays_and_facts(tmp_path):
         np.testing.assert_array_equal(found[key], value)
 
 
-def test_a_damaged_file_is_passed_over_with_a_warning(tmp_path):
-    files = CheckpointFiles(tmp_path, keep=2)
-    for epoch in (1, 2):
-        path = pathlib.Path(files.write(arrays(epoch), {"epoch": epoch}))
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match=r"cannot be read.*the one before"):
-        _, found, facts = files.read_last()
-    assert facts["epoch"] == len(found["array"]) == 1
-
-
 def test_a_checkpoint_is_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):
     # As on Windows.
     monkeypatch.delattr(os, "O_DIRECTORY")

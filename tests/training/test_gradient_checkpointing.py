@@ -221,20 +221,17 @@ def test_memory_hardly_grows_with_depth():
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
-    ("make", "count"),
+    "make",
+    # Those of others are found where their gradients are compared.
     [
-        (lambda: tiny_clip().vision_encoder, 1),
-        (lambda: tiny_clip().text_encoder, 1),
-        (vit_encoder, 1),
-        (siglip_encoder, 1),
-        (dino_encoder, 1),
-        (lambda: keras.Sequential([keras_hub.layers.TransformerEncoder(8, 2)]), 1),
-        (lambda: keras.Sequential([keras_hub.layers.TransformerDecoder(8, 2)]), 1),
+        lambda: tiny_clip().vision_encoder,
+        lambda: tiny_clip().text_encoder,
+        lambda: keras.Sequential([keras_hub.layers.TransformerDecoder(8, 2)]),
     ],
-    ids=["clip", "clip-text", "vit", "siglip", "dino", "encoder", "decoder"],
+    ids=["clip", "clip-text", "decoder"],
 )
-def test_the_blocks_of_keras_hub_are_known(make, count):
-    assert len(find_blocks(make(), True, BLOCKS)) == count
+def test_the_blocks_of_keras_hub_are_known(make):
+    assert len(find_blocks(make(), True, BLOCKS)) == 1
 
 
 @pytest.mark.parametrize("make", [siglip_encoder, dino_encoder])

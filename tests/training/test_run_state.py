@@ -7,19 +7,12 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from tests.callbacks.training_run import make_dataset, make_model
-from tests.helpers import (
-    FAST,
-    image_mlp,
-    random_pairs,
-    text_bag,
-    tiny_clip,
-    values,
-)
+from tests.helpers import FAST, random_pairs, small_model, tiny_clip, values
 
 
 def fit_epochs(folder, epochs, optimizer, callbacks=(), **options):
     """Trains to the end of an epoch, from a checkpoint if there is one."""
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model = small_model()
     model.compile(optimizer, **FAST, **options)
     model.fit(
         random_pairs(8),
@@ -90,7 +83,7 @@ def test_a_learning_rate_that_a_callback_changed_is_resumed(tmp_path):
 
 @pytest.mark.any_backend
 def test_a_learning_rate_that_was_changed_in_this_process_is_resumed(tmp_path):
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
+    model = small_model()
     model.compile(keras.optimizers.Adam(0.01), **FAST)
     fit = dict(batch_size=4, shuffle=False, verbose=0, resume_from=tmp_path)
     for epochs in (1, 2):

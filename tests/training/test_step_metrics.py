@@ -26,16 +26,6 @@ def test_the_first_loss_that_is_not_finite_is_found(losses, expected):
     np.testing.assert_equal(record.read(), expected)
 
 
-def test_only_a_restart_forgets():
-    record = FiniteSteps()
-    record.update_state(np.float32(np.nan))
-    record.reset_state()
-    assert record.read()[:2] == (1, 0)
-    record.restart()
-    record.update_state(np.float32(4))
-    assert record.read() == (1, 1, 4.0)
-
-
 def compiled(**options):
     model = small_model()
     model.compile("sgd", **FAST, **options)

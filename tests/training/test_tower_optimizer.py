@@ -5,11 +5,9 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training.optimizers import is_vector
 from keras_cluster_mask.training.tower_optimizer import clip_by_global_norm
-from tests.helpers import FAST, random_pairs, small_model, tiny_clip, to_numpy, values
+from tests.helpers import FAST, random_pairs, small_model, to_numpy, values
 from tests.training.test_optimizers import (
-    BATCH,
     DECAY,
     RATE,
     STEPS,
@@ -78,16 +76,6 @@ def test_one_optimizer_for_each_part_is_one_for_all():
 
 
 @pytest.mark.any_backend
-def test_each_optimizer_spares_vectors():
-    model = small_model(projection_dim=8)
-    model.compile(kcm.TowerOptimizer(adamw(0.1), adamw(0.1), adamw(0.1)))
-    model.optimizer.build(model.trainable_variables)
-    for variable in model.trainable_variables:
-        part = model.optimizer.towers(variable)
-        assert part._use_weight_decay(variable) != is_vector(variable)
-
-
-@pytest.mark.any_backend
 def test_towers_may_have_weights_of_the_same_paths():
     def encoder(shape):
         inputs = keras.Input(shape)
@@ -106,23 +94,6 @@ def test_towers_may_have_weights_of_the_same_paths():
     for old, weight in zip(before, model.weights):
         moved = bool((old != to_numpy(weight)).any())
         assert moved == (id(weight) in image), weight.path
-
-
-def test_a_saved_model_trains_on_as_it_was(tmp_path):
-    keras.utils.set_random_seed(0)
-    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
-    parts = [keras.optimizers.SGD(rate, momentum=0.9) for rate in (1e-1, 1e-2)]
-    model.compile(kcm.TowerOptimizer(*parts, global_clipnorm=0.5), **FAST)
-    fit = dict(x=random_pairs(BATCH), batch_size=BATCH, verbose=0)
-    model.fit(**fit)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.optimizer.global_clipnorm == 0.5
-    assert len(loaded.optimizer.optimizers) == 2
-    for each in (model, loaded):
-        each.fit(**fit)
-    for one, other in zip(model.weights, loaded.weights, strict=True):
-        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=1e-6)
 
 
 @pytest.mark.any_backend

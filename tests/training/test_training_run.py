@@ -27,22 +27,20 @@ class Note(keras.callbacks.Callback):
         self.threads.add(threading.current_thread().name)
 
 
-def fit(note, verbose, steps=20, epochs=2):
+def fit(*callbacks, verbose):
     model = small_model()
     model.compile("sgd", **FAST)
-    return model.fit(
-        random_pairs(2 * steps),
-        batch_size=2,
-        epochs=epochs,
-        verbose=verbose,
-        callbacks=[kcm.callbacks.Throughput(), note],
-    )
+    callbacks = [kcm.callbacks.Throughput(), *callbacks]
+    fit = dict(batch_size=2, epochs=2, verbose=verbose)
+    model.fit(random_pairs(40), callbacks=callbacks, **fit)
 
 
+@pytest.mark.parametrize("saves", [False, True])
 @pytest.mark.parametrize("verbose", [0, 1, 2])
-def test_no_step_is_waited_for_whether_progress_is_shown_or_not(verbose):
+def test_no_step_is_waited_for_whatever_is_shown_and_saved(verbose, saves, tmp_path):
     note = Note()
-    fit(note, verbose)
+    others = [kcm.callbacks.Checkpoint(tmp_path)] if saves else []
+    fit(note, *others, verbose=verbose)
     main = threading.main_thread().name
     # Keras for TensorFlow reads the logs of each step.
     assert (main in note.threads) == (BACKEND == "tensorflow")
