@@ -91,9 +91,10 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
         # keras_hub merges LoRA weights when it saves a model, and a subclassed encoder
         # may create its layers only when it is called.
         warnings.warn(
-            f"Which {' and '.join(lost)} were frozen is lost, as the model was saved "
-            "with others than it is made with: freeze them again. Received: "
-            f"{found[0]} layers and {found[1]} weights, saved from "
+            f"Frozen {' and '.join(lost)} could not be restored, because the loaded "
+            "model has other layers or weights than the saved one: set "
+            "`trainable = False` on them again. Received: a model of "
+            f"{found[0]} layers and {found[1]} weights, saved with "
             f"{frozen['counts'][0]} and {frozen['counts'][1]}",
             stacklevel=3,
         )
