@@ -579,9 +579,11 @@ def exported(tower, folder, **options):
 
         def serve(inputs):
             return module(keras.tree.map_structure(torch.tensor, inputs)).detach()
-    else:
-        serve = _exported_for_tensorflow(tower, str(folder / "tower"), **options).serve
-    return lambda inputs: serve(inputs).numpy()
+
+        return lambda inputs: serve(inputs).numpy()
+    # Kept, as its functions do not keep its variables.
+    loaded = _exported_for_tensorflow(tower, str(folder / "tower"), **options)
+    return lambda inputs: loaded.serve(inputs).numpy()
 
 
 def _exported_for_tensorflow(tower, path, **options):
