@@ -114,8 +114,7 @@ class PatchMasking(keras.layers.Layer):
         )
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
-        # True if `call` counts as a training step. An enclosing model counts steps
-        # itself.
+        # True if a call counts as a training step. An enclosing model counts itself.
         self.counts_calls = True
         # A weight, because compiled steps can return values only through weights.
         self.last_mask_ratio = self.add_weight(
@@ -267,12 +266,11 @@ class PatchMasking(keras.layers.Layer):
         self.observe(score)
         if self.counts_calls:
             self.advance()
-        if self.hides_tokens:
-            always = ops.ones_like(prefix[:, :, 0], dtype="bool")
-            visible = ops.concatenate([always, visible], axis=1)
-        else:
-            visible = None
-        return ops.concatenate([prefix, kept], axis=1), visible, indices
+        kept = ops.concatenate([prefix, kept], axis=1)
+        if not self.hides_tokens:
+            return kept, None, indices
+        always = ops.ones_like(prefix[:, :, 0], dtype="bool")
+        return kept, ops.concatenate([always, visible], axis=1), indices
 
     def call(
         self,
