@@ -90,7 +90,7 @@ def test_weights_that_were_frozen_alone_are_lost_with_a_warning(other):
     for each in (layer, other):
         each.build((None, 2))
     layer.kernel.trainable = False
-    with pytest.warns(UserWarning, match=r"Which weights.*Received: .* from 1 and 2$"):
+    with pytest.warns(UserWarning, match=r"Frozen weights.*Received: .* with 1 and 2$"):
         freeze_parts(other, frozen_parts(layer))
     assert other.trainable_weights == other.weights
 
