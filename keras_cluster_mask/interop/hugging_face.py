@@ -222,7 +222,9 @@ def _read_preprocessing(folder, family):
     path = next(filter(pathlib.Path.is_file, paths), None)
     config = {} if path is None else read_json("source", path)
     config = config.get("image_processor", config)
-    given = {key: value for key, value in config.items() if value is not None}
+    # A flag of null is off. Any other null stands for the default.
+    flags = "do_normalize", "do_rescale"
+    given = {k: x for k, x in config.items() if x is not None or k in flags}
     if not given.get("do_normalize", True):
         given.update(image_mean=0.0, image_std=1.0)
     for key in ("image_mean", "image_std"):

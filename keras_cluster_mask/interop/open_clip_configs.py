@@ -61,7 +61,9 @@ _OFF = fixed(None, False, "", {})
 _OF_VISION = "attentional_pool", "no_ln_pre", "timm_model_name"
 _OF_TEXT = "embed_cls", "hf_model_name", "no_causal_mask", "proj_bias"
 _BLOCK = {
-    **dict.fromkeys(("act_kwargs", "ls_init_value", "output_tokens", "qk_norm"), _OFF),
+    **dict.fromkeys(("act_kwargs", "output_tokens", "qk_norm"), _OFF),
+    # open_clip scales layers for any value, 0 too.
+    "ls_init_value": fixed(None),
     **dict.fromkeys(("scale_attn", "scale_attn_inner", "scale_fc"), _OFF),
     **dict.fromkeys(("scale_heads", "scaled_cosine_attn"), _OFF),
     "block_type": fixed(None, "default"),

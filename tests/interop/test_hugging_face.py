@@ -273,6 +273,7 @@ def test_pixels_are_those_of_the_image_processor(folder):
     ("config", "mean", "std"),
     [
         ({"do_normalize": False, "rescale_factor": 1 / 255}, 0.0, 1.0),
+        ({"do_normalize": None}, 0.0, 1.0),
         ({"image_mean": 0, "image_std": 0.25}, 0.0, 0.25),
     ],
 )
@@ -307,6 +308,7 @@ def test_warnings_say_that_images_are_resized_otherwise(folder, tmp_path, recwar
     ("key", "value"),
     [
         ("do_rescale", False),
+        ("do_rescale", None),
         ("rescale_factor", 1.0),
         ("image_mean", [0.5]),
         ("image_mean", ["0.5"] * 3),

@@ -170,6 +170,7 @@ CANNOT_BE_HELD = [
     ("vision_cfg__pool_type", "avg"),
     ("vision_cfg__no_ln_pre", True),
     ("vision_cfg__ls_init_value", 1e-4),
+    ("vision_cfg__ls_init_value", 0.0),
     ("vision_cfg__pos_embed_type", "sin_cos_2d"),
     ("vision_cfg__norm_kwargs", {"eps": 1e-6}),
     ("vision_cfg__act_kwargs", {"approximate": "tanh"}),
