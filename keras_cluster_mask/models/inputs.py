@@ -52,11 +52,12 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
         )
     data_format = data_format or keras.config.image_data_format()
     axis, shape = (1, (-1, 1, 1)) if data_format == "channels_first" else (-1, -1)
-    values = np.array([mean, std], "float32")
     if images.shape[axis] != 3:
-        values = values.mean(axis=1, keepdims=True)
-    # Use tensors, because torch cannot export a model that computes with NumPy arrays.
-    mean, std = (ops.convert_to_tensor(np.reshape(x, shape)) for x in values)
+        mean, std = [sum(mean) / 3], [sum(std) / 3]
+    # Tensors of Python numbers: torch cannot compile or export a model with NumPy arrays.
+    mean, std = (
+        ops.reshape(ops.convert_to_tensor(x, "float32"), shape) for x in (mean, std)
+    )
     return (ops.cast(images, "float32") / 255.0 - mean) / std
 
 
