@@ -130,7 +130,9 @@ class MomentumEncoder(keras.layers.Layer):
         # look into, so that their layers are no sublayers. Then the copy's layers stay
         # frozen, its blocks are not mistaken for blocks of the encoder, and each weight
         # is saved once.
-        self._attention = ClassAttention(_copy(encoder, image_size))
+        # The copy's weights have paths of their own, by which Keras lists weights.
+        with keras.name_scope(self.name):
+            self._attention = ClassAttention(_copy(encoder, image_size))
         self._followed = None
         self.patch_size, self.grid = self._attention.patch_size, self._attention.grid
         self.data_format = data_format_of(self._attention.encoder)

@@ -327,6 +327,16 @@ def test_each_weight_is_saved_once(tmp_path):
     assert_close(values(other.masking.variables), values(model.masking.variables), 0)
 
 
+def test_its_weights_have_paths_of_their_own():
+    model = make_model()
+    paths = [v.path for v in model.variables]
+    assert len(set(paths)) == len(paths)
+    if keras.backend.backend() == "torch":
+        # Keras lists the parameters of a torch module by path.
+        parameters = {id(p) for p in model.parameters()}
+        assert parameters == {id(v.value) for v in model.variables}
+
+
 def test_its_blocks_are_no_blocks_of_the_model():
     model = make_model()
     blocks = [x for x in all_layers(model) if "EncoderLayer" in type(x).__name__]
