@@ -94,7 +94,8 @@ class BackboneModel(ContrastiveModel):
     def _options(self):
         options = super()._options()
         # The backbone defines these.
-        del options["dtype"], options["projection_dim"]
+        for name in ("dtype", "projection", "projection_dim"):
+            del options[name]
         return options
 
     def _with_whole_encoder(self):

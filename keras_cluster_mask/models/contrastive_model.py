@@ -16,6 +16,12 @@ from keras_cluster_mask.models.inputs import (
     CLIP_MEAN,
     CLIP_STD,
 )
+from keras_cluster_mask.models.masked_encoder import with_masking
+from keras_cluster_mask.models.pooled_encoder import (
+    image_family_of,
+    pooled_images,
+    pooled_texts,
+)
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training import layers, micro_batches
 from keras_cluster_mask.training.input_rules import (
@@ -81,6 +87,8 @@ class ContrastiveModel(ContrastiveTrainer):
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale of the logits, 1 / temperature, never
             exceeds it.
+        projection: `"linear"`, or `"mlp"` for projections with one hidden layer, GELU
+            and dropout.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
@@ -135,6 +143,7 @@ class ContrastiveModel(ContrastiveTrainer):
         initial_temperature: float | None = None,
         initial_logit_bias: float | None = None,
         max_logit_scale: float = 100.0,
+        projection: str = "linear",
         duplicates: str = "positive",
         views: int = 1,
         gradient_checkpointing: bool | Sequence[str] = False,
@@ -152,6 +161,7 @@ class ContrastiveModel(ContrastiveTrainer):
             "initial_temperature": initial_temperature,
             "initial_logit_bias": initial_logit_bias,
             "max_logit_scale": max_logit_scale,
+            "projection": projection,
         }
         if head is None:
             head = ContrastiveHead(**options, dtype=dtype, name="head")
@@ -232,6 +242,61 @@ class ContrastiveModel(ContrastiveTrainer):
                 f"backbone={backbone} of type {type(backbone).__name__}"
             )
         return kind(backbone, masking=masking, **kwargs)
+
+    @classmethod
+    def from_encoders(
+        cls,
+        image_backbone: keras.Model,
+        text_backbone: keras.Model,
+        projection_dim: int = 512,
+        masking: PatchMasking | None = None,
+        head: str = "linear",
+        pooling: tuple[str | None, str | None] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Makes a model from two encoders that were pre-trained apart.
+
+        To train only the projections, set `trainable = False` on both backbones before
+        compiling.
+
+        Args:
+            image_backbone: A keras_hub `DINOV2Backbone`, `DINOV3Backbone`,
+                `ViTBackbone` or `DeiTBackbone`.
+            text_backbone: A keras_hub `BertBackbone`, `DistilBertBackbone`,
+                `RobertaBackbone` or `XLMRobertaBackbone`, or a `TextEmbedder` of one.
+            projection_dim: Integer. The width of the shared embedding space.
+            masking: A `PatchMasking` layer, or `None` to train on whole images.
+            head: `"linear"` or `"mlp"`, see `projection` of `ContrastiveModel`.
+            pooling: Two strings, for images and for texts: `"class"`, `"mean"`, or
+                `"class_and_mean"`. `None` is that of the family: the class token and
+                the mean of the patches for DINO, the class token for ViT and DeiT, the
+                mean of all tokens but padding for texts. A `TextEmbedder` has its own.
+            **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
+                default to those of the family.
+
+        Returns:
+            A `ContrastiveModel`.
+
+        Raises:
+            ValueError: If a backbone is not supported.
+
+        Reference:
+            - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
+              https://arxiv.org/abs/2111.07991)
+        """
+        family = image_family_of(image_backbone)
+        of_images, of_texts = (None, None) if pooling is None else pooling
+        images = pooled_images(image_backbone, of_images)
+        if masking is not None:
+            images = with_masking(images, masking)
+        pixels = {"pixel_mean": family.pixel_mean, "pixel_std": family.pixel_std}
+        return cls(
+            images,
+            pooled_texts(text_backbone, of_texts),
+            projection_dim=projection_dim,
+            projection=head,
+            **{**pixels, **kwargs},
+        )
 
     # === One step of training ===
 

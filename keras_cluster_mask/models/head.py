@@ -25,6 +25,8 @@ class ContrastiveHead(keras.layers.Layer):
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale never exceeds it.
+        projection: `"linear"`, without a bias, or `"mlp"`: one hidden layer of twice
+            the width of the features, GELU and dropout of 0.3.
         image_projection: A layer to use instead of a new projection.
         text_projection: A layer to use instead of a new projection.
         logit_scale: A variable, the logarithm of the scale, to use instead of a new
@@ -55,6 +57,7 @@ class ContrastiveHead(keras.layers.Layer):
         initial_temperature: float | None = None,
         initial_logit_bias: float | None = None,
         max_logit_scale: float = 100.0,
+        projection: str = "linear",
         image_projection: keras.layers.Layer | None = None,
         text_projection: keras.layers.Layer | None = None,
         logit_scale: keras.Variable | None = None,
@@ -65,16 +68,16 @@ class ContrastiveHead(keras.layers.Layer):
         # Projections cast their own inputs.
         self.autocast = False
         _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale)
+        check_choice("projection", projection, ("linear", "mlp"))
         self.loss = loss
         self.projection_dim = projection_dim
+        self.projection = projection
         self.initial_temperature = initial_temperature
         self.initial_logit_bias = initial_logit_bias
         self.max_logit_scale = float(max_logit_scale)
         if projection_dim is not None:
             image_projection, text_projection = (
-                keras.layers.Dense(
-                    projection_dim, use_bias=False, dtype=self.dtype_policy, name=name
-                )
+                _projection(projection, projection_dim, self.dtype_policy, name)
                 for name in ("image_projection", "text_projection")
             )
         self.image_projection = image_projection
@@ -161,6 +164,7 @@ class ContrastiveHead(keras.layers.Layer):
             "initial_temperature": self.initial_temperature,
             "initial_logit_bias": self.initial_logit_bias,
             "max_logit_scale": self.max_logit_scale,
+            "projection": self.projection,
         }
 
     def get_config(self) -> dict[str, Any]:
@@ -174,6 +178,17 @@ class ContrastiveHead(keras.layers.Layer):
             autocast=False,
             name=name,
         )
+
+
+def _projection(kind, width, dtype, name):
+    if kind == "linear":
+        return keras.layers.Dense(width, use_bias=False, dtype=dtype, name=name)
+    layers = [
+        keras.layers.Dense(2 * width, activation="gelu", dtype=dtype, name="hidden"),
+        keras.layers.Dropout(0.3, dtype=dtype, name="dropout"),
+        keras.layers.Dense(width, use_bias=False, dtype=dtype, name="output"),
+    ]
+    return keras.Sequential(layers, name=name)
 
 
 def l2_normalize(features):

@@ -18,6 +18,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # SigLIP's images are in [-1, 1] (https://github.com/google-research/big_vision,
 # `value_range(-1, 1)` in its configurations).
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+# ImageNet's, which DeiT and DINO were trained with
+# (https://github.com/facebookresearch/dinov2, dinov2/data/transforms.py).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):

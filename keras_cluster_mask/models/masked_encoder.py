@@ -118,6 +118,9 @@ class MaskedEncoder(keras.Model):
         self.encoder = encoder
         self.masking = masking
         self.embedding_layer = find_embedding_layer(encoder, layer)
+        # `None` is saved as it is, because keras_hub names layers by the encoder's name
+        # after a reload.
+        self._layer = layer
         number_positions(self.embedding_layer)
         # Stored in a closure: Keras would track attributes, and save every weight
         # twice.
@@ -202,7 +205,7 @@ class MaskedEncoder(keras.Model):
             "name": self.name,
             "encoder": keras.saving.serialize_keras_object(self.encoder),
             "masking": keras.saving.serialize_keras_object(self.masking),
-            "layer": self.embedding_layer.name,
+            "layer": self._layer,
             "frozen": frozen_parts(self),
         }
 

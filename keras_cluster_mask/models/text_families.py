@@ -15,7 +15,8 @@ class TextFamily:
     """How the text encoders of a family treat token ids.
 
     Attributes:
-        layer: String, the class name of the keras_hub layer that only this family has.
+        layer: String, the class name of the keras_hub layer, or backbone, that only
+            this family has.
         pooling: `"highest id"`, `"end token"` (the first one), or `"all tokens"` if the
             features depend on all tokens.
         end_id: Integer, the id of the end token that every text must have, or `None`.
@@ -50,12 +51,15 @@ TEXT_FAMILIES = {
     "MetaCLIP2": TextFamily("MetaCLIP2TextPooler", "end token", end_id=2),
     # It pools the last token, which attends to all others, padding included.
     "SigLIP": TextFamily("SigLIPTextEncoder"),
+    "RoBERTa": TextFamily("RobertaBackbone", padding_id=1),
+    "XLM-R": TextFamily("XLMRobertaBackbone", padding_id=1),
 }
 
 
 def text_family_of(model: keras.layers.Layer) -> TextFamily:
     """Returns the family of a text encoder, or of the backbone that contains one."""
-    layers = {type(layer).__name__: layer for layer in all_layers(model)}
+    parts = *all_layers(model), getattr(model, "backbone", model)
+    layers = {type(part).__name__: part for part in parts}
     for family in TEXT_FAMILIES.values():
         if family.layer in layers:
             end = getattr(layers[family.layer], "eos_token_id", family.end_id)

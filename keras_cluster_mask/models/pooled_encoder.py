@@ -1,0 +1,229 @@
+"""Encoders made of pre-trained backbones: what is pooled, and how pixels are scaled."""
+
+import dataclasses
+from typing import Any, Self
+
+import keras
+from keras import ops
+
+from keras_cluster_mask.checks import check_choice
+from keras_cluster_mask.models.encoders import count_prefix_tokens, find_embedding_layer
+from keras_cluster_mask.models.inputs import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+)
+from keras_cluster_mask.training.layers import from_parts, frozen_parts
+from keras_cluster_mask.types import Tensor
+
+POOLINGS = ("class", "mean", "class_and_mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFamily:
+    """How the vision transformers of a family were trained.
+
+    Attributes:
+        pooling: String, one of `POOLINGS`.
+        pixel_mean: Three floats, one per channel.
+        pixel_std: Three floats, one per channel.
+    """
+
+    pooling: str
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    pixel_std: tuple[float, float, float] = IMAGENET_STD
+
+
+# By the name of keras_hub's class.
+IMAGE_FAMILIES = {
+    "DINOV2Backbone": ImageFamily("class_and_mean"),
+    "DINOV3Backbone": ImageFamily("class_and_mean"),
+    "DeiTBackbone": ImageFamily("class"),
+    "ViTBackbone": ImageFamily("class", SIGLIP_MEAN, SIGLIP_STD),
+}
+# Text encoders in which every token attends to all others.
+TEXT_BACKBONES = ("BertBackbone", "DistilBertBackbone", "RobertaBackbone")
+
+
+def image_family_of(backbone: keras.Model) -> ImageFamily:
+    """Returns the family of an image backbone.
+
+    Raises:
+        ValueError: If the backbone is of no known family.
+    """
+    for kind in type(backbone).__mro__:
+        if kind.__name__ in IMAGE_FAMILIES:
+            return IMAGE_FAMILIES[kind.__name__]
+    raise ValueError(
+        "`image_backbone` must be a keras_hub backbone that returns patch tokens, one "
+        f"of {sorted(IMAGE_FAMILIES)}. Pass another encoder, with a pooling of its own, "
+        "to `ContrastiveModel`. "
+        f"Received: image_backbone={backbone} of type {type(backbone).__name__}"
+    )
+
+
+def pooled_images(backbone: keras.Model, pooling: str | None = None) -> "PooledEncoder":
+    """Makes an encoder from images to features of an image backbone.
+
+    Args:
+        backbone: A keras_hub backbone of `IMAGE_FAMILIES`.
+        pooling: String, one of `POOLINGS`; `None` for that of the family.
+    """
+    family = image_family_of(backbone)
+    return PooledEncoder(backbone, family.pooling if pooling is None else pooling)
+
+
+def pooled_texts(backbone: keras.Model, pooling: str | None = None) -> "PooledEncoder":
+    """Makes an encoder from texts to features of a text backbone.
+
+    Args:
+        backbone: A keras_hub backbone of `TEXT_BACKBONES`, or a `TextEmbedder` of one.
+        pooling: String, one of `POOLINGS`; `None` for that of the `TextEmbedder`, or
+            for the mean of all tokens but padding.
+    """
+    own = getattr(backbone, "pooling_mode", "mean")
+    encoder = getattr(backbone, "backbone", backbone)
+    names = {kind.__name__ for kind in type(encoder).__mro__}
+    if not names & {*TEXT_BACKBONES}:
+        raise ValueError(
+            "`text_backbone` must be a keras_hub backbone in which all tokens attend "
+            f"to one another, one of {[*TEXT_BACKBONES]}, or a `TextEmbedder` of one. "
+            f"Received: text_backbone={backbone} of type {type(backbone).__name__}"
+        )
+    if pooling is None:
+        pooling = "class" if own == "cls" else own
+    return PooledEncoder(encoder, pooling)
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class PooledEncoder(keras.Model):
+    """A backbone with a pooling of its tokens, which shares the backbone's weights.
+
+    Args:
+        backbone: A keras_hub backbone that returns tokens.
+        pooling: String, one of `POOLINGS`.
+        **kwargs: Arguments of `keras.Model`.
+
+    Attributes:
+        pooling: The pooling.
+    """
+
+    def __init__(self, backbone: keras.Model, pooling: str, **kwargs: Any):
+        check_choice("pooling", pooling, POOLINGS)
+        inputs, tokens = backbone.input, backbone.output
+        if isinstance(tokens, dict):
+            tokens = tokens["sequence_output"]
+        mask, prefix, table = None, 0, None
+        if isinstance(inputs, dict) and "padding_mask" in inputs:
+            mask = inputs["padding_mask"]
+        else:
+            embedding = find_embedding_layer(backbone)
+            stem = keras.Model(inputs, embedding.output)
+            prefix = count_prefix_tokens(backbone, stem)
+            if hasattr(embedding, "mask_token"):
+                # DINO's pre-training alone uses it.
+                embedding.mask_token.trainable = False
+            if hasattr(embedding, "interpolated_position_embeddings"):
+                table = embedding.interpolated_position_embeddings
+        pooled = TokenPooling(pooling, prefix, name="pooling")(tokens, mask=mask)
+        kwargs.setdefault("name", f"pooled_{backbone.name}")
+        super().__init__(inputs, pooled, **kwargs)
+        # Stored in a closure: Keras would track an attribute, and with it layers that
+        # lead to no output, such as BERT's pooler.
+        self._backbone = lambda: backbone
+        self.pooling = pooling
+        if table is not None:
+            self.position_table = SavedWeight(table)
+        for name in ("patch_size", "vocabulary_size", "max_sequence_length"):
+            setattr(self, name, getattr(backbone, name, None))
+
+    @property
+    def backbone(self) -> keras.Model:
+        """The backbone, which shares its weights with this model."""
+        return self._backbone()
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "backbone": keras.saving.serialize_keras_object(self.backbone),
+            "pooling": self.pooling,
+            "frozen": frozen_parts(self),
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
+        return from_parts(cls, config, custom_objects)
+
+
+class SavedWeight(keras.layers.Layer):
+    """Saves a weight of another layer exactly, and loads it after that layer.
+
+    keras_hub saves the position embeddings of DINOv2 for the image size of its
+    pre-training, and interpolates them when it saves and loads.
+
+    Args:
+        weight: A `keras.Variable`.
+    """
+
+    def __init__(self, weight: keras.Variable):
+        super().__init__()
+        # In a closure, so that the weight does not belong to two layers.
+        self._weight = lambda: weight
+        self.built = True
+
+    def save_own_variables(self, store: Any) -> None:
+        store["0"] = ops.convert_to_numpy(self._weight())
+
+    def load_own_variables(self, store: Any) -> None:
+        self._weight().assign(store["0"])
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class TokenPooling(keras.layers.Layer):
+    """Pools tokens into one vector of features.
+
+    Args:
+        pooling: `"class"`: the first token. `"mean"`: the mean of the tokens after the
+            prefix that are not hidden. `"class_and_mean"`: both, concatenated.
+        num_prefix_tokens: Integer, the number of tokens before those of the mean.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        tokens: `(batch, T, dim)` tensor.
+        mask: `(batch, T)` tensor, 0 for hidden tokens, or `None`.
+
+    Returns:
+        `(batch, dim)` tensor, or `(batch, 2 * dim)` for `"class_and_mean"`.
+    """
+
+    def __init__(self, pooling: str, num_prefix_tokens: int = 0, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.pooling = pooling
+        self.num_prefix_tokens = num_prefix_tokens
+        self.supports_masking = True
+
+    def call(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        first = tokens[:, 0]
+        if self.pooling == "class":
+            return first
+        rest = tokens[:, self.num_prefix_tokens :]
+        if mask is None:
+            mean = ops.mean(rest, axis=1)
+        else:
+            weights = ops.cast(mask[:, self.num_prefix_tokens :, None], rest.dtype)
+            count = ops.maximum(ops.sum(weights, axis=1), 1)
+            mean = ops.sum(rest * weights, axis=1) / count
+        return mean if self.pooling == "mean" else ops.concatenate([first, mean], -1)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
+        return None
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "pooling": self.pooling,
+            "num_prefix_tokens": self.num_prefix_tokens,
+        }

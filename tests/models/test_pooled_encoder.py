@@ -1,0 +1,212 @@
+"""Two pre-trained encoders as one model: pooling, pixels and padding by family."""
+
+import warnings
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.models.pooled_encoder import PooledEncoder
+from tests.helpers import (
+    FAST,
+    VIT,
+    assert_same_values,
+    deit_encoder,
+    dino_encoder,
+    random_images,
+    to_numpy,
+    values,
+    vit_encoder,
+)
+
+TEXT = dict(
+    vocabulary_size=30,
+    num_layers=1,
+    num_heads=2,
+    hidden_dim=16,
+    intermediate_dim=32,
+    max_sequence_length=8,
+)
+HEAD = {"projection_dim": 4}
+
+
+def dino_3():
+    return keras_hub.models.DINOV3Backbone(
+        **VIT, num_register_tokens=2, image_shape=(16, 16, 3)
+    )
+
+
+def bert(**options):
+    return keras_hub.models.BertBackbone(**{**TEXT, **options})
+
+
+def roberta():
+    return keras_hub.models.RobertaBackbone(**TEXT)
+
+
+def embedder(pooling="mean"):
+    return keras_hub.models.BertTextEmbedder(bert(), pooling_mode=pooling)
+
+
+# The encoder, its tokens before the patches, and its pooling.
+IMAGES = {
+    "DINOv2": (dino_encoder, 3, "class_and_mean"),
+    "DINOv3": (dino_3, 3, "class_and_mean"),
+    "DeiT": (deit_encoder, 2, "class"),
+    "ViT": (vit_encoder, 1, "class"),
+}
+TEXTS = {
+    "BERT": bert,
+    "DistilBERT": lambda: keras_hub.models.DistilBertBackbone(**TEXT),
+    "RoBERTa": roberta,
+    "XLM-R": lambda: keras_hub.models.XLMRobertaBackbone(**TEXT),
+}
+
+
+def make_model(images=vit_encoder, texts=bert, **options):
+    return kcm.ContrastiveModel.from_encoders(images(), texts(), **{**HEAD, **options})
+
+
+def pairs(padding=0):
+    ids = np.random.default_rng(0).integers(3, 30, (4, 6)).astype("int32")
+    ids[:2, 4:] = padding
+    images = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3))
+    return {"images": images.astype("uint8"), "token_ids": ids}
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_images_are_pooled_as_their_family_is(family):
+    make, prefix, pooling = IMAGES[family]
+    backbone = make()
+    images = random_images(2)
+    tokens = to_numpy(backbone(images, training=False))
+    first, mean = tokens[:, 0], tokens[:, prefix:].mean(axis=1)
+    expected = {
+        "class": first,
+        "mean": mean,
+        "class_and_mean": np.concatenate([first, mean], -1),
+    }
+    encoder = make_model(lambda: backbone).image_encoder
+    found = to_numpy(encoder(images, training=False))
+    np.testing.assert_allclose(found, expected[pooling], atol=1e-6)
+    for given in expected:
+        found = to_numpy(PooledEncoder(backbone, given)(images, training=False))
+        np.testing.assert_allclose(found, expected[given], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", TEXTS)
+def test_padding_has_no_influence_on_texts(family):
+    model = make_model(texts=TEXTS[family])
+    padding = 1 if family in ("RoBERTa", "XLM-R") else 0
+    ids = pairs()["token_ids"][:, :4]
+    ids[:, 0] = 1 - padding if padding else 3
+    padded = np.pad(ids, [(0, 0), (0, 3)], constant_values=padding)
+    one, other = (to_numpy(model.encode_text(x)) for x in (ids, padded))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_text_embedder_has_its_own_pooling(pooling):
+    texts = embedder(pooling)
+    model = make_model(texts=lambda: texts)
+    ids = pairs()["token_ids"]
+    given = {
+        "token_ids": ids,
+        "segment_ids": np.zeros_like(ids),
+        "padding_mask": ids != 0,
+    }
+    expected = to_numpy(texts(given, training=False))
+    found = to_numpy(model.text_encoder(given, training=False))
+    found /= np.linalg.norm(found, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_kept_patches_alone_are_pooled_in_training(family):
+    make, prefix, _ = IMAGES[family]
+    backbone = make()
+    encoder = PooledEncoder(backbone, "class_and_mean")
+    masking = kcm.RandomMasking(0.5)
+    images, noise = random_images(2), np.random.default_rng(0).random((2, 16), "f")
+    found = kcm.with_masking(encoder, masking)(images, training=True, noise=noise)
+    tokens = kcm.with_masking(backbone, masking)(images, training=True, noise=noise)
+    tokens = to_numpy(tokens)
+    assert tokens.shape[1] == prefix + 8
+    expected = np.concatenate([tokens[:, 0], tokens[:, prefix:].mean(1)], -1)
+    np.testing.assert_allclose(to_numpy(found), expected, atol=1e-6)
+
+
+def test_hidden_patches_are_not_pooled():
+    masking = kcm.ClusterMasking(
+        4, 0.6, min_mask_ratio=0.25, threshold=0.2, anchor_ratio=0.2
+    )
+    backbone = vit_encoder()
+    images, noise = random_images(2), np.random.default_rng(0).random((2, 16), "f")
+    _, visible = masking.select(images=images, noise=noise)
+    visible = np.pad(to_numpy(visible).astype(bool), [(0, 0), (1, 0)], constant_values=True)
+    assert not visible.all()
+    tokens = kcm.with_masking(backbone, masking)(images, training=True, noise=noise)
+    rows = [x[shown][1:].mean(0) for x, shown in zip(to_numpy(tokens), visible)]
+    masked = kcm.with_masking(PooledEncoder(backbone, "mean"), masking)
+    found = to_numpy(masked(images, training=True, noise=noise))
+    np.testing.assert_allclose(found, rows, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("family", IMAGES)
+def test_a_model_trains_without_a_warning_and_reloads(family, head, tmp_path):
+    model = make_model(
+        IMAGES[family][0], embedder, head=head, masking=kcm.RandomMasking(0.5)
+    )
+    model.text_encoder.backbone.trainable = False
+    model.compile("adam", **FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        # torch's attention over the positions of DINOv3's kept patches.
+        warnings.filterwarnings("ignore", ".*performance drop")
+        model.fit(pairs(), batch_size=4, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(loaded.trainable_variables) == len(model.trainable_variables)
+    for name, found in loaded.predict(pairs(), verbose=0).items():
+        expected = model.predict(pairs(), verbose=0)[name]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    before = values(loaded.image_encoder.encoder.backbone.trainable_variables)
+    loaded.fit(pairs(), batch_size=4, verbose=0)
+    after = values(loaded.image_encoder.encoder.backbone.trainable_variables)
+    assert any(np.any(one != other) for one, other in zip(before, after))
+
+
+def test_the_backbones_are_trained_themselves():
+    images, texts = vit_encoder(), bert()
+    model = make_model(lambda: images, lambda: texts)
+    images.trainable = texts.trainable = False
+    assert len(model.trainable_variables) == 3
+    before = values(images.variables)
+    model.compile("adam", **FAST)
+    model.fit(pairs(), batch_size=4, verbose=0)
+    assert_same_values(values(images.variables), before)
+
+
+@pytest.mark.any_backend
+def test_pixels_are_those_of_the_family():
+    assert make_model().pixel_mean == [0.5, 0.5, 0.5]
+    assert make_model(deit_encoder).pixel_mean == [0.485, 0.456, 0.406]
+    assert make_model(pixel_mean=None).pixel_mean is None
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"images": bert}, "`image_backbone` must be a keras_hub backbone"),
+        ({"texts": vit_encoder}, "`text_backbone` must be a keras_hub backbone"),
+        ({"pooling": ("sum", None)}, "`pooling` must be one of"),
+        ({"head": "deep"}, "`projection` must be one of"),
+    ],
+)
+def test_unsupported_encoders_are_refused(change, match):
+    with pytest.raises(ValueError, match=rf"{match}.*Received: "):
+        make_model(**change)
