@@ -36,7 +36,7 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     )
     from keras_cluster_mask.models import ContrastiveModel, with_masking
     from keras_cluster_mask.recipe import Recipe, small_data_recipe
-    from keras_cluster_mask.training import TowerOptimizer
+    from keras_cluster_mask.training import TowerFeatures, TowerOptimizer
 
 __version__ = "0.1.0"
 
@@ -52,6 +52,7 @@ __all__ = [
     "PatchMasking",
     "RandomMasking",
     "Recipe",
+    "TowerFeatures",
     "TowerOptimizer",
     "callbacks",
     "data",

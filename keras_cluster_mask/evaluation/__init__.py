@@ -6,6 +6,7 @@ from keras_cluster_mask.evaluation.classification import (
     zero_shot_classifier,
 )
 from keras_cluster_mask.evaluation.embedding import embed, embed_texts
+from keras_cluster_mask.evaluation.features import compute_features
 from keras_cluster_mask.evaluation.linear_probe import (
     evaluate_linear_probe,
     linear_probe,
@@ -21,6 +22,7 @@ __all__ = [
     "caption_selection_accuracy",
     "chance_recall",
     "classification_accuracy",
+    "compute_features",
     "embed",
     "embed_texts",
     "evaluate_linear_probe",

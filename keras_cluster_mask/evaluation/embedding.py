@@ -13,6 +13,7 @@ from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.data.tokenizing import length_of, tokenize
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
+from keras_cluster_mask.models.inputs import text_inputs
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
 
@@ -92,7 +93,7 @@ def embed(
             "image_embeddings": embedder.images(batch["images"]),
         }
         if tokenizer is not None:
-            texts, owners = _texts_of(batch)
+            texts, owners = texts_of(batch)
             found["text_embeddings"] = embedder.texts(tokenizer(texts))
         elif "token_ids" in batch:
             texts = {k: batch[k] for k in of_texts if k in batch}
@@ -165,12 +166,24 @@ class Embedder:
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of one that was saved.
+        features: Boolean. Whether to return the features that the head projects, in
+            place of embeddings.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, features=False):
         self.model = model = as_contrastive_model(model)
-        self._images = _Encoder(model.image_embeddings)
-        self._texts = _Encoder(model.text_embeddings)
+        images, texts = model.image_embeddings, model.text_embeddings
+        if features:
+            names, family = model.text_input_names, model.text_family
+
+            def images(x, training):
+                return model.image_features(model.normalize_pixels(x), training)
+
+            def texts(x, training):
+                return model.text_features(text_inputs(names, family, x), training)
+
+        self._images = _Encoder(model, images, "images")
+        self._texts = _Encoder(model, texts, "texts")
 
     @classmethod
     def of(cls, model):
@@ -192,7 +205,7 @@ class Embedder:
         return functools.partial(tokenize, tokenizer, context_length=length)
 
     def images(self, images):
-        """Embeds images into a `(batch, d)` float32 array."""
+        """Embeds images into a `(batch, d)` array."""
         images = np.asarray(images)
         self.model.input_rules.check_images(images)
         return self._embedded(self._images, images)
@@ -204,7 +217,7 @@ class Embedder:
             token_ids: `(batch, T)` array, as `ContrastiveModel.encode_text` takes it.
 
         Returns:
-            `(batch, d)` float32 array.
+            `(batch, d)` array.
         """
         given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
         self.model.input_rules.check_ids(
@@ -228,13 +241,13 @@ class Embedder:
 
 
 class _Encoder(keras.Model):
-    """Wraps a method of a model as a model, so that Keras compiles it."""
+    """Wraps a function of a model as a model, so that Keras compiles it."""
 
-    def __init__(self, function):
+    def __init__(self, source, function, name):
         # Keras's default name would start with an underscore, which TensorFlow refuses.
-        super().__init__(name=function.__name__)
+        super().__init__(name=name)
         self.autocast = False
-        self.source = function.__self__
+        self.source = source
         self.function = function
         self.sizes = []
         self.built = True
@@ -252,7 +265,7 @@ class _Encoder(keras.Model):
         return min(fitting)
 
 
-def _texts_of(batch):
+def texts_of(batch):
     """Returns the captions of a batch in one list, and the row of each one's image."""
     check_entry("data", batch, "captions")
     rows = [[x] if isinstance(x, str | bytes) else x for x in batch["captions"]]

@@ -142,7 +142,7 @@ class CLIPContrastiveModel(BackboneModel):
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.image_encoder, images, training)
-        return self.head.project_image(self.backbone.vision_pooler(tokens))
+        return self.backbone.vision_pooler(tokens)
 
     def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.text_encoder, token_ids, training)
@@ -150,8 +150,7 @@ class CLIPContrastiveModel(BackboneModel):
         # only for a fixed batch size.
         end = self.text_family.pooled_at(token_ids)[:, None]
         end = ops.equal(ops.arange(ops.shape(tokens)[1], dtype=end.dtype), end)
-        pooled = ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
-        return self.head.project_text(pooled)
+        return ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
 
     def get_config(self) -> dict[str, Any]:
         epsilon = read_text_epsilon(self.backbone)
@@ -189,7 +188,7 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         tokens = call_encoder(self.image_encoder, images, training)
         pooled = self.backbone.vision_pooler(tokens)
-        return self.head.project_image(self.backbone.vision_post_layer_norm(pooled))
+        return self.backbone.vision_post_layer_norm(pooled)
 
     def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
         features = super().text_features(token_ids, training)

@@ -305,9 +305,10 @@ class ContrastiveModel(ContrastiveTrainer):
     ) -> dict[str, Tensor]:
         # `fit`, `evaluate` and `predict` check their data before the model sees it.
         is_batch = isinstance(inputs, dict) and inputs.keys() >= {*KEYS}
-        if not is_batch or "sample_weights" in inputs:
+        is_features = isinstance(inputs, dict) and "image_features" in inputs
+        if not (is_batch or is_features) or "sample_weights" in inputs:
             self.input_rules.check_keys(inputs)
-        if training and self.micro_batch_size:
+        if training and self.micro_batch_size and not is_features:
             embeddings, extra_losses = micro_batches.embed_in_micro_batches(
                 self, inputs, self.micro_batch_size
             )

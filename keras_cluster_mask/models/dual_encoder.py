@@ -107,14 +107,14 @@ class DualEncoder(keras.Model):
     # === From inputs to embeddings ===
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
-        """Computes `(batch, d)` image features in the shared space, not normalized."""
+        """Computes the `(batch, width)` image features that the head projects."""
         features = call_encoder(self.image_encoder, images, training)
-        return self.head.project_image(_check_features(self.image_encoder, features))
+        return _check_features(self.image_encoder, features)
 
     def text_features(self, token_ids: Any, training: bool | None = None) -> Tensor:
-        """Computes `(batch, d)` text features in the shared space, not normalized."""
+        """Computes the `(batch, width)` text features that the head projects."""
         features = call_encoder(self.text_encoder, token_ids, training)
-        return self.head.project_text(_check_features(self.text_encoder, features))
+        return _check_features(self.text_encoder, features)
 
     def encode_image(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Embeds images.
@@ -162,9 +162,11 @@ class DualEncoder(keras.Model):
         """Embeds images as `encode_image` does, without checking values."""
         pixels = self.normalize_pixels(images)
         if self.views == 1 or not training:
-            return l2_normalize(self.image_features(pixels, training))
+            features = self.image_features(pixels, training)
+            return l2_normalize(self.head.project_image(features))
         with views_of_image(self.views):
-            embeddings = l2_normalize(self.image_features(pixels, training))
+            features = self.image_features(pixels, training)
+            embeddings = l2_normalize(self.head.project_image(features))
         shape = ops.shape(pixels)[0], self.views, embeddings.shape[-1]
         return ops.reshape(embeddings, shape)
 
@@ -174,12 +176,20 @@ class DualEncoder(keras.Model):
         """Embeds texts as `encode_text` does, without checking values."""
         if isinstance(token_ids, dict) or len(self.text_input_names) > 1:
             token_ids = text_inputs(self.text_input_names, self.text_family, token_ids)
-        return l2_normalize(self.text_features(token_ids, training))
+        features = self.text_features(token_ids, training)
+        return l2_normalize(self.head.project_text(features))
 
     def embed(
         self, inputs: Mapping[str, Tensor], training: bool | None = None
     ) -> dict[str, Tensor]:
-        """Embeds a batch, or a micro-batch, of images and texts."""
+        """Embeds a batch, or a micro-batch, of images and texts, or of features."""
+        if "image_features" in inputs:
+            images = self.head.project_image(inputs["image_features"])
+            texts = self.head.project_text(inputs["text_features"])
+            return {
+                "image_embeddings": l2_normalize(images),
+                "text_embeddings": l2_normalize(texts),
+            }
         texts = inputs["token_ids"]
         if len(self.text_input_names) > 1:
             texts = {key: inputs[key] for key in self.text_input_names if key in inputs}

@@ -57,8 +57,8 @@ def image_family_of(backbone: keras.Model) -> ImageFamily:
             return IMAGE_FAMILIES[kind.__name__]
     raise ValueError(
         "`image_backbone` must be a keras_hub backbone that returns patch tokens, one "
-        f"of {sorted(IMAGE_FAMILIES)}. Pass another encoder, with a pooling of its own, "
-        "to `ContrastiveModel`. "
+        f"of {sorted(IMAGE_FAMILIES)}. Pass another encoder, with its own pooling, to "
+        "`ContrastiveModel`. "
         f"Received: image_backbone={backbone} of type {type(backbone).__name__}"
     )
 

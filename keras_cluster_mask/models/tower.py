@@ -85,7 +85,7 @@ class Tower(keras.Model):
         """Makes the image tower of a `ContrastiveModel` without a masking."""
         return cls._of(
             model.image_encoder,
-            model.image_features,
+            lambda x: model.head.project_image(model.image_features(x, training=False)),
             pixel_mean=model.pixel_mean,
             pixel_std=model.pixel_std,
             data_format=data_format_of(model.image_encoder),
@@ -95,10 +95,14 @@ class Tower(keras.Model):
     @classmethod
     def of_texts(cls, model: keras.Model) -> Self:
         """Makes the text tower of a `ContrastiveModel`."""
-        return cls._of(model.text_encoder, model.text_features, name="text_tower")
+        return cls._of(
+            model.text_encoder,
+            lambda x: model.head.project_text(model.text_features(x, training=False)),
+            name="text_tower",
+        )
 
     @classmethod
-    def _of(cls, encoder, features, **kwargs):
+    def _of(cls, encoder, project, **kwargs):
         # Some encoders have no `input`. After Keras's AttributeError, torch would
         # report that the attribute `image_tower` is missing.
         given = getattr(encoder, "input", None)
@@ -117,7 +121,7 @@ class Tower(keras.Model):
             for x in keras.tree.flatten(given)
         ]
         inputs = {x.name: x for x in inputs} if len(inputs) > 1 else inputs[0]
-        return cls(keras.Model(inputs, features(inputs, training=False)), **kwargs)
+        return cls(keras.Model(inputs, project(inputs)), **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None) -> Tensor:
         if self.data_format is not None:

@@ -85,5 +85,14 @@ class ArrayBatches:
                 order = rng.permutation(self._pairs)
             for first in range(step, self.steps_per_epoch):
                 rows = order[first * self._batch_size : (first + 1) * self._batch_size]
-                yield {name: array[rows] for name, array in self._arrays.items()}
+                yield self.batch(rows, epoch)
             epoch, step = epoch + 1, 0
+
+    def batch(self, rows, epoch):
+        """Returns a batch of an epoch.
+
+        Args:
+            rows: `(batch,)` ints, the rows of the arrays.
+            epoch: Integer.
+        """
+        return {name: array[rows] for name, array in self._arrays.items()}

@@ -19,6 +19,7 @@ from keras_cluster_mask.training.checkpoints import (
     read_resumable,
     writing_error,
 )
+from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
@@ -122,6 +123,8 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     initial_epoch = check_integer("initial_epoch", initial_epoch, 0)
     steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
     rules = dataclasses.replace(model.input_rules, training=True)
+    if isinstance(x, TowerFeatures):
+        x.check_model(model, training=True)
     reader = reader_of(x, rules, batch_size, shuffle)
     data = TrainingData(reader, steps_per_epoch, initial_epoch)
     check_batch_size(model, data.rows, data.description.get("data.pairs"))

@@ -5,6 +5,7 @@
 | Data | Batch size known from | Starts at any step | Checked |
 | --- | --- | --- | --- |
 | arrays | the argument `batch_size` | yes | once, before training |
+| `TowerFeatures` | the argument `batch_size` | yes | the towers, before training |
 | `image_text_dataset` | the dataset | yes | keys before training, each batch |
 | `tf.data.Dataset` | full batches | yes, by `skip` | keys before training, each batch |
 | grain dataset | - | no | each batch |
@@ -33,6 +34,7 @@ from keras_cluster_mask.distribution.processes import (
     process_index_and_count,
 )
 from keras_cluster_mask.training.arrays import ArrayBatches
+from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.input_rules import (
     KEYS,
     as_dictionary,
@@ -162,6 +164,8 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
             f"Received: an endless {type(data).__name__}"
         )
     check_tokenizer_of(model, data)
+    if isinstance(data, TowerFeatures):
+        data.check_model(model)
     rules = model.input_rules
     return reader_of(data, rules, passes_once=passes_once).for_keras()
 
@@ -189,7 +193,15 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
             starts worker processes once for a generator, and twice for a grain dataset.
     """
-    if isinstance(data, dict):
+    if isinstance(data, TowerFeatures):
+        if not rules.training:
+            return Reader(data.pairs(slice(None)), None, False)
+        data, rules, shuffle = (
+            data.batches(batch_size, shuffle is not False),
+            None,
+            False,
+        )
+    elif isinstance(data, dict):
         # Arrays are checked once, as a whole.
         (data,) = rules.check(data)
         if not rules.training:

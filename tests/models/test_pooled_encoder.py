@@ -145,7 +145,9 @@ def test_hidden_patches_are_not_pooled():
     backbone = vit_encoder()
     images, noise = random_images(2), np.random.default_rng(0).random((2, 16), "f")
     _, visible = masking.select(images=images, noise=noise)
-    visible = np.pad(to_numpy(visible).astype(bool), [(0, 0), (1, 0)], constant_values=True)
+    visible = np.pad(
+        to_numpy(visible).astype(bool), [(0, 0), (1, 0)], constant_values=True
+    )
     assert not visible.all()
     tokens = kcm.with_masking(backbone, masking)(images, training=True, noise=noise)
     rows = [x[shown][1:].mean(0) for x, shown in zip(to_numpy(tokens), visible)]

@@ -1,0 +1,117 @@
+"""Computes the features of frozen towers once."""
+
+import itertools
+import json
+import os
+import pathlib
+import zlib
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_cluster_mask.batches import num_images, read_batches
+from keras_cluster_mask.evaluation.checks import check_read_once
+from keras_cluster_mask.evaluation.embedding import Embedder, texts_of
+from keras_cluster_mask.training.features import (
+    ARRAYS,
+    PROGRESS,
+    TowerFeatures,
+    check_same,
+    describe_towers,
+    read_progress,
+)
+
+
+def compute_features(
+    model: Any,
+    data: Any,
+    tokenizer: Any,
+    folder: str | os.PathLike,
+    verbose: str | int = "auto",
+) -> TowerFeatures:
+    """Runs both towers of a model once over a dataset, and stores their features.
+
+    To train only the projections of a model takes seconds an epoch on features. A run
+    that was interrupted resumes. A folder that is complete is returned as it is.
+
+    Args:
+        model: A `ContrastiveModel`.
+        data: As for `embed`, with `"captions"`: one or several for each image.
+        tokenizer: As for `embed`.
+        folder: str or path. The folder to write to.
+        verbose: `"auto"`, 0 or 1. Whether to show progress.
+
+    Returns:
+        `TowerFeatures`, data for `ContrastiveModel.fit`.
+
+    Raises:
+        ValueError: If the folder holds features of other towers or data.
+    """
+    check_read_once("data", data)
+    embedder = Embedder(model, features=True)
+    tokenizer = embedder.tokenizer(tokenizer)
+    description = {
+        "towers": describe_towers(embedder.model),
+        "data": _describe_data(data),
+    }
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = read_progress(folder)
+    if found is None:
+        found = {"rows": {"images": 0, "texts": 0}, "batches": 0, "done": False}
+    else:
+        check_same(found["description"]["towers"], description["towers"], "towers")
+        check_same(found["description"], {"data": description["data"]}, "data")
+    found["description"] = description
+    progress = keras.utils.Progbar(
+        num_images(data), verbose=bool(verbose), unit_name="image"
+    )
+    if not found["done"]:
+        for batch in itertools.islice(read_batches(data), found["batches"], None):
+            texts, owners = texts_of(batch)
+            token_ids = tokenizer(texts)
+            arrays = {
+                "image_features": embedder.images(batch["images"]),
+                "text_features": embedder.texts(token_ids),
+                "token_ids": token_ids,
+                "captions_of_image": np.bincount(
+                    owners, minlength=len(batch["images"])
+                ),
+            }
+            _append(folder, found, arrays)
+            progress.update(found["rows"]["images"], finalize=False)
+        _write_progress(folder, {**found, "done": True})
+        progress.update(found["rows"]["images"], finalize=True)
+    return TowerFeatures(folder)
+
+
+def _describe_data(data):
+    """Describes data as far as it can be told before reading it, or returns `None`."""
+    if isinstance(data, dict):
+        images = np.ascontiguousarray(data["images"])
+        return [zlib.crc32(images), zlib.crc32(repr([*data["captions"]]).encode())]
+    stream = getattr(data, "stream", None)
+    # In the types that JSON has.
+    return None if stream is None else json.loads(json.dumps(stream.description))
+
+
+def _append(folder, found, arrays):
+    """Adds the rows of a batch to the files, after those that are complete."""
+    found["shapes"] = {name: array.shape[1:] for name, array in arrays.items()}
+    for name, (dtype, kind) in ARRAYS.items():
+        array = np.ascontiguousarray(arrays[name], dtype)
+        with open(folder / f"{name}.bin", "r+b" if found["batches"] else "wb") as file:
+            file.seek(found["rows"][kind] * array[:1].nbytes)
+            file.write(array)
+    found["rows"]["images"] += len(arrays["image_features"])
+    found["rows"]["texts"] += len(arrays["text_features"])
+    found["batches"] += 1
+    _write_progress(folder, found)
+
+
+def _write_progress(folder, found):
+    path = folder / PROGRESS
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found))
+    os.replace(partial, path)

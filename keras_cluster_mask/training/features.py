@@ -1,0 +1,171 @@
+"""Features of frozen towers, computed once, from which the projections are trained."""
+
+import json
+import os
+import pathlib
+import zlib
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.training.arrays import ArrayBatches
+
+PROGRESS = "features.json"
+# The arrays in the folder, one file each, with the entry of `widths` and of `rows` that
+# give their shapes.
+ARRAYS = {
+    "image_features": ("float32", "images"),
+    "text_features": ("float32", "texts"),
+    "token_ids": ("int32", "texts"),
+    "captions_of_image": ("int32", "images"),
+}
+
+
+class TowerFeatures:
+    """Features of both towers for a dataset, in memory-mapped files.
+
+    `kcm.evaluation.compute_features` makes them, and `ContrastiveModel.fit` trains the
+    projections on them. Each epoch draws one caption of each image.
+
+    Args:
+        folder: str or path. A folder that `compute_features` has filled.
+
+    Attributes:
+        description: dict. What the features depend on: weights of the towers, pixels
+            and data.
+        num_images: int.
+        num_texts: int.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = pathlib.Path(folder)
+        found = read_progress(self.folder)
+        if found is None or not found["done"]:
+            raise ValueError(
+                "`folder` must hold the features of a whole dataset: call "
+                "`compute_features` again, which resumes. "
+                f"Received: folder={folder}"
+            )
+        self.description = found["description"]
+        self.num_images, self.num_texts = (
+            found["rows"]["images"],
+            found["rows"]["texts"],
+        )
+        self._arrays = {
+            name: np.memmap(
+                self.folder / f"{name}.bin",
+                dtype,
+                "r",
+                shape=(found["rows"][kind], *found["shapes"][name]),
+            )
+            for name, (dtype, kind) in ARRAYS.items()
+        }
+        counts = self._arrays.pop("captions_of_image")
+        self.counts, self.first_text = counts, np.cumsum(counts) - counts
+
+    def check_model(self, model: keras.Model, training: bool = False) -> None:
+        """Raises an error unless the features are those that a model computes.
+
+        Args:
+            model: A `ContrastiveModel`.
+            training: Boolean. Whether they must stay so while the model is trained.
+        """
+        check_same(self.description["towers"], describe_towers(model), "towers")
+        if not training:
+            return
+        for name in ("image_encoder", "text_encoder"):
+            trained = getattr(model, name).trainable_weights
+            if trained:
+                raise ValueError(
+                    f"`{name}` must be frozen to train on features, which do not "
+                    f"change: set `model.{name}.trainable = False` before compiling. "
+                    f"Received: {len(trained)} trainable weights"
+                )
+        if model.maskings:
+            raise ValueError(
+                "`model` must have no masking to train on features, which are those of "
+                "whole images: train `model.without_masking()`. Received: masking="
+                f"{model.maskings[0].name}"
+            )
+
+    def batches(self, batch_size: int, shuffle: bool = True) -> "FeatureBatches":
+        """Returns an endless stream of batches."""
+        return FeatureBatches(self, batch_size, shuffle)
+
+    def pairs(self, images: Any, captions: Any = 0) -> dict[str, np.ndarray]:
+        """Returns the features of images, and of one caption of each.
+
+        Args:
+            images: `(batch,)` ints.
+            captions: `(batch,)` ints, the number of the caption of each image.
+        """
+        texts = self.first_text[images] + captions
+        return {
+            "image_features": self._arrays["image_features"][images],
+            "text_features": self._arrays["text_features"][texts],
+            "token_ids": self._arrays["token_ids"][texts],
+        }
+
+
+class FeatureBatches(ArrayBatches):
+    """Batches of `TowerFeatures`, each with one caption of each image.
+
+    Args:
+        features: `TowerFeatures`.
+        batch_size: Integer.
+        shuffle: Boolean.
+    """
+
+    def __init__(self, features, batch_size, shuffle=True):
+        # They have the shapes of all batches.
+        super().__init__(features.pairs(slice(None)), batch_size, shuffle)
+        self._features = features
+        self.description = {**self.description, **features.description}
+
+    def batch(self, rows, epoch):
+        rng = np.random.default_rng([self.shuffle_seed, epoch, 1])
+        drawn = rng.random(self._features.num_images)[rows]
+        captions = (drawn * self._features.counts[rows]).astype("int64")
+        return self._features.pairs(rows, captions)
+
+
+def read_progress(folder: pathlib.Path) -> dict[str, Any] | None:
+    """Reads how far a folder is filled, or returns `None`."""
+    path = folder / PROGRESS
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def describe_towers(model: keras.Model) -> dict[str, Any]:
+    """Describes what the features of a model depend on.
+
+    Args:
+        model: A `ContrastiveModel`.
+    """
+
+    def checksum(encoder):
+        value = 0
+        for weight in encoder.weights:
+            value = zlib.crc32(
+                np.ascontiguousarray(ops.convert_to_numpy(weight)), value
+            )
+        return value
+
+    return {
+        "image_encoder": checksum(model.image_encoder),
+        "text_encoder": checksum(model.text_encoder),
+        "pixel_mean": model.pixel_mean,
+        "pixel_std": model.pixel_std,
+    }
+
+
+def check_same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
+    """Raises an error if features are of other towers or data than given."""
+    differs = [name for name in expected if found.get(name) != expected[name]]
+    if differs:
+        raise ValueError(
+            f"`features` must be those of the same {what}: compute them again, in "
+            "another folder. Received: features that differ in "
+            + "; ".join(f"{x}={found.get(x)} for {expected[x]}" for x in differs)
+        )

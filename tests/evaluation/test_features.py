@@ -1,0 +1,138 @@
+"""Features of frozen towers: computed once, resumed, and trained on."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.evaluation import compute_features
+from tests.helpers import FAST, assert_same_values, dino_encoder, values
+from tests.models.test_pooled_encoder import bert, make_model
+
+
+def tokenizer(texts):
+    return np.array([[3 + len(text) % 20, 5, 6, 0] for text in texts], "int32")
+
+
+def dataset(images=20, captions=1, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "images": rng.integers(0, 256, (images, 16, 16, 3)).astype("uint8"),
+        "captions": [
+            tuple("x" * (3 * row + i + 1) for i in range(captions))
+            for row in range(images)
+        ],
+    }
+
+
+def frozen_model(**options):
+    keras.utils.set_random_seed(0)
+    # Dropout is off where features are computed.
+    model = make_model(dino_encoder, lambda: bert(dropout=0.0), **options)
+    model.image_encoder.trainable = model.text_encoder.trainable = False
+    model.compile(keras.optimizers.SGD(0.5), **FAST)
+    return model
+
+
+def computed(model, folder, **options):
+    data = dataset(**options)
+    return compute_features(model, data, tokenizer, folder, verbose=0), data
+
+
+def test_training_on_features_equals_training_on_images(tmp_path):
+    model, other = frozen_model(), frozen_model()
+    features, data = computed(model, tmp_path)
+    model.fit(features, batch_size=5, epochs=2, shuffle=False, verbose=0)
+    pairs = {
+        "images": data["images"],
+        "token_ids": tokenizer([text for (text,) in data["captions"]]),
+    }
+    other.fit(pairs, batch_size=5, epochs=2, shuffle=False, verbose=0)
+    found, expected = (values(x.trainable_variables) for x in (model, other))
+    for one, another in zip(found, expected):
+        np.testing.assert_allclose(one, another, atol=1e-5)
+    logs = [model.evaluate(x, verbose=0, return_dict=True) for x in (features, pairs)]
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)
+    embeddings = [model.predict(x, verbose=0) for x in (features, pairs)]
+    for name in embeddings[0]:
+        np.testing.assert_allclose(*(x[name] for x in embeddings), atol=1e-5)
+
+
+def test_an_interrupted_run_resumes_with_the_next_batch(tmp_path):
+    model = frozen_model()
+    expected, _ = computed(model, tmp_path / "whole", images=150, captions=2)
+    calls = []
+
+    def interrupted(texts):
+        # The first call checks the tokenizer.
+        calls.append(len(texts))
+        if calls.count(128) == 2:
+            raise KeyboardInterrupt
+        return tokenizer(texts)
+
+    data, folder = dataset(150, 2), tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        compute_features(model, data, interrupted, folder, verbose=0)
+    assert json.loads((folder / "features.json").read_text())["rows"]["images"] == 64
+    with pytest.raises(ValueError, match=r"`folder` must hold .*Received: "):
+        kcm.TowerFeatures(folder)
+    calls.clear()
+    found = compute_features(model, data, interrupted, folder, verbose=0)
+    assert sum(calls) < 300
+    for name, array in expected.pairs(slice(None)).items():
+        assert_same_values([found.pairs(slice(None))[name]], [array])
+
+
+def test_a_complete_folder_is_not_computed_again(tmp_path, monkeypatch):
+    model = frozen_model()
+    computed(model, tmp_path)
+    monkeypatch.setattr(type(model), "image_features", None)
+    features, _ = computed(model, tmp_path)
+    assert features.num_images == features.num_texts == 20
+
+
+def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
+    model = frozen_model()
+    features, _ = computed(model, tmp_path, captions=3)
+    stream = iter(features.batches(5))
+    seen = []
+    for _ in range(6):
+        epoch = [next(stream) for _ in range(4)]
+        ids = np.concatenate([batch["token_ids"] for batch in epoch])[:, 0]
+        images = np.concatenate([batch["image_features"] for batch in epoch])
+        whole = features.pairs(slice(None))["image_features"]
+        rows = [int(np.argmin(np.abs(whole - x).sum(axis=1))) for x in images]
+        assert sorted(rows) == [*range(20)]
+        number = (ids - 3 - (3 * np.array(rows) + 1) % 20) % 20
+        assert set(number) <= {0, 1, 2}
+        seen.append([x for _, x in sorted(zip(rows, number))])
+    assert len({*map(tuple, seen)}) == 6
+
+
+@pytest.mark.parametrize("change", ["weights", "data"])
+def test_features_of_something_else_are_refused(change, tmp_path):
+    model = frozen_model()
+    features, _ = computed(model, tmp_path)
+    if change == "weights":
+        weight = model.image_encoder.weights[0]
+        weight.assign(weight + 1.0)
+        with pytest.raises(ValueError, match=r"`features` .*towers.*Received: "):
+            model.fit(features, batch_size=5)
+        with pytest.raises(ValueError, match=r"`features` .*towers.*Received: "):
+            model.evaluate(features)
+    with pytest.raises(ValueError, match=r"`features` .*Received: "):
+        computed(model, tmp_path, seed=1)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("name", ["image_encoder", "text_encoder", "masking"])
+def test_what_changes_features_is_refused(name, tmp_path):
+    masking = kcm.RandomMasking(0.5) if name == "masking" else None
+    model = frozen_model(masking=masking)
+    if masking is None:
+        getattr(model, name).trainable = True
+    features, _ = computed(model, tmp_path)
+    with pytest.raises(ValueError, match=f"`{name}|`model` must have no masking"):
+        model.fit(features, batch_size=5)
