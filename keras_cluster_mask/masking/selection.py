@@ -93,7 +93,8 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
     if num_prefix is None:
         raise ValueError(
             f"`{masking.name}` sees no image grid and cannot tell prefix tokens from "
-            "patch tokens. Pass `num_prefix_tokens`, 1 for a class token. "
+            "patch tokens. Pass `num_prefix_tokens`, the number of tokens before the "
+            "patches: 0, or 1 for a class token. "
             "Received: num_prefix_tokens=None"
         )
     if num_tokens is None or num_tokens <= num_prefix:
@@ -163,6 +164,16 @@ def best_patches(masking, images, tokens, noises):
         views of an image are in consecutive rows.
     """
     scores = [masking.score(noise, images, tokens) for noise in noises]
+    for score, noise in zip(scores, noises):
+        shape = tuple(score.shape)
+        if len(shape) != 2 or any(
+            None not in sizes and sizes[0] != sizes[1]
+            for sizes in zip(shape, noise.shape)
+        ):
+            raise ValueError(
+                f"`score` of `{masking.name}` must return one value a patch, shape "
+                f"(batch, N) = {tuple(noise.shape)}. Received: shape {shape}"
+            )
     score, noise = scores[0], noises[0]
     num_patches = noise.shape[1]
     if len(noises) > 1:
