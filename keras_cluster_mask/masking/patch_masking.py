@@ -13,6 +13,7 @@ from keras_cluster_mask.masking.selection import (
     best_patches,
     count_patches,
     kept_count,
+    mark_nan,
     noise_by_view,
     split_tokens,
 )
@@ -144,9 +145,8 @@ class PatchMasking(keras.layers.Layer):
 
         Returns:
             `(batch, N)` float32 tensor. A patch with `-inf` has no influence, if the
-            strategy has `hides_tokens`. NaN is an error in the first call that is not
-            compiled. Compiled steps cannot raise an error on a value: there NaN makes
-            all tokens of the image, and so the loss, NaN.
+            strategy has `hides_tokens`. NaN is an error in the first call; later, and
+            in compiled steps, it makes the loss NaN.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement `score(noise, images, tokens)`."
@@ -246,25 +246,17 @@ class PatchMasking(keras.layers.Layer):
             the strategy hides none; and the `(batch, K)` indices of the kept patches.
             For `v` views they have `batch * v` rows.
         """
-        # Check only once, because reading a value makes an accelerator wait. A compiled
-        # step cannot read values; `ContrastiveModel` checks before it compiles one.
+        # Check only once, because reading a value makes an accelerator wait.
+        # `ContrastiveModel` checks before it compiles a step, which cannot read values.
         is_first = not self._is_ready and not any(map(is_traced, self.variables))
         if is_first:
             self.check_ready()
+            self._is_ready = True
         if num_prefix is None:
             num_prefix = self.num_prefix_tokens
         num_prefix, num_patches = split_tokens(self, tokens, images, num_prefix)
         noises = noise_by_view(self, noise, images, tokens, num_patches)
         indices, visible, score = best_patches(self, images, tokens, noises)
-        has_nan = ops.any(ops.isnan(score), axis=-1)
-        if is_first and not is_traced(has_nan):
-            if np.any(ops.convert_to_numpy(has_nan)):
-                raise ValueError(
-                    f"`score` of `{self.name}` must not return NaN. Received: NaN for "
-                    f"{int(np.sum(ops.convert_to_numpy(has_nan)))} of "
-                    f"{has_nan.shape[0]} images"
-                )
-            self._is_ready = True
         # Gather all views of an image from its row, on the device that holds the row.
         views, num_kept = len(noises), indices.shape[1]
         of_image = ops.reshape(indices, (-1, views * num_kept))
@@ -278,10 +270,7 @@ class PatchMasking(keras.layers.Layer):
         if self.counts_calls:
             self.advance()
         kept = ops.concatenate([prefix, kept], axis=1)
-        # A compiled step cannot raise an error on a value, but NaN shows in the loss.
-        kept = (
-            kept + ops.cast(ops.where(has_nan, np.nan, 0.0), kept.dtype)[:, None, None]
-        )
+        kept = mark_nan(self, kept, score, can_raise=is_first)
         if not self.hides_tokens:
             return kept, None, indices
         always = ops.ones_like(prefix[:, :, 0], dtype="bool")
@@ -372,8 +361,7 @@ class PatchMasking(keras.layers.Layer):
         training: bool | None = None,
         noise: Tensor | None = None,
     ) -> keras.KerasTensor:
-        # Tokens keep their dtype under any policy, because nothing is computed with
-        # them.
+        # Tokens keep their dtype under any policy.
         noise_shape = getattr(noise, "shape", None)
         shape = self.compute_output_shape(tokens.shape, noise_shape=noise_shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)

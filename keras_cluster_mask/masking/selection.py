@@ -10,8 +10,11 @@ import math
 import threading
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_cluster_mask.checks import fits_shape
+from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking.patch_grid import grid_of_masking
 
 # Thread-local, because TensorFlow traces the step of each replica in its own thread.
@@ -165,14 +168,10 @@ def best_patches(masking, images, tokens, noises):
     """
     scores = [masking.score(noise, images, tokens) for noise in noises]
     for score, noise in zip(scores, noises):
-        shape = tuple(score.shape)
-        if len(shape) != 2 or any(
-            None not in sizes and sizes[0] != sizes[1]
-            for sizes in zip(shape, noise.shape)
-        ):
+        if not fits_shape(score.shape, noise.shape):
             raise ValueError(
                 f"`score` of `{masking.name}` must return one value a patch, shape "
-                f"(batch, N) = {tuple(noise.shape)}. Received: shape {shape}"
+                f"{tuple(noise.shape)}. Received: shape {tuple(score.shape)}"
             )
     score, noise = scores[0], noises[0]
     num_patches = noise.shape[1]
@@ -187,6 +186,26 @@ def best_patches(masking, images, tokens, noises):
         return indices, ops.ones_like(indices, dtype="bool"), score
     visible = ops.take_along_axis(score, indices, axis=1) > -math.inf
     return indices, visible, score
+
+
+def mark_nan(masking, tokens, score, can_raise):
+    """Makes the tokens of an image NaN if one of its scores is NaN.
+
+    A compiled step cannot raise an error on a value, but NaN shows in its loss.
+
+    Args:
+        masking: A `PatchMasking`.
+        tokens: `(batch, K, dim)` tensor.
+        score: `(batch, N)` tensor.
+        can_raise: Boolean. Whether to raise an error instead, where values can be read.
+    """
+    has_nan = ops.any(ops.isnan(score), axis=-1)
+    if can_raise and not is_traced(has_nan) and np.any(ops.convert_to_numpy(has_nan)):
+        raise ValueError(
+            f"`score` of `{masking.name}` must not return NaN. Received: score={score}"
+        )
+    nan_or_0 = ops.cast(ops.where(has_nan, math.nan, 0.0), tokens.dtype)
+    return tokens + nan_or_0[:, None, None]
 
 
 class PutMask(keras.layers.Layer):

@@ -9,7 +9,7 @@ from typing import Any, Self
 import keras
 from keras import ops, tree
 
-from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.checks import check_integer, fits_shape
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import views_of_image
@@ -164,14 +164,8 @@ class DualEncoder(keras.Model):
 
     def image_embeddings(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Embeds images as `encode_image` does, without checking values."""
-        images = ops.convert_to_tensor(images)
-        _check_shape(
-            self.image_encoder,
-            images=images,
-            remedy="the `image_size` of the data must be that of the encoder, which "
-            "`kcm.models.with_image_size` changes",
-        )
         pixels = self.normalize_pixels(images)
+        _check_shape("images", pixels, self.image_encoder, "image_size")
         if self.views == 1 or not training:
             return l2_normalize(self.image_features(pixels, training))
         with views_of_image(self.views):
@@ -185,12 +179,7 @@ class DualEncoder(keras.Model):
         """Embeds texts as `encode_text` does, without checking values."""
         if isinstance(token_ids, dict) or len(self.text_input_names) > 1:
             token_ids = text_inputs(self.text_input_names, self.text_family, token_ids)
-        _check_shape(
-            self.text_encoder,
-            token_ids=token_ids,
-            remedy="the `context_length` of the tokenizer must be that of the encoder, "
-            "which `kcm.models.with_context_length` changes",
-        )
+        _check_shape("token_ids", token_ids, self.text_encoder, "context_length")
         return l2_normalize(self.text_features(token_ids, training))
 
     def embed(
@@ -282,14 +271,8 @@ class DualEncoder(keras.Model):
             - [Scaling Language-Image Pre-training via Masking](
               https://arxiv.org/abs/2212.00794) for unmasked tuning.
         """
-        name = type(self).__name__
-        config = {
-            **self.get_config(),
-            **self._whole_parts(),
-            "head": self.head,
-            "views": 1,
-            "frozen": None,
-        }
+        parts = {**self._whole_parts(), "head": self.head, "views": 1, "frozen": None}
+        config = {**self.get_config(), **parts}
         omitted = [
             key
             for key, x in inspect.signature(self.__init__).parameters.items()
@@ -297,29 +280,23 @@ class DualEncoder(keras.Model):
         ]
         try:
             if omitted:
-                raise TypeError(f"`get_config` without {omitted}")
+                raise TypeError(f"`get_config` omits {omitted}")
             whole = type(self).from_config(config)
+            masks = {id(v) for masking in self.maskings for v in masking.weights}
+            mine, shared = ({id(v) for v in x.weights} - masks for x in (self, whole))
+            if mine != shared:
+                raise TypeError(f"{len(mine)} weights, of which not all are shared")
         except TypeError as error:
             raise ValueError(
-                f"`{name}` must take its encoders and `head` as arguments, and return "
-                "all other arguments from `get_config`, to be made without its "
-                f"masking. Received: {error}"
+                f"`{type(self).__name__}` must take its encoders and `head` as "
+                "arguments, return all others from `get_config`, and have no other "
+                f"weights, to be made without its masking. Received: {error}"
             ) from error
         if whole.maskings:
             raise ValueError(
                 "`image_encoder` must have its masking from `kcm.with_masking`, which "
                 "can remove it. Received: maskings "
                 f"{[masking.name for masking in whole.maskings]} of another kind"
-            )
-        masks = {id(v) for masking in self.maskings for v in masking.weights}
-        mine, its = ({id(v): v.path for v in x.weights} for x in (self, whole))
-        differ = (mine.keys() ^ its.keys()) - masks
-        if differ:
-            raise ValueError(
-                f"`{name}` must have no weights besides those of its encoders and its "
-                "head, as the model without a masking would not share them: put them "
-                "into an encoder. Received: weights "
-                f"{sorted({**mine, **its}[key] for key in differ)}"
             )
         return whole
 
@@ -375,18 +352,14 @@ def _check_encoder(name, encoder):
         )
 
 
-def _check_shape(encoder, remedy, **inputs):
-    """Raises an error if inputs do not have the shape that an encoder declares."""
-    ((name, value),) = inputs.items()
-    expected, shape = image_shape_of(encoder), tuple(tree.flatten(value)[0].shape)
-    if expected is None:
-        return
-    if len(shape) != 1 + len(expected) or any(
-        None not in sizes and sizes[0] != sizes[1] for sizes in zip(shape[1:], expected)
-    ):
+def _check_shape(name, value, encoder, option):
+    """Raises an error unless an input has the shape that an encoder declares."""
+    shape, declared = tuple(tree.flatten(value)[0].shape), image_shape_of(encoder)
+    if declared is not None and not fits_shape(shape, (None, *declared)):
         raise ValueError(
-            f"`{name}` must have shape {('batch', *expected)} for `{encoder.name}`: "
-            f"{remedy}. Received: {name}.shape={shape}"
+            f"`{name}` must have shape {(None, *declared)}: the `{option}` of the data "
+            f"must be that of `{encoder.name}`, which `kcm.models.with_{option}` "
+            f"changes. Received: {name}.shape={shape}"
         )
 
 

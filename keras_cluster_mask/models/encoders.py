@@ -3,13 +3,15 @@
 keras_hub's classes are recognized by name, to avoid importing keras_hub.
 """
 
+import math
+
 import keras
 import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.checks import is_integer
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.masking.patch_grid import grid_shape
 from keras_cluster_mask.masking.selection import split_tokens
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.training.layers import (
@@ -69,9 +71,6 @@ BLOCKS = (
     "ViTEncoderBlock",
 )
 
-# Begins errors of a layer after which tokens cannot be left out.
-PLACE = "`layer` must be after the position embedding"
-
 # === Any encoder ===
 
 
@@ -114,26 +113,22 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
                 f"`encoder` must be one that can leave out tokens. {reason}. "
                 f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
             )
-    # A model as a layer has an output of its own, outside of this encoder.
-    inner = [x for x in encoder.layers if getattr(x, "inputs", None)]
-    candidates = [x for x in encoder.layers if x not in inner and _makes_tokens(x)]
+    candidates = [layer for layer in encoder.layers if _makes_tokens(layer)]
     if name is None:
         found = [x for x in candidates if type(x).__name__ in EMBEDDINGS]
     else:
         found = [layer for layer in candidates if layer.name == name]
-    for model in inner:
-        if not found and any(map(_makes_tokens, model.layers)):
-            raise ValueError(
-                "`encoder` must have the layers of the vision transformer itself. Mask "
-                f"the model inside of it, `masked = with_masking({model.name}, ...)`, "
-                f"and call `masked` in place of `{model.name}`. "
-                f"Received: layer={name!r}, encoder={encoder.name}"
-            )
     if not found:
-        names = ", ".join(repr(layer.name) for layer in candidates) or "none"
+        inner = [layer for layer in encoder.layers if _is_model(layer)]
+        names, models = (
+            ", ".join(repr(x.name) for x in layers) or "none"
+            for layers in (candidates, inner)
+        )
         raise ValueError(
             "`layer` must name the layer of the encoder that returns the embedded "
-            f"tokens, (batch, tokens, dim). Candidates: {names}. "
+            f"tokens, (batch, tokens, dim). Candidates: {names}. If they are made in a "
+            "model inside of the encoder, mask that model, and call the masked one in "
+            f"its place. Models inside: {models}. "
             f"Received: layer={name!r}, encoder={encoder.name}"
         )
     return found[0]
@@ -166,9 +161,8 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
             return after(*args, **kwargs)
         except Exception as error:
             raise ValueError(
-                f"{PLACE}, and the head must not need all tokens: pool them in place "
-                f"of a `Flatten`. The layer `{after.name}` of type "
-                f"{type(after).__name__} takes no other number of tokens. "
+                "`layer` must be after the position embedding, and a head must pool "
+                f"tokens, not flatten them: the layer {after.name!r} needs all tokens. "
                 f"Received: layer={layer.name!r}, encoder={encoder.name}"
             ) from error
 
@@ -191,10 +185,15 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
 def count_tokens(stem, image_shape: tuple) -> int:
     """Returns the number of tokens per image from a stem, including the prefix."""
     # Call the stem, because some embedding layers declare a shape that is off by one.
+    return _embed(stem, np.zeros((1, *image_shape))).shape[1]
+
+
+def _embed(stem, images):
     inputs = tree.map_structure(
-        lambda x: ops.zeros((1, *image_shape), x.dtype), stem.input
+        lambda x: ops.cast(ops.convert_to_tensor(images, "float32"), x.dtype),
+        stem.input,
     )
-    return stem(inputs).shape[1]
+    return stem(inputs, training=False)
 
 
 def count_parts(masking, stem, image_shape: tuple, num_prefix: int | None) -> tuple:
@@ -210,9 +209,8 @@ def count_prefix_tokens(encoder, stem) -> int | None:
         return None
     if patch_size is None:
         return _count_constant_tokens(stem, shape)
-    sides = height_and_width(shape, data_format_of(encoder))
-    rows, columns = (side // p for side, p in zip(sides, as_pair(patch_size)))
-    return count_tokens(stem, shape) - rows * columns
+    grid = grid_shape((1, *shape), as_pair(patch_size), data_format_of(encoder))
+    return count_tokens(stem, shape) - math.prod(grid)
 
 
 def _count_constant_tokens(stem, image_shape):
@@ -225,11 +223,7 @@ def _count_constant_tokens(stem, image_shape):
     images = np.random.default_rng(0).uniform(0, 255, (3, *image_shape))
     images[1:] = images[1]
     images[2].flat[0] = 255 - images[2].flat[0]
-    inputs = tree.map_structure(
-        lambda x: ops.cast(ops.convert_to_tensor(images, "float32"), x.dtype),
-        stem.input,
-    )
-    tokens = ops.convert_to_numpy(ops.cast(stem(inputs, training=False), "float32"))
+    tokens = ops.convert_to_numpy(ops.cast(_embed(stem, images), "float32"))
     other, pixel = (
         np.abs(tokens[i] - tokens[1]).max(axis=-1) > 1e-6 * np.abs(tokens).max()
         for i in (0, 2)
@@ -283,9 +277,14 @@ def _first_data_format(layer):
     return found
 
 
+def _is_model(layer):
+    # The output of a model inside of another belongs to its own graph of layers.
+    return bool(getattr(layer, "inputs", None))
+
+
 def _makes_tokens(layer):
     try:
-        return len(layer.output.shape) == 3
+        return len(layer.output.shape) == 3 and not _is_model(layer)
     except (AttributeError, ValueError):
         # The layer has several outputs, or is called more than once.
         return False

@@ -11,7 +11,6 @@ from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import PutMask
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
-    PLACE,
     count_parts,
     count_prefix_tokens,
     find_embedding_layer,
@@ -257,10 +256,10 @@ def check_no_leak(name, blocks, num_prefix_tokens=0):
         ValueError: If a visible output changes.
     """
     _propagate_masks(blocks)
-    tokens, positions = _random_inputs(blocks, num_prefix_tokens)
+    tokens, *positions = _random_inputs(blocks, num_prefix_tokens)
     visible = np.pad(VISIBLE, [(0, 0), (num_prefix_tokens, 0)], constant_values=True)
     changed = np.where(visible[:, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
-    before, after = (_run(blocks, x, positions, visible) for x in (tokens, changed))
+    before, after = (_run(blocks, [x, *positions], visible) for x in (tokens, changed))
     for one, other in zip(before, after):
         if one.ndim == 3 and one.shape[:2] == visible.shape:
             one, other = one[visible], other[visible]
@@ -288,32 +287,33 @@ def check_no_positions(masked, blocks, num_prefix_tokens):
     Raises:
         ValueError: If a token, or a pooled feature, changes when patches are reversed.
     """
-    tokens, positions = _random_inputs(blocks, num_prefix_tokens)
-    prefix, patches = np.split(tokens, [num_prefix_tokens], axis=1)
-    other_order = np.concatenate([prefix, patches[:, ::-1]], axis=1)
-    before = _run(blocks, tokens, positions)
-    after = _run(blocks, other_order, [x[:, ::-1] for x in positions])
+    inputs, count = _random_inputs(blocks, num_prefix_tokens), VISIBLE.shape[1]
+    before = _run(blocks, inputs)
+    after = _run(
+        blocks,
+        [np.concatenate([x[:, :-count], x[:, : -count - 1 : -1]], 1) for x in inputs],
+    )
+    # Sums in another order are rounded differently.
     is_rounded = any(x.compute_dtype != "float32" for x in all_layers(blocks))
+    tolerance = 0.02 if is_rounded else 1e-4
     for one, other in zip(before, after):
         # The same tokens, in whatever order, have the same sorted values.
         one, other = (np.sort(x, axis=1) if x.ndim > 2 else x for x in (one, other))
-        change = np.abs(one - other).mean() / np.abs(one).mean()
-        # Sums in another order are rounded differently.
-        if not change < (0.02 if is_rounded else 1e-4):
+        if np.abs(one - other).mean() > tolerance * np.abs(one).mean():
             raise ValueError(
-                f"{PLACE}, but a later layer depends on the order of tokens, as a "
-                "position embedding does. Received: "
+                "`layer` must be after the position embedding, but a later layer "
+                "depends on the order of tokens. Received: "
                 f"layer={masked.embedding_layer.name!r}, encoder={masked.encoder.name}"
             )
 
 
 def _random_inputs(blocks, num_prefix_tokens):
-    """Returns tokens and positions for the patches of `VISIBLE` and the prefix."""
-    rng = np.random.default_rng(0)
-    rows, patches = VISIBLE.shape
-    width, *widths = [x.shape[-1] for x in blocks.inputs]
-    tokens = rng.normal(size=(rows, num_prefix_tokens + patches, width))
-    return tokens, [rng.normal(size=(rows, patches, x)) for x in widths]
+    """Returns tokens, with a prefix, and positions for the patches of `VISIBLE`."""
+    rng, (rows, count) = np.random.default_rng(0), VISIBLE.shape
+    sizes = num_prefix_tokens + count, count, count
+    return [
+        rng.normal(size=(rows, n, x.shape[-1])) for n, x in zip(sizes, blocks.inputs)
+    ]
 
 
 def _propagate_masks(blocks):
@@ -330,17 +330,16 @@ def _no_mask(inputs, previous_mask=None):
     return None
 
 
-def _run(blocks, tokens, positions, visible=None):
+def _run(blocks, inputs, visible=None):
     """Returns the outputs of `blocks` with random weights, as float32 arrays."""
     # Use the dtype of the blocks, because a cast would lose the mask.
-    tokens, *positions = (
-        ops.convert_to_tensor(x, dtype=y.dtype)
-        for x, y in zip([tokens, *positions], blocks.inputs)
-    )
+    inputs = [
+        ops.convert_to_tensor(x, dtype=y.dtype) for x, y in zip(inputs, blocks.inputs)
+    ]
     if visible is not None:
-        tokens = PutMask()(tokens, mask=ops.convert_to_tensor(visible))
+        inputs[0] = PutMask()(inputs[0], mask=ops.convert_to_tensor(visible))
     with _RandomWeights():
-        outputs = blocks([tokens, *positions] if positions else tokens, training=False)
+        outputs = blocks(inputs if len(inputs) > 1 else inputs[0], training=False)
     return [ops.convert_to_numpy(ops.cast(x, "float32")) for x in tree.flatten(outputs)]
 
 
