@@ -220,9 +220,10 @@ def _count_constant_tokens(stem, image_shape):
         Integer, or `None` if that cannot be seen: no token depends on the image, or one
         pixel changes all others, because `stem` contains attention.
     """
-    images = np.random.default_rng(0).uniform(0, 255, (3, *image_shape))
+    # As integers, too, the images and that pixel differ.
+    images = np.random.default_rng(0).uniform(0, 2, (3, *image_shape))
     images[1:] = images[1]
-    images[2].flat[0] = 255 - images[2].flat[0]
+    images[2].flat[0] = 2 - images[2].flat[0]
     tokens = ops.convert_to_numpy(ops.cast(_embed(stem, images), "float32"))
     other, pixel = (
         np.abs(tokens[i] - tokens[1]).max(axis=-1) > 1e-6 * np.abs(tokens).max()

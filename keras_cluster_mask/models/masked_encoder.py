@@ -117,13 +117,14 @@ class MaskedEncoder(keras.Model):
                 "out of it, `masked.encoder`, to put in another. "
                 f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
             )
-        self.masking = masking
-        self.embedding_layer = find_embedding_layer(encoder, layer)
+        found = find_embedding_layer(encoder, layer)
         if isinstance(encoder, keras.Sequential):
             # It has no `input` and `output`.
             (images,), (output,) = encoder.inputs, encoder.outputs
             encoder = keras.Model(images, output, name=encoder.name)
         self.encoder = encoder
+        self.masking = masking
+        self.embedding_layer = found
         number_positions(encoder)
         # Stored in a closure: Keras would track attributes, and save every weight
         # twice.
