@@ -407,8 +407,7 @@ def test_what_cannot_be_masked_is_refused(make, masking, layer, match):
         kcm.with_masking(make(), masking, layer)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize(("prefix", "policy"), [(0, "float32"), (2, "mixed_bfloat16")])
 def test_tokens_that_do_not_depend_on_the_image_are_counted_as_the_prefix(
     prefix, policy
 ):
