@@ -247,7 +247,6 @@ class PatchMasking(keras.layers.Layer):
             For `v` views they have `batch * v` rows.
         """
         # Check only once, because reading a value makes an accelerator wait.
-        # `ContrastiveModel` checks before it compiles a step, which cannot read values.
         is_first = not self._is_ready and not any(map(is_traced, self.variables))
         if is_first:
             self.check_ready()
@@ -349,8 +348,7 @@ class PatchMasking(keras.layers.Layer):
         images_shape: Sequence[int | None] | None = None,
         noise_shape: Sequence[int | None] | None = None,
     ) -> tuple[int | None, ...]:
-        # The number of tokens is None, because it depends on `training`. So is the
-        # number of rows if there may be several views.
+        # Tokens depend on `training`, and rows on the number of views.
         has_views = noise_shape is not None and len(noise_shape) == 3
         return (None if has_views else tokens_shape[0], None, tokens_shape[2])
 
@@ -372,8 +370,7 @@ class PatchMasking(keras.layers.Layer):
         return self.variables
 
     def save_own_variables(self, store: Any) -> None:
-        # Keras's own method omits the state of the seed generator, so the masks of a
-        # reloaded model would start over.
+        # Keras's own method omits the state of the seed generator.
         for index, variable in enumerate(self.own_variables):
             store[str(index)] = variable
 

@@ -53,7 +53,8 @@ def with_masking(
         masking: A `PatchMasking` layer. It is not modified, so it can be used in
             several encoders, which may have different prefix tokens.
         layer: String. The name of the layer that outputs the embedded tokens,
-            `(batch, tokens, dim)`. Not needed for the encoders above.
+            `(batch, tokens, dim)`, after the position embedding. Not needed for the
+            encoders above.
 
     Returns:
         A `MaskedEncoder`, a Keras model with the inputs and outputs of
@@ -92,7 +93,8 @@ class MaskedEncoder(keras.Model):
         encoder: The encoder, which shares its weights with this model.
         masking: The masking.
         num_prefix_tokens: Integer, the number of tokens of the encoder that are not
-            patches; `None` if neither the encoder nor the masking defines it.
+            patches. If neither the encoder nor the masking defines it, the first tokens
+            that do not depend on the image are counted. `None` if that is not possible.
     """
 
     def __init__(
