@@ -13,6 +13,7 @@ from keras_cluster_mask.masking.selection import (
     best_patches,
     count_patches,
     kept_count,
+    mark_nan,
     noise_by_view,
     split_tokens,
 )
@@ -144,7 +145,8 @@ class PatchMasking(keras.layers.Layer):
 
         Returns:
             `(batch, N)` float32 tensor. A patch with `-inf` has no influence, if the
-            strategy has `hides_tokens`.
+            strategy has `hides_tokens`. NaN is an error in the first call; later, and
+            in compiled steps, it makes the loss NaN.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement `score(noise, images, tokens)`."
@@ -244,9 +246,9 @@ class PatchMasking(keras.layers.Layer):
             the strategy hides none; and the `(batch, K)` indices of the kept patches.
             For `v` views they have `batch * v` rows.
         """
-        # Check only once, because reading a value makes an accelerator wait. A compiled
-        # step cannot read values; `ContrastiveModel` checks before it compiles one.
-        if not self._is_ready and not any(map(is_traced, self.variables)):
+        # Check only once, because reading a value makes an accelerator wait.
+        is_first = not self._is_ready and not any(map(is_traced, self.variables))
+        if is_first:
             self.check_ready()
             self._is_ready = True
         if num_prefix is None:
@@ -267,6 +269,7 @@ class PatchMasking(keras.layers.Layer):
         if self.counts_calls:
             self.advance()
         kept = ops.concatenate([prefix, kept], axis=1)
+        kept = mark_nan(self, kept, score, can_raise=is_first)
         if not self.hides_tokens:
             return kept, None, indices
         always = ops.ones_like(prefix[:, :, 0], dtype="bool")
@@ -345,8 +348,7 @@ class PatchMasking(keras.layers.Layer):
         images_shape: Sequence[int | None] | None = None,
         noise_shape: Sequence[int | None] | None = None,
     ) -> tuple[int | None, ...]:
-        # The number of tokens is None, because it depends on `training`. So is the
-        # number of rows if there may be several views.
+        # Tokens depend on `training`, and rows on the number of views.
         has_views = noise_shape is not None and len(noise_shape) == 3
         return (None if has_views else tokens_shape[0], None, tokens_shape[2])
 
@@ -357,8 +359,7 @@ class PatchMasking(keras.layers.Layer):
         training: bool | None = None,
         noise: Tensor | None = None,
     ) -> keras.KerasTensor:
-        # Tokens keep their dtype under any policy, because nothing is computed with
-        # them.
+        # Tokens keep their dtype under any policy.
         noise_shape = getattr(noise, "shape", None)
         shape = self.compute_output_shape(tokens.shape, noise_shape=noise_shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)
@@ -369,8 +370,7 @@ class PatchMasking(keras.layers.Layer):
         return self.variables
 
     def save_own_variables(self, store: Any) -> None:
-        # Keras's own method omits the state of the seed generator, so the masks of a
-        # reloaded model would start over.
+        # Keras's own method omits the state of the seed generator.
         for index, variable in enumerate(self.own_variables):
             store[str(index)] = variable
 

@@ -10,8 +10,11 @@ import math
 import threading
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_cluster_mask.checks import fits_shape
+from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking.patch_grid import grid_of_masking
 
 # Thread-local, because TensorFlow traces the step of each replica in its own thread.
@@ -93,7 +96,8 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
     if num_prefix is None:
         raise ValueError(
             f"`{masking.name}` sees no image grid and cannot tell prefix tokens from "
-            "patch tokens. Pass `num_prefix_tokens`, 1 for a class token. "
+            "patch tokens. Pass `num_prefix_tokens`, the number of tokens before the "
+            "patches: 0, or 1 for a class token. "
             "Received: num_prefix_tokens=None"
         )
     if num_tokens is None or num_tokens <= num_prefix:
@@ -163,6 +167,12 @@ def best_patches(masking, images, tokens, noises):
         views of an image are in consecutive rows.
     """
     scores = [masking.score(noise, images, tokens) for noise in noises]
+    for score, noise in zip(scores, noises):
+        if not fits_shape(score.shape, noise.shape):
+            raise ValueError(
+                f"`score` of `{masking.name}` must return one value a patch, shape "
+                f"{tuple(noise.shape)}. Received: shape {tuple(score.shape)}"
+            )
     score, noise = scores[0], noises[0]
     num_patches = noise.shape[1]
     if len(noises) > 1:
@@ -176,6 +186,26 @@ def best_patches(masking, images, tokens, noises):
         return indices, ops.ones_like(indices, dtype="bool"), score
     visible = ops.take_along_axis(score, indices, axis=1) > -math.inf
     return indices, visible, score
+
+
+def mark_nan(masking, tokens, score, can_raise):
+    """Makes the tokens of an image NaN if one of its scores is NaN.
+
+    A compiled step cannot raise an error on a value, but NaN shows in its loss.
+
+    Args:
+        masking: A `PatchMasking`.
+        tokens: `(batch, K, dim)` tensor.
+        score: `(batch, N)` tensor.
+        can_raise: Boolean. Whether to raise an error instead, where values can be read.
+    """
+    has_nan = ops.any(ops.isnan(score), axis=-1)
+    if can_raise and not is_traced(has_nan) and np.any(ops.convert_to_numpy(has_nan)):
+        raise ValueError(
+            f"`score` of `{masking.name}` must not return NaN. Received: score={score}"
+        )
+    nan_or_0 = ops.cast(ops.where(has_nan, math.nan, 0.0), tokens.dtype)
+    return tokens + nan_or_0[:, None, None]
 
 
 class PutMask(keras.layers.Layer):

@@ -10,8 +10,6 @@ from keras import ops
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import (
-    find_embedding_layer,
-    number_positions,
     read_text_epsilon,
     write_text_epsilon,
 )
@@ -67,7 +65,6 @@ class BackboneModel(ContrastiveModel):
                 f"compute. Received: dtype={kwargs['dtype']!r}"
             )
         encoder = backbone.vision_encoder
-        number_positions(find_embedding_layer(encoder))
         if masking is not None:
             encoder = with_masking(encoder, masking)
         kwargs = {**self.defaults, **kwargs}
@@ -97,9 +94,8 @@ class BackboneModel(ContrastiveModel):
         del options["dtype"], options["projection_dim"]
         return options
 
-    def _with_whole_encoder(self):
-        options = {**self._options(), "views": 1}
-        return type(self)(self.backbone, head=self.head, **options)
+    def _whole_parts(self):
+        return {"backbone": self.backbone, "masking": None}
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import keras
-from keras import ops
+from keras import ops, tree
 
-from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.checks import check_integer, fits_shape
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import views_of_image
@@ -16,6 +17,8 @@ from keras_cluster_mask.models.encoders import (
     BLOCKS,
     context_length_of,
     data_format_of,
+    image_shape_of,
+    number_positions,
 )
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
 from keras_cluster_mask.models.inputs import (
@@ -80,6 +83,7 @@ class DualEncoder(keras.Model):
         self.text_input_names = text_input_names(text_encoder)
         self.text_family = text_family_of(text_encoder)
         check_statistics(pixel_mean, pixel_std)
+        number_positions(image_encoder)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.gradient_checkpointing = gradient_checkpointing
@@ -161,6 +165,7 @@ class DualEncoder(keras.Model):
     def image_embeddings(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Embeds images as `encode_image` does, without checking values."""
         pixels = self.normalize_pixels(images)
+        _check_shape("images", pixels, self.image_encoder, "image_size")
         if self.views == 1 or not training:
             return l2_normalize(self.image_features(pixels, training))
         with views_of_image(self.views):
@@ -174,6 +179,7 @@ class DualEncoder(keras.Model):
         """Embeds texts as `encode_text` does, without checking values."""
         if isinstance(token_ids, dict) or len(self.text_input_names) > 1:
             token_ids = text_inputs(self.text_input_names, self.text_family, token_ids)
+        _check_shape("token_ids", token_ids, self.text_encoder, "context_length")
         return l2_normalize(self.text_features(token_ids, training))
 
     def embed(
@@ -224,9 +230,7 @@ class DualEncoder(keras.Model):
     @functools.cached_property
     def image_tower(self) -> Tower:
         """A `Tower` that embeds images, as `encode_image` does."""
-        # Nothing is masked at inference, so a saved tower needs no masking.
-        is_masked = isinstance(self.image_encoder, MaskedEncoder)
-        return Tower.of_images(self._with_whole_encoder() if is_masked else self)
+        return Tower.of_images(self)
 
     @functools.cached_property
     def text_tower(self) -> Tower:
@@ -255,17 +259,39 @@ class DualEncoder(keras.Model):
         ```
 
         Returns:
-            A model of the same class, to be compiled.
+            A model of the same class, to be compiled. A subclass is made from its
+            `get_config`, as when it is loaded.
 
         Raises:
             ValueError: If the image encoder has a masking that `kcm.with_masking` did
-                not insert.
+                not insert, or if a subclass has arguments that its `get_config` omits,
+                or weights of its own, which the new model would not share.
 
         Reference:
             - [Scaling Language-Image Pre-training via Masking](
               https://arxiv.org/abs/2212.00794) for unmasked tuning.
         """
-        whole = self._with_whole_encoder()
+        parts = {**self._whole_parts(), "head": self.head, "views": 1, "frozen": None}
+        config = {**self.get_config(), **parts}
+        omitted = [
+            key
+            for key, x in inspect.signature(self.__init__).parameters.items()
+            if key not in config and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+        ]
+        try:
+            if omitted:
+                raise TypeError(f"`get_config` omits {omitted}")
+            whole = type(self).from_config(config)
+            masks = {id(v) for masking in self.maskings for v in masking.weights}
+            mine, shared = ({id(v) for v in x.weights} - masks for x in (self, whole))
+            if mine != shared:
+                raise TypeError(f"{len(mine)} weights, of which not all are shared")
+        except TypeError as error:
+            raise ValueError(
+                f"`{type(self).__name__}` must take its encoders and `head` as "
+                "arguments, return all others from `get_config`, and have no other "
+                f"weights, to be made without its masking. Received: {error}"
+            ) from error
         if whole.maskings:
             raise ValueError(
                 "`image_encoder` must have its masking from `kcm.with_masking`, which "
@@ -274,13 +300,12 @@ class DualEncoder(keras.Model):
             )
         return whole
 
-    def _with_whole_encoder(self):
-        """Makes the model of `without_masking`, without checking for other maskings."""
+    def _whole_parts(self):
+        """Returns the parts of the model as arguments of its class, without masking."""
         encoder = self.image_encoder
         if isinstance(encoder, MaskedEncoder):
             encoder = encoder.encoder
-        options = {**self._options(), "views": 1}
-        return type(self)(encoder, self.text_encoder, head=self.head, **options)
+        return {"image_encoder": encoder, "text_encoder": self.text_encoder}
 
 
 def _maskings(layer):
@@ -324,6 +349,17 @@ def _check_encoder(name, encoder):
         raise ValueError(
             f"`{name}` must be a Keras model. "
             f"Received: {name}={encoder} of type {type(encoder).__name__}"
+        )
+
+
+def _check_shape(name, value, encoder, option):
+    """Raises an error unless an input has the shape that an encoder declares."""
+    shape, declared = tuple(tree.flatten(value)[0].shape), image_shape_of(encoder)
+    if declared is not None and not fits_shape(shape, (None, *declared)):
+        raise ValueError(
+            f"`{name}` must have shape {(None, *declared)}: the `{option}` of the data "
+            f"must be that of `{encoder.name}`, which `kcm.models.with_{option}` "
+            f"changes. Received: {name}.shape={shape}"
         )
 
 

@@ -138,7 +138,8 @@ class InputRules:
         ):
             most = "" if longest is None else f", of at most {longest} columns"
             raise ValueError(
-                f"`token_ids` must be integers of shape (batch, tokens){most}. "
+                f"`token_ids` must be integers of shape (batch, tokens){most}: the "
+                "`context_length` of the tokenizer must be that of the text encoder. "
                 f"Received: token_ids of type {ids.dtype} and shape {ids.shape}"
             )
         low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
