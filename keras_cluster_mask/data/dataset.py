@@ -59,6 +59,9 @@ def image_text_dataset(
     `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
     processes.
 
+    The rows of a table or Parquet file that have the same image are one sample with
+    several captions. They must be in one file, and have the same label.
+
     In training, the dataset is an endless stream. Each epoch is a new permutation of
     all samples. The last partial batch of an epoch is carried over to the next epoch.
     Each image is cropped at random. `len(dataset)` is the number of full batches in an

@@ -1,4 +1,4 @@
-"""Tables (CSV, TSV, JSON lines) with one row per sample."""
+"""Tables (CSV, TSV, JSON lines) with a row for each image or caption."""
 
 import csv
 import itertools
@@ -20,15 +20,15 @@ class Table(Format):
     """Tables, whose columns are the fields.
 
     The names of image files are relative to the folder of the table, unless they are
-    absolute paths or URLs. The key of a sample is the value of its first column.
-    A broken row affects only one sample.
+    absolute paths or URLs. The rows of one image are a sample with several captions.
+    Its key is the value of the first column in its first row. A broken row affects no
+    other row.
 
     Args:
         delimiter: str. The delimiter of cells; None for JSON lines.
     """
 
-    # A table may list an image once for each of its captions.
-    unique_keys = False
+    has_rows = True
     names_files = True
 
     def __init__(self, delimiter):
@@ -44,9 +44,8 @@ class Table(Format):
                 if not content.strip():
                     continue
                 row, fault = self._row(content, columns)
-                names = [name for name in row if not is_empty(row[name])]
-                key = _key(row, number)
-                yield Entry(key, start, len(content), names, fault)
+                fields = {k: v for k, v in row.items() if not is_empty(v)}
+                yield Entry(_key(row, number), start, len(content), fields, fault)
                 number += 1
 
     def context(self, path):
