@@ -144,7 +144,8 @@ def image_text_dataset(
             the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
             labels.
         class_names: sequence of str, for labels that are names: a label is the index of
-            its name. Defaults to `None`: labels are numbers.
+            its name. Defaults to `None`: labels are numbers, or, if `label_key` is
+            `"folder"` and not all folders have numbers, indices of their sorted names.
         resize: `"crop"`, random crops in training and CLIP's center crop in evaluation;
             or `"squash"`, the whole image with a changed aspect ratio, as for SigLIP.
         crop_scale: pair of floats. The range of the area of random crops, as a fraction

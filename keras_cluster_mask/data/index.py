@@ -53,6 +53,10 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
         return ObjectIndex(source, reader)
     shards = find_shards(source)
     parts = build_parts(shards, index_dir, num_workers, process, reader.image_keys)
+    if reader.labels:
+        named = zip(shards, parts)
+        folders = [part.context for path, part in named if format_of(path).in_index]
+        reader.labels.add_folders({*itertools.chain(*folders)})
     return Index(list(shards), parts, reader)
 
 

@@ -1,5 +1,6 @@
 """Finds the image, the captions and the label of a sample, or its fault."""
 
+import contextlib
 import json
 import numbers
 import typing
@@ -212,7 +213,7 @@ class Labels:
         label_key: str or sequence of str. The field that holds the label. If several
             are given, the first that a sample has is used.
         class_names: Sequence of str in which labels are looked up, or None if labels
-            are numbers.
+            are numbers or folders.
     """
 
     def __init__(self, label_key, class_names=None):
@@ -227,6 +228,12 @@ class Labels:
                     f"Received: class_names={list(class_names)}"
                 )
 
+    def add_folders(self, folders):
+        """Takes a set of folders as classes, if these are the labels without names."""
+        is_folder = self._numbers is None and self.keys == ("folder",)
+        if is_folder and not all(map(str.isdecimal, folders)):
+            self._numbers = {name: n for n, name in enumerate(sorted(folders))}
+
     def describe(self):
         """Returns the settings that decide the labels, as JSON values."""
         return [list(self.keys), self._numbers]
@@ -239,14 +246,13 @@ class Labels:
             return None, "no label"
         if isinstance(label, list):
             label = label[0] if len(label) == 1 else None
-        if isinstance(label, numbers.Real) and not isinstance(label, bool):
-            number = int(label) if label == label // 1 else -1
-        elif self._numbers is not None:
-            number = self._numbers.get(_text(label), -1)
-        else:
-            text = _text(label)
-            # Python does not convert strings of thousands of digits.
-            number = int(text) if text.isdecimal() and len(text) < 20 else -1
+        # In a table, numbers are text.
+        if text := _text(label):
+            label = (self._numbers or {}).get(text, text)
+            with contextlib.suppress(ValueError):
+                label = float(label)
+        is_number = isinstance(label, numbers.Real) and not isinstance(label, bool)
+        number = int(label) if is_number and label == label // 1 else -1
         known = range(2**31 if self._numbers is None else len(self._numbers))
         return number, None if number in known else "unknown label"
 

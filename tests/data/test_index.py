@@ -222,9 +222,7 @@ def test_rows_of_one_image_are_one_sample(write_rows, name):
     assert [(pair.key, pair.captions, pair.label) for pair in found] == [
         *zip(("14", "11", "12"), captions, (1, 2, 3))
     ]
-    assert [os.path.basename(pair.path) for pair in found] == [
-        *"c.png a.png b.png".split()
-    ]
+    assert [pair.path[-5:] for pair in found] == ["c.png", "a.png", "b.png"]
     assert index.key_hashes().tolist() == [hash_of(key) for key in ("14", "11", "12")]
     assert index.faults == {str(path): {"no caption": 2}}
     assert [fault.key for fault in index.broken()] == ["10", "15"]

@@ -26,6 +26,10 @@ class Folder(Format):
             yield Entry(name, offset, len(content), ("path", "folder"), None, content)
             offset += len(content)
 
+    def context(self, path):
+        """Returns the names of the folders with images."""
+        return sorted({*map(os.path.dirname, images_in(path))} - {""})
+
     def parse(self, content, number, context):
         name = json.loads(content)
         return name, {"path": name, "folder": os.path.dirname(name)}
