@@ -52,7 +52,7 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
             )
         return ObjectIndex(source, reader)
     shards = find_shards(source)
-    parts = build_parts(shards, index_dir, num_workers, process, reader.image_keys)
+    parts = build_parts(shards, reader.image_keys, index_dir, num_workers, process)
     if reader.labels:
         named = zip(shards, parts)
         folders = [part.context for path, part in named if format_of(path).in_index]
@@ -78,7 +78,8 @@ class Index:
         faults: dict from each shard with broken samples to a dict from reasons to
             counts. A damaged shard counts as one, because the number of samples
             after the damage is unknown.
-        damage: list of str. A description of each damaged shard.
+        damage: list of str. A description of each damaged shard, and of the first
+            missing image file of each table.
         fingerprint: str. Changes with the samples and the fields that are read, but not
             if files are moved.
     """
@@ -92,6 +93,8 @@ class Index:
         self.faults = {path: each for path, each in zip(paths, counts) if each}
         damaged = [(path, part) for path, part in zip(paths, parts) if part.damage]
         self.damage = [str(DamagedShard(path, *part.damage)) for path, part in damaged]
+        missing = [part.missing for part in parts if part.missing]
+        self.damage += [f"The image file {path} is missing" for path in missing]
         self.fingerprint = _digest([reader.describe(), [p.digest for p in parts]])
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 

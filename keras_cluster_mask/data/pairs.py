@@ -85,7 +85,7 @@ class PairReader:
     Args:
         image_keys: str or sequence of str. The field that holds the image or the name
             of its file. If several are given, the first that a sample has is used.
-            `None`: common names.
+            `None`: common names. Empty: no images.
         caption_key: str or sequence of str. The field that holds the caption or a list
             of captions. If several are given, the first that is not empty is used.
             `"json.caption"` is the entry `caption` of the field `json`. `None`: common
@@ -114,7 +114,7 @@ class PairReader:
         self.labels = Labels(label_key, class_names) if has_labels else None
         self._wants_caption = wants_caption
         # A sample must have at least one of the fields of each kind.
-        self._wanted = {"image": self.image_keys}
+        self._wanted = {"image": self.image_keys} if self.image_keys else {}
         if wants_caption:
             self._wanted["caption"] = self.caption_keys
         if self.labels:
@@ -162,7 +162,8 @@ class PairReader:
         if isinstance(image, str) and image and names_files:
             path = image = files.beside(shard, image)
         # JSON lines may hold values of any type.
-        if is_empty(image) or not (path or isinstance(image, bytes | Image.Image)):
+        is_image = path or isinstance(image, bytes | Image.Image)
+        if self.image_keys and (is_empty(image) or not is_image):
             return Fault(shard, key, "no image")
         captions, label, fault = (), None, None
         if self._wants_caption:
@@ -199,7 +200,8 @@ class PairReader:
             pair = samples[place]
             if isinstance(content, Exception):
                 reason = "the image file cannot be read"
-                fault = Fault(pair.shard, pair.key, reason, str(content))
+                details = f"{pair.path}: {content}"
+                fault = Fault(pair.shard, pair.key, reason, details)
                 samples[place] = fault
             else:
                 samples[place] = pair._replace(image=content)

@@ -58,6 +58,7 @@ class Part:
             these records.
         has_groups: bool. Whether several rows have the same image.
         damage: None, or `(last_key, reason)` of a shard that is damaged.
+        missing: str. The first local image file that rows name and that is missing.
         context: The result of `Format.context`, for `Format.parse`.
         start: int. The offset of the records in the file.
     """
@@ -68,6 +69,7 @@ class Part:
     layouts: list
     has_groups: bool
     damage: list | None
+    missing: str | None
     context: list | None
     start: int = 0
 
@@ -133,13 +135,12 @@ def read_part(path, digest=None):
     return Part(path=path, start=start, **head)
 
 
-def build_parts(
-    shards, index_dir=None, num_workers=0, process=(0, 1), image_keys=IMAGE_KEYS
-):
+def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1)):
     """Returns the parts of shards, and builds missing and outdated ones.
 
     Args:
         shards: dict from the paths of shards to their stamps, as of `find_shards`.
+        image_keys: tuple of str. The fields that may hold the image of a row.
         index_dir: str or path. The folder of the parts. Defaults to `None`: the folder
             of each shard, or a cache folder for shards at URLs and in folders that
             cannot be written to.
@@ -147,15 +148,15 @@ def build_parts(
         process: Pair of ints. The index of this process, and the number of processes
             that build the same parts. Each process starts at a different shard, and
             uses the parts that others have built.
-        image_keys: tuple of str. The fields that may hold the image of a row.
 
     Returns:
         list of `Part`.
     """
     if index_dir is not None:
         index_dir = os.path.abspath(os.path.expanduser(index_dir))
-    places = {path: _places(path, index_dir, image_keys) for path in shards}
-    parts = {path: _find(places[path], stamp) for path, stamp in shards.items()}
+    build = functools.partial(build_part, image_keys=image_keys, index_dir=index_dir)
+    find = functools.partial(_find, image_keys=image_keys, index_dir=index_dir)
+    parts = {path: find(path, stamp) for path, stamp in shards.items()}
     missing = [path for path, part in parts.items() if part is None]
     first = len(missing) * process[0] // process[1]
     missing = missing[first:] + missing[:first]
@@ -167,7 +168,6 @@ def build_parts(
         delay=SHORT,
         disable=not missing,
     )
-    build = functools.partial(build_part, image_keys=image_keys)
     with bar, contextlib.ExitStack() as stack:
         apply = map
         if num_workers and missing:
@@ -176,14 +176,13 @@ def build_parts(
             pool = futures.ProcessPoolExecutor(workers, context)
             apply = stack.enter_context(pool).map
         stamps = [shards[path] for path in missing]
-        of_missing = [places[path] for path in missing]
-        for path, part in zip(missing, apply(build, missing, stamps, of_missing)):
+        for path, part in zip(missing, apply(build, missing, stamps)):
             parts[path] = part
             bar.update()
     return list(parts.values())
 
 
-def build_part(path, stamp, places, image_keys):
+def build_part(path, stamp, image_keys, index_dir=None):
     """Indexes a shard, unless another process has built its part in the meantime.
 
     Several processes may build the same part at the same time.
@@ -191,8 +190,8 @@ def build_part(path, stamp, places, image_keys):
     Args:
         path: str. The shard.
         stamp: str.
-        places: list of str. The possible paths of the part.
         image_keys: See `build_parts`.
+        index_dir: See `build_parts`.
 
     Returns:
         `Part`.
@@ -201,12 +200,12 @@ def build_part(path, stamp, places, image_keys):
         NoRandomAccess: If the shard does not support random access.
         OSError: If the shard cannot be read, or the part cannot be written.
     """
-    if part := _find(places, stamp):
+    if part := _find(path, stamp, image_keys, index_dir):
         return part
     head, *contents = files.retried(lambda: _scan(path, format_of(path), image_keys))
     head = {"version": VERSION, "stamp": stamp, **head}
     line = json.dumps(head).encode() + b"\n"
-    return read_part(_write(places, [line, *contents]))
+    return read_part(_write(_places(path, image_keys, index_dir), [line, *contents]))
 
 
 def _scan(path, format, image_keys):
@@ -214,14 +213,19 @@ def _scan(path, format, image_keys):
     if files.is_address(path) and not format.in_index:
         _check_ranges(path)
     records, content, images = bytearray(), bytearray(), array.array("Q")
-    seen, layouts, damage, context = set(), {}, None, None
+    seen, layouts, damage, context, missing = set(), {}, None, None, None
     try:
         context = format.context(path)
         for entry in format.scan(path):
             key, fault = hash_of(entry.key), entry.fault
             if format.has_rows:
-                image = (entry.fields[k] for k in image_keys if k in entry.fields)
-                images.append(hash_of(next(image, None)))
+                named = (entry.fields[k] for k in image_keys if k in entry.fields)
+                image = next(named, None)
+                images.append(hash_of(image))
+                file = files.beside(path, image) if isinstance(image, str) else ""
+                if file and not files.is_address(file) and not os.path.isfile(file):
+                    missing = missing or file
+                    fault = fault or "the image file is missing"
             else:
                 fault = "duplicate key" if key in seen else fault
                 seen.add(key)
@@ -248,6 +252,7 @@ def _scan(path, format, image_keys):
         "layouts": layouts,
         "has_groups": has_groups,
         "damage": damage,
+        "missing": missing,
         "context": context,
     }
     return head, records, content
@@ -263,17 +268,18 @@ def _check_ranges(path):
         raise NoRandomAccess(path, kind)
 
 
-def _find(places, stamp):
+def _find(path, stamp, image_keys, index_dir):
     """Returns the part of a shard, or None if it is missing or outdated."""
-    for place in places:
+    for place in _places(path, image_keys, index_dir):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             part = read_part(place)
-            if part.stamp == stamp:
+            # A file that was missing may exist now.
+            if part.stamp == stamp and not part.missing:
                 return part
     return None
 
 
-def _places(path, index_dir, image_keys):
+def _places(path, image_keys, index_dir):
     """Returns the possible paths of the part of a shard, in order of preference."""
     name = path.rstrip("/").rpartition("/")[2]
     if image_keys != IMAGE_KEYS and format_of(path).has_rows:

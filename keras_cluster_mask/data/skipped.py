@@ -28,7 +28,8 @@ class SkippedSamples:
         by_shard: dict from the name of a shard to a dict from reasons to counts.
         samples: list of the first 100 samples that turned out to be broken, as `Fault`
             tuples of shard, key, reason and details.
-        details: list of str. The descriptions of damaged shards.
+        details: list of str. The descriptions of damaged shards, and the first missing
+            image file of each table.
     """
 
     def __init__(self, indexes: Sequence[Any] = (), max_share: float = 1.0):
