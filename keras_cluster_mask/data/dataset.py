@@ -42,7 +42,7 @@ def image_text_dataset(
     include_paths: bool = False,
     data_format: str | None = None,
     max_image_pixels: int = MAX_PIXELS,
-    max_skipped: float = 0.5,
+    max_skipped: float = 0.01,
     text_masking: TextMasking | None = None,
     sampling: Sampling | Callable[[int, int], np.ndarray] | None = None,
     block_size: int | None = None,
@@ -169,8 +169,8 @@ def image_text_dataset(
             allows larger JPEGs in training, but each pixel of a progressive JPEG counts
             as four. Defaults to 50 million.
         max_skipped: float. The fraction of samples that may be broken, from 0 to 1, in
-            the index and among the samples read. A larger fraction raises an error
-            after 1,000 samples; 0 raises it at the first. Defaults to `0.5`.
+            the index, and among the samples that a process reads in an epoch. More raise
+            an error. Defaults to `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions, template
             included, that have more tokens than the `context_length` of the

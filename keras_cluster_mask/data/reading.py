@@ -60,7 +60,7 @@ class Reading:
     process: tuple[int, int] | None = None
     num_workers: int = 0
     index_dir: dataclasses.InitVar[Any] = None
-    max_skipped: float = 0.5
+    max_skipped: float = 0.01
 
     def __post_init__(self, source, sampling, index_dir):
         self.batch_size = check_integer("batch_size", self.batch_size, 1)
