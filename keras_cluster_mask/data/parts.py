@@ -41,6 +41,8 @@ RECORD = np.dtype(
     ]
 )
 PACKED = struct.Struct("<QQQI")
+# The fault of files that have the key of a sample, but come later in the shard.
+NEIGHBORS = "the files of a sample must be neighbors"
 # The seconds before a progress bar is shown.
 SHORT = 1.0
 
@@ -213,7 +215,7 @@ def _scan(path, format, image_keys):
     if files.is_address(path) and not format.in_index:
         _check_ranges(path)
     records, content, images = bytearray(), bytearray(), array.array("Q")
-    seen, layouts, damage, context, missing = set(), {}, None, None, None
+    seen, layouts, damage, context, missing = {}, {}, None, None, None
     try:
         context = format.context(path)
         for entry in format.scan(path):
@@ -227,8 +229,10 @@ def _scan(path, format, image_keys):
                     missing = missing or file
                     fault = fault or "the image file is missing"
             else:
-                fault = "duplicate key" if key in seen else fault
-                seen.add(key)
+                first = seen.setdefault(key, entry.fields)
+                if first is not entry.fields:
+                    is_rest = not {*first} & {*entry.fields}
+                    fault = NEIGHBORS if is_rest else "duplicate key"
             layout = tuple(sorted(entry.fields)), fault
             number, count = layouts.get(layout, (len(layouts), 0))
             layouts[layout] = number, count + 1

@@ -73,6 +73,13 @@ class NoRandomAccess(ValueError):
         )
 
 
+def check_not_compressed(path, start):
+    """Raises an error if the first bytes of a file are those of a compressed one."""
+    if start.startswith(COMPRESSED):
+        kind = "a compressed file: decompress it, such as with `gunzip`"
+        raise NoRandomAccess(path, kind)
+
+
 class Format:
     """A format of shards.
 
