@@ -169,8 +169,8 @@ def image_text_dataset(
             allows larger JPEGs in training, but each pixel of a progressive JPEG counts
             as four. Defaults to 50 million.
         max_skipped: float. The fraction of samples that may be broken, from 0 to 1, in
-            the index, and among the samples that a process reads in an epoch. More raise
-            an error. Defaults to `0.01`.
+            the index, and among those that a process reads in a pass over the samples.
+            More raise an error. Defaults to `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions, template
             included, that have more tokens than the `context_length` of the

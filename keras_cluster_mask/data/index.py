@@ -263,11 +263,10 @@ def _joined(rows):
     pairs = [row for row in rows if isinstance(row, Pair)]
     if not pairs:
         return rows[0]
-    shard, key = pairs[0].shard, pairs[0].key
-    if len({pair.label for pair in pairs}) > 1:
-        return Fault(shard, key, "rows of one image with different labels")
-    captions = tuple(text for pair in pairs for text in pair.captions)
-    return pairs[0]._replace(captions=captions)
+    first = pairs[0]
+    if any(pair.label != first.label for pair in pairs):
+        return Fault(first.shard, first.key, "rows of one image with different labels")
+    return first._replace(captions=sum((pair.captions for pair in pairs), ()))
 
 
 class ObjectIndex:

@@ -157,8 +157,7 @@ def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1
     if index_dir is not None:
         index_dir = os.path.abspath(os.path.expanduser(index_dir))
     build = functools.partial(build_part, image_keys=image_keys, index_dir=index_dir)
-    find = functools.partial(_find, image_keys=image_keys, index_dir=index_dir)
-    parts = {path: find(path, stamp) for path, stamp in shards.items()}
+    parts = {path: _find(path, shards[path], image_keys, index_dir) for path in shards}
     missing = [path for path, part in parts.items() if part is None]
     first = len(missing) * process[0] // process[1]
     missing = missing[first:] + missing[:first]
@@ -228,11 +227,11 @@ def _scan(path, format, image_keys):
                 if file and not files.is_address(file) and not os.path.isfile(file):
                     missing = missing or file
                     fault = fault or "the image file is missing"
+            elif key in seen:
+                is_rest = not {*seen[key]} & {*entry.fields}
+                fault = NEIGHBORS if is_rest else "duplicate key"
             else:
-                first = seen.setdefault(key, entry.fields)
-                if first is not entry.fields:
-                    is_rest = not {*first} & {*entry.fields}
-                    fault = NEIGHBORS if is_rest else "duplicate key"
+                seen[key] = entry.fields
             layout = tuple(sorted(entry.fields)), fault
             number, count = layouts.get(layout, (len(layouts), 0))
             layouts[layout] = number, count + 1

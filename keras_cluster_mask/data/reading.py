@@ -148,9 +148,8 @@ class Reading:
         paths = [path for index in self.indexes for path in index.paths]
         wanted = f"`source` must hold samples with {self.fields.wanted}."
         details = [*self.skipped.details, *(each.details for each in examples)]
-        details = [f"{each}." for each in details if each]
         raise ValueError(
-            " ".join([wanted, *details[:1]])
+            " ".join([wanted, *filter(None, details)][:2])
             + f" Received: {dict(faults) or 'no sample'} with the fields {fields} from "
             f"{paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "")
         )

@@ -160,9 +160,7 @@ class _Iterator(grain.DatasetIterator):
         super().__init__()
         self._dataset = dataset
         self._skipped = dataset.skipped = copy.deepcopy(dataset._reading.skipped)
-        self._total = dataset.num_images
-        if dataset.training:
-            self._total = dataset.steps_per_epoch * dataset._reading.rows
+        self._total = dataset.num_samples // dataset._reading.process[1]
         self._pid = os.getpid()
         self._start(dataset.start, batches, threads)
 

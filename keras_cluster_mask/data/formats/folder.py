@@ -25,9 +25,9 @@ class Folder(Format):
 
     def scan(self, path):
         offset, images = 0, images_in(path)
-        named = [name for name, text in images.items() if text]
-        paths = [files.beside(path, _text_of(name)) for name in named]
-        texts = dict(zip(named, files.read_ranges([(p, 0, None) for p in paths])))
+        named = [name for name in images if images[name]]
+        places = [(files.beside(path, _text_of(name)), 0, None) for name in named]
+        texts = dict(zip(named, files.read_ranges(places)))
         for name in images:
             text = texts.get(name, b"")
             if isinstance(text, Exception):

@@ -55,8 +55,7 @@ class Parquet(Format):
         fields = {
             name: plain(value) for name, value in content.items() if value is not None
         }
-        keys = (content[k] for k in KEYS if not is_empty(content.get(k)))
-        key = next(keys, None)
+        key = next((content[k] for k in KEYS if not is_empty(content.get(k))), None)
         return f"{number:08}" if key is None else str(key), fields
 
 

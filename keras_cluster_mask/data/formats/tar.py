@@ -22,10 +22,7 @@ BLOCK = 512
 MAX_ENTRIES = 32
 # An upper bound of the zero padding at the end of a tar file.
 MAX_PADDING = 2**20
-UNKNOWN = (
-    "a file of unknown format: pass tar, TFRecord, Parquet, CSV, TSV or JSON lines "
-    "files, images, or a folder"
-)
+UNKNOWN = "a file of unknown format: use tar, TFRecord, Parquet, CSV, TSV or JSON lines"
 
 
 class Tar(Format):
