@@ -54,8 +54,9 @@ def image_text_dataset(
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
     by `KEY.txt`), TFRecord files, Parquet files, tables (CSV, TSV, JSON lines) that
-    name image files, or folders of images. They are indexed on first use: a small
-    hidden file next to each shard stores the position of each sample.
+    name image files, or folders of images, in which `KEY.txt` is the caption of
+    `KEY.jpg`. They are indexed on first use: a small hidden file next to each shard
+    stores the position of each sample.
     `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
     processes.
 
@@ -73,7 +74,8 @@ def image_text_dataset(
     center crop.
 
     The index leaves out samples without an image or a caption, samples with a duplicate
-    key, and samples after the damage in a damaged shard. An image that cannot be
+    key, samples after the damage in a damaged shard, and rows of a table whose image is
+    a missing local file. An image that cannot be
     decoded, or cannot be read after several attempts, is replaced in training by
     another image of the same batch, so the number of steps never depends on broken
     samples. In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts

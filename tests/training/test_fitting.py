@@ -233,8 +233,8 @@ def test_worker_processes_start_once_for_all_epochs(format, write_pairs, tmp_pat
 def test_fit_prints_how_many_samples_of_an_epoch_are_broken(write_pairs, capsys):
     shard = write_pairs("a.tar", 0, 10, [("x.png", b"-"), ("x.txt", b"t")])
     for verbose, expected in ((0, 0), (2, 2)):
+        data = stream(shard, max_skipped=0.5)
         with pytest.warns(UserWarning, match="was skipped"):
-            data = stream(shard, max_skipped=0.5)
             compiled().fit(data, epochs=2, steps_per_epoch=3, verbose=verbose)
         printed = capsys.readouterr().out
         assert printed.count("broken samples, <SkippedSamples count=") == expected
