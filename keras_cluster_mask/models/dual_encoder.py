@@ -79,7 +79,7 @@ class DualEncoder(keras.Model):
         _check_encoder("text_encoder", text_encoder)
         self.text_input_names = text_input_names(text_encoder)
         self.text_family = text_family_of(text_encoder)
-        check_statistics(pixel_mean, pixel_std)
+        check_statistics(pixel_mean, pixel_std, image_encoder)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.gradient_checkpointing = gradient_checkpointing

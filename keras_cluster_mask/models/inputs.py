@@ -1,15 +1,15 @@
 """The inputs of encoders: normalized pixels, token ids, and how they are passed."""
 
+import warnings
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_cluster_mask.models.encoders import image_shape_of
 from keras_cluster_mask.models.text_families import TextFamily
-
-# Inputs that are made from the token ids if a batch does not hold them.
-MADE = "padding_mask", "segment_ids"
+from keras_cluster_mask.training.layers import all_layers
 
 # Channel statistics that OpenAI trained CLIP with, for values in [0, 1]
 # (https://github.com/openai/CLIP, clip/clip.py).
@@ -61,8 +61,11 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
     return (ops.cast(images, "float32") / 255.0 - mean) / std
 
 
-def check_statistics(mean, std):
-    """Raises an error unless a mean and a standard deviation can normalize pixels."""
+def check_statistics(mean, std, encoder):
+    """Raises an error unless a mean and a standard deviation can normalize pixels.
+
+    Warns of an image encoder that normalizes its images again, where it is known.
+    """
     if mean is None:
         return
     for name, values in (("pixel_mean", mean), ("pixel_std", std)):
@@ -75,6 +78,24 @@ def check_statistics(mean, std):
         raise ValueError(
             f"`pixel_std` must be greater than 0. Received: pixel_std={std}"
         )
+    given = tree.flatten(getattr(encoder, "input", None))[0]
+    if given is not None and not keras.backend.is_float_dtype(given.dtype):
+        raise ValueError(
+            "`pixel_mean` must be None for an image encoder of integer images, because "
+            "normalized pixels would be cast to integers. "
+            f"Received: pixel_mean={mean}, an image encoder of {given.dtype} images"
+        )
+    for layer in all_layers(encoder):
+        if isinstance(layer, keras.layers.Normalization | keras.layers.Rescaling):
+            shape = (layer.get_build_config() or {}).get("input_shape", ())
+            if tuple(shape[1:]) == image_shape_of(encoder):
+                warnings.warn(
+                    "The image encoder normalizes images that the model has already "
+                    "normalized: pass `pixel_mean=None` for an encoder that takes "
+                    f"pixels from 0 to 255. Received: pixel_mean={mean}, an image "
+                    f"encoder with the layer {layer.name!r}",
+                    stacklevel=5,
+                )
 
 
 def pixel_range(mean, std):
