@@ -19,7 +19,6 @@ from keras_cluster_mask.models.encoders import (
 )
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
 from keras_cluster_mask.models.inputs import (
-    MADE,
     call_encoder,
     check_statistics,
     normalize_pixels,
@@ -206,9 +205,8 @@ class DualEncoder(keras.Model):
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
         names, family = self.text_input_names, self.text_family
-        texts = [name for name in names if name not in MADE]
         return InputRules(
-            keys=("images", *texts),
+            text_inputs=names,
             context_length=self.context_length,
             vocabulary_size=self.vocabulary_size,
             end_token_id=family.end_id,

@@ -9,6 +9,7 @@ from keras import ops, tree
 
 from keras_cluster_mask.models.encoders import image_shape_of
 from keras_cluster_mask.models.text_families import TextFamily
+from keras_cluster_mask.training.input_rules import is_float
 from keras_cluster_mask.training.layers import all_layers
 
 # Channel statistics that OpenAI trained CLIP with, for values in [0, 1]
@@ -41,15 +42,8 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
         ValueError: For integers other than uint8, whose range is not known.
     """
     images = ops.convert_to_tensor(images)
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    if mean is None or keras.backend.is_float_dtype(dtype):
+    if mean is None or is_float(images):
         return images
-    if dtype != "uint8":
-        raise ValueError(
-            "`images` must be uint8, or floats normalized with the `pixel_mean` and "
-            "`pixel_std` of the model: pass pixels as `images.astype('uint8')`. "
-            f"Received: images of type {dtype}"
-        )
     data_format = data_format or keras.config.image_data_format()
     axis, shape = (1, (-1, 1, 1)) if data_format == "channels_first" else (-1, -1)
     if images.shape[axis] != 3:

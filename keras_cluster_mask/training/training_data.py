@@ -36,7 +36,7 @@ from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.input_rules import (
     KEYS,
     as_dictionary,
-    without_strings,
+    is_float,
 )
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
@@ -189,6 +189,8 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
             starts worker processes once for a generator, and twice for a grain dataset.
     """
+    # Users of an `image_text_dataset` choose its captions and keys for evaluation.
+    rules.warns = not hasattr(data, "stream")
     if isinstance(data, dict):
         # Arrays are checked once, as a whole.
         (data,) = rules.check(data)
@@ -218,9 +220,11 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
     else:
         raise ValueError(
             "`x` and `validation_data` must be a dictionary of arrays, an "
-            "`image_text_dataset`, a `tf.data.Dataset`, a grain dataset, a "
-            "`PyDataset`, a `DataLoader` of torch, or a generator of batches. "
-            f"Received: data of type {type(data).__name__}"
+            "`image_text_dataset`, a `tf.data.Dataset`, a grain `MapDataset` or "
+            "`IterDataset`, a `PyDataset`, a `DataLoader` of torch, or a generator of "
+            "batches. Of other batches, such as a list or a `grain.DataLoader`, pass "
+            "`(batch for batch in data)` for one epoch, and a `PyDataset` for several. "
+            f"Received: data of type {type(data)}"
         )
     return kind(data, rules, shuffle)
 
@@ -252,7 +256,8 @@ class Reader:
         self.stream = stream_of(data)
         if self.spec is not None and rules is not None:
             rules.check_keys(self.spec)
-            rules.check_type(self.spec["images"])
+            if rules.pixel_range is not None:
+                is_float(self.spec["images"])
 
     def for_keras(self):
         # Arrays for evaluation, which Keras makes batches of.
@@ -292,7 +297,7 @@ class _TensorFlowDataset(Reader):
             self.rules.check_values(dict(zip(names, arrays)))
             return np.False_
 
-        batch = without_strings(batch)
+        batch = self.rules.numbers_of(batch)
         # Images that are not floats are checked by their type alone, since copies take
         # time.
         names = {*KEYS, "sample_weight", "padding_mask"} & batch.keys()

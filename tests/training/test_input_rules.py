@@ -18,6 +18,7 @@ from tests.helpers import (
 )
 
 RULES = InputRules(
+    text_inputs=("token_ids", "padding_mask"),
     context_length=6,
     vocabulary_size=VOCABULARY,
     end_token_id=VOCABULARY - 1,
@@ -255,7 +256,7 @@ def test_a_saved_model_refuses_the_same(tmp_path):
 
 @pytest.mark.any_backend
 def test_a_split_beside_validation_data_is_refused(model):
-    with pytest.raises(ValueError, match=r"`validation_split` must be 0.*Received:"):
+    with pytest.raises(ValueError, match=r"`validation_data` must be None: `validation_split=0.5`.*Received:"):
         model.fit(
             random_pairs(8), validation_split=0.5, validation_data=random_pairs(4)
         )
