@@ -95,6 +95,7 @@ def embed(
             texts, owners = _texts_of(batch)
             found["text_embeddings"] = embedder.texts(tokenizer(texts))
         elif "token_ids" in batch:
+            embedder.model.input_rules.check_texts(batch)
             texts = {k: batch[k] for k in of_texts if k in batch}
             found["text_embeddings"] = embedder.texts(texts)
             owners = np.arange(size)

@@ -112,6 +112,8 @@ UNNORMALIZED = {
     "float16": pixels(1, "float16"),
     "bfloat16": pixels(1, ml_dtypes.bfloat16),
     "float64": pixels(255, "float64"),
+    "without their mean": pixels(275) - 124,
+    "constant": np.full((4, 16, 16, 3), 255.0),
     "int32": pixels(255, "int32"),
     "int64": pixels(255, "int64"),
     "bool": pixels(1) > 0.5,
@@ -155,9 +157,10 @@ def test_images_that_are_not_normalized_are_refused_everywhere(model, kind):
         np.full((4, 16, 16, 3), 0.5, "float32"),
         # Bright, and a little beyond white from a resize after the normalization.
         2.0 + 0.4 * random_images(4).clip(0, 1),
+        4.0 * random_images(4),
         pixels(255, "uint8"),
     ],
-    ids=["normalized", "zeros", "constant", "bright", "uint8"],
+    ids=["normalized", "zeros", "constant", "bright", "wide", "uint8"],
 )
 def test_normalized_constant_and_uint8_images_pass(images, model):
     embeddings = model.encode_image(images)
@@ -252,6 +255,13 @@ def test_a_saved_model_refuses_the_same(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.input_rules == model.input_rules
+
+
+@pytest.mark.any_backend
+def test_arrays_are_checked_before_they_are_split(model):
+    images = random_pairs(8)["images"]
+    with pytest.raises(ValueError, match=r"missing: \['token_ids'\]"):
+        model.fit({"images": images}, validation_split=0.5)
 
 
 @pytest.mark.any_backend
