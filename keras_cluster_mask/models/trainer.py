@@ -149,8 +149,8 @@ class ContrastiveTrainer(DualEncoder):
         )
         if optimizer is None:
             raise ValueError(
-                "`optimizer` must be a Keras optimizer, such as `keras.optimizers.AdamW("
-                "1e-3)`, or its name. Received: optimizer=None"
+                "`optimizer` must be a Keras optimizer or its name, such as 'adamw'. "
+                "Received: optimizer=None"
             )
         optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):

@@ -21,7 +21,7 @@ from tests.models.test_text_families import bert, texts
 @pytest.mark.parametrize("arguments", [(), (None,)])
 def test_a_model_is_not_compiled_without_an_optimizer(arguments):
     model = small_model()
-    with pytest.raises(ValueError, match=r"`optimizer` must .*Received: optimizer=None"):
+    with pytest.raises(ValueError, match=r"`optimizer` must.*Received: .*None"):
         model.compile(*arguments)
     assert not model.compiled
 
@@ -67,7 +67,9 @@ def test_a_model_that_was_never_called_is_exported_for_any_batch_size(kind, tmp_
     else:
         pairs, model = texts(4), kcm.ContrastiveModel(image_mlp(), bert())
         # A BERT takes texts of any length.
-        specs = {k: keras.InputSpec(v.dtype, (None, *v.shape[1:])) for k, v in pairs.items()}
+        specs = keras.tree.map_structure(
+            lambda x: keras.InputSpec(x.dtype, (None, *x.shape[1:])), pairs
+        )
         options = {"input_signature": [specs]}
     embed = exported(model, tmp_path, **options)
     expected = model.predict(pairs, verbose=0)
