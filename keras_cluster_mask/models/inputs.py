@@ -84,10 +84,9 @@ def check_statistics(mean, std, encoder):
             shape = (layer.get_build_config() or {}).get("input_shape", ())
             if tuple(shape[1:]) == image_shape_of(encoder):
                 warnings.warn(
-                    "The image encoder normalizes images that the model has already "
-                    "normalized: pass `pixel_mean=None` for an encoder that takes "
-                    f"pixels from 0 to 255. Received: pixel_mean={mean}, an image "
-                    f"encoder with the layer {layer.name!r}",
+                    "The model normalizes images, and so does its image encoder: pass "
+                    "`pixel_mean=None` for one that takes pixels from 0 to 255. "
+                    f"Received: pixel_mean={mean}, the encoder's layer {layer.name!r}",
                     stacklevel=5,
                 )
 
