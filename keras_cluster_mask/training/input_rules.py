@@ -46,7 +46,8 @@ class InputRules:
         training: Boolean. Whether the batches are for training.
         is_normalized: Boolean. Whether an earlier batch showed that images are
             normalized.
-        warns: Boolean. Whether the next entry that is left out causes a warning.
+        warns: Boolean array of shape `()`. Whether the next entry that is left out
+            causes a warning.
     """
 
     text_inputs: tuple[str, ...] = ("token_ids",)
@@ -57,7 +58,7 @@ class InputRules:
     pixel_range: tuple[float, float] | None = None
     training: bool = False
     is_normalized: bool = False
-    warns: bool = True
+    warns: np.ndarray = dataclasses.field(default_factory=lambda: np.array(True))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ class InputRules:
         known = {"images", "sample_weight", *self.text_inputs}
         numbers = {k: v for k, v in batch.items() if k in known or _is_numeric(v)}
         if self.warns and len(numbers) < len(batch):
-            self.warns = False
+            self.warns[...] = False
             warnings.warn(
                 "Entries of a batch that are not arrays of numbers do not reach the "
                 f"model. Received: {sorted(batch.keys() - numbers.keys())}",

@@ -33,11 +33,7 @@ from keras_cluster_mask.distribution.processes import (
     process_index_and_count,
 )
 from keras_cluster_mask.training.arrays import ArrayBatches
-from keras_cluster_mask.training.input_rules import (
-    KEYS,
-    as_dictionary,
-    is_float,
-)
+from keras_cluster_mask.training.input_rules import KEYS, as_dictionary, is_float
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 # === The data of `fit`, `evaluate` and `predict` ===
@@ -162,8 +158,7 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
             f"Received: an endless {type(data).__name__}"
         )
     check_tokenizer_of(model, data)
-    rules = model.input_rules
-    return reader_of(data, rules, passes_once=passes_once).for_keras()
+    return reader_of(data, model.input_rules, passes_once=passes_once).for_keras()
 
 
 @contextlib.contextmanager
@@ -190,7 +185,7 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
             starts worker processes once for a generator, and twice for a grain dataset.
     """
     # Users of an `image_text_dataset` choose its captions and keys for evaluation.
-    rules.warns = not hasattr(data, "stream")
+    rules.warns[...] = not hasattr(data, "stream")
     if isinstance(data, dict):
         # Arrays are checked once, as a whole.
         (data,) = rules.check(data)
@@ -347,6 +342,10 @@ class _CheckedBatches(keras.utils.PyDataset):
 
 class _TorchLoader(Reader):
     def for_keras(self):
+        import torch
+
+        # Shared, or each worker process would warn in each epoch.
+        self.rules.warns = torch.tensor(bool(self.rules.warns)).share_memory_()
         # The copy leaves the user's own unchanged.
         loader = copy.copy(self.data)
         loader.collate_fn = functools.partial(_collate, self.rules, loader.collate_fn)
