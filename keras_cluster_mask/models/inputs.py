@@ -48,7 +48,7 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
     axis, shape = (1, (-1, 1, 1)) if data_format == "channels_first" else (-1, -1)
     if images.shape[axis] != 3:
         mean, std = [sum(mean) / 3], [sum(std) / 3]
-    # Tensors of Python numbers, since torch cannot compile or export NumPy arrays.
+    # Tensors of Python numbers: torch compiles and exports no NumPy arrays.
     mean, std = (
         ops.reshape(ops.convert_to_tensor(x, "float32"), shape) for x in (mean, std)
     )

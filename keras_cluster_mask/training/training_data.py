@@ -158,7 +158,8 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
             f"Received: an endless {type(data).__name__}"
         )
     check_tokenizer_of(model, data)
-    return reader_of(data, model.input_rules, passes_once=passes_once).for_keras()
+    rules = model.input_rules
+    return reader_of(data, rules, passes_once=passes_once).for_keras()
 
 
 @contextlib.contextmanager
@@ -184,8 +185,6 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
             starts worker processes once for a generator, and twice for a grain dataset.
     """
-    # Users of an `image_text_dataset` choose its captions and keys for evaluation.
-    rules.warns[...] = not hasattr(data, "stream")
     if isinstance(data, dict):
         # Arrays are checked once, as a whole.
         (data,) = rules.check(data)
@@ -249,6 +248,9 @@ class Reader:
             self.shuffle = shuffle
         self.spec = getattr(data, "element_spec", None)
         self.stream = stream_of(data)
+        if rules is not None and hasattr(data, "stream"):
+            # The captions and keys of an `image_text_dataset` are for evaluation.
+            rules.warns[...] = False
         if self.spec is not None and rules is not None:
             rules.check_keys(self.spec)
             if rules.pixel_range is not None:
