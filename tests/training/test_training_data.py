@@ -250,7 +250,6 @@ def test_strings_of_any_kind_are_left_out_with_one_warning(kind):
         [{"url": "a"}] * 4,
         np.array(["2024-01-01"] * 4, "datetime64[D]"),
     ],
-    ids=repr,
 )
 def test_what_is_no_array_of_numbers_is_left_out_of_arrays_and_batches(entry):
     batch = {**random_pairs(4), "extra": entry, "nothing": None}
