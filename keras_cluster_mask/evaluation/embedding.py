@@ -87,6 +87,8 @@ def embed(
         size = len(batch["images"])
         if not size:
             continue
+        if tokenizer is None and "token_ids" in batch:
+            embedder.model.input_rules.check_texts(batch)
         found = {
             **{k: v for k, v in batch.items() if k not in ("images", *of_texts)},
             "image_embeddings": embedder.images(batch["images"]),

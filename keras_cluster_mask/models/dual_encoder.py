@@ -22,7 +22,6 @@ from keras_cluster_mask.models.encoders import (
 )
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
 from keras_cluster_mask.models.inputs import (
-    MADE,
     call_encoder,
     check_statistics,
     normalize_pixels,
@@ -82,7 +81,7 @@ class DualEncoder(keras.Model):
         _check_encoder("text_encoder", text_encoder)
         self.text_input_names = text_input_names(text_encoder)
         self.text_family = text_family_of(text_encoder)
-        check_statistics(pixel_mean, pixel_std)
+        check_statistics(pixel_mean, pixel_std, image_encoder)
         number_positions(image_encoder)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
@@ -212,9 +211,8 @@ class DualEncoder(keras.Model):
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
         names, family = self.text_input_names, self.text_family
-        texts = [name for name in names if name not in MADE]
         return InputRules(
-            keys=("images", *texts),
+            text_inputs=names,
             context_length=self.context_length,
             vocabulary_size=self.vocabulary_size,
             end_token_id=family.end_id,

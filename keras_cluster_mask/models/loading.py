@@ -62,11 +62,9 @@ def image_size_of(model: Any) -> tuple[int | None, int | None]:
     """
     encoder = as_contrastive_model(model).image_encoder
     shape = image_shape_of(encoder)
-    return (
-        (None, None)
-        if shape is None
-        else height_and_width(shape, data_format_of(encoder))
-    )
+    if shape is None:
+        return None, None
+    return height_and_width(shape, data_format_of(encoder))
 
 
 def _load(path):

@@ -11,6 +11,7 @@ import numpy as np
 from keras_cluster_mask.distribution import gradients
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.models.dual_encoder import DualEncoder
+from keras_cluster_mask.models.tower import export_options
 from keras_cluster_mask.training import layers, optimizers
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import check_unused
@@ -50,7 +51,8 @@ class ContrastiveTrainer(DualEncoder):
     ) -> dict[str, Any]:
         if not self._is_evaluating:
             # This is the end of a training step on every backend.
-            (loss,) = (each for each in self.metrics if each.name == "loss")
+            # A subclass may override `metrics`, without Keras's mean of the loss.
+            loss = next(each for each in super().metrics if each.name == "loss")
             self.finite_steps.update_state(loss.result())
             if self.gradient_norm is not None:
                 self.gradient_norm.update_metric()
@@ -65,7 +67,7 @@ class ContrastiveTrainer(DualEncoder):
             [optimizers.inner_optimizer(self.optimizer), *parts],
             None if norm is None else norm.record,
         )
-        if self.built and self.optimizer and not self.optimizer.built:
+        if self.built and not self.optimizer.built:
             # TensorFlow cannot create the optimizer's variables in a step that XLA
             # compiles.
             self.optimizer.build(self.trainable_variables)
@@ -86,14 +88,19 @@ class ContrastiveTrainer(DualEncoder):
             # Evaluation computes no gradients and masks no patches.
             return [x for x in metrics if x.name != "mask_ratio"]
         norm = self.gradient_norm
-        # In the order of the logs. `finite_steps` is not logged.
-        return [*metrics, *([] if norm is None else [norm.metric]), self.finite_steps]
+        # In the order of the logs.
+        return [*metrics, *([] if norm is None else [norm.metric])]
+
+    @property
+    def metrics_variables(self) -> list[keras.Variable]:
+        # A step updates them on JAX. The logs do not show `finite_steps`.
+        return [*super().metrics_variables, *self.finite_steps.variables]
 
     # === Compile, fit, evaluate, predict ===
 
     def compile(
         self,
-        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
+        optimizer: str | keras.optimizers.Optimizer | None = None,
         *,
         decay_vectors: bool = False,
         log_gradient_norm: bool = False,
@@ -131,8 +138,8 @@ class ContrastiveTrainer(DualEncoder):
                 computes in float16.
 
         Raises:
-            ValueError: If a loss or metrics are passed, or if the optimizer has already
-                been built to decay vectors.
+            ValueError: If there is no optimizer, if a loss or metrics are passed, or if
+                the optimizer has already been built to decay vectors.
         """
         built_in = ("loss", "loss_weights", "metrics", "weighted_metrics")
         check_unused(
@@ -140,6 +147,11 @@ class ContrastiveTrainer(DualEncoder):
             "in.",
             **{name: kwargs.get(name) for name in built_in},
         )
+        if optimizer is None:
+            raise ValueError(
+                "`optimizer` must be a Keras optimizer or its name, such as 'adamw'. "
+                "Received: optimizer=None"
+            )
         optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
@@ -149,8 +161,7 @@ class ContrastiveTrainer(DualEncoder):
             "log_gradient_norm": bool(log_gradient_norm),
         }
         self.gradient_norm = GradientNorm(optimizer) if log_gradient_norm else None
-        if optimizer is not None:
-            optimizers.configure(optimizer, self, decay_vectors)
+        optimizers.configure(optimizer, self, decay_vectors)
 
     def fit(
         self,
@@ -262,6 +273,32 @@ class ContrastiveTrainer(DualEncoder):
 
     # === Saving ===
 
+    def export(
+        self,
+        filepath: str | os.PathLike,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: list | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Exports the model for inference on batches of any size.
+
+        Export `image_tower` or `text_tower` for one of the encoders alone.
+
+        Args:
+            filepath: Path of the folder or file to write.
+            format: As in `keras.Model.export`.
+            verbose: As in `keras.Model.export`.
+            input_signature: List of one dictionary of `keras.InputSpec`. Defaults to
+                the inputs of both towers.
+            **kwargs: As in `keras.Model.export`.
+        """
+        images, texts = self.image_tower.input_specs, self.text_tower.input_specs
+        texts = texts if isinstance(texts, dict) else {"token_ids": texts}
+        specs = {"images": images, **texts}
+        kwargs = export_options(specs, format, input_signature, kwargs)
+        super().export(filepath, format, verbose, **kwargs)
+
     def get_compile_config(self) -> dict[str, Any] | None:
         config = super().get_compile_config()
         return {**config, **self.optimizer_options} if config else config
@@ -269,5 +306,5 @@ class ContrastiveTrainer(DualEncoder):
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras's own method does not support models that override `compile`.
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None and self.built:
+        if self.built:
             self.optimizer.build(self.trainable_variables)

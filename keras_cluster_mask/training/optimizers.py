@@ -54,7 +54,7 @@ def with_loss_scaling(optimizer, layers):
 
     Keras checks only the model's own dtype policy, but each tower has its own.
     """
-    if optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer
     if all(layer.compute_dtype != "float16" for layer in layers):
         return optimizer
