@@ -13,7 +13,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.checks import fits_shape
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking.patch_grid import grid_of_masking
 
@@ -168,7 +167,9 @@ def best_patches(masking, images, tokens, noises):
     """
     scores = [masking.score(noise, images, tokens) for noise in noises]
     for score, noise in zip(scores, noises):
-        if not fits_shape(score.shape, noise.shape):
+        # A single row would be the score of all images.
+        rows = {score.shape[0] if score.shape else 1, noise.shape[0]}
+        if score.shape[1:] != noise.shape[1:] or (1 in rows and len(rows) > 1):
             raise ValueError(
                 f"`score` of `{masking.name}` must return one value a patch, shape "
                 f"{tuple(noise.shape)}. Received: shape {tuple(score.shape)}"

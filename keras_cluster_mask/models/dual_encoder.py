@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import keras
-from keras import ops, tree
+from keras import ops
 
-from keras_cluster_mask.checks import check_integer, fits_shape
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import views_of_image
@@ -164,7 +164,6 @@ class DualEncoder(keras.Model):
     def image_embeddings(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Embeds images as `encode_image` does, without checking values."""
         pixels = self.normalize_pixels(images)
-        _check_shape("images", pixels, self.image_encoder, "image_size")
         if self.views == 1 or not training:
             return l2_normalize(self.image_features(pixels, training))
         with views_of_image(self.views):
@@ -178,7 +177,6 @@ class DualEncoder(keras.Model):
         """Embeds texts as `encode_text` does, without checking values."""
         if isinstance(token_ids, dict) or len(self.text_input_names) > 1:
             token_ids = text_inputs(self.text_input_names, self.text_family, token_ids)
-        _check_shape("token_ids", token_ids, self.text_encoder, "context_length")
         return l2_normalize(self.text_features(token_ids, training))
 
     def embed(
@@ -213,6 +211,8 @@ class DualEncoder(keras.Model):
         names, family = self.text_input_names, self.text_family
         return InputRules(
             text_inputs=names,
+            image_shape=image_shape_of(self.image_encoder),
+            text_shape=image_shape_of(self.text_encoder),
             context_length=self.context_length,
             vocabulary_size=self.vocabulary_size,
             end_token_id=family.end_id,
@@ -347,17 +347,6 @@ def _check_encoder(name, encoder):
         raise ValueError(
             f"`{name}` must be a Keras model. "
             f"Received: {name}={encoder} of type {type(encoder).__name__}"
-        )
-
-
-def _check_shape(name, value, encoder, option):
-    """Raises an error unless an input has the shape that an encoder declares."""
-    shape, declared = tuple(tree.flatten(value)[0].shape), image_shape_of(encoder)
-    if declared is not None and not fits_shape(shape, (None, *declared)):
-        raise ValueError(
-            f"`{name}` must have shape {(None, *declared)}: the `{option}` of the data "
-            f"must be that of `{encoder.name}`, which `kcm.models.with_{option}` "
-            f"changes. Received: {name}.shape={shape}"
         )
 
 

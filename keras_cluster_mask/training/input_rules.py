@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import as_array, check_equal_lengths
+from keras_cluster_mask.checks import fits_shape
 
 KEYS = ("images", "token_ids")
 # Inputs of a text encoder that are made from the token ids if a batch lacks them.
@@ -36,6 +37,8 @@ class InputRules:
 
     Attributes:
         text_inputs: Tuple of str, the entries that the text encoder takes.
+        image_shape: Tuple, the shape of images without the batch, or `None`.
+        text_shape: Tuple, the shape of token ids without the batch, or `None`.
         context_length: Integer, the maximum number of token ids per text, or `None`.
         vocabulary_size: Integer, the number of token ids, or `None` if unknown.
         end_token_id: Integer, the id that every text must contain, or `None`.
@@ -51,6 +54,8 @@ class InputRules:
     """
 
     text_inputs: tuple[str, ...] = ("token_ids",)
+    image_shape: tuple | None = None
+    text_shape: tuple | None = None
     context_length: int | None = None
     vocabulary_size: int | None = None
     end_token_id: int | None = None
@@ -165,6 +170,18 @@ class InputRules:
         ):
             self.is_normalized = True
 
+    def check_shape(self, name, values):
+        """Raises an error for images or token ids of a shape that no encoder takes."""
+        texts = name == "token_ids"
+        expected = self.text_shape if texts else self.image_shape
+        shape, option = tuple(values.shape), "context_length" if texts else "image_size"
+        if expected is not None and not fits_shape(shape, (None, *expected)):
+            raise ValueError(
+                f"`{name}` must have shape {(None, *expected)}: the `{option}` of the "
+                "data must be that of the encoder, which "
+                f"`kcm.models.with_{option}` changes. Received: {name}.shape={shape}"
+            )
+
     def check_ids(self, ids, has_mask=False):
         """Raises an error if a text encoder cannot take the token ids.
 
@@ -185,6 +202,7 @@ class InputRules:
                 "`context_length` of the tokenizer must be that of the text encoder. "
                 f"Received: token_ids of type {ids.dtype} and shape {ids.shape}"
             )
+        self.check_shape("token_ids", ids)
         low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
         size = self.vocabulary_size
         if size is not None and (low < 0 or high >= size):
@@ -217,6 +235,7 @@ class InputRules:
             Whether they have values that pixels cannot have.
         """
         images = images if hasattr(images, "dtype") else as_array(images)
+        self.check_shape("images", images)
         if self.pixel_range is None or not is_float(images):
             return False
         images = as_array(images)

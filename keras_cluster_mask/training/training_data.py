@@ -253,6 +253,7 @@ class Reader:
             rules.warns[...] = False
         if self.spec is not None and rules is not None:
             rules.check_keys(self.spec)
+            rules.check_shape("images", self.spec["images"])
             if rules.pixel_range is not None:
                 is_float(self.spec["images"])
 

@@ -86,7 +86,7 @@ def test_an_encoder_that_returns_tokens_is_refused():
 def test_inputs_of_another_shape_name_the_options_that_must_agree(key, shape, option):
     model, wrong = small_model(), np.ones(shape, "uint8")
     encode = model.encode_image if key == "images" else model.encode_text
-    for call in (encode, lambda x: model({**random_pairs(2), key: x})):
+    for call in (encode, lambda x: model.predict({**random_pairs(2), key: x})):
         with pytest.raises(ValueError, match=rf"`{key}` must .*`{option}`.*Received:"):
             call(wrong)
 
