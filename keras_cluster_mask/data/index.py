@@ -14,7 +14,7 @@ import numpy as np
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.formats.parquet import plain
 from keras_cluster_mask.data.pairs import Fault, SampleError
-from keras_cluster_mask.data.parts import build_parts, hash_of
+from keras_cluster_mask.data.parts import build_parts, checksum_of, hash_of
 from keras_cluster_mask.data.shards import find_shards
 
 # The number of shards with broken samples whose intact samples are cached.
@@ -176,7 +176,7 @@ class Index:
         reason = "another sample is in its place"
         try:
             key, fields = format.parse(content, number, shard.part.context)
-            same = hash_of(key) == entry.key
+            same = hash_of(key) == entry.key and checksum_of(fields) == entry.checksum
         except MemoryError:
             raise
         except Exception as error:

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import struct
+import zlib
 from concurrent import futures
 
 import numpy as np
@@ -25,9 +26,10 @@ from keras_cluster_mask.data.formats import (
     NoRandomAccess,
     format_of,
 )
+from keras_cluster_mask.data.formats.base import is_empty
 
 # Increase this number when the format of parts changes.
-VERSION = 1
+VERSION = 2
 RECORD = np.dtype(
     [
         ("offset", "<u8"),
@@ -36,9 +38,11 @@ RECORD = np.dtype(
         ("key", "<u8"),
         # The number of the layout: the fields and the fault.
         ("layout", "<u4"),
+        # See `checksum_of`.
+        ("checksum", "<u4"),
     ]
 )
-PACKED = struct.Struct("<QQQI")
+PACKED = struct.Struct("<QQQII")
 # The seconds before a progress bar is shown.
 SHORT = 1.0
 
@@ -50,7 +54,8 @@ class Part:
     Attributes:
         path: str. The file of the part.
         stamp: str. The size and the date of the shard when it was indexed.
-        digest: str. A hash of all records.
+        digest: str. A hash of all records: of the keys of samples, and of the sizes and
+            values of their fields, but not of images.
         layouts: list of `(fields, fault, count)`: the names of the fields that these
             samples have, the reason why they are broken or None, and the number of
             these samples.
@@ -80,16 +85,27 @@ class Part:
 
         No file stays open, because there may be too many parts.
         """
-        at = self.start + number * RECORD.itemsize
-        record = np.fromfile(self.path, RECORD, 1, offset=at)[0]
-        offset, size, key, layout = record.tolist()
-        return Entry(key, offset, size, *self.layouts[layout][:2])
+        with self._open() as file:
+            file.seek(self.start + number * PACKED.size)
+            offset, size, key, layout, checksum = PACKED.unpack(file.read(PACKED.size))
+        fields, fault, _ = self.layouts[layout]
+        return Entry(key, offset, size, fields, fault, checksum=checksum)
 
     def records(self):
         """Maps the records into memory."""
         if not self.num_records:
             return np.empty(0, RECORD)
-        return np.memmap(self.path, RECORD, "r", self.start, (self.num_records,))
+        with self._open() as file:
+            return np.memmap(file, RECORD, "r", self.start, (self.num_records,))
+
+    def _open(self):
+        """Opens the file. It is another one if the shard has been indexed again."""
+        file = open(self.path, "rb", buffering=0)
+        first = _first_bytes(self.digest)
+        if file.read(len(first)) != first:
+            file.close()
+            raise _replaced(self.path)
+        return file
 
     @property
     def content_start(self):
@@ -101,6 +117,21 @@ def hash_of(key):
     """Returns the 64-bit hash of a key."""
     content = key.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def checksum_of(fields):
+    """Returns a hash of the fields of a sample, an int of 32 bits.
+
+    Args:
+        fields: dict from the name of a field to its content. Of bytes, only the size
+            counts. Empty fields do not count.
+    """
+    values = sorted(
+        (name, len(value) if isinstance(value, bytes) else value)
+        for name, value in fields.items()
+        if not is_empty(value)
+    )
+    return zlib.crc32(ascii(values).encode())
 
 
 def read_part(path, digest=None):
@@ -117,11 +148,20 @@ def read_part(path, digest=None):
     if head.pop("version") != VERSION or head.pop("length") != length - start:
         raise ValueError(f"{path} is not a part of an index of this version.")
     if digest not in (None, head["digest"]):
-        raise ValueError(
-            "`source` must not change while it is read: make the dataset again. "
-            f"Received: {path}, an index that was replaced"
-        )
+        raise _replaced(path)
     return Part(path=path, start=start, **head)
+
+
+def _first_bytes(digest):
+    """Returns the first bytes of a part."""
+    return json.dumps({"version": VERSION, "digest": digest})[:-1].encode()
+
+
+def _replaced(path):
+    return ValueError(
+        "`source` must not change while it is read: make the dataset again. "
+        f"Received: {path}, an index that was replaced"
+    )
 
 
 def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
@@ -189,8 +229,7 @@ def build_part(path, stamp, index_dir=None):
     if part := _find(path, stamp, index_dir):
         return part
     head, *contents = files.retried(lambda: _scan(path, format_of(path)))
-    head = {"version": VERSION, "stamp": stamp, **head}
-    line = json.dumps(head).encode() + b"\n"
+    line = json.dumps({**head, "stamp": stamp}).encode() + b"\n"
     return read_part(_write(_places(path, index_dir), [line, *contents]))
 
 
@@ -210,7 +249,8 @@ def _scan(path, format):
             layout = tuple(sorted(entry.fields)), fault
             number, count = layouts.get(layout, (len(layouts), 0))
             layouts[layout] = number, count + 1
-            records += PACKED.pack(entry.offset, entry.size, key, number)
+            checksum = checksum_of(entry.fields)
+            records += PACKED.pack(entry.offset, entry.size, key, number, checksum)
             content += entry.content or b""
     except DamagedShard as error:
         _, last_key, reason = error.args
@@ -221,8 +261,10 @@ def _scan(path, format):
     digest = hashlib.blake2b(records + content, digest_size=16)
     digest.update(json.dumps([layouts, damage, context]).encode())
     head = {
-        "length": len(records) + len(content),
+        # See `_first_bytes`.
+        "version": VERSION,
         "digest": digest.hexdigest(),
+        "length": len(records) + len(content),
         "layouts": layouts,
         "damage": damage,
         "context": context,

@@ -69,8 +69,8 @@ def test_a_part_holds_what_a_scan_finds(source):
         assert (record["offset"], record["size"]) == (entry.offset, entry.size)
         assert record["key"] == parts.hash_of(entry.key)
     assert first.layouts == [[["png", "txt"], None, 3]]
-    # 28 bytes a sample, and a line.
-    assert os.path.getsize(first.path) == first.start + 3 * 28
+    # 32 bytes a sample, and a line.
+    assert os.path.getsize(first.path) == first.start + 3 * 32
 
 
 def test_a_shard_is_scanned_once(source, scanned):
@@ -103,7 +103,7 @@ def test_a_damaged_part_is_built_again(source, scanned):
         lambda content: content + b"\0",
         lambda content: b"[1]\n" + content,
         lambda content: b"\xff" * 100,
-        lambda content: content.replace(b'"version": 1', b'"version": 0'),
+        lambda content: content.replace(b'"version": 2', b'"version": 1'),
         lambda content: content.replace(b'"digest"', b'"digits"'),
     ):
         scanned.clear()

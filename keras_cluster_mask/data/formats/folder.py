@@ -23,7 +23,8 @@ class Folder(Format):
         offset = 0
         for name in images_in(path):
             content = json.dumps(name).encode()
-            yield Entry(name, offset, len(content), ("path", "folder"), None, content)
+            _, fields = self.parse(content, 0, None)
+            yield Entry(name, offset, len(content), fields, None, content)
             offset += len(content)
 
     def parse(self, content, number, context):

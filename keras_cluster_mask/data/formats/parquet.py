@@ -36,8 +36,8 @@ class Parquet(Format):
             for place in range(table.num_rows):
                 row = _intact(path, _row, table, place)
                 key, fields = self.parse(row, number, None)
-                names = [name for name in fields if not is_empty(fields[name])]
-                yield Entry(key, group, place, names)
+                fields = {k: v for k, v in fields.items() if not is_empty(v)}
+                yield Entry(key, group, place, fields)
                 number += 1
 
     def read(self, places):

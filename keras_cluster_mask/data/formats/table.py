@@ -44,9 +44,9 @@ class Table(Format):
                 if not content.strip():
                     continue
                 row, fault = self._row(content, columns)
-                names = [name for name in row if not is_empty(row[name])]
+                fields = {k: v for k, v in row.items() if not is_empty(v)}
                 key = _key(row, number)
-                yield Entry(key, start, len(content), names, fault)
+                yield Entry(key, start, len(content), fields, fault)
                 number += 1
 
     def context(self, path):
