@@ -1,8 +1,8 @@
 """The parts of an index: one file for each shard, which is built once.
 
 A part holds a line of JSON, then a record for each sample, then the contents of samples
-that are stored in the index. It does not depend on which fields are read as image and
-caption.
+that are stored in the index, then the stamp of the shard. It does not depend on which
+fields are read as image and caption. Parts of one digest differ only in the stamp.
 """
 
 import contextlib
@@ -98,14 +98,15 @@ class Part:
         with self._open() as file:
             return np.memmap(file, RECORD, "r", self.start, (self.num_records,))
 
+    @contextlib.contextmanager
     def _open(self):
-        """Opens the file. It is another one if the shard has been indexed again."""
-        file = open(self.path, "rb", buffering=0)
-        first = _first_bytes(self.digest)
-        if file.read(len(first)) != first:
-            file.close()
-            raise _replaced(self.path)
-        return file
+        """Opens the file, unless it was replaced because the shard has changed."""
+        head = json.dumps({"version": VERSION, "digest": self.digest})[:-1].encode()
+        with open(self.path, "rb", buffering=0) as file:
+            if file.read(len(head)) != head:
+                # Raises the error.
+                read_part(self.path, self.digest)
+            yield file
 
     @property
     def content_start(self):
@@ -117,6 +118,11 @@ def hash_of(key):
     """Returns the 64-bit hash of a key."""
     content = key.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def digest_of(content):
+    """Returns the hash of JSON values, a str."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def checksum_of(fields):
@@ -135,7 +141,7 @@ def checksum_of(fields):
 
 
 def read_part(path, digest=None):
-    """Reads the first line of a part.
+    """Reads the first line and the stamp of a part.
 
     Args:
         path: str.
@@ -144,24 +150,16 @@ def read_part(path, digest=None):
     with open(path, "rb") as file:
         head = json.loads(file.readline())
         start = file.tell()
-        length = file.seek(0, os.SEEK_END)
-    if head.pop("version") != VERSION or head.pop("length") != length - start:
+        file.seek(start + head.pop("length"))
+        stamp = file.read().decode()
+    if head.pop("version") != VERSION or not stamp:
         raise ValueError(f"{path} is not a part of an index of this version.")
     if digest not in (None, head["digest"]):
-        raise _replaced(path)
-    return Part(path=path, start=start, **head)
-
-
-def _first_bytes(digest):
-    """Returns the first bytes of a part."""
-    return json.dumps({"version": VERSION, "digest": digest})[:-1].encode()
-
-
-def _replaced(path):
-    return ValueError(
-        "`source` must not change while it is read: make the dataset again. "
-        f"Received: {path}, an index that was replaced"
-    )
+        raise ValueError(
+            "`source` must not change while it is read: make the dataset again. "
+            f"Received: {path}, an index that was replaced"
+        )
+    return Part(path=path, stamp=stamp, start=start, **head)
 
 
 def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
@@ -229,8 +227,8 @@ def build_part(path, stamp, index_dir=None):
     if part := _find(path, stamp, index_dir):
         return part
     head, *contents = files.retried(lambda: _scan(path, format_of(path)))
-    line = json.dumps({**head, "stamp": stamp}).encode() + b"\n"
-    return read_part(_write(_places(path, index_dir), [line, *contents]))
+    contents = json.dumps(head).encode() + b"\n", *contents, stamp.encode()
+    return read_part(_write(_places(path, index_dir), contents))
 
 
 def _scan(path, format):
@@ -261,7 +259,7 @@ def _scan(path, format):
     digest = hashlib.blake2b(records + content, digest_size=16)
     digest.update(json.dumps([layouts, damage, context]).encode())
     head = {
-        # See `_first_bytes`.
+        # `Part` expects these two first.
         "version": VERSION,
         "digest": digest.hexdigest(),
         "length": len(records) + len(content),
