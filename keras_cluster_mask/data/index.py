@@ -72,8 +72,9 @@ class Index:
             counts. A damaged shard counts as one, because the number of samples
             after the damage is unknown.
         damage: list of str. A description of each damaged shard.
-        fingerprint: str. Changes with the samples and the fields that are read, but not
-            if files are moved.
+        fingerprint: str. Changes with the keys of samples, with their fields, as far as
+            `checksum_of` covers them, and with the names of the fields that are read,
+            but not if files are moved.
     """
 
     def __init__(self, paths, parts, reader):

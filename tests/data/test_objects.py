@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import image_text_dataset
+from keras_cluster_mask.data import image_text_dataset, stream
 from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
@@ -71,13 +71,14 @@ def test_one_thread_reads_an_object_unless_it_is_thread_safe(thread_safe):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_rows_may_share_an_image_that_is_not_decoded_yet(encode, training):
+def test_rows_may_share_an_image_that_is_not_decoded_yet(encode, training, monkeypatch):
+    monkeypatch.setattr(stream, "num_processors", lambda: 16)
     exif = Image.Exif()
     exif[0x0112] = 6
-    array = np.random.default_rng(0).integers(0, 256, (300, 200, 3), "uint8")
+    array = np.random.default_rng(0).integers(0, 256, (600, 400, 3), "uint8")
     content = encode(array, exif=exif)
-    rows = [{"image": Image.open(io.BytesIO(content)), "text": "a"}] * 64
-    options = {"resize": "squash", "batch_size": 64}
+    rows = [{"image": Image.open(io.BytesIO(content)), "text": "a"}] * 128
+    options = {"resize": "squash", "batch_size": 128}
     (batch,) = take(make(rows, training, **options), 1)
     expected = Images((16, 16), training, "squash")(content, np.random.default_rng(0))
     # Decoding does not reduce an open image.
