@@ -141,9 +141,8 @@ def _in_eight_bits(image):
         values = np.asarray(image)
         # Pillow would clip the values of 16 bits to 255.
         levels = np.round(values / 257.0) if image.mode.startswith("I;16") else values
-        with np.errstate(invalid="ignore"):
-            gray = np.clip(levels, 0, 255).astype("uint8")
-        # Floats of up to 1 are black and white, not two dark levels.
+        gray = np.clip(np.nan_to_num(levels), 0, 255).astype("uint8")
+        # Floats up to 1 would become black.
         if not np.array_equal(gray, levels) or (image.mode == "F" and gray.max() < 2):
             raise UnreadableImage("the gray levels are not integers from 0 to 255")
         gray = Image.fromarray(gray)

@@ -30,17 +30,12 @@ from keras_cluster_mask.data.formats.base import is_empty
 
 # Increase this number when the format of parts changes.
 VERSION = 2
+# The key is its hash. The layout is the number of the fields and the fault.
 RECORD = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("size", "<u8"),
-        # The hash of the key.
-        ("key", "<u8"),
-        # The number of the layout: the fields and the fault.
-        ("layout", "<u4"),
-        # See `checksum_of`.
-        ("checksum", "<u4"),
-    ]
+    {
+        "names": ["offset", "size", "key", "layout", "checksum"],
+        "formats": ["<u8", "<u8", "<u8", "<u4", "<u4"],
+    }
 )
 PACKED = struct.Struct("<QQQII")
 # The seconds before a progress bar is shown.
