@@ -38,9 +38,9 @@ def read_captions(
             `image_text_dataset`. Defaults to `None`: common names.
 
     Returns:
-        List of str, in the order of the samples. Broken samples are left out.
+        List of str, in the order of the samples. Images are neither needed nor read.
     """
-    index = open_index(source, PairReader(caption_key=caption_key))
+    index = open_index(source, PairReader((), caption_key))
     samples = index.read(range(len(index)), with_images=False)
     return [text for each in samples for text in getattr(each, "captions", ())]
 

@@ -42,7 +42,7 @@ def image_text_dataset(
     include_paths: bool = False,
     data_format: str | None = None,
     max_image_pixels: int = MAX_PIXELS,
-    max_skipped: float = 0.5,
+    max_skipped: float = 0.01,
     text_masking: TextMasking | None = None,
     sampling: Sampling | Callable[[int, int], np.ndarray] | None = None,
     block_size: int | None = None,
@@ -54,10 +54,14 @@ def image_text_dataset(
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
     by `KEY.txt`), TFRecord files, Parquet files, tables (CSV, TSV, JSON lines) that
-    name image files, or folders of images. They are indexed on first use: a small
-    hidden file next to each shard stores the position of each sample.
+    name image files, or folders of images, in which `KEY.txt` is the caption of
+    `KEY.jpg`. They are indexed on first use: a small hidden file next to each shard
+    stores the position of each sample.
     `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
     processes.
+
+    The rows of a table or Parquet file that have the same image are one sample with
+    several captions. They must be in one file, and have the same label.
 
     In training, the dataset is an endless stream. Each epoch is a new permutation of
     all samples. The last partial batch of an epoch is carried over to the next epoch.
@@ -70,7 +74,8 @@ def image_text_dataset(
     center crop.
 
     The index leaves out samples without an image or a caption, samples with a duplicate
-    key, and samples after the damage in a damaged shard. An image that cannot be
+    key, samples after the damage in a damaged shard, and rows of a table whose image is
+    a missing local file. An image that cannot be
     decoded, or cannot be read after several attempts, is replaced in training by
     another image of the same batch, so the number of steps never depends on broken
     samples. In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
@@ -144,7 +149,8 @@ def image_text_dataset(
             the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
             labels.
         class_names: sequence of str, for labels that are names: a label is the index of
-            its name. Defaults to `None`: labels are numbers.
+            its name. Defaults to `None`: labels are numbers, or, if `label_key` is
+            `"folder"` and not all folders have numbers, indices of their sorted names.
         resize: `"crop"`, random crops in training and CLIP's center crop in evaluation;
             or `"squash"`, the whole image with a changed aspect ratio, as for SigLIP.
         crop_scale: pair of floats. The range of the area of random crops, as a fraction
@@ -169,8 +175,8 @@ def image_text_dataset(
             allows larger JPEGs in training, but each pixel of a progressive JPEG counts
             as four. Defaults to 50 million.
         max_skipped: float. The fraction of samples that may be broken, from 0 to 1, in
-            the index and among the samples read. A larger fraction raises an error
-            after 1,000 samples; 0 raises it at the first. Defaults to `0.5`.
+            the index, and among those that a process reads in a pass over the samples.
+            More raise an error. Defaults to `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions, template
             included, that have more tokens than the `context_length` of the

@@ -184,8 +184,11 @@ def fetch(requests):
     """
     replies, systems = [None] * len(requests), {}
     for number, (path, *span) in enumerate(requests):
-        system, name = file_system(path)
-        systems.setdefault(system, []).append((number, name, *span))
+        try:
+            system, name = file_system(path)
+            systems.setdefault(system, []).append((number, name, *span))
+        except ValueError as error:
+            replies[number] = _as_os_error(error)
     for system, several in systems.items():
         numbers, *arguments = map(list, zip(*several))
         contents = system.cat_ranges(*arguments, on_error="return")

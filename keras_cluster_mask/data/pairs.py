@@ -1,5 +1,6 @@
 """Finds the image, the captions and the label of a sample, or its fault."""
 
+import contextlib
 import json
 import numbers
 import typing
@@ -86,7 +87,7 @@ class PairReader:
     Args:
         image_keys: str or sequence of str. The field that holds the image or the name
             of its file. If several are given, the first that a sample has is used.
-            `None`: common names.
+            `None`: common names. Empty: no images.
         caption_key: str or sequence of str. The field that holds the caption or a list
             of captions. If several are given, the first that is not empty is used.
             `"json.caption"` is the entry `caption` of the field `json`. `None`: common
@@ -113,7 +114,7 @@ class PairReader:
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
         self.labels = None if label_key is None else Labels(label_key, class_names)
         # A sample must have at least one of the fields of each kind.
-        self._wanted = {"image": self.image_keys}
+        self._wanted = {"image": self.image_keys} if self.image_keys else {}
         if wants_caption:
             self._wanted["caption"] = self.caption_keys
         if self.labels:
@@ -164,7 +165,8 @@ class PairReader:
         if isinstance(image, str) and image and names_files:
             path = image = files.beside(shard, image)
         # JSON lines may hold values of any type.
-        if is_empty(image) or not (path or isinstance(image, bytes | Image.Image)):
+        is_image = path or isinstance(image, bytes | Image.Image)
+        if self.image_keys and (is_empty(image) or not is_image):
             return Fault(shard, key, "no image")
         captions, label, fault = (), None, None
         if "caption" in self._wanted:
@@ -201,7 +203,8 @@ class PairReader:
             pair = samples[place]
             if isinstance(content, Exception):
                 reason = "the image file cannot be read"
-                fault = Fault(pair.shard, pair.key, reason, str(content))
+                details = f"{pair.path}: {content}"
+                fault = Fault(pair.shard, pair.key, reason, details)
                 samples[place] = fault
             else:
                 samples[place] = pair._replace(image=content)
@@ -215,7 +218,7 @@ class Labels:
         label_key: str or sequence of str. The field that holds the label. If several
             are given, the first that a sample has is used.
         class_names: Sequence of str in which labels are looked up, or None if labels
-            are numbers.
+            are numbers or folders.
     """
 
     def __init__(self, label_key, class_names=None):
@@ -230,6 +233,12 @@ class Labels:
                     f"Received: class_names={list(class_names)}"
                 )
 
+    def add_folders(self, folders):
+        """Takes a set of folders as classes, if these are the labels without names."""
+        is_folder = self._numbers is None and self.keys == ("folder",)
+        if is_folder and not all(map(str.isdecimal, folders)):
+            self._numbers = {name: n for n, name in enumerate(sorted(folders))}
+
     def describe(self):
         """Returns the settings that decide the labels, as JSON values."""
         return [list(self.keys), self._numbers]
@@ -242,14 +251,13 @@ class Labels:
             return None, "no label"
         if isinstance(label, list):
             label = label[0] if len(label) == 1 else None
-        if isinstance(label, numbers.Real) and not isinstance(label, bool):
-            number = int(label) if label == label // 1 else -1
-        elif self._numbers is not None:
-            number = self._numbers.get(_text(label), -1)
-        else:
-            text = _text(label)
-            # Python does not convert strings of thousands of digits.
-            number = int(text) if text.isdecimal() and len(text) < 20 else -1
+        # In a table, numbers are text.
+        if text := _text(label):
+            label = (self._numbers or {}).get(text, text)
+            with contextlib.suppress(ValueError):
+                label = float(label)
+        is_number = isinstance(label, numbers.Real) and not isinstance(label, bool)
+        number = int(label) if is_number and label == label // 1 else -1
         known = range(2**31 if self._numbers is None else len(self._numbers))
         return number, None if number in known else "unknown label"
 

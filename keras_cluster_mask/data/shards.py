@@ -97,7 +97,8 @@ def _in_folder(path):
             ".tsv or .jsonl with a row per image, or images. Received a folder "
             f"without: {path}"
         )
-    return path, {"size": len(images), "ETag": hash_of("\0".join(images))}
+    versions = [(name, text and stamp(text)) for name, text in images.items()]
+    return path, {"size": len(images), "ETag": hash_of(versions)}
 
 
 def expand(pattern):

@@ -160,6 +160,7 @@ class _Iterator(grain.DatasetIterator):
         super().__init__()
         self._dataset = dataset
         self._skipped = dataset.skipped = copy.deepcopy(dataset._reading.skipped)
+        self._total = dataset.num_samples // dataset._reading.process[1]
         self._pid = os.getpid()
         self._start(dataset.start, batches, threads)
 
@@ -189,7 +190,7 @@ class _Iterator(grain.DatasetIterator):
             faults = batch.pop(FAULTS)
             # In training, broken samples have been replaced.
             left_out = 0 if self._dataset.training else len(faults)
-            self._skipped.report(faults, rows + left_out)
+            self._skipped.report(faults, rows + left_out, self._total)
             if rows:
                 return self._dataset.finished(batch)
 

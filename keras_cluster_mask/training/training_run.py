@@ -162,6 +162,9 @@ class TrainingRun(keras.callbacks.Callback):
         # Later callbacks add to these logs.
         self.history.append({"epoch": epoch, "logs": {} if logs is None else logs})
         self.epoch = epoch + 1
+        skipped = getattr(self.data.stream, "skipped", None)
+        if skipped and (count := skipped.take_new()) and self.params["verbose"]:
+            print(f"\nEpoch {self.epoch}: {count} broken samples, {skipped}")
         self.data.seek(self.data.steps_before(self.epoch))
         self.rng_state = read_rng_state()
 

@@ -1,3 +1,6 @@
+import csv
+import io
+import json
 import random
 
 import fsspec
@@ -15,6 +18,29 @@ def noise(encode):
         return encode(generator.integers(0, 256, (*size, 3), "uint8"), format)
 
     return noise
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Writes a table, CSV, TSV, JSON lines or Parquet, of dicts; returns its path."""
+
+    def write_rows(name, rows):
+        path, file = tmp_path / name, io.StringIO(newline="")
+        if path.suffix == ".parquet":
+            pa, pq = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+            pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+            return path
+        if path.suffix == ".jsonl":
+            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+        else:
+            delimiter = "," if path.suffix == ".csv" else "\t"
+            writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+        path.write_bytes(file.getvalue().encode())
+        return path
+
+    return write_rows
 
 
 class Storage(LocalFileSystem):

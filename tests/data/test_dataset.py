@@ -143,7 +143,7 @@ def test_broken_samples_of_an_object_are_counted(rows):
     source[2]["text"] = " "
     source[3]["image"] = {"bytes": b"broken", "path": None}
     del source[4]["text"]
-    dataset = make(Rows(source))
+    dataset = make(Rows(source), max_skipped=0.4)
     assert keys(dataset) == ["0", *"56789"]
     assert dataset.skipped.by_reason == {
         "no image": 1,

@@ -14,6 +14,7 @@ import pytest
 from keras_cluster_mask.data import files, parts
 from keras_cluster_mask.data.formats import NoRandomAccess
 from keras_cluster_mask.data.formats.tar import Tar
+from keras_cluster_mask.data.pairs import IMAGE_KEYS
 from keras_cluster_mask.data.parts import build_parts, read_part
 from keras_cluster_mask.data.shards import find_shards
 
@@ -52,7 +53,7 @@ def source(tmp_path, write_pairs):
 
 
 def build(source, **options):
-    return build_parts(find_shards(source), **options)
+    return build_parts(find_shards(source), IMAGE_KEYS, **options)
 
 
 def contents(built):
@@ -268,12 +269,12 @@ def test_a_process_takes_the_parts_that_others_have_built(source, monkeypatch):
     def scan_while_others_build(self, path):
         if not built:
             built.append(path)
-            build_parts(shards, process=(1, 2))
+            build_parts(shards, IMAGE_KEYS, process=(1, 2))
         else:
             built.append(path)
         return scan(self, path)
 
     monkeypatch.setattr(Tar, "scan", scan_while_others_build)
-    assert len(build_parts(shards, process=(0, 2))) == len(paths)
+    assert len(build_parts(shards, IMAGE_KEYS, process=(0, 2))) == len(paths)
     # Only the first shard, which both had begun, is built twice.
     assert sorted(built) == sorted([*paths, paths[0]])

@@ -18,6 +18,7 @@ pytestmark = [
 
 def make(source, training=False, **options):
     arguments = {"batch_size": 4, "seed": 1, "format": "grain", "include_keys": True}
+    arguments.update(max_skipped=1.0)
     arguments.update(options)
     return image_text_dataset(source, lengths, 16, training=training, **arguments)
 

@@ -230,6 +230,18 @@ def test_worker_processes_start_once_for_all_epochs(format, write_pairs, tmp_pat
     assert not multiprocessing.active_children()
 
 
+def test_fit_prints_how_many_samples_of_an_epoch_are_broken(write_pairs, capsys):
+    shard = write_pairs("a.tar", 0, 10, [("x.png", b"-"), ("x.txt", b"t")])
+    for verbose, expected in ((0, 0), (2, 2)):
+        data = stream(shard, max_skipped=0.5)
+        with pytest.warns(UserWarning, match="was skipped"):
+            compiled().fit(data, epochs=2, steps_per_epoch=3, verbose=verbose)
+        printed = capsys.readouterr().out
+        assert printed.count("broken samples, <SkippedSamples count=") == expected
+    compiled().fit(stream(write_pairs("b.tar", 0, 8)), verbose=2)
+    assert "broken" not in capsys.readouterr().out
+
+
 def test_a_stream_validates_at_the_epochs_asked_for(write_pairs):
     shard = write_pairs("a.tar", 0, 15)
     held_out = stream(shard, training=False)

@@ -75,17 +75,25 @@ class NoRandomAccess(ValueError):
         )
 
 
+def check_not_compressed(path, start):
+    """Raises an error if the first bytes of a file are those of a compressed one."""
+    if start.startswith(COMPRESSED):
+        kind = "a compressed file: decompress it, such as with `gunzip`"
+        raise NoRandomAccess(path, kind)
+
+
 class Format:
     """A format of shards.
 
     Attributes:
-        unique_keys: bool. Whether a duplicate key in a shard is a fault.
+        has_rows: bool. Whether a shard has rows, of which those of one image are a
+            sample. In other formats, a duplicate key in a shard is a fault.
         in_index: bool. Whether the content of the samples is stored in the index.
         names_files: bool. Whether samples may hold the names of image files, which are
             relative to the folder of the shard.
     """
 
-    unique_keys = True
+    has_rows = False
     in_index = False
     names_files = False
 

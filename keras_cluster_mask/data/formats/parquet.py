@@ -1,4 +1,4 @@
-"""Parquet files, in which each row is a sample."""
+"""Parquet files, with a row for each image or caption."""
 
 import functools
 import threading
@@ -16,14 +16,15 @@ class Parquet(Format):
     """Parquet files, whose columns are the fields. Needs pyarrow.
 
     The image column contains bytes, file names, or dicts of `"bytes"` and `"path"`, as
-    the package `datasets` writes them. The key is the column `__key__`, `key`,
-    `image_id` or `id`, or the row number.
+    the package `datasets` writes them. The rows of one image are a sample with several
+    captions. Its key is the column `__key__`, `key`, `image_id` or `id` of its first
+    row, or the row number.
 
     Parquet cannot read single rows. If samples are shuffled one by one, a whole row
     group is read for each sample. Use `block_size`, or write tar shards.
     """
 
-    unique_keys = False
+    has_rows = True
     names_files = True
 
     def scan(self, path):
@@ -54,7 +55,7 @@ class Parquet(Format):
         fields = {
             name: plain(value) for name, value in content.items() if value is not None
         }
-        key = next((content[name] for name in KEYS if content.get(name)), None)
+        key = next((content[k] for k in KEYS if not is_empty(content.get(k))), None)
         return f"{number:08}" if key is None else str(key), fields
 
 

@@ -8,12 +8,12 @@ import tarfile
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import (
-    COMPRESSED,
     MAX_BYTES,
     DamagedShard,
     Entry,
     Format,
     NoRandomAccess,
+    check_not_compressed,
     entries_of,
     is_empty,
 )
@@ -22,6 +22,7 @@ BLOCK = 512
 MAX_ENTRIES = 32
 # An upper bound of the zero padding at the end of a tar file.
 MAX_PADDING = 2**20
+UNKNOWN = "a file of unknown format: use tar, TFRecord, Parquet, CSV, TSV or JSON lines"
 
 
 class Tar(Format):
@@ -34,9 +35,7 @@ class Tar(Format):
         last = None
         try:
             with files.open_file(path) as file:
-                if file.read(8).startswith(COMPRESSED):
-                    kind = "a compressed file: decompress it, such as with `gunzip`"
-                    raise NoRandomAccess(path, kind)
+                check_not_compressed(path, file.read(8))
                 length = file.seek(0, io.SEEK_END)
                 file.seek(0)
                 archive = tarfile.TarFile(fileobj=file, tarinfo=_Header)
@@ -56,6 +55,8 @@ class Tar(Format):
             raise
         # Damaged headers raise many kinds of errors.
         except Exception as error:
+            if last is None and not path.lower().endswith(".tar"):
+                raise NoRandomAccess(path, UNKNOWN) from error
             raise DamagedShard(path, last, str(error)) from error
 
     def parse(self, content, number, context):

@@ -16,6 +16,7 @@ from keras_cluster_mask.data.formats.base import (
     DamagedShard,
     Entry,
     Format,
+    check_not_compressed,
     is_empty,
 )
 
@@ -62,6 +63,7 @@ class TFRecord(Format):
                     return
                 size = int.from_bytes(head[:8], "little")
                 if len(head) < BEFORE or not _is_intact(head[:8], head[8:]):
+                    check_not_compressed(path, head)
                     reason = "the length of a record does not match its checksum"
                     raise DamagedShard(path, key, reason)
                 place = file.tell()

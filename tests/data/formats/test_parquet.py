@@ -38,8 +38,8 @@ def test_rows_are_what_pyarrow_reads_whatever_the_groups(write, read_all, rows):
 
 def test_the_key_is_a_column_or_the_number_of_the_row(write, read_all):
     for name in ("__key__", "key", "image_id", "id"):
-        samples, _ = read_all(write({**COLUMNS, name: list(range(10, 17))}))
-        assert [key for key, _ in samples] == [str(i) for i in range(10, 17)]
+        samples, _ = read_all(write({**COLUMNS, name: list(range(7))}))
+        assert [key for key, _ in samples] == [str(i) for i in range(7)]
     samples, _ = read_all(write(COLUMNS, row_group_size=3))
     assert [key for key, _ in samples] == [f"{i:08}" for i in range(7)]
 
