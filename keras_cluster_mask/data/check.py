@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from keras_cluster_mask.data import parts
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
-from keras_cluster_mask.data.index import ObjectIndex, open_index
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.pairs import Fault, PairReader
 from keras_cluster_mask.data.skipped import MAX_EXAMPLES, SkippedSamples
 from keras_cluster_mask.data.stream import num_processors

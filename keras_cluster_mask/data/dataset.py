@@ -114,8 +114,11 @@ def image_text_dataset(
         source: str or path, or a list of them: shards, folders, or patterns such as
             `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`; see
             `list_shards`. Or an object with `__len__` and `__getitem__` whose items are
-            dicts, such as a `Dataset` of the package `datasets`. Or a dict from several
-            of these to weights, which mixes them in these proportions.
+            dicts, such as a `Dataset` of the package `datasets`; an image is bytes, a
+            file name, a `PIL.Image.Image`, or a uint8 array. Only one thread at a time
+            reads items of objects and decodes their images, unless the object has the
+            attribute `thread_safe = True`. Or a dict from several of these to weights,
+            which mixes them in these proportions.
         tokenizer: A `CLIPTokenizer`; any callable from a list of bytes to ints
             `(batch, length)`; a tokenizer of open_clip; a tokenizer of Hugging Face,
             whose rows are padded and truncated to its `model_max_length`; or a Keras
@@ -159,7 +162,8 @@ def image_text_dataset(
             colors, gradients and textures), or a list of these, from which one is drawn
             for each image.
         image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
-            `np.random.Generator`, that returns an image of the same shape and dtype.
+            `np.random.Generator`, that returns an image of the same shape and dtype, in
+            training. It may change the image in place.
         include_captions: bool. Whether batches contain `"captions"`, UTF-8 bytes. With
             `"all"`, they are tuples of all captions of each image.
         include_keys: bool. Whether batches contain the `"keys"` of samples, bytes.

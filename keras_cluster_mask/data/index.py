@@ -4,17 +4,16 @@ import bisect
 import collections
 import contextlib
 import functools
-import hashlib
 import itertools
-import json
+import os
 from collections.abc import Mapping
 
 import numpy as np
 
 from keras_cluster_mask.data.formats import DamagedShard, format_of
-from keras_cluster_mask.data.formats.parquet import plain
-from keras_cluster_mask.data.pairs import Fault, Pair, SampleError
-from keras_cluster_mask.data.parts import build_parts, hash_of
+from keras_cluster_mask.data.objects import ObjectIndex
+from keras_cluster_mask.data.pairs import Fault, Pair
+from keras_cluster_mask.data.parts import build_parts, checksum_of, digest_of, hash_of
 from keras_cluster_mask.data.shards import find_shards
 
 # The number of shards with broken samples whose intact samples are cached.
@@ -42,9 +41,8 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
         `Index`, or `ObjectIndex` for an object.
     """
     first = source[0] if isinstance(source, list | tuple) and source else None
-    has_names = isinstance(source, str | list | tuple | Mapping)
-    is_object = hasattr(source, "__getitem__") and not has_names
-    if is_object or isinstance(first, Mapping):
+    has_names = isinstance(source, str | os.PathLike | list | tuple | set | Mapping)
+    if not has_names or isinstance(first, Mapping):
         if index_dir is not None:
             raise ValueError(
                 "`index_dir` is for files: an object has no index. Received: "
@@ -80,8 +78,9 @@ class Index:
             after the damage is unknown.
         damage: list of str. A description of each damaged shard, and of the first
             missing image file of each table.
-        fingerprint: str. Changes with the samples and the fields that are read, but not
-            if files are moved.
+        fingerprint: str. Changes with the keys of samples, with their fields, as far as
+            `checksum_of` covers them, and with the names of the fields that are read,
+            but not if files are moved.
     """
 
     def __init__(self, paths, parts, reader):
@@ -95,7 +94,7 @@ class Index:
         self.damage = [str(DamagedShard(path, *part.damage)) for path, part in damaged]
         missing = [part.missing for part in parts if part.missing]
         self.damage += [f"The image file {path} is missing" for path in missing]
-        self.fingerprint = _digest([reader.describe(), [p.digest for p in parts]])
+        self.fingerprint = digest_of([reader.describe(), [p.digest for p in parts]])
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
     def __len__(self):
@@ -190,7 +189,7 @@ class Index:
         reason = "another sample is in its place"
         try:
             key, fields = format.parse(content, number, shard.part.context)
-            same = hash_of(key) == entry.key
+            same = hash_of(key) == entry.key and checksum_of(fields) == entry.checksum
         except MemoryError:
             raise
         except Exception as error:
@@ -269,71 +268,6 @@ def _joined(rows):
     return first._replace(captions=sum((pair.captions for pair in pairs), ()))
 
 
-class ObjectIndex:
-    """The samples of an object with `__len__` and `__getitem__`.
-
-    The key of a sample is its entry `"__key__"`, or its number. Broken samples are only
-    found when they are read. Has the methods and attributes of `Index`.
-
-    Args:
-        source: The object. Its items are dicts; an image is bytes, the name of a file,
-            a dict of `"bytes"` and `"path"`, or a `PIL.Image.Image`.
-        reader: `PairReader`.
-    """
-
-    def __init__(self, source, reader):
-        self._source, self._reader = source, reader
-        self.paths = [type(source).__name__]
-        self.faults, self.damage = {}, []
-        first = source[0] if len(source) else ()
-        self.fields = set(first) if isinstance(first, Mapping) else set()
-        identity = str(getattr(source, "_fingerprint", None))
-        self.fingerprint = _digest(
-            [*self.paths, identity, len(source), reader.describe()]
-        )
-
-    def __len__(self):
-        return len(self._source)
-
-    def key_hashes(self):
-        """See `Index.key_hashes`."""
-        return np.fromiter(map(hash_of, self.keys()), "u8", len(self))
-
-    def keys(self):
-        """See `Index.keys`. Samples are only read if the first one has `"__key__"`."""
-        if "__key__" in self.fields:
-            return [self._pair(number).key for number in range(len(self))]
-        return [*map(str, range(len(self)))]
-
-    def broken(self):
-        """Yields nothing: broken samples are only found when they are read."""
-        return iter(())
-
-    def read(self, numbers, with_images=True):
-        """Reads samples one by one; see `Index.read`."""
-        for number in numbers:
-            pair = self._pair(int(number))
-            yield self._reader.with_images([pair])[0] if with_images else pair
-
-    def _pair(self, number):
-        try:
-            sample = self._source[number]
-        # Pillow raises these if the object itself decodes its images.
-        except (OSError, SyntaxError) as error:
-            reason = "the sample cannot be read"
-            return Fault(self.paths[0], str(number), reason, str(error))
-        except Exception as error:
-            raise SampleError(self.paths[0], str(number), repr(error)) from error
-        if not isinstance(sample, Mapping):
-            raise ValueError(
-                "`source` must give samples that are dicts from the names of fields to "
-                f"their content. Received: a {type(sample).__name__} as sample {number}"
-            )
-        fields = {k: plain(v) for k, v in sample.items() if v is not None}
-        key = str(fields.pop("__key__", number))
-        return self._reader.pair(self.paths[0], key, fields)
-
-
 class Indexes:
     """A concatenation of several indexes.
 
@@ -358,8 +292,3 @@ class Indexes:
         }
         for index in which:
             yield next(readers[index])
-
-
-def _digest(content):
-    content = json.dumps(content).encode()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

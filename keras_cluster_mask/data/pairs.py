@@ -10,6 +10,7 @@ from PIL import Image
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import entries_of, is_empty
+from keras_cluster_mask.data.images import image_of
 
 IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
@@ -21,6 +22,7 @@ CAPTION_KEYS = (
     *("json.captions", "txt"),
     *("caption", "caption/raw", "captions", "text", "title"),
 )
+NO_ARRAY = "the array is not uint8 (height, width) or (height, width, 3)"
 # The requested content, and the arguments that name its fields.
 ASKED = {
     "image": "an image (`image_keys`",
@@ -110,9 +112,7 @@ class PairReader:
             )
         self.image_keys = _several(image_keys, IMAGE_KEYS)
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
-        has_labels = label_key is not None
-        self.labels = Labels(label_key, class_names) if has_labels else None
-        self._wants_caption = wants_caption
+        self.labels = None if label_key is None else Labels(label_key, class_names)
         # A sample must have at least one of the fields of each kind.
         self._wanted = {"image": self.image_keys} if self.image_keys else {}
         if wants_caption:
@@ -130,9 +130,9 @@ class PairReader:
 
     def describe(self):
         """Returns the settings that decide which samples are intact, as JSON values."""
-        captions = list(self.caption_keys) if self._wants_caption else None
+        captions = self._wanted.get("caption")
         labels = self.labels.describe() if self.labels else None
-        return [list(self.image_keys), captions, labels]
+        return [self.image_keys, captions, labels]
 
     def fault_of(self, fields, fault=None):
         """Returns the fault that the names of a sample's fields reveal, or None."""
@@ -156,7 +156,10 @@ class PairReader:
         found = (fields[k] for k in self.image_keys if not is_empty(fields.get(k)))
         image, path = next(found, ""), ""
         if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
+            details = f"{image.dtype} {image.shape}"
+            image = image_of(image)
+            if image is None:
+                return Fault(shard, key, NO_ARRAY, details)
         if isinstance(image, list):
             image = image[0] if image else ""
         if isinstance(image, str) and image and names_files:
@@ -166,7 +169,7 @@ class PairReader:
         if self.image_keys and (is_empty(image) or not is_image):
             return Fault(shard, key, "no image")
         captions, label, fault = (), None, None
-        if self._wants_caption:
+        if "caption" in self._wanted:
             captions, fault = self.captions(fields)
         if not fault and self.labels:
             label, fault = self.labels.of(fields)

@@ -1,8 +1,9 @@
 """The parts of an index: one file for each shard, which is built once.
 
 A part holds a line of JSON, then a record for each sample or row, then the contents of
-samples that are stored in the index, or the first row of the image of each row. Only of
-formats with rows, it depends on which field is read as image.
+samples that are stored in the index, or the first row of the image of each row, then
+the stamp of the shard. Only of formats with rows, it depends on which field is read as
+image. Parts of one shard and digest differ only in the stamp.
 """
 
 import array
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import os
 import struct
+import zlib
 from concurrent import futures
 
 import numpy as np
@@ -26,21 +28,19 @@ from keras_cluster_mask.data.formats import (
     NoRandomAccess,
     format_of,
 )
+from keras_cluster_mask.data.formats.base import is_empty
 from keras_cluster_mask.data.pairs import IMAGE_KEYS
 
 # Increase this number when the format of parts changes.
 VERSION = 2
+# The key is its hash. The layout is the number of the fields and the fault.
 RECORD = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("size", "<u8"),
-        # The hash of the key.
-        ("key", "<u8"),
-        # The number of the layout: the fields and the fault.
-        ("layout", "<u4"),
-    ]
+    {
+        "names": ["offset", "size", "key", "layout", "checksum"],
+        "formats": ["<u8", "<u8", "<u8", "<u4", "<u4"],
+    }
 )
-PACKED = struct.Struct("<QQQI")
+PACKED = struct.Struct("<QQQII")
 # The fault of files that have the key of a sample, but come later in the shard.
 NEIGHBORS = "the files of a sample must be neighbors"
 # The seconds before a progress bar is shown.
@@ -54,7 +54,8 @@ class Part:
     Attributes:
         path: str. The file of the part.
         stamp: str. The size and the date of the shard when it was indexed.
-        digest: str. A hash of all records.
+        digest: str. A hash of all records: of the keys of samples, and of the sizes and
+            values of their fields, but not of images.
         layouts: list of `(fields, fault, count)`: the names of the fields that these
             samples have, the reason why they are broken or None, and the number of
             these records.
@@ -88,20 +89,33 @@ class Part:
 
         No file stays open, because there may be too many parts.
         """
-        at = self.start + number * RECORD.itemsize
-        record = np.fromfile(self.path, RECORD, 1, offset=at)[0]
-        offset, size, key, layout = record.tolist()
-        return Entry(key, offset, size, *self.layouts[layout][:2])
+        with self._open() as file:
+            file.seek(self.start + number * PACKED.size)
+            offset, size, key, layout, checksum = PACKED.unpack(file.read(PACKED.size))
+        fields, fault, _ = self.layouts[layout]
+        return Entry(key, offset, size, fields, fault, checksum=checksum)
 
     def records(self):
         """Maps the records into memory."""
         if not self.num_records:
             return np.empty(0, RECORD)
-        return np.memmap(self.path, RECORD, "r", self.start, (self.num_records,))
+        with self._open() as file:
+            return np.memmap(file, RECORD, "r", self.start, (self.num_records,))
+
+    @contextlib.contextmanager
+    def _open(self):
+        """Opens the file, unless it was replaced because the shard has changed."""
+        head = json.dumps({"version": VERSION, "digest": self.digest})[:-1].encode()
+        with open(self.path, "rb", buffering=0) as file:
+            if file.read(len(head)) != head:
+                # Raises the error.
+                read_part(self.path, self.digest)
+            yield file
 
     def first_rows(self):
         """Maps the number of the first row with the same image, for each row."""
-        return np.memmap(self.path, "<i8", "r", self.content_start, self.num_records)
+        with self._open() as file:
+            return np.memmap(file, "<i8", "r", self.content_start, self.num_records)
 
     @property
     def content_start(self):
@@ -116,8 +130,28 @@ def hash_of(key):
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
+def digest_of(content):
+    """Returns the hash of JSON values, a str."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def checksum_of(fields):
+    """Returns a hash of the fields of a sample, an int of 32 bits.
+
+    Args:
+        fields: dict from the name of a field to its content. Of bytes, only the size
+            counts. Empty fields do not count.
+    """
+    values = sorted(
+        (name, len(value) if isinstance(value, bytes) else value)
+        for name, value in fields.items()
+        if not is_empty(value)
+    )
+    return zlib.crc32(ascii(values).encode())
+
+
 def read_part(path, digest=None):
-    """Reads the first line of a part.
+    """Reads the first line and the stamp of a part.
 
     Args:
         path: str.
@@ -126,15 +160,16 @@ def read_part(path, digest=None):
     with open(path, "rb") as file:
         head = json.loads(file.readline())
         start = file.tell()
-        length = file.seek(0, os.SEEK_END)
-    if head.pop("version") != VERSION or head.pop("length") != length - start:
+        file.seek(start + head.pop("length"))
+        stamp = file.read().decode()
+    if head.pop("version") != VERSION or not stamp:
         raise ValueError(f"{path} is not a part of an index of this version.")
     if digest not in (None, head["digest"]):
         raise ValueError(
             "`source` must not change while it is read: make the dataset again. "
             f"Received: {path}, an index that was replaced"
         )
-    return Part(path=path, start=start, **head)
+    return Part(path=path, stamp=stamp, start=start, **head)
 
 
 def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1)):
@@ -204,9 +239,8 @@ def build_part(path, stamp, image_keys, index_dir=None):
     if part := _find(path, stamp, image_keys, index_dir):
         return part
     head, *contents = files.retried(lambda: _scan(path, format_of(path), image_keys))
-    head = {"version": VERSION, "stamp": stamp, **head}
-    line = json.dumps(head).encode() + b"\n"
-    return read_part(_write(_places(path, image_keys, index_dir), [line, *contents]))
+    contents = json.dumps(head).encode() + b"\n", *contents, stamp.encode()
+    return read_part(_write(_places(path, image_keys, index_dir), contents))
 
 
 def _scan(path, format, image_keys):
@@ -235,7 +269,8 @@ def _scan(path, format, image_keys):
             layout = tuple(sorted(entry.fields)), fault
             number, count = layouts.get(layout, (len(layouts), 0))
             layouts[layout] = number, count + 1
-            records += PACKED.pack(entry.offset, entry.size, key, number)
+            checksum = checksum_of(entry.fields)
+            records += PACKED.pack(entry.offset, entry.size, key, number, checksum)
             content += entry.content or b""
     except DamagedShard as error:
         _, last_key, reason = error.args
@@ -250,8 +285,10 @@ def _scan(path, format, image_keys):
     digest = hashlib.blake2b(records + content, digest_size=16)
     digest.update(json.dumps([layouts, damage, context]).encode())
     head = {
-        "length": len(records) + len(content),
+        # `Part` expects these two first.
+        "version": VERSION,
         "digest": digest.hexdigest(),
+        "length": len(records) + len(content),
         "layouts": layouts,
         "has_groups": has_groups,
         "damage": damage,

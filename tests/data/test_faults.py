@@ -217,7 +217,8 @@ def test_errors_in_a_tensorflow_dataset_can_be_read(write_pairs, case):
     if case == "raise":
         options, message = {"max_skipped": 0}, rf"'x' of the shard {shard}.*not decode"
     elif case == "transform":
-        options, message = {"image_transform": lambda *_: 1 / 0}, "'000.*ZeroDivision"
+        options = {"training": True, "image_transform": lambda *_: 1 / 0}
+        message = "'000.*ZeroDivision"
     else:
         options, message = (
             {"max_skipped": 0.1},

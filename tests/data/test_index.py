@@ -131,7 +131,70 @@ def test_the_fingerprint_differs_if_samples_or_fields_differ(source, write_pairs
     assert len(set(fingerprints)) == len(fingerprints)
 
 
+def formats_of(rows, folder, write_tar):
+    """The paths of files of several formats with these names, images and captions."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    fields = [
+        (f"{k}.{end}", v) for k, *row in rows for end, v in zip(("png", "txt"), row)
+    ]
+    write_tar("x.tar", fields)
+    columns = dict(zip(("key", "image", "text"), zip(*rows)))
+    pq.write_table(pa.table(columns), folder / "x.parquet")
+    lines = [f"{key}.png,{caption.decode()}" for key, _, caption in rows]
+    (folder / "x.csv").write_text("\n".join(["image,text", *lines]))
+    return [folder / f"x.{end}" for end in ("tar", "parquet", "csv")]
+
+
+def test_the_fingerprint_covers_what_a_field_holds(tmp_path, write_tar, noise):
+    images = noise(1), noise(2, (8, 8))
+    captions = b"one", b"three"
+
+    def fingerprints(images, captions):
+        rows = zip("ab", images, captions)
+        paths = formats_of([*rows], tmp_path, write_tar)
+        return [open_all(path).fingerprint for path in paths]
+
+    first = fingerprints(images, captions)
+    assert fingerprints(images, captions) == first
+    recaptioned = fingerprints(images, captions[::-1])
+    assert all(one != other for one, other in zip(first, recaptioned))
+    # A table holds the names of images.
+    exchanged = fingerprints(images[::-1], captions)
+    assert [one != other for one, other in zip(first, exchanged)] == [True, True, False]
+
+
 # === Changes while it is used ===
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_a_shard_that_was_indexed_again_is_refused_by_name(write_pairs, count):
+    path = write_pairs("a.tar", 0, 4)
+    index = open_all(path)
+    write_pairs("a.tar", 2, count)
+    assert len(open_all(path)) == count
+    for read in (lambda: [*index.read([3])], index.key_hashes):
+        with pytest.raises(ValueError, match=r"must not change.*Received: .*a\.tar"):
+            read()
+
+
+def test_a_shard_that_was_indexed_again_without_a_change_is_read(write_pairs):
+    path = write_pairs("a.tar", 0, 4)
+    index = open_all(path)
+    os.utime(path, (1, 1))
+    open_all(path)
+    assert keys(index.read([3])) == ["0003"]
+
+
+def test_other_captions_of_the_same_keys_are_refused(write_tar):
+    def write(caption):
+        return write_tar("a.tar", [("1.png", b"image"), ("1.txt", caption)])
+
+    index = open_all(write(b"one"))
+    write(b"another")
+    with pytest.raises(ValueError, match=r"must not change.*Received: .*a\.tar"):
+        [*index.read([0])]
 
 
 def test_an_index_that_was_replaced_is_not_read_by_another_process(write_pairs):

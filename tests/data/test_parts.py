@@ -70,8 +70,8 @@ def test_a_part_holds_what_a_scan_finds(source):
         assert (record["offset"], record["size"]) == (entry.offset, entry.size)
         assert record["key"] == parts.hash_of(entry.key)
     assert first.layouts == [[["png", "txt"], None, 3]]
-    # 28 bytes a sample, and a line.
-    assert os.path.getsize(first.path) == first.start + 3 * 28
+    # 32 bytes a sample, a line and the stamp.
+    assert os.path.getsize(first.path) == first.start + 3 * 32 + len(first.stamp)
 
 
 def test_a_shard_is_scanned_once(source, scanned):

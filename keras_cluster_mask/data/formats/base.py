@@ -18,10 +18,11 @@ class Entry(typing.NamedTuple):
         key: str; in an index its hash, an int.
         offset: int. The first byte of the sample; for Parquet the row group.
         size: int. The number of bytes; for Parquet the row in the group.
-        fields: Collection of str. The names of the fields that are not empty; of a
-            format that `has_rows`, a dict from them to their values.
+        fields: dict from the name of each field that is not empty to its content or
+            its size, or to None for an entry of a JSON field; in an index the names.
         fault: str, the reason why the sample is broken, or None.
         content: bytes of a sample that is stored in the index, or None.
+        checksum: int, in an index the hash of the fields; see `checksum_of`.
     """
 
     key: str | int
@@ -30,6 +31,7 @@ class Entry(typing.NamedTuple):
     fields: typing.Collection
     fault: str | None = None
     content: bytes | None = None
+    checksum: int | None = None
 
 
 def is_empty(value):

@@ -33,7 +33,9 @@ class Folder(Format):
             if isinstance(text, Exception):
                 raise text
             content = json.dumps([name, text.decode(errors="replace")]).encode()
-            fields = ("path", "folder", "txt") if text else ("path", "folder")
+            _, fields = self.parse(content, 0, None)
+            if not text:
+                del fields["txt"]
             yield Entry(name, offset, len(content), fields, None, content)
             offset += len(content)
 

@@ -39,11 +39,12 @@ class Tar(Format):
                 length = file.seek(0, io.SEEK_END)
                 file.seek(0)
                 archive = tarfile.TarFile(fileobj=file, tarinfo=_Header)
-                for key, offset, size, fields in _samples(archive, length):
-                    large = max(fields.values(), default=0) > MAX_BYTES
-                    names = {name for name, size in fields.items() if size}
+                for key, offset, size, sizes, entries in _samples(archive, length):
+                    large = max(sizes.values(), default=0) > MAX_BYTES
+                    fields = {name: size for name, size in sizes.items() if size}
+                    fields |= dict.fromkeys(entries)
                     fault = "file too large" if large else None
-                    yield Entry(key, offset, size, names, fault)
+                    yield Entry(key, offset, size, fields, fault)
                     last = key
                 file.seek(archive.offset + BLOCK)
                 rest = file.read(MAX_PADDING + 1)
@@ -75,7 +76,7 @@ class Tar(Format):
 
 
 def _samples(archive, length):
-    """Yields the key, offset, size and field sizes of each sample."""
+    """Yields the key, offset, size, field sizes and JSON entries of each sample."""
     sample = None
     while (member := archive.next()) is not None:
         # Otherwise the archive would keep every member in memory.
@@ -90,13 +91,12 @@ def _samples(archive, length):
         if sample is None or key != sample[0] or field in sample[3]:
             if sample is not None:
                 yield sample
-            sample = [key, member.offset, 0, {}]
+            sample = [key, member.offset, 0, {}, []]
         sample[2] = archive.offset - sample[1]
         sample[3][field] = member.size
         if field == "json":
             archive.fileobj.seek(member.offset_data)
-            names = _entries(archive.fileobj.read(min(member.size, MAX_BYTES)))
-            sample[3].update(dict.fromkeys(names, 1))
+            sample[4] = _entries(archive.fileobj.read(min(member.size, MAX_BYTES)))
     if sample is not None:
         yield sample
 

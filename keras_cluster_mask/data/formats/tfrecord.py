@@ -82,8 +82,8 @@ class TFRecord(Format):
                         key, fields = self.parse(content, number, None)
                     except message.DecodeError:
                         fault = "a record that is not a tf.train.Example"
-                names = [name for name in fields if not is_empty(fields[name])]
-                yield Entry(key, place, len(content), names, fault)
+                fields = {k: v for k, v in fields.items() if not is_empty(v)}
+                yield Entry(key, place, len(content), fields, fault)
 
     def parse(self, content, number, context):
         entries = _example().FromString(content).features.feature
