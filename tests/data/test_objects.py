@@ -20,7 +20,7 @@ pytestmark = pytest.mark.any_backend
 
 def make(source, training=False, **options):
     arguments = {"batch_size": 8, "format": "grain", "include_keys": True}
-    arguments.update(options)
+    arguments.update(max_skipped=1.0, **options)
     return image_text_dataset(source, lengths, 16, training=training, **arguments)
 
 
