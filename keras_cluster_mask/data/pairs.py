@@ -227,6 +227,11 @@ class Labels:
                     f"Received: class_names={list(class_names)}"
                 )
 
+    @property
+    def class_names(self):
+        """list of str. Empty if labels are numbers."""
+        return list(self._numbers or ())
+
     def describe(self):
         """Returns the settings that decide the labels, as JSON values."""
         return [list(self.keys), self._numbers]

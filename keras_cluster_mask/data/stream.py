@@ -44,6 +44,8 @@ class ImageTextDataset(grain.IterDataset):
         description: dict. The settings that determine the samples of each batch. A run
             can only be resumed on a dataset with an equal `description`.
         tokenizer: The tokenizer, or None.
+        process: Pair of ints. The index of this process, and the number of processes.
+        class_names: list of str, the names that labels are indices into, if known.
     """
 
     def __init__(self, samples: Samples):
@@ -57,6 +59,7 @@ class ImageTextDataset(grain.IterDataset):
         self.element_spec = samples.element_spec
         self.description = samples.description
         self.tokenizer = samples.captions.tokenizer
+        self.process = reading.process
         self._samples, self._reading = samples, reading
 
     @property
@@ -73,6 +76,11 @@ class ImageTextDataset(grain.IterDataset):
             return -(-self.num_samples // self.batch_size)
         epoch, _ = self._reading.order.place(self.start * self.batch_size)
         return self._reading.order.length(epoch) // self.batch_size
+
+    @property
+    def class_names(self) -> list[str]:
+        labels = self._reading.fields.labels
+        return labels.class_names if labels else []
 
     @property
     def steps_per_epoch(self) -> int:

@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from keras_cluster_mask.checks import check_choice, check_fraction, check_range
 from keras_cluster_mask.evaluation.checks import (
+    check_class_order,
+    class_names_of,
     check_labels,
     check_matrix,
     read_labeled,
@@ -186,13 +188,16 @@ def evaluate_linear_probe(
     Raises:
         ImportError: If scikit-learn is not installed.
         ValueError: For data without labels, for an `image_text_dataset` with
-            `training=True`, and as `linear_probe` does.
+            `training=True`, with other `class_names` than its labels, or of one of
+            several processes, and as `linear_probe` does.
     """
     # Checked before embedding, which may take hours.
     _check_options(**options)
     given = {"train": train, "test": test}
     if validation is not None:
         given["validation"] = validation
+    for name, data in given.items():
+        check_class_order(name, data, class_names_of(train))
     parts = [read_labeled(name, data) for name, data in given.items()]
     embedder = Embedder.of(model)
     found = [embed(embedder, batches, verbose=verbose) for batches in parts]

@@ -131,7 +131,7 @@ def evaluate_retrieval(
 
     Raises:
         ValueError: For data without texts, for an `image_text_dataset` with
-            `training=True`, and for `duplicates="positive"` with several texts per
+            `training=True` or of one of several processes, and for `duplicates="positive"` with several texts per
             image.
     """
     check_choice("duplicates", duplicates, ("negative", "positive"))
