@@ -181,7 +181,7 @@ class Retrieval(Evaluation):
         tokenizer: Any = None,
         every: int = 1,
         ks: int | Sequence[int] = (1, 5, 10),
-        duplicates: str = "negative",
+        duplicates: str = "positive",
         name: str | None = None,
         prefix: str = "val_",
     ):

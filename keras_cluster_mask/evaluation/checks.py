@@ -102,11 +102,12 @@ def read_labeled(name, data, num_classes=None):
             for label in np.unique(labels).tolist():
                 unseen.pop(label, None)
             yield {**batch, "labels": labels}
-        if unseen and (faults := _stream(data).skipped.by_reason.get("unknown label")):
+        skipped = unseen and _stream(data).skipped.by_reason.get("unknown label")
+        if skipped:
             raise ValueError(
-                f"`class_names` of `{name}` must be the labels of its images. Received: "
-                f"{[*unseen.values()][:5]}, of which there is no image, and {faults} "
-                "images of classes without a name"
+                f"`class_names` of `{name}` must hold the labels of its images. "
+                f"Received: {[*unseen.values()][:5]}, of which there is no image, and "
+                f"{skipped} images with other labels"
             )
 
     return check()

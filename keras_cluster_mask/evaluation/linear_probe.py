@@ -10,9 +10,9 @@ from tqdm import tqdm
 from keras_cluster_mask.checks import check_choice, check_fraction, check_range
 from keras_cluster_mask.evaluation.checks import (
     check_class_order,
-    class_names_of,
     check_labels,
     check_matrix,
+    class_names_of,
     read_labeled,
 )
 from keras_cluster_mask.evaluation.classification import classification_accuracy
