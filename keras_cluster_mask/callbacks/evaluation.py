@@ -186,16 +186,12 @@ class Retrieval(Evaluation):
         prefix: str = "val_",
     ):
         super().__init__(data, every, name, prefix)
-        self.tokenizer = tokenizer
-        self.ks = ks
-        self.duplicates = duplicates
+        self.options = dict(tokenizer=tokenizer, ks=ks, duplicates=duplicates)
 
     def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
         from keras_cluster_mask.evaluation import evaluate_retrieval
 
-        return evaluate_retrieval(
-            embedder, data, self.tokenizer, self.ks, self.duplicates, verbose=0
-        )
+        return evaluate_retrieval(embedder, data, **self.options, verbose=0)
 
 
 class ZeroShot(Evaluation):
@@ -258,23 +254,14 @@ class ZeroShot(Evaluation):
 
         super().__init__(data, every, name, prefix)
         check_class_order("data", data, class_names)
-        self.class_names = class_names
-        self.tokenizer = tokenizer
-        self.templates = templates
-        self.ks = ks
+        self.options = dict(
+            class_names=class_names, tokenizer=tokenizer, templates=templates, ks=ks
+        )
 
     def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
         from keras_cluster_mask.evaluation import evaluate_zero_shot
 
-        return evaluate_zero_shot(
-            embedder,
-            data,
-            self.class_names,
-            self.tokenizer,
-            self.templates,
-            self.ks,
-            verbose=0,
-        )
+        return evaluate_zero_shot(embedder, data, **self.options, verbose=0)
 
 
 def _check_same_everywhere(images):

@@ -60,6 +60,8 @@ class ImageTextDataset(grain.IterDataset):
         self.description = samples.description
         self.tokenizer = samples.captions.tokenizer
         self.process = reading.process
+        labels = reading.fields.labels
+        self.class_names = labels.class_names if labels else []
         self._samples, self._reading = samples, reading
 
     @property
@@ -76,11 +78,6 @@ class ImageTextDataset(grain.IterDataset):
             return -(-self.num_samples // self.batch_size)
         epoch, _ = self._reading.order.place(self.start * self.batch_size)
         return self._reading.order.length(epoch) // self.batch_size
-
-    @property
-    def class_names(self) -> list[str]:
-        labels = self._reading.fields.labels
-        return labels.class_names if labels else []
 
     @property
     def steps_per_epoch(self) -> int:

@@ -86,19 +86,28 @@ def read_entries(name, data, keys):
     return map(select, read_batches(data))
 
 
-def read_labeled(name, data, num_classes=None):
+def read_labeled(name, data, class_names=()):
     """Reads only the images and labels of batches, after a check of the labels.
 
-    A wrong name of a class is an error at the end of the data: the class has no images,
-    and there are images whose class has no name.
+    A misspelled class is an error at the end of the data: no image has its label, and
+    there are images with other labels.
+
+    Args:
+        name: String, the name of the argument in errors.
+        data: See `read_entries`.
+        class_names: List of str, of which the labels are indices, if they are known.
+
+    Returns:
+        An iterator of dictionaries of arrays.
     """
+    check_class_order(name, data, class_names)
     batches = read_entries(name, data, ["labels"])
     unseen = dict(enumerate(class_names_of(data)))
 
     def check():
         for batch in batches:
-            count = len(batch["images"])
-            labels = check_labels("labels", batch["labels"], count, num_classes)
+            sizes = len(batch["images"]), len(class_names) or None
+            labels = check_labels("labels", batch["labels"], *sizes)
             for label in np.unique(labels).tolist():
                 unseen.pop(label, None)
             yield {**batch, "labels": labels}

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.evaluation.checks import (
-    check_class_order,
     check_ks,
     check_labels,
     check_matrix,
@@ -169,8 +168,7 @@ def evaluate_zero_shot(
     """
     ks = check_ks(ks)
     prompts = _prompts(class_names, templates)
-    check_class_order("data", data, class_names)
-    batches = read_labeled("data", data, len(prompts))
+    batches = read_labeled("data", data, class_names)
     embedder = Embedder.of(model)
     weights, columns = _weights(embedder, prompts, tokenizer, verbose)
     found = embed(embedder, batches, verbose=verbose)

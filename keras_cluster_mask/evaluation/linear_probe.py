@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from keras_cluster_mask.checks import check_choice, check_fraction, check_range
 from keras_cluster_mask.evaluation.checks import (
-    check_class_order,
     check_labels,
     check_matrix,
     class_names_of,
@@ -196,9 +195,8 @@ def evaluate_linear_probe(
     given = {"train": train, "test": test}
     if validation is not None:
         given["validation"] = validation
-    for name, data in given.items():
-        check_class_order(name, data, class_names_of(train))
-    parts = [read_labeled(name, data) for name, data in given.items()]
+    names = class_names_of(train)
+    parts = [read_labeled(name, data, names) for name, data in given.items()]
     embedder = Embedder.of(model)
     found = [embed(embedder, batches, verbose=verbose) for batches in parts]
     items = [(each["image_embeddings"], each["labels"]) for each in found]

@@ -300,17 +300,14 @@ def ranks_of_partners(images, texts, image_labels, text_labels, labeled=None):
         Two int64 arrays, `(images,)` and `(texts,)`.
     """
     rows = np.arange(len(images)) if labeled is None else labeled
-    labels = np.concatenate([image_labels, text_labels])
-    codes = np.unique(labels, return_inverse=True)[1].reshape(-1)
-    codes, text_codes = codes[: len(rows)], codes[len(rows) :]
     # In the order of labels, the texts with a label are consecutive.
-    order = np.argsort(text_codes, kind="stable")
+    order = np.argsort(text_labels, kind="stable")
+    labels = text_labels[order]
     first, last = (
-        np.searchsorted(text_codes[order], codes, side) for side in ("left", "right")
+        np.searchsorted(labels, image_labels, side) for side in ("left", "right")
     )
-    ranks = _ranks(
-        images, texts[order], *(x[first < last] for x in (rows, first, last))
-    )
+    links = (x[first < last] for x in (rows, first, last))
+    ranks = _ranks(images, texts[order], *links)
     ranks[1][order] = ranks[1].copy()
     return ranks
 

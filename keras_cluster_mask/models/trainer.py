@@ -232,6 +232,16 @@ class ContrastiveTrainer(DualEncoder):
         steps: int | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Computes the loss and the accuracies within batches.
+
+        They depend on the number of negatives, so the last batch does not count if it
+        is smaller: a batch is left out of the means if it has fewer than nine tenths of
+        the pairs of one before it. `fit` evaluates `validation_data` in the same way.
+        Data of fewer pairs than a batch is one batch. Compare only values of the same
+        batch size.
+
+        Arguments are those of `keras.Model.evaluate`, in its order.
+        """
         x = evaluation_data(self, x, y, sample_weight, steps)
         with until_the_end(), keeping_weights(self), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)

@@ -174,13 +174,13 @@ def test_equal_texts_among_several_of_an_image_are_alike(
     matches = owners == np.arange(12)[:, None]
     if duplicates == "positive":
         matches = np.array([np.isin(texts, each) for each in captions])
-    scores = (found["image_embeddings"] @ found["text_embeddings"].T).round(5)
-    for name, scores, matches in (
-        ("image_to_text", scores, matches),
-        ("text_to_image", scores.T, matches.T),
+    similarity = (found["image_embeddings"] @ found["text_embeddings"].T).round(5)
+    for name, scores, is_match in (
+        ("image_to_text", similarity, matches),
+        ("text_to_image", similarity.T, matches.T),
     ):
-        best = np.where(matches, scores, -2).max(axis=1, keepdims=True)
-        ranks = (~matches & (scores >= best)).sum(axis=1)
+        best = np.where(is_match, scores, -2).max(axis=1, keepdims=True)
+        ranks = (~is_match & (scores >= best)).sum(axis=1)
         for k in (1, 2, 4):
             assert recall[f"{name}_recall@{k}"] == pytest.approx(np.mean(ranks < k))
 
