@@ -234,13 +234,13 @@ class ContrastiveTrainer(DualEncoder):
     ) -> Any:
         """Computes the loss and the accuracies within batches.
 
-        They depend on the number of negatives, so the last batch does not count if it
-        is smaller: a batch is left out of the means if it has fewer than nine tenths of
-        the pairs of one before it. `fit` evaluates `validation_data` in the same way.
-        Data of fewer pairs than a batch is one batch. Compare only values of the same
-        batch size.
+        Both depend on the number of negatives in a batch, so a smaller last batch is
+        left out of their means: a batch counts if it has at least nine tenths of the
+        mean number of pairs of the batches before it. Pairs that do not fill one batch
+        are evaluated as a smaller batch. Compare only values of the same batch size.
+        `fit` evaluates `validation_data` in the same way.
 
-        Arguments are those of `keras.Model.evaluate`, in its order.
+        Arguments and results are those of `keras.Model.evaluate`.
         """
         x = evaluation_data(self, x, y, sample_weight, steps)
         with until_the_end(), keeping_weights(self), self._evaluation():
