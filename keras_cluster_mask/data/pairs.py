@@ -239,6 +239,11 @@ class Labels:
         if is_folder and not all(map(str.isdecimal, folders)):
             self._numbers = {name: n for n, name in enumerate(sorted(folders))}
 
+    @property
+    def class_names(self):
+        """list of str. Empty if labels are numbers."""
+        return list(self._numbers or ())
+
     def describe(self):
         """Returns the settings that decide the labels, as JSON values."""
         return [list(self.keys), self._numbers]

@@ -44,6 +44,8 @@ class ImageTextDataset(grain.IterDataset):
         description: dict. The settings that determine the samples of each batch. A run
             can only be resumed on a dataset with an equal `description`.
         tokenizer: The tokenizer, or None.
+        process: Pair of ints. The index of this process, and the number of processes.
+        class_names: list of str, the names that labels are indices into, if known.
     """
 
     def __init__(self, samples: Samples):
@@ -57,6 +59,9 @@ class ImageTextDataset(grain.IterDataset):
         self.element_spec = samples.element_spec
         self.description = samples.description
         self.tokenizer = samples.captions.tokenizer
+        self.process = reading.process
+        labels = reading.fields.labels
+        self.class_names = labels.class_names if labels else []
         self._samples, self._reading = samples, reading
 
     @property

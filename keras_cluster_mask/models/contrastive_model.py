@@ -311,6 +311,10 @@ class ContrastiveModel(ContrastiveTrainer):
         loss = ops.sum(losses) / ops.cast(rows, losses.dtype)
         for extra in self.losses:
             loss = loss + ops.cast(ops.sum(extra), loss.dtype)
+        if self._is_evaluating:
+            loss, sample_weight = self._without_small_batches(
+                loss, losses, sample_weight, is_split
+            )
         if is_split:
             loss = replicas.local_loss(loss)
             *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
@@ -325,6 +329,25 @@ class ContrastiveModel(ContrastiveTrainer):
                 self.mask_ratio_metric.update_state(ratio)
                 masking.advance()
         return loss
+
+    def _without_small_batches(self, loss, losses, sample_weight, is_split):
+        """Returns the loss and the weights for the means of an evaluation.
+
+        A batch counts if it has at least nine tenths of the mean number of pairs of
+        those before it. The loss of other batches is the mean so far, which does not
+        change where its own value is added.
+        """
+        mean = next(each for each in super().metrics if each.name == "loss")
+        sums = (mean.total, mean.count, ops.shape(losses)[0])
+        sums = ops.stack([ops.cast(x, "float32") for x in sums])[None]
+        sums = ops.sum(replicas.all_gather(sums) if is_split else sums, axis=0)
+        total, pairs, rows = ops.unstack(sums)
+        # The temperature is updated once a batch.
+        counts = rows * self.temperature_metric.count >= 0.9 * pairs
+        if sample_weight is None:
+            sample_weight = ops.ones_like(losses)
+        loss = ops.where(counts, loss, ops.divide_no_nan(total, pairs))
+        return loss, ops.where(counts, sample_weight, 0.0)
 
     # === Saving ===
 

@@ -243,6 +243,16 @@ class ContrastiveTrainer(DualEncoder):
         steps: int | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Computes the loss and the accuracies within batches.
+
+        Both depend on the number of negatives in a batch, so a smaller last batch is
+        left out of their means: a batch counts if it has at least nine tenths of the
+        mean number of pairs of the batches before it. Pairs that do not fill one batch
+        are evaluated as a smaller batch. Compare only values of the same batch size.
+        `fit` evaluates `validation_data` in the same way.
+
+        Arguments and results are those of `keras.Model.evaluate`.
+        """
         x = evaluation_data(self, x, y, sample_weight, steps)
         with until_the_end(), keeping_weights(self), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)

@@ -258,6 +258,19 @@ def test_a_stream_validates_at_the_epochs_asked_for(write_pairs):
     assert history["val_loss"][-1] == pytest.approx(found["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_validation_leaves_out_a_smaller_last_batch_of_a_stream(format, write_pairs):
+    if format == "tf":
+        pytest.importorskip("tensorflow")
+    losses = []
+    for count in (8, 9):
+        shard = write_pairs(f"{count}.tar", 0, count)
+        fit = dict(validation_data=stream(shard, training=False, format=format), **FIT)
+        history = compiled().fit(random_pairs(8), epochs=2, **fit).history
+        losses.append(history["val_loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
 def test_a_stream_that_is_fitted_again_continues_where_it_was(write_pairs, tmp_path):
     shard = write_pairs("a.tar", 0, 12)
     expected = compiled()

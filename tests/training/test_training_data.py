@@ -53,9 +53,9 @@ def split(pairs, size=4):
     return [{k: v[i : i + size] for k, v in pairs.items()} for i in starts]
 
 
-def tf_dataset(data):
+def tf_dataset(data, drop_remainder=True):
     tf = pytest.importorskip("tensorflow")
-    return tf.data.Dataset.from_tensor_slices(data).batch(4, drop_remainder=True)
+    return tf.data.Dataset.from_tensor_slices(data).batch(4, drop_remainder)
 
 
 def grain_dataset(pairs):
@@ -148,6 +148,30 @@ def test_data_of_any_kind_trains_and_is_refused_in_fit(kind):
     for call in (model.fit, model.evaluate, model.predict):
         with pytest.raises(Exception, match="`images` must be uint8"):
             call(KINDS[kind](pairs), verbose=0)
+
+
+@every_kind
+def test_a_smaller_last_batch_is_left_out_of_an_evaluation(kind):
+    model, pairs, options = small_model(), random_pairs(9), {}
+    model.compile("sgd", **FAST)
+    first = {name: values[:8] for name, values in pairs.items()}
+    expected = model.evaluate(first, batch_size=4, verbose=0)
+    if kind == "arrays":
+        options["batch_size"] = 4
+    data = tf_dataset(pairs, False) if kind == "tf.data" else KINDS[kind](pairs)
+    found = model.evaluate(data, verbose=0, **options)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_smaller_batch_counts_if_no_larger_one_came_before():
+    model, pairs = small_model(), random_pairs(3)
+    model.compile("sgd", **FAST)
+    expected = model.test_on_batch(pairs)
+    larger = model.evaluate(random_pairs(8), verbose=0)
+    assert larger[0] > expected[0] > 0
+    model.reset_metrics()
+    for found in (model.test_on_batch(pairs), model.evaluate(pairs, verbose=0)):
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
