@@ -12,12 +12,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 # The characters that represent the 256 bytes, in the order of OpenAI's vocabulary:
 # printable Latin-1 characters represent themselves, and the rest start at U+0100.
-BYTE_CHARACTERS = [
-    *map(chr, range(0x21, 0x7F)),
-    *map(chr, range(0xA1, 0xAD)),
-    *map(chr, range(0xAE, 0x100)),
-    *map(chr, range(0x100, 0x100 + 68)),
-]
+BYTE_CHARACTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORD_END = "</w>"
 START = "<start_of_text>"
 END = "<end_of_text>"
@@ -35,10 +30,19 @@ WORD_PATTERN = (
 PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 
 
+def as_text(text):
+    """Decodes a text that is bytes."""
+    return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+
+
 def clean(text, name="texts"):
     """Cleans a caption as CLIP does. Errors call the argument `name`."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", errors="replace")
+    return repair(text, name).lower()
+
+
+def repair(text, name="texts"):
+    """Cleans a caption without changing its case. Errors call the argument `name`."""
+    text = as_text(text)
     if not isinstance(text, str):
         raise TypeError(
             f"`{name}` must be str or bytes. Received: {name} with {text!r}"
@@ -46,7 +50,7 @@ def clean(text, name="texts"):
     # Repair is slow, and plain ASCII without HTML entities does not need it.
     if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
 
 
 def clean_all(captions):
@@ -73,10 +77,15 @@ def word_splitter(*special_tokens):
     )
 
 
+def spans_of(text):
+    """Returns the start and the end of each word of a text."""
+    pieces = word_splitter(START, END).pre_tokenize_str(text)
+    return [span for _, span in pieces]
+
+
 def words_of(text):
     """Splits a clean caption into words, a list of str."""
-    pieces = word_splitter(START, END).pre_tokenize_str(text)
-    return [text[start:end] for _, (start, end) in pieces]
+    return [text[start:end] for start, end in spans_of(text)]
 
 
 def clip_vocabulary(merges):

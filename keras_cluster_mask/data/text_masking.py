@@ -6,11 +6,16 @@ fits, one word is truncated.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from keras_cluster_mask.data import byte_pairs
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+from keras_cluster_mask.data.tokenizing import PROBES, tokenize
+
+# The number of words whose tokens are counted only once.
+MAX_WORDS = 1 << 16
 
 
 class TextMasking:
@@ -23,7 +28,8 @@ class TextMasking:
 
     Words are those of CLIP's tokenizer, in lower case and before byte-pair encoding:
     runs of letters, single digits, endings of contractions, and runs of other
-    characters. Draw all random numbers from `generator`, so that all processes, workers
+    characters. Another tokenizer gets the kept words as they are in the caption, with
+    their case. Its tokens of a word are those of the word alone. Draw all random numbers from `generator`, so that all processes, workers
     and resumed runs mask in the same way. With `num_workers`, a masking must be
     picklable. A run can only be resumed with a masking of equal `repr`, so override
     `__repr__` in a subclass with options.
@@ -124,7 +130,7 @@ class TextMasking:
 
     def tokenize(
         self,
-        tokenizer: CLIPTokenizer,
+        tokenizer: Any,
         captions: Sequence[str | bytes],
         generators: Sequence[np.random.Generator],
         epochs: Sequence[int] | None = None,
@@ -132,7 +138,8 @@ class TextMasking:
         """Masks captions, and converts them to token ids.
 
         Args:
-            tokenizer: `CLIPTokenizer`.
+            tokenizer: A tokenizer that `image_text_dataset` takes, whose rows end in
+                padding.
             captions: list of str or bytes.
             generators: list of `np.random.Generator`, one for each caption.
             epochs: list of int. The epoch of each caption. Defaults to `None`: 0, the
@@ -150,7 +157,7 @@ class TextMasking:
                 words, num_tokens, num_tokens_left, generators[index]
             )
 
-        return tokenizer(captions, keep_words)
+        return word_tokenizer(tokenizer)(captions, keep_words)
 
     def __repr__(self):
         return f"{type(self).__name__}()"
@@ -227,6 +234,67 @@ class BlockTextMasking(TextMasking):
         return [-i if i >= first else i - count - first for i in range(count)]
 
 
+class WordTokenizer:
+    """Applies a tokenizer of any kind to the words of captions that a masking keeps.
+
+    Args:
+        tokenizer: See `tokenize`.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self._sizes = {}
+        length = tokenize(tokenizer, PROBES[:1]).shape[1]
+        (self._num_tokens_left,) = self._num_tokens([f"{PROBES[-1]} " * length])
+        if self._num_tokens_left < 1:
+            raise ValueError(
+                "`text_masking` needs a `tokenizer` whose rows end in padding, so that "
+                f"the tokens of a word can be counted. Received: tokenizer={tokenizer}"
+            )
+
+    def __call__(self, captions, keep_words):
+        """Converts captions to token ids; see `CLIPTokenizer`."""
+        captions = [*captions]
+        texts = [byte_pairs.repair(caption, "captions") for caption in captions]
+        spans = [byte_pairs.spans_of(text) for text in texts]
+        words = [[t[start:end] for start, end in s] for t, s in zip(texts, spans)]
+        sizes = self._sizes = self._sizes if len(self._sizes) < MAX_WORDS else {}
+        new = [*{word for each in words for word in each} - sizes.keys()]
+        # A word that fills the row may have been truncated.
+        most = self._num_tokens_left
+        sizes.update((w, n + (n == most)) for w, n in zip(new, self._num_tokens(new)))
+        for index, each in enumerate(words):
+            num_tokens = [sizes[word] for word in each]
+            if sum(num_tokens) > most:
+                lower = [word.lower() for word in each]
+                kept = keep_words(index, lower, num_tokens, most)
+                kept = [spans[index][place] for place in kept]
+                captions[index] = _joined(texts[index], kept)
+        return tokenize(self.tokenizer, captions)
+
+    def _num_tokens(self, texts):
+        """Counts the tokens of each text, without special tokens."""
+        rows = tokenize(self.tokenizer, ["", *texts])
+        counts = (rows != rows[0, -1]).sum(axis=1)
+        return (counts[1:] - counts[0]).tolist()
+
+
+def word_tokenizer(tokenizer):
+    """Returns a tokenizer that takes `keep_words`, as `CLIPTokenizer` does."""
+    takes_words = isinstance(tokenizer, CLIPTokenizer | WordTokenizer)
+    return tokenizer if takes_words else WordTokenizer(tokenizer)
+
+
+def _joined(text, spans):
+    """Returns the words at some places of a text, with a space where some are missing."""
+    ends = [None, *(end for _, end in spans)]
+    words = [
+        text[start:end] if start == last else f" {text[start:end]}"
+        for last, (start, end) in zip(ends, spans)
+    ]
+    return "".join(words).strip()
+
+
 def check_text_masking(text_masking, tokenizer):
     """Raises an error unless a masking can mask the captions for a tokenizer."""
     if not isinstance(text_masking, TextMasking):
@@ -234,12 +302,7 @@ def check_text_masking(text_masking, tokenizer):
             "`text_masking` must be a text masking, such as `RandomTextMasking()`, or "
             f"None. Received: text_masking={text_masking!r}"
         )
-    if not isinstance(tokenizer, CLIPTokenizer):
-        raise ValueError(
-            "`text_masking` needs a `CLIPTokenizer` as the `tokenizer`, which knows "
-            "the words of a caption and their tokens: `CLIPTokenizer.from_open_clip()` "
-            "and `from_preset` have CLIP's tokens, `train` learns others. Received: "
-            f"tokenizer={tokenizer!r}"
-        )
+    if tokenizer is None:
+        raise ValueError("`text_masking` needs a `tokenizer`. Received: tokenizer=None")
     # Raise the errors of `score` before any sample is read.
     text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))

@@ -224,6 +224,13 @@ def test_saving_pickling_and_copying_keep_everything(which, request, tmp_path):
     assert shorter("red").shape == (1, 5)
 
 
+def test_paths_may_be_in_the_home_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trained.save("~/tokenizer.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert CLIPTokenizer.from_file("~/tokenizer.json").vocabulary_size <= 540
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -54,7 +54,7 @@ def ids_of(texts, length=6):
     ids = np.full((len(texts), length), VOCABULARY - 1)
     ids[:, 0] = 0
     for row, text in zip(ids, texts):
-        letters = [1 + letter % (VOCABULARY - 2) for letter in text[: length - 2]]
+        letters = [1 + ord(x) % (VOCABULARY - 2) for x in text[: length - 2]]
         row[1 : 1 + len(letters)] = letters
     return ids
 
@@ -288,7 +288,7 @@ def model_of_any_size():
 
 
 def without_special_tokens(texts):
-    return ids_of([bytes(reversed(text)) for text in texts])[:, ::-1].copy()
+    return ids_of([text[::-1] for text in texts])[:, ::-1].copy()
 
 
 @pytest.mark.any_backend
