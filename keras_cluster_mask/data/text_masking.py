@@ -29,10 +29,12 @@ class TextMasking:
     Words are those of CLIP's tokenizer, in lower case and before byte-pair encoding:
     runs of letters, single digits, endings of contractions, and runs of other
     characters. Another tokenizer gets the kept words as they are in the caption, with
-    their case. Its tokens of a word are those of the word alone. Draw all random numbers from `generator`, so that all processes, workers
-    and resumed runs mask in the same way. With `num_workers`, a masking must be
-    picklable. A run can only be resumed with a masking of equal `repr`, so override
-    `__repr__` in a subclass with options.
+    their case. Its tokens of a word are those of the word alone.
+
+    Draw all random numbers from `generator`, so that all processes, workers and resumed
+    runs mask in the same way. With `num_workers`, a masking must be picklable. A run
+    can only be resumed with a masking of equal `repr`, so override `__repr__` in a
+    subclass with options.
 
     Example:
 
@@ -286,7 +288,7 @@ def word_tokenizer(tokenizer):
 
 
 def _joined(text, spans):
-    """Returns the words at some places of a text, with a space where some are missing."""
+    """Returns words of a text, with a space where others are missing."""
     ends = [None, *(end for _, end in spans)]
     words = [
         text[start:end] if start == last else f" {text[start:end]}"
