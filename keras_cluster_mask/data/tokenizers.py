@@ -245,6 +245,28 @@ class CLIPTokenizer:
         with files.replacing(path) as file:
             file.write(json.dumps({"format": FILE_FORMAT, **self._config()}).encode())
 
+    def save_to_preset(self, preset_dir: str | os.PathLike) -> None:
+        """Writes the tokenizer into the folder of a KerasHub CLIP preset.
+
+        `keras_hub.models.CLIPTokenizer.from_preset` and `from_preset` read it. A preset
+        does not state the context length.
+
+        Args:
+            preset_dir: str or path, such as the one that a backbone was saved to.
+        """
+        # KerasHub accepts no other names of these tokens.
+        names = dict(zip(self._specials, ("<|startoftext|>", "<|endoftext|>")))
+        words = {names.get(token, token): i for i, token in enumerate(self._vocabulary)}
+        kind = {"module": "keras_hub.models", "class_name": "CLIPTokenizer"}
+        config = {**kind, "config": {}, "registered_name": "keras_hub>CLIPTokenizer"}
+        for name, text in (
+            ("assets/tokenizer/vocabulary.json", json.dumps(words)),
+            ("assets/tokenizer/merges.txt", "\n".join(map(" ".join, self._merges))),
+            ("tokenizer.json", json.dumps(config)),
+        ):
+            with files.replacing(f"{os.fspath(preset_dir)}/{name}") as file:
+                file.write(text.encode())
+
     def with_context_length(self, context_length: int) -> Self:
         """Returns a copy with another context length, such as for a training stage.
 

@@ -169,6 +169,11 @@ def test_a_keras_hub_preset_gives_the_same_ids(clip, tmp_path):
         projection_dim=2,
     ).save_to_preset(tmp_path / "clip")
     keras_hub_tokenizer(clip, tmp_path).save_to_preset(tmp_path / "clip")
+    theirs, ours = tmp_path / "clip/assets", tmp_path / "ours/assets"
+    clip.save_to_preset(tmp_path / "ours")
+    for name in ("tokenizer/vocabulary.json", "tokenizer/merges.txt"):
+        read = [(assets / name).read_text().strip() for assets in (ours, theirs)]
+        assert read[0] == read[1]
     preset = CLIPTokenizer.from_preset(str(tmp_path / "clip"))
     captions = [caption for caption in CAPTIONS if "_of_text" not in caption.lower()]
     np.testing.assert_array_equal(preset(captions), clip(captions))
