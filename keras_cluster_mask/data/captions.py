@@ -13,8 +13,8 @@ from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.text_masking import (
     TextMasking,
+    WordTokenizer,
     check_text_masking,
-    word_tokenizer,
 )
 from keras_cluster_mask.data.tokenizing import (
     check_tokenizer,
@@ -86,7 +86,7 @@ class Captions:
         self.tokenize_words = None
         if self.text_masking is not None:
             check_text_masking(self.text_masking, self.tokenizer)
-            self.tokenize_words = word_tokenizer(self.tokenizer)
+            self.tokenize_words = WordTokenizer(self.tokenizer)
             self.text_masking = self.text_masking if self.training else None
         self.has_layer = is_layer(self.tokenizer)
         # Whether samples need a caption.

@@ -5,6 +5,7 @@ caption, the words with the highest scores are kept, whole and in order. If no w
 fits, one word is truncated.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from keras_cluster_mask.data.tokenizing import PROBES, tokenize
 
 # The number of words whose tokens are counted only once.
 MAX_WORDS = 1 << 16
+# The length of the rows in which they are counted, of a tokenizer of any length.
+MAX_TOKENS = 128
 
 
 class TextMasking:
@@ -75,7 +78,7 @@ class TextMasking:
 
         Args:
             words: list of str, in lower case.
-            num_tokens: list of int. The number of tokens of each word.
+            num_tokens: list of int. The number of tokens of each word, up to 127.
             num_tokens_left: int. The maximum number of tokens of all kept words.
             generator: `np.random.Generator` of the sample.
 
@@ -159,7 +162,9 @@ class TextMasking:
                 words, num_tokens, num_tokens_left, generators[index]
             )
 
-        return word_tokenizer(tokenizer)(captions, keep_words)
+        if not isinstance(tokenizer, WordTokenizer):
+            tokenizer = _word_tokenizer(tokenizer)
+        return tokenizer(captions, keep_words)
 
     def __repr__(self):
         return f"{type(self).__name__}()"
@@ -244,10 +249,16 @@ class WordTokenizer:
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer = self._counter = tokenizer
+        if hasattr(tokenizer, "with_context_length"):
+            self._counter = tokenizer.with_context_length(MAX_TOKENS)
+        is_ours = isinstance(tokenizer, CLIPTokenizer)
+        self._clean = byte_pairs.clean if is_ours else byte_pairs.repair
         self._sizes = {}
-        length = tokenize(tokenizer, PROBES[:1]).shape[1]
-        (self._num_tokens_left,) = self._num_tokens([f"{PROBES[-1]} " * length])
+        self._num_tokens_left, self._most = (
+            int(_num_tokens(each, [PROBES[-1] * MAX_TOKENS])[0])
+            for each in (tokenizer, self._counter)
+        )
         if self._num_tokens_left < 1:
             raise ValueError(
                 "`text_masking` needs a `tokenizer` whose rows end in padding, so that "
@@ -255,36 +266,44 @@ class WordTokenizer:
             )
 
     def __call__(self, captions, keep_words):
-        """Converts captions to token ids; see `CLIPTokenizer`."""
+        """Converts captions to token ids.
+
+        Args:
+            captions: list of str or bytes.
+            keep_words: Function that chooses the words of captions that are too long.
+                Its arguments are the index of a caption, its words in lower case, the
+                number of tokens of each, and the number of tokens that fit; it returns
+                the indices of the words to keep, in order.
+        """
         captions = [*captions]
-        texts = [byte_pairs.repair(caption, "captions") for caption in captions]
+        texts = [self._clean(caption, "captions") for caption in captions]
         spans = [byte_pairs.spans_of(text) for text in texts]
         words = [[t[start:end] for start, end in s] for t, s in zip(texts, spans)]
         sizes = self._sizes = self._sizes if len(self._sizes) < MAX_WORDS else {}
         new = [*{word for each in words for word in each} - sizes.keys()]
-        # A word that fills the row may have been truncated.
-        most = self._num_tokens_left
-        sizes.update((w, n + (n == most)) for w, n in zip(new, self._num_tokens(new)))
+        counts = _num_tokens(self._counter, new)
+        # A word that fills a row may have been truncated.
+        sizes.update(zip(new, (counts + (counts == self._most)).tolist()))
         for index, each in enumerate(words):
             num_tokens = [sizes[word] for word in each]
-            if sum(num_tokens) > most:
+            if sum(num_tokens) > self._num_tokens_left:
                 lower = [word.lower() for word in each]
-                kept = keep_words(index, lower, num_tokens, most)
+                kept = keep_words(index, lower, num_tokens, self._num_tokens_left)
                 kept = [spans[index][place] for place in kept]
                 captions[index] = _joined(texts[index], kept)
         return tokenize(self.tokenizer, captions)
 
-    def _num_tokens(self, texts):
-        """Counts the tokens of each text, without special tokens."""
-        rows = tokenize(self.tokenizer, ["", *texts])
-        counts = (rows != rows[0, -1]).sum(axis=1)
-        return (counts[1:] - counts[0]).tolist()
+
+_word_tokenizer = functools.lru_cache(4)(WordTokenizer)
 
 
-def word_tokenizer(tokenizer):
-    """Returns a tokenizer that takes `keep_words`, as `CLIPTokenizer` does."""
-    takes_words = isinstance(tokenizer, CLIPTokenizer | WordTokenizer)
-    return tokenizer if takes_words else WordTokenizer(tokenizer)
+def _num_tokens(tokenizer, texts):
+    """Counts the tokens of each text, without special tokens."""
+    rows = tokenize(tokenizer, ["", *texts])
+    # A word, too, may have a token with the id of padding.
+    places = np.arange(1, rows.shape[1] + 1)
+    ends = np.max((rows != rows[0, -1]) * places, axis=1)
+    return ends[1:] - ends[0]
 
 
 def _joined(text, spans):

@@ -1,12 +1,11 @@
 """CLIP's tokenizer in Python."""
 
-import functools
 import gzip
 import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import numpy as np
@@ -98,8 +97,6 @@ class CLIPTokenizer:
         )
         self._tokenizer.enable_truncation(context_length)
         self._tokenizer.enable_padding(length=context_length, pad_id=0)
-        # Cached because words repeat, and the model creates an object for each token.
-        self._size_of = functools.lru_cache(1 << 16)(self._size_of)
 
     @property
     def context_length(self) -> int:
@@ -281,18 +278,11 @@ class CLIPTokenizer:
     def __call__(
         self,
         texts: str | bytes | Sequence[str | bytes] | np.ndarray,
-        keep_words: Callable[[int, list[str], list[int], int], Sequence[int]]
-        | None = None,
     ) -> np.ndarray:
         """Converts captions to rows of token ids.
 
         Args:
             texts: str, or a sequence or array of str or UTF-8 bytes.
-            keep_words: Function that chooses the words of captions that are too long,
-                such as a text masking. Its arguments are the index of a text, its
-                words, the number of tokens of each, and the number of tokens between
-                start and end; it returns the indices of the words to keep, in order.
-                Defaults to `None`: captions that are too long are truncated.
 
         Returns:
             NumPy int32 array of shape `(len(texts), context_length)`. Each row holds
@@ -303,30 +293,11 @@ class CLIPTokenizer:
         # As in the reference implementation, a special token in a caption keeps its id
         # if it is a separate word.
         has_special = any(t in text for t in self._specials for text in texts)
-        by_words = has_special or keep_words is not None
-        if by_words:
-            texts = [self._words(*each, keep_words) for each in enumerate(texts)]
-        rows = self._tokenizer.encode_batch_fast(texts, is_pretokenized=by_words)
+        if has_special:
+            texts = [byte_pairs.words_of(text, self._specials) for text in texts]
+        rows = self._tokenizer.encode_batch_fast(texts, is_pretokenized=has_special)
         rows = np.array([row.ids for row in rows], "int32")
         return rows.reshape(-1, self.context_length)
-
-    def _words(self, index, text, keep_words):
-        """Splits a text into words, and applies `keep_words` if there are too many."""
-        pieces = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
-        words = [text[start:end] for _, (start, end) in pieces]
-        if keep_words is None:
-            return words
-        sizes = [self._size_of(piece) for piece, _ in pieces]
-        num_tokens_left = self.context_length - 2
-        if sum(sizes) <= num_tokens_left:
-            return words
-        kept = keep_words(index, words, sizes, num_tokens_left)
-        return [words[place] for place in kept]
-
-    def _size_of(self, word):
-        """Returns the number of tokens of a word in byte characters."""
-        is_special = word in self._specials
-        return 1 if is_special else len(self._tokenizer.model.tokenize(word))
 
     def decode(self, ids: Sequence | np.ndarray) -> str | list[str]:
         """Converts token ids to text, with a space between any two words.

@@ -180,7 +180,7 @@ def test_a_preset_has_the_tokenizer_too(tmp_path):
     preset = kcm.data.CLIPTokenizer.from_preset(folder, 9)
     np.testing.assert_array_equal(preset(texts), tokenizer(texts))
     hub = import_keras_hub().models
-    theirs = hub.CLIPPreprocessor.from_preset(folder, sequence_length=9)
+    theirs = hub.CLIPPreprocessor(hub.CLIPTokenizer.from_preset(folder), None, 9)
     for path, each in ((folder, preset), (folder, theirs), (model, tokenizer)):
         found = kcm.evaluation.embed_texts(path, texts[:1], each, verbose=0)
         expected = to_numpy(model.encode_text(tokenizer(texts[:1])))
