@@ -250,11 +250,10 @@ class WordTokenizer:
 
     def __init__(self, tokenizer):
         self.tokenizer = self._counter = tokenizer
-        if hasattr(tokenizer, "with_context_length"):
+        self._clean, self._sizes = byte_pairs.repair, {}
+        if isinstance(tokenizer, CLIPTokenizer):
+            self._clean = byte_pairs.clean
             self._counter = tokenizer.with_context_length(MAX_TOKENS)
-        is_ours = isinstance(tokenizer, CLIPTokenizer)
-        self._clean = byte_pairs.clean if is_ours else byte_pairs.repair
-        self._sizes = {}
         self._num_tokens_left, self._most = (
             int(_num_tokens(each, [PROBES[-1] * MAX_TOKENS])[0])
             for each in (tokenizer, self._counter)
@@ -289,8 +288,12 @@ class WordTokenizer:
             if sum(num_tokens) > self._num_tokens_left:
                 lower = [word.lower() for word in each]
                 kept = keep_words(index, lower, num_tokens, self._num_tokens_left)
-                kept = [spans[index][place] for place in kept]
-                captions[index] = _joined(texts[index], kept)
+                text = texts[index]
+                # From the end, so that earlier places stay the same.
+                for place in sorted({*range(len(each))} - {*kept}, reverse=True):
+                    start, end = spans[index][place]
+                    text = f"{text[:start]} {text[end:]}"
+                captions[index] = " ".join(text.split())
         return tokenize(self.tokenizer, captions)
 
 
@@ -304,16 +307,6 @@ def _num_tokens(tokenizer, texts):
     places = np.arange(1, rows.shape[1] + 1)
     ends = np.max((rows != rows[0, -1]) * places, axis=1)
     return ends[1:] - ends[0]
-
-
-def _joined(text, spans):
-    """Returns words of a text, with a space where others are missing."""
-    ends = [None, *(end for _, end in spans)]
-    words = [
-        text[start:end] if start == last else f" {text[start:end]}"
-        for last, (start, end) in zip(ends, spans)
-    ]
-    return "".join(words).strip()
 
 
 def check_text_masking(text_masking, tokenizer):

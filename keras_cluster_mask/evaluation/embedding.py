@@ -53,7 +53,7 @@ def embed(
             a pair `(images, labels)`, or images alone; or one such dictionary, pair or
             array that holds all data. Images are `(batch, H, W, C)`, uint8 or
             normalized floats.
-        tokenizer: A callable from a list of bytes to ints `(batch, length)`, such as
+        tokenizer: A callable from a list of str to ints `(batch, length)`, such as
             a `CLIPTokenizer`; or a tokenizer of open_clip or Hugging Face, which pads
             and truncates to its own length or the model's, whichever is shorter. It
             reads the `"captions"` of the batches: one per image, or a tuple of several.
@@ -181,7 +181,7 @@ class Embedder:
         """Returns a function from texts to token ids, after checking the tokenizer."""
         if tokenizer is None:
             raise ValueError(
-                "`tokenizer` must be a callable from a list of bytes to ints, such as "
+                "`tokenizer` must be a callable from a list of str to ints, such as "
                 "a `CLIPTokenizer`. Received: tokenizer=None"
             )
         # The tokenizer's own length is the one used in training, which may be shorter
