@@ -51,6 +51,7 @@ class CLIPTokenizer:
         end_token: str. The token after each caption; the last of the vocabulary.
 
     Attributes:
+        context_length: int. The length of every row of ids.
         vocabulary_size: int. The number of token ids, and of embeddings that a text
             tower needs.
         start_token_id: int. The id of the start token.
@@ -95,13 +96,9 @@ class CLIPTokenizer:
         self._tokenizer.post_processor = processors.BertProcessing(
             (end_token, self.end_token_id), (start_token, self.start_token_id)
         )
+        self.context_length = context_length
         self._tokenizer.enable_truncation(context_length)
         self._tokenizer.enable_padding(length=context_length, pad_id=0)
-
-    @property
-    def context_length(self) -> int:
-        """int. The length of every row of ids."""
-        return self._tokenizer.truncation["max_length"]
 
     @classmethod
     def from_file(
