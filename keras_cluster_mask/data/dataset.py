@@ -119,7 +119,7 @@ def image_text_dataset(
             reads items of objects and decodes their images, unless the object has the
             attribute `thread_safe = True`. Or a dict from several of these to weights,
             which mixes them in these proportions.
-        tokenizer: A `CLIPTokenizer`; any callable from a list of bytes to ints
+        tokenizer: A `CLIPTokenizer`; any callable from a list of str to ints
             `(batch, length)`; a tokenizer of open_clip; a tokenizer of Hugging Face,
             whose rows are padded and truncated to its `model_max_length`; or a Keras
             layer, such as a KerasHub `CLIPPreprocessor`, which does not clean captions,
@@ -180,7 +180,7 @@ def image_text_dataset(
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions, template
             included, that have more tokens than the `context_length` of the
-            `tokenizer`, which must be a `CLIPTokenizer`. It does not change
+            `tokenizer`, of any kind whose rows end in padding. It does not change
             `"captions"`, and evaluation is never masked. Defaults to `None`: captions
             that are too long are truncated.
         sampling: The samples of each epoch: a `Sampling`, or a function of the number

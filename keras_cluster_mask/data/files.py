@@ -73,7 +73,7 @@ def replacing(path):
     Yields:
         A binary file, open for writing.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     folder, slash, name = path.rpartition("/")
     part = f"{folder}{slash}.{name}.{os.getpid()}-{secrets.token_hex(4)}.part"
     system, part_name = file_system(part)

@@ -15,8 +15,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from keras_cluster_mask.data.captions import TEXTS
 from keras_cluster_mask.data.samples import FAULTS, Samples
-from keras_cluster_mask.data.tokenizing import is_layer, tokenize
 
 # The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
@@ -131,9 +131,8 @@ class ImageTextDataset(grain.IterDataset):
 
     def finished(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """Adds the token ids of a Keras layer, which cannot run in worker processes."""
-        if is_layer(self.tokenizer):
-            captions = [c[0] if isinstance(c, tuple) else c for c in batch["captions"]]
-            batch["token_ids"] = tokenize(self.tokenizer, captions)
+        if TEXTS in batch:
+            batch["token_ids"] = self._samples.captions.tokenize(*batch[TEXTS])
         # Restore the order: grain sorts the entries of batches from worker processes.
         return {name: batch[name] for name in self.element_spec}
 

@@ -54,7 +54,7 @@ def embed(
             array that holds all data. Images are `(batch, H, W, C)`, uint8 or
             normalized floats. All batches have the same entries. Of an
             `image_text_dataset`, each process embeds the images that it reads.
-        tokenizer: A callable from a list of bytes to ints `(batch, length)`, such as
+        tokenizer: A callable from a list of str to ints `(batch, length)`, such as
             a `CLIPTokenizer`; or a tokenizer of open_clip or Hugging Face, which pads
             and truncates to its own length or the model's, whichever is shorter. It
             reads the `"captions"` of the batches: one per image, or a tuple of several.
@@ -193,7 +193,7 @@ class Embedder:
         """Returns a function from texts to token ids, after checking the tokenizer."""
         if tokenizer is None:
             raise ValueError(
-                "`tokenizer` must be a callable from a list of bytes to ints, such as "
+                "`tokenizer` must be a callable from a list of str to ints, such as "
                 "a `CLIPTokenizer`. Received: tokenizer=None"
             )
         # The tokenizer's own length is the one used in training, which may be shorter

@@ -1,6 +1,7 @@
 """A `ContrastiveModel` for each kind of keras_hub backbone."""
 
 import math
+import os
 from typing import Any, Self
 
 import keras
@@ -26,6 +27,7 @@ from keras_cluster_mask.models.inputs import (
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.layers import frozen_parts
+from keras_cluster_mask.training.tokens import check_tokenizer
 from keras_cluster_mask.types import Tensor
 
 HEAD_OPTIONS = "loss", "initial_temperature", "initial_logit_bias", "max_logit_scale"
@@ -87,6 +89,25 @@ class BackboneModel(ContrastiveModel):
             **options: Arguments of `ContrastiveHead`.
         """
         raise NotImplementedError
+
+    def save_to_preset(self, preset_dir: str | os.PathLike, tokenizer: Any) -> None:
+        """Writes the backbone and its tokenizer as a preset, which keras_hub loads.
+
+        Args:
+            preset_dir: str or path of a folder.
+            tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub.
+
+        Raises:
+            ValueError: If the tokenizer cannot be written, or does not match the model.
+        """
+        if not hasattr(tokenizer, "save_to_preset"):
+            raise ValueError(
+                "`tokenizer` must be a `kcm.data.CLIPTokenizer` or a preprocessor of "
+                f"keras_hub, to be part of a preset. Received: tokenizer={tokenizer}"
+            )
+        check_tokenizer(self, tokenizer)
+        self.backbone.save_to_preset(os.path.expanduser(preset_dir))
+        tokenizer.save_to_preset(os.path.expanduser(preset_dir))
 
     def _options(self):
         options = super()._options()

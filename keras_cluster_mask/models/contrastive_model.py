@@ -189,7 +189,8 @@ class ContrastiveModel(ContrastiveTrainer):
         """Makes a model from a two-tower keras_hub backbone.
 
         The model trains the backbone itself, including its projections, temperature and
-        bias. After `fit`, `backbone.save_to_preset` saves the trained weights.
+        bias. After `fit`, `model.save_to_preset(folder, tokenizer)` saves the trained
+        backbone and the tokenizer for keras_hub.
 
         Args:
             backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or

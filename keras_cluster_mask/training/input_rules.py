@@ -190,6 +190,11 @@ class InputRules:
             has_mask: Boolean. Whether the batch has a padding mask.
         """
         ids = as_array(ids)
+        if ids.dtype.kind in "OSU":
+            raise ValueError(
+                "`token_ids` must be ids, and not texts: pass `tokenizer(texts)`, or "
+                f"embed texts by `kcm.evaluation.embed_texts`. Received: {ids[:1]}"
+            )
         longest = self.context_length
         if (
             ids.ndim != 2

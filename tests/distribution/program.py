@@ -213,7 +213,7 @@ def check_shares(model):
 def tokenizer(captions):
     # Texts that differ in every token: of texts that differ in a word, a masking leaves
     # equal ones, among which rounding decides which is the most similar.
-    rows = [np.random.default_rng(zlib.crc32(caption)) for caption in captions]
+    rows = [np.random.default_rng(zlib.crc32(caption.encode())) for caption in captions]
     return np.stack([row.integers(1, 30, 6) for row in rows]).astype("int32")
 
 

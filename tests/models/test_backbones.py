@@ -10,6 +10,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.models.inputs import (
     CLIP_MEAN,
     CLIP_STD,
@@ -166,6 +167,27 @@ def test_keras_hub_alone_reads_what_was_trained(trained, tmp_path):
         np.testing.assert_allclose(value, trained.predicted[key], atol=1e-6)
     for one, other in zip(again.head.loss_weights, trained.model.head.loss_weights):
         assert scalar(one) == pytest.approx(scalar(other), rel=1e-6)
+
+
+@pytest.mark.any_backend
+def test_a_preset_has_the_tokenizer_too(tmp_path):
+    pytest.importorskip("tensorflow")
+    tokenizer = kcm.data.CLIPTokenizer.train(["a red cat, é"] * 4, 600, 9)
+    backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 9, 4)
+    model, folder = kcm.ContrastiveModel.from_backbone(backbone), str(tmp_path / "clip")
+    model.save_to_preset(folder, tokenizer)
+    texts = ["a red cat", "a CAT &amp; é"]
+    preset = kcm.data.CLIPTokenizer.from_preset(folder, 9)
+    np.testing.assert_array_equal(preset(texts), tokenizer(texts))
+    hub = import_keras_hub().models
+    theirs = hub.CLIPPreprocessor(hub.CLIPTokenizer.from_preset(folder), None, 9)
+    for path, each in ((folder, preset), (folder, theirs), (model, tokenizer)):
+        found = kcm.evaluation.embed_texts(path, texts[:1], each, verbose=0)
+        expected = to_numpy(model.encode_text(tokenizer(texts[:1])))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`tokenizer` must.*Received: tokenizer="):
+        model.save_to_preset(tmp_path / "other", len)
+    assert not (tmp_path / "other").exists()
 
 
 def test_after_a_reload_a_fit_trains_the_reloaded_backbone(trained, tmp_path):

@@ -66,6 +66,12 @@ def test_a_zero_feature_has_a_finite_embedding_and_gradient():
 
 
 @pytest.mark.any_backend
+@pytest.mark.any_backend
+def test_texts_that_are_not_ids_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"`tokenizer\(texts\)`.*Received: \['a red h"):
+        small_model().encode_text(["a red heart"])
+
+
 def test_an_encoder_that_returns_tokens_is_refused():
     model = kcm.ContrastiveModel(functional_vit(pool=False), text_bag())
     with pytest.raises(ValueError, match=r"add a pooling.*Received: own_vit"):
