@@ -75,6 +75,7 @@ class BackboneModel(ContrastiveModel):
             options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
             parts = self.head_parts(backbone, **options)
             head = ContrastiveHead(**options, **parts, name="head")
+            kwargs["max_logit_scale"] = head.max_logit_scale
         super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
@@ -210,7 +211,14 @@ class SigLIPContrastiveModel(BackboneModel):
         **kwargs: See `ContrastiveModel.from_backbone`, which makes this model.
     """
 
-    defaults = {"loss": "sigmoid", "pixel_mean": SIGLIP_MEAN, "pixel_std": SIGLIP_STD}
+    defaults = {
+        "loss": "sigmoid",
+        # SigLIP is trained without a limit, to scales above 110. This one only stops a
+        # scale that diverges.
+        "max_logit_scale": 1000.0,
+        "pixel_mean": SIGLIP_MEAN,
+        "pixel_std": SIGLIP_STD,
+    }
 
     @classmethod
     def head_parts(cls, backbone: keras.Model, **options: Any) -> dict[str, Any]:

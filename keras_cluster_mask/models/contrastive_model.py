@@ -80,7 +80,8 @@ class ContrastiveModel(ContrastiveTrainer):
             sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale of the logits, 1 / temperature, never
-            exceeds it.
+            exceeds it. A pre-trained backbone with a higher scale keeps that as its
+            limit.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
@@ -200,9 +201,10 @@ class ContrastiveModel(ContrastiveTrainer):
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
                 `projection_dim`. `loss` defaults to the backbone's own, and so do
-                `pixel_mean` and `pixel_std`. `initial_temperature=None` keeps the
-                temperature of the backbone; a fresh SigLIP, and a CLIP with the
-                sigmoid loss, start at 0.1, with a bias of -10.
+                `pixel_mean` and `pixel_std`. `max_logit_scale` defaults to 1000 for
+                SigLIP. `initial_temperature=None` keeps the temperature of the
+                backbone; a fresh SigLIP, and a CLIP with the sigmoid loss, start at
+                0.1, with a bias of -10.
 
         Returns:
             A `ContrastiveModel` with the attributes `backbone` and `masking`: a
@@ -294,7 +296,10 @@ class ContrastiveModel(ContrastiveTrainer):
         if self.duplicates == "positive":
             labels = caption_labels(x["token_ids"])
         else:
-            labels = ops.arange(ops.shape(images)[0])
+            # Each replica numbers its own rows.
+            rows = ops.arange(ops.shape(images)[0])
+            replica = ops.full_like(rows, replicas.replica_index())
+            labels = ops.stack([rows, replica], axis=1)
         weights, is_split = self.head.loss_weights, replicas.batch_is_split(training)
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
         # For each view, the contributions of the pairs to the loss and to the

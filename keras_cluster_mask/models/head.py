@@ -24,7 +24,8 @@ class ContrastiveHead(keras.layers.Layer):
             the features without a projection.
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
-        max_logit_scale: Float. The scale never exceeds it.
+        max_logit_scale: Float. The scale never exceeds it. If `logit_scale` has a
+            higher one, that is the limit.
         image_projection: A layer to use instead of a new projection.
         text_projection: A layer to use instead of a new projection.
         logit_scale: A variable, the logarithm of the scale, to use instead of a new
@@ -69,7 +70,6 @@ class ContrastiveHead(keras.layers.Layer):
         self.projection_dim = projection_dim
         self.initial_temperature = initial_temperature
         self.initial_logit_bias = initial_logit_bias
-        self.max_logit_scale = float(max_logit_scale)
         if projection_dim is not None:
             image_projection, text_projection = (
                 keras.layers.Dense(
@@ -89,6 +89,9 @@ class ContrastiveHead(keras.layers.Layer):
             bias = initial_logit_bias if is_given else INITIAL_LOGIT_BIAS
             logit_bias = self._add_scalar("logit_bias", bias)
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
+        scale = math.exp(ops.convert_to_numpy(logit_scale))
+        is_above = scale > _above(max_logit_scale)
+        self.max_logit_scale = scale if is_above else float(max_logit_scale)
         # Clip the weight itself. Otherwise it could drift far above the limit and need
         # many steps to return.
         self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
@@ -196,9 +199,9 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
             "`initial_temperature` must be greater than 0. "
             f"Received: initial_temperature={initial_temperature}"
         )
-    # Allow for rounding errors, such as in 1 / 49.
-    largest = max_logit_scale * (1 + 1e-6)
-    if initial_temperature is not None and 1 / initial_temperature > largest:
+    if initial_temperature is not None and 1 / initial_temperature > _above(
+        max_logit_scale
+    ):
         raise ValueError(
             "`initial_temperature` must be at least 1 / `max_logit_scale`, below which "
             "the temperature cannot fall. Received: "
@@ -210,6 +213,11 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
             "`initial_logit_bias` is for loss='sigmoid'. "
             f"Received: initial_logit_bias={initial_logit_bias}, loss='softmax'"
         )
+
+
+def _above(limit):
+    """Returns a limit that rounding errors, such as in 1 / 49, do not exceed."""
+    return limit * (1 + 1e-6)
 
 
 class _AtMost(keras.constraints.Constraint):

@@ -303,6 +303,25 @@ def test_a_siglip_that_was_trained_stays_where_it_is():
     assert [scalar(x) for x in kept.head.loss_weights] == [1.0, -3.0]
 
 
+@pytest.mark.parametrize(("kind", "log_scale"), [("clip", 4.6052), ("siglip", 4.77)])
+def test_the_scale_of_a_trained_backbone_is_never_lowered_to_a_limit(
+    kind, log_scale, tmp_path
+):
+    backbone = KINDS[kind][0]()
+    getattr(backbone, KINDS[kind][2]).logit_scale.assign(log_scale)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    assert scalar(model.head.scale) == pytest.approx(math.exp(log_scale), rel=1e-6)
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        each.compile(optimizer=keras.optimizers.SGD(0.0), **FAST)
+        each.fit(random_pairs(4), batch_size=4, verbose=0)
+        assert scalar(each.head.logit_scale) == np.float32(log_scale)
+        # A step lowers it, and nothing raises it above a limit.
+        each.head.logit_scale.assign(9.0)
+        limit = {"clip": math.exp(log_scale), "siglip": 1000.0}[kind]
+        assert scalar(each.head.scale) == pytest.approx(limit, rel=1e-6)
+
+
 def test_the_softmax_loss_leaves_the_bias_of_siglip_alone():
     backbone = tiny_siglip()
     backbone.siglip_head.logit_scale.assign(math.log(14.0))
