@@ -25,6 +25,7 @@ from keras_cluster_mask.training.input_rules import (
     as_weights,
     check_unused,
 )
+from keras_cluster_mask.training.step_metrics import StepMean
 from keras_cluster_mask.types import Tensor
 
 
@@ -173,12 +174,12 @@ class ContrastiveModel(ContrastiveTrainer):
         self.duplicates = duplicates
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.accuracy_metrics = [
-            keras.metrics.Mean(name="image_to_text_accuracy"),
-            keras.metrics.Mean(name="text_to_image_accuracy"),
+            StepMean(name="image_to_text_accuracy"),
+            StepMean(name="text_to_image_accuracy"),
         ]
-        self.temperature_metric = keras.metrics.Mean(name="temperature")
+        self.temperature_metric = StepMean(name="temperature")
         if self.maskings:
-            self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
+            self.mask_ratio_metric = StepMean(name="mask_ratio")
 
     @classmethod
     def from_backbone(
@@ -249,13 +250,17 @@ class ContrastiveModel(ContrastiveTrainer):
                 self, inputs, self.micro_batch_size
             )
             self.add_loss(extra_losses)
-            return embeddings
-        if training and replicas.num_replicas() > 1:
+        elif training and replicas.num_replicas() > 1:
             # A replica's rows get the same masks as in the global batch.
             rows = inputs["token_ids"].shape[0] * replicas.num_replicas()
             with part_of_batch(rows, replicas.local_rows):
-                return self.embed(inputs, training)
-        return self.embed(inputs, training)
+                embeddings = self.embed(inputs, training)
+        else:
+            embeddings = self.embed(inputs, training)
+        if training and self._in_train_function:
+            # Not in `compute_loss`, which may be overridden.
+            self._advance_maskings()
+        return embeddings
 
     def compute_loss(
         self,
@@ -265,10 +270,11 @@ class ContrastiveModel(ContrastiveTrainer):
         sample_weight: Tensor | None = None,
         training: bool = True,
     ) -> Tensor:
-        """Computes the loss of a batch, and updates the metrics and the maskings.
+        """Computes the loss of a batch, and updates the metrics.
 
-        To train on another loss, override this method and call
-        `super().compute_loss(...)` in it.
+        To train on another loss, override this method. If it does not call
+        `super().compute_loss(...)`, the logs show only the loss and the metrics that it
+        updates. In a training loop of your own, a call is a step of the maskings.
 
         Args:
             x: The batch, a dictionary.
@@ -328,8 +334,13 @@ class ContrastiveModel(ContrastiveTrainer):
                 if is_split:
                     ratio = replicas.replica_mean(ratio)
                 self.mask_ratio_metric.update_state(ratio)
-                masking.advance()
+            if not self._in_train_function:
+                self._advance_maskings()
         return loss
+
+    def _advance_maskings(self):
+        for masking in self.maskings:
+            masking.advance()
 
     # === Saving ===
 

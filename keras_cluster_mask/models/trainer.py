@@ -32,6 +32,7 @@ class ContrastiveTrainer(DualEncoder):
         self.finite_steps = FiniteSteps()
         self.gradient_norm: GradientNorm | None = None
         self._is_evaluating = False
+        self._in_train_function = False
 
     # === One step ===
 
@@ -74,10 +75,24 @@ class ContrastiveTrainer(DualEncoder):
         before = self.train_function
         super().make_train_function(force)
         if self.train_function is not before:
-            self.train_function = gradients.over_processes(
-                self.train_function, self, layers.averaged_variables(self)
+            self.train_function = self._marked(
+                gradients.over_processes(
+                    self.train_function, self, layers.averaged_variables(self)
+                )
             )
         return self.train_function
+
+    def _marked(self, train_function):
+        """Wraps a train function, so that the model knows when it runs or is traced."""
+
+        def marked(*args):
+            self._in_train_function = True
+            try:
+                return train_function(*args)
+            finally:
+                self._in_train_function = False
+
+        return marked
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -259,6 +274,7 @@ class ContrastiveTrainer(DualEncoder):
             yield
         finally:
             self._is_evaluating = False
+        self._in_train_function = False
 
     # === Saving ===
 

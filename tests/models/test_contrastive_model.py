@@ -512,6 +512,28 @@ def test_only_training_steps_move_the_threshold_and_count_steps():
     assert read()[1] != before[1]
 
 
+def test_a_loss_without_the_models_own_counts_steps_and_logs_what_it_updates():
+    class Distance(kcm.ContrastiveModel):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+            self.accuracy_metrics[0].update_state(0.5)
+            images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
+            return self.head.scale * ops.mean(ops.square(images - texts))
+
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
+    masking = threshold_masking(threshold=0.07, embedding_weight=schedule)
+    encoder = kcm.with_masking(patch_mlp(), masking, "positions")
+    model = Distance(encoder, text_bag())
+    model.compile("sgd", **FAST)
+    pairs = random_pairs(8)
+    fit = dict(batch_size=4, epochs=2, verbose=0, validation_data=pairs)
+    logs = model.fit(pairs, **fit).history
+    names = {"loss", "image_to_text_accuracy"}
+    assert logs.keys() == names | {f"val_{name}" for name in names}
+    assert logs["image_to_text_accuracy"] == [0.5, 0.5]
+    assert int(ops.convert_to_numpy(masking.step)) == 4
+    assert float(to_numpy(masking.threshold)) != pytest.approx(0.07)
+
+
 @pytest.mark.any_backend
 def test_a_threshold_of_other_pixels_than_the_models_is_refused():
     images = random_pairs(16)["images"]
