@@ -73,26 +73,55 @@ class ContrastiveTrainer(DualEncoder):
         for masking in self.maskings:
             masking.check_ready()
         before = self.train_function
-        super().make_train_function(force)
+        super().make_train_function(force or self._is_outdated(before))
         if self.train_function is not before:
-            self.train_function = self._marked(
-                gradients.over_processes(
-                    self.train_function, self, layers.averaged_variables(self)
-                )
+            function = gradients.over_processes(
+                self.train_function, self, layers.averaged_variables(self)
             )
+            self.train_function = self._with_fixed_options(function, training=True)
         return self.train_function
 
-    def _marked(self, train_function):
-        """Wraps a train function, so that the model knows when it runs or is traced."""
+    def make_test_function(self, force: bool = False) -> Any:
+        before = self.test_function
+        super().make_test_function(force or self._is_outdated(before))
+        if self.test_function is not before:
+            self.test_function = self._with_fixed_options(self.test_function)
+        return self.test_function
 
-        def marked(*args):
-            self._in_train_function = True
+    @property
+    def _compiled_options(self):
+        """The options that steps are compiled with, which may change between fits."""
+        return {
+            "duplicates": self.duplicates,
+            "mask_ratio": [masking.mask_ratio for masking in self.maskings],
+            "micro_batch_size": self.micro_batch_size,
+            "views": self.views,
+        }
+
+    def _is_outdated(self, function):
+        return function is not None and function.options != self._compiled_options
+
+    def _with_fixed_options(self, function, training=False):
+        """Wraps a train or test function, so that options must not change in it."""
+        options = self._compiled_options
+
+        # It must not refer to itself: JAX reuses the steps of a function that was
+        # replaced but not deleted.
+        def with_fixed_options(*args):
+            if self._compiled_options != options:
+                raise ValueError(
+                    f"{[*options]} must not change during `fit`, which compiles its "
+                    "steps with them: change them between two calls. "
+                    f"Received: {self._compiled_options}, after {options}"
+                )
+            self._in_train_function = training
             try:
-                return train_function(*args)
+                return function(*args)
             finally:
                 self._in_train_function = False
 
-        return marked
+        with_fixed_options.options = options
+        return with_fixed_options
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:

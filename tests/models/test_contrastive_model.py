@@ -282,6 +282,49 @@ def test_compiled_and_eager_steps_fit_to_the_same_weights():
             np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shapes"),
+    [
+        ("mask_ratio", 0.75, [(4, 16)]),
+        ("micro_batch_size", 2, [(2, 16)]),
+        ("views", 2, [(4, 16), (4, 16)]),
+        ("duplicates", "negative", [(4, 16)]),
+    ],
+)
+def test_options_count_from_the_next_fit_and_must_not_change_in_one(
+    name, value, shapes
+):
+    seen = []
+
+    class Seen(kcm.RandomMasking):
+        def score(self, noise, images=None, tokens=None):
+            seen.append(tuple(noise.shape))
+            return super().score(noise, images, tokens)
+
+    masking = Seen(0.5, num_prefix_tokens=0)
+    model = masked_model(masking, loss="sigmoid")
+    model.compile(keras.optimizers.SGD(1e-9))
+    pairs = random_pairs(4)
+    pairs["token_ids"][1] = pairs["token_ids"][0]
+    owner = masking if name == "mask_ratio" else model
+    old = getattr(owner, name)
+    before = one_step(model, pairs, validation_data=pairs)
+    seen.clear()
+    setattr(owner, name, value)
+    after = one_step(model, pairs, validation_data=pairs)
+    assert {*seen} == {*shapes}
+    assert len(seen) % len(shapes) == 0
+    assert after["mask_ratio"] == [0.75 if name == "mask_ratio" else 0.5]
+    for key in ("loss", "val_loss"):
+        is_moved = abs(after[key][0] - before[key][0]) > 1
+        assert is_moved == (name == "duplicates"), key
+    back = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: epoch and setattr(owner, name, old)
+    )
+    with pytest.raises(ValueError, match=rf"{name}.* must not change.*Received: "):
+        one_step(model, pairs, epochs=2, callbacks=[back])
+
+
 def test_a_masking_trains_under_full_compilation():
     # Compiling takes torch minutes.
     jit_compile = "auto" if keras.backend.backend() == "torch" else True
