@@ -98,8 +98,13 @@ class ContrastiveTrainer(DualEncoder):
             "views": self.views,
         }
 
+    @property
+    def _compiled_with(self):
+        # TensorFlow would still train weights that were frozen after the first step.
+        return self._compiled_options, [weight.trainable for weight in self.weights]
+
     def _is_outdated(self, function):
-        return function is not None and function.options != self._compiled_options
+        return function is not None and function.compiled_with != self._compiled_with
 
     def _with_fixed_options(self, function, training=False):
         """Wraps a train or test function, so that options must not change in it."""
@@ -120,7 +125,7 @@ class ContrastiveTrainer(DualEncoder):
             finally:
                 self._in_train_function = False
 
-        with_fixed_options.options = options
+        with_fixed_options.compiled_with = self._compiled_with
         return with_fixed_options
 
     @property
