@@ -20,11 +20,7 @@ from keras_cluster_mask.models.head import (
     INITIAL_TEMPERATURE,
     ContrastiveHead,
 )
-from keras_cluster_mask.models.inputs import (
-    SIGLIP_MEAN,
-    SIGLIP_STD,
-    call_encoder,
-)
+from keras_cluster_mask.models.inputs import SIGLIP_MEAN, SIGLIP_STD, call_encoder
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.layers import frozen_parts
@@ -236,6 +232,16 @@ class SigLIPContrastiveModel(BackboneModel):
             logit_scale=_prepared(logit_scale, options.get("initial_temperature")),
             logit_bias=_prepared(logit_bias),
         )
+
+    def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
+        length = token_ids.shape[1]
+        if length not in (None, self.context_length):
+            raise ValueError(
+                f"`token_ids` must have {self.context_length} tokens for each text, "
+                "the number of SigLIP's positions: pad texts with the end token, as "
+                f"SigLIP's tokenizer does. Received: {length} tokens"
+            )
+        return super().text_features(token_ids, training)
 
 
 ContrastiveModel.for_backbone.update(

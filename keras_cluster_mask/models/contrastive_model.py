@@ -12,10 +12,7 @@ from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import part_of_batch
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.inputs import (
-    CLIP_MEAN,
-    CLIP_STD,
-)
+from keras_cluster_mask.models.inputs import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training import layers, micro_batches
 from keras_cluster_mask.training.input_rules import (

@@ -9,6 +9,8 @@ from keras_cluster_mask.types import Tensor
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
 INITIAL_LOGIT_BIAS = -10.0
+# A scale may exceed its limit by rounding errors, such as in 1 / 49.
+TOLERANCE = 1 + 1e-6
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -90,8 +92,8 @@ class ContrastiveHead(keras.layers.Layer):
             logit_bias = self._add_scalar("logit_bias", bias)
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
         scale = math.exp(ops.convert_to_numpy(logit_scale))
-        is_above = scale > _above(max_logit_scale)
-        self.max_logit_scale = scale if is_above else float(max_logit_scale)
+        is_higher = scale > max_logit_scale * TOLERANCE
+        self.max_logit_scale = scale if is_higher else float(max_logit_scale)
         # Clip the weight itself. Otherwise it could drift far above the limit and need
         # many steps to return.
         self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
@@ -199,9 +201,8 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
             "`initial_temperature` must be greater than 0. "
             f"Received: initial_temperature={initial_temperature}"
         )
-    if initial_temperature is not None and 1 / initial_temperature > _above(
-        max_logit_scale
-    ):
+    largest = max_logit_scale * TOLERANCE
+    if initial_temperature is not None and 1 / initial_temperature > largest:
         raise ValueError(
             "`initial_temperature` must be at least 1 / `max_logit_scale`, below which "
             "the temperature cannot fall. Received: "
@@ -213,11 +214,6 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
             "`initial_logit_bias` is for loss='sigmoid'. "
             f"Received: initial_logit_bias={initial_logit_bias}, loss='softmax'"
         )
-
-
-def _above(limit):
-    """Returns a limit that rounding errors, such as in 1 / 49, do not exceed."""
-    return limit * (1 + 1e-6)
 
 
 class _AtMost(keras.constraints.Constraint):

@@ -91,12 +91,8 @@ class ContrastiveTrainer(DualEncoder):
     @property
     def _compiled_options(self):
         """The options that steps are compiled with, which may change between fits."""
-        return {
-            "duplicates": self.duplicates,
-            "mask_ratio": [masking.mask_ratio for masking in self.maskings],
-            "micro_batch_size": self.micro_batch_size,
-            "views": self.views,
-        }
+        ratios = [masking.mask_ratio for masking in self.maskings]
+        return ratios, self.micro_batch_size, self.views, self.duplicates
 
     @property
     def _compiled_with(self):
@@ -115,8 +111,8 @@ class ContrastiveTrainer(DualEncoder):
         def with_fixed_options(*args):
             if self._compiled_options != options:
                 raise ValueError(
-                    f"{[*options]} must not change during `fit`, which compiles its "
-                    "steps with them: change them between two calls. "
+                    "`mask_ratio`, `micro_batch_size`, `views` and `duplicates` must "
+                    "not change during a call of `fit`: change them between two. "
                     f"Received: {self._compiled_options}, after {options}"
                 )
             self._in_train_function = training
