@@ -17,7 +17,9 @@ from keras_cluster_mask.models.inputs import (
 )
 from tests.helpers import (
     FAST,
+    MASKINGS,
     VOCABULARY,
+    assert_same_values,
     options_of,
     random_pairs,
     tiny_clip,
@@ -330,6 +332,37 @@ def test_the_softmax_loss_leaves_the_bias_of_siglip_alone():
     model.fit(random_pairs(4), batch_size=4, verbose=0)
     assert scalar(backbone.siglip_head.logit_bias) == 0.0
     assert scalar(model.head.scale) != pytest.approx(14.0, rel=1e-6)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [(None, "random"), ("cluster", "random"), ("random", None)]
+)
+def test_weights_load_into_a_model_with_another_masking(saved, loaded, tmp_path):
+    source, target = (
+        kcm.ContrastiveModel.from_backbone(
+            tiny_clip(), None if kind is None else MASKINGS[kind]()
+        )
+        for kind in (saved, loaded)
+    )
+    source.save_weights(tmp_path / "model.weights.h5")
+    target.load_weights(tmp_path / "model.weights.h5")
+    assert_same_values(target.backbone.weights, source.backbone.weights)
+
+
+@pytest.mark.any_backend
+def test_siglip_says_how_many_tokens_a_text_must_have():
+    model = kcm.ContrastiveModel.from_backbone(tiny_siglip())
+    model.compile("sgd", run_eagerly=True)
+    pairs = random_pairs(4)
+    pairs["token_ids"] = pairs["token_ids"][:, :4]
+    for embed in (
+        model.fit,
+        model.predict,
+        lambda x: model.encode_text(x["token_ids"]),
+    ):
+        with pytest.raises(ValueError, match=r"must have 6 tokens.*Received: 4 tokens"):
+            embed(pairs)
 
 
 # === Positions of CLIP ===
