@@ -177,7 +177,7 @@ class ContrastiveTrainer(DualEncoder):
 
         Raises:
             ValueError: If a loss or metrics are passed, or if the optimizer has already
-                been built to decay vectors.
+                been built to decay vectors, or for the weights of another model.
         """
         built_in = ("loss", "loss_weights", "metrics", "weighted_metrics")
         check_unused(
