@@ -46,11 +46,16 @@ def rows_per_device(rows):
 
     On JAX a step sees the rows of all devices.
     """
+    return -(-rows // parts_of_batch())
+
+
+def parts_of_batch():
+    """Returns the number of parts that a distribution of JAX splits a batch into."""
     distribution = keras.distribution.distribution()
     known = keras.distribution.DataParallel, keras.distribution.ModelParallel
     if keras.backend.backend() != "jax" or not isinstance(distribution, known):
-        return rows
-    return -(-rows // distribution.num_model_replicas)
+        return 1
+    return distribution.num_model_replicas
 
 
 def all_gather(x):

@@ -375,6 +375,9 @@ class PatchMasking(keras.layers.Layer):
             store[str(index)] = variable
 
     def load_own_variables(self, store: Any) -> None:
+        # Weights of a model without this masking have no state for it.
+        if not store.keys():
+            return
         for index, variable in enumerate(self.own_variables):
             variable.assign(store[str(index)])
 

@@ -19,11 +19,7 @@ from keras_cluster_mask.models.head import (
     INITIAL_TEMPERATURE,
     ContrastiveHead,
 )
-from keras_cluster_mask.models.inputs import (
-    SIGLIP_MEAN,
-    SIGLIP_STD,
-    call_encoder,
-)
+from keras_cluster_mask.models.inputs import SIGLIP_MEAN, SIGLIP_STD, call_encoder
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.layers import frozen_parts
@@ -74,6 +70,7 @@ class BackboneModel(ContrastiveModel):
             options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
             parts = self.head_parts(backbone, **options)
             head = ContrastiveHead(**options, **parts, name="head")
+            kwargs["max_logit_scale"] = head.max_logit_scale
         super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
@@ -227,7 +224,14 @@ class SigLIPContrastiveModel(BackboneModel):
         **kwargs: See `ContrastiveModel.from_backbone`, which makes this model.
     """
 
-    defaults = {"loss": "sigmoid", "pixel_mean": SIGLIP_MEAN, "pixel_std": SIGLIP_STD}
+    defaults = {
+        "loss": "sigmoid",
+        # SigLIP is trained without a limit, to scales above 110. This one only stops a
+        # scale that diverges.
+        "max_logit_scale": 1000.0,
+        "pixel_mean": SIGLIP_MEAN,
+        "pixel_std": SIGLIP_STD,
+    }
 
     @classmethod
     def head_parts(cls, backbone: keras.Model, **options: Any) -> dict[str, Any]:
@@ -245,6 +249,16 @@ class SigLIPContrastiveModel(BackboneModel):
             logit_scale=_prepared(logit_scale, options.get("initial_temperature")),
             logit_bias=_prepared(logit_bias),
         )
+
+    def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
+        length = token_ids.shape[1]
+        if length not in (None, self.context_length):
+            raise ValueError(
+                f"`token_ids` must have {self.context_length} tokens for each text, "
+                "the number of SigLIP's positions: pad texts with the end token, as "
+                f"SigLIP's tokenizer does. Received: {length} tokens"
+            )
+        return super().text_features(token_ids, training)
 
 
 ContrastiveModel.for_backbone.update(

@@ -12,10 +12,7 @@ from keras_cluster_mask.losses import batch_loss, caption_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import part_of_batch
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.inputs import (
-    CLIP_MEAN,
-    CLIP_STD,
-)
+from keras_cluster_mask.models.inputs import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training import layers, micro_batches
 from keras_cluster_mask.training.input_rules import (
@@ -25,6 +22,7 @@ from keras_cluster_mask.training.input_rules import (
     as_weights,
     check_unused,
 )
+from keras_cluster_mask.training.step_metrics import StepMean
 from keras_cluster_mask.types import Tensor
 
 
@@ -80,7 +78,8 @@ class ContrastiveModel(ContrastiveTrainer):
             sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale of the logits, 1 / temperature, never
-            exceeds it.
+            exceeds it. A pre-trained backbone with a higher scale keeps that as its
+            limit.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
@@ -172,12 +171,12 @@ class ContrastiveModel(ContrastiveTrainer):
         self.duplicates = duplicates
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.accuracy_metrics = [
-            keras.metrics.Mean(name="image_to_text_accuracy"),
-            keras.metrics.Mean(name="text_to_image_accuracy"),
+            StepMean(name="image_to_text_accuracy"),
+            StepMean(name="text_to_image_accuracy"),
         ]
-        self.temperature_metric = keras.metrics.Mean(name="temperature")
+        self.temperature_metric = StepMean(name="temperature")
         if self.maskings:
-            self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
+            self.mask_ratio_metric = StepMean(name="mask_ratio")
 
     @classmethod
     def from_backbone(
@@ -201,9 +200,10 @@ class ContrastiveModel(ContrastiveTrainer):
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
                 `projection_dim`. `loss` defaults to the backbone's own, and so do
-                `pixel_mean` and `pixel_std`. `initial_temperature=None` keeps the
-                temperature of the backbone; a fresh SigLIP, and a CLIP with the
-                sigmoid loss, start at 0.1, with a bias of -10.
+                `pixel_mean` and `pixel_std`. `max_logit_scale` defaults to 1000 for
+                SigLIP. `initial_temperature=None` keeps the temperature of the
+                backbone; a fresh SigLIP, and a CLIP with the sigmoid loss, start at
+                0.1, with a bias of -10.
 
         Returns:
             A `ContrastiveModel` with the attributes `backbone` and `masking`: a
@@ -248,13 +248,17 @@ class ContrastiveModel(ContrastiveTrainer):
                 self, inputs, self.micro_batch_size
             )
             self.add_loss(extra_losses)
-            return embeddings
-        if training and replicas.num_replicas() > 1:
+        elif training and replicas.num_replicas() > 1:
             # A replica's rows get the same masks as in the global batch.
             rows = inputs["token_ids"].shape[0] * replicas.num_replicas()
             with part_of_batch(rows, replicas.local_rows):
-                return self.embed(inputs, training)
-        return self.embed(inputs, training)
+                embeddings = self.embed(inputs, training)
+        else:
+            embeddings = self.embed(inputs, training)
+        if training and self._in_train_function:
+            # Not in `compute_loss`, which may be overridden.
+            self._advance_maskings()
+        return embeddings
 
     def compute_loss(
         self,
@@ -264,10 +268,11 @@ class ContrastiveModel(ContrastiveTrainer):
         sample_weight: Tensor | None = None,
         training: bool = True,
     ) -> Tensor:
-        """Computes the loss of a batch, and updates the metrics and the maskings.
+        """Computes the loss of a batch, and updates the metrics.
 
-        To train on another loss, override this method and call
-        `super().compute_loss(...)` in it.
+        To train on another loss, override this method. If it does not call
+        `super().compute_loss(...)`, the logs show only the loss and the metrics that it
+        updates. In a training loop of your own, a call is a step of the maskings.
 
         Args:
             x: The batch, a dictionary.
@@ -295,7 +300,10 @@ class ContrastiveModel(ContrastiveTrainer):
         if self.duplicates == "positive":
             labels = caption_labels(x["token_ids"])
         else:
-            labels = ops.arange(ops.shape(images)[0])
+            # Each replica numbers its own rows.
+            rows = ops.arange(ops.shape(images)[0])
+            replica = ops.full_like(rows, replicas.replica_index())
+            labels = ops.stack([rows, replica], axis=1)
         weights, is_split = self.head.loss_weights, replicas.batch_is_split(training)
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
         # For each view, the contributions of the pairs to the loss and to the
@@ -328,7 +336,8 @@ class ContrastiveModel(ContrastiveTrainer):
                 if is_split:
                     ratio = replicas.replica_mean(ratio)
                 self.mask_ratio_metric.update_state(ratio)
-                masking.advance()
+            if not self._in_train_function:
+                self._advance_maskings()
         return loss
 
     def _without_small_batches(self, loss, losses, sample_weight, is_split):

@@ -33,6 +33,7 @@ class ContrastiveTrainer(DualEncoder):
         self.finite_steps = FiniteSteps()
         self.gradient_norm: GradientNorm | None = None
         self._is_evaluating = False
+        self._in_train_function = False
 
     # === One step ===
 
@@ -74,12 +75,56 @@ class ContrastiveTrainer(DualEncoder):
         for masking in self.maskings:
             masking.check_ready()
         before = self.train_function
-        super().make_train_function(force)
+        super().make_train_function(force or self._is_outdated(before))
         if self.train_function is not before:
-            self.train_function = gradients.over_processes(
+            function = gradients.over_processes(
                 self.train_function, self, layers.averaged_variables(self)
             )
+            self.train_function = self._with_fixed_options(function, training=True)
         return self.train_function
+
+    def make_test_function(self, force: bool = False) -> Any:
+        before = self.test_function
+        super().make_test_function(force or self._is_outdated(before))
+        if self.test_function is not before:
+            self.test_function = self._with_fixed_options(self.test_function)
+        return self.test_function
+
+    @property
+    def _compiled_options(self):
+        """The options that steps are compiled with, which may change between fits."""
+        ratios = [masking.mask_ratio for masking in self.maskings]
+        return ratios, self.micro_batch_size, self.views, self.duplicates
+
+    @property
+    def _compiled_with(self):
+        # TensorFlow would still train weights that were frozen after the first step.
+        return self._compiled_options, [weight.trainable for weight in self.weights]
+
+    def _is_outdated(self, function):
+        return function is not None and function.compiled_with != self._compiled_with
+
+    def _with_fixed_options(self, function, training=False):
+        """Wraps a train or test function, so that options must not change in it."""
+        options = self._compiled_options
+
+        # It must not refer to itself: JAX reuses the steps of a function that was
+        # replaced but not deleted.
+        def with_fixed_options(*args):
+            if self._compiled_options != options:
+                raise ValueError(
+                    "`mask_ratio`, `micro_batch_size`, `views` and `duplicates` must "
+                    "not change during a call of `fit`: change them between two. "
+                    f"Received: {self._compiled_options}, after {options}"
+                )
+            self._in_train_function = training
+            try:
+                return function(*args)
+            finally:
+                self._in_train_function = False
+
+        with_fixed_options.compiled_with = self._compiled_with
+        return with_fixed_options
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -139,7 +184,8 @@ class ContrastiveTrainer(DualEncoder):
 
         Raises:
             ValueError: If there is no optimizer, if a loss or metrics are passed, or if
-                the optimizer has already been built to decay vectors.
+                the optimizer has already been built to decay vectors, or for the
+                weights of another model.
         """
         built_in = ("loss", "loss_weights", "metrics", "weighted_metrics")
         check_unused(
@@ -280,6 +326,7 @@ class ContrastiveTrainer(DualEncoder):
             yield
         finally:
             self._is_evaluating = False
+        self._in_train_function = False
 
     # === Saving ===
 

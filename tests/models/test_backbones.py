@@ -18,7 +18,9 @@ from keras_cluster_mask.models.inputs import (
 )
 from tests.helpers import (
     FAST,
+    MASKINGS,
     VOCABULARY,
+    assert_same_values,
     options_of,
     random_pairs,
     tiny_clip,
@@ -325,6 +327,25 @@ def test_a_siglip_that_was_trained_stays_where_it_is():
     assert [scalar(x) for x in kept.head.loss_weights] == [1.0, -3.0]
 
 
+@pytest.mark.parametrize(("kind", "log_scale"), [("clip", 4.6052), ("siglip", 4.77)])
+def test_the_scale_of_a_trained_backbone_is_never_lowered_to_a_limit(
+    kind, log_scale, tmp_path
+):
+    backbone = KINDS[kind][0]()
+    getattr(backbone, KINDS[kind][2]).logit_scale.assign(log_scale)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    assert scalar(model.head.scale) == pytest.approx(math.exp(log_scale), rel=1e-6)
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        each.compile(optimizer=keras.optimizers.SGD(0.0), **FAST)
+        each.fit(random_pairs(4), batch_size=4, verbose=0)
+        assert scalar(each.head.logit_scale) == np.float32(log_scale)
+        # A step lowers it, and nothing raises it above a limit.
+        each.head.logit_scale.assign(9.0)
+        limit = {"clip": math.exp(log_scale), "siglip": 1000.0}[kind]
+        assert scalar(each.head.scale) == pytest.approx(limit, rel=1e-6)
+
+
 def test_the_softmax_loss_leaves_the_bias_of_siglip_alone():
     backbone = tiny_siglip()
     backbone.siglip_head.logit_scale.assign(math.log(14.0))
@@ -333,6 +354,37 @@ def test_the_softmax_loss_leaves_the_bias_of_siglip_alone():
     model.fit(random_pairs(4), batch_size=4, verbose=0)
     assert scalar(backbone.siglip_head.logit_bias) == 0.0
     assert scalar(model.head.scale) != pytest.approx(14.0, rel=1e-6)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [(None, "random"), ("cluster", "random"), ("random", None)]
+)
+def test_weights_load_into_a_model_with_another_masking(saved, loaded, tmp_path):
+    source, target = (
+        kcm.ContrastiveModel.from_backbone(
+            tiny_clip(), None if kind is None else MASKINGS[kind]()
+        )
+        for kind in (saved, loaded)
+    )
+    source.save_weights(tmp_path / "model.weights.h5")
+    target.load_weights(tmp_path / "model.weights.h5")
+    assert_same_values(target.backbone.weights, source.backbone.weights)
+
+
+@pytest.mark.any_backend
+def test_siglip_says_how_many_tokens_a_text_must_have():
+    model = kcm.ContrastiveModel.from_backbone(tiny_siglip())
+    model.compile("sgd", run_eagerly=True)
+    pairs = random_pairs(4)
+    pairs["token_ids"] = pairs["token_ids"][:, :4]
+    for embed in (
+        model.fit,
+        model.predict,
+        lambda x: model.encode_text(x["token_ids"]),
+    ):
+        with pytest.raises(ValueError, match=r"must have 6 tokens.*Received: 4 tokens"):
+            embed(pairs)
 
 
 # === Positions of CLIP ===
