@@ -5,10 +5,12 @@ import functools
 import math
 import multiprocessing.connection
 import os
+import queue
 import shutil
 import threading
 import weakref
 from concurrent import futures
+from multiprocessing.shared_memory import ShareableList
 from typing import Any, Self
 
 import grain
@@ -22,6 +24,8 @@ from keras_cluster_mask.data.tokenizing import is_layer, tokenize
 MAX_AHEAD, AHEAD = 2**29, 2
 # More threads in one process would wait for each other.
 MAX_THREADS = 16
+# The seconds after which worker processes that do not end are killed.
+END_AFTER = 2
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -96,33 +100,34 @@ class ImageTextDataset(grain.IterDataset):
         return as_dataset(self)
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _Iterator(self, *self.batches(self.start))
+        return _Iterator(self)
 
-    def batches(self, start: int) -> tuple[grain.IterDataset, "Threads"]:
-        """Returns a grain dataset of the batches from `start` on, and its threads.
+    def batches(self, start: int) -> tuple[grain.IterDataset, "_Reader", list[int]]:
+        """Returns a grain dataset of the batches from `start` on; see `finished`.
 
-        Each element is a batch, whose rows the threads read and decode. See `finished`.
+        Also returns what reads the batches, and the ids of the worker processes, each 0
+        until its process has started.
         """
         rows, workers = self._reading.rows, self._reading.num_workers
         bytes_per_batch = rows * math.prod(self.element_spec["images"].shape[1:])
         ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
         stop = 2**62 if self.training else max(len(self), start)
-        count = min(num_processors() // max(workers, 1), MAX_THREADS)
-        threads = Threads(max(count, 1))
-        read = functools.partial(self._samples.read, threads)
-        # A batch begins as soon as there are free threads, before the last one is done.
-        options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
+        read = _Reader(self._samples, count, ahead, max(workers, 1), stop)
         dataset = grain.MapDataset.range(start, stop).map(read)
-        dataset = dataset.to_iter_dataset(options)
+        # The reader has threads, which a program does not wait for when it ends.
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(0, 0))
         if not workers:
-            return dataset, threads
+            return dataset, read, []
         # Queued batches on both sides, one in progress, and one in use.
         _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
         # grain reads its own absl flags, which few programs parse.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
-        return dataset.mp_prefetch(options, worker_init_fn=_end_with_parent), threads
+        pids = ShareableList([0] * workers)
+        begin = functools.partial(_begin_worker, pids)
+        return dataset.mp_prefetch(options, worker_init_fn=begin), read, pids
 
     def finished(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """Adds the token ids of a Keras layer, which cannot run in worker processes."""
@@ -136,37 +141,113 @@ class ImageTextDataset(grain.IterDataset):
         return f"ImageTextDataset({self.num_samples} samples, {len(self)} batches)"
 
 
-class Threads(futures.ThreadPoolExecutor):
-    """Threads that read and decode the rows of batches.
+class Threads:
+    """Threads that call functions. A program ends without waiting for them.
 
     A copy in another process has its own threads.
 
     Args:
-        count: int. The number of threads.
+        count: int. The maximum number of threads.
     """
 
     def __init__(self, count):
-        super().__init__(count, "read samples")
         self.count = count
+        self._tasks, self._threads = queue.SimpleQueue(), []
+        self._lock, self._ended = threading.Lock(), False
 
     def __reduce__(self):
         return Threads, (self.count,)
+
+    def submit(self, function, *arguments):
+        """Returns the `Future` of a call."""
+        future = futures.Future()
+        with self._lock:
+            if self._ended:
+                raise futures.CancelledError
+            self._tasks.put((future, function, arguments))
+            if len(self._threads) < self.count:
+                self._threads.append(threading.Thread(target=self._work, daemon=True))
+                self._threads[-1].start()
+        return future
+
+    def map(self, function, items):
+        """Returns the results of calls, in order."""
+        return [each.result() for each in [self.submit(function, x) for x in items]]
+
+    def end(self):
+        """Ends the threads after the calls in progress, and cancels the others."""
+        with self._lock:
+            self._ended = True
+            for _ in self._threads:
+                self._tasks.put(None)
+
+    def _work(self):
+        while task := self._tasks.get():
+            future, function, arguments = task
+            try:
+                if self._ended:
+                    raise futures.CancelledError
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+            # Otherwise an idle thread keeps the last result.
+            del task, future, arguments
+
+
+class _Reader:
+    """Reads batches by their number, and begins the next ones in the background.
+
+    Args:
+        samples: `Samples`.
+        count: int. The number of threads that read and decode rows.
+        ahead: int. The number of batches that are read ahead.
+        step: int. The distance from a batch to the next one.
+        stop: int. The number of the batch after the last.
+    """
+
+    def __init__(self, samples, count, ahead, step, stop):
+        self._samples, self._rows, self._batches = (
+            samples,
+            Threads(count),
+            Threads(ahead),
+        )
+        self._step, self._stop, self._begun = step, stop, {}
+
+    def __call__(self, batch):
+        # A batch begins as soon as there are free threads, before the last one is done.
+        last = batch + self._batches.count * self._step
+        for each in range(batch, min(last + 1, self._stop), self._step):
+            if each not in self._begun:
+                read = self._samples.read
+                self._begun[each] = self._batches.submit(read, self._rows, each)
+        return self._begun.pop(batch).result()
+
+    def end(self):
+        self._batches.end()
+        self._rows.end()
 
 
 class _Iterator(grain.DatasetIterator):
     """Counts broken samples, skips empty batches, and closes the workers at the end."""
 
-    def __init__(self, dataset, batches, threads):
+    def __init__(self, dataset):
         super().__init__()
         self._dataset = dataset
         self._skipped = dataset.skipped = copy.deepcopy(dataset._reading.skipped)
         self._pid = os.getpid()
-        self._start(dataset.start, batches, threads)
+        self._start(dataset.start)
 
-    def _start(self, batch, batches, threads):
-        self._batch, self._batches = batch, [iter(batches)]
+    def _start(self, batch):
+        batches, reader, pids = self._dataset.batches(batch)
+        self._batch, self._batches = batch, iter(batches)
+        closing = threading.Event()
+        # A thread, because grain waits for its workers; it cannot start at exit.
+        closer = threading.Thread(
+            target=_close_later, args=(closing, self._batches), daemon=True
+        )
+        closer.start()
         # Also runs at exit, before the modules that it needs are unloaded.
-        self._close = weakref.finalize(self, _close, self._batches, threads)
+        self._close = weakref.finalize(self, _close, reader, closing, closer, pids)
 
     def __next__(self):
         if os.getpid() != self._pid:
@@ -177,10 +258,10 @@ class _Iterator(grain.DatasetIterator):
                 f"process {os.getpid()}, started in {self._pid}"
             )
         while True:
-            if not self._batches:
+            if not self._close.alive:
                 raise StopIteration
             try:
-                batch = next(self._batches[0])
+                batch = next(self._batches)
             except BaseException:
                 self._close()
                 raise
@@ -202,17 +283,33 @@ class _Iterator(grain.DatasetIterator):
 
     def set_state(self, state):
         self._close()
-        self._start(state["batch"], *self._dataset.batches(state["batch"]))
+        self._start(state["batch"])
 
 
-def _close(iterators, threads):
+def _close_later(closing, iterator):
+    closing.wait()
+    iterator.close()
+
+
+def _close(reader, closing, closer, pids):
+    """Ends threads and workers, and waits a short time for those that stall."""
     # The batches in progress are not finished.
-    threads.shutdown(wait=False, cancel_futures=True)
-    iterators.pop().close()
+    reader.end()
+    closing.set()
+    closer.join(END_AFTER)
+    if closer.is_alive():
+        for worker in multiprocessing.active_children():
+            if worker.pid in pids:
+                worker.kill()
+        closer.join(END_AFTER)
+    if pids:
+        pids.shm.close()
+        pids.shm.unlink()
 
 
-def _end_with_parent(index, count):
-    """Ends a worker process when its parent process ends."""
+def _begin_worker(pids, index, count):
+    """Notes the id of a worker process, and ends it when its parent process ends."""
+    pids[index] = os.getpid()
 
     def wait():
         parent = multiprocessing.parent_process()
