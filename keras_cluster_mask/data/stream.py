@@ -1,13 +1,14 @@
 """A grain dataset of batches, which has a length and can start at any batch."""
 
+import collections
 import copy
 import functools
 import math
 import multiprocessing.connection
 import os
-import queue
 import shutil
 import threading
+import time
 import weakref
 from concurrent import futures
 from multiprocessing.shared_memory import ShareableList
@@ -18,14 +19,17 @@ import numpy as np
 from absl import flags
 
 from keras_cluster_mask.data.samples import FAULTS, Samples
+from keras_cluster_mask.data.threads import Threads
 from keras_cluster_mask.data.tokenizing import is_layer, tokenize
 
 # The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
-# More threads in one process would wait for each other.
-MAX_THREADS = 16
-# The seconds after which worker processes that do not end are killed.
-END_AFTER = 2
+# More threads in one process would wait for each other, and the GIL keeps more
+# processors than these from being busy.
+MAX_THREADS, BUSY = 16, 3
+# The seconds between two checks whether a worker must end, and those after which it is
+# killed if it has not.
+POLL, END_AFTER = 0.5, 2.0
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -48,6 +52,8 @@ class ImageTextDataset(grain.IterDataset):
         description: dict. The settings that determine the samples of each batch. A run
             can only be resumed on a dataset with an equal `description`.
         tokenizer: The tokenizer, or None.
+        waits: deque of the times at which the program began and ended to wait for each
+            of the last batches, in seconds.
     """
 
     def __init__(self, samples: Samples):
@@ -61,6 +67,7 @@ class ImageTextDataset(grain.IterDataset):
         self.element_spec = samples.element_spec
         self.description = samples.description
         self.tokenizer = samples.captions.tokenizer
+        self.waits = collections.deque(maxlen=1024)
         self._samples, self._reading = samples, reading
 
     @property
@@ -93,6 +100,17 @@ class ImageTextDataset(grain.IterDataset):
             return None
         return sum(len(self._reading.positions(batch)) for batch in range(len(self)))
 
+    def faster(self, share: float) -> int | None:
+        """Returns the `num_workers` that would shorten the wait for data, or `None`.
+
+        Args:
+            share: float. The share of time that steps wait for data.
+        """
+        workers = max(self._reading.num_workers, 1)
+        wanted = math.ceil(workers / (1 - min(share, 0.9)))
+        useful = min(wanted, -(-num_processors() // BUSY))
+        return useful if useful > workers else None
+
     def as_dataset(self) -> Any:
         """Returns a `tf.data.Dataset` of the batches, which also starts at `start`."""
         from keras_cluster_mask.data.tensorflow import as_dataset
@@ -100,34 +118,33 @@ class ImageTextDataset(grain.IterDataset):
         return as_dataset(self)
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _Iterator(self)
+        return _Iterator(self, *self.batches(self.start))
 
-    def batches(self, start: int) -> tuple[grain.IterDataset, "_Reader", list[int]]:
-        """Returns a grain dataset of the batches from `start` on; see `finished`.
+    def batches(self, start: int) -> tuple[grain.IterDataset, "_Reader"]:
+        """Returns a grain dataset of the batches from `start` on, and their `_Reader`.
 
-        Also returns what reads the batches, and the ids of the worker processes, each 0
-        until its process has started.
+        See `finished`.
         """
         rows, workers = self._reading.rows, self._reading.num_workers
         bytes_per_batch = rows * math.prod(self.element_spec["images"].shape[1:])
         ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
         stop = 2**62 if self.training else max(len(self), start)
         count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
-        read = _Reader(self._samples, count, ahead, max(workers, 1), stop)
+        read = _Reader(self._samples, count, ahead, workers, stop)
         dataset = grain.MapDataset.range(start, stop).map(read)
-        # The reader has threads, which a program does not wait for when it ends.
+        # The reader has threads, and a program does not wait for them when it ends.
         dataset = dataset.to_iter_dataset(grain.ReadOptions(0, 0))
         if not workers:
-            return dataset, read, []
+            return dataset, read
         # Queued batches on both sides, one in progress, and one in use.
         _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
         # grain reads its own absl flags, which few programs parse.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
-        pids = ShareableList([0] * workers)
-        begin = functools.partial(_begin_worker, pids)
-        return dataset.mp_prefetch(options, worker_init_fn=begin), read, pids
+        read.workers = ShareableList([0] * workers + [False])
+        begin = functools.partial(_begin_worker, read.workers)
+        return dataset.mp_prefetch(options, worker_init_fn=begin), read
 
     def finished(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """Adds the token ids of a Keras layer, which cannot run in worker processes."""
@@ -141,59 +158,6 @@ class ImageTextDataset(grain.IterDataset):
         return f"ImageTextDataset({self.num_samples} samples, {len(self)} batches)"
 
 
-class Threads:
-    """Threads that call functions. A program ends without waiting for them.
-
-    A copy in another process has its own threads.
-
-    Args:
-        count: int. The maximum number of threads.
-    """
-
-    def __init__(self, count):
-        self.count = count
-        self._tasks, self._threads = queue.SimpleQueue(), []
-        self._lock, self._ended = threading.Lock(), False
-
-    def __reduce__(self):
-        return Threads, (self.count,)
-
-    def submit(self, function, *arguments):
-        """Returns the `Future` of a call."""
-        future = futures.Future()
-        with self._lock:
-            if self._ended:
-                raise futures.CancelledError
-            self._tasks.put((future, function, arguments))
-            if len(self._threads) < self.count:
-                self._threads.append(threading.Thread(target=self._work, daemon=True))
-                self._threads[-1].start()
-        return future
-
-    def map(self, function, items):
-        """Returns the results of calls, in order."""
-        return [each.result() for each in [self.submit(function, x) for x in items]]
-
-    def end(self):
-        """Ends the threads after the calls in progress, and cancels the others."""
-        with self._lock:
-            self._ended = True
-            for _ in self._threads:
-                self._tasks.put(None)
-
-    def _work(self):
-        while task := self._tasks.get():
-            future, function, arguments = task
-            try:
-                if self._ended:
-                    raise futures.CancelledError
-                future.set_result(function(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
-            # Otherwise an idle thread keeps the last result.
-            del task, future, arguments
-
-
 class _Reader:
     """Reads batches by their number, and begins the next ones in the background.
 
@@ -201,17 +165,22 @@ class _Reader:
         samples: `Samples`.
         count: int. The number of threads that read and decode rows.
         ahead: int. The number of batches that are read ahead.
-        step: int. The distance from a batch to the next one.
+        num_workers: int. The number of processes that take turns.
         stop: int. The number of the batch after the last.
+
+    Attributes:
+        workers: list of the id of each worker process, 0 before it starts, and of
+            whether the workers must end. All processes share it. Empty without workers.
     """
 
-    def __init__(self, samples, count, ahead, step, stop):
+    def __init__(self, samples, count, ahead, num_workers, stop):
         self._samples, self._rows, self._batches = (
             samples,
             Threads(count),
             Threads(ahead),
         )
-        self._step, self._stop, self._begun = step, stop, {}
+        self._step, self._stop, self._begun = max(num_workers, 1), stop, {}
+        self.workers = []
 
     def __call__(self, batch):
         # A batch begins as soon as there are free threads, before the last one is done.
@@ -220,34 +189,60 @@ class _Reader:
             if each not in self._begun:
                 read = self._samples.read
                 self._begun[each] = self._batches.submit(read, self._rows, each)
-        return self._begun.pop(batch).result()
+        future = self._begun.pop(batch)
+        while not futures.wait([future], POLL).done:
+            if self.workers and self.workers[-1]:
+                raise futures.CancelledError
+        return future.result()
 
-    def end(self):
-        self._batches.end()
-        self._rows.end()
+    def close(self, pid, iterator, closer):
+        """Closes threads and workers, and waits a short time for those that stall.
+
+        Args:
+            pid: int. The process that started them. A fork of it must not close them.
+            iterator: The iterator over the batches.
+            closer: `Threads`, in which it is closed, since grain waits without a limit.
+        """
+        if os.getpid() != pid:
+            return
+        # The batches in progress are not finished.
+        self._batches.close()
+        self._rows.close()
+        if self.workers:
+            self.workers[-1] = True
+        closing = closer.submit(iterator.close)
+        if not futures.wait([closing], END_AFTER).done:
+            # The workers that have been stopped by a signal or a debugger.
+            for process in multiprocessing.active_children():
+                if process.pid in [*self.workers]:
+                    process.kill()
+            futures.wait([closing], END_AFTER)
+        closer.close()
+        if self.workers:
+            self.workers.shm.close()
+            self.workers.shm.unlink()
 
 
 class _Iterator(grain.DatasetIterator):
     """Counts broken samples, skips empty batches, and closes the workers at the end."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, batches, reader):
         super().__init__()
         self._dataset = dataset
         self._skipped = dataset.skipped = copy.deepcopy(dataset._reading.skipped)
         self._pid = os.getpid()
-        self._start(dataset.start)
+        dataset.waits.clear()
+        self._start(dataset.start, batches, reader)
 
-    def _start(self, batch):
-        batches, reader, pids = self._dataset.batches(batch)
+    def _start(self, batch, batches, reader):
         self._batch, self._batches = batch, iter(batches)
-        closing = threading.Event()
-        # A thread, because grain waits for its workers; it cannot start at exit.
-        closer = threading.Thread(
-            target=_close_later, args=(closing, self._batches), daemon=True
-        )
-        closer.start()
+        closer = Threads(1)
+        # At exit, no thread can start.
+        closer.submit(int)
         # Also runs at exit, before the modules that it needs are unloaded.
-        self._close = weakref.finalize(self, _close, reader, closing, closer, pids)
+        self._close = weakref.finalize(
+            self, reader.close, self._pid, self._batches, closer
+        )
 
     def __next__(self):
         if os.getpid() != self._pid:
@@ -260,12 +255,14 @@ class _Iterator(grain.DatasetIterator):
         while True:
             if not self._close.alive:
                 raise StopIteration
+            began = time.perf_counter()
             try:
                 batch = next(self._batches)
             except BaseException:
                 self._close()
                 raise
             self._batch += 1
+            self._dataset.waits.append((began, time.perf_counter()))
             rows = len(batch["images"])
             faults = batch.pop(FAULTS)
             # In training, broken samples have been replaced.
@@ -283,33 +280,12 @@ class _Iterator(grain.DatasetIterator):
 
     def set_state(self, state):
         self._close()
-        self._start(state["batch"])
+        self._start(state["batch"], *self._dataset.batches(state["batch"]))
 
 
-def _close_later(closing, iterator):
-    closing.wait()
-    iterator.close()
-
-
-def _close(reader, closing, closer, pids):
-    """Ends threads and workers, and waits a short time for those that stall."""
-    # The batches in progress are not finished.
-    reader.end()
-    closing.set()
-    closer.join(END_AFTER)
-    if closer.is_alive():
-        for worker in multiprocessing.active_children():
-            if worker.pid in pids:
-                worker.kill()
-        closer.join(END_AFTER)
-    if pids:
-        pids.shm.close()
-        pids.shm.unlink()
-
-
-def _begin_worker(pids, index, count):
+def _begin_worker(workers, index, count):
     """Notes the id of a worker process, and ends it when its parent process ends."""
-    pids[index] = os.getpid()
+    workers[index] = os.getpid()
 
     def wait():
         parent = multiprocessing.parent_process()

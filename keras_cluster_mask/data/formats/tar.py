@@ -34,10 +34,12 @@ class Tar(Format):
         last = None
         try:
             with files.open_file(path) as file:
+                # First, since it discards what has been read ahead.
+                length = file.seek(0, io.SEEK_END)
+                file.seek(0)
                 if file.read(8).startswith(COMPRESSED):
                     kind = "a compressed file: decompress it, such as with `gunzip`"
                     raise NoRandomAccess(path, kind)
-                length = file.seek(0, io.SEEK_END)
                 file.seek(0)
                 archive = tarfile.TarFile(fileobj=file, tarinfo=_Header)
                 for key, offset, size, fields in _samples(archive, length):
