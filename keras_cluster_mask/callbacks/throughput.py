@@ -104,11 +104,8 @@ class Throughput(RunCallback):
         if not self._last or logs is None:
             return
         logs.update(self._rates(self._first, self._last[-1]))
-        share, is_first, self._is_first = (
-            logs.get("data_wait", 0),
-            self._is_first,
-            False,
-        )
+        share = logs.get("data_wait", 0)
+        is_first, self._is_first = self._is_first, False
         if is_first and share > TOO_LONG and self.params.get("verbose"):
             workers = self.run.data.stream.faster(share)
             if workers is not None:

@@ -10,6 +10,7 @@ import secrets
 import time
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from keras_cluster_mask.data.threads import Threads
@@ -69,7 +70,8 @@ def open_file(path, mode="rb"):
     if not is_address(path):
         return open(os.path.expanduser(path), mode, READ_AHEAD)
     if mode == "rb":
-        return io.BufferedReader(_RemoteFile(path), READ_AHEAD)
+        # Each request takes time.
+        return io.BufferedReader(_RemoteFile(path), 4 * READ_AHEAD)
     system, name = file_system(path)
     return system.open(name, mode)
 
@@ -263,7 +265,7 @@ def limited(system, function, *arguments, size=0):
         return function(*arguments)
     limit = MAX_WAIT + size / MIN_RATE
     try:
-        if system.async_impl:
+        if issubclass(type(system), AsyncFileSystem):
             # Also cancels the request.
             return function(*arguments, timeout=limit)
         with contextlib.closing(Threads(1)) as threads:

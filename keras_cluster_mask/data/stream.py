@@ -174,13 +174,9 @@ class _Reader:
     """
 
     def __init__(self, samples, count, ahead, num_workers, stop):
-        self._samples, self._rows, self._batches = (
-            samples,
-            Threads(count),
-            Threads(ahead),
-        )
-        self._step, self._stop, self._begun = max(num_workers, 1), stop, {}
-        self.workers = []
+        self._samples, self._stop, self._step = samples, stop, max(num_workers, 1)
+        self._rows, self._batches = Threads(count), Threads(ahead)
+        self._begun, self.workers = {}, []
 
     def __call__(self, batch):
         # A batch begins as soon as there are free threads, before the last one is done.
