@@ -27,10 +27,6 @@ MAX_REQUEST = 2**26
 MAX_WAIT, MIN_RATE = 60.0, 2**18
 
 
-class Truncated(OSError):
-    """A file that ends before a range that is read."""
-
-
 def is_address(path):
     """Returns whether a path is a URL such as `"s3://bucket/a.tar"`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)) is not None
@@ -170,7 +166,8 @@ def read_ranges(ranges):
         ranges: list of `(path, start, stop)`, in bytes. `None` as stop reads the rest.
 
     Returns:
-        list of the bytes of each range, or the `OSError` if it cannot be read.
+        list of the bytes of each range, or the `OSError` if it cannot be read, or an
+        `EOFError`, which a retry cannot resolve, if the file ends before.
     """
     results, missing = [None] * len(ranges), range(len(ranges))
     for pause in (0.0, *RETRY_AFTER):
@@ -222,7 +219,7 @@ def _part_of(reply, first, path, start, stop):
         return reply
     content = reply[start - first : stop - first]
     if len(content) < stop - start:
-        return Truncated(f"{path} ends before byte {stop}")
+        return EOFError(f"{path} ends before byte {stop}")
     return content
 
 
@@ -280,15 +277,15 @@ def _as_os_error(error):
         return error
     if isinstance(error, MemoryError):
         raise error
-    # A `ValueError` means an invalid name. Clients of object stores raise other errors.
-    number = errno.EINVAL if isinstance(error, ValueError) else errno.EIO
-    return OSError(number, str(error))
+    # A `ValueError` means an invalid name, and the status 416 a range beyond the end of a
+    # file. Clients of object stores raise other errors.
+    is_final = isinstance(error, ValueError) or getattr(error, "status", None) == 416
+    return OSError(errno.EINVAL if is_final else errno.EIO, str(error))
 
 
 def _may_pass(result):
     """Returns whether a result is an error that a retry may resolve."""
     final = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
-    final += (Truncated,)
     numbers = errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP
     return (
         isinstance(result, OSError)

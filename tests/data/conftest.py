@@ -86,6 +86,9 @@ def server(tmp_path):
             wanted = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             first, last = map(int, wanted.groups()) if wanted else (0, len(content) - 1)
             part = content[first : last + 1]
+            if not part:
+                server.sent.append(0)
+                return self.send_error(416)
             self.send_response(206 if wanted else 200)
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Length", len(part))

@@ -112,7 +112,7 @@ def test_ranges_beyond_the_end_and_missing_files_are_errors(file):
     end = len(CONTENT)
     ranges = [(file, end - 5, end + 1), (file, 0, 5), (file + "missing", 0, 5)]
     beyond, first, missing = files.read_ranges(ranges)
-    assert isinstance(beyond, OSError)
+    assert isinstance(beyond, EOFError)
     assert f"{file} ends before byte {end + 1}" in str(beyond)
     assert first == CONTENT[:5]
     assert isinstance(missing, FileNotFoundError)
@@ -177,6 +177,13 @@ def test_a_file_that_ends_early_is_not_read_again(unreliable):
     (found,) = files.read_ranges([("unreliable://a", 0, len(CONTENT) + 1)])
     assert "ends before byte" in str(found)
     assert len(unreliable.requests) == 1
+
+
+def test_a_range_beyond_the_end_is_requested_once(tmp_path, server):
+    (tmp_path / "a").write_bytes(CONTENT)
+    (found,) = files.read_ranges([(f"{server.url}/a", len(CONTENT), len(CONTENT) + 9)])
+    assert isinstance(found, OSError)
+    assert server.sent == [0]
 
 
 # === Storage that stalls ===

@@ -296,7 +296,7 @@ def test_a_process_takes_the_parts_that_others_have_built(source, monkeypatch):
 def test_indexing_requests_each_byte_of_a_file_once(
     tmp_path, cache, server, write_tar, format
 ):
-    images = [os.urandom(1000 * size) for size in range(1, 80)]
+    images = [os.urandom(3000 * size) for size in range(1, 80)]
     if format == "tar":
         members = [
             (f"{i}.{end}", c) for i, c in enumerate(images) for end in ("jpg", "txt")
