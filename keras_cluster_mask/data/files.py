@@ -277,8 +277,8 @@ def _as_os_error(error):
         return error
     if isinstance(error, MemoryError):
         raise error
-    # A `ValueError` means an invalid name, and the status 416 a range beyond the end of a
-    # file. Clients of object stores raise other errors.
+    # A `ValueError` means an invalid name, and the status 416 a range beyond the end.
+    # Clients of object stores raise other errors.
     is_final = isinstance(error, ValueError) or getattr(error, "status", None) == 416
     return OSError(errno.EINVAL if is_final else errno.EIO, str(error))
 
