@@ -29,7 +29,7 @@ MAX_AHEAD, AHEAD = 2**29, 2
 MAX_THREADS, BUSY = 16, 3
 # The seconds between two checks whether a worker must end, and those after which it is
 # killed if it has not.
-POLL, END_AFTER = 0.5, 2.0
+POLL, END_AFTER = 0.5, 1.5
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -207,12 +207,14 @@ class _Reader:
         if self.workers:
             self.workers[-1] = True
         closing = closer.submit(iterator.close)
-        if not futures.wait([closing], END_AFTER).done:
+        # grain ends one worker after the other.
+        limit = END_AFTER + len(self.workers) / 4
+        if not futures.wait([closing], limit).done:
             # The workers that have been stopped by a signal or a debugger.
             for process in multiprocessing.active_children():
                 if process.pid in [*self.workers]:
                     process.kill()
-            futures.wait([closing], END_AFTER)
+            futures.wait([closing], limit)
         closer.close()
         if self.workers:
             self.workers.shm.close()
