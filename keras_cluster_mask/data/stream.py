@@ -214,7 +214,7 @@ class _Reader:
             for process in multiprocessing.active_children():
                 if process.pid in [*self.workers]:
                     process.kill()
-            futures.wait([closing], limit)
+            futures.wait([closing], 4 * limit)
         closer.close()
         if self.workers:
             self.workers.shm.close()
