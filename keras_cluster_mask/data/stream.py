@@ -191,12 +191,12 @@ class _Reader:
                 raise futures.CancelledError
         return future.result()
 
-    def close(self, pid, iterator, closer):
+    def close(self, pid, iterators, closer):
         """Closes threads and workers, and waits a short time for those that stall.
 
         Args:
             pid: int. The process that started them. A fork of it must not close them.
-            iterator: The iterator over the batches.
+            iterators: list of the iterator over the batches, which must not outlive it.
             closer: `Threads`, in which it is closed, since grain waits without a limit.
         """
         if os.getpid() != pid:
@@ -206,7 +206,7 @@ class _Reader:
         self._rows.close()
         if self.workers:
             self.workers[-1] = True
-        closing = closer.submit(iterator.close)
+        closing = closer.submit(iterators.pop().close)
         # grain ends one worker after the other.
         limit = END_AFTER + len(self.workers) / 4
         if not futures.wait([closing], limit).done:
@@ -233,7 +233,7 @@ class _Iterator(grain.DatasetIterator):
         self._start(dataset.start, batches, reader)
 
     def _start(self, batch, batches, reader):
-        self._batch, self._batches = batch, iter(batches)
+        self._batch, self._batches = batch, [iter(batches)]
         closer = Threads(1)
         # At exit, no thread can start.
         closer.submit(int)
@@ -255,7 +255,7 @@ class _Iterator(grain.DatasetIterator):
                 raise StopIteration
             began = time.perf_counter()
             try:
-                batch = next(self._batches)
+                batch = next(self._batches[0])
             except BaseException:
                 self._close()
                 raise
