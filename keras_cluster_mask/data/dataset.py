@@ -55,8 +55,8 @@ def image_text_dataset(
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
     by `KEY.txt`), TFRecord files, Parquet files, tables (CSV, TSV, JSON lines) that
     name image files, or folders of images, in which `KEY.txt` is the caption of
-    `KEY.jpg`. They are indexed on first use: a small hidden file next to each shard
-    stores the position of each sample.
+    `KEY.jpg`. They are indexed on first use: a small file for each shard, in a cache
+    folder, stores the position of each sample.
     `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
     processes.
 
@@ -75,17 +75,19 @@ def image_text_dataset(
 
     The index leaves out samples without an image or a caption, samples with a duplicate
     key, samples after the damage in a damaged shard, and rows of a table whose image is
-    a missing local file. An image that cannot be
-    decoded, or cannot be read after several attempts, is replaced in training by
-    another image of the same batch, so the number of steps never depends on broken
-    samples. In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
-    both.
+    a missing local file. An image that cannot be decoded, or cannot be read, is
+    replaced in training by another image of the same batch, so the number of steps
+    never depends on broken samples. In evaluation it is skipped. `dataset.skipped`, a
+    `SkippedSamples`, counts both. A read is tried four times within 6 seconds. Storage
+    at a URL that does not answer for 60 seconds counts as a failed read, so its last
+    error comes after 4 minutes.
 
     Images stay uint8, and models scale them on the device. The EXIF orientation is
     applied.
 
-    Training shuffles samples of local files one by one. Files at URLs are read in
-    blocks of up to 64 consecutive samples, which stay in one batch; see `block_size`.
+    Training shuffles samples of local files one by one. Files at URLs and Parquet files
+    are read in blocks of up to 64 consecutive samples, which stay in one batch; see
+    `block_size`.
 
     Example:
 
@@ -192,8 +194,8 @@ def image_text_dataset(
         block_size: int. In training, blocks of this many consecutive samples are read
             together and stay in one batch, which is faster on object stores and hard
             disks. The number of processes must divide `batch_size // block_size`.
-            Defaults to `None`: 1 for local files; for URLs the largest power of two up
-            to 64 that leaves 16 blocks in a batch.
+            Defaults to `None`: 1 for local files; for URLs and Parquet files the
+            largest power of two up to 64 that leaves 16 blocks in a batch.
         process: pair of ints. The index of this process and the number of processes.
             Each process reads only its rows of every batch. In evaluation, some
             processes may get one batch more than others. Defaults to the values of JAX
@@ -201,11 +203,12 @@ def image_text_dataset(
             every process.
         num_workers: int. The number of worker processes. They are spawned, so a program
             needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
-            process, which share the GIL and decode at most about 3,000 images per
+            process, which share the GIL and decode at most about 2,600 images per
             second on any number of cores.
-        index_dir: str or path. The folder of the index. Defaults to `None`: next to the
-            shards, or `~/.cache/keras_cluster_mask` for shards at URLs and in
-            folders that cannot be written to.
+        index_dir: str or path. The folder of the index. `"beside"` writes a hidden file
+            next to each shard, if it is local and its folder can be written to.
+            Defaults to `None`: `~/.cache/keras_cluster_mask`, unless there is such a
+            hidden file.
 
     Returns:
         An `ImageTextDataset`, which is a `grain.IterDataset`, or a `tf.data.Dataset`,

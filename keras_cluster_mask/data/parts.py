@@ -178,9 +178,9 @@ def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1
     Args:
         shards: dict from the paths of shards to their stamps, as of `find_shards`.
         image_keys: tuple of str. The fields that may hold the image of a row.
-        index_dir: str or path. The folder of the parts. Defaults to `None`: the folder
-            of each shard, or a cache folder for shards at URLs and in folders that
-            cannot be written to.
+        index_dir: str or path. The folder of the parts, or `"beside"` for a hidden file
+            in the folder of each shard, if it is local and can be written to. Defaults
+            to `None`: a cache folder.
         num_workers: int. The number of processes that build parts; 0 for none.
         process: Pair of ints. The index of this process, and the number of processes
             that build the same parts. Each process starts at a different shard, and
@@ -189,7 +189,7 @@ def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1
     Returns:
         list of `Part`.
     """
-    if index_dir is not None:
+    if index_dir not in (None, "beside"):
         index_dir = os.path.abspath(os.path.expanduser(index_dir))
     build = functools.partial(build_part, image_keys=image_keys, index_dir=index_dir)
     parts = {path: _find(path, shards[path], image_keys, index_dir) for path in shards}
@@ -238,7 +238,8 @@ def build_part(path, stamp, image_keys, index_dir=None):
     """
     if part := _find(path, stamp, image_keys, index_dir):
         return part
-    head, *contents = files.retried(lambda: _scan(path, format_of(path), image_keys))
+    scan = functools.partial(_scan, path, format_of(path), image_keys)
+    head, *contents = files.retried(scan, path)
     contents = json.dumps(head).encode() + b"\n", *contents, stamp.encode()
     return read_part(_write(_places(path, image_keys, index_dir), contents))
 
@@ -325,13 +326,15 @@ def _places(path, image_keys, index_dir):
     if image_keys != IMAGE_KEYS and format_of(path).has_rows:
         name += f"-{hash_of(image_keys):016x}"
     unique = f"{name[:100]}-{hash_of(path):016x}.index"
-    if index_dir is not None:
+    if index_dir not in (None, "beside"):
         return [os.path.join(index_dir, unique)]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cached = os.path.join(cache, "keras_cluster_mask", "index", unique)
     if files.is_address(path):
         return [cached]
-    return [os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index"), cached]
+    beside = os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index")
+    # An index that someone else has put beside the shards is used in any case.
+    return [beside, cached] if index_dir else [cached, beside]
 
 
 def _write(places, contents):

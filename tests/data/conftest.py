@@ -1,7 +1,10 @@
 import csv
+import http.server
 import io
 import json
 import random
+import re
+import threading
 
 import fsspec
 import numpy as np
@@ -93,3 +96,48 @@ def memory():
     yield system
     system.store.clear()
     system.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server of `tmp_path`, which sends parts of files.
+
+    `sent` is the number of bytes for each request. The next `stalls` requests get half
+    of their bytes.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = (tmp_path / self.path[1:]).read_bytes()
+            wanted = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            first, last = map(int, wanted.groups()) if wanted else (0, len(content) - 1)
+            part = content[first : last + 1]
+            if not part:
+                server.sent.append(0)
+                return self.send_error(416)
+            self.send_response(206 if wanted else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", len(part))
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            self.end_headers()
+            if self.command == "GET":
+                server.sent.append(len(part))
+                if server.stalls:
+                    server.stalls -= 1
+                    self.wfile.write(part[: len(part) // 2])
+                    released.wait()
+                self.wfile.write(part)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    released = threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.sent, server.stalls = [], 0
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        released.set()
+        server.shutdown()

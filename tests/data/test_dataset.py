@@ -269,6 +269,16 @@ def test_the_numbers_of_processes_that_suit_a_block_size_are_listed(shards):
         make(shards, True, batch_size=24, block_size=4, process=(0, processes))
 
 
+def test_parquet_files_are_read_in_blocks(tmp_path, encode):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [encode(np.full((4, 4, 3), i, "uint8")) for i in range(64)]
+    table = pa.table({"image": images, "caption": [f"no {i}" for i in range(64)]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    dataset = make(tmp_path / "x.parquet", True, batch_size=64, format="grain")
+    # A batch has 16 blocks.
+    assert dataset.description["data.block_size"] == 4
+
+
 def test_all_captions_are_no_tensor(shards):
     pytest.importorskip("tensorflow")
     with pytest.raises(ValueError, match=r"`include_captions='all'`.*Received: "):

@@ -1,6 +1,7 @@
 """What goes wrong while files are read: nothing is lost without being counted."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -87,6 +88,21 @@ def test_the_samples_of_a_shard_that_vanishes_are_replaced_by_others(shards):
         }
         assert len(batch["keys"]) == 30
         assert dataset.skipped.by_reason["the shard cannot be read"] >= 10
+
+
+def test_a_shard_that_is_truncated_after_indexing_does_not_slow_training(
+    shards, monkeypatch
+):
+    dataset, pauses = make(shards, True, batch_size=30), []
+    monkeypatch.setattr(files, "RETRY_AFTER", (9.0,))
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    # A sample is four blocks.
+    os.truncate(shards[1], 4 * 512 * 5)
+    (batch,) = take(dataset, 1)
+    expected = {*numbers(range(15), range(20, 30))}
+    assert {key.decode() for key in batch["keys"]} == expected
+    assert dataset.skipped.by_reason == {"the shard cannot be read": 5}
+    assert not any(pauses)
 
 
 @TRAINING

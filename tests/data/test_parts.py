@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import threading
 
 import pytest
@@ -147,7 +148,7 @@ def test_an_error_in_a_process_is_raised(source, write_tar):
 
 def test_several_programs_may_index_the_same_shards(source):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        built = list(pool.map(lambda _: build(source), range(4)))
+        built = [*pool.map(lambda _: build(source, index_dir="beside"), range(4))]
     assert all(each == built[0] for each in built)
     names = sorted(os.listdir(os.path.dirname(source)))
     hidden = [f".{index}.tar.index" for index in range(4)]
@@ -157,13 +158,25 @@ def test_several_programs_may_index_the_same_shards(source):
 # === Where parts are ===
 
 
-def test_parts_are_beside_the_shards_or_in_the_given_folder(source, tmp_path):
+def test_parts_are_in_the_cache_in_the_given_folder_or_beside_the_shards(
+    source, tmp_path, cache, scanned
+):
     folder = os.path.dirname(source)
-    beside = [f"{folder}/.{index}.tar.index" for index in range(4)]
-    assert [part.path for part in build(source)] == beside
+    assert all(part.path.startswith(str(cache)) for part in build(source))
+    assert sorted(os.listdir(folder)) == [f"{index}.tar" for index in range(4)]
     given = build(source, index_dir=tmp_path / "new" / "index")
     assert {os.path.dirname(part.path) for part in given} == {f"{tmp_path}/new/index"}
     assert len({part.path for part in given}) == 4
+    beside = build(source, index_dir="beside")
+    # A part in the cache is used.
+    assert all(part.path.startswith(str(cache)) for part in beside)
+    shutil.rmtree(cache)
+    beside = build(source, index_dir="beside")
+    assert [p.path for p in beside] == [f"{folder}/.{i}.tar.index" for i in range(4)]
+    scanned.clear()
+    # They need no cache then, for anyone.
+    assert build(source) == beside
+    assert scanned == []
 
 
 def test_shards_of_one_name_have_parts_of_their_own(tmp_path, write_pairs):
@@ -181,9 +194,9 @@ def test_a_folder_that_cannot_be_written_to_is_indexed_in_the_cache(
     for index in range(4):
         # No file can replace a folder, whoever the user is.
         os.makedirs(f"{folder}/.{index}.tar.index/x")
-    built = build(source)
+    built = build(source, index_dir="beside")
     assert all(part.path.startswith(str(cache)) for part in built)
-    assert build(source) == built
+    assert build(source, index_dir="beside") == built
     assert len(scanned) == 4
 
 
@@ -278,3 +291,28 @@ def test_a_process_takes_the_parts_that_others_have_built(source, monkeypatch):
     assert len(build_parts(shards, IMAGE_KEYS, process=(0, 2))) == len(paths)
     # Only the first shard, which both had begun, is built twice.
     assert sorted(built) == sorted([*paths, paths[0]])
+
+
+@pytest.mark.parametrize("format", ["tar", "parquet", "jsonl"])
+def test_indexing_requests_each_byte_of_a_file_once(
+    tmp_path, cache, server, write_tar, format
+):
+    images = [os.urandom(3000 * size) for size in range(1, 80)]
+    if format == "tar":
+        members = [
+            (f"{i}.{end}", c) for i, c in enumerate(images) for end in ("jpg", "txt")
+        ]
+        path = write_tar("x.tar", members)
+    elif format == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        table = pa.table({"image": images, "caption": ["a"] * len(images)})
+        path = tmp_path / "x.parquet"
+        pytest.importorskip("pyarrow.parquet").write_table(table, path, 20)
+    else:
+        row = json.dumps({"file_name": "a" * 30, "text": "a" * 3000})
+        (path := tmp_path / "x.jsonl").write_text(f"{row}\n" * 1000)
+    (part,) = build(f"{server.url}/{path.name}")
+    assert part.num_records in (len(images), 1000)
+    # The metadata at the end of a Parquet file is read first.
+    extra = 2**16 if format == "parquet" else 1
+    assert 2**21 < sum(server.sent) <= path.stat().st_size + extra

@@ -35,8 +35,10 @@ class Tar(Format):
         last = None
         try:
             with files.open_file(path) as file:
-                check_not_compressed(path, file.read(8))
+                # First, since it discards what has been read ahead.
                 length = file.seek(0, io.SEEK_END)
+                file.seek(0)
+                check_not_compressed(path, file.read(8))
                 file.seek(0)
                 archive = tarfile.TarFile(fileobj=file, tarinfo=_Header)
                 for key, offset, size, sizes, entries in _samples(archive, length):

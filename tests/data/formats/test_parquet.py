@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from keras_cluster_mask.data import SkippedSamples, files
-from keras_cluster_mask.data.formats import DamagedShard
+from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
 
@@ -105,6 +105,20 @@ def test_pyarrow_is_named_if_it_is_missing(write, scan, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r"need pyarrow.*pip install.*x\.parquet"):
         list(scan(path))
+
+
+def test_files_are_closed(write, scan, monkeypatch):
+    open_file, opened = files.open_file, []
+
+    def remember(path):
+        opened.append(open_file(path))
+        return opened[-1]
+
+    monkeypatch.setattr(files, "open_file", remember)
+    path = str(write(COLUMNS))
+    assert len([*scan(path)]) == 7
+    assert len(format_of(path).read([(path, 0, 1)])) == 1
+    assert [file.closed for file in opened] == [True, True]
 
 
 def test_a_group_that_cannot_be_read_is_read_again(write, monkeypatch):
