@@ -41,14 +41,6 @@ def batch_is_split(training):
     return num_replicas() > 1 and not alone
 
 
-def rows_per_device(rows):
-    """Returns the number of rows per device in a step of `rows` rows.
-
-    On JAX a step sees the rows of all devices.
-    """
-    return -(-rows // parts_of_batch())
-
-
 def parts_of_batch():
     """Returns the number of parts that a distribution of JAX splits a batch into."""
     distribution = keras.distribution.distribution()

@@ -11,9 +11,9 @@ from keras_cluster_mask.masking.patch_grid import grid_of_masking
 from keras_cluster_mask.masking.selection import (
     PutMask,
     best_patches,
+    check_no_nan,
     count_patches,
     kept_count,
-    mark_nan,
     noise_by_view,
     split_tokens,
 )
@@ -77,8 +77,7 @@ class PatchMasking(keras.layers.Layer):
 
     Reference:
         - [Scaling Language-Image Pre-training via Masking](
-          https://arxiv.org/abs/2212.00794) for masking in contrastive
-          image-text training.
+          https://arxiv.org/abs/2212.00794)
     """
 
     # True if a score of -inf hides a token that is kept as padding. Hiding needs an
@@ -89,8 +88,7 @@ class PatchMasking(keras.layers.Layer):
     # its mask.
     is_random = True
 
-    # For strategies that use images: an integer or `(height, width)` in pixels, and the
-    # data format.
+    # For strategies that use images: an integer or `(height, width)` in pixels.
     patch_size: int | tuple[int, int] | None = None
     data_format: str | None = None
 
@@ -241,10 +239,9 @@ class PatchMasking(keras.layers.Layer):
                 uses `num_prefix_tokens`.
 
         Returns:
-            A tuple `(tokens, visible, indices)`: the kept tokens, `(batch, prefix + K,
-            dim)`; `(batch, prefix + K)` booleans, false for hidden tokens, or `None` if
-            the strategy hides none; and the `(batch, K)` indices of the kept patches.
-            For `v` views they have `batch * v` rows.
+            The kept tokens, `(batch, prefix + K, dim)`; `(batch, prefix + K)` booleans,
+            false for hidden tokens, or `None` if the strategy hides none; the `(batch,
+            K)` indices of the kept patches. For `v` views they have `batch * v` rows.
         """
         # Check only once, because reading a value makes an accelerator wait.
         is_first = not self._is_ready and not any(map(is_traced, self.variables))
@@ -269,7 +266,11 @@ class PatchMasking(keras.layers.Layer):
         if self.counts_calls:
             self.advance()
         kept = ops.concatenate([prefix, kept], axis=1)
-        kept = mark_nan(self, kept, score, can_raise=is_first)
+        has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
+        if is_first:
+            check_no_nan(self, has_nan)
+        # A compiled step cannot raise an error on a value, but its loss is NaN then.
+        kept = kept + ops.cast(ops.where(has_nan, np.nan, 0.0), kept.dtype)
         if not self.hides_tokens:
             return kept, None, indices
         always = ops.ones_like(prefix[:, :, 0], dtype="bool")

@@ -189,24 +189,18 @@ def best_patches(masking, images, tokens, noises):
     return indices, visible, score
 
 
-def mark_nan(masking, tokens, score, can_raise):
-    """Makes the tokens of an image NaN if one of its scores is NaN.
-
-    A compiled step cannot raise an error on a value, but NaN shows in its loss.
+def check_no_nan(masking, has_nan):
+    """Raises an error if the score of an image is NaN, where values can be read.
 
     Args:
         masking: A `PatchMasking`.
-        tokens: `(batch, K, dim)` tensor.
-        score: `(batch, N)` tensor.
-        can_raise: Boolean. Whether to raise an error instead, where values can be read.
+        has_nan: Booleans, one for each image.
     """
-    has_nan = ops.any(ops.isnan(score), axis=-1)
-    if can_raise and not is_traced(has_nan) and np.any(ops.convert_to_numpy(has_nan)):
+    if not is_traced(has_nan) and np.any(ops.convert_to_numpy(has_nan)):
         raise ValueError(
-            f"`score` of `{masking.name}` must not return NaN. Received: score={score}"
+            f"`score` of `{masking.name}` must not return NaN. "
+            f"Received: NaN for {int(np.sum(ops.convert_to_numpy(has_nan)))} images"
         )
-    nan_or_0 = ops.cast(ops.where(has_nan, math.nan, 0.0), tokens.dtype)
-    return tokens + nan_or_0[:, None, None]
 
 
 class PutMask(keras.layers.Layer):

@@ -255,9 +255,10 @@ class ContrastiveModel(ContrastiveTrainer):
                 embeddings = self.embed(inputs, training)
         else:
             embeddings = self.embed(inputs, training)
-        if training and self._in_train_function:
+        if training and self._phase.is_train_step:
             # Not in `compute_loss`, which may be overridden.
-            self._advance_maskings()
+            for masking in self.maskings:
+                masking.advance()
         return embeddings
 
     def compute_loss(
@@ -304,13 +305,20 @@ class ContrastiveModel(ContrastiveTrainer):
             rows = ops.arange(ops.shape(images)[0])
             replica = ops.full_like(rows, replicas.replica_index())
             labels = ops.stack([rows, replica], axis=1)
-        weights, is_split = self.head.loss_weights, replicas.batch_is_split(training)
+        scale, is_split = self.head.scale, replicas.batch_is_split(training)
+        bias = [] if self.head.logit_bias is None else [self.head.logit_bias]
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
         # For each view, the contributions of the pairs to the loss and to the
         # accuracies.
         by_view = [
             batch_loss(
-                self.head.loss, weights, view, texts, labels, sample_weight, is_split
+                self.head.loss,
+                [scale, *bias],
+                view,
+                texts,
+                labels,
+                sample_weight,
+                is_split,
             )
             for view in views
         ]
@@ -329,15 +337,15 @@ class ContrastiveModel(ContrastiveTrainer):
             *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
         for metric, values in zip(self.accuracy_metrics, hits):
             metric.update_state(values, sample_weight)
-        self.temperature_metric.update_state(1.0 / weights[0])
+        self.temperature_metric.update_state(1.0 / scale)
         if training:
             for masking in self.maskings:
                 ratio = masking.last_mask_ratio
                 if is_split:
                     ratio = replicas.replica_mean(ratio)
                 self.mask_ratio_metric.update_state(ratio)
-            if not self._in_train_function:
-                self._advance_maskings()
+                if not self._phase.is_train_step:
+                    masking.advance()
         return loss
 
     def _without_small_batches(self, loss, losses, sample_weight, is_split):

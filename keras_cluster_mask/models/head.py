@@ -142,12 +142,6 @@ class ContrastiveHead(keras.layers.Layer):
         clipped = ops.minimum(log_scale, math.log(self.max_logit_scale))
         return ops.exp(log_scale + ops.stop_gradient(clipped - log_scale))
 
-    @property
-    def loss_weights(self) -> list[Tensor]:
-        """The weights for `losses.batch_loss`: the scale and, if any, the bias."""
-        scale = self.scale
-        return [scale] if self.logit_bias is None else [scale, self.logit_bias]
-
     def check_options(self, options: dict) -> None:
         """Raises an error for options that differ from this head's."""
         for name, value in options.items():

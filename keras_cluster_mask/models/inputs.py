@@ -181,6 +181,9 @@ def text_inputs(names: tuple[str, ...], family: TextFamily, given: Any) -> Any:
 
 def call_encoder(encoder, value, training):
     """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
+    if training is False:
+        # A functional model for inference, such as a tower, should have no masking.
+        encoder = getattr(encoder, "unmasked", encoder)
     inputs = getattr(encoder, "input", None)
     if isinstance(value, dict):
         if not isinstance(inputs, dict):

@@ -157,13 +157,6 @@ class MaskedEncoder(keras.Model):
         masking.enter(encoder)
         self.built = True
 
-    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("training") is False:
-            # The model is its encoder then. A functional model, such as a tower for
-            # inference, should have no masking.
-            return self.encoder(inputs, training=False)
-        return super().__call__(inputs, *args, **kwargs)
-
     def call(
         self, inputs: Any, training: bool | None = None, noise: Tensor | None = None
     ) -> Any:
@@ -198,6 +191,11 @@ class MaskedEncoder(keras.Model):
     def stem(self) -> keras.Model:
         """The part of `encoder` from images to tokens, with shared weights."""
         return self._parts()[0]
+
+    @property
+    def unmasked(self) -> keras.Model:
+        """The encoder, which this model is at inference."""
+        return self.encoder
 
     @property
     def input(self) -> Any:

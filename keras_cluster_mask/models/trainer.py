@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,9 @@ class ContrastiveTrainer(DualEncoder):
         self.finite_steps = FiniteSteps()
         self.gradient_norm: GradientNorm | None = None
         self._is_evaluating = False
-        self._in_train_function = False
+        # In an object of its own, as Keras looks into attributes that are set.
+        self._phase = types.SimpleNamespace(is_train_step=False)
+        self._compiled_with: dict[str, Any] = {}
 
     # === One step ===
 
@@ -45,7 +48,11 @@ class ContrastiveTrainer(DualEncoder):
         computes the gradients and updates. Override `compute_loss` to train on another
         loss.
         """
-        return super().train_step(*args)
+        self._phase.is_train_step = True
+        try:
+            return super().train_step(*args)
+        finally:
+            self._phase.is_train_step = False
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Tensor | None = None
@@ -74,57 +81,49 @@ class ContrastiveTrainer(DualEncoder):
             self.optimizer.build(self.trainable_variables)
         for masking in self.maskings:
             masking.check_ready()
+        self._forget_outdated("train_function")
         before = self.train_function
-        super().make_train_function(force or self._is_outdated(before))
+        super().make_train_function(force)
         if self.train_function is not before:
-            function = gradients.over_processes(
+            self.train_function = gradients.over_processes(
                 self.train_function, self, layers.averaged_variables(self)
             )
-            self.train_function = self._with_fixed_options(function, training=True)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Any:
-        before = self.test_function
-        super().make_test_function(force or self._is_outdated(before))
-        if self.test_function is not before:
-            self.test_function = self._with_fixed_options(self.test_function)
-        return self.test_function
+        self._forget_outdated("test_function")
+        return super().make_test_function(force)
 
     @property
-    def _compiled_options(self):
-        """The options that steps are compiled with, which may change between fits."""
-        ratios = [masking.mask_ratio for masking in self.maskings]
-        return ratios, self.micro_batch_size, self.views, self.duplicates
+    def compiled_options(self) -> dict[str, Any]:
+        """The options that a step is compiled with, which may change between fits."""
+        return {
+            "mask_ratio": [masking.mask_ratio for masking in self.maskings],
+            "micro_batch_size": self.micro_batch_size,
+            "views": self.views,
+            "duplicates": self.duplicates,
+            # TensorFlow would still train weights that are frozen after the first step.
+            "trainable": [weight.trainable for weight in self.weights],
+        }
 
-    @property
-    def _compiled_with(self):
-        # TensorFlow would still train weights that were frozen after the first step.
-        return self._compiled_options, [weight.trainable for weight in self.weights]
+    def check_options(self) -> None:
+        """Raises an error if an option was changed since the last `fit` began."""
+        now, before = self.compiled_options, self._compiled_with["train_function"]
+        changed = [name for name in now if now[name] != before[name]]
+        if changed:
+            raise ValueError(
+                f"`{'` and `'.join(changed)}` must not change during a call of `fit`, "
+                "whose step is compiled once: change options between two calls. "
+                f"Received: {', '.join(f'{name}={now[name]}' for name in changed)}"
+            )
 
-    def _is_outdated(self, function):
-        return function is not None and function.compiled_with != self._compiled_with
-
-    def _with_fixed_options(self, function, training=False):
-        """Wraps a train or test function, so that options must not change in it."""
-        options = self._compiled_options
-
-        # It must not refer to itself: JAX reuses the steps of a function that was
-        # replaced but not deleted.
-        def with_fixed_options(*args):
-            if self._compiled_options != options:
-                raise ValueError(
-                    "`mask_ratio`, `micro_batch_size`, `views` and `duplicates` must "
-                    "not change during a call of `fit`: change them between two. "
-                    f"Received: {self._compiled_options}, after {options}"
-                )
-            self._in_train_function = training
-            try:
-                return function(*args)
-            finally:
-                self._in_train_function = False
-
-        with_fixed_options.compiled_with = self._compiled_with
-        return with_fixed_options
+    def _forget_outdated(self, name):
+        """Deletes a compiled function if an option that it depends on has changed."""
+        options = self.compiled_options
+        if self._compiled_with.get(name, options) != options:
+            # JAX would reuse the steps of a function that was not deleted.
+            setattr(self, name, None)
+        self._compiled_with[name] = options
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -326,7 +325,6 @@ class ContrastiveTrainer(DualEncoder):
             yield
         finally:
             self._is_evaluating = False
-        self._in_train_function = False
 
     # === Saving ===
 

@@ -146,6 +146,8 @@ class TrainingRun(keras.callbacks.Callback):
         # batches of a loader are not known before they are read.
         if batch == 0 and self.data.spec is not None:
             write_rng_state(self.rng_state)
+        if batch == 0:
+            self.model.check_options()
         self._last = batch
         # With a timeout, since a step that fails does not end either; Keras raises its
         # error after the next step.
