@@ -247,9 +247,7 @@ def main(args):
         held_out = kcm.data.image_text_dataset(
             args.held_out, tokenizer, args.image_size, batch_size=64, training=False
         )
-        recall = kcm.evaluation.evaluate_retrieval(
-            model, held_out, duplicates="positive", verbose=0
-        )
+        recall = kcm.evaluation.evaluate_retrieval(model, held_out, verbose=0)
         for name, value in recall.items():
             print(f"{name:25} {value:6.1%}")
 

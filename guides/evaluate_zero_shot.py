@@ -11,9 +11,9 @@
 #
 # This guide evaluates the model of the [first guide](pretrain_clip.py), so
 # run that before, or set `MODEL` and `TOKENIZER` to files of your own. Recall and accuracies
-# equal those of [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark) (except for ties). The
-# guide needs scikit-learn and [faiss](https://github.com/facebookresearch/faiss):
-# `pip install -e ".[probe,search]"`.
+# equal those of [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark) (except for ties and
+# equal captions). The guide needs scikit-learn and
+# [faiss](https://github.com/facebookresearch/faiss): `pip install -e ".[probe,search]"`.
 
 # %%
 import os
@@ -70,8 +70,8 @@ def dataset(split, training=False):
 # ## Retrieval
 #
 # Recall@k on held-out pairs, in both directions, with its 95 % interval and beside the recall of
-# a random ranking. All captions of this dataset differ. If some of yours are equal, pass
-# `duplicates="positive"`; otherwise they count as wrong. For images with several captions, read them
+# a random ranking. Equal captions match the images of one another, as in training; with
+# `duplicates="negative"` these images count as wrong. For images with several captions, read them
 # with `include_captions="all"` and pass `tokenizer=tokenizer`.
 
 # %%

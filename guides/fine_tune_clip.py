@@ -93,8 +93,7 @@ show(figure, "archive")
 # %% [markdown]
 # ## Recall before
 #
-# `load` gives a fresh copy of the pre-trained model. All captions of this dataset differ. If
-# some of yours are equal, pass `duplicates="positive"`; otherwise they count as wrong.
+# `load` gives a fresh copy of the pre-trained model.
 
 # %%
 if TOKENIZER is None:

@@ -12,7 +12,11 @@ from keras import ops
 
 from keras_cluster_mask.distribution.backends import in_full_precision
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
-from keras_cluster_mask.distribution.replicas import all_gather, rows_per_device
+from keras_cluster_mask.distribution.replicas import (
+    all_gather,
+    parts_of_batch,
+    replica_index,
+)
 from keras_cluster_mask.types import Tensor
 
 # The number of comparisons that a device computes at a time. A matrix takes 64 MiB, and
@@ -177,6 +181,19 @@ def batch_loss(
     return tuple(merge_chunks(x)[:num_rows] for x in outputs)
 
 
+def row_labels(token_ids):
+    """Numbers the pairs of a batch, so that each is a negative of all others.
+
+    Args:
+        token_ids: `(batch, T)` ints.
+
+    Returns:
+        `(batch, 2)` int tensor: the row, and the replica, which numbers its own rows.
+    """
+    rows = ops.arange(ops.shape(token_ids)[0])
+    return ops.stack([rows, ops.full_like(rows, replica_index())], axis=1)
+
+
 def caption_labels(token_ids: Tensor) -> Tensor:
     """Hashes captions, so that equal captions have equal labels.
 
@@ -322,7 +339,8 @@ def _compare_all(image_embeddings, text_embeddings, labels):
 def _num_blocks(rows, batch):
     if rows is None:
         return 1
-    rows = rows_per_device(rows)
+    # On JAX a step sees the rows of all devices.
+    rows = -(-rows // parts_of_batch())
     least = -(-rows // max(1, MAX_PAIRS // batch))
     # Prefer a few more blocks if they divide the rows. Then no padding is needed, and
     # devices that share the rows evenly also share the blocks evenly.

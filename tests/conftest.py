@@ -32,6 +32,8 @@ CACHE = ROOT / ".pytest_cache" / "jax"
 for name, value in {
     "XLA_FLAGS": " ".join(FLAGS),
     "JAX_COMPILATION_CACHE_DIR": CACHE,
+    # For the indexes of shards.
+    "XDG_CACHE_HOME": CACHE.parent,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
 }.items():

@@ -578,12 +578,13 @@ def exported(tower, folder, **options):
         module = torch.export.load(path).module()
 
         def serve(inputs):
-            return module(keras.tree.map_structure(torch.tensor, inputs)).detach()
+            found = module(keras.tree.map_structure(torch.tensor, inputs))
+            return keras.tree.map_structure(lambda x: x.detach().numpy(), found)
 
-        return lambda inputs: serve(inputs).numpy()
+        return serve
     # Kept, as its functions do not keep its variables.
     loaded = _exported_for_tensorflow(tower, str(folder / "tower"), **options)
-    return lambda inputs: loaded.serve(inputs).numpy()
+    return lambda inputs: keras.tree.map_structure(np.array, loaded.serve(inputs))
 
 
 def _exported_for_tensorflow(tower, path, **options):

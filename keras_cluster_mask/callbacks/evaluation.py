@@ -38,9 +38,9 @@ class Evaluation(RunCallback):
                 f"Received: an iterator of type {type(data).__name__}"
             )
         # Imported here: evaluation needs packages that `import keras` does not.
-        from keras_cluster_mask.evaluation.checks import check_read_once
+        from keras_cluster_mask.evaluation.checks import check_whole
 
-        check_read_once("data", data)
+        check_whole("data", data)
         self.data = data
         self.name = name
         self.prefix = prefix
@@ -169,9 +169,10 @@ class Retrieval(Evaluation):
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
-            `training=True`. From `fit`, before it trains: for data without texts or
-            images, data that differs between processes, callbacks that write the same
-            metrics, or a model that is not a `ContrastiveModel`.
+            `training=True` or of one of several processes. From `fit`, before it
+            trains: for data without texts or images, data that differs between
+            processes, callbacks that write the same metrics, or a model that is not a
+            `ContrastiveModel`.
     """
 
     def __init__(
@@ -180,21 +181,17 @@ class Retrieval(Evaluation):
         tokenizer: Any = None,
         every: int = 1,
         ks: int | Sequence[int] = (1, 5, 10),
-        duplicates: str = "negative",
+        duplicates: str = "positive",
         name: str | None = None,
         prefix: str = "val_",
     ):
         super().__init__(data, every, name, prefix)
-        self.tokenizer = tokenizer
-        self.ks = ks
-        self.duplicates = duplicates
+        self.options = dict(tokenizer=tokenizer, ks=ks, duplicates=duplicates)
 
     def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
         from keras_cluster_mask.evaluation import evaluate_retrieval
 
-        return evaluate_retrieval(
-            embedder, data, self.tokenizer, self.ks, self.duplicates, verbose=0
-        )
+        return evaluate_retrieval(embedder, data, **self.options, verbose=0)
 
 
 class ZeroShot(Evaluation):
@@ -235,7 +232,8 @@ class ZeroShot(Evaluation):
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
-            `training=True`. From `fit`, before it trains: for arguments that
+            `training=True`, of one of several processes, or with `class_names` in
+            another order. From `fit`, before it trains: for arguments that
             `kcm.evaluation.evaluate_zero_shot` does not accept, data that differs
             between processes, callbacks that write the same metrics, or a model that is
             not a `ContrastiveModel`.
@@ -252,24 +250,18 @@ class ZeroShot(Evaluation):
         name: str | None = "zero_shot",
         prefix: str = "val_",
     ):
+        from keras_cluster_mask.evaluation.checks import check_class_order
+
         super().__init__(data, every, name, prefix)
-        self.class_names = class_names
-        self.tokenizer = tokenizer
-        self.templates = templates
-        self.ks = ks
+        check_class_order("data", data, class_names)
+        self.options = dict(
+            class_names=class_names, tokenizer=tokenizer, templates=templates, ks=ks
+        )
 
     def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
         from keras_cluster_mask.evaluation import evaluate_zero_shot
 
-        return evaluate_zero_shot(
-            embedder,
-            data,
-            self.class_names,
-            self.tokenizer,
-            self.templates,
-            self.ks,
-            verbose=0,
-        )
+        return evaluate_zero_shot(embedder, data, **self.options, verbose=0)
 
 
 def _check_same_everywhere(images):

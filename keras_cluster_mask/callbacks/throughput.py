@@ -8,6 +8,9 @@ from keras_cluster_mask.models.encoders import tokens_per_image
 from keras_cluster_mask.training.input_rules import KEYS
 from keras_cluster_mask.training.training_run import RunCallback
 
+# The share of time that steps wait for data, above which a remedy is printed.
+TOO_LONG = 0.1
+
 
 class Throughput(RunCallback):
     """Logs the number of training samples and tokens per second.
@@ -19,6 +22,11 @@ class Throughput(RunCallback):
     token and the kept patches of each view, and the text tokens including padding.
     Validation is not counted. This works for arrays and for datasets whose batches have
     a known size (`drop_remainder=True`); for other data nothing is reported.
+
+    For an `image_text_dataset`, it also adds `data_wait`, the share of time in which no
+    step runs because the next batch has not been read. If that is more than a tenth of
+    the first epoch, and more worker processes would help, it prints the `num_workers`
+    to use, unless `verbose=0`.
 
     Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`. It
     does not make the program wait for steps.
@@ -58,6 +66,9 @@ class Throughput(RunCallback):
         model, data = self.model, self.run.data
         self._batch_size = data.batch_size
         self._tokens = None
+        # Each wait for data belongs to a step, in order.
+        self._waits, self._waited = getattr(data.stream, "waits", None), 0.0
+        self._is_first = True
         if self._batch_size is None:
             return
         images, ids = (tuple(data.spec[key].shape[1:]) for key in KEYS)
@@ -67,8 +78,8 @@ class Throughput(RunCallback):
                 self._tokens = model.views * tokens + ids[0]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        # Pairs of a time and the number of steps done by then.
-        self._first = (time.perf_counter(), 0)
+        # Tuples of a time, the number of steps done by then, and the seconds waited.
+        self._first = (time.perf_counter(), 0, self._waited)
         self._last = collections.deque(maxlen=self.window + 1)
 
     def on_train_batch_end(
@@ -77,7 +88,11 @@ class Throughput(RunCallback):
         done = batch + 1
         with self._lock:
             if not self._last or done > self._last[-1][1]:
-                now = (time.perf_counter(), done)
+                before, steps, _ = self._last[-1] if self._last else self._first
+                for _ in range(min(done - steps, len(self._waits or ()))):
+                    began, ended = self._waits.popleft()
+                    self._waited += max(ended - max(began, before), 0.0)
+                now = (time.perf_counter(), done, self._waited)
                 if not self._last:
                     self._before, self._first = self._first, now
                 self._last.append(now)
@@ -89,6 +104,15 @@ class Throughput(RunCallback):
         if not self._last or logs is None:
             return
         logs.update(self._rates(self._first, self._last[-1]))
+        share = logs.get("data_wait", 0)
+        is_first, self._is_first = self._is_first, False
+        if is_first and share > TOO_LONG and self.params.get("verbose"):
+            workers = self.run.data.stream.faster(share)
+            if workers is not None:
+                print(
+                    f"\nSteps wait {share:.0%} of the time for data: pass "
+                    f"`num_workers={workers}` to `image_text_dataset`."
+                )
 
     def _rates(self, start, end):
         if self._batch_size is None:
@@ -96,9 +120,11 @@ class Throughput(RunCallback):
         if start == end:
             # An epoch of one step: use its whole time.
             start = self._before
-        samples = (end[1] - start[1]) * self._batch_size
-        rate = samples / max(end[0] - start[0], 1e-9)
+        samples, seconds = (end[1] - start[1]) * self._batch_size, end[0] - start[0]
+        rate = samples / max(seconds, 1e-9)
         rates = {"samples_per_second": rate}
+        if self._waits is not None:
+            rates["data_wait"] = (end[2] - start[2]) / max(seconds, 1e-9)
         if self._tokens is not None:
             rates["tokens_per_second"] = rate * self._tokens
         return rates

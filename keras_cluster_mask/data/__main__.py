@@ -28,7 +28,7 @@ def main(arguments=None):
     add("--image-key", action="append", dest="image_keys", help="may be repeated")
     add("--caption-key", action="append", help="such as json.caption; may be repeated")
     add("--workers", type=int, default=0, dest="num_workers", help="processes")
-    add("--index", dest="index_dir", help="folder; default: beside the shards")
+    add("--index", dest="index_dir", help="folder, or beside; default: ~/.cache")
     add("--decode", action="store_true", help="read and decode every image, too")
     add("--json", help="write the result to this file, too")
     options = vars(parser.parse_args(arguments))

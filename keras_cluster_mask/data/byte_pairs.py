@@ -12,33 +12,33 @@ from tokenizers import models, pre_tokenizers, trainers
 
 # The characters that represent the 256 bytes, in the order of OpenAI's vocabulary:
 # printable Latin-1 characters represent themselves, and the rest start at U+0100.
-BYTE_CHARACTERS = [
-    *map(chr, range(0x21, 0x7F)),
-    *map(chr, range(0xA1, 0xAD)),
-    *map(chr, range(0xAE, 0x100)),
-    *map(chr, range(0x100, 0x100 + 68)),
-]
+BYTE_CHARACTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORD_END = "</w>"
 START = "<start_of_text>"
 END = "<end_of_text>"
 # OpenAI's file lists more merges than CLIP uses: 49,408 ids minus bytes and specials.
 CLIP_MERGES = 49408 - 2 * 256 - 2
-# The reference implementation ignores case, so the long s matches an s.
-ANY_S = r"[s\x{17F}]"
 # A word is the ending of a contraction, a run of letters, one digit, or a run of other
-# characters that are not white space. Ignoring case also drops U+0345, an accent whose
-# upper case is a letter.
-WORD_PATTERN = (
-    rf"'{ANY_S}|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}\x{{345}}]+"
-)
+# characters that are not white space. The reference implementation ignores case, which
+# also drops U+0345, an accent whose upper case is a letter.
+WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 # ASCII without "&" and without control characters other than white space.
 PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 
 
+def as_text(text):
+    """Decodes a text that is bytes."""
+    return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+
+
 def clean(text, name="texts"):
     """Cleans a caption as CLIP does. Errors call the argument `name`."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", errors="replace")
+    return repair(text, name).lower()
+
+
+def repair(text, name="texts"):
+    """Cleans a caption without changing its case. Errors call the argument `name`."""
+    text = as_text(text)
     if not isinstance(text, str):
         raise TypeError(
             f"`{name}` must be str or bytes. Received: {name} with {text!r}"
@@ -46,7 +46,7 @@ def clean(text, name="texts"):
     # Repair is slow, and plain ASCII without HTML entities does not need it.
     if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
 
 
 def clean_all(captions):
@@ -63,8 +63,7 @@ def clean_all(captions):
 def word_splitter(*special_tokens):
     """Returns a pre-tokenizer from a clean caption to words in byte characters."""
     specials = "|".join(re.escape(token) for token in special_tokens)
-    specials = specials.replace("s", ANY_S)
-    pattern = tokenizers.Regex(f"{specials}|{WORD_PATTERN}")
+    pattern = tokenizers.Regex(f"(?i:{specials})|{WORD_PATTERN}")
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pattern, "removed", invert=True),
@@ -73,10 +72,15 @@ def word_splitter(*special_tokens):
     )
 
 
-def words_of(text):
+def spans_of(text, special_tokens=(START, END)):
+    """Returns the start and the end of each word of a text."""
+    pieces = word_splitter(*special_tokens).pre_tokenize_str(text)
+    return [span for _, span in pieces]
+
+
+def words_of(text, special_tokens=(START, END)):
     """Splits a clean caption into words, a list of str."""
-    pieces = word_splitter(START, END).pre_tokenize_str(text)
-    return [text[start:end] for _, (start, end) in pieces]
+    return [text[start:end] for start, end in spans_of(text, special_tokens)]
 
 
 def clip_vocabulary(merges):

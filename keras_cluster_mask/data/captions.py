@@ -11,12 +11,19 @@ from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.data.images import name_of
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
-from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
+from keras_cluster_mask.data.text_masking import (
+    TextMasking,
+    WordTokenizer,
+    check_text_masking,
+)
 from keras_cluster_mask.data.tokenizing import (
     check_tokenizer,
     is_layer,
     tokenize,
 )
+
+# The entry of a batch for the tokenizer, if that is a Keras layer.
+TEXTS = "texts"
 
 
 def read_captions(
@@ -38,9 +45,9 @@ def read_captions(
             `image_text_dataset`. Defaults to `None`: common names.
 
     Returns:
-        List of str, in the order of the samples. Broken samples are left out.
+        List of str, in the order of the samples. Images are neither needed nor read.
     """
-    index = open_index(source, PairReader(caption_key=caption_key))
+    index = open_index(source, PairReader((), caption_key))
     samples = index.read(range(len(index)), with_images=False)
     return [text for each in samples for text in getattr(each, "captions", ())]
 
@@ -76,8 +83,10 @@ class Captions:
                     "`caption_template` must be str that hold {} exactly once, for the "
                     f"caption. Received: caption_template={template!r}"
                 )
+        self.tokenize_words = None
         if self.text_masking is not None:
             check_text_masking(self.text_masking, self.tokenizer)
+            self.tokenize_words = WordTokenizer(self.tokenizer)
             self.text_masking = self.text_masking if self.training else None
         self.has_layer = is_layer(self.tokenizer)
         # Whether samples need a caption.
@@ -85,8 +94,8 @@ class Captions:
 
     def __getstate__(self):
         # A Keras layer runs in the main process; worker processes do not import Keras.
-        tokenizer = None if self.has_layer else self.tokenizer
-        return {**vars(self), "tokenizer": tokenizer}
+        layers = ("tokenizer", "tokenize_words") if self.has_layer else ()
+        return {**vars(self), **dict.fromkeys(layers)}
 
     @property
     def description(self):
@@ -103,7 +112,7 @@ class Captions:
         }
 
     def batch(self, pairs, generators, epochs):
-        """Returns the entries of a batch; the token ids of a layer are still missing.
+        """Returns the entries of a batch, with the arguments of `tokenize` for a layer.
 
         Args:
             pairs: list of `Pair`.
@@ -113,17 +122,21 @@ class Captions:
         if not self.are_read:
             return {}
         batch, chosen = {}, [*map(self.choose, pairs, generators)]
-        if self.include_captions or self.has_layer:
+        if self.include_captions:
             is_all = self.include_captions == "all"
             batch["captions"] = strings(map(self.all_of, pairs) if is_all else chosen)
-        if self.has_layer or self.tokenizer is None:
-            return batch
-        if self.text_masking is not None:
-            mask = self.text_masking.tokenize
-            batch["token_ids"] = mask(self.tokenizer, chosen, generators, epochs)
-        else:
-            batch["token_ids"] = tokenize(self.tokenizer, chosen)
+        if self.has_layer:
+            batch[TEXTS] = chosen, generators, epochs
+        elif self.tokenizer is not None:
+            batch["token_ids"] = self.tokenize(chosen, generators, epochs)
         return batch
+
+    def tokenize(self, texts, generators, epochs):
+        """Converts the chosen captions of a batch to token ids."""
+        if self.text_masking is None:
+            return tokenize(self.tokenizer, texts)
+        mask = self.text_masking.tokenize
+        return mask(self.tokenize_words, texts, generators, epochs)
 
     def choose(self, pair, generator):
         """Returns the caption of a pair, as bytes.

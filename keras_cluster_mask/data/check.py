@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from keras_cluster_mask.data import parts
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
-from keras_cluster_mask.data.index import ObjectIndex, open_index
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.pairs import Fault, PairReader
 from keras_cluster_mask.data.skipped import MAX_EXAMPLES, SkippedSamples
 from keras_cluster_mask.data.stream import num_processors
@@ -32,11 +33,12 @@ def check(
 ) -> dict:
     """Indexes shards, and counts their samples and their faults.
 
-    A sample is broken if it has no image or no caption, or if its key is a duplicate
-    within the shard. A damaged shard counts as one broken sample, because the number of
-    samples after the damage is unknown. Unchanged shards are not indexed again, so an
-    interrupted check can be resumed. A progress bar is shown after one second. Set the
-    environment variable `TQDM_DISABLE=1` to hide it.
+    A sample is broken if it has no image or no caption, if its key is a duplicate
+    within the shard, or if it is a row of a table whose image is a missing local file.
+    A damaged shard counts as one broken sample, because the number of samples after the
+    damage is unknown. Unchanged shards are not indexed again, so an interrupted check
+    can be resumed. A progress bar is shown after one second. Set the environment
+    variable `TQDM_DISABLE=1` to hide it.
 
     Example:
 

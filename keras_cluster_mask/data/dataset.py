@@ -42,7 +42,7 @@ def image_text_dataset(
     include_paths: bool = False,
     data_format: str | None = None,
     max_image_pixels: int = MAX_PIXELS,
-    max_skipped: float = 0.5,
+    max_skipped: float = 0.01,
     text_masking: TextMasking | None = None,
     sampling: Sampling | Callable[[int, int], np.ndarray] | None = None,
     block_size: int | None = None,
@@ -54,10 +54,14 @@ def image_text_dataset(
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
     by `KEY.txt`), TFRecord files, Parquet files, tables (CSV, TSV, JSON lines) that
-    name image files, or folders of images. They are indexed on first use: a small
-    hidden file next to each shard stores the position of each sample.
+    name image files, or folders of images, in which `KEY.txt` is the caption of
+    `KEY.jpg`. They are indexed on first use: a small file for each shard, in a cache
+    folder, stores the position of each sample.
     `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
     processes.
+
+    The rows of a table or Parquet file that have the same image are one sample with
+    several captions. They must be in one file, and have the same label.
 
     In training, the dataset is an endless stream. Each epoch is a new permutation of
     all samples. The last partial batch of an epoch is carried over to the next epoch.
@@ -70,17 +74,20 @@ def image_text_dataset(
     center crop.
 
     The index leaves out samples without an image or a caption, samples with a duplicate
-    key, and samples after the damage in a damaged shard. An image that cannot be
-    decoded, or cannot be read after several attempts, is replaced in training by
-    another image of the same batch, so the number of steps never depends on broken
-    samples. In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
-    both.
+    key, samples after the damage in a damaged shard, and rows of a table whose image is
+    a missing local file. An image that cannot be decoded, or cannot be read, is
+    replaced in training by another image of the same batch, so the number of steps
+    never depends on broken samples. In evaluation it is skipped. `dataset.skipped`, a
+    `SkippedSamples`, counts both. A read is tried four times within 6 seconds. Storage
+    at a URL that does not answer for 60 seconds counts as a failed read, so its last
+    error comes after 4 minutes.
 
     Images stay uint8, and models scale them on the device. The EXIF orientation is
     applied.
 
-    Training shuffles samples of local files one by one. Files at URLs are read in
-    blocks of up to 64 consecutive samples, which stay in one batch; see `block_size`.
+    Training shuffles samples of local files one by one. Files at URLs and Parquet files
+    are read in blocks of up to 64 consecutive samples, which stay in one batch; see
+    `block_size`.
 
     Example:
 
@@ -109,9 +116,12 @@ def image_text_dataset(
         source: str or path, or a list of them: shards, folders, or patterns such as
             `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`; see
             `list_shards`. Or an object with `__len__` and `__getitem__` whose items are
-            dicts, such as a `Dataset` of the package `datasets`. Or a dict from several
-            of these to weights, which mixes them in these proportions.
-        tokenizer: A `CLIPTokenizer`; any callable from a list of bytes to ints
+            dicts, such as a `Dataset` of the package `datasets`; an image is bytes, a
+            file name, a `PIL.Image.Image`, or a uint8 array. Only one thread at a time
+            reads items of objects and decodes their images, unless the object has the
+            attribute `thread_safe = True`. Or a dict from several of these to weights,
+            which mixes them in these proportions.
+        tokenizer: A `CLIPTokenizer`; any callable from a list of str to ints
             `(batch, length)`; a tokenizer of open_clip; a tokenizer of Hugging Face,
             whose rows are padded and truncated to its `model_max_length`; or a Keras
             layer, such as a KerasHub `CLIPPreprocessor`, which does not clean captions,
@@ -141,7 +151,8 @@ def image_text_dataset(
             the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
             labels.
         class_names: sequence of str, for labels that are names: a label is the index of
-            its name. Defaults to `None`: labels are numbers.
+            its name. Defaults to `None`: labels are numbers, or, if `label_key` is
+            `"folder"` and not all folders have numbers, indices of their sorted names.
         resize: `"crop"`, random crops in training and CLIP's center crop in evaluation;
             or `"squash"`, the whole image with a changed aspect ratio, as for SigLIP.
         crop_scale: pair of floats. The range of the area of random crops, as a fraction
@@ -153,7 +164,8 @@ def image_text_dataset(
             colors, gradients and textures), or a list of these, from which one is drawn
             for each image.
         image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
-            `np.random.Generator`, that returns an image of the same shape and dtype.
+            `np.random.Generator`, that returns an image of the same shape and dtype, in
+            training. It may change the image in place.
         include_captions: bool. Whether batches contain `"captions"`, UTF-8 bytes. With
             `"all"`, they are tuples of all captions of each image.
         include_keys: bool. Whether batches contain the `"keys"` of samples, bytes.
@@ -165,12 +177,12 @@ def image_text_dataset(
             allows larger JPEGs in training, but each pixel of a progressive JPEG counts
             as four. Defaults to 50 million.
         max_skipped: float. The fraction of samples that may be broken, from 0 to 1, in
-            the index and among the samples read. A larger fraction raises an error
-            after 1,000 samples; 0 raises it at the first. Defaults to `0.5`.
+            the index, and among those that a process reads in a pass over the samples.
+            More raise an error. Defaults to `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions, template
             included, that have more tokens than the `context_length` of the
-            `tokenizer`, which must be a `CLIPTokenizer`. It does not change
+            `tokenizer`, of any kind whose rows end in padding. It does not change
             `"captions"`, and evaluation is never masked. Defaults to `None`: captions
             that are too long are truncated.
         sampling: The samples of each epoch: a `Sampling`, or a function of the number
@@ -182,8 +194,8 @@ def image_text_dataset(
         block_size: int. In training, blocks of this many consecutive samples are read
             together and stay in one batch, which is faster on object stores and hard
             disks. The number of processes must divide `batch_size // block_size`.
-            Defaults to `None`: 1 for local files; for URLs the largest power of two up
-            to 64 that leaves 16 blocks in a batch.
+            Defaults to `None`: 1 for local files; for URLs and Parquet files the
+            largest power of two up to 64 that leaves 16 blocks in a batch.
         process: pair of ints. The index of this process and the number of processes.
             Each process reads only its rows of every batch. In evaluation, some
             processes may get one batch more than others. Defaults to the values of JAX
@@ -191,11 +203,12 @@ def image_text_dataset(
             every process.
         num_workers: int. The number of worker processes. They are spawned, so a program
             needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
-            process, which share the GIL and decode at most about 3,000 images per
+            process, which share the GIL and decode at most about 2,600 images per
             second on any number of cores.
-        index_dir: str or path. The folder of the index. Defaults to `None`: next to the
-            shards, or `~/.cache/keras_cluster_mask` for shards at URLs and in
-            folders that cannot be written to.
+        index_dir: str or path. The folder of the index. `"beside"` writes a hidden file
+            next to each shard, if it is local and its folder can be written to.
+            Defaults to `None`: `~/.cache/keras_cluster_mask`, unless there is such a
+            hidden file.
 
     Returns:
         An `ImageTextDataset`, which is a `grain.IterDataset`, or a `tf.data.Dataset`,

@@ -2,12 +2,18 @@
 
 import contextlib
 import errno
+import functools
+import io
 import os
 import re
 import secrets
 import time
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from keras_cluster_mask.data.threads import Threads
 
 # The buffer size for sequential reads, in bytes.
 READ_AHEAD = 2**20
@@ -16,6 +22,9 @@ RETRY_AFTER = 0.1, 1.0, 5.0
 # Ranges at most `MAX_GAP` bytes apart are read in one request of limited size.
 MAX_GAP = 2**16
 MAX_REQUEST = 2**26
+# A request is an error after this time, in seconds, and the time for its bytes at this
+# rate, in bytes per second.
+MAX_WAIT, MIN_RATE = 60.0, 2**18
 
 
 def is_address(path):
@@ -56,8 +65,41 @@ def open_file(path, mode="rb"):
     """
     if not is_address(path):
         return open(os.path.expanduser(path), mode, READ_AHEAD)
+    if mode == "rb":
+        # Each request takes time.
+        return io.BufferedReader(_RemoteFile(path), 4 * READ_AHEAD)
     system, name = file_system(path)
     return system.open(name, mode)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file at a URL, of which only the bytes that are read are requested."""
+
+    def __init__(self, path):
+        self._path, self._place = path, 0
+        system, name = file_system(path)
+        self._size = retried(lambda: limited(system, system.size, name))
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        self._place = offset + (0, self._place, self._size)[whence]
+        return self._place
+
+    def readinto(self, buffer):
+        stop = min(self._place + len(buffer), self._size)
+        if stop <= self._place:
+            return 0
+        (content,) = read_ranges([(self._path, self._place, stop)])
+        if isinstance(content, Exception):
+            raise content
+        buffer[: len(content)] = content
+        self._place = stop
+        return len(content)
 
 
 @contextlib.contextmanager
@@ -73,7 +115,7 @@ def replacing(path):
     Yields:
         A binary file, open for writing.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     folder, slash, name = path.rpartition("/")
     part = f"{folder}{slash}.{name}.{os.getpid()}-{secrets.token_hex(4)}.part"
     system, part_name = file_system(part)
@@ -124,7 +166,8 @@ def read_ranges(ranges):
         ranges: list of `(path, start, stop)`, in bytes. `None` as stop reads the rest.
 
     Returns:
-        list of the bytes of each range, or the `OSError` if it cannot be read.
+        list of the bytes of each range, or the `OSError` if it cannot be read, or an
+        `EOFError`, which a retry cannot resolve, if the file ends before.
     """
     results, missing = [None] * len(ranges), range(len(ranges))
     for pause in (0.0, *RETRY_AFTER):
@@ -140,9 +183,12 @@ def read_ranges(ranges):
     return results
 
 
-def retried(read):
-    """Calls a function, and retries it a few times if it raises an `OSError`."""
-    for pause in RETRY_AFTER:
+def retried(read, path=""):
+    """Calls a function, and retries it a few times if it raises an `OSError`.
+
+    If it reads a file at a URL, `path`, it is called once: each request is retried.
+    """
+    for pause in () if is_address(path) else RETRY_AFTER:
         try:
             return read()
         except OSError as error:
@@ -173,7 +219,7 @@ def _part_of(reply, first, path, start, stop):
         return reply
     content = reply[start - first : stop - first]
     if len(content) < stop - start:
-        return OSError(f"{path} ends before byte {stop}")
+        return EOFError(f"{path} ends before byte {stop}")
     return content
 
 
@@ -184,15 +230,49 @@ def fetch(requests):
     """
     replies, systems = [None] * len(requests), {}
     for number, (path, *span) in enumerate(requests):
-        system, name = file_system(path)
-        systems.setdefault(system, []).append((number, name, *span))
+        try:
+            system, name = file_system(path)
+            systems.setdefault(system, []).append((number, name, *span))
+        except ValueError as error:
+            replies[number] = _as_os_error(error)
     for system, several in systems.items():
         numbers, *arguments = map(list, zip(*several))
-        contents = system.cat_ranges(*arguments, on_error="return")
+        size = sum(stop - start for _, _, start, stop in several if stop)
+        read = functools.partial(system.cat_ranges, on_error="return")
+        try:
+            contents = limited(system, read, *arguments, size=size)
+        except TimeoutError as error:
+            contents = [error] * len(several)
         for number, content in zip(numbers, contents):
             is_error = isinstance(content, Exception)
             replies[number] = _as_os_error(content) if is_error else content
     return replies
+
+
+def limited(system, function, *arguments, size=0):
+    """Calls a method of a file system that reads, and limits the time that it takes.
+
+    Args:
+        system: The file system. Only the operating system limits reads of local files.
+        function: Function.
+        *arguments: Its arguments.
+        size: int. The number of bytes that are read.
+
+    Raises:
+        TimeoutError: If the storage does not answer in time.
+    """
+    if type(system) is LocalFileSystem:
+        return function(*arguments)
+    limit = MAX_WAIT + size / MIN_RATE
+    try:
+        if issubclass(type(system), AsyncFileSystem):
+            # Also cancels the request.
+            return function(*arguments, timeout=limit)
+        with contextlib.closing(Threads(1)) as threads:
+            return threads.submit(function, *arguments).result(limit)
+    except TimeoutError as error:
+        reason = f"the storage has not answered within {limit:.0f} seconds"
+        raise TimeoutError(errno.ETIMEDOUT, reason) from error
 
 
 def _as_os_error(error):
@@ -200,9 +280,10 @@ def _as_os_error(error):
         return error
     if isinstance(error, MemoryError):
         raise error
-    # A `ValueError` means an invalid name. Clients of object stores raise other errors.
-    number = errno.EINVAL if isinstance(error, ValueError) else errno.EIO
-    return OSError(number, str(error))
+    # A `ValueError` means an invalid name, and the status 416 a range beyond the end.
+    # Clients of object stores raise other errors.
+    is_final = isinstance(error, ValueError) or getattr(error, "status", None) == 416
+    return OSError(errno.EINVAL if is_final else errno.EIO, str(error))
 
 
 def _may_pass(result):

@@ -1,5 +1,6 @@
 """Decodes, crops and resizes images."""
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -37,7 +38,7 @@ class EncodedImage:
     animations. The EXIF orientation is applied.
 
     Args:
-        content: bytes of the file, or a `PIL.Image.Image`.
+        content: bytes of the file, or a `PIL.Image.Image`, which may change.
         max_pixels: int. The largest number of pixels that is decoded.
 
     Raises:
@@ -46,9 +47,8 @@ class EncodedImage:
 
     def __init__(self, content, max_pixels=MAX_PIXELS):
         try:
-            # An open image belongs to the user, and must not be changed.
-            self._is_own = not isinstance(content, Image.Image)
-            self._image = Image.open(io.BytesIO(content)) if self._is_own else content
+            is_open = isinstance(content, Image.Image)
+            self._image = content if is_open else Image.open(io.BytesIO(content))
             self._orientation = _orientation(self._image)
         except Image.DecompressionBombError as error:
             raise UnreadableImage("the image has too many pixels") from error
@@ -86,9 +86,8 @@ class EncodedImage:
         """
         full = self.size
         wanted = [int(size[i] * full[i] / box[2 + i]) for i in range(2)]
-        if self._is_own:
-            # Pillow expects (width, height), before the orientation is applied.
-            self._image.draft(None, wanted if self._orientation >= 5 else wanted[::-1])
+        # Pillow expects (width, height), before the orientation is applied.
+        self._image.draft(None, wanted if self._orientation >= 5 else wanted[::-1])
         image = self.decoded()
         scale = [now / before for now, before in zip(image.size[::-1], full)]
         top, left = box[0] * scale[0], box[1] * scale[1]
@@ -104,7 +103,7 @@ class EncodedImage:
         try:
             image = _in_eight_bits(self._image)
             return ImageOps.exif_transpose(image) if self._orientation > 1 else image
-        except MemoryError:
+        except (MemoryError, UnreadableImage):
             raise
         except Exception as error:
             raise UnreadableImage("the image does not decode") from error
@@ -121,19 +120,35 @@ def _orientation(image):
     return value if value in range(1, 9) else 1
 
 
+def image_of(array):
+    """Returns the `PIL.Image.Image` of an array, or None if the array is no image."""
+    if array.ndim == 2 and np.issubdtype(array.dtype, np.uint16):
+        # Pillow would make it an image of 32 bits.
+        return Image.frombytes("I;16", array.shape[::-1], array.astype("<u2").tobytes())
+    # Pillow would make an array with one axis an image with one column.
+    if array.ndim > 1:
+        with contextlib.suppress(TypeError, ValueError):
+            return Image.fromarray(array)
+    return None
+
+
 def _in_eight_bits(image):
     """Converts an image to RGB, or to RGBA if it has transparency."""
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        # Scale 16-bit gray values: Pillow would clip all values above 255.
-        levels = np.clip(np.asarray(image, "float32") / 257.0, 0.0, 255.0)
-        gray = Image.fromarray(np.round(levels).astype("uint8"))
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        # Pillow would clip the values of 16 bits to 255.
+        levels = np.round(values / 257.0) if image.mode.startswith("I;16") else values
+        gray = np.clip(np.nan_to_num(levels), 0, 255).astype("uint8")
+        # Floats up to 1 would become black.
+        if not np.array_equal(gray, levels) or (image.mode == "F" and gray.max() < 2):
+            raise UnreadableImage("the gray levels are not integers from 0 to 255")
+        gray = Image.fromarray(gray)
         gray.info.update({k: v for k, v in image.info.items() if k == "exif"})
         return gray.convert("RGB")
-    clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
-    return image.convert("RGBA" if clear or "transparency" in image.info else "RGB")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def resize(image, size, box):
@@ -257,7 +272,8 @@ class Images:
         crop_scale: Pair of floats. See `random_box`.
         horizontal_flip: bool. Whether to flip half of the images in training.
         background: str, or list of str; a list as an attribute. See `composite`.
-        image_transform: Function of an image and a `np.random.Generator`, or None.
+        image_transform: Function of an image and a `np.random.Generator` for training,
+            or None.
         max_image_pixels: int. See `EncodedImage`.
         data_format: `"channels_last"` or `"channels_first"`, for batches.
     """
@@ -358,8 +374,10 @@ class Images:
             part = composite(part, self.background, seed=int(draws[4] * 2**53))
         if self.training and self.horizontal_flip and draws[5] < 0.5:
             part = part[:, ::-1]
-        if self.image_transform is None:
+        if self.image_transform is None or not self.training:
             return part
+        # A part may be read-only, and a flipped one has a negative stride.
+        part = np.array(part, order="C")
         changed = np.asarray(self.image_transform(part, generator))
         if changed.shape != part.shape or changed.dtype != part.dtype:
             raise ValueError(

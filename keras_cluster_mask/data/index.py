@@ -4,17 +4,16 @@ import bisect
 import collections
 import contextlib
 import functools
-import hashlib
 import itertools
-import json
+import os
 from collections.abc import Mapping
 
 import numpy as np
 
 from keras_cluster_mask.data.formats import DamagedShard, format_of
-from keras_cluster_mask.data.formats.parquet import plain
-from keras_cluster_mask.data.pairs import Fault, SampleError
-from keras_cluster_mask.data.parts import build_parts, hash_of
+from keras_cluster_mask.data.objects import ObjectIndex
+from keras_cluster_mask.data.pairs import Fault, Pair
+from keras_cluster_mask.data.parts import build_parts, checksum_of, digest_of, hash_of
 from keras_cluster_mask.data.shards import find_shards
 
 # The number of shards with broken samples whose intact samples are cached.
@@ -42,9 +41,8 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
         `Index`, or `ObjectIndex` for an object.
     """
     first = source[0] if isinstance(source, list | tuple) and source else None
-    has_names = isinstance(source, str | list | tuple | Mapping)
-    is_object = hasattr(source, "__getitem__") and not has_names
-    if is_object or isinstance(first, Mapping):
+    has_names = isinstance(source, str | os.PathLike | list | tuple | set | Mapping)
+    if not has_names or isinstance(first, Mapping):
         if index_dir is not None:
             raise ValueError(
                 "`index_dir` is for files: an object has no index. Received: "
@@ -52,7 +50,11 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
             )
         return ObjectIndex(source, reader)
     shards = find_shards(source)
-    parts = build_parts(shards, index_dir, num_workers, process)
+    parts = build_parts(shards, reader.image_keys, index_dir, num_workers, process)
+    if reader.labels:
+        named = zip(shards, parts)
+        folders = [part.context for path, part in named if format_of(path).in_index]
+        reader.labels.add_folders({*itertools.chain(*folders)})
     return Index(list(shards), parts, reader)
 
 
@@ -60,6 +62,7 @@ class Index:
     """The samples of shards, with random access by number.
 
     Intact samples are numbered in the order of the shards and of the samples in them.
+    The rows of one image in a table are one sample, at the place of the first row.
     Broken samples, such as those without an image or a caption, are counted in
     `faults`. Reading is thread-safe. A pickle contains file names, but no content.
 
@@ -73,9 +76,11 @@ class Index:
         faults: dict from each shard with broken samples to a dict from reasons to
             counts. A damaged shard counts as one, because the number of samples
             after the damage is unknown.
-        damage: list of str. A description of each damaged shard.
-        fingerprint: str. Changes with the samples and the fields that are read, but not
-            if files are moved.
+        damage: list of str. A description of each damaged shard, and of the first
+            missing image file of each table.
+        fingerprint: str. Changes with the keys of samples, with their fields, as far as
+            `checksum_of` covers them, and with the names of the fields that are read,
+            but not if files are moved.
     """
 
     def __init__(self, paths, parts, reader):
@@ -87,7 +92,9 @@ class Index:
         self.faults = {path: each for path, each in zip(paths, counts) if each}
         damaged = [(path, part) for path, part in zip(paths, parts) if part.damage]
         self.damage = [str(DamagedShard(path, *part.damage)) for path, part in damaged]
-        self.fingerprint = _digest([reader.describe(), [p.digest for p in parts]])
+        missing = [part.missing for part in parts if part.missing]
+        self.damage += [f"The image file {path} is missing" for path in missing]
+        self.fingerprint = digest_of([reader.describe(), [p.digest for p in parts]])
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
     def __len__(self):
@@ -103,8 +110,11 @@ class Index:
 
     def key_hashes(self):
         """Returns the hash of each key, as a uint64 array `(len,)`; see `hash_of`."""
-        of_shards = (s.part.records()["key"][s.intact()] for s in self._shards)
-        return np.concatenate([np.empty(0, "u8"), *of_shards])
+        hashes = [np.empty(0, "u8")]
+        for shard in self._shards:
+            numbers, starts = self._intact(shard)
+            hashes.append(shard.part.records()["key"][numbers[starts[:-1]]])
+        return np.concatenate(hashes)
 
     def keys(self):
         """Reads all samples, and returns their keys, a list of str."""
@@ -140,34 +150,37 @@ class Index:
             ValueError: If a shard has changed since it was indexed.
         """
         group, size = [], 0
-        for place in map(self._find, numbers):
-            shard, _, entry = place
-            has_more = shard.format.names_files and with_images
-            of_sample = GUESS if has_more else entry.size
+        for rows in map(self._find, numbers):
+            has_more = rows[0][0].format.names_files and with_images
+            of_sample = GUESS if has_more else sum(entry.size for *_, entry in rows)
             if group and size + of_sample > MAX_TOGETHER:
                 yield from self._read(group, with_images)
                 group, size = [], 0
-            group.append(place)
+            group.append(rows)
             size += of_sample
         yield from self._read(group, with_images)
 
-    def _read(self, places, with_images):
-        results = []
+    def _read(self, samples, with_images):
+        places, results = itertools.chain(*samples), []
         for format, group in itertools.groupby(places, lambda each: each[0].format):
             group = [*group]
             contents = format.read([shard.span(entry) for shard, _, entry in group])
             results.extend(
                 self._pair(*place, content) for place, content in zip(group, contents)
             )
+        rows = iter(results)
+        results = [_joined([next(rows) for _ in sample]) for sample in samples]
         return self._reader.with_images(results) if with_images else results
 
     def _find(self, number):
-        """Returns the shard of a sample, its number there, and its `Entry`."""
+        """Returns the shard, the number there and the `Entry` of a sample's rows."""
         which = bisect.bisect_right(self._starts, number) - 1
         shard, number = self._shards[which], number - self._starts[which]
-        if any(shard.reasons):
-            number = int(self._intact(shard)[number])
-        return shard, number, shard.part.entry(number)
+        rows = [number]
+        if any(shard.reasons) or shard.part.has_groups:
+            numbers, starts = self._intact(shard)
+            rows = numbers[starts[number] : starts[number + 1]].tolist()
+        return [(shard, row, shard.part.entry(row)) for row in rows]
 
     def _pair(self, shard, number, entry, content):
         path, format = shard.path, shard.format
@@ -176,7 +189,7 @@ class Index:
         reason = "another sample is in its place"
         try:
             key, fields = format.parse(content, number, shard.part.context)
-            same = hash_of(key) == entry.key
+            same = hash_of(key) == entry.key and checksum_of(fields) == entry.checksum
         except MemoryError:
             raise
         except Exception as error:
@@ -210,12 +223,22 @@ class _Shard:
             counts[reason] += count
         if self.part.damage:
             counts["damaged shard"] += 1
+        if self.part.has_groups:
+            counts[None] = len(self.intact()[1]) - 1
         return counts
 
     def intact(self):
-        """Returns the numbers of the intact samples in the shard."""
+        """Returns the numbers of the intact records, sorted by sample, and the starts.
+
+        Those of the sample `n` are `numbers[starts[n] : starts[n + 1]]`.
+        """
         is_intact = np.array([reason is None for reason in self.reasons], bool)
-        return np.flatnonzero(is_intact[self.part.records()["layout"]])
+        numbers = np.flatnonzero(is_intact[self.part.records()["layout"]])
+        has_groups = self.part.has_groups
+        firsts = self.part.first_rows()[numbers] if has_groups else numbers
+        order = np.argsort(firsts, kind="stable")
+        starts = np.flatnonzero(np.diff(firsts[order], prepend=-1, append=-2))
+        return numbers[order], starts
 
     def span(self, entry):
         """Returns the file, the offset and the size of the content of a sample."""
@@ -234,69 +257,15 @@ class _Shard:
             return self.format.parse(content, number, self.part.context)[0]
 
 
-class ObjectIndex:
-    """The samples of an object with `__len__` and `__getitem__`.
-
-    The key of a sample is its entry `"__key__"`, or its number. Broken samples are only
-    found when they are read. Has the methods and attributes of `Index`.
-
-    Args:
-        source: The object. Its items are dicts; an image is bytes, the name of a file,
-            a dict of `"bytes"` and `"path"`, or a `PIL.Image.Image`.
-        reader: `PairReader`.
-    """
-
-    def __init__(self, source, reader):
-        self._source, self._reader = source, reader
-        self.paths = [type(source).__name__]
-        self.faults, self.damage = {}, []
-        first = source[0] if len(source) else ()
-        self.fields = set(first) if isinstance(first, Mapping) else set()
-        identity = str(getattr(source, "_fingerprint", None))
-        self.fingerprint = _digest(
-            [*self.paths, identity, len(source), reader.describe()]
-        )
-
-    def __len__(self):
-        return len(self._source)
-
-    def key_hashes(self):
-        """See `Index.key_hashes`."""
-        return np.fromiter(map(hash_of, self.keys()), "u8", len(self))
-
-    def keys(self):
-        """See `Index.keys`. Samples are only read if the first one has `"__key__"`."""
-        if "__key__" in self.fields:
-            return [self._pair(number).key for number in range(len(self))]
-        return [*map(str, range(len(self)))]
-
-    def broken(self):
-        """Yields nothing: broken samples are only found when they are read."""
-        return iter(())
-
-    def read(self, numbers, with_images=True):
-        """Reads samples one by one; see `Index.read`."""
-        for number in numbers:
-            pair = self._pair(int(number))
-            yield self._reader.with_images([pair])[0] if with_images else pair
-
-    def _pair(self, number):
-        try:
-            sample = self._source[number]
-        # Pillow raises these if the object itself decodes its images.
-        except (OSError, SyntaxError) as error:
-            reason = "the sample cannot be read"
-            return Fault(self.paths[0], str(number), reason, str(error))
-        except Exception as error:
-            raise SampleError(self.paths[0], str(number), repr(error)) from error
-        if not isinstance(sample, Mapping):
-            raise ValueError(
-                "`source` must give samples that are dicts from the names of fields to "
-                f"their content. Received: a {type(sample).__name__} as sample {number}"
-            )
-        fields = {k: plain(v) for k, v in sample.items() if v is not None}
-        key = str(fields.pop("__key__", number))
-        return self._reader.pair(self.paths[0], key, fields)
+def _joined(rows):
+    """Returns the `Pair` or the `Fault` of a sample from those of its rows."""
+    pairs = [row for row in rows if isinstance(row, Pair)]
+    if not pairs:
+        return rows[0]
+    first = pairs[0]
+    if any(pair.label != first.label for pair in pairs):
+        return Fault(first.shard, first.key, "rows of one image with different labels")
+    return first._replace(captions=sum((pair.captions for pair in pairs), ()))
 
 
 class Indexes:
@@ -323,8 +292,3 @@ class Indexes:
         }
         for index in which:
             yield next(readers[index])
-
-
-def _digest(content):
-    content = json.dumps(content).encode()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

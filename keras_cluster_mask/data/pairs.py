@@ -1,5 +1,6 @@
 """Finds the image, the captions and the label of a sample, or its fault."""
 
+import contextlib
 import json
 import numbers
 import typing
@@ -9,6 +10,7 @@ from PIL import Image
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import entries_of, is_empty
+from keras_cluster_mask.data.images import image_of
 
 IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
@@ -20,6 +22,7 @@ CAPTION_KEYS = (
     *("json.captions", "txt"),
     *("caption", "caption/raw", "captions", "text", "title"),
 )
+NO_ARRAY = "the array is not uint8 (height, width) or (height, width, 3)"
 # The requested content, and the arguments that name its fields.
 ASKED = {
     "image": "an image (`image_keys`",
@@ -84,7 +87,7 @@ class PairReader:
     Args:
         image_keys: str or sequence of str. The field that holds the image or the name
             of its file. If several are given, the first that a sample has is used.
-            `None`: common names.
+            `None`: common names. Empty: no images.
         caption_key: str or sequence of str. The field that holds the caption or a list
             of captions. If several are given, the first that is not empty is used.
             `"json.caption"` is the entry `caption` of the field `json`. `None`: common
@@ -109,11 +112,9 @@ class PairReader:
             )
         self.image_keys = _several(image_keys, IMAGE_KEYS)
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
-        has_labels = label_key is not None
-        self.labels = Labels(label_key, class_names) if has_labels else None
-        self._wants_caption = wants_caption
+        self.labels = None if label_key is None else Labels(label_key, class_names)
         # A sample must have at least one of the fields of each kind.
-        self._wanted = {"image": self.image_keys}
+        self._wanted = {"image": self.image_keys} if self.image_keys else {}
         if wants_caption:
             self._wanted["caption"] = self.caption_keys
         if self.labels:
@@ -129,9 +130,9 @@ class PairReader:
 
     def describe(self):
         """Returns the settings that decide which samples are intact, as JSON values."""
-        captions = list(self.caption_keys) if self._wants_caption else None
+        captions = self._wanted.get("caption")
         labels = self.labels.describe() if self.labels else None
-        return [list(self.image_keys), captions, labels]
+        return [self.image_keys, captions, labels]
 
     def fault_of(self, fields, fault=None):
         """Returns the fault that the names of a sample's fields reveal, or None."""
@@ -155,16 +156,20 @@ class PairReader:
         found = (fields[k] for k in self.image_keys if not is_empty(fields.get(k)))
         image, path = next(found, ""), ""
         if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
+            details = f"{image.dtype} {image.shape}"
+            image = image_of(image)
+            if image is None:
+                return Fault(shard, key, NO_ARRAY, details)
         if isinstance(image, list):
             image = image[0] if image else ""
         if isinstance(image, str) and image and names_files:
             path = image = files.beside(shard, image)
         # JSON lines may hold values of any type.
-        if is_empty(image) or not (path or isinstance(image, bytes | Image.Image)):
+        is_image = path or isinstance(image, bytes | Image.Image)
+        if self.image_keys and (is_empty(image) or not is_image):
             return Fault(shard, key, "no image")
         captions, label, fault = (), None, None
-        if self._wants_caption:
+        if "caption" in self._wanted:
             captions, fault = self.captions(fields)
         if not fault and self.labels:
             label, fault = self.labels.of(fields)
@@ -198,7 +203,8 @@ class PairReader:
             pair = samples[place]
             if isinstance(content, Exception):
                 reason = "the image file cannot be read"
-                fault = Fault(pair.shard, pair.key, reason, str(content))
+                details = f"{pair.path}: {content}"
+                fault = Fault(pair.shard, pair.key, reason, details)
                 samples[place] = fault
             else:
                 samples[place] = pair._replace(image=content)
@@ -212,7 +218,7 @@ class Labels:
         label_key: str or sequence of str. The field that holds the label. If several
             are given, the first that a sample has is used.
         class_names: Sequence of str in which labels are looked up, or None if labels
-            are numbers.
+            are numbers or folders.
     """
 
     def __init__(self, label_key, class_names=None):
@@ -227,6 +233,17 @@ class Labels:
                     f"Received: class_names={list(class_names)}"
                 )
 
+    def add_folders(self, folders):
+        """Takes a set of folders as classes, if these are the labels without names."""
+        is_folder = self._numbers is None and self.keys == ("folder",)
+        if is_folder and not all(map(str.isdecimal, folders)):
+            self._numbers = {name: n for n, name in enumerate(sorted(folders))}
+
+    @property
+    def class_names(self):
+        """list of str. Empty if labels are numbers."""
+        return list(self._numbers or ())
+
     def describe(self):
         """Returns the settings that decide the labels, as JSON values."""
         return [list(self.keys), self._numbers]
@@ -239,14 +256,13 @@ class Labels:
             return None, "no label"
         if isinstance(label, list):
             label = label[0] if len(label) == 1 else None
-        if isinstance(label, numbers.Real) and not isinstance(label, bool):
-            number = int(label) if label == label // 1 else -1
-        elif self._numbers is not None:
-            number = self._numbers.get(_text(label), -1)
-        else:
-            text = _text(label)
-            # Python does not convert strings of thousands of digits.
-            number = int(text) if text.isdecimal() and len(text) < 20 else -1
+        # In a table, numbers are text.
+        if text := _text(label):
+            label = (self._numbers or {}).get(text, text)
+            with contextlib.suppress(ValueError):
+                label = float(label)
+        is_number = isinstance(label, numbers.Real) and not isinstance(label, bool)
+        number = int(label) if is_number and label == label // 1 else -1
         known = range(2**31 if self._numbers is None else len(self._numbers))
         return number, None if number in known else "unknown label"
 

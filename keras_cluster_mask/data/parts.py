@@ -1,10 +1,12 @@
 """The parts of an index: one file for each shard, which is built once.
 
-A part holds a line of JSON, then a record for each sample, then the contents of samples
-that are stored in the index. It does not depend on which fields are read as image and
-caption.
+A part holds a line of JSON, then a record for each sample or row, then the contents of
+samples that are stored in the index, or the first row of the image of each row, then
+the stamp of the shard. Only of formats with rows, it depends on which field is read as
+image. Parts of one shard and digest differ only in the stamp.
 """
 
+import array
 import contextlib
 import dataclasses
 import functools
@@ -13,6 +15,7 @@ import json
 import multiprocessing
 import os
 import struct
+import zlib
 from concurrent import futures
 
 import numpy as np
@@ -25,20 +28,21 @@ from keras_cluster_mask.data.formats import (
     NoRandomAccess,
     format_of,
 )
+from keras_cluster_mask.data.formats.base import is_empty
+from keras_cluster_mask.data.pairs import IMAGE_KEYS
 
 # Increase this number when the format of parts changes.
-VERSION = 1
+VERSION = 2
+# The key is its hash. The layout is the number of the fields and the fault.
 RECORD = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("size", "<u8"),
-        # The hash of the key.
-        ("key", "<u8"),
-        # The number of the layout: the fields and the fault.
-        ("layout", "<u4"),
-    ]
+    {
+        "names": ["offset", "size", "key", "layout", "checksum"],
+        "formats": ["<u8", "<u8", "<u8", "<u4", "<u4"],
+    }
 )
-PACKED = struct.Struct("<QQQI")
+PACKED = struct.Struct("<QQQII")
+# The fault of files that have the key of a sample, but come later in the shard.
+NEIGHBORS = "the files of a sample must be neighbors"
 # The seconds before a progress bar is shown.
 SHORT = 1.0
 
@@ -50,11 +54,14 @@ class Part:
     Attributes:
         path: str. The file of the part.
         stamp: str. The size and the date of the shard when it was indexed.
-        digest: str. A hash of all records.
+        digest: str. A hash of all records: of the keys of samples, and of the sizes and
+            values of their fields, but not of images.
         layouts: list of `(fields, fault, count)`: the names of the fields that these
             samples have, the reason why they are broken or None, and the number of
-            these samples.
+            these records.
+        has_groups: bool. Whether several rows have the same image.
         damage: None, or `(last_key, reason)` of a shard that is damaged.
+        missing: str. The first local image file that rows name and that is missing.
         context: The result of `Format.context`, for `Format.parse`.
         start: int. The offset of the records in the file.
     """
@@ -63,7 +70,9 @@ class Part:
     stamp: str
     digest: str
     layouts: list
+    has_groups: bool
     damage: list | None
+    missing: str | None
     context: list | None
     start: int = 0
 
@@ -72,24 +81,41 @@ class Part:
 
     @property
     def num_records(self):
-        """int. The number of samples, broken ones included."""
+        """int. The number of samples or rows, broken ones included."""
         return sum(count for _, _, count in self.layouts)
 
     def entry(self, number):
-        """Reads the `Entry` of a sample, with the hash of its key.
+        """Reads the `Entry` of a sample or row, with the hash of its key.
 
         No file stays open, because there may be too many parts.
         """
-        at = self.start + number * RECORD.itemsize
-        record = np.fromfile(self.path, RECORD, 1, offset=at)[0]
-        offset, size, key, layout = record.tolist()
-        return Entry(key, offset, size, *self.layouts[layout][:2])
+        with self._open() as file:
+            file.seek(self.start + number * PACKED.size)
+            offset, size, key, layout, checksum = PACKED.unpack(file.read(PACKED.size))
+        fields, fault, _ = self.layouts[layout]
+        return Entry(key, offset, size, fields, fault, checksum=checksum)
 
     def records(self):
         """Maps the records into memory."""
         if not self.num_records:
             return np.empty(0, RECORD)
-        return np.memmap(self.path, RECORD, "r", self.start, (self.num_records,))
+        with self._open() as file:
+            return np.memmap(file, RECORD, "r", self.start, (self.num_records,))
+
+    @contextlib.contextmanager
+    def _open(self):
+        """Opens the file, unless it was replaced because the shard has changed."""
+        head = json.dumps({"version": VERSION, "digest": self.digest})[:-1].encode()
+        with open(self.path, "rb", buffering=0) as file:
+            if file.read(len(head)) != head:
+                # Raises the error.
+                read_part(self.path, self.digest)
+            yield file
+
+    def first_rows(self):
+        """Maps the number of the first row with the same image, for each row."""
+        with self._open() as file:
+            return np.memmap(file, "<i8", "r", self.content_start, self.num_records)
 
     @property
     def content_start(self):
@@ -98,13 +124,34 @@ class Part:
 
 
 def hash_of(key):
-    """Returns the 64-bit hash of a key."""
-    content = key.encode("utf-8", "surrogatepass")
+    """Returns the 64-bit hash of bytes, or of a key or another value as a str."""
+    is_bytes = isinstance(key, bytes)
+    content = key if is_bytes else str(key).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
+def digest_of(content):
+    """Returns the hash of JSON values, a str."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def checksum_of(fields):
+    """Returns a hash of the fields of a sample, an int of 32 bits.
+
+    Args:
+        fields: dict from the name of a field to its content. Of bytes, only the size
+            counts. Empty fields do not count.
+    """
+    values = sorted(
+        (name, len(value) if isinstance(value, bytes) else value)
+        for name, value in fields.items()
+        if not is_empty(value)
+    )
+    return zlib.crc32(ascii(values).encode())
+
+
 def read_part(path, digest=None):
-    """Reads the first line of a part.
+    """Reads the first line and the stamp of a part.
 
     Args:
         path: str.
@@ -113,25 +160,27 @@ def read_part(path, digest=None):
     with open(path, "rb") as file:
         head = json.loads(file.readline())
         start = file.tell()
-        length = file.seek(0, os.SEEK_END)
-    if head.pop("version") != VERSION or head.pop("length") != length - start:
+        file.seek(start + head.pop("length"))
+        stamp = file.read().decode()
+    if head.pop("version") != VERSION or not stamp:
         raise ValueError(f"{path} is not a part of an index of this version.")
     if digest not in (None, head["digest"]):
         raise ValueError(
             "`source` must not change while it is read: make the dataset again. "
             f"Received: {path}, an index that was replaced"
         )
-    return Part(path=path, start=start, **head)
+    return Part(path=path, stamp=stamp, start=start, **head)
 
 
-def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
+def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1)):
     """Returns the parts of shards, and builds missing and outdated ones.
 
     Args:
         shards: dict from the paths of shards to their stamps, as of `find_shards`.
-        index_dir: str or path. The folder of the parts. Defaults to `None`: the folder
-            of each shard, or a cache folder for shards at URLs and in folders that
-            cannot be written to.
+        image_keys: tuple of str. The fields that may hold the image of a row.
+        index_dir: str or path. The folder of the parts, or `"beside"` for a hidden file
+            in the folder of each shard, if it is local and can be written to. Defaults
+            to `None`: a cache folder.
         num_workers: int. The number of processes that build parts; 0 for none.
         process: Pair of ints. The index of this process, and the number of processes
             that build the same parts. Each process starts at a different shard, and
@@ -140,9 +189,10 @@ def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
     Returns:
         list of `Part`.
     """
-    if index_dir is not None:
+    if index_dir not in (None, "beside"):
         index_dir = os.path.abspath(os.path.expanduser(index_dir))
-    parts = {path: _find(path, stamp, index_dir) for path, stamp in shards.items()}
+    build = functools.partial(build_part, image_keys=image_keys, index_dir=index_dir)
+    parts = {path: _find(path, shards[path], image_keys, index_dir) for path in shards}
     missing = [path for path, part in parts.items() if part is None]
     first = len(missing) * process[0] // process[1]
     missing = missing[first:] + missing[:first]
@@ -154,7 +204,6 @@ def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
         delay=SHORT,
         disable=not missing,
     )
-    build = functools.partial(build_part, index_dir=index_dir)
     with bar, contextlib.ExitStack() as stack:
         apply = map
         if num_workers and missing:
@@ -169,7 +218,7 @@ def build_parts(shards, index_dir=None, num_workers=0, process=(0, 1)):
     return list(parts.values())
 
 
-def build_part(path, stamp, index_dir=None):
+def build_part(path, stamp, image_keys, index_dir=None):
     """Indexes a shard, unless another process has built its part in the meantime.
 
     Several processes may build the same part at the same time.
@@ -177,6 +226,7 @@ def build_part(path, stamp, index_dir=None):
     Args:
         path: str. The shard.
         stamp: str.
+        image_keys: See `build_parts`.
         index_dir: See `build_parts`.
 
     Returns:
@@ -186,45 +236,64 @@ def build_part(path, stamp, index_dir=None):
         NoRandomAccess: If the shard does not support random access.
         OSError: If the shard cannot be read, or the part cannot be written.
     """
-    if part := _find(path, stamp, index_dir):
+    if part := _find(path, stamp, image_keys, index_dir):
         return part
-    head, *contents = files.retried(lambda: _scan(path, format_of(path)))
-    head = {"version": VERSION, "stamp": stamp, **head}
-    line = json.dumps(head).encode() + b"\n"
-    return read_part(_write(_places(path, index_dir), [line, *contents]))
+    scan = functools.partial(_scan, path, format_of(path), image_keys)
+    head, *contents = files.retried(scan, path)
+    contents = json.dumps(head).encode() + b"\n", *contents, stamp.encode()
+    return read_part(_write(_places(path, image_keys, index_dir), contents))
 
 
-def _scan(path, format):
+def _scan(path, format, image_keys):
     """Scans a shard; returns the part's first line as a dict, records and contents."""
     if files.is_address(path) and not format.in_index:
         _check_ranges(path)
-    records, content = bytearray(), bytearray()
-    seen, layouts, damage, context = set(), {}, None, None
+    records, content, images = bytearray(), bytearray(), array.array("Q")
+    seen, layouts, damage, context, missing = {}, {}, None, None, None
     try:
         context = format.context(path)
         for entry in format.scan(path):
             key, fault = hash_of(entry.key), entry.fault
-            if format.unique_keys:
-                fault = "duplicate key" if key in seen else fault
-                seen.add(key)
+            if format.has_rows:
+                named = (entry.fields[k] for k in image_keys if k in entry.fields)
+                image = next(named, None)
+                images.append(hash_of(image))
+                file = files.beside(path, image) if isinstance(image, str) else ""
+                if file and not files.is_address(file) and not os.path.isfile(file):
+                    missing = missing or file
+                    fault = fault or "the image file is missing"
+            elif key in seen:
+                is_rest = not {*seen[key]} & {*entry.fields}
+                fault = NEIGHBORS if is_rest else "duplicate key"
+            else:
+                seen[key] = entry.fields
             layout = tuple(sorted(entry.fields)), fault
             number, count = layouts.get(layout, (len(layouts), 0))
             layouts[layout] = number, count + 1
-            records += PACKED.pack(entry.offset, entry.size, key, number)
+            checksum = checksum_of(entry.fields)
+            records += PACKED.pack(entry.offset, entry.size, key, number, checksum)
             content += entry.content or b""
     except DamagedShard as error:
         _, last_key, reason = error.args
         if last_key is not None:
             last_key = last_key.encode("utf-8", "backslashreplace").decode()
         damage = last_key, reason
+    _, first, image_of = np.unique(images, return_index=True, return_inverse=True)
+    has_groups = len(first) < len(images)
+    if has_groups:
+        content = first[image_of].astype("<i8").tobytes()
     layouts = [(*layout, count) for layout, (_, count) in layouts.items()]
     digest = hashlib.blake2b(records + content, digest_size=16)
     digest.update(json.dumps([layouts, damage, context]).encode())
     head = {
-        "length": len(records) + len(content),
+        # `Part` expects these two first.
+        "version": VERSION,
         "digest": digest.hexdigest(),
+        "length": len(records) + len(content),
         "layouts": layouts,
+        "has_groups": has_groups,
         "damage": damage,
+        "missing": missing,
         "context": context,
     }
     return head, records, content
@@ -240,27 +309,32 @@ def _check_ranges(path):
         raise NoRandomAccess(path, kind)
 
 
-def _find(path, stamp, index_dir):
+def _find(path, stamp, image_keys, index_dir):
     """Returns the part of a shard, or None if it is missing or outdated."""
-    for place in _places(path, index_dir):
+    for place in _places(path, image_keys, index_dir):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             part = read_part(place)
-            if part.stamp == stamp:
+            # A file that was missing may exist now.
+            if part.stamp == stamp and not part.missing:
                 return part
     return None
 
 
-def _places(path, index_dir):
+def _places(path, image_keys, index_dir):
     """Returns the possible paths of the part of a shard, in order of preference."""
     name = path.rstrip("/").rpartition("/")[2]
+    if image_keys != IMAGE_KEYS and format_of(path).has_rows:
+        name += f"-{hash_of(image_keys):016x}"
     unique = f"{name[:100]}-{hash_of(path):016x}.index"
-    if index_dir is not None:
+    if index_dir not in (None, "beside"):
         return [os.path.join(index_dir, unique)]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cached = os.path.join(cache, "keras_cluster_mask", "index", unique)
     if files.is_address(path):
         return [cached]
-    return [os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index"), cached]
+    beside = os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index")
+    # An index that someone else has put beside the shards is used in any case.
+    return [beside, cached] if index_dir else [cached, beside]
 
 
 def _write(places, contents):

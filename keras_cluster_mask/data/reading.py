@@ -16,8 +16,8 @@ from keras_cluster_mask.data.pairs import Pair, PairReader
 from keras_cluster_mask.data.sampling import Sampling
 from keras_cluster_mask.data.skipped import SkippedSamples
 
-# The largest default block size for object stores, and the number of blocks that a
-# batch must contain to be well mixed.
+# The largest default block size for object stores and Parquet, and the number of
+# blocks that a batch must contain to be well mixed.
 BLOCK, RUNS = 64, 16
 # The number of samples that are read to check that they have the requested fields.
 EXAMPLES = 8
@@ -60,7 +60,7 @@ class Reading:
     process: tuple[int, int] | None = None
     num_workers: int = 0
     index_dir: dataclasses.InitVar[Any] = None
-    max_skipped: float = 0.5
+    max_skipped: float = 0.01
 
     def __post_init__(self, source, sampling, index_dir):
         self.batch_size = check_integer("batch_size", self.batch_size, 1)
@@ -132,12 +132,13 @@ class Reading:
 
     def _check_samples(self):
         """Raises an error unless some samples have all requested fields."""
-        # An index has no field values, such as labels, so read a few samples.
+        # An index has no field values, such as labels, and no images at URLs, so read a
+        # few samples.
         examples = []
         for index in self.indexes:
             numbers = {len(index) * place // EXAMPLES for place in range(EXAMPLES)}
             numbers = sorted(numbers) if len(index) else []
-            examples.extend(index.read(numbers, with_images=False))
+            examples.extend(index.read(numbers))
         if any(isinstance(sample, Pair) for sample in examples):
             return
         faults = collections.Counter(sample.reason for sample in examples)
@@ -146,8 +147,9 @@ class Reading:
         fields = sorted(field for field in fields if not field.endswith("."))
         paths = [path for index in self.indexes for path in index.paths]
         wanted = f"`source` must hold samples with {self.fields.wanted}."
+        details = [*self.skipped.details, *(each.details for each in examples)]
         raise ValueError(
-            " ".join([wanted, *self.skipped.details[:1]])
+            " ".join([wanted, *filter(None, details)][:2])
             + f" Received: {dict(faults) or 'no sample'} with the fields {fields} from "
             f"{paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "")
         )
@@ -158,7 +160,9 @@ class Reading:
         processes = self.process[1]
         if block_size is None:
             paths = [path for index in self.indexes for path in index.paths]
-            largest = BLOCK if any(map(files.is_address, paths)) else 1
+            # Neighbors are read much faster together than one by one.
+            is_slow = any(x.endswith(".parquet") or files.is_address(x) for x in paths)
+            largest = BLOCK if is_slow else 1
             sizes = (largest >> shift for shift in range(largest.bit_length()))
             fitting = (
                 n for n in sizes if not batch_size % n and batch_size >= n * RUNS

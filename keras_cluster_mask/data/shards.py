@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from concurrent import futures
 
 import braceexpand
 
@@ -13,6 +12,7 @@ from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.folder import images_in
 from keras_cluster_mask.data.formats.table import TABLES
 from keras_cluster_mask.data.parts import hash_of
+from keras_cluster_mask.data.threads import Threads
 
 # The number of parallel requests for the size and date of files.
 REQUESTS = 16
@@ -97,7 +97,8 @@ def _in_folder(path):
             ".tsv or .jsonl with a row per image, or images. Received a folder "
             f"without: {path}"
         )
-    return path, {"size": len(images), "ETag": hash_of("\0".join(images))}
+    versions = [(name, text and stamp(text)) for name, text in images.items()]
+    return path, {"size": len(images), "ETag": hash_of(versions)}
 
 
 def expand(pattern):
@@ -129,7 +130,7 @@ def expand(pattern):
         return {path: info} if info else _matching(system, path)
 
     found = {}
-    with futures.ThreadPoolExecutor(REQUESTS, "find files") as threads:
+    with contextlib.closing(Threads(REQUESTS)) as threads:
         for name, matches in zip(names, threads.map(find, paths)):
             if not matches:
                 magic = re.search(r"[*?\[]", name)
@@ -158,7 +159,7 @@ def _listed(system, paths):
 def _matching(system, path):
     """Returns the file of a name, or all files that match a pattern."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return {path: system.info(path)}
+        return {path: files.limited(system, system.info, path)}
     found = system.glob(path, detail=True)
     wants_hidden = path.rpartition("/")[2].startswith(".")
     # Skip hidden files, such as the index of a shard.

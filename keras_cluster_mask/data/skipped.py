@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 MAX_EXAMPLES = 100
-# The fraction of broken samples is checked after this many samples.
-ENOUGH = 1000
 
 
 class SkippedSamples:
@@ -28,7 +26,8 @@ class SkippedSamples:
         by_shard: dict from the name of a shard to a dict from reasons to counts.
         samples: list of the first 100 samples that turned out to be broken, as `Fault`
             tuples of shard, key, reason and details.
-        details: list of str. The descriptions of damaged shards.
+        details: list of str. The descriptions of damaged shards, and the first missing
+            image file of each table.
     """
 
     def __init__(self, indexes: Sequence[Any] = (), max_share: float = 1.0):
@@ -40,6 +39,7 @@ class SkippedSamples:
             for shard, counts in index.faults.items():
                 self._counts[shard].update(counts)
         self._read = self._broken = 0
+        self._taken = self.count
 
     @property
     def by_shard(self) -> dict[str, dict[str, int]]:
@@ -83,7 +83,8 @@ class SkippedSamples:
             f"{count} of {total} samples of `source` are broken ({self.reasons()}), in "
             f"{shards[0]}" + (f" and {len(shards) - 1} more" if shards[1:] else "")
         )
-        if not self.max_share or self._are_many(count, total):
+        message = ". ".join([message, *self.details[:1]])
+        if count > self.max_share * total:
             raise ValueError(
                 f"{message}. Repair `source`, or pass a larger `max_skipped`. "
                 f"Received: max_skipped={self.max_share}"
@@ -91,13 +92,18 @@ class SkippedSamples:
         # Show the line that called `image_text_dataset`.
         warnings.warn(f"{message}. They are left out.", stacklevel=5)
 
-    def report(self, faults: Sequence[Any], read: int) -> None:
+    def report(self, faults: Sequence[Any], read: int, total: int) -> None:
         """Counts the samples of a batch, and warns about the first broken one.
+
+        Raises an error as soon as a pass has too many.
 
         Args:
             faults: list of `Fault`.
             read: int. The number of samples, intact or broken.
+            total: int. The number of samples in a pass.
         """
+        if self._read >= total:
+            self._read = self._broken = 0
         self._read += read
         if not faults:
             return
@@ -105,30 +111,28 @@ class SkippedSamples:
         message = f"The sample {first.key!r} of the shard {first.shard}: {first.reason}"
         if first.details:
             message += f" ({first.details})"
-        if not self.max_share:
+        is_first = not self.samples
+        self._broken += len(faults)
+        for fault in faults:
+            self.add(fault)
+        if self._broken > self.max_share * total:
             raise ValueError(
-                f"{message}. Repair `source`, or pass a `max_skipped` above 0. "
-                "Received: max_skipped=0"
+                f"{message}. More than {100 * self.max_share:.3g} % of the samples are "
+                "broken. Repair `source`, or pass a larger `max_skipped`. Received: "
+                f"max_skipped={self.max_share}, {self._broken} of the first "
+                f"{self._read} of {total} samples are broken, {self.reasons()}"
             )
-        if not self._broken:
+        if is_first:
             warnings.warn(
                 f"{message}. It was skipped; others may follow without a warning, "
                 "`dataset.skipped` counts them.",
                 stacklevel=2,
             )
-        self._broken += len(faults)
-        for fault in faults:
-            self.add(fault)
-        if self._are_many(self._broken, self._read):
-            raise ValueError(
-                f"More than {self.max_share:.0%} of the samples are broken. Repair "
-                "`source`, or pass a larger `max_skipped`. Received: max_skipped="
-                f"{self.max_share}, {self._broken} of the first {self._read} are "
-                f"broken, {self.reasons()}"
-            )
 
-    def _are_many(self, count, total):
-        return total >= ENOUGH and count > self.max_share * total
+    def take_new(self) -> int:
+        """Returns the number of samples that were added since the last call."""
+        count, self._taken = self.count - self._taken, self.count
+        return count
 
     def __repr__(self):
         reasons = f", {self.reasons()}" if self.count else ""

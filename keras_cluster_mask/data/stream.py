@@ -1,5 +1,6 @@
 """A grain dataset of batches, which has a length and can start at any batch."""
 
+import collections
 import copy
 import functools
 import math
@@ -7,21 +8,28 @@ import multiprocessing.connection
 import os
 import shutil
 import threading
+import time
 import weakref
 from concurrent import futures
+from multiprocessing.shared_memory import ShareableList
 from typing import Any, Self
 
 import grain
 import numpy as np
 from absl import flags
 
+from keras_cluster_mask.data.captions import TEXTS
 from keras_cluster_mask.data.samples import FAULTS, Samples
-from keras_cluster_mask.data.tokenizing import is_layer, tokenize
+from keras_cluster_mask.data.threads import Threads
 
 # The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
-# More threads in one process would wait for each other.
-MAX_THREADS = 16
+# More threads in one process would wait for each other, and the GIL keeps more
+# processors than these from being busy.
+MAX_THREADS, BUSY = 16, 3
+# The seconds between two checks whether a worker must end, and those after which it is
+# killed if it has not.
+POLL, END_AFTER = 0.5, 1.5
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -44,6 +52,10 @@ class ImageTextDataset(grain.IterDataset):
         description: dict. The settings that determine the samples of each batch. A run
             can only be resumed on a dataset with an equal `description`.
         tokenizer: The tokenizer, or None.
+        process: Pair of ints. The index of this process, and the number of processes.
+        class_names: list of str, the names that labels are indices into, if known.
+        waits: deque of the times at which the program began and ended to wait for each
+            of the last batches, in seconds.
     """
 
     def __init__(self, samples: Samples):
@@ -57,6 +69,10 @@ class ImageTextDataset(grain.IterDataset):
         self.element_spec = samples.element_spec
         self.description = samples.description
         self.tokenizer = samples.captions.tokenizer
+        self.process = reading.process
+        labels = reading.fields.labels
+        self.class_names = labels.class_names if labels else []
+        self.waits = collections.deque(maxlen=1024)
         self._samples, self._reading = samples, reading
 
     @property
@@ -89,6 +105,17 @@ class ImageTextDataset(grain.IterDataset):
             return None
         return sum(len(self._reading.positions(batch)) for batch in range(len(self)))
 
+    def faster(self, share: float) -> int | None:
+        """Returns the `num_workers` that would shorten the wait for data, or `None`.
+
+        Args:
+            share: float. The share of time that steps wait for data.
+        """
+        workers = max(self._reading.num_workers, 1)
+        wanted = math.ceil(workers / (1 - min(share, 0.9)))
+        useful = min(wanted, -(-num_processors() // BUSY))
+        return useful if useful > workers else None
+
     def as_dataset(self) -> Any:
         """Returns a `tf.data.Dataset` of the batches, which also starts at `start`."""
         from keras_cluster_mask.data.tensorflow import as_dataset
@@ -98,37 +125,36 @@ class ImageTextDataset(grain.IterDataset):
     def __iter__(self) -> grain.DatasetIterator:
         return _Iterator(self, *self.batches(self.start))
 
-    def batches(self, start: int) -> tuple[grain.IterDataset, "Threads"]:
-        """Returns a grain dataset of the batches from `start` on, and its threads.
+    def batches(self, start: int) -> tuple[grain.IterDataset, "_Reader"]:
+        """Returns a grain dataset of the batches from `start` on, and their `_Reader`.
 
-        Each element is a batch, whose rows the threads read and decode. See `finished`.
+        See `finished`.
         """
         rows, workers = self._reading.rows, self._reading.num_workers
         bytes_per_batch = rows * math.prod(self.element_spec["images"].shape[1:])
         ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
         stop = 2**62 if self.training else max(len(self), start)
-        count = min(num_processors() // max(workers, 1), MAX_THREADS)
-        threads = Threads(max(count, 1))
-        read = functools.partial(self._samples.read, threads)
-        # A batch begins as soon as there are free threads, before the last one is done.
-        options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
+        read = _Reader(self._samples, count, ahead, workers, stop)
         dataset = grain.MapDataset.range(start, stop).map(read)
-        dataset = dataset.to_iter_dataset(options)
+        # The reader has threads, and a program does not wait for them when it ends.
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(0, 0))
         if not workers:
-            return dataset, threads
+            return dataset, read
         # Queued batches on both sides, one in progress, and one in use.
         _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
         # grain reads its own absl flags, which few programs parse.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
-        return dataset.mp_prefetch(options, worker_init_fn=_end_with_parent), threads
+        read.workers = ShareableList([0] * workers + [False])
+        begin = functools.partial(_begin_worker, read.workers)
+        return dataset.mp_prefetch(options, worker_init_fn=begin), read
 
     def finished(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """Adds the token ids of a Keras layer, which cannot run in worker processes."""
-        if is_layer(self.tokenizer):
-            captions = [c[0] if isinstance(c, tuple) else c for c in batch["captions"]]
-            batch["token_ids"] = tokenize(self.tokenizer, captions)
+        if TEXTS in batch:
+            batch["token_ids"] = self._samples.captions.tokenize(*batch[TEXTS])
         # Restore the order: grain sorts the entries of batches from worker processes.
         return {name: batch[name] for name in self.element_spec}
 
@@ -136,37 +162,90 @@ class ImageTextDataset(grain.IterDataset):
         return f"ImageTextDataset({self.num_samples} samples, {len(self)} batches)"
 
 
-class Threads(futures.ThreadPoolExecutor):
-    """Threads that read and decode the rows of batches.
-
-    A copy in another process has its own threads.
+class _Reader:
+    """Reads batches by their number, and begins the next ones in the background.
 
     Args:
-        count: int. The number of threads.
+        samples: `Samples`.
+        count: int. The number of threads that read and decode rows.
+        ahead: int. The number of batches that are read ahead.
+        num_workers: int. The number of processes that take turns.
+        stop: int. The number of the batch after the last.
+
+    Attributes:
+        workers: list of the id of each worker process, 0 before it starts, and of
+            whether the workers must end. All processes share it. Empty without workers.
     """
 
-    def __init__(self, count):
-        super().__init__(count, "read samples")
-        self.count = count
+    def __init__(self, samples, count, ahead, num_workers, stop):
+        self._samples, self._stop, self._step = samples, stop, max(num_workers, 1)
+        self._rows, self._batches = Threads(count), Threads(ahead)
+        self._begun, self.workers = {}, []
 
-    def __reduce__(self):
-        return Threads, (self.count,)
+    def __call__(self, batch):
+        # A batch begins as soon as there are free threads, before the last one is done.
+        last = batch + self._batches.count * self._step
+        for each in range(batch, min(last + 1, self._stop), self._step):
+            if each not in self._begun:
+                read = self._samples.read
+                self._begun[each] = self._batches.submit(read, self._rows, each)
+        future = self._begun.pop(batch)
+        while not futures.wait([future], POLL).done:
+            if self.workers and self.workers[-1]:
+                raise futures.CancelledError
+        return future.result()
+
+    def close(self, pid, iterators, closer):
+        """Closes threads and workers, and waits a short time for those that stall.
+
+        Args:
+            pid: int. The process that started them. A fork of it must not close them.
+            iterators: list of the iterator over the batches, which must not outlive it.
+            closer: `Threads`, in which it is closed, since grain waits without a limit.
+        """
+        if os.getpid() != pid:
+            return
+        # The batches in progress are not finished.
+        self._batches.close()
+        self._rows.close()
+        if self.workers:
+            self.workers[-1] = True
+        closing = closer.submit(iterators.pop().close)
+        # grain ends one worker after the other.
+        limit = END_AFTER + len(self.workers) / 4
+        if not futures.wait([closing], limit).done:
+            # The workers that have been stopped by a signal or a debugger.
+            for process in multiprocessing.active_children():
+                if process.pid in [*self.workers]:
+                    process.kill()
+            futures.wait([closing], 4 * limit)
+        closer.close()
+        if self.workers:
+            self.workers.shm.close()
+            self.workers.shm.unlink()
 
 
 class _Iterator(grain.DatasetIterator):
     """Counts broken samples, skips empty batches, and closes the workers at the end."""
 
-    def __init__(self, dataset, batches, threads):
+    def __init__(self, dataset, batches, reader):
         super().__init__()
         self._dataset = dataset
         self._skipped = dataset.skipped = copy.deepcopy(dataset._reading.skipped)
+        self._total = dataset.num_samples // dataset._reading.process[1]
         self._pid = os.getpid()
-        self._start(dataset.start, batches, threads)
+        dataset.waits.clear()
+        self._start(dataset.start, batches, reader)
 
-    def _start(self, batch, batches, threads):
+    def _start(self, batch, batches, reader):
         self._batch, self._batches = batch, [iter(batches)]
+        closer = Threads(1)
+        # At exit, no thread can start.
+        closer.submit(int)
         # Also runs at exit, before the modules that it needs are unloaded.
-        self._close = weakref.finalize(self, _close, self._batches, threads)
+        self._close = weakref.finalize(
+            self, reader.close, self._pid, self._batches, closer
+        )
 
     def __next__(self):
         if os.getpid() != self._pid:
@@ -177,19 +256,21 @@ class _Iterator(grain.DatasetIterator):
                 f"process {os.getpid()}, started in {self._pid}"
             )
         while True:
-            if not self._batches:
+            if not self._close.alive:
                 raise StopIteration
+            began = time.perf_counter()
             try:
                 batch = next(self._batches[0])
             except BaseException:
                 self._close()
                 raise
             self._batch += 1
+            self._dataset.waits.append((began, time.perf_counter()))
             rows = len(batch["images"])
             faults = batch.pop(FAULTS)
             # In training, broken samples have been replaced.
             left_out = 0 if self._dataset.training else len(faults)
-            self._skipped.report(faults, rows + left_out)
+            self._skipped.report(faults, rows + left_out, self._total)
             if rows:
                 return self._dataset.finished(batch)
 
@@ -205,14 +286,9 @@ class _Iterator(grain.DatasetIterator):
         self._start(state["batch"], *self._dataset.batches(state["batch"]))
 
 
-def _close(iterators, threads):
-    # The batches in progress are not finished.
-    threads.shutdown(wait=False, cancel_futures=True)
-    iterators.pop().close()
-
-
-def _end_with_parent(index, count):
-    """Ends a worker process when its parent process ends."""
+def _begin_worker(workers, index, count):
+    """Notes the id of a worker process, and ends it when its parent process ends."""
+    workers[index] = os.getpid()
 
     def wait():
         parent = multiprocessing.parent_process()

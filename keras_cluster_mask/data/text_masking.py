@@ -5,12 +5,20 @@ caption, the words with the highest scores are kept, whole and in order. If no w
 fits, one word is truncated.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from keras_cluster_mask.data import byte_pairs
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+from keras_cluster_mask.data.tokenizing import PROBES, tokenize
+
+# The number of words whose tokens are counted only once.
+MAX_WORDS = 1 << 16
+# The length of the rows in which they are counted, of a tokenizer of any length.
+MAX_TOKENS = 128
 
 
 class TextMasking:
@@ -23,10 +31,13 @@ class TextMasking:
 
     Words are those of CLIP's tokenizer, in lower case and before byte-pair encoding:
     runs of letters, single digits, endings of contractions, and runs of other
-    characters. Draw all random numbers from `generator`, so that all processes, workers
-    and resumed runs mask in the same way. With `num_workers`, a masking must be
-    picklable. A run can only be resumed with a masking of equal `repr`, so override
-    `__repr__` in a subclass with options.
+    characters. Another tokenizer gets the kept words as they are in the caption, with
+    their case. Its tokens of a word are those of the word alone.
+
+    Draw all random numbers from `generator`, so that all processes, workers and resumed
+    runs mask in the same way. With `num_workers`, a masking must be picklable. A run
+    can only be resumed with a masking of equal `repr`, so override `__repr__` in a
+    subclass with options.
 
     Example:
 
@@ -67,7 +78,7 @@ class TextMasking:
 
         Args:
             words: list of str, in lower case.
-            num_tokens: list of int. The number of tokens of each word.
+            num_tokens: list of int. The number of tokens of each word, up to 127.
             num_tokens_left: int. The maximum number of tokens of all kept words.
             generator: `np.random.Generator` of the sample.
 
@@ -124,7 +135,7 @@ class TextMasking:
 
     def tokenize(
         self,
-        tokenizer: CLIPTokenizer,
+        tokenizer: Any,
         captions: Sequence[str | bytes],
         generators: Sequence[np.random.Generator],
         epochs: Sequence[int] | None = None,
@@ -132,7 +143,8 @@ class TextMasking:
         """Masks captions, and converts them to token ids.
 
         Args:
-            tokenizer: `CLIPTokenizer`.
+            tokenizer: A tokenizer that `image_text_dataset` takes, whose rows end in
+                padding.
             captions: list of str or bytes.
             generators: list of `np.random.Generator`, one for each caption.
             epochs: list of int. The epoch of each caption. Defaults to `None`: 0, the
@@ -150,6 +162,8 @@ class TextMasking:
                 words, num_tokens, num_tokens_left, generators[index]
             )
 
+        if not isinstance(tokenizer, WordTokenizer):
+            tokenizer = _word_tokenizer(tokenizer)
         return tokenizer(captions, keep_words)
 
     def __repr__(self):
@@ -227,6 +241,74 @@ class BlockTextMasking(TextMasking):
         return [-i if i >= first else i - count - first for i in range(count)]
 
 
+class WordTokenizer:
+    """Applies a tokenizer of any kind to the words of captions that a masking keeps.
+
+    Args:
+        tokenizer: See `tokenize`.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = self._counter = tokenizer
+        self._clean, self._sizes = byte_pairs.repair, {}
+        if isinstance(tokenizer, CLIPTokenizer):
+            self._clean = byte_pairs.clean
+            self._counter = tokenizer.with_context_length(MAX_TOKENS)
+        self._num_tokens_left, self._most = (
+            int(_num_tokens(each, [PROBES[-1] * MAX_TOKENS])[0])
+            for each in (tokenizer, self._counter)
+        )
+        if self._num_tokens_left < 1:
+            raise ValueError(
+                "`text_masking` needs a `tokenizer` whose rows end in padding, so that "
+                f"the tokens of a word can be counted. Received: tokenizer={tokenizer}"
+            )
+
+    def __call__(self, captions, keep_words):
+        """Converts captions to token ids.
+
+        Args:
+            captions: list of str or bytes.
+            keep_words: Function that chooses the words of captions that are too long.
+                Its arguments are the index of a caption, its words in lower case, the
+                number of tokens of each, and the number of tokens that fit; it returns
+                the indices of the words to keep, in order.
+        """
+        captions = [*captions]
+        texts = [self._clean(caption, "captions") for caption in captions]
+        spans = [byte_pairs.spans_of(text) for text in texts]
+        words = [[t[start:end] for start, end in s] for t, s in zip(texts, spans)]
+        sizes = self._sizes = self._sizes if len(self._sizes) < MAX_WORDS else {}
+        new = [*{word for each in words for word in each} - sizes.keys()]
+        counts = _num_tokens(self._counter, new)
+        # A word that fills a row may have been truncated.
+        sizes.update(zip(new, (counts + (counts == self._most)).tolist()))
+        for index, each in enumerate(words):
+            num_tokens = [sizes[word] for word in each]
+            if sum(num_tokens) > self._num_tokens_left:
+                lower = [word.lower() for word in each]
+                kept = keep_words(index, lower, num_tokens, self._num_tokens_left)
+                text = texts[index]
+                # From the end, so that earlier places stay the same.
+                for place in sorted({*range(len(each))} - {*kept}, reverse=True):
+                    start, end = spans[index][place]
+                    text = f"{text[:start]} {text[end:]}"
+                captions[index] = " ".join(text.split())
+        return tokenize(self.tokenizer, captions)
+
+
+_word_tokenizer = functools.lru_cache(4)(WordTokenizer)
+
+
+def _num_tokens(tokenizer, texts):
+    """Counts the tokens of each text, without special tokens."""
+    rows = tokenize(tokenizer, ["", *texts])
+    # A word, too, may have a token with the id of padding.
+    places = np.arange(1, rows.shape[1] + 1)
+    ends = np.max((rows != rows[0, -1]) * places, axis=1)
+    return ends[1:] - ends[0]
+
+
 def check_text_masking(text_masking, tokenizer):
     """Raises an error unless a masking can mask the captions for a tokenizer."""
     if not isinstance(text_masking, TextMasking):
@@ -234,12 +316,7 @@ def check_text_masking(text_masking, tokenizer):
             "`text_masking` must be a text masking, such as `RandomTextMasking()`, or "
             f"None. Received: text_masking={text_masking!r}"
         )
-    if not isinstance(tokenizer, CLIPTokenizer):
-        raise ValueError(
-            "`text_masking` needs a `CLIPTokenizer` as the `tokenizer`, which knows "
-            "the words of a caption and their tokens: `CLIPTokenizer.from_open_clip()` "
-            "and `from_preset` have CLIP's tokens, `train` learns others. Received: "
-            f"tokenizer={tokenizer!r}"
-        )
+    if tokenizer is None:
+        raise ValueError("`text_masking` needs a `tokenizer`. Received: tokenizer=None")
     # Raise the errors of `score` before any sample is read.
     text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))

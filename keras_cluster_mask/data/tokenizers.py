@@ -1,12 +1,11 @@
 """CLIP's tokenizer in Python."""
 
-import functools
 import gzip
 import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import numpy as np
@@ -52,6 +51,7 @@ class CLIPTokenizer:
         end_token: str. The token after each caption; the last of the vocabulary.
 
     Attributes:
+        context_length: int. The length of every row of ids.
         vocabulary_size: int. The number of token ids, and of embeddings that a text
             tower needs.
         start_token_id: int. The id of the start token.
@@ -96,15 +96,9 @@ class CLIPTokenizer:
         self._tokenizer.post_processor = processors.BertProcessing(
             (end_token, self.end_token_id), (start_token, self.start_token_id)
         )
+        self.context_length = context_length
         self._tokenizer.enable_truncation(context_length)
         self._tokenizer.enable_padding(length=context_length, pad_id=0)
-        # Cached because words repeat, and the model creates an object for each token.
-        self._size_of = functools.lru_cache(1 << 16)(self._size_of)
-
-    @property
-    def context_length(self) -> int:
-        """int. The length of every row of ids."""
-        return self._tokenizer.truncation["max_length"]
 
     @classmethod
     def from_file(
@@ -245,6 +239,28 @@ class CLIPTokenizer:
         with files.replacing(path) as file:
             file.write(json.dumps({"format": FILE_FORMAT, **self._config()}).encode())
 
+    def save_to_preset(self, preset_dir: str | os.PathLike) -> None:
+        """Writes the tokenizer into the folder of a KerasHub CLIP preset.
+
+        `keras_hub.models.CLIPTokenizer.from_preset` and `from_preset` read it. A preset
+        does not state the context length.
+
+        Args:
+            preset_dir: str or path, such as the one that a backbone was saved to.
+        """
+        # KerasHub accepts no other names of these tokens.
+        names = dict(zip(self._specials, ("<|startoftext|>", "<|endoftext|>")))
+        words = {names.get(token, token): i for i, token in enumerate(self._vocabulary)}
+        kind = {"module": "keras_hub.models", "class_name": "CLIPTokenizer"}
+        config = {**kind, "config": {}, "registered_name": "keras_hub>CLIPTokenizer"}
+        for name, text in (
+            ("assets/tokenizer/vocabulary.json", json.dumps(words)),
+            ("assets/tokenizer/merges.txt", "\n".join(map(" ".join, self._merges))),
+            ("tokenizer.json", json.dumps(config)),
+        ):
+            with files.replacing(f"{os.fspath(preset_dir)}/{name}") as file:
+                file.write(text.encode())
+
     def with_context_length(self, context_length: int) -> Self:
         """Returns a copy with another context length, such as for a training stage.
 
@@ -259,18 +275,11 @@ class CLIPTokenizer:
     def __call__(
         self,
         texts: str | bytes | Sequence[str | bytes] | np.ndarray,
-        keep_words: Callable[[int, list[str], list[int], int], Sequence[int]]
-        | None = None,
     ) -> np.ndarray:
         """Converts captions to rows of token ids.
 
         Args:
             texts: str, or a sequence or array of str or UTF-8 bytes.
-            keep_words: Function that chooses the words of captions that are too long,
-                such as a text masking. Its arguments are the index of a text, its
-                words, the number of tokens of each, and the number of tokens between
-                start and end; it returns the indices of the words to keep, in order.
-                Defaults to `None`: captions that are too long are truncated.
 
         Returns:
             NumPy int32 array of shape `(len(texts), context_length)`. Each row holds
@@ -281,30 +290,11 @@ class CLIPTokenizer:
         # As in the reference implementation, a special token in a caption keeps its id
         # if it is a separate word.
         has_special = any(t in text for t in self._specials for text in texts)
-        by_words = has_special or keep_words is not None
-        if by_words:
-            texts = [self._words(*each, keep_words) for each in enumerate(texts)]
-        rows = self._tokenizer.encode_batch_fast(texts, is_pretokenized=by_words)
+        if has_special:
+            texts = [byte_pairs.words_of(text, self._specials) for text in texts]
+        rows = self._tokenizer.encode_batch_fast(texts, is_pretokenized=has_special)
         rows = np.array([row.ids for row in rows], "int32")
         return rows.reshape(-1, self.context_length)
-
-    def _words(self, index, text, keep_words):
-        """Splits a text into words, and applies `keep_words` if there are too many."""
-        pieces = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
-        words = [text[start:end] for _, (start, end) in pieces]
-        if keep_words is None:
-            return words
-        sizes = [self._size_of(piece) for piece, _ in pieces]
-        num_tokens_left = self.context_length - 2
-        if sum(sizes) <= num_tokens_left:
-            return words
-        kept = keep_words(index, words, sizes, num_tokens_left)
-        return [words[place] for place in kept]
-
-    def _size_of(self, word):
-        """Returns the number of tokens of a word in byte characters."""
-        is_special = word in self._specials
-        return 1 if is_special else len(self._tokenizer.model.tokenize(word))
 
     def decode(self, ids: Sequence | np.ndarray) -> str | list[str]:
         """Converts token ids to text, with a space between any two words.

@@ -3,21 +3,21 @@
 import inspect
 import sys
 import threading
+from collections.abc import Mapping
 
 import numpy as np
 
+from keras_cluster_mask.data import byte_pairs
+
 # Texts of different lengths, with different first and last words.
 PROBES = (
-    b"dog",
-    b"two red boats on the sea",
-    b"a child reads a book under a tall tree",
+    "dog",
+    "two red boats on the sea",
+    "a child reads a book under a tall tree",
 )
 # Texts that tokenizers treat differently: case, digits, punctuation, accents, symbols
 # and entities. They are short, so that few context lengths truncate them.
-VARIANTS = tuple(
-    text.encode()
-    for text in ("Dog", "12", "3.5", "a, b", "dog's", "no!", "é", "€", "&amp;")
-)
+VARIANTS = "Dog", "12", "3.5", "a, b", "dog's", "no!", "é", "€", "&amp;"
 # Hugging Face uses a larger number if the length is unknown.
 MAX_LENGTH = 100_000
 # Hugging Face tokenizers, which open_clip wraps, are not thread-safe: calls change
@@ -42,8 +42,14 @@ def check_tokenizer(tokenizer):
         )
     if tokenizer is not None and not callable(tokenizer):
         raise ValueError(
-            "`tokenizer` must be a callable from a list of bytes to ints, or None. "
+            "`tokenizer` must be a callable from a list of str to ints, or None. "
             f"Received: tokenizer={tokenizer!r}"
+        )
+    is_hugging_face = "transformers" in _libraries(tokenizer)
+    if is_hugging_face and not hasattr(tokenizer, "model_max_length"):
+        raise ValueError(
+            "`tokenizer` must be a tokenizer, and not a processor: pass "
+            f"`processor.tokenizer`. Received: {type(tokenizer).__name__}"
         )
 
 
@@ -56,13 +62,24 @@ def length_of(tokenizer):
     return length
 
 
+def vocabulary_size_of(tokenizer):
+    """Returns the number of ids of a tokenizer, or None if it is unknown."""
+    if "transformers" in _libraries(tokenizer):
+        return len(tokenizer)
+    if is_layer(tokenizer):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    names = "vocabulary_size", "vocab_size"
+    size = next((getattr(tokenizer, x) for x in names if hasattr(tokenizer, x)), None)
+    return size() if callable(size) else size
+
+
 def tokenize(tokenizer, captions, context_length=None):
     """Converts captions to token ids.
 
     Args:
-        tokenizer: Callable from a list of bytes to ints, such as a `CLIPTokenizer`; a
-            tokenizer of open_clip or Hugging Face, which takes str; or a Keras layer,
-            which runs on TensorFlow.
+        tokenizer: Callable from a list of str to ints, such as a `CLIPTokenizer`; a
+            tokenizer of open_clip or Hugging Face; or a Keras layer, which runs on
+            TensorFlow.
         captions: list of bytes, or of str.
         context_length: int. The length of the rows of a tokenizer of open_clip or
             Hugging Face. `None`: its own.
@@ -74,7 +91,10 @@ def tokenize(tokenizer, captions, context_length=None):
         return np.zeros((0, getattr(tokenizer, "context_length", 0)), "int32")
     if is_layer(tokenizer):
         return _apply_layer(tokenizer, captions)
-    token_ids = _call(tokenizer, captions, context_length)
+    texts = [byte_pairs.as_text(caption) for caption in captions]
+    token_ids = _call(tokenizer, texts, context_length)
+    if isinstance(token_ids, Mapping):
+        token_ids = token_ids["input_ids"]
     # Convert the tensors of any backend.
     if not isinstance(token_ids, np.ndarray | list | tuple):
         import keras
@@ -96,7 +116,7 @@ def probe(tokenizer, context_length=None, texts=PROBES):
     Args:
         tokenizer: See `tokenize`.
         context_length: See `tokenize`.
-        texts: Sequence of bytes.
+        texts: Sequence of str.
 
     Returns:
         int32 array `(texts, length)`; `None` if the tokenizer does not accept
@@ -110,15 +130,11 @@ def probe(tokenizer, context_length=None, texts=PROBES):
         return None
 
 
-def _call(tokenizer, captions, context_length):
+def _call(tokenizer, texts, context_length):
     """Calls a tokenizer as its library does."""
     libraries = _libraries(tokenizer)
     if not libraries & {"open_clip", "transformers"}:
-        return tokenizer(captions)
-    texts = [
-        text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        for text in captions
-    ]
+        return tokenizer(texts)
     length = context_length or length_of(tokenizer)
     if "open_clip" in libraries:
         with _padding:
@@ -132,7 +148,7 @@ def _call(tokenizer, captions, context_length):
     with _padding:
         return tokenizer(
             texts, padding="max_length", truncation=True, max_length=length
-        )["input_ids"]
+        )
 
 
 def _libraries(tokenizer):

@@ -149,10 +149,16 @@ def keeping_weights(model: keras.Model) -> Iterator[None]:
     start = StartValues(model)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if keras.backend.backend() == "jax":
             model.jax_state_sync()
         start.put_back()
+        if type(error).__name__ == "IndivisibleError":
+            raise ValueError(
+                "The number of devices must divide every batch, also the last one: "
+                "pass a `batch_size`, or as many pairs, for which it does. "
+                f"Received: {error}"
+            ) from error
         raise
 
 

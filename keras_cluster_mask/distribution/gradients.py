@@ -5,8 +5,15 @@ import functools
 import keras
 from keras import ops, tree
 
-from keras_cluster_mask.distribution.processes import all_gather_object
-from keras_cluster_mask.distribution.replicas import num_replicas, tensorflow_replica
+from keras_cluster_mask.distribution.processes import (
+    all_gather_object,
+    process_index_and_count,
+)
+from keras_cluster_mask.distribution.replicas import (
+    num_replicas,
+    parts_of_batch,
+    tensorflow_replica,
+)
 
 if keras.backend.backend() == "torch":
     from keras_cluster_mask.distribution.missing_in_keras import (
@@ -233,7 +240,10 @@ def check_batch_size(model, batch_size: int | None, pairs: int | None = None) ->
                 f"{sizes} by process"
             )
     replicas = strategy_replicas(model)
-    if replicas > 1 and (batch_size is None or batch_size % replicas):
+    is_unknown = batch_size is None and replicas > 1
+    if keras.backend.backend() == "jax":
+        replicas = parts_of_batch() // process_index_and_count(training=True)[1]
+    if is_unknown or (replicas > 1 and (batch_size or 0) % replicas):
         raise ValueError(
             "The number of replicas must divide the batch size, which must be known: "
             "use a dataset with full batches, `dataset.batch(batch_size, "

@@ -41,16 +41,13 @@ def batch_is_split(training):
     return num_replicas() > 1 and not alone
 
 
-def rows_per_device(rows):
-    """Returns the number of rows per device in a step of `rows` rows.
-
-    On JAX a step sees the rows of all devices.
-    """
+def parts_of_batch():
+    """Returns the number of parts that a distribution of JAX splits a batch into."""
     distribution = keras.distribution.distribution()
     known = keras.distribution.DataParallel, keras.distribution.ModelParallel
     if keras.backend.backend() != "jax" or not isinstance(distribution, known):
-        return rows
-    return -(-rows // distribution.num_model_replicas)
+        return 1
+    return distribution.num_model_replicas
 
 
 def all_gather(x):

@@ -23,6 +23,39 @@ def check_read_once(name, data):
         )
 
 
+def check_whole(name, data):
+    """Raises an error for a dataset of which each process reads a part."""
+    check_read_once(name, data)
+    process = getattr(_stream(data), "process", (0, 1))
+    if process[1] > 1:
+        raise ValueError(
+            f"`{name}` must hold all images in each process: pass `process=(0, 1)` to "
+            f"`image_text_dataset`. Received: {name}={data}, with process={process}"
+        )
+
+
+def check_class_order(name, data, class_names):
+    """Raises an error if names of classes have other numbers in a dataset."""
+    numbers = {each: i for i, each in reversed([*enumerate(class_names)])}
+    for number, each in enumerate(class_names_of(data)):
+        if numbers.get(each, number) != number:
+            raise ValueError(
+                "`class_names` must have one order everywhere, because labels are "
+                f"indices into them. Received: {each!r} as class {numbers[each]}, and "
+                f"as class {number} in `{name}`"
+            )
+
+
+def class_names_of(data):
+    """Returns the `class_names` of an `image_text_dataset`; `[]` for other data."""
+    return getattr(_stream(data), "class_names", [])
+
+
+def _stream(data):
+    """Returns the `ImageTextDataset` that provides the data, or `None`."""
+    return getattr(data, "stream", None)
+
+
 def check_entry(name, batch, key):
     """Raises an error for a batch without an entry, and says how to get it."""
     if key not in batch:
@@ -37,13 +70,14 @@ def read_entries(name, data, keys):
 
     Args:
         name: String, the name of the argument in errors.
-        data: See `embed`. A dataset for training is refused before anything is read.
+        data: See `embed`. A dataset for training, or for one of several processes, is
+            refused before anything is read.
         keys: List of str. The first must be in each batch.
 
     Returns:
         An iterator of dictionaries of arrays.
     """
-    check_read_once(name, data)
+    check_whole(name, data)
 
     def select(batch):
         check_entry(name, batch, keys[0])
@@ -52,15 +86,40 @@ def read_entries(name, data, keys):
     return map(select, read_batches(data))
 
 
-def read_labeled(name, data, num_classes=None):
-    """Reads only the images and labels of batches, after a check of the labels."""
+def read_labeled(name, data, class_names=()):
+    """Reads only the images and labels of batches, after a check of the labels.
 
-    def check(batch):
-        count = len(batch["images"])
-        labels = check_labels("labels", batch["labels"], count, num_classes)
-        return {**batch, "labels": labels}
+    A misspelled class is an error at the end of the data: no image has its label, and
+    there are images with other labels.
 
-    return map(check, read_entries(name, data, ["labels"]))
+    Args:
+        name: String, the name of the argument in errors.
+        data: See `read_entries`.
+        class_names: List of str, of which the labels are indices, if they are known.
+
+    Returns:
+        An iterator of dictionaries of arrays.
+    """
+    check_class_order(name, data, class_names)
+    batches = read_entries(name, data, ["labels"])
+    unseen = dict(enumerate(class_names_of(data)))
+
+    def check():
+        for batch in batches:
+            sizes = len(batch["images"]), len(class_names) or None
+            labels = check_labels("labels", batch["labels"], *sizes)
+            for label in np.unique(labels).tolist():
+                unseen.pop(label, None)
+            yield {**batch, "labels": labels}
+        skipped = unseen and _stream(data).skipped.by_reason.get("unknown label")
+        if skipped:
+            raise ValueError(
+                f"`class_names` of `{name}` must hold the labels of its images. "
+                f"Received: {[*unseen.values()][:5]}, of which there is no image, and "
+                f"{skipped} images with other labels"
+            )
+
+    return check()
 
 
 def check_matrix(name, values):

@@ -151,7 +151,8 @@ def evaluate_zero_shot(
             `SigLIPBackbone`, or the path of one that was saved.
         data: See `embed`. Batches hold `"images"` and `"labels"`, indices into
             `class_names`.
-        class_names: List of str.
+        class_names: List of str. Names that `class_names` of an `image_text_dataset`
+            holds, too, must have the same places in both.
         tokenizer: See `embed`.
         templates: See `zero_shot_classifier`.
         ks: See `classification_accuracy`.
@@ -162,11 +163,12 @@ def evaluate_zero_shot(
 
     Raises:
         ValueError: As `zero_shot_classifier` does, for data without labels, for labels
-            out of range, and for an `image_text_dataset` with `training=True`.
+            out of range, and for an `image_text_dataset` with `training=True`, with
+            other `class_names` than its labels, or of one of several processes.
     """
     ks = check_ks(ks)
     prompts = _prompts(class_names, templates)
-    batches = read_labeled("data", data, len(prompts))
+    batches = read_labeled("data", data, class_names)
     embedder = Embedder.of(model)
     weights, columns = _weights(embedder, prompts, tokenizer, verbose)
     found = embed(embedder, batches, verbose=verbose)

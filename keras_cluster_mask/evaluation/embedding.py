@@ -53,8 +53,9 @@ def embed(
             `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or
             a pair `(images, labels)`, or images alone; or one such dictionary, pair or
             array that holds all data. Images are `(batch, H, W, C)`, uint8 or
-            normalized floats.
-        tokenizer: A callable from a list of bytes to ints `(batch, length)`, such as
+            normalized floats. All batches have the same entries. Of an
+            `image_text_dataset`, each process embeds the images that it reads.
+        tokenizer: A callable from a list of str to ints `(batch, length)`, such as
             a `CLIPTokenizer`; or a tokenizer of open_clip or Hugging Face, which pads
             and truncates to its own length or the model's, whichever is shorter. It
             reads the `"captions"` of the batches: one per image, or a tuple of several.
@@ -63,14 +64,16 @@ def embed(
 
     Returns:
         A dictionary of arrays: `"image_embeddings"`, `(images, d)` float32,
-        L2-normalized; with texts also `"text_embeddings"`, `(texts, d)`, and
+        L2-normalized; with texts also `"text_embeddings"`, `(texts, d)`,
         `"image_of_text"`, `(texts,)` int64, the row of the image that each text
-        belongs to; and all other entries of the batches, such as `"labels"`.
+        belongs to, and `"text_numbers"`, `(texts,)` int64, equal for texts with equal
+        token ids; and all other entries of the batches, such as `"labels"`.
 
     Raises:
-        ValueError: For data without images, for an `image_text_dataset` with
-            `training=True`, for an unsupported model, or for a tokenizer that lacks the
-            special tokens that the model's text tower needs.
+        ValueError: For data without images or with an entry that some batches lack, for
+            an `image_text_dataset` with `training=True`, for an unsupported model, or
+            for a tokenizer that lacks the special tokens that the model's text tower
+            needs.
     """
     check_read_once("data", data)
     embedder = Embedder.of(model)
@@ -79,8 +82,7 @@ def embed(
         check_tokenizer_of(embedder.model, data)
     else:
         tokenizer = embedder.tokenizer(tokenizer)
-    rows = {"image_embeddings": []}
-    count = 0
+    rows, numbers, count = {}, {}, 0
     progress = keras.utils.Progbar(
         num_images(data), verbose=bool(verbose), unit_name="image"
     )
@@ -88,19 +90,29 @@ def embed(
         size = len(batch["images"])
         if not size:
             continue
+        if tokenizer is None and "token_ids" in batch:
+            embedder.model.input_rules.check_texts(batch)
         found = {
             **{k: v for k, v in batch.items() if k not in ("images", *of_texts)},
             "image_embeddings": embedder.images(batch["images"]),
         }
+        ids, owners = batch.get("token_ids"), np.arange(size)
+        texts = {k: batch[k] for k in of_texts if k in batch}
         if tokenizer is not None:
-            texts, owners = texts_of(batch)
-            found["text_embeddings"] = embedder.texts(tokenizer(texts))
-        elif "token_ids" in batch:
-            texts = {k: batch[k] for k in of_texts if k in batch}
+            captions, owners = texts_of(batch)
+            ids = texts = tokenizer(captions)
+        if ids is not None:
             found["text_embeddings"] = embedder.texts(texts)
-            owners = np.arange(size)
-        if "text_embeddings" in found:
             found["image_of_text"] = count + owners
+            # Batches may be padded to different lengths.
+            texts = (x.tobytes().rstrip(b"\0") for x in np.asarray(ids, "int32"))
+            texts = [numbers.setdefault(text, len(numbers)) for text in texts]
+            found["text_numbers"] = np.array(texts, "int64")
+        if rows and rows.keys() != found.keys():
+            raise ValueError(
+                "`data` must hold the same entries in all batches. Received: some "
+                f"batches without {sorted(rows.keys() ^ found.keys())}"
+            )
         for name, values in found.items():
             rows.setdefault(name, []).append(values)
         count += size
@@ -194,7 +206,7 @@ class Embedder:
         """Returns a function from texts to token ids, after checking the tokenizer."""
         if tokenizer is None:
             raise ValueError(
-                "`tokenizer` must be a callable from a list of bytes to ints, such as "
+                "`tokenizer` must be a callable from a list of str to ints, such as "
                 "a `CLIPTokenizer`. Received: tokenizer=None"
             )
         # The tokenizer's own length is the one used in training, which may be shorter

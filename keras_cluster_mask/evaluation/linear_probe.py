@@ -11,6 +11,7 @@ from keras_cluster_mask.checks import check_choice, check_fraction, check_range
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
     check_matrix,
+    class_names_of,
     read_labeled,
 )
 from keras_cluster_mask.evaluation.classification import classification_accuracy
@@ -186,14 +187,16 @@ def evaluate_linear_probe(
     Raises:
         ImportError: If scikit-learn is not installed.
         ValueError: For data without labels, for an `image_text_dataset` with
-            `training=True`, and as `linear_probe` does.
+            `training=True`, with other `class_names` than its labels, or of one of
+            several processes, and as `linear_probe` does.
     """
     # Checked before embedding, which may take hours.
     _check_options(**options)
     given = {"train": train, "test": test}
     if validation is not None:
         given["validation"] = validation
-    parts = [read_labeled(name, data) for name, data in given.items()]
+    names = class_names_of(train)
+    parts = [read_labeled(name, data, names) for name, data in given.items()]
     embedder = Embedder.of(model)
     found = [embed(embedder, batches, verbose=verbose) for batches in parts]
     items = [(each["image_embeddings"], each["labels"]) for each in found]

@@ -72,10 +72,12 @@ def retrieval_recall(
             f"Received: image_embeddings.shape={images.shape}, "
             f"text_embeddings.shape={texts.shape}"
         )
-    image_labels, text_labels = _match_labels(
-        len(images), len(texts), image_labels, text_labels
-    )
-    ranks = ranks_of_partners(images, texts, image_labels, text_labels)
+    labels = _match_labels(len(images), len(texts), image_labels, text_labels)
+    return _recall(images, texts, *labels, ks)
+
+
+def _recall(images, texts, image_labels, text_labels, ks, labeled=None):
+    ranks = ranks_of_partners(images, texts, image_labels, text_labels, labeled)
     return {
         f"{name}_recall@{k}": float(np.mean(each < k))
         for name, each in zip(("image_to_text", "text_to_image"), ranks)
@@ -88,7 +90,7 @@ def evaluate_retrieval(
     data: Any,
     tokenizer: Any = None,
     ks: int | Sequence[int] = (1, 5, 10),
-    duplicates: str = "negative",
+    duplicates: str = "positive",
     verbose: str | int = "auto",
 ) -> dict[str, float]:
     """Computes the retrieval recall of a model on a dataset.
@@ -122,19 +124,19 @@ def evaluate_retrieval(
             `tokenizer`, `"captions"`. A text matches the image in its row.
         tokenizer: See `embed`.
         ks: See `retrieval_recall`.
-        duplicates: `"negative"`, as is usual, or `"positive"`: a text matches all
-            images with an equal text. For data with one text per image.
+        duplicates: `"positive"`: a text also matches the images of equal texts, which
+            have the same token ids, as in `ContrastiveModel`. Or `"negative"`: such
+            images are wrong, as in CLIP_benchmark.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         A dictionary, as `retrieval_recall` returns it.
 
     Raises:
-        ValueError: For data without texts, for an `image_text_dataset` with
-            `training=True`, and for `duplicates="positive"` with several texts per
-            image.
+        ValueError: For data without texts, and for an `image_text_dataset` with
+            `training=True` or of one of several processes.
     """
-    check_choice("duplicates", duplicates, ("negative", "positive"))
+    check_choice("duplicates", duplicates, ("positive", "negative"))
     ks = check_ks(ks)
     embedder = Embedder.of(model)
     keys = ["captions"]
@@ -142,28 +144,14 @@ def evaluate_retrieval(
         keys = ["token_ids", *embedder.model.text_input_names]
         check_tokenizer_of(embedder.model, data)
     batches = read_entries("data", data, keys)
-    if duplicates == "positive":
-        batches = _numbered(batches, keys[0])
     found = embed(embedder, batches, tokenizer, verbose)
-    images, texts = found["image_embeddings"], found["text_embeddings"]
-    image_labels, text_labels = np.arange(len(images)), found["image_of_text"]
-    if duplicates == "positive":
-        if not np.array_equal(image_labels, text_labels):
-            raise ValueError(
-                '`duplicates="positive"` is for data with one text an image. Received: '
-                f"{len(texts)} texts for {len(images)} images"
-            )
-        image_labels = text_labels = found["text_numbers"]
-    return retrieval_recall(images, texts, image_labels, text_labels, ks)
-
-
-def _numbered(batches, key):
-    """Adds a number to each text of batches, the same for equal texts."""
-    numbers = {}
-    for batch in batches:
-        texts = (x if isinstance(x, str | bytes) else tuple(x) for x in batch[key])
-        found = [numbers.setdefault(text, len(numbers)) for text in texts]
-        yield {**batch, "text_numbers": np.array(found)}
+    names = ("image_embeddings", "text_embeddings")
+    images, texts = (_normalized(name, found[name]) for name in names)
+    owners, numbers = found["image_of_text"], found["text_numbers"]
+    if duplicates == "negative":
+        return _recall(images, texts, np.arange(len(images)), owners, ks)
+    # An image has the numbers of all of its texts as labels.
+    return _recall(images, texts, numbers, numbers, ks, owners)
 
 
 def chance_recall(
@@ -293,7 +281,7 @@ def _normalized(name, embeddings):
 # === Ranks of the matches among all images or all texts ===
 
 
-def ranks_of_partners(images, texts, image_labels, text_labels):
+def ranks_of_partners(images, texts, image_labels, text_labels, labeled=None):
     """Counts the wrong items ahead of the best match of each image and each text.
 
     The similarity of all images to all texts is computed once for both directions, tile
@@ -302,73 +290,75 @@ def ranks_of_partners(images, texts, image_labels, text_labels):
     Args:
         images: `(images, d)` float32 array of L2-normalized rows.
         texts: `(texts, d)` float32 array of L2-normalized rows.
-        image_labels: `(images,)` array. Items match if their labels are equal.
+        image_labels: `(labels,)` array. An image and a text match if they share a
+            label.
         text_labels: `(texts,)` array.
+        labeled: `(labels,)` ints, the image that has each of the labels. By default,
+            image i has label i.
 
     Returns:
         Two int64 arrays, `(images,)` and `(texts,)`.
     """
-    # In the order of labels, the matches of an item are consecutive.
-    labels = np.concatenate([image_labels, text_labels])
-    codes = np.unique(labels, return_inverse=True)[1].reshape(-1)
-    codes = codes[: len(images)], codes[len(images) :]
-    orders = [np.argsort(each, kind="stable") for each in codes]
-    sides = [each[order] for each, order in zip((images, texts), orders)]
-    codes = [each[order] for each, order in zip(codes, orders)]
-    right = [_ranges(*codes), _ranges(*codes[::-1])]
-
-    bounds = [
-        _best(queries, items, *ranges) - TIE
-        for queries, items, ranges in zip(sides, sides[::-1], right)
-    ]
-    ranks = _count(*sides, right[0], *bounds)
-    for each, (first, last), order in zip(ranks, right, orders):
-        each[first == last] = NEVER
-        each[order] = each.copy()
+    rows = np.arange(len(images)) if labeled is None else labeled
+    # In the order of labels, the texts with a label are consecutive.
+    order = np.argsort(text_labels, kind="stable")
+    labels = text_labels[order]
+    first, last = (
+        np.searchsorted(labels, image_labels, side) for side in ("left", "right")
+    )
+    links = (x[first < last] for x in (rows, first, last))
+    ranks = _ranks(images, texts[order], *links)
+    ranks[1][order] = ranks[1].copy()
     return ranks
 
 
-def _count(rows, columns, right, row_bounds, column_bounds):
-    """Counts the columns that reach the bound of each row, and vice versa.
+def _ranks(images, texts, rows, first, last):
+    """Counts for each image and each text the others that reach its best match.
 
-    Matching pairs are not counted.
+    Args:
+        images: `(images, d)` array.
+        texts: `(texts, d)` array.
+        rows: `(links,)` ints. The image `rows[i]` matches the texts from `first[i]` to
+            `last[i]`.
+        first: `(links,)` ints.
+        last: `(links,)` ints. Links with equal `first` have equal `last`.
     """
-    counts = [np.zeros(len(each), "int64") for each in (rows, columns)]
-    first, last = right
-    for i in range(0, len(rows), TILE[0]):
+    best = _best(images, texts, rows, first, last)
+    counts = [np.zeros(len(each), "int64") for each in best]
+    order = np.argsort(rows, kind="stable")
+    rows, first, last = (x[order] for x in (rows, first, last))
+    for i in range(0, len(images), TILE[0]):
         part = slice(i, i + TILE[0])
-        for j in range(0, len(columns), TILE[1]):
+        links = np.arange(*np.searchsorted(rows, (part.start, part.stop)))
+        for j in range(0, len(texts), TILE[1]):
             other = slice(j, j + TILE[1])
-            similarity = rows[part] @ columns[other].T
-            for row in np.flatnonzero((last[part] > j) & (first[part] < other.stop)):
-                own = slice(max(first[i + row] - j, 0), max(last[i + row] - j, 0))
-                similarity[row, own] = -np.inf
-            reached = similarity >= row_bounds[part, None]
+            similarity = images[part] @ texts[other].T
+            for k in links[(last[links] > j) & (first[links] < other.stop)]:
+                matches = slice(max(first[k] - j, 0), last[k] - j)
+                similarity[rows[k] - i, matches] = -np.inf
+            reached = similarity >= best[0][part, None] - TIE
             counts[0][part] += np.count_nonzero(reached, axis=1)
-            np.greater_equal(similarity, column_bounds[other], out=reached)
+            np.greater_equal(similarity, best[1][other] - TIE, out=reached)
             for k in range(0, len(reached), ROWS):
                 some = reached[k : k + ROWS].view("uint8")
                 counts[1][other] += np.add.reduce(some, 0, dtype="uint8")
+    for each, highest in zip(counts, best):
+        each[highest == -np.inf] = NEVER
     return counts
 
 
-def _ranges(codes, others):
-    """Returns where each code begins and ends among others; both are sorted."""
-    return [np.searchsorted(others, codes, side) for side in ("left", "right")]
-
-
-def _best(queries, items, first, last):
-    """Returns the highest similarity of each query to the items in its range."""
-    best = np.full(len(queries), -np.inf, "float32")
-    changes = np.diff(first, prepend=-1) | np.diff(last, prepend=-1)
-    starts = np.flatnonzero(changes)
-    for start, stop in zip(starts, [*starts[1:], len(queries)]):
-        right = items[first[start] : last[start]].T
-        if not right.size:
-            continue
+def _best(images, texts, rows, first, last):
+    """Returns the highest similarity of each image and each text to its matches."""
+    best = [np.full(len(each), -np.inf, "float32") for each in (images, texts)]
+    order = np.argsort(first, kind="stable")
+    starts = np.flatnonzero(np.diff(first[order], prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(order)]):
+        begin, end = first[order[start]], last[order[start]]
         for i in range(start, stop, TILE[0]):
-            rows = slice(i, min(i + TILE[0], stop))
-            for j in range(0, right.shape[1], TILE[1]):
-                highest = np.max(queries[rows] @ right[:, j : j + TILE[1]], axis=1)
-                np.maximum(best[rows], highest, out=best[rows])
+            some = rows[order[i : min(i + TILE[0], stop)]]
+            for j in range(begin, end, TILE[1]):
+                other = slice(j, min(j + TILE[1], end))
+                similarity = images[some] @ texts[other].T
+                best[0][some] = np.maximum(best[0][some], similarity.max(axis=1))
+                best[1][other] = np.maximum(best[1][other], similarity.max(axis=0))
     return best

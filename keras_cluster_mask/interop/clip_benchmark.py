@@ -41,13 +41,17 @@ from keras_cluster_mask.evaluation.embedding import (
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.loading import image_size_of
+from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 from keras_cluster_mask.types import Tensor
+
+# The number of ids of CLIP's tokenizer.
+CLIP_SIZE = 49408
 
 # torch is imported in functions only, so that `adapt` can say what to install.
 
 
 def adapt(
-    model: Any, tokenizer: Any = None, resize: str = "crop"
+    model: Any, tokenizer: Any = None, resize: str | None = None
 ) -> tuple["Adapter", Callable, Callable]:
     """Adapts a model, its images and its texts to clip_benchmark.
 
@@ -59,10 +63,10 @@ def adapt(
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of a file with one of them that `save` wrote,
             or the path of a folder with a keras_hub preset.
-        tokenizer: See `kcm.evaluation.embed`. Defaults to CLIP's tokenizer; SigLIP and
-            MetaCLIP 2 need their own.
-        resize: `"crop"`, as open_clip does for CLIP, or `"squash"`, as it does for
-            SigLIP.
+        tokenizer: See `kcm.evaluation.embed`. Defaults to CLIP's tokenizer for a CLIP
+            with CLIP's 49,408 ids, and is required for any other model.
+        resize: `"crop"` or `"squash"`. Defaults to `None`, as in open_clip: `"squash"`
+            for SigLIP, and `"crop"` for all others.
 
     Returns:
         Tuple of an `Adapter`; a function from a `PIL.Image.Image` to a `(3, H, W)`
@@ -76,7 +80,7 @@ def adapt(
             if the tokenizer does not match the model.
     """
     _import("clip_benchmark")
-    check_choice("resize", resize, ("crop", "squash"))
+    check_choice("resize", resize, (None, "crop", "squash"))
     adapter = Adapter(model)
     model = adapter.embedder.model
     image_size = image_size_of(model)
@@ -85,9 +89,13 @@ def adapt(
             "`model` must have an image encoder that takes images of one size. "
             f"Received: an encoder of images of {image_size}"
         )
-    if tokenizer is None:
+    layer = model.text_family.layer
+    is_clip = layer == TEXT_FAMILIES["CLIP"].layer
+    if tokenizer is None and is_clip and model.vocabulary_size == CLIP_SIZE:
         tokenizer = clip_tokenizer(model.context_length)
     tokenize = adapter.embedder.tokenizer(tokenizer)
+    if resize is None:
+        resize = "squash" if layer == TEXT_FAMILIES["SigLIP"].layer else "crop"
     return (
         adapter,
         functools.partial(_pixels, image_size=image_size, resize=resize),
@@ -200,7 +208,7 @@ def _text_ids(texts, tokenize):
     import torch
 
     texts = [texts] if isinstance(texts, str) else texts
-    return torch.from_numpy(tokenize([text.encode() for text in texts])).long()
+    return torch.from_numpy(tokenize([*texts])).long()
 
 
 def _import(name):

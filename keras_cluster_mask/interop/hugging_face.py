@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from keras_cluster_mask.checks import is_number
@@ -23,7 +24,7 @@ from keras_cluster_mask.interop.configs import (
 )
 from keras_cluster_mask.interop.state_dicts import load_model
 from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
-from keras_cluster_mask.interop.weight_files import find_weights
+from keras_cluster_mask.interop.weight_files import INDEX, find_weights
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
@@ -36,7 +37,8 @@ from keras_cluster_mask.models.inputs import (
 from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 # The files that transformers writes into a folder.
-WEIGHT_FILES = "model.safetensors", "pytorch_model.bin"
+SINGLE_FILES = "model.safetensors", "pytorch_model.bin"
+WEIGHT_FILES = *SINGLE_FILES, *(name + INDEX for name in SINGLE_FILES)
 CONFIG_FILE = "config.json"
 # Newer versions write the second file, which holds the first under "image_processor".
 PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
@@ -118,7 +120,8 @@ def load_hugging_face(
 
     Resize images in the dataset as in training: squash them for SigLIP
     (`resize="squash"`), crop them for the others. A warning is issued if the model was
-    not trained with a center crop and bicubic interpolation.
+    not trained with a center crop and bicubic interpolation. Files that state another
+    size of images than the model's are refused.
 
     Example:
 
@@ -130,7 +133,8 @@ def load_hugging_face(
 
     Args:
         source: Path of a folder with `model.safetensors` (read without torch) or
-            `pytorch_model.bin`, and `config.json`; or path of the file of weights in
+            `pytorch_model.bin`, or with several of such files and their `.index.json`,
+            and with `config.json`; or path of the file of weights, or of the index, in
             such a folder.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
         masking: A `PatchMasking` layer, or `None`.
@@ -160,7 +164,7 @@ def load_hugging_face(
         )
     source = find_weights(source, WEIGHT_FILES)
     fields, reasons = _read_config(source.parent / CONFIG_FILE)
-    of_images, more_reasons = _read_preprocessing(source.parent, fields["family"])
+    of_images, more_reasons = _read_preprocessing(source.parent, fields)
     if reasons or more_reasons:
         raise ValueError(
             "`source` must hold a model that keras_hub's backbones can hold, "
@@ -215,9 +219,14 @@ def _read_config(path):
     return {**fields, "family": family}, reasons
 
 
-def _read_preprocessing(folder, family):
-    """Returns the fields of images, and why they are not supported."""
-    is_siglip = family == "SigLIP"
+def _read_preprocessing(folder, of_model):
+    """Returns the fields of images, and why they are not supported.
+
+    Args:
+        folder: `pathlib.Path`.
+        of_model: Dictionary, the fields of the config.
+    """
+    is_siglip = of_model["family"] == "SigLIP"
     paths = [folder / name for name in PREPROCESSING_FILES]
     path = next(filter(pathlib.Path.is_file, paths), None)
     config = {} if path is None else read_json("source", path)
@@ -240,7 +249,20 @@ def _read_preprocessing(folder, family):
     fields, reasons = read_entries(given, entries, {})
     if abs(255 * given.get("rescale_factor", 1 / 255) - 1) > 1e-6:
         reasons.append("rescale_factor: pixels are not divided by 255")
-    size = given.get("size")
+    side = of_model["image_size"]
+    size = given.get("size", side)
     has_height = isinstance(size, Mapping) and "height" in size
     fields["resize_mode"] = "squash" if has_height or is_siglip else "shortest"
+    key = "crop_size" if given.get("do_center_crop", not is_siglip) else "size"
+    if not _is_side(given.get(key, side), side):
+        reasons.append(f"{key}={given[key]} is not the image size {side}")
+    elif not _is_side(size, side):
+        # A margin is cropped.
+        fields["resize_mode"] = f"size={size}"
     return fields, [f"{path.name}: {reason}" for reason in reasons]
+
+
+def _is_side(size, side):
+    """Returns whether a size of an image processor has no other numbers than a side."""
+    values = size.values() if isinstance(size, Mapping) else np.ravel(size)
+    return all(value == side for value in values)

@@ -72,8 +72,9 @@ def load_open_clip(
             or `.bin`; or of a folder with `open_clip_model.safetensors` or
             `open_clip_pytorch_model.bin`; or a state dict, a dictionary from name to
             array or tensor. Files and dictionaries may hold the state dict under
-            `"state_dict"`, as open_clip's training writes it, with the prefixes of
-            `DistributedDataParallel` (`module.`) or of `CustomTextCLIP` (`text.`).
+            `"state_dict"`, as open_clip's training writes it, or `"model"`, with the
+            prefixes of `DistributedDataParallel` (`module.`), `torch.compile`
+            (`_orig_mod.`) or `CustomTextCLIP` (`text.`).
         config: The name of a config in the installed open_clip
             (`"ViT-B-32-quickgelu"`), the path of an `open_clip_config.json`, or such a
             dictionary. Defaults to the config that `save_open_clip` wrote with the

@@ -168,16 +168,17 @@ def _read_state_dict(source):
     if isinstance(source, os.PathLike):
         label = f"source={os.fspath(source)!r}"
         source = read_weights(source)
-    # open_clip's training writes the weights beside the optimizer's state.
-    if isinstance(source, Mapping) and isinstance(source.get("state_dict"), Mapping):
-        source = source["state_dict"]
+    # Training writes the weights beside the optimizer's state.
+    for key in ("state_dict", "model"):
+        if isinstance(source, Mapping) and isinstance(source.get(key), Mapping):
+            source = source[key]
     if not isinstance(source, Mapping) or not all(isinstance(x, str) for x in source):
         raise ValueError(
             "`source` must be, or hold, a state dict: a dictionary from names to "
             f"tensors. Received: {label}"
         )
-    state = dict(source)
-    # torch's DistributedDataParallel adds this prefix to all names.
+    # `torch.compile` adds this prefix, and DistributedDataParallel the next one.
+    state = {name.replace("_orig_mod.", ""): x for name, x in source.items()}
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): x for name, x in state.items()}
     # open_clip's `CustomTextCLIP` keeps the same text tower one level deeper.

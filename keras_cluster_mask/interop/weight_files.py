@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import os
 import pathlib
 import pickle
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+INDEX = ".index.json"
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin")
 # In earlier versions, a file can run code in spite of `weights_only`: CVE-2025-32434
 # (before 2.6) and CVE-2026-24747 (before 2.10).
@@ -21,7 +23,8 @@ def read_weights(path: str | os.PathLike) -> Any:
     """Reads a file of weights, without running code that is in it.
 
     Args:
-        path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`.
+        path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`; or in
+            `.index.json`, for a model in several of these files.
 
     Returns:
         A dictionary of NumPy arrays for safetensors; the object in the file for torch.
@@ -32,6 +35,11 @@ def read_weights(path: str | os.PathLike) -> Any:
         ValueError: If the file is damaged, of another kind, or contains code.
     """
     path = pathlib.Path(path).expanduser()
+    if path.name.endswith(INDEX):
+        with _read_errors(path):
+            names = {*json.loads(path.read_text())["weight_map"].values()}
+            shards = [path.with_name(name) for name in sorted(names)]
+        return {key: x for shard in shards for key, x in read_weights(shard).items()}
     _check_suffix("source", path)
     library = _library(path)
     if path.suffix in SAFETENSORS:

@@ -180,7 +180,9 @@ class ClusterMasking(SimilarityMasking):
         # among them. If all are above the threshold, the least similar patch stays
         # visible.
         above = ops.where(is_least_alike, -1.0, -math.inf)
-        return ops.where(similarity <= self.threshold, 0.0, above)
+        score = ops.where(similarity <= self.threshold, 0.0, above)
+        # NaN if the threshold is not set.
+        return score + 0.0 * self.threshold
 
     def draw_anchors(self, noise: Tensor) -> Tensor:
         """Returns the anchors: `(batch, A)` indices of patches with smallest noise."""
@@ -260,20 +262,6 @@ class ClusterMasking(SimilarityMasking):
         return round_similarity(ops.max(pixel_similarity(patches, anchors), axis=1))
 
     # === Overrides of the base class ===
-
-    def keep(
-        self,
-        tokens: Tensor,
-        images: Tensor | None = None,
-        noise: Tensor | None = None,
-        num_prefix: int | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        kept, *rest = super().keep(tokens, images, noise, num_prefix)
-        if self.threshold is not None:
-            # A compiled step cannot raise an error on a value. If the model does not
-            # call `check_ready`, an unset threshold makes its loss NaN at once.
-            kept = kept + ops.cast(0.0 * self.threshold, kept.dtype)
-        return kept, *rest
 
     def join(self, prepare_pixels: Callable[[Tensor], Tensor]) -> None:
         adapted = self._adapted_pixels

@@ -11,6 +11,7 @@ from keras_cluster_mask.masking.patch_grid import grid_of_masking
 from keras_cluster_mask.masking.selection import (
     PutMask,
     best_patches,
+    check_no_nan,
     count_patches,
     kept_count,
     noise_by_view,
@@ -76,8 +77,7 @@ class PatchMasking(keras.layers.Layer):
 
     Reference:
         - [Scaling Language-Image Pre-training via Masking](
-          https://arxiv.org/abs/2212.00794) for masking in contrastive
-          image-text training.
+          https://arxiv.org/abs/2212.00794)
     """
 
     # True if a score of -inf hides a token that is kept as padding. Hiding needs an
@@ -88,8 +88,7 @@ class PatchMasking(keras.layers.Layer):
     # its mask.
     is_random = True
 
-    # For strategies that use images: an integer or `(height, width)` in pixels, and the
-    # data format.
+    # For strategies that use images: an integer or `(height, width)` in pixels.
     patch_size: int | tuple[int, int] | None = None
     data_format: str | None = None
 
@@ -144,7 +143,8 @@ class PatchMasking(keras.layers.Layer):
 
         Returns:
             `(batch, N)` float32 tensor. A patch with `-inf` has no influence, if the
-            strategy has `hides_tokens`.
+            strategy has `hides_tokens`. NaN is an error in the first call; later, and
+            in compiled steps, it makes the loss NaN.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement `score(noise, images, tokens)`."
@@ -239,14 +239,13 @@ class PatchMasking(keras.layers.Layer):
                 uses `num_prefix_tokens`.
 
         Returns:
-            A tuple `(tokens, visible, indices)`: the kept tokens, `(batch, prefix + K,
-            dim)`; `(batch, prefix + K)` booleans, false for hidden tokens, or `None` if
-            the strategy hides none; and the `(batch, K)` indices of the kept patches.
-            For `v` views they have `batch * v` rows.
+            The kept tokens, `(batch, prefix + K, dim)`; `(batch, prefix + K)` booleans,
+            false for hidden tokens, or `None` if the strategy hides none; the `(batch,
+            K)` indices of the kept patches. For `v` views they have `batch * v` rows.
         """
-        # Check only once, because reading a value makes an accelerator wait. A compiled
-        # step cannot read values; `ContrastiveModel` checks before it compiles one.
-        if not self._is_ready and not any(map(is_traced, self.variables)):
+        # Check only once, because reading a value makes an accelerator wait.
+        is_first = not self._is_ready and not any(map(is_traced, self.variables))
+        if is_first:
             self.check_ready()
             self._is_ready = True
         if num_prefix is None:
@@ -267,6 +266,11 @@ class PatchMasking(keras.layers.Layer):
         if self.counts_calls:
             self.advance()
         kept = ops.concatenate([prefix, kept], axis=1)
+        has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
+        if is_first:
+            check_no_nan(self, has_nan)
+        # A compiled step cannot raise an error on a value, but its loss is NaN then.
+        kept = kept + ops.cast(ops.where(has_nan, np.nan, 0.0), kept.dtype)
         if not self.hides_tokens:
             return kept, None, indices
         always = ops.ones_like(prefix[:, :, 0], dtype="bool")
@@ -345,8 +349,7 @@ class PatchMasking(keras.layers.Layer):
         images_shape: Sequence[int | None] | None = None,
         noise_shape: Sequence[int | None] | None = None,
     ) -> tuple[int | None, ...]:
-        # The number of tokens is None, because it depends on `training`. So is the
-        # number of rows if there may be several views.
+        # Tokens depend on `training`, and rows on the number of views.
         has_views = noise_shape is not None and len(noise_shape) == 3
         return (None if has_views else tokens_shape[0], None, tokens_shape[2])
 
@@ -357,8 +360,7 @@ class PatchMasking(keras.layers.Layer):
         training: bool | None = None,
         noise: Tensor | None = None,
     ) -> keras.KerasTensor:
-        # Tokens keep their dtype under any policy, because nothing is computed with
-        # them.
+        # Tokens keep their dtype under any policy.
         noise_shape = getattr(noise, "shape", None)
         shape = self.compute_output_shape(tokens.shape, noise_shape=noise_shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)
@@ -369,12 +371,14 @@ class PatchMasking(keras.layers.Layer):
         return self.variables
 
     def save_own_variables(self, store: Any) -> None:
-        # Keras's own method omits the state of the seed generator, so the masks of a
-        # reloaded model would start over.
+        # Keras's own method omits the state of the seed generator.
         for index, variable in enumerate(self.own_variables):
             store[str(index)] = variable
 
     def load_own_variables(self, store: Any) -> None:
+        # Weights of a model without this masking have no state for it.
+        if not store.keys():
+            return
         for index, variable in enumerate(self.own_variables):
             variable.assign(store[str(index)])
 

@@ -10,8 +10,10 @@ import math
 import threading
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking.patch_grid import grid_of_masking
 
 # Thread-local, because TensorFlow traces the step of each replica in its own thread.
@@ -93,7 +95,8 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
     if num_prefix is None:
         raise ValueError(
             f"`{masking.name}` sees no image grid and cannot tell prefix tokens from "
-            "patch tokens. Pass `num_prefix_tokens`, 1 for a class token. "
+            "patch tokens. Pass `num_prefix_tokens`, the number of tokens before the "
+            "patches: 0, or 1 for a class token. "
             "Received: num_prefix_tokens=None"
         )
     if num_tokens is None or num_tokens <= num_prefix:
@@ -163,6 +166,14 @@ def best_patches(masking, images, tokens, noises):
         views of an image are in consecutive rows.
     """
     scores = [masking.score(noise, images, tokens) for noise in noises]
+    for score, noise in zip(scores, noises):
+        # A single row would be the score of all images.
+        rows = {score.shape[0] if score.shape else 1, noise.shape[0]}
+        if score.shape[1:] != noise.shape[1:] or (1 in rows and len(rows) > 1):
+            raise ValueError(
+                f"`score` of `{masking.name}` must return one value a patch, shape "
+                f"{tuple(noise.shape)}. Received: shape {tuple(score.shape)}"
+            )
     score, noise = scores[0], noises[0]
     num_patches = noise.shape[1]
     if len(noises) > 1:
@@ -176,6 +187,20 @@ def best_patches(masking, images, tokens, noises):
         return indices, ops.ones_like(indices, dtype="bool"), score
     visible = ops.take_along_axis(score, indices, axis=1) > -math.inf
     return indices, visible, score
+
+
+def check_no_nan(masking, has_nan):
+    """Raises an error if the score of an image is NaN, where values can be read.
+
+    Args:
+        masking: A `PatchMasking`.
+        has_nan: Booleans, one for each image.
+    """
+    if not is_traced(has_nan) and np.any(ops.convert_to_numpy(has_nan)):
+        raise ValueError(
+            f"`score` of `{masking.name}` must not return NaN. "
+            f"Received: NaN for {int(np.sum(ops.convert_to_numpy(has_nan)))} images"
+        )
 
 
 class PutMask(keras.layers.Layer):

@@ -1,6 +1,7 @@
 """A `ContrastiveModel` for each kind of keras_hub backbone."""
 
 import math
+import os
 from typing import Any, Self
 
 import keras
@@ -8,10 +9,9 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.models.backbone_classes import CLASSES
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import (
-    find_embedding_layer,
-    number_positions,
     read_text_epsilon,
     write_text_epsilon,
 )
@@ -20,14 +20,11 @@ from keras_cluster_mask.models.head import (
     INITIAL_TEMPERATURE,
     ContrastiveHead,
 )
-from keras_cluster_mask.models.inputs import (
-    SIGLIP_MEAN,
-    SIGLIP_STD,
-    call_encoder,
-)
+from keras_cluster_mask.models.inputs import SIGLIP_MEAN, SIGLIP_STD, call_encoder
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.layers import frozen_parts
+from keras_cluster_mask.training.tokens import check_tokenizer
 from keras_cluster_mask.types import Tensor
 
 HEAD_OPTIONS = "loss", "initial_temperature", "initial_logit_bias", "max_logit_scale"
@@ -67,7 +64,6 @@ class BackboneModel(ContrastiveModel):
                 f"compute. Received: dtype={kwargs['dtype']!r}"
             )
         encoder = backbone.vision_encoder
-        number_positions(find_embedding_layer(encoder))
         if masking is not None:
             encoder = with_masking(encoder, masking)
         kwargs = {**self.defaults, **kwargs}
@@ -75,6 +71,7 @@ class BackboneModel(ContrastiveModel):
             options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
             parts = self.head_parts(backbone, **options)
             head = ContrastiveHead(**options, **parts, name="head")
+            kwargs["max_logit_scale"] = head.max_logit_scale
         super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
@@ -91,6 +88,25 @@ class BackboneModel(ContrastiveModel):
         """
         raise NotImplementedError
 
+    def save_to_preset(self, preset_dir: str | os.PathLike, tokenizer: Any) -> None:
+        """Writes the backbone and its tokenizer as a preset, which keras_hub loads.
+
+        Args:
+            preset_dir: str or path of a folder.
+            tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub.
+
+        Raises:
+            ValueError: If the tokenizer cannot be written, or does not match the model.
+        """
+        if not hasattr(tokenizer, "save_to_preset"):
+            raise ValueError(
+                "`tokenizer` must be a `kcm.data.CLIPTokenizer` or a preprocessor of "
+                f"keras_hub, to be part of a preset. Received: tokenizer={tokenizer}"
+            )
+        check_tokenizer(self, tokenizer)
+        self.backbone.save_to_preset(os.path.expanduser(preset_dir))
+        tokenizer.save_to_preset(os.path.expanduser(preset_dir))
+
     def _options(self):
         options = super()._options()
         # The backbone defines these.
@@ -98,9 +114,8 @@ class BackboneModel(ContrastiveModel):
             del options[name]
         return options
 
-    def _with_whole_encoder(self):
-        options = {**self._options(), "views": 1}
-        return type(self)(self.backbone, head=self.head, **options)
+    def _whole_parts(self):
+        return {"backbone": self.backbone, "masking": None}
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -210,7 +225,14 @@ class SigLIPContrastiveModel(BackboneModel):
         **kwargs: See `ContrastiveModel.from_backbone`, which makes this model.
     """
 
-    defaults = {"loss": "sigmoid", "pixel_mean": SIGLIP_MEAN, "pixel_std": SIGLIP_STD}
+    defaults = {
+        "loss": "sigmoid",
+        # SigLIP is trained without a limit, to scales above 110. This one only stops a
+        # scale that diverges.
+        "max_logit_scale": 1000.0,
+        "pixel_mean": SIGLIP_MEAN,
+        "pixel_std": SIGLIP_STD,
+    }
 
     @classmethod
     def head_parts(cls, backbone: keras.Model, **options: Any) -> dict[str, Any]:
@@ -229,8 +251,18 @@ class SigLIPContrastiveModel(BackboneModel):
             logit_bias=_prepared(logit_bias),
         )
 
+    def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
+        length = token_ids.shape[1]
+        if length not in (None, self.context_length):
+            raise ValueError(
+                f"`token_ids` must have {self.context_length} tokens for each text, "
+                "the number of SigLIP's positions: pad texts with the end token, as "
+                f"SigLIP's tokenizer does. Received: {length} tokens"
+            )
+        return super().text_features(token_ids, training)
 
-ContrastiveModel.for_backbone.update(
+
+CLASSES.update(
     CLIPBackbone=CLIPContrastiveModel,
     MetaCLIP2Backbone=MetaCLIP2ContrastiveModel,
     SigLIPBackbone=SigLIPContrastiveModel,

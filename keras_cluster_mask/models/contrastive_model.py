@@ -8,20 +8,13 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
-from keras_cluster_mask.losses import batch_loss, caption_labels
+from keras_cluster_mask.losses import batch_loss, caption_labels, row_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import part_of_batch
+from keras_cluster_mask.models.backbone_classes import class_for
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.inputs import (
-    CLIP_MEAN,
-    CLIP_STD,
-)
-from keras_cluster_mask.models.masked_encoder import with_masking
-from keras_cluster_mask.models.pooled_encoder import (
-    image_family_of,
-    pooled_images,
-    pooled_texts,
-)
+from keras_cluster_mask.models.inputs import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.models.pooled_encoder import pretrained_towers
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training import layers, micro_batches
 from keras_cluster_mask.training.input_rules import (
@@ -31,6 +24,7 @@ from keras_cluster_mask.training.input_rules import (
     as_weights,
     check_unused,
 )
+from keras_cluster_mask.training.step_metrics import StepMean
 from keras_cluster_mask.types import Tensor
 
 
@@ -86,7 +80,8 @@ class ContrastiveModel(ContrastiveTrainer):
             sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale of the logits, 1 / temperature, never
-            exceeds it.
+            exceeds it. A pre-trained backbone with a higher scale keeps that as its
+            limit.
         projection: `"linear"`, or `"mlp"` for projections with one hidden layer, GELU
             and dropout.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
@@ -129,9 +124,6 @@ class ContrastiveModel(ContrastiveTrainer):
           https://arxiv.org/abs/2303.15343)
         - [Attentive Mask CLIP](https://arxiv.org/abs/2212.08653) for several views.
     """
-
-    # Model classes by the name of the backbone's class. `backbones.py` fills it.
-    for_backbone = {}
 
     def __init__(
         self,
@@ -182,24 +174,22 @@ class ContrastiveModel(ContrastiveTrainer):
         self.duplicates = duplicates
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.accuracy_metrics = [
-            keras.metrics.Mean(name="image_to_text_accuracy"),
-            keras.metrics.Mean(name="text_to_image_accuracy"),
+            StepMean(name="image_to_text_accuracy"),
+            StepMean(name="text_to_image_accuracy"),
         ]
-        self.temperature_metric = keras.metrics.Mean(name="temperature")
+        self.temperature_metric = StepMean(name="temperature")
         if self.maskings:
-            self.mask_ratio_metric = keras.metrics.Mean(name="mask_ratio")
+            self.mask_ratio_metric = StepMean(name="mask_ratio")
 
     @classmethod
     def from_backbone(
-        cls,
-        backbone: keras.Model,
-        masking: PatchMasking | None = None,
-        **kwargs: Any,
+        cls, backbone: keras.Model, masking: PatchMasking | None = None, **kwargs: Any
     ) -> "ContrastiveModel":
         """Makes a model from a two-tower keras_hub backbone.
 
         The model trains the backbone itself, including its projections, temperature and
-        bias. After `fit`, `backbone.save_to_preset` saves the trained weights.
+        bias. After `fit`, `model.save_to_preset(folder, tokenizer)` saves the trained
+        backbone and the tokenizer for keras_hub.
 
         Args:
             backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
@@ -210,9 +200,10 @@ class ContrastiveModel(ContrastiveTrainer):
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
                 `projection_dim`. `loss` defaults to the backbone's own, and so do
-                `pixel_mean` and `pixel_std`. `initial_temperature=None` keeps the
-                temperature of the backbone; a fresh SigLIP, and a CLIP with the
-                sigmoid loss, start at 0.1, with a bias of -10.
+                `pixel_mean` and `pixel_std`. `max_logit_scale` defaults to 1000 for
+                SigLIP. `initial_temperature=None` keeps the temperature of the
+                backbone; a fresh SigLIP, and a CLIP with the sigmoid loss, start at
+                0.1, with a bias of -10.
 
         Returns:
             A `ContrastiveModel` with the attributes `backbone` and `masking`: a
@@ -224,24 +215,7 @@ class ContrastiveModel(ContrastiveTrainer):
             ValueError: If the backbone is not supported, or does not match the class
                 that the method is called on.
         """
-        known = ContrastiveModel.for_backbone
-        names = [x.__name__ for x in type(backbone).__mro__ if x.__name__ in known]
-        if not names:
-            raise ValueError(
-                "`backbone` must be a keras_hub backbone of "
-                f"{sorted(known)}. Received: "
-                f"backbone={backbone} of type {type(backbone).__name__}"
-            )
-        kind = known[names[0]]
-        if issubclass(cls, kind):
-            kind = cls
-        elif cls is not ContrastiveModel:
-            raise ValueError(
-                f"`from_backbone` of a subclass must be that of a `{kind.__name__}` "
-                f"for this backbone: derive `{cls.__name__}` from it. Received: "
-                f"backbone={backbone} of type {type(backbone).__name__}"
-            )
-        return kind(backbone, masking=masking, **kwargs)
+        return class_for(cls, backbone)(backbone, masking=masking, **kwargs)
 
     @classmethod
     def from_encoders(
@@ -256,8 +230,7 @@ class ContrastiveModel(ContrastiveTrainer):
     ) -> Self:
         """Makes a model from two encoders that were pre-trained apart.
 
-        To train only the projections, set `trainable = False` on both backbones before
-        compiling.
+        Set `trainable = False` on both to train only the projections.
 
         Args:
             image_backbone: A keras_hub `DINOV2Backbone`, `DINOV3Backbone`,
@@ -274,29 +247,13 @@ class ContrastiveModel(ContrastiveTrainer):
             **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
                 default to those of the family.
 
-        Returns:
-            A `ContrastiveModel`.
-
-        Raises:
-            ValueError: If a backbone is not supported.
-
         Reference:
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
               https://arxiv.org/abs/2111.07991)
         """
-        family = image_family_of(image_backbone)
-        of_images, of_texts = (None, None) if pooling is None else pooling
-        images = pooled_images(image_backbone, of_images)
-        if masking is not None:
-            images = with_masking(images, masking)
-        pixels = {"pixel_mean": family.pixel_mean, "pixel_std": family.pixel_std}
-        return cls(
-            images,
-            pooled_texts(text_backbone, of_texts),
-            projection_dim=projection_dim,
-            projection=head,
-            **{**pixels, **kwargs},
-        )
+        towers = pretrained_towers(image_backbone, text_backbone, masking, pooling)
+        heads = {"projection_dim": projection_dim, "projection": head}
+        return cls(**{**towers, **heads, **kwargs})
 
     # === One step of training ===
 
@@ -313,13 +270,18 @@ class ContrastiveModel(ContrastiveTrainer):
                 self, inputs, self.micro_batch_size
             )
             self.add_loss(extra_losses)
-            return embeddings
-        if training and replicas.num_replicas() > 1:
+        elif training and replicas.num_replicas() > 1:
             # A replica's rows get the same masks as in the global batch.
             rows = inputs["token_ids"].shape[0] * replicas.num_replicas()
             with part_of_batch(rows, replicas.local_rows):
-                return self.embed(inputs, training)
-        return self.embed(inputs, training)
+                embeddings = self.embed(inputs, training)
+        else:
+            embeddings = self.embed(inputs, training)
+        if training and self._phase.is_train_step:
+            # Not in `compute_loss`, which may be overridden.
+            for masking in self.maskings:
+                masking.advance()
+        return embeddings
 
     def compute_loss(
         self,
@@ -329,10 +291,11 @@ class ContrastiveModel(ContrastiveTrainer):
         sample_weight: Tensor | None = None,
         training: bool = True,
     ) -> Tensor:
-        """Computes the loss of a batch, and updates the metrics and the maskings.
+        """Computes the loss of a batch, and updates the metrics.
 
-        To train on another loss, override this method and call
-        `super().compute_loss(...)` in it.
+        To train on another loss, override this method. If it does not call
+        `super().compute_loss(...)`, the logs show only the loss and the metrics that it
+        updates. In a training loop of your own, a call is a step of the maskings.
 
         Args:
             x: The batch, a dictionary.
@@ -357,17 +320,22 @@ class ContrastiveModel(ContrastiveTrainer):
             sample_weight = x.get("sample_weight")
         if sample_weight is not None:
             sample_weight = as_weights(sample_weight)
-        if self.duplicates == "positive":
-            labels = caption_labels(x["token_ids"])
-        else:
-            labels = ops.arange(ops.shape(images)[0])
-        weights, is_split = self.head.loss_weights, replicas.batch_is_split(training)
+        is_positive = self.duplicates == "positive"
+        labels = (caption_labels if is_positive else row_labels)(x["token_ids"])
+        scale, is_split = self.head.scale, replicas.batch_is_split(training)
+        bias = [] if self.head.logit_bias is None else [self.head.logit_bias]
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
         # For each view, the contributions of the pairs to the loss and to the
         # accuracies.
         by_view = [
             batch_loss(
-                self.head.loss, weights, view, texts, labels, sample_weight, is_split
+                self.head.loss,
+                [scale, *bias],
+                view,
+                texts,
+                labels,
+                sample_weight,
+                is_split,
             )
             for view in views
         ]
@@ -377,19 +345,24 @@ class ContrastiveModel(ContrastiveTrainer):
         loss = ops.sum(losses) / ops.cast(rows, losses.dtype)
         for extra in self.losses:
             loss = loss + ops.cast(ops.sum(extra), loss.dtype)
+        if self._is_evaluating:
+            loss, sample_weight = self.without_small_batches(
+                loss, losses, sample_weight, is_split
+            )
         if is_split:
             loss = replicas.local_loss(loss)
             *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
         for metric, values in zip(self.accuracy_metrics, hits):
             metric.update_state(values, sample_weight)
-        self.temperature_metric.update_state(1.0 / weights[0])
+        self.temperature_metric.update_state(1.0 / scale)
         if training:
             for masking in self.maskings:
                 ratio = masking.last_mask_ratio
                 if is_split:
                     ratio = replicas.replica_mean(ratio)
                 self.mask_ratio_metric.update_state(ratio)
-                masking.advance()
+                if not self._phase.is_train_step:
+                    masking.advance()
         return loss
 
     # === Saving ===

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -16,10 +17,11 @@ from keras_cluster_mask.models.encoders import (
     BLOCKS,
     context_length_of,
     data_format_of,
+    image_shape_of,
+    number_positions,
 )
 from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
 from keras_cluster_mask.models.inputs import (
-    MADE,
     call_encoder,
     check_statistics,
     normalize_pixels,
@@ -79,7 +81,8 @@ class DualEncoder(keras.Model):
         _check_encoder("text_encoder", text_encoder)
         self.text_input_names = text_input_names(text_encoder)
         self.text_family = text_family_of(text_encoder)
-        check_statistics(pixel_mean, pixel_std)
+        check_statistics(pixel_mean, pixel_std, image_encoder)
+        number_positions(image_encoder)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.gradient_checkpointing = gradient_checkpointing
@@ -216,9 +219,10 @@ class DualEncoder(keras.Model):
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
         names, family = self.text_input_names, self.text_family
-        texts = [name for name in names if name not in MADE]
         return InputRules(
-            keys=("images", *texts),
+            text_inputs=names,
+            image_shape=image_shape_of(self.image_encoder),
+            text_shape=image_shape_of(self.text_encoder),
             context_length=self.context_length,
             vocabulary_size=self.vocabulary_size,
             end_token_id=family.end_id,
@@ -234,9 +238,7 @@ class DualEncoder(keras.Model):
     @functools.cached_property
     def image_tower(self) -> Tower:
         """A `Tower` that embeds images, as `encode_image` does."""
-        # Nothing is masked at inference, so a saved tower needs no masking.
-        is_masked = isinstance(self.image_encoder, MaskedEncoder)
-        return Tower.of_images(self._with_whole_encoder() if is_masked else self)
+        return Tower.of_images(self)
 
     @functools.cached_property
     def text_tower(self) -> Tower:
@@ -265,17 +267,39 @@ class DualEncoder(keras.Model):
         ```
 
         Returns:
-            A model of the same class, to be compiled.
+            A model of the same class, to be compiled. A subclass is made from its
+            `get_config`, as when it is loaded.
 
         Raises:
             ValueError: If the image encoder has a masking that `kcm.with_masking` did
-                not insert.
+                not insert, or if a subclass has arguments that its `get_config` omits,
+                or weights of its own, which the new model would not share.
 
         Reference:
             - [Scaling Language-Image Pre-training via Masking](
               https://arxiv.org/abs/2212.00794) for unmasked tuning.
         """
-        whole = self._with_whole_encoder()
+        parts = {**self._whole_parts(), "head": self.head, "views": 1, "frozen": None}
+        config = {**self.get_config(), **parts}
+        omitted = [
+            key
+            for key, x in inspect.signature(self.__init__).parameters.items()
+            if key not in config and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+        ]
+        try:
+            if omitted:
+                raise TypeError(f"`get_config` omits {omitted}")
+            whole = type(self).from_config(config)
+            masks = {id(v) for masking in self.maskings for v in masking.weights}
+            mine, shared = ({id(v) for v in x.weights} - masks for x in (self, whole))
+            if mine != shared:
+                raise TypeError(f"{len(mine)} weights, of which not all are shared")
+        except TypeError as error:
+            raise ValueError(
+                f"`{type(self).__name__}` must take its encoders and `head` as "
+                "arguments, return all others from `get_config`, and have no other "
+                f"weights, to be made without its masking. Received: {error}"
+            ) from error
         if whole.maskings:
             raise ValueError(
                 "`image_encoder` must have its masking from `kcm.with_masking`, which "
@@ -284,13 +308,12 @@ class DualEncoder(keras.Model):
             )
         return whole
 
-    def _with_whole_encoder(self):
-        """Makes the model of `without_masking`, without checking for other maskings."""
+    def _whole_parts(self):
+        """Returns the parts of the model as arguments of its class, without masking."""
         encoder = self.image_encoder
         if isinstance(encoder, MaskedEncoder):
             encoder = encoder.encoder
-        options = {**self._options(), "views": 1}
-        return type(self)(encoder, self.text_encoder, head=self.head, **options)
+        return {"image_encoder": encoder, "text_encoder": self.text_encoder}
 
 
 def _maskings(layer):

@@ -3,13 +3,15 @@
 keras_hub's classes are recognized by name, to avoid importing keras_hub.
 """
 
+import math
+
 import keras
 import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.checks import is_integer
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.masking.patch_grid import grid_shape
 from keras_cluster_mask.masking.selection import split_tokens
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.training.layers import (
@@ -73,7 +75,7 @@ BLOCKS = (
 
 
 def image_shape_of(encoder) -> tuple | None:
-    """Returns the shape of an encoder's images, without the batch, or `None`."""
+    """Returns the shape of an encoder's (first) input, without the batch, or `None`."""
     given = getattr(encoder, "input", None)
     return None if given is None else tuple(tree.flatten(given)[0].shape[1:])
 
@@ -117,10 +119,16 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
     else:
         found = [layer for layer in candidates if layer.name == name]
     if not found:
-        names = ", ".join(repr(layer.name) for layer in candidates) or "none"
+        inner = [layer for layer in encoder.layers if _is_model(layer)]
+        names, models = (
+            ", ".join(repr(x.name) for x in layers) or "none"
+            for layers in (candidates, inner)
+        )
         raise ValueError(
             "`layer` must name the layer of the encoder that returns the embedded "
-            f"tokens, (batch, tokens, dim). Candidates: {names}. "
+            f"tokens, (batch, tokens, dim). Candidates: {names}. If they are made in a "
+            "model inside of the encoder, mask that model, and call the masked one in "
+            f"its place. Models inside: {models}. "
             f"Received: layer={name!r}, encoder={encoder.name}"
         )
     return found[0]
@@ -147,38 +155,82 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
             "`layer` must be on every path from the images to the output. "
             f"Received: layer={layer.name!r}, encoder={encoder.name}"
         ) from error
+
+    def call(after, *args, **kwargs):
+        try:
+            return after(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(
+                "`layer` must be after the position embedding, and a head must pool "
+                f"tokens, not flatten them: the layer {after.name!r} needs all tokens. "
+                f"Received: layer={layer.name!r}, encoder={encoder.name}"
+            ) from error
+
     # This model requires the full number of tokens. A clone from the same layers, with
-    # an unknown token axis, takes any number.
-    inputs = [
-        keras.Input((None, x.shape[-1]), dtype=x.dtype) for x in (tokens, *tables)
-    ]
-    blocks = keras.models.clone_model(
-        blocks,
-        input_tensors=inputs if tables else inputs[0],
-        clone_function=own_positions,
-    )
-    return _stem(encoder, layer), blocks
+    # an unknown token axis, takes any number. Some layers fail only at a known number,
+    # so a clone with one that no grid of patches has is made first.
+    for number in (23, None):
+        inputs = [
+            keras.Input((number, x.shape[-1]), dtype=x.dtype) for x in (tokens, *tables)
+        ]
+        clone = keras.models.clone_model(
+            blocks,
+            input_tensors=inputs if tables else inputs[0],
+            clone_function=own_positions,
+            call_function=call,
+        )
+    return _stem(encoder, layer), clone
 
 
 def count_tokens(stem, image_shape: tuple) -> int:
     """Returns the number of tokens per image from a stem, including the prefix."""
     # Call the stem, because some embedding layers declare a shape that is off by one.
+    return _embed(stem, np.zeros((1, *image_shape))).shape[1]
+
+
+def _embed(stem, images):
     inputs = tree.map_structure(
-        lambda x: ops.zeros((1, *image_shape), x.dtype), stem.input
+        lambda x: ops.cast(ops.convert_to_tensor(images, "float32"), x.dtype),
+        stem.input,
     )
-    return stem(inputs).shape[1]
+    return stem(inputs, training=False)
+
+
+def count_parts(masking, stem, image_shape: tuple, num_prefix: int | None) -> tuple:
+    """Returns the numbers of prefix tokens and of patches, see `split_tokens`."""
+    tokens = ops.zeros((1, count_tokens(stem, image_shape), 1))
+    return split_tokens(masking, tokens, ops.zeros((1, *image_shape)), num_prefix)
 
 
 def count_prefix_tokens(encoder, stem) -> int | None:
     """Returns the number of tokens that are not patches, or `None` if unknown."""
     patch_size, shape = getattr(encoder, "patch_size", None), image_shape_of(encoder)
-    for table in rotary_tables(encoder)[:1]:
-        return count_tokens(stem, shape) - table.shape[0]
-    if patch_size is None or None in shape:
+    if None in shape:
         return None
-    sides = height_and_width(shape, data_format_of(encoder))
-    rows, columns = (side // p for side, p in zip(sides, as_pair(patch_size)))
-    return count_tokens(stem, shape) - rows * columns
+    if patch_size is None:
+        return _count_constant_tokens(stem, shape)
+    grid = grid_shape((1, *shape), as_pair(patch_size), data_format_of(encoder))
+    return count_tokens(stem, shape) - math.prod(grid)
+
+
+def _count_constant_tokens(stem, image_shape):
+    """Returns how many of the first tokens do not depend on the image.
+
+    Returns:
+        Integer, or `None` if that cannot be seen: no token depends on the image, or one
+        pixel changes all others, because `stem` contains attention.
+    """
+    # As integers, too, the images and that pixel differ.
+    images = np.random.default_rng(0).uniform(0, 2, (3, *image_shape))
+    images[1:] = images[1]
+    images[2].flat[0] = 2 - images[2].flat[0]
+    tokens = ops.convert_to_numpy(ops.cast(_embed(stem, images), "float32"))
+    other, pixel = (
+        np.abs(tokens[i] - tokens[1]).max(axis=-1) > 1e-6 * np.abs(tokens).max()
+        for i in (0, 2)
+    )
+    prefix = int(np.argmax(other))
+    return prefix if other.any() and not pixel[prefix:].all() else None
 
 
 def tokens_per_image(encoder, image_shape: tuple) -> int | None:
@@ -193,10 +245,8 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
     """
     masking, stem = getattr(encoder, "masking", None), getattr(encoder, "stem", None)
     if masking is not None and stem is not None:
-        tokens = count_tokens(stem, image_shape)
-        images, embedded = ops.zeros((1, *image_shape)), ops.zeros((1, tokens, 1))
-        prefix, patches = split_tokens(
-            masking, embedded, images, encoder.num_prefix_tokens
+        prefix, patches = count_parts(
+            masking, stem, image_shape, encoder.num_prefix_tokens
         )
         return prefix + masking.num_kept(patches)
     if any(isinstance(x, PatchMasking) for x in all_layers(encoder)):
@@ -228,9 +278,14 @@ def _first_data_format(layer):
     return found
 
 
+def _is_model(layer):
+    # The output of a model inside of another belongs to its own graph of layers.
+    return bool(getattr(layer, "inputs", None))
+
+
 def _makes_tokens(layer):
     try:
-        return len(layer.output.shape) == 3
+        return len(layer.output.shape) == 3 and not _is_model(layer)
     except (AttributeError, ValueError):
         # The layer has several outputs, or is called more than once.
         return False
@@ -239,15 +294,17 @@ def _makes_tokens(layer):
 # === Positions in keras_hub's embedding layers ===
 
 
-def number_positions(embedding):
+def number_positions(encoder):
     """Gives every patch its own position id if keras_hub left all of them at 0.
 
     `CLIPVisionEmbedding` creates its position ids as zeros and relies on a checkpoint
     to set them, so in an encoder built from scratch all patches would share a position.
     """
-    ids = getattr(embedding, "position_ids", None)
-    if isinstance(ids, keras.Variable) and not np.any(ops.convert_to_numpy(ids)):
-        ids.assign(ops.reshape(ops.arange(ids.shape[-1], dtype=ids.dtype), ids.shape))
+    for layer in all_layers(encoder):
+        ids = getattr(layer, "position_ids", None)
+        if isinstance(ids, keras.Variable) and not np.any(ops.convert_to_numpy(ids)):
+            numbers = ops.arange(ids.shape[-1], dtype=ids.dtype)
+            ids.assign(ops.reshape(numbers, ids.shape))
 
 
 def read_positions(embedding) -> np.ndarray:

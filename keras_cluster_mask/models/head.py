@@ -9,6 +9,8 @@ from keras_cluster_mask.types import Tensor
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
 INITIAL_LOGIT_BIAS = -10.0
+# A scale may exceed its limit by rounding errors, such as in 1 / 49.
+TOLERANCE = 1 + 1e-6
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -24,9 +26,10 @@ class ContrastiveHead(keras.layers.Layer):
             the features without a projection.
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
-        max_logit_scale: Float. The scale never exceeds it.
+        max_logit_scale: Float. The scale never exceeds it. If `logit_scale` has a
+            higher one, that is the limit.
         projection: `"linear"`, without a bias, or `"mlp"`: one hidden layer of twice
-            the width of the features, GELU and dropout of 0.3.
+            the width of the projection, GELU and dropout of 0.3.
         image_projection: A layer to use instead of a new projection.
         text_projection: A layer to use instead of a new projection.
         logit_scale: A variable, the logarithm of the scale, to use instead of a new
@@ -74,7 +77,6 @@ class ContrastiveHead(keras.layers.Layer):
         self.projection = projection
         self.initial_temperature = initial_temperature
         self.initial_logit_bias = initial_logit_bias
-        self.max_logit_scale = float(max_logit_scale)
         if projection_dim is not None:
             image_projection, text_projection = (
                 _projection(projection, projection_dim, self.dtype_policy, name)
@@ -92,6 +94,9 @@ class ContrastiveHead(keras.layers.Layer):
             bias = initial_logit_bias if is_given else INITIAL_LOGIT_BIAS
             logit_bias = self._add_scalar("logit_bias", bias)
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
+        scale = math.exp(ops.convert_to_numpy(logit_scale))
+        is_higher = scale > max_logit_scale * TOLERANCE
+        self.max_logit_scale = scale if is_higher else float(max_logit_scale)
         # Clip the weight itself. Otherwise it could drift far above the limit and need
         # many steps to return.
         self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
@@ -139,12 +144,6 @@ class ContrastiveHead(keras.layers.Layer):
         log_scale = ops.cast(ops.convert_to_tensor(self.logit_scale), "float32")
         clipped = ops.minimum(log_scale, math.log(self.max_logit_scale))
         return ops.exp(log_scale + ops.stop_gradient(clipped - log_scale))
-
-    @property
-    def loss_weights(self) -> list[Tensor]:
-        """The weights for `losses.batch_loss`: the scale and, if any, the bias."""
-        scale = self.scale
-        return [scale] if self.logit_bias is None else [scale, self.logit_bias]
 
     def check_options(self, options: dict) -> None:
         """Raises an error for options that differ from this head's."""
@@ -211,8 +210,7 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
             "`initial_temperature` must be greater than 0. "
             f"Received: initial_temperature={initial_temperature}"
         )
-    # Allow for rounding errors, such as in 1 / 49.
-    largest = max_logit_scale * (1 + 1e-6)
+    largest = max_logit_scale * TOLERANCE
     if initial_temperature is not None and 1 / initial_temperature > largest:
         raise ValueError(
             "`initial_temperature` must be at least 1 / `max_logit_scale`, below which "

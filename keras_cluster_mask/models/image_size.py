@@ -90,9 +90,6 @@ def with_image_size(
         positions = resize_positions(read_positions(embedding), *grids)
         for table in position_tables(copied):
             table.assign(positions)
-        ids = getattr(copied, "position_ids", None)
-        if isinstance(ids, keras.Variable):
-            ids.assign(np.arange(positions.shape[-2])[None])
     number_positions(copied)
     return copy
 

@@ -1,15 +1,16 @@
 """The inputs of encoders: normalized pixels, token ids, and how they are passed."""
 
+import warnings
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_cluster_mask.models.encoders import image_shape_of
 from keras_cluster_mask.models.text_families import TextFamily
-
-# Inputs that are made from the token ids if a batch does not hold them.
-MADE = "padding_mask", "segment_ids"
+from keras_cluster_mask.training.input_rules import is_float
+from keras_cluster_mask.training.layers import all_layers
 
 # Channel statistics that OpenAI trained CLIP with, for values in [0, 1]
 # (https://github.com/openai/CLIP, clip/clip.py).
@@ -46,14 +47,13 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
     """
     images = ops.convert_to_tensor(images)
     dtype = keras.backend.standardize_dtype(images.dtype)
-    if mean is None or keras.backend.is_float_dtype(dtype):
+    # `is_float` raises an error for other integers.
+    if (
+        mean is None
+        or keras.backend.is_float_dtype(dtype)
+        or (dtype != "uint8" and is_float(images))
+    ):
         return images
-    if dtype != "uint8":
-        raise ValueError(
-            "`images` must be uint8, or floats normalized with the `pixel_mean` and "
-            "`pixel_std` of the model: pass pixels as `images.astype('uint8')`. "
-            f"Received: images of type {dtype}"
-        )
     data_format = data_format or keras.config.image_data_format()
     axis, shape = (1, (-1, 1, 1)) if data_format == "channels_first" else (-1, -1)
     if images.shape[axis] != 3:
@@ -65,8 +65,11 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
     return (ops.cast(images, "float32") / 255.0 - mean) / std
 
 
-def check_statistics(mean, std):
-    """Raises an error unless a mean and a standard deviation can normalize pixels."""
+def check_statistics(mean, std, encoder):
+    """Raises an error unless a mean and a standard deviation can normalize pixels.
+
+    Warns of an image encoder that normalizes its images again, where it is known.
+    """
     if mean is None:
         return
     for name, values in (("pixel_mean", mean), ("pixel_std", std)):
@@ -79,6 +82,23 @@ def check_statistics(mean, std):
         raise ValueError(
             f"`pixel_std` must be greater than 0. Received: pixel_std={std}"
         )
+    given = tree.flatten(getattr(encoder, "input", None))[0]
+    if given is not None and not keras.backend.is_float_dtype(given.dtype):
+        raise ValueError(
+            "`pixel_mean` must be None for an image encoder of integer images, because "
+            "normalized pixels would be cast to integers. "
+            f"Received: pixel_mean={mean}, an image encoder of {given.dtype} images"
+        )
+    for layer in all_layers(encoder):
+        if isinstance(layer, keras.layers.Normalization | keras.layers.Rescaling):
+            shape = (layer.get_build_config() or {}).get("input_shape", ())
+            if tuple(shape[1:]) == image_shape_of(encoder):
+                warnings.warn(
+                    "The model normalizes images, and so does its image encoder: pass "
+                    "`pixel_mean=None` for one that takes pixels from 0 to 255. "
+                    f"Received: pixel_mean={mean}, the encoder's layer {layer.name!r}",
+                    stacklevel=5,
+                )
 
 
 def pixel_range(mean, std):
@@ -165,6 +185,9 @@ def text_inputs(names: tuple[str, ...], family: TextFamily, given: Any) -> Any:
 
 def call_encoder(encoder, value, training):
     """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
+    if training is False:
+        # A functional model for inference, such as a tower, should have no masking.
+        encoder = getattr(encoder, "unmasked", encoder)
     inputs = getattr(encoder, "input", None)
     if isinstance(value, dict):
         if not isinstance(inputs, dict):

@@ -2,26 +2,27 @@ import keras
 
 # The first matrix of an attention or MLP is sharded over its outputs (heads, hidden
 # units), the last one over its inputs. Each attention or MLP then needs one all-reduce.
+# SigLIP's layers have other names than those of CLIP and MetaCLIP 2.
 LAYOUTS = {
-    r"attention/(query|key|value)/kernel": (None, "model", None),
-    r"attention/(query|key|value)/bias": ("model", None),
-    r"attention/attention_output/kernel": ("model", None, None),
-    r"dense_1/kernel": (None, "model"),
-    r"dense_1/bias": ("model",),
-    r"dense_2/kernel": ("model", None),
+    r"(attention|self_attn)/(query|key|value)/kernel": (None, "model", None),
+    r"(attention|self_attn)/(query|key|value)/bias": ("model", None),
+    r"(attention|self_attn)/attention_output/kernel": ("model", None, None),
+    r"(dense_1|mlp/fc1)/kernel": (None, "model"),
+    r"(dense_1|mlp/fc1)/bias": ("model",),
+    r"(dense_2|mlp/fc2)/kernel": ("model", None),
 }
 
 
 def clip_layout_map(
     device_mesh: keras.distribution.DeviceMesh, axis: str = "model"
 ) -> keras.distribution.LayoutMap:
-    """Makes a layout map that shards the weights of a CLIP model over devices.
+    """Makes a layout map that shards the weights of a CLIP or SigLIP over devices.
 
     Use it for models that do not fit on one device (tensor parallelism). The attention
-    heads and hidden units in the blocks of both towers are sharded over the devices
-    along one axis of the mesh. All other weights, which are few, are replicated. Works
-    on JAX, the only backend where Keras has `ModelParallel`. Make the model after you
-    set the distribution.
+    heads and hidden units in the blocks of both towers, and in SigLIP's pooling, are
+    sharded over the devices along one axis of the mesh. All other weights, which are
+    few, are replicated. Works on JAX, the only backend where Keras has `ModelParallel`.
+    Make the model after you set the distribution.
 
     Example:
 
@@ -47,8 +48,8 @@ def clip_layout_map(
         axis: String. The axis of the mesh along which the weights are sharded.
 
     Returns:
-        A `keras.distribution.LayoutMap` for a keras_hub `CLIPBackbone` and the
-        optimizer that trains it.
+        A `keras.distribution.LayoutMap` for a keras_hub `CLIPBackbone`,
+        `MetaCLIP2Backbone` or `SigLIPBackbone` and the optimizer that trains it.
 
     Raises:
         ValueError: If the mesh has no such axis.
@@ -65,5 +66,5 @@ def clip_layout_map(
     for path, layout in LAYOUTS.items():
         named = tuple(axis if each == "model" else each for each in layout)
         # The path begins with the encoder's name, which may be any.
-        layouts[rf".*encoder_block_\d+/{path}"] = named
+        layouts[rf".*encoder_(block_\d+|head)/{path}"] = named
     return layouts

@@ -9,6 +9,7 @@ import keras
 
 from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.models.backbone_classes import CLASSES
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import data_format_of, image_shape_of
 
@@ -33,11 +34,11 @@ def as_contrastive_model(model: Any) -> ContrastiveModel:
     if isinstance(model, ContrastiveModel):
         return model
     names = {x.__name__ for x in type(model).__mro__}
-    if names & ContrastiveModel.for_backbone.keys():
+    if names & CLASSES.keys():
         return ContrastiveModel.from_backbone(model)
     raise ValueError(
         "`model` must be a ContrastiveModel, a keras_hub backbone of "
-        f"{sorted(ContrastiveModel.for_backbone)}, or the path of one. "
+        f"{sorted(CLASSES)}, or the path of one. "
         f"Received: model={model} of type {type(model).__name__}"
     )
 
@@ -62,11 +63,9 @@ def image_size_of(model: Any) -> tuple[int | None, int | None]:
     """
     encoder = as_contrastive_model(model).image_encoder
     shape = image_shape_of(encoder)
-    return (
-        (None, None)
-        if shape is None
-        else height_and_width(shape, data_format_of(encoder))
-    )
+    if shape is None:
+        return None, None
+    return height_and_width(shape, data_format_of(encoder))
 
 
 def _load(path):

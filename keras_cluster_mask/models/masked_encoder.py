@@ -8,10 +8,11 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import PutMask, count_patches
+from keras_cluster_mask.masking.selection import PutMask
 from keras_cluster_mask.models.encoders import (
+    EMBEDDINGS,
+    count_parts,
     count_prefix_tokens,
-    count_tokens,
     find_embedding_layer,
     image_shape_of,
     number_positions,
@@ -52,17 +53,19 @@ def with_masking(
         masking: A `PatchMasking` layer. It is not modified, so it can be used in
             several encoders, which may have different prefix tokens.
         layer: String. The name of the layer that outputs the embedded tokens,
-            `(batch, tokens, dim)`. Not needed for the encoders above.
+            `(batch, tokens, dim)`, after the position embedding. Not needed for the
+            encoders above.
 
     Returns:
         A `MaskedEncoder`, a Keras model with the inputs and outputs of
         `encoder`.
 
     Raises:
-        ValueError: If the layer is unknown (the candidates are listed), if the encoder
-            cannot leave out tokens (the reason is given), if `num_prefix_tokens` of the
-            masking differs from the encoder's number, or if the masking hides tokens
-            with a Keras mask that the encoder does not honor.
+        ValueError: If the layer is unknown (the candidates are listed) or before the
+            position embedding, if the encoder cannot leave out tokens (the reason is
+            given), if the masking does not fit the patches and `num_prefix_tokens` of
+            the encoder, or if the masking hides tokens with a Keras mask that the
+            encoder does not honor.
     """
     return MaskedEncoder(encoder, masking, layer)
 
@@ -90,7 +93,8 @@ class MaskedEncoder(keras.Model):
         encoder: The encoder, which shares its weights with this model.
         masking: The masking.
         num_prefix_tokens: Integer, the number of tokens of the encoder that are not
-            patches; `None` if neither the encoder nor the masking defines it.
+            patches. If neither the encoder nor the masking defines it, the first tokens
+            that do not depend on the image are counted. `None` if that is not possible.
     """
 
     def __init__(
@@ -115,13 +119,18 @@ class MaskedEncoder(keras.Model):
                 "out of it, `masked.encoder`, to put in another. "
                 f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
             )
+        found = find_embedding_layer(encoder, layer)
+        if isinstance(encoder, keras.Sequential):
+            # It has no `input` and `output`.
+            (images,), (output,) = encoder.inputs, encoder.outputs
+            encoder = keras.Model(images, output, name=encoder.name)
         self.encoder = encoder
         self.masking = masking
-        self.embedding_layer = find_embedding_layer(encoder, layer)
+        self.embedding_layer = found
         # `None` is saved as it is, because keras_hub names layers by the encoder's name
         # after a reload.
         self._layer = layer
-        number_positions(self.embedding_layer)
+        number_positions(encoder)
         # Stored in a closure: Keras would track attributes, and save every weight
         # twice.
         stem, blocks = split_at(encoder, self.embedding_layer)
@@ -138,21 +147,18 @@ class MaskedEncoder(keras.Model):
                 f"encoder. Received: num_prefix_tokens={given}"
             )
         self.num_prefix_tokens = counted if given is None else given
+        prefix, shape = self.num_prefix_tokens, image_shape_of(encoder)
+        if None not in shape:
+            prefix, _ = count_parts(masking, stem, shape, prefix)
+        elif prefix is None:
+            # Assume a class token, which most encoders have.
+            prefix = 1
         if masking.hides_tokens:
-            check_no_leak(encoder.name, blocks, self._count_always_visible(stem))
+            check_no_leak(encoder.name, blocks, prefix)
+        if type(self.embedding_layer).__name__ not in EMBEDDINGS:
+            check_no_positions(self, blocks, prefix)
         masking.enter(encoder)
         self.built = True
-
-    def _count_always_visible(self, stem):
-        """Returns the number of tokens that are never hidden, as far as it is known."""
-        shape, masking = image_shape_of(self.encoder), self.masking
-        if self.num_prefix_tokens is not None:
-            return self.num_prefix_tokens
-        if masking.patch_size is None or None in shape:
-            # Assume a class token, which most encoders have.
-            return 1
-        patches = count_patches(masking, ops.zeros((1, *shape)))
-        return max(0, count_tokens(stem, shape) - patches)
 
     def call(
         self, inputs: Any, training: bool | None = None, noise: Tensor | None = None
@@ -190,6 +196,11 @@ class MaskedEncoder(keras.Model):
         return self._parts()[0]
 
     @property
+    def unmasked(self) -> keras.Model:
+        """The encoder, which this model is at inference."""
+        return self.encoder
+
+    @property
     def input(self) -> Any:
         return self.encoder.input
 
@@ -216,7 +227,7 @@ class MaskedEncoder(keras.Model):
         return from_parts(cls, config, custom_objects)
 
 
-# === Hidden tokens ===
+# === Layers that use the order of tokens, or let hidden ones through ===
 
 
 # The visible patches in each sample of the test batch. Every patch is hidden in at
@@ -249,17 +260,11 @@ def check_no_leak(name, blocks, num_prefix_tokens=0):
         ValueError: If a visible output changes.
     """
     _propagate_masks(blocks)
+    tokens, *positions = _random_inputs(blocks, num_prefix_tokens)
     visible = np.pad(VISIBLE, [(0, 0), (num_prefix_tokens, 0)], constant_values=True)
-    rng = np.random.default_rng(0)
-    widths = [x.shape[-1] for x in blocks.inputs]
-    tokens = rng.normal(size=(*visible.shape, widths[0]))
-    positions = [rng.normal(size=(*VISIBLE.shape, width)) for width in widths[1:]]
     changed = np.where(visible[:, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
-    before, after = (_run(blocks, visible, x, positions) for x in (tokens, changed))
-    for one, other in zip(tree.flatten(before), tree.flatten(after)):
-        one, other = (
-            ops.convert_to_numpy(ops.cast(x, "float32")) for x in (one, other)
-        )
+    before, after = (_run(blocks, [x, *positions], visible) for x in (tokens, changed))
+    for one, other in zip(before, after):
         if one.ndim == 3 and one.shape[:2] == visible.shape:
             one, other = one[visible], other[visible]
         if not np.allclose(one, other, rtol=0, atol=1e-6 * max(1, np.abs(one).max())):
@@ -271,6 +276,48 @@ def check_no_leak(name, blocks, num_prefix_tokens=0):
                 f"Received: encoder={name}, largest change of the output="
                 f"{np.abs(one - other).max():.3g}"
             )
+
+
+def check_no_positions(masked, blocks, num_prefix_tokens):
+    """Raises an error if the output of `blocks` depends on the order of patches.
+
+    Then kept patches would get other positions than in the whole image.
+
+    Args:
+        masked: A `MaskedEncoder`, for the error message.
+        blocks: See `check_no_leak`.
+        num_prefix_tokens: Integer, the number of tokens before the patches.
+
+    Raises:
+        ValueError: If a token, or a pooled feature, changes when patches are reversed.
+    """
+    inputs, count = _random_inputs(blocks, num_prefix_tokens), VISIBLE.shape[1]
+    before = _run(blocks, inputs)
+    after = _run(
+        blocks,
+        [np.concatenate([x[:, :-count], x[:, : -count - 1 : -1]], 1) for x in inputs],
+    )
+    # Sums in another order are rounded differently.
+    is_rounded = any(x.compute_dtype != "float32" for x in all_layers(blocks))
+    tolerance = 0.02 if is_rounded else 1e-4
+    for one, other in zip(before, after):
+        # The same tokens, in whatever order, have the same sorted values.
+        one, other = (np.sort(x, axis=1) if x.ndim > 2 else x for x in (one, other))
+        if np.abs(one - other).mean() > tolerance * np.abs(one).mean():
+            raise ValueError(
+                "`layer` must be after the position embedding, but a later layer "
+                "depends on the order of tokens. Received: "
+                f"layer={masked.embedding_layer.name!r}, encoder={masked.encoder.name}"
+            )
+
+
+def _random_inputs(blocks, num_prefix_tokens):
+    """Returns tokens, with a prefix, and positions for the patches of `VISIBLE`."""
+    rng, (rows, count) = np.random.default_rng(0), VISIBLE.shape
+    sizes = num_prefix_tokens + count, count, count
+    return [
+        rng.normal(size=(rows, n, x.shape[-1])) for n, x in zip(sizes, blocks.inputs)
+    ]
 
 
 def _propagate_masks(blocks):
@@ -287,15 +334,17 @@ def _no_mask(inputs, previous_mask=None):
     return None
 
 
-def _run(blocks, visible, tokens, positions):
+def _run(blocks, inputs, visible=None):
+    """Returns the outputs of `blocks` with random weights, as float32 arrays."""
     # Use the dtype of the blocks, because a cast would lose the mask.
-    tokens, *positions = (
-        ops.convert_to_tensor(x, dtype=y.dtype)
-        for x, y in zip([tokens, *positions], blocks.inputs)
-    )
-    masked = PutMask()(tokens, mask=ops.convert_to_tensor(visible))
+    inputs = [
+        ops.convert_to_tensor(x, dtype=y.dtype) for x, y in zip(inputs, blocks.inputs)
+    ]
+    if visible is not None:
+        inputs[0] = PutMask()(inputs[0], mask=ops.convert_to_tensor(visible))
     with _RandomWeights():
-        return blocks([masked, *positions] if positions else masked, training=False)
+        outputs = blocks(inputs if len(inputs) > 1 else inputs[0], training=False)
+    return [ops.convert_to_numpy(ops.cast(x, "float32")) for x in tree.flatten(outputs)]
 
 
 class _RandomWeights(keras.StatelessScope):

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.checks import check_choice
+from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.encoders import count_prefix_tokens, find_embedding_layer
 from keras_cluster_mask.models.inputs import (
     IMAGENET_MEAN,
@@ -14,6 +15,7 @@ from keras_cluster_mask.models.inputs import (
     SIGLIP_MEAN,
     SIGLIP_STD,
 )
+from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.training.layers import from_parts, frozen_parts
 from keras_cluster_mask.types import Tensor
 
@@ -46,54 +48,41 @@ IMAGE_FAMILIES = {
 TEXT_BACKBONES = ("BertBackbone", "DistilBertBackbone", "RobertaBackbone")
 
 
-def image_family_of(backbone: keras.Model) -> ImageFamily:
-    """Returns the family of an image backbone.
-
-    Raises:
-        ValueError: If the backbone is of no known family.
-    """
-    for kind in type(backbone).__mro__:
-        if kind.__name__ in IMAGE_FAMILIES:
-            return IMAGE_FAMILIES[kind.__name__]
-    raise ValueError(
-        "`image_backbone` must be a keras_hub backbone that returns patch tokens, one "
-        f"of {sorted(IMAGE_FAMILIES)}. Pass another encoder, with its own pooling, to "
-        "`ContrastiveModel`. "
-        f"Received: image_backbone={backbone} of type {type(backbone).__name__}"
-    )
-
-
-def pooled_images(backbone: keras.Model, pooling: str | None = None) -> "PooledEncoder":
-    """Makes an encoder from images to features of an image backbone.
-
-    Args:
-        backbone: A keras_hub backbone of `IMAGE_FAMILIES`.
-        pooling: String, one of `POOLINGS`; `None` for that of the family.
-    """
-    family = image_family_of(backbone)
-    return PooledEncoder(backbone, family.pooling if pooling is None else pooling)
-
-
-def pooled_texts(backbone: keras.Model, pooling: str | None = None) -> "PooledEncoder":
-    """Makes an encoder from texts to features of a text backbone.
-
-    Args:
-        backbone: A keras_hub backbone of `TEXT_BACKBONES`, or a `TextEmbedder` of one.
-        pooling: String, one of `POOLINGS`; `None` for that of the `TextEmbedder`, or
-            for the mean of all tokens but padding.
-    """
-    own = getattr(backbone, "pooling_mode", "mean")
-    encoder = getattr(backbone, "backbone", backbone)
-    names = {kind.__name__ for kind in type(encoder).__mro__}
-    if not names & {*TEXT_BACKBONES}:
+def pretrained_towers(
+    image_backbone: keras.Model,
+    text_backbone: keras.Model,
+    masking: PatchMasking | None,
+    pooling: tuple[str | None, str | None] | None,
+) -> dict[str, Any]:
+    """Returns arguments of `ContrastiveModel`; see `ContrastiveModel.from_encoders`."""
+    names = {kind.__name__ for kind in type(image_backbone).__mro__}
+    families = [IMAGE_FAMILIES[name] for name in IMAGE_FAMILIES if name in names]
+    if not families:
+        raise ValueError(
+            "`image_backbone` must be a keras_hub backbone that returns patch tokens, "
+            f"one of {[*IMAGE_FAMILIES]}. Pass another encoder, with its own pooling, "
+            f"to `ContrastiveModel`. Received: image_backbone={image_backbone} of type "
+            f"{type(image_backbone).__name__}"
+        )
+    # A `TextEmbedder` has a backbone and a pooling.
+    texts = getattr(text_backbone, "backbone", text_backbone)
+    if not {kind.__name__ for kind in type(texts).__mro__} & {*TEXT_BACKBONES}:
         raise ValueError(
             "`text_backbone` must be a keras_hub backbone in which all tokens attend "
             f"to one another, one of {[*TEXT_BACKBONES]}, or a `TextEmbedder` of one. "
-            f"Received: text_backbone={backbone} of type {type(backbone).__name__}"
+            f"Received: text_backbone={text_backbone} of type "
+            f"{type(text_backbone).__name__}"
         )
-    if pooling is None:
-        pooling = "class" if own == "cls" else own
-    return PooledEncoder(encoder, pooling)
+    of_images, of_texts = (None, None) if pooling is None else pooling
+    own = getattr(text_backbone, "pooling_mode", "mean")
+    own = "class" if own == "cls" else own
+    images = PooledEncoder(image_backbone, of_images or families[0].pooling)
+    return {
+        "image_encoder": images if masking is None else with_masking(images, masking),
+        "text_encoder": PooledEncoder(texts, of_texts or own),
+        "pixel_mean": families[0].pixel_mean,
+        "pixel_std": families[0].pixel_std,
+    }
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")

@@ -18,6 +18,18 @@ from keras_cluster_mask.training.layers import from_parts, frozen_parts
 from keras_cluster_mask.types import Tensor
 
 
+def export_options(specs, format, input_signature, kwargs):
+    """Returns arguments of `keras.Model.export`, by default for any batch size."""
+    if format == "torch" and "dynamic_shapes" not in kwargs:
+        import torch
+
+        # By default, Keras would export for a batch size of 1.
+        batch = torch.export.Dim("batch")
+        shapes = keras.tree.map_structure(lambda x: {0: batch}, specs)
+        kwargs = {**kwargs, "dynamic_shapes": shapes}
+    return {"input_signature": input_signature or [specs], **kwargs}
+
+
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class Tower(keras.Model):
     """Embeds images or texts, for inference.
@@ -157,24 +169,17 @@ class Tower(keras.Model):
                 JAX if the text encoder does not define the length of texts.
             **kwargs: As in `keras.Model.export`.
         """
-        given = self.encoder.input
-        if input_signature is None:
-            dtype = None if self.pixel_mean is None else "uint8"
-            input_signature = [
-                keras.tree.map_structure(
-                    lambda x: keras.InputSpec(shape=x.shape, dtype=dtype or x.dtype),
-                    given,
-                )
-            ]
-        if format == "torch" and "dynamic_shapes" not in kwargs:
-            import torch
+        kwargs = export_options(self.input_specs, format, input_signature, kwargs)
+        super().export(filepath, format, verbose, **kwargs)
 
-            # By default, Keras would export for a batch size of 1.
-            batch = torch.export.Dim("batch")
-            kwargs["dynamic_shapes"] = keras.tree.map_structure(
-                lambda x: {0: batch}, given
-            )
-        super().export(filepath, format, verbose, input_signature, **kwargs)
+    @property
+    def input_specs(self) -> Any:
+        """The `keras.InputSpec` of the input, or a dictionary of them."""
+        dtype = None if self.pixel_mean is None else "uint8"
+        return keras.tree.map_structure(
+            lambda x: keras.InputSpec(shape=x.shape, dtype=dtype or x.dtype),
+            self.encoder.input,
+        )
 
     def get_config(self) -> dict[str, Any]:
         return {

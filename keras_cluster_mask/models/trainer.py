@@ -2,15 +2,18 @@
 
 import contextlib
 import os
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
-from keras_cluster_mask.distribution import gradients
+from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.models.dual_encoder import DualEncoder
+from keras_cluster_mask.models.tower import export_options
 from keras_cluster_mask.training import layers, optimizers
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import check_unused
@@ -32,6 +35,9 @@ class ContrastiveTrainer(DualEncoder):
         self.finite_steps = FiniteSteps()
         self.gradient_norm: GradientNorm | None = None
         self._is_evaluating = False
+        # In an object of its own, as Keras looks into attributes that are set.
+        self._phase = types.SimpleNamespace(is_train_step=False)
+        self._compiled_with: dict[str, Any] = {}
 
     # === One step ===
 
@@ -43,18 +49,42 @@ class ContrastiveTrainer(DualEncoder):
         computes the gradients and updates. Override `compute_loss` to train on another
         loss.
         """
-        return super().train_step(*args)
+        self._phase.is_train_step = True
+        try:
+            return super().train_step(*args)
+        finally:
+            self._phase.is_train_step = False
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Tensor | None = None
     ) -> dict[str, Any]:
         if not self._is_evaluating:
             # This is the end of a training step on every backend.
-            (loss,) = (each for each in self.metrics if each.name == "loss")
+            # A subclass may override `metrics`, without Keras's mean of the loss.
+            loss = next(each for each in super().metrics if each.name == "loss")
             self.finite_steps.update_state(loss.result())
             if self.gradient_norm is not None:
                 self.gradient_norm.update_metric()
         return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def without_small_batches(self, loss, losses, sample_weight, is_split):
+        """Returns the loss and the weights for the means of an evaluation.
+
+        A batch counts if it has at least nine tenths of the mean number of pairs of
+        those before it. The loss of other batches is the mean so far, which does not
+        change where its own value is added.
+        """
+        mean = next(each for each in super().metrics if each.name == "loss")
+        sums = (mean.total, mean.count, ops.shape(losses)[0])
+        sums = ops.stack([ops.cast(x, "float32") for x in sums])[None]
+        sums = ops.sum(replicas.all_gather(sums) if is_split else sums, axis=0)
+        total, pairs, rows = ops.unstack(sums)
+        # The temperature is updated once a batch.
+        counts = rows * self.temperature_metric.count >= 0.9 * pairs
+        if sample_weight is None:
+            sample_weight = ops.ones_like(losses)
+        loss = ops.where(counts, loss, ops.divide_no_nan(total, pairs))
+        return loss, ops.where(counts, sample_weight, 0.0)
 
     def make_train_function(self, force: bool = False) -> Any:
         # Values can be read here for the last time before the step is compiled.
@@ -65,12 +95,13 @@ class ContrastiveTrainer(DualEncoder):
             [optimizers.inner_optimizer(self.optimizer), *parts],
             None if norm is None else norm.record,
         )
-        if self.built and self.optimizer and not self.optimizer.built:
+        if self.built and not self.optimizer.built:
             # TensorFlow cannot create the optimizer's variables in a step that XLA
             # compiles.
             self.optimizer.build(self.trainable_variables)
         for masking in self.maskings:
             masking.check_ready()
+        self._forget_outdated("train_function")
         before = self.train_function
         super().make_train_function(force)
         if self.train_function is not before:
@@ -79,6 +110,41 @@ class ContrastiveTrainer(DualEncoder):
             )
         return self.train_function
 
+    def make_test_function(self, force: bool = False) -> Any:
+        self._forget_outdated("test_function")
+        return super().make_test_function(force)
+
+    @property
+    def compiled_options(self) -> dict[str, Any]:
+        """The options that a step is compiled with, which may change between fits."""
+        return {
+            "mask_ratio": [masking.mask_ratio for masking in self.maskings],
+            "micro_batch_size": self.micro_batch_size,
+            "views": self.views,
+            "duplicates": self.duplicates,
+            # TensorFlow would still train weights that are frozen after the first step.
+            "trainable": [weight.trainable for weight in self.weights],
+        }
+
+    def check_options(self) -> None:
+        """Raises an error if an option was changed since the last `fit` began."""
+        now, before = self.compiled_options, self._compiled_with["train_function"]
+        changed = [name for name in now if now[name] != before[name]]
+        if changed:
+            raise ValueError(
+                f"`{'` and `'.join(changed)}` must not change during a call of `fit`, "
+                "whose step is compiled once: change options between two calls. "
+                f"Received: {', '.join(f'{name}={now[name]}' for name in changed)}"
+            )
+
+    def _forget_outdated(self, name):
+        """Deletes a compiled function if an option that it depends on has changed."""
+        options = self.compiled_options
+        if self._compiled_with.get(name, options) != options:
+            # JAX would reuse the steps of a function that was not deleted.
+            setattr(self, name, None)
+        self._compiled_with[name] = options
+
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         metrics = [x for x in super().metrics if x is not self.finite_steps]
@@ -86,14 +152,19 @@ class ContrastiveTrainer(DualEncoder):
             # Evaluation computes no gradients and masks no patches.
             return [x for x in metrics if x.name != "mask_ratio"]
         norm = self.gradient_norm
-        # In the order of the logs. `finite_steps` is not logged.
-        return [*metrics, *([] if norm is None else [norm.metric]), self.finite_steps]
+        # In the order of the logs.
+        return [*metrics, *([] if norm is None else [norm.metric])]
+
+    @property
+    def metrics_variables(self) -> list[keras.Variable]:
+        # A step updates them on JAX. The logs do not show `finite_steps`.
+        return [*super().metrics_variables, *self.finite_steps.variables]
 
     # === Compile, fit, evaluate, predict ===
 
     def compile(
         self,
-        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
+        optimizer: str | keras.optimizers.Optimizer | None = None,
         *,
         decay_vectors: bool = False,
         log_gradient_norm: bool = False,
@@ -131,8 +202,9 @@ class ContrastiveTrainer(DualEncoder):
                 computes in float16.
 
         Raises:
-            ValueError: If a loss or metrics are passed, or if the optimizer has already
-                been built to decay vectors.
+            ValueError: If there is no optimizer, if a loss or metrics are passed, or if
+                the optimizer has already been built to decay vectors, or for the
+                weights of another model.
         """
         built_in = ("loss", "loss_weights", "metrics", "weighted_metrics")
         check_unused(
@@ -140,6 +212,11 @@ class ContrastiveTrainer(DualEncoder):
             "in.",
             **{name: kwargs.get(name) for name in built_in},
         )
+        if optimizer is None:
+            raise ValueError(
+                "`optimizer` must be a Keras optimizer or its name, such as 'adamw'. "
+                "Received: optimizer=None"
+            )
         optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
@@ -149,8 +226,7 @@ class ContrastiveTrainer(DualEncoder):
             "log_gradient_norm": bool(log_gradient_norm),
         }
         self.gradient_norm = GradientNorm(optimizer) if log_gradient_norm else None
-        if optimizer is not None:
-            optimizers.configure(optimizer, self, decay_vectors)
+        optimizers.configure(optimizer, self, decay_vectors)
 
     def fit(
         self,
@@ -232,6 +308,16 @@ class ContrastiveTrainer(DualEncoder):
         steps: int | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Computes the loss and the accuracies within batches.
+
+        Both depend on the number of negatives in a batch, so a smaller last batch is
+        left out of their means: a batch counts if it has at least nine tenths of the
+        mean number of pairs of the batches before it. Pairs that do not fill one batch
+        are evaluated as a smaller batch. Compare only values of the same batch size.
+        `fit` evaluates `validation_data` in the same way.
+
+        Arguments and results are those of `keras.Model.evaluate`.
+        """
         x = evaluation_data(self, x, y, sample_weight, steps)
         with until_the_end(), keeping_weights(self), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
@@ -262,6 +348,32 @@ class ContrastiveTrainer(DualEncoder):
 
     # === Saving ===
 
+    def export(
+        self,
+        filepath: str | os.PathLike,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: list | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Exports the model for inference on batches of any size.
+
+        Export `image_tower` or `text_tower` for one of the encoders alone.
+
+        Args:
+            filepath: Path of the folder or file to write.
+            format: As in `keras.Model.export`.
+            verbose: As in `keras.Model.export`.
+            input_signature: List of one dictionary of `keras.InputSpec`. Defaults to
+                the inputs of both towers.
+            **kwargs: As in `keras.Model.export`.
+        """
+        images, texts = self.image_tower.input_specs, self.text_tower.input_specs
+        texts = texts if isinstance(texts, dict) else {"token_ids": texts}
+        specs = {"images": images, **texts}
+        kwargs = export_options(specs, format, input_signature, kwargs)
+        super().export(filepath, format, verbose, **kwargs)
+
     def get_compile_config(self) -> dict[str, Any] | None:
         config = super().get_compile_config()
         return {**config, **self.optimizer_options} if config else config
@@ -269,5 +381,5 @@ class ContrastiveTrainer(DualEncoder):
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras's own method does not support models that override `compile`.
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None and self.built:
+        if self.built:
             self.optimizer.build(self.trainable_variables)

@@ -20,7 +20,7 @@ from keras_cluster_mask.training.checkpoints import (
     writing_error,
 )
 from keras_cluster_mask.training.features import TowerFeatures
-from keras_cluster_mask.training.input_rules import as_dictionary
+from keras_cluster_mask.training.input_rules import as_dictionary, check_unused
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
 from keras_cluster_mask.training.tokens import remembered_tokenizer
@@ -80,7 +80,7 @@ def fit(
     x = as_dictionary(x, y, sample_weight, class_weight)
     if isinstance(x, dict) and validation_split:
         # Keras splits arrays alone, and gets batches.
-        x, validation_data = _split(x, validation_split, validation_data)
+        x, validation_data = _split(model, x, validation_split, validation_data)
         validation_split = 0.0
     data = _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
 
@@ -198,8 +198,6 @@ def _check_executions(steps_per_execution, steps_per_epoch):
 
 def _warn_of_rate_zero(optimizer):
     """Warns if nothing will be learned, as the schedule of a previous `fit` is over."""
-    if optimizer is None:
-        return
     steps = int(ops.convert_to_numpy(optimizer.iterations))
     rates = [
         float(ops.convert_to_numpy(each.learning_rate))
@@ -216,14 +214,11 @@ def _warn_of_rate_zero(optimizer):
         )
 
 
-def _split(x, validation_split, validation_data):
+def _split(model, x, validation_split, validation_data):
     """Splits arrays as Keras does: the last ones are held out."""
-    if validation_data is not None:
-        raise ValueError(
-            "`validation_split` must be 0 if there is `validation_data`. Received: "
-            f"validation_split={validation_split}, and validation_data of type "
-            f"{type(validation_data).__name__}"
-        )
+    reason = f"`validation_split={validation_split}` takes it from `x`."
+    check_unused(reason, validation_data=validation_data)
+    x = model.input_rules.check_keys(x)
     pairs = len(x["token_ids"])
     first = int(pairs * (1.0 - validation_split))
     if not 0 < first < pairs:

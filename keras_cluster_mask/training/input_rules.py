@@ -1,14 +1,18 @@
 """Rules for the batches of a model, checked on the host before the model runs."""
 
+import contextlib
 import dataclasses
+import warnings
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import as_array, check_equal_lengths
+from keras_cluster_mask.checks import fits_shape
 
 KEYS = ("images", "token_ids")
+# Inputs of a text encoder that are made from the token ids if a batch lacks them.
+MADE = ("padding_mask", "segment_ids")
 LONELY = (
     "A batch must hold at least two pairs, because a contrastive loss compares the "
     "pairs of a batch: use a larger `batch_size`."
@@ -20,6 +24,8 @@ NO_LABELS = (
 # Non-negative float images above this multiple of the brightest normalized pixel count
 # as unnormalized. Resizing after normalization may exceed that pixel slightly.
 MARGIN = 3.0
+# No normalization gives values above this multiple of the brightest or darkest pixel's.
+LIMIT = 10.0
 
 
 @dataclasses.dataclass
@@ -30,7 +36,9 @@ class InputRules:
     a batch, since a user may pass one directly.
 
     Attributes:
-        keys: Tuple of str, the entries that a batch must have.
+        text_inputs: Tuple of str, the entries that the text encoder takes.
+        image_shape: Tuple, the shape of images without the batch, or `None`.
+        text_shape: Tuple, the shape of token ids without the batch, or `None`.
         context_length: Integer, the maximum number of token ids per text, or `None`.
         vocabulary_size: Integer, the number of token ids, or `None` if unknown.
         end_token_id: Integer, the id that every text must contain, or `None`.
@@ -41,9 +49,13 @@ class InputRules:
         training: Boolean. Whether the batches are for training.
         is_normalized: Boolean. Whether an earlier batch showed that images are
             normalized.
+        warns: Boolean array of shape `()`. Whether the next entry that is left out
+            causes a warning.
     """
 
-    keys: tuple[str, ...] = KEYS
+    text_inputs: tuple[str, ...] = ("token_ids",)
+    image_shape: tuple | None = None
+    text_shape: tuple | None = None
     context_length: int | None = None
     vocabulary_size: int | None = None
     end_token_id: int | None = None
@@ -51,6 +63,12 @@ class InputRules:
     pixel_range: tuple[float, float] | None = None
     training: bool = False
     is_normalized: bool = False
+    warns: np.ndarray = dataclasses.field(default_factory=lambda: np.array(True))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The entries that a batch must have."""
+        return ("images", *(x for x in self.text_inputs if x not in MADE))
 
     def check(self, batch) -> tuple:
         """Checks a batch, and returns it in the form that Keras takes from any data.
@@ -59,12 +77,9 @@ class InputRules:
             batch: See `as_dictionary`.
 
         Returns:
-            A tuple of one dictionary, without strings, such as keys and captions, since
-            models do not take them.
+            A tuple of one dictionary; see `numbers_of`.
         """
-        batch = as_dictionary(batch)
-        self.check_keys(batch)
-        batch = without_strings(batch)
+        batch = self.check_keys(as_dictionary(batch))
         self.check_values(batch)
         return (batch,)
 
@@ -73,6 +88,9 @@ class InputRules:
 
         Args:
             batch: Dictionary, from the names of the entries to anything.
+
+        Returns:
+            `numbers_of(batch)`.
         """
         if not isinstance(batch, dict):
             raise ValueError(
@@ -91,6 +109,36 @@ class InputRules:
                 "The weights of pairs must be in the batch as 'sample_weight'. "
                 f"Received: keys={sorted(batch)}"
             )
+        batch = self.numbers_of(batch)
+        self.check_texts(batch)
+        return batch
+
+    def check_texts(self, batch):
+        """Raises an error for an entry that looks like an input of the text encoder.
+
+        Other numbers may be used by a `compute_loss` of the user's own.
+        """
+        shape, names = _shape(batch["token_ids"]), self.text_inputs
+        wrong = [k for k, v in batch.items() if _shape(v) == shape and k not in names]
+        if wrong and len(shape) == 2:
+            raise ValueError(
+                "An entry of the shape of 'token_ids' must have the name of an input "
+                f"of the text encoder, one of {[*names]}: rename it, or "
+                f"remove it from the batch. Received: {wrong} of shape {shape}"
+            )
+
+    def numbers_of(self, batch):
+        """Returns a batch without what no input takes, such as captions; warns once."""
+        known = {"images", "sample_weight", *self.text_inputs}
+        numbers = {k: v for k, v in batch.items() if k in known or _is_numeric(v)}
+        if self.warns and len(numbers) < len(batch):
+            self.warns[...] = False
+            warnings.warn(
+                "Entries of a batch that are not arrays of numbers do not reach the "
+                f"model. Received: {sorted(batch.keys() - numbers.keys())}",
+                stacklevel=2,
+            )
+        return numbers
 
     def check_values(self, batch):
         """Raises an error if the model cannot use the values of a batch.
@@ -122,6 +170,18 @@ class InputRules:
         ):
             self.is_normalized = True
 
+    def check_shape(self, name, values):
+        """Raises an error for images or token ids of a shape that no encoder takes."""
+        texts = name == "token_ids"
+        expected = self.text_shape if texts else self.image_shape
+        shape, option = tuple(values.shape), "context_length" if texts else "image_size"
+        if expected is not None and not fits_shape(shape, (None, *expected)):
+            raise ValueError(
+                f"`{name}` must have shape {(None, *expected)}: the `{option}` of the "
+                "data must be that of the encoder, which "
+                f"`kcm.models.with_{option}` changes. Received: {name}.shape={shape}"
+            )
+
     def check_ids(self, ids, has_mask=False):
         """Raises an error if a text encoder cannot take the token ids.
 
@@ -130,6 +190,11 @@ class InputRules:
             has_mask: Boolean. Whether the batch has a padding mask.
         """
         ids = as_array(ids)
+        if ids.dtype.kind in "OSU":
+            raise ValueError(
+                "`token_ids` must be ids, and not texts: pass `tokenizer(texts)`, or "
+                f"embed texts by `kcm.evaluation.embed_texts`. Received: {ids[:1]}"
+            )
         longest = self.context_length
         if (
             ids.ndim != 2
@@ -138,9 +203,11 @@ class InputRules:
         ):
             most = "" if longest is None else f", of at most {longest} columns"
             raise ValueError(
-                f"`token_ids` must be integers of shape (batch, tokens){most}. "
+                f"`token_ids` must be integers of shape (batch, tokens){most}: the "
+                "`context_length` of the tokenizer must be that of the text encoder. "
                 f"Received: token_ids of type {ids.dtype} and shape {ids.shape}"
             )
+        self.check_shape("token_ids", ids)
         low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
         size = self.vocabulary_size
         if size is not None and (low < 0 or high >= size):
@@ -173,7 +240,8 @@ class InputRules:
             Whether they have values that pixels cannot have.
         """
         images = images if hasattr(images, "dtype") else as_array(images)
-        if self.pixel_range is None or not self.check_type(images):
+        self.check_shape("images", images)
+        if self.pixel_range is None or not is_float(images):
             return False
         images = as_array(images)
         if not images.size:
@@ -184,7 +252,8 @@ class InputRules:
         is_within = 0 <= low < high
         # Not if normalized pixels themselves may lie in [0, 1].
         is_scaled = high <= 1 and black < 0
-        if not (is_within and (is_scaled or high > MARGIN * white)):
+        is_pixels = is_within and (is_scaled or high > MARGIN * white)
+        if not is_pixels and not max(-low, high) > LIMIT * max(-black, white):
             return low < 0
         raise ValueError(
             "`images` must be uint8, or floats normalized with the `pixel_mean` and "
@@ -194,19 +263,18 @@ class InputRules:
             f"Received: images of type {images.dtype} from {low:.4g} to {high:.4g}"
         )
 
-    def check_type(self, images) -> bool:
-        """Rejects integers other than uint8; returns whether images are floats."""
-        # The name of the dtype, since NumPy, torch and TensorFlow have different types.
-        name = str(getattr(images.dtype, "name", images.dtype)).split(".")[-1]
-        if "float" in name:
-            return True
-        if self.pixel_range is not None and name != "uint8":
-            raise ValueError(
-                "`images` must be uint8, or floats normalized with the `pixel_mean` "
-                "and `pixel_std` of the model: pass pixels as "
-                f"`images.astype('uint8')`. Received: images of type {name}"
-            )
-        return False
+
+def is_float(images) -> bool:
+    """Returns whether images are floats; raises for integers other than uint8."""
+    # The name of the dtype, since NumPy, torch and TensorFlow have different types.
+    name = str(getattr(images.dtype, "name", images.dtype)).split(".")[-1]
+    if "float" not in name and name != "uint8":
+        raise ValueError(
+            "`images` must be uint8, or floats normalized with the `pixel_mean` and "
+            "`pixel_std` of the model: pass pixels as `images.astype('uint8')`. "
+            f"Received: images of type {name}"
+        )
+    return name != "uint8"
 
 
 def _raise_for_rows(wrong, message):
@@ -259,6 +327,9 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
         class_weight: Must be `None`.
     """
     if isinstance(x, tuple | list) and x and isinstance(x[0], dict):
+        if len(x) > 1 and isinstance(x[1], dict):
+            # A list of batches, which `reader_of` refuses.
+            return x
         x, own_y, own_weight, *_ = [*x, None, None]
         y = own_y if y is None else y
         sample_weight = own_weight if sample_weight is None else sample_weight
@@ -274,21 +345,25 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
         x = {**x, "sample_weight": sample_weight}
     if not isinstance(x, dict):
         return x
-    return {
-        name: np.asarray(v) if isinstance(v, list) and not _holds_strings(v) else v
-        for name, v in x.items()
-        if v is not None
-    }
+    return {name: _as_array_of(v) for name, v in x.items() if v is not None}
 
 
-def without_strings(batch):
-    """Returns a batch without the entries that no model takes."""
-    return {name: v for name, v in batch.items() if not _holds_strings(v)}
+def _as_array_of(values):
+    if isinstance(values, list | tuple):
+        # Rows of different lengths make no array.
+        with contextlib.suppress(ValueError):
+            return np.asarray(values)
+    return values
 
 
-def _holds_strings(values):
-    if isinstance(values, list):
-        return any(isinstance(x, str | bytes) for x in keras.tree.flatten(values))
-    dtype = getattr(values, "dtype", None)
+def _is_numeric(values):
+    dtype = getattr(values, "dtype", "string")
     # TensorFlow's dtype has no `kind`, but equals its name.
-    return dtype == "string" or getattr(dtype, "kind", None) in ("S", "U", "O")
+    return dtype != "string" and getattr(dtype, "kind", None) not in (*"SUOMm",)
+
+
+def _shape(values):
+    # A tensor of TensorFlow may have an unknown rank.
+    with contextlib.suppress(AttributeError, ValueError):
+        return tuple(values.shape)
+    return ()

@@ -112,7 +112,8 @@ def from_parts(cls, config: dict, custom_objects: dict | None = None):
     Args:
         cls: The class of the layer.
         config: Dictionary of the arguments. Its dictionaries are configurations of
-            layers and models, except for `"frozen"`, the result of `frozen_parts`.
+            layers and models, except for `"frozen"`, the result of `frozen_parts`, or
+            `None` for parts that already exist.
         custom_objects: As in `keras.saving.deserialize_keras_object`.
     """
     config = dict(config)
@@ -127,5 +128,6 @@ def from_parts(cls, config: dict, custom_objects: dict | None = None):
             for key, value in config.items()
         }
     )
-    freeze_parts(made, frozen)
+    if frozen is not None:
+        freeze_parts(made, frozen)
     return made

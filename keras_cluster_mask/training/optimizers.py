@@ -38,6 +38,14 @@ def configure(optimizer, model, decay_vectors):
             "a `MultiOptimizer` of a function"
         )
     own = inner_optimizer(optimizer)
+    if own.built and not all(
+        any(_knows(part, variable) for part in parts)
+        for variable in model.trainable_variables
+    ):
+        raise ValueError(
+            "`optimizer` must be new, or built for all weights that this model trains. "
+            f"Received: optimizer={own.name}, built for others"
+        )
     if isinstance(own, TowerOptimizer):
         own.towers.bind({"image": model.image_encoder, "text": model.text_encoder})
     for each in parts:
@@ -54,7 +62,7 @@ def with_loss_scaling(optimizer, layers):
 
     Keras checks only the model's own dtype policy, but each tower has its own.
     """
-    if optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer
     if all(layer.compute_dtype != "float16" for layer in layers):
         return optimizer
@@ -72,6 +80,10 @@ def optimizer_parts(optimizer):
     return getattr(own, "optimizers", [own])
 
 
+def _knows(optimizer, variable):
+    return any(variable is known for known in optimizer._trainable_variables)
+
+
 # === Weight decay ===
 
 
@@ -83,7 +95,8 @@ def exclude_vectors_from_decay(optimizer, variables):
         variables: The variables that the optimizer was built with, if it was built.
     """
     if optimizer.built:
-        decaying = [v for v in variables if optimizer._use_weight_decay(v)]
+        known = [v for v in variables if _knows(optimizer, v)]
+        decaying = filter(optimizer._use_weight_decay, known)
         if optimizer.weight_decay and any(map(is_vector, decaying)):
             raise ValueError(
                 "`decay_vectors=False` needs an optimizer that has not been built: "

@@ -1,4 +1,4 @@
-"""Metrics of training steps: finite losses, and the norm of gradients."""
+"""Metrics of training steps: means, finite losses, and the norm of gradients."""
 
 import threading
 
@@ -7,6 +7,19 @@ from keras import ops
 
 from keras_cluster_mask.distribution.gradients import global_norm
 from keras_cluster_mask.distribution.replicas import all_gather
+
+
+class StepMean(keras.metrics.Mean):
+    """A mean over steps, which the logs leave out if no step updates it."""
+
+    is_updated = False
+
+    def update_state(self, values, sample_weight=None):
+        self.is_updated = True
+        super().update_state(values, sample_weight)
+
+    def result(self):
+        return super().result() if self.is_updated else {}
 
 
 class FiniteSteps(keras.metrics.Metric):

@@ -1,7 +1,9 @@
 """Checks that a tokenizer matches the text tower and the training of a model."""
 
 import contextlib
+import functools
 import hashlib
+import warnings
 
 import numpy as np
 from keras import ops
@@ -15,7 +17,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
 
     The tokenizer is applied to a few fixed texts. It must be the one that the model was
     trained with, if that is known, and must add the special tokens that the text tower
-    needs.
+    needs. A vocabulary of another size than the text tower's causes a warning, once.
 
     Args:
         model: A `ContrastiveModel`.
@@ -28,7 +30,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
         texts of its dataset.
     """
     # Imported here: it needs packages that `import keras` does not.
-    from keras_cluster_mask.data.tokenizing import VARIANTS, probe
+    from keras_cluster_mask.data.tokenizing import VARIANTS, probe, vocabulary_size_of
 
     ids = probe(tokenizer, context_length)
     if ids is None:
@@ -66,7 +68,22 @@ def check_tokenizer(model, tokenizer, context_length=None):
             f"{tokenizer} with the fingerprint {found}, and a model trained with "
             f"{expected}"
         )
+    _warn_of_sizes(vocabulary_size_of(tokenizer), model.vocabulary_size)
     return found
+
+
+@functools.cache
+def _warn_of_sizes(of_tokenizer, of_model):
+    """Warns, once, if the sizes of two vocabularies are known and differ."""
+    if None not in (of_tokenizer, of_model) and of_tokenizer != of_model:
+        warnings.warn(
+            "`tokenizer` has another number of ids than the text encoder, so it may "
+            "not be the one of the model. Make a new model with `vocabulary_size="
+            "tokenizer.vocabulary_size`; a trained one needs the tokenizer that it was "
+            f"trained with. Received: a tokenizer of {of_tokenizer} ids, a text "
+            f"encoder of {of_model}",
+            stacklevel=5,
+        )
 
 
 def check_tokenizer_of(model, data):

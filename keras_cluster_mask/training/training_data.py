@@ -35,11 +35,7 @@ from keras_cluster_mask.distribution.processes import (
 )
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.features import TowerFeatures
-from keras_cluster_mask.training.input_rules import (
-    KEYS,
-    as_dictionary,
-    without_strings,
-)
+from keras_cluster_mask.training.input_rules import KEYS, as_dictionary, is_float
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 # === The data of `fit`, `evaluate` and `predict` ===
@@ -230,9 +226,11 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
     else:
         raise ValueError(
             "`x` and `validation_data` must be a dictionary of arrays, an "
-            "`image_text_dataset`, a `tf.data.Dataset`, a grain dataset, a "
-            "`PyDataset`, a `DataLoader` of torch, or a generator of batches. "
-            f"Received: data of type {type(data).__name__}"
+            "`image_text_dataset`, a `tf.data.Dataset`, a grain `MapDataset` or "
+            "`IterDataset`, a `PyDataset`, a `DataLoader` of torch, or a generator of "
+            "batches. Of other batches, such as a list or a `grain.DataLoader`, pass "
+            "`(batch for batch in data)` for one epoch, and a `PyDataset` for several. "
+            f"Received: data of type {type(data)}"
         )
     return kind(data, rules, shuffle)
 
@@ -262,9 +260,14 @@ class Reader:
             self.shuffle = shuffle
         self.spec = getattr(data, "element_spec", None)
         self.stream = stream_of(data)
+        if rules is not None and hasattr(data, "stream"):
+            # The captions and keys of an `image_text_dataset` are for evaluation.
+            rules.warns[...] = False
         if self.spec is not None and rules is not None:
             rules.check_keys(self.spec)
-            rules.check_type(self.spec["images"])
+            rules.check_shape("images", self.spec["images"])
+            if rules.pixel_range is not None:
+                is_float(self.spec["images"])
 
     def for_keras(self):
         # Arrays for evaluation, which Keras makes batches of.
@@ -304,7 +307,7 @@ class _TensorFlowDataset(Reader):
             self.rules.check_values(dict(zip(names, arrays)))
             return np.False_
 
-        batch = without_strings(batch)
+        batch = self.rules.numbers_of(batch)
         # Images that are not floats are checked by their type alone, since copies take
         # time.
         names = {*KEYS, "sample_weight", "padding_mask"} & batch.keys()
@@ -354,6 +357,10 @@ class _CheckedBatches(keras.utils.PyDataset):
 
 class _TorchLoader(Reader):
     def for_keras(self):
+        import torch
+
+        # Shared, or each worker process would warn in each epoch.
+        self.rules.warns = torch.tensor(bool(self.rules.warns)).share_memory_()
         # The copy leaves the user's own unchanged.
         loader = copy.copy(self.data)
         loader.collate_fn = functools.partial(_collate, self.rules, loader.collate_fn)

@@ -146,6 +146,8 @@ class TrainingRun(keras.callbacks.Callback):
         # batches of a loader are not known before they are read.
         if batch == 0 and self.data.spec is not None:
             write_rng_state(self.rng_state)
+        if batch == 0:
+            self.model.check_options()
         self._last = batch
         # With a timeout, since a step that fails does not end either; Keras raises its
         # error after the next step.
@@ -162,6 +164,9 @@ class TrainingRun(keras.callbacks.Callback):
         # Later callbacks add to these logs.
         self.history.append({"epoch": epoch, "logs": {} if logs is None else logs})
         self.epoch = epoch + 1
+        skipped = getattr(self.data.stream, "skipped", None)
+        if skipped and (count := skipped.take_new()) and self.params["verbose"]:
+            print(f"\nEpoch {self.epoch}: {count} broken samples, {skipped}")
         self.data.seek(self.data.steps_before(self.epoch))
         self.rng_state = read_rng_state()
 

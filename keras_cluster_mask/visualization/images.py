@@ -197,7 +197,7 @@ def plot_retrieval(
     for row, query, scores in zip(axes, queries, similarity):
         row[0].text(
             -0.12, 0.5, query, transform=row[0].transAxes, ha="right", va="center",
-            fontsize=10,
+            fontsize=10, parse_math=False,
         )  # fmt: skip
         for axis, index in zip(row, np.argsort(-scores, kind="stable")[:k]):
             axis.imshow(shown[index])

@@ -19,7 +19,7 @@ NAMES = ["red", "green", "blue"]
 
 
 def tokenizer(texts):
-    return [[1 + letter for letter in text[:CONTEXT].ljust(CONTEXT)] for text in texts]
+    return [[1 + ord(x) for x in text[:CONTEXT].ljust(CONTEXT)] for text in texts]
 
 
 def without_averages(**options):

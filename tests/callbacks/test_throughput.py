@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.data import stream
 from tests.helpers import FAST, random_pairs, tiny_clip
 
-from .training_run import make_model, pairs
+from .training_run import make_dataset, make_model, pairs
 
 BACKEND = keras.backend.backend()
 
@@ -73,6 +74,32 @@ def test_the_tokens_of_each_view_count(monkeypatch):
     history = model.fit(random_pairs(24), **fit).history
     # The class token and 4 of 16 patches twice, and 6 tokens of text.
     assert history["tokens_per_second"] == [4.0 * (2 * 5 + 6)]
+
+
+@pytest.mark.any_backend
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="reads in a thread of its own")
+@pytest.mark.parametrize("processors", [1, 16])
+def test_the_time_that_steps_wait_for_data_is_reported_with_a_remedy(
+    monkeypatch, write_pairs, capsys, processors
+):
+    clock, read = Clock(monkeypatch), stream._Reader.__call__
+
+    def slow(*arguments):
+        clock.now += 3.0
+        return read(*arguments)
+
+    monkeypatch.setattr(stream._Reader, "__call__", slow)
+    monkeypatch.setattr(stream, "num_processors", lambda: processors)
+    dataset = make_dataset(write_pairs("a.tar", 0, 48), format="grain")
+    model = make_model()
+    model.compile("sgd")
+    callbacks = [clock, kcm.callbacks.Throughput(), Rows()]
+    fit = dict(steps_per_epoch=6, epochs=2, verbose=2, callbacks=callbacks)
+    history = model.fit(dataset, **fit).history
+    # Keras may read batches before the first epoch.
+    np.testing.assert_allclose(history["data_wait"][1], 0.75)
+    remedy = "of the time for data: pass `num_workers=4`"
+    assert capsys.readouterr().out.count(remedy) == (processors == 16)
 
 
 @pytest.mark.any_backend

@@ -70,7 +70,7 @@ def make_dataset(shards, seed=7, **options):
     def tokenizer(captions):
         ids = np.zeros((len(captions), CONTEXT), "int32")
         for row, caption in enumerate(captions):
-            ids[row, : min(CONTEXT, len(caption))] = list(caption)[:CONTEXT]
+            ids[row, : min(CONTEXT, len(caption))] = [*map(ord, caption[:CONTEXT])]
         return ids
 
     return kcm.data.image_text_dataset(

@@ -1,4 +1,10 @@
+import csv
+import http.server
+import io
+import json
 import random
+import re
+import threading
 
 import fsspec
 import numpy as np
@@ -15,6 +21,29 @@ def noise(encode):
         return encode(generator.integers(0, 256, (*size, 3), "uint8"), format)
 
     return noise
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Writes a table, CSV, TSV, JSON lines or Parquet, of dicts; returns its path."""
+
+    def write_rows(name, rows):
+        path, file = tmp_path / name, io.StringIO(newline="")
+        if path.suffix == ".parquet":
+            pa, pq = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+            pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+            return path
+        if path.suffix == ".jsonl":
+            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+        else:
+            delimiter = "," if path.suffix == ".csv" else "\t"
+            writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+        path.write_bytes(file.getvalue().encode())
+        return path
+
+    return write_rows
 
 
 class Storage(LocalFileSystem):
@@ -67,3 +96,48 @@ def memory():
     yield system
     system.store.clear()
     system.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server of `tmp_path`, which sends parts of files.
+
+    `sent` is the number of bytes for each request. The next `stalls` requests get half
+    of their bytes.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = (tmp_path / self.path[1:]).read_bytes()
+            wanted = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            first, last = map(int, wanted.groups()) if wanted else (0, len(content) - 1)
+            part = content[first : last + 1]
+            if not part:
+                server.sent.append(0)
+                return self.send_error(416)
+            self.send_response(206 if wanted else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", len(part))
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            self.end_headers()
+            if self.command == "GET":
+                server.sent.append(len(part))
+                if server.stalls:
+                    server.stalls -= 1
+                    self.wfile.write(part[: len(part) // 2])
+                    released.wait()
+                self.wfile.write(part)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    released = threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.sent, server.stalls = [], 0
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        released.set()
+        server.shutdown()

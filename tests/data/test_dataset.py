@@ -143,7 +143,7 @@ def test_broken_samples_of_an_object_are_counted(rows):
     source[2]["text"] = " "
     source[3]["image"] = {"bytes": b"broken", "path": None}
     del source[4]["text"]
-    dataset = make(Rows(source))
+    dataset = make(Rows(source), max_skipped=0.4)
     assert keys(dataset) == ["0", *"56789"]
     assert dataset.skipped.by_reason == {
         "no image": 1,
@@ -267,6 +267,16 @@ def test_the_numbers_of_processes_that_suit_a_block_size_are_listed(shards):
         make(shards, True, batch_size=24, block_size=4, process=(0, 8))
     for processes in (1, 2, 3, 6):
         make(shards, True, batch_size=24, block_size=4, process=(0, processes))
+
+
+def test_parquet_files_are_read_in_blocks(tmp_path, encode):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [encode(np.full((4, 4, 3), i, "uint8")) for i in range(64)]
+    table = pa.table({"image": images, "caption": [f"no {i}" for i in range(64)]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    dataset = make(tmp_path / "x.parquet", True, batch_size=64, format="grain")
+    # A batch has 16 blocks.
+    assert dataset.description["data.block_size"] == 4
 
 
 def test_all_captions_are_no_tensor(shards):

@@ -32,6 +32,7 @@ def make(source, process, batch_size, block_size=1, training=True, **options):
         training,
         format="grain",
         seed=2,
+        max_skipped=1.0,
         include_keys=True,
         process=process,
         **options,

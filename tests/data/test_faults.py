@@ -1,6 +1,8 @@
 """What goes wrong while files are read: nothing is lost without being counted."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ TRAINING = pytest.mark.parametrize("training", [False, True])
 
 def make(source, training=False, **options):
     arguments = {"include_keys": True, "include_captions": True, "batch_size": 5}
-    arguments.update(seed=1, format="grain")
+    arguments.update(seed=1, format="grain", max_skipped=1.0)
     arguments.update(options)
     return image_text_dataset(source, lengths, 8, training=training, **arguments)
 
@@ -70,10 +72,10 @@ def test_a_shard_that_vanishes_is_counted_and_others_are_read(shards):
         assert keys(dataset) == numbers(range(10), range(20, 30))
         assert dataset.skipped.by_reason == {"the shard cannot be read": 10}
         assert dataset.skipped.by_shard.keys() == {str(shards[1])}
-    strict = make([shards[0], shards[2]], max_skipped=0)
+    usual = make([shards[0], shards[2]], max_skipped=0.01)
     shards[2].unlink()
     with pytest.raises(ValueError, match=rf"shard {shards[2]}: .*No such file"):
-        take(strict)
+        take(usual)
 
 
 def test_the_samples_of_a_shard_that_vanishes_are_replaced_by_others(shards):
@@ -86,6 +88,21 @@ def test_the_samples_of_a_shard_that_vanishes_are_replaced_by_others(shards):
         }
         assert len(batch["keys"]) == 30
         assert dataset.skipped.by_reason["the shard cannot be read"] >= 10
+
+
+def test_a_shard_that_is_truncated_after_indexing_does_not_slow_training(
+    shards, monkeypatch
+):
+    dataset, pauses = make(shards, True, batch_size=30), []
+    monkeypatch.setattr(files, "RETRY_AFTER", (9.0,))
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    # A sample is four blocks.
+    os.truncate(shards[1], 4 * 512 * 5)
+    (batch,) = take(dataset, 1)
+    expected = {*numbers(range(15), range(20, 30))}
+    assert {key.decode() for key in batch["keys"]} == expected
+    assert dataset.skipped.by_reason == {"the shard cannot be read": 5}
+    assert not any(pauses)
 
 
 @TRAINING
@@ -124,18 +141,64 @@ def folder(tmp_path, encode):
 
 @TRAINING
 def test_images_that_cannot_be_read_are_counted(folder, training):
-    dataset = make(folder, training, batch_size=18)
-    assert dataset.num_samples == 18
+    dataset = make(folder, training, batch_size=13)
+    assert dataset.num_samples == 13
     received = keys(dataset, 1)
-    assert len(received) == (18 if training else 12)
+    assert len(received) == (13 if training else 12)
     assert len({*received}) == 12
     counted = dataset.skipped.by_reason
-    assert counted.pop("the image file cannot be read") == 5
+    assert counted.pop("the image file is missing") == 5
     # An empty file.
     assert counted.pop("the image does not decode") == 1
     assert sum(counted.values()) == 4
     assert counted["a line that is not a JSON object"] == 1
     assert counted["no image"] == 1
+
+
+def test_missing_images_are_found_when_the_dataset_is_made(tmp_path, encode):
+    image = encode(np.zeros((4, 4, 3), "uint8"))
+    names = [f"images/{n:02}.png" for n in range(20)]
+    lines = ["file_name,text", *(f"{name},t" for name in names)]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    (tmp_path / "images").mkdir()
+    first = f"{tmp_path}/images/00.png"
+    with pytest.raises(ValueError, match=rf"`image_keys`.*{first} is missing.*: 20"):
+        make(tmp_path)
+    for name in names[2:]:
+        (tmp_path / name).write_bytes(image)
+    # The table is the same, but files that were missing exist.
+    with pytest.raises(ValueError, match=rf"2 of 20.*{first} is missing.*max_skipped"):
+        make(tmp_path, max_skipped=0.01)
+    with pytest.warns(UserWarning, match=rf"2 of 20 .*{first} is missing.*left out"):
+        dataset = make(tmp_path, max_skipped=0.1)
+    assert keys(dataset) == names[2:]
+    assert dataset.skipped.by_reason == {"the image file is missing": 2}
+
+
+def test_a_sample_of_images_at_addresses_is_read_when_the_dataset_is_made(
+    tmp_path, memory, monkeypatch
+):
+    def table(address):
+        lines = ["file_name,text", *(f"{address}/{n}.png,t" for n in range(10))]
+        (tmp_path / "metadata.csv").write_text("\n".join(lines))
+        return tmp_path
+
+    with pytest.raises(ValueError, match=r"memory://set/0.png.*Received: .*: 8"):
+        make(table("memory://set"))
+    with pytest.raises(ValueError, match=r"foo://set/0.png: .*Protocol not known"):
+        make(table("foo://set"))
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ImportError, match=r"s3fs.*Received: .*s3://set/0.png"):
+        make(table("s3://set"))
+
+
+def test_an_image_with_an_unknown_protocol_is_a_skipped_sample(tmp_path, encode):
+    image = encode(np.zeros((4, 4, 3), "uint8"))
+    items = [{"image": image, "text": "t"}, {"image": "foo://x.png", "text": "t"}]
+    dataset = make(items)
+    assert keys(dataset) == ["0"]
+    assert dataset.skipped.by_reason == {"the image file cannot be read": 1}
+    assert "foo://x.png" in dataset.skipped.samples[0].details
 
 
 def test_images_at_addresses_are_read_beside_their_table(encode, tmp_path, memory):
@@ -170,11 +233,13 @@ def test_errors_in_a_tensorflow_dataset_can_be_read(write_pairs, case):
     if case == "raise":
         options, message = {"max_skipped": 0}, rf"'x' of the shard {shard}.*not decode"
     elif case == "transform":
-        options, message = {"image_transform": lambda *_: 1 / 0}, "'000.*ZeroDivision"
+        options = {"training": True, "image_transform": lambda *_: 1 / 0}
+        message = "'000.*ZeroDivision"
     else:
-        broken = [(f"{i}.{end}", b"-") for i in range(2000) for end in ("png", "txt")]
-        shard = write_pairs("x.tar", 0, 4, broken)
-        message = r"More than 50% of the samples are broken"
+        options, message = (
+            {"max_skipped": 0.1},
+            "More than 10 % of the samples are brok",
+        )
     dataset = make(shard, format="tf", **options)
     with pytest.raises(tf.errors.OpError, match=message):
         list(dataset)

@@ -1,3 +1,5 @@
+import threading
+
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -110,7 +112,7 @@ def test_ranges_beyond_the_end_and_missing_files_are_errors(file):
     end = len(CONTENT)
     ranges = [(file, end - 5, end + 1), (file, 0, 5), (file + "missing", 0, 5)]
     beyond, first, missing = files.read_ranges(ranges)
-    assert isinstance(beyond, OSError)
+    assert isinstance(beyond, EOFError)
     assert f"{file} ends before byte {end + 1}" in str(beyond)
     assert first == CONTENT[:5]
     assert isinstance(missing, FileNotFoundError)
@@ -169,3 +171,49 @@ def test_an_error_that_stays_is_returned_for_its_range_alone(unreliable):
     first, second = files.read_ranges(ranges)
     assert first == CONTENT[:5]
     assert isinstance(second, OSError)
+
+
+def test_a_file_that_ends_early_is_not_read_again(unreliable):
+    (found,) = files.read_ranges([("unreliable://a", 0, len(CONTENT) + 1)])
+    assert "ends before byte" in str(found)
+    assert len(unreliable.requests) == 1
+
+
+def test_a_range_beyond_the_end_is_requested_once(tmp_path, server):
+    (tmp_path / "a").write_bytes(CONTENT)
+    (found,) = files.read_ranges([(f"{server.url}/a", len(CONTENT), len(CONTENT) + 9)])
+    assert isinstance(found, OSError)
+    assert server.sent == [0]
+
+
+# === Storage that stalls ===
+
+
+@pytest.fixture
+def short_wait(monkeypatch):
+    monkeypatch.setattr(files, "MAX_WAIT", 0.5)
+
+
+def test_a_request_to_a_server_that_stalls_is_sent_again(tmp_path, server, short_wait):
+    (tmp_path / "a").write_bytes(CONTENT)
+    url, server.stalls = f"{server.url}/a", 1
+    assert files.read_ranges([(url, 0, 5000)]) == [CONTENT[:5000]]
+    assert server.sent == [5000, 5000]
+    with files.open_file(url) as file:
+        server.stalls = 1
+        assert file.read() == CONTENT
+    server.stalls = 9
+    (error,) = files.read_ranges([(url, 0, 5000)])
+    assert isinstance(error, OSError)
+    assert "the storage has not answered" in str(error)
+    # As often as other errors.
+    assert server.stalls == 9 - 1 - len(files.RETRY_AFTER)
+
+
+def test_any_storage_that_stalls_is_an_error(unreliable, short_wait, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(Unreliable, "cat_file", lambda *_, **__: released.wait())
+    first, second = files.read_ranges([("unreliable://a", 0, 5), (__file__, 0, 5)])
+    assert "the storage has not answered" in str(first)
+    assert second == b"impor"
+    released.set()

@@ -72,6 +72,23 @@ def test_sixteen_bits_of_gray_become_eight(encode):
     assert (actual[..., 0] == actual[..., 2]).all()
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+@pytest.mark.parametrize("format", [None, "TIFF"])
+def test_gray_levels_of_32_bits_are_exact_or_refused(dtype, format, encode):
+    levels = np.arange(256).reshape(16, 16)
+
+    def image(values):
+        values = Image.fromarray(values.astype(dtype))
+        return encode(values, format) if format else values
+
+    assert (cut(image(levels), (16, 16))[..., 1] == levels).all()
+    unfit = [levels - 1, levels * 2]
+    unfit += [levels / 255, levels > 9, levels * np.nan] if dtype == "float32" else []
+    for values in unfit:
+        with pytest.raises(UnreadableImage, match="gray levels are not integers"):
+            cut(image(values), (16, 16))
+
+
 def test_webp_and_the_first_image_of_an_animation_are_decoded(encode):
     array = smooth_image(20, 30, 3)
     np.testing.assert_array_equal(whole(encode(array, "WEBP", lossless=True)), array)
@@ -282,19 +299,42 @@ def test_a_transform_gets_the_crop_and_a_generator_that_follows_the_seed(encode)
     def transform(image, generator):
         return image // 2 + generator.integers(0, 100, dtype="uint8")
 
-    for training in (False, True):
-        plain = cut(content, training=training).astype(int)
-        changed = cut(content, training=training, image_transform=transform)
-        assert changed.dtype == "uint8"
-        assert len(np.unique(changed - plain // 2)) == 1
-        again = cut(content, training=training, image_transform=transform)
-        np.testing.assert_array_equal(changed, again)
+    options = {"training": True, "image_transform": transform}
+    plain = cut(content, training=True).astype(int)
+    changed = cut(content, **options)
+    assert changed.dtype == "uint8"
+    assert len(np.unique(changed - plain // 2)) == 1
+    np.testing.assert_array_equal(changed, cut(content, **options))
+
+
+def test_evaluation_ignores_a_transform(encode):
+    content = encode(smooth_image(40, 40))
+    actual = cut(content, image_transform=lambda image, _: image // 2)
+    np.testing.assert_array_equal(actual, cut(content))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_a_transform_may_change_each_image_in_place(mode, resize, encode):
+    content = encode(Image.fromarray(smooth_image(40, 40)).convert(mode))
+
+    def transform(image, generator):
+        assert image.flags.c_contiguous
+        image[:4] = 7
+        return image
+
+    for seed in range(8):
+        options = {"training": True, "resize": resize, "horizontal_flip": True}
+        plain = cut(content, seed=seed, **options).copy()
+        plain[:4] = 7
+        changed = cut(content, seed=seed, image_transform=transform, **options)
+        np.testing.assert_array_equal(changed, plain)
 
 
 @pytest.mark.parametrize("change", [lambda i, _: i[1:], lambda i, _: i / 255.0])
 def test_a_transform_that_returns_another_shape_or_type_is_an_error(encode, change):
     with pytest.raises(ValueError, match=r"`image_transform` must return.*Received"):
-        cut(encode(smooth_image(8, 8)), image_transform=change)
+        cut(encode(smooth_image(8, 8)), training=True, image_transform=change)
 
 
 # === Resizing ===

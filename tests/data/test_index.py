@@ -11,6 +11,7 @@ from PIL import Image
 from keras_cluster_mask.data import SkippedSamples
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
+from keras_cluster_mask.data.parts import hash_of
 
 pytestmark = pytest.mark.any_backend
 
@@ -130,7 +131,70 @@ def test_the_fingerprint_differs_if_samples_or_fields_differ(source, write_pairs
     assert len(set(fingerprints)) == len(fingerprints)
 
 
+def formats_of(rows, folder, write_tar):
+    """The paths of files of several formats with these names, images and captions."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    fields = [
+        (f"{k}.{end}", v) for k, *row in rows for end, v in zip(("png", "txt"), row)
+    ]
+    write_tar("x.tar", fields)
+    columns = dict(zip(("key", "image", "text"), zip(*rows)))
+    pq.write_table(pa.table(columns), folder / "x.parquet")
+    lines = [f"{key}.png,{caption.decode()}" for key, _, caption in rows]
+    (folder / "x.csv").write_text("\n".join(["image,text", *lines]))
+    return [folder / f"x.{end}" for end in ("tar", "parquet", "csv")]
+
+
+def test_the_fingerprint_covers_what_a_field_holds(tmp_path, write_tar, noise):
+    images = noise(1), noise(2, (8, 8))
+    captions = b"one", b"three"
+
+    def fingerprints(images, captions):
+        rows = zip("ab", images, captions)
+        paths = formats_of([*rows], tmp_path, write_tar)
+        return [open_all(path).fingerprint for path in paths]
+
+    first = fingerprints(images, captions)
+    assert fingerprints(images, captions) == first
+    recaptioned = fingerprints(images, captions[::-1])
+    assert all(one != other for one, other in zip(first, recaptioned))
+    # A table holds the names of images.
+    exchanged = fingerprints(images[::-1], captions)
+    assert [one != other for one, other in zip(first, exchanged)] == [True, True, False]
+
+
 # === Changes while it is used ===
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_a_shard_that_was_indexed_again_is_refused_by_name(write_pairs, count):
+    path = write_pairs("a.tar", 0, 4)
+    index = open_all(path)
+    write_pairs("a.tar", 2, count)
+    assert len(open_all(path)) == count
+    for read in (lambda: [*index.read([3])], index.key_hashes):
+        with pytest.raises(ValueError, match=r"must not change.*Received: .*a\.tar"):
+            read()
+
+
+def test_a_shard_that_was_indexed_again_without_a_change_is_read(write_pairs):
+    path = write_pairs("a.tar", 0, 4)
+    index = open_all(path)
+    os.utime(path, (1, 1))
+    open_all(path)
+    assert keys(index.read([3])) == ["0003"]
+
+
+def test_other_captions_of_the_same_keys_are_refused(write_tar):
+    def write(caption):
+        return write_tar("a.tar", [("1.png", b"image"), ("1.txt", caption)])
+
+    index = open_all(write(b"one"))
+    write(b"another")
+    with pytest.raises(ValueError, match=r"must not change.*Received: .*a\.tar"):
+        [*index.read([0])]
 
 
 def test_an_index_that_was_replaced_is_not_read_by_another_process(write_pairs):
@@ -189,6 +253,82 @@ def test_more_shards_than_open_files_are_read(tmp_path, write_tar):
         assert len({*keys(index.read(range(200)))}) == 200
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+# === Rows of one image ===
+
+
+@pytest.fixture(autouse=True)
+def empty_images(tmp_path):
+    for name in "abcdxyz":
+        (tmp_path / f"{name}.png").touch()
+
+
+def rows_of(*rows):
+    names = ("id", "image", "other", "caption", "label")
+    return [dict(zip(names, row)) for row in rows]
+
+
+# The rows of an image need not be neighbors, and some may be broken.
+ROWS = rows_of(
+    (10, "c.png", "x.png", "", 1),
+    (11, "a.png", "y.png", "one", 2),
+    (12, "b.png", "x.png", "two", 3),
+    (13, "a.png", "z.png", "three", 2),
+    (14, "c.png", "z.png", "four", 1),
+    (15, "d.png", "z.png", "", 4),
+    (16, "b.png", "x.png", "five", 3),
+    (17, "a.png", "y.png", " ", 2),
+)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl", "x.parquet"])
+def test_rows_of_one_image_are_one_sample(write_rows, name):
+    path = write_rows(name, ROWS)
+    index = open_all(path, label_key="label")
+    found = [*index.read([0, 1, 2], with_images=False)]
+    captions = [("four",), ("one", "three"), ("two", "five")]
+    assert [(pair.key, pair.captions, pair.label) for pair in found] == [
+        *zip(("14", "11", "12"), captions, (1, 2, 3))
+    ]
+    assert [pair.path[-5:] for pair in found] == ["c.png", "a.png", "b.png"]
+    assert index.key_hashes().tolist() == [hash_of(key) for key in ("14", "11", "12")]
+    assert index.faults == {str(path): {"no caption": 2}}
+    assert [fault.key for fault in index.broken()] == ["10", "15"]
+    copy = pickle.loads(pickle.dumps(index))
+    assert [*copy.read([2, 0], with_images=False)] == found[::-2]
+
+
+def test_rows_are_grouped_by_the_field_that_is_read_as_image(write_rows):
+    path = write_rows("x.jsonl", ROWS)
+    indexes = [open_all(path, image_keys=key) for key in ("image", "other")]
+    assert [len(index) for index in indexes] == [3, 3]
+    (pair,) = indexes[1].read([2], with_images=False)
+    assert (pair.key, pair.captions) == ("13", ("three", "four"))
+
+
+def test_images_in_several_rows_of_a_parquet_file_are_one_sample(write_rows):
+    rows = [{"image": b"j%d" % (i % 2), "text": f"no {i}"} for i in range(5)]
+    pairs = [*open_all(write_rows("x.parquet", rows)).read([1, 0])]
+    assert [(pair.image, pair.captions) for pair in pairs] == [
+        (b"j1", ("no 1", "no 3")),
+        (b"j0", ("no 0", "no 2", "no 4")),
+    ]
+
+
+def test_rows_of_one_image_with_different_labels_are_a_fault(write_rows):
+    rows = rows_of((1, "a.png", "", "one", 3), (2, "a.png", "", "two", 4))
+    index = open_all(write_rows("x.csv", rows), label_key="label")
+    (fault,) = index.read([0])
+    assert (fault.key, fault.reason) == ("1", "rows of one image with different labels")
+
+
+def test_an_image_in_another_row_changes_the_fingerprint(write_rows):
+    names = "aab", "abb", "bba"
+    tables = [rows_of(*((0, f"{n}.png", "", "t", 0) for n in each)) for each in names]
+    paths = [write_rows(f"{n}.csv", rows) for n, rows in enumerate(tables)]
+    first, second, third = (open_all(path).fingerprint for path in paths)
+    assert first != second != third
 
 
 # === Objects ===

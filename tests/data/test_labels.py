@@ -72,16 +72,8 @@ def test_json_labels_that_are_not_whole_numbers(write_tar, encode):
     "label",
     [
         *(b"9" * 5000, "9" * 5000, 10**5000, -(10**5000), str(2**31), 2**31, -1, "-1"),
-        *(
-            1e300,
-            float("inf"),
-            float("-inf"),
-            float("nan"),
-            "\u00b2",
-            "1.0",
-            "",
-            b"\xff",
-        ),
+        *(1e300, float("inf"), float("-inf"), float("nan")),
+        *("\u00b2", "1.5", "inf", "nan", "", b"\xff"),
         *({}, [], ["1", "2"], [[1]]),
     ],
     # Nor does Python print a number of so many digits.
@@ -95,8 +87,34 @@ def test_odd_labels_are_unknown_labels(label):
 @pytest.mark.parametrize("label", [0, 7, 2**31 - 1])
 def test_usual_labels_are_numbers(label):
     numbers = [label, float(label), np.int64(label), np.float64(label)]
-    for value in (*numbers, str(label), f" {label}\n".encode(), [label]):
+    for value in (*numbers, str(label), f" {label}\n".encode(), [label], f"{label}.0"):
         assert Labels("cls").of({"cls": value}) == (label, None)
+
+
+def test_numbers_in_text_are_the_numbers_of_classes_unless_they_are_names():
+    labels = Labels("cls", ["a", "2", "b"])
+    for label, number in (("2", 1), (2, 2), ("0", 0), ("1.0", 1), (1.0, 1), ("b", 2)):
+        assert labels.of({"cls": label}) == (number, None)
+    assert labels.of({"cls": "3"})[1] == "unknown label"
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        ({"cats": 1, "dogs/small": 2, "ants": 1}, [0, 1, 2, 2]),
+        ({"10": 1, "2": 2}, [10, 2, 2]),
+    ],
+)
+def test_folders_are_classes_in_the_order_of_their_names(
+    tmp_path, encode, folders, expected
+):
+    for folder, count in folders.items():
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for n in range(count):
+            path = tmp_path / "images" / folder / f"{n}.png"
+            path.write_bytes(encode(np.zeros((8, 8, 3), "uint8")))
+    dataset = make(tmp_path / "images", label_key="folder")
+    assert values(dataset, "labels") == expected
 
 
 def test_samples_without_a_known_label_are_skipped_and_counted(labeled):

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from keras_cluster_mask.data import files, parts
 from keras_cluster_mask.data.formats import NoRandomAccess
 from keras_cluster_mask.data.formats.tar import Tar
+from keras_cluster_mask.data.pairs import IMAGE_KEYS
 from keras_cluster_mask.data.parts import build_parts, read_part
 from keras_cluster_mask.data.shards import find_shards
 
@@ -52,7 +54,7 @@ def source(tmp_path, write_pairs):
 
 
 def build(source, **options):
-    return build_parts(find_shards(source), **options)
+    return build_parts(find_shards(source), IMAGE_KEYS, **options)
 
 
 def contents(built):
@@ -69,8 +71,8 @@ def test_a_part_holds_what_a_scan_finds(source):
         assert (record["offset"], record["size"]) == (entry.offset, entry.size)
         assert record["key"] == parts.hash_of(entry.key)
     assert first.layouts == [[["png", "txt"], None, 3]]
-    # 28 bytes a sample, and a line.
-    assert os.path.getsize(first.path) == first.start + 3 * 28
+    # 32 bytes a sample, a line and the stamp.
+    assert os.path.getsize(first.path) == first.start + 3 * 32 + len(first.stamp)
 
 
 def test_a_shard_is_scanned_once(source, scanned):
@@ -103,7 +105,7 @@ def test_a_damaged_part_is_built_again(source, scanned):
         lambda content: content + b"\0",
         lambda content: b"[1]\n" + content,
         lambda content: b"\xff" * 100,
-        lambda content: content.replace(b'"version": 1', b'"version": 0'),
+        lambda content: content.replace(b'"version": 2', b'"version": 1'),
         lambda content: content.replace(b'"digest"', b'"digits"'),
     ):
         scanned.clear()
@@ -146,7 +148,7 @@ def test_an_error_in_a_process_is_raised(source, write_tar):
 
 def test_several_programs_may_index_the_same_shards(source):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        built = list(pool.map(lambda _: build(source), range(4)))
+        built = [*pool.map(lambda _: build(source, index_dir="beside"), range(4))]
     assert all(each == built[0] for each in built)
     names = sorted(os.listdir(os.path.dirname(source)))
     hidden = [f".{index}.tar.index" for index in range(4)]
@@ -156,13 +158,25 @@ def test_several_programs_may_index_the_same_shards(source):
 # === Where parts are ===
 
 
-def test_parts_are_beside_the_shards_or_in_the_given_folder(source, tmp_path):
+def test_parts_are_in_the_cache_in_the_given_folder_or_beside_the_shards(
+    source, tmp_path, cache, scanned
+):
     folder = os.path.dirname(source)
-    beside = [f"{folder}/.{index}.tar.index" for index in range(4)]
-    assert [part.path for part in build(source)] == beside
+    assert all(part.path.startswith(str(cache)) for part in build(source))
+    assert sorted(os.listdir(folder)) == [f"{index}.tar" for index in range(4)]
     given = build(source, index_dir=tmp_path / "new" / "index")
     assert {os.path.dirname(part.path) for part in given} == {f"{tmp_path}/new/index"}
     assert len({part.path for part in given}) == 4
+    beside = build(source, index_dir="beside")
+    # A part in the cache is used.
+    assert all(part.path.startswith(str(cache)) for part in beside)
+    shutil.rmtree(cache)
+    beside = build(source, index_dir="beside")
+    assert [p.path for p in beside] == [f"{folder}/.{i}.tar.index" for i in range(4)]
+    scanned.clear()
+    # They need no cache then, for anyone.
+    assert build(source) == beside
+    assert scanned == []
 
 
 def test_shards_of_one_name_have_parts_of_their_own(tmp_path, write_pairs):
@@ -180,9 +194,9 @@ def test_a_folder_that_cannot_be_written_to_is_indexed_in_the_cache(
     for index in range(4):
         # No file can replace a folder, whoever the user is.
         os.makedirs(f"{folder}/.{index}.tar.index/x")
-    built = build(source)
+    built = build(source, index_dir="beside")
     assert all(part.path.startswith(str(cache)) for part in built)
-    assert build(source) == built
+    assert build(source, index_dir="beside") == built
     assert len(scanned) == 4
 
 
@@ -268,12 +282,37 @@ def test_a_process_takes_the_parts_that_others_have_built(source, monkeypatch):
     def scan_while_others_build(self, path):
         if not built:
             built.append(path)
-            build_parts(shards, process=(1, 2))
+            build_parts(shards, IMAGE_KEYS, process=(1, 2))
         else:
             built.append(path)
         return scan(self, path)
 
     monkeypatch.setattr(Tar, "scan", scan_while_others_build)
-    assert len(build_parts(shards, process=(0, 2))) == len(paths)
+    assert len(build_parts(shards, IMAGE_KEYS, process=(0, 2))) == len(paths)
     # Only the first shard, which both had begun, is built twice.
     assert sorted(built) == sorted([*paths, paths[0]])
+
+
+@pytest.mark.parametrize("format", ["tar", "parquet", "jsonl"])
+def test_indexing_requests_each_byte_of_a_file_once(
+    tmp_path, cache, server, write_tar, format
+):
+    images = [os.urandom(3000 * size) for size in range(1, 80)]
+    if format == "tar":
+        members = [
+            (f"{i}.{end}", c) for i, c in enumerate(images) for end in ("jpg", "txt")
+        ]
+        path = write_tar("x.tar", members)
+    elif format == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        table = pa.table({"image": images, "caption": ["a"] * len(images)})
+        path = tmp_path / "x.parquet"
+        pytest.importorskip("pyarrow.parquet").write_table(table, path, 20)
+    else:
+        row = json.dumps({"file_name": "a" * 30, "text": "a" * 3000})
+        (path := tmp_path / "x.jsonl").write_text(f"{row}\n" * 1000)
+    (part,) = build(f"{server.url}/{path.name}")
+    assert part.num_records in (len(images), 1000)
+    # The metadata at the end of a Parquet file is read first.
+    extra = 2**16 if format == "parquet" else 1
+    assert 2**21 < sum(server.sent) <= path.stat().st_size + extra

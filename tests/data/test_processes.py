@@ -34,7 +34,7 @@ def mixed(image, generator):
 
 def make(source, training=True, **options):
     arguments = {"batch_size": 8, "seed": 3, "format": "grain", "include_keys": True}
-    arguments.update(include_captions=True, background="random")
+    arguments.update(include_captions=True, background="random", max_skipped=0.5)
     arguments.update(options)
     return image_text_dataset(source, lengths, 16, training=training, **arguments)
 
@@ -131,11 +131,11 @@ def start(tmp_path, source):
     """Starts the program, and waits until it has the first batch."""
     started = []
 
-    def start(*arguments):
+    def start(*arguments, source="[ab].tar"):
         process = subprocess.Popen(
-            [sys.executable, PROGRAM, "[ab].tar", *map(str, arguments)],
+            [sys.executable, PROGRAM, source, *map(str, arguments)],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -189,6 +189,34 @@ def test_control_c_ends_the_program(start, kill, workers, training):
     _, err = process.communicate(timeout=20)
     assert "KeyboardInterrupt" in err
     wait_for(lambda: not members_of(process.pid), 5)
+
+
+# Only the program gets the signal, or all of its processes, as from a terminal.
+@pytest.mark.parametrize(
+    ("kill", "workers", "case"),
+    [
+        (os.kill, 0, "stalled read"),
+        (os.kill, 1, "stalled read"),
+        (os.killpg, 2, "stalled read"),
+        (os.kill, 2, "stopped worker"),
+    ],
+)
+def test_control_c_ends_a_program_whose_storage_stalls(
+    start, tmp_path, kill, workers, case
+):
+    process = start(workers, True, source=f"stalling://{tmp_path}/[ab].tar")
+    if case == "stopped worker":
+        worker = max(int(os.path.basename(f)) for f in members_of(process.pid))
+        os.kill(worker, signal.SIGSTOP)
+    else:
+        (tmp_path / "stall").touch()
+        wait_for((tmp_path / "stalled").exists, 20)
+    time.sleep(1)
+    kill(process.pid, signal.SIGINT)
+    # It takes less than 5 seconds, but more if other tests run at the same time.
+    _, err = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in err
+    wait_for(lambda: not members_of(process.pid), 2)
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="Linux")

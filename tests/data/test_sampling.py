@@ -38,6 +38,7 @@ def tokenizer(captions):
 
 def make(source, sampling, **options):
     arguments = dict(batch_size=4, training=True, format="grain", include_keys=True)
+    arguments.update(max_skipped=0.5)
     return image_text_dataset(
         source, tokenizer, 16, sampling=sampling, **{**arguments, **options}
     )

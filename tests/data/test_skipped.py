@@ -12,6 +12,7 @@ pytestmark = pytest.mark.any_backend
 
 def make(source, training=False, **options):
     arguments = {"batch_size": 5, "format": "grain", "include_keys": True}
+    arguments.update(max_skipped=1.0)
     arguments.update(options)
     return image_text_dataset(source, lengths, 8, training=training, **arguments)
 
@@ -32,9 +33,9 @@ def test_samples_are_counted_by_reason_and_by_shard():
     structural = {"damaged shard": 1, "no image": 2}
     assert (skipped.count, skipped.by_reason) == (3, structural)
     with pytest.warns(UserWarning, match="'7' of the shard a.tar"):
-        skipped.report([fault("7"), fault("8", shard="b.tar")], 10)
+        skipped.report([fault("7"), fault("8", shard="b.tar")], 10, 20)
     # Only the first is a warning, and a warning would be an error here.
-    skipped.report([fault("9", "the shard cannot be read")], 10)
+    skipped.report([fault("9", "the shard cannot be read")], 10, 20)
     assert skipped.by_reason == {
         "damaged shard": 1,
         "no image": 2,
@@ -62,10 +63,23 @@ def test_only_the_first_hundred_samples_are_listed():
     skipped = SkippedSamples()
     faults = [fault(str(number)) for number in range(300)]
     with pytest.warns(UserWarning, match="'0'"):
-        skipped.report(faults[:70], 70)
-    skipped.report(faults[70:], 230)
+        skipped.report(faults[:70], 70, 300)
+    skipped.report(faults[70:], 230, 300)
     assert [each.key for each in skipped.samples] == [str(i) for i in range(100)]
-    assert skipped.count == 300
+    assert skipped.count == skipped.take_new() == 300
+    assert skipped.take_new() == 0
+
+
+def test_each_pass_has_a_share_of_its_own():
+    skipped = SkippedSamples(max_share=0.1)
+    with pytest.warns(UserWarning, match="'0'"):
+        skipped.report([fault("0"), fault("1")], 10, 20)
+    skipped.report([], 10, 20)
+    skipped.report([fault("2")], 10, 20)
+    skipped.report([fault("3")], 10, 20)
+    skipped.report([], 10, 20)
+    with pytest.raises(ValueError, match=r"'4' .*10 % .*0\.1, 3 of the first 20 of 20"):
+        skipped.report([fault("4"), fault("5"), fault("6")], 10, 20)
 
 
 # === Of a dataset ===
@@ -137,15 +151,17 @@ def test_without_any_tolerance_the_first_broken_sample_is_an_error(
     members += [(f"{n}.png", b"-" if n == 7 else image) for n in range(12)]
     shard = write_tar("a.tar", sorted(members))
     dataset = make(shard, training, max_skipped=0)
-    with pytest.raises(ValueError, match=rf"'7' of the shard {shard}.*max_skipped=0"):
+    with pytest.raises(ValueError, match=rf"'7' of the shard {shard}.*max_skipped=0,"):
         take(dataset, 7)
 
 
 def test_what_the_index_leaves_out_is_told_or_refused(shard):
     with pytest.warns(UserWarning, match=rf"3 of 38 samples.*no image: 2.*{shard}"):
-        make(shard)
-    with pytest.raises(ValueError, match=r"3 of 38 samples.*Received: max_skipped=0"):
-        make(shard, max_skipped=0)
+        make(shard, max_skipped=3 / 38)
+    for share in (0, 0.07):
+        message = rf"3 of 38 samples.*Received: max_skipped={share}"
+        with pytest.raises(ValueError, match=message):
+            make(shard, max_skipped=share)
 
 
 @pytest.fixture
@@ -166,14 +182,16 @@ def test_a_larger_share_than_allowed_ends_the_run(third_broken, training):
     assert len(take(make(third_broken, max_skipped=0.4, **options), 18)) == 18
     dataset = make(third_broken, max_skipped=0.2, **options)
     with pytest.raises(
-        ValueError, match=r"More than 20%.*larger `max_skipped`.*of the first 1\d\d\d "
+        ValueError, match=r"More than 20 %.*larger `max_skipped`.*of the first 1\d\d\d "
     ):
         take(dataset, 20)
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
-def test_few_samples_say_little_about_the_share(write_pairs):
-    broken = [(f"x{i}.{end}", b"-") for i in range(900) for end in ("png", "txt")]
-    dataset = make(write_pairs("x.tar", 0, 5, broken), max_skipped=0.01)
-    assert sum(len(batch["images"]) for batch in dataset) == 5
-    assert dataset.skipped.count == 900
+@pytest.mark.parametrize("training", [False, True])
+def test_the_share_of_few_samples_ends_the_run_too(write_pairs, training):
+    broken = [(f"x{i}.{end}", b"-") for i in range(9) for end in ("png", "txt")]
+    shard = write_pairs("x.tar", 0, 30, broken)
+    dataset = image_text_dataset(shard, lengths, 8, 5, training, format="grain")
+    with pytest.raises(ValueError, match=r"1 % .*max_skipped=0.01, \d+ of the first"):
+        take(dataset, 8)

@@ -30,7 +30,7 @@ TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_le
 
 def make(source, training, **options):
     arguments = {"batch_size": 8, "include_keys": True, "include_captions": True}
-    arguments.update(seed=3, format="grain", background="random")
+    arguments.update(seed=3, format="grain", background="random", max_skipped=0.5)
     arguments.update(options)
     return image_text_dataset(source, TOKENIZER, 16, training=training, **arguments)
 

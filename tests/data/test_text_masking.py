@@ -256,6 +256,45 @@ def test_fit_counts_the_words_of_clean_captions():
     assert masking.probability("wet") == 1.0
 
 
+# === Tokenizers of any kind ===
+
+
+@pytest.mark.parametrize("name", MASKINGS)
+def test_a_tokenizer_of_any_kind_makes_the_rows_of_clips(name):
+    for seed, caption, length in random_cases(40):
+        # Without words that fill a row, which count as too long.
+        words = (w for w in caption.split() if num_tokens(w) != length - 2)
+        caption = " ".join(words)
+        found, expected = (
+            MASKINGS[name].tokenize(tokenizer, [caption], [generator(seed)])
+            for tokenizer in (TOKENIZERS[length].__call__, TOKENIZERS[length])
+        )
+        np.testing.assert_array_equal(found, expected)
+
+
+class EachThird(TextMasking):
+    def score(self, words, num_tokens, num_tokens_left, generator):
+        return [index % 3 for index in range(len(words))]
+
+
+@pytest.mark.parametrize("start", [[], [5]], ids=["SigLIP", "MetaCLIP 2"])
+@pytest.mark.parametrize("padding", [1, 2])
+def test_kept_words_are_as_in_the_caption(start, padding):
+    seen = []
+
+    def tokenizer(texts):
+        """A token a word, and an end of 2 in rows of 6."""
+        seen[:] = texts
+        ids = [[7] * len(text.split()) for text in texts]
+        rows = [[*start, *row][:5] + [2] for row in ids]
+        return [row + [padding] * (6 - len(row)) for row in rows]
+
+    captions = ["A  Dog, &amp; it's 25!! Two", b"One &amp; 3  Four"]
+    EachThird().tokenize(tokenizer, captions, [None] * 2)
+    # Captions that fit are not changed.
+    assert seen == ["Dog, 's !!" if start else "Dog, it's !!", "One &amp; 3  Four"]
+
+
 # === In a dataset ===
 
 
@@ -388,6 +427,19 @@ def test_a_tf_dataset_is_masked_as_well(shard):
         np.testing.assert_array_equal(batch["token_ids"], other["token_ids"])
 
 
+def test_a_keras_layer_gets_the_words_of_a_masking(shard):
+    keras = pytest.importorskip("keras")
+    pytest.importorskip("tensorflow")
+    layer = keras.layers.TextVectorization(output_sequence_length=5)
+    layer.adapt(WORDS)
+    found = take(make(shard, tokenizer=layer), 3)
+    expected = take(make(shard, tokenizer=lambda texts: np.asarray(layer(texts))), 3)
+    whole = take(make(shard, tokenizer=layer, text_masking=None), 3)
+    for batch, other, cut in zip(found, expected, whole):
+        np.testing.assert_array_equal(batch["token_ids"], other["token_ids"])
+        assert (batch["token_ids"] != cut["token_ids"]).any()
+
+
 def test_the_description_names_the_masking_and_its_options(shard):
     described = [
         make(shard, text_masking=masking).description["data.text_masking"]
@@ -461,15 +513,15 @@ def test_captions_without_words_are_refused(captions):
         FrequencyTextMasking().fit(captions)
 
 
-def character_codes(captions):
-    return [[len(caption)] for caption in captions]
+def padded_before(captions):
+    return [[0] * (9 - len(text[:6])) + [1] * len(text[:6]) + [2] for text in captions]
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("text_masking", {"tokenizer": character_codes}),
-        ("text_masking", {"tokenizer": character_codes, "training": False}),
+        ("text_masking", {"tokenizer": padded_before}),
+        ("text_masking", {"tokenizer": padded_before, "training": False}),
         ("text_masking", {"tokenizer": None}),
         ("text_masking", {"text_masking": "random"}),
         ("text_masking", {"text_masking": RandomTextMasking}),

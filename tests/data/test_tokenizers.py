@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from keras_cluster_mask.data import CLIPTokenizer, byte_pairs, read_captions
+from keras_cluster_mask.data.text_masking import WordTokenizer
 from tests.data.reading import keras_hub_tokenizer, saved
 
 open_clip_tokenizer = pytest.importorskip("open_clip.tokenizer")
@@ -126,7 +127,8 @@ def test_the_words_to_choose_from_are_open_clips():
         received[index] = list(zip(words, num_tokens))
         return [len(words) - 1]
 
-    rows = CLIPTokenizer.from_open_clip(context_length=3)(CAPTIONS, keep_words)
+    tokenizer = WordTokenizer(CLIPTokenizer.from_open_clip(context_length=3))
+    rows = tokenizer(CAPTIONS, keep_words)
     assert len(received) > 15
     for index, caption in enumerate(CAPTIONS):
         words = reference.pat.findall(byte_pairs.clean(caption))
@@ -134,7 +136,10 @@ def test_the_words_to_choose_from_are_open_clips():
         # Captions that fit are not asked for.
         assert (index in received) == (sum(map(len, ids)) > 1)
         if index in received:
-            assert received[index] == list(zip(words, map(len, ids)))
+            # Of a longer word, no more are counted.
+            assert received[index] == [
+                (w, min(len(x), 127)) for w, x in zip(words, ids)
+            ]
             assert rows[index].tolist() == [49406, ids[-1][0], 49407]
 
 
@@ -169,6 +174,11 @@ def test_a_keras_hub_preset_gives_the_same_ids(clip, tmp_path):
         projection_dim=2,
     ).save_to_preset(tmp_path / "clip")
     keras_hub_tokenizer(clip, tmp_path).save_to_preset(tmp_path / "clip")
+    theirs, ours = tmp_path / "clip/assets", tmp_path / "ours/assets"
+    clip.save_to_preset(tmp_path / "ours")
+    for name in ("tokenizer/vocabulary.json", "tokenizer/merges.txt"):
+        read = [(assets / name).read_text().strip() for assets in (ours, theirs)]
+        assert read[0] == read[1]
     preset = CLIPTokenizer.from_preset(str(tmp_path / "clip"))
     captions = [caption for caption in CAPTIONS if "_of_text" not in caption.lower()]
     np.testing.assert_array_equal(preset(captions), clip(captions))
@@ -222,6 +232,13 @@ def test_saving_pickling_and_copying_keep_everything(which, request, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     shorter = CLIPTokenizer.from_file(tmp_path / "tokenizer.json", context_length=5)
     assert shorter("red").shape == (1, 5)
+
+
+def test_paths_may_be_in_the_home_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trained.save("~/tokenizer.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert CLIPTokenizer.from_file("~/tokenizer.json").vocabulary_size <= 540
 
 
 @pytest.mark.parametrize(

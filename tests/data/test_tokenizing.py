@@ -24,13 +24,21 @@ def first(dataset):
     return take(dataset, 1)[0]
 
 
-def test_any_callable_can_tokenize(shard):
-    def lengths(captions):
-        assert {type(caption) for caption in captions} == {bytes}
-        return [[len(caption)] for caption in captions]
+def lengths_of_str(texts):
+    assert {type(text) for text in texts} == {str}
+    return [[len(text)] for text in texts]
 
-    batch = first(make(shard, lengths))
-    np.testing.assert_array_equal(batch["token_ids"], [[4]] * 8)
+
+@pytest.mark.parametrize("format", ["grain", "tf"])
+@pytest.mark.parametrize(
+    "num_workers", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["0", "1"]
+)
+def test_any_callable_tokenizes_str(write_tar, noise, format, num_workers):
+    files = [("a.png", noise(0)), ("a.txt", "é no".encode()), ("b.png", noise(1))]
+    shard = write_tar("a.tar", [*files, ("b.txt", b"a\xff")])
+    options = {"format": format, "num_workers": num_workers}
+    batch = first(make(shard, lengths_of_str, **options))
+    np.testing.assert_array_equal(batch["token_ids"], [[4], [2]])
     assert batch["token_ids"].dtype == "int32"
 
 
@@ -156,6 +164,8 @@ def test_tokenizers_of_hugging_face_pad_and_truncate(kind, hugging_face):
     assert found[0].tolist() == [ids[word] for word in [start, *words, end]]
     words = ["café", "&amp;", "bar"]
     assert found[2].tolist() == [ids[word] for word in [start, *words, end, pad, pad]]
+    called = tokenize(lambda texts: tokenizer(texts, padding="max_length"), TEXTS)
+    np.testing.assert_array_equal(called, found)
     # A model's length comes before the tokenizer's own.
     found = tokenize(tokenizer, TEXTS, context_length=4)
     expected = [ids[word] for word in [start, "a", "photo", end]]
@@ -168,6 +178,16 @@ def test_a_tokenizer_of_hugging_face_without_a_length_is_an_error(hugging_face):
     with pytest.raises(ValueError, match=r"`model_max_length`.*Received: .*Tokenizer"):
         tokenize(tokenizer, TEXTS)
     assert tokenize(tokenizer, TEXTS, context_length=9).shape == (3, 9)
+
+
+@pytest.mark.any_backend
+def test_a_processor_of_hugging_face_is_not_a_tokenizer(shard, hugging_face):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPProcessor(
+        transformers.CLIPImageProcessor(), hugging_face("clip")[0]
+    )
+    with pytest.raises(ValueError, match=r"`processor.tokenizer`.*Received: CLIPProc"):
+        make(shard, processor)
 
 
 @pytest.mark.any_backend

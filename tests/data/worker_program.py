@@ -3,14 +3,39 @@
     python worker_program.py SOURCE NUM_WORKERS TRAINING
 
 It writes a file `ready` when it has the first batch. With `end` as a fourth argument it
-ends then.
+ends then. Reads of a source at `stalling://` stall while there is a file `stall`.
 """
 
+import os
 import pathlib
 import sys
+import threading
 import time
 
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
 from keras_cluster_mask.data import image_text_dataset
+
+
+class Stalling(LocalFileSystem):
+    protocol = "stalling"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("stalling://"))
+
+    def unstrip_protocol(self, name):
+        return f"stalling://{self._strip_protocol(name)}"
+
+    def cat_file(self, path, start=None, end=None, **options):
+        if os.path.exists("stall"):
+            pathlib.Path("stalled").touch()
+            threading.Event().wait()
+        return super().cat_file(path, start, end, **options)
+
+
+fsspec.register_implementation("stalling", Stalling)
 
 if __name__ == "__main__":
     source, num_workers, training, *end = sys.argv[1:]
@@ -27,4 +52,4 @@ if __name__ == "__main__":
     next(iterator)
     pathlib.Path("ready").touch()
     for _ in () if end else iterator:
-        time.sleep(1)
+        time.sleep(0.1)

@@ -11,7 +11,8 @@ step, which the second device gets, is not finite, and it saves to CHECKPOINT. W
 MASKING=all it trains a model with each kind of masking instead, and one of two views.
 With PLANS=all it trains a model in each way of `plans` instead, on torch. With
 FREEZE=rank that process alone freezes a tower. Else it evaluates retrieval of all
-pairs, with EVALUATE=share each process that of its own.
+pairs, with EVALUATE=share each process that of its own. DUPLICATES is an option
+of each model.
 """
 
 import os
@@ -68,6 +69,7 @@ def make_model(masking=None, **options):
             4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=0.3, seed=1
         )
     options.setdefault("micro_batch_size", int(*micro_batch_size or [0]) or None)
+    options["duplicates"] = os.environ.get("DUPLICATES", "positive")
     if micro_batch_size:
         # Blocks of two rows.
         losses.MAX_PAIRS = 2 * BATCH
@@ -213,7 +215,7 @@ def check_shares(model):
 def tokenizer(captions):
     # Texts that differ in every token: of texts that differ in a word, a masking leaves
     # equal ones, among which rounding decides which is the most similar.
-    rows = [np.random.default_rng(zlib.crc32(caption)) for caption in captions]
+    rows = [np.random.default_rng(zlib.crc32(caption.encode())) for caption in captions]
     return np.stack([row.integers(1, 30, 6) for row in rows]).astype("int32")
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from tests.helpers import FAST, random_pairs, tiny_clip
+from keras_cluster_mask.distribution import gradients
+from keras_cluster_mask.distribution.backends import keeping_weights
+from tests.helpers import FAST, random_pairs, small_model, tiny_clip
 
 
 def unnamed_towers():
@@ -38,3 +40,21 @@ def test_each_step_starts_without_gradients_of_weights_with_equal_paths(paths):
     ]
     # The metric is a mean over steps.
     np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="It splits all batches.")
+def test_batches_that_devices_cannot_share_are_refused(monkeypatch):
+    class IndivisibleError(ValueError):
+        """The name of JAX's."""
+
+    model = small_model()
+    model.compile("sgd")
+    with (
+        pytest.raises(ValueError, match=r"also the last one.*Received: 6 rows"),
+        keeping_weights(model),
+    ):
+        raise IndivisibleError("6 rows")
+    monkeypatch.setattr(gradients, "parts_of_batch", lambda: 4)
+    with pytest.raises(ValueError, match=r"divide.*Received: batch_size=6, 4 replicas"):
+        model.fit(random_pairs(6), batch_size=6, verbose=0)
+    model.fit(random_pairs(8), batch_size=8, verbose=0)

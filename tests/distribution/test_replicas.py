@@ -88,8 +88,15 @@ def assert_equal_runs(found, single):
         )
 
 
+@pytest.fixture(scope="module", params=["positive", "negative"])
+def duplicates(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DUPLICATES", request.param)
+        yield
+
+
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
+def single(duplicates, tmp_path_factory):
     return train(tmp_path_factory.mktemp("single") / "out.npz", "single")
 
 
@@ -107,7 +114,7 @@ def test_two_train_and_evaluate_as_one(single, how, micro_batches, tmp_path):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Others reduce in compiled code.")
 def test_two_train_as_one_whatever_has_gradients_and_from_fit_to_fit(
-    tmp_path, monkeypatch
+    duplicates, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PLANS", "all")
     single = train(tmp_path / "single.npz", "single")
@@ -132,7 +139,7 @@ def test_processes_that_train_different_weights_are_refused(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("how", MOST)
-def test_two_train_as_one_with_every_masking(how, tmp_path, monkeypatch):
+def test_two_train_as_one_with_every_masking(how, duplicates, tmp_path, monkeypatch):
     monkeypatch.setenv("MASKING", "all")
     single = train(tmp_path / "single.npz", "single")
     assert {name.split("/")[0] for name in single} == {*MASKINGS, "views"}
@@ -149,7 +156,7 @@ def test_shares_of_the_data_are_not_evaluated(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", MOST)
 def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
-    how, write_tar, encode, tmp_path, monkeypatch
+    how, duplicates, write_tar, encode, tmp_path, monkeypatch
 ):
     pytest.importorskip("tensorflow")
     # Noise, not plain images: those have nearly equal embeddings, among which rounding
@@ -187,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_all_at_the_same_step(how, tmp_path):
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras shares models on JAX alone.")
 @pytest.mark.parametrize("micro_batches", [[], ["4"]], ids=["whole", "micro"])
 def test_devices_that_share_a_model_train_as_one_device(
-    micro_batches, tmp_path, monkeypatch
+    micro_batches, duplicates, tmp_path, monkeypatch
 ):
     # Two halves of the batch, each on two devices with half of the model; Adam's
     # moments lie as the weights do.

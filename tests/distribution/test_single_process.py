@@ -6,6 +6,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.distribution import replicas
+from tests.helpers import tiny_clip, tiny_metaclip, tiny_siglip
 
 BACKEND = keras.backend.backend()
 
@@ -19,6 +20,19 @@ def test_the_layout_does_not_depend_on_the_names_of_encoders():
         found = layouts[f"{prefix}encoder_block_11/attention/query/kernel"]
         assert found.axes == (None, "model", None)
     assert layouts["vision_encoder_layer_norm/gamma"] is None
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("make", [tiny_clip, tiny_metaclip, tiny_siglip])
+def test_all_matrices_of_attention_and_mlps_have_a_layout(make):
+    devices = [f"cpu:{index}" for index in range(2)]
+    mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], devices)
+    layouts = kcm.models.clip_layout_map(mesh)
+    # SigLIP pools images by another attention, with an MLP.
+    paths = [v.path for v in make().weights if v.path.endswith("kernel")]
+    paths = [path for path in paths if "block" in path or "_head/a" in path]
+    assert len(paths) == (16 if make is tiny_siglip else 12)
+    assert all(layouts[path] is not None for path in paths)
 
 
 @pytest.mark.any_backend

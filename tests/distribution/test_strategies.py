@@ -89,11 +89,12 @@ def test_replicas_see_each_batch_of_a_stream_once_and_in_order(
     np.testing.assert_array_equal(log.seen_tokens(), expected)
 
 
-def test_replicas_without_rows_count_for_nothing_in_evaluation(strategy):
-    one = small_model()
+@pytest.mark.parametrize("duplicates", ["positive", "negative"])
+def test_replicas_without_rows_count_for_nothing_in_evaluation(duplicates, strategy):
+    one = small_model(duplicates=duplicates)
     one.compile("sgd")
     with strategy.scope():
-        two = small_model()
+        two = small_model(duplicates=duplicates)
         two.compile("sgd")
     two.set_weights(one.get_weights())
     for count in (9, 11):
@@ -104,19 +105,20 @@ def test_replicas_without_rows_count_for_nothing_in_evaluation(strategy):
             np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(count))
 
 
-def test_a_multi_optimizer_updates_as_on_one_device(strategy):
+@pytest.mark.parametrize("duplicates", ["positive", "negative"])
+def test_a_multi_optimizer_updates_as_on_one_device(duplicates, strategy):
     def optimizer():
         several = {".*bias": keras.optimizers.SGD(0.1)}
         several = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), several)
         return keras.optimizers.MultiOptimizer(several)
 
     pairs = random_pairs(8)
-    single = small_model()
+    single = small_model(duplicates=duplicates)
     single(pairs)
     start = single.get_weights()
     single.compile(optimizer())
     with strategy.scope():
-        model = small_model()
+        model = small_model(duplicates=duplicates)
         model(pairs)
         model.set_weights(start)
         model.compile(optimizer())

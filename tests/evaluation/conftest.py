@@ -20,7 +20,7 @@ def tokenizer():
     def tokenizer(texts):
         rows = []
         for text in texts:
-            ids = [1 + byte % (VOCABULARY - 3) for byte in text[: CONTEXT - 2]]
+            ids = [1 + ord(x) % (VOCABULARY - 3) for x in text[: CONTEXT - 2]]
             row = [VOCABULARY - 2, *ids, VOCABULARY - 1]
             rows.append(row + [0] * (CONTEXT - len(row)))
         return rows

@@ -3,18 +3,23 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
+from keras_cluster_mask.callbacks import ZeroShot
+from keras_cluster_mask.data import image_text_dataset
 from keras_cluster_mask.evaluation import (
     classification_accuracy,
     embed,
     embed_texts,
+    evaluate_linear_probe,
     evaluate_zero_shot,
     zero_shot_classifier,
 )
 from keras_cluster_mask.interop.clip_benchmark import adapt
 from tests.helpers import random_pairs
 
+COLORS = ["red", "green", "blue"]
 NAMES = ["cat", "dog", "fox", "owl", "cow", "bee", "ant"]
 
 
@@ -210,3 +215,61 @@ def test_bad_data_is_refused_at_its_first_batch(model, tokenizer):
         with pytest.raises(ValueError, match=r"labels.*Received: "):
             evaluate_zero_shot(model, batches, NAMES, tokenizer, verbose=0)
         assert next(batches) is None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of images, with a folder in it for each color."""
+    for name in COLORS:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16), name).save(tmp_path / name / "0.png")
+    return tmp_path
+
+
+def colored(folder, class_names, format="grain"):
+    options = dict(label_key="folder", class_names=class_names, max_skipped=1.0)
+    return image_text_dataset(folder, None, 16, 2, False, format=format, **options)
+
+
+EVALUATIONS = {
+    "zero-shot": lambda model, tokenizer, data, names: evaluate_zero_shot(
+        model, data, names, tokenizer, verbose=0
+    ),
+    "linear probe": lambda model, tokenizer, data, names: evaluate_linear_probe(
+        model, data, data, verbose=0
+    ),
+}
+
+
+@pytest.mark.any_backend
+@pytest.mark.filterwarnings("ignore:.*was skipped")
+@pytest.mark.parametrize("evaluation", list(EVALUATIONS))
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_a_misspelled_class_is_not_left_out(
+    model, tokenizer, folder, evaluation, format
+):
+    if format == "tf":
+        pytest.importorskip("tensorflow")
+    misspelled = ["red", "gren", "blue"]
+    data = colored(folder, misspelled, format)
+    with pytest.raises(ValueError, match=r"`class_names` of .*Received: \['gren'\]"):
+        EVALUATIONS[evaluation](model, tokenizer, data, misspelled)
+    # A choice of the classes, and names without images.
+    for names in (["red", "blue"], [*COLORS, "black"]):
+        evaluate_zero_shot(model, colored(folder, names), names, tokenizer, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_names_of_classes_have_one_order(model, tokenizer, folder):
+    data, other = colored(folder, COLORS), ["green", "blue", "red"]
+    for evaluate in (
+        lambda: evaluate_zero_shot(model, data, other, tokenizer),
+        lambda: ZeroShot(data, other, tokenizer),
+        lambda: evaluate_linear_probe(model, colored(folder, other), data),
+    ):
+        with pytest.raises(ValueError, match=r"`class_names` must.*Received: 'red' as"):
+            evaluate()
+    # Other names of the same classes.
+    names = ["rot", "blau", "blau"]
+    with pytest.warns(UserWarning, match="more than once"):
+        evaluate_zero_shot(model, data, names, tokenizer, verbose=0)

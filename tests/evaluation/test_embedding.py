@@ -124,7 +124,7 @@ def test_several_captions_of_an_image_are_embedded_each(model, tokenizer):
 def test_texts_are_str_or_bytes_in_any_number(model, tokenizer):
     texts = [f"{index} é" for index in range(130)]
     found = embed_texts(model, texts, tokenizer, verbose=0)
-    ids = np.array(tokenizer([text.encode() for text in texts]))
+    ids = np.array(tokenizer(texts))
     expected = ops.convert_to_numpy(model.encode_text(ids))
     np.testing.assert_allclose(found, expected, atol=2e-6)
     encoded = [text.encode() for text in texts]
@@ -243,16 +243,42 @@ EVALUATIONS = {
 }
 
 
+def read_dataset(write_pairs, tokenizer, format, **options):
+    if format == "tf":
+        pytest.importorskip("tensorflow")
+    options = {"training": False, "format": format, **options}
+    return kcm.data.image_text_dataset(
+        write_pairs("a.tar", 0, 8), tokenizer, 16, 4, **options
+    )
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize("evaluation", list(EVALUATIONS))
 @pytest.mark.parametrize("format", ["grain", "tf"])
 def test_a_dataset_for_training_is_refused(
     model, tokenizer, write_pairs, evaluation, format
 ):
-    if format == "tf":
-        pytest.importorskip("tensorflow")
-    data = kcm.data.image_text_dataset(
-        write_pairs("a.tar", 0, 8), tokenizer, 16, 4, training=True, format=format
-    )
+    data = read_dataset(write_pairs, tokenizer, format, training=True)
     with pytest.raises(ValueError, match=r"training=False.*Received: \w+=.*Dataset"):
         EVALUATIONS[evaluation](model, tokenizer, data)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("evaluation", [x for x in EVALUATIONS if x != "embed"])
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_metrics_of_a_share_of_the_images_are_refused(
+    model, tokenizer, write_pairs, evaluation, format
+):
+    data = read_dataset(write_pairs, tokenizer, format, process=(1, 2))
+    assert len(embed(model, data, verbose=0)["image_embeddings"]) == 4
+    with pytest.raises(ValueError, match=r"`process=\(0, 1\)`.*Received: .*\(1, 2\)"):
+        EVALUATIONS[evaluation](model, tokenizer, data)
+
+
+@pytest.mark.any_backend
+def test_entries_that_only_some_batches_hold_are_an_error(model, pairs):
+    first, second = in_batches({**pairs, "labels": np.arange(70)}, 35)
+    del second["labels"]
+    for batches in ([first, second], [second, first]):
+        with pytest.raises(ValueError, match=r"`data` must.*Received: .*\['labels'\]"):
+            embed(model, batches, verbose=0)

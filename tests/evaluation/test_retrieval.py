@@ -143,21 +143,46 @@ def test_captions_belong_to_their_own_image_only(model, tokenizer):
         assert found[f"text_to_image_recall@{k}"] == pytest.approx(np.mean(hits))
 
 
-def test_equal_texts_count_as_one_if_asked_to(model, tokenizer):
+def test_images_of_equal_texts_match_unless_they_are_to_be_negatives(model, tokenizer):
     pairs = random_pairs(6)
     pairs["token_ids"][:] = pairs["token_ids"][0]
-    strict = evaluate_retrieval(model, pairs, ks=(1,), verbose=0)
-    lenient = evaluate_retrieval(
-        model, pairs, ks=(1,), duplicates="positive", verbose=0
-    )
+    options = dict(ks=(1,), verbose=0)
+    strict = evaluate_retrieval(model, pairs, duplicates="negative", **options)
     # All texts find the same image, which is that of one of them.
     assert [*strict.values()] == pytest.approx([0.0, 1 / 6])
-    assert set(lenient.values()) == {1.0}
-    data = {"images": pairs["images"], "captions": ["café".encode()] * 6}
-    found = evaluate_retrieval(
-        model, data, tokenizer, ks=(1,), duplicates="positive", verbose=0
-    )
-    assert set(found.values()) == {1.0}
+    # Texts are equal if their token ids are, as in training.
+    data = {"images": pairs["images"], "captions": ["abcde", "abcdf", b"abcdg"] * 2}
+    for found in (
+        evaluate_retrieval(model, pairs, **options),
+        evaluate_retrieval(model, data, tokenizer, **options),
+    ):
+        assert set(found.values()) == {1.0}
+
+
+@pytest.mark.parametrize("duplicates", ["positive", "negative"])
+def test_equal_texts_among_several_of_an_image_are_alike(
+    model, tokenizer, duplicates, monkeypatch
+):
+    monkeypatch.setattr(retrieval, "TILE", (3, 5))
+    rng = np.random.default_rng(0)
+    captions = [[*rng.choice(list("abcdefghi"), 1 + n % 3)] for n in range(12)]
+    data = {"images": random_pairs(12)["images"], "captions": captions}
+    options = dict(ks=(1, 2, 4), duplicates=duplicates, verbose=0)
+    recall = evaluate_retrieval(model, data, tokenizer, **options)
+    found = embed(model, data, tokenizer, verbose=0)
+    owners, texts = found["image_of_text"], np.concatenate(captions)
+    matches = owners == np.arange(12)[:, None]
+    if duplicates == "positive":
+        matches = np.array([np.isin(texts, each) for each in captions])
+    similarity = (found["image_embeddings"] @ found["text_embeddings"].T).round(5)
+    for name, scores, is_match in (
+        ("image_to_text", similarity, matches),
+        ("text_to_image", similarity.T, matches.T),
+    ):
+        best = np.where(is_match, scores, -2).max(axis=1, keepdims=True)
+        ranks = (~is_match & (scores >= best)).sum(axis=1)
+        for k in (1, 2, 4):
+            assert recall[f"{name}_recall@{k}"] == pytest.approx(np.mean(ranks < k))
 
 
 @pytest.mark.any_backend
@@ -294,7 +319,6 @@ def test_bad_embeddings_of_captions_are_refused_by_name(name, given):
     ("name", "captions", "duplicates"),
     [
         ("data", None, "negative"),
-        ("duplicates", [["a", "b"], ["c"]], "positive"),
         ("duplicates", [["a"], ["c"]], "x"),
     ],
 )

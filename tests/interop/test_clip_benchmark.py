@@ -54,7 +54,7 @@ def ids_of(texts, length=6):
     ids = np.full((len(texts), length), VOCABULARY - 1)
     ids[:, 0] = 0
     for row, text in zip(ids, texts):
-        letters = [1 + letter % (VOCABULARY - 2) for letter in text[: length - 2]]
+        letters = [1 + ord(x) % (VOCABULARY - 2) for x in text[: length - 2]]
         row[1 : 1 + len(letters)] = letters
     return ids
 
@@ -263,6 +263,17 @@ def test_the_transform_is_open_clips(model, tokenizer, resize):
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("make", "resize"), [(tiny_clip, "crop"), (tiny_siglip, "squash")]
+)
+def test_images_are_resized_as_for_the_kind_of_model(make, resize):
+    (image,) = photos(1)
+    _, found, _ = adapt(make(), ids_of)
+    _, expected, _ = adapt(make(), ids_of, resize)
+    assert torch.equal(found(image), expected(image))
+
+
+@pytest.mark.any_backend
 def test_texts_are_one_or_many(tokenizer, model):
     _, _, tokenize = adapt(model, tokenizer)
     assert torch.equal(tokenize("a cat"), tokenize(["a cat"]))
@@ -288,7 +299,7 @@ def model_of_any_size():
 
 
 def without_special_tokens(texts):
-    return ids_of([bytes(reversed(text)) for text in texts])[:, ::-1].copy()
+    return ids_of([text[::-1] for text in texts])[:, ::-1].copy()
 
 
 @pytest.mark.any_backend
@@ -297,8 +308,9 @@ def without_special_tokens(texts):
     [
         ("model", text_bag, ids_of, "crop"),
         ("model", model_of_any_size, ids_of, "crop"),
-        # CLIP's ids are beyond its vocabulary.
-        ("token_ids", tiny_clip, None, "crop"),
+        # They have no tokenizer of their own that is known.
+        ("tokenizer", tiny_clip, None, "crop"),
+        ("tokenizer", tiny_siglip, None, "squash"),
         ("tokenizer", tiny_clip, without_special_tokens, "crop"),
         ("tokenizer", tiny_clip, "tokenizer.json", "crop"),
         ("resize", tiny_clip, ids_of, "pad"),

@@ -181,6 +181,22 @@ def test_weights_of_torch_are_read_too(folder):
 
 
 @pytest.mark.any_backend
+def test_weights_in_several_files_are_read(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    expected = load_hugging_face(folder).get_weights()
+    reference = transformers.CLIPModel.from_pretrained(folder)
+    reference.save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert len([*folder.glob("model-*.safetensors")]) > 1
+    for source in (folder, folder / "model.safetensors.index.json"):
+        for ours, theirs in zip(load_hugging_face(source).get_weights(), expected):
+            np.testing.assert_array_equal(ours, theirs)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"`source` cannot be read.*index.json"):
+        load_hugging_face(folder)
+
+
+@pytest.mark.any_backend
 def test_old_configs_pool_texts_at_the_highest_id(folder):
     # As OpenAI's own on the Hugging Face hub have it.
     change_json(folder / "config.json", text_config__eos_token_id=2)
@@ -292,11 +308,19 @@ def test_warnings_say_that_images_are_resized_otherwise(folder, tmp_path, recwar
     path.write_text(json.dumps({"size": {"height": 16, "width": 16}}))
     with pytest.warns(UserWarning, match="resize='squash'"):
         load_hugging_face(folder)
+    path.write_text(json.dumps({"size": 24, "crop_size": 16}))
+    with pytest.warns(UserWarning, match="resized by 'size=24'"):
+        load_hugging_face(folder)
     path.write_text(json.dumps({"resample": 2}))
     with pytest.warns(UserWarning, match=r"'bilinear' interpolation.*bicubic"):
         load_hugging_face(folder)
     siglip().save_pretrained(tmp_path / "siglip")
     with pytest.warns(UserWarning, match="resize='squash'"):
+        load_hugging_face(tmp_path / "siglip")
+    size = {"height": 24, "width": 24}
+    path = tmp_path / "siglip" / "preprocessor_config.json"
+    path.write_text(json.dumps({"size": size}))
+    with pytest.raises(ValueError, match=r"size=.*24.* is not the image size 16"):
         load_hugging_face(tmp_path / "siglip")
 
 
@@ -315,6 +339,8 @@ def test_warnings_say_that_images_are_resized_otherwise(folder, tmp_path, recwar
         ("image_std", 0),
         ("image_std", [0.5, 0.5, float("nan")]),
         ("resample", "a"),
+        ("crop_size", 24),
+        ("crop_size", {"height": 16, "width": 24}),
     ],
 )
 def test_preprocessing_that_cannot_be_followed_is_refused(folder, key, value):

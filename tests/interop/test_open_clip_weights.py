@@ -223,7 +223,7 @@ def test_a_sigmoid_model_comes_back_with_its_bias(tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
     pair = {"images": images, "token_ids": ids}
     for each in (model, back):
-        each.compile(run_eagerly=True)
+        each.compile("sgd", run_eagerly=True)
     found, expected = (each.evaluate(pair, verbose=0) for each in (back, model))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 

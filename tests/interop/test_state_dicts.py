@@ -27,9 +27,13 @@ def assert_equal(actual, expected):
 
 
 @pytest.mark.any_backend
-def test_checkpoints_of_training_are_unwrapped(reference):
-    parallel = {f"module.{name}": x for name, x in reference.items()}
-    checkpoint = {"epoch": 3, "name": "run", "state_dict": parallel, "optimizer": {}}
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_checkpoints_of_training_are_unwrapped(reference, key, prefix):
+    wrapped = {f"{prefix}{name}": x for name, x in reference.items()}
+    checkpoint = {"epoch": 3, "name": "run", key: wrapped, "optimizer": {}}
     assert_equal(returned(checkpoint), reference)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from keras_cluster_mask.interop import load_open_clip
 from keras_cluster_mask.interop.weight_files import read_weights, write_weights
 from tests.interop.open_clip_models import load
 
@@ -124,7 +125,7 @@ def test_a_damaged_file_or_one_of_another_kind_cannot_be_read(tmp_path, suffix):
 
 def test_bad_paths_are_refused_by_name():
     with pytest.raises(FileNotFoundError, match=r"`source`.*Received: source='none.pt"):
-        load("none.pt")
+        load_open_clip("none.pt")
     with pytest.raises(ValueError, match=r"`source` must end in .*source='a.h5'"):
         read_weights("a.h5")
     with pytest.raises(ValueError, match=r"`path` must end in .*path='a'"):

@@ -88,6 +88,61 @@ class TestStrategy:
             masking.select(tokens=tokens_of(2, 9))
 
 
+class Returns(kcm.PatchMasking):
+    """A strategy with a given function in place of `score`."""
+
+    def __init__(self, score):
+        super().__init__(0.5, num_prefix_tokens=1)
+        self.of_noise = score
+
+    def score(self, noise, images=None, tokens=None):
+        return self.of_noise(noise)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("score", "received"),
+    [
+        (lambda noise: noise[:, :-1], r"shape \(2, 15\)"),
+        (lambda noise: noise[0], r"shape \(16,\)"),
+        (lambda noise: noise[:1], r"shape \(1, 16\)"),
+        (lambda noise: noise[:, :, None], r"shape \(2, 16, 1\)"),
+    ],
+)
+def test_scores_of_another_shape_are_refused_by_name(score, received):
+    masking, expected = Returns(score), r"`score` of `returns.*\(2, 16\)"
+    with pytest.raises(ValueError, match=f"{expected}.*Received: {received}"):
+        masking(tokens_of(2, 17), training=True)
+    with pytest.raises(ValueError, match=f"{expected}.*Received: {received}"):
+        masking.select(tokens=tokens_of(2, 17))
+
+
+class TestScoresOfNaN:
+    @staticmethod
+    def nan_in_first_row(noise):
+        is_first = ops.arange(ops.shape(noise)[0])[:, None] == 0
+        return ops.where(is_first, np.nan, noise)
+
+    @pytest.mark.any_backend
+    def test_are_refused_where_values_can_be_read(self):
+        masking = Returns(self.nan_in_first_row)
+        with pytest.raises(ValueError, match=r"`score` of `returns.*NaN.*Received: "):
+            masking(tokens_of(2, 17), training=True)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_show_in_later_and_in_compiled_steps(self, compiled):
+        masking = Returns(lambda noise: noise)
+        if compiled and keras.backend.backend() != "torch":
+            masking.of_noise = self.nan_in_first_row
+            assert np.isnan(compiled_step(masking)())
+            return
+        masking(tokens_of(2, 17), training=True)
+        masking.of_noise = self.nan_in_first_row
+        kept = numpy(masking(tokens_of(2, 17), training=True))
+        assert np.isnan(kept[0]).all()
+        assert np.isfinite(kept[1]).all()
+
+
 class TestOrder:
     def test_is_by_score_then_larger_noise_then_lower_index(self):
         rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.models.inputs import (
     CLIP_MEAN,
     CLIP_STD,
@@ -17,7 +18,9 @@ from keras_cluster_mask.models.inputs import (
 )
 from tests.helpers import (
     FAST,
+    MASKINGS,
     VOCABULARY,
+    assert_same_values,
     options_of,
     random_pairs,
     tiny_clip,
@@ -68,6 +71,11 @@ def pairs_of(kind, count=8):
 
 def scalar(value):
     return float(ops.convert_to_numpy(value))
+
+
+def scale_and_bias(model):
+    weights = model.head.scale, model.head.logit_bias
+    return [scalar(x) for x in weights if x is not None]
 
 
 def embeddings_of(backbone, inputs):
@@ -164,8 +172,29 @@ def test_keras_hub_alone_reads_what_was_trained(trained, tmp_path):
     again = kcm.ContrastiveModel.from_backbone(loaded)
     for key, value in again.predict(trained.pairs, verbose=0).items():
         np.testing.assert_allclose(value, trained.predicted[key], atol=1e-6)
-    for one, other in zip(again.head.loss_weights, trained.model.head.loss_weights):
-        assert scalar(one) == pytest.approx(scalar(other), rel=1e-6)
+    for one, other in zip(scale_and_bias(again), scale_and_bias(trained.model)):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.any_backend
+def test_a_preset_has_the_tokenizer_too(tmp_path):
+    pytest.importorskip("tensorflow")
+    tokenizer = kcm.data.CLIPTokenizer.train(["a red cat, é"] * 4, 600, 9)
+    backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 9, 4)
+    model, folder = kcm.ContrastiveModel.from_backbone(backbone), str(tmp_path / "clip")
+    model.save_to_preset(folder, tokenizer)
+    texts = ["a red cat", "a CAT &amp; é"]
+    preset = kcm.data.CLIPTokenizer.from_preset(folder, 9)
+    np.testing.assert_array_equal(preset(texts), tokenizer(texts))
+    hub = import_keras_hub().models
+    theirs = hub.CLIPPreprocessor(hub.CLIPTokenizer.from_preset(folder), None, 9)
+    for path, each in ((folder, preset), (folder, theirs), (model, tokenizer)):
+        found = kcm.evaluation.embed_texts(path, texts[:1], each, verbose=0)
+        expected = to_numpy(model.encode_text(tokenizer(texts[:1])))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`tokenizer` must.*Received: tokenizer="):
+        model.save_to_preset(tmp_path / "other", len)
+    assert not (tmp_path / "other").exists()
 
 
 def test_after_a_reload_a_fit_trains_the_reloaded_backbone(trained, tmp_path):
@@ -287,7 +316,7 @@ def test_a_sigmoid_loss_starts_where_siglip_did(kind, temperature, scale):
     model = kcm.ContrastiveModel.from_backbone(
         KINDS[kind][0](), loss="sigmoid", initial_temperature=temperature
     )
-    found, bias = map(scalar, model.head.loss_weights)
+    found, bias = scale_and_bias(model)
     assert found == pytest.approx(scale, rel=1e-6)
     assert bias == -10.0
     added = len(model.weights) - len(model.backbone.weights)
@@ -300,7 +329,26 @@ def test_a_siglip_that_was_trained_stays_where_it_is():
     backbone.siglip_head.logit_scale.assign(0.0)
     backbone.siglip_head.logit_bias.assign(-3.0)
     kept = kcm.ContrastiveModel.from_backbone(backbone)
-    assert [scalar(x) for x in kept.head.loss_weights] == [1.0, -3.0]
+    assert scale_and_bias(kept) == [1.0, -3.0]
+
+
+@pytest.mark.parametrize(("kind", "log_scale"), [("clip", 4.6052), ("siglip", 4.77)])
+def test_the_scale_of_a_trained_backbone_is_never_lowered_to_a_limit(
+    kind, log_scale, tmp_path
+):
+    backbone = KINDS[kind][0]()
+    getattr(backbone, KINDS[kind][2]).logit_scale.assign(log_scale)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    assert scalar(model.head.scale) == pytest.approx(math.exp(log_scale), rel=1e-6)
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        each.compile(optimizer=keras.optimizers.SGD(0.0), **FAST)
+        each.fit(random_pairs(4), batch_size=4, verbose=0)
+        assert scalar(each.head.logit_scale) == np.float32(log_scale)
+        # A step lowers it, and nothing raises it above a limit.
+        each.head.logit_scale.assign(9.0)
+        limit = {"clip": math.exp(log_scale), "siglip": 1000.0}[kind]
+        assert scalar(each.head.scale) == pytest.approx(limit, rel=1e-6)
 
 
 def test_the_softmax_loss_leaves_the_bias_of_siglip_alone():
@@ -311,6 +359,37 @@ def test_the_softmax_loss_leaves_the_bias_of_siglip_alone():
     model.fit(random_pairs(4), batch_size=4, verbose=0)
     assert scalar(backbone.siglip_head.logit_bias) == 0.0
     assert scalar(model.head.scale) != pytest.approx(14.0, rel=1e-6)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [(None, "random"), ("cluster", "random"), ("random", None)]
+)
+def test_weights_load_into_a_model_with_another_masking(saved, loaded, tmp_path):
+    source, target = (
+        kcm.ContrastiveModel.from_backbone(
+            tiny_clip(), None if kind is None else MASKINGS[kind]()
+        )
+        for kind in (saved, loaded)
+    )
+    source.save_weights(tmp_path / "model.weights.h5")
+    target.load_weights(tmp_path / "model.weights.h5")
+    assert_same_values(target.backbone.weights, source.backbone.weights)
+
+
+@pytest.mark.any_backend
+def test_siglip_says_how_many_tokens_a_text_must_have():
+    model = kcm.ContrastiveModel.from_backbone(tiny_siglip())
+    model.compile("sgd", run_eagerly=True)
+    pairs = random_pairs(4)
+    pairs["token_ids"] = pairs["token_ids"][:, :4]
+    for embed in (
+        model.fit,
+        model.predict,
+        lambda x: model.encode_text(x["token_ids"]),
+    ):
+        with pytest.raises(ValueError, match=r"must have 6 tokens.*Received: 4 tokens"):
+            embed(pairs)
 
 
 # === Positions of CLIP ===

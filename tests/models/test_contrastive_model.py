@@ -140,7 +140,7 @@ def test_equal_texts_are_positives_of_one_another_unless_told_otherwise(kind):
     for duplicates, positive in (("positive", same), ("negative", np.eye(6))):
         keras.utils.set_random_seed(0)
         model = small_model(loss=kind, duplicates=duplicates)
-        model.compile(**FAST)
+        model.compile("sgd", **FAST)
         embeddings = {key: to_numpy(value) for key, value in model(pairs).items()}
         found = model.evaluate(pairs, batch_size=6, verbose=0, return_dict=True)
         scale = 1 / (0.07 if kind == "softmax" else 0.1)
@@ -280,6 +280,60 @@ def test_compiled_and_eager_steps_fit_to_the_same_weights():
     for one, *others in zip(*results):
         for other in others:
             np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="Keras refuses it.")
+def test_a_tower_that_is_frozen_between_fits_stays_as_it_is():
+    model = small_model()
+    model.compile("sgd")
+    one_step(model, random_pairs(4))
+    model.image_encoder.trainable = False
+    before = values(model.image_encoder.weights)
+    one_step(model, random_pairs(4))
+    assert_same_values(model.image_encoder.weights, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shapes"),
+    [
+        ("mask_ratio", 0.75, [(4, 16)]),
+        ("micro_batch_size", 2, [(2, 16)]),
+        ("views", 2, [(4, 16), (4, 16)]),
+        ("duplicates", "negative", [(4, 16)]),
+    ],
+)
+def test_options_count_from_the_next_fit_and_must_not_change_in_one(
+    name, value, shapes
+):
+    seen = []
+
+    class Seen(kcm.RandomMasking):
+        def score(self, noise, images=None, tokens=None):
+            seen.append(tuple(noise.shape))
+            return super().score(noise, images, tokens)
+
+    masking = Seen(0.5, num_prefix_tokens=0)
+    model = masked_model(masking, loss="sigmoid")
+    model.compile(keras.optimizers.SGD(1e-9))
+    pairs = random_pairs(4)
+    pairs["token_ids"][1] = pairs["token_ids"][0]
+    owner = masking if name == "mask_ratio" else model
+    old = getattr(owner, name)
+    before = one_step(model, pairs, validation_data=pairs)
+    seen.clear()
+    setattr(owner, name, value)
+    after = one_step(model, pairs, validation_data=pairs)
+    assert {*seen} == {*shapes}
+    assert len(seen) % len(shapes) == 0
+    assert after["mask_ratio"] == [0.75 if name == "mask_ratio" else 0.5]
+    for key in ("loss", "val_loss"):
+        if name == "duplicates":
+            assert abs(after[key][0] - before[key][0]) > 1
+    back = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: epoch and setattr(owner, name, old)
+    )
+    with pytest.raises(ValueError, match=rf"{name}.* must not change.*Received: "):
+        one_step(model, pairs, epochs=2, callbacks=[back])
 
 
 def test_a_masking_trains_under_full_compilation():
@@ -510,6 +564,28 @@ def test_only_training_steps_move_the_threshold_and_count_steps():
     model.fit(pairs, batch_size=4, epochs=2, verbose=0)
     assert read()[0] == 2
     assert read()[1] != before[1]
+
+
+def test_a_loss_without_the_models_own_counts_steps_and_logs_what_it_updates():
+    class Distance(kcm.ContrastiveModel):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+            self.accuracy_metrics[0].update_state(0.5)
+            images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
+            return self.head.scale * ops.mean(ops.square(images - texts))
+
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
+    masking = threshold_masking(threshold=0.07, embedding_weight=schedule)
+    encoder = kcm.with_masking(patch_mlp(), masking, "positions")
+    model = Distance(encoder, text_bag())
+    model.compile("sgd", **FAST)
+    pairs = random_pairs(8)
+    fit = dict(batch_size=4, epochs=2, verbose=0, validation_data=pairs)
+    logs = model.fit(pairs, **fit).history
+    names = {"loss", "image_to_text_accuracy"}
+    assert logs.keys() == names | {f"val_{name}" for name in names}
+    assert logs["image_to_text_accuracy"] == [0.5, 0.5]
+    assert int(ops.convert_to_numpy(masking.step)) == 4
+    assert float(to_numpy(masking.threshold)) != pytest.approx(0.07)
 
 
 @pytest.mark.any_backend

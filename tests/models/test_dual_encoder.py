@@ -7,6 +7,8 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from tests.helpers import (
+    CONTEXT,
+    clip_vision_encoder,
     functional_vit,
     image_mlp,
     random_pairs,
@@ -64,7 +66,41 @@ def test_a_zero_feature_has_a_finite_embedding_and_gradient():
 
 
 @pytest.mark.any_backend
+@pytest.mark.any_backend
+def test_texts_that_are_not_ids_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"`tokenizer\(texts\)`.*Received: \['a red h"):
+        small_model().encode_text(["a red heart"])
+
+
 def test_an_encoder_that_returns_tokens_is_refused():
     model = kcm.ContrastiveModel(functional_vit(pool=False), text_bag())
     with pytest.raises(ValueError, match=r"add a pooling.*Received: own_vit"):
         model(random_pairs(2))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("key", "shape", "option"),
+    [
+        ("images", (2, 8, 8, 3), "image_size"),
+        ("images", (2, 16, 16, 1), "image_size"),
+        ("images", (2, 16, 16), "image_size"),
+        ("token_ids", (2, CONTEXT - 1), "context_length"),
+        ("token_ids", (2, CONTEXT + 1), "context_length"),
+    ],
+)
+def test_inputs_of_another_shape_name_the_options_that_must_agree(key, shape, option):
+    model, wrong = small_model(), np.ones(shape, "uint8")
+    encode = model.encode_image if key == "images" else model.encode_text
+    for call in (encode, lambda x: model.predict({**random_pairs(2), key: x})):
+        with pytest.raises(ValueError, match=rf"`{key}` must .*`{option}`.*Received:"):
+            call(wrong)
+
+
+@pytest.mark.any_backend
+def test_an_own_encoder_around_a_fresh_clip_has_its_patches_numbered():
+    vit = clip_vision_encoder()
+    pooled = keras.layers.GlobalAveragePooling1D()(vit(images := vit.input["images"]))
+    kcm.ContrastiveModel(keras.Model(images, pooled), text_bag())
+    ids = ops.convert_to_numpy(vit.embedding.position_ids)
+    np.testing.assert_array_equal(ids, [np.arange(17)])

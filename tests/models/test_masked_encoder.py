@@ -3,6 +3,7 @@
 import functools
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from keras import ops
@@ -11,6 +12,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.models import MaskedEncoder
 from keras_cluster_mask.models.encoders import split_at
 from tests.helpers import (
+    AddPositions,
     HideByNoise,
     clip_vision_encoder,
     deit_encoder,
@@ -300,6 +302,35 @@ def bypassed(around):
     return keras.Model(images, keras.layers.Add()([pooled, other]))
 
 
+def later(kind, prefix=0):
+    """An encoder with a layer after "tokens" that takes not any tokens in any order."""
+    vit = functional_vit(pool=False)
+    x = vit.get_layer("positions").output
+    if prefix:
+        x = keras.layers.ZeroPadding1D((prefix, 0))(x)
+    x = keras.layers.Activation("linear", name="tokens")(x)
+    if kind == "positions":
+        # As zeros, such positions would not show.
+        x += keras_hub.layers.PositionEmbedding(32, initializer="zeros")(x)
+    elif kind == "relative":
+        x = keras.layers.Conv1D(16, 3, padding="same")(x)
+    elif kind == "weights":
+        x = AddPositions(name="late_positions")(x)
+    elif kind == "attention":
+        x = keras.layers.MultiHeadAttention(2, 8, name="mixed")(x, x)
+    pool = keras.layers.Flatten if kind == "flatten" else keras.layers.GlobalMaxPool1D
+    head = keras.layers.Dense(4, name="head")
+    return keras.Model(vit.input, head(pool()(x)), name="later")
+
+
+def nested(kind):
+    vit = functional_vit(pool=False)
+    pool = keras.layers.GlobalAveragePooling1D()
+    if kind == "sequential":
+        return keras.Sequential([keras.Input((16, 16, 3)), vit, pool])
+    return keras.Model(images := keras.Input((16, 16, 3)), pool(vit(images)))
+
+
 def masked_clip(around=False):
     encoder = clip_vision_encoder()
     masked = kcm.with_masking(encoder, kcm.RandomMasking(0.5))
@@ -333,6 +364,29 @@ def masked_clip(around=False):
         ),
         (lambda: bypassed("tokens"), kcm.ClusterMasking(4), "positions", "every path"),
         (lambda: bypassed("images"), kcm.ClusterMasking(4), "positions", "every path"),
+        *(
+            (functools.partial(later, kind), kcm.RandomMasking(0.5), "tokens", match)
+            for kind, match in (
+                ("positions", "`layer` must be after the position.*order of tokens"),
+                ("relative", "`layer` must be after the position.*order of tokens"),
+                ("weights", "`layer` must be after the position.*'late_positions'"),
+                ("flatten", "`layer`.*a head must pool tokens.*'head'"),
+            )
+        ),
+        *(
+            (functools.partial(nested, kind), kcm.RandomMasking(), layer, "'own_vit'")
+            for kind in ("sequential", "functional")
+            for layer in (None, "positions", "own_vit")
+        ),
+        # Class tokens cannot be seen after attention.
+        (
+            lambda: later("attention", prefix=1),
+            kcm.RandomMasking(),
+            "mixed",
+            "Pass `num_prefix_tokens`",
+        ),
+        # The patch size is not that of the encoder.
+        (clip_vision_encoder, kcm.ClusterMasking(8), None, "`tokens` does not fit"),
         (masked_clip, kcm.RandomMasking(0.25), None, "`encoder` must have no masking"),
         (
             lambda: masked_clip(around=True),
@@ -353,23 +407,36 @@ def test_what_cannot_be_masked_is_refused(make, masking, layer, match):
         kcm.with_masking(make(), masking, layer)
 
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("make", "masking", "match"),
-    [
-        # The patch size is not that of the encoder.
-        (clip_vision_encoder, kcm.ClusterMasking(8), "`tokens` does not fit"),
-        # The encoder does not say how many tokens are no patches.
-        (functional_vit, kcm.RandomMasking(), "`num_prefix_tokens`"),
-    ],
-)
-def test_a_masking_that_does_not_fit_the_tokens_is_an_error_in_training(
-    make, masking, match
+@pytest.mark.parametrize(("prefix", "policy"), [(0, "float32"), (2, "mixed_bfloat16")])
+def test_tokens_that_do_not_depend_on_the_image_are_counted_as_the_prefix(
+    prefix, policy
 ):
-    layer = "positions" if make is functional_vit else None
-    masked = kcm.with_masking(make(), masking, layer)
-    with pytest.raises(ValueError, match=rf"{match}.*Received:"):
-        masked(inputs_of(masked, random_images(4)), training=True)
+    keras.config.set_dtype_policy(policy)
+    try:
+        masked = kcm.with_masking(
+            later("attention", prefix), kcm.RandomMasking(), "tokens"
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert masked.num_prefix_tokens == prefix
+    assert masked(random_images(2), training=True).shape == (2, 4)
+
+
+def test_a_sequential_encoder_is_masked():
+    encoder = keras.Sequential(
+        [
+            keras.Input((16, 16, 3)),
+            keras.layers.Conv2D(16, 4, strides=4),
+            keras.layers.Reshape((16, 16)),
+            AddPositions(name="positions"),
+            keras.layers.GlobalMaxPool1D(),
+        ]
+    )
+    masked = kcm.with_masking(encoder, kcm.RandomMasking(0.5), "positions")
+    images = random_images(2)
+    np.testing.assert_array_equal(to_numpy(masked(images)), to_numpy(encoder(images)))
+    assert masked(images, training=True).shape == (2, 16)
+    assert {id(v) for v in encoder.weights} <= {id(v) for v in masked.weights}
 
 
 # === Positions ===

@@ -71,6 +71,44 @@ def test_floats_are_left_alone(dtype):
     np.testing.assert_array_equal(ops.convert_to_numpy(same), images)
 
 
+def encoder_of(*layers, dtype="float32"):
+    """An image encoder that starts with some layers, masked after its embedding."""
+    images = x = keras.Input((16, 16, 3), dtype=dtype)
+    for layer in layers:
+        x = layer(x)
+    x = keras.layers.Conv2D(16, 4, strides=4)(x)
+    x = keras.layers.Reshape((16, 16), name="tokens")(x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    encoder = keras.Model(images, x)
+    return kcm.with_masking(encoder, kcm.RandomMasking(num_prefix_tokens=0), "tokens")
+
+
+def test_an_encoder_of_integers_gets_the_pixels_as_they_are():
+    encoder = encoder_of(keras.layers.Rescaling(1 / 255), dtype="uint8")
+    with pytest.raises(ValueError, match=r"`pixel_mean` must be None.*uint8 images$"):
+        kcm.ContrastiveModel(encoder, text_bag())
+    model = kcm.ContrastiveModel(encoder, text_bag(), pixel_mean=None)
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype("uint8")
+    expected = to_numpy(encoder(images))
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(to_numpy(model.encode_image(images)), expected, 1e-4)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "layer",
+    [keras.layers.Rescaling(1 / 255), keras.layers.Normalization(mean=128, variance=9)],
+)
+def test_an_encoder_that_normalizes_again_causes_a_warning(layer, recwarn):
+    with pytest.warns(UserWarning, match=rf"pass `pixel_mean=None`.*'{layer.name}'"):
+        kcm.ContrastiveModel(encoder_of(layer), text_bag())
+    kcm.ContrastiveModel(encoder_of(layer), text_bag(), pixel_mean=None)
+    # A layer that scales features normalizes no images.
+    features = encoder_of(keras.layers.Conv2D(4, 1), keras.layers.Rescaling(0.5))
+    kcm.ContrastiveModel(features, text_bag())
+    assert not recwarn
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_order_of_axes_is_that_of_the_encoder(masked):

@@ -240,6 +240,22 @@ def test_zeros_that_are_no_padding_need_a_mask(trained, first):
 
 
 @pytest.mark.any_backend
+def test_an_input_of_another_name_is_refused_with_the_names_of_the_encoder(trained):
+    model, batch, _ = trained
+    wrong = without(batch, "padding_mask")
+    wrong["attention_mask"] = batch["padding_mask"]
+    message = r"one of .*'padding_mask'.*Received: \['attention_mask'\] of shape"
+    for run in (
+        lambda: model.fit(wrong, batch_size=8, verbose=0),
+        lambda: model.evaluate(wrong, batch_size=8, verbose=0),
+        lambda: model.predict(wrong, verbose=0),
+        lambda: kcm.evaluation.embed(model, wrong, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
+@pytest.mark.any_backend
 def test_an_input_that_nothing_fills_is_named():
     ids = keras.Input((CONTEXT,), dtype="int32", name="token_ids")
     topics = keras.Input((3,), name="topics")

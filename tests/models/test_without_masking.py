@@ -109,6 +109,83 @@ def test_a_model_without_a_masking_has_an_unmasked_twin():
     }
 
 
+class WithFactor:
+    """A model with an option of its own, which image features depend on."""
+
+    def __init__(self, *args, factor=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = factor
+
+    def image_features(self, images, training=None):
+        return super().image_features(images, training) + self.factor
+
+    def get_config(self):
+        return {**super().get_config(), "factor": self.factor}
+
+
+class Scaled(WithFactor, kcm.ContrastiveModel):
+    pass
+
+
+class ScaledCLIP(WithFactor, kcm.models.CLIPContrastiveModel):
+    def __init__(self, *args, factor, **kwargs):
+        super().__init__(*args, factor=factor, **kwargs)
+
+
+def scaled(masking):
+    encoder = kcm.with_masking(functional_vit(), masking, "positions")
+    return Scaled(encoder, text_bag(), factor=3.0)
+
+
+@pytest.mark.parametrize(
+    "make", [scaled, lambda x: ScaledCLIP.from_backbone(tiny_clip(), x, factor=3.0)]
+)
+def test_an_unmasked_model_and_towers_have_the_options_of_a_subclass(make):
+    model = make(kcm.RandomMasking(0.5))
+    expected = to_numpy(model.encode_image(images := random_images(2)))
+    whole = model.without_masking()
+    assert (whole.factor, whole.maskings) == (3.0, [])
+    for found in (whole.encode_image(images), model.image_tower(images)):
+        np.testing.assert_allclose(to_numpy(found), expected, atol=1e-6)
+
+
+class Forgetful(Scaled):
+    def get_config(self):
+        return kcm.ContrastiveModel.get_config(self)
+
+
+class Owner(Scaled):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.extra = keras.layers.Dense(3)
+        self.extra.build((None, 3))
+
+
+class Maker(kcm.ContrastiveModel):
+    def __init__(self, width=16, **kwargs):
+        encoder = kcm.with_masking(
+            functional_vit(width), kcm.RandomMasking(), "positions"
+        )
+        super().__init__(encoder, text_bag(width), **kwargs)
+        self.width = width
+
+    def get_config(self):
+        return {**self._options(), "width": self.width, "frozen": None}
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("cls", "received"),
+    [(Forgetful, "factor"), (Owner, "weights"), (Maker, "image_encoder")],
+)
+def test_a_subclass_that_cannot_be_made_without_its_masking_is_refused(cls, received):
+    encoder = kcm.with_masking(functional_vit(), kcm.RandomMasking(), "positions")
+    model = cls() if cls is Maker else cls(encoder, text_bag())
+    with pytest.raises(ValueError, match=rf"`{cls.__name__}` .*Received: .*{received}"):
+        model.without_masking()
+    assert model.image_tower(random_images(2)).shape == (2, 16)
+
+
 # === Towers ===
 
 

@@ -18,6 +18,6 @@ class NoteProcess:
         self.folder = folder
 
     def __call__(self, captions):
-        if captions[0].startswith(b"no "):
+        if captions[0].startswith("no "):
             (self.folder / str(os.getpid())).touch()
         return np.ones((len(captions), 6), "int32")

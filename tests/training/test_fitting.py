@@ -230,6 +230,18 @@ def test_worker_processes_start_once_for_all_epochs(format, write_pairs, tmp_pat
     assert not multiprocessing.active_children()
 
 
+def test_fit_prints_how_many_samples_of_an_epoch_are_broken(write_pairs, capsys):
+    shard = write_pairs("a.tar", 0, 10, [("x.png", b"-"), ("x.txt", b"t")])
+    for verbose, expected in ((0, 0), (2, 2)):
+        data = stream(shard, max_skipped=0.5)
+        with pytest.warns(UserWarning, match="was skipped"):
+            compiled().fit(data, epochs=2, steps_per_epoch=3, verbose=verbose)
+        printed = capsys.readouterr().out
+        assert printed.count("broken samples, <SkippedSamples count=") == expected
+    compiled().fit(stream(write_pairs("b.tar", 0, 8)), verbose=2)
+    assert "broken" not in capsys.readouterr().out
+
+
 def test_a_stream_validates_at_the_epochs_asked_for(write_pairs):
     shard = write_pairs("a.tar", 0, 15)
     held_out = stream(shard, training=False)
@@ -244,6 +256,19 @@ def test_a_stream_validates_at_the_epochs_asked_for(write_pairs):
     assert len(history["val_loss"]) == 2
     found = model.evaluate(held_out, verbose=0, return_dict=True)
     assert history["val_loss"][-1] == pytest.approx(found["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_validation_leaves_out_a_smaller_last_batch_of_a_stream(format, write_pairs):
+    if format == "tf":
+        pytest.importorskip("tensorflow")
+    losses = []
+    for count in (8, 9):
+        shard = write_pairs(f"{count}.tar", 0, count)
+        fit = dict(validation_data=stream(shard, training=False, format=format), **FIT)
+        history = compiled().fit(random_pairs(8), epochs=2, **fit).history
+        losses.append(history["val_loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 def test_a_stream_that_is_fitted_again_continues_where_it_was(write_pairs, tmp_path):

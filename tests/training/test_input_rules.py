@@ -18,6 +18,7 @@ from tests.helpers import (
 )
 
 RULES = InputRules(
+    text_inputs=("token_ids", "padding_mask"),
     context_length=6,
     vocabulary_size=VOCABULARY,
     end_token_id=VOCABULARY - 1,
@@ -111,6 +112,8 @@ UNNORMALIZED = {
     "float16": pixels(1, "float16"),
     "bfloat16": pixels(1, ml_dtypes.bfloat16),
     "float64": pixels(255, "float64"),
+    "without their mean": pixels(275) - 124,
+    "constant": np.full((4, 16, 16, 3), 255.0),
     "int32": pixels(255, "int32"),
     "int64": pixels(255, "int64"),
     "bool": pixels(1) > 0.5,
@@ -154,9 +157,10 @@ def test_images_that_are_not_normalized_are_refused_everywhere(model, kind):
         np.full((4, 16, 16, 3), 0.5, "float32"),
         # Bright, and a little beyond white from a resize after the normalization.
         2.0 + 0.4 * random_images(4).clip(0, 1),
+        4.0 * random_images(4),
         pixels(255, "uint8"),
     ],
-    ids=["normalized", "zeros", "constant", "bright", "uint8"],
+    ids=["normalized", "zeros", "constant", "bright", "wide", "uint8"],
 )
 def test_normalized_constant_and_uint8_images_pass(images, model):
     embeddings = model.encode_image(images)
@@ -254,8 +258,15 @@ def test_a_saved_model_refuses_the_same(tmp_path):
 
 
 @pytest.mark.any_backend
+def test_arrays_are_checked_before_they_are_split(model):
+    images = random_pairs(8)["images"]
+    with pytest.raises(ValueError, match=r"missing: \['token_ids'\]"):
+        model.fit({"images": images}, validation_split=0.5)
+
+
+@pytest.mark.any_backend
 def test_a_split_beside_validation_data_is_refused(model):
-    with pytest.raises(ValueError, match=r"`validation_split` must be 0.*Received:"):
+    with pytest.raises(ValueError, match=r"`validation_data` must be None.*split=0.5"):
         model.fit(
             random_pairs(8), validation_split=0.5, validation_data=random_pairs(4)
         )

@@ -174,6 +174,19 @@ def test_an_optimizer_built_to_decay_vectors_is_refused():
         model.compile(optimizer)
 
 
+@pytest.mark.any_backend
+@pytest.mark.parametrize("decay_vectors", [False, True])
+def test_an_optimizer_that_another_model_used_is_refused(decay_vectors):
+    for optimizer in (adamw(), kcm.TowerOptimizer(adamw(), image=adamw())):
+        model, other = small_model(), small_model()
+        for _ in range(2):
+            model.compile(optimizer, decay_vectors=decay_vectors)
+            if not optimizer.built:
+                optimizer.build(model.trainable_variables)
+        with pytest.raises(ValueError, match=r"all weights .*Received: .* for others"):
+            other.compile(optimizer, decay_vectors=decay_vectors)
+
+
 # === Frozen towers ===
 
 

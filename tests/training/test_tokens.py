@@ -40,7 +40,7 @@ def make_tokenizer(start=(START,), end=END, length=CONTEXT, padding=0):
         ends = [] if end is None else [end]
         rows = []
         for text in texts:
-            letters = [1 + byte % (START - 1) for byte in text]
+            letters = [1 + byte % (START - 1) for byte in text.encode()]
             row = [*start, *letters[: length - len(start) - len(ends)], *ends]
             rows.append(row + [padding] * (length - len(row)))
         return rows
@@ -145,7 +145,7 @@ def test_a_bare_tokenizer_of_keras_hub_is_refused(tmp_path):
     model = kcm.ContrastiveModel.from_backbone(backbone)
     for tokenizer in (
         layer,
-        lambda texts: layer([text.decode() for text in texts]),
+        lambda texts: layer(texts),
         # Texts are filled up before their end token.
         preprocessor(layer, sequence_length=12),
     ):
@@ -180,10 +180,10 @@ def test_rows_that_are_longer_than_the_tower_takes_are_an_error(clip):
 
 @pytest.mark.any_backend
 def test_a_tokenizer_of_known_captions_alone_cannot_be_checked(clip):
-    known = make_tokenizer()([b"a cat"])
+    known = make_tokenizer()(["a cat"])
 
     def table(texts):
-        return [{b"a cat": known[0]}[text] for text in texts]
+        return [{"a cat": known[0]}[text] for text in texts]
 
     assert embed_texts(clip, ["a cat"], table, verbose=0).shape == (1, 96)
 
@@ -303,6 +303,51 @@ def test_towers_that_read_whole_rows_tell_how_they_are_filled_up(shard):
         embed_texts(model, ["a cat"], make_tokenizer(padding=END), verbose=0)
 
 
+# === Sizes of vocabularies ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("kind", ["ours", "Hugging Face", "keras_hub", "open_clip"])
+def test_a_vocabulary_of_another_size_is_warned_of_once(kind, tmp_path, recwarn):
+    ours = kcm.data.CLIPTokenizer.train(["a cat", "a dog"] * 5, 520, CONTEXT)
+    if kind == "keras_hub":
+        pytest.importorskip("tensorflow")
+    tokenizer, size = {
+        "ours": lambda: (ours, 518),
+        "Hugging Face": lambda: (hugging_face(END), VOCABULARY),
+        "keras_hub": lambda: (keras_hub_preprocessor(ours, tmp_path), 518),
+        "open_clip": lambda: (
+            pytest.importorskip("open_clip").get_tokenizer("ViT-B-32"),
+            49408,
+        ),
+    }[kind]()
+    backbones = [
+        kcm.models.clip_backbone("tiny", 16, vocabulary, CONTEXT, 4)
+        for vocabulary in (size, size + len(kind))
+    ]
+    for backbone in [*backbones, backbones[-1]]:
+        embed_texts(backbone, ["a cat"], tokenizer, verbose=0)
+    found = [str(x.message) for x in recwarn if "number of ids" in str(x.message)]
+    assert len(found) == 1
+    assert found[0].endswith(f"{size} ids, a text encoder of {size + len(kind)}")
+
+
+def keras_hub_preprocessor(tokenizer, folder):
+    keras_hub = pytest.importorskip("keras_hub")
+    tokenizer = keras_hub_tokenizer(tokenizer, folder)
+    return keras_hub.models.CLIPPreprocessor(tokenizer, sequence_length=CONTEXT)
+
+
+@pytest.mark.any_backend
+def test_fit_warns_of_a_vocabulary_of_another_size(shard):
+    tokenizer = kcm.data.CLIPTokenizer.train(["a cat"], 520, CONTEXT)
+    backbone = kcm.models.clip_backbone("tiny", 16, 777, CONTEXT, 4)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    model.compile("sgd", **FAST)
+    with pytest.warns(UserWarning, match=r"`tokenizer` .*Received: .*514 ids, .*777"):
+        model.fit(stream(shard, tokenizer), verbose=0)
+
+
 # === A tokenizer of its own length ===
 
 
@@ -383,12 +428,12 @@ def test_towers_that_pool_at_the_end_take_rows_of_any_length_and_padding(family)
 # === What a tokenizer does to texts that are not of plain words ===
 
 CLEANED = {
-    "case": bytes.lower,
-    "digits": lambda text: re.sub(rb"\d", b"0", text),
-    "punctuation": lambda text: re.sub(rb"[.,!']", b"", text),
-    "accents": lambda text: text.replace("é".encode(), b"e"),
-    "symbols": lambda text: text.decode().replace("€", "?").encode(),
-    "entities": lambda text: html.unescape(text.decode()).encode(),
+    "case": str.lower,
+    "digits": lambda text: re.sub(r"\d", "0", text),
+    "punctuation": lambda text: re.sub(r"[.,!']", "", text),
+    "accents": lambda text: text.replace("é", "e"),
+    "symbols": lambda text: text.replace("€", "?"),
+    "entities": html.unescape,
 }
 
 
@@ -419,7 +464,7 @@ def test_the_ways_of_open_clip_to_clean_texts_are_different_tokenizers():
 @pytest.mark.any_backend
 def test_a_tokenizer_of_plain_words_alone_is_recognized_too(clip):
     def plain(texts):
-        if not all(re.fullmatch(rb"[a-z ]*", text) for text in texts):
+        if not all(re.fullmatch("[a-z ]*", text) for text in texts):
             raise KeyError("unknown letter")
         return make_tokenizer()(texts)
 
@@ -435,10 +480,10 @@ def test_a_tokenizer_of_plain_words_alone_is_recognized_too(clip):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("known", ["", "dog", "sea", "two red", "tall tree"])
 def test_a_clip_tower_takes_a_tokenizer_that_drops_unknown_words(clip, known):
-    words = known.encode().split()
+    words = known.split()
 
     def tokenizer(texts):
-        kept = [b"".join(w for w in text.split() if w in words) for text in texts]
+        kept = ["".join(w for w in text.split() if w in words) for text in texts]
         return make_tokenizer()(kept)
 
     found = embed_texts(clip, ["dog", "two cats"], tokenizer, verbose=0)

@@ -53,9 +53,9 @@ def split(pairs, size=4):
     return [{k: v[i : i + size] for k, v in pairs.items()} for i in starts]
 
 
-def tf_dataset(data):
+def tf_dataset(data, drop_remainder=True):
     tf = pytest.importorskip("tensorflow")
-    return tf.data.Dataset.from_tensor_slices(data).batch(4, drop_remainder=True)
+    return tf.data.Dataset.from_tensor_slices(data).batch(4, drop_remainder)
 
 
 def grain_dataset(pairs):
@@ -150,12 +150,37 @@ def test_data_of_any_kind_trains_and_is_refused_in_fit(kind):
             call(KINDS[kind](pairs), verbose=0)
 
 
+@every_kind
+def test_a_smaller_last_batch_is_left_out_of_an_evaluation(kind):
+    model, pairs, options = small_model(), random_pairs(9), {}
+    model.compile("sgd", **FAST)
+    first = {name: values[:8] for name, values in pairs.items()}
+    expected = model.evaluate(first, batch_size=4, verbose=0)
+    if kind == "arrays":
+        options["batch_size"] = 4
+    data = tf_dataset(pairs, False) if kind == "tf.data" else KINDS[kind](pairs)
+    found = model.evaluate(data, verbose=0, **options)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_smaller_batch_counts_if_no_larger_one_came_before():
+    model, pairs = small_model(), random_pairs(3)
+    model.compile("sgd", **FAST)
+    expected = model.test_on_batch(pairs)
+    larger = model.evaluate(random_pairs(8), verbose=0)
+    assert larger[0] > expected[0] > 0
+    model.reset_metrics()
+    for found in (model.test_on_batch(pairs), model.evaluate(pairs, verbose=0)):
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "data",
     [
         None,
         np.zeros((4, 16, 16, 3)),
         [random_pairs(4)["images"]],
+        [random_pairs(4)] * 2,
         iter([random_pairs(4)]),
     ],
 )
@@ -164,6 +189,23 @@ def test_data_of_no_known_kind_is_refused(data):
     model.compile("sgd", **FAST)
     with pytest.raises(ValueError, match=r"`x` and `validation_data` must.*Received:"):
         model.fit(data, verbose=0)
+
+
+@pytest.mark.any_backend
+def test_a_grain_loader_is_refused_with_the_data_to_pass():
+    grain = pytest.importorskip("grain")
+    sampler = grain.samplers.IndexSampler(
+        8, grain.sharding.NoSharding(), shuffle=False, num_epochs=1
+    )
+    rows = split(random_pairs(8), 1)
+    data = grain.DataLoader(
+        data_source=[{k: v[0] for k, v in row.items()} for row in rows],
+        sampler=sampler,
+        operations=[grain.transforms.Batch(4)],
+    )
+    with pytest.raises(ValueError, match=r"pass `\(batch for batch in data\)` for one"):
+        read(data)
+    assert len(read(batch for batch in data)) == 2
 
 
 @pytest.mark.any_backend
@@ -206,19 +248,78 @@ def test_weights_in_tuples_are_those_of_the_batch():
             as_dictionary(data, sample_weight=weights)
 
 
+LEFT_OUT = "not arrays of numbers do not reach the model"
+
+
+@every_kind
+def test_strings_of_any_kind_are_left_out_with_one_warning(kind):
+    pairs = {**random_pairs(8), "label": np.arange(8)}
+    data = KINDS[kind]({**pairs, "keys": list("abcdefgh")})
+    with pytest.warns(UserWarning, match=rf"{LEFT_OUT}. Received: \['keys'\]") as found:
+        batches = read(data)
+    assert [{*batch} for batch in batches] == [{*pairs}] * 2
+    assert len([x for x in found if LEFT_OUT in str(x.message)]) == 1
+
+
 @pytest.mark.any_backend
-def test_strings_are_left_out_since_no_model_takes_them():
-    pairs = random_pairs(4)
-    names = {
-        "sample_id": np.array(list("abcd")),
-        "keys": list("abcd"),
-        "captions": [["a"], ["b", "c"], ["d"], ["e"]],
-        "nothing": None,
-    }
-    for data in ({**pairs, **names}, (x for x in [{**pairs, **names}])):
-        assert {*read(data)[0]} == {*pairs}
-    data = tf_dataset({**pairs, "sample_id": names["sample_id"]})
-    assert {*read(data)[0]} == {*pairs}
+@pytest.mark.parametrize(
+    "entry",
+    [
+        tuple("abcd"),
+        np.array(list("abcd")),
+        [["a"], ["b", "c"], ["d"], ["e"]],
+        ("a", ["b", "c"], "d", "e"),
+        "all from one shard",
+        {"url": list("abcd"), "width": np.arange(4)},
+        [{"url": "a"}] * 4,
+        np.array(["2024-01-01"] * 4, "datetime64[D]"),
+    ],
+)
+def test_what_is_no_array_of_numbers_is_left_out_of_arrays_and_batches(entry):
+    batch = {**random_pairs(4), "extra": entry, "nothing": None}
+    for data in (batch, (x for x in [batch])):
+        with pytest.warns(UserWarning, match=LEFT_OUT):
+            assert {*read(data)[0]} == {"images", "token_ids"}
+
+
+def test_strings_reach_no_step_of_training_and_evaluation():
+    pairs, model = random_pairs(8), small_model()
+    model.compile("sgd", **FAST)
+    with_keys = split({**pairs, "keys": tuple("abcdefgh")})
+    for call in (
+        model.fit,
+        lambda data, **options: model.fit(pairs, validation_data=data, **options),
+        model.evaluate,
+        model.predict,
+    ):
+        with pytest.warns(UserWarning, match=LEFT_OUT):
+            call((batch for batch in with_keys), verbose=0)
+
+
+@pytest.mark.any_backend
+def test_the_captions_of_an_image_text_dataset_are_left_out_without_a_warning(
+    write_pairs, recwarn
+):
+    data = kcm.data.image_text_dataset(
+        write_pairs("a.tar", 0, 8),
+        lambda texts: np.ones((len(texts), 6), "int32"),
+        image_size=16,
+        batch_size=4,
+        training=False,
+        include_captions=True,
+    )
+    assert [{*batch} for batch in read(data)] == [{"images", "token_ids"}] * 2
+    assert not [x for x in recwarn if LEFT_OUT in str(x.message)]
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("kind", ["arrays", "tf.data", "PyDataset"])
+def test_a_text_input_that_the_text_encoder_does_not_have_is_refused(kind):
+    pairs = random_pairs(8)
+    pairs["attention_mask"] = pairs["token_ids"] > 0
+    message = r"one of \['token_ids', 'padding_mask'\]: rename.*\['attention_mask'\]"
+    with pytest.raises(ValueError, match=message):
+        read(KINDS[kind](pairs), text_inputs=("token_ids", "padding_mask"))
 
 
 def test_lists_of_numbers_are_arrays_everywhere():

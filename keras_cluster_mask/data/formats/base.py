@@ -18,9 +18,11 @@ class Entry(typing.NamedTuple):
         key: str; in an index its hash, an int.
         offset: int. The first byte of the sample; for Parquet the row group.
         size: int. The number of bytes; for Parquet the row in the group.
-        fields: Collection of str. The names of the fields that are not empty.
+        fields: dict from the name of each field that is not empty to its content or
+            its size, or to None for an entry of a JSON field; in an index the names.
         fault: str, the reason why the sample is broken, or None.
         content: bytes of a sample that is stored in the index, or None.
+        checksum: int, in an index the hash of the fields; see `checksum_of`.
     """
 
     key: str | int
@@ -29,6 +31,7 @@ class Entry(typing.NamedTuple):
     fields: typing.Collection
     fault: str | None = None
     content: bytes | None = None
+    checksum: int | None = None
 
 
 def is_empty(value):
@@ -72,17 +75,25 @@ class NoRandomAccess(ValueError):
         )
 
 
+def check_not_compressed(path, start):
+    """Raises an error if the first bytes of a file are those of a compressed one."""
+    if start.startswith(COMPRESSED):
+        kind = "a compressed file: decompress it, such as with `gunzip`"
+        raise NoRandomAccess(path, kind)
+
+
 class Format:
     """A format of shards.
 
     Attributes:
-        unique_keys: bool. Whether a duplicate key in a shard is a fault.
+        has_rows: bool. Whether a shard has rows, of which those of one image are a
+            sample. In other formats, a duplicate key in a shard is a fault.
         in_index: bool. Whether the content of the samples is stored in the index.
         names_files: bool. Whether samples may hold the names of image files, which are
             relative to the folder of the shard.
     """
 
-    unique_keys = True
+    has_rows = False
     in_index = False
     names_files = False
 

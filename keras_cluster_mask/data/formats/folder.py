@@ -6,44 +6,69 @@ import os
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import Entry, Format
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif"),
+    *(".gif", ".bmp", ".tif", ".tiff"),
+)
 
 
 class Folder(Format):
     """Images in a folder and its subfolders, or a single image.
 
     The key of a sample is the path of the image within the folder. Its fields are
-    `path`, and `folder`, the name of the image's folder, which may be a class.
+    `path`, `folder`, the name of the image's folder, which may be a class, and `txt`,
+    the text of the file `KEY.txt` beside `KEY.jpg`.
     """
 
     in_index = True
     names_files = True
 
     def scan(self, path):
-        offset = 0
-        for name in images_in(path):
-            content = json.dumps(name).encode()
-            yield Entry(name, offset, len(content), ("path", "folder"), None, content)
+        offset, images = 0, images_in(path)
+        named = [name for name in images if images[name]]
+        places = [(files.beside(path, _text_of(name)), 0, None) for name in named]
+        texts = dict(zip(named, files.read_ranges(places)))
+        for name in images:
+            text = texts.get(name, b"")
+            if isinstance(text, Exception):
+                raise text
+            content = json.dumps([name, text.decode(errors="replace")]).encode()
+            _, fields = self.parse(content, 0, None)
+            if not text:
+                del fields["txt"]
+            yield Entry(name, offset, len(content), fields, None, content)
             offset += len(content)
 
+    def context(self, path):
+        """Returns the names of the folders with images."""
+        return sorted({*map(os.path.dirname, images_in(path))} - {""})
+
     def parse(self, content, number, context):
-        name = json.loads(content)
-        return name, {"path": name, "folder": os.path.dirname(name)}
+        name, text = json.loads(content)
+        return name, {"path": name, "folder": os.path.dirname(name), "txt": text}
 
 
 def images_in(path):
-    """Lists the images of a folder and its subfolders, sorted, without hidden files.
+    """Lists the images of a folder and its subfolders, without hidden files.
 
     Args:
         path: str. A folder, which ends with a slash, or an image.
+
+    Returns:
+        dict, sorted, from the name of each image to the information on the file of its
+        caption, or None.
     """
     if not path.endswith("/"):
-        return [os.path.basename(path)]
+        return {os.path.basename(path): None}
     system, folder = files.file_system(path)
     within = len(folder.rstrip("/")) + 1
-    names = (found[within:] for found in system.find(folder))
-    return sorted(
-        name
-        for name in names
-        if name.lower().endswith(ENDINGS) and "/." not in f"/{name}"
-    )
+    found = system.find(folder, detail=True)
+    return {
+        name[within:]: found.get(_text_of(name))
+        for name in sorted(found)
+        if name.lower().endswith(ENDINGS) and "/." not in f"/{name[within:]}"
+    }
+
+
+def _text_of(name):
+    return f"{os.path.splitext(name)[0]}.txt"

@@ -1,5 +1,6 @@
-"""Parquet files, in which each row is a sample."""
+"""Parquet files, with a row for each image or caption."""
 
+import contextlib
 import functools
 import threading
 
@@ -16,35 +17,36 @@ class Parquet(Format):
     """Parquet files, whose columns are the fields. Needs pyarrow.
 
     The image column contains bytes, file names, or dicts of `"bytes"` and `"path"`, as
-    the package `datasets` writes them. The key is the column `__key__`, `key`,
-    `image_id` or `id`, or the row number.
+    the package `datasets` writes them. The rows of one image are a sample with several
+    captions. Its key is the column `__key__`, `key`, `image_id` or `id` of its first
+    row, or the row number.
 
     Parquet cannot read single rows. If samples are shuffled one by one, a whole row
-    group is read for each sample. Use `block_size`, or write tar shards.
+    group is read for each sample, so blocks of rows are shuffled; see `block_size`.
     """
 
-    unique_keys = False
+    has_rows = True
     names_files = True
 
     def scan(self, path):
         # The cache may hold row groups of an older file of this name.
         _read_group.cache_clear()
-        file = _open(path)
         number = 0
-        for group in range(file.num_row_groups):
-            table = _intact(path, file.read_row_group, group)
-            for place in range(table.num_rows):
-                row = _intact(path, _row, table, place)
-                key, fields = self.parse(row, number, None)
-                names = [name for name in fields if not is_empty(fields[name])]
-                yield Entry(key, group, place, names)
-                number += 1
+        with _open(path) as file:
+            for group in range(file.num_row_groups):
+                table = _intact(path, file.read_row_group, group)
+                for place in range(table.num_rows):
+                    row = _intact(path, _row, table, place)
+                    key, fields = self.parse(row, number, None)
+                    fields = {k: v for k, v in fields.items() if not is_empty(v)}
+                    yield Entry(key, group, place, fields)
+                    number += 1
 
     def read(self, places):
         rows = []
         for path, group, place in places:
             try:
-                table = files.retried(functools.partial(_group, path, group))
+                table = files.retried(functools.partial(_group, path, group), path)
                 rows.append(_intact(path, _row, table, place))
             except (OSError, DamagedShard) as error:
                 rows.append(error)
@@ -54,7 +56,7 @@ class Parquet(Format):
         fields = {
             name: plain(value) for name, value in content.items() if value is not None
         }
-        key = next((content[name] for name in KEYS if content.get(name)), None)
+        key = next((content[k] for k in KEYS if not is_empty(content.get(k))), None)
         return f"{number:08}" if key is None else str(key), fields
 
 
@@ -65,6 +67,7 @@ def plain(value):
     return value
 
 
+@contextlib.contextmanager
 def _open(path):
     try:
         import pyarrow.parquet as pq
@@ -72,7 +75,9 @@ def _open(path):
         raise ImportError(
             f"Parquet files need pyarrow: `pip install pyarrow`. Received: {path}"
         ) from error
-    return _intact(path, pq.ParquetFile, files.open_file(path))
+    # pyarrow reads each column of a group at once, so a buffer would only add bytes.
+    with files.open_file(path) as file:
+        yield _intact(path, pq.ParquetFile, file.raw)
 
 
 def _intact(path, read, *arguments):
@@ -96,7 +101,8 @@ def _group(path, group):
 
 @functools.lru_cache(OPEN_GROUPS)
 def _read_group(path, group):
-    return _intact(path, _open(path).read_row_group, group)
+    with _open(path) as file:
+        return _intact(path, file.read_row_group, group)
 
 
 def _row(table, place):

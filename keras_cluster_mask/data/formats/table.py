@@ -1,5 +1,6 @@
-"""Tables (CSV, TSV, JSON lines) with one row per sample."""
+"""Tables (CSV, TSV, JSON lines) with a row for each image or caption."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -20,15 +21,18 @@ class Table(Format):
     """Tables, whose columns are the fields.
 
     The names of image files are relative to the folder of the table, unless they are
-    absolute paths or URLs. The key of a sample is the value of its first column.
-    A broken row affects only one sample.
+    absolute paths or URLs. The rows of one image are a sample with several captions.
+    Its key is the value of the first column in its first row. A broken row affects no
+    other row.
+
+    Quotes are those of CSV, but many TSV files have none: there, a cell that is not
+    quoted as in CSV keeps its quotes, and a line that has all cells is a row.
 
     Args:
         delimiter: str. The delimiter of cells; None for JSON lines.
     """
 
-    # A table may list an image once for each of its captions.
-    unique_keys = False
+    has_rows = True
     names_files = True
 
     def __init__(self, delimiter):
@@ -40,13 +44,12 @@ class Table(Format):
         with files.open_file(path) as file:
             columns, first = self._columns(path, file)
             number = 0
-            for start, content in self._rows(file, first):
+            for start, content in self._rows(file, first, columns):
                 if not content.strip():
                     continue
                 row, fault = self._row(content, columns)
-                names = [name for name in row if not is_empty(row[name])]
-                key = _key(row, number)
-                yield Entry(key, start, len(content), names, fault)
+                fields = {k: v for k, v in row.items() if not is_empty(v)}
+                yield Entry(_key(row, number), start, len(content), fields, fault)
                 number += 1
 
     def context(self, path):
@@ -67,8 +70,12 @@ class Table(Format):
             raise DamagedShard(path, None, f"its first line is {fault}")
         return [name.strip() for name in row], len(line)
 
-    def _rows(self, file, start):
+    def _rows(self, file, start, columns):
         """Yields the offset and the bytes of each row. A broken row is one line."""
+
+        def is_row(line):
+            return self.delimiter == "\t" and line.count(b"\t") + 1 >= len(columns)
+
         taken = []
         while True:
             file.seek(start)
@@ -78,7 +85,10 @@ class Table(Format):
                 return
             # Only a quoted cell may contain a newline.
             if self.delimiter is not None and b'"' in first:
-                _, fault = self._cells(itertools.chain([first], _lines(file, taken)))
+                more = _lines(file, taken)
+                if is_row(first):
+                    more = itertools.takewhile(lambda line: not is_row(line), more)
+                _, fault = self._cells(itertools.chain([first], more))
                 if fault:
                     del taken[1:]
             yield start, b"".join(taken)
@@ -108,6 +118,9 @@ class Table(Format):
                 row = None
             return (row, None) if isinstance(row, dict) else ({}, NO_JSON)
         cells, fault = self._cells([content])
+        if fault and self.delimiter == "\t":
+            with contextlib.suppress(UnicodeDecodeError):
+                cells, fault = content.decode().rstrip("\r\n").split("\t"), None
         # An unquoted comma in a caption would truncate the caption.
         if any(cells[len(columns) :]):
             cells, fault = cells[:1], "more cells than columns"

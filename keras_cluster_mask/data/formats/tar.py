@@ -8,12 +8,12 @@ import tarfile
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import (
-    COMPRESSED,
     MAX_BYTES,
     DamagedShard,
     Entry,
     Format,
     NoRandomAccess,
+    check_not_compressed,
     entries_of,
     is_empty,
 )
@@ -22,6 +22,7 @@ BLOCK = 512
 MAX_ENTRIES = 32
 # An upper bound of the zero padding at the end of a tar file.
 MAX_PADDING = 2**20
+UNKNOWN = "a file of unknown format: use tar, TFRecord, Parquet, CSV, TSV or JSON lines"
 
 
 class Tar(Format):
@@ -34,17 +35,18 @@ class Tar(Format):
         last = None
         try:
             with files.open_file(path) as file:
-                if file.read(8).startswith(COMPRESSED):
-                    kind = "a compressed file: decompress it, such as with `gunzip`"
-                    raise NoRandomAccess(path, kind)
+                # First, since it discards what has been read ahead.
                 length = file.seek(0, io.SEEK_END)
                 file.seek(0)
+                check_not_compressed(path, file.read(8))
+                file.seek(0)
                 archive = tarfile.TarFile(fileobj=file, tarinfo=_Header)
-                for key, offset, size, fields in _samples(archive, length):
-                    large = max(fields.values(), default=0) > MAX_BYTES
-                    names = {name for name, size in fields.items() if size}
+                for key, offset, size, sizes, entries in _samples(archive, length):
+                    large = max(sizes.values(), default=0) > MAX_BYTES
+                    fields = {name: size for name, size in sizes.items() if size}
+                    fields |= dict.fromkeys(entries)
                     fault = "file too large" if large else None
-                    yield Entry(key, offset, size, names, fault)
+                    yield Entry(key, offset, size, fields, fault)
                     last = key
                 file.seek(archive.offset + BLOCK)
                 rest = file.read(MAX_PADDING + 1)
@@ -55,6 +57,8 @@ class Tar(Format):
             raise
         # Damaged headers raise many kinds of errors.
         except Exception as error:
+            if last is None and not path.lower().endswith(".tar"):
+                raise NoRandomAccess(path, UNKNOWN) from error
             raise DamagedShard(path, last, str(error)) from error
 
     def parse(self, content, number, context):
@@ -74,7 +78,7 @@ class Tar(Format):
 
 
 def _samples(archive, length):
-    """Yields the key, offset, size and field sizes of each sample."""
+    """Yields the key, offset, size, field sizes and JSON entries of each sample."""
     sample = None
     while (member := archive.next()) is not None:
         # Otherwise the archive would keep every member in memory.
@@ -89,13 +93,12 @@ def _samples(archive, length):
         if sample is None or key != sample[0] or field in sample[3]:
             if sample is not None:
                 yield sample
-            sample = [key, member.offset, 0, {}]
+            sample = [key, member.offset, 0, {}, []]
         sample[2] = archive.offset - sample[1]
         sample[3][field] = member.size
         if field == "json":
             archive.fileobj.seek(member.offset_data)
-            names = _entries(archive.fileobj.read(min(member.size, MAX_BYTES)))
-            sample[3].update(dict.fromkeys(names, 1))
+            sample[4] = _entries(archive.fileobj.read(min(member.size, MAX_BYTES)))
     if sample is not None:
         yield sample
 

@@ -16,6 +16,7 @@ from keras_cluster_mask.data.formats.base import (
     DamagedShard,
     Entry,
     Format,
+    check_not_compressed,
     is_empty,
 )
 
@@ -62,6 +63,7 @@ class TFRecord(Format):
                     return
                 size = int.from_bytes(head[:8], "little")
                 if len(head) < BEFORE or not _is_intact(head[:8], head[8:]):
+                    check_not_compressed(path, head)
                     reason = "the length of a record does not match its checksum"
                     raise DamagedShard(path, key, reason)
                 place = file.tell()
@@ -80,8 +82,8 @@ class TFRecord(Format):
                         key, fields = self.parse(content, number, None)
                     except message.DecodeError:
                         fault = "a record that is not a tf.train.Example"
-                names = [name for name in fields if not is_empty(fields[name])]
-                yield Entry(key, place, len(content), names, fault)
+                fields = {k: v for k, v in fields.items() if not is_empty(v)}
+                yield Entry(key, place, len(content), fields, fault)
 
     def parse(self, content, number, context):
         entries = _example().FromString(content).features.feature

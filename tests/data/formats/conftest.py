@@ -1,7 +1,3 @@
-import csv
-import io
-import json
-
 import pytest
 
 from keras_cluster_mask.data.formats import format_of
@@ -104,7 +100,7 @@ def write_records(tmp_path):
 @pytest.fixture(
     params=["x.tar", "x.tfrecord", "x.csv", "x.tsv", "x.jsonl", "x.parquet"]
 )
-def shard(request, tmp_path, write, write_tar):
+def shard(request, write_rows, write_tar):
     """A shard of `ROWS` in each format."""
     name = request.param
     if name == "x.tar":
@@ -120,14 +116,4 @@ def shard(request, tmp_path, write, write_tar):
         rows = [{k: v.encode() for k, v in row.items()} for row in ROWS]
         write_records = request.getfixturevalue("write_records")
         return write_records(name, [record(**row) for row in rows])
-    if name == "x.jsonl":
-        return write(name, "".join(f"{json.dumps(row)}\n" for row in ROWS))
-    if name == "x.parquet":
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / name, row_group_size=2)
-        return tmp_path / name
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, ROWS[0], delimiter="," if name == "x.csv" else "\t")
-    writer.writeheader()
-    writer.writerows(ROWS)
-    return write(name, file.getvalue())
+    return write_rows(name, ROWS)

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.formats import Folder, format_of
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.shards import find_shards
 
 pytestmark = pytest.mark.any_backend
@@ -25,13 +28,38 @@ def test_a_folder_holds_the_images_in_it_and_below(images, read_all):
     assert shard == f"{images}/"
     samples, faults = read_all(shard)
     assert samples == [
-        ("3.png", {"path": "3.png", "folder": ""}),
-        ("cats/1.PNG", {"path": "cats/1.PNG", "folder": "cats"}),
-        ("cats/2.png", {"path": "cats/2.png", "folder": "cats"}),
-        ("dogs/1.png", {"path": "dogs/1.png", "folder": "dogs"}),
+        ("3.png", {"path": "3.png", "folder": "", "txt": ""}),
+        ("cats/1.PNG", {"path": "cats/1.PNG", "folder": "cats", "txt": ""}),
+        ("cats/2.png", {"path": "cats/2.png", "folder": "cats", "txt": ""}),
+        ("dogs/1.png", {"path": "dogs/1.png", "folder": "dogs", "txt": ""}),
     ]
     assert faults == []
     assert files.beside(shard, "cats/1.PNG") == f"{images}/cats/1.PNG"
+
+
+@pytest.mark.parametrize("name", ["1.tif", "2.TIFF", "3.jfif", "4.avif", "5.jpeg"])
+def test_images_of_all_usual_names_are_found(tmp_path, read_all, name):
+    (tmp_path / name).write_bytes(b"image")
+    (shard,) = find_shards(tmp_path)
+    assert [key for key, _ in read_all(shard)[0]] == [name]
+    assert type(format_of(f"{tmp_path}/{name}")) is Folder
+
+
+@pytest.mark.parametrize("at", ["", "memory://texts"])
+def test_the_text_beside_an_image_is_its_caption(images, memory, tmp_path, at):
+    (images / "cats/1.txt").write_text("a cat, é\n")
+    (images / "dogs/1.txt").write_text("")
+    (images / "4.txt").write_text("no image")
+    memory.put(f"{images}/", "/texts/", recursive=True)
+    options = {"index_dir": tmp_path / "index"}
+    for text in ("a cat, é", "another"):
+        index = open_index(at or images, PairReader(), **options)
+        (pair,) = index.read([0])
+        assert (len(index), pair.key, pair.captions) == (1, "cats/1.PNG", (text,))
+        assert pair.image == (images / "cats/1.PNG").read_bytes()
+        # A new text changes the stamp of the folder.
+        (images / "cats/1.txt").write_text("another")
+        memory.pipe("/texts/cats/1.txt", b"another")
 
 
 def test_a_single_image_is_a_shard(images, read_all):

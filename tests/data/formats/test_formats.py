@@ -3,6 +3,7 @@
 import pathlib
 import re
 import sys
+import zipfile
 
 import fsspec
 import pytest
@@ -117,6 +118,25 @@ def test_compressed_files_are_refused(name, write_tar, request, scan):
     else:
         path = write_tar(name, [("1.jpg", b"j")], f"w:{name[6:] or 'xz'}")
     with pytest.raises(NoRandomAccess, match=rf"`source`.*Received: source='{path}'"):
+        list(scan(path))
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.zip", "x", "x.csv.zip"])
+def test_other_files_are_of_unknown_format(name, tmp_path, write, scan):
+    content = b'{"images": []}'
+    if name.endswith("zip"):
+        with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
+            archive.writestr("a.jpg", b"j" * 999)
+        content = (tmp_path / "zip").read_bytes()
+    path = write(name, content)
+    with pytest.raises(NoRandomAccess, match=rf"unknown format.*tar.*source='{path}'"):
+        list(scan(path))
+
+
+def test_a_compressed_tfrecord_file_is_refused(write_records, scan):
+    path = write_records("x.gz", [b"record"])
+    path = path.rename(path.with_suffix(".tfrecord"))
+    with pytest.raises(NoRandomAccess, match="compressed file: decompress it"):
         list(scan(path))
 
 

@@ -40,13 +40,15 @@ def test_what_editors_change_does_not_matter(write, read_all, name, change):
 
 def test_random_tables_are_read_as_python_writes_them(write, read_all):
     draw = random.Random(0)
-    letters = 'ab,"\n\té猫 \u2028'
 
-    def cell():
+    def cell(letters):
         return "".join(draw.choices(letters, k=draw.randrange(6)))
 
-    rows = [[f"{i}.jpg", cell(), cell()] for i in range(300)]
-    for name, delimiter in (("x.csv", ","), ("x.tsv", "\t")):
+    # In a TSV, a cell with newlines and tabs may be several rows.
+    for name, delimiter, other in (("x.csv", ",", "\t"), ("x.tsv", "\t", ",")):
+        letters = f'ab{other}"\né猫 \u2028'
+        letters += delimiter if name == "x.csv" else ""
+        rows = [[f"{i}.jpg", cell(letters), cell(letters)] for i in range(300)]
         file = io.StringIO(newline="")
         csv.writer(file, delimiter=delimiter).writerows([["f", "a", "b"], *rows])
         samples, faults = read_all(write(name, file.getvalue()))
@@ -68,6 +70,26 @@ def test_a_row_may_be_short_but_not_wide(write, read_all):
 @pytest.mark.parametrize("content", ["", "file_name,text\n", "file_name,text"])
 def test_a_table_without_rows_has_no_samples(write, read_all, content):
     assert read_all(write("x.csv", content)) == ([], [])
+
+
+@pytest.mark.parametrize("caption", ['"open', '"two" birds', 'two "birds"', '"a""b" c'])
+def test_quotes_in_a_tsv_without_quoting_are_part_of_the_caption(
+    write, read_all, caption
+):
+    captions = ["one", caption, "three", 'closed"', "five"]
+    rows = [f"{i}.jpg\t{text}" for i, text in enumerate(captions)]
+    samples, faults = read_all(write("x.tsv", "\n".join(["f\ttext", *rows])))
+    assert [fields["text"] for _, fields in samples] == captions
+    assert faults == []
+
+
+def test_a_quoted_cell_of_a_tsv_may_have_newlines(write, read_all):
+    for columns in (("text", "f"), ("f", "text")):
+        row = {"f": "1.jpg", "text": 'two\n"lines"'}
+        cells = {"f": "1.jpg", "text": '"two\n""lines"""'}
+        lines = ["\t".join(columns), "\t".join(cells[name] for name in columns)]
+        ((_, fields),), _ = read_all(write("x.tsv", "\n".join(lines)))
+        assert fields == row
 
 
 # === Broken rows ===

@@ -3,7 +3,10 @@ import tarfile
 
 import pytest
 
+from keras_cluster_mask.data import image_text_dataset
 from keras_cluster_mask.data.formats import DamagedShard, tar
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import PairReader
 
 pytestmark = pytest.mark.any_backend
 
@@ -246,3 +249,13 @@ def test_the_entries_of_json_files_are_fields(write_tar):
     first, second = tar.Tar().scan(str(path))
     assert {*first.fields} == {"jpg", "json", "json.", "json.caption", "json.label"}
     assert {*second.fields} == {"jpg", "json", "json."}
+
+
+def test_all_images_before_all_texts_are_an_error_that_names_the_rule(write_tar):
+    names = [f"{n}.{end}" for end in ("jpg", "txt") for n in range(6)]
+    shard = write_tar("x.tar", [(name, b"-") for name in names])
+    index = open_index(shard, PairReader())
+    rule = "the files of a sample must be neighbors"
+    assert index.faults == {str(shard): {"no caption": 6, rule: 6}}
+    with pytest.raises(ValueError, match=rf"Received: .*'{rule}': 6"):
+        image_text_dataset(shard, lambda texts: [[1]], 8, 2, training=False)

@@ -1,0 +1,123 @@
+"""Objects as sources, such as a list of dicts or a Hugging Face `Dataset`."""
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from keras_cluster_mask.data.formats.parquet import plain
+from keras_cluster_mask.data.pairs import Fault, SampleError
+from keras_cluster_mask.data.parts import digest_of, hash_of
+
+# The number of samples that a fingerprint depends on.
+SAMPLED = 32
+# Several indexes may read the same object.
+_reading = threading.RLock()
+
+
+class ObjectIndex:
+    """The samples of an object with `__len__` and `__getitem__`.
+
+    The key of a sample is its entry `"__key__"`, or its number. Broken samples are only
+    found when they are read. Has the methods and attributes of `Index`.
+
+    Args:
+        source: The object. Its items are dicts; an image is bytes, the name of a file,
+            a dict of `"bytes"` and `"path"`, a `PIL.Image.Image`, or an array. Only one
+            thread at a time reads an item and decodes its image, unless the object has
+            the attribute `thread_safe = True`.
+        reader: `PairReader`.
+    """
+
+    def __init__(self, source, reader):
+        self._source, self._reader = source, reader
+        self.paths = [type(source).__name__]
+        self.faults, self.damage = {}, []
+        try:
+            first = self._alone(self._sample, 0) if len(source) else {}
+        # An item of a DataFrame is a column, and streams have no length.
+        except (TypeError, SampleError) as error:
+            raise ValueError(
+                "`source` must be paths, or an object with `len` whose items are "
+                "dicts: pass `frame.to_dict('records')` instead of a DataFrame, and "
+                "load a streaming dataset without streaming. Received: "
+                f"source={self.paths[0]}: {error}"
+            ) from error
+        self.fields = set(first) if isinstance(first, Mapping) else set()
+
+    @functools.cached_property
+    def fingerprint(self):
+        """str. See `Index`. It depends on up to `SAMPLED` of the samples."""
+        numbers = np.unique(np.linspace(0, len(self) - 1, SAMPLED, dtype=int))
+        samples = self.read(numbers[: len(self)], with_images=False)
+        identity = str(getattr(self._source, "_fingerprint", None))
+        settings = identity, len(self), self._reader.describe()
+        return digest_of([*self.paths, *settings, *map(_facts, samples)])
+
+    def __len__(self):
+        return len(self._source)
+
+    def key_hashes(self):
+        """See `Index.key_hashes`."""
+        return np.fromiter(map(hash_of, self.keys()), "u8", len(self))
+
+    def keys(self):
+        """See `Index.keys`. Samples are only read if the first one has `"__key__"`."""
+        if "__key__" in self.fields:
+            return [sample.key for sample in self.read(range(len(self)), False)]
+        return [*map(str, range(len(self)))]
+
+    def broken(self):
+        """Yields nothing: broken samples are only found when they are read."""
+        return iter(())
+
+    def read(self, numbers, with_images=True):
+        """Reads samples one by one; see `Index.read`."""
+        for number in numbers:
+            pair = self._alone(self._pair, int(number), with_images)
+            yield self._reader.with_images([pair])[0] if with_images else pair
+
+    def _alone(self, read, *arguments):
+        """Calls a method that reads the object while no other thread reads objects."""
+        is_safe = getattr(self._source, "thread_safe", False) is True
+        with contextlib.nullcontext() if is_safe else _reading:
+            return read(*arguments)
+
+    def _sample(self, number):
+        try:
+            sample = self._source[number]
+            if not isinstance(sample, Mapping):
+                raise TypeError(f"{type(sample).__name__} is not a dict")
+        # Pillow raises these if the object itself decodes its images.
+        except (OSError, SyntaxError) as error:
+            reason = "the sample cannot be read"
+            return Fault(self.paths[0], str(number), reason, str(error))
+        except Exception as error:
+            raise SampleError(self.paths[0], str(number), repr(error)) from error
+        return sample
+
+    def _pair(self, number, with_images):
+        sample = self._sample(number)
+        if isinstance(sample, Fault):
+            return sample
+        fields = {k: plain(v) for k, v in sample.items() if v is not None}
+        key = str(fields.pop("__key__", number))
+        pair = self._reader.pair(self.paths[0], key, fields)
+        image = getattr(pair, "image", None)
+        if with_images and isinstance(image, Image.Image):
+            # Decode it here. A damaged image raises the error again where it is used.
+            with contextlib.suppress(Exception):
+                pair = pair._replace(image=image.copy())
+        return pair
+
+
+def _facts(sample):
+    """Returns JSON values that identify a sample of an object without its pixels."""
+    if isinstance(sample, Fault):
+        return sample.key, sample.reason
+    image = os.path.basename(sample.path) or getattr(sample.image, "size", None)
+    return sample.key, sample.captions, sample.label, image or len(sample.image)

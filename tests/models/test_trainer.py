@@ -1,0 +1,80 @@
+"""What a ContrastiveModel changes in the methods of Keras."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from tests.helpers import (
+    FAST,
+    exported,
+    image_mlp,
+    random_pairs,
+    small_model,
+    text_bag,
+    tiny_clip,
+)
+from tests.models.test_text_families import bert, texts
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("arguments", [(), (None,)])
+def test_a_model_is_not_compiled_without_an_optimizer(arguments):
+    model = small_model()
+    with pytest.raises(ValueError, match=r"`optimizer` must.*Received: .*None"):
+        model.compile(*arguments)
+    assert not model.compiled
+
+
+class OwnMetrics(kcm.ContrastiveModel):
+    """A model whose metrics are its own, as in the examples of keras.io."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own = keras.metrics.Mean(name="own")
+
+    @property
+    def metrics(self):
+        return [self.own]
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.own.update_state(loss)
+        return loss
+
+
+def test_a_model_with_metrics_of_its_own_trains_and_counts_its_steps():
+    model = OwnMetrics(image_mlp(), text_bag())
+    model.compile("sgd", **FAST)
+    pairs = random_pairs(12)
+    history = model.fit(pairs, batch_size=4, epochs=2, verbose=0).history
+    assert history.keys() == {"own"}
+    assert model.finite_steps.read()[:2] == (3, 3)
+    assert model.evaluate(pairs, verbose=0, return_dict=True).keys() == {"own"}
+    pairs["images"] = pairs["images"] / np.float32(64) - 2
+    pairs["images"][5] = np.nan
+    model.fit(pairs, batch_size=4, shuffle=False, verbose=0)
+    assert model.finite_steps.read()[:2] == (3, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_a_model_that_was_never_called_is_exported_for_any_batch_size(kind, tmp_path):
+    if kind == "clip":
+        pairs, masking = random_pairs(4), kcm.RandomMasking(0.5)
+        model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
+        options = {}
+    else:
+        pairs, model = texts(4), kcm.ContrastiveModel(image_mlp(), bert())
+        # A BERT takes texts of any length.
+        specs = keras.tree.map_structure(
+            lambda x: keras.InputSpec(x.dtype, (None, *x.shape[1:])), pairs
+        )
+        options = {"input_signature": [specs]}
+    embed = exported(model, tmp_path, **options)
+    expected = model.predict(pairs, verbose=0)
+    for size in (1, 4):
+        found = embed({name: values[:size] for name, values in pairs.items()})
+        assert found.keys() == expected.keys()
+        for name, values in found.items():
+            np.testing.assert_allclose(values, expected[name][:size], atol=1e-5)
