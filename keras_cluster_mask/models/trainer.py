@@ -128,7 +128,8 @@ class ContrastiveTrainer(DualEncoder):
 
     def check_options(self) -> None:
         """Raises an error if an option was changed since the last `fit` began."""
-        now, before = self.compiled_options, self._compiled_with["train_function"]
+        now = self.compiled_options
+        before = self._compiled_with.get("train_function", now)
         changed = [name for name in now if now[name] != before[name]]
         if changed:
             raise ValueError(
