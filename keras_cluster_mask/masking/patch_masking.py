@@ -387,15 +387,12 @@ class PatchMasking(keras.layers.Layer):
         return self.get_config()
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            {
-                "mask_ratio": self.mask_ratio,
-                "num_prefix_tokens": self.num_prefix_tokens,
-                "seed": self.seed,
-            }
-        )
-        return config
+        return {
+            **super().get_config(),
+            "mask_ratio": self.mask_ratio,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "seed": self.seed,
+        }
 
 
 def probe_pixels(prepare_pixels):
