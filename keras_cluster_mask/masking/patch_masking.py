@@ -195,8 +195,7 @@ class PatchMasking(keras.layers.Layer):
 
         Args:
             images: Images, for strategies that use pixels.
-            tokens: `(batch, prefix + N, dim)` tensor, for strategies that use or count
-                tokens.
+            tokens: `(batch, prefix + N, dim)` tensor, to be used or counted.
             noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given. Or
                 `(batch, v, N)` for `v` views.
 
