@@ -307,6 +307,16 @@ def number_positions(encoder):
             ids.assign(ops.reshape(numbers, ids.shape))
 
 
+def freeze_mask_tokens(encoder):
+    """Freezes the tokens that only DINO's pre-training uses, and that get no gradient.
+
+    Otherwise Keras would warn of them.
+    """
+    for layer in all_layers(encoder):
+        if isinstance(token := getattr(layer, "mask_token", None), keras.Variable):
+            token.trainable = False
+
+
 def read_positions(embedding) -> np.ndarray:
     """Returns all position embeddings, `(..., prefix + N, dim)` float32."""
     table = ops.convert_to_numpy(ops.cast(position_tables(embedding)[-1], "float32"))

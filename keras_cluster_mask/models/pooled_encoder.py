@@ -110,11 +110,7 @@ class PooledEncoder(keras.Model):
             embedding = find_embedding_layer(backbone)
             stem = keras.Model(inputs, embedding.output)
             prefix = count_prefix_tokens(backbone, stem)
-            if hasattr(embedding, "mask_token"):
-                # DINO's pre-training alone uses it.
-                embedding.mask_token.trainable = False
-            if hasattr(embedding, "interpolated_position_embeddings"):
-                table = embedding.interpolated_position_embeddings
+            table = getattr(embedding, "interpolated_position_embeddings", None)
         pooled = TokenPooling(pooling, prefix, name="pooling")(tokens, mask=mask)
         kwargs.setdefault("name", f"pooled_{backbone.name}")
         super().__init__(inputs, pooled, **kwargs)

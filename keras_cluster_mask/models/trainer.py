@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import keeping_weights
+from keras_cluster_mask.models import encoders
 from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.models.tower import export_options
 from keras_cluster_mask.training import layers, optimizers
@@ -218,6 +219,7 @@ class ContrastiveTrainer(DualEncoder):
                 "`optimizer` must be a Keras optimizer or its name, such as 'adamw'. "
                 "Received: optimizer=None"
             )
+        encoders.freeze_mask_tokens(self.image_encoder)
         optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))

@@ -163,6 +163,8 @@ def test_a_model_trains_without_a_warning_and_reloads(family, head, tmp_path):
         IMAGES[family][0], embedder, head=head, masking=kcm.RandomMasking(0.5)
     )
     model.text_encoder.backbone.trainable = False
+    # As for a model that is tuned after its projections.
+    model.image_encoder.encoder.backbone.trainable = True
     model.compile("adam", **FAST)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
