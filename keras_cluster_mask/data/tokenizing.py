@@ -160,10 +160,12 @@ def _libraries(tokenizer):
 
 
 def _apply_layer(layer, captions):
-    from keras_cluster_mask.data.tensorflow import import_tensorflow
+    # Imported here: it needs Keras, which worker processes do not.
+    from keras_cluster_mask.batches import as_array
 
-    tf = import_tensorflow("A Keras layer as a `tokenizer`", "a `CLIPTokenizer`")
-    captions = tf.convert_to_tensor(captions, "string")
+    # Without TensorFlow, keras_hub's preprocessors take lists.
+    tf = sys.modules.get("tensorflow")
+    captions = captions if tf is None else tf.convert_to_tensor(captions, "string")
     # KerasHub's image-text preprocessors take a dict, and text preprocessors strings.
     if "image_converter" in inspect.signature(type(layer)).parameters:
         token_ids = layer({"images": None, "prompts": captions})["token_ids"]
@@ -171,9 +173,9 @@ def _apply_layer(layer, captions):
         token_ids = layer(captions)
     if isinstance(token_ids, dict):
         token_ids = token_ids["token_ids"]
-    if isinstance(token_ids, tf.RaggedTensor):
+    if tf is not None and isinstance(token_ids, tf.RaggedTensor):
         raise ValueError(
             "`tokenizer` must return rows of equal length. Received: a layer that "
             f"returns a ragged tensor, {layer}"
         )
-    return np.asarray(token_ids, "int32")
+    return as_array(token_ids).astype("int32")

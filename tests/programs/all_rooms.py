@@ -9,6 +9,7 @@ import pathlib
 import sys
 
 import keras
+import keras_hub
 import numpy as np
 from PIL import Image
 
@@ -107,6 +108,19 @@ def read_files(shard, records):
     print(kcm.data.read_captions(records))
 
 
+def use_a_tokenizer_of_keras_hub():
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES]
+    preprocessor = keras_hub.models.BertTextEmbedderPreprocessor(
+        keras_hub.models.BertTokenizer(words), sequence_length=4
+    )
+    text = keras_hub.models.BertBackbone(7, 1, 1, 8, 8)
+    image = keras_hub.models.ViTBackbone((16, 16, 3), 4, 1, 1, 8, 8)
+    model = kcm.ContrastiveModel.from_encoders(image, text)
+    texts = kcm.evaluation.embed_texts(model, NAMES, preprocessor, verbose=0)
+    assert texts.shape == (2, 512)
+    assert abs(texts[0] - texts[1]).max() > 1e-3
+
+
 if __name__ == "__main__":
     shard, records = sys.argv[1:]
     model, backbone, tokenizer = make_model()
@@ -114,3 +128,4 @@ if __name__ == "__main__":
     save_and_load(model, tokenizer, pairs, classes)
     train_on_shards(backbone, tokenizer, shard)
     read_files(shard, records)
+    use_a_tokenizer_of_keras_hub()
