@@ -89,9 +89,9 @@ def tokenize(tokenizer, captions, context_length=None):
     """
     if not captions:
         return np.zeros((0, getattr(tokenizer, "context_length", 0)), "int32")
-    if is_layer(tokenizer):
-        return _apply_layer(tokenizer, captions)
     texts = [byte_pairs.as_text(caption) for caption in captions]
+    if is_layer(tokenizer):
+        return _apply_layer(tokenizer, texts)
     token_ids = _call(tokenizer, texts, context_length)
     if isinstance(token_ids, Mapping):
         token_ids = token_ids["input_ids"]
