@@ -83,6 +83,10 @@ def assert_equal_runs(found, single):
     # place, which of a large one (the norm of all gradients, 62) is more than 1e-5.
     assert found.keys() == single.keys()
     for name, expected in single.items():
+        is_tied = os.environ.get("DUPLICATES") == "negative"
+        if is_tied and "image_to_text_accuracy" in name:
+            # Equal captions have equal embeddings, and rounding decides between them.
+            continue
         np.testing.assert_allclose(
             found[name], expected, rtol=2e-6, atol=1e-5, err_msg=name
         )
