@@ -143,7 +143,7 @@ def test_processes_that_train_different_weights_are_refused(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("how", MOST)
-def test_two_train_as_one_with_every_masking(how, duplicates, tmp_path, monkeypatch):
+def test_two_train_as_one_with_every_masking(how, tmp_path, monkeypatch):
     monkeypatch.setenv("MASKING", "all")
     single = train(tmp_path / "single.npz", "single")
     assert {name.split("/")[0] for name in single} == {*MASKINGS, "views"}
@@ -160,7 +160,7 @@ def test_shares_of_the_data_are_not_evaluated(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", MOST)
 def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
-    how, duplicates, write_tar, encode, tmp_path, monkeypatch
+    how, write_tar, encode, tmp_path, monkeypatch
 ):
     pytest.importorskip("tensorflow")
     # Noise, not plain images: those have nearly equal embeddings, among which rounding
