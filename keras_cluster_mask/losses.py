@@ -181,7 +181,7 @@ def batch_loss(
     return tuple(merge_chunks(x)[:num_rows] for x in outputs)
 
 
-def row_labels(token_ids):
+def row_labels(token_ids: Tensor) -> Tensor:
     """Numbers the pairs of a batch, so that each is a negative of all others.
 
     Args:

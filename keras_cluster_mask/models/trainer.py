@@ -68,7 +68,9 @@ class ContrastiveTrainer(DualEncoder):
                 self.gradient_norm.update_metric()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
-    def without_small_batches(self, loss, losses, sample_weight, is_split):
+    def without_small_batches(
+        self, loss: Tensor, losses: Tensor, sample_weight: Tensor | None, is_split: bool
+    ) -> tuple[Tensor, Tensor]:
         """Returns the loss and the weights for the means of an evaluation.
 
         A batch counts if it has at least nine tenths of the mean number of pairs of

@@ -29,6 +29,21 @@ class TowerFeatures:
     `kcm.evaluation.compute_features` makes them, and `ContrastiveModel.fit` trains the
     projections on them. Each epoch draws one caption of each image.
 
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=600)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    images = np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8")
+    data = {"images": images, "captions": [("a dog", "a cat")] * 8}
+    tokenizer = kcm.data.CLIPTokenizer.train(["a dog", "a cat"], 600)
+    kcm.evaluation.compute_features(model, data, tokenizer, "features")
+    features = kcm.TowerFeatures("features")
+    model.image_encoder.trainable = model.text_encoder.trainable = False
+    model.compile("adam")
+    model.fit(features, batch_size=4)
+    ```
+
     Args:
         folder: str or path. A folder that `compute_features` has filled.
 
