@@ -21,6 +21,7 @@ from keras_cluster_mask.training.features import (
     describe_towers,
     read_progress,
 )
+from keras_cluster_mask.training.tokens import check_tokenizer
 
 
 def compute_features(
@@ -50,11 +51,13 @@ def compute_features(
     """
     check_read_once("data", data)
     embedder = Embedder(model, features=True)
-    tokenizer = embedder.tokenizer(tokenizer)
+    model = embedder.model
     description = {
-        "towers": describe_towers(embedder.model),
+        "towers": describe_towers(model),
         "data": _describe_data(data),
+        "tokenizer": check_tokenizer(model, tokenizer, model.context_length),
     }
+    tokenizer = embedder.tokenizer(tokenizer)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     found = read_progress(folder)
@@ -62,7 +65,8 @@ def compute_features(
         found = {"rows": {"images": 0, "texts": 0}, "batches": 0, "done": False}
     else:
         check_same(found["description"]["towers"], description["towers"], "towers")
-        check_same(found["description"], {"data": description["data"]}, "data")
+        rest = {name: description[name] for name in ("data", "tokenizer")}
+        check_same(found["description"], rest, "data and tokenizer")
     found["description"] = description
     progress = keras.utils.Progbar(
         num_images(data), verbose=bool(verbose), unit_name="image"
@@ -70,17 +74,25 @@ def compute_features(
     if not found["done"]:
         for batch in itertools.islice(read_batches(data), found["batches"], None):
             texts, owners = texts_of(batch)
+            counts = np.bincount(owners, minlength=len(batch["images"]))
+            if not counts.all():
+                raise ValueError(
+                    "`data` must have a caption for each image. Received: "
+                    f"{int(np.sum(counts == 0))} images of a batch without"
+                )
             token_ids = tokenizer(texts)
             arrays = {
                 "image_features": embedder.images(batch["images"]),
                 "text_features": embedder.texts(token_ids),
                 "token_ids": token_ids,
-                "captions_of_image": np.bincount(
-                    owners, minlength=len(batch["images"])
-                ),
+                "captions_of_image": counts,
             }
             _append(folder, found, arrays)
             progress.update(found["rows"]["images"], finalize=False)
+        if not found["batches"]:
+            raise ValueError(
+                f"`data` must hold at least one image. Received: data={data}"
+            )
         _write_progress(folder, {**found, "done": True})
         progress.update(found["rows"]["images"], finalize=True)
     return TowerFeatures(folder)
@@ -98,7 +110,12 @@ def _describe_data(data):
 
 def _append(folder, found, arrays):
     """Adds the rows of a batch to the files, after those that are complete."""
-    found["shapes"] = {name: array.shape[1:] for name, array in arrays.items()}
+    shapes = {name: [*array.shape[1:]] for name, array in arrays.items()}
+    if found.setdefault("shapes", shapes) != shapes:
+        raise ValueError(
+            "`tokenizer` and the towers must return rows of one length for all "
+            f"batches. Received: shapes {shapes}, after {found['shapes']}"
+        )
     for name, (dtype, kind) in ARRAYS.items():
         array = np.ascontiguousarray(arrays[name], dtype)
         with open(folder / f"{name}.bin", "r+b" if found["batches"] else "wb") as file:

@@ -72,6 +72,11 @@ class ContrastiveHead(keras.layers.Layer):
         self.autocast = False
         _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale)
         check_choice("projection", projection, ("linear", "mlp"))
+        if projection != "linear" and projection_dim is None:
+            raise ValueError(
+                "`projection_dim` must be given for `projection='mlp'`. "
+                f"Received: projection={projection!r}, projection_dim=None"
+            )
         self.loss = loss
         self.projection_dim = projection_dim
         self.projection = projection

@@ -73,7 +73,13 @@ def pretrained_towers(
             f"Received: text_backbone={text_backbone} of type "
             f"{type(text_backbone).__name__}"
         )
-    of_images, of_texts = (None, None) if pooling is None else pooling
+    pooling = (None, None) if pooling is None else pooling
+    if isinstance(pooling, str) or len(pooling) != 2:
+        raise ValueError(
+            "`pooling` must be two values, for images and for texts, such as "
+            f"('class', None). Received: pooling={pooling!r}"
+        )
+    of_images, of_texts = pooling
     own = getattr(text_backbone, "pooling_mode", "mean")
     own = "class" if own == "cls" else own
     images = PooledEncoder(image_backbone, of_images or families[0].pooling)

@@ -13,8 +13,8 @@ from keras import ops
 from keras_cluster_mask.training.arrays import ArrayBatches
 
 PROGRESS = "features.json"
-# The arrays in the folder, one file each, with the entry of `widths` and of `rows` that
-# give their shapes.
+# The arrays in the folder, one file each: their dtype, and whether they have a row for
+# each image or for each text.
 ARRAYS = {
     "image_features": ("float32", "images"),
     "text_features": ("float32", "texts"),
@@ -50,6 +50,7 @@ class TowerFeatures:
     Attributes:
         description: dict. What the features depend on: weights of the towers, pixels
             and data.
+        tokenizer_fingerprint: str that identifies the tokenizer, or None.
         num_images: int.
         num_texts: int.
     """
@@ -64,6 +65,7 @@ class TowerFeatures:
                 f"Received: folder={folder}"
             )
         self.description = found["description"]
+        self.tokenizer_fingerprint = found["description"]["tokenizer"]
         self.num_images, self.num_texts = (
             found["rows"]["images"],
             found["rows"]["texts"],

@@ -60,16 +60,21 @@ def check_tokenizer(model, tokenizer, context_length=None):
     # A tokenizer with a small vocabulary may support plain words only.
     variants = probe(tokenizer, length, VARIANTS)
     found = _fingerprint(model, probe(tokenizer, length), variants)
+    _check_fingerprint(model, found, tokenizer)
+    _warn_of_sizes(vocabulary_size_of(tokenizer), model.vocabulary_size)
+    return found
+
+
+def _check_fingerprint(model, found, source):
+    """Raises an error if a model was trained with another tokenizer."""
     expected = model.tokenizer_fingerprint
     if expected is not None and found != expected:
         raise ValueError(
             "`tokenizer` must be the one that the model was trained with; to change it "
             "on purpose, set `model.tokenizer_fingerprint = None`. Received: tokenizer="
-            f"{tokenizer} with the fingerprint {found}, and a model trained with "
+            f"{source} with the fingerprint {found}, and a model trained with "
             f"{expected}"
         )
-    _warn_of_sizes(vocabulary_size_of(tokenizer), model.vocabulary_size)
-    return found
 
 
 @functools.cache
@@ -87,7 +92,11 @@ def _warn_of_sizes(of_tokenizer, of_model):
 
 
 def check_tokenizer_of(model, data):
-    """Calls `check_tokenizer` for the tokenizer of an `image_text_dataset`, if any."""
+    """Checks the tokenizer of an `image_text_dataset` or of `TowerFeatures`, if any."""
+    known = getattr(data, "tokenizer_fingerprint", None)
+    if known is not None:
+        _check_fingerprint(model, known, data)
+        return known
     stream = getattr(data, "stream", None)
     tokenizer = getattr(stream, "tokenizer", None)
     return None if tokenizer is None else check_tokenizer(model, tokenizer)

@@ -193,7 +193,7 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         if not rules.training:
             return Reader(data.pairs(slice(None)), None, False)
         data, rules, shuffle = (
-            data.batches(batch_size, shuffle is not False),
+            data.batches(batch_size, True if shuffle is None else shuffle),
             None,
             False,
         )

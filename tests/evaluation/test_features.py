@@ -127,6 +127,26 @@ def test_features_of_something_else_are_refused(change, tmp_path):
 
 
 @pytest.mark.any_backend
+def test_the_tokenizer_is_part_of_the_features(tmp_path):
+    model = frozen_model()
+    features, data = computed(model, tmp_path)
+    with pytest.raises(ValueError, match=r"`features` .*tokenizer.*Received: "):
+        compute_features(model, data, lambda x: tokenizer(x) + 1, tmp_path, verbose=0)
+    model.fit(features, batch_size=5, verbose=0)
+    assert model.tokenizer_fingerprint == features.tokenizer_fingerprint is not None
+    with pytest.raises(ValueError, match=r"`shuffle` must be .*Received: "):
+        model.fit(features, batch_size=5, shuffle="batch")
+
+
+@pytest.mark.any_backend
+def test_an_image_without_a_caption_is_refused(tmp_path):
+    data = dataset(4, captions=2)
+    data["captions"][1] = ()
+    with pytest.raises(ValueError, match=r"`data` must have a caption.*Received: 1"):
+        compute_features(frozen_model(), data, tokenizer, tmp_path, verbose=0)
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder", "masking"])
 def test_what_changes_features_is_refused(name, tmp_path):
     masking = kcm.RandomMasking(0.5) if name == "masking" else None

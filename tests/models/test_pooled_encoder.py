@@ -208,7 +208,9 @@ def test_pixels_are_those_of_the_family():
         ({"images": bert}, "`image_backbone` must be a keras_hub backbone"),
         ({"texts": vit_encoder}, "`text_backbone` must be a keras_hub backbone"),
         ({"pooling": ("sum", None)}, "`pooling` must be one of"),
+        ({"pooling": "mean"}, "`pooling` must be two values"),
         ({"head": "deep"}, "`projection` must be one of"),
+        ({"head": "mlp", "projection_dim": None}, "`projection_dim` must be given"),
     ],
 )
 def test_unsupported_encoders_are_refused(change, match):
