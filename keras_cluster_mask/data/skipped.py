@@ -115,7 +115,8 @@ class SkippedSamples:
         self._broken += len(faults)
         for fault in faults:
             self.add(fault)
-        if self._broken > self.max_share * total:
+        # Samples that take the places of broken ones may be more than a pass has.
+        if self._broken > self.max_share * max(total, self._read):
             raise ValueError(
                 f"{message}. More than {100 * self.max_share:.3g} % of the samples are "
                 "broken. Repair `source`, or pass a larger `max_skipped`. Received: "

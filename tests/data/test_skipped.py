@@ -82,6 +82,15 @@ def test_each_pass_has_a_share_of_its_own():
         skipped.report([fault("4"), fault("5"), fault("6")], 10, 20)
 
 
+def test_samples_that_take_the_places_of_broken_ones_count_as_read():
+    # A pass over 7 samples, of which most could not be read, reads others besides.
+    skipped = SkippedSamples(max_share=1.0)
+    with pytest.warns(UserWarning, match="'0'"):
+        skipped.report([fault(str(number)) for number in range(5)], 6, 7)
+    skipped.report([fault(str(number)) for number in range(5, 8)], 3, 7)
+    assert skipped.count == 8
+
+
 # === Of a dataset ===
 
 
