@@ -83,7 +83,7 @@ class ContrastiveModel(ContrastiveTrainer):
             exceeds it. A pre-trained backbone with a higher scale keeps that as its
             limit.
         projection: `"linear"`, or `"mlp"` for projections with one hidden layer, GELU
-            and dropout.
+            and dropout, of features that `fit` on `TowerFeatures` standardizes.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.

@@ -2,6 +2,7 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_choice, is_positive
@@ -28,8 +29,8 @@ class ContrastiveHead(keras.layers.Layer):
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale never exceeds it. If `logit_scale` has a
             higher one, that is the limit.
-        projection: `"linear"`, without a bias, or `"mlp"`: one hidden layer of twice
-            the width of the projection, GELU and dropout of 0.3.
+        projection: `"linear"`, without a bias, or `"mlp"`: a `Standardization`, one
+            hidden layer of twice the width of the projection, GELU and dropout of 0.3.
         image_projection: A layer to use instead of a new projection.
         text_projection: A layer to use instead of a new projection.
         logit_scale: A variable, the logarithm of the scale, to use instead of a new
@@ -188,11 +189,41 @@ def _projection(kind, width, dtype, name):
     if kind == "linear":
         return keras.layers.Dense(width, use_bias=False, dtype=dtype, name=name)
     layers = [
+        Standardization(dtype=dtype, name="standardization"),
         keras.layers.Dense(2 * width, activation="gelu", dtype=dtype, name="hidden"),
         keras.layers.Dropout(0.3, dtype=dtype, name="dropout"),
         keras.layers.Dense(width, use_bias=False, dtype=dtype, name="output"),
     ]
     return keras.Sequential(layers, name=name)
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class Standardization(keras.layers.Layer):
+    """Scales features to a mean of 0 and a deviation of 1.
+
+    A fixed scaling: it makes no difference between training and evaluation, and does
+    not depend on the batch. `ContrastiveModel.fit` sets it on `TowerFeatures`. Until
+    then it returns its input.
+
+    Attributes:
+        mean: `(width,)` variable, not trained.
+        deviation: `(width,)` variable, not trained.
+    """
+
+    def build(self, input_shape):
+        options = {"shape": input_shape[-1:], "trainable": False}
+        self.mean = self.add_weight(initializer="zeros", name="mean", **options)
+        self.deviation = self.add_weight(
+            initializer="ones", name="deviation", **options
+        )
+
+    def call(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.deviation
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the scaling has been set, or loaded."""
+        return bool(np.any(ops.convert_to_numpy(self.mean)))
 
 
 def l2_normalize(features):

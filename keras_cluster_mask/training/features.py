@@ -1,6 +1,7 @@
 """Features of frozen towers, computed once, from which the projections are trained."""
 
 import json
+import math
 import os
 import pathlib
 import zlib
@@ -13,6 +14,8 @@ from keras import ops
 from keras_cluster_mask.training.arrays import ArrayBatches
 
 PROGRESS = "features.json"
+# Rows that are read at a time.
+ROWS = 65_536
 # The arrays in the folder, one file each: their dtype, and whether they have a row for
 # each image or for each text.
 ARRAYS = {
@@ -106,6 +109,29 @@ class TowerFeatures:
                 "whole images: train `model.without_masking()`. Received: masking="
                 f"{model.maskings[0].name}"
             )
+
+    def standardize(self, head: keras.layers.Layer) -> None:
+        """Sets the scaling of the projections that have one, unless it is set.
+
+        Args:
+            head: The `ContrastiveHead` of a model.
+        """
+        for name in ("image", "text"):
+            projection = getattr(head, f"{name}_projection")
+            for layer in getattr(projection, "layers", ()):
+                if hasattr(layer, "is_set") and not layer.is_set:
+                    mean, deviation = self._statistics(f"{name}_features")
+                    layer.mean.assign(mean)
+                    layer.deviation.assign(deviation)
+
+    def _statistics(self, name):
+        """Returns the mean and the deviation of each feature, reading rows in parts."""
+        rows = self._arrays[name]
+        parts = np.array_split(rows, math.ceil(len(rows) / ROWS))
+        mean = sum(part.sum(axis=0, dtype="float64") for part in parts) / len(rows)
+        square = sum(((part - mean) ** 2).sum(axis=0) for part in parts) / len(rows)
+        # A feature that never varies is only centered.
+        return mean, np.where(square > 0, np.sqrt(square), 1.0)
 
     def batches(self, batch_size: int, shuffle: bool = True) -> "FeatureBatches":
         """Returns an endless stream of batches."""

@@ -125,6 +125,7 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     rules = dataclasses.replace(model.input_rules, training=True)
     if isinstance(x, TowerFeatures):
         x.check_model(model, training=True)
+        x.standardize(model.head)
     reader = reader_of(x, rules, batch_size, shuffle)
     data = TrainingData(reader, steps_per_epoch, initial_epoch)
     check_batch_size(model, data.rows, data.description.get("data.pairs"))

@@ -60,6 +60,31 @@ def test_training_on_features_equals_training_on_images(tmp_path):
         np.testing.assert_allclose(*(x[name] for x in embeddings), atol=1e-5)
 
 
+def test_hidden_projections_see_standardized_features(tmp_path, monkeypatch):
+    monkeypatch.setattr(kcm.training.features, "ROWS", 7)
+    model = frozen_model(head="mlp")
+    features, _ = computed(model, tmp_path / "a", captions=2)
+    for _ in range(2):
+        model.fit(features, batch_size=5, verbose=0)
+        # Those of other features do not change the space that was learned.
+        other, _ = computed(model, tmp_path / "b", seed=1)
+        model.fit(other, batch_size=5, verbose=0)
+    pairs = features.pairs(slice(None), np.zeros(20, int))
+    texts = np.concatenate(
+        [features.pairs(slice(None), k)["text_features"] for k in (0, 1)]
+    )
+    for name, rows in (("image", pairs["image_features"]), ("text", texts)):
+        layer = getattr(model.head, f"{name}_projection").layers[0]
+        spread = rows.std(axis=0, dtype="float64")
+        expected = rows.mean(axis=0, dtype="float64"), np.where(spread > 0, spread, 1)
+        for weight, value in zip(layer.weights, expected):
+            np.testing.assert_allclose(values([weight])[0], value, atol=1e-4)
+    model.save(tmp_path / "m.keras")
+    reloaded = keras.saving.load_model(tmp_path / "m.keras")
+    embeddings = [x.predict(features, verbose=0) for x in (model, reloaded)]
+    assert_same_values(*([*x.values()] for x in embeddings))
+
+
 def test_an_interrupted_run_resumes_with_the_next_batch(tmp_path):
     model = frozen_model()
     expected, _ = computed(model, tmp_path / "whole", images=150, captions=2)
