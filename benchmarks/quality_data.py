@@ -110,7 +110,7 @@ class Data:
         `"loss"` is the contrastive loss at the best temperature.
         """
         batches = self.evaluation(split)
-        loss = loss_at_best_temperature(model, self.pairs(split))
+        loss = loss_of_pairs(model, self.pairs(split))
         if self.classes is None:
             recall = kcm.evaluation.evaluate_retrieval(
                 model,
@@ -155,12 +155,8 @@ class Data:
         ]
 
 
-def loss_at_best_temperature(model, pairs):
-    """The contrastive loss of a model, whatever its temperature.
-
-    Long trainings lower the temperature too far for data that is not trained on, so
-    their loss says little about the embeddings. This one does, and differs less between
-    seeds than a recall does.
+def loss_of_pairs(model, pairs):
+    """The contrastive loss of a model at the best temperature.
 
     Args:
         model: A `ContrastiveModel`.
@@ -172,6 +168,19 @@ def loss_at_best_temperature(model, pairs):
         embeddings = found["image_embeddings"], found["text_embeddings"]
         embeddings = [ops.convert_to_numpy(ops.stop_gradient(x)) for x in embeddings]
         batches.append((*embeddings, kcm.losses.caption_labels(batch["token_ids"])))
+    return loss_at_best_temperature(batches)
+
+
+def loss_at_best_temperature(batches):
+    """The contrastive loss of normalized embeddings, whatever their temperature.
+
+    Long trainings lower the temperature too far for data that is not trained on, so
+    their loss says little about the embeddings. This one does, and differs less between
+    seeds than a recall does.
+
+    Args:
+        batches: List of tuples of image embeddings, text embeddings and labels.
+    """
 
     def loss(log_scale):
         scale = math.exp(log_scale)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import quality
 from PIL import Image
-from quality_data import IMAGES, loss_at_best_temperature, splits
+from quality_data import IMAGES, loss_of_pairs, splits
 from quality_methods import CHANGES, PATCHES, STUDIES, method_of
 
 import keras_cluster_mask as kcm
@@ -165,7 +165,7 @@ def test_the_best_temperature_is_found_whatever_the_model_has():
         model = kcm.ContrastiveModel.from_backbone(
             backbone, initial_temperature=temperature
         )
-        found.append(loss_at_best_temperature(model, pairs))
+        found.append(loss_of_pairs(model, pairs))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
     def loss(scale):

@@ -1,0 +1,384 @@
+"""Two pre-trained encoders as a CLIP: projections on features, then tuning.
+
+    python benchmarks/connect_encoders.py features heads tune --data DIR
+    python benchmarks/connect_encoders.py tune --methods none random --seeds 3
+    python benchmarks/connect_encoders.py report --test     # the test split, at the end
+
+`--encoders` is a folder with keras_hub presets of DINOv2 and MiniLM. Stages resume
+where they were interrupted, and finished runs are read from `--results`. Settings are
+chosen by the validation split alone. Equal time is in steps: `--costs` times a step of
+each method, for which the machine must be quiet.
+"""
+
+import functools
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import keras_hub
+import numpy as np
+from quality_data import loss_at_best_temperature
+from reporting import machine, mean_and_spread, parser, publish, write_json
+from timing import interleaved
+
+import keras_cluster_mask as kcm
+
+STAGES = ("features", "heads", "tune", "report")
+SPLITS = ("train", "validation", "test")
+PROJECTION_DIM = 512
+MASKINGS = {
+    "none": lambda: None,
+    "random": lambda: kcm.RandomMasking(0.5),
+    "random 0.75": lambda: kcm.RandomMasking(0.75),
+    "cluster": lambda: kcm.ClusterMasking(0.5, patch_size=14),
+    "kmeans": lambda: kcm.KMeansMasking(0.5, patch_size=14),
+    "edges": lambda: kcm.EdgeMasking(0.5, patch_size=14),
+    "centered": lambda: kcm.CenteredMasking(0.5),
+}
+
+
+def arguments(given=None):
+    parsed = parser(__doc__)
+    add = parsed.add_argument
+    add("stages", nargs="+", choices=STAGES)
+    add("--encoders", default=os.environ.get("KERAS_CLUSTER_MASK_ENCODERS"))
+    add("--data", required=True, help="folder of WebDataset shards by split")
+    add("--caption-key", default="json.captions", help="field of captions")
+    add("--results", default="results/encoders", help="folder of runs and tables")
+    add("--features", default="results/features", help="folder of features")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--methods", nargs="+", choices=MASKINGS, default=["none", "random"])
+    add("--image-size", type=int, default=168, help="side in pixels")
+    add("--context-length", type=int, default=48, help="tokens of a text")
+    add("--head-epochs", type=int, default=30)
+    add("--head-batch-size", type=int, default=512)
+    add("--epochs", type=int, default=1, help="of tuning")
+    add(
+        "--equal-time",
+        action="store_true",
+        help="as long as `random` takes",
+    )
+    add("--batch-size", type=int, default=64, help="of tuning")
+    add("--learning-rate", type=float, default=3e-5, help="of the encoders in tuning")
+    add("--costs", action="store_true", help="time the steps of the methods first")
+    add("--test", action="store_true", help="score on the test split")
+    options = parsed.parse_args(given)
+    if options.encoders is None:
+        parsed.error("`--encoders` must be given, or KERAS_CLUSTER_MASK_ENCODERS set")
+    return options
+
+
+def main():
+    options = arguments()
+    folder = Path(options.results)
+    for stage in STAGES[:3]:
+        if stage in options.stages:
+            {"features": features, "heads": heads, "tune": tune}[stage](options, folder)
+    report(options, folder)
+
+
+# === Models and data ===
+
+
+@functools.cache
+def encoders(folder, image_size, context_length):
+    """Fresh encoders, with the tokenizer of the text encoder."""
+    image = keras_hub.models.DINOV2Backbone.from_preset(
+        f"{folder}/dinov2_small", image_shape=(image_size, image_size, 3)
+    )
+    text = keras_hub.models.TextEmbedder.from_preset(f"{folder}/all_minilm_l6_v2")
+    text.preprocessor.sequence_length = context_length
+    return image, text
+
+
+def new_model(options, seed, head, masking=None):
+    """A model with the pre-trained encoders; equal seeds give equal projections."""
+    image, text = encoders(options.encoders, options.image_size, options.context_length)
+    keras.utils.set_random_seed(seed)
+    return kcm.ContrastiveModel.from_encoders(
+        image, text, PROJECTION_DIM, masking=masking, head=head
+    )
+
+
+def tokenizer_of(options):
+    where = options.encoders, options.image_size, options.context_length
+    return encoders(*where)[1].preprocessor
+
+
+def dataset(options, split, training, seed=0):
+    shards = f"{options.data}/{split}-*.tar"
+    if training:
+        more = {"crop_scale": (0.6, 1.0), "seed": seed}
+        tokenizer, batch_size = tokenizer_of(options), options.batch_size
+    else:
+        more, tokenizer, batch_size = {"include_captions": "all"}, None, 50
+    return kcm.data.image_text_dataset(
+        shards,
+        tokenizer,
+        options.image_size,
+        batch_size,
+        training=training,
+        caption_key=options.caption_key,
+        **more,
+    )
+
+
+def scores(images, texts, owners):
+    """Recall@10 in percent, both ways and their mean, and the loss, from embeddings."""
+    found = kcm.evaluation.retrieval_recall(
+        images, texts, np.arange(len(images)), owners, ks=10
+    )
+    both = {
+        "image to text": 100 * found["image_to_text_recall@10"],
+        "text to image": 100 * found["text_to_image_recall@10"],
+    }
+    loss = loss_of(images, texts, owners)
+    return {**both, "mean": sum(both.values()) / 2, "loss": loss}
+
+
+# === Features, once ===
+
+
+def features(options, folder):
+    """Computes the features of all splits, and writes how long it took."""
+    path = folder / "features.json"
+    found = json.loads(path.read_text())["splits"] if path.exists() else {}
+    for split in SPLITS:
+        start = time.perf_counter()
+        computed = kcm.evaluation.compute_features(
+            new_model(options, 0, "linear"),
+            dataset(options, split, training=False),
+            tokenizer_of(options),
+            f"{options.features}/{split}",
+        )
+        if split not in found:
+            found[split] = {
+                "images": computed.num_images,
+                "texts": computed.num_texts,
+                "minutes": round((time.perf_counter() - start) / 60, 1),
+                "peak memory (GB)": round(peak_memory(), 2),
+            }
+            write_json(path, machine=machine(), splits=found)
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
+# === Projections on features ===
+
+
+def heads(options, folder):
+    """Trains linear projections, and ones with a hidden layer, on features."""
+    train = kcm.TowerFeatures(f"{options.features}/train")
+    batch_size = options.head_batch_size
+    steps = options.head_epochs * (train.num_images // batch_size)
+    for head in ("linear", "mlp"):
+        for seed in options.seeds:
+            path = folder / f"head-{head}-{seed}.json"
+            weights = folder / f"head-{head}-{seed}.npz"
+            result = read(path, options, ("head_epochs", "head_batch_size"))
+            if "validation" not in result:
+                model = new_model(options, seed, head)
+                model.image_encoder.trainable = model.text_encoder.trainable = False
+                rate = keras.optimizers.schedules.CosineDecay(1e-3, steps)
+                model.compile(keras.optimizers.AdamW(rate, weight_decay=0.1))
+                start = time.perf_counter()
+                model.fit(
+                    train, batch_size=batch_size, epochs=options.head_epochs, verbose=0
+                )
+                result["seconds"] = time.perf_counter() - start
+                result["pairs per second"] = steps * batch_size / result["seconds"]
+                np.savez(
+                    weights,
+                    *[keras.ops.convert_to_numpy(x) for x in model.head.weights],
+                )
+            for split in ["validation"] + ["test"] * options.test:
+                if split not in result:
+                    model = with_head(new_model(options, seed, head), weights)
+                    result[split] = scores(*embeddings_of(model, options, split))
+            write_json(path, **result)
+            print(path.stem, result.get("validation"), flush=True)
+
+
+def with_head(model, weights):
+    """Loads projections and temperature that were trained before."""
+    with np.load(weights) as found:
+        for weight, value in zip(model.head.weights, found.values(), strict=True):
+            weight.assign(value)
+    return model
+
+
+def embeddings_of(model, options, split):
+    """The embeddings of all images and texts from their features."""
+    found = kcm.TowerFeatures(f"{options.features}/{split}")
+    images = found.pairs(slice(None))["image_features"]
+    rows = np.repeat(np.arange(found.num_images), found.counts)
+    numbers = np.arange(found.num_texts) - found.first_text[rows]
+    texts = found.pairs(rows, numbers)["text_features"]
+    project = model.head.project_image, model.head.project_text
+    embeddings = [
+        keras.ops.convert_to_numpy(keras.ops.stop_gradient(layer(np.array(rows))))
+        for layer, rows in zip(project, (images, texts))
+    ]
+    return *(x / np.linalg.norm(x, axis=1, keepdims=True) for x in embeddings), rows
+
+
+# === Tuning ===
+
+
+def tune(options, folder):
+    """Tunes both encoders, from the projections of the same seed."""
+    costs = cached_costs(options, folder)
+    pairs = kcm.TowerFeatures(f"{options.features}/train").num_images
+    for seed in options.seeds:
+        for method in options.methods:
+            steps = options.epochs * (pairs // options.batch_size)
+            if options.equal_time:
+                steps = round(steps * costs["random"] / costs[method])
+            tune_one(method, seed, steps, options, folder)
+
+
+def name_of(method, seed, options):
+    time_of = "equal_time" if options.equal_time else "equal_steps"
+    return f"tune-{method}-{options.epochs}-{time_of}-{seed}".replace(" ", "_")
+
+
+def tune_one(method, seed, steps, options, folder):
+    name = name_of(method, seed, options)
+    path, place = folder / f"{name}.json", folder / name
+    result = read(
+        path, options, ("epochs", "batch_size", "learning_rate", "equal_time")
+    )
+    if "validation" in result and not (options.test and "test" not in result):
+        return
+    encoders.cache_clear()
+    masking = MASKINGS[method]()
+    model = new_model(options, seed, "mlp", masking)
+    with_head(model, folder / f"head-mlp-{seed}.npz")
+    rate = keras.optimizers.schedules.CosineDecay
+    adamw = functools.partial(keras.optimizers.AdamW, weight_decay=0.05)
+    tower = options.learning_rate
+    model.compile(
+        kcm.TowerOptimizer(
+            adamw(rate(10 * tower, steps)),
+            image=adamw(rate(tower, steps)),
+            text=adamw(rate(tower, steps)),
+        )
+    )
+    if "validation" not in result:
+        # Saved a few times in a run.
+        parts = max(1, round(steps / 24))
+        while steps % parts:
+            parts -= 1
+        start = time.perf_counter()
+        history = model.fit(
+            dataset(options, "train", True, seed),
+            steps_per_epoch=steps // parts,
+            epochs=parts,
+            verbose=0,
+            resume_from=place,
+            callbacks=[kcm.callbacks.Checkpoint(place)],
+        ).history
+        result |= {
+            "method": method,
+            "steps": steps,
+            "losses": history["loss"],
+            "minutes of this process": (time.perf_counter() - start) / 60,
+            "peak memory (GB)": round(peak_memory(), 2),
+        }
+        model.save_weights(folder / f"{name}.weights.h5")
+    else:
+        model.load_weights(folder / f"{name}.weights.h5")
+    for split in ["validation"] + ["test"] * options.test:
+        if split not in result:
+            found = kcm.evaluation.embed(
+                model, dataset(options, split, False), tokenizer_of(options), verbose=0
+            )
+            names = ("image_embeddings", "text_embeddings", "image_of_text")
+            result[split] = scores(*(found[name] for name in names))
+    write_json(path, **result)
+    print(name, result["validation"], flush=True)
+
+
+def loss_of(images, texts, owners):
+    """The loss at the best temperature, of batches of 100 with first captions."""
+    firsts = texts[np.unique(owners, return_index=True)[1]]
+    return loss_at_best_temperature(
+        [
+            (
+                images[i : i + 100],
+                firsts[i : i + 100],
+                np.arange(len(images[i : i + 100])),
+            )
+            for i in range(0, len(images), 100)
+        ]
+    )
+
+
+def cached_costs(options, folder):
+    """Seconds per step by method; measured only with `--costs`."""
+    path = folder / "costs.json"
+    costs = json.loads(path.read_text())["seconds"] if path.exists() else {}
+    if options.costs:
+        steps = {}
+        batch = next(iter(dataset(options, "train", True)))
+        for method in {"random", *options.methods}:
+            encoders.cache_clear()
+            model = new_model(options, 0, "mlp", MASKINGS[method]())
+            model.compile(keras.optimizers.AdamW(1e-9))
+            steps[method] = functools.partial(model.train_on_batch, batch)
+        found = interleaved(steps, rounds=3)
+        costs |= {method: min(seconds) for method, seconds in found.items()}
+        write_json(path, machine=machine(), seconds=costs)
+    return costs
+
+
+# === Reporting ===
+
+
+def read(path, options, names):
+    """The results of a run, or its setting alone."""
+    setting = {name: getattr(options, name) for name in names}
+    setting |= {"image_size": options.image_size, "data": Path(options.data).name}
+    found = json.loads(path.read_text()) if path.exists() else {"setting": setting}
+    if found["setting"] != setting:
+        raise ValueError(
+            "`--results` must be a folder of runs of the same settings. Received: "
+            f"{path}, a run of {found['setting']} instead of {setting}"
+        )
+    return found
+
+
+def report(options, folder):
+    """Prints and writes the mean and the spread over seeds of all finished runs."""
+    groups, runs = {}, {}
+    for path in sorted([*folder.glob("head-*.json"), *folder.glob("tune-*.json")]):
+        run = json.loads(path.read_text())
+        if "validation" in run:
+            runs[path.stem] = run
+            groups.setdefault(path.stem.rpartition("-")[0], []).append(run)
+    rows = []
+    for name, mine in groups.items():
+        row = {"run": name, "seeds": len(mine), "steps": mine[0].get("steps", "")}
+        for split in ("validation", "test"):
+            scored = [run[split] for run in mine if split in run]
+            for score in scored[0] if scored else ():
+                decimals = 3 if score == "loss" else 1
+                row[f"{split}, {score}"] = mean_and_spread(
+                    [each[score] for each in scored], decimals
+                )
+        rows.append(row)
+    publish(
+        folder / "connect_encoders.json", "Two pre-trained encoders", rows, runs=runs
+    )
+
+
+if __name__ == "__main__":
+    main()
