@@ -1,6 +1,6 @@
-"""Train and tune CLIP in Keras on a part of each image and caption, from nothing or from
-two pre-trained encoders: every published masking on one interface, cluster masking among
-them, exact on JAX, TensorFlow and PyTorch.
+"""Train and tune CLIP in Keras on a part of each image and caption, from nothing or
+from two pre-trained encoders: every published masking on one interface, cluster masking
+among them, exact on JAX, TensorFlow and PyTorch.
 """
 
 import importlib

@@ -2,8 +2,8 @@
 
 Blocks of Python run in order, in one scope for each page, on small data in the places
 that pages name. A comment `<!-- python ... -->` is code that readers do not see, and
-`<!-- backend: jax -->` before a block names the only backend that it runs on. Presets that
-pages download are folders in the tests, which such comments make.
+`<!-- backend: jax -->` before a block names the only backend that it runs on. Presets
+that pages download are folders in the tests, which such comments make.
 """
 
 import pathlib
