@@ -64,12 +64,13 @@ def pages_with_code():
 
 
 @pytest.fixture
-def no_distribution():
+def defaults_after():
     yield
     keras.distribution.set_distribution(None)
+    keras.config.set_dtype_policy("float32")
 
 
-@pytest.mark.usefixtures("in_folder", "no_distribution", "small_cifar100")
+@pytest.mark.usefixtures("in_folder", "defaults_after", "small_cifar100")
 @pytest.mark.parametrize("page", pages_with_code())
 def test_code_of_a_page_runs(page, request):
     scope = {"__name__": "__main__"}
