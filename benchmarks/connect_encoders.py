@@ -23,6 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import keras_hub
 import numpy as np
+from keras import ops
 from quality_data import loss_at_best_temperature
 from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
@@ -195,16 +196,85 @@ def heads(options, folder):
                 )
                 result["seconds"] = time.perf_counter() - start
                 result["pairs per second"] = steps * batch_size / result["seconds"]
+                if head == "mlp" and keras.backend.backend() == "torch":
+                    speed, project = plain_loop(options, seed, train)
+                    result["plain loop"] = {
+                        "pairs per second": speed,
+                        **scores(*embeddings_of(project, options, "validation")),
+                    }
                 np.savez(
                     weights,
-                    *[keras.ops.convert_to_numpy(x) for x in model.head.weights],
+                    *[ops.convert_to_numpy(x) for x in model.head.weights],
                 )
             for split in ["validation"] + ["test"] * options.test:
                 if split not in result:
                     model = with_head(new_model(options, seed, head), weights)
-                    result[split] = scores(*embeddings_of(model, options, split))
+                    result[split] = scores(
+                        *embeddings_of(projections_of(model), options, split)
+                    )
             write_json(path, **result)
             print(path.stem, result.get("validation"), flush=True)
+
+
+def plain_loop(options, seed, train):
+    """The same projections in torch alone, as one would write it by hand.
+
+    Returns:
+        Pairs a second, and the projections as a function of features.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    images = torch.tensor(train.pairs(slice(None))["image_features"])
+    rows = np.repeat(np.arange(train.num_images), train.counts)
+    numbers = np.arange(train.num_texts) - train.first_text[rows]
+    texts = torch.tensor(train.pairs(rows, numbers)["text_features"])
+    firsts, counts = torch.tensor(train.first_text), torch.tensor(train.counts)
+    hidden = 2 * PROJECTION_DIM
+
+    def projection(features):
+        linear = torch.nn.Linear
+        layers = linear(features.shape[1], hidden), torch.nn.GELU()
+        layers += torch.nn.Dropout(0.3), linear(hidden, PROJECTION_DIM, bias=False)
+        return torch.nn.Sequential(*layers)
+
+    means = [(x.mean(0), x.std(0)) for x in (images, texts)]
+    towers = torch.nn.ModuleList([projection(images), projection(texts)])
+    scale = torch.nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+    parameters = [
+        {"params": [*towers.parameters()], "weight_decay": 0.1},
+        {"params": [scale], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(parameters, 1e-3)
+    size = options.head_batch_size
+    steps = len(images) // size * options.head_epochs
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def project(tower, features):
+        mean, std = means[tower]
+        return torch.nn.functional.normalize(towers[tower]((features - mean) / std))
+
+    start = time.perf_counter()
+    for _ in range(options.head_epochs):
+        order = torch.randperm(len(images))
+        for step in range(len(images) // size):
+            chosen = order[step * size : (step + 1) * size]
+            drawn = (torch.rand(size) * counts[chosen]).long()
+            one = project(0, images[chosen])
+            other = project(1, texts[firsts[chosen] + drawn])
+            logits = scale.clamp(max=np.log(100.0)).exp() * one @ other.T
+            target = torch.arange(size)
+            loss = torch.nn.functional.cross_entropy(logits, target)
+            loss = (loss + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    speed = steps * size / (time.perf_counter() - start)
+    towers.eval()
+    return speed, lambda *both: [
+        project(tower, torch.tensor(x)).detach().numpy() for tower, x in enumerate(both)
+    ]
 
 
 def with_head(model, weights):
@@ -215,19 +285,29 @@ def with_head(model, weights):
     return model
 
 
-def embeddings_of(model, options, split):
-    """The embeddings of all images and texts from their features."""
+def embeddings_of(project, options, split):
+    """The embeddings of all images and texts, from their features."""
     found = kcm.TowerFeatures(f"{options.features}/{split}")
     images = found.pairs(slice(None))["image_features"]
     rows = np.repeat(np.arange(found.num_images), found.counts)
     numbers = np.arange(found.num_texts) - found.first_text[rows]
     texts = found.pairs(rows, numbers)["text_features"]
-    project = model.head.project_image, model.head.project_text
-    embeddings = [
-        keras.ops.convert_to_numpy(keras.ops.stop_gradient(layer(np.array(rows))))
-        for layer, rows in zip(project, (images, texts))
-    ]
-    return *(x / np.linalg.norm(x, axis=1, keepdims=True) for x in embeddings), rows
+    return *(normalized(x) for x in project(images, texts)), rows
+
+
+def normalized(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def projections_of(model):
+    """The projections of a model as a function of features."""
+    head = model.head
+
+    def project(images, texts):
+        both = head.project_image(images), head.project_text(np.array(texts))
+        return [ops.convert_to_numpy(ops.stop_gradient(x)) for x in both]
+
+    return project
 
 
 # === Tuning ===

@@ -161,7 +161,8 @@ class Results:
     def entry(self, row, column, form=None):
         """A row's entry in a column as text, empty if it has none."""
         require_known(column, self.columns, f"column of {self.reference}")
-        text = str(row.get(column, ""))
+        # A line does not break within a mean and its deviation.
+        text = str(row.get(column, "")).replace(" ± ", "&nbsp;±&nbsp;")
         if form is None or not text:
             return text
         if (number := NUMBER.fullmatch(text)) is None:

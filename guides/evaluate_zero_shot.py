@@ -191,5 +191,5 @@ show(figure, "similar")
 # %% [markdown]
 # ## Public benchmarks
 #
-# The page [Evaluate with CLIP_benchmark](../docs/how_to/clip_benchmark.md) evaluates a model on
+# The page [Evaluate with CLIP_benchmark](../docs/how_to/evaluate.md#clip_benchmark) evaluates a model on
 # the datasets of CLIP_benchmark.

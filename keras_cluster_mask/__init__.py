@@ -1,4 +1,7 @@
-"""Contrastive image-text pre-training in Keras 3, with masked image patches."""
+"""Train and tune CLIP in Keras on a part of each image and caption, from nothing or
+from two pre-trained encoders: every published masking on one interface, cluster masking
+among them, exact on JAX, TensorFlow and PyTorch.
+"""
 
 import importlib
 import itertools

@@ -71,7 +71,7 @@ def small_data_recipe(
     sentences of 13 tokens on average, plus a start and an end token, train on a dataset
     with `tokenizer.with_context_length(12)` and `text_masking=recipe.text_masking` for
     `recipe.short_text_epochs` epochs, and then on whole texts
-    (`docs/how_to/short_texts.md`).
+    (`docs/how_to/stages.md`).
 
     Args:
         epochs: Integer, as `fit` takes it.

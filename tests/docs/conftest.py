@@ -48,7 +48,9 @@ def folder_of_data(tmp_path_factory, copy_pairs, encode, write_tar_to):
     table.parent.mkdir()
     lines = ["photo_file\talt_text", *(f"{i}.png\tnumber {i}" for i in range(8))]
     table.write_text("\n".join(lines))
-    for i in range(8):
+    captions = ["file_name,caption", *(f"{i}.png,number {i}" for i in range(64))]
+    (table.parent / "captions.csv").write_text("\n".join(captions))
+    for i in range(64):
         (table.parent / f"{i}.png").write_bytes(encoded(i))
     for part in ("train", "test"):
         for place, name in enumerate(("daisy", "rose", "tulip")):
@@ -76,6 +78,13 @@ def in_folder(folder_of_data, tmp_path, monkeypatch):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def small_cifar100(monkeypatch):
+    """A few images in place of a download."""
+    part = np.zeros((16, 32, 32, 3), "uint8"), np.zeros((16, 1), "uint8")
+    monkeypatch.setattr(keras.datasets.cifar100, "load_data", lambda: (part, part))
 
 
 @pytest.fixture

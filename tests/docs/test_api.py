@@ -12,11 +12,15 @@ import keras_cluster_mask as kcm
 
 pytestmark = pytest.mark.any_backend
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "api.md"
-# Pairs of what mkdocstrings looks up, and what readers see.
-ENTRIES = re.findall(
-    r"^::: (\S+)\n +options:\n +heading: kcm\.(\S+)$", PAGE.read_text(), re.MULTILINE
-)
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+# What mkdocstrings looks up, on the page of its room.
+ENTRIES = {
+    path: page.name
+    for page in sorted((DOCS / "api").glob("*.md"))
+    for path in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+}
+# The names of the first page and what they link to.
+LINKS = re.findall(r"\[`(\w+)`\]\(api/(\w+\.md)#(\S+)\)", (DOCS / "api.md").read_text())
 # The module of losses has no `__all__`: other rooms use the rest of its functions.
 LOSSES = {
     "losses.sigmoid_contrastive_loss",
@@ -41,20 +45,31 @@ def find(name):
     return found
 
 
-def test_page_has_every_public_name_once():
-    assert len(public_names()) > 70
-    assert PAGE.read_text().count("\n::: ") == len(ENTRIES)
-    assert sorted(shown for _, shown in ENTRIES) == sorted(public_names())
-
-
-@pytest.mark.parametrize(("path", "shown"), ENTRIES)
-def test_entry_shows_the_object_of_its_heading(path, shown):
+def shown(path):
     """A module hides a function of its name: `data.check` is `data.check.check`."""
+    *parts, name = path.removeprefix("keras_cluster_mask.").split(".")
+    return ".".join(parts if parts[-1:] == [name] else [*parts, name])
+
+
+def test_pages_have_every_public_name_once():
+    assert len(public_names()) > 70
+    texts = [page.read_text() for page in (DOCS / "api").glob("*.md")]
+    assert sum(text.count("\n::: ") for text in texts) == len(ENTRIES)
+    assert sorted(map(shown, ENTRIES)) == sorted(public_names())
+
+
+def test_the_first_page_links_to_every_public_name():
+    assert {path: page for _, page, path in LINKS} == ENTRIES
+    assert len(LINKS) == len(ENTRIES)
+    assert all(path.endswith(f".{name}") for name, _, path in LINKS)
+
+
+@pytest.mark.parametrize("path", ENTRIES)
+def test_entry_shows_the_object_of_its_name(path):
     module, _, name = path.rpartition(".")
-    assert path.removeprefix("keras_cluster_mask.").startswith(shown)
-    assert getattr(importlib.import_module(module), name) is find(shown)
+    assert getattr(importlib.import_module(module), name) is find(shown(path))
     is_module = importlib.util.find_spec(path) if is_package(module) else None
-    assert inspect.ismodule(find(shown)) == (is_module is not None)
+    assert inspect.ismodule(find(shown(path))) == (is_module is not None)
 
 
 def is_package(name):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.any_backend
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "which_masking.md").read_text(encoding="utf-8")
-IMAGE = (ROOT / "docs" / "how_to" / "inspect_masks.md").read_text(encoding="utf-8")
+IMAGE = (ROOT / "docs" / "how_to" / "own_masking.md").read_text(encoding="utf-8")
 # The first block is a comment: what the code of the tables needs.
 BLOCKS = re.findall(
     r"^(?:```|<!-- )python\n(.*?)^(?:```|-->)", PAGE, re.DOTALL | re.MULTILINE
