@@ -1,6 +1,7 @@
 """The grid of patches of an image: its rows and columns, and counts of patches."""
 
 import math
+from typing import Any
 
 import keras
 
@@ -69,22 +70,6 @@ def grid_of_square_patches(
     )
 
 
-def grid_of_masking(masking, num_patches: int | None, images=None) -> tuple[int, int]:
-    """Returns the rows and columns of a masking's patches, see its `grid_shape`."""
-    if masking.grid is not None:
-        return masking.grid
-    if masking.patch_size is None:
-        shape = None if images is None else images.shape
-        return grid_of_square_patches(num_patches, shape, masking.data_format)
-    if images is None:
-        raise ValueError(
-            f"`{masking.name}` needs the images that the tokens were made from: "
-            "call it as `masking(tokens, images=images)`. Received: images=None"
-        )
-    patch_size = standardize_patch_size(masking.patch_size)
-    return grid_shape(images.shape, patch_size, masking.data_format)
-
-
 def _sides(shape, data_format):
     shape = tuple(shape)
     if len(shape) != 4:
@@ -95,15 +80,23 @@ def _sides(shape, data_format):
     return height_and_width(shape, data_format)
 
 
-def standardize_patch_size(patch_size) -> tuple[int, int]:
-    """Returns the patch size `(height, width)`, from one integer or two."""
-    sides = (patch_size,) * 2 if is_integer(patch_size) else patch_size
-    if not _are_two_positive_integers(sides):
+def as_pair(name: str, sides: Any) -> tuple[int, int]:
+    """Returns a tuple of two positive integers, or raises an error."""
+    if (
+        not isinstance(sides, (tuple, list))
+        or len(sides) != 2
+        or not all(is_integer(side) and side > 0 for side in sides)
+    ):
         raise ValueError(
-            "`patch_size` must be a positive integer or a tuple of two. "
-            f"Received: patch_size={patch_size}"
+            f"`{name}` must be a tuple of two positive integers. "
+            f"Received: {name}={sides}"
         )
-    return tuple(map(int, sides))
+    return int(sides[0]), int(sides[1])
+
+
+def sides_of(name: str, size: Any) -> tuple[int, int]:
+    """Returns `(height, width)`, from one integer or two."""
+    return as_pair(name, (size, size) if is_integer(size) else size)
 
 
 def standardize_data_format(data_format: str | None) -> str:
@@ -116,19 +109,4 @@ def standardize_data_format(data_format: str | None) -> str:
 
 def standardize_grid(grid) -> tuple[int, int] | None:
     """Returns `(rows, columns)` of patches as a tuple, or `None`."""
-    if grid is None:
-        return None
-    if not _are_two_positive_integers(grid):
-        raise ValueError(
-            "`grid` must be None or a tuple of two positive integers, "
-            f"(rows, columns). Received: grid={grid}"
-        )
-    return tuple(map(int, grid))
-
-
-def _are_two_positive_integers(values):
-    return (
-        isinstance(values, (tuple, list))
-        and len(values) == 2
-        and all(is_integer(value) and value > 0 for value in values)
-    )
+    return None if grid is None else as_pair("grid", grid)

@@ -7,10 +7,7 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_range
 from keras_cluster_mask.distribution.chunks import map_rows
-from keras_cluster_mask.masking.patch_grid import (
-    standardize_data_format,
-    standardize_patch_size,
-)
+from keras_cluster_mask.masking.patch_grid import sides_of, standardize_data_format
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
@@ -69,7 +66,7 @@ class SimilarityMasking(PatchMasking):
         **kwargs: Any,
     ):
         super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
-        self.patch_size = standardize_patch_size(patch_size)
+        self.patch_size = sides_of("patch_size", patch_size)
         self.data_format = standardize_data_format(data_format)
         if isinstance(embedding_weight, dict):
             embedding_weight = keras.saving.deserialize_keras_object(embedding_weight)

@@ -6,10 +6,9 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import in_full_precision
-from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.masking.patch_grid import height_and_width, sides_of
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
-    as_pair,
     count_tokens,
     data_format_of,
     image_shape_of,
@@ -68,7 +67,7 @@ class ClassAttention:
         self.encoder = encoder
         self.blocks = [block for _, block in found]
         self.image_size = height_and_width(shape, data_format_of(encoder))
-        self.patch_size = as_pair(embeddings[0].patch_size)
+        self.patch_size = sides_of("patch_size", embeddings[0].patch_size)
         self.grid = tuple(s // p for s, p in zip(self.image_size, self.patch_size))
         self.stem = keras.Model(encoder.input, found[0][0].input)
         rows, columns = self.grid
