@@ -12,7 +12,6 @@ from tests.masking.images import (
     assert_selects,
     compiled_step,
     draw_noise,
-    dtype_of,
     mosaic,
     numpy,
     paper,
@@ -168,35 +167,6 @@ class TestSelectionEqualsReference:
 class TestSimilarity:
     anchors = np.array([[0], [5], [11]], "int32")
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda x: x / np.float32(255.0),
-            lambda x: x * np.float32(255.0),
-            lambda x: (x - np.float32(127.5)) / np.float32(127.5),
-            lambda x: 3.0 - x / np.float32(60.0),
-        ],
-    )
-    def test_does_not_depend_on_the_scale_and_origin_of_pixels(self, change):
-        rng = np.random.default_rng(7)
-        images = textured(rng, 3, 24, 32, 3, "uint8")
-        masking = kcm.ClusterMasking(8)
-        integers = numpy(masking.similarity(images, self.anchors))
-        changed = change(images.astype("float32"))
-        floats = numpy(masking.similarity(changed, self.anchors))
-        assert len(np.unique(integers)) > 20
-        np.testing.assert_allclose(floats, integers, atol=2.0**-12 + 1e-6, rtol=0)
-
-    def test_is_float32_multiples_of_the_step_of_shape_batch_patches(self):
-        images = textured(np.random.default_rng(8), 3, 24, 32, 3, "float16")
-        similarity = kcm.ClusterMasking(8, dtype="mixed_bfloat16").similarity(
-            images, self.anchors
-        )
-        assert dtype_of(similarity) == "float32"
-        steps = numpy(similarity) * 2**12
-        assert steps.shape == (3, 12)
-        np.testing.assert_array_equal(steps, np.round(steps))
-
     @pytest.mark.parametrize("weight", [0.3, 1.0])
     @pytest.mark.parametrize("prefix", [0, 2])
     def test_with_tokens_mixes_by_weight_before_the_maximum(self, weight, prefix):
@@ -335,19 +305,6 @@ class TestAdapt:
         _, visible = numpy(*masking.select(images=batches[0]))
         assert np.mean(visible.all(axis=1)) > 0.1
         self.check_reached(masking, batches)
-
-    @pytest.mark.any_backend
-    def test_stops_an_endless_generator_at_max_images(self):
-        batch, read = photographs(32, 48, ROWS), []
-
-        def endless():
-            while True:
-                read.append(len(batch))
-                yield batch
-
-        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, seed=1)
-        masking.adapt(endless(), max_images=100)
-        assert sum(read) == 3 * ROWS
 
     def test_looks_at_pixels_alone_whatever_the_embedding_weight(self):
         images = photographs(32, 48, ROWS)
