@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_cluster_mask.checks import check_choice, is_integer
+from keras_cluster_mask.checks import is_integer
 
 
 def is_channels_first(data_format: str | None = None) -> bool:
@@ -70,6 +70,22 @@ def grid_of_square_patches(
     )
 
 
+def grid_of_masking(masking, num_patches: int | None, images=None) -> tuple[int, int]:
+    """Returns the rows and columns of a masking's patches, see its `grid_shape`."""
+    if masking.grid is not None:
+        return masking.grid
+    if masking.patch_size is None:
+        shape = None if images is None else images.shape
+        return grid_of_square_patches(num_patches, shape, masking.data_format)
+    if images is None:
+        raise ValueError(
+            f"`{masking.name}` needs the images that the tokens were made from: "
+            "call it as `masking(tokens, images=images)`. Received: images=None"
+        )
+    patch_size = sides_of("patch_size", masking.patch_size)
+    return grid_shape(images.shape, patch_size, masking.data_format)
+
+
 def _sides(shape, data_format):
     shape = tuple(shape)
     if len(shape) != 4:
@@ -97,14 +113,6 @@ def as_pair(name: str, sides: Any) -> tuple[int, int]:
 def sides_of(name: str, size: Any) -> tuple[int, int]:
     """Returns `(height, width)`, from one integer or two."""
     return as_pair(name, (size, size) if is_integer(size) else size)
-
-
-def standardize_data_format(data_format: str | None) -> str:
-    """Returns a data format, by default the one that Keras is configured for."""
-    if data_format is None:
-        return keras.config.image_data_format()
-    check_choice("data_format", data_format, ("channels_last", "channels_first"))
-    return data_format
 
 
 def standardize_grid(grid) -> tuple[int, int] | None:

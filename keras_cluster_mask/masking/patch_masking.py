@@ -7,11 +7,7 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_ratio
 from keras_cluster_mask.distribution.backends import is_traced, take_rows
-from keras_cluster_mask.masking.patch_grid import (
-    grid_of_square_patches,
-    grid_shape,
-    sides_of,
-)
+from keras_cluster_mask.masking.patch_grid import grid_of_masking
 from keras_cluster_mask.masking.selection import (
     PutMask,
     best_patches,
@@ -171,18 +167,7 @@ class PatchMasking(keras.layers.Layer):
             A tuple of two integers: `grid` or, if it was not given, the grid that the
             size of the images implies. Without images the grid is square.
         """
-        if self.grid is not None:
-            return self.grid
-        if self.patch_size is None:
-            shape = None if images is None else images.shape
-            return grid_of_square_patches(num_patches, shape, self.data_format)
-        if images is None:
-            raise ValueError(
-                f"`{self.name}` needs the images that the tokens were made from: "
-                "call it as `masking(tokens, images=images)`. Received: images=None"
-            )
-        patch_size = sides_of("patch_size", self.patch_size)
-        return grid_shape(images.shape, patch_size, self.data_format)
+        return grid_of_masking(self, num_patches, images)
 
     # === Shared by all strategies ===
 

@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import is_traced
+from keras_cluster_mask.masking.patch_grid import grid_of_masking
 
 # Thread-local, because TensorFlow traces the step of each replica in its own thread.
 _context = threading.local()
@@ -56,7 +57,7 @@ def _within(name, value):
 def count_patches(masking, images=None, tokens=None) -> int:
     """Returns the number of patches of an image, from its size or from its tokens."""
     if masking.grid is not None or masking.patch_size is not None:
-        return math.prod(masking.grid_shape(None, images))
+        return math.prod(grid_of_masking(masking, None, images))
     if tokens is None:
         raise ValueError(
             f"`{masking.name}` tells the number of patches from `tokens`. "
@@ -80,7 +81,7 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
     """
     num_tokens = tokens.shape[1]
     if masking.grid is not None or masking.patch_size is not None:
-        num_patches = math.prod(masking.grid_shape(None, images))
+        num_patches = math.prod(grid_of_masking(masking, None, images))
         prefix = None if num_tokens is None else num_tokens - num_patches
         if prefix is None or prefix < 0 or num_prefix not in (None, prefix):
             raise ValueError(

@@ -198,8 +198,7 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     scale_owner = "metaclip_2_head"
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
-        tokens = call_encoder(self.image_encoder, images, training)
-        pooled = self.backbone.vision_pooler(tokens)
+        pooled = super().image_features(images, training)
         return self.backbone.vision_post_layer_norm(pooled)
 
     def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
