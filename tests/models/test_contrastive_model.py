@@ -444,23 +444,6 @@ def test_fit_sees_each_batch_of_a_stream_once_and_in_order(format, write_pairs):
         assert sorted(epoch) == [*range(14)]
 
 
-def test_both_formats_of_a_stream_train_and_evaluate_alike(write_pairs):
-    pytest.importorskip("tensorflow")
-    shard = write_pairs("a.tar", 0, 14)
-    found = []
-    for format in ("grain", "tf"):
-        data = stream(shard, format=format)
-        held_out = stream(shard, format=format, training=False)
-        keras.utils.set_random_seed(0)
-        model = small_model()
-        model.compile("sgd", **FAST)
-        history = model.fit(data, epochs=3, validation_data=held_out, verbose=0).history
-        embeddings = model.predict(held_out, verbose=0)["image_embeddings"]
-        assert embeddings.shape[0] == 14
-        found.append([history, embeddings])
-    keras.tree.map_structure(np.testing.assert_array_equal, *found)
-
-
 def test_the_end_of_an_epoch_is_no_reason_to_warn_unless_steps_are_missing(write_pairs):
     shard = write_pairs("a.tar", 0, 10)
     held_out = stream(shard, training=False, format="grain")
