@@ -29,16 +29,17 @@ def test_tiny_takes_the_images_texts_and_patches_it_is_told_to():
     np.testing.assert_array_equal(ops.convert_to_numpy(ids), [np.arange(5)])
 
 
-def test_an_unknown_size_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"vit_b_16.*Received: size='huge'"):
-        clip_backbone("huge")
-
-
-def test_images_that_patches_do_not_tile_are_an_error():
-    with pytest.raises(ValueError, match=r"divisible.*Received: image_size=18"):
-        tiny(image_size=18)
-    with pytest.raises(ValueError, match=r"Received:.*patch_size=5"):
-        tiny(patch_size=5)
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"size": "huge"}, r"vit_b_16.*Received: size='huge'"),
+        ({"image_size": 18}, r"divisible.*Received: image_size=18"),
+        ({"patch_size": 5}, r"Received:.*patch_size=5"),
+    ],
+)
+def test_other_sizes_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        clip_backbone(**{"size": "tiny", "image_size": 16, **options})
 
 
 @pytest.mark.parametrize("size", list(SIZES)[1:])
