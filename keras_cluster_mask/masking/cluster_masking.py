@@ -332,8 +332,8 @@ def _check_mode(min_mask_ratio, threshold, softness, hide_padding):
     ):
         if value != default and its_mode != mode:
             raise ValueError(
-                f"`{name}` is for {its_mode} mode, and this is {mode} mode. "
-                f"Received: {name}={value}, min_mask_ratio={min_mask_ratio}"
+                f"`{name}` is for {its_mode} mode, but `min_mask_ratio` selects {mode} "
+                f"mode. Received: {name}={value}, min_mask_ratio={min_mask_ratio}"
             )
 
 
