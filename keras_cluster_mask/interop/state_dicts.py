@@ -16,7 +16,6 @@ from keras_cluster_mask.interop.weight_files import read_weights
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
-from keras_cluster_mask.models.encoders import write_text_epsilon
 
 # The bias of a sigmoid loss, which is not in a CLIP backbone but in the model.
 BIAS = "head.logit_bias"
@@ -143,7 +142,7 @@ def load_model(
     _warn_of_resizing(architecture)
     backbone = architecture.make(dtype)
     if architecture.family != "SigLIP":
-        write_text_epsilon(backbone, CLIP_EPSILON)
+        backbone.text_encoder.layer_norm.epsilon = CLIP_EPSILON
     for entry in expected:
         if entry.path != BIAS:
             # Converted one at a time, since half-precision arrays double in size.

@@ -324,20 +324,16 @@ def _check_mode(min_mask_ratio, threshold, softness, hide_padding):
         check_range("threshold", threshold, -1, 1)
     if min_mask_ratio is not None:
         check_ratio("min_mask_ratio", min_mask_ratio)
-        if softness:
-            raise ValueError(
-                "`softness` is for budget mode (min_mask_ratio=None). Received: "
-                f"softness={softness}, min_mask_ratio={min_mask_ratio}"
-            )
-        return
-    for name, value, default in (
-        ("threshold", threshold, None),
-        ("hide_padding", hide_padding, True),
+    mode = "budget" if min_mask_ratio is None else "threshold"
+    for name, value, default, its_mode in (
+        ("softness", softness, 0, "budget"),
+        ("threshold", threshold, None, "threshold"),
+        ("hide_padding", hide_padding, True, "threshold"),
     ):
-        if value != default:
+        if value != default and its_mode != mode:
             raise ValueError(
-                f"`{name}` is for threshold mode, which `min_mask_ratio` selects. "
-                f"Received: {name}={value}, min_mask_ratio=None"
+                f"`{name}` is for {its_mode} mode, but `min_mask_ratio` selects {mode} "
+                f"mode. Received: {name}={value}, min_mask_ratio={min_mask_ratio}"
             )
 
 

@@ -1,10 +1,11 @@
 """The grid of patches of an image: its rows and columns, and counts of patches."""
 
 import math
+from typing import Any
 
 import keras
 
-from keras_cluster_mask.checks import check_choice, is_integer
+from keras_cluster_mask.checks import is_integer
 
 
 def is_channels_first(data_format: str | None = None) -> bool:
@@ -81,7 +82,7 @@ def grid_of_masking(masking, num_patches: int | None, images=None) -> tuple[int,
             f"`{masking.name}` needs the images that the tokens were made from: "
             "call it as `masking(tokens, images=images)`. Received: images=None"
         )
-    patch_size = standardize_patch_size(masking.patch_size)
+    patch_size = sides_of("patch_size", masking.patch_size)
     return grid_shape(images.shape, patch_size, masking.data_format)
 
 
@@ -95,40 +96,25 @@ def _sides(shape, data_format):
     return height_and_width(shape, data_format)
 
 
-def standardize_patch_size(patch_size) -> tuple[int, int]:
-    """Returns the patch size `(height, width)`, from one integer or two."""
-    sides = (patch_size,) * 2 if is_integer(patch_size) else patch_size
-    if not _are_two_positive_integers(sides):
+def as_pair(name: str, sides: Any) -> tuple[int, int]:
+    """Returns a tuple of two positive integers, or raises an error."""
+    if (
+        not isinstance(sides, (tuple, list))
+        or len(sides) != 2
+        or not all(is_integer(side) and side > 0 for side in sides)
+    ):
         raise ValueError(
-            "`patch_size` must be a positive integer or a tuple of two. "
-            f"Received: patch_size={patch_size}"
+            f"`{name}` must be a tuple of two positive integers. "
+            f"Received: {name}={sides}"
         )
-    return tuple(map(int, sides))
+    return int(sides[0]), int(sides[1])
 
 
-def standardize_data_format(data_format: str | None) -> str:
-    """Returns a data format, by default the one that Keras is configured for."""
-    if data_format is None:
-        return keras.config.image_data_format()
-    check_choice("data_format", data_format, ("channels_last", "channels_first"))
-    return data_format
+def sides_of(name: str, size: Any) -> tuple[int, int]:
+    """Returns `(height, width)`, from one integer or two."""
+    return as_pair(name, (size, size) if is_integer(size) else size)
 
 
 def standardize_grid(grid) -> tuple[int, int] | None:
     """Returns `(rows, columns)` of patches as a tuple, or `None`."""
-    if grid is None:
-        return None
-    if not _are_two_positive_integers(grid):
-        raise ValueError(
-            "`grid` must be None or a tuple of two positive integers, "
-            f"(rows, columns). Received: grid={grid}"
-        )
-    return tuple(map(int, grid))
-
-
-def _are_two_positive_integers(values):
-    return (
-        isinstance(values, (tuple, list))
-        and len(values) == 2
-        and all(is_integer(value) and value > 0 for value in values)
-    )
+    return None if grid is None else as_pair("grid", grid)

@@ -5,12 +5,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_cluster_mask.checks import check_range
+from keras_cluster_mask.checks import check_choice, check_range
 from keras_cluster_mask.distribution.chunks import map_rows
-from keras_cluster_mask.masking.patch_grid import (
-    standardize_data_format,
-    standardize_patch_size,
-)
+from keras_cluster_mask.masking.patch_grid import sides_of
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
@@ -69,8 +66,10 @@ class SimilarityMasking(PatchMasking):
         **kwargs: Any,
     ):
         super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
-        self.patch_size = standardize_patch_size(patch_size)
-        self.data_format = standardize_data_format(data_format)
+        self.patch_size = sides_of("patch_size", patch_size)
+        self.data_format = data_format or keras.config.image_data_format()
+        formats = "channels_last", "channels_first"
+        check_choice("data_format", self.data_format, formats)
         if isinstance(embedding_weight, dict):
             embedding_weight = keras.saving.deserialize_keras_object(embedding_weight)
         if not isinstance(

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_cluster_mask.batches import num_images, read_images
 from keras_cluster_mask.checks import check_choice, check_integer
-from keras_cluster_mask.masking.patch_grid import grid_shape, standardize_patch_size
+from keras_cluster_mask.masking.patch_grid import grid_shape, sides_of
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.types import Tensor
 
@@ -121,8 +121,6 @@ def masking_statistics(
         noise = rng.random((len(images), math.prod(grid)), dtype="float32")
         if first_grid is None:
             first_grid, times_kept = grid, np.zeros(noise.shape[1], "int64")
-            if embed is None:
-                check_tokens_do_not_matter(masking, *inputs, noise)
         elif grid != first_grid:
             raise ValueError(
                 "The images of `data` must all have one size. Received: batches of "
@@ -152,7 +150,7 @@ def patch_size_of(maskings, patch_size):
             differ.
     """
     given = [patch_size, *(each.patch_size for each in maskings)]
-    sizes = {standardize_patch_size(size) for size in given if size is not None}
+    sizes = {sides_of("patch_size", size) for size in given if size is not None}
     if len(sizes) == 1:
         return sizes.pop()
     names = [type(each).__name__ for each in maskings]
@@ -170,12 +168,11 @@ def masking_inputs(masking, images, grid, embed):
         masking: A `PatchMasking`.
         images: Array of images.
         grid: Tuple `(rows, columns)` of their patches.
-        embed: Function from pixels to tokens. `None` uses zeros, which define only the
-            number of tokens.
+        embed: Function from pixels to tokens. `None` returns `None` for tokens.
 
     Raises:
-        ValueError: If the masking has another grid or needs `embed`, or if `embed`
-            returns tokens of a wrong shape.
+        ValueError: If the masking has another grid, or if `embed` returns tokens of a
+            wrong shape.
     """
     if masking.grid not in (None, grid):
         raise ValueError(
@@ -186,11 +183,7 @@ def masking_inputs(masking, images, grid, embed):
     pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
     num_patches = math.prod(grid)
     if embed is None:
-        # A schedule may start at 0, where tokens have no influence yet.
-        if getattr(masking, "embedding_weight", 0.0) != 0.0:
-            _refuse_to_go_without_tokens(masking)
-        num_tokens = (masking.num_prefix_tokens or 0) + num_patches
-        return pixels, ops.zeros((len(images), num_tokens, 1))
+        return pixels, None
     tokens = embed(pixels)
     if len(tokens.shape) != 3 or tokens.shape[1] < num_patches:
         raise ValueError(
@@ -200,25 +193,17 @@ def masking_inputs(masking, images, grid, embed):
     return pixels, tokens
 
 
-def check_tokens_do_not_matter(masking, pixels, tokens, noise):
-    """Raises an error if the masking selects other patches for other tokens."""
-    values = np.random.default_rng(0).normal(size=tokens.shape)
-    other = ops.convert_to_tensor(values.astype("float32"))
-    kept = [keep_mask(masking, pixels, each, noise) for each in (tokens, other)]
-    if np.any(kept[0] != kept[1]):
-        _refuse_to_go_without_tokens(masking)
-
-
-def _refuse_to_go_without_tokens(masking):
-    raise ValueError(
-        f"`embed` must be given, as the {type(masking).__name__} looks at tokens. "
-        "Received: embed=None"
-    )
-
-
 def keep_mask(masking, pixels, tokens, noise):
     """Returns `(batch, N)` booleans, true for patches that are kept and visible."""
-    indices, visible = masking.select(pixels, tokens, noise)
+    try:
+        indices, visible = masking.select(pixels, tokens, noise)
+    except Exception as error:
+        if tokens is not None:
+            raise
+        raise ValueError(
+            f"`embed` must be given if the {type(masking).__name__} uses tokens. "
+            f"Received: embed=None, and then: {error}"
+        ) from error
     kept = np.zeros(tuple(noise.shape), dtype=bool)
     np.put_along_axis(
         kept, ops.convert_to_numpy(indices), ops.convert_to_numpy(visible), axis=1

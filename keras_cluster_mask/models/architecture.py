@@ -170,22 +170,16 @@ class Architecture:
         return {**sizes, "intermediate_activation": self.activation}
 
 
-def _of_towers(patch, image, text, projection):
-    """Makes an `Architecture` from the width, depth and heads of its towers."""
-    return Architecture(
-        *image, 4 * image[0], *text, 4 * text[0], patch=patch, projection=projection
-    )
-
-
 # All sizes except "tiny" are those of open_clip's model configurations of the same
 # names (https://github.com/mlfoundations/open_clip). The paper uses ViT-B/16.
+# The first four numbers are those of the image tower, the next four of the text tower.
 SIZES = {
-    "tiny": _of_towers(8, (96, 3, 3), (96, 1, 3), 96),
-    "vit_s_16": _of_towers(16, (384, 12, 6), (384, 12, 6), 384),
-    "vit_b_32": _of_towers(32, (768, 12, 12), (512, 12, 8), 512),
-    "vit_b_16": _of_towers(16, (768, 12, 12), (512, 12, 8), 512),
-    "vit_l_16": _of_towers(16, (1024, 24, 16), (768, 12, 12), 768),
-    "vit_l_14": _of_towers(14, (1024, 24, 16), (768, 12, 12), 768),
+    "tiny": Architecture(96, 3, 3, 384, 96, 1, 3, 384, 8, 96),
+    "vit_s_16": Architecture(384, 12, 6, 1536, 384, 12, 6, 1536, 16, 384),
+    "vit_b_32": Architecture(768, 12, 12, 3072, 512, 12, 8, 2048, 32, 512),
+    "vit_b_16": Architecture(768, 12, 12, 3072, 512, 12, 8, 2048, 16, 512),
+    "vit_l_16": Architecture(1024, 24, 16, 4096, 768, 12, 12, 3072, 16, 768),
+    "vit_l_14": Architecture(1024, 24, 16, 4096, 768, 12, 12, 3072, 14, 768),
 }
 
 

@@ -11,10 +11,6 @@ from keras import ops
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.backbone_classes import CLASSES
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
-from keras_cluster_mask.models.encoders import (
-    read_text_epsilon,
-    write_text_epsilon,
-)
 from keras_cluster_mask.models.head import (
     INITIAL_LOGIT_BIAS,
     INITIAL_TEMPERATURE,
@@ -168,7 +164,8 @@ class CLIPContrastiveModel(BackboneModel):
         return ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
 
     def get_config(self) -> dict[str, Any]:
-        epsilon = read_text_epsilon(self.backbone)
+        # keras_hub's config omits it.
+        epsilon = self.backbone.text_encoder.layer_norm.epsilon
         return {**super().get_config(), "text_epsilon": epsilon}
 
     @classmethod
@@ -178,7 +175,7 @@ class CLIPContrastiveModel(BackboneModel):
         config = dict(config)
         epsilon = config.pop("text_epsilon")
         model = super().from_config(config, custom_objects)
-        write_text_epsilon(model.backbone, epsilon)
+        model.backbone.text_encoder.layer_norm.epsilon = epsilon
         return model
 
 
@@ -201,8 +198,7 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
     scale_owner = "metaclip_2_head"
 
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
-        tokens = call_encoder(self.image_encoder, images, training)
-        pooled = self.backbone.vision_pooler(tokens)
+        pooled = super().image_features(images, training)
         return self.backbone.vision_post_layer_norm(pooled)
 
     def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:

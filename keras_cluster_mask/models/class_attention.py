@@ -6,15 +6,15 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import in_full_precision
-from keras_cluster_mask.masking.patch_grid import height_and_width
+from keras_cluster_mask.masking.patch_grid import height_and_width, sides_of
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
-    as_pair,
     count_tokens,
     data_format_of,
     image_shape_of,
 )
 from keras_cluster_mask.models.inputs import call_encoder
+from keras_cluster_mask.training.layers import all_layers
 
 # Blocks of keras_hub's vision transformers with a class token. By the name of their
 # class, the attributes with the norm before the attention and the
@@ -25,14 +25,6 @@ ATTENTIONS = {
     "DeiTEncoderBlock": ("layer_norm_1", "mha"),
     "MetaCLIP2EncoderLayer": ("layer_norm_1", "attention"),
     "ViTEncoderBlock": ("layer_norm_1", "mha"),
-}
-
-# Layers that hold all blocks of an encoder, and the attribute that lists the blocks in
-# the order in which they run.
-HOLDERS = {
-    "DINOV2Encoder": "layers",
-    "DeiTEncoder": "encoder_layers",
-    "ViTEncoder": "encoder_layers",
 }
 
 
@@ -61,14 +53,21 @@ class ClassAttention:
         is_built = isinstance(encoder, keras.Model) and encoder.built
         layers = encoder.layers if is_built else []
         embeddings = [x for x in layers if type(x).__name__ in EMBEDDINGS]
-        found = [(x, block) for x in layers for block in _blocks(x)]
+        # Blocks are layers of the encoder, or of a layer that holds all in their order.
+        found = [
+            (x, block)
+            for x in layers
+            if not isinstance(x, keras.Model)
+            for block in all_layers(x)
+            if type(block).__name__ in ATTENTIONS
+        ]
         shape = image_shape_of(encoder) if embeddings and found else None
         if shape is None or None in shape:
             raise _refusal(encoder)
         self.encoder = encoder
         self.blocks = [block for _, block in found]
         self.image_size = height_and_width(shape, data_format_of(encoder))
-        self.patch_size = as_pair(embeddings[0].patch_size)
+        self.patch_size = sides_of("patch_size", embeddings[0].patch_size)
         self.grid = tuple(s // p for s, p in zip(self.image_size, self.patch_size))
         self.stem = keras.Model(encoder.input, found[0][0].input)
         rows, columns = self.grid
@@ -115,12 +114,6 @@ def attention_of_block(block, tokens):
     query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
     logits = ops.einsum("bihd,bjhd->bhij", query, key) * attention.key_dim**-0.5
     return ops.mean(ops.softmax(logits, axis=-1), axis=(1, 2))
-
-
-def _blocks(layer):
-    """Returns the blocks that a layer is or holds, except those in a nested model."""
-    name = type(layer).__name__
-    return [layer] if name in ATTENTIONS else getattr(layer, HOLDERS.get(name, ""), [])
 
 
 def _refusal(encoder):

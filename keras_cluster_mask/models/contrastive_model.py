@@ -375,12 +375,6 @@ class ContrastiveModel(ContrastiveTrainer):
             "frozen": layers.frozen_parts(self),
         }
 
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> Self:
-        return layers.from_parts(cls, config, custom_objects)
-
     def _options(self):
         """Returns the constructor arguments that backbone models also take."""
         names = self.gradient_checkpointing

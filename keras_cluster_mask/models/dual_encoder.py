@@ -37,11 +37,11 @@ from keras_cluster_mask.training.gradient_checkpointing import (
     find_blocks,
 )
 from keras_cluster_mask.training.input_rules import InputRules
-from keras_cluster_mask.training.layers import all_layers
+from keras_cluster_mask.training.layers import MadeOfParts, all_layers
 from keras_cluster_mask.types import Tensor
 
 
-class DualEncoder(keras.Model):
+class DualEncoder(MadeOfParts, keras.Model):
     """Embeds images and texts. The base class of `ContrastiveModel`.
 
     Args:
@@ -238,7 +238,14 @@ class DualEncoder(keras.Model):
     @functools.cached_property
     def image_tower(self) -> Tower:
         """A `Tower` that embeds images, as `encode_image` does."""
-        return Tower.of_images(self)
+        return Tower.of(
+            self.image_encoder,
+            lambda x: self.head.project_image(self.image_features(x, training=False)),
+            pixel_mean=self.pixel_mean,
+            pixel_std=self.pixel_std,
+            data_format=data_format_of(self.image_encoder),
+            name="image_tower",
+        )
 
     @functools.cached_property
     def text_tower(self) -> Tower:
@@ -246,7 +253,11 @@ class DualEncoder(keras.Model):
 
         If the text encoder has several inputs, the tower takes a dictionary of them.
         """
-        return Tower.of_texts(self)
+        return Tower.of(
+            self.text_encoder,
+            lambda x: self.head.project_text(self.text_features(x, training=False)),
+            name="text_tower",
+        )
 
     def without_masking(self) -> Self:
         """Makes a model with the same weights that trains on whole images.
@@ -331,19 +342,13 @@ def _check_no_maskings(text_encoder):
 
 
 def _check_views(views, maskings):
-    if views > 1 and len(maskings) != 1:
+    if views > 1 and [masking.is_random for masking in maskings] != [True]:
         raise ValueError(
-            "`views` are masks of the same image, for which the image encoder needs "
-            "one masking: put it there with `kcm.with_masking`, or pass `masking` to "
-            f"`from_backbone`; or take `views=1`. Received: views={views}, maskings="
+            "`views` must be 1, unless the image encoder has one masking that is "
+            "random, such as `RandomMasking`: put it there with `kcm.with_masking`, or "
+            "pass `masking` to `from_backbone`. Other maskings follow from the image, "
+            f"so all views would be alike. Received: views={views}, maskings="
             f"{[masking.name for masking in maskings]}"
-        )
-    if views > 1 and not maskings[0].is_random:
-        raise ValueError(
-            "`views` must be 1 for a masking whose masks follow from the image, as all "
-            "views would be alike: use another masking, such as `RandomMasking`. "
-            f"Received: views={views}, masking={maskings[0].name} of type "
-            f"{type(maskings[0]).__name__}"
         )
 
 

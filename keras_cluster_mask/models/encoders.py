@@ -9,9 +9,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_cluster_mask.checks import is_integer
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.patch_grid import grid_shape
+from keras_cluster_mask.masking.patch_grid import grid_shape, sides_of
 from keras_cluster_mask.masking.selection import split_tokens
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.training.layers import (
@@ -95,11 +94,6 @@ def data_format_of(encoder) -> str:
     return _first_data_format(encoder) or keras.config.image_data_format()
 
 
-def knows_image_size(encoder) -> bool:
-    """Returns whether `with_image_size` supports an encoder."""
-    return any(x.__name__ in RESIZABLE for x in type(encoder).__mro__)
-
-
 def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer:
     """Returns the layer of `encoder` that outputs the embedded tokens."""
     if not isinstance(encoder, keras.Model) or not encoder.built:
@@ -150,35 +144,25 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
     tokens, tables = layer.output, rotary_tables(encoder)
     try:
         blocks = keras.Model([tokens, *tables] if tables else tokens, encoder.output)
-    except ValueError as error:
+        # This model requires the full number of tokens. A clone from the same layers,
+        # with an unknown token axis, takes any number. Some layers fail only at a known
+        # number, so a clone with one that no grid of patches has is made first.
+        for number in (23, None):
+            inputs = [
+                keras.Input((number, x.shape[-1]), dtype=x.dtype)
+                for x in (tokens, *tables)
+            ]
+            clone = keras.models.clone_model(
+                blocks,
+                input_tensors=inputs if tables else inputs[0],
+                clone_function=own_positions,
+            )
+    except Exception as error:
         raise ValueError(
-            "`layer` must be on every path from the images to the output. "
-            f"Received: layer={layer.name!r}, encoder={encoder.name}"
+            "`layer` must be after the position embedding, and on every path from the "
+            "images to the output, and a head must pool tokens, not flatten them. "
+            f"Received: layer={layer.name!r}, encoder={encoder.name}, and then: {error}"
         ) from error
-
-    def call(after, *args, **kwargs):
-        try:
-            return after(*args, **kwargs)
-        except Exception as error:
-            raise ValueError(
-                "`layer` must be after the position embedding, and a head must pool "
-                f"tokens, not flatten them: the layer {after.name!r} needs all tokens. "
-                f"Received: layer={layer.name!r}, encoder={encoder.name}"
-            ) from error
-
-    # This model requires the full number of tokens. A clone from the same layers, with
-    # an unknown token axis, takes any number. Some layers fail only at a known number,
-    # so a clone with one that no grid of patches has is made first.
-    for number in (23, None):
-        inputs = [
-            keras.Input((number, x.shape[-1]), dtype=x.dtype) for x in (tokens, *tables)
-        ]
-        clone = keras.models.clone_model(
-            blocks,
-            input_tensors=inputs if tables else inputs[0],
-            clone_function=own_positions,
-            call_function=call,
-        )
     return _stem(encoder, layer), clone
 
 
@@ -209,7 +193,9 @@ def count_prefix_tokens(encoder, stem) -> int | None:
         return None
     if patch_size is None:
         return _count_constant_tokens(stem, shape)
-    grid = grid_shape((1, *shape), as_pair(patch_size), data_format_of(encoder))
+    grid = grid_shape(
+        (1, *shape), sides_of("patch_size", patch_size), data_format_of(encoder)
+    )
     return count_tokens(stem, shape) - math.prod(grid)
 
 
@@ -258,12 +244,6 @@ def tokens_per_image(encoder, image_shape: tuple) -> int | None:
         # The layer is unknown, or shared with another model.
         return None
     return count_tokens(stem, image_shape)
-
-
-def as_pair(size) -> tuple[int, int]:
-    """Returns `(height, width)` from one integer or two."""
-    sizes = (size,) * 2 if is_integer(size) else size
-    return tuple(int(x) if is_integer(x) else x for x in sizes)
 
 
 def _stem(encoder, layer):
@@ -332,21 +312,7 @@ def position_tables(embedding) -> tuple:
     return (embedding.position_embedding.embeddings,)
 
 
-# === Unsaved settings of keras_hub's CLIP, and copies of models ===
-
-
-def read_text_epsilon(backbone) -> float:
-    """Returns the epsilon of the last normalization of a CLIP text encoder.
-
-    keras_hub's config omits it, and open_clip's weights need another value than
-    keras_hub's default.
-    """
-    return backbone.text_encoder.layer_norm.epsilon
-
-
-def write_text_epsilon(backbone, epsilon: float):
-    """Sets the value that `read_text_epsilon` returns."""
-    backbone.text_encoder.layer_norm.epsilon = epsilon
+# === Copies of models ===
 
 
 def copy_with(model, tower: str, changes: dict) -> keras.Model:
@@ -365,7 +331,10 @@ def copy_with(model, tower: str, changes: dict) -> keras.Model:
     changed.update(changes)
     copy = type(model).from_config(config)
     if hasattr(model, "clip_head"):
-        write_text_epsilon(copy, read_text_epsilon(model))
+        # keras_hub's config omits it, and open_clip's weights need another value than
+        # keras_hub's default.
+        epsilon = model.text_encoder.layer_norm.epsilon
+        copy.text_encoder.layer_norm.epsilon = epsilon
     # The configurations of keras_hub's encoders omit which layers are frozen.
     freeze_parts(copy, frozen_parts(model))
     for old, new in zip(model.weights, copy.weights):

@@ -5,14 +5,14 @@ from keras import ops
 from keras_cluster_mask.masking.patch_grid import (
     height_and_width,
     is_channels_first,
+    sides_of,
 )
 from keras_cluster_mask.models.encoders import (
-    as_pair,
+    RESIZABLE,
     check_no_lora,
     copy_with,
     data_format_of,
     find_embedding_layer,
-    knows_image_size,
     number_positions,
     position_tables,
     read_positions,
@@ -56,7 +56,7 @@ def with_image_size(
         - [open_clip](https://github.com/mlfoundations/open_clip), `resize_pos_embed`.
     """
     encoder = getattr(model, "vision_encoder", model)
-    if not knows_image_size(encoder):
+    if not any(x.__name__ in RESIZABLE for x in type(encoder).__mro__):
         raise ValueError(
             "`model` must be a keras_hub CLIPBackbone, MetaCLIP2Backbone or "
             "SigLIPBackbone, the vision encoder of one, a ViTBackbone or a "
@@ -67,11 +67,12 @@ def with_image_size(
     data_format = data_format_of(encoder)
     shape = tuple(encoder.image_shape)
     old_size = height_and_width(shape, data_format)
-    size, patch = as_pair(image_size), as_pair(encoder.patch_size)
-    if len(size) != 2 or any(s < p or s % p for s, p in zip(size, patch)):
+    size = sides_of("image_size", image_size)
+    patch = sides_of("patch_size", encoder.patch_size)
+    if any(s % p for s, p in zip(size, patch)):
         raise ValueError(
-            "`image_size` must be an integer or (height, width), divisible by the "
-            f"patch size. Received: image_size={image_size}, patch_size={patch}"
+            "`image_size` must be divisible by the patch size. "
+            f"Received: image_size={image_size}, patch_size={patch}"
         )
 
     first = is_channels_first(data_format)

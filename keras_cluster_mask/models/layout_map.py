@@ -57,11 +57,6 @@ def clip_layout_map(
     Reference:
         - [Megatron-LM](https://arxiv.org/abs/1909.08053), section 3.
     """
-    if axis not in device_mesh.axis_names:
-        raise ValueError(
-            "`axis` must name an axis of `device_mesh`. Received: "
-            f"axis={axis!r}, axes {list(device_mesh.axis_names)}"
-        )
     layouts = keras.distribution.LayoutMap(device_mesh)
     for path, layout in LAYOUTS.items():
         named = tuple(axis if each == "model" else each for each in layout)

@@ -1,7 +1,7 @@
 """A vision transformer with patch masking."""
 
 import zlib
-from typing import Any, Self
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,7 +20,7 @@ from keras_cluster_mask.models.encoders import (
 )
 from keras_cluster_mask.models.inputs import call_encoder
 from keras_cluster_mask.models.rotary_positions import rotary_tables
-from keras_cluster_mask.training.layers import all_layers, from_parts, frozen_parts
+from keras_cluster_mask.training.layers import MadeOfParts, all_layers, frozen_parts
 from keras_cluster_mask.types import Tensor
 
 
@@ -71,7 +71,7 @@ def with_masking(
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class MaskedEncoder(keras.Model):
+class MaskedEncoder(MadeOfParts, keras.Model):
     """A vision transformer with patch masking, made by `kcm.with_masking`.
 
     Args:
@@ -153,10 +153,7 @@ class MaskedEncoder(keras.Model):
         elif prefix is None:
             # Assume a class token, which most encoders have.
             prefix = 1
-        if masking.hides_tokens:
-            check_no_leak(encoder.name, blocks, prefix)
-        if type(self.embedding_layer).__name__ not in EMBEDDINGS:
-            check_no_positions(self, blocks, prefix)
+        check_blocks(self, blocks, prefix)
         masking.enter(encoder)
         self.built = True
 
@@ -220,104 +217,76 @@ class MaskedEncoder(keras.Model):
             "frozen": frozen_parts(self),
         }
 
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> Self:
-        return from_parts(cls, config, custom_objects)
-
 
 # === Layers that use the order of tokens, or let hidden ones through ===
 
 
-# The visible patches in each sample of the test batch. Every patch is hidden in at
-# least one sample.
-VISIBLE = np.array(
-    [
-        [1, 0, 1, 0, 1, 0, 1, 0],
-        [0, 1, 0, 1, 0, 1, 0, 1],
-        [1, 1, 1, 1, 1, 1, 0, 0],
-        [0, 0, 0, 0, 0, 0, 1, 1],
-    ],
-    bool,
-)
+# The visible patches in each sample of the test batch: one, or all but one.
+VISIBLE = np.concatenate([np.eye(8, dtype=bool), ~np.eye(8, dtype=bool)])
 
 
-def check_no_leak(name, blocks, num_prefix_tokens=0):
-    """Raises an error if hidden tokens influence the output of `blocks`.
+def check_blocks(masked, blocks, num_prefix_tokens):
+    """Raises an error if `blocks` use hidden tokens, or the order of patches.
 
-    Makes every layer of `blocks` propagate Keras masks. Then tests that attention and
-    pooling honor them: if hidden tokens change, no visible output may change.
+    If the masking hides tokens, makes every layer of `blocks` propagate Keras masks.
+    Then tests that attention and pooling honor them: if hidden tokens change, no
+    visible output may change. If the order mattered in an encoder of an unknown kind,
+    kept patches would get other positions than in the whole image.
 
     Args:
-        name: String, the encoder's name for the error message.
+        masked: A `MaskedEncoder`.
         blocks: A functional Keras model with the input `(batch, tokens, dim)`, and
             positions if `split_at` added them.
         num_prefix_tokens: Integer, the number of tokens before the patches, which are
             never hidden.
 
     Raises:
-        ValueError: If a visible output changes.
+        ValueError: If a visible output changes; or if a token, or a pooled feature,
+            changes when patches are reversed.
     """
-    _propagate_masks(blocks)
-    tokens, *positions = _random_inputs(blocks, num_prefix_tokens)
-    visible = np.pad(VISIBLE, [(0, 0), (num_prefix_tokens, 0)], constant_values=True)
-    changed = np.where(visible[:, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
-    before, after = (_run(blocks, [x, *positions], visible) for x in (tokens, changed))
-    for one, other in zip(before, after):
-        if one.ndim == 3 and one.shape[:2] == visible.shape:
-            one, other = one[visible], other[visible]
-        if not np.allclose(one, other, rtol=0, atol=1e-6 * max(1, np.abs(one).max())):
-            raise ValueError(
-                f"`{name}` lets hidden tokens through: its layers do not honor Keras "
-                "masks, so threshold masking with hidden padding would not hide "
-                "anything. Use an exact budget (`min_mask_ratio=None`), or let the "
-                "padding take part (`hide_padding=False`). "
-                f"Received: encoder={name}, largest change of the output="
-                f"{np.abs(one - other).max():.3g}"
-            )
-
-
-def check_no_positions(masked, blocks, num_prefix_tokens):
-    """Raises an error if the output of `blocks` depends on the order of patches.
-
-    Then kept patches would get other positions than in the whole image.
-
-    Args:
-        masked: A `MaskedEncoder`, for the error message.
-        blocks: See `check_no_leak`.
-        num_prefix_tokens: Integer, the number of tokens before the patches.
-
-    Raises:
-        ValueError: If a token, or a pooled feature, changes when patches are reversed.
-    """
-    inputs, count = _random_inputs(blocks, num_prefix_tokens), VISIBLE.shape[1]
-    before = _run(blocks, inputs)
-    after = _run(
-        blocks,
-        [np.concatenate([x[:, :-count], x[:, : -count - 1 : -1]], 1) for x in inputs],
-    )
+    rng, (rows, count) = np.random.default_rng(0), VISIBLE.shape
+    sizes = num_prefix_tokens + count, count, count
+    inputs = [
+        rng.normal(size=(rows, n, x.shape[-1])) for n, x in zip(sizes, blocks.inputs)
+    ]
+    name = masked.encoder.name
+    if masked.masking.hides_tokens:
+        _propagate_masks(blocks)
+        prefix = [(0, 0), (num_prefix_tokens, 0)]
+        visible = np.pad(VISIBLE, prefix, constant_values=True)
+        tokens = inputs[0]
+        changed = np.where(visible[:, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
+        for one, other in _outputs(
+            blocks, inputs, [changed, *inputs[1:]], visible=visible
+        ):
+            if one.ndim == 3 and one.shape[:2] == visible.shape:
+                one, other = one[visible], other[visible]
+            change = np.abs(one - other).max()
+            if not change <= 1e-6 * max(1, np.abs(one).max()):
+                raise ValueError(
+                    f"`{name}` lets hidden tokens through: its layers do not honor "
+                    "Keras masks, so threshold masking with hidden padding would not "
+                    "hide anything. Use an exact budget (`min_mask_ratio=None`), or "
+                    "let the padding take part (`hide_padding=False`). Received: "
+                    f"encoder={name}, largest change of the output={change:.3g}"
+                )
+    if type(masked.embedding_layer).__name__ in EMBEDDINGS:
+        return
     # Sums in another order are rounded differently.
     is_rounded = any(x.compute_dtype != "float32" for x in all_layers(blocks))
     tolerance = 0.02 if is_rounded else 1e-4
-    for one, other in zip(before, after):
+    backwards = [
+        np.concatenate([x[:, :-count], x[:, -count:][:, ::-1]], 1) for x in inputs
+    ]
+    for one, other in _outputs(blocks, inputs, backwards):
         # The same tokens, in whatever order, have the same sorted values.
         one, other = (np.sort(x, axis=1) if x.ndim > 2 else x for x in (one, other))
         if np.abs(one - other).mean() > tolerance * np.abs(one).mean():
             raise ValueError(
                 "`layer` must be after the position embedding, but a later layer "
                 "depends on the order of tokens. Received: "
-                f"layer={masked.embedding_layer.name!r}, encoder={masked.encoder.name}"
+                f"layer={masked.embedding_layer.name!r}, encoder={name}"
             )
-
-
-def _random_inputs(blocks, num_prefix_tokens):
-    """Returns tokens, with a prefix, and positions for the patches of `VISIBLE`."""
-    rng, (rows, count) = np.random.default_rng(0), VISIBLE.shape
-    sizes = num_prefix_tokens + count, count, count
-    return [
-        rng.normal(size=(rows, n, x.shape[-1])) for n, x in zip(sizes, blocks.inputs)
-    ]
 
 
 def _propagate_masks(blocks):
@@ -334,17 +303,23 @@ def _no_mask(inputs, previous_mask=None):
     return None
 
 
-def _run(blocks, inputs, visible=None):
-    """Returns the outputs of `blocks` with random weights, as float32 arrays."""
-    # Use the dtype of the blocks, because a cast would lose the mask.
-    inputs = [
-        ops.convert_to_tensor(x, dtype=y.dtype) for x, y in zip(inputs, blocks.inputs)
-    ]
-    if visible is not None:
-        inputs[0] = PutMask()(inputs[0], mask=ops.convert_to_tensor(visible))
-    with _RandomWeights():
-        outputs = blocks(inputs if len(inputs) > 1 else inputs[0], training=False)
-    return [ops.convert_to_numpy(ops.cast(x, "float32")) for x in tree.flatten(outputs)]
+def _outputs(blocks, *inputs_of_runs, visible=None):
+    """Returns pairs of outputs of `blocks` on two inputs, with random weights."""
+
+    def run(inputs):
+        # Use the dtype of the blocks, because a cast would lose the mask.
+        inputs = [
+            ops.convert_to_tensor(x, dtype=y.dtype)
+            for x, y in zip(inputs, blocks.inputs)
+        ]
+        if visible is not None:
+            inputs[0] = PutMask()(inputs[0], mask=ops.convert_to_tensor(visible))
+        with _RandomWeights():
+            outputs = blocks(inputs if len(inputs) > 1 else inputs[0], training=False)
+        outputs = tree.flatten(outputs)
+        return [ops.convert_to_numpy(ops.cast(x, "float32")) for x in outputs]
+
+    return zip(*map(run, inputs_of_runs))
 
 
 class _RandomWeights(keras.StatelessScope):

@@ -14,8 +14,6 @@ from keras_cluster_mask.models.encoders import (
     copy_with,
     data_format_of,
     find_embedding_layer,
-    image_shape_of,
-    knows_image_size,
     number_positions,
     position_tables,
 )
@@ -57,10 +55,7 @@ class MomentumEncoder(keras.layers.Layer):
         encoder: A vision transformer with a class token and weights in float32:
             keras_hub's `CLIPVisionEncoder`, `MetaCLIP2VisionEncoder`, `ViTBackbone`,
             `DeiTBackbone` or `DINOV2Backbone`, or a functional Keras model around one.
-        momentum: Float in `[0, 1]`, the momentum of the first update. With 1 the
-            teacher is constant, unless `final_momentum` is lower. A constant teacher
-            follows no encoder, so its size may differ from that of the encoder that is
-            trained.
+        momentum: Float in `[0, 1]`, the momentum of the first update.
         final_momentum: Float in `[0, 1]`, the momentum after `steps` updates. It needs
             `steps`.
         steps: Integer, the number of updates over which the momentum rises. `None`
@@ -166,30 +161,15 @@ class MomentumEncoder(keras.layers.Layer):
             `(batch, N)` float32 tensor without gradients, N patches of `grid` in
             row-major order.
         """
-        return self._beside(self._attention, images)
+        return self(images, returns_attention=True)
 
-    def call(self, images: Tensor, training: bool | None = None) -> Any:
-        copy = self._attention.encoder
-        return self._beside(lambda x: call_encoder(copy, x, False), images)
-
-    def _beside(self, function, images):
-        """Calls a function that runs layers in inference mode, in a training step."""
-
-        # In Keras, a layer that gets no `training` argument uses the value of the last
-        # call. So the value of the step is restored.
-        def beside(images, training=None):
-            outputs = function(images)
-            restore = keras.layers.Identity(name="restore", **options)
-            restore(images, training=training)
-            return outputs
-
-        options = {"autocast": False, "dtype": "float32"}
-        images = ops.stop_gradient(self._resized(ops.convert_to_tensor(images)))
-        outputs = keras.layers.Lambda(beside, name="beside", **options)(images)
-        return keras.tree.map_structure(ops.stop_gradient, outputs)
-
-    def _resized(self, images):
-        expected = image_shape_of(self._attention.encoder)
+    def call(
+        self,
+        images: Tensor,
+        training: bool | None = None,
+        returns_attention: bool = False,
+    ) -> Any:
+        images = ops.convert_to_tensor(images)
         if self.image_size is not None:
             images = ops.image.resize(
                 ops.cast(images, "float32"),
@@ -198,21 +178,18 @@ class MomentumEncoder(keras.layers.Layer):
                 antialias=True,
                 data_format=self.data_format,
             )
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"`images` must have the shape {expected}, that of the teacher's "
-                "encoder. Pass `image_size` to the teacher, which then resizes them. "
-                f"Received: images.shape={tuple(images.shape)}, "
-                f"image_size={self.image_size}"
-            )
-        return images
+        images = ops.stop_gradient(images)
+        if returns_attention:
+            outputs = self._attention(images)
+        else:
+            outputs = call_encoder(self._attention.encoder, images, False)
+        # In Keras, a layer that gets no `training` argument uses the value of the last
+        # call. So the value of the step is restored.
+        restore = keras.layers.Identity(autocast=False, dtype="float32")
+        restore(images, training=training)
+        return keras.tree.map_structure(ops.stop_gradient, outputs)
 
     # === Updates of the teacher ===
-
-    @property
-    def is_constant(self) -> bool:
-        """True if no update changes the teacher."""
-        return self.momentum == 1 and (self.steps is None or self.final_momentum == 1)
 
     def follow(self, encoder: keras.Model) -> None:
         """Sets the encoder that `update` moves the teacher towards.
@@ -229,8 +206,6 @@ class MomentumEncoder(keras.layers.Layer):
             ValueError: If the weights do not match, or the teacher already follows
                 other weights.
         """
-        if self.is_constant:
-            return
         if self._followed is None:
             pairs = self._match(encoder)
             self._followed = types.SimpleNamespace(encoder=encoder, pairs=pairs)
@@ -245,8 +220,6 @@ class MomentumEncoder(keras.layers.Layer):
 
     def check_ready(self) -> None:
         """Raises an error if `update` has no encoder to follow, or one with LoRA."""
-        if self.is_constant:
-            return
         if self._followed is None:
             raise ValueError(
                 f"`{self.name}` must follow the encoder that is trained. Put its "
@@ -261,14 +234,13 @@ class MomentumEncoder(keras.layers.Layer):
         `kcm.AttentiveMasking` calls it once in each step of training.
         """
         self.check_ready()
-        if not self.is_constant:
-            share = self._share_of_encoder()
-            for target, source, resize in self._followed.pairs:
-                new = ops.stop_gradient(ops.cast(source, "float32"))
-                if resize is not None:
-                    new = ops.matmul(resize, new)
-                old = ops.convert_to_tensor(target)
-                assign_equal(target, old + share * (new - old))
+        share = self._share_of_encoder()
+        for target, source, resize in self._followed.pairs:
+            new = ops.stop_gradient(ops.cast(source, "float32"))
+            if resize is not None:
+                new = ops.matmul(resize, new)
+            old = ops.convert_to_tensor(target)
+            assign_equal(target, old + share * (new - old))
         self.step.assign(self.step + 1)
 
     def _share_of_encoder(self):
@@ -299,8 +271,8 @@ class MomentumEncoder(keras.layers.Layer):
             "`teacher` must be a copy of the encoder that it is to follow, of the same "
             "shapes: make it by `MomentumEncoder(encoder)` of that encoder, or call "
             "`teacher.follow` on the part of the encoder that it was made of. "
-            f"Received: {_sizes(self._attention.encoder, own)} in the teacher, "
-            f"{_sizes(encoder, theirs)} in the encoder"
+            f"Received: a teacher of {self._attention.encoder.count_params()} numbers, "
+            f"encoder={encoder.name} of {encoder.count_params()}"
         )
 
     def _resized_tables(self, encoder):
@@ -339,14 +311,8 @@ def _copy(encoder, image_size):
             f"'mixed_bfloat16'. Received: encoder={encoder.name}, dtype="
             f"{encoder.dtype_policy.name}"
         )
-    if image_size is not None and knows_image_size(encoder):
-        return with_image_size(encoder, image_size)
     if image_size is not None:
-        raise ValueError(
-            "`image_size` must be None for an encoder that `with_image_size` does not "
-            f"know. Received: image_size={image_size}, encoder={encoder.name} of type "
-            f"{type(encoder).__name__}"
-        )
+        return with_image_size(encoder, image_size)
     # keras_hub's configs omit the data format.
     is_backbone = hasattr(encoder, "image_shape")
     changes = {"data_format": data_format_of(encoder)} if is_backbone else {}
@@ -361,8 +327,3 @@ def _copy(encoder, image_size):
         ) from error
     number_positions(find_embedding_layer(copy))
     return copy
-
-
-def _sizes(encoder, weights):
-    numbers = sum(math.prod(v.shape) for v in weights)
-    return f"{len(weights)} weights of {numbers} numbers ({encoder.name})"

@@ -10,9 +10,17 @@ def rotary_tables(encoder) -> list:
     The encoder must be functional. DINOv3 computes the tables from the size of the
     images; other encoders have none.
     """
-    name = "DINOV3RopePositionEmbedding"
-    layers = [layer for layer in encoder.layers if type(layer).__name__ == name]
-    return [table for layer in layers for table in layer.output]
+    layers = {type(layer).__name__: layer for layer in encoder.layers}
+    if "DINOV3RopePositionEmbedding" not in layers:
+        return []
+    blocks = layers["DINOV3Encoder"]
+    if blocks.attention_dropout or blocks.drop_path_rate:
+        raise ValueError(
+            "`encoder` must be a DINOv3 without dropout, which would be the same for "
+            "all images of a batch. Received: attention_dropout="
+            f"{blocks.attention_dropout}, drop_path_rate={blocks.drop_path_rate}"
+        )
+    return [*layers["DINOV3RopePositionEmbedding"].output]
 
 
 def own_positions(layer):
@@ -40,12 +48,6 @@ class RotaryByImage(keras.layers.Layer):
         super().__init__(name=f"{encoder.name}_by_image")
         # The blocks cast their own inputs.
         self.autocast = False
-        if encoder.attention_dropout or encoder.drop_path_rate:
-            raise ValueError(
-                "`encoder` must be a DINOv3 without dropout, which would be the same "
-                "for all images of a batch. Received: attention_dropout="
-                f"{encoder.attention_dropout}, drop_path_rate={encoder.drop_path_rate}"
-            )
         self.encoder = encoder
         self.supports_masking = True
         self.built = True

@@ -1,11 +1,10 @@
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import keras
 
 from keras_cluster_mask.distribution.backends import keeping_weights
-from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.inputs import (
     call_encoder,
@@ -14,7 +13,7 @@ from keras_cluster_mask.models.inputs import (
     text_inputs,
 )
 from keras_cluster_mask.models.text_families import text_family_of
-from keras_cluster_mask.training.layers import from_parts, frozen_parts
+from keras_cluster_mask.training.layers import MadeOfParts, frozen_parts
 from keras_cluster_mask.types import Tensor
 
 
@@ -31,7 +30,7 @@ def export_options(specs, format, input_signature, kwargs):
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class Tower(keras.Model):
+class Tower(MadeOfParts, keras.Model):
     """Embeds images or texts, for inference.
 
     `model.image_tower` and `model.text_tower` of a `ContrastiveModel` share its weights
@@ -93,28 +92,16 @@ class Tower(keras.Model):
         self.built = True
 
     @classmethod
-    def of_images(cls, model: keras.Model) -> Self:
-        """Makes the image tower of a `ContrastiveModel` without a masking."""
-        return cls._of(
-            model.image_encoder,
-            lambda x: model.head.project_image(model.image_features(x, training=False)),
-            pixel_mean=model.pixel_mean,
-            pixel_std=model.pixel_std,
-            data_format=data_format_of(model.image_encoder),
-            name="image_tower",
-        )
+    def of(
+        cls, encoder: keras.Model, project: Callable[[Any], Tensor], **kwargs: Any
+    ) -> Self:
+        """Makes a tower.
 
-    @classmethod
-    def of_texts(cls, model: keras.Model) -> Self:
-        """Makes the text tower of a `ContrastiveModel`."""
-        return cls._of(
-            model.text_encoder,
-            lambda x: model.head.project_text(model.text_features(x, training=False)),
-            name="text_tower",
-        )
-
-    @classmethod
-    def _of(cls, encoder, project, **kwargs):
+        Args:
+            encoder: One of the encoders of a `ContrastiveModel`.
+            project: Function from inputs of the encoder to projected features.
+            **kwargs: Further arguments of the tower.
+        """
         # Some encoders have no `input`. After Keras's AttributeError, torch would
         # report that the attribute `image_tower` is missing.
         given = getattr(encoder, "input", None)
@@ -190,9 +177,3 @@ class Tower(keras.Model):
             "data_format": self.data_format,
             "frozen": frozen_parts(self),
         }
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> Self:
-        return from_parts(cls, config, custom_objects)

@@ -5,6 +5,7 @@ so this file reads private attributes. Tests fail if a version of Keras changes 
 """
 
 import warnings
+from typing import Any, Self
 
 import keras
 
@@ -131,3 +132,13 @@ def from_parts(cls, config: dict, custom_objects: dict | None = None):
     if frozen is not None:
         freeze_parts(made, frozen)
     return made
+
+
+class MadeOfParts:
+    """Base class of layers whose configuration is that of `from_parts`."""
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
+        return from_parts(cls, config, custom_objects)

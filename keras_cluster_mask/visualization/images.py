@@ -12,7 +12,6 @@ from matplotlib.patches import Rectangle
 from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
 from keras_cluster_mask.masking.patch_grid import grid_shape, is_channels_first
 from keras_cluster_mask.masking.statistics import (
-    check_tokens_do_not_matter,
     keep_mask,
     masking_inputs,
     patch_size_of,
@@ -86,8 +85,6 @@ def plot_masks(
     for each in maskings:
         each.check_ready()
         inputs = masking_inputs(each, images, grid.shape, embed)
-        if embed is None:
-            check_tokens_do_not_matter(each, *inputs, noise)
         kept.append(keep_mask(each, *inputs, noise))
 
     shown = _for_display(images, data_format)

@@ -36,18 +36,11 @@ def patches(images, patch_size, data_format="channels_last"):
     images = _float64(images)
     if data_format == "channels_first":
         images = np.moveaxis(images, 1, -1)
-    elif data_format != "channels_last":
-        raise ValueError(f"Unknown `data_format`. Received: {data_format!r}")
     if isinstance(patch_size, int):
         patch_size = (patch_size, patch_size)
     patch_height, patch_width = patch_size
 
     batch, height, width, _ = images.shape
-    if height % patch_height or width % patch_width:
-        raise ValueError(
-            f"`patch_size` must divide the image size. "
-            f"Received: {patch_size} and {(height, width)}"
-        )
     cut = [
         images[:, top : top + patch_height, left : left + patch_width].reshape(
             batch, -1
@@ -111,8 +104,6 @@ def mixed_similarity(
     """
     similarity = pairwise_similarity(images, patch_size, data_format)
     if weight != 0.0:
-        if tokens is None:
-            raise ValueError(f"`weight` needs `tokens`. Received: weight={weight}")
         similarity = (1.0 - weight) * similarity + weight * token_similarity(tokens)
     return round_similarity(similarity)
 
@@ -179,13 +170,9 @@ def select_budget(s, noise, mask_ratio, softness=0.0):
     The clusters of arXiv 2405.08815, grown until N - K patches are masked. `softness`
     adds Gumbel noise to the order: 0 is pure clusters, infinity is random masking.
     """
-    s, noise = np.asarray(s, np.float64), _float64(noise)
-    K = kept_count(s.shape[1], mask_ratio)
-    indices = [
-        sorted(_order(_cost(s_image, noise_image, softness), noise_image)[:K])
-        for s_image, noise_image in zip(s, noise)
-    ]
-    return np.array(indices, np.int32), np.ones((len(s), K), bool)
+    noise = _float64(noise)
+    cost = _cost(np.asarray(s, np.float64), noise, softness)
+    return _keep_highest(-cost, noise, kept_count(noise.shape[1], mask_ratio))
 
 
 def select_threshold(s, noise, min_mask_ratio, threshold, hide_padding=True):
@@ -197,8 +184,6 @@ def select_threshold(s, noise, min_mask_ratio, threshold, hide_padding=True):
     """
     s, noise = np.asarray(s, np.float64), _float64(noise)
     threshold = float(np.float32(threshold))
-    if np.isnan(threshold):
-        raise ValueError("`threshold` must be a number. Received: nan")
     batch, N = s.shape
     K = kept_count(N, min_mask_ratio)
 
@@ -224,9 +209,7 @@ def select_random(noise, mask_ratio):
     The baseline that arXiv 2405.08815 compares with.
     """
     noise = _float64(noise)
-    K = kept_count(noise.shape[1], mask_ratio)
-    indices = [sorted(_largest_noise_first(range(len(row)), row)[:K]) for row in noise]
-    return np.array(indices, np.int32), np.ones((len(noise), K), bool)
+    return _keep_highest(noise, noise, kept_count(noise.shape[1], mask_ratio))
 
 
 # === How safe a decision is ===

@@ -221,14 +221,6 @@ def test_flat_images_keep_every_position_equally_often(masking, kept):
     assert chi_square(counts, 6000, kept) > FALSE_ALARM
 
 
-@pytest.mark.any_backend
-def test_the_test_of_positions_notices_a_preferred_one():
-    noise = np.random.default_rng(13).random((6000, 16))
-    noise[:, 0] += 0.1
-    counts = np.bincount(np.argsort(noise)[:, 12:].ravel(), minlength=16)
-    assert chi_square(counts, 6000, 4) < FALSE_ALARM
-
-
 IN_PIXELS = {"patch_size": (8, 4), "data_format": "channels_first", "mask_ratio": 0.6}
 
 

@@ -40,16 +40,6 @@ def test_keeps_the_center_always_and_the_border_rarely():
     assert abs(share[border].mean() - 0.327) < 0.005
 
 
-def test_a_tiny_variance_keeps_the_center_and_random_others():
-    masking = kcm.CenteredMasking(0.5, variance=1e-9, grid=(3, 5))
-    noise = draw_noise(np.random.default_rng(3), ROWS, 15)
-    noise[:, 7] = 0.0
-    center_first = noise.copy()
-    center_first[:, 7] = 1.0
-    expected = reference.select_random(center_first, 0.5)
-    assert_selects(masking, expected, noise=noise)
-
-
 @pytest.mark.any_backend
 @pytest.mark.parametrize("variance", [0, -0.2, float("nan"), float("inf"), "wide"])
 def test_refuses_a_variance_that_is_not_finite_and_positive(variance):

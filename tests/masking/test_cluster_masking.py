@@ -12,7 +12,6 @@ from tests.masking.images import (
     assert_selects,
     compiled_step,
     draw_noise,
-    dtype_of,
     mosaic,
     numpy,
     paper,
@@ -168,35 +167,6 @@ class TestSelectionEqualsReference:
 class TestSimilarity:
     anchors = np.array([[0], [5], [11]], "int32")
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda x: x / np.float32(255.0),
-            lambda x: x * np.float32(255.0),
-            lambda x: (x - np.float32(127.5)) / np.float32(127.5),
-            lambda x: 3.0 - x / np.float32(60.0),
-        ],
-    )
-    def test_does_not_depend_on_the_scale_and_origin_of_pixels(self, change):
-        rng = np.random.default_rng(7)
-        images = textured(rng, 3, 24, 32, 3, "uint8")
-        masking = kcm.ClusterMasking(8)
-        integers = numpy(masking.similarity(images, self.anchors))
-        changed = change(images.astype("float32"))
-        floats = numpy(masking.similarity(changed, self.anchors))
-        assert len(np.unique(integers)) > 20
-        np.testing.assert_allclose(floats, integers, atol=2.0**-12 + 1e-6, rtol=0)
-
-    def test_is_float32_multiples_of_the_step_of_shape_batch_patches(self):
-        images = textured(np.random.default_rng(8), 3, 24, 32, 3, "float16")
-        similarity = kcm.ClusterMasking(8, dtype="mixed_bfloat16").similarity(
-            images, self.anchors
-        )
-        assert dtype_of(similarity) == "float32"
-        steps = numpy(similarity) * 2**12
-        assert steps.shape == (3, 12)
-        np.testing.assert_array_equal(steps, np.round(steps))
-
     @pytest.mark.parametrize("weight", [0.3, 1.0])
     @pytest.mark.parametrize("prefix", [0, 2])
     def test_with_tokens_mixes_by_weight_before_the_maximum(self, weight, prefix):
@@ -269,27 +239,15 @@ class TestThresholdMode:
         return kcm.ClusterMasking(8, **options)
 
     def test_a_pooling_after_it_sees_visible_tokens_only(self):
-        masking = self.masking()
-
-        class Pooled(keras.Model):
-            def __init__(self):
-                super().__init__()
-                self.masking = masking
-                self.pooling = keras.layers.GlobalAveragePooling1D()
-
-            def call(self, inputs):
-                tokens, images, noise = inputs
-                return self.pooling(masking(tokens, images, training=True, noise=noise))
-
+        masking, pooling = self.masking(), keras.layers.GlobalAveragePooling1D()
         drawn = draw_noise(np.random.default_rng(18), ROWS, 24)
         indices, visible = numpy(*masking.select(self.images, self.tokens, drawn))
         expected = [
             np.concatenate([t[:2], t[2:][i[v]]]).mean(axis=0)
             for t, i, v in zip(self.tokens, indices, visible)
         ]
-        # `predict` is the compiled path.
-        pooled = Pooled().predict([self.tokens, self.images, drawn], verbose=0)
-        np.testing.assert_allclose(pooled, np.stack(expected), atol=1e-5)
+        kept = masking(self.tokens, self.images, training=True, noise=drawn)
+        np.testing.assert_allclose(numpy(pooling(kept)), expected, atol=1e-5)
 
     def test_shows_at_least_one_patch_however_low_the_threshold(self):
         masking = self.masking(threshold=-1.0)
@@ -300,54 +258,32 @@ class TestThresholdMode:
 
 
 class TestAdapt:
-    def check_reached(self, masking, batches):
-        """The ratio with fresh noise is the target within 0.01 and sampling error."""
-        rounds = 2
-        ratios = []
-        for _ in range(rounds):
-            visible = [numpy(*masking.select(images=images))[1] for images in batches]
-            ratios.append(1.0 - np.concatenate(visible).sum(axis=1) / 24)
-        ratios = np.stack(ratios)
-        # Only the anchors differ from the search's: 4 standard errors of the one
-        # draw it made and of the ones made here.
-        variance = ratios.var(axis=0, ddof=1).mean() * (1.0 + 1.0 / rounds)
-        error = 4.0 * np.sqrt(variance / ratios.shape[1])
-        assert error < 0.05
-        assert abs(ratios.mean() - masking.mask_ratio) < 0.01 + error
-
     @pytest.mark.parametrize(
-        ("mask_ratio", "dtype"), [(0.3, "uint8"), (0.7, "float32")]
+        ("mask_ratio", "min_mask_ratio", "dtype"),
+        # The budget binds in the last case.
+        [(0.3, 0.2, "uint8"), (0.7, 0.2, "float32"), (0.5, 0.45, "uint8")],
     )
-    def test_reaches_the_target_on_photographs(self, mask_ratio, dtype):
+    def test_reaches_the_target_on_photographs(self, mask_ratio, min_mask_ratio, dtype):
         images = photographs(32, 48, 20 * ROWS)
         if dtype == "float32":
             images = images.astype("float32") / 127.5 - 1.0
         batches = np.split(images, 20)
-        masking = kcm.ClusterMasking(8, mask_ratio, min_mask_ratio=0.2, seed=1)
+        masking = kcm.ClusterMasking(8, mask_ratio, min_mask_ratio, seed=1)
         masking.adapt(batches)
         assert -1.0 <= float(numpy(masking.threshold.value)) <= 1.0
-        self.check_reached(masking, batches)
-
-    def test_reaches_the_target_where_the_budget_binds(self):
-        batches = np.split(photographs(32, 48, 20 * ROWS), 20)
-        masking = kcm.ClusterMasking(8, mask_ratio=0.5, min_mask_ratio=0.45, seed=1)
-        masking.adapt(batches)
-        _, visible = numpy(*masking.select(images=batches[0]))
-        assert np.mean(visible.all(axis=1)) > 0.1
-        self.check_reached(masking, batches)
-
-    @pytest.mark.any_backend
-    def test_stops_an_endless_generator_at_max_images(self):
-        batch, read = photographs(32, 48, ROWS), []
-
-        def endless():
-            while True:
-                read.append(len(batch))
-                yield batch
-
-        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, seed=1)
-        masking.adapt(endless(), max_images=100)
-        assert sum(read) == 3 * ROWS
+        rounds, ratios = 2, []
+        for _ in range(rounds):
+            visible = [numpy(*masking.select(images=images))[1] for images in batches]
+            ratios.append(1.0 - np.concatenate(visible).sum(axis=1) / 24)
+        if min_mask_ratio == 0.45:
+            assert np.mean(ratios[0] < 0.46) > 0.1
+        # Only the anchors differ from the search's: 4 standard errors of the one
+        # draw it made and of the ones made here.
+        ratios = np.stack(ratios)
+        variance = ratios.var(axis=0, ddof=1).mean() * (1.0 + 1.0 / rounds)
+        error = 4.0 * np.sqrt(variance / ratios.shape[1])
+        assert error < 0.05
+        assert abs(ratios.mean() - mask_ratio) < 0.01 + error
 
     def test_looks_at_pixels_alone_whatever_the_embedding_weight(self):
         images = photographs(32, 48, ROWS)

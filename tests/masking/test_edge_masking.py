@@ -9,8 +9,6 @@ from tests.masking import masking_reference as reference
 from tests.masking.images import (
     CLEAR,
     assert_selects,
-    compiled_select,
-    draw_noise,
     numpy,
 )
 from tests.masking.test_kmeans_masking import GEOMETRIES, ROWS, case
@@ -51,37 +49,6 @@ def test_selects_as_the_reference_wherever_every_decision_is_clear():
         left_out, total = left_out + np.sum(~clear), total + ROWS
     assert total == 200
     assert left_out < 0.05 * total, f"{left_out} of {total} cases are not clear"
-
-
-def kept_edges(images, **options):
-    """How much stronger the edges of kept patches are than all, in standard errors."""
-    rows, columns = images.shape[1] // 8, images.shape[2] // 8
-    noise = draw_noise(np.random.default_rng(1), len(images), rows * columns)
-    select = compiled_select(kcm.EdgeMasking(8, **options))
-    indices, _ = numpy(*select(images=images, noise=noise))
-    edges = reference.edge_map(reference.patches(images, 8), (rows, columns))
-    kept = np.take_along_axis(edges, indices, axis=1).mean(axis=1)
-    more = kept - edges.mean(axis=1)
-    return more.mean() / more.std() * len(images) ** 0.5
-
-
-def grain(levels, seed=2):
-    """Patches of noise, no two of them alike, on some gray levels (batch, h, w)."""
-    batch, rows, columns = levels.shape
-    rng = np.random.default_rng(seed)
-    noise = rng.random((batch, 8 * rows, 8 * columns, 3))
-    levels = levels.repeat(8, axis=1).repeat(8, axis=2)[..., None]
-    return (noise + levels).astype("float32")
-
-
-@pytest.mark.parametrize("transport", [True, False])
-def test_protect_keeps_strong_edges_more_often_than_chance(transport):
-    options = {"transport": transport, "seed_ratio": 0.25}
-    images = grain(3.0 * np.random.default_rng(3).random((100, 6, 4)))
-    assert kept_edges(images, edges="protect", **options) > 8.0
-    # By chance alone, as of these patches no other is like a seed.
-    assert abs(kept_edges(images, edges="released", **options)) < 4.0
-    assert abs(kept_edges(images, edges=None, **options)) < 4.0
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (6, 4), (1, 9), (2, 7)])

@@ -95,11 +95,7 @@ def test_finds_the_nearest_ratio_of_all_thresholds(seed, mask_ratio):
     reached = mask_ratio_at(similarities, found, max_visible)
     assert abs(reached - mask_ratio) == pytest.approx(best, abs=1e-12)
     assert -1.0 <= found <= 1.0
-
-
-@pytest.mark.any_backend
-def test_thresholds_lie_between_similarities():
-    found = library.find_threshold(random_similarities(0), 0.5, 20)
+    # It lies between two similarities.
     assert found / STEP % 1.0 == 0.5
 
 
@@ -112,14 +108,3 @@ def test_out_of_reach_says_what_is_within(mask_ratio, max_visible):
     message = r"nearest ratios of any threshold are .*Received: mask_ratio="
     with pytest.raises(ValueError, match=message):
         library.find_threshold(similarities, mask_ratio, max_visible)
-
-
-@pytest.mark.any_backend
-def test_misses_by_no_more_than_the_tolerance():
-    # Each image all alike or all unlike: only 0, 0.5 and 1 - 1/N are within reach.
-    similarities = np.repeat([[0.0], [0.5]], 10, axis=1).astype("float32")
-    assert library.find_threshold(similarities, 0.45, 10) == pytest.approx(
-        0.25, abs=0.26
-    )
-    with pytest.raises(ValueError, match="cannot be reached"):
-        library.find_threshold(similarities, 0.45 + 1.5 * library.TOLERANCE, 10)

@@ -1,4 +1,3 @@
-import itertools
 import re
 
 import keras
@@ -69,26 +68,11 @@ def test_are_the_same_in_batches_of_any_size_and_in_other_layouts():
     assert_equal(statistics_of(masking, np.moveaxis(PIXELS, -1, 1), seed=5), whole)
 
 
-@pytest.mark.any_backend
-def test_differ_for_another_seed_and_without_one():
-    masking = cluster_masking()
-    first, *others = (statistics_of(masking, PIXELS, seed=x) for x in (0, 1, None))
-    for other in others:
-        assert np.any(first.kept_by_position != other.kept_by_position)
-
-
 def test_look_at_images_as_the_model_prepares_them():
     masking = cluster_masking()
     masking.prepare_pixels = lambda pixels: ops.flip(pixels, axis=1)
     prepared = statistics_of(masking, PIXELS)
     assert_equal(prepared, statistics_of(cluster_masking(), PIXELS[:, ::-1].copy()))
-
-
-@pytest.mark.any_backend
-def test_stop_an_endless_generator_at_max_images():
-    endless = itertools.repeat({"images": PIXELS[:4]})
-    found = statistics_of(cluster_masking(), endless, max_images=10)
-    assert len(found.keep_ratio) == 10
 
 
 class Dimmest(kcm.PatchMasking):

@@ -199,16 +199,6 @@ def test_an_update_never_leaves_the_weight_above_its_limit():
     assert float(ops.convert_to_numpy(model.head.logit_scale)) <= math.log(20.0) + 1e-6
 
 
-def test_averaged_weights_never_use_a_scale_above_its_limit():
-    model = small_model(max_logit_scale=20.0)
-    model.head.logit_scale.assign(5.0)
-    optimizer = keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.9)
-    model.compile(optimizer=optimizer, **FAST)
-    history = one_step(model, random_pairs(4), epochs=2)
-    assert float(ops.convert_to_numpy(model.head.scale)) <= 20.0 * (1 + 1e-5)
-    assert min(history["temperature"]) >= 1 / 20.0 * (1 - 1e-5)
-
-
 # === Training ===
 
 
@@ -454,23 +444,6 @@ def test_fit_sees_each_batch_of_a_stream_once_and_in_order(format, write_pairs):
         assert sorted(epoch) == [*range(14)]
 
 
-def test_both_formats_of_a_stream_train_and_evaluate_alike(write_pairs):
-    pytest.importorskip("tensorflow")
-    shard = write_pairs("a.tar", 0, 14)
-    found = []
-    for format in ("grain", "tf"):
-        data = stream(shard, format=format)
-        held_out = stream(shard, format=format, training=False)
-        keras.utils.set_random_seed(0)
-        model = small_model()
-        model.compile("sgd", **FAST)
-        history = model.fit(data, epochs=3, validation_data=held_out, verbose=0).history
-        embeddings = model.predict(held_out, verbose=0)["image_embeddings"]
-        assert embeddings.shape[0] == 14
-        found.append([history, embeddings])
-    keras.tree.map_structure(np.testing.assert_array_equal, *found)
-
-
 def test_the_end_of_an_epoch_is_no_reason_to_warn_unless_steps_are_missing(write_pairs):
     shard = write_pairs("a.tar", 0, 10)
     held_out = stream(shard, training=False, format="grain")
@@ -605,26 +578,6 @@ def test_a_threshold_of_other_pixels_than_the_models_is_refused():
     masked_model(adapted(ops.convert_to_numpy(model.normalize_pixels(images))))
     model.maskings[0].adapt(images)
     masked_model(model.maskings[0])
-
-
-def test_a_threshold_without_hidden_padding_keeps_its_mask_ratio():
-    images = random_images(16)
-    masking = threshold_masking(
-        mask_ratio=0.5,
-        min_mask_ratio=0.3,
-        threshold=None,
-        hide_padding=False,
-        embedding_weight=0.01,
-    )
-    masking.adapt(images)
-    model = masked_model(masking, micro_batch_size=4)
-    model.compile(keras.optimizers.SGD(0.0), **FAST)
-    pairs = {**random_pairs(16), "images": images}
-    model.fit(pairs, batch_size=16, epochs=24, verbose=0)
-    anchors = masking.draw_anchors(masking.draw(16, 16))
-    similarity = ops.convert_to_numpy(masking.similarity_of_pixels(images, anchors))
-    share = np.mean(similarity > float(ops.convert_to_numpy(masking.threshold)))
-    assert share == pytest.approx(0.5, abs=0.1)
 
 
 # === Refusals ===

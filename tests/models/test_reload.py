@@ -83,24 +83,22 @@ def make_model(case):
     made = draw(case)
     encoders, options = made["encoders"], made["options"]
     keras.config.set_dtype_policy(made["dtype"])
-    try:
-        if encoders == "own":
-            image_encoder = functional_vit(num_layers=2)
-            if made["masking"] is not None:
-                masking = MASKINGS[made["masking"]](seed=3, num_prefix_tokens=0)
-                image_encoder = masked_vit(masking, num_layers=2)
-            model = kcm.ContrastiveModel(image_encoder, text_bag(), **options)
-        else:
-            backbone = tiny_clip() if encoders == "clip" else tiny_siglip()
-            masking = made["masking"]
-            if masking is not None:
-                own = {}
-                if masking == "attentive":
-                    own["encoder"] = backbone.vision_encoder
-                masking = MASKINGS[masking](seed=3, **own)
-            model = kcm.ContrastiveModel.from_backbone(backbone, masking, **options)
-    finally:
-        keras.config.set_dtype_policy("float32")
+    if encoders == "own":
+        image_encoder = functional_vit(num_layers=2)
+        if made["masking"] is not None:
+            masking = MASKINGS[made["masking"]](seed=3, num_prefix_tokens=0)
+            image_encoder = masked_vit(masking, num_layers=2)
+        model = kcm.ContrastiveModel(image_encoder, text_bag(), **options)
+    else:
+        backbone = tiny_clip() if encoders == "clip" else tiny_siglip()
+        masking = made["masking"]
+        if masking is not None:
+            own = {}
+            if masking == "attentive":
+                own["encoder"] = backbone.vision_encoder
+            masking = MASKINGS[masking](seed=3, **own)
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking, **options)
+    keras.config.set_dtype_policy("float32")
     for part in made["frozen"]:
         freeze(model, part)
     kind, towers = made["optimizer"], made["towers"]

@@ -219,6 +219,17 @@ def test_the_text_tower_is_exported_for_batches_of_any_size(trained, tmp_path):
 # === Wrong input ===
 
 
+def assert_refused(model, batch, message):
+    for run in (
+        lambda: model.fit(batch, batch_size=8, verbose=0),
+        lambda: model.evaluate(batch, batch_size=8, verbose=0),
+        lambda: model.predict(batch, verbose=0),
+        lambda: kcm.evaluation.embed(model, batch, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize("first", [0, 5])
 def test_zeros_that_are_no_padding_need_a_mask(trained, first):
@@ -227,14 +238,7 @@ def test_zeros_that_are_no_padding_need_a_mask(trained, first):
     ids[3, :3] = first, 0, 7
     wrong = without({**batch, "token_ids": ids}, "padding_mask")
     message = r"`padding_mask` must be in the batch.*Received:.*row 3"
-    for run in (
-        lambda: model.fit(wrong, batch_size=8, verbose=0),
-        lambda: model.evaluate(wrong, batch_size=8, verbose=0),
-        lambda: model.predict(wrong, verbose=0),
-        lambda: kcm.evaluation.embed(model, wrong, verbose=0),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run()
+    assert_refused(model, wrong, message)
     mask = np.ones_like(ids)
     model.evaluate({**wrong, "padding_mask": mask}, batch_size=8, verbose=0)
 
@@ -245,14 +249,7 @@ def test_an_input_of_another_name_is_refused_with_the_names_of_the_encoder(train
     wrong = without(batch, "padding_mask")
     wrong["attention_mask"] = batch["padding_mask"]
     message = r"one of .*'padding_mask'.*Received: \['attention_mask'\] of shape"
-    for run in (
-        lambda: model.fit(wrong, batch_size=8, verbose=0),
-        lambda: model.evaluate(wrong, batch_size=8, verbose=0),
-        lambda: model.predict(wrong, verbose=0),
-        lambda: kcm.evaluation.embed(model, wrong, verbose=0),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run()
+    assert_refused(model, wrong, message)
 
 
 @pytest.mark.any_backend

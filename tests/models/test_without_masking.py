@@ -9,7 +9,6 @@ from tests.helpers import (
     FAST,
     assert_same_values,
     functional_vit,
-    options_of,
     random_images,
     random_pairs,
     text_bag,
@@ -87,18 +86,6 @@ def test_training_whole_images_trains_the_masked_model(make):
     model.compile(optimizer="sgd", **FAST)
     history = model.fit(pairs, batch_size=4, verbose=0).history
     assert history["mask_ratio"] == [0.5]
-
-
-@pytest.mark.any_backend
-@each_model
-def test_an_unmasked_model_saves_and_reloads_alone(make, tmp_path):
-    whole = make(random_masking(make), micro_batch_size=2).without_masking()
-    whole.head.logit_scale.assign(1.25)
-    whole.save(tmp_path / "whole.keras")
-    loaded = keras.saving.load_model(tmp_path / "whole.keras")
-    assert not loaded.maskings
-    assert options_of(loaded) == options_of(whole)
-    assert_same_values(whole.weights, loaded.weights)
 
 
 @pytest.mark.any_backend
