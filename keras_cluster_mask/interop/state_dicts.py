@@ -34,9 +34,8 @@ BUFFERS = {
 # into heads.
 LAYOUTS = {
     "same": (lambda x: x, lambda x: x),
-    "matrix": (lambda x: x.T, lambda x: x.T),
+    "matrix": (lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T),
     "to heads": (lambda x: x.reshape(x.shape[0], -1).T, lambda x: x.T),
-    "from heads": (lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T),
     "bias of heads": (lambda x: x.reshape(-1), lambda x: x),
     "convolution": (
         lambda x: x.transpose(3, 2, 0, 1),
@@ -51,16 +50,14 @@ class TensorEntry:
 
     Attributes:
         name: String, the entry's name.
-        shape: tuple of strings, the names of its axes; a number stands for itself.
-        layout: Key of `LAYOUTS`.
         path: String, the path of the variable in a backbone, or of several variables;
             or `BIAS`.
+        layout: Key of `LAYOUTS`.
     """
 
     name: str
-    shape: tuple
-    layout: str
     path: str
+    layout: str
 
     def read(self, model):
         """Reads the entry from a backbone or its model as a new float32 array."""
@@ -78,14 +75,15 @@ class TensorEntry:
         for variable, part in zip(variables, parts):
             variable.assign(convert(part).reshape(variable.shape))
 
-    def sizes(self, architecture):
-        """Returns the sizes of the axes, which are named "width", "3*width" or "3"."""
-        sizes = []
-        for axis in self.shape:
-            factor, _, name = axis.rpartition("*")
-            size = int(name) if name.isdigit() else getattr(architecture, name)
-            sizes.append(int(factor or 1) * size)
-        return tuple(sizes)
+    def shape(self, backbone):
+        """Returns the entry's shape, for a backbone of its model."""
+        if self.path == BIAS:
+            return ()
+        convert, _ = LAYOUTS[self.layout]
+        first, *others = self._variables(backbone)
+        # An array of this shape that takes no memory.
+        shape = convert(np.broadcast_to(np.float32(0), first.shape)).shape
+        return ((1 + len(others)) * shape[0], *shape[1:]) if others else shape
 
     def _variables(self, model):
         before, *braces = re.split("[{}]", self.path)
@@ -101,10 +99,8 @@ def entries(names: TensorNames, architecture: Architecture) -> list[TensorEntry]
     for tower, name in names.towers.items():
         path = f"{ENCODERS[tower]}.encoder_layers."
         for i in range(getattr(architecture, f"{tower}_layers")):
-            found += rows(names.block, tower, f"{name}{i}.", f"{path}{i}.")
-    found = [
-        TensorEntry(name, tuple(axes.split()), *rest) for name, axes, *rest in found
-    ]
+            found += rows(names.block, f"{name}{i}.", f"{path}{i}.")
+    found = [TensorEntry(*row) for row in found]
     return [x for x in found if x.path != BIAS or architecture.loss == "sigmoid"]
 
 
@@ -129,9 +125,10 @@ def load_model(
     state, label = _read_state_dict(source)
     if "logit_bias" in state:
         architecture = dataclasses.replace(architecture, loss="sigmoid")
+    backbone = architecture.make(dtype)
     expected = entries(names, architecture)
     unexpected = state.keys() - {entry.name for entry in expected}
-    faults = [_fault(entry, state, architecture) for entry in expected]
+    faults = [_fault(entry, state, backbone) for entry in expected]
     faults += [f"unexpected: {name} {_shape(state[name])}" for name in unexpected]
     faults = sorted(filter(None, faults))
     if faults:
@@ -141,7 +138,6 @@ def load_model(
             f"text blocks. Received: {label}, with\n  " + "\n  ".join(faults)
         )
     _warn_of_resizing(architecture)
-    backbone = architecture.make(dtype)
     if architecture.family != "SigLIP":
         write_text_epsilon(backbone, CLIP_EPSILON)
     for entry in expected:
@@ -191,9 +187,9 @@ def _read_state_dict(source):
     return {k: x for k, x in state.items() if k not in BUFFERS}, label
 
 
-def _fault(entry, state, architecture):
+def _fault(entry, state, backbone):
     """Describes what is wrong with an entry of a state dict; `None` if nothing is."""
-    expected = entry.sizes(architecture)
+    expected = entry.shape(backbone)
     if entry.name not in state:
         return f"missing: {entry.name} {expected}"
     shape = _shape(state[entry.name])

@@ -22,8 +22,7 @@ from keras_cluster_mask.interop.open_clip_configs import (
     read_config,
     write_config,
 )
-from keras_cluster_mask.interop.open_clip_weights import NAMES
-from keras_cluster_mask.interop.state_dicts import entries
+from keras_cluster_mask.models.architecture import TOWER
 from tests.interop.open_clip_models import batch, embeddings, ended_by, randomize
 
 CONFIG = {
@@ -280,7 +279,7 @@ def held(names):
 
 @pytest.mark.slow
 @pytest.mark.any_backend
-def test_configs_of_open_clip_have_the_shapes_heads_and_activations_of_its_models():
+def test_configs_of_open_clip_have_the_sizes_heads_and_activations_of_its_models():
     open_clip = pytest.importorskip("open_clip")
     torch = pytest.importorskip("torch")
     configs, refused = held(open_clip.list_models())
@@ -288,22 +287,26 @@ def test_configs_of_open_clip_have_the_shapes_heads_and_activations_of_its_model
     for name, config in configs.items():
         with torch.device("meta"):
             model = open_clip_model(config)
-        architecture = read_config(name)
-        found = {
-            entry.name: entry.sizes(architecture)
-            for entry in entries(NAMES[architecture.family], architecture)
-        }
-        shapes = {key: tuple(x.shape) for key, x in model.state_dict().items()}
-        assert found == shapes, name
-        blocks = (model.visual.transformer.resblocks, model.transformer.resblocks)
-        heads = tuple(block[0].attn.num_heads for block in blocks)
-        assert (architecture.image_heads, architecture.text_heads) == heads, name
-        activation = type(blocks[0][0].mlp.gelu).__name__
+        found = read_config(name)
+        image, text = model.visual.transformer.resblocks, model.transformer.resblocks
+        for tower, blocks in (("image", image), ("text", text)):
+            inner, heads = blocks[0].mlp.c_fc, blocks[0].attn.num_heads
+            expected = inner.in_features, len(blocks), heads, inner.out_features
+            sizes = [getattr(found, f"{tower}_{x}") for x in TOWER]
+            assert sizes == [*expected], name
+        patches = found.image_width, 3, found.patch, found.patch
+        assert model.visual.conv1.weight.shape == patches, name
+        assert len(model.visual.positional_embedding) == (
+            1 + (found.image_size // found.patch) ** 2
+        ), name
+        assert model.positional_embedding.shape == (found.context, found.text_width)
+        assert len(model.token_embedding.weight) == found.vocabulary, name
+        assert model.text_projection.shape[1] == found.projection, name
+        activation = type(image[0].mlp.gelu).__name__
         expected = {"GELU": "gelu", "QuickGELU": "quick_gelu"}[activation]
-        assert architecture.activation == expected, name
-        assert model.visual.pool_type == "tok", name
+        assert found.activation == expected, name
         pooled = {"argmax": "CLIP", "eos": "MetaCLIP2"}[model.text_pool_type]
-        assert architecture.family == pooled, name
+        assert (model.visual.pool_type, found.family) == ("tok", pooled), name
     assert all(" does not: " in reason for reason in refused.values())
 
 
