@@ -69,7 +69,8 @@ def flatten(config: Mapping, parts: tuple[str, ...]) -> dict:
     """Returns all entries of a config: those of its parts are named `part.name`."""
     entries = {key: value for key, value in config.items() if key not in parts}
     for part in parts:
-        entries.update({f"{part}.{key}": x for key, x in config[part].items()})
+        part_entries = config.get(part) or {}
+        entries.update({f"{part}.{key}": x for key, x in part_entries.items()})
     return entries
 
 
@@ -116,11 +117,6 @@ def read_json(argument: str, path: str | os.PathLike) -> Any:
     path = pathlib.Path(path).expanduser()
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(
-            f"`{argument}` must be a file that exists. "
-            f"Received: {argument}={str(path)!r}"
-        ) from error
     except ValueError as error:
         raise ValueError(
             f"`{argument}` must be a file of JSON ({error}). "

@@ -25,7 +25,6 @@ from keras_cluster_mask.interop.configs import (
 from keras_cluster_mask.interop.state_dicts import load_model
 from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
 from keras_cluster_mask.interop.weight_files import INDEX, find_weights
-from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
 from keras_cluster_mask.models.inputs import (
@@ -105,7 +104,6 @@ def load_hugging_face(
     source: str | os.PathLike,
     *,
     dtype: Any = None,
-    masking: PatchMasking | None = None,
     **kwargs: Any,
 ) -> ContrastiveModel:
     """Loads a CLIP, MetaCLIP 2 or SigLIP model saved by transformers.
@@ -137,8 +135,8 @@ def load_hugging_face(
             and with `config.json`; or path of the file of weights, or of the index, in
             such a folder.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
-        masking: A `PatchMasking` layer, or `None`.
-        **kwargs: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
+        **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`. They
+            take precedence over the files.
 
     Returns:
         A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`,
@@ -157,12 +155,7 @@ def load_hugging_face(
         - [transformers](https://github.com/huggingface/transformers),
           `modeling_clip.py`, `modeling_metaclip_2.py` and `modeling_siglip.py`.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(
-            "`source` must be the path of a folder or of a file. "
-            f"Received: source of type {type(source).__name__}"
-        )
-    source = find_weights(source, WEIGHT_FILES)
+    source = find_weights(pathlib.Path(source), WEIGHT_FILES)
     fields, reasons = _read_config(source.parent / CONFIG_FILE)
     of_images, more_reasons = _read_preprocessing(source.parent, fields)
     if reasons or more_reasons:
@@ -173,7 +166,7 @@ def load_hugging_face(
         )
     architecture = Architecture(**fields, **of_images)
     names = NAMES[architecture.family]
-    return load_model(source, names, architecture, dtype, masking, kwargs)
+    return load_model(source, names, architecture, dtype, kwargs)
 
 
 def _read_config(path):
@@ -188,7 +181,7 @@ def _read_config(path):
         )
     # Old configs have a second dictionary. transformers fills it with defaults and then
     # prefers it.
-    parts = {x: config.get(f"{x}_dict") or config.get(x) or {} for x in PARTS}
+    parts = {x: config.get(f"{x}_dict") or config.get(x) for x in PARTS}
     given = flatten({**config, **parts}, PARTS)
     family = FAMILIES[kind]
     fields, reasons = read_entries(given, ENTRIES[family], DIVISORS)
@@ -202,20 +195,15 @@ def _read_config(path):
         width = given.get("text_config.projection_size") or fields["text_width"]
         fields["projection"] = width
         if width != fields["image_width"]:
-            reasons.append(
-                f"text_config.projection_size={width} is not the width of the image "
-                f"tower, {fields['image_width']}"
-            )
+            reasons.append(f"text_config.projection_size={width}: images have another")
     elif not reasons:
         highest = fields["vocabulary"] - 1
         end_id = TEXT_FAMILIES[family].end_id
         ends = (OLD_END_ID, highest) if end_id is None else (end_id,)
         end = given.get("text_config.eos_token_id", 49407)
         if end not in ends:
-            reasons.append(
-                f"text_config.eos_token_id={end} is not {ends[-1]}, the id at which "
-                "keras_hub pools texts"
-            )
+            pools = f"keras_hub pools texts at the id {ends[-1]}"
+            reasons.append(f"text_config.eos_token_id={end}: {pools}")
     return {**fields, "family": family}, reasons
 
 

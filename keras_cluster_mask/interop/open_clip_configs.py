@@ -22,10 +22,7 @@ from keras_cluster_mask.interop.configs import (
     side_of,
 )
 from keras_cluster_mask.models.architecture import Architecture
-from keras_cluster_mask.models.inputs import (
-    CLIP_MEAN,
-    CLIP_STD,
-)
+from keras_cluster_mask.models.inputs import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 # The file that open_clip writes beside a model's weights.
@@ -110,43 +107,24 @@ def read_config(config: Any) -> Architecture:
         ValueError: If there is no such config, or if keras_hub does not support its
             model, with all reasons.
     """
-    label = f"config={config!r}"
-    if isinstance(config, Mapping):
-        label = f"config with the keys {sorted(map(str, config))}"
-    elif isinstance(config, os.PathLike) or str(config).endswith(".json"):
-        config = read_json("config", config)
-    elif isinstance(config, str):
-        config = _read_named(config)
-    else:
-        raise ValueError(
-            "`config` must be the name of a config of open_clip, the path of a .json "
-            f"file, or a dictionary. Received: config={config!r}"
-        )
-    whole = {"model_cfg": config, **config} if isinstance(config, Mapping) else {}
-    model, preprocessing = whole.get("model_cfg"), whole.get("preprocess_cfg") or {}
+    given = config
+    if isinstance(config, os.PathLike) or str(config).endswith(".json"):
+        given = read_json("config", config)
+    elif not isinstance(config, Mapping):
+        given = _read_named(str(config))
+    whole = {"model_cfg": given, **given}
     # open_clip writes null for what has the default.
+    preprocessing = whole.get("preprocess_cfg") or {}
     preprocessing = {k: x for k, x in preprocessing.items() if x is not None}
-    if isinstance(model, Mapping):
-        model = {**model, "preprocess_cfg": preprocessing}
-    if (
-        not isinstance(model, Mapping)
-        or "embed_dim" not in model
-        or not all(isinstance(model.get(part), Mapping) for part in PARTS)
-    ):
-        raise ValueError(
-            "`config` must be as open_clip writes it, with `embed_dim` and the "
-            "dictionaries `vision_cfg` and `text_cfg`, or with these under "
-            "`model_cfg`. `load_hugging_face` reads models of transformers. "
-            f"Received: {label}"
-        )
-    given = flatten(model, PARTS)
+    given = flatten({**whole["model_cfg"], "preprocess_cfg": preprocessing}, PARTS)
     fields, reasons = read_entries(given, READ | FIXED, DIVISORS)
     reasons += _other_reasons(given, fields)
     if reasons:
         raise ValueError(
-            "`config` must describe a CLIP that keras_hub's `CLIPBackbone` or "
-            "`MetaCLIP2Backbone` can hold, and it does not: "
-            f"{'; '.join(sorted(reasons))}. Received: {label}"
+            "`config` must describe a CLIP, as open_clip writes it, that keras_hub's "
+            "`CLIPBackbone` or `MetaCLIP2Backbone` can hold, and it does not: "
+            f"{'; '.join(sorted(reasons))}. `load_hugging_face` reads models of "
+            f"transformers. Received: config={config!r}"
         )
     interpolation = given.get("preprocess_cfg.interpolation", "bicubic")
     fields.update(
@@ -172,10 +150,7 @@ def _other_reasons(given, fields):
     end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
     end = given.get("text_cfg.eos_id", end_id)
     if fields["family"] == "MetaCLIP2" and end != end_id:
-        reasons.append(
-            f"text_cfg.eos_id={end}: keras_hub's `MetaCLIP2Backbone` pools texts at "
-            f"the id {end_id}"
-        )
+        reasons.append(f"text_cfg.eos_id={end}: keras_hub pools at the id {end_id}")
     size, image_size = given.get("preprocess_cfg.size"), fields["image_size"]
     if size is not None and side_of(size) != image_size:
         reasons.append(f"preprocess_cfg.size={size} is not the image size {image_size}")

@@ -13,7 +13,6 @@ from keras import ops
 from keras_cluster_mask.interop.configs import CLIP_EPSILON
 from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
-from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
 from keras_cluster_mask.models.encoders import write_text_epsilon
@@ -109,7 +108,6 @@ def load_model(
     names: TensorNames,
     architecture: Architecture,
     dtype: Any,
-    masking: PatchMasking | None,
     options: dict[str, Any],
 ) -> ContrastiveModel:
     """Makes a model with the weights of a checkpoint, or raises an error.
@@ -119,7 +117,6 @@ def load_model(
         names: The names of the library that wrote it.
         architecture: The `Architecture` that the model's config states.
         dtype: A dtype policy for the computations.
-        masking: A `PatchMasking` layer, or `None`.
         options: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
     """
     state, label = _read_state_dict(source)
@@ -146,7 +143,7 @@ def load_model(
             entry.write(backbone, as_float32(state[entry.name]))
     fields = "loss", "pixel_mean", "pixel_std"
     options = {name: getattr(architecture, name) for name in fields} | options
-    model = ContrastiveModel.from_backbone(backbone, masking=masking, **options)
+    model = ContrastiveModel.from_backbone(backbone, **options)
     # `from_backbone` starts a sigmoid loss at another temperature and bias, which only
     # weights of the same loss replace.
     initial = {"logit_scale": "initial_temperature", "logit_bias": "initial_logit_bias"}

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 INDEX = ".index.json"
-SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin")
+LIBRARIES = {".safetensors": "safetensors.numpy"}
+LIBRARIES |= dict.fromkeys((".pt", ".pth", ".bin"), "torch")
 # In earlier versions, a file can run code in spite of `weights_only`: CVE-2025-32434
 # (before 2.6) and CVE-2026-24747 (before 2.10).
 SAFE_TORCH = 2, 10
@@ -40,9 +41,8 @@ def read_weights(path: str | os.PathLike) -> Any:
             names = {*json.loads(path.read_text())["weight_map"].values()}
             shards = [path.with_name(name) for name in sorted(names)]
         return {key: x for shard in shards for key, x in read_weights(shard).items()}
-    _check_suffix("source", path)
-    library = _library(path)
-    if path.suffix in SAFETENSORS:
+    library = _library("source", path)
+    if library.__name__ != "torch":
         with _read_errors(path):
             return library.load_file(path)
     version = tuple(map(int, re.findall(r"\d+", library.__version__)[:2]))
@@ -88,10 +88,9 @@ def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> 
         arrays: Dictionary of NumPy arrays.
     """
     path = pathlib.Path(path).expanduser()
-    _check_suffix("path", path)
-    library = _library(path)
+    library = _library("path", path)
     with _replacing(path) as file:
-        if path.suffix in SAFETENSORS:
+        if library.__name__ != "torch":
             file.write(library.save(arrays, {"format": "pt"}))
         else:
             tensors = {key: library.from_numpy(x) for key, x in arrays.items()}
@@ -148,22 +147,18 @@ def _read_errors(path):
         raise ValueError(f"`source` {reason} Received: source={str(path)!r}") from error
 
 
-def _library(path):
+def _library(argument, path):
     """Imports the library of a file's format, since each works without the other."""
-    is_torch = path.suffix in TORCH
-    try:
-        return importlib.import_module("torch" if is_torch else "safetensors.numpy")
-    except ImportError as error:
-        name = "torch" if is_torch else "safetensors"
-        raise ImportError(
-            f"{path.suffix} files need {name}: `pip install {name}`. "
-            f"Received: {str(path)!r}"
-        ) from error
-
-
-def _check_suffix(argument, path):
-    if path.suffix not in SAFETENSORS + TORCH:
+    if path.suffix not in LIBRARIES:
         raise ValueError(
             f"`{argument}` must end in .safetensors, .pt, .pth or .bin. "
             f"Received: {argument}={str(path)!r}"
         )
+    try:
+        return importlib.import_module(LIBRARIES[path.suffix])
+    except ImportError as error:
+        name = LIBRARIES[path.suffix].partition(".")[0]
+        raise ImportError(
+            f"{path.suffix} files need {name}: `pip install {name}`. "
+            f"Received: {str(path)!r}"
+        ) from error

@@ -47,7 +47,6 @@ def test_tiles_and_labels_of_any_sizes_give_the_order_of_similarity(
     num_labels, ks, monkeypatch
 ):
     monkeypatch.setattr(retrieval, "TILE", (37, 50))
-    monkeypatch.setattr(retrieval, "ROWS", 11)
     rng = np.random.default_rng(num_labels)
     # Of some labels there are many images and no text.
     image_labels = rng.integers(0, num_labels, 300)

