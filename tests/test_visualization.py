@@ -155,8 +155,8 @@ def test_retrieval_shows_the_most_similar_images_first(tmp_path):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("query", ["a $5 bill and a $10 bill", r"a price of $\x$"])
-def test_dollar_signs_of_a_query_are_no_formula(query, tmp_path):
+def test_dollar_signs_of_a_query_are_no_formula(tmp_path):
+    query = r"a $5 bill and a price of $\x$"
     figure = visualization.plot_retrieval([query], IMAGES, [[0.1, 0.9]], k=2)
     (text,) = figure.axes[0].texts
     assert (text.get_text(), text.get_parse_math()) == (query, False)

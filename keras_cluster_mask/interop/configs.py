@@ -53,15 +53,15 @@ def _channels(values):
 
 
 # Functions from the value of an entry to that of a field, or to `None` if the value is
-# of another kind than their names say.
-INTEGER, SIDE, RATIO = "a positive integer", "the size of a square", "a positive number"
-MEAN, STD = "three finite numbers", "three finite numbers above 0"
+# not what the key says.
 RULES = {
-    INTEGER: lambda x: x if is_integer(x) and x > 0 else None,
-    SIDE: side_of,
-    RATIO: lambda x: x if is_positive(x) else None,
-    MEAN: _channels,
-    STD: lambda x: y if (y := _channels(x)) and min(y) > 0 else None,
+    "count": lambda x: x if is_integer(x) and x > 0 else None,
+    "square": side_of,
+    "ratio": lambda x: x if is_positive(x) else None,
+    "mean of 3 channels": _channels,
+    "deviation of 3 channels": (
+        lambda x: y if (y := _channels(x)) and min(y) > 0 else None
+    ),
 }
 
 
@@ -101,7 +101,7 @@ def read_entries(
             if is_right and isinstance(rule, dict):
                 values[key] = rule[value]
         if not is_right:
-            kind = rule if isinstance(rule, str) else f"one of {[*rule]}"
+            kind = f"a {rule}" if isinstance(rule, str) else f"one of {[*rule]}"
             reasons.append(f"{key}={value!r} is not {kind}")
     if not reasons:
         reasons = [

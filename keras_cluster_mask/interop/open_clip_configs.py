@@ -8,11 +8,6 @@ from typing import Any
 
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
-    INTEGER,
-    MEAN,
-    RATIO,
-    SIDE,
-    STD,
     Entry,
     choice,
     fixed,
@@ -33,44 +28,43 @@ FAMILIES = {"argmax": "CLIP", "eos": "MetaCLIP2"}
 
 # The entries that are read and written, with open_clip's defaults.
 READ = {
-    "embed_dim": Entry("projection", None, INTEGER),
+    "embed_dim": Entry("projection", None, "count"),
     "quick_gelu": choice("activation", ACTIVATIONS),
-    "vision_cfg.image_size": Entry("image_size", 224, SIDE),
-    "vision_cfg.patch_size": Entry("patch", 16, SIDE),
-    "vision_cfg.width": Entry("image_width", 768, INTEGER),
-    "vision_cfg.layers": Entry("image_layers", 12, INTEGER),
-    "vision_cfg.head_width": Entry("image_heads", 64, INTEGER),
-    "vision_cfg.mlp_ratio": Entry("image_hidden", 4.0, RATIO),
-    "text_cfg.context_length": Entry("context", 77, INTEGER),
-    "text_cfg.vocab_size": Entry("vocabulary", 49408, INTEGER),
-    "text_cfg.width": Entry("text_width", 512, INTEGER),
-    "text_cfg.layers": Entry("text_layers", 12, INTEGER),
-    "text_cfg.heads": Entry("text_heads", 8, INTEGER),
-    "text_cfg.mlp_ratio": Entry("text_hidden", 4.0, RATIO),
+    "vision_cfg.image_size": Entry("image_size", 224, "square"),
+    "vision_cfg.patch_size": Entry("patch", 16, "square"),
+    "vision_cfg.width": Entry("image_width", 768, "count"),
+    "vision_cfg.layers": Entry("image_layers", 12, "count"),
+    "vision_cfg.head_width": Entry("image_heads", 64, "count"),
+    "vision_cfg.mlp_ratio": Entry("image_hidden", 4.0, "ratio"),
+    "text_cfg.context_length": Entry("context", 77, "count"),
+    "text_cfg.vocab_size": Entry("vocabulary", 49408, "count"),
+    "text_cfg.width": Entry("text_width", 512, "count"),
+    "text_cfg.layers": Entry("text_layers", 12, "count"),
+    "text_cfg.heads": Entry("text_heads", 8, "count"),
+    "text_cfg.mlp_ratio": Entry("text_hidden", 4.0, "ratio"),
     "text_cfg.pool_type": choice("family", FAMILIES),
-    "preprocess_cfg.mean": Entry("pixel_mean", CLIP_MEAN, MEAN),
-    "preprocess_cfg.std": Entry("pixel_std", CLIP_STD, STD),
+    "preprocess_cfg.mean": Entry("pixel_mean", CLIP_MEAN, "mean of 3 channels"),
+    "preprocess_cfg.std": Entry("pixel_std", CLIP_STD, "deviation of 3 channels"),
 }
 
 # Options that keras_hub's models do not have, and other entries of which they support
 # some values only.
-_OFF = fixed(None, False, "", {})
-_OF_VISION = "attentional_pool", "no_ln_pre", "timm_model_name"
-_OF_TEXT = "embed_cls", "hf_model_name", "no_causal_mask", "proj_bias"
-_BLOCK = {
-    **dict.fromkeys(("act_kwargs", "output_tokens", "qk_norm"), _OFF),
+_OPTIONS = {
+    **dict.fromkeys(
+        ("act_kwargs", "attentional_pool", "embed_cls", "hf_model_name", "qk_norm")
+        + ("no_causal_mask", "no_ln_pre", "output_tokens", "proj_bias", "scale_attn")
+        + ("scale_attn_inner", "scale_fc", "scale_heads", "scaled_cosine_attn")
+        + ("timm_model_name",),
+        fixed(None, False, "", {}),
+    ),
     # open_clip scales layers for any value, 0 too.
     "ls_init_value": fixed(None),
-    **dict.fromkeys(("scale_attn", "scale_attn_inner", "scale_fc"), _OFF),
-    **dict.fromkeys(("scale_heads", "scaled_cosine_attn"), _OFF),
     "block_type": fixed(None, "default"),
     "norm_kwargs": fixed(None, {}, {"eps": CLIP_EPSILON}),
 }
-_VISION = {**_BLOCK, **dict.fromkeys(_OF_VISION, _OFF)}
-_TEXT = {**_BLOCK, **dict.fromkeys(_OF_TEXT, _OFF)}
 FIXED = {
-    **{f"vision_cfg.{key}": entry for key, entry in _VISION.items()},
-    **{f"text_cfg.{key}": entry for key, entry in _TEXT.items()},
+    **{f"vision_cfg.{key}": entry for key, entry in _OPTIONS.items()},
+    **{f"text_cfg.{key}": entry for key, entry in _OPTIONS.items()},
     "vision_cfg.pool_type": fixed("tok"),
     "vision_cfg.pos_embed_type": fixed("learnable"),
     "text_cfg.proj_type": fixed("linear"),
@@ -118,7 +112,19 @@ def read_config(config: Any) -> Architecture:
     preprocessing = {k: x for k, x in preprocessing.items() if x is not None}
     given = flatten({**whole["model_cfg"], "preprocess_cfg": preprocessing}, PARTS)
     fields, reasons = read_entries(given, READ | FIXED, DIVISORS)
-    reasons += _other_reasons(given, fields)
+    known = READ.keys() | FIXED.keys()
+    reasons += [
+        f"unknown key `{key}`"
+        for key in map(str, given)
+        if key not in known and not key.startswith(IGNORED)
+    ]
+    end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
+    end = given.get("text_cfg.eos_id", end_id)
+    if fields["family"] == "MetaCLIP2" and end != end_id:
+        reasons.append(f"text_cfg.eos_id={end}: keras_hub pools at the id {end_id}")
+    size, image_size = given.get("preprocess_cfg.size"), fields["image_size"]
+    if size is not None and side_of(size) != image_size:
+        reasons.append(f"preprocess_cfg.size={size} is not the image size {image_size}")
     if reasons:
         raise ValueError(
             "`config` must describe a CLIP, as open_clip writes it, that keras_hub's "
@@ -137,24 +143,6 @@ def read_config(config: Any) -> Architecture:
         interpolation="bicubic" if interpolation == "random" else interpolation,
     )
     return Architecture(**fields)
-
-
-def _other_reasons(given, fields):
-    """Lists the entries that are unknown, or that do not go with other entries."""
-    known = READ.keys() | FIXED.keys()
-    reasons = [
-        f"unknown key `{key}`"
-        for key in map(str, given)
-        if key not in known and not key.startswith(IGNORED)
-    ]
-    end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
-    end = given.get("text_cfg.eos_id", end_id)
-    if fields["family"] == "MetaCLIP2" and end != end_id:
-        reasons.append(f"text_cfg.eos_id={end}: keras_hub pools at the id {end_id}")
-    size, image_size = given.get("preprocess_cfg.size"), fields["image_size"]
-    if size is not None and side_of(size) != image_size:
-        reasons.append(f"preprocess_cfg.size={size} is not the image size {image_size}")
-    return reasons
 
 
 def write_config(architecture: Architecture, logit_bias: float | None) -> dict:

@@ -19,7 +19,7 @@ from keras_cluster_mask.interop.state_dicts import entries, load_model
 from keras_cluster_mask.interop.tensor_names import OPEN_CLIP, OPEN_METACLIP_2
 from keras_cluster_mask.interop.weight_files import (
     find_weights,
-    write_text,
+    replacing,
     write_weights,
 )
 from keras_cluster_mask.models import ContrastiveModel
@@ -168,7 +168,8 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
             f"Received: position ids {ids[:4].tolist()} and so on"
         )
     architecture = Architecture.of(model)
-    table = entries(NAMES[architecture.family], architecture)
+    has_bias = architecture.loss == "sigmoid"
+    table = entries(NAMES[architecture.family], backbone, has_bias)
     return {entry.name: entry.read(model) for entry in table}
 
 
@@ -218,7 +219,8 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
         _check_same(beside, architecture)
     write_weights(path, weights)
     if not is_kept:
-        write_text(beside, json.dumps(config, indent=2))
+        with replacing(beside) as file:
+            file.write(json.dumps(config, indent=2).encode())
 
 
 def _config_path(path):

@@ -19,7 +19,6 @@ from keras_cluster_mask.models.encoders import write_text_epsilon
 
 # The bias of a sigmoid loss, which is not in a CLIP backbone but in the model.
 BIAS = "head.logit_bias"
-ENCODERS = {"image": "vision_encoder", "text": "text_encoder"}
 
 # Entries in state dicts of older models that are not weights.
 BUFFERS = {
@@ -92,15 +91,16 @@ class TensorEntry:
         return [_find(model, before + name + after) for name in names.split(",")]
 
 
-def entries(names: TensorNames, architecture: Architecture) -> list[TensorEntry]:
-    """Lists all entries of a model of this architecture."""
-    found = rows(names.tensors)
-    for tower, name in names.towers.items():
-        path = f"{ENCODERS[tower]}.encoder_layers."
-        for i in range(getattr(architecture, f"{tower}_layers")):
-            found += rows(names.block, f"{name}{i}.", f"{path}{i}.")
-    found = [TensorEntry(*row) for row in found]
-    return [x for x in found if x.path != BIAS or architecture.loss == "sigmoid"]
+def entries(names: TensorNames, backbone: Any, has_bias: bool) -> list[TensorEntry]:
+    """Lists all entries of the state dict of a backbone, or of its model."""
+    found = []
+    for name, path, layout in rows(names.tensors):
+        if layout == "blocks":
+            for i in range(len(_find(backbone, path))):
+                found += rows(names.block, f"{name}.{i}.", f"{path}.{i}.")
+        elif path != BIAS or has_bias:
+            found.append((name, path, layout))
+    return [TensorEntry(*row) for row in found]
 
 
 def load_model(
@@ -123,7 +123,7 @@ def load_model(
     if "logit_bias" in state:
         architecture = dataclasses.replace(architecture, loss="sigmoid")
     backbone = architecture.make(dtype)
-    expected = entries(names, architecture)
+    expected = entries(names, backbone, architecture.loss == "sigmoid")
     unexpected = state.keys() - {entry.name for entry in expected}
     faults = [_fault(entry, state, backbone) for entry in expected]
     faults += [f"unexpected: {name} {_shape(state[name])}" for name in unexpected]

@@ -45,15 +45,13 @@ class TensorNames:
     Attributes:
         model: String, the library's name for the model.
         tensors: String, the table of tensors outside the transformer blocks.
+            A line of the kind "blocks" stands for all blocks of a tower.
         block: String, the table of tensors in a block.
-        towers: Dictionary from `"image"` and `"text"` to the prefix of the names of the
-            tower's blocks.
     """
 
     model: str
     tensors: str
     block: str
-    towers: dict[str, str]
 
 
 def rows(table: str, name: str = "", path: str = "") -> list[tuple[str, str, str]]:
@@ -90,6 +88,8 @@ OPEN_CLIP = TensorNames(
     tensors="""
 logit_scale | clip_head.logit_scale
 logit_bias | head.logit_bias
+visual.transformer.resblocks | vision_encoder.encoder_layers | blocks
+transformer.resblocks | text_encoder.encoder_layers | blocks
 visual.proj | vision_projection.kernel
 text_projection | text_projection.kernel
 visual.ln_pre | vision_encoder.pre_layer_norm | norm
@@ -110,10 +110,6 @@ ln_2 | layer_norm_2 | norm
 mlp.c_fc | dense_1 | dense
 mlp.c_proj | dense_2 | dense
 """,
-    towers={
-        "image": "visual.transformer.resblocks.",
-        "text": "transformer.resblocks.",
-    },
 )
 
 OPEN_METACLIP_2 = _of_metaclip_2(OPEN_CLIP, "MetaCLIP 2 of open_clip")
@@ -127,16 +123,14 @@ patch_embedding.weight | patch_embedding.kernel | convolution
 text_model.embeddings. | text_encoder.embedding.
 token_embedding.weight | token_embedding.embeddings
 """
-_TOWERS = {
-    "image": "vision_model.encoder.layers.",
-    "text": "text_model.encoder.layers.",
-}
 
 CLIP = TensorNames(
     model="CLIPModel of transformers",
     # "layrnorm" is how transformers spells it.
     tensors=f"""
 logit_scale | clip_head.logit_scale
+vision_model.encoder.layers | vision_encoder.encoder_layers | blocks
+text_model.encoder.layers | text_encoder.encoder_layers | blocks
 visual_projection.weight | vision_projection.kernel | matrix
 text_projection.weight | text_projection.kernel | matrix
 vision_model.pre_layrnorm | vision_encoder.pre_layer_norm | norm
@@ -154,7 +148,6 @@ layer_norm2 | layer_norm_2 | norm
 mlp.fc1 | dense_1 | dense
 mlp.fc2 | dense_2 | dense
 """,
-    towers=_TOWERS,
 )
 
 METACLIP_2 = _of_metaclip_2(CLIP, "MetaClip2Model of transformers")
@@ -165,6 +158,7 @@ SIGLIP = TensorNames(
 logit_scale | siglip_head.logit_scale
 logit_bias | siglip_head.logit_bias
 vision_model. | vision_encoder.
+encoder.layers | encoder_layers | blocks
 post_layernorm | post_layer_norm | norm
 embeddings.patch_embedding.bias | embedding.patch_embedding.bias
 head.probe | head.probe
@@ -173,6 +167,7 @@ head.layernorm | head.layer_norm | norm
 head.mlp.fc1 | head.mlp.fc1 | dense
 head.mlp.fc2 | head.mlp.fc2 | dense
 text_model. | text_encoder.
+encoder.layers | encoder_layers | blocks
 final_layer_norm | post_layer_norm | norm
 head | head | dense
 {_EMBEDDINGS}
@@ -182,5 +177,4 @@ position_embedding.weight | position_embedding.embeddings
     block=CLIP.block.replace("layer_norm_", "layer_norm")
     .replace("| attention |", "| self_attn |")
     .replace("dense_", "mlp.fc"),
-    towers=_TOWERS,
 )

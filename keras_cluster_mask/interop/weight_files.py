@@ -7,8 +7,8 @@ import os
 import pathlib
 import pickle
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> 
     """
     path = pathlib.Path(path).expanduser()
     library = _library("path", path)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         if library.__name__ != "torch":
             file.write(library.save(arrays, {"format": "pt"}))
         else:
@@ -97,15 +97,13 @@ def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> 
             library.save(tensors, file)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text to a file, which appears only once it is complete."""
-    with _replacing(pathlib.Path(path)) as file:
-        file.write(text.encode())
-
-
 @contextlib.contextmanager
-def _replacing(path):
-    """Opens a file under a temporary name, and renames it once it is written."""
+def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """Opens a file under a temporary name, and renames it once it is written.
+
+    Args:
+        path: `pathlib.Path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -125,24 +123,20 @@ def _read_errors(path):
         raise
     except Exception as error:
         # torch's reader raises errors of any type for bytes that are not a pickle.
-        reason = (
-            "cannot be read: the file is truncated, damaged or of another kind "
-            f"({type(error).__name__}: {str(error).splitlines()[:1]})."
-        )
+        found = type(error).__name__, *str(error).splitlines()[:1]
+        reason = f"cannot be read: it is damaged or of another kind {found}."
         # torch's own message recommends reading such files anyway.
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             reason = (
                 "holds Python objects other than tensors, and reading those can run "
                 "any code that the file's author put there, so it was not read. If you "
-                "trust its author, keep only its tensors: `checkpoint = torch.load("
-                "path, weights_only=False); "
-                'torch.save(checkpoint["state_dict"], "weights.pt")`.'
+                "trust its author, pass `torch.load(path, weights_only=False)`."
             )
         elif isinstance(error, RuntimeError) and "TorchScript" in str(error):
             reason = (
                 "is a TorchScript program, as OpenAI's own files are, and not a state "
-                "dict. If you trust its author, keep only its tensors: `torch.save("
-                'torch.jit.load(path, "cpu").state_dict(), "weights.pt")`.'
+                "dict. If you trust its author, pass `torch.jit.load(path, "
+                '"cpu").state_dict()`.'
             )
         raise ValueError(f"`source` {reason} Received: source={str(path)!r}") from error
 

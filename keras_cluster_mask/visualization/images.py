@@ -74,7 +74,12 @@ def plot_masks(
             needs are missing, if the images do not fit the patch size, or if maskings
             differ in patch size.
     """
-    titles, maskings = _titles_and_maskings(masking)
+    titles, maskings = None, masking
+    if isinstance(masking, PatchMasking):
+        maskings = [masking]
+    elif isinstance(masking, Mapping):
+        titles, maskings = [*masking], [*masking.values()]
+    titles = titles or [type(each).__name__ for each in maskings]
     images = np.asarray(images)
     patch_size = patch_size_of(maskings, patch_size)
     formats = [x.data_format for x in maskings if x.data_format is not None]
@@ -100,22 +105,6 @@ def plot_masks(
         for axis, stays in zip(row[1:], kept):
             axis.imshow(grid.leave_out(shown[index], stays[index]))
     return figure
-
-
-def _titles_and_maskings(masking):
-    """Returns the titles and the maskings of the columns."""
-    titles, maskings = None, masking
-    if isinstance(masking, PatchMasking):
-        maskings = [masking]
-    elif isinstance(masking, Mapping):
-        titles, maskings = [*masking], [*masking.values()]
-    is_list = isinstance(maskings, list | tuple) and len(maskings) > 0
-    if not is_list or not all(isinstance(each, PatchMasking) for each in maskings):
-        raise ValueError(
-            "`masking` must be a `PatchMasking`, a list of them, or a dictionary from "
-            f"titles to them. Received: masking={masking!r}"
-        )
-    return titles or [type(each).__name__ for each in maskings], maskings
 
 
 def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):

@@ -81,15 +81,6 @@ def test_progress_ends_at_the_number_of_images(model, pairs, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_tf_dataset_is_taken_on_every_backend(model, pairs, expected):
-    tf = pytest.importorskip("tensorflow")
-    keyed = {**pairs, "keys": np.array([str(i) for i in range(70)])}
-    data = tf.data.Dataset.from_tensor_slices(keyed).batch(32)
-    found = embed(model, data, verbose=0)
-    assert_expected(found, expected)
-    assert found["keys"].tolist() == [b"%d" % index for index in range(70)]
-
-
 def test_images_alone_and_with_labels_need_no_texts(model, pairs, expected):
     images, labels = pairs["images"], np.arange(70) % 3
     for data in (

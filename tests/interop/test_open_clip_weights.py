@@ -14,14 +14,11 @@ from keras_cluster_mask.interop import (
     open_clip_state_dict,
     save_open_clip,
 )
-from keras_cluster_mask.models.architecture import SIZES, Architecture
-from tests.helpers import draw_nothing
 from tests.interop.open_clip_models import (
     arrays,
     batch,
     embeddings,
     load,
-    randomize,
     tiny,
     tiny_config,
 )
@@ -86,21 +83,6 @@ def test_epsilons_are_those_of_open_clip(tmp_path):
     actual = ops.convert_to_numpy(model.backbone.get_text_embeddings(ids))
     actual = actual / np.linalg.norm(actual, axis=1, keepdims=True)
     assert np.abs(actual - expected).max() > 1e-3
-
-
-@pytest.mark.slow
-def test_vit_b_32_agrees(monkeypatch):
-    open_clip = pytest.importorskip("open_clip")
-    draw_nothing(monkeypatch)
-    reference = randomize(open_clip.create_model("ViT-B-32", pretrained=None))
-    model = load_open_clip(reference.state_dict(), "ViT-B-32")
-    backbone = model.backbone
-    assert Architecture.of(backbone) == SIZES["vit_b_32"]
-    images, ids = batch(224, 77, 49408, rows=2)
-    expected = embeddings(reference, images, ids)
-    for ours, theirs in zip(our_embeddings(model, images, ids), expected):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
 
 
 # === Sizes ===
