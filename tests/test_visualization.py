@@ -105,7 +105,6 @@ def test_tokens_are_mixed_in():
         ([kcm.RandomMasking(0.5), clusters(embedding_weight=0.5)], None, "embed"),
         ([clusters(), clusters(4)], None, "patch_size"),
         ([kcm.RandomMasking(0.5), clusters()], 4, "patch_size"),
-        *((masking, 8, "masking") for masking in ([], {}, {"random": "random"}, None)),
     ],
 )
 def test_masks_that_cannot_be_drawn_are_refused(masking, patch_size, argument):

@@ -47,6 +47,8 @@ def side_of(size: Any) -> int | None:
 
 
 def _channels(values):
+    # Both libraries take a number for all channels.
+    values = (values,) * 3 if is_number(values) else values
     is_list = isinstance(values, (list, tuple)) and len(values) == 3
     is_right = is_list and all(is_number(x) and math.isfinite(x) for x in values)
     return tuple(map(float, values)) if is_right else None
@@ -75,15 +77,13 @@ def flatten(config: Mapping, parts: tuple[str, ...]) -> dict:
 
 
 def read_entries(
-    given: Mapping[str, Any], entries: Mapping[str, Entry], divisors: Mapping[str, str]
+    given: Mapping[str, Any], entries: Mapping[str, Entry]
 ) -> tuple[dict[str, Any], list[str]]:
     """Reads the entries of a config, and checks each of them.
 
     Args:
         given: Dictionary, the flattened config.
         entries: Dictionary of the entries that are supported.
-        divisors: Dictionary from the name of an entry to that of another one, which
-            must divide it.
 
     Returns:
         A tuple: a dictionary of values by their fields in `Architecture`; and a list of
@@ -103,12 +103,6 @@ def read_entries(
         if not is_right:
             kind = f"a {rule}" if isinstance(rule, str) else f"one of {[*rule]}"
             reasons.append(f"{key}={value!r} is not {kind}")
-    if not reasons:
-        reasons = [
-            f"{divisor}={values[divisor]} does not divide {key}={values[key]}"
-            for key, divisor in divisors.items()
-            if values[key] % values[divisor]
-        ]
     return {x.field: values[key] for key, x in entries.items() if x.field}, reasons
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_cluster_mask.checks import is_number
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
     Entry,
@@ -93,7 +92,6 @@ ENTRIES = {
 }
 ENTRIES["MetaCLIP2"] = ENTRIES["CLIP"]
 PARTS = "text_config", "vision_config"
-DIVISORS = {f"{part}.hidden_size": f"{part}.num_attention_heads" for part in PARTS}
 
 
 def load_hugging_face(
@@ -180,7 +178,7 @@ def _read_config(path):
     parts = {x: config.get(f"{x}_dict") or config.get(x) for x in PARTS}
     given = flatten({**config, **parts}, PARTS)
     family = FAMILIES[kind]
-    fields, reasons = read_entries(given, ENTRIES[family], DIVISORS)
+    fields, reasons = read_entries(given, ENTRIES[family])
     default = ENTRIES[family]["text_config.hidden_act"].default
     activations = [given.get(f"{part}.hidden_act", default) for part in PARTS]
     if activations[0] != activations[1]:
@@ -220,9 +218,6 @@ def _read_preprocessing(folder, of_model):
     given = {k: x for k, x in config.items() if x is not None or k in flags}
     if not given.get("do_normalize", True):
         given.update(image_mean=0.0, image_std=1.0)
-    for key in ("image_mean", "image_std"):
-        if is_number(given.get(key)):
-            given[key] = (given[key],) * 3
     mean, std = (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
     entries = {
         "do_rescale": fixed(True),
@@ -230,7 +225,7 @@ def _read_preprocessing(folder, of_model):
         "image_std": Entry("pixel_std", std, "deviation of 3 channels"),
         "resample": Entry("interpolation", 3, INTERPOLATIONS),
     }
-    fields, reasons = read_entries(given, entries, {})
+    fields, reasons = read_entries(given, entries)
     if abs(255 * given.get("rescale_factor", 1 / 255) - 1) > 1e-6:
         reasons.append("rescale_factor: pixels are not divided by 255")
     side = of_model["image_size"]

@@ -84,10 +84,6 @@ IGNORED = (
     *("preprocess_cfg.fill_color", "preprocess_cfg.interpolation"),
 )
 PARTS = "vision_cfg", "text_cfg", "preprocess_cfg"
-DIVISORS = {
-    "vision_cfg.width": "vision_cfg.head_width",
-    "text_cfg.width": "text_cfg.heads",
-}
 
 
 def read_config(config: Any) -> Architecture:
@@ -111,7 +107,7 @@ def read_config(config: Any) -> Architecture:
     preprocessing = whole.get("preprocess_cfg") or {}
     preprocessing = {k: x for k, x in preprocessing.items() if x is not None}
     given = flatten({**whole["model_cfg"], "preprocess_cfg": preprocessing}, PARTS)
-    fields, reasons = read_entries(given, READ | FIXED, DIVISORS)
+    fields, reasons = read_entries(given, READ | FIXED)
     known = READ.keys() | FIXED.keys()
     reasons += [
         f"unknown key `{key}`"

@@ -134,7 +134,15 @@ def load_model(
             f"{architecture.image_layers} image blocks and {architecture.text_layers} "
             f"text blocks. Received: {label}, with\n  " + "\n  ".join(faults)
         )
-    _warn_of_resizing(architecture)
+    mode, interpolation = architecture.resize_mode, architecture.interpolation
+    if (mode, interpolation) != ("shortest", "bicubic"):
+        warnings.warn(
+            f"The model was trained on images resized by {mode!r} with "
+            f"{interpolation!r} interpolation. `image_text_dataset` resizes by "
+            "'shortest' and a center crop, or with resize='squash' by 'squash', "
+            "always with bicubic interpolation.",
+            stacklevel=3,
+        )
     if architecture.family != "SigLIP":
         write_text_epsilon(backbone, CLIP_EPSILON)
     for entry in expected:
@@ -177,10 +185,6 @@ def _read_state_dict(source):
     # open_clip's `CustomTextCLIP` keeps the same text tower one level deeper.
     if "text.token_embedding.weight" in state:
         state = {name.removeprefix("text."): x for name, x in state.items()}
-    # Some checkpoints store these as arrays of one element.
-    for name in ("logit_scale", "logit_bias"):
-        if getattr(state.get(name), "shape", None) == (1,):
-            state[name] = state[name][0]
     return {k: x for k, x in state.items() if k not in BUFFERS}, label
 
 
@@ -190,7 +194,8 @@ def _fault(entry, state, backbone):
     if entry.name not in state:
         return f"missing: {entry.name} {expected}"
     shape = _shape(state[entry.name])
-    if shape != expected:
+    # Some checkpoints store scalars as arrays of one element.
+    if shape != expected and (shape, expected) != ((1,), ()):
         return f"wrong shape: {entry.name} {shape}, expected {expected}"
     if not np.isfinite(as_float32(state[entry.name])).all():
         return f"NaN or infinite: {entry.name}"
@@ -215,16 +220,3 @@ def _find(model, path):
     for part in path.split("."):
         found = found[int(part)] if part.isdigit() else getattr(found, part)
     return found
-
-
-def _warn_of_resizing(architecture):
-    """Warns the user if images need a resizing other than the default."""
-    mode, interpolation = architecture.resize_mode, architecture.interpolation
-    if (mode, interpolation) != ("shortest", "bicubic"):
-        warnings.warn(
-            f"The model was trained on images resized by {mode!r} with "
-            f"{interpolation!r} interpolation. `image_text_dataset` resizes by "
-            "'shortest' and a center crop, or with resize='squash' by 'squash', "
-            "always with bicubic interpolation.",
-            stacklevel=4,
-        )

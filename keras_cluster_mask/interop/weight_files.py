@@ -130,13 +130,14 @@ def _read_errors(path):
             reason = (
                 "holds Python objects other than tensors, and reading those can run "
                 "any code that the file's author put there, so it was not read. If you "
-                "trust its author, pass `torch.load(path, weights_only=False)`."
+                "trust its author, save only the tensors of `torch.load(path, "
+                "weights_only=False)` to a new file."
             )
         elif isinstance(error, RuntimeError) and "TorchScript" in str(error):
             reason = (
                 "is a TorchScript program, as OpenAI's own files are, and not a state "
-                "dict. If you trust its author, pass `torch.jit.load(path, "
-                '"cpu").state_dict()`.'
+                "dict. If you trust its author, save `torch.jit.load(path, "
+                '"cpu").state_dict()` to a new file.'
             )
         raise ValueError(f"`source` {reason} Received: source={str(path)!r}") from error
 

