@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from keras import ops
 
+from keras_cluster_mask.checks import fits_shape
 from keras_cluster_mask.distribution.backends import in_full_precision
 from keras_cluster_mask.distribution.chunks import map_chunks, merge_chunks
 from keras_cluster_mask.distribution.replicas import (
@@ -309,25 +310,16 @@ def row_hits(similarity: Tensor, positives: Tensor) -> Tensor:
 def _compare_all(image_embeddings, text_embeddings, labels):
     images = ops.convert_to_tensor(image_embeddings)
     texts = ops.convert_to_tensor(text_embeddings)
-    if len(images.shape) != 2 or len(texts.shape) != 2:
+    if len(images.shape) != 2 or not fits_shape(images.shape, texts.shape):
         raise ValueError(
-            "Embeddings must have shape (batch, d). Received: "
+            "Image and text embeddings must have the same shape (batch, d). Received: "
             f"image_embeddings.shape={tuple(images.shape)}, "
             f"text_embeddings.shape={tuple(texts.shape)}"
         )
-    for axis, name in ((0, "batch size"), (1, "width")):
-        sizes = images.shape[axis], texts.shape[axis]
-        if None not in sizes and sizes[0] != sizes[1]:
-            raise ValueError(
-                f"Image and text embeddings must have the same {name}. Received: "
-                f"image_embeddings.shape={tuple(images.shape)}, "
-                f"text_embeddings.shape={tuple(texts.shape)}"
-            )
     if labels is None:
         labels = ops.arange(ops.shape(images)[0])
     labels = ops.convert_to_tensor(labels)
-    sizes = labels.shape[0], images.shape[0]
-    if len(labels.shape) > 2 or (None not in sizes and sizes[0] != sizes[1]):
+    if len(labels.shape) > 2 or not fits_shape(labels.shape[:1], images.shape[:1]):
         raise ValueError(
             "`labels` must have shape (batch,) or (batch, k), one row per pair. "
             f"Received: labels.shape={tuple(labels.shape)}"

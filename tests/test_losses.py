@@ -138,9 +138,9 @@ def test_gradients_are_finite_even_at_zero_vectors_and_right(loss, labels):
 
 
 SHAPES = {
-    "the same width": ((4, 8), (4, 6)),
-    "the same batch size": ((4, 8), (5, 8)),
-    "must have shape": ((4, 8, 1), (4, 8)),
+    "the same shape": ((4, 8), (4, 6)),
+    "same shape": ((4, 8), (5, 8)),
+    "must have the same shape": ((4, 8, 1), (4, 8)),
     "`labels`": ((4, 8), (4, 8), (4, 2, 2)),
     "`labels` must have": ((4, 8), (4, 8), (3,)),
 }

@@ -40,19 +40,6 @@ def test_all_rooms_work_without_tensorflow(tmp_path, write_pairs, monkeypatch):
     assert "['no 1', 'no 2']" in printed
 
 
-@pytest.mark.any_backend
-def test_steps_are_timed_without_tensorflow(tmp_path):
-    options = "--size tiny --image-size 32 --batch-size 2 --methods none --rounds 1"
-    printed = run_without(
-        TENSORFLOW,
-        "benchmarks/step_time.py",
-        *options.split(),
-        "--results",
-        tmp_path,
-    )
-    assert "| none |" in printed
-
-
 def write_tfrecord(path):
     tf = pytest.importorskip("tensorflow")
 

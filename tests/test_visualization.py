@@ -105,8 +105,6 @@ def test_tokens_are_mixed_in():
         ([kcm.RandomMasking(0.5), clusters(embedding_weight=0.5)], None, "embed"),
         ([clusters(), clusters(4)], None, "patch_size"),
         ([kcm.RandomMasking(0.5), clusters()], 4, "patch_size"),
-        ([clusters(), clusters(8, "channels_first")], None, "data_format"),
-        *((masking, 8, "masking") for masking in ([], {}, {"random": "random"}, None)),
     ],
 )
 def test_masks_that_cannot_be_drawn_are_refused(masking, patch_size, argument):
@@ -144,12 +142,6 @@ def test_every_ratio_is_within_the_histogram():
     assert sum(bar.get_height() for bar in axis.patches) == pytest.approx(1)
 
 
-@pytest.mark.any_backend
-def test_what_are_no_statistics_is_refused():
-    with pytest.raises(ValueError, match=r"`statistics` .*Received: statistics="):
-        visualization.plot_masking_statistics({"keep_ratio": 0.5})
-
-
 # === Retrieval ===
 
 
@@ -162,8 +154,8 @@ def test_retrieval_shows_the_most_similar_images_first(tmp_path):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("query", ["a $5 bill and a $10 bill", r"a price of $\x$"])
-def test_dollar_signs_of_a_query_are_no_formula(query, tmp_path):
+def test_dollar_signs_of_a_query_are_no_formula(tmp_path):
+    query = r"a $5 bill and a price of $\x$"
     figure = visualization.plot_retrieval([query], IMAGES, [[0.1, 0.9]], k=2)
     (text,) = figure.axes[0].texts
     assert (text.get_text(), text.get_parse_math()) == (query, False)
@@ -233,17 +225,7 @@ def test_history_may_be_a_dictionary_and_lack_validation(tmp_path):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("history", "freq", "argument"),
-    [
-        *((x, 1, "history") for x in ({}, {"loss": [1.0]}, None, [1.0, 2.0])),
-        ({name: [] for name in HISTORY}, 1, "history"),
-        *(
-            ({**HISTORY, "val_loss": [3.0]}, freq, "validation_freq")
-            for freq in (1, [1, 2], [], 0, "2")
-        ),
-    ],
-)
-def test_history_that_does_not_fit_is_refused(history, freq, argument):
-    with pytest.raises(ValueError, match=rf"`{argument}` .*Received: {argument}="):
-        visualization.plot_history(history, freq)
+@pytest.mark.parametrize("freq", [1, [1, 2], [], 0, "2"])
+def test_validations_that_do_not_fit_are_refused(freq):
+    with pytest.raises(ValueError, match=r"`validation_freq` .*Received: validation_f"):
+        visualization.plot_history({**HISTORY, "val_loss": [3.0]}, freq)

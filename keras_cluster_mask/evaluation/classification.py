@@ -1,9 +1,8 @@
 """Zero-shot classification: images against the names of classes."""
 
 import collections
-import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -211,13 +210,11 @@ def _weights(model, prompts, tokenizer, verbose):
 def _prompts(class_names, templates):
     """Returns the texts of each class, as tuples."""
     names = list(class_names)
-    nameless = [
-        i for i, x in enumerate(names) if not isinstance(x, str) or not x.strip()
-    ]
+    nameless = [x for x in names if not isinstance(x, str) or not x.strip()]
     if nameless or not names or isinstance(class_names, str):
         raise ValueError(
-            "`class_names` must be a list of str, a name for each class. Received: "
-            + (f"no name for class {nameless[:5]}" if nameless else repr(class_names))
+            "`class_names` must be a list of str, a name for each class. "
+            f"Received: {nameless[:5] or class_names!r}"
         )
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
@@ -226,30 +223,26 @@ def _prompts(class_names, templates):
             "the same name only the first is ever predicted.",
             stacklevel=3,
         )
-    if isinstance(templates, Mapping):
-        prompts = [templates.get(name) or () for name in names]
-        prompts = [(x,) if isinstance(x, str) else tuple(x) for x in prompts]
-    else:
-        is_several = isinstance(templates, Iterable) and not isinstance(templates, str)
-        functions = list(map(_as_function, templates if is_several else [templates]))
-        prompts = [tuple(function(name) for function in functions) for name in names]
-    for name, texts in zip(names, prompts):
-        if not texts or not all(isinstance(x, str) and x for x in texts):
+    prompts = []
+    are_texts = isinstance(templates, Mapping)
+    for name in names:
+        texts = templates.get(name, ()) if are_texts else templates
+        if isinstance(texts, str) or callable(texts):
+            texts = [texts]
+        prompts.append(tuple(x if are_texts else _fill(x, name) for x in texts))
+        if not prompts[-1] or not all(isinstance(x, str) and x for x in prompts[-1]):
             raise ValueError(
-                "`templates` must hold at least one text for each class, or functions "
-                f"that return a text. Received: {list(texts)} for {name!r}"
+                "`templates` must hold at least one text for each class: str with one "
+                "{} as the placeholder of the name, or functions that return a text. "
+                f"Received: {templates!r}, with no text for {name!r}"
             )
     return prompts
 
 
-def _as_function(template):
-    """Returns a template as a function of the name."""
+def _fill(template, name):
+    """Returns the text of a template; `None` if it has not one placeholder."""
     if callable(template):
-        return template
-    for place in ("{}", "{c}"):
-        if isinstance(template, str) and template.count(place) == 1:
-            return functools.partial(template.replace, place)
-    raise ValueError(
-        "`templates` must be str with one {}, the placeholder of the class name, or "
-        f"functions of the name. Received: {template!r}"
-    )
+        return template(name)
+    if str(template).count("{}") + str(template).count("{c}") != 1:
+        return None
+    return template.replace("{c}", "{}").replace("{}", name)

@@ -102,34 +102,44 @@ def linear_probe(
           https://arxiv.org/abs/2103.00020)
     """
     _check_options(regularization, metric, validation_split)
+    from sklearn.linear_model import LogisticRegression
+
     train = _check_items("train", train_features, train_labels)
     test = _check_items("test", test_features, test_labels, train)
     if validation is not None:
         validation = _check_items("validation", *validation, train)
-    strength, tried, fits = regularization, {}, []
+    strength, tried, unconverged = regularization, {}, set()
     progress = tqdm(desc="Linear probe", unit=" fits", disable=not verbose)
+
+    def fit(features, labels, strength):
+        tolerance = TOLERANCE / len(np.unique(labels))
+        classifier = LogisticRegression(
+            C=1 / strength, tol=tolerance, max_iter=max_iterations
+        )
+        # In float32 a fit stops early, where rounding hides changes of the loss.
+        classifier.fit(features.astype("float64"), labels)
+        if classifier.n_iter_.max() >= max_iterations:
+            unconverged.add(strength)
+        progress.update()
+        return classifier
+
     if strength is None:
         part, held_out = train, validation
         if validation is None:
             part, held_out = stratified_split(*train, validation_split, seed)
         for step in STEPS:
             for strength in next_strengths(tried, step):
-                fits.append(_fit(*part, strength, max_iterations))
-                tried[strength] = _accuracy(fits[-1], *held_out)[metric]
-                progress.update()
+                tried[strength] = _accuracy(fit(*part, strength), *held_out)[metric]
         strength = best_strength(tried)
     if validation is not None:
         train = [np.concatenate(both) for both in zip(train, validation)]
-    fits.append(_fit(*train, strength, max_iterations))
-    progress.update()
+    accuracy = _accuracy(fit(*train, strength), *test)
     progress.close()
-    strengths = np.array([*tried, strength])
-    is_stopped = np.array([fit.n_iter_.max() for fit in fits]) >= max_iterations
     return {
-        **_accuracy(fits[-1], *test),
+        **accuracy,
         "regularization": float(strength),
         "validation": dict(sorted(tried.items())),
-        "unconverged": np.unique(strengths[is_stopped]).tolist(),
+        "unconverged": sorted(unconverged),
     }
 
 
@@ -192,16 +202,14 @@ def evaluate_linear_probe(
     """
     # Checked before embedding, which may take hours.
     _check_options(**options)
-    given = {"train": train, "test": test}
+    given, names = {"train": train, "test": test}, class_names_of(train)
     if validation is not None:
         given["validation"] = validation
-    names = class_names_of(train)
     parts = [read_labeled(name, data, names) for name, data in given.items()]
     embedder = Embedder.of(model)
     found = [embed(embedder, batches, verbose=verbose) for batches in parts]
     items = [(each["image_embeddings"], each["labels"]) for each in found]
-    train, test, *validation = items
-    return linear_probe(*train, *test, *validation, verbose=verbose, **options)
+    return linear_probe(*items[0], *items[1], *items[2:], verbose=verbose, **options)
 
 
 def next_strengths(tried: dict[float, float], step: int) -> list[float]:
@@ -221,17 +229,6 @@ def next_strengths(tried: dict[float, float], step: int) -> list[float]:
 def best_strength(tried: dict[float, float]) -> float:
     """Returns the strength with the highest score; among equal scores the largest."""
     return max(tried, key=lambda strength: (tried[strength], strength))
-
-
-def _fit(features, labels, strength, max_iterations):
-    from sklearn.linear_model import LogisticRegression
-
-    tolerance = TOLERANCE / len(np.unique(labels))
-    classifier = LogisticRegression(
-        C=1 / strength, tol=tolerance, max_iter=max_iterations
-    )
-    # In float32 a fit stops early, where rounding hides changes of the loss.
-    return classifier.fit(features.astype("float64"), labels)
 
 
 def _accuracy(classifier, features, labels):

@@ -14,8 +14,6 @@ from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 # The shape of the part of the similarity matrix that is in memory at a time.
 TILE = 2040, 4096
-# The maximum number of rows that are counted in 8 bits.
-ROWS = 255
 # Similarities of unit vectors count as equal within this distance: in float32 their
 # last digits depend on the order of a sum.
 TIE = 2.0**-22
@@ -64,14 +62,9 @@ def retrieval_recall(
             counts as a miss.
     """
     ks = check_ks(ks)
-    images = _normalized("image_embeddings", image_embeddings)
-    texts = _normalized("text_embeddings", text_embeddings)
-    if images.shape[1] != texts.shape[1]:
-        raise ValueError(
-            "`image_embeddings` and `text_embeddings` must have the same width. "
-            f"Received: image_embeddings.shape={images.shape}, "
-            f"text_embeddings.shape={texts.shape}"
-        )
+    images, texts = _normalized(
+        image_embeddings=image_embeddings, text_embeddings=text_embeddings
+    )
     labels = _match_labels(len(images), len(texts), image_labels, text_labels)
     return _recall(images, texts, *labels, ks)
 
@@ -145,8 +138,8 @@ def evaluate_retrieval(
         check_tokenizer_of(embedder.model, data)
     batches = read_entries("data", data, keys)
     found = embed(embedder, batches, tokenizer, verbose)
-    names = ("image_embeddings", "text_embeddings")
-    images, texts = (_normalized(name, found[name]) for name in names)
+    names = "image_embeddings", "text_embeddings"
+    images, texts = _normalized(**{name: found[name] for name in names})
     owners, numbers = found["image_of_text"], found["text_numbers"]
     if duplicates == "negative":
         return _recall(images, texts, np.arange(len(images)), owners, ks)
@@ -229,16 +222,12 @@ def caption_selection_accuracy(
         - [SugarCrepe: Fixing Hackable Benchmarks for Vision-Language Compositionality](
           https://arxiv.org/abs/2306.14610)
     """
-    images = _normalized("image_embeddings", image_embeddings)
-    captions = _normalized("caption_embeddings", caption_embeddings)
-    negatives = _normalized("negative_embeddings", negative_embeddings)
-    if not images.shape == captions.shape == negatives.shape:
-        raise ValueError(
-            "The embeddings must have one shape. Received: "
-            f"image_embeddings.shape={images.shape}, "
-            f"caption_embeddings.shape={captions.shape}, "
-            f"negative_embeddings.shape={negatives.shape}"
-        )
+    images, captions, negatives = _normalized(
+        axis=0,
+        image_embeddings=image_embeddings,
+        caption_embeddings=caption_embeddings,
+        negative_embeddings=negative_embeddings,
+    )
     margins = np.einsum("id,id->i", images, captions - negatives, dtype="float64")
     return float(np.mean(margins > TIE))
 
@@ -267,15 +256,26 @@ def _match_labels(num_images, num_texts, image_labels, text_labels):
     return image_labels, text_labels
 
 
-def _normalized(name, embeddings):
-    """Returns embeddings L2-normalized in float32; rows of zeros stay zero."""
-    embeddings = check_matrix(name, embeddings)
-    # The squares of very large or small values would overflow or underflow.
-    largest = np.maximum(embeddings.max(axis=1), -embeddings.min(axis=1))
-    embeddings = embeddings / np.where(largest, largest, 1)[:, None]
-    lengths = np.sqrt(np.einsum("id,id->i", embeddings, embeddings, dtype="float64"))
-    embeddings /= np.where(lengths, lengths, 1)[:, None].astype("float32")
-    return embeddings
+def _normalized(axis=1, **arrays):
+    """Returns arrays with rows L2-normalized in float32; rows of zeros stay zero.
+
+    Args:
+        axis: Integer. The arrays must have equal sizes from this axis on.
+        **arrays: The arrays by the names of their arguments.
+    """
+    arrays = {name: check_matrix(name, array) for name, array in arrays.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len({shape[axis:] for shape in shapes.values()}) > 1:
+        names = " and ".join(f"`{name}`" for name in arrays)
+        raise ValueError(
+            f"{names} must have the same {('shape', 'width')[axis]}. "
+            f"Received: shapes {shapes}"
+        )
+    for array in arrays.values():
+        # In float64, squares of very large or small values are finite and not 0.
+        lengths = np.sqrt(np.einsum("id,id->i", array, array, dtype="float64"))
+        lengths = np.where(lengths, lengths, 1)[:, None]
+        yield np.divide(array, lengths, dtype="float32", casting="same_kind")
 
 
 # === Ranks of the matches among all images or all texts ===
@@ -302,48 +302,27 @@ def ranks_of_partners(images, texts, image_labels, text_labels, labeled=None):
     rows = np.arange(len(images)) if labeled is None else labeled
     # In the order of labels, the texts with a label are consecutive.
     order = np.argsort(text_labels, kind="stable")
-    labels = text_labels[order]
+    texts, labels = texts[order], text_labels[order]
     first, last = (
         np.searchsorted(labels, image_labels, side) for side in ("left", "right")
     )
-    links = (x[first < last] for x in (rows, first, last))
-    ranks = _ranks(images, texts[order], *links)
-    ranks[1][order] = ranks[1].copy()
-    return ranks
-
-
-def _ranks(images, texts, rows, first, last):
-    """Counts for each image and each text the others that reach its best match.
-
-    Args:
-        images: `(images, d)` array.
-        texts: `(texts, d)` array.
-        rows: `(links,)` ints. The image `rows[i]` matches the texts from `first[i]` to
-            `last[i]`.
-        first: `(links,)` ints.
-        last: `(links,)` ints. Links with equal `first` have equal `last`.
-    """
+    # Image `rows[i]` matches the texts from `first[i]` to `last[i]`.
+    rows, first, last = (x[first < last] for x in (rows, first, last))
     best = _best(images, texts, rows, first, last)
     counts = [np.zeros(len(each), "int64") for each in best]
-    order = np.argsort(rows, kind="stable")
-    rows, first, last = (x[order] for x in (rows, first, last))
-    for i in range(0, len(images), TILE[0]):
-        part = slice(i, i + TILE[0])
-        links = np.arange(*np.searchsorted(rows, (part.start, part.stop)))
-        for j in range(0, len(texts), TILE[1]):
-            other = slice(j, j + TILE[1])
-            similarity = images[part] @ texts[other].T
-            for k in links[(last[links] > j) & (first[links] < other.stop)]:
-                matches = slice(max(first[k] - j, 0), last[k] - j)
-                similarity[rows[k] - i, matches] = -np.inf
-            reached = similarity >= best[0][part, None] - TIE
-            counts[0][part] += np.count_nonzero(reached, axis=1)
-            np.greater_equal(similarity, best[1][other] - TIE, out=reached)
-            for k in range(0, len(reached), ROWS):
-                some = reached[k : k + ROWS].view("uint8")
-                counts[1][other] += np.add.reduce(some, 0, dtype="uint8")
+    for part, other, similarity in _tiles(images, texts):
+        is_here = (part.start <= rows) & (rows < part.stop)
+        is_here &= (first < other.stop) & (last > other.start)
+        for k in np.flatnonzero(is_here):
+            matches = slice(max(first[k] - other.start, 0), last[k] - other.start)
+            similarity[rows[k] - part.start, matches] = -np.inf
+        reached = similarity >= best[0][part, None] - TIE
+        counts[0][part] += np.count_nonzero(reached, axis=1)
+        reached = similarity >= best[1][other] - TIE
+        counts[1][other] += np.count_nonzero(reached, axis=0)
     for each, highest in zip(counts, best):
         each[highest == -np.inf] = NEVER
+    counts[1][order] = counts[1].copy()
     return counts
 
 
@@ -351,14 +330,20 @@ def _best(images, texts, rows, first, last):
     """Returns the highest similarity of each image and each text to its matches."""
     best = [np.full(len(each), -np.inf, "float32") for each in (images, texts)]
     order = np.argsort(first, kind="stable")
-    starts = np.flatnonzero(np.diff(first[order], prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(order)]):
-        begin, end = first[order[start]], last[order[start]]
-        for i in range(start, stop, TILE[0]):
-            some = rows[order[i : min(i + TILE[0], stop)]]
-            for j in range(begin, end, TILE[1]):
-                other = slice(j, min(j + TILE[1], end))
-                similarity = images[some] @ texts[other].T
-                best[0][some] = np.maximum(best[0][some], similarity.max(axis=1))
-                best[1][other] = np.maximum(best[1][other], similarity.max(axis=0))
+    starts = np.flatnonzero(np.diff(first[order]))
+    for links in np.split(order, starts + 1):
+        # All images and all texts with a label.
+        some, span = rows[links], slice(first[links[0]], last[links[0]])
+        for part, other, similarity in _tiles(images[some], texts[span]):
+            np.maximum.at(best[0], some[part], similarity.max(axis=1))
+            of_texts = best[1][span][other]
+            np.maximum(of_texts, similarity.max(axis=0), out=of_texts)
     return best
+
+
+def _tiles(images, texts):
+    """Yields slices of the images and of the texts, with their similarities."""
+    for i in range(0, len(images), TILE[0]):
+        for j in range(0, len(texts), TILE[1]):
+            part, other = slice(i, i + TILE[0]), slice(j, j + TILE[1])
+            yield part, other, images[part] @ texts[other].T

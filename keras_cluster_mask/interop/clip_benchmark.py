@@ -28,7 +28,6 @@ Reference:
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -47,7 +46,7 @@ from keras_cluster_mask.types import Tensor
 # The number of ids of CLIP's tokenizer.
 CLIP_SIZE = 49408
 
-# torch is imported in functions only, so that `adapt` can say what to install.
+# torch and clip_benchmark are optional, so they are imported in functions only.
 
 
 def adapt(
@@ -75,11 +74,9 @@ def adapt(
 
     Raises:
         FileNotFoundError: If there is no model at the path.
-        ImportError: If clip_benchmark is not installed.
         ValueError: For an unsupported model or file, for another value of `resize`, or
             if the tokenizer does not match the model.
     """
-    _import("clip_benchmark")
     check_choice("resize", resize, (None, "crop", "squash"))
     adapter = Adapter(model)
     model = adapter.embedder.model
@@ -121,7 +118,8 @@ def repaired() -> Iterator[None]:
         accuracy(scores, labels)  # [0.67]
     ```
     """
-    metrics = _import("clip_benchmark.metrics.zeroshot_classification")
+    from clip_benchmark.metrics import zeroshot_classification as metrics
+
     metrics.float = lambda x: float(x.item() if hasattr(x, "item") else x)
     try:
         yield
@@ -209,14 +207,3 @@ def _text_ids(texts, tokenize):
 
     texts = [texts] if isinstance(texts, str) else texts
     return torch.from_numpy(tokenize([*texts])).long()
-
-
-def _import(name):
-    """Imports a module of clip_benchmark, which imports torch too."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"This evaluation is clip_benchmark's, whose module {name} cannot be "
-            f"imported ({error}): `pip install clip-benchmark`."
-        ) from error

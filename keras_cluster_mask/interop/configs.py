@@ -47,21 +47,23 @@ def side_of(size: Any) -> int | None:
 
 
 def _channels(values):
+    # Both libraries take a number for all channels.
+    values = (values,) * 3 if is_number(values) else values
     is_list = isinstance(values, (list, tuple)) and len(values) == 3
     is_right = is_list and all(is_number(x) and math.isfinite(x) for x in values)
     return tuple(map(float, values)) if is_right else None
 
 
 # Functions from the value of an entry to that of a field, or to `None` if the value is
-# of another kind than their names say.
-INTEGER, SIDE, RATIO = "a positive integer", "the size of a square", "a positive number"
-MEAN, STD = "three finite numbers", "three finite numbers above 0"
+# not what the key says.
 RULES = {
-    INTEGER: lambda x: x if is_integer(x) and x > 0 else None,
-    SIDE: side_of,
-    RATIO: lambda x: x if is_positive(x) else None,
-    MEAN: _channels,
-    STD: lambda x: y if (y := _channels(x)) and min(y) > 0 else None,
+    "count": lambda x: x if is_integer(x) and x > 0 else None,
+    "square": side_of,
+    "ratio": lambda x: x if is_positive(x) else None,
+    "mean of 3 channels": _channels,
+    "deviation of 3 channels": (
+        lambda x: y if (y := _channels(x)) and min(y) > 0 else None
+    ),
 }
 
 
@@ -69,20 +71,19 @@ def flatten(config: Mapping, parts: tuple[str, ...]) -> dict:
     """Returns all entries of a config: those of its parts are named `part.name`."""
     entries = {key: value for key, value in config.items() if key not in parts}
     for part in parts:
-        entries.update({f"{part}.{key}": x for key, x in config[part].items()})
+        part_entries = config.get(part) or {}
+        entries.update({f"{part}.{key}": x for key, x in part_entries.items()})
     return entries
 
 
 def read_entries(
-    given: Mapping[str, Any], entries: Mapping[str, Entry], divisors: Mapping[str, str]
+    given: Mapping[str, Any], entries: Mapping[str, Entry]
 ) -> tuple[dict[str, Any], list[str]]:
     """Reads the entries of a config, and checks each of them.
 
     Args:
         given: Dictionary, the flattened config.
         entries: Dictionary of the entries that are supported.
-        divisors: Dictionary from the name of an entry to that of another one, which
-            must divide it.
 
     Returns:
         A tuple: a dictionary of values by their fields in `Architecture`; and a list of
@@ -100,14 +101,8 @@ def read_entries(
             if is_right and isinstance(rule, dict):
                 values[key] = rule[value]
         if not is_right:
-            kind = rule if isinstance(rule, str) else f"one of {[*rule]}"
+            kind = f"a {rule}" if isinstance(rule, str) else f"one of {[*rule]}"
             reasons.append(f"{key}={value!r} is not {kind}")
-    if not reasons:
-        reasons = [
-            f"{divisor}={values[divisor]} does not divide {key}={values[key]}"
-            for key, divisor in divisors.items()
-            if values[key] % values[divisor]
-        ]
     return {x.field: values[key] for key, x in entries.items() if x.field}, reasons
 
 
@@ -116,11 +111,6 @@ def read_json(argument: str, path: str | os.PathLike) -> Any:
     path = pathlib.Path(path).expanduser()
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(
-            f"`{argument}` must be a file that exists. "
-            f"Received: {argument}={str(path)!r}"
-        ) from error
     except ValueError as error:
         raise ValueError(
             f"`{argument}` must be a file of JSON ({error}). "

@@ -8,13 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_cluster_mask.checks import is_number
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
-    INTEGER,
-    MEAN,
-    SIDE,
-    STD,
     Entry,
     choice,
     fixed,
@@ -25,7 +20,6 @@ from keras_cluster_mask.interop.configs import (
 from keras_cluster_mask.interop.state_dicts import load_model
 from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
 from keras_cluster_mask.interop.weight_files import INDEX, find_weights
-from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
 from keras_cluster_mask.models.inputs import (
@@ -57,10 +51,10 @@ def _tower(part, tower, sizes, activations, epsilon):
     """Returns the entries of a tower, with the default sizes of transformers."""
     width, layers, heads, hidden = sizes
     return {
-        f"{part}.hidden_size": Entry(f"{tower}_width", width, INTEGER),
-        f"{part}.num_hidden_layers": Entry(f"{tower}_layers", layers, INTEGER),
-        f"{part}.num_attention_heads": Entry(f"{tower}_heads", heads, INTEGER),
-        f"{part}.intermediate_size": Entry(f"{tower}_hidden", hidden, INTEGER),
+        f"{part}.hidden_size": Entry(f"{tower}_width", width, "count"),
+        f"{part}.num_hidden_layers": Entry(f"{tower}_layers", layers, "count"),
+        f"{part}.num_attention_heads": Entry(f"{tower}_heads", heads, "count"),
+        f"{part}.intermediate_size": Entry(f"{tower}_hidden", hidden, "count"),
         f"{part}.hidden_act": choice("activation", activations),
         f"{part}.layer_norm_eps": fixed(epsilon),
     }
@@ -74,38 +68,36 @@ _CLIP = {"quick_gelu": "quick_gelu", "gelu": "gelu"}, CLIP_EPSILON
 _SIGLIP = {**_TANH, "gelu": "gelu"}, 1e-6
 _BOTH = {
     "vision_config.num_channels": fixed(3),
-    "vision_config.image_size": Entry("image_size", 224, SIDE),
+    "vision_config.image_size": Entry("image_size", 224, "square"),
 }
 ENTRIES = {
     "CLIP": {
         **_BOTH,
         **_tower("vision_config", "image", _BASE, *_CLIP),
         **_tower("text_config", "text", (512, 12, 8, 2048), *_CLIP),
-        "vision_config.patch_size": Entry("patch", 32, SIDE),
-        "text_config.vocab_size": Entry("vocabulary", 49408, INTEGER),
-        "text_config.max_position_embeddings": Entry("context", 77, INTEGER),
-        "projection_dim": Entry("projection", 512, INTEGER),
+        "vision_config.patch_size": Entry("patch", 32, "square"),
+        "text_config.vocab_size": Entry("vocabulary", 49408, "count"),
+        "text_config.max_position_embeddings": Entry("context", 77, "count"),
+        "projection_dim": Entry("projection", 512, "count"),
     },
     "SigLIP": {
         **_BOTH,
         **_tower("vision_config", "image", _BASE, *_SIGLIP),
         **_tower("text_config", "text", _BASE, *_SIGLIP),
-        "vision_config.patch_size": Entry("patch", 16, SIDE),
+        "vision_config.patch_size": Entry("patch", 16, "square"),
         "vision_config.vision_use_head": fixed(True),
-        "text_config.vocab_size": Entry("vocabulary", 32000, INTEGER),
-        "text_config.max_position_embeddings": Entry("context", 64, INTEGER),
+        "text_config.vocab_size": Entry("vocabulary", 32000, "count"),
+        "text_config.max_position_embeddings": Entry("context", 64, "count"),
     },
 }
 ENTRIES["MetaCLIP2"] = ENTRIES["CLIP"]
 PARTS = "text_config", "vision_config"
-DIVISORS = {f"{part}.hidden_size": f"{part}.num_attention_heads" for part in PARTS}
 
 
 def load_hugging_face(
     source: str | os.PathLike,
     *,
     dtype: Any = None,
-    masking: PatchMasking | None = None,
     **kwargs: Any,
 ) -> ContrastiveModel:
     """Loads a CLIP, MetaCLIP 2 or SigLIP model saved by transformers.
@@ -137,8 +129,8 @@ def load_hugging_face(
             and with `config.json`; or path of the file of weights, or of the index, in
             such a folder.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
-        masking: A `PatchMasking` layer, or `None`.
-        **kwargs: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
+        **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`. They
+            take precedence over the files.
 
     Returns:
         A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`,
@@ -157,12 +149,7 @@ def load_hugging_face(
         - [transformers](https://github.com/huggingface/transformers),
           `modeling_clip.py`, `modeling_metaclip_2.py` and `modeling_siglip.py`.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(
-            "`source` must be the path of a folder or of a file. "
-            f"Received: source of type {type(source).__name__}"
-        )
-    source = find_weights(source, WEIGHT_FILES)
+    source = find_weights(pathlib.Path(source), WEIGHT_FILES)
     fields, reasons = _read_config(source.parent / CONFIG_FILE)
     of_images, more_reasons = _read_preprocessing(source.parent, fields)
     if reasons or more_reasons:
@@ -173,7 +160,7 @@ def load_hugging_face(
         )
     architecture = Architecture(**fields, **of_images)
     names = NAMES[architecture.family]
-    return load_model(source, names, architecture, dtype, masking, kwargs)
+    return load_model(source, names, architecture, dtype, kwargs)
 
 
 def _read_config(path):
@@ -188,10 +175,10 @@ def _read_config(path):
         )
     # Old configs have a second dictionary. transformers fills it with defaults and then
     # prefers it.
-    parts = {x: config.get(f"{x}_dict") or config.get(x) or {} for x in PARTS}
+    parts = {x: config.get(f"{x}_dict") or config.get(x) for x in PARTS}
     given = flatten({**config, **parts}, PARTS)
     family = FAMILIES[kind]
-    fields, reasons = read_entries(given, ENTRIES[family], DIVISORS)
+    fields, reasons = read_entries(given, ENTRIES[family])
     default = ENTRIES[family]["text_config.hidden_act"].default
     activations = [given.get(f"{part}.hidden_act", default) for part in PARTS]
     if activations[0] != activations[1]:
@@ -202,20 +189,15 @@ def _read_config(path):
         width = given.get("text_config.projection_size") or fields["text_width"]
         fields["projection"] = width
         if width != fields["image_width"]:
-            reasons.append(
-                f"text_config.projection_size={width} is not the width of the image "
-                f"tower, {fields['image_width']}"
-            )
+            reasons.append(f"text_config.projection_size={width}: images have another")
     elif not reasons:
         highest = fields["vocabulary"] - 1
         end_id = TEXT_FAMILIES[family].end_id
         ends = (OLD_END_ID, highest) if end_id is None else (end_id,)
         end = given.get("text_config.eos_token_id", 49407)
         if end not in ends:
-            reasons.append(
-                f"text_config.eos_token_id={end} is not {ends[-1]}, the id at which "
-                "keras_hub pools texts"
-            )
+            pools = f"keras_hub pools texts at the id {ends[-1]}"
+            reasons.append(f"text_config.eos_token_id={end}: {pools}")
     return {**fields, "family": family}, reasons
 
 
@@ -236,17 +218,14 @@ def _read_preprocessing(folder, of_model):
     given = {k: x for k, x in config.items() if x is not None or k in flags}
     if not given.get("do_normalize", True):
         given.update(image_mean=0.0, image_std=1.0)
-    for key in ("image_mean", "image_std"):
-        if is_number(given.get(key)):
-            given[key] = (given[key],) * 3
     mean, std = (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
     entries = {
         "do_rescale": fixed(True),
-        "image_mean": Entry("pixel_mean", mean, MEAN),
-        "image_std": Entry("pixel_std", std, STD),
+        "image_mean": Entry("pixel_mean", mean, "mean of 3 channels"),
+        "image_std": Entry("pixel_std", std, "deviation of 3 channels"),
         "resample": Entry("interpolation", 3, INTERPOLATIONS),
     }
-    fields, reasons = read_entries(given, entries, {})
+    fields, reasons = read_entries(given, entries)
     if abs(255 * given.get("rescale_factor", 1 / 255) - 1) > 1e-6:
         reasons.append("rescale_factor: pixels are not divided by 255")
     side = of_model["image_size"]

@@ -8,11 +8,6 @@ from typing import Any
 
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
-    INTEGER,
-    MEAN,
-    RATIO,
-    SIDE,
-    STD,
     Entry,
     choice,
     fixed,
@@ -22,10 +17,7 @@ from keras_cluster_mask.interop.configs import (
     side_of,
 )
 from keras_cluster_mask.models.architecture import Architecture
-from keras_cluster_mask.models.inputs import (
-    CLIP_MEAN,
-    CLIP_STD,
-)
+from keras_cluster_mask.models.inputs import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 # The file that open_clip writes beside a model's weights.
@@ -36,44 +28,43 @@ FAMILIES = {"argmax": "CLIP", "eos": "MetaCLIP2"}
 
 # The entries that are read and written, with open_clip's defaults.
 READ = {
-    "embed_dim": Entry("projection", None, INTEGER),
+    "embed_dim": Entry("projection", None, "count"),
     "quick_gelu": choice("activation", ACTIVATIONS),
-    "vision_cfg.image_size": Entry("image_size", 224, SIDE),
-    "vision_cfg.patch_size": Entry("patch", 16, SIDE),
-    "vision_cfg.width": Entry("image_width", 768, INTEGER),
-    "vision_cfg.layers": Entry("image_layers", 12, INTEGER),
-    "vision_cfg.head_width": Entry("image_heads", 64, INTEGER),
-    "vision_cfg.mlp_ratio": Entry("image_hidden", 4.0, RATIO),
-    "text_cfg.context_length": Entry("context", 77, INTEGER),
-    "text_cfg.vocab_size": Entry("vocabulary", 49408, INTEGER),
-    "text_cfg.width": Entry("text_width", 512, INTEGER),
-    "text_cfg.layers": Entry("text_layers", 12, INTEGER),
-    "text_cfg.heads": Entry("text_heads", 8, INTEGER),
-    "text_cfg.mlp_ratio": Entry("text_hidden", 4.0, RATIO),
+    "vision_cfg.image_size": Entry("image_size", 224, "square"),
+    "vision_cfg.patch_size": Entry("patch", 16, "square"),
+    "vision_cfg.width": Entry("image_width", 768, "count"),
+    "vision_cfg.layers": Entry("image_layers", 12, "count"),
+    "vision_cfg.head_width": Entry("image_heads", 64, "count"),
+    "vision_cfg.mlp_ratio": Entry("image_hidden", 4.0, "ratio"),
+    "text_cfg.context_length": Entry("context", 77, "count"),
+    "text_cfg.vocab_size": Entry("vocabulary", 49408, "count"),
+    "text_cfg.width": Entry("text_width", 512, "count"),
+    "text_cfg.layers": Entry("text_layers", 12, "count"),
+    "text_cfg.heads": Entry("text_heads", 8, "count"),
+    "text_cfg.mlp_ratio": Entry("text_hidden", 4.0, "ratio"),
     "text_cfg.pool_type": choice("family", FAMILIES),
-    "preprocess_cfg.mean": Entry("pixel_mean", CLIP_MEAN, MEAN),
-    "preprocess_cfg.std": Entry("pixel_std", CLIP_STD, STD),
+    "preprocess_cfg.mean": Entry("pixel_mean", CLIP_MEAN, "mean of 3 channels"),
+    "preprocess_cfg.std": Entry("pixel_std", CLIP_STD, "deviation of 3 channels"),
 }
 
 # Options that keras_hub's models do not have, and other entries of which they support
 # some values only.
-_OFF = fixed(None, False, "", {})
-_OF_VISION = "attentional_pool", "no_ln_pre", "timm_model_name"
-_OF_TEXT = "embed_cls", "hf_model_name", "no_causal_mask", "proj_bias"
-_BLOCK = {
-    **dict.fromkeys(("act_kwargs", "output_tokens", "qk_norm"), _OFF),
+_OPTIONS = {
+    **dict.fromkeys(
+        ("act_kwargs", "attentional_pool", "embed_cls", "hf_model_name", "qk_norm")
+        + ("no_causal_mask", "no_ln_pre", "output_tokens", "proj_bias", "scale_attn")
+        + ("scale_attn_inner", "scale_fc", "scale_heads", "scaled_cosine_attn")
+        + ("timm_model_name",),
+        fixed(None, False, "", {}),
+    ),
     # open_clip scales layers for any value, 0 too.
     "ls_init_value": fixed(None),
-    **dict.fromkeys(("scale_attn", "scale_attn_inner", "scale_fc"), _OFF),
-    **dict.fromkeys(("scale_heads", "scaled_cosine_attn"), _OFF),
     "block_type": fixed(None, "default"),
     "norm_kwargs": fixed(None, {}, {"eps": CLIP_EPSILON}),
 }
-_VISION = {**_BLOCK, **dict.fromkeys(_OF_VISION, _OFF)}
-_TEXT = {**_BLOCK, **dict.fromkeys(_OF_TEXT, _OFF)}
 FIXED = {
-    **{f"vision_cfg.{key}": entry for key, entry in _VISION.items()},
-    **{f"text_cfg.{key}": entry for key, entry in _TEXT.items()},
+    **{f"vision_cfg.{key}": entry for key, entry in _OPTIONS.items()},
+    **{f"text_cfg.{key}": entry for key, entry in _OPTIONS.items()},
     "vision_cfg.pool_type": fixed("tok"),
     "vision_cfg.pos_embed_type": fixed("learnable"),
     "text_cfg.proj_type": fixed("linear"),
@@ -93,10 +84,6 @@ IGNORED = (
     *("preprocess_cfg.fill_color", "preprocess_cfg.interpolation"),
 )
 PARTS = "vision_cfg", "text_cfg", "preprocess_cfg"
-DIVISORS = {
-    "vision_cfg.width": "vision_cfg.head_width",
-    "text_cfg.width": "text_cfg.heads",
-}
 
 
 def read_config(config: Any) -> Architecture:
@@ -110,43 +97,36 @@ def read_config(config: Any) -> Architecture:
         ValueError: If there is no such config, or if keras_hub does not support its
             model, with all reasons.
     """
-    label = f"config={config!r}"
-    if isinstance(config, Mapping):
-        label = f"config with the keys {sorted(map(str, config))}"
-    elif isinstance(config, os.PathLike) or str(config).endswith(".json"):
-        config = read_json("config", config)
-    elif isinstance(config, str):
-        config = _read_named(config)
-    else:
-        raise ValueError(
-            "`config` must be the name of a config of open_clip, the path of a .json "
-            f"file, or a dictionary. Received: config={config!r}"
-        )
-    whole = {"model_cfg": config, **config} if isinstance(config, Mapping) else {}
-    model, preprocessing = whole.get("model_cfg"), whole.get("preprocess_cfg") or {}
+    given = config
+    if isinstance(config, os.PathLike) or str(config).endswith(".json"):
+        given = read_json("config", config)
+    elif not isinstance(config, Mapping):
+        given = _read_named(str(config))
+    whole = {"model_cfg": given, **given}
     # open_clip writes null for what has the default.
+    preprocessing = whole.get("preprocess_cfg") or {}
     preprocessing = {k: x for k, x in preprocessing.items() if x is not None}
-    if isinstance(model, Mapping):
-        model = {**model, "preprocess_cfg": preprocessing}
-    if (
-        not isinstance(model, Mapping)
-        or "embed_dim" not in model
-        or not all(isinstance(model.get(part), Mapping) for part in PARTS)
-    ):
-        raise ValueError(
-            "`config` must be as open_clip writes it, with `embed_dim` and the "
-            "dictionaries `vision_cfg` and `text_cfg`, or with these under "
-            "`model_cfg`. `load_hugging_face` reads models of transformers. "
-            f"Received: {label}"
-        )
-    given = flatten(model, PARTS)
-    fields, reasons = read_entries(given, READ | FIXED, DIVISORS)
-    reasons += _other_reasons(given, fields)
+    given = flatten({**whole["model_cfg"], "preprocess_cfg": preprocessing}, PARTS)
+    fields, reasons = read_entries(given, READ | FIXED)
+    known = READ.keys() | FIXED.keys()
+    reasons += [
+        f"unknown key `{key}`"
+        for key in map(str, given)
+        if key not in known and not key.startswith(IGNORED)
+    ]
+    end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
+    end = given.get("text_cfg.eos_id", end_id)
+    if fields["family"] == "MetaCLIP2" and end != end_id:
+        reasons.append(f"text_cfg.eos_id={end}: keras_hub pools at the id {end_id}")
+    size, image_size = given.get("preprocess_cfg.size"), fields["image_size"]
+    if size is not None and side_of(size) != image_size:
+        reasons.append(f"preprocess_cfg.size={size} is not the image size {image_size}")
     if reasons:
         raise ValueError(
-            "`config` must describe a CLIP that keras_hub's `CLIPBackbone` or "
-            "`MetaCLIP2Backbone` can hold, and it does not: "
-            f"{'; '.join(sorted(reasons))}. Received: {label}"
+            "`config` must describe a CLIP, as open_clip writes it, that keras_hub's "
+            "`CLIPBackbone` or `MetaCLIP2Backbone` can hold, and it does not: "
+            f"{'; '.join(sorted(reasons))}. `load_hugging_face` reads models of "
+            f"transformers. Received: config={config!r}"
         )
     interpolation = given.get("preprocess_cfg.interpolation", "bicubic")
     fields.update(
@@ -159,27 +139,6 @@ def read_config(config: Any) -> Architecture:
         interpolation="bicubic" if interpolation == "random" else interpolation,
     )
     return Architecture(**fields)
-
-
-def _other_reasons(given, fields):
-    """Lists the entries that are unknown, or that do not go with other entries."""
-    known = READ.keys() | FIXED.keys()
-    reasons = [
-        f"unknown key `{key}`"
-        for key in map(str, given)
-        if key not in known and not key.startswith(IGNORED)
-    ]
-    end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
-    end = given.get("text_cfg.eos_id", end_id)
-    if fields["family"] == "MetaCLIP2" and end != end_id:
-        reasons.append(
-            f"text_cfg.eos_id={end}: keras_hub's `MetaCLIP2Backbone` pools texts at "
-            f"the id {end_id}"
-        )
-    size, image_size = given.get("preprocess_cfg.size"), fields["image_size"]
-    if size is not None and side_of(size) != image_size:
-        reasons.append(f"preprocess_cfg.size={size} is not the image size {image_size}")
-    return reasons
 
 
 def write_config(architecture: Architecture, logit_bias: float | None) -> dict:

@@ -1,5 +1,6 @@
 """Loads CLIP models from weights of open_clip, and saves them as such."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -18,10 +19,9 @@ from keras_cluster_mask.interop.state_dicts import entries, load_model
 from keras_cluster_mask.interop.tensor_names import OPEN_CLIP, OPEN_METACLIP_2
 from keras_cluster_mask.interop.weight_files import (
     find_weights,
-    write_text,
+    replacing,
     write_weights,
 )
-from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
 
@@ -36,7 +36,6 @@ def load_open_clip(
     config: Any = None,
     *,
     dtype: Any = None,
-    masking: PatchMasking | None = None,
     **kwargs: Any,
 ) -> ContrastiveModel:
     """Loads a CLIP model from the weights of an open_clip checkpoint.
@@ -85,11 +84,10 @@ def load_open_clip(
             not trained with CLIP's. OpenAI's weights need the names that end in
             `-quickgelu`.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
-        masking: A `PatchMasking` layer, or `None`.
-        **kwargs: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
-            `pixel_mean` and `pixel_std` default to the config's. `loss` defaults to
-            `"sigmoid"` for weights with a `logit_bias`, which is loaded;
-            `loss="softmax"` leaves it out.
+        **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`. They
+            take precedence over the config, whose `pixel_mean` and `pixel_std` are the
+            defaults. `loss` defaults to `"sigmoid"` for weights with a `logit_bias`,
+            which is loaded; `loss="softmax"` leaves it out.
 
     Returns:
         A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`, or a
@@ -108,7 +106,9 @@ def load_open_clip(
         - [open_clip](https://github.com/mlfoundations/open_clip), `CLIP` in `model.py`.
     """
     source = find_weights(source, WEIGHT_FILES)
-    config = _config_of_file(source) if config is None else config
+    if config is None and isinstance(source, pathlib.Path):
+        beside = _config_path(source)
+        config = beside if beside.is_file() else None
     if config is None:
         raise ValueError(
             "`config` must be the name of a config of open_clip, such as 'ViT-B-32', "
@@ -118,7 +118,7 @@ def load_open_clip(
         )
     architecture = read_config(config)
     names = NAMES[architecture.family]
-    return load_model(source, names, architecture, dtype, masking, kwargs)
+    return load_model(source, names, architecture, dtype, kwargs)
 
 
 def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
@@ -168,7 +168,8 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
             f"Received: position ids {ids[:4].tolist()} and so on"
         )
     architecture = Architecture.of(model)
-    table = entries(NAMES[architecture.family], architecture)
+    has_bias = architecture.loss == "sigmoid"
+    table = entries(NAMES[architecture.family], backbone, has_bias)
     return {entry.name: entry.read(model) for entry in table}
 
 
@@ -218,7 +219,8 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
         _check_same(beside, architecture)
     write_weights(path, weights)
     if not is_kept:
-        write_text(beside, json.dumps(config, indent=2))
+        with replacing(beside) as file:
+            file.write(json.dumps(config, indent=2).encode())
 
 
 def _config_path(path):
@@ -228,24 +230,13 @@ def _config_path(path):
     return path.with_name(f"{prefix}{OPEN_CLIP_CONFIG_FILE}")
 
 
-def _config_of_file(source):
-    """Returns the path of the config that was saved with a file, or `None`."""
-    if not isinstance(source, (str, os.PathLike)):
-        return None
-    beside = _config_path(pathlib.Path(source).expanduser())
-    return beside if beside.is_file() else None
-
-
 def _check_same(path, architecture):
     """Raises an error if a folder's config, which may say more, is of another model."""
-    try:
-        is_same = read_config(path) == architecture
-    except ValueError:
-        is_same = False
-    if not is_same:
-        raise ValueError(
-            f"`path` must not be beside the {OPEN_CLIP_CONFIG_FILE} of another model. "
-            "Save under another name or into another folder, or delete that file if "
-            "the weights there are no longer needed. "
-            f"Received: path={str(path.parent)!r}"
-        )
+    with contextlib.suppress(ValueError):
+        if read_config(path) == architecture:
+            return
+    raise ValueError(
+        f"`path` must not be beside the {OPEN_CLIP_CONFIG_FILE} of another model. "
+        "Save under another name or into another folder, or delete that file if "
+        f"the weights there are no longer needed. Received: path={str(path.parent)!r}"
+    )

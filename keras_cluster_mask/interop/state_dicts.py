@@ -13,13 +13,11 @@ from keras import ops
 from keras_cluster_mask.interop.configs import CLIP_EPSILON
 from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
-from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
 
 # The bias of a sigmoid loss, which is not in a CLIP backbone but in the model.
 BIAS = "head.logit_bias"
-ENCODERS = {"image": "vision_encoder", "text": "text_encoder"}
 
 # Entries in state dicts of older models that are not weights.
 BUFFERS = {
@@ -33,9 +31,8 @@ BUFFERS = {
 # into heads.
 LAYOUTS = {
     "same": (lambda x: x, lambda x: x),
-    "matrix": (lambda x: x.T, lambda x: x.T),
+    "matrix": (lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T),
     "to heads": (lambda x: x.reshape(x.shape[0], -1).T, lambda x: x.T),
-    "from heads": (lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T),
     "bias of heads": (lambda x: x.reshape(-1), lambda x: x),
     "convolution": (
         lambda x: x.transpose(3, 2, 0, 1),
@@ -50,16 +47,14 @@ class TensorEntry:
 
     Attributes:
         name: String, the entry's name.
-        shape: tuple of strings, the names of its axes; a number stands for itself.
-        layout: Key of `LAYOUTS`.
         path: String, the path of the variable in a backbone, or of several variables;
             or `BIAS`.
+        layout: Key of `LAYOUTS`.
     """
 
     name: str
-    shape: tuple
-    layout: str
     path: str
+    layout: str
 
     def read(self, model):
         """Reads the entry from a backbone or its model as a new float32 array."""
@@ -77,14 +72,15 @@ class TensorEntry:
         for variable, part in zip(variables, parts):
             variable.assign(convert(part).reshape(variable.shape))
 
-    def sizes(self, architecture):
-        """Returns the sizes of the axes, which are named "width", "3*width" or "3"."""
-        sizes = []
-        for axis in self.shape:
-            factor, _, name = axis.rpartition("*")
-            size = int(name) if name.isdigit() else getattr(architecture, name)
-            sizes.append(int(factor or 1) * size)
-        return tuple(sizes)
+    def shape(self, backbone):
+        """Returns the entry's shape, for a backbone of its model."""
+        if self.path == BIAS:
+            return ()
+        convert, _ = LAYOUTS[self.layout]
+        first, *others = self._variables(backbone)
+        # An array of this shape that takes no memory.
+        shape = convert(np.broadcast_to(np.float32(0), first.shape)).shape
+        return ((1 + len(others)) * shape[0], *shape[1:]) if others else shape
 
     def _variables(self, model):
         before, *braces = re.split("[{}]", self.path)
@@ -94,17 +90,16 @@ class TensorEntry:
         return [_find(model, before + name + after) for name in names.split(",")]
 
 
-def entries(names: TensorNames, architecture: Architecture) -> list[TensorEntry]:
-    """Lists all entries of a model of this architecture."""
-    found = rows(names.tensors)
-    for tower, name in names.towers.items():
-        path = f"{ENCODERS[tower]}.encoder_layers."
-        for i in range(getattr(architecture, f"{tower}_layers")):
-            found += rows(names.block, tower, f"{name}{i}.", f"{path}{i}.")
-    found = [
-        TensorEntry(name, tuple(axes.split()), *rest) for name, axes, *rest in found
-    ]
-    return [x for x in found if x.path != BIAS or architecture.loss == "sigmoid"]
+def entries(names: TensorNames, backbone: Any, has_bias: bool) -> list[TensorEntry]:
+    """Lists all entries of the state dict of a backbone, or of its model."""
+    found = []
+    for name, path, layout in rows(names.tensors):
+        if layout == "blocks":
+            for i in range(len(_find(backbone, path))):
+                found += rows(names.block, f"{name}.{i}.", f"{path}.{i}.")
+        elif path != BIAS or has_bias:
+            found.append((name, path, layout))
+    return [TensorEntry(*row) for row in found]
 
 
 def load_model(
@@ -112,7 +107,6 @@ def load_model(
     names: TensorNames,
     architecture: Architecture,
     dtype: Any,
-    masking: PatchMasking | None,
     options: dict[str, Any],
 ) -> ContrastiveModel:
     """Makes a model with the weights of a checkpoint, or raises an error.
@@ -122,15 +116,15 @@ def load_model(
         names: The names of the library that wrote it.
         architecture: The `Architecture` that the model's config states.
         dtype: A dtype policy for the computations.
-        masking: A `PatchMasking` layer, or `None`.
         options: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
     """
     state, label = _read_state_dict(source)
     if "logit_bias" in state:
         architecture = dataclasses.replace(architecture, loss="sigmoid")
-    expected = entries(names, architecture)
+    backbone = architecture.make(dtype)
+    expected = entries(names, backbone, architecture.loss == "sigmoid")
     unexpected = state.keys() - {entry.name for entry in expected}
-    faults = [_fault(entry, state, architecture) for entry in expected]
+    faults = [_fault(entry, state, backbone) for entry in expected]
     faults += [f"unexpected: {name} {_shape(state[name])}" for name in unexpected]
     faults = sorted(filter(None, faults))
     if faults:
@@ -139,8 +133,15 @@ def load_model(
             f"{architecture.image_layers} image blocks and {architecture.text_layers} "
             f"text blocks. Received: {label}, with\n  " + "\n  ".join(faults)
         )
-    _warn_of_resizing(architecture)
-    backbone = architecture.make(dtype)
+    mode, interpolation = architecture.resize_mode, architecture.interpolation
+    if (mode, interpolation) != ("shortest", "bicubic"):
+        warnings.warn(
+            f"The model was trained on images resized by {mode!r} with "
+            f"{interpolation!r} interpolation. `image_text_dataset` resizes by "
+            "'shortest' and a center crop, or with resize='squash' by 'squash', "
+            "always with bicubic interpolation.",
+            stacklevel=3,
+        )
     if architecture.family != "SigLIP":
         backbone.text_encoder.layer_norm.epsilon = CLIP_EPSILON
     for entry in expected:
@@ -149,7 +150,7 @@ def load_model(
             entry.write(backbone, as_float32(state[entry.name]))
     fields = "loss", "pixel_mean", "pixel_std"
     options = {name: getattr(architecture, name) for name in fields} | options
-    model = ContrastiveModel.from_backbone(backbone, masking=masking, **options)
+    model = ContrastiveModel.from_backbone(backbone, **options)
     # `from_backbone` starts a sigmoid loss at another temperature and bias, which only
     # weights of the same loss replace.
     initial = {"logit_scale": "initial_temperature", "logit_bias": "initial_logit_bias"}
@@ -183,20 +184,17 @@ def _read_state_dict(source):
     # open_clip's `CustomTextCLIP` keeps the same text tower one level deeper.
     if "text.token_embedding.weight" in state:
         state = {name.removeprefix("text."): x for name, x in state.items()}
-    # Some checkpoints store these as arrays of one element.
-    for name in ("logit_scale", "logit_bias"):
-        if getattr(state.get(name), "shape", None) == (1,):
-            state[name] = state[name][0]
     return {k: x for k, x in state.items() if k not in BUFFERS}, label
 
 
-def _fault(entry, state, architecture):
+def _fault(entry, state, backbone):
     """Describes what is wrong with an entry of a state dict; `None` if nothing is."""
-    expected = entry.sizes(architecture)
+    expected = entry.shape(backbone)
     if entry.name not in state:
         return f"missing: {entry.name} {expected}"
     shape = _shape(state[entry.name])
-    if shape != expected:
+    # Some checkpoints store scalars as arrays of one element.
+    if shape != expected and (shape, expected) != ((1,), ()):
         return f"wrong shape: {entry.name} {shape}, expected {expected}"
     if not np.isfinite(as_float32(state[entry.name])).all():
         return f"NaN or infinite: {entry.name}"
@@ -221,16 +219,3 @@ def _find(model, path):
     for part in path.split("."):
         found = found[int(part)] if part.isdigit() else getattr(found, part)
     return found
-
-
-def _warn_of_resizing(architecture):
-    """Warns the user if images need a resizing other than the default."""
-    mode, interpolation = architecture.resize_mode, architecture.interpolation
-    if (mode, interpolation) != ("shortest", "bicubic"):
-        warnings.warn(
-            f"The model was trained on images resized by {mode!r} with "
-            f"{interpolation!r} interpolation. `image_text_dataset` resizes by "
-            "'shortest' and a center crop, or with resize='squash' by 'squash', "
-            "always with bicubic interpolation.",
-            stacklevel=4,
-        )

@@ -7,13 +7,14 @@ import os
 import pathlib
 import pickle
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
 
 import numpy as np
 
 INDEX = ".index.json"
-SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin")
+LIBRARIES = {".safetensors": "safetensors.numpy"}
+LIBRARIES |= dict.fromkeys((".pt", ".pth", ".bin"), "torch")
 # In earlier versions, a file can run code in spite of `weights_only`: CVE-2025-32434
 # (before 2.6) and CVE-2026-24747 (before 2.10).
 SAFE_TORCH = 2, 10
@@ -40,9 +41,8 @@ def read_weights(path: str | os.PathLike) -> Any:
             names = {*json.loads(path.read_text())["weight_map"].values()}
             shards = [path.with_name(name) for name in sorted(names)]
         return {key: x for shard in shards for key, x in read_weights(shard).items()}
-    _check_suffix("source", path)
-    library = _library(path)
-    if path.suffix in SAFETENSORS:
+    library = _library("source", path)
+    if library.__name__ != "torch":
         with _read_errors(path):
             return library.load_file(path)
     version = tuple(map(int, re.findall(r"\d+", library.__version__)[:2]))
@@ -88,25 +88,22 @@ def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> 
         arrays: Dictionary of NumPy arrays.
     """
     path = pathlib.Path(path).expanduser()
-    _check_suffix("path", path)
-    library = _library(path)
-    with _replacing(path) as file:
-        if path.suffix in SAFETENSORS:
+    library = _library("path", path)
+    with replacing(path) as file:
+        if library.__name__ != "torch":
             file.write(library.save(arrays, {"format": "pt"}))
         else:
             tensors = {key: library.from_numpy(x) for key, x in arrays.items()}
             library.save(tensors, file)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text to a file, which appears only once it is complete."""
-    with _replacing(pathlib.Path(path)) as file:
-        file.write(text.encode())
-
-
 @contextlib.contextmanager
-def _replacing(path):
-    """Opens a file under a temporary name, and renames it once it is written."""
+def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """Opens a file under a temporary name, and renames it once it is written.
+
+    Args:
+        path: `pathlib.Path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -126,44 +123,37 @@ def _read_errors(path):
         raise
     except Exception as error:
         # torch's reader raises errors of any type for bytes that are not a pickle.
-        reason = (
-            "cannot be read: the file is truncated, damaged or of another kind "
-            f"({type(error).__name__}: {str(error).splitlines()[:1]})."
-        )
+        found = type(error).__name__, *str(error).splitlines()[:1]
+        reason = f"cannot be read: it is damaged or of another kind {found}."
         # torch's own message recommends reading such files anyway.
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             reason = (
                 "holds Python objects other than tensors, and reading those can run "
                 "any code that the file's author put there, so it was not read. If you "
-                "trust its author, keep only its tensors: `checkpoint = torch.load("
-                "path, weights_only=False); "
-                'torch.save(checkpoint["state_dict"], "weights.pt")`.'
+                "trust its author, save only the tensors of `torch.load(path, "
+                "weights_only=False)` to a new file."
             )
         elif isinstance(error, RuntimeError) and "TorchScript" in str(error):
             reason = (
                 "is a TorchScript program, as OpenAI's own files are, and not a state "
-                "dict. If you trust its author, keep only its tensors: `torch.save("
-                'torch.jit.load(path, "cpu").state_dict(), "weights.pt")`.'
+                "dict. If you trust its author, save `torch.jit.load(path, "
+                '"cpu").state_dict()` to a new file.'
             )
         raise ValueError(f"`source` {reason} Received: source={str(path)!r}") from error
 
 
-def _library(path):
+def _library(argument, path):
     """Imports the library of a file's format, since each works without the other."""
-    is_torch = path.suffix in TORCH
-    try:
-        return importlib.import_module("torch" if is_torch else "safetensors.numpy")
-    except ImportError as error:
-        name = "torch" if is_torch else "safetensors"
-        raise ImportError(
-            f"{path.suffix} files need {name}: `pip install {name}`. "
-            f"Received: {str(path)!r}"
-        ) from error
-
-
-def _check_suffix(argument, path):
-    if path.suffix not in SAFETENSORS + TORCH:
+    if path.suffix not in LIBRARIES:
         raise ValueError(
             f"`{argument}` must end in .safetensors, .pt, .pth or .bin. "
             f"Received: {argument}={str(path)!r}"
         )
+    try:
+        return importlib.import_module(LIBRARIES[path.suffix])
+    except ImportError as error:
+        name = LIBRARIES[path.suffix].partition(".")[0]
+        raise ImportError(
+            f"{path.suffix} files need {name}: `pip install {name}`. "
+            f"Received: {str(path)!r}"
+        ) from error

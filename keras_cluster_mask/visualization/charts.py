@@ -35,16 +35,10 @@ def plot_history(
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: If the history lacks the metrics of a `ContrastiveModel`, or if the
-            number of validations does not match `validation_freq`.
+        KeyError: If the history lacks the metrics of a `ContrastiveModel`.
+        ValueError: If the number of validations does not match `validation_freq`.
     """
     logs = getattr(history, "history", history)
-    names = {name for labels in PANELS.values() for name in labels}
-    if not isinstance(logs, Mapping) or not names <= logs.keys() or not logs["loss"]:
-        raise ValueError(
-            "`history` must be what the `fit` of a `ContrastiveModel` returned after "
-            f"at least one epoch. Received: history={logs}"
-        )
     epochs = np.array(getattr(history, "epoch", range(len(logs["loss"])))) + 1
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -102,45 +96,33 @@ def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
 
     Returns:
         A `matplotlib.figure.Figure`.
-
-    Raises:
-        ValueError: If `statistics` has another type.
     """
-    if not isinstance(statistics, MaskingStatistics):
-        raise ValueError(
-            "`statistics` must be what `kcm.masking.masking_statistics` returns. "
-            f"Received: statistics={statistics!r}"
-        )
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     ratios, positions = figure.subplots(1, 2, width_ratios=[1, 1.1])
-    _plot_ratios(ratios, statistics.keep_ratio)
-    _plot_positions(positions, statistics.kept_by_position)
-    return figure
-
-
-def _plot_ratios(axis, values):
     # Bins are centered on multiples of their width, because ratios often are such
     # numbers.
     edges = (np.arange(42) - 0.5) / 40
-    axis.hist(values, edges, weights=np.full(len(values), 1 / len(values)))
-    axis.axvline(
+    values = statistics.keep_ratio
+    ratios.hist(values, edges, weights=np.full(len(values), 1 / len(values)))
+    ratios.axvline(
         values.mean(), color="black", linestyle="--", linewidth=1,
         label=f"mean {values.mean():.3f}",
     )  # fmt: skip
-    axis.set_title("keep ratio of each image", fontsize=11)
-    axis.set(xlabel="share of the patches that is kept", ylabel="share of the images")
-    axis.set_xlim(-0.02, 1.02)
-    axis.legend(fontsize=8)
-
-
-def _plot_positions(axis, kept):
+    ratios.set_title("keep ratio of each image", fontsize=11)
+    ratios.set(xlabel="share of the patches that is kept", ylabel="share of the images")
+    ratios.set_xlim(-0.02, 1.02)
+    ratios.legend(fontsize=8)
     # Use a range of at least 0.2. Otherwise a difference of a few images would look
     # like a pattern.
+    kept = statistics.kept_by_position
     middle = (kept.min() + kept.max()) / 2
     reach = max(0.1, kept.max() - middle)
-    shown = axis.imshow(kept, cmap="viridis", vmin=middle - reach, vmax=middle + reach)
-    axis.set_title("how often each position is kept", fontsize=11)
-    axis.set(xlabel="column of patches", ylabel="row of patches")
-    for direction in (axis.xaxis, axis.yaxis):
+    shown = positions.imshow(
+        kept, cmap="viridis", vmin=middle - reach, vmax=middle + reach
+    )
+    positions.set_title("how often each position is kept", fontsize=11)
+    positions.set(xlabel="column of patches", ylabel="row of patches")
+    for direction in (positions.xaxis, positions.yaxis):
         direction.get_major_locator().set_params(integer=True)
-    axis.figure.colorbar(shown, ax=axis, shrink=0.75, label="share of the images")
+    figure.colorbar(shown, ax=positions, shrink=0.75, label="share of the images")
+    return figure

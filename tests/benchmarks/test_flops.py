@@ -1,6 +1,5 @@
 """Floating-point operations, against what torch counts in open_clip's models."""
 
-import keras
 import pytest
 from flops import training_flops
 
@@ -54,25 +53,6 @@ def test_a_step_is_counted_as_torch_counts_open_clips(size, mask_ratio):
 def test_choosing_patches_is_counted_once(masking, products):
     random = training_flops("vit_b_16", masking=kcm.RandomMasking(0.5))
     assert training_flops("vit_b_16", masking=masking) - random == 2 * products * 768
-
-
-def test_the_pass_of_a_teacher_is_counted_as_torch_counts_it():
-    if keras.backend.backend() != "torch":
-        pytest.skip("counts operations of torch")
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    encoder = kcm.models.clip_backbone("tiny", image_size=64).vision_encoder
-    random = training_flops("tiny", 64, masking=kcm.RandomMasking(0.5))
-    for side in (None, 32):
-        teacher = kcm.models.MomentumEncoder(encoder, image_size=side)
-        # The fused attention of CPUs is not counted.
-        math = sdpa_kernel(SDPBackend.MATH)
-        with math, FlopCounterMode(display=False) as counter:
-            teacher.attention(torch.zeros(1, 64, 64, 3))
-        attentive = training_flops("tiny", 64, masking=kcm.AttentiveMasking(teacher))
-        assert attentive - random == counter.get_total_flops()
 
 
 def test_two_views_read_patches_twice_and_a_threshold_its_least_share():

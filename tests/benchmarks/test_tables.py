@@ -149,14 +149,8 @@ REFUSED = [
     ("first.json; none; score {.1f}", "needs a number"),
     ("first.json; none", "FILE; ROW; COLUMN"),
     ("first.json; none; / none as time", "NAME {FORMAT} as TITLE"),
-    ("first.json; none {.1f}; / none", "NAME {FORMAT} as TITLE"),
     (["first.json", "rows: none"], "columns: ..."),
-    (["first.json", "columns: method {.1f}; / none"], "NAME {FORMAT} as TITLE"),
     (["first.json", "columns: method; / none; score as / none"], "differ in name"),
-    (
-        ["first.json; study/second.json#rest", "columns: method; share"],
-        "column of first.json",
-    ),
 ]
 
 

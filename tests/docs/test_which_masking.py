@@ -1,10 +1,9 @@
-"""The code of `docs/which_masking.md` and its image runs; it names all maskings."""
+"""The code of `docs/which_masking.md` runs; it names all maskings."""
 
 import pathlib
 import re
 
 import keras
-import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
@@ -14,7 +13,6 @@ pytestmark = pytest.mark.any_backend
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "which_masking.md").read_text(encoding="utf-8")
-IMAGE = (ROOT / "docs" / "how_to" / "own_masking.md").read_text(encoding="utf-8")
 # The first block is a comment: what the code of the tables needs.
 BLOCKS = re.findall(
     r"^(?:```|<!-- )python\n(.*?)^(?:```|-->)", PAGE, re.DOTALL | re.MULTILINE
@@ -42,18 +40,6 @@ def test_code_of_the_tables_makes_a_masking_tokenizer_or_model(code, scope):
 def test_blocks_of_code_run(scope):
     assert len(BLOCKS) == 2
     exec(BLOCKS[1], scope)
-
-
-def test_the_program_of_the_image_makes_it(tmp_path, monkeypatch):
-    (tmp_path / "datasets").symlink_to(ROOT / "datasets")
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", IMAGE, re.DOTALL | re.MULTILINE)
-    (program,) = (block for block in blocks if "all_masks.png" in block)
-    scope = {"kcm": kcm, "np": np}
-    exec(program, scope)
-    titles = [axis.get_title() for axis in scope["figure"].axes]
-    assert titles[:9] == ["image", *scope["maskings"]]
-    assert (tmp_path / "all_masks.png").stat().st_size > 100_000
 
 
 def test_every_masking_is_in_a_table():

@@ -150,24 +150,6 @@ def test_embeddings_are_those_of_transformers(tmp_path, make, backbone, activati
 
 
 @pytest.mark.any_backend
-def test_epsilons_are_those_of_transformers(tmp_path):
-    import torch
-
-    reference = clip()
-    with torch.no_grad():
-        # So small that an epsilon of 1e-6 in place of 1e-5 would show.
-        for name, weight in reference.text_model.named_parameters():
-            if "norm" not in name:
-                weight *= 1e-2
-    reference.save_pretrained(tmp_path)
-    model = load_hugging_face(tmp_path)
-    images, ids = batch()
-    _, expected = their_embeddings(reference, images, ids)
-    found = ops.convert_to_numpy(model.encode_text(ids))
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-
-
-@pytest.mark.any_backend
 def test_weights_of_torch_are_read_too(folder):
     import safetensors.torch
     import torch
@@ -238,7 +220,9 @@ def test_what_a_config_leaves_out_has_the_default_of_transformers():
 
 
 @pytest.mark.any_backend
-def test_the_model_takes_the_options_of_from_backbone(folder):
+def test_options_of_from_backbone_take_precedence_over_the_files(folder):
+    config = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.1]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
     model = load_hugging_face(
         folder,
         dtype="mixed_bfloat16",
@@ -250,6 +234,7 @@ def test_the_model_takes_the_options_of_from_backbone(folder):
     assert block.compute_dtype == "bfloat16"
     assert isinstance(model.masking, kcm.ClusterMasking)
     assert model.pixel_mean == [0.1, 0.2, 0.3]
+    assert model.pixel_std == [0.3, 0.2, 0.1]
     assert model.head.loss == "sigmoid"
 
 
@@ -258,25 +243,17 @@ def test_the_model_takes_the_options_of_from_backbone(folder):
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
-def test_pixels_are_normalized_as_the_files_say(folder, name):
-    assert load_hugging_face(folder).pixel_mean == [*kcm.models.inputs.CLIP_MEAN]
-    config = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-    if name == "processor_config.json":
-        config = {"image_processor": config}
-    (folder / name).write_text(json.dumps(config))
-    model = load_hugging_face(folder)
-    assert model.pixel_mean == [0.1, 0.2, 0.3]
-    assert model.pixel_std == [0.4, 0.5, 0.6]
-
-
-@pytest.mark.any_backend
-def test_pixels_are_those_of_the_image_processor(folder):
+def test_pixels_are_those_of_the_image_processor(folder, name):
     transformers = pytest.importorskip("transformers")
+    assert load_hugging_face(folder).pixel_mean == [*kcm.models.inputs.CLIP_MEAN]
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
     )
     processor.image_mean = [0.1, 0.2, 0.3]
-    processor.save_pretrained(folder)
+    config = processor.to_dict()
+    if name == "processor_config.json":
+        config = {"image_processor": config}
+    (folder / name).write_text(json.dumps(config))
     pixels = np.arange(16 * 16 * 3).reshape(16, 16, 3).astype("uint8")
     expected = processor(pixels, return_tensors="np")["pixel_values"][0]
     found = load_hugging_face(folder).normalize_pixels(pixels[None])
@@ -360,7 +337,6 @@ def test_preprocessing_that_cannot_be_followed_is_refused(folder, key, value):
         ("vision_config__layer_norm_eps", 1e-6),
         ("vision_config__num_channels", 1),
         ("vision_config__image_size", [16, 24]),
-        ("vision_config__num_attention_heads", 5),
         ("text_config__num_hidden_layers", 0),
         ("text_config__vocab_size", "40"),
         ("projection_dim", None),
@@ -394,23 +370,11 @@ def test_what_other_kinds_cannot_hold_is_refused_by_name(
 
 
 @pytest.mark.any_backend
-def test_a_state_dict_of_open_clip_is_said_to_be_none(folder):
-    import safetensors.numpy
-
-    path = folder / "model.safetensors"
-    safetensors.numpy.save_file({"visual.proj": np.zeros((3, 3), "f4")}, path)
-    with pytest.raises(ValueError, match=r"CLIPModel of transformers.*Received: sour"):
-        load_hugging_face(folder)
-
-
-@pytest.mark.any_backend
 def test_what_is_not_there_is_said(folder, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match=r"snapshot_download.*source='none'"):
         load_hugging_face("none")
     with pytest.raises(FileNotFoundError, match=r"`source`.*model.safetensors"):
         load_hugging_face(tmp_path_factory.mktemp("empty"))
-    with pytest.raises(ValueError, match=r"`source`.*Received: source of type dict"):
-        load_hugging_face({})
     (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"`source`.*config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_hugging_face(folder)

@@ -22,8 +22,7 @@ from keras_cluster_mask.interop.open_clip_configs import (
     read_config,
     write_config,
 )
-from keras_cluster_mask.interop.open_clip_weights import NAMES
-from keras_cluster_mask.interop.state_dicts import entries
+from keras_cluster_mask.models.architecture import TOWER
 from tests.interop.open_clip_models import batch, embeddings, ended_by, randomize
 
 CONFIG = {
@@ -127,18 +126,6 @@ def test_a_named_config_needs_open_clip(monkeypatch):
 
 
 @pytest.mark.any_backend
-def test_arguments_take_precedence_over_the_config():
-    state = open_clip_model(CONFIG).state_dict()
-    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
-    model = load_open_clip(
-        state, config, masking=kcm.ClusterMasking(8), pixel_mean=(0.1, 0.2, 0.3)
-    )
-    assert model.pixel_mean == [0.1, 0.2, 0.3]
-    assert model.pixel_std == PREPROCESSING["std"]
-    assert isinstance(model.masking, kcm.ClusterMasking)
-
-
-@pytest.mark.any_backend
 def test_a_warning_says_that_images_were_resized_otherwise(recwarn):
     state = open_clip_model(CONFIG).state_dict()
     for preprocessing, message in (
@@ -166,27 +153,14 @@ def preprocessed(**preprocessing):
 CANNOT_BE_HELD = [
     ("vision_cfg__timm_model_name", "vit_base_patch16_siglip_256"),
     ("vision_cfg__layers", [3, 4, 6, 3]),
-    ("vision_cfg__attentional_pool", "parallel"),
     ("vision_cfg__pool_type", "avg"),
-    ("vision_cfg__no_ln_pre", True),
-    ("vision_cfg__ls_init_value", 1e-4),
     ("vision_cfg__ls_init_value", 0.0),
-    ("vision_cfg__pos_embed_type", "sin_cos_2d"),
     ("vision_cfg__norm_kwargs", {"eps": 1e-6}),
-    ("vision_cfg__act_kwargs", {"approximate": "tanh"}),
-    ("vision_cfg__block_type", "custom"),
-    ("vision_cfg__qk_norm", True),
     ("vision_cfg__image_size", [16, 24]),
-    ("vision_cfg__head_width", 25),
     ("vision_cfg__mlp_ratio", float("inf")),
     ("vision_cfg__unheard_of", None),
-    ("text_cfg__hf_model_name", "roberta-base"),
     ("text_cfg__pool_type", "last"),
-    ("text_cfg__no_causal_mask", True),
-    ("text_cfg__embed_cls", True),
-    ("text_cfg__proj_bias", True),
     ("text_cfg__proj_type", "none"),
-    ("text_cfg__heads", 5),
     ("text_cfg__vocab_size", "many"),
     ("multimodal_cfg", {}),
     ("unheard_of", 1),
@@ -211,7 +185,7 @@ CANNOT_BE_HELD = [
         ("mean", preprocessed(mean=[0.5, 0.5, float("nan")])),
         ("mean", preprocessed(mean="0.5")),
         ("std", preprocessed(std=[0.2, 0.2, -0.2])),
-        ("std", preprocessed(std=0.5)),
+        ("std", preprocessed(std=0)),
         ("unheard_of", preprocessed(unheard_of=1)),
     ],
 )
@@ -222,9 +196,8 @@ def test_bad_configs_are_refused_by_name(name, config):
 
 @pytest.mark.any_backend
 def test_a_file_that_is_no_config_is_refused(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"`config`.*Received: config="):
-            load_open_clip({}, path)
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        load_open_clip({}, tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"`config`.*JSON.*Received: config=.*bad"):
         load_open_clip({}, tmp_path / "bad.json")
@@ -249,8 +222,7 @@ def test_every_option_of_open_clip_is_known_with_its_default():
     ):
         defaults = {field.name: field.default for field in dataclasses.fields(kind)}
         defaults = {f"{part}.{name}": value for name, value in defaults.items()}
-        known = {k: x for k, x in (READ | FIXED).items() if k.startswith(part)}
-        assert known.keys() <= defaults.keys()
+        known = {k: x for k, x in (READ | FIXED).items() if k in defaults}
         others = defaults.keys() - known.keys()
         for start in IGNORED:
             ignored = {key for key in others if key.startswith(start)}
@@ -280,7 +252,7 @@ def held(names):
 
 @pytest.mark.slow
 @pytest.mark.any_backend
-def test_configs_of_open_clip_have_the_shapes_heads_and_activations_of_its_models():
+def test_configs_of_open_clip_have_the_sizes_heads_and_activations_of_its_models():
     open_clip = pytest.importorskip("open_clip")
     torch = pytest.importorskip("torch")
     configs, refused = held(open_clip.list_models())
@@ -288,22 +260,24 @@ def test_configs_of_open_clip_have_the_shapes_heads_and_activations_of_its_model
     for name, config in configs.items():
         with torch.device("meta"):
             model = open_clip_model(config)
-        architecture = read_config(name)
-        found = {
-            entry.name: entry.sizes(architecture)
-            for entry in entries(NAMES[architecture.family], architecture)
-        }
-        shapes = {key: tuple(x.shape) for key, x in model.state_dict().items()}
-        assert found == shapes, name
-        blocks = (model.visual.transformer.resblocks, model.transformer.resblocks)
-        heads = tuple(block[0].attn.num_heads for block in blocks)
-        assert (architecture.image_heads, architecture.text_heads) == heads, name
-        activation = type(blocks[0][0].mlp.gelu).__name__
+        found = read_config(name)
+        image, text = model.visual.transformer.resblocks, model.transformer.resblocks
+        for tower, blocks in (("image", image), ("text", text)):
+            inner, heads = blocks[0].mlp.c_fc, blocks[0].attn.num_heads
+            expected = inner.in_features, len(blocks), heads, inner.out_features
+            sizes = [getattr(found, f"{tower}_{x}") for x in TOWER]
+            assert sizes == [*expected], name
+        patches = found.image_width, 3, found.patch, found.patch
+        assert model.visual.conv1.weight.shape == patches, name
+        positions = 1 + (found.image_size // found.patch) ** 2
+        assert len(model.visual.positional_embedding) == positions, name
+        assert len(model.positional_embedding) == found.context, name
+        assert len(model.token_embedding.weight) == found.vocabulary, name
+        activation = type(image[0].mlp.gelu).__name__
         expected = {"GELU": "gelu", "QuickGELU": "quick_gelu"}[activation]
-        assert architecture.activation == expected, name
-        assert model.visual.pool_type == "tok", name
+        assert found.activation == expected, name
         pooled = {"argmax": "CLIP", "eos": "MetaCLIP2"}[model.text_pool_type]
-        assert architecture.family == pooled, name
+        assert (model.visual.pool_type, found.family) == ("tok", pooled), name
     assert all(" does not: " in reason for reason in refused.values())
 
 
@@ -340,28 +314,19 @@ def test_small_models_of_every_config_compute_what_open_clips_do():
 # === Configs that are written ===
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_a_saved_model_comes_back_as_it_was(tmp_path, suffix):
-    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
-    reference = randomize(open_clip_model(CONFIG))
-    model = load_open_clip(reference.state_dict(), config)
-    save_open_clip(model, tmp_path / f"clip{suffix}")
-    back = load_open_clip(tmp_path / f"clip{suffix}")
-    assert back.pixel_mean == PREPROCESSING["mean"]
-    assert back.pixel_std == PREPROCESSING["std"]
-    assert_same_embeddings(back, reference)
-
-
 def test_metaclip_2_comes_and_goes(tmp_path):
     config = changed(text_cfg__pool_type="eos", text_cfg__eos_id=2)
     reference = randomize(open_clip_model(config))
-    model = load_open_clip(reference.state_dict(), config)
+    whole = {"model_cfg": config, "preprocess_cfg": PREPROCESSING}
+    model = load_open_clip(reference.state_dict(), whole)
     assert isinstance(model.backbone, keras_hub.models.MetaCLIP2Backbone)
     assert_same_embeddings(model, reference)
-    save_open_clip(model, tmp_path / "clip.safetensors")
-    back = load_open_clip(tmp_path / "clip.safetensors")
+    save_open_clip(model, tmp_path / "clip.bin")
+    back = load_open_clip(tmp_path / "clip.bin")
     assert_same_embeddings(back, reference)
-    beside = tmp_path / "clip.safetensors.open_clip_config.json"
+    assert back.pixel_mean == PREPROCESSING["mean"]
+    assert back.pixel_std == PREPROCESSING["std"]
+    beside = tmp_path / "clip.bin.open_clip_config.json"
     again = open_clip_model(json.loads(beside.read_text())["model_cfg"])
     expected, found = reference.state_dict(), open_clip_state_dict(back)
     assert again.text_pool_type == "eos"

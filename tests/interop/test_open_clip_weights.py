@@ -14,14 +14,11 @@ from keras_cluster_mask.interop import (
     open_clip_state_dict,
     save_open_clip,
 )
-from keras_cluster_mask.models.architecture import SIZES, Architecture
-from tests.helpers import draw_nothing
 from tests.interop.open_clip_models import (
     arrays,
     batch,
     embeddings,
     load,
-    randomize,
     tiny,
     tiny_config,
 )
@@ -88,21 +85,6 @@ def test_epsilons_are_those_of_open_clip(tmp_path):
     assert np.abs(actual - expected).max() > 1e-3
 
 
-@pytest.mark.slow
-def test_vit_b_32_agrees(monkeypatch):
-    open_clip = pytest.importorskip("open_clip")
-    draw_nothing(monkeypatch)
-    reference = randomize(open_clip.create_model("ViT-B-32", pretrained=None))
-    model = load_open_clip(reference.state_dict(), "ViT-B-32")
-    backbone = model.backbone
-    assert Architecture.of(backbone) == SIZES["vit_b_32"]
-    images, ids = batch(224, 77, 49408, rows=2)
-    expected = embeddings(reference, images, ids)
-    for ours, theirs in zip(our_embeddings(model, images, ids), expected):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert_same_weights(open_clip_state_dict(backbone), arrays(reference))
-
-
 # === Sizes ===
 
 
@@ -125,35 +107,18 @@ def test_images_may_come_channels_first(monkeypatch):
 # === Round trips ===
 
 
-def test_keras_gets_back_every_bit_and_open_clip_computes_the_same(tmp_path):
-    import torch
-
-    backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY := 40, 7)
+def test_keras_gets_back_every_bit(tmp_path):
+    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
     rng = np.random.default_rng(1)
     for weight in backbone.trainable_variables:
         noise = rng.normal(size=weight.shape).astype("float32")
         weight.assign(ops.convert_to_numpy(weight) + 0.1 * noise)
-    state = open_clip_state_dict(backbone)
     save_open_clip(backbone, tmp_path / "clip.safetensors")
     back = load_open_clip(tmp_path / "clip.safetensors").backbone
     assert back.get_config() == {**backbone.get_config(), "name": back.name}
     for ours, theirs in zip(backbone.weights, back.weights):
         assert ours.path == theirs.path
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours, theirs)))
-
-    open_clip_model = pytest.importorskip("open_clip.model")
-    reference = open_clip_model.CLIP(
-        96,
-        dict(layers=3, width=96, head_width=32, patch_size=8, image_size=16),
-        dict(context_length=7, vocab_size=VOCABULARY, width=96, heads=3, layers=1),
-    ).eval()
-    tensors = {name: torch.tensor(array) for name, array in state.items()}
-    reference.load_state_dict(tensors, strict=True)
-    images, ids = batch()
-    expected = embeddings(reference, images, ids)
-    model = kcm.ContrastiveModel.from_backbone(backbone)
-    for ours, theirs in zip(our_embeddings(model, images, ids), expected):
-        np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 def test_a_state_dict_does_not_change_with_the_model():
@@ -221,11 +186,8 @@ def test_a_sigmoid_model_comes_back_with_its_bias(tmp_path):
         our_embeddings(back, images, ids), our_embeddings(model, images, ids)
     ):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
-    pair = {"images": images, "token_ids": ids}
-    for each in (model, back):
-        each.compile("sgd", run_eagerly=True)
-    found, expected = (each.evaluate(pair, verbose=0) for each in (back, model))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    scales = (ops.convert_to_numpy(each.head.scale) for each in (back, model))
+    np.testing.assert_array_equal(*scales)
 
 
 @pytest.mark.any_backend

@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from keras_cluster_mask.interop import load_open_clip
 from keras_cluster_mask.interop.weight_files import read_weights, write_weights
@@ -66,16 +65,6 @@ def test_files_of_safetensors_say_what_they_need(tmp_path, monkeypatch):
         read_weights(tmp_path / "a.safetensors")
     with pytest.raises(ImportError, match=r"pip install safetensors.*b\.safetensors"):
         write_weights(tmp_path / "b.safetensors", ARRAYS)
-
-
-def test_half_precision_is_read_from_safetensors(tmp_path):
-    import ml_dtypes
-
-    halves = {"a": np.ones(3, ml_dtypes.bfloat16), "b": np.ones(3, "float16")}
-    safetensors.numpy.save_file(halves, tmp_path / "a.safetensors")
-    found = read_weights(tmp_path / "a.safetensors")
-    for name in halves:
-        np.testing.assert_array_equal(found[name].astype("float32"), np.ones(3))
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
