@@ -127,10 +127,10 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
         x.check_model(model, training=True)
     reader = reader_of(x, rules, batch_size, shuffle)
     data = TrainingData(reader, steps_per_epoch, initial_epoch)
-    check_batch_size(model, data.rows, data.description.get("data.pairs"))
+    data.check_same_everywhere()
+    check_batch_size(model, data.rows)
     if data.batch_size and model.micro_batch_size:
         check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
-    data.check_same_everywhere()
     _check_executions(model.steps_per_execution, data.steps_per_epoch)
     return data
 
