@@ -160,7 +160,8 @@ def test_a_bare_tokenizer_of_keras_hub_is_refused(tmp_path):
 @pytest.mark.any_backend
 def test_rows_that_are_longer_than_the_tower_takes_are_an_error(clip):
     tokenizer = make_tokenizer(length=CONTEXT + 1)
-    with pytest.raises(ValueError, match=r"`tokenizer` must .*6.*Received: .*\(3, 7\)"):
+    message = r"`token_ids` must .*at most 6 columns.*Received: .*\(3, 7\)"
+    with pytest.raises(ValueError, match=message):
         embed_texts(clip, ["a cat"], tokenizer, verbose=0)
 
 
