@@ -1,8 +1,6 @@
 import os
 from typing import Any
 
-import keras
-
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import (
     all_gather_object,
@@ -140,12 +138,7 @@ class Checkpoint(RunCallback):
             self.files.start_writing({**state, **run.rng_state}, run.facts(model))
 
     def _check_no_swaps(self):
-        swaps = [
-            x
-            for x in self.run.callbacks
-            if isinstance(x, keras.callbacks.SwapEMAWeights) and x.swap_on_epoch
-        ]
-        if swaps:
+        if any(getattr(x, "swap_on_epoch", False) for x in self.run.callbacks):
             raise ValueError(
                 "`callbacks` must not hold a `Checkpoint` together with "
                 "`SwapEMAWeights(swap_on_epoch=True)`, which exchanges weights and "

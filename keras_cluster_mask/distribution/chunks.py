@@ -31,17 +31,20 @@ def map_chunks(function, num_chunks, weights, state, rows):
     weights, state, rows = tree.map_structure(as_tensor, (weights, state, rows))
     state = tree.map_structure(ops.stop_gradient, state)
 
-    if keras.backend.backend() == "tensorflow":
-        return _map_chunks_on_tensorflow(function, num_chunks, weights, state, rows)
+    tensorflow = keras.backend.backend() == "tensorflow"
+    run = _recompute_on_tensorflow if tensorflow else recompute
 
     def one(state, index):
         chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
-        outputs, state = recompute(function, weights, state, index, chunk)
+        outputs, state = run(function, weights, state, index, chunk)
         return tree.map_structure(ops.stop_gradient, state), outputs
 
     if keras.backend.backend() == "jax":
         # XLA would hold the activations of all chunks of an unrolled loop.
         state, outputs = ops.scan(one, state, ops.arange(num_chunks))
+        return outputs, state
+    if tensorflow:
+        state, outputs = _scan_on_tensorflow(one, state, num_chunks)
         return outputs, state
     columns = []
     for index in range(num_chunks):
@@ -50,80 +53,17 @@ def map_chunks(function, num_chunks, weights, state, rows):
     return tree.map_structure(lambda *column: ops.stack(column), *columns), state
 
 
-def _map_chunks_on_tensorflow(function, num_chunks, weights, state, rows):
-    """Implements `map_chunks` by a forward loop and a backward loop.
+def _scan_on_tensorflow(function, carry, length):
+    """Works like `jax.lax.scan` over indices, by a loop that XLA can compile.
 
-    A Python loop would copy the function into the graph for each chunk, and
-    TensorFlow's own gradient of a loop would hold the activations of all chunks.
+    A Python loop would copy the function into the graph for each chunk.
     """
-    import tensorflow as tf
-
-    arguments, structure = (weights, state, rows), []
-
-    @tf.custom_gradient
-    def run(*flat):
-        weights, state, rows = tree.pack_sequence_as(arguments, flat)
-
-        def forward(index, state):
-            chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
-            outputs, after = function(weights, state, index, chunk)
-            structure[:] = [tree.map_structure(lambda x: None, outputs)]
-            return (tree.flatten(outputs), state), after
-
-        (outputs, states), after = _scan(forward, state, num_chunks)
-
-        def gradient(*upstream):
-            floats = [i for i, x in enumerate(outputs) if x.dtype.is_floating]
-
-            def backward(index, sums):
-                chunk = [take_chunk(x, index, num_chunks) for x in tree.flatten(rows)]
-                sources = [*filter(_is_float, [*tree.flatten(weights), *chunk])]
-                with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch(sources)
-                    found, _ = function(
-                        weights,
-                        tree.map_structure(lambda x: x[index], states),
-                        index,
-                        tree.pack_sequence_as(rows, chunk),
-                    )
-                    found = tree.flatten(found)
-                found = tape.gradient(
-                    [found[i] for i in floats],
-                    sources,
-                    [upstream[i][index] for i in floats],
-                    tf.UnconnectedGradients.ZERO,
-                )
-                added = [x + y for x, y in zip(sums, found)]
-                return found[len(sums) :], added
-
-            zeros = [tf.zeros_like(x) for x in tree.flatten(weights) if _is_float(x)]
-            of_rows, of_weights = _scan(backward, zeros, num_chunks)
-            found = iter([*of_weights, *map(merge_chunks, of_rows)])
-            # In the order of the arguments.
-            return [
-                *(next(found) if _is_float(x) else None for x in tree.flatten(weights)),
-                *(None for _ in tree.flatten(state)),
-                *(next(found) if _is_float(x) else None for x in tree.flatten(rows)),
-            ]
-
-        return [*outputs, *tree.flatten(after)], gradient
-
-    flat = run(*tree.flatten(arguments))
-    num_states = len(tree.flatten(state))
-    outputs, after = flat[: len(flat) - num_states], flat[len(flat) - num_states :]
-    outputs = tree.pack_sequence_as(structure[0], outputs)
-    after = tree.pack_sequence_as(state, after)
-    return outputs, tree.map_structure(tf.stop_gradient, after)
-
-
-def _scan(function, carry, length):
-    """Works like `jax.lax.scan`, with `function(index, carry) -> (outputs, carry)`."""
     import tensorflow as tf
 
     of_carry, of_outputs = tree.map_structure(lambda x: None, carry), []
 
     def step(index, carry, columns=None):
-        outputs, after = function(index, tree.pack_sequence_as(of_carry, carry))
+        after, outputs = function(tree.pack_sequence_as(of_carry, carry), index)
         of_outputs[:] = [tree.map_structure(lambda x: None, outputs)]
         outputs = tree.flatten(outputs)
         columns = columns or [
@@ -139,16 +79,54 @@ def _scan(function, carry, length):
         step(tf.constant(0), tree.flatten(carry)),
         # Parallel steps would hold their activations in memory at the same time.
         parallel_iterations=1,
+        # XLA must know how many values the gradient of the loop needs.
+        maximum_iterations=length,
     )
     columns = [column.stack() for column in columns]
     return (
-        tree.pack_sequence_as(of_outputs[0], columns),
         tree.pack_sequence_as(of_carry, carry),
+        tree.pack_sequence_as(of_outputs[0], columns),
     )
 
 
-def _is_float(x):
-    return x.dtype.is_floating
+def _recompute_on_tensorflow(function, *arguments):
+    """Implements `recompute` for a step of a loop.
+
+    `tf.recompute_grad` copies its arguments, here all weights in each step, so that the
+    graph does not share the two computations. Those of two loops are never shared.
+    """
+    import tensorflow as tf
+
+    structure = []
+
+    @tf.custom_gradient
+    def run(*flat):
+        outputs = function(*tree.pack_sequence_as(arguments, flat))
+        structure[:] = [tree.map_structure(lambda x: None, outputs)]
+        outputs = tree.flatten(outputs)
+
+        def gradient(*upstream):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                inputs = [tf.identity(x) for x in flat]
+                sources = [x for x in inputs if x.dtype.is_floating]
+                tape.watch(sources)
+                found = tree.flatten(
+                    function(*tree.pack_sequence_as(arguments, inputs))
+                )
+            floats = [i for i, x in enumerate(outputs) if x.dtype.is_floating]
+            found = tape.gradient(
+                [found[i] for i in floats],
+                sources,
+                [upstream[i] for i in floats],
+                tf.UnconnectedGradients.ZERO,
+            )
+            found = iter(found)
+            return [next(found) if x.dtype.is_floating else None for x in flat]
+
+        return outputs, gradient
+
+    flat = run(*tree.flatten(arguments))
+    return tree.pack_sequence_as(structure[0], flat)
 
 
 def recompute(function, *arguments):

@@ -5,10 +5,7 @@ import functools
 import keras
 from keras import ops, tree
 
-from keras_cluster_mask.distribution.processes import (
-    all_gather_object,
-    process_index_and_count,
-)
+from keras_cluster_mask.distribution.processes import process_index_and_count
 from keras_cluster_mask.distribution.replicas import (
     num_replicas,
     parts_of_batch,
@@ -223,22 +220,13 @@ def reduce_gradients(gradients: list, variables: list) -> list:
     return data_parallel.reduce_gradients(gradients, [v.value for v in variables])
 
 
-def check_batch_size(model, batch_size: int | None, pairs: int | None = None) -> None:
+def check_batch_size(model, batch_size: int | None) -> None:
     """Raises an error if the replicas cannot share batches of this size.
 
     Args:
         model: A compiled model.
         batch_size: Integer or `None`, the batch size of this process.
-        pairs: Integer or `None`, the number of pairs in this process's arrays.
     """
-    if keras.backend.backend() == "torch":
-        sizes = all_gather_object((batch_size, pairs))
-        if len({*sizes}) > 1:
-            raise ValueError(
-                "All processes must train on batches of the same size and, if on "
-                "arrays, on equally many pairs. Received: (batch_size, pairs) "
-                f"{sizes} by process"
-            )
     replicas = strategy_replicas(model)
     is_unknown = batch_size is None and replicas > 1
     if keras.backend.backend() == "jax":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import types
 import warnings
@@ -33,27 +34,7 @@ from keras_cluster_mask.training.training_data import (
 from keras_cluster_mask.training.training_run import ProgressBar, TrainingRun
 
 
-def fit(
-    model,
-    keras_fit,
-    resume_from,
-    x,
-    y=None,
-    batch_size=None,
-    epochs=1,
-    verbose="auto",
-    callbacks=None,
-    validation_split=0.0,
-    validation_data=None,
-    shuffle=None,
-    class_weight=None,
-    sample_weight=None,
-    initial_epoch=0,
-    steps_per_epoch=None,
-    validation_steps=None,
-    validation_batch_size=None,
-    validation_freq=1,
-):
+def fit(model, keras_fit, resume_from, *args, **kwargs):
     """Trains a model, from a checkpoint if there is one, in three parts.
 
     The data is checked and made readable from any epoch; the run finds out where it
@@ -63,45 +44,55 @@ def fit(
         model: A `ContrastiveModel`.
         keras_fit: Keras's `fit` of the model.
         resume_from: See `ContrastiveModel.fit`.
-        others: Those of Keras's `fit`.
+        *args: Arguments of Keras's `fit`, as those by name.
+        **kwargs: Arguments of Keras's `fit` by name.
 
     Returns:
         A `keras.callbacks.History`.
     """
+    bound = inspect.signature(keras_fit).bind(*args, **kwargs)
+    # Unless asked for, Keras shuffles no batches, since it cannot shuffle most data.
+    bound.arguments.setdefault("shuffle", None)
+    bound.apply_defaults()
+    options = bound.arguments
+    batch_size = options.pop("batch_size")
     # A batch size of 0 is refused with the number of pairs that a batch needs.
     batch_size = check_integer(
         "batch_size", 32 if batch_size is None else batch_size, 0
     )
+    callbacks = options.pop("callbacks")
     callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
     callbacks = [each for each in callbacks if each is not None]
-    verbose = verbose if is_main_process() else 0
+    if not is_main_process():
+        options["verbose"] = 0
 
     # === The data ===
-    x = as_dictionary(x, y, sample_weight, class_weight)
-    if isinstance(x, dict) and validation_split:
+    names = "x", "y", "sample_weight", "class_weight"
+    x = as_dictionary(*map(options.pop, names))
+    if isinstance(x, dict) and options["validation_split"]:
         # Keras splits arrays alone, and gets batches.
-        x, validation_data = _split(model, x, validation_split, validation_data)
-        validation_split = 0.0
-    data = _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
+        x, options["validation_data"] = _split(model, x, options)
+        options["validation_split"] = 0.0
+    names = "shuffle", "steps_per_epoch", "initial_epoch"
+    data = _prepare_data(model, x, batch_size, *map(options.pop, names))
 
     # === The run ===
     run = TrainingRun(model, data, callbacks)
     with remembered_tokenizer(model, x, run):
-        validation = {
-            "validation_data": evaluation_data(
-                model, validation_data, steps=validation_steps, passes_once=False
-            ),
-            "validation_split": validation_split,
-            "validation_steps": validation_steps,
-            "validation_batch_size": validation_batch_size or batch_size,
-            "validation_freq": validation_freq,
-        }
-        _resume(run, model, resume_from, verbose)
+        options["validation_data"] = evaluation_data(
+            model,
+            options["validation_data"],
+            steps=options["validation_steps"],
+            passes_once=False,
+        )
+        options["validation_batch_size"] = (
+            options["validation_batch_size"] or batch_size
+        )
+        _resume(run, model, resume_from, options["verbose"])
 
         # === Training ===
-        if run.epoch < epochs:
-            options = {"epochs": epochs, "verbose": verbose}
-            history = _train(model, keras_fit, run, **options, **validation)
+        if run.epoch < options["epochs"]:
+            history = _train(model, keras_fit, run, options)
         else:
             history = keras.callbacks.History()
             if run.history:
@@ -128,10 +119,10 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
         x.standardize(model.head)
     reader = reader_of(x, rules, batch_size, shuffle)
     data = TrainingData(reader, steps_per_epoch, initial_epoch)
-    check_batch_size(model, data.rows, data.description.get("data.pairs"))
+    data.check_same_everywhere()
+    check_batch_size(model, data.rows)
     if data.batch_size and model.micro_batch_size:
         check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
-    data.check_same_everywhere()
     _check_executions(model.steps_per_execution, data.steps_per_epoch)
     return data
 
@@ -150,7 +141,7 @@ def _resume(run, model, resume_from, verbose):
         print(f"Resuming from {found[0]}: epoch {run.epoch + 1}.")
 
 
-def _train(model, keras_fit, run, **options):
+def _train(model, keras_fit, run, options):
     """Calls Keras's `fit` from where a run is to the end, and returns its history."""
     if model.compiled:
         _warn_of_rate_zero(model.optimizer)
@@ -215,10 +206,11 @@ def _warn_of_rate_zero(optimizer):
         )
 
 
-def _split(model, x, validation_split, validation_data):
+def _split(model, x, options):
     """Splits arrays as Keras does: the last ones are held out."""
+    validation_split = options["validation_split"]
     reason = f"`validation_split={validation_split}` takes it from `x`."
-    check_unused(reason, validation_data=validation_data)
+    check_unused(reason, validation_data=options["validation_data"])
     x = model.input_rules.check_keys(x)
     pairs = len(x["token_ids"])
     first = int(pairs * (1.0 - validation_split))

@@ -170,16 +170,14 @@ class InputRules:
         ):
             self.is_normalized = True
 
-    def check_shape(self, name, values):
-        """Raises an error for images or token ids of a shape that no encoder takes."""
-        texts = name == "token_ids"
-        expected = self.text_shape if texts else self.image_shape
-        shape, option = tuple(values.shape), "context_length" if texts else "image_size"
+    def check_image_shape(self, images):
+        """Raises an error for images of a shape that the encoder does not take."""
+        expected, shape = self.image_shape, tuple(images.shape)
         if expected is not None and not fits_shape(shape, (None, *expected)):
             raise ValueError(
-                f"`{name}` must have shape {(None, *expected)}: the `{option}` of the "
-                "data must be that of the encoder, which "
-                f"`kcm.models.with_{option}` changes. Received: {name}.shape={shape}"
+                f"`images` must have shape {(None, *expected)}: the `image_size` of "
+                "the data must be that of the encoder, which "
+                f"`kcm.models.with_image_size` changes. Received: images.shape={shape}"
             )
 
     def check_ids(self, ids, has_mask=False):
@@ -189,25 +187,20 @@ class InputRules:
             ids: `(batch, T)` ints.
             has_mask: Boolean. Whether the batch has a padding mask.
         """
-        ids = as_array(ids)
-        if ids.dtype.kind in "OSU":
-            raise ValueError(
-                "`token_ids` must be ids, and not texts: pass `tokenizer(texts)`, or "
-                f"embed texts by `kcm.evaluation.embed_texts`. Received: {ids[:1]}"
-            )
-        longest = self.context_length
+        ids, longest = as_array(ids), self.context_length
+        expected = (None, *(self.text_shape or (None,)))
         if (
-            ids.ndim != 2
-            or ids.dtype.kind not in "iu"
+            ids.dtype.kind not in "iu"
+            or not fits_shape(ids.shape, expected)
             or (longest is not None and ids.shape[1] > longest)
         ):
             most = "" if longest is None else f", of at most {longest} columns"
             raise ValueError(
-                f"`token_ids` must be integers of shape (batch, tokens){most}: the "
-                "`context_length` of the tokenizer must be that of the text encoder. "
+                f"`token_ids` must be integers of shape {expected}{most}, as a "
+                "tokenizer returns for texts. Its `context_length` must be that of the "
+                "text encoder, which `kcm.models.with_context_length` changes. "
                 f"Received: token_ids of type {ids.dtype} and shape {ids.shape}"
             )
-        self.check_shape("token_ids", ids)
         low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
         size = self.vocabulary_size
         if size is not None and (low < 0 or high >= size):
@@ -240,7 +233,7 @@ class InputRules:
             Whether they have values that pixels cannot have.
         """
         images = images if hasattr(images, "dtype") else as_array(images)
-        self.check_shape("images", images)
+        self.check_image_shape(images)
         if self.pixel_range is None or not is_float(images):
             return False
         images = as_array(images)

@@ -62,9 +62,8 @@ def with_loss_scaling(optimizer, layers):
 
     Keras checks only the model's own dtype policy, but each tower has its own.
     """
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return optimizer
-    if all(layer.compute_dtype != "float16" for layer in layers):
+    is_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if is_scaled or all(layer.compute_dtype != "float16" for layer in layers):
         return optimizer
     return keras.optimizers.LossScaleOptimizer(optimizer)
 

@@ -16,20 +16,14 @@ FREE_OPTIONS = ("name", "micro_batch_size", "gradient_checkpointing")
 
 def read_state(model) -> dict[str, np.ndarray]:
     """Returns weights, seeds, learning rates and optimizer state as NumPy arrays."""
-    variables = {
-        f"{group}/{index}": variable
-        for group, variables in _groups(model).items()
-        for index, variable in enumerate(variables)
-    }
-    variables.update(_learning_rates(model))
+    variables = {**_variables(model), **_learning_rates(model)}
     return {key: np.array(to_numpy(variable)) for key, variable in variables.items()}
 
 
 def write_state(model, state):
     """Assigns the arrays of `read_state`, except for the learning rates."""
-    for group, variables in _groups(model).items():
-        for index, variable in enumerate(variables):
-            variable.assign(state[f"{group}/{index}"])
+    for key, variable in _variables(model).items():
+        variable.assign(state[key])
 
 
 def learning_rates(model) -> dict[str, float]:
@@ -63,21 +57,22 @@ def restore_learning_rates(model, state, first_rates) -> dict[str, float]:
 
 def find_non_finite(model, state) -> str | None:
     """Returns the path of a variable with a NaN or infinite saved value, or `None`."""
-    for group in ("model", "optimizer"):
-        for index, variable in enumerate(_groups(model)[group]):
-            if not np.isfinite(state[f"{group}/{index}"]).all():
-                return variable.path
+    for key, variable in _variables(model).items():
+        if not np.isfinite(state[key]).all():
+            return variable.path
     return None
 
 
 def describe(model) -> dict:
     """Returns the settings that a checkpoint must match, as a flat JSON dictionary."""
-    fields = {}
-    for group, variables in _groups(model).items():
-        fields[f"{group}.number of variables"] = len(variables)
-        for index, variable in enumerate(variables):
-            shape = [*variable.shape]
-            fields[f"{group}.{index} ({variable.path})"] = [shape, str(variable.dtype)]
+    variables = _variables(model)
+    fields = {
+        f"{group}.number of variables": sum(key.startswith(group) for key in variables)
+        for group in ("model", "optimizer")
+    }
+    for key, variable in variables.items():
+        field = f"{key.replace('/', '.')} ({variable.path})"
+        fields[field] = [[*variable.shape], str(variable.dtype)]
     fields["optimizer"] = type(model.optimizer).__name__
     for key, value in model.get_config().items():
         if key not in FREE_OPTIONS and not isinstance(value, dict):
@@ -107,11 +102,14 @@ def differences(saved: dict, wanted: dict) -> list[str]:
     ]
 
 
-def _groups(model):
+def _variables(model):
+    """Returns all variables but learning rates, by their keys in `read_state`."""
     rates = {id(variable) for variable in _learning_rates(model).values()}
+    others = [v for v in model.optimizer.variables if id(v) not in rates]
     return {
-        "model": model.variables,
-        "optimizer": [v for v in model.optimizer.variables if id(v) not in rates],
+        f"{group}/{index}": variable
+        for group, variables in (("model", model.variables), ("optimizer", others))
+        for index, variable in enumerate(variables)
     }
 
 

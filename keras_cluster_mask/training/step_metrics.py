@@ -98,11 +98,11 @@ class GradientNorm:
 
     def update_metric(self):
         """Adds the norm of a training step to the metric."""
-        if "norm" not in vars(self._step):
+        # Removed, since it may be a symbolic tensor of a traced function.
+        norm = vars(self._step).pop("norm", None)
+        if norm is None:
             # No weight is trained.
             return
-        # Removed, since it may be a symbolic tensor of a traced function.
-        norm = vars(self._step).pop("norm")
         counts = ops.ones_like(norm)
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             counts = ops.cast(ops.isfinite(norm), norm.dtype)

@@ -35,13 +35,6 @@ def check_tokenizer(model, tokenizer, context_length=None):
     ids = probe(tokenizer, context_length)
     if ids is None:
         return None
-    longest = model.context_length
-    if longest is not None and ids.shape[1] > longest:
-        raise ValueError(
-            f"`tokenizer` must return at most {longest} ids a text, the most that the "
-            "text encoder takes: set its length. "
-            f"Received: tokenizer={tokenizer}, which returns ids of shape {ids.shape}"
-        )
     model.input_rules.check_ids(ids)
     if model.text_family.pooling == "highest id" and not _has_special_tokens(ids):
         raise ValueError(

@@ -98,16 +98,15 @@ class TrainingData:
         }
 
     def check_same_everywhere(self):
-        """Raises an error unless all processes read the same stream."""
-        if self.stream is None:
-            return
-        content = json.dumps(self.stream.description, sort_keys=True).encode()
+        """Raises an error unless all processes read equal batches of one stream."""
+        found = {**self.description, "data.rows": self.rows}
+        content = json.dumps(found, sort_keys=True).encode()
         # 31 bits, since JAX's integers have no more.
         if len({*all_gather_object(zlib.crc32(content) >> 1)}) > 1:
             raise ValueError(
-                "`x` must be the same data, in the same order, in all processes: check "
-                "that all see the same shards, and pass the same `seed`. Received "
-                f"here: {self.stream.description}"
+                "`x` must be the same data, in the same order and in batches of the "
+                "same size, in all processes: check that all see the same shards, and "
+                f"pass the same `seed`. Received here: {found}"
             )
 
     def check_resumable(self):
@@ -189,20 +188,15 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
             starts worker processes once for a generator, and twice for a grain dataset.
     """
-    if isinstance(data, TowerFeatures):
-        if not rules.training:
-            return Reader(data.pairs(slice(None)), None, False)
-        data, rules, shuffle = (
-            data.batches(batch_size, True if shuffle is None else shuffle),
-            None,
-            False,
-        )
-    elif isinstance(data, dict):
+    if isinstance(data, dict):
         # Arrays are checked once, as a whole.
         (data,) = rules.check(data)
+    if isinstance(data, dict | TowerFeatures):
+        is_arrays = isinstance(data, dict)
         if not rules.training:
-            return Reader(data, None, False)
-        data = ArrayBatches(data, batch_size, True if shuffle is None else shuffle)
+            return Reader(data if is_arrays else data.pairs(slice(None)), None, False)
+        batches = functools.partial(ArrayBatches, data) if is_arrays else data.batches
+        data = batches(batch_size, True if shuffle is None else shuffle)
         rules, shuffle = None, False
     is_stream = hasattr(data, "stream") and data.stream is data
     if is_stream and keras.backend.backend() == "tensorflow":
@@ -265,7 +259,7 @@ class Reader:
             rules.warns[...] = False
         if self.spec is not None and rules is not None:
             rules.check_keys(self.spec)
-            rules.check_shape("images", self.spec["images"])
+            rules.check_image_shape(self.spec["images"])
             if rules.pixel_range is not None:
                 is_float(self.spec["images"])
 

@@ -157,12 +157,18 @@ def unknown_length():
     return data.filter(lambda batch: True)
 
 
-@pytest.mark.parametrize("kind", ["arrays", "unknown length"])
+@pytest.mark.parametrize(
+    "kind",
+    ["arrays", "unknown length", pytest.param("split", marks=pytest.mark.slow)],
+)
 def test_arrays_and_other_datasets_resume_with_an_epoch(kind, tmp_path):
     validation = {"validation_data": pairs(8, seed=1), "validation_batch_size": 4}
     data, fit = pairs(), {"shuffle": False, "batch_size": 4, **validation}
     if kind == "unknown length":
         data, fit = unknown_length(), validation
+    elif kind == "split":
+        data = pairs(15)
+        fit = {"shuffle": False, "batch_size": 4, "validation_split": 0.2}
     expected, history = run(data, tmp_path / "whole", fit=fit)
     for stop in (5, 6):
         folder = tmp_path / f"stopped-{stop}"
@@ -174,25 +180,11 @@ def test_arrays_and_other_datasets_resume_with_an_epoch(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_held_out_part_of_arrays_stays_the_same(tmp_path):
-    fit = {"shuffle": False, "batch_size": 4, "validation_split": 0.2}
-    data = pairs(10)
-    expected, history = run(data, tmp_path / "whole", fit=fit)
-    run(data, tmp_path / "stopped", 3, fit=fit)
-    found, resumed = run(data, tmp_path / "stopped", fit=fit)
-    assert_same_weights(found, expected)
-    for name, logs in history.history.items():
-        np.testing.assert_allclose(resumed.history[name], logs, rtol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("masking", ["threshold", "attentive"])
-def test_maskings_with_a_state_of_their_own_resume(masking, tmp_path):
+def test_a_masking_with_a_teacher_resumes(tmp_path):
     def run_until(stop, folder):
         keras.utils.set_random_seed(1)
-        made = MASKINGS[masking](num_prefix_tokens=0, seed=3)
-        encoder = masked_vit(made) if masking == "attentive" else None
-        model = make_model(made, masked_encoder=encoder)
+        made = MASKINGS["attentive"](num_prefix_tokens=0, seed=3)
+        model = make_model(made, masked_encoder=masked_vit(made))
         fit = {"shuffle": False, "batch_size": 4}
         return run(pairs(), tmp_path / folder, stop, model, fit)[0]
 
@@ -278,8 +270,7 @@ def test_the_state_of_the_model_is_left_alone_between_saves(tmp_path, monkeypatc
 
 def start(shards, folder, weights, **environment):
     return subprocess.Popen(
-        [sys.executable, PROGRAM, *map(str, (shards[0].parent / "*.tar", folder))]
-        + [str(weights), "8"],
+        [sys.executable, PROGRAM, shards[0].parent / "*.tar", folder, weights],
         env={**os.environ, "KERAS_BACKEND": BACKEND, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -288,17 +279,16 @@ def start(shards, folder, weights, **environment):
 
 
 def finish(process):
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
 
 
 @pytest.mark.slow
 def test_killed_at_random_points_and_while_saving(shards, tmp_path):
-    finish(start(shards, tmp_path / "whole", tmp_path / "whole.npz"))
     rng = random.Random(os.getpid())
     folder = tmp_path / "killed"
     kills = 0
-    for syncs in (None, 3, None, 4, None):
+    for syncs in (None, 3, 4):
         # A save calls fsync for the file, and for the folder once it is renamed.
         environment = {"KILL_AT_SYNC": str(syncs)} if syncs else {}
         process = start(shards, folder, tmp_path / "killed.npz", **environment)
@@ -306,15 +296,13 @@ def test_killed_at_random_points_and_while_saving(shards, tmp_path):
             for _ in range(rng.randint(1, 4)):
                 process.stdout.readline()
             process.kill()
-        process.communicate(timeout=300)
+        process.communicate(timeout=600)
         kills += process.returncode == -signal.SIGKILL
-    assert kills == 5
+    assert kills == 3
     finish(start(shards, folder, tmp_path / "killed.npz"))
-    with (
-        np.load(tmp_path / "whole.npz") as whole,
-        np.load(tmp_path / "killed.npz") as killed,
-    ):
-        assert_same_weights(dict(killed), dict(whole))
+    expected, _ = run(make_dataset(shards), tmp_path / "whole", fit={"epochs": 6})
+    with np.load(tmp_path / "killed.npz") as killed:
+        assert_same_weights(dict(killed), expected)
     assert not list(folder.glob(".*"))
 
 

@@ -1,6 +1,6 @@
 """A small training run with a checkpoint, also as a program that can be killed.
 
-    python training_run.py SHARDS FOLDER WEIGHTS [EPOCHS]
+    python training_run.py SHARDS FOLDER WEIGHTS
 
 resumes from FOLDER and writes the weights it ends with to WEIGHTS. With
 KILL_AT_SYNC=n it kills itself at the n-th `fsync`, that is while it saves.
@@ -132,11 +132,11 @@ def kill_at_sync(count):
 if __name__ == "__main__":
     if "KILL_AT_SYNC" in os.environ:
         kill_at_sync(int(os.environ["KILL_AT_SYNC"]))
-    shards, folder, weights, *epochs = sys.argv[1:]
+    shards, folder, weights = sys.argv[1:]
     model = make_model()
     model.fit(
         make_dataset(shards),
-        epochs=int(*epochs or [6]),
+        epochs=6,
         verbose=0,
         resume_from=folder,
         callbacks=[

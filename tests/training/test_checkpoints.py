@@ -2,9 +2,6 @@
 
 import errno
 import os
-import pathlib
-import subprocess
-import sys
 import threading
 
 import ml_dtypes
@@ -85,14 +82,6 @@ def test_an_error_of_writing_in_another_process_stops_this_one(monkeypatch):
     monkeypatch.setattr(checkpoints, "all_gather_object", lambda value: [value, 1])
     with pytest.raises(OSError, match=r"must be written.*Received: an error in ano"):
         finish_writing_everywhere()
-
-
-@pytest.mark.slow
-def test_a_program_that_ends_finishes_its_file(tmp_path):
-    program = pathlib.Path(__file__).with_name("slow_write.py")
-    command = [sys.executable, program, str(tmp_path)]
-    subprocess.run(command, cwd=program.parents[2], check=True, timeout=300)
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001.npz"]
 
 
 def test_a_storage_that_is_not_known_is_named():

@@ -13,7 +13,6 @@ from keras_cluster_mask.models.encoders import BLOCKS
 from keras_cluster_mask.training.gradient_checkpointing import find_blocks
 from tests.helpers import (
     CONTEXT,
-    FAST,
     VOCABULARY,
     AddPositions,
     GradientSteps,
@@ -28,7 +27,6 @@ from tests.helpers import (
     text_bag,
     tiny_clip,
     to_numpy,
-    vit_encoder,
 )
 
 BATCH = 8
@@ -110,19 +108,6 @@ def deep_clip(checkpointing, masking="none", num_layers=2, width=16, **kwargs):
     )
 
 
-def deep_vit(checkpointing, **kwargs):
-    keras.utils.set_random_seed(0)
-    encoder = vit_encoder(dropout_rate=0.2, attention_dropout=0.2)
-    masking = kcm.ClusterMasking(4, seed=1)
-    tokens = kcm.with_masking(encoder, masking)
-    images = keras.Input((16, 16, 3))
-    pooled = keras.layers.GlobalAveragePooling1D()(tokens(images))
-    encoder = keras.Model(images, pooled, name="pooled")
-    return kcm.ContrastiveModel(
-        encoder, text_bag(), gradient_checkpointing=checkpointing, **kwargs
-    )
-
-
 def assert_same_steps(make, steps=2, tolerance=1e-5):
     """The same losses and gradients in each of some steps, from the same state."""
     found = []
@@ -162,15 +147,6 @@ def test_clip_has_the_gradients_it_has_without(masking, micro_batch_size):
     assert_same_steps(functools.partial(deep_clip, **options), 1)
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 4])
-def test_dropout_is_the_same_in_both_passes(micro_batch_size):
-    steps = assert_same_steps(
-        functools.partial(deep_vit, micro_batch_size=micro_batch_size)
-    )
-    # The states of dropout have moved.
-    assert any((x != y).any() for x, y in zip(steps[0][2], steps[1][2]))
-
-
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
@@ -183,7 +159,9 @@ def test_dropout_is_the_same_in_both_passes(micro_batch_size):
 )
 def test_a_block_of_the_users_own_is_named(options, tolerance):
     make = functools.partial(own_model, **options)
-    assert_same_steps(make, tolerance=tolerance)
+    steps = assert_same_steps(make, tolerance=tolerance)
+    # The states of dropout have moved.
+    assert any((x != y).any() for x, y in zip(steps[0][2], steps[1][2]))
 
 
 def test_a_frozen_tower_works():
@@ -268,19 +246,6 @@ def test_a_text_encoder_with_a_padding_mask_has_the_same_gradients():
     pairs = random_pairs(BATCH)
     assert (pairs["token_ids"] == 0).any()
     assert_same_steps(model, 1)
-
-
-def test_micro_batches_of_a_model_in_mixed_precision_are_recomputed_too():
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
-        model = kcm.ContrastiveModel.from_backbone(
-            tiny_clip(), gradient_checkpointing=True, micro_batch_size=4
-        )
-    finally:
-        keras.config.set_dtype_policy("float32")
-    model.compile("sgd", **FAST)
-    history = model.fit(random_pairs(BATCH), batch_size=BATCH, verbose=0)
-    assert np.isfinite(history.history["loss"]).all()
 
 
 @pytest.mark.any_backend

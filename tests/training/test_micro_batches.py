@@ -142,33 +142,27 @@ def test_losses_that_layers_add_are_averaged():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_bfloat16_trains_like_whole_batches():
+def test_bfloat16_trains_like_whole_batches_also_with_gradient_checkpointing():
     losses = []
     for micro_batch_size in (None, 4):
         keras.utils.set_random_seed(0)
-        model = kcm.ContrastiveModel.from_backbone(
-            tiny_clip(dtype="mixed_bfloat16"),
-            masking=kcm.ClusterMasking(4, seed=1),
-            micro_batch_size=micro_batch_size,
-        )
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        try:
+            model = kcm.ContrastiveModel.from_backbone(
+                tiny_clip(),
+                masking=kcm.ClusterMasking(4, seed=1),
+                micro_batch_size=micro_batch_size,
+                gradient_checkpointing=micro_batch_size is not None,
+            )
+        finally:
+            keras.config.set_dtype_policy("float32")
         model.compile(keras.optimizers.SGD(0.05), **FAST)
         history = model.fit(
-            **as_dataset(random_pairs(BATCH), BATCH), epochs=3, verbose=0
+            **as_dataset(random_pairs(BATCH), BATCH), epochs=2, verbose=0
         )
         losses.append(history.history["loss"])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-3)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
-
-
-def test_no_two_chunks_see_the_same_dropout():
-    images = keras.Input((16, 16, 3))
-    x = keras.layers.Flatten()(images)
-    x = keras.layers.Dropout(0.5, seed=1)(ops.ones_like(x)[:, :64])
-    model = kcm.ContrastiveModel(
-        keras.Model(images, x), text_bag(64), micro_batch_size=2
-    )
-    embeddings = to_numpy(model(random_pairs(BATCH), training=True)["image_embeddings"])
-    assert len({row.tobytes() for row in embeddings > 0}) == BATCH
 
 
 # === Memory ===
@@ -256,10 +250,3 @@ def test_a_batch_of_unknown_size_is_refused():
     batch = {"token_ids": keras.Input((6,), dtype="int32")}
     with pytest.raises(ValueError, match=r"batch size that is known.*Received: .*=4"):
         embed_in_micro_batches(model, batch, 4)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("value", [0, -1, 2.5, "4"])
-def test_a_size_that_is_no_positive_integer_is_refused(value):
-    with pytest.raises(ValueError, match=r"`micro_batch_size` must be.*Received:"):
-        kcm.ContrastiveModel(image_mlp(), text_bag(), micro_batch_size=value)

@@ -158,23 +158,10 @@ def test_a_bare_tokenizer_of_keras_hub_is_refused(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_a_tokenizer_of_open_clip_is_cut_to_the_towers_length():
-    open_clip = pytest.importorskip("open_clip")
-    backbone = kcm.models.clip_backbone("tiny", 16, context_length=12, patch_size=4)
-    found, expected = (
-        embed_texts(backbone, ["a cat", "two dogs"], tokenizer, verbose=0)
-        for tokenizer in (
-            open_clip.get_tokenizer("ViT-B-32"),
-            kcm.data.CLIPTokenizer.from_open_clip(12),
-        )
-    )
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-@pytest.mark.any_backend
 def test_rows_that_are_longer_than_the_tower_takes_are_an_error(clip):
     tokenizer = make_tokenizer(length=CONTEXT + 1)
-    with pytest.raises(ValueError, match=r"`tokenizer` must .*6.*Received: .*\(3, 7\)"):
+    message = r"`token_ids` must .*at most 6 columns.*Received: .*\(3, 7\)"
+    with pytest.raises(ValueError, match=message):
         embed_texts(clip, ["a cat"], tokenizer, verbose=0)
 
 
@@ -338,16 +325,6 @@ def keras_hub_preprocessor(tokenizer, folder):
     return keras_hub.models.CLIPPreprocessor(tokenizer, sequence_length=CONTEXT)
 
 
-@pytest.mark.any_backend
-def test_fit_warns_of_a_vocabulary_of_another_size(shard):
-    tokenizer = kcm.data.CLIPTokenizer.train(["a cat"], 520, CONTEXT)
-    backbone = kcm.models.clip_backbone("tiny", 16, 777, CONTEXT, 4)
-    model = kcm.ContrastiveModel.from_backbone(backbone)
-    model.compile("sgd", **FAST)
-    with pytest.warns(UserWarning, match=r"`tokenizer` .*Received: .*514 ids, .*777"):
-        model.fit(stream(shard, tokenizer), verbose=0)
-
-
 # === A tokenizer of its own length ===
 
 
@@ -446,19 +423,6 @@ def test_a_tokenizer_that_cleans_texts_otherwise_is_another(clip, kind):
         return tokenizer([clean(text) for text in texts])
 
     assert check_tokenizer(clip, cleaned) != check_tokenizer(clip, tokenizer)
-
-
-@pytest.mark.any_backend
-def test_the_ways_of_open_clip_to_clean_texts_are_different_tokenizers():
-    open_clip = pytest.importorskip("open_clip")
-    backbone = kcm.models.clip_backbone("tiny", 16, patch_size=4)
-    model = kcm.ContrastiveModel.from_backbone(backbone)
-    ways = ("lower", "whitespace", "canonicalize")
-    tokenizers = [open_clip.SimpleTokenizer(clean=way) for way in ways]
-    found = [check_tokenizer(model, tokenizer) for tokenizer in tokenizers]
-    assert len(set(found)) == 3
-    ours = kcm.data.CLIPTokenizer.from_open_clip(16)
-    assert check_tokenizer(model, ours) == found[0]
 
 
 @pytest.mark.any_backend

@@ -6,11 +6,10 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.tower_optimizer import clip_by_global_norm
-from tests.helpers import FAST, random_pairs, small_model, to_numpy, values
+from tests.helpers import FAST, random_pairs, to_numpy, values
 from tests.training.test_optimizers import (
     DECAY,
     RATE,
-    STEPS,
     ByTorch,
     assert_same_weights,
     batches,
@@ -57,24 +56,6 @@ def test_towers_learn_at_their_rates_as_in_parameter_groups_of_torch(eager, clip
     assert history["gradient_norm"] == pytest.approx([norm], rel=1e-5)
 
 
-def test_one_optimizer_for_each_part_is_one_for_all():
-    def make(rate):
-        schedule = keras.optimizers.schedules.CosineDecay(rate, STEPS)
-        return adamw(schedule, use_ema=True, ema_momentum=0.5)
-
-    results = []
-    for towers in (False, True):
-        model = make_model()
-        optimizer = make(0.02)
-        if towers:
-            optimizer = kcm.TowerOptimizer(optimizer, make(0.02), make(0.02))
-        model.compile(optimizer, **FAST)
-        fit(model, epochs=2)
-        results.append(values(model.weights))
-    for one, other in zip(*results):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.any_backend
 def test_towers_may_have_weights_of_the_same_paths():
     def encoder(shape):
@@ -111,20 +92,6 @@ def test_clipping_is_that_of_keras(max_norm):
     # Wrong gradients are not hidden.
     wrong = clip_by_global_norm([keras.ops.convert_to_tensor([np.inf, 1.0])], 1.0)
     assert np.isnan(to_numpy(wrong[0])).all()
-
-
-@pytest.mark.any_backend
-def test_callbacks_change_the_learning_rate_of_each_optimizer():
-    model = small_model()
-    parts = [keras.optimizers.SGD(rate) for rate in (0.1, 0.2)]
-    model.compile(kcm.TowerOptimizer(*parts), **FAST)
-    halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
-    plateau = keras.callbacks.ReduceLROnPlateau(
-        "loss", factor=0.1, patience=1, min_delta=1e9
-    )
-    model.fit(random_pairs(4), epochs=2, verbose=0, callbacks=[halve, plateau])
-    rates = [float(to_numpy(part.learning_rate)) for part in parts]
-    np.testing.assert_allclose(rates, [0.1 / 40, 0.2 / 40], rtol=1e-6)
 
 
 @pytest.mark.any_backend

@@ -53,11 +53,11 @@ def data_parallel(function, model, averaged):
         model: The `keras.Model` that it trains.
         averaged: List of the variables that each process updates from its own rows.
     """
-    buckets = GradientBuckets()
 
     @functools.wraps(function)
     def train_function(data):
-        with buckets.filled([v.value for v in model.trainable_weights]):
+        buckets = GradientBuckets([v.value for v in model.trainable_weights])
+        with buckets.filled_by_backward_pass():
             logs = function(data)
         for variable in averaged:
             distributed.all_reduce(variable.value.data)
@@ -97,85 +97,61 @@ def reduce_gradients(gradients: list, weights: list) -> list:
     Returns:
         A list of gradients, `None` for a weight without a gradient in any process.
     """
-    step = _Step.running
-    if step is None or not _are_same(weights, step.weights):
-        step = _Step(weights, reversed(range(len(weights))))
-    return step.reduce(gradients)
+    buckets = GradientBuckets.running
+    if buckets is None or not all(map(is_, weights, buckets.weights)):
+        buckets = GradientBuckets(weights)
+    return buckets.reduce(gradients)
 
 
 class GradientBuckets:
-    """Averages gradients over all processes, in buckets that the backward pass fills.
+    """Averages the gradients of one training step over all processes, in buckets.
 
     A bucket is one tensor that holds the gradients of several weights. The gradients
-    become views of it, so there is only one copy of them. Buckets order the weights as
-    the first step of the first process found their gradients. A full bucket waits for
-    those before it, so all processes reduce in the same order.
+    become views of it, so there is only one copy of them. Buckets hold the last weights
+    first, because the backward pass finds most of their gradients first. A full bucket
+    waits for those before it, so all processes reduce in the same order.
 
     If a process has no gradient for a weight, its gradient counts as 0. If no process
     has one, the result is `None`.
-    """
-
-    def __init__(self):
-        self.weights, self.order = [], None
-
-    @contextlib.contextmanager
-    def filled(self, weights: list):
-        """A context for a training step, in which the backward pass fills the buckets.
-
-        Args:
-            weights: List of torch parameters, the same on all processes.
-        """
-        if not _are_same(weights, self.weights):
-            self.weights, self.order = weights, None
-        step = _Step(weights, self.order or reversed(range(len(weights))))
-        handles = step.add_hooks()
-        _Step.running = step
-        try:
-            yield step
-        finally:
-            _Step.running = None
-            for handle in handles:
-                handle.remove()
-        if self.order is None and len(step.found) == len(weights):
-            order = [[*step.found]]
-            distributed.broadcast_object_list(order, src=0)
-            self.order = order[0]
-
-
-class _Step:
-    """The buckets of one training step.
 
     Args:
-        weights: List of torch parameters.
-        order: Iterable of weight indices, in the order in which they fill the buckets.
+        weights: List of torch parameters, the same on all processes.
 
     Attributes:
-        running: The step that this process is in, or `None`.
+        running: The buckets that the backward pass fills now, or `None`.
     """
 
     running = None
 
-    def __init__(self, weights, order):
+    def __init__(self, weights: list):
         self.weights = weights
         self.buckets, self.bucket_of = [], {}
         self.num_started = 0
-        # Gradients by index, in the order in which they were found.
         self.found = {}
-        for index in order:
-            weight = weights[index]
-            if not self.buckets or not self.buckets[-1].fits(weight):
-                self.buckets.append(_Bucket(weight.dtype, weight.device))
-            self.buckets[-1].add(index, weight)
+        for index in reversed(range(len(weights))):
+            if not self.buckets or not self.buckets[-1].fits(weights[index]):
+                self.buckets.append(_Bucket(weights[index]))
+            self.buckets[-1].add(index, weights[index])
             self.bucket_of[index] = self.buckets[-1]
 
-    def add_hooks(self):
+    @contextlib.contextmanager
+    def filled_by_backward_pass(self):
+        """A context in which the backward pass of the step fills the buckets."""
+
         def hook(index):
             return lambda weight: self.put(index, weight.grad)
 
-        return [
+        handles = [
             weight.register_post_accumulate_grad_hook(hook(index))
             for index, weight in enumerate(self.weights)
         ]
+        GradientBuckets.running = self
+        try:
+            yield
+        finally:
+            GradientBuckets.running = None
+            for handle in handles:
+                handle.remove()
 
     def put(self, index, gradient):
         if index in self.found:
@@ -205,19 +181,16 @@ class _Step:
             self.num_started += 1
 
 
-def _are_same(weights, others):
-    return len(weights) == len(others) and all(map(is_, weights, others))
-
-
 class _Bucket:
-    def __init__(self, dtype, device):
-        self.dtype, self.device = dtype, device
+    def __init__(self, first):
+        self.first = first
         self.places, self.size = {}, 0
         self.missing = set()
         self.flat = self.work = None
 
     def fits(self, weight):
-        alike = (weight.dtype, weight.device) == (self.dtype, self.device)
+        first = self.first
+        alike = (weight.dtype, weight.device) == (first.dtype, first.device)
         size = (self.size + weight.numel()) * weight.element_size()
         return alike and size <= BUCKET_BYTES
 
@@ -260,7 +233,6 @@ class _Bucket:
         if self.flat is None:
             # Allocated with the first gradient, so that a backward pass that finds all
             # gradients at its end does not hold a second copy of all of them.
-            size = self.size + len(self.places)
-            self.flat = torch.empty(size, dtype=self.dtype, device=self.device)
+            self.flat = self.first.new_empty(self.size + len(self.places))
         place, shape = self.places[index]
         return self.flat[place].view(shape)

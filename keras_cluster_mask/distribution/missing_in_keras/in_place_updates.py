@@ -23,8 +23,8 @@ def update_in_place(optimizer):
     The results equal Keras's up to rounding, and are stored in Keras's variables.
     Gradients are clipped in-place. The rest of `apply` stays Keras's own: decay,
     accumulation, averages, constraints. Keras also performs the update if a weight is
-    not float32, and for optimizers other than Adam and AdamW. Its update of SGD is
-    already in-place.
+    not float32, for AMSGrad, and for optimizers other than Adam and AdamW. Its update
+    of SGD is already in-place.
 
     Keras has no public hook for clipping and the update within `apply`, so two private
     methods of one optimizer are replaced. A test fails if a version of Keras lacks
@@ -45,12 +45,10 @@ def update_in_place(optimizer):
 
     def update_step(gradients, variables, learning_rate):
         indices = [optimizer._get_variable_index(v) for v in variables]
-        slots = [optimizer._momentums, optimizer._velocities]
-        if optimizer.amsgrad:
-            slots.append(optimizer._velocity_hats)
+        slots = optimizer._momentums, optimizer._velocities
         weights = [v.value for v in variables]
         moments = [[slot[i].value for i in indices] for slot in slots]
-        if can_update(weights, gradients, *moments):
+        if not optimizer.amsgrad and can_update(weights, gradients, *moments):
             adam(optimizer, weights, gradients, moments, learning_rate)
         else:
             update(gradients, variables, learning_rate)
@@ -124,8 +122,8 @@ def adam(optimizer, weights, gradients, moments, learning_rate) -> None:
         optimizer: The optimizer, for its options and its iteration count.
         weights: List of torch tensors for which `can_update` is true. Updated in-place.
         gradients: List of torch tensors, in the same order.
-        moments: Lists of torch tensors: first moments, second moments and, for AMSGrad,
-            the largest second moments. Updated in-place too.
+        moments: Two lists of torch tensors, first moments and second moments. Updated
+            in-place too.
         learning_rate: Float or scalar.
     """
     with torch.no_grad():
@@ -144,10 +142,10 @@ def adam(optimizer, weights, gradients, moments, learning_rate) -> None:
             weights,
             gradients,
             *moments,
-            *[[]] * (3 - len(moments)),
+            [],
             list(steps.unbind()),
             fused=True,
-            amsgrad=len(moments) == 3,
+            amsgrad=False,
             beta1=optimizer.beta_1,
             beta2=optimizer.beta_2,
             # A tensor, since reading its value would wait for the device.

@@ -28,7 +28,7 @@ def passed():
     port = str(free_port())
     processes = [
         subprocess.Popen(
-            [sys.executable, PROGRAM],
+            [sys.executable, PROGRAM, *CHECKS],
             env={
                 **os.environ,
                 "RANK": str(rank),
