@@ -49,12 +49,6 @@ def test_broken_samples_are_listed_with_their_reasons(broken):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_without_decoding_only_the_structure_is_checked(broken):
-    found = check(broken)
-    assert found["by_reason"] == {"duplicate key": 1, "no caption": 1}
-    assert found["samples"] == 7
-
-
 def test_the_first_hundred_broken_samples_are_listed(write_tar):
     found = check(write_tar("a.tar", [(f"{n:03}.txt", b"text") for n in range(120)]))
     assert found["broken"] == 120

@@ -267,11 +267,11 @@ def test_an_item_that_an_object_cannot_decode_is_replaced():
             return 12
 
         def __getitem__(self, number):
-            if number == 5:
+            if number == 0:
                 raise OSError("image file is truncated")
             return {"image": np.full((4, 4, 3), number, "uint8"), "caption": ("t",)}
 
     dataset = make(Items(), True, batch_size=12)
     (batch,) = take(dataset, 1)
-    assert {*batch["keys"].tolist()} == {b"%d" % n for n in range(12) if n != 5}
+    assert {*batch["keys"].tolist()} == {b"%d" % n for n in range(1, 12)}
     assert dataset.skipped.by_reason == {"the sample cannot be read": 1}

@@ -117,14 +117,6 @@ def test_folders_are_classes_in_the_order_of_their_names(
     assert values(dataset, "labels") == expected
 
 
-def test_samples_without_a_known_label_are_skipped_and_counted(labeled):
-    options = {"label_key": "json.name", "class_names": ["cat", "fox"]}
-    dataset = make(labeled, max_skipped=1.0, **options)
-    with pytest.warns(UserWarning, match="unknown label"):
-        assert values(dataset, "labels") == [0, 1, 0, 1]
-    assert dataset.skipped.by_reason == {"unknown label": 2}
-
-
 @pytest.mark.filterwarnings("ignore:.*skipped")
 @pytest.mark.parametrize(
     "options",
@@ -136,11 +128,3 @@ def test_samples_without_a_known_label_are_skipped_and_counted(labeled):
 def test_entries_that_no_sample_has_are_an_error(labeled, options):
     with pytest.raises(ValueError, match=rf"`{min(options)}`.*Received: "):
         make(labeled, **options)
-
-
-def test_a_tf_dataset_holds_labels(labeled):
-    pytest.importorskip("tensorflow")
-    dataset = make(labeled, label_key="cls", format="tf")
-    assert [*dataset.element_spec] == ["images", "labels"]
-    labels = [batch["labels"].numpy().tolist() for batch in dataset]
-    assert labels == [[0, 1, 2, 0], [1, 2]]

@@ -173,29 +173,6 @@ def test_what_the_index_leaves_out_is_told_or_refused(shard):
             make(shard, max_skipped=share)
 
 
-@pytest.fixture
-def third_broken(write_tar, encode):
-    """1,800 samples, one in three of which does not decode."""
-    image = encode(np.zeros((4, 4, 3), "uint8"))
-    members = []
-    for index in range(1800):
-        members.append((f"{index}.png", image if index % 3 else b"-"))
-        members.append((f"{index}.txt", b"t"))
-    return write_tar("third.tar", members)
-
-
-@pytest.mark.filterwarnings("ignore:.*skipped")
-@pytest.mark.parametrize("training", [False, True])
-def test_a_larger_share_than_allowed_ends_the_run(third_broken, training):
-    options = {"batch_size": 100, "training": training}
-    assert len(take(make(third_broken, max_skipped=0.4, **options), 18)) == 18
-    dataset = make(third_broken, max_skipped=0.2, **options)
-    with pytest.raises(
-        ValueError, match=r"More than 20 %.*larger `max_skipped`.*of the first 1\d\d\d "
-    ):
-        take(dataset, 20)
-
-
 @pytest.mark.filterwarnings("ignore:.*skipped")
 @pytest.mark.parametrize("training", [False, True])
 def test_the_share_of_few_samples_ends_the_run_too(write_pairs, training):

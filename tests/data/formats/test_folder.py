@@ -71,12 +71,6 @@ def test_a_single_image_is_a_shard(images, read_all):
     assert list(find_shards(f"{images}/cats/*")) == names
 
 
-def test_a_table_in_a_folder_comes_before_the_images(images, read_all):
-    (images / "metadata.csv").write_text("file_name,caption\n3.png,three\n")
-    (shard,) = find_shards(images)
-    assert [key for key, _ in read_all(shard)[0]] == ["3.png"]
-
-
 def test_a_new_image_changes_the_stamp_of_a_folder(images):
     before = find_shards(images)
     assert find_shards(images) == before

@@ -133,13 +133,6 @@ def test_other_files_are_of_unknown_format(name, tmp_path, write, scan):
         list(scan(path))
 
 
-def test_a_compressed_tfrecord_file_is_refused(write_records, scan):
-    path = write_records("x.gz", [b"record"])
-    path = path.rename(path.with_suffix(".tfrecord"))
-    with pytest.raises(NoRandomAccess, match="compressed file: decompress it"):
-        list(scan(path))
-
-
 # === Addresses ===
 
 
