@@ -1,5 +1,6 @@
 """Which captions an image has, and which of them is used."""
 
+import collections
 import json
 
 import numpy as np
@@ -72,6 +73,21 @@ def test_bytes_that_are_no_utf_8_are_replaced():
 
 
 PAIRS = [Pair(b"", ("a", "b", "c"), "1", "x"), Pair(b"", ("d",), "2", "x")]
+
+
+def test_in_training_each_caption_and_template_is_drawn_equally_often():
+    choose = Captions(None, True, ["{}", "a photo of {}."]).choose
+    generator = np.random.default_rng(0)
+    counts = collections.Counter(
+        choose(pair, generator) for _ in range(3000) for pair in PAIRS
+    )
+    # Five deviations of a binomial.
+    for caption in (b"a", b"b", b"c"):
+        assert 400 < counts[caption] < 600
+        assert 400 < counts[b"a photo of " + caption + b"."] < 600
+    assert 1360 < counts[b"d"] < 1640
+    assert counts.total() == 6000
+    assert len(counts) == 8
 
 
 def test_in_evaluation_the_first_caption_and_template_are_taken():

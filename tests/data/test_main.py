@@ -43,6 +43,13 @@ def test_check_counts_samples_and_fails_if_one_is_broken(
     assert (found["shard"], found["key"]) == (broken, "cut\x1b")
 
 
+def test_fields_are_named(write_tar, noise):
+    shard = write_tar("a.tar", [("1.seg.png", noise(1)), ("1.alt", b"text")])
+    names = ["--image-key", "seg.png", "--caption-key", "x", "--caption-key", "alt"]
+    assert main(["check", str(shard)]) == 1
+    assert main(["check", str(shard), *names]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[], ["guess"], ["check"], ["check", "missing.tar"], ["check", "{}.tar"]],

@@ -13,6 +13,7 @@ from keras_cluster_mask.data import Sampling, image_text_dataset
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.parts import hash_of
+from tests.data.reading import Counted
 from tests.helpers import FAST, image_mlp, text_bag
 
 pytestmark = [
@@ -82,16 +83,6 @@ class Keys(list):
 
     def key_hashes(self):
         return np.array([hash_of(key) for key in self], "uint64")
-
-
-class Counted(list):
-    """Samples that record which of them are read."""
-
-    read = ()
-
-    def __getitem__(self, number):
-        self.read = {*self.read, number}
-        return super().__getitem__(number)
 
 
 # === What is drawn ===
@@ -222,32 +213,19 @@ def test_samples_that_are_left_out_are_not_read(noise, has_keys):
         source = Counted({**row, "__key__": key} for row, key in zip(source, keys))
     probability = {key: 0.4 * (n % 4 == 0) for n, key in enumerate(keys)}
     dataset = make(source, Sampling(probability))
-    source.read = set()
+    source.read.clear()
     read = [key for batch in batches(dataset, 0, 10) for key in batch]
     assert len({*read}) > 10
-    assert {keys.index(key) for key in read} <= source.read <= {*range(0, 300, 4)}
-
-
-class CountSteps(keras.callbacks.Callback):
-    """Counts the steps of each epoch."""
-
-    steps = ()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.steps = [*self.steps, 0]
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.steps[-1] += 1
+    assert {keys.index(key) for key in read} <= {*source.read} <= {*range(0, 300, 4)}
 
 
 def test_fit_trains_for_the_steps_of_an_epoch_of_the_mean_length(shards):
     dataset = make(shards, Sampling(COPIES), include_keys=False)
     model = kcm.ContrastiveModel(image_mlp(), text_bag())
     model.compile(keras.optimizers.SGD(0.01), **FAST)
-    counter = CountSteps()
-    model.fit(dataset, epochs=3, verbose=0, callbacks=[counter])
+    model.fit(dataset, epochs=3, verbose=0)
     assert dataset.steps_per_epoch == int(sum(COPIES.values())) // 4
-    assert counter.steps == [dataset.steps_per_epoch] * 3
+    assert int(model.optimizer.iterations) == 3 * dataset.steps_per_epoch
 
 
 def test_the_length_of_a_dataset_is_that_of_the_epoch_at_its_start(shards):

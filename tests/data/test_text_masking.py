@@ -1,8 +1,5 @@
 """Text maskings against their references, and in `image_text_dataset`."""
 
-import itertools
-import pickle
-
 import numpy as np
 import pytest
 
@@ -14,6 +11,7 @@ from keras_cluster_mask.data import (
     TextMasking,
     image_text_dataset,
 )
+from tests.data.reading import take
 
 pytestmark = pytest.mark.any_backend
 
@@ -283,13 +281,6 @@ def make(source, training=True, **options):
     )
 
 
-def take(dataset, count=None):
-    iterator = iter(dataset)
-    batches = [*itertools.islice(iterator, count)]
-    iterator.close()
-    return batches
-
-
 @pytest.mark.parametrize("name", MASKINGS)
 def test_training_masks_token_ids_and_changes_nothing_else(shard, name):
     masked = take(make(shard, text_masking=MASKINGS[name]), 6)
@@ -400,18 +391,6 @@ def test_the_description_names_the_masking_and_its_options(shard):
     assert again.description["data.text_masking"] == described[2]
     # Without an effect, it does not stand in the way of a comparison.
     assert make(shard, training=False).description["data.text_masking"] is None
-
-
-@pytest.mark.parametrize("name", MASKINGS)
-def test_a_masking_pickles(name):
-    copy = pickle.loads(pickle.dumps(MASKINGS[name]))
-    caption = " ".join(WORDS)
-    rows = [
-        each.tokenize(TOKENIZERS[10], [caption], [generator(3)])
-        for each in (copy, MASKINGS[name])
-    ]
-    np.testing.assert_array_equal(*rows)
-    assert repr(copy) == repr(MASKINGS[name])
 
 
 # === Errors ===

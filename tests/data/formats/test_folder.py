@@ -87,13 +87,3 @@ def test_file_names_that_are_not_utf_8_are_different_keys(images, read_all):
     assert len({key for key, _ in samples}) == 6
     for _, fields in samples:
         assert os.path.exists(files.beside(shard, fields["path"]))
-
-
-def test_a_folder_at_an_address_is_read(memory, read_all):
-    for name in ("b/1.png", "a/1.png"):
-        memory.pipe_file(f"/images/{name}", b"image")
-    (shard,) = find_shards("memory://images")
-    samples, _ = read_all(shard)
-    assert [key for key, _ in samples] == ["a/1.png", "b/1.png"]
-    path = files.beside(shard, "a/1.png")
-    assert memory.cat(path) == b"image"
