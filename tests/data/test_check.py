@@ -49,19 +49,6 @@ def test_broken_samples_are_listed_with_their_reasons(broken):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_a_damaged_shard_counts_once_and_the_others_are_read(write_pairs):
-    first, second = write_pairs("a.tar", 0, 6), write_pairs("b.tar", 6, 2)
-    first.write_bytes(first.read_bytes()[:5000])
-    for decode in (False, True):
-        found = check([first, second], decode=decode)
-        assert found["by_reason"] == {"damaged shard": 1}
-        # A pair is 2,048 bytes.
-        assert found["samples"] == 2 + 2
-        (damage,) = found["first_broken"]
-        assert (damage["shard"], damage["key"]) == (str(first), "0001")
-        assert damage["details"]
-
-
 def test_objects_are_checked_by_reading_them(noise):
     items = [
         {"image": noise(0), "caption": "a"},

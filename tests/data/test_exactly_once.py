@@ -22,21 +22,10 @@ def tokenizer(captions):
 
 
 def make(source, process, batch_size, block_size=1, training=True, **options):
-    if training:
-        options["block_size"] = block_size
-    return image_text_dataset(
-        source,
-        tokenizer,
-        4,
-        batch_size,
-        training,
-        format="grain",
-        seed=2,
-        max_skipped=1.0,
-        include_keys=True,
-        process=process,
-        **options,
-    )
+    options |= {"block_size": block_size} if training else {}
+    options |= {"format": "grain", "seed": 2, "max_skipped": 1.0, "process": process}
+    options["include_keys"] = True
+    return image_text_dataset(source, tokenizer, 4, batch_size, training, **options)
 
 
 @pytest.fixture

@@ -141,10 +141,9 @@ def test_the_fingerprint_covers_what_a_field_holds(write_rows, write_tar, noise)
             rows.append({"image": image, "text": text})
             named.append({"image": f"{name}.png", "text": text})
             members += [(f"{name}.png", image), (f"{name}.txt", text.encode())]
-        paths = [write_rows("x.parquet", rows), write_rows("x.csv", named)]
-        return [
-            open_all(each).fingerprint for each in [write_tar("x.tar", members), *paths]
-        ]
+        tables = write_rows("x.parquet", rows), write_rows("x.csv", named)
+        paths = write_tar("x.tar", members), *tables
+        return [open_all(path).fingerprint for path in paths]
 
     first = fingerprints(images, captions)
     assert fingerprints(images, captions) == first

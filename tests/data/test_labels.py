@@ -115,16 +115,3 @@ def test_folders_are_classes_in_the_order_of_their_names(
             path.write_bytes(encode(np.zeros((8, 8, 3), "uint8")))
     dataset = make(tmp_path / "images", label_key="folder")
     assert values(dataset, "labels") == expected
-
-
-@pytest.mark.filterwarnings("ignore:.*skipped")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"label_key": "json.missing"},
-        {"caption_key": "json.missing", "include_captions": True},
-    ],
-)
-def test_entries_that_no_sample_has_are_an_error(labeled, options):
-    with pytest.raises(ValueError, match=rf"`{min(options)}`.*Received: "):
-        make(labeled, **options)

@@ -87,19 +87,9 @@ def folder(tmp_path, noise):
 
 
 def test_images_of_a_folder_have_paths_and_labels(folder):
-    dataset = image_text_dataset(
-        folder,
-        None,
-        16,
-        3,
-        training=False,
-        format="grain",
-        label_key="folder",
-        class_names=["fish", "cat", "dog"],
-        include_keys=True,
-        include_paths=True,
-    )
-    batches = take(dataset)
+    options = {"label_key": "folder", "class_names": ["fish", "cat", "dog"]}
+    options |= {"include_keys": True, "include_paths": True, "format": "grain"}
+    batches = take(image_text_dataset(folder, None, 16, 3, False, **options))
     names = ["cat/0.png", "cat/2.png", "dog/1.png", "fish/3.png"]
     assert column(batches, "keys") == [name.encode() for name in names]
     assert column(batches, "paths") == [str(folder / name).encode() for name in names]

@@ -151,18 +151,6 @@ def test_samples_of_keys_come_once_in_each_epoch(shards, form):
     assert epochs_of(shards, Sampling(keys), 3) == [kept] * 3
 
 
-def test_a_function_gets_the_keys_of_all_intact_samples_once(shards):
-    asked = []
-
-    def probability(keys):
-        asked.append(keys)
-        return np.ones(len(keys))
-
-    dataset = make(shards, Sampling(probability))
-    batches(dataset, 0, 30)
-    assert asked == [[*COPIES]]
-
-
 # === In a dataset ===
 
 
@@ -226,16 +214,6 @@ def test_fit_trains_for_the_steps_of_an_epoch_of_the_mean_length(shards):
     model.fit(dataset, epochs=3, verbose=0)
     assert dataset.steps_per_epoch == int(sum(COPIES.values())) // 4
     assert int(model.optimizer.iterations) == 3 * dataset.steps_per_epoch
-
-
-def test_the_length_of_a_dataset_is_that_of_the_epoch_at_its_start(shards):
-    lengths = [len(epoch) for epoch in epochs_of(shards, Sampling(COPIES), 3)]
-    assert len({length // 4 for length in lengths}) > 1
-    dataset = make(shards, Sampling(COPIES))
-    for epoch, length in enumerate(lengths):
-        # The first batch that begins within the epoch.
-        dataset.start = -(-sum(lengths[:epoch]) // 4)
-        assert len(dataset) == length // 4
 
 
 def test_another_sampling_is_other_data(shards):
