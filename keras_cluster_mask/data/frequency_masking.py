@@ -159,22 +159,12 @@ class FrequencyTextMasking(TextMasking):
 
 def _check_frequencies(frequencies):
     """Raises an error unless all keys are words, and all values positive numbers."""
-    if not isinstance(frequencies, Mapping) or not frequencies:
-        raise ValueError(
-            "`frequencies` must be a dict from words to how often each occurs, with at "
-            f"least one word. Received: frequencies={frequencies!r}"
-        )
-    for word, count in frequencies.items():
-        if not is_positive(count):
+    is_table = isinstance(frequencies, Mapping) and frequencies
+    for word, count in frequencies.items() if is_table else [(None, frequencies)]:
+        is_word = isinstance(word, str) and byte_pairs.words_of(word) == [word.lower()]
+        if not is_word or not is_positive(count):
             raise ValueError(
-                "`frequencies` must be positive numbers: how often each word occurs. "
-                f"Received: {word!r}: {count!r}"
-            )
-        if not isinstance(word, str) or (
-            word != word.lower() or byte_pairs.words_of(word) != [word]
-        ):
-            raise ValueError(
-                "`frequencies` must have single words in lower case as keys, as CLIP's "
-                "tokenizer splits captions, or they have no effect: count them with "
-                f"`fit`. Received: {word!r}"
+                "`frequencies` must be a dict from single words in lower case, as "
+                "CLIP's tokenizer splits captions, to positive numbers, how often each "
+                f"occurs: count them with `fit`. Received: {word!r}: {count!r}"
             )

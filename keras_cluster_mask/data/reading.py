@@ -162,12 +162,9 @@ class Reading:
             paths = [path for index in self.indexes for path in index.paths]
             # Neighbors are read much faster together than one by one.
             is_slow = any(x.endswith(".parquet") or files.is_address(x) for x in paths)
-            largest = BLOCK if is_slow else 1
-            sizes = (largest >> shift for shift in range(largest.bit_length()))
-            fitting = (
-                n for n in sizes if not batch_size % n and batch_size >= n * RUNS
-            )
-            block_size = next(fitting, 1)
+            block_size = math.gcd(batch_size, BLOCK) if is_slow else 1
+            while block_size > 1 and batch_size < block_size * RUNS:
+                block_size //= 2
         block_size = check_integer("block_size", block_size, 1)
         runs, rest = divmod(batch_size, block_size)
         if rest or runs % processes:

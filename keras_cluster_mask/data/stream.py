@@ -181,6 +181,7 @@ class _Reader:
         self._samples, self._stop, self._step = samples, stop, max(num_workers, 1)
         self._rows, self._batches = Threads(count), Threads(ahead)
         self._begun, self.workers = {}, []
+        self._others = [each.pid for each in multiprocessing.active_children()]
 
     def __call__(self, batch):
         # A batch begins as soon as there are free threads, before the last one is done.
@@ -213,16 +214,26 @@ class _Reader:
         closing = closer.submit(iterators.pop().close)
         # grain ends one worker after the other.
         limit = END_AFTER + len(self.workers) / 4
-        if not futures.wait([closing], limit).done:
-            # The workers that have been stopped by a signal or a debugger.
-            for process in multiprocessing.active_children():
-                if process.pid in [*self.workers]:
-                    process.kill()
-            futures.wait([closing], 4 * limit)
+        futures.wait([closing], limit)
+        # The workers that a signal or a debugger has stopped, or that grain leaves.
+        for process in self._processes():
+            process.kill()
+        futures.wait([closing], 4 * limit)
         closer.close()
         if self.workers:
             self.workers.shm.close()
             self.workers.shm.unlink()
+
+    def _processes(self):
+        """Returns the worker processes that are alive."""
+        noted = [*self.workers][:-1]
+        return [
+            each
+            for each in multiprocessing.active_children()
+            if each.pid in noted
+            # A worker that stops while it starts has not noted its id.
+            or (0 in noted and each.pid not in self._others and "grain" in each.name)
+        ]
 
 
 class _Iterator(grain.DatasetIterator):

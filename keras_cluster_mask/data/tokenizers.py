@@ -72,18 +72,16 @@ class CLIPTokenizer:
         self._merges = [tuple(merge) for merge in merges]
         self._specials = start_token, end_token
         ids = {token: index for index, token in enumerate(self._vocabulary)}
-        if len(ids) != len(self._vocabulary):
+        self.vocabulary_size = len(self._vocabulary)
+        if len(ids) != self.vocabulary_size or not (
+            start_token in ids and self._vocabulary[-1] == end_token
+        ):
             raise ValueError(
-                "`vocabulary` must not contain duplicates. Received: "
-                f"{len(self._vocabulary)} tokens, {len(ids)} of them unique"
-            )
-        if start_token not in ids or self._vocabulary[-1] != end_token:
-            raise ValueError(
-                f"`vocabulary` must contain {start_token!r} and end with "
-                f"{end_token!r}, so that the end token has the highest id. Received: "
+                f"`vocabulary` must have each token once, contain {start_token!r} and "
+                f"end with {end_token!r}, so that the end token has the highest id. "
+                f"Received: {self.vocabulary_size} tokens, {len(ids)} of them unique, "
                 f"...{self._vocabulary[-2:]}"
             )
-        self.vocabulary_size = len(self._vocabulary)
         self.start_token_id = ids[start_token]
         self.end_token_id = ids[end_token]
         self._tokenizer = Tokenizer(

@@ -52,12 +52,13 @@ class Storage(LocalFileSystem):
     Attributes:
         requests: list of the path, the first byte and the byte after the last of each
             part of a file that was read.
-        failures: float. The share of requests that fail.
+        errors: list of the errors that the next requests raise.
+        failures: float. The share of the other requests that fail.
         failed: int. The number of requests that failed.
     """
 
     protocol = "storage"
-    requests, failures, failed = [], 0.0, 0
+    requests, errors, failures, failed = [], [], 0.0, 0
     _draws = random.Random(0)
 
     @classmethod
@@ -68,6 +69,8 @@ class Storage(LocalFileSystem):
         return f"storage://{self._strip_protocol(name)}"
 
     def cat_file(self, path, start=None, end=None, **options):
+        if self.errors:
+            raise self.errors.pop()
         if self._draws.random() < self.failures:
             Storage.failed += 1
             raise OSError("the connection was reset")
@@ -82,6 +85,7 @@ def storage(tmp_path, monkeypatch):
     # The index of files at an address is in a cache.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Storage, "requests", [])
+    monkeypatch.setattr(Storage, "errors", [])
     monkeypatch.setattr(Storage, "failures", 0.0)
     monkeypatch.setattr(Storage, "failed", 0)
     monkeypatch.setattr(Storage, "_draws", random.Random(0))

@@ -49,3 +49,15 @@ def keras_hub_tokenizer(tokenizer, folder):
     vocabulary = {names.get(t, t): i for i, t in enumerate(config["vocabulary"])}
     merges = [" ".join(merge) for merge in config["merges"]]
     return keras_hub.models.CLIPTokenizer(vocabulary, merges)
+
+
+class Counted(list):
+    """Samples that record which of them are read."""
+
+    def __init__(self, samples):
+        super().__init__(samples)
+        self.read = []
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        return super().__getitem__(number)

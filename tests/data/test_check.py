@@ -49,48 +49,6 @@ def test_broken_samples_are_listed_with_their_reasons(broken):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_without_decoding_only_the_structure_is_checked(broken):
-    found = check(broken)
-    assert found["by_reason"] == {"duplicate key": 1, "no caption": 1}
-    assert found["samples"] == 7
-
-
-def test_the_first_hundred_broken_samples_are_listed(write_tar):
-    found = check(write_tar("a.tar", [(f"{n:03}.txt", b"text") for n in range(120)]))
-    assert found["broken"] == 120
-    keys = [each["key"] for each in found["first_broken"]]
-    assert keys == [f"{n:03}" for n in range(100)]
-
-
-def test_a_damaged_shard_counts_once_and_the_others_are_read(write_pairs):
-    first, second = write_pairs("a.tar", 0, 6), write_pairs("b.tar", 6, 2)
-    first.write_bytes(first.read_bytes()[:5000])
-    for decode in (False, True):
-        found = check([first, second], decode=decode)
-        assert found["by_reason"] == {"damaged shard": 1}
-        # A pair is 2,048 bytes.
-        assert found["samples"] == 2 + 2
-        (damage,) = found["first_broken"]
-        assert (damage["shard"], damage["key"]) == (str(first), "0001")
-        assert damage["details"]
-
-
-def test_missing_images_of_a_table_are_broken(tmp_path, noise):
-    (tmp_path / "a.png").write_bytes(noise(1))
-    rows = "file_name,caption\na.png,first\na.png,second\nmissing.png,third\n"
-    (tmp_path / "metadata.csv").write_text(rows)
-    for decode in (False, True):
-        found = check(tmp_path, decode=decode)
-        assert found["samples"] == 1
-        assert found["by_reason"] == {"the image file is missing": 1}
-
-
-def test_fields_are_found_by_the_given_names(write_tar, noise):
-    shard = write_tar("a.tar", [("1.seg.png", noise(1)), ("1.alt", b"text")])
-    assert check(shard)["broken"] == 1
-    assert check(shard, image_keys="seg.png", caption_key=["x", "alt"])["broken"] == 0
-
-
 def test_objects_are_checked_by_reading_them(noise):
     items = [
         {"image": noise(0), "caption": "a"},

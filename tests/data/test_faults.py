@@ -78,18 +78,6 @@ def test_a_shard_that_vanishes_is_counted_and_others_are_read(shards):
         take(usual)
 
 
-def test_the_samples_of_a_shard_that_vanishes_are_replaced_by_others(shards):
-    dataset = make(shards, True, batch_size=30)
-    shards[1].unlink()
-    for _ in range(2):
-        (batch,) = take(dataset, 1)
-        assert {key.decode() for key in batch["keys"]} == {
-            *numbers(range(10), range(20, 30))
-        }
-        assert len(batch["keys"]) == 30
-        assert dataset.skipped.by_reason["the shard cannot be read"] >= 10
-
-
 def test_a_shard_that_is_truncated_after_indexing_does_not_slow_training(
     shards, monkeypatch
 ):
@@ -213,15 +201,6 @@ def test_images_at_addresses_are_read_beside_their_table(encode, tmp_path, memor
     assert dataset.skipped.by_reason == {"the image file cannot be read": 1}
 
 
-@TRAINING
-def test_huge_images_are_counted(write_pairs, encode, training):
-    huge = encode(np.zeros((300, 300), "uint8"))
-    shard = write_pairs("x.tar", 0, 10, [("a.png", huge), ("a.txt", b"a")])
-    dataset = make(shard, training, max_image_pixels=10_000, batch_size=11)
-    assert {*keys(dataset, 1)} == {*numbers(range(10))}
-    assert dataset.skipped.by_reason == {"the image has too many pixels": 1}
-
-
 # === Errors through TensorFlow ===
 
 
@@ -267,11 +246,11 @@ def test_an_item_that_an_object_cannot_decode_is_replaced():
             return 12
 
         def __getitem__(self, number):
-            if number == 5:
+            if number == 0:
                 raise OSError("image file is truncated")
             return {"image": np.full((4, 4, 3), number, "uint8"), "caption": ("t",)}
 
     dataset = make(Items(), True, batch_size=12)
     (batch,) = take(dataset, 1)
-    assert {*batch["keys"].tolist()} == {b"%d" % n for n in range(12) if n != 5}
+    assert {*batch["keys"].tolist()} == {b"%d" % n for n in range(1, 12)}
     assert dataset.skipped.by_reason == {"the sample cannot be read": 1}

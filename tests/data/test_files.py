@@ -2,7 +2,6 @@ import threading
 
 import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from keras_cluster_mask.data import files, shards
 
@@ -118,65 +117,45 @@ def test_ranges_beyond_the_end_and_missing_files_are_errors(file):
     assert isinstance(missing, FileNotFoundError)
 
 
-class Unreliable(MemoryFileSystem):
-    """Fails as often as `failures` says, and notes each request."""
-
-    protocol = "unreliable"
-    store, pseudo_dirs, requests, failures = {}, [""], [], []
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.replace("unreliable://", "memory://"))
-
-    def cat_file(self, path, start=None, end=None, **options):
-        self.requests.append((path, start, end))
-        if self.failures:
-            raise self.failures.pop()
-        return super().cat_file(path, start, end, **options)
-
-
 @pytest.fixture
-def unreliable():
-    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
-    system = fsspec.filesystem("unreliable")
-    system.pipe("/a", CONTENT)
-    system.requests.clear()
-    system.failures.clear()
-    return system
+def address(storage, tmp_path):
+    """A file in an object store."""
+    (tmp_path / "a").write_bytes(CONTENT)
+    return f"storage://{tmp_path}/a"
 
 
-def test_neighbors_are_read_in_one_request(unreliable):
-    ranges = [("unreliable://a", start, start + 90) for start in range(0, 6400, 100)]
+def test_neighbors_are_read_in_one_request(address, storage):
+    ranges = [(address, start, start + 90) for start in range(0, 6400, 100)]
     found = files.read_ranges([*ranges[::2], *ranges[1::2]])
     assert found[1] == CONTENT[200:290]
-    assert unreliable.requests == [("/a", 0, 6390)]
+    assert [span for _, *span in storage.requests] == [[0, 6390]]
 
 
-def test_what_cannot_be_read_is_read_again(unreliable):
+def test_what_cannot_be_read_is_read_again(address, storage):
     # The clients of object stores have errors of their own.
-    unreliable.failures.extend([RuntimeError("slow down"), OSError("reset")])
-    far = [("unreliable://a", 0, 5), ("unreliable://a", 200_000, 200_005)]
+    storage.errors.extend([RuntimeError("slow down"), OSError("reset")])
+    far = [(address, 0, 5), (address, 200_000, 200_005)]
     assert files.read_ranges(far) == [CONTENT[:5], CONTENT[200_000:200_005]]
-    assert not unreliable.failures
-    assert len(unreliable.requests) == 4
+    assert not storage.errors
+    assert len(storage.requests) == 2
 
 
-def test_an_error_that_stays_is_returned_for_its_range_alone(unreliable):
-    ranges = [("unreliable://a", 0, 5), ("unreliable://b", 0, 5)]
-    unreliable.failures.extend([RuntimeError("slow down")] * 10)
+def test_an_error_that_stays_is_returned_for_its_range_alone(address, storage):
+    ranges = [(address, 0, 5), (f"{address}b", 0, 5)]
+    storage.errors.extend([RuntimeError("slow down")] * 10)
     found = files.read_ranges(ranges[:1])
     assert isinstance(found[0], OSError)
     assert "slow down" in str(found[0])
-    unreliable.failures.clear()
+    storage.errors.clear()
     first, second = files.read_ranges(ranges)
     assert first == CONTENT[:5]
     assert isinstance(second, OSError)
 
 
-def test_a_file_that_ends_early_is_not_read_again(unreliable):
-    (found,) = files.read_ranges([("unreliable://a", 0, len(CONTENT) + 1)])
+def test_a_file_that_ends_early_is_not_read_again(address, storage):
+    (found,) = files.read_ranges([(address, 0, len(CONTENT) + 1)])
     assert "ends before byte" in str(found)
-    assert len(unreliable.requests) == 1
+    assert len(storage.requests) == 1
 
 
 def test_a_range_beyond_the_end_is_requested_once(tmp_path, server):
@@ -210,10 +189,10 @@ def test_a_request_to_a_server_that_stalls_is_sent_again(tmp_path, server, short
     assert server.stalls == 9 - 1 - len(files.RETRY_AFTER)
 
 
-def test_any_storage_that_stalls_is_an_error(unreliable, short_wait, monkeypatch):
+def test_any_storage_that_stalls_is_an_error(address, storage, short_wait, monkeypatch):
     released = threading.Event()
-    monkeypatch.setattr(Unreliable, "cat_file", lambda *_, **__: released.wait())
-    first, second = files.read_ranges([("unreliable://a", 0, 5), (__file__, 0, 5)])
+    monkeypatch.setattr(storage, "cat_file", lambda *_, **__: released.wait())
+    first, second = files.read_ranges([(address, 0, 5), (__file__, 0, 5)])
     assert "the storage has not answered" in str(first)
     assert second == b"impor"
     released.set()

@@ -131,29 +131,18 @@ def test_the_fingerprint_differs_if_samples_or_fields_differ(source, write_pairs
     assert len(set(fingerprints)) == len(fingerprints)
 
 
-def formats_of(rows, folder, write_tar):
-    """The paths of files of several formats with these names, images and captions."""
-    pq = pytest.importorskip("pyarrow.parquet")
-    import pyarrow as pa
-
-    fields = [
-        (f"{k}.{end}", v) for k, *row in rows for end, v in zip(("png", "txt"), row)
-    ]
-    write_tar("x.tar", fields)
-    columns = dict(zip(("key", "image", "text"), zip(*rows)))
-    pq.write_table(pa.table(columns), folder / "x.parquet")
-    lines = [f"{key}.png,{caption.decode()}" for key, _, caption in rows]
-    (folder / "x.csv").write_text("\n".join(["image,text", *lines]))
-    return [folder / f"x.{end}" for end in ("tar", "parquet", "csv")]
-
-
-def test_the_fingerprint_covers_what_a_field_holds(tmp_path, write_tar, noise):
+def test_the_fingerprint_covers_what_a_field_holds(write_rows, write_tar, noise):
     images = noise(1), noise(2, (8, 8))
-    captions = b"one", b"three"
+    captions = "one", "three"
 
     def fingerprints(images, captions):
-        rows = zip("ab", images, captions)
-        paths = formats_of([*rows], tmp_path, write_tar)
+        rows, named, members = [], [], []
+        for name, image, text in zip("ab", images, captions):
+            rows.append({"image": image, "text": text})
+            named.append({"image": f"{name}.png", "text": text})
+            members += [(f"{name}.png", image), (f"{name}.txt", text.encode())]
+        tables = write_rows("x.parquet", rows), write_rows("x.csv", named)
+        paths = write_tar("x.tar", members), *tables
         return [open_all(path).fingerprint for path in paths]
 
     first = fingerprints(images, captions)
@@ -226,17 +215,6 @@ def test_a_source_may_have_several_formats(tmp_path, write_pairs, encode):
     assert [pair.captions for pair in pairs] == expected
     assert pairs[0].image == pairs[1].image == image
     assert [pair.path for pair in pairs] == [f"{tmp_path}/a.png", "", "", ""]
-
-
-def test_shards_at_addresses_are_read(source, tmp_path, monkeypatch, memory):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for index in range(4):
-        memory.put(f"{tmp_path}/{index}.tar", f"/read/{index}.tar")
-    local, remote = open_all(source), open_all("memory://read/*.tar")
-    assert remote.fingerprint == local.fingerprint
-    numbers = [8, 0, 4, 3]
-    pairs = [pair._replace(shard="") for pair in local.read(numbers)]
-    assert [pair._replace(shard="") for pair in remote.read(numbers)] == pairs
 
 
 def test_more_shards_than_open_files_are_read(tmp_path, write_tar):
@@ -334,19 +312,10 @@ def test_an_image_in_another_row_changes_the_fingerprint(write_rows):
 # === Objects ===
 
 
-class Items:
-    """An object that gives samples by number, as a Dataset of `datasets` does."""
+class Items(list):
+    """An object that has a fingerprint, as a Dataset of `datasets` does."""
 
     _fingerprint = "abc"
-
-    def __init__(self, items):
-        self._items = items
-
-    def __len__(self):
-        return len(self._items)
-
-    def __getitem__(self, number):
-        return self._items[number]
 
 
 def test_the_fingerprint_of_an_object_is_its_own():

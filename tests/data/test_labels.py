@@ -115,32 +115,3 @@ def test_folders_are_classes_in_the_order_of_their_names(
             path.write_bytes(encode(np.zeros((8, 8, 3), "uint8")))
     dataset = make(tmp_path / "images", label_key="folder")
     assert values(dataset, "labels") == expected
-
-
-def test_samples_without_a_known_label_are_skipped_and_counted(labeled):
-    options = {"label_key": "json.name", "class_names": ["cat", "fox"]}
-    dataset = make(labeled, max_skipped=1.0, **options)
-    with pytest.warns(UserWarning, match="unknown label"):
-        assert values(dataset, "labels") == [0, 1, 0, 1]
-    assert dataset.skipped.by_reason == {"unknown label": 2}
-
-
-@pytest.mark.filterwarnings("ignore:.*skipped")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"label_key": "json.missing"},
-        {"caption_key": "json.missing", "include_captions": True},
-    ],
-)
-def test_entries_that_no_sample_has_are_an_error(labeled, options):
-    with pytest.raises(ValueError, match=rf"`{min(options)}`.*Received: "):
-        make(labeled, **options)
-
-
-def test_a_tf_dataset_holds_labels(labeled):
-    pytest.importorskip("tensorflow")
-    dataset = make(labeled, label_key="cls", format="tf")
-    assert [*dataset.element_spec] == ["images", "labels"]
-    labels = [batch["labels"].numpy().tolist() for batch in dataset]
-    assert labels == [[0, 1, 2, 0], [1, 2]]

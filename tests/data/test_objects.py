@@ -223,17 +223,3 @@ def test_objects_that_are_no_samples_are_refused_with_a_remedy(source):
     remedy = r"'records'.*without streaming.*Received: source="
     with pytest.raises(ValueError, match=rf"`source`.*{remedy}{type(source).__name__}"):
         make(source)
-
-
-def test_an_object_whose_first_sample_is_broken_is_read():
-    class Broken:
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, number):
-            if number == 0:
-                raise OSError("truncated")
-            return {"image": np.zeros((4, 4), "uint8"), "text": "a"}
-
-    with pytest.warns(UserWarning, match="the sample cannot be read"):
-        assert keys(make(Broken())) == [*"123"]

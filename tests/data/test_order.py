@@ -1,4 +1,3 @@
-import collections
 import itertools
 import pickle
 import threading
@@ -44,20 +43,6 @@ def test_a_position_gives_the_same_sample_whatever_was_asked_before():
     assert [pickle.loads(pickle.dumps(order))[position] for position in range(200)] == (
         forwards
     )
-
-
-def test_samples_are_shuffled_evenly():
-    # How often a sample comes first or last in an epoch.
-    ends = collections.Counter()
-    for seed in range(500):
-        order = Order(10, seed)
-        ends[order[0]] += 1
-        ends[order[9]] += 1
-    # Five standard deviations of a binomial distribution.
-    assert min(ends[number] for number in range(10)) > 100 - 5 * 9.5
-    # Neighbors do not stay together.
-    apart = np.diff(epoch(Order(1000, 0), 0))
-    assert np.mean(np.abs(apart) == 1) < 0.02
 
 
 def test_blocks_keep_neighbors_together_and_start_elsewhere_in_each_epoch():
@@ -171,13 +156,3 @@ def test_sources_of_equal_size_do_not_pair_their_samples_in_a_mix():
 def test_sampling_must_return_numbers_of_samples(chosen):
     with pytest.raises(ValueError, match=r"`sampling`.*0 to 7.*Received"):
         Order(8, 0, sampling=lambda count, epoch: chosen)[0]
-
-
-def test_samplers_with_other_numbers_have_other_digests():
-    digests = {
-        Order(
-            8, 0, sampling=lambda count, epoch, first=first: np.arange(first, 8)
-        ).digest()
-        for first in range(4)
-    }
-    assert len(digests) == 4

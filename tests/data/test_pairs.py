@@ -52,13 +52,6 @@ def test_each_broken_sample_has_a_reason(write_tar, monkeypatch):
     ]
 
 
-def test_samples_without_caption_are_pairs_where_none_is_wanted(write_tar):
-    shard = write_tar("x.tar", [("1.jpg", b"j"), ("2.jpg", b"k"), ("2.txt", b" ")])
-    pairs, faults = read(shard, wants_caption=False)
-    assert [(pair.image, pair.captions) for pair in pairs] == [(b"j", ()), (b"k", ())]
-    assert faults == []
-
-
 def test_a_key_may_be_repeated_in_another_shard(write_pairs, write_tar):
     files = [("0001.jpg", b"j"), ("0001.txt", b"t")]
     source = [write_pairs("a.tar", 0, 3), write_tar("b.tar", files)]
@@ -75,13 +68,3 @@ def test_cells_that_name_no_file_are_no_images(tmp_path, image):
     pairs, faults = read(path)
     assert pairs == []
     assert sorted(faults) == [("1", "no image"), ("2", "no image")]
-
-
-def test_rows_of_one_image_are_all_kept(tmp_path):
-    path = tmp_path / "x.csv"
-    path.write_text("image,text\na.png,one\na.png,two\na.png,one\nb.png,1, 2\n")
-    (tmp_path / "a.png").touch()
-    (pair,), faults = read(path)
-    assert pair.captions == ("one", "two", "one")
-    assert pair.path == str(tmp_path / "a.png")
-    assert faults == [("b.png", "more cells than columns")]

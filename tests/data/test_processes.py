@@ -199,16 +199,19 @@ def test_control_c_ends_the_program(start, kill, workers, training):
         (os.kill, 1, "stalled read"),
         (os.killpg, 2, "stalled read"),
         (os.kill, 2, "stopped worker"),
+        (os.kill, 1, "worker stopped at its start"),
     ],
 )
 def test_control_c_ends_a_program_whose_storage_stalls(
     start, tmp_path, kill, workers, case
 ):
-    process = start(workers, True, source=f"stalling://{tmp_path}/[ab].tar")
+    is_early = case == "worker stopped at its start"
+    arguments = [workers, True, *["stop"] * is_early]
+    process = start(*arguments, source=f"stalling://{tmp_path}/[ab].tar")
     if case == "stopped worker":
         worker = max(int(os.path.basename(f)) for f in members_of(process.pid))
         os.kill(worker, signal.SIGSTOP)
-    else:
+    elif not is_early:
         (tmp_path / "stall").touch()
         wait_for((tmp_path / "stalled").exists, 20)
     time.sleep(1)

@@ -13,6 +13,7 @@ from keras_cluster_mask.data import Sampling, image_text_dataset
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.parts import hash_of
+from tests.data.reading import Counted
 from tests.helpers import FAST, image_mlp, text_bag
 
 pytestmark = [
@@ -84,16 +85,6 @@ class Keys(list):
         return np.array([hash_of(key) for key in self], "uint64")
 
 
-class Counted(list):
-    """Samples that record which of them are read."""
-
-    read = ()
-
-    def __getitem__(self, number):
-        self.read = {*self.read, number}
-        return super().__getitem__(number)
-
-
 # === What is drawn ===
 
 
@@ -160,18 +151,6 @@ def test_samples_of_keys_come_once_in_each_epoch(shards, form):
     assert epochs_of(shards, Sampling(keys), 3) == [kept] * 3
 
 
-def test_a_function_gets_the_keys_of_all_intact_samples_once(shards):
-    asked = []
-
-    def probability(keys):
-        asked.append(keys)
-        return np.ones(len(keys))
-
-    dataset = make(shards, Sampling(probability))
-    batches(dataset, 0, 30)
-    assert asked == [[*COPIES]]
-
-
 # === In a dataset ===
 
 
@@ -222,42 +201,19 @@ def test_samples_that_are_left_out_are_not_read(noise, has_keys):
         source = Counted({**row, "__key__": key} for row, key in zip(source, keys))
     probability = {key: 0.4 * (n % 4 == 0) for n, key in enumerate(keys)}
     dataset = make(source, Sampling(probability))
-    source.read = set()
+    source.read.clear()
     read = [key for batch in batches(dataset, 0, 10) for key in batch]
     assert len({*read}) > 10
-    assert {keys.index(key) for key in read} <= source.read <= {*range(0, 300, 4)}
-
-
-class CountSteps(keras.callbacks.Callback):
-    """Counts the steps of each epoch."""
-
-    steps = ()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.steps = [*self.steps, 0]
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.steps[-1] += 1
+    assert {keys.index(key) for key in read} <= {*source.read} <= {*range(0, 300, 4)}
 
 
 def test_fit_trains_for_the_steps_of_an_epoch_of_the_mean_length(shards):
     dataset = make(shards, Sampling(COPIES), include_keys=False)
     model = kcm.ContrastiveModel(image_mlp(), text_bag())
     model.compile(keras.optimizers.SGD(0.01), **FAST)
-    counter = CountSteps()
-    model.fit(dataset, epochs=3, verbose=0, callbacks=[counter])
+    model.fit(dataset, epochs=3, verbose=0)
     assert dataset.steps_per_epoch == int(sum(COPIES.values())) // 4
-    assert counter.steps == [dataset.steps_per_epoch] * 3
-
-
-def test_the_length_of_a_dataset_is_that_of_the_epoch_at_its_start(shards):
-    lengths = [len(epoch) for epoch in epochs_of(shards, Sampling(COPIES), 3)]
-    assert len({length // 4 for length in lengths}) > 1
-    dataset = make(shards, Sampling(COPIES))
-    for epoch, length in enumerate(lengths):
-        # The first batch that begins within the epoch.
-        dataset.start = -(-sum(lengths[:epoch]) // 4)
-        assert len(dataset) == length // 4
+    assert int(model.optimizer.iterations) == 3 * dataset.steps_per_epoch
 
 
 def test_another_sampling_is_other_data(shards):

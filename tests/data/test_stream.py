@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import threading
 import time
 
@@ -18,7 +17,7 @@ from keras_cluster_mask.data import (
     samples,
     stream,
 )
-from tests.data.reading import column, take
+from tests.data.reading import Counted, column, take
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -219,18 +218,6 @@ def files_of(image):
     return ("png", image), ("txt", b"no 1")
 
 
-class Counted(list):
-    """Samples that record which of them are read."""
-
-    def __init__(self, samples):
-        super().__init__(samples)
-        self.read = []
-
-    def __getitem__(self, number):
-        self.read.append(number)
-        return super().__getitem__(number)
-
-
 @pytest.fixture
 def two_processors(monkeypatch):
     monkeypatch.setattr(stream, "num_processors", lambda: 2)
@@ -317,10 +304,3 @@ def test_a_pass_cannot_be_read_in_a_fork(shards):
     # The pass itself continues.
     assert len(next(iterator)["images"]) == 8
     iterator.close()
-
-
-def test_a_pickled_dataset_gives_the_same_batches(shards):
-    dataset = make(shards, True)
-    dataset.start = 2
-    again = pickle.loads(pickle.dumps(dataset))
-    assert_same(take(again, 3), take(dataset, 3))

@@ -3,11 +3,13 @@
     python worker_program.py SOURCE NUM_WORKERS TRAINING
 
 It writes a file `ready` when it has the first batch. With `end` as a fourth argument it
-ends then. Reads of a source at `stalling://` stall while there is a file `stall`.
+ends then. With `stop`, each worker stops while it starts. Reads of a source at
+`stalling://` stall while there is a file `stall`.
 """
 
 import os
 import pathlib
+import signal
 import sys
 import threading
 import time
@@ -36,6 +38,10 @@ class Stalling(LocalFileSystem):
 
 
 fsspec.register_implementation("stalling", Stalling)
+
+if __name__ == "__mp_main__" and sys.argv[4:] == ["stop"]:
+    pathlib.Path("ready").touch()
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 if __name__ == "__main__":
     source, num_workers, training, *end = sys.argv[1:]

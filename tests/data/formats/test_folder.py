@@ -71,12 +71,6 @@ def test_a_single_image_is_a_shard(images, read_all):
     assert list(find_shards(f"{images}/cats/*")) == names
 
 
-def test_a_table_in_a_folder_comes_before_the_images(images, read_all):
-    (images / "metadata.csv").write_text("file_name,caption\n3.png,three\n")
-    (shard,) = find_shards(images)
-    assert [key for key, _ in read_all(shard)[0]] == ["3.png"]
-
-
 def test_a_new_image_changes_the_stamp_of_a_folder(images):
     before = find_shards(images)
     assert find_shards(images) == before
@@ -93,13 +87,3 @@ def test_file_names_that_are_not_utf_8_are_different_keys(images, read_all):
     assert len({key for key, _ in samples}) == 6
     for _, fields in samples:
         assert os.path.exists(files.beside(shard, fields["path"]))
-
-
-def test_a_folder_at_an_address_is_read(memory, read_all):
-    for name in ("b/1.png", "a/1.png"):
-        memory.pipe_file(f"/images/{name}", b"image")
-    (shard,) = find_shards("memory://images")
-    samples, _ = read_all(shard)
-    assert [key for key, _ in samples] == ["a/1.png", "b/1.png"]
-    path = files.beside(shard, "a/1.png")
-    assert memory.cat(path) == b"image"

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from keras_cluster_mask.data import SkippedSamples, files
+from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
@@ -55,15 +55,6 @@ def test_images_as_the_package_datasets_writes_them(write, read_all):
     ]
 
 
-def test_the_class_zero_is_a_label(write):
-    columns = {**COLUMNS, "label": [0, 1, 2, 0, 1, None, 0]}
-    reader = PairReader(wants_caption=False, label_key="label")
-    index = open_index(write(columns), reader)
-    assert SkippedSamples([index]).by_reason == {"no label": 1}
-    labels = [pair.label for pair in index.read(range(len(index)))]
-    assert labels == [0, 1, 2, 0, 1, 0]
-
-
 def test_a_replaced_file_is_read_again(write):
     write(COLUMNS)
     index = open_index(write(COLUMNS), PairReader())
@@ -90,14 +81,6 @@ def test_truncated_files_and_damaged_pages_are_damage(write, scan):
     with pytest.raises(DamagedShard, match=r"x\.parquet is damaged"):
         keys.extend(scan(path))
     assert keys == [f"{i:08}" for i in range(20)]
-
-
-def test_images_next_to_a_file_are_found(write, tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(b"png")
-    path = write({"file_name": ["images/a.png"], "caption": ["a"]})
-    (pair,) = open_index(path, PairReader()).read([0])
-    assert (pair.image, pair.path) == (b"png", f"{tmp_path}/images/a.png")
 
 
 def test_pyarrow_is_named_if_it_is_missing(write, scan, monkeypatch):
