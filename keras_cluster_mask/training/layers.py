@@ -54,7 +54,7 @@ def saved_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
 
 
 def merged_weights(layer: keras.layers.Layer) -> dict[int, Tensor]:
-    """Returns the weights of layers with LoRA, merged with it, by the ids of weights."""
+    """Returns the merged values of the weights of layers with LoRA, by their ids."""
     return {
         id(weight): getattr(x, weight.name)
         for x in all_layers(layer)
