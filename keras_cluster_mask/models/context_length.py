@@ -3,7 +3,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.models.encoders import check_no_lora, copy_with
+from keras_cluster_mask.models.encoders import copy_with
 from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 
@@ -30,7 +30,7 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
 
     Returns:
         A model of the same class with its own weights. Layers that are frozen in the
-        given model are frozen in it too.
+        given model are frozen in it too, and it has the same LoRA.
 
     Raises:
         ValueError: For an unsupported model, or a length below 3 (a start token, a word
@@ -50,7 +50,6 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
             f"Received: model={model} of type {type(model).__name__}"
         )
     length = check_integer("length", length, 3)
-    check_no_lora("model", model)
     copy = copy_with(model, "text_encoder", {"max_sequence_length": length})
     for old, new in zip(model.weights, copy.weights):
         # Only the position embeddings and position ids differ in shape. The ids of the

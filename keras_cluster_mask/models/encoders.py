@@ -318,8 +318,8 @@ def position_tables(embedding) -> tuple:
 def copy_with(model, tower: str, changes: dict) -> keras.Model:
     """Copies a model with changes in the configuration of one tower.
 
-    Layers that are frozen in the model are frozen in the copy. Weights are copied
-    unless their shape has changed.
+    Layers that are frozen in the model are frozen in the copy, and those with LoRA have
+    it too. Weights are copied unless their shape has changed.
 
     Args:
         model: A keras_hub backbone of two towers, or one of them alone.
@@ -335,7 +335,10 @@ def copy_with(model, tower: str, changes: dict) -> keras.Model:
         # keras_hub's default.
         epsilon = model.text_encoder.layer_norm.epsilon
         copy.text_encoder.layer_norm.epsilon = epsilon
-    # The configurations of keras_hub's encoders omit which layers are frozen.
+    # The configurations of keras_hub's encoders omit LoRA, and which layers are frozen.
+    for old, new in zip(all_layers(model), all_layers(copy)):
+        if getattr(old, "lora_enabled", False):
+            new.enable_lora(old.lora_rank, old.lora_alpha)
     freeze_parts(copy, frozen_parts(model))
     for old, new in zip(model.weights, copy.weights):
         if tuple(old.shape) == tuple(new.shape):
@@ -346,9 +349,9 @@ def copy_with(model, tower: str, changes: dict) -> keras.Model:
 
 
 def check_no_lora(name: str, model: keras.Model) -> None:
-    """Raises an error for a model with LoRA, which its configuration omits."""
+    """Raises an error for a model with LoRA."""
     if any(getattr(layer, "lora_enabled", False) for layer in all_layers(model)):
         raise ValueError(
-            f"`{name}` must have no LoRA weights: enable LoRA in the copy, or save and "
-            f"load the model first, which merges them. Received: {name}={model.name}"
+            f"`{name}` must have no LoRA yet: enable LoRA afterwards, or save and load "
+            f"the model first, which merges it. Received: {name}={model.name}"
         )

@@ -9,7 +9,6 @@ from keras_cluster_mask.masking.patch_grid import (
 )
 from keras_cluster_mask.models.encoders import (
     RESIZABLE,
-    check_no_lora,
     copy_with,
     data_format_of,
     find_embedding_layer,
@@ -46,7 +45,7 @@ def with_image_size(
 
     Returns:
         A model of the same class with its own weights. Layers that are frozen in the
-        given model are frozen in it too.
+        given model are frozen in it too, and it has the same LoRA.
 
     Raises:
         ValueError: For an unsupported model, or a size that is not divisible by the
@@ -82,7 +81,6 @@ def with_image_size(
     if size != old_size and "position_embedding_shape" in encoder.get_config():
         # Otherwise DINOv2 would interpolate its positions on every save and load.
         changes["position_embedding_shape"] = new_shape
-    check_no_lora("model", model)
     copy = copy_with(model, "vision_encoder", changes)
     copied = find_embedding_layer(getattr(copy, "vision_encoder", copy))
 

@@ -19,6 +19,7 @@ from keras_cluster_mask.models.encoders import (
 )
 from keras_cluster_mask.models.image_size import resize_positions, with_image_size
 from keras_cluster_mask.models.inputs import call_encoder
+from keras_cluster_mask.training.layers import merged_weights, saved_weights
 from keras_cluster_mask.types import Tensor
 
 
@@ -219,14 +220,13 @@ class MomentumEncoder(keras.layers.Layer):
             )
 
     def check_ready(self) -> None:
-        """Raises an error if `update` has no encoder to follow, or one with LoRA."""
+        """Raises an error if `update` has no encoder to follow."""
         if self._followed is None:
             raise ValueError(
                 f"`{self.name}` must follow the encoder that is trained. Put its "
                 "masking into that encoder by `kcm.with_masking`, or call "
                 "`teacher.follow(encoder)`. Received: a teacher that follows no encoder"
             )
-        check_no_lora("encoder", self._followed.encoder)
 
     def update(self) -> None:
         """Moves the weights towards those of the encoder that the teacher follows.
@@ -235,7 +235,9 @@ class MomentumEncoder(keras.layers.Layer):
         """
         self.check_ready()
         share = self._share_of_encoder()
+        merged = merged_weights(self._followed.encoder)
         for target, source, resize in self._followed.pairs:
+            source = merged.get(id(source), source)
             new = ops.stop_gradient(ops.cast(source, "float32"))
             if resize is not None:
                 new = ops.matmul(resize, new)
@@ -254,7 +256,7 @@ class MomentumEncoder(keras.layers.Layer):
 
     def _match(self, encoder):
         """Returns triples: own weight, followed weight, resize matrix or `None`."""
-        own, theirs = self.copied_weights, encoder.weights
+        own, theirs = self.copied_weights, saved_weights(encoder)
         tables = self._resized_tables(encoder)
         # Other weights, such as position ids, do not change.
         pairs = [

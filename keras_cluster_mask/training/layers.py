@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import keras
 
+from keras_cluster_mask.types import Tensor
+
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Returns a layer and all layers nested in it, each once.
@@ -44,6 +46,24 @@ def averaged_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     ]
 
 
+def saved_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the weights of a layer without the factors of LoRA.
+
+    Keras merges the factors into the matrices when it saves a model.
+    """
+    return [v for v in layer.weights if not v.name.startswith("lora_")]
+
+
+def merged_weights(layer: keras.layers.Layer) -> dict[int, Tensor]:
+    """Returns the merged values of the weights of layers with LoRA, by their ids."""
+    return {
+        id(weight): getattr(x, weight.name)
+        for x in all_layers(layer)
+        if getattr(x, "lora_enabled", False)
+        for weight in saved_weights(x)
+    }
+
+
 def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
     """Returns which parts of a layer are frozen, for its configuration.
 
@@ -52,15 +72,15 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
     Returns:
         A dictionary: the indices of frozen layers, in the order of `all_layers`; the
         indices of weights that are frozen in other layers, in the order of
-        `layer.weights`; and the numbers of all layers and all weights.
+        `saved_weights`; and the numbers of all layers and of these weights.
     """
     trained = _weights_of_trained_layers(layer)
     return {
-        "counts": [len(all_layers(layer)), len(layer.weights)],
+        "counts": [len(all_layers(layer)), len(saved_weights(layer))],
         "layers": [i for i, x in enumerate(all_layers(layer)) if not x.trainable],
         "weights": [
             i
-            for i, v in enumerate(layer.weights)
+            for i, v in enumerate(saved_weights(layer))
             if id(v) in trained and not v.trainable
         ],
     }
@@ -68,7 +88,8 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
 
 def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
     """Freezes the parts of a layer that `frozen_parts` listed, and only those."""
-    found = [len(all_layers(layer)), len(layer.weights)]
+    weights = saved_weights(layer)
+    found = [len(all_layers(layer)), len(weights)]
     has_layers = found[0] == frozen["counts"][0]
     has_weights = found == frozen["counts"]
     if has_layers:
@@ -80,7 +101,7 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
                     part.trainable = trainable
     if has_weights:
         trained = _weights_of_trained_layers(layer)
-        for index, weight in enumerate(layer.weights):
+        for index, weight in enumerate(weights):
             if id(weight) in trained:
                 weight.trainable = index not in frozen["weights"]
     lost = [
@@ -89,8 +110,7 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
         if frozen[name] and not has
     ]
     if lost:
-        # keras_hub merges LoRA weights when it saves a model, and a subclassed encoder
-        # may create its layers only when it is called.
+        # A subclassed encoder may create its layers only when it is called.
         warnings.warn(
             f"Frozen {' and '.join(lost)} could not be restored, because the loaded "
             "model has other layers or weights than the saved one: set "

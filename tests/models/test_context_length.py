@@ -11,7 +11,6 @@ from tests.helpers import (
     FAST,
     as_trained,
     assert_same_values,
-    clip_with_lora,
     image_mlp,
     random_pairs,
     tiny_clip,
@@ -86,7 +85,6 @@ def test_a_text_encoder_alone_is_taken_too(kind):
     ("make", "length", "name"),
     [
         (image_mlp, 9, "model"),
-        (clip_with_lora, 9, "model"),
         *((tiny_clip, length, "length") for length in (2, 9.0, True, None)),
     ],
 )

@@ -13,7 +13,6 @@ from keras_cluster_mask.models.encoders import find_embedding_layer
 from tests.helpers import (
     as_trained,
     clip_vision_encoder,
-    clip_with_lora,
     dino_encoder,
     functional_vit,
     random_images,
@@ -163,7 +162,6 @@ def test_channels_first_is_kept():
             32,
             "`model`",
         ),
-        (clip_with_lora, 8, "`model`"),
         *(
             (clip_vision_encoder, size, "`image_size`")
             for size in (18, 0, (16, 18), (16,), (16, 16, 3))

@@ -411,5 +411,3 @@ def test_what_cannot_be_followed_is_refused():
     refused("`teacher`", lambda: teacher.follow(vit_encoder()))
     teacher.follow(backbone.vision_encoder)
     refused("another encoder", lambda: teacher.follow(clip_vision_encoder()))
-    backbone.enable_lora(2)
-    refused("LoRA", teacher.update)
