@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Connect two pre-trained encoders
 #
-# With some hundred or thousand photographs, do not train from nothing. DINOv2 knows images and
-# MiniLM knows sentences. They have never met: a projection of each into one space, trained on
-# your pairs, makes a CLIP of them.
+# With a few hundred or thousand photographs, do not train from scratch. DINOv2 was pre-trained on
+# images, and MiniLM on sentences. A projection of each into one space, trained on your pairs,
+# makes a CLIP of both.
 #
 # This guide shows how to
 #
@@ -45,8 +45,7 @@ FOLDER = os.environ.get("KERAS_CLUSTER_MASK_ENCODERS")
 IMAGE_ENCODER = f"{FOLDER}/dinov2_small" if FOLDER else "dinov2_small"
 TEXT_ENCODER = f"{FOLDER}/all_minilm_l6_v2" if FOLDER else "all_minilm_l6_v2_en"
 RESULTS = Path(os.environ.get("RESULTS", "results"))
-IMAGE_SIZE = 168  # 144 patches of 14 pixels.
-CONTEXT_LENGTH = 24
+IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", 168))  # 144 patches of 14 pixels.
 EPOCHS = int(os.environ.get("EPOCHS", 3))
 BATCH_SIZE = 64
 
@@ -57,8 +56,8 @@ BATCH_SIZE = 64
 # to train on, and one for those to test on. Replace this cell by the paths of your own tables.
 #
 # Here the folder holds 400 captioned drawings, a fourth of them for the test, and six photographs,
-# all for the test. They show that each step works, and not how well it works on photographs like
-# yours: no photograph is trained on.
+# all for the test. They show that each step works. They do not show how well it works on
+# photographs like yours, because the model is trained on drawings only.
 
 # %%
 PHOTOGRAPHS = RESULTS / "photographs"
@@ -97,7 +96,7 @@ def connect(masking=None):
         IMAGE_ENCODER, image_shape=(IMAGE_SIZE, IMAGE_SIZE, 3)
     )
     text = keras_hub.models.TextEmbedder.from_preset(TEXT_ENCODER)
-    text.preprocessor.sequence_length = CONTEXT_LENGTH
+    text.preprocessor.sequence_length = 24
     model = kcm.ContrastiveModel.from_encoders(
         image, text, projection_dim=256, masking=masking
     )
@@ -114,7 +113,7 @@ model, tokenizer = connect()
 test = dataset(TEST, tokenizer)
 
 # %% [markdown]
-# ## Features
+# ## Features, and projections trained on them
 #
 # Frozen encoders return the same features in every epoch. `compute_features` stores them in a
 # folder. A run that was interrupted resumes there, and a second run reads what is stored.
@@ -126,20 +125,17 @@ features = kcm.evaluation.compute_features(
     model, images, tokenizer, RESULTS / "features", verbose=0
 )
 print(features.num_images, "images,", features.num_texts, "captions")
-
-# %% [markdown]
-# ## Train the projections
-
-# %%
 model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
+start = time.perf_counter()
 model.fit(features, batch_size=BATCH_SIZE, epochs=30, verbose=0)
+seconds = {"projections": time.perf_counter() - start}
 results = {"projections": kcm.evaluation.evaluate_retrieval(model, test, verbose=0)}
 
 # %% [markdown]
 # ## Search in your photographs
 #
-# Each row shows the test images that match a query best. A photograph that is not in its row was
-# ranked behind drawings, which are all that the projections have seen.
+# Each row shows the test images that match a query best. The projections were trained on drawings
+# only, so some of the photographs rank behind drawings.
 
 # %%
 pixels = np.concatenate([batch["images"] for batch in test])
@@ -153,8 +149,8 @@ figure
 # %% [markdown]
 # ## Tune with and without masking
 #
-# From the trained projections, tune all weights: the encoders at a tenth of the learning rate. A
-# step on half of the patches takes about half the time, so the masked model trains for twice as
+# From the trained projections, tune all weights: the encoders at a tenth of the learning rate,
+# which warms up and falls. A step on half of the patches takes about half the time, so the masked model trains for twice as
 # many epochs. The model is always evaluated on whole images.
 
 
@@ -162,20 +158,26 @@ figure
 def tune(masking, epochs):
     tuned, tokenizer = connect(masking)
     tuned.head.set_weights(model.head.get_weights())
-    heads, image, text = (keras.optimizers.AdamW(x) for x in (3e-4, 3e-5, 3e-5))
-    tuned.compile(kcm.TowerOptimizer(heads, image=image, text=text))
     data = dataset(TRAIN, tokenizer, training=True, crop_scale=(0.6, 1.0))
+    steps = epochs * len(data)
+
+    def optimizer(rate):
+        return keras.optimizers.AdamW(
+            keras.optimizers.schedules.CosineDecay(
+                0.0, steps - steps // 5, warmup_target=rate, warmup_steps=steps // 5
+            )
+        )
+
+    towers = dict(image=optimizer(3e-5), text=optimizer(3e-5))
+    tuned.compile(kcm.TowerOptimizer(optimizer(3e-4), **towers))
     start = time.perf_counter()
     tuned.fit(data, epochs=epochs, verbose=2)
     return tuned, time.perf_counter() - start
 
 
-seconds = {}
-for name, masking, epochs in (
-    ("whole images", None, EPOCHS),
-    ("random half", kcm.RandomMasking(0.5), 2 * EPOCHS),
-):
-    tuned, seconds[name] = tune(masking, epochs)
+ways = {"whole images": (None, 1), "random half": (kcm.RandomMasking(0.5), 2)}
+for name, (masking, factor) in ways.items():
+    tuned, seconds[name] = tune(masking, factor * EPOCHS)
     results[name] = kcm.evaluation.evaluate_retrieval(tuned, test, verbose=0)
 
 # %% [markdown]
@@ -188,11 +190,8 @@ for name, masking, epochs in (
 print(f"{'recall@10':16}{'image to text':>15}{'text to image':>15}{'seconds':>10}")
 for name, recall in results.items():
     shares = [recall[f"{x}_recall@10"] for x in ("image_to_text", "text_to_image")]
-    print(f"{name:16}{shares[0]:15.1%}{shares[1]:15.1%}{seconds.get(name, 0):10.0f}")
+    print(f"{name:16}{shares[0]:15.1%}{shares[1]:15.1%}{seconds[name]:10.0f}")
 tuned.save(RESULTS / "connected.keras")
 
 # %% [markdown]
-# ## Next steps
-#
-# - [Features, tuning and saving](../docs/how_to/connect_two_encoders.md) in short.
-# - [Compare maskings](compare_maskings.py) on your data.
+# [All steps on one page](../docs/how_to/connect_two_encoders.md), without explanations.

@@ -111,7 +111,8 @@ def test_training_in_stages_trains_both_models_and_evaluates_them(run_guide, tmp
 
 @pytest.mark.pretrained
 @pytest.mark.usefixtures("encoders")
-def test_two_encoders_are_tuned_in_both_ways(run_guide, tmp_path):
+def test_two_encoders_are_tuned_in_both_ways(run_guide, tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGE_SIZE", "84")
     printed = run_guide("connect_two_encoders.py", tmp_path)
     assert "120 images, 120 captions" in printed
     for name in ("projections", "whole images", "random half"):
