@@ -62,6 +62,18 @@ FEW_IMAGES = {
 }
 
 
+# Made by `tests/pretrained/make_encoders.py`.
+ENCODERS = "KERAS_CLUSTER_MASK_ENCODERS"
+
+
+@pytest.fixture(scope="session")
+def encoders():
+    """The folder of pre-trained encoders."""
+    if not os.environ.get(ENCODERS):
+        pytest.skip(f"{ENCODERS} is not set to a folder of pre-trained encoders")
+    return pathlib.Path(os.environ[ENCODERS])
+
+
 @pytest.fixture(scope="session")
 def encode():
     def encode(array_or_image, format="PNG", **options):

@@ -109,6 +109,20 @@ def test_training_in_stages_trains_both_models_and_evaluates_them(run_guide, tmp
     assert "stages" in plots(tmp_path)
 
 
+@pytest.mark.pretrained
+@pytest.mark.usefixtures("encoders")
+def test_two_encoders_are_tuned_in_both_ways(run_guide, tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGE_SIZE", "84")
+    printed = run_guide("connect_two_encoders.py", tmp_path)
+    assert "120 images, 120 captions" in printed
+    for name in ("projections", "whole images", "random half"):
+        # Of 46, chance finds 22 %.
+        line = re.search(rf"^{name} +([\d.]+)% +([\d.]+)%", printed, re.MULTILINE)
+        assert min(map(float, line.groups())) > 35
+    assert "own_photographs" in plots(tmp_path)
+    assert (tmp_path / "connected.keras").exists()
+
+
 def test_the_recipe_of_stages_is_ten_lines():
     text = TEXTS["train_in_stages.py"]
     recipe = text[text.index("def train(") : text.index("# ## Compare with")]
