@@ -78,6 +78,7 @@ def arguments(given=None):
 def main():
     options = arguments()
     folder = Path(options.results)
+    folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES[:3]:
         if stage in options.stages:
             {"features": features, "heads": heads, "tune": tune}[stage](options, folder)
