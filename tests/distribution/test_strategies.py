@@ -105,28 +105,6 @@ def test_replicas_without_rows_count_for_nothing_in_evaluation(duplicates, strat
             np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(count))
 
 
-def test_a_multi_optimizer_updates_as_on_one_device(strategy):
-    def optimizer():
-        several = {".*bias": keras.optimizers.SGD(0.1)}
-        several = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), several)
-        return keras.optimizers.MultiOptimizer(several)
-
-    pairs = random_pairs(8)
-    single = small_model()
-    single(pairs)
-    start = single.get_weights()
-    single.compile(optimizer())
-    with strategy.scope():
-        model = small_model()
-        model(pairs)
-        model.set_weights(start)
-        model.compile(optimizer())
-    for each in (single, model):
-        each.fit(as_dataset(pairs), verbose=0)
-    for one, other, before in zip(single.get_weights(), model.get_weights(), start):
-        np.testing.assert_allclose(other - before, one - before, rtol=1e-3, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("options", "data", "message"),
     [

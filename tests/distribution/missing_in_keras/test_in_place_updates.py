@@ -22,15 +22,11 @@ OPTIMIZERS = {
     "adam": lambda: Adam(0.01),
     "adam-betas": lambda: Adam(0.01, beta_1=0.5, beta_2=0.95, epsilon=1e-3),
     "adam-no-momentum": lambda: Adam(0.01, beta_1=0.0),
-    "adam-decay": lambda: Adam(0.01, weight_decay=0.3),
     "amsgrad": lambda: Adam(0.01, amsgrad=True),
     "adamw": lambda: AdamW(0.01, weight_decay=0.3),
     "global-clipnorm": lambda: AdamW(0.01, global_clipnorm=0.5),
     "clipnorm": lambda: AdamW(0.01, clipnorm=0.5),
-    "clipvalue": lambda: AdamW(0.01, clipvalue=0.5),
     "schedule": lambda: AdamW(keras.optimizers.schedules.CosineDecay(0.01, 30)),
-    "callable-rate": lambda: AdamW(lambda: 0.01),
-    "zero-rate": lambda: AdamW(0.0),
     "averages": lambda: AdamW(
         0.01, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=6
     ),
@@ -43,7 +39,6 @@ OPTIMIZERS = {
     ),
     "sgd": lambda: SGD(0.01, global_clipnorm=0.5),
     "momentum": lambda: SGD(0.01, momentum=0.9, global_clipnorm=0.5),
-    "nesterov": lambda: SGD(0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
     "lion": lambda: keras.optimizers.Lion(0.01, global_clipnorm=0.5),
 }
 
