@@ -175,13 +175,13 @@ class _Reader:
     Attributes:
         workers: list of the id of each worker process, 0 before it starts, and of
             whether the workers must end. All processes share it. Empty without workers.
+        starting: list of the processes that the first batch has started.
     """
 
     def __init__(self, samples, count, ahead, num_workers, stop):
         self._samples, self._stop, self._step = samples, stop, max(num_workers, 1)
         self._rows, self._batches = Threads(count), Threads(ahead)
-        self._begun, self.workers = {}, []
-        self._others = [each.pid for each in multiprocessing.active_children()]
+        self._begun, self.workers, self.starting = {}, [], []
 
     def __call__(self, batch):
         # A batch begins as soon as there are free threads, before the last one is done.
@@ -214,26 +214,18 @@ class _Reader:
         closing = closer.submit(iterators.pop().close)
         # grain ends one worker after the other.
         limit = END_AFTER + len(self.workers) / 4
-        futures.wait([closing], limit)
-        # The workers that a signal or a debugger has stopped, or that grain leaves.
-        for process in self._processes():
-            process.kill()
-        futures.wait([closing], 4 * limit)
+        if not futures.wait([closing], limit).done:
+            # The workers that have been stopped by a signal or a debugger.
+            noted = [*self.workers][:-1]
+            for process in multiprocessing.active_children():
+                # A worker that stops while it starts has not noted its id.
+                if process.pid in noted or (0 in noted and process in self.starting):
+                    process.kill()
+            futures.wait([closing], 4 * limit)
         closer.close()
         if self.workers:
             self.workers.shm.close()
             self.workers.shm.unlink()
-
-    def _processes(self):
-        """Returns the worker processes that are alive."""
-        noted = [*self.workers][:-1]
-        return [
-            each
-            for each in multiprocessing.active_children()
-            if each.pid in noted
-            # A worker that stops while it starts has not noted its id.
-            or (0 in noted and each.pid not in self._others and "grain" in each.name)
-        ]
 
 
 class _Iterator(grain.DatasetIterator):
@@ -249,7 +241,7 @@ class _Iterator(grain.DatasetIterator):
         self._start(dataset.start, batches, reader)
 
     def _start(self, batch, batches, reader):
-        self._batch, self._batches = batch, [iter(batches)]
+        self._batch, self._batches, self._reader = batch, [iter(batches)], reader
         closer = Threads(1)
         # At exit, no thread can start.
         closer.submit(int)
@@ -271,7 +263,7 @@ class _Iterator(grain.DatasetIterator):
                 raise StopIteration
             began = time.perf_counter()
             try:
-                batch = next(self._batches[0])
+                batch = self._next()
             except BaseException:
                 self._close()
                 raise
@@ -284,6 +276,17 @@ class _Iterator(grain.DatasetIterator):
             self._skipped.report(faults, rows + left_out, self._total)
             if rows:
                 return self._dataset.finished(batch)
+
+    def _next(self):
+        reader = self._reader
+        if reader.starting or not reader.workers:
+            return next(self._batches[0])
+        others = {*multiprocessing.active_children()}
+        try:
+            return next(self._batches[0])
+        finally:
+            children = {*multiprocessing.active_children()} - others
+            reader.starting = [each for each in children if "grain" in each.name]
 
     def close(self):
         self._close()
