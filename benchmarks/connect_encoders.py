@@ -53,7 +53,7 @@ def arguments(given=None):
     add("--caption-key", default="json.captions", help="field of captions")
     add("--results", default="results/encoders", help="folder of runs and tables")
     add("--features", default="results/features", help="folder of features")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--seeds", type=int, nargs="*", default=[1, 2, 3])
     add("--methods", nargs="+", choices=MASKINGS, default=["none", "random"])
     add("--image-size", type=int, default=168, help="side in pixels")
     add("--context-length", type=int, default=48, help="tokens of a text")
