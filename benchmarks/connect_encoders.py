@@ -37,9 +37,9 @@ MASKINGS = {
     "none": lambda: None,
     "random": lambda: kcm.RandomMasking(0.5),
     "random 0.75": lambda: kcm.RandomMasking(0.75),
-    "cluster": lambda: kcm.ClusterMasking(0.5, patch_size=14),
-    "kmeans": lambda: kcm.KMeansMasking(0.5, patch_size=14),
-    "edges": lambda: kcm.EdgeMasking(0.5, patch_size=14),
+    "cluster": lambda: kcm.ClusterMasking(patch_size=14, mask_ratio=0.5),
+    "kmeans": lambda: kcm.KMeansMasking(patch_size=14, mask_ratio=0.5),
+    "edges": lambda: kcm.EdgeMasking(patch_size=14, mask_ratio=0.5),
     "centered": lambda: kcm.CenteredMasking(0.5),
 }
 

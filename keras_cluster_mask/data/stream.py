@@ -158,8 +158,12 @@ class ImageTextDataset(grain.IterDataset):
         # Restore the order: grain sorts the entries of batches from worker processes.
         return {name: batch[name] for name in self.element_spec}
 
-    def __str__(self):
-        return f"ImageTextDataset({self.num_samples} samples, {len(self)} batches)"
+    def __repr__(self):
+        entries = (f"{name} {x.shape}" for name, x in self.element_spec.items())
+        return (
+            f"<ImageTextDataset {self.num_samples} samples, {len(self)} batches of "
+            f"{', '.join(entries)}>"
+        )
 
 
 class _Reader:
