@@ -218,13 +218,6 @@ HISTORY = {
 
 
 @pytest.mark.any_backend
-def test_history_may_be_a_dictionary_and_lack_validation(tmp_path):
-    figure = visualization.plot_history(HISTORY)
-    assert len(curves_of(figure)) == 3
-    figure.savefig(tmp_path / "figure.png")
-
-
-@pytest.mark.any_backend
 @pytest.mark.parametrize("freq", [1, [1, 2], [], 0, "2"])
 def test_validations_that_do_not_fit_are_refused(freq):
     with pytest.raises(ValueError, match=r"`validation_freq` .*Received: validation_f"):

@@ -144,15 +144,6 @@ def test_a_method_without_enough_memory_is_reported_and_the_others_are_timed(
     ]
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
-    def fail():
-        raise (RuntimeError if BACKEND == "torch" else ValueError)("no device")
-
-    monkeypatch.setattr(step_time, "training_steps", lambda *args: {"none": fail})
-    with pytest.raises((RuntimeError, ValueError), match="no device"):
-        step_time.steps_that_fit(["none"], Setting())
-
-
 @pytest.mark.any_backend
 def test_utilization_is_the_arithmetic_over_the_time_and_the_peak():
     # Half of 989 TFLOP/s, for two seconds.

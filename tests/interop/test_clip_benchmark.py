@@ -28,7 +28,6 @@ from tests.helpers import (
     VOCABULARY,
     functional_vit,
     patch_mlp,
-    random_images,
     random_pairs,
     text_bag,
     tiny_clip,
@@ -209,17 +208,6 @@ def test_the_adapter_embeds_as_the_model_does(kind):
     found = adapter.encode_text(torch.tensor(pairs["token_ids"]).long())
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, expected["text_embeddings"], atol=2e-6)
-
-
-def test_autocast_has_no_influence_on_embeddings(model, tokenizer):
-    adapter, _, tokenize = adapt(model, tokenizer)
-    images = torch.tensor(random_images(3).transpose(0, 3, 1, 2))
-    ids = tokenize(CLASSES)
-    expected = adapter.encode_image(images), adapter.encode_text(ids)
-    with torch.no_grad(), torch.autocast("cpu", enabled=True):
-        found = adapter.encode_image(images), adapter.encode_text(ids)
-    for one, other in zip(found, expected):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.any_backend
