@@ -45,7 +45,7 @@ def dinov2(encoders, reference):
     backbone = keras_hub.models.DINOV2Backbone.from_preset(
         str(encoders / "dinov2_small"), image_shape=(SIZE, SIZE, 3)
     )
-    tokens = torch.zeros(1, 1 + NUM_PATCHES, 1)
+    tokens = torch.zeros(1, 1 + NUM_PATCHES, 384)
     with torch.no_grad():
         table = reference.embeddings.interpolate_pos_encoding(tokens, SIZE, SIZE)
     positions = find_embedding_layer(backbone).interpolated_position_embeddings
