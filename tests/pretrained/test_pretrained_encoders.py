@@ -1,5 +1,6 @@
 """Encoders with pre-trained weights, against those of transformers."""
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import transformers
 from PIL import Image
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.models.encoders import find_embedding_layer
 from keras_cluster_mask.models.inputs import IMAGENET_MEAN, IMAGENET_STD
 from tests.conftest import ROOT
 from tests.helpers import compiled, random_noise, to_numpy
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.pretrained
 
 SIZE = 112
 NUM_PATCHES = 64
+POSITION_ERROR = 5e-3
 TEXTS = ["a cat", "a cup of coffee on a wooden table", "the launch of a rocket"]
 
 
@@ -29,15 +32,27 @@ def photographs():
 
 
 @pytest.fixture(scope="module")
-def dinov2(encoders):
-    return keras_hub.models.DINOV2Backbone.from_preset(
-        str(encoders / "dinov2_small"), image_shape=(SIZE, SIZE, 3)
-    )
+def reference(encoders):
+    return transformers.Dinov2Model.from_pretrained(encoders / "dinov2_small").eval()
 
 
 @pytest.fixture(scope="module")
-def reference(encoders):
-    return transformers.Dinov2Model.from_pretrained(encoders / "dinov2_small").eval()
+def dinov2(encoders, reference):
+    """The encoder of keras_hub, with positions that torch has interpolated.
+
+    The bicubic kernel of torch has a = -0.75, that of JAX and TensorFlow a = -0.5.
+    """
+    backbone = keras_hub.models.DINOV2Backbone.from_preset(
+        str(encoders / "dinov2_small"), image_shape=(SIZE, SIZE, 3)
+    )
+    tokens = torch.zeros(1, 1 + NUM_PATCHES, 384)
+    with torch.no_grad():
+        table = reference.embeddings.interpolate_pos_encoding(tokens, SIZE, SIZE)
+    positions = find_embedding_layer(backbone).interpolated_position_embeddings
+    error = np.abs(to_numpy(positions) - table.numpy()).max()
+    assert error < (1e-5 if keras.backend.backend() == "torch" else POSITION_ERROR)
+    positions.assign(table.numpy())
+    return backbone
 
 
 def channels_first(images):
