@@ -29,54 +29,36 @@ from tests.helpers import (
     values,
 )
 
-TWO = {**TRANSFORMER, "num_layers": 2}
-VIT = {**TWO, "patch_size": 4, "image_shape": (16, 16, 3)}
-TEXT = {**TWO, "vocabulary_size": 30, "max_sequence_length": 8}
-
-
-def vit():
-    sizes = dict(VIT)
-    sizes["mlp_dim"] = sizes.pop("intermediate_dim")
-    return keras_hub.models.ViTBackbone(**sizes)
-
-
-def connected(images=vit, texts="Bert", **options):
-    texts = getattr(keras_hub.models, f"{texts}Backbone")(**TEXT)
-    return kcm.ContrastiveModel.from_encoders(images(), texts, 4, **options)
-
-
-def two_towers(family, **options):
-    backbone = make_backbone(family, sizes=TWO, **options)
-    return kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
-
-
-def half(**options):
-    return connected(masking=kcm.RandomMasking(0.5), **options)
-
-
-# A model, and how many weights follow the last block of each encoder.
-MODELS = {
-    "ViT, BERT": (half, 2, 0),
-    "DeiT, RoBERTa": (
-        lambda: connected(lambda: keras_hub.models.DeiTBackbone(**VIT), "Roberta"),
-        *(2, 0),
-    ),
-    "DINOv2, DistilBERT": (
-        lambda: half(
-            images=lambda: keras_hub.models.DINOV2Backbone(**VIT), texts="DistilBert"
-        ),
-        *(2, 0),
-    ),
-    "DINOv3": (
-        lambda: half(images=lambda: keras_hub.models.DINOV3Backbone(**VIT)),
-        *(2, 0),
-    ),
-    "CLIP": (lambda: two_towers("CLIP", projection_dim=16), 2, 2),
-    "MetaCLIP 2": (lambda: two_towers("MetaCLIP2", projection_dim=16), 0, 2),
+# Families of the encoders, and how many weights follow the last block of each.
+FAMILIES = {
+    ("ViT", "Bert"): (2, 0),
+    ("DeiT", "Roberta"): (2, 0),
+    ("DINOV2", "DistilBert"): (2, 0),
+    ("DINOV3", "Bert"): (2, 0),
+    ("CLIP",): (2, 2),
+    ("MetaCLIP2",): (0, 2),
     # With a pooling and a projection in the encoders.
-    "SigLIP": (lambda: two_towers("SigLIP"), 17, 4),
+    ("SigLIP",): (17, 4),
 }
-each_model = pytest.mark.parametrize("kind", MODELS)
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def make_model(images="ViT", texts="Bert", depth=2, masked=True, **options):
+    masking = kcm.RandomMasking(0.5) if masked else None
+    sizes = {**TRANSFORMER, "num_layers": depth}
+    if hasattr(keras_hub.models, f"{images}VisionEncoder"):
+        projection = {} if images == "SigLIP" else {"projection_dim": 16}
+        backbone = make_backbone(images, sizes=sizes, **projection)
+        return kcm.ContrastiveModel.from_backbone(backbone, masking)
+    of_images = {**sizes, "patch_size": 4, "image_shape": (16, 16, 3)}
+    if images == "ViT":
+        of_images["mlp_dim"] = of_images.pop("intermediate_dim")
+    of_texts = {**sizes, "vocabulary_size": 30, "max_sequence_length": 8}
+    encoders = (
+        getattr(keras_hub.models, f"{name}Backbone")(**given)
+        for name, given in ((images, of_images), (texts, of_texts))
+    )
+    return kcm.ContrastiveModel.from_encoders(*encoders, 4, masking, **options)
 
 
 def pairs():
@@ -100,39 +82,30 @@ def trained_in(encoder):
     return {id(v) for v in encoder.trainable_weights}
 
 
-@each_model
-def test_the_last_blocks_and_what_follows_are_trained(kind):
-    make, *after = MODELS[kind]
-    model = make()
-    others = len(model.trainable_weights)
+@each_family
+def test_the_last_blocks_and_what_follows_are_trained(family):
+    model = make_model(*family)
     encoders = model.image_encoder, model.text_encoder
-    others -= sum(len(encoder.trainable_weights) for encoder in encoders)
+    others = trained_in(model) - trained_in(encoders[0]) - trained_in(encoders[1])
     kcm.train_last_blocks(model, image=1, text=1)
-    for encoder, count in zip(encoders, after):
-        last = blocks_of(encoder)[1]
-        own = {id(v) for v in last.weights}
+    for encoder, after in zip(encoders, FAMILIES[family]):
+        own = {id(v) for v in blocks_of(encoder)[1].weights}
         assert own <= trained_in(encoder)
-        assert len(trained_in(encoder)) == len(own) + count
+        assert len(trained_in(encoder)) == len(own) + after
     kcm.train_last_blocks(model, image=2, text=0)
-    assert not trained_in(encoders[1])
-    assert len(trained_in(encoders[0])) == 2 * len(own_weights(encoders[0])) + after[0]
-    total = len(trained_in(encoders[0])) + others
-    assert len(model.trainable_weights) == total
+    own = {id(v) for block in blocks_of(encoders[0]) for v in block.weights}
+    assert len(trained_in(encoders[0])) == len(own) + FAMILIES[family][0]
+    assert trained_in(model) == trained_in(encoders[0]) | others
 
 
-def own_weights(encoder):
-    return blocks_of(encoder)[0].weights
-
-
-@each_model
-def test_lora_trains_factors_alone_and_is_merged_in_a_file(kind, tmp_path):
-    model = MODELS[kind][0]()
+@each_family
+def test_lora_trains_factors_alone_and_is_merged_in_a_file(family, tmp_path):
+    model = make_model(*family)
     before = model.predict(pairs(), verbose=0)
     kcm.enable_lora(model, rank=2, text=True)
     for encoder in (model.image_encoder, model.text_encoder):
         names = {v.name for v in encoder.trainable_weights}
         assert names == {"lora_kernel_a", "lora_kernel_b"}
-        assert len(encoder.trainable_weights) >= 2 * 2 * 2
     for key, value in model.predict(pairs(), verbose=0).items():
         np.testing.assert_array_equal(value, before[key])
     as_trained(model)
@@ -150,72 +123,49 @@ def test_lora_trains_factors_alone_and_is_merged_in_a_file(kind, tmp_path):
     assert len(loaded.trainable_weights) == len(model.trainable_weights)
 
 
-def test_lora_of_keras_hub_leaves_the_same_frozen_in_a_file(tmp_path):
-    model = two_towers("CLIP", projection_dim=16)
+def test_biases_that_keras_hub_trains_with_lora_are_trained_after_a_reload(tmp_path):
+    model = make_model("CLIP")
     model.backbone.enable_lora(2)
-    biases = [v.path for v in model.trainable_weights if "lora" not in v.name]
+    expected = [v.path for v in model.trainable_weights if "lora" not in v.name]
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert [v.path for v in loaded.trainable_weights] == biases
-
-
-@pytest.mark.parametrize("kind", ["last blocks", "LoRA"])
-def test_only_what_is_trained_changes(kind):
-    model = half()
-    if kind == "LoRA":
-        kcm.enable_lora(model, rank=2)
-    else:
-        kcm.train_last_blocks(model, image=1)
-    model.compile("adam", **FAST)
-    fit(model)
-    frozen = values(model.non_trainable_weights), values(model.text_encoder.weights)
-    trained = values(model.trainable_weights)
-    whole = model.without_masking()
-    assert len(whole.trainable_weights) == len(trained)
-    whole.compile(keras.optimizers.Adam(0.1), **FAST)
-    fit(whole)
-    states = len(model.non_trainable_weights) - len(whole.non_trainable_weights)
-    assert_same_values(model.non_trainable_weights[:-states], frozen[0][:-states])
-    assert_same_values(model.text_encoder.weights, frozen[1])
-    for one, other in zip(values(model.trainable_weights), trained):
-        assert np.any(one != other)
+    assert [v.path for v in loaded.trainable_weights] == expected
 
 
 @pytest.mark.parametrize("change", [kcm.enable_lora, kcm.train_last_blocks])
-def test_a_model_must_be_compiled_afterwards(change):
-    model = half()
-    model.image_encoder.trainable = False
+def test_only_what_is_trained_changes_once_the_model_is_compiled(change):
+    model = make_model()
     model.compile("adam", **FAST)
     fit(model)
     change(model)
     with pytest.raises(ValueError, match=r"compile\(\)"):
         fit(model)
-    model.compile("adam", **FAST)
-    fit(model)
+    # It shares all weights but those of the masking.
+    whole = model.without_masking()
+    assert trained_in(whole) == trained_in(model)
+    frozen, trained = whole.non_trainable_weights, whole.trainable_weights
+    before = values(frozen), values(trained)
+    for each in (model, whole):
+        each.compile(keras.optimizers.Adam(0.1), **FAST)
+        fit(each)
+    assert_same_values(frozen, before[0])
+    for one, other in zip(values(trained), before[1]):
+        assert np.any(one != other)
 
 
 # === Checkpoints ===
 
 
-PARTS = {
-    "LoRA": lambda model: kcm.enable_lora(model, rank=2, text=True),
-    "last blocks": lambda model: kcm.train_last_blocks(model, image=1, text=1),
-    "first blocks": lambda model: [
-        kcm.train_last_blocks(model, image=1, text=1),
-        *(swap_blocks(x) for x in (model.image_encoder, model.text_encoder)),
-    ],
-}
-
-
-def swap_blocks(encoder):
-    first, last = blocks_of(encoder)
-    first.trainable, last.trainable = True, False
-
-
 def run(part, folder, stop=None):
     keras.utils.set_random_seed(0)
-    model = half()
-    PARTS[part](model)
+    model = make_model()
+    if part == "LoRA":
+        kcm.enable_lora(model)
+    else:
+        kcm.train_last_blocks(model, image=1)
+    if part == "first block":
+        first, last = blocks_of(model.image_encoder)
+        first.trainable, last.trainable = True, False
     model.compile("adam", **FAST)
     callbacks = [kcm.callbacks.Checkpoint(folder), *([StopAfter(stop)] if stop else [])]
     with contextlib.suppress(KeyboardInterrupt):
@@ -223,18 +173,17 @@ def run(part, folder, stop=None):
     return values([*model.variables, *model.optimizer.variables])
 
 
-@pytest.mark.parametrize("part", ["LoRA", "last blocks"])
+@pytest.mark.parametrize("part", ["LoRA", "last block"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(part, tmp_path):
     expected = run(part, tmp_path / "whole")
     run(part, tmp_path / "stopped", stop=2)
-    for one, other in zip(run(part, tmp_path / "stopped"), expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same_values(run(part, tmp_path / "stopped"), expected)
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("other", ["LoRA", "first blocks"])
+@pytest.mark.parametrize("other", ["LoRA", "first block"])
 def test_a_checkpoint_of_other_trained_parts_is_refused(other, tmp_path):
-    run("last blocks", tmp_path, stop=2)
+    run("last block", tmp_path, stop=2)
     with pytest.raises(ValueError, match=r"frozen weights: .* in the checkpoint"):
         run(other, tmp_path)
 
@@ -242,26 +191,21 @@ def test_a_checkpoint_of_other_trained_parts_is_refused(other, tmp_path):
 # === Memory ===
 
 
-class Kept:
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-
 def kept(model):
     """The number of bytes that a forward pass keeps for the backward pass."""
     if keras.backend.backend() == "torch":
         import torch
 
-        saved = weakref.WeakSet()
+        saved = []
 
         def pack(x):
-            held = Kept(x)
-            saved.add(held)
-            return held
+            x = x.detach()
+            saved.append(weakref.ref(x))
+            return x
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             _outputs = model(pairs(), training=True)
-        return sum(x.tensor.nbytes for x in saved)
+        return sum(x.nbytes for ref in saved if (x := ref()) is not None)
     import jax
 
     def run(weights):
@@ -277,19 +221,16 @@ def kept(model):
     reason="A compiled step plans its memory; the tape of an eager one keeps all.",
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("masking", [None, kcm.RandomMasking(0.5)])
-def test_nothing_is_kept_for_frozen_blocks(masking, checkpointing, monkeypatch):
-    sizes = []
-    for depth in (2, 4):
-        monkeypatch.setitem(VIT, "num_layers", depth)
-        monkeypatch.setitem(TEXT, "num_layers", depth)
-        model = connected(masking=masking, gradient_checkpointing=checkpointing)
-        sizes.append([])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_is_kept_for_frozen_blocks(masked, checkpointing):
+    options = dict(masked=masked, gradient_checkpointing=checkpointing)
+    sizes = {}
+    for depth in (2, 3):
+        model = make_model(depth=depth, **options)
         for count in (1, 2):
             kcm.train_last_blocks(model, image=count, text=count)
-            sizes[-1].append(kept(model))
-    assert sizes[0] == sizes[1]
-    assert sizes[0][0] < sizes[0][1]
+            sizes[depth, count] = kept(model)
+    assert sizes[2, 1] == sizes[3, 1] < sizes[2, 2] == sizes[3, 2]
 
 
 # === Copies ===
@@ -306,9 +247,6 @@ def test_a_copy_has_the_same_lora(copied):
     assert_same_values(copy.weights, backbone.weights)
     found = [v.trainable for v in copy.weights]
     assert found == [v.trainable for v in backbone.weights]
-    ids = random_pairs(2)["token_ids"]
-    one, other = (to_numpy(x.text_encoder(ids)) for x in (copy, backbone))
-    np.testing.assert_array_equal(one, other)
 
 
 def test_a_teacher_follows_an_encoder_merged_with_its_lora():
@@ -327,33 +265,28 @@ def test_a_teacher_follows_an_encoder_merged_with_its_lora():
 # === Refusals ===
 
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda: kcm.train_last_blocks(half(), image=3), "`image` must not exceed.* 2"),
-        (lambda: kcm.train_last_blocks(half(), text=-1), "`text` must be an integer"),
-        (lambda: kcm.train_last_blocks(half(), image=1.0), "`image` must be an int"),
-        (lambda: kcm.train_last_blocks(small_model()), "`image` must not exceed.* 0"),
-        (lambda: kcm.enable_lora(half(), rank=0), "`rank` must be an integer"),
-        (
-            lambda: kcm.enable_lora(half(), layer_names=["query_dense"]),
-            r"`layer_names` must name layers of the image encoder.*'query'",
-        ),
-        (
-            lambda: kcm.enable_lora(small_model(), image=False, text=True),
-            "`layer_names` must name layers of the text encoder",
-        ),
-        (lambda: kcm.enable_lora(lora_model()), "`model` must have no LoRA"),
-        (lambda: kcm.train_last_blocks(lora_model()), "`model` must have no LoRA"),
-    ],
-)
-def test_what_cannot_be_done_is_refused(call, match):
-    with pytest.raises(ValueError, match=rf"(?s){match}.*Received: "):
-        call()
-
-
 def lora_model():
-    model = half()
+    model = make_model()
     kcm.enable_lora(model)
     return model
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("make", "change", "options", "match"),
+    [
+        (make_model, "train_last_blocks", {"image": 3}, "`image` must not exceed.* 2"),
+        (make_model, "train_last_blocks", {"text": -1}, "`text` must be an integer"),
+        (make_model, "train_last_blocks", {"image": 1.0}, "`image` must be an integer"),
+        (small_model, "train_last_blocks", {}, "`image` must not exceed.* 0"),
+        (lora_model, "train_last_blocks", {}, "`model` must have no LoRA"),
+        (lora_model, "enable_lora", {}, "`model` must have no LoRA"),
+        (make_model, "enable_lora", {"rank": 0}, "`rank` must be an integer"),
+        (small_model, "enable_lora", {}, "`layer_names` must name layers of the image"),
+        (make_model, "enable_lora", {"layer_names": ["q"]}, "`layer_names`.*'query'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(make, change, options, match):
+    model = make()
+    with pytest.raises(ValueError, match=rf"(?s){match}.*Received: "):
+        getattr(kcm, change)(model, **options)
