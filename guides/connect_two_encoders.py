@@ -150,8 +150,8 @@ figure
 # ## Tune with and without masking
 #
 # From the trained projections, tune all weights: the encoders at a tenth of the learning rate,
-# which warms up and falls. A step on half of the patches takes about half the time, so the masked model trains for twice as
-# many epochs. The model is always evaluated on whole images.
+# which warms up and falls. A step on half of the patches takes about half the time, so the masked
+# model trains for twice as many epochs. The model is always evaluated on whole images.
 
 
 # %%

@@ -130,8 +130,10 @@ class TowerFeatures:
         parts = np.array_split(rows, math.ceil(len(rows) / ROWS))
         mean = sum(part.sum(axis=0, dtype="float64") for part in parts) / len(rows)
         square = sum(((part - mean) ** 2).sum(axis=0) for part in parts) / len(rows)
-        # A feature that never varies is only centered.
-        return mean, np.where(square > 0, np.sqrt(square), 1.0)
+        deviation = np.sqrt(square)
+        # A feature that varies by rounding alone is only centered.
+        varies = deviation > 1e-4 * deviation.mean()
+        return mean, np.where(varies, deviation, 1.0)
 
     def batches(self, batch_size: int, shuffle: bool = True) -> "FeatureBatches":
         """Returns an endless stream of batches."""
