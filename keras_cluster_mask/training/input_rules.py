@@ -196,8 +196,8 @@ class InputRules:
         ):
             most = "" if longest is None else f", of at most {longest} columns"
             raise ValueError(
-                f"`token_ids` must be integers of shape {expected}{most}, as a "
-                "tokenizer returns for texts. Its `context_length` must be that of the "
+                f"`token_ids` must be integers of shape {expected}{most}, as "
+                "`tokenizer(texts)` returns. Its `context_length` must be that of the "
                 "text encoder, which `kcm.models.with_context_length` changes. "
                 f"Received: token_ids of type {ids.dtype} and shape {ids.shape}"
             )

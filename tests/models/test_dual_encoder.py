@@ -67,7 +67,7 @@ def test_a_zero_feature_has_a_finite_embedding_and_gradient():
 
 @pytest.mark.any_backend
 def test_texts_that_are_not_ids_are_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"`tokenizer\(texts\)`.*Received: \['a red h"):
+    with pytest.raises(ValueError, match=r"`tokenizer\(texts\)`.*Received: .*<U"):
         small_model().encode_text(["a red heart"])
 
 
