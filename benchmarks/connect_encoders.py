@@ -339,9 +339,11 @@ def tune_one(method, seed, steps, options, folder):
     )
     if "validation" in result and not (options.test and "test" not in result):
         return
+    # Saved a few times in a run.
+    parts = max(1, round(steps / 24))
+    steps = parts * round(steps / parts)
     encoders.cache_clear()
-    masking = MASKINGS[method]()
-    model = new_model(options, seed, "mlp", masking)
+    model = new_model(options, seed, "mlp", MASKINGS[method]())
     with_head(model, folder / f"head-mlp-{seed}.npz")
     rate = keras.optimizers.schedules.CosineDecay
     adamw = functools.partial(keras.optimizers.AdamW, weight_decay=0.05)
@@ -354,10 +356,6 @@ def tune_one(method, seed, steps, options, folder):
         )
     )
     if "validation" not in result:
-        # Saved a few times in a run.
-        parts = max(1, round(steps / 24))
-        while steps % parts:
-            parts -= 1
         start = time.perf_counter()
         history = model.fit(
             dataset(options, "train", True, seed),
