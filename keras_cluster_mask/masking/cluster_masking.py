@@ -68,7 +68,8 @@ class ClusterMasking(SimilarityMasking):
     ```
 
     Args:
-        patch_size: Integer or tuple `(height, width)`, in pixels.
+        patch_size: Integer or tuple `(height, width)`, in pixels. `None` takes that of
+            the encoder that the masking is put into.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out:
             exactly in budget mode, on average in threshold mode.
         min_mask_ratio: Float in `[0, 1)` or `None`. The minimum fraction of the patches
@@ -119,7 +120,7 @@ class ClusterMasking(SimilarityMasking):
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int] | None = None,
         mask_ratio: float = 0.5,
         min_mask_ratio: float | None = None,
         threshold: float | None = None,

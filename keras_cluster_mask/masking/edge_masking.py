@@ -46,7 +46,8 @@ class EdgeMasking(SimilarityMasking):
     ```
 
     Args:
-        patch_size: Integer or tuple `(height, width)`, in pixels.
+        patch_size: Integer or tuple `(height, width)`, in pixels. `None` takes that of
+            the encoder that the masking is put into.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         seed_ratio: Float in `[0, 1]`. The fraction of the patches that become seeds, at
             least one patch.
@@ -96,7 +97,7 @@ class EdgeMasking(SimilarityMasking):
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int] | None = None,
         mask_ratio: float = 0.5,
         seed_ratio: float = 0.05,
         threshold: float = 0.5,

@@ -41,7 +41,8 @@ class KMeansMasking(SimilarityMasking):
     ```
 
     Args:
-        patch_size: Integer or tuple `(height, width)`, in pixels.
+        patch_size: Integer or tuple `(height, width)`, in pixels. `None` takes that of
+            the encoder that the masking is put into.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         num_clusters: Integer. The number of clusters per image, at most the number of
             patches. A patch that is equally similar to several centers joins the
@@ -83,7 +84,7 @@ class KMeansMasking(SimilarityMasking):
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int] | None = None,
         mask_ratio: float = 0.5,
         num_clusters: int = 8,
         iterations: int = 5,

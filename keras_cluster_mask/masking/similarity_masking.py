@@ -41,7 +41,7 @@ class SimilarityMasking(PatchMasking):
     Patches are compared by their pixels, by their tokens, or by a mix of both.
 
     Args:
-        patch_size: Integer or tuple `(height, width)`, in pixels.
+        patch_size: Integer or tuple `(height, width)`, in pixels, or `None`.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
@@ -57,7 +57,7 @@ class SimilarityMasking(PatchMasking):
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int] | None,
         mask_ratio: float,
         embedding_weight: float | keras.optimizers.schedules.LearningRateSchedule,
         num_prefix_tokens: int | None,
@@ -66,7 +66,9 @@ class SimilarityMasking(PatchMasking):
         **kwargs: Any,
     ):
         super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
-        self.patch_size = sides_of("patch_size", patch_size)
+        self._patch_size = None
+        if patch_size is not None:
+            self.patch_size = patch_size
         self.data_format = data_format or keras.config.image_data_format()
         formats = "channels_last", "channels_first"
         check_choice("data_format", self.data_format, formats)
@@ -81,6 +83,25 @@ class SimilarityMasking(PatchMasking):
         self.step = None
         if not isinstance(embedding_weight, float):
             self.step = self._add_state("step", 0, "int32")
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """The `(height, width)` of a patch in pixels."""
+        if self._patch_size is None:
+            raise ValueError(
+                "`patch_size` must be given, unless the masking is in an encoder that "
+                "has one: see `kcm.with_masking`. Received: patch_size=None"
+            )
+        return self._patch_size
+
+    @patch_size.setter
+    def patch_size(self, patch_size):
+        self._patch_size = sides_of("patch_size", patch_size)
+
+    def enter(self, encoder: keras.Model) -> None:
+        size = getattr(encoder, "patch_size", None)
+        if self._patch_size is None and size is not None:
+            self.patch_size = size
 
     def _add_state(self, name, value, dtype):
         return self.add_weight(
@@ -133,7 +154,7 @@ class SimilarityMasking(PatchMasking):
         weight = keras.saving.serialize_keras_object(self.embedding_weight)
         return {
             **super().get_config(),
-            "patch_size": self.patch_size,
+            "patch_size": self._patch_size,
             "embedding_weight": weight,
             "data_format": self.data_format,
         }

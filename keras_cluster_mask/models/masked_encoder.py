@@ -139,6 +139,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         positions = keras.Model(encoder.input, tables) if tables else None
         self._positions = lambda: positions
 
+        masking.enter(encoder)
         given, counted = masking.num_prefix_tokens, count_prefix_tokens(encoder, stem)
         if None not in (given, counted) and given != counted:
             raise ValueError(
@@ -154,7 +155,6 @@ class MaskedEncoder(MadeOfParts, keras.Model):
             # Assume a class token, which most encoders have.
             prefix = 1
         check_blocks(self, blocks, prefix)
-        masking.enter(encoder)
         self.built = True
 
     def call(

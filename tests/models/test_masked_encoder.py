@@ -76,6 +76,22 @@ def kept_tokens(masked, images, noise, prefix):
     )
 
 
+@pytest.mark.parametrize("kind", ["vit_wide", "own"])
+def test_the_encoder_knows_the_size_of_its_patches(kind, tmp_path):
+    masking = kcm.KMeansMasking()
+    with pytest.raises(ValueError, match=r"`patch_size` must be given.*Received: pa"):
+        masking(np.zeros((2, 16, 8)), images=random_images(2), training=True)
+    layer = ENCODERS[kind][1]
+    if kind == "own":
+        with pytest.raises(ValueError, match=r"`patch_size` must be given.*Received:"):
+            kcm.with_masking(encoder_of(kind), masking, layer)
+        return
+    masked = kcm.with_masking(encoder_of(kind), masking)
+    assert masking.patch_size == (4, 4)
+    again = type(masked).from_config(masked.get_config())
+    assert again.masking.patch_size == (4, 4)
+
+
 # === The same encoder ===
 
 
