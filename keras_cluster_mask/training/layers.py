@@ -122,9 +122,12 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
 
 
 def _weights_of_trained_layers(layer):
-    """Returns the ids of the weights, without other state, of unfrozen layers."""
-    layers = [x for x in all_layers(layer) if x.trainable]
-    return {id(v) for x in layers for v in x._trainable_variables}
+    """Returns the ids of the weights, without other state, that no layer freezes."""
+    ids = {True: set(), False: set()}
+    for part in all_layers(layer):
+        ids[part.trainable] |= {id(v) for v in part._trainable_variables}
+    # A head shares the temperature of a backbone, which may be frozen.
+    return ids[True] - ids[False]
 
 
 def from_parts(cls, config: dict, custom_objects: dict | None = None):

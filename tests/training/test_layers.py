@@ -1,6 +1,7 @@
 import keras
 import pytest
 
+import keras_cluster_mask as kcm
 from keras_cluster_mask.training.layers import (
     all_layers,
     freeze_parts,
@@ -102,3 +103,12 @@ def test_state_is_neither_frozen_nor_trained():
     assert frozen_parts(nested)["weights"] == []
     freeze_parts(nested, frozen_parts(nested))
     assert not nested.norm.moving_mean.trainable
+
+
+def test_the_temperature_of_a_frozen_backbone_stays_frozen(tmp_path):
+    backbone = kcm.models.clip_backbone("tiny", image_size=16, vocabulary_size=100)
+    backbone.trainable = False
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    assert not model.trainable_weights
+    model.save(tmp_path / "m.keras")
+    assert not keras.saving.load_model(tmp_path / "m.keras").trainable_weights
