@@ -142,23 +142,18 @@ def test_losses_that_layers_add_are_averaged():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_bfloat16_trains_like_whole_batches_also_with_gradient_checkpointing():
+def test_bfloat16_trains_like_whole_batches():
     losses = []
     for micro_batch_size in (None, 4):
         keras.utils.set_random_seed(0)
-        keras.config.set_dtype_policy("mixed_bfloat16")
-        try:
-            model = kcm.ContrastiveModel.from_backbone(
-                tiny_clip(),
-                masking=kcm.ClusterMasking(4, seed=1),
-                micro_batch_size=micro_batch_size,
-                gradient_checkpointing=micro_batch_size is not None,
-            )
-        finally:
-            keras.config.set_dtype_policy("float32")
+        model = kcm.ContrastiveModel.from_backbone(
+            tiny_clip(dtype="mixed_bfloat16"),
+            masking=kcm.ClusterMasking(4, seed=1),
+            micro_batch_size=micro_batch_size,
+        )
         model.compile(keras.optimizers.SGD(0.05), **FAST)
         history = model.fit(
-            **as_dataset(random_pairs(BATCH), BATCH), epochs=2, verbose=0
+            **as_dataset(random_pairs(BATCH), BATCH), epochs=3, verbose=0
         )
         losses.append(history.history["loss"])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-3)
