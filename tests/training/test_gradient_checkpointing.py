@@ -13,6 +13,7 @@ from keras_cluster_mask.models.encoders import BLOCKS
 from keras_cluster_mask.training.gradient_checkpointing import find_blocks
 from tests.helpers import (
     CONTEXT,
+    FAST,
     VOCABULARY,
     AddPositions,
     GradientSteps,
