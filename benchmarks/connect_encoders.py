@@ -1,8 +1,8 @@
 """Two pre-trained encoders as a CLIP: projections on features, then tuning.
 
     python benchmarks/connect_encoders.py features heads tune --data DIR
-    python benchmarks/connect_encoders.py tune --methods none random --seeds 3
-    python benchmarks/connect_encoders.py report --test     # the test split, at the end
+    python benchmarks/connect_encoders.py tune --data DIR --methods random --seeds 1 2
+    python benchmarks/connect_encoders.py heads --data DIR --test   # once, at the end
 
 `--encoders` is a folder with keras_hub presets of DINOv2 and MiniLM. Stages resume
 where they were interrupted, and finished runs are read from `--results`. Settings are

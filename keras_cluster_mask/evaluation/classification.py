@@ -2,7 +2,7 @@
 
 import collections
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -225,9 +225,11 @@ def _prompts(class_names, templates):
         )
     prompts = []
     are_texts = isinstance(templates, Mapping)
+    if isinstance(templates, Iterator):
+        templates = [*templates]
     for name in names:
-        texts = templates.get(name, ()) if are_texts else templates
-        if isinstance(texts, str) or callable(texts):
+        texts = templates.get(name) or () if are_texts else templates
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
             texts = [texts]
         prompts.append(tuple(x if are_texts else _fill(x, name) for x in texts))
         if not prompts[-1] or not all(isinstance(x, str) and x for x in prompts[-1]):

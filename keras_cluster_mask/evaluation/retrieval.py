@@ -275,7 +275,7 @@ def _normalized(axis=1, **arrays):
         # In float64, squares of very large or small values are finite and not 0.
         lengths = np.sqrt(np.einsum("id,id->i", array, array, dtype="float64"))
         lengths = np.where(lengths, lengths, 1)[:, None]
-        yield np.divide(array, lengths, dtype="float32", casting="same_kind")
+        yield np.divide(array, lengths, out=np.empty_like(array), casting="same_kind")
 
 
 # === Ranks of the matches among all images or all texts ===

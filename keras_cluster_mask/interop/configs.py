@@ -47,8 +47,6 @@ def side_of(size: Any) -> int | None:
 
 
 def _channels(values):
-    # Both libraries take a number for all channels.
-    values = (values,) * 3 if is_number(values) else values
     is_list = isinstance(values, (list, tuple)) and len(values) == 3
     is_right = is_list and all(is_number(x) and math.isfinite(x) for x in values)
     return tuple(map(float, values)) if is_right else None
@@ -72,6 +70,8 @@ def flatten(config: Mapping, parts: tuple[str, ...]) -> dict:
     entries = {key: value for key, value in config.items() if key not in parts}
     for part in parts:
         part_entries = config.get(part) or {}
+        if not isinstance(part_entries, Mapping):
+            part_entries = {"": part_entries}
         entries.update({f"{part}.{key}": x for key, x in part_entries.items()})
     return entries
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from keras_cluster_mask.checks import is_number
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
     Entry,
@@ -189,7 +190,10 @@ def _read_config(path):
         width = given.get("text_config.projection_size") or fields["text_width"]
         fields["projection"] = width
         if width != fields["image_width"]:
-            reasons.append(f"text_config.projection_size={width}: images have another")
+            reasons.append(
+                f"text_config.projection_size={width} is not the width of images, "
+                f"{fields['image_width']}"
+            )
     elif not reasons:
         highest = fields["vocabulary"] - 1
         end_id = TEXT_FAMILIES[family].end_id
@@ -218,6 +222,10 @@ def _read_preprocessing(folder, of_model):
     given = {k: x for k, x in config.items() if x is not None or k in flags}
     if not given.get("do_normalize", True):
         given.update(image_mean=0.0, image_std=1.0)
+    for key in ("image_mean", "image_std"):
+        # transformers takes a number for all channels.
+        if is_number(given.get(key)):
+            given[key] = (given[key],) * 3
     mean, std = (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
     entries = {
         "do_rescale": fixed(True),

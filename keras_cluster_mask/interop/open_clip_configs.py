@@ -102,7 +102,12 @@ def read_config(config: Any) -> Architecture:
         given = read_json("config", config)
     elif not isinstance(config, Mapping):
         given = _read_named(str(config))
-    whole = {"model_cfg": given, **given}
+    whole = {"model_cfg": given, **given} if isinstance(given, Mapping) else {}
+    if not isinstance(whole.get("model_cfg"), Mapping):
+        raise ValueError(
+            "`config` must be the config of a model as open_clip writes it, a "
+            f"dictionary. Received: config={config!r}, which holds {given!r}"
+        )
     # open_clip writes null for what has the default.
     preprocessing = whole.get("preprocess_cfg") or {}
     preprocessing = {k: x for k, x in preprocessing.items() if x is not None}
@@ -118,6 +123,8 @@ def read_config(config: Any) -> Architecture:
     end = given.get("text_cfg.eos_id", end_id)
     if fields["family"] == "MetaCLIP2" and end != end_id:
         reasons.append(f"text_cfg.eos_id={end}: keras_hub pools at the id {end_id}")
+    if not reasons and fields["image_heads"] > fields["image_width"]:
+        reasons.append("vision_cfg.head_width is greater than vision_cfg.width")
     size, image_size = given.get("preprocess_cfg.size"), fields["image_size"]
     if size is not None and side_of(size) != image_size:
         reasons.append(f"preprocess_cfg.size={size} is not the image size {image_size}")

@@ -128,6 +128,7 @@ def test_templates_are_formats_functions_or_texts_of_each_class(model, tokenizer
     for templates in (
         ["a photo of a {}.", "{c}!"],
         ("a photo of a {}.", lambda name: f"{name}!"),
+        iter(["a photo of a {}.", "{}!"]),
         types.MappingProxyType(texts),
     ):
         found = zero_shot_classifier(model, NAMES, tokenizer, templates, verbose=0)
@@ -170,6 +171,8 @@ def test_bad_scores_and_labels_are_refused_by_name(name, scores, labels):
         ("class_names", "cat", "{}"),
         ("templates", ["cat"], []),
         ("templates", ["cat"], "a photo"),
+        ("templates", ["cat"], None),
+        ("templates", ["cat"], {"cat": None}),
         ("templates", ["cat"], "{} {}"),
         ("templates", ["cat"], ["{}", 3]),
         ("templates", ["cat", "dog"], {"cat": ["x"]}),

@@ -206,6 +206,9 @@ def test_recall_does_not_depend_on_the_lengths_of_the_embeddings(scale):
     expected = retrieval_recall(images, texts)
     assert 0.5 < expected["image_to_text_recall@1"] < 1
     assert retrieval_recall(lengths[0] * images, lengths[1] * texts) == expected
+    # Their lengths exceed the range of float32.
+    huge = np.sign(random_embeddings(6, 512)) * np.float32(2e38)
+    assert retrieval_recall(huge, huge, ks=1)["image_to_text_recall@1"] == 1
     # A row of zeros is not similar to anything.
     with_zeros = np.concatenate([images, 0 * images[:1]])
     found = retrieval_recall(with_zeros, texts, range(301), range(300))

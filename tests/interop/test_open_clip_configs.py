@@ -174,6 +174,10 @@ CANNOT_BE_HELD = [
     [
         ("config", 3),
         ("config", "ViT-B-32-quick"),
+        ("config", {"model_cfg": None}),
+        ("config", {"model_cfg": "ViT-B-32"}),
+        ("text_cfg", {"embed_dim": 8, "text_cfg": "x"}),
+        ("head_width", changed(vision_cfg__head_width=4096)),
         ("embed_dim", {}),
         ("load_hugging_face", {"text_config": {}, "vision_config": {}}),
         *((key.rpartition("__")[2], changed(**{key: x})) for key, x in CANNOT_BE_HELD),
@@ -184,6 +188,7 @@ CANNOT_BE_HELD = [
         ("mean", preprocessed(mean=[0.5, 0.5])),
         ("mean", preprocessed(mean=[0.5, 0.5, float("nan")])),
         ("mean", preprocessed(mean="0.5")),
+        ("mean", preprocessed(mean=0.5)),
         ("std", preprocessed(std=[0.2, 0.2, -0.2])),
         ("std", preprocessed(std=0)),
         ("unheard_of", preprocessed(unheard_of=1)),
