@@ -96,15 +96,21 @@ def _sides(shape, data_format):
     return height_and_width(shape, data_format)
 
 
-def as_pair(name: str, sides: Any) -> tuple[int, int]:
-    """Returns a tuple of two positive integers, or raises an error."""
+def as_pair(name: str, sides: Any, others: str = "") -> tuple[int, int]:
+    """Returns a tuple of two positive integers, or raises an error.
+
+    Args:
+        name: The name of the argument.
+        sides: Its value.
+        others: For the error message, the other values that it may have.
+    """
     if (
         not isinstance(sides, (tuple, list))
         or len(sides) != 2
         or not all(is_integer(side) and side > 0 for side in sides)
     ):
         raise ValueError(
-            f"`{name}` must be a tuple of two positive integers. "
+            f"`{name}` must be {others}a tuple of two positive integers. "
             f"Received: {name}={sides}"
         )
     return int(sides[0]), int(sides[1])
@@ -112,9 +118,11 @@ def as_pair(name: str, sides: Any) -> tuple[int, int]:
 
 def sides_of(name: str, size: Any) -> tuple[int, int]:
     """Returns `(height, width)`, from one integer or two."""
-    return as_pair(name, (size, size) if is_integer(size) else size)
+    if is_integer(size) and size > 0:
+        return int(size), int(size)
+    return as_pair(name, size, "a positive integer or ")
 
 
 def standardize_grid(grid) -> tuple[int, int] | None:
     """Returns `(rows, columns)` of patches as a tuple, or `None`."""
-    return None if grid is None else as_pair("grid", grid)
+    return None if grid is None else as_pair("grid", grid, "None or ")

@@ -89,8 +89,8 @@ class SimilarityMasking(PatchMasking):
         """The `(height, width)` of a patch in pixels."""
         if self._patch_size is None:
             raise ValueError(
-                "`patch_size` must be given, unless the masking is in an encoder that "
-                "has one: see `kcm.with_masking`. Received: patch_size=None"
+                "`patch_size` must be given to the masking, unless it is in an encoder "
+                "that has one: see `kcm.with_masking`. Received: patch_size=None"
             )
         return self._patch_size
 
@@ -98,10 +98,11 @@ class SimilarityMasking(PatchMasking):
     def patch_size(self, patch_size):
         self._patch_size = sides_of("patch_size", patch_size)
 
-    def enter(self, encoder: keras.Model) -> None:
-        size = getattr(encoder, "patch_size", None)
-        if self._patch_size is None and size is not None:
-            self.patch_size = size
+    def take_patch_size(self, *layers: keras.layers.Layer) -> None:
+        """Takes the patch size of the first layer that has one, unless it is given."""
+        sizes = [getattr(layer, "patch_size", None) for layer in layers]
+        if self._patch_size is None and any(sizes):
+            self.patch_size = next(filter(None, sizes))
 
     def _add_state(self, name, value, dtype):
         return self.add_weight(

@@ -195,15 +195,21 @@ def masking_inputs(masking, images, grid, embed):
 
 def keep_mask(masking, pixels, tokens, noise):
     """Returns `(batch, N)` booleans, true for patches that are kept and visible."""
+    # A schedule may start at 0, where tokens have no influence yet.
+    uses_tokens, cause = getattr(masking, "embedding_weight", 0.0) != 0.0, None
     try:
-        indices, visible = masking.select(pixels, tokens, noise)
-    except Exception as error:
+        if tokens is not None or not uses_tokens:
+            indices, visible = masking.select(pixels, tokens, noise)
+    except (AttributeError, TypeError) as error:
         if tokens is not None:
             raise
+        # Of a masking that takes `None` for an array.
+        uses_tokens, cause = True, error
+    if tokens is None and uses_tokens:
         raise ValueError(
-            f"`embed` must be given if the {type(masking).__name__} uses tokens. "
-            f"Received: embed=None, and then: {error}"
-        ) from error
+            f"`embed` must be given, as the {type(masking).__name__} uses tokens. "
+            "Received: embed=None"
+        ) from cause
     kept = np.zeros(tuple(noise.shape), dtype=bool)
     np.put_along_axis(
         kept, ops.convert_to_numpy(indices), ops.convert_to_numpy(visible), axis=1

@@ -202,23 +202,29 @@ class Standardization(keras.layers.Layer):
     """Scales features to a mean of 0 and a deviation of 1.
 
     A fixed scaling: it makes no difference between training and evaluation, and does
-    not depend on the batch. `ContrastiveModel.fit` sets it on `TowerFeatures`. Until
-    then it returns its input.
+    not depend on the batch. `ContrastiveModel.fit` sets it on `TowerFeatures`, if the
+    model has not been trained yet. Until then it returns its input, in float32.
 
     Attributes:
         mean: `(width,)` variable, not trained.
         deviation: `(width,)` variable, not trained.
     """
 
+    equal_on_replicas = True
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+
     def build(self, input_shape):
-        options = {"shape": input_shape[-1:], "trainable": False}
+        options = {"shape": input_shape[-1:], "trainable": False, "dtype": "float32"}
         self.mean = self.add_weight(initializer="zeros", name="mean", **options)
         self.deviation = self.add_weight(
             initializer="ones", name="deviation", **options
         )
 
     def call(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.deviation
+        # In lower precision, features would be rounded before the mean is subtracted.
+        return (ops.cast(features, "float32") - self.mean) / self.deviation
 
     @property
     def is_set(self) -> bool:

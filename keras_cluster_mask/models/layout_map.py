@@ -1,5 +1,7 @@
 import keras
 
+from keras_cluster_mask.checks import check_choice
+
 # The first matrix of an attention or MLP is sharded over its outputs (heads, hidden
 # units), the last one over its inputs. Each attention or MLP then needs one all-reduce.
 # SigLIP's layers have other names than those of CLIP and MetaCLIP 2.
@@ -57,6 +59,7 @@ def clip_layout_map(
     Reference:
         - [Megatron-LM](https://arxiv.org/abs/1909.08053), section 3.
     """
+    check_choice("axis", axis, tuple(device_mesh.axis_names))
     layouts = keras.distribution.LayoutMap(device_mesh)
     for path, layout in LAYOUTS.items():
         named = tuple(axis if each == "model" else each for each in layout)

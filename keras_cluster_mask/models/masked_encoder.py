@@ -9,6 +9,7 @@ from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import PutMask
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
     count_parts,
@@ -139,7 +140,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         positions = keras.Model(encoder.input, tables) if tables else None
         self._positions = lambda: positions
 
-        masking.enter(encoder)
+        if isinstance(masking, SimilarityMasking):
+            masking.take_patch_size(encoder, found)
         given, counted = masking.num_prefix_tokens, count_prefix_tokens(encoder, stem)
         if None not in (given, counted) and given != counted:
             raise ValueError(
@@ -155,6 +157,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
             # Assume a class token, which most encoders have.
             prefix = 1
         check_blocks(self, blocks, prefix)
+        masking.enter(encoder)
         self.built = True
 
     def call(

@@ -150,7 +150,8 @@ def _find_lora_layers(encoder, name, layer_names):
         for layer in all_layers(encoder)
         if hasattr(layer, "enable_lora") and not isinstance(layer, keras.Model)
     ]
-    found = [layer for layer in layers if layer.name in layer_names]
+    names = [layer_names] if isinstance(layer_names, str) else [*layer_names]
+    found = [layer for layer in layers if layer.name in names]
     if not found:
         raise ValueError(
             f"`layer_names` must name layers of the {name} encoder that can have LoRA, "

@@ -116,7 +116,6 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     rules = dataclasses.replace(model.input_rules, training=True)
     if isinstance(x, TowerFeatures):
         x.check_model(model, training=True)
-        x.standardize(model.head)
     reader = reader_of(x, rules, batch_size, shuffle)
     data = TrainingData(reader, steps_per_epoch, initial_epoch)
     data.check_same_everywhere()
@@ -124,6 +123,9 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     if data.batch_size and model.micro_batch_size:
         check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
     _check_executions(model.steps_per_execution, data.steps_per_epoch)
+    if isinstance(x, TowerFeatures) and not int(model.optimizer.iterations):
+        # Projections that were trained without a scaling keep it so.
+        x.standardize(model.head)
     return data
 
 

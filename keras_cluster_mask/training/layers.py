@@ -71,10 +71,11 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
 
     Returns:
         A dictionary: the indices of frozen layers, in the order of `all_layers`; the
-        indices of weights that are frozen in other layers, in the order of
-        `saved_weights`; and the numbers of all layers and of these weights.
+        indices of weights that are frozen in other layers, and of weights of frozen
+        layers that are trained all the same, in the order of `saved_weights`; and the
+        numbers of all layers and of these weights.
     """
-    trained = _weights_of_trained_layers(layer)
+    trained, frozen = _weights_by_layers(layer)
     return {
         "counts": [len(all_layers(layer)), len(saved_weights(layer))],
         "layers": [i for i, x in enumerate(all_layers(layer)) if not x.trainable],
@@ -82,6 +83,12 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
             i
             for i, v in enumerate(saved_weights(layer))
             if id(v) in trained and not v.trainable
+        ],
+        # A head shares the temperature of a backbone.
+        "trained": [
+            i
+            for i, v in enumerate(saved_weights(layer))
+            if id(v) in frozen and v.trainable
         ],
     }
 
@@ -100,9 +107,9 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
                 if part.trainable != trainable:
                     part.trainable = trainable
     if has_weights:
-        trained = _weights_of_trained_layers(layer)
+        trained, _ = _weights_by_layers(layer)
         for index, weight in enumerate(weights):
-            if id(weight) in trained:
+            if index in frozen["trained"] or id(weight) in trained:
                 weight.trainable = index not in frozen["weights"]
     lost = [
         name
@@ -121,13 +128,12 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
         )
 
 
-def _weights_of_trained_layers(layer):
-    """Returns the ids of the weights, without other state, that no layer freezes."""
+def _weights_by_layers(layer):
+    """Returns ids of weights, without other state: of trained and of frozen layers."""
     ids = {True: set(), False: set()}
     for part in all_layers(layer):
         ids[part.trainable] |= {id(v) for v in part._trainable_variables}
-    # A head shares the temperature of a backbone, which may be frozen.
-    return ids[True] - ids[False]
+    return ids[True] - ids[False], ids[False]
 
 
 def from_parts(cls, config: dict, custom_objects: dict | None = None):

@@ -6,7 +6,6 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.distribution.processes import to_numpy
-from keras_cluster_mask.training.layers import state_variables
 from keras_cluster_mask.training.optimizers import optimizer_parts
 
 # Entries of a layer's configuration that do not affect what it computes.
@@ -75,10 +74,10 @@ def describe(model) -> dict:
         field = f"{key.replace('/', '.')} ({variable.path})"
         fields[field] = [[*variable.shape], str(variable.dtype)]
     fields["optimizer"] = type(model.optimizer).__name__
-    states = {id(v) for v in state_variables(model)}
-    frozen = [not v.trainable and id(v) not in states for v in model.weights]
-    if any(frozen):
-        fields["frozen weights"] = [i for i, x in enumerate(frozen) if x]
+    trained = {id(v) for v in model.trainable_variables}
+    fields["frozen weights"] = [
+        i for i, v in enumerate(model.variables) if id(v) not in trained
+    ]
     for key, value in model.get_config().items():
         if key not in FREE_OPTIONS and not isinstance(value, dict):
             fields[key] = value

@@ -35,7 +35,10 @@ def check_tokenizer(model, tokenizer, context_length=None):
     ids = probe(tokenizer, context_length)
     if ids is None:
         return None
-    model.input_rules.check_ids(ids)
+    try:
+        model.input_rules.check_ids(ids)
+    except ValueError as error:
+        raise ValueError(f"`tokenizer` returns ids that do not fit: {error}") from None
     if model.text_family.pooling == "highest id" and not _has_special_tokens(ids):
         raise ValueError(
             "`tokenizer` must add a start token to each text, and an end token that "

@@ -89,6 +89,17 @@ def test_hidden_projections_see_standardized_features(tmp_path, monkeypatch):
 
 
 @pytest.mark.any_backend
+def test_projections_that_were_trained_are_not_rescaled(tmp_path):
+    model = frozen_model(head="mlp")
+    features, data = computed(model, tmp_path)
+    texts = [text for (text,) in data["captions"]]
+    pairs = {"images": data["images"], "token_ids": tokenizer(texts)}
+    model.fit(pairs, batch_size=5, verbose=0)
+    model.fit(features, batch_size=5, verbose=0)
+    assert not model.head.image_projection.layers[0].is_set
+
+
+@pytest.mark.any_backend
 def test_features_that_vary_by_rounding_alone_are_only_centered(tmp_path):
     model = frozen_model(head="mlp")
     features, _ = computed(model, tmp_path)

@@ -86,6 +86,10 @@ def test_the_encoder_knows_the_size_of_its_patches(kind, tmp_path):
         with pytest.raises(ValueError, match=r"`patch_size` must be given.*Received:"):
             kcm.with_masking(encoder_of(kind), masking, layer)
         return
+    kcm.with_masking(
+        keras.Model(encoder_of(kind).input, encoder_of(kind).output), masking
+    )
+    masking = kcm.KMeansMasking()
     masked = kcm.with_masking(encoder_of(kind), masking)
     assert masking.patch_size == (4, 4)
     again = type(masked).from_config(masked.get_config())

@@ -284,6 +284,7 @@ def lora_model():
         (make_model, "enable_lora", {"rank": 0}, "`rank` must be an integer"),
         (small_model, "enable_lora", {}, "`layer_names` must name layers of the image"),
         (make_model, "enable_lora", {"layer_names": ["q"]}, "`layer_names`.*'query'"),
+        (make_model, "enable_lora", {"layer_names": "queryx"}, "`layer_names`"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, change, options, match):

@@ -105,10 +105,15 @@ def test_state_is_neither_frozen_nor_trained():
     assert not nested.norm.moving_mean.trainable
 
 
-def test_the_temperature_of_a_frozen_backbone_stays_frozen(tmp_path):
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_the_temperature_of_a_frozen_backbone_stays_as_it_is(tmp_path, is_trained):
     backbone = kcm.models.clip_backbone("tiny", image_size=16, vocabulary_size=100)
-    backbone.trainable = False
+    backbone.trainable = is_trained
     model = kcm.ContrastiveModel.from_backbone(backbone)
-    assert not model.trainable_weights
+    if is_trained:
+        # With the projections alone.
+        backbone.trainable, model.head.trainable = False, True
+    assert len(model.trainable_weights) == 3 * is_trained
     model.save(tmp_path / "m.keras")
-    assert not keras.saving.load_model(tmp_path / "m.keras").trainable_weights
+    reloaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert len(reloaded.trainable_weights) == 3 * is_trained
