@@ -7,7 +7,7 @@ import keras
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import BLOCKS, check_no_lora
-from keras_cluster_mask.training.layers import all_layers
+from keras_cluster_mask.training.layers import all_layers, weights_by_layers
 
 # The names of the query and value projections in keras_hub. Those of DINOv3 end in
 # "proj".
@@ -114,6 +114,8 @@ def enable_lora(
     for layer in targets:
         layer.enable_lora(rank)
     model.compiled = False
+    # TensorFlow's would not see the updates.
+    model.predict_function = None
 
 
 def _start_of_last_blocks(encoder, name, count):
@@ -140,8 +142,11 @@ def _start_of_last_blocks(encoder, name, count):
 def _freeze_weights(encoder, count):
     """Freezes the first weights of an encoder, and trains the rest."""
     encoder.trainable = True
-    for weight in encoder.weights[:count]:
-        weight.trainable = False
+    trained, _ = weights_by_layers(encoder)
+    for index, weight in enumerate(encoder.weights):
+        # On TensorFlow, layers do not train a weight again that was frozen by itself.
+        if id(weight) in trained:
+            weight.trainable = index >= count
 
 
 def _find_lora_layers(encoder, name, layer_names):

@@ -75,7 +75,7 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
         layers that are trained all the same, in the order of `saved_weights`; and the
         numbers of all layers and of these weights.
     """
-    trained, frozen = _weights_by_layers(layer)
+    trained, frozen = weights_by_layers(layer)
     return {
         "counts": [len(all_layers(layer)), len(saved_weights(layer))],
         "layers": [i for i, x in enumerate(all_layers(layer)) if not x.trainable],
@@ -107,7 +107,7 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
                 if part.trainable != trainable:
                     part.trainable = trainable
     if has_weights:
-        trained, _ = _weights_by_layers(layer)
+        trained, _ = weights_by_layers(layer)
         for index, weight in enumerate(weights):
             if index in frozen["trained"] or id(weight) in trained:
                 weight.trainable = index not in frozen["weights"]
@@ -128,7 +128,7 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
         )
 
 
-def _weights_by_layers(layer):
+def weights_by_layers(layer):
     """Returns ids of weights, without other state: of trained and of frozen layers."""
     ids = {True: set(), False: set()}
     for part in all_layers(layer):
