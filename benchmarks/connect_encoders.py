@@ -239,7 +239,11 @@ def plain_loop(options, seed, train):
         layers += torch.nn.Dropout(0.3), linear(hidden, PROJECTION_DIM, bias=False)
         return torch.nn.Sequential(*layers)
 
-    means = [(x.mean(0), x.std(0)) for x in (images, texts)]
+    deviations = [x.std(0) for x in (images, texts)]
+    means = [
+        (x.mean(0), torch.where(std > 1e-4 * std.mean(), std, 1.0))
+        for x, std in zip((images, texts), deviations)
+    ]
     towers = torch.nn.ModuleList([projection(images), projection(texts)])
     scale = torch.nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
     parameters = [
