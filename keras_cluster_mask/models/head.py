@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -132,6 +133,21 @@ class ContrastiveHead(keras.layers.Layer):
             if projection is not None and not projection.built:
                 projection.build((None, width))
 
+    def set_scaling(self, statistics: Callable[[str], tuple] | None = None) -> None:
+        """Fixes the scaling of features in projections that have one, once.
+
+        Args:
+            statistics: Function from `"image"` or `"text"` to the mean and the
+                deviation of the features. `None` leaves features as they are.
+        """
+        for name in ("image", "text"):
+            projection = getattr(self, f"{name}_projection")
+            for layer in getattr(projection, "layers", ()):
+                if isinstance(layer, Standardization) and not ops.convert_to_numpy(
+                    layer.is_set
+                ):
+                    layer.set(*(statistics(name) if statistics else (0.0, 1.0)))
+
     def project_image(self, features: Tensor) -> Tensor:
         """Maps image features into the shared space, without normalization."""
         projection = self.image_projection
@@ -202,12 +218,13 @@ class Standardization(keras.layers.Layer):
     """Scales features to a mean of 0 and a deviation of 1.
 
     A fixed scaling: it makes no difference between training and evaluation, and does
-    not depend on the batch. `ContrastiveModel.fit` sets it on `TowerFeatures`, if the
-    model has not been trained yet. Until then it returns its input, in float32.
+    not depend on the batch. The first `ContrastiveModel.fit` sets it: on
+    `TowerFeatures` to their statistics, on other data to no scaling.
 
     Attributes:
-        mean: `(width,)` variable, not trained.
-        deviation: `(width,)` variable, not trained.
+        mean: `(width,)` float32 variable, not trained.
+        deviation: `(width,)` float32 variable, not trained.
+        is_set: `()` float32 variable, 1 once the scaling is fixed.
     """
 
     equal_on_replicas = True
@@ -216,20 +233,21 @@ class Standardization(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
 
     def build(self, input_shape):
-        options = {"shape": input_shape[-1:], "trainable": False, "dtype": "float32"}
-        self.mean = self.add_weight(initializer="zeros", name="mean", **options)
-        self.deviation = self.add_weight(
-            initializer="ones", name="deviation", **options
-        )
+        options, shape = {"trainable": False, "dtype": "float32"}, input_shape[-1:]
+        self.mean = self.add_weight(shape, "zeros", name="mean", **options)
+        self.deviation = self.add_weight(shape, "ones", name="deviation", **options)
+        self.is_set = self.add_weight((), "zeros", name="is_set", **options)
 
     def call(self, features: Tensor) -> Tensor:
         # In lower precision, features would be rounded before the mean is subtracted.
         return (ops.cast(features, "float32") - self.mean) / self.deviation
 
-    @property
-    def is_set(self) -> bool:
-        """Whether the scaling has been set, or loaded."""
-        return bool(np.any(ops.convert_to_numpy(self.mean)))
+    def set(self, mean: Any, deviation: Any) -> None:
+        """Sets the scaling. It stays as it is from then on."""
+        shape = tuple(self.mean.shape)
+        self.mean.assign(np.broadcast_to(mean, shape))
+        self.deviation.assign(np.broadcast_to(deviation, shape))
+        self.is_set.assign(1.0)
 
 
 def l2_normalize(features):

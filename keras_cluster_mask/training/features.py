@@ -110,23 +110,13 @@ class TowerFeatures:
                 f"{model.maskings[0].name}"
             )
 
-    def standardize(self, head: keras.layers.Layer) -> None:
-        """Sets the scaling of the projections that have one, unless it is set.
+    def statistics(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the mean and the deviation of each feature, reading rows in parts.
 
         Args:
-            head: The `ContrastiveHead` of a model.
+            name: `"image"` or `"text"`.
         """
-        for name in ("image", "text"):
-            projection = getattr(head, f"{name}_projection")
-            for layer in getattr(projection, "layers", ()):
-                if hasattr(layer, "is_set") and not layer.is_set:
-                    mean, deviation = self._statistics(f"{name}_features")
-                    layer.mean.assign(mean)
-                    layer.deviation.assign(deviation)
-
-    def _statistics(self, name):
-        """Returns the mean and the deviation of each feature, reading rows in parts."""
-        rows = self._arrays[name]
+        rows = self._arrays[f"{name}_features"]
         parts = np.array_split(rows, math.ceil(len(rows) / ROWS))
         mean = sum(part.sum(axis=0, dtype="float64") for part in parts) / len(rows)
         square = sum(((part - mean) ** 2).sum(axis=0) for part in parts) / len(rows)

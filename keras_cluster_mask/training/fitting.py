@@ -123,9 +123,8 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     if data.batch_size and model.micro_batch_size:
         check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
     _check_executions(model.steps_per_execution, data.steps_per_epoch)
-    if isinstance(x, TowerFeatures) and not int(model.optimizer.iterations):
-        # Projections that were trained without a scaling keep it so.
-        x.standardize(model.head)
+    # Projections keep the scaling that they were trained with first.
+    model.head.set_scaling(x.statistics if isinstance(x, TowerFeatures) else None)
     return data
 
 

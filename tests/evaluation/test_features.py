@@ -95,8 +95,22 @@ def test_projections_that_were_trained_are_not_rescaled(tmp_path):
     texts = [text for (text,) in data["captions"]]
     pairs = {"images": data["images"], "token_ids": tokenizer(texts)}
     model.fit(pairs, batch_size=5, verbose=0)
+    # Also by another optimizer.
+    model.compile(keras.optimizers.SGD(0.5), **FAST)
     model.fit(features, batch_size=5, verbose=0)
-    assert not model.head.image_projection.layers[0].is_set
+    mean, deviation, _ = values(model.head.image_projection.layers[0].weights)
+    assert not mean.any()
+    assert np.all(deviation == 1)
+
+
+@pytest.mark.any_backend
+def test_a_model_must_be_compiled_to_train_on_features(tmp_path):
+    features, _ = computed(frozen_model(head="mlp"), tmp_path)
+    model = make_model(dino_encoder, lambda: bert(dropout=0.0), head="mlp")
+    model.set_weights(frozen_model(head="mlp").get_weights())
+    model.image_encoder.trainable = model.text_encoder.trainable = False
+    with pytest.raises(ValueError, match=r"compile\(\)"):
+        model.fit(features, batch_size=5, verbose=0)
 
 
 @pytest.mark.any_backend
@@ -107,8 +121,8 @@ def test_features_that_vary_by_rounding_alone_are_only_centered(tmp_path):
     rows[:, 1] = 0.3
     rows[::2, 1] += np.float32(1e-7)
     features._arrays["text_features"] = rows
-    features.standardize(model.head)
-    _, deviation = values(model.head.text_projection.layers[0].weights)
+    model.head.set_scaling(features.statistics)
+    _, deviation, _ = values(model.head.text_projection.layers[0].weights)
     assert deviation[1] == 1
     assert np.all(deviation[2:] != 1)
 
