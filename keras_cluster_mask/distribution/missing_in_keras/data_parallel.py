@@ -12,7 +12,6 @@ all weights that the loss depends on, and Keras computes the loss after it.
 import contextlib
 import functools
 import itertools
-from operator import is_
 
 import torch
 from torch import distributed
@@ -98,7 +97,8 @@ def reduce_gradients(gradients: list, weights: list) -> list:
         A list of gradients, `None` for a weight without a gradient in any process.
     """
     buckets = GradientBuckets.running
-    if buckets is None or not all(map(is_, weights, buckets.weights)):
+    # A step of one's own may train a part of the weights.
+    if buckets is None or [*map(id, weights)] != [*map(id, buckets.weights)]:
         buckets = GradientBuckets(weights)
     return buckets.reduce(gradients)
 
