@@ -105,6 +105,8 @@ def test_tokens_are_mixed_in():
         ([kcm.RandomMasking(0.5), clusters(embedding_weight=0.5)], None, "embed"),
         ([clusters(), clusters(4)], None, "patch_size"),
         ([kcm.RandomMasking(0.5), clusters()], 4, "patch_size"),
+        ([clusters(), clusters(8, "channels_first")], None, "data_format"),
+        *((masking, 8, "masking") for masking in ([], {}, {"random": "random"}, None)),
     ],
 )
 def test_masks_that_cannot_be_drawn_are_refused(masking, patch_size, argument):
@@ -218,7 +220,23 @@ HISTORY = {
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("freq", [1, [1, 2], [], 0, "2"])
-def test_validations_that_do_not_fit_are_refused(freq):
-    with pytest.raises(ValueError, match=r"`validation_freq` .*Received: validation_f"):
-        visualization.plot_history({**HISTORY, "val_loss": [3.0]}, freq)
+def test_what_are_no_statistics_is_refused():
+    with pytest.raises(ValueError, match=r"`statistics` .*Received: statistics="):
+        visualization.plot_masking_statistics({"keep_ratio": 0.5})
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("history", "freq", "argument"),
+    [
+        *((x, 1, "history") for x in ({}, {"loss": [1.0]}, None, [1.0, 2.0])),
+        ({name: [] for name in HISTORY}, 1, "history"),
+        *(
+            ({**HISTORY, "val_loss": [3.0]}, freq, "validation_freq")
+            for freq in (1, [1, 2], [], 0, "2")
+        ),
+    ],
+)
+def test_history_that_does_not_fit_is_refused(history, freq, argument):
+    with pytest.raises(ValueError, match=rf"`{argument}` .*Received: {argument}="):
+        visualization.plot_history(history, freq)

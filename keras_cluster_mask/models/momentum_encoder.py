@@ -14,6 +14,7 @@ from keras_cluster_mask.models.encoders import (
     copy_with,
     data_format_of,
     find_embedding_layer,
+    image_shape_of,
     number_positions,
     position_tables,
 )
@@ -178,6 +179,14 @@ class MomentumEncoder(keras.layers.Layer):
                 interpolation="bilinear",
                 antialias=True,
                 data_format=self.data_format,
+            )
+        expected = image_shape_of(self._attention.encoder)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"`images` must have the shape {expected}, that of the teacher's "
+                "encoder. Pass `image_size` to the teacher, which then resizes them. "
+                f"Received: images.shape={tuple(images.shape)}, "
+                f"image_size={self.image_size}"
             )
         images = ops.stop_gradient(images)
         if returns_attention:

@@ -35,10 +35,16 @@ def plot_history(
         A `matplotlib.figure.Figure`.
 
     Raises:
-        KeyError: If the history lacks the metrics of a `ContrastiveModel`.
-        ValueError: If the number of validations does not match `validation_freq`.
+        ValueError: If the history lacks the metrics of a `ContrastiveModel`, or if the
+            number of validations does not match `validation_freq`.
     """
     logs = getattr(history, "history", history)
+    names = {name for labels in PANELS.values() for name in labels}
+    if not isinstance(logs, Mapping) or not names <= logs.keys() or not logs["loss"]:
+        raise ValueError(
+            "`history` must be what the `fit` of a `ContrastiveModel` returned after "
+            f"at least one epoch. Received: history={logs}"
+        )
     epochs = np.array(getattr(history, "epoch", range(len(logs["loss"])))) + 1
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -96,7 +102,15 @@ def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
 
     Returns:
         A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: If `statistics` has another type.
     """
+    if not isinstance(statistics, MaskingStatistics):
+        raise ValueError(
+            "`statistics` must be what `kcm.masking.masking_statistics` returns. "
+            f"Received: statistics={statistics!r}"
+        )
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     ratios, positions = figure.subplots(1, 2, width_ratios=[1, 1.1])
     # Bins are centered on multiples of their width, because ratios often are such

@@ -71,18 +71,12 @@ def plot_masks(
     Raises:
         ValueError: If the patch size, the tokens or the threshold that a masking
             needs are missing, if the images do not fit the patch size, or if maskings
-            differ in patch size.
+            differ in patch size or data format.
     """
-    titles, maskings = None, masking
-    if isinstance(masking, PatchMasking):
-        maskings = [masking]
-    elif isinstance(masking, Mapping):
-        titles, maskings = [*masking], [*masking.values()]
-    titles = titles or [type(each).__name__ for each in maskings]
+    titles, maskings = _titles_and_maskings(masking)
     images = np.asarray(images)
     patch_size = patch_size_of(maskings, patch_size)
-    formats = [x.data_format for x in maskings if x.data_format is not None]
-    data_format = formats[0] if formats else None
+    data_format = _common_data_format(maskings)
     grid = _Grid(grid_shape(images.shape, patch_size, data_format), patch_size)
     if noise is None:
         noise = np.random.default_rng(seed).random((len(images), grid.num_patches))
@@ -102,6 +96,34 @@ def plot_masks(
         for axis, stays in zip(row[1:], kept):
             axis.imshow(grid.leave_out(shown[index], stays[index]))
     return figure
+
+
+def _titles_and_maskings(masking):
+    """Returns the titles and the maskings of the columns."""
+    titles, maskings = None, masking
+    if isinstance(masking, PatchMasking):
+        maskings = [masking]
+    elif isinstance(masking, Mapping):
+        titles, maskings = [*masking], [*masking.values()]
+    is_list = isinstance(maskings, list | tuple) and len(maskings) > 0
+    if not is_list or not all(isinstance(each, PatchMasking) for each in maskings):
+        raise ValueError(
+            "`masking` must be a `PatchMasking`, a list of them, or a dictionary from "
+            f"titles to them. Received: masking={masking!r}"
+        )
+    return titles or [type(each).__name__ for each in maskings], maskings
+
+
+def _common_data_format(maskings):
+    """Returns the data format of the maskings, or `None` if they have none."""
+    formats = {x.data_format for x in maskings if x.data_format is not None}
+    if len(formats) > 1:
+        raise ValueError(
+            "`masking` must be maskings of one `data_format`, as they are compared on "
+            "the same images: plot the others separately. "
+            f"Received: data_formats {sorted(formats)}"
+        )
+    return formats.pop() if formats else None
 
 
 def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from sklearn.metrics import top_k_accuracy_score
 
 from keras_cluster_mask.evaluation import (
     caption_selection_accuracy,
@@ -23,6 +24,20 @@ def ranks_by_sorting(queries, items, query_labels, item_labels):
     order = np.argsort(-(queries @ items.T), axis=1)
     right = item_labels[order] == query_labels[:, None]
     return np.where(right.any(axis=1), right.argmax(axis=1), 10**6)
+
+
+@pytest.mark.any_backend
+def test_recall_equals_scikit_learn_where_each_query_has_one_answer():
+    images, texts = random_embeddings(1500), random_embeddings(1500, seed=1)
+    recall = retrieval_recall(images, texts, ks=(1, 5, 50))
+    labels = np.arange(1500)
+    for k in (1, 5, 50):
+        for name, scores in (
+            ("image_to_text", images @ texts.T),
+            ("text_to_image", texts @ images.T),
+        ):
+            expected = top_k_accuracy_score(labels, scores, k=k, labels=labels)
+            assert recall[f"{name}_recall@{k}"] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.any_backend
@@ -170,6 +185,46 @@ def test_equal_texts_among_several_of_an_image_are_alike(
 
 
 # === Caption selection ===
+
+
+@pytest.mark.any_backend
+def test_recall_is_that_of_clip_benchmark_with_several_captions_and_equal_ones():
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    rng = np.random.default_rng(0)
+    owners = np.sort(rng.integers(0, 150, 600))
+    images = random_embeddings(150, 32)
+    texts = images[owners] + 2.5 * random_embeddings(600, 32, seed=1)
+    # Captions that an image has twice tie with one another.
+    again = np.flatnonzero(np.diff(owners) == 0)[::3]
+    texts[again + 1] = texts[again]
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    found = retrieval_recall(images, texts, np.arange(150), owners)
+
+    class Embedded(torch.nn.Module):
+        encode_image = staticmethod(lambda rows: torch.from_numpy(images)[rows])
+        encode_text = staticmethod(lambda rows: torch.from_numpy(texts)[rows])
+
+    captions = [np.flatnonzero(owners == image).tolist() for image in range(150)]
+    # It cannot take an image without captions.
+    captioned = [image for image in range(150) if captions[image]]
+    loader = [
+        (torch.tensor(rows), [captions[image] for image in rows])
+        for rows in (captioned[:64], captioned[64:])
+    ]
+    expected = theirs.evaluate(
+        Embedded(), loader, torch.tensor, "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
+    share = len(captioned) / 150
+    kept = retrieval_recall(images[captioned], texts, np.array(captioned), owners)
+    for k in (1, 5, 10):
+        ours = kept[f"image_to_text_recall@{k}"]
+        assert ours == pytest.approx(expected[f"text_retrieval_recall@{k}"], abs=1e-6)
+        # An image without a caption finds none.
+        assert found[f"image_to_text_recall@{k}"] == pytest.approx(ours * share)
+        ours = kept[f"text_to_image_recall@{k}"]
+        assert ours == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
+        assert 0.02 < ours < 0.98
 
 
 @pytest.mark.any_backend
