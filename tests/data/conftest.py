@@ -1,3 +1,4 @@
+import collections
 import csv
 import http.server
 import io
@@ -53,13 +54,15 @@ class Storage(LocalFileSystem):
         requests: list of the path, the first byte and the byte after the last of each
             part of a file that was read.
         errors: list of the errors that the next requests raise.
-        failures: float. The share of the other requests that fail.
+        failures: float. The share of the other requests that fail. Whether one fails is
+            drawn for its bytes, and how often they were asked for, whatever the order in
+            which threads ask.
         failed: int. The number of requests that failed.
     """
 
     protocol = "storage"
     requests, errors, failures, failed = [], [], 0.0, 0
-    _draws = random.Random(0)
+    _asked = collections.Counter()
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -71,7 +74,10 @@ class Storage(LocalFileSystem):
     def cat_file(self, path, start=None, end=None, **options):
         if self.errors:
             raise self.errors.pop()
-        if self._draws.random() < self.failures:
+        bytes_of = f"{path.rsplit('/', 1)[-1]} {start} {end}"
+        self._asked[bytes_of] += 1
+        draw = random.Random(f"{bytes_of} {self._asked[bytes_of]}").random()
+        if draw < self.failures:
             Storage.failed += 1
             raise OSError("the connection was reset")
         content = super().cat_file(path, start, end, **options)
@@ -88,7 +94,7 @@ def storage(tmp_path, monkeypatch):
     monkeypatch.setattr(Storage, "errors", [])
     monkeypatch.setattr(Storage, "failures", 0.0)
     monkeypatch.setattr(Storage, "failed", 0)
-    monkeypatch.setattr(Storage, "_draws", random.Random(0))
+    monkeypatch.setattr(Storage, "_asked", collections.Counter())
     fsspec.register_implementation("storage", Storage, clobber=True)
     return Storage
 

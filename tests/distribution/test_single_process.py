@@ -39,7 +39,7 @@ def test_all_matrices_of_attention_and_mlps_have_a_layout(make):
 def test_a_mesh_without_the_axis_of_the_model_is_an_error():
     devices = [f"cpu:{index}" for index in range(2)]
     mesh = keras.distribution.DeviceMesh((2,), ["batch"], devices)
-    with pytest.raises(ValueError, match=r"Invalid axis names.*'batch'.*'model'"):
+    with pytest.raises(ValueError, match=r"`axis` must be.*'batch'.*axis='model'"):
         kcm.models.clip_layout_map(mesh)
 
 
