@@ -166,11 +166,15 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
 
 
 @contextlib.contextmanager
-def until_the_end():
-    """Suppresses Keras's warning at the end of data of unknown length."""
+def until_the_end(data=None):
+    """Suppresses Keras's warning at the end of data; then closes a generator."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Your input ran out of data", UserWarning)
-        yield
+        try:
+            yield
+        finally:
+            if isinstance(data, types.GeneratorType):
+                data.close()
 
 
 # === The kinds of data ===
