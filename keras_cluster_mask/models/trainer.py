@@ -330,7 +330,7 @@ class ContrastiveTrainer(DualEncoder):
             verbosity(verbose),
             evaluation_data(self, x, y, sample_weight, steps),
         )
-        with until_the_end(x), keeping_weights(self), self._evaluation():
+        with until_the_end(), keeping_weights(self), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
 
     def predict(
@@ -343,7 +343,7 @@ class ContrastiveTrainer(DualEncoder):
     ) -> dict[str, np.ndarray]:
         verbose, steps = verbosity(verbose), steps or num_batches(x)
         x = evaluation_data(self, x, steps=steps)
-        with until_the_end(x), keeping_weights(self):
+        with until_the_end(), keeping_weights(self):
             return super().predict(x, batch_size, verbose, steps, **kwargs)
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -166,15 +166,11 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
 
 
 @contextlib.contextmanager
-def until_the_end(data=None):
-    """Suppresses Keras's warning at the end of data; then closes a generator."""
+def until_the_end():
+    """Suppresses Keras's warning at the end of data of unknown length."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Your input ran out of data", UserWarning)
-        try:
-            yield
-        finally:
-            if isinstance(data, types.GeneratorType):
-                data.close()
+        yield
 
 
 # === The kinds of data ===

@@ -18,12 +18,11 @@ from keras_cluster_mask.training.run_state import (
     restore_learning_rates,
     write_state,
 )
+from keras_cluster_mask.training.step_metrics import DIRECTIONS
 
 # The maximum number of steps that have started on the device but not finished. Queued
 # steps keep the device busy, but each holds its batch in device memory.
 STEPS_AHEAD = 4
-
-DIRECTIONS = "image_to_text", "text_to_image"
 
 
 class RunCallback(keras.callbacks.Callback):
