@@ -1,6 +1,5 @@
 """The model for contrastive training on image-text pairs."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -218,11 +217,7 @@ class ContrastiveModel(ContrastiveTrainer):
 
     @classmethod
     def from_preset(
-        cls,
-        preset: str | os.PathLike,
-        masking: PatchMasking | None = None,
-        dtype: str | keras.DTypePolicy | None = None,
-        **kwargs: Any,
+        cls, preset: str, masking: PatchMasking | None = None, **kwargs: Any
     ) -> "ContrastiveModel":
         """Makes a model from a keras_hub preset of a two-tower backbone.
 
@@ -230,13 +225,11 @@ class ContrastiveModel(ContrastiveTrainer):
             preset: The name of a preset, such as `"clip_vit_base_patch16"`, which
                 keras_hub downloads, or a folder that `save_to_preset` wrote.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
-            dtype: The dtype policy of the backbone.
-            **kwargs: As for `from_backbone`.
+            **kwargs: As for `from_backbone`; and `dtype`, that of the backbone.
         """
         make = import_keras_hub().models.Backbone.from_preset
-        return cls.from_backbone(
-            make(os.fspath(preset), dtype=dtype), masking, **kwargs
-        )
+        backbone = make(str(preset), dtype=kwargs.pop("dtype", None))
+        return cls.from_backbone(backbone, masking, **kwargs)
 
     @classmethod
     def from_encoders(
@@ -347,10 +340,8 @@ class ContrastiveModel(ContrastiveTrainer):
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
         # For each view, the contributions of the pairs to the loss and to the
         # accuracies.
-        others = texts, labels, sample_weight, is_split
-        by_view = [
-            batch_loss(self.head.loss, [scale, *bias], x, *others) for x in views
-        ]
+        scalars, rest = [scale, *bias], (texts, labels, sample_weight, is_split)
+        by_view = [batch_loss(self.head.loss, scalars, x, *rest) for x in views]
         losses, *hits = (sum(values) / len(views) for values in zip(*by_view))
         # A replica may have no rows in evaluation.
         rows = ops.maximum(ops.shape(losses)[0], 1)
