@@ -81,6 +81,7 @@ def train(backbone, stages):
         masking = kcm.RandomMasking(mask_ratio) if mask_ratio else None
         model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
         model.compile(kcm.small_data_recipe(epochs, len(data), learning_rate).optimizer)
+        print(f"{image_size} pixels, {context_length} tokens, mask ratio {mask_ratio}")
         model.fit(data, epochs=epochs, verbose=2)
     return model
 

@@ -97,6 +97,12 @@ def num_images(data: Any) -> int | None:
     return getattr(getattr(data, "stream", None), "num_images", None)
 
 
+def num_batches(data: Any) -> int | None:
+    """Returns the length of an `image_text_dataset` for evaluation, or `None`."""
+    stream = getattr(data, "stream", None)
+    return None if stream is None or stream.training else len(stream)
+
+
 def _is_whole(data):
     if isinstance(data, tuple):
         return bool(data) and hasattr(data[0], "shape")

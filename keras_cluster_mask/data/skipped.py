@@ -89,8 +89,12 @@ class SkippedSamples:
                 f"{message}. Repair `source`, or pass a larger `max_skipped`. "
                 f"Received: max_skipped={self.max_share}"
             )
-        # Show the line that called `image_text_dataset`.
-        warnings.warn(f"{message}. They are left out.", stacklevel=5)
+        # Imported here, since worker processes import this module without Keras.
+        from keras_cluster_mask.distribution import is_main_process
+
+        if is_main_process():
+            # Show the line that called `image_text_dataset`.
+            warnings.warn(f"{message}. They are left out.", stacklevel=5)
 
     def report(self, faults: Sequence[Any], read: int, total: int) -> None:
         """Counts the samples of a batch, and warns about the first broken one.

@@ -84,6 +84,11 @@ def is_main_process() -> bool:
     return keras.backend.backend() != "torch" or replica_index() == 0
 
 
+def verbosity(verbose):
+    """Returns `verbose` in the main process, and 0 in others, which print nothing."""
+    return verbose if is_main_process() else 0
+
+
 def process_index_and_count(training):
     """Returns the index of this process and the number that share the data, as ints.
 

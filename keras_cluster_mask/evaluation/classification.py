@@ -13,7 +13,11 @@ from keras_cluster_mask.evaluation.checks import (
     check_matrix,
     read_labeled,
 )
-from keras_cluster_mask.evaluation.embedding import Embedder, embed, embed_texts
+from keras_cluster_mask.evaluation.embedding import (
+    Embedder,
+    embed_batches,
+    embed_texts,
+)
 from keras_cluster_mask.types import Templates
 
 TEMPLATES = ("a photo of a {}.",)
@@ -170,7 +174,7 @@ def evaluate_zero_shot(
     batches = read_labeled("data", data, class_names)
     embedder = Embedder.of(model)
     weights, columns = _weights(embedder, prompts, tokenizer, verbose)
-    found = embed(embedder, batches, verbose=verbose)
+    found = embed_batches(embedder, data, batches, None, verbose)
     images = check_matrix("image_embeddings", found["image_embeddings"])
     labels = found["labels"]
     blocks = [slice(i, i + BLOCK) for i in range(0, len(images), BLOCK)]

@@ -12,6 +12,7 @@ from keras_cluster_mask.batches import num_images, read_batches
 from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.data.tokenizing import length_of, tokenize
+from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.models.inputs import text_inputs
 from keras_cluster_mask.models.loading import as_contrastive_model
@@ -77,16 +78,27 @@ def embed(
     """
     check_read_once("data", data)
     embedder = Embedder.of(model)
-    of_texts = embedder.model.text_input_names
     if tokenizer is None:
         check_tokenizer_of(embedder.model, data)
-    else:
+    return embed_batches(embedder, data, read_batches(data), tokenizer, verbose)
+
+
+def embed_batches(embedder, data, batches, tokenizer, verbose):
+    """Embeds batches that were read from data, as `embed` does.
+
+    Args:
+        embedder: An `Embedder`.
+        data: The data, which may know its number of images.
+        batches: Iterable of dictionaries of arrays.
+        tokenizer: See `embed`.
+        verbose: See `embed`.
+    """
+    of_texts = embedder.model.text_input_names
+    if tokenizer is not None:
         tokenizer = embedder.tokenizer(tokenizer)
     rows, numbers, count = {}, {}, 0
-    progress = keras.utils.Progbar(
-        num_images(data), verbose=bool(verbose), unit_name="image"
-    )
-    for batch in read_batches(data):
+    progress = progress_bar(num_images(data), verbose, "image")
+    for batch in batches:
         size = len(batch["images"])
         if not size:
             continue
@@ -160,13 +172,19 @@ def embed_texts(
         )
     embedder = Embedder.of(model)
     tokenizer = embedder.tokenizer(tokenizer)
-    progress = keras.utils.Progbar(len(texts), verbose=bool(verbose), unit_name="text")
+    progress = progress_bar(len(texts), verbose, "text")
     found = []
     for start in range(0, len(texts), BATCH_SIZE):
         chunk = [_encoded(text) for text in texts[start : start + BATCH_SIZE]]
         found.append(embedder.texts(tokenizer(chunk)))
         progress.add(len(chunk))
     return np.concatenate(found)
+
+
+def progress_bar(total, verbose, unit_name):
+    """Returns a progress bar, which only the main process shows."""
+    verbose = verbosity(bool(verbose))
+    return keras.utils.Progbar(total, verbose=verbose, unit_name=unit_name)
 
 
 class Embedder:

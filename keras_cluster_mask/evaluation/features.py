@@ -7,12 +7,11 @@ import pathlib
 import zlib
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_cluster_mask.batches import num_images, read_batches
 from keras_cluster_mask.evaluation.checks import check_read_once
-from keras_cluster_mask.evaluation.embedding import Embedder, texts_of
+from keras_cluster_mask.evaluation.embedding import Embedder, progress_bar, texts_of
 from keras_cluster_mask.training.features import (
     ARRAYS,
     PROGRESS,
@@ -68,9 +67,7 @@ def compute_features(
         rest = {name: description[name] for name in ("data", "tokenizer")}
         check_same(found["description"], rest, "data and tokenizer")
     found["description"] = description
-    progress = keras.utils.Progbar(
-        num_images(data), verbose=bool(verbose), unit_name="image"
-    )
+    progress = progress_bar(num_images(data), verbose, "image")
     if not found["done"]:
         for batch in itertools.islice(read_batches(data), found["batches"], None):
             texts, owners = texts_of(batch)

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from keras_cluster_mask.checks import check_choice, check_fraction, check_range
+from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
     check_matrix,
@@ -15,7 +16,7 @@ from keras_cluster_mask.evaluation.checks import (
     read_labeled,
 )
 from keras_cluster_mask.evaluation.classification import classification_accuracy
-from keras_cluster_mask.evaluation.embedding import Embedder, embed
+from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches
 
 # The candidate strengths, eight per decade, and the step sizes of the search.
 STRENGTHS = [10.0 ** (exponent / 8) for exponent in range(-48, 49)]
@@ -109,7 +110,7 @@ def linear_probe(
     if validation is not None:
         validation = _check_items("validation", *validation, train)
     strength, tried, unconverged = regularization, {}, set()
-    progress = tqdm(desc="Linear probe", unit=" fits", disable=not verbose)
+    progress = tqdm(desc="Linear probe", unit=" fits", disable=not verbosity(verbose))
 
     def fit(features, labels, strength):
         tolerance = TOLERANCE / len(np.unique(labels))
@@ -205,9 +206,9 @@ def evaluate_linear_probe(
     given, names = {"train": train, "test": test}, class_names_of(train)
     if validation is not None:
         given["validation"] = validation
-    parts = [read_labeled(name, data, names) for name, data in given.items()]
+    parts = [(data, read_labeled(name, data, names)) for name, data in given.items()]
     embedder = Embedder.of(model)
-    found = [embed(embedder, batches, verbose=verbose) for batches in parts]
+    found = [embed_batches(embedder, *part, None, verbose) for part in parts]
     items = [(each["image_embeddings"], each["labels"]) for each in found]
     return linear_probe(*items[0], *items[1], *items[2:], verbose=verbose, **options)
 

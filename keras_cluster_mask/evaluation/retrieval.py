@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.evaluation.checks import check_ks, check_matrix, read_entries
-from keras_cluster_mask.evaluation.embedding import Embedder, embed
+from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 # The shape of the part of the similarity matrix that is in memory at a time.
@@ -137,7 +137,7 @@ def evaluate_retrieval(
         keys = ["token_ids", *embedder.model.text_input_names]
         check_tokenizer_of(embedder.model, data)
     batches = read_entries("data", data, keys)
-    found = embed(embedder, batches, tokenizer, verbose)
+    found = embed_batches(embedder, data, batches, tokenizer, verbose)
     names = "image_embeddings", "text_embeddings"
     images, texts = _normalized(**{name: found[name] for name in names})
     owners, numbers = found["image_of_text"], found["text_numbers"]

@@ -74,7 +74,9 @@ def find_weights(source: Any, names: tuple[str, ...]) -> Any:
     if found is None:
         raise FileNotFoundError(
             f"`source` must be a file that exists, or a folder with one of {[*names]}. "
-            "`huggingface_hub.snapshot_download` downloads a model by its name. "
+            "Names and tags, such as 'laion2b_s34b_b79k', are not downloaded: "
+            "`huggingface_hub.snapshot_download('laion/CLIP-ViT-B-32-laion2B-s34B-b79K'"
+            ")` returns such a folder. "
             f"Received: source={str(path)!r}"
         )
     return found

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_cluster_mask.batches import num_images, read_images
 from keras_cluster_mask.checks import check_choice, check_integer
+from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.masking.patch_grid import grid_shape, sides_of
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.types import Tensor
@@ -110,7 +111,7 @@ def masking_statistics(
         expected = min(expected, max_images)
     progress = keras.utils.Progbar(
         expected,
-        verbose=1 if verbose == "auto" else verbose,
+        verbose=verbosity(1 if verbose == "auto" else verbose),
         stateful_metrics=["keep_ratio"],
         unit_name="image",
     )

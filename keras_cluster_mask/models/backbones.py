@@ -197,6 +197,10 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
 
     scale_owner = "metaclip_2_head"
 
+    @property
+    def layers(self) -> list[keras.layers.Layer]:
+        return [*super().layers, self.backbone.vision_post_layer_norm]
+
     def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
         pooled = super().image_features(images, training)
         return self.backbone.vision_post_layer_norm(pooled)

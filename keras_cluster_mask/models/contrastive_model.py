@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
+from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.losses import batch_loss, caption_labels, row_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import part_of_batch
@@ -24,7 +25,7 @@ from keras_cluster_mask.training.input_rules import (
     as_weights,
     check_unused,
 )
-from keras_cluster_mask.training.step_metrics import StepMean
+from keras_cluster_mask.training.step_metrics import DIRECTIONS, StepMean
 from keras_cluster_mask.types import Tensor
 
 
@@ -173,10 +174,7 @@ class ContrastiveModel(ContrastiveTrainer):
         )
         self.duplicates = duplicates
         self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.accuracy_metrics = [
-            StepMean(name="image_to_text_accuracy"),
-            StepMean(name="text_to_image_accuracy"),
-        ]
+        self.accuracy_metrics = [StepMean(name=f"{x}_accuracy") for x in DIRECTIONS]
         self.temperature_metric = StepMean(name="temperature")
         if self.maskings:
             self.mask_ratio_metric = StepMean(name="mask_ratio")
@@ -216,6 +214,22 @@ class ContrastiveModel(ContrastiveTrainer):
                 that the method is called on.
         """
         return class_for(cls, backbone)(backbone, masking=masking, **kwargs)
+
+    @classmethod
+    def from_preset(
+        cls, preset: str, masking: PatchMasking | None = None, **kwargs: Any
+    ) -> "ContrastiveModel":
+        """Makes a model from a keras_hub preset of a two-tower backbone.
+
+        Args:
+            preset: The name of a preset, such as `"clip_vit_base_patch16"`, which
+                keras_hub downloads, or a folder that `save_to_preset` wrote.
+            masking: A `PatchMasking` layer, or `None` to train on whole images.
+            **kwargs: As for `from_backbone`; and `dtype`, that of the backbone.
+        """
+        make = import_keras_hub().models.Backbone.from_preset
+        backbone = make(str(preset), dtype=kwargs.pop("dtype", None))
+        return cls.from_backbone(backbone, masking, **kwargs)
 
     @classmethod
     def from_encoders(
@@ -310,8 +324,7 @@ class ContrastiveModel(ContrastiveTrainer):
         Returns:
             A scalar, the mean over the pairs.
         """
-        if y is not None:
-            check_unused(NO_LABELS, y=y)
+        check_unused(NO_LABELS, y=y)
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
             raise ValueError(f"{LONELY} Received: a batch of 1")
@@ -327,18 +340,8 @@ class ContrastiveModel(ContrastiveTrainer):
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
         # For each view, the contributions of the pairs to the loss and to the
         # accuracies.
-        by_view = [
-            batch_loss(
-                self.head.loss,
-                [scale, *bias],
-                view,
-                texts,
-                labels,
-                sample_weight,
-                is_split,
-            )
-            for view in views
-        ]
+        scalars, rest = [scale, *bias], (texts, labels, sample_weight, is_split)
+        by_view = [batch_loss(self.head.loss, scalars, x, *rest) for x in views]
         losses, *hits = (sum(values) / len(views) for values in zip(*by_view))
         # A replica may have no rows in evaluation.
         rows = ops.maximum(ops.shape(losses)[0], 1)

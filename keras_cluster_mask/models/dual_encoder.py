@@ -230,6 +230,23 @@ class DualEncoder(MadeOfParts, keras.Model):
             pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
         )
 
+    # === What Keras shows ===
+
+    @property
+    def layers(self) -> list[keras.layers.Layer]:
+        """The encoders, the head, and layers of a subclass, with each weight once."""
+        inside = [*self.maskings, getattr(self, "backbone", None)]
+        return [x for x in super().layers if x not in inside]
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        # Keras shows the output shape of a layer that was called on symbols.
+        widths = _width(self.image_encoder), _width(self.text_encoder)
+        if None not in widths:
+            self.head(*(keras.KerasTensor((None, width)) for width in widths))
+        if isinstance(self.image_encoder, MaskedEncoder):
+            self.image_encoder(self.image_encoder.input)
+        super().summary(*args, **kwargs)
+
     def _blocks(self):
         return find_blocks(self, self.gradient_checkpointing, BLOCKS)
 

@@ -148,6 +148,9 @@ class ContrastiveHead(keras.layers.Layer):
                 ):
                     layer.set(*(statistics(name) if statistics else (0.0, 1.0)))
 
+    def call(self, image_features: Tensor, text_features: Tensor) -> tuple:
+        return self.project_image(image_features), self.project_text(text_features)
+
     def project_image(self, features: Tensor) -> Tensor:
         """Maps image features into the shared space, without normalization."""
         projection = self.image_projection

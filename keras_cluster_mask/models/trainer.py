@@ -10,8 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.batches import num_batches
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import keeping_weights
+from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.models import encoders
 from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.models.tower import export_options
@@ -323,7 +325,11 @@ class ContrastiveTrainer(DualEncoder):
 
         Arguments and results are those of `keras.Model.evaluate`.
         """
-        x = evaluation_data(self, x, y, sample_weight, steps)
+        steps = steps or num_batches(x)
+        verbose, x = (
+            verbosity(verbose),
+            evaluation_data(self, x, y, sample_weight, steps),
+        )
         with until_the_end(), keeping_weights(self), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
 
@@ -335,6 +341,7 @@ class ContrastiveTrainer(DualEncoder):
         steps: int | None = None,
         **kwargs: Any,
     ) -> dict[str, np.ndarray]:
+        verbose, steps = verbosity(verbose), steps or num_batches(x)
         x = evaluation_data(self, x, steps=steps)
         with until_the_end(), keeping_weights(self):
             return super().predict(x, batch_size, verbose, steps, **kwargs)

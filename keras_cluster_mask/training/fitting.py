@@ -13,7 +13,7 @@ from keras import ops
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.gradients import check_batch_size
-from keras_cluster_mask.distribution.processes import is_main_process
+from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.distribution.replicas import num_replicas
 from keras_cluster_mask.training.checkpoints import (
     finish_writing_everywhere,
@@ -63,8 +63,7 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     callbacks = options.pop("callbacks")
     callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
     callbacks = [each for each in callbacks if each is not None]
-    if not is_main_process():
-        options["verbose"] = 0
+    options["verbose"] = verbosity(options["verbose"])
 
     # === The data ===
     names = "x", "y", "sample_weight", "class_weight"

@@ -8,6 +8,9 @@ from keras import ops
 from keras_cluster_mask.distribution.gradients import global_norm
 from keras_cluster_mask.distribution.replicas import all_gather
 
+# Of retrieval within a batch.
+DIRECTIONS = "image_to_text", "text_to_image"
+
 
 class StepMean(keras.metrics.Mean):
     """A mean over steps, which the logs leave out if no step updates it."""

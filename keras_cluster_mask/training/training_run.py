@@ -18,6 +18,7 @@ from keras_cluster_mask.training.run_state import (
     restore_learning_rates,
     write_state,
 )
+from keras_cluster_mask.training.step_metrics import DIRECTIONS
 
 # The maximum number of steps that have started on the device but not finished. Queued
 # steps keep the device busy, but each holds its batch in device memory.
@@ -172,7 +173,11 @@ class TrainingRun(keras.callbacks.Callback):
 
 
 class ProgressBar(keras.callbacks.ProgbarLogger):
-    """Shows finished steps while the program prepares the next ones."""
+    """Shows finished steps while the program prepares the next ones.
+
+    To fit on a line, it shows the mean of both accuracies, as `acc`. It leaves out the
+    temperature, and a `mask_ratio` that does not change.
+    """
 
     # See `Throughput`.
     async_safe = True
@@ -180,9 +185,25 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         self._lock = threading.Lock()
+        # Once, as in `Throughput`.
+        hides_tokens = any(masking.hides_tokens for masking in self.model.maskings)
+        self._left_out = {"temperature", "val_temperature"}
+        self._left_out |= set() if hides_tokens else {"mask_ratio"}
 
     def on_train_batch_end(self, batch, logs=None):
         with self._lock:
             # A later step may have been reported first.
             if batch >= self.seen:
-                super().on_train_batch_end(batch, logs)
+                super().on_train_batch_end(batch, self._shown(logs))
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, self._shown(logs))
+
+    def _shown(self, logs):
+        shown = {k: v for k, v in (logs or {}).items() if k not in self._left_out}
+        for prefix in ("", "val_"):
+            names = [f"{prefix}{name}_accuracy" for name in DIRECTIONS]
+            both = [shown.pop(name) for name in names if name in shown]
+            if both:
+                shown[f"{prefix}acc"] = sum(both) / len(both)
+        return shown

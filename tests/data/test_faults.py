@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -143,7 +144,9 @@ def test_images_that_cannot_be_read_are_counted(folder, training):
     assert counted["no image"] == 1
 
 
-def test_missing_images_are_found_when_the_dataset_is_made(tmp_path, encode):
+def test_missing_images_are_found_when_the_dataset_is_made(
+    tmp_path, encode, monkeypatch
+):
     image = encode(np.zeros((4, 4, 3), "uint8"))
     names = [f"images/{n:02}.png" for n in range(20)]
     lines = ["file_name,text", *(f"{name},t" for name in names)]
@@ -161,6 +164,12 @@ def test_missing_images_are_found_when_the_dataset_is_made(tmp_path, encode):
         dataset = make(tmp_path, max_skipped=0.1)
     assert keys(dataset) == names[2:]
     assert dataset.skipped.by_reason == {"the image file is missing": 2}
+    monkeypatch.setattr(
+        "keras_cluster_mask.distribution.is_main_process", lambda: False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(tmp_path, max_skipped=0.1)
 
 
 def test_a_sample_of_images_at_addresses_is_read_when_the_dataset_is_made(

@@ -149,6 +149,8 @@ def test_bad_input_is_refused_by_name():
         open_clip_state_dict(keras.Sequential())
     with pytest.raises(ValueError, match=r"`config`.*Received: config=None"):
         load_open_clip(state)
+    with pytest.raises(FileNotFoundError, match=r"tags.*not downloaded.*'ViT-B-32'"):
+        load_open_clip("ViT-B-32", "laion2b_s34b_b79k")
     for bias in (np.float32(np.nan), np.zeros(2, "f4")):
         with pytest.raises(ValueError, match=r"Received: source of(.|\n)*logit_bias"):
             load_open_clip({**state, "logit_bias": bias}, config)

@@ -170,7 +170,10 @@ def test_keras_hub_alone_reads_what_was_trained(trained, tmp_path):
     loaded = type(trained.backbone).from_preset(str(tmp_path))
     for one, other in zip(embeddings_of(loaded, trained.inputs), trained.embedded):
         np.testing.assert_array_equal(one, other)
-    again = kcm.ContrastiveModel.from_backbone(loaded)
+    masking = kcm.RandomMasking(0.25)
+    again = kcm.ContrastiveModel.from_preset(tmp_path, masking, views=2)
+    assert type(again) is type(trained.model)
+    assert (again.masking, again.views) == (masking, 2)
     for key, value in again.predict(trained.pairs, verbose=0).items():
         np.testing.assert_allclose(value, trained.predicted[key], atol=1e-6)
     for one, other in zip(scale_and_bias(again), scale_and_bias(trained.model)):

@@ -1,5 +1,7 @@
 """From images and texts to embeddings."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -8,12 +10,17 @@ from keras import ops
 import keras_cluster_mask as kcm
 from tests.helpers import (
     CONTEXT,
+    attentive,
     clip_vision_encoder,
     functional_vit,
     image_mlp,
+    masked_vit,
     random_pairs,
     small_model,
     text_bag,
+    tiny_clip,
+    tiny_metaclip,
+    tiny_siglip,
     to_numpy,
     value_and_gradients,
 )
@@ -37,6 +44,26 @@ def test_embeddings_are_float32_unit_vectors_of_the_common_width(projection_dim)
         to_numpy(embeddings["text_embeddings"]),
         to_numpy(model.encode_text(pairs["token_ids"])),
     )
+
+
+@pytest.mark.parametrize("kind", ["plain", "masked", "clip", "siglip", "metaclip"])
+def test_the_summary_shows_shapes_and_counts_each_weight_once(kind, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    of_backbone = kcm.ContrastiveModel.from_backbone
+    model = {
+        "plain": lambda: small_model(projection_dim=5),
+        "masked": lambda: kcm.ContrastiveModel(masked_vit(attentive()), text_bag()),
+        "clip": lambda: of_backbone(tiny_clip(), kcm.RandomMasking()),
+        "siglip": lambda: of_backbone(tiny_siglip()),
+        "metaclip": lambda: of_backbone(tiny_metaclip(), kcm.ClusterMasking()),
+    }[kind]()
+    lines = []
+    model.summary(print_fn=lines.append)
+    rows = re.findall(r"^│ (\w+) .*│ (.*?) *│ +([\d,]+) │$", lines[0], re.MULTILINE)
+    assert [name for name, *_ in rows] == [layer.name for layer in model.layers]
+    assert all(shape.startswith(("(None", "[(None")) for _, shape, _ in rows)
+    counts = [int(count.replace(",", "")) for *_, count in rows]
+    assert sum(counts) == model.count_params()
 
 
 def test_projections_are_matrices_without_a_bias():

@@ -170,7 +170,8 @@ def test_a_model_trains_without_a_warning_and_reloads(family, head, tmp_path):
         warnings.simplefilter("error", UserWarning)
         # torch's attention over the positions of DINOv3's kept patches.
         warnings.filterwarnings("ignore", ".*performance drop")
-        model.fit(pairs(), batch_size=4, verbose=0)
+        model.fit(pairs(), batch_size=4, validation_data=pairs(), verbose=0)
+        kcm.evaluation.embed(model, pairs(), verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert len(loaded.trainable_variables) == len(model.trainable_variables)

@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import re
 
 import keras
 import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.distribution import processes
 from tests.helpers import FAST, assert_same_values, random_pairs, small_model, values
 from tests.training.processes import NoteProcess
 
@@ -237,6 +239,26 @@ def test_fit_prints_how_many_samples_of_an_epoch_are_broken(write_pairs, capsys)
         assert printed.count("broken samples, <SkippedSamples count=") == expected
     compiled().fit(stream(write_pairs("b.tar", 0, 8)), verbose=2)
     assert "broken" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_evaluation_shows_its_length_in_the_main_process(
+    is_main, write_pairs, capsys, monkeypatch
+):
+    monkeypatch.setattr(processes, "is_main_process", lambda: is_main)
+    data = stream(write_pairs("a.tar", 0, 10), training=False)
+    model = compiled()
+    for evaluate in (
+        model.evaluate,
+        model.predict,
+        lambda data: kcm.evaluation.embed(model, data),
+        lambda data: kcm.evaluation.evaluate_retrieval(model, data),
+    ):
+        evaluate(data)
+        printed = capsys.readouterr().out
+        assert bool(re.search("3/3|10/10", printed)) == is_main
+        assert "Unknown" not in printed
+        assert bool(printed) == is_main
 
 
 @pytest.mark.parametrize("format", ["grain", "tf"])

@@ -8,8 +8,20 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.training_data import Reader, TrainingData
-from keras_cluster_mask.training.training_run import STEPS_AHEAD, TrainingRun
-from tests.helpers import FAST, random_pairs, small_model
+from keras_cluster_mask.training.training_run import (
+    STEPS_AHEAD,
+    ProgressBar,
+    TrainingRun,
+)
+from tests.helpers import (
+    FAST,
+    MASKINGS,
+    HideByNoise,
+    masked_vit,
+    random_pairs,
+    small_model,
+    text_bag,
+)
 
 BACKEND = keras.backend.backend()
 
@@ -69,6 +81,28 @@ def test_progress_shows_all_steps_and_metrics(capsys):
     for text in ("Epoch 2/2", "20/20", "loss:", "samples_per_second:"):
         assert text in shown
     assert shown.count("\n") == 4
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(("masking", "varies"), [("cluster", False), (None, True)])
+def test_progress_with_validation_fits_120_characters(masking, varies, capsys):
+    make = MASKINGS.get(masking, lambda: HideByNoise(0.4))
+    bar = ProgressBar()
+    bar.set_model(kcm.ContrastiveModel(masked_vit(make()), text_bag()))
+    bar.set_params({"verbose": 1, "epochs": 1, "steps": 190})
+    names = "loss", "image_to_text_accuracy", "text_to_image_accuracy", "temperature"
+    logs = {name: 1.2345 + i for i, name in enumerate(names)}
+    logs |= {"mask_ratio": 0.5, **{f"val_{name}": x for name, x in logs.items()}}
+    bar.on_train_begin()
+    bar.on_epoch_begin(0)
+    bar.on_epoch_end(0, logs)
+    line = capsys.readouterr().out.strip()
+    metrics = line[line.index(" - ") :]
+    expected = "loss: 1.2345", "acc: 2.7345", "val_loss: 1.2345", "val_acc: 2.7345"
+    assert {*metrics.split(" - ")[1:]} == {*expected, *["mask_ratio: 0.5000"] * varies}
+    if not varies:
+        longest = "1234/1234 ━━━━━━━━━━━━━━━━━━━━ 1234s 1234ms/step"
+        assert len(longest + metrics) <= 120
 
 
 @pytest.mark.any_backend
