@@ -54,9 +54,9 @@ class Storage(LocalFileSystem):
         requests: list of the path, the first byte and the byte after the last of each
             part of a file that was read.
         errors: list of the errors that the next requests raise.
-        failures: float. The share of the other requests that fail. Whether one fails is
-            drawn for its bytes, and how often they were asked for, whatever the order in
-            which threads ask.
+        failures: float. The share of the other requests that fail. Whether one fails
+            depends on its bytes and on how often they were asked for, and not on the
+            order of threads.
         failed: int. The number of requests that failed.
     """
 
