@@ -68,7 +68,7 @@ class SimilarityMasking(PatchMasking):
         super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
         self._patch_size = None
         if patch_size is not None:
-            self.patch_size = patch_size
+            self._patch_size = sides_of("patch_size", patch_size)
         self.data_format = data_format or keras.config.image_data_format()
         formats = "channels_last", "channels_first"
         check_choice("data_format", self.data_format, formats)
@@ -94,15 +94,11 @@ class SimilarityMasking(PatchMasking):
             )
         return self._patch_size
 
-    @patch_size.setter
-    def patch_size(self, patch_size):
-        self._patch_size = sides_of("patch_size", patch_size)
-
     def take_patch_size(self, *layers: keras.layers.Layer) -> None:
         """Takes the patch size of the first layer that has one, unless it is given."""
         sizes = [getattr(layer, "patch_size", None) for layer in layers]
         if self._patch_size is None and any(sizes):
-            self.patch_size = next(filter(None, sizes))
+            self._patch_size = sides_of("patch_size", next(filter(None, sizes)))
 
     def _add_state(self, name, value, dtype):
         return self.add_weight(
