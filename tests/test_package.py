@@ -110,6 +110,33 @@ def test_the_version_is_that_of_all_files():
     assert re.search(r"^## \[(.*?)\]", changelog, re.MULTILINE)[1] == kcm.__version__
 
 
+def test_authors_and_addresses_are_the_same_in_all_files():
+    project = PROJECT["project"]
+    files = ("CITATION.cff", "mkdocs.yml", "README.md")
+    citation, site, readme = ((ROOT / name).read_text("utf-8") for name in files)
+    authors = [author["name"] for author in project["authors"]]
+    cited = citation.partition("\nauthors:")[2].partition("\nkeywords:")[0]
+    assert cited.count("\n  - ") == len(authors)
+    assert all(word in cited for author in authors for word in author.split())
+    urls = project["urls"]
+    if not urls:
+        pytest.skip("`[project.urls]` of pyproject.toml is empty: nothing is published")
+    assert urls.keys() == {"Source", "Documentation", "Issues", "Changelog"}
+    assert f"\nrepository-code: {urls['Source']}\n" in citation
+    assert f"\nrepo_url: {urls['Source']}\n" in site
+    assert f"\nsite_url: {urls['Documentation']}\n" in site
+    # PyPI shows the README without the files beside it.
+    assert re.findall(r"\]\((?!https:)\S+\)", readme) == []
+
+
+def test_release_notes_are_the_section_of_the_version():
+    run = [ROOT / ".ci" / "run", "release_notes"]
+    notes = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    section = rf"^## \[{kcm.__version__}\].*\n((?:(?!## ).*\n)+)"
+    assert notes == re.search(section, changelog, re.MULTILINE)[1]
+
+
 def requirements(entries):
     return {re.match(r"[\w-]+", each)[0].lower().replace("_", "-") for each in entries}
 
@@ -118,9 +145,8 @@ def test_everything_that_is_imported_is_required():
     extras = PROJECT["project"]["optional-dependencies"]
     required = requirements(PROJECT["project"]["dependencies"])
     # In functions alone, with an error that says what to install.
-    names = {*extras} - {"docs", "benchmark"}
     optional = requirements(
-        [entry for name in names for entry in extras[name]]
+        [entry for entries in extras.values() for entry in entries]
         # Comes with torch for GPUs, and is passed over where it is missing.
         + ["triton"]
     )
@@ -193,7 +219,7 @@ def distributions(tmp_path_factory):
     """The paths of the source distribution, and of the wheel that is made of it."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in tracked_files():
-        if not name.startswith(("benchmarks/", "datasets/images/")):
+        if not name.startswith("benchmarks/"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     # Without the wheel's own environment, which would be downloaded.
@@ -214,8 +240,14 @@ def package_files():
     }
 
 
+def example_files():
+    folder = ROOT / "datasets"
+    files = [*folder.glob("images/*.tar"), *folder.glob("photographs/*.jpg")]
+    return {path.relative_to(ROOT).as_posix() for path in files}
+
+
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_its_license(distributions):
+def test_the_wheel_holds_the_package_its_images_and_licenses(distributions):
     info = f"keras_cluster_mask-{kcm.__version__}.dist-info/"
     with zipfile.ZipFile(distributions[1]) as wheel:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
@@ -224,8 +256,11 @@ def test_the_wheel_holds_the_package_and_its_license(distributions):
     assert own == {
         *("METADATA", "RECORD", "WHEEL", "top_level.txt"),
         *("licenses/LICENSE", "licenses/NOTICE"),
+        *(f"licenses/{name}" for name in tracked_files() if "/LICENSES/" in name),
     }
-    assert {name for name in names if not name.startswith(info)} == package_files()
+    images = {f"keras_cluster_mask/{name}" for name in example_files()}
+    found = {name for name in names if not name.startswith(info)}
+    assert found == package_files() | images
     assert "keras_cluster_mask/py.typed" in names
     assert metadata["Version"] == kcm.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -234,7 +269,7 @@ def test_the_wheel_holds_the_package_and_its_license(distributions):
 
 
 @pytest.mark.slow
-def test_the_source_distribution_holds_no_tests_or_images(distributions):
+def test_the_source_distribution_holds_what_the_wheel_needs(distributions):
     sdist = distributions[0]
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
@@ -242,10 +277,12 @@ def test_the_source_distribution_holds_no_tests_or_images(distributions):
     made |= {"PKG-INFO", "setup.cfg"}
     assert names - made == {
         *package_files(),
-        *("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md"),
+        *example_files(),
+        *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md"),
         *("CITATION.cff", "LICENSE", "NOTICE"),
+        *(name for name in tracked_files() if "/LICENSES/" in name),
     }
-    assert sdist.stat().st_size < 1_000_000
+    assert sdist.stat().st_size < 6_000_000
 
 
 def test_after_a_release_the_installation_from_pypi_is_shown(tmp_path):

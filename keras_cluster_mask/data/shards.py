@@ -16,7 +16,7 @@ from keras_cluster_mask.data.threads import Threads
 
 # The number of parallel requests for the size and date of files.
 REQUESTS = 16
-EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "datasets" / "images"
+PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
@@ -186,8 +186,6 @@ def example_images() -> pathlib.Path:
     `test-*.tar` (346). The folder `photographs` next to it contains six photographs of
     224 pixels.
 
-    The images are part of a clone of the repository, not of the installed package.
-
     Example:
 
     ```python
@@ -198,13 +196,7 @@ def example_images() -> pathlib.Path:
 
     Returns:
         A `pathlib.Path`, the folder `images`.
-
-    Raises:
-        FileNotFoundError: If the package is not used from a clone.
     """
-    if not EXAMPLES.exists():
-        raise FileNotFoundError(
-            "`example_images` needs a clone of the repository: install the package "
-            f"from one, `pip install -e .`. Received: no folder {EXAMPLES}"
-        )
-    return EXAMPLES
+    # The wheel has a copy of the folder that a clone has beside the package.
+    in_wheel = PACKAGE / "datasets" / "images"
+    return in_wheel if in_wheel.exists() else PACKAGE.parent / "datasets" / "images"

@@ -153,7 +153,8 @@ class Tower(MadeOfParts, keras.Model):
             verbose: As in `keras.Model.export`.
             input_signature: List of one `keras.InputSpec`, or of one dictionary of
                 them. Defaults to uint8 images or int32 token ids. Required on torch and
-                JAX if the text encoder does not define the length of texts.
+                JAX if the text encoder does not define the length of texts, and on
+                torch, with a fixed batch size, for `"onnx"` and `"litert"`.
             **kwargs: As in `keras.Model.export`.
         """
         kwargs = export_options(self.input_specs, format, input_signature, kwargs)

@@ -77,6 +77,8 @@ def in_folder(folder_of_data, tmp_path, monkeypatch):
     for path in folder_of_data.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
+    images = folder_of_data / "datasets" / "images"
+    monkeypatch.setattr(kcm.data, "example_images", lambda: images)
     return tmp_path
 
 
@@ -90,12 +92,13 @@ def small_cifar100(monkeypatch):
 @pytest.fixture
 def quickstart(in_folder):
     """What the quickstart has made, as the how-to pages continue it."""
-    captions = kcm.data.read_captions("datasets/images/train-*.tar")
+    folder = kcm.data.example_images()
+    captions = kcm.data.read_captions(folder / "train-*.tar")
     tokenizer = kcm.data.CLIPTokenizer.train(captions, 3000, context_length=12)
 
     def dataset(split, training):
         return kcm.data.image_text_dataset(
-            f"datasets/images/{split}-*.tar", tokenizer, 48, 64, training
+            folder / f"{split}-*.tar", tokenizer, 48, 64, training
         )
 
     train = dataset("train", True)
@@ -110,6 +113,7 @@ def quickstart(in_folder):
         "keras": keras,
         "np": np,
         "kcm": kcm,
+        "folder": folder,
         "captions": captions,
         "tokenizer": tokenizer,
         "train": train,

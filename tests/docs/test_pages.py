@@ -180,6 +180,9 @@ def anchors_of(path):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("page", all_pages())
 def test_extras_that_pages_install_exist(page):
-    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    project = tomllib.loads(read("pyproject.toml"))
+    extras = project["project"]["optional-dependencies"]
     for names in re.findall(r"pip install -e \"\.\[([\w,-]+)\]\"", read(page)):
         assert set(names.split(",")) <= set(extras)
+    groups = re.findall(r"pip install .*--group (\w+)", read(page))
+    assert set(groups) <= set(project["dependency-groups"])

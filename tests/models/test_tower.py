@@ -30,6 +30,13 @@ MODELS = {
 each_tower = pytest.mark.parametrize(
     ("kind", "side"), [(kind, side) for kind in MODELS for side in ("image", "text")]
 )
+# What Keras writes each format with.
+CONVERTERS = {
+    "onnx": {"tensorflow": "tf2onnx", "jax": "jax2onnx", "torch": "onnxscript"},
+    "openvino": {"tensorflow": "openvino", "torch": "openvino"},
+    "litert": {"tensorflow": "ai_edge_litert", "torch": "litert_torch"},
+}
+ENDINGS = {"onnx": "onnx", "openvino": "xml", "litert": "tflite"}
 
 
 def tower_of(kind, side):
@@ -73,6 +80,42 @@ def test_an_exported_tower_takes_batches_of_any_size(kind, side, tmp_path):
             found, tower.predict(inputs[:size], verbose=0), atol=1e-5
         )
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
+
+
+def run_file(path, images):
+    """What a runtime computes with a file."""
+    if path.endswith(".onnx"):
+        session = pytest.importorskip("onnxruntime").InferenceSession(path)
+        return session.run(None, {session.get_inputs()[0].name: images})[0]
+    if path.endswith(".xml"):
+        return pytest.importorskip("openvino").compile_model(path, "CPU")(images)[0]
+    litert = pytest.importorskip("ai_edge_litert.interpreter")
+    interpreter = litert.Interpreter(path)
+    given = interpreter.get_input_details()[0]["index"]
+    interpreter.resize_tensor_input(given, images.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(given, images)
+    interpreter.invoke()
+    return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "ending"), ENDINGS.items())
+def test_an_image_tower_runs_in_the_runtime_of_a_format(format, ending, tmp_path):
+    backend = keras.backend.backend()
+    if backend not in CONVERTERS[format]:
+        pytest.skip("This format is not written on JAX.")
+    pytest.importorskip(CONVERTERS[format][backend])
+    tower, images = tower_of("clip", "image")
+    path = str(tmp_path / f"tower.{ending}")
+    shape = (None, *images.shape[1:])
+    if backend == "torch" and format != "openvino":
+        # These hold a batch size.
+        images = images[:1]
+        shape = images.shape
+    tower.export(path, format, False, [keras.InputSpec("uint8", shape)])
+    expected = tower.predict(images, verbose=0)
+    np.testing.assert_allclose(run_file(path, images), expected, atol=1e-5)
 
 
 @pytest.mark.slow
