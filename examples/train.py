@@ -73,9 +73,10 @@ def make_masking(name, steps):
 
 
 def fit(model, train, tokenizer, args, stage, epochs, learning_rate):
-    """Trains; an epoch of `fit` ends with an evaluation and a checkpoint."""
-    steps_per_epoch = min(len(train), 1000)
-    steps = epochs * len(train)
+    """Trains. Each epoch of `fit`, of about 1,000 steps, ends with a checkpoint."""
+    parts = 1 + len(train) // 1000
+    epochs, steps_per_epoch = epochs * parts, len(train) // parts
+    steps = epochs * steps_per_epoch
     warmup = max(1, min(2000, steps // 10))
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, steps - warmup, warmup_target=learning_rate, warmup_steps=warmup
@@ -94,7 +95,7 @@ def fit(model, train, tokenizer, args, stage, epochs, learning_rate):
         callbacks.append(kcm.callbacks.ZeroShot(images, names, tokenizer))
     return model.fit(
         train,
-        epochs=steps // steps_per_epoch,
+        epochs=epochs,
         steps_per_epoch=steps_per_epoch,
         resume_from=args.results / stage,
         callbacks=[*callbacks, kcm.callbacks.Checkpoint(args.results / stage)],
@@ -132,11 +133,12 @@ def main(args):
         )
         if args.masking in ("threshold", "embedding"):
             model.masking.adapt(read(args, args.train, None))
-        common = train, tokenizer, args
-        history = fit(model, *common, "masked", args.epochs, args.learning_rate)
+        rate = args.learning_rate
+        history = fit(model, train, tokenizer, args, "main", args.epochs, rate)
         if args.whole_epochs:
-            model, rate = model.without_masking(), args.learning_rate / 10
-            history = fit(model, *common, "whole", args.whole_epochs, rate)
+            stage = "whole", args.whole_epochs, rate / 10
+            model = model.without_masking()
+            history = fit(model, train, tokenizer, args, *stage)
     if kcm.distribution.is_main_process():
         model.save(args.results / "model.keras")
         tokenizer.save(args.results / "tokenizer.json")
