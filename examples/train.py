@@ -60,16 +60,29 @@ def read(args, source, tokenizer, **options):
     )
 
 
-def make_masking(name, steps):
+def make_masking(name, steps=1, threshold=None):
     cluster = functools.partial(kcm.ClusterMasking, mask_ratio=0.5, seed=1)
+    options = dict(min_mask_ratio=0.3, threshold=threshold)
     zero_to_one = keras.optimizers.schedules.PolynomialDecay(0.0, steps, 1.0)
     return {
         "random": lambda: kcm.RandomMasking(0.5, seed=1),
         "cluster": cluster,
-        "threshold": lambda: cluster(min_mask_ratio=0.3),
-        "embedding": lambda: cluster(min_mask_ratio=0.3, embedding_weight=zero_to_one),
+        "threshold": lambda: cluster(**options),
+        "embedding": lambda: cluster(embedding_weight=zero_to_one, **options),
         "none": lambda: None,
     }[name]()
+
+
+def make_model(args, tokenizer, masking):
+    backbone = kcm.models.clip_backbone(
+        args.model,
+        args.image_size,
+        tokenizer.vocabulary_size,
+        tokenizer.context_length,
+    )
+    return kcm.ContrastiveModel.from_backbone(
+        backbone, masking=masking, micro_batch_size=args.micro_batch_size
+    )
 
 
 def fit(model, train, tokenizer, args, stage, epochs, learning_rate):
@@ -104,35 +117,32 @@ def fit(model, train, tokenizer, args, stage, epochs, learning_rate):
 
 
 def main(args):
-    with devices():
-        keras.utils.set_random_seed(1)
-        keras.config.set_dtype_policy("mixed_bfloat16")
-        if args.tokenizer:
-            tokenizer = kcm.data.CLIPTokenizer.from_file(args.tokenizer)
-        else:
-            tokenizer = kcm.data.CLIPTokenizer.from_open_clip()
-        train = kcm.data.image_text_dataset(
-            args.train,
-            tokenizer,
-            args.image_size,
-            args.batch_size,
-            training=True,
-            crop_scale=(0.9, 1.0),
-            num_workers=args.num_workers,
-            seed=1,
-        )
-        backbone = kcm.models.clip_backbone(
-            args.model,
-            args.image_size,
-            tokenizer.vocabulary_size,
-            tokenizer.context_length,
-        )
-        masking = make_masking(args.masking, args.epochs * len(train))
-        model = kcm.ContrastiveModel.from_backbone(
-            backbone, masking=masking, micro_batch_size=args.micro_batch_size
-        )
-        if args.masking in ("threshold", "embedding"):
-            model.masking.adapt(read(args, args.train, None))
+    scope = devices()
+    keras.utils.set_random_seed(1)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    if args.tokenizer:
+        tokenizer = kcm.data.CLIPTokenizer.from_file(args.tokenizer)
+    else:
+        tokenizer = kcm.data.CLIPTokenizer.from_open_clip()
+    train = kcm.data.image_text_dataset(
+        args.train,
+        tokenizer,
+        args.image_size,
+        args.batch_size,
+        training=True,
+        crop_scale=(0.9, 1.0),
+        num_workers=args.num_workers,
+        seed=1,
+    )
+    threshold = None
+    if args.masking in ("threshold", "embedding"):
+        # Outside of the scope: every process finds the same threshold by itself.
+        model = make_model(args, tokenizer, make_masking("threshold"))
+        model.masking.adapt(read(args, args.train, None))
+        threshold = float(model.masking.threshold)
+    with scope:
+        masking = make_masking(args.masking, args.epochs * len(train), threshold)
+        model = make_model(args, tokenizer, masking)
         rate = args.learning_rate
         history = fit(model, train, tokenizer, args, "main", args.epochs, rate)
         if args.whole_epochs:

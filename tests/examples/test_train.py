@@ -22,7 +22,7 @@ TINY = "--model=tiny --image-size=32 --batch-size=32 --epochs=1 --whole-epochs=1
 def test_maskings_are_those_of_the_paper(name, num_kept):
     names = dict(keras=keras, kcm=kcm)
     program = runpy.run_path(str(ROOT / "examples" / "train.py"), init_globals=names)
-    masking = program["make_masking"](name, steps=10)
+    masking = program["make_masking"](name)
     assert (masking.mask_ratio, masking.num_kept(196)) == (0.5, num_kept)
     if name != "random":
         assert masking.num_anchors(196) == 6  # 3 % are 5.88.
