@@ -52,6 +52,9 @@ def small_data_recipe(
     images and texts in the same training time, and than cluster masking. Training for
     60 epochs instead of 30 improved them further (`docs/benchmarks/quality.md`).
 
+    To fine-tune a pre-trained CLIP, use `masking` and `optimizer` with a learning rate
+    of about 1e-5, and whole texts throughout (`docs/how_to/fine_tune.md`).
+
     Example:
 
     ```python

@@ -48,9 +48,9 @@ def folder_of_data(tmp_path_factory, copy_pairs, encode, write_tar_to):
     table.parent.mkdir()
     lines = ["photo_file\talt_text", *(f"{i}.png\tnumber {i}" for i in range(8))]
     table.write_text("\n".join(lines))
-    captions = ["file_name,caption", *(f"{i}.png,number {i}" for i in range(64))]
+    captions = ["file_name,caption", *(f"{i}.png,number {i}" for i in range(128))]
     (table.parent / "captions.csv").write_text("\n".join(captions))
-    for i in range(64):
+    for i in range(128):
         (table.parent / f"{i}.png").write_bytes(encoded(i))
     for part in ("train", "test"):
         for place, name in enumerate(("daisy", "rose", "tulip")):

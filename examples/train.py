@@ -1,0 +1,165 @@
+"""Trains CLIP on shards, on one device or on many, with any backend.
+
+KERAS_BACKEND=torch torchrun --nproc-per-node=8 train.py --train "shards/train-*.tar"
+
+`--help` lists the options. A run that was interrupted resumes by the same command.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+from pathlib import Path
+
+# Keras is imported at the end: the processes that `--num-workers` starts import this
+# file, and need no Keras.
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description="Trains CLIP on shards, on one device or on many.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--train", default="shards/train-*.tar", help="shards")
+    add("--validation", help="shards to measure the recall on")
+    add("--classes", type=Path, help="a folder of images by class, for zero-shot")
+    add("--results", type=Path, default="results", help="a folder, also to resume from")
+    add("--tokenizer", help="its file; else CLIP's own, from open_clip")
+    add("--model", default="vit_b_16", help="a size of kcm.models.clip_backbone")
+    add("--image-size", type=int, default=224, help="in pixels")
+    maskings = ("random", "cluster", "threshold", "embedding", "none")
+    add("--masking", choices=maskings, default="random", help="half of the patches")
+    add("--epochs", type=int, default=32, help="passes over the pairs")
+    add("--whole-epochs", type=int, default=0, help="further ones without masking")
+    add("--batch-size", type=int, default=4096, help="of all devices together")
+    add("--micro-batch-size", type=int, help="pairs in memory; else the batch")
+    add("--learning-rate", type=float, default=5e-4, help="after the warm-up")
+    add("--num-workers", type=int, default=0, help="that decode, for each process")
+    return parser.parse_args()
+
+
+def devices():
+    """Joins the processes of the run; returns the scope of its devices."""
+    if {"WORLD_SIZE", "KERAS_DISTRIBUTION_NUM_PROCESSES"} & os.environ.keys():
+        kcm.distribution.initialize()
+    if keras.backend.backend() == "jax":
+        return keras.distribution.DataParallel(auto_shard_dataset=False).scope()
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if len(tf.config.list_physical_devices("GPU")) > 1:
+            return tf.distribute.MirroredStrategy().scope()
+    return contextlib.nullcontext()
+
+
+def read(args, source, tokenizer, **options):
+    """Data to evaluate, all of it in every process."""
+    return kcm.data.image_text_dataset(
+        source, tokenizer, args.image_size, 64, False, process=(0, 1), **options
+    )
+
+
+def make_masking(name, steps=1, threshold=None):
+    cluster = functools.partial(kcm.ClusterMasking, mask_ratio=0.5, seed=1)
+    options = dict(min_mask_ratio=0.3, threshold=threshold)
+    zero_to_one = keras.optimizers.schedules.PolynomialDecay(0.0, steps, 1.0)
+    return {
+        "random": lambda: kcm.RandomMasking(0.5, seed=1),
+        "cluster": cluster,
+        "threshold": lambda: cluster(**options),
+        "embedding": lambda: cluster(embedding_weight=zero_to_one, **options),
+        "none": lambda: None,
+    }[name]()
+
+
+def make_model(args, tokenizer, masking):
+    backbone = kcm.models.clip_backbone(
+        args.model,
+        args.image_size,
+        tokenizer.vocabulary_size,
+        tokenizer.context_length,
+    )
+    return kcm.ContrastiveModel.from_backbone(
+        backbone, masking=masking, micro_batch_size=args.micro_batch_size
+    )
+
+
+def fit(model, train, tokenizer, args, stage, epochs, learning_rate):
+    """Trains. Each epoch of `fit`, of about 1,000 steps, ends with a checkpoint."""
+    parts = 1 + len(train) // 1000
+    epochs, steps_per_epoch = epochs * parts, len(train) // parts
+    steps = epochs * steps_per_epoch
+    warmup = max(1, min(2000, steps // 10))
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - warmup, warmup_target=learning_rate, warmup_steps=warmup
+    )
+    model.compile(
+        keras.optimizers.AdamW(schedule, weight_decay=0.2, beta_2=0.98, epsilon=1e-6)
+    )
+    callbacks = [kcm.callbacks.Throughput()]
+    if args.validation:
+        held_out = read(args, args.validation, tokenizer)
+        callbacks.append(kcm.callbacks.Retrieval(held_out))
+    if args.classes:
+        names = sorted(path.name for path in args.classes.iterdir())
+        labels = dict(label_key="folder", class_names=names)
+        images = read(args, args.classes, None, **labels)
+        callbacks.append(kcm.callbacks.ZeroShot(images, names, tokenizer))
+    return model.fit(
+        train,
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        resume_from=args.results / stage,
+        callbacks=[*callbacks, kcm.callbacks.Checkpoint(args.results / stage)],
+        verbose=2,
+    )
+
+
+def main(args):
+    scope = devices()
+    keras.utils.set_random_seed(1)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    if args.tokenizer:
+        tokenizer = kcm.data.CLIPTokenizer.from_file(args.tokenizer)
+    else:
+        tokenizer = kcm.data.CLIPTokenizer.from_open_clip()
+    train = kcm.data.image_text_dataset(
+        args.train,
+        tokenizer,
+        args.image_size,
+        args.batch_size,
+        training=True,
+        crop_scale=(0.9, 1.0),
+        num_workers=args.num_workers,
+        seed=1,
+    )
+    threshold = None
+    if args.masking in ("threshold", "embedding"):
+        # Outside of the scope: every process finds the same threshold by itself.
+        model = make_model(args, tokenizer, make_masking("threshold"))
+        model.masking.adapt(read(args, args.train, None))
+        threshold = float(model.masking.threshold)
+    with scope:
+        masking = make_masking(args.masking, args.epochs * len(train), threshold)
+        model = make_model(args, tokenizer, masking)
+        rate = args.learning_rate
+        history = fit(model, train, tokenizer, args, "main", args.epochs, rate)
+        if args.whole_epochs:
+            stage = "whole", args.whole_epochs, rate / 10
+            model = model.without_masking()
+            history = fit(model, train, tokenizer, args, *stage)
+    if kcm.distribution.is_main_process():
+        model.save(args.results / "model.keras")
+        tokenizer.save(args.results / "tokenizer.json")
+        for name, values in history.history.items():
+            print(f"{name:35} {values[-1]:.4f}")
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    import keras
+
+    import keras_cluster_mask as kcm
+
+    main(arguments)
