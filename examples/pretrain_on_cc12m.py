@@ -6,6 +6,7 @@ how to start the program on several devices. `--help` lists all flags.
 
 import argparse
 import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -238,7 +239,8 @@ def main(args):
             verbose=2,
         )
     if kcm.distribution.is_main_process():
-        figure = kcm.visualization.plot_history(history)
+        chance = {"loss": math.log(args.batch_size)}
+        figure = kcm.visualization.plot_history(history, chance=chance)
         figure.savefig(args.results / "training.png", dpi=100)
         model.save(args.results / "model.keras")
     if args.held_out and joined:
