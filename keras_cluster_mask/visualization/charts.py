@@ -70,8 +70,8 @@ def plot_history(
                 due = _validation_epochs(epochs, len(values), validation_freq)
                 style["label"] = label.replace("training", "validation")
                 axis.plot(due, values, "--", color=line.get_color(), **style)
-        values = {y for x, y in (chance or {}).items() if {x, f"val_{x}"} & {*labels}}
-        for value in values:
+        chances = {y for x, y in (chance or {}).items() if {x, f"val_{x}"} & {*labels}}
+        for value in chances:
             axis.axhline(value, color=COLORS["chance"], linestyle=":", label="chance")
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("epoch")
