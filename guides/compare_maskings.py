@@ -151,12 +151,17 @@ for name, run in runs.items():
     both = [run["recall"][f"{x}_recall@10"] for x in ("image_to_text", "text_to_image")]
     print(f"{name:10}{run['seconds']:8.0f}{both[0]:16.1%}{both[1]:16.1%}")
 
+COLORS = kcm.visualization.charts.COLORS
+count = len(kcm.data.read_captions(IMAGES / "validation-*.tar"))
+chance = kcm.evaluation.chance_recall(count)["text_to_image_recall@10"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for name, run in runs.items():
+    style = dict(marker=".", label=name, color=COLORS.get(name))
     epochs = np.arange(1, EPOCHS + 1)
-    axes[0].plot(epochs, run["curve"], marker=".", label=name)
-    axes[1].plot(epochs * run["seconds"] / EPOCHS, run["curve"], marker=".", label=name)
+    axes[0].plot(epochs, run["curve"], **style)
+    axes[1].plot(epochs * run["seconds"] / EPOCHS, run["curve"], **style)
 for axis, label in zip(axes, ("epochs", "seconds of training")):
+    axis.axhline(chance, color=COLORS["chance"], linestyle=":", label="chance")
     axis.set(xlabel=label, ylabel="recall@10, text to image")
     axis.grid(alpha=0.3)
 axes[0].legend()

@@ -116,7 +116,10 @@ def dataset(source, training):
 pretrained = load()
 IMAGE_SIZE = kcm.models.image_size_of(pretrained)
 test = dataset(TEST, training=False)
-results = {"before": kcm.evaluation.evaluate_retrieval(pretrained, test, verbose=0)}
+results = {
+    "chance": kcm.evaluation.chance_recall(len(kcm.data.read_captions(TEST))),
+    "before": kcm.evaluation.evaluate_retrieval(pretrained, test, verbose=0),
+}
 
 # %% [markdown]
 # ## Fine-tune with and without masking
@@ -161,20 +164,20 @@ for name, recall in results.items():
     speed = speeds.get(name.removeprefix("after, "))
     print("" if speed is None else f"{speed:10.0f}")
 
+models["random half"].save_to_preset(RESULTS / "fine_tuned", tokenizer)
+COLORS = kcm.visualization.charts.COLORS
+colors = [COLORS["chance"], "C2", COLORS["none"], COLORS["random"]]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for axis, direction in zip(axes, ("image_to_text", "text_to_image")):
-    for name, recall in results.items():
+    for (name, recall), color in zip(results.items(), colors):
         values = [100 * recall[f"{direction}_recall@{k}"] for k in (1, 5, 10)]
-        axis.plot((1, 5, 10), values, marker="o", label=name)
+        axis.plot((1, 5, 10), values, marker="o", label=name, color=color)
     axis.set(title=direction.replace("_", " "), xlabel="k", xticks=(1, 5, 10))
     axis.grid(alpha=0.3)
 axes[0].set_ylabel("recall@k (%)")
 axes[0].legend()
 plt.close(figure)
 show(figure, "fine_tuned")
-
-# %%
-models["random half"].save_to_preset(RESULTS / "fine_tuned", tokenizer)
 
 # %% [markdown]
 # ## Next steps

@@ -176,7 +176,7 @@ def test_similarity_of_wrong_shape_is_named():
 def curves_of(figure):
     """The points of each curve, by its label."""
     return {
-        line.get_label(): (line.get_xdata().tolist(), list(line.get_ydata()))
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
         for axis in figure.axes
         for line in axis.get_lines()
     }
@@ -217,6 +217,20 @@ HISTORY = {
     "image_to_text_accuracy": [0.1, 0.2],
     "text_to_image_accuracy": [0.1, 0.3],
 }
+
+
+@pytest.mark.any_backend
+def test_history_shows_recall_and_chance():
+    name = "image_to_text_recall@10"
+    chance = {"loss": np.log(64), name: 0.1}
+    figure = visualization.plot_history(
+        {**HISTORY, f"val_{name}": [0.2, 0.3]}, chance=chance
+    )
+    assert curves_of(figure)["image to text recall@10"] == ([1, 2], [0.2, 0.3])
+    loss, accuracy, recall = figure.axes
+    assert loss.get_lines()[-1].get_ydata() == [np.log(64)] * 2
+    assert "chance" not in accuracy.get_legend_handles_labels()[1]
+    assert recall.get_lines()[-1].get_ydata() == [0.1] * 2
 
 
 @pytest.mark.any_backend

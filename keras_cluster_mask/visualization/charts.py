@@ -9,12 +9,14 @@ from matplotlib.figure import Figure
 from keras_cluster_mask.checks import is_integer
 from keras_cluster_mask.masking import MaskingStatistics
 
+# The color of each method in all plots.
+COLORS = {"none": "gray", "random": "C0", "cluster": "C1", "chance": "black"}
 # The metrics of each panel, and their labels in it.
 PANELS = {
-    "contrastive loss": {"loss": "loss"},
+    "contrastive loss": {"loss": "loss, training"},
     "accuracy within the batch": {
-        "image_to_text_accuracy": "image to text",
-        "text_to_image_accuracy": "text to image",
+        "image_to_text_accuracy": "image to text, training",
+        "text_to_image_accuracy": "text to image, training",
     },
 }
 
@@ -22,14 +24,20 @@ PANELS = {
 def plot_history(
     history: keras.callbacks.History | Mapping[str, Sequence[float]],
     validation_freq: int | Sequence[int] = 1,
+    chance: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Plots the curves of a training run: loss, and accuracy within the batch.
+    """Plots the curves of a training run: loss, accuracy within the batch, and recall.
+
+    The recall is plotted if the logs have it, from `kcm.callbacks.Retrieval`.
 
     Args:
         history: The `keras.callbacks.History` that the `fit` of a `ContrastiveModel`
             returned, or its dictionary.
         validation_freq: Integer, or a list of epochs counted from 1, as passed to
             `fit`.
+        chance: Dictionary from metrics, without `"val_"`, to their values at random,
+            which are drawn as dotted lines. For a softmax loss, for example,
+            `{"loss": math.log(batch_size)} | kcm.evaluation.chance_recall(num_images)`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -46,18 +54,25 @@ def plot_history(
             f"at least one epoch. Received: history={logs}"
         )
     epochs = np.array(getattr(history, "epoch", range(len(logs["loss"])))) + 1
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, (title, labels) in zip(axes, PANELS.items()):
+    recall = {
+        x: x.removeprefix("val_").replace("_", " ") for x in logs if "recall@" in x
+    }
+    panels = PANELS | ({"recall": recall} if recall else {})
+    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (title, labels) in zip(axes, panels.items()):
         for name, label in labels.items():
             # Use a marker, because the curve of a single epoch is a point.
-            style = {"marker": "."}
-            (line,) = axis.plot(epochs, logs[name], label=f"{label}, training", **style)
+            style = {"marker": ".", "label": label}
+            (line,) = axis.plot(epochs, logs[name], **style)
             values = logs.get(f"val_{name}", ())
             if len(values):
                 due = _validation_epochs(epochs, len(values), validation_freq)
-                style |= {"color": line.get_color(), "label": f"{label}, validation"}
-                axis.plot(due, values, "--", **style)
+                style["label"] = label.replace("training", "validation")
+                axis.plot(due, values, "--", color=line.get_color(), **style)
+        chances = {y for x, y in (chance or {}).items() if {x, f"val_{x}"} & {*labels}}
+        for value in chances:
+            axis.axhline(value, color=COLORS["chance"], linestyle=":", label="chance")
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
