@@ -89,8 +89,8 @@ def _pixel_statistics(preset, mean, std):
 
     Args:
         preset: String, the name of a preset, or a folder.
-        mean: Three floats, for a folder that says nothing.
-        std: Three floats, likewise.
+        mean: Three floats, for a folder that has none.
+        std: Three floats, for a folder that has none.
     """
     folder, scale = pathlib.Path(preset), 1 / 255
     path = folder / "preprocessor_config.json"

@@ -130,10 +130,6 @@ class TowerFeatures:
         varies = deviation > 1e-4 * deviation.mean()
         return mean, np.where(varies, deviation, 1.0)
 
-    def batches(self, batch_size: int, shuffle: bool = True) -> "FeatureBatches":
-        """Returns an endless stream of batches."""
-        return FeatureBatches(self, batch_size, shuffle)
-
     def pairs(
         self, images: Any, captions: Any = 0, views: Any = 0
     ) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import compute_features
+from keras_cluster_mask.training.features import FeatureBatches
 from tests.helpers import FAST, assert_same_values, dino_encoder, values
 from tests.models.test_pooled_encoder import bert, make_model
 
@@ -172,7 +173,7 @@ def test_a_complete_folder_is_not_computed_again(tmp_path, monkeypatch):
 def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
     model = frozen_model()
     features, _ = computed(model, tmp_path, captions=3)
-    stream = iter(features.batches(5))
+    stream = iter(FeatureBatches(features, 5))
     seen = []
     for _ in range(6):
         epoch = [next(stream) for _ in range(4)]
@@ -199,7 +200,7 @@ def test_each_epoch_draws_the_whole_image_or_a_crop(tmp_path):
     mean, deviation = features.statistics("image")
     np.testing.assert_allclose(mean, views.mean((0, 1)), atol=1e-5)
     assert np.all(deviation > 0)
-    stream, drawn = iter(features.batches(5)), []
+    stream, drawn = iter(FeatureBatches(features, 5)), []
     for batch in [next(stream) for _ in range(24)]:
         distance = np.abs(views - batch["image_features"][:, None, None]).max(-1)
         drawn += [divmod(int(x.argmin()), 20) for x in distance]
