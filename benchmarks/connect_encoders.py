@@ -70,7 +70,7 @@ def arguments(given=None):
     add(
         "--sentence-transformers",
         action="store_true",
-        help="train the projections in sentence-transformers, too",
+        help="train the projections there, too; needs datasets and accelerate",
     )
     add("--costs", action="store_true", help="time the steps of the methods first")
     add("--test", action="store_true", help="score on the test split")
