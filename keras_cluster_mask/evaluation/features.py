@@ -74,8 +74,7 @@ def compute_features(
     if found is None:
         found = {"rows": {"images": 0, "texts": 0}, "batches": 0, "done": False}
     else:
-        what = "towers, data, tokenizer and crops"
-        check_same(found["description"], description, what)
+        check_same(found["description"], description, "towers, tokenizer and data")
     found["description"] = description
     progress = keras.utils.Progbar(
         num_images(data), verbose=bool(verbose), unit_name="image"

@@ -70,10 +70,9 @@ def pretrained_towers(
             f"('class', None). Received: pooling={pooling!r}"
         )
     of_images, of_texts = pooling
-    own = getattr(text_backbone, "pooling_mode", "mean")
-    own = "class" if own == "cls" else own
-    images_pooling, mean, std = families[0]
-    images = PooledEncoder(image_backbone, of_images or images_pooling)
+    own = getattr(text_backbone, "pooling_mode", "mean").replace("cls", "class")
+    image_pooling, mean, std = families[0]
+    images = PooledEncoder(image_backbone, of_images or image_pooling)
     if image_preset is not None:
         mean, std = _pixel_statistics(image_preset, mean, std)
     return {
@@ -102,6 +101,11 @@ def _pixel_statistics(preset, mean, std):
             mean, std = 0, 1
     elif not folder.is_dir() or (folder / "image_converter.json").is_file():
         converter = import_keras_hub().layers.ImageConverter.from_preset(str(preset))
+        if converter is None:
+            raise ValueError(
+                "`image_preset` must have an image converter, or pass `pixel_mean` and "
+                f"`pixel_std` in place of it. Received: image_preset={preset!r}"
+            )
         # Without a scale or an offset, pixels keep theirs.
         std = 1 / np.array(converter.scale or 1)
         mean, scale = -np.array(converter.offset or 0) * std, 1

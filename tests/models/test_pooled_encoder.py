@@ -243,6 +243,15 @@ def test_pixels_are_those_of_the_image_converter_of_a_preset(scale, offset, tmp_
 
 
 @pytest.mark.any_backend
+def test_a_preset_without_an_image_converter_is_refused(monkeypatch):
+    # That of DINOv2 on Hugging Face, which keras_hub does not convert.
+    converter = keras_hub.layers.ImageConverter
+    monkeypatch.setattr(converter, "from_preset", lambda preset: None)
+    with pytest.raises(ValueError, match=r"`image_preset` must be .*Received: "):
+        make_model(image_preset="hf://facebook/dinov2-small")
+
+
+@pytest.mark.any_backend
 def test_a_folder_without_pixels_has_those_of_the_family(tmp_path):
     assert make_model(image_preset=tmp_path).pixel_mean == [0.5, 0.5, 0.5]
     path = tmp_path / "preprocessor_config.json"
