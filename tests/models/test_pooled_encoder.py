@@ -247,7 +247,7 @@ def test_a_preset_without_an_image_converter_is_refused(monkeypatch):
     # That of DINOv2 on Hugging Face, which keras_hub does not convert.
     converter = keras_hub.layers.ImageConverter
     monkeypatch.setattr(converter, "from_preset", lambda preset: None)
-    with pytest.raises(ValueError, match=r"`image_preset` must be .*Received: "):
+    with pytest.raises(ValueError, match=r"`image_preset` must have .*Received: "):
         make_model(image_preset="hf://facebook/dinov2-small")
 
 
