@@ -67,6 +67,11 @@ def arguments(given=None):
     )
     add("--batch-size", type=int, default=64, help="of tuning")
     add("--learning-rate", type=float, default=3e-5, help="of the encoders in tuning")
+    add(
+        "--sentence-transformers",
+        action="store_true",
+        help="train the projections there, too; needs datasets and accelerate",
+    )
     add("--costs", action="store_true", help="time the steps of the methods first")
     add("--test", action="store_true", help="score on the test split")
     options = parsed.parse_args(given)
@@ -215,6 +220,15 @@ def heads(options, folder):
                     )
             write_json(path, **result)
             print(path.stem, result.get("validation"), flush=True)
+    for seed in options.seeds if options.sentence_transformers else ():
+        path = folder / f"head-sentence_transformers-{seed}.json"
+        result = read(path, options, ("head_epochs", "head_batch_size"))
+        if "validation" not in result:
+            speed, project = sentence_transformers(options, seed, train)
+            for split in ["validation"] + ["test"] * options.test:
+                result[split] = scores(*embeddings_of(project, options, split))
+            write_json(path, **result, **{"pairs per second": speed})
+            print(path.stem, result["validation"], speed, flush=True)
 
 
 def plain_loop(options, seed, train):
@@ -226,10 +240,7 @@ def plain_loop(options, seed, train):
     import torch
 
     torch.manual_seed(seed)
-    images = torch.tensor(train.pairs(slice(None))["image_features"])
-    rows = np.repeat(np.arange(train.num_images), train.counts)
-    numbers = np.arange(train.num_texts) - train.first_text[rows]
-    texts = torch.tensor(train.pairs(rows, numbers)["text_features"])
+    images, texts = map(torch.tensor, all_features(train)[:2])
     firsts, counts = torch.tensor(train.first_text), torch.tensor(train.counts)
     hidden = 2 * PROJECTION_DIM
 
@@ -282,6 +293,83 @@ def plain_loop(options, seed, train):
     ]
 
 
+def sentence_transformers(options, seed, train):
+    """The same projections in sentence-transformers, with its fixed temperature.
+
+    Returns:
+        Pairs a second, and the projections as a function of features.
+    """
+    import sentence_transformers as st
+    import torch
+    from sentence_transformers.base.modules import Dense, InputModule, Normalize, Router
+    from sentence_transformers.sentence_transformer import losses, modules
+
+    import datasets
+
+    class Features(InputModule):
+        """In place of an encoder: the features of images, or of a caption of each."""
+
+        def __init__(self, rows, statistics, firsts, counts):
+            super().__init__()
+            self.of = [torch.tensor(x, dtype=torch.float32) for x in statistics]
+            self.rows, self.firsts, self.counts = torch.tensor(rows), firsts, counts
+
+        def preprocess(self, inputs, **kwargs):
+            drawn = (np.random.random(len(inputs)) * self.counts[inputs]).astype(int)
+            return {"sentence_embedding": self.rows[self.firsts[inputs] + drawn]}
+
+        def forward(self, features):
+            scaled = (features["sentence_embedding"] - self.of[0]) / self.of[1]
+            return {**features, "sentence_embedding": scaled}
+
+        save = None
+
+    keras.utils.set_random_seed(seed)
+    numbers, hidden = np.arange(train.num_images), 2 * PROJECTION_DIM
+    rows = {"image": (numbers, numbers**0), "text": (train.first_text, train.counts)}
+    routes = {
+        name: [
+            Features(x, train.statistics(name), *rows[name]),
+            Dense(x.shape[1], hidden, activation_function=torch.nn.GELU()),
+            modules.Dropout(0.3),
+            Dense(hidden, PROJECTION_DIM, bias=False, activation_function=None),
+        ]
+        for name, x in zip(rows, all_features(train))
+    }
+    model = st.SentenceTransformer(modules=[Router(routes), Normalize()], device="cpu")
+    loss = losses.MultipleNegativesRankingLoss(
+        model,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+    size = options.head_batch_size
+    settings = st.SentenceTransformerTrainingArguments(
+        options.results,
+        num_train_epochs=options.head_epochs,
+        per_device_train_batch_size=size,
+        dataloader_drop_last=True,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        weight_decay=0.1,
+        max_grad_norm=0.0,
+        router_mapping={name: name for name in routes},
+        save_strategy="no",
+        seed=seed,
+        use_cpu=True,
+    )
+    pairs = datasets.Dataset.from_dict(dict.fromkeys(routes, numbers))
+    trainer = st.SentenceTransformerTrainer(model, settings, pairs, loss=loss)
+    seconds = trainer.train().metrics["train_runtime"]
+    model.eval()
+
+    def project(*both):
+        for name, x in zip(routes, both):
+            given = {"sentence_embedding": torch.tensor(x), "task": name}
+            yield model(given)["sentence_embedding"].detach().numpy()
+
+    return options.head_epochs * (len(numbers) // size) * size / seconds, project
+
+
 def with_head(model, weights):
     """Loads projections and temperature that were trained before."""
     with np.load(weights) as found:
@@ -293,11 +381,16 @@ def with_head(model, weights):
 def embeddings_of(project, options, split):
     """The embeddings of all images and texts, from their features."""
     found = kcm.TowerFeatures(f"{options.features}/{split}")
-    images = found.pairs(slice(None))["image_features"]
+    images, texts, rows = all_features(found)
+    return *(normalized(x) for x in project(images, texts)), rows
+
+
+def all_features(found):
+    """The features of all images and texts, and the row of the image of each text."""
     rows = np.repeat(np.arange(found.num_images), found.counts)
     numbers = np.arange(found.num_texts) - found.first_text[rows]
     texts = found.pairs(rows, numbers)["text_features"]
-    return *(normalized(x) for x in project(images, texts)), rows
+    return found.pairs(slice(None))["image_features"], texts, rows
 
 
 def normalized(x):

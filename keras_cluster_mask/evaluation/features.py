@@ -8,8 +8,11 @@ import zlib
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from keras_cluster_mask.batches import num_images, read_batches
+from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.evaluation.checks import check_read_once
 from keras_cluster_mask.evaluation.embedding import Embedder, progress_bar, texts_of
 from keras_cluster_mask.training.features import (
@@ -28,6 +31,7 @@ def compute_features(
     data: Any,
     tokenizer: Any,
     folder: str | os.PathLike,
+    num_crops: int = 0,
     verbose: str | int = "auto",
 ) -> TowerFeatures:
     """Runs both towers of a model once over a dataset, and stores their features.
@@ -40,21 +44,27 @@ def compute_features(
         data: As for `embed`, with `"captions"`: one or several for each image.
         tokenizer: As for `embed`.
         folder: str or path. The folder to write to.
+        num_crops: Integer. The number of random crops of each image, of which features
+            are stored beside those of the whole image. `fit` draws the whole image or
+            one of its crops in each epoch. Crops have at least 0.4 of the area of the
+            image, and need uint8 RGB images.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         `TowerFeatures`, data for `ContrastiveModel.fit`.
 
     Raises:
-        ValueError: If the folder holds features of other towers or data.
+        ValueError: If the folder holds features of other towers, data or crops.
     """
     check_read_once("data", data)
+    check_integer("num_crops", num_crops, at_least=0)
     embedder = Embedder(model, features=True)
     model = embedder.model
     description = {
         "towers": describe_towers(model),
         "data": _describe_data(data),
         "tokenizer": check_tokenizer(model, tokenizer, model.context_length),
+        "num_crops": num_crops or None,
     }
     tokenizer = embedder.tokenizer(tokenizer)
     folder = pathlib.Path(folder)
@@ -63,9 +73,7 @@ def compute_features(
     if found is None:
         found = {"rows": {"images": 0, "texts": 0}, "batches": 0, "done": False}
     else:
-        check_same(found["description"]["towers"], description["towers"], "towers")
-        rest = {name: description[name] for name in ("data", "tokenizer")}
-        check_same(found["description"], rest, "data and tokenizer")
+        check_same(found["description"], description, "towers, tokenizer and data")
     found["description"] = description
     progress = progress_bar(num_images(data), verbose, "image")
     if not found["done"]:
@@ -78,8 +86,10 @@ def compute_features(
                     f"{int(np.sum(counts == 0))} images of a batch without"
                 )
             token_ids = tokenizer(texts)
+            images, first = batch["images"], found["rows"]["images"]
+            views = [images, *(_cropped(images, first, i) for i in range(num_crops))]
             arrays = {
-                "image_features": embedder.images(batch["images"]),
+                "image_features": np.hstack([*map(embedder.images, views)]),
                 "text_features": embedder.texts(token_ids),
                 "token_ids": token_ids,
                 "captions_of_image": counts,
@@ -103,6 +113,27 @@ def _describe_data(data):
     stream = getattr(data, "stream", None)
     # In the types that JSON has.
     return None if stream is None else json.loads(json.dumps(stream.description))
+
+
+def _cropped(images, first, number):
+    """Returns a random crop of each image, which depends on numbers alone.
+
+    Args:
+        images: `(batch, H, W, 3)` uint8 array.
+        first: The number of the first image.
+        number: The number of the crop.
+    """
+    if images.dtype != "uint8" or images.shape[-1] != 3:
+        raise ValueError(
+            "`num_crops` must be 0 unless images are uint8 and RGB. "
+            f"Received: images of {images.dtype} and shape {images.shape}"
+        )
+    crop, rng = Images(images.shape[1:3], training=True), np.random.default_rng
+    crops = [
+        crop(Image.fromarray(image), rng([row, number]))
+        for row, image in enumerate(images, first)
+    ]
+    return crop.batch(crops)
 
 
 def _append(folder, found, arrays):

@@ -240,6 +240,7 @@ class ContrastiveModel(ContrastiveTrainer):
         masking: PatchMasking | None = None,
         head: str = "linear",
         pooling: tuple[str | None, str | None] | None = None,
+        image_preset: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """Makes a model from two encoders that were pre-trained apart.
@@ -258,14 +259,19 @@ class ContrastiveModel(ContrastiveTrainer):
                 `"class_and_mean"`. `None` is that of the family: the class token and
                 the mean of the patches for DINO, the class token for ViT and DeiT, the
                 mean of all tokens but padding for texts. A `TextEmbedder` has its own.
+            image_preset: String, the name or folder of the preset of `image_backbone`.
+                Its `preprocessor_config.json` or keras_hub's image converter gives
+                `pixel_mean` and `pixel_std`. `None`, and a folder without either, use
+                those of the family.
             **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
-                default to those of the family.
+                take precedence.
 
         Reference:
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
               https://arxiv.org/abs/2111.07991)
         """
-        towers = pretrained_towers(image_backbone, text_backbone, masking, pooling)
+        backbones = image_backbone, text_backbone
+        towers = pretrained_towers(*backbones, masking, pooling, image_preset)
         heads = {"projection_dim": projection_dim, "projection": head}
         return cls(**{**towers, **heads, **kwargs})
 

@@ -1,12 +1,15 @@
 """Encoders made of pre-trained backbones: what is pooled, and how pixels are scaled."""
 
-import dataclasses
+import json
+import pathlib
 from typing import Any, Self
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_choice
+from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.encoders import count_prefix_tokens, find_embedding_layer
 from keras_cluster_mask.models.inputs import (
@@ -22,27 +25,13 @@ from keras_cluster_mask.types import Tensor
 POOLINGS = ("class", "mean", "class_and_mean")
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFamily:
-    """How the vision transformers of a family were trained.
-
-    Attributes:
-        pooling: String, one of `POOLINGS`.
-        pixel_mean: Three floats, one per channel.
-        pixel_std: Three floats, one per channel.
-    """
-
-    pooling: str
-    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
-    pixel_std: tuple[float, float, float] = IMAGENET_STD
-
-
-# By the name of keras_hub's class.
+# The pooling, the pixel mean and the deviation of vision transformers, by the name of
+# keras_hub's class.
 IMAGE_FAMILIES = {
-    "DINOV2Backbone": ImageFamily("class_and_mean"),
-    "DINOV3Backbone": ImageFamily("class_and_mean"),
-    "DeiTBackbone": ImageFamily("class"),
-    "ViTBackbone": ImageFamily("class", SIGLIP_MEAN, SIGLIP_STD),
+    "DINOV2Backbone": ("class_and_mean", IMAGENET_MEAN, IMAGENET_STD),
+    "DINOV3Backbone": ("class_and_mean", IMAGENET_MEAN, IMAGENET_STD),
+    "DeiTBackbone": ("class", IMAGENET_MEAN, IMAGENET_STD),
+    "ViTBackbone": ("class", SIGLIP_MEAN, SIGLIP_STD),
 }
 # Text encoders in which every token attends to all others.
 TEXT_BACKBONES = ("BertBackbone", "DistilBertBackbone", "RobertaBackbone")
@@ -53,6 +42,7 @@ def pretrained_towers(
     text_backbone: keras.Model,
     masking: PatchMasking | None,
     pooling: tuple[str | None, str | None] | None,
+    image_preset: str | None,
 ) -> dict[str, Any]:
     """Returns arguments of `ContrastiveModel`; see `ContrastiveModel.from_encoders`."""
     names = {kind.__name__ for kind in type(image_backbone).__mro__}
@@ -80,15 +70,47 @@ def pretrained_towers(
             f"('class', None). Received: pooling={pooling!r}"
         )
     of_images, of_texts = pooling
-    own = getattr(text_backbone, "pooling_mode", "mean")
-    own = "class" if own == "cls" else own
-    images = PooledEncoder(image_backbone, of_images or families[0].pooling)
+    own = getattr(text_backbone, "pooling_mode", "mean").replace("cls", "class")
+    image_pooling, mean, std = families[0]
+    images = PooledEncoder(image_backbone, of_images or image_pooling)
+    if image_preset is not None:
+        mean, std = _pixel_statistics(image_preset, mean, std)
     return {
         "image_encoder": images if masking is None else with_masking(images, masking),
         "text_encoder": PooledEncoder(texts, of_texts or own),
-        "pixel_mean": families[0].pixel_mean,
-        "pixel_std": families[0].pixel_std,
+        "pixel_mean": mean,
+        "pixel_std": std,
     }
+
+
+def _pixel_statistics(preset, mean, std):
+    """Returns the mean and the deviation of the pixels that a preset takes.
+
+    Args:
+        preset: String, the name of a preset, or a folder.
+        mean: Three floats, for a folder that has none.
+        std: Three floats, for a folder that has none.
+    """
+    folder, scale = pathlib.Path(preset), 1 / 255
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        given = json.loads(path.read_text())
+        scale = given.get("rescale_factor", scale) if given.get("do_rescale", 1) else 1
+        mean, std = given.get("image_mean", mean), given.get("image_std", std)
+        if not given.get("do_normalize", True):
+            mean, std = 0, 1
+    elif not folder.is_dir() or (folder / "image_converter.json").is_file():
+        converter = import_keras_hub().layers.ImageConverter.from_preset(str(preset))
+        if converter is None:
+            raise ValueError(
+                "`image_preset` must have an image converter, or pass `pixel_mean` and "
+                f"`pixel_std` in place of it. Received: image_preset={preset!r}"
+            )
+        # Without a scale or an offset, pixels keep theirs.
+        std = 1 / np.array(converter.scale or 1)
+        mean, scale = -np.array(converter.offset or 0) * std, 1
+    # Of pixels from 0 to 1. One number is that of all channels.
+    return [np.repeat(x, 3 // np.size(x)) / (255 * scale) for x in (mean, std)]
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")

@@ -30,7 +30,8 @@ class TowerFeatures:
     """Features of both towers for a dataset, in memory-mapped files.
 
     `kcm.evaluation.compute_features` makes them, and `ContrastiveModel.fit` trains the
-    projections on them. Each epoch draws one caption of each image.
+    projections on them. Each epoch draws one caption of each image, and, of several
+    views, one: the whole image or a crop.
 
     Example:
 
@@ -51,11 +52,12 @@ class TowerFeatures:
         folder: str or path. A folder that `compute_features` has filled.
 
     Attributes:
-        description: dict. What the features depend on: weights of the towers, pixels
-            and data.
+        description: dict. What the features depend on: weights of the towers, pixels,
+            data and crops.
         tokenizer_fingerprint: str that identifies the tokenizer, or None.
         num_images: int.
         num_texts: int.
+        num_views: int. The whole image, and its crops.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -69,19 +71,21 @@ class TowerFeatures:
             )
         self.description = found["description"]
         self.tokenizer_fingerprint = found["description"]["tokenizer"]
-        self.num_images, self.num_texts = (
-            found["rows"]["images"],
-            found["rows"]["texts"],
-        )
+        rows = found["rows"]
+        self.num_images, self.num_texts = rows["images"], rows["texts"]
         self._arrays = {
             name: np.memmap(
                 self.folder / f"{name}.bin",
                 dtype,
                 "r",
-                shape=(found["rows"][kind], *found["shapes"][name]),
+                shape=(rows[kind], *found["shapes"][name]),
             )
             for name, (dtype, kind) in ARRAYS.items()
         }
+        self.num_views = 1 + (self.description.get("num_crops") or 0)
+        # On disk, the views of an image are one row.
+        views = self._arrays["image_features"]
+        self._arrays["image_features"] = views.reshape(len(views), self.num_views, -1)
         counts = self._arrays.pop("captions_of_image")
         self.counts, self.first_text = counts, np.cumsum(counts) - counts
 
@@ -117,6 +121,7 @@ class TowerFeatures:
             name: `"image"` or `"text"`.
         """
         rows = self._arrays[f"{name}_features"]
+        rows = rows.reshape(-1, rows.shape[-1])
         parts = np.array_split(rows, math.ceil(len(rows) / ROWS))
         mean = sum(part.sum(axis=0, dtype="float64") for part in parts) / len(rows)
         square = sum(((part - mean) ** 2).sum(axis=0) for part in parts) / len(rows)
@@ -125,27 +130,26 @@ class TowerFeatures:
         varies = deviation > 1e-4 * deviation.mean()
         return mean, np.where(varies, deviation, 1.0)
 
-    def batches(self, batch_size: int, shuffle: bool = True) -> "FeatureBatches":
-        """Returns an endless stream of batches."""
-        return FeatureBatches(self, batch_size, shuffle)
-
-    def pairs(self, images: Any, captions: Any = 0) -> dict[str, np.ndarray]:
-        """Returns the features of images, and of one caption of each.
+    def pairs(
+        self, images: Any, captions: Any = 0, views: Any = 0
+    ) -> dict[str, np.ndarray]:
+        """Returns the features of a view of images, and of one caption of each.
 
         Args:
             images: `(batch,)` ints.
             captions: `(batch,)` ints, the number of the caption of each image.
+            views: `(batch,)` ints, the number of the view; 0 is the whole image.
         """
         texts = self.first_text[images] + captions
         return {
-            "image_features": self._arrays["image_features"][images],
+            "image_features": self._arrays["image_features"][images, views],
             "text_features": self._arrays["text_features"][texts],
             "token_ids": self._arrays["token_ids"][texts],
         }
 
 
 class FeatureBatches(ArrayBatches):
-    """Batches of `TowerFeatures`, each with one caption of each image.
+    """Batches of `TowerFeatures`, each with one view and one caption of each image.
 
     Args:
         features: `TowerFeatures`.
@@ -160,10 +164,13 @@ class FeatureBatches(ArrayBatches):
         self.description = {**self.description, **features.description}
 
     def batch(self, rows, epoch):
+        features = self._features
         rng = np.random.default_rng([self.shuffle_seed, epoch, 1])
-        drawn = rng.random(self._features.num_images)[rows]
-        captions = (drawn * self._features.counts[rows]).astype("int64")
-        return self._features.pairs(rows, captions)
+        drawn = rng.random(features.num_images)[rows]
+        drawn *= features.counts[rows] * features.num_views
+        return features.pairs(
+            rows, *np.divmod(drawn.astype("int64"), features.num_views)
+        )
 
 
 def read_progress(folder: pathlib.Path) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ from keras_cluster_mask.distribution.processes import (
     process_index_and_count,
 )
 from keras_cluster_mask.training.arrays import ArrayBatches
-from keras_cluster_mask.training.features import TowerFeatures
+from keras_cluster_mask.training.features import FeatureBatches, TowerFeatures
 from keras_cluster_mask.training.input_rules import KEYS, as_dictionary, is_float
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
@@ -195,8 +195,8 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         is_arrays = isinstance(data, dict)
         if not rules.training:
             return Reader(data if is_arrays else data.pairs(slice(None)), None, False)
-        batches = functools.partial(ArrayBatches, data) if is_arrays else data.batches
-        data = batches(batch_size, True if shuffle is None else shuffle)
+        batches = ArrayBatches if is_arrays else FeatureBatches
+        data = batches(data, batch_size, True if shuffle is None else shuffle)
         rules, shuffle = None, False
     is_stream = hasattr(data, "stream") and data.stream is data
     if is_stream and keras.backend.backend() == "tensorflow":

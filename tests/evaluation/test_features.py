@@ -8,6 +8,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import compute_features
+from keras_cluster_mask.training.features import FeatureBatches
 from tests.helpers import FAST, assert_same_values, dino_encoder, values
 from tests.models.test_pooled_encoder import bert, make_model
 
@@ -36,9 +37,15 @@ def frozen_model(**options):
     return model
 
 
-def computed(model, folder, **options):
+def computed(model, folder, num_crops=0, **options):
     data = dataset(**options)
-    return compute_features(model, data, tokenizer, folder, verbose=0), data
+    found = compute_features(model, data, tokenizer, folder, num_crops, verbose=0)
+    return found, data
+
+
+def views_of(features):
+    pairs = [features.pairs(slice(None), views=i) for i in range(features.num_views)]
+    return np.stack([x["image_features"] for x in pairs])
 
 
 def test_training_on_features_equals_training_on_images(tmp_path):
@@ -127,9 +134,11 @@ def test_features_that_vary_by_rounding_alone_are_only_centered(tmp_path):
     assert np.all(deviation[2:] != 1)
 
 
-def test_an_interrupted_run_resumes_with_the_next_batch(tmp_path):
+@pytest.mark.parametrize("num_crops", [0, 2])
+def test_an_interrupted_run_resumes_with_the_next_batch(num_crops, tmp_path):
     model = frozen_model()
-    expected, _ = computed(model, tmp_path / "whole", images=150, captions=2)
+    options = {"images": 150, "captions": 2}
+    expected, _ = computed(model, tmp_path / "whole", num_crops, **options)
     calls = []
 
     def interrupted(texts):
@@ -141,15 +150,16 @@ def test_an_interrupted_run_resumes_with_the_next_batch(tmp_path):
 
     data, folder = dataset(150, 2), tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        compute_features(model, data, interrupted, folder, verbose=0)
+        compute_features(model, data, interrupted, folder, num_crops, verbose=0)
     assert json.loads((folder / "features.json").read_text())["rows"]["images"] == 64
     with pytest.raises(ValueError, match=r"`folder` must hold .*Received: "):
         kcm.TowerFeatures(folder)
     calls.clear()
-    found = compute_features(model, data, interrupted, folder, verbose=0)
+    found = compute_features(model, data, interrupted, folder, num_crops, verbose=0)
     assert sum(calls) < 300
     for name, array in expected.pairs(slice(None)).items():
         assert_same_values([found.pairs(slice(None))[name]], [array])
+    assert_same_values(views_of(found), views_of(expected))
 
 
 def test_a_complete_folder_is_not_computed_again(tmp_path, monkeypatch):
@@ -163,7 +173,7 @@ def test_a_complete_folder_is_not_computed_again(tmp_path, monkeypatch):
 def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
     model = frozen_model()
     features, _ = computed(model, tmp_path, captions=3)
-    stream = iter(features.batches(5))
+    stream = iter(FeatureBatches(features, 5))
     seen = []
     for _ in range(6):
         epoch = [next(stream) for _ in range(4)]
@@ -178,6 +188,35 @@ def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
     assert len({*map(tuple, seen)}) == 6
 
 
+def test_each_epoch_draws_the_whole_image_or_a_crop(tmp_path):
+    model = frozen_model()
+    whole, data = computed(model, tmp_path / "whole")
+    features, _ = computed(model, tmp_path / "crops", num_crops=2)
+    views = views_of(features)
+    np.testing.assert_allclose(views[:1], views_of(whole), atol=1e-5)
+    # Two crops of so few pixels may be equal.
+    differ = np.abs(views - np.roll(views, 1, axis=0)).max(axis=-1) > 1e-3
+    assert differ.mean() > 0.9
+    mean, deviation = features.statistics("image")
+    np.testing.assert_allclose(mean, views.mean((0, 1)), atol=1e-5)
+    assert np.all(deviation > 0)
+    stream, drawn = iter(FeatureBatches(features, 5)), []
+    for batch in [next(stream) for _ in range(24)]:
+        distance = np.abs(views - batch["image_features"][:, None, None]).max(-1)
+        drawn += [divmod(int(x.argmin()), 20) for x in distance]
+    for epoch in np.array(drawn).reshape(6, 20, 2):
+        assert sorted(epoch[:, 1]) == [*range(20)]
+        assert {*epoch[:, 0]} == {0, 1, 2}
+    model.fit(features, batch_size=5, verbose=0)
+    # A crop of one color is the same image.
+    data["images"][:] = np.arange(20)[:, None, None, None]
+    one_color = compute_features(model, data, tokenizer, tmp_path / "c", 1, verbose=0)
+    np.testing.assert_allclose(*views_of(one_color), atol=1e-5)
+    data["images"] = data["images"].astype("float32")
+    with pytest.raises(ValueError, match=r"`num_crops` must be 0 unless .*Received: "):
+        compute_features(model, data, tokenizer, tmp_path / "d", 1, verbose=0)
+
+
 @pytest.mark.parametrize("change", ["weights", "data"])
 def test_features_of_something_else_are_refused(change, tmp_path):
     model = frozen_model()
@@ -189,8 +228,9 @@ def test_features_of_something_else_are_refused(change, tmp_path):
             model.fit(features, batch_size=5)
         with pytest.raises(ValueError, match=r"`features` .*towers.*Received: "):
             model.evaluate(features)
-    with pytest.raises(ValueError, match=r"`features` .*Received: "):
-        computed(model, tmp_path, seed=1)
+    for other in {"seed": 1}, {"num_crops": 1}:
+        with pytest.raises(ValueError, match=r"`features` .*Received: "):
+            computed(model, tmp_path, **other)
 
 
 @pytest.mark.any_backend
