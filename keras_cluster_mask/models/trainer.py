@@ -325,11 +325,8 @@ class ContrastiveTrainer(DualEncoder):
 
         Arguments and results are those of `keras.Model.evaluate`.
         """
-        steps = steps or num_batches(x)
-        verbose, x = (
-            verbosity(verbose),
-            evaluation_data(self, x, y, sample_weight, steps),
-        )
+        verbose, steps = verbosity(verbose), steps or num_batches(x)
+        x = evaluation_data(self, x, y, sample_weight, steps)
         with until_the_end(), keeping_weights(self), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
 
