@@ -60,15 +60,14 @@ def read(args, source, tokenizer, **options):
     )
 
 
-def make_masking(name, steps=1, threshold=None):
+def make_masking(name, steps=1):
     cluster = functools.partial(kcm.ClusterMasking, mask_ratio=0.5, seed=1)
-    options = dict(min_mask_ratio=0.3, threshold=threshold)
     zero_to_one = keras.optimizers.schedules.PolynomialDecay(0.0, steps, 1.0)
     return {
         "random": lambda: kcm.RandomMasking(0.5, seed=1),
         "cluster": cluster,
-        "threshold": lambda: cluster(**options),
-        "embedding": lambda: cluster(embedding_weight=zero_to_one, **options),
+        "threshold": lambda: cluster(min_mask_ratio=0.3),
+        "embedding": lambda: cluster(min_mask_ratio=0.3, embedding_weight=zero_to_one),
         "none": lambda: None,
     }[name]()
 
@@ -134,15 +133,11 @@ def main(args):
         num_workers=args.num_workers,
         seed=1,
     )
-    threshold = None
-    if args.masking in ("threshold", "embedding"):
-        # Outside of the scope: every process finds the same threshold by itself.
-        model = make_model(args, tokenizer, make_masking("threshold"))
-        model.masking.adapt(read(args, args.train, None))
-        threshold = float(model.masking.threshold)
     with scope:
-        masking = make_masking(args.masking, args.epochs * len(train), threshold)
+        masking = make_masking(args.masking, args.epochs * len(train))
         model = make_model(args, tokenizer, masking)
+        if args.masking in ("threshold", "embedding"):
+            model.masking.adapt(read(args, args.train, None))
         rate = args.learning_rate
         history = fit(model, train, tokenizer, args, "main", args.epochs, rate)
         if args.whole_epochs:

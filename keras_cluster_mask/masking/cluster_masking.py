@@ -154,7 +154,8 @@ class ClusterMasking(SimilarityMasking):
         self._adapted_pixels = None
         self._given_threshold = threshold
         if min_mask_ratio is not None:
-            value = math.nan if threshold is None else float(threshold)
+            # Infinite if it is not set: JAX takes no NaN from several processes.
+            value = math.inf if threshold is None else float(threshold)
             self.threshold = self._add_state("threshold", value, "float32")
             if self.embedding_weight != 0.0:
                 _check_reachable(self.mask_ratio, min_mask_ratio)
@@ -300,10 +301,10 @@ class ClusterMasking(SimilarityMasking):
     def check_ready(self) -> None:
         if self.threshold is None:
             return
-        if math.isnan(float(ops.convert_to_numpy(self.threshold))):
+        if math.isinf(float(ops.convert_to_numpy(self.threshold))):
             raise ValueError(
                 f"The threshold of `{self.name}` is not set. Pass `threshold`, or "
-                "call `adapt(images)` before training. Received: threshold=nan"
+                "call `adapt(images)` before training. Received: threshold=None"
             )
 
     def get_config(self) -> dict[str, Any]:
