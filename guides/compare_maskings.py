@@ -140,10 +140,8 @@ for name, make in MASKINGS.items():
 # ## Results
 #
 # Recall@10 on 346 test pairs has a 95 % interval of about ± 3 to 4 points, so one short run of each
-# says little about small differences: repeat it with several seeds, and on your own data. In
-# longer studies on photographs, random masking was ahead of whole images at equal time. On scenes,
-# this needed fewer words per caption as well. Cluster masking was behind random masking, or level with it
-# ([measurements](../docs/benchmarks/quality.md)).
+# says little about small differences: repeat it with several seeds, and on your own data. The
+# [longer studies](../docs/benchmarks/quality.md) have several seeds, and photographs.
 
 # %%
 print(f"{'':10}{'seconds':>8}{'image to text':>16}{'text to image':>16}")

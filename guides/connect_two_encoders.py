@@ -194,4 +194,4 @@ for name, recall in results.items():
 tuned.save(RESULTS / "connected.keras")
 
 # %% [markdown]
-# [All steps on one page](../docs/how_to/connect_two_encoders.md), without explanations.
+# [All steps on one page](../docs/how_to/connect_two_encoders.md).

@@ -191,7 +191,7 @@ print("the same history:", again["loss"] == several["loss"])
 # **The devices are busy.** `Throughput` reports `samples_per_second` over all devices. Eight
 # should be nearly eight times as fast as one with an eighth of the batch. If not, look at the
 # utilization of the GPUs: if it has gaps, images are decoded too slowly, and `num_workers` of
-# `image_text_dataset` helps, since the threads of one process decode at most about 2,600 images
+# `image_text_dataset` helps, since the threads of one process decode at most about 2,200 images
 # per second, however many cores it has.
 #
 # **The memory suffices.** If not, `micro_batch_size` trains on parts of the batch and still compares

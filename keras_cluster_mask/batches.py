@@ -100,7 +100,7 @@ def num_images(data: Any) -> int | None:
 def num_batches(data: Any) -> int | None:
     """Returns the length of an `image_text_dataset` for evaluation, or `None`."""
     stream = getattr(data, "stream", None)
-    return None if stream is None or stream.training else len(stream)
+    return None if getattr(stream, "training", True) else len(stream)
 
 
 def _is_whole(data):

@@ -49,8 +49,8 @@ def small_data_recipe(
       The benchmarks use these settings and compare no others.
 
     On 6,090 photographs with sentences, these maskings gave better results than whole
-    images and texts in the same training time, and than cluster masking. Training for
-    60 epochs instead of 30 improved them further (`docs/benchmarks/quality.md`).
+    images and texts in the same training time. Training for 60 epochs instead of 30
+    improved them further (`docs/benchmarks/quality.md`).
 
     To fine-tune a pre-trained CLIP, use `masking` and `optimizer` with a learning rate
     of about 1e-5, and whole texts throughout (`docs/how_to/fine_tune.md`).

@@ -35,7 +35,7 @@ def read_captions(
     Example:
 
     ```python
-    captions = kcm.data.read_captions("datasets/images/train-*.tar")
+    captions = kcm.data.read_captions(kcm.data.example_images() / "train-*.tar")
     tokenizer = kcm.data.CLIPTokenizer.train(captions, vocabulary_size=3000)
     ```
 

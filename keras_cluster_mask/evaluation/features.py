@@ -31,8 +31,9 @@ def compute_features(
     data: Any,
     tokenizer: Any,
     folder: str | os.PathLike,
-    num_crops: int = 0,
     verbose: str | int = "auto",
+    *,
+    num_crops: int = 0,
 ) -> TowerFeatures:
     """Runs both towers of a model once over a dataset, and stores their features.
 
@@ -64,7 +65,7 @@ def compute_features(
         "towers": describe_towers(model),
         "data": _describe_data(data),
         "tokenizer": check_tokenizer(model, tokenizer, model.context_length),
-        "num_crops": num_crops or None,
+        "num_crops": num_crops,
     }
     tokenizer = embedder.tokenizer(tokenizer)
     folder = pathlib.Path(folder)
@@ -73,7 +74,7 @@ def compute_features(
     if found is None:
         found = {"rows": {"images": 0, "texts": 0}, "batches": 0, "done": False}
     else:
-        check_same(found["description"], description, "towers, tokenizer and data")
+        check_same(found["description"], description, "towers, data and crops")
     found["description"] = description
     progress = progress_bar(num_images(data), verbose, "image")
     if not found["done"]:

@@ -103,6 +103,10 @@ class BackboneModel(ContrastiveModel):
         self.backbone.save_to_preset(os.path.expanduser(preset_dir))
         tokenizer.save_to_preset(os.path.expanduser(preset_dir))
 
+    @property
+    def layers(self) -> list[keras.layers.Layer]:
+        return [x for x in super().layers if x is not self.backbone]
+
     def _options(self):
         options = super()._options()
         # The backbone defines these.

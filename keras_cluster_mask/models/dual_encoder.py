@@ -235,8 +235,7 @@ class DualEncoder(MadeOfParts, keras.Model):
     @property
     def layers(self) -> list[keras.layers.Layer]:
         """The encoders, the head, and layers of a subclass, with each weight once."""
-        inside = [*self.maskings, getattr(self, "backbone", None)]
-        return [x for x in super().layers if x not in inside]
+        return [x for x in super().layers if x not in self.maskings]
 
     def summary(self, *args: Any, **kwargs: Any) -> None:
         # Keras shows the output shape of a layer that was called on symbols.

@@ -94,7 +94,9 @@ def _pixel_statistics(preset, mean, std):
     folder, scale = pathlib.Path(preset), 1 / 255
     path = folder / "preprocessor_config.json"
     if path.is_file():
-        given = json.loads(path.read_text())
+        # Null stands for the default.
+        given = json.loads(path.read_text()).items()
+        given = {name: value for name, value in given if value is not None}
         scale = given.get("rescale_factor", scale) if given.get("do_rescale", 1) else 1
         mean, std = given.get("image_mean", mean), given.get("image_std", std)
         if not given.get("do_normalize", True):
@@ -106,7 +108,7 @@ def _pixel_statistics(preset, mean, std):
                 "`image_preset` must have an image converter, or pass `pixel_mean` and "
                 f"`pixel_std` in place of it. Received: image_preset={preset!r}"
             )
-        # Without a scale or an offset, pixels keep theirs.
+        # keras_hub applies no scale or offset that is `None`.
         std = 1 / np.array(converter.scale or 1)
         mean, scale = -np.array(converter.offset or 0) * std, 1
     # Of pixels from 0 to 1. One number is that of all channels.

@@ -82,7 +82,7 @@ class TowerFeatures:
             )
             for name, (dtype, kind) in ARRAYS.items()
         }
-        self.num_views = 1 + (self.description.get("num_crops") or 0)
+        self.num_views = 1 + self.description["num_crops"]
         # On disk, the views of an image are one row.
         views = self._arrays["image_features"]
         self._arrays["image_features"] = views.reshape(len(views), self.num_views, -1)

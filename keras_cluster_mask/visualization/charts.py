@@ -58,21 +58,29 @@ def plot_history(
         x: x.removeprefix("val_").replace("_", " ") for x in logs if "recall@" in x
     }
     panels = PANELS | ({"recall": recall} if recall else {})
+    known = names | {x.removeprefix("val_") for x in logs}
+    unknown = [x for x in chance or {} if x not in known and "recall@" not in x]
+    if unknown:
+        raise ValueError(
+            f"`chance` must name metrics of the history. Received: chance of {unknown}"
+        )
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (title, labels) in zip(axes, panels.items()):
         for name, label in labels.items():
             # Use a marker, because the curve of a single epoch is a point.
             style = {"marker": ".", "label": label}
-            (line,) = axis.plot(epochs, logs[name], **style)
+            # A resumed run may have got the recall in its last epochs alone.
+            (line,) = axis.plot(epochs[-len(logs[name]) :], logs[name], **style)
             values = logs.get(f"val_{name}", ())
             if len(values):
                 due = _validation_epochs(epochs, len(values), validation_freq)
                 style["label"] = label.replace("training", "validation")
                 axis.plot(due, values, "--", color=line.get_color(), **style)
         chances = {y for x, y in (chance or {}).items() if {x, f"val_{x}"} & {*labels}}
-        for value in chances:
-            axis.axhline(value, color=COLORS["chance"], linestyle=":", label="chance")
+        for value in sorted(chances):
+            style = {"color": COLORS["chance"], "label": f"chance, {value:.2g}"}
+            axis.axhline(value, linestyle=":", **style)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -39,7 +39,9 @@ def frozen_model(**options):
 
 def computed(model, folder, num_crops=0, **options):
     data = dataset(**options)
-    found = compute_features(model, data, tokenizer, folder, num_crops, verbose=0)
+    found = compute_features(
+        model, data, tokenizer, folder, verbose=0, num_crops=num_crops
+    )
     return found, data
 
 
@@ -150,12 +152,16 @@ def test_an_interrupted_run_resumes_with_the_next_batch(num_crops, tmp_path):
 
     data, folder = dataset(150, 2), tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        compute_features(model, data, interrupted, folder, num_crops, verbose=0)
+        compute_features(
+            model, data, interrupted, folder, verbose=0, num_crops=num_crops
+        )
     assert json.loads((folder / "features.json").read_text())["rows"]["images"] == 64
     with pytest.raises(ValueError, match=r"`folder` must hold .*Received: "):
         kcm.TowerFeatures(folder)
     calls.clear()
-    found = compute_features(model, data, interrupted, folder, num_crops, verbose=0)
+    found = compute_features(
+        model, data, interrupted, folder, verbose=0, num_crops=num_crops
+    )
     assert sum(calls) < 300
     for name, array in expected.pairs(slice(None)).items():
         assert_same_values([found.pairs(slice(None))[name]], [array])
@@ -210,11 +216,11 @@ def test_each_epoch_draws_the_whole_image_or_a_crop(tmp_path):
     model.fit(features, batch_size=5, verbose=0)
     # A crop of one color is the same image.
     data["images"][:] = np.arange(20)[:, None, None, None]
-    one_color = compute_features(model, data, tokenizer, tmp_path / "c", 1, verbose=0)
+    one_color = compute_features(model, data, tokenizer, tmp_path / "c", 0, num_crops=1)
     np.testing.assert_allclose(*views_of(one_color), atol=1e-5)
     data["images"] = data["images"].astype("float32")
     with pytest.raises(ValueError, match=r"`num_crops` must be 0 unless .*Received: "):
-        compute_features(model, data, tokenizer, tmp_path / "d", 1, verbose=0)
+        compute_features(model, data, tokenizer, tmp_path / "d", 0, num_crops=1)
 
 
 @pytest.mark.parametrize("change", ["weights", "data"])

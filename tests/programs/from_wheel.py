@@ -15,7 +15,7 @@ import keras_cluster_mask as kcm
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ENCODERS = os.environ["KERAS_CLUSTER_MASK_ENCODERS"]
-# In place of downloads, and of an hour.
+# In place of downloads, and of minutes.
 CHANGES = {
     '"dinov2_small"': repr(f"{ENCODERS}/dinov2_small"),
     '"all_minilm_l6_v2_en"': repr(f"{ENCODERS}/all_minilm_l6_v2"),

@@ -1,6 +1,6 @@
 """Draws the logo of the site: a grid of patches, one cluster of which is left out.
 
-    python docs/draw_logo.py
+    python .ci/draw_logo.py
 
 writes `docs/logo.svg`. Its colors show on light and dark pages.
 """
@@ -34,4 +34,4 @@ def draw():
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "logo.svg").write_text(draw())
+    (Path(__file__).parents[1] / "docs" / "logo.svg").write_text(draw())
