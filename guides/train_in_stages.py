@@ -74,14 +74,13 @@ STAGES = [
 
 
 def train(backbone, stages):
-    for image_size, context_length, mask_ratio, epochs, learning_rate in stages:
+    for image_size, context_length, ratio, epochs, learning_rate in stages:
         data = dataset(TRAIN, image_size, context_length, training=True)
         backbone = kcm.models.with_image_size(backbone, image_size)
         backbone = kcm.models.with_context_length(backbone, context_length)
-        masking = kcm.RandomMasking(mask_ratio) if mask_ratio else None
-        model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
+        model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(ratio))
         model.compile(kcm.small_data_recipe(epochs, len(data), learning_rate).optimizer)
-        print(f"{image_size} pixels, {context_length} tokens, mask ratio {mask_ratio}")
+        print(f"{image_size} pixels, {context_length} tokens, mask ratio {ratio}")
         model.fit(data, epochs=epochs, verbose=2)
     return model
 

@@ -77,12 +77,10 @@ class ContrastiveModel(ContrastiveTrainer):
             the whole batch (gradient caching, as in GradCache). The gradients equal
             those of the whole batch. Costs a second forward pass through the encoders.
             `None` encodes the batch at once.
-        initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for
-            sigmoid.
+        initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
-        max_logit_scale: Float. The scale of the logits, 1 / temperature, never
-            exceeds it. A pre-trained backbone with a higher scale keeps that as its
-            limit.
+        max_logit_scale: Float. The scale of the logits, 1 / temperature, never exceeds
+            it. A pre-trained backbone with a higher scale keeps that.
         projection: `"linear"`, or `"mlp"` for projections with one hidden layer, GELU
             and dropout, of features that `fit` on `TowerFeatures` standardizes.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
@@ -260,11 +258,9 @@ class ContrastiveModel(ContrastiveTrainer):
                 the mean of the patches for DINO, the class token for ViT and DeiT, the
                 mean of all tokens but padding for texts. A `TextEmbedder` has its own.
             image_preset: String, the name or folder of the preset of `image_backbone`.
-                Its `preprocessor_config.json` or keras_hub's image converter gives
-                `pixel_mean` and `pixel_std`. `None`, and a folder without either, use
-                those of the family.
-            **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
-                take precedence.
+                Its `preprocessor_config.json` or image converter gives `pixel_mean` and
+                `pixel_std`. Without either, they are those of the family.
+            **kwargs: Arguments of `ContrastiveModel`.
 
         Reference:
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
@@ -272,8 +268,9 @@ class ContrastiveModel(ContrastiveTrainer):
         """
         backbones = image_backbone, text_backbone
         towers = pretrained_towers(*backbones, masking, pooling, image_preset)
-        heads = {"projection_dim": projection_dim, "projection": head}
-        return cls(**{**towers, **heads, **kwargs})
+        return cls(
+            projection_dim=projection_dim, projection=head, **{**towers, **kwargs}
+        )
 
     # === One step of training ===
 
@@ -330,7 +327,8 @@ class ContrastiveModel(ContrastiveTrainer):
         Returns:
             A scalar, the mean over the pairs.
         """
-        check_unused(NO_LABELS, y=y)
+        if y is not None:
+            check_unused(NO_LABELS, y=y)
         images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
         if training and images.shape[0] == 1:
             raise ValueError(f"{LONELY} Received: a batch of 1")
@@ -344,10 +342,9 @@ class ContrastiveModel(ContrastiveTrainer):
         scale, is_split = self.head.scale, replicas.batch_is_split(training)
         bias = [] if self.head.logit_bias is None else [self.head.logit_bias]
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
-        # For each view, the contributions of the pairs to the loss and to the
-        # accuracies.
-        scalars, rest = [scale, *bias], (texts, labels, sample_weight, is_split)
-        by_view = [batch_loss(self.head.loss, scalars, x, *rest) for x in views]
+        # The contributions of the pairs to the loss and to the accuracies.
+        rest = texts, labels, sample_weight, is_split
+        by_view = [batch_loss(self.head.loss, [scale, *bias], x, *rest) for x in views]
         losses, *hits = (sum(values) / len(views) for values in zip(*by_view))
         # A replica may have no rows in evaluation.
         rows = ops.maximum(ops.shape(losses)[0], 1)

@@ -137,7 +137,7 @@ def test_no_sample_is_lost_where_reading_fails_now_and_then(
         make(shards, (index, processes), batch_size, block_size)
         for index in range(processes)
     ]
-    storage.failures = 0.01
+    storage.failures = 0.05
     stop = steps // 2
     parts = [batches(d, 0, stop) + batches(d, stop, steps) for d in datasets]
     check_epochs(together(parts))
