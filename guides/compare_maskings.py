@@ -149,7 +149,7 @@ for name, run in runs.items():
     both = [run["recall"][f"{x}_recall@10"] for x in ("image_to_text", "text_to_image")]
     print(f"{name:10}{run['seconds']:8.0f}{both[0]:16.1%}{both[1]:16.1%}")
 
-COLORS = kcm.visualization.charts.COLORS
+COLORS = {"none": "gray", "random": "C0", "cluster": "C1", "chance": "black"}
 count = len(kcm.data.read_captions(IMAGES / "validation-*.tar"))
 chance = kcm.evaluation.chance_recall(count)["text_to_image_recall@10"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")

@@ -37,8 +37,8 @@ import keras_cluster_mask as kcm
 #
 # `PRESET` is a folder, here the one that the first guide saved, or the name of a CLIP, SigLIP or
 # MetaCLIP 2 of [KerasHub](https://keras.io/keras_hub/presets/), which is downloaded. For
-# `"clip_vit_base_patch32"` set `TOKENIZER = None`, which is CLIP's own vocabulary (from
-# `pip install open_clip_torch`), and `LEARNING_RATE = 1e-5`: a high rate destroys what it knows.
+# `"clip_vit_base_patch32"` set `TOKENIZER = None`, which is the tokenizer of the preset, and
+# `LEARNING_RATE = 1e-5`: a high rate destroys what it knows.
 
 # %%
 RESULTS = Path(os.environ.get("RESULTS", "results"))
@@ -96,7 +96,7 @@ show(figure, "archive")
 
 # %%
 if TOKENIZER is None:
-    tokenizer = kcm.data.CLIPTokenizer.from_open_clip()
+    tokenizer = kcm.data.CLIPTokenizer.from_preset(PRESET)
 else:
     tokenizer = kcm.data.CLIPTokenizer.from_file(TOKENIZER)
 
@@ -165,7 +165,7 @@ for name, recall in results.items():
     print("" if speed is None else f"{speed:10.0f}")
 
 models["random half"].save_to_preset(RESULTS / "fine_tuned", tokenizer)
-COLORS = kcm.visualization.charts.COLORS
+COLORS = {"none": "gray", "random": "C0", "cluster": "C1", "chance": "black"}
 colors = [COLORS["chance"], "C2", COLORS["none"], COLORS["random"]]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for axis, direction in zip(axes, ("image_to_text", "text_to_image")):

@@ -122,15 +122,14 @@ for name, stages in {"in stages": STAGES, "at full size": FULL_SIZE}.items():
 # %%
 RESULTS.mkdir(parents=True, exist_ok=True)
 chance = kcm.evaluation.chance_recall(len(kcm.data.read_captions(TEST)))
-COLORS = kcm.visualization.charts.COLORS
-colors = {"in stages": "C2", "at full size": COLORS["none"]}
+COLORS = {"in stages": "C2", "at full size": "gray", "chance": "black"}
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for axis, direction in zip(axes, ("image_to_text", "text_to_image")):
     for name, found in recall.items():
         values = [100 * found[f"{direction}_recall@{k}"] for k in (1, 5, 10)]
         print(f"{name:13} {seconds[name]:4.0f} s  {direction}  {values[-1]:.1f} % @10")
         label = f"{name}, {seconds[name]:.0f} s"
-        axis.plot((1, 5, 10), values, marker="o", label=label, color=colors[name])
+        axis.plot((1, 5, 10), values, marker="o", label=label, color=COLORS[name])
     values = [100 * chance[f"{direction}_recall@{k}"] for k in (1, 5, 10)]
     axis.plot((1, 5, 10), values, ":", color=COLORS["chance"], label="chance")
     axis.set(title=direction.replace("_", " "), xlabel="k", xticks=(1, 5, 10))

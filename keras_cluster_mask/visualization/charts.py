@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 from keras_cluster_mask.checks import is_integer
 from keras_cluster_mask.masking import MaskingStatistics
 
-# The color of each method in all plots.
-COLORS = {"none": "gray", "random": "C0", "cluster": "C1", "chance": "black"}
 # The metrics of each panel, and their labels in it.
 PANELS = {
     "contrastive loss": {"loss": "loss, training"},
@@ -79,8 +77,8 @@ def plot_history(
                 axis.plot(due, values, "--", color=line.get_color(), **style)
         chances = {y for x, y in (chance or {}).items() if {x, f"val_{x}"} & {*labels}}
         for value in sorted(chances):
-            style = {"color": COLORS["chance"], "label": f"chance, {value:.2g}"}
-            axis.axhline(value, linestyle=":", **style)
+            label = f"chance, {value:.2g}"
+            axis.axhline(value, color="black", linestyle=":", label=label)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
