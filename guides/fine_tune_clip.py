@@ -165,8 +165,7 @@ for name, recall in results.items():
     print("" if speed is None else f"{speed:10.0f}")
 
 models["random half"].save_to_preset(RESULTS / "fine_tuned", tokenizer)
-COLORS = {"none": "gray", "random": "C0", "cluster": "C1", "chance": "black"}
-colors = [COLORS["chance"], "C2", COLORS["none"], COLORS["random"]]
+colors = ["black", "C2", "gray", "C0"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for axis, direction in zip(axes, ("image_to_text", "text_to_image")):
     for (name, recall), color in zip(results.items(), colors):

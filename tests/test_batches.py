@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_cluster_mask.batches import num_images, read_batches, read_images
+from keras_cluster_mask.batches import (
+    num_batches,
+    num_images,
+    read_batches,
+    read_images,
+)
 
 IMAGES = np.arange(70 * 4 * 4 * 3, dtype="float32").reshape(70, 4, 4, 3)
 LABELS = np.arange(70) % 3
@@ -138,6 +143,11 @@ def test_reading_stops_at_max_images(max_images, batches):
 
 
 @pytest.mark.any_backend
+def test_other_data_with_a_stream_has_no_known_length():
+    data = type("Data", (keras.utils.PyDataset,), {"stream": object()})()
+    assert num_batches(data) is None
+
+
 def test_images_of_arrays_are_counted_without_reading():
     for whole in (IMAGES, (IMAGES, LABELS), WHOLE):
         assert num_images(whole) == 70

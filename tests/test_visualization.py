@@ -229,8 +229,13 @@ def test_history_shows_recall_and_chance():
     assert curves_of(figure)["image to text recall@10"] == ([1, 2], [0.2, 0.3])
     loss, accuracy, recall = figure.axes
     assert loss.get_lines()[-1].get_ydata() == [np.log(64)] * 2
-    assert "chance" not in accuracy.get_legend_handles_labels()[1]
+    assert "chance" not in str(accuracy.get_legend_handles_labels()[1])
     assert recall.get_lines()[-1].get_ydata() == [0.1] * 2
+    # Of a run that was resumed with another callback.
+    figure = visualization.plot_history({**HISTORY, f"val_{name}": [0.3]})
+    assert curves_of(figure)["image to text recall@10"] == ([2], [0.3])
+    with pytest.raises(ValueError, match=r"`chance` must name metrics.*Received: "):
+        visualization.plot_history(HISTORY, chance={"los": 4.2})
 
 
 @pytest.mark.any_backend

@@ -253,6 +253,16 @@ def test_a_preset_without_an_image_converter_is_refused(monkeypatch):
 
 
 @pytest.mark.any_backend
+def test_null_in_a_folder_of_hugging_face_is_the_default(tmp_path):
+    names = "do_rescale", "do_normalize", "rescale_factor"
+    config = json.dumps({**PIXELS, **dict.fromkeys(names)})
+    (tmp_path / "preprocessor_config.json").write_text(config)
+    found = make_model(image_preset=tmp_path)
+    np.testing.assert_allclose(found.pixel_mean, PIXELS["image_mean"])
+    np.testing.assert_allclose(found.pixel_std, PIXELS["image_std"])
+
+
+@pytest.mark.any_backend
 def test_a_folder_without_pixels_has_those_of_the_family(tmp_path):
     assert make_model(image_preset=tmp_path).pixel_mean == [0.5, 0.5, 0.5]
     path = tmp_path / "preprocessor_config.json"
