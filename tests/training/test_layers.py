@@ -111,8 +111,9 @@ def test_the_temperature_of_a_frozen_backbone_stays_as_it_is(tmp_path, is_traine
     backbone.trainable = is_trained
     model = kcm.ContrastiveModel.from_backbone(backbone)
     if is_trained:
-        # With the projections alone.
-        backbone.trainable, model.head.trainable = False, True
+        # With the projections alone. TensorFlow skips a value that an attribute has.
+        backbone.trainable = model.head.trainable = False
+        model.head.trainable = True
     assert len(model.trainable_weights) == 3 * is_trained
     model.save(tmp_path / "m.keras")
     reloaded = keras.saving.load_model(tmp_path / "m.keras")
