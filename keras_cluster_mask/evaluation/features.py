@@ -74,7 +74,7 @@ def compute_features(
     if found is None:
         found = {"rows": {"images": 0, "texts": 0}, "batches": 0, "done": False}
     else:
-        check_same(found["description"], description, "towers, data and crops")
+        check_same(found["description"], description, "towers, tokenizer and data")
     found["description"] = description
     progress = progress_bar(num_images(data), verbose, "image")
     if not found["done"]:
