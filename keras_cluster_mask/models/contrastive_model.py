@@ -259,8 +259,8 @@ class ContrastiveModel(ContrastiveTrainer):
                 mean of all tokens but padding for texts. A `TextEmbedder` has its own.
             image_preset: String, the name or folder of the preset of `image_backbone`.
                 Its `preprocessor_config.json` or image converter gives `pixel_mean` and
-                `pixel_std`. Without either, they are those of the family.
-            **kwargs: Arguments of `ContrastiveModel`.
+                `pixel_std`. A folder without either has those of the family.
+            **kwargs: Arguments of `ContrastiveModel`, before those of `image_preset`.
 
         Reference:
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](

@@ -15,8 +15,10 @@ from keras_cluster_mask.models.encoders import count_prefix_tokens, find_embeddi
 from keras_cluster_mask.models.inputs import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    PREPROCESSING_FILES,
     SIGLIP_MEAN,
     SIGLIP_STD,
+    image_processor_entries,
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.training.layers import from_parts, frozen_parts
@@ -92,15 +94,12 @@ def _pixel_statistics(preset, mean, std):
         std: Three floats, for a folder that has none.
     """
     folder, scale = pathlib.Path(preset), 1 / 255
-    path = folder / "preprocessor_config.json"
-    if path.is_file():
-        # Null stands for the default.
-        given = json.loads(path.read_text()).items()
-        given = {name: value for name, value in given if value is not None}
+    paths = [folder / name for name in PREPROCESSING_FILES]
+    path = next(filter(pathlib.Path.is_file, paths), None)
+    if path is not None:
+        given = image_processor_entries(json.loads(path.read_text()))
         scale = given.get("rescale_factor", scale) if given.get("do_rescale", 1) else 1
         mean, std = given.get("image_mean", mean), given.get("image_std", std)
-        if not given.get("do_normalize", True):
-            mean, std = 0, 1
     elif not folder.is_dir() or (folder / "image_converter.json").is_file():
         converter = import_keras_hub().layers.ImageConverter.from_preset(str(preset))
         if converter is None:

@@ -214,6 +214,8 @@ PIXELS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
         {**PIXELS, "image_mean": 0.3, "rescale_factor": 1 / 127.5},
         {**PIXELS, "do_rescale": False},
         {**PIXELS, "do_normalize": False},
+        {**PIXELS, "do_normalize": None},
+        {**PIXELS, "do_rescale": None},
     ],
 )
 def test_pixels_are_those_of_a_folder_of_hugging_face(config, tmp_path):
@@ -250,16 +252,6 @@ def test_a_preset_without_an_image_converter_is_refused(monkeypatch):
     monkeypatch.setattr(converter, "from_preset", lambda preset: None)
     with pytest.raises(ValueError, match=r"`image_preset` must have .*Received: "):
         make_model(image_preset="hf://facebook/dinov2-small")
-
-
-@pytest.mark.any_backend
-def test_null_in_a_folder_of_hugging_face_is_the_default(tmp_path):
-    names = "do_rescale", "do_normalize", "rescale_factor"
-    config = json.dumps({**PIXELS, **dict.fromkeys(names)})
-    (tmp_path / "preprocessor_config.json").write_text(config)
-    found = make_model(image_preset=tmp_path)
-    np.testing.assert_allclose(found.pixel_mean, PIXELS["image_mean"])
-    np.testing.assert_allclose(found.pixel_std, PIXELS["image_std"])
 
 
 @pytest.mark.any_backend
