@@ -263,7 +263,7 @@ def test_the_wheel_holds_the_package_its_images_and_licenses(distributions):
     assert found == package_files() | images
     assert "keras_cluster_mask/py.typed" in names
     assert metadata["Version"] == kcm.__version__
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-Expression"].startswith("Apache-2.0 AND OFL-1.1 AND ")
     extras = PROJECT["project"]["optional-dependencies"]
     assert set(metadata.get_all("Provides-Extra")) == set(extras)
 
