@@ -117,14 +117,18 @@ def remembered_tokenizer(model, data, run):
 
 def _fingerprint(model, *ids):
     """Hashes the token ids of fixed texts, as far as the text tower reads them."""
-    rows = []
+    rows, family = [], model.text_family
+    hides_padding = "padding_mask" in model.text_input_names
     for part in ids:
         if part is None:
             continue
-        ends = model.text_family.pooled_at(part)
+        ends = family.pooled_at(part)
         ends = [None] * len(part) if ends is None else ops.convert_to_numpy(ends)
         for row, end in zip(part, ends):
-            if end is None:
+            if end is None and hides_padding:
+                # Only the first ids, since another length truncates the texts.
+                rows.append(row[row != family.padding_id][:NUM_TOKENS].tolist())
+            elif end is None:
                 rows.append(row.tolist())
             else:
                 # The text tower is causal, so ids after the pooled token have no

@@ -4,6 +4,7 @@ import html
 import re
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -288,6 +289,20 @@ def test_towers_that_read_whole_rows_tell_how_they_are_filled_up(shard):
     embed_texts(model, ["a cat"], make_tokenizer(), verbose=0)
     with pytest.raises(ValueError, match=ANOTHER):
         embed_texts(model, ["a cat"], make_tokenizer(padding=END), verbose=0)
+
+
+@pytest.mark.any_backend
+def test_towers_that_hide_padding_take_rows_of_any_length():
+    sizes = dict(num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32)
+    bert = keras_hub.models.BertBackbone(VOCABULARY, max_sequence_length=16, **sizes)
+    vit = keras_hub.models.ViTBackbone(
+        image_shape=(16, 16, 3), patch_size=8, mlp_dim=32, **sizes
+    )
+    model = kcm.ContrastiveModel.from_encoders(vit, bert, 8)
+    model.tokenizer_fingerprint = check_tokenizer(model, make_tokenizer(length=16))
+    check_tokenizer(model, make_tokenizer(length=8))
+    with pytest.raises(ValueError, match=ANOTHER):
+        check_tokenizer(model, make_tokenizer(length=8, end=1))
 
 
 # === Sizes of vocabularies ===
