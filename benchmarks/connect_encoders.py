@@ -2,17 +2,21 @@
 
     python benchmarks/connect_encoders.py features heads tune --data DIR
     python benchmarks/connect_encoders.py tune --data DIR --methods random --seeds 1 2
+    python benchmarks/connect_encoders.py tune --data DIR \\
+        --methods "cluster 0.4" "random, short texts" "random, LoRA"
     python benchmarks/connect_encoders.py heads --data DIR --test   # once, at the end
 
 `--encoders` is a folder with keras_hub presets of DINOv2 and MiniLM. Stages resume
 where they were interrupted, and finished runs are read from `--results`. Settings are
-chosen by the validation split alone. Equal time is in steps: `--costs` times a step of
-each method, for which the machine must be quiet.
+chosen by the validation split alone. Equal time is in steps: `--costs` measures the
+processor time of a step of each method.
 """
 
+import argparse
 import functools
 import json
 import os
+import re
 import resource
 import time
 from pathlib import Path
@@ -33,15 +37,26 @@ import keras_cluster_mask as kcm
 STAGES = ("features", "heads", "tune", "report")
 SPLITS = ("train", "validation", "test")
 PROJECTION_DIM = 512
+# By name: the masking of images, from the encoder and the ratio.
 MASKINGS = {
-    "none": lambda: None,
-    "random": lambda: kcm.RandomMasking(0.5),
-    "random 0.75": lambda: kcm.RandomMasking(0.75),
-    "cluster": lambda: kcm.ClusterMasking(patch_size=14, mask_ratio=0.5),
-    "kmeans": lambda: kcm.KMeansMasking(patch_size=14, mask_ratio=0.5),
-    "edges": lambda: kcm.EdgeMasking(patch_size=14, mask_ratio=0.5),
-    "centered": lambda: kcm.CenteredMasking(0.5),
+    "none": lambda encoder, ratio: None,
+    "random": lambda encoder, ratio: kcm.RandomMasking(ratio),
+    "cluster": lambda encoder, ratio: kcm.ClusterMasking(mask_ratio=ratio),
+    "softer cluster": lambda encoder, ratio: kcm.ClusterMasking(
+        mask_ratio=ratio, softness=0.3
+    ),
+    "kmeans": lambda encoder, ratio: kcm.KMeansMasking(mask_ratio=ratio),
+    "edges": lambda encoder, ratio: kcm.EdgeMasking(mask_ratio=ratio),
+    "centered": lambda encoder, ratio: kcm.CenteredMasking(ratio),
+    "attentive": lambda encoder, ratio: kcm.AttentiveMasking(
+        kcm.models.MomentumEncoder(encoder), ratio
+    ),
 }
+# What a method may do besides. LoRA has ten times the rate of encoders.
+SHORT_TEXTS, LORA, LAST_BLOCKS = "short texts", "LoRA", "last blocks"
+# Four fifths of an average caption.
+SHORT_LENGTH = 12
+METHOD = re.compile(r"(?P<name>[a-z ]+?)(?: (?P<ratio>0\.\d+))?(?:, (?P<more>.+))?")
 
 
 def arguments(given=None):
@@ -54,7 +69,14 @@ def arguments(given=None):
     add("--results", default="results/encoders", help="folder of runs and tables")
     add("--features", default="results/features", help="folder of features")
     add("--seeds", type=int, nargs="*", default=[1, 2, 3])
-    add("--methods", nargs="+", choices=MASKINGS, default=["none", "random"])
+    add(
+        "--methods",
+        nargs="+",
+        type=method_of,
+        default=["none", "random"],
+        help=f"one of {', '.join(MASKINGS)}, with a ratio other than 0.5 after it, and "
+        f"', {SHORT_TEXTS}', ', {LORA}' or ', {LAST_BLOCKS}'",
+    )
     add("--image-size", type=int, default=168, help="side in pixels")
     add("--context-length", type=int, default=48, help="tokens of a text")
     add("--head-epochs", type=int, default=30)
@@ -78,6 +100,17 @@ def arguments(given=None):
     if options.encoders is None:
         parsed.error("`--encoders` must be given, or KERAS_CLUSTER_MASK_ENCODERS set")
     return options
+
+
+def method_of(text):
+    """Checks the name of a method."""
+    match = METHOD.fullmatch(text)
+    more = match and match["more"]
+    if not match or match["name"] not in MASKINGS:
+        raise argparse.ArgumentTypeError(f"there is no method {text!r}")
+    if more not in (None, SHORT_TEXTS, LORA, LAST_BLOCKS):
+        raise argparse.ArgumentTypeError(f"{more!r} of {text!r} is unknown")
+    return text
 
 
 def main():
@@ -104,10 +137,12 @@ def encoders(folder, image_size, context_length):
     return image, text
 
 
-def new_model(options, seed, head, masking=None):
+def new_model(options, seed, head, method="none"):
     """A model with the pre-trained encoders; equal seeds give equal projections."""
     image, text = encoders(options.encoders, options.image_size, options.context_length)
     keras.utils.set_random_seed(seed)
+    match = METHOD.fullmatch(method)
+    masking = MASKINGS[match["name"]](image, float(match["ratio"] or 0.5))
     return kcm.ContrastiveModel.from_encoders(
         image, text, PROJECTION_DIM, masking=masking, head=head
     )
@@ -118,11 +153,16 @@ def tokenizer_of(options):
     return encoders(*where)[1].preprocessor
 
 
-def dataset(options, split, training, seed=0):
+def dataset(options, split, training, seed=0, short=False):
     shards = f"{options.data}/{split}-*.tar"
     if training:
         more = {"crop_scale": (0.6, 1.0), "seed": seed}
         tokenizer, batch_size = tokenizer_of(options), options.batch_size
+        if short:
+            tokenizer = type(tokenizer).from_preset(
+                f"{options.encoders}/all_minilm_l6_v2", sequence_length=SHORT_LENGTH
+            )
+            more["text_masking"] = kcm.data.RandomTextMasking()
     else:
         more, tokenizer, batch_size = {"include_captions": "all"}, None, 50
     return kcm.data.image_text_dataset(
@@ -436,37 +476,44 @@ def tune_one(method, seed, steps, options, folder):
     )
     if "validation" in result and not (options.test and "test" not in result):
         return
-    # Saved a few times in a run.
+    more = METHOD.fullmatch(method)["more"]
+    # Saved a few times in a run, whose last eighth is on whole texts.
     parts = max(1, round(steps / 24))
-    steps = parts * round(steps / parts)
+    if more == SHORT_TEXTS:
+        parts = 8 * max(1, round(steps / 96))
+    length = max(1, round(steps / parts))
     encoders.cache_clear()
-    model = new_model(options, seed, "mlp", MASKINGS[method]())
+    model = new_model(options, seed, "mlp", method)
     with_head(model, folder / f"head-mlp-{seed}.npz")
-    rate = keras.optimizers.schedules.CosineDecay
-    adamw = functools.partial(keras.optimizers.AdamW, weight_decay=0.05)
-    tower = options.learning_rate
-    model.compile(
-        kcm.TowerOptimizer(
-            adamw(rate(10 * tower, steps)),
-            image=adamw(rate(tower, steps)),
-            text=adamw(rate(tower, steps)),
-        )
-    )
     if "validation" not in result:
-        start = time.perf_counter()
-        history = model.fit(
-            dataset(options, "train", True, seed),
-            steps_per_epoch=steps // parts,
-            epochs=parts,
-            verbose=0,
-            resume_from=place,
-            callbacks=[kcm.callbacks.Checkpoint(place)],
-        ).history
+        if more == LORA:
+            kcm.enable_lora(model, text=True)
+        elif more == LAST_BLOCKS:
+            kcm.train_last_blocks(model, image=4, text=2)
+        compile_for(model, options, parts * length, 10 if more == LORA else 1)
+        start, losses = time.process_time(), []
+        short_parts = parts * 7 // 8 if more == SHORT_TEXTS else 0
+        for first, last in ((0, short_parts), (short_parts, parts)):
+            if first == last:
+                continue
+            stage = place.with_name(f"{name}-short") if last < parts else place
+            losses += model.fit(
+                dataset(options, "train", True, seed, short=last < parts),
+                initial_epoch=first,
+                steps_per_epoch=length,
+                epochs=last,
+                verbose=0,
+                resume_from=stage,
+                callbacks=[kcm.callbacks.Checkpoint(stage)],
+            ).history.get("loss", [])
         result |= {
             "method": method,
-            "steps": steps,
-            "losses": history["loss"],
-            "minutes of this process": (time.perf_counter() - start) / 60,
+            "steps": parts * length,
+            "losses": losses,
+            "trained weights": int(
+                sum(np.prod(x.shape) for x in model.trainable_weights)
+            ),
+            "processor minutes of this process": (time.process_time() - start) / 60,
             "peak memory (GB)": round(peak_memory(), 2),
         }
         model.save_weights(folder / f"{name}.weights.h5")
@@ -481,6 +528,20 @@ def tune_one(method, seed, steps, options, folder):
             result[split] = scores(*(found[name] for name in names))
     write_json(path, **result)
     print(name, result["validation"], flush=True)
+
+
+def compile_for(model, options, steps, factor):
+    """Encoders have a tenth of the rate of projections, times a factor."""
+    rate = keras.optimizers.schedules.CosineDecay
+    adamw = functools.partial(keras.optimizers.AdamW, weight_decay=0.05)
+    tower = options.learning_rate
+    model.compile(
+        kcm.TowerOptimizer(
+            adamw(rate(10 * tower, steps)),
+            image=adamw(rate(factor * tower, steps)),
+            text=adamw(rate(factor * tower, steps)),
+        )
+    )
 
 
 def loss_of(images, texts, owners):
@@ -499,7 +560,7 @@ def loss_of(images, texts, owners):
 
 
 def cached_costs(options, folder):
-    """Seconds per step by method; measured only with `--costs`."""
+    """Processor time per step by method, in seconds; measured only with `--costs`."""
     path = folder / "costs.json"
     costs = json.loads(path.read_text())["seconds"] if path.exists() else {}
     if options.costs:
@@ -507,10 +568,10 @@ def cached_costs(options, folder):
         batch = next(iter(dataset(options, "train", True)))
         for method in {"random", *options.methods}:
             encoders.cache_clear()
-            model = new_model(options, 0, "mlp", MASKINGS[method]())
+            model = new_model(options, 0, "mlp", method)
             model.compile(keras.optimizers.AdamW(1e-9))
             steps[method] = functools.partial(model.train_on_batch, batch)
-        found = interleaved(steps, rounds=3)
+        found = interleaved(steps, rounds=3, clock=time.process_time)
         costs |= {method: min(seconds) for method, seconds in found.items()}
         write_json(path, machine=machine(), seconds=costs)
     return costs

@@ -7,7 +7,7 @@ import time
 import keras
 
 
-def interleaved(functions, rounds, repeats=1):
+def interleaved(functions, rounds, repeats=1, clock=time.perf_counter):
     """Times functions in turn, `rounds` times over, after one call to warm up.
 
     Args:
@@ -15,6 +15,7 @@ def interleaved(functions, rounds, repeats=1):
             result, for instance by turning it into a number.
         rounds: How often each is timed.
         repeats: How many calls are timed together.
+        clock: Function that returns seconds.
 
     Returns:
         Dictionary of lists: the seconds of one call in each round.
@@ -24,10 +25,10 @@ def interleaved(functions, rounds, repeats=1):
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats):
                 function()
-            seconds[name].append((time.perf_counter() - start) / repeats)
+            seconds[name].append((clock() - start) / repeats)
     return seconds
 
 

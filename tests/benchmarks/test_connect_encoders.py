@@ -19,8 +19,8 @@ def folders(tmp_path, write_pairs):
         patch_size=8, image_shape=shape, position_embedding_shape=shape, **SIZES
     ).save_to_preset(tmp_path / "dinov2_small")
     tokenizer = keras_hub.models.BertTokenizer(vocabulary=WORDS)
-    pack = keras_hub.models.BertTextEmbedderPreprocessor(tokenizer, sequence_length=8)
-    bert = keras_hub.models.BertBackbone(len(WORDS), max_sequence_length=8, **SIZES)
+    pack = keras_hub.models.BertTextEmbedderPreprocessor(tokenizer, sequence_length=12)
+    bert = keras_hub.models.BertBackbone(len(WORDS), max_sequence_length=12, **SIZES)
     text = keras_hub.models.BertTextEmbedder(bert, pack)
     text.save_to_preset(tmp_path / "all_minilm_l6_v2")
     for split, count in {"train": 40, "validation": 20, "test": 20}.items():
@@ -31,18 +31,26 @@ def folders(tmp_path, write_pairs):
 def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     options = f"""program features heads tune --encoders={folders} --data={folders}
         --results={folders}/results --features={folders}/features --caption-key=txt
-        --image-size=24 --context-length=8 --batch-size=10 --head-batch-size=20
+        --image-size=24 --context-length=12 --batch-size=10 --head-batch-size=20
         --head-epochs=2 --seeds 1 2 --costs --equal-time --test"""
-    monkeypatch.setattr("sys.argv", options.split())
+    methods = ["random", "none", "random 0.6, LoRA", "cluster, short texts"]
+    options = [*options.split(), "--methods", *methods]
+    monkeypatch.setattr("sys.argv", options)
+    monkeypatch.setattr(connect_encoders, "SHORT_LENGTH", 9)
     connect_encoders.main()
     path = folders / "results" / "connect_encoders.json"
     found = json.loads(path.read_text())
     assert {*found["runs"]} >= {"head-mlp-2", "tune-none-1-equal_time-1"}
     assert all(0 <= run["test"]["mean"] <= 100 for run in found["runs"].values())
     assert found["runs"]["tune-random-1-equal_time-1"]["steps"] == 4
-    monkeypatch.setattr(connect_encoders, "new_model", None)
-    monkeypatch.setattr(
-        "sys.argv", [x for x in options.split() if x not in ("features", "--costs")]
+    tuned = {run["method"]: run for run in found["runs"].values() if "method" in run}
+    assert {*tuned} == {*methods}
+    assert (
+        tuned["random 0.6, LoRA"]["trained weights"]
+        < tuned["random"]["trained weights"]
     )
+    monkeypatch.setattr(connect_encoders, "new_model", None)
+    again = [x for x in options if x not in ("features", "--costs")]
+    monkeypatch.setattr("sys.argv", again)
     connect_encoders.main()
     assert json.loads(path.read_text())["runs"] == found["runs"]
