@@ -59,11 +59,16 @@ SHORT_LENGTH = 12
 METHOD = re.compile(r"(?P<name>[a-z ]+?)(?: (?P<ratio>0\.\d+))?(?:, (?P<more>.+))?")
 
 
-def arguments(given=None):
-    parsed = parser(__doc__)
+def common_arguments(description):
+    """Those that models, data and results depend on."""
+    parsed = parser(description)
     add = parsed.add_argument
-    add("stages", nargs="+", choices=STAGES)
-    add("--encoders", default=os.environ.get("KERAS_CLUSTER_MASK_ENCODERS"))
+    add(
+        "--encoders",
+        default=os.environ.get("KERAS_CLUSTER_MASK_ENCODERS"),
+        required="KERAS_CLUSTER_MASK_ENCODERS" not in os.environ,
+        help="folder of encoders, or KERAS_CLUSTER_MASK_ENCODERS",
+    )
     add("--data", required=True, help="folder of WebDataset shards by split")
     add("--caption-key", default="json.captions", help="field of captions")
     add("--results", default="results/encoders", help="folder of runs and tables")
@@ -79,6 +84,14 @@ def arguments(given=None):
     )
     add("--image-size", type=int, default=168, help="side in pixels")
     add("--context-length", type=int, default=48, help="tokens of a text")
+    add("--batch-size", type=int, default=64, help="of tuning")
+    return parsed
+
+
+def arguments():
+    parsed = common_arguments(__doc__)
+    add = parsed.add_argument
+    add("stages", nargs="+", choices=STAGES)
     add("--head-epochs", type=int, default=30)
     add("--head-batch-size", type=int, default=512)
     add("--epochs", type=int, default=1, help="of tuning")
@@ -87,7 +100,6 @@ def arguments(given=None):
         action="store_true",
         help="as long as `random` takes",
     )
-    add("--batch-size", type=int, default=64, help="of tuning")
     add("--learning-rate", type=float, default=3e-5, help="of the encoders in tuning")
     add(
         "--sentence-transformers",
@@ -96,10 +108,7 @@ def arguments(given=None):
     )
     add("--costs", action="store_true", help="time the steps of the methods first")
     add("--test", action="store_true", help="score on the test split")
-    options = parsed.parse_args(given)
-    if options.encoders is None:
-        parsed.error("`--encoders` must be given, or KERAS_CLUSTER_MASK_ENCODERS set")
-    return options
+    return parsed.parse_args()
 
 
 def method_of(text):

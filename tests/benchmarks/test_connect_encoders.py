@@ -4,12 +4,14 @@ import json
 
 import connect_encoders
 import keras_hub
+import probe_encoders
 import pytest
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
 SIZES = dict(num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32)
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square", "blue"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [*SPECIAL, "no", *map(str, range(40))]
 
 
 @pytest.fixture
@@ -25,6 +27,10 @@ def folders(tmp_path, write_pairs):
     text.save_to_preset(tmp_path / "all_minilm_l6_v2")
     for split, count in {"train": 40, "validation": 20, "test": 20}.items():
         write_pairs(f"{split}-0.tar", 0, count)
+    # Each class twice.
+    (tmp_path / "classes").mkdir()
+    for name in ("train-0", "train-1", "test-0"):
+        write_pairs(f"classes/{name}.tar", 0, 5)
     return tmp_path
 
 
@@ -45,12 +51,24 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     assert found["runs"]["tune-random-1-equal_time-1"]["steps"] == 4
     tuned = {run["method"]: run for run in found["runs"].values() if "method" in run}
     assert {*tuned} == {*methods}
-    assert (
-        tuned["random 0.6, LoRA"]["trained weights"]
-        < tuned["random"]["trained weights"]
-    )
+    trained = {name: run["trained weights"] for name, run in tuned.items()}
+    assert trained["random 0.6, LoRA"] < trained["random"]
+    common = [x for x in options[2:] if "head-" not in x]
+    common = common[common.index(f"--encoders={folders}") : common.index("--costs")]
+    methods = ["--methods", "none", "random 0.9"]
+    monkeypatch.setattr("sys.argv", ["program", "losses", *common, *methods])
+    probe_encoders.main()
+    path = folders / "results" / "masked_losses.json"
+    none, masked = json.loads(path.read_text())["rows"]
+    assert none["loss"] != masked["loss"]
+    classes = [f"--classes={folders}/classes", "--count=10"]
+    monkeypatch.setattr("sys.argv", ["program", "transfer", *common, *classes])
+    probe_encoders.main()
+    rows = json.loads((folders / "results" / "transfer.json").read_text())["rows"]
+    assert len(rows) == 2 + 2 * 4
     monkeypatch.setattr(connect_encoders, "new_model", None)
     again = [x for x in options if x not in ("features", "--costs")]
     monkeypatch.setattr("sys.argv", again)
     connect_encoders.main()
+    path = folders / "results" / "connect_encoders.json"
     assert json.loads(path.read_text())["runs"] == found["runs"]

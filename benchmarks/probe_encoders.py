@@ -1,0 +1,133 @@
+"""What maskings take away from encoders, and what tuned encoders still know.
+
+    python benchmarks/probe_encoders.py losses --data DIR --methods random cluster
+    python benchmarks/probe_encoders.py transfer --data DIR --classes CIFAR10
+
+`losses`, on torch: the loss of validation images in which patches are left out, with
+projections that were trained on whole images. `transfer`: zero-shot accuracy and a
+linear probe of each tuned model on photographs of single objects, whose caption ends in
+the class. Both need the runs of `connect_encoders.py` in `--results`.
+"""
+
+import json
+from pathlib import Path
+
+import connect_encoders as runs  # Chooses torch.
+import numpy as np
+import torch
+from keras import ops
+from reporting import publish
+
+import keras_cluster_mask as kcm
+
+
+def main():
+    parsed = runs.common_arguments(__doc__)
+    parsed.add_argument("stage", choices=("losses", "transfer"))
+    parsed.add_argument("--draws", type=int, default=3, help="of masks for each image")
+    parsed.add_argument("--classes", help="folder of shards with a class in captions")
+    parsed.add_argument("--count", type=int, default=2000, help="images of a split")
+    options = parsed.parse_args()
+    {"losses": losses, "transfer": transfer}[options.stage](options)
+
+
+# === Loss without retraining ===
+
+
+def losses(options, num_images=400):
+    """Compares maskings on the first validation images, at their first captions."""
+    features = kcm.TowerFeatures(f"{options.features}/validation")
+    _, texts, rows = runs.all_features(features)
+    batches = runs.dataset(options, "validation", training=False)
+    images = np.concatenate([batch["images"] for batch in batches])[:num_images]
+    found = []
+    for method in options.methods:
+        scores = []
+        for seed in options.seeds:
+            runs.encoders.cache_clear()
+            model = runs.new_model(options, seed, "mlp", method)
+            runs.with_head(model, f"{options.results}/head-mlp-{seed}.npz")
+            project = runs.projections_of(model)
+            for _ in range(1 if method == "none" else options.draws):
+                seen = masked_features(model, images)
+                both = map(runs.normalized, project(seen, texts[rows < len(images)]))
+                scores.append(runs.loss_of(*both, rows[rows < len(images)]))
+        row = {"method": method, "loss": runs.mean_and_spread(scores, 3)}
+        found.append(row)
+        print(row, flush=True)
+    publish(Path(options.results) / "masked_losses.json", "Masked, not tuned", found)
+
+
+def masked_features(model, images, batch_size=50):
+    """Features of images as in training, with patches left out."""
+    mean, std = (np.array(x) for x in (model.pixel_mean, model.pixel_std))
+    found = []
+    for i in range(0, len(images), batch_size):
+        pixels = (images[i : i + batch_size] / 255 - mean) / std
+        with torch.no_grad():
+            features = model.image_encoder(pixels.astype("float32"), training=True)
+        found.append(ops.convert_to_numpy(features))
+    return np.concatenate(found)
+
+
+# === Other images ===
+
+
+def transfer(options):
+    """Scores the tuned models, and the one before, on images of other classes."""
+    splits = [labeled_images(options, split) for split in ("train", "test")]
+    names = sorted({*splits[1][1]})
+    train, test = [(x, np.array([names.index(y) for y in ys])) for x, ys in splits]
+    folder, found = Path(options.results), []
+    path = folder / "transfer.json"
+    if path.exists():
+        found = json.loads(path.read_text())["rows"]
+    before = [f"head-mlp-{seed}" for seed in options.seeds]
+    tuned = [x.name.removesuffix(".weights.h5") for x in folder.glob("*.weights.h5")]
+    for name in [*before, *sorted(tuned)]:
+        if name in {row["run"] for row in found}:
+            continue
+        runs.encoders.cache_clear()
+        if name in before:
+            model = runs.new_model(options, 0, "mlp")
+            runs.with_head(model, folder / f"{name}.npz")
+        else:
+            method = json.loads((folder / f"{name}.json").read_text())["method"]
+            model = runs.new_model(options, 0, "mlp", method)
+            model.load_weights(folder / f"{name}.weights.h5")
+        tokenizer = runs.tokenizer_of(options)
+        evaluation = kcm.evaluation
+        scores = evaluation.evaluate_zero_shot(model, test, names, tokenizer, verbose=0)
+        probe = evaluation.evaluate_linear_probe(model, train, test, verbose=0)
+        found.append(
+            {
+                "run": name,
+                "zero-shot": 100 * scores["top_1"],
+                "linear probe": 100 * probe["top_1"],
+            }
+        )
+        publish(path, "Transfer to other photographs", found, classes=names)
+
+
+def labeled_images(options, split):
+    """The first images of a split, and their classes."""
+    batches = kcm.data.image_text_dataset(
+        f"{options.classes}/{split}-*.tar",
+        None,
+        options.image_size,
+        100,
+        training=False,
+        include_captions=True,
+        format="grain",
+    )
+    images, labels = [], []
+    for batch in batches:
+        images.append(batch["images"])
+        labels += [caption.decode().split()[-1] for caption in batch["captions"]]
+        if len(labels) >= options.count:
+            break
+    return np.concatenate(images)[: options.count], labels[: options.count]
+
+
+if __name__ == "__main__":
+    main()
