@@ -3,7 +3,6 @@ import pytest
 from sklearn.metrics import top_k_accuracy_score
 
 from keras_cluster_mask.evaluation import (
-    caption_selection_accuracy,
     chance_recall,
     embed,
     embed_texts,
@@ -184,9 +183,6 @@ def test_equal_texts_among_several_of_an_image_are_alike(
             assert recall[f"{name}_recall@{k}"] == pytest.approx(np.mean(ranks < k))
 
 
-# === Caption selection ===
-
-
 @pytest.mark.any_backend
 def test_recall_is_that_of_clip_benchmark_with_several_captions_and_equal_ones():
     torch = pytest.importorskip("torch")
@@ -225,29 +221,6 @@ def test_recall_is_that_of_clip_benchmark_with_several_captions_and_equal_ones()
         ours = kept[f"text_to_image_recall@{k}"]
         assert ours == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
         assert 0.02 < ours < 0.98
-
-
-@pytest.mark.any_backend
-def test_captions_are_selected_row_by_row():
-    images, captions, negatives = (random_embeddings(50, seed=i) for i in range(3))
-    expected = [
-        image @ caption > image @ negative
-        for image, caption, negative in zip(images, captions, negatives)
-    ]
-    found = caption_selection_accuracy(images, captions, negatives)
-    assert found == pytest.approx(np.mean(expected))
-    swapped = caption_selection_accuracy(images, negatives, captions)
-    assert swapped == pytest.approx(1 - found)
-
-
-@pytest.mark.any_backend
-def test_captions_that_are_embedded_alike_do_not_win():
-    images, captions = random_embeddings(50), random_embeddings(50, seed=1)
-    assert caption_selection_accuracy(images, captions, captions) == 0
-    # As the order of a sum makes them differ.
-    rounded = captions.astype("float32") * np.float32(1 - 2**-24)
-    assert caption_selection_accuracy(images, captions, rounded) == 0
-    assert caption_selection_accuracy(images, rounded, captions) == 0
 
 
 @pytest.mark.any_backend
@@ -304,16 +277,6 @@ def test_bad_embeddings_and_labels_are_refused_by_name(name, options):
     given = {"image_embeddings": X, "text_embeddings": X, **options}
     with pytest.raises(ValueError, match=rf"{name}.*Received: "):
         retrieval_recall(**given)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("name", "given"),
-    [("negative_embeddings", (X, X, X[:3])), ("caption_embeddings", (X, NAN, X))],
-)
-def test_bad_embeddings_of_captions_are_refused_by_name(name, given):
-    with pytest.raises(ValueError, match=rf"{name}.*Received: |Received: .*{name}"):
-        caption_selection_accuracy(*given)
 
 
 @pytest.mark.any_backend
