@@ -160,8 +160,9 @@ def batch_loss(
         hits = [ops.take_along_axis(positives, x, axis=1)[:, 0] for x in best]
         return (losses, *hits), state
 
-    num_rows = images.shape[0]
-    num_blocks = _num_blocks(num_rows, batch[0].shape[0])
+    num_rows, num_all, num_blocks = images.shape[0], batch[0].shape[0], 1
+    if num_rows is not None and num_rows * num_all > MAX_PAIRS:
+        num_blocks = _num_blocks(num_rows, num_all)
     weights = weights, batch
     if num_blocks == 1:
         return compare_block(weights, (), 0, rows)[0]
@@ -297,18 +298,10 @@ def _mean_loss(loss, weights, image_embeddings, text_embeddings, labels):
         )
     if labels is None:
         labels = ops.arange(ops.shape(images)[0])
-    labels = ops.convert_to_tensor(labels)
-    if len(labels.shape) > 2 or not fits_shape(labels.shape[:1], images.shape[:1]):
-        raise ValueError(
-            "`labels` must have shape (batch,) or (batch, k), one row per pair. "
-            f"Received: labels.shape={tuple(labels.shape)}"
-        )
     return ops.mean(batch_loss(loss, weights, images, texts, labels, is_split=False)[0])
 
 
 def _num_blocks(rows, batch):
-    if rows is None:
-        return 1
     # On JAX a step sees the rows of all devices.
     rows = -(-rows // parts_of_batch())
     least = -(-rows // max(1, MAX_PAIRS // batch))
