@@ -561,25 +561,6 @@ def test_a_loss_without_the_models_own_counts_steps_and_logs_what_it_updates():
     assert float(to_numpy(masking.threshold)) != pytest.approx(0.07)
 
 
-@pytest.mark.any_backend
-def test_a_threshold_of_other_pixels_than_the_models_is_refused():
-    images = random_pairs(16)["images"]
-
-    def adapted(images):
-        masking = threshold_masking(threshold=None)
-        masking.adapt(images)
-        return masking
-
-    with pytest.raises(ValueError, match=r"make the model first.*Received: threshold"):
-        masked_model(adapted(images))
-    # The model takes these as they are, or the masking has seen what it makes of them.
-    masked_model(adapted(images), pixel_mean=None)
-    model = masked_model(threshold_masking(threshold=None))
-    masked_model(adapted(ops.convert_to_numpy(model.normalize_pixels(images))))
-    model.maskings[0].adapt(images)
-    masked_model(model.maskings[0])
-
-
 # === Refusals ===
 
 
