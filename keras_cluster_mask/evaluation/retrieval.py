@@ -1,6 +1,5 @@
 """Retrieval: recall in both directions."""
 
-import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -150,41 +149,26 @@ def evaluate_retrieval(
 
 
 def chance_recall(
-    num_images: int,
-    num_texts: int | None = None,
-    image_labels: Sequence | np.ndarray | None = None,
-    text_labels: Sequence | np.ndarray | None = None,
-    ks: int | Sequence[int] = (1, 5, 10),
+    num_images: int, captions_per_image: int = 1, ks: int | Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """Computes the expected recall of a random ranking.
 
     Args:
         num_images: Integer.
-        num_texts: Integer. Defaults to `num_images`.
-        image_labels: As in `retrieval_recall`.
-        text_labels: As in `retrieval_recall`.
+        captions_per_image: Integer.
         ks: As in `retrieval_recall`.
 
     Returns:
         A dictionary with the keys of `retrieval_recall`.
     """
-    ks = check_ks(ks)
-    num_texts = num_images if num_texts is None else num_texts
-    image_labels, text_labels = _match_labels(
-        num_images, num_texts, image_labels, text_labels
-    )
+    ks, num_texts = check_ks(ks), num_images * captions_per_image
     chances = {}
-    for name, query_labels, item_labels in (
-        ("image_to_text", image_labels, text_labels),
-        ("text_to_image", text_labels, image_labels),
-    ):
-        right, n = collections.Counter(item_labels.tolist()), len(item_labels)
-        for k in ks:
-            missed = [
-                math.comb(n - right[label], min(k, n)) / math.comb(n, min(k, n))
-                for label in query_labels.tolist()
-            ]
-            chances[f"{name}_recall@{k}"] = 1.0 - float(np.mean(missed))
+    for k in ks:
+        few = min(k, num_texts)
+        missed = math.comb(num_texts - captions_per_image, few)
+        missed /= math.comb(num_texts, few)
+        chances[f"image_to_text_recall@{k}"] = 1.0 - missed
+        chances[f"text_to_image_recall@{k}"] = min(k / num_images, 1.0)
     return chances
 
 

@@ -87,30 +87,28 @@ def test_an_image_without_a_text_finds_none_among_however_few():
 
 @pytest.mark.any_backend
 def test_chance_is_what_random_embeddings_reach():
-    labels = np.random.default_rng(0).integers(0, 120, 200)
-    chance = chance_recall(200, image_labels=labels)
+    chance = chance_recall(100, 2)
     found = [
         retrieval_recall(
-            random_embeddings(200, 64, seed),
+            random_embeddings(100, 64, seed),
             random_embeddings(200, 64, seed + 1),
-            labels,
+            np.arange(100),
+            np.arange(200) // 2,
         )
         for seed in range(0, 80, 2)
     ]
     for name, expected in chance.items():
         mean = np.mean([recall[name] for recall in found])
-        # 40 runs of 200 queries: five standard errors.
-        error = np.sqrt(expected * (1 - expected) / (40 * 200))
+        # 40 runs of at least 100 queries: five standard errors.
+        error = np.sqrt(expected * (1 - expected) / (40 * 100))
         assert abs(mean - expected) < 5 * error
 
 
 @pytest.mark.any_backend
-def test_chance_of_distinct_pairs_is_k_over_n_and_without_a_partner_0():
+def test_chance_of_distinct_pairs_is_k_over_n():
     chance = chance_recall(346)
     assert chance["image_to_text_recall@10"] == pytest.approx(10 / 346)
-    assert chance_recall(5)["text_to_image_recall@10"] == 1.0
-    chance = chance_recall(3, 3, [0, 1, 2], [0, 1, 1], ks=(1, 10))
-    assert chance["image_to_text_recall@10"] == pytest.approx(2 / 3)
+    assert {*chance_recall(5, ks=10).values()} == {1.0}
 
 
 def test_a_data_set_is_embedded_and_compared(model):
