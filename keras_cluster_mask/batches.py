@@ -27,8 +27,8 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
         an object array of sequences of them.
 
     Raises:
-        ValueError: If `data` has an unsupported type, if a batch has no images, or if
-            its entries have different lengths.
+        ValueError: If a batch has no images, or if its entries have different lengths.
+        TypeError: If `data` is neither arrays nor an iterable.
     """
     if _is_whole(data):
         whole = _dictionary(data)
@@ -39,13 +39,7 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
         # A `PyDataset`'s own iterator never ends.
         batches = map(data.__getitem__, range(len(data)))
     else:
-        try:
-            batches = iter(data)
-        except TypeError:
-            raise ValueError(
-                "`data` must be arrays or an iterable of batches. "
-                f"Received: data={data} of type {type(data).__name__}"
-            ) from None
+        batches = iter(data)
     if stream_of(data) is not None:
         batches = itertools.islice(batches, len(data))
     for batch in batches:

@@ -70,8 +70,8 @@ def softmax_contrastive_loss(
         - [Unified Contrastive Learning in Image-Text-Label Space](
           https://arxiv.org/abs/2204.03610) for positives by label.
     """
-    similarities, positives = _compare_all(image_embeddings, text_embeddings, labels)
-    return ops.mean(softmax_row_losses(*similarities, positives, logit_scale))
+    pairs = image_embeddings, text_embeddings, labels
+    return _mean_loss("softmax", [logit_scale], *pairs)
 
 
 def sigmoid_contrastive_loss(
@@ -110,9 +110,8 @@ def sigmoid_contrastive_loss(
         - [Sigmoid Loss for Language Image Pre-Training](
           https://arxiv.org/abs/2303.15343)
     """
-    similarities, positives = _compare_all(image_embeddings, text_embeddings, labels)
-    rows = sigmoid_row_losses(similarities[0], positives, logit_scale, logit_bias)
-    return ops.mean(rows)
+    pairs = image_embeddings, text_embeddings, labels
+    return _mean_loss("sigmoid", [logit_scale, logit_bias], *pairs)
 
 
 # === Loss of a batch, in blocks of rows ===
@@ -155,21 +154,15 @@ def batch_loss(
     def compare_block(weights, state, index, rows):
         weights, batch = weights
         similarities, positives = compare(rows[:3], batch[:3])
-        if loss == "softmax":
-            losses = softmax_row_losses(*similarities, positives, *weights)
-            if sample_weight is not None:
-                losses = losses * rows[3]
-        else:
-            # A comparison has the mean weight of its image's pair and its text's pair.
-            shares = None
-            if sample_weight is not None:
-                shares = (rows[3][:, None] + batch[3][None]) / 2.0
-            losses = sigmoid_row_losses(similarities[0], positives, *weights, shares)
-        hits = [row_hits(ops.stop_gradient(x), positives) for x in similarities]
+        sample_weights = [*rows[3:], *batch[3:]]
+        losses = row_losses(loss, weights, similarities, positives, sample_weights)
+        best = [ops.argmax(x, axis=1)[:, None] for x in similarities]
+        hits = [ops.take_along_axis(positives, x, axis=1)[:, 0] for x in best]
         return (losses, *hits), state
 
-    num_rows = images.shape[0]
-    num_blocks = _num_blocks(num_rows, batch[0].shape[0])
+    num_rows, num_all, num_blocks = images.shape[0], batch[0].shape[0], 1
+    if num_rows is not None and num_rows * num_all > MAX_PAIRS:
+        num_blocks = _num_blocks(num_rows, num_all)
     weights = weights, batch
     if num_blocks == 1:
         return compare_block(weights, (), 0, rows)[0]
@@ -212,8 +205,16 @@ def caption_labels(token_ids: Tensor) -> Tensor:
     position = ops.arange(ops.shape(token_ids)[1], dtype="int32")
     # The sum ignores the order of tokens, so each token is hashed with its position.
     placed = token_ids + HASH_STEP * position
-    hashes = [_scramble(ops.bitwise_xor(placed, key)) for key in HASH_KEYS]
-    return ops.stack([ops.sum(x, axis=1) for x in hashes], axis=1)
+    hashes = []
+    for key in HASH_KEYS:
+        x = ops.bitwise_xor(placed, key)
+        # The finalizer of MurmurHash3 (https://github.com/aappleby/smhasher): each bit
+        # of the input changes about half the bits of the output. Integer overflow is
+        # intended.
+        for shift, factor in HASH_ROUNDS:
+            x = ops.bitwise_xor(x, ops.bitwise_right_shift(x, shift)) * factor
+        hashes.append(ops.sum(x, axis=1))
+    return ops.stack(hashes, axis=1)
 
 
 @in_full_precision
@@ -249,65 +250,44 @@ def compare(
     return similarities, ops.cast(positives, "float32")
 
 
-def softmax_row_losses(
-    image_to_text: Tensor,
-    text_to_image: Tensor,
+def row_losses(
+    loss: str,
+    weights: Sequence[Tensor | float],
+    similarities: tuple[Tensor, Tensor],
     positives: Tensor,
-    logit_scale: Tensor | float,
+    sample_weights: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Computes the contribution of each pair to the softmax loss.
+    """Computes the contribution of each pair to the loss.
 
     Args:
-        image_to_text: `(rows, batch)` similarities of the rows' images to all texts.
-        text_to_image: `(rows, batch)` similarities of the rows' texts to all images.
+        loss: `"softmax"` or `"sigmoid"`.
+        weights: List of scalars: the scale and, for the sigmoid loss, the bias.
+        similarities: Two `(rows, batch)` tensors: of the rows' images to all texts, and
+            of the rows' texts to all images.
         positives: `(rows, batch)` float tensor of zeros and ones.
-        logit_scale: Scalar.
+        sample_weights: Two tensors, `(rows,)` and `(batch,)`: the weights of these
+            pairs and of all pairs. By default all weights are 1.
 
     Returns:
         `(rows,)` float32 tensor, whose mean over the batch is the loss.
     """
-    scale = ops.cast(logit_scale, "float32")
-    # Positives are symmetric, so both directions share their targets.
-    targets = positives / ops.sum(positives, axis=1, keepdims=True)
-    log_likelihood = ops.log_softmax(scale * image_to_text, axis=1)
-    log_likelihood = log_likelihood + ops.log_softmax(scale * text_to_image, axis=1)
-    return -ops.sum(targets * log_likelihood, axis=1) / 2.0
-
-
-def sigmoid_row_losses(
-    image_to_text: Tensor,
-    positives: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float,
-    shares: Tensor | None = None,
-) -> Tensor:
-    """Computes the contribution of each pair's image to the sigmoid loss.
-
-    Args:
-        image_to_text: `(rows, batch)` similarities of the rows' images to all texts.
-        positives: `(rows, batch)` float tensor of zeros and ones.
-        logit_scale: Scalar.
-        logit_bias: Scalar.
-        shares: `(rows, batch)` float tensor, the weight of each comparison.
-
-    Returns:
-        `(rows,)` float32 tensor, whose mean over the batch is the loss.
-    """
-    logits = ops.cast(logit_scale, "float32") * image_to_text
-    logits = logits + ops.cast(logit_bias, "float32")
+    scale, *bias = (ops.cast(x, "float32") for x in weights)
+    if loss == "softmax":
+        # Positives are symmetric, so both directions share their targets.
+        targets = positives / ops.sum(positives, axis=1, keepdims=True)
+        of_texts, of_images = (ops.log_softmax(scale * x, axis=1) for x in similarities)
+        losses = -ops.sum(targets * (of_texts + of_images), axis=1) / 2.0
+        return losses * sample_weights[0] if sample_weights else losses
+    logits = scale * similarities[0] + bias[0]
     log_likelihood = ops.log_sigmoid((2.0 * positives - 1.0) * logits)
-    if shares is not None:
-        log_likelihood = shares * log_likelihood
+    if sample_weights:
+        # A comparison has the mean weight of its image's pair and its text's pair.
+        of_image, of_text = sample_weights[0][:, None], sample_weights[1][None]
+        log_likelihood = (of_image + of_text) / 2.0 * log_likelihood
     return -ops.sum(log_likelihood, axis=1)
 
 
-def row_hits(similarity: Tensor, positives: Tensor) -> Tensor:
-    """Returns 1 for each row whose most similar partner is a positive, else 0."""
-    best = ops.expand_dims(ops.argmax(similarity, axis=1), -1)
-    return ops.take_along_axis(positives, best, axis=1)[:, 0]
-
-
-def _compare_all(image_embeddings, text_embeddings, labels):
+def _mean_loss(loss, weights, image_embeddings, text_embeddings, labels):
     images = ops.convert_to_tensor(image_embeddings)
     texts = ops.convert_to_tensor(text_embeddings)
     if len(images.shape) != 2 or not fits_shape(images.shape, texts.shape):
@@ -318,30 +298,13 @@ def _compare_all(image_embeddings, text_embeddings, labels):
         )
     if labels is None:
         labels = ops.arange(ops.shape(images)[0])
-    labels = ops.convert_to_tensor(labels)
-    if len(labels.shape) > 2 or not fits_shape(labels.shape[:1], images.shape[:1]):
-        raise ValueError(
-            "`labels` must have shape (batch,) or (batch, k), one row per pair. "
-            f"Received: labels.shape={tuple(labels.shape)}"
-        )
-    pairs = images, texts, labels
-    return compare(pairs, pairs)
+    return ops.mean(batch_loss(loss, weights, images, texts, labels, is_split=False)[0])
 
 
 def _num_blocks(rows, batch):
-    if rows is None:
-        return 1
     # On JAX a step sees the rows of all devices.
     rows = -(-rows // parts_of_batch())
     least = -(-rows // max(1, MAX_PAIRS // batch))
     # Prefer a few more blocks if they divide the rows. Then no padding is needed, and
     # devices that share the rows evenly also share the blocks evenly.
     return next((n for n in range(least, 2 * least) if rows % n == 0), least)
-
-
-def _scramble(x):
-    # The finalizer of MurmurHash3 (https://github.com/aappleby/smhasher): each bit of
-    # the input changes about half the bits of the output. Integer overflow is intended.
-    for shift, factor in HASH_ROUNDS:
-        x = ops.bitwise_xor(x, ops.bitwise_right_shift(x, shift)) * factor
-    return x

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import keras
 
-from keras_cluster_mask.checks import check_integer, is_positive
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.masking import PatchMasking, RandomMasking
 
 if TYPE_CHECKING:
@@ -89,16 +89,10 @@ def small_data_recipe(
         A `Recipe`. Use it for one model only.
 
     Raises:
-        ValueError: If `epochs` or `steps_per_epoch` is not a positive integer, or
-            `learning_rate` is not a positive number.
+        ValueError: If `epochs` or `steps_per_epoch` is not a positive integer.
     """
     epochs = check_integer("epochs", epochs)
     steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch)
-    if not is_positive(learning_rate):
-        raise ValueError(
-            "`learning_rate` must be a positive number, the highest value of the "
-            f"schedule. Received: learning_rate={learning_rate!r}"
-        )
     steps = epochs * steps_per_epoch
     warmup_steps = steps // 10
     schedule = keras.optimizers.schedules.CosineDecay(

@@ -162,8 +162,6 @@ def test_images_of_arrays_are_counted_without_reading():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "`data` must be arrays or an iterable .*Received: data=None of type"),
-        (3, "`data` must be arrays or an iterable .*Received: data=3 of type int"),
         ({"token_ids": [1]}, r"the key 'images'.*Received: keys=\['token_ids'\]"),
         ([{"photos": 3}], r"the key 'images'.*Received: keys=\['photos'\]"),
         (

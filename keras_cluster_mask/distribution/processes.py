@@ -129,3 +129,11 @@ def to_numpy(variable):
 
         return multihost_utils.process_allgather(variable.value, tiled=True)
     return ops.convert_to_numpy(variable)
+
+
+def progress_bar(
+    total: int | None, verbose: str | int, unit_name: str
+) -> keras.utils.Progbar:
+    """Returns a progress bar, which only the main process shows."""
+    verbose = verbosity(bool(verbose))
+    return keras.utils.Progbar(total, verbose=verbose, unit_name=unit_name)

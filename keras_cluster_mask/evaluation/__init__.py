@@ -12,14 +12,12 @@ from keras_cluster_mask.evaluation.linear_probe import (
     linear_probe,
 )
 from keras_cluster_mask.evaluation.retrieval import (
-    caption_selection_accuracy,
     chance_recall,
     evaluate_retrieval,
     retrieval_recall,
 )
 
 __all__ = [
-    "caption_selection_accuracy",
     "chance_recall",
     "classification_accuracy",
     "compute_features",

@@ -2,7 +2,7 @@
 
 import collections
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,6 @@ from keras_cluster_mask.evaluation.embedding import (
 from keras_cluster_mask.types import Templates
 
 TEMPLATES = ("a photo of a {}.",)
-# The number of images whose scores are in memory at a time.
-BLOCK = 1024
 
 
 def classification_accuracy(
@@ -58,8 +56,18 @@ def classification_accuracy(
     """
     ks = check_ks(ks)
     scores = check_matrix("scores", scores)
-    labels = check_labels("labels", labels, len(scores), scores.shape[1])
-    return _accuracy(_ranks(scores, labels), labels, scores.shape[1], ks)
+    num_classes = scores.shape[1]
+    labels = check_labels("labels", labels, len(scores), num_classes)
+    right = np.take_along_axis(scores, labels[:, None], axis=1)
+    is_ahead = np.arange(num_classes) < labels[:, None]
+    is_ahead = (scores > right) | (scores == right) & is_ahead
+    ranks = np.count_nonzero(is_ahead, axis=1)
+    hits = np.bincount(labels, ranks == 0, minlength=num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    return {
+        **{f"top_{k}": float(np.mean(ranks < k)) for k in ks if k < num_classes},
+        "mean_per_class": float(np.mean(hits[counts > 0] / counts[counts > 0])),
+    }
 
 
 def zero_shot_classifier(
@@ -175,28 +183,9 @@ def evaluate_zero_shot(
     embedder = Embedder.of(model)
     weights, columns = _weights(embedder, prompts, tokenizer, verbose)
     found = embed_batches(embedder, data, batches, None, verbose)
-    images = check_matrix("image_embeddings", found["image_embeddings"])
-    labels = found["labels"]
-    blocks = [slice(i, i + BLOCK) for i in range(0, len(images), BLOCK)]
     # Equal columns are computed once, so that rounding cannot decide between them.
-    ranks = [_ranks((images[b] @ weights)[:, columns], labels[b]) for b in blocks]
-    return _accuracy(np.concatenate(ranks), labels, len(prompts), ks)
-
-
-def _ranks(scores, labels):
-    """Returns the number of classes ahead of the right one, for each item."""
-    right = np.take_along_axis(scores, labels[:, None], axis=1)
-    is_before = np.arange(scores.shape[1]) < labels[:, None]
-    return np.count_nonzero((scores > right) | (scores == right) & is_before, axis=1)
-
-
-def _accuracy(ranks, labels, num_classes, ks):
-    hits = np.bincount(labels, ranks == 0, minlength=num_classes)
-    counts = np.bincount(labels, minlength=num_classes)
-    return {
-        **{f"top_{k}": float(np.mean(ranks < k)) for k in ks if k < num_classes},
-        "mean_per_class": float(np.mean(hits[counts > 0] / counts[counts > 0])),
-    }
+    scores = (found["image_embeddings"] @ weights)[:, columns]
+    return classification_accuracy(scores, found["labels"], ks)
 
 
 def _weights(model, prompts, tokenizer, verbose):
@@ -229,8 +218,6 @@ def _prompts(class_names, templates):
         )
     prompts = []
     are_texts = isinstance(templates, Mapping)
-    if isinstance(templates, Iterator):
-        templates = [*templates]
     for name in names:
         texts = templates.get(name) or () if are_texts else templates
         if isinstance(texts, str) or not isinstance(texts, Iterable):

@@ -12,7 +12,7 @@ from keras_cluster_mask.batches import num_images, read_batches
 from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.data.tokenizing import length_of, tokenize
-from keras_cluster_mask.distribution.processes import verbosity
+from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.models.inputs import text_inputs
 from keras_cluster_mask.models.loading import as_contrastive_model
@@ -179,12 +179,6 @@ def embed_texts(
         found.append(embedder.texts(tokenizer(chunk)))
         progress.add(len(chunk))
     return np.concatenate(found)
-
-
-def progress_bar(total, verbose, unit_name):
-    """Returns a progress bar, which only the main process shows."""
-    verbose = verbosity(bool(verbose))
-    return keras.utils.Progbar(total, verbose=verbose, unit_name=unit_name)
 
 
 class Embedder:

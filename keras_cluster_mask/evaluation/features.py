@@ -13,8 +13,9 @@ from PIL import Image
 from keras_cluster_mask.batches import num_images, read_batches
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data.images import Images
+from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.evaluation.checks import check_read_once
-from keras_cluster_mask.evaluation.embedding import Embedder, progress_bar, texts_of
+from keras_cluster_mask.evaluation.embedding import Embedder, texts_of
 from keras_cluster_mask.training.features import (
     ARRAYS,
     PROGRESS,
@@ -124,11 +125,6 @@ def _cropped(images, first, number):
         first: The number of the first image.
         number: The number of the crop.
     """
-    if images.dtype != "uint8" or images.shape[-1] != 3:
-        raise ValueError(
-            "`num_crops` must be 0 unless images are uint8 and RGB. "
-            f"Received: images of {images.dtype} and shape {images.shape}"
-        )
     crop, rng = Images(images.shape[1:3], training=True), np.random.default_rng
     crops = [
         crop(Image.fromarray(image), rng([row, number]))

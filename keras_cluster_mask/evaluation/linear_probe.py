@@ -1,13 +1,12 @@
 """Linear probe: the accuracy of a linear classifier on frozen features."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from keras_cluster_mask.checks import check_choice, check_fraction, check_range
+from keras_cluster_mask.checks import check_choice, check_range
 from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
@@ -78,25 +77,24 @@ def linear_probe(
             cross-entropy summed over items. `None` searches for it.
         metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
             the validation data that the search maximizes.
-        validation_split: Float in `(0, 1]`. The share of each class in the validation
-            split, rounded up to items. At least one item of each class stays in
-            training.
+        validation_split: Float in `(0, 1)`. The share of the validation split, which
+            `train_test_split` of scikit-learn stratifies by class.
         max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
+            scikit-learn warns of fits that need more.
         seed: Integer. The seed of the validation split.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         A dictionary: `"top_1"`, with more than five classes `"top_5"`, and
         `"mean_per_class"`, floats in `[0, 1]` on the test data; `"regularization"`, the
-        strength; `"validation"`, a dictionary from each strength that was tried to the
-        metric on the validation data; and `"unconverged"`, a list of the strengths
-        whose fits stopped at `max_iterations`, about which scikit-learn warns too.
+        strength; and `"validation"`, a dictionary from each strength that was tried to
+        the metric on the validation data.
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: For features that are not finite or differ in width, for labels that
-            do not match them, for a single class, and for validation or test data with
-            a class that the training data lacks.
+        ValueError: For features that are not finite, for labels that do not match them,
+            for a single class, for validation or test data with a class that the
+            training data lacks, and for a validation split without each class.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -104,12 +102,13 @@ def linear_probe(
     """
     _check_options(regularization, metric, validation_split)
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
 
     train = _check_items("train", train_features, train_labels)
     test = _check_items("test", test_features, test_labels, train)
     if validation is not None:
         validation = _check_items("validation", *validation, train)
-    strength, tried, unconverged = regularization, {}, set()
+    strength, tried = regularization, {}
     progress = tqdm(desc="Linear probe", unit=" fits", disable=not verbosity(verbose))
 
     def fit(features, labels, strength):
@@ -119,15 +118,19 @@ def linear_probe(
         )
         # In float32 a fit stops early, where rounding hides changes of the loss.
         classifier.fit(features.astype("float64"), labels)
-        if classifier.n_iter_.max() >= max_iterations:
-            unconverged.add(strength)
         progress.update()
         return classifier
 
     if strength is None:
         part, held_out = train, validation
         if validation is None:
-            part, held_out = stratified_split(*train, validation_split, seed)
+            parts = train_test_split(
+                *train,
+                test_size=validation_split,
+                stratify=train[1],
+                random_state=seed,
+            )
+            part, held_out = parts[::2], parts[1::2]
         for step in STEPS:
             for strength in next_strengths(tried, step):
                 tried[strength] = _accuracy(fit(*part, strength), *held_out)[metric]
@@ -140,7 +143,6 @@ def linear_probe(
         **accuracy,
         "regularization": float(strength),
         "validation": dict(sorted(tried.items())),
-        "unconverged": sorted(unconverged),
     }
 
 
@@ -240,22 +242,6 @@ def _accuracy(classifier, features, labels):
     return classification_accuracy(scores, columns)
 
 
-def stratified_split(features, labels, share, seed):
-    """Splits items into two pairs of features and labels: training and validation."""
-    held_out = np.zeros(len(labels), bool)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        held_out[rows[: min(math.ceil(share * len(rows)), len(rows) - 1)]] = True
-    if not held_out.any():
-        raise ValueError(
-            "`train_labels` must hold a class of two items or more for a validation "
-            "split; pass `validation` or `regularization` otherwise. Received: "
-            f"{len(labels)} classes of one item each"
-        )
-    return tuple((features[part], labels[part]) for part in (~held_out, held_out))
-
-
 def _check_options(
     regularization=None, metric="top_1", validation_split=0.2, max_iterations=0, seed=0
 ):
@@ -268,7 +254,7 @@ def _check_options(
     if regularization is not None:
         check_range("regularization", regularization, STRENGTHS[0], STRENGTHS[-1])
     check_choice("metric", metric, ("top_1", "mean_per_class"))
-    check_fraction("validation_split", validation_split)
+    check_range("validation_split", validation_split, 0, 1)
 
 
 def _check_items(name, features, labels, train=None):
@@ -276,12 +262,6 @@ def _check_items(name, features, labels, train=None):
     labels = check_labels(f"{name}_labels", labels, len(features))
     if train is None:
         return features, labels
-    if features.shape[1] != train[0].shape[1]:
-        raise ValueError(
-            f"`{name}_features` must be as wide as `train_features`. Received: "
-            f"{name}_features.shape={features.shape}, "
-            f"train_features.shape={train[0].shape}"
-        )
     unknown = np.setdiff1d(labels, train[1])
     if len(unknown):
         raise ValueError(

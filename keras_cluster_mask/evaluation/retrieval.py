@@ -1,6 +1,5 @@
-"""Retrieval: recall in both directions, and the choice between two captions."""
+"""Retrieval: recall in both directions."""
 
-import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -62,15 +61,15 @@ def retrieval_recall(
             counts as a miss.
     """
     ks = check_ks(ks)
-    images, texts = _normalized(
-        image_embeddings=image_embeddings, text_embeddings=text_embeddings
+    images, texts = _normalized(image_embeddings, text_embeddings)
+    image_labels, text_labels = _match_labels(
+        len(images), len(texts), image_labels, text_labels
     )
-    labels = _match_labels(len(images), len(texts), image_labels, text_labels)
-    return _recall(images, texts, *labels, ks)
+    return _recall(images, texts, image_labels[:, None], text_labels, ks)
 
 
-def _recall(images, texts, image_labels, text_labels, ks, labeled=None):
-    ranks = ranks_of_partners(images, texts, image_labels, text_labels, labeled)
+def _recall(images, texts, image_labels, text_labels, ks):
+    ranks = ranks_of_partners(images, texts, image_labels, text_labels)
     return {
         f"{name}_recall@{k}": float(np.mean(each < k))
         for name, each in zip(("image_to_text", "text_to_image"), ranks)
@@ -138,98 +137,39 @@ def evaluate_retrieval(
         check_tokenizer_of(embedder.model, data)
     batches = read_entries("data", data, keys)
     found = embed_batches(embedder, data, batches, tokenizer, verbose)
-    names = "image_embeddings", "text_embeddings"
-    images, texts = _normalized(**{name: found[name] for name in names})
+    images, texts = _normalized(found["image_embeddings"], found["text_embeddings"])
     owners, numbers = found["image_of_text"], found["text_numbers"]
     if duplicates == "negative":
-        return _recall(images, texts, np.arange(len(images)), owners, ks)
-    # An image has the numbers of all of its texts as labels.
-    return _recall(images, texts, numbers, numbers, ks, owners)
+        return _recall(images, texts, np.arange(len(images))[:, None], owners, ks)
+    # An image has the numbers of all of its texts as labels, and -1 beside them.
+    places = np.arange(len(owners)) - np.searchsorted(owners, owners)
+    labels = np.full((len(images), places.max() + 1), -1)
+    labels[owners, places] = numbers
+    return _recall(images, texts, labels, numbers, ks)
 
 
 def chance_recall(
-    num_images: int,
-    num_texts: int | None = None,
-    image_labels: Sequence | np.ndarray | None = None,
-    text_labels: Sequence | np.ndarray | None = None,
-    ks: int | Sequence[int] = (1, 5, 10),
+    num_images: int, captions_per_image: int = 1, ks: int | Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """Computes the expected recall of a random ranking.
 
     Args:
         num_images: Integer.
-        num_texts: Integer. Defaults to `num_images`.
-        image_labels: As in `retrieval_recall`.
-        text_labels: As in `retrieval_recall`.
+        captions_per_image: Integer.
         ks: As in `retrieval_recall`.
 
     Returns:
         A dictionary with the keys of `retrieval_recall`.
     """
-    ks = check_ks(ks)
-    num_texts = num_images if num_texts is None else num_texts
-    image_labels, text_labels = _match_labels(
-        num_images, num_texts, image_labels, text_labels
-    )
+    ks, num_texts = check_ks(ks), num_images * captions_per_image
     chances = {}
-    for name, query_labels, item_labels in (
-        ("image_to_text", image_labels, text_labels),
-        ("text_to_image", text_labels, image_labels),
-    ):
-        right, n = collections.Counter(item_labels.tolist()), len(item_labels)
-        for k in ks:
-            missed = [
-                math.comb(n - right[label], min(k, n)) / math.comb(n, min(k, n))
-                for label in query_labels.tolist()
-            ]
-            chances[f"{name}_recall@{k}"] = 1.0 - float(np.mean(missed))
+    for k in ks:
+        few = min(k, num_texts)
+        missed = math.comb(num_texts - captions_per_image, few)
+        missed /= math.comb(num_texts, few)
+        chances[f"image_to_text_recall@{k}"] = 1.0 - missed
+        chances[f"text_to_image_recall@{k}"] = min(k / num_images, 1.0)
     return chances
-
-
-def caption_selection_accuracy(
-    image_embeddings: np.ndarray,
-    caption_embeddings: np.ndarray,
-    negative_embeddings: np.ndarray,
-) -> float:
-    """Computes how often an image is more similar to its caption than to a wrong one.
-
-    Captions with equal similarities, up to float32 rounding, count as a failure. So a
-    model that embeds all texts, or all texts with the same words, alike scores 0.
-    SugarCrepe is evaluated this way; `kcm.interop.clip_benchmark` runs it.
-
-    Example:
-
-    ```python
-    images = np.eye(4, 16)
-    negatives = np.roll(images, 1, axis=0)
-    kcm.evaluation.caption_selection_accuracy(images, images, negatives)  # 1.0
-    ```
-
-    Args:
-        image_embeddings: `(items, d)` array. Rows of all three arrays are
-            L2-normalized in float32.
-        caption_embeddings: `(items, d)` array. Row i is the caption of the image in
-            row i.
-        negative_embeddings: `(items, d)` array. Row i is its wrong caption.
-
-    Returns:
-        A float in `[0, 1]`. Chance is 0.5.
-
-    Raises:
-        ValueError: For embeddings of different shapes, and for NaN embeddings.
-
-    Reference:
-        - [SugarCrepe: Fixing Hackable Benchmarks for Vision-Language Compositionality](
-          https://arxiv.org/abs/2306.14610)
-    """
-    images, captions, negatives = _normalized(
-        axis=0,
-        image_embeddings=image_embeddings,
-        caption_embeddings=caption_embeddings,
-        negative_embeddings=negative_embeddings,
-    )
-    margins = np.einsum("id,id->i", images, captions - negatives, dtype="float64")
-    return float(np.mean(margins > TIE))
 
 
 def _match_labels(num_images, num_texts, image_labels, text_labels):
@@ -256,22 +196,16 @@ def _match_labels(num_images, num_texts, image_labels, text_labels):
     return image_labels, text_labels
 
 
-def _normalized(axis=1, **arrays):
-    """Returns arrays with rows L2-normalized in float32; rows of zeros stay zero.
-
-    Args:
-        axis: Integer. The arrays must have equal sizes from this axis on.
-        **arrays: The arrays by the names of their arguments.
-    """
-    arrays = {name: check_matrix(name, array) for name, array in arrays.items()}
-    shapes = {name: array.shape for name, array in arrays.items()}
-    if len({shape[axis:] for shape in shapes.values()}) > 1:
-        names = " and ".join(f"`{name}`" for name in arrays)
+def _normalized(image_embeddings, text_embeddings):
+    """Returns both with rows L2-normalized in float32; rows of zeros stay zero."""
+    images = check_matrix("image_embeddings", image_embeddings)
+    texts = check_matrix("text_embeddings", text_embeddings)
+    if images.shape[1] != texts.shape[1]:
         raise ValueError(
-            f"{names} must have the same {('shape', 'width')[axis]}. "
-            f"Received: shapes {shapes}"
+            "`image_embeddings` and `text_embeddings` must have the same width. "
+            f"Received: shapes {images.shape} and {texts.shape}"
         )
-    for array in arrays.values():
+    for array in (images, texts):
         # In float64, squares of very large or small values are finite and not 0.
         lengths = np.sqrt(np.einsum("id,id->i", array, array, dtype="float64"))
         lengths = np.where(lengths, lengths, 1)[:, None]
@@ -281,69 +215,44 @@ def _normalized(axis=1, **arrays):
 # === Ranks of the matches among all images or all texts ===
 
 
-def ranks_of_partners(images, texts, image_labels, text_labels, labeled=None):
+def ranks_of_partners(images, texts, image_labels, text_labels):
     """Counts the wrong items ahead of the best match of each image and each text.
-
-    The similarity of all images to all texts is computed once for both directions, tile
-    by tile.
 
     Args:
         images: `(images, d)` float32 array of L2-normalized rows.
         texts: `(texts, d)` float32 array of L2-normalized rows.
-        image_labels: `(labels,)` array. An image and a text match if they share a
-            label.
+        image_labels: `(images, k)` array. An image and a text match if one of the
+            image's labels is that of the text.
         text_labels: `(texts,)` array.
-        labeled: `(labels,)` ints, the image that has each of the labels. By default,
-            image i has label i.
 
     Returns:
         Two int64 arrays, `(images,)` and `(texts,)`.
     """
-    rows = np.arange(len(images)) if labeled is None else labeled
-    # In the order of labels, the texts with a label are consecutive.
-    order = np.argsort(text_labels, kind="stable")
-    texts, labels = texts[order], text_labels[order]
-    first, last = (
-        np.searchsorted(labels, image_labels, side) for side in ("left", "right")
-    )
-    # Image `rows[i]` matches the texts from `first[i]` to `last[i]`.
-    rows, first, last = (x[first < last] for x in (rows, first, last))
-    best = _best(images, texts, rows, first, last)
+    arrays = images, texts, image_labels, text_labels
+    best = [np.full(len(each), -np.inf, "float32") for each in (images, texts)]
+    for part, other, similarity, is_match in _tiles(*arrays):
+        similarity[~is_match] = -np.inf
+        best[0][part] = np.maximum(best[0][part], similarity.max(axis=1))
+        best[1][other] = np.maximum(best[1][other], similarity.max(axis=0))
     counts = [np.zeros(len(each), "int64") for each in best]
-    for part, other, similarity in _tiles(images, texts):
-        is_here = (part.start <= rows) & (rows < part.stop)
-        is_here &= (first < other.stop) & (last > other.start)
-        for k in np.flatnonzero(is_here):
-            matches = slice(max(first[k] - other.start, 0), last[k] - other.start)
-            similarity[rows[k] - part.start, matches] = -np.inf
+    for part, other, similarity, is_match in _tiles(*arrays):
+        similarity[is_match] = -np.inf
         reached = similarity >= best[0][part, None] - TIE
         counts[0][part] += np.count_nonzero(reached, axis=1)
         reached = similarity >= best[1][other] - TIE
         counts[1][other] += np.count_nonzero(reached, axis=0)
     for each, highest in zip(counts, best):
         each[highest == -np.inf] = NEVER
-    counts[1][order] = counts[1].copy()
     return counts
 
 
-def _best(images, texts, rows, first, last):
-    """Returns the highest similarity of each image and each text to its matches."""
-    best = [np.full(len(each), -np.inf, "float32") for each in (images, texts)]
-    order = np.argsort(first, kind="stable")
-    starts = np.flatnonzero(np.diff(first[order]))
-    for links in np.split(order, starts + 1):
-        # All images and all texts with a label.
-        some, span = rows[links], slice(first[links[0]], last[links[0]])
-        for part, other, similarity in _tiles(images[some], texts[span]):
-            np.maximum.at(best[0], some[part], similarity.max(axis=1))
-            of_texts = best[1][span][other]
-            np.maximum(of_texts, similarity.max(axis=0), out=of_texts)
-    return best
-
-
-def _tiles(images, texts):
-    """Yields slices of the images and of the texts, with their similarities."""
+def _tiles(images, texts, image_labels, text_labels):
+    """Yields slices of images and texts, with their similarities, and which match."""
     for i in range(0, len(images), TILE[0]):
         for j in range(0, len(texts), TILE[1]):
             part, other = slice(i, i + TILE[0]), slice(j, j + TILE[1])
-            yield part, other, images[part] @ texts[other].T
+            similarity = images[part] @ texts[other].T
+            is_match = np.zeros(similarity.shape, bool)
+            for labels in image_labels[part].T:
+                is_match |= labels[:, None] == text_labels[other]
+            yield part, other, similarity, is_match

@@ -69,10 +69,8 @@ def flatten(config: Mapping, parts: tuple[str, ...]) -> dict:
     """Returns all entries of a config: those of its parts are named `part.name`."""
     entries = {key: value for key, value in config.items() if key not in parts}
     for part in parts:
-        part_entries = config.get(part) or {}
-        if not isinstance(part_entries, Mapping):
-            part_entries = {"": part_entries}
-        entries.update({f"{part}.{key}": x for key, x in part_entries.items()})
+        part_entries = (config.get(part) or {}).items()
+        entries.update({f"{part}.{key}": x for key, x in part_entries})
     return entries
 
 
@@ -106,13 +104,6 @@ def read_entries(
     return {x.field: values[key] for key, x in entries.items() if x.field}, reasons
 
 
-def read_json(argument: str, path: str | os.PathLike) -> Any:
-    """Reads the JSON file that an argument names."""
-    path = pathlib.Path(path).expanduser()
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"`{argument}` must be a file of JSON ({error}). "
-            f"Received: {argument}={str(path)!r}"
-        ) from error
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a file of JSON."""
+    return json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from keras_cluster_mask.checks import is_number
 from keras_cluster_mask.interop.configs import (
@@ -42,7 +41,6 @@ CONFIG_FILE = "config.json"
 FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaCLIP2", "siglip": "SigLIP"}
 NAMES = {"CLIP": CLIP, "MetaCLIP2": METACLIP_2, "SigLIP": SIGLIP}
 
-INTERPOLATIONS = {int(x): x.name.lower() for x in Image.Resampling}
 # The end token's id that old CLIP configs state by mistake. transformers then pools at
 # the highest id.
 OLD_END_ID = 2
@@ -113,8 +111,8 @@ def load_hugging_face(
 
     Resize images in the dataset as in training: squash them for SigLIP
     (`resize="squash"`), crop them for the others. A warning is issued if the model was
-    not trained with a center crop and bicubic interpolation. Files that state another
-    size of images than the model's are refused.
+    not trained with a center crop. Files that state another size of images than the
+    model's are refused.
 
     Example:
 
@@ -166,7 +164,7 @@ def load_hugging_face(
 
 def _read_config(path):
     """Returns fields of `Architecture`, and why the model cannot be loaded."""
-    config = read_json("source", path)
+    config = read_json(path)
     kind = config.get("model_type") if isinstance(config, Mapping) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
@@ -215,7 +213,7 @@ def _read_preprocessing(folder, of_model):
     is_siglip = of_model["family"] == "SigLIP"
     paths = [folder / name for name in PREPROCESSING_FILES]
     path = next(filter(pathlib.Path.is_file, paths), None)
-    given = image_processor_entries({} if path is None else read_json("source", path))
+    given = image_processor_entries({} if path is None else read_json(path))
     for key in ("image_mean", "image_std"):
         # transformers takes a number for all channels.
         if is_number(given.get(key)):
@@ -225,7 +223,6 @@ def _read_preprocessing(folder, of_model):
         "do_rescale": fixed(True),
         "image_mean": Entry("pixel_mean", mean, "mean of 3 channels"),
         "image_std": Entry("pixel_std", std, "deviation of 3 channels"),
-        "resample": Entry("interpolation", 3, INTERPOLATIONS),
     }
     fields, reasons = read_entries(given, entries)
     if abs(255 * given.get("rescale_factor", 1 / 255) - 1) > 1e-6:

@@ -99,15 +99,10 @@ def read_config(config: Any) -> Architecture:
     """
     given = config
     if isinstance(config, os.PathLike) or str(config).endswith(".json"):
-        given = read_json("config", config)
+        given = read_json(config)
     elif not isinstance(config, Mapping):
         given = _read_named(str(config))
-    whole = {"model_cfg": given, **given} if isinstance(given, Mapping) else {}
-    if not isinstance(whole.get("model_cfg"), Mapping):
-        raise ValueError(
-            "`config` must be the config of a model as open_clip writes it, a "
-            f"dictionary. Received: config={config!r}, which holds {given!r}"
-        )
+    whole = {"model_cfg": given, **given}
     # open_clip writes null for what has the default.
     preprocessing = whole.get("preprocess_cfg") or {}
     preprocessing = {k: x for k, x in preprocessing.items() if x is not None}
@@ -123,8 +118,6 @@ def read_config(config: Any) -> Architecture:
     end = given.get("text_cfg.eos_id", end_id)
     if fields["family"] == "MetaCLIP2" and end != end_id:
         reasons.append(f"text_cfg.eos_id={end}: keras_hub pools at the id {end_id}")
-    if not reasons and fields["image_heads"] > fields["image_width"]:
-        reasons.append("vision_cfg.head_width is greater than vision_cfg.width")
     size, image_size = given.get("preprocess_cfg.size"), fields["image_size"]
     if size is not None and side_of(size) != image_size:
         reasons.append(f"preprocess_cfg.size={size} is not the image size {image_size}")
@@ -135,15 +128,12 @@ def read_config(config: Any) -> Architecture:
             f"{'; '.join(sorted(reasons))}. `load_hugging_face` reads models of "
             f"transformers. Received: config={config!r}"
         )
-    interpolation = given.get("preprocess_cfg.interpolation", "bicubic")
     fields.update(
         image_heads=fields["image_width"] // fields["image_heads"],
         image_hidden=int(fields["image_width"] * fields["image_hidden"]),
         text_hidden=int(fields["text_width"] * fields["text_hidden"]),
         loss="softmax" if given.get("init_logit_bias") is None else "sigmoid",
         resize_mode=given.get("preprocess_cfg.resize_mode", "shortest"),
-        # In evaluation open_clip uses bicubic interpolation for "random".
-        interpolation="bicubic" if interpolation == "random" else interpolation,
     )
     return Architecture(**fields)
 
@@ -202,7 +192,7 @@ def _read_named(name):
             "`open_clip.list_models()` lists them, or the path of a .json file. "
             f"Received: config={name!r}"
         )
-    return read_json("config", paths[stem])
+    return read_json(paths[stem])
 
 
 def _ratio(hidden, width):

@@ -1,6 +1,5 @@
 """Loads CLIP models from weights of open_clip, and saves them as such."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.interop.open_clip_configs import (
     OPEN_CLIP_CONFIG_FILE,
     read_config,
@@ -17,11 +15,7 @@ from keras_cluster_mask.interop.open_clip_configs import (
 )
 from keras_cluster_mask.interop.state_dicts import entries, load_model
 from keras_cluster_mask.interop.tensor_names import OPEN_CLIP, OPEN_METACLIP_2
-from keras_cluster_mask.interop.weight_files import (
-    find_weights,
-    replacing,
-    write_weights,
-)
+from keras_cluster_mask.interop.weight_files import find_weights, write_weights
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
 
@@ -50,8 +44,7 @@ def load_open_clip(
     weights become float32.
 
     The config also states how images were resized. Resize them the same way in the
-    dataset. A warning is issued for anything except a center crop with bicubic
-    interpolation.
+    dataset. A warning is issued for anything except a center crop.
 
     keras_hub cannot save the epsilon of the text tower's last normalization. A saved
     `ContrastiveModel` keeps it. A backbone or a tower that is saved by itself is loaded
@@ -149,11 +142,8 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
         ValueError: For an unsupported model; or for a backbone made by keras_hub itself
             whose patches all have position 0, which open_clip cannot represent.
     """
-    # Imported here, since importing keras_hub takes seconds.
-    keras_hub = import_keras_hub()
     backbone = getattr(model, "backbone", model)
-    kinds = keras_hub.models.CLIPBackbone, keras_hub.models.MetaCLIP2Backbone
-    if not isinstance(backbone, kinds):
+    if not any(hasattr(backbone, x) for x in ("clip_head", "metaclip_2_head")):
         raise ValueError(
             "`model` must be a keras_hub CLIPBackbone or MetaCLIP2Backbone, or a "
             f"ContrastiveModel of one. Received: model={model} of type "
@@ -178,11 +168,10 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
 
     The config states what the weights do not: attention heads, activation, and the mean
     and deviation of pixels. It is written to a file beside the weights:
-    `open_clip_config.json` for the names that open_clip reads,
-    `open_clip_model.safetensors` and `open_clip_pytorch_model.bin`, and otherwise one
-    named after the weights, such as `clip.pt.open_clip_config.json`. So a folder can
-    hold several models. Both files are written under a temporary name and renamed once
-    they are complete.
+    `open_clip_config.json` for the name that open_clip reads,
+    `open_clip_model.safetensors`, and otherwise one named after the weights, such as
+    `clip.safetensors.open_clip_config.json`. So a folder can hold several models.
+    Existing files are replaced.
 
     Example:
 
@@ -197,30 +186,19 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     Args:
         model: A model that `open_clip_state_dict` takes. A backbone by itself is saved
             with the mean and deviation of CLIP.
-        path: str or path that ends in `.safetensors` (written without torch), or in
-            `.pt`, `.pth` or `.bin`.
+        path: str or path that ends in `.safetensors`.
 
     Raises:
-        ValueError: For an unsupported model or file extension; or if the
-            `open_clip_config.json` to write exists and belongs to another model.
-        ImportError: If a `.safetensors` file is written without safetensors, or another
-            one without torch.
+        ValueError: For an unsupported model or file extension.
+        ImportError: If safetensors is not installed.
     """
     weights = open_clip_state_dict(model)
     bias = weights.get("logit_bias")
-    architecture = Architecture.of(model)
-    config = write_config(architecture, None if bias is None else float(bias))
+    bias = None if bias is None else float(bias)
+    config = write_config(Architecture.of(model), bias)
     path = pathlib.Path(path).expanduser()
-    beside = _config_path(path)
-    # An existing config may belong to other weights in the folder, and hold more
-    # entries than the one written here.
-    is_kept = path.name in WEIGHT_FILES and beside.exists()
-    if is_kept:
-        _check_same(beside, architecture)
     write_weights(path, weights)
-    if not is_kept:
-        with replacing(beside) as file:
-            file.write(json.dumps(config, indent=2).encode())
+    _config_path(path).write_text(json.dumps(config, indent=2))
 
 
 def _config_path(path):
@@ -228,15 +206,3 @@ def _config_path(path):
     # With any other name of the weights, the folder may hold several models.
     prefix = "" if path.name in WEIGHT_FILES else f"{path.name}."
     return path.with_name(f"{prefix}{OPEN_CLIP_CONFIG_FILE}")
-
-
-def _check_same(path, architecture):
-    """Raises an error if a folder's config, which may say more, is of another model."""
-    with contextlib.suppress(ValueError):
-        if read_config(path) == architecture:
-            return
-    raise ValueError(
-        f"`path` must not be beside the {OPEN_CLIP_CONFIG_FILE} of another model. "
-        "Save under another name or into another folder, or delete that file if "
-        f"the weights there are no longer needed. Received: path={str(path.parent)!r}"
-    )

@@ -133,13 +133,11 @@ def load_model(
             f"{architecture.image_layers} image blocks and {architecture.text_layers} "
             f"text blocks. Received: {label}, with\n  " + "\n  ".join(faults)
         )
-    mode, interpolation = architecture.resize_mode, architecture.interpolation
-    if (mode, interpolation) != ("shortest", "bicubic"):
+    if architecture.resize_mode != "shortest":
         warnings.warn(
-            f"The model was trained on images resized by {mode!r} with "
-            f"{interpolation!r} interpolation. `image_text_dataset` resizes by "
-            "'shortest' and a center crop, or with resize='squash' by 'squash', "
-            "always with bicubic interpolation.",
+            "The model was trained on images resized by "
+            f"{architecture.resize_mode!r}. `image_text_dataset` resizes by 'shortest' "
+            "and a center crop, or with resize='squash' by 'squash'.",
             stacklevel=3,
         )
     if architecture.family != "SigLIP":
@@ -170,13 +168,8 @@ def _read_state_dict(source):
         source = read_weights(source)
     # Training writes the weights beside the optimizer's state.
     for key in ("state_dict", "model"):
-        if isinstance(source, Mapping) and isinstance(source.get(key), Mapping):
+        if isinstance(source.get(key), Mapping):
             source = source[key]
-    if not isinstance(source, Mapping) or not all(isinstance(x, str) for x in source):
-        raise ValueError(
-            "`source` must be, or hold, a state dict: a dictionary from names to "
-            f"tensors. Received: {label}"
-        )
     # `torch.compile` adds this prefix, and DistributedDataParallel the next one.
     state = {name.replace("_orig_mod.", ""): x for name, x in source.items()}
     if all(name.startswith("module.") for name in state):

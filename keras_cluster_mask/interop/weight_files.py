@@ -1,4 +1,4 @@
-"""Reads and writes files of weights in the formats of safetensors and torch."""
+"""Reads files of weights of safetensors and torch, and writes those of safetensors."""
 
 import contextlib
 import importlib
@@ -7,14 +7,13 @@ import os
 import pathlib
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 INDEX = ".index.json"
-LIBRARIES = {".safetensors": "safetensors.numpy"}
-LIBRARIES |= dict.fromkeys((".pt", ".pth", ".bin"), "torch")
+SAFETENSORS, TORCH = ".safetensors", (".pt", ".pth", ".bin")
 # In earlier versions, a file can run code in spite of `weights_only`: CVE-2025-32434
 # (before 2.6) and CVE-2026-24747 (before 2.10).
 SAFE_TORCH = 2, 10
@@ -41,19 +40,25 @@ def read_weights(path: str | os.PathLike) -> Any:
             names = {*json.loads(path.read_text())["weight_map"].values()}
             shards = [path.with_name(name) for name in sorted(names)]
         return {key: x for shard in shards for key, x in read_weights(shard).items()}
-    library = _library("source", path)
-    if library.__name__ != "torch":
+    if path.suffix not in (SAFETENSORS, *TORCH):
+        raise ValueError(
+            "`source` must end in .safetensors, .pt, .pth or .bin. "
+            f"Received: source={str(path)!r}"
+        )
+    if path.suffix == SAFETENSORS:
+        safetensors = _library("safetensors.numpy", path)
         with _read_errors(path):
-            return library.load_file(path)
-    version = tuple(map(int, re.findall(r"\d+", library.__version__)[:2]))
+            return safetensors.load_file(path)
+    torch = _library("torch", path)
+    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
     if version < SAFE_TORCH:
         raise ImportError(
             f"`source` is a {path.suffix} file, which can run code when torch before "
             "2.10 reads it: `pip install -U torch`, or pass a .safetensors file. "
-            f"Received: source={str(path)!r}, torch {library.__version__}"
+            f"Received: source={str(path)!r}, torch {torch.__version__}"
         )
     with _read_errors(path):
-        return library.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def find_weights(source: Any, names: tuple[str, ...]) -> Any:
@@ -83,37 +88,20 @@ def find_weights(source: Any, names: tuple[str, ...]) -> Any:
 
 
 def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays to a file, which appears only once it is complete.
+    """Writes arrays to a file.
 
     Args:
-        path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`.
+        path: str or path that ends in `.safetensors`.
         arrays: Dictionary of NumPy arrays.
     """
     path = pathlib.Path(path).expanduser()
-    library = _library("path", path)
-    with replacing(path) as file:
-        if library.__name__ != "torch":
-            file.write(library.save(arrays, {"format": "pt"}))
-        else:
-            tensors = {key: library.from_numpy(x) for key, x in arrays.items()}
-            library.save(tensors, file)
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Opens a file under a temporary name, and renames it once it is written.
-
-    Args:
-        path: `pathlib.Path`.
-    """
+    if path.suffix != SAFETENSORS:
+        raise ValueError(
+            f"`path` must end in .safetensors. Received: path={str(path)!r}"
+        )
+    content = _library("safetensors.numpy", path).save(arrays, {"format": "pt"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    path.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -135,26 +123,15 @@ def _read_errors(path):
                 "trust its author, save only the tensors of `torch.load(path, "
                 "weights_only=False)` to a new file."
             )
-        elif isinstance(error, RuntimeError) and "TorchScript" in str(error):
-            reason = (
-                "is a TorchScript program, as OpenAI's own files are, and not a state "
-                "dict. If you trust its author, save `torch.jit.load(path, "
-                '"cpu").state_dict()` to a new file.'
-            )
         raise ValueError(f"`source` {reason} Received: source={str(path)!r}") from error
 
 
-def _library(argument, path):
+def _library(name, path):
     """Imports the library of a file's format, since each works without the other."""
-    if path.suffix not in LIBRARIES:
-        raise ValueError(
-            f"`{argument}` must end in .safetensors, .pt, .pth or .bin. "
-            f"Received: {argument}={str(path)!r}"
-        )
     try:
-        return importlib.import_module(LIBRARIES[path.suffix])
+        return importlib.import_module(name)
     except ImportError as error:
-        name = LIBRARIES[path.suffix].partition(".")[0]
+        name = name.partition(".")[0]
         raise ImportError(
             f"{path.suffix} files need {name}: `pip install {name}`. "
             f"Received: {str(path)!r}"

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.checks import is_positive
+from keras_cluster_mask.checks import check_range
 from keras_cluster_mask.masking.patch_grid import standardize_grid
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.types import Tensor
@@ -69,11 +69,7 @@ class CenteredMasking(PatchMasking):
         **kwargs: Any,
     ):
         super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
-        if not is_positive(variance):
-            raise ValueError(
-                "`variance` must be a finite number greater than 0. "
-                f"Received: variance={variance}"
-            )
+        check_range("variance", variance, 1e-6, math.inf)
         self.variance = float(variance)
         self.grid = standardize_grid(grid)
 

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,11 +12,9 @@ from keras_cluster_mask.checks import (
     check_range,
     check_ratio,
 )
-from keras_cluster_mask.masking.patch_masking import probe_pixels
 from keras_cluster_mask.masking.selection import (
+    add_state,
     anchor_count,
-    count_patches,
-    kept_count,
     order_by_score,
 )
 from keras_cluster_mask.masking.similarity import (
@@ -150,16 +147,14 @@ class ClusterMasking(SimilarityMasking):
         self.hide_padding = bool(hide_padding)
 
         self.threshold = self.share_above = None
-        # A few normalized test pixels, if `adapt` saw uint8 images.
-        self._adapted_pixels = None
         self._given_threshold = threshold
         if min_mask_ratio is not None:
             # Infinite if it is not set: JAX takes no NaN from several processes.
             value = math.inf if threshold is None else float(threshold)
-            self.threshold = self._add_state("threshold", value, "float32")
+            self.threshold = add_state(self, "threshold", value)
             if self.embedding_weight != 0.0:
                 _check_reachable(self.mask_ratio, min_mask_ratio)
-                self.share_above = self._add_state("share_above", 0.0, "float32")
+                self.share_above = add_state(self, "share_above", 0.0)
 
     # === The strategy ===
 
@@ -242,45 +237,21 @@ class ClusterMasking(SimilarityMasking):
         check_integer("max_images", max_images, or_none=True)
         _check_reachable(self.mask_ratio, self.min_mask_ratio)
 
-        self._adapted_pixels = None
         similarities = []
         for images in read_images(data, max_images):
-            images = ops.convert_to_tensor(images)
-            if keras.backend.standardize_dtype(images.dtype) == "uint8":
-                self._adapted_pixels = probe_pixels(self.prepare_pixels)
-            images = self.prepare_pixels(images)
-            noise = self.draw(images.shape[0], count_patches(self, images))
-            found = self.similarity_of_pixels(images, self.draw_anchors(noise))
-            similarities.append(ops.convert_to_numpy(found))
+            images = self.prepare_pixels(ops.convert_to_tensor(images))
+            num_patches = math.prod(self.grid_shape(None, images))
+            anchors = self.draw_anchors(self.draw(images.shape[0], num_patches))
+            patches = extract_patches(images, self.patch_size, self.data_format)
+            highest = ops.max(pixel_similarity(patches, anchors), axis=1)
+            similarities.append(ops.convert_to_numpy(round_similarity(highest)))
         similarities = np.concatenate(similarities)
         max_visible = self.num_kept(similarities.shape[1])
         self.threshold.assign(
             find_threshold(similarities, self.mask_ratio, max_visible)
         )
 
-    def similarity_of_pixels(self, images: Tensor, anchors: Tensor) -> Tensor:
-        """Computes `similarity` from the pixels alone, ignoring `embedding_weight`."""
-        patches = extract_patches(images, self.patch_size, self.data_format)
-        return round_similarity(ops.max(pixel_similarity(patches, anchors), axis=1))
-
     # === Overrides of the base class ===
-
-    def join(self, prepare_pixels: Callable[[Tensor], Tensor]) -> None:
-        adapted = self._adapted_pixels
-        if adapted is not None and not np.array_equal(
-            probe_pixels(prepare_pixels), adapted
-        ):
-            raise ValueError(
-                f"`adapt` of `{self.name}` saw uint8 images that were normalized "
-                "differently than in this model: make the model first, then call "
-                "`adapt` again. Received: threshold="
-                f"{float(ops.convert_to_numpy(self.threshold)):.4g}"
-            )
-        super().join(prepare_pixels)
-
-    def num_kept(self, num_patches: int) -> int:
-        ratio = self.mask_ratio if self.min_mask_ratio is None else self.min_mask_ratio
-        return kept_count(num_patches, ratio)
 
     @property
     def hides_tokens(self) -> bool:

@@ -57,12 +57,6 @@ class GridMasking(PatchMasking):
         **kwargs: Any,
     ):
         window = check_integer("window", window)
-        if "mask_ratio" in kwargs:
-            raise ValueError(
-                "`mask_ratio` is not an argument of `GridMasking`, which leaves out "
-                "`1 - 1 / window**2` of the patches: pass `window`. "
-                f"Received: mask_ratio={kwargs['mask_ratio']}"
-            )
         super().__init__(1 - 1 / window**2, num_prefix_tokens, seed, **kwargs)
         self.window = window
         self.grid = standardize_grid(grid)

@@ -70,22 +70,6 @@ def grid_of_square_patches(
     )
 
 
-def grid_of_masking(masking, num_patches: int | None, images=None) -> tuple[int, int]:
-    """Returns the rows and columns of a masking's patches, see its `grid_shape`."""
-    if masking.grid is not None:
-        return masking.grid
-    if masking.patch_size is None:
-        shape = None if images is None else images.shape
-        return grid_of_square_patches(num_patches, shape, masking.data_format)
-    if images is None:
-        raise ValueError(
-            f"`{masking.name}` needs the images that the tokens were made from: "
-            "call it as `masking(tokens, images=images)`. Received: images=None"
-        )
-    patch_size = sides_of("patch_size", masking.patch_size)
-    return grid_shape(images.shape, patch_size, masking.data_format)
-
-
 def _sides(shape, data_format):
     shape = tuple(shape)
     if len(shape) != 4:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,13 +8,15 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_ratio
 from keras_cluster_mask.distribution.backends import is_traced, take_rows
-from keras_cluster_mask.masking.patch_grid import grid_of_masking
+from keras_cluster_mask.masking.patch_grid import (
+    grid_of_square_patches,
+    grid_shape,
+    sides_of,
+)
 from keras_cluster_mask.masking.selection import (
     PutMask,
+    add_state,
     best_patches,
-    check_no_nan,
-    count_patches,
-    kept_count,
     noise_by_view,
     split_tokens,
 )
@@ -88,6 +91,10 @@ class PatchMasking(keras.layers.Layer):
     # its mask.
     is_random = True
 
+    # For strategies that leave out more of some images than of others: the fraction to
+    # leave out of each image at least. `mask_ratio` is then the average.
+    min_mask_ratio: float | None = None
+
     # For strategies that use images: an integer or `(height, width)` in pixels.
     patch_size: int | tuple[int, int] | None = None
     data_format: str | None = None
@@ -116,15 +123,7 @@ class PatchMasking(keras.layers.Layer):
         # True if a call counts as a training step. An enclosing model counts itself.
         self.counts_calls = True
         # A weight, because compiled steps can return values only through weights.
-        self.last_mask_ratio = self.add_weight(
-            shape=(),
-            initializer="zeros",
-            trainable=False,
-            dtype="float32",
-            autocast=False,
-            aggregation="mean",
-            name="last_mask_ratio",
-        )
+        self.last_mask_ratio = add_state(self, "last_mask_ratio", 0.0)
         self.supports_masking = True
         self.built = True
         self._is_ready = False
@@ -152,7 +151,9 @@ class PatchMasking(keras.layers.Layer):
 
     def num_kept(self, num_patches: int) -> int:
         """Returns how many of `num_patches` patches are kept, at least 1."""
-        return kept_count(num_patches, self.mask_ratio)
+        ratio = self.mask_ratio if self.min_mask_ratio is None else self.min_mask_ratio
+        # 1e-6 corrects products such as 10 * (1 - 0.9) = 0.99999...
+        return max(1, int(num_patches * (1.0 - ratio) + 1e-6))
 
     def grid_shape(
         self, num_patches: int | None, images: Tensor | None = None
@@ -167,7 +168,18 @@ class PatchMasking(keras.layers.Layer):
             A tuple of two integers: `grid` or, if it was not given, the grid that the
             size of the images implies. Without images the grid is square.
         """
-        return grid_of_masking(self, num_patches, images)
+        if self.grid is not None:
+            return self.grid
+        shape = None if images is None else images.shape
+        if self.patch_size is None:
+            return grid_of_square_patches(num_patches, shape, self.data_format)
+        if shape is None:
+            raise ValueError(
+                f"`{self.name}` needs the images that the tokens were made from: "
+                "call it as `masking(tokens, images=images)`. Received: images=None"
+            )
+        patch_size = sides_of("patch_size", self.patch_size)
+        return grid_shape(shape, patch_size, self.data_format)
 
     # === Shared by all strategies ===
 
@@ -206,14 +218,13 @@ class PatchMasking(keras.layers.Layer):
         """
         images = None if images is None else ops.convert_to_tensor(images)
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
-        if noise is not None:
-            noise = ops.convert_to_tensor(noise, dtype="float32")
-        sees_grid = self.grid is not None or self.patch_size is not None
         knows_prefix = tokens is not None and self.num_prefix_tokens is not None
-        if noise is None or sees_grid or knows_prefix:
-            num_patches = count_patches(self, images, tokens)
+        if self.grid is not None or self.patch_size is not None:
+            num_patches = math.prod(self.grid_shape(None, images))
+        elif noise is None or knows_prefix:
+            _, num_patches = split_tokens(self, tokens, images, self.num_prefix_tokens)
         else:
-            num_patches = noise.shape[-1]
+            num_patches = np.shape(noise)[-1]
         noises = noise_by_view(self, noise, images, tokens, num_patches)
         selected = best_patches(self, images, tokens, noises)[:2]
         if np.ndim(noise) != 3:
@@ -266,8 +277,11 @@ class PatchMasking(keras.layers.Layer):
             self.advance()
         kept = ops.concatenate([prefix, kept], axis=1)
         has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
-        if is_first:
-            check_no_nan(self, has_nan)
+        if is_first and not is_traced(has_nan) and ops.convert_to_numpy(has_nan).any():
+            raise ValueError(
+                f"`score` of `{self.name}` must not return NaN. Received: a score of "
+                f"shape {tuple(score.shape)} with NaN"
+            )
         # A compiled step cannot raise an error on a value, but its loss is NaN then.
         kept = kept + ops.cast(ops.where(has_nan, np.nan, 0.0), kept.dtype)
         if not self.hides_tokens:
@@ -308,15 +322,6 @@ class PatchMasking(keras.layers.Layer):
             prepare_pixels: Function that the model applies to images before the
                 masking.
         """
-        is_joined = not self.counts_calls
-        if is_joined and not np.array_equal(
-            probe_pixels(self.prepare_pixels), probe_pixels(prepare_pixels)
-        ):
-            raise ValueError(
-                f"`{self.name}` is part of another model, which normalizes pixels "
-                "differently: make a masking layer for each model. "
-                f"Received: masking={self.name}"
-            )
         self.prepare_pixels = prepare_pixels
         self.counts_calls = False
 
@@ -392,9 +397,3 @@ class PatchMasking(keras.layers.Layer):
             "num_prefix_tokens": self.num_prefix_tokens,
             "seed": self.seed,
         }
-
-
-def probe_pixels(prepare_pixels):
-    """Applies a function to a few uint8 pixels, to compare it with other functions."""
-    pixels = np.arange(27, dtype="uint8").reshape(1, 3, 3, 3)
-    return ops.convert_to_numpy(prepare_pixels(ops.convert_to_tensor(pixels)))

@@ -10,11 +10,7 @@ import math
 import threading
 
 import keras
-import numpy as np
 from keras import ops
-
-from keras_cluster_mask.distribution.backends import is_traced
-from keras_cluster_mask.masking.patch_grid import grid_of_masking
 
 # Thread-local, because TensorFlow traces the step of each replica in its own thread.
 _context = threading.local()
@@ -54,24 +50,12 @@ def _within(name, value):
         setattr(_context, name, before)
 
 
-def count_patches(masking, images=None, tokens=None) -> int:
-    """Returns the number of patches of an image, from its size or from its tokens."""
-    if masking.grid is not None or masking.patch_size is not None:
-        return math.prod(grid_of_masking(masking, None, images))
-    if tokens is None:
-        raise ValueError(
-            f"`{masking.name}` tells the number of patches from `tokens`. "
-            "Received: tokens=None"
-        )
-    return split_tokens(masking, tokens, images, masking.num_prefix_tokens)[1]
-
-
 def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, int]:
     """Returns how many tokens of an image are before the patches, and how many patches.
 
     Args:
         masking: A `PatchMasking`.
-        tokens: `(batch, prefix + N, dim)` tensor.
+        tokens: `(batch, prefix + N, dim)` tensor, or `None`.
         images: The images of the tokens, or `None`.
         num_prefix: The number of tokens before the patches, if it is known.
 
@@ -79,9 +63,9 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
         ValueError: If the number is not known and does not follow from the images, or
             if the tokens do not fit it.
     """
-    num_tokens = tokens.shape[1]
+    num_tokens = None if tokens is None else tokens.shape[1]
     if masking.grid is not None or masking.patch_size is not None:
-        num_patches = math.prod(grid_of_masking(masking, None, images))
+        num_patches = math.prod(masking.grid_shape(None, images))
         prefix = None if num_tokens is None else num_tokens - num_patches
         if prefix is None or prefix < 0 or num_prefix not in (None, prefix):
             raise ValueError(
@@ -101,17 +85,10 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
         )
     if num_tokens is None or num_tokens <= num_prefix:
         raise ValueError(
-            "`tokens` must have a known length greater than "
-            f"num_prefix_tokens={num_prefix}. "
-            f"Received: tokens.shape={tuple(tokens.shape)}"
+            f"`tokens` of `{masking.name}` must have a known length greater than "
+            f"num_prefix_tokens={num_prefix}. Received: tokens.shape[1]={num_tokens}"
         )
     return num_prefix, num_tokens - num_prefix
-
-
-def kept_count(num_patches, ratio):
-    """Returns how many of `num_patches` are kept if `ratio` is left out, at least 1."""
-    # 1e-6 corrects products such as 10 * (1 - 0.9) = 0.99999...
-    return max(1, int(num_patches * (1.0 - ratio) + 1e-6))
 
 
 def anchor_count(num_patches, ratio):
@@ -137,11 +114,6 @@ def noise_by_view(masking, noise, images, tokens, num_patches):
         noise = ops.convert_to_tensor(noise, dtype="float32")
         _check_noise(noise, None if inputs is None else inputs.shape[0], num_patches)
         return [noise] if len(noise.shape) == 2 else ops.unstack(noise, axis=1)
-    if inputs is None:
-        raise ValueError(
-            "`noise` must be given where neither `images` nor `tokens` tell the "
-            "number of images. Received: noise=None"
-        )
     views = getattr(_context, "views", None) or 1
     part = getattr(_context, "part", None)
     size, take = part or (ops.shape(inputs)[0], lambda x: x)
@@ -174,13 +146,10 @@ def best_patches(masking, images, tokens, noises):
                 f"`score` of `{masking.name}` must return one value a patch, shape "
                 f"{tuple(noise.shape)}. Received: shape {tuple(score.shape)}"
             )
-    score, noise = scores[0], noises[0]
-    num_patches = noise.shape[1]
-    if len(noises) > 1:
-        score, noise = (
-            ops.reshape(ops.stack(x, axis=1), (-1, num_patches))
-            for x in (scores, noises)
-        )
+    num_patches = noises[0].shape[1]
+    score, noise = (
+        ops.reshape(ops.stack(x, axis=1), (-1, num_patches)) for x in (scores, noises)
+    )
     best = order_by_score(score, noise)[:, : masking.num_kept(num_patches)]
     indices = ops.sort(best, axis=-1)
     if not masking.hides_tokens:
@@ -189,18 +158,24 @@ def best_patches(masking, images, tokens, noises):
     return indices, visible, score
 
 
-def check_no_nan(masking, has_nan):
-    """Raises an error if the score of an image is NaN, where values can be read.
+def add_state(masking, name, value, dtype="float32"):
+    """Adds a scalar weight to a masking, which is not trained.
 
     Args:
         masking: A `PatchMasking`.
-        has_nan: Booleans, one for each image.
+        name: String.
+        value: Number, the initial value.
+        dtype: String. Integers are equal on all replicas, and floats are averaged.
     """
-    if not is_traced(has_nan) and np.any(ops.convert_to_numpy(has_nan)):
-        raise ValueError(
-            f"`score` of `{masking.name}` must not return NaN. "
-            f"Received: NaN for {int(np.sum(ops.convert_to_numpy(has_nan)))} images"
-        )
+    return masking.add_weight(
+        shape=(),
+        initializer=keras.initializers.Constant(value),
+        trainable=False,
+        dtype=dtype,
+        autocast=False,
+        aggregation="only_first_replica" if dtype == "int32" else "mean",
+        name=name,
+    )
 
 
 class PutMask(keras.layers.Layer):

@@ -9,6 +9,7 @@ from keras_cluster_mask.checks import check_choice, check_range
 from keras_cluster_mask.distribution.chunks import map_rows
 from keras_cluster_mask.masking.patch_grid import sides_of
 from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.masking.selection import add_state
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
     pixel_similarity,
@@ -81,7 +82,7 @@ class SimilarityMasking(PatchMasking):
         self.embedding_weight = embedding_weight
         self.step = None
         if not isinstance(embedding_weight, float):
-            self.step = self._add_state("step", 0, "int32")
+            self.step = add_state(self, "step", 0, "int32")
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -98,17 +99,6 @@ class SimilarityMasking(PatchMasking):
         sizes = [getattr(layer, "patch_size", None) for layer in layers]
         if self._patch_size is None and any(sizes):
             self._patch_size = sides_of("patch_size", next(filter(None, sizes)))
-
-    def _add_state(self, name, value, dtype):
-        return self.add_weight(
-            shape=(),
-            initializer=keras.initializers.Constant(value),
-            trainable=False,
-            dtype=dtype,
-            autocast=False,
-            aggregation="only_first_replica" if dtype == "int32" else "mean",
-            name=name,
-        )
 
     def similarity_to_anchors(
         self, images: Tensor, anchors: Tensor | None, tokens: Tensor | None = None

@@ -5,13 +5,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import num_images, read_images
-from keras_cluster_mask.checks import check_choice, check_integer
-from keras_cluster_mask.distribution.processes import verbosity
+from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.masking.patch_grid import grid_shape, sides_of
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.types import Tensor
@@ -19,7 +17,7 @@ from keras_cluster_mask.types import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaskingStatistics:
-    """The result of `masking_statistics`. Use `print` to show it as a table.
+    """The result of `masking_statistics`. Use `print` for a summary.
 
     A patch that is kept as hidden padding does not count, because it has no influence.
 
@@ -35,17 +33,15 @@ class MaskingStatistics:
 
     def __repr__(self):
         rows, columns = self.kept_by_position.shape
-        columns_of_table = ("mean", "std", "min", "max")
-        lines = [
-            f"{len(self.keep_ratio):,} images of {rows} x {columns} patches",
-            " " * 30 + "".join(f"{name:>9}" for name in columns_of_table),
-        ]
+        lines = [f"{len(self.keep_ratio):,} images of {rows} x {columns} patches"]
         for name, values in (
             ("keep ratio of an image", self.keep_ratio),
             ("how often a position is kept", self.kept_by_position),
         ):
-            spread = (getattr(values, column)() for column in columns_of_table)
-            lines.append(f"{name:<30}" + "".join(f"{value:9.3f}" for value in spread))
+            spread = (
+                f"{values.mean():.3f}, from {values.min():.3f} to {values.max():.3f}"
+            )
+            lines.append(f"{name}: {spread}")
         return "\n".join(lines)
 
 
@@ -54,7 +50,6 @@ def masking_statistics(
     data: Any,
     patch_size: int | tuple[int, int] | None = None,
     embed: Callable[[Tensor], Tensor] | None = None,
-    max_images: int | None = None,
     seed: int | None = 0,
     verbose: str | int = "auto",
 ) -> MaskingStatistics:
@@ -88,11 +83,9 @@ def masking_statistics(
             the masking. Required for a masking without one, such as `RandomMasking`.
         embed: Function from a batch of images, a tensor, to its embedded tokens
             `(batch, prefix + N, dim)`. Required for a masking that uses tokens.
-        max_images: Integer. Stop reading after this many images; `None` reads all.
         seed: Integer, the random seed of the noise. `None` gives different noise every
             time.
-        verbose: `"auto"`, 0, 1 or 2. 0 is silent, 1 a progress bar, 2 one line at
-            the end; `"auto"` is 1.
+        verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         A `MaskingStatistics`.
@@ -101,24 +94,13 @@ def masking_statistics(
         ValueError: If the patch size, the tokens or the threshold that the masking
             needs are missing, if there are no images, or if images differ in size.
     """
-    check_choice("verbose", verbose, ("auto", 0, 1, 2))
-    check_integer("max_images", max_images, or_none=True)
     patch_size = patch_size_of([masking], patch_size)
     masking.check_ready()
     rng = np.random.default_rng(seed)
-    expected = num_images(data)
-    if None not in (expected, max_images):
-        expected = min(expected, max_images)
-    progress = keras.utils.Progbar(
-        expected,
-        verbose=verbosity(1 if verbose == "auto" else verbose),
-        stateful_metrics=["keep_ratio"],
-        unit_name="image",
-    )
+    progress = progress_bar(num_images(data), verbose, "image")
     count, first_grid, ratios = 0, None, []
-    for images in read_images(data, max_images):
+    for images in read_images(data):
         grid = grid_shape(images.shape, patch_size, masking.data_format)
-        inputs = masking_inputs(masking, images, grid, embed)
         noise = rng.random((len(images), math.prod(grid)), dtype="float32")
         if first_grid is None:
             first_grid, times_kept = grid, np.zeros(noise.shape[1], "int64")
@@ -127,13 +109,12 @@ def masking_statistics(
                 "The images of `data` must all have one size. Received: batches of "
                 f"{first_grid} and of {grid} patches (rows, columns)"
             )
-        kept = keep_mask(masking, *inputs, noise)
+        kept = keep_mask(masking, *masking_inputs(masking, images, embed), noise)
         ratios.append(kept.mean(axis=1, dtype="float32"))
         times_kept += kept.sum(axis=0)
         count += len(images)
-        metrics = [("keep_ratio", times_kept.mean() / count)]
-        progress.update(count, metrics, finalize=False)
-    progress.update(count, metrics, finalize=True)
+        progress.update(count, [("keep_ratio", kept.mean())], finalize=False)
+    progress.update(count, finalize=True)
     return MaskingStatistics(
         keep_ratio=np.concatenate(ratios),
         kept_by_position=(times_kept / count).reshape(first_grid),
@@ -162,57 +143,21 @@ def patch_size_of(maskings, patch_size):
     )
 
 
-def masking_inputs(masking, images, grid, embed):
+def masking_inputs(masking, images, embed):
     """Returns the pixels and the tokens that a masking gets in training.
 
     Args:
         masking: A `PatchMasking`.
         images: Array of images.
-        grid: Tuple `(rows, columns)` of their patches.
         embed: Function from pixels to tokens. `None` returns `None` for tokens.
-
-    Raises:
-        ValueError: If the masking has another grid, or if `embed` returns tokens of a
-            wrong shape.
     """
-    if masking.grid not in (None, grid):
-        raise ValueError(
-            f"`grid` of the {type(masking).__name__} must be that of the patches of "
-            f"`images`, {grid}, or None. Received: grid={masking.grid}, "
-            f"images.shape={images.shape}"
-        )
     pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
-    num_patches = math.prod(grid)
-    if embed is None:
-        return pixels, None
-    tokens = embed(pixels)
-    if len(tokens.shape) != 3 or tokens.shape[1] < num_patches:
-        raise ValueError(
-            "`embed` must return tokens (batch, prefix + N, dim) with "
-            f"N={num_patches} patches. Received: tokens.shape={tuple(tokens.shape)}"
-        )
-    return pixels, tokens
+    return pixels, None if embed is None else embed(pixels)
 
 
 def keep_mask(masking, pixels, tokens, noise):
     """Returns `(batch, N)` booleans, true for patches that are kept and visible."""
-    # A schedule may start at 0, where tokens have no influence yet.
-    uses_tokens, cause = getattr(masking, "embedding_weight", 0.0) != 0.0, None
-    try:
-        if tokens is not None or not uses_tokens:
-            indices, visible = masking.select(pixels, tokens, noise)
-    except (AttributeError, TypeError) as error:
-        if tokens is not None:
-            raise
-        # Of a masking that takes `None` for an array.
-        uses_tokens, cause = True, error
-    if tokens is None and uses_tokens:
-        raise ValueError(
-            f"`embed` must be given, as the {type(masking).__name__} uses tokens. "
-            "Received: embed=None"
-        ) from cause
+    indices, visible = map(ops.convert_to_numpy, masking.select(pixels, tokens, noise))
     kept = np.zeros(tuple(noise.shape), dtype=bool)
-    np.put_along_axis(
-        kept, ops.convert_to_numpy(indices), ops.convert_to_numpy(visible), axis=1
-    )
+    np.put_along_axis(kept, indices, visible, axis=1)
     return kept

@@ -53,8 +53,6 @@ class Architecture:
         pixel_mean: Three floats, by channel.
         pixel_std: Three floats, by channel.
         resize_mode: String, open_clip's name for the way in which images become square.
-            Not part of the model, so it is not compared; nor is the interpolation.
-        interpolation: String, the interpolation filter.
     """
 
     image_width: int
@@ -75,8 +73,7 @@ class Architecture:
     loss: str = "softmax"
     pixel_mean: tuple[float, ...] = CLIP_MEAN
     pixel_std: tuple[float, ...] = CLIP_STD
-    resize_mode: str = dataclasses.field(default="shortest", compare=False)
-    interpolation: str = dataclasses.field(default="bicubic", compare=False)
+    resize_mode: str = "shortest"
 
     @classmethod
     def of(cls, model: Any) -> Self:

@@ -23,7 +23,7 @@ LEFT_OUT = 0.88  # The gray level of left-out patches, in [0, 1].
 
 def plot_masks(
     images: np.ndarray,
-    masking: PatchMasking | Mapping[str, PatchMasking] | Sequence[PatchMasking],
+    masking: PatchMasking | Mapping[str, PatchMasking],
     noise: np.ndarray | None = None,
     seed: int | None = 0,
     patch_size: int | tuple[int, int] | None = None,
@@ -55,8 +55,7 @@ def plot_masks(
         images: `(batch, H, W, C)` array, uint8, or floats in `[0, 1]`. Each is a row of
             the figure.
         masking: A `PatchMasking`. Or several, each a column of the figure: a dictionary
-            from titles, of one or more lines, to maskings, or a list, with the class
-            names as titles.
+            from titles, of one or more lines, to maskings.
         noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
         seed: Integer, the random seed of the noise.
         patch_size: As in `kcm.masking.masking_statistics`: required if no masking has
@@ -71,12 +70,15 @@ def plot_masks(
     Raises:
         ValueError: If the patch size, the tokens or the threshold that a masking
             needs are missing, if the images do not fit the patch size, or if maskings
-            differ in patch size or data format.
+            differ in patch size.
     """
-    titles, maskings = _titles_and_maskings(masking)
-    images = np.asarray(images)
+    named = masking
+    if not isinstance(masking, Mapping):
+        named = {type(masking).__name__: masking}
+    images, maskings = np.asarray(images), [*named.values()]
     patch_size = patch_size_of(maskings, patch_size)
-    data_format = _common_data_format(maskings)
+    formats = (each.data_format for each in maskings)
+    data_format = next(filter(None, formats), None)
     grid = _Grid(grid_shape(images.shape, patch_size, data_format), patch_size)
     if noise is None:
         noise = np.random.default_rng(seed).random((len(images), grid.num_patches))
@@ -84,46 +86,18 @@ def plot_masks(
     kept = []
     for each in maskings:
         each.check_ready()
-        inputs = masking_inputs(each, images, grid.shape, embed)
+        inputs = masking_inputs(each, images, embed)
         kept.append(keep_mask(each, *inputs, noise))
 
     shown = _for_display(images, data_format)
     if isinstance(masking, ClusterMasking):
         return _plot_clusters(shown, grid, kept[0], masking, *inputs, noise)
-    figure, axes = _axes(len(images), len(titles) + 1, ("image", *titles))
+    figure, axes = _axes(len(images), len(named) + 1, ("image", *named))
     for index, row in enumerate(axes):
         row[0].imshow(shown[index])
         for axis, stays in zip(row[1:], kept):
             axis.imshow(grid.leave_out(shown[index], stays[index]))
     return figure
-
-
-def _titles_and_maskings(masking):
-    """Returns the titles and the maskings of the columns."""
-    titles, maskings = None, masking
-    if isinstance(masking, PatchMasking):
-        maskings = [masking]
-    elif isinstance(masking, Mapping):
-        titles, maskings = [*masking], [*masking.values()]
-    is_list = isinstance(maskings, list | tuple) and len(maskings) > 0
-    if not is_list or not all(isinstance(each, PatchMasking) for each in maskings):
-        raise ValueError(
-            "`masking` must be a `PatchMasking`, a list of them, or a dictionary from "
-            f"titles to them. Received: masking={masking!r}"
-        )
-    return titles or [type(each).__name__ for each in maskings], maskings
-
-
-def _common_data_format(maskings):
-    """Returns the data format of the maskings, or `None` if they have none."""
-    formats = {x.data_format for x in maskings if x.data_format is not None}
-    if len(formats) > 1:
-        raise ValueError(
-            "`masking` must be maskings of one `data_format`, as they are compared on "
-            "the same images: plot the others separately. "
-            f"Received: data_formats {sorted(formats)}"
-        )
-    return formats.pop() if formats else None
 
 
 def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):

@@ -8,11 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from clip_benchmark.metrics import (
-    image_caption_selection,
-    zeroshot_classification,
-    zeroshot_retrieval,
-)
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 
 import keras_cluster_mask as kcm
@@ -157,24 +153,6 @@ def test_retrieval_metrics_are_ours_with_and_without_amp(model, tokenizer):
             assert image == pytest.approx(ours[f"text_to_image_recall@{k}"])
             assert text == pytest.approx(ours[f"image_to_text_recall@{k}"])
             assert 0 < image < 1
-
-
-def test_sugarcrepe_gives_the_caption_selection_accuracy(model, tokenizer):
-    adapter, transform, tokenize = adapt(model, tokenizer)
-    count = len(ALL_CAPTIONS)
-    negatives = ALL_CAPTIONS[-1:] + ALL_CAPTIONS[:-1]
-    pairs = [*zip(ALL_CAPTIONS, negatives)]
-    found = image_caption_selection.evaluate(
-        adapter, batches(transform, pairs), tokenize, "cpu"
-    )
-    data = {"images": our_images(count), "captions": ALL_CAPTIONS}
-    embedded = kcm.evaluation.embed(model, data, tokenizer, verbose=0)
-    images, captions = embedded["image_embeddings"], embedded["text_embeddings"]
-    expected = kcm.evaluation.caption_selection_accuracy(
-        images, captions, np.roll(captions, 1, axis=0)
-    )
-    assert 0 < expected < 1
-    assert found["text_acc"] == pytest.approx(expected, abs=1e-6)
 
 
 # === What is handed to clip_benchmark ===

@@ -100,12 +100,3 @@ def test_every_entry_that_does_not_fit_is_listed(reference):
         "wrong shape: transformer.resblocks.0.attn.in_proj_weight (3, 64, 64), "
         "expected (192, 64)",
     ]
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("source", [None, 3, [1, 2], {1: np.zeros(2)}])
-def test_what_is_no_state_dict_is_refused(source):
-    with pytest.raises(
-        ValueError, match=r"a dictionary from names to tensors. Received"
-    ):
-        load(source)

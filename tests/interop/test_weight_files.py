@@ -1,4 +1,4 @@
-"""Files of weights: reading, refusals, and failed writes."""
+"""Files of weights: reading, writing and refusals."""
 
 import os
 import pathlib
@@ -34,26 +34,33 @@ def without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin"])
-def test_what_was_written_is_read(tmp_path, suffix):
+def write_torch(path, arrays):
+    import torch
+
+    torch.save({name: torch.tensor(x) for name, x in arrays.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"),
+    [
+        (".safetensors", write_weights),
+        *((suffix, write_torch) for suffix in (".pt", ".pth", ".bin")),
+    ],
+)
+def test_files_of_both_libraries_are_read(tmp_path, suffix, write):
     path = tmp_path / f"weights{suffix}"
-    write_weights(path, ARRAYS)
-    write_weights(path, ARRAYS)  # over the old one
+    write(path, ARRAYS)
     found = read_weights(str(path))
     assert found.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
         assert np.asarray(found[name]).shape == array.shape
         np.testing.assert_array_equal(found[name], array)
-    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_safetensors_need_no_torch(tmp_path, without_torch):
     write_weights(tmp_path / "a.safetensors", ARRAYS)
     found = read_weights(tmp_path / "a.safetensors")
     np.testing.assert_array_equal(found["matrix"], ARRAYS["matrix"])
-    with pytest.raises(ImportError, match=r"pip install torch.*a\.pt"):
-        write_weights(tmp_path / "a.pt", ARRAYS)
-    (tmp_path / "b.pt").touch()
     with pytest.raises(ImportError, match=r"pip install torch.*b\.pt"):
         read_weights(tmp_path / "b.pt")
 
@@ -81,29 +88,19 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
 def test_a_torch_whose_reader_is_not_safe_reads_nothing(tmp_path, monkeypatch, version):
     import torch
 
-    write_weights(tmp_path / "a.pt", ARRAYS)
-    write_weights(tmp_path / "a.safetensors", ARRAYS)
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(
         ImportError, match=rf"pip install -U torch.*a\.pt.*{version[:3]}"
     ):
         read_weights(tmp_path / "a.pt")
-    read_weights(tmp_path / "a.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch is about to give TorchScript up
-def test_a_torchscript_program_is_refused(tmp_path):
-    import torch
-
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "openai.pt")
-    with pytest.raises(ValueError, match=r"TorchScript.*torch\.jit\.load.*openai.pt"):
-        load(tmp_path / "openai.pt")
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_damaged_file_or_one_of_another_kind_cannot_be_read(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "write"), [(".safetensors", write_weights), (".pt", write_torch)]
+)
+def test_a_damaged_file_or_one_of_another_kind_cannot_be_read(tmp_path, suffix, write):
     path = tmp_path / f"weights{suffix}"
-    write_weights(path, {"a": np.zeros(1000, "float32")})
+    write(path, {"a": np.zeros(1000, "float32")})
     content = path.read_bytes()
     cut = [content[: int(share * len(content))] for share in (0.0, 0.5, 0.99)]
     for damaged in (*cut, b"hello world" * 9, b"\x80\x02}", b"PK\x03\x04"):
@@ -117,13 +114,12 @@ def test_bad_paths_are_refused_by_name():
         load_open_clip("none.pt")
     with pytest.raises(ValueError, match=r"`source` must end in .*source='a.h5'"):
         read_weights("a.h5")
-    with pytest.raises(ValueError, match=r"`path` must end in .*path='a'"):
-        write_weights("a", ARRAYS)
+    with pytest.raises(ValueError, match=r"`path` must end in .*path='a.pt'"):
+        write_weights("a.pt", ARRAYS)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_failed_write_leaves_the_old_file(tmp_path, suffix):
-    path = tmp_path / f"weights{suffix}"
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "weights.safetensors"
     write_weights(path, ARRAYS)
     before = path.read_bytes()
     with pytest.raises((TypeError, AttributeError)):

@@ -293,6 +293,8 @@ def test_config_round_trip_keeps_every_argument(strategy, options):
     ],
 )
 def test_refuses_and_names_the_argument(strategy, options, inputs, argument):
+    if strategy == "grid" and "mask_ratio" in options:
+        pytest.skip("It has no such argument.")
     shapes = {"tokens": (2, 1 + N, 6), "noise": (2, N), **inputs}
     inputs = {name: np.zeros(shape, "float32") for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=rf"`{argument}`[\s\S]*Received: "):

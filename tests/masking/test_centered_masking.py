@@ -41,7 +41,7 @@ def test_keeps_the_center_always_and_the_border_rarely():
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("variance", [0, -0.2, float("nan"), float("inf"), "wide"])
-def test_refuses_a_variance_that_is_not_finite_and_positive(variance):
+@pytest.mark.parametrize("variance", [0, -0.2, float("nan"), "wide"])
+def test_refuses_a_variance_that_is_not_positive(variance):
     with pytest.raises(ValueError, match=r"`variance` .*Received: variance="):
         kcm.CenteredMasking(variance=variance)

@@ -315,7 +315,6 @@ class TestAdapt:
             ({}, np.full((ROWS, 32, 48, 3), 7, "uint8"), "`mask_ratio`"),
             ({}, [], "`data`"),
             ({}, np.zeros((0, 32, 48, 3), "uint8"), "`data`"),
-            ({}, 3, "`data`"),
             ({}, {"photos": 3}, "'images'"),
             ({}, np.zeros((8, 32, 30, 3)), "width of `images`"),
         ],

@@ -46,7 +46,6 @@ def test_keeps_exactly_one_patch_of_every_window_even_where_noise_ties(
     ("options", "argument"),
     [
         *(({"window": x}, "window") for x in (0, -2, 2.0, 0.5, "two", None)),
-        ({"mask_ratio": 0.5}, "mask_ratio"),
         *(({"grid": grid}, "window") for grid in ((3, 4), (4, 3))),
     ],
 )

@@ -219,12 +219,6 @@ def test_a_grid_that_does_not_fit_is_refused(
         )
 
 
-@pytest.mark.any_backend
-def test_a_grid_alone_does_not_say_how_many_images_there_are():
-    with pytest.raises(ValueError, match=r"`noise` .*Received: noise=None"):
-        kcm.GridMasking(grid=(4, 4)).select()
-
-
 @pytest.mark.parametrize("views", [(), (2,)])
 def test_noise_of_another_number_of_patches_is_refused(views):
     masking, tokens = kcm.RandomMasking(0.5, num_prefix_tokens=1), tokens_of(2, 17)

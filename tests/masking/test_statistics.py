@@ -1,5 +1,3 @@
-import re
-
 import keras
 import numpy as np
 import pytest
@@ -8,7 +6,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking import masking_statistics
 from tests.helpers import clip_vision_encoder, random_images
-from tests.masking.images import numpy, ramp, textured
+from tests.masking.images import numpy, textured
 
 IMAGES, N = 10, 24
 PIXELS = textured(np.random.default_rng(1), IMAGES, 16, 24, 3)
@@ -112,30 +110,19 @@ TWO_SIZES = [np.zeros((2, 16, 24, 3)), np.zeros((2, 24, 16, 3))]
     ("masking", "arguments", "message"),
     [
         (cluster_masking(), {"data": []}, "`data` "),
-        (cluster_masking(), {"data": 3}, "`data` "),
         (cluster_masking(), {"data": [{"photos": 3}]}, "'images'"),
         (cluster_masking(), {"data": np.zeros((2, 16, 18, 3))}, "`images` "),
         (cluster_masking(), {"data": np.zeros((16, 24, 3))}, "`images` "),
         (cluster_masking(), {"data": TWO_SIZES}, "`data` "),
-        (cluster_masking(), {"verbose": 3}, "`verbose` "),
-        (cluster_masking(), {"max_images": 0}, "`max_images` "),
         (cluster_masking(), {"patch_size": 8}, "`patch_size` "),
-        (cluster_masking(), {"embed": lambda x: x[:, :, :, 0]}, "`embed` "),
         (cluster_masking(min_mask_ratio=0.2), {}, "`threshold`"),
         (kcm.RandomMasking(0.5, num_prefix_tokens=1), {}, "`patch_size` "),
-        (kcm.BlockMasking(grid=(6, 4)), {"patch_size": 4}, "`grid` "),
-        (Dimmest(0.5, num_prefix_tokens=0), {"patch_size": 4}, "`embed` "),
         (
             kcm.RandomMasking(0.5, num_prefix_tokens=1),
             {"patch_size": 4, "embed": lambda x: np.zeros((len(x), 26, 8), "float32")},
             "`noise` ",
         ),
-        *(
-            (strategy(4, embedding_weight=weight), {}, "`embed` ")
-            for strategy in (kcm.ClusterMasking, kcm.KMeansMasking, kcm.EdgeMasking)
-            # A schedule may start at 0, where tokens do not matter yet.
-            for weight in (0.5, ramp())
-        ),
+        (cluster_masking(embedding_weight=0.5), {}, "`tokens` "),
     ],
 )
 def test_refuse_and_name_the_argument(masking, arguments, message):
@@ -145,28 +132,22 @@ def test_refuse_and_name_the_argument(masking, arguments, message):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("verbose", "lines"), [(0, 0), (2, 1), (1, None), ("auto", None)]
-)
-def test_progress_is_shown_as_in_keras(verbose, lines, capsys):
+def test_progress_is_shown_as_in_keras(capsys):
     keras.config.enable_interactive_logging()
-    statistics_of(cluster_masking(), PIXELS, verbose=verbose)
+    statistics_of(cluster_masking(), PIXELS, verbose=0)
+    assert not capsys.readouterr().out
+    statistics_of(cluster_masking(), PIXELS, verbose="auto")
     printed = capsys.readouterr().out
-    if lines is not None:
-        assert printed.count("\n") == lines
-    if verbose:
-        assert "10/10" in printed
-        assert "keep_ratio: 0.5000" in printed
+    assert "10/10" in printed
+    assert "keep_ratio: 0.5000" in printed
 
 
 @pytest.mark.any_backend
-def test_are_printed_as_a_table():
+def test_are_printed_as_a_summary():
     found = statistics_of(cluster_masking(**MODES["threshold"]), PIXELS)
-    assert str(found).startswith("10 images of 4 x 6 patches")
-    for name, values in (
-        ("keep ratio of an image", found.keep_ratio),
-        ("how often a position is kept", found.kept_by_position),
-    ):
-        (line,) = re.findall(rf"^{name} +(.*)$", str(found), re.MULTILINE)
-        expected = [values.mean(), values.std(), values.min(), values.max()]
-        np.testing.assert_allclose([*map(float, line.split())], expected, atol=6e-4)
+    size, ratio, position = str(found).splitlines()
+    assert size == "10 images of 4 x 6 patches"
+    mean, lowest = found.keep_ratio.mean(), found.kept_by_position.min()
+    assert ratio.startswith(f"keep ratio of an image: {mean:.3f}, from ")
+    assert position.startswith("how often a position is kept: ")
+    assert f"from {lowest:.3f} to " in position

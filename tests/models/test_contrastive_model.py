@@ -561,25 +561,6 @@ def test_a_loss_without_the_models_own_counts_steps_and_logs_what_it_updates():
     assert float(to_numpy(masking.threshold)) != pytest.approx(0.07)
 
 
-@pytest.mark.any_backend
-def test_a_threshold_of_other_pixels_than_the_models_is_refused():
-    images = random_pairs(16)["images"]
-
-    def adapted(images):
-        masking = threshold_masking(threshold=None)
-        masking.adapt(images)
-        return masking
-
-    with pytest.raises(ValueError, match=r"make the model first.*Received: threshold"):
-        masked_model(adapted(images))
-    # The model takes these as they are, or the masking has seen what it makes of them.
-    masked_model(adapted(images), pixel_mean=None)
-    model = masked_model(threshold_masking(threshold=None))
-    masked_model(adapted(ops.convert_to_numpy(model.normalize_pixels(images))))
-    model.maskings[0].adapt(images)
-    masked_model(model.maskings[0])
-
-
 # === Refusals ===
 
 
@@ -601,13 +582,6 @@ def masked_texts():
 def two_inputs():
     inputs = [keras.Input((6,), name="ids"), keras.Input((3,), name="topics")]
     return keras.Model(inputs, inputs[1])
-
-
-def shared_masking():
-    masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
-    masked_model(masking)
-    masked_model(masking)
-    return masked_model(masking, pixel_mean=(0.5, 0.5, 0.4))
 
 
 @pytest.mark.any_backend
@@ -644,7 +618,6 @@ def shared_masking():
             lambda: masked_model(attentive(class_token_vit()), views=2),
             "`views` must be 1",
         ),
-        (shared_masking, "part of another model"),
         (
             lambda: kcm.ContrastiveModel(own_masking(), text_bag()).without_masking(),
             "with_masking",
