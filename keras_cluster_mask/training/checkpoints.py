@@ -63,9 +63,10 @@ class CheckpointFiles:
         system, folder = _storage().file_system(self.folder)
         # Clients of object stores cache listings.
         system.invalidate_cache(folder)
-        if not system.exists(folder):
+        try:
+            found = system.ls(folder, detail=False)
+        except FileNotFoundError:
             return []
-        found = system.ls(folder, detail=False)
         names = sorted(path.rpartition("/")[2] for path in found)
         return [
             f"{self.folder}/{name}"
