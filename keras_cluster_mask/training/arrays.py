@@ -39,10 +39,9 @@ class ArrayBatches:
         self._batch_size = min(batch_size, pairs)
         self.steps_per_epoch, rest = divmod(pairs, self._batch_size)
         if rest:
-            which = "others in each epoch" if shuffle else "the same in each epoch"
             warnings.warn(
                 f"{rest} of {pairs} pairs fill no batch of {batch_size} and are left "
-                f"out, {which}.",
+                "out of each epoch.",
                 stacklevel=2,
             )
         self.element_spec = {

@@ -102,11 +102,6 @@ class InputRules:
                 f"{' and '.join(map(repr, self.keys))}; missing: {missing}. "
                 f"Received: {found}"
             )
-        if "sample_weights" in batch:
-            raise ValueError(
-                "The weights of pairs must be in the batch as 'sample_weight'. "
-                f"Received: keys={sorted(batch)}"
-            )
         batch = self.numbers_of(batch)
         self.check_texts(batch)
         return batch
