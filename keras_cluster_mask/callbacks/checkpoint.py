@@ -6,11 +6,7 @@ from keras_cluster_mask.distribution.processes import (
     all_gather_object,
     is_main_process,
 )
-from keras_cluster_mask.training.checkpoints import (
-    CheckpointFiles,
-    finish_writing_everywhere,
-    writing_error,
-)
+from keras_cluster_mask.training.checkpoints import CheckpointFiles
 from keras_cluster_mask.training.run_state import find_non_finite, read_state
 from keras_cluster_mask.training.training_run import RunCallback
 
@@ -37,9 +33,7 @@ class Checkpoint(RunCallback):
     data. See `ContrastiveModel.fit` for resuming. To keep the best model, use
     `keras.callbacks.ModelCheckpoint` as well.
 
-    Training waits while the state is copied to host memory. A background thread writes
-    the file while training continues. The next save and the end of `fit` wait until it
-    is written, so there is never more than one copy.
+    Training waits until the file is written.
 
     An `image_text_dataset` resumes at the next batch, even with another number of
     workers or processes; other data, seeds or options are refused. For other data, each
@@ -80,8 +74,7 @@ class Checkpoint(RunCallback):
     Raises:
         ValueError: From `fit`, if the folder holds later checkpoints than the run
             resumes from, or if the data cannot be resumed.
-        OSError: From `fit`, at the next save or at its end, if a file cannot be
-            written.
+        OSError: From `fit`, if a file cannot be written.
         NonFiniteError: From `fit`, if the loss, a weight or the optimizer's state is
             NaN or infinite.
     """
@@ -129,13 +122,11 @@ class Checkpoint(RunCallback):
 
     def _save(self):
         run, model = self.run, self.model
-        # One copy at a time.
-        finish_writing_everywhere()
         # In all processes, since the weights may be sharded over them.
         state = read_state(model)
         self._check_state(state)
         if is_main_process():
-            self.files.start_writing({**state, **run.rng_state}, run.facts(model))
+            self.files.write({**state, **run.rng_state}, run.facts(model))
 
     def _check_no_swaps(self):
         if any(getattr(x, "swap_on_epoch", False) for x in self.run.callbacks):
@@ -160,16 +151,10 @@ class Checkpoint(RunCallback):
             self._stop("The weights and the optimizer's state", f"{path} at the end")
 
     def _stop(self, what, found):
-        failed = writing_error()
-        # The other processes list the folder after the main process has written to it.
-        all_gather_object(0)
         last = self.files.paths()
-        error = NonFiniteError(
+        raise NonFiniteError(
             f"{what} must stay finite; a lower learning rate, a longer warm-up or "
             "gradient clipping may help. The last good checkpoint is "
             f"{last[-1] if last else 'none'}. Received: {found} of epoch "
             f"{self._epoch + 1}"
         )
-        if failed is not None:
-            error.add_note(f"A checkpoint could not be written either: {failed!r}")
-        raise error

@@ -1,6 +1,5 @@
 import collections.abc
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +69,6 @@ class Evaluation(RunCallback):
             raise ValueError(
                 f"`data` must hold at least one image. Received: data={self.data}"
             )
-        _check_same_everywhere(batch["images"])
         # Evaluate one batch now, to find errors in the data before the first epoch.
         metrics = self._named(self.evaluate(self._embedder, [batch]))
         # Keras passes one dictionary to all callbacks.
@@ -170,9 +168,8 @@ class Retrieval(Evaluation):
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
             `training=True` or of one of several processes. From `fit`, before it
-            trains: for data without texts or images, data that differs between
-            processes, callbacks that write the same metrics, or a model that is not a
-            `ContrastiveModel`.
+            trains: for data without texts or images, callbacks that write the same
+            metrics, or a model that is not a `ContrastiveModel`.
     """
 
     def __init__(
@@ -234,9 +231,8 @@ class ZeroShot(Evaluation):
         ValueError: For an iterator, and for an `image_text_dataset` with
             `training=True`, of one of several processes, or with `class_names` in
             another order. From `fit`, before it trains: for arguments that
-            `kcm.evaluation.evaluate_zero_shot` does not accept, data that differs
-            between processes, callbacks that write the same metrics, or a model that is
-            not a `ContrastiveModel`.
+            `kcm.evaluation.evaluate_zero_shot` does not accept, callbacks that write
+            the same metrics, or a model that is not a `ContrastiveModel`.
     """
 
     def __init__(
@@ -262,15 +258,3 @@ class ZeroShot(Evaluation):
         from keras_cluster_mask.evaluation import evaluate_zero_shot
 
         return evaluate_zero_shot(embedder, data, **self.options, verbose=0)
-
-
-def _check_same_everywhere(images):
-    """Raises an error if processes have different data, or parts of it."""
-    # 31 bits, since JAX's integers have no more.
-    checksums = all_gather_object(zlib.crc32(np.ascontiguousarray(images)) >> 1)
-    if len({*checksums}) > 1:
-        raise ValueError(
-            "`data` must be the same, and whole, in each process: pass "
-            "`process=(0, 1)` to `image_text_dataset`. "
-            f"Received: images with the checksums {checksums} by process"
-        )

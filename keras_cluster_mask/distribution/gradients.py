@@ -9,6 +9,7 @@ from keras_cluster_mask.distribution.processes import process_index_and_count
 from keras_cluster_mask.distribution.replicas import (
     num_replicas,
     parts_of_batch,
+    replica_mean,
     tensorflow_replica,
 )
 
@@ -23,22 +24,12 @@ def prepare_replicas(model) -> None:
     """Gives all replicas the same weights before the first step of a `fit`.
 
     Raises:
-        ValueError: If Keras's `fit` does not support the strategy or an option of
-            `compile` on several devices, if a part of the model was not made in the
-            scope of the strategy, or if the torch processes train different weights.
+        ValueError: If Keras's `fit` does not support an option of `compile` on several
+            devices, if a part of the model was not made in the scope of the strategy,
+            or if the torch processes train different weights.
     """
     if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
         strategy = model.distribute_strategy
-        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-            raise ValueError(
-                "On TensorFlow, training on several machines does not work with Keras "
-                "3. Use `tf.distribute.MirroredStrategy` on one machine, or the JAX "
-                "backend: `keras.distribution.initialize()`, then `keras.distribution."
-                "set_distribution(keras.distribution.DataParallel())`. "
-                f"Received: strategy={type(strategy).__name__}"
-            )
         if strategy.num_replicas_in_sync > 1:
             _check_strategy(strategy, model)
     elif keras.backend.backend() == "torch" and num_replicas() > 1:
@@ -103,7 +94,7 @@ def over_processes(train_function, model, averaged):
 
     Old gradients must be removed: Keras finds weights by their paths, and misses those
     that share theirs with others, such as the weights of a teacher or of two towers
-    without names. With several processes, see `data_parallel`.
+    without names.
 
     Args:
         train_function: Keras's train function.
@@ -112,14 +103,15 @@ def over_processes(train_function, model, averaged):
     """
     if keras.backend.backend() != "torch":
         return train_function
-    if num_replicas() > 1:
-        train_function = data_parallel.data_parallel(train_function, model, averaged)
 
     @functools.wraps(train_function)
     def wrapped(data):
         for weight in model.trainable_weights:
             weight.value.grad = None
-        return train_function(data)
+        logs = train_function(data)
+        for variable in averaged if num_replicas() > 1 else ():
+            variable.assign(replica_mean(variable.value))
+        return logs
 
     return wrapped
 
@@ -136,19 +128,6 @@ def global_norm(gradients: list, scale=1.0):
     # Divided first, since the squares of scaled gradients may overflow.
     unscaled = (ops.cast(x, "float32") / scale for x in gradients)
     return ops.sqrt(sum(ops.sum(ops.square(x)) for x in unscaled))
-
-
-def clip_by_global_norm(gradients: list, max_norm: float) -> list:
-    """Scales gradients down by one factor, to a norm of all of them together."""
-    given = [x for x in gradients if x is not None]
-    if keras.backend.backend() == "torch" and in_place_updates.clip_by_global_norm(
-        given, max_norm
-    ):
-        return gradients
-    norm = global_norm(given)
-    # As in Keras, all become NaN if the norm is not finite.
-    scale = max_norm * ops.minimum(1.0 / norm, 1.0 / max_norm) + (norm - norm)
-    return [x if x is None else x * ops.cast(scale, x.dtype) for x in gradients]
 
 
 def update_in_place(optimizer) -> None:

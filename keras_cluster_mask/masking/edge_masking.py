@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.checks import check_choice, check_range
-from keras_cluster_mask.distribution.backends import in_full_precision, take_rows
+from keras_cluster_mask.distribution.backends import in_full_precision
+from keras_cluster_mask.distribution.replicas import take_rows
 from keras_cluster_mask.masking.selection import (
     anchor_count,
     order_by_score,

@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.distribution.backends import in_full_precision, take_rows
+from keras_cluster_mask.distribution.backends import in_full_precision
+from keras_cluster_mask.distribution.replicas import take_rows
 from keras_cluster_mask.masking.similarity import round_similarity
 from keras_cluster_mask.masking.similarity_masking import (
     SimilarityMasking,

@@ -7,7 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_ratio
-from keras_cluster_mask.distribution.backends import is_traced, take_rows
+from keras_cluster_mask.distribution.backends import is_traced
+from keras_cluster_mask.distribution.replicas import take_rows
 from keras_cluster_mask.masking.patch_grid import (
     grid_of_square_patches,
     grid_shape,

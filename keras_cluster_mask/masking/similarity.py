@@ -9,7 +9,8 @@ import bisect
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.distribution.backends import in_full_precision, take_rows
+from keras_cluster_mask.distribution.backends import in_full_precision
+from keras_cluster_mask.distribution.replicas import take_rows
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 
 STEPS = 2**12

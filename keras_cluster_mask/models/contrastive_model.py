@@ -280,7 +280,7 @@ class ContrastiveModel(ContrastiveTrainer):
         # `fit`, `evaluate` and `predict` check their data before the model sees it.
         is_batch = isinstance(inputs, dict) and inputs.keys() >= {*KEYS}
         is_features = isinstance(inputs, dict) and "image_features" in inputs
-        if not (is_batch or is_features) or "sample_weights" in inputs:
+        if not (is_batch or is_features):
             self.input_rules.check_keys(inputs)
         if training and self.micro_batch_size and not is_features:
             embeddings, extra_losses = micro_batches.embed_in_micro_batches(

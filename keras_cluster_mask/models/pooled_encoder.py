@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from typing import Any, Self
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ from keras_cluster_mask.models.inputs import (
     image_processor_entries,
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
-from keras_cluster_mask.training.layers import from_parts, frozen_parts
+from keras_cluster_mask.training.layers import MadeOfParts, frozen_parts
 from keras_cluster_mask.types import Tensor
 
 POOLINGS = ("class", "mean", "class_and_mean")
@@ -115,7 +115,7 @@ def _pixel_statistics(preset, mean, std):
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class PooledEncoder(keras.Model):
+class PooledEncoder(MadeOfParts, keras.Model):
     """A backbone with a pooling of its tokens, which shares the backbone's weights.
 
     Args:
@@ -164,12 +164,6 @@ class PooledEncoder(keras.Model):
             "pooling": self.pooling,
             "frozen": frozen_parts(self),
         }
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> Self:
-        return from_parts(cls, config, custom_objects)
 
 
 class SavedWeight(keras.layers.Layer):

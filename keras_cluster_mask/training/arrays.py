@@ -7,7 +7,6 @@ import numpy as np
 
 from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.distribution.processes import all_gather_object
-from keras_cluster_mask.training.input_rules import LONELY
 
 
 class ArrayBatches:
@@ -34,24 +33,15 @@ class ArrayBatches:
     training = True
 
     def __init__(self, arrays, batch_size, shuffle=True):
-        if not isinstance(shuffle, bool):
-            raise ValueError(
-                f"`shuffle` must be True or False. Received: shuffle={shuffle!r}"
-            )
         self._arrays = {name: as_array(values) for name, values in arrays.items()}
         self._shuffle = shuffle
         self._pairs = pairs = len(self._arrays["token_ids"])
         self._batch_size = min(batch_size, pairs)
-        if self._batch_size < 2:
-            raise ValueError(
-                f"{LONELY} Received: batch_size={batch_size}, arrays of {pairs} pairs"
-            )
         self.steps_per_epoch, rest = divmod(pairs, self._batch_size)
         if rest:
-            which = "others in each epoch" if shuffle else "the same in each epoch"
             warnings.warn(
                 f"{rest} of {pairs} pairs fill no batch of {batch_size} and are left "
-                f"out, {which}.",
+                "out of each epoch.",
                 stacklevel=2,
             )
         self.element_spec = {

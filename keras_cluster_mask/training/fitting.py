@@ -15,20 +15,15 @@ from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.distribution.replicas import num_replicas
-from keras_cluster_mask.training.checkpoints import (
-    finish_writing_everywhere,
-    read_resumable,
-    writing_error,
-)
+from keras_cluster_mask.training.checkpoints import read_resumable
 from keras_cluster_mask.training.features import TowerFeatures
-from keras_cluster_mask.training.input_rules import as_dictionary, check_unused
+from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
 from keras_cluster_mask.training.tokens import remembered_tokenizer
 from keras_cluster_mask.training.training_data import (
     TrainingData,
     evaluation_data,
-    reader_of,
     until_the_end,
 )
 from keras_cluster_mask.training.training_run import ProgressBar, TrainingRun
@@ -56,10 +51,7 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     bound.apply_defaults()
     options = bound.arguments
     batch_size = options.pop("batch_size")
-    # A batch size of 0 is refused with the number of pairs that a batch needs.
-    batch_size = check_integer(
-        "batch_size", 32 if batch_size is None else batch_size, 0
-    )
+    batch_size = check_integer("batch_size", 32 if batch_size is None else batch_size)
     callbacks = options.pop("callbacks")
     callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
     callbacks = [each for each in callbacks if each is not None]
@@ -68,10 +60,10 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     # === The data ===
     names = "x", "y", "sample_weight", "class_weight"
     x = as_dictionary(*map(options.pop, names))
-    if isinstance(x, dict) and options["validation_split"]:
+    split, held_out = options["validation_split"], options["validation_data"]
+    if isinstance(x, dict) and split and held_out is None:
         # Keras splits arrays alone, and gets batches.
-        x, options["validation_data"] = _split(model, x, options)
-        options["validation_split"] = 0.0
+        x, options["validation_data"] = _split(model.input_rules.check_keys(x), split)
     names = "shuffle", "steps_per_epoch", "initial_epoch"
     data = _prepare_data(model, x, batch_size, *map(options.pop, names))
 
@@ -115,8 +107,7 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     rules = dataclasses.replace(model.input_rules, training=True)
     if isinstance(x, TowerFeatures):
         x.check_model(model, training=True)
-    reader = reader_of(x, rules, batch_size, shuffle)
-    data = TrainingData(reader, steps_per_epoch, initial_epoch)
+    data = TrainingData(x, rules, batch_size, shuffle, steps_per_epoch, initial_epoch)
     data.check_same_everywhere()
     check_batch_size(model, data.rows)
     if data.batch_size and model.micro_batch_size:
@@ -153,22 +144,16 @@ def _train(model, keras_fit, run, options):
     steps, no_end = run.data.steps_per_epoch, contextlib.nullcontext()
     try:
         with run.followed(), until_the_end() if steps is None else no_end:
-            history = keras_fit(
+            return keras_fit(
                 x=x,
                 initial_epoch=run.epoch,
                 steps_per_epoch=steps,
-                shuffle=run.data.reader.shuffle,
+                shuffle=run.data.shuffle,
                 **options,
             )
-    except BaseException as error:
-        if (failed := writing_error()) is not None:
-            error.add_note(f"A checkpoint could not be written either: {failed!r}")
-        raise
     finally:
         if isinstance(x, types.GeneratorType):
             x.close()
-    finish_writing_everywhere()
-    return history
 
 
 def _check_executions(steps_per_execution, steps_per_epoch):
@@ -206,17 +191,7 @@ def _warn_of_rate_zero(optimizer):
         )
 
 
-def _split(model, x, options):
+def _split(x, validation_split):
     """Splits arrays as Keras does: the last ones are held out."""
-    validation_split = options["validation_split"]
-    reason = f"`validation_split={validation_split}` takes it from `x`."
-    check_unused(reason, validation_data=options["validation_data"])
-    x = model.input_rules.check_keys(x)
-    pairs = len(x["token_ids"])
-    first = int(pairs * (1.0 - validation_split))
-    if not 0 < first < pairs:
-        raise ValueError(
-            "`validation_split` must leave pairs on both sides. Received: "
-            f"validation_split={validation_split}, {pairs} pairs"
-        )
-    return ({k: v[:first] for k, v in x.items()}, {k: v[first:] for k, v in x.items()})
+    first = int(len(x["token_ids"]) * (1.0 - validation_split))
+    return {k: v[:first] for k, v in x.items()}, {k: v[first:] for k, v in x.items()}

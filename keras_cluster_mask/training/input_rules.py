@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import warnings
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -92,22 +93,14 @@ class InputRules:
         Returns:
             `numbers_of(batch)`.
         """
-        if not isinstance(batch, dict):
+        is_dictionary = isinstance(batch, dict)
+        missing = [x for x in self.keys if not is_dictionary or x not in batch]
+        if missing:
+            found = f"keys={sorted(batch)}" if is_dictionary else f"{type(batch)}"
             raise ValueError(
                 "`inputs`, and each batch of data, must be a dictionary with the keys "
-                f"{' and '.join(map(repr, self.keys))}. "
-                f"Received: one of type {type(batch).__name__}"
-            )
-        missing = [key for key in self.keys if key not in batch]
-        if missing:
-            raise ValueError(
-                f"A batch must have the keys {' and '.join(map(repr, self.keys))}; "
-                f"missing: {missing}. Received: keys={sorted(batch)}"
-            )
-        if "sample_weights" in batch:
-            raise ValueError(
-                "The weights of pairs must be in the batch as 'sample_weight'. "
-                f"Received: keys={sorted(batch)}"
+                f"{' and '.join(map(repr, self.keys))}; missing: {missing}. "
+                f"Received: {found}"
             )
         batch = self.numbers_of(batch)
         self.check_texts(batch)
@@ -259,8 +252,7 @@ class InputRules:
 
 def is_float(images) -> bool:
     """Returns whether images are floats; raises for integers other than uint8."""
-    # The name of the dtype, since NumPy, torch and TensorFlow have different types.
-    name = str(getattr(images.dtype, "name", images.dtype)).split(".")[-1]
+    name = keras.backend.standardize_dtype(images.dtype)
     if "float" not in name and name != "uint8":
         raise ValueError(
             "`images` must be uint8, or floats normalized with the `pixel_mean` and "
@@ -321,7 +313,7 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
     """
     if isinstance(x, tuple | list) and x and isinstance(x[0], dict):
         if len(x) > 1 and isinstance(x[1], dict):
-            # A list of batches, which `reader_of` refuses.
+            # A list of batches, which `checked` refuses.
             return x
         x, own_y, own_weight, *_ = [*x, None, None]
         y = own_y if y is None else y

@@ -136,38 +136,29 @@ def weights_by_layers(layer):
     return ids[True] - ids[False], ids[False]
 
 
-def from_parts(cls, config: dict, custom_objects: dict | None = None):
-    """Creates a layer from a configuration that contains other layers.
-
-    Args:
-        cls: The class of the layer.
-        config: Dictionary of the arguments. Its dictionaries are configurations of
-            layers and models, except for `"frozen"`, the result of `frozen_parts`, or
-            `None` for parts that already exist.
-        custom_objects: As in `keras.saving.deserialize_keras_object`.
-    """
-    config = dict(config)
-    frozen = config.pop("frozen")
-    made = cls(
-        **{
-            key: keras.saving.deserialize_keras_object(
-                value, custom_objects=custom_objects
-            )
-            if isinstance(value, dict)
-            else value
-            for key, value in config.items()
-        }
-    )
-    if frozen is not None:
-        freeze_parts(made, frozen)
-    return made
-
-
 class MadeOfParts:
-    """Base class of layers whose configuration is that of `from_parts`."""
+    """Base class of layers whose configuration contains other layers.
+
+    Dictionaries in the configuration are those of layers and models, except for
+    `"frozen"`, the result of `frozen_parts`, or `None` for parts that already exist.
+    """
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
-        return from_parts(cls, config, custom_objects)
+        config = dict(config)
+        frozen = config.pop("frozen")
+        made = cls(
+            **{
+                key: keras.saving.deserialize_keras_object(
+                    value, custom_objects=custom_objects
+                )
+                if isinstance(value, dict)
+                else value
+                for key, value in config.items()
+            }
+        )
+        if frozen is not None:
+            freeze_parts(made, frozen)
+        return made

@@ -39,8 +39,9 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
     """
     taken = ("images", *model.text_input_names)
     rows = inputs["token_ids"].shape[0]
-    num_chunks = _num_chunks(rows, num_replicas(), micro_batch_size)
-    batch_size = rows * num_replicas()
+    batch_size = None if rows is None else rows * num_replicas()
+    check_micro_batches(batch_size, micro_batch_size, num_replicas())
+    num_chunks = batch_size // micro_batch_size
     seeds = _seeds(model)
     in_seeds = {id(seed) for seed in seeds}
     weights = model.trainable_variables
@@ -91,24 +92,13 @@ def _seeds(model):
     return [v for v in model.non_trainable_variables if id(v) not in excluded]
 
 
-def _num_chunks(rows, replicas, micro_batch_size):
-    if rows is None:
-        raise ValueError(
-            "Micro-batches need a batch size that is known: use a dataset whose last "
-            "batch is full, for example `dataset.batch(batch_size, "
-            "drop_remainder=True)`. Received: a batch of unknown size, "
-            f"micro_batch_size={micro_batch_size}"
-        )
-    batch_size = rows * replicas
-    check_micro_batches(batch_size, micro_batch_size, replicas)
-    return batch_size // micro_batch_size
-
-
-def check_micro_batches(batch_size: int, micro_batch_size: int, replicas: int = 1):
+def check_micro_batches(batch_size: int | None, micro_batch_size: int, replicas: int):
     """Raises an error if the replicas cannot share micro-batches of this size."""
-    if batch_size % micro_batch_size or micro_batch_size % replicas:
+    is_known = batch_size is not None
+    if not is_known or batch_size % micro_batch_size or micro_batch_size % replicas:
         raise ValueError(
-            "`micro_batch_size` must divide the batch size, and be divisible by the "
+            "`micro_batch_size` must divide the batch size, which must be known, as by "
+            "`dataset.batch(batch_size, drop_remainder=True)`, and be divisible by the "
             "number of replicas, since it counts their pairs together. Received: "
             f"micro_batch_size={micro_batch_size}, a batch of {batch_size}, "
             f"{replicas} replicas"

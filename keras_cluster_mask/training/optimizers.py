@@ -48,11 +48,11 @@ def configure(optimizer, model, decay_vectors):
         )
     if isinstance(own, TowerOptimizer):
         own.towers.bind({"image": model.image_encoder, "text": model.text_encoder})
-    for each in parts:
+    for each in {own, *parts}:
         # An optimizer may be compiled again, with other options.
         for name in REPLACED:
             vars(each).pop(name, None)
-        if not decay_vectors:
+        if not decay_vectors and each in parts:
             exclude_vectors_from_decay(each, model.trainable_variables)
         distribution.update_in_place(each)
 

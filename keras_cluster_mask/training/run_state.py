@@ -65,14 +65,10 @@ def find_non_finite(model, state) -> str | None:
 
 def describe(model) -> dict:
     """Returns the settings that a checkpoint must match, as a flat JSON dictionary."""
-    variables = _variables(model)
     fields = {
-        f"{group}.number of variables": sum(key.startswith(group) for key in variables)
-        for group in ("model", "optimizer")
+        f"{key.replace('/', '.')} ({v.path})": [[*v.shape], str(v.dtype)]
+        for key, v in _variables(model).items()
     }
-    for key, variable in variables.items():
-        field = f"{key.replace('/', '.')} ({variable.path})"
-        fields[field] = [[*variable.shape], str(variable.dtype)]
     fields["optimizer"] = type(model.optimizer).__name__
     trained = {id(v) for v in model.trainable_variables}
     fields["frozen weights"] = [

@@ -5,7 +5,6 @@ from typing import Any, Self
 
 import keras
 
-from keras_cluster_mask.distribution.gradients import clip_by_global_norm
 from keras_cluster_mask.types import Tensor
 
 
@@ -59,8 +58,9 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         grads: Sequence[Tensor | None],
         trainable_variables: Sequence[keras.Variable] | None = None,
     ) -> None:
-        if self.global_clipnorm is not None:
-            grads = clip_by_global_norm(list(grads), self.global_clipnorm)
+        # Each optimizer would clip the gradients of its own weights alone.
+        clipped = iter(self._clip_gradients([x for x in grads if x is not None]))
+        grads = [x if x is None else next(clipped) for x in grads]
         super().apply(grads, trainable_variables)
 
     def get_config(self) -> dict[str, Any]:
@@ -76,12 +76,14 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
-        parts = {
-            name: keras.saving.deserialize_keras_object(part, custom_objects)
-            for name, part in config.items()
-            if name in ("default", "image", "text")
-        }
-        return cls(**{**config, **parts})
+        return cls(
+            **{
+                name: keras.saving.deserialize_keras_object(value, custom_objects)
+                if isinstance(value, dict)
+                else value
+                for name, value in config.items()
+            }
+        )
 
 
 class _Towers(keras.optimizers.OptimizerMap):
@@ -105,11 +107,6 @@ class _Towers(keras.optimizers.OptimizerMap):
         self._encoders, self._towers = encoders, None
 
     def __call__(self, variable):
-        if not self._encoders:
-            raise ValueError(
-                "A `TowerOptimizer` needs a `ContrastiveModel`, whose `compile` tells "
-                f"it which weights are of which tower. Received: {variable.path}"
-            )
         if self._towers is None:
             # Once all weights exist, which an encoder may create when it is called.
             self._towers = {

@@ -1,6 +1,6 @@
 """Data of any kind, as Keras reads it: checked, and in training from any step on.
 
-`reader_of` is the only function that depends on the kind of data:
+`checked` is the only function that depends on the kind of data:
 
 | Data | Batch size known from | Starts at any step | Checked |
 | --- | --- | --- | --- |
@@ -45,7 +45,11 @@ class TrainingData:
     """Training data that can be read from any step on, as a resumed run does.
 
     Args:
-        reader: The `Reader` of the data.
+        data: The user's data, from `as_dictionary`.
+        rules: The `InputRules` for its batches.
+        batch_size: Integer, the batch size of arrays.
+        shuffle: Boolean, whether to shuffle arrays, or the batches of a `PyDataset`.
+            `None` shuffles.
         steps_per_epoch: Integer, for data that continues across epochs, or `None`.
             Defaults to that of a stream. If it is `None`, each epoch is a pass.
         first_epoch: Integer, the first epoch to train.
@@ -54,13 +58,36 @@ class TrainingData:
         origin: A tuple of integers: an epoch; the number of batches before its first
             step, since a stream continues where the last `fit` on it ended; and, for
             arrays, the seed of their order.
-        spec: See `Reader`.
+        spec: Dictionary with the shape and dtype of each entry of a batch; `None` if
+            they are not known before a batch is read.
+        stream: The endless stream that the data is from, or `None`.
+        shuffle: Boolean. Whether Keras must shuffle the data. It warns if it cannot.
     """
 
-    def __init__(self, reader, steps_per_epoch=None, first_epoch=0):
-        self.reader = reader
-        self.spec = reader.spec
-        self.stream = reader.stream
+    def __init__(
+        self,
+        data,
+        rules,
+        batch_size=None,
+        shuffle=None,
+        steps_per_epoch=None,
+        first_epoch=0,
+    ):
+        self.shuffle = shuffle
+        if shuffle is None:
+            self.shuffle = isinstance(data, keras.utils.PyDataset)
+        if isinstance(data, dict | TowerFeatures):
+            self.shuffle, is_shuffled = False, shuffle is None or shuffle
+            if isinstance(data, dict):
+                # Arrays are checked once, as a whole.
+                data = ArrayBatches(*rules.check(data), batch_size, is_shuffled)
+            else:
+                data = FeatureBatches(data, batch_size, is_shuffled)
+            rules = None
+        self._type = type(data)
+        self._checked = checked(data, rules)
+        self.spec = spec_of(data)
+        self.stream = stream_of(data)
         default = getattr(self.stream, "steps_per_epoch", None)
         self.steps_per_epoch = steps_per_epoch or default
         self.first_epoch = first_epoch
@@ -111,13 +138,13 @@ class TrainingData:
 
     def check_resumable(self):
         """Raises an error if the data cannot be read from the start of an epoch."""
-        can_start = self.stream is not None or self.reader.can_skip
+        can_start = self.stream is not None or self.spec is not None
         if self.steps_per_epoch is not None and not can_start:
             raise ValueError(
                 "`steps_per_epoch` needs data that can be read from the end of an "
                 "epoch on: an `image_text_dataset` or another `tf.data.Dataset`. "
                 f"Received: steps_per_epoch={self.steps_per_epoch}, data of type "
-                f"{type(self.reader.data).__name__}"
+                f"{self._type.__name__}"
             )
 
     def steps_before(self, epoch) -> int:
@@ -134,8 +161,8 @@ class TrainingData:
         self.seek(step)
         if step and self.stream is None:
             self.check_resumable()
-            return self.reader.for_keras(skip=step)
-        return self.reader.for_keras()
+            return self._checked.skip(step)
+        return self._checked
 
 
 def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_once=True):
@@ -147,7 +174,7 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
         y: Must be `None`.
         sample_weight: `(pairs,)` floats, for arrays only.
         steps: Integer, the number of batches to read, or `None` for all.
-        passes_once: See `reader_of`.
+        passes_once: See `checked`.
     """
     data = as_dictionary(x, y, sample_weight)
     if data is None:
@@ -161,8 +188,10 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
     check_tokenizer_of(model, data)
     if isinstance(data, TowerFeatures):
         data.check_model(model)
-    rules = model.input_rules
-    return reader_of(data, rules, passes_once=passes_once).for_keras()
+        return data.pairs(slice(None))
+    if isinstance(data, dict):
+        return model.input_rules.check(data)[0]
+    return checked(data, model.input_rules, passes_once)
 
 
 @contextlib.contextmanager
@@ -176,28 +205,24 @@ def until_the_end():
 # === The kinds of data ===
 
 
-def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
-    """Returns the `Reader` of data; nothing else depends on the kind of data.
+def checked(data, rules, passes_once=True):
+    """Returns data for Keras, with a check of each batch added.
 
     Args:
-        data: The user's data, from `as_dictionary`.
-        rules: The `InputRules` for its batches.
-        batch_size: Integer, the batch size of arrays in training.
-        shuffle: Boolean, whether to shuffle arrays in training, or the batches of a
-            `PyDataset`. `None` shuffles.
+        data: The user's data other than arrays, or a stream.
+        rules: The `InputRules` for its batches, or `None` if they have been checked.
         passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
             starts worker processes once for a generator, and twice for a grain dataset.
     """
-    if isinstance(data, dict):
-        # Arrays are checked once, as a whole.
-        (data,) = rules.check(data)
-    if isinstance(data, dict | TowerFeatures):
-        is_arrays = isinstance(data, dict)
-        if not rules.training:
-            return Reader(data if is_arrays else data.pairs(slice(None)), None, False)
-        batches = ArrayBatches if is_arrays else FeatureBatches
-        data = batches(data, batch_size, True if shuffle is None else shuffle)
-        rules, shuffle = None, False
+    if rules is not None:
+        if hasattr(data, "stream"):
+            # The captions and keys of an `image_text_dataset` are for evaluation.
+            rules.warns[...] = False
+        if (spec := spec_of(data)) is not None:
+            rules.check_keys(spec)
+            rules.check_image_shape(spec["images"])
+            if rules.pixel_range is not None:
+                is_float(spec["images"])
     is_stream = hasattr(data, "stream") and data.stream is data
     if is_stream and keras.backend.backend() == "tensorflow":
         # Imported here: it needs packages that `import keras` does not.
@@ -206,102 +231,51 @@ def reader_of(data, rules, batch_size=None, shuffle=None, passes_once=True):
         data, is_stream = as_dataset(data), False
     packages = {each.__module__.split(".")[0] for each in type(data).__mro__}
     if is_stream and passes_once:
-        kind = _Stream
-    elif "grain" in packages and hasattr(data, "map"):
-        kind = _GrainDataset
-    elif hasattr(data, "element_spec"):
-        kind = _TensorFlowDataset
-    elif isinstance(data, types.GeneratorType):
-        kind = _Generator
-    elif isinstance(data, keras.utils.PyDataset):
-        kind = _PyDataset
-    elif hasattr(data, "collate_fn"):
-        kind = _TorchLoader
-    else:
-        raise ValueError(
-            "`x` and `validation_data` must be a dictionary of arrays, an "
-            "`image_text_dataset`, a `tf.data.Dataset`, a grain `MapDataset` or "
-            "`IterDataset`, a `PyDataset`, a `DataLoader` of torch, or a generator of "
-            "batches. Of other batches, such as a list or a `grain.DataLoader`, pass "
-            "`(batch for batch in data)` for one epoch, and a `PyDataset` for several. "
-            f"Received: data of type {type(data)}"
-        )
-    return kind(data, rules, shuffle)
+        return _read_once(data, rules)
+    if "grain" in packages and hasattr(data, "map"):
+        return data.map(rules.check)
+    if hasattr(data, "element_spec"):
+        return data if rules is None else _checked_dataset(data, rules)
+    if isinstance(data, types.GeneratorType):
+        # Keras reads only generators, and no other iterators.
+        return (rules.check(batch) for batch in data)
+    if isinstance(data, keras.utils.PyDataset):
+        return _CheckedBatches(data, rules.check)
+    if hasattr(data, "collate_fn"):
+        return _checked_loader(data, rules)
+    raise ValueError(
+        "`x` and `validation_data` must be a dictionary of arrays, an "
+        "`image_text_dataset`, a `tf.data.Dataset`, a grain `MapDataset` or "
+        "`IterDataset`, a `PyDataset`, a `DataLoader` of torch, or a generator of "
+        "batches. Of other batches, such as a list or a `grain.DataLoader`, pass "
+        "`(batch for batch in data)` for one epoch, and a `PyDataset` for several. "
+        f"Received: data of type {type(data)}"
+    )
 
 
-class Reader:
-    """Data of one kind. `for_keras` returns it with a check of each batch added.
-
-    Args:
-        data: The data.
-        rules: `InputRules`, or `None` for arrays, which have been checked.
-        shuffle: Boolean, or `None` for the default of the kind.
-
-    Attributes:
-        spec: Dictionary with the shape and dtype of each entry of a batch; `None` if
-            they are not known before a batch is read.
-        stream: The endless stream that the data is from, or `None`.
-        can_skip: Boolean. Whether other data can start with any batch.
-        shuffle: Boolean. Whether Keras must shuffle the data. It warns if it cannot.
-    """
-
-    can_skip = False
-    shuffle = False
-
-    def __init__(self, data, rules, shuffle):
-        self.data, self.rules = data, rules
-        if shuffle is not None:
-            self.shuffle = shuffle
-        self.spec = getattr(data, "element_spec", None)
-        self.stream = stream_of(data)
-        if rules is not None and hasattr(data, "stream"):
-            # The captions and keys of an `image_text_dataset` are for evaluation.
-            rules.warns[...] = False
-        if self.spec is not None and rules is not None:
-            rules.check_keys(self.spec)
-            rules.check_image_shape(self.spec["images"])
-            if rules.pixel_range is not None:
-                is_float(self.spec["images"])
-
-    def for_keras(self):
-        # Arrays for evaluation, which Keras makes batches of.
-        return self.data
+def spec_of(data):
+    """Returns the dictionary of specs of a batch, or `None` if it is not known."""
+    spec = getattr(data, "element_spec", None)
+    if spec is None or isinstance(spec, dict):
+        return spec
+    return data.map(lambda *batch: as_dictionary(batch)).element_spec
 
 
-class _Stream(Reader):
-    """An `ImageTextDataset`, or `ArrayBatches`, for a single pass."""
-
-    def for_keras(self):
-        with contextlib.closing(iter(self.data)) as batches:
-            for batch in batches:
-                yield (batch,) if self.rules is None else self.rules.check(batch)
+def _read_once(stream, rules):
+    with contextlib.closing(iter(stream)) as batches:
+        for batch in batches:
+            yield (batch,) if rules is None else rules.check(batch)
 
 
-class _GrainDataset(Reader):
-    def for_keras(self):
-        return self.data.map(self.rules.check)
+def _checked_dataset(data, rules):
+    import tensorflow as tf
 
-
-class _TensorFlowDataset(Reader):
-    can_skip = True
-
-    def __init__(self, data, rules, shuffle):
-        if not isinstance(data.element_spec, dict):
-            data = data.map(lambda *batch: as_dictionary(batch))
-        super().__init__(data, rules, shuffle)
-
-    def for_keras(self, skip=0):
-        data = self.data.skip(skip) if skip else self.data
-        return data if self.rules is None else data.map(self._checked)
-
-    def _checked(self, batch):
-        import tensorflow as tf
-
+    def check(*batch):
         def check_arrays(*arrays):
-            self.rules.check_values(dict(zip(names, arrays)))
+            rules.check_values(dict(zip(names, arrays)))
             return np.False_
 
-        batch = self.rules.numbers_of(batch)
+        batch = rules.numbers_of(as_dictionary(batch))
         # Images that are not floats are checked by their type alone, since copies take
         # time.
         names = {*KEYS, "sample_weight", "padding_mask"} & batch.keys()
@@ -312,18 +286,7 @@ class _TensorFlowDataset(Reader):
         with tf.control_dependencies([done]):
             return {**batch, "token_ids": tf.identity(batch["token_ids"])}
 
-
-class _Generator(Reader):
-    def for_keras(self):
-        # Keras reads only generators, and no other iterators.
-        return (self.rules.check(batch) for batch in self.data)
-
-
-class _PyDataset(Reader):
-    shuffle = True
-
-    def for_keras(self):
-        return _CheckedBatches(self.data, self.rules.check)
+    return data.map(check)
 
 
 class _CheckedBatches(keras.utils.PyDataset):
@@ -349,16 +312,15 @@ class _CheckedBatches(keras.utils.PyDataset):
         self.data.on_epoch_end()
 
 
-class _TorchLoader(Reader):
-    def for_keras(self):
-        import torch
+def _checked_loader(data, rules):
+    import torch
 
-        # Shared, or each worker process would warn in each epoch.
-        self.rules.warns = torch.tensor(bool(self.rules.warns)).share_memory_()
-        # The copy leaves the user's own unchanged.
-        loader = copy.copy(self.data)
-        loader.collate_fn = functools.partial(_collate, self.rules, loader.collate_fn)
-        return loader
+    # Shared, or each worker process would warn in each epoch.
+    rules.warns = torch.tensor(bool(rules.warns)).share_memory_()
+    # The copy leaves the user's own unchanged.
+    loader = copy.copy(data)
+    loader.collate_fn = functools.partial(_collate, rules, loader.collate_fn)
+    return loader
 
 
 def _collate(rules, collate, samples):

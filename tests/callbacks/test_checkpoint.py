@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 
 import fsspec
 import keras
@@ -288,8 +287,8 @@ def test_killed_at_random_points_and_while_saving(shards, tmp_path):
     rng = random.Random(os.getpid())
     folder = tmp_path / "killed"
     kills = 0
-    for syncs in (None, 3, 4):
-        # A save calls fsync for the file, and for the folder once it is renamed.
+    for syncs in (None, 2, 3):
+        # A save calls fsync for the file before it is renamed.
         environment = {"KILL_AT_SYNC": str(syncs)} if syncs else {}
         process = start(shards, folder, tmp_path / "killed.npz", **environment)
         if syncs is None:
@@ -319,105 +318,32 @@ def test_a_folder_on_remote_storage_is_written_and_resumed_from(whole, shards):
     folder = "memory://checkpoints/a run"
     run(make_dataset(shards), folder, stop=7, keep=2)
     assert CheckpointFiles(folder).paths()[-1] == f"{folder}/epoch-00002.npz"
-    # What a process that was killed has left, and a file cut short.
+    # What a process that was killed has left.
     memory.pipe("/checkpoints/a run/.epoch-00003.npz.1.part", b"a part")
-    content = memory.cat("/checkpoints/a run/epoch-00002.npz")
-    memory.pipe("/checkpoints/a run/epoch-00003.npz", content[:-100])
-    with pytest.warns(UserWarning, match=r"epoch-00003\.npz cannot be read.* before"):
-        found, resumed = run(make_dataset(shards), folder, keep=2)
+    found, resumed = run(make_dataset(shards), folder, keep=2)
     assert_same_weights(found, expected)
     assert resumed.history == history.history
     names = [path.rpartition("/")[2] for path in memory.ls("/checkpoints/a run", False)]
-    expected_names = ["epoch-00002.npz", "epoch-00003.npz", "epoch-00003.npz.damaged"]
-    assert sorted(names) == expected_names
+    assert sorted(names) == ["epoch-00002.npz", "epoch-00003.npz"]
     # One checkpoint by its address.
     address = f"{folder}/epoch-00003.npz"
     found, _ = run(make_dataset(shards), folder, fit={"resume_from": address})
     assert_same_weights(found, expected)
-    with pytest.raises(FileNotFoundError, match=r"`resume_from`.*memory://check"):
+    with pytest.raises(FileNotFoundError, match=r"a run/epoch-1\.npz"):
         run(make_dataset(shards), folder, fit={"resume_from": f"{folder}/epoch-1.npz"})
 
 
-def paused(monkeypatch):
-    """Keeps the thread that writes waiting for an event; returns the event, and whether
-    it came, for each file."""
-    event, came = threading.Event(), []
-    write = CheckpointFiles.write
-
-    def wait_and_write(self, *args):
-        came.append(event.wait(60))
-        return write(self, *args)
-
-    monkeypatch.setattr(CheckpointFiles, "write", wait_and_write)
-    return event, came
-
-
-def test_steps_do_not_wait_for_a_file(tmp_path, monkeypatch):
-    event, came = paused(monkeypatch)
-
-    class Release(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            if epoch == 1:
-                assert not [*tmp_path.iterdir()]
-                event.set()
-
-    model = make_model()
-    fit = dict(batch_size=4, shuffle=False, verbose=0, epochs=3, resume_from=tmp_path)
-    callbacks = [Release(), kcm.callbacks.Checkpoint(tmp_path)]
-    model.fit(pairs(), callbacks=callbacks, **fit)
-    # The next save, and the end, have waited.
-    assert came == [True] * 3
-    assert epochs_saved(tmp_path) == [1, 2, 3]
-    # What is in a file is what there was before the steps that ran while it waited.
-    resumed = make_model()
-    resumed.fit(pairs(), **{**fit, "resume_from": tmp_path / "epoch-00001.npz"})
-    assert_same_weights(weights_of(resumed), weights_of(model))
-
-
-def fail(self, *args):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.mark.any_backend
-@pytest.mark.parametrize(("epochs", "begun"), [(3, 2), (1, 1)])
-def test_an_error_of_writing_stops_training_at_the_next_save_or_the_end(
-    epochs, begun, tmp_path, monkeypatch
-):
+def test_an_error_of_writing_stops_training(tmp_path, monkeypatch):
+    def fail(self, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     count = CountSteps()
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointFiles, "write", fail)
-        with pytest.raises(OSError, match="No space left"):
-            small().fit(
-                random_pairs(8),
-                batch_size=8,
-                epochs=epochs,
-                verbose=0,
-                callbacks=[count, kcm.callbacks.Checkpoint(tmp_path)],
-            )
-    assert count.epochs == begun
-    # It is raised once.
-    assert CheckpointFiles(tmp_path).last_epoch() == -1
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("error", [kcm.callbacks.NonFiniteError, KeyboardInterrupt])
-def test_an_error_of_writing_does_not_hide_that_of_training(
-    error, tmp_path, monkeypatch
-):
-    class Break(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 1 and error is KeyboardInterrupt:
-                raise KeyboardInterrupt
-            if epoch == 1:
-                weight = self.model.trainable_variables[0]
-                weight.assign(np.full(weight.shape, np.nan))
-
     monkeypatch.setattr(CheckpointFiles, "write", fail)
-    callbacks = [kcm.callbacks.Checkpoint(tmp_path), Break()]
-    with pytest.raises(error) as raised:
-        small().fit(random_pairs(8), epochs=2, verbose=0, callbacks=callbacks)
-    (note,) = raised.value.__notes__
-    assert "could not be written either: OSError(28" in note
+    callbacks = [count, kcm.callbacks.Checkpoint(tmp_path)]
+    with pytest.raises(OSError, match="No space left"):
+        small().fit(random_pairs(8), epochs=3, verbose=0, callbacks=callbacks)
+    assert count.epochs == 1
 
 
 # === Losses and weights that are not finite ===

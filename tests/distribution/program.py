@@ -42,11 +42,6 @@ from tests.helpers import MASKINGS, masked_vit, tiny_clip, tiny_siglip
 BATCH, STEPS = 8, 5
 # Variables of runs that do not evaluate retrieval.
 OTHERS = {"BAD_STEP", "CLIP", "MASKING", "PLANS", "SHARDS"}
-if backend == "torch":
-    from keras_cluster_mask.distribution.missing_in_keras import data_parallel
-
-    # Several buckets of these small models, and weights that are larger than one.
-    data_parallel.BUCKET_BYTES = 4096
 
 
 def pairs():
@@ -110,50 +105,14 @@ def fit_frozen(model, **fit):
     return model.fit(**fit)
 
 
-def fit_interrupted(model, **fit):
-    """Fits, cut off in the backward pass of the third step, then fits again."""
-    weight = model.text_encoder.trainable_weights[0].value
-    count = iter(range(3))
-
-    def interrupt(gradient):
-        if next(count) == 2:
-            raise KeyboardInterrupt
-
-    handle = weight.register_hook(interrupt)
-    with contextlib.suppress(KeyboardInterrupt):
-        model.fit(**fit)
-    assert next(count, None) is None
-    handle.remove()
-    return model.fit(**fit)
-
-
-def fit_recompiled(model, **fit):
-    """Fits three times, with another tower frozen each time, and with none."""
-    for frozen in (model.text_encoder, model.image_encoder):
-        frozen.trainable = False
-        compile_model(model)
-        model.fit(**fit)
-        frozen.trainable = True
-    compile_model(model)
-    return model.fit(**fit)
-
-
 def plans():
-    """How models fit, and their options. Made once JAX's processes know each other."""
-
-    # Without a threshold that moves: of a step that is cut off, it would be that of the
-    # first process, and after many steps rounding may decide whether a patch is above.
-    def random():
-        return {"masking": kcm.RandomMasking(0.5, num_prefix_tokens=0, seed=1)}
-
+    """How models fit, and their options."""
     return {
         "frozen micro": (fit_frozen, {"micro_batch_size": 4}),
         "checkpointing": (
             kcm.ContrastiveModel.fit,
             {"gradient_checkpointing": ["multi_head_attention"]},
         ),
-        "interrupted": (fit_interrupted, random()),
-        "recompiled": (fit_recompiled, random()),
     }
 
 

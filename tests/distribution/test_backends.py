@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.distribution.backends import take_rows
+from keras_cluster_mask.distribution.replicas import take_rows
 from keras_cluster_mask.losses import batch_loss
 from tests.helpers import (
     FAST,

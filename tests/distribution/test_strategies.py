@@ -1,4 +1,4 @@
-"""Strategies of TensorFlow: two devices of one process, and several machines."""
+"""Strategies of TensorFlow: two devices of one process."""
 
 import itertools
 
@@ -12,7 +12,6 @@ from tests.helpers import (
     TokenLog,
     image_mlp,
     random_pairs,
-    run_program,
     small_model,
     text_bag,
     tiny_clip,
@@ -143,10 +142,3 @@ def test_a_masking_made_outside_of_the_scope_is_refused(strategy):
     )
     with pytest.raises(ValueError, match=message):
         model.fit(as_dataset(random_pairs(4), 4), verbose=0)
-
-
-@pytest.mark.slow
-def test_several_machines_are_refused_with_another_way():
-    printed = run_program("tests/distribution/machines_program.py")
-    assert "keras.distribution.initialize()" in printed
-    assert "Received: strategy=" in printed

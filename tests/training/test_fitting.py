@@ -54,7 +54,7 @@ def test_a_model_whose_first_step_fails_keeps_its_weights(monkeypatch):
 
 @pytest.mark.any_backend
 def test_a_batch_size_of_zero_is_not_the_default():
-    with pytest.raises(ValueError, match=r"two pairs.*Received: batch_size=0"):
+    with pytest.raises(ValueError, match=r"`batch_size`.*Received: batch_size=0"):
         compiled().fit(random_pairs(8), batch_size=0, verbose=0)
 
 
@@ -108,7 +108,7 @@ def test_a_file_resumes_from_that_checkpoint(folder):
 
 def test_a_missing_file_is_an_error(folder):
     path = folder / "epoch-00099.npz"
-    with pytest.raises(FileNotFoundError, match=r"`resume_from` must.*Received:.*99"):
+    with pytest.raises(FileNotFoundError, match=r"epoch-00099\.npz"):
         compiled().fit(random_pairs(8), resume_from=path, **FIT)
 
 

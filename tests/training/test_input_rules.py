@@ -41,7 +41,6 @@ def with_ids(column, value, dtype="int32"):
     [
         ({"images": random_images(5)}, "equal lengths.*images of 5, token_ids of 4"),
         ({"labels": np.arange(3)}, "equal lengths.*labels of 3"),
-        ({"sample_weights": np.ones(4)}, "as 'sample_weight'.*'sample_weights'"),
         (with_ids(1, 0.7, "float64"), "`token_ids` must be integers.*of type float64"),
         (with_ids(1, np.nan, "float32"), "`token_ids` must be integers.*type float32"),
         ({"token_ids": np.ones((4, 6, 1), "int32")}, r"integers.*shape \(4, 6, 1\)"),
@@ -264,14 +263,6 @@ def test_arrays_are_checked_before_they_are_split(model):
         model.fit({"images": images}, validation_split=0.5)
 
 
-@pytest.mark.any_backend
-def test_a_split_beside_validation_data_is_refused(model):
-    with pytest.raises(ValueError, match=r"`validation_data` must be None.*split=0.5"):
-        model.fit(
-            random_pairs(8), validation_split=0.5, validation_data=random_pairs(4)
-        )
-
-
 # === Batches passed to the model directly ===
 
 
@@ -280,9 +271,8 @@ def test_a_split_beside_validation_data_is_refused(model):
     ("inputs", "message"),
     [
         ([*random_pairs(4).values()], "must be a dictionary.*Received: .*list"),
-        (random_pairs(4)["images"], "must be a dictionary.*Received: one of type"),
+        (random_pairs(4)["images"], "must be a dictionary.*Received: <class"),
         ({"images": random_images(4)}, r"missing: \['token_ids'\]. Received: keys="),
-        ({**random_pairs(4), "sample_weights": np.ones(4)}, "as 'sample_weight'"),
     ],
 )
 def test_inputs_that_make_no_batch_are_refused_by_the_model(model, inputs, message):

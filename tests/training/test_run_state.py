@@ -191,7 +191,7 @@ def other_masking():
     [
         (
             lambda: make_model(kcm.RandomMasking(0.5, num_prefix_tokens=0)),
-            "number of variables",
+            "maskings[0].class: 'ClusterMasking' in the checkpoint",
         ),
         (lambda: make_model(optimizer="sgd"), "optimizer: 'AdamW' in the checkpoint"),
         (

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training.tower_optimizer import clip_by_global_norm
 from tests.helpers import FAST, random_pairs, to_numpy, values
 from tests.training.test_optimizers import (
     DECAY,
@@ -75,28 +74,3 @@ def test_towers_may_have_weights_of_the_same_paths():
     for old, weight in zip(before, model.weights):
         moved = bool((old != to_numpy(weight)).any())
         assert moved == (id(weight) in image), weight.path
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("max_norm", [0.1, 1e3])
-def test_clipping_is_that_of_keras(max_norm):
-    rng = np.random.default_rng(0)
-    given = [rng.normal(size=shape).astype("float32") for shape in ((3,), (2, 4))]
-    expected = [np.copy(x) for x in given]
-    scale = min(1, max_norm / np.sqrt(sum((x**2).sum() for x in given)))
-    gradients = [keras.ops.convert_to_tensor(x) for x in given]
-    found = clip_by_global_norm([gradients[0], None, gradients[1]], max_norm)
-    assert found.pop(1) is None
-    for one, other in zip(found, expected):
-        np.testing.assert_allclose(to_numpy(one), scale * other, rtol=1e-5)
-    # Wrong gradients are not hidden.
-    wrong = clip_by_global_norm([keras.ops.convert_to_tensor([np.inf, 1.0])], 1.0)
-    assert np.isnan(to_numpy(wrong[0])).all()
-
-
-@pytest.mark.any_backend
-def test_another_model_than_a_contrastive_one_is_refused():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile(kcm.TowerOptimizer(adamw(0.1), adamw(0.1)), "mse")
-    with pytest.raises(ValueError, match=r"needs a `ContrastiveModel`.*Received: "):
-        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training.training_data import Reader, TrainingData
+from keras_cluster_mask.training.training_data import TrainingData
 from keras_cluster_mask.training.training_run import (
     STEPS_AHEAD,
     ProgressBar,
@@ -61,7 +61,7 @@ def test_no_step_is_waited_for_whatever_is_shown_and_saved(verbose, saves, tmp_p
 @pytest.mark.any_backend
 def test_few_steps_begin_before_others_end():
     model = small_model()
-    run = TrainingRun(model, TrainingData(Reader(None, None, None)))
+    run = TrainingRun(model, TrainingData(random_pairs(8), model.input_rules, 4))
     run.set_model(model)
     run.on_epoch_begin(0)
     for step in range(STEPS_AHEAD):
