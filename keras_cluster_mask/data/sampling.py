@@ -1,5 +1,6 @@
 """`Sampling`: sets how often each sample occurs in an epoch, by its key."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -67,15 +68,14 @@ class Sampling:
         probability: dict from the key of each sample, str or bytes, to a number of at
             least 0. It must contain all samples of the dataset, and may contain others.
             Or an iterable of keys, such as a list or an array: these samples occur once
-            in each epoch, and all others never. Or a function from the list of all
-            keys, str, to an array of numbers of the same length. Keys are those that
-            batches contain with `include_keys`.
+            in each epoch, or as often as they are listed, and all others never. Or a
+            function from the list of all keys, str, to an array of numbers of the same
+            length. Keys are those that batches contain with `include_keys`.
         seed: int. Defaults to `0`.
 
     Raises:
-        ValueError: If a key occurs twice, or, in `image_text_dataset`, if the
-            probability of a sample is missing or invalid, if samples have equal keys,
-            or if no sample is left.
+        ValueError: In `image_text_dataset`, if the probability of a sample is missing
+            or invalid, if samples have equal keys, or if no sample is left.
     """
 
     def __init__(
@@ -88,19 +88,13 @@ class Sampling:
     ):
         self.seed = check_integer("seed", seed, 0)
         self._function = probability if callable(probability) else None
-        if self._function:
-            return
-        is_mapping = isinstance(probability, Mapping)
-        keys = list(probability)
-        copies = probability.values() if is_mapping else [1.0] * len(keys)
-        self._copies = dict(zip(map(_hash, keys), copies))
         # The number of copies of samples whose key is missing; NaN means an error.
-        self._default = np.nan if is_mapping else 0.0
-        if len(self._copies) < len(keys):
-            raise ValueError(
-                "`probability` must have each key once. Received: "
-                f"{len(self._copies)} different keys of {len(keys)}"
-            )
+        self._default = 0.0
+        if isinstance(probability, Mapping):
+            self._default = np.nan
+            self._copies = {_hash(key): number for key, number in probability.items()}
+        elif not self._function:
+            self._copies = collections.Counter(map(_hash, probability))
 
     def of_index(self, index: Any) -> Callable[[int, int], np.ndarray]:
         """Returns a function that draws the samples of an `Index` for an epoch."""
