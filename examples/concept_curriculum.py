@@ -142,17 +142,17 @@ class ConceptTextMasking(kcm.data.TextMasking):
         masking.stage = min(epoch // self.epochs_per_stage, self.num_stages - 1)
         return masking
 
-    def keep_words(self, words, num_tokens, num_tokens_left, generator):
-        spans = spans_of(words, self.stages)
-        names = [" ".join(words[first:end]) for first, end in spans]
-        sizes = [sum(num_tokens[first:end]) for first, end in spans]
-        kept = super().keep_words(names, sizes, num_tokens_left, generator)
+    def keep_words(self, caption):
+        spans = spans_of(caption.words, self.stages)
+        names = [" ".join(caption.words[first:end]) for first, end in spans]
+        sizes = [sum(caption.num_tokens[first:end]) for first, end in spans]
+        kept = super().keep_words(caption._replace(words=names, num_tokens=sizes))
         return [place for each in kept for place in range(*spans[each])]
 
-    def score(self, words, num_tokens, num_tokens_left, generator):
+    def score(self, caption):
         # A word outside all concepts may leave in the last stage.
-        stages = [self.stages.get(word, self.num_stages - 1) for word in words]
-        draws = generator.random(len(words)).tolist()
+        stages = [self.stages.get(word, self.num_stages - 1) for word in caption.words]
+        draws = caption.generator.random(len(caption.words)).tolist()
         return [draw + (stage > self.stage) for draw, stage in zip(draws, stages)]
 
     def __repr__(self):

@@ -176,14 +176,6 @@ def imported(node):
     return set()
 
 
-def test_shards_of_tfrecords_say_what_they_need(monkeypatch):
-    from keras_cluster_mask.data.formats import tfrecord
-
-    monkeypatch.setattr(tfrecord, "google_crc32c", None)
-    with pytest.raises(ImportError, match=r"pip install google-crc32c.*a\.tfrecord"):
-        next(tfrecord.TFRecord().scan("a.tfrecord"))
-
-
 def test_tensorflow_is_not_required():
     assert not [x for x in PROJECT["project"]["dependencies"] if "tensorflow" in x]
 

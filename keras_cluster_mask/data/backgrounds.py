@@ -3,17 +3,17 @@
 import numpy as np
 from PIL import Image
 
+from keras_cluster_mask.checks import check_choice
+
 CHOICES = "white", "random"
 
 
 def check_background(background):
     """Checks `background`, and returns a list of `CHOICES`, for `composite`."""
-    choices = background if isinstance(background, list) else [background]
-    if not choices or not all(choice in CHOICES for choice in choices):
-        raise ValueError(
-            '`background` must be "white", "random", or a list of these. '
-            f"Received: background={background!r}"
-        )
+    is_list = isinstance(background, list) and background
+    choices = background if is_list else [background]
+    for choice in choices:
+        check_choice("background", choice, CHOICES)
     return choices
 
 

@@ -4,7 +4,6 @@ import functools
 import html
 import json
 import re
-from collections.abc import Iterable
 
 import ftfy
 import tokenizers
@@ -31,18 +30,14 @@ def as_text(text):
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
 
 
-def clean(text, name="texts"):
-    """Cleans a caption as CLIP does. Errors call the argument `name`."""
-    return repair(text, name).lower()
+def clean(text):
+    """Cleans a caption, str or bytes, as CLIP does."""
+    return repair(text).lower()
 
 
-def repair(text, name="texts"):
-    """Cleans a caption without changing its case. Errors call the argument `name`."""
+def repair(text):
+    """Cleans a caption, str or bytes, without changing its case."""
     text = as_text(text)
-    if not isinstance(text, str):
-        raise TypeError(
-            f"`{name}` must be str or bytes. Received: {name} with {text!r}"
-        )
     # Repair is slow, and plain ASCII without HTML entities does not need it.
     if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -51,12 +46,12 @@ def repair(text, name="texts"):
 
 def clean_all(captions):
     """Cleans an iterable of captions lazily."""
-    if isinstance(captions, str | bytes) or not isinstance(captions, Iterable):
+    if isinstance(captions, str | bytes):
         raise ValueError(
             "`captions` must be an iterable of captions, not a single caption. "
             f"Received: captions={captions!r}"
         )
-    return map(functools.partial(clean, name="captions"), captions)
+    return map(clean, captions)
 
 
 @functools.cache

@@ -8,19 +8,11 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.checks import check_choice
+from keras_cluster_mask.data import tokenizing
 from keras_cluster_mask.data.images import name_of
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
-from keras_cluster_mask.data.text_masking import (
-    TextMasking,
-    WordTokenizer,
-    check_text_masking,
-)
-from keras_cluster_mask.data.tokenizing import (
-    check_tokenizer,
-    is_layer,
-    tokenize,
-)
+from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
 
 # The entry of a batch for the tokenizer, if that is a Keras layer.
 TEXTS = "texts"
@@ -74,7 +66,7 @@ class Captions:
 
     def __post_init__(self):
         check_choice("include_captions", self.include_captions, (False, True, "all"))
-        check_tokenizer(self.tokenizer)
+        tokenizing.check_tokenizer(self.tokenizer)
         template = self.caption_template
         self.templates = [template] if isinstance(template, str) else template or ["{}"]
         for each in self.templates:
@@ -83,31 +75,26 @@ class Captions:
                     "`caption_template` must be str that hold {} exactly once, for the "
                     f"caption. Received: caption_template={template!r}"
                 )
-        self.tokenize_words = None
         if self.text_masking is not None:
             check_text_masking(self.text_masking, self.tokenizer)
-            self.tokenize_words = WordTokenizer(self.tokenizer)
             self.text_masking = self.text_masking if self.training else None
-        self.has_layer = is_layer(self.tokenizer)
+        self.has_layer = tokenizing.is_layer(self.tokenizer)
         # Whether samples need a caption.
         self.are_read = self.tokenizer is not None or bool(self.include_captions)
 
     def __getstate__(self):
         # A Keras layer runs in the main process; worker processes do not import Keras.
-        layers = ("tokenizer", "tokenize_words") if self.has_layer else ()
-        return {**vars(self), **dict.fromkeys(layers)}
+        return {**vars(self), **({"tokenizer": None} if self.has_layer else {})}
 
     @property
     def description(self):
         """dict. The settings that a resumed run must share."""
         tokenizer, masking = self.tokenizer, self.text_masking
-        sizes = "vocabulary_size", "context_length"
+        size = tokenizing.vocabulary_size_of(tokenizer)
+        length = tokenizing.length_of(tokenizer)
         return {
             "data.caption_template": repr(self.caption_template),
-            "data.tokenizer": [
-                name_of(tokenizer),
-                *(getattr(tokenizer, size, None) for size in sizes),
-            ],
+            "data.tokenizer": [name_of(tokenizer), size, length],
             "data.text_masking": None if masking is None else repr(masking),
         }
 
@@ -134,9 +121,8 @@ class Captions:
     def tokenize(self, texts, generators, epochs):
         """Converts the chosen captions of a batch to token ids."""
         if self.text_masking is None:
-            return tokenize(self.tokenizer, texts)
-        mask = self.text_masking.tokenize
-        return mask(self.tokenize_words, texts, generators, epochs)
+            return tokenizing.tokenize(self.tokenizer, texts)
+        return self.text_masking.tokenize(self.tokenizer, texts, generators, epochs)
 
     def choose(self, pair, generator):
         """Returns the caption of a pair, as bytes.
@@ -164,9 +150,5 @@ def _filled(template, caption):
 
 def strings(values):
     """Returns an object array of bytes, or of tuples of bytes, one per sample."""
-    values = list(values)
-    array = np.empty(len(values), object)
-    # One by one, because NumPy would convert tuples of equal length to rows.
-    for index, value in enumerate(values):
-        array[index] = value
-    return array
+    # `np.array` would convert tuples of equal length to rows.
+    return np.fromiter(values, object)

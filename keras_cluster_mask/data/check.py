@@ -1,6 +1,5 @@
 """Indexes shards, counts samples and faults, and optionally decodes all images."""
 
-import contextlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -14,10 +13,9 @@ from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.pairs import Fault, PairReader
 from keras_cluster_mask.data.skipped import MAX_EXAMPLES, SkippedSamples
-from keras_cluster_mask.data.stream import num_processors
 
-# The number of samples that a task reads together, and of queued tasks per thread.
-TOGETHER, AHEAD = 16, 2
+# The number of samples that are read together.
+TOGETHER = 16
 # Decoding to a small size is fast, and still reads a JPEG to its last byte.
 TINY = 8, 8
 
@@ -98,15 +96,15 @@ def _faults(index, decode):
             return sample
         try:
             if decode:
-                EncodedImage(sample.image).whole(TINY)
+                image = EncodedImage(sample.image)
+                image.part((0, 0, *image.size), TINY)
         except UnreadableImage as error:
             return Fault(sample.shard, sample.key, str(error))
 
-    threads = num_processors()
-    options = grain.ReadOptions(threads, AHEAD * threads)
     groups = grain.MapDataset.range(0, len(index), TOGETHER).map(read)
-    bar = tqdm(total=len(index), desc="check", unit=" samples", delay=parts.SHORT)
-    with bar, contextlib.closing(iter(groups.to_iter_dataset(options))) as groups:
-        for group in groups:
+    with tqdm(
+        total=len(index), desc="check", unit=" samples", delay=parts.SHORT
+    ) as bar:
+        for group in groups.to_iter_dataset():
             bar.update(len(group))
             yield from group

@@ -1,17 +1,14 @@
 """`FrequencyTextMasking`: drops frequent words of long captions first."""
 
 import collections
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
-import numpy as np
-
-from keras_cluster_mask.checks import check_choice, is_positive
+from keras_cluster_mask.checks import check_choice, check_fraction, is_positive
 from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.text_masking import TextMasking
+from keras_cluster_mask.data.parts import digest_of
+from keras_cluster_mask.data.text_masking import LongCaption, TextMasking
 
 # The minimum count of a word in the released code of CLIPF.
 MIN_COUNT = 5
@@ -48,11 +45,10 @@ class FrequencyTextMasking(TextMasking):
             times, as in the released code. Defaults to `"keep"`.
 
     Attributes:
-        frequencies: dict from words to numbers, or None before `fit`.
+        frequencies: dict from words to relative frequencies, or None before `fit`.
 
     Raises:
-        ValueError: If an argument is invalid, or if no word is more frequent than
-            `threshold`, so that the masking would be random.
+        ValueError: If an argument is invalid.
 
     Reference:
 
@@ -67,17 +63,18 @@ class FrequencyTextMasking(TextMasking):
         unknown: str = "keep",
     ):
         check_choice("unknown", unknown, ("keep", "drop"))
-        if not is_positive(threshold):
-            raise ValueError(
-                "`threshold` must be a positive float, a share of all words. "
-                f"Received: threshold={threshold!r}"
-            )
+        check_fraction("threshold", threshold)
         self.threshold = float(threshold)
         self.unknown = unknown
-        self.frequencies = None
-        if frequencies is not None:
-            _check_frequencies(frequencies)
-            self._set(frequencies)
+        for word, count in (frequencies or {}).items():
+            # Other words would never be found.
+            if byte_pairs.words_of(word) != [word.lower()] or not is_positive(count):
+                raise ValueError(
+                    "`frequencies` must be a dict from single words in lower case, as "
+                    "CLIP's tokenizer splits captions, to positive numbers, how often "
+                    f"each occurs: count them with `fit`. Received: {word!r}: {count!r}"
+                )
+        self.frequencies = None if frequencies is None else _shares(frequencies)
 
     def fit(self, captions: Iterable[str | bytes]) -> Self:
         """Counts the words of captions, and replaces `frequencies`.
@@ -88,31 +85,13 @@ class FrequencyTextMasking(TextMasking):
         Returns:
             The masking itself.
         """
-        counts, number = collections.Counter(), 0
+        counts = collections.Counter()
         for caption in byte_pairs.clean_all(captions):
             counts.update(byte_pairs.words_of(caption))
-            number += 1
         least = MIN_COUNT if self.unknown == "drop" else 1
         counts = {word: count for word, count in counts.items() if count >= least}
-        if not counts:
-            raise ValueError(
-                f"`captions` must hold words that occur at least {least} times. "
-                f"Received: {number} captions without any"
-            )
-        self._set(counts)
+        self.frequencies = _shares(counts)
         return self
-
-    def _set(self, frequencies):
-        self._total = math.fsum(frequencies.values())
-        highest = max(frequencies.values()) / self._total
-        if highest <= self.threshold:
-            raise ValueError(
-                "`threshold` must be less than the share of the most frequent word, or "
-                "words are masked at random, as by `RandomTextMasking`. Received: "
-                f"threshold={self.threshold}, a highest share of {highest:.3g}"
-            )
-        # NumPy numbers cannot be written as JSON.
-        self.frequencies = {word: float(count) for word, count in frequencies.items()}
 
     def probability(self, word: str) -> float:
         """Returns the number p that is subtracted from the random score of a word.
@@ -123,18 +102,11 @@ class FrequencyTextMasking(TextMasking):
         Returns:
             float, from 0 to 1.
         """
-        count = (self.frequencies or {}).get(word)
-        if count is None:
+        if word not in self.frequencies:
             return float(self.unknown == "drop")
-        return max(0.0, 1 - math.sqrt(self.threshold * self._total / count))
+        return max(0.0, 1 - math.sqrt(self.threshold / self.frequencies[word]))
 
-    def score(
-        self,
-        words: Sequence[str],
-        num_tokens: Sequence[int],
-        num_tokens_left: int,
-        generator: np.random.Generator,
-    ) -> Sequence[float]:
+    def score(self, caption: LongCaption) -> Sequence[float]:
         """Returns random scores minus `probability`; see `TextMasking.score`."""
         if self.frequencies is None:
             raise ValueError(
@@ -142,29 +114,23 @@ class FrequencyTextMasking(TextMasking):
                 "call `fit` with the captions of the training data, such as those of "
                 f"`kcm.data.read_captions`. Received: {self!r}"
             )
-        draws = generator.random(len(words)).tolist()
-        return [u - self.probability(word) for u, word in zip(draws, words)]
+        draws = caption.generator.random(len(caption.words)).tolist()
+        return [u - self.probability(word) for u, word in zip(draws, caption.words)]
 
     def __repr__(self):
-        table = None
-        if self.frequencies is not None:
-            content = json.dumps(sorted(self.frequencies.items())).encode()
-            digest = hashlib.sha256(content).hexdigest()[:16]
-            table = f"<{len(self.frequencies)} words, {digest}>"
+        table = sorted((self.frequencies or {}).items())
         return (
-            f"FrequencyTextMasking(frequencies={table}, threshold={self.threshold}, "
-            f"unknown={self.unknown!r})"
+            f"FrequencyTextMasking(<{len(table)} words, {digest_of(table)}>, "
+            f"threshold={self.threshold}, unknown={self.unknown!r})"
         )
 
 
-def _check_frequencies(frequencies):
-    """Raises an error unless all keys are words, and all values positive numbers."""
-    is_table = isinstance(frequencies, Mapping) and frequencies
-    for word, count in frequencies.items() if is_table else [(None, frequencies)]:
-        is_word = isinstance(word, str) and byte_pairs.words_of(word) == [word.lower()]
-        if not is_word or not is_positive(count):
-            raise ValueError(
-                "`frequencies` must be a dict from single words in lower case, as "
-                "CLIP's tokenizer splits captions, to positive numbers, how often each "
-                f"occurs: count them with `fit`. Received: {word!r}: {count!r}"
-            )
+def _shares(counts):
+    if not counts:
+        raise ValueError(
+            "`frequencies` must have words, which `fit` counts in captions that hold "
+            f"some, with `unknown='drop'` at least {MIN_COUNT} times. Received: none"
+        )
+    # The sum does not depend on the order, and NumPy numbers are not JSON.
+    total = math.fsum(counts.values())
+    return {word: float(count / total) for word, count in counts.items()}

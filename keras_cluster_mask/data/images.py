@@ -11,7 +11,7 @@ import cykooz_resizer as simd
 import numpy as np
 from PIL import Image, ImageOps
 
-from keras_cluster_mask.checks import check_choice, check_integer, is_integer
+from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.data.backgrounds import check_background, composite
 
 # Decoding takes four bytes per pixel: 200 MB.
@@ -67,10 +67,6 @@ class EncodedImage:
         width, height = self._image.size
         return (width, height) if self._orientation >= 5 else (height, width)
 
-    def whole(self, size):
-        """Returns the whole image, resized; see `part`."""
-        return self.part((0, 0, *self.size), size)
-
     def part(self, box, size):
         """Returns a part of the image, resized.
 
@@ -101,8 +97,9 @@ class EncodedImage:
         if max(math.prod(self._image.size), self._coefficients) > self._max_pixels:
             raise UnreadableImage("the image has too many pixels")
         try:
-            image = _in_eight_bits(self._image)
-            return ImageOps.exif_transpose(image) if self._orientation > 1 else image
+            turned = self._orientation > 1
+            image = ImageOps.exif_transpose(self._image) if turned else self._image
+            return _in_eight_bits(image)
         except (MemoryError, UnreadableImage):
             raise
         except Exception as error:
@@ -111,20 +108,16 @@ class EncodedImage:
 
 def _orientation(image):
     """Returns the EXIF orientation, 1 to 8; 1 if there is none."""
-    if "exif" not in image.info and "xmp" not in image.info:
-        return 1
-    try:
-        value = image.getexif().get(ORIENTATION, 1)
-    except Exception:
-        return 1
+    value = 1
+    # Pillow decodes an image without EXIF data in search of it.
+    if "exif" in image.info or "xmp" in image.info:
+        with contextlib.suppress(Exception):
+            value = image.getexif().get(ORIENTATION, 1)
     return value if value in range(1, 9) else 1
 
 
 def image_of(array):
     """Returns the `PIL.Image.Image` of an array, or None if the array is no image."""
-    if array.ndim == 2 and np.issubdtype(array.dtype, np.uint16):
-        # Pillow would make it an image of 32 bits.
-        return Image.frombytes("I;16", array.shape[::-1], array.astype("<u2").tobytes())
     # Pillow would make an array with one axis an image with one column.
     if array.ndim > 1:
         with contextlib.suppress(TypeError, ValueError):
@@ -145,9 +138,7 @@ def _in_eight_bits(image):
         # Floats up to 1 would become black.
         if not np.array_equal(gray, levels) or (image.mode == "F" and gray.max() < 2):
             raise UnreadableImage("the gray levels are not integers from 0 to 255")
-        gray = Image.fromarray(gray)
-        gray.info.update({k: v for k, v in image.info.items() if k == "exif"})
-        return gray.convert("RGB")
+        return Image.fromarray(gray).convert("RGB")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
@@ -211,7 +202,7 @@ def cut_middle(image, size):
 def squash(image, size):
     """Resizes the whole image as SigLIP's evaluation does, identical in every pixel.
 
-    `EncodedImage.whole` is faster and differs by rounding.
+    `EncodedImage.part` is faster and differs by rounding.
 
     Args:
         image: `PIL.Image.Image` in any color mode.
@@ -289,21 +280,14 @@ class Images:
     data_format: str = "channels_last"
 
     def __post_init__(self):
-        is_one = is_integer(self.image_size)
-        size = (self.image_size,) * 2 if is_one else self.image_size
-        is_pair = isinstance(size, tuple | list) and len(size) == 2
-        if not is_pair or not all(is_integer(side) and side > 0 for side in size):
-            raise ValueError(
-                "`image_size` must be a positive int, or a pair of them (height, "
-                f"width). Received: image_size={self.image_size!r}"
-            )
-        self.image_size = int(size[0]), int(size[1])
+        size = self.image_size
+        pair = size if isinstance(size, tuple | list) else (size, size)
+        height, width = (check_integer("image_size", side) for side in pair)
+        self.image_size = height, width
         check_choice("resize", self.resize, ("crop", "squash"))
         formats = "channels_last", "channels_first"
         check_choice("data_format", self.data_format, formats)
-        self.max_image_pixels = check_integer(
-            "max_image_pixels", self.max_image_pixels, 1
-        )
+        self.max_image_pixels = check_integer("max_image_pixels", self.max_image_pixels)
         self.background = check_background(self.background)
         if self.resize == "squash":
             if self.crop_scale is not None:
@@ -313,14 +297,12 @@ class Images:
                     f"Received: crop_scale={self.crop_scale}, resize='squash'"
                 )
             return
-        scale = CROP_SCALE if self.crop_scale is None else self.crop_scale
-        is_pair = isinstance(scale, tuple | list) and len(scale) == 2
-        if not is_pair or not 0 < scale[0] <= scale[1] <= 1:
+        self.crop_scale = low, high = self.crop_scale or CROP_SCALE
+        if not 0 < low <= high <= 1:
             raise ValueError(
                 "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
-                f"Received: crop_scale={scale}"
+                f"Received: crop_scale={self.crop_scale}"
             )
-        self.crop_scale = scale
 
     @property
     def shape(self):
@@ -365,10 +347,10 @@ class Images:
         if not self.training:
             fit = squash if self.resize == "squash" else cut_middle
             part = np.asarray(fit(image.decoded(), self.image_size))
-        elif self.resize == "squash":
-            part = image.whole(self.image_size)
         else:
-            box = random_box(image.size, self.image_size, draws, self.crop_scale)
+            box = (0, 0, *image.size)
+            if self.resize == "crop":
+                box = random_box(image.size, self.image_size, draws, self.crop_scale)
             part = image.part(box, self.image_size)
         if part.shape[2] == 4:
             part = composite(part, self.background, seed=int(draws[4] * 2**53))

@@ -1,5 +1,6 @@
 """`Sampling`: sets how often each sample occurs in an epoch, by its key."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,7 +30,7 @@ class Sampling:
     each epoch. No sample is lost between epochs.
 
     With a dictionary or keys, no samples are read, because the index of the shards has
-    the hashes of all keys. (Objects whose samples have `"__key__"` are read once.) A
+    the hashes of all keys. (Objects whose samples have `"__key__"` are read.) A
     function needs the keys themselves. Each process reads all samples once when the
     dataset is created, with their images but without decoding them. This takes about
     0.15 ms per sample plus the time of the storage, and about 100 bytes of memory per
@@ -67,15 +68,14 @@ class Sampling:
         probability: dict from the key of each sample, str or bytes, to a number of at
             least 0. It must contain all samples of the dataset, and may contain others.
             Or an iterable of keys, such as a list or an array: these samples occur once
-            in each epoch, and all others never. Or a function from the list of all
-            keys, str, to an array of numbers of the same length. Keys are those that
-            batches contain with `include_keys`.
+            in each epoch, or as often as they are listed, and all others never. Or a
+            function from the list of all keys, str, to an array of numbers of the same
+            length. Keys are those that batches contain with `include_keys`.
         seed: int. Defaults to `0`.
 
     Raises:
-        ValueError: If an argument is invalid, or, in `image_text_dataset`, if the
-            probability of a sample is missing, if samples have equal keys, or if no
-            sample is left.
+        ValueError: In `image_text_dataset`, if the probability of a sample is missing
+            or invalid, if samples have equal keys, or if no sample is left.
     """
 
     def __init__(
@@ -88,23 +88,13 @@ class Sampling:
     ):
         self.seed = check_integer("seed", seed, 0)
         self._function = probability if callable(probability) else None
-        if self._function:
-            return
-        is_text = isinstance(probability, str | bytes)
-        if is_text or not isinstance(probability, Iterable):
-            raise ValueError(
-                "`probability` must be a dict from keys to numbers, an iterable of "
-                "keys, or a function of a list of keys. "
-                f"Received: probability={probability!r}"
-            )
-        keys = list(probability)
-        is_mapping = isinstance(probability, Mapping)
-        copies = list(probability.values()) if is_mapping else np.ones(len(keys))
-        self._copies = _checked(copies, keys)
         # The number of copies of samples whose key is missing; NaN means an error.
-        self._default = np.nan if is_mapping else 0.0
-        self._hashes = _hashes_of(keys)
-        _check_unique(self._hashes, keys.__getitem__, "probability")
+        self._default = 0.0
+        if isinstance(probability, Mapping):
+            self._default = np.nan
+            self._copies = {_hash(key): number for key, number in probability.items()}
+        elif not self._function:
+            self._copies = collections.Counter(map(_hash, probability))
 
     def of_index(self, index: Any) -> Callable[[int, int], np.ndarray]:
         """Returns a function that draws the samples of an `Index` for an epoch."""
@@ -112,13 +102,20 @@ class Sampling:
         def key_of(number):
             return next(iter(index.read([int(number)], with_images=False))).key
 
-        keys = index.keys() if self._function else None
-        hashes = _hashes_of(keys) if self._function else index.key_hashes()
-        _check_unique(hashes, key_of, "source")
+        hashes = index.key_hashes()
+        first = np.unique(hashes, return_index=True)[1]
+        if len(first) < len(hashes):
+            twice = np.setdiff1d(range(len(hashes)), first)[0]
+            raise ValueError(
+                "`source` must have each key once, over all shards: `Sampling` knows "
+                "samples by their keys. Write the shards with longer keys. Received: "
+                f"the key {key_of(twice)!r} twice"
+            )
         if self._function:
-            copies = _checked(self._function(keys), keys)
+            copies = self._function(index.keys())
         else:
-            copies = self._look_up(hashes, key_of)
+            copies = [self._copies.get(x, self._default) for x in hashes.tolist()]
+        copies = _checked(copies, len(hashes), key_of)
         mean_length = float(copies.sum())
         if mean_length < 1:
             raise ValueError(
@@ -129,23 +126,6 @@ class Sampling:
         draw = functools.partial(_draw, hashes, copies, self.seed)
         draw.mean_length = mean_length
         return draw
-
-    def _look_up(self, hashes, key_of):
-        """Returns the expected number of copies of the samples with these hashes."""
-        copies = np.full(len(hashes), self._default)
-        _, places, found = np.intersect1d(
-            hashes, self._hashes, assume_unique=True, return_indices=True
-        )
-        copies[places] = self._copies[found]
-        missing = np.flatnonzero(np.isnan(copies))
-        if missing.size:
-            raise ValueError(
-                "`probability` must have all samples of `source`: add those that are "
-                "missing, with 0 for those that are never read. Received: none for "
-                f"{len(missing)} of {len(hashes)} samples, such as the one with the "
-                f"key {key_of(missing[0])!r}"
-            )
-        return copies
 
 
 def _draw(hashes, copies, seed, num_samples, epoch):
@@ -163,42 +143,24 @@ def _draw(hashes, copies, seed, num_samples, epoch):
     return np.concatenate(chosen)
 
 
-def _checked(probability, keys):
-    """Checks the expected number of copies of each key, and returns an array."""
-    copies = np.array(probability)
-    if copies.shape != (len(keys),) or copies.dtype.kind not in "biuf":
-        received = f"{copies.dtype}, shape {copies.shape}, for {len(keys)} keys"
+def _checked(copies, count, key_of):
+    """Checks the expected number of copies of each sample, and returns an array."""
+    copies = np.array(copies, "float64")
+    if copies.shape != (count,):
+        received = f"shape {copies.shape} for {count} samples"
     elif (wrong := np.flatnonzero(~(np.isfinite(copies) & (copies >= 0)))).size:
-        received = f"{copies[wrong[0]]} for the key {keys[wrong[0]]!r}"
+        received = (
+            f"none or an invalid one for {len(wrong)} of {count} samples, such as "
+            f"{copies[wrong[0]]} for the key {key_of(wrong[0])!r}"
+        )
     else:
-        return copies.astype("float64")
+        return copies
     raise ValueError(
-        "`probability` must have one finite number of at least 0 for each key. "
-        f"Received: {received}"
+        "`probability` must have a finite number of at least 0 for each sample of "
+        f"`source`, with 0 for those that are never read. Received: {received}"
     )
 
 
-def _hashes_of(keys):
-    """Returns the hashes of keys, a uint64 array."""
-    hashes = np.empty(len(keys), "u8")
-    for number, key in enumerate(keys):
-        if isinstance(key, bytes):
-            key = key.decode("utf-8", "surrogateescape")
-        if not isinstance(key, str):
-            raise ValueError(
-                "`probability` must have str or bytes as keys, the keys of samples. "
-                f"Received: {key!r} of type {type(key).__name__}"
-            )
-        hashes[number] = hash_of(key)
-    return hashes
-
-
-def _check_unique(hashes, key_of, argument):
-    order = np.argsort(hashes)
-    twice = np.flatnonzero(np.diff(hashes[order]) == 0)
-    if twice.size:
-        raise ValueError(
-            f"`{argument}` must have each key once, over all shards: `Sampling` knows "
-            "samples by their keys. Write the shards with longer keys. Received: the "
-            f"key {key_of(order[twice[0]])!r} twice"
-        )
+def _hash(key):
+    is_bytes = isinstance(key, bytes)
+    return hash_of(key.decode("utf-8", "surrogateescape") if is_bytes else key)

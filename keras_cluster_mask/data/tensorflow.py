@@ -5,14 +5,10 @@ import contextlib
 from keras_cluster_mask.distribution.backends import import_triton_first
 
 
-def import_tensorflow(purpose, remedy):
+def import_tensorflow():
     """Imports TensorFlow, without GPUs unless it is the Keras backend.
 
     It would otherwise take all GPU memory, which another backend needs.
-
-    Args:
-        purpose: str. The feature that needs TensorFlow, for the error.
-        remedy: str. An alternative without TensorFlow, for the error.
 
     Raises:
         ImportError: If TensorFlow is not installed.
@@ -22,8 +18,8 @@ def import_tensorflow(purpose, remedy):
         import tensorflow as tf
     except ImportError as error:
         raise ImportError(
-            f"{purpose} needs TensorFlow: `pip install tensorflow`, or use {remedy}. "
-            f"Received: {error}"
+            "`format='tf'` needs TensorFlow: `pip install tensorflow`, or use "
+            f"`format='grain'`. Received: {error}"
         ) from error
     import keras
 
@@ -42,10 +38,8 @@ def as_dataset(stream):
     Args:
         stream: `ImageTextDataset`, or `ArrayBatches`.
     """
-    tf = import_tensorflow("`format='tf'`", "`format='grain'`")
-    if "captions" in stream.element_spec and stream.element_spec["captions"].dtype != (
-        "string"
-    ):
+    tf = import_tensorflow()
+    if any(spec.dtype == "object" for spec in stream.element_spec.values()):
         raise ValueError(
             "`include_captions='all'` needs `format='grain'`: a `tf.data.Dataset` "
             "holds no tuples of strings. Received: include_captions='all', format='tf'"
@@ -64,7 +58,6 @@ def as_dataset(stream):
     }
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
     options = tf.data.Options()
-    options.deterministic = True
     # The samples come from Python, so `tf.distribute` has no files to shard.
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
@@ -76,9 +69,8 @@ def as_dataset(stream):
     members = {
         "__len__": lambda self: len(stream),
         "steps_per_epoch": property(lambda self: stream.steps_per_epoch),
+        "skipped": property(lambda self: stream.skipped),
     }
-    if hasattr(stream, "skipped"):
-        members["skipped"] = property(lambda self: stream.skipped)
     dataset.__class__ = type("ImageTextDataset", (type(dataset),), members)
     dataset.stream = stream
     return dataset

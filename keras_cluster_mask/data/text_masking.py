@@ -7,7 +7,7 @@ fits, one word is truncated.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,22 @@ from keras_cluster_mask.data.tokenizing import PROBES, tokenize
 MAX_WORDS = 1 << 16
 # The length of the rows in which they are counted, of a tokenizer of any length.
 MAX_TOKENS = 128
+
+
+class LongCaption(NamedTuple):
+    """A caption that has too many tokens, for a `TextMasking`.
+
+    Attributes:
+        words: list of str, in lower case.
+        num_tokens: list of int. The number of tokens of each word, up to 127.
+        num_tokens_left: int. The maximum number of tokens of all kept words.
+        generator: `np.random.Generator` of the sample.
+    """
+
+    words: Sequence[str]
+    num_tokens: Sequence[int]
+    num_tokens_left: int
+    generator: np.random.Generator
 
 
 class TextMasking:
@@ -43,8 +59,8 @@ class TextMasking:
 
     ```python
     class LongWords(kcm.data.TextMasking):
-        def score(self, words, num_tokens, num_tokens_left, generator):
-            return [len(word) for word in words]
+        def score(self, caption):
+            return [len(word) for word in caption.words]
 
 
     tokenizer = kcm.data.CLIPTokenizer.train(["a dog runs in the snow"] * 2, 600, 5)
@@ -65,22 +81,16 @@ class TextMasking:
         Returns:
             list of str, in lower case.
         """
-        return byte_pairs.words_of(byte_pairs.clean(caption, "caption"))
+        return byte_pairs.words_of(byte_pairs.clean(caption))
 
-    def score(
-        self,
-        words: Sequence[str],
-        num_tokens: Sequence[int],
-        num_tokens_left: int,
-        generator: np.random.Generator,
-    ) -> Sequence[float]:
+    def score(self, caption: LongCaption) -> Sequence[float]:
         """Computes the scores of the words of a caption that is too long.
 
         Args:
-            words: list of str, in lower case.
-            num_tokens: list of int. The number of tokens of each word, up to 127.
-            num_tokens_left: int. The maximum number of tokens of all kept words.
-            generator: `np.random.Generator` of the sample.
+            caption: `LongCaption`, with the attributes `words`, a list of str in lower
+                case; `num_tokens`, a list of the number of tokens of each word, up to
+                127; `num_tokens_left`, the maximum number of tokens of all kept words;
+                and `generator`, the `np.random.Generator` of the sample.
 
         Returns:
             Sequence of float, one for each word. Words with the highest scores are
@@ -88,13 +98,7 @@ class TextMasking:
         """
         raise NotImplementedError
 
-    def keep_words(
-        self,
-        words: Sequence[str],
-        num_tokens: Sequence[int],
-        num_tokens_left: int,
-        generator: np.random.Generator,
-    ) -> list[int]:
+    def keep_words(self, caption: LongCaption) -> list[int]:
         """Returns the indices of the words to keep, in order.
 
         Words are taken from the highest score down, if their tokens still fit. If no
@@ -102,23 +106,20 @@ class TextMasking:
         it.
 
         Args:
-            words: See `score`.
-            num_tokens: See `score`.
-            num_tokens_left: See `score`.
-            generator: See `score`.
+            caption: See `score`.
 
         Returns:
             list of int.
         """
-        scores = self.score(words, num_tokens, num_tokens_left, generator)
+        scores, left = self.score(caption), caption.num_tokens_left
         # The sort keeps the order of equal scores.
-        by_score = sorted(range(len(words)), key=scores.__getitem__, reverse=True)
+        by_score = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
         kept = []
         for index in by_score:
-            if num_tokens[index] <= num_tokens_left:
-                num_tokens_left -= num_tokens[index]
+            if caption.num_tokens[index] <= left:
+                left -= caption.num_tokens[index]
                 kept.append(index)
-                if not num_tokens_left:
+                if not left:
                     break
         return sorted(kept or by_score[:1])
 
@@ -155,16 +156,8 @@ class TextMasking:
         """
         epochs = [0] * len(captions) if epochs is None else epochs
         maskings = {epoch: self.of_epoch(epoch) for epoch in {*epochs}}
-
-        def keep_words(index, words, num_tokens, num_tokens_left):
-            masking = maskings[epochs[index]]
-            return masking.keep_words(
-                words, num_tokens, num_tokens_left, generators[index]
-            )
-
-        if not isinstance(tokenizer, WordTokenizer):
-            tokenizer = _word_tokenizer(tokenizer)
-        return tokenizer(captions, keep_words)
+        maskings = [maskings[epoch] for epoch in epochs]
+        return word_tokenizer(tokenizer)(captions, maskings, generators)
 
     def __repr__(self):
         return f"{type(self).__name__}()"
@@ -192,15 +185,9 @@ class RandomTextMasking(TextMasking):
     - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
     """
 
-    def score(
-        self,
-        words: Sequence[str],
-        num_tokens: Sequence[int],
-        num_tokens_left: int,
-        generator: np.random.Generator,
-    ) -> Sequence[float]:
+    def score(self, caption: LongCaption) -> Sequence[float]:
         """Returns random scores; see `TextMasking.score`."""
-        return generator.random(len(words)).tolist()
+        return caption.generator.random(len(caption.words)).tolist()
 
 
 class BlockTextMasking(TextMasking):
@@ -225,19 +212,14 @@ class BlockTextMasking(TextMasking):
     - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
     """
 
-    def score(
-        self,
-        words: Sequence[str],
-        num_tokens: Sequence[int],
-        num_tokens_left: int,
-        generator: np.random.Generator,
-    ) -> Sequence[float]:
+    def score(self, caption: LongCaption) -> Sequence[float]:
         """Returns scores that decrease along the run; see `TextMasking.score`."""
-        last, left = len(words), 0
-        while last and left < num_tokens_left:
+        last, left = len(caption.words), 0
+        while last and left < caption.num_tokens_left:
             last -= 1
-            left += num_tokens[last]
-        first, count = int(generator.random() * (last + 1)), len(words)
+            left += caption.num_tokens[last]
+        first = int(caption.generator.random() * (last + 1))
+        count = len(caption.words)
         return [-i if i >= first else i - count - first for i in range(count)]
 
 
@@ -264,18 +246,17 @@ class WordTokenizer:
                 f"the tokens of a word can be counted. Received: tokenizer={tokenizer}"
             )
 
-    def __call__(self, captions, keep_words):
+    def __call__(self, captions, maskings, generators):
         """Converts captions to token ids.
 
         Args:
             captions: list of str or bytes.
-            keep_words: Function that chooses the words of captions that are too long.
-                Its arguments are the index of a caption, its words in lower case, the
-                number of tokens of each, and the number of tokens that fit; it returns
-                the indices of the words to keep, in order.
+            maskings: list of `TextMasking`, which choose the words of those captions
+                that are too long.
+            generators: list of `np.random.Generator`, one for each caption.
         """
         captions = [*captions]
-        texts = [self._clean(caption, "captions") for caption in captions]
+        texts = [self._clean(caption) for caption in captions]
         spans = [byte_pairs.spans_of(text) for text in texts]
         words = [[t[start:end] for start, end in s] for t, s in zip(texts, spans)]
         sizes = self._sizes = self._sizes if len(self._sizes) < MAX_WORDS else {}
@@ -286,9 +267,9 @@ class WordTokenizer:
         for index, each in enumerate(words):
             num_tokens = [sizes[word] for word in each]
             if sum(num_tokens) > self._num_tokens_left:
-                lower = [word.lower() for word in each]
-                kept = keep_words(index, lower, num_tokens, self._num_tokens_left)
-                text = texts[index]
+                text, lower = texts[index], [word.lower() for word in each]
+                settings = num_tokens, self._num_tokens_left, generators[index]
+                kept = maskings[index].keep_words(LongCaption(lower, *settings))
                 # From the end, so that earlier places stay the same.
                 for place in sorted({*range(len(each))} - {*kept}, reverse=True):
                     start, end = spans[index][place]
@@ -297,7 +278,8 @@ class WordTokenizer:
         return tokenize(self.tokenizer, captions)
 
 
-_word_tokenizer = functools.lru_cache(4)(WordTokenizer)
+# A tokenizer counts the tokens of a word once.
+word_tokenizer = functools.lru_cache(4)(WordTokenizer)
 
 
 def _num_tokens(tokenizer, texts):
@@ -311,12 +293,13 @@ def _num_tokens(tokenizer, texts):
 
 def check_text_masking(text_masking, tokenizer):
     """Raises an error unless a masking can mask the captions for a tokenizer."""
-    if not isinstance(text_masking, TextMasking):
+    if not isinstance(text_masking, TextMasking) or tokenizer is None:
         raise ValueError(
-            "`text_masking` must be a text masking, such as `RandomTextMasking()`, or "
-            f"None. Received: text_masking={text_masking!r}"
+            "`text_masking` must be a text masking, such as `RandomTextMasking()`, and "
+            f"comes with a `tokenizer`. Received: text_masking={text_masking!r}, "
+            f"tokenizer={tokenizer}"
         )
-    if tokenizer is None:
-        raise ValueError("`text_masking` needs a `tokenizer`. Received: tokenizer=None")
-    # Raise the errors of `score` before any sample is read.
-    text_masking.score(["a", "red", "boat"], [1, 1, 1], 2, np.random.default_rng(0))
+    # Raise the errors of both before any sample is read.
+    word_tokenizer(tokenizer)
+    words, generator = ["a", "red", "boat"], np.random.default_rng(0)
+    text_masking.score(LongCaption(words, [1, 1, 1], 2, generator))

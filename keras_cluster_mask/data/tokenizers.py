@@ -15,8 +15,6 @@ from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data import byte_pairs, files
 from keras_cluster_mask.data.byte_pairs import END, START, WORD_END
 
-FILE_FORMAT = "keras_cluster_mask.CLIPTokenizer"
-
 
 class CLIPTokenizer:
     """Lower-cased byte-pair tokenizer that returns exactly CLIP's token ids.
@@ -73,14 +71,11 @@ class CLIPTokenizer:
         self._specials = start_token, end_token
         ids = {token: index for index, token in enumerate(self._vocabulary)}
         self.vocabulary_size = len(self._vocabulary)
-        if len(ids) != self.vocabulary_size or not (
-            start_token in ids and self._vocabulary[-1] == end_token
-        ):
+        if self._vocabulary[-1] != end_token or len(ids) < self.vocabulary_size:
             raise ValueError(
-                f"`vocabulary` must have each token once, contain {start_token!r} and "
-                f"end with {end_token!r}, so that the end token has the highest id. "
-                f"Received: {self.vocabulary_size} tokens, {len(ids)} of them unique, "
-                f"...{self._vocabulary[-2:]}"
+                f"`vocabulary` must end with {end_token!r}, which then has the highest "
+                "id, and must have each token once. Received: "
+                f"{self.vocabulary_size} tokens, ...{self._vocabulary[-2:]}"
             )
         self.start_token_id = ids[start_token]
         self.end_token_id = ids[end_token]
@@ -122,23 +117,20 @@ class CLIPTokenizer:
             if content.startswith(b"\x1f\x8b"):
                 content = gzip.decompress(content)
             text = content.decode("utf-8")
-            if text.lstrip().startswith("{"):
-                config = json.loads(text)
-                if config.pop("format", None) != FILE_FORMAT:
-                    raise ValueError("not written by `CLIPTokenizer.save`")
+            if text.startswith("{"):
+                tokenizer = cls(**json.loads(text))
             else:
                 merges = byte_pairs.read_merges(text)
-                vocabulary = byte_pairs.clip_vocabulary(merges)
-                config = {"vocabulary": vocabulary, "merges": merges}
-        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+                tokenizer = cls(byte_pairs.clip_vocabulary(merges), merges)
+        except (ValueError, TypeError, EOFError, gzip.BadGzipFile) as error:
             raise ValueError(
                 "`path` must be a file written by `CLIPTokenizer.save`, or OpenAI's "
                 f"list of merges; this file is damaged or has another format ({error})."
                 f" Received: path={path!r}"
             ) from error
-        if context_length is not None:
-            config["context_length"] = context_length
-        return cls(**config)
+        if context_length is None:
+            return tokenizer
+        return tokenizer.with_context_length(context_length)
 
     @classmethod
     def from_open_clip(cls, context_length: int = 77) -> Self:
@@ -156,17 +148,15 @@ class CLIPTokenizer:
         Raises:
             ImportError: If open_clip is not installed.
         """
-        name = "bpe_simple_vocab_16e6.txt.gz"
         package = importlib.util.find_spec("open_clip")
-        for folder in package.submodule_search_locations if package else []:
-            path = pathlib.Path(folder) / name
-            if path.exists():
-                return cls.from_file(path, context_length)
-        raise ImportError(
-            f"`CLIPTokenizer.from_open_clip` reads {name} from the package open_clip, "
-            "which is not installed: `pip install open_clip_torch`, or pass the file "
-            "to `CLIPTokenizer.from_file`, or use `CLIPTokenizer.from_preset`."
-        )
+        if package is None:
+            raise ImportError(
+                "`CLIPTokenizer.from_open_clip` reads a file of the package open_clip, "
+                "which is not installed: `pip install open_clip_torch`, or pass the "
+                "file to `CLIPTokenizer.from_file`, or use `CLIPTokenizer.from_preset`."
+            )
+        folder = pathlib.Path(package.origin).parent
+        return cls.from_file(folder / "bpe_simple_vocab_16e6.txt.gz", context_length)
 
     @classmethod
     def from_preset(cls, preset: str, context_length: int = 77) -> Self:
@@ -219,11 +209,7 @@ class CLIPTokenizer:
         Returns:
             A `CLIPTokenizer`.
         """
-        if vocabulary_size < 514:
-            raise ValueError(
-                "`vocabulary_size` must be at least 514: two for each of the 256 bytes "
-                f"and two special tokens. Received: vocabulary_size={vocabulary_size}"
-            )
+        check_integer("vocabulary_size", vocabulary_size, 514)
         merges = byte_pairs.learn_merges(captions, vocabulary_size, min_frequency)
         return cls(byte_pairs.clip_vocabulary(merges), merges, context_length)
 
@@ -235,7 +221,7 @@ class CLIPTokenizer:
                 under a temporary name and renamed when it is complete.
         """
         with files.replacing(path) as file:
-            file.write(json.dumps({"format": FILE_FORMAT, **self._config()}).encode())
+            file.write(json.dumps(self._config()).encode())
 
     def save_to_preset(self, preset_dir: str | os.PathLike) -> None:
         """Writes the tokenizer into the folder of a KerasHub CLIP preset.
@@ -320,9 +306,6 @@ class CLIPTokenizer:
             "start_token": self._specials[0],
             "end_token": self._specials[1],
         }
-
-    def __reduce__(self):
-        return type(self), tuple(self._config().values())
 
     def __repr__(self):
         return (

@@ -32,7 +32,7 @@ def is_layer(tokenizer):
 
 
 def check_tokenizer(tokenizer):
-    """Raises an error for a tokenizer that is not callable or returns ragged rows."""
+    """Raises an error for a tokenizer that cannot be applied to captions."""
     if is_layer(tokenizer) and hasattr(tokenizer, "end_token_id"):
         raise ValueError(
             "`tokenizer` must add a start and an end token and return rows of equal "
@@ -91,15 +91,16 @@ def tokenize(tokenizer, captions, context_length=None):
         return np.zeros((0, getattr(tokenizer, "context_length", 0)), "int32")
     texts = [byte_pairs.as_text(caption) for caption in captions]
     if is_layer(tokenizer):
-        return _apply_layer(tokenizer, texts)
-    token_ids = _call(tokenizer, texts, context_length)
+        token_ids = _apply_layer(tokenizer, texts)
+    else:
+        token_ids = _call(tokenizer, texts, context_length)
     if isinstance(token_ids, Mapping):
         token_ids = token_ids["input_ids"]
-    # Convert the tensors of any backend.
     if not isinstance(token_ids, np.ndarray | list | tuple):
-        import keras
+        # Imported here: it needs Keras, which worker processes do not.
+        from keras_cluster_mask.batches import as_array
 
-        token_ids = keras.ops.convert_to_numpy(token_ids)
+        token_ids = as_array(token_ids)
     token_ids = np.asarray(token_ids)
     fits = token_ids.ndim == 2 and len(token_ids) == len(captions)
     if not fits or token_ids.dtype.kind not in "iu":
@@ -136,19 +137,17 @@ def _call(tokenizer, texts, context_length):
     if not libraries & {"open_clip", "transformers"}:
         return tokenizer(texts)
     length = context_length or length_of(tokenizer)
-    if "open_clip" in libraries:
-        with _padding:
-            return tokenizer(texts, **({"context_length": length} if length else {}))
-    if length is None:
-        raise ValueError(
-            "`tokenizer` must have the length of the model's texts: set its "
-            f"`model_max_length`. Received: {type(tokenizer).__name__} with "
-            f"model_max_length={tokenizer.model_max_length}"
-        )
+    options = {"context_length": length} if length else {}
+    if "transformers" in libraries:
+        options = {"padding": "max_length", "truncation": True, "max_length": length}
+        if length is None:
+            raise ValueError(
+                "`tokenizer` must have the length of the model's texts: set its "
+                f"`model_max_length`. Received: {type(tokenizer).__name__} with "
+                f"model_max_length={tokenizer.model_max_length}"
+            )
     with _padding:
-        return tokenizer(
-            texts, padding="max_length", truncation=True, max_length=length
-        )
+        return tokenizer(texts, **options)
 
 
 def _libraries(tokenizer):
@@ -160,22 +159,11 @@ def _libraries(tokenizer):
 
 
 def _apply_layer(layer, captions):
-    # Imported here: it needs Keras, which worker processes do not.
-    from keras_cluster_mask.batches import as_array
-
     # Without TensorFlow, keras_hub's preprocessors take lists.
     tf = sys.modules.get("tensorflow")
     captions = captions if tf is None else tf.convert_to_tensor(captions, "string")
     # KerasHub's image-text preprocessors take a dict, and text preprocessors strings.
     if "image_converter" in inspect.signature(type(layer)).parameters:
-        token_ids = layer({"images": None, "prompts": captions})["token_ids"]
-    else:
-        token_ids = layer(captions)
-    if isinstance(token_ids, dict):
-        token_ids = token_ids["token_ids"]
-    if tf is not None and isinstance(token_ids, tf.RaggedTensor):
-        raise ValueError(
-            "`tokenizer` must return rows of equal length. Received: a layer that "
-            f"returns a ragged tensor, {layer}"
-        )
-    return as_array(token_ids).astype("int32")
+        captions = {"images": None, "prompts": captions}
+    token_ids = layer(captions)
+    return token_ids["token_ids"] if isinstance(token_ids, dict) else token_ids

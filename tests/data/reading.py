@@ -36,9 +36,7 @@ def lengths(captions):
 def saved(tokenizer, folder):
     """The arguments of a `CLIPTokenizer`."""
     tokenizer.save(folder / "saved.json")
-    config = json.loads((folder / "saved.json").read_text())
-    del config["format"]
-    return config
+    return json.loads((folder / "saved.json").read_text())
 
 
 def keras_hub_tokenizer(tokenizer, folder):

@@ -32,8 +32,8 @@ class Shifted(TextMasking):
     def of_epoch(self, epoch):
         return Shifted(epoch)
 
-    def score(self, words, num_tokens, num_tokens_left, generator):
-        return [(sum(map(ord, word)) + 5 * self.epoch) % 23 for word in words]
+    def score(self, caption):
+        return [(sum(map(ord, word)) + 5 * self.epoch) % 23 for word in caption.words]
 
 
 def make_tokenizer(context_length):
@@ -179,9 +179,9 @@ def test_split_returns_the_words_that_a_masking_gets(caption):
     seen = []
 
     class Seen(TextMasking):
-        def score(self, words, *others):
-            seen.extend(words)
-            return [0.0] * len(words)
+        def score(self, caption):
+            seen.extend(caption.words)
+            return [0.0] * len(caption.words)
 
     Seen().tokenize(TOKENIZERS[3], [caption], [generator(0)])
     assert seen == TextMasking.split(caption)
@@ -206,14 +206,13 @@ def test_the_probability_to_leave_out_a_word_is_the_law_of_word2vec():
 def test_fit_counts_the_words_of_clean_captions():
     captions = ["A dog, a DOG &amp; it's wet", b"a r\xc3\xb6hre!"] * 3 + ["", "写真"]
     masking = FrequencyTextMasking().fit(iter(captions))
-    assert masking.frequencies == {
-        **{"a": 9, "dog": 6, ",": 3, "&": 3, "it": 3, "'s": 3, "wet": 3},
-        **{"röhre": 3, "!": 3, "写真": 1},
-    }
+    counts = {"a": 9, "dog": 6, ",": 3, "&": 3, "it": 3, "'s": 3, "wet": 3}
+    counts |= {"röhre": 3, "!": 3, "写真": 1}
+    assert masking.frequencies == {word: n / 37 for word, n in counts.items()}
     assert masking.probability("a") == pytest.approx(1 - np.sqrt(1e-6 / (9 / 37)))
     # The release leaves out words that are seen fewer than five times.
     masking = FrequencyTextMasking(unknown="drop").fit(captions)
-    assert masking.frequencies == {"a": 9, "dog": 6}
+    assert masking.frequencies == {"a": 9 / 15, "dog": 6 / 15}
     assert masking.probability("dog") == pytest.approx(1 - np.sqrt(1e-6 / (6 / 15)))
     assert masking.probability("wet") == 1.0
 
@@ -235,8 +234,8 @@ def test_a_tokenizer_of_any_kind_makes_the_rows_of_clips(name):
 
 
 class EachThird(TextMasking):
-    def score(self, words, num_tokens, num_tokens_left, generator):
-        return [index % 3 for index in range(len(words))]
+    def score(self, caption):
+        return [index % 3 for index in range(len(caption.words))]
 
 
 @pytest.mark.parametrize("start", [[], [5]], ids=["SigLIP", "MetaCLIP 2"])
@@ -299,25 +298,12 @@ def test_training_masks_token_ids_and_changes_nothing_else(shard, name):
     assert changed > 24
 
 
-def test_words_are_drawn_again_in_each_epoch(shard):
-    rows = {}
-    for batch in take(make(shard), 9):
-        for key, row in zip(batch["keys"], batch["token_ids"]):
-            rows.setdefault(key, set()).add(tuple(row))
-    assert np.mean([len(each) for each in rows.values()]) > 2
-
-
-def test_evaluation_and_the_tokenizer_itself_are_not_masked(shard):
+def test_evaluation_is_not_masked(shard):
     batches = take(make(shard, training=False))
     assert len(batches) == 3
     for batch in batches:
         expected = TOKENIZERS[10](batch["captions"])
         np.testing.assert_array_equal(batch["token_ids"], expected)
-    dataset = make(shard)
-    prompt = " ".join(WORDS)
-    np.testing.assert_array_equal(
-        dataset.tokenizer([prompt]), make_tokenizer(10)([prompt])
-    )
 
 
 LENGTHS = [24, 16, 12, 24]
@@ -403,22 +389,14 @@ def test_the_description_names_the_masking_and_its_options(shard):
             ("frequencies", {"frequencies": table})
             for table in (
                 {},
-                ["dog", "cat"],
-                {"dog": 0, "cat": 0},
-                {"dog": 3, "cat": -1},
+                {"dog": 3, "cat": 0},
                 {"dog": float("nan")},
                 {"dog": "3"},
                 {"Dog": 3},
-                {"red dog": 3},
                 {"cat": 1, "it's": 3},
-                {7: 3},
             )
         ),
-        # The last is the share of each of two words.
-        *(
-            ("threshold", {"frequencies": {"dog": 1, "cat": 1}, "threshold": value})
-            for value in (0, -1e-6, float("nan"), "1e-6", True, 0.5)
-        ),
+        ("threshold", {"threshold": 0}),
         ("unknown", {"unknown": "mask"}),
     ],
 )
@@ -429,7 +407,7 @@ def test_invalid_arguments_of_frequencies_are_named(name, options):
 
 @pytest.mark.parametrize("captions", ["a dog", ["", " "]])
 def test_captions_without_words_are_refused(captions):
-    with pytest.raises(ValueError, match=r"`captions` must.*Received: "):
+    with pytest.raises(ValueError, match=r"`(captions|frequencies)` must.*Received: "):
         FrequencyTextMasking().fit(captions)
 
 
@@ -445,7 +423,6 @@ def padded_before(captions):
         ("text_masking", {"tokenizer": None}),
         ("text_masking", {"text_masking": "random"}),
         ("text_masking", {"text_masking": RandomTextMasking}),
-        ("text_masking", {"text_masking": len}),
         ("frequencies", {"text_masking": FrequencyTextMasking()}),
     ],
 )

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from keras_cluster_mask.data import CLIPTokenizer, byte_pairs, read_captions
-from keras_cluster_mask.data.text_masking import WordTokenizer
+from keras_cluster_mask.data import (
+    CLIPTokenizer,
+    TextMasking,
+    byte_pairs,
+    read_captions,
+)
 from tests.data.reading import keras_hub_tokenizer, saved
 
 open_clip_tokenizer = pytest.importorskip("open_clip.tokenizer")
@@ -122,13 +126,15 @@ def test_the_words_to_choose_from_are_open_clips():
     reference = open_clip_tokenizer.SimpleTokenizer()
     received = {}
 
-    def keep_words(index, words, num_tokens, num_tokens_left):
-        assert num_tokens_left == 1
-        received[index] = list(zip(words, num_tokens))
-        return [len(words) - 1]
+    class LastWord(TextMasking):
+        def keep_words(self, caption):
+            assert caption.num_tokens_left == 1
+            words = zip(caption.words, caption.num_tokens)
+            received[caption.generator] = list(words)
+            return [len(caption.words) - 1]
 
-    tokenizer = WordTokenizer(CLIPTokenizer.from_open_clip(context_length=3))
-    rows = tokenizer(CAPTIONS, keep_words)
+    tokenizer = CLIPTokenizer.from_open_clip(context_length=3)
+    rows = LastWord().tokenize(tokenizer, CAPTIONS, range(len(CAPTIONS)))
     assert len(received) > 15
     for index, caption in enumerate(CAPTIONS):
         words = reference.pat.findall(byte_pairs.clean(caption))
@@ -245,7 +251,7 @@ def test_paths_may_be_in_the_home_folder(trained, tmp_path, monkeypatch):
     "content",
     [
         b"{}",
-        b'{"format": "keras_cl',
+        b'{"vocabulary": ["a',
         json.dumps({"model": {"type": "BPE"}}).encode(),
         b"",
         b"first\nsecond line has words",
@@ -276,7 +282,6 @@ def test_a_copy_of_another_length_makes_the_same_tokens():
         ("context_length", lambda: CLIPTokenizer.train(["a"], context_length=2)),
         ("context_length", lambda: CLIPTokenizer.train(["a"]).with_context_length(2)),
         ("context_length", lambda: CLIPTokenizer.from_open_clip(2)),
-        ("texts", lambda: CLIPTokenizer.train(["a"])(["a", 3])),
         ("vocabulary", lambda: CLIPTokenizer([byte_pairs.END, byte_pairs.START], [])),
         ("vocabulary", lambda: CLIPTokenizer(["a", "a", *"se"], [], 9, "s", "e")),
     ],

@@ -90,16 +90,6 @@ def test_a_keras_layer_can_tokenize(shard, layer, format, training):
     assert training or [2, 3, 0, 0] in expected
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="ragged tensors are TensorFlow's"
-)
-def test_a_keras_layer_of_rows_of_different_lengths_is_refused(shard):
-    layer = keras.layers.TextVectorization(ragged=True)
-    layer.adapt(["no no", "7"])
-    with pytest.raises(ValueError, match=r"`tokenizer`.*Received: "):
-        first(make(shard, layer))
-
-
 def test_a_keras_hub_preprocessor_gives_the_ids_of_a_clip_tokenizer(shard, tmp_path):
     pytest.importorskip("tensorflow")
     keras_hub = pytest.importorskip("keras_hub")
@@ -118,28 +108,22 @@ TEXTS = ["a photo of a cat", "two dogs in the snow", "café &amp; bar"]
 
 @pytest.fixture
 def hugging_face():
-    """CLIP's and BERT's kinds of tokenizers, with small vocabularies."""
+    """A tokenizer as BERT's, with a small vocabulary, and its ids."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
 
-    def make(kind, **options):
-        # As CLIP's own, the end token is the last and fills rows up.
-        special = ["<s>", "</s>"] if kind == "clip" else ["[PAD]", "[CLS]", "[SEP]"]
+    def make(**options):
         words = [word for text in TEXTS for word in text.split()]
-        words = ["[UNK]", *dict.fromkeys(words)]
-        vocabulary = words + special if kind == "clip" else special + words
-        ids = {word: index for index, word in enumerate(vocabulary)}
+        words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *dict.fromkeys(words)]
+        ids = {word: index for index, word in enumerate(words)}
         model = tokenizers.models.WordLevel(ids, unk_token="[UNK]")
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        start, end = special[-2:]
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{start} $A {end}",
-            special_tokens=[(start, ids[start]), (end, ids[end])],
+        tokenizer.post_processor = tokenizers.processors.BertProcessing(
+            ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
         )
-        pad = end if kind == "clip" else "[PAD]"
         tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token=pad, unk_token="[UNK]", **options
+            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", **options
         )
         return tokenizer, ids
 
@@ -147,29 +131,26 @@ def hugging_face():
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("kind", ["clip", "bert"])
-def test_tokenizers_of_hugging_face_pad_and_truncate(kind, hugging_face):
-    tokenizer, ids = hugging_face(kind, model_max_length=7)
-    start, end = ("<s>", "</s>") if kind == "clip" else ("[CLS]", "[SEP]")
-    pad = end if kind == "clip" else "[PAD]"
+def test_tokenizers_of_hugging_face_pad_and_truncate(hugging_face):
+    tokenizer, ids = hugging_face(model_max_length=7)
     found = tokenize(tokenizer, [text.encode() for text in TEXTS])
     assert found.shape == (3, 7)
     assert found.dtype == "int32"
-    words = ["a", "photo", "of", "a", "cat"]
-    assert found[0].tolist() == [ids[word] for word in [start, *words, end]]
-    words = ["café", "&amp;", "bar"]
-    assert found[2].tolist() == [ids[word] for word in [start, *words, end, pad, pad]]
+    words = ["[CLS]", "a", "photo", "of", "a", "cat", "[SEP]"]
+    assert found[0].tolist() == [ids[word] for word in words]
+    words = ["[CLS]", "café", "&amp;", "bar", "[SEP]", "[PAD]", "[PAD]"]
+    assert found[2].tolist() == [ids[word] for word in words]
     called = tokenize(lambda texts: tokenizer(texts, padding="max_length"), TEXTS)
     np.testing.assert_array_equal(called, found)
     # A model's length comes before the tokenizer's own.
     found = tokenize(tokenizer, TEXTS, context_length=4)
-    expected = [ids[word] for word in [start, "a", "photo", end]]
+    expected = [ids[word] for word in ["[CLS]", "a", "photo", "[SEP]"]]
     assert found[0].tolist() == expected
 
 
 @pytest.mark.any_backend
 def test_a_tokenizer_of_hugging_face_without_a_length_is_an_error(hugging_face):
-    tokenizer, _ = hugging_face("clip")
+    tokenizer, _ = hugging_face()
     with pytest.raises(ValueError, match=r"`model_max_length`.*Received: .*Tokenizer"):
         tokenize(tokenizer, TEXTS)
     assert tokenize(tokenizer, TEXTS, context_length=9).shape == (3, 9)
@@ -179,7 +160,7 @@ def test_a_tokenizer_of_hugging_face_without_a_length_is_an_error(hugging_face):
 def test_a_processor_of_hugging_face_is_not_a_tokenizer(shard, hugging_face):
     transformers = pytest.importorskip("transformers")
     processor = transformers.CLIPProcessor(
-        transformers.CLIPImageProcessor(), hugging_face("clip")[0]
+        transformers.CLIPImageProcessor(), hugging_face()[0]
     )
     with pytest.raises(ValueError, match=r"`processor.tokenizer`.*Received: CLIPProc"):
         make(shard, processor)
@@ -196,16 +177,13 @@ def test_tokenizers_of_open_clip_are_taken_as_they_are():
         np.testing.assert_array_equal(found, tokenizer(TEXTS, 5).numpy())
 
 
-@pytest.mark.parametrize("format", ["grain", "tf"])
-def test_a_dataset_takes_tokenizers_of_other_libraries(shard, format, hugging_face):
-    if format == "tf":
-        pytest.importorskip("tensorflow")
+def test_a_dataset_takes_tokenizers_of_other_libraries(shard, hugging_face):
     open_clip = pytest.importorskip("open_clip")
     for tokenizer, length in (
         (open_clip.get_tokenizer("ViT-B-32"), 77),
-        (hugging_face("clip", model_max_length=7)[0], 7),
+        (hugging_face(model_max_length=7)[0], 7),
     ):
-        dataset = make(shard, tokenizer, format=format)
+        dataset = make(shard, tokenizer)
         batch = first(dataset)
         assert batch["token_ids"].shape == (8, length)
         assert dataset.element_spec["token_ids"].shape[1] == length

@@ -1,14 +1,10 @@
 """Base class of formats, which find the samples once and read any of them."""
 
+import contextlib
+import json
 import typing
 
 from keras_cluster_mask.data import files
-
-# The first bytes of gzip, bz2, xz, lzma and zstd files.
-COMPRESSED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00\x00\x80", b"\x28\xb5\x2f\xfd"
-# The maximum size of a file or record. A damaged header may claim a size that would
-# exhaust the memory.
-MAX_BYTES = 2**28
 
 
 class Entry(typing.NamedTuple):
@@ -75,11 +71,11 @@ class NoRandomAccess(ValueError):
         )
 
 
-def check_not_compressed(path, start):
-    """Raises an error if the first bytes of a file are those of a compressed one."""
-    if start.startswith(COMPRESSED):
-        kind = "a compressed file: decompress it, such as with `gunzip`"
-        raise NoRandomAccess(path, kind)
+def json_object(content):
+    """Returns the dict that bytes hold as JSON, or None."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(content)
+        return value if isinstance(value, dict) else None
 
 
 class Format:
@@ -108,10 +104,16 @@ class Format:
 
         Raises:
             DamagedShard: After the last intact sample.
-            NoRandomAccess: If the file is compressed.
+            NoRandomAccess: If the file has another format.
             OSError: If the file cannot be read.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def entry(key, offset, size, fields, fault=None):
+        """Returns an `Entry` with the fields that are not empty."""
+        fields = {name: value for name, value in fields.items() if not is_empty(value)}
+        return Entry(key, offset, size, fields, fault)
 
     def context(self, path):
         """Returns the data on the whole shard that `parse` needs, as JSON values."""

@@ -5,7 +5,7 @@ import functools
 import threading
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import DamagedShard, Entry, Format, is_empty
+from keras_cluster_mask.data.formats.base import DamagedShard, Format, is_empty
 
 KEYS = ("__key__", "key", "image_id", "id")
 # The number of row groups that are kept in memory. A group is read as a whole.
@@ -36,18 +36,20 @@ class Parquet(Format):
             for group in range(file.num_row_groups):
                 table = _intact(path, file.read_row_group, group)
                 for place in range(table.num_rows):
-                    row = _intact(path, _row, table, place)
+                    row = _intact(path, table.slice(place, 1).to_pylist)[0]
                     key, fields = self.parse(row, number, None)
-                    fields = {k: v for k, v in fields.items() if not is_empty(v)}
-                    yield Entry(key, group, place, fields)
+                    yield self.entry(key, group, place, fields)
                     number += 1
 
     def read(self, places):
         rows = []
         for path, group, place in places:
+            read = functools.partial(_read_group, path, group)
             try:
-                table = files.retried(functools.partial(_group, path, group), path)
-                rows.append(_intact(path, _row, table, place))
+                # The lock prevents threads from reading the same group twice.
+                with _reading:
+                    table = files.retried(read, path)
+                rows.append(_intact(path, table.slice(place, 1).to_pylist)[0])
             except (OSError, DamagedShard) as error:
                 rows.append(error)
         return rows
@@ -69,12 +71,9 @@ def plain(value):
 
 @contextlib.contextmanager
 def _open(path):
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError(
-            f"Parquet files need pyarrow: `pip install pyarrow`. Received: {path}"
-        ) from error
+    # Imported here, since only Parquet files need it.
+    import pyarrow.parquet as pq
+
     # pyarrow reads each column of a group at once, so a buffer would only add bytes.
     with files.open_file(path) as file:
         yield _intact(path, pq.ParquetFile, file.raw)
@@ -93,17 +92,7 @@ def _intact(path, read, *arguments):
         raise DamagedShard(path, None, str(error)) from error
 
 
-def _group(path, group):
-    # The lock prevents threads from reading the same group twice.
-    with _reading:
-        return _read_group(path, group)
-
-
 @functools.lru_cache(OPEN_GROUPS)
 def _read_group(path, group):
     with _open(path) as file:
         return _intact(path, file.read_row_group, group)
-
-
-def _row(table, place):
-    return {name: table[name][place].as_py() for name in table.column_names}

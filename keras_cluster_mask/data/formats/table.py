@@ -2,16 +2,16 @@
 
 import contextlib
 import csv
+import functools
 import itertools
-import json
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import DamagedShard, Entry, Format, is_empty
+from keras_cluster_mask.data.formats.base import DamagedShard, Format, json_object
 
 # The file names of the table of a folder, in order of preference.
 ENDINGS = "csv", "tsv", "jsonl"
 TABLES = [f"{name}.{end}" for name in ("metadata", "manifest") for end in ENDINGS]
-# The maximum size of a row in bytes. It limits the search for a closing quote.
+# The maximum size of a row in bytes.
 MAX_ROW = 2**20
 NO_CSV = "a row that is not CSV in UTF-8"
 NO_JSON = "a line that is not a JSON object"
@@ -37,66 +37,60 @@ class Table(Format):
 
     def __init__(self, delimiter):
         self.delimiter = delimiter
-        # Captions may be longer than the default limit of the csv module.
+        # Captions may be longer than the default limit of the csv module, which also
+        # ends the search for a closing quote.
         csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))
 
     def scan(self, path):
         with files.open_file(path) as file:
-            columns, first = self._columns(path, file)
-            number = 0
-            for start, content in self._rows(file, first, columns):
+            columns, number = self._columns(path, file), 0
+            for start, content in self._rows(file, columns):
                 if not content.strip():
                     continue
                 row, fault = self._row(content, columns)
-                fields = {k: v for k, v in row.items() if not is_empty(v)}
-                yield Entry(_key(row, number), start, len(content), fields, fault)
+                yield self.entry(_key(row, number), start, len(content), row, fault)
                 number += 1
 
     def context(self, path):
         with files.open_file(path) as file:
-            return self._columns(path, file)[0]
+            return self._columns(path, file)
 
     def parse(self, content, number, context):
         row, _ = self._row(content, context)
         return _key(row, number), {k: v for k, v in row.items() if v is not None}
 
     def _columns(self, path, file):
-        """Returns the column names of a table, and the offset of its first row."""
+        """Reads the column names of a table. JSON lines have None."""
         if self.delimiter is None:
-            return None, 0
+            return None
         line = file.readline(MAX_ROW)
         row, fault = self._cells([line.removeprefix(b"\xef\xbb\xbf")])
         if fault:
             raise DamagedShard(path, None, f"its first line is {fault}")
-        return [name.strip() for name in row], len(line)
+        return [name.strip() for name in row]
 
-    def _rows(self, file, start, columns):
+    def _rows(self, file, columns):
         """Yields the offset and the bytes of each row. A broken row is one line."""
 
         def is_row(line):
             return self.delimiter == "\t" and line.count(b"\t") + 1 >= len(columns)
 
-        taken = []
-        while True:
-            file.seek(start)
-            taken.clear()
-            first = next(_lines(file, taken), None)
-            if first is None:
-                return
+        start, read_line = file.tell(), functools.partial(file.readline, MAX_ROW + 1)
+        while row := read_line():
             # Only a quoted cell may contain a newline.
-            if self.delimiter is not None and b'"' in first:
-                more = _lines(file, taken)
-                if is_row(first):
+            if self.delimiter is not None and b'"' in row:
+                more = iter(read_line, b"")
+                if is_row(row):
                     more = itertools.takewhile(lambda line: not is_row(line), more)
-                _, fault = self._cells(itertools.chain([first], more))
-                if fault:
-                    del taken[1:]
-            yield start, b"".join(taken)
-            start += sum(map(len, taken))
+                _, fault = self._cells(itertools.chain([row], more))
+                size = len(row) if fault else file.tell() - start
+                file.seek(start)
+                row = file.read(size)
+            yield start, row
             # Skip the rest of a line that is too long, without keeping it in memory.
-            while not taken[-1].endswith(b"\n") and (more := file.readline(MAX_ROW)):
-                taken[-1] = more
-                start += len(more)
+            while row and not row.endswith(b"\n"):
+                row = read_line()
+            start = file.tell()
 
     def _cells(self, lines):
         """Returns the cells of one row and None, or an empty list and a fault."""
@@ -112,11 +106,8 @@ class Table(Format):
         if len(content) > MAX_ROW:
             return {}, "a row of more than a mebibyte"
         if columns is None:
-            try:
-                row = json.loads(content.decode("utf-8-sig"))
-            except (ValueError, RecursionError):
-                row = None
-            return (row, None) if isinstance(row, dict) else ({}, NO_JSON)
+            row = json_object(content)
+            return ({}, NO_JSON) if row is None else (row, None)
         cells, fault = self._cells([content])
         if fault and self.delimiter == "\t":
             with contextlib.suppress(UnicodeDecodeError):
@@ -125,15 +116,6 @@ class Table(Format):
         if any(cells[len(columns) :]):
             cells, fault = cells[:1], "more cells than columns"
         return dict(zip(columns, cells)), fault
-
-
-def _lines(file, taken):
-    """Yields lines up to the maximum size of a row, and appends them to `taken`."""
-    size = sum(map(len, taken))
-    while size < MAX_ROW and (line := file.readline(MAX_ROW + 1)):
-        taken.append(line)
-        size += len(line)
-        yield line
 
 
 def _key(row, number):

@@ -2,27 +2,28 @@
 
 import contextlib
 import io
-import json
 import os
 import tarfile
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import (
-    MAX_BYTES,
     DamagedShard,
     Entry,
     Format,
     NoRandomAccess,
-    check_not_compressed,
     entries_of,
     is_empty,
+    json_object,
 )
 
 BLOCK = 512
 MAX_ENTRIES = 32
 # An upper bound of the zero padding at the end of a tar file.
 MAX_PADDING = 2**20
-UNKNOWN = "a file of unknown format: use tar, TFRecord, Parquet, CSV, TSV or JSON lines"
+UNKNOWN = (
+    "a compressed file, or one of unknown format: use tar, TFRecord, Parquet, CSV, TSV "
+    "or JSON lines, without compression"
+)
 
 
 class Tar(Format):
@@ -38,16 +39,10 @@ class Tar(Format):
                 # First, since it discards what has been read ahead.
                 length = file.seek(0, io.SEEK_END)
                 file.seek(0)
-                check_not_compressed(path, file.read(8))
-                file.seek(0)
                 archive = tarfile.TarFile(fileobj=file, tarinfo=_Header)
-                for key, offset, size, sizes, entries in _samples(archive, length):
-                    large = max(sizes.values(), default=0) > MAX_BYTES
-                    fields = {name: size for name, size in sizes.items() if size}
-                    fields |= dict.fromkeys(entries)
-                    fault = "file too large" if large else None
-                    yield Entry(key, offset, size, fields, fault)
-                    last = key
+                for entry in _samples(archive, length):
+                    yield entry
+                    last = entry.key
                 file.seek(archive.offset + BLOCK)
                 rest = file.read(MAX_PADDING + 1)
                 # A header overwritten with zeros looks like the end mark.
@@ -66,11 +61,9 @@ class Tar(Format):
         found, fields = "", {}
         while (member := archive.next()) is not None:
             key, field = _key_and_field(member)
-            if field and not _is_elsewhere(member):
-                found = key
-                fields[field] = content[
-                    member.offset_data : member.offset_data + member.size
-                ]
+            if field:
+                found, start = key, member.offset_data
+                fields[field] = content[start : start + member.size]
             # The bytes of one sample do not end with an end mark.
             if archive.offset >= len(content):
                 break
@@ -78,8 +71,8 @@ class Tar(Format):
 
 
 def _samples(archive, length):
-    """Yields the key, offset, size, field sizes and JSON entries of each sample."""
-    sample = None
+    """Yields the `Entry` of each sample."""
+    sample, seen = None, set()
     while (member := archive.next()) is not None:
         # Otherwise the archive would keep every member in memory.
         archive.members.clear()
@@ -88,28 +81,27 @@ def _samples(archive, length):
         if member.offset_data + member.size > length:
             raise tarfile.ReadError("it is truncated within a file")
         key, field = _key_and_field(member)
-        if not field or _is_elsewhere(member):
+        if not field:
             continue
-        if sample is None or key != sample[0] or field in sample[3]:
+        if sample is None or key != sample.key or field in seen:
             if sample is not None:
                 yield sample
-            sample = [key, member.offset, 0, {}, []]
-        sample[2] = archive.offset - sample[1]
-        sample[3][field] = member.size
+            sample, seen = Entry(key, member.offset, 0, {}), set()
+        sample = sample._replace(size=archive.offset - sample.offset)
+        seen.add(field)
+        if member.size:
+            sample.fields[field] = member.size
         if field == "json":
             archive.fileobj.seek(member.offset_data)
-            sample[4] = _entries(archive.fileobj.read(min(member.size, MAX_BYTES)))
+            content = archive.fileobj.read(member.size)
+            sample.fields.update(dict.fromkeys(_entries(content)))
     if sample is not None:
         yield sample
 
 
 def _entries(content):
     """Returns the names of the entries of `KEY.json` that are not empty."""
-    try:
-        entries = json.loads(content)
-    except (ValueError, RecursionError):
-        entries = None
-    entries = entries if isinstance(entries, dict) else {}
+    entries = json_object(content) or {}
     names = [f"json.{name}" for name in entries if not is_empty(entries[name])]
     # With more names, nearly every sample might need its own layout in the index.
     return [entries_of("json"), *names] if len(names) <= MAX_ENTRIES else []
@@ -138,25 +130,17 @@ class _Header(tarfile.TarInfo):
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:
             raise
-        except tarfile.EmptyHeaderError as error:
-            # Even an empty archive ends with two blocks of zeros.
-            raise tarfile.ReadError("it ends without an end mark") from error
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
-
-
-def _is_elsewhere(member):
-    """Returns whether a member lacks its plain content: a link or a sparse file."""
-    return member.islnk() or member.issym() or member.issparse()
+            # Even an empty archive ends with two blocks of zeros.
+            raise tarfile.ReadError(f"no file or end mark follows: {error}") from error
 
 
 def _key_and_field(member):
     """Returns the key and field of a member, or empty strings if it is unrelated."""
-    if not member.isfile():
-        return "", ""
     folder, _, base = member.name.removeprefix("./").rpartition("/")
     base, _, field = base.partition(".")
-    # Hidden files, such as those of macOS, have no name before the dot.
-    if not base or not field:
+    # Links and sparse files lack their plain content. Hidden files, such as those of
+    # macOS, have no name before the dot.
+    if not member.isfile() or member.issparse() or not base or not field:
         return "", ""
     return os.path.join(folder, base), field.lower()

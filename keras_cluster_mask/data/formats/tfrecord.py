@@ -1,5 +1,6 @@
 """TFRecord files, in which each `tf.train.Example` is a sample."""
 
+import contextlib
 import functools
 import itertools
 
@@ -11,21 +12,10 @@ from google.protobuf import (
 )
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import (
-    MAX_BYTES,
-    DamagedShard,
-    Entry,
-    Format,
-    check_not_compressed,
-    is_empty,
-)
-
-try:
-    import google_crc32c
-except ImportError:
-    google_crc32c = None
+from keras_cluster_mask.data.formats.base import DamagedShard, Format
 
 KEYS = ("__key__", "key", "image/filename", "image/id")
+NO_EXAMPLE = "a record that is damaged, or not a tf.train.Example"
 # The bytes before a record, its length and a checksum, and its checksum after it.
 BEFORE, AFTER = 12, 4
 # The protobuf messages of `tf.train.Example`: field names, in order, and types.
@@ -50,40 +40,26 @@ class TFRecord(Format):
     """
 
     def scan(self, path):
-        if google_crc32c is None:
-            raise ImportError(
-                "TFRecord files need google-crc32c: `pip install google-crc32c`. "
-                f"Received: {path}"
-            )
-        key = None
+        key, place = None, 0
         with files.open_file(path) as file:
             for number in itertools.count():
                 head = file.read(BEFORE)
                 if not head:
                     return
-                size = int.from_bytes(head[:8], "little")
-                if len(head) < BEFORE or not _is_intact(head[:8], head[8:]):
-                    check_not_compressed(path, head)
-                    reason = "the length of a record does not match its checksum"
+                if not _is_intact(head[:8], head[8:]):
+                    reason = "the length of a record is damaged, or compressed"
                     raise DamagedShard(path, key, reason)
-                place = file.tell()
-                content = file.read(size) if size <= MAX_BYTES else b""
-                file.seek(place + size)
-                checksum = file.read(AFTER)
+                size = int.from_bytes(head[:8], "little")
+                content, checksum = file.read(size), file.read(AFTER)
                 if len(checksum) < AFTER:
                     raise DamagedShard(path, key, "it is truncated within a record")
-                key, fields, fault = f"{number:08}", {}, None
-                if size > MAX_BYTES:
-                    fault = "file too large"
-                elif not _is_intact(content, checksum):
-                    fault = "a record that does not match its checksum"
-                else:
-                    try:
+                key, fields, fault = f"{number:08}", {}, NO_EXAMPLE
+                with contextlib.suppress(message.DecodeError):
+                    if _is_intact(content, checksum):
                         key, fields = self.parse(content, number, None)
-                    except message.DecodeError:
-                        fault = "a record that is not a tf.train.Example"
-                fields = {k: v for k, v in fields.items() if not is_empty(v)}
-                yield Entry(key, place, len(content), fields, fault)
+                        fault = None
+                yield self.entry(key, place + BEFORE, size, fields, fault)
+                place += BEFORE + size + AFTER
 
     def parse(self, content, number, context):
         entries = _example().FromString(content).features.feature
@@ -95,6 +71,9 @@ class TFRecord(Format):
 
 
 def _is_intact(content, checksum):
+    # Imported here, since only TFRecord files need it.
+    import google_crc32c
+
     crc = google_crc32c.value(content)
     # TFRecord files store masked checksums: rotated, plus a constant.
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

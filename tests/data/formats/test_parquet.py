@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 
 from keras_cluster_mask.data import files
@@ -81,13 +79,6 @@ def test_truncated_files_and_damaged_pages_are_damage(write, scan):
     with pytest.raises(DamagedShard, match=r"x\.parquet is damaged"):
         keys.extend(scan(path))
     assert keys == [f"{i:08}" for i in range(20)]
-
-
-def test_pyarrow_is_named_if_it_is_missing(write, scan, monkeypatch):
-    path = write(COLUMNS)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r"need pyarrow.*pip install.*x\.parquet"):
-        list(scan(path))
 
 
 def test_files_are_closed(write, scan, monkeypatch):

@@ -228,14 +228,6 @@ def test_a_sparse_file_is_not_read_as_another_content(tmp_path, read_all):
         assert samples[0][1].get("txt") in (None, b"\0\0\0a\0\0\0\0bc")
 
 
-def test_a_sample_that_is_too_large_is_a_fault(write_tar, read_all, monkeypatch):
-    monkeypatch.setattr(tar, "MAX_BYTES", 5)
-    files = [("1.jpg", b"12345"), ("1.txt", b"123456"), ("2.jpg", b"1"), ("2.txt", b"")]
-    samples, faults = read_all(write_tar("x.tar", files))
-    assert faults == [("1", "file too large")]
-    assert [key for key, _ in samples] == ["2"]
-
-
 def test_the_entries_of_json_files_are_fields(write_tar):
     path = write_tar(
         "a.tar",

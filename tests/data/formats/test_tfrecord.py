@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data.formats import DamagedShard, tfrecord
+from keras_cluster_mask.data.formats import DamagedShard
+from keras_cluster_mask.data.formats.tfrecord import NO_EXAMPLE
 from tests.data.formats.conftest import record
 
-tf = pytest.importorskip("tensorflow")
+pytest.importorskip("tensorflow")
 
 pytestmark = pytest.mark.any_backend
 
@@ -22,51 +23,19 @@ KEYS = [f"k{i}" for i in range(5)]
 
 
 def test_several_values_are_a_list_and_numbers_are_text(write_records, read_all):
-    features = {"caption": [b"one", b"two"], "label": 3, "box": [1, -2], "p": 0.5}
+    large = 2**63 - 1
+    features = {"é": [b"one", b"\xff" * 300], "label": 3, "box": [1, -large], "p": 0.1}
     path = write_records("x.tfrecord", [record(**features, none=[], zero=0)])
     ((key, fields),) = read_all(path)[0]
     assert key == "00000000"
+    assert np.float32(fields.pop("p")) == np.float32(0.1)
     assert fields == {
-        "caption": [b"one", b"two"],
+        "é": [b"one", b"\xff" * 300],
         "label": "3",
-        "box": ["1", "-2"],
-        "p": "0.5",
+        "box": ["1", str(-large)],
         "none": [],
         "zero": "0",
     }
-
-
-def test_random_examples_are_read_as_tensorflow_reads_them(write_records, read_all):
-    generator = np.random.default_rng(0)
-    kinds = (
-        lambda n: [generator.bytes(int(generator.integers(300))) for _ in range(n)],
-        lambda n: generator.integers(-(2**63), 2**63 - 1, n).tolist(),
-        lambda n: generator.normal(size=n).astype("float32").tolist(),
-    )
-    records = [
-        record(
-            **{
-                f"{name}/é{n}": kinds[int(generator.integers(3))](n)
-                for name in range(5)
-                for n in (0, 1, 3)
-            }
-        )
-        for _ in range(50)
-    ]
-    samples, _ = read_all(write_records("x.tfrecord", records))
-    assert len(samples) == 50
-    for (_, fields), content in zip(samples, records):
-        features = tf.train.Example.FromString(content).features.feature
-        assert fields.keys() == features.keys()
-        for name, found in fields.items():
-            kind = features[name].WhichOneof("kind")
-            expected = list(getattr(features[name], kind).value) if kind else []
-            found = found if isinstance(found, list) else [found]
-            if kind == "int64_list":
-                found = [int(each) for each in found]
-            elif kind == "float_list":
-                found = [float(each) for each in found]
-            assert found == expected
 
 
 def test_the_key_is_a_feature_or_the_number_of_the_record(write_records, read_all):
@@ -124,8 +93,7 @@ def test_a_flipped_bit_costs_one_sample_or_ends_the_file(write_records, read_all
             continue
         samples, faults = read_all(path)
         assert samples == [expected[0], expected[2]]
-        reason = "a record that does not match its checksum"
-        assert faults == [("00000001", reason)]
+        assert faults == [("00000001", NO_EXAMPLE)]
 
 
 def test_a_record_that_is_no_example_costs_one_sample(write_records, read_all):
@@ -133,12 +101,4 @@ def test_a_record_that_is_no_example_costs_one_sample(write_records, read_all):
     samples, faults = read_all(path)
     assert [key for key, _ in samples] == ["k0", "00000002", "k2"]
     assert samples[1][1] == {}
-    assert faults == [("00000001", "a record that is not a tf.train.Example")]
-
-
-def test_a_record_that_is_too_large_is_a_fault(write_records, read_all, monkeypatch):
-    monkeypatch.setattr(tfrecord, "MAX_BYTES", len(RECORDS[0]))
-    records = [RECORDS[0], record(**{"__key__": b"large", "image": b"x" * 99})]
-    samples, faults = read_all(write_records("x.tfrecord", [*records, RECORDS[2]]))
-    assert [key for key, _ in samples] == ["k0", "k2"]
-    assert [fault for _, fault in faults] == ["file too large"]
+    assert faults == [("00000001", NO_EXAMPLE)]
