@@ -39,7 +39,6 @@ def image_text_dataset(
     | None = None,
     include_captions: bool | str = False,
     include_keys: bool = False,
-    include_paths: bool = False,
     data_format: str | None = None,
     max_image_pixels: int = MAX_PIXELS,
     max_skipped: float = 0.01,
@@ -169,8 +168,6 @@ def image_text_dataset(
         include_captions: bool. Whether batches contain `"captions"`, UTF-8 bytes. With
             `"all"`, they are tuples of all captions of each image.
         include_keys: bool. Whether batches contain the `"keys"` of samples, bytes.
-        include_paths: bool. Whether batches contain the `"paths"` of the image files,
-            bytes; empty for images inside shards.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to `None`:
             `keras.config.image_data_format()`.
         max_image_pixels: int. Images with more pixels count as broken. Reduced decoding
@@ -185,12 +182,12 @@ def image_text_dataset(
             `tokenizer`, of any kind whose rows end in padding. It does not change
             `"captions"`, and evaluation is never masked. Defaults to `None`: captions
             that are too long are truncated.
-        sampling: The samples of each epoch: a `Sampling`, or a function of the number
-            of samples and the epoch (from 0) that returns an int array of sample
-            indices, the same in each process. Only these samples are read, in shuffled
-            order. `len(dataset)` is the number of full batches in the epoch that the
-            dataset starts in. `steps_per_epoch` is that number for an epoch of mean
-            length. Defaults to `None`: each sample once.
+        sampling: The samples of each epoch of training: a `Sampling`, or a function of
+            the number of samples and the epoch (from 0) that returns an int array of
+            sample indices, the same in each process. Only these samples are read, in
+            shuffled order. `len(dataset)` is the number of full batches in the epoch
+            that the dataset starts in. `steps_per_epoch` is that number for an epoch of
+            mean length. Defaults to `None`: each sample once.
         block_size: int. In training, blocks of this many consecutive samples are read
             together and stay in one batch, which is faster on object stores and hard
             disks. The number of processes must divide `batch_size // block_size`.
@@ -262,6 +259,6 @@ def image_text_dataset(
         index_dir,
         max_skipped,
     )
-    samples = Samples(images, captions, reading, include_keys, include_paths)
+    samples = Samples(images, captions, reading, include_keys)
     dataset = ImageTextDataset(samples)
     return dataset.as_dataset() if format == "tf" else dataset

@@ -12,6 +12,7 @@ import time
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from keras_cluster_mask.data.threads import Threads
 
@@ -19,9 +20,14 @@ from keras_cluster_mask.data.threads import Threads
 READ_AHEAD = 2**20
 # The pauses before a failed read is retried, in seconds.
 RETRY_AFTER = 0.1, 1.0, 5.0
-# Ranges at most `MAX_GAP` bytes apart are read in one request of limited size.
+# The errors that a retry cannot resolve. A `ValueError` means an invalid name.
+FINAL = (
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
+    *(EOFError, ValueError),
+)
+# Ranges at most this many bytes apart are read in one request.
 MAX_GAP = 2**16
-MAX_REQUEST = 2**26
+NO_RANGES = "the server does not send parts of files: download them"
 # A request is an error after this time, in seconds, and the time for its bytes at this
 # rate, in bytes per second.
 MAX_WAIT, MIN_RATE = 60.0, 2**18
@@ -46,12 +52,10 @@ def file_system(path, argument="source"):
     path = os.path.expanduser(os.fspath(path))
     try:
         return fsspec.core.url_to_fs(path)
-    except ImportError as error:
-        # The message of fsspec names the package.
-        raise ImportError(f"{error}. Received: {argument}={path!r}") from error
-    except ValueError as error:
-        raise ValueError(
-            f"`{argument}` must be a path or URL that fsspec knows: {error}. "
+    # The message of an `ImportError` names the package.
+    except (ImportError, ValueError) as error:
+        raise type(error)(
+            f"`{argument}` must be a path or URL that fsspec can open: {error}. "
             f"Received: {argument}={path!r}"
         ) from error
 
@@ -72,34 +76,21 @@ def open_file(path, mode="rb"):
     return system.open(name, mode)
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(AbstractBufferedFile):
     """A file at a URL, of which only the bytes that are read are requested."""
 
     def __init__(self, path):
-        self._path, self._place = path, 0
+        self._address = path
         system, name = file_system(path)
-        self._size = retried(lambda: limited(system, system.size, name))
+        size = retried(lambda: limited(system, system.size, name))
+        super().__init__(system, name, cache_type="none", size=size)
 
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
-    def seek(self, offset, whence=io.SEEK_SET):
-        self._place = offset + (0, self._place, self._size)[whence]
-        return self._place
-
-    def readinto(self, buffer):
-        stop = min(self._place + len(buffer), self._size)
-        if stop <= self._place:
-            return 0
-        (content,) = read_ranges([(self._path, self._place, stop)])
+    def _fetch_range(self, start, end):
+        (content,) = read_ranges([(self._address, start, min(end, self.size))])
         if isinstance(content, Exception):
-            raise content
-        buffer[: len(content)] = content
-        self._place = stop
-        return len(content)
+            # Clients of object stores raise other errors.
+            raise OSError(errno.EIO, f"{self._address}: {content}") from content
+        return content
 
 
 @contextlib.contextmanager
@@ -166,20 +157,19 @@ def read_ranges(ranges):
         ranges: list of `(path, start, stop)`, in bytes. `None` as stop reads the rest.
 
     Returns:
-        list of the bytes of each range, or the `OSError` if it cannot be read, or an
-        `EOFError`, which a retry cannot resolve, if the file ends before.
+        list of the bytes of each range, or an error: an `EOFError` if the file ends
+        before.
     """
-    results, missing = [None] * len(ranges), range(len(ranges))
+    results, requests = [None] * len(ranges), _merged(ranges)
     for pause in (0.0, *RETRY_AFTER):
-        if not missing:
+        if not requests:
             break
         time.sleep(pause)
-        requests = _merged(ranges, missing)
         replies = fetch([request for request, _ in requests])
         for ((_, start, _), places), reply in zip(requests, replies):
             for place in places:
                 results[place] = _part_of(reply, start, *ranges[place])
-        missing = [i for i in missing if _may_pass(results[i])]
+        requests = [each for each, x in zip(requests, replies) if _may_pass(x)]
     return results
 
 
@@ -198,18 +188,17 @@ def retried(read, path=""):
     return read()
 
 
-def _merged(ranges, places):
+def _merged(ranges):
     """Merges ranges into requests, each with the indices of the ranges it covers."""
     requests = []
-    for place in sorted(places, key=lambda place: (ranges[place][0], ranges[place][1])):
+    places = sorted(range(len(ranges)), key=lambda place: ranges[place][:2])
+    for place in places:
         path, start, stop = ranges[place]
         if requests and stop is not None:
             (other, first, last), members = requests[-1]
             if other == path and last is not None and start <= last + MAX_GAP:
-                stop = max(last, stop)
-                if stop - first <= MAX_REQUEST:
-                    requests[-1] = (path, first, stop), [*members, place]
-                    continue
+                requests[-1] = (path, first, max(last, stop)), [*members, place]
+                continue
         requests.append(((path, start, stop), [place]))
     return requests
 
@@ -224,28 +213,29 @@ def _part_of(reply, first, path, start, stop):
 
 
 def fetch(requests):
-    """Requests ranges from the storage, and returns bytes or an error for each.
-
-    A reply may be longer than its range.
-    """
+    """Requests ranges from the storage, and returns bytes or an error for each."""
     replies, systems = [None] * len(requests), {}
     for number, (path, *span) in enumerate(requests):
         try:
             system, name = file_system(path)
             systems.setdefault(system, []).append((number, name, *span))
         except ValueError as error:
-            replies[number] = _as_os_error(error)
+            replies[number] = error
     for system, several in systems.items():
         numbers, *arguments = map(list, zip(*several))
-        size = sum(stop - start for _, _, start, stop in several if stop)
+        sizes = [stop and stop - start for _, _, start, stop in several]
         read = functools.partial(system.cat_ranges, on_error="return")
         try:
-            contents = limited(system, read, *arguments, size=size)
+            contents = limited(system, read, *arguments, size=sum(filter(None, sizes)))
         except TimeoutError as error:
             contents = [error] * len(several)
-        for number, content in zip(numbers, contents):
-            is_error = isinstance(content, Exception)
-            replies[number] = _as_os_error(content) if is_error else content
+        for number, content, size in zip(numbers, contents, sizes):
+            if isinstance(content, MemoryError):
+                raise content
+            if size is not None and not isinstance(content, Exception):
+                # Some web servers ignore ranges.
+                content = content if len(content) <= size else ValueError(NO_RANGES)
+            replies[number] = content
     return replies
 
 
@@ -275,23 +265,10 @@ def limited(system, function, *arguments, size=0):
         raise TimeoutError(errno.ETIMEDOUT, reason) from error
 
 
-def _as_os_error(error):
-    if isinstance(error, OSError):
-        return error
-    if isinstance(error, MemoryError):
-        raise error
-    # A `ValueError` means an invalid name, and the status 416 a range beyond the end.
-    # Clients of object stores raise other errors.
-    is_final = isinstance(error, ValueError) or getattr(error, "status", None) == 416
-    return OSError(errno.EINVAL if is_final else errno.EIO, str(error))
-
-
 def _may_pass(result):
     """Returns whether a result is an error that a retry may resolve."""
-    final = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
     numbers = errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP
-    return (
-        isinstance(result, OSError)
-        and not isinstance(result, final)
-        and result.errno not in numbers
-    )
+    # The status 416 of a web server means a range beyond the end.
+    is_final = isinstance(result, FINAL) or getattr(result, "status", None) == 416
+    is_final = is_final or getattr(result, "errno", None) in numbers
+    return isinstance(result, Exception) and not is_final

@@ -26,7 +26,7 @@ GUESS = 2**20
 GLANCE = 2**16
 
 
-def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
+def open_index(source, reader, index_dir=None, num_workers=0):
     """Opens the index of a source, and builds missing parts.
 
     Args:
@@ -35,7 +35,6 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
         reader: `PairReader`.
         index_dir: See `build_parts`.
         num_workers: See `build_parts`.
-        process: See `build_parts`.
 
     Returns:
         `Index`, or `ObjectIndex` for an object.
@@ -43,14 +42,9 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     first = source[0] if isinstance(source, list | tuple) and source else None
     has_names = isinstance(source, str | os.PathLike | list | tuple | set | Mapping)
     if not has_names or isinstance(first, Mapping):
-        if index_dir is not None:
-            raise ValueError(
-                "`index_dir` is for files: an object has no index. Received: "
-                f"index_dir={index_dir!r}, source of type {type(source).__name__}"
-            )
         return ObjectIndex(source, reader)
     shards = find_shards(source)
-    parts = build_parts(shards, reader.image_keys, index_dir, num_workers, process)
+    parts = build_parts(shards, reader.image_keys, index_dir, num_workers)
     if reader.labels:
         named = zip(shards, parts)
         folders = [part.context for path, part in named if format_of(path).in_index]
@@ -214,7 +208,7 @@ class _Shard:
     def __init__(self, path, part, reader):
         self.path, self.part, self.format = path, part, format_of(path)
         # For each layout, the reason why its samples are broken, or None.
-        self.reasons = [reader.fault_of(*each[:2]) for each in part.layouts]
+        self.reasons = [fault or reader.fault_of(x) for x, fault, _ in part.layouts]
 
     def counts(self):
         """Counts broken samples by reason, and intact samples under `None`."""
@@ -266,29 +260,3 @@ def _joined(rows):
     if any(pair.label != first.label for pair in pairs):
         return Fault(first.shard, first.key, "rows of one image with different labels")
     return first._replace(captions=sum((pair.captions for pair in pairs), ()))
-
-
-class Indexes:
-    """A concatenation of several indexes.
-
-    Args:
-        indexes: list of `Index` and `ObjectIndex`.
-    """
-
-    def __init__(self, indexes):
-        self.indexes = indexes
-        self._starts = np.cumsum([0, *map(len, indexes)])
-
-    def __len__(self):
-        return int(self._starts[-1])
-
-    def read(self, numbers):
-        """Yields samples; see `Index.read`."""
-        numbers = np.asarray(numbers)
-        which = np.searchsorted(self._starts, numbers, side="right") - 1
-        readers = {
-            i: self.indexes[i].read((numbers[which == i] - self._starts[i]).tolist())
-            for i in np.unique(which)
-        }
-        for index in which:
-            yield next(readers[index])

@@ -1,9 +1,7 @@
 """The order in which training reads samples, the same in every process."""
 
 import bisect
-import functools
 import hashlib
-import itertools
 import threading
 
 import grain
@@ -16,10 +14,10 @@ _lock = threading.RLock()
 
 
 class Order:
-    """An endless sequence of sample numbers, computed on demand: `order[position]`.
+    """An endless sequence of samples, computed on demand: `order[position]`.
 
-    Each epoch has its own permutation. Only the numbers that a sampler chooses are
-    stored.
+    A sample is a pair of ints: the number of its source, and its number there. Each
+    epoch has its own permutation. Only the numbers that a sampler chooses are stored.
 
     Args:
         num_samples: int.
@@ -30,8 +28,8 @@ class Order:
         sampling: Function of the number of samples and the epoch that returns an array
             of the sample numbers of the epoch. It may leave out and repeat samples, and
             must return the same in all processes. Defaults to `None`: each sample once.
-        source: int. The number of the source. Several sources with the same seed need
-            different numbers, or they would be shuffled in the same way.
+        source: int. The number of the source. Several sources with the same seed are
+            shuffled differently.
     """
 
     def __init__(self, num_samples, seed, block_size=1, sampling=None, source=0):
@@ -58,7 +56,7 @@ class Order:
             run = grain.experimental.index_shuffle(run, last, seed, ROUNDS)
             place = run * self.block_size + offset
         number = (place + shift) % length
-        return int(number if chosen is None else chosen[number])
+        return self._seeds[1], int(number if chosen is None else chosen[number])
 
     def length(self, epoch):
         """Returns the number of samples in an epoch."""
@@ -94,27 +92,25 @@ class Order:
     def _epoch(self, epoch):
         """Returns the chosen numbers or None, the length, and the seed and shift."""
         with _lock:
-            if epoch not in self._known:
-                self._known = dict([*self._known.items()][-1:])
-                self._known[epoch] = self._find(epoch)
+            if epoch in self._known:
+                return self._known[epoch]
+            chosen, length = None, self.num_samples
+            if self._sampling is not None:
+                chosen = np.asarray(self._sampling(self.num_samples, epoch))
+                length = chosen.size
+                is_valid = chosen.ndim == 1 and length and chosen.dtype.kind in "iu"
+                if not is_valid or chosen.min() < 0 or chosen.max() >= self.num_samples:
+                    raise ValueError(
+                        "`sampling` must return an array of the numbers of samples, "
+                        f"ints from 0 to {self.num_samples - 1}. Received: {chosen!r} "
+                        f"in epoch {epoch}"
+                    )
+            sequence = np.random.SeedSequence([*self._seeds, epoch])
+            seed, shift = map(int, sequence.generate_state(2))
+            shift = shift % length if self.block_size > 1 else 0
+            self._known = dict([*self._known.items()][-1:])
+            self._known[epoch] = chosen, length, seed, shift
             return self._known[epoch]
-
-    def _find(self, epoch):
-        """Computes the result of `_epoch`."""
-        chosen, length = None, self.num_samples
-        if self._sampling is not None:
-            chosen = np.asarray(self._sampling(self.num_samples, epoch))
-            length = chosen.size
-            is_valid = chosen.ndim == 1 and length and chosen.dtype.kind in "iu"
-            if not is_valid or chosen.min() < 0 or chosen.max() >= self.num_samples:
-                raise ValueError(
-                    "`sampling` must return an array of the numbers of samples, ints "
-                    f"from 0 to {self.num_samples - 1}. Received: {chosen!r} in epoch "
-                    f"{epoch}"
-                )
-        seed, shift = np.random.SeedSequence([*self._seeds, epoch]).generate_state(2)
-        shift = int(shift) % length if self.block_size > 1 else 0
-        return chosen, length, int(seed), shift
 
 
 class Mix(Order):
@@ -129,19 +125,9 @@ class Mix(Order):
     """
 
     def __init__(self, orders, weights):
-        counts = [order.num_samples for order in orders]
-        super().__init__(sum(counts), seed=0)
-        self._mixed = grain.MapDataset.mix(
-            [
-                grain.MapDataset.source(order).map(functools.partial(_shifted, first))
-                for order, first in zip(orders, itertools.accumulate([0, *counts]))
-            ],
-            weights,
-        )
+        super().__init__(sum(order.num_samples for order in orders), seed=0)
+        sources = [grain.MapDataset.source(order) for order in orders]
+        self._mixed = grain.MapDataset.mix(sources, weights)
 
     def __getitem__(self, position):
         return self._mixed[position]
-
-
-def _shifted(first, number):
-    return first + number

@@ -23,12 +23,6 @@ CAPTION_KEYS = (
     *("caption", "caption/raw", "captions", "text", "title"),
 )
 NO_ARRAY = "the array is not uint8 (height, width) or (height, width, 3)"
-# The requested content, and the arguments that name its fields.
-ASKED = {
-    "image": "an image (`image_keys`",
-    "caption": "a caption that is not empty (`caption_key`",
-    "label": "a label (`label_key`",
-}
 
 
 class Pair(typing.NamedTuple):
@@ -95,6 +89,10 @@ class PairReader:
         wants_caption: bool. Whether samples without a caption are broken.
         label_key: See `Labels`. `None`: no labels.
         class_names: See `Labels`.
+
+    Attributes:
+        wanted: dict from the kind of each requested content to the fields that may hold
+            it, of which a sample needs one.
     """
 
     def __init__(
@@ -113,32 +111,21 @@ class PairReader:
         self.image_keys = _several(image_keys, IMAGE_KEYS)
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
         self.labels = None if label_key is None else Labels(label_key, class_names)
-        # A sample must have at least one of the fields of each kind.
-        self._wanted = {"image": self.image_keys} if self.image_keys else {}
+        self.wanted = {"image": self.image_keys} if self.image_keys else {}
         if wants_caption:
-            self._wanted["caption"] = self.caption_keys
+            self.wanted["caption"] = self.caption_keys
         if self.labels:
-            self._wanted["label"] = self.labels.keys
-
-    @property
-    def wanted(self):
-        """str. The content that a sample must have, for error messages."""
-        wanted = self._wanted.items()
-        return " and ".join(
-            f"{ASKED[kind]}, here {list(keys)})" for kind, keys in wanted
-        )
+            self.wanted["label"] = self.labels.keys
 
     def describe(self):
         """Returns the settings that decide which samples are intact, as JSON values."""
-        captions = self._wanted.get("caption")
+        captions = self.wanted.get("caption")
         labels = self.labels.describe() if self.labels else None
         return [self.image_keys, captions, labels]
 
-    def fault_of(self, fields, fault=None):
+    def fault_of(self, fields):
         """Returns the fault that the names of a sample's fields reveal, or None."""
-        if fault:
-            return fault
-        for kind, keys in self._wanted.items():
+        for kind, keys in self.wanted.items():
             if not any(_may_have(fields, key) for key in keys):
                 return f"no {kind}"
         return None
@@ -160,8 +147,6 @@ class PairReader:
             image = image_of(image)
             if image is None:
                 return Fault(shard, key, NO_ARRAY, details)
-        if isinstance(image, list):
-            image = image[0] if image else ""
         if isinstance(image, str) and image and names_files:
             path = image = files.beside(shard, image)
         # JSON lines may hold values of any type.
@@ -169,7 +154,7 @@ class PairReader:
         if self.image_keys and (is_empty(image) or not is_image):
             return Fault(shard, key, "no image")
         captions, label, fault = (), None, None
-        if "caption" in self._wanted:
+        if "caption" in self.wanted:
             captions, fault = self.captions(fields)
         if not fault and self.labels:
             label, fault = self.labels.of(fields)
@@ -202,10 +187,8 @@ class PairReader:
         for place, content in zip(places, contents):
             pair = samples[place]
             if isinstance(content, Exception):
-                reason = "the image file cannot be read"
-                details = f"{pair.path}: {content}"
-                fault = Fault(pair.shard, pair.key, reason, details)
-                samples[place] = fault
+                reason = "the image file cannot be read", f"{pair.path}: {content}"
+                samples[place] = Fault(pair.shard, pair.key, *reason)
             else:
                 samples[place] = pair._replace(image=content)
         return samples

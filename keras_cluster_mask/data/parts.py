@@ -22,12 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats import (
-    DamagedShard,
-    Entry,
-    NoRandomAccess,
-    format_of,
-)
+from keras_cluster_mask.data.formats import DamagedShard, Entry, format_of
 from keras_cluster_mask.data.formats.base import is_empty
 from keras_cluster_mask.data.pairs import IMAGE_KEYS
 
@@ -76,46 +71,40 @@ class Part:
     context: list | None
     start: int = 0
 
-    def __reduce__(self):
-        return read_part, (self.path, self.digest)
-
     @property
     def num_records(self):
         """int. The number of samples or rows, broken ones included."""
         return sum(count for _, _, count in self.layouts)
 
     def entry(self, number):
-        """Reads the `Entry` of a sample or row, with the hash of its key.
-
-        No file stays open, because there may be too many parts.
-        """
-        with self._open() as file:
-            file.seek(self.start + number * PACKED.size)
-            offset, size, key, layout, checksum = PACKED.unpack(file.read(PACKED.size))
+        """Reads the `Entry` of a sample or row, with the hash of its key."""
+        ((offset, size, key, layout, checksum),) = self.records(number, 1).tolist()
         fields, fault, _ = self.layouts[layout]
         return Entry(key, offset, size, fields, fault, checksum=checksum)
 
-    def records(self):
-        """Maps the records into memory."""
-        if not self.num_records:
-            return np.empty(0, RECORD)
-        with self._open() as file:
-            return np.memmap(file, RECORD, "r", self.start, (self.num_records,))
+    def records(self, first=0, count=None):
+        """Reads records, all by default."""
+        count = self.num_records if count is None else count
+        return self._read(RECORD, self.start + first * RECORD.itemsize, count)
 
-    @contextlib.contextmanager
-    def _open(self):
-        """Opens the file, unless it was replaced because the shard has changed."""
+    def first_rows(self):
+        """Reads the number of the first row with the same image, for each row."""
+        return self._read("<i8", self.content_start, self.num_records)
+
+    def _read(self, dtype, offset, count):
+        """Reads an array, unless the file was replaced because the shard has changed.
+
+        No file stays open, because there may be too many parts.
+        """
         head = json.dumps({"version": VERSION, "digest": self.digest})[:-1].encode()
         with open(self.path, "rb", buffering=0) as file:
             if file.read(len(head)) != head:
-                # Raises the error.
-                read_part(self.path, self.digest)
-            yield file
-
-    def first_rows(self):
-        """Maps the number of the first row with the same image, for each row."""
-        with self._open() as file:
-            return np.memmap(file, "<i8", "r", self.content_start, self.num_records)
+                raise ValueError(
+                    "`source` must not change while it is read: make the dataset "
+                    f"again. Received: {self.path}, an index that was replaced"
+                )
+            file.seek(offset)
+            return np.fromfile(file, dtype, count)
 
     @property
     def content_start(self):
@@ -150,13 +139,8 @@ def checksum_of(fields):
     return zlib.crc32(ascii(values).encode())
 
 
-def read_part(path, digest=None):
-    """Reads the first line and the stamp of a part.
-
-    Args:
-        path: str.
-        digest: str. The digest that the part must have, or None for any.
-    """
+def read_part(path):
+    """Reads the first line and the stamp of a part."""
     with open(path, "rb") as file:
         head = json.loads(file.readline())
         start = file.tell()
@@ -164,15 +148,10 @@ def read_part(path, digest=None):
         stamp = file.read().decode()
     if head.pop("version") != VERSION or not stamp:
         raise ValueError(f"{path} is not a part of an index of this version.")
-    if digest not in (None, head["digest"]):
-        raise ValueError(
-            "`source` must not change while it is read: make the dataset again. "
-            f"Received: {path}, an index that was replaced"
-        )
     return Part(path=path, stamp=stamp, start=start, **head)
 
 
-def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1)):
+def build_parts(shards, image_keys, index_dir=None, num_workers=0):
     """Returns the parts of shards, and builds missing and outdated ones.
 
     Args:
@@ -182,44 +161,23 @@ def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1
             in the folder of each shard, if it is local and can be written to. Defaults
             to `None`: a cache folder.
         num_workers: int. The number of processes that build parts; 0 for none.
-        process: Pair of ints. The index of this process, and the number of processes
-            that build the same parts. Each process starts at a different shard, and
-            uses the parts that others have built.
 
     Returns:
         list of `Part`.
     """
-    if index_dir not in (None, "beside"):
-        index_dir = os.path.abspath(os.path.expanduser(index_dir))
     build = functools.partial(build_part, image_keys=image_keys, index_dir=index_dir)
-    parts = {path: _find(path, shards[path], image_keys, index_dir) for path in shards}
-    missing = [path for path, part in parts.items() if part is None]
-    first = len(missing) * process[0] // process[1]
-    missing = missing[first:] + missing[:first]
-    bar = tqdm(
-        total=len(shards),
-        initial=len(shards) - len(missing),
-        desc="index",
-        unit=" shards",
-        delay=SHORT,
-        disable=not missing,
-    )
-    with bar, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         apply = map
-        if num_workers and missing:
+        if num_workers:
             context = multiprocessing.get_context("spawn")
-            workers = min(num_workers, len(missing))
-            pool = futures.ProcessPoolExecutor(workers, context)
+            pool = futures.ProcessPoolExecutor(num_workers, context)
             apply = stack.enter_context(pool).map
-        stamps = [shards[path] for path in missing]
-        for path, part in zip(missing, apply(build, missing, stamps)):
-            parts[path] = part
-            bar.update()
-    return list(parts.values())
+        built = apply(build, shards, shards.values())
+        return [*tqdm(built, "index", len(shards), unit=" shards", delay=SHORT)]
 
 
 def build_part(path, stamp, image_keys, index_dir=None):
-    """Indexes a shard, unless another process has built its part in the meantime.
+    """Indexes a shard, unless it has a part that is not outdated.
 
     Several processes may build the same part at the same time.
 
@@ -233,7 +191,7 @@ def build_part(path, stamp, image_keys, index_dir=None):
         `Part`.
 
     Raises:
-        NoRandomAccess: If the shard does not support random access.
+        NoRandomAccess: If the shard is compressed or of an unknown format.
         OSError: If the shard cannot be read, or the part cannot be written.
     """
     if part := _find(path, stamp, image_keys, index_dir):
@@ -246,8 +204,6 @@ def build_part(path, stamp, image_keys, index_dir=None):
 
 def _scan(path, format, image_keys):
     """Scans a shard; returns the part's first line as a dict, records and contents."""
-    if files.is_address(path) and not format.in_index:
-        _check_ranges(path)
     records, content, images = bytearray(), bytearray(), array.array("Q")
     seen, layouts, damage, context, missing = {}, {}, None, None, None
     try:
@@ -299,16 +255,6 @@ def _scan(path, format, image_keys):
     return head, records, content
 
 
-def _check_ranges(path):
-    """Raises an error if a web server does not support range requests."""
-    reply = files.fetch([(path, 0, 1)])[0]
-    if isinstance(reply, Exception):
-        raise reply
-    if len(reply) > 1:
-        kind = "on a server that does not send parts of files: download it"
-        raise NoRandomAccess(path, kind)
-
-
 def _find(path, stamp, image_keys, index_dir):
     """Returns the part of a shard, or None if it is missing or outdated."""
     for place in _places(path, image_keys, index_dir):
@@ -327,7 +273,7 @@ def _places(path, image_keys, index_dir):
         name += f"-{hash_of(image_keys):016x}"
     unique = f"{name[:100]}-{hash_of(path):016x}.index"
     if index_dir not in (None, "beside"):
-        return [os.path.join(index_dir, unique)]
+        return [os.path.join(os.path.abspath(os.path.expanduser(index_dir)), unique)]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cached = os.path.join(cache, "keras_cluster_mask", "index", unique)
     if files.is_address(path):
@@ -344,9 +290,6 @@ def _write(places, contents):
             with files.replacing(place) as file:
                 file.writelines(contents)
             return place
-        except OSError as error:
-            reason = error
-    raise OSError(
-        "`index_dir` must be a folder that can be written to; the index of a shard "
-        f"needs {RECORD.itemsize} bytes a sample ({reason}). Received: {places[0]}"
-    ) from reason
+        except OSError:
+            if place == places[-1]:
+                raise

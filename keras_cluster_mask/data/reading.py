@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_cluster_mask.checks import check_integer, check_range, is_positive
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.index import Indexes, open_index
+from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.order import Mix, Order
 from keras_cluster_mask.data.pairs import Pair, PairReader
 from keras_cluster_mask.data.sampling import Sampling
@@ -19,10 +19,12 @@ from keras_cluster_mask.data.skipped import SkippedSamples
 # The largest default block size for object stores and Parquet, and the number of
 # blocks that a batch must contain to be well mixed.
 BLOCK, RUNS = 64, 16
-# The number of samples that are read to check that they have the requested fields.
+# The maximum number of samples that are read to check that they have the requested
+# fields.
 EXAMPLES = 8
-# The number of other samples of the batch that may replace a broken sample.
-SUBSTITUTES = 64
+# The numbers of other samples of the batch that are read, one after the other, to
+# replace a broken sample. Failed reads are slow, so each is twice the one before.
+SUBSTITUTES = 1, 2, 4, 8, 16, 32
 # The distance between them, as a fraction of the batch, to reach different shards.
 DISTANCE = 0.618
 
@@ -37,7 +39,8 @@ class Reading:
         batch_size: int. The global batch size.
         training: bool. Whether positions are endless and shuffled.
         seed: int.
-        sampling: `Sampling`, or function of the number of samples and the epoch.
+        sampling: `Sampling`, or function of the number of samples and the epoch; or
+            None.
         block_size: int. `None` in evaluation.
         process: Pair of ints. The index of this process, and the number of processes.
         num_workers: int.
@@ -45,9 +48,10 @@ class Reading:
         max_skipped: float.
 
     Attributes:
-        index: `Index`, `ObjectIndex`, or `Indexes` of several sources.
-        order: `Order` or `Mix` in training; a range of all samples in evaluation.
-        skipped: `SkippedSamples` of the index.
+        indexes: list of `Index` and `ObjectIndex`, one for each source.
+        num_samples: int. The number of intact samples.
+        order: `Order` or `Mix`, in training.
+        skipped: `SkippedSamples` of the indexes.
     """
 
     source: dataclasses.InitVar[Any]
@@ -67,33 +71,23 @@ class Reading:
         self.seed = check_integer("seed", self.seed, 0)
         self.num_workers = check_integer("num_workers", self.num_workers, 0)
         check_range("max_skipped", self.max_skipped, 0, 1)
-        for name, value in (("sampling", sampling), ("block_size", self.block_size)):
-            if value is not None and not self.training:
-                raise ValueError(
-                    f"`{name}` is for training: evaluation reads each sample once, in "
-                    f"order. Received: {name}={value!r}, training=False"
-                )
-        is_sampling = callable(sampling) or isinstance(sampling, Sampling)
-        if not (sampling is None or is_sampling):
-            raise ValueError(
-                "`sampling` must be a `kcm.data.Sampling`, which takes a dict or keys, "
-                "or a function of the number of samples and the epoch. "
-                f"Received: sampling={sampling!r}"
-            )
         self.process = self._checked_process()
         self.weights, sources = None, [source]
         if isinstance(source, Mapping):
-            self._check_weights(source, sampling)
-            self.weights, sources = [*map(float, source.values())], list(source)
-        self.indexes = [
-            open_index(each, self.fields, index_dir, process=self.process)
-            for each in sources
-        ]
-        self.index = self.indexes[0] if len(sources) == 1 else Indexes(self.indexes)
+            self.weights, sources = [*source.values()], [*source]
+            is_valid = sources and all(map(is_positive, self.weights))
+            if not (is_valid and self.training and sampling is None):
+                raise ValueError(
+                    "`source` as a dict from sources to positive weights is for "
+                    f"training without `sampling`. Received: source={source!r}, "
+                    f"training={self.training}, sampling={sampling!r}"
+                )
+            self.weights = [*map(float, self.weights)]
+        self.indexes = [open_index(each, self.fields, index_dir) for each in sources]
+        self.num_samples = sum(map(len, self.indexes))
         self.skipped = SkippedSamples(self.indexes, self.max_skipped)
         self._check_samples()
-        self.skipped.report_index(len(self.index))
-        self.order = range(len(self.index))
+        self.skipped.report_index(self.num_samples)
         if self.training:
             self.block_size = self._checked_block_size()
             self.order = self._shuffled(sampling)
@@ -118,40 +112,28 @@ class Reading:
             )
         return index, count
 
-    def _check_weights(self, source, sampling):
-        if not source or not all(map(is_positive, source.values())):
-            raise ValueError(
-                "`source` must be a dict from sources to positive weights. "
-                f"Received: source={source!r}"
-            )
-        if not self.training or sampling is not None:
-            raise ValueError(
-                "`source` with weights is for training without `sampling`. Received: "
-                f"training={self.training}, sampling={sampling!r}, source={source!r}"
-            )
-
     def _check_samples(self):
         """Raises an error unless some samples have all requested fields."""
         # An index has no field values, such as labels, and no images at URLs, so read a
         # few samples.
         examples = []
         for index in self.indexes:
-            numbers = {len(index) * place // EXAMPLES for place in range(EXAMPLES)}
-            numbers = sorted(numbers) if len(index) else []
-            examples.extend(index.read(numbers))
+            step = len(index) // EXAMPLES + 1
+            examples.extend(index.read(range(0, len(index), step)))
         if any(isinstance(sample, Pair) for sample in examples):
             return
         faults = collections.Counter(sample.reason for sample in examples)
         faults.update(self.skipped.by_reason)
+        details = [*self.skipped.details, *(each.details for each in examples)]
+        detail = next(filter(None, details), "")
         fields = {field for index in self.indexes for field in index.fields}
         fields = sorted(field for field in fields if not field.endswith("."))
         paths = [path for index in self.indexes for path in index.paths]
-        wanted = f"`source` must hold samples with {self.fields.wanted}."
-        details = [*self.skipped.details, *(each.details for each in examples)]
         raise ValueError(
-            " ".join([wanted, *filter(None, details)][:2])
-            + f" Received: {dict(faults) or 'no sample'} with the fields {fields} from "
-            f"{paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "")
+            f"`source` must hold samples with these fields: {self.fields.wanted}. "
+            f"`image_keys`, `caption_key` and `label_key` name others. {detail} "
+            f"Received: {dict(faults) or 'no sample'} with the fields {fields} from "
+            f"{len(paths)} shards such as {paths[0]}"
         )
 
     def _checked_block_size(self):
@@ -166,14 +148,11 @@ class Reading:
             while block_size > 1 and batch_size < block_size * RUNS:
                 block_size //= 2
         block_size = check_integer("block_size", block_size, 1)
-        runs, rest = divmod(batch_size, block_size)
-        if rest or runs % processes:
-            fitting = [n for n in range(1, runs + 1) if not runs % n]
+        if batch_size % block_size or batch_size // block_size % processes:
             raise ValueError(
                 "`block_size` must divide `batch_size`, and the number of processes "
-                "must divide the number of blocks in a batch"
-                + (f": use one of {fitting} processes. " if not rest else ". ")
-                + f"Received: block_size={block_size}, batch_size={batch_size}, "
+                "must divide the number of blocks in a batch. Received: "
+                f"block_size={block_size}, batch_size={batch_size}, "
                 f"{processes} processes"
             )
         return block_size
@@ -181,7 +160,7 @@ class Reading:
     def _shuffled(self, sampling):
         """Returns the order of training."""
         if isinstance(sampling, Sampling):
-            sampling = sampling.of_index(self.index)
+            sampling = sampling.of_index(self.indexes[0])
         orders = [
             Order(len(index), self.seed, self.block_size, sampling, source)
             for source, index in enumerate(self.indexes)
@@ -201,12 +180,12 @@ class Reading:
         """dict. The settings that a resumed run must share."""
         return {
             "data.shards": sum(len(index.paths) for index in self.indexes),
-            "data.samples": len(self.index),
+            "data.samples": self.num_samples,
             "data.index": [index.fingerprint for index in self.indexes],
             "data.weights": self.weights,
             "data.batch_size": self.batch_size,
             "data.seed": self.seed,
-            "data.block_size": self.block_size,
+            "data.block_size": self.block_size if self.training else None,
             "data.sampling": self.order.digest() if self.training else None,
         }
 
@@ -219,7 +198,7 @@ class Reading:
         """Returns the range of the positions of this process in a batch."""
         first, count = batch * self.batch_size, self.batch_size
         if not self.training:
-            count = max(min(count, len(self.index) - first), 0)
+            count = max(min(count, self.num_samples - first), 0)
         index, processes = self.process
         return range(
             first + count * index // processes,
@@ -228,7 +207,13 @@ class Reading:
 
     def read(self, positions):
         """Yields the `Pair` or `Fault` of each position."""
-        return self.index.read([self.order[position] for position in positions])
+        places = [self.order[n] if self.training else (0, n) for n in positions]
+        readers = {
+            source: self.indexes[source].read([n for s, n in places if s == source])
+            for source in {source for source, _ in places}
+        }
+        for source, _ in places:
+            yield next(readers[source])
 
     def epoch(self, position):
         """Returns the number of the epoch of a position."""
@@ -242,16 +227,13 @@ class Reading:
     def substitutes(self, position):
         """Yields groups of positions whose samples may replace a broken one.
 
-        They depend only on the batch, not on the number of processes. Failed reads are
-        slow, so each group has twice as many positions as those before it.
+        They depend only on the batch, not on the number of processes.
         """
         size = self.batch_size
         start = position - position % size
         step = int(DISTANCE * size) + 1
         while math.gcd(step, size) > 1:
             step += 1
-        count, limit = 1, min(SUBSTITUTES, size)
-        while count < limit:
-            several = range(count, min(2 * count, limit))
+        for count in SUBSTITUTES:
+            several = range(count, min(2 * count, size))
             yield [start + (position + n * step) % size for n in several]
-            count = several.stop

@@ -35,14 +35,12 @@ class Samples:
         captions: `Captions`.
         reading: `Reading`.
         include_keys: bool.
-        include_paths: bool.
     """
 
     images: Images
     captions: Captions
     reading: Reading
     include_keys: bool = False
-    include_paths: bool = False
 
     @property
     def element_spec(self):
@@ -57,7 +55,6 @@ class Samples:
             "token_ids": captions.tokenizer is not None and token_ids,
             "captions": included and of_captions,
             "keys": self.include_keys and text,
-            "paths": self.include_paths and text,
             "labels": reading.fields.labels and Spec((rows,), "int32"),
         }
         return {name: spec for name, spec in specs.items() if spec}
@@ -92,9 +89,9 @@ class Samples:
             **self.captions.batch(pairs, generators, epochs),
         }
         if self.include_keys:
-            arrays["keys"] = strings(_encoded(pair.key) for pair in pairs)
-        if self.include_paths:
-            arrays["paths"] = strings(_encoded(pair.path) for pair in pairs)
+            # Always UTF-8; `os.fsencode` depends on the locale.
+            keys = (pair.key.encode("utf-8", "surrogateescape") for pair in pairs)
+            arrays["keys"] = strings(keys)
         if self.reading.fields.labels:
             arrays["labels"] = np.array([pair.label for pair in pairs], "int32")
         return {**arrays, FAULTS: [fault for _, found in results for fault in found]}
@@ -142,8 +139,3 @@ class Samples:
                     return sample
         reason = f"{fault.reason}; {tried} others of its batch are broken, too"
         raise SampleError(fault.shard, fault.key, reason)
-
-
-def _encoded(text):
-    # Always UTF-8; `os.fsencode` depends on the locale.
-    return text.encode("utf-8", "surrogateescape")

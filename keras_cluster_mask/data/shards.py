@@ -1,9 +1,9 @@
 """Finds the shards that a source names, and the example images."""
 
 import contextlib
+import functools
 import os
 import pathlib
-import re
 from collections.abc import Sequence
 
 import braceexpand
@@ -55,19 +55,7 @@ def find_shards(source):
     is_list = isinstance(source, list | tuple | set)
     shards = {}
     for item in source if is_list else [source]:
-        if not isinstance(item, str | os.PathLike):
-            raise ValueError(
-                "`source` must be a str or path, a list of them, a dict from them to "
-                "weights, or an object with `__len__` and `__getitem__`. "
-                f"Received: source={source!r}"
-            )
         item = os.fspath(item)
-        if item.startswith("pipe:"):
-            raise ValueError(
-                "`source` must be shards with random access, not the output of a "
-                "command. Write the output to files, or pass the URL that the command "
-                f"reads, such as 's3://bucket/train-*.tar'. Received: source={item!r}"
-            )
         if not files.is_address(item):
             item = os.path.normpath(os.path.expanduser(item))
         for path, info in expand(item).items():
@@ -104,8 +92,6 @@ def _in_folder(path):
 def expand(pattern):
     """Finds the files and folders that a pattern names, with their information.
 
-    Each folder is listed once, for any number of files.
-
     Args:
         pattern: str with `{a,b}`, `{000..123}`, `*`, `?` or `[...]`, or a name.
 
@@ -123,37 +109,22 @@ def expand(pattern):
     # A cached list lacks files that other programs have written since.
     system.invalidate_cache()
     paths = [files.file_system(name)[1] for name in names]
-    listed = _listed(system, paths) if len(paths) > 1 else {}
-
-    def find(path):
-        info = listed.get(path.rstrip("/"))
-        return {path: info} if info else _matching(system, path)
-
-    found = {}
+    if len(paths) > 1:
+        for folder in {path.rpartition("/")[0] for path in paths}:
+            # File systems keep the list. Web servers cannot list folders.
+            with contextlib.suppress(OSError, NotImplementedError, ValueError):
+                system.ls(folder)
+    find, found = functools.partial(_matching, system), {}
     with contextlib.closing(Threads(REQUESTS)) as threads:
         for name, matches in zip(names, threads.map(find, paths)):
             if not matches:
-                magic = re.search(r"[*?\[]", name)
-                kind = "pattern that no file matches" if magic else "missing"
                 raise FileNotFoundError(
-                    f"`source` must name shards that exist. Received ({kind}): {name}"
+                    f"`source` must name shards that exist. Received: {name}"
                 )
             found.update(matches)
     if not files.is_address(pattern):
         return found
     return {system.unstrip_protocol(path): info for path, info in found.items()}
-
-
-def _listed(system, paths):
-    """Lists the folders of paths where possible; returns the information by path."""
-    infos = {}
-    for folder in {path.rpartition("/")[0] for path in paths}:
-        # Web servers cannot list folders, and a pattern is not a folder.
-        with contextlib.suppress(OSError, NotImplementedError, ValueError):
-            for info in system.ls(folder, detail=True):
-                if info.get("size") is not None:
-                    infos[info["name"].rstrip("/")] = info
-    return infos
 
 
 def _matching(system, path):

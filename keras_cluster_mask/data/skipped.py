@@ -78,17 +78,12 @@ class SkippedSamples:
         count, total = self.count, self.count + num_samples
         if not count:
             return
-        shards = list(self.by_shard)
         message = (
             f"{count} of {total} samples of `source` are broken ({self.reasons()}), in "
-            f"{shards[0]}" + (f" and {len(shards) - 1} more" if shards[1:] else "")
+            f"{', '.join([*self.by_shard][:3])}"
         )
         message = ". ".join([message, *self.details[:1]])
-        if count > self.max_share * total:
-            raise ValueError(
-                f"{message}. Repair `source`, or pass a larger `max_skipped`. "
-                f"Received: max_skipped={self.max_share}"
-            )
+        self._check(message, count, total)
         # Imported here, since worker processes import this module without Keras.
         from keras_cluster_mask.distribution import is_main_process
 
@@ -120,18 +115,22 @@ class SkippedSamples:
         for fault in faults:
             self.add(fault)
         # Samples that take the places of broken ones may be more than a pass has.
-        if self._broken > self.max_share * max(total, self._read):
-            raise ValueError(
-                f"{message}. More than {100 * self.max_share:.3g} % of the samples are "
-                "broken. Repair `source`, or pass a larger `max_skipped`. Received: "
-                f"max_skipped={self.max_share}, {self._broken} of the first "
-                f"{self._read} of {total} samples are broken, {self.reasons()}"
-            )
+        self._check(message, self._broken, max(total, self._read))
         if is_first:
             warnings.warn(
                 f"{message}. It was skipped; others may follow without a warning, "
                 "`dataset.skipped` counts them.",
                 stacklevel=2,
+            )
+
+    def _check(self, message, broken, total):
+        """Raises an error if too many samples are broken."""
+        if broken > self.max_share * total:
+            raise ValueError(
+                f"{message}. More than {100 * self.max_share:.3g} % of the samples are "
+                "broken. Repair `source`, or pass a larger `max_skipped`. Received: "
+                f"max_skipped={self.max_share}, {broken} broken of {total} samples, "
+                f"{self.reasons()}"
             )
 
     def take_new(self) -> int:

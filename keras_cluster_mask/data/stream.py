@@ -1,22 +1,21 @@
 """A grain dataset of batches, which has a length and can start at any batch."""
 
 import collections
+import contextlib
 import copy
 import functools
+import itertools
 import math
-import multiprocessing.connection
+import multiprocessing
 import os
-import shutil
-import threading
 import time
+import traceback
 import weakref
-from concurrent import futures
-from multiprocessing.shared_memory import ShareableList
 from typing import Any, Self
 
+import cloudpickle
 import grain
 import numpy as np
-from absl import flags
 
 from keras_cluster_mask.data.captions import TEXTS
 from keras_cluster_mask.data.samples import FAULTS, Samples
@@ -27,10 +26,6 @@ MAX_AHEAD, AHEAD = 2**29, 2
 # More threads in one process would wait for each other, and the GIL keeps more
 # processors than these from being busy.
 MAX_THREADS, BUSY = 16, 3
-# The seconds between two checks whether a worker must end, and those after which it is
-# killed if it has not.
-POLL, END_AFTER = 0.5, 1.5
-SHARED_MEMORY = "/dev/shm"
 
 
 class ImageTextDataset(grain.IterDataset):
@@ -64,7 +59,7 @@ class ImageTextDataset(grain.IterDataset):
         self.start = 0
         self.skipped = reading.skipped
         self.batch_size = reading.batch_size
-        self.num_samples = len(reading.index)
+        self.num_samples = reading.num_samples
         self.training = reading.training
         self.element_spec = samples.element_spec
         self.description = samples.description
@@ -123,40 +118,7 @@ class ImageTextDataset(grain.IterDataset):
         return as_dataset(self)
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _Iterator(self, *self.batches(self.start))
-
-    def batches(self, start: int) -> tuple[grain.IterDataset, "_Reader"]:
-        """Returns a grain dataset of the batches from `start` on, and their `_Reader`.
-
-        See `finished`.
-        """
-        rows, workers = self._reading.rows, self._reading.num_workers
-        bytes_per_batch = rows * math.prod(self.element_spec["images"].shape[1:])
-        ahead = max(min(MAX_AHEAD // bytes_per_batch, AHEAD), 1)
-        stop = 2**62 if self.training else max(len(self), start)
-        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
-        read = _Reader(self._samples, count, ahead, workers, stop)
-        dataset = grain.MapDataset.range(start, stop).map(read)
-        # The reader has threads, and a program does not wait for them when it ends.
-        dataset = dataset.to_iter_dataset(grain.ReadOptions(0, 0))
-        if not workers:
-            return dataset, read
-        # Queued batches on both sides, one in progress, and one in use.
-        _check_shared_memory(bytes_per_batch * ((2 * ahead + 1) * workers + 1))
-        # grain reads its own absl flags, which few programs parse.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
-        read.workers = ShareableList([0] * workers + [False])
-        begin = functools.partial(_begin_worker, read.workers)
-        return dataset.mp_prefetch(options, worker_init_fn=begin), read
-
-    def finished(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Adds the token ids of a Keras layer, which cannot run in worker processes."""
-        if TEXTS in batch:
-            batch["token_ids"] = self._samples.captions.tokenize(*batch[TEXTS])
-        # Restore the order: grain sorts the entries of batches from worker processes.
-        return {name: batch[name] for name in self.element_spec}
+        return _Iterator(self)
 
     def __repr__(self):
         entries = (f"{name} {x.shape}" for name, x in self.element_spec.items())
@@ -166,108 +128,36 @@ class ImageTextDataset(grain.IterDataset):
         )
 
 
-class _Reader:
-    """Reads batches by their number, and begins the next ones in the background.
-
-    Args:
-        samples: `Samples`.
-        count: int. The number of threads that read and decode rows.
-        ahead: int. The number of batches that are read ahead.
-        num_workers: int. The number of processes that take turns.
-        stop: int. The number of the batch after the last.
-
-    Attributes:
-        workers: list of the id of each worker process, 0 before it starts, and of
-            whether the workers must end. All processes share it. Empty without workers.
-        starting: list of the processes that the first batch has started.
-    """
-
-    def __init__(self, samples, count, ahead, num_workers, stop):
-        self._samples, self._stop, self._step = samples, stop, max(num_workers, 1)
-        self._rows, self._batches = Threads(count), Threads(ahead)
-        self._begun, self.workers, self.starting = {}, [], []
-
-    def __call__(self, batch):
-        # A batch begins as soon as there are free threads, before the last one is done.
-        last = batch + self._batches.count * self._step
-        for each in range(batch, min(last + 1, self._stop), self._step):
-            if each not in self._begun:
-                read = self._samples.read
-                self._begun[each] = self._batches.submit(read, self._rows, each)
-        future = self._begun.pop(batch)
-        while not futures.wait([future], POLL).done:
-            if self.workers and self.workers[-1]:
-                raise futures.CancelledError
-        return future.result()
-
-    def close(self, pid, iterators, closer):
-        """Closes threads and workers, and waits a short time for those that stall.
-
-        Args:
-            pid: int. The process that started them. A fork of it must not close them.
-            iterators: list of the iterator over the batches, which must not outlive it.
-            closer: `Threads`, in which it is closed, since grain waits without a limit.
-        """
-        if os.getpid() != pid:
-            return
-        # The batches in progress are not finished.
-        self._batches.close()
-        self._rows.close()
-        if self.workers:
-            self.workers[-1] = True
-        closing = closer.submit(iterators.pop().close)
-        # grain ends one worker after the other.
-        limit = END_AFTER + len(self.workers) / 4
-        if not futures.wait([closing], limit).done:
-            # The workers that have been stopped by a signal or a debugger.
-            noted = [*self.workers][:-1]
-            for process in multiprocessing.active_children():
-                # A worker that stops while it starts has not noted its id.
-                if process.pid in noted or (0 in noted and process in self.starting):
-                    process.kill()
-            futures.wait([closing], 4 * limit)
-        closer.close()
-        if self.workers:
-            self.workers.shm.close()
-            self.workers.shm.unlink()
-
-
 class _Iterator(grain.DatasetIterator):
-    """Counts broken samples, skips empty batches, and closes the workers at the end."""
+    """Counts broken samples, skips empty batches, and ends the readers at the end."""
 
-    def __init__(self, dataset, batches, reader):
+    def __init__(self, dataset):
         super().__init__()
         self._dataset = dataset
         self._skipped = dataset.skipped = copy.deepcopy(dataset._reading.skipped)
         self._total = dataset.num_samples // dataset._reading.process[1]
-        self._pid = os.getpid()
         dataset.waits.clear()
-        self._start(dataset.start, batches, reader)
+        self._start(dataset.start)
 
-    def _start(self, batch, batches, reader):
-        self._batch, self._batches, self._reader = batch, [iter(batches)], reader
-        closer = Threads(1)
-        # At exit, no thread can start.
-        closer.submit(int)
+    def _start(self, batch):
+        dataset, stack = self._dataset, contextlib.ExitStack()
+        workers, rows = dataset._reading.num_workers, dataset._reading.rows
+        size = rows * math.prod(dataset.element_spec["images"].shape[1:])
+        ahead = max(min(MAX_AHEAD // size, AHEAD), 1)
+        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
+        read = functools.partial(_in_threads, dataset._samples, count, ahead)
+        if workers:
+            read = functools.partial(_in_workers, read, workers, size)
+        stop = 2**62 if dataset.training else len(dataset)
+        self._batch, self._batches = batch, read(range(batch, stop), stack)
         # Also runs at exit, before the modules that it needs are unloaded.
-        self._close = weakref.finalize(
-            self, reader.close, self._pid, self._batches, closer
-        )
+        self._close = weakref.finalize(self, _close, os.getpid(), stack)
 
     def __next__(self):
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                "A pass over an `image_text_dataset` must be read in the process that "
-                "started it, and not in a fork of it, such as the workers of a torch "
-                f"`DataLoader`: pass `num_workers` to `image_text_dataset`. Received: "
-                f"process {os.getpid()}, started in {self._pid}"
-            )
-        while True:
-            if not self._close.alive:
-                raise StopIteration
+        while self._close.alive:
             began = time.perf_counter()
             try:
-                batch = self._next()
+                batch = next(self._batches)
             except BaseException:
                 self._close()
                 raise
@@ -278,19 +168,14 @@ class _Iterator(grain.DatasetIterator):
             # In training, broken samples have been replaced.
             left_out = 0 if self._dataset.training else len(faults)
             self._skipped.report(faults, rows + left_out, self._total)
-            if rows:
-                return self._dataset.finished(batch)
-
-    def _next(self):
-        reader = self._reader
-        if reader.starting or not reader.workers:
-            return next(self._batches[0])
-        others = {*multiprocessing.active_children()}
-        try:
-            return next(self._batches[0])
-        finally:
-            children = {*multiprocessing.active_children()} - others
-            reader.starting = [each for each in children if "grain" in each.name]
+            if not rows:
+                continue
+            # A Keras layer cannot run in worker processes.
+            if TEXTS in batch:
+                tokenize = self._dataset._samples.captions.tokenize
+                batch["token_ids"] = tokenize(*batch[TEXTS])
+            return {name: batch[name] for name in self._dataset.element_spec}
+        raise StopIteration
 
     def close(self):
         self._close()
@@ -301,33 +186,88 @@ class _Iterator(grain.DatasetIterator):
 
     def set_state(self, state):
         self._close()
-        self._start(state["batch"], *self._dataset.batches(state["batch"]))
+        self._start(state["batch"])
 
 
-def _begin_worker(workers, index, count):
-    """Notes the id of a worker process, and ends it when its parent process ends."""
-    workers[index] = os.getpid()
-
-    def wait():
-        parent = multiprocessing.parent_process()
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True, name="wait for parent").start()
+def _close(pid, stack):
+    # A fork of the process must not end its readers.
+    if os.getpid() == pid:
+        stack.close()
 
 
-def _check_shared_memory(needed):
-    """Raises an error if batches do not fit into shared memory."""
-    if not os.path.isdir(SHARED_MEMORY):
-        return
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
-        raise ValueError(
-            "`num_workers` processes pass batches through shared memory, of which "
-            f"{SHARED_MEMORY} has too little: use fewer workers, a smaller "
-            "`batch_size`, or make it larger (`docker run --shm-size`). Received: "
-            f"{needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free"
-        )
+def _in_threads(samples, count, ahead, batches, stack):
+    """Yields batches by their numbers, and begins the next ones in the background."""
+    rows, several, begun = Threads(count), Threads(ahead), collections.deque()
+    stack.callback(rows.close)
+    stack.callback(several.close)
+    for batch in batches:
+        begun.append(several.submit(samples.read, rows, batch))
+        # A batch begins as soon as there are free threads, before the last one is done.
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def _in_workers(read, count, size, batches, stack):
+    """Yields batches, which worker processes read in turn.
+
+    grain's own processes block Ctrl-C while the storage stalls. These can be killed at
+    any time, because the memory that they share with this process has no name.
+
+    Args:
+        read: Function of batches and a stack, as `_in_threads`.
+        count: int. The number of processes.
+        size: int. The number of bytes of the images of a full batch.
+        batches: range. The numbers of the batches.
+        stack: `contextlib.ExitStack`. Closing it ends the processes.
+    """
+    context, workers = multiprocessing.get_context("spawn"), []
+    for number in range(count):
+        memory = context.RawArray("B", size)
+        connection, other = context.Pipe()
+        arguments = other, memory, batches[number::count]
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        other.close()
+        stack.callback(process.join)
+        stack.callback(process.kill)
+        workers.append((process, connection, np.frombuffer(memory, "uint8")))
+    # Unlike pickle, cloudpickle supports lambdas.
+    content = cloudpickle.dumps(read)
+    for _, connection, _ in workers:
+        connection.send_bytes(content)
+    for _, (process, connection, images) in zip(batches, itertools.cycle(workers)):
+        try:
+            batch, shape = connection.recv()
+        except EOFError as error:
+            process.join()
+            raise RuntimeError(
+                "A worker process of `num_workers` ended, such as for lack of memory. "
+                f"Received: exit code {process.exitcode}"
+            ) from error
+        if isinstance(batch, Exception):
+            raise batch
+        batch["images"] = images[: math.prod(shape)].reshape(shape).copy()
+        # The worker may overwrite the images.
+        connection.send(None)
+        yield batch
+
+
+def _work(connection, memory, batches):
+    """Reads batches in a worker process, and sends them."""
+    images = np.frombuffer(memory, "uint8")
+    try:
+        read = connection.recv()
+        for batch in read(batches, contextlib.ExitStack()):
+            found = batch.pop("images")
+            images[: found.size] = found.ravel()
+            connection.send((batch, found.shape))
+            connection.recv()
+    except Exception as error:
+        # A pickle has no traceback.
+        error.add_note(traceback.format_exc())
+        connection.send((error, ()))
 
 
 def num_processors():

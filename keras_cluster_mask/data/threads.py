@@ -8,30 +8,23 @@ from concurrent import futures
 class Threads:
     """Threads that call functions. A program ends without waiting for them.
 
-    A copy in another process has its own threads.
-
     Args:
-        count: int. The maximum number of threads.
+        count: int. The number of threads.
     """
 
     def __init__(self, count):
-        self.count = count
-        self._tasks, self._threads = queue.SimpleQueue(), []
-        self._lock, self._closed = threading.Lock(), False
-
-    def __reduce__(self):
-        return Threads, (self.count,)
+        self.count, self._closed = count, False
+        self._tasks = queue.SimpleQueue()
+        for _ in range(count):
+            threading.Thread(target=self._work, daemon=True).start()
 
     def submit(self, function, *arguments):
         """Returns the `Future` of a call."""
         future = futures.Future()
-        with self._lock:
-            if self._closed:
-                raise futures.CancelledError
-            self._tasks.put((future, function, arguments))
-            if len(self._threads) < self.count:
-                self._threads.append(threading.Thread(target=self._work, daemon=True))
-                self._threads[-1].start()
+        self._tasks.put((future, function, arguments))
+        # There may be no thread left for it.
+        if self._closed:
+            raise futures.CancelledError
         return future
 
     def map(self, function, items):
@@ -40,10 +33,9 @@ class Threads:
 
     def close(self):
         """Ends the threads after the calls in progress, and cancels the others."""
-        with self._lock:
-            self._closed = True
-            for _ in self._threads:
-                self._tasks.put(None)
+        self._closed = True
+        for _ in range(self.count):
+            self._tasks.put(None)
 
     def _work(self):
         while task := self._tasks.get():

@@ -82,13 +82,14 @@ def test_the_tokens_of_each_view_count(monkeypatch):
 def test_the_time_that_steps_wait_for_data_is_reported_with_a_remedy(
     monkeypatch, write_pairs, capsys, processors
 ):
-    clock, read = Clock(monkeypatch), stream._Reader.__call__
+    clock, read = Clock(monkeypatch), stream._in_threads
 
     def slow(*arguments):
-        clock.now += 3.0
-        return read(*arguments)
+        for batch in read(*arguments):
+            clock.now += 3.0
+            yield batch
 
-    monkeypatch.setattr(stream._Reader, "__call__", slow)
+    monkeypatch.setattr(stream, "_in_threads", slow)
     monkeypatch.setattr(stream, "num_processors", lambda: processors)
     dataset = make_dataset(write_pairs("a.tar", 0, 48), format="grain")
     model = make_model()

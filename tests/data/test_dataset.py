@@ -173,7 +173,7 @@ def test_an_object_of_the_package_datasets_is_a_source(rows):
     assert levels == [*range(10)]
 
 
-# === Mixing and sampling ===
+# === Mixing ===
 
 
 def test_weights_mix_sources(shards, rows):
@@ -191,19 +191,6 @@ def test_weights_mix_sources(shards, rows):
         for key in part[4 * batch : 4 * batch + 4]
     ]
     assert joined == levels.tolist()
-
-
-def test_sampling_decides_on_the_samples_of_an_epoch(shards):
-    def sampling(num_samples, epoch):
-        assert num_samples == 120
-        return np.arange(epoch * 40, epoch * 40 + 40)
-
-    dataset = make(shards, True, sampling=sampling)
-    for epoch in range(3):
-        dataset.start = 5 * epoch
-        received = keys(dataset, 5)
-        expected = [f"{index:04}" for index in range(40 * epoch, 40 * epoch + 40)]
-        assert sorted(received) == expected != received
 
 
 # === Refusals ===
@@ -228,7 +215,6 @@ def test_sampling_decides_on_the_samples_of_an_epoch(shards):
         ("process", [(2, 2), (-1, 2)]),
         ("class_names", [["a"]]),
         ("tokenizer", ["clip"]),
-        ("sampling", [0.5]),
         ("source", [3, None, {}, {"a.tar": 0}, {"a.tar": -1}, {"a.tar": "1"}]),
     ],
 )
@@ -243,13 +229,10 @@ def test_invalid_arguments_are_named(shards, name, values):
     ("name", "options"),
     [
         ("crop_scale", {"training": True, "resize": "squash", "crop_scale": (0.4, 1)}),
-        ("sampling", {"sampling": len}),
-        ("block_size", {"block_size": 2}),
         ("block_size", {"training": True, "block_size": 4, "process": (0, 4)}),
         ("batch_size", {"training": True, "process": (0, 5)}),
         ("source", {"source": {"a.tar": 1}}),
         ("source", {"source": {"a.tar": 1}, "training": True, "sampling": len}),
-        ("index_dir", {"source": [{"image": b"-", "text": "a"}], "index_dir": "a"}),
         ("class_names", {"label_key": "cls", "class_names": ["a", "a"]}),
         ("class_names", {"label_key": "cls", "class_names": ["a", " "]}),
         ("label_key", {"label_key": "label"}),
@@ -260,13 +243,6 @@ def test_invalid_arguments_are_named(shards, name, values):
 def test_arguments_that_do_not_go_together_are_refused(shards, name, options):
     with pytest.raises(ValueError, match=rf"`{name}`.*Received: "):
         make(**{"source": shards, **options})
-
-
-def test_the_numbers_of_processes_that_suit_a_block_size_are_listed(shards):
-    with pytest.raises(ValueError, match=r"\[1, 2, 3, 6\].*block_size=4.*8 processes"):
-        make(shards, True, batch_size=24, block_size=4, process=(0, 8))
-    for processes in (1, 2, 3, 6):
-        make(shards, True, batch_size=24, block_size=4, process=(0, processes))
 
 
 def test_parquet_files_are_read_in_blocks(tmp_path, encode):

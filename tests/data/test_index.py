@@ -97,7 +97,7 @@ def test_a_pickle_holds_names_and_no_samples(tmp_path, write_tar):
     members = [(f"{n}.{e}", b"x") for n in range(2000) for e in ("jpg", "txt")]
     large = write_tar("b.tar", members)
     sizes = [len(pickle.dumps(open_all(each))) for each in (small, large)]
-    assert sizes[0] == sizes[1] < 2000
+    assert sizes[1] < sizes[0] + 20 < 2000
     index = pickle.loads(pickle.dumps(open_all(large)))
     assert (len(index), index.fingerprint) == (2000, open_all(large).fingerprint)
     assert keys(index.read([1999, 0])) == ["1999", "0"]
@@ -192,7 +192,7 @@ def test_an_index_that_was_replaced_is_not_read_by_another_process(write_pairs):
     write_pairs("a.tar", 50, 4)
     open_all(path)
     with pytest.raises(ValueError, match=r"must not change.*Received: "):
-        pickle.loads(content)
+        [*pickle.loads(content).read([0])]
 
 
 # === Formats ===
@@ -307,23 +307,6 @@ def test_an_image_in_another_row_changes_the_fingerprint(write_rows):
     paths = [write_rows(f"{n}.csv", rows) for n, rows in enumerate(tables)]
     first, second, third = (open_all(path).fingerprint for path in paths)
     assert first != second != third
-
-
-# === Objects ===
-
-
-class Items(list):
-    """An object that has a fingerprint, as a Dataset of `datasets` does."""
-
-    _fingerprint = "abc"
-
-
-def test_the_fingerprint_of_an_object_is_its_own():
-    items = [{"image": b"j", "caption": "c"}] * 3
-    first, second = Items(items), Items(items)
-    second._fingerprint = "other"
-    fingerprints = [open_all(each).fingerprint for each in (first, second, first)]
-    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
 
 
 def test_json_files_without_the_caption_do_not_count_as_captions(write_tar):

@@ -12,9 +12,13 @@ from keras_cluster_mask.data.order import Mix, Order
 pytestmark = pytest.mark.any_backend
 
 
+def read(order, count, first=0):
+    """The numbers of samples in their sources."""
+    return [order[position][1] for position in range(first, first + count)]
+
+
 def epoch(order, number):
-    first = number * order.num_samples
-    return [order[first + place] for place in range(order.num_samples)]
+    return read(order, order.num_samples, number * order.num_samples)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 7, 64, 101, 200])
@@ -65,7 +69,7 @@ def test_sampling_chooses_the_samples_of_each_epoch():
     first = 0
     for number in range(4):
         expected = np.repeat(np.arange(number, 20), number + 1)
-        received = [order[first + place] for place in range(len(expected))]
+        received = read(order, len(expected), first)
         assert sorted(received) == expected.tolist()
         assert received != expected.tolist()
         assert order.place(first) == (number, 0)
@@ -104,15 +108,17 @@ def test_threads_ask_a_sampler_once_for_each_epoch(first):
 
 def test_the_identity_as_sampling_changes_nothing():
     plain, sampled = Order(30, 4), Order(30, 4, sampling=lambda n, _: np.arange(n))
-    assert [plain[i] for i in range(90)] == [sampled[i] for i in range(90)]
+    assert read(plain, 90) == read(sampled, 90)
+
+
+def orders_of(*counts, **options):
+    return [Order(n, 0, source=i, **options) for i, n in enumerate(counts)]
 
 
 def test_a_mix_reads_its_sources_in_proportion_to_their_weights():
-    mix = Mix([Order(30, 0), Order(50, 0), Order(20, 0)], [1, 2, 5])
+    mix = Mix(orders_of(30, 50, 20), [1, 2, 5])
     assert mix.num_samples == 100
-    bounds = [0, 30, 80, 100]
-    numbers = [mix[position] for position in range(800)]
-    which = np.digitize(numbers, bounds) - 1
+    which = np.array([mix[position][0] for position in range(800)])
     for weight, number in ((1, 0), (2, 1), (5, 2)):
         assert abs(np.sum(which == number) - 100 * weight) <= 1
         # Not only in total, but in each batch.
@@ -129,13 +135,13 @@ def test_an_epoch_of_a_mix_has_as_many_positions_as_its_sources_have_samples():
 
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_a_mix_reads_every_sample_of_a_source_before_it_repeats_one(block_size):
-    mix = Mix([Order(30, 0, block_size), Order(50, 0, block_size)], [3, 1])
+    mix = Mix(orders_of(30, 50, block_size=block_size), [3, 1])
     numbers = [mix[position] for position in range(440)]
-    for first, size in ((0, 30), (30, 50)):
-        own = [number for number in numbers if first <= number < first + size]
+    for source, size in ((0, 30), (1, 50)):
+        own = [number for which, number in numbers if which == source]
         assert len(own) >= 2 * size
         for start in range(0, len(own) - size, size):
-            assert sorted(own[start : start + size]) == [*range(first, first + size)]
+            assert sorted(own[start : start + size]) == [*range(size)]
         assert own[:size] != own[size : 2 * size]
     again = pickle.loads(pickle.dumps(mix))
     assert [again[position] for position in range(440)] == numbers
@@ -143,8 +149,7 @@ def test_a_mix_reads_every_sample_of_a_source_before_it_repeats_one(block_size):
 
 def test_sources_of_equal_size_do_not_pair_their_samples_in_a_mix():
     """Two texts of the same images would otherwise meet in each batch."""
-    mix = Mix([Order(1000, 3, source=0), Order(1000, 3, source=1)], [1.0, 1.0])
-    numbers = np.array([mix[position] % 1000 for position in range(400)])
+    numbers = np.array(read(Mix(orders_of(1000, 1000), [1.0, 1.0]), 400))
     assert np.mean(numbers[::2] == numbers[1::2]) < 0.05
 
 

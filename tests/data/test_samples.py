@@ -86,13 +86,12 @@ def folder(tmp_path, noise):
     return folder
 
 
-def test_images_of_a_folder_have_paths_and_labels(folder):
+def test_images_of_a_folder_have_labels(folder):
     options = {"label_key": "folder", "class_names": ["fish", "cat", "dog"]}
-    options |= {"include_keys": True, "include_paths": True, "format": "grain"}
+    options |= {"include_keys": True, "format": "grain"}
     batches = take(image_text_dataset(folder, None, 16, 3, False, **options))
     names = ["cat/0.png", "cat/2.png", "dog/1.png", "fish/3.png"]
     assert column(batches, "keys") == [name.encode() for name in names]
-    assert column(batches, "paths") == [str(folder / name).encode() for name in names]
     assert column(batches, "labels") == [1, 1, 2, 0]
     assert batches[0]["labels"].dtype == "int32"
     assert "token_ids" not in batches[0]

@@ -1,6 +1,5 @@
 """Batches as a stream: its length, its start, and what it reads."""
 
-import multiprocessing
 import os
 import threading
 import time
@@ -101,14 +100,6 @@ def test_batches_do_not_depend_on_how_much_is_read_together(shards, monkeypatch)
     monkeypatch.setattr(samples, "TOGETHER", (7, 7))
     monkeypatch.setattr(files, "MAX_GAP", -1)
     assert_same(take(make(shards, True, batch_size=40), 6), expected)
-
-
-def test_a_seed_fixes_every_epoch_and_epochs_differ(shards):
-    first = take(make(shards, True), 30)
-    assert_same(first, take(make(shards, True), 30))
-    order = keys(first)
-    assert order[:100] != order[100:200]
-    assert order != keys(take(make(shards, True, seed=4), 30))
 
 
 # === Length and start ===
@@ -266,41 +257,3 @@ def test_closing_an_iterator_ends_its_threads(shards):
         take(make(shards, True), 2)
     settle(threading.active_count)
     assert threading.active_count() <= before
-
-
-# === Limits ===
-
-
-@pytest.mark.filterwarnings("error")
-def test_batches_that_do_not_fit_into_shared_memory_are_refused(shards, monkeypatch):
-    disk_usage = type("usage", (), {"free": 10_000})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: disk_usage)
-    dataset = make(shards, True, num_workers=2)
-    with pytest.raises(ValueError, match=r"/dev/shm.*--shm-size.*MiB needed, 0 MiB"):
-        next(iter(dataset))
-    # Threads need none.
-    assert len(take(make(shards, True), 1)) == 1
-
-
-def test_a_pass_cannot_be_read_in_a_fork(shards):
-    iterator = iter(make(shards, True))
-    next(iterator)
-
-    def read(queue):
-        try:
-            queue.put(str(len(next(iterator)["images"])))
-        except Exception as error:
-            queue.put(repr(error))
-
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    process = context.Process(target=read, args=(queue,), daemon=True)
-    process.start()
-    process.join(20)
-    is_alive = process.is_alive()
-    process.kill()
-    assert not is_alive
-    assert "must be read in the process that started it" in queue.get()
-    # The pass itself continues.
-    assert len(next(iterator)["images"]) == 8
-    iterator.close()

