@@ -136,38 +136,41 @@ def weights_by_layers(layer):
     return ids[True] - ids[False], ids[False]
 
 
-def from_parts(cls, config: dict, custom_objects: dict | None = None):
-    """Creates a layer from a configuration that contains other layers.
-
-    Args:
-        cls: The class of the layer.
-        config: Dictionary of the arguments. Its dictionaries are configurations of
-            layers and models, except for `"frozen"`, the result of `frozen_parts`, or
-            `None` for parts that already exist.
-        custom_objects: As in `keras.saving.deserialize_keras_object`.
-    """
-    config = dict(config)
-    frozen = config.pop("frozen")
-    made = cls(
-        **{
-            key: keras.saving.deserialize_keras_object(
-                value, custom_objects=custom_objects
-            )
-            if isinstance(value, dict)
-            else value
-            for key, value in config.items()
-        }
-    )
-    if frozen is not None:
-        freeze_parts(made, frozen)
-    return made
-
-
 class MadeOfParts:
-    """Base class of layers whose configuration is that of `from_parts`."""
+    """Base class of layers whose configuration contains other layers.
+
+    Dictionaries in the configuration are those of layers and models, except for
+    `"frozen"`, the result of `frozen_parts`, or `None` for parts that already exist.
+
+    Attributes:
+        parts: Names of the arguments of the class that have attributes of their names.
+    """
+
+    parts: tuple[str, ...] = ()
+
+    def get_config(self) -> dict[str, Any]:
+        parts = {
+            name: keras.saving.serialize_keras_object(getattr(self, name))
+            for name in self.parts
+        }
+        return {"name": self.name, **parts, "frozen": frozen_parts(self)}
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
-        return from_parts(cls, config, custom_objects)
+        config = dict(config)
+        frozen = config.pop("frozen")
+        made = cls(
+            **{
+                key: keras.saving.deserialize_keras_object(
+                    value, custom_objects=custom_objects
+                )
+                if isinstance(value, dict)
+                else value
+                for key, value in config.items()
+            }
+        )
+        if frozen is not None:
+            freeze_parts(made, frozen)
+        return made
