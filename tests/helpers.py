@@ -306,16 +306,6 @@ def as_trained(model):
     return model
 
 
-def draw_nothing(monkeypatch):
-    """Drawing 150 million numbers, only to count or replace them, takes long."""
-
-    def zeros(initializer, shape, dtype=None, **kwargs):
-        return ops.zeros(shape, dtype=dtype)
-
-    for name in ("GlorotUniform", "RandomNormal", "RandomUniform", "TruncatedNormal"):
-        monkeypatch.setattr(getattr(keras.initializers, name), "__call__", zeros)
-
-
 # === Logs ===
 
 

@@ -4,8 +4,6 @@ import time
 from typing import Any
 
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.models.encoders import tokens_per_image
-from keras_cluster_mask.training.input_rules import KEYS
 from keras_cluster_mask.training.training_run import RunCallback
 
 # The share of time that steps wait for data, above which a remedy is printed.
@@ -13,15 +11,13 @@ TOO_LONG = 0.1
 
 
 class Throughput(RunCallback):
-    """Logs the number of training samples and tokens per second.
+    """Logs the number of training samples per second.
 
-    Adds `samples_per_second` and `tokens_per_second` to the logs. The progress bar
-    shows the rates of the last steps. The end of an epoch reports the rates of all
-    steps except the first, which may include compilation. A sample is a pair; the pairs
-    of all devices count. Tokens are the inputs of the transformer blocks: the class
-    token and the kept patches of each view, and the text tokens including padding.
-    Validation is not counted. This works for arrays and for datasets whose batches have
-    a known size (`drop_remainder=True`); for other data nothing is reported.
+    Adds `samples_per_second` to the logs. The progress bar shows the rate of the last
+    steps. The end of an epoch reports the rate of all steps except the first, which may
+    include compilation. A sample is a pair; the pairs of all devices count. Validation
+    is not counted. This works for arrays and for datasets whose batches have a known
+    size (`drop_remainder=True`); for other data nothing is reported.
 
     For an `image_text_dataset`, it also adds `data_wait`, the share of time in which no
     step runs because the next batch has not been read. If that is more than a tenth of
@@ -62,20 +58,11 @@ class Throughput(RunCallback):
         super().on_train_begin(logs)
         # Not in `__init__`, since callbacks may be copied, and locks cannot be.
         self._lock = threading.Lock()
-        # Once: on JAX, each access to `model` copies the weights back to the model.
-        model, data = self.model, self.run.data
+        data = self.run.data
         self._batch_size = data.batch_size
-        self._tokens = None
         # Each wait for data belongs to a step, in order.
         self._waits, self._waited = getattr(data.stream, "waits", None), 0.0
         self._is_first = True
-        if self._batch_size is None:
-            return
-        images, ids = (tuple(data.spec[key].shape[1:]) for key in KEYS)
-        if None not in (*images, *ids):
-            tokens = tokens_per_image(model.image_encoder, images)
-            if tokens is not None:
-                self._tokens = model.views * tokens + ids[0]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         # Tuples of a time, the number of steps done by then, and the seconds waited.
@@ -120,11 +107,9 @@ class Throughput(RunCallback):
         if start == end:
             # An epoch of one step: use its whole time.
             start = self._before
-        samples, seconds = (end[1] - start[1]) * self._batch_size, end[0] - start[0]
-        rate = samples / max(seconds, 1e-9)
-        rates = {"samples_per_second": rate}
+        seconds = max(end[0] - start[0], 1e-9)
+        samples = (end[1] - start[1]) * self._batch_size
+        rates = {"samples_per_second": samples / seconds}
         if self._waits is not None:
-            rates["data_wait"] = (end[2] - start[2]) / max(seconds, 1e-9)
-        if self._tokens is not None:
-            rates["tokens_per_second"] = rate * self._tokens
+            rates["data_wait"] = (end[2] - start[2]) / seconds
         return rates

@@ -28,9 +28,9 @@ from keras_cluster_mask.models.inputs import (
     PREPROCESSING_FILES,
     SIGLIP_MEAN,
     SIGLIP_STD,
+    TEXT_FAMILIES,
     image_processor_entries,
 )
-from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 # The files that transformers writes into a folder.
 SINGLE_FILES = "model.safetensors", "pytorch_model.bin"

@@ -6,15 +6,14 @@ from keras_cluster_mask.models.backbones import (
     MetaCLIP2ContrastiveModel,
     SigLIPContrastiveModel,
 )
-from keras_cluster_mask.models.context_length import with_context_length
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.image_size import with_image_size
 from keras_cluster_mask.models.layout_map import clip_layout_map
 from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder, with_masking
 from keras_cluster_mask.models.momentum_encoder import MomentumEncoder
 from keras_cluster_mask.models.partial_training import enable_lora, train_last_blocks
+from keras_cluster_mask.models.resizing import with_context_length, with_image_size
 from keras_cluster_mask.models.tower import Tower
 
 __all__ = [

@@ -9,17 +9,20 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.backbone_classes import CLASSES
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
+from keras_cluster_mask.models.encoders import CLASSES
 from keras_cluster_mask.models.head import (
     INITIAL_LOGIT_BIAS,
     INITIAL_TEMPERATURE,
     ContrastiveHead,
 )
-from keras_cluster_mask.models.inputs import SIGLIP_MEAN, SIGLIP_STD, call_encoder
+from keras_cluster_mask.models.inputs import (
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    call_encoder,
+    text_family_of,
+)
 from keras_cluster_mask.models.masked_encoder import with_masking
-from keras_cluster_mask.models.text_families import text_family_of
-from keras_cluster_mask.training.layers import frozen_parts
 from keras_cluster_mask.training.tokens import check_tokenizer
 from keras_cluster_mask.types import Tensor
 
@@ -44,6 +47,7 @@ class BackboneModel(ContrastiveModel):
         masking: The masking, or `None`.
     """
 
+    parts = ("backbone", "masking")
     # Arguments with other defaults than in `ContrastiveModel`.
     defaults: dict[str, Any] = {}
 
@@ -92,13 +96,8 @@ class BackboneModel(ContrastiveModel):
             tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub.
 
         Raises:
-            ValueError: If the tokenizer cannot be written, or does not match the model.
+            ValueError: If the tokenizer does not match the model.
         """
-        if not hasattr(tokenizer, "save_to_preset"):
-            raise ValueError(
-                "`tokenizer` must be a `kcm.data.CLIPTokenizer` or a preprocessor of "
-                f"keras_hub, to be part of a preset. Received: tokenizer={tokenizer}"
-            )
         check_tokenizer(self, tokenizer)
         self.backbone.save_to_preset(os.path.expanduser(preset_dir))
         tokenizer.save_to_preset(os.path.expanduser(preset_dir))
@@ -107,23 +106,12 @@ class BackboneModel(ContrastiveModel):
     def layers(self) -> list[keras.layers.Layer]:
         return [x for x in super().layers if x is not self.backbone]
 
-    def _options(self):
-        options = super()._options()
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
         # The backbone defines these.
         for name in ("dtype", "projection", "projection_dim"):
-            del options[name]
-        return options
-
-    def _whole_parts(self):
-        return {"backbone": self.backbone, "masking": None}
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **self._options(),
-            "backbone": keras.saving.serialize_keras_object(self.backbone),
-            "masking": keras.saving.serialize_keras_object(self.masking),
-            "frozen": frozen_parts(self),
-        }
+            del config[name]
+        return config
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")

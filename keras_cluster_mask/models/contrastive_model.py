@@ -12,12 +12,12 @@ from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.losses import batch_loss, caption_labels, row_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import part_of_batch
-from keras_cluster_mask.models.backbone_classes import class_for
+from keras_cluster_mask.models.encoders import kind_for
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.inputs import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.pooled_encoder import pretrained_towers
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
-from keras_cluster_mask.training import layers, micro_batches
+from keras_cluster_mask.training import micro_batches
 from keras_cluster_mask.training.input_rules import (
     KEYS,
     LONELY,
@@ -124,6 +124,8 @@ class ContrastiveModel(ContrastiveTrainer):
         - [Attentive Mask CLIP](https://arxiv.org/abs/2212.08653) for several views.
     """
 
+    parts = ("image_encoder", "text_encoder")
+
     def __init__(
         self,
         image_encoder: keras.Model,
@@ -211,7 +213,8 @@ class ContrastiveModel(ContrastiveTrainer):
             ValueError: If the backbone is not supported, or does not match the class
                 that the method is called on.
         """
-        return class_for(cls, backbone)(backbone, masking=masking, **kwargs)
+        kind = kind_for(cls, backbone)
+        return kind(backbone, masking=masking, **kwargs)
 
     @classmethod
     def from_preset(
@@ -259,7 +262,7 @@ class ContrastiveModel(ContrastiveTrainer):
                 mean of all tokens but padding for texts. A `TextEmbedder` has its own.
             image_preset: String, the name or folder of the preset of `image_backbone`.
                 Its `preprocessor_config.json` or image converter gives `pixel_mean` and
-                `pixel_std`. A folder without either has those of the family.
+                `pixel_std`. A preset without either has those of the family.
             **kwargs: Arguments of `ContrastiveModel`, before those of `image_preset`.
 
         Reference:
@@ -374,20 +377,11 @@ class ContrastiveModel(ContrastiveTrainer):
     # === Saving ===
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **self._options(),
-            "image_encoder": keras.saving.serialize_keras_object(self.image_encoder),
-            "text_encoder": keras.saving.serialize_keras_object(self.text_encoder),
-            "frozen": layers.frozen_parts(self),
-        }
-
-    def _options(self):
-        """Returns the constructor arguments that backbone models also take."""
         names = self.gradient_checkpointing
         # Omitted for one view, because checkpoints of such models do not contain it.
         views = {"views": self.views} if self.views > 1 else {}
         return {
-            "name": self.name,
+            **super().get_config(),
             **self.head.options,
             **views,
             "micro_batch_size": self.micro_batch_size,

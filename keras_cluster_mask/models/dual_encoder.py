@@ -26,12 +26,12 @@ from keras_cluster_mask.models.inputs import (
     check_statistics,
     normalize_pixels,
     pixel_range,
+    text_family_of,
     text_input_names,
     text_inputs,
 )
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
-from keras_cluster_mask.models.text_families import text_family_of
-from keras_cluster_mask.models.tower import Tower
+from keras_cluster_mask.models.tower import Exported, Tower
 from keras_cluster_mask.training.gradient_checkpointing import (
     checkpointed,
     find_blocks,
@@ -41,7 +41,7 @@ from keras_cluster_mask.training.layers import MadeOfParts, all_layers
 from keras_cluster_mask.types import Tensor
 
 
-class DualEncoder(MadeOfParts, keras.Model):
+class DualEncoder(MadeOfParts, Exported, keras.Model):
     """Embeds images and texts. The base class of `ContrastiveModel`.
 
     Args:
@@ -77,8 +77,6 @@ class DualEncoder(MadeOfParts, keras.Model):
         # precision.
         super().__init__(dtype="float32", **kwargs)
         self.autocast = False
-        _check_encoder("image_encoder", image_encoder)
-        _check_encoder("text_encoder", text_encoder)
         self.text_input_names = text_input_names(text_encoder)
         self.text_family = text_family_of(text_encoder)
         check_statistics(pixel_mean, pixel_std, image_encoder)
@@ -96,8 +94,9 @@ class DualEncoder(MadeOfParts, keras.Model):
             std=pixel_std,
             data_format=data_format_of(image_encoder),
         )
-        self.maskings = _maskings(image_encoder)
-        _check_no_maskings(text_encoder)
+        self.maskings = [
+            x for x in all_layers(image_encoder) if isinstance(x, PatchMasking)
+        ]
         self.views = check_integer("views", views)
         _check_views(views, self.maskings)
         for masking in self.maskings:
@@ -187,8 +186,7 @@ class DualEncoder(MadeOfParts, keras.Model):
     ) -> dict[str, Tensor]:
         """Embeds a batch, or a micro-batch, of images and texts, or of features."""
         if "image_features" in inputs:
-            images = self.head.project_image(inputs["image_features"])
-            texts = self.head.project_text(inputs["text_features"])
+            images, texts = self.head(inputs["image_features"], inputs["text_features"])
             return {
                 "image_embeddings": l2_normalize(images),
                 "text_embeddings": l2_normalize(texts),
@@ -275,6 +273,13 @@ class DualEncoder(MadeOfParts, keras.Model):
             name="text_tower",
         )
 
+    @property
+    def input_specs(self) -> dict[str, Any]:
+        """The `keras.InputSpec` of each input, for `export`."""
+        texts = self.text_tower.input_specs
+        texts = texts if isinstance(texts, dict) else {"token_ids": texts}
+        return {"images": self.image_tower.input_specs, **texts}
+
     def without_masking(self) -> Self:
         """Makes a model with the same weights that trains on whole images.
 
@@ -306,8 +311,9 @@ class DualEncoder(MadeOfParts, keras.Model):
             - [Scaling Language-Image Pre-training via Masking](
               https://arxiv.org/abs/2212.00794) for unmasked tuning.
         """
-        parts = {**self._whole_parts(), "head": self.head, "views": 1, "frozen": None}
-        config = {**self.get_config(), **parts}
+        parts = {name: _without_masking(getattr(self, name)) for name in self.parts}
+        own = {"head": self.head, "views": 1, "frozen": None}
+        config = {**self.get_config(), **parts, **own}
         omitted = [
             key
             for key, x in inspect.signature(self.__init__).parameters.items()
@@ -335,26 +341,11 @@ class DualEncoder(MadeOfParts, keras.Model):
             )
         return whole
 
-    def _whole_parts(self):
-        """Returns the parts of the model as arguments of its class, without masking."""
-        encoder = self.image_encoder
-        if isinstance(encoder, MaskedEncoder):
-            encoder = encoder.encoder
-        return {"image_encoder": encoder, "text_encoder": self.text_encoder}
 
-
-def _maskings(layer):
-    return [x for x in all_layers(layer) if isinstance(x, PatchMasking)]
-
-
-def _check_no_maskings(text_encoder):
-    found = _maskings(text_encoder)
-    if found:
-        raise ValueError(
-            "`text_encoder` must have no masking: mask the words of captions in the "
-            "data, by `text_masking` of `kcm.data.image_text_dataset`. Received: "
-            f"maskings {[masking.name for masking in found]}"
-        )
+def _without_masking(part):
+    if isinstance(part, PatchMasking):
+        return None
+    return part.encoder if isinstance(part, MaskedEncoder) else part
 
 
 def _check_views(views, maskings):
@@ -371,14 +362,6 @@ def _check_views(views, maskings):
 def _width(encoder):
     shape = getattr(getattr(encoder, "output", None), "shape", None)
     return None if shape is None else shape[-1]
-
-
-def _check_encoder(name, encoder):
-    if not isinstance(encoder, keras.layers.Layer):
-        raise ValueError(
-            f"`{name}` must be a Keras model. "
-            f"Received: {name}={encoder} of type {type(encoder).__name__}"
-        )
 
 
 def _check_features(encoder, features):

@@ -4,20 +4,17 @@ keras_hub's classes are recognized by name, to avoid importing keras_hub.
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_grid import grid_shape, sides_of
 from keras_cluster_mask.masking.selection import split_tokens
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
-from keras_cluster_mask.training.layers import (
-    all_layers,
-    freeze_parts,
-    frozen_parts,
-)
+from keras_cluster_mask.training.layers import all_layers
 
 # Layers of vision transformers that return the embedded tokens. `ViTBackbone` and
 # `BLIP2VisionEncoder` use the last one.
@@ -31,22 +28,6 @@ EMBEDDINGS = (
     "ViTPatchingAndEmbedding",
 )
 
-# Layers that need all tokens, with the reason. Their encoders cannot be masked.
-_WINDOWS = "attends within windows of the whole grid"
-_ONE_LAYER = "embeds patches and encodes them in one layer"
-REFUSED = {
-    "DepthAnythingNeck": "DepthAnything reads the whole grid; take its `image_encoder`",
-    "Gemma3VisionEncoderBlock": f"Gemma 3 {_ONE_LAYER}",
-    "Gemma4VisionEncoderBlock": f"Gemma 4 {_ONE_LAYER}",
-    "HierarchicalTransformerEncoder": "MiT merges neighboring patches",
-    "PARSeqDecoder": "PARSeq reads texts too; take its `image_encoder`",
-    "PaliGemmaVitEncoder": f"PaliGemma {_ONE_LAYER}",
-    "SAM3VisionEncoder": f"SAM 3 {_WINDOWS}",
-    "SwinTransformerStage": f"Swin {_WINDOWS}",
-    "VideoPrismFactorizedReshape": "VideoPrism reads videos",
-    "WindowedTransformerEncoder": f"ViTDet, and SAM with it, {_WINDOWS}",
-}
-
 # Vision transformers that `with_image_size` supports: config, positions and patch size
 # are known.
 RESIZABLE = (
@@ -56,6 +37,9 @@ RESIZABLE = (
     "SigLIPVisionEncoder",
     "ViTBackbone",
 )
+
+# Text encoders that `with_context_length` supports.
+TEXT_ENCODERS = ("CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder")
 
 # The transformer blocks of image and text encoders.
 BLOCKS = (
@@ -70,7 +54,48 @@ BLOCKS = (
     "ViTEncoderBlock",
 )
 
+# The kind of `ContrastiveModel` for each backbone of two encoders. `backbones.py` fills
+# it.
+CLASSES: dict[str, type] = {}
+
 # === Any encoder ===
+
+
+def class_of(name: str, model: Any, classes: Iterable[str], hint: str = "") -> str:
+    """Returns which of `classes` of keras_hub a model is an instance of, by name.
+
+    Args:
+        name: String, the name of the argument, for the error.
+        model: The model.
+        classes: The names of the classes that are supported.
+        hint: String, what else can be done.
+    """
+    for kind in type(model).__mro__:
+        if kind.__name__ in classes:
+            return kind.__name__
+    raise ValueError(
+        f"`{name}` must be a keras_hub {', '.join(classes)}. {hint}"
+        f"Received: {name}={model} of type {type(model).__name__}"
+    )
+
+
+def kind_for(cls: type, backbone: keras.Model) -> type:
+    """Returns the class of the model to make of a backbone.
+
+    Args:
+        cls: The class that the model is asked of, a `ContrastiveModel`.
+        backbone: A keras_hub backbone.
+    """
+    kind = CLASSES[class_of("backbone", backbone, CLASSES)]
+    if issubclass(cls, kind):
+        return cls
+    if not issubclass(kind, cls):
+        raise ValueError(
+            f"`from_backbone` must be that of a `{kind.__name__}` for this backbone: "
+            f"derive `{cls.__name__}` from it. "
+            f"Received: backbone={backbone} of type {type(backbone).__name__}"
+        )
+    return kind
 
 
 def image_shape_of(encoder) -> tuple | None:
@@ -101,12 +126,6 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
             "`encoder` must be a built functional Keras model. "
             f"Received: encoder={encoder} of type {type(encoder).__name__}"
         )
-    for reason in (REFUSED.get(type(layer).__name__) for layer in encoder.layers):
-        if reason is not None:
-            raise ValueError(
-                f"`encoder` must be one that can leave out tokens. {reason}. "
-                f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
-            )
     candidates = [layer for layer in encoder.layers if _makes_tokens(layer)]
     if name is None:
         found = [x for x in candidates if type(x).__name__ in EMBEDDINGS]
@@ -219,33 +238,6 @@ def _count_constant_tokens(stem, image_shape):
     return prefix if other.any() and not pixel[prefix:].all() else None
 
 
-def tokens_per_image(encoder, image_shape: tuple) -> int | None:
-    """Returns the number of tokens per image that an encoder's blocks see in training.
-
-    Args:
-        encoder: A vision transformer, masked or not.
-        image_shape: tuple of ints, without the batch.
-
-    Returns:
-        Integer, or `None` if it is not known.
-    """
-    masking, stem = getattr(encoder, "masking", None), getattr(encoder, "stem", None)
-    if masking is not None and stem is not None:
-        prefix, patches = count_parts(
-            masking, stem, image_shape, encoder.num_prefix_tokens
-        )
-        return prefix + masking.num_kept(patches)
-    if any(isinstance(x, PatchMasking) for x in all_layers(encoder)):
-        # A layer of the user's own model, which leaves out tokens after the embedding.
-        return None
-    try:
-        stem = _stem(encoder, find_embedding_layer(encoder))
-    except ValueError:
-        # The layer is unknown, or shared with another model.
-        return None
-    return count_tokens(stem, image_shape)
-
-
 def _stem(encoder, layer):
     return keras.Model(encoder.input, layer.output, name=f"{encoder.name}_stem")
 
@@ -310,42 +302,6 @@ def position_tables(embedding) -> tuple:
     if hasattr(embedding, "interpolated_position_embeddings"):
         return embedding.position_embeddings, embedding.interpolated_position_embeddings
     return (embedding.position_embedding.embeddings,)
-
-
-# === Copies of models ===
-
-
-def copy_with(model, tower: str, changes: dict) -> keras.Model:
-    """Copies a model with changes in the configuration of one tower.
-
-    Layers that are frozen in the model are frozen in the copy, and those with LoRA have
-    it too. Weights are copied unless their shape has changed.
-
-    Args:
-        model: A keras_hub backbone of two towers, or one of them alone.
-        tower: `"vision_encoder"` or `"text_encoder"`.
-        changes: Dictionary of changes in the tower's configuration.
-    """
-    config = model.get_config()
-    changed = config[tower]["config"] if hasattr(model, tower) else config
-    changed.update(changes)
-    copy = type(model).from_config(config)
-    if hasattr(model, "clip_head"):
-        # keras_hub's config omits it, and open_clip's weights need another value than
-        # keras_hub's default.
-        epsilon = model.text_encoder.layer_norm.epsilon
-        copy.text_encoder.layer_norm.epsilon = epsilon
-    # The configurations of keras_hub's encoders omit LoRA, and which layers are frozen.
-    for old, new in zip(all_layers(model), all_layers(copy)):
-        if getattr(old, "lora_enabled", False):
-            new.enable_lora(old.lora_rank, old.lora_alpha)
-    freeze_parts(copy, frozen_parts(model))
-    for old, new in zip(model.weights, copy.weights):
-        if tuple(old.shape) == tuple(new.shape):
-            # Without `ops.copy`, both would share an array on JAX, which a training
-            # step donates.
-            new.assign(ops.copy(old))
-    return copy
 
 
 def check_no_lora(name: str, model: keras.Model) -> None:

@@ -1,3 +1,4 @@
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -106,7 +107,9 @@ class ContrastiveHead(keras.layers.Layer):
         self.max_logit_scale = scale if is_higher else float(max_logit_scale)
         # Clip the weight itself. Otherwise it could drift far above the limit and need
         # many steps to return.
-        self.logit_scale.constraint = _AtMost(math.log(self.max_logit_scale))
+        self.logit_scale.constraint = functools.partial(
+            ops.minimum, math.log(self.max_logit_scale)
+        )
         self.built = True
 
     def build_projections(
@@ -268,13 +271,8 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
             "`max_logit_scale` must be greater than 0. "
             f"Received: max_logit_scale={max_logit_scale}"
         )
-    if initial_temperature is not None and not is_positive(initial_temperature):
-        raise ValueError(
-            "`initial_temperature` must be greater than 0. "
-            f"Received: initial_temperature={initial_temperature}"
-        )
-    largest = max_logit_scale * TOLERANCE
-    if initial_temperature is not None and 1 / initial_temperature > largest:
+    smallest = 1 / (max_logit_scale * TOLERANCE)
+    if initial_temperature is not None and not initial_temperature >= smallest:
         raise ValueError(
             "`initial_temperature` must be at least 1 / `max_logit_scale`, below which "
             "the temperature cannot fall. Received: "
@@ -286,11 +284,3 @@ def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scal
             "`initial_logit_bias` is for loss='sigmoid'. "
             f"Received: initial_logit_bias={initial_logit_bias}, loss='softmax'"
         )
-
-
-class _AtMost(keras.constraints.Constraint):
-    def __init__(self, limit):
-        self.limit = limit
-
-    def __call__(self, weight):
-        return ops.minimum(weight, ops.cast(self.limit, weight.dtype))

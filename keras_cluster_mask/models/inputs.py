@@ -1,5 +1,6 @@
-"""The inputs of encoders: normalized pixels, token ids, and how they are passed."""
+"""The inputs of encoders: normalized pixels, token ids by family, and calls."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -8,9 +9,9 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.models.encoders import image_shape_of
-from keras_cluster_mask.models.text_families import TextFamily
 from keras_cluster_mask.training.input_rules import is_float
 from keras_cluster_mask.training.layers import all_layers
+from keras_cluster_mask.types import Tensor
 
 # Channel statistics that OpenAI trained CLIP with, for values in [0, 1]
 # (https://github.com/openai/CLIP, clip/clip.py).
@@ -88,14 +89,12 @@ def check_statistics(mean, std, encoder):
         return
     for name, values in (("pixel_mean", mean), ("pixel_std", std)):
         values = np.array(values, "float64")
-        if values.shape != (3,) or not np.all(np.isfinite(values)):
+        is_valid = np.isfinite(values) & ((values > 0) | (name == "pixel_mean"))
+        if values.shape != (3,) or not np.all(is_valid):
             raise ValueError(
-                f"`{name}` must be three finite numbers. Received: {name}={values}"
+                f"`{name}` must be three finite numbers, and `pixel_std` greater than "
+                f"0. Received: {name}={values}"
             )
-    if np.min(std) <= 0:
-        raise ValueError(
-            f"`pixel_std` must be greater than 0. Received: pixel_std={std}"
-        )
     given = tree.flatten(getattr(encoder, "input", None))[0]
     if given is not None and not keras.backend.is_float_dtype(given.dtype):
         raise ValueError(
@@ -128,6 +127,63 @@ def pixel_range(mean, std):
 
 
 # === Texts ===
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFamily:
+    """How the text encoders of a family treat token ids.
+
+    Attributes:
+        layer: String, the class name of the keras_hub layer, or backbone, that only
+            this family has.
+        pooling: `"highest id"`, `"end token"` (the first one), or `"all tokens"` if the
+            features depend on all tokens.
+        end_id: Integer, the id of the end token that every text must have, or `None`.
+        padding_id: Integer, the id that is hidden as padding. Only an encoder with the
+            input `"padding_mask"` hides any.
+    """
+
+    layer: str | None = None
+    pooling: str = "all tokens"
+    end_id: int | None = None
+    padding_id: int = 0
+
+    def pooled_at(self, token_ids: Any) -> Tensor | None:
+        """Returns the index of the pooled token in each text; `None` if all are read.
+
+        Args:
+            token_ids: `(batch, T)` ints.
+        """
+        if self.pooling == "highest id":
+            return ops.argmax(token_ids, axis=-1)
+        if self.pooling == "end token":
+            is_end = ops.equal(token_ids, self.end_id)
+            return ops.argmax(ops.cast(is_end, "int32"), axis=-1)
+        return None
+
+
+# By the prefix of keras_hub's class names. Any other encoder, such as BERT, has the
+# defaults.
+TEXT_FAMILIES = {
+    "CLIP": TextFamily("CLIPTextPooler", "highest id"),
+    # keras_hub does not save another id than 2.
+    "MetaCLIP2": TextFamily("MetaCLIP2TextPooler", "end token", end_id=2),
+    # It pools the last token, which attends to all others, padding included.
+    "SigLIP": TextFamily("SigLIPTextEncoder"),
+    "RoBERTa": TextFamily("RobertaBackbone", padding_id=1),
+    "XLM-R": TextFamily("XLMRobertaBackbone", padding_id=1),
+}
+
+
+def text_family_of(model: keras.layers.Layer) -> TextFamily:
+    """Returns the family of a text encoder, or of the backbone that contains one."""
+    parts = *all_layers(model), getattr(model, "backbone", model)
+    layers = {type(part).__name__: part for part in parts}
+    for family in TEXT_FAMILIES.values():
+        if family.layer in layers:
+            end = getattr(layers[family.layer], "eos_token_id", family.end_id)
+            return dataclasses.replace(family, end_id=end)
+    return TextFamily()
 
 
 def text_input_names(encoder: keras.layers.Layer) -> tuple[str, ...]:

@@ -2,14 +2,12 @@
 
 import os
 import pathlib
-import zipfile
 from typing import Any
 
 import keras
 
 from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.masking.patch_grid import height_and_width
-from keras_cluster_mask.models.backbone_classes import CLASSES
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import data_format_of, image_shape_of
 
@@ -26,21 +24,18 @@ def as_contrastive_model(model: Any) -> ContrastiveModel:
         A `ContrastiveModel`.
 
     Raises:
-        FileNotFoundError: If the path does not exist.
         ValueError: For an unsupported model or file.
     """
     if isinstance(model, str | os.PathLike):
-        model = _load(model)
+        path = pathlib.Path(model).expanduser()
+        if path.is_dir():
+            return ContrastiveModel.from_preset(str(path))
+        # The saved model may need keras_hub's classes.
+        import_keras_hub()
+        model = keras.saving.load_model(path, compile=False)
     if isinstance(model, ContrastiveModel):
         return model
-    names = {x.__name__ for x in type(model).__mro__}
-    if names & CLASSES.keys():
-        return ContrastiveModel.from_backbone(model)
-    raise ValueError(
-        "`model` must be a ContrastiveModel, a keras_hub backbone of "
-        f"{sorted(CLASSES)}, or the path of one. "
-        f"Received: model={model} of type {type(model).__name__}"
-    )
+    return ContrastiveModel.from_backbone(model)
 
 
 def image_size_of(model: Any) -> tuple[int | None, int | None]:
@@ -66,22 +61,3 @@ def image_size_of(model: Any) -> tuple[int | None, int | None]:
     if shape is None:
         return None, None
     return height_and_width(shape, data_format_of(encoder))
-
-
-def _load(path):
-    path = pathlib.Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(
-            "`model` must be the path of a file or folder that is there. "
-            f"Received: model={path}"
-        )
-    # The saved model may need keras_hub's classes.
-    keras_hub = import_keras_hub()
-    if path.is_dir():
-        return keras_hub.models.Backbone.from_preset(str(path))
-    if path.suffix != ".keras" or not zipfile.is_zipfile(path):
-        raise ValueError(
-            "`model` must be the path of a .keras file that `save` wrote. "
-            f"Received: model={path}"
-        )
-    return keras.saving.load_model(path, compile=False)

@@ -1,6 +1,5 @@
 """A vision transformer with patch masking."""
 
-import zlib
 from typing import Any
 
 import keras
@@ -21,7 +20,7 @@ from keras_cluster_mask.models.encoders import (
 )
 from keras_cluster_mask.models.inputs import call_encoder
 from keras_cluster_mask.models.rotary_positions import rotary_tables
-from keras_cluster_mask.training.layers import MadeOfParts, all_layers, frozen_parts
+from keras_cluster_mask.training.layers import MadeOfParts, all_layers
 from keras_cluster_mask.types import Tensor
 
 
@@ -63,10 +62,9 @@ def with_masking(
 
     Raises:
         ValueError: If the layer is unknown (the candidates are listed) or before the
-            position embedding, if the encoder cannot leave out tokens (the reason is
-            given), if the masking does not fit the patches and `num_prefix_tokens` of
-            the encoder, or if the masking hides tokens with a Keras mask that the
-            encoder does not honor.
+            position embedding, if the masking does not fit the patches and
+            `num_prefix_tokens` of the encoder, or if the masking hides tokens with a
+            Keras mask that the encoder does not honor.
     """
     return MaskedEncoder(encoder, masking, layer)
 
@@ -97,6 +95,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
             patches. If neither the encoder nor the masking defines it, the first tokens
             that do not depend on the image are counted. `None` if that is not possible.
     """
+
+    parts = ("encoder", "masking", "layer")
 
     def __init__(
         self,
@@ -130,15 +130,14 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         self.embedding_layer = found
         # `None` is saved as it is, because keras_hub names layers by the encoder's name
         # after a reload.
-        self._layer = layer
+        self.layer = layer
         number_positions(encoder)
         # Stored in a closure: Keras would track attributes, and save every weight
         # twice.
         stem, blocks = split_at(encoder, self.embedding_layer)
-        self._parts = lambda: (stem, blocks)
         tables = rotary_tables(encoder)
         positions = keras.Model(encoder.input, tables) if tables else None
-        self._positions = lambda: positions
+        self._models = lambda: (stem, blocks, positions)
 
         if isinstance(masking, SimilarityMasking):
             masking.take_patch_size(encoder, found)
@@ -165,7 +164,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     ) -> Any:
         if not training:
             return self.encoder(inputs, training=False)
-        stem, blocks = self._parts()
+        stem, blocks, positions = self._models()
         tokens = stem(inputs, training=True)
         (images,) = tree.flatten(inputs)
         tokens, visible, indices = self.masking.keep(
@@ -173,7 +172,6 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         )
         if visible is not None:
             tokens = PutMask()(tokens, mask=visible)
-        positions = self._positions()
         if positions is not None:
             tables = positions(inputs)
             tokens = [tokens, *(ops.take(table, indices, axis=0) for table in tables)]
@@ -193,7 +191,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     @property
     def stem(self) -> keras.Model:
         """The part of `encoder` from images to tokens, with shared weights."""
-        return self._parts()[0]
+        return self._models()[0]
 
     @property
     def unmasked(self) -> keras.Model:
@@ -210,15 +208,6 @@ class MaskedEncoder(MadeOfParts, keras.Model):
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return self.encoder.compute_output_shape(input_shape)
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "encoder": keras.saving.serialize_keras_object(self.encoder),
-            "masking": keras.saving.serialize_keras_object(self.masking),
-            "layer": self._layer,
-            "frozen": frozen_parts(self),
-        }
 
 
 # === Layers that use the order of tokens, or let hidden ones through ===
@@ -318,7 +307,7 @@ def _outputs(blocks, *inputs_of_runs, visible=None):
         ]
         if visible is not None:
             inputs[0] = PutMask()(inputs[0], mask=ops.convert_to_tensor(visible))
-        with _RandomWeights():
+        with _random_weights(blocks):
             outputs = blocks(inputs if len(inputs) > 1 else inputs[0], training=False)
         outputs = tree.flatten(outputs)
         return [ops.convert_to_numpy(ops.cast(x, "float32")) for x in outputs]
@@ -326,28 +315,20 @@ def _outputs(blocks, *inputs_of_runs, visible=None):
     return zip(*map(run, inputs_of_runs))
 
 
-class _RandomWeights(keras.StatelessScope):
-    """A scope in which weights have random values, computed on each read.
+def _random_weights(model):
+    """Returns a scope in which the weights of a model have random values.
 
     A zero weight (LayerScale, a fresh residual branch) would hide a leak that appears
-    later in training. Only one random weight is in memory at a time.
+    later in training.
     """
-
-    def __init__(self):
-        super().__init__()
-        # Larger weights repeat these values, because generating all of them takes ten
-        # times as long. Their number is prime, so that rows differ.
-        rng = np.random.default_rng(0)
-        self.values = 0.1 * rng.standard_normal(65_537, "float32")
-
-    def get_current_value(self, variable):
-        value = super().get_current_value(variable)
-        if value is not None or not keras.backend.is_float_dtype(variable.dtype):
-            return value
-        # The values are the same in each call of a model.
-        start = zlib.crc32(variable.path.encode()) % len(self.values)
-        value = np.resize(np.roll(self.values, start), variable.shape)
-        if not variable.trainable:
-            # It may be a variance, which must be positive.
-            value = np.abs(value) + 0.01
-        return ops.convert_to_tensor(value, dtype=variable.dtype)
+    # Larger weights repeat these values, because generating all of them takes ten times
+    # as long. Their number is prime, so that rows differ.
+    numbers = 0.1 * np.random.default_rng(0).standard_normal(65_537, "float32")
+    values = []
+    for index, variable in enumerate(model.variables):
+        if keras.backend.is_float_dtype(variable.dtype):
+            value = np.resize(np.roll(numbers, 997 * index), variable.shape)
+            # A weight that is not trained may be a variance, which must be positive.
+            value = value if variable.trainable else np.abs(value) + 0.01
+            values.append((variable, value))
+    return keras.StatelessScope(state_mapping=values)

@@ -11,21 +11,26 @@ from keras_cluster_mask.distribution.replicas import assign_equal
 from keras_cluster_mask.models.class_attention import ClassAttention
 from keras_cluster_mask.models.encoders import (
     check_no_lora,
-    copy_with,
     data_format_of,
     find_embedding_layer,
-    image_shape_of,
     number_positions,
     position_tables,
 )
-from keras_cluster_mask.models.image_size import resize_positions, with_image_size
-from keras_cluster_mask.models.inputs import call_encoder
-from keras_cluster_mask.training.layers import merged_weights, saved_weights
+from keras_cluster_mask.models.resizing import (
+    copy_with,
+    resize_positions,
+    with_image_size,
+)
+from keras_cluster_mask.training.layers import (
+    MadeOfParts,
+    merged_weights,
+    saved_weights,
+)
 from keras_cluster_mask.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class MomentumEncoder(keras.layers.Layer):
+class MomentumEncoder(MadeOfParts, keras.layers.Layer):
     """An exponential moving average (EMA) of a vision transformer, as a teacher.
 
     The teacher of `kcm.AttentiveMasking`. It is not trained. Each update moves its
@@ -73,7 +78,7 @@ class MomentumEncoder(keras.layers.Layer):
             encoder.
 
     Returns:
-        The output of the encoder at inference, without gradients.
+        The attention of the class token to each patch, see `attention`.
 
     Attributes:
         patch_size: Tuple `(height, width)`, in pixels.
@@ -92,6 +97,7 @@ class MomentumEncoder(keras.layers.Layer):
           updates before each forward pass.
     """
 
+    parts = ("momentum", "final_momentum", "steps", "image_size")
     # Each replica computes the same update of the same weights, so no averaging over
     # replicas is needed.
     equal_on_replicas = True
@@ -115,8 +121,6 @@ class MomentumEncoder(keras.layers.Layer):
                 "`final_momentum` needs `steps`, the number of updates after which it "
                 f"is reached. Received: final_momentum={final_momentum}, steps=None"
             )
-        if isinstance(encoder, dict):
-            encoder = keras.saving.deserialize_keras_object(encoder)
         self.momentum = float(momentum)
         self.final_momentum = float(final_momentum)
         self.steps = check_integer("steps", steps, or_none=True)
@@ -146,7 +150,7 @@ class MomentumEncoder(keras.layers.Layer):
         )
         self.built = True
 
-    # === Attention and output of the teacher ===
+    # === Attention of the teacher ===
 
     def attention(self, images: Tensor) -> Tensor:
         """Computes how much the class token attends to each patch.
@@ -163,14 +167,9 @@ class MomentumEncoder(keras.layers.Layer):
             `(batch, N)` float32 tensor without gradients, N patches of `grid` in
             row-major order.
         """
-        return self(images, returns_attention=True)
+        return self(images)
 
-    def call(
-        self,
-        images: Tensor,
-        training: bool | None = None,
-        returns_attention: bool = False,
-    ) -> Any:
+    def call(self, images: Tensor, training: bool | None = None) -> Tensor:
         images = ops.convert_to_tensor(images)
         if self.image_size is not None:
             images = ops.image.resize(
@@ -180,24 +179,13 @@ class MomentumEncoder(keras.layers.Layer):
                 antialias=True,
                 data_format=self.data_format,
             )
-        expected = image_shape_of(self._attention.encoder)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"`images` must have the shape {expected}, that of the teacher's "
-                "encoder. Pass `image_size` to the teacher, which then resizes them. "
-                f"Received: images.shape={tuple(images.shape)}, "
-                f"image_size={self.image_size}"
-            )
         images = ops.stop_gradient(images)
-        if returns_attention:
-            outputs = self._attention(images)
-        else:
-            outputs = call_encoder(self._attention.encoder, images, False)
+        attention = self._attention(images)
         # In Keras, a layer that gets no `training` argument uses the value of the last
         # call. So the value of the step is restored.
         restore = keras.layers.Identity(autocast=False, dtype="float32")
         restore(images, training=training)
-        return keras.tree.map_structure(ops.stop_gradient, outputs)
+        return ops.stop_gradient(attention)
 
     # === Updates of the teacher ===
 
@@ -300,14 +288,8 @@ class MomentumEncoder(keras.layers.Layer):
         return {id(table): (source, resize) for table in tables}
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "encoder": keras.saving.serialize_keras_object(self._attention.encoder),
-            "momentum": self.momentum,
-            "final_momentum": self.final_momentum,
-            "steps": self.steps,
-            "image_size": self.image_size,
-        }
+        encoder = keras.saving.serialize_keras_object(self._attention.encoder)
+        return {**super().get_config(), "encoder": encoder}
 
 
 def _copy(encoder, image_size):

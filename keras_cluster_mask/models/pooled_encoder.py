@@ -11,7 +11,11 @@ from keras import ops
 from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.encoders import count_prefix_tokens, find_embedding_layer
+from keras_cluster_mask.models.encoders import (
+    class_of,
+    count_prefix_tokens,
+    find_embedding_layer,
+)
 from keras_cluster_mask.models.inputs import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -21,7 +25,7 @@ from keras_cluster_mask.models.inputs import (
     image_processor_entries,
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
-from keras_cluster_mask.training.layers import MadeOfParts, frozen_parts
+from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
 
 POOLINGS = ("class", "mean", "class_and_mean")
@@ -47,33 +51,14 @@ def pretrained_towers(
     image_preset: str | None,
 ) -> dict[str, Any]:
     """Returns arguments of `ContrastiveModel`; see `ContrastiveModel.from_encoders`."""
-    names = {kind.__name__ for kind in type(image_backbone).__mro__}
-    families = [IMAGE_FAMILIES[name] for name in IMAGE_FAMILIES if name in names]
-    if not families:
-        raise ValueError(
-            "`image_backbone` must be a keras_hub backbone that returns patch tokens, "
-            f"one of {[*IMAGE_FAMILIES]}. Pass another encoder, with its own pooling, "
-            f"to `ContrastiveModel`. Received: image_backbone={image_backbone} of type "
-            f"{type(image_backbone).__name__}"
-        )
+    hint = "Pass other encoders, with their own pooling, to `ContrastiveModel`. "
+    family = class_of("image_backbone", image_backbone, IMAGE_FAMILIES, hint)
     # A `TextEmbedder` has a backbone and a pooling.
     texts = getattr(text_backbone, "backbone", text_backbone)
-    if not {kind.__name__ for kind in type(texts).__mro__} & {*TEXT_BACKBONES}:
-        raise ValueError(
-            "`text_backbone` must be a keras_hub backbone in which all tokens attend "
-            f"to one another, one of {[*TEXT_BACKBONES]}, or a `TextEmbedder` of one. "
-            f"Received: text_backbone={text_backbone} of type "
-            f"{type(text_backbone).__name__}"
-        )
-    pooling = (None, None) if pooling is None else pooling
-    if isinstance(pooling, str) or len(pooling) != 2:
-        raise ValueError(
-            "`pooling` must be two values, for images and for texts, such as "
-            f"('class', None). Received: pooling={pooling!r}"
-        )
-    of_images, of_texts = pooling
+    class_of("text_backbone", texts, TEXT_BACKBONES, hint)
+    of_images, of_texts = pooling or (None, None)
     own = getattr(text_backbone, "pooling_mode", "mean").replace("cls", "class")
-    image_pooling, mean, std = families[0]
+    image_pooling, mean, std = IMAGE_FAMILIES[family]
     images = PooledEncoder(image_backbone, of_images or image_pooling)
     if image_preset is not None:
         mean, std = _pixel_statistics(image_preset, mean, std)
@@ -90,8 +75,8 @@ def _pixel_statistics(preset, mean, std):
 
     Args:
         preset: String, the name of a preset, or a folder.
-        mean: Three floats, for a folder that has none.
-        std: Three floats, for a folder that has none.
+        mean: Three floats, for a preset that has none.
+        std: Three floats, for a preset that has none.
     """
     folder, scale = pathlib.Path(preset), 1 / 255
     paths = [folder / name for name in PREPROCESSING_FILES]
@@ -102,14 +87,10 @@ def _pixel_statistics(preset, mean, std):
         mean, std = given.get("image_mean", mean), given.get("image_std", std)
     elif not folder.is_dir() or (folder / "image_converter.json").is_file():
         converter = import_keras_hub().layers.ImageConverter.from_preset(str(preset))
-        if converter is None:
-            raise ValueError(
-                "`image_preset` must have an image converter, or pass `pixel_mean` and "
-                f"`pixel_std` in place of it. Received: image_preset={preset!r}"
-            )
-        # keras_hub applies no scale or offset that is `None`.
-        std = 1 / np.array(converter.scale or 1)
-        mean, scale = -np.array(converter.offset or 0) * std, 1
+        if converter is not None:
+            # keras_hub applies no scale or offset that is `None`.
+            std = 1 / np.array(converter.scale or 1)
+            mean, scale = -np.array(converter.offset or 0) * std, 1
     # Of pixels from 0 to 1. One number is that of all channels.
     return [np.repeat(x, 3 // np.size(x)) / (255 * scale) for x in (mean, std)]
 
@@ -126,6 +107,8 @@ class PooledEncoder(MadeOfParts, keras.Model):
     Attributes:
         pooling: The pooling.
     """
+
+    parts = ("backbone", "pooling")
 
     def __init__(self, backbone: keras.Model, pooling: str, **kwargs: Any):
         check_choice("pooling", pooling, POOLINGS)
@@ -156,14 +139,6 @@ class PooledEncoder(MadeOfParts, keras.Model):
     def backbone(self) -> keras.Model:
         """The backbone, which shares its weights with this model."""
         return self._backbone()
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "backbone": keras.saving.serialize_keras_object(self.backbone),
-            "pooling": self.pooling,
-            "frozen": frozen_parts(self),
-        }
 
 
 class SavedWeight(keras.layers.Layer):
@@ -228,10 +203,3 @@ class TokenPooling(keras.layers.Layer):
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
         return None
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "pooling": self.pooling,
-            "num_prefix_tokens": self.num_prefix_tokens,
-        }

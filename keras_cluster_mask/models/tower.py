@@ -9,28 +9,54 @@ from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.inputs import (
     call_encoder,
     normalize_pixels,
+    text_family_of,
     text_input_names,
     text_inputs,
 )
-from keras_cluster_mask.models.text_families import text_family_of
-from keras_cluster_mask.training.layers import MadeOfParts, frozen_parts
+from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
 
 
-def export_options(specs, format, input_signature, kwargs):
-    """Returns arguments of `keras.Model.export`, by default for any batch size."""
-    if format == "torch" and "dynamic_shapes" not in kwargs:
-        import torch
+class Exported:
+    """Base class of models that are exported for inference on batches of any size."""
 
-        # By default, Keras would export for a batch size of 1.
-        batch = torch.export.Dim("batch")
-        shapes = keras.tree.map_structure(lambda x: {0: batch}, specs)
-        kwargs = {**kwargs, "dynamic_shapes": shapes}
-    return {"input_signature": input_signature or [specs], **kwargs}
+    def export(
+        self,
+        filepath: str | os.PathLike,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: list | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Exports the model for inference on batches of any size.
+
+        Export `image_tower` or `text_tower` for one of the encoders alone.
+
+        Args:
+            filepath: Path of the folder or file to write.
+            format: As in `keras.Model.export`.
+            verbose: As in `keras.Model.export`.
+            input_signature: List of one `keras.InputSpec`, or of one dictionary of
+                them. Defaults to uint8 images and int32 token ids. Required on torch
+                and JAX if the text encoder does not define the length of texts, and on
+                torch, with a fixed batch size, for `"onnx"` and `"litert"`.
+            **kwargs: As in `keras.Model.export`.
+        """
+        specs = self.input_specs
+        if format == "torch" and "dynamic_shapes" not in kwargs:
+            import torch
+
+            # By default, Keras would export for a batch size of 1.
+            batch = torch.export.Dim("batch")
+            kwargs["dynamic_shapes"] = keras.tree.map_structure(
+                lambda x: {0: batch}, specs
+            )
+        signature = input_signature or [specs]
+        super().export(filepath, format, verbose, signature, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class Tower(MadeOfParts, keras.Model):
+class Tower(MadeOfParts, Exported, keras.Model):
     """Embeds images or texts, for inference.
 
     `model.image_tower` and `model.text_tower` of a `ContrastiveModel` share its weights
@@ -74,6 +100,8 @@ class Tower(MadeOfParts, keras.Model):
     Returns:
         `(batch, d)` float32 embeddings, L2-normalized.
     """
+
+    parts = ("encoder", "pixel_mean", "pixel_std", "data_format")
 
     def __init__(
         self,
@@ -137,29 +165,6 @@ class Tower(MadeOfParts, keras.Model):
         with keeping_weights(self):
             return super().predict(x, *args, **kwargs)
 
-    def export(
-        self,
-        filepath: str | os.PathLike,
-        format: str = "tf_saved_model",
-        verbose: bool | None = None,
-        input_signature: list | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Exports the tower for batches of any size.
-
-        Args:
-            filepath: Path of the folder or file to write.
-            format: As in `keras.Model.export`.
-            verbose: As in `keras.Model.export`.
-            input_signature: List of one `keras.InputSpec`, or of one dictionary of
-                them. Defaults to uint8 images or int32 token ids. Required on torch and
-                JAX if the text encoder does not define the length of texts, and on
-                torch, with a fixed batch size, for `"onnx"` and `"litert"`.
-            **kwargs: As in `keras.Model.export`.
-        """
-        kwargs = export_options(self.input_specs, format, input_signature, kwargs)
-        super().export(filepath, format, verbose, **kwargs)
-
     @property
     def input_specs(self) -> Any:
         """The `keras.InputSpec` of the input, or a dictionary of them."""
@@ -168,13 +173,3 @@ class Tower(MadeOfParts, keras.Model):
             lambda x: keras.InputSpec(shape=x.shape, dtype=dtype or x.dtype),
             self.encoder.input,
         )
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "encoder": keras.saving.serialize_keras_object(self.encoder),
-            "pixel_mean": self.pixel_mean,
-            "pixel_std": self.pixel_std,
-            "data_format": self.data_format,
-            "frozen": frozen_parts(self),
-        }

@@ -16,7 +16,6 @@ from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.models import encoders
 from keras_cluster_mask.models.dual_encoder import DualEncoder
-from keras_cluster_mask.models.tower import export_options
 from keras_cluster_mask.training import layers, optimizers
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import check_unused
@@ -356,32 +355,6 @@ class ContrastiveTrainer(DualEncoder):
             self._is_evaluating = False
 
     # === Saving ===
-
-    def export(
-        self,
-        filepath: str | os.PathLike,
-        format: str = "tf_saved_model",
-        verbose: bool | None = None,
-        input_signature: list | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Exports the model for inference on batches of any size.
-
-        Export `image_tower` or `text_tower` for one of the encoders alone.
-
-        Args:
-            filepath: Path of the folder or file to write.
-            format: As in `keras.Model.export`.
-            verbose: As in `keras.Model.export`.
-            input_signature: List of one dictionary of `keras.InputSpec`. Defaults to
-                the inputs of both towers.
-            **kwargs: As in `keras.Model.export`.
-        """
-        images, texts = self.image_tower.input_specs, self.text_tower.input_specs
-        texts = texts if isinstance(texts, dict) else {"token_ids": texts}
-        specs = {"images": images, **texts}
-        kwargs = export_options(specs, format, input_signature, kwargs)
-        super().export(filepath, format, verbose, **kwargs)
 
     def get_compile_config(self) -> dict[str, Any] | None:
         config = super().get_compile_config()

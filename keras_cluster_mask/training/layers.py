@@ -141,7 +141,19 @@ class MadeOfParts:
 
     Dictionaries in the configuration are those of layers and models, except for
     `"frozen"`, the result of `frozen_parts`, or `None` for parts that already exist.
+
+    Attributes:
+        parts: Names of the arguments of the class that have attributes of their names.
     """
+
+    parts: tuple[str, ...] = ()
+
+    def get_config(self) -> dict[str, Any]:
+        parts = {
+            name: keras.saving.serialize_keras_object(getattr(self, name))
+            for name in self.parts
+        }
+        return {"name": self.name, **parts, "frozen": frozen_parts(self)}
 
     @classmethod
     def from_config(

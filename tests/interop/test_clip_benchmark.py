@@ -232,7 +232,7 @@ def without_special_tokens(texts):
 @pytest.mark.parametrize(
     ("name", "make", "tokenizer", "resize"),
     [
-        ("model", text_bag, ids_of, "crop"),
+        ("backbone", text_bag, ids_of, "crop"),
         ("model", model_of_any_size, ids_of, "crop"),
         ("tokenizer", tiny_siglip, None, "squash"),
         ("tokenizer", tiny_clip, without_special_tokens, "crop"),
@@ -243,9 +243,3 @@ def without_special_tokens(texts):
 def test_bad_input_is_refused_by_name(name, make, tokenizer, resize):
     with pytest.raises(ValueError, match=rf"`{name}`.*Received: "):
         adapt(make(), tokenizer, resize)
-
-
-@pytest.mark.any_backend
-def test_a_model_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"`model`.*Received: model=.*none"):
-        adapt(tmp_path / "none.keras")

@@ -66,12 +66,6 @@ def test_the_summary_shows_shapes_and_counts_each_weight_once(kind, monkeypatch)
     assert sum(counts) == model.count_params()
 
 
-def test_layers_of_a_subclass_are_layers_of_the_model():
-    model = small_model()
-    model.backbone = keras.layers.Dense(3)
-    assert model.backbone in model.layers
-
-
 def test_projections_are_matrices_without_a_bias():
     model = kcm.ContrastiveModel(image_mlp(12), text_bag(16), projection_dim=5)
     encoders = len(model.image_encoder.weights) + len(model.text_encoder.weights)

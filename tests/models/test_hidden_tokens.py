@@ -3,7 +3,6 @@
 import functools
 
 import keras
-import numpy as np
 import pytest
 from keras import ops
 
@@ -124,33 +123,6 @@ def test_a_pooling_of_prefix_tokens_which_are_never_hidden_is_taken(make):
     prefix = {"vision_encoder": 1}.get(encoder.name, 2)
     pooled = ops.mean(encoder.output[:, :prefix], axis=1)
     kcm.with_masking(keras.Model(encoder.input, pooled), threshold_masking())
-
-
-class LiveBytes(keras.layers.Layer):
-    """Passes tokens on, and remembers how much memory arrays take at the time."""
-
-    def call(self, x):
-        self.seen = _live_bytes()
-        return x
-
-
-def _live_bytes():
-    import jax
-
-    return sum(x.nbytes for x in jax.live_arrays())
-
-
-@pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="JAX alone lists its arrays"
-)
-def test_the_weights_of_a_large_encoder_are_not_copied():
-    encoder = functional_vit(width=1024, num_layers=3, pool=False)
-    last = LiveBytes()
-    encoder = keras.Model(encoder.input, last(encoder.output))
-    size = 4 * sum(np.prod(v.shape) for v in encoder.weights)
-    before = _live_bytes()
-    kcm.with_masking(encoder, threshold_masking(), "positions")
-    assert last.seen - before < size / 3
 
 
 @pytest.mark.parametrize("global_policy", ["float32", "mixed_bfloat16"])

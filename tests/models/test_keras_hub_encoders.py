@@ -1,6 +1,5 @@
 """The vision transformers of keras_hub that are promised to work are masked."""
 
-import keras
 import keras_hub
 import pytest
 
@@ -33,23 +32,6 @@ def dino3():
     return keras_hub.models.DINOV3Backbone(**VIT, image_shape=(16, 16, 3))
 
 
-def swin():
-    return keras_hub.models.SwinTransformerBackbone(
-        image_shape=(32, 32, 3),
-        patch_size=4,
-        embed_dim=8,
-        depths=(1, 1),
-        num_heads=(1, 2),
-        window_size=2,
-    )
-
-
-def gemma3():
-    return keras_hub.models.Gemma3VisionEncoder(
-        **VIT, image_size=16, output_dim=8, pool_size=2
-    )
-
-
 @pytest.mark.parametrize(
     ("make", "prefix"),
     # Others are masked in `test_masked_encoder.py`.
@@ -69,18 +51,3 @@ def test_an_encoder_is_masked_after_its_prefix_and_positions(
     inputs = dict.fromkeys(given, images) if isinstance(given, dict) else images
     trained = masked(inputs, training=True)
     assert trained.shape == (2, prefix + kept, 16)
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"), [(swin, "within windows"), (gemma3, "in one layer")]
-)
-def test_an_encoder_that_cannot_leave_out_tokens_is_refused_with_the_reason(
-    make, reason
-):
-    encoder = make()
-    # Also under another name, and whatever layer is named.
-    wrapped = keras.Model(encoder.input, encoder.output)
-    layers = [None, *(layer.name for layer in encoder.layers)]
-    for model, layer in ((encoder, None), *((wrapped, layer) for layer in layers)):
-        with pytest.raises(ValueError, match=rf"`encoder`.*{reason}.*Received: "):
-            kcm.with_masking(model, kcm.RandomMasking(0.5), layer)

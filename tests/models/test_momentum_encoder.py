@@ -124,16 +124,6 @@ def test_a_teacher_of_another_size_reads_smaller_images(family):
     np.testing.assert_allclose(to_numpy(teacher.attention(images)), expected, atol=1e-5)
 
 
-def test_a_call_returns_what_the_encoder_returns_at_inference():
-    encoder = moved(vit_encoder(dropout_rate=0.5), 3)
-    teacher = MomentumEncoder(encoder)
-    images = random_images(2)
-    expected = to_numpy(encoder(images, training=False))
-    np.testing.assert_allclose(
-        to_numpy(teacher(images, training=True)), expected, atol=1e-6
-    )
-
-
 @pytest.mark.parametrize("is_called_in_training", [True, False])
 def test_layers_around_keep_their_mode_and_the_teacher_keeps_its_own(
     is_called_in_training,
@@ -406,7 +396,6 @@ def test_what_cannot_be_followed_is_refused():
     refused("must follow", teacher.update)
     tokens = np.zeros((2, 17, 16))
     refused("must follow", lambda: masking(tokens, images=images, training=True))
-    refused("`images`", lambda: teacher.attention(random_images(2, 32, 32)))
     refused("`teacher`", lambda: teacher.follow(vit_encoder()))
     teacher.follow(backbone.vision_encoder)
     refused("another encoder", lambda: teacher.follow(clip_vision_encoder()))

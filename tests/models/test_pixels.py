@@ -46,11 +46,6 @@ def test_channels_first_is_normalized_along_the_first_axis():
     np.testing.assert_array_equal(np.moveaxis(ops.convert_to_numpy(first), 1, -1), last)
 
 
-@pytest.mark.any_backend
-def test_an_image_without_a_batch_does_not_become_a_batch_of_one():
-    assert normalize_pixels(bytes_of_images()[0]).shape == (4, 4, 3)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_floats_are_left_alone(dtype):
     images = (100.0 * np.random.default_rng(0).normal(size=(2, 4, 4, 3))).astype(dtype)

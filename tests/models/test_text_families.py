@@ -173,13 +173,6 @@ def test_a_missing_mask_hides_zeros_and_missing_segments_are_zeros(trained):
     assert model.evaluate(bare, batch_size=8, verbose=0)[0] == pytest.approx(loss)
 
 
-def test_a_dataset_and_its_validation_train():
-    tf = pytest.importorskip("tensorflow")
-    dataset = tf.data.Dataset.from_tensor_slices(texts(8)).batch(4, drop_remainder=True)
-    history = model_of().fit(dataset, validation_data=dataset, verbose=0).history
-    assert np.isfinite(history["loss"] + history["val_loss"]).all()
-
-
 def test_micro_batches_train_as_the_whole_batch_does():
     weights = []
     for size in (None, 2):

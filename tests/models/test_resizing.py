@@ -1,4 +1,4 @@
-"""with_image_size: the same vision transformer for images of another size."""
+"""Copies of encoders for images of another size, and for texts of another length."""
 
 from types import SimpleNamespace
 
@@ -8,13 +8,18 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models import with_image_size
-from keras_cluster_mask.models.encoders import find_embedding_layer
+from keras_cluster_mask.models import with_context_length, with_image_size
+from keras_cluster_mask.models.encoders import find_embedding_layer, number_positions
 from tests.helpers import (
+    CONTEXT,
+    FAST,
     as_trained,
+    assert_same_values,
     clip_vision_encoder,
+    clip_with_lora,
     dino_encoder,
     functional_vit,
+    image_mlp,
     random_images,
     random_pairs,
     tiny_clip,
@@ -171,3 +176,94 @@ def test_channels_first_is_kept():
 def test_other_models_and_sizes_are_refused(make, size, match):
     with pytest.raises(ValueError, match=rf"{match} must.*Received:"):
         with_image_size(make(), size)
+
+
+# === Texts ===
+
+TEXTS = tiny_clip, tiny_metaclip, tiny_siglip, lambda: tiny_clip().text_encoder
+
+
+def tables(*models):
+    """The weights that differ in shape, of each model."""
+    pairs = zip(*(model.weights for model in models))
+    differ = [pair for pair in pairs if len({tuple(x.shape) for x in pair}) > 1]
+    # SigLIP has the numbers of the rows as well.
+    return [pair for pair in differ if "int" not in pair[0].dtype]
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("make", TEXTS)
+@pytest.mark.parametrize("length", [3, CONTEXT, 9, 13])
+def test_positions_of_texts_are_interpolated_as_torch_does(make, length):
+    torch = pytest.importorskip("torch")
+    model = as_trained(make())
+    copy = with_context_length(model, length)
+    assert type(copy) is type(model)
+    encoder = getattr(copy, "text_encoder", copy)
+    assert encoder.max_sequence_length == length
+    assert np.isfinite(to_numpy(encoder(np.ones((2, length), "int32")))).all()
+    found = tables(model, copy)
+    assert len(found) == (length != CONTEXT)
+    for old, new in found:
+        old, new = values([old, new])
+        expected = torch.nn.functional.interpolate(
+            torch.from_numpy(old.T[None]), size=length, mode="linear"
+        )
+        np.testing.assert_allclose(new, expected[0].numpy().T, atol=1e-5)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("make", "length", "name"),
+    [
+        (image_mlp, 9, "model"),
+        *((tiny_clip, length, "length") for length in (2, 9.0, True, None)),
+    ],
+)
+def test_other_texts_and_lengths_are_refused(make, length, name):
+    with pytest.raises(ValueError, match=rf"`{name}` must.*Received: {name}="):
+        with_context_length(make(), length)
+
+
+def test_training_a_copy_leaves_the_model_as_it_was():
+    backbone = tiny_clip()
+    before = values(backbone.weights)
+    model = kcm.ContrastiveModel.from_backbone(with_context_length(backbone, 5))
+    model.compile("sgd", **FAST)
+    pairs = random_pairs(4)
+    pairs["token_ids"] = pairs["token_ids"][:, :5]
+    model.fit(pairs, batch_size=4, verbose=0)
+    # On JAX, arrays of the step would have been deleted.
+    assert_same_values(backbone.weights, before)
+
+
+# === Both ===
+
+
+def half_frozen(make):
+    backbone = make()
+    backbone.vision_encoder.trainable = False
+    backbone.text_encoder.layers[-1].trainable = False
+    return backbone
+
+
+@pytest.mark.parametrize(
+    "make", [clip_with_lora, *(lambda x=x: half_frozen(x) for x in TEXTS[:3])]
+)
+@pytest.mark.parametrize(
+    ("copied", "same", "other"),
+    [(with_image_size, 16, 32), (with_context_length, 6, 9)],
+)
+def test_a_copy_has_the_weights_what_is_frozen_and_lora(make, copied, same, other):
+    backbone = as_trained(make())
+    number_positions(backbone)
+    before = values(backbone.weights)
+    trained = [v.trainable for v in backbone.weights]
+    assert {*trained} == {True, False}
+    copies = copied(backbone, same), copied(backbone, other)
+    assert_same_values(copies[0].weights, before)
+    assert_same_values(backbone.weights, before)
+    for copy in copies:
+        assert not {id(v) for v in copy.weights} & {id(v) for v in backbone.weights}
+        assert [v.trainable for v in copy.weights] == trained
+        assert copy.vision_encoder.trainable == backbone.vision_encoder.trainable
