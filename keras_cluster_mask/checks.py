@@ -57,6 +57,12 @@ def check_ratio(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}")
 
 
+def check_fraction(name: str, value: Any) -> None:
+    """Raises an error unless a value is a number in `(0, 1]`."""
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be in (0, 1]. Received: {name}={value!r}")
+
+
 def fits_shape(shape: tuple, expected: tuple) -> bool:
     """Returns whether two shapes are equal, except for unknown sizes (`None`)."""
     return len(shape) == len(expected) and all(

@@ -150,10 +150,18 @@ class _Iterator(grain.DatasetIterator):
             read = functools.partial(_in_workers, read, workers, size)
         stop = 2**62 if dataset.training else len(dataset)
         self._batch, self._batches = batch, read(range(batch, stop), stack)
+        self._pid = os.getpid()
         # Also runs at exit, before the modules that it needs are unloaded.
-        self._close = weakref.finalize(self, _close, os.getpid(), stack)
+        self._close = weakref.finalize(self, _close, self._pid, stack)
 
     def __next__(self):
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "A pass over an `image_text_dataset` must be read in the process that "
+                "started it, not in a fork of it, such as a worker of a torch "
+                "`DataLoader`: pass `num_workers` to `image_text_dataset`. Received: "
+                f"process {os.getpid()}, started in {self._pid}"
+            )
         while self._close.alive:
             began = time.perf_counter()
             try:

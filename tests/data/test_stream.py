@@ -1,5 +1,6 @@
 """Batches as a stream: its length, its start, and what it reads."""
 
+import multiprocessing
 import os
 import threading
 import time
@@ -257,3 +258,27 @@ def test_closing_an_iterator_ends_its_threads(shards):
         take(make(shards, True), 2)
     settle(threading.active_count)
     assert threading.active_count() <= before
+
+
+def test_a_pass_cannot_be_read_in_a_fork(shards):
+    iterator = iter(make(shards, True))
+    next(iterator)
+
+    def read(queue):
+        try:
+            queue.put(str(len(next(iterator)["images"])))
+        except Exception as error:
+            queue.put(repr(error))
+
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=read, args=(queue,), daemon=True)
+    process.start()
+    process.join(20)
+    is_alive = process.is_alive()
+    process.kill()
+    assert not is_alive
+    assert "must be read in the process that started it" in queue.get()
+    # The pass itself continues.
+    assert len(next(iterator)["images"]) == 8
+    iterator.close()
