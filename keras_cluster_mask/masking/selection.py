@@ -12,6 +12,8 @@ import threading
 import keras
 from keras import ops
 
+# More tokens before the patches than any usual model has: a class token and registers.
+MAX_PREFIX = 8
 # Thread-local, because TensorFlow traces the step of each replica in its own thread.
 _context = threading.local()
 
@@ -60,8 +62,8 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
         num_prefix: The number of tokens before the patches, if it is known.
 
     Raises:
-        ValueError: If the number is not known and does not follow from the images, or
-            if the tokens do not fit it.
+        ValueError: If the number is not known and does not follow from the images, if
+            it is too large to be likely, or if the tokens do not fit it.
     """
     num_tokens = None if tokens is None else tokens.shape[1]
     if masking.grid is not None or masking.patch_size is not None:
@@ -74,6 +76,13 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
                 f"{num_patches + (num_prefix or 0)} tokens ({num_patches} patches, "
                 f"num_prefix_tokens={num_prefix}), found {num_tokens}. "
                 f"Received: tokens.shape[1]={num_tokens}"
+            )
+        if num_prefix is None and prefix > MAX_PREFIX:
+            raise ValueError(
+                "`patch_size` (or `grid`) of a masking must be that of the model. If "
+                f"the model has {prefix} tokens before its patches, pass "
+                f"`num_prefix_tokens={prefix}`. Received: {num_tokens} tokens, and "
+                f"{num_patches} patches of the masking {masking.name!r}"
             )
         return prefix, num_patches
     if num_prefix is None:

@@ -312,3 +312,12 @@ def test_a_stateless_call_returns_the_state_of_a_compiled_function():
         np.testing.assert_array_equal(
             numpy(kept), numpy(other(tokens_of(2, 17), training=True))
         )
+
+
+@pytest.mark.any_backend
+def test_a_patch_size_larger_than_the_models_is_refused():
+    tokens, images = np.zeros((1, 144, 4), "float32"), np.zeros((1, 72, 72, 3))
+    with pytest.raises(ValueError, match=r"`patch_size`.*num_prefix_tokens=63"):
+        kcm.ClusterMasking(8)(tokens, images=images, training=True)
+    masking = kcm.ClusterMasking(8, num_prefix_tokens=63)
+    assert masking(tokens, images=images, training=True).shape[1] == 63 + 40
