@@ -244,8 +244,6 @@ def test_the_tokenizer_is_part_of_the_features(tmp_path):
         compute_features(model, data, lambda x: tokenizer(x) + 1, tmp_path, verbose=0)
     model.fit(features, batch_size=5, verbose=0)
     assert model.tokenizer_fingerprint == features.tokenizer_fingerprint is not None
-    with pytest.raises(ValueError, match=r"`shuffle` must be .*Received: "):
-        model.fit(features, batch_size=5, shuffle="batch")
 
 
 @pytest.mark.any_backend
