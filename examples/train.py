@@ -91,7 +91,10 @@ def fit(model, train, tokenizer, args, stage, epochs, learning_rate):
     steps = epochs * steps_per_epoch
     warmup = max(1, min(2000, steps // 10))
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warmup, warmup_target=learning_rate, warmup_steps=warmup
+        0.0,
+        max(1, steps - warmup),
+        warmup_target=learning_rate,
+        warmup_steps=warmup,
     )
     model.compile(
         keras.optimizers.AdamW(schedule, weight_decay=0.2, beta_2=0.98, epsilon=1e-6)
