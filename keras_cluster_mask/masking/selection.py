@@ -71,8 +71,8 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
         prefix = None if num_tokens is None else num_tokens - num_patches
         if prefix is None or prefix < 0 or num_prefix not in (None, prefix):
             raise ValueError(
-                "`patch_size` (or `grid`) of a masking must be that of the model: `tokens` "
-                "does not fit the image grid, expected "
+                "`patch_size` (or `grid`) of a masking must be that of the model. "
+                "`tokens` does not fit the image grid: expected "
                 f"{'at least ' if num_prefix is None else ''}"
                 f"{num_patches + (num_prefix or 0)} tokens ({num_patches} patches, "
                 f"num_prefix_tokens={num_prefix}), found {num_tokens}. "
