@@ -161,8 +161,4 @@ def _captions(values):
         if values.ndim == 1:
             return values
         values = map(tuple, values)
-    captions = list(values)
-    array = np.empty(len(captions), object)
-    for index, caption in enumerate(captions):
-        array[index] = caption
-    return array
+    return np.fromiter(values, object)

@@ -292,3 +292,11 @@ def test_labels_of_captions_that_hardly_differ_do_not_collide(column):
     labels = labels_of(ids)[:, column]
     # Of n^2 / 2 pairs one in 2^32 may share one of the two numbers.
     assert len(ids) - len(np.unique(labels)) <= 6
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("labels", [np.zeros(1), np.zeros((1, 6)), np.zeros(5)])
+def test_labels_of_another_length_are_refused(labels):
+    pair = np.eye(6, 8, dtype="float32"), np.eye(6, 8, dtype="float32")
+    with pytest.raises(ValueError, match=r"`labels` must have shape.*Received: "):
+        losses.softmax_contrastive_loss(*pair, 10.0, labels)

@@ -297,7 +297,9 @@ class Images:
                     f"Received: crop_scale={self.crop_scale}, resize='squash'"
                 )
             return
-        self.crop_scale = low, high = self.crop_scale or CROP_SCALE
+        if self.crop_scale is None:
+            self.crop_scale = CROP_SCALE
+        low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(
                 "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "

@@ -26,7 +26,7 @@ GUESS = 2**20
 GLANCE = 2**16
 
 
-def open_index(source, reader, index_dir=None, num_workers=0):
+def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     """Opens the index of a source, and builds missing parts.
 
     Args:
@@ -35,6 +35,7 @@ def open_index(source, reader, index_dir=None, num_workers=0):
         reader: `PairReader`.
         index_dir: See `build_parts`.
         num_workers: See `build_parts`.
+        process: See `build_parts`.
 
     Returns:
         `Index`, or `ObjectIndex` for an object.
@@ -44,7 +45,7 @@ def open_index(source, reader, index_dir=None, num_workers=0):
     if not has_names or isinstance(first, Mapping):
         return ObjectIndex(source, reader)
     shards = find_shards(source)
-    parts = build_parts(shards, reader.image_keys, index_dir, num_workers)
+    parts = build_parts(shards, reader.image_keys, index_dir, num_workers, process)
     if reader.labels:
         named = zip(shards, parts)
         folders = [part.context for path, part in named if format_of(path).in_index]

@@ -151,7 +151,7 @@ def read_part(path):
     return Part(path=path, stamp=stamp, start=start, **head)
 
 
-def build_parts(shards, image_keys, index_dir=None, num_workers=0):
+def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1)):
     """Returns the parts of shards, and builds missing and outdated ones.
 
     Args:
@@ -161,10 +161,15 @@ def build_parts(shards, image_keys, index_dir=None, num_workers=0):
             in the folder of each shard, if it is local and can be written to. Defaults
             to `None`: a cache folder.
         num_workers: int. The number of processes that build parts; 0 for none.
+        process: Pair of ints. The index of this process, and the number of processes
+            that build the same parts. Each process starts at a different shard, and
+            uses the parts that others have built.
 
     Returns:
         list of `Part`.
     """
+    first = len(shards) * process[0] // process[1]
+    order = [*shards][first:] + [*shards][:first]
     build = functools.partial(build_part, image_keys=image_keys, index_dir=index_dir)
     with contextlib.ExitStack() as stack:
         apply = map
@@ -172,8 +177,10 @@ def build_parts(shards, image_keys, index_dir=None, num_workers=0):
             context = multiprocessing.get_context("spawn")
             pool = futures.ProcessPoolExecutor(num_workers, context)
             apply = stack.enter_context(pool).map
-        built = apply(build, shards, shards.values())
-        return [*tqdm(built, "index", len(shards), unit=" shards", delay=SHORT)]
+        built = apply(build, order, [shards[path] for path in order])
+        bar = tqdm(built, "index", len(shards), unit=" shards", delay=SHORT)
+        parts = dict(zip(order, bar))
+    return [parts[path] for path in shards]
 
 
 def build_part(path, stamp, image_keys, index_dir=None):

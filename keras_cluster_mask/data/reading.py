@@ -83,7 +83,10 @@ class Reading:
                     f"training={self.training}, sampling={sampling!r}"
                 )
             self.weights = [*map(float, self.weights)]
-        self.indexes = [open_index(each, self.fields, index_dir) for each in sources]
+        self.indexes = [
+            open_index(each, self.fields, index_dir, process=self.process)
+            for each in sources
+        ]
         self.num_samples = sum(map(len, self.indexes))
         self.skipped = SkippedSamples(self.indexes, self.max_skipped)
         self._check_samples()
@@ -161,6 +164,11 @@ class Reading:
         """Returns the order of training."""
         if isinstance(sampling, Sampling):
             sampling = sampling.of_index(self.indexes[0])
+        elif sampling is not None and not callable(sampling):
+            raise ValueError(
+                "`sampling` must be a `kcm.data.Sampling`, or a function. "
+                f"Received: sampling={sampling!r}"
+            )
         orders = [
             Order(len(index), self.seed, self.block_size, sampling, source)
             for source, index in enumerate(self.indexes)

@@ -115,7 +115,7 @@ def expand(pattern):
             with contextlib.suppress(OSError, NotImplementedError, ValueError):
                 system.ls(folder)
     find, found = functools.partial(_matching, system), {}
-    with contextlib.closing(Threads(REQUESTS)) as threads:
+    with contextlib.closing(Threads(min(len(paths), REQUESTS))) as threads:
         for name, matches in zip(names, threads.map(find, paths)):
             if not matches:
                 raise FileNotFoundError(

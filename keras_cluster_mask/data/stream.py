@@ -8,6 +8,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import time
 import traceback
 import weakref
@@ -244,14 +245,18 @@ def _in_workers(read, count, size, batches, stack):
     # Unlike pickle, cloudpickle supports lambdas.
     content = cloudpickle.dumps(read)
     for _, connection, _ in workers:
-        connection.send_bytes(content)
+        # A worker that has ended is found below.
+        with contextlib.suppress(OSError):
+            connection.send_bytes(content)
     for _, (process, connection, images) in zip(batches, itertools.cycle(workers)):
         try:
             batch, shape = connection.recv()
-        except EOFError as error:
+        # With unread bytes, the connection is reset.
+        except (EOFError, ConnectionResetError) as error:
             process.join()
             raise RuntimeError(
-                "A worker process of `num_workers` ended, such as for lack of memory. "
+                "A worker process of `num_workers` ended, such as for lack of memory, "
+                'or because the program has no `if __name__ == "__main__":`. '
                 f"Received: exit code {process.exitcode}"
             ) from error
         if isinstance(batch, Exception):
@@ -275,6 +280,11 @@ def _work(connection, memory, batches):
     except Exception as error:
         # A pickle has no traceback.
         error.add_note(traceback.format_exc())
+        try:
+            pickle.loads(pickle.dumps(error))
+        # Such as the error of a class that the program defines.
+        except Exception:
+            error = RuntimeError("".join(traceback.format_exception(error)))
         connection.send((error, ()))
 
 

@@ -113,7 +113,9 @@ class TextMasking:
         """
         scores, left = self.score(caption), caption.num_tokens_left
         # The sort keeps the order of equal scores.
-        by_score = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+        by_score = sorted(
+            range(len(caption.words)), key=scores.__getitem__, reverse=True
+        )
         kept = []
         for index in by_score:
             if caption.num_tokens[index] <= left:
@@ -300,6 +302,8 @@ def check_text_masking(text_masking, tokenizer):
             f"tokenizer={tokenizer}"
         )
     # Raise the errors of both before any sample is read.
+    # Its length may have changed since another dataset was made.
+    word_tokenizer.cache_clear()
     word_tokenizer(tokenizer)
     words, generator = ["a", "red", "boat"], np.random.default_rng(0)
     text_masking.score(LongCaption(words, [1, 1, 1], 2, generator))

@@ -1,12 +1,13 @@
 """Linear probe: the accuracy of a linear classifier on frozen features."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from keras_cluster_mask.checks import check_choice, check_range
+from keras_cluster_mask.checks import check_choice, check_fraction, check_range
 from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
@@ -102,7 +103,6 @@ def linear_probe(
     """
     _check_options(regularization, metric, validation_split)
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import train_test_split
 
     train = _check_items("train", train_features, train_labels)
     test = _check_items("test", test_features, test_labels, train)
@@ -124,13 +124,7 @@ def linear_probe(
     if strength is None:
         part, held_out = train, validation
         if validation is None:
-            parts = train_test_split(
-                *train,
-                test_size=validation_split,
-                stratify=train[1],
-                random_state=seed,
-            )
-            part, held_out = parts[::2], parts[1::2]
+            part, held_out = stratified_split(*train, validation_split, seed)
         for step in STEPS:
             for strength in next_strengths(tried, step):
                 tried[strength] = _accuracy(fit(*part, strength), *held_out)[metric]
@@ -242,6 +236,22 @@ def _accuracy(classifier, features, labels):
     return classification_accuracy(scores, columns)
 
 
+def stratified_split(features, labels, share, seed):
+    """Splits items into two pairs of features and labels: training and validation."""
+    held_out = np.zeros(len(labels), bool)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        held_out[rows[: min(math.ceil(share * len(rows)), len(rows) - 1)]] = True
+    if not held_out.any():
+        raise ValueError(
+            "`train_labels` must hold a class of two items or more for a validation "
+            "split; pass `validation` or `regularization` otherwise. Received: "
+            f"{len(labels)} classes of one item each"
+        )
+    return tuple((features[part], labels[part]) for part in (~held_out, held_out))
+
+
 def _check_options(
     regularization=None, metric="top_1", validation_split=0.2, max_iterations=0, seed=0
 ):
@@ -254,7 +264,7 @@ def _check_options(
     if regularization is not None:
         check_range("regularization", regularization, STRENGTHS[0], STRENGTHS[-1])
     check_choice("metric", metric, ("top_1", "mean_per_class"))
-    check_range("validation_split", validation_split, 0, 1)
+    check_fraction("validation_split", validation_split)
 
 
 def _check_items(name, features, labels, train=None):

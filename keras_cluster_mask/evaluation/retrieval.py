@@ -193,7 +193,10 @@ def _match_labels(num_images, num_texts, image_labels, text_labels):
             f"{len(lost)} texts without an image, the first {lost[:5].tolist()}: "
             f"{text_labels[lost[:5]].tolist()}"
         )
-    return image_labels, text_labels
+    # Numbers are compared faster than strings.
+    both = np.concatenate([image_labels, text_labels])
+    numbers = np.unique(both, return_inverse=True)[1]
+    return numbers[:num_images], numbers[num_images:]
 
 
 def _normalized(image_embeddings, text_embeddings):

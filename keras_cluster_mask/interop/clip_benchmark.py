@@ -73,7 +73,7 @@ def adapt(
         `(texts, T)` int64 tensor of ids.
 
     Raises:
-        FileNotFoundError: If there is no model at the path.
+        ValueError: If there is no model at the path.
         ValueError: For an unsupported model or file, for another value of `resize`, or
             if the tokenizer does not match the model.
     """

@@ -166,6 +166,11 @@ def _read_state_dict(source):
     if isinstance(source, os.PathLike):
         label = f"source={os.fspath(source)!r}"
         source = read_weights(source)
+    if not isinstance(source, Mapping):
+        raise ValueError(
+            "`source` must be, or hold, a state dict: a dictionary from names to "
+            f"tensors. Received: {label}"
+        )
     # Training writes the weights beside the optimizer's state.
     for key in ("state_dict", "model"):
         if isinstance(source.get(key), Mapping):

@@ -101,7 +101,10 @@ def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> 
         )
     content = _library("safetensors.numpy", path).save(arrays, {"format": "pt"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    # An interruption must not destroy a file that is replaced.
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 @contextlib.contextmanager
@@ -122,6 +125,12 @@ def _read_errors(path):
                 "any code that the file's author put there, so it was not read. If you "
                 "trust its author, save only the tensors of `torch.load(path, "
                 "weights_only=False)` to a new file."
+            )
+        elif isinstance(error, RuntimeError) and "TorchScript" in str(error):
+            reason = (
+                "is a TorchScript program, as OpenAI's own files are, and not a state "
+                "dict. If you trust its author, save `torch.jit.load(path, "
+                '"cpu").state_dict()` to a new file.'
             )
         raise ValueError(f"`source` {reason} Received: source={str(path)!r}") from error
 

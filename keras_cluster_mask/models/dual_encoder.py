@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer
@@ -100,6 +101,7 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         self.views = check_integer("views", views)
         _check_views(views, self.maskings)
         for masking in self.maskings:
+            _check_pixels(masking, self.normalize_pixels)
             masking.join(self.normalize_pixels)
         # Everything is built, unless an encoder learns its width when it is called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
@@ -372,3 +374,16 @@ def _check_features(encoder, features):
             f"{getattr(features, 'shape', type(features).__name__)}"
         )
     return features
+
+
+def _check_pixels(masking, prepare_pixels):
+    """Raises an error for a masking of a model that normalizes pixels differently."""
+    pixels = ops.convert_to_tensor(np.arange(27, dtype="uint8").reshape(1, 3, 3, 3))
+    both = masking.prepare_pixels(pixels), prepare_pixels(pixels)
+    is_joined = not masking.counts_calls
+    if is_joined and not np.array_equal(*map(ops.convert_to_numpy, both)):
+        raise ValueError(
+            f"`{masking.name}` is part of another model, which normalizes pixels "
+            "differently: make a masking layer for each model. "
+            f"Received: masking={masking.name}"
+        )

@@ -28,6 +28,16 @@ EMBEDDINGS = (
     "ViTPatchingAndEmbedding",
 )
 
+# Layers of vision transformers that cannot leave out tokens after an embedding layer:
+# embedding and blocks are one layer, or blocks need the whole grid.
+WITHOUT_EMBEDDING = (
+    "Gemma3VisionEncoderBlock",
+    "Gemma4VisionEncoderBlock",
+    "PaliGemmaVitEncoder",
+    "SAM3VisionEncoder",
+    "SwinTransformerStage",
+)
+
 # Vision transformers that `with_image_size` supports: config, positions and patch size
 # are known.
 RESIZABLE = (
@@ -125,6 +135,12 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
         raise ValueError(
             "`encoder` must be a built functional Keras model. "
             f"Received: encoder={encoder} of type {type(encoder).__name__}"
+        )
+    if {type(layer).__name__ for layer in encoder.layers} & {*WITHOUT_EMBEDDING}:
+        raise ValueError(
+            "`encoder` must embed the patches in a layer before its blocks, and its "
+            f"blocks must take any number of tokens. Received: encoder={encoder.name} "
+            f"of type {type(encoder).__name__}"
         )
     candidates = [layer for layer in encoder.layers if _makes_tokens(layer)]
     if name is None:

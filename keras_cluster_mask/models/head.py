@@ -238,6 +238,10 @@ class Standardization(keras.layers.Layer):
     def __init__(self, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
 
+    def get_config(self) -> dict[str, Any]:
+        # The automatic one of Keras fails for a dtype policy.
+        return super().get_config()
+
     def build(self, input_shape):
         options, shape = {"trainable": False, "dtype": "float32"}, input_shape[-1:]
         self.mean = self.add_weight(shape, "zeros", name="mean", **options)

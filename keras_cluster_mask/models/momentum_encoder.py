@@ -309,14 +309,6 @@ def _copy(encoder, image_size):
     # keras_hub's configs omit the data format.
     is_backbone = hasattr(encoder, "image_shape")
     changes = {"data_format": data_format_of(encoder)} if is_backbone else {}
-    try:
-        copy = copy_with(encoder, "vision_encoder", changes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "`encoder` must be one that Keras can make from its configuration, which "
-            "a functional model around a ViTBackbone or DeiTBackbone is not: pass the "
-            "backbone itself, and call `teacher.follow(backbone)`. "
-            f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
-        ) from error
+    copy = copy_with(encoder, "vision_encoder", changes)
     number_positions(find_embedding_layer(copy))
     return copy

@@ -56,6 +56,11 @@ def pretrained_towers(
     # A `TextEmbedder` has a backbone and a pooling.
     texts = getattr(text_backbone, "backbone", text_backbone)
     class_of("text_backbone", texts, TEXT_BACKBONES, hint)
+    if isinstance(pooling, str):
+        raise ValueError(
+            "`pooling` must be two values, for images and for texts, such as "
+            f"('class', None). Received: pooling={pooling!r}"
+        )
     of_images, of_texts = pooling or (None, None)
     own = getattr(text_backbone, "pooling_mode", "mean").replace("cls", "class")
     image_pooling, mean, std = IMAGE_FAMILIES[family]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 
 import numpy as np
 
@@ -98,12 +99,18 @@ def read_resumable(path: str | os.PathLike):
 
 
 def _read(path):
-    with (
-        _storage().open_file(path) as content,
-        np.load(content, allow_pickle=False) as file,
-    ):
-        arrays = dict(file)
-    return path, arrays, json.loads(str(arrays.pop("facts")))
+    try:
+        with (
+            _storage().open_file(path) as content,
+            np.load(content, allow_pickle=False) as file,
+        ):
+            arrays = dict(file)
+        return path, arrays, json.loads(str(arrays.pop("facts")))
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            "`resume_from` must be an intact checkpoint: remove this file to resume "
+            f"from the one before. Received: {path}, and then: {error}"
+        ) from error
 
 
 def _storage():

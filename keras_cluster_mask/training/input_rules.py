@@ -94,6 +94,11 @@ class InputRules:
             `numbers_of(batch)`.
         """
         is_dictionary = isinstance(batch, dict)
+        if is_dictionary and "sample_weights" in batch:
+            raise ValueError(
+                "The weights of pairs must be in a batch as 'sample_weight'. "
+                f"Received: keys={sorted(batch)}"
+            )
         missing = [x for x in self.keys if not is_dictionary or x not in batch]
         if missing:
             found = f"keys={sorted(batch)}" if is_dictionary else f"{type(batch)}"

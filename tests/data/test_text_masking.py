@@ -11,6 +11,7 @@ from keras_cluster_mask.data import (
     TextMasking,
     image_text_dataset,
 )
+from keras_cluster_mask.data.text_masking import check_text_masking
 from tests.data.reading import take
 
 pytestmark = pytest.mark.any_backend
@@ -429,3 +430,20 @@ def padded_before(captions):
 def test_a_dataset_names_a_masking_that_it_cannot_use(shard, name, options):
     with pytest.raises(ValueError, match=rf"`{name}`.*Received: "):
         make(shard, **options)
+
+
+def test_a_tokenizer_whose_length_changed_masks_for_the_new_length():
+    class Letters:
+        context_length = 16
+
+        def __call__(self, texts):
+            rows = [[1, *(3 + len(word) for word in x.split()), 2] for x in texts]
+            return [(row + [0] * 16)[: self.context_length] for row in rows]
+
+    tokenizer, masking = Letters(), RandomTextMasking()
+    for length in (16, 5):
+        tokenizer.context_length = length
+        check_text_masking(masking, tokenizer)
+        ids = masking.tokenize(tokenizer, ["a bb ccc dddd eeeee"], [generator(3)])
+        assert np.count_nonzero(ids) == min(length, 7)
+    assert ids[0, -1] == 2

@@ -12,6 +12,7 @@ from keras_cluster_mask.evaluation.linear_probe import (
     STEPS,
     best_strength,
     next_strengths,
+    stratified_split,
 )
 from tests.helpers import class_pairs
 
@@ -296,3 +297,25 @@ def test_errors_come_before_anything_is_embedded(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         evaluate_linear_probe(model, None, None)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 1.0])
+def test_the_split_is_stratified_and_leaves_each_class_in_training(share):
+    sizes = np.array([50, 10, 9, 3, 2, 2, 1])
+    labels = np.repeat(np.arange(7), sizes)
+    splits = [
+        stratified_split(np.arange(77)[:, None], labels, share, seed)
+        for seed in (1, 1, 2)
+    ]
+    for split in splits:
+        rows = [features[:, 0] for features, _ in split]
+        assert sorted(np.concatenate(rows)) == list(range(77))
+        for part, (_, found) in zip(rows, split):
+            np.testing.assert_array_equal(found, labels[part])
+        expected = np.minimum(np.ceil(share * sizes), sizes - 1)
+        assert np.bincount(split[1][1], minlength=7).tolist() == expected.tolist()
+    # The seed decides which.
+    first, again, other = (split[1][0] for split in splits)
+    np.testing.assert_array_equal(first, again)
+    assert share == 1 or (first != other).any()

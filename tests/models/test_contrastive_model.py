@@ -565,6 +565,13 @@ def two_inputs():
     return keras.Model(inputs, inputs[1])
 
 
+def shared_masking():
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
+    masked_model(masking)
+    masked_model(masking)
+    return masked_model(masking, pixel_mean=(0.5, 0.5, 0.4))
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "match"),
@@ -593,6 +600,7 @@ def two_inputs():
             lambda: masked_model(attentive(class_token_vit()), views=2),
             "`views` must be 1",
         ),
+        (shared_masking, "part of another model"),
         (
             lambda: kcm.ContrastiveModel(own_masking(), text_bag()).without_masking(),
             "with_masking",

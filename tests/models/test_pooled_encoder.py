@@ -262,3 +262,18 @@ def test_a_preset_without_pixels_has_those_of_the_family(tmp_path, monkeypatch):
 def test_unsupported_encoders_are_refused(change, match):
     with pytest.raises(ValueError, match=rf"{match}.*Received: "):
         make_model(**change)
+
+
+def test_the_towers_of_projections_with_a_hidden_layer_are_saved(tmp_path):
+    model = make_model(head="mlp")
+    given = pairs()["images"]
+    model.image_tower.save(tmp_path / "tower.keras")
+    found = keras.models.load_model(tmp_path / "tower.keras").predict(given, verbose=0)
+    expected = model.image_tower.predict(given, verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.any_backend
+def test_a_single_pooling_is_refused():
+    with pytest.raises(ValueError, match=r"`pooling` must be two values.*Received: "):
+        make_model(pooling="mean")

@@ -26,3 +26,10 @@ def test_a_file_gives_back_its_arrays_and_facts(tmp_path):
 def test_a_storage_that_is_not_known_is_named():
     with pytest.raises(ValueError, match=r"`resume_from`.*Received: resume_from="):
         read_resumable("nowhere://run")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK cut off", b"{}"])
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path, content):
+    (tmp_path / "epoch-00002.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"remove this file.*Received: .*00002.npz"):
+        read_resumable(tmp_path)

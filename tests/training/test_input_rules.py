@@ -53,6 +53,7 @@ def with_ids(column, value, dtype="int32"):
         (with_ids(-1, 3), "the end token, 29.*Received: 1 such rows, .* row 2"),
         (with_ids(0, 0), "`padding_mask` must be in.*Received: 1 such rows, .* row 2"),
         (with_ids(3, 0), "`padding_mask` must be in.*Received: 1 such rows, .* row 2"),
+        ({"sample_weights": np.ones(4)}, "'sample_weight'.*Received:"),
         ({"sample_weight": np.ones(5)}, "`sample_weight` must hold 4.*Received:"),
         ({"sample_weight": np.ones((4, 1))}, "`sample_weight` must hold 4.*Received:"),
         ({"sample_weight": -np.ones(4)}, "`sample_weight` must hold 4.*Received:"),
