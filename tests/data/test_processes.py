@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from keras_cluster_mask.data import image_text_dataset
+from tests.helpers import run_program
 from tests.data.reading import column, keys, lengths, take
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
@@ -249,3 +250,10 @@ def test_a_program_that_ends_in_mid_pass_leaves_no_process(start):
     assert process.returncode == 0, err
     assert "Traceback" not in err
     wait_for(lambda: not members_of(process.pid), 5)
+
+
+def test_a_worker_imports_neither_keras_nor_a_backend(write_pairs):
+    """They would take seconds, and hundreds of megabytes in each worker."""
+    source = write_pairs("a.tar", 0, 4)
+    printed = run_program("tests/data/modules_program.py", str(source))
+    assert printed.splitlines()[-1] == "[[0, 0, 0], [0, 0, 0]]"
