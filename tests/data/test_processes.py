@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from keras_cluster_mask.data import image_text_dataset
-from tests.helpers import run_program
 from tests.data.reading import column, keys, lengths, take
+from tests.helpers import run_program
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
