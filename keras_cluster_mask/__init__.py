@@ -23,11 +23,9 @@ _IS_COMMAND = sys.argv[:1] == ["-m"] and any(
 # processes that read data do not need Keras, nor do this package's own commands: they
 # import what they use, so data commands start faster and without TensorFlow's log
 # messages.
-# A process is started with this option, and knows its parent only later.
-_IS_WORKER = multiprocessing.parent_process() or (
-    "--multiprocessing-fork" in sys.orig_argv
-)
-_NEEDS_KERAS = not (_IS_COMMAND or _IS_WORKER)
+# A worker is started with this option, and knows its parent only later.
+_IS_SPAWNED = "--multiprocessing-fork" in sys.orig_argv
+_NEEDS_KERAS = not (_IS_COMMAND or _IS_SPAWNED or multiprocessing.parent_process())
 if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
     from keras_cluster_mask.masking import (

@@ -34,7 +34,6 @@ WITHOUT_EMBEDDING = (
     "Gemma3VisionEncoderBlock",
     "Gemma4VisionEncoderBlock",
     "PaliGemmaVitEncoder",
-    "SAM3VisionEncoder",
     "SwinTransformerStage",
 )
 
