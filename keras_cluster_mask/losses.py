@@ -301,8 +301,7 @@ def _mean_loss(loss, weights, image_embeddings, text_embeddings, labels):
     labels = ops.convert_to_tensor(labels)
     if len(labels.shape) > 2 or not fits_shape(labels.shape[:1], images.shape[:1]):
         raise ValueError(
-            "`labels` must have shape (batch,) or (batch, k), one row per pair. "
-            f"Received: labels.shape={tuple(labels.shape)}"
+            f"`labels` must have a row per pair. Received: shape {tuple(labels.shape)}"
         )
     return ops.mean(batch_loss(loss, weights, images, texts, labels, is_split=False)[0])
 

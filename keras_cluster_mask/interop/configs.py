@@ -106,7 +106,4 @@ def read_entries(
 
 def read_json(path: str | os.PathLike) -> Any:
     """Reads a file of JSON."""
-    try:
-        return json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be a file of JSON. Received: {error}") from error
+    return json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))

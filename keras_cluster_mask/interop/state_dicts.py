@@ -168,8 +168,7 @@ def _read_state_dict(source):
         source = read_weights(source)
     if not isinstance(source, Mapping):
         raise ValueError(
-            "`source` must be, or hold, a state dict: a dictionary from names to "
-            f"tensors. Received: {label}"
+            f"`source` must be, or hold, a state dict of tensors. Received: {label}"
         )
     # Training writes the weights beside the optimizer's state.
     for key in ("state_dict", "model"):

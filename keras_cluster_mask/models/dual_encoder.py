@@ -380,8 +380,8 @@ def _check_pixels(masking, prepare_pixels):
     """Raises an error for a masking of a model that normalizes pixels differently."""
     pixels = ops.convert_to_tensor(np.arange(27, dtype="uint8").reshape(1, 3, 3, 3))
     both = masking.prepare_pixels(pixels), prepare_pixels(pixels)
-    is_joined = not masking.counts_calls
-    if is_joined and not np.array_equal(*map(ops.convert_to_numpy, both)):
+    is_equal = np.array_equal(*map(ops.convert_to_numpy, both))
+    if not (masking.counts_calls or is_equal):
         raise ValueError(
             f"`{masking.name}` is part of another model, which normalizes pixels "
             "differently: make a masking layer for each model. "

@@ -309,6 +309,12 @@ def _copy(encoder, image_size):
     # keras_hub's configs omit the data format.
     is_backbone = hasattr(encoder, "image_shape")
     changes = {"data_format": data_format_of(encoder)} if is_backbone else {}
-    copy = copy_with(encoder, "vision_encoder", changes)
+    try:
+        copy = copy_with(encoder, "vision_encoder", changes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`encoder` cannot be copied by its configuration: pass its backbone, "
+            f"and call `teacher.follow(backbone)`. Received: encoder={encoder.name}"
+        ) from error
     number_positions(find_embedding_layer(copy))
     return copy

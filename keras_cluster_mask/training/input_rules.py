@@ -96,8 +96,7 @@ class InputRules:
         is_dictionary = isinstance(batch, dict)
         if is_dictionary and "sample_weights" in batch:
             raise ValueError(
-                "The weights of pairs must be in a batch as 'sample_weight'. "
-                f"Received: keys={sorted(batch)}"
+                f"Weights of pairs are named 'sample_weight'. Received: {sorted(batch)}"
             )
         missing = [x for x in self.keys if not is_dictionary or x not in batch]
         if missing:
