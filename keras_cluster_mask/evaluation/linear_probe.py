@@ -78,8 +78,8 @@ def linear_probe(
             cross-entropy summed over items. `None` searches for it.
         metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
             the validation data that the search maximizes.
-        validation_split: Float in `(0, 1)`. The share of the validation split, which
-            `train_test_split` of scikit-learn stratifies by class.
+        validation_split: Float in `(0, 1]`. The share of each class that is held out to
+            choose the strength. One item of each class stays in training.
         max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
             scikit-learn warns of fits that need more.
         seed: Integer. The seed of the validation split.
@@ -95,7 +95,7 @@ def linear_probe(
         ImportError: If scikit-learn is not installed.
         ValueError: For features that are not finite, for labels that do not match them,
             for a single class, for validation or test data with a class that the
-            training data lacks, and for a validation split without each class.
+            training data lacks, and for a split of classes of one item each.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
