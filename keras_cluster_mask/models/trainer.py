@@ -284,7 +284,7 @@ class ContrastiveTrainer(DualEncoder):
 
         Args:
             resume_from: str or path. The folder of a `kcm.callbacks.Checkpoint`, local
-                or a URL such as `gs://bucket/run`. Training starts from the last good
+                or a URL such as `gs://bucket/run`. Training starts from the last
                 checkpoint, or from the beginning if there is none, and prints which. It
                 can also be the path of one checkpoint, which must exist. The options of
                 `compile` may differ from those of the saved run; the new ones are used.
@@ -296,10 +296,10 @@ class ContrastiveTrainer(DualEncoder):
 
         Raises:
             FileNotFoundError: If `resume_from` is a checkpoint that does not exist.
-            ValueError: If the checkpoint is of another model, masking, optimizer,
-                tokenizer or data seed; the differences are listed. If the tokenizer of
-                an `image_text_dataset` is not the one that the model was trained with,
-                or lacks the special tokens that the text encoder needs.
+            ValueError: If the checkpoint is damaged, or of another model, masking,
+                optimizer, tokenizer or data seed; the differences are listed. If the
+                tokenizer of an `image_text_dataset` is not the one that the model was
+                trained with, or lacks the special tokens that the text encoder needs.
         """
         args = (x, y, batch_size, epochs, *args)
         return fit(self, super().fit, resume_from, *args, **kwargs)
