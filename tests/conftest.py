@@ -54,6 +54,19 @@ if importlib.import_module("keras").backend.backend() == "tensorflow":
         [config.LogicalDeviceConfiguration()] * 2,
     )
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the cases that `one_case` leaves to one backend, before `-m` selects."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("one_case"):
+            test = item.parent.nodeid, item.originalname
+            if test in seen:
+                item.add_marker("any_backend")
+            seen.add(test)
+
+
 FEW_IMAGES = {
     "train-00000": 160,
     "train-00001": 32,

@@ -69,6 +69,7 @@ def test_data_of_any_kind_gives_dictionaries_of_numpy_arrays(kind):
         np.testing.assert_array_equal(np.concatenate(parts), values)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("whole", [WHOLE, as_tensors(WHOLE), (IMAGES, LABELS)])
 def test_arrays_are_cut_into_batches(whole):
     found = [*read_batches(whole, batch_size=30)]
@@ -148,6 +149,7 @@ def test_other_data_with_a_stream_has_no_known_length():
     assert num_batches(data) is None
 
 
+@pytest.mark.any_backend
 def test_images_of_arrays_are_counted_without_reading():
     for whole in (IMAGES, (IMAGES, LABELS), WHOLE):
         assert num_images(whole) == 70

@@ -179,6 +179,7 @@ def in_blocks(loss, *arrays):
     return batch_loss(loss, tensors[: len(scalars)], *tensors[len(scalars) :])
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("block_size", [1, 3, 5, 12])
 def test_any_block_size_gives_the_loss_and_accuracies_of_the_matrix(
     block_size, monkeypatch
@@ -197,6 +198,7 @@ def test_any_block_size_gives_the_loss_and_accuracies_of_the_matrix(
         assert 0 < right.mean() < 1
 
 
+@pytest.mark.one_case
 @each_loss
 @pytest.mark.parametrize("rows", [7, 11, 13])
 def test_a_batch_without_divisors_is_compared_in_large_blocks(
@@ -278,6 +280,7 @@ def test_captions_have_equal_labels_exactly_if_they_are_equal():
     np.testing.assert_array_equal(positives_of(labels, 400), same)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("column", [0, 1])
 def test_labels_of_captions_that_hardly_differ_do_not_collide(column):
     # One token changed, two tokens swapped, moved by one place, large ids.

@@ -24,6 +24,7 @@ def test_models_train_without_any_extra(write_pairs):
     run_without(packages, "tests/programs/without_extras.py", shard)
 
 
+@pytest.mark.any_backend
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow", reason="runs on the other backends"
 )

@@ -7,6 +7,8 @@ from keras_cluster_mask import visualization
 from keras_cluster_mask.visualization.images import LEFT_OUT
 from tests.helpers import FAST, image_mlp, random_pairs, text_bag
 
+pytestmark = pytest.mark.any_backend
+
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3)).astype("uint8")
 NOISE = np.random.default_rng(1).random((2, 6)).astype("float32")
 
@@ -41,7 +43,6 @@ def test_one_cluster_masking_is_shown_beside_random_masking_of_the_same_budget()
         np.testing.assert_array_equal(shown_patches(row[0], row[1]), at_random)
 
 
-@pytest.mark.any_backend
 def test_a_seed_draws_the_noise():
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
     figure = visualization.plot_masks(IMAGES, masking, patch_size=8, seed=3)
@@ -86,7 +87,6 @@ def test_tokens_are_mixed_in():
     np.testing.assert_array_equal(left_out[::8, ::8], [[1, 0, 0], [0, 1, 1]])
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("masking", "patch_size", "argument"),
     [
@@ -106,7 +106,6 @@ def test_masks_that_cannot_be_drawn_are_refused(masking, patch_size, argument):
 # === Statistics ===
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_statistics_are_drawn_as_they_are(threshold, tmp_path):
     masking = clusters(min_mask_ratio=0.2, threshold=threshold)
@@ -125,7 +124,6 @@ def test_statistics_are_drawn_as_they_are(threshold, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-@pytest.mark.any_backend
 def test_every_ratio_is_within_the_histogram():
     ratios = np.array([0.0, 0.5, 0.995, 1.0], "float32")
     statistics = kcm.masking.MaskingStatistics(ratios, np.full((2, 2), 0.5))
@@ -136,7 +134,6 @@ def test_every_ratio_is_within_the_histogram():
 # === Retrieval ===
 
 
-@pytest.mark.any_backend
 def test_retrieval_shows_the_most_similar_images_first(tmp_path):
     figure = visualization.plot_retrieval(["query"], IMAGES, [[0.1, 0.9]], k=2)
     np.testing.assert_allclose(drawn(figure.axes[0]), IMAGES[1] / 255.0, atol=1e-6)
@@ -144,7 +141,6 @@ def test_retrieval_shows_the_most_similar_images_first(tmp_path):
     figure.savefig(tmp_path / "figure.png")
 
 
-@pytest.mark.any_backend
 def test_dollar_signs_of_a_query_are_no_formula(tmp_path):
     query = r"a $5 bill and a price of $\x$"
     figure = visualization.plot_retrieval([query], IMAGES, [[0.1, 0.9]], k=2)
@@ -153,7 +149,6 @@ def test_dollar_signs_of_a_query_are_no_formula(tmp_path):
     figure.savefig(tmp_path / "figure.png")
 
 
-@pytest.mark.any_backend
 def test_similarity_of_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"`similarity` .*Received: similarity"):
         visualization.plot_retrieval(["query"], IMAGES, np.zeros((2, 1)))
@@ -171,7 +166,6 @@ def curves_of(figure):
     }
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("freq", "initial_epoch", "expected"),
     [(1, 0, [1, 2, 3, 4, 5]), (2, 2, [4]), ([1, 5], 0, [1, 5])],
@@ -208,7 +202,6 @@ HISTORY = {
 }
 
 
-@pytest.mark.any_backend
 def test_history_shows_recall_and_chance():
     name = "image_to_text_recall@10"
     chance = {"loss": np.log(64), name: 0.1}

@@ -85,6 +85,7 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(
         assert resumed.history == history.history
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -114,6 +115,7 @@ def test_a_finished_run_gives_its_weights_and_history_again(shards, tmp_path):
     assert longer.epoch == [0, 1, 2, 3]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["stream", "dataset"])
 def test_epochs_of_so_many_steps_continue_through_the_data(kind, shards, tmp_path):
     import tensorflow as tf
@@ -156,6 +158,7 @@ def unknown_length():
     return data.filter(lambda batch: True)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "kind",
     ["arrays", "unknown length", pytest.param("split", marks=pytest.mark.slow)],
@@ -178,6 +181,7 @@ def test_arrays_and_other_datasets_resume_with_an_epoch(kind, tmp_path):
             np.testing.assert_allclose(resumed.history[name], logs, rtol=1e-6)
 
 
+@pytest.mark.any_backend
 @pytest.mark.slow
 def test_a_masking_with_a_teacher_resumes(tmp_path):
     def run_until(stop, folder):
@@ -210,6 +214,7 @@ class StopAtEnd(keras.callbacks.Callback):
         self.model.stop_training = batch == 2
 
 
+@pytest.mark.any_backend
 def test_an_epoch_that_a_callback_stops_within_is_trained_again(
     whole, shards, tmp_path
 ):
@@ -282,6 +287,7 @@ def finish(process):
     assert process.returncode == 0, errors[-3000:]
 
 
+@pytest.mark.any_backend
 @pytest.mark.slow
 def test_killed_at_random_points_and_while_saving(shards, tmp_path):
     rng = random.Random(os.getpid())
@@ -370,6 +376,7 @@ def long_run(folder, bad=None, callbacks=(), **options):
     small(**options).fit(data, callbacks=[*callbacks, checkpoint], **fit)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("bad", "stops_before"),
     # 100 steps after the last look, and at the end of the epoch.
@@ -394,6 +401,7 @@ def test_a_bad_step_of_several_that_run_at_once_is_named(bad, tmp_path):
         long_run(tmp_path, bad, steps_per_execution=5)
 
 
+@pytest.mark.any_backend
 def test_the_last_good_checkpoint_is_named_and_remains_the_last(tmp_path):
     class Break(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):

@@ -71,6 +71,7 @@ def dtype(request):
 # === What is evaluated ===
 
 
+@pytest.mark.one_case
 def test_metrics_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
     labeled = {"images": pairs(9, 2)["images"], "labels": np.arange(9) % 3}
     model = without_averages()
@@ -117,6 +118,7 @@ def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name()
     }
 
 
+@pytest.mark.any_backend
 def test_data_is_read_again_for_each_evaluation():
     class Batches:
         passes = 0
@@ -138,6 +140,7 @@ def test_data_is_read_again_for_each_evaluation():
     )
 
 
+@pytest.mark.any_backend
 def test_averages_are_evaluated_once_they_are_swapped_in():
     def embeddings(callbacks):
         class Embeddings(Retrieval):
@@ -176,6 +179,7 @@ def test_training_is_bit_for_bit_the_same():
     assert_same_weights(found, expected)
 
 
+@pytest.mark.any_backend
 def test_an_interrupted_run_resumes_the_same(tmp_path):
     def run(folder, stop=None):
         class Stop(keras.callbacks.Callback):
@@ -222,6 +226,7 @@ def test_an_epoch_at_whose_end_training_stops_is_evaluated(small):
     assert history[RECALL] == [0.1, 0.4]
 
 
+@pytest.mark.any_backend
 def test_a_model_whose_loss_is_not_finite_is_not_evaluated():
     class Break(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -300,6 +305,7 @@ def test_what_cannot_be_evaluated_is_an_error_before_training(make, message):
     assert steps.count == 0
 
 
+@pytest.mark.any_backend
 def test_one_callback_serves_one_fit_after_another_and_other_models():
     retrieval = Retrieval(pairs(8, 1))
     model, _ = fit([retrieval])

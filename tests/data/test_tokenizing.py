@@ -29,6 +29,7 @@ def lengths_of_str(texts):
     return [[len(text)] for text in texts]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("format", ["grain", "tf"])
 @pytest.mark.parametrize(
     "num_workers", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["0", "1"]
@@ -47,6 +48,7 @@ def test_a_tokenizer_may_return_tensors(shard):
     np.testing.assert_array_equal(batch["token_ids"], np.ones((8, 3)))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "tokenizer",
     [
@@ -61,6 +63,7 @@ def test_a_tokenizer_that_returns_no_rows_is_an_error(shard, tokenizer):
         first(make(shard, tokenizer))
 
 
+@pytest.mark.any_backend
 def test_without_a_tokenizer_captions_are_not_needed(write_tar, noise):
     shard = write_tar("a.tar", [(f"{i}.png", noise(i)) for i in range(8)])
     batch = first(make(shard, None, include_captions=False))
@@ -75,6 +78,7 @@ def layer():
     return layer
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("format", ["grain", "tf"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_keras_layer_can_tokenize(shard, layer, format, training):
@@ -177,6 +181,7 @@ def test_tokenizers_of_open_clip_are_taken_as_they_are():
         np.testing.assert_array_equal(found, tokenizer(TEXTS, 5).numpy())
 
 
+@pytest.mark.any_backend
 def test_a_dataset_takes_tokenizers_of_other_libraries(shard, hugging_face):
     open_clip = pytest.importorskip("open_clip")
     for tokenizer, length in (

@@ -1,18 +1,17 @@
 """Five steps of training on one device or on two, as a program.
 
-    python program.py OUT single|devices|process|model [MICRO_BATCH_SIZE]
+    python program.py OUT single|devices|process|model
 
 writes weights, losses and metrics to OUT. `devices` uses two virtual devices of one
 process; `process` is one of two processes that the test starts; `model` uses four, of
-which pairs share a model. With CLIP=1 the model is a keras_hub CLIP. With SHARDS=files
-it trains two epochs on these, validates on HELD_OUT and saves to CHECKPOINT. With
-DIE_AT=n it ends itself before its n-th step. With BAD_STEP=n the last image of the n-th
-step, which the second device gets, is not finite, and it saves to CHECKPOINT. With
+which pairs share a model. It trains a model in each of the `ways`, for each value of
+`duplicates`, and evaluates retrieval of all pairs; with CLIP=1 a keras_hub CLIP. With
 MASKING=all it trains a model with each kind of masking instead, and one of two views,
-with the values of `duplicates` in turn.
-With PLANS=all it trains a model in each way of `plans` instead, on torch. With
-FREEZE=rank that process alone freezes a tower. Else it evaluates retrieval of all
-pairs. DUPLICATES is an option of each other model.
+with the values of `duplicates` in turn. With each of the others, it trains one model:
+with SHARDS=files two epochs on these, validated on HELD_OUT and saved to CHECKPOINT;
+with BAD_STEP=n, where the last image of the n-th step, which the second device gets, is
+not finite, saved to CHECKPOINT; with FREEZE=rank, where that process alone freezes a
+tower. With DIE_AT=n it ends itself before its n-th step.
 """
 
 import os
@@ -21,7 +20,7 @@ import sys
 import zlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-out, how, *micro_batch_size = sys.argv[1:]
+out, how = sys.argv[1:]
 backend = os.environ["KERAS_BACKEND"]
 if how in ("devices", "model") and backend == "jax":
     count = 4 if how == "model" else 2
@@ -29,6 +28,7 @@ if how in ("devices", "model") and backend == "jax":
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
 
 import contextlib
+import functools
 import itertools
 
 import keras
@@ -40,8 +40,7 @@ from keras_cluster_mask import losses
 from tests.helpers import MASKINGS, masked_vit, tiny_clip, tiny_siglip
 
 BATCH, STEPS = 8, 5
-# Variables of runs that do not evaluate retrieval.
-OTHERS = {"BAD_STEP", "CLIP", "MASKING", "PLANS", "SHARDS"}
+CHECKPOINTED = ["multi_head_attention"]
 
 
 def pairs():
@@ -57,34 +56,31 @@ def pairs():
     return {"images": images, "token_ids": ids, "sample_weight": weights}
 
 
-def make_model(masking=None, **options):
+def make_model(masking=None, way="whole", **options):
+    keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     if masking is None:
         # The threshold moves with the mask ratio of the whole batch.
         masking = kcm.ClusterMasking(
             4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=0.3, seed=1
         )
-    options.setdefault("micro_batch_size", int(*micro_batch_size or [0]) or None)
-    options.setdefault("duplicates", os.environ.get("DUPLICATES", "positive"))
-    if micro_batch_size:
-        # Blocks of two rows.
-        losses.MAX_PAIRS = 2 * BATCH
+    if "micro" in way:
+        options["micro_batch_size"] = 4
+    # Of micro-batches, blocks of two rows.
+    losses.MAX_PAIRS = 2 * BATCH if "micro" in way else 2**24
     if "CLIP" in os.environ:
         model = kcm.ContrastiveModel.from_backbone(
-            tiny_clip(),
-            masking,
-            gradient_checkpointing=bool(micro_batch_size),
-            **options,
+            tiny_clip(), masking, gradient_checkpointing="micro" in way, **options
         )
         # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
         return model
-    if micro_batch_size:
-        options["gradient_checkpointing"] = ["multi_head_attention"]
+    if way in ("micro", "checkpointing"):
+        options["gradient_checkpointing"] = CHECKPOINTED
     model = kcm.ContrastiveModel(
         masked_vit(masking), tiny_siglip().text_encoder, **options
     )
-    if os.environ.get("FREEZE") == os.environ.get("RANK", "0"):
+    if os.environ.get("FREEZE") == os.environ.get("RANK", "0") or "frozen" in way:
         model.image_encoder.trainable = False
     compile_model(model)
     return model
@@ -99,20 +95,41 @@ def compile_model(model):
     model.compile(optimizer, log_gradient_norm=True)
 
 
-def fit_frozen(model, **fit):
-    model.image_encoder.trainable = False
-    compile_model(model)
-    return model.fit(**fit)
+def ways():
+    """The ways in which a model is trained, of which a single device needs two."""
+    # Of other backends, the compiled code reduces gradients, whatever has some.
+    more = ["frozen"] if backend == "torch" else []
+    if how == "single":
+        return ["whole", *more]
+    return [
+        "whole",
+        "micro",
+        *more,
+        *(["frozen micro", "checkpointing"] if more else []),
+    ]
 
 
-def plans():
-    """How models fit, and their options."""
+def makers():
+    """Functions that make the models to train, by the beginning of names in OUT."""
+    turns = itertools.cycle(["positive", "negative"])
+    if "MASKING" in os.environ:
+        options = {"num_prefix_tokens": 0, "seed": 1}
+        maskings = {f"{x}/": MASKINGS[x](**options) for x in MASKINGS}
+        return {
+            **{
+                name: functools.partial(make_model, x, duplicates=next(turns))
+                for name, x in maskings.items()
+            },
+            "views/": functools.partial(make_model, views=2, duplicates=next(turns)),
+        }
+    if {"BAD_STEP", "FREEZE", "SHARDS"} & {*os.environ}:
+        return {"": make_model}
     return {
-        "frozen micro": (fit_frozen, {"micro_batch_size": 4}),
-        "checkpointing": (
-            kcm.ContrastiveModel.fit,
-            {"gradient_checkpointing": ["multi_head_attention"]},
-        ),
+        f"{duplicates}/{way}/": functools.partial(
+            make_model, way=way, duplicates=duplicates
+        )
+        for way in ways()
+        for duplicates in ("positive", "negative")
     }
 
 
@@ -223,42 +240,23 @@ if __name__ == "__main__":
         evaluated = tf.data.Dataset.from_tensor_slices(data)
         fit["validation_data"] = evaluated.batch(fit["batch_size"], drop_remainder=True)
         fit["validation_batch_size"] = None
+    callbacks = [Die()] if "DIE_AT" in os.environ else []
+    if "BAD_STEP" in os.environ:
+        callbacks.append(kcm.callbacks.Checkpoint(os.environ["CHECKPOINT"]))
+    if {"BAD_STEP", "MASKING"} & {*os.environ}:
+        # Masks are for training alone, and most of the time goes into compiling.
+        fit = {"batch_size": fit["batch_size"], "shuffle": False}
+    elif not {"CLIP", "SHARDS"} & {*os.environ}:
+        callbacks.append(kcm.callbacks.Retrieval(pairs()))
+    arrays = {}
     with scope:
-        models = {} if "PLANS" in os.environ else {"": make_model()}
-        if "MASKING" in os.environ:
-            options = {"num_prefix_tokens": 0, "seed": 1}
-            turns = itertools.cycle(["positive", "negative"])
-            models = {
-                f"{x}/": make_model(MASKINGS[x](**options), duplicates=next(turns))
-                for x in MASKINGS
-            }
-            models["views/"] = make_model(views=2, duplicates=next(turns))
-            # Masks are for training alone, and most of the time goes into compiling.
-            fit = {"batch_size": fit["batch_size"], "shuffle": False}
-        callbacks = [Die()] if "DIE_AT" in os.environ else []
-        if "BAD_STEP" in os.environ:
-            folder = os.environ["CHECKPOINT"]
-            callbacks.append(kcm.callbacks.Checkpoint(folder))
-            fit = {"batch_size": fit["batch_size"], "shuffle": False}
-        if not OTHERS & {*os.environ}:
-            callbacks.append(kcm.callbacks.Retrieval(pairs()))
-        arrays = {}
-        for name, model in models.items():
+        for name, make in makers().items():
+            model = make()
             if "SHARDS" in os.environ:
                 history = train_on_shards(model, callbacks)
             else:
                 history = model.fit(data, verbose=0, callbacks=callbacks, **fit)
             arrays |= results(name, model, history.history)
-        for name, (train, options) in (
-            plans() if "PLANS" in os.environ else {}
-        ).items():
-            # Its layers have the names of those of the first model.
-            keras.utils.clear_session()
-            model = make_model(**options)
-            history = train(
-                model, x=data, verbose=0, shuffle=False, batch_size=fit["batch_size"]
-            )
-            arrays |= results(f"{name}/", model, history.history)
     if how == "model":
         check_shares(model)
     if kcm.distribution.is_main_process():

@@ -32,7 +32,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(out, how, *arguments, rank=0, port=None, **environment):
+def start(out, how, rank=0, port=None, **environment):
     if how == "process":
         environment |= {
             "RANK": str(rank),
@@ -45,7 +45,7 @@ def start(out, how, *arguments, rank=0, port=None, **environment):
             "KERAS_DISTRIBUTION_PROCESS_ID": str(rank),
         }
     return subprocess.Popen(
-        [sys.executable, PROGRAM, out, how, *arguments],
+        [sys.executable, PROGRAM, out, how],
         env={**os.environ, "KERAS_BACKEND": BACKEND, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -53,14 +53,11 @@ def start(out, how, *arguments, rank=0, port=None, **environment):
     )
 
 
-def run(out, how, *arguments, **environment):
+def run(out, how, **environment):
     """Runs to the end, in as many processes as it takes; returns how each ended."""
     ranks = (0, 1) if how == "process" else (0,)
     port = free_port()
-    processes = [
-        start(out, how, *arguments, rank=rank, port=port, **environment)
-        for rank in ranks
-    ]
+    processes = [start(out, how, rank=rank, port=port, **environment) for rank in ranks]
     try:
         # Ends a program that hangs, not one on a busy machine.
         errors = [process.communicate(timeout=600)[1] for process in processes]
@@ -70,9 +67,9 @@ def run(out, how, *arguments, **environment):
     return [(p.returncode, text[-3000:]) for p, text in zip(processes, errors)]
 
 
-def train(out, how, *arguments):
+def train(out, how):
     """Trains to the end; returns what the program wrote."""
-    for code, errors in run(out, how, *arguments):
+    for code, errors in run(out, how):
         assert code == 0, errors
     with np.load(out) as arrays:
         return dict(arrays)
@@ -88,37 +85,41 @@ def assert_equal_runs(found, single):
         )
 
 
-@pytest.fixture(scope="module", params=["positive", "negative"])
-def duplicates(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DUPLICATES", request.param)
-        yield
+def assert_all_equal(found, single):
+    """Compares models trained in each way with the same model on a single device."""
+    ways = {tuple(name.split("/")[:2]) for name in found}
+    assert len(ways) >= 4
+    for duplicates, way in ways:
+        one = "frozen" if "frozen" in way else "whole"
+        assert_equal_runs(
+            part_of(found, f"{duplicates}/{way}/"),
+            part_of(single, f"{duplicates}/{one}/"),
+        )
+
+
+def part_of(arrays, prefix):
+    part = {
+        k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)
+    }
+    assert np.isfinite(part["history/loss"]).all()
+    return part
 
 
 @pytest.fixture(scope="module")
-def single(duplicates, tmp_path_factory):
+def single(tmp_path_factory):
     return train(tmp_path_factory.mktemp("single") / "out.npz", "single")
 
 
-@pytest.mark.parametrize("micro_batches", [[], ["4"]], ids=["whole", "micro"])
 @pytest.mark.parametrize("how", KINDS)
-def test_two_train_and_evaluate_as_one(single, how, micro_batches, tmp_path):
+def test_two_train_and_evaluate_as_one(single, how, tmp_path):
     # With a threshold that moves, gradients that are clipped, equal captions on both;
-    # retrieval of all pairs after an epoch.
-    found = train(tmp_path / "out.npz", how, *micro_batches)
-    assert len([name for name in single if "recall" in name]) == 6
-    assert found.keys() == single.keys()
-    assert np.isfinite(single["history/loss"]).all()
-    assert_equal_runs(found, single)
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="Others reduce in compiled code.")
-def test_two_train_as_one_whatever_has_gradients(tmp_path, monkeypatch):
-    # With one value of `duplicates`: gradients are reduced alike for both.
-    monkeypatch.setenv("PLANS", "all")
-    single = train(tmp_path / "single.npz", "single")
-    assert {name.split("/")[0] for name in single} == {"frozen micro", "checkpointing"}
-    assert_equal_runs(train(tmp_path / "out.npz", "process"), single)
+    # retrieval of all pairs after an epoch. With micro-batches and whole batches, equal
+    # captions as positives and as negatives; on torch whatever has gradients.
+    assert (
+        len([x for x in single if x.startswith("positive/whole") and "recall" in x])
+        == 6
+    )
+    assert_all_equal(train(tmp_path / "out.npz", how), single)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Others see one model.")
@@ -132,7 +133,7 @@ def test_processes_that_train_different_weights_are_refused(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("how", MOST)
 def test_two_train_as_one_with_every_masking(how, tmp_path, monkeypatch):
-    # A masking does not depend on `duplicates`: its values take turns.
+    # A masking does not depend on `duplicates`, whose values take turns.
     monkeypatch.setenv("MASKING", "all")
     single = train(tmp_path / "single.npz", "single")
     assert {name.split("/")[0] for name in single} == {*MASKINGS, "views"}
@@ -178,19 +179,12 @@ def test_a_loss_that_is_not_finite_stops_all_at_the_same_step(how, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras shares models on JAX alone.")
-@pytest.mark.parametrize(
-    ("micro_batches", "duplicates"), [([], "negative"), (["4"], "positive")]
-)
-def test_devices_that_share_a_model_train_as_one_device(
-    micro_batches, duplicates, tmp_path, monkeypatch
-):
+def test_devices_that_share_a_model_train_as_one_device(tmp_path, monkeypatch):
     # Two halves of the batch, each on two devices with half of the model; Adam's
     # moments lie as the weights do.
     monkeypatch.setenv("CLIP", "1")
-    monkeypatch.setenv("DUPLICATES", duplicates)
     single = train(tmp_path / "single.npz", "single")
-    found = train(tmp_path / "out.npz", "model", *micro_batches)
-    assert_equal_runs(found, single)
+    assert_all_equal(train(tmp_path / "out.npz", "model"), single)
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="One process has all the devices.")

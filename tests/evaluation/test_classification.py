@@ -18,6 +18,8 @@ from keras_cluster_mask.evaluation import (
 )
 from tests.helpers import random_pairs
 
+pytestmark = pytest.mark.any_backend
+
 COLORS = ["red", "green", "blue"]
 NAMES = ["cat", "dog", "fox", "owl", "cow", "bee", "ant"]
 
@@ -30,7 +32,6 @@ def unbalanced_labels(count, num_classes, seed=0):
     )
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("num_classes", [6, 30])
 def test_accuracies_are_those_of_torch_and_scikit_learn(num_classes):
     torch = pytest.importorskip("torch")
@@ -49,7 +50,6 @@ def test_accuracies_are_those_of_torch_and_scikit_learn(num_classes):
     assert found["mean_per_class"] == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.any_backend
 def test_of_equal_scores_the_first_class_counts_as_the_highest():
     scores = np.array([[1, 1, 0, 0], [0, 2, 1, 1], [5, 5, 5, 5]], "float32")
     found = classification_accuracy(scores, [1, 1, 3], ks=(1, 2, 3, 4))
@@ -117,7 +117,6 @@ def test_images_and_labels_are_read_batch_by_batch_and_nothing_else(model, token
     assert sorted(found) == ["mean_per_class", "top_1", "top_5"]
 
 
-@pytest.mark.any_backend
 def test_templates_are_formats_functions_or_texts_of_each_class(model, tokenizer):
     open_clip = pytest.importorskip("open_clip")
     texts = {name: [f"a photo of a {name}.", f"{name}!"] for name in NAMES}
@@ -142,7 +141,6 @@ def test_templates_are_formats_functions_or_texts_of_each_class(model, tokenizer
 # === Bad input ===
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("name", "scores", "labels"),
     [
@@ -158,7 +156,6 @@ def test_bad_scores_and_labels_are_refused_by_name(name, scores, labels):
         classification_accuracy(scores, labels)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("argument", "names", "templates"),
     [
@@ -184,7 +181,6 @@ def test_bad_names_and_templates_are_refused_by_name(
         evaluate_zero_shot(model, [], names, tokenizer, templates)
 
 
-@pytest.mark.any_backend
 def test_bad_data_is_refused_at_its_first_batch(model, tokenizer):
     images = random_pairs(3)["images"]
     for batch in (images, (images, [0, 1, 7])):
@@ -218,7 +214,6 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.any_backend
 @pytest.mark.filterwarnings("ignore:.*was skipped")
 @pytest.mark.parametrize("evaluation", list(EVALUATIONS))
 @pytest.mark.parametrize("format", ["grain", "tf"])
@@ -236,7 +231,6 @@ def test_a_misspelled_class_is_not_left_out(
         evaluate_zero_shot(model, colored(folder, names), names, tokenizer, verbose=0)
 
 
-@pytest.mark.any_backend
 def test_names_of_classes_have_one_order(model, tokenizer, folder):
     data, other = colored(folder, COLORS), ["green", "blue", "red"]
     for evaluate in (

@@ -61,6 +61,7 @@ def test_arrays_and_batches_of_any_kind_give_the_embeddings_of_the_model(
         assert not {"images", "token_ids"} & {*found}
 
 
+@pytest.mark.any_backend
 def test_progress_ends_at_the_number_of_images(model, pairs, capsys):
     for data, last in ((pairs, "70/70"), (in_batches(pairs, 30), "70/Unknown")):
         embed(model, data, verbose=1)
@@ -69,6 +70,7 @@ def test_progress_ends_at_the_number_of_images(model, pairs, capsys):
         assert not end
 
 
+@pytest.mark.any_backend
 def test_images_alone_and_with_labels_need_no_texts(model, pairs, expected):
     images, labels = pairs["images"], np.arange(70) % 3
     for data in (
@@ -83,6 +85,7 @@ def test_images_alone_and_with_labels_need_no_texts(model, pairs, expected):
     assert sorted(embed(model, images, verbose=0)) == ["image_embeddings"]
 
 
+@pytest.mark.any_backend
 def test_several_captions_of_an_image_are_embedded_each(model, tokenizer):
     captions = [["ab", "c"], ["d"], ["ab", "e", "f"]]
     data = {"images": random_pairs(3)["images"], "captions": captions}
@@ -100,6 +103,7 @@ def test_several_captions_of_an_image_are_embedded_each(model, tokenizer):
     np.testing.assert_allclose(again["text_embeddings"], texts, atol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_texts_are_str_or_bytes_in_any_number(model, tokenizer):
     texts = [f"{index} é" for index in range(130)]
     found = embed_texts(model, texts, tokenizer, verbose=0)

@@ -69,6 +69,7 @@ def test_training_on_features_equals_training_on_images(tmp_path):
         np.testing.assert_allclose(*(x[name] for x in embeddings), atol=1e-5)
 
 
+@pytest.mark.any_backend
 def test_hidden_projections_see_standardized_features(tmp_path, monkeypatch):
     monkeypatch.setattr(kcm.training.features, "ROWS", 7)
     model = frozen_model(head="mlp")
@@ -136,6 +137,7 @@ def test_features_that_vary_by_rounding_alone_are_only_centered(tmp_path):
     assert np.all(deviation[2:] != 1)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("num_crops", [0, 2])
 def test_an_interrupted_run_resumes_with_the_next_batch(num_crops, tmp_path):
     model = frozen_model()
@@ -168,6 +170,7 @@ def test_an_interrupted_run_resumes_with_the_next_batch(num_crops, tmp_path):
     assert_same_values(views_of(found), views_of(expected))
 
 
+@pytest.mark.any_backend
 def test_a_complete_folder_is_not_computed_again(tmp_path, monkeypatch):
     model = frozen_model()
     computed(model, tmp_path)
@@ -176,6 +179,7 @@ def test_a_complete_folder_is_not_computed_again(tmp_path, monkeypatch):
     assert features.num_images == features.num_texts == 20
 
 
+@pytest.mark.any_backend
 def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
     model = frozen_model()
     features, _ = computed(model, tmp_path, captions=3)
@@ -194,6 +198,7 @@ def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
     assert len({*map(tuple, seen)}) == 6
 
 
+@pytest.mark.any_backend
 def test_each_epoch_draws_the_whole_image_or_a_crop(tmp_path):
     model = frozen_model()
     whole, data = computed(model, tmp_path / "whole")
@@ -220,6 +225,7 @@ def test_each_epoch_draws_the_whole_image_or_a_crop(tmp_path):
     np.testing.assert_allclose(*views_of(one_color), atol=1e-5)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("change", ["weights", "data"])
 def test_features_of_something_else_are_refused(change, tmp_path):
     model = frozen_model()

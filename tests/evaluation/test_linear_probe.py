@@ -16,6 +16,8 @@ from keras_cluster_mask.evaluation.linear_probe import (
 )
 from tests.helpers import class_pairs
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -98,7 +100,6 @@ def reference_scores(features, labels, tested, strength):
     return tested @ weights[:, :-1].T + weights[:, -1]
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("num_classes", "items", "noise", "strength"),
     [(10, 20, 1.5, 1e-2), (10, 20, 1.5, 1.0), (200, 5, 1.0, 1.0), (1000, 2, 0.3, 1.0)],
@@ -121,7 +122,6 @@ def test_accuracies_are_those_of_an_independent_fit(
     assert found["mean_per_class"] == pytest.approx(balanced, abs=1e-9)
 
 
-@pytest.mark.any_backend
 def test_two_classes_are_classified_as_by_scikit_learn():
     train, test = np.arange(40) % 2, np.arange(30) % 2
     features = clusters(train, 1, noise=3), clusters(test, 2, noise=3)
@@ -134,7 +134,6 @@ def test_two_classes_are_classified_as_by_scikit_learn():
     assert "top_5" not in found
 
 
-@pytest.mark.any_backend
 def test_classes_may_be_missing_in_the_test_data():
     kept = np.isin(TEST, [1, 2, 5])
     test = {"test_features": FEATURES[2][kept], "test_labels": NAMES[TEST[kept]]}
@@ -145,7 +144,6 @@ def test_classes_may_be_missing_in_the_test_data():
 # === The validation split ===
 
 
-@pytest.mark.any_backend
 def test_the_seed_decides_the_split(fits):
     parts = []
     for seed in (1, 1, 2):
@@ -158,7 +156,6 @@ def test_the_seed_decides_the_split(fits):
     assert (first != other).any()
 
 
-@pytest.mark.any_backend
 def test_the_final_fit_is_on_all_training_data(fits):
     labels = np.arange(70) % 7
     features = clusters(labels, noise=0.2)
@@ -177,7 +174,6 @@ def search(score):
     return best_strength(tried), tried
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("peak", [-6, -5.875, -4.5, -1, 0.375, 2, 6])
 def test_the_search_finds_a_peak_to_an_eighth_of_a_decade(peak):
     strength, tried = search(lambda strength: -abs(np.log10(strength) - peak))
@@ -189,7 +185,6 @@ def test_the_search_finds_a_peak_to_an_eighth_of_a_decade(peak):
     assert np.log10(strength) == pytest.approx(peak)
 
 
-@pytest.mark.any_backend
 def test_the_choice_is_made_by_scores_on_the_validation_data(searched):
     assert 7 < len(searched["validation"]) <= 15
     for strength, score in searched["validation"].items():
@@ -200,7 +195,6 @@ def test_the_choice_is_made_by_scores_on_the_validation_data(searched):
     assert searched["regularization"] == best_strength(searched["validation"])
 
 
-@pytest.mark.any_backend
 def test_the_choice_never_looks_at_test_data(searched):
     rng = np.random.default_rng(5)
     labels = NAMES[rng.integers(0, 7, 20)]
@@ -210,7 +204,6 @@ def test_the_choice_never_looks_at_test_data(searched):
     assert searched["top_1"] != other["top_1"]
 
 
-@pytest.mark.any_backend
 def test_the_metric_of_the_validation_data_decides():
     train = np.repeat(np.arange(4), [90, 20, 6, 4])
     features = clusters(train, 1)
@@ -223,7 +216,6 @@ def test_the_metric_of_the_validation_data_decides():
     assert found["mean_per_class"]["validation"][1e6] == 0.25
 
 
-@pytest.mark.any_backend
 def test_a_strength_that_is_given_is_not_searched_for(fits):
     found = probe(regularization=0.5)
     assert found["regularization"] == 0.5
@@ -267,7 +259,6 @@ def with_nan(features):
     return features
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -287,7 +278,6 @@ def test_bad_input_is_refused_by_name(name, options):
         probe(**options)
 
 
-@pytest.mark.any_backend
 def test_errors_come_before_anything_is_embedded(model, monkeypatch):
     images = class_pairs(4)["images"]
     with pytest.raises(ValueError, match=r"`test` must hold 'labels'.*\['images'\]"):
@@ -299,7 +289,6 @@ def test_errors_come_before_anything_is_embedded(model, monkeypatch):
         evaluate_linear_probe(model, None, None)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 1.0])
 def test_the_split_is_stratified_and_leaves_each_class_in_training(share):
     sizes = np.array([50, 10, 9, 3, 2, 2, 1])

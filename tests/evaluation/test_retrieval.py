@@ -121,6 +121,7 @@ def test_a_data_set_is_embedded_and_compared(model):
     assert found == expected
 
 
+@pytest.mark.any_backend
 def test_captions_belong_to_their_own_image_only(model, tokenizer):
     images = random_pairs(4)["images"]
     captions = [["a", "b"], ["c"], ["d", "e", "f"], ["g"]]
@@ -139,6 +140,7 @@ def test_captions_belong_to_their_own_image_only(model, tokenizer):
         assert found[f"text_to_image_recall@{k}"] == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.any_backend
 def test_images_of_equal_texts_match_unless_they_are_to_be_negatives(model, tokenizer):
     pairs = random_pairs(6)
     pairs["token_ids"][:] = pairs["token_ids"][0]
@@ -155,6 +157,7 @@ def test_images_of_equal_texts_match_unless_they_are_to_be_negatives(model, toke
         assert set(found.values()) == {1.0}
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("duplicates", ["positive", "negative"])
 def test_equal_texts_among_several_of_an_image_are_alike(
     model, tokenizer, duplicates, monkeypatch

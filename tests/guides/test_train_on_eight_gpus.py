@@ -1,10 +1,10 @@
-"""The guide to several devices: on each backend they train as one."""
+"""The guide to several devices: they train as one."""
 
 import re
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_backend]
 
 
 def test_two_devices_train_as_one(run_guide, tmp_path):

@@ -30,6 +30,8 @@ from tests.helpers import (
     tiny_siglip,
 )
 
+pytestmark = pytest.mark.any_backend
+
 CLASSES = ["cat", "dog", "red car", "blue boat", "tree", "house"]
 TEMPLATES = ["a photo of a {c}.", "{c}", "a drawing of a {c}."]
 LABELS = np.arange(13) % len(CLASSES)
@@ -188,7 +190,6 @@ def test_the_adapter_embeds_as_the_model_does(kind):
     np.testing.assert_allclose(found, expected["text_embeddings"], atol=2e-6)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "resize"), [(tiny_clip, "crop"), (tiny_siglip, "squash")]
 )
@@ -199,7 +200,6 @@ def test_images_are_resized_as_for_the_kind_of_model(make, resize):
     assert torch.equal(found(image), expected(image))
 
 
-@pytest.mark.any_backend
 def test_texts_are_one_or_many(tokenizer, model):
     _, _, tokenize = adapt(model, tokenizer)
     assert torch.equal(tokenize("a cat"), tokenize(["a cat"]))
@@ -207,7 +207,6 @@ def test_texts_are_one_or_many(tokenizer, model):
     np.testing.assert_array_equal(tokenize(CLASSES), tokenizer(CLASSES))
 
 
-@pytest.mark.any_backend
 def test_by_default_texts_become_clips_tokens():
     backbone = kcm.models.clip_backbone("tiny", image_size=16, context_length=20)
     _, _, tokenize = adapt(backbone)
@@ -228,7 +227,6 @@ def without_special_tokens(texts):
     return ids_of([text[::-1] for text in texts])[:, ::-1].copy()
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("name", "make", "tokenizer", "resize"),
     [

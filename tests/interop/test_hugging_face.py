@@ -13,6 +13,8 @@ from keras_cluster_mask.interop import load_hugging_face
 from keras_cluster_mask.interop.configs import flatten
 from tests.interop.open_clip_models import CONTEXT, VOCABULARY, batch, ended_by
 
+pytestmark = pytest.mark.any_backend
+
 TEXT = dict(
     vocab_size=VOCABULARY,
     max_position_embeddings=CONTEXT,
@@ -149,7 +151,6 @@ def test_embeddings_are_those_of_transformers(tmp_path, make, backbone, activati
             np.testing.assert_allclose(bias, reference.logit_bias.item(), rtol=1e-6)
 
 
-@pytest.mark.any_backend
 def test_weights_of_torch_are_read_too(folder):
     import safetensors.torch
     import torch
@@ -162,7 +163,6 @@ def test_weights_of_torch_are_read_too(folder):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.any_backend
 def test_weights_in_several_files_are_read(folder, tmp_path):
     transformers = pytest.importorskip("transformers")
     expected = load_hugging_face(folder).get_weights()
@@ -178,7 +178,6 @@ def test_weights_in_several_files_are_read(folder, tmp_path):
         load_hugging_face(folder)
 
 
-@pytest.mark.any_backend
 def test_old_configs_pool_texts_at_the_highest_id(folder):
     # As OpenAI's own on the Hugging Face hub have it.
     change_json(folder / "config.json", text_config__eos_token_id=2)
@@ -188,7 +187,6 @@ def test_old_configs_pool_texts_at_the_highest_id(folder):
     assert_same_embeddings(load_hugging_face(folder), reference)
 
 
-@pytest.mark.any_backend
 def test_old_configs_have_second_dictionaries_that_win(folder):
     config = json.loads((folder / "config.json").read_text())
     change_json(
@@ -203,7 +201,6 @@ def test_old_configs_have_second_dictionaries_that_win(folder):
     assert_same_embeddings(load_hugging_face(folder), reference)
 
 
-@pytest.mark.any_backend
 def test_what_a_config_leaves_out_has_the_default_of_transformers():
     transformers = pytest.importorskip("transformers")
     from keras_cluster_mask.interop.hugging_face import ENTRIES, PARTS
@@ -219,7 +216,6 @@ def test_what_a_config_leaves_out_has_the_default_of_transformers():
         assert theirs.get("text_config.eos_token_id", 49407) == 49407
 
 
-@pytest.mark.any_backend
 def test_options_of_from_backbone_take_precedence_over_the_files(folder):
     config = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.1]}
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
@@ -241,7 +237,6 @@ def test_options_of_from_backbone_take_precedence_over_the_files(folder):
 # === Pixels ===
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
 def test_pixels_are_those_of_the_image_processor(folder, name):
     transformers = pytest.importorskip("transformers")
@@ -261,7 +256,6 @@ def test_pixels_are_those_of_the_image_processor(folder, name):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("config", "mean", "std"),
     [
@@ -276,7 +270,6 @@ def test_pixels_may_be_scaled_only_or_alike_in_all_channels(folder, config, mean
     assert (model.pixel_mean, model.pixel_std) == ([mean] * 3, [std] * 3)
 
 
-@pytest.mark.any_backend
 def test_warnings_say_that_images_are_resized_otherwise(folder, tmp_path, recwarn):
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps({"size": {"shortest_edge": 16}}))
@@ -301,7 +294,6 @@ def test_warnings_say_that_images_are_resized_otherwise(folder, tmp_path, recwar
 # === Errors ===
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -322,7 +314,6 @@ def test_preprocessing_that_cannot_be_followed_is_refused(folder, key, value):
         load_hugging_face(folder)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -346,7 +337,6 @@ def test_what_clip_cannot_hold_is_refused_by_name(folder, key, value):
         load_hugging_face(folder)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "part", "key", "value"),
     [
@@ -365,7 +355,6 @@ def test_what_other_kinds_cannot_hold_is_refused_by_name(
         load_hugging_face(tmp_path)
 
 
-@pytest.mark.any_backend
 def test_what_is_not_there_is_said(folder, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match=r"snapshot_download.*source='none'"):
         load_hugging_face("none")

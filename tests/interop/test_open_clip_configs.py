@@ -25,6 +25,8 @@ from keras_cluster_mask.interop.open_clip_configs import (
 from keras_cluster_mask.models.architecture import TOWER
 from tests.interop.open_clip_models import batch, embeddings, ended_by, randomize
 
+pytestmark = pytest.mark.any_backend
+
 CONFIG = {
     "embed_dim": 24,
     "quick_gelu": True,
@@ -111,21 +113,18 @@ def test_a_config_says_heads_activation_and_pixels(tmp_path, where):
     assert_same_embeddings(model, reference)
 
 
-@pytest.mark.any_backend
 def test_a_named_config_is_that_of_the_installed_open_clip():
     pytest.importorskip("open_clip")
     for name in ("ViT-B-32-quickgelu", "ViT-L/14"):
         assert read_config(name).image_layers in (12, 24)
 
 
-@pytest.mark.any_backend
 def test_a_named_config_needs_open_clip(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install open_clip_torch.*config='ViT"):
         load_open_clip({}, "ViT-B-32")
 
 
-@pytest.mark.any_backend
 def test_a_warning_says_that_images_were_resized_otherwise(recwarn):
     state = open_clip_model(CONFIG).state_dict()
     config = {"model_cfg": CONFIG, "preprocess_cfg": {"resize_mode": "squash"}}
@@ -162,7 +161,6 @@ CANNOT_BE_HELD = [
 ]
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("name", "config"),
     [
@@ -189,13 +187,11 @@ def test_bad_configs_are_refused_by_name(name, config):
         load_open_clip({}, config)
 
 
-@pytest.mark.any_backend
 def test_a_config_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         load_open_clip({}, tmp_path / "none.json")
 
 
-@pytest.mark.any_backend
 def test_all_reasons_are_listed():
     config = changed(vision_cfg__pool_type="avg", text_cfg__proj_bias=True)
     with pytest.raises(ValueError, match=r"text_cfg.proj_bias.*vision_cfg.pool_type"):
@@ -205,7 +201,6 @@ def test_all_reasons_are_listed():
 # === Every config of open_clip ===
 
 
-@pytest.mark.any_backend
 def test_every_option_of_open_clip_is_known_with_its_default():
     model = pytest.importorskip("open_clip.model")
     for part, kind in (
@@ -243,7 +238,6 @@ def held(names):
 
 
 @pytest.mark.slow
-@pytest.mark.any_backend
 def test_configs_of_open_clip_have_the_sizes_heads_and_activations_of_its_models():
     open_clip = pytest.importorskip("open_clip")
     torch = pytest.importorskip("torch")
@@ -327,7 +321,6 @@ def test_metaclip_2_comes_and_goes(tmp_path):
         np.testing.assert_array_equal(array, expected[name].numpy(), err_msg=name)
 
 
-@pytest.mark.any_backend
 def test_open_clip_makes_the_same_model_of_what_is_saved(tmp_path):
     open_clip = pytest.importorskip("open_clip")
     backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation="quick_gelu")
@@ -345,7 +338,6 @@ def test_open_clip_makes_the_same_model_of_what_is_saved(tmp_path):
     assert_same_embeddings(model, reference)
 
 
-@pytest.mark.any_backend
 def test_pixels_that_the_model_takes_as_they_are_come_back_as_they_are(tmp_path):
     backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
     model = kcm.ContrastiveModel.from_backbone(backbone, pixel_mean=None)
@@ -356,7 +348,6 @@ def test_pixels_that_the_model_takes_as_they_are_come_back_as_they_are(tmp_path)
     np.testing.assert_allclose(found, images, atol=1e-3)
 
 
-@pytest.mark.any_backend
 def test_weights_do_not_take_the_config_of_other_weights_in_their_folder(tmp_path):
     import torch
 
@@ -371,7 +362,6 @@ def test_weights_do_not_take_the_config_of_other_weights_in_their_folder(tmp_pat
     assert_same_embeddings(model, reference)
 
 
-@pytest.mark.any_backend
 def test_a_folder_takes_several_models_and_a_file_is_replaced(tmp_path):
     activations = {"a": "gelu", "b": "quick_gelu"}
     for name, activation in [("b", "gelu"), *activations.items()]:
@@ -382,7 +372,6 @@ def test_a_folder_takes_several_models_and_a_file_is_replaced(tmp_path):
         assert model.backbone.vision_encoder.intermediate_activation == activation
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("width", "hidden"), [(96, 316), (1792, 15360), (49, 101), (1664, 8192)]
 )
@@ -394,7 +383,6 @@ def test_open_clip_computes_the_hidden_width_from_the_ratio_written(width, hidde
     assert int(found["width"] * found["mlp_ratio"]) == hidden
 
 
-@pytest.mark.any_backend
 def test_a_model_that_open_clip_cannot_hold_is_not_saved(tmp_path):
     backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation="relu")
     with pytest.raises(ValueError, match=r"`model`.*activation.*Received: activation"):

@@ -40,6 +40,7 @@ def assert_same_weights(actual, expected):
 # === Embeddings ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_embeddings_are_those_of_open_clip(quick_gelu):
     state = (reference := tiny(quick_gelu=quick_gelu)).state_dict()
@@ -55,6 +56,7 @@ def test_embeddings_are_those_of_open_clip(quick_gelu):
         assert np.abs(ours - theirs).max() > 1e-4
 
 
+@pytest.mark.any_backend
 def test_epsilons_are_those_of_open_clip(tmp_path):
     reference = tiny()
     import torch
@@ -88,6 +90,7 @@ def test_epsilons_are_those_of_open_clip(tmp_path):
 # === Sizes ===
 
 
+@pytest.mark.any_backend
 def test_images_may_come_channels_first(monkeypatch):
     reference = tiny()
     images, ids = batch()
@@ -121,6 +124,7 @@ def test_keras_gets_back_every_bit(tmp_path):
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours, theirs)))
 
 
+@pytest.mark.any_backend
 def test_a_state_dict_does_not_change_with_the_model():
     backbone = load(tiny().state_dict()).backbone
     state = open_clip_state_dict(backbone)
@@ -129,6 +133,7 @@ def test_a_state_dict_does_not_change_with_the_model():
     np.testing.assert_array_equal(state["visual.proj"], before)
 
 
+@pytest.mark.any_backend
 def test_a_contrastive_model_gives_its_backbone_and_its_bias():
     backbone = load(tiny().state_dict()).backbone
     model = kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(8))
@@ -174,6 +179,7 @@ def test_patches_without_positions_are_refused():
 # === The bias of a sigmoid loss ===
 
 
+@pytest.mark.any_backend
 def test_a_sigmoid_model_comes_back_with_its_bias(tmp_path):
     backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
     model = kcm.ContrastiveModel.from_backbone(

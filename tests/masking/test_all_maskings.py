@@ -93,6 +93,7 @@ def test_keeps_tokens_in_their_order_behind_the_prefix(strategy):
             assert visible.all()
 
 
+@pytest.mark.one_case
 @every_strategy
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_inference_returns_the_very_tokens_and_changes_nothing(strategy, policy):
@@ -139,6 +140,7 @@ def test_noise_is_all_the_randomness_there_is(strategy):
     np.testing.assert_array_equal(*outputs)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("strategy", [x for x in STRATEGIES if "threshold" not in x])
 def test_a_mask_ratio_of_zero_keeps_all_tokens(strategy):
     options = {"window": 1} if strategy == "grid" else {"mask_ratio": 0.0}
@@ -148,6 +150,7 @@ def test_a_mask_ratio_of_zero_keeps_all_tokens(strategy):
     np.testing.assert_array_equal(numpy(kept), tokens)
 
 
+@pytest.mark.any_backend
 @every_strategy
 def test_masks_do_not_depend_on_the_dtype_policy(strategy):
     options = {"embedding_weight": 0.5} if strategy in SIMILARITY else {}
@@ -196,6 +199,7 @@ def test_gradients_reach_kept_tokens_alone(strategy):
     np.testing.assert_array_equal(gradient, expected)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("masking", "kept"),
     [

@@ -23,6 +23,7 @@ def select(grid, teacher_grid=None, noise=None, **options):
     return levels.reshape(ROWS, -1), noise, indices
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize(
     ("grid", "teacher_grid", "block_size"),
@@ -45,6 +46,7 @@ def test_selects_as_the_reference(grid, teacher_grid, block_size, mask_ratio):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.any_backend
 def test_noise_decides_within_a_block_alone():
     rng = np.random.default_rng(3)
     for mask_ratio, same in ((0.5, True), (0.4, False)):
@@ -58,6 +60,7 @@ def test_noise_decides_within_a_block_alone():
     assert kcm.RandomMasking.is_random
 
 
+@pytest.mark.any_backend
 def test_keeps_tokens_of_whole_blocks_in_an_encoder():
     encoder = clip_vision_encoder()
     teacher = kcm.models.MomentumEncoder(encoder, image_size=8)
@@ -70,6 +73,7 @@ def test_keeps_tokens_of_whole_blocks_in_an_encoder():
     np.testing.assert_array_equal(indices, top_left[:, None] + [0, 1, 4, 5])
 
 
+@pytest.mark.any_backend
 def test_the_model_hands_normalized_pixels_to_the_teacher():
     backbone = tiny_clip()
     teacher = kcm.models.MomentumEncoder(backbone.vision_encoder)

@@ -16,6 +16,7 @@ ROWS = 48
 GRIDS = [(4, 4), (5, 5), (3, 7), (7, 3), (6, 4), (2, 12), (12, 2), (1, 9)]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("grid", GRIDS)
 def test_selects_as_the_reference(grid):
     rng = np.random.default_rng(1)
@@ -26,6 +27,7 @@ def test_selects_as_the_reference(grid):
         assert_selects(masking, expected, noise=noise)
 
 
+@pytest.mark.any_backend
 def test_keeps_a_square_at_a_uniform_place():
     # 9 of 36 patches, a square of 3 x 3 at one of 4 x 4 places.
     masking = kcm.BlockMasking(0.75, num_prefix_tokens=0, seed=3)
@@ -38,6 +40,7 @@ def test_keeps_a_square_at_a_uniform_place():
     assert chi_square(counts, 6000, 1) > FALSE_ALARM
 
 
+@pytest.mark.any_backend
 def test_the_surplus_of_a_square_goes_at_random_wherever_the_square_is():
     # 5 of 16 patches: a square of 3 x 3 at one of four places loses 4 patches. The
     # noise of the first patch draws the place, which must not decide whether it stays.

@@ -10,6 +10,7 @@ ROWS = 48
 GRIDS = [(4, 4), (5, 5), (3, 7), (7, 3), (6, 4), (2, 12), (1, 9)]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("grid", GRIDS)
 def test_selects_as_the_reference_wherever_the_cut_is_clear(grid):
     rng = np.random.default_rng(1)
@@ -28,6 +29,7 @@ def test_selects_as_the_reference_wherever_the_cut_is_clear(grid):
     assert left_out < 0.05 * total
 
 
+@pytest.mark.any_backend
 def test_keeps_the_center_always_and_the_border_rarely():
     masking = kcm.CenteredMasking(0.5, num_prefix_tokens=0, seed=0)
     indices, _ = numpy(*masking.select(tokens=np.zeros((4000, 196, 1), "float32")))

@@ -104,6 +104,7 @@ def reference_similarity(images, patch_size, noise, options):
 
 
 class TestSelectionEqualsReference:
+    @pytest.mark.one_case
     @pytest.mark.parametrize("geometry", GEOMETRIES)
     def test_of_textured_images_wherever_the_cut_is_clear(self, geometry):
         height, width, channels, patch_size, dtype, data_format = GEOMETRIES[geometry]
@@ -123,11 +124,13 @@ class TestSelectionEqualsReference:
         # 288 rows a geometry, 1,728 in all, of which more than 1,209 are compared.
         assert compared > 0.7 * total
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("kind", PLAIN)
     def test_of_plain_images_always(self, kind, mode):
         self.assert_equal_everywhere(PLAIN[kind](), (8, 4), MODES[mode])
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize("levels", [(0.0, 1.0), (0.97, 1.0)])
     @pytest.mark.parametrize("patch_size", [(8, 8), (16, 16), (32, 32)])
     def test_of_flat_patches_of_many_levels_always(self, patch_size, levels):
@@ -167,6 +170,7 @@ class TestSelectionEqualsReference:
 class TestSimilarity:
     anchors = np.array([[0], [5], [11]], "int32")
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize("weight", [0.3, 1.0])
     @pytest.mark.parametrize("prefix", [0, 2])
     def test_with_tokens_mixes_by_weight_before_the_maximum(self, weight, prefix):
@@ -187,6 +191,7 @@ class TestSimilarity:
             rtol=0,
         )
 
+    @pytest.mark.any_backend
     def test_at_weight_0_is_the_same_with_and_without_tokens(self):
         images = textured(np.random.default_rng(10), 3, 24, 32, 3)
         masking = kcm.ClusterMasking(8)
@@ -196,6 +201,7 @@ class TestSimilarity:
 
 
 class TestAnchors:
+    @pytest.mark.any_backend
     def test_are_the_patches_of_smallest_noise_and_masked_before_their_likes(self):
         # Repeated tiles: whatever the cut, no look-alike goes before its anchor.
         rng = np.random.default_rng(14)
@@ -221,6 +227,7 @@ class TestAnchors:
         assert masking.draw_anchors(ops.convert_to_tensor(noise)).shape == (2, count)
         assert reference.anchor_count(num_patches, anchor_ratio) == count
 
+    @pytest.mark.any_backend
     def test_all_being_anchors_keeps_by_noise_alone(self):
         rng = np.random.default_rng(16)
         images = textured(rng, ROWS, 32, 48, 3)
@@ -238,6 +245,7 @@ class TestThresholdMode:
         options = {"min_mask_ratio": 0.25, "threshold": 0.1, "seed": 0, **options}
         return kcm.ClusterMasking(8, **options)
 
+    @pytest.mark.any_backend
     def test_a_pooling_after_it_sees_visible_tokens_only(self):
         masking, pooling = self.masking(), keras.layers.GlobalAveragePooling1D()
         drawn = draw_noise(np.random.default_rng(18), ROWS, 24)
@@ -258,6 +266,7 @@ class TestThresholdMode:
 
 
 class TestAdapt:
+    @pytest.mark.one_case
     @pytest.mark.parametrize(
         ("mask_ratio", "min_mask_ratio", "dtype"),
         # The budget binds in the last case.
@@ -285,6 +294,7 @@ class TestAdapt:
         assert error < 0.05
         assert abs(ratios.mean() - mask_ratio) < 0.01 + error
 
+    @pytest.mark.any_backend
     def test_looks_at_pixels_alone_whatever_the_embedding_weight(self):
         images = photographs(32, 48, ROWS)
         thresholds = []
@@ -332,6 +342,7 @@ class TestAdapt:
 
 
 class TestEmbeddingSchedule:
+    @pytest.mark.any_backend
     def test_weights_out_of_range_are_clipped(self):
         images = textured(np.random.default_rng(26), 3, 24, 32, 3)
         tokens = tokens_of(3, 12)
@@ -347,6 +358,7 @@ class TestEmbeddingSchedule:
         )
         np.testing.assert_array_equal(got, expected)
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize(("start", "hide_padding"), [(-0.15, True), (0.2, False)])
     def test_threshold_follows_until_the_ratio_is_back_at_the_target(
         self, start, hide_padding
@@ -381,6 +393,7 @@ class TestEmbeddingSchedule:
         masking(tokens, images=images)
         assert float(numpy(masking.threshold.value)) == np.float32(thresholds[-1])
 
+    @pytest.mark.any_backend
     @pytest.mark.parametrize("start", [-1.0, 1.0])
     def test_threshold_stays_in_the_range_of_similarities(self, start):
         # No threshold leaves out 40 % of images that are all alike.
@@ -398,6 +411,7 @@ class TestEmbeddingSchedule:
             masking(tokens, images=images, training=True)
         assert abs(float(numpy(masking.threshold.value))) <= 1.0
 
+    @pytest.mark.any_backend
     def test_threshold_stays_put_without_a_mix(self):
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.1, threshold=-0.5)
         masking(tokens_of(ROWS, 25), images=photographs(32, 48, ROWS), training=True)

@@ -51,6 +51,7 @@ def test_selects_as_the_reference_wherever_every_decision_is_clear():
     assert left_out < 0.05 * total, f"{left_out} of {total} cases are not clear"
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("grid", [(3, 5), (6, 4), (1, 9), (2, 7)])
 def test_edges_are_those_of_a_sobel_filter_on_gray_levels(grid):
     patches = np.random.default_rng(5).random((8, grid[0] * grid[1], 12))
@@ -62,6 +63,7 @@ def test_edges_are_those_of_a_sobel_filter_on_gray_levels(grid):
         np.testing.assert_allclose(edges, expected / expected.max(), atol=2.0**-12)
 
 
+@pytest.mark.any_backend
 def test_rounding_errors_are_no_edges():
     # The same pixels in another order: their mean differs in its last bits alone.
     rng = np.random.default_rng(7)
@@ -72,6 +74,7 @@ def test_rounding_errors_are_no_edges():
     np.testing.assert_array_equal(got, 0.0)
 
 
+@pytest.mark.any_backend
 def test_zero_tokens_are_like_none_even_themselves():
     # Sinkhorn's algorithm has nothing to divide by there.
     images, noise, tokens = case(*GEOMETRIES[0], seed=6)

@@ -19,6 +19,7 @@ GRIDS = [
 ]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("rows", "columns", "window"), GRIDS)
 def test_selects_as_the_reference(rows, columns, window):
     noise = draw_noise(np.random.default_rng(1), ROWS, rows * columns)
@@ -27,6 +28,7 @@ def test_selects_as_the_reference(rows, columns, window):
     assert_selects(masking, expected, noise=noise)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("rows", "columns", "window"), GRIDS)
 def test_keeps_exactly_one_patch_of_every_window_even_where_noise_ties(
     rows, columns, window

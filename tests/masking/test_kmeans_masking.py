@@ -69,6 +69,7 @@ def test_selects_as_the_reference_wherever_every_assignment_is_clear():
     assert left_out < 0.05 * total, f"{left_out} of {total} cases are not clear"
 
 
+@pytest.mark.any_backend
 def test_flat_patches_of_many_gray_levels_share_a_cluster():
     # Rounding errors, here larger ones, must not decide which of several seeds.
     rng = np.random.default_rng(5)
@@ -82,6 +83,7 @@ def test_flat_patches_of_many_gray_levels_share_a_cluster():
     np.testing.assert_array_equal(flat, np.broadcast_to(flat[:, :1], flat.shape))
 
 
+@pytest.mark.any_backend
 def test_clusters_leave_in_random_order():
     # The left half is striped, the right half barred: two clusters of equal size, where
     # the two seeds are not of the same kind.

@@ -55,6 +55,7 @@ class TestStrategy:
         np.testing.assert_array_equal(kept[:, 1:], expected)
         np.testing.assert_array_equal(kept[:, 0], tokens[:, 0])
 
+    @pytest.mark.any_backend
     def test_minus_infinity_masks_for_good(self):
         # 8 of 10 stay; only the 5 odd ones are to be seen.
         masking = FirstPatches(0.2, num_prefix_tokens=1)
@@ -70,6 +71,7 @@ class TestStrategy:
         assert mask[:, 0].all()
         np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.5, atol=1e-6)
 
+    @pytest.mark.any_backend
     def test_minus_infinity_hides_nothing_in_a_strategy_that_hides_no_tokens(self):
         class OddPatches(kcm.PatchMasking):
             def score(self, noise, images=None, tokens=None):
@@ -129,6 +131,7 @@ class TestScoresOfNaN:
         with pytest.raises(ValueError, match=r"`score` of `returns.*NaN.*Received: "):
             masking(tokens_of(2, 17), training=True)
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize("compiled", [False, True])
     def test_show_in_later_and_in_compiled_steps(self, compiled):
         masking = Returns(lambda noise: noise)
@@ -178,6 +181,7 @@ def test_noise_is_float32_in_the_unit_interval_under_any_policy():
 BY_POSITION = [kcm.CenteredMasking, kcm.GridMasking, kcm.BlockMasking]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("strategy", BY_POSITION)
 @pytest.mark.parametrize("grid", [(2, 8), (8, 2), (4, 4)])
 def test_a_grid_is_inferred_from_the_size_of_the_images(strategy, grid):
@@ -219,6 +223,7 @@ def test_a_grid_that_does_not_fit_is_refused(
         )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("views", [(), (2,)])
 def test_noise_of_another_number_of_patches_is_refused(views):
     masking, tokens = kcm.RandomMasking(0.5, num_prefix_tokens=1), tokens_of(2, 17)
@@ -255,6 +260,7 @@ def test_last_mask_ratio_moves_in_a_compiled_step():
     np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.25, atol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_an_incoming_keras_mask_passes_inference():
     tokens = keras.layers.Masking()(ops.convert_to_tensor(tokens_of(2, 17)))
     before = output_mask(tokens)

@@ -24,6 +24,7 @@ class MaskingLayerTest(testing.TestCase):
             )
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("mask_ratio", "num_patches", "kept"),
     [
@@ -43,6 +44,7 @@ def test_keeps_a_number_of_patches_that_is_rounded_down(mask_ratio, num_patches,
     assert indices.shape == (4, kept)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.3, 0.5, 0.9])
 def test_selects_as_the_reference_whatever_the_images_show(mask_ratio):
     noise = draw_noise(np.random.default_rng(0), 48, 24)

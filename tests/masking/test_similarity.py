@@ -13,6 +13,7 @@ def tensor(array):
     return ops.convert_to_tensor(array)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pixel_similarity_is_the_reference_for_every_anchor(dtype, channels):
@@ -31,6 +32,7 @@ def test_pixel_similarity_is_the_reference_for_every_anchor(dtype, channels):
     )
 
 
+@pytest.mark.any_backend
 def test_flat_patches_are_alike_and_unlike_textured_ones():
     images = mosaic(np.random.default_rng(2), 8, 6, 4, (4, 4))
     patches = reference.patches(images, 4)
@@ -45,6 +47,7 @@ def test_flat_patches_are_alike_and_unlike_textured_ones():
     assert np.abs(got[one]).max() < 0.01
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("offset", [0.0, 1.0, -1.0])
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-12, 1e-4, 1.0, 1e6, 1e12])
 def test_pixel_similarity_is_finite_and_1_to_itself(scale, offset):
@@ -58,6 +61,7 @@ def test_pixel_similarity_is_finite_and_1_to_itself(scale, offset):
     np.testing.assert_allclose(own, 1.0, atol=1e-5)
 
 
+@pytest.mark.any_backend
 def test_rounding_is_to_multiples_of_the_step_at_most_1_without_minus_zero():
     values = np.linspace(-1.0, 1.0, 100_001, dtype="float32")
     values = np.concatenate([values, [1.0000002, -1e-6, 1e-6, -0.0]]).astype("float32")

@@ -38,6 +38,7 @@ BUDGET = [name for name in STRATEGIES if name != "threshold"]
 # === Images ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("strategy", BUDGET)
 def test_images_may_be_of_any_dtype_alike(strategy):
     values = np.random.default_rng(29).integers(0, 256, (ROWS, 32, 48, 3)) / 255.0
@@ -51,6 +52,7 @@ def test_images_may_be_of_any_dtype_alike(strategy):
         assert_selects(masking, expected, images=images, noise=noise)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("strategy", BUDGET)
 def test_the_scale_and_origin_of_pixels_do_not_matter(strategy):
     noise = draw_noise(np.random.default_rng(33), ROWS, 24)
@@ -63,6 +65,7 @@ def test_the_scale_and_origin_of_pixels_do_not_matter(strategy):
         assert np.mean((indices == expected).all(axis=1)) > 0.9
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("strategy", BUDGET)
 def test_data_format_changes_the_layout_only(strategy):
     rng = np.random.default_rng(31)
@@ -75,6 +78,7 @@ def test_data_format_changes_the_layout_only(strategy):
     assert_selects(first, expected, images=moved, noise=noise)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_large_batch_is_compared_in_blocks_with_the_same_result(
@@ -117,6 +121,7 @@ def test_data_format_defaults_to_the_configured_one(strategy):
 # === The mix of pixels and tokens ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("strategy", BUDGET)
 def test_a_schedule_sets_the_weight_of_each_training_step(strategy):
     rng = np.random.default_rng(24)
@@ -138,6 +143,7 @@ def test_a_schedule_sets_the_weight_of_each_training_step(strategy):
     assert np.any(chosen[0] != chosen[4])
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("strategy", BUDGET)
 def test_step_advances_in_a_compiled_training_step(strategy):
     masking = STRATEGIES[strategy](8, embedding_weight=ramp())

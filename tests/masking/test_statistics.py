@@ -8,6 +8,8 @@ from keras_cluster_mask.masking import masking_statistics
 from tests.helpers import clip_vision_encoder, random_images
 from tests.masking.images import numpy, textured
 
+pytestmark = pytest.mark.any_backend
+
 IMAGES, N = 10, 24
 PIXELS = textured(np.random.default_rng(1), IMAGES, 16, 24, 3)
 MODES = {
@@ -55,7 +57,6 @@ def test_are_those_of_what_is_selected(mode):
     assert found.keep_ratio.mean() == pytest.approx(reported, abs=1e-6)
 
 
-@pytest.mark.any_backend
 def test_are_the_same_in_batches_of_any_size_and_in_other_layouts():
     masking = cluster_masking()
     whole = statistics_of(masking, PIXELS, seed=5)
@@ -105,7 +106,6 @@ def test_a_masking_that_learns_its_prefix_from_an_encoder_can_be_measured():
 TWO_SIZES = [np.zeros((2, 16, 24, 3)), np.zeros((2, 24, 16, 3))]
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("masking", "arguments", "message"),
     [
@@ -131,7 +131,6 @@ def test_refuse_and_name_the_argument(masking, arguments, message):
         statistics_of(masking, **arguments)
 
 
-@pytest.mark.any_backend
 def test_progress_is_shown_as_in_keras(capsys):
     keras.config.enable_interactive_logging()
     statistics_of(cluster_masking(), PIXELS, verbose=0)
@@ -142,7 +141,6 @@ def test_progress_is_shown_as_in_keras(capsys):
     assert "keep_ratio: 0.5000" in printed
 
 
-@pytest.mark.any_backend
 def test_are_printed_as_a_summary():
     found = statistics_of(cluster_masking(**MODES["threshold"]), PIXELS)
     size, ratio, position = str(found).splitlines()

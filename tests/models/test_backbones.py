@@ -124,6 +124,7 @@ def metaclip():
 # === All backbones ===
 
 
+@pytest.mark.one_case
 def test_embeddings_logits_and_loss_are_the_backbones_own(trained):
     model, found = trained.model, trained.predicted
     is_siglip = trained.kind == "siglip"
@@ -143,6 +144,7 @@ def test_embeddings_logits_and_loss_are_the_backbones_own(trained):
     np.testing.assert_allclose(logits, expected, atol=1e-5 if is_siglip else 1e-4)
 
 
+@pytest.mark.any_backend
 def test_a_fit_trains_all_of_the_backbone(trained):
     still = [
         v.path
@@ -165,6 +167,7 @@ def test_the_model_adds_the_weights_of_the_masking_and_nothing_else(trained):
         assert model.head.logit_bias is trained.head.logit_bias
 
 
+@pytest.mark.any_backend
 def test_keras_hub_alone_reads_what_was_trained(trained, tmp_path):
     trained.backbone.save_to_preset(str(tmp_path))
     loaded = type(trained.backbone).from_preset(str(tmp_path))
@@ -198,6 +201,7 @@ def test_a_preset_has_the_tokenizer_too(tmp_path):
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_after_a_reload_a_fit_trains_the_reloaded_backbone(trained, tmp_path):
     model, pairs = trained.model, trained.pairs
     model.save(tmp_path / "model.keras")
@@ -225,6 +229,7 @@ def test_after_a_reload_a_fit_trains_the_reloaded_backbone(trained, tmp_path):
 # === Precision ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("kind", "by_policy"), [("clip", False), ("clip", True), ("siglip", False)]
 )
@@ -257,6 +262,7 @@ class SpyMasking(kcm.RandomMasking):
         return noise
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("by_policy", [False, True])
 def test_a_masking_sees_images_in_full_precision_in_mixed_precision(by_policy):
     images, mixed = random_images(4), "mixed_bfloat16"
@@ -273,6 +279,7 @@ def test_a_masking_sees_images_in_full_precision_in_mixed_precision(by_policy):
 # === Temperature and bias ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_the_temperature_is_the_backbones_unless_given(kind):
     backbone = KINDS[kind][0]()
@@ -310,6 +317,7 @@ def test_a_siglip_that_was_trained_stays_where_it_is():
     assert scale_and_bias(kept) == [1.0, -3.0]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("kind", "log_scale"), [("clip", 4.6052), ("siglip", 4.77)])
 def test_the_scale_of_a_trained_backbone_is_never_lowered_to_a_limit(
     kind, log_scale, tmp_path
@@ -329,6 +337,7 @@ def test_the_scale_of_a_trained_backbone_is_never_lowered_to_a_limit(
         assert scalar(each.head.scale) == pytest.approx(limit, rel=1e-6)
 
 
+@pytest.mark.any_backend
 def test_the_softmax_loss_leaves_the_bias_of_siglip_alone():
     backbone = tiny_siglip()
     backbone.siglip_head.logit_scale.assign(math.log(14.0))
@@ -397,6 +406,7 @@ def without_end(pairs, row):
     return {**pairs, "token_ids": ids}
 
 
+@pytest.mark.any_backend
 def test_what_follows_the_end_token_has_no_influence(metaclip):
     model, ids = metaclip.model, metaclip.pairs["token_ids"].copy()
     for row in ids:

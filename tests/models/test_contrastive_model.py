@@ -108,6 +108,7 @@ def test_a_ragged_last_batch_is_predicted_and_a_batch_of_one_is_evaluated(fitted
 # === The loss ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("initial_temperature", [None, 0.5])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_the_loss_of_a_step_is_the_one_written_out(kind, initial_temperature):
@@ -131,6 +132,7 @@ def test_the_loss_of_a_step_is_the_one_written_out(kind, initial_temperature):
         assert float(ops.convert_to_numpy(model.head.logit_bias)) != -10.0
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_equal_texts_are_positives_of_one_another_unless_told_otherwise(kind):
     pairs = {**random_pairs(6), "token_ids": class_pairs(6, 2)["token_ids"]}
@@ -222,6 +224,7 @@ def test_fit_reports_exactly_the_promised_metrics(fitted):
     assert history["mask_ratio"] == pytest.approx([1 - 12 / 16] * 30)
 
 
+@pytest.mark.any_backend
 def test_the_mask_ratio_of_a_threshold_is_the_share_without_influence():
     masking = threshold_masking()
     model = masked_model(masking)
@@ -345,6 +348,7 @@ def test_torch_can_compile_a_step(monkeypatch, tmp_path):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.any_backend
 def test_an_encoder_that_learns_its_width_when_called_trains():
     image_encoder = keras.Sequential(
         [keras.layers.Flatten(), keras.layers.Dense(7)], name="images"
@@ -410,6 +414,7 @@ def token_log(steps):
     return model, log
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("format", ["grain", "tf"])
 def test_fit_sees_each_batch_of_a_stream_once_and_in_order(format, write_pairs):
     if format == "tf":
@@ -472,6 +477,7 @@ def test_an_endless_stream_is_not_evaluated_or_predicted(
 # === An unset threshold ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("eager", [False, True])
 def test_training_without_a_threshold_is_an_error_and_after_adapt_it_trains(eager):
     model = masked_model(threshold_masking(threshold=None))
@@ -490,6 +496,7 @@ def test_training_without_a_threshold_is_an_error_and_after_adapt_it_trains(eage
         assert np.isfinite(one_step(model, pairs)["loss"]).all()
 
 
+@pytest.mark.any_backend
 def test_adapt_sees_pixels_as_the_model_shows_them_to_the_masking():
     # Channels of different deviations, which CLIP's statistics weigh differently.
     images = random_pairs(64)["images"] // np.array([1, 3, 9], "uint8")
@@ -639,6 +646,7 @@ def test_losses_and_metrics_are_refused(name):
 # === Weights of pairs ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_weights_of_pairs_weight_loss_and_accuracies(micro_batch_size):
     pairs = random_pairs(8)
@@ -674,6 +682,7 @@ def test_weights_of_pairs_weight_loss_and_accuracies(micro_batch_size):
             assert np.squeeze(logs[name]) == pytest.approx(value, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_a_batch_of_weights_of_0_has_a_loss_of_0_and_changes_nothing(loss):
     model = small_model(loss=loss)

@@ -26,6 +26,7 @@ from tests.helpers import (
 )
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("projection_dim", [None, 5])
 def test_embeddings_are_float32_unit_vectors_of_the_common_width(projection_dim):
     model = small_model(projection_dim=projection_dim)
@@ -46,6 +47,7 @@ def test_embeddings_are_float32_unit_vectors_of_the_common_width(projection_dim)
     )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", ["plain", "masked", "clip", "siglip", "metaclip"])
 def test_the_summary_shows_shapes_and_counts_each_weight_once(kind, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
@@ -66,6 +68,7 @@ def test_the_summary_shows_shapes_and_counts_each_weight_once(kind, monkeypatch)
     assert sum(counts) == model.count_params()
 
 
+@pytest.mark.any_backend
 def test_projections_are_matrices_without_a_bias():
     model = kcm.ContrastiveModel(image_mlp(12), text_bag(16), projection_dim=5)
     encoders = len(model.image_encoder.weights) + len(model.text_encoder.weights)
@@ -98,6 +101,7 @@ def test_texts_that_are_not_ids_are_refused_with_the_remedy():
         small_model().encode_text(["a red heart"])
 
 
+@pytest.mark.any_backend
 def test_an_encoder_that_returns_tokens_is_refused():
     model = kcm.ContrastiveModel(functional_vit(pool=False), text_bag())
     with pytest.raises(ValueError, match=r"add a pooling.*Received: own_vit"):

@@ -14,6 +14,8 @@ from tests.helpers import (
     random_images,
 )
 
+pytestmark = pytest.mark.any_backend
+
 
 class MixTokens(keras.layers.Layer):
     """Adds to each token the mean of all, hidden ones included."""

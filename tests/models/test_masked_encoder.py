@@ -76,6 +76,7 @@ def kept_tokens(masked, images, noise, prefix):
     )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", ["vit_wide", "own"])
 def test_the_encoder_knows_the_size_of_its_patches(kind, tmp_path):
     masking = kcm.KMeansMasking()
@@ -99,6 +100,7 @@ def test_the_encoder_knows_the_size_of_its_patches(kind, tmp_path):
 # === The same encoder ===
 
 
+@pytest.mark.one_case
 @each_encoder
 def test_inference_returns_exactly_what_the_encoder_returns(kind):
     masked, images, _, _ = make(kind)
@@ -108,6 +110,7 @@ def test_inference_returns_exactly_what_the_encoder_returns(kind):
     np.testing.assert_array_equal(to_numpy(masked(inputs, training=False)), expected)
 
 
+@pytest.mark.one_case
 @each_encoder
 def test_training_takes_the_prefix_and_half_of_the_patches(kind):
     masked, images, noise, prefix = make(kind, mask_ratio=0.5)
@@ -123,6 +126,7 @@ def test_training_takes_the_prefix_and_half_of_the_patches(kind):
     np.testing.assert_allclose(trained, to_numpy(blocks(chosen)), atol=1e-6)
 
 
+@pytest.mark.any_backend
 @each_encoder
 def test_weights_are_the_encoders_own_and_not_held_twice(kind):
     masked, images, _, _ = make(kind)
@@ -146,6 +150,7 @@ def test_weights_are_the_encoders_own_and_not_held_twice(kind):
     np.testing.assert_array_equal(after[0], to_numpy(encoder(inputs)))
 
 
+@pytest.mark.any_backend
 def test_one_masking_serves_encoders_with_different_prefixes():
     masking = kcm.RandomMasking(0.5, seed=1)
     config, noise = masking.get_config(), random_noise(4)
@@ -170,6 +175,7 @@ def test_one_masking_serves_encoders_with_different_prefixes():
 # === Nothing left out has an influence ===
 
 
+@pytest.mark.any_backend
 @each_encoder
 def test_pixels_left_out_by_a_budget_change_nothing(kind):
     _, layer, (height, width), prefix = ENCODERS[kind]
@@ -201,6 +207,7 @@ def repaint(images, kept):
     return changed
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["clip", "vit_wide", "siglip", "dino", "deit", "own"])
 def test_a_threshold_equals_the_encoder_on_the_visible_tokens_alone(kind):
     masked, images, noise, prefix = make(kind, min_mask_ratio=0.25, threshold=0.0)
@@ -368,6 +375,7 @@ def test_what_cannot_be_masked_is_refused(make, masking, layer, match):
         kcm.with_masking(make(), masking, layer)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(("prefix", "policy"), [(0, "float32"), (2, "mixed_bfloat16")])
 def test_tokens_that_do_not_depend_on_the_image_are_counted_as_the_prefix(
     prefix, policy
@@ -378,6 +386,7 @@ def test_tokens_that_do_not_depend_on_the_image_are_counted_as_the_prefix(
     assert masked(random_images(2), training=True).shape == (2, 4)
 
 
+@pytest.mark.any_backend
 def test_a_sequential_encoder_is_masked():
     encoder = keras.Sequential(
         [
@@ -398,6 +407,7 @@ def test_a_sequential_encoder_is_masked():
 # === In a model of the user's own ===
 
 
+@pytest.mark.any_backend
 def test_a_pooled_output_carries_no_mask_of_tokens():
     # A loss of Keras's own would take it for weights of the samples.
     masking = kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1)

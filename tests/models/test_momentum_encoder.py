@@ -88,6 +88,7 @@ def class_attention(encoder, images):
     return np.mean(rows, axis=(0, 2))[:, -patches:]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_is_that_of_a_whole_forward_pass(family):
     encoder = moved(three_layers(family), 1)
@@ -105,6 +106,7 @@ def test_attention_is_that_of_a_whole_forward_pass(family):
     np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("family", ["CLIP", "ViT", "DINOV2"])
 def test_a_teacher_of_another_size_reads_smaller_images(family):
     encoder = moved(three_layers(family), 2)
@@ -124,6 +126,7 @@ def test_a_teacher_of_another_size_reads_smaller_images(family):
     np.testing.assert_allclose(to_numpy(teacher.attention(images)), expected, atol=1e-5)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("is_called_in_training", [True, False])
 def test_layers_around_keep_their_mode_and_the_teacher_keeps_its_own(
     is_called_in_training,
@@ -158,6 +161,7 @@ def momenta(count, first=0.9, last=1.0, steps=None):
     return [last - (last - first) * (math.cos(math.pi * x) + 1) / 2 for x in progress]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "options",
     [{}, {"steps": 4}, {"steps": 4, "final_momentum": 0.2}],
@@ -180,6 +184,7 @@ def test_updates_follow_the_closed_form(options):
     assert int(ops.convert_to_numpy(teacher.step)) == 6
 
 
+@pytest.mark.any_backend
 def test_a_saved_teacher_continues_in_the_middle_of_its_schedule(tmp_path):
     encoder = moved(clip_vision_encoder(), 1)
     teacher = MomentumEncoder(encoder, 0.9, steps=4)
@@ -197,6 +202,7 @@ def test_a_saved_teacher_continues_in_the_middle_of_its_schedule(tmp_path):
         assert one is not other
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("family", "size"), [("CLIP", 8), ("DINOV2", 8), ("DINOV2", 16)]
 )
@@ -212,6 +218,7 @@ def test_positions_of_any_size_follow_those_of_the_encoder(family, size):
     assert_close(float_values(teacher.copied_weights), expected, 1e-5)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 def test_training_updates_once_a_step_before_the_step_changes_the_encoder(dtype):
     keras.utils.set_random_seed(0)
@@ -258,6 +265,7 @@ def make_model():
     )
 
 
+@pytest.mark.any_backend
 def test_no_optimizer_ever_sees_the_teacher(tmp_path):
     model = make_model()
     teacher = model.masking.teacher
@@ -282,6 +290,7 @@ def test_no_optimizer_ever_sees_the_teacher(tmp_path):
     assert len(trained(loaded)) == expected
 
 
+@pytest.mark.any_backend
 def test_each_weight_is_saved_once(tmp_path):
     import h5py
 
@@ -305,6 +314,7 @@ def test_each_weight_is_saved_once(tmp_path):
     assert_close(values(other.masking.variables), values(model.masking.variables), 0)
 
 
+@pytest.mark.any_backend
 def test_its_weights_have_paths_of_their_own():
     model = make_model()
     paths = [v.path for v in model.variables]
@@ -315,6 +325,7 @@ def test_its_weights_have_paths_of_their_own():
         assert parameters == {id(v.value) for v in model.variables}
 
 
+@pytest.mark.any_backend
 def test_its_blocks_are_no_blocks_of_the_model():
     model = make_model()
     blocks = [x for x in all_layers(model) if "EncoderLayer" in type(x).__name__]

@@ -79,6 +79,7 @@ def trained_in(encoder):
     return {id(v) for v in encoder.trainable_weights}
 
 
+@pytest.mark.any_backend
 @each_family
 def test_the_last_blocks_and_what_follows_are_trained(family):
     model = make_model(*family)
@@ -95,6 +96,7 @@ def test_the_last_blocks_and_what_follows_are_trained(family):
     assert trained_in(model) == trained_in(encoders[0]) | others
 
 
+@pytest.mark.any_backend
 @each_family
 def test_lora_trains_factors_alone_and_is_merged_in_a_file(family, tmp_path):
     model = make_model(*family)
@@ -120,6 +122,7 @@ def test_lora_trains_factors_alone_and_is_merged_in_a_file(family, tmp_path):
     assert len(loaded.trainable_weights) == len(model.trainable_weights)
 
 
+@pytest.mark.any_backend
 def test_biases_that_keras_hub_trains_with_lora_are_trained_after_a_reload(tmp_path):
     model = make_model("CLIP")
     model.backbone.enable_lora(2)
@@ -129,6 +132,7 @@ def test_biases_that_keras_hub_trains_with_lora_are_trained_after_a_reload(tmp_p
     assert [v.path for v in loaded.trainable_weights] == expected
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("change", [kcm.enable_lora, kcm.train_last_blocks])
 def test_only_what_is_trained_changes_once_the_model_is_compiled(change):
     model = make_model()
@@ -170,6 +174,7 @@ def run(part, folder, stop=None):
     return values([*model.variables, *model.optimizer.variables])
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("part", ["LoRA", "last block"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(part, tmp_path):
     expected = run(part, tmp_path / "whole")
@@ -213,6 +218,7 @@ def kept(model):
     return sum(x.nbytes for x in jax.tree.leaves(backward))
 
 
+@pytest.mark.one_case
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow",
     reason="A compiled step plans its memory; the tape of an eager one keeps all.",
@@ -233,6 +239,7 @@ def test_nothing_is_kept_for_frozen_blocks(masked, checkpointing):
 # === Copies ===
 
 
+@pytest.mark.any_backend
 def test_a_teacher_follows_an_encoder_merged_with_its_lora(tmp_path):
     backbone = tiny_clip()
     teacher = kcm.models.MomentumEncoder(backbone.vision_encoder, 0.0, 0.0, steps=1)

@@ -26,6 +26,7 @@ def test_the_statistics_are_those_clip_was_trained_with():
     assert constants.OPENAI_DATASET_STD == CLIP_STD
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_bytes_are_scaled_and_normalized_by_channel(channels):
     images = bytes_of_images(channels)
@@ -46,6 +47,7 @@ def test_channels_first_is_normalized_along_the_first_axis():
     np.testing.assert_array_equal(np.moveaxis(ops.convert_to_numpy(first), 1, -1), last)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_floats_are_left_alone(dtype):
     images = (100.0 * np.random.default_rng(0).normal(size=(2, 4, 4, 3))).astype(dtype)

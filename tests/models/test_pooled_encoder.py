@@ -76,6 +76,7 @@ def pairs(padding=0):
     return {"images": images.astype("uint8"), "token_ids": ids}
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("family", IMAGES)
 def test_images_are_pooled_as_their_family_is(family):
     make, prefix, pooling = IMAGES[family]
@@ -96,6 +97,7 @@ def test_images_are_pooled_as_their_family_is(family):
         np.testing.assert_allclose(found, expected[given], atol=1e-6)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("family", TEXTS)
 def test_padding_has_no_influence_on_texts(family):
     model = make_model(texts=TEXTS[family])
@@ -107,6 +109,7 @@ def test_padding_has_no_influence_on_texts(family):
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_a_text_embedder_has_its_own_pooling(pooling):
     texts = embedder(pooling)
@@ -123,6 +126,7 @@ def test_a_text_embedder_has_its_own_pooling(pooling):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("family", IMAGES)
 def test_kept_patches_alone_are_pooled_in_training(family):
     make, prefix, _ = IMAGES[family]
@@ -138,6 +142,7 @@ def test_kept_patches_alone_are_pooled_in_training(family):
     np.testing.assert_allclose(to_numpy(found), expected, atol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_hidden_patches_are_not_pooled():
     masking = kcm.ClusterMasking(
         4, 0.6, min_mask_ratio=0.25, threshold=0.2, anchor_ratio=0.2
@@ -156,6 +161,7 @@ def test_hidden_patches_are_not_pooled():
     np.testing.assert_allclose(found, rows, atol=1e-6)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("family", IMAGES)
 def test_a_model_trains_without_a_warning_and_reloads(family, head, tmp_path):
@@ -264,6 +270,7 @@ def test_unsupported_encoders_are_refused(change, match):
         make_model(**change)
 
 
+@pytest.mark.any_backend
 def test_the_towers_of_projections_with_a_hidden_layer_are_saved(tmp_path):
     model = make_model(head="mlp")
     given = pairs()["images"]

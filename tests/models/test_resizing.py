@@ -30,6 +30,8 @@ from tests.helpers import (
     vit_encoder,
 )
 
+pytestmark = pytest.mark.any_backend
+
 # Maker, and how many tokens of its position embeddings are no patches.
 MODELS = {
     "clip": (clip_vision_encoder, 1),
@@ -111,7 +113,6 @@ def test_a_grid_may_be_wide_where_the_encoder_allows_it():
         with_image_size(made("clip"), (8, 24))
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("side", [8, 16, 28])
 def test_a_clip_that_was_never_numbered_is_numbered_in_the_copy(side):
     model = clip_vision_encoder()
@@ -132,7 +133,6 @@ def test_positions_in_another_order_are_put_in_order_first():
     np.testing.assert_array_equal(ids, [np.arange(50)])
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", ["clip_backbone", "siglip_backbone", "vit", "dino"])
 def test_the_new_model_saves_and_reloads(kind, tmp_path):
     other = with_image_size(made(kind), 28)
@@ -156,7 +156,6 @@ def test_channels_first_is_kept():
     np.testing.assert_allclose(table_of(other), expected, atol=1e-5)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "size", "match"),
     [
@@ -191,7 +190,6 @@ def tables(*models):
     return [pair for pair in differ if "int" not in pair[0].dtype]
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("make", TEXTS)
 @pytest.mark.parametrize("length", [3, CONTEXT, 9, 13])
 def test_positions_of_texts_are_interpolated_as_torch_does(make, length):
@@ -212,7 +210,6 @@ def test_positions_of_texts_are_interpolated_as_torch_does(make, length):
         np.testing.assert_allclose(new, expected[0].numpy().T, atol=1e-5)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "length", "name"),
     [

@@ -57,6 +57,7 @@ def visible_of(masking, images, noise):
     return found
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("num_layers", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_with_all_patches_the_output_is_that_of_the_last_block(num_layers):
     # More than nine blocks: their names are not in the order of their numbers.
@@ -67,6 +68,7 @@ def test_with_all_patches_the_output_is_that_of_the_last_block(num_layers):
     np.testing.assert_allclose(found, to_numpy(encoder(images)), atol=1e-5)
 
 
+@pytest.mark.any_backend
 @pytest.mark.slow
 def test_average_pooling_passes_over_hidden_tokens():
     encoder = dino3()
@@ -83,6 +85,7 @@ def test_average_pooling_passes_over_hidden_tokens():
     np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "min_mask_ratio", [None, pytest.param(0.25, marks=pytest.mark.slow)]
 )
@@ -107,6 +110,7 @@ def test_kept_tokens_are_those_of_the_whole_encoder_that_attends_to_them_alone(
         np.testing.assert_allclose(seen, alone, atol=1e-5)
 
 
+@pytest.mark.any_backend
 @pytest.mark.slow
 def test_gradients_are_those_of_the_whole_encoder():
     encoder = dino3()
@@ -131,6 +135,7 @@ def test_gradients_are_those_of_the_whole_encoder():
         np.testing.assert_allclose(one, other, atol=1e-4 * scale, err_msg=weight.path)
 
 
+@pytest.mark.any_backend
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"micro_batch_size": 4}])
 def test_a_contrastive_model_trains_it_and_reloads(tmp_path, options):
@@ -153,6 +158,7 @@ def test_a_contrastive_model_trains_it_and_reloads(tmp_path, options):
         np.testing.assert_allclose(found[key], value, atol=1e-6)
 
 
+@pytest.mark.any_backend
 @pytest.mark.slow
 @pytest.mark.parametrize("min_mask_ratio", [None, 0.25])
 def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(min_mask_ratio):

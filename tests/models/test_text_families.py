@@ -23,6 +23,8 @@ from tests.helpers import (
     values,
 )
 
+pytestmark = pytest.mark.any_backend
+
 
 def pooling_encoder(backbone):
     """An own text encoder: that of a backbone, and the backbone's pooling layer."""
@@ -34,7 +36,6 @@ def pooling_encoder(backbone):
 END = VOCABULARY - 1
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "end", "pooled"),
     [
@@ -66,7 +67,6 @@ def test_a_text_is_read_up_to_the_token_that_its_family_pools(make, end, pooled)
         assert (change > 1e-6) == (pooled is None or column < pooled), column
 
 
-@pytest.mark.any_backend
 def test_an_own_encoder_that_pools_at_an_end_token_needs_one():
     model = kcm.ContrastiveModel(image_mlp(), pooling_encoder(tiny_metaclip()))
     with pytest.raises(ValueError, match=r"the end token, 2, in every row.*Received:"):
@@ -223,7 +223,6 @@ def assert_refused(model, batch, message):
             run()
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("first", [0, 5])
 def test_zeros_that_are_no_padding_need_a_mask(trained, first):
     model, batch, _ = trained
@@ -236,7 +235,6 @@ def test_zeros_that_are_no_padding_need_a_mask(trained, first):
     model.evaluate({**wrong, "padding_mask": mask}, batch_size=8, verbose=0)
 
 
-@pytest.mark.any_backend
 def test_an_input_of_another_name_is_refused_with_the_names_of_the_encoder(trained):
     model, batch, _ = trained
     wrong = without(batch, "padding_mask")
@@ -245,7 +243,6 @@ def test_an_input_of_another_name_is_refused_with_the_names_of_the_encoder(train
     assert_refused(model, wrong, message)
 
 
-@pytest.mark.any_backend
 def test_an_input_that_nothing_fills_is_named():
     ids = keras.Input((CONTEXT,), dtype="int32", name="token_ids")
     topics = keras.Input((3,), name="topics")
@@ -264,7 +261,6 @@ def test_an_input_that_nothing_fills_is_named():
         model_of(nameless)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("make", [tiny_clip, None])
 def test_entries_that_the_text_encoder_does_not_take_are_refused(make):
     if make is None:

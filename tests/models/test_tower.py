@@ -47,6 +47,7 @@ def tower_of(kind, side):
     return model.text_tower, pairs["token_ids"]
 
 
+@pytest.mark.one_case
 @each_tower
 def test_a_tower_is_saved_and_reloaded_alone(kind, side, tmp_path):
     tower, inputs = tower_of(kind, side)

@@ -40,6 +40,7 @@ def noise_of_step(masking, views):
 # === The layer ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("strategy", [x for x in MASKINGS if x != "attentive"])
 def test_each_view_is_masked_as_by_its_noise_alone(strategy):
     masking = MASKINGS[strategy](num_prefix_tokens=1)
@@ -65,6 +66,7 @@ def test_each_view_is_masked_as_by_its_noise_alone(strategy):
     )
 
 
+@pytest.mark.any_backend
 def test_hidden_tokens_are_hidden_in_each_view():
     images = random_images(BATCH)
     masking = kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1)
@@ -102,6 +104,7 @@ def test_a_graph_of_views_knows_no_number_of_rows():
 # === The model ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_the_loss_is_the_mean_of_that_of_each_view(loss):
     pairs = random_pairs(BATCH)
@@ -126,6 +129,7 @@ def test_the_loss_is_the_mean_of_that_of_each_view(loss):
     assert float(logs["mask_ratio"]) == pytest.approx(0.5)
 
 
+@pytest.mark.any_backend
 def test_patches_and_texts_are_embedded_once():
     sizes = []
 
@@ -154,6 +158,7 @@ def test_patches_and_texts_are_embedded_once():
     assert len(log.seen_tokens()) == 1
 
 
+@pytest.mark.any_backend
 def test_a_masking_within_a_model_of_ones_own_makes_views_too():
     model = kcm.ContrastiveModel(own_masking(), text_bag(), views=2)
     model.compile("sgd", **FAST)
@@ -163,6 +168,7 @@ def test_a_masking_within_a_model_of_ones_own_makes_views_too():
     assert found.shape == (BATCH, 2, 16)
 
 
+@pytest.mark.any_backend
 def test_a_strategy_with_a_draw_of_its_own_draws_each_view_as_an_image():
     drawn, seen = [], []
 

@@ -52,6 +52,7 @@ each_model = pytest.mark.parametrize("make", [generic, clip, siglip])
 # === Without masking ===
 
 
+@pytest.mark.one_case
 @each_model
 def test_training_whole_images_trains_the_masked_model(make):
     model = make(random_masking(make), views=2)
@@ -116,6 +117,7 @@ def scaled(masking):
     return Scaled(encoder, text_bag(), factor=3.0)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "make", [scaled, lambda x: ScaledCLIP.from_backbone(tiny_clip(), x, factor=3.0)]
 )
@@ -168,6 +170,7 @@ def test_a_subclass_that_cannot_be_made_without_its_masking_is_refused(cls, rece
 # === Towers ===
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("make", [generic, clip, siglip, metaclip])
 def test_towers_embed_whole_inputs_with_the_weights_that_the_model_has(make):
     model, pairs = make(random_masking(make)), random_pairs(4)

@@ -23,6 +23,7 @@ def compiled():
     return model
 
 
+@pytest.mark.any_backend
 def test_arguments_have_the_order_of_keras():
     found, expected = compiled(), compiled()
     pairs, log = random_pairs(8), []
@@ -74,6 +75,7 @@ def folder(tmp_path_factory):
 # === Resuming ===
 
 
+@pytest.mark.any_backend
 def test_a_folder_without_checkpoints_starts_from_the_beginning_and_says_so(
     tmp_path, capsys
 ):
@@ -85,6 +87,7 @@ def test_a_folder_without_checkpoints_starts_from_the_beginning_and_says_so(
     assert_same_values(found.weights, expected.weights)
 
 
+@pytest.mark.any_backend
 def test_a_folder_resumes_from_its_last_checkpoint_and_says_which(folder, capsys):
     options = {**FIT, "verbose": 2}
     model = compiled()
@@ -97,6 +100,7 @@ def test_a_folder_resumes_from_its_last_checkpoint_and_says_which(folder, capsys
     assert len(history.history["loss"]) == 3
 
 
+@pytest.mark.any_backend
 def test_a_file_resumes_from_that_checkpoint(folder):
     expected, model = compiled(), compiled()
     expected.fit(random_pairs(8), epochs=2, **FIT)
@@ -106,18 +110,21 @@ def test_a_file_resumes_from_that_checkpoint(folder):
     assert_same_values(model.weights, expected.weights)
 
 
+@pytest.mark.any_backend
 def test_a_missing_file_is_an_error(folder):
     path = folder / "epoch-00099.npz"
     with pytest.raises(FileNotFoundError, match=r"epoch-00099\.npz"):
         compiled().fit(random_pairs(8), resume_from=path, **FIT)
 
 
+@pytest.mark.any_backend
 def test_a_model_that_is_not_compiled_is_refused(folder):
     model = small_model()
     with pytest.raises(ValueError, match=r"`resume_from` needs a compiled.*Received:"):
         model.fit(random_pairs(8), resume_from=folder, **FIT)
 
 
+@pytest.mark.any_backend
 def test_a_run_from_the_beginning_does_not_write_among_later_checkpoints(folder):
     callbacks = [checkpoint(folder)]
     for start in (None, folder / "epoch-00001.npz"):
@@ -144,6 +151,7 @@ def test_averages_swapped_while_they_are_saved_are_refused(tmp_path):
 # === What is not resumed is Keras's own ===
 
 
+@pytest.mark.any_backend
 def test_a_first_epoch_leaves_out_no_data_if_nothing_is_resumed():
     found, expected = compiled(), compiled()
     options = {**FIT, "steps_per_epoch": 2}
@@ -176,6 +184,7 @@ def test_a_loader_of_torch_shuffles_every_epoch_differently(tmp_path):
     assert len({tuple(order) for order in orders}) == 4
 
 
+@pytest.mark.any_backend
 def test_a_callback_that_stops_ends_a_resumed_run_too(folder):
     class Stop(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -186,6 +195,7 @@ def test_a_callback_that_stops_ends_a_resumed_run_too(folder):
     assert history.epoch == [0, 1]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("several", [False, True])
 def test_averages_of_weights_can_be_trained_again(several):
     model = small_model()
@@ -214,6 +224,7 @@ def stream(shard, training=True, tokenizer=lengths, **options):
     )
 
 
+@pytest.mark.any_backend
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["grain", "tf"])
 def test_worker_processes_start_once_for_all_epochs(format, write_pairs, tmp_path):
@@ -229,6 +240,7 @@ def test_worker_processes_start_once_for_all_epochs(format, write_pairs, tmp_pat
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.any_backend
 def test_fit_prints_how_many_samples_of_an_epoch_are_broken(write_pairs, capsys):
     shard = write_pairs("a.tar", 0, 10, [("x.png", b"-"), ("x.txt", b"t")])
     for verbose, expected in ((0, 0), (2, 2)):
@@ -241,6 +253,7 @@ def test_fit_prints_how_many_samples_of_an_epoch_are_broken(write_pairs, capsys)
     assert "broken" not in capsys.readouterr().out
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("is_main", [True, False])
 def test_evaluation_shows_its_length_in_the_main_process(
     is_main, write_pairs, capsys, monkeypatch
@@ -261,6 +274,7 @@ def test_evaluation_shows_its_length_in_the_main_process(
         assert bool(printed) == is_main
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("format", ["grain", "tf"])
 def test_validation_leaves_out_a_smaller_last_batch_of_a_stream(format, write_pairs):
     if format == "tf":
@@ -294,6 +308,7 @@ def test_a_stream_that_is_fitted_again_continues_where_it_was(write_pairs, tmp_p
         assert_same_values(model.weights, expected.weights)
 
 
+@pytest.mark.any_backend
 def test_callbacks_are_told_of_the_validation_of_a_stream(write_pairs):
     class Tests(keras.callbacks.Callback):
         count = 0

@@ -134,6 +134,7 @@ def assert_same_steps(make, steps=2, tolerance=1e-5):
 # === The same gradients ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("masking", "micro_batch_size"),
     [
@@ -148,6 +149,7 @@ def test_clip_has_the_gradients_it_has_without(masking, micro_batch_size):
     assert_same_steps(functools.partial(deep_clip, **options), 1)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
@@ -165,6 +167,7 @@ def test_a_block_of_the_users_own_is_named(options, tolerance):
     assert any((x != y).any() for x, y in zip(steps[0][2], steps[1][2]))
 
 
+@pytest.mark.any_backend
 def test_a_frozen_tower_works():
     def make(checkpointing):
         model = deep_clip(checkpointing, "budget", num_layers=1)
@@ -213,6 +216,7 @@ def test_the_blocks_of_keras_hub_are_known(make):
     assert len(find_blocks(make(), True, BLOCKS)) == 1
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("make", [siglip_encoder, dino_encoder])
 def test_other_encoders_of_keras_hub_have_the_same_gradients(make):
     def model(checkpointing):
@@ -232,6 +236,7 @@ def test_other_encoders_of_keras_hub_have_the_same_gradients(make):
     assert_same_steps(model, 1)
 
 
+@pytest.mark.any_backend
 def test_a_text_encoder_with_a_padding_mask_has_the_same_gradients():
     def model(checkpointing):
         keras.utils.set_random_seed(0)

@@ -105,6 +105,7 @@ def test_state_is_neither_frozen_nor_trained():
     assert not nested.norm.moving_mean.trainable
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_the_temperature_of_a_frozen_backbone_stays_as_it_is(tmp_path, is_trained):
     backbone = kcm.models.clip_backbone("tiny", image_size=16, vocabulary_size=100)

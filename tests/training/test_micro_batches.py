@@ -65,6 +65,7 @@ def in_chunks_by_hand(model, num_chunks):
 # === The same gradients ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("masking", "loss"),
     [
@@ -142,6 +143,7 @@ def test_losses_that_layers_add_are_averaged():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.any_backend
 def test_bfloat16_trains_like_whole_batches():
     losses = []
     for micro_batch_size in (None, 4):

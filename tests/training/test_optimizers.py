@@ -84,6 +84,7 @@ def adamw(**kwargs):
 # === What decays ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("decay_vectors", [False, True])
 def test_weight_decay_spares_biases_and_vectors_unless_told_otherwise(decay_vectors):
     keras.utils.set_random_seed(0)
@@ -145,6 +146,7 @@ def test_what_an_optimizer_excludes_already_stays_excluded():
     assert all(v is not kept for v in decaying)
 
 
+@pytest.mark.any_backend
 def test_an_optimizer_of_vectors_alone_decays_nothing():
     trained = []
     for decay in (None, 0.5):
@@ -190,6 +192,7 @@ def test_an_optimizer_that_another_model_used_is_refused(decay_vectors):
 # === Frozen towers ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_a_frozen_tower_stays_as_it_is_while_the_other_learns(micro_batch_size):
     model, reference = (
@@ -236,6 +239,7 @@ def test_the_norm_is_reported_in_training_if_asked_for_and_never_in_evaluation()
         assert "gradient_norm" not in model.test_on_batch(pairs, return_dict=True)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("scaling", ["factor", "optimizer"])
 def test_the_norm_is_that_of_gradients_without_the_scale_of_the_loss(scaling):
     optimizer = keras.optimizers.SGD(
@@ -304,6 +308,7 @@ def test_optimizers_that_are_not_known_yet_are_refused_unless_they_decay_vectors
     model.compile(optimizer, decay_vectors=True, **FAST)
 
 
+@pytest.mark.any_backend
 def test_without_anything_to_train_the_norm_of_gradients_is_0():
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     model.backbone.trainable = False

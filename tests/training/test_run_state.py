@@ -33,6 +33,7 @@ def decay(steps):
 # === The options of compile ===
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -112,6 +113,7 @@ def test_learning_rates_of_several_optimizers_are_each_their_own(tmp_path):
     assert rates == {0.2, 0.01}
 
 
+@pytest.mark.any_backend
 def test_what_a_step_does_in_another_way_may_change(tmp_path):
     def fit(folder, epochs, **options):
         keras.utils.set_random_seed(0)

@@ -8,6 +8,7 @@ from keras_cluster_mask.training.step_metrics import FiniteSteps
 from tests.helpers import FAST, random_pairs, small_model
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
@@ -65,6 +66,7 @@ def test_a_callback_that_resets_metrics_does_not_hide_a_loss():
     assert np.isnan(loss)
 
 
+@pytest.mark.any_backend
 def test_the_count_is_no_entry_of_logs_and_results_keep_their_names():
     model = compiled(log_gradient_norm=True)
     names = ["loss", "image_to_text_accuracy", "text_to_image_accuracy"]

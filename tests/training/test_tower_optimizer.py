@@ -28,6 +28,7 @@ def rates_of(model, image, text, default):
     return [towers.get(id(v), default) for v in model.trainable_variables]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("eager", "clip"),
     [(True, 0.5), (False, 0.5), (False, None)],

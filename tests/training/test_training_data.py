@@ -96,6 +96,7 @@ def read(data, **rules):
     return [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
 
 
+@pytest.mark.one_case
 @every_kind
 def test_checked_batches_are_those_of_the_data(kind):
     pairs = {**random_pairs(8), "sample_weight": np.linspace(0, 1, 8, dtype="float32")}
@@ -145,6 +146,7 @@ def test_data_of_any_kind_trains_and_is_refused_in_fit(kind):
             call(KINDS[kind](pairs), verbose=0)
 
 
+@pytest.mark.one_case
 @every_kind
 def test_a_smaller_last_batch_is_left_out_of_an_evaluation(kind):
     model, pairs, options = small_model(), random_pairs(9), {}
@@ -169,6 +171,7 @@ def test_a_smaller_batch_counts_if_no_larger_one_came_before():
         assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "data",
     [
@@ -230,6 +233,7 @@ def test_weights_in_tuples_are_those_of_the_batch():
 LEFT_OUT = "not arrays of numbers do not reach the model"
 
 
+@pytest.mark.one_case
 @every_kind
 def test_strings_of_any_kind_are_left_out_with_one_warning(kind):
     pairs = {**random_pairs(8), "label": np.arange(8)}
@@ -287,6 +291,7 @@ def test_a_text_input_that_the_text_encoder_does_not_have_is_refused(kind):
         read(KINDS[kind](pairs), text_inputs=("token_ids", "padding_mask"))
 
 
+@pytest.mark.any_backend
 def test_lists_of_numbers_are_arrays_everywhere():
     pairs, weights = random_pairs(8), np.linspace(0, 1, 8).tolist()
     lists = {**pairs, "token_ids": pairs["token_ids"].tolist()}
@@ -436,6 +441,7 @@ def test_a_micro_batch_that_does_not_divide_fails_before_the_first_step():
     assert not begun
 
 
+@pytest.mark.any_backend
 def test_a_run_that_was_stopped_resumes_in_its_shuffled_order(tmp_path):
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):

@@ -47,6 +47,7 @@ def fit(*callbacks, verbose):
     model.fit(random_pairs(40), callbacks=callbacks, **fit)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("saves", [False, True])
 @pytest.mark.parametrize("verbose", [0, 1, 2])
 def test_no_step_is_waited_for_whatever_is_shown_and_saved(verbose, saves, tmp_path):
@@ -75,6 +76,7 @@ def test_few_steps_begin_before_others_end():
     assert not one_more.is_alive()
 
 
+@pytest.mark.any_backend
 def test_progress_shows_all_steps_and_metrics(capsys):
     fit(Note(), verbose=1)
     shown = capsys.readouterr().out
