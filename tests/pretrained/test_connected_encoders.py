@@ -10,7 +10,7 @@ import keras_cluster_mask as kcm
 from tests.conftest import ROOT
 from tests.helpers import FAST, values
 
-pytestmark = pytest.mark.pretrained
+pytestmark = pytest.mark.slow
 
 SIZE = 84
 PHOTOGRAPHS = {

@@ -14,7 +14,7 @@ from keras_cluster_mask.models.inputs import IMAGENET_MEAN, IMAGENET_STD
 from tests.conftest import ROOT
 from tests.helpers import compiled, random_noise, to_numpy
 
-pytestmark = pytest.mark.pretrained
+pytestmark = pytest.mark.slow
 
 SIZE = 112
 NUM_PATCHES = 64
