@@ -110,7 +110,7 @@ def test_training_in_stages_trains_both_models_and_evaluates_them(run_guide, tmp
     assert "stages" in plots(tmp_path)
 
 
-@pytest.mark.pretrained
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoders")
 def test_two_encoders_are_tuned_in_both_ways(run_guide, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGE_SIZE", "84")
