@@ -42,20 +42,26 @@ def losses(options, num_images=400):
     images = np.concatenate([batch["images"] for batch in batches])[:num_images]
     found = []
     for method in options.methods:
+        runs.encoders.cache_clear()
+        model = runs.new_model(options, 0, "mlp", method)
+        draws = 1 if method == "none" else options.draws
+        seen = [masked_features(model, images) for _ in range(draws)]
+        # By seed, the mean over masks.
         scores = []
         for seed in options.seeds:
-            runs.encoders.cache_clear()
-            model = runs.new_model(options, seed, "mlp", method)
             runs.with_head(model, f"{options.results}/head-mlp-{seed}.npz")
             project = runs.projections_of(model)
-            for _ in range(1 if method == "none" else options.draws):
-                seen = masked_features(model, images)
-                both = map(runs.normalized, project(seen, texts[rows < len(images)]))
-                scores.append(runs.loss_of(*both, rows[rows < len(images)]))
+            scores.append(np.mean([loss_of(project, x, texts, rows) for x in seen]))
         row = {"method": method, "loss": runs.mean_and_spread(scores, 3)}
         found.append(row)
         print(row, flush=True)
     publish(Path(options.results) / "masked_losses.json", "Masked, not tuned", found)
+
+
+def loss_of(project, images, texts, rows):
+    own = rows < len(images)
+    both = map(runs.normalized, project(images, texts[own]))
+    return runs.loss_of(*both, rows[own])
 
 
 def masked_features(model, images, batch_size=50):
