@@ -150,7 +150,7 @@ figure
 # ## Tune with and without masking
 #
 # From the trained projections, tune all weights: the encoders at a tenth of the learning rate,
-# which warms up and falls. A step on half of the patches takes about half the time, so the masked
+# which falls to zero. A step on half of the patches takes about half the time, so the masked
 # model trains for twice as many epochs. The model is always evaluated on whole images.
 
 
@@ -159,17 +159,8 @@ def tune(masking, epochs):
     tuned, tokenizer = connect(masking)
     tuned.head.set_weights(model.head.get_weights())
     data = dataset(TRAIN, tokenizer, training=True, crop_scale=(0.6, 1.0))
-    steps = epochs * len(data)
-
-    def optimizer(rate):
-        return keras.optimizers.AdamW(
-            keras.optimizers.schedules.CosineDecay(
-                0.0, steps - steps // 5, warmup_target=rate, warmup_steps=steps // 5
-            )
-        )
-
-    towers = dict(image=optimizer(3e-5), text=optimizer(3e-5))
-    tuned.compile(kcm.TowerOptimizer(optimizer(3e-4), **towers))
+    recipe = kcm.small_data_recipe(epochs, len(data), tune_encoders=True)
+    tuned.compile(recipe.optimizer)
     start = time.perf_counter()
     tuned.fit(data, epochs=epochs, verbose=2)
     return tuned, time.perf_counter() - start

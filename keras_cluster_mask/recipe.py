@@ -7,6 +7,7 @@ import keras
 
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.masking import PatchMasking, RandomMasking
+from keras_cluster_mask.training.tower_optimizer import TowerOptimizer
 
 if TYPE_CHECKING:
     from keras_cluster_mask.data import RandomTextMasking
@@ -21,25 +22,29 @@ class Recipe:
     Attributes:
         masking: The masking of images, for `ContrastiveModel.from_backbone`.
         optimizer: The optimizer, for `compile`.
-        text_masking: The masking of texts, for `image_text_dataset`.
+        text_masking: The masking of texts, for `image_text_dataset`; `None` to train on
+            whole texts.
         short_text_epochs: Integer. The number of epochs to train with `text_masking`.
             Train on whole texts in the remaining epochs.
     """
 
     masking: PatchMasking
     optimizer: keras.optimizers.Optimizer
-    text_masking: "RandomTextMasking"
+    text_masking: "RandomTextMasking | None"
     short_text_epochs: int
 
 
 def small_data_recipe(
     epochs: int,
     steps_per_epoch: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     mask_ratio: float = 0.5,
     seed: int | None = None,
+    tune_encoders: bool = False,
 ) -> Recipe:
     """Returns suggested settings for thousands of pairs rather than millions.
+
+    From nothing:
 
     - Images: train on a random half of the patches in each step, until the end.
     - Sentences: train on random words, about four fifths of an average sentence, and on
@@ -47,6 +52,11 @@ def small_data_recipe(
     - AdamW with a weight decay of 0.1 and a `beta_2` of 0.98. The learning rate warms
       up over the first tenth of the steps, then decays to zero with a cosine schedule.
       The benchmarks use these settings and compare no others.
+
+    To tune the pre-trained encoders of `from_encoders`, after their projections
+    (`docs/how_to/connect_two_encoders.md`): a random half of the patches, whole texts,
+    and AdamW with a weight decay of 0.05 and a cosine schedule. The projections have
+    ten times the learning rate of the encoders.
 
     On 6,090 photographs with sentences, these maskings gave better results than whole
     images and texts in the same training time. Training for 60 epochs instead of 30
@@ -80,10 +90,12 @@ def small_data_recipe(
         epochs: Integer, as `fit` takes it.
         steps_per_epoch: Integer. `dataset.steps_per_epoch` of an `image_text_dataset`,
             which is `len(dataset)` unless it has a `sampling`.
-        learning_rate: Float. The peak learning rate, at the end of the warmup.
+        learning_rate: Float. The peak learning rate, at the end of the warmup; that of
+            the encoders if `tune_encoders`. Defaults to 1e-3, or to 3e-5 to tune.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         seed: Integer. The random seed of the image masks. Text masks depend on the seed
             of the dataset.
+        tune_encoders: Boolean. Whether the encoders were pre-trained apart.
 
     Returns:
         A `Recipe`. Use it for one model only.
@@ -94,20 +106,28 @@ def small_data_recipe(
     epochs = check_integer("epochs", epochs)
     steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch)
     steps = epochs * steps_per_epoch
-    warmup_steps = steps // 10
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0 if warmup_steps else learning_rate,
-        decay_steps=steps - warmup_steps,
-        warmup_target=learning_rate if warmup_steps else None,
-        warmup_steps=warmup_steps,
-    )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98)
+    if learning_rate is None:
+        learning_rate = 3e-5 if tune_encoders else 1e-3
+    warmup = 0 if tune_encoders else steps // 10
+
+    def adamw(rate, **options):
+        start = 0.0 if warmup else rate
+        more = dict(warmup_target=rate, warmup_steps=warmup) if warmup else {}
+        schedule = keras.optimizers.schedules.CosineDecay(start, steps - warmup, **more)
+        return keras.optimizers.AdamW(schedule, **options)
+
+    masking = RandomMasking(mask_ratio, seed=seed)
+    if tune_encoders:
+        # Of the projections, the image encoder and the text encoder.
+        rates = (factor * learning_rate for factor in (10, 1, 1))
+        optimizer = TowerOptimizer(*(adamw(x, weight_decay=0.05) for x in rates))
+        return Recipe(masking, optimizer, text_masking=None, short_text_epochs=0)
     # Imported here because it needs packages that Keras does not.
     from keras_cluster_mask.data import RandomTextMasking
 
     return Recipe(
-        RandomMasking(mask_ratio, seed=seed),
-        optimizer,
+        masking,
+        adamw(learning_rate, weight_decay=0.1, beta_2=0.98),
         RandomTextMasking(),
         epochs - max(1, round(epochs / 8)),
     )

@@ -18,16 +18,17 @@ class Evaluation(RunCallback):
 
     The first and the last epoch of a `fit` are always evaluated.
 
-    Subclasses implement `evaluate`.
-
     Args:
         data: The data to evaluate, read again each time.
         every: Integer, the number of epochs between evaluations.
-        name: String or `None`, between the prefix and the metric's name in the logs.
-        prefix: String, the start of the names in the logs.
+        name: String or `None`, between `val_` and the metric's name in the logs.
+        function: String, the name of a function in `kcm.evaluation`.
+        **options: Arguments of this function.
     """
 
-    def __init__(self, data: Any, every: int, name: str | None, prefix: str):
+    def __init__(
+        self, data: Any, every: int, name: str | None, function: str, **options: Any
+    ):
         super().__init__()
         self.every = check_integer("every", every)
         if isinstance(data, collections.abc.Iterator):
@@ -42,7 +43,7 @@ class Evaluation(RunCallback):
         check_whole("data", data)
         self.data = data
         self.name = name
-        self.prefix = prefix
+        self.function, self.options = function, options
         self._embedder = None
 
     def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
@@ -52,7 +53,10 @@ class Evaluation(RunCallback):
             embedder: An `Embedder` of the model.
             data: The callback's data, or a list of some of its batches.
         """
-        raise NotImplementedError
+        from keras_cluster_mask import evaluation
+
+        function = getattr(evaluation, self.function)
+        return function(embedder, data, **self.options, verbose=0)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         from keras_cluster_mask.evaluation.embedding import Embedder
@@ -102,7 +106,8 @@ class Evaluation(RunCallback):
         return dict(zip(metrics, map(float, of_main_process)))
 
     def _named(self, metrics):
-        start = f"{self.prefix}{self.name}_" if self.name else self.prefix
+        # Keras's callbacks recognize metrics of validation by `val_`.
+        start = f"val_{self.name}_" if self.name else "val_"
         return {f"{start}{name}": value for name, value in metrics.items()}
 
 
@@ -162,8 +167,6 @@ class Retrieval(Evaluation):
         duplicates: See `kcm.evaluation.evaluate_retrieval`.
         name: String. Distinguishes several callbacks: `name="coco"` writes
             `val_coco_image_to_text_recall@1`.
-        prefix: String, the start of the names in the logs. Keras's callbacks recognize
-            validation metrics by `"val_"`; use another prefix for training data.
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
@@ -180,15 +183,9 @@ class Retrieval(Evaluation):
         ks: int | Sequence[int] = (1, 5, 10),
         duplicates: str = "positive",
         name: str | None = None,
-        prefix: str = "val_",
     ):
-        super().__init__(data, every, name, prefix)
-        self.options = dict(tokenizer=tokenizer, ks=ks, duplicates=duplicates)
-
-    def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
-        from keras_cluster_mask.evaluation import evaluate_retrieval
-
-        return evaluate_retrieval(embedder, data, **self.options, verbose=0)
+        options = dict(tokenizer=tokenizer, ks=ks, duplicates=duplicates)
+        super().__init__(data, every, name, "evaluate_retrieval", **options)
 
 
 class ZeroShot(Evaluation):
@@ -225,7 +222,6 @@ class ZeroShot(Evaluation):
         ks: See `kcm.evaluation.classification_accuracy`.
         name: String, or `None`. Distinguishes several callbacks: `name="cifar10"`
             writes `val_cifar10_top_1`.
-        prefix: String, the start of the names in the logs.
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
@@ -244,17 +240,11 @@ class ZeroShot(Evaluation):
         every: int = 1,
         ks: int | Sequence[int] = (1, 5),
         name: str | None = "zero_shot",
-        prefix: str = "val_",
     ):
         from keras_cluster_mask.evaluation.checks import check_class_order
 
-        super().__init__(data, every, name, prefix)
-        check_class_order("data", data, class_names)
-        self.options = dict(
+        options = dict(
             class_names=class_names, tokenizer=tokenizer, templates=templates, ks=ks
         )
-
-    def evaluate(self, embedder: Any, data: Any) -> dict[str, float]:
-        from keras_cluster_mask.evaluation import evaluate_zero_shot
-
-        return evaluate_zero_shot(embedder, data, **self.options, verbose=0)
+        super().__init__(data, every, name, "evaluate_zero_shot", **options)
+        check_class_order("data", data, class_names)

@@ -12,6 +12,7 @@ from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.encoders import CLASSES
 from keras_cluster_mask.models.head import (
+    HEAD_OPTIONS,
     INITIAL_LOGIT_BIAS,
     INITIAL_TEMPERATURE,
     ContrastiveHead,
@@ -25,8 +26,6 @@ from keras_cluster_mask.models.inputs import (
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.training.tokens import check_tokenizer
 from keras_cluster_mask.types import Tensor
-
-HEAD_OPTIONS = "loss", "initial_temperature", "initial_logit_bias", "max_logit_scale"
 
 
 class BackboneModel(ContrastiveModel):

@@ -12,6 +12,9 @@ from keras_cluster_mask.types import Tensor
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
 INITIAL_LOGIT_BIAS = -10.0
+# The arguments of a `ContrastiveModel` for its head, and those for projections.
+HEAD_OPTIONS = "loss", "initial_temperature", "initial_logit_bias", "max_logit_scale"
+PROJECTION_OPTIONS = "projection_dim", "projection"
 # A scale may exceed its limit by rounding errors, such as in 1 / 49.
 TOLERANCE = 1 + 1e-6
 
@@ -185,14 +188,8 @@ class ContrastiveHead(keras.layers.Layer):
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that a `ContrastiveModel` also takes, by name."""
-        return {
-            "loss": self.loss,
-            "projection_dim": self.projection_dim,
-            "initial_temperature": self.initial_temperature,
-            "initial_logit_bias": self.initial_logit_bias,
-            "max_logit_scale": self.max_logit_scale,
-            "projection": self.projection,
-        }
+        names = HEAD_OPTIONS + PROJECTION_OPTIONS
+        return {name: getattr(self, name) for name in names}
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.options}

@@ -99,7 +99,7 @@ def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name()
     captioned = {"images": pairs(4)["images"], "captions": [["a", "b"], "c", "d", "e"]}
     callbacks = [
         Retrieval(captioned, tokenizer, ks=(1,), name="coco"),
-        Retrieval(pairs(), ks=(2,), prefix="train_", duplicates="positive"),
+        Retrieval(pairs(), ks=(2,), name="train", duplicates="positive"),
         ZeroShot(
             (pairs(3)["images"], np.arange(3)),
             NAMES,
@@ -112,7 +112,7 @@ def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name()
     assert history.keys() >= {
         "val_coco_image_to_text_recall@1",
         "val_coco_text_to_image_recall@1",
-        "train_image_to_text_recall@2",
+        "val_train_image_to_text_recall@2",
         "val_colors_top_1",
         "val_colors_mean_per_class",
     }
