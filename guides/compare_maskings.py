@@ -141,7 +141,7 @@ for name, make in MASKINGS.items():
 #
 # Recall@10 on 346 test pairs has a 95 % interval of about ± 3 to 4 points, so one short run of each
 # says little about small differences: repeat it with several seeds, and on your own data. The
-# [longer studies](../docs/benchmarks/quality.md) have several seeds, and photographs.
+# [longer studies](../docs/benchmarks/from_nothing.md) have several seeds, and photographs.
 
 # %%
 print(f"{'':10}{'seconds':>8}{'image to text':>16}{'text to image':>16}")

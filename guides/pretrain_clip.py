@@ -75,7 +75,7 @@ def show(figure, name):
 # nearest anchor.
 #
 # This guide trains with random masking, the setting to start with
-# ([measurements](../docs/benchmarks/quality.md)). The
+# ([measurements](../docs/benchmarks/from_nothing.md)). The
 # [guide to maskings](compare_maskings.py) compares them.
 
 # %%

@@ -60,7 +60,7 @@ def small_data_recipe(
 
     On 6,090 photographs with sentences, these maskings gave better results than whole
     images and texts in the same training time. Training for 60 epochs instead of 30
-    improved them further (`docs/benchmarks/quality.md`).
+    improved them further (`docs/benchmarks/from_nothing.md`).
 
     To fine-tune a pre-trained CLIP, use `masking` and `optimizer` with a learning rate
     of about 1e-5, and whole texts throughout (`docs/how_to/fine_tune.md`).
