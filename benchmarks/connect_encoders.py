@@ -26,6 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import keras_hub
+import matplotlib.pyplot as plt
 import numpy as np
 from keras import ops
 from quality_data import loss_at_best_temperature
@@ -101,11 +102,6 @@ def arguments():
         help="as long as `random` takes",
     )
     add("--learning-rate", type=float, default=3e-5, help="of the encoders in tuning")
-    add(
-        "--sentence-transformers",
-        action="store_true",
-        help="train the projections there, too; needs datasets and accelerate",
-    )
     add("--costs", action="store_true", help="time the steps of the methods first")
     add("--test", action="store_true", help="score on the test split")
     return parsed.parse_args()
@@ -251,12 +247,6 @@ def heads(options, folder):
                 )
                 result["seconds"] = time.perf_counter() - start
                 result["pairs per second"] = steps * batch_size / result["seconds"]
-                if head == "mlp" and keras.backend.backend() == "torch":
-                    speed, project = plain_loop(options, seed, train)
-                    result["plain loop"] = {
-                        "pairs per second": speed,
-                        **scores(*embeddings_of(project, options, "validation")),
-                    }
                 np.savez(
                     weights,
                     *[ops.convert_to_numpy(x) for x in model.head.weights],
@@ -269,154 +259,6 @@ def heads(options, folder):
                     )
             write_json(path, **result)
             print(path.stem, result.get("validation"), flush=True)
-    for seed in options.seeds if options.sentence_transformers else ():
-        path = folder / f"head-sentence_transformers-{seed}.json"
-        result = read(path, options, ("head_epochs", "head_batch_size"))
-        if "validation" not in result:
-            speed, project = sentence_transformers(options, seed, train)
-            for split in ["validation"] + ["test"] * options.test:
-                result[split] = scores(*embeddings_of(project, options, split))
-            write_json(path, **result, **{"pairs per second": speed})
-            print(path.stem, result["validation"], speed, flush=True)
-
-
-def plain_loop(options, seed, train):
-    """The same projections in torch alone, as one would write it by hand.
-
-    Returns:
-        Pairs a second, and the projections as a function of features.
-    """
-    import torch
-
-    torch.manual_seed(seed)
-    images, texts = map(torch.tensor, all_features(train)[:2])
-    firsts, counts = torch.tensor(train.first_text), torch.tensor(train.counts)
-    hidden = 2 * PROJECTION_DIM
-
-    def projection(features):
-        linear = torch.nn.Linear
-        layers = linear(features.shape[1], hidden), torch.nn.GELU()
-        layers += torch.nn.Dropout(0.3), linear(hidden, PROJECTION_DIM, bias=False)
-        return torch.nn.Sequential(*layers)
-
-    deviations = [x.std(0) for x in (images, texts)]
-    means = [
-        (x.mean(0), torch.where(std > 1e-4 * std.mean(), std, 1.0))
-        for x, std in zip((images, texts), deviations)
-    ]
-    towers = torch.nn.ModuleList([projection(images), projection(texts)])
-    scale = torch.nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
-    parameters = [
-        {"params": [*towers.parameters()], "weight_decay": 0.1},
-        {"params": [scale], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(parameters, 1e-3)
-    size = options.head_batch_size
-    steps = len(images) // size * options.head_epochs
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-    def project(tower, features):
-        mean, std = means[tower]
-        return torch.nn.functional.normalize(towers[tower]((features - mean) / std))
-
-    start = time.perf_counter()
-    for _ in range(options.head_epochs):
-        order = torch.randperm(len(images))
-        for step in range(len(images) // size):
-            chosen = order[step * size : (step + 1) * size]
-            drawn = (torch.rand(size) * counts[chosen]).long()
-            one = project(0, images[chosen])
-            other = project(1, texts[firsts[chosen] + drawn])
-            logits = scale.clamp(max=np.log(100.0)).exp() * one @ other.T
-            target = torch.arange(size)
-            loss = torch.nn.functional.cross_entropy(logits, target)
-            loss = (loss + torch.nn.functional.cross_entropy(logits.T, target)) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    speed = steps * size / (time.perf_counter() - start)
-    towers.eval()
-    return speed, lambda *both: [
-        project(tower, torch.tensor(x)).detach().numpy() for tower, x in enumerate(both)
-    ]
-
-
-def sentence_transformers(options, seed, train):
-    """The same projections in sentence-transformers, with its fixed temperature.
-
-    Returns:
-        Pairs a second, and the projections as a function of features.
-    """
-    import sentence_transformers as st
-    import torch
-    from sentence_transformers.base.modules import Dense, InputModule, Normalize, Router
-    from sentence_transformers.sentence_transformer import losses, modules
-
-    import datasets
-
-    class Features(InputModule):
-        """In place of an encoder: the features of images, or of a caption of each."""
-
-        def __init__(self, rows, statistics, firsts, counts):
-            super().__init__()
-            self.of = [torch.tensor(x, dtype=torch.float32) for x in statistics]
-            self.rows, self.firsts, self.counts = torch.tensor(rows), firsts, counts
-
-        def preprocess(self, inputs, **kwargs):
-            drawn = (np.random.random(len(inputs)) * self.counts[inputs]).astype(int)
-            return {"sentence_embedding": self.rows[self.firsts[inputs] + drawn]}
-
-        def forward(self, features):
-            scaled = (features["sentence_embedding"] - self.of[0]) / self.of[1]
-            return {**features, "sentence_embedding": scaled}
-
-        save = None
-
-    keras.utils.set_random_seed(seed)
-    numbers, hidden = np.arange(train.num_images), 2 * PROJECTION_DIM
-    rows = {"image": (numbers, numbers**0), "text": (train.first_text, train.counts)}
-    routes = {
-        name: [
-            Features(x, train.statistics(name), *rows[name]),
-            Dense(x.shape[1], hidden, activation_function=torch.nn.GELU()),
-            modules.Dropout(0.3),
-            Dense(hidden, PROJECTION_DIM, bias=False, activation_function=None),
-        ]
-        for name, x in zip(rows, all_features(train))
-    }
-    model = st.SentenceTransformer(modules=[Router(routes), Normalize()], device="cpu")
-    loss = losses.MultipleNegativesRankingLoss(
-        model,
-        directions=("query_to_doc", "doc_to_query"),
-        partition_mode="per_direction",
-    )
-    size = options.head_batch_size
-    settings = st.SentenceTransformerTrainingArguments(
-        options.results,
-        num_train_epochs=options.head_epochs,
-        per_device_train_batch_size=size,
-        dataloader_drop_last=True,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        weight_decay=0.1,
-        max_grad_norm=0.0,
-        router_mapping={name: name for name in routes},
-        save_strategy="no",
-        seed=seed,
-        use_cpu=True,
-    )
-    pairs = datasets.Dataset.from_dict(dict.fromkeys(routes, numbers))
-    trainer = st.SentenceTransformerTrainer(model, settings, pairs, loss=loss)
-    seconds = trainer.train().metrics["train_runtime"]
-    model.eval()
-
-    def project(*both):
-        for name, x in zip(routes, both):
-            given = {"sentence_embedding": torch.tensor(x), "task": name}
-            yield model(given)["sentence_embedding"].detach().numpy()
-
-    return options.head_epochs * (len(numbers) // size) * size / seconds, project
 
 
 def with_head(model, weights):
@@ -479,55 +321,20 @@ def name_of(method, seed, options):
 
 def tune_one(method, seed, steps, options, folder):
     name = name_of(method, seed, options)
-    path, place = folder / f"{name}.json", folder / name
+    path, weights = folder / f"{name}.json", folder / f"{name}.weights.h5"
     result = read(
         path, options, ("epochs", "batch_size", "learning_rate", "equal_time")
     )
     if "validation" in result and not (options.test and "test" not in result):
         return
-    more = METHOD.fullmatch(method)["more"]
-    # Saved a few times in a run, whose last eighth is on whole texts.
-    parts = max(1, round(steps / 24))
-    if more == SHORT_TEXTS:
-        parts = 8 * max(1, round(steps / 96))
-    length = max(1, round(steps / parts))
-    encoders.cache_clear()
-    model = new_model(options, seed, "mlp", method)
-    with_head(model, folder / f"head-mlp-{seed}.npz")
-    if "validation" not in result:
-        if more == LORA:
-            kcm.enable_lora(model, text=True)
-        elif more == LAST_BLOCKS:
-            kcm.train_last_blocks(model, image=4, text=2)
-        compile_for(model, options, parts * length, 10 if more == LORA else 1)
-        start, losses = time.process_time(), []
-        short_parts = parts * 7 // 8 if more == SHORT_TEXTS else 0
-        for first, last in ((0, short_parts), (short_parts, parts)):
-            if first == last:
-                continue
-            stage = place.with_name(f"{name}-short") if last < parts else place
-            losses += model.fit(
-                dataset(options, "train", True, seed, short=last < parts),
-                initial_epoch=first,
-                steps_per_epoch=length,
-                epochs=last,
-                verbose=0,
-                resume_from=stage,
-                callbacks=[kcm.callbacks.Checkpoint(stage)],
-            ).history.get("loss", [])
-        result |= {
-            "method": method,
-            "steps": parts * length,
-            "losses": losses,
-            "trained weights": int(
-                sum(np.prod(x.shape) for x in model.trainable_weights)
-            ),
-            "processor minutes of this process": (time.process_time() - start) / 60,
-            "peak memory (GB)": round(peak_memory(), 2),
-        }
-        model.save_weights(folder / f"{name}.weights.h5")
+    if "validation" in result:
+        encoders.cache_clear()
+        model = new_model(options, seed, "mlp", method)
+        model.load_weights(weights)
     else:
-        model.load_weights(folder / f"{name}.weights.h5")
+        model, found = tuned(method, seed, steps, options, folder)
+        model.save_weights(weights)
+        result |= found
     for split in ["validation"] + ["test"] * options.test:
         if split not in result:
             found = kcm.evaluation.embed(
@@ -537,6 +344,56 @@ def tune_one(method, seed, steps, options, folder):
             result[split] = scores(*(found[name] for name in names))
     write_json(path, **result)
     print(name, result["validation"], flush=True)
+
+
+def tuned(method, seed, steps, options, folder):
+    """Trains a model in a few epochs, each of which is saved; returns facts on it, too.
+
+    With short texts, the last eighth of the steps is on whole texts.
+    """
+    model, more = model_to_tune(options, seed, method)
+    with_head(model, folder / f"head-mlp-{seed}.npz")
+    epochs, short_epochs = max(1, round(steps / 24)), 0
+    if more == SHORT_TEXTS:
+        epochs = 8 * max(1, round(steps / 96))
+        short_epochs = epochs * 7 // 8
+    length = max(1, round(steps / epochs))
+    compile_for(model, options, epochs * length, 10 if more == LORA else 1)
+    start, losses = time.process_time(), []
+    for first, last in ((0, short_epochs), (short_epochs, epochs)):
+        if first == last:
+            continue
+        is_short = last < epochs
+        stage = folder / (name_of(method, seed, options) + "-short" * is_short)
+        losses += model.fit(
+            dataset(options, "train", True, seed, short=is_short),
+            initial_epoch=first,
+            steps_per_epoch=length,
+            epochs=last,
+            verbose=0,
+            resume_from=stage,
+            callbacks=[kcm.callbacks.Checkpoint(stage)],
+        ).history.get("loss", [])
+    return model, {
+        "method": method,
+        "steps": epochs * length,
+        "losses": losses,
+        "trained weights": int(sum(np.prod(x.shape) for x in model.trainable_weights)),
+        "processor minutes of this process": (time.process_time() - start) / 60,
+        "peak memory (GB)": round(peak_memory(), 2),
+    }
+
+
+def model_to_tune(options, seed, method):
+    """A model whose weights are trained or frozen, and what else its method does."""
+    encoders.cache_clear()
+    model = new_model(options, seed, "mlp", method)
+    more = METHOD.fullmatch(method)["more"]
+    if more == LORA:
+        kcm.enable_lora(model, text=True)
+    elif more == LAST_BLOCKS:
+        kcm.train_last_blocks(model, image=4, text=2)
+    return model, more
 
 
 def compile_for(model, options, steps, factor):
@@ -574,11 +431,11 @@ def cached_costs(options, folder):
     costs = json.loads(path.read_text())["seconds"] if path.exists() else {}
     if options.costs:
         steps = {}
-        batch = next(iter(dataset(options, "train", True)))
         for method in {"random", *options.methods}:
-            encoders.cache_clear()
-            model = new_model(options, 0, "mlp", method)
+            model, more = model_to_tune(options, 0, method)
             model.compile(keras.optimizers.AdamW(1e-9))
+            short = more == SHORT_TEXTS
+            batch = next(iter(dataset(options, "train", True, short=short)))
             steps[method] = functools.partial(model.train_on_batch, batch)
         found = interleaved(steps, rounds=3, clock=time.process_time)
         costs |= {method: min(seconds) for method, seconds in found.items()}
@@ -624,6 +481,29 @@ def report(options, folder):
     publish(
         folder / "connect_encoders.json", "Two pre-trained encoders", rows, runs=runs
     )
+    plot(folder, runs)
+
+
+def plot(folder, runs):
+    """Draws recall against the minutes of tuning, from the projections on."""
+    costs = cached_costs(argparse.Namespace(costs=False), folder)
+    before = [x["validation"]["mean"] for k, x in runs.items() if "head-mlp" in k]
+    lines = {}
+    for run in runs.values():
+        if run.get("method") in costs:
+            minutes = run["steps"] * costs[run["method"]] / 60
+            points = lines.setdefault(run["method"], {0.0: before})
+            points.setdefault(minutes, []).append(run["validation"]["mean"])
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method, points in lines.items():
+        minutes = sorted(points)
+        means, spreads = zip(
+            *[(np.mean(points[x]), np.std(points[x])) for x in minutes]
+        )
+        axes.errorbar(minutes, means, spreads, marker="o", capsize=3, label=method)
+    axes.set(xlabel="minutes of one core", ylabel="recall@10 (%), validation")
+    axes.legend(frameon=False)
+    figure.savefig(folder / "tuning.png", dpi=150)
 
 
 if __name__ == "__main__":
