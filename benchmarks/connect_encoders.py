@@ -497,9 +497,8 @@ def plot(folder, runs):
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for method, points in lines.items():
         minutes = sorted(points)
-        means, spreads = zip(
-            *[(np.mean(points[x]), np.std(points[x])) for x in minutes]
-        )
+        means = [np.mean(points[x]) for x in minutes]
+        spreads = [np.std(points[x]) for x in minutes]
         axes.errorbar(minutes, means, spreads, marker="o", capsize=3, label=method)
     axes.set(xlabel="minutes of one core", ylabel="recall@10 (%), validation")
     axes.legend(frameon=False)
