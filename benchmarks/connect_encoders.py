@@ -498,8 +498,15 @@ def plot(folder, runs):
     for method, points in lines.items():
         minutes = sorted(points)
         means = [np.mean(points[x]) for x in minutes]
-        spreads = [np.std(points[x]) for x in minutes]
-        axes.errorbar(minutes, means, spreads, marker="o", capsize=3, label=method)
+        spreads = [np.std(points[x], ddof=len(points[x]) > 1) for x in minutes]
+        axes.errorbar(
+            minutes,
+            means,
+            spreads,
+            marker="o",
+            capsize=3,
+            label="whole images" if method == "none" else method,
+        )
     axes.set(xlabel="minutes of one core", ylabel="recall@10 (%), validation")
     axes.legend(frameon=False)
     figure.savefig(folder / "tuning.png", dpi=150)

@@ -124,7 +124,6 @@ def metaclip():
 # === All backbones ===
 
 
-@pytest.mark.one_case
 def test_embeddings_logits_and_loss_are_the_backbones_own(trained):
     model, found = trained.model, trained.predicted
     is_siglip = trained.kind == "siglip"
