@@ -35,40 +35,34 @@ def folders(tmp_path, write_pairs):
 
 
 def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
-    options = f"""program features heads tune --encoders={folders} --data={folders}
-        --results={folders}/results --features={folders}/features --caption-key=txt
-        --image-size=24 --context-length=12 --batch-size=10 --head-batch-size=20
-        --head-epochs=2 --seeds 1 2 --costs --equal-time --test"""
-    methods = ["random", "none", "random 0.6, LoRA", "cluster, short texts"]
-    options = [*options.split(), "--methods", *methods]
-    monkeypatch.setattr("sys.argv", options)
+    options = f"""--encoders={folders} --data={folders} --results={folders}/results
+        --features={folders}/features --caption-key=txt --image-size=24
+        --context-length=12 --batch-size=10""".split()
+    heads = ["--head-batch-size=20", "--head-epochs=2", "--test"]
+
+    def run(program, name, *arguments):
+        monkeypatch.setattr("sys.argv", ["program", *arguments, *options])
+        program.main()
+        return json.loads((folders / "results" / f"{name}.json").read_text())
+
     monkeypatch.setattr(connect_encoders, "SHORT_LENGTH", 9)
-    connect_encoders.main()
-    path = folders / "results" / "connect_encoders.json"
-    found = json.loads(path.read_text())
-    assert {*found["runs"]} >= {"head-mlp-2", "tune-none-1-equal_time-1"}
-    assert all(0 <= run["test"]["mean"] <= 100 for run in found["runs"].values())
-    assert found["runs"]["tune-random-1-equal_time-1"]["steps"] == 4
-    tuned = {run["method"]: run for run in found["runs"].values() if "method" in run}
+    stages = ["features", "heads", *heads, "--seeds", "1", "2"]
+    run(connect_encoders, "connect_encoders", *stages)
+    methods = ["random", "none", "random 0.6, LoRA", "cluster, short texts"]
+    tune = ["tune", *heads, "--equal-time", "--seeds=1", "--methods", *methods]
+    runs = run(connect_encoders, "connect_encoders", *tune, "--costs")["runs"]
+    assert {*runs} >= {"head-mlp-2", "tune-none-1-equal_time-1"}
+    assert all(0 <= run["test"]["mean"] <= 100 for run in runs.values())
+    assert runs["tune-random-1-equal_time-1"]["steps"] == 4
+    tuned = {run["method"]: run for run in runs.values() if "method" in run}
     assert {*tuned} == {*methods}
     trained = {name: run["trained weights"] for name, run in tuned.items()}
     assert trained["random 0.6, LoRA"] < trained["random"]
-    common = [x for x in options[2:] if "head-" not in x]
-    common = common[common.index(f"--encoders={folders}") : common.index("--costs")]
-    methods = ["--methods", "none", "random 0.9"]
-    monkeypatch.setattr("sys.argv", ["program", "losses", *common, *methods])
-    probe_encoders.main()
-    path = folders / "results" / "masked_losses.json"
-    none, masked = json.loads(path.read_text())["rows"]
+    losses = ["losses", "--seeds=1", "--methods", "none", "random 0.9"]
+    none, masked = run(probe_encoders, "masked_losses", *losses)["rows"]
     assert none["loss"] != masked["loss"]
-    classes = [f"--classes={folders}/classes", "--count=10"]
-    monkeypatch.setattr("sys.argv", ["program", "transfer", *common, *classes])
-    probe_encoders.main()
-    rows = json.loads((folders / "results" / "transfer.json").read_text())["rows"]
-    assert len(rows) == 2 + 2 * 4
+    transfer = ["transfer", "--seeds=1", f"--classes={folders}/classes", "--count=10"]
+    assert len(run(probe_encoders, "transfer", *transfer)["rows"]) == 1 + 4
     monkeypatch.setattr(connect_encoders, "new_model", None)
-    again = [x for x in options if x not in ("features", "--costs")]
-    monkeypatch.setattr("sys.argv", again)
-    connect_encoders.main()
-    path = folders / "results" / "connect_encoders.json"
-    assert json.loads(path.read_text())["runs"] == found["runs"]
+    again = run(connect_encoders, "connect_encoders", "heads", *tune)
+    assert again["runs"] == runs

@@ -161,25 +161,20 @@ def test_what_cannot_be_shown_is_an_error(content, message):
         value_of(content) if isinstance(content, str) else table_of(*content)
 
 
-VALUE = "<!-- value first.json; none; / none -->1.000<!-- end -->"
+OPEN = "<!-- value first.json; none; / none -->1.000"
+VALUE = f"{OPEN}<!-- end -->"
+AT_START = [f"Text\n{start}{VALUE}" for start in ("", "- ", "  ", "> ", "1. ")]
 
 
 @pytest.mark.usefixtures("results")
-@pytest.mark.parametrize("start", ["", "- ", "  ", "> ", "1. "])
-def test_a_value_must_not_begin_a_line_but_may_stand_in_it(start):
-    for text in (f"Text\n{start}**{VALUE}**", f"| {VALUE} | all |"):
-        assert tables.rendered(text) == text
-    with pytest.raises(ValueError, match="must not begin a line"):
-        tables.rendered(f"Text\n{start}{VALUE}")
-
-
-@pytest.mark.usefixtures("results")
-@pytest.mark.parametrize("missing", [0, 1])
-def test_an_error_of_a_missing_end_names_the_page(missing, tmp_path):
-    values = [f"It is {VALUE}.\n"] * 2
-    values[missing] = values[missing].removesuffix("<!-- end -->.\n")
+@pytest.mark.parametrize("text", [*AT_START, f"It is {VALUE}.\nIt is {OPEN}."])
+def test_a_value_that_begins_a_line_or_has_no_end_is_an_error_of_its_page(
+    text, tmp_path
+):
+    in_lines = f"Text\n- **{VALUE}**\n| {VALUE} | all |"
+    assert tables.rendered(in_lines) == in_lines
     page = tmp_path / "page.md"
-    page.write_text("".join(values))
-    with pytest.raises(ValueError, match="2 of them, 1 ends") as caught:
+    page.write_text(text)
+    with pytest.raises(ValueError, match=r"begin a line|2 of them, 1 ends") as caught:
         tables.rewrite(page)
     assert str(page) in caught.value.__notes__[0]

@@ -6,6 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from keras_cluster_mask.data import image_text_dataset
+from keras_cluster_mask.data.pairs import Pair
+from keras_cluster_mask.data.parts import hash_of
+
 
 def take(dataset, count=None):
     """The first batches, or all, as dicts of NumPy arrays."""
@@ -29,8 +33,25 @@ def keys(dataset, count=None):
 
 
 def lengths(captions):
-    """A tokenizer of rows of one number, the length of the caption."""
+    """A tokenizer of rows of one number, the length of the caption, which is a str."""
+    assert {type(caption) for caption in captions} == {str}
     return [[len(caption)] for caption in captions]
+
+
+def make_dataset(source, training=False, **options):
+    """A dataset of small images, with keys, that may have any number of faults."""
+    arguments = dict(tokenizer=lengths, image_size=16, batch_size=8, seed=1)
+    arguments.update(format="grain", include_keys=True, max_skipped=1.0)
+    return image_text_dataset(source, training=training, **arguments | options)
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected) > 0
+    for one, other in zip(batches, expected):
+        assert sorted(one) == sorted(other)
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name])
 
 
 def saved(tokenizer, folder):
@@ -59,3 +80,13 @@ class Counted(list):
     def __getitem__(self, number):
         self.read.append(number)
         return super().__getitem__(number)
+
+
+class Keys(list):
+    """Keys as an index that holds nothing else."""
+
+    def key_hashes(self):
+        return np.array([hash_of(key) for key in self], "uint64")
+
+    def read(self, numbers, with_images):
+        return [Pair(b"", (), self[number], "") for number in numbers]

@@ -54,13 +54,20 @@ def test_objects_are_checked_by_reading_them(noise):
         {"image": noise(0), "caption": "a"},
         {"image": noise(0)[:99], "caption": "b", "__key__": "cut"},
         {"image": noise(0), "caption": ""},
+        {"image": None, "caption": "a"},
+        {"image": noise(0)},
     ]
-    found = check(items)
-    assert (found["samples"], found["by_reason"]) == (2, {"empty caption": 1})
+    found, faults = check(items), {"empty caption": 1, "no image": 1, "no caption": 1}
+    assert (found["samples"], found["by_reason"]) == (2, faults)
     found = check(items, decode=True)
     assert found["samples"] == 1
     keys = [(each["key"], each["reason"]) for each in found["first_broken"]]
-    assert keys == [("cut", "the image does not decode"), ("2", "empty caption")]
+    assert dict(keys) == {
+        "cut": "the image does not decode",
+        "2": "empty caption",
+        "3": "no image",
+        "4": "no caption",
+    }
 
 
 # === The index ===

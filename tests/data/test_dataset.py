@@ -131,46 +131,9 @@ def test_objects_with_images_of_any_kind_are_sources(rows, kind):
     assert sorted(keys(training, 2)) == [str(i) for i in range(10)]
 
 
-def test_samples_of_an_object_may_have_keys(rows):
-    source = [{**row, "__key__": f"k{n}"} for n, row in enumerate(rows("image"))]
-    assert keys(make(source)) == [f"k{n}" for n in range(10)]
-
-
-@pytest.mark.filterwarnings("ignore:.*skipped")
-def test_broken_samples_of_an_object_are_counted(rows):
-    source = rows("dict")
-    source[1]["image"] = None
-    source[2]["text"] = " "
-    source[3]["image"] = {"bytes": b"broken", "path": None}
-    del source[4]["text"]
-    dataset = make(Rows(source), max_skipped=0.4)
-    assert keys(dataset) == ["0", *"56789"]
-    assert dataset.skipped.by_reason == {
-        "no image": 1,
-        "empty caption": 1,
-        "the image does not decode": 1,
-        "no caption": 1,
-    }
-    assert dataset.skipped.by_shard.keys() == {"Rows"}
-
-
 def test_samples_of_an_object_must_be_dicts():
     with pytest.raises(ValueError, match=r"`source`.*tuple"):
         take(make(Rows([("image", "text")])))
-
-
-def test_an_object_of_the_package_datasets_is_a_source(rows):
-    # Without the package, the folder of this name is found.
-    pytest.importorskip("datasets.arrow_dataset")
-    import datasets
-
-    source = datasets.Dataset.from_list(rows("dict")).cast_column(
-        "image", datasets.Image()
-    )
-    batches = take(make(source, label_key="label"))
-    assert column(batches, "labels") == [*range(10)]
-    levels = [image[0, 0, 0] for image in column(batches, "images")]
-    assert levels == [*range(10)]
 
 
 # === Mixing ===

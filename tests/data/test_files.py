@@ -1,6 +1,5 @@
 import threading
 
-import fsspec
 import pytest
 
 from keras_cluster_mask.data import files, shards
@@ -68,19 +67,6 @@ def test_patterns_do_not_match_hidden_files(tmp_path, memory):
             (found,) = shards.expand(f"{folder}/{pattern}")
             assert found.rpartition("/")[2] == "a.tar"
         assert len(shards.expand(f"{folder}/.*")) == 2
-
-
-def test_the_stamp_of_a_file_changes_with_its_size_and_date(tmp_path, memory):
-    for path in (f"{tmp_path}/a.tar", "memory://set/a.tar"):
-        stamps = []
-        for content in (b"a", b"ab", b"cd"):
-            with fsspec.open(path, "wb") as file:
-                file.write(content)
-            (info,) = shards.expand(path).values()
-            stamps.append(shards.stamp(info))
-        assert len(set(stamps)) == 3
-        (info,) = shards.expand(path).values()
-        assert shards.stamp(info) == stamps[-1]
 
 
 # === Reading parts ===

@@ -99,19 +99,20 @@ def test_numbers_in_text_are_the_numbers_of_classes_unless_they_are_names():
 
 
 @pytest.mark.parametrize(
-    ("folders", "expected"),
+    ("folders", "names", "expected"),
     [
-        ({"cats": 1, "dogs/small": 2, "ants": 1}, [0, 1, 2, 2]),
-        ({"10": 1, "2": 2}, [10, 2, 2]),
+        ({"cats": 1, "dogs/small": 2, "ants": 1}, None, [0, 1, 2, 2]),
+        ({"10": 1, "2": 2}, None, [10, 2, 2]),
+        ({"cat": 2, "dog": 1, "fish": 1}, ["fish", "cat", "dog"], [1, 1, 2, 0]),
     ],
 )
-def test_folders_are_classes_in_the_order_of_their_names(
-    tmp_path, encode, folders, expected
+def test_folders_are_classes_in_the_order_of_their_names_or_of_those_given(
+    tmp_path, encode, folders, names, expected
 ):
     for folder, count in folders.items():
         (tmp_path / "images" / folder).mkdir(parents=True)
         for n in range(count):
             path = tmp_path / "images" / folder / f"{n}.png"
             path.write_bytes(encode(np.zeros((8, 8, 3), "uint8")))
-    dataset = make(tmp_path / "images", label_key="folder")
+    dataset = make(tmp_path / "images", label_key="folder", class_names=names)
     assert values(dataset, "labels") == expected

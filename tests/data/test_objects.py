@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import image_text_dataset, stream
+from keras_cluster_mask.data import stream
 from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
-from tests.data.reading import keys, lengths, take
+from tests.data.reading import keys, make_dataset, take
 
 pytestmark = pytest.mark.any_backend
-
-
-def make(source, training=False, **options):
-    arguments = {"batch_size": 8, "format": "grain", "include_keys": True}
-    arguments.update(max_skipped=1.0, **options)
-    return image_text_dataset(source, lengths, 16, training=training, **arguments)
 
 
 def open_all(source):
@@ -79,7 +73,7 @@ def test_rows_may_share_an_image_that_is_not_decoded_yet(encode, training, monke
     content = encode(array, exif=exif)
     rows = [{"image": Image.open(io.BytesIO(content)), "text": "a"}] * 128
     options = {"resize": "squash", "batch_size": 128}
-    (batch,) = take(make(rows, training, **options), 1)
+    (batch,) = take(make_dataset(rows, training, **options), 1)
     expected = Images((16, 16), training, "squash")(content, np.random.default_rng(0))
     # Decoding does not reduce an open image.
     assert np.abs(batch["images"].astype(int) - expected).max() <= 1
@@ -126,7 +120,7 @@ def gradient(dtype, *shape):
     ],
 )
 def test_arrays_are_converted_exactly(array, expected):
-    (batch,) = take(make([{"image": array, "text": "a"}]))
+    (batch,) = take(make_dataset([{"image": array, "text": "a"}]))
     levels = batch["images"][0, :, :, 1].ravel()
     np.testing.assert_array_equal(levels, np.ravel(expected))
 
@@ -148,13 +142,13 @@ def test_arrays_are_converted_exactly(array, expected):
 def test_arrays_that_are_no_images_are_refused_with_their_key(array):
     rows = [{"image": np.zeros((4, 4), "uint8"), "text": "a"} for _ in range(8)]
     rows[5]["image"] = array
-    dataset = make(rows)
+    dataset = make_dataset(rows)
     assert keys(dataset) == [*"01234", *"67"]
     (fault,) = dataset.skipped.samples
     assert (fault.shard, fault.key) == ("list", "5")
     assert fault.reason.startswith(("the array is not uint8 (", "the gray levels are"))
     with pytest.raises(ValueError, match=r"`source`.*Received: .*the array is not"):
-        make([{"image": np.zeros((4, 4, 1)), "text": "a"}])
+        make_dataset([{"image": np.zeros((4, 4, 1)), "text": "a"}])
 
 
 # === Fingerprints ===
@@ -225,4 +219,4 @@ class Endless:
 def test_objects_that_are_no_samples_are_refused_with_a_remedy(source):
     remedy = r"'records'.*without streaming.*Received: source="
     with pytest.raises(ValueError, match=rf"`source`.*{remedy}{type(source).__name__}"):
-        make(source)
+        make_dataset(source)

@@ -27,28 +27,6 @@ def test_of_several_image_fields_the_first_that_exists_is_used(write_tar):
     assert read(shard, image_keys="jpg") == ([], [("1", "no image")])
 
 
-def test_each_broken_sample_has_a_reason(write_tar):
-    files = [
-        *[("1.jpg", b"j"), ("1.txt", b"t")],
-        *[("1.jpg", b"j"), ("1.txt", b"other")],
-        *[("3.txt", b"t")],
-        *[("4.jpg", b"j")],
-        *[("5.jpg", b"j"), ("5.txt", b" ")],
-        *[("7.other", b"x")],
-        *[("8.jpg", b""), ("8.txt", b"t")],
-    ]
-    pairs, faults = read(write_tar("x.tar", files))
-    assert [pair.key for pair in pairs] == ["1"]
-    assert sorted(faults) == [
-        ("1", "duplicate key"),
-        ("3", "no image"),
-        ("4", "no caption"),
-        ("5", "empty caption"),
-        ("7", "no image"),
-        ("8", "no image"),
-    ]
-
-
 def test_a_key_may_be_repeated_in_another_shard(write_pairs, write_tar):
     files = [("0001.jpg", b"j"), ("0001.txt", b"t")]
     source = [write_pairs("a.tar", 0, 3), write_tar("b.tar", files)]

@@ -11,9 +11,8 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data import Sampling, image_text_dataset
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import Pair, PairReader
-from keras_cluster_mask.data.parts import hash_of
-from tests.data.reading import Counted
+from keras_cluster_mask.data.pairs import PairReader
+from tests.data.reading import Counted, Keys
 from tests.helpers import FAST, image_mlp, text_bag
 
 pytestmark = [
@@ -76,16 +75,6 @@ def shards(write_pairs):
         write_pairs("b.tar", 40, 15, broken),
         write_pairs("c.tar", 55, 5),
     ]
-
-
-class Keys(list):
-    """Keys as an index that holds nothing else."""
-
-    def key_hashes(self):
-        return np.array([hash_of(key) for key in self], "uint64")
-
-    def read(self, numbers, with_images):
-        return [Pair(b"", (), self[number], "") for number in numbers]
 
 
 # === What is drawn ===

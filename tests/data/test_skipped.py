@@ -1,3 +1,4 @@
+import functools
 import warnings
 
 import numpy as np
@@ -5,16 +6,12 @@ import pytest
 
 from keras_cluster_mask.data import SkippedSamples, image_text_dataset
 from keras_cluster_mask.data.pairs import Fault
-from tests.data.reading import lengths, take
+from tests.data.reading import lengths, make_dataset, take
 
 pytestmark = pytest.mark.any_backend
 
 
-def make(source, training=False, **options):
-    arguments = {"batch_size": 5, "format": "grain", "include_keys": True}
-    arguments.update(max_skipped=1.0)
-    arguments.update(options)
-    return image_text_dataset(source, lengths, 8, training=training, **arguments)
+make = functools.partial(make_dataset, batch_size=5)
 
 
 def fault(key, reason="the image does not decode", shard="a.tar"):

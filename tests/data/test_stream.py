@@ -17,7 +17,7 @@ from keras_cluster_mask.data import (
     samples,
     stream,
 )
-from tests.data.reading import Counted, column, take
+from tests.data.reading import Counted, assert_same, column, take
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -36,15 +36,6 @@ def make(source, training, **options):
 
 def keys(batches):
     return [key.decode() for key in column(batches, "keys")]
-
-
-def assert_same(first, second):
-    assert len(first) == len(second) > 0
-    for one, other in zip(first, second):
-        assert sorted(one) == sorted(other)
-        for name in one:
-            assert one[name].dtype == other[name].dtype
-            np.testing.assert_array_equal(one[name], other[name])
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """Reads batches in a process of its own, until it is stopped.
 
-    python worker_program.py SOURCE NUM_WORKERS TRAINING
+    python worker_program.py SOURCE NUM_WORKERS [end|stop]
 
-It writes a file `ready` when it has the first batch. With `end` as a fourth argument it
-ends then. With `stop`, each worker stops while it starts. Reads of a source at
-`stalling://` stall while there is a file `stall`.
+It prints which backends are imported where samples are read, and writes a file `ready`
+when it has the first batch. With `end` it ends then. With `stop`, each worker stops
+while it starts. Reads of a source at `stalling://` stall while there is a file `stall`.
 """
 
 import os
@@ -39,23 +39,21 @@ class Stalling(LocalFileSystem):
 
 fsspec.register_implementation("stalling", Stalling)
 
-if __name__ == "__mp_main__" and sys.argv[4:] == ["stop"]:
+
+def imported(texts):
+    names = "keras", "torch", "tensorflow"
+    return [[int(name in sys.modules) for name in names]] * len(texts)
+
+
+if __name__ == "__mp_main__" and sys.argv[3:] == ["stop"]:
     pathlib.Path("ready").touch()
     os.kill(os.getpid(), signal.SIGSTOP)
 
 if __name__ == "__main__":
-    source, num_workers, training, *end = sys.argv[1:]
-    dataset = image_text_dataset(
-        source,
-        None,
-        16,
-        8,
-        training=training == "True",
-        format="grain",
-        num_workers=int(num_workers),
-    )
-    iterator = iter(dataset)
-    next(iterator)
+    source, num_workers, *end = sys.argv[1:]
+    options = dict(training=True, format="grain", num_workers=int(num_workers))
+    iterator = iter(image_text_dataset(source, imported, 16, 8, **options))
+    print("imported:", next(iterator)["token_ids"][0].tolist())
     pathlib.Path("ready").touch()
     for _ in () if end else iterator:
         time.sleep(0.1)

@@ -31,8 +31,7 @@ SHAPE = re.compile(
     re.MULTILINE,
 )
 FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
-# Other tests run this page. Those of guides are made by running the guides.
-ELSEWHERE = {"docs/which_masking.md"}
+# Their pages are made by running the guides.
 GUIDES = DOCS / "guides"
 # The tasks that a page shows from the first import; others continue the quickstart.
 TASKS = {
@@ -58,7 +57,7 @@ def all_pages():
 def pages_with_code():
     for page in all_pages():
         text = read(page)
-        if "```python" in text and page not in ELSEWHERE:
+        if "```python" in text:
             marks = () if "<!-- backend:" in text else pytest.mark.any_backend
             yield pytest.param(page, id=page, marks=marks)
 

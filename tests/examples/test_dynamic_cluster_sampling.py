@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data.parts import hash_of
+from tests.data.reading import Keys
 
 pytestmark = pytest.mark.any_backend
 
@@ -31,11 +31,6 @@ def test_probabilities_equal_the_reference(alpha, share, repeat):
     mixed = np.random.default_rng(0).permutation(393)
     found = dynamics.probabilities(clusters[mixed], alpha, share, repeat)
     np.testing.assert_allclose(found, expected[mixed], rtol=1e-12)
-
-
-class Keys(list):
-    def key_hashes(self):
-        return np.array([hash_of(key) for key in self], "uint64")
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,24 @@
-"""Shared by the tests of the guides: a guide run as a program, with little training."""
+"""Shared by the tests of the guides: guides run as a program, with little training."""
 
 import pytest
 
 from tests.helpers import run_program
 
 
-@pytest.fixture(scope="session")
-def run_guide(few_images):
-    """Runs a guide on few images, with its results in a folder; returns its output."""
+@pytest.fixture
+def run_guides(few_images, tmp_path):
+    """Runs guides on few images, in one process; returns what each prints.
 
-    def run_guide(name, results):
-        return run_program(
-            "tests/guides/program.py",
-            f"guides/{name}",
-            few_images / "images",
+    Their results are in `tmp_path`.
+    """
+
+    def run_guides(*names):
+        printed = run_program(
+            *("tests/guides/program.py", few_images / "images", *names),
             EPOCHS="1",
             MPLBACKEND="agg",
-            RESULTS=str(results),
+            RESULTS=str(tmp_path),
         )
+        return printed.split("# The next guide\n")[1:]
 
-    return run_guide
-
-
-@pytest.fixture(scope="session")
-def pretrained(run_guide, tmp_path_factory):
-    """The folder of results of the first guide, and what it printed."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    return folder, run_guide("pretrain_clip.py", folder)
+    return run_guides

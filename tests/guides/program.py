@@ -1,6 +1,6 @@
-"""Runs a guide on the images of another folder.
+"""Runs guides, one after another, on the images of another folder.
 
-python program.py GUIDE IMAGES
+python program.py IMAGES GUIDE ...
 """
 
 import pathlib
@@ -12,6 +12,8 @@ import keras_cluster_mask as kcm
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 if __name__ == "__main__":
-    guide, images = sys.argv[1:]
+    images, *guides = sys.argv[1:]
     kcm.data.example_images = lambda: pathlib.Path(images)
-    runpy.run_path(str(ROOT / guide), run_name="__main__")
+    for guide in guides:
+        print("# The next guide")
+        runpy.run_path(str(ROOT / "guides" / f"{guide}.py"), run_name="__main__")

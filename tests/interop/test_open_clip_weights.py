@@ -134,14 +134,10 @@ def test_a_state_dict_does_not_change_with_the_model():
 
 
 @pytest.mark.any_backend
-def test_a_contrastive_model_gives_its_backbone_and_its_bias():
+def test_a_contrastive_model_gives_its_backbone():
     backbone = load(tiny().state_dict()).backbone
     model = kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(8))
     assert_same_weights(open_clip_state_dict(model), open_clip_state_dict(backbone))
-    model = kcm.ContrastiveModel.from_backbone(backbone, loss="sigmoid")
-    state = open_clip_state_dict(model)
-    assert state["logit_bias"] == -10.0
-    assert state["logit_bias"].shape == ()
 
 
 # === Errors ===

@@ -10,15 +10,14 @@ from tests.masking.images import GrayAttention, draw_noise, numpy
 ROWS = 5
 
 
-def select(grid, teacher_grid=None, noise=None, **options):
+def select(grid, teacher_grid=None, **options):
     """Gray levels of the teacher's grid, noise, and what is kept."""
     teacher_grid = teacher_grid or grid
     levels = np.random.default_rng(0).random((ROWS, *teacher_grid)).astype("float32")
     height, width = (4 * side // count for side, count in zip(grid, teacher_grid))
     images = levels.repeat(height, axis=1).repeat(width, axis=2)[..., None]
     masking = kcm.AttentiveMasking(GrayAttention(teacher_grid), **options)
-    if noise is None:
-        noise = draw_noise(np.random.default_rng(1), ROWS, grid[0] * grid[1])
+    noise = draw_noise(np.random.default_rng(1), ROWS, grid[0] * grid[1])
     indices, _ = numpy(*masking.select(images, noise=noise))
     return levels.reshape(ROWS, -1), noise, indices
 
@@ -44,20 +43,6 @@ def test_selects_as_the_reference(grid, teacher_grid, block_size, mask_ratio):
         attention, noise, grid, teacher_grid or grid, block_size, mask_ratio
     )
     np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.any_backend
-def test_noise_decides_within_a_block_alone():
-    rng = np.random.default_rng(3)
-    for mask_ratio, same in ((0.5, True), (0.4, False)):
-        # 8 of 16 patches are two blocks, 9 one patch more.
-        first, second = (
-            select((4, 4), noise=draw_noise(rng, ROWS, 16), mask_ratio=mask_ratio)[2]
-            for _ in range(2)
-        )
-        assert np.array_equal(first, second) == same
-    assert not kcm.AttentiveMasking.is_random
-    assert kcm.RandomMasking.is_random
 
 
 @pytest.mark.any_backend

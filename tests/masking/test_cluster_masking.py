@@ -1,6 +1,5 @@
 import math
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -103,32 +102,42 @@ def reference_similarity(images, patch_size, noise, options):
     return tuple(reference.highest_similarity(x, anchors) for x in (exact, rounded))
 
 
+def share_compared(images, patch_size, options, everywhere=False, seed=5):
+    """Asserts the selection of the reference where it is clear, or everywhere."""
+    masking = kcm.ClusterMasking(patch_size, **options)
+    num_patches = math.prod(masking.grid_shape(None, images))
+    noise = draw_noise(np.random.default_rng(seed), ROWS, num_patches)
+    exact, rounded = reference_similarity(images, patch_size, noise, options)
+    rows = clear_rows(exact, noise, options)
+    # With softness noise decides, and it is drawn afresh: cuts may be close.
+    if everywhere and not options.get("softness"):
+        rows[:] = True
+    expected = reference_select(rounded, noise, options)
+    assert_selects(masking, expected, rows, images=images, noise=noise)
+    return rows.mean()
+
+
 class TestSelectionEqualsReference:
     @pytest.mark.one_case
     @pytest.mark.parametrize("geometry", GEOMETRIES)
     def test_of_textured_images_wherever_the_cut_is_clear(self, geometry):
-        height, width, channels, patch_size, dtype, data_format = GEOMETRIES[geometry]
+        *sides, patch_size, dtype, data_format = GEOMETRIES[geometry]
         rng = np.random.default_rng(1)
-        compared = total = 0
-        for options in MODES.values():
+        shares = []
+        for seed, options in enumerate(MODES.values()):
+            images = textured(rng, ROWS, *sides, dtype, data_format)
             options = {**options, "data_format": data_format}
-            images = textured(rng, ROWS, height, width, channels, dtype, data_format)
-            masking = kcm.ClusterMasking(patch_size, **options)
-            noise = draw_noise(rng, ROWS, math.prod(masking.grid_shape(None, images)))
-            exact, rounded = reference_similarity(images, patch_size, noise, options)
-            rows = clear_rows(exact, noise, options)
-            expected = reference_select(rounded, noise, options)
-            assert_selects(masking, expected, rows, images=images, noise=noise)
-            assert rows.mean() > 0.6
-            compared, total = compared + rows.sum(), total + ROWS
+            shares.append(share_compared(images, patch_size, options, seed=seed))
+        assert min(shares) > 0.6
         # 288 rows a geometry, 1,728 in all, of which more than 1,209 are compared.
-        assert compared > 0.7 * total
+        assert np.mean(shares) > 0.7
 
     @pytest.mark.one_case
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("kind", PLAIN)
     def test_of_plain_images_always(self, kind, mode):
-        self.assert_equal_everywhere(PLAIN[kind](), (8, 4), MODES[mode])
+        images = PLAIN[kind]()
+        assert share_compared(images, (8, 4), MODES[mode], everywhere=True) > 0.7
 
     @pytest.mark.one_case
     @pytest.mark.parametrize("levels", [(0.0, 1.0), (0.97, 1.0)])
@@ -137,41 +146,16 @@ class TestSelectionEqualsReference:
         # Rounding the mean of a patch must not make flat patches unlike: with
         # little contrast it is the only thing left of them.
         images = paper(np.random.default_rng(3), ROWS, 4, 6, patch_size, levels=levels)
-        self.assert_equal_everywhere(images, patch_size, {"mask_ratio": 0.5})
+        share_compared(images, patch_size, {"mask_ratio": 0.5}, everywhere=True)
 
     def test_of_photographs_wherever_the_cut_is_clear(self):
-        rng = np.random.default_rng(4)
         images = photographs(64, 96, ROWS)
-        noise = draw_noise(rng, ROWS, 24)
-        options = {"mask_ratio": 0.5}
-        exact, rounded = reference_similarity(images, 16, noise, options)
-        rows = clear_rows(exact, noise, options)
-        expected = reference_select(rounded, noise, options)
-        masking = kcm.ClusterMasking(16)
-        assert_selects(masking, expected, rows, images=images, noise=noise)
-        assert rows.mean() > 0.7
-
-    def assert_equal_everywhere(self, images, patch_size, options):
-        rng = np.random.default_rng(5)
-        masking = kcm.ClusterMasking(patch_size, **options)
-        noise = draw_noise(
-            rng, len(images), math.prod(masking.grid_shape(None, images))
-        )
-        exact, rounded = reference_similarity(images, patch_size, noise, options)
-        rows = None
-        if options.get("softness"):
-            # Noise decides here, and it is drawn afresh: cuts may be close.
-            rows = clear_rows(exact, noise, options)
-            assert rows.mean() > 0.7
-        expected = reference_select(rounded, noise, options)
-        assert_selects(masking, expected, rows, images=images, noise=noise)
+        assert share_compared(images, 16, {"mask_ratio": 0.5}) > 0.7
 
 
 class TestSimilarity:
-    anchors = np.array([[0], [5], [11]], "int32")
-
     @pytest.mark.one_case
-    @pytest.mark.parametrize("weight", [0.3, 1.0])
+    @pytest.mark.parametrize("weight", [0.3, 1.0, 0.0])
     @pytest.mark.parametrize("prefix", [0, 2])
     def test_with_tokens_mixes_by_weight_before_the_maximum(self, weight, prefix):
         rng = np.random.default_rng(9)
@@ -190,14 +174,6 @@ class TestSimilarity:
             atol=2.0**-12 + 1e-6,
             rtol=0,
         )
-
-    @pytest.mark.any_backend
-    def test_at_weight_0_is_the_same_with_and_without_tokens(self):
-        images = textured(np.random.default_rng(10), 3, 24, 32, 3)
-        masking = kcm.ClusterMasking(8)
-        without = numpy(masking.similarity(images, self.anchors))
-        given = numpy(masking.similarity(images, self.anchors, tokens_of(3, 13)))
-        np.testing.assert_array_equal(given, without)
 
 
 class TestAnchors:
@@ -226,43 +202,6 @@ class TestAnchors:
         noise = draw_noise(np.random.default_rng(15), 2, num_patches)
         assert masking.draw_anchors(ops.convert_to_tensor(noise)).shape == (2, count)
         assert reference.anchor_count(num_patches, anchor_ratio) == count
-
-    @pytest.mark.any_backend
-    def test_all_being_anchors_keeps_by_noise_alone(self):
-        rng = np.random.default_rng(16)
-        images = textured(rng, ROWS, 32, 48, 3)
-        noise = draw_noise(rng, ROWS, 24)
-        masking = kcm.ClusterMasking(8, anchor_ratio=1.0)
-        expected = reference.select_random(noise, 0.5)
-        assert_selects(masking, expected, images=images, noise=noise)
-
-
-class TestThresholdMode:
-    images = photographs(32, 48, ROWS)
-    tokens = tokens_of(ROWS, 2 + 24)
-
-    def masking(self, **options):
-        options = {"min_mask_ratio": 0.25, "threshold": 0.1, "seed": 0, **options}
-        return kcm.ClusterMasking(8, **options)
-
-    @pytest.mark.any_backend
-    def test_a_pooling_after_it_sees_visible_tokens_only(self):
-        masking, pooling = self.masking(), keras.layers.GlobalAveragePooling1D()
-        drawn = draw_noise(np.random.default_rng(18), ROWS, 24)
-        indices, visible = numpy(*masking.select(self.images, self.tokens, drawn))
-        expected = [
-            np.concatenate([t[:2], t[2:][i[v]]]).mean(axis=0)
-            for t, i, v in zip(self.tokens, indices, visible)
-        ]
-        kept = masking(self.tokens, self.images, training=True, noise=drawn)
-        np.testing.assert_allclose(numpy(pooling(kept)), expected, atol=1e-5)
-
-    def test_shows_at_least_one_patch_however_low_the_threshold(self):
-        masking = self.masking(threshold=-1.0)
-        _, visible = numpy(*masking.select(images=self.images))
-        np.testing.assert_array_equal(visible.sum(axis=1), 1)
-        masking(self.tokens, images=self.images, training=True)
-        np.testing.assert_allclose(numpy(masking.last_mask_ratio), 23 / 24, atol=1e-6)
 
 
 class TestAdapt:
@@ -342,22 +281,6 @@ class TestAdapt:
 
 
 class TestEmbeddingSchedule:
-    @pytest.mark.any_backend
-    def test_weights_out_of_range_are_clipped(self):
-        images = textured(np.random.default_rng(26), 3, 24, 32, 3)
-        tokens = tokens_of(3, 12)
-        anchors = np.array([[0], [5], [11]], "int32")
-        schedule = keras.optimizers.schedules.PolynomialDecay(7.0, 4, 7.0)
-        got, expected = (
-            numpy(
-                kcm.ClusterMasking(8, embedding_weight=w).similarity(
-                    images, anchors, tokens
-                )
-            )
-            for w in (schedule, 1.0)
-        )
-        np.testing.assert_array_equal(got, expected)
-
     @pytest.mark.one_case
     @pytest.mark.parametrize(("start", "hide_padding"), [(-0.15, True), (0.2, False)])
     def test_threshold_follows_until_the_ratio_is_back_at_the_target(

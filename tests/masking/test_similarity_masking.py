@@ -5,12 +5,10 @@ import functools
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking import similarity_masking
 from tests.masking.images import (
-    as_images,
     assert_selects,
     compiled_select,
     compiled_step,
@@ -40,20 +38,6 @@ BUDGET = [name for name in STRATEGIES if name != "threshold"]
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("strategy", BUDGET)
-def test_images_may_be_of_any_dtype_alike(strategy):
-    values = np.random.default_rng(29).integers(0, 256, (ROWS, 32, 48, 3)) / 255.0
-    integers = as_images(values, "uint8")
-    noise = draw_noise(np.random.default_rng(30), ROWS, 24)
-    masking = STRATEGIES[strategy](8)
-    expected = numpy(*masking.select(images=integers, noise=noise))
-    for dtype in ("int32", "float32", "float16", "bfloat16"):
-        # Integers up to 255 are exact in all of these.
-        images = ops.cast(integers, dtype)
-        assert_selects(masking, expected, images=images, noise=noise)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("strategy", BUDGET)
 def test_the_scale_and_origin_of_pixels_do_not_matter(strategy):
     noise = draw_noise(np.random.default_rng(33), ROWS, 24)
     images = photographs(32, 48, ROWS).astype("float32")
@@ -63,19 +47,6 @@ def test_the_scale_and_origin_of_pixels_do_not_matter(strategy):
         indices = numpy(select(images=changed.astype("float32"), noise=noise)[0])
         # Rounding may decide where a decision is close.
         assert np.mean((indices == expected).all(axis=1)) > 0.9
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("strategy", BUDGET)
-def test_data_format_changes_the_layout_only(strategy):
-    rng = np.random.default_rng(31)
-    images = textured(rng, ROWS, 32, 48, 3, "uint8")
-    noise = draw_noise(rng, ROWS, 24)
-    last = STRATEGIES[strategy](8, data_format="channels_last")
-    first = STRATEGIES[strategy](8, data_format="channels_first")
-    expected = numpy(*last.select(images=images, noise=noise))
-    moved = np.moveaxis(images, -1, 1)
-    assert_selects(first, expected, images=moved, noise=noise)
 
 
 @pytest.mark.one_case

@@ -168,15 +168,6 @@ def test_a_row_that_is_too_long_costs_one_sample(write, read_all, name, quote):
     assert len(faults) == 1
 
 
-def test_a_bare_carriage_return_loses_no_sample_in_silence(write, read_all):
-    content = b"f,text\na.jpg,one\rb.jpg,two\nc.jpg,three\n"
-    samples, faults = read_all(write("x.csv", content))
-    assert len(samples) + len(faults) >= 2
-    assert samples[-1][0] == "c.jpg"
-    if len(samples) < 3:
-        assert [fault for _, fault in faults] == [NO_CSV]
-
-
 def test_a_broken_first_line_is_damage(write, scan):
     for content in (b"\xff\xfe\n1,2\n", b'"a\nb,c\n', b"f,text\rold,Mac\r"):
         with pytest.raises(DamagedShard, match="at its start"):

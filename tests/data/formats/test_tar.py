@@ -206,28 +206,6 @@ def test_folders_devices_and_links_are_left_out(tmp_path, read_all):
     ]
 
 
-def test_a_sparse_file_is_not_read_as_another_content(tmp_path, read_all):
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
-        add(archive, "1.jpg", b"j")
-        member = tarfile.TarInfo("1.txt")
-        # A byte at the place 3, and two at 8.
-        content = b"2\n3\n1\n8\n2\n".ljust(512, b"\0") + b"abc"
-        member.size = len(content)
-        member.pax_headers = {
-            "GNU.sparse.major": "1",
-            "GNU.sparse.minor": "0",
-            "GNU.sparse.name": "1.txt",
-            "GNU.sparse.realsize": "10",
-        }
-        archive.addfile(member, io.BytesIO(content))
-        add(archive, "2.jpg", b"j")
-    samples, faults = read_all(path)
-    assert samples[-1] == ("2", {"jpg": b"j"})
-    if not faults:
-        assert samples[0][1].get("txt") in (None, b"\0\0\0a\0\0\0\0bc")
-
-
 def test_the_entries_of_json_files_are_fields(write_tar):
     path = write_tar(
         "a.tar",
