@@ -97,6 +97,31 @@ def as_dataset(pairs, batch_size):
     return dict(x=dataset.batch(batch_size, drop_remainder=True))
 
 
+def number_as_token(captions):
+    """A tokenizer of the captions of `write_pairs`: their numbers."""
+    return np.array([[int(x.split()[1])] * CONTEXT for x in captions], "int32")
+
+
+def stream(shard, tokenizer=number_as_token, training=True, **options):
+    """Batches of 4 of a shard of `write_pairs`."""
+    return kcm.data.image_text_dataset(shard, tokenizer, 16, 4, training, **options)
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, batches):
+        super().__init__()
+        self.batches, self.begun = batches, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return (self.batches[index],)
+
+    def on_epoch_begin(self):
+        self.begun += 1
+
+
 # === Maskings ===
 
 
@@ -298,6 +323,13 @@ def dino_encoder():
     )
 
 
+def dino_3_encoder(num_layers=1, **kwargs):
+    sizes = {**VIT, "num_layers": num_layers}
+    return keras_hub.models.DINOV3Backbone(
+        **sizes, num_register_tokens=2, image_shape=(16, 16, 3), **kwargs
+    )
+
+
 def as_trained(model):
     """The model with weights that no initializer gives."""
     rng = np.random.default_rng(0)
@@ -344,6 +376,13 @@ class TokenLog(keras.layers.Layer):
         count = int(ops.convert_to_numpy(self.count))
         assert count <= self.steps
         return ops.convert_to_numpy(self.seen)[:count]
+
+
+def model_with_log(steps):
+    """A model, and the `TokenLog` of its text encoder."""
+    log, ids = TokenLog(steps, rows=4), keras.Input((CONTEXT,), dtype="int32")
+    text_encoder = keras.Model(ids, text_bag()(log(ids)))
+    return kcm.ContrastiveModel(image_mlp(), text_encoder), log
 
 
 # === Maskings ===
