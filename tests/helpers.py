@@ -87,16 +87,6 @@ def class_pairs(count, num_classes=4, seed=0):
     return {"images": images.astype("uint8"), "token_ids": ids}
 
 
-def as_dataset(pairs, batch_size):
-    """What `fit` knows the batch size of on every backend."""
-    if keras.backend.backend() != "tensorflow":
-        return dict(x=pairs, batch_size=batch_size, shuffle=False)
-    import tensorflow as tf
-
-    dataset = tf.data.Dataset.from_tensor_slices(pairs)
-    return dict(x=dataset.batch(batch_size, drop_remainder=True))
-
-
 def number_as_token(captions):
     """A tokenizer of the captions of `write_pairs`: their numbers."""
     return np.array([[int(x.split()[1])] * CONTEXT for x in captions], "int32")
@@ -281,10 +271,6 @@ def clip_vision_encoder(dtype=None):
 
 def siglip_encoder():
     return vision_encoder("SigLIP")
-
-
-def metaclip_vision_encoder():
-    return vision_encoder("MetaCLIP2")
 
 
 def tiny_clip(dtype=None):
