@@ -87,14 +87,29 @@ def class_pairs(count, num_classes=4, seed=0):
     return {"images": images.astype("uint8"), "token_ids": ids}
 
 
-def as_dataset(pairs, batch_size):
-    """What `fit` knows the batch size of on every backend."""
-    if keras.backend.backend() != "tensorflow":
-        return dict(x=pairs, batch_size=batch_size, shuffle=False)
-    import tensorflow as tf
+def number_as_token(captions):
+    """A tokenizer of the captions of `write_pairs`: their numbers."""
+    return np.array([[int(x.split()[1])] * CONTEXT for x in captions], "int32")
 
-    dataset = tf.data.Dataset.from_tensor_slices(pairs)
-    return dict(x=dataset.batch(batch_size, drop_remainder=True))
+
+def stream(shard, tokenizer=number_as_token, training=True, **options):
+    """Batches of 4 of a shard of `write_pairs`."""
+    return kcm.data.image_text_dataset(shard, tokenizer, 16, 4, training, **options)
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, batches):
+        super().__init__()
+        self.batches, self.begun = batches, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return (self.batches[index],)
+
+    def on_epoch_begin(self):
+        self.begun += 1
 
 
 # === Maskings ===
@@ -258,10 +273,6 @@ def siglip_encoder():
     return vision_encoder("SigLIP")
 
 
-def metaclip_vision_encoder():
-    return vision_encoder("MetaCLIP2")
-
-
 def tiny_clip(dtype=None):
     return make_backbone("CLIP", dtype, projection_dim=16)
 
@@ -295,6 +306,13 @@ def deit_encoder(height=16, width=16):
 def dino_encoder():
     return keras_hub.models.DINOV2Backbone(
         **VIT, num_register_tokens=2, image_shape=(16, 16, 3)
+    )
+
+
+def dino_3_encoder(num_layers=1, **kwargs):
+    sizes = {**VIT, "num_layers": num_layers}
+    return keras_hub.models.DINOV3Backbone(
+        **sizes, num_register_tokens=2, image_shape=(16, 16, 3), **kwargs
     )
 
 
@@ -344,6 +362,13 @@ class TokenLog(keras.layers.Layer):
         count = int(ops.convert_to_numpy(self.count))
         assert count <= self.steps
         return ops.convert_to_numpy(self.seen)[:count]
+
+
+def model_with_log(steps):
+    """A model, and the `TokenLog` of its text encoder."""
+    log, ids = TokenLog(steps, rows=4), keras.Input((CONTEXT,), dtype="int32")
+    text_encoder = keras.Model(ids, text_bag()(log(ids)))
+    return kcm.ContrastiveModel(image_mlp(), text_encoder), log
 
 
 # === Maskings ===

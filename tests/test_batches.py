@@ -11,6 +11,7 @@ from keras_cluster_mask.batches import (
     read_batches,
     read_images,
 )
+from tests.helpers import Batches
 
 IMAGES = np.arange(70 * 4 * 4 * 3, dtype="float32").reshape(70, 4, 4, 3)
 LABELS = np.arange(70) % 3
@@ -21,18 +22,6 @@ SIZES = 30, 30, 10
 def in_batches(size=30):
     starts = range(0, len(IMAGES), size)
     return [{k: v[start : start + size] for k, v in WHOLE.items()} for start in starts]
-
-
-class Sequence(keras.utils.PyDataset):
-    def __init__(self, batches):
-        super().__init__()
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        return self.batches[index]
 
 
 def as_tensors(batch):
@@ -49,7 +38,7 @@ def as_tf_dataset():
 KINDS = {
     "list": in_batches,
     "generator": lambda: iter(in_batches()),
-    "py_dataset": lambda: Sequence(in_batches()),
+    "py_dataset": lambda: Batches(in_batches()),
     "tf_dataset": as_tf_dataset,
     "tensors": lambda: [*map(as_tensors, in_batches())],
     "pairs": lambda: [tuple(batch.values()) for batch in in_batches()],

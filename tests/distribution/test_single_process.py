@@ -11,11 +11,16 @@ from tests.helpers import tiny_clip, tiny_metaclip, tiny_siglip
 BACKEND = keras.backend.backend()
 
 
+def layout_map(**axes):
+    """The layout map of a mesh of two devices with these axes."""
+    shape, names = (*axes.values(),), [*axes]
+    mesh = keras.distribution.DeviceMesh(shape, names, ["cpu:0", "cpu:1"])
+    return kcm.models.clip_layout_map(mesh)
+
+
 @pytest.mark.any_backend
 def test_the_layout_does_not_depend_on_the_names_of_encoders():
-    devices = [f"cpu:{index}" for index in range(2)]
-    mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], devices)
-    layouts = kcm.models.clip_layout_map(mesh)
+    layouts = layout_map(batch=1, model=2)
     for prefix in ("", "vision_encoder_"):
         found = layouts[f"{prefix}encoder_block_11/attention/query/kernel"]
         assert found.axes == (None, "model", None)
@@ -25,9 +30,7 @@ def test_the_layout_does_not_depend_on_the_names_of_encoders():
 @pytest.mark.any_backend
 @pytest.mark.parametrize("make", [tiny_clip, tiny_metaclip, tiny_siglip])
 def test_all_matrices_of_attention_and_mlps_have_a_layout(make):
-    devices = [f"cpu:{index}" for index in range(2)]
-    mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], devices)
-    layouts = kcm.models.clip_layout_map(mesh)
+    layouts = layout_map(batch=1, model=2)
     # SigLIP pools images by another attention, with an MLP.
     paths = [v.path for v in make().weights if v.path.endswith("kernel")]
     paths = [path for path in paths if "block" in path or "_head/a" in path]
@@ -37,10 +40,8 @@ def test_all_matrices_of_attention_and_mlps_have_a_layout(make):
 
 @pytest.mark.any_backend
 def test_a_mesh_without_the_axis_of_the_model_is_an_error():
-    devices = [f"cpu:{index}" for index in range(2)]
-    mesh = keras.distribution.DeviceMesh((2,), ["batch"], devices)
     with pytest.raises(ValueError, match=r"`axis` must be.*'batch'.*axis='model'"):
-        kcm.models.clip_layout_map(mesh)
+        layout_map(batch=2)
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras reads JAX's variables.")

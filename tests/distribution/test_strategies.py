@@ -9,11 +9,10 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.step_metrics import FiniteSteps
 from tests.helpers import (
-    TokenLog,
-    image_mlp,
+    model_with_log,
     random_pairs,
     small_model,
-    text_bag,
+    stream,
     tiny_clip,
 )
 
@@ -66,24 +65,13 @@ def test_replicas_see_each_batch_of_a_stream_once_and_in_order(
     format, strategy, write_pairs
 ):
     shard = write_pairs("a.tar", 0, 14)
-
-    def number_as_token(captions):
-        return np.array([[int(x.split()[1])] * 6 for x in captions], "int32")
-
-    def stream(format):
-        return kcm.data.image_text_dataset(
-            shard, number_as_token, 16, 4, training=True, format=format
-        )
-
     with strategy.scope():
-        log, ids = TokenLog(14, rows=4), keras.Input((6,), dtype="int32")
-        text_encoder = keras.Model(ids, text_bag()(log(ids)))
-        model = kcm.ContrastiveModel(image_mlp(), text_encoder)
+        model, log = model_with_log(steps=14)
         model.compile("sgd")
-    data = stream(format)
+    data = stream(shard, format=format)
     model.fit(data, epochs=3, verbose=0)
     model.fit(data, steps_per_epoch=5, verbose=0)
-    batches = itertools.islice(stream("grain"), 14)
+    batches = itertools.islice(stream(shard, format="grain"), 14)
     expected = [batch["token_ids"][:, 0] for batch in batches]
     np.testing.assert_array_equal(log.seen_tokens(), expected)
 

@@ -10,13 +10,8 @@ from keras_cluster_mask.models.architecture import SIZES
 pytestmark = pytest.mark.any_backend
 
 
-def tiny(**kwargs):
-    options = dict(image_size=16, vocabulary_size=30, context_length=6)
-    return clip_backbone("tiny", **{**options, **kwargs})
-
-
 def test_tiny_takes_the_images_texts_and_patches_it_is_told_to():
-    backbone = tiny(patch_size=8)
+    backbone = clip_backbone("tiny", 16, 30, 6, patch_size=8)
     assert backbone.vision_encoder.patch_size == 8
     assert tuple(backbone.vision_encoder.input["images"].shape) == (None, 16, 16, 3)
     assert backbone.text_encoder.vocabulary_size == 30

@@ -12,7 +12,6 @@ from keras_cluster_mask.models import with_context_length, with_image_size
 from keras_cluster_mask.models.encoders import find_embedding_layer, number_positions
 from tests.helpers import (
     CONTEXT,
-    FAST,
     as_trained,
     assert_same_values,
     clip_vision_encoder,
@@ -83,7 +82,7 @@ def open_clips(table, prefix, grid):
 
 
 @each_model
-@pytest.mark.parametrize("side", [8, 16, 28])
+@pytest.mark.parametrize("side", [8, 28])
 def test_positions_are_those_of_open_clip_and_all_else_is_copied(kind, side):
     model = made(kind)
     before = values(model.weights)
@@ -113,7 +112,7 @@ def test_a_grid_may_be_wide_where_the_encoder_allows_it():
         with_image_size(made("clip"), (8, 24))
 
 
-@pytest.mark.parametrize("side", [8, 16, 28])
+@pytest.mark.parametrize("side", [16, 28])
 def test_a_clip_that_was_never_numbered_is_numbered_in_the_copy(side):
     model = clip_vision_encoder()
     other = with_image_size(model, side)
@@ -220,18 +219,6 @@ def test_positions_of_texts_are_interpolated_as_torch_does(make, length):
 def test_other_texts_and_lengths_are_refused(make, length, name):
     with pytest.raises(ValueError, match=rf"`{name}` must.*Received: {name}="):
         with_context_length(make(), length)
-
-
-def test_training_a_copy_leaves_the_model_as_it_was():
-    backbone = tiny_clip()
-    before = values(backbone.weights)
-    model = kcm.ContrastiveModel.from_backbone(with_context_length(backbone, 5))
-    model.compile("sgd", **FAST)
-    pairs = random_pairs(4)
-    pairs["token_ids"] = pairs["token_ids"][:, :5]
-    model.fit(pairs, batch_size=4, verbose=0)
-    # On JAX, arrays of the step would have been deleted.
-    assert_same_values(backbone.weights, before)
 
 
 # === Both ===

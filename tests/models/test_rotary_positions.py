@@ -1,7 +1,6 @@
 """A masked DINOv3: each kept patch keeps its own rotary position."""
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 from keras import ops
@@ -9,6 +8,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from tests.helpers import (
     FAST,
+    dino_3_encoder,
     random_images,
     random_noise,
     random_pairs,
@@ -19,19 +19,6 @@ from tests.helpers import (
 )
 
 PREFIX = 3
-
-
-def dino3(num_layers=2, **kwargs):
-    return keras_hub.models.DINOV3Backbone(
-        patch_size=4,
-        num_layers=num_layers,
-        hidden_dim=16,
-        num_heads=2,
-        intermediate_dim=32,
-        num_register_tokens=2,
-        image_shape=(16, 16, 3),
-        **kwargs,
-    )
 
 
 def pooled(encoder):
@@ -61,7 +48,7 @@ def visible_of(masking, images, noise):
 @pytest.mark.parametrize("num_layers", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_with_all_patches_the_output_is_that_of_the_last_block(num_layers):
     # More than nine blocks: their names are not in the order of their numbers.
-    encoder = dino3(num_layers)
+    encoder = dino_3_encoder(num_layers)
     masked = kcm.with_masking(encoder, kcm.RandomMasking(0.0))
     images = {"pixel_values": random_images(2)}
     found = to_numpy(masked(images, training=True))
@@ -71,7 +58,7 @@ def test_with_all_patches_the_output_is_that_of_the_last_block(num_layers):
 @pytest.mark.any_backend
 @pytest.mark.slow
 def test_average_pooling_passes_over_hidden_tokens():
-    encoder = dino3()
+    encoder = dino_3_encoder(2)
     average = keras.layers.GlobalAveragePooling1D()(encoder.output)
     masking = kcm.ClusterMasking(4, 0.5, min_mask_ratio=0.25, threshold=0.0)
     masked = kcm.with_masking(
@@ -92,7 +79,7 @@ def test_average_pooling_passes_over_hidden_tokens():
 def test_kept_tokens_are_those_of_the_whole_encoder_that_attends_to_them_alone(
     min_mask_ratio,
 ):
-    encoder = dino3()
+    encoder = dino_3_encoder(2)
     threshold = None if min_mask_ratio is None else 0.0
     masking = kcm.ClusterMasking(4, 0.5, min_mask_ratio, threshold)
     masked = kcm.with_masking(encoder, masking)
@@ -113,7 +100,7 @@ def test_kept_tokens_are_those_of_the_whole_encoder_that_attends_to_them_alone(
 @pytest.mark.any_backend
 @pytest.mark.slow
 def test_gradients_are_those_of_the_whole_encoder():
-    encoder = dino3()
+    encoder = dino_3_encoder(2)
     masked = kcm.with_masking(pooled(encoder), kcm.ClusterMasking(4, 0.5))
     images, noise = random_images(4), random_noise(4)
     visible = visible_of(masked.masking, images, noise)
@@ -135,47 +122,19 @@ def test_gradients_are_those_of_the_whole_encoder():
         np.testing.assert_allclose(one, other, atol=1e-4 * scale, err_msg=weight.path)
 
 
-@pytest.mark.any_backend
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 4}])
-def test_a_contrastive_model_trains_it_and_reloads(tmp_path, options):
-    encoder = dino3(name="dino")
-    masked = kcm.with_masking(pooled(encoder), kcm.ClusterMasking(4, seed=0))
-    model = kcm.ContrastiveModel(masked, text_bag(), **options)
-    model.compile(keras.optimizers.SGD(0.1), **FAST)
-    before = values(encoder.trainable_variables)
-    pairs = random_pairs(8)
-    model.fit(pairs, batch_size=8, verbose=0)
-    after = values(encoder.trainable_variables)
-    moved = [
-        v.path for v, a, b in zip(encoder.weights, before, after) if (a != b).any()
-    ]
-    assert any("rope" not in path and "layers_1" in path for path in moved)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    found, expected = (x.predict(pairs, verbose=0) for x in (loaded, model))
-    for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, atol=1e-6)
-
-
-@pytest.mark.any_backend
-@pytest.mark.slow
-@pytest.mark.parametrize("min_mask_ratio", [None, 0.25])
-def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(min_mask_ratio):
-    threshold = None if min_mask_ratio is None else 0.0
+def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused():
     weights = []
     for checkpointing in (False, True):
         keras.utils.set_random_seed(0)
-        masking = kcm.ClusterMasking(4, 0.5, min_mask_ratio, threshold, seed=0)
-        masked = kcm.with_masking(pooled(dino3()), masking)
+        masking = kcm.ClusterMasking(4, 0.5, 0.25, 0.0, seed=0)
+        masked = kcm.with_masking(pooled(dino_3_encoder(2)), masking)
         model = kcm.ContrastiveModel(
             masked, text_bag(), gradient_checkpointing=checkpointing
         )
         model.compile(keras.optimizers.SGD(0.1), **FAST)
         if checkpointing and keras.backend.backend() == "torch":
-            with pytest.raises(
-                ValueError, match=r"`gradient_checkpointing`.*Received:"
-            ):
+            with pytest.raises(ValueError, match=r"`gradient_checkpointing`.*Rec"):
                 model.fit(random_pairs(4), batch_size=4, verbose=0)
             return
         model.fit(random_pairs(4), batch_size=4, verbose=0)
@@ -188,4 +147,4 @@ def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(min_mask_
 @pytest.mark.parametrize("option", ["attention_dropout", "drop_path_rate"])
 def test_dropout_is_refused(option):
     with pytest.raises(ValueError, match=rf"without dropout.*Received:.*{option}=0.1"):
-        kcm.with_masking(dino3(**{option: 0.1}), kcm.ClusterMasking(4))
+        kcm.with_masking(dino_3_encoder(2, **{option: 0.1}), kcm.ClusterMasking(4))

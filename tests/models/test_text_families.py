@@ -1,7 +1,6 @@
 """Text encoders by family, and those with several inputs, in a ContrastiveModel."""
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 
@@ -9,7 +8,6 @@ import keras_cluster_mask as kcm
 from tests.helpers import (
     CONTEXT,
     FAST,
-    TRANSFORMER,
     VOCABULARY,
     exported,
     image_mlp,
@@ -22,6 +20,7 @@ from tests.helpers import (
     to_numpy,
     values,
 )
+from tests.models.test_pooled_encoder import bert as bert_backbone
 
 pytestmark = pytest.mark.any_backend
 
@@ -67,21 +66,9 @@ def test_a_text_is_read_up_to_the_token_that_its_family_pools(make, end, pooled)
         assert (change > 1e-6) == (pooled is None or column < pooled), column
 
 
-def test_an_own_encoder_that_pools_at_an_end_token_needs_one():
-    model = kcm.ContrastiveModel(image_mlp(), pooling_encoder(tiny_metaclip()))
-    with pytest.raises(ValueError, match=r"the end token, 2, in every row.*Received:"):
-        model.encode_text(np.full((3, CONTEXT), 5))
-
-
 def bert(as_list=True):
     """A BERT that pools; its inputs are a list or a dictionary."""
-    backbone = keras_hub.models.BertBackbone(
-        **TRANSFORMER,
-        vocabulary_size=VOCABULARY,
-        dropout=0.0,
-        max_sequence_length=CONTEXT,
-        name="bert",
-    )
+    backbone = bert_backbone(dropout=0.0, max_sequence_length=CONTEXT, name="bert")
     inputs = backbone.inputs if as_list else backbone.input
     return keras.Model(inputs, backbone.output["pooled_output"], name="bert_pooled")
 
@@ -261,13 +248,9 @@ def test_an_input_that_nothing_fills_is_named():
         model_of(nameless)
 
 
-@pytest.mark.parametrize("make", [tiny_clip, None])
+@pytest.mark.parametrize("make", [lambda: pooling_encoder(tiny_clip()), text_bag])
 def test_entries_that_the_text_encoder_does_not_take_are_refused(make):
-    if make is None:
-        model = model_of(text_bag())
-    else:
-        model = kcm.ContrastiveModel.from_backbone(make())
-    pairs = texts(4)
+    model, pairs = model_of(make()), texts(4)
     found = model.encode_text({"token_ids": pairs["token_ids"]})
     np.testing.assert_array_equal(
         to_numpy(found), to_numpy(model.encode_text(pairs["token_ids"]))

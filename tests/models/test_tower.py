@@ -64,7 +64,8 @@ def test_a_tower_is_saved_and_reloaded_alone(kind, side, tmp_path):
 
 
 @pytest.mark.slow
-@each_tower
+@pytest.mark.parametrize("side", ["image", "text"])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_an_exported_tower_takes_batches_of_any_size(kind, side, tmp_path):
     tower, inputs = tower_of(kind, side)
     assert inputs.dtype == ("uint8" if side == "image" else "int32")
@@ -137,13 +138,6 @@ def test_mixed_precision_reaches_the_encoder_unrounded():
     np.testing.assert_array_equal(
         to_numpy(tower(images)), to_numpy(model.encode_image(images))
     )
-
-
-@pytest.mark.any_backend
-def test_a_text_tower_takes_the_length_that_the_encoder_knows():
-    tower, ids = tower_of("siglip", "text")
-    with pytest.raises(ValueError, match="expected shape"):
-        tower(ids[:, :3])
 
 
 @pytest.mark.any_backend

@@ -47,10 +47,12 @@ def test_a_model_with_metrics_of_its_own_trains_and_counts_its_steps():
     model = OwnMetrics(image_mlp(), text_bag())
     model.compile("sgd", **FAST)
     pairs = random_pairs(12)
-    history = model.fit(pairs, batch_size=4, epochs=2, verbose=0).history
-    assert history.keys() == {"own"}
-    assert model.finite_steps.read()[:2] == (3, 3)
+    fit = dict(batch_size=4, epochs=2, verbose=0, validation_data=pairs)
+    assert model.fit(pairs, **fit).history.keys() == {"own", "val_own"}
     assert model.evaluate(pairs, verbose=0, return_dict=True).keys() == {"own"}
+    model.test_on_batch(pairs)
+    # Of the last epoch, without those of evaluation.
+    assert model.finite_steps.read()[:2] == (3, 3)
     pairs["images"] = pairs["images"] / np.float32(64) - 2
     pairs["images"][5] = np.nan
     model.fit(pairs, batch_size=4, shuffle=False, verbose=0)

@@ -33,22 +33,6 @@ def compiled(**options):
     return model
 
 
-def test_training_counts_its_steps_and_evaluation_none():
-    model = compiled()
-    model.fit(
-        random_pairs(12),
-        batch_size=4,
-        epochs=2,
-        verbose=0,
-        validation_data=random_pairs(8),
-    )
-    model.evaluate(random_pairs(8), batch_size=4, verbose=0)
-    model.test_on_batch(random_pairs(4))
-    steps, finite, _ = model.finite_steps.read()
-    # Of the last epoch.
-    assert (steps, finite) == (3, 3)
-
-
 def test_a_callback_that_resets_metrics_does_not_hide_a_loss():
     class Reset(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
@@ -64,15 +48,3 @@ def test_a_callback_that_resets_metrics_does_not_hide_a_loss():
     steps, finite, loss = model.finite_steps.read()
     assert (steps, finite) == (5, 2)
     assert np.isnan(loss)
-
-
-@pytest.mark.any_backend
-def test_the_count_is_no_entry_of_logs_and_results_keep_their_names():
-    model = compiled(log_gradient_norm=True)
-    names = ["loss", "image_to_text_accuracy", "text_to_image_accuracy"]
-    names += ["temperature", "gradient_norm"]
-    history = model.fit(random_pairs(8), batch_size=4, verbose=0).history
-    assert history.keys() == {*names}
-    results = model.train_on_batch(random_pairs(4))
-    assert len(results) == len(names)
-    assert model.metrics_names[: len(names)] == names

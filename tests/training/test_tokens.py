@@ -4,7 +4,6 @@ import html
 import re
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 
@@ -23,11 +22,12 @@ from tests.helpers import (
     VOCABULARY,
     image_mlp,
     random_pairs,
+    stream,
     text_bag,
     tiny_clip,
     tiny_metaclip,
-    tiny_siglip,
 )
+from tests.models.test_pooled_encoder import bert, make_model
 
 START, END = VOCABULARY - 2, VOCABULARY - 1
 # The end token that a MetaCLIP 2 backbone pools at.
@@ -60,16 +60,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def clip():
-    backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
-    model = kcm.ContrastiveModel.from_backbone(backbone)
-    model.compile("sgd", **FAST)
-    return model
-
-
-def stream(shard, tokenizer, **options):
-    return kcm.data.image_text_dataset(
-        shard, tokenizer, 16, 4, training=True, **options
-    )
+    return make_clip()
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +71,7 @@ def shard(tmp_path_factory, write_pairs_to):
 def evaluations(model, shard, tokenizer):
     captions = ["a cat", "no dog"]
     images = random_pairs(2)["images"]
-    data = kcm.data.image_text_dataset(
-        shard, tokenizer, 16, 4, training=False, format="grain"
-    )
+    data = stream(shard, tokenizer, training=False, format="grain")
     return {
         "embed": lambda: embed(
             model, {"images": images, "captions": captions}, tokenizer, verbose=0
@@ -114,7 +103,7 @@ def test_a_clip_tower_needs_a_start_and_an_end_of_the_highest_id(clip, kind):
 @pytest.mark.any_backend
 def test_a_tokenizer_is_checked_wherever_it_is_used(clip, shard):
     bad = BAD["bare"]
-    held_out = kcm.data.image_text_dataset(shard, bad, 16, 4, training=False)
+    held_out = stream(shard, bad, training=False)
     for call in (
         *evaluations(clip, shard, bad).values(),
         lambda: clip.fit(stream(shard, bad), verbose=0),
@@ -122,13 +111,6 @@ def test_a_tokenizer_is_checked_wherever_it_is_used(clip, shard):
     ):
         with pytest.raises(ValueError, match=SPECIAL_TOKENS):
             call()
-
-
-@pytest.mark.any_backend
-def test_a_siglip_tower_takes_texts_that_end_in_a_low_id():
-    model = kcm.ContrastiveModel.from_backbone(tiny_siglip())
-    siglip = make_tokenizer(start=(), end=1, padding=1)
-    assert embed_texts(model, ["a cat", "a"], siglip, verbose=0).shape == (2, 16)
 
 
 @pytest.mark.any_backend
@@ -142,8 +124,7 @@ def test_a_bare_tokenizer_of_keras_hub_is_refused(tmp_path):
         ragged.vocabulary, ragged.merges, sequence_length=12
     )
     preprocessor = keras_hub.models.CLIPPreprocessor
-    backbone = kcm.models.clip_backbone("tiny", 16, ours.vocabulary_size, 12, 4)
-    model = kcm.ContrastiveModel.from_backbone(backbone)
+    model = make_clip(ours.vocabulary_size, 12)
     for tokenizer in (
         layer,
         lambda texts: layer(texts),
@@ -184,8 +165,8 @@ def letters(texts):
     return make_tokenizer()([text[::-1] for text in texts])
 
 
-def make_clip():
-    backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, 4)
+def make_clip(vocabulary_size=VOCABULARY, length=CONTEXT):
+    backbone = kcm.models.clip_backbone("tiny", 16, vocabulary_size, length, 4)
     model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
     model.compile("sgd", **FAST)
     return model
@@ -229,10 +210,7 @@ def test_stages_of_any_length_take_one_tokenizer_and_no_other(shard):
     captions = ["a photo of red cats", "a drawing of blue dogs"] * 2
     tokenizer = kcm.data.CLIPTokenizer.train(captions, 600, 16)
     other = kcm.data.CLIPTokenizer.train(["red dogs", "photos of cats"] * 2, 600, 16)
-    model = kcm.ContrastiveModel.from_backbone(
-        kcm.models.clip_backbone("tiny", 16, 600, 16, 4)
-    )
-    model.compile("sgd", **FAST)
+    model = make_clip(600, 16)
     for length in (3, 4, 8, 16):
         model.fit(stream(shard, tokenizer.with_context_length(length)), verbose=0)
         with pytest.raises(ValueError, match=ANOTHER):
@@ -293,12 +271,7 @@ def test_towers_that_read_whole_rows_tell_how_they_are_filled_up(shard):
 
 @pytest.mark.any_backend
 def test_towers_that_hide_padding_take_rows_of_any_length():
-    sizes = dict(num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32)
-    bert = keras_hub.models.BertBackbone(VOCABULARY, max_sequence_length=16, **sizes)
-    vit = keras_hub.models.ViTBackbone(
-        image_shape=(16, 16, 3), patch_size=8, mlp_dim=32, **sizes
-    )
-    model = kcm.ContrastiveModel.from_encoders(vit, bert, 8)
+    model = make_model(texts=lambda: bert(max_sequence_length=16))
     model.tokenizer_fingerprint = check_tokenizer(model, make_tokenizer(length=16))
     check_tokenizer(model, make_tokenizer(length=8))
     with pytest.raises(ValueError, match=ANOTHER):
@@ -398,10 +371,9 @@ def test_a_tokenizer_without_a_length_makes_rows_of_the_towers():
 def test_towers_that_pool_at_the_end_take_rows_of_any_length_and_padding(family):
     end = FAMILIES[family][1]
     if family == "clip":
-        backbone = kcm.models.clip_backbone("tiny", 16, VOCABULARY, 12, 4)
+        model = make_clip(length=12)
     else:
-        backbone = tiny_metaclip()
-    model = kcm.ContrastiveModel.from_backbone(backbone)
+        model = kcm.ContrastiveModel.from_backbone(tiny_metaclip())
     longest = model.context_length
     lengths = (longest, 8) if family == "clip" else (longest,)
     tokenizers = [
