@@ -167,10 +167,10 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         pixels = self.normalize_pixels(images)
         if self.views == 1 or not training:
             features = self.image_features(pixels, training)
-            return l2_normalize(self.head.project_image(features))
+            return l2_normalize(self.head.project_image(features, training))
         with views_of_image(self.views):
             features = self.image_features(pixels, training)
-            embeddings = l2_normalize(self.head.project_image(features))
+            embeddings = l2_normalize(self.head.project_image(features, training))
         shape = ops.shape(pixels)[0], self.views, embeddings.shape[-1]
         return ops.reshape(embeddings, shape)
 
@@ -181,7 +181,7 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         if isinstance(token_ids, dict) or len(self.text_input_names) > 1:
             token_ids = text_inputs(self.text_input_names, self.text_family, token_ids)
         features = self.text_features(token_ids, training)
-        return l2_normalize(self.head.project_text(features))
+        return l2_normalize(self.head.project_text(features, training))
 
     def embed(
         self, inputs: Mapping[str, Tensor], training: bool | None = None

@@ -157,15 +157,18 @@ class ContrastiveHead(keras.layers.Layer):
     def call(self, image_features: Tensor, text_features: Tensor) -> tuple:
         return self.project_image(image_features), self.project_text(text_features)
 
-    def project_image(self, features: Tensor) -> Tensor:
-        """Maps image features into the shared space, without normalization."""
-        projection = self.image_projection
-        return features if projection is None else projection(features)
+    # Projections need `training`: Keras knows it within a call of the model, but not
+    # while the backward pass recomputes a micro-batch.
 
-    def project_text(self, features: Tensor) -> Tensor:
+    def project_image(self, features: Tensor, training: bool | None = None) -> Tensor:
+        """Maps image features into the shared space, without normalization."""
+        layer = self.image_projection
+        return features if layer is None else layer(features, training=training)
+
+    def project_text(self, features: Tensor, training: bool | None = None) -> Tensor:
         """Maps text features into the shared space, without normalization."""
-        projection = self.text_projection
-        return features if projection is None else projection(features)
+        layer = self.text_projection
+        return features if layer is None else layer(features, training=training)
 
     @property
     def scale(self) -> Tensor:

@@ -95,10 +95,11 @@ def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
 
 
 def test_gradients_with_dropout_are_those_of_the_same_chunks_remembered():
-    pairs = random_pairs(BATCH)
-    reference = make_model(dropout=True)
+    # In the encoder and in the projections.
+    pairs, options = random_pairs(BATCH), {"projection": "mlp", "projection_dim": 8}
+    reference = make_model(dropout=True, **options)
     expected = loss_and_gradients(reference, pairs, in_chunks_by_hand(reference, 3))
-    model = make_model(dropout=True, micro_batch_size=4)
+    model = make_model(dropout=True, micro_batch_size=4, **options)
     found = loss_and_gradients(model, pairs)
     assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)
     assert largest_error(found[1], expected[1]) < 1e-5
