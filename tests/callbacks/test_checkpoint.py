@@ -75,21 +75,21 @@ def epochs_saved(folder):
 # === Resuming ===
 
 
+@pytest.mark.one_case
+@pytest.mark.parametrize("stop", [5, 1, 6, STEPS])
 def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(
-    whole, shards, tmp_path
+    stop, whole, shards, tmp_path
 ):
-    # In the first epoch, in a later one, at the last step of one and of all; with
-    # dropout, a moving threshold, a learning rate schedule and averages.
+    # In a later epoch, in the first, at the last step of one and of all; with dropout,
+    # a moving threshold, a learning rate schedule and averages.
     expected, history = whole
     assert history.epoch == [0, 1, 2]
     assert all(np.isfinite(history.history["loss"]))
-    for stop in (1, 5, 6, STEPS):
-        folder = tmp_path / f"stopped-{stop}"
-        run(make_dataset(shards), folder, stop)
-        found, resumed = run(make_dataset(shards), folder)
-        assert_same_values(found, expected)
-        assert resumed.epoch == [0, 1, 2]
-        assert resumed.history == history.history
+    run(make_dataset(shards), tmp_path, stop)
+    found, resumed = run(make_dataset(shards), tmp_path)
+    assert_same_weights(found, expected)
+    assert resumed.epoch == [0, 1, 2]
+    assert resumed.history == history.history
 
 
 @pytest.mark.any_backend
@@ -391,11 +391,10 @@ def test_a_bad_step_is_named_though_it_is_noticed_later(bad, stops_before, tmp_p
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras takes single steps there.")
-@pytest.mark.parametrize("bad", [50, 129])
-def test_a_bad_step_of_several_that_run_at_once_is_named(bad, tmp_path):
-    match = rf"Received: loss=nan at step {bad + 1} of epoch 1$"
+def test_a_bad_step_of_several_that_run_at_once_is_named(tmp_path):
+    match = "Received: loss=nan at step 51 of epoch 1$"
     with pytest.raises(kcm.callbacks.NonFiniteError, match=match):
-        long_run(tmp_path, bad, steps_per_execution=5)
+        long_run(tmp_path, bad=50, steps_per_execution=5)
 
 
 @pytest.mark.any_backend
