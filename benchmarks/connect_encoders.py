@@ -494,6 +494,8 @@ def plot(folder, runs):
             minutes = run["steps"] * costs[run["method"]] / 60
             points = lines.setdefault(run["method"], {0.0: before})
             points.setdefault(minutes, []).append(run["validation"]["mean"])
+    if not lines:
+        return
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for method, points in lines.items():
         minutes = sorted(points)

@@ -37,10 +37,10 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
+from keras_cluster_mask.training.layers import all_layers
 from tests.helpers import MASKINGS, masked_vit, tiny_clip, tiny_siglip
 
 BATCH, STEPS = 8, 5
-CHECKPOINTED = ["multi_head_attention"]
 
 
 def pairs():
@@ -57,7 +57,6 @@ def pairs():
 
 
 def make_model(masking=None, way="whole", **options):
-    keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     if masking is None:
         # The threshold moves with the mask ratio of the whole batch.
@@ -75,15 +74,25 @@ def make_model(masking=None, way="whole", **options):
         # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
         return model
+    encoder = masked_vit(masking)
     if way in ("micro", "checkpointing"):
-        options["gradient_checkpointing"] = CHECKPOINTED
-    model = kcm.ContrastiveModel(
-        masked_vit(masking), tiny_siglip().text_encoder, **options
-    )
+        # Keras numbers the names of layers over all models.
+        attention = keras.layers.MultiHeadAttention
+        options["gradient_checkpointing"] = [
+            layer.name for layer in all_layers(encoder) if isinstance(layer, attention)
+        ]
+    model = kcm.ContrastiveModel(encoder, tiny_siglip().text_encoder, **options)
     if os.environ.get("FREEZE") == os.environ.get("RANK", "0") or "frozen" in way:
         model.image_encoder.trainable = False
     compile_model(model)
     return model
+
+
+def make_masked_model(name, **options):
+    # A teacher has weights that are drawn.
+    keras.utils.set_random_seed(0)
+    masking = MASKINGS[name](num_prefix_tokens=0, seed=1)
+    return make_model(masking, **options)
 
 
 def compile_model(model):
@@ -113,14 +122,11 @@ def makers():
     """Functions that make the models to train, by the beginning of names in OUT."""
     turns = itertools.cycle(["positive", "negative"])
     if "MASKING" in os.environ:
-        options = {"num_prefix_tokens": 0, "seed": 1}
-        maskings = {f"{x}/": MASKINGS[x](**options) for x in MASKINGS}
+        kinds = {x: functools.partial(make_masked_model, x) for x in MASKINGS}
+        kinds["views"] = functools.partial(make_model, views=2)
         return {
-            **{
-                name: functools.partial(make_model, x, duplicates=next(turns))
-                for name, x in maskings.items()
-            },
-            "views/": functools.partial(make_model, views=2, duplicates=next(turns)),
+            f"{name}/": functools.partial(make, duplicates=next(turns))
+            for name, make in kinds.items()
         }
     if {"BAD_STEP", "FREEZE", "SHARDS"} & {*os.environ}:
         return {"": make_model}
