@@ -95,7 +95,8 @@ def small_data_recipe(
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         seed: Integer. The random seed of the image masks. Text masks depend on the seed
             of the dataset.
-        tune_encoders: Boolean. Whether the encoders were pre-trained apart.
+        tune_encoders: Boolean. Whether to tune the pre-trained encoders of
+            `from_encoders`, instead of training from nothing.
 
     Returns:
         A `Recipe`. Use it for one model only.

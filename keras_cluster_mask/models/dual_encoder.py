@@ -188,7 +188,8 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
     ) -> dict[str, Tensor]:
         """Embeds a batch, or a micro-batch, of images and texts, or of features."""
         if "image_features" in inputs:
-            images, texts = self.head(inputs["image_features"], inputs["text_features"])
+            images = self.head.project_image(inputs["image_features"], training)
+            texts = self.head.project_text(inputs["text_features"], training)
             return {
                 "image_embeddings": l2_normalize(images),
                 "text_embeddings": l2_normalize(texts),
