@@ -57,9 +57,12 @@ if importlib.import_module("keras").backend.backend() == "tensorflow":
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the cases that `one_case` leaves to one backend, before `-m` selects."""
+    """Applies `one_case` and `slow_to_compile`, before `-m` selects."""
+    compiles = importlib.import_module("keras").backend.backend() != "torch"
     seen = set()
     for item in items:
+        if compiles and item.get_closest_marker("slow_to_compile"):
+            item.add_marker("slow")
         if item.get_closest_marker("one_case"):
             test = item.parent.nodeid, item.originalname
             if test in seen:

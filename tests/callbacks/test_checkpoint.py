@@ -75,6 +75,7 @@ def epochs_saved(folder):
 # === Resuming ===
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize("stop", [5, 1, 6, STEPS])
 def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(
@@ -122,6 +123,7 @@ def test_a_finished_run_gives_its_weights_and_history_again(shards, tmp_path):
     assert longer.epoch == [0, 1, 2, 3]
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["stream", "dataset"])
 def test_epochs_of_so_many_steps_continue_through_the_data(kind, shards, tmp_path):
@@ -164,6 +166,7 @@ def unknown_length():
     return data.filter(lambda batch: True)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize(
     "kind",
@@ -373,6 +376,7 @@ def long_run(folder, bad=None, callbacks=(), **options):
     small(**options).fit(data, callbacks=[*callbacks, checkpoint], **fit)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize(
     ("bad", "stops_before"),
@@ -390,6 +394,7 @@ def test_a_bad_step_is_named_though_it_is_noticed_later(bad, stops_before, tmp_p
     assert epochs_saved(tmp_path) == []
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras takes single steps there.")
 def test_a_bad_step_of_several_that_run_at_once_is_named(tmp_path):
     match = "Received: loss=nan at step 51 of epoch 1$"

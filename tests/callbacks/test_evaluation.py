@@ -113,6 +113,7 @@ def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name()
     }
 
 
+@pytest.mark.slow
 @pytest.mark.any_backend
 def test_data_is_read_again_for_each_evaluation():
     class Batches:
@@ -160,6 +161,7 @@ def test_averages_are_evaluated_once_they_are_swapped_in():
 # === What training makes of it ===
 
 
+@pytest.mark.slow_to_compile
 def test_training_is_bit_for_bit_the_same():
     # With dropout, noise for masks, a threshold that moves, averages, a schedule.
     def trained(callbacks):

@@ -185,6 +185,7 @@ def test_weights_are_kept_where_a_batch_of_evaluation_cannot_be_read(call, good)
 # === Imports ===
 
 
+@pytest.mark.slow
 @pytest.mark.any_backend
 def test_triton_is_imported_before_tensorflow(tmp_path):
     # The other way around, the real one ends the program.

@@ -60,6 +60,7 @@ def test_a_loss_that_is_not_finite_on_one_replica_counts_for_all(strategy):
         assert np.isnan(loss)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("format", ["tf", "grain"])
 def test_replicas_see_each_batch_of_a_stream_once_and_in_order(
     format, strategy, write_pairs
@@ -76,6 +77,7 @@ def test_replicas_see_each_batch_of_a_stream_once_and_in_order(
     np.testing.assert_array_equal(log.seen_tokens(), expected)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("duplicates", ["positive", "negative"])
 def test_replicas_without_rows_count_for_nothing_in_evaluation(duplicates, strategy):
     one = small_model(duplicates=duplicates)

@@ -69,6 +69,7 @@ def defaults_after():
     keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_folder", "defaults_after", "small_cifar100")
 @pytest.mark.parametrize("page", pages_with_code())
 def test_code_of_a_page_runs(page, request):

@@ -41,6 +41,7 @@ def in_batches(pairs, size):
     ]
 
 
+@pytest.mark.slow_to_compile
 def test_arrays_and_batches_of_any_kind_give_the_embeddings_of_the_model(
     model, pairs, expected
 ):

@@ -50,6 +50,7 @@ def views_of(features):
     return np.stack([x["image_features"] for x in pairs])
 
 
+@pytest.mark.slow_to_compile
 def test_training_on_features_equals_training_on_images(tmp_path):
     model, other = frozen_model(), frozen_model()
     features, data = computed(model, tmp_path)

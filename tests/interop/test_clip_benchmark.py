@@ -5,7 +5,6 @@ import types
 
 import keras
 import numpy as np
-import open_clip
 import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
@@ -208,6 +207,9 @@ def test_texts_are_one_or_many(tokenizer, model):
 
 
 def test_by_default_texts_become_clips_tokens():
+    # Its import takes as long as many tests, of each process.
+    import open_clip
+
     backbone = kcm.models.clip_backbone("tiny", image_size=16, context_length=20)
     _, _, tokenize = adapt(backbone)
     expected = open_clip.get_tokenizer("ViT-B-32", context_length=20)(CAPTIONS[2])

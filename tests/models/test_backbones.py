@@ -124,6 +124,7 @@ def metaclip():
 # === All backbones ===
 
 
+@pytest.mark.slow_to_compile
 def test_embeddings_logits_and_loss_are_the_backbones_own(trained):
     model, found = trained.model, trained.predicted
     is_siglip = trained.kind == "siglip"
@@ -418,6 +419,7 @@ def test_texts_without_the_end_token_are_refused_by_number(metaclip):
         model.fit(dataset, verbose=0)
 
 
+@pytest.mark.slow_to_compile
 def test_unchecked_texts_without_the_end_token_have_no_embedding(metaclip):
     ids = without_end(metaclip.pairs, row=5)["token_ids"]
     found = to_numpy(metaclip.model.text_embeddings(ids))

@@ -76,6 +76,7 @@ def fitted():
 # === Embeddings ===
 
 
+@pytest.mark.slow_to_compile
 def test_a_ragged_last_batch_is_predicted_and_a_batch_of_one_is_evaluated(fitted):
     model, _, _ = fitted
     assert np.isfinite(model.evaluate(random_pairs(1), verbose=0)).all()
@@ -210,6 +211,7 @@ def test_a_tower_that_is_frozen_between_fits_stays_as_it_is():
     assert_same_values(model.image_encoder.weights, before)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize(
     ("name", "value", "shapes"),
     [
@@ -425,6 +427,7 @@ def test_adapt_sees_pixels_as_the_model_shows_them_to_the_masking():
     assert thresholds[0] == thresholds[1] != thresholds[2]
 
 
+@pytest.mark.slow_to_compile
 def test_only_training_steps_move_the_threshold_and_count_steps():
     masking = threshold_masking(threshold=0.07, embedding_weight=moving_weight())
     model = masked_model(masking)

@@ -220,6 +220,7 @@ def repaint(images, kept):
     return changed
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize("kind", [x for x in ENCODERS if x != "vit"])
 def test_a_threshold_equals_the_encoder_on_the_visible_tokens_alone(kind):

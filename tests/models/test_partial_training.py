@@ -132,6 +132,7 @@ def test_biases_that_keras_hub_trains_with_lora_are_trained_after_a_reload(tmp_p
     assert [v.path for v in loaded.trainable_weights] == expected
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize("change", [kcm.enable_lora, kcm.train_last_blocks])
 def test_only_what_is_trained_changes_once_the_model_is_compiled(change):
@@ -218,6 +219,7 @@ def kept(model):
     return sum(x.nbytes for x in jax.tree.leaves(backward))
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow",

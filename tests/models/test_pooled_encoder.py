@@ -149,6 +149,7 @@ def test_hidden_patches_are_not_pooled():
     np.testing.assert_allclose(found, rows, atol=1e-6)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize(
     ("family", "options"),

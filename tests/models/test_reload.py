@@ -141,6 +141,7 @@ def test_every_masking_is_drawn():
     assert drawn == {None, *MASKINGS}
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize(
     "case",

@@ -72,6 +72,7 @@ def test_average_pooling_passes_over_hidden_tokens():
     np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize(
     "min_mask_ratio", [None, pytest.param(0.25, marks=pytest.mark.slow)]

@@ -104,6 +104,7 @@ def test_a_graph_of_views_knows_no_number_of_rows():
 # === The model ===
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_the_loss_is_the_mean_of_that_of_each_view(loss):

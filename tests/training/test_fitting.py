@@ -236,6 +236,7 @@ def test_validation_leaves_out_a_smaller_last_batch_of_a_stream(format, write_pa
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
+@pytest.mark.slow_to_compile
 def test_a_stream_that_is_fitted_again_continues_where_it_was(write_pairs, tmp_path):
     shard = write_pairs("a.tar", 0, 12)
     expected = compiled()

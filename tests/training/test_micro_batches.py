@@ -64,6 +64,7 @@ def in_chunks_by_hand(model, num_chunks):
 # === The same gradients ===
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize(
     ("masking", "loss"),
@@ -94,6 +95,7 @@ def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
         assert largest_error(found[1], expected[1]) < 1e-5
 
 
+@pytest.mark.slow_to_compile
 def test_gradients_with_dropout_are_those_of_the_same_chunks_remembered():
     # In the encoder and in the projections.
     pairs, options = random_pairs(BATCH), {"projection": "mlp", "projection_dim": 8}
@@ -163,6 +165,7 @@ def test_bfloat16_trains_like_whole_batches():
 # === Memory ===
 
 
+@pytest.mark.slow_to_compile
 def test_memory_is_that_of_a_micro_batch():
     """Growing the batch eightfold at the same micro-batch costs hardly any memory."""
     if keras.backend.backend() == "tensorflow":
@@ -181,6 +184,7 @@ def test_memory_is_that_of_a_micro_batch():
     assert sizes[64, None] > 4 * sizes[8, 8]
 
 
+@pytest.mark.slow_to_compile
 def test_the_graph_does_not_grow_with_the_number_of_chunks():
     if keras.backend.backend() != "tensorflow":
         pytest.skip("JAX has a loop, torch no graph.")
@@ -191,6 +195,7 @@ def test_the_graph_does_not_grow_with_the_number_of_chunks():
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow_to_compile
 def test_frozen_weights_have_no_gradients_computed():
     """Nor are they part of the sums over chunks."""
     if keras.backend.backend() != "tensorflow":
