@@ -73,9 +73,6 @@ class _Recomputed:
     def __call__(self, tokens, *args, **kwargs):
         if self.inside:
             return self.own_call(tokens, *args, **kwargs)
-        # Passed even to a block without this argument, for the layers in it: during
-        # recomputation, no outer model call provides it.
-        kwargs.setdefault("training", True)
         given = tree.flatten((args, kwargs))
         tensors = {i: x for i, x in enumerate(given) if ops.is_tensor(x)}
         variables, updated = self.block.variables, []
@@ -94,7 +91,7 @@ class _Recomputed:
             values = snapshot(self.block, variables)
             return recompute(run, values, tokens, masks, tensors)
 
-        outputs, losses, values = _WithMask(recomputed)(tokens)
+        outputs, losses, values = _Called(recomputed)(tokens)
         for variable, value in zip(updated, values):
             variable.assign(value)
         if losses:
@@ -116,17 +113,20 @@ class _Recomputed:
             block.activity_regularizer = regularizer
 
 
-class _WithMask(keras.layers.Layer):
-    """Calls a function on tokens and their Keras mask, if any."""
+class _Called(keras.layers.Layer):
+    """Calls a function in training, on tokens and their Keras mask, if any.
+
+    The layers that the function calls train, as in the call of a model.
+    """
 
     def __init__(self, function):
-        super().__init__(name="with_mask")
+        super().__init__(name="called")
         self.function = function
         # Weights keep their dtype when the function reads them.
         self.autocast = False
         self.supports_masking = True
 
-    def call(self, tokens, mask=None):
+    def call(self, tokens=None, mask=None, training=True):
         return self.function(tokens, mask)
 
     def compute_mask(self, inputs, previous_mask=None):
@@ -152,7 +152,8 @@ def call_statelessly(function, variables, values):
     mapping = list(zip(variables, values))
     with keras.StatelessScope(mapping, collect_losses=True) as scope:
         before = [scope.get_current_value(v) for v in variables]
-        outputs = function()
+        # In the backward pass, no model is called that would say that it trains.
+        outputs = _Called(lambda *_: function())()
         losses = [sum(map(ops.sum, scope.losses))] if scope.losses else []
     after = [scope.get_current_value(v) for v in variables]
     return outputs, losses, [None if x is y else y for x, y in zip(before, after)]
