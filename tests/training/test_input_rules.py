@@ -228,10 +228,13 @@ def test_statistics_that_normalize_nothing_are_refused(name, value):
 
 
 @pytest.mark.any_backend
-def test_arrays_are_checked_before_they_are_split(model):
+def test_arrays_and_the_share_are_checked_before_they_are_split(model):
     images = random_pairs(8)["images"]
     with pytest.raises(ValueError, match=r"missing: \['token_ids'\]"):
         model.fit({"images": images}, validation_split=0.5)
+    for split in (20, -0.1, 1.0):
+        with pytest.raises(ValueError, match=f"Received: validation_split={split}"):
+            model.fit(random_pairs(8), validation_split=split)
 
 
 # === Batches passed to the model directly ===
