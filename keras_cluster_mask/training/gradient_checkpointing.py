@@ -140,7 +140,7 @@ def call_statelessly(function, variables, values):
     """Calls a function with other values of variables, without assigning them.
 
     Args:
-        function: Function without arguments that calls layers.
+        function: Function without arguments that calls layers. They train.
         variables: List of all variables of the layers.
         values: List of tensors, one for each variable.
 

@@ -120,7 +120,7 @@ def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
 
 @pytest.mark.slow_to_compile
 def test_gradients_with_dropout_are_those_of_the_same_chunks_remembered():
-    # In the encoder, after another, and in the projections.
+    # In the image encoder, after the text encoder, and in the projections.
     pairs, options = random_pairs(BATCH), {"projection": "mlp", "projection_dim": 8}
     reference = make_model(dropout=True, **options)
     expected = loss_and_gradients(reference, pairs, in_chunks_by_hand(reference, 3))
